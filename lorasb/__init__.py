@@ -1,0 +1,64 @@
+"""LoRA-SB adapters for Hugging Face models: `W = W0 + s·B·R·A` with B and A frozen and only R [r, r] trained.
+
+`import lorasb` is light: it imports no peft, transformers, triton or bitsandbytes and touches no device. What needs
+them is imported at first use, and the PEFT method is registered as soon as somebody imports peft.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import _peft_hook
+from ._version import __version__
+from .patch import patch
+
+if TYPE_CHECKING:
+    from .config import LoRASBConfig
+    from .export import export_lora
+    from .init import InitReport, first_step_lr, initialize
+    from .linear import LoRASBLinear, equivalent_gradient
+    from .ops import backend
+
+__all__ = [
+    "InitReport",
+    "LoRASBConfig",
+    "LoRASBLinear",
+    "__version__",
+    "backend",
+    "equivalent_gradient",
+    "export_lora",
+    "first_step_lr",
+    "functional",
+    "initialize",
+    "patch",
+]
+
+_HOMES = {
+    "InitReport": "init",
+    "LoRASBConfig": "config",
+    "LoRASBLinear": "linear",
+    "backend": "ops",
+    "equivalent_gradient": "linear",
+    "export_lora": "export",
+    "first_step_lr": "init",
+    "initialize": "init",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home at first use."""
+    if name == "functional":
+        return importlib.import_module(".functional", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lorasb' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+_peft_hook.install()

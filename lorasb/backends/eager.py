@@ -1,0 +1,84 @@
+"""Plain torch, for every device: the fallback, and the reference of speed for the kernels.
+
+The adapter's small product is written first and the base GEMM accumulates onto it (`beta=1`), both ways. The
+M x out result is then written once, where the plain chain writes it twice and adds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops import register_backend
+
+
+def keep_mask(shape: torch.Size, dropout: float, seed: Tensor, device: torch.device) -> Tensor:
+    """The elements that dropout keeps, from a seed: the same mask in forward and backward, and none is stored."""
+    generator = torch.Generator(device=device).manual_seed(int(seed))
+    return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1.0 - dropout, generator=generator)
+
+
+def times_core(left: Tensor, core: Tensor, scale: float) -> Tensor:
+    """`scale · left @ core` at the core's precision, rounded to left's dtype."""
+    return (left.to(core.dtype) @ core).mul_(scale).to(left.dtype)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [..., out] and u = x Aᵀ [M, r]."""
+    with torch.autocast(x.device.type, enabled=False):
+        rows = x.reshape(-1, x.shape[-1])
+        if seed is None:
+            u, scale = rows @ a.t(), scaling
+        else:
+            u, scale = (rows * keep_mask(rows.shape, dropout, seed, x.device)) @ a.t(), scaling / (1.0 - dropout)
+        v = times_core(u, core.t(), scale)
+        y = v @ b.t() if bias is None else torch.addmm(bias, v, b.t())
+        if weight is not None:
+            y.addmm_(rows, weight.t())
+    return y.view(*x.shape[:-1], b.shape[0]), u
+
+
+def backward(
+    dy: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    u: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_dcore: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty."""
+    with torch.autocast(dy.device.type, enabled=False):
+        rows = dy.reshape(-1, dy.shape[-1])
+        scale = scaling if seed is None else scaling / (1.0 - dropout)
+        t = rows @ b
+        dx, dcore = dy.new_empty((0,)), core.new_empty((0,))
+        if need_dcore:
+            dcore = (t.to(core.dtype).t() @ u.to(core.dtype)).mul_(scale)
+        if need_dx:
+            dx = times_core(t, core, scale) @ a
+            if seed is not None:
+                dx.mul_(keep_mask(dx.shape, dropout, seed, dx.device))
+            if weight is not None:
+                dx.addmm_(rows, weight)
+            dx = dx.view(*dy.shape[:-1], a.shape[1])
+    return dx, dcore
+
+
+def register() -> None:
+    """Register for every device, below autograd."""
+    register_backend("eager", forward, backward, ("CompositeExplicitAutograd",))

@@ -1,0 +1,101 @@
+"""What an adapter file must hold: checks with messages, and reading one without a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .config import CONFIG_NAME, PEFT_NAME, WEIGHTS_NAME
+from .files import safetensors_header
+
+PARTS = ("lorasb_A", "lorasb_R", "lorasb_B")
+PREFIX = "base_model.model."
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def check_tensors(tensors: dict[str, Tensor], layers: dict[str, Shapes]) -> None:
+    """Check that a state dict holds exactly the factors of `layers` (layer name -> factor -> shape).
+
+    Raises:
+        ValueError: a factor is missing, unexpected, of another shape or no floating-point number.
+    """
+    found = group_by_layer(tensors)
+    if not found and any(".lora_A" in key for key in tensors):
+        raise ValueError(
+            "this file holds a plain LoRA (lora_A, lora_B) but its configuration says LORASB: it has no R. "
+            "Load it with peft_type LORA, or point at the LoRA-SB adapter it was exported from"
+        )
+    for name, shapes in layers.items():
+        for part, shape in shapes.items():
+            tensor = found.get(name, {}).get(part)
+            if tensor is None:
+                raise ValueError(
+                    f"the adapter file has no {part} for layer {name!r}: it belongs to another model or was cut short. "
+                    f"It holds {len(found)} layers, this model has {len(layers)}"
+                )
+            if tuple(tensor.shape) != tuple(shape):
+                raise ValueError(
+                    f"{part} of layer {name!r} is {list(tensor.shape)} in the adapter file, expected {list(shape)}: "
+                    "the file belongs to another base model, or its adapter_config.json was changed"
+                )
+            if tensor.dtype not in FLOATS:
+                raise ValueError(f"{part} of layer {name!r} is {tensor.dtype} in the adapter file, expected a float")
+    extra = sorted(set(found) - set(layers))
+    if extra:
+        raise ValueError(f"the adapter file has layers that this model does not adapt: {', '.join(extra[:3])}, ...")
+
+
+def group_by_layer(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """layer name -> {"lorasb_A": ..., "lorasb_R": ..., "lorasb_B": ...}; other entries are left out."""
+    layers: dict[str, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        for part in PARTS:
+            name, found, _ = key.removeprefix(PREFIX).rpartition(f".{part}")
+            if found:
+                layers.setdefault(name, {})[part] = value
+    return layers
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The adapter_config.json of a LoRA-SB adapter folder.
+
+    Raises:
+        ValueError: there is none, or it is another method's.
+    """
+    file = Path(path) / CONFIG_NAME
+    if not file.is_file():
+        raise ValueError(f"expected an adapter folder with {CONFIG_NAME}, found none in {path}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if config.get("peft_type") != PEFT_NAME:
+        raise ValueError(f"{path} holds an adapter of type {config.get('peft_type')!r}, expected {PEFT_NAME!r}")
+    return config
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of an adapter folder, after a check that the file is whole.
+
+    Raises:
+        ValueError: no weights, truncated weights, or no LoRA-SB factors in them.
+    """
+    file = Path(path) / WEIGHTS_NAME
+    if not file.is_file():
+        raise ValueError(f"expected {WEIGHTS_NAME} in {path}, found none")
+    safetensors_header(file)
+    tensors = load_file(str(file))
+    for name, parts in group_by_layer(tensors).items():
+        if set(parts) != set(PARTS):
+            raise ValueError(f"layer {name!r} has {', '.join(sorted(parts))} in {file}, expected {', '.join(PARTS)}")
+    if not group_by_layer(tensors):
+        raise ValueError(f"{file} holds no LoRA-SB factors ({', '.join(PARTS)})")
+    return tensors

@@ -1,0 +1,70 @@
+"""Files that are whole or not there: atomic writes, and a look at a safetensors header without loading tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MAX_HEADER_BYTES = 100_000_000  # the limit the safetensors format sets itself
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it over `path` if the block succeeds, remove it if it does not."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path` atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` to `path` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def safetensors_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the header of a safetensors file and check that the file is as long as the header says.
+
+    Returns:
+        name -> {"dtype", "shape", "data_offsets"} (and `__metadata__` where the file has one).
+
+    Raises:
+        ValueError: the file is no safetensors file, or it is truncated; both lengths are named.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
+        try:
+            header = json.loads(file.read(length)) if length <= MAX_HEADER_BYTES else None
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is not a safetensors file, or its header is cut off ({size} bytes): save it again")
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise ValueError(
+            f"{path} is truncated or damaged: its header promises {expected} bytes, the file has {size}. "
+            "Copy it again from its source, or save the adapter again with model.save_pretrained(...)"
+        )
+    return header

@@ -1,0 +1,320 @@
+"""`LoRASBLinear`: a frozen linear layer with LoRA-SB adapters, in the form that PEFT expects of a tuner layer."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from .functional import lora_sb_linear
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class FrozenFactors(nn.ParameterDict):
+    """A or B by adapter name. Whatever assigns to it (PEFT, transformers, a state dict), the factors stay frozen."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter) and value.requires_grad:
+            value.requires_grad_(False)
+        super().__setattr__(name, value)
+
+
+class Cores(nn.ParameterDict):
+    """R by adapter name. Whatever assigns to it, R is kept in fp32: its updates would vanish in 16 bits."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter) and value.dtype in HALVES:
+            marked = getattr(value, "_is_hf_initialized", False)
+            value = nn.Parameter(value.detach().float(), requires_grad=value.requires_grad)
+            if marked:
+                value._is_hf_initialized = True
+        super().__setattr__(name, value)
+
+
+class _EquivalentGradient(torch.autograd.Function):
+    """The identity, with backward g -> left g right."""
+
+    @staticmethod
+    def forward(ctx: Any, core: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return core.view_as(core)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        left, right = ctx.saved_tensors
+        return left @ grad @ right, None, None
+
+
+class LoRASBLinear(nn.Module, BaseTunerLayer):
+    """y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias, with W, A and B frozen and R trained (paper, Eq. 3 and 8).
+
+    Where B and A are orthonormal, R's plain gradient is the one whose effect on W is closest to full fine-tuning
+    (Theorem 3, Eq. 9). A layer starts with A = B = R = 0, which is the base layer; `lorasb.initialize` fills them.
+
+    Args:
+        base_layer: the frozen linear, `weight` [out, in] (or [in, out] with `fan_in_fan_out`).
+        adapter_name: name of the first adapter.
+        r: its rank.
+        scaling: its s.
+        lora_dropout: its probability of dropping an element of x on the adapter's path.
+        equivalent_gradient: apply Theorem 3's closed form to R's gradient.
+        fan_in_fan_out: the weight is stored transposed, as in `transformers.Conv1D`.
+
+    Forward: x [..., in] -> y [..., out], in x's dtype.
+
+    Raises:
+        RuntimeError: on a training forward of an adapter that has not been initialised.
+    """
+
+    adapter_layer_names = ("lorasb_R",)
+    other_param_names = ("lorasb_A", "lorasb_B", "r", "scaling", "lora_dropout", "equivalent", "initialized")
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        r: int,
+        scaling: float = 1.0,
+        lora_dropout: float = 0.0,
+        equivalent_gradient: bool = False,
+        fan_in_fan_out: bool = False,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.fan_in_fan_out = fan_in_fan_out
+        out_features, in_features = self.dense_weight().shape
+        self.in_features, self.out_features = int(in_features), int(out_features)
+        self.lorasb_A, self.lorasb_R, self.lorasb_B = FrozenFactors(), Cores(), FrozenFactors()
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self.equivalent: dict[str, bool] = {}
+        self.initialized: dict[str, bool] = {}
+        self._preconditioners: dict[str, tuple[Any, Tensor, Tensor]] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter: str | list[str] = adapter_name
+        self.add_adapter(adapter_name, r, scaling, lora_dropout, equivalent_gradient)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        r: int,
+        scaling: float = 1.0,
+        lora_dropout: float = 0.0,
+        equivalent_gradient: bool = False,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter of rank `r`: A [r, in] and B [out, r] in the base's dtype, R [r, r] in fp32, all zero.
+
+        Raises:
+            ValueError: r exceeds min(in_features, out_features), or an adapter of that name is there.
+        """
+        if not 0 < r <= min(self.in_features, self.out_features):
+            raise ValueError(f"expected 0 < r <= min(in, out) = {min(self.in_features, self.out_features)}, got {r}")
+        if adapter_name in self.lorasb_R:
+            raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
+        device, dtype = self.weight.device, self.weight.dtype
+        core_dtype = torch.float32 if dtype in HALVES else dtype
+        self.r[adapter_name], self.scaling[adapter_name] = r, scaling
+        self.lora_dropout[adapter_name], self.equivalent[adapter_name] = lora_dropout, equivalent_gradient
+        self.initialized[adapter_name] = False
+        self.lorasb_A[adapter_name] = nn.Parameter(torch.zeros(r, self.in_features, device=device, dtype=dtype))
+        self.lorasb_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=dtype))
+        self.lorasb_R[adapter_name] = nn.Parameter(torch.zeros(r, r, device=device, dtype=core_dtype))
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    @torch.no_grad()
+    def set_factors(self, adapter_name: str, b: Tensor, core: Tensor, a: Tensor) -> None:
+        """Copy B [out, r], R [r, r] and A [r, in] into an adapter and mark it as initialised.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        targets = (self.lorasb_B[adapter_name], self.lorasb_R[adapter_name], self.lorasb_A[adapter_name])
+        for target, value in zip(targets, (b, core, a), strict=True):
+            if target.shape != value.shape:
+                raise ValueError(f"expected a factor {list(target.shape)}, got {list(value.shape)}")
+        for target, value in zip(targets, (b, core, a), strict=True):
+            target.copy_(value)
+        self.initialized[adapter_name] = True
+
+    def dense_weight(self) -> Tensor:
+        """W [out, in]: the base layer's weight, or a view of it."""
+        weight = self.get_base_layer().weight
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y [..., out] for x [..., in]."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lorasb_R]
+        if not names or args or kwargs or self._base_must_run():
+            y = self.base_layer(x, *args, **kwargs)
+            for name in names:
+                y = y + self._adapted(self._on_base_dtype(x), name, None, None).to(y.dtype)
+            return y
+        dtype, x = x.dtype, self._on_base_dtype(x)
+        y = self._adapted(x, names[0], self.dense_weight(), self.bias)
+        for name in names[1:]:
+            y = y + self._adapted(x, name, None, None)
+        return y if y.dtype == dtype or torch.is_autocast_enabled(x.device.type) else y.to(dtype)
+
+    def _adapted(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            self._require_initialized(name)
+        a, core, b, s = self.lorasb_A[name], self.lorasb_R[name], self.lorasb_B[name], self.scaling[name]
+        if self.equivalent[name]:
+            core = _EquivalentGradient.apply(core, *self.preconditioners(name))
+        dropout = self.lora_dropout[name] if self.training else 0.0
+        return lora_sb_linear(x, weight, a, core, b, bias, s, dropout=dropout)
+
+    def _base_must_run(self) -> bool:
+        """Whether reading the weight would bypass something: offloading or sharding hooks, or another forward."""
+        base = self.base_layer
+        plain = type(base).forward is nn.Linear.forward or self.fan_in_fan_out
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        return not plain or bool(hooked) or hasattr(base, "_hf_hook") or hasattr(base.weight, "ds_id")
+
+    def _on_base_dtype(self, x: Tensor) -> Tensor:
+        """Cast x to the base's dtype, as PEFT's layers do, where autocast does not rule."""
+        if torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
+            return x
+        return self._cast_input_dtype(x, self.weight.dtype)
+
+    def is_initialized(self, name: str) -> bool:
+        """Whether an adapter was initialised or loaded: a Python flag, or the one transformers' loader sets."""
+        return self.initialized[name] or getattr(self.lorasb_R[name], "_is_hf_initialized", False)
+
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of an adapter's factors, by their names in a state dict."""
+        r = self.r[name]
+        return {"lorasb_A": (r, self.in_features), "lorasb_R": (r, r), "lorasb_B": (self.out_features, r)}
+
+    def _require_initialized(self, name: str) -> None:
+        if self.is_initialized(name):
+            return
+        raise RuntimeError(
+            f"adapter {name!r} has not been initialised: its A, B and R are zero and would learn nothing. "
+            "Call lorasb.initialize(model, dataloader, lr=...) before training, or load a saved adapter"
+        )
+
+    @torch.no_grad()
+    def preconditioners(self, name: str) -> tuple[Tensor, Tensor]:
+        """(BᵀB)⁻¹/s² and (AAᵀ)⁻¹ [r, r] of Theorem 3, in R's dtype; computed once for each value of A and B."""
+        a, b, dtype = self.lorasb_A[name], self.lorasb_B[name], self.lorasb_R[name].dtype
+        key = (a.data_ptr(), a._version, b.data_ptr(), b._version, self.scaling[name])
+        cached = self._preconditioners.get(name)
+        if cached is None or cached[0] != key:
+            wide_a, wide_b = a.double(), b.double()
+            left = torch.linalg.inv(wide_b.t() @ wide_b) / self.scaling[name] ** 2
+            right = torch.linalg.inv(wide_a @ wide_a.t())
+            cached = self._preconditioners[name] = (key, left.to(dtype), right.to(dtype))
+        return cached[1], cached[2]
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s·B R A in R's dtype, in the layout of the base weight."""
+        core = self.lorasb_R[adapter]
+        b, a = self.lorasb_B[adapter].to(core.dtype), self.lorasb_A[adapter].to(core.dtype)
+        delta = b @ core @ a * self.scaling[adapter]
+        return delta.t() if self.fan_in_fan_out else delta
+
+    def merged_weight(self, adapter_names: list[str], sign: float = 1.0) -> Tensor:
+        """The base weight with the adapters' deltas added at their own precision, then rounded once.
+
+        Raises:
+            ValueError: the result is not finite.
+        """
+        weight = self.get_base_layer().weight.detach()
+        total = weight
+        for name in adapter_names:
+            total = total + sign * self.get_delta_weight(name)
+        merged = total.to(weight.dtype)
+        if not torch.isfinite(merged).all():
+            raise ValueError(
+                f"merging adapters {adapter_names} gives weights that are not finite in {weight.dtype}; the weights "
+                "were left as they are. Check the adapter's training, or merge into a wider dtype"
+            )
+        return merged
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add s·B R A to the base weight. A result that is not finite raises, with `safe_merge` and without."""
+        names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lorasb_R]
+        if names:
+            self.get_base_layer().weight.data = self.merged_weight(names)
+            self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Subtract what `merge` added, at the adapter's precision."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.get_base_layer().weight.data = self.merged_weight(self.merged_adapters, sign=-1.0)
+        self.merged_adapters.clear()
+
+    def settle_dtypes(self, adapter_name: str) -> None:
+        """Put an adapter on the base's device, A and B in its dtype and frozen, R in fp32."""
+        if adapter_name not in self.lorasb_R:
+            return
+        weight, core = self.weight, self.lorasb_R[adapter_name]
+        core_dtype = torch.float32 if weight.dtype in HALVES else weight.dtype
+        for factors, dtype in ((self.lorasb_A, weight.dtype), (self.lorasb_B, weight.dtype), (self.lorasb_R, core_dtype)):
+            old = factors[adapter_name]
+            target = old.device if old.device.type == "meta" else weight.device
+            if (old.dtype, old.device) != (dtype, target):
+                new = nn.Parameter(old.detach().to(target, dtype), requires_grad=old.requires_grad)
+                new.__dict__.update(old.__dict__)
+                factors[adapter_name] = new
+        self.lorasb_R[adapter_name].requires_grad_(core.requires_grad)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT's hook after loading; its own version would cast R to 16 bits and unfreeze A and B."""
+        self.settle_dtypes(adapter_name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name in self.lorasb_R:
+            if all(f"{prefix}{part}.{name}" in state_dict for part in ("lorasb_A", "lorasb_R", "lorasb_B")):
+                self.initialized[name] = True
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Every adapter is a plain LoRA: A and s·B·R."""
+        return True
+
+    def extra_repr(self) -> str:
+        """Shapes and ranks, for print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, scaling={self.scaling}"
+
+    def __repr__(self) -> str:
+        return "lorasb." + super().__repr__()
+
+
+@torch.no_grad()
+def equivalent_gradient(layer: LoRASBLinear, adapter_name: str | None = None) -> Tensor:
+    """The gradient of R whose effect on W is closest to the full gradient (Theorem 3).
+
+    g_R* = (1/s²) (BᵀB)⁻¹ g_R (AAᵀ)⁻¹ minimises ‖s B g A − ∇W L‖; with orthonormal factors it is g_R / s².
+
+    Args:
+        layer: a layer whose R has a gradient.
+        adapter_name: which adapter; the first active one unless given.
+
+    Returns:
+        [r, r] in R's dtype. Where the layer was made with `equivalent_gradient=True`, R's gradient is this already.
+
+    Raises:
+        ValueError: R has no gradient yet.
+    """
+    name = adapter_name or layer.active_adapters[0]
+    gradient = layer.lorasb_R[name].grad
+    if gradient is None:
+        raise ValueError(f"adapter {name!r} has no gradient: call loss.backward() first")
+    if layer.equivalent[name]:
+        return gradient
+    left, right = layer.preconditioners(name)
+    return left @ gradient @ right

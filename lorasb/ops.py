@@ -1,0 +1,165 @@
+"""The adapted linear as torch ops: schema, shapes and autograd once; each backend brings its kernels.
+
+    y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias
+
+Every backend has an op of its own beside the one that `auto` uses, so that PyTorch's dispatcher does the choosing:
+`lorasb::linear` runs what is registered for x's device (eager where nothing else is), `lorasb::linear_eager` runs
+eager and nothing else. A backend that registers no kernel raises; only `auto` falls back.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "eager", "cpp", "triton")
+ENVIRONMENT_VARIABLE = "LORASB_BACKEND"
+
+_FORWARD = (
+    "(Tensor x, Tensor? weight, Tensor a, Tensor core, Tensor b, Tensor? bias, float scaling, float dropout, "
+    "Tensor? seed) -> (Tensor, Tensor)"
+)
+_BACKWARD = (
+    "(Tensor dy, Tensor? weight, Tensor a, Tensor core, Tensor b, Tensor u, float scaling, float dropout, "
+    "Tensor? seed, bool need_dx, bool need_dcore) -> (Tensor, Tensor)"
+)
+_library = torch.library.Library("lorasb", "DEF")
+_current = ""  # set by `backend`; empty: the environment decides
+_missing: dict[str, str] = {
+    "cpp": "this build of lorasb has no C++ extension",
+    "triton": "this build of lorasb has no Triton kernels",
+}
+
+
+def op_names(name: str) -> tuple[str, str]:
+    """The forward and backward op of a backend, without the namespace."""
+    suffix = "" if name == "auto" else f"_{name}"
+    return f"linear{suffix}", f"linear_backward{suffix}"
+
+
+def linear_op(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The forward op of a backend; returns (y, u) with u = x Aᵀ [M, r]."""
+    return getattr(torch.ops.lorasb, op_names(name)[0]).default
+
+
+def register_backend(name: str, forward: Callable[..., Any], backward: Callable[..., Any], keys: tuple[str, ...]) -> None:
+    """Register a backend's kernels under its own ops and, at the same dispatch keys, under those of `auto`."""
+    for owner in ("auto", name):
+        for op, kernel in zip(op_names(owner), (forward, backward), strict=True):
+            for key in keys:
+                _library.impl(op, kernel, key)
+    _missing.pop(name, None)
+
+
+def unavailable(name: str) -> str | None:
+    """Why a backend cannot run here, or None where it can."""
+    return _missing.get(name)
+
+
+def current_backend() -> str:
+    """The backend in force: that of the innermost `backend(...)`, else of LORASB_BACKEND, else "auto"."""
+    return _current or _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+    reason = unavailable(name)
+    if reason:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}. backend('auto') takes what is there")
+    return name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the layers inside the block on one backend, backward included, wherever that backward runs.
+
+    Args:
+        name: "auto" (the fastest that this device has), or "eager", "cpp" or "triton", which never fall back.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend is not available here; the message says why.
+    """
+    global _current
+    previous = _current
+    _current = _checked(name)
+    try:
+        yield
+    finally:
+        _current = previous
+
+
+def _forward_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    rows = math.prod(x.shape[:-1])
+    return x.new_empty((*x.shape[:-1], b.shape[0])), x.new_empty((rows, a.shape[0]))
+
+
+def _backward_fake(
+    dy: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    u: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_dcore: bool,
+) -> tuple[Tensor, Tensor]:
+    dx = dy.new_empty((*dy.shape[:-1], a.shape[1])) if need_dx else dy.new_empty((0,))
+    return dx, core.new_empty(core.shape) if need_dcore else core.new_empty((0,))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep u [M, r], never x [M, n]: R's gradient needs no more, and x's needs none of them."""
+    _, weight, a, core, b, _, scaling, dropout, seed = inputs
+    u = output[1]
+    ctx.mark_non_differentiable(u)
+    ctx.set_materialize_grads(False)
+    need_dcore = ctx.needs_input_grad[3]
+    ctx.save_for_backward(weight, a, core, b, u if need_dcore else u.new_empty((0, a.shape[0])), seed)
+    ctx.scaling, ctx.dropout = scaling, dropout
+
+
+def _backward(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        need_dx, need_dcore = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        if dy is None or not (need_dx or need_dcore):
+            return (None,) * 9
+        weight, a, core, b, u, seed = ctx.saved_tensors
+        op = getattr(torch.ops.lorasb, op_names(name)[1]).default
+        dx, dcore = op(dy, weight, a, core, b, u, ctx.scaling, ctx.dropout, seed, need_dx, need_dcore)
+        return (dx if need_dx else None, None, None, dcore if need_dcore else None, *(None,) * 5)
+
+    return backward
+
+
+def _define(name: str) -> None:
+    forward, backward = op_names(name)
+    _library.define(forward + _FORWARD, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(backward + _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"lorasb::{forward}", _forward_fake, lib=_library)
+    torch.library.register_fake(f"lorasb::{backward}", _backward_fake, lib=_library)
+    torch.library.register_autograd(f"lorasb::{forward}", _backward(name), setup_context=_save, lib=_library)
+
+
+for _name in BACKENDS:
+    _define(_name)

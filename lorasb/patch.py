@@ -1,0 +1,85 @@
+"""`lorasb.patch`: swap a model's linear layers for `LoRASBLinear`. What is heavy is imported when it is called."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+
+    from .config import LoRASBConfig
+
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def patch(
+    model: nn.Module, config: LoRASBConfig | None = None, *, adapter_name: str = "default", **fields: Any
+) -> PeftModel:
+    """Adapt a model: its target linears become `LoRASBLinear`, everything else is frozen.
+
+    The same as `peft.get_peft_model(model, LoRASBConfig(...))`, with the task type inferred from the model's class.
+    The model is changed in place and left as it was if anything is wrong.
+
+    Args:
+        model: a transformers model, or any module with `nn.Linear` layers.
+        config: a `LoRASBConfig`, or None.
+        adapter_name: name of the adapter.
+        **fields: fields of `LoRASBConfig`, in place of `config` (`r=96`, `target_modules=[...]`, ...).
+
+    Returns:
+        A `peft.PeftModel`. Call `lorasb.initialize(model, dataloader, lr=...)` next.
+
+    Raises:
+        TypeError: unknown fields, or both a config and fields.
+        ValueError: an adapted model, no target matched, or a rank that a layer cannot have.
+    """
+    import peft
+
+    from .config import LoRASBConfig
+
+    if isinstance(model, peft.PeftModel):
+        raise ValueError(
+            "expected a model without adapters, got a peft.PeftModel. Add another adapter with "
+            "model.add_adapter(name, LoRASBConfig(...)), or start from model.unload()"
+        )
+    if config is not None and fields:
+        raise TypeError(f"expected a config or fields, got both: put {', '.join(sorted(fields))} into the config")
+    if config is None:
+        check_fields(fields)
+        config = LoRASBConfig(**fields)
+    if config.task_type is None:
+        config.task_type = infer_task_type(model)
+    return peft.get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def check_fields(fields: dict[str, Any]) -> None:
+    """Raise a TypeError which names the nearest field for each name that `LoRASBConfig` does not have."""
+    from .config import field_names
+
+    known = field_names()
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(sorted(known))}"
+            raise TypeError(f"LoRASBConfig has no field {name!r}: {hint}")
+
+
+def infer_task_type(model: nn.Module) -> str | None:
+    """PEFT's task type for a transformers model, by its class name; None where there is no telling."""
+    name = type(model).__name__
+    for ending, task in TASKS.items():
+        if name.endswith(ending):
+            return task
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and name.endswith("Generation"):
+        return "SEQ_2_SEQ_LM"
+    if name.endswith("Model") and hasattr(model, "config"):
+        return "FEATURE_EXTRACTION"
+    return None

@@ -1,0 +1,289 @@
+"""LoRA-SB as a PEFT method: which modules are replaced, how adapters are saved, loaded, merged, and registered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.peft_types import PeftType, register_peft_method
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from . import checkpoint
+from .config import ALL_LINEAR, DEFAULT_RANK, PEFT_NAME, LoRASBConfig
+from .fingerprint import difference, fingerprint
+from .linear import LoRASBLinear
+
+HEADS = ("classifier", "score", "qa_outputs", "classification_head")
+
+
+class LoRASBModel(BaseTuner):
+    """The tuner behind `lorasb.patch`: replaces target linears by `LoRASBLinear`.
+
+    Args:
+        model: the model to adapt, in place.
+        peft_config: a `LoRASBConfig`, or several by adapter name.
+        adapter_name: which of them to inject.
+
+    Raises:
+        ValueError: no target, a rank that a layer cannot have, another base model than the adapter's. The model is
+            left as it was.
+        TypeError: a target that is no plain linear layer.
+    """
+
+    prefix: str = "lorasb_"
+    tuner_layer_cls = LoRASBLinear
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: LoRASBConfig, model_config: dict[str, Any]) -> LoRASBConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = ALL_LINEAR
+        return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Check every target, then replace; PEFT's arguments."""
+        config = self.peft_config[adapter_name]
+        with _unchanged_on_error(model):
+            self._refuse_duplicates(model, adapter_name)
+            _save_heads(model, config)
+            self._plan(model, config)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if config.base_fingerprint is None:
+                config.base_fingerprint = fingerprint(model)
+
+    @staticmethod
+    def _refuse_duplicates(model: nn.Module, adapter_name: str) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R:
+                raise ValueError(
+                    f"{name} has an adapter {adapter_name!r} already: the model is patched. Use "
+                    "model.add_adapter(another_name, LoRASBConfig(...)) for one more, or model.unload() to start again"
+                )
+
+    def _plan(self, model: nn.Module, config: LoRASBConfig) -> None:
+        """Resolve the targets and their ranks before anything is changed."""
+        self._prepare_adapter_config(config, self.get_model_config(model))
+        _maybe_include_all_linear_layers(config, model)
+        targets = {
+            name: module
+            for name, module in model.named_modules()
+            if name and self._check_target_module_exists(config, name) and not _inside_tuner(model, name)
+        }
+        for name, module in targets.items():
+            _check_supported(name, module)
+        _resolve_ranks(config, targets)
+        if config.base_fingerprint:
+            reason = difference(model, config.base_fingerprint)
+            if reason:
+                raise ValueError(
+                    f"this adapter was made on {config.base_model_name_or_path or 'another base model'}, and this base "
+                    f"is another one: {reason}. Load the adapter's own base; if you mean it, set "
+                    "base_fingerprint to null in its adapter_config.json"
+                )
+
+    def _create_and_replace(
+        self,
+        peft_config: LoRASBConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        rank = rank_for(peft_config, current_key)
+        options = {
+            "r": rank,
+            "scaling": peft_config.scaling_for(rank),
+            "lora_dropout": peft_config.lora_dropout,
+            "equivalent_gradient": peft_config.equivalent_gradient,
+        }
+        if isinstance(target, LoRASBLinear):
+            target.add_adapter(adapter_name, **options, inference_mode=peft_config.inference_mode)
+            return
+        layer = LoRASBLinear(target, adapter_name, fan_in_fan_out=isinstance(target, Conv1D), **options)
+        if adapter_name not in self.active_adapters:
+            layer.lorasb_R.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Set the child and nothing else: PEFT's own version reads `.weight` of whole classification heads."""
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """A and B keep the base's dtype, R is fp32; PEFT's own version would turn A and B into trained fp32."""
+        for module in self.model.modules():
+            if isinstance(module, LoRASBLinear):
+                module.settle_dtypes(adapter_name)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge into the base weights: all layers, or none where one would not be finite."""
+        self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_finite(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        """Try the merge of every layer before any is changed."""
+        for name, module in self.model.named_modules():
+            if not isinstance(module, LoRASBLinear):
+                continue
+            wanted = adapter_names if adapter_names is not None else module.active_adapters
+            names = [n for n in wanted if n in module.lorasb_R and n not in module.merged_adapters]
+            if names:
+                try:
+                    module.merged_weight(names)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        for name, module in model.named_modules():
+            if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R:
+                if not module.is_initialized(adapter_name):
+                    raise ValueError(
+                        f"adapter {adapter_name!r} has not been initialised ({name}): there is nothing to save. Call "
+                        "lorasb.initialize(model, dataloader, lr=...), or name others in selected_adapters"
+                    )
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        layers = {
+            name.removeprefix("base_model.model."): module.shapes(adapter_name)
+            for name, module in model.named_modules()
+            if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R
+        }
+        try:
+            checkpoint.check_tensors(state_dict, layers)
+        except ValueError:
+            discard(model, adapter_name)
+            raise
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def discard(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out again, layers included where it was their only one."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, LoRASBLinear) or adapter_name not in child.lorasb_R:
+                continue
+            if set(child.lorasb_R) == {adapter_name}:
+                setattr(parent, name, child.base_layer)
+            else:
+                child.delete_adapter(adapter_name)
+
+
+def rank_for(config: LoRASBConfig, name: str) -> int:
+    """The rank of the layer `name`: its entry in rank_pattern (name or regex, matched at the end), else r."""
+    for key, rank in config.rank_pattern.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return rank
+    return config.r or DEFAULT_RANK
+
+
+def _resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
+    """Write the default rank into the config, with the layers too small for it; check explicit ones."""
+    default = config.r is None
+    capped = {}
+    for name, module in targets.items():
+        limit = min(_features(module))
+        if rank_for(config, name) <= limit:
+            continue
+        if not default or any(re.match(rf"(.*\.)?({key})$", name) for key in config.rank_pattern):
+            raise ValueError(
+                f"rank {rank_for(config, name)} is more than layer {name!r} allows: min(in_features, out_features) = "
+                f"{limit}. Lower r, or give this layer its own: rank_pattern={{{name.rpartition('.')[2]!r}: {limit}}}"
+            )
+        capped[re.escape(name)] = limit
+    config.r = config.r or DEFAULT_RANK
+    config.rank_pattern.update(capped)
+
+
+def _features(module: nn.Module) -> tuple[int, ...]:
+    return tuple((module.get_base_layer() if isinstance(module, BaseTunerLayer) else module).weight.shape)
+
+
+def _check_supported(name: str, module: nn.Module) -> None:
+    base = module.get_base_layer() if isinstance(module, LoRASBLinear) else module
+    weight = getattr(base, "weight", None)
+    if isinstance(base, nn.Linear | Conv1D) and weight is not None:
+        if weight.dim() == 2 and weight.is_floating_point() and type(weight.data) is Tensor:
+            return
+        raise TypeError(
+            f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: expected "
+            "fp32, bf16 or fp16. Quantised bases are not supported; load the model without quantization_config"
+        )
+    raise TypeError(
+        f"target {name!r} is a {type(base).__name__}: expected nn.Linear (or transformers' Conv1D). "
+        "Narrow target_modules, or name it in exclude_modules"
+    )
+
+
+def _inside_tuner(model: nn.Module, name: str) -> bool:
+    parts = name.split(".")
+    return any(isinstance(model.get_submodule(".".join(parts[:i])), BaseTunerLayer) for i in range(1, len(parts)))
+
+
+def _save_heads(model: nn.Module, config: LoRASBConfig) -> None:
+    """A classification head is trained whole and saved, never adapted: its weights are fresh."""
+    heads = [name for name, _ in model.named_children() if name in HEADS]
+    if heads:
+        config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or []), *heads])]
+
+
+@contextmanager
+def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Put modules, trainability and the PEFT attributes back if the block raises."""
+    children = [(parent, dict(parent._modules)) for parent in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    adapters = [(m, set(m.lorasb_R), m._active_adapter) for m in model.modules() if isinstance(m, LoRASBLinear)]
+    try:
+        yield
+    except BaseException:
+        for parent, modules in children:
+            parent._modules.clear()
+            parent._modules.update(modules)
+        for layer, names, active in adapters:
+            for name in set(layer.lorasb_R) - names:
+                layer.delete_adapter(name)
+            layer._active_adapter = active
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def register() -> None:
+    """Make PEFT know LoRA-SB: the enum member that its registry asks for, then the method. Once is enough."""
+    if PEFT_NAME not in PeftType.__members__:
+        member = str.__new__(PeftType, PEFT_NAME)
+        member._name_ = member._value_ = PEFT_NAME
+        member._sort_order_ = len(PeftType.__members__)
+        member.__objclass__ = PeftType
+        PeftType._member_names_.append(PEFT_NAME)
+        PeftType._member_map_[PEFT_NAME] = member
+        PeftType._value2member_map_[PEFT_NAME] = member
+        register_peft_method(name="lorasb", config_cls=LoRASBConfig, model_cls=LoRASBModel, prefix=LoRASBModel.prefix)
+
+
