@@ -1,0 +1,61 @@
+"""From a matrix to B, R, A: the paper's recipe, and the two baselines it is compared with."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .svd import truncated_svd
+
+XS_NOISE = 1e-5  # LoRA-XS draws R from N(0, (1e-5)²)
+
+
+class Factors(NamedTuple):
+    """B [out, r], R [r, r], A [r, in] in fp32, and the singular values [r] of the matrix they come from."""
+
+    b: Tensor
+    core: Tensor
+    a: Tensor
+    sigma: Tensor
+
+
+def from_gradient(gradient: Tensor, r: int, lr: float, scaling: float, update: str, seed: int) -> Factors:
+    """Truncated SVD of the first step of full fine-tuning (Eq. 6-8).
+
+    ΔW = −η·sign(G) for AdamW, or −η·G for SGD (Theorem 6) = U Σ Vᵀ: B = U_r, A = V_rᵀ, R = Σ_r / s, so s·B R A is
+    the best rank-r part of ΔW. The minus goes into B.
+
+    Args:
+        gradient: G [out, in], the sum over samples.
+        r, scaling: rank and s.
+        lr: η.
+        update: "adamw" or "sgd".
+        seed: of the SVD's start.
+    """
+    matrix = torch.sign(gradient) if update == "adamw" else gradient
+    u, s, vt = truncated_svd(matrix, r, seed)
+    return Factors(-u, torch.diag(s * (lr / scaling)), vt, s)
+
+
+def lora_xs(weight: Tensor, r: int, seed: int) -> Factors:
+    """LoRA-XS's own recipe: B = U_r Σ_r and A = V_rᵀ of W, R ~ N(0, (1e-5)²)."""
+    u, s, vt = truncated_svd(weight, r, seed)
+    core = torch.randn(r, r, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype) * XS_NOISE
+    return Factors(u * s, core.to(weight.device), vt, s)
+
+
+def kaiming(weight: Tensor, r: int, scaling: float, seed: int) -> Factors:
+    """Truncated SVD of a Kaiming-uniform random matrix of W's shape (Table 5)."""
+    bound = math.sqrt(6.0 / weight.shape[1])
+    noise = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype)
+    u, s, vt = truncated_svd(((2.0 * noise - 1.0) * bound).to(weight.device), r, seed)
+    return Factors(u, torch.diag(s / scaling), vt, s)
+
+
+def energy(matrix: Tensor, factors: Factors) -> float:
+    """Share of a matrix's squared norm that lies in span(B) x span(A); B and A orthonormal."""
+    inside = factors.b.t() @ matrix @ factors.a.t()
+    return float(inside.square().sum() / matrix.square().sum())

@@ -1,0 +1,156 @@
+"""What an initialisation kept, layer by layer: as a table, as JSON, as a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..files import replacing, write_json
+
+SHOWN_VALUES = 3
+INK, MUTED, SIGN, GRAD = "#1b1b1b", "#8a8a8a", "#3568b8", "#d9822b"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer. Energies are shares of a squared Frobenius norm that lie in span(B) x span(A).
+
+    Attributes:
+        shape: (out_features, in_features).
+        energy_sign: share of sign(ΣG); None where no gradient was taken.
+        energy_grad: share of ΣG itself; None likewise.
+        singular_values: the leading r, of the matrix that was factored.
+        zeros: exact zeros in ΣG.
+        seconds: time of the factoring.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    energy_sign: float | None
+    energy_grad: float | None
+    singular_values: tuple[float, ...]
+    zeros: int
+    seconds: float
+
+
+@dataclass
+class InitReport:
+    """What `lorasb.initialize` did. Prints as a table; `save`, `load` and `plot` keep it."""
+
+    init: str
+    update: str
+    lr: float | None
+    num_samples: int
+    seed: int
+    loss: float | None
+    seconds: float
+    layers: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def energy_sign(self) -> float | None:
+        """Mean over layers of the captured share of sign(ΣG)."""
+        return _mean([layer.energy_sign for layer in self.layers])
+
+    @property
+    def energy_grad(self) -> float | None:
+        """Mean over layers of the captured share of ΣG."""
+        return _mean([layer.energy_grad for layer in self.layers])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON, atomically."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> InitReport:
+        """Read what `save` wrote."""
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        tuples = ("shape", "singular_values")
+        layers = [
+            LayerReport(**{key: tuple(value) if key in tuples else value for key, value in layer.items()})
+            for layer in values.pop("layers")
+        ]
+        return cls(**values, layers=layers)
+
+    def __rich__(self) -> Table:
+        title = f"{self.init} initialisation: {len(self.layers)} layers, {self.num_samples} samples, {self.seconds:.1f} s"
+        table = Table(title=title, caption=f"mean energy kept: sign {_percent(self.energy_sign)}, gradient "
+                      f"{_percent(self.energy_grad)}", show_footer=False)  # fmt: skip
+        table.add_column("layer", overflow="fold")
+        for name in ("shape", "r", "energy of sign(G)", "energy of G", "σ₁ σ₂ σ₃ … σᵣ", "zeros", "ms"):
+            table.add_column(name, justify="right")
+        for layer in self.layers:
+            table.add_row(*_row(layer))
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=120, record=False, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        with console.capture() as capture:
+            console.print(self)
+        console.file.close()
+        return capture.get()
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the energy that each layer keeps, of sign(ΣG) and of ΣG, into a PNG.
+
+        Raises:
+            ImportError: matplotlib is missing; the message has the pip command.
+            ValueError: nothing to draw, as these factors came from no gradient.
+        """
+        if self.energy_sign is None:
+            raise ValueError(f"init={self.init!r} takes no gradient: there is no energy to draw")
+        figure, axes = _pyplot().subplots(figsize=(9, 4.2), layout="constrained")
+        index = range(len(self.layers))
+        for key, colour, label in (("energy_grad", GRAD, "of the gradient ΣG"), ("energy_sign", SIGN, "of its sign")):
+            values = [100 * (getattr(layer, key) or 0.0) for layer in self.layers]
+            axes.plot(index, values, "o", markersize=3.5, color=colour, alpha=0.85, label=label)
+            axes.axhline(sum(values) / len(values), color=colour, linewidth=1, linestyle="--")
+        axes.set(xlabel="adapted layer, from the embeddings to the head", ylabel="energy kept (%)", ylim=(0, 100))
+        ranks = sorted({layer.rank for layer in self.layers})
+        axes.set_title(f"What rank {'/'.join(map(str, ranks))} keeps of the first full step "
+                       f"({self.num_samples} samples; dashed: mean)", fontsize=11, color=INK)  # fmt: skip
+        axes.legend(frameon=False, loc="upper right")
+        axes.spines[["top", "right"]].set_visible(False)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=140, format="png")
+        _pyplot().close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'lorasb[demo]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _percent(value: float | None) -> str:
+    return "—" if value is None else f"{100 * value:.1f}%"
+
+
+def _row(layer: LayerReport) -> list[str]:
+    sigma = layer.singular_values
+    shown = " ".join(f"{value:.3g}" for value in sigma[:SHOWN_VALUES])
+    if len(sigma) > SHOWN_VALUES:
+        shown += f" … {sigma[-1]:.3g}"
+    shape = f"{layer.shape[0]} x {layer.shape[1]}"
+    energies = [_percent(layer.energy_sign), _percent(layer.energy_grad)]
+    return [layer.name, shape, str(layer.rank), *energies, shown, str(layer.zeros), f"{1000 * layer.seconds:.0f}"]

@@ -1,0 +1,148 @@
+"""Which samples initialisation sees: drawn by seed where the data can be indexed, in order where it cannot."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Any]
+SHARE = 1000  # the paper takes 1/1000 of the data set (appendix I)
+LEAST = 32
+
+
+@dataclass
+class Samples:
+    """Batches to iterate over once, and what was seen: the number of samples and a hash of their tensors."""
+
+    batches: Iterable[Batch]
+    limit: int | None = None  # take this many in order, where the data could not be drawn beforehand
+    seen: int = 0
+    _hash: Any = field(default_factory=hashlib.sha256)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            _check_batch(batch)
+            rows = batch_size(batch)
+            if self.limit is not None and self.seen + rows > self.limit:
+                rows = self.limit - self.seen
+                batch = take_rows(batch, torch.arange(rows))
+            if rows == 0:
+                break
+            self.seen += rows
+            self._update_hash(batch)
+            yield dict(batch)
+            if self.limit is not None and self.seen >= self.limit:
+                break
+        self._check_enough()
+
+    def _update_hash(self, batch: Mapping[str, Any]) -> None:
+        for name in sorted(batch):
+            if isinstance(batch[name], Tensor):
+                self._hash.update(name.encode())
+                self._hash.update(batch[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+    def _check_enough(self) -> None:
+        if self.seen == 0:
+            raise ValueError("expected at least one sample to initialise from, got none: the batches are empty")
+        if self.limit is not None and self.seen < self.limit:
+            raise ValueError(_too_few(self.limit, self.seen))
+
+    @property
+    def data_hash(self) -> str:
+        """SHA-256 of the samples' tensors, in the order seen."""
+        return str(self._hash.hexdigest())
+
+
+def select(batches: Any, num_samples: int | None, seed: int) -> Samples:
+    """Choose samples from a DataLoader (by its data set), a list of batches (by their rows) or any iterable (in order).
+
+    Args:
+        batches: a DataLoader, a list of dicts of tensors, or an iterable of such dicts.
+        num_samples: how many; None means min(available, max(32, n/1000)), or all of an iterable without a size.
+        seed: seed of the drawing. The global random state is not touched.
+
+    Raises:
+        ValueError: fewer samples than asked for (both numbers are named), or none.
+        TypeError: a batch that is no mapping.
+    """
+    if num_samples is not None and num_samples <= 0:
+        raise ValueError(f"expected num_samples >= 1, got {num_samples}")
+    if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(f"expected an iterable of batches (a DataLoader, a list of dicts), got {type(batches).__name__}")
+    if _can_draw(batches):
+        return Samples(_drawn_from_dataset(batches, num_samples, seed))
+    if isinstance(batches, list | tuple):
+        return Samples(_drawn_from_list(batches, num_samples, seed))
+    return Samples(batches, limit=num_samples)
+
+
+def _can_draw(loader: Any) -> bool:
+    dataset = getattr(loader, "dataset", None)
+    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and hasattr(loader, "collate_fn")
+
+
+def _drawn_from_dataset(loader: Any, num_samples: int | None, seed: int) -> Iterator[Batch]:
+    chosen = _draw(len(loader.dataset), num_samples, seed).tolist()
+    size = getattr(loader, "batch_size", None) or 1
+    return (
+        loader.collate_fn([loader.dataset[i] for i in chosen[start : start + size]])
+        for start in range(0, len(chosen), size)
+    )
+
+
+def _drawn_from_list(batches: list[Any] | tuple[Any, ...], num_samples: int | None, seed: int) -> Iterator[Batch]:
+    for batch in batches:
+        _check_batch(batch)
+    owner = [(b, row) for b, batch in enumerate(batches) for row in range(batch_size(batch))]
+    chosen = _draw(len(owner), num_samples, seed).tolist()
+    rows: dict[int, list[int]] = {}
+    for i in chosen:
+        rows.setdefault(owner[i][0], []).append(owner[i][1])
+    return (take_rows(batches[b], torch.tensor(sorted(rows[b]))) for b in sorted(rows))
+
+
+def _draw(available: int, num_samples: int | None, seed: int) -> Tensor:
+    if available == 0:
+        raise ValueError("expected at least one sample to initialise from, got none: the data set is empty")
+    wanted = num_samples if num_samples is not None else min(available, max(LEAST, math.ceil(available / SHARE)))
+    if wanted > available:
+        raise ValueError(_too_few(wanted, available))
+    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted]
+
+
+def _too_few(wanted: int, available: int) -> str:
+    return (
+        f"num_samples={wanted}, but the batches hold {available} samples: pass more data, a smaller num_samples, "
+        "or leave num_samples out to take what there is"
+    )
+
+
+def _check_batch(batch: Any) -> None:
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"expected batches as dicts of tensors, got {type(batch).__name__}: give a collate_fn or loss_fn")
+
+
+def batch_size(batch: Mapping[str, Any]) -> int:
+    """Samples in a batch: the first dimension that its tensors share.
+
+    Raises:
+        ValueError: no tensor, or tensors of different lengths.
+    """
+    sizes = {value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0}
+    if len(sizes) != 1:
+        raise ValueError(f"expected the tensors of a batch to share their first dimension, got {sorted(sizes)}")
+    return int(sizes.pop())
+
+
+def take_rows(batch: Mapping[str, Any], rows: Tensor) -> Batch:
+    """Some samples of a batch."""
+    return {
+        name: value.index_select(0, rows.to(value.device)) if isinstance(value, Tensor) and value.dim() > 0 else value
+        for name, value in batch.items()
+    }
