@@ -25,25 +25,32 @@ def _register() -> None:
 
 
 class _PeftFinder(importlib.abc.MetaPathFinder):
-    """Finds peft once, by the other finders, and wraps its loader."""
+    """Finds peft by the other finders and wraps its loader; looking for it (`find_spec`) is not importing it."""
+
+    def __init__(self) -> None:
+        self.looking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != "peft":
+        if fullname != "peft" or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec("peft")
+        finally:
+            self.looking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            spec.loader = _RegisteringLoader(spec.loader, self)
         return spec
 
 
 class _RegisteringLoader(importlib.abc.Loader):
-    """Runs the real loader, then registers."""
+    """Runs the real loader, then registers and takes the finder away."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
+    def __init__(self, loader: importlib.abc.Loader, finder: _PeftFinder) -> None:
         self.loader = loader
+        self.finder = finder
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -52,4 +59,6 @@ class _RegisteringLoader(importlib.abc.Loader):
         self.loader.exec_module(module)
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
         _register()

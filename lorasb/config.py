@@ -10,6 +10,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
+from .card import update_card
 from .files import safetensors_header, write_json
 
 DEFAULT_RANK = 64
@@ -19,6 +20,22 @@ GLUE_ALPHA = 16.0  # LoRA-XS fixes alpha at 16 on GLUE and at r elsewhere (paper
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_NAME = "LORASB"
+
+
+def _extend_peft_types() -> None:
+    """Add LORASB to PEFT's enum of methods: its registry refuses names that are not in it."""
+    if PEFT_NAME in PeftType.__members__:
+        return
+    member: Any = str.__new__(PeftType, PEFT_NAME)
+    member._name_ = member._value_ = PEFT_NAME
+    member._sort_order_ = len(PeftType.__members__)
+    member.__objclass__ = PeftType
+    PeftType._member_names_.append(PEFT_NAME)
+    PeftType._member_map_[PEFT_NAME] = member
+    PeftType._value2member_map_[PEFT_NAME] = member
+
+
+_extend_peft_types()
 
 
 @dataclass
@@ -61,7 +78,7 @@ class LoRASBConfig(PeftConfig):
     equivalent_gradient: bool = False
     modules_to_save: list[str] | None = None
     init_provenance: dict[str, Any] | None = None
-    base_fingerprint: dict[str, Any] | None = None
+    base_fingerprint: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,13 +130,14 @@ class LoRASBConfig(PeftConfig):
         return self.scaling * alpha / r
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json into `save_directory`, atomically; keyword arguments as PEFT passes them."""
+        """Write adapter_config.json and our part of the model card into `save_directory`, each atomically."""
         if os.path.isfile(save_directory):
             raise ValueError(f"expected a folder to save into, got the file {save_directory}")
         values = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
         if kwargs.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
         write_json(Path(save_directory) / CONFIG_NAME, values)
+        update_card(Path(save_directory), values)
 
     @classmethod
     def from_pretrained(

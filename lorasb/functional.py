@@ -63,9 +63,7 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     )
 
 
-def _check(
-    x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None
-) -> None:
+def _check(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None) -> None:
     if a.dim() != 2 or b.dim() != 2 or core.dim() != 2 or a.shape[0] > MAX_RANK:
         raise ValueError(
             f"expected lora_A [r, in], lora_R [r, r] and lora_B [out, r] with r <= {MAX_RANK}, "

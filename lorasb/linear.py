@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -145,8 +145,12 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
 
     def dense_weight(self) -> Tensor:
         """W [out, in]: the base layer's weight, or a view of it."""
-        weight = self.get_base_layer().weight
+        weight = self.base_weight()
         return weight.t() if self.fan_in_fan_out else weight
+
+    def base_weight(self) -> Tensor:
+        """The base layer's weight as it is stored."""
+        return cast(Tensor, self.get_base_layer().weight)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]."""
@@ -230,7 +234,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: the result is not finite.
         """
-        weight = self.get_base_layer().weight.detach()
+        weight = self.base_weight().detach()
         total = weight
         for name in adapter_names:
             total = total + sign * self.get_delta_weight(name)
@@ -246,7 +250,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         """Add s·B R A to the base weight. A result that is not finite raises, with `safe_merge` and without."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lorasb_R]
         if names:
-            self.get_base_layer().weight.data = self.merged_weight(names)
+            self.base_weight().data = self.merged_weight(names)
             self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -254,7 +258,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.get_base_layer().weight.data = self.merged_weight(self.merged_adapters, sign=-1.0)
+        self.base_weight().data = self.merged_weight(self.merged_adapters, sign=-1.0)
         self.merged_adapters.clear()
 
     def settle_dtypes(self, adapter_name: str) -> None:
@@ -263,7 +267,11 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             return
         weight, core = self.weight, self.lorasb_R[adapter_name]
         core_dtype = torch.float32 if weight.dtype in HALVES else weight.dtype
-        for factors, dtype in ((self.lorasb_A, weight.dtype), (self.lorasb_B, weight.dtype), (self.lorasb_R, core_dtype)):
+        for factors, dtype in (
+            (self.lorasb_A, weight.dtype),
+            (self.lorasb_B, weight.dtype),
+            (self.lorasb_R, core_dtype),
+        ):
             old = factors[adapter_name]
             target = old.device if old.device.type == "meta" else weight.device
             if (old.dtype, old.device) != (dtype, target):
@@ -292,6 +300,24 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lorasb." + super().__repr__()
+
+
+def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, LoRASBLinear]]:
+    """An adapter's name (the active one unless given) and its layers, by their names in the base model.
+
+    Raises:
+        ValueError: no LoRA-SB layers, or none with that adapter.
+    """
+    every = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}
+    if not every:
+        raise ValueError("expected a model with LoRA-SB layers: call model = lorasb.patch(model) first")
+    active = next(iter(every.values())).active_adapters
+    name = adapter_name or (active[0] if active else "")
+    layers = {n: m for n, m in every.items() if name in m.lorasb_R}
+    if not layers:
+        known = sorted({known for m in every.values() for known in m.lorasb_R})
+        raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(known) or 'none'}")
+    return name, layers
 
 
 @torch.no_grad()

