@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -18,10 +19,17 @@ def install() -> None:
         sys.meta_path.insert(0, _PeftFinder())
 
 
-def _register() -> None:
-    from .tuner import register
+WHOLE = {"lorasb.config": "LoRASBConfig", "lorasb.linear": "LoRASBLinear", "lorasb.tuner": "register"}
 
-    register()
+
+def _register() -> None:
+    """Import the tuner, which registers.
+
+    Not while one of the modules that it is made of is being imported and is what imports peft: config and linear call
+    `install` again at their end, and the tuner registers at its own.
+    """
+    if all(hasattr(sys.modules[name], last) for name, last in WHOLE.items() if name in sys.modules):
+        importlib.import_module("lorasb.tuner")
 
 
 class _PeftFinder(importlib.abc.MetaPathFinder):

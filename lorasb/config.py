@@ -10,6 +10,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
+from . import _peft_hook
 from .card import update_card
 from .files import safetensors_header, write_json
 
@@ -157,3 +158,6 @@ class LoRASBConfig(PeftConfig):
 def field_names() -> set[str]:
     """The names that `LoRASBConfig` and `lorasb.patch` accept."""
     return {item.name for item in fields(LoRASBConfig)}
+
+
+_peft_hook.install()

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from . import _peft_hook
 from .functional import lora_sb_linear
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -344,3 +345,6 @@ def equivalent_gradient(layer: LoRASBLinear, adapter_name: str | None = None) ->
         return gradient
     left, right = layer.preconditioners(name)
     return left @ gradient @ right
+
+
+_peft_hook.install()

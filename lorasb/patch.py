@@ -44,9 +44,7 @@ def patch(
     import peft
 
     from .config import LoRASBConfig
-    from .tuner import register
 
-    register()
     if isinstance(model, peft.PeftModel):
         raise ValueError(
             "expected a model without adapters, got a peft.PeftModel. Add another adapter with "

@@ -52,8 +52,13 @@ class LoRASBModel(BaseTuner):
             _save_heads(model, config)
             self._plan(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if config.base_fingerprint is None:
-                config.base_fingerprint = fingerprint(model)
+            if config.base_fingerprint is None and not self._any_merged(model):
+                layers = _layers_with(model, adapter_name)
+                config.base_fingerprint = fingerprint({name: layer.base_weight() for name, layer in layers.items()})
+
+    @staticmethod
+    def _any_merged(model: nn.Module) -> bool:
+        return any(module.merged for module in model.modules() if isinstance(module, LoRASBLinear))
 
     @staticmethod
     def _refuse_duplicates(model: nn.Module, adapter_name: str) -> None:
@@ -75,8 +80,10 @@ class LoRASBModel(BaseTuner):
         for name, module in targets.items():
             _check_supported(name, module)
         _resolve_ranks(config, targets)
-        if config.base_fingerprint:
-            reason = difference(model, config.base_fingerprint)
+        if config.base_fingerprint and not self._any_merged(model):
+            reason = difference(
+                {name: _base(module).weight for name, module in targets.items()}, config.base_fingerprint
+            )
             if reason:
                 raise ValueError(
                     f"this adapter was made on {config.base_model_name_or_path or 'another base model'}, and this base "
@@ -211,7 +218,7 @@ def _resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
     default = config.r is None
     capped = {}
     for name, module in targets.items():
-        limit = min(_features(module))
+        limit = min(_base(module).weight.shape)
         if rank_for(config, name) <= limit:
             continue
         if not default or any(re.match(rf"(.*\.)?({key})$", name) for key in config.rank_pattern):
@@ -224,13 +231,12 @@ def _resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
     config.rank_pattern.update(capped)
 
 
-def _features(module: nn.Module) -> tuple[int, ...]:
-    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return tuple(base.weight.shape)
+def _base(module: nn.Module) -> Any:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _check_supported(name: str, module: nn.Module) -> None:
-    base = module.get_base_layer() if isinstance(module, LoRASBLinear) else module
+    base = _base(module)
     weight = getattr(base, "weight", None)
     if isinstance(base, nn.Linear | Conv1D) and weight is not None:
         if weight.dim() == 2 and weight.is_floating_point() and type(weight.data) is Tensor:
@@ -282,3 +288,6 @@ def register() -> None:
     """Make PEFT know LoRA-SB. Once is enough; more does nothing."""
     if PeftType(PEFT_NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="lorasb", config_cls=LoRASBConfig, model_cls=LoRASBModel, prefix=LoRASBModel.prefix)
+
+
+register()

@@ -15,7 +15,7 @@ Output = Annotated[Path, typer.Option(help="Folder for the run's files.")]
 @app.command()
 def finetune(
     model: Annotated[str, typer.Option(help="Folder or hub id.")] = "smollm2-135m",
-    task: Annotated[str, typer.Option(help="Generated task, where --data is not given.")] = "chain_sum",
+    task: Annotated[str, typer.Option(help="Generated task, where --data is not given.")] = "word_sequence_reversal",
     data: Annotated[Path | None, typer.Option(help="JSONL of prompt/completion, or messages.")] = None,
     eval_data: Annotated[Path | None, typer.Option(help="JSONL of held-out examples.")] = None,
     method: Annotated[str, typer.Option(help="lora-sb, lora-xs or lora (PEFT's).")] = "lora-sb",
@@ -24,7 +24,7 @@ def finetune(
     epochs: Annotated[float, typer.Option(help="Passes over the training examples.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 16,
     warmup: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = 0.1,
-    train_examples: Annotated[int, typer.Option(help="Generated training examples.")] = 4800,
+    train_examples: Annotated[int, typer.Option(help="Generated training examples.")] = 3600,
     eval_examples: Annotated[int, typer.Option(help="Held-out examples.")] = 100,
     samples: Annotated[int, typer.Option(help="Samples for the initialisation.")] = 64,
     max_length: Annotated[int, typer.Option(help="Tokens an example, at most.")] = 512,
@@ -33,11 +33,11 @@ def finetune(
     output: Output = Path("runs/finetune"),
 ) -> None:
     """Fine-tune a causal language model and show what it learned on held-out problems."""
-    from . import finetune as run
     from . import show
     from .console import console
+    from .finetune import Settings, run_finetune
 
-    settings = run.Settings(
+    settings = Settings(
         model=model,
         task=task,
         data=str(data) if data else None,
@@ -56,7 +56,7 @@ def finetune(
         seed=seed,
         output=str(output),
     )
-    result = run.finetune(settings)
+    result = run_finetune(settings)
     if result.report is not None:
         console.print(show.energies(result.report))
     console.print(show.answers(result.examples, result.before.answers, result.after.answers))

@@ -26,7 +26,7 @@ class Settings:
     """Everything that decides a run; written into its summary."""
 
     model: str = EMBEDDED
-    task: str = "chain_sum"
+    task: str = "word_sequence_reversal"
     data: str | None = None
     eval_data: str | None = None
     method: str = "lora-sb"
@@ -35,7 +35,7 @@ class Settings:
     epochs: float = 1.0
     batch_size: int = 16
     warmup: float = 0.1
-    train_examples: int = 4800
+    train_examples: int = 3600
     eval_examples: int = 100
     samples: int | None = 64
     max_length: int = 512
@@ -93,7 +93,7 @@ class Result:
     report: Any
 
 
-def finetune(settings: Settings) -> Result:
+def run_finetune(settings: Settings) -> Result:
     """Fine-tune, evaluate before and after, and write the run's files into `settings.output`.
 
     Files: adapter/, lora/ (the exact plain LoRA), report.json, loss.png, energy.png, summary.json. With
@@ -236,7 +236,7 @@ def _quiet_logs(trainer: Any) -> None:
     """Keep the progress bar and drop the dictionaries that Trainer prints at every step."""
     from transformers import PrinterCallback, ProgressCallback
 
-    class Bar(ProgressCallback):  # type: ignore[misc]
+    class Bar(ProgressCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if self.training_bar is not None and logs and "loss" in logs:
                 self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
@@ -276,7 +276,7 @@ def _summary(
         "eval_accuracy_after": after.accuracy,
         "eval_examples": len(run.held_out),
         "trainable_params": sum(p.numel() for p in parameters if p.requires_grad),
-        "base_params": sum(p.numel() for p in run.model.get_base_model().parameters()),
+        "base_params": sum(p.numel() for n, p in run.model.named_parameters() if "lora" not in n),
         "base_bytes": sum(p.numel() * p.element_size() for n, p in run.model.named_parameters() if "lora" not in n),
         "init_seconds": init_seconds,
         "train_seconds": seconds,

@@ -8,7 +8,7 @@ from typing import Any
 from ..files import replacing
 from ..init.report import GRAD, INK, MUTED, SIGN, _pyplot
 
-SMOOTH = 0.9
+SMOOTH = 0.75
 
 
 def plot_loss(history: list[dict[str, Any]], before: float, after: float, path: Path, title: str) -> None:

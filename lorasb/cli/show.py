@@ -26,7 +26,7 @@ def before_and_after(summary: dict[str, Any]) -> Table:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     loss = summary["eval_loss_before"], summary["eval_loss_after"]
     right = summary["eval_accuracy_before"], summary["eval_accuracy_after"]
-    table.add_row("loss (nats per token)", f"{loss[0]:.3f}", f"{loss[1]:.3f}", f"{loss[1] / loss[0]:.2f}x")
+    table.add_row("loss (nats per token)", f"{loss[0]:.3f}", f"{loss[1]:.3f}", f"{loss[1] / loss[0]:.2g}x")
     table.add_row("exact answers", f"{right[0]:.0%}", f"{right[1]:.0%}", f"{100 * (right[1] - right[0]):+.0f} points")
     return table
 

@@ -11,12 +11,21 @@ from typing import Any
 HELD_OUT_SEED = 10_000_000  # item i of a generated data set is drawn from seed + i: near seeds overlap
 MAX_EMPTY_ROUNDS = 20
 
-TASKS: dict[str, dict[str, Any]] = {
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-    "word_sequence_reversal": {"min_words": 3, "max_words": 5},
-    "leg_counting": {"min_animals": 1, "max_animals": 2, "min_instances": 1, "max_instances": 9},
-    "family_relationships": {},
-    "gcd": {"max_value": 99},
+
+@dataclass(frozen=True)
+class Task:
+    """A reasoning-gym data set: its options, and whether its questions carry instructions that every item repeats."""
+
+    options: dict[str, Any]
+    question_only: bool = False
+
+
+TASKS = {
+    "word_sequence_reversal": Task({"min_words": 3, "max_words": 6}, question_only=True),
+    "chain_sum": Task({"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),
+    "leg_counting": Task({"max_animals": 3, "max_instances": 9}, question_only=True),
+    "family_relationships": Task({}),
+    "gcd": Task({"max_value": 99}),
 }
 
 
@@ -45,9 +54,11 @@ def generate(task: str, count: int, seed: int, exclude: Sequence[Example] = ()) 
     seen = {example.prompt for example in exclude}
     found: list[Example] = []
     for attempt in range(MAX_EMPTY_ROUNDS):
-        dataset = reasoning_gym.create_dataset(task, size=count, seed=seed + attempt * count, **TASKS[task])
+        dataset = reasoning_gym.create_dataset(task, size=count, seed=seed + attempt * count, **TASKS[task].options)
         for item in dataset:
             prompt = item["question"].strip()
+            if TASKS[task].question_only:
+                prompt = prompt.rpartition("\n\n")[2]
             if prompt not in seen and len(found) < count:
                 seen.add(prompt)
                 found.append(Example(prompt, str(item["answer"]).strip()))

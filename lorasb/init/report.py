@@ -114,11 +114,16 @@ class InitReport:
             values = [100 * (getattr(layer, key) or 0.0) for layer in self.layers]
             axes.plot(index, values, "o", markersize=3.5, color=colour, alpha=0.85, label=label)
             axes.axhline(sum(values) / len(values), color=colour, linewidth=1, linestyle="--")
-        axes.set(xlabel="adapted layer, from the embeddings to the head", ylabel="energy kept (%)", ylim=(0, 100))
+        axes.set(
+            xlabel="adapted layer, from the embeddings to the head",
+            ylabel="energy kept (%)",
+            ylim=(0, 112),
+            yticks=range(0, 101, 20),
+        )
         ranks = sorted({layer.rank for layer in self.layers})
         axes.set_title(f"What rank {'/'.join(map(str, ranks))} keeps of the first full step "
                        f"({self.num_samples} samples; dashed: mean)", fontsize=11, color=INK)  # fmt: skip
-        axes.legend(frameon=False, loc="upper right")
+        axes.legend(frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.0))
         axes.spines[["top", "right"]].set_visible(False)
         with replacing(path) as temporary:
             figure.savefig(temporary, dpi=140, format="png")

@@ -1,0 +1,83 @@
+"""What the layer computes, in as few lines as possible and none of the library's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Case:
+    """Inputs of one adapted linear, and the gradient that comes from above."""
+
+    x: Tensor
+    weight: Tensor
+    a: Tensor
+    core: Tensor
+    b: Tensor
+    bias: Tensor | None
+    scaling: float
+    dy: Tensor
+
+    def double(self) -> Case:
+        """The same numbers in fp64."""
+        bias = None if self.bias is None else self.bias.double()
+        tensors = (t.double() for t in (self.x, self.weight, self.a, self.core, self.b))
+        return Case(*tensors, bias, self.scaling, self.dy.double())
+
+
+def make_case(
+    shape: tuple[int, ...],
+    n: int,
+    m: int,
+    r: int,
+    dtype: torch.dtype,
+    bias: bool = True,
+    scaling: float = 0.7,
+    seed: int = 0,
+) -> Case:
+    """Random inputs: x [*shape, n], orthonormal A [r, n] and B [m, r] where they can be, R small."""
+    g = torch.Generator().manual_seed(seed)
+    core_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+
+    a = torch.linalg.qr(normal(n, r)).Q.t().contiguous()
+    b = torch.linalg.qr(normal(m, r)).Q.contiguous()
+    return Case(
+        normal(*shape, n).to(dtype),
+        (normal(m, n) / n**0.5).to(dtype),
+        a.to(dtype),
+        (normal(r, r) * 0.3).to(core_dtype),
+        b.to(dtype),
+        normal(m).to(dtype) if bias else None,
+        scaling,
+        normal(*shape, m).to(dtype),
+    )
+
+
+def forward(c: Case) -> Tensor:
+    """y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias."""
+    y = c.x @ c.weight.t() + c.scaling * (c.x @ c.a.t() @ c.core.t().to(c.x.dtype) @ c.b.t())
+    return y if c.bias is None else y + c.bias
+
+
+def gradients(c: Case) -> tuple[Tensor, Tensor]:
+    """dx = dy W + s·dy B R A and dR = s·(dy B)ᵀ (x Aᵀ), from their formulas."""
+    rows, dy = c.x.reshape(-1, c.x.shape[-1]), c.dy.reshape(-1, c.dy.shape[-1])
+    dx = dy @ c.weight + c.scaling * (dy @ c.b @ c.core.to(dy.dtype) @ c.a)
+    return dx.reshape(c.x.shape), c.scaling * ((dy @ c.b).t() @ (rows @ c.a.t()))
+
+
+def plain_chain(c: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """The chain as anybody would write it, in the case's own dtype, differentiated by autograd: y, dx, dR."""
+    x, core = c.x.clone().requires_grad_(True), c.core.clone().requires_grad_(True)
+    y = torch.nn.functional.linear(x, c.weight, c.bias)
+    y = y + c.scaling * (((x @ c.a.t()) @ core.t().to(x.dtype)) @ c.b.t())
+    y.backward(c.dy)
+    assert x.grad is not None
+    assert core.grad is not None
+    return y.detach(), x.grad, core.grad

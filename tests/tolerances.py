@@ -1,0 +1,64 @@
+"""The one table of tolerances. A test names its row; nobody writes a bound beside an assertion."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """|actual - expected| <= atol + rtol·|expected|, and why."""
+
+    rtol: float
+    atol: float
+    why: str
+
+
+GRADCHECK = {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-3, "nondet_tol": 0.0}  # central differences in fp64
+HALF_ERROR = 1.1  # a 16-bit result may be this much further from fp64 than the plain chain in the same dtype
+POOL = 400  # elements that a comparison of rounding noise needs: its own noise is then 1/sqrt(2·400) = 3.5%
+HALF_FLOOR = 1e-5  # for results which the plain chain happens to get exactly
+FP64 = Tolerance(1e-10, 1e-10, "fp64 sums in another order")
+MERGE = Tolerance(0.0, 1e-5, "one rounding of fp32 weights of size one, summed over a forward")
+EXPORT = Tolerance(0.0, 1e-5, "A and s·B·R instead of A, R and B: another order of the same fp32 products")
+EXACT = Tolerance(0.0, 0.0, "the same bits go the same way")
+FACTORS = Tolerance(1e-4, 1e-5, "a best rank-r part in fp32 against LAPACK's in fp64")
+THEORY = Tolerance(1e-8, 1e-10, "an identity between fp64 products")
+BATCHING = Tolerance(2e-4, 1e-8, "fp32 gradients of the same samples, summed in another order and padded")
+ORTHONORMAL = Tolerance(0.0, 1e-5, "columns after fp32 QR and SVD")
+ENERGY = 0.999  # captured energy over the optimum's
+PROCESS = Tolerance(0.0, 1e-6, "the same fp32 sums on another schedule")
+
+
+def fp32(contraction: int) -> Tolerance:
+    """Sums of `contraction` fp32 products: errors grow as the root of their number."""
+    return Tolerance(1.3e-6, 5e-6 * math.sqrt(contraction), f"{contraction} fp32 products summed")
+
+
+def check(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> None:
+    """Assert a row of the table, comparing in fp64."""
+    torch.testing.assert_close(
+        actual.double(),
+        expected.double(),
+        rtol=tolerance.rtol,
+        atol=tolerance.atol,
+        msg=lambda m: f"{tolerance.why}: {m}",
+    )
+
+
+def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative error in the Frobenius norm."""
+    return float((actual.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def check_half(actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+    """Assert that a 16-bit result is as near to fp64 as the plain chain in the same dtype.
+
+    A comparison of rounding noise: it means something over many elements, so small results are pooled over seeds.
+    """
+    assert actual.numel() >= POOL, f"{actual.numel()} elements tell nothing: pool at least {POOL}"
+    ours, theirs = error(actual, exact), error(plain, exact)
+    assert ours <= HALF_ERROR * theirs + HALF_FLOOR, f"error {ours:.3e} against {theirs:.3e} of the plain chain"
