@@ -1,0 +1,83 @@
+"""Arrows between modules that must not exist, calls that must not be made, in the tree as it is."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = [*sorted((ROOT / "lorasb").rglob("*.py")), ROOT / "setup.py"]
+ARROWS = {
+    "lorasb.ops": ["lorasb.backends", "lorasb.functional", "lorasb.linear", "lorasb.tuner", "lorasb.patch"],
+    "lorasb.backends": ["lorasb.linear", "lorasb.tuner", "lorasb.patch", "lorasb.init", "lorasb.functional"],
+    "lorasb.functional": ["lorasb.linear", "lorasb.tuner", "lorasb.patch", "lorasb.init"],
+    "lorasb.linear": ["lorasb.patch", "lorasb.tuner", "lorasb.init", "transformers"],
+    "lorasb.init": ["lorasb.patch", "lorasb.tuner", "lorasb.cli", "transformers"],
+    "lorasb.config": ["torch", "transformers", "lorasb.linear", "lorasb.tuner"],
+    "lorasb.files": ["torch", "lorasb"],
+    "lorasb": ["benchmarks", "tests"],
+}
+CALLS = {"torch.load", "pickle.load", "pickle.loads", "exec", "eval", "os.system", "torch.save"}
+USES_TRANSFORMERS = ("lorasb.tuner", "lorasb.patch", "lorasb.cli")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, tree: ast.AST) -> Iterator[str]:
+    package = module_name(path).split(".") + (["x"] if path.name == "__init__.py" else [])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*package[: len(package) - node.level], node.module or ""]) if node.level else node.module
+            yield from (f"{(base or '').rstrip('.')}.{alias.name}" for alias in node.names)
+
+
+def under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_forbidden_arrow_or_call(path: Path) -> None:
+    tree, name = ast.parse(path.read_text(encoding="utf-8")), module_name(path)
+    for target in imports(path, tree):
+        for importer, forbidden in ARROWS.items():
+            inner = importer == "lorasb.files" and under(target, importer)
+            if under(name, importer) and not inner:
+                assert not any(under(target, other) for other in forbidden), f"{name} imports {target}"
+        if under(target, "transformers"):
+            assert any(under(name, allowed) for allowed in USES_TRANSFORMERS), f"{name} imports {target}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in CALLS, f"{name}:{node.lineno} calls {ast.unparse(node.func)}"
+        if isinstance(node, ast.Assert):
+            raise AssertionError(f"{name}:{node.lineno} asserts: user input meets errors with a message")
+
+
+def test_public_functions_have_docstrings() -> None:
+    missing = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                short = isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno < 3
+                if ast.get_docstring(node) is None and not short:
+                    missing.append(f"{path.name}:{node.lineno} {node.name}")
+    nested = ("forward", "backward", "hook", "on_log", "Bar", "find_spec", "exec_module", "create_module")
+    assert [name for name in missing if name.rpartition(" ")[2] not in nested] == []
+
+
+def test_wheel_has_every_module(tmp_path: Path) -> None:
+    code = "from setuptools import find_packages; print(*find_packages(include=['lorasb', 'lorasb.*']))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    wanted = {module_name(path) for path in FILES if path.name == "__init__.py"}
+    assert set(found) == wanted

@@ -1,0 +1,205 @@
+"""The layer: what it refuses, what it keeps frozen, several adapters, merging."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tolerances
+import torch
+from torch import Tensor, nn
+
+from lorasb.linear import LoRASBLinear
+
+
+def make(dtype: torch.dtype = torch.float32, initialised: bool = True, **options: object) -> LoRASBLinear:
+    torch.manual_seed(0)
+    layer = LoRASBLinear(nn.Linear(16, 12, dtype=dtype), "default", 4, **options)
+    if initialised:
+        fill(layer, "default", 1)
+    return layer
+
+
+def fill(layer: LoRASBLinear, name: str, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    r = layer.r[name]
+    layer.set_factors(name, *(torch.randn(*s, generator=g) * 0.3 for s in ((12, r), (r, r), (r, 16))))
+
+
+def by_hand(layer: LoRASBLinear, x: Tensor, *names: str) -> Tensor:
+    y = x.double() @ layer.base_weight().double().t() + layer.bias.double()
+    for name in names:
+        a, core, b = (getattr(layer, f"lorasb_{part}")[name].double() for part in "ARB")
+        y = y + layer.scaling[name] * x.double() @ a.t() @ core.t() @ b.t()
+    return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_factors_have_the_bases_dtype_and_r_is_fp32(dtype: torch.dtype) -> None:
+    layer = make(dtype)
+    assert layer.lorasb_A["default"].dtype == layer.lorasb_B["default"].dtype == dtype
+    assert layer.lorasb_R["default"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    trained = [name for name, p in layer.named_parameters() if p.requires_grad and "base_layer" not in name]
+    assert trained == ["lorasb_R.default"]
+
+
+def test_an_uninitialised_layer_is_the_base_and_refuses_to_train() -> None:
+    layer = make(initialised=False)
+    x = torch.randn(3, 16)
+    layer.eval()
+    assert torch.equal(layer(x), layer.base_layer(x))
+    layer.train()
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer.base_layer(x))
+    with pytest.raises(RuntimeError, match=r"has not been initialised.*lorasb\.initialize\(model, dataloader, lr="):
+        layer(x)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_a_state_dict_initialises(assign: bool) -> None:
+    source, target = make(), make(initialised=False)
+    target.load_state_dict(source.state_dict(), assign=assign)
+    x = torch.randn(3, 16)
+    assert torch.equal(source(x), target.train()(x))
+    assert [n for n, p in target.named_parameters() if p.requires_grad and "base_layer" not in n] == [
+        "lorasb_R.default"
+    ]
+
+
+def test_loading_a_part_does_not_initialise() -> None:
+    target = make(initialised=False)
+    target.load_state_dict({"lorasb_R.default": torch.eye(4)}, strict=False)
+    assert not target.is_initialized("default")
+
+
+@pytest.mark.parametrize("r", [0, -1, 13])
+def test_ranks_that_a_layer_cannot_have(r: int) -> None:
+    with pytest.raises(ValueError, match=rf"expected 0 < r <= min\(in, out\) = 12, got {r}"):
+        LoRASBLinear(nn.Linear(16, 12), "default", r)
+
+
+def test_a_second_adapter_of_the_same_name() -> None:
+    with pytest.raises(ValueError, match="has an adapter 'default' already"):
+        make().add_adapter("default", 2)
+
+
+def test_factors_of_another_shape_change_nothing() -> None:
+    layer = make()
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match=r"expected a factor \[4, 16\], got \[4, 15\]"):
+        layer.set_factors("default", torch.ones(12, 4), torch.ones(4, 4), torch.ones(4, 15))
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+def test_several_adapters_add_up() -> None:
+    layer = make()
+    layer.add_adapter("second", 2, scaling=0.5)
+    fill(layer, "second", 2)
+    x = torch.randn(5, 16)
+    for active in (["default"], ["second"], ["default", "second"]):
+        layer.set_adapter(active)
+        tolerances.check(layer(x), by_hand(layer, x, *active), tolerances.fp32(32))
+    trained = {n for n, p in layer.named_parameters() if p.requires_grad and "base_layer" not in n}
+    assert trained == {"lorasb_R.default", "lorasb_R.second"}
+    layer.delete_adapter("second")
+    tolerances.check(layer(x), by_hand(layer, x, "default"), tolerances.fp32(32))
+
+
+@pytest.mark.parametrize("kind", ["forward hook", "pre-hook", "another forward", "accelerate"])
+def test_a_base_that_must_run_is_run(kind: str) -> None:
+    layer, x = make(), torch.randn(5, 16)
+    if kind == "forward hook":
+        layer.base_layer.register_forward_hook(lambda module, args, y: y + 1)
+    elif kind == "pre-hook":
+        layer.base_layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    elif kind == "accelerate":
+        from accelerate.hooks import ModelHook, add_hook_to_module
+
+        class Plus(ModelHook):
+            def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+                return output + 1
+
+        add_hook_to_module(layer.base_layer, Plus())
+    else:
+
+        class Plus1(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) + 1
+
+        layer.base_layer.__class__ = Plus1
+    base = by_hand(layer, x)
+    want = by_hand(layer, x, "default") + (x.double() @ layer.base_weight().double().t() if kind == "pre-hook" else 1)
+    tolerances.check(layer(x), want, tolerances.fp32(32))
+    assert (want - base).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("safe", [True, False])
+def test_merge_and_unmerge(dtype: torch.dtype, safe: bool) -> None:
+    layer = make(dtype)
+    x, before = torch.randn(5, 16, dtype=dtype), layer.base_weight().detach().clone()
+    want = layer(x)
+    layer.merge(safe_merge=safe)
+    tolerances.check(layer(x), want, tolerances.MERGE)
+    layer.unmerge()
+    tolerances.check(layer.base_weight(), before, tolerances.MERGE)
+    tolerances.check(layer(x), want, tolerances.MERGE)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_merge_that_is_not_finite_changes_nothing(safe: bool, value: float) -> None:
+    layer = make()
+    before = layer.base_weight().detach().clone()
+    with torch.no_grad():
+        layer.lorasb_R["default"][1, 2] = value
+    with pytest.raises(ValueError, match="not finite in torch.float32; the weights were left as they are"):
+        layer.merge(safe_merge=safe)
+    assert torch.equal(layer.base_weight(), before)
+    assert not layer.merged
+
+
+def test_unmerging_what_is_not_merged_warns() -> None:
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        make().unmerge()
+
+
+def test_input_in_another_dtype_is_cast_and_cast_back() -> None:
+    layer = make(torch.bfloat16)
+    y = layer(torch.randn(3, 16))
+    assert y.dtype == torch.float32
+    assert layer.double()(torch.randn(3, 16)).dtype == torch.float32
+
+
+def test_autocast_over_an_fp32_base() -> None:
+    layer = make()
+    x = torch.randn(6, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert layer.lorasb_R["default"].grad.dtype == torch.float32
+    assert x.grad.dtype == torch.float32
+
+
+def test_dropout_acts_in_training_only() -> None:
+    layer, x = make(lora_dropout=0.5), torch.randn(5, 16)
+    layer.eval()
+    tolerances.check(layer(x), by_hand(layer, x, "default"), tolerances.fp32(32))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+
+
+def test_transposed_bases() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    layer = LoRASBLinear(Conv1D(12, 16), "default", 4, fan_in_fan_out=True)
+    fill(layer, "default", 1)
+    x = torch.randn(5, 16)
+    want = x.double() @ layer.base_weight().double() + layer.bias.double()
+    a, core, b = (getattr(layer, f"lorasb_{part}")["default"].double() for part in "ARB")
+    want = want + x.double() @ a.t() @ core.t() @ b.t()
+    tolerances.check(layer(x), want, tolerances.fp32(32))
+    layer.merge()
+    tolerances.check(layer(x), want, tolerances.MERGE)
