@@ -86,6 +86,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.training = base_layer.training
         self.fan_in_fan_out = fan_in_fan_out
         out_features, in_features = self.dense_weight().shape
         self.in_features, self.out_features = int(in_features), int(out_features)

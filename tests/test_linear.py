@@ -153,7 +153,7 @@ def test_a_merge_that_is_not_finite_changes_nothing(safe: bool, value: float) ->
     before = layer.base_weight().detach().clone()
     with torch.no_grad():
         layer.lorasb_R["default"][1, 2] = value
-    with pytest.raises(ValueError, match="not finite in torch.float32; the weights were left as they are"):
+    with pytest.raises(ValueError, match=r"not finite in torch\.float32; the weights were left as they are"):
         layer.merge(safe_merge=safe)
     assert torch.equal(layer.base_weight(), before)
     assert not layer.merged

@@ -35,9 +35,9 @@ class GradientSums:
                 return None
             x = inputs[0].detach()
             if not output.requires_grad:
-                output = output.detach().requires_grad_(True)
+                output = output.detach().requires_grad_(True).clone()
             output.register_hook(lambda dy: self._add(name, dy, x))
-            return output
+            return output.view_as(output)  # what others hook (the loss rescales logits) comes before our hook
 
         return forward
 

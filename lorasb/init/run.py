@@ -70,9 +70,7 @@ def initialize(
     _check(update, strategy)
     if config.init == "update":
         if batches is None or lr is None or not lr > 0:
-            raise ValueError(
-                "initialising from the first update takes batches and lr > 0: initialize(model, loader, lr=...)"
-            )
+            raise ValueError("init='update' takes batches and lr > 0: initialize(model, loader, lr=...)")
         samples = select(batches, num_samples, seed)
         with _undisturbed(model, layers):
             sums, loss = _gradient_sums(model, layers, samples, loss_fn, progress)
