@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops import current_backend
 from .embedded import EMBEDDED, resolve_model
 from .encode import Collator, Encoded, encode
 from .evaluate import Evaluation, evaluate
@@ -53,6 +54,7 @@ class Settings:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)!r}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"--warmup is a share of the steps in [0, 1), got {self.warmup!r}")
+        current_backend()  # an unusable LORASB_BACKEND is better met now than after the first evaluation
 
 
 @dataclass

@@ -1,0 +1,290 @@
+"""Saving and loading: exact, checked, and whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from conftest import batches_for, logits, make, patched
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lorasb
+from lorasb import files
+from lorasb.checkpoint import group_by_layer, read_config, read_tensors
+from lorasb.linear import LoRASBLinear
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    patched().save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def edit(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_reload_is_exact(tmp_path: Path, dtype: torch.dtype, low_cpu_mem_usage: bool) -> None:
+    model = patched(dtype=dtype, rank_pattern={"k_proj": 2}, scaling=0.5)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(make("llama", dtype=dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(again), logits(model))
+    want, got = peft.get_peft_model_state_dict(model), peft.get_peft_model_state_dict(again)
+    assert want.keys() == got.keys()
+    assert all(torch.equal(value, got[key]) and value.dtype == got[key].dtype for key, value in want.items())
+
+
+def test_auto_peft_model(tmp_path: Path) -> None:
+    make("llama").save_pretrained(tmp_path / "base")
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = lorasb.patch(base, r=4)
+    lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_transformers_load_adapter(saved: Path, trainable: bool) -> None:
+    model = make("llama")
+    model.load_adapter(str(saved), is_trainable=trainable)
+    assert torch.equal(logits(model), logits(patched()))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("lorasb_R" in name for name in trained)
+    assert bool(trained) == trainable
+    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "lorasb_R" in n)
+    model.train()
+    if trainable:
+        model(**batches_for("llama")[0]).loss.backward()
+        assert all(p.grad is not None for n, p in model.named_parameters() if "lorasb_R" in n)
+
+
+def test_transformers_load_adapter_in_bf16(tmp_path: Path) -> None:
+    want = patched(dtype=torch.bfloat16)
+    want.save_pretrained(tmp_path)
+    model = make("llama", dtype=torch.bfloat16)
+    model.load_adapter(str(tmp_path), is_trainable=True)
+    assert torch.equal(logits(model), logits(want))
+    assert {p.dtype for n, p in model.named_parameters() if "lorasb_R" in n} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if "lorasb_R" not in n} == {torch.bfloat16}
+
+
+def test_further_training_of_a_loaded_adapter(saved: Path) -> None:
+    model = peft.PeftModel.from_pretrained(make("llama"), saved, is_trainable=True).train()
+    before = logits(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(**batches_for("llama")[0]).loss.backward()
+    optimizer.step()
+    assert not torch.equal(logits(model.eval()), before)
+
+
+def test_the_file_holds_the_factors_and_nothing_else(saved: Path) -> None:
+    tensors = load_file(saved / WEIGHTS)
+    layers = group_by_layer(tensors)
+    assert len(layers) == 14
+    assert all(set(parts) == {"lorasb_A", "lorasb_R", "lorasb_B"} for parts in layers.values())
+    assert len(tensors) == 3 * 14
+    config = json.loads((saved / CONFIG).read_text())
+    assert config["peft_type"] == "LORASB"
+    assert config["r"] == 4
+    assert config["init_provenance"]["num_samples"] == 6
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in tiny-llama")
+def test_the_model_card_states_where_the_adapter_comes_from(tmp_path: Path) -> None:
+    model = patched()
+    model.peft_config["default"].base_model_name_or_path = "tiny-llama"
+    model.peft_config["default"].init_provenance["data"] = "six sentences"
+    for _ in range(2):  # saving again replaces the section
+        model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    facts = model.peft_config["default"].init_provenance
+    for value in ("tiny-llama", "six sentences", facts["data_sha256"], "| seed | 0 |", "| η of the simulated step | 0.02 |",
+                  "| init samples | 6 |", f"torch {torch.__version__}", f"lorasb {lorasb.__version__}"):  # fmt: skip
+        assert value in card
+    assert card.count("# A LoRA-SB adapter") == 1
+    assert card.startswith("---\n")
+
+
+def test_an_uninitialised_adapter_is_not_saved(tmp_path: Path) -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    with pytest.raises(ValueError, match=r"has not been initialised .*there is nothing to save.*selected_adapters"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / WEIGHTS).exists()
+
+
+def drop_one(tensors: dict[str, Tensor]) -> None:
+    del tensors["base_model.model.model.layers.1.mlp.up_proj.lorasb_R"]
+
+
+def reshape_one(tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lorasb_R"] = torch.zeros(5, 5)
+
+
+def retype_one(tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lorasb_A"] = torch.zeros(4, 64, dtype=torch.int32)
+
+
+def add_one(tensors: dict[str, Tensor]) -> None:
+    for part in "ARB":
+        tensors[f"base_model.model.model.layers.7.mlp.up_proj.lorasb_{part}"] = torch.zeros(4, 4)
+
+
+def make_plain_lora(tensors: dict[str, Tensor]) -> None:
+    layers = group_by_layer(dict(tensors))
+    tensors.clear()
+    for name in layers:
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.zeros(4, 64)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(64, 4)
+
+
+DAMAGE = {
+    "missing": (
+        drop_one,
+        r"has no lorasb_R for layer 'model\.layers\.1\.mlp\.up_proj'.*holds 14 layers, this model has 14",
+    ),
+    "shape": (
+        reshape_one,
+        r"lorasb_R of layer 'model\.layers\.1\.mlp\.up_proj' is \[5, 5\] in the adapter file, expected \[4, 4\]",
+    ),
+    "dtype": (retype_one, r"lorasb_A of layer .* is torch\.int32 in the adapter file, expected a float"),
+    "extra": (add_one, r"has layers that this model does not adapt: model\.layers\.7\.mlp\.up_proj"),
+    "mislabelled": (make_plain_lora, r"holds a plain LoRA .* its configuration says LORASB: it has no R"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_says_what_is_wrong_and_leaves_the_base_as_it_was(saved: Path, name: str) -> None:
+    change, message = DAMAGE[name]
+    edit(saved, change)
+    base = make("llama")
+    answer = logits(base)
+    with pytest.raises(ValueError, match=message):
+        peft.PeftModel.from_pretrained(base, saved)
+    assert not any(isinstance(module, LoRASBLinear) for module in base.modules())
+    assert torch.equal(logits(base), answer)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_file(saved: Path, share: float) -> None:
+    whole = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(whole[: int(len(whole) * share)])
+    base = make("llama")
+    with pytest.raises(ValueError, match=r"is truncated or damaged: its header promises|is not a safetensors file"):
+        peft.PeftModel.from_pretrained(base, saved)
+    assert not any(isinstance(module, LoRASBLinear) for module in base.modules())
+    with pytest.raises(ValueError, match=r"is truncated or damaged|is not a safetensors file"):
+        read_tensors(saved)
+
+
+def test_the_adapter_of_another_base(saved: Path) -> None:
+    base = make("llama", seed=1)
+    answer = logits(base)
+    with pytest.raises(
+        ValueError, match=r"this base is another one: 16 of 16 sampled weights of .*set base_fingerprint to null"
+    ):
+        peft.PeftModel.from_pretrained(base, saved)
+    assert torch.equal(logits(base), answer)
+    assert not any(isinstance(module, LoRASBLinear) for module in base.modules())
+    with pytest.raises(ValueError, match="this base is another one"):
+        make("llama", seed=1).load_adapter(str(saved))
+    config = lorasb.LoRASBConfig.from_pretrained(str(saved))
+    config.base_fingerprint = None
+    peft.PeftModel.from_pretrained(base, saved, config=config)  # meant
+
+
+@pytest.mark.filterwarnings("ignore:Already found")
+def test_the_adapter_of_a_smaller_base(saved: Path) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=99,
+    )
+    with pytest.raises(ValueError, match="this base is another one"):
+        peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM(config), saved)
+
+
+def test_the_same_base_in_another_precision_is_the_same_base(saved: Path) -> None:
+    peft.PeftModel.from_pretrained(make("llama", dtype=torch.bfloat16), saved)
+
+
+def test_configs_that_cannot_be_read(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected an adapter folder with adapter_config\.json"):
+        read_config(saved / "nothing")
+    values = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps(values | {"peft_type": "LORA"}))
+    with pytest.raises(ValueError, match="holds an adapter of type 'LORA', expected 'LORASB'"):
+        read_config(saved)
+    (saved / CONFIG).write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_config(saved)
+
+
+def test_a_config_of_the_future_is_read_with_a_warning(saved: Path) -> None:
+    values = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps(values | {"warp": 9}))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['warp'\]"):
+        assert lorasb.LoRASBConfig.from_pretrained(str(saved)).r == 4
+
+
+def test_atomic_writes_keep_the_old_file_on_failure(tmp_path: Path) -> None:
+    target = tmp_path / "value.json"
+    files.write_json(target, {"a": 1})
+    with pytest.raises(TypeError):
+        files.write_json(target, {"a": object()})
+    with pytest.raises(ZeroDivisionError), files.replacing(target) as temporary:
+        temporary.write_text(f"{1 / 0}")
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_a_save_killed_half_way_leaves_the_old_adapter_whole(tmp_path: Path) -> None:
+    """Saves over and over in another process, kills it at random moments, and looks at what is there."""
+    code = textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import torch, conftest
+        model = conftest.patched(r=16)
+        model.save_pretrained({str(tmp_path)!r})
+        print("ready", flush=True)
+        while True:
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if "lorasb_R" in name: p.add_(1.0)
+            model.save_pretrained({str(tmp_path)!r})
+    """)
+    for pause in (0.0, 0.013, 0.031, 0.077):
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "ready"
+        time.sleep(pause)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert len(group_by_layer(read_tensors(tmp_path))) == 14
+        again = peft.PeftModel.from_pretrained(make("llama"), tmp_path)
+        assert isinstance(again, nn.Module)

