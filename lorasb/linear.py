@@ -10,31 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from . import _peft_hook
+from .containers import HALVES, LOADED, Cores, FrozenFactors
 from .functional import lora_sb_linear
-
-HALVES = (torch.bfloat16, torch.float16)
-
-
-class FrozenFactors(nn.ParameterDict):
-    """A or B by adapter name. Whatever assigns to it (PEFT, transformers, a state dict), the factors stay frozen."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Parameter) and value.requires_grad:
-            value.requires_grad_(False)
-        super().__setattr__(name, value)
-
-
-class Cores(nn.ParameterDict):
-    """R by adapter name. Whatever assigns to it, R is kept in fp32: its updates would vanish in 16 bits."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Parameter) and value.dtype in HALVES:
-            marked = getattr(value, "_is_hf_initialized", False)
-            value = nn.Parameter(value.detach().float(), requires_grad=value.requires_grad)
-            if marked:
-                value._is_hf_initialized = True
-        super().__setattr__(name, value)
-
 
 class _EquivalentGradient(torch.autograd.Function):
     """The identity, with backward g -> left g right."""
@@ -194,7 +171,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
 
     def is_initialized(self, name: str) -> bool:
         """Whether an adapter was initialised or loaded: a Python flag, or the one transformers' loader sets."""
-        return self.initialized[name] or getattr(self.lorasb_R[name], "_is_hf_initialized", False)
+        return self.initialized[name] or getattr(self.lorasb_R[name], LOADED, False)
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """The shapes of an adapter's factors, by their names in a state dict."""
