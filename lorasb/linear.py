@@ -13,6 +13,7 @@ from . import _peft_hook
 from .containers import HALVES, LOADED, Cores, FrozenFactors
 from .functional import lora_sb_linear
 
+
 class _EquivalentGradient(torch.autograd.Function):
     """The identity, with backward g -> left g right."""
 
