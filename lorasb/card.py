@@ -25,6 +25,11 @@ def update_card(folder: Path, config: dict[str, Any]) -> None:
     write_text(file, text)
 
 
+def short(value: Any) -> str:
+    """A value as people read it: floats to four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _section(config: dict[str, Any]) -> str:
     facts = config.get("init_provenance") or {}
     versions = ", ".join(f"{name} {version}" for name, version in sorted((facts.get("versions") or {}).items()))
@@ -42,7 +47,7 @@ def _section(config: dict[str, Any]) -> str:
         "update rule": facts.get("update"),
         "versions": versions,
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value not in (None, ""))
+    table = "\n".join(f"| {name} | {short(value)} |" for name, value in rows.items() if value not in (None, ""))
     return (
         f"# A LoRA-SB adapter\n\n| | |\n|---|---|\n{table}\n\n"
         "Load it with `import lorasb` and `peft.PeftModel.from_pretrained(base, folder)`, or turn it into a plain LoRA "

@@ -492,7 +492,7 @@ class TestReport:
         assert facts["num_samples"] == 6
         assert facts["seed"] == 0
         assert len(facts["data_sha256"]) == 64
-        assert set(facts["versions"]) == {"lorasb", "torch", "python"}
+        assert set(facts["versions"]) == {"lorasb", "torch", "python", "transformers", "peft"}
 
 
 def test_first_step_lr() -> None:

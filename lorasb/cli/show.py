@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..card import short
 from ..init import InitReport
 from .tasks import Example
 
@@ -94,7 +95,7 @@ def adapter(config: dict[str, Any], layers: dict[str, dict[str, Any]], size: int
     }
     for name, value in rows.items():
         if value is not None:
-            facts.add_row(name, str(value))
+            facts.add_row(name, short(value))
     return Group(facts, _spread(layers))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -208,5 +209,10 @@ def _provenance(report: InitReport, data_hash: str | None) -> dict[str, Any]:
         "seed": report.seed,
         "data_sha256": data_hash,
         "loss": report.loss,
-        "versions": {"lorasb": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        "versions": {
+            "lorasb": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("transformers", "peft")},
+        },
     }
