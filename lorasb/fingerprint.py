@@ -9,6 +9,7 @@ from torch import Tensor
 
 VALUES = 16
 TOLERANCE = 2.0**-8  # rounding a weight to bf16 moves it by at most 2^-9 of its size
+SMALLEST = 2.0**-24  # the step of fp16 near zero
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, str] | None:
@@ -31,7 +32,7 @@ def difference(weights: Mapping[str, Tensor], expected: Mapping[str, str]) -> st
             return f"it has no adapted layer {name!r}"
         if not _readable(weight):
             return None
-        off = sum(abs(a - b) > TOLERANCE * abs(b) + 1e-12 for a, b in zip(_sample(weight), values, strict=True))
+        off = sum(abs(a - b) > TOLERANCE * abs(b) + SMALLEST for a, b in zip(_sample(weight), values, strict=True))
         if off:
             return f"{off} of {len(values)} sampled weights of {name!r} differ"
     return None

@@ -98,7 +98,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"expected 0 < r <= min(in, out) = {min(self.in_features, self.out_features)}, got {r}")
         if adapter_name in self.lorasb_R:
             raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
-        device, dtype = self.weight.device, self.weight.dtype
+        device, dtype = self._device(), self.weight.dtype
         core_dtype = torch.float32 if dtype in HALVES else dtype
         self.r[adapter_name], self.scaling[adapter_name] = r, scaling
         self.lora_dropout[adapter_name], self.equivalent[adapter_name] = lora_dropout, equivalent_gradient
@@ -149,9 +149,9 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         return y if y.dtype == dtype or torch.is_autocast_enabled(x.device.type) else y.to(dtype)
 
     def _adapted(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        if self.training and torch.is_grad_enabled():
-            self._require_initialized(name)
         a, core, b, s = self.lorasb_A[name], self.lorasb_R[name], self.lorasb_B[name], self.scaling[name]
+        if torch.is_grad_enabled() and core.requires_grad and not self.is_initialized(name):
+            core = self._refuse_to_train(core, name)
         if self.equivalent[name]:
             core = _EquivalentGradient.apply(core, *self.preconditioners(name))
         dropout = self.lora_dropout[name] if self.training else 0.0
@@ -172,20 +172,37 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
 
     def is_initialized(self, name: str) -> bool:
         """Whether an adapter was initialised or loaded: a Python flag, or the one transformers' loader sets."""
-        return self.initialized[name] or getattr(self.lorasb_R[name], LOADED, False)
+        parts = (self.lorasb_A[name], self.lorasb_R[name], self.lorasb_B[name])
+        return self.initialized[name] or all(getattr(part, LOADED, False) for part in parts)
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """The shapes of an adapter's factors, by their names in a state dict."""
         r = self.r[name]
         return {"lorasb_A": (r, self.in_features), "lorasb_R": (r, r), "lorasb_B": (self.out_features, r)}
 
-    def _require_initialized(self, name: str) -> None:
-        if self.is_initialized(name):
-            return
-        raise RuntimeError(
+    def _refuse_to_train(self, core: Tensor, name: str) -> Tensor:
+        """Raise in training mode; in evaluation mode give R a hook which raises if a backward comes all the same."""
+        error = RuntimeError(
             f"adapter {name!r} has not been initialised: its A, B and R are zero and would learn nothing. "
             "Call lorasb.initialize(model, dataloader, lr=...) before training, or load a saved adapter"
         )
+        if self.training:
+            raise error
+
+        def refuse(_: Tensor) -> None:
+            raise error
+
+        core = core.view_as(core)
+        core.register_hook(refuse)
+        return core
+
+    def _device(self) -> torch.device:
+        """Where the base runs; an offloaded weight lies on `meta` between forwards, and its hook knows better."""
+        hook = getattr(self.base_layer, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        if self.weight.is_meta and device is not None:
+            return torch.device(device)
+        return self.weight.device
 
     @torch.no_grad()
     def preconditioners(self, name: str) -> tuple[Tensor, Tensor]:
@@ -253,7 +270,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             (self.lorasb_R, core_dtype),
         ):
             old = factors[adapter_name]
-            target = old.device if old.device.type == "meta" else weight.device
+            target = old.device if old.device.type == "meta" else self._device()
             if (old.dtype, old.device) != (dtype, target):
                 new = nn.Parameter(old.detach().to(target, dtype), requires_grad=old.requires_grad)
                 new.__dict__.update(old.__dict__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .config import LoRASBConfig
-
-TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
 
 
 def patch(
@@ -44,6 +37,7 @@ def patch(
     import peft
 
     from .config import LoRASBConfig
+    from .task_type import infer_task_type
 
     if isinstance(model, peft.PeftModel):
         raise ValueError(
@@ -55,6 +49,7 @@ def patch(
     if config is None:
         check_fields(fields)
         config = LoRASBConfig(**fields)
+    config = copy.deepcopy(config)
     if config.task_type is None:
         config.task_type = infer_task_type(model)
     return peft.get_peft_model(model, config, adapter_name=adapter_name)
@@ -70,16 +65,3 @@ def check_fields(fields: dict[str, Any]) -> None:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(sorted(known))}"
             raise TypeError(f"LoRASBConfig has no field {name!r}: {hint}")
-
-
-def infer_task_type(model: nn.Module) -> str | None:
-    """PEFT's task type for a transformers model, by its class name; None where there is no telling."""
-    name = type(model).__name__
-    for ending, task in TASKS.items():
-        if name.endswith(ending):
-            return task
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and name.endswith("Generation"):
-        return "SEQ_2_SEQ_LM"
-    if name.endswith("Model") and hasattr(model, "config"):
-        return "FEATURE_EXTRACTION"
-    return None

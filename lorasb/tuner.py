@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -17,8 +18,10 @@ from . import checkpoint
 from .config import ALL_LINEAR, DEFAULT_RANK, PEFT_NAME, LoRASBConfig
 from .fingerprint import difference, fingerprint
 from .linear import LoRASBLinear
+from .task_type import infer_task_type
 
-HEADS = ("classifier", "score", "qa_outputs", "classification_head")
+HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj")
+OWN_WEIGHT_READERS = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
 
 
 class LoRASBModel(BaseTuner):
@@ -49,12 +52,21 @@ class LoRASBModel(BaseTuner):
         config = cast(LoRASBConfig, self.peft_config[adapter_name])
         with _unchanged_on_error(model):
             self._refuse_duplicates(model, adapter_name)
+            config.forget_last_model()
+            config.task_type = config.task_type or infer_task_type(model)
             _save_heads(model, config)
             self._plan(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if config.base_fingerprint is None and not self._any_merged(model):
                 layers = _layers_with(model, adapter_name)
-                config.base_fingerprint = fingerprint({name: layer.base_weight() for name, layer in layers.items()})
+                config.remember_base(fingerprint({name: layer.base_weight() for name, layer in layers.items()}))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's hook around a forward; it would drop `adapter_names` in silence."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names (an adapter for each row) is not supported: call model.set_adapter(name)")
+        yield
 
     @staticmethod
     def _any_merged(model: nn.Module) -> bool:
@@ -71,7 +83,10 @@ class LoRASBModel(BaseTuner):
     def _plan(self, model: nn.Module, config: LoRASBConfig) -> None:
         """Resolve the targets and their ranks before anything is changed."""
         self._prepare_adapter_config(config, self.get_model_config(model))
+        everything = config.target_modules == ALL_LINEAR
         _maybe_include_all_linear_layers(config, model)
+        if everything:
+            config.target_modules = _chosen(model, config)
         targets = {
             name: module
             for name, module in model.named_modules()
@@ -79,6 +94,7 @@ class LoRASBModel(BaseTuner):
         }
         for name, module in targets.items():
             _check_supported(name, module)
+        _refuse_tied_head(model, targets)
         _resolve_ranks(config, targets)
         if config.base_fingerprint and not self._any_merged(model):
             reason = difference(
@@ -180,7 +196,8 @@ class LoRASBModel(BaseTuner):
         try:
             checkpoint.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
         except ValueError:
-            discard(model, adapter_name)
+            if not any(layer.is_initialized(adapter_name) for layer in layers.values()):
+                discard(model, adapter_name)  # it was made for this file; one that holds something stays
             raise
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
@@ -193,16 +210,23 @@ def _layers_with(model: nn.Module, adapter_name: str) -> dict[str, LoRASBLinear]
     }
 
 
-def discard(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out again, layers included where it was their only one."""
+def discard(model: Any, adapter_name: str) -> None:
+    """Take an adapter out again: everywhere, or layers and all where it was the only one."""
+    others = {name for layer in model.modules() if isinstance(layer, LoRASBLinear) for name in layer.lorasb_R}
+    if others != {adapter_name}:
+        model.peft_config.pop(adapter_name, None)
+        for module in model.modules():
+            if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R:
+                module.delete_adapter(adapter_name)
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                module.delete_adapter(adapter_name, new_active_adapters=None)
+        return
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if not isinstance(child, LoRASBLinear) or adapter_name not in child.lorasb_R:
-                continue
-            if set(child.lorasb_R) == {adapter_name}:
+            if isinstance(child, LoRASBLinear):
                 setattr(parent, name, child.base_layer)
-            else:
-                child.delete_adapter(adapter_name)
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(parent, name, child.original_module)
 
 
 def rank_for(config: LoRASBConfig, name: str) -> int:
@@ -227,8 +251,32 @@ def _resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
                 f"{limit}. Lower r, or give this layer its own: rank_pattern={{{name.rpartition('.')[2]!r}: {limit}}}"
             )
         capped[re.escape(name)] = limit
-    config.r = config.r or DEFAULT_RANK
-    config.rank_pattern.update(capped)
+    config.resolve_ranks(config.r or DEFAULT_RANK, config.rank_pattern | capped)
+
+
+def _chosen(model: nn.Module, config: LoRASBConfig) -> set[str]:
+    """What "all-linear" leaves after layers_to_transform, which PEFT applies to short names only, and heads."""
+    names = {n for n in config.target_modules or () if not isinstance(model.get_submodule(n), OWN_WEIGHT_READERS)}
+    if config.layers_to_transform is None:
+        return names
+    wanted = config.layers_to_transform
+    wanted = [wanted] if isinstance(wanted, int) else list(wanted)
+    patterns = config.layers_pattern or r"[^.]*"
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found = {n: re.match(rf"(?:^|.*?\.)(?:{'|'.join(patterns)})\.(\d+)\.", n) for n in names}
+    return {name for name, match in found.items() if match and int(match.group(1)) in wanted}
+
+
+def _refuse_tied_head(model: Any, targets: dict[str, nn.Module]) -> None:
+    """A head that shares the embedding's weight cannot be adapted: merging would move the embedding too."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    shared = getattr(embedding, "weight", None)
+    for name, module in targets.items():
+        if shared is not None and _base(module).weight is shared:
+            raise ValueError(
+                f"target {name!r} shares its weight with the input embedding: leave it out of target_modules, or load "
+                "the model with tie_word_embeddings=False"
+            )
 
 
 def _base(module: nn.Module) -> Any:
@@ -238,8 +286,13 @@ def _base(module: nn.Module) -> Any:
 def _check_supported(name: str, module: nn.Module) -> None:
     base = _base(module)
     weight = getattr(base, "weight", None)
+    if isinstance(base, OWN_WEIGHT_READERS):
+        raise TypeError(
+            f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it: "
+            "name it in exclude_modules"
+        )
     if isinstance(base, nn.Linear | Conv1D) and weight is not None:
-        if weight.dim() == 2 and weight.is_floating_point() and type(weight.data) is Tensor:
+        if weight.dim() == 2 and weight.dtype in checkpoint.FLOATS and type(weight.data) is Tensor:
             return
         raise TypeError(
             f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: expected "

@@ -156,7 +156,21 @@ def make_plain_lora(tensors: dict[str, Tensor]) -> None:
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(64, 4)
 
 
+def halve_one(tensors: dict[str, Tensor]) -> None:
+    key = "base_model.model.model.layers.1.mlp.up_proj.lorasb_R"
+    tensors[key] = tensors[key].bfloat16()
+
+
+def poison_one(tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lorasb_B"][0, 0] = float("nan")
+
+
 DAMAGE = {
+    "R in 16 bits": (
+        halve_one,
+        r"lorasb_R of layer .* is torch\.bfloat16 in the adapter file, expected one of torch\.float32",
+    ),
+    "NaN": (poison_one, r"lorasb_B of layer .* has NaN or Inf values in the adapter file"),
     "missing": (
         drop_one,
         r"has no lorasb_R for layer 'model\.layers\.1\.mlp\.up_proj'.*holds 14 layers, this model has 14",
@@ -165,7 +179,7 @@ DAMAGE = {
         reshape_one,
         r"lorasb_R of layer 'model\.layers\.1\.mlp\.up_proj' is \[5, 5\] in the adapter file, expected \[4, 4\]",
     ),
-    "dtype": (retype_one, r"lorasb_A of layer .* is torch\.int32 in the adapter file, expected a float"),
+    "dtype": (retype_one, r"lorasb_A of layer .* is torch\.int32 in the adapter file, expected one of"),
     "extra": (add_one, r"has layers that this model does not adapt: model\.layers\.7\.mlp\.up_proj"),
     "mislabelled": (make_plain_lora, r"holds a plain LoRA .* its configuration says LORASB: it has no R"),
 }
@@ -181,6 +195,52 @@ def test_a_damaged_file_says_what_is_wrong_and_leaves_the_base_as_it_was(saved: 
         peft.PeftModel.from_pretrained(base, saved)
     assert not any(isinstance(module, LoRASBLinear) for module in base.modules())
     assert torch.equal(logits(base), answer)
+
+
+def test_a_failed_load_over_a_trained_adapter_leaves_it(saved: Path) -> None:
+    edit(saved, drop_one)
+    model = patched(r=4)
+    want, names = logits(model), [n for n, p in model.named_parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match="has no lorasb_R"):
+        model.load_adapter(saved, "default")
+    assert torch.equal(logits(model), want)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == names
+
+
+def test_a_failed_second_load_can_be_repeated_once_mended(saved: Path, tmp_path: Path) -> None:
+    whole = (saved / WEIGHTS).read_bytes()
+    edit(saved, drop_one)
+    model = patched()
+    want = logits(model)
+    with pytest.raises(ValueError, match="has no lorasb_R"):
+        model.load_adapter(saved, "second")
+    assert list(model.peft_config) == ["default"]
+    (saved / WEIGHTS).write_bytes(whole)
+    model.load_adapter(saved, "second")
+    model.set_adapter("second")
+    assert torch.equal(logits(model), want)
+
+
+def test_the_order_of_rank_patterns_survives(tmp_path: Path) -> None:
+    model = patched(r=2, rank_pattern={"q_proj": 8, ".*": 4})
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(make("llama"), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_others_may_read_the_files(saved: Path) -> None:
+    assert {oct(path.stat().st_mode & 0o777) for path in saved.iterdir()} == {"0o644"}
+
+
+def test_the_card_of_a_baseline_says_so(tmp_path: Path) -> None:
+    model = lorasb.patch(make("roberta"), r=4, init="lora-xs")
+    lorasb.initialize(model, progress=False)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "LoRA-XS" in card
+    assert "| scaling s | 4 |" in card
+    assert "also trained, and saved whole | classifier" in card
+    assert "More Information Needed" not in card
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])

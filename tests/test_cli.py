@@ -128,6 +128,12 @@ BAD_CALLS = {
     "dtype": (["finetune", "--dtype", "int4"], "--dtype must be one of bfloat16, float32, float16, got 'int4'"),
     "rank": (["finetune", "--r", "0"], "--r must be positive, got 0"),
     "task": (["finetune", "--task", "chess"], "unknown task 'chess': expected one of word_sequence_reversal"),
+    "model": (
+        ["finetune", "--model", "nowhere/none"],
+        "cannot load --model 'nowhere/none', expected a folder or hub id",
+    ),
+    "samples": (["finetune", "--samples", "0"], "--samples must be positive, got 0"),
+    "too many samples": (["finetune", "--samples", "500"], "num_samples=500, but the batches hold 27 samples"),
     "data": (["finetune", "--data", "nowhere.jsonl"], "expected a JSONL file, found none"),
     "backend": (["finetune", "--data", "x"], "unknown backend 'warp': expected one of auto"),
 }
@@ -136,9 +142,11 @@ BAD_CALLS = {
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_bad_calls_end_in_one_line(tiny: Path, data: Path, tmp_path: Path, name: str) -> None:
     arguments, message = BAD_CALLS[name]
-    if name == "backend":
-        arguments = ["finetune", "--data", str(data)]
-    model = ["--model", str(tiny), "--output", str(tmp_path)] if arguments[0] == "finetune" else []
+    if name in ("backend", "model", "too many samples"):
+        arguments = [*arguments[:1], "--data", str(data), *(arguments[1:] if name != "backend" else [])]
+    model = ["--output", str(tmp_path)] if arguments[0] == "finetune" else []
+    if model and name != "model":
+        model += ["--model", str(tiny)]
     done = lorasb(*arguments, *model, **({"LORASB_BACKEND": "warp"} if name == "backend" else {}))
     assert done.returncode == 1
     assert message in " ".join(done.stderr.split())
@@ -192,6 +200,29 @@ class TestTasks:
 
 
 class TestEncoding:
+    def test_white_space_of_the_users_own_is_kept(self, tiny: Path) -> None:
+        class Letters:
+            eos_token_id = 0
+
+            def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+                return {"input_ids": [ord(letter) for letter in text]}
+
+        for prompt, completion, learned in (("a", "b", " b"), ("a\n", "b", "b"), ("a", "  b\n", "  b\n")):
+            encoded = encode.encode(tasks.Example(prompt, completion), Letters(), 64)
+            assert "".join(map(chr, encoded.completion[:-1])) == learned
+
+    def test_before_and_after_are_measured_alike(self) -> None:
+        import conftest
+
+        import lorasb as library
+
+        model = conftest.make("gpt2")
+        encoded = [encode.Encoded((3, 4, 5) * k, (7, 8)) for k in (1, 3)]
+        before = encode.Collator(0, model)(encoded)
+        patched_model = library.patch(model, r=4)
+        after = encode.Collator(0, patched_model.get_base_model())(encoded)
+        assert before.keys() == after.keys() >= {"position_ids", "logits_to_keep"}
+
     def test_prompts_are_not_learned(self, tiny: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
         examples = [tasks.Example("copy red", "red"), tasks.Example("copy the blue cat", "blue cat")]

@@ -55,6 +55,54 @@ def test_an_uninitialised_layer_is_the_base_and_refuses_to_train() -> None:
         layer(x)
 
 
+def test_a_backward_in_evaluation_mode_is_refused_too() -> None:
+    layer = make(initialised=False).eval()
+    y = layer(torch.randn(3, 16))
+    with pytest.raises(RuntimeError, match="has not been initialised"):
+        y.sum().backward()
+
+
+def test_outputs_may_be_written_in_place() -> None:
+    layer, x = make(), torch.randn(2, 5, 16, requires_grad=True)
+    layer(x).relu_().sum().backward()
+    gradient = layer.lorasb_R["default"].grad.clone()
+    layer.zero_grad()
+    layer(x).relu().sum().backward()
+    assert torch.equal(layer.lorasb_R["default"].grad, gradient)
+
+
+def test_casting_a_layer_leaves_r_in_fp32() -> None:
+    layer = make()
+    before = layer.lorasb_R["default"].detach().clone()
+    layer.to(torch.bfloat16)
+    assert layer.lorasb_A["default"].dtype == torch.bfloat16
+    assert torch.equal(layer.lorasb_R["default"], before)
+
+
+def test_the_adapters_product_is_written_first_and_the_base_accumulates_onto_it() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            calls.append((str(function), [tuple(a.shape) for a in args if isinstance(a, Tensor)]))
+            return function(*args, **(kwargs or {}))
+
+    from lorasb.backends import eager
+
+    x, dy = torch.randn(7, 16), torch.randn(7, 12)
+    layer = make()
+    a, core, b = (getattr(layer, f"lorasb_{part}")["default"].detach() for part in "ARB")
+    weight = layer.base_weight().detach()
+    with Record():
+        _, u = eager.forward(x, weight, a, core, b, None, 1.0, 0.0, None)
+        eager.backward(dy, weight, a, core, b, u, 1.0, 0.0, None, True, True)
+    onto = [shapes for name, shapes in calls if name == "aten.addmm_.default"]
+    assert onto == [[(7, 12), (7, 16), (16, 12)], [(7, 16), (7, 12), (12, 16)]]
+    assert not any(name.startswith("aten.add.") for name, _ in calls)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_loading_a_state_dict_initialises(assign: bool) -> None:
     source, target = make(), make(initialised=False)

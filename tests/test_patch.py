@@ -9,7 +9,7 @@ import pytest
 import tolerances
 import torch
 import transformers
-from conftest import FAMILIES, batches_for, llama, logits, make, patched
+from conftest import FAMILIES, SIZES, batches_for, llama, logits, make, patched
 from torch import nn
 
 import lorasb
@@ -262,6 +262,7 @@ BAD_PATCHES = {
     "rank_pattern too large": ({"r": 4, "rank_pattern": {"v_proj": 40}}, ValueError, r"rank 40 is more than layer .*v_proj"),
     "r zero": ({"r": 0}, ValueError, "r must be a positive integer, got 0"),
     "r negative": ({"r": -3}, ValueError, "r must be a positive integer, got -3"),
+    "r above the kernels' limit": ({"r": 257}, ValueError, "r must be at most 256, got 257"),
     "r float": ({"r": 8.0}, ValueError, r"r must be a positive integer, got 8\.0"),
     "rank_pattern zero": ({"rank_pattern": {"q_proj": 0}}, ValueError, r"rank_pattern\['q_proj'\] must be a positive"),
     "no target": ({"target_modules": ["qq_proj"]}, ValueError, r"qq_proj.* not found in the base model"),
@@ -273,6 +274,8 @@ BAD_PATCHES = {
     "scaling": ({"scaling": 0.0}, ValueError, "scaling must be finite and not zero"),
     "alpha": ({"lora_alpha": 16}, ValueError, "lora_alpha belongs to init='lora-xs'"),
     "pattern alone": ({"layers_pattern": "layers"}, ValueError, "give layers_to_transform too"),
+    "layer zero with regex": ({"target_modules": ".*q_proj", "layers_to_transform": 0}, ValueError, "select the layers in the regex"),
+    "scaling text": ({"scaling": "2"}, ValueError, "scaling must be finite and not zero"),
     "layers with regex": ({"target_modules": ".*q_proj", "layers_to_transform": [1]}, ValueError, "select the layers in the regex"),
     "an embedding": ({"target_modules": ["embed_tokens"]}, TypeError, "is a Embedding: expected nn.Linear"),
     "task type": ({"task_type": "CHESS"}, ValueError, "Invalid task type"),
@@ -290,6 +293,89 @@ def test_a_failed_patch_says_why_and_leaves_the_model_as_it_was(name: str) -> No
     assert snapshot(model) == before
     assert torch.equal(logits(model), answer)
     lorasb.patch(model, r=4)  # and it can still be patched
+
+
+def test_one_configuration_serves_several_models() -> None:
+    config = lorasb.LoRASBConfig()
+    for wrap in (lorasb.patch, peft.get_peft_model):
+        for seed in (0, 1):
+            model = wrap(make("llama", seed=seed), config)
+            assert model.peft_config["default"].base_fingerprint
+            assert {m.r["default"] for m in model.modules() if isinstance(m, LoRASBLinear)} == {32, 64}
+    again = lorasb.patch(lorasb.patch(make("llama"), config).unload(), config)
+    assert adapted(again)
+
+
+def test_get_peft_model_infers_what_patch_infers() -> None:
+    model = peft.get_peft_model(make("roberta"), lorasb.LoRASBConfig(r=4, init="lora-xs"))
+    assert model.peft_config["default"].task_type == "SEQ_CLS"
+    assert {m.scaling["default"] for m in model.modules() if isinstance(m, LoRASBLinear)} == {4.0}
+
+
+@pytest.mark.parametrize("kind", ["DistilBert", "XLNet", "Llama"])
+def test_fresh_heads_under_other_names(kind: str) -> None:
+    configs = {
+        "DistilBert": transformers.DistilBertConfig(
+            num_labels=3, dim=32, hidden_dim=48, n_layers=1, n_heads=2, vocab_size=99
+        ),
+        "XLNet": transformers.XLNetConfig(num_labels=3, d_model=32, d_inner=48, n_layer=1, n_head=2, vocab_size=99),
+        "Llama": transformers.LlamaConfig(num_labels=3, pad_token_id=0, num_key_value_heads=2, **SIZES),
+    }
+    model = lorasb.patch(getattr(transformers, f"{kind}ForSequenceClassification")(configs[kind]), r=4).eval()
+    heads = {"classifier", "pre_classifier", "score", "logits_proj"}
+    assert not any(set(name.split(".")) & heads for name in adapted(model))
+    lorasb.initialize(model, batches_for("roberta"), lr=1e-3, progress=False)
+    want = logits(model, "roberta")
+    tolerances.check(logits(model.merge_and_unload(), "roberta"), want, tolerances.MERGE)
+
+
+def test_models_that_read_no_text_get_no_text_task() -> None:
+    config = transformers.WhisperConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=99,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=16, max_target_positions=16,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )  # fmt: skip
+    model = lorasb.patch(transformers.WhisperForConditionalGeneration(config), r=4).eval()
+    batch = {"input_features": torch.randn(2, 8, 32), "labels": torch.randint(3, 99, (2, 5))}
+    lorasb.initialize(model, [batch], lr=1e-3, progress=False)
+    assert torch.isfinite(model(**batch).loss)
+
+
+def test_layers_to_transform_with_all_linear() -> None:
+    model = lorasb.patch(make("llama"), r=4, layers_to_transform=[1])
+    assert len(adapted(model)) == 7
+    assert all(name.startswith("model.layers.1.") for name in adapted(model))
+
+
+def test_an_adapter_for_each_row_is_refused_not_ignored() -> None:
+    with pytest.raises(ValueError, match=r"adapter_names .* is not supported: call model\.set_adapter"):
+        patched()(**batches_for("llama")[0], adapter_names=["default", "__base__"])
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_tied_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="shares its weight with the input embedding"):
+        lorasb.patch(make("llama"), r=4, target_modules=["lm_head"])
+
+
+def test_attention_that_reads_its_own_weights() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    assert adapted(lorasb.patch(model, r=2)) == {"0"}
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    with pytest.raises(TypeError, match=r"belongs to an nn\.MultiheadAttention"):
+        lorasb.patch(model, r=2, target_modules=["out_proj"])
+
+
+def test_offloaded_bases(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    from accelerate import cpu_offload
+
+    want = patched()
+    model = make("llama")
+    cpu_offload(model, execution_device="cpu")
+    model = lorasb.patch(model, r=4)
+    lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
+    tolerances.check(logits(model), logits(want), tolerances.MERGE)
 
 
 def test_config_and_fields_together() -> None:
@@ -319,12 +405,24 @@ def test_a_failed_second_adapter_leaves_the_first() -> None:
     assert list(model.peft_config) == ["default"]
 
 
-def test_bases_that_are_not_supported_yet() -> None:
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_dtypes_that_are_not_supported(dtype: torch.dtype) -> None:
     model = llama()
     layer = model.model.layers[0].mlp.up_proj
-    layer.weight = nn.Parameter(layer.weight.detach().to(torch.uint8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"up_proj.* torch\.uint8 weight.*Quantised bases are not supported"):
+    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    with pytest.raises(TypeError, match=rf"up_proj.* {dtype} weight.*Quantised bases are not supported"):
         lorasb.patch(model, r=4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_4_bit_bases_are_refused() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = llama()
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = bitsandbytes.nn.Linear4bit(64, 96, bias=False, compute_dtype=torch.float32).to("cpu")
+    with pytest.raises(TypeError, match=r"up_proj' is a Linear4bit .*Quantised bases are not supported"):
+        lorasb.patch(model, r=4)
+    assert not adapted(model)
 
 
 PAPER = {

@@ -29,6 +29,7 @@ FACTORS = Tolerance(1e-4, 1e-5, "fp32 products of factors, over the largest sing
 THEORY = Tolerance(1e-8, 1e-10, "an identity between fp64 products")
 BATCHING = Tolerance(2e-4, 2e-6, "fp32 gradients over their largest entry, summed in another order and padded")
 ORTHONORMAL = Tolerance(0.0, 1e-5, "columns after fp32 QR and SVD")
+ROUNDED_FACTORS = Tolerance(0.0, 2**-7, "orthonormal rows rounded to bf16, 2^-9 an entry")
 ENERGY = 0.999  # captured energy over the optimum's
 PROCESS = Tolerance(0.0, 1e-6, "the same fp32 sums on another schedule")
 

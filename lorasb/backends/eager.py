@@ -23,6 +23,11 @@ def times_core(left: Tensor, core: Tensor, scale: float) -> Tensor:
     return (left.to(core.dtype) @ core).mul_(scale).to(left.dtype)
 
 
+def shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows [M, n] in the leading shape of `like`; no view to autograd, so that callers may write into it in place."""
+    return torch.ops.aten._unsafe_view.default(rows, (*like.shape[:-1], rows.shape[1]))
+
+
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -45,7 +50,7 @@ def forward(
         y = v @ b.t() if bias is None else torch.addmm(bias, v, b.t())
         if weight is not None:
             y.addmm_(rows, weight.t())
-    return y.view(*x.shape[:-1], b.shape[0]), u
+    return shaped(y, x), u
 
 
 def backward(
@@ -75,7 +80,7 @@ def backward(
                 dx.mul_(keep_mask(dx.shape, dropout, seed, dx.device))
             if weight is not None:
                 dx.addmm_(rows, weight)
-            dx = dx.view(*dy.shape[:-1], a.shape[1])
+            dx = shaped(dx, dy)
     return dx, dcore
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
+
+TASK_NAMES = "word_sequence_reversal, chain_sum, leg_counting, family_relationships, gcd"
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune Hugging Face models with LoRA-SB.")
 
@@ -15,18 +19,20 @@ Output = Annotated[Path, typer.Option(help="Folder for the run's files.")]
 @app.command()
 def finetune(
     model: Annotated[str, typer.Option(help="Folder or hub id.")] = "smollm2-135m",
-    task: Annotated[str, typer.Option(help="Generated task, where --data is not given.")] = "word_sequence_reversal",
+    task: Annotated[
+        str, typer.Option(help=f"Generated task, without --data: {TASK_NAMES}.")
+    ] = "word_sequence_reversal",
     data: Annotated[Path | None, typer.Option(help="JSONL of prompt/completion, or messages.")] = None,
     eval_data: Annotated[Path | None, typer.Option(help="JSONL of held-out examples.")] = None,
     method: Annotated[str, typer.Option(help="lora-sb, lora-xs or lora (PEFT's).")] = "lora-sb",
-    r: Annotated[int, typer.Option(help="Rank.")] = 64,
+    r: Annotated[int | None, typer.Option(help="Rank; 64, capped at smaller layers (lora: 32).")] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     epochs: Annotated[float, typer.Option(help="Passes over the training examples.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 16,
     warmup: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = 0.1,
     train_examples: Annotated[int, typer.Option(help="Generated training examples.")] = 3600,
     eval_examples: Annotated[int, typer.Option(help="Held-out examples.")] = 100,
-    samples: Annotated[int, typer.Option(help="Samples for the initialisation.")] = 64,
+    samples: Annotated[int | None, typer.Option(help="Samples for the initialisation; max(32, n/1000).")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens an example, at most.")] = 512,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Seed of data, initialisation and training.")] = 0,
@@ -62,7 +68,7 @@ def finetune(
     console.print(show.answers(result.examples, result.before.answers, result.after.answers))
     console.print(show.before_and_after(result.summary))
     console.print(show.costs(result.summary))
-    console.print(f"In [bold]{output}[/]: " + ", ".join(sorted(p.name for p in output.iterdir())))
+    console.print(f"In [bold]{escape(str(output))}[/]: " + ", ".join(sorted(p.name for p in output.iterdir())))
 
 
 @app.command()
@@ -102,8 +108,9 @@ def main() -> None:
     """Run the command; what a user can mend is one line, not a traceback."""
     from .console import errors
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports kernels that no command here uses
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError, ImportError, RuntimeError) as error:
-        errors.print(f"[bold red]lorasb:[/] {error}", highlight=False)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        errors.print(f"[bold red]lorasb:[/] {escape(str(error))}", highlight=False)
         raise SystemExit(1) from None

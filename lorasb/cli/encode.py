@@ -34,7 +34,8 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
         question, answer = list(example.messages[:-1]), example.completion
         prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
     else:
-        prompt, answer = example.prompt, " " + example.completion.lstrip()
+        apart = example.prompt[-1:].isspace() or example.completion[:1].isspace()
+        prompt, answer = example.prompt, example.completion if apart else " " + example.completion
     ids = tokenizer(prompt, add_special_tokens=not example.messages)["input_ids"]
     completion = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id][: max_length - 1]
     return Encoded(tuple(ids[-(max_length - len(completion)) :]), tuple(completion))

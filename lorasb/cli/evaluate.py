@@ -38,7 +38,7 @@ def evaluate(
     losses: list[float] = []
     answers: list[str] = []
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    collate = Collator(tokenizer.pad_token_id, model)
+    collate = Collator(tokenizer.pad_token_id, getattr(model, "get_base_model", lambda: model)())
     for start in tqdm(range(0, len(order), batch_size), desc=title, unit="batch", leave=False):
         chunk = [encoded[i] for i in order[start : start + batch_size]]
         losses += _losses(model, collate(chunk))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from .evaluate import Evaluation, evaluate
 from .tasks import HELD_OUT_SEED, Example, generate, read_jsonl
 
 METHODS = ("lora-sb", "lora-xs", "lora")
+LORA_RANK = 32  # the rank that the paper compares with
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
@@ -31,14 +33,14 @@ class Settings:
     data: str | None = None
     eval_data: str | None = None
     method: str = "lora-sb"
-    r: int = 64
+    r: int | None = None
     lr: float = 2e-3
     epochs: float = 1.0
     batch_size: int = 16
     warmup: float = 0.1
     train_examples: int = 3600
     eval_examples: int = 100
-    samples: int | None = 64
+    samples: int | None = None
     max_length: int = 512
     dtype: str = "bfloat16"
     seed: int = 0
@@ -49,8 +51,8 @@ class Settings:
         for name, choices in (("method", METHODS), ("dtype", tuple(DTYPES))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("r", "lr", "epochs", "batch_size", "train_examples", "eval_examples", "max_length"):
-            if not getattr(self, name) > 0:
+        for name in ("r", "lr", "epochs", "batch_size", "train_examples", "eval_examples", "samples", "max_length"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)!r}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"--warmup is a share of the steps in [0, 1), got {self.warmup!r}")
@@ -72,7 +74,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return max(1, int(-(-len(self.train_ids) // self.settings.batch_size) * self.settings.epochs))
+        return max(1, math.ceil(-(-len(self.train_ids) // self.settings.batch_size) * self.settings.epochs))
 
     @property
     def warmup_steps(self) -> int:
@@ -122,10 +124,13 @@ def prepare(settings: Settings) -> Run:
     set_seed(settings.seed)
     folder = resolve_model(settings.model)
     train_examples, held_out = load_examples(settings)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[settings.dtype])
+    except OSError as error:
+        raise ValueError(f"cannot load --model {settings.model!r}, expected a folder or hub id: {error}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[settings.dtype])
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     _contiguous_head(model)
     encoded = [[encode(e, tokenizer, settings.max_length) for e in part] for part in (train_examples, held_out)]
@@ -163,9 +168,8 @@ def adapt(run: Run) -> tuple[Any, float]:
 
     settings, started = run.settings, time.perf_counter()
     if settings.method == "lora":
-        config = peft.LoraConfig(
-            r=settings.r, lora_alpha=settings.r, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        r = settings.r or LORA_RANK
+        config = peft.LoraConfig(r=r, lora_alpha=r, target_modules="all-linear", task_type="CAUSAL_LM")
         run.model = peft.get_peft_model(run.model, config)
         return None, 0.0
     init = "lora-xs" if settings.method == "lora-xs" else "update"
@@ -175,9 +179,8 @@ def adapt(run: Run) -> tuple[Any, float]:
         batch_size=settings.batch_size,
         collate_fn=Collator(run.tokenizer.pad_token_id, run.model.get_base_model()),
     )
-    samples = None if settings.samples is None else min(settings.samples, len(run.train_ids))
     eta = lorasb.first_step_lr(settings.lr, run.warmup_steps)
-    report = lorasb.initialize(run.model, loader, lr=eta, num_samples=samples, seed=settings.seed)
+    report = lorasb.initialize(run.model, loader, lr=eta, num_samples=settings.samples, seed=settings.seed)
     config = run.model.peft_config["default"]
     config.init_provenance["data"] = _describe_data(settings, len(run.train_ids))
     return report, time.perf_counter() - started
@@ -285,6 +288,7 @@ def _summary(
         "train_steps": run.steps,
         "tokens_per_second": tokens / seconds,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "rank": run.model.peft_config["default"].r,
         "config": asdict(run.settings),
     }
 
@@ -304,6 +308,8 @@ def save(run: Run, report: Any, history: list[dict[str, Any]], summary: dict[str
         report.save(folder / "report.json")
         if report.energy_sign is not None:
             report.plot(folder / "energy.png")
-    title = f"{settings.method}, r={settings.r}: {_describe_data(settings, len(run.train_ids))}, lr {settings.lr:g}"
+    title = (
+        f"{settings.method}, r={summary['rank']}: {_describe_data(settings, len(run.train_ids))}, lr {settings.lr:g}"
+    )
     plot_loss(history, summary["eval_loss_before"], summary["eval_loss_after"], folder / "loss.png", title)
     write_json(folder / "summary.json", summary)

@@ -22,7 +22,7 @@ WIDTH = 44
 def before_and_after(summary: dict[str, Any]) -> Table:
     """Held-out loss and accuracy before and after, and what the run cost."""
     config = summary["config"]
-    table = Table(title=f"{config['method']}, r={config['r']}: {summary['eval_examples']} held-out problems")
+    table = Table(title=f"{config['method']}, r={summary['rank']}: {summary['eval_examples']} held-out problems")
     for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     loss = summary["eval_loss_before"], summary["eval_loss_after"]
@@ -40,7 +40,9 @@ def costs(summary: dict[str, Any]) -> Table:
     share = summary["trainable_params"] / summary["base_params"]
     size = summary["adapter_bytes"]
     table.add_row("trained parameters", f"{summary['trainable_params']:,} ({share:.2%} of the model)")
-    table.add_row("adapter file", f"{size / 1e6:.1f} MB ({size / summary['base_bytes']:.0%} of the model)")
+    whole = summary["base_bytes"]
+    table.add_row("adapter file", f"{size / 1e6:.1f} MB ({size / whole:.0%} of the model)")
+    table.add_row("R alone", f"{4e-6 * summary['trainable_params']:.1f} MB in fp32")
     table.add_row("initialisation", f"{summary['init_seconds']:.1f} s")
     table.add_row("training", f"{summary['train_seconds']:.0f} s, {summary['train_steps']} steps, "
                   f"{summary['tokens_per_second']:.0f} tokens/s")  # fmt: skip
@@ -50,7 +52,7 @@ def costs(summary: dict[str, Any]) -> Table:
 
 def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str]) -> Table:
     """Three problems with the answers before and after, the right one beside them."""
-    table = Table(title=f"{SHOWN} of the held-out problems", show_lines=True)
+    table = Table(title=f"{min(SHOWN, len(examples))} of the held-out problems", show_lines=True)
     for name in ("problem", "right answer", "before", "after"):
         table.add_column(name, overflow="fold", max_width=WIDTH)
     for example, old, new in list(zip(examples, before, after, strict=True))[:SHOWN]:

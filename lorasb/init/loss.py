@@ -22,6 +22,7 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
 
     A model's own loss is a mean over all tokens of the batch, which weighs long samples more. The gradient at the
     logits is rescaled sample by sample where that mean can be recognised; where it cannot, samples go one by one.
+    Samples without a labelled token have no loss and count nothing.
     With `loss_fn`, the caller's loss counts as it is, times the batch's samples.
 
     Returns:
@@ -35,19 +36,34 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
         loss = _checked(loss_fn(model, batch), batch) * rows
         loss.backward()
         return float(loss.detach())
+    if _unlabelled(batch):
+        return 0.0
     outputs = model(**batch)
-    loss = _checked(_field(outputs, "loss"), batch)
+    loss, logits = _checked(_field(outputs, "loss"), batch), _field(outputs, "logits")
     if rows == 1:
         loss.backward()
         return float(loss.detach())
-    weights = _weights(loss, _field(outputs, "logits"), batch)
+    weights = _weights(loss, logits, batch) if _feeds(logits, loss) else None
     if weights is None:
-        del outputs, loss
+        del outputs, loss, logits
         return sum(backward_over_samples(model, take_rows(batch, torch.tensor([i])), None) for i in range(rows))
-    logits, scale = _field(outputs, "logits"), weights[0]
-    logits.register_hook(lambda g: g * scale.to(g.dtype).view(-1, *(1,) * (g.dim() - 1)))
+    scale, total = weights
+    logits.register_hook(lambda g: (g * scale.view(-1, *(1,) * (g.dim() - 1))).to(g.dtype))
     loss.backward()
-    return weights[1]
+    return total
+
+
+def _unlabelled(batch: Mapping[str, Any]) -> bool:
+    """Whether every label of a batch is ignored: such samples have no loss, and a mean over nothing is NaN."""
+    labels = batch.get("labels")
+    return isinstance(labels, Tensor) and not labels.is_floating_point() and bool((labels == IGNORED).all())
+
+
+def _feeds(logits: Any, loss: Tensor) -> bool:
+    """Whether the loss was computed from these very logits; accelerate's wrappers return copies."""
+    if not isinstance(logits, Tensor) or not logits.requires_grad:
+        return False
+    return torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)[0] is not None
 
 
 def _field(outputs: Any, name: str) -> Any:
@@ -76,9 +92,9 @@ def _weights(loss: Tensor, logits: Any, batch: Mapping[str, Any]) -> tuple[Tenso
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or logits.shape[0] != labels.shape[0]:
         return None
     for sums, counts in _candidates(logits.float(), labels):
-        total = counts.sum()
-        if (counts > 0).all() and _close(sums.sum() / total, loss):
-            return total / counts, float((sums / counts).sum())
+        total, some = counts.sum(), counts.clamp(min=1)
+        if _close(sums.sum() / total, loss):
+            return total / some, float((sums / some).sum())
     return None
 
 

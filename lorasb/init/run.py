@@ -70,7 +70,7 @@ def initialize(
     config: LoRASBConfig = cast(Any, model).peft_config[name]
     _check(update, strategy)
     if config.init == "update":
-        if batches is None or lr is None or not lr > 0:
+        if batches is None or lr is None or not 0 < lr < float("inf"):
             raise ValueError("init='update' takes batches and lr > 0: initialize(model, loader, lr=...)")
         samples = select(batches, num_samples, seed)
         with _undisturbed(model, layers):
@@ -135,11 +135,13 @@ def _gradient_sums(
     model: nn.Module, layers: Layers, samples: Samples, loss_fn: LossFn | None, progress: bool
 ) -> tuple[dict[str, Tensor], float]:
     """ΣG by layer name, and the mean loss of the samples."""
-    device = next(iter(layers.values())).weight.device
+    device = next(next(iter(layers.values())).lorasb_R.parameters()).device
     total = 0.0
     with GradientSums(layers) as sums:
         for batch in tqdm(samples, desc="first-step gradients", unit="batch", disable=not progress, leave=False):
             total += backward_over_samples(model, _to_device(batch, device), loss_fn)
+    if not sums.sums:
+        raise ValueError("no sample has a labelled token: every label of these batches is -100")
     for name in layers:
         if name not in sums.sums:
             raise ValueError(

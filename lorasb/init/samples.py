@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import RandomSampler, SequentialSampler
 
 Batch = dict[str, Any]
 SHARE = 1000  # the paper takes 1/1000 of the data set (appendix I)
@@ -22,6 +23,7 @@ class Samples:
 
     batches: Iterable[Batch]
     limit: int | None = None  # take this many in order, where the data could not be drawn beforehand
+    exact: bool = True  # whether fewer than `limit` is an error
     seen: int = 0
     _hash: Any = field(default_factory=hashlib.sha256)
 
@@ -33,7 +35,7 @@ class Samples:
                 rows = self.limit - self.seen
                 batch = take_rows(batch, torch.arange(rows))
             if rows == 0:
-                break
+                continue
             self.seen += rows
             self._update_hash(batch)
             yield dict(batch)
@@ -50,7 +52,7 @@ class Samples:
     def _check_enough(self) -> None:
         if self.seen == 0:
             raise ValueError("expected at least one sample to initialise from, got none: the batches are empty")
-        if self.limit is not None and self.seen < self.limit:
+        if self.exact and self.limit is not None and self.seen < self.limit:
             raise ValueError(_too_few(self.limit, self.seen))
 
     @property
@@ -63,7 +65,8 @@ def select(batches: Any, num_samples: int | None, seed: int) -> Samples:
     """Choose samples from a DataLoader (by its data set), a list of batches (by their rows) or any iterable (in order).
 
     Args:
-        batches: a DataLoader, a list of dicts of tensors, or an iterable of such dicts.
+        batches: a DataLoader, a list of dicts of tensors, or an iterable of such dicts. A DataLoader with a sampler of
+            its own (a subset, a rank's share) is taken in its order.
         num_samples: how many; None means min(available, max(32, n/1000)), or all of an iterable without a size.
         seed: seed of the drawing. The global random state is not touched.
 
@@ -81,17 +84,24 @@ def select(batches: Any, num_samples: int | None, seed: int) -> Samples:
         return Samples(_drawn_from_dataset(batches, num_samples, seed))
     if isinstance(batches, list | tuple):
         return Samples(_drawn_from_list(batches, num_samples, seed))
+    sampler = getattr(batches, "sampler", None)
+    if num_samples is None and sampler is not None and hasattr(sampler, "__len__"):
+        return Samples(batches, limit=_default_count(len(sampler)), exact=False)
     return Samples(batches, limit=num_samples)
 
 
 def _can_draw(loader: Any) -> bool:
-    dataset = getattr(loader, "dataset", None)
-    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and hasattr(loader, "collate_fn")
+    """Whether a loader stands for its whole data set: another sampler chose a part of it, and that choice is kept."""
+    dataset, plain = getattr(loader, "dataset", None), (SequentialSampler, RandomSampler)
+    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    return (
+        indexed and getattr(loader, "batch_size", None) is not None and type(getattr(loader, "sampler", None)) in plain
+    )
 
 
 def _drawn_from_dataset(loader: Any, num_samples: int | None, seed: int) -> Iterator[Batch]:
     chosen = _draw(len(loader.dataset), num_samples, seed).tolist()
-    size = getattr(loader, "batch_size", None) or 1
+    size = loader.batch_size
     return (
         loader.collate_fn([loader.dataset[i] for i in chosen[start : start + size]])
         for start in range(0, len(chosen), size)
@@ -112,10 +122,14 @@ def _drawn_from_list(batches: list[Any] | tuple[Any, ...], num_samples: int | No
 def _draw(available: int, num_samples: int | None, seed: int) -> Tensor:
     if available == 0:
         raise ValueError("expected at least one sample to initialise from, got none: the data set is empty")
-    wanted = num_samples if num_samples is not None else min(available, max(LEAST, math.ceil(available / SHARE)))
+    wanted = num_samples if num_samples is not None else _default_count(available)
     if wanted > available:
         raise ValueError(_too_few(wanted, available))
     return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted]
+
+
+def _default_count(available: int) -> int:
+    return min(available, max(LEAST, math.ceil(available / SHARE)))
 
 
 def _too_few(wanted: int, available: int) -> str:

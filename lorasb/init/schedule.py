@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def first_step_lr(lr: float, warmup_steps: float = 0, total_steps: int | None = None) -> float:
     """η = peak lr / max(1, warm-up steps): the rate of the first step that moves, as the published code takes it.
@@ -23,5 +25,5 @@ def first_step_lr(lr: float, warmup_steps: float = 0, total_steps: int | None = 
     if 0 < warmup_steps < 1:
         if total_steps is None:
             raise ValueError(f"warmup_steps={warmup_steps!r} is a share of the run: give total_steps too")
-        warmup_steps = round(warmup_steps * total_steps)
+        warmup_steps = math.ceil(warmup_steps * total_steps)  # as transformers counts it
     return lr / max(1.0, float(warmup_steps))
