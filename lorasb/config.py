@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,6 +23,15 @@ GLUE_ALPHA = 16.0  # LoRA-XS fixes alpha at 16 on GLUE and at r elsewhere (paper
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_NAME = "LORASB"
+RESOLVED = (
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "modules_to_save",
+    "task_type",
+    "base_fingerprint",
+    "init_provenance",
+)
 
 
 def _extend_peft_types() -> None:
@@ -129,23 +139,11 @@ class LoRASBConfig(PeftConfig):
                 f"with a regex ({self.target_modules!r}), select the layers in the regex"
             )
 
-    def resolve_ranks(self, r: int, rank_pattern: dict[str, int]) -> None:
-        """Write the ranks that a model got, and remember what was asked for."""
-        self._asked = {**self._remembered(), "r": self.r, "rank_pattern": self.rank_pattern, "init_provenance": None}
-        self.r, self.rank_pattern = r, rank_pattern
-
-    def remember_base(self, values: dict[str, str] | None) -> None:
-        """Write the fingerprint of the model that was patched, and remember that no file asked for it."""
-        self._asked = {**self._remembered(), "base_fingerprint": None}
-        self.base_fingerprint = values
-
-    def forget_last_model(self) -> None:
-        """Put back what was asked for, so that one configuration can serve several models."""
-        for name, value in self._remembered().items():
+    def start_over(self) -> None:
+        """Before a model is patched: put back what was asked for, so that one configuration serves several models."""
+        for name, value in getattr(self, "_asked", {}).items():
             setattr(self, name, value)
-
-    def _remembered(self) -> dict[str, Any]:
-        return getattr(self, "_asked", {})
+        self._asked = {name: copy.copy(getattr(self, name)) for name in RESOLVED}
 
     def scaling_for(self, r: int) -> float:
         """The factor s of a layer of rank `r`."""

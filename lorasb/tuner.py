@@ -52,14 +52,14 @@ class LoRASBModel(BaseTuner):
         config = cast(LoRASBConfig, self.peft_config[adapter_name])
         with _unchanged_on_error(model):
             self._refuse_duplicates(model, adapter_name)
-            config.forget_last_model()
+            config.start_over()
             config.task_type = config.task_type or infer_task_type(model)
             _save_heads(model, config)
             self._plan(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if config.base_fingerprint is None and not self._any_merged(model):
                 layers = _layers_with(model, adapter_name)
-                config.remember_base(fingerprint({name: layer.base_weight() for name, layer in layers.items()}))
+                config.base_fingerprint = fingerprint({name: layer.base_weight() for name, layer in layers.items()})
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -251,7 +251,7 @@ def _resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
                 f"{limit}. Lower r, or give this layer its own: rank_pattern={{{name.rpartition('.')[2]!r}: {limit}}}"
             )
         capped[re.escape(name)] = limit
-    config.resolve_ranks(config.r or DEFAULT_RANK, config.rank_pattern | capped)
+    config.r, config.rank_pattern = config.r or DEFAULT_RANK, config.rank_pattern | capped
 
 
 def _chosen(model: nn.Module, config: LoRASBConfig) -> set[str]:

@@ -304,6 +304,7 @@ def test_one_configuration_serves_several_models() -> None:
             assert {m.r["default"] for m in model.modules() if isinstance(m, LoRASBLinear)} == {32, 64}
     again = lorasb.patch(lorasb.patch(make("llama"), config).unload(), config)
     assert adapted(again)
+    assert adapted(peft.get_peft_model(make("gpt2"), config))
 
 
 def test_get_peft_model_infers_what_patch_infers() -> None:
