@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -109,6 +110,7 @@ def main() -> None:
     from .console import errors
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports kernels that no command here uses
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's business, not the user's
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
