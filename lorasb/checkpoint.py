@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .config import CONFIG_NAME, PEFT_NAME, WEIGHTS_NAME
 from .files import safetensors_header
+from .linear import PEFT_PREFIX
 
 PARTS = ("lorasb_A", "lorasb_R", "lorasb_B")
-PREFIX = "base_model.model."
 WIDE = (torch.float32, torch.float64)
 FLOATS = (*WIDE, torch.bfloat16, torch.float16)
 
@@ -67,7 +67,7 @@ def group_by_layer(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
     layers: dict[str, dict[str, Any]] = {}
     for key, value in tensors.items():
         for part in PARTS:
-            name, found, _ = key.removeprefix(PREFIX).rpartition(f".{part}")
+            name, found, _ = key.removeprefix(PEFT_PREFIX).rpartition(f".{part}")
             if found:
                 layers.setdefault(name, {})[part] = value
     return layers

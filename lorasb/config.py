@@ -14,9 +14,9 @@ from peft.utils.peft_types import PeftType
 from . import _peft_hook
 from .card import update_card
 from .files import safetensors_header, write_json
+from .limits import MAX_RANK
 
 DEFAULT_RANK = 64
-MAX_RANK = 256
 INITS = ("update", "lora-xs", "kaiming")
 ALL_LINEAR = "all-linear"
 GLUE_ALPHA = 16.0  # LoRA-XS fixes alpha at 16 on GLUE and at r elsewhere (paper, appendix I)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .config import CONFIG_NAME, WEIGHTS_NAME, LoRASBConfig
 from .files import replacing, write_json, write_text
-from .linear import adapted_layers
+from .linear import PEFT_PREFIX, adapted_layers
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 COPIED = ("base_model_name_or_path", "revision", "task_type", "target_modules", "exclude_modules",
@@ -50,8 +50,8 @@ def export_lora(
     written = {key: value for key, value in tensors.items() if not any(f".{p}" in key for p in checkpoint.PARTS)}
     for name, parts in layers.items():
         a, b = _factors(parts, scalings[name], rank)
-        written[f"{checkpoint.PREFIX}{name}.lora_A.weight"] = _cast(a, dtype, name)
-        written[f"{checkpoint.PREFIX}{name}.lora_B.weight"] = _cast(b, dtype, name)
+        written[f"{PEFT_PREFIX}{name}.lora_A.weight"] = _cast(a, dtype, name)
+        written[f"{PEFT_PREFIX}{name}.lora_B.weight"] = _cast(b, dtype, name)
     folder = Path(path)
     with replacing(folder / WEIGHTS_NAME) as temporary:
         save_file({k: v.contiguous() for k, v in written.items()}, str(temporary), metadata={"format": "pt"})

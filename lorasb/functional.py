@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import backends  # noqa: F401  registers the kernels
+from .limits import MAX_RANK
 from .ops import current_backend, linear_op
 
-MAX_RANK = 256
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

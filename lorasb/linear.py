@@ -13,6 +13,8 @@ from . import _peft_hook
 from .containers import HALVES, LOADED, Cores, FrozenFactors
 from .functional import lora_sb_linear
 
+PEFT_PREFIX = "base_model.model."  # what a PeftModel puts before the base model's names
+
 
 class _EquivalentGradient(torch.autograd.Function):
     """The identity, with backward g -> left g right."""
@@ -98,8 +100,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"expected 0 < r <= min(in, out) = {min(self.in_features, self.out_features)}, got {r}")
         if adapter_name in self.lorasb_R:
             raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
-        device, dtype = self._device(), self.weight.dtype
-        core_dtype = torch.float32 if dtype in HALVES else dtype
+        device, dtype, core_dtype = self._device(), self.weight.dtype, self._core_dtype()
         self.r[adapter_name], self.scaling[adapter_name] = r, scaling
         self.lora_dropout[adapter_name], self.equivalent[adapter_name] = lora_dropout, equivalent_gradient
         self.initialized[adapter_name] = False
@@ -172,8 +173,10 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
 
     def is_initialized(self, name: str) -> bool:
         """Whether an adapter was initialised or loaded: a Python flag, or the one transformers' loader sets."""
+        if self.initialized[name]:
+            return True
         parts = (self.lorasb_A[name], self.lorasb_R[name], self.lorasb_B[name])
-        return self.initialized[name] or all(getattr(part, LOADED, False) for part in parts)
+        return all(getattr(part, LOADED, False) for part in parts)
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """The shapes of an adapter's factors, by their names in a state dict."""
@@ -195,6 +198,11 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         core = core.view_as(core)
         core.register_hook(refuse)
         return core
+
+    def _core_dtype(self) -> torch.dtype:
+        """R's dtype: fp32 under a 16-bit base, else the base's."""
+        dtype = self.weight.dtype
+        return torch.float32 if dtype in HALVES else dtype
 
     def _device(self) -> torch.device:
         """Where the base runs; an offloaded weight lies on `meta` between forwards, and its hook knows better."""
@@ -262,20 +270,14 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         """Put an adapter on the base's device, A and B in its dtype and frozen, R in fp32."""
         if adapter_name not in self.lorasb_R:
             return
-        weight, core = self.weight, self.lorasb_R[adapter_name]
-        core_dtype = torch.float32 if weight.dtype in HALVES else weight.dtype
-        for factors, dtype in (
-            (self.lorasb_A, weight.dtype),
-            (self.lorasb_B, weight.dtype),
-            (self.lorasb_R, core_dtype),
-        ):
+        dtype = self.weight.dtype
+        for factors, wanted in ((self.lorasb_A, dtype), (self.lorasb_B, dtype), (self.lorasb_R, self._core_dtype())):
             old = factors[adapter_name]
             target = old.device if old.device.type == "meta" else self._device()
-            if (old.dtype, old.device) != (dtype, target):
-                new = nn.Parameter(old.detach().to(target, dtype), requires_grad=old.requires_grad)
+            if (old.dtype, old.device) != (wanted, target):
+                new = nn.Parameter(old.detach().to(target, wanted), requires_grad=old.requires_grad)
                 new.__dict__.update(old.__dict__)
                 factors[adapter_name] = new
-        self.lorasb_R[adapter_name].requires_grad_(core.requires_grad)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT's hook after loading; its own version would cast R to 16 bits and unfreeze A and B."""
@@ -299,20 +301,34 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         return "lorasb." + super().__repr__()
 
 
+def layers_with(model: nn.Module, adapter_name: str) -> dict[str, LoRASBLinear]:
+    """The layers that have an adapter, by their names in the base model."""
+    return {
+        name.removeprefix(PEFT_PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R
+    }
+
+
+def any_merged(model: nn.Module) -> bool:
+    """Whether an adapter is merged into a base weight anywhere."""
+    return any(module.merged for module in model.modules() if isinstance(module, LoRASBLinear))
+
+
 def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, LoRASBLinear]]:
     """An adapter's name (the active one unless given) and its layers, by their names in the base model.
 
     Raises:
         ValueError: no LoRA-SB layers, or none with that adapter.
     """
-    every = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}
+    every = [module for module in model.modules() if isinstance(module, LoRASBLinear)]
     if not every:
         raise ValueError("expected a model with LoRA-SB layers: call model = lorasb.patch(model) first")
-    active = next(iter(every.values())).active_adapters
+    active = every[0].active_adapters
     name = adapter_name or (active[0] if active else "")
-    layers = {n: m for n, m in every.items() if name in m.lorasb_R}
+    layers = layers_with(model, name)
     if not layers:
-        known = sorted({known for m in every.values() for known in m.lorasb_R})
+        known = sorted({known for module in every for known in module.lorasb_R})
         raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(known) or 'none'}")
     return name, layers
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from . import checkpoint
 from .config import ALL_LINEAR, DEFAULT_RANK, PEFT_NAME, LoRASBConfig
 from .fingerprint import difference, fingerprint
-from .linear import LoRASBLinear
+from .linear import LoRASBLinear, any_merged, layers_with
 from .task_type import infer_task_type
 
 HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj")
@@ -57,8 +57,8 @@ class LoRASBModel(BaseTuner):
             _save_heads(model, config)
             self._plan(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if config.base_fingerprint is None and not self._any_merged(model):
-                layers = _layers_with(model, adapter_name)
+            if config.base_fingerprint is None and not any_merged(model):
+                layers = layers_with(model, adapter_name)
                 config.base_fingerprint = fingerprint({name: layer.base_weight() for name, layer in layers.items()})
 
     @contextmanager
@@ -69,12 +69,8 @@ class LoRASBModel(BaseTuner):
         yield
 
     @staticmethod
-    def _any_merged(model: nn.Module) -> bool:
-        return any(module.merged for module in model.modules() if isinstance(module, LoRASBLinear))
-
-    @staticmethod
     def _refuse_duplicates(model: nn.Module, adapter_name: str) -> None:
-        for name in _layers_with(model, adapter_name):
+        for name in layers_with(model, adapter_name):
             raise ValueError(
                 f"{name} has an adapter {adapter_name!r} already: the model is patched. Use "
                 "model.add_adapter(another_name, LoRASBConfig(...)) for one more, or model.unload() to start again"
@@ -96,7 +92,7 @@ class LoRASBModel(BaseTuner):
             _check_supported(name, module)
         _refuse_tied_head(model, targets)
         _resolve_ranks(config, targets)
-        if config.base_fingerprint and not self._any_merged(model):
+        if config.base_fingerprint and not any_merged(model):
             reason = difference(
                 {name: _base(module).weight for name, module in targets.items()}, config.base_fingerprint
             )
@@ -180,7 +176,7 @@ class LoRASBModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        for name, layer in _layers_with(model, adapter_name).items():
+        for name, layer in layers_with(model, adapter_name).items():
             if not layer.is_initialized(adapter_name):
                 raise ValueError(
                     f"adapter {adapter_name!r} has not been initialised ({name}): there is nothing to save. Call "
@@ -192,7 +188,7 @@ class LoRASBModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        layers = _layers_with(model, adapter_name)
+        layers = layers_with(model, adapter_name)
         try:
             checkpoint.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
         except ValueError:
@@ -200,14 +196,6 @@ class LoRASBModel(BaseTuner):
                 discard(model, adapter_name)  # it was made for this file; one that holds something stays
             raise
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-
-def _layers_with(model: nn.Module, adapter_name: str) -> dict[str, LoRASBLinear]:
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R
-    }
 
 
 def discard(model: Any, adapter_name: str) -> None:
@@ -231,10 +219,12 @@ def discard(model: Any, adapter_name: str) -> None:
 
 def rank_for(config: LoRASBConfig, name: str) -> int:
     """The rank of the layer `name`: its entry in rank_pattern (name or regex, matched at the end), else r."""
-    for key, rank in config.rank_pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return rank
-    return config.r or DEFAULT_RANK
+    return _pattern_rank(config, name) or config.r or DEFAULT_RANK
+
+
+def _pattern_rank(config: LoRASBConfig, name: str) -> int | None:
+    matching = (rank for key, rank in config.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(matching, None)
 
 
 def _resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
@@ -245,7 +235,7 @@ def _resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
         limit = min(_base(module).weight.shape)
         if rank_for(config, name) <= limit:
             continue
-        if not default or any(re.match(rf"(.*\.)?({key})$", name) for key in config.rank_pattern):
+        if not default or _pattern_rank(config, name) is not None:
             raise ValueError(
                 f"rank {rank_for(config, name)} is more than layer {name!r} allows: min(in_features, out_features) = "
                 f"{limit}. Lower r, or give this layer its own: rank_pattern={{{name.rpartition('.')[2]!r}: {limit}}}"

@@ -10,18 +10,16 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-TASK_NAMES = "word_sequence_reversal, chain_sum, leg_counting, family_relationships, gcd"
+from .tasks import TASKS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune Hugging Face models with LoRA-SB.")
-
-Output = Annotated[Path, typer.Option(help="Folder for the run's files.")]
 
 
 @app.command()
 def finetune(
     model: Annotated[str, typer.Option(help="Folder or hub id.")] = "smollm2-135m",
     task: Annotated[
-        str, typer.Option(help=f"Generated task, without --data: {TASK_NAMES}.")
+        str, typer.Option(help=f"Generated task, without --data: {', '.join(TASKS)}.")
     ] = "word_sequence_reversal",
     data: Annotated[Path | None, typer.Option(help="JSONL of prompt/completion, or messages.")] = None,
     eval_data: Annotated[Path | None, typer.Option(help="JSONL of held-out examples.")] = None,
@@ -37,7 +35,7 @@ def finetune(
     max_length: Annotated[int, typer.Option(help="Tokens an example, at most.")] = 512,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Seed of data, initialisation and training.")] = 0,
-    output: Output = Path("runs/finetune"),
+    output: Annotated[Path, typer.Option(help="Folder for the run's files.")] = Path("runs/finetune"),
 ) -> None:
     """Fine-tune a causal language model and show what it learned on held-out problems."""
     from . import show

@@ -212,10 +212,7 @@ def train(run: Run) -> tuple[list[dict[str, Any]], float, int]:
         disable_tqdm=False,
     )
     collate = Collator(run.tokenizer.pad_token_id, run.model.get_base_model())
-    trainer = Trainer(
-        model=run.model, args=arguments, train_dataset=_Listed(run.train_ids), data_collator=collate,
-        callbacks=[],
-    )  # fmt: skip
+    trainer = Trainer(model=run.model, args=arguments, train_dataset=_Listed(run.train_ids), data_collator=collate)
     _quiet_logs(trainer)
     started = time.perf_counter()
     trainer.train()
@@ -273,16 +270,16 @@ def _summary(
 ) -> dict[str, Any]:
     import resource
 
-    parameters = list(run.model.parameters())
+    base = [p for name, p in run.model.named_parameters() if "lora" not in name]
     return {
         "eval_loss_before": before.loss,
         "eval_loss_after": after.loss,
         "eval_accuracy_before": before.accuracy,
         "eval_accuracy_after": after.accuracy,
         "eval_examples": len(run.held_out),
-        "trainable_params": sum(p.numel() for p in parameters if p.requires_grad),
-        "base_params": sum(p.numel() for n, p in run.model.named_parameters() if "lora" not in n),
-        "base_bytes": sum(p.numel() * p.element_size() for n, p in run.model.named_parameters() if "lora" not in n),
+        "trainable_params": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        "base_params": sum(p.numel() for p in base),
+        "base_bytes": sum(p.numel() * p.element_size() for p in base),
         "init_seconds": init_seconds,
         "train_seconds": seconds,
         "train_steps": run.steps,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
-from ..init.report import GRAD, INK, MUTED, SIGN, _pyplot
+from ..plotting import GRAD, INK, MUTED, SIGN, canvas, save
 
 SMOOTH = 0.75
 
@@ -14,7 +13,7 @@ SMOOTH = 0.75
 def plot_loss(history: list[dict[str, Any]], before: float, after: float, path: Path, title: str) -> None:
     """Draw training loss by step, smoothed and raw, with the held-out loss before and after, into a PNG."""
     points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    figure, axes = _pyplot().subplots(figsize=(9, 4.2), layout="constrained")
+    figure, axes = canvas()
     steps, losses = zip(*points, strict=True) if points else ((0,), (before,))
     axes.plot(steps, losses, color=MUTED, linewidth=0.8, alpha=0.7, label="training loss, by step")
     axes.plot(steps, smoothed(losses), color=SIGN, linewidth=2, label="training loss, smoothed")
@@ -24,12 +23,8 @@ def plot_loss(history: list[dict[str, Any]], before: float, after: float, path: 
         offset = (10, 0) if side == "left" else (-6, 12)
         axes.annotate(f"{y:.2f}", (x, y), textcoords="offset points", xytext=offset, ha=side, color=INK)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", ylim=(0, None))
-    axes.set_title(title, fontsize=11, color=INK)
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=140, format="png")
-    _pyplot().close(figure)
+    save(figure, axes, title, path)
 
 
 def smoothed(losses: tuple[float, ...]) -> list[float]:

@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..files import replacing, write_json
+from ..files import write_json
+from ..plotting import GRAD, SIGN, canvas, save
 
 SHOWN_VALUES = 3
-INK, MUTED, SIGN, GRAD = "#1b1b1b", "#8a8a8a", "#3568b8", "#d9822b"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class InitReport:
         """
         if self.energy_sign is None:
             raise ValueError(f"init={self.init!r} takes no gradient: there is no energy to draw")
-        figure, axes = _pyplot().subplots(figsize=(9, 4.2), layout="constrained")
+        figure, axes = canvas()
         index = range(len(self.layers))
         for key, colour, label in (("energy_grad", GRAD, "of the gradient ΣG"), ("energy_sign", SIGN, "of its sign")):
             values = [100 * (getattr(layer, key) or 0.0) for layer in self.layers]
@@ -121,24 +121,9 @@ class InitReport:
             yticks=range(0, 101, 20),
         )
         ranks = sorted({layer.rank for layer in self.layers})
-        axes.set_title(f"What rank {'/'.join(map(str, ranks))} keeps of the first full step "
-                       f"({self.num_samples} samples; dashed: mean)", fontsize=11, color=INK)  # fmt: skip
         axes.legend(frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.0))
-        axes.spines[["top", "right"]].set_visible(False)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=140, format="png")
-        _pyplot().close(figure)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'lorasb[demo]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+        title = f"What rank {'/'.join(map(str, ranks))} keeps of the first full step"
+        save(figure, axes, f"{title} ({self.num_samples} samples; dashed: mean)", path)
 
 
 def _mean(values: list[float | None]) -> float | None:

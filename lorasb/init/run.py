@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .._version import __version__
 from ..config import LoRASBConfig
-from ..linear import LoRASBLinear, adapted_layers
+from ..linear import LoRASBLinear, adapted_layers, any_merged
 from .accumulator import GradientSums
 from .factors import Factors, energy, from_gradient, kaiming, lora_xs
 from .loss import LossFn, backward_over_samples
@@ -97,7 +97,7 @@ def _check(update: str, strategy: str) -> None:
 
 def _unmerged_layers(model: nn.Module, adapter_name: str | None) -> tuple[str, Layers]:
     name, layers = adapted_layers(model, adapter_name)
-    if any(module.merged for module in model.modules() if isinstance(module, LoRASBLinear)):
+    if any_merged(model):
         raise ValueError("expected unmerged weights, as gradients are taken at the base: call model.unmerge_adapter()")
     return name, layers
 
