@@ -1,0 +1,69 @@
+"""Block sizes, and how a shape is split: plain data and arithmetic, no triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DECODE_ROWS = 16  # up to here a product is bound by reading the weight
+MAX_RANK = 256
+CORE_BLOCK, CORE_ROWS, CORE_CHUNK = 32, 64, 2048  # tile of dR, rows a step, rows a program
+
+
+@dataclass(frozen=True)
+class PrepConfig:
+    """Blocks of the thin products: [block_m, block_k] of x a step."""
+
+    block_m: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Blocks of the extended GEMM: [block_m, block_n] of y a program, block_k of the reduction a step."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group: int
+    warps: int
+    stages: int
+
+
+def cdiv(a: int, b: int) -> int:
+    """Ceiling of a / b."""
+    return -(-a // b)
+
+
+def rank_parts(r: int) -> tuple[int, ...]:
+    """One or two powers of two, 16 at least, whose sum covers r with the least padding: 96 = 64 + 32."""
+    if not 0 < r <= MAX_RANK:
+        raise ValueError(f"expected 0 < r <= {MAX_RANK}, got {r}")
+    powers = [2**i for i in range(4, 9)]
+    sums = [(p,) for p in powers] + [(p, q) for p in powers for q in powers if q < p and p + q <= MAX_RANK]
+    return min((parts for parts in sums if sum(parts) >= r), key=lambda parts: (sum(parts), len(parts)))
+
+
+def _power_of_two_splits(programs: int, steps: int, wanted: int, least_steps: int) -> int:
+    splits = 1
+    while programs * splits < wanted and cdiv(steps, splits * 2) >= least_steps:
+        splits *= 2
+    return splits
+
+
+def prep_splits(row_blocks: int, steps: int) -> int:
+    """How many programs share a row block's reduction; by the shape alone, so that every GPU sums in the same order."""
+    return _power_of_two_splits(row_blocks, steps, wanted=192, least_steps=4 if row_blocks > 1 else 1)
+
+
+def gemm_splits(tiles: int, steps: int, rows: int) -> int:
+    """How many programs share a tile's reduction: several for a few tokens, where reading the weight is what counts."""
+    if rows <= DECODE_ROWS:
+        return _power_of_two_splits(tiles, steps, wanted=256, least_steps=4)
+    return _power_of_two_splits(tiles, steps, wanted=64, least_steps=16)
+
+
+def core_chunks(rows: int) -> int:
+    """How many programs share a tile of dR."""
+    return cdiv(rows, CORE_CHUNK)
