@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 DECODE_ROWS = 16  # up to here a product is bound by reading the weight
 MAX_RANK = 256
+MAX_GROUP_RANKS = 384
 CORE_BLOCK, CORE_ROWS, CORE_CHUNK = 32, 64, 2048  # tile of dR, rows a step, rows a program
 
 
@@ -21,7 +22,11 @@ class PrepConfig:
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Blocks of the extended GEMM: [block_m, block_n] of y a program, block_k of the reduction a step."""
+    """Blocks of the extended GEMM: [block_m, block_n] of y a program, block_k of the reduction a step.
+
+    `registers` caps those of a thread, where the compiler would take a few more than let another program on the
+    multiprocessor; ragged shapes and dropout go without the cap, as they would spill.
+    """
 
     block_m: int
     block_n: int
@@ -29,6 +34,7 @@ class GemmConfig:
     group: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def cdiv(a: int, b: int) -> int:
@@ -38,18 +44,21 @@ def cdiv(a: int, b: int) -> int:
 
 def rank_parts(r: int) -> tuple[int, ...]:
     """One or two powers of two, 16 at least, whose sum covers r with the least padding: 96 = 64 + 32."""
-    if not 0 < r <= MAX_RANK:
-        raise ValueError(f"expected 0 < r <= {MAX_RANK}, got {r}")
     powers = [2**i for i in range(4, 9)]
-    sums = [(p,) for p in powers] + [(p, q) for p in powers for q in powers if q < p and p + q <= MAX_RANK]
+    sums = [(p,) for p in powers] + [(p, q) for p in powers for q in powers if q < p]
     return min((parts for parts in sums if sum(parts) >= r), key=lambda parts: (sum(parts), len(parts)))
 
 
 def _power_of_two_splits(programs: int, steps: int, wanted: int, least_steps: int) -> int:
     splits = 1
-    while programs * splits < wanted and cdiv(steps, splits * 2) >= least_steps:
+    while programs * splits < wanted and steps >= splits * 2 * least_steps:
         splits *= 2
     return splits
+
+
+def prep_members(r: int, members: int) -> int:
+    """How many members share one reading of x: their sums have to fit a multiprocessor's registers."""
+    return max(1, min(members, MAX_GROUP_RANKS // sum(rank_parts(r))))
 
 
 def prep_splits(row_blocks: int, steps: int) -> int:

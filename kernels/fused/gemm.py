@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import arrive, ordered_sum, pick
+from .parts import arrive, keep_mask, ordered_sum, pick, places
 
 
 @triton.jit
@@ -56,12 +56,16 @@ def core_gradient(t, us, dcores, partial, counters, index, M, st, su, scales,
     acc = tl.zeros((BR, BR), tl.float32)
     for row in range(chunk * ROWS, min(chunk * ROWS + ROWS, M), BK):
         m = row + tl.arange(0, BK)
-        lhs = tl.load(left + (m.to(tl.int64) * st)[:, None] + i[None, :], mask=(m[:, None] < M) & (i[None, :] < RP), other=0.0)
-        rhs = tl.load(right + (m.to(tl.int64) * su)[:, None] + j[None, :], mask=(m[:, None] < M) & (j[None, :] < R), other=0.0)
+        lhs = tl.load(
+            left + (m.to(tl.int64) * st)[:, None] + i[None, :], mask=(m[:, None] < M) & (i[None, :] < R), other=0.0
+        )
+        rhs = tl.load(
+            right + (m.to(tl.int64) * su)[:, None] + j[None, :], mask=(m[:, None] < M) & (j[None, :] < R), other=0.0
+        )
         acc = tl.dot(lhs.T, rhs, acc, input_precision=PRECISION)
     last = True
     if CHUNKS > 1:
-        offsets = tl.arange(0, BR)[:, None] * BR + tl.arange(0, BR)[None, :]
+        offsets = places(BR, BR)
         own = partial + slot * CHUNKS * BR * BR
         tl.store(own + chunk * BR * BR + offsets, acc)
         last = arrive(counters, slot, CHUNKS)
@@ -70,13 +74,6 @@ def core_gradient(t, us, dcores, partial, counters, index, M, st, su, scales,
     if last:
         inside = (i[:, None] < R) & (j[None, :] < R)
         tl.store(pick(dcores, member) + i[:, None] * R + j[None, :], acc * pick(scales, member), mask=inside)
-
-
-@triton.jit
-def keep_mask(seed, threshold, rows, columns):
-    """Which elements [rows, columns] of x dropout keeps: a function of the seed and the element's place alone."""
-    bits = tl.philox(seed, columns[None, :].to(tl.uint32), rows[:, None].to(tl.uint32), 0, 0)[0]
-    return tl.uint_to_uniform_float(bits) >= threshold
 
 
 @triton.jit
@@ -115,16 +112,26 @@ def output_tile(pid, xs, weights, v, factors, biases, ys, partial, counters, M, 
             ext, sext, ranks = ext + (v + i * RP,), sext + (sv,), ranks + (R,)
     else:  # one reduction, the members' outputs side by side
         base, right, sbase, sright, lengths = xs, (pick(weights, member),), sx, (pick(sw, member),), Ks
-        ext, factor, sext, sfactor, ranks = (v + member * RP,), (pick(factors, member),), (sv,), (pick(sf, member),), (R,)
+        ext, factor, sext, sfactor, ranks = (
+            (v + member * RP,),
+            (pick(factors, member),),
+            (sv,),
+            (pick(sf, member),),
+            (R,),
+        )
     acc = tl.zeros((BM, BN), tl.float32)
     base_steps, steps = 0, 0
     for i in tl.static_range(len(lengths)):
         base_steps += tl.cdiv(lengths[i], BK)
     steps = base_steps + len(ranks) * tl.cdiv(R, BK)
     if DROPOUT:  # the mask is on the adapter's part alone: dx = dy W + mask o (w A)
-        acc = accumulate(acc, ext, factor, sext, sfactor, ranks, 0, steps - base_steps, m, n, not BACKWARD, EVEN_K, PRECISION, BK)
+        acc = accumulate(
+            acc, ext, factor, sext, sfactor, ranks, 0, steps - base_steps, m, n, not BACKWARD, EVEN_K, PRECISION, BK
+        )
         acc = tl.where(keep_mask(seed, threshold, rm, rn), acc, 0.0)
-        acc = accumulate(acc, base, right, sbase, sright, lengths, 0, base_steps, m, n, not BACKWARD, EVEN_K, PRECISION, BK)
+        acc = accumulate(
+            acc, base, right, sbase, sright, lengths, 0, base_steps, m, n, not BACKWARD, EVEN_K, PRECISION, BK
+        )
     else:
         share = tl.cdiv(steps, SPLITS)
         low = pid % SPLITS * share
@@ -132,7 +139,7 @@ def output_tile(pid, xs, weights, v, factors, biases, ys, partial, counters, M, 
                          low, min(low + share, steps), m, n, not BACKWARD, EVEN_K, PRECISION, BK)  # fmt: skip
     last = True
     if SPLITS > 1:
-        offsets = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+        offsets = places(BM, BN)
         own = partial + slot.to(tl.int64) * SPLITS * BM * BN
         tl.store(own + pid % SPLITS * BM * BN + offsets, acc)
         last = arrive(counters, slot, SPLITS)
@@ -166,7 +173,9 @@ def extended_gemm(
     pid = tl.program_id(0)
     if BACKWARD:
         if pid < core_programs:
-            core_gradient(t, us, dcores, partial, counters, pid, M, sv, su, scales, R, RP, PRECISION, ROWS, CHUNKS, BR, BKR)
+            core_gradient(
+                t, us, dcores, partial, counters, pid, M, sv, su, scales, R, RP, PRECISION, ROWS, CHUNKS, BR, BKR
+            )
         else:
             if SPLITS > 1:  # the workspace of the dR tiles comes first
                 counters += core_programs // CHUNKS

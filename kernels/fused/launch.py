@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .configs import CORE_BLOCK, CORE_CHUNK, CORE_ROWS, cdiv, core_chunks, gemm_splits, prep_splits, rank_parts
+from .configs import (
+    CORE_BLOCK,
+    CORE_CHUNK,
+    CORE_ROWS,
+    GemmConfig,
+    PrepConfig,
+    cdiv,
+    core_chunks,
+    gemm_splits,
+    prep_members,
+    prep_splits,
+    rank_parts,
+)
 from .gemm import extended_gemm
 from .plan import Plan
 from .prep import prep_backward, prep_forward
@@ -18,15 +30,21 @@ from .workspace import counters
 
 INT32_LIMIT = 2**31
 _observers: list[Callable[[Launch], None]] = []
+_dry = 0
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What was launched: a kernel's name, its grid and its arguments by name."""
+    """What was launched: a kernel, its grid, its arguments by name and the compiler's options."""
 
-    kernel: str
+    kernel: Any
     grid: int
     arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
 
 
 @dataclass(frozen=True)
@@ -43,15 +61,22 @@ class Members:
     def r(self) -> int:
         return self.a[0].shape[0]
 
+    def of(self, part: slice) -> Members:
+        """Some of the members."""
+        return Members(*(field[part] for field in (self.weights, self.a, self.cores, self.b, self.scales)))
+
 
 @contextmanager
-def observed() -> Iterator[list[Launch]]:
-    """The list of launches that the block makes."""
+def observed(dry: bool = False) -> Iterator[list[Launch]]:
+    """The list of launches that the block makes; `dry` makes none, so that tensors may lie on `meta`."""
+    global _dry
     launches: list[Launch] = []
     _observers.append(launches.append)
+    _dry += dry
     try:
         yield launches
     finally:
+        _dry -= dry
         _observers.remove(launches.append)
 
 
@@ -66,7 +91,10 @@ def forward(
     if M == 0:
         return [x.new_empty((0, b.shape[0])) for b in members.b], us
     with _on(x):
-        _prep_forward(x, members, us, v, plan, dropout, seed)
+        together = prep_members(r, len(us))
+        for i in range(0, len(us), together):
+            part = slice(i, i + together)
+            _prep_forward(x, members.of(part), us[part], v[:, i * width :], plan, dropout, seed)
         if not _fused(plan, members, dropout):
             vs = [v[:, i * width : i * width + r] for i in range(len(us))]
             return [_addmm(x, *parts) for parts in zip(vs, members.weights, members.b, biases, strict=True)], us
@@ -129,17 +157,15 @@ def _prep_forward(
             x=x, factors=factors, cores=tuple(c.contiguous() for c in members.cores), us=tuple(us), v=v,
             partial=partial, counters=arrivals, M=M, K=K, sx=x.stride(0), sf=tuple(a.stride(0) for a in factors),
             sv=v.stride(0), scales=tuple(members.scales), seed=seed, threshold=dropout, DROPOUT=dropout > 0.0,
-            EVEN_R=r == width, EVEN_K=K % config.block_k == 0, WIDE=_wide(x, v, *factors), PRECISION=precision,
-            CORE_PRECISION=_core_precision(x.dtype), R=r, PARTS=parts, RP=width, BM=config.block_m, BK=config.block_k,
-            BJ=_core_columns(width), SPLITS=splits,
+            EVEN_R=r == width, EVEN_K=K % config.block_k == 0, WIDE=_wide(x, v, *factors),
+            PRECISION=precision, CORE_PRECISION=_core_precision(x.dtype), R=r, PARTS=parts,
+            RP=width, BM=config.block_m, BK=config.block_k, BJ=_core_columns(width), SPLITS=splits,
         ),
         config,
     )  # fmt: skip
 
 
-def _prep_backward(
-    dys: Sequence[Tensor], members: Members, t: Tensor, w: Tensor, plan: Plan, need_dx: bool
-) -> None:
+def _prep_backward(dys: Sequence[Tensor], members: Members, t: Tensor, w: Tensor, plan: Plan, need_dx: bool) -> None:
     M, r, parts, config = t.shape[0], members.r, rank_parts(members.r), plan.prep
     factors, Ks = tuple(_rows(b) for b in members.b), tuple(dy.shape[1] for dy in dys)
     row_blocks, width = cdiv(M, config.block_m), sum(parts)
@@ -188,6 +214,8 @@ def _extended_backward(
     dcores: list[Tensor], plan: Plan, dropout: float, seed: int,
 ) -> None:  # fmt: skip
     """dx, where it is to be written here, and dR: the programs of dR come first and run beside the others."""
+    if dropout > 0.0:  # two sums side by side in registers
+        plan = replace(plan, gemm=replace(plan.gemm, block_m=min(64, plan.gemm.block_m), block_n=64, registers=None))
     M, r, config = t.shape[0], members.r, plan.gemm
     weights, Ks = _weights(members, *dys)
     tiles = cdiv(M, config.block_m) * cdiv(dx.shape[1], config.block_n) if dx is not None else 0
@@ -224,10 +252,19 @@ def _launch_extended(arguments: dict[str, Any], members: Members, grid: int, pla
     _launch(extended_gemm, grid, arguments, config)
 
 
-def _launch(kernel: Any, grid: int, arguments: dict[str, Any], config: Any) -> None:
+def _launch(kernel: Any, grid: int, arguments: dict[str, Any], config: PrepConfig | GemmConfig) -> None:
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    capped = isinstance(config, GemmConfig) and config.registers and arguments["EVEN_K"] and not arguments["DROPOUT"]
+    if capped and not _interpreted(kernel):
+        options["maxnreg"] = config.registers
     for observer in _observers:
-        observer(Launch(kernel.__name__, grid, arguments))
-    kernel[(grid,)](**arguments, num_warps=config.warps, num_stages=config.stages)
+        observer(Launch(kernel, grid, arguments, options))
+    if not _dry:
+        kernel[(grid,)](**arguments, **options)
+
+
+def _interpreted(kernel: Any) -> bool:
+    return not hasattr(kernel, "device_caches")
 
 
 def _addmm(x: Tensor, v: Tensor, weight: Tensor | None, b: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,6 +16,12 @@ def pick(items, index):
 
 
 @triton.jit
+def places(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets of a [ROWS, COLUMNS] block that lies in one piece."""
+    return tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
 def arrive(counters, slot, COUNT: tl.constexpr):
     """Whether this program is the last of COUNT to come here; the last one leaves the counter at zero.
 
@@ -32,6 +38,13 @@ def arrive(counters, slot, COUNT: tl.constexpr):
 def ordered_sum(partial, offsets, size, COUNT: tl.constexpr, like):
     """Σ_i partial[i·size + offsets] for i = 0, 1, ... COUNT - 1, in this order."""
     total = tl.zeros_like(like)
-    for i in range(COUNT):
+    for i in tl.range(0, COUNT, loop_unroll_factor=1):  # unrolled, it would keep COUNT blocks in registers
         total += tl.load(partial + i * size + offsets, cache_modifier=".cg")
     return total
+
+
+@triton.jit
+def keep_mask(seed, threshold, rows, columns):
+    """Which elements [rows, columns] of x dropout keeps: a function of the seed and the element's place alone."""
+    bits = tl.philox(seed, columns[None, :].to(tl.uint32), rows[:, None].to(tl.uint32), 0, 0)[0]
+    return tl.uint_to_uniform_float(bits) >= threshold

@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .configs import DECODE_ROWS, GemmConfig, PrepConfig
 
 TABLES = Path(__file__).parent / "tables"
 PATHS = ("fused", "addmm")
+INTERPRETER = "interpreter"
 CACHE_VARIABLE = "LORASB_CACHE"
+
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One product: M tokens, n in, m out (of a group: the sum), rank r."""
+    """One product: M tokens, n in, m out (of a group: the sum over its members), rank r."""
 
     op: str
     dtype: str
@@ -30,6 +37,7 @@ class Shape:
     n: int
     m: int
     r: int
+    members: int = 1
 
 
 @dataclass(frozen=True)
@@ -41,17 +49,122 @@ class Plan:
     gemm: GemmConfig
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What to take where every condition holds: a value, or a range [low, high] (null: no end), by a Shape's field."""
+
+    conditions: dict[str, Any]
+    path: str | None = None
+    prep: PrepConfig | None = None
+    gemm: GemmConfig | None = None
+
+    def holds(self, shape: Shape, sms: int) -> bool:
+        values = {**asdict(shape), "sms": sms}
+        return all(_inside(values[name], wanted) for name, wanted in self.conditions.items())
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Rule:
+        prep, gemm, path = entry.get("prep"), entry.get("gemm"), entry.get("path")
+        if path not in (None, *PATHS):
+            raise ValueError(f"expected path {' or '.join(PATHS)}, got {path!r}")
+        conditions = entry.get("if", {})
+        unknown = set(conditions) - {*Shape.__dataclass_fields__, "sms"}
+        if unknown:
+            raise ValueError(f"unknown conditions {sorted(unknown)}")
+        return cls(conditions, path, PrepConfig(**prep) if prep else None, GemmConfig(**gemm) if gemm else None)
+
+
+def _inside(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, list):
+        low, high = wanted
+        return value >= low and (high is None or value <= high)
+    return bool(value == wanted)
+
+
+def choose(shape: Shape, arch: str, sms: int) -> Plan:
+    """The plan for a shape on an architecture ("sm_86") with so many multiprocessors; "interpreter" on the CPU."""
+    rules = [rule for rule in (*user_rules(arch), *shipped_rules(arch)) if rule.holds(shape, sms)]
+    first = {name: next((v for rule in rules if (v := getattr(rule, name))), None) for name in ("path", "prep", "gemm")}
+    return Plan(
+        first["path"] or ("fused" if arch == INTERPRETER or shape.M <= DECODE_ROWS else "addmm"),
+        first["prep"] or default_prep(shape),
+        first["gemm"] or default_gemm(shape),
+    )
+
+
+@lru_cache(maxsize=4096)
+def choice(shape: Shape, arch: str, sms: int) -> Plan:
+    """`choose`, remembered."""
+    return choose(shape, arch, sms)
+
+
+def bucket(tokens: int) -> int:
+    """The M that stands for `tokens`: the next power of two. Plans are looked up and measured by it."""
+    return 1 << max(0, tokens - 1).bit_length()
+
+
+@lru_cache(maxsize=1)
+def shipped_archs() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in TABLES.glob("sm_*.json")))
+
+
+@lru_cache
+def shipped_rules(arch: str) -> tuple[Rule, ...]:
+    path = TABLES / f"{arch}.json"
+    return read_rules(path) if path.is_file() else ()
+
+
+@lru_cache
+def user_rules(arch: str) -> tuple[Rule, ...]:
+    """What `lorasb bench tune` wrote for this architecture; a broken table is left out with a warning."""
+    path = user_table(arch)
+    if not path.is_file():
+        return ()
+    try:
+        return read_rules(path)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        warnings.warn(
+            f"{path} is not a table of kernels ({error}): taking the shipped one. `lorasb bench tune` writes it anew",
+            stacklevel=2,
+        )
+        return ()
+
+
+def read_rules(path: Path) -> tuple[Rule, ...]:
+    """The rules of a table.
+
+    Raises:
+        ValueError: it is not a table, or names a path or a condition that does not exist.
+    """
+    return tuple(Rule.from_json(entry) for entry in json.loads(path.read_text(encoding="utf-8"))["rules"])
+
+
+def user_table(arch: str) -> Path:
+    """Where a user's own table lies: $LORASB_CACHE, else ~/.cache/lorasb."""
+    folder = os.environ.get(CACHE_VARIABLE)
+    return (Path(folder) if folder else Path.home() / ".cache" / "lorasb") / "kernels" / f"{arch}.json"
+
+
+def forget() -> None:
+    """Read the tables again at the next choice."""
+    for cached in (choice, shipped_rules, user_rules):
+        cached.cache_clear()
+
+
 def default_prep(shape: Shape) -> PrepConfig:
-    """Blocks that fit every GPU since sm_80."""
+    """Blocks that compile without spilling on sm_80, sm_86, sm_89 and sm_90."""
     if shape.M <= DECODE_ROWS:
-        return PrepConfig(16, 64, 4, 3)
-    return PrepConfig(32, 32, 4, 2) if shape.dtype == "fp32" or shape.r > 128 else PrepConfig(32, 64, 4, 3)
+        return PrepConfig(16, 32 if shape.members > 2 else 64, 4, 3)
+    if shape.dtype == "fp32" or shape.r > 128:
+        return PrepConfig(32, 16, 4, 3)
+    wide = shape.op == "forward" and shape.members > 2
+    return PrepConfig(64, 16 if wide else 32 if shape.members > 1 else 64, 4, 4 if wide else 3)
 
 
 def default_gemm(shape: Shape) -> GemmConfig:
-    """Blocks that fit every GPU since sm_80."""
+    """Blocks that compile without spilling on sm_80, sm_86, sm_89 and sm_90; two programs a multiprocessor in 16 bits."""
     if shape.M <= DECODE_ROWS:
         return GemmConfig(16, 64, 64, 1, 4, 3)
     if shape.dtype == "fp32":
-        return GemmConfig(64, 64, 16, 8, 8, 3)
-    return GemmConfig(128, 128, 32, 8, 8, 4) if shape.M > 64 else GemmConfig(64, 128, 32, 8, 4, 4)
+        return GemmConfig(128, 64, 16, 8, 8, 3)
+    return GemmConfig(128, 128, 32, 8, 8, 4, registers=128) if shape.M > 64 else GemmConfig(64, 64, 32, 8, 4, 4)

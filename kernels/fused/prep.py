@@ -1,8 +1,9 @@
 """The thin products before the extended GEMM: u = x Aᵀ, v = s·u Rᵀ forward; t = dy B, w = s·t R backward.
 
-x (dy) is read once. R is read as fp32 whatever x's dtype. A rank is covered by one or two powers of two (96 = 64 + 32),
-so that no third of the work is padding. The reduction is split by the shape alone; the last program of a row block to end
-adds the fp32 partial sums in their order and does the r x r product.
+x (dy) is read once, for all members of a group. R is read as fp32 whatever x's dtype. A rank is
+covered by one or two powers of two (96 = 64 + 32), so that little of the work is padding. The
+reduction is split by the shape alone; the last program of a row block to come adds the fp32 sums of all in their order and
+does the r x r product.
 """
 
 from __future__ import annotations
@@ -10,107 +11,88 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gemm import keep_mask
-from .parts import arrive, ordered_sum, pick
+from .parts import arrive, keep_mask, ordered_sum, pick, places
 
 
 @triton.jit
-def load_factor(pointer, stride, rank, k, R: tl.constexpr, K, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr,
-                RANK_MAJOR: tl.constexpr):  # fmt: skip
-    """A block of A [R, K] (RANK_MAJOR) or of B [K, R], as [k, rank]."""
-    if RANK_MAJOR:
-        pointer += (rank * stride)[None, :] + k[:, None]
-    else:
-        pointer += (k * stride)[:, None] + rank[None, :]
-    if EVEN_R and EVEN_K:
-        return tl.load(pointer)
-    inside = (rank < R)[None, :] & (k < K)[:, None]
-    return tl.load(pointer, mask=inside, other=0.0)
+def part_ranks(PARTS: tl.constexpr, part: tl.constexpr):
+    """The ranks that a part covers: [0, PARTS[0]), or [PARTS[0], PARTS[0] + PARTS[1])."""
+    return (PARTS[0] if part == 1 else 0) + tl.arange(0, PARTS[part])
 
 
 @triton.jit
-def project(x, factors, m, sx, strides, K, low, high, rows, seed, threshold,
-            RANK_MAJOR: tl.constexpr, DROPOUT: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr,
-            PRECISION: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """x · factorᵢ over k in [low, high), for every factor and every part of the rank: a tuple of [BM, PARTS[j]]."""
+def project(x, factors, m, k_stride, K, low, high, rows, seed, threshold,
+            DROPOUT: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+            R: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """x [rows at m, K] · factors over k in [low, high), for each part of each rank: a tuple of [BM, part]."""
     rk = tl.arange(0, BK)
     accs = ()
-    for _ in tl.static_range(len(factors)):
-        for j in tl.static_range(len(PARTS)):
-            accs = accs + (tl.zeros((BM, PARTS[j]), tl.float32),)
+    for i in tl.static_range(len(factors)):
+        accs = accs + (tl.zeros((BM, PARTS[i % len(PARTS)]), tl.float32),)
     for start in range(low, high, BK):
         k = start + rk
         if EVEN_K:
-            xx = tl.load(x + (m * sx)[:, None] + k[None, :])
+            xx = tl.load(x + m[:, None] + k[None, :])
         else:
-            xx = tl.load(x + (m * sx)[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
+            xx = tl.load(x + m[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
         if DROPOUT:
             xx = tl.where(keep_mask(seed, threshold, rows, k), xx, 0.0)
         new = ()
         for i in tl.static_range(len(factors)):
-            for j in tl.static_range(len(PARTS)):
-                rank = (PARTS[0] if j == 1 else 0) + tl.arange(0, PARTS[j])
-                block = load_factor(factors[i], strides[i], rank, k, R, K, EVEN_R, EVEN_K, RANK_MAJOR)
-                new = new + (tl.dot(xx, block, accs[i * len(PARTS) + j], input_precision=PRECISION),)
+            block = factors[i][None, :] + (k * k_stride)[:, None]
+            if EVEN_R and EVEN_K:
+                block = tl.load(block)
+            else:
+                inside = (part_ranks(PARTS, i % len(PARTS)) < R)[None, :] & (k < K)[:, None]
+                block = tl.load(block, mask=inside, other=0.0)
+            new = new + (tl.dot(xx, block, accs[i], input_precision=PRECISION),)
         accs = new
     return accs
 
 
 @triton.jit
-def combine(accs, own, counters, slot, split, SPLITS: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr):
-    """The sums over all splits, in index order, and whether this program holds them: the last of its row block does."""
-    offset = 0
-    for i in tl.static_range(len(accs)):
-        width: tl.constexpr = PARTS[i % len(PARTS)]
-        places = tl.arange(0, BM)[:, None] * width + tl.arange(0, width)[None, :]
-        tl.store(own + split * SIZE + offset + places, accs[i])
-        offset += BM * width
-    last = arrive(counters, slot, SPLITS)
-    if last:
-        sums, offset = (), 0
+def store_sums(accs, outputs, m, keep, own, counters, slot, split, R: tl.constexpr, PARTS: tl.constexpr,
+               BM: tl.constexpr, SPLITS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+    """Store the sums of all splits at `outputs` (columns) + m (rows); whether this program was the one to do it."""
+    last = True
+    if SPLITS > 1:
+        offset = 0
         for i in tl.static_range(len(accs)):
-            width: tl.constexpr = PARTS[i % len(PARTS)]
-            places = tl.arange(0, BM)[:, None] * width + tl.arange(0, width)[None, :]
-            sums = sums + (ordered_sum(own, offset + places, SIZE, SPLITS, accs[i]),)
-            offset += BM * width
-        accs = sums
-    return accs, last
+            tl.store(own + split * SIZE + offset + places(BM, PARTS[i % len(PARTS)]), accs[i])
+            offset += BM * PARTS[i % len(PARTS)]
+        last = arrive(counters, slot, SPLITS)
+    if last:
+        offset = 0
+        for i in tl.static_range(len(accs)):
+            part = accs[i]
+            if SPLITS > 1:
+                part = ordered_sum(own + offset, places(BM, PARTS[i % len(PARTS)]), SIZE, SPLITS, part)
+            output = outputs[i][None, :] + m[:, None]
+            inside = keep[:, None] & (part_ranks(PARTS, i % len(PARTS)) < R)[None, :]
+            tl.store(output, part.to(output.dtype.element_ty), mask=inside)
+            offset += BM * PARTS[i % len(PARTS)]
+        tl.debug_barrier()  # what other threads stored is read next
+    return last
 
 
 @triton.jit
-def rounded(accs, first, dtype: tl.constexpr, R: tl.constexpr, EVEN_R: tl.constexpr, PARTS: tl.constexpr):
-    """One member's parts in x's dtype, with zeros beyond R (where a padded 0 may have met an infinity)."""
-    parts = ()
-    for j in tl.static_range(len(PARTS)):
-        part = accs[first + j].to(dtype)
-        if not EVEN_R:
-            rank = (PARTS[0] if j == 1 else 0) + tl.arange(0, PARTS[j])
-            part = tl.where((rank < R)[None, :], part, 0.0)
-        parts = parts + (part,)
-    return parts
-
-
-@triton.jit
-def store_parts(pointer, parts, keep, WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    """Store a member's parts at rows `pointer`, as far as WIDTH."""
-    for j in tl.static_range(len(PARTS)):
-        rank = (PARTS[0] if j == 1 else 0) + tl.arange(0, PARTS[j])
-        tl.store(pointer[:, None] + rank[None, :], parts[j], mask=keep[:, None] & (rank < WIDTH)[None, :])
-
-
-@triton.jit
-def times_core(pointer, parts, core, scale, keep, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+def times_core(source, target, core, scale, keep, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
                R: tl.constexpr, PARTS: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr):  # fmt: skip
-    """Store s · parts · R (or Rᵀ) at rows `pointer`; R stays fp32 (its products are tf32 for a 16-bit x)."""
-    for column in range(0, RP, BJ):
+    """target rows [RP] = s · source rows [R] · R (or Rᵀ); R stays fp32 (its products are tf32 for a 16-bit x)."""
+    parts = ()
+    for p in tl.static_range(len(PARTS)):
+        i = part_ranks(PARTS, p)
+        part = tl.load(source[:, None] + i[None, :], mask=keep[:, None] & (i < R)[None, :], other=0.0)
+        parts = parts + (part.to(tl.float32),)
+    for column in tl.range(0, RP, BJ, num_stages=2):
         j = column + tl.arange(0, BJ)
         acc = tl.zeros((BM, BJ), tl.float32)
         for p in tl.static_range(len(PARTS)):
-            i = (PARTS[0] if p == 1 else 0) + tl.arange(0, PARTS[p])
+            i = part_ranks(PARTS, p)
             block = core + (i[:, None] + (j * R)[None, :] if TRANSPOSED else (i * R)[:, None] + j[None, :])
-            block = tl.load(block, mask=(i < R)[:, None] & (j < R)[None, :], other=0.0)
-            acc = tl.dot(parts[p].to(tl.float32), block, acc, input_precision=PRECISION)
-        tl.store(pointer[:, None] + j[None, :], (acc * scale).to(pointer.dtype.element_ty), mask=keep[:, None])
+            block = tl.load(block, mask=(i < R)[:, None] & (j < R)[None, :], other=0.0).to(tl.float32)
+            acc = tl.dot(parts[p], block, acc, input_precision=PRECISION)
+        tl.store(target[:, None] + j[None, :], (acc * scale).to(target.dtype.element_ty), mask=keep[:, None])
 
 
 @triton.jit(do_not_specialize=["M", "seed", "threshold"])
@@ -132,18 +114,20 @@ def prep_forward(
     m = tl.max_contiguous(tl.multiple_of(tl.where(keep, rm, 0), BM), BM)
     if WIDE:
         m, rm = m.to(tl.int64), rm.to(tl.int64)
+    columns, outputs = (), ()
+    for i in tl.static_range(len(us)):
+        for j in tl.static_range(len(PARTS)):
+            columns = columns + (factors[i] + part_ranks(PARTS, j) * sf[i],)
+            outputs = outputs + (us[i] + part_ranks(PARTS, j),)
     share = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
-    accs = project(x, factors, m, sx, sf, K, split * share, min(split * share + share, K), rm, seed, threshold,
-                   True, DROPOUT, EVEN_R, EVEN_K, PRECISION, R, PARTS, BM, BK)  # fmt: skip
-    last = True
-    if SPLITS > 1:
-        size: tl.constexpr = BM * RP * len(factors)
-        accs, last = combine(accs, partial + row.to(tl.int64) * SPLITS * size, counters, row, split, SPLITS, PARTS, BM, size)
-    if last:
-        for i in tl.static_range(len(factors)):
-            parts = rounded(accs, i * len(PARTS), v.dtype.element_ty, R, EVEN_R, PARTS)
-            store_parts(us[i] + rm * R, parts, keep, R, PARTS)
-            times_core(v + rm * sv + i * RP, parts, cores[i], scales[i], keep, True, CORE_PRECISION, R, PARTS, RP, BM, BJ)
+    accs = project(x, columns, m * sx, 1, K, split * share, min(split * share + share, K), rm, seed, threshold,
+                   DROPOUT, EVEN_R, EVEN_K, PRECISION, R, PARTS, BM, BK)  # fmt: skip
+    size: tl.constexpr = BM * RP * len(us)
+    own = partial + row.to(tl.int64) * SPLITS * size
+    if store_sums(accs, outputs, rm * R, keep, own, counters, row, split, R, PARTS, BM, SPLITS, size):
+        for member in range(len(us)):
+            times_core(pick(us, member) + rm * R, v + rm * sv + member * RP, pick(cores, member), pick(scales, member),
+                       keep, True, CORE_PRECISION, R, PARTS, RP, BM, BJ)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -159,27 +143,23 @@ def prep_backward(
     BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """t_i = dy_i B_i and w_i = s_i·t_i R_i, one member a program: dy_i [M, K_i], B_i [K_i, R], t and w [M, members·RP]."""
-    pid = tl.program_id(0)
-    slot, split = pid // SPLITS, pid % SPLITS
+    slot, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     row, member = slot // len(factors), slot % len(factors)
     rm = row * BM + tl.arange(0, BM)
     keep = rm < M
     m = tl.max_contiguous(tl.multiple_of(tl.where(keep, rm, 0), BM), BM)
+    K, k_stride, factor = pick(Ks, member), pick(sf, member), pick(factors, member)
     if WIDE:
-        m, rm = m.to(tl.int64), rm.to(tl.int64)
-    K = pick(Ks, member)
+        m, rm, k_stride = m.to(tl.int64), rm.to(tl.int64), k_stride.to(tl.int64)
+    place = rm * sw + member * RP
+    columns, outputs = (), ()
+    for j in tl.static_range(len(PARTS)):
+        columns, outputs = columns + (factor + part_ranks(PARTS, j),), outputs + (t + part_ranks(PARTS, j),)
     share = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
-    accs = project(pick(dys, member), (pick(factors, member),), m, pick(sdy, member), (pick(sf, member),), K,
-                   split * share, min(split * share + share, K), rm, 0, 0.0,
-                   False, False, EVEN_R, EVEN_K, PRECISION, R, PARTS, BM, BK)  # fmt: skip
-    last = True
-    if SPLITS > 1:
-        size: tl.constexpr = BM * RP
-        accs, last = combine(accs, partial + slot.to(tl.int64) * SPLITS * size, counters, slot, split, SPLITS, PARTS, BM, size)
-    if last:
-        parts = rounded(accs, 0, w.dtype.element_ty, R, EVEN_R, PARTS)
-        place = rm * sw + member * RP
-        store_parts(t + place, parts, keep, RP, PARTS)
+    accs = project(pick(dys, member), columns, m * pick(sdy, member), k_stride, K, split * share,
+                   min(split * share + share, K), rm, 0, 0.0, False, EVEN_R, EVEN_K, PRECISION, R, PARTS, BM, BK)  # fmt: skip
+    own = partial + slot.to(tl.int64) * SPLITS * BM * RP
+    if store_sums(accs, outputs, place, keep, own, counters, slot, split, R, PARTS, BM, SPLITS, BM * RP):
         if NEED_DX:
-            core, scale = pick(cores, member), pick(scales, member)
-            times_core(w + place, parts, core, scale, keep, False, CORE_PRECISION, R, PARTS, RP, BM, BJ)
+            times_core(t + place, w + place, pick(cores, member), pick(scales, member), keep, False, CORE_PRECISION,
+                       R, PARTS, RP, BM, BJ)  # fmt: skip

@@ -1,0 +1,279 @@
+"""What the compiler makes of every kernel: registers, spills, shared memory, occupancy, MMA share. No GPU needed.
+
+    python -m benchmarks.static_report [--json] [--arch sm_86] [--output FILE]
+
+Every kernel in bf16, fp16 and fp32, with every configuration of the shipped tables, compiled ahead of time for sm_80,
+sm_86, sm_89 and sm_90. What is compiled is what the launchers launch: their calls are recorded on tensors without memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.launches import plan_for, record
+from lorasb.kernels.configs import cdiv
+from lorasb.kernels.launch import Launch
+from lorasb.kernels.plan import DTYPES, Plan
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Limits of a multiprocessor: registers, bytes of shared memory (of a program; of all), warps, programs."""
+
+    sms: int
+    shared_limit: int
+    shared: int
+    warps: int
+    programs: int
+    registers: int = 65536
+
+
+ARCHS = {
+    "sm_80": Arch(108, 163 * 1024, 164 * 1024, 64, 32),
+    "sm_86": Arch(84, 99 * 1024, 100 * 1024, 48, 16),
+    "sm_89": Arch(128, 99 * 1024, 100 * 1024, 48, 24),
+    "sm_90": Arch(132, 227 * 1024, 228 * 1024, 64, 32),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A call of the library: what makes the compiler produce another kernel."""
+
+    label: str
+    M: int
+    n: int
+    ms: tuple[int, ...]
+    r: int
+    bias: bool = False
+    dropout: float = 0.0
+
+
+QKV = (4096, 1024, 1024)
+VARIANTS = (
+    Variant("default", 2048, 4096, (4096,), 96),
+    Variant("default, r=64", 2048, 4096, (4096,), 64),
+    Variant("many rows", 8192, 4096, (4096,), 96),
+    Variant("group of 3", 2048, 4096, QKV, 96),
+    Variant("group of 2", 2048, 4096, (14336, 14336), 96),
+    Variant("few rows", 64, 4096, (4096,), 96),
+    Variant("decode", 16, 4096, (4096,), 96),
+    Variant("decode, group of 3", 16, 4096, QKV, 96),
+    Variant("bias", 2048, 1024, (1024,), 32, bias=True),
+    Variant("ragged", 2047, 4100, (4100,), 90),
+    Variant("r=256", 2048, 4096, (4096,), 256),
+    Variant("r=256, group of 3", 2048, 4096, QKV, 256),
+    Variant("dropout", 2048, 4096, (4096,), 96, dropout=0.05),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel."""
+
+    kernel: str
+    variant: str
+    dtype: str
+    arch: str
+    config: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    ctas_per_sm: int
+    mma: int
+    mma_share: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to compile: names and plain values, so that another process can do it."""
+
+    launch_of: str
+    variant: Variant
+    dtype: torch.dtype
+    arch: str
+    plan: Plan
+
+
+def jobs(archs: list[str]) -> Iterator[Job]:
+    """Every kernel, dtype and configuration that the tables choose for the variants."""
+    for arch in archs:
+        for dtype in DTYPES:
+            for variant in VARIANTS:
+                for op in ("forward", "backward"):
+                    plan = plan_for(op, dtype, variant.M, variant.n, variant.ms, variant.r, arch, ARCHS[arch].sms)
+                    yield Job(op, variant, dtype, arch, Plan("fused", plan.prep, plan.gemm))
+
+
+def rows(archs: list[str], workers: int | None = None) -> list[Row]:
+    """Compile everything; equal kernels once."""
+    unique: dict[str, tuple[Job, int]] = {}
+    for job in jobs(archs):
+        for place, launch in enumerate(_launches(job)):
+            unique.setdefault(f"{job.arch} {_key(launch)}", (job, place))
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        return list(pool.map(_row, unique.values(), chunksize=4))
+
+
+def _launches(job: Job) -> list[Launch]:
+    v = job.variant
+    return record(job.launch_of, job.plan, job.dtype, v.M, v.n, v.ms, v.r, v.bias, v.dropout)
+
+
+def _row(item: tuple[Job, int]) -> Row:
+    job, place = item
+    launch = _launches(job)[place]
+    arch = ARCHS[job.arch]
+    registers, stack, shared, sass = compile_launch(launch, int(job.arch[3:]))
+    mma, share = mma_share(sass)
+    programs = ctas_per_sm(arch, registers, shared, launch.options["num_warps"])
+    backward = " backward" if launch.arguments.get("BACKWARD") else ""
+    return Row(
+        launch.name + backward, job.variant.label, DTYPES[job.dtype], job.arch, config_name(launch),
+        registers, stack, shared, programs, mma, share,
+    )  # fmt: skip
+
+
+def config_name(launch: Launch) -> str:
+    """Blocks, splits, warps, stages, as one word."""
+    a, o = launch.arguments, launch.options
+    blocks = "x".join(str(a[name]) for name in ("BM", "BN", "BK") if name in a)
+    cap = f" cap {o['maxnreg']}" if "maxnreg" in o else ""
+    return f"{blocks} s{a['SPLITS']} w{o['num_warps']} p{o['num_stages']}{cap}"
+
+
+def compile_launch(launch: Launch, capability: int) -> tuple[int, int, int, str]:
+    """Registers, stack bytes, shared bytes and SASS of a recorded launch."""
+    signature, constants, attributes = specialisation(launch)
+    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (_cuobjdump(flag, file.name) for flag in ("-res-usage", "-sass"))
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage for {launch.name}: {usage[:200]!r}")
+    return int(found[1]), int(found[2]), compiled.metadata.shared, sass
+
+
+def _cuobjdump(flag: str, path: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+
+
+def specialisation(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constants and divisibilities of a launch, as Triton's own launcher would specialise it."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            constants[(index,)] = value
+            signature[parameter.name] = tuple("constexpr" for _ in value) if isinstance(value, tuple) else "constexpr"
+            continue
+        places = {(index, i): v for i, v in enumerate(value)} if isinstance(value, tuple) else {(index,): value}
+        kinds = []
+        for place, item in places.items():
+            kind = _kind(item, parameter.do_not_specialize)
+            kinds.append(kind)
+            if kind == "constexpr":
+                constants[place] = item
+            elif _divisible(item, parameter.do_not_specialize):
+                attributes[place] = [["tt.divisibility", 16]]
+        signature[parameter.name] = tuple(kinds) if isinstance(value, tuple) else kinds[0]
+    return signature, constants, attributes
+
+
+def _kind(item: Any, plain: bool) -> str:
+    if isinstance(item, torch.Tensor):
+        return POINTERS[item.dtype]
+    if isinstance(item, float):
+        return "fp32"
+    return "constexpr" if item == 1 and not plain else "i32" if -(2**31) <= item < 2**31 else "i64"
+
+
+def _divisible(item: Any, plain: bool) -> bool:
+    return isinstance(item, torch.Tensor) or (isinstance(item, int) and not plain and item % 16 == 0)
+
+
+def _key(launch: Launch) -> str:
+    signature, constants, attributes = specialisation(launch)
+    return f"{launch.name} {signature} {constants} {attributes} {launch.options}"
+
+
+def ctas_per_sm(arch: Arch, registers: int, shared: int, warps: int) -> int:
+    """How many programs one multiprocessor holds: registers go by 256 a warp, shared memory by 1 KiB more a program."""
+    by_registers = arch.registers // (cdiv(registers * 32, 256) * 256 * warps)
+    return min(by_registers, arch.shared // (shared + 1024), arch.warps // warps, arch.programs)
+
+
+def mma_share(sass: str) -> tuple[int, float]:
+    """Number of MMA instructions, and their share of the loop that holds most of them without holding another such loop."""
+    code = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    is_mma = [bool(re.search(r"\b(HMMA|HGMMA|IMMA)\b", text)) for _, text in code]
+    place = {address: i for i, (address, _) in enumerate(code)}
+    loops = []
+    for i, (address, text) in enumerate(code):
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address and int(target[1], 16) in place:
+            loops.append((place[int(target[1], 16)], i + 1))
+    inner = [a for a in loops if sum(is_mma[slice(*a)]) and not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    best = max(inner, key=lambda span: sum(is_mma[slice(*span)]), default=None)
+    share = sum(is_mma[slice(*best)]) / (best[1] - best[0]) if best else 0.0
+    return sum(is_mma), round(share, 3)
+
+
+def table(found: list[Row]) -> Table:
+    """The rows, for people."""
+    view = Table(title=f"kernels compiled ahead of time, triton {triton.__version__}")
+    for name in Row.__dataclass_fields__:
+        view.add_column(name.replace("_", " "), justify="left" if name in ("kernel", "variant", "config") else "right")
+    for row in found:
+        view.add_row(*(str(v) for v in asdict(row).values()), style="red" if row.stack_bytes else None)
+    return view
+
+
+def main() -> None:
+    """Compile and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--arch", action="append", choices=list(ARCHS), help="all four unless given")
+    parser.add_argument("--output", type=Path, help="write the JSON to a file too")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    found = rows(options.arch or list(ARCHS))
+    text = json.dumps([asdict(row) for row in found], indent=1)
+    if options.output:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    if options.json:
+        print(text)
+    else:
+        Console(width=180).print(table(found))
+
+
+if __name__ == "__main__":
+    main()
