@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from lorasb.kernels.launch import Launch, Members, backward, forward, observed
+from lorasb.kernels.launch import Mask, Members, backward, forward
 from lorasb.kernels.plan import DTYPES, Plan, Shape, bucket, choice
+from lorasb.kernels.recording import Launch, observed
 
 
 def members(n: int, ms: tuple[int, ...], r: int, dtype: torch.dtype) -> Members:
@@ -42,8 +43,8 @@ def record(
     with observed(dry=True) as launches:
         if op == "forward":
             biases = [torch.empty(m, **empty) if bias else None for m in ms]
-            forward(torch.empty(M, n, **empty), layers, biases, plan, dropout, 1)
+            forward(torch.empty(M, n, **empty), layers, biases, plan, Mask(dropout, 1))
         else:
             us = [torch.empty(M, r, **empty) for _ in ms]
-            backward([torch.empty(M, m, **empty) for m in ms], layers, us, plan, True, True, dropout, 1)
+            backward([torch.empty(M, m, **empty) for m in ms], layers, us, plan, True, True, Mask(dropout, 1))
     return launches

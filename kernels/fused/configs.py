@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DECODE_ROWS = 16  # up to here a product is bound by reading the weight
 MAX_RANK = 256
@@ -25,7 +25,7 @@ class GemmConfig:
     """Blocks of the extended GEMM: [block_m, block_n] of y a program, block_k of the reduction a step.
 
     `registers` caps those of a thread, where the compiler would take a few more than let another program on the
-    multiprocessor; ragged shapes and dropout go without the cap, as they would spill.
+    multiprocessor.
     """
 
     block_m: int
@@ -35,6 +35,14 @@ class GemmConfig:
     warps: int
     stages: int
     registers: int | None = None
+
+    def fitted(self, even: bool, dropout: bool) -> GemmConfig:
+        """The same without spills: lengths that block_k does not divide (masks) and dropout (two sums) need more room."""
+        config = self if even and not dropout else replace(self, registers=None)
+        if dropout:
+            return replace(config, block_m=min(64, self.block_m), block_n=min(64, self.block_n))
+        wide = self.block_m * self.block_n >= 128 * 128
+        return config if even or not wide else replace(config, warps=max(8, self.warps))
 
 
 def cdiv(a: int, b: int) -> int:

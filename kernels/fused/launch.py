@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from .configs import (
     CORE_CHUNK,
     CORE_ROWS,
     GemmConfig,
-    PrepConfig,
     cdiv,
     core_chunks,
     gemm_splits,
@@ -26,30 +25,18 @@ from .configs import (
 from .gemm import extended_gemm
 from .plan import Plan
 from .prep import prep_backward, prep_forward
+from .recording import launch
 from .workspace import counters
 
 INT32_LIMIT = 2**31
-_observers: list[Callable[[Launch], None]] = []
-_dry = 0
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What was launched: a kernel, its grid, its arguments by name and the compiler's options."""
-
-    kernel: Any
-    grid: int
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return str(self.kernel.__name__)
 
 
 @dataclass(frozen=True)
 class Members:
-    """Layers that read the same x [M, n]: weights W_i [m_i, n], A_i [r, n], R_i [r, r], B_i [m_i, r], scales s_i."""
+    """Layers that read the same x [M, n]: weights W_i [m_i, n], A_i [r, n], R_i [r, r], B_i [m_i, r], scales s_i.
+
+    All of one rank and dtype, and all with a weight or all without.
+    """
 
     weights: Sequence[Tensor | None]
     a: Sequence[Tensor]
@@ -59,47 +46,54 @@ class Members:
 
     @property
     def r(self) -> int:
+        """The rank."""
         return self.a[0].shape[0]
+
+    @property
+    def width(self) -> int:
+        """Columns of a member's v, w and t: the rank, padded."""
+        return sum(rank_parts(self.r))
 
     def of(self, part: slice) -> Members:
         """Some of the members."""
         return Members(*(field[part] for field in (self.weights, self.a, self.cores, self.b, self.scales)))
 
 
-@contextmanager
-def observed(dry: bool = False) -> Iterator[list[Launch]]:
-    """The list of launches that the block makes; `dry` makes none, so that tensors may lie on `meta`."""
-    global _dry
-    launches: list[Launch] = []
-    _observers.append(launches.append)
-    _dry += dry
-    try:
-        yield launches
-    finally:
-        _dry -= dry
-        _observers.remove(launches.append)
+@dataclass(frozen=True)
+class Mask:
+    """Dropout on the adapter's x: a function of the seed and an element's place, so that nothing is stored."""
+
+    dropout: float = 0.0
+    seed: int = 0
 
 
 def forward(
-    x: Tensor, members: Members, biases: Sequence[Tensor | None], plan: Plan, dropout: float = 0.0, seed: int = 0
+    x: Tensor, members: Members, biases: Sequence[Tensor | None], plan: Plan, mask: Mask = Mask()
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """y_i = x W_iᵀ + s_i·x A_iᵀ R_iᵀ B_iᵀ + bias_i [M, m_i] and u_i = x A_iᵀ [M, r], for x [M, n] with rows in one piece."""
-    M, r = x.shape[0], members.r
-    width = sum(rank_parts(r))
-    us = [x.new_empty((M, r)) for _ in members.a]
-    v = x.new_empty((M, width * len(us)))
+    """y_i = x W_iᵀ + s_i·u_i R_iᵀ B_iᵀ + bias_i [M, m_i] and u_i = x A_iᵀ [M, r].
+
+    Args:
+        x: [M, n] with rows in one piece.
+        members: the layers; with dropout, s_i is to hold the factor 1 / (1 - p).
+        biases: [m_i] or None, for each member.
+        plan: path and blocks.
+        mask: dropout of the adapter's x.
+    """
+    M, width, together = x.shape[0], members.width, prep_members(members.r, len(members.a))
+    us = [x.new_empty((M, members.r)) for _ in members.a]
     if M == 0:
         return [x.new_empty((0, b.shape[0])) for b in members.b], us
+    v = x.new_empty((M, width * len(us)))
     with _on(x):
-        together = prep_members(r, len(us))
         for i in range(0, len(us), together):
             part = slice(i, i + together)
-            _prep_forward(x, members.of(part), us[part], v[:, i * width :], plan, dropout, seed)
-        if not _fused(plan, members, dropout):
-            vs = [v[:, i * width : i * width + r] for i in range(len(us))]
-            return [_addmm(x, *parts) for parts in zip(vs, members.weights, members.b, biases, strict=True)], us
-        ys = [x.new_empty((M, b.shape[0])) for b in members.b]
-        _extended_forward(x, members, biases, v, ys, plan)
+            _prep_forward(x, members.of(part), us[part], v[:, i * width :], plan, mask)
+        if _fused(plan, members, mask):
+            ys = [x.new_empty((M, b.shape[0])) for b in members.b]
+            _extended_forward(x, members, biases, v, ys, plan)
+        else:
+            vs = [v[:, i * width : i * width + members.r] for i in range(len(us))]
+            ys = [_addmm(x, *parts) for parts in zip(vs, members.weights, members.b, biases, strict=True)]
     return ys, us
 
 
@@ -110,161 +104,125 @@ def backward(
     plan: Plan,
     need_dx: bool,
     need_dcore: bool,
-    dropout: float = 0.0,
-    seed: int = 0,
-) -> tuple[Tensor | None, list[Tensor] | None]:
+    mask: Mask = Mask(),
+) -> tuple[Tensor | None, list[Tensor]]:
     """dx = Σ_i dy_i W_i + s_i·dy_i B_i R_i A_i [M, n] and dR_i = s_i·(dy_i B_i)ᵀ u_i [r, r], for dy_i [M, m_i]."""
-    M, n = dys[0].shape[0], members.a[0].shape[1]
-    dx = dys[0].new_empty((M, n)) if need_dx else None
-    dcores = [torch.empty_like(core, memory_format=torch.contiguous_format) for core in members.cores]
+    M = dys[0].shape[0]
+    dys = [_rows(dy) for dy in dys]
+    dx = dys[0].new_empty((M, members.a[0].shape[1])) if need_dx else None
+    dcores = [core.new_empty(core.shape) for core in members.cores] if need_dcore else []
     if M == 0:
-        return dx, [dcore.zero_() for dcore in dcores] if need_dcore else None
-    dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in dys]
-    width = sum(rank_parts(members.r))
-    t = dys[0].new_empty((M, width * len(dys)))
+        return dx, [dcore.zero_() for dcore in dcores]
+    t = dys[0].new_empty((M, members.width * len(dys)))
     w = torch.empty_like(t) if need_dx else t
+    fused = need_dx and _fused(plan, members, mask)
     with _on(t):
         _prep_backward(dys, members, t, w, plan, need_dx)
-        fused = need_dx and _fused(plan, members, dropout)
         if fused or need_dcore:
-            target = dx if fused else None
-            _extended_backward(dys, members, us, t, w, target, dcores if need_dcore else [], plan, dropout, seed)
+            _extended_backward(dys, members, us, t, w, dx if fused else None, dcores, plan, mask)
         if dx is not None and not fused:
             _addmm_backward(dys, members, w, dx)
-    return dx, dcores if need_dcore else None
+    return dx, dcores
 
 
-def _fused(plan: Plan, members: Members, dropout: float) -> bool:
+def _fused(plan: Plan, members: Members, mask: Mask) -> bool:
     """Whether the extended GEMM runs; with dropout always, as only the kernels know the mask."""
-    if dropout > 0.0:
+    if mask.dropout > 0.0:
         return True
     return plan.path == "fused" and all(w is None or w.stride(-1) == 1 for w in members.weights)
 
 
-def _prep_forward(
-    x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: Plan, dropout: float, seed: int
-) -> None:
-    (M, K), r, parts, config = x.shape, members.r, rank_parts(members.r), plan.prep
-    factors = tuple(_rows(a) for a in members.a)
-    row_blocks, width = cdiv(M, config.block_m), sum(parts)
+def _prep_forward(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: Plan, mask: Mask) -> None:
+    (M, K), config, width = x.shape, plan.prep, members.width
+    factors, row_blocks = tuple(_rows(a) for a in members.a), cdiv(M, config.block_m)
     splits = prep_splits(row_blocks, cdiv(K, config.block_k))
     partial, arrivals = _workspace(x, row_blocks * splits * config.block_m * width * len(us), row_blocks, splits)
-    precision = _precision(x.dtype)
-    _launch(
-        prep_forward,
-        row_blocks * splits,
-        dict(
-            x=x, factors=factors, cores=tuple(c.contiguous() for c in members.cores), us=tuple(us), v=v,
-            partial=partial, counters=arrivals, M=M, K=K, sx=x.stride(0), sf=tuple(a.stride(0) for a in factors),
-            sv=v.stride(0), scales=tuple(members.scales), seed=seed, threshold=dropout, DROPOUT=dropout > 0.0,
-            EVEN_R=r == width, EVEN_K=K % config.block_k == 0, WIDE=_wide(x, v, *factors),
-            PRECISION=precision, CORE_PRECISION=_core_precision(x.dtype), R=r, PARTS=parts,
-            RP=width, BM=config.block_m, BK=config.block_k, BJ=_core_columns(width), SPLITS=splits,
-        ),
-        config,
+    arguments = dict(
+        x=x, factors=factors, us=tuple(us), v=v, partial=partial, counters=arrivals, M=M, K=K, sx=x.stride(0),
+        sf=tuple(a.stride(0) for a in factors), sv=v.stride(0), seed=mask.seed, threshold=mask.dropout,
+        DROPOUT=mask.dropout > 0.0, EVEN_K=K % config.block_k == 0, WIDE=_wide(x, v, *factors), SPLITS=splits,
     )  # fmt: skip
+    launch(prep_forward, row_blocks * splits, arguments | _prep_common(members, plan, x.dtype), config)
 
 
-def _prep_backward(dys: Sequence[Tensor], members: Members, t: Tensor, w: Tensor, plan: Plan, need_dx: bool) -> None:
-    M, r, parts, config = t.shape[0], members.r, rank_parts(members.r), plan.prep
+def _prep_backward(
+    dys: Sequence[Tensor], members: Members, t: Tensor, w: Tensor, plan: Plan, need_dx: bool
+) -> None:
+    M, config, width = t.shape[0], plan.prep, members.width
     factors, Ks = tuple(_rows(b) for b in members.b), tuple(dy.shape[1] for dy in dys)
-    row_blocks, width = cdiv(M, config.block_m), sum(parts)
-    slots = row_blocks * len(dys)
+    slots = cdiv(M, config.block_m) * len(dys)
     splits = prep_splits(slots, cdiv(max(Ks), config.block_k))
     partial, arrivals = _workspace(t, slots * splits * config.block_m * width, slots, splits)
-    _launch(
-        prep_backward,
-        slots * splits,
-        dict(
-            dys=tuple(dys), factors=factors, cores=tuple(c.contiguous() for c in members.cores), t=t, w=w,
-            partial=partial, counters=arrivals, M=M, Ks=Ks, sdy=tuple(dy.stride(0) for dy in dys),
-            sf=tuple(b.stride(0) for b in factors), sw=w.stride(0), scales=tuple(members.scales), NEED_DX=need_dx,
-            EVEN_R=r == width, EVEN_K=all(k % config.block_k == 0 for k in Ks), WIDE=_wide(t, *dys, *factors),
-            PRECISION=_precision(t.dtype), CORE_PRECISION=_core_precision(t.dtype), R=r, PARTS=parts, RP=width,
-            BM=config.block_m, BK=config.block_k, BJ=_core_columns(width), SPLITS=splits,
-        ),
-        config,
+    arguments = dict(
+        dys=tuple(dys), factors=factors, t=t, w=w, partial=partial, counters=arrivals, M=M, Ks=Ks,
+        sdy=tuple(dy.stride(0) for dy in dys), sf=tuple(b.stride(0) for b in factors), sw=w.stride(0), NEED_DX=need_dx,
+        EVEN_K=all(k % config.block_k == 0 for k in Ks), WIDE=_wide(t, *dys, *factors), SPLITS=splits,
+    )  # fmt: skip
+    launch(prep_backward, slots * splits, arguments | _prep_common(members, plan, t.dtype), config)
+
+
+def _prep_common(members: Members, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
+    width, config = members.width, plan.prep
+    return dict(
+        cores=tuple(core.contiguous() for core in members.cores), scales=tuple(members.scales),
+        EVEN_R=members.r == width, PRECISION=_precision(dtype), CORE_PRECISION=_core_precision(dtype), R=members.r,
+        PARTS=rank_parts(members.r), RP=width, BM=config.block_m, BK=config.block_k, BJ=32 if width % 32 == 0 else 16,
     )  # fmt: skip
 
 
 def _extended_forward(
     x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor, ys: list[Tensor], plan: Plan
 ) -> None:
-    M, config = x.shape[0], plan.gemm
-    Ns = tuple(y.shape[1] for y in ys)
+    M, Ns = x.shape[0], tuple(y.shape[1] for y in ys)
     weights, Ks = _weights(members, x)
+    even, config = _settle(plan, Ks, members.r, False)
     tiles = cdiv(M, config.block_m) * sum(cdiv(N, config.block_n) for N in Ns)
-    splits = _splits(tiles, (*Ks, members.r), M, config.block_k)
+    splits = gemm_splits(tiles, _steps((*Ks, members.r), config), M)
     partial, arrivals = _workspace(x, tiles * splits * config.block_m * config.block_n, tiles, splits)
-    bias = any(bias is not None for bias in biases)
-    filled = tuple(x.new_zeros(N) if bias and b is None else b for b, N in zip(biases, Ns, strict=True)) if bias else ys
-    factors = tuple(_rows(b) for b in members.b)
-    _launch_extended(
-        dict(
-            xs=(x,), weights=weights, v=v, factors=factors, biases=tuple(filled), ys=tuple(ys), t=v, us=(v,),
-            dcores=(partial,), partial=partial, counters=arrivals, M=M, Ns=Ns, Ks=Ks, core_programs=0, sx=(x.stride(0),),
-            seed=0, threshold=0.0, BACKWARD=False, HAS_BIAS=bias, DROPOUT=False, SPLITS=splits, CHUNKS=1,
-        ),
-        members, tiles * splits, plan,
+    biased = any(bias is not None for bias in biases)
+    filled = [x.new_zeros(N) if bias is None else bias for bias, N in zip(biases, Ns, strict=True)] if biased else ys
+    arguments = dict(
+        xs=(x,), weights=weights, v=v, factors=tuple(_rows(b) for b in members.b), biases=tuple(filled), ys=tuple(ys),
+        t=v, us=(v,), dcores=(partial,), partial=partial, counters=arrivals, M=M, Ns=Ns, Ks=Ks, core_programs=0,
+        seed=0, threshold=0.0, BACKWARD=False, HAS_BIAS=biased, DROPOUT=False, EVEN_K=even, SPLITS=splits, CHUNKS=1,
     )  # fmt: skip
+    launch(extended_gemm, tiles * splits, arguments | _extended_common(arguments, members, config), config)
 
 
 def _extended_backward(
     dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], t: Tensor, w: Tensor, dx: Tensor | None,
-    dcores: list[Tensor], plan: Plan, dropout: float, seed: int,
+    dcores: list[Tensor], plan: Plan, mask: Mask,
 ) -> None:  # fmt: skip
-    """dx, where it is to be written here, and dR: the programs of dR come first and run beside the others."""
-    if dropout > 0.0:  # two sums side by side in registers
-        plan = replace(plan, gemm=replace(plan.gemm, block_m=min(64, plan.gemm.block_m), block_n=64, registers=None))
-    M, r, config = t.shape[0], members.r, plan.gemm
+    """dx, unless another path writes it, and dR, if it is needed: its programs come first and run beside the others."""
+    M, r, dropped = t.shape[0], members.r, mask.dropout > 0.0
     weights, Ks = _weights(members, *dys)
+    even, config = _settle(plan, Ks, r, dropped)
     tiles = cdiv(M, config.block_m) * cdiv(dx.shape[1], config.block_n) if dx is not None else 0
-    splits = 1 if dropout else _splits(tiles, (*Ks, *(r for _ in Ks)), M, config.block_k) if tiles else 1
-    chunks = core_chunks(M)
-    slots = len(dcores) * cdiv(sum(rank_parts(r)), CORE_BLOCK) ** 2
-    core_size = slots * chunks * CORE_BLOCK**2
-    size = (tiles * splits * config.block_m * config.block_n if splits > 1 else 0) + core_size
+    splits = 1 if dropped or not tiles else gemm_splits(tiles, _steps((*Ks, *(r for _ in Ks)), config), M)
+    chunks, slots = core_chunks(M), len(dcores) * cdiv(members.width, CORE_BLOCK) ** 2
+    size = slots * chunks * CORE_BLOCK**2 + (tiles * splits * config.block_m * config.block_n if splits > 1 else 0)
     partial, arrivals = _workspace(t, size, slots + tiles, max(splits, chunks))
     output = dx if dx is not None else t
-    _launch_extended(
-        dict(
-            xs=tuple(dys), weights=weights, v=w, factors=tuple(_rows(a) for a in members.a), biases=(output,),
-            ys=(output,), t=t, us=tuple(us) if dcores else (t,), dcores=tuple(dcores) or (partial,), partial=partial,
-            counters=arrivals, M=M, Ns=(output.shape[1],), Ks=Ks, core_programs=slots * chunks,
-            sx=tuple(dy.stride(0) for dy in dys), seed=seed, threshold=dropout, BACKWARD=True, HAS_BIAS=False,
-            DROPOUT=dropout > 0.0, SPLITS=splits, CHUNKS=chunks,
-        ),
-        members, slots * chunks + tiles * splits, plan,
+    arguments = dict(
+        xs=tuple(dys), weights=weights, v=w, factors=tuple(_rows(a) for a in members.a), biases=(output,), ys=(output,),
+        t=t, us=tuple(us) if dcores else (t,), dcores=tuple(dcores) or (partial,), partial=partial, counters=arrivals,
+        M=M, Ns=(output.shape[1],), Ks=Ks, core_programs=slots * chunks, seed=mask.seed, threshold=mask.dropout,
+        BACKWARD=True, HAS_BIAS=False, DROPOUT=dropped, EVEN_K=even, SPLITS=splits, CHUNKS=chunks,
     )  # fmt: skip
+    grid = slots * chunks + tiles * splits
+    launch(extended_gemm, grid, arguments | _extended_common(arguments, members, config), config)
 
 
-def _launch_extended(arguments: dict[str, Any], members: Members, grid: int, plan: Plan) -> None:
-    """Add what both directions share, and launch."""
-    config, r = plan.gemm, members.r
+def _extended_common(arguments: dict[str, Any], members: Members, config: GemmConfig) -> dict[str, Any]:
+    """Strides, flags and blocks, the same in both directions."""
     xs, ys, weights, factors, v = (arguments[name] for name in ("xs", "ys", "weights", "factors", "v"))
-    arguments |= dict(
-        sw=tuple(w.stride(0) for w in weights), sv=v.stride(0), sf=tuple(f.stride(0) for f in factors),
-        sy=tuple(y.stride(0) for y in ys), su=r, scales=tuple(members.scales),
-        EVEN_K=all(k % config.block_k == 0 for k in (*arguments["Ks"], r)), WIDE=_wide(*xs, *ys, *weights, *factors, v),
-        PRECISION=_precision(v.dtype), R=r, RP=sum(rank_parts(r)), BM=config.block_m, BN=config.block_n,
-        BK=config.block_k, GROUP=config.group, ROWS=CORE_CHUNK, BR=CORE_BLOCK, BKR=CORE_ROWS,
+    return dict(
+        sx=tuple(x.stride(0) for x in xs), sw=tuple(w.stride(0) for w in weights), sv=v.stride(0),
+        sf=tuple(f.stride(0) for f in factors), sy=tuple(y.stride(0) for y in ys), su=members.r,
+        scales=tuple(members.scales), WIDE=_wide(*xs, *ys, *weights, *factors, v), PRECISION=_precision(v.dtype),
+        R=members.r, RP=members.width, BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP=config.group,
+        ROWS=CORE_CHUNK, BR=CORE_BLOCK, BKR=CORE_ROWS,
     )  # fmt: skip
-    _launch(extended_gemm, grid, arguments, config)
-
-
-def _launch(kernel: Any, grid: int, arguments: dict[str, Any], config: PrepConfig | GemmConfig) -> None:
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    capped = isinstance(config, GemmConfig) and config.registers and arguments["EVEN_K"] and not arguments["DROPOUT"]
-    if capped and not _interpreted(kernel):
-        options["maxnreg"] = config.registers
-    for observer in _observers:
-        observer(Launch(kernel, grid, arguments, options))
-    if not _dry:
-        kernel[(grid,)](**arguments, **options)
-
-
-def _interpreted(kernel: Any) -> bool:
-    return not hasattr(kernel, "device_caches")
 
 
 def _addmm(x: Tensor, v: Tensor, weight: Tensor | None, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -274,27 +232,32 @@ def _addmm(x: Tensor, v: Tensor, weight: Tensor | None, b: Tensor, bias: Tensor 
 
 
 def _addmm_backward(dys: Sequence[Tensor], members: Members, w: Tensor, dx: Tensor) -> None:
-    width, r = sum(rank_parts(members.r)), members.r
     for i, (dy, weight, a) in enumerate(zip(dys, members.weights, members.a, strict=True)):
-        part = w[:, i * width : i * width + r]
-        torch.mm(part, a, out=dx) if i == 0 else dx.addmm_(part, a)
+        part = w[:, i * members.width : i * members.width + members.r]
+        dx = torch.mm(part, a, out=dx) if i == 0 else dx.addmm_(part, a)
         if weight is not None:
             dx.addmm_(dy, weight)
 
 
 def _weights(members: Members, *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The weights with rows in one piece and the lengths of the base reductions; no weight is a reduction of length 0."""
+    """The weights, rows in one piece, and the lengths of the base reductions: no weight is a reduction of length 0."""
     if members.weights[0] is None:
         return tuple(inputs[0] for _ in members.weights), tuple(0 for _ in inputs)
     return tuple(_rows(w) for w in members.weights if w is not None), tuple(x.shape[1] for x in inputs)
 
 
+def _settle(plan: Plan, Ks: Sequence[int], r: int, dropped: bool) -> tuple[bool, GemmConfig]:
+    """Whether every reduction is a whole number of steps, and the blocks that suit."""
+    even = all(k % plan.gemm.block_k == 0 for k in (*Ks, r))
+    return even, plan.gemm.fitted(even, dropped)
+
+
+def _steps(lengths: Sequence[int], config: GemmConfig) -> int:
+    return sum(cdiv(length, config.block_k) for length in lengths)
+
+
 def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
-
-
-def _splits(tiles: int, lengths: Sequence[int], rows: int, block_k: int) -> int:
-    return gemm_splits(tiles, sum(cdiv(k, block_k) for k in lengths), rows)
 
 
 def _workspace(like: Tensor, size: int, slots: int, programs: int) -> tuple[Tensor, Tensor]:
@@ -307,14 +270,12 @@ def _workspace(like: Tensor, size: int, slots: int, programs: int) -> tuple[Tens
 
 def _wide(*tensors: Tensor) -> bool:
     """Whether an offset needs 64 bits."""
-    return any(t.dim() == 2 and t.stride(0) * t.shape[0] >= INT32_LIMIT for t in tensors)
+    return any(t.stride(0) * t.shape[0] >= INT32_LIMIT for t in tensors)
 
 
 def _precision(dtype: torch.dtype) -> str:
     """Of products of x's dtype; fp32 stays fp32 unless torch was told that TF32 will do."""
-    if dtype != torch.float32:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _core_precision(dtype: torch.dtype) -> str:
@@ -322,9 +283,5 @@ def _core_precision(dtype: torch.dtype) -> str:
     return _precision(dtype) if dtype == torch.float32 else "tf32"
 
 
-def _core_columns(width: int) -> int:
-    return 32 if width % 32 == 0 else 16
-
-
-def _on(tensor: Tensor) -> Any:
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
