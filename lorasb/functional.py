@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from . import backends  # noqa: F401  registers the kernels
 from .limits import MAX_RANK
-from .ops import current_backend, linear_op
+from .ops import backend_op, current_backend
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,14 +47,53 @@ def lora_sb_linear(
         y [..., out] in x's dtype.
 
     Raises:
-        ValueError: shapes, ranks or devices that do not fit together.
-        TypeError: dtypes that do not fit together.
+        ValueError: shapes, ranks or devices that do not fit together, or x requires grad under inference mode.
+        TypeError: dtypes that do not fit together, or x is not floating point.
     """
     if torch.is_autocast_enabled(x.device.type):
         x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
     _check(x, weight, lora_A, lora_R, lora_B, bias)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu") if dropout > 0.0 else None
-    return linear_op(current_backend())(x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout, seed)[0]
+    op = backend_op("linear", current_backend())
+    return op(x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout, seed)[0]
+
+
+def lora_sb_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_R: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    biases: Sequence[Tensor] = (),
+    scalings: Sequence[float] = (),
+) -> list[Tensor]:
+    """y_i = x W_iᵀ + s_i·x A_iᵀ R_iᵀ B_iᵀ + bias_i for linears that read the same x.
+
+    One pass over x forward and one write of dx backward, where single calls read x and add a dx for each. Arguments
+    as for `lora_sb_linear`, one of each for every member; no biases is none for any, no scalings is 1 for all.
+
+    Returns:
+        y_i [..., out_i].
+
+    Raises:
+        ValueError: shapes, devices or numbers of members that do not fit together, or ranks that differ.
+        TypeError: dtypes that do not fit together.
+    """
+    scalings = list(scalings) or [1.0] * len(weights)
+    lengths = {len(weights), len(lora_A), len(lora_R), len(lora_B), len(scalings), len(biases) or len(weights)}
+    if len(lengths) != 1 or not weights:
+        raise ValueError(f"expected one of each argument for every member, got {sorted(lengths)} of them")
+    if len({a.shape[0] for a in lora_A}) != 1:
+        raise ValueError(f"expected one rank for all members, got {[a.shape[0] for a in lora_A]}")
+    if torch.is_autocast_enabled(x.device.type):
+        count = len(weights)
+        x, *cast = _autocast(x, *weights, *lora_A, *lora_B, *biases)
+        weights, lora_A, lora_B, biases = cast[:count], cast[count : 2 * count], cast[2 * count : 3 * count], cast[3 * count :]
+    for i in range(len(weights)):
+        _check(x, weights[i], lora_A[i], lora_R[i], lora_B[i], biases[i] if biases else None)
+    op = backend_op("linear_group", current_backend())
+    found: list[Tensor] = op(x, list(weights), list(lora_A), list(lora_R), list(lora_B), list(biases), scalings)
+    return found[: len(weights)]
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
@@ -84,6 +124,11 @@ def _check(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor,
 def _check_kinds(x: Tensor, others: dict[str, Tensor | None], core: Tensor) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"expected x in fp64, fp32, bf16 or fp16, got {x.dtype}")
+    if x.requires_grad and torch.is_inference_mode_enabled():
+        raise ValueError(
+            "expected x without requires_grad under torch.inference_mode(), which records no gradient: use "
+            "torch.no_grad() or pass x.detach()"
+        )
     for name, tensor in others.items():
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"expected {name} in x's dtype {x.dtype}, got {tensor.dtype}: cast one of the two")

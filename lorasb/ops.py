@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor
 
 BACKENDS = ("auto", "eager", "cpp", "triton")
 ENVIRONMENT_VARIABLE = "LORASB_BACKEND"
-Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 _FORWARD = (
     "(Tensor x, Tensor? weight, Tensor a, Tensor core, Tensor b, Tensor? bias, float scaling, float dropout, "
@@ -30,37 +29,76 @@ _BACKWARD = (
     "(Tensor dy, Tensor? weight, Tensor a, Tensor core, Tensor b, Tensor u, float scaling, float dropout, "
     "Tensor? seed, bool need_dx, bool need_dcore) -> (Tensor, Tensor)"
 )
-_library = torch.library.Library("lorasb", "DEF")
+library = torch.library.Library("lorasb", "DEF")
 _current = ""  # set by `backend`; empty: the environment decides
-_missing: dict[str, str] = {
-    "cpp": "this build of lorasb has no C++ extension",
-    "triton": "this build of lorasb has no Triton kernels",
+_missing: dict[str, Callable[[], str | None]] = {
+    "cpp": lambda: "this build of lorasb has no C++ extension",
+    "triton": lambda: "this build of lorasb has no Triton kernels",
 }
 
 
-def op_names(name: str) -> tuple[str, str]:
-    """The forward and backward op of a backend, without the namespace."""
-    suffix = "" if name == "auto" else f"_{name}"
-    return f"linear{suffix}", f"linear_backward{suffix}"
+def op_name(op: str, backend: str) -> str:
+    """The name of a backend's version of an op, without the namespace."""
+    return op if backend == "auto" else f"{op}_{backend}"
 
 
-def linear_op(name: str) -> Kernel:
-    """The forward op of a backend; returns (y, u) with u = x Aᵀ [M, r]."""
-    return getattr(torch.ops.lorasb, op_names(name)[0]).default
+def backend_op(op: str, backend: str) -> Callable[..., Any]:
+    """A backend's version of an op. "linear" returns (y, u) with u = x Aᵀ [M, r]."""
+    return getattr(torch.ops.lorasb, op_name(op, backend)).default
 
 
-def register_backend(name: str, forward: Kernel, backward: Kernel, keys: tuple[str, ...]) -> None:
-    """Register a backend's kernels under its own ops and, at the same dispatch keys, under those of `auto`."""
-    for owner in ("auto", name):
-        for op, kernel in zip(op_names(owner), (forward, backward), strict=True):
-            for key in keys:
-                _library.impl(op, kernel, key)
-    _missing.pop(name, None)
+def define(
+    name: str,
+    schemas: tuple[str, str],
+    fakes: tuple[Callable[..., Any], Callable[..., Any]],
+    backward: Callable[[Callable[..., Any]], Callable[..., Any]],
+    setup: Callable[..., None],
+) -> None:
+    """Define an op and its backward once for every backend.
+
+    Args:
+        name: of the op; its derivative is name_backward.
+        schemas: of the two.
+        fakes: shapes of their results.
+        backward: from a backend's backward op to the function that autograd calls.
+        setup: what autograd keeps.
+    """
+    for owner in BACKENDS:
+        for op, schema, fake in zip((name, f"{name}_backward"), schemas, fakes, strict=True):
+            library.define(op_name(op, owner) + schema, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"lorasb::{op_name(op, owner)}", fake, lib=library)
+        function = backward(backend_op(f"{name}_backward", owner))
+        torch.library.register_autograd(f"lorasb::{op_name(name, owner)}", function, setup_context=setup, lib=library)
+
+
+def register_backend(
+    name: str,
+    kernels: Sequence[tuple[str, Callable[..., Any]]],
+    keys: Sequence[str],
+    auto: Sequence[tuple[str, Callable[..., Any]]] | None = None,
+    auto_keys: Sequence[str] | None = None,
+    missing: Callable[[], str | None] | None = None,
+) -> None:
+    """Register a backend's kernels under its own ops and under those of `auto`.
+
+    Args:
+        name: of the backend.
+        kernels: pairs of an op ("linear", "linear_backward", ...) and what computes it.
+        keys: dispatch keys ("CPU", "CUDA", ...) at which they compute the backend's own ops.
+        auto: what computes the ops of `auto`, where that is something else.
+        auto_keys: dispatch keys for those, where they are others.
+        missing: called to ask why the backend cannot run here; None, or a result of None, where it can.
+    """
+    for owner, pairs, where in ((name, kernels, keys), ("auto", auto or kernels, keys if auto_keys is None else auto_keys)):
+        for op, kernel in pairs:
+            for key in where:
+                library.impl(op_name(op, owner), kernel, key)
+    _missing[name] = missing or (lambda: None)
 
 
 def unavailable(name: str) -> str | None:
     """Why a backend cannot run here, or None where it can."""
-    return _missing.get(name)
+    return _missing[name]() if name in _missing else None
 
 
 def current_backend() -> str:
@@ -140,27 +178,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.scaling, ctx.dropout = scaling, dropout
 
 
-def _backward(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
+def _backward(op: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         need_dx, need_dcore = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         if dy is None or not (need_dx or need_dcore):
             return (None,) * 9
         weight, a, core, b, u, seed = ctx.saved_tensors
-        op = getattr(torch.ops.lorasb, op_names(name)[1]).default
         dx, dcore = op(dy, weight, a, core, b, u, ctx.scaling, ctx.dropout, seed, need_dx, need_dcore)
         return (dx if need_dx else None, None, None, dcore if need_dcore else None, *(None,) * 5)
 
     return backward
 
 
-def _define(name: str) -> None:
-    forward, backward = op_names(name)
-    _library.define(forward + _FORWARD, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.define(backward + _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"lorasb::{forward}", _forward_fake, lib=_library)
-    torch.library.register_fake(f"lorasb::{backward}", _backward_fake, lib=_library)
-    torch.library.register_autograd(f"lorasb::{forward}", _backward(name), setup_context=_save, lib=_library)
-
-
-for _name in BACKENDS:
-    _define(_name)
+define("linear", (_FORWARD, _BACKWARD), (_forward_fake, _backward_fake), _backward, _save)

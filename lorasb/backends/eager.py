@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import group_ops  # noqa: F401  defines its ops
 from ..ops import register_backend
 
 
@@ -21,6 +22,11 @@ def keep_mask(shape: torch.Size, dropout: float, seed: Tensor, device: torch.dev
 def times_core(left: Tensor, core: Tensor, scale: float) -> Tensor:
     """`scale · left @ core` at the core's precision, rounded to left's dtype."""
     return (left.to(core.dtype) @ core).mul_(scale).to(left.dtype)
+
+
+def core_gradient(t: Tensor, u: Tensor, core: Tensor, scale: float) -> Tensor:
+    """dR = s·tᵀ u at the core's precision."""
+    return (t.to(core.dtype).t() @ u.to(core.dtype)).mul_(scale)
 
 
 def shaped(rows: Tensor, like: Tensor) -> Tensor:
@@ -73,7 +79,7 @@ def backward(
         t = rows @ b
         dx, dcore = dy.new_empty((0,)), core.new_empty((0,))
         if need_dcore:
-            dcore = (t.to(core.dtype).t() @ u.to(core.dtype)).mul_(scale)
+            dcore = core_gradient(t, u, core, scale)
         if need_dx:
             dx = times_core(t, core, scale) @ a
             if seed is not None:
@@ -84,6 +90,52 @@ def backward(
     return dx, dcore
 
 
+def group_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    a: list[Tensor],
+    cores: list[Tensor],
+    b: list[Tensor],
+    biases: list[Tensor],
+    scalings: list[float],
+) -> list[Tensor]:
+    """The members one after another: y_i [..., m_i], then u_i [M, r]."""
+    members = zip(weights, a, cores, b, biases or [None] * len(a), scalings, strict=True)
+    results = [forward(x, *parts, 0.0, None) for parts in members]  # type: ignore[arg-type]
+    return [y for y, _ in results] + [u for _, u in results]
+
+
+def group_backward(
+    dys: list[Tensor],
+    weights: list[Tensor],
+    a: list[Tensor],
+    cores: list[Tensor],
+    b: list[Tensor],
+    us: list[Tensor],
+    scalings: list[float],
+    need_dx: bool,
+    need_dcore: bool,
+) -> list[Tensor]:
+    """dx = Σ_i dy_i W_i + (s_i·t_i R_i) A_i in one tensor, where autograd would add one a member; then dR_i."""
+    dx, dcores = dys[0].new_empty((0,)), []
+    with torch.autocast(dx.device.type, enabled=False):
+        for i, (dy, weight, factor, core, scale) in enumerate(zip(dys, weights, a, cores, scalings, strict=True)):
+            rows = dy.reshape(-1, dy.shape[-1])
+            t = rows @ b[i]
+            dcores.append(core_gradient(t, us[i], core, scale) if need_dcore else core.new_empty((0,)))
+            if need_dx:
+                w = times_core(t, core, scale)
+                dx = w @ factor if i == 0 else dx.addmm_(w, factor)
+                dx.addmm_(rows, weight)
+    return [shaped(dx, dys[0]) if need_dx else dx, *dcores]
+
+
 def register() -> None:
     """Register for every device, below autograd."""
-    register_backend("eager", forward, backward, ("CompositeExplicitAutograd",))
+    kernels = (
+        ("linear", forward),
+        ("linear_backward", backward),
+        ("linear_group", group_forward),
+        ("linear_group_backward", group_backward),
+    )
+    register_backend("eager", kernels, ("CompositeExplicitAutograd",))

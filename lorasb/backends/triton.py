@@ -1,0 +1,232 @@
+"""The fused kernels: which plan a call takes, and what happens where a kernel does not compile or launch.
+
+An explicit `backend("triton")` raises. `auto` computes the call in eager torch instead, says why once, and stays with
+eager. Nothing here imports triton before the first call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import group_ops  # noqa: F401  defines its ops
+from ..ops import register_backend
+from . import eager
+
+INTERPRET = "TRITON_INTERPRET"
+SMALLEST_CAPABILITY = (8, 0)
+_broken: list[str] = []  # why `auto` no longer takes the kernels
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [..., out] and u = x Aᵀ [M, r]."""
+    from lorasb.kernels import launch
+
+    rows = _rows(x)
+    members = launch.Members([weight], [a], [core], [b], [scaling / (1.0 - dropout)])
+    (y,), (u,) = launch.forward(rows, members, [bias], _plan("forward", rows, [b], a), _mask(dropout, seed))
+    return eager.shaped(y, x), u
+
+
+def backward(
+    dy: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    u: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_dcore: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty."""
+    from lorasb.kernels import launch
+
+    rows = _rows(dy)
+    members = launch.Members([weight], [a], [core], [b], [scaling / (1.0 - dropout)])
+    plan = _plan("backward", rows, [b], a)
+    dx, dcores = launch.backward([rows], members, [u], plan, need_dx, need_dcore, _mask(dropout, seed))
+    return eager.shaped(dx, dy) if dx is not None else dy.new_empty((0,)), dcores[0] if dcores else core.new_empty((0,))
+
+
+def group_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    a: list[Tensor],
+    cores: list[Tensor],
+    b: list[Tensor],
+    biases: list[Tensor],
+    scalings: list[float],
+) -> list[Tensor]:
+    """y_i [..., m_i] of every member, then u_i [M, r]: one pass over x and one grouped extended GEMM."""
+    from lorasb.kernels import launch
+
+    rows = _rows(x)
+    members = launch.Members(weights, a, cores, b, scalings)
+    ys, us = launch.forward(rows, members, biases or [None] * len(a), _plan("forward", rows, b, a[0]))
+    return [*(eager.shaped(y, x) for y in ys), *us]
+
+
+def group_backward(
+    dys: list[Tensor],
+    weights: list[Tensor],
+    a: list[Tensor],
+    cores: list[Tensor],
+    b: list[Tensor],
+    us: list[Tensor],
+    scalings: list[float],
+    need_dx: bool,
+    need_dcore: bool,
+) -> list[Tensor]:
+    """dx = Σ_i dy_i W_i + (s_i·t_i R_i) A_i, written once, and dR_i."""
+    from lorasb.kernels import launch
+
+    rows = [_rows(dy) for dy in dys]
+    plan = _plan("backward", rows[0], b, a[0])
+    dx, dcores = launch.backward(rows, launch.Members(weights, a, cores, b, scalings), us, plan, need_dx, need_dcore)
+    nothing = [core.new_empty((0,)) for core in cores]
+    return [eager.shaped(dx, dys[0]) if dx is not None else dys[0].new_empty((0,)), *(dcores or nothing)]
+
+
+def or_eager(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, or eager torch where this GPU or dtype has no kernels or one of them has failed."""
+
+    def call(*arguments: Any) -> Any:
+        if _broken or not _suits(arguments[0][0] if isinstance(arguments[0], list) else arguments[0]):
+            return plain(*arguments)
+        try:
+            return kernel(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            _give_up(error, kernel, arguments)
+            return plain(*arguments)
+
+    return call
+
+
+def missing() -> str | None:
+    """Why the kernels cannot run here, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if interpreting() or torch.cuda.is_available():
+        return None
+    return f"there is no CUDA GPU ({INTERPRET}=1 runs the kernels on the CPU, slowly, to test them)"
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU."""
+    return os.environ.get(INTERPRET) == "1"
+
+
+def register() -> None:
+    """Register for CUDA; on the CPU, for an explicit backend under Triton's interpreter."""
+    pairs = {
+        "linear": (forward, eager.forward),
+        "linear_backward": (backward, eager.backward),
+        "linear_group": (group_forward, eager.group_forward),
+        "linear_group_backward": (group_backward, eager.group_backward),
+    }
+    register_backend(
+        "triton",
+        [(op, kernel) for op, (kernel, _) in pairs.items()],
+        ("CUDA", "CPU"),
+        auto=[(op, or_eager(kernel, plain)) for op, (kernel, plain) in pairs.items()],
+        auto_keys=("CUDA",) if importlib.util.find_spec("triton") else (),
+        missing=missing,
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as [M, n] with rows in one piece."""
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((math.prod(x.shape[:-1]), 0))
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _mask(dropout: float, seed: Tensor | None) -> Any:
+    from lorasb.kernels import launch
+
+    return launch.Mask(dropout, int(seed)) if seed is not None else launch.Mask()
+
+
+def _plan(op: str, rows: Tensor, b: list[Tensor], a: Tensor) -> Any:
+    """The tables' choice for this call.
+
+    Raises:
+        TypeError: a dtype that the kernels do not have.
+        ValueError: a CPU tensor, and Triton is not interpreting.
+    """
+    from lorasb.kernels import plan
+
+    if rows.dtype not in plan.DTYPES:
+        raise TypeError(f"backend 'triton' expected x in fp32, bf16 or fp16, got {rows.dtype}: backend('eager') takes it")
+    arch, sms = _device(rows.device)
+    if arch == plan.INTERPRETER and not interpreting():
+        raise ValueError(f"backend 'triton' expected a CUDA tensor, got one on {rows.device}: backend('auto') takes it")
+    if arch == plan.INTERPRETER and rows.dtype == torch.bfloat16:
+        raise TypeError("Triton's interpreter multiplies the raw bits of bf16: use fp32 or fp16 on the CPU")
+    shape = plan.Shape(
+        op, plan.DTYPES[rows.dtype], plan.bucket(rows.shape[0]), a.shape[1], sum(f.shape[0] for f in b), a.shape[0], len(b)
+    )
+    return plan.choice(shape, arch, sms)
+
+
+@lru_cache
+def _device(device: torch.device) -> tuple[str, int]:
+    """Architecture and number of multiprocessors."""
+    from lorasb.kernels import plan
+
+    if device.type != "cuda":
+        return plan.INTERPRETER, 1
+    properties = torch.cuda.get_device_properties(device)
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+def _suits(x: Tensor) -> bool:
+    """Whether `auto` tries the kernels: CUDA since sm_80, and a dtype that they have."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    return not x.is_cuda or (torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= SMALLEST_CAPABILITY)
+
+
+def _give_up(error: Exception, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Warn once, and leave the kernels alone from now on.
+
+    Raises:
+        RuntimeError: in the backward of a forward with dropout, whose mask eager torch does not know.
+    """
+    from lorasb.kernels import workspace
+
+    workspace.forget()
+    _broken.append(f"{type(error).__name__}: {error}")
+    if kernel is backward and arguments[8] is not None:
+        raise RuntimeError(
+            "a fused kernel failed in the backward of a forward with dropout, whose mask only the kernels know. Run the "
+            "step again: eager torch computes it from now on"
+        ) from error
+    warnings.warn(
+        f"lorasb's fused kernels do not run here ({_broken[0]}): eager torch computes instead, from now on. "
+        "lorasb.backend('triton') raises the error itself",
+        RuntimeWarning,
+        stacklevel=2,
+    )
