@@ -242,7 +242,9 @@ def mma_share(sass: str) -> tuple[int, float]:
         target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if target and int(target[1], 16) < address and int(target[1], 16) in place:
             loops.append((place[int(target[1], 16)], i + 1))
-    inner = [a for a in loops if sum(is_mma[slice(*a)]) and not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    inner = [
+        a for a in loops if sum(is_mma[slice(*a)]) and not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)
+    ]
     best = max(inner, key=lambda span: sum(is_mma[slice(*span)]), default=None)
     share = sum(is_mma[slice(*best)]) / (best[1] - best[0]) if best else 0.0
     return sum(is_mma), round(share, 3)

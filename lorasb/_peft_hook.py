@@ -19,14 +19,19 @@ def install() -> None:
         sys.meta_path.insert(0, _PeftFinder())
 
 
-WHOLE = {"lorasb.config": "LoRASBConfig", "lorasb.linear": "LoRASBLinear", "lorasb.tuner": "register"}
+WHOLE = {
+    "lorasb.config": "LoRASBConfig",
+    "lorasb.linear": "equivalent_gradient",
+    "lorasb.lookup": "adapted_layers",
+    "lorasb.tuner": "register",
+}
 
 
 def _register() -> None:
     """Import the tuner, which registers.
 
-    Not while one of the modules that it is made of is being imported and is what imports peft: config and linear call
-    `install` again at their end, and the tuner registers at its own.
+    Not while one of the modules that it is made of is being imported and is what imports peft: config, linear and
+    lookup call `install` again at their end, and the tuner registers at its own.
     """
     if all(hasattr(sys.modules[name], last) for name, last in WHOLE.items() if name in sys.modules):
         importlib.import_module("lorasb.tuner")

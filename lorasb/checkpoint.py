@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .config import CONFIG_NAME, PEFT_NAME, WEIGHTS_NAME
 from .files import safetensors_header
-from .linear import PEFT_PREFIX
+from .lookup import PEFT_PREFIX
 
 PARTS = ("lorasb_A", "lorasb_R", "lorasb_B")
 WIDE = (torch.float32, torch.float64)

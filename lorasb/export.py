@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .config import CONFIG_NAME, WEIGHTS_NAME, LoRASBConfig
 from .files import replacing, write_json, write_text
-from .linear import PEFT_PREFIX, adapted_layers
+from .lookup import PEFT_PREFIX, adapted_layers
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 COPIED = ("base_model_name_or_path", "revision", "task_type", "target_modules", "exclude_modules",

@@ -88,7 +88,12 @@ def lora_sb_linear_group(
     if torch.is_autocast_enabled(x.device.type):
         count = len(weights)
         x, *cast = _autocast(x, *weights, *lora_A, *lora_B, *biases)
-        weights, lora_A, lora_B, biases = cast[:count], cast[count : 2 * count], cast[2 * count : 3 * count], cast[3 * count :]
+        weights, lora_A, lora_B, biases = (
+            cast[:count],
+            cast[count : 2 * count],
+            cast[2 * count : 3 * count],
+            cast[3 * count :],
+        )
     for i in range(len(weights)):
         _check(x, weights[i], lora_A[i], lora_R[i], lora_B[i], biases[i] if biases else None)
     op = backend_op("linear_group", current_backend())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -13,7 +13,8 @@ from . import _peft_hook
 from .containers import HALVES, LOADED, Cores, FrozenFactors
 from .functional import lora_sb_linear
 
-PEFT_PREFIX = "base_model.model."  # what a PeftModel puts before the base model's names
+if TYPE_CHECKING:
+    from .siblings import Siblings
 
 
 class _EquivalentGradient(torch.autograd.Function):
@@ -77,6 +78,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         self.equivalent: dict[str, bool] = {}
         self.initialized: dict[str, bool] = {}
         self._preconditioners: dict[str, tuple[Any, Tensor, Tensor]] = {}
+        self.siblings: Siblings | None = None  # layers that read the same x, once they are known
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = adapter_name
@@ -143,8 +145,10 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             for name in names:
                 y = y + self._adapted(self._on_base_dtype(x), name, None, None).to(y.dtype)
             return y
+        y = self.siblings.take(self, x) if self.siblings is not None else None
         dtype, x = x.dtype, self._on_base_dtype(x)
-        y = self._adapted(x, names[0], self.dense_weight(), self.bias)
+        if y is None:
+            y = self._adapted(x, names[0], self.dense_weight(), self.bias)
         for name in names[1:]:
             y = y + self._adapted(x, name, None, None)
         return y if y.dtype == dtype or torch.is_autocast_enabled(x.device.type) else y.to(dtype)
@@ -157,6 +161,30 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             core = _EquivalentGradient.apply(core, *self.preconditioners(name))
         dropout = self.lora_dropout[name] if self.training else 0.0
         return lora_sb_linear(x, weight, a, core, b, bias, s, dropout=dropout)
+
+    def group_kind(self, x: Tensor) -> tuple[Any, ...] | None:
+        """What layers must have in common to be computed together on x; None: this one is to be computed alone."""
+        names = self.active_adapters
+        if len(names) != 1 or names[0] not in self.lorasb_R or self.disable_adapters or self.merged:
+            return None
+        name, hooks = (
+            names[0],
+            (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks),
+        )
+        if self.fan_in_fan_out or any(hooks) or hasattr(self, "_hf_hook") or self._base_must_run():
+            return None
+        if self.equivalent[name] or (self.training and self.lora_dropout[name] > 0.0):
+            return None
+        if torch.is_grad_enabled() and self.lorasb_R[name].requires_grad and not self.is_initialized(name):
+            return None
+        if (
+            not x.is_floating_point()
+            or x.dim() < 1
+            or x.shape[-1] != self.in_features
+            or self.weight.device != x.device
+        ):
+            return None
+        return name, self.r[name], self.weight.dtype, self.lorasb_R[name].dtype, self.bias is None, self.training
 
     def _base_must_run(self) -> bool:
         """Whether reading the weight would bypass something: offloading or sharding hooks, or another forward."""
@@ -299,38 +327,6 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lorasb." + super().__repr__()
-
-
-def layers_with(model: nn.Module, adapter_name: str) -> dict[str, LoRASBLinear]:
-    """The layers that have an adapter, by their names in the base model."""
-    return {
-        name.removeprefix(PEFT_PREFIX): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R
-    }
-
-
-def any_merged(model: nn.Module) -> bool:
-    """Whether an adapter is merged into a base weight anywhere."""
-    return any(module.merged for module in model.modules() if isinstance(module, LoRASBLinear))
-
-
-def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, LoRASBLinear]]:
-    """An adapter's name (the active one unless given) and its layers, by their names in the base model.
-
-    Raises:
-        ValueError: no LoRA-SB layers, or none with that adapter.
-    """
-    every = [module for module in model.modules() if isinstance(module, LoRASBLinear)]
-    if not every:
-        raise ValueError("expected a model with LoRA-SB layers: call model = lorasb.patch(model) first")
-    active = every[0].active_adapters
-    name = adapter_name or (active[0] if active else "")
-    layers = layers_with(model, name)
-    if not layers:
-        known = sorted({known for module in every for known in module.lorasb_R})
-        raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(known) or 'none'}")
-    return name, layers
 
 
 @torch.no_grad()

@@ -89,7 +89,10 @@ def register_backend(
         auto_keys: dispatch keys for those, where they are others.
         missing: called to ask why the backend cannot run here; None, or a result of None, where it can.
     """
-    for owner, pairs, where in ((name, kernels, keys), ("auto", auto or kernels, keys if auto_keys is None else auto_keys)):
+    for owner, pairs, where in (
+        (name, kernels, keys),
+        ("auto", auto or kernels, keys if auto_keys is None else auto_keys),
+    ):
         for op, kernel in pairs:
             for key in where:
                 library.impl(op_name(op, owner), kernel, key)

@@ -14,10 +14,11 @@ from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import checkpoint
+from . import checkpoint, siblings
 from .config import ALL_LINEAR, DEFAULT_RANK, PEFT_NAME, LoRASBConfig
 from .fingerprint import difference, fingerprint
-from .linear import LoRASBLinear, any_merged, layers_with
+from .linear import LoRASBLinear
+from .lookup import any_merged, layers_with
 from .task_type import infer_task_type
 
 HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj")
@@ -60,6 +61,7 @@ class LoRASBModel(BaseTuner):
             if config.base_fingerprint is None and not any_merged(model):
                 layers = layers_with(model, adapter_name)
                 config.base_fingerprint = fingerprint({name: layer.base_weight() for name, layer in layers.items()})
+            siblings.form(model)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -152,6 +154,7 @@ class LoRASBModel(BaseTuner):
     ) -> Any:
         if merge:
             self._check_finite(adapter_names)
+        siblings.dissolve(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:
@@ -209,6 +212,7 @@ def discard(model: Any, adapter_name: str) -> None:
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 module.delete_adapter(adapter_name, new_active_adapters=None)
         return
+    siblings.dissolve(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRASBLinear):

@@ -179,14 +179,22 @@ def _plan(op: str, rows: Tensor, b: list[Tensor], a: Tensor) -> Any:
     from lorasb.kernels import plan
 
     if rows.dtype not in plan.DTYPES:
-        raise TypeError(f"backend 'triton' expected x in fp32, bf16 or fp16, got {rows.dtype}: backend('eager') takes it")
+        raise TypeError(
+            f"backend 'triton' expected x in fp32, bf16 or fp16, got {rows.dtype}: backend('eager') takes it"
+        )
     arch, sms = _device(rows.device)
     if arch == plan.INTERPRETER and not interpreting():
         raise ValueError(f"backend 'triton' expected a CUDA tensor, got one on {rows.device}: backend('auto') takes it")
     if arch == plan.INTERPRETER and rows.dtype == torch.bfloat16:
         raise TypeError("Triton's interpreter multiplies the raw bits of bf16: use fp32 or fp16 on the CPU")
     shape = plan.Shape(
-        op, plan.DTYPES[rows.dtype], plan.bucket(rows.shape[0]), a.shape[1], sum(f.shape[0] for f in b), a.shape[0], len(b)
+        op,
+        plan.DTYPES[rows.dtype],
+        plan.bucket(rows.shape[0]),
+        a.shape[1],
+        sum(f.shape[0] for f in b),
+        a.shape[0],
+        len(b),
     )
     return plan.choice(shape, arch, sms)
 
@@ -206,7 +214,9 @@ def _suits(x: Tensor) -> bool:
     """Whether `auto` tries the kernels: CUDA since sm_80, and a dtype that they have."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    return not x.is_cuda or (torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= SMALLEST_CAPABILITY)
+    return not x.is_cuda or (
+        torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= SMALLEST_CAPABILITY
+    )
 
 
 def _give_up(error: Exception, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from .._version import __version__
 from ..config import LoRASBConfig
-from ..linear import LoRASBLinear, adapted_layers, any_merged
+from ..linear import LoRASBLinear
+from ..lookup import adapted_layers, any_merged
 from .accumulator import GradientSums
 from .factors import Factors, energy, from_gradient, kaiming, lora_xs
 from .loss import LossFn, backward_over_samples

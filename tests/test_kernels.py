@@ -1,0 +1,410 @@
+"""The fused kernels under Triton's interpreter, through `lorasb.backend("triton")`: values, gradients, launches, laws."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import tolerances
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lorasb
+from lorasb.functional import lora_sb_linear, lora_sb_linear_group
+from lorasb.kernels import launch, plan
+from lorasb.kernels.configs import GemmConfig, PrepConfig, gemm_splits, prep_members, prep_splits, rank_parts
+from lorasb.kernels.recording import observed
+
+DTYPES = (torch.float32, torch.float16)
+Results = list[Tensor]
+SHAPES = [  # M, n, m, r
+    (1, 59, 123, 1),
+    (16, 128, 96, 16),
+    (17, 123, 59, 3),
+    (63, 59, 123, 17),
+    (63, 192, 100, 64),
+    (130, 256, 250, 96),
+    (33, 160, 256, 128),
+]
+
+
+def run(case: reference.Case, dropout: float = 0.0, x: Tensor | None = None) -> Results:
+    """y, dx and dR by the kernels."""
+    x = (case.x.clone() if x is None else x).requires_grad_(True)
+    core = case.core.clone().requires_grad_(True)
+    with lorasb.backend("triton"):
+        y = lora_sb_linear(x, case.weight, case.a, core, case.b, case.bias, case.scaling, dropout=dropout)
+        y.backward(case.dy)
+    assert x.grad is not None
+    assert core.grad is not None
+    return [y.detach(), x.grad, core.grad]
+
+
+def run_group(cases: list[reference.Case], backend: str = "triton") -> Results:
+    """Every y, dx, and every dR, of layers that read the first case's x."""
+    x = cases[0].x.clone().requires_grad_(True)
+    cores = [case.core.clone().requires_grad_(True) for case in cases]
+    with lorasb.backend(backend):
+        ys = lora_sb_linear_group(
+            x, [c.weight for c in cases], [c.a for c in cases], cores, [c.b for c in cases],
+            [c.bias for c in cases if c.bias is not None], [c.scaling for c in cases],
+        )  # fmt: skip
+        torch.autograd.backward(ys, [c.dy for c in cases])
+    return [*(y.detach() for y in ys), x.grad, *(core.grad for core in cores)]
+
+
+def group_cases(M: int, n: int, ms: tuple[int, ...], r: int, dtype: torch.dtype, bias: bool = True) -> list[reference.Case]:
+    cases = [reference.make_case((M,), n, m, r, dtype, bias=bias, scaling=0.5 + i, seed=i) for i, m in enumerate(ms)]
+    for case in cases[1:]:
+        case.x = cases[0].x
+    return cases
+
+
+def check(results: Results, wanted: list[Tensor], plain: list[Tensor], lengths: list[int]) -> None:
+    """fp32 within the table's bound; 16 bits no further from fp64 than the plain chain, where there is enough to tell."""
+    for result, want, chain, length in zip(results, wanted, plain, lengths, strict=True):
+        if chain.dtype == torch.float32 and result.dtype == torch.float32 and plain[0].dtype == torch.float32:
+            tolerances.check(result, want, tolerances.fp32(max(1, length)))
+        elif result.numel() >= tolerances.POOL:
+            tolerances.check_half(result, chain, want)
+        else:
+            tolerances.check(result, want, tolerances.HALF_FEW)
+
+
+def check_case(case: reference.Case, results: Results) -> None:
+    exact, r = case.double(), case.a.shape[0]
+    wanted = [reference.forward(exact), *reference.gradients(exact)]
+    lengths = [case.x.shape[-1] + r, case.dy.shape[-1] + r, case.x[..., 0].numel()]
+    check(results, wanted, list(reference.plain_chain(case)), lengths)
+
+
+def check_group(cases: list[reference.Case], results: Results) -> None:
+    exact = [case.double() for case in cases]
+    chains = [reference.plain_chain(case) for case in cases]
+    gradients = [reference.gradients(case) for case in exact]
+    dx = torch.stack([dx for dx, _ in gradients]).sum(0)
+    plain_dx = torch.stack([chain[1] for chain in chains]).sum(0)
+    wanted = [*(reference.forward(case) for case in exact), dx, *(dcore for _, dcore in gradients)]
+    plain = [*(chain[0] for chain in chains), plain_dx, *(chain[2] for chain in chains)]
+    n, r, M = cases[0].x.shape[-1], cases[0].a.shape[0], cases[0].x.shape[0]
+    outputs = sum(case.dy.shape[-1] for case in cases)
+    lengths = [*(n + r for _ in cases), outputs + r * len(cases), *(M for _ in cases)]
+    check(results, wanted, plain, lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "n", "m", "r"), SHAPES)
+def test_matches_reference(M: int, n: int, m: int, r: int, dtype: torch.dtype) -> None:
+    case = reference.make_case((M,), n, m, min(r, n, m), dtype)
+    with observed() as launches:
+        results = run(case)
+    check_case(case, results)
+    assert [one.name for one in launches] == ["prep_forward", "extended_gemm", "prep_backward", "extended_gemm"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "n", "ms", "r"), [(70, 128, (128, 64, 64), 16), (40, 96, (100, 60), 24), (9, 64, (59, 70), 32)])
+def test_groups_match_reference_in_four_launches(M: int, n: int, ms: tuple[int, ...], r: int, dtype: torch.dtype) -> None:
+    cases = group_cases(M, n, ms, r, dtype)
+    with observed() as launches:
+        results = run_group(cases)
+    check_group(cases, results)
+    assert len(launches) == 4
+
+
+def test_a_group_too_wide_for_one_pass_is_prepared_in_several() -> None:
+    cases = group_cases(20, 200, (200, 160, 180), 150, torch.float32)
+    assert prep_members(150, 3) == 2
+    with observed() as launches:
+        results = run_group(cases)
+    check_group(cases, results)
+    assert [one.name for one in launches].count("prep_forward") == 2
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    M=st.integers(1, 80),
+    n=st.integers(1, 90),
+    ms=st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    rank=st.integers(1, 40),
+    bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(M: int, n: int, ms: list[int], rank: int, bias: bool, dtype: torch.dtype) -> None:
+    cases = group_cases(M, n, tuple(ms), min(rank, n, *ms), dtype, bias)
+    results = run_group(cases)
+    if dtype == torch.float32:
+        check_group(cases, results)
+    for got, plain in zip(results, run_group(cases, "eager"), strict=True):
+        tolerances.check(got, plain, tolerances.HALF_FEW if dtype == torch.float16 else tolerances.fp32(n + sum(ms) + 3 * rank))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 5), (2, 3, 5), (0,), (2, 0, 3)])
+def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    case = reference.make_case(shape, 24, 20, 4, torch.float32)
+    y, dx, dcore = run(case)
+    assert y.shape == (*shape, 20)
+    assert dx.shape == (*shape, 24)
+    want_dx, want_dcore = reference.gradients(case.double())
+    for got, want in ((y, reference.forward(case.double())), (dx, want_dx), (dcore, want_dcore)):
+        tolerances.check(got, want, tolerances.fp32(44))
+
+
+@pytest.mark.parametrize("path", ["fused", "addmm"])
+@pytest.mark.parametrize("layout", ["x and dy", "weight", "factors"])
+def test_non_contiguous(layout: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, path)
+    case = reference.make_case((6, 4), 24, 20, 4, torch.float32)
+    x = case.x
+    if layout == "x and dy":
+        wide = torch.randn(4, 6, 48)
+        wide[..., ::2] = case.x.transpose(0, 1)
+        x = wide[..., ::2].transpose(0, 1).detach()
+        case.dy = case.dy.transpose(0, 1).contiguous().transpose(0, 1)
+    elif layout == "weight":  # as transformers' Conv1D keeps it
+        case.weight = case.weight.t().contiguous().t()
+    else:
+        case.a, case.b = case.a.t().contiguous().t(), case.b.t().contiguous().t()
+    check_case(case, run(case, x=x.clone(memory_format=torch.preserve_format)))
+
+
+def force(monkeypatch: pytest.MonkeyPatch, path: str, prep: PrepConfig | None = None, gemm: GemmConfig | None = None) -> None:
+    """Let every call take one path, with these blocks."""
+
+    def choice(shape: plan.Shape, arch: str, sms: int) -> plan.Plan:
+        return plan.Plan(path, prep or plan.default_prep(shape), gemm or plan.default_gemm(shape))
+
+    monkeypatch.setattr(plan, "choice", choice)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_path_through_addmm(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "addmm")
+    check_group(cases := group_cases(40, 96, (100, 60), 24, dtype), run_group(cases))
+    check_case(case := reference.make_case((40,), 64, 96, 16, dtype), run(case))
+
+
+SHIPPED = sorted({rule.prep for arch in plan.shipped_archs() for rule in plan.shipped_rules(arch) if rule.prep}, key=str)
+BLOCKS = sorted({rule.gemm for arch in plan.shipped_archs() for rule in plan.shipped_rules(arch) if rule.gemm}, key=str)
+
+
+@pytest.mark.parametrize("prep", SHIPPED, ids=str)
+def test_every_shipped_prep(prep: PrepConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "fused", prep=prep)
+    check_group(cases := group_cases(40, 150, (70, 64), 24, torch.float32), run_group(cases))
+
+
+@pytest.mark.parametrize("gemm", BLOCKS, ids=str)
+def test_every_shipped_gemm(gemm: GemmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "fused", gemm=gemm)
+    check_group(cases := group_cases(40, 150, (70, 64), 24, torch.float32), run_group(cases))
+
+
+def test_the_adapter_alone() -> None:
+    case = reference.make_case((21,), 64, 48, 8, torch.float32, bias=False)
+    x, core = case.x.requires_grad_(), case.core.requires_grad_()
+    with lorasb.backend("triton"), observed() as launches:
+        y = lora_sb_linear(x, None, case.a, core, case.b, scaling=case.scaling)
+        y.backward(case.dy)
+    exact = case.double()
+    exact.weight = torch.zeros_like(exact.weight)
+    want_dx, want_dcore = reference.gradients(exact)
+    for got, want in ((y, reference.forward(exact)), (x.grad, want_dx), (core.grad, want_dcore)):
+        tolerances.check(got, want, tolerances.fp32(64))
+    assert len(launches) == 4
+
+
+@pytest.mark.parametrize(("need_x", "need_core"), [(True, False), (False, True)])
+def test_only_what_is_needed(need_x: bool, need_core: bool) -> None:
+    case = reference.make_case((40,), 64, 48, 8, torch.float32)
+    x, core = case.x.requires_grad_(need_x), case.core.requires_grad_(need_core)
+    with lorasb.backend("triton"), observed() as launches:
+        lora_sb_linear(x, case.weight, case.a, core, case.b, case.bias, case.scaling).backward(case.dy)
+    want_dx, want_dcore = reference.gradients(case.double())
+    assert (x.grad is None) is not need_x
+    assert (core.grad is None) is not need_core
+    tolerances.check(x.grad if need_x else core.grad, want_dx if need_x else want_dcore, tolerances.fp32(64))
+    assert len(launches) == 4
+    assert launches[3].grid == (1 if need_core else 0) + (1 if need_x else 0)
+
+
+def test_a_member_whose_output_nobody_used() -> None:
+    cases = group_cases(20, 32, (24, 16, 16), 4, torch.float32)
+    x = cases[0].x.requires_grad_()
+    cores = [case.core.requires_grad_() for case in cases]
+    with lorasb.backend("triton"):
+        ys = lora_sb_linear_group(x, [c.weight for c in cases], [c.a for c in cases], cores, [c.b for c in cases])
+        (ys[0] * cases[0].dy).sum().backward()
+    case = cases[0].double()
+    case.scaling = 1.0
+    want_dx, want_dcore = reference.gradients(case)
+    tolerances.check(x.grad, want_dx, tolerances.fp32(32))
+    tolerances.check(cores[0].grad, want_dcore, tolerances.fp32(32))
+    assert cores[1].grad is None
+
+
+class TestDropout:
+    def test_gradients_follow_the_mask_of_the_forward(self) -> None:
+        case = reference.make_case((40,), 70, 64, 8, torch.float32, bias=False)
+        torch.manual_seed(5)
+        y, dx, dcore = run(case, dropout=0.4)
+        exact = case.double()
+        torch.manual_seed(5)
+        with lorasb.backend("triton"):  # x = identity shows the mask: y - W = s/(1-p) (mask o I) (B R A)ᵀ
+            seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)
+        mask = mask_of(case, int(seed), 0.4).double() / 0.6
+        u, t = (exact.x * mask) @ exact.a.t(), exact.dy @ exact.b
+        tolerances.check(y, exact.x @ exact.weight.t() + exact.scaling * u @ exact.core.t() @ exact.b.t(), tolerances.fp32(80))
+        want_dx = exact.dy @ exact.weight + mask * (exact.scaling * t @ exact.core @ exact.a)
+        tolerances.check(dx, want_dx, tolerances.fp32(80))
+        tolerances.check(dcore, exact.scaling * t.t() @ u, tolerances.fp32(80))
+
+    def test_the_mask_keeps_its_share_and_differs_by_seed(self) -> None:
+        case = reference.make_case((300,), 100, 8, 4, torch.float32)
+        masks = [mask_of(case, seed, 0.3) for seed in (1, 2)]
+        for mask in masks:
+            assert abs(mask.float().mean() - 0.7) < 5 * (0.21 / mask.numel()) ** 0.5
+        assert (masks[0] != masks[1]).float().mean() > 0.3
+
+    def test_it_follows_the_global_seed(self) -> None:
+        case = reference.make_case((20,), 40, 24, 4, torch.float32)
+        results = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            results.append(run(case, dropout=0.5))
+        for first, second, third in zip(*results, strict=True):
+            assert torch.equal(first, second)
+            assert not torch.equal(first, third)
+
+
+def mask_of(case: reference.Case, seed: int, dropout: float) -> Tensor:
+    """What the kernels keep of x, seen through A = one unit vector at a time."""
+    M, n = case.x.shape
+    x = torch.ones(M, n)
+    kept = []
+    for start in range(0, n, 16):
+        width = min(16, n - start)
+        a = torch.zeros(width, n)
+        a[torch.arange(width), start + torch.arange(width)] = 1.0
+        members = launch.Members([None], [a], [torch.eye(width)], [torch.eye(width)], [1.0])
+        shape = plan.Shape("forward", "fp32", M, n, width, width)
+        _, (u,) = launch.forward(x, members, [None], plan.choose(shape, plan.INTERPRETER, 1), launch.Mask(dropout, seed))
+        kept.append(u)
+    return torch.cat(kept, 1) == 1.0
+
+
+@pytest.mark.parametrize("rows", [9, 40])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_do_not_leak(value: float, rows: int) -> None:
+    case = reference.make_case((rows,), 50, 24, 5, torch.float32)
+    want = run(case)
+    case.x[4, 3], case.dy[6, 2] = value, value
+    got = run(case)
+    others = [i for i in range(rows) if i not in (4, 6)]
+    assert not torch.isfinite(got[0][4]).any()
+    assert not torch.isfinite(got[1][6]).any()
+    for result, clean in zip(got[:2], want[:2], strict=True):
+        assert torch.equal(result[others], clean[others])
+    assert torch.equal(got[0][6], want[0][6])
+    assert torch.equal(got[1][4], want[1][4])
+
+
+@pytest.mark.parametrize("rows", [12, 40])
+def test_bitwise_repeatable(rows: int) -> None:
+    cases = group_cases(rows, 96, (64, 48), 16, torch.float16)
+    first = run_group(cases)
+    for _ in range(9):
+        for got, want in zip(run_group(cases), first, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_many_rows_reduce_dR_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorasb.kernels import configs
+
+    monkeypatch.setattr(launch, "core_chunks", lambda rows: configs.cdiv(rows, 64))
+    monkeypatch.setattr(launch, "CORE_CHUNK", 64)
+    case = reference.make_case((150,), 64, 48, 40, torch.float32)
+    with observed() as launches:
+        results = run(case)
+    assert launches[3].arguments["CHUNKS"] == 3
+    check_case(case, results)
+
+
+def test_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "INT32_LIMIT", 100)
+    cases = group_cases(40, 96, (64, 48), 16, torch.float32)
+    with observed() as launches:
+        results = run_group(cases)
+    assert all(one.arguments["WIDE"] for one in launches)
+    check_group(cases, results)
+
+
+@given(r=st.integers(1, 256))
+def test_ranks_are_covered_with_little_padding(r: int) -> None:
+    parts = rank_parts(r)
+    assert r <= sum(parts) < max(1.5 * r, r + 16)
+    assert all(part & (part - 1) == 0 for part in parts)
+    assert rank_parts(96) == (64, 32)
+
+
+@given(blocks=st.integers(1, 500), steps=st.integers(1, 500))
+def test_splits_leave_no_program_without_work(blocks: int, steps: int) -> None:
+    for splits in (prep_splits(blocks, steps), gemm_splits(blocks, steps, 16), gemm_splits(blocks, steps, 512)):
+        assert 1 <= splits <= steps
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_group"])
+def test_opcheck(op: str) -> None:
+    cases = group_cases(20, 24, (20, 16), 4, torch.float32)
+    for case in cases:
+        case.core.requires_grad_(True)
+    c, x = cases[0], cases[0].x.requires_grad_(True)
+    single = (x, c.weight, c.a, c.core, c.b, c.bias, c.scaling, 0.0, None)
+    lists = [[getattr(case, name) for case in cases] for name in ("weight", "a", "core", "b", "bias", "scaling")]
+    with torch.no_grad():
+        pass
+    torch.library.opcheck(getattr(torch.ops.lorasb, f"{op}_triton").default, single if op == "linear" else (x, *lists))
+
+
+BAD_INPUT = {
+    "features": (lambda c: {"x": c.x[:, :-1]}, ValueError, r"expected x \[\.\.\., 8\].*got \[3, 7\]"),
+    "dtype": (lambda c: {"weight": c.weight.half()}, TypeError, r"expected weight in x's dtype"),
+    "device": (lambda c: {"lora_B": c.b.to("meta")}, ValueError, r"expected lora_B on x's device cpu, got meta"),
+    "r over 256": (
+        lambda c: {"lora_A": torch.zeros(257, 8), "lora_R": torch.zeros(257, 257), "lora_B": torch.zeros(6, 257)},
+        ValueError,
+        r"r <= 256",
+    ),
+    "integer x": (lambda c: {"x": torch.ones(3, 8, dtype=torch.long)}, TypeError, r"expected x in fp64, fp32"),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "triton"])
+@pytest.mark.parametrize("name", [*BAD_INPUT, "inference mode"])
+def test_bad_input_is_refused_alike_by_every_backend(name: str, backend: str) -> None:
+    c = reference.make_case((3,), 8, 6, 3, torch.float32)
+    given_ = {"x": c.x, "weight": c.weight, "lora_A": c.a, "lora_R": c.core, "lora_B": c.b, "bias": c.bias}
+    if name == "inference mode":
+        x = c.x.requires_grad_()
+        with lorasb.backend(backend), torch.inference_mode(), pytest.raises(ValueError, match="under torch.inference_mode"):
+            lora_sb_linear(**{**given_, "x": x})
+        return
+    change, kind, message = BAD_INPUT[name]
+    with lorasb.backend(backend), pytest.raises(kind, match=message):
+        lora_sb_linear(**{**given_, **change(c)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_dtypes_without_a_kernel_are_refused(dtype: torch.dtype) -> None:
+    case = reference.make_case((3,), 8, 6, 3, dtype)
+    with lorasb.backend("triton"), pytest.raises(TypeError, match=r"expected x in fp32, bf16 or fp16|raw bits of bf16"):
+        lora_sb_linear(case.x, case.weight, case.a, case.core, case.b)
+
+
+def test_mixed_ranks_are_no_group() -> None:
+    cases = [reference.make_case((3,), 8, 6, r, torch.float32) for r in (2, 3)]
+    with pytest.raises(ValueError, match=r"expected one rank for all members, got \[2, 3\]"):
+        lora_sb_linear_group(cases[0].x, *([getattr(c, n) for c in cases] for n in ("weight", "a", "core", "b")))
+    with pytest.raises(ValueError, match="expected one of each argument for every member"):
+        lora_sb_linear_group(cases[0].x, [cases[0].weight], [], [], [])
