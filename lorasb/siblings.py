@@ -65,13 +65,15 @@ class Siblings:
                 return y
             self._split()
             return layer.siblings.take(layer, x) if layer.siblings is not None else None
+        if x is self._x:
+            return None  # the others belong together, and this one does not
         self.clear()
-        if not self._ready(x):
+        together = self._alike(layer, x)
+        if len(together) < 2:
             return None
-        ys = self._compute(x)
-        self._waiting = {i: y for i, y in enumerate(ys) if i != place}
+        self._waiting = dict(zip(together, self._compute([self.members[i] for i in together], x), strict=True))
         self._x, self._key = x, self._state(x)
-        return ys[place]
+        return self._waiting.pop(place)
 
     def clear(self) -> None:
         """Forget every result."""
@@ -92,13 +94,13 @@ class Siblings:
         autocast = torch.is_autocast_enabled(x.device.type)
         return x._version, torch.is_grad_enabled(), autocast, names, tuple(m.disable_adapters for m in self.members)
 
-    def _ready(self, x: Tensor) -> bool:
-        """Whether all members can be computed in one call, as each would be alone."""
-        kinds = {member.group_kind(x) for member in self.members}
-        return len(kinds) == 1 and None not in kinds
+    def _alike(self, layer: LoRASBLinear, x: Tensor) -> list[int]:
+        """The places of the members that can be computed in one call with this one, as each would be alone."""
+        kind = layer.group_kind(x)
+        return [i for i, member in enumerate(self.members) if member.group_kind(x) == kind] if kind is not None else []
 
-    def _compute(self, x: Tensor) -> list[Tensor]:
-        members, name = self.members, self.members[0].active_adapters[0]
+    def _compute(self, members: list[LoRASBLinear], x: Tensor) -> list[Tensor]:
+        name = members[0].active_adapters[0]
         biases = [member.bias for member in members if member.bias is not None]
         return lora_sb_linear_group(
             members[0]._on_base_dtype(x),

@@ -21,6 +21,7 @@ GRADCHECK = {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-3, "nondet_tol": 0.0}  # cent
 HALF_ERROR = 1.1  # a 16-bit result may be this much further from fp64 than the plain chain in the same dtype
 POOL = 400  # elements that a comparison of rounding noise needs: its own noise is then 1/sqrt(2·400) = 3.5%
 HALF_FLOOR = 1e-5  # for results which the plain chain happens to get exactly
+HALF_FEW = Tolerance(2e-2, 2e-2, "16-bit results too few to compare noise: 2^-11 an element, times what cancels")
 FP64 = Tolerance(1e-10, 1e-10, "fp64 sums in another order")
 MERGE = Tolerance(0.0, 1e-5, "one rounding of fp32 weights of size one, summed over a forward")
 EXPORT = Tolerance(0.0, 1e-5, "A and s·B·R instead of A, R and B: another order of the same fp32 products")
@@ -31,6 +32,7 @@ BATCHING = Tolerance(2e-4, 2e-6, "fp32 gradients over their largest entry, summe
 ORTHONORMAL = Tolerance(0.0, 1e-5, "columns after fp32 QR and SVD")
 ROUNDED_FACTORS = Tolerance(0.0, 2**-7, "orthonormal rows rounded to bf16, 2^-9 an entry")
 ENERGY = 0.999  # captured energy over the optimum's
+PROCESS_SUMS = Tolerance(1e-3, 2e-5, "a model of two blocks whose fp32 sums were taken in another order")
 PROCESS = Tolerance(0.0, 1e-6, "the same fp32 sums on another schedule")
 
 

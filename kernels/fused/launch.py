@@ -145,9 +145,7 @@ def _prep_forward(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan
     launch(prep_forward, row_blocks * splits, arguments | _prep_common(members, plan, x.dtype), config)
 
 
-def _prep_backward(
-    dys: Sequence[Tensor], members: Members, t: Tensor, w: Tensor, plan: Plan, need_dx: bool
-) -> None:
+def _prep_backward(dys: Sequence[Tensor], members: Members, t: Tensor, w: Tensor, plan: Plan, need_dx: bool) -> None:
     M, config, width = t.shape[0], plan.prep, members.width
     factors, Ks = tuple(_rows(b) for b in members.b), tuple(dy.shape[1] for dy in dys)
     slots = cdiv(M, config.block_m) * len(dys)

@@ -71,7 +71,9 @@ class Rule:
         unknown = set(conditions) - {*Shape.__dataclass_fields__, "sms"}
         if unknown:
             raise ValueError(f"unknown conditions {sorted(unknown)}")
-        return cls(conditions, path, PrepConfig(**prep) if prep else None, GemmConfig(**gemm) if gemm else None)
+        return cls(
+            conditions, path, prep if prep is None else PrepConfig(**prep), gemm if gemm is None else GemmConfig(**gemm)
+        )
 
 
 def _inside(value: Any, wanted: Any) -> bool:

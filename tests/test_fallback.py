@@ -1,0 +1,153 @@
+"""What happens where kernels fail or are not there: `auto` computes in eager torch and says so once, `triton` raises."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+
+import lorasb
+from lorasb.backends import eager
+from lorasb.backends import triton as fused
+from lorasb.functional import lora_sb_linear
+from lorasb.kernels import launch, plan
+
+Arguments = tuple[object, ...]
+
+
+def arguments(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Arguments:
+    c = reference.make_case((20,), 24, 16, 4, dtype)
+    seed = torch.tensor([3]) if dropout else None
+    return c.x, c.weight, c.a, c.core, c.b, c.bias, c.scaling, dropout, seed
+
+
+@pytest.fixture(autouse=True)
+def whole() -> Iterator[None]:
+    """Kernels count as whole again after each test."""
+    yield
+    fused._broken.clear()
+    plan.forget()
+
+
+def break_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("ptxas: no such instruction")
+
+    monkeypatch.setattr(launch, "launch", broken)
+
+
+def test_auto_computes_in_eager_and_says_why_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = fused.or_eager(fused.forward, eager.forward)
+    break_kernels(monkeypatch)
+    with pytest.warns(RuntimeWarning, match=r"RuntimeError: ptxas: no such instruction.*eager torch computes instead"):
+        y, u = auto(*arguments())
+    for got, want in zip((y, u), eager.forward(*arguments()), strict=True):
+        assert torch.equal(got, want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(auto(*arguments())[0], y)
+
+
+def test_auto_takes_the_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = fused.or_eager(fused.forward, eager.forward)
+    assert torch.equal(auto(*arguments())[0], fused.forward(*arguments())[0])
+    monkeypatch.setattr(fused, "forward", None)
+    assert torch.equal(auto(*arguments(torch.float64))[0], eager.forward(*arguments(torch.float64))[0])
+
+
+def test_an_explicit_backend_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_kernels(monkeypatch)
+    c = reference.make_case((20,), 24, 16, 4, torch.float32)
+    with lorasb.backend("triton"), pytest.raises(RuntimeError, match="ptxas: no such instruction"):
+        lora_sb_linear(c.x, c.weight, c.a, c.core, c.b)
+    assert not fused._broken
+
+
+def test_running_out_of_memory_is_no_broken_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(launch, "launch", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        fused.or_eager(fused.forward, eager.forward)(*arguments())
+    assert not fused._broken
+
+
+def test_a_backward_whose_mask_eager_does_not_know_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, a, core, b, _, scaling, dropout, seed = arguments(dropout=0.5)
+    y, u = fused.forward(*arguments(dropout=0.5))
+    break_kernels(monkeypatch)
+    auto = fused.or_eager(fused.backward, eager.backward)
+    with pytest.raises(RuntimeError, match="Run the step again: eager torch computes it from now on"):
+        auto(torch.ones_like(y), weight, a, core, b, u, scaling, dropout, seed, True, True)
+    auto = fused.or_eager(fused.forward, eager.forward)
+    assert torch.equal(auto(*arguments(dropout=0.5))[1], eager.forward(*arguments(dropout=0.5))[1])
+
+
+def test_without_gpu_and_interpreter_triton_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lorasb.ops.unavailable("triton") is None
+    monkeypatch.delenv("TRITON_INTERPRET")
+    if not torch.cuda.is_available():
+        with (
+            pytest.raises(RuntimeError, match=r"'triton' is not available: there is no CUDA GPU"),
+            lorasb.backend("triton"),
+        ):
+            pass
+        with pytest.raises(ValueError, match=r"expected a CUDA tensor, got one on cpu: backend\('auto'\) takes it"):
+            fused.forward(*arguments())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="triton is not installed: pip install triton"), lorasb.backend("triton"):
+        pass
+
+
+class TestTables:
+    SHAPE = plan.Shape("forward", "bf16", 2048, 4096, 4096, 96)
+
+    def test_every_shipped_table_is_read(self) -> None:
+        assert plan.shipped_archs() == ("sm_80", "sm_86", "sm_89", "sm_90")
+        for arch in plan.shipped_archs():
+            table = json.loads((plan.TABLES / f"{arch}.json").read_text())
+            assert table["arch"] == arch
+            assert plan.choose(self.SHAPE, arch, 84).gemm in {rule.gemm for rule in plan.shipped_rules(arch)}
+
+    def test_an_unknown_gpu_gets_a_safe_default(self) -> None:
+        chosen = plan.choose(self.SHAPE, "sm_123", 200)
+        assert chosen == plan.Plan("addmm", plan.default_prep(self.SHAPE), plan.default_gemm(self.SHAPE))
+
+    def test_a_users_table_comes_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(plan.CACHE_VARIABLE, str(tmp_path))
+        rule = {"if": {"M": [1025, 2048], "n": 4096, "sms": 84}, "path": "addmm"}
+        path = plan.user_table("sm_86")
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"arch": "sm_86", "rules": [rule]}))
+        plan.forget()
+        shipped = plan.choose(self.SHAPE, "sm_86", 80)
+        chosen = plan.choose(self.SHAPE, "sm_86", 84)
+        assert (shipped.path, chosen.path) == ("fused", "addmm")
+        assert chosen.gemm == shipped.gemm
+
+    @pytest.mark.parametrize(
+        "text",
+        ["", "[]", '{"rules": [{"path": "magic"}]}', '{"rules": [{"if": {"N": 3}}]}', '{"rules": [{"gemm": {}}]}'],
+    )
+    def test_a_broken_table_is_left_out_and_named(
+        self, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(plan.CACHE_VARIABLE, str(tmp_path))
+        path = plan.user_table("sm_86")
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        plan.forget()
+        with pytest.warns(UserWarning, match=r"sm_86\.json is not a table of kernels .*bench tune"):
+            assert plan.choose(self.SHAPE, "sm_86", 84).path == "fused"
+
+    @pytest.mark.parametrize(
+        ("tokens", "wanted"), [(0, 1), (1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (2048, 2048), (2049, 4096)]
+    )
+    def test_buckets(self, tokens: int, wanted: int) -> None:
+        assert plan.bucket(tokens) == wanted
