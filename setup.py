@@ -2,7 +2,6 @@
 
 from setuptools import find_packages, setup
 
-
 setup(
     packages=[*find_packages(include=["lorasb", "lorasb.*"]), "lorasb.kernels"],
     package_dir={"lorasb.kernels": "kernels/fused"},

@@ -1,1 +1,1 @@
-"""Programs that measure: each prints what it measured, and with what. Run from the repository, python -m benchmarks.NAME."""
+"""Programs that measure: each prints what it measured and with what. `python -m benchmarks.NAME` from the root."""

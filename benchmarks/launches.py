@@ -9,14 +9,18 @@ from lorasb.kernels.plan import DTYPES, Plan, Shape, bucket, choice
 from lorasb.kernels.recording import Launch, observed
 
 
+def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor without memory."""
+    return torch.empty(size, device="meta", dtype=dtype)
+
+
 def members(n: int, ms: tuple[int, ...], r: int, dtype: torch.dtype) -> Members:
-    """Layers [m_i, n] of rank r on `meta`."""
-    empty = {"device": "meta", "dtype": dtype}
+    """Layers [m_i, n] of rank r, without memory."""
     return Members(
-        [torch.empty(m, n, **empty) for m in ms],
-        [torch.empty(r, n, **empty) for _ in ms],
-        [torch.empty(r, r, device="meta") for _ in ms],
-        [torch.empty(m, r, **empty) for m in ms],
+        [empty(m, n, dtype=dtype) for m in ms],
+        [empty(r, n, dtype=dtype) for _ in ms],
+        [empty(r, r) for _ in ms],
+        [empty(m, r, dtype=dtype) for m in ms],
         [1.0] * len(ms),
     )
 
@@ -39,12 +43,11 @@ def record(
 ) -> list[Launch]:
     """The launches of one forward, or of one backward with dx and dR."""
     layers = members(n, ms, r, dtype)
-    empty = {"device": "meta", "dtype": dtype}
     with observed(dry=True) as launches:
         if op == "forward":
-            biases = [torch.empty(m, **empty) if bias else None for m in ms]
-            forward(torch.empty(M, n, **empty), layers, biases, plan, Mask(dropout, 1))
+            biases = [empty(m, dtype=dtype) if bias else None for m in ms]
+            forward(empty(M, n, dtype=dtype), layers, biases, plan, Mask(dropout, 1))
         else:
-            us = [torch.empty(M, r, **empty) for _ in ms]
-            backward([torch.empty(M, m, **empty) for m in ms], layers, us, plan, True, True, Mask(dropout, 1))
+            us = [empty(M, r, dtype=dtype) for _ in ms]
+            backward([empty(M, m, dtype=dtype) for m in ms], layers, us, plan, True, True, Mask(dropout, 1))
     return launches

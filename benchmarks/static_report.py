@@ -3,7 +3,7 @@
     python -m benchmarks.static_report [--json] [--arch sm_86] [--output FILE]
 
 Every kernel in bf16, fp16 and fp32, with every configuration of the shipped tables, compiled ahead of time for sm_80,
-sm_86, sm_89 and sm_90. What is compiled is what the launchers launch: their calls are recorded on tensors without memory.
+sm_86, sm_89 and sm_90. What is compiled is what the launchers launch: calls recorded on tensors without memory.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from triton.compiler import ASTSource
 
 from benchmarks.launches import plan_for, record
 from lorasb.kernels.configs import cdiv
-from lorasb.kernels.recording import Launch
 from lorasb.kernels.plan import DTYPES, Plan
+from lorasb.kernels.recording import Launch
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 
@@ -75,17 +75,17 @@ QKV = (4096, 1024, 1024)
 VARIANTS = (
     Variant("default", 2048, 4096, (4096,), 96),
     Variant("group of 3", 2048, 4096, QKV, 96),
+    Variant("group of 2", 2048, 4096, (14336, 14336), 96),
+    Variant("r=256", 2048, 4096, (4096,), 256),
     Variant("few rows", 64, 4096, (4096,), 96),
     Variant("decode", 16, 4096, (4096,), 96),
     Variant("decode, group of 3", 16, 4096, QKV, 96),
 )
 BF16_VARIANTS = (
     *VARIANTS,
-    Variant("group of 2", 2048, 4096, (14336, 14336), 96),
     Variant("many rows", 8192, 4096, (4096,), 96),
     Variant("bias, r=16", 2048, 1024, (1024,), 16, bias=True),
     Variant("ragged", 2047, 4100, (4100,), 90),
-    Variant("r=256", 2048, 4096, (4096,), 256),
     Variant("dropout", 2048, 4096, (4096,), 96, dropout=0.05),
 )
 
@@ -233,7 +233,7 @@ def ctas_per_sm(arch: Arch, registers: int, shared: int, warps: int) -> int:
 
 
 def mma_share(sass: str) -> tuple[int, float]:
-    """Number of MMA instructions, and their share of the loop that holds most of them without holding another such loop."""
+    """Number of MMA instructions, and their share of the innermost loop that holds most of them."""
     code = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
     is_mma = [bool(re.search(r"\b(HMMA|HGMMA|IMMA)\b", text)) for _, text in code]
     place = {address: i for i, (address, _) in enumerate(code)}

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from .ops import define
 
-_FORWARD = "(Tensor x, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] biases, float[] scalings) -> Tensor[]"
+_FORWARD = (
+    "(Tensor x, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] biases, float[] scalings) "
+    "-> Tensor[]"
+)
 _BACKWARD = (
     "(Tensor[] dys, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] us, float[] scalings, "
     "bool need_dx, bool need_dcore) -> Tensor[]"

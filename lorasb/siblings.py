@@ -1,8 +1,8 @@
 """Layers that read the same x (q/k/v, gate/up) as one call: the first computes all, the others take their results.
 
-Nothing in the model's own code changes. Who belongs together is recognised by name; that they do get the very same tensor
-is checked at every call, and a layer that does not is computed alone and leaves its group. No result outlives the forward
-of the module that holds the layers.
+Nothing in the model's own code changes. Who belongs together is recognised by name; that they do get the very same
+tensor is checked at every call, and a layer that does not is computed alone and leaves its group. No result outlives
+the forward of the module that holds the layers.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def dissolve(model: nn.Module) -> None:
 def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, list[LoRASBLinear]]]:
     for parent in model.modules():
         for names in NAMES:
-            children = [parent._modules.get(name) for name in names]
+            children: list[Any] = [parent._modules.get(name) for name in names]
             members: dict[int, list[Any]] = {}
             for child in children:
                 if hasattr(child, "group_kind"):

@@ -79,7 +79,7 @@ def test_running_out_of_memory_is_no_broken_kernel(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_backward_whose_mask_eager_does_not_know_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, a, core, b, _, scaling, dropout, seed = arguments(dropout=0.5)
+    _, weight, a, core, b, _, scaling, dropout, seed = arguments(dropout=0.5)
     y, u = fused.forward(*arguments(dropout=0.5))
     break_kernels(monkeypatch)
     auto = fused.or_eager(fused.backward, eager.backward)

@@ -404,7 +404,7 @@ def test_bad_input_is_refused_alike_by_every_backend(name: str, backend: str) ->
         with (
             lorasb.backend(backend),
             torch.inference_mode(),
-            pytest.raises(ValueError, match="under torch.inference_mode"),
+            pytest.raises(ValueError, match=r"under torch\.inference_mode"),
         ):
             lora_sb_linear(**{**given_, "x": x})
         return

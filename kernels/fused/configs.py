@@ -37,7 +37,7 @@ class GemmConfig:
     registers: int | None = None
 
     def fitted(self, even: bool, dropout: bool) -> GemmConfig:
-        """The same without spills: lengths that block_k does not divide (masks) and dropout (two sums) need more room."""
+        """The same without spills: uneven lengths (masks) and dropout (two sums) need more room."""
         config = self if even and not dropout else replace(self, registers=None)
         if dropout:
             return replace(config, block_m=min(64, self.block_m), block_n=min(64, self.block_n))

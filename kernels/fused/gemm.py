@@ -1,9 +1,9 @@
 """The extended GEMM: y = [x|v] [W|B]ᵀ + bias forward, dx = [dy|w] [W;A] backward, in one K loop.
 
 The last steps of the loop walk v and B (w and A) where the first walk x and W, so the accumulators take the adapter
-for free and no result is read again. A group's members lie side by side in the output (forward: y_i = [x|v_i][W_i|B_i]ᵀ)
-or one after another in the reduction (backward: dx = Σ_i [dy_i|w_i][W_i;A_i], written once). In backward the first
-programs sum dR_i = s_i·t_iᵀ u_i meanwhile.
+for free and no result is read again. A group's members lie side by side in the output (forward: y_i =
+[x|v_i][W_i|B_i]ᵀ) or one after another in the reduction (backward: dx = Σ_i [dy_i|w_i][W_i;A_i], written once). In
+backward the first programs sum dR_i = s_i·t_iᵀ u_i meanwhile.
 """
 
 from __future__ import annotations
@@ -92,10 +92,12 @@ def locate(pid, M, Ns, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def output_tile(pid, xs, weights, v, factors, biases, ys, partial, counters, M, Ns, Ks, sx, sw, sv, sf, sy, seed, threshold,
+def output_tile(pid, xs, weights, v, factors, biases, ys, partial, counters,
+                M, Ns, Ks, sx, sw, sv, sf, sy, seed, threshold,
                 BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
                 EVEN_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+                SPLITS: tl.constexpr):  # fmt: skip
     """One [BM, BN] tile of an output, or one of SPLITS ranges of its reduction."""
     row, column, member, slot = locate(pid // SPLITS, M, Ns, BM, BN, GROUP)
     N = pick(Ns, member)
@@ -166,23 +168,21 @@ def extended_gemm(
 ):  # fmt: skip
     """y_i = [x|v_i] [W_i|B_i]ᵀ + bias_i (forward), or dx = Σ_i [dy_i|w_i] [W_i;A_i] and dR_i = s_i·t_iᵀ u_i (backward).
 
-    xs: x [M, K], or dy_i [M, K_i]; weights: W_i, contiguous along K forward and along N backward; v: v_i, or w_i, [M, RP]
-    side by side, zero beyond R; factors: B_i [N_i, R], or A_i [R, N]; ys: y_i [M, N_i], or dx [M, N]; t, us: t_i side by
-    side and u_i [M, R]; partial, counters: of the dR tiles (backward with CHUNKS) or of the splits (SPLITS).
+    xs: x [M, K], or dy_i [M, K_i]; weights: W_i, contiguous along K forward and along N backward; v: v_i, or w_i,
+    [M, RP] side by side; factors: B_i [N_i, R], or A_i [R, N]; ys: y_i [M, N_i], or dx [M, N]; t, us: t_i side by side
+    and u_i [M, R]; partial, counters: workspace of the dR tiles (CHUNKS), then of the splits (SPLITS).
     """
     pid = tl.program_id(0)
+    is_tile = True
     if BACKWARD:
-        if pid < core_programs:
-            core_gradient(
-                t, us, dcores, partial, counters, pid, M, sv, su, scales, R, RP, PRECISION, ROWS, CHUNKS, BR, BKR
-            )
-        else:
-            if SPLITS > 1:  # the workspace of the dR tiles comes first
-                counters += core_programs // CHUNKS
-                partial += core_programs * BR * BR
-            output_tile(pid - core_programs, xs, weights, v, factors, biases, ys, partial, counters, M, Ns, Ks, sx, sw, sv,
-                        sf, sy, seed, threshold, BACKWARD, HAS_BIAS, DROPOUT, EVEN_K, WIDE, PRECISION, R, RP, BM, BN, BK,
-                        GROUP, SPLITS)  # fmt: skip
-    else:
-        output_tile(pid, xs, weights, v, factors, biases, ys, partial, counters, M, Ns, Ks, sx, sw, sv, sf, sy, seed,
-                    threshold, BACKWARD, HAS_BIAS, DROPOUT, EVEN_K, WIDE, PRECISION, R, RP, BM, BN, BK, GROUP, SPLITS)  # fmt: skip
+        is_tile = pid >= core_programs
+        if not is_tile:
+            core_gradient(t, us, dcores, partial, counters, pid, M, sv, su, scales,
+                          R, RP, PRECISION, ROWS, CHUNKS, BR, BKR)  # fmt: skip
+        if SPLITS > 1:  # the workspace of the dR tiles comes first
+            counters += core_programs // CHUNKS
+            partial += core_programs * BR * BR
+    if is_tile:
+        output_tile(pid - core_programs, xs, weights, v, factors, biases, ys, partial, counters,
+                    M, Ns, Ks, sx, sw, sv, sf, sy, seed, threshold,
+                    BACKWARD, HAS_BIAS, DROPOUT, EVEN_K, WIDE, PRECISION, R, RP, BM, BN, BK, GROUP, SPLITS)  # fmt: skip

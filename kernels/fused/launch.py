@@ -1,4 +1,4 @@
-"""From tensors to launches: grids, workspaces, strides and flags. Two launches forward and two backward, group or not."""
+"""From tensors to launches: grids, workspaces, strides and flags. Two launches a direction, group or not."""
 
 from __future__ import annotations
 

@@ -59,11 +59,13 @@ class Rule:
     gemm: GemmConfig | None = None
 
     def holds(self, shape: Shape, sms: int) -> bool:
+        """Whether every condition holds."""
         values = {**asdict(shape), "sms": sms}
         return all(_inside(values[name], wanted) for name, wanted in self.conditions.items())
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Rule:
+        """A rule of a table; a ValueError or TypeError says what is wrong with it."""
         prep, gemm, path = entry.get("prep"), entry.get("gemm"), entry.get("path")
         if path not in (None, *PATHS):
             raise ValueError(f"expected path {' or '.join(PATHS)}, got {path!r}")
@@ -164,7 +166,7 @@ def default_prep(shape: Shape) -> PrepConfig:
 
 
 def default_gemm(shape: Shape) -> GemmConfig:
-    """Blocks that compile without spilling on sm_80, sm_86, sm_89 and sm_90; two programs a multiprocessor in 16 bits."""
+    """Blocks that compile without spilling on sm_80 to sm_90; two programs a multiprocessor in 16 bits."""
     if shape.M <= DECODE_ROWS:
         return GemmConfig(16, 64, 64, 1, 4, 3)
     if shape.dtype == "fp32":

@@ -1,9 +1,8 @@
 """The thin products before the extended GEMM: u = x Aᵀ, v = s·u Rᵀ forward; t = dy B, w = s·t R backward.
 
-x (dy) is read once, for all members of a group. R is read as fp32 whatever x's dtype. A rank is
-covered by one or two powers of two (96 = 64 + 32), so that little of the work is padding. The
-reduction is split by the shape alone; the last program of a row block to come adds the fp32 sums of all in their order and
-does the r x r product.
+x (dy) is read once, for all members of a group. R is read as fp32 whatever x's dtype. A rank is covered by one or
+two powers of two (96 = 64 + 32), so that little of the work is padding. The reduction is split by the shape alone; the
+last program of a row block to come adds the fp32 sums of all in their order and does the r x r product.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ def prep_forward(
     R: tl.constexpr, PARTS: tl.constexpr, RP: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """u_i = x A_iᵀ [M, R] and v_i = s_i·u_i R_iᵀ for every member: x [M, K], A_i [R, K], R_i [R, R], v [M, members·RP]."""
+    """u_i = x A_iᵀ [M, R] and v_i = s_i·u_i R_iᵀ of all members: x [M, K], A_i [R, K], R_i [R, R], v [M, members·RP]."""
     row, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     rm = row * BM + tl.arange(0, BM)
     keep = rm < M
@@ -142,7 +141,7 @@ def prep_backward(
     R: tl.constexpr, PARTS: tl.constexpr, RP: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """t_i = dy_i B_i and w_i = s_i·t_i R_i, one member a program: dy_i [M, K_i], B_i [K_i, R], t and w [M, members·RP]."""
+    """t_i = dy_i B_i and w_i = s_i·t_i R_i, one member a program: dy_i [M, K_i], B_i [K_i, R], t, w [M, members·RP]."""
     slot, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     row, member = slot // len(factors), slot % len(factors)
     rm = row * BM + tl.arange(0, BM)
@@ -156,8 +155,9 @@ def prep_backward(
     for j in tl.static_range(len(PARTS)):
         columns, outputs = columns + (factor + part_ranks(PARTS, j),), outputs + (t + part_ranks(PARTS, j),)
     share = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
-    accs = project(pick(dys, member), columns, m * pick(sdy, member), k_stride, K, split * share,
-                   min(split * share + share, K), rm, 0, 0.0, False, EVEN_R, EVEN_K, PRECISION, R, PARTS, BM, BK)  # fmt: skip
+    accs = project(pick(dys, member), columns, m * pick(sdy, member), k_stride, K,
+                   split * share, min(split * share + share, K), rm, 0, 0.0,
+                   False, EVEN_R, EVEN_K, PRECISION, R, PARTS, BM, BK)  # fmt: skip
     own = partial + slot.to(tl.int64) * SPLITS * BM * RP
     if store_sums(accs, outputs, place, keep, own, counters, slot, split, R, PARTS, BM, SPLITS, BM * RP):
         if NEED_DX:

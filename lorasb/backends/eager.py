@@ -100,8 +100,9 @@ def group_forward(
     scalings: list[float],
 ) -> list[Tensor]:
     """The members one after another: y_i [..., m_i], then u_i [M, r]."""
-    members = zip(weights, a, cores, b, biases or [None] * len(a), scalings, strict=True)
-    results = [forward(x, *parts, 0.0, None) for parts in members]  # type: ignore[arg-type]
+    each: list[Tensor | None] = list(biases) or [None] * len(a)
+    members = zip(weights, a, cores, b, each, scalings, strict=True)
+    results = [forward(x, w, a_i, core, b_i, bias, s, 0.0, None) for w, a_i, core, b_i, bias, s in members]
     return [y for y, _ in results] + [u for _, u in results]
 
 

@@ -83,7 +83,8 @@ def group_forward(
 
     rows = _rows(x)
     members = launch.Members(weights, a, cores, b, scalings)
-    ys, us = launch.forward(rows, members, biases or [None] * len(a), _plan("forward", rows, b, a[0]))
+    each: list[Tensor | None] = list(biases) or [None] * len(a)
+    ys, us = launch.forward(rows, members, each, _plan("forward", rows, b, a[0]))
     return [*(eager.shaped(y, x) for y in ys), *us]
 
 
@@ -141,7 +142,7 @@ def interpreting() -> bool:
 
 def register() -> None:
     """Register for CUDA; on the CPU, for an explicit backend under Triton's interpreter."""
-    pairs = {
+    pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "linear": (forward, eager.forward),
         "linear_backward": (backward, eager.backward),
         "linear_group": (group_forward, eager.group_forward),
@@ -231,8 +232,8 @@ def _give_up(error: Exception, kernel: Callable[..., Any], arguments: tuple[Any,
     _broken.append(f"{type(error).__name__}: {error}")
     if kernel is backward and arguments[8] is not None:
         raise RuntimeError(
-            "a fused kernel failed in the backward of a forward with dropout, whose mask only the kernels know. Run the "
-            "step again: eager torch computes it from now on"
+            "a fused kernel failed in the backward of a forward with dropout, whose mask only the kernels know. "
+            "Run the step again: eager torch computes it from now on"
         ) from error
     warnings.warn(
         f"lorasb's fused kernels do not run here ({_broken[0]}): eager torch computes instead, from now on. "
