@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends  # noqa: F401  registers the kernels
+from . import backends, direct  # noqa: F401  the first registers the kernels
 from .limits import MAX_RANK
 from .ops import backend_op, current_backend
 
@@ -54,8 +54,12 @@ def lora_sb_linear(
         x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
     _check(x, weight, lora_A, lora_R, lora_B, bias)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu") if dropout > 0.0 else None
-    op = backend_op("linear", current_backend())
-    return op(x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout, seed)[0]
+    arguments = (x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout, seed)
+    backend = current_backend()
+    kernels = direct.kernels("linear", backend, *arguments[:6])
+    y: Tensor
+    y, _ = direct.Linear.apply(*arguments, kernels) if kernels else backend_op("linear", backend)(*arguments)
+    return y
 
 
 def lora_sb_linear_group(
@@ -96,9 +100,15 @@ def lora_sb_linear_group(
         )
     for i in range(len(weights)):
         _check(x, weights[i], lora_A[i], lora_R[i], lora_B[i], biases[i] if biases else None)
-    op = backend_op("linear_group", current_backend())
-    found: list[Tensor] = op(x, list(weights), list(lora_A), list(lora_R), list(lora_B), list(biases), scalings)
-    return found[: len(weights)]
+    lists = [list(part) for part in (weights, lora_A, lora_R, lora_B, biases)]
+    tensors = [tensor for part in lists for tensor in part]
+    backend = current_backend()
+    kernels = direct.kernels("linear_group", backend, x, *tensors)
+    if kernels:
+        found = direct.LinearGroup.apply(x, scalings, kernels, *tensors)
+    else:
+        found = backend_op("linear_group", backend)(x, *lists, scalings)
+    return list(found[: len(weights)])
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
@@ -129,7 +139,7 @@ def _check(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor,
 def _check_kinds(x: Tensor, others: dict[str, Tensor | None], core: Tensor) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"expected x in fp64, fp32, bf16 or fp16, got {x.dtype}")
-    if x.requires_grad and torch.is_inference_mode_enabled():
+    if x.requires_grad and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         raise ValueError(
             "expected x without requires_grad under torch.inference_mode(), which records no gradient: use "
             "torch.no_grad() or pass x.detach()"

@@ -7,7 +7,7 @@ All of one rank and dtype, without dropout, and all with a bias or none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -53,35 +53,41 @@ def _backward_fake(
     return [dx, *(core.new_empty(core.shape if need_dcore else (0,)) for core in cores)]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Keep the u_i [M, r] and never x."""
-    _, weights, a, cores, b, biases, scalings = inputs
+    x, weights, a, cores, b, biases, scalings = inputs
     us = output[len(a) :]
     ctx.mark_non_differentiable(*us)
     ctx.set_materialize_grads(False)
-    ctx.need_dcore = any(core.requires_grad for core in cores)
-    kept = us if ctx.need_dcore else [u.new_empty((0, u.shape[1])) for u in us]
+    ctx.need_dx, ctx.need_dcores = x.requires_grad, [core.requires_grad for core in cores]
+    kept = us if any(ctx.need_dcores) else [u.new_empty((0, u.shape[1])) for u in us]
     ctx.save_for_backward(*weights, *a, *cores, *b, *kept)
-    ctx.scalings, ctx.biases = scalings, len(biases)
+    ctx.scalings, ctx.biases = list(scalings), len(biases)
 
 
-def _backward(op: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+def gradients(op: Callable[..., Any], ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Any]]:
+    """dx and the dR_i, from the gradients of the y_i; an output that nobody used has none."""
+    count = len(ctx.scalings)
+    dcores: list[Tensor | None] = [None] * count
+    members = [i for i in range(count) if grads[i] is not None]
+    if not members or not (ctx.need_dx or any(ctx.need_dcores)):
+        return None, dcores
+    saved = ctx.saved_tensors
+    parts = [[saved[part * count + i] for i in members] for part in range(5)]
+    dys, scalings = [grads[i] for i in members], [ctx.scalings[i] for i in members]
+    dx, *found = op(dys, *parts, scalings, ctx.need_dx, any(ctx.need_dcores))
+    for i, dcore in zip(members, found, strict=True):
+        dcores[i] = dcore if ctx.need_dcores[i] else None
+    return dx if ctx.need_dx else None, dcores
+
+
+def _derivative(op: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
     def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-        need_dx, count = ctx.needs_input_grad[0], len(ctx.scalings)
-        members = [i for i in range(count) if grads[i] is not None]  # an output that nobody used has none
-        nothing = [None] * count
-        if not members or not (need_dx or ctx.need_dcore):
-            return None, nothing, nothing, nothing, nothing, [None] * ctx.biases, None
-        saved = ctx.saved_tensors
-        parts = [[saved[part * count + i] for i in members] for part in range(5)]
-        dys, scalings = [grads[i] for i in members], [ctx.scalings[i] for i in members]
-        dx, *found = op(dys, *parts, scalings, need_dx, ctx.need_dcore)
-        dcores: list[Tensor | None] = list(nothing)
-        for i, dcore in zip(members, found, strict=True):
-            dcores[i] = dcore if ctx.needs_input_grad[3][i] else None
-        return dx if need_dx else None, nothing, nothing, dcores, nothing, [None] * ctx.biases, None
+        dx, dcores = gradients(op, ctx, grads)
+        nothing = [None] * len(dcores)
+        return dx, nothing, nothing, dcores, nothing, [None] * ctx.biases, None
 
     return backward
 
 
-define("linear_group", (_FORWARD, _BACKWARD), (_forward_fake, _backward_fake), _backward, _save)
+define("linear_group", (_FORWARD, _BACKWARD), (_forward_fake, _backward_fake), _derivative, save)

@@ -30,6 +30,7 @@ _BACKWARD = (
     "Tensor? seed, bool need_dx, bool need_dcore) -> (Tensor, Tensor)"
 )
 library = torch.library.Library("lorasb", "DEF")
+_on_cpu: dict[str, Callable[..., Any]] = {}  # what the dispatcher chooses for CPU tensors, by op
 _current = ""  # set by `backend`; empty: the environment decides
 _missing: dict[str, Callable[[], str | None]] = {
     "cpp": lambda: "this build of lorasb has no C++ extension",
@@ -69,6 +70,11 @@ def define(
             torch.library.register_fake(f"lorasb::{op_name(op, owner)}", fake, lib=library)
         function = backward(backend_op(f"{name}_backward", owner))
         torch.library.register_autograd(f"lorasb::{op_name(name, owner)}", function, setup_context=setup, lib=library)
+        torch.library.register_autograd(f"lorasb::{op_name(f'{name}_backward', owner)}", _no_second, lib=library)
+
+
+def _no_second(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("LoRA-SB's linear has no second derivative: call backward or autograd.grad once")
 
 
 def register_backend(
@@ -96,7 +102,14 @@ def register_backend(
         for op, kernel in pairs:
             for key in where:
                 library.impl(op_name(op, owner), kernel, key)
+            if "CPU" in where or ("CompositeExplicitAutograd" in where and op_name(op, owner) not in _on_cpu):
+                _on_cpu[op_name(op, owner)] = kernel
     _missing[name] = missing or (lambda: None)
+
+
+def cpu_kernel(op: str, backend: str) -> Callable[..., Any] | None:
+    """What the dispatcher chooses for CPU tensors, if anything."""
+    return _on_cpu.get(op_name(op, backend))
 
 
 def unavailable(name: str) -> str | None:
@@ -170,7 +183,7 @@ def _backward_fake(
     return dx, core.new_empty(core.shape) if need_dcore else core.new_empty((0,))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep u [M, r], never x [M, n]: R's gradient needs no more, and x's needs none of them."""
     _, weight, a, core, b, _, scaling, dropout, seed = inputs
     u = output[1]
@@ -181,7 +194,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.scaling, ctx.dropout = scaling, dropout
 
 
-def _backward(op: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
+def derivative(op: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """What autograd calls, by a backend's backward."""
+
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         need_dx, need_dcore = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         if dy is None or not (need_dx or need_dcore):
@@ -193,4 +208,4 @@ def _backward(op: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]
     return backward
 
 
-define("linear", (_FORWARD, _BACKWARD), (_forward_fake, _backward_fake), _backward, _save)
+define("linear", (_FORWARD, _BACKWARD), (_forward_fake, _backward_fake), derivative, save)

@@ -19,7 +19,14 @@ ARROWS = {
     "lorasb.kernels.configs": ["triton", "torch"],
     "lorasb.siblings": ["lorasb.linear", "lorasb.tuner", "lorasb.patch", "lorasb.init", "lorasb.kernels"],
     "lorasb.group_ops": ["lorasb.backends", "lorasb.functional", "lorasb.linear", "lorasb.kernels"],
-    "lorasb.ops": ["lorasb.backends", "lorasb.kernels", "lorasb.functional", "lorasb.linear", "lorasb.tuner", "lorasb.patch"],
+    "lorasb.ops": [
+        "lorasb.backends",
+        "lorasb.kernels",
+        "lorasb.functional",
+        "lorasb.linear",
+        "lorasb.tuner",
+        "lorasb.patch",
+    ],
     "lorasb.backends": ["lorasb.linear", "lorasb.tuner", "lorasb.patch", "lorasb.init", "lorasb.functional"],
     "lorasb.functional": ["lorasb.linear", "lorasb.tuner", "lorasb.patch", "lorasb.init"],
     "lorasb.linear": ["lorasb.patch", "lorasb.tuner", "lorasb.init", "transformers"],
@@ -85,7 +92,11 @@ def test_public_functions_have_docstrings() -> None:
 
 def test_wheel_has_every_module(tmp_path: Path) -> None:
     code = "import setuptools; setuptools.setup = lambda **k: print(*k['packages'], k['package_dir'], k['package_data'], sep=';'); import runpy; runpy.run_path('setup.py')"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip().split(";")
+    found = (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        .stdout.strip()
+        .split(";")
+    )
     wanted = {module_name(path) for path in FILES if path.name == "__init__.py"}
     assert set(found[:-2]) == wanted
     assert found[-2:] == ["{'lorasb.kernels': 'kernels/fused'}", "{'lorasb.kernels': ['tables/*.json']}"]

@@ -9,8 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import lorasb
+from lorasb import direct
+from lorasb.backends import eager
 from lorasb.functional import lora_sb_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -293,8 +296,8 @@ def test_compiles_without_a_graph_break(dynamic: bool, dropout: float) -> None:
             y = call(x, core)
             y.sum().backward()
             results.append((y.detach(), x.grad, core.grad))
-        for eager, traced in zip(*results, strict=True):
-            assert torch.equal(eager, traced)
+        for plain, traced in zip(*results, strict=True):
+            assert torch.equal(plain, traced)
 
 
 BAD_INPUT = {
@@ -340,7 +343,10 @@ class TestBackends:
         core = case.core.requires_grad_(True)
         with lorasb.backend("eager"):
             y = lora_sb_linear(case.x, case.weight, case.a, core, case.b)
-        assert "linear_eager" in type(y.grad_fn.next_functions[0][0] or y.grad_fn).__name__ or "eager" in str(y.grad_fn)
+            with FakeTensorMode(allow_non_fake_inputs=True):  # what wraps tensors meets the op itself
+                traced = lora_sb_linear(case.x, case.weight, case.a, core, case.b)
+        assert y.grad_fn.kernel is eager.backward
+        assert "linear_eager" in type(traced.grad_fn).__name__
 
     @pytest.mark.parametrize("name", ["cpp", "triton"])
     def test_a_missing_backend_raises_and_says_why(self, name: str) -> None:
@@ -377,3 +383,41 @@ class TestBackends:
                 assert current_backend() == "auto"
             assert current_backend() == "eager"
         assert current_backend() == "auto"
+
+
+class TestDirect:
+    """On the CPU plain tensors skip the dispatcher: what comes out is the op's, to the bit."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("dropout", [0.0, 0.5])
+    def test_equals_the_op(self, dtype: torch.dtype, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = reference.make_case((5, 3), 24, 20, 4, dtype)
+        results = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            results.append(run(case, dropout=dropout))
+            monkeypatch.setattr(direct, "kernels", lambda *_: None)
+        for first, second in zip(*results, strict=True):
+            assert torch.equal(first, second)
+
+    def test_a_second_derivative_is_refused_as_by_the_op(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = reference.make_case((5,), 24, 20, 4, torch.float32)
+        for _ in range(2):
+            x = case.x.clone().requires_grad_(True)
+            y = lora_sb_linear(x, case.weight, case.a, case.core, case.b)
+            (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            with pytest.raises(RuntimeError, match=r"no second derivative|differentiate twice"):
+                dx.sum().backward()
+            monkeypatch.setattr(direct, "kernels", lambda *_: None)
+
+    def test_transforms_and_modes_meet_the_op(self) -> None:
+        case = reference.make_case((5,), 24, 20, 4, torch.float32)
+        tensors = (case.x, case.weight, case.a, case.core, case.b)
+        assert direct.kernels("linear", "auto", *tensors) is not None
+        assert direct.kernels("linear", "cpp", *tensors) is None
+        assert direct.kernels("linear", "auto", case.x.to("meta"), *tensors[1:]) is None
+        with FakeTensorMode():
+            assert direct.kernels("linear", "auto", *tensors) is None
+        seen = []
+        torch.func.grad(lambda x: seen.append(direct.kernels("linear", "auto", *tensors)) or x.sum())(case.x)
+        assert seen == [None]

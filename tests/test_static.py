@@ -36,7 +36,9 @@ def test_nothing_spills(rows: list[Row]) -> None:
 
 
 def test_shared_memory_fits(rows: list[Row]) -> None:
-    assert names([row for row in rows if row["shared_bytes"] > SHARED_LIMIT[row["arch"]] or row["ctas_per_sm"] < 1]) == []
+    assert (
+        names([row for row in rows if row["shared_bytes"] > SHARED_LIMIT[row["arch"]] or row["ctas_per_sm"] < 1]) == []
+    )
 
 
 def test_the_default_extended_gemm_lets_two_programs_on_an_sm_86(rows: list[Row]) -> None:

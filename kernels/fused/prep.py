@@ -106,7 +106,7 @@ def prep_forward(
     R: tl.constexpr, PARTS: tl.constexpr, RP: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """u_i = x A_iᵀ [M, R] and v_i = s_i·u_i R_iᵀ of all members: x [M, K], A_i [R, K], R_i [R, R], v [M, members·RP]."""
+    """u_i = x A_iᵀ [M, R] and v_i = s_i·u_i R_iᵀ of all members: x [M, K], A_i [R, K], R_i [R, R], v [M, all·RP]."""
     row, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     rm = row * BM + tl.arange(0, BM)
     keep = rm < M

@@ -1,16 +1,25 @@
 """Plain torch, for every device: the fallback, and the reference of speed for the kernels.
 
-The adapter's small product is written first and the base GEMM accumulates onto it (`beta=1`), both ways. The
-M x out result is then written once, where the plain chain writes it twice and adds.
+The adapter's small product accumulates onto the base GEMM's result (`beta=1`), both ways, where the plain chain writes
+both and adds them into a third.
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import group_ops  # noqa: F401  defines its ops
 from ..ops import register_backend
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off, where it is on: casts were made before the op."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def keep_mask(shape: torch.Size, dropout: float, seed: Tensor, device: torch.device) -> Tensor:
@@ -20,13 +29,15 @@ def keep_mask(shape: torch.Size, dropout: float, seed: Tensor, device: torch.dev
 
 
 def times_core(left: Tensor, core: Tensor, scale: float) -> Tensor:
-    """`scale · left @ core` at the core's precision, rounded to left's dtype."""
-    return (left.to(core.dtype) @ core).mul_(scale).to(left.dtype)
+    """`left @ (scale · core)`, the scaled core rounded to left's dtype: its product is rounded to that in any case."""
+    return left @ (core if scale == 1.0 else core * scale).to(left.dtype)
 
 
 def core_gradient(t: Tensor, u: Tensor, core: Tensor, scale: float) -> Tensor:
-    """dR = s·tᵀ u at the core's precision."""
-    return (t.to(core.dtype).t() @ u.to(core.dtype)).mul_(scale)
+    """dR = s·tᵀ u: summed in fp32, and for bf16 rounded to it once, as the plain chain's is; fp16 would overflow."""
+    half = t.dtype == torch.bfloat16
+    dcore = (t.t() @ u).to(core.dtype) if half else t.to(core.dtype).t() @ u.to(core.dtype)
+    return dcore if scale == 1.0 else dcore.mul_(scale)
 
 
 def shaped(rows: Tensor, like: Tensor) -> Tensor:
@@ -46,16 +57,18 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [..., out] and u = x Aᵀ [M, r]."""
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         rows = x.reshape(-1, x.shape[-1])
         if seed is None:
             u, scale = rows @ a.t(), scaling
         else:
             u, scale = (rows * keep_mask(rows.shape, dropout, seed, x.device)) @ a.t(), scaling / (1.0 - dropout)
         v = times_core(u, core.t(), scale)
-        y = v @ b.t() if bias is None else torch.addmm(bias, v, b.t())
-        if weight is not None:
-            y.addmm_(rows, weight.t())
+        if weight is None:
+            y = v @ b.t() if bias is None else torch.addmm(bias, v, b.t())
+        else:
+            y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+            y.addmm_(v, b.t())
     return shaped(y, x), u
 
 
@@ -73,7 +86,7 @@ def backward(
     need_dcore: bool,
 ) -> tuple[Tensor, Tensor]:
     """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty."""
-    with torch.autocast(dy.device.type, enabled=False):
+    with no_autocast(dy):
         rows = dy.reshape(-1, dy.shape[-1])
         scale = scaling if seed is None else scaling / (1.0 - dropout)
         t = rows @ b
@@ -81,11 +94,13 @@ def backward(
         if need_dcore:
             dcore = core_gradient(t, u, core, scale)
         if need_dx:
-            dx = times_core(t, core, scale) @ a
+            w = times_core(t, core, scale)
             if seed is not None:
+                dx = w @ a
                 dx.mul_(keep_mask(dx.shape, dropout, seed, dx.device))
-            if weight is not None:
-                dx.addmm_(rows, weight)
+                dx = dx if weight is None else dx.addmm_(rows, weight)
+            else:
+                dx = w @ a if weight is None else (rows @ weight).addmm_(w, a)
             dx = shaped(dx, dy)
     return dx, dcore
 
@@ -119,15 +134,15 @@ def group_backward(
 ) -> list[Tensor]:
     """dx = Σ_i dy_i W_i + (s_i·t_i R_i) A_i in one tensor, where autograd would add one a member; then dR_i."""
     dx, dcores = dys[0].new_empty((0,)), []
-    with torch.autocast(dx.device.type, enabled=False):
+    with no_autocast(dx):
         for i, (dy, weight, factor, core, scale) in enumerate(zip(dys, weights, a, cores, scalings, strict=True)):
             rows = dy.reshape(-1, dy.shape[-1])
             t = rows @ b[i]
             dcores.append(core_gradient(t, us[i], core, scale) if need_dcore else core.new_empty((0,)))
             if need_dx:
                 w = times_core(t, core, scale)
-                dx = w @ factor if i == 0 else dx.addmm_(w, factor)
-                dx.addmm_(rows, weight)
+                dx = rows @ weight if i == 0 else dx.addmm_(rows, weight)
+                dx.addmm_(w, factor)
     return [shaped(dx, dys[0]) if need_dx else dx, *dcores]
 
 

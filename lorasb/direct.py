@@ -1,0 +1,69 @@
+"""Calls that go straight to the kernel which the dispatcher would choose: on the CPU, and on plain tensors only.
+
+Two trips through the dispatcher and back into Python cost as much time as a small layer's adapter. What is kept and
+what autograd calls are the op's own; whatever traces, transforms or wraps tensors meets the op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import group_ops, ops
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+Kernels = tuple[Callable[..., Any], Callable[..., Any]]
+
+
+def kernels(op: str, backend: str, *tensors: Tensor | None) -> Kernels | None:
+    """The op's forward and backward on the CPU, where nothing needs to see the op itself; else None."""
+    if any(t is not None and (type(t) not in _PLAIN or t.device.type != "cpu") for t in tensors):
+        return None
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return None
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return None
+    forward, backward = ops.cpu_kernel(op, backend), ops.cpu_kernel(f"{op}_backward", backend)
+    return (forward, backward) if forward is not None and backward is not None else None
+
+
+class Linear(torch.autograd.Function):
+    """`lorasb::linear` without the dispatcher: the op's arguments, then its two kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *inputs, (forward, ctx.kernel) = arguments
+        output: tuple[Tensor, Tensor] = forward(*inputs)
+        ops.save(ctx, tuple(inputs), output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*ops.derivative(ctx.kernel)(ctx, dy, du), None)
+
+
+class LinearGroup(torch.autograd.Function):
+    """`lorasb::linear_group` without the dispatcher: x, the scalings, the two kernels, then every list's tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scalings: list[float], kernels: Kernels, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(scalings)
+        lists = [list(tensors[i * count : (i + 1) * count]) for i in range(5)]
+        forward, ctx.kernel = kernels
+        output = forward(x, *lists, scalings)
+        group_ops.save(ctx, (x, *lists, scalings), output)
+        return tuple(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        dx, dcores = group_ops.gradients(ctx.kernel, ctx, grads)
+        nothing = [None] * len(dcores)
+        return (dx, None, None, *nothing, *nothing, *dcores, *nothing, *[None] * ctx.biases)
