@@ -1,0 +1,103 @@
+"""Bytes and FLOPs of a launch, counted from its own grid and blocks.
+
+Every formula is checked against the loads and stores that the kernels make under the interpreter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lorasb.kernels.configs import cdiv
+from lorasb.kernels.recording import Launch
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one launch moves and computes.
+
+    Attributes:
+        flops: multiplications and additions of its matrix products, padding included.
+        loaded: bytes that its programs ask for.
+        stored: bytes that they write.
+        compulsory: bytes of its operands and results, each counted once: what DRAM must move at least.
+    """
+
+    flops: int
+    loaded: int
+    stored: int
+    compulsory: int
+
+
+def traffic(launch: Launch) -> Traffic:
+    """Count a launch."""
+    return {"prep_forward": _prep, "prep_backward": _prep, "extended_gemm": _extended}[launch.name](launch)
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _prep(launch: Launch) -> Traffic:
+    a = launch.arguments
+    forward = launch.name == "prep_forward"
+    members, M, R, RP, BM, splits = len(a["factors"]), a["M"], a["R"], a["RP"], a["BM"], a["SPLITS"]
+    thin, lengths = (a["v"], [a["K"]]) if forward else (a["w"], list(a["Ks"]))
+    size, core_size = thin.element_size(), a["cores"][0].element_size()
+    blocks = cdiv(M, BM)
+    reduction = sum(lengths) * (members if forward else 1)  # columns of factors, over all members
+    with_core = forward or a["NEED_DX"]
+    partial = blocks * BM * RP * members * splits * 4 if splits > 1 else 0
+    loaded = blocks * (BM * sum(lengths) + R * reduction) * size + partial
+    stored = M * R * members * size + partial
+    flops = 2 * blocks * BM * RP * sum(cdiv(k, a["BK"]) * a["BK"] for k in lengths) * (members if forward else 1)
+    if with_core:
+        loaded += M * R * members * size + blocks * members * R * R * core_size
+        stored += M * RP * members * size
+        flops += 2 * blocks * BM * RP * RP * members
+    inputs = [a["x"]] if forward else list(a["dys"])
+    compulsory = (
+        _bytes(*inputs, *a["factors"], *a["cores"])
+        + M * R * members * size
+        + (M * RP * members * size if with_core else 0)
+    )
+    return Traffic(flops, loaded, stored, compulsory)
+
+
+def _extended(launch: Launch) -> Traffic:
+    a = launch.arguments
+    M, R, BM, BN, BK, splits = a["M"], a["R"], a["BM"], a["BN"], a["BK"], a["SPLITS"]
+    size, members = a["v"].element_size(), len(a["factors"])
+    tiles = (launch.grid - a["core_programs"]) // splits
+    segments = [*a["Ks"], *([R] * members if a["BACKWARD"] else [R])]
+    partial = tiles * splits * BM * BN * 4 if splits > 1 else 0
+    loaded = tiles * (BM + BN) * sum(segments) * size + partial + (tiles * BN * size if a["HAS_BIAS"] else 0)
+    stored = (M * sum(a["Ns"]) * size if tiles else 0) + partial
+    flops = 2 * tiles * BM * BN * sum(cdiv(k, BK) * BK for k in segments)
+    compulsory = 0
+    if tiles:
+        weights = a["weights"] if sum(a["Ks"]) else ()
+        inputs = a["xs"] if sum(a["Ks"]) else ()
+        compulsory = _bytes(*inputs, *weights, *a["factors"], *(a["biases"] if a["HAS_BIAS"] else ()), *a["ys"])
+        compulsory += M * R * members * size
+    core = _core(launch)
+    return Traffic(flops + core.flops, loaded + core.loaded, stored + core.stored, compulsory + core.compulsory)
+
+
+def _core(launch: Launch) -> Traffic:
+    """The programs of dR."""
+    a = launch.arguments
+    if not a["core_programs"]:
+        return Traffic(0, 0, 0, 0)
+    M, R, BR, chunks, size = a["M"], a["R"], a["BR"], a["CHUNKS"], a["t"].element_size()
+    side, members = cdiv(a["RP"], BR), len(a["dcores"])
+    partial = a["core_programs"] * BR * BR * 4 if chunks > 1 else 0
+    result = _bytes(*a["dcores"])
+    rows = sum(cdiv(min(a["ROWS"], M - start), a["BKR"]) * a["BKR"] for start in range(0, M, a["ROWS"]))
+    return Traffic(
+        flops=2 * members * side * side * BR * BR * rows,
+        loaded=2 * M * R * side * members * size + partial,
+        stored=result + partial,
+        compulsory=2 * M * R * members * size + result,
+    )
