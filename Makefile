@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.lorasb-installed
 RUN ?= runs/demo
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test lint format bench-gpu bench-cpu bench-kernels clean
 
 install: $(STAMP)
 
@@ -33,6 +33,28 @@ lint: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The suite on whatever card is there, then its tables and chart. Seconds per case: SECONDS=0.5.
+SECONDS ?= 1
+RESULTS ?= benchmarks/results
+BENCH = $(BIN)/python -m pytest benchmarks -q -o python_files=bench_*.py --durations=0 --benchmark-disable-gc --seconds $(SECONDS)
+
+bench-gpu: install
+	$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'make bench-gpu needs a CUDA GPU; make bench-cpu measures this machine')"
+	mkdir -p $(RESULTS)
+	card=$$($(BIN)/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-').lower())"); \
+	$(BIN)/python -m pytest tests/test_op.py tests/test_gpu.py && \
+	$(BENCH) --benchmark-json=$(RESULTS)/$$card.json && $(BIN)/python -m benchmarks.report $(RESULTS)/$$card.json
+
+bench-cpu: install
+	mkdir -p $(RESULTS)
+	CUDA_VISIBLE_DEVICES= $(BENCH) --benchmark-json=$(RESULTS)/cpu.json
+	$(BIN)/python -m benchmarks.report $(RESULTS)/cpu.json
+
+# What needs no GPU: registers, spills and occupancy of every kernel, and the roofline on paper.
+bench-kernels: install
+	$(BIN)/python -m benchmarks.static_report
+	$(BIN)/python -m benchmarks.roofline
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

@@ -48,7 +48,8 @@ GPUS = {
 GEMM_EFFICIENCY, DRAM_EFFICIENCY, LAUNCH = 0.75, 0.85, 3e-6
 ASSUMPTIONS = f"""Assumptions (no GPU was measured for this table):
  - a launch takes the longest of: its FLOPs at {GEMM_EFFICIENCY:.0%} of the dense bf16 peak, its operands and results
-   once at {DRAM_EFFICIENCY:.0%} of the DRAM peak, the bytes its programs ask for at the L2 peak; plus {LAUNCH * 1e6:.0f} us;
+   once at {DRAM_EFFICIENCY:.0%} of the DRAM peak, the bytes its programs ask for at the L2 peak; plus
+   {LAUNCH * 1e6:.0f} us;
  - the bare base, cuBLAS and our extended GEMM reach the same share of the peak; launches do not overlap;
  - every intermediate of the eager chain goes through DRAM; its scaling is applied to the [M, out] product, as PEFT
    does;

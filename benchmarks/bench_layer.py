@@ -1,0 +1,35 @@
+"""One linear: bare, the eager chain, PEFT's LoRA, ours. On a GPU the models' shapes; on a CPU smaller ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from benchmarks.conftest import device
+from benchmarks.shapes import MODELS
+from benchmarks.variants import Problem
+
+CPU_SHAPES = ((576, 1536), (1024, 1024), (1024, 4096), (4096, 4096))
+
+
+def cases() -> Iterator[tuple[int, int, int, int, torch.dtype]]:
+    """n, m, M, r, dtype."""
+    if device() == "cpu":
+        for n, m in CPU_SHAPES:
+            for dtype in (torch.float32, torch.bfloat16):
+                for M in (1, 16, 512):
+                    yield from ((n, m, M, r, dtype) for r in ((32, 64, 96) if M == 512 else (96,)))
+        return
+    shapes = {(group.n, m) for groups in MODELS.values() for group in groups for m in group.ms}
+    for n, m in sorted(shapes):
+        for M in (1, 16, 512, 2048, 8192):
+            yield from ((n, m, M, r, torch.bfloat16) for r in (32, 64, 96))
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize(("n", "m", "M", "r", "dtype"), list(cases()))
+def test_layer(compare: Callable, n: int, m: int, M: int, r: int, dtype: torch.dtype, direction: str) -> None:
+    """y = x Wᵀ + x Aᵀ Rᵀ Bᵀ for one W [m, n]."""
+    compare(Problem(n, (m,), r, M, dtype, device()), direction)

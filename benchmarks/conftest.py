@@ -1,0 +1,57 @@
+"""Options, the machine in the JSON, and one way to measure a problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.timing import as_dict, environment, measure, peak_bytes, saved_bytes
+from benchmarks.variants import Problem, calls, check, variants
+
+
+def device() -> str:
+    """The card where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long a case is measured."""
+    parser.addoption("--seconds", type=float, default=2.0 if device() == "cpu" else 0.5, help="per case, all variants")
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Versions, GPU and clocks, in place of the host's name."""
+    machine_info.clear()
+    machine_info.update(environment(device()))
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    """Results say which card and versions; the repository knows the rest."""
+    commit_info.clear()
+
+
+@pytest.fixture
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Problem, str], None]:
+    """Measure every variant of a problem in turns; pytest-benchmark's own rounds are those of ours."""
+
+    def run(problem: Problem, direction: str) -> None:
+        check(problem)
+        timed = calls(problem, direction)
+        stats = measure(timed, problem.device, request.config.getoption("--seconds"))
+        found: dict[str, dict[str, Any]] = {}
+        for name, forward in variants(problem).items():
+            found[name] = as_dict(stats[name]) | {
+                "peak_bytes": peak_bytes(timed[name], problem.device),
+                "saved_bytes": saved_bytes(partial(forward, problem.xs[0]), problem.parameters()),
+            }
+        benchmark.extra_info.update(
+            n=problem.n, ms=list(problem.ms), r=problem.r, M=problem.M, direction=direction,
+            dtype=str(problem.dtype).removeprefix("torch."), variants=found,
+        )  # fmt: skip
+        benchmark.pedantic(timed["ours"], args=(0,), rounds=3)
+
+    return run

@@ -1,0 +1,146 @@
+"""Times of several calls, taken in turns in one run; memory; and where all this was measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import random
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+Call = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Percentiles of one call's times in milliseconds, and of its ratio to the first call of the same round."""
+
+    p20: float
+    p50: float
+    p80: float
+    ratio: float
+    ratio_p20: float
+    ratio_p80: float
+    rounds: int
+
+
+def measure(calls: dict[str, Call], device: str, seconds: float, least: int = 10) -> dict[str, Stats]:
+    """Time every call once a round, in random order, for about `seconds`; call(i) is to use the i-th set of inputs.
+
+    On a GPU by CUDA events around each call, with its kernels launched ahead. The first tenth of the rounds is left out.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0)
+    for call in calls.values():
+        call(0)
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < least or time.perf_counter() < end:
+        shuffle.shuffle(order)
+        for name in order:
+            times[name].append(_once(calls[name], rounds, device))
+        rounds += 1
+    skip = rounds // 10
+    first = times[next(iter(calls))][skip:]
+    return {name: _stats(found[skip:], first) for name, found in times.items()}
+
+
+def _once(call: Call, i: int, device: str) -> float:
+    if device != "cuda":
+        start = time.perf_counter()
+        call(i)
+        return 1e3 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(200_000)  # the host gets ahead, so that launching is not what is measured
+    begin.record()
+    call(i)
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def _stats(times: list[float], first: list[float]) -> Stats:
+    ratios = [a / b for a, b in zip(times, first, strict=True)]
+    return Stats(
+        *(_percentile(times, p) for p in (20, 50, 80)), *(_percentile(ratios, p) for p in (50, 20, 80)), len(times)
+    )
+
+
+def _percentile(values: list[float], p: int) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(p / 100))
+
+
+def peak_bytes(call: Call, device: str) -> int:
+    """Most bytes that a call holds at once beyond what was there before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call(0)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call(0)
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    held, peak = 0, 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def saved_bytes(forward: Callable[[], Any], parameters: set[int]) -> int:
+    """Bytes that autograd keeps for backward, without what belongs to the layer anyway (by data pointer)."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(kept.values())
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, processor, GPU and clocks."""
+    found: dict[str, Any] = {
+        "device": device,
+        "python": platform.python_version(),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+    }
+    for package in ("torch", "triton", "peft", "transformers", "lorasb"):
+        found[package] = importlib.metadata.version(package)
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"gpu": properties.name, "sm": f"sm_{properties.major}{properties.minor}", "cuda": torch.version.cuda}
+        found |= {"sms": properties.multi_processor_count, "clocks": _clocks()}
+    return found
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _clocks() -> str:
+    query = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,driver_version"
+    try:
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        return f"{query}: {subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}"
+    except (OSError, subprocess.CalledProcessError):
+        return "nvidia-smi not found"
+
+
+def as_dict(stats: Stats) -> dict[str, float]:
+    """For JSON."""
+    return asdict(stats)
