@@ -11,7 +11,11 @@ from benchmarks.conftest import device
 from benchmarks.shapes import MODELS
 from benchmarks.variants import Problem
 
-CPU_GROUPS = ((576, (576, 192, 192)), (576, (1536, 1536)), (1024, (1024, 1024, 1024)))
+CPU_GROUPS: tuple[tuple[int, tuple[int, ...]], ...] = (
+    (576, (576, 192, 192)),
+    (576, (1536, 1536)),
+    (1024, (1024, 1024, 1024)),
+)
 
 
 def cases() -> Iterator[tuple[int, tuple[int, ...], int, int, torch.dtype]]:

@@ -64,12 +64,13 @@ def table(machine: dict[str, Any], rows: list[Row], direction: str) -> Table:
     """Median ratio to the bare linear of the same round, with p20-p80, and bytes kept for backward."""
     names = list(dict.fromkeys(row["variant"] for row in rows))
     title = f"{direction}: median time over the bare linear's in the same round (p20-p80); {place(machine)}"
-    view = Table(title=title, caption="kept: bytes that autograd keeps for backward, chain and ours")
+    view = Table(title=title, caption="kept: bytes that autograd keeps for backward, PEFT's LoRA / chain / ours")
     for name in ("in", "out", "M", "r", "dtype", "bare ms", *names[1:], "kept"):
         view.add_column(name, justify="right")
     for first, variants in by_case([row for row in rows if row["direction"] == direction]):
         cells = [_ratio(variants[name]) if name in variants else "" for name in names[1:]]
-        kept = f"{size(variants['chain']['saved_bytes'])} / {size(variants['ours']['saved_bytes'])}"
+        peft = next(row for name, row in variants.items() if "LoRA" in name)
+        kept = " / ".join(size(row["saved_bytes"]) for row in (peft, variants["chain"], variants["ours"]))
         shape = [str(first[name]) for name in ("n", "m", "M", "r", "dtype")]
         view.add_row(*shape, f"{variants['bare']['p50']:.3f}", *cells, kept)
     return view

@@ -32,7 +32,7 @@ class Stats:
 def measure(calls: dict[str, Call], device: str, seconds: float, least: int = 10) -> dict[str, Stats]:
     """Time every call once a round, in random order, for about `seconds`; call(i) is to use the i-th set of inputs.
 
-    On a GPU by CUDA events around each call, with its kernels launched ahead. The first tenth of the rounds is left out.
+    On a GPU by CUDA events around each call, its kernels launched ahead. The first tenth of the rounds is left out.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0)
@@ -65,9 +65,9 @@ def _once(call: Call, i: int, device: str) -> float:
 
 def _stats(times: list[float], first: list[float]) -> Stats:
     ratios = [a / b for a, b in zip(times, first, strict=True)]
-    return Stats(
-        *(_percentile(times, p) for p in (20, 50, 80)), *(_percentile(ratios, p) for p in (50, 20, 80)), len(times)
-    )
+    p20, p50, p80 = (_percentile(times, p) for p in (20, 50, 80))
+    ratio, low, high = (_percentile(ratios, p) for p in (50, 20, 80))
+    return Stats(p20, p50, p80, ratio, low, high, len(times))
 
 
 def _percentile(values: list[float], p: int) -> float:
@@ -84,7 +84,7 @@ def peak_bytes(call: Call, device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call(0)
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     held, peak = 0, 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()

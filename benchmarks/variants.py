@@ -95,7 +95,8 @@ def _peft(p: Problem) -> Forward:
             if "lora_" in name:
                 parameter.data = parameter.data.to(p.dtype)
     p.peft += adapted.parameters()
-    return lambda x: [layer(x) for layer in adapted["layers"]]
+    members = list(adapted.get_submodule("layers").children())
+    return lambda x: [layer(x) for layer in members]
 
 
 def check(problem: Problem) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from . import group_ops, ops
 
+SMALL_BYTES = 6 * 2**20  # of x: between 4096 features x 512 tokens in bf16 and in fp32, where the two cross (measured)
 _PLAIN = (Tensor, torch.nn.Parameter)
 Kernels = tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -31,6 +33,27 @@ def kernels(op: str, backend: str, *tensors: Tensor | None) -> Kernels | None:
         return None
     forward, backward = ops.cpu_kernel(op, backend), ops.cpu_kernel(f"{op}_backward", backend)
     return (forward, backward) if forward is not None and backward is not None else None
+
+
+def small(x: Tensor, dropout: float = 0.0) -> bool:
+    """Whether a call is better composed of torch's own ops: without gradients, or where Python's part in a backward of
+    our own costs more than the pass over dx that it saves."""
+    if dropout > 0.0 or x.dtype == torch.float16:  # fp16 would overflow in dR
+        return False
+    if torch.is_autocast_enabled("cpu"):  # it would cast R's product too
+        return False
+    return not torch.is_grad_enabled() or x.numel() * x.element_size() < SMALL_BYTES
+
+
+def composed(
+    x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None, scaling: float
+) -> Tensor:
+    """y = x Wᵀ + bias, then s·x Aᵀ Rᵀ Bᵀ accumulated onto it; autograd keeps u and not x, as W and A are frozen."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    scaled = core if scaling == 1.0 else core * scaling
+    v = linear(linear(rows, a), scaled.to(x.dtype))
+    y = linear(v, b, bias) if weight is None else linear(rows, weight, bias).addmm_(v, b.t())
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[0])
 
 
 class Linear(torch.autograd.Function):

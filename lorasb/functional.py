@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends, direct  # noqa: F401  the first registers the kernels
+from .backends import eager
 from .limits import MAX_RANK
 from .ops import backend_op, current_backend
 
@@ -57,6 +58,8 @@ def lora_sb_linear(
     arguments = (x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout, seed)
     backend = current_backend()
     kernels = direct.kernels("linear", backend, *arguments[:6])
+    if kernels and kernels[0] is eager.forward and direct.small(x, dropout):
+        return direct.composed(*arguments[:7])
     y: Tensor
     y, _ = direct.Linear.apply(*arguments, kernels) if kernels else backend_op("linear", backend)(*arguments)
     return y
@@ -104,6 +107,10 @@ def lora_sb_linear_group(
     tensors = [tensor for part in lists for tensor in part]
     backend = current_backend()
     kernels = direct.kernels("linear_group", backend, x, *tensors)
+    if kernels and kernels[0] is eager.group_forward and direct.small(x):
+        each: list[Any] = list(biases) or [None] * len(weights)
+        members = zip(weights, lora_A, lora_R, lora_B, each, scalings, strict=True)
+        return [direct.composed(x, *member) for member in members]
     if kernels:
         found = direct.LinearGroup.apply(x, scalings, kernels, *tensors)
     else:
