@@ -113,7 +113,8 @@ def chart(machine: dict[str, Any], rows: list[Row], path: Path) -> None:
         heights = [100 * (row["ratio"] - 1) for _, row in points]
         spread = [[abs(100 * (row[p] - row["ratio"])) for _, row in points] for p in ("ratio_p20", "ratio_p80")]
         axes.bar(at, heights, 0.75 / len(names), yerr=spread, label=name, error_kw={"linewidth": 0.8})
-    labels = [f"{first['n']} to\n{first['m']}\n{first['dtype']}" for first, _ in cases]
+    outs = [first["m"].replace("+", "+\n") for first, _ in cases]
+    labels = [f"{first['n']} to\n{out}\n{first['dtype']}" for (first, _), out in zip(cases, outs, strict=True)]
     axes.set_xticks(range(len(cases)), labels, fontsize=7)
     axes.set_ylabel("f+b over the bare linear (%)")
     axes.legend(frameon=False, fontsize=8)

@@ -15,6 +15,10 @@ from .tasks import TASKS
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune Hugging Face models with LoRA-SB.")
 
 
+bench = typer.Typer(no_args_is_help=True, help="Measure the kernels on this machine.")
+app.add_typer(bench, name="bench")
+
+
 @app.command()
 def finetune(
     model: Annotated[str, typer.Option(help="Folder or hub id.")] = "smollm2-135m",
@@ -101,6 +105,22 @@ def doctor() -> None:
     from .doctor import examine
 
     console.print(examine())
+
+
+@bench.command()
+def tune(
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub id of the model whose layers are timed.")
+    ] = "smollm2-135m",
+    r: Annotated[int, typer.Option(help="Rank.")] = 64,
+    tokens: Annotated[str, typer.Option(help="Tokens a call, comma-separated.")] = "1,16,512,2048",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+) -> None:
+    """Time the kernels' paths and blocks for a model's layers, once; layers take the fastest from then on."""
+    from .console import console
+    from .tuning import tune_model
+
+    console.print(tune_model(model, r, [int(count) for count in tokens.split(",")], dtype))
 
 
 def main() -> None:
