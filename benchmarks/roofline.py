@@ -48,8 +48,8 @@ GPUS = {
 GEMM_EFFICIENCY, DRAM_EFFICIENCY, LAUNCH = 0.75, 0.85, 3e-6
 ASSUMPTIONS = f"""Assumptions (no GPU was measured for this table):
  - a launch takes the longest of: its FLOPs at {GEMM_EFFICIENCY:.0%} of the dense bf16 peak, its operands and results
-   once at {DRAM_EFFICIENCY:.0%} of the DRAM peak, the bytes its programs ask for at the L2 peak; plus
-   {LAUNCH * 1e6:.0f} us;
+   once at {DRAM_EFFICIENCY:.0%} of the DRAM peak, for thin products and elementwise work the bytes its
+   programs ask for at the L2 peak (a big product's share of the peak has that in it); plus {LAUNCH * 1e6:.0f} us;
  - the bare base, cuBLAS and our extended GEMM reach the same share of the peak; launches do not overlap;
  - every intermediate of the eager chain goes through DRAM; its scaling is applied to the [M, out] product, as PEFT
    does;
@@ -73,14 +73,17 @@ class Cost:
 def seconds(t: Traffic, gpu: Gpu) -> float:
     """Time of one launch under the assumptions."""
     compute = t.flops / (gpu.flops * GEMM_EFFICIENCY)
-    return max(compute, t.compulsory / (gpu.dram * DRAM_EFFICIENCY), (t.loaded + t.stored) / gpu.l2) + LAUNCH
+    through_l2 = (t.loaded + t.stored) / gpu.l2 if t.thin else 0.0
+    return max(compute, t.compulsory / (gpu.dram * DRAM_EFFICIENCY), through_l2) + LAUNCH
 
 
 def gemm(M: int, K: int, N: int, accumulate: bool = False) -> Traffic:
     """[M, K] · [K, N], tiles of 128 x 128; `accumulate` reads the result too."""
     elements = M * K + K * N + M * N * (2 if accumulate else 1)
     tiles = -(-M // 128) * -(-N // 128)
-    return Traffic(2 * M * K * N, tiles * (min(M, 128) + min(N, 128)) * K * BF16, M * N * BF16, elements * BF16)
+    return Traffic(
+        2 * M * K * N, tiles * (min(M, 128) + min(N, 128)) * K * BF16, M * N * BF16, elements * BF16, min(K, N) <= 256
+    )
 
 
 def elementwise(count: int, reads: int) -> Traffic:
