@@ -87,11 +87,7 @@ def lora_sb_linear_group(
         TypeError: dtypes that do not fit together.
     """
     scalings = list(scalings) or [1.0] * len(weights)
-    lengths = {len(weights), len(lora_A), len(lora_R), len(lora_B), len(scalings), len(biases) or len(weights)}
-    if len(lengths) != 1 or not weights:
-        raise ValueError(f"expected one of each argument for every member, got {sorted(lengths)} of them")
-    if len({a.shape[0] for a in lora_A}) != 1:
-        raise ValueError(f"expected one rank for all members, got {[a.shape[0] for a in lora_A]}")
+    _check_lengths(weights, lora_A, lora_R, lora_B, scalings, biases or weights)
     if torch.is_autocast_enabled(x.device.type):
         count = len(weights)
         x, *cast = _autocast(x, *weights, *lora_A, *lora_B, *biases)
@@ -116,6 +112,15 @@ def lora_sb_linear_group(
     else:
         found = backend_op("linear_group", backend)(x, *lists, scalings)
     return list(found[: len(weights)])
+
+
+def _check_lengths(*members: Sequence[Any]) -> None:
+    lengths = [len(each) for each in members]
+    if len(set(lengths)) != 1 or not lengths[0]:
+        raise ValueError(f"expected one of each argument for every member, got {lengths} of them")
+    ranks = [a.shape[0] for a in members[1]]
+    if len(set(ranks)) != 1:
+        raise ValueError(f"expected one rank for all members, got {ranks}")
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

@@ -140,13 +140,13 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lorasb_R]
-        if not names or args or kwargs or self._base_must_run():
+        if not names or args or kwargs or self.base_must_run():
             y = self.base_layer(x, *args, **kwargs)
             for name in names:
-                y = y + self._adapted(self._on_base_dtype(x), name, None, None).to(y.dtype)
+                y = y + self._adapted(self.on_base_dtype(x), name, None, None).to(y.dtype)
             return y
         y = self.siblings.take(self, x) if self.siblings is not None else None
-        dtype, x = x.dtype, self._on_base_dtype(x)
+        dtype, x = x.dtype, self.on_base_dtype(x)
         if y is None:
             y = self._adapted(x, names[0], self.dense_weight(), self.bias)
         for name in names[1:]:
@@ -162,38 +162,14 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         dropout = self.lora_dropout[name] if self.training else 0.0
         return lora_sb_linear(x, weight, a, core, b, bias, s, dropout=dropout)
 
-    def group_kind(self, x: Tensor) -> tuple[Any, ...] | None:
-        """What layers must have in common to be computed together on x; None: this one is to be computed alone."""
-        names = self.active_adapters
-        if len(names) != 1 or names[0] not in self.lorasb_R or self.disable_adapters or self.merged:
-            return None
-        name, hooks = (
-            names[0],
-            (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks),
-        )
-        if self.fan_in_fan_out or any(hooks) or hasattr(self, "_hf_hook") or self._base_must_run():
-            return None
-        if self.equivalent[name] or (self.training and self.lora_dropout[name] > 0.0):
-            return None
-        if torch.is_grad_enabled() and self.lorasb_R[name].requires_grad and not self.is_initialized(name):
-            return None
-        if (
-            not x.is_floating_point()
-            or x.dim() < 1
-            or x.shape[-1] != self.in_features
-            or self.weight.device != x.device
-        ):
-            return None
-        return name, self.r[name], self.weight.dtype, self.lorasb_R[name].dtype, self.bias is None, self.training
-
-    def _base_must_run(self) -> bool:
+    def base_must_run(self) -> bool:
         """Whether reading the weight would bypass something: offloading or sharding hooks, or another forward."""
         base = self.base_layer
         plain = type(base).forward is nn.Linear.forward or self.fan_in_fan_out
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         return not plain or bool(hooked) or hasattr(base, "_hf_hook") or hasattr(base.weight, "ds_id")
 
-    def _on_base_dtype(self, x: Tensor) -> Tensor:
+    def on_base_dtype(self, x: Tensor) -> Tensor:
         """Cast x to the base's dtype, as PEFT's layers do, where autocast does not rule."""
         if torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
             return x

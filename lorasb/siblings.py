@@ -96,14 +96,14 @@ class Siblings:
 
     def _alike(self, layer: LoRASBLinear, x: Tensor) -> list[int]:
         """The places of the members that can be computed in one call with this one, as each would be alone."""
-        kind = layer.group_kind(x)
-        return [i for i, member in enumerate(self.members) if member.group_kind(x) == kind] if kind is not None else []
+        wanted = kind(layer, x)
+        return [i for i, member in enumerate(self.members) if kind(member, x) == wanted] if wanted is not None else []
 
     def _compute(self, members: list[LoRASBLinear], x: Tensor) -> list[Tensor]:
         name = members[0].active_adapters[0]
         biases = [member.bias for member in members if member.bias is not None]
         return lora_sb_linear_group(
-            members[0]._on_base_dtype(x),
+            members[0].on_base_dtype(x),
             [member.base_weight() for member in members],
             [member.lorasb_A[name] for member in members],
             [member.lorasb_R[name] for member in members],
@@ -137,6 +137,25 @@ class Siblings:
         self.clear()
 
 
+def kind(layer: LoRASBLinear, x: Tensor) -> tuple[Any, ...] | None:
+    """What layers must have in common to be computed together on x; None: this one is to be computed alone."""
+    names = layer.active_adapters
+    if len(names) != 1 or names[0] not in layer.lorasb_R or layer.disable_adapters or layer.merged:
+        return None
+    name = names[0]
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    if layer.fan_in_fan_out or any(hooks) or hasattr(layer, "_hf_hook") or layer.base_must_run():
+        return None
+    if layer.equivalent[name] or (layer.training and layer.lora_dropout[name] > 0.0):
+        return None
+    core, weight = layer.lorasb_R[name], layer.weight
+    if torch.is_grad_enabled() and core.requires_grad and not layer.is_initialized(name):
+        return None
+    if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] != layer.in_features or weight.device != x.device:
+        return None
+    return name, layer.r[name], weight.dtype, core.dtype, layer.bias is None, layer.training
+
+
 def form(model: nn.Module) -> None:
     """Find the siblings of a model anew."""
     dissolve(model)
@@ -158,7 +177,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, list[LoRASBLinear
             children: list[Any] = [parent._modules.get(name) for name in names]
             members: dict[int, list[Any]] = {}
             for child in children:
-                if hasattr(child, "group_kind"):
+                if hasattr(child, "siblings"):
                     members.setdefault(child.in_features, []).append(child)
             for together in members.values():
                 if len(together) > 1:

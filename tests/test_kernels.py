@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import reference
 import tolerances
 import torch
+from calls import run_kernels as run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,18 +30,6 @@ SHAPES = [  # M, n, m, r
     (130, 256, 250, 96),
     (33, 160, 256, 128),
 ]
-
-
-def run(case: reference.Case, dropout: float = 0.0, x: Tensor | None = None) -> Results:
-    """y, dx and dR by the kernels."""
-    x = (case.x.clone() if x is None else x).requires_grad_(True)
-    core = case.core.clone().requires_grad_(True)
-    with lorasb.backend("triton"):
-        y = lora_sb_linear(x, case.weight, case.a, core, case.b, case.bias, case.scaling, dropout=dropout)
-        y.backward(case.dy)
-    assert x.grad is not None
-    assert core.grad is not None
-    return [y.detach(), x.grad, core.grad]
 
 
 def run_group(cases: list[reference.Case], backend: str = "triton") -> Results:
@@ -63,7 +54,7 @@ def group_cases(
     return cases
 
 
-def check(results: Results, wanted: list[Tensor], plain: list[Tensor], lengths: list[int]) -> None:
+def check(results: Sequence[Tensor], wanted: list[Tensor], plain: list[Tensor], lengths: list[int]) -> None:
     """fp32 within the table's bound; 16 bits no further from fp64 than the plain chain, where there is enough to tell."""
     for result, want, chain, length in zip(results, wanted, plain, lengths, strict=True):
         if chain.dtype == torch.float32 and result.dtype == torch.float32 and plain[0].dtype == torch.float32:
@@ -74,7 +65,7 @@ def check(results: Results, wanted: list[Tensor], plain: list[Tensor], lengths: 
             tolerances.check(result, want, tolerances.HALF_FEW)
 
 
-def check_case(case: reference.Case, results: Results) -> None:
+def check_case(case: reference.Case, results: Sequence[Tensor]) -> None:
     exact, r = case.double(), case.a.shape[0]
     wanted = [reference.forward(exact), *reference.gradients(exact)]
     lengths = [case.x.shape[-1] + r, case.dy.shape[-1] + r, case.x[..., 0].numel()]
@@ -254,59 +245,6 @@ def test_a_member_whose_output_nobody_used() -> None:
     tolerances.check(x.grad, want_dx, tolerances.fp32(32))
     tolerances.check(cores[0].grad, want_dcore, tolerances.fp32(32))
     assert cores[1].grad is None
-
-
-class TestDropout:
-    def test_gradients_follow_the_mask_of_the_forward(self) -> None:
-        case = reference.make_case((40,), 70, 64, 8, torch.float32, bias=False)
-        torch.manual_seed(5)
-        y, dx, dcore = run(case, dropout=0.4)
-        exact = case.double()
-        torch.manual_seed(5)
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)  # as the call drew it
-        mask = mask_of(case, int(seed), 0.4).double() / 0.6
-        u, t = (exact.x * mask) @ exact.a.t(), exact.dy @ exact.b
-        tolerances.check(
-            y, exact.x @ exact.weight.t() + exact.scaling * u @ exact.core.t() @ exact.b.t(), tolerances.fp32(80)
-        )
-        want_dx = exact.dy @ exact.weight + mask * (exact.scaling * t @ exact.core @ exact.a)
-        tolerances.check(dx, want_dx, tolerances.fp32(80))
-        tolerances.check(dcore, exact.scaling * t.t() @ u, tolerances.fp32(80))
-
-    def test_the_mask_keeps_its_share_and_differs_by_seed(self) -> None:
-        case = reference.make_case((300,), 100, 8, 4, torch.float32)
-        masks = [mask_of(case, seed, 0.3) for seed in (1, 2)]
-        for mask in masks:
-            assert abs(mask.float().mean() - 0.7) < 5 * (0.21 / mask.numel()) ** 0.5
-        assert (masks[0] != masks[1]).float().mean() > 0.3
-
-    def test_it_follows_the_global_seed(self) -> None:
-        case = reference.make_case((20,), 40, 24, 4, torch.float32)
-        results = []
-        for seed in (1, 1, 2):
-            torch.manual_seed(seed)
-            results.append(run(case, dropout=0.5))
-        for first, second, third in zip(*results, strict=True):
-            assert torch.equal(first, second)
-            assert not torch.equal(first, third)
-
-
-def mask_of(case: reference.Case, seed: int, dropout: float) -> Tensor:
-    """What the kernels keep of x, seen through A = one unit vector at a time."""
-    M, n = case.x.shape
-    x = torch.ones(M, n)
-    kept = []
-    for start in range(0, n, 16):
-        width = min(16, n - start)
-        a = torch.zeros(width, n)
-        a[torch.arange(width), start + torch.arange(width)] = 1.0
-        members = launch.Members([None], [a], [torch.eye(width)], [torch.eye(width)], [1.0])
-        shape = plan.Shape("forward", "fp32", M, n, width, width)
-        _, (u,) = launch.forward(
-            x, members, [None], plan.choose(shape, plan.INTERPRETER, 1), launch.Mask(dropout, seed)
-        )
-        kept.append(u)
-    return torch.cat(kept, 1) == 1.0
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, in the interpreter

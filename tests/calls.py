@@ -1,0 +1,26 @@
+"""One call of the op, forward and backward."""
+
+from __future__ import annotations
+
+import reference
+from torch import Tensor
+
+import lorasb
+from lorasb.functional import lora_sb_linear
+
+
+def run(case: reference.Case, x: Tensor | None = None, dropout: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """y, dx and dR of the op."""
+    x = (case.x.clone() if x is None else x).requires_grad_(True)
+    core = case.core.clone().requires_grad_(True)
+    y = lora_sb_linear(x, case.weight, case.a, core, case.b, case.bias, case.scaling, dropout=dropout)
+    y.backward(case.dy)
+    assert x.grad is not None
+    assert core.grad is not None
+    return y.detach(), x.grad, core.grad
+
+
+def run_kernels(case: reference.Case, dropout: float = 0.0, x: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """y, dx and dR by the kernels."""
+    with lorasb.backend("triton"):
+        return run(case, x, dropout)
