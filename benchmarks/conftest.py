@@ -44,6 +44,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Problem
         stats = measure(timed, problem.device, request.config.getoption("--seconds"))
         found: dict[str, dict[str, Any]] = {}
         for name, forward in variants(problem).items():
+            problem.forget_gradients()
             found[name] = as_dict(stats[name]) | {
                 "peak_bytes": peak_bytes(timed[name], problem.device),
                 "saved_bytes": saved_bytes(partial(forward, problem.xs[0]), problem.parameters()),

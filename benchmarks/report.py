@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.shapes import MODELS
 from lorasb.files import write_text
 from lorasb.plotting import canvas, save
 
@@ -121,6 +122,25 @@ def chart(machine: dict[str, Any], rows: list[Row], path: Path) -> None:
     save(figure, axes, f"{tokens} tokens, r={rank} (PEFT: r=32), medians with p20-p80: {place(machine)}", path)
 
 
+def blocks(rows: list[Row]) -> Table:
+    """Every linear of a model's block, where all of them were measured: sums of medians, f+b."""
+    view = Table(title="One block, f+b: sums of the medians of its linears")
+    for name in ("model", "M", "r", "dtype", "bare ms", "chain", "ours", "ours, grouped", "chain / ours, grouped"):
+        view.add_column(name, justify="right")
+    cases = {tuple(first[name] for name in COLUMNS[:6]): variants for first, variants in by_case(rows)}
+    for model, groups in MODELS.items():
+        for r, M, dtype in dict.fromkeys((row["r"], row["M"], row["dtype"]) for row in rows):
+            keys = [(g.n, "+".join(map(str, g.ms)), r, M, dtype, "forward+backward") for g in groups]
+            if not all(key in cases for key in keys):
+                continue
+            found = [cases[key] for key in keys]
+            bare, chain, ours = (sum(v[name]["p50"] for v in found) for name in ("bare", "chain", "ours"))
+            grouped = sum(v.get("ours, grouped", v["ours"])["p50"] for v in found)
+            ratios = (f"{bare:.3f}", f"{chain / bare:.3f}", f"{ours / bare:.3f}", f"{grouped / bare:.3f}")
+            view.add_row(model, str(M), str(r), dtype, *ratios, f"{chain / grouped:.2f}x")
+    return view
+
+
 def summary(rows: list[Row]) -> str:
     """Geometric mean of ours over the chain, f+b."""
     pairs = [v for _, v in by_case([row for row in rows if row["direction"] == "forward+backward"])]
@@ -138,6 +158,9 @@ def main() -> None:
     console = Console(width=170)
     for direction in dict.fromkeys(row["direction"] for row in rows):
         console.print(table(machine, rows, direction))
+    block_table = blocks(rows)
+    if block_table.row_count:
+        console.print(block_table)
     console.print(summary(rows))
     folder, stem = options.output or options.results[0].parent, options.results[0].stem
     folder.mkdir(parents=True, exist_ok=True)

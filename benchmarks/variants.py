@@ -47,6 +47,11 @@ class Problem:
         self.dys = [place(normal(self.M, m)) for m in self.ms]
         self.peft: list[Tensor] = []  # PEFT's own factors, once there are some
 
+    def forget_gradients(self) -> None:
+        """No gradient is left over from another call."""
+        for tensor in (*self.xs, *self.cores, *self.peft):
+            tensor.grad = None
+
     def parameters(self) -> set[int]:
         """Data pointers of what the layers hold anyway."""
         return {t.data_ptr() for t in (*self.weights, *self.a, *self.b, *self.cores, *self.peft)}

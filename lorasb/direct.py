@@ -6,7 +6,7 @@ what autograd calls are the op's own; whatever traces, transforms or wraps tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,12 +35,14 @@ def kernels(op: str, backend: str, *tensors: Tensor | None) -> Kernels | None:
     return (forward, backward) if forward is not None and backward is not None else None
 
 
-def small(x: Tensor, dropout: float = 0.0) -> bool:
+def small(x: Tensor, frozen: Iterable[Tensor | None], dropout: float = 0.0) -> bool:
     """Whether a call is better composed of torch's own ops: without gradients, or where Python's part in a backward of
     our own costs more than the pass over dx that it saves."""
     if dropout > 0.0 or x.dtype == torch.float16:  # fp16 would overflow in dR
         return False
     if torch.is_autocast_enabled("cpu"):  # it would cast R's product too
+        return False
+    if any(tensor is not None and tensor.requires_grad for tensor in frozen):  # W, A, B and bias get no gradients
         return False
     return not torch.is_grad_enabled() or x.numel() * x.element_size() < SMALL_BYTES
 

@@ -58,7 +58,7 @@ def lora_sb_linear(
     arguments = (x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout, seed)
     backend = current_backend()
     kernels = direct.kernels("linear", backend, *arguments[:6])
-    if kernels and kernels[0] is eager.forward and direct.small(x, dropout):
+    if kernels and kernels[0] is eager.forward and direct.small(x, (weight, lora_A, lora_B, bias), dropout):
         return direct.composed(*arguments[:7])
     y: Tensor
     y, _ = direct.Linear.apply(*arguments, kernels) if kernels else backend_op("linear", backend)(*arguments)
@@ -103,7 +103,7 @@ def lora_sb_linear_group(
     tensors = [tensor for part in lists for tensor in part]
     backend = current_backend()
     kernels = direct.kernels("linear_group", backend, x, *tensors)
-    if kernels and kernels[0] is eager.group_forward and direct.small(x):
+    if kernels and kernels[0] is eager.group_forward and direct.small(x, (*weights, *lora_A, *lora_B, *biases)):
         each: list[Any] = list(biases) or [None] * len(weights)
         members = zip(weights, lora_A, lora_R, lora_B, each, scalings, strict=True)
         return [direct.composed(x, *member) for member in members]

@@ -167,7 +167,13 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         base = self.base_layer
         plain = type(base).forward is nn.Linear.forward or self.fan_in_fan_out
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        return not plain or bool(hooked) or hasattr(base, "_hf_hook") or hasattr(base.weight, "ds_id")
+        return (
+            not plain
+            or bool(hooked)
+            or "forward" in vars(base)
+            or hasattr(base, "_hf_hook")
+            or hasattr(base.weight, "ds_id")
+        )
 
     def on_base_dtype(self, x: Tensor) -> Tensor:
         """Cast x to the base's dtype, as PEFT's layers do, where autocast does not rule."""

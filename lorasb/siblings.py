@@ -7,7 +7,9 @@ the forward of the module that holds the layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,107 +36,140 @@ NAMES = (
 class Siblings:
     """Layers of one parent that are expected to read the same x.
 
+    Their results belong to one autograd node: to go backward through them one after another, keep the graph
+    (`retain_graph=True`) or take the groups apart with `dissolve(model)`.
+
     Args:
-        parent: the module that holds them; only inside its forward are results kept.
-        members: two or more layers of the same `in_features`.
+        parent: the module that holds them; only inside its forward are results kept. It is referred to weakly.
+        names: two or more children of the same `in_features`.
     """
 
-    def __init__(self, parent: nn.Module, members: list[LoRASBLinear]) -> None:
-        self.parent, self.members = parent, members
-        self._depth = 0  # of the parent's forward, which a checkpoint may run again inside another
-        self._waiting: dict[int, Tensor] = {}  # results by a member's place
-        self._x: Tensor | None = None
-        self._key: tuple[Any, ...] = ()
+    def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._parent: weakref.ref[nn.Module] | None = weakref.ref(parent)
+        self._inside: tuple[Any, ...] | None = None  # who runs the parent's forward
+        self._held: tuple[Tensor, tuple[Any, ...], dict[int, Tensor]] | None = None  # x, state, results by place
         self._hooks = (
-            parent.register_forward_pre_hook(self._parent_begins),
-            parent.register_forward_hook(self._parent_ends, always_call=True),
+            parent.register_forward_pre_hook(self._parent_begins).id,
+            parent.register_forward_hook(self._parent_ends, always_call=True).id,
         )
-        for member in members:
+        for member in self.members:
             member.siblings = self
+
+    @property
+    def members(self) -> list[LoRASBLinear]:
+        """The layers, as they are now."""
+        parent = self._parent() if self._parent is not None else None
+        children: list[Any] = [parent._modules.get(name) for name in self.names] if parent is not None else []
+        return [child for child in children if hasattr(child, "siblings")]
 
     def take(self, layer: LoRASBLinear, x: Tensor) -> Tensor | None:
         """y of one member, computed with the others' or waiting since then; None: it is to be computed alone."""
-        place = next((i for i, member in enumerate(self.members) if member is layer), None)
-        if place is None or not self._depth or torch.compiler.is_compiling() or x.is_inference():
+        if torch.compiler.is_compiling() or x.is_inference() or self._inside != _here():
             return None
-        if place in self._waiting:
-            if x is self._x and self._key == self._state(x):
-                y = self._waiting.pop(place)
-                if not self._waiting:
-                    self.clear()
-                return y
-            self._split()
+        members, held = self.members, self._held
+        place = next((i for i, member in enumerate(members) if member is layer), None)
+        if place is None:
+            return None
+        if held is not None and place in held[2]:
+            if x is held[0] and held[1] == self._state(members, x):
+                return held[2].pop(place)
+            self._split(held[2])
             return layer.siblings.take(layer, x) if layer.siblings is not None else None
-        if x is self._x:
+        if held is not None and x is held[0]:
             return None  # the others belong together, and this one does not
         self.clear()
-        together = self._alike(layer, x)
+        wanted = kind(layer, x)
+        together = [i for i, member in enumerate(members) if kind(member, x) == wanted] if wanted is not None else []
         if len(together) < 2:
             return None
-        self._waiting = dict(zip(together, self._compute([self.members[i] for i in together], x), strict=True))
-        self._x, self._key = x, self._state(x)
-        return self._waiting.pop(place)
+        results = dict(zip(together, _compute([members[i] for i in together], x), strict=True))
+        y = results.pop(place)
+        self._held = x, self._state(members, x), results
+        return y
 
     def clear(self) -> None:
         """Forget every result."""
-        self._waiting, self._x, self._key = {}, None, ()
+        self._held = None
 
     def dissolve(self) -> None:
         """Let every member go, and the parent."""
         self.clear()
-        for hook in self._hooks:
-            hook.remove()
         for member in self.members:
             member.siblings = None
-        self.members = []
+        parent = self._parent() if self._parent is not None else None
+        if parent is not None:
+            before, after = self._hooks
+            parent._forward_pre_hooks.pop(before, None)
+            parent._forward_hooks.pop(after, None)
+            parent._forward_hooks_always_called.pop(after, None)
+        self.names, self._parent = (), None
 
-    def _state(self, x: Tensor) -> tuple[Any, ...]:
+    @staticmethod
+    def _state(members: list[LoRASBLinear], x: Tensor) -> tuple[Any, ...]:
         """What must not have changed between the first member's call and another's."""
-        names = tuple(tuple(member.active_adapters) for member in self.members)
         autocast = torch.is_autocast_enabled(x.device.type)
-        return x._version, torch.is_grad_enabled(), autocast, names, tuple(m.disable_adapters for m in self.members)
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+        each = [
+            (*m.active_adapters, m.disable_adapters, *(core._version for core in m.lorasb_R.values())) for m in members
+        ]
+        return x._version, torch.is_grad_enabled(), autocast, stream, *each
 
-    def _alike(self, layer: LoRASBLinear, x: Tensor) -> list[int]:
-        """The places of the members that can be computed in one call with this one, as each would be alone."""
-        wanted = kind(layer, x)
-        return [i for i, member in enumerate(self.members) if kind(member, x) == wanted] if wanted is not None else []
-
-    def _compute(self, members: list[LoRASBLinear], x: Tensor) -> list[Tensor]:
-        name = members[0].active_adapters[0]
-        biases = [member.bias for member in members if member.bias is not None]
-        return lora_sb_linear_group(
-            members[0].on_base_dtype(x),
-            [member.base_weight() for member in members],
-            [member.lorasb_A[name] for member in members],
-            [member.lorasb_R[name] for member in members],
-            [member.lorasb_B[name] for member in members],
-            biases,
-            [member.scaling[name] for member in members],
-        )
-
-    def _split(self) -> None:
+    def _split(self, waiting: dict[int, Tensor]) -> None:
         """Part those that read x from those that did not; two or more of a kind stay together."""
-        groups: list[list[LoRASBLinear]] = [[], []]
-        for i, member in enumerate(self.members):
-            groups[i in self._waiting].append(member)
-        depth = self._depth
+        parent, inside, groups = self._parent, self._inside, ([], [])  # type: ignore[var-annotated]
+        for i, name in enumerate(self.names):
+            groups[i in waiting].append(name)
         self.dissolve()
-        for members in groups:
-            if len(members) > 1:
-                Siblings(self.parent, members)._depth = depth
+        for names in groups:
+            if len(names) > 1 and parent is not None and (module := parent()) is not None:
+                Siblings(module, names)._inside = inside
 
     def _parent_begins(self, parent: nn.Module, arguments: Any) -> None:
         if not torch.compiler.is_compiling():
-            self._depth += 1
+            self.clear()
+            self._inside = _here()
 
     def _parent_ends(self, parent: nn.Module, arguments: Any, result: Any) -> None:
         """Drop what was not taken; after a forward that ended as it should, that means that it never will be."""
         if torch.compiler.is_compiling():
             return
-        if self._waiting and result is not None:
-            self._split()
-        self._depth = max(0, self._depth - 1)
+        self._inside, held = None, self._held
         self.clear()
+        if held is not None and held[2] and result is not None:
+            self._split(held[2])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Siblings | None:
+        """With its parent a group is copied; a layer that is copied alone has none."""
+        parent = memo.get(id(self._parent())) if self._parent is not None else None
+        if parent is None:
+            return None
+        memo[id(self)] = new = object.__new__(Siblings)
+        new.names, new._hooks, new._parent = self.names, self._hooks, weakref.ref(parent)
+        new._inside = new._held = None
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickled group is none: its layers compute alone."""
+        return {"names": (), "_hooks": self._hooks, "_parent": None, "_inside": None, "_held": None}
+
+
+def _here() -> tuple[Any, ...]:
+    """This thread, and what catches saved tensors: a checkpoint inside the parent's forward is another place."""
+    return threading.get_ident(), torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _compute(members: list[LoRASBLinear], x: Tensor) -> list[Tensor]:
+    name = members[0].active_adapters[0]
+    return lora_sb_linear_group(
+        members[0].on_base_dtype(x),
+        [member.base_weight() for member in members],
+        [member.lorasb_A[name] for member in members],
+        [member.lorasb_R[name] for member in members],
+        [member.lorasb_B[name] for member in members],
+        [member.bias for member in members if member.bias is not None],
+        [member.scaling[name] for member in members],
+    )
 
 
 def kind(layer: LoRASBLinear, x: Tensor) -> tuple[Any, ...] | None:
@@ -159,8 +194,8 @@ def kind(layer: LoRASBLinear, x: Tensor) -> tuple[Any, ...] | None:
 def form(model: nn.Module) -> None:
     """Find the siblings of a model anew."""
     dissolve(model)
-    for parent, members in _candidates(model):
-        Siblings(parent, members)
+    for parent, names in list(_candidates(model)):
+        Siblings(parent, names)
 
 
 def dissolve(model: nn.Module) -> None:
@@ -171,14 +206,12 @@ def dissolve(model: nn.Module) -> None:
             siblings.dissolve()
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, list[LoRASBLinear]]]:
+def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
     for parent in model.modules():
         for names in NAMES:
-            children: list[Any] = [parent._modules.get(name) for name in names]
-            members: dict[int, list[Any]] = {}
-            for child in children:
+            together: dict[int, list[str]] = {}
+            for name in names:
+                child: Any = parent._modules.get(name)
                 if hasattr(child, "siblings"):
-                    members.setdefault(child.in_features, []).append(child)
-            for together in members.values():
-                if len(together) > 1:
-                    yield parent, together
+                    together.setdefault(child.in_features, []).append(name)
+            yield from ((parent, members) for members in together.values() if len(members) > 1)

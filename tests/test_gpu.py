@@ -96,14 +96,15 @@ def test_cuda_graphs() -> None:
         assert torch.equal(y, want)
 
 
-def test_compiles_without_a_graph_break() -> None:
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiles_without_a_graph_break(mode: str) -> None:
     case = on_gpu(reference.make_case((40,), 256, 128, 16, torch.bfloat16))
 
     def function(x: Tensor) -> Tensor:
         return torch.relu(lora_sb_linear(x, case.weight, case.a, case.core, case.b, case.bias, case.scaling))
 
-    compiled = torch.compile(function, fullgraph=True)
-    for rows in (40, 41, 16):
+    compiled = torch.compile(function, fullgraph=True, mode=mode)
+    for rows in (40, 41, 16, 40, 41, 16):
         assert torch.equal(compiled(case.x[:rows]), function(case.x[:rows]))
 
 
@@ -115,3 +116,13 @@ def test_rows_do_not_leak() -> None:
     others = [i for i in range(300) if i != 7]
     assert torch.isnan(got[7]).all()
     assert torch.equal(got[others], want[others])
+
+
+def test_capturing_dropout_is_refused() -> None:
+    case = on_gpu(reference.make_case((40,), 256, 128, 16, torch.bfloat16))
+    with (
+        pytest.raises(RuntimeError, match="would repeat one mask"),
+        torch.no_grad(),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        lora_sb_linear(case.x, case.weight, case.a, case.core, case.b, dropout=0.1)

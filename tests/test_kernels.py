@@ -21,15 +21,7 @@ from lorasb.kernels.recording import observed
 
 DTYPES = (torch.float32, torch.float16)
 Results = list[Tensor]
-SHAPES = [  # M, n, m, r
-    (1, 59, 123, 1),
-    (16, 128, 96, 16),
-    (17, 123, 59, 3),
-    (63, 59, 123, 17),
-    (63, 192, 100, 64),
-    (130, 256, 250, 96),
-    (33, 160, 256, 128),
-]
+FEATURES = {1: (59, 123), 3: (123, 59), 16: (59, 123), 17: (123, 59), 64: (123, 200), 96: (256, 123), 128: (160, 256)}
 
 
 def run_group(cases: list[reference.Case], backend: str = "triton") -> Results:
@@ -87,9 +79,10 @@ def check_group(cases: list[reference.Case], results: Results) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("M", "n", "m", "r"), SHAPES)
-def test_matches_reference(M: int, n: int, m: int, r: int, dtype: torch.dtype) -> None:
-    case = reference.make_case((M,), n, m, min(r, n, m), dtype)
+@pytest.mark.parametrize("r", FEATURES)
+@pytest.mark.parametrize("M", [1, 16, 63, 130])
+def test_matches_reference(M: int, r: int, dtype: torch.dtype) -> None:
+    case = reference.make_case((M,), *FEATURES[r], r, dtype)
     with observed() as launches:
         results = run(case)
     check_case(case, results)

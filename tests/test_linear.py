@@ -252,3 +252,12 @@ def test_transposed_bases() -> None:
     tolerances.check(layer(x), want, tolerances.fp32(32))
     layer.merge()
     tolerances.check(layer(x), want, tolerances.MERGE)
+
+
+def test_a_forward_set_on_the_base_layer_itself_is_called() -> None:
+    layer = make()
+    x = torch.randn(3, 16)
+    want = layer(x) + 1000.0
+    plain = layer.base_layer.forward
+    layer.base_layer.forward = lambda x: plain(x) + 1000.0
+    tolerances.check(layer(x), want, tolerances.fp32(1000))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tolerances
 import torch
+import torch.utils.checkpoint
 from conftest import batches_for, logits, make, patched
 from torch import Tensor, nn
 
@@ -185,7 +188,7 @@ class TestStaysAlone:
         x = torch.randn(2, 64)
         part = attention(model)
         y = part.q_proj(x)
-        assert not part.q_proj.siblings._waiting
+        assert part.q_proj.siblings._held is None
         assert torch.equal(y, alone(model).base_model.model.model.layers[0].self_attn.q_proj(x))
 
 
@@ -218,14 +221,28 @@ def prepared(module: nn.Module, features: int) -> nn.Module:
     return model
 
 
+class Two(nn.Module):
+    """A parent of two siblings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.interrupt = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.q_proj(x)
+        if self.interrupt:
+            raise KeyboardInterrupt
+        return y + self.k_proj(x)
+
+
 class TestLifetime:
     def test_no_result_outlives_the_parents_forward(self) -> None:
         model = patched("llama")
         step(model)
         for group in groups(model):
-            assert not group._waiting
-            assert group._x is None
-            assert group._depth == 0
+            assert group._held is None
+            assert group._inside is None
 
     def test_nor_when_the_parent_raises(self) -> None:
         class Raising(nn.Module):
@@ -245,8 +262,8 @@ class TestLifetime:
         x = torch.randn(3, 16)
         with pytest.raises(ArithmeticError):
             model.base_model.model(x)
-        assert not group._waiting
-        assert group._depth == 0
+        assert group._held is None
+        assert group._inside is None
         model.base_model.model.broken = False
         model.base_model.model(x)
         assert groups(model) == [group]
@@ -260,8 +277,8 @@ class TestLifetime:
         model.enable_input_require_grads()
         same(step(model), want)
         for group in groups(model):
-            assert not group._waiting
-            assert group._depth == 0
+            assert group._held is None
+            assert group._inside is None
         assert [len(group.members) for group in groups(model)] == [3, 2, 3, 2]
 
     def test_a_copied_model_has_groups_of_its_own(self) -> None:
@@ -282,13 +299,89 @@ class TestLifetime:
         unloaded = lorasb.patch(base, r=4).unload()
         assert {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in unloaded.named_modules()} == hooks
 
-    def test_a_dropped_model_is_freed(self) -> None:
+    def test_a_dropped_block_is_freed_at_once(self) -> None:
+        """Without the garbage collector: `del model; torch.cuda.empty_cache()` gives the memory back."""
+        block = Two()
+        model = prepared(block, 16)
+        model.base_model.model = None
+        block(torch.randn(2, 16))
+        layer = weakref.ref(block.q_proj)
+        gc.disable()
+        try:
+            del block
+            assert layer() is None
+        finally:
+            gc.enable()
+
+    def test_a_layer_copied_alone_belongs_to_nobody(self) -> None:
         model = patched("llama")
-        step(model)
-        layer = weakref.ref(attention(model).q_proj)
-        del model
-        gc.collect()
-        assert layer() is None
+        part = attention(model)
+        copied = copy.deepcopy(part.q_proj)
+        assert copied.siblings is None
+        assert part.q_proj.siblings is part.k_proj.siblings is not None
+
+    def test_a_pickled_model_computes_alone(self) -> None:
+        block = prepared(Two(), 16).base_model.model
+        loaded = pickle.loads(pickle.dumps(block))
+        x = torch.randn(3, 16)
+        tolerances.check(loaded(x), block(x), tolerances.fp32(16))
+
+    def test_groups_formed_anew_hold_nothing_outside_of_the_parent(self) -> None:
+        """A group that was split at the end of a forward must not think that it is still inside."""
+
+        class Skipping(Two):
+            def __init__(self) -> None:
+                super().__init__()
+                self.v_proj = nn.Linear(16, 16)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.q_proj(x) + self.v_proj(x)
+
+        block = prepared(Skipping(), 16).base_model.model
+        x = torch.randn(3, 16)
+        block(x)
+        block.q_proj(x)
+        with torch.no_grad():
+            block.v_proj.lorasb_R["default"].mul_(100.0)
+        want = alone(block).v_proj(x)
+        tolerances.check(block.v_proj(x), want, tolerances.fp32(16))
+
+    def test_after_an_interrupted_forward_nothing_stale_is_taken(self) -> None:
+        block = prepared(Two(), 16).base_model.model
+        x = torch.randn(3, 16)
+        block.interrupt = True
+        with pytest.raises(KeyboardInterrupt):
+            block(x)
+        block.interrupt = False
+        with torch.no_grad():
+            block.k_proj.lorasb_R["default"].mul_(100.0)
+        tolerances.check(block(x), alone(block)(x), tolerances.fp32(16))
+        assert block.q_proj.siblings._held is None
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_a_checkpoint_inside_the_parent(self, reentrant: bool) -> None:
+        class Inner(Two):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=reentrant)
+
+        block = prepared(Inner(), 16).base_model.model
+        results = []
+        for one in (block, alone(block)):
+            x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            one(x).square().sum().backward()
+            results.append((x.grad, one.q_proj.lorasb_R["default"].grad))
+        for got, want in zip(*results, strict=True):
+            tolerances.check(got, want, tolerances.fp32(64))
+
+    def test_another_thread_computes_for_itself(self) -> None:
+        block = prepared(Two(), 16).base_model.model
+        x = torch.randn(3, 16)
+        with ThreadPoolExecutor(1) as pool:
+            group = block.q_proj.siblings
+            group._parent_begins(block, ())
+            assert group.take(block.q_proj, x) is not None
+            assert pool.submit(group.take, block.k_proj, x).result() is None
+            group._parent_ends(block, (), None)
 
     def test_compiles_without_a_graph_break(self) -> None:
         model = patched("llama").eval()
@@ -312,8 +405,8 @@ def test_memory_kept_for_backward_is_u_alone() -> None:
         return tensor
 
     group = part.q_proj.siblings
-    group._depth = 1  # as if inside the parent's forward
+    group._parent_begins(part, ())
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         part.q_proj(x), part.k_proj(x), part.v_proj(x)
-    group._depth = 0
+    group._parent_ends(part, (), ())
     assert kept == [(40, 4)] * 3

@@ -97,3 +97,13 @@ def test_the_command_says_what_it_needs(capsys: pytest.CaptureFixture[str], monk
     with pytest.raises(SystemExit):
         cli.main()
     assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"rules": [{"path": "magic"}]}'])
+@pytest.mark.filterwarnings("ignore:.*is not a table of kernels")
+def test_a_broken_table_is_written_anew(text: str, folder: Path) -> None:
+    path = plan.user_table(plan.INTERPRETER)
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    tune.write(tune.tune([SHAPE], plan.INTERPRETER, 1, "cpu", lambda call: 1.0), plan.INTERPRETER, 1, "a GPU")
+    assert len(plan.read_rules(path)) == 1

@@ -6,7 +6,9 @@ both and adds them into a third.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,8 +24,38 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+_masks = threading.local()  # set while a call stands in for the kernels
+
+
+@contextmanager
+def kernel_masks() -> Iterator[None]:
+    """Inside, dropout keeps what the kernels would keep: one direction may have been theirs."""
+    _masks.of_kernels = True
+    try:
+        yield
+    finally:
+        _masks.of_kernels = False
+
+
+def philox_mask(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> Tensor:
+    """The kernels' mask [M, n]: Philox-4x32-10 of the seed at counter (column, row, 0, 0), as a number in [0, 1)."""
+    low = 0xFFFFFFFF
+    c0 = torch.arange(shape[1], device=device)[None].expand(shape).clone()
+    c1 = torch.arange(shape[0], device=device)[:, None].expand(shape).clone()
+    c2 = c3 = torch.zeros(shape, dtype=torch.int64, device=device)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wrapped to 64 bits, whose upper half the shift brings down
+        c0, c1, c2, c3 = ((b >> 32) & low) ^ c1 ^ k0, b & low, ((a >> 32) & low) ^ c3 ^ k1, a & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    signed = torch.where(c0 > 0x7FFFFFFF, low - c0, c0)  # -x - 1 of a negative 32-bit number
+    return signed.to(torch.float32) * 4.6566127342e-10 >= dropout
+
+
 def keep_mask(shape: torch.Size, dropout: float, seed: Tensor, device: torch.device) -> Tensor:
     """The elements that dropout keeps, from a seed: the same mask in forward and backward, and none is stored."""
+    if getattr(_masks, "of_kernels", False):
+        return philox_mask(shape, dropout, int(seed), device)
     generator = torch.Generator(device=device).manual_seed(int(seed))
     return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1.0 - dropout, generator=generator)
 

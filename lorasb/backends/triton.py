@@ -26,6 +26,10 @@ SMALLEST_CAPABILITY = (8, 0)
 _broken: list[str] = []  # why `auto` no longer takes the kernels
 
 
+class CaptureError(RuntimeError):
+    """What cannot be captured in a CUDA graph."""
+
+
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -113,14 +117,16 @@ def or_eager(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[
     """The kernel, or eager torch where this GPU or dtype has no kernels or one of them has failed."""
 
     def call(*arguments: Any) -> Any:
-        if _broken or not _suits(arguments[0][0] if isinstance(arguments[0], list) else arguments[0]):
+        if not _suits(arguments[0][0] if isinstance(arguments[0], list) else arguments[0]):
             return plain(*arguments)
-        try:
-            return kernel(*arguments)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            _give_up(error, kernel, arguments)
+        if not _broken:
+            try:
+                return kernel(*arguments)
+            except (torch.OutOfMemoryError, CaptureError):
+                raise
+            except Exception as error:
+                _give_up(error)
+        with eager.kernel_masks():
             return plain(*arguments)
 
     return call
@@ -165,9 +171,21 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _mask(dropout: float, seed: Tensor | None) -> Any:
+    """The mask's seed, as a number.
+
+    Raises:
+        CaptureError: a CUDA graph is being captured, which would repeat one mask for ever.
+    """
     from lorasb.kernels import launch
 
-    return launch.Mask(dropout, int(seed)) if seed is not None else launch.Mask()
+    if seed is None:
+        return launch.Mask()
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise CaptureError(
+            "lora_dropout under CUDA graph capture would repeat one mask at every replay: set lora_dropout=0, or call "
+            "model.eval(), before capturing"
+        )
+    return launch.Mask(dropout, int(seed))
 
 
 def _plan(op: str, rows: Tensor, b: list[Tensor], a: Tensor) -> Any:
@@ -220,21 +238,12 @@ def _suits(x: Tensor) -> bool:
     )
 
 
-def _give_up(error: Exception, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Warn once, and leave the kernels alone from now on.
-
-    Raises:
-        RuntimeError: in the backward of a forward with dropout, whose mask eager torch does not know.
-    """
+def _give_up(error: Exception) -> None:
+    """Warn once, and leave the kernels alone from now on."""
     from lorasb.kernels import workspace
 
     workspace.forget()
     _broken.append(f"{type(error).__name__}: {error}")
-    if kernel is backward and arguments[8] is not None:
-        raise RuntimeError(
-            "a fused kernel failed in the backward of a forward with dropout, whose mask only the kernels know. "
-            "Run the step again: eager torch computes it from now on"
-        ) from error
     warnings.warn(
         f"lorasb's fused kernels do not run here ({_broken[0]}): eager torch computes instead, from now on. "
         "lorasb.backend('triton') raises the error itself",

@@ -92,10 +92,9 @@ def tune(shapes: Sequence[Shape], arch: str, sms: int, device: str, timer: Timer
         chosen = plan.choose(shape, arch, sms)
         times: dict[Plan, float] = {}
         for candidate in candidates(shape, chosen):
-            call = _call(shape, candidate, device)
             try:
-                times[candidate] = timer(call)
-            except Exception:  # blocks that this GPU has no room for
+                times[candidate] = timer(_call(shape, candidate, device))
+            except Exception:  # blocks, or a shape, that this GPU has no room for
                 continue
         if times:
             best = min(times, key=times.__getitem__)
@@ -131,10 +130,11 @@ def gpu_timer(call: Callable[[], object]) -> float:
 
 def write(found: Sequence[Found], arch: str, sms: int, gpu: str) -> Path:
     """Write a user's table: these rules, then what was there for other shapes. The next call of a layer reads it."""
+    plan.forget()
     path = plan.user_table(arch)
     rules = [_rule(one, sms) for one in found]
     fresh = [rule["if"] for rule in rules]
-    if path.is_file():
+    if plan.user_rules(arch):  # a table that is broken is written anew
         rules += [rule for rule in json.loads(path.read_text(encoding="utf-8"))["rules"] if rule.get("if") not in fresh]
     path.parent.mkdir(parents=True, exist_ok=True)
     table = {"arch": arch, "gpu": gpu, "measured": True, "torch": torch.__version__, "rules": rules}
