@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.timing import as_dict, environment, measure, peak_bytes, saved_bytes
+from benchmarks.timing import environment, measure, peak_bytes, saved_bytes
 from benchmarks.variants import Problem, calls, check, variants
 
 
@@ -39,13 +40,14 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Problem
     """Measure every variant of a problem in turns; pytest-benchmark's own rounds are those of ours."""
 
     def run(problem: Problem, direction: str) -> None:
-        check(problem)
-        timed = calls(problem, direction)
+        forwards = variants(problem)
+        check(problem, forwards)
+        timed = calls(problem, forwards, direction)
         stats = measure(timed, problem.device, request.config.getoption("--seconds"))
         found: dict[str, dict[str, Any]] = {}
-        for name, forward in variants(problem).items():
+        for name, forward in forwards.items():
             problem.forget_gradients()
-            found[name] = as_dict(stats[name]) | {
+            found[name] = asdict(stats[name]) | {
                 "peak_bytes": peak_bytes(timed[name], problem.device),
                 "saved_bytes": saved_bytes(partial(forward, problem.xs[0]), problem.parameters()),
             }

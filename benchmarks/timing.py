@@ -8,7 +8,7 @@ import random
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -139,8 +139,3 @@ def _clocks() -> str:
         return f"{query}: {subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}"
     except (OSError, subprocess.CalledProcessError):
         return "nvidia-smi not found"
-
-
-def as_dict(stats: Stats) -> dict[str, float]:
-    """For JSON."""
-    return asdict(stats)

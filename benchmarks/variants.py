@@ -104,15 +104,15 @@ def _peft(p: Problem) -> Forward:
     return lambda x: [layer(x) for layer in members]
 
 
-def check(problem: Problem) -> None:
+def check(problem: Problem, forwards: dict[str, Forward]) -> None:
     """Refuse to time a wrong result: ours against the chain, y and every gradient.
 
     Raises:
         RuntimeError: they differ by more than the dtype's rounding explains.
     """
     bound = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}[problem.dtype]
-    wanted = _results(problem, variants(problem)["chain"])
-    for name, forward in variants(problem).items():
+    wanted = _results(problem, forwards["chain"])
+    for name, forward in forwards.items():
         if not name.startswith(("ours", "addmm")):
             continue
         for got, want in zip(_results(problem, forward), wanted, strict=True):
@@ -123,14 +123,13 @@ def check(problem: Problem) -> None:
 
 def _results(p: Problem, forward: Forward) -> list[Tensor]:
     x = p.xs[0].detach().requires_grad_()
-    for core in p.cores:
-        core.grad = None
+    p.forget_gradients()
     ys = forward(x)
     torch.autograd.backward(ys, p.dys)
     return [*ys, *(t.grad for t in (x, *p.cores) if t.grad is not None)]
 
 
-def calls(problem: Problem, direction: str) -> dict[str, Callable[[int], object]]:
+def calls(problem: Problem, forwards: dict[str, Forward], direction: str) -> dict[str, Callable[[int], object]]:
     """Timed calls: a forward without gradients, or a forward and backward, on the i-th input."""
     p = problem
 
@@ -140,12 +139,9 @@ def calls(problem: Problem, direction: str) -> dict[str, Callable[[int], object]
                 forward(p.xs[i % INPUTS])
 
         def train(i: int) -> None:
-            x = p.xs[i % INPUTS]
-            x.grad = None
-            for core in p.cores:
-                core.grad = None
-            torch.autograd.backward(forward(x), p.dys)
+            p.forget_gradients()
+            torch.autograd.backward(forward(p.xs[i % INPUTS]), p.dys)
 
         return run if direction == "forward" else train
 
-    return {name: make(forward) for name, forward in variants(p).items()}
+    return {name: make(forward) for name, forward in forwards.items()}

@@ -14,11 +14,11 @@ from ._version import __version__
 from .patch import patch
 
 if TYPE_CHECKING:
+    from .backends import backend
     from .config import LoRASBConfig
     from .export import export_lora
     from .init import InitReport, first_step_lr, initialize
     from .linear import LoRASBLinear, equivalent_gradient
-    from .ops import backend
 
 __all__ = [
     "InitReport",
@@ -38,7 +38,7 @@ _HOMES = {
     "InitReport": "init",
     "LoRASBConfig": "config",
     "LoRASBLinear": "linear",
-    "backend": "ops",
+    "backend": "backends",
     "equivalent_gradient": "linear",
     "export_lora": "export",
     "first_step_lr": "init",

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, direct  # noqa: F401  the first registers the kernels
-from .backends import eager
+from . import direct
+from .backends import eager  # importing the package registers every backend
 from .limits import MAX_RANK
 from .ops import backend_op, current_backend
 
@@ -91,12 +91,7 @@ def lora_sb_linear_group(
     if torch.is_autocast_enabled(x.device.type):
         count = len(weights)
         x, *cast = _autocast(x, *weights, *lora_A, *lora_B, *biases)
-        weights, lora_A, lora_B, biases = (
-            cast[:count],
-            cast[count : 2 * count],
-            cast[2 * count : 3 * count],
-            cast[3 * count :],
-        )
+        weights, lora_A, lora_B, biases = (cast[i * count : (i + 1) * count] for i in range(4))
     for i in range(len(weights)):
         _check(x, weights[i], lora_A[i], lora_R[i], lora_B[i], biases[i] if biases else None)
     lists = [list(part) for part in (weights, lora_A, lora_R, lora_B, biases)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -70,3 +71,10 @@ def test_unknown_names_raise() -> None:
 
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = lorasb.nothing
+
+
+def test_a_backend_may_be_chosen_before_anything_else_is_imported() -> None:
+    code = "import lorasb\nwith lorasb.backend('triton'): print(lorasb.ops.current_backend())"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "triton", done.stderr[-500:]

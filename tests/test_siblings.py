@@ -227,12 +227,12 @@ class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.q_proj, self.k_proj = nn.Linear(16, 16), nn.Linear(16, 16)
-        self.interrupt = False
+        self.raises: type[BaseException] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.q_proj(x)
-        if self.interrupt:
-            raise KeyboardInterrupt
+        if self.raises is not None:
+            raise self.raises
         return y + self.k_proj(x)
 
 
@@ -245,26 +245,15 @@ class TestLifetime:
             assert group._inside is None
 
     def test_nor_when_the_parent_raises(self) -> None:
-        class Raising(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.q_proj, self.k_proj = nn.Linear(16, 16), nn.Linear(16, 16)
-                self.broken = True
-
-            def forward(self, x: Tensor) -> Tensor:
-                y = self.q_proj(x)
-                if self.broken:
-                    raise ArithmeticError
-                return y + self.k_proj(x)
-
-        model = prepared(Raising(), 16)
+        model = prepared(Two(), 16)
+        model.base_model.model.raises = ArithmeticError
         (group,) = groups(model)
         x = torch.randn(3, 16)
         with pytest.raises(ArithmeticError):
             model.base_model.model(x)
         assert group._held is None
         assert group._inside is None
-        model.base_model.model.broken = False
+        model.base_model.model.raises = None
         model.base_model.model(x)
         assert groups(model) == [group]
 
@@ -349,10 +338,10 @@ class TestLifetime:
     def test_after_an_interrupted_forward_nothing_stale_is_taken(self) -> None:
         block = prepared(Two(), 16).base_model.model
         x = torch.randn(3, 16)
-        block.interrupt = True
+        block.raises = KeyboardInterrupt
         with pytest.raises(KeyboardInterrupt):
             block(x)
-        block.interrupt = False
+        block.raises = None
         with torch.no_grad():
             block.k_proj.lorasb_R["default"].mul_(100.0)
         tolerances.check(block(x), alone(block)(x), tolerances.fp32(16))

