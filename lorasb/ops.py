@@ -73,6 +73,13 @@ def define(
         torch.library.register_autograd(f"lorasb::{op_name(f'{name}_backward', owner)}", _no_second, lib=library)
 
 
+def define_plain(name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Define an op without a derivative, once for every backend."""
+    for owner in BACKENDS:
+        library.define(op_name(name, owner) + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"lorasb::{op_name(name, owner)}", fake, lib=library)
+
+
 def _no_second(ctx: Any, *_: Any) -> None:
     raise RuntimeError("LoRA-SB's linear has no second derivative: call backward or autograd.grad once")
 

@@ -44,6 +44,9 @@ class GemmConfig:
         return config if even or not wide else replace(config, warps=max(8, self.warps))
 
 
+GRADIENT = GemmConfig(block_m=64, block_n=128, block_k=32, group=8, warps=4, stages=3)  # of G, and tokens a step
+
+
 def cdiv(a: int, b: int) -> int:
     """Ceiling of a / b."""
     return -(-a // b)

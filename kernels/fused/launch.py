@@ -84,7 +84,7 @@ def forward(
     if M == 0:
         return [x.new_empty((0, b.shape[0])) for b in members.b], us
     v = x.new_empty((M, width * len(us)))
-    with _on(x):
+    with on_device(x):
         for i in range(0, len(us), together):
             part = slice(i, i + together)
             _prep_forward(x, members.of(part), us[part], v[:, i * width :], plan, mask)
@@ -108,7 +108,7 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """dx = Σ_i dy_i W_i + s_i·dy_i B_i R_i A_i [M, n] and dR_i = s_i·(dy_i B_i)ᵀ u_i [r, r], for dy_i [M, m_i]."""
     M = dys[0].shape[0]
-    dys = [_rows(dy) for dy in dys]
+    dys = [unit_rows(dy) for dy in dys]
     dx = dys[0].new_empty((M, members.a[0].shape[1])) if need_dx else None
     dcores = [core.new_empty(core.shape) for core in members.cores] if need_dcore else []
     if M == 0:
@@ -116,7 +116,7 @@ def backward(
     t = dys[0].new_empty((M, members.width * len(dys)))
     w = torch.empty_like(t) if need_dx else t
     fused = need_dx and _fused(plan, members, mask)
-    with _on(t):
+    with on_device(t):
         _prep_backward(dys, members, t, w, plan, need_dx)
         if fused or need_dcore:
             _extended_backward(dys, members, us, t, w, dx if fused else None, dcores, plan, mask)
@@ -134,27 +134,27 @@ def _fused(plan: Plan, members: Members, mask: Mask) -> bool:
 
 def _prep_forward(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: Plan, mask: Mask) -> None:
     (M, K), config, width = x.shape, plan.prep, members.width
-    factors, row_blocks = tuple(_rows(a) for a in members.a), cdiv(M, config.block_m)
+    factors, row_blocks = tuple(unit_rows(a) for a in members.a), cdiv(M, config.block_m)
     splits = prep_splits(row_blocks, cdiv(K, config.block_k))
     partial, arrivals = _workspace(x, row_blocks * splits * config.block_m * width * len(us), row_blocks, splits)
     arguments = dict(
         x=x, factors=factors, us=tuple(us), v=v, partial=partial, counters=arrivals, M=M, K=K, sx=x.stride(0),
         sf=tuple(a.stride(0) for a in factors), sv=v.stride(0), seed=mask.seed, threshold=mask.dropout,
-        DROPOUT=mask.dropout > 0.0, EVEN_K=K % config.block_k == 0, WIDE=_wide(x, v, *factors), SPLITS=splits,
+        DROPOUT=mask.dropout > 0.0, EVEN_K=K % config.block_k == 0, WIDE=wide(x, v, *factors), SPLITS=splits,
     )  # fmt: skip
     launch(prep_forward, row_blocks * splits, arguments | _prep_common(members, plan, x.dtype), config)
 
 
 def _prep_backward(dys: Sequence[Tensor], members: Members, t: Tensor, w: Tensor, plan: Plan, need_dx: bool) -> None:
     M, config, width = t.shape[0], plan.prep, members.width
-    factors, Ks = tuple(_rows(b) for b in members.b), tuple(dy.shape[1] for dy in dys)
+    factors, Ks = tuple(unit_rows(b) for b in members.b), tuple(dy.shape[1] for dy in dys)
     slots = cdiv(M, config.block_m) * len(dys)
     splits = prep_splits(slots, cdiv(max(Ks), config.block_k))
     partial, arrivals = _workspace(t, slots * splits * config.block_m * width, slots, splits)
     arguments = dict(
         dys=tuple(dys), factors=factors, t=t, w=w, partial=partial, counters=arrivals, M=M, Ks=Ks,
         sdy=tuple(dy.stride(0) for dy in dys), sf=tuple(b.stride(0) for b in factors), sw=w.stride(0), NEED_DX=need_dx,
-        EVEN_K=all(k % config.block_k == 0 for k in Ks), WIDE=_wide(t, *dys, *factors), SPLITS=splits,
+        EVEN_K=all(k % config.block_k == 0 for k in Ks), WIDE=wide(t, *dys, *factors), SPLITS=splits,
     )  # fmt: skip
     launch(prep_backward, slots * splits, arguments | _prep_common(members, plan, t.dtype), config)
 
@@ -163,7 +163,7 @@ def _prep_common(members: Members, plan: Plan, dtype: torch.dtype) -> dict[str, 
     width, config = members.width, plan.prep
     return dict(
         cores=tuple(core.contiguous() for core in members.cores), scales=tuple(members.scales),
-        EVEN_R=members.r == width, PRECISION=_precision(dtype), CORE_PRECISION=_core_precision(dtype), R=members.r,
+        EVEN_R=members.r == width, PRECISION=precision(dtype), CORE_PRECISION=_core_precision(dtype), R=members.r,
         PARTS=rank_parts(members.r), RP=width, BM=config.block_m, BK=config.block_k, BJ=32 if width % 32 == 0 else 16,
     )  # fmt: skip
 
@@ -180,8 +180,8 @@ def _extended_forward(
     biased = any(bias is not None for bias in biases)
     filled = [x.new_zeros(N) if bias is None else bias for bias, N in zip(biases, Ns, strict=True)] if biased else ys
     arguments = dict(
-        xs=(x,), weights=weights, v=v, factors=tuple(_rows(b) for b in members.b), biases=tuple(filled), ys=tuple(ys),
-        t=v, us=(v,), dcores=(partial,), partial=partial, counters=arrivals, M=M, Ns=Ns, Ks=Ks, core_programs=0,
+        xs=(x,), weights=weights, v=v, factors=tuple(unit_rows(b) for b in members.b), biases=tuple(filled),
+        ys=tuple(ys), t=v, us=(v,), dcores=(partial,), partial=partial, counters=arrivals, M=M, Ns=Ns, Ks=Ks, core_programs=0,
         seed=0, threshold=0.0, BACKWARD=False, HAS_BIAS=biased, DROPOUT=False, EVEN_K=even, SPLITS=splits, CHUNKS=1,
     )  # fmt: skip
     launch(extended_gemm, tiles * splits, arguments | _extended_common(arguments, members, config), config)
@@ -202,8 +202,8 @@ def _extended_backward(
     partial, arrivals = _workspace(t, size, slots + tiles, max(splits, chunks))
     output = dx if dx is not None else t
     arguments = dict(
-        xs=tuple(dys), weights=weights, v=w, factors=tuple(_rows(a) for a in members.a), biases=(output,), ys=(output,),
-        t=t, us=tuple(us) if dcores else (t,), dcores=tuple(dcores) or (partial,), partial=partial, counters=arrivals,
+        xs=tuple(dys), weights=weights, v=w, factors=tuple(unit_rows(a) for a in members.a), biases=(output,),
+        ys=(output,), t=t, us=tuple(us) if dcores else (t,), dcores=tuple(dcores) or (partial,), partial=partial, counters=arrivals,
         M=M, Ns=(output.shape[1],), Ks=Ks, core_programs=slots * chunks, seed=mask.seed, threshold=mask.dropout,
         BACKWARD=True, HAS_BIAS=False, DROPOUT=dropped, EVEN_K=even, SPLITS=splits, CHUNKS=chunks,
     )  # fmt: skip
@@ -217,7 +217,7 @@ def _extended_common(arguments: dict[str, Any], members: Members, config: GemmCo
     return dict(
         sx=tuple(x.stride(0) for x in xs), sw=tuple(w.stride(0) for w in weights), sv=v.stride(0),
         sf=tuple(f.stride(0) for f in factors), sy=tuple(y.stride(0) for y in ys), su=members.r,
-        scales=tuple(members.scales), WIDE=_wide(*xs, *ys, *weights, *factors, v), PRECISION=_precision(v.dtype),
+        scales=tuple(members.scales), WIDE=wide(*xs, *ys, *weights, *factors, v), PRECISION=precision(v.dtype),
         R=members.r, RP=members.width, BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP=config.group,
         ROWS=CORE_CHUNK, BR=CORE_BLOCK, BKR=CORE_ROWS,
     )  # fmt: skip
@@ -241,7 +241,7 @@ def _weights(members: Members, *inputs: Tensor) -> tuple[tuple[Tensor, ...], tup
     """The weights, rows in one piece, and the lengths of the base reductions: no weight is a reduction of length 0."""
     if members.weights[0] is None:
         return tuple(inputs[0] for _ in members.weights), tuple(0 for _ in inputs)
-    return tuple(_rows(w) for w in members.weights if w is not None), tuple(x.shape[1] for x in inputs)
+    return tuple(unit_rows(w) for w in members.weights if w is not None), tuple(x.shape[1] for x in inputs)
 
 
 def _settle(plan: Plan, Ks: Sequence[int], r: int, dropped: bool) -> tuple[bool, GemmConfig]:
@@ -254,7 +254,7 @@ def _steps(lengths: Sequence[int], config: GemmConfig) -> int:
     return sum(cdiv(length, config.block_k) for length in lengths)
 
 
-def _rows(matrix: Tensor) -> Tensor:
+def unit_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
@@ -266,20 +266,20 @@ def _workspace(like: Tensor, size: int, slots: int, programs: int) -> tuple[Tens
     return like.new_empty(size, dtype=torch.float32), counters(like.device, slots)
 
 
-def _wide(*tensors: Tensor) -> bool:
+def wide(*tensors: Tensor) -> bool:
     """Whether an offset needs 64 bits."""
     return any(t.stride(0) * t.shape[0] >= INT32_LIMIT for t in tensors)
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
     """Of products of x's dtype; fp32 stays fp32 unless torch was told that TF32 will do."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _core_precision(dtype: torch.dtype) -> str:
     """Of the product with R: for a 16-bit x, TF32's 11 bits of R are more than the result keeps."""
-    return _precision(dtype) if dtype == torch.float32 else "tf32"
+    return precision(dtype) if dtype == torch.float32 else "tf32"
 
 
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -189,23 +189,10 @@ def _mask(dropout: float, seed: Tensor | None) -> Any:
 
 
 def _plan(op: str, rows: Tensor, b: list[Tensor], a: Tensor) -> Any:
-    """The tables' choice for this call.
-
-    Raises:
-        TypeError: a dtype that the kernels do not have.
-        ValueError: a CPU tensor, and Triton is not interpreting.
-    """
+    """The tables' choice for this call."""
     from lorasb.kernels import plan
 
-    if rows.dtype not in plan.DTYPES:
-        raise TypeError(
-            f"backend 'triton' expected x in fp32, bf16 or fp16, got {rows.dtype}: backend('eager') takes it"
-        )
-    arch, sms = _device(rows.device)
-    if arch == plan.INTERPRETER and not interpreting():
-        raise ValueError(f"backend 'triton' expected a CUDA tensor, got one on {rows.device}: backend('auto') takes it")
-    if arch == plan.INTERPRETER and rows.dtype == torch.bfloat16:
-        raise TypeError("Triton's interpreter multiplies the raw bits of bf16: use fp32 or fp16 on the CPU")
+    arch, sms = check_call(rows)
     shape = plan.Shape(
         op,
         plan.DTYPES[rows.dtype],
@@ -216,6 +203,25 @@ def _plan(op: str, rows: Tensor, b: list[Tensor], a: Tensor) -> Any:
         len(b),
     )
     return plan.choice(shape, arch, sms)
+
+
+def check_call(x: Tensor) -> tuple[str, int]:
+    """Architecture and number of multiprocessors of the device that a call runs on.
+
+    Raises:
+        TypeError: a dtype that the kernels do not have.
+        ValueError: a CPU tensor, and Triton is not interpreting.
+    """
+    from lorasb.kernels import plan
+
+    if x.dtype not in plan.DTYPES:
+        raise TypeError(f"backend 'triton' expected x in fp32, bf16 or fp16, got {x.dtype}: backend('eager') takes it")
+    arch, sms = _device(x.device)
+    if arch == plan.INTERPRETER and not interpreting():
+        raise ValueError(f"backend 'triton' expected a CUDA tensor, got one on {x.device}: backend('auto') takes it")
+    if arch == plan.INTERPRETER and x.dtype == torch.bfloat16:
+        raise TypeError("Triton's interpreter multiplies the raw bits of bf16: use fp32 or fp16 on the CPU")
+    return arch, sms
 
 
 @lru_cache

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .svd import truncated_svd
+from .svd import Triplets, truncated_svd
 
 XS_NOISE = 1e-5  # LoRA-XS draws R from N(0, (1e-5)²)
 
@@ -22,22 +22,25 @@ class Factors(NamedTuple):
     sigma: Tensor
 
 
-def from_gradient(gradient: Tensor, r: int, lr: float, scaling: float, update: str, seed: int) -> Factors:
-    """Truncated SVD of the first step of full fine-tuning (Eq. 6-8).
+def first_step(triplets: Triplets, r: int, lr: float, scaling: float) -> Factors:
+    """From the SVD of sign(G) (AdamW) or G (SGD, Theorem 6) to the first step of full fine-tuning (Eq. 6-8).
 
-    ΔW = −η·sign(G) for AdamW, or −η·G for SGD (Theorem 6) = U Σ Vᵀ: B = U_r, A = V_rᵀ, R = Σ_r / s, so s·B R A is
-    the best rank-r part of ΔW. The minus goes into B.
+    ΔW = −η·sign(G), or −η·G, = U Σ Vᵀ: B = U_r, A = V_rᵀ, R = Σ_r / s, so s·B R A is the best rank-r part of ΔW. The
+    minus goes into B.
 
     Args:
-        gradient: G [out, in], the sum over samples.
+        triplets: of sign(G) or G.
         r, scaling: rank and s.
         lr: η.
-        update: "adamw" or "sgd".
-        seed: of the SVD's start.
     """
-    matrix = torch.sign(gradient) if update == "adamw" else gradient
-    u, s, vt = truncated_svd(matrix, r, seed)
+    u, s, vt = triplets.first(r)
     return Factors(-u, torch.diag(s * (lr / scaling)), vt, s)
+
+
+def subspace_of_weight(weight: Tensor, r: int, seed: int) -> Factors:
+    """Orthonormal B = U_r, A = V_rᵀ of W and R = 0: for a layer that no sample reached, whose first step is zero."""
+    u, s, vt = truncated_svd(weight, r, seed)
+    return Factors(u, torch.zeros(r, r, dtype=u.dtype, device=u.device), vt, s)
 
 
 def lora_xs(weight: Tensor, r: int, seed: int) -> Factors:
@@ -53,9 +56,3 @@ def kaiming(weight: Tensor, r: int, scaling: float, seed: int) -> Factors:
     noise = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype)
     u, s, vt = truncated_svd(((2.0 * noise - 1.0) * bound).to(weight.device), r, seed)
     return Factors(u, torch.diag(s / scaling), vt, s)
-
-
-def energy(matrix: Tensor, factors: Factors) -> float:
-    """Share of a matrix's squared norm that lies in span(B) x span(A); B and A orthonormal."""
-    inside = factors.b.t() @ matrix @ factors.a.t()
-    return float(inside.square().sum() / matrix.square().sum())

@@ -36,7 +36,7 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
         loss = _checked(loss_fn(model, batch), batch) * rows
         loss.backward()
         return float(loss.detach())
-    if _unlabelled(batch):
+    if unlabelled(batch):
         return 0.0
     outputs = model(**batch)
     loss, logits = _checked(_field(outputs, "loss"), batch), _field(outputs, "logits")
@@ -53,7 +53,7 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
     return total
 
 
-def _unlabelled(batch: Mapping[str, Any]) -> bool:
+def unlabelled(batch: Mapping[str, Any]) -> bool:
     """Whether every label of a batch is ignored: such samples have no loss, and a mean over nothing is NaN."""
     labels = batch.get("labels")
     return isinstance(labels, Tensor) and not labels.is_floating_point() and bool((labels == IGNORED).all())

@@ -15,6 +15,7 @@ from ..files import write_json
 from ..plotting import GRAD, SIGN, canvas, save
 
 SHOWN_VALUES = 3
+TUPLES = ("shape", "singular_values", "beyond", "curve_sign", "curve_grad")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class LayerReport:
         singular_values: the leading r, of the matrix that was factored.
         zeros: exact zeros in ΣG.
         seconds: time of the factoring.
+        beyond: up to 32 more singular values, measured on the way.
+        curve_sign, curve_grad: the energies at ranks 1, 2, ... as far as they were measured.
+        stability: overlap of the subspaces from two halves of the samples, where it was asked for.
+        fallback: what stood in for the gradient of a layer that no sample reached.
     """
 
     name: str
@@ -38,6 +43,11 @@ class LayerReport:
     singular_values: tuple[float, ...]
     zeros: int
     seconds: float
+    beyond: tuple[float, ...] = ()
+    curve_sign: tuple[float, ...] = ()
+    curve_grad: tuple[float, ...] = ()
+    stability: float | None = None
+    fallback: str | None = None
 
 
 @dataclass
@@ -52,6 +62,8 @@ class InitReport:
     loss: float | None
     seconds: float
     layers: list[LayerReport] = field(default_factory=list)
+    strategy: str = "none"
+    why: str = ""
 
     @property
     def energy_sign(self) -> float | None:
@@ -76,7 +88,7 @@ class InitReport:
         """Read what `save` wrote."""
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         layers = [
-            LayerReport(**layer | {key: tuple(layer[key]) for key in ("shape", "singular_values")})
+            LayerReport(**layer | {key: tuple(layer[key]) for key in TUPLES if key in layer})
             for layer in values.pop("layers")
         ]
         return cls(**values, layers=layers)

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import RandomSampler, SequentialSampler
+from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
+
+from .processes import Processes
 
 Batch = dict[str, Any]
 SHARE = 1000  # the paper takes 1/1000 of the data set (appendix I)
@@ -19,15 +21,21 @@ LEAST = 32
 
 @dataclass
 class Samples:
-    """Batches to iterate over once, and what was seen: the number of samples and a hash of their tensors."""
+    """Batches to iterate over once, and what was seen: the number of samples and a hash of their tensors.
+
+    `several`: other processes have shares of their own, so that an empty or short one is no error.
+    """
 
     batches: Iterable[Batch]
     limit: int | None = None  # take this many in order, where the data could not be drawn beforehand
     exact: bool = True  # whether fewer than `limit` is an error
+    several: bool = False
     seen: int = 0
     _hash: Any = field(default_factory=hashlib.sha256)
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.limit == 0:
+            return
         for batch in self.batches:
             _check_batch(batch)
             rows = batch_size(batch)
@@ -41,7 +49,8 @@ class Samples:
             yield dict(batch)
             if self.limit is not None and self.seen >= self.limit:
                 break
-        self._check_enough()
+        if not self.several:
+            self.check_enough(self.seen)
 
     def _update_hash(self, batch: Mapping[str, Any]) -> None:
         for name in sorted(batch):
@@ -49,11 +58,12 @@ class Samples:
                 self._hash.update(name.encode())
                 self._hash.update(batch[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
-    def _check_enough(self) -> None:
-        if self.seen == 0:
+    def check_enough(self, found: int) -> None:
+        """Raise a ValueError where there is nothing, or less than was asked for."""
+        if found == 0:
             raise ValueError("expected at least one sample to initialise from, got none: the batches are empty")
-        if self.exact and self.limit is not None and self.seen < self.limit:
-            raise ValueError(_too_few(self.limit, self.seen))
+        if self.exact and self.limit is not None and found < self.limit:
+            raise ValueError(_too_few(self.limit, found))
 
     @property
     def data_hash(self) -> str:
@@ -61,33 +71,97 @@ class Samples:
         return str(self._hash.hexdigest())
 
 
-def select(batches: Any, num_samples: int | None, seed: int) -> Samples:
+def select(batches: Any, num_samples: int | None, seed: int, processes: Processes | None = None) -> Samples:
     """Choose samples from a DataLoader (by its data set), a list of batches (by their rows) or any iterable (in order).
 
     Args:
         batches: a DataLoader, a list of dicts of tensors, or an iterable of such dicts. A DataLoader with a sampler of
             its own (a subset, a rank's share) is taken in its order.
         num_samples: how many; None means min(available, max(32, n/1000)), or all of an iterable without a size.
+            Both count all processes, each of which passes the batches of its own share.
         seed: seed of the drawing. The global random state is not touched.
+        processes: who else there is.
 
     Raises:
         ValueError: fewer samples than asked for (both numbers are named), or none.
         TypeError: a batch that is no mapping.
     """
+    processes = processes or Processes()
     if num_samples is not None and num_samples <= 0:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}")
     if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(
             f"expected an iterable of batches (a DataLoader, a list of dicts), got {type(batches).__name__}"
         )
+    several = processes.several
     if _can_draw(batches):
-        return Samples(_drawn_from_dataset(batches, num_samples, seed))
+        chosen = _draw(len(batches.dataset), num_samples, seed, processes)
+        return Samples(_drawn_from_dataset(batches, chosen), several=several)
     if isinstance(batches, list | tuple):
-        return Samples(_drawn_from_list(batches, num_samples, seed))
-    sampler = getattr(batches, "sampler", None)
+        return Samples(_drawn_from_list(batches, num_samples, seed, processes), several=several)
+    sampler, batches = getattr(batches, "sampler", None), without_repeats(batches)
     if num_samples is None and sampler is not None and hasattr(sampler, "__len__"):
-        return Samples(batches, limit=_default_count(len(sampler)), exact=False)
-    return Samples(batches, limit=num_samples)
+        count = _default_count(sum(processes.gather(len(sampler))))
+        return Samples(batches, limit=count, exact=False, several=several)
+    return Samples(batches, limit=num_samples, several=several)
+
+
+def collect(samples: Samples, processes: Processes) -> tuple[list[Batch], Samples]:
+    """All batches, so that they can be gone through again, and what was seen of them.
+
+    Of several processes, each one takes its part of the number wanted.
+
+    Raises:
+        ValueError: fewer samples than asked for over all processes, or none.
+    """
+    error: Exception | None = None
+    batches: list[Batch] = []
+    try:
+        batches = list(samples)
+    except Exception as caught:
+        error = caught
+    processes.agree(error)
+    counts = processes.gather(samples.seen)
+    samples.check_enough(sum(counts))
+    if samples.limit is None or sum(counts) <= samples.limit:
+        return batches, samples
+    mine = Samples(batches, limit=_quotas(counts, samples.limit)[processes.rank], exact=False, several=True)
+    return list(mine), mine
+
+
+def _quotas(counts: list[int], wanted: int) -> list[int]:
+    """How many each process contributes: equally many, and those who have more fill up for those who have less."""
+    quotas = [0] * len(counts)
+    while sum(quotas) < wanted:
+        for rank, count in enumerate(counts):
+            if quotas[rank] < count and sum(quotas) < wanted:
+                quotas[rank] += 1
+    return quotas
+
+
+def without_repeats(loader: Any) -> Iterable[Batch]:
+    """A rank's batches without the samples that were appended to make all shares equally long.
+
+    torch's DistributedSampler and accelerate's loaders (`even_batches`) both take some samples twice.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
+        real = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+        return Samples(loader, limit=real, exact=False, several=True) if real else []
+    sharded = getattr(loader, "batch_sampler", None)
+    if not hasattr(loader, "total_dataset_length") or not getattr(sharded, "even_batches", False):
+        return loader  # type: ignore[no-any-return]
+    return _real_rows(loader, sharded)
+
+
+def _real_rows(loader: Any, sharded: Any) -> Iterator[Batch]:
+    """accelerate's order: in every round, process after process takes a batch; the last round may wrap around."""
+    size, count = loader.total_batch_size // sharded.num_processes, loader.total_dataset_length
+    for round_, batch in enumerate(loader):
+        start = round_ * loader.total_batch_size + sharded.process_index * size
+        real = min(batch_size(batch), max(0, count - start))
+        if real:
+            yield take_rows(batch, torch.arange(real)) if real < batch_size(batch) else batch
 
 
 def _can_draw(loader: Any) -> bool:
@@ -99,8 +173,7 @@ def _can_draw(loader: Any) -> bool:
     )
 
 
-def _drawn_from_dataset(loader: Any, num_samples: int | None, seed: int) -> Iterator[Batch]:
-    chosen = _draw(len(loader.dataset), num_samples, seed).tolist()
+def _drawn_from_dataset(loader: Any, chosen: list[int]) -> Iterator[Batch]:
     size = loader.batch_size
     return (
         loader.collate_fn([loader.dataset[i] for i in chosen[start : start + size]])
@@ -108,24 +181,32 @@ def _drawn_from_dataset(loader: Any, num_samples: int | None, seed: int) -> Iter
     )
 
 
-def _drawn_from_list(batches: list[Any] | tuple[Any, ...], num_samples: int | None, seed: int) -> Iterator[Batch]:
+def _drawn_from_list(
+    batches: list[Any] | tuple[Any, ...], num_samples: int | None, seed: int, processes: Processes
+) -> Iterator[Batch]:
     for batch in batches:
         _check_batch(batch)
     owner = [(b, row) for b, batch in enumerate(batches) for row in range(batch_size(batch))]
-    chosen = _draw(len(owner), num_samples, seed).tolist()
+    chosen = _draw(len(owner), num_samples, seed, processes)
     rows: dict[int, list[int]] = {}
     for i in chosen:
         rows.setdefault(owner[i][0], []).append(owner[i][1])
     return (take_rows(batches[b], torch.tensor(sorted(rows[b]))) for b in sorted(rows))
 
 
-def _draw(available: int, num_samples: int | None, seed: int) -> Tensor:
+def _draw(mine: int, num_samples: int | None, seed: int, processes: Processes) -> list[int]:
+    """Numbers drawn from everybody's samples, as far as they are this process's own."""
+    counts = processes.gather(mine)
+    available = sum(counts)
     if available == 0:
         raise ValueError("expected at least one sample to initialise from, got none: the data set is empty")
     wanted = num_samples if num_samples is not None else _default_count(available)
     if wanted > available:
         raise ValueError(_too_few(wanted, available))
-    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted]
+    drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted] - sum(
+        counts[: processes.rank]
+    )
+    return drawn[(drawn >= 0) & (drawn < mine)].tolist()  # type: ignore[no-any-return]
 
 
 def _default_count(available: int) -> int:

@@ -1,0 +1,237 @@
+"""Before the work: which strategy, what it takes in time and memory, and whether that is there.
+
+Memory is what comes on top of the model. Figures are estimates from shapes; time is from the speed of one product of
+the model's own size, measured on the spot.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from .accumulate import passes, sum_bytes
+from .blocks import NotAStackError, Stack, find_stack
+from .samples import batch_size
+from .svd import ITERATIONS, OVERSAMPLE
+from .work import Work
+
+PAPER_BATCH = 32  # samples of a training step that a default budget allows for
+SAVED = 3.0  # bytes that autograd keeps of a block, over the inputs and outputs of its linears
+SPEED = 0.7  # of a model's products, against one product alone
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides memory and time.
+
+    Attributes:
+        tokens: of all micro-batches; largest: of the largest one; samples, rows: likewise.
+        width: features of the boundary between blocks. itemsize: bytes of an activation.
+        activations: bytes that a training step keeps of one token, without the head.
+        head: bytes that the logits of one token take, with their gradient and fp32 copies.
+    """
+
+    tokens: int
+    largest: int
+    samples: int
+    rows: int
+    width: int
+    itemsize: int
+    activations: float
+    head: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A strategy, why, and what it takes.
+
+    Attributes:
+        strategy: "layerwise" or "accumulate".
+        why: in words.
+        stack: the blocks, for "layerwise".
+        on_host: whether boundaries between blocks go to the host.
+        room: bytes that the sums of one pass may take.
+        memory: bytes on top of the model, at the peak. seconds: of the whole.
+    """
+
+    strategy: str
+    why: str
+    stack: Stack | None
+    on_host: bool
+    room: float
+    memory: float
+    seconds: float
+
+    def __str__(self) -> str:
+        where = ", boundaries between blocks on the host" if self.on_host else ""
+        return (
+            f"{self.strategy} ({self.why}{where}): about {self.seconds:.0f} s and {gb(self.memory)} above the weights"
+        )
+
+
+def make_plan(work: Work, strategy: str, blocks: str | None, memory_budget: float | None) -> Plan:
+    """Choose a strategy, and refuse what would not fit.
+
+    Raises:
+        NotAStackError: "layerwise" was asked for by name and the model is no stack of blocks.
+        ValueError: not enough memory; the message has smaller settings that fit.
+    """
+    stack, why = None, "as asked"
+    if strategy != "accumulate":
+        try:
+            stack = find_stack(work.model, work.layers, blocks)
+            why = f"{len(stack.blocks)} blocks at {stack.name}"
+        except NotAStackError as error:
+            if strategy == "layerwise":
+                raise NotAStackError(f"strategy='layerwise' does not suit this model: {error}. Use 'auto'") from None
+            why = str(error)
+    return plan_for(work, stack, why, memory_budget)
+
+
+def plan_for(work: Work, stack: Stack | None, why: str, memory_budget: float | None) -> Plan:
+    """The plan for a stack, or for none."""
+    sizes = measure(work)
+    room = sum_room(work, sizes, memory_budget)
+    free, host = available(work.device), psutil.virtual_memory().available
+    if stack is None:
+        count = len(passes(dict(work.layers), room / (2 if work.halves else 1)))
+        memory = accumulate_memory(work, sizes, room)
+        _refuse_too_much(work, sizes, memory, free, None)
+        seconds = count * _seconds(work, sizes, 6)
+        return Plan("accumulate", f"{why}; {count} passes", None, False, room, memory, seconds)
+    boundaries = boundary_bytes(stack, sizes)
+    rest = layerwise_memory(work, stack, sizes)
+    limit = min(free, memory_budget) if memory_budget else free
+    on_host = work.device.type != "cpu" and boundaries + rest > limit and boundaries < host
+    memory = rest + (0 if on_host else boundaries)
+    _refuse_too_much(work, sizes, memory, limit, stack)
+    return Plan("layerwise", why, stack, on_host, room, memory, _seconds(work, sizes, 8))
+
+
+def sum_room(work: Work, sizes: Sizes, memory_budget: float | None) -> float:
+    """Bytes for the sums of one pass: what a budget leaves beside the activations of a micro-batch.
+
+    The default budget is what a training step of the same model needs at the paper's batch of 32, or at twice the
+    micro-batch where that is more.
+    """
+    per_row = sizes.tokens / sizes.samples * (sizes.activations + sizes.head)
+    budget = memory_budget if memory_budget is not None else per_row * max(PAPER_BATCH, 2 * sizes.rows)
+    return max(0.0, budget - sizes.largest * (sizes.activations + sizes.head))
+
+
+def measure(work: Work) -> Sizes:
+    """Sizes of a piece of work."""
+    counts = [tokens_of(piece.batch) for piece in work.pieces] or [0]
+    rows = [batch_size(piece.batch) for piece in work.pieces] or [1]
+    first = next(iter(work.layers.values()))
+    itemsize = first.weight.element_size() if first.weight.is_floating_point() else 2
+    config = getattr(work.model, "config", None)
+    width = getattr(config, "hidden_size", None) or first.in_features
+    saved = sum(layer.in_features + layer.out_features for layer in work.layers.values()) * itemsize * SAVED / 2
+    labels = next((piece.batch.get("labels") for piece in work.pieces), None)
+    vocabulary = getattr(config, "vocab_size", 0) if isinstance(labels, Tensor) and labels.dim() == 2 else 0
+    head = vocabulary * (2 * itemsize + 8)
+    return Sizes(sum(counts), max(counts), max(1, sum(rows)), max(rows), width, itemsize, saved, head)
+
+
+def tokens_of(batch: Mapping[str, Any]) -> int:
+    """Tokens of a batch: rows times columns of its ids, or of its first tensor."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0]
+    ids = batch.get("input_ids")
+    found = ids if isinstance(ids, Tensor) else max(tensors, key=lambda t: t.dim(), default=torch.zeros(1))
+    return int(found.shape[0] * (found.shape[1] if found.dim() > 1 else 1))
+
+
+def boundary_bytes(stack: Stack, sizes: Sizes) -> float:
+    """Inputs of all blocks, and the gradient at one boundary."""
+    return (len(stack.blocks) + 1) * sizes.tokens * sizes.width * sizes.itemsize
+
+
+def layerwise_memory(work: Work, stack: Stack, sizes: Sizes) -> float:
+    """The largest block's sums and activations, or the head's; boundaries not counted."""
+    sums = max(sum(sum_bytes(layer) for layer in block.values()) for block in stack.targets) * (2 if work.halves else 1)
+    saved = sizes.largest * sizes.activations / len(stack.blocks)
+    return max(sums + saved + factoring_bytes(work), sizes.largest * sizes.head)
+
+
+def accumulate_memory(work: Work, sizes: Sizes, room: float) -> float:
+    """Sums of one pass and activations of one micro-batch."""
+    every = sum(sum_bytes(layer) for layer in work.layers.values()) * (2 if work.halves else 1)
+    largest = max(sum_bytes(layer) for layer in work.layers.values())
+    return min(every, max(room, largest)) + sizes.largest * (sizes.activations + sizes.head) + factoring_bytes(work)
+
+
+def factoring_bytes(work: Work) -> float:
+    """Of the largest layer: its Gram matrix and a few thin matrices."""
+    return max(
+        4 * (min(n.in_features, n.out_features) ** 2 + 3 * (max(n.r.values()) + OVERSAMPLE) * (n.in_features + n.out_features))
+        for n in work.layers.values()
+    )  # fmt: skip
+
+
+def available(device: torch.device) -> float:
+    """Bytes that are free where the model runs."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + reserved)
+    return float(psutil.virtual_memory().available)
+
+
+def _refuse_too_much(work: Work, sizes: Sizes, memory: float, limit: float, stack: Stack | None) -> None:
+    if memory <= limit:
+        return
+    one = Sizes(**vars(sizes) | {"largest": -(-sizes.largest // sizes.rows), "rows": 1})
+    fixed = boundary_bytes(stack, sizes) if stack is not None else 0.0
+    least = (layerwise_memory(work, stack, one) + fixed) if stack is not None else accumulate_memory(work, one, 0.0)
+    advice = []
+    if sizes.rows > 1 and least <= limit:
+        advice.append(f"batches of one sample ({gb(least)})")
+    spare = limit - (least - fixed)
+    if fixed and spare > 0:
+        samples = int(spare / fixed * sizes.samples)
+        if 0 < samples < sizes.samples:
+            advice.append(f"num_samples={samples} in batches of one")
+    if stack is None and work.layers:
+        advice.append("strategy='layerwise', if the model is a stack of blocks")
+    raise ValueError(
+        f"initialisation needs about {gb(memory)} above the weights and {gb(limit)} are there. What would fit: "
+        + ("; ".join(advice) or "shorter samples, or fewer target_modules") + ". Nothing was changed"
+    )  # fmt: skip
+
+
+def _seconds(work: Work, sizes: Sizes, products: int) -> float:
+    """From the speed of one product: forward, recomputation, two gradients; then the factoring."""
+    layers = list(work.layers.values())
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    head = sizes.head and sizes.width * sizes.head / (2 * sizes.itemsize + 8)
+    work_flops = products * sizes.tokens * weights + 6 * sizes.tokens * head
+    factoring = sum(4 * ITERATIONS * n.in_features * n.out_features * (max(n.r.values()) + OVERSAMPLE) for n in layers)
+    return (
+        work_flops / _speed(work, layers[0], sizes) + factoring / _speed(work, layers[0], sizes, torch.float32)
+    ) / SPEED
+
+
+def _speed(work: Work, layer: nn.Module, sizes: Sizes, dtype: torch.dtype | None = None) -> float:
+    """Floating point operations a second of x Wᵀ, with as many tokens as a micro-batch has."""
+    tokens, m, n = max(16, min(512, sizes.largest)), layer.out_features, layer.in_features
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    kind = dtype or (weight.dtype if weight.is_floating_point() else torch.bfloat16)
+    x = torch.zeros(tokens, n, dtype=kind, device=work.device)  # type: ignore[arg-type]
+    w = torch.zeros(m, n, dtype=kind, device=work.device)  # type: ignore[arg-type]
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        float((x @ w.t())[0, 0])
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * tokens * m * n / best  # type: ignore[operator]
+
+
+def gb(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

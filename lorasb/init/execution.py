@@ -1,0 +1,155 @@
+"""One initialisation from start to end: samples, plan, sums, factors, cache, report."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .budget import make_plan
+from .cache import Cache, CachedGradient
+from .factoring import Recipe
+from .factors import kaiming, lora_xs
+from .fill import Filling
+from .loss import LossFn, unlabelled
+from .processes import Processes, sharded
+from .provenance import cache_key
+from .report import LayerReport
+from .samples import Batch, batch_size, collect, select, take_rows
+from .staging import Staging
+from .strategy import Strategy
+from .undisturbed import undisturbed
+from .work import Layers, Piece, Work, in_halves
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `initialize` was asked for, beside the model and the samples."""
+
+    recipe: Recipe
+    num_samples: int | None = None
+    strategy: str = "auto"
+    blocks: str | None = None
+    memory_budget: float | None = None
+    loss_fn: LossFn | None = None
+    cache: str | os.PathLike[str] | None = None
+    stability: bool = False
+    progress: bool = True
+
+
+@dataclass
+class Outcome:
+    """What an initialisation found."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    num_samples: int = 0
+    data_hash: str | None = None
+    loss: float | None = None
+    strategy: str = "none"
+    why: str = ""
+
+
+def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Options, staging: Staging) -> Outcome:
+    """Factors from the gradients of the samples, or from a cache of their signs."""
+    processes = Processes()
+    pieces, seen, data_hash = _samples(model, batches, options, processes)
+    filling = Filling(layers, options.recipe, processes, staging)
+    if options.cache is not None:
+        first, seed = next(iter(layers.values())), options.recipe.seed
+        key = cache_key(model, first, options.recipe.update, seed, seen, data_hash, options.loss_fn)
+        filling.cache = Cache(options.cache, key, batches is not None)
+        found = filling.cache.load(list(layers))
+        if found is not None:
+            return _from_cache(filling, filling.cache, found)
+    work = Work(model, layers, pieces, options.loss_fn, processes, options.stability, options.recipe.update == "sgd")
+    with undisturbed(model):
+        strategy = _carry_out(work, filling, options)
+        filling.stand_in(model, [name for name in layers if name not in filling.reports])
+    loss = float(processes.add_up(torch.tensor([work.loss], dtype=torch.float64))) / seen
+    outcome = Outcome(_in_order(filling), seen, data_hash, loss, strategy.plan.strategy, strategy.plan.why)
+    if filling.cache is not None and processes.rank == 0:
+        filling.cache.finish({"loss": loss, "num_samples": seen, "data": data_hash, "strategy": outcome.strategy})
+    return outcome
+
+
+def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: bool) -> Outcome:
+    """The data-free inits: LoRA-XS's and Kaiming's, written once all are found."""
+    recipe, found = Recipe(adapter, 1.0, "none", seed), {}
+    for name, layer in tqdm(layers.items(), desc="factoring", unit="layer", disable=not progress, leave=False):
+        started = time.perf_counter()
+        weight, r = layer.dense_weight().detach().float(), layer.r[adapter]
+        if init == "lora-xs":
+            factors = lora_xs(weight, r, recipe.seed_of(name))
+        else:
+            factors = kaiming(weight, r, layer.scaling[adapter], recipe.seed_of(name))
+        sigma = tuple(float(value) for value in factors.sigma)
+        seconds = time.perf_counter() - started
+        found[name] = factors, LayerReport(name, (weight.shape[0], weight.shape[1]), r, None, None, sigma, 0, seconds)
+    with Staging(adapter) as staging:
+        for name, (factors, _) in found.items():
+            staging.write(layers[name], factors)
+    return Outcome([report for _, report in found.values()])
+
+
+def _samples(
+    model: nn.Module, batches: Any, options: Options, processes: Processes
+) -> tuple[list[Piece], int, str | None]:
+    """Micro-batches of this process, the number of samples of all, and a hash of them."""
+    if batches is None:
+        return [], 0, None
+    samples = select(batches, options.num_samples, options.recipe.seed, processes)
+    found, mine = collect(samples, processes)
+    seen = sum(processes.gather(mine.seen))
+    if options.loss_fn is None and not any(processes.gather(int(any(not unlabelled(batch) for batch in found)))):
+        raise ValueError("no sample has a labelled token: every label of these batches is -100")
+    pieces = list(in_halves(found)) if options.stability else [Piece(batch) for batch in found]
+    if processes.several and sharded(model):
+        pieces = _in_step(pieces, processes)
+    return pieces, seen, processes.common_hash(mine.data_hash)
+
+
+def _in_step(pieces: list[Piece], processes: Processes) -> list[Piece]:
+    """Equally many single samples for every process, as all of them have to take part in every forward.
+
+    Raises:
+        ValueError: a process has no sample to keep step with.
+    """
+    single = [
+        Piece(take_rows(piece.batch, torch.tensor([i])), piece.first_half)
+        for piece in pieces
+        for i in range(batch_size(piece.batch))
+    ]
+    single = [piece for piece in single if not unlabelled(piece.batch)]
+    filler: Batch | None = processes.any_batch(single[0].batch if single else None)
+    count = max(processes.gather(len(single)))
+    return single + [Piece(filler, counts=False) for _ in range(count - len(single))] if filler is not None else single
+
+
+def _carry_out(work: Work, filling: Filling, options: Options) -> Strategy:
+    """Sums, layer by layer or pass by pass, into factors."""
+    show = options.progress and work.processes.rank == 0
+    plan = make_plan(work, options.strategy, options.blocks, options.memory_budget)
+    if show:
+        tqdm.write(f"lorasb: {plan}")
+    strategy = Strategy(work, plan, options.strategy == "layerwise", options.memory_budget, show)
+    keeper = filling.cache if not work.processes.several else None
+    for sums in strategy.sums(keeper):
+        strategy.done.update(filling.take(sums))
+    filling.take_finished()
+    return strategy
+
+
+def _from_cache(filling: Filling, cache: Cache, found: dict[str, CachedGradient]) -> Outcome:
+    filling.take_cached(found)
+    facts = cache.facts
+    why = f"signs from {cache.path}, no backward"
+    return Outcome(_in_order(filling), facts["num_samples"], facts["data"], facts["loss"], "cache", why)
+
+
+def _in_order(filling: Filling) -> list[LayerReport]:
+    return [filling.reports[name] for name in filling.layers if name in filling.reports]

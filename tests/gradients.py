@@ -1,0 +1,44 @@
+"""Sums of gradients by plain autograd, the same by the library, and what tests compare them with."""
+
+from __future__ import annotations
+
+import torch
+from conftest import Batch, make
+from torch import Tensor, nn
+
+from lorasb.init.accumulator import GradientSums
+from lorasb.init.loss import backward_over_samples
+
+
+def autograd_sums(family: str, batches: list[Batch]) -> dict[str, Tensor]:
+    """Σ_i ∇W L(x_i) by plain autograd: one sample at a time, every weight requiring a gradient."""
+    model = make(family)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for batch in batches:
+        for i in range(len(batch["input_ids"])):
+            model(**{key: value[i : i + 1] for key, value in batch.items()}).loss.backward()
+    return {name.removesuffix(".weight"): p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def hooked_sums(family: str, batches: list[Batch]) -> dict[str, Tensor]:
+    """The same by the library's hooks, all weights frozen."""
+    model = make(family).requires_grad_(False)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in n}
+    with GradientSums(layers) as sums:
+        for batch in batches:
+            backward_over_samples(model, batch, None)
+    return sums.totals()
+
+
+def factors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lorasb_" in name}
+
+
+def padded(samples: list[Batch], width: int) -> Batch:
+    """One batch of samples of unequal length, padded on the right."""
+    rows = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        key: torch.cat([nn.functional.pad(s[key], (0, width - s[key].shape[1]), value=fill) for s in samples])
+        for key, fill in rows.items()
+    }
