@@ -133,6 +133,11 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether the last forward did not come to the last block."""
+        return bool(self.traversals) and len(self.traversals[-1].calls) < len(self.blocks)
+
     def settle(self, first_half: bool, counts: bool) -> None:
         """After a backward: take the gradients at the top, and drop forwards that had none.
 

@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from ..linear import LoRASBLinear
 from .accumulate import passes, sum_bytes
 from .blocks import NotAStackError, Stack, find_stack
 from .samples import batch_size
@@ -169,10 +170,12 @@ def accumulate_memory(work: Work, sizes: Sizes, room: float) -> float:
 
 def factoring_bytes(work: Work) -> float:
     """Of the largest layer: its Gram matrix and a few thin matrices."""
-    return max(
-        4 * (min(n.in_features, n.out_features) ** 2 + 3 * (max(n.r.values()) + OVERSAMPLE) * (n.in_features + n.out_features))
-        for n in work.layers.values()
-    )  # fmt: skip
+    return max(map(_factoring_bytes, work.layers.values()))
+
+
+def _factoring_bytes(layer: LoRASBLinear) -> float:
+    m, n = layer.out_features, layer.in_features
+    return 4 * (min(m, n) ** 2 + 3 * (max(layer.r.values()) + OVERSAMPLE) * (m + n))
 
 
 def available(device: torch.device) -> float:
@@ -217,19 +220,18 @@ def _seconds(work: Work, sizes: Sizes, products: int) -> float:
     ) / SPEED
 
 
-def _speed(work: Work, layer: nn.Module, sizes: Sizes, dtype: torch.dtype | None = None) -> float:
+def _speed(work: Work, layer: LoRASBLinear, sizes: Sizes, dtype: torch.dtype | None = None) -> float:
     """Floating point operations a second of x Wᵀ, with as many tokens as a micro-batch has."""
     tokens, m, n = max(16, min(512, sizes.largest)), layer.out_features, layer.in_features
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    kind = dtype or (weight.dtype if weight.is_floating_point() else torch.bfloat16)
-    x = torch.zeros(tokens, n, dtype=kind, device=work.device)  # type: ignore[arg-type]
-    w = torch.zeros(m, n, dtype=kind, device=work.device)  # type: ignore[arg-type]
+    kind = dtype or (layer.weight.dtype if layer.weight.is_floating_point() else torch.bfloat16)
+    x = torch.zeros(tokens, n, dtype=kind, device=work.device)
+    w = torch.zeros(m, n, dtype=kind, device=work.device)
     best = float("inf")
     for _ in range(3):
         started = time.perf_counter()
         float((x @ w.t())[0, 0])
         best = min(best, time.perf_counter() - started)
-    return 2.0 * tokens * m * n / best  # type: ignore[operator]
+    return 2.0 * tokens * m * n / best
 
 
 def gb(size: float) -> str:

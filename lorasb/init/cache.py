@@ -87,8 +87,8 @@ class Cache:
         missing = [name for name in names if name not in found]
         if missing:
             raise ValueError(
-                f"the cache {self.path} has no layer {missing[0]!r} ({len(missing)} are missing): it was made for fewer "
-                "target_modules. Choose another cache=, or delete the file to make it again"
+                f"the cache {self.path} has no layer {missing[0]!r} ({len(missing)} are missing): it was made "
+                "for fewer target_modules. Choose another cache=, or delete the file to make it again"
             )
         return {name: found[name] for name in names}
 

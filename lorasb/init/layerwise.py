@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .accumulator import GradientSums
-from .blocks import Recorder, Stack, Traversal
+from .blocks import NotAStackError, Recorder, Stack, Traversal
 from .work import Work
 
 
@@ -66,7 +66,12 @@ def record(
     with recorder.watching(), GradientSums(tail, work.halves, lambda: recorder.above) as sums:
         for piece in work.pieces:
             sums.muted, sums.first_half = not piece.counts, piece.first_half
-            work.loss += work.backward(piece)
+            try:
+                work.loss += work.backward(piece)
+            except ValueError:
+                if recorder.unfinished:
+                    raise NotAStackError("a forward leaves the stack before its last block") from None
+                raise
             recorder.settle(piece.first_half, piece.counts)
             work.tick()
     return recorder.traversals, sums

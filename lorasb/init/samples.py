@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ def select(batches: Any, num_samples: int | None, seed: int, processes: Processe
         )
     several = processes.several
     if _can_draw(batches):
-        chosen = _draw(len(batches.dataset), num_samples, seed, processes)
+        chosen = _draw(len(cast(Any, batches).dataset), num_samples, seed, processes)
         return Samples(_drawn_from_dataset(batches, chosen), several=several)
     if isinstance(batches, list | tuple):
         return Samples(_drawn_from_list(batches, num_samples, seed, processes), several=several)
@@ -150,7 +150,7 @@ def without_repeats(loader: Any) -> Iterable[Batch]:
         return Samples(loader, limit=real, exact=False, several=True) if real else []
     sharded = getattr(loader, "batch_sampler", None)
     if not hasattr(loader, "total_dataset_length") or not getattr(sharded, "even_batches", False):
-        return loader  # type: ignore[no-any-return]
+        return loader
     return _real_rows(loader, sharded)
 
 
@@ -206,7 +206,7 @@ def _draw(mine: int, num_samples: int | None, seed: int, processes: Processes) -
     drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted] - sum(
         counts[: processes.rank]
     )
-    return drawn[(drawn >= 0) & (drawn < mine)].tolist()  # type: ignore[no-any-return]
+    return drawn[(drawn >= 0) & (drawn < mine)].tolist()
 
 
 def _default_count(available: int) -> int:

@@ -16,7 +16,7 @@ ASKS_FOR_MORE = ("use_cache", "output_hidden_states", "output_attentions")
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without a key-value cache, adapters off, nothing requires a gradient; all as it was afterwards."""
+    """Evaluation mode, no key-value cache, adapters off, nothing requires a gradient; all as it was afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     disabled = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, LoRASBLinear)]
