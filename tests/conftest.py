@@ -44,7 +44,38 @@ def gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
-FAMILIES: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gemma2": gemma2, "roberta": roberta, "gpt2": gpt2}
+def mistral() -> nn.Module:
+    config = transformers.MistralConfig(num_key_value_heads=2, sliding_window=8, pad_token_id=0, **SIZES)
+    return transformers.MistralForCausalLM(config)
+
+
+def qwen3() -> nn.Module:
+    config = transformers.Qwen3Config(num_key_value_heads=2, head_dim=16, pad_token_id=0, **SIZES)
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def phi3() -> nn.Module:
+    config = transformers.Phi3Config(num_key_value_heads=2, pad_token_id=0, **SIZES)
+    return transformers.Phi3ForCausalLM(config)
+
+
+def t5() -> nn.Module:
+    config = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=99, decoder_start_token_id=0, pad_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "llama": llama,
+    "gemma2": gemma2,
+    "roberta": roberta,
+    "gpt2": gpt2,
+    "mistral": mistral,
+    "qwen3": qwen3,
+    "phi3": phi3,
+    "t5": t5,
+}
 
 
 def text(rows: int, tokens: int, seed: int) -> Batch:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from conftest import Batch, make
 from torch import Tensor, nn
 
-from lorasb.init.accumulator import GradientSums
+import lorasb
+from lorasb.init import fill
+from lorasb.init.accumulator import GradientSums, LayerSum
+from lorasb.init.factoring import factor
 from lorasb.init.loss import backward_over_samples
 
+LossFn = Callable[[nn.Module, Batch], Tensor]
 
-def autograd_sums(family: str, batches: list[Batch]) -> dict[str, Tensor]:
+
+def autograd_sums(family: str, batches: list[Batch], loss_fn: LossFn | None = None) -> dict[str, Tensor]:
     """Σ_i ∇W L(x_i) by plain autograd: one sample at a time, every weight requiring a gradient."""
     model = make(family)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     for batch in batches:
         for i in range(len(batch["input_ids"])):
-            model(**{key: value[i : i + 1] for key, value in batch.items()}).loss.backward()
+            sample = {key: value[i : i + 1] for key, value in batch.items()}
+            loss = model(**sample).loss if loss_fn is None else loss_fn(model, sample)
+            loss.backward()
     return {name.removesuffix(".weight"): p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -42,3 +52,21 @@ def padded(samples: list[Batch], width: int) -> Batch:
         key: torch.cat([nn.functional.pad(s[key], (0, width - s[key].shape[1]), value=fill) for s in samples])
         for key, fill in rows.items()
     }
+
+
+def library_sums(
+    model: nn.Module | str, batches: list[Batch], **options: object
+) -> tuple[dict[str, Tensor], lorasb.InitReport]:
+    """ΣG of every layer as `initialize` has it when it factors, and the report."""
+    model = lorasb.patch(make(model), r=3) if isinstance(model, str) else model
+    seen: dict[str, Tensor] = {}
+
+    def watched(name: str, gradient: LayerSum, *rest: object) -> object:
+        result = factor(name, gradient, *rest)
+        seen[name] = gradient.value().clone()
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fill, "factor", watched)
+        report = lorasb.initialize(model, batches, lr=1e-3, **{"progress": False} | options)
+    return {name: seen[name] for name in (layer.name for layer in report.layers)}, report

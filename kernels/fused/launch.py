@@ -181,8 +181,9 @@ def _extended_forward(
     filled = [x.new_zeros(N) if bias is None else bias for bias, N in zip(biases, Ns, strict=True)] if biased else ys
     arguments = dict(
         xs=(x,), weights=weights, v=v, factors=tuple(unit_rows(b) for b in members.b), biases=tuple(filled),
-        ys=tuple(ys), t=v, us=(v,), dcores=(partial,), partial=partial, counters=arrivals, M=M, Ns=Ns, Ks=Ks, core_programs=0,
-        seed=0, threshold=0.0, BACKWARD=False, HAS_BIAS=biased, DROPOUT=False, EVEN_K=even, SPLITS=splits, CHUNKS=1,
+        ys=tuple(ys), t=v, us=(v,), dcores=(partial,), partial=partial, counters=arrivals, M=M, Ns=Ns, Ks=Ks,
+        core_programs=0, seed=0, threshold=0.0, BACKWARD=False, HAS_BIAS=biased, DROPOUT=False, EVEN_K=even,
+        SPLITS=splits, CHUNKS=1,
     )  # fmt: skip
     launch(extended_gemm, tiles * splits, arguments | _extended_common(arguments, members, config), config)
 
@@ -203,9 +204,10 @@ def _extended_backward(
     output = dx if dx is not None else t
     arguments = dict(
         xs=tuple(dys), weights=weights, v=w, factors=tuple(unit_rows(a) for a in members.a), biases=(output,),
-        ys=(output,), t=t, us=tuple(us) if dcores else (t,), dcores=tuple(dcores) or (partial,), partial=partial, counters=arrivals,
-        M=M, Ns=(output.shape[1],), Ks=Ks, core_programs=slots * chunks, seed=mask.seed, threshold=mask.dropout,
-        BACKWARD=True, HAS_BIAS=False, DROPOUT=dropped, EVEN_K=even, SPLITS=splits, CHUNKS=chunks,
+        ys=(output,), t=t, us=tuple(us) if dcores else (t,), dcores=tuple(dcores) or (partial,), partial=partial,
+        counters=arrivals, M=M, Ns=(output.shape[1],), Ks=Ks, core_programs=slots * chunks, seed=mask.seed,
+        threshold=mask.dropout, BACKWARD=True, HAS_BIAS=False, DROPOUT=dropped, EVEN_K=even, SPLITS=splits,
+        CHUNKS=chunks,
     )  # fmt: skip
     grid = slots * chunks + tiles * splits
     launch(extended_gemm, grid, arguments | _extended_common(arguments, members, config), config)

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..linear import LoRASBLinear
 from .accumulate import passes, sum_bytes

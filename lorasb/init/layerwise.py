@@ -68,8 +68,8 @@ def record(
             sums.muted, sums.first_half = not piece.counts, piece.first_half
             try:
                 work.loss += work.backward(piece)
-            except ValueError:
-                if recorder.unfinished:
+            except ValueError as error:
+                if recorder.unfinished and not isinstance(error, NotAStackError):
                     raise NotAStackError("a forward leaves the stack before its last block") from None
                 raise
             recorder.settle(piece.first_half, piece.counts)
