@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lorasb.kernels.gradients import gradient_add, gradient_signs
 from lorasb.kernels.launch import Mask, Members, backward, forward
 from lorasb.kernels.plan import DTYPES, Plan, Shape, bucket, choice
 from lorasb.kernels.recording import Launch, observed
@@ -50,4 +51,14 @@ def record(
         else:
             us = [empty(M, r, dtype=dtype) for _ in ms]
             backward([empty(M, m, dtype=dtype) for m in ms], layers, us, plan, True, True, Mask(dropout, 1))
+    return launches
+
+
+def record_gradient(dtype: torch.dtype, M: int, n: int, m: int) -> list[Launch]:
+    """The launches of a sum of gradients [m, n]: added to, added to for the last time, and of one call alone."""
+    dy, x, total = empty(M, m, dtype=dtype), empty(M, n, dtype=dtype), empty(m, n)
+    with observed(dry=True) as launches:
+        gradient_add(dy, x, total, False)
+        gradient_signs(dy, x, total, False)
+        gradient_signs(dy, x, None, True)
     return launches

@@ -30,7 +30,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.launches import plan_for, record
+from benchmarks.launches import plan_for, record, record_gradient
 from lorasb.kernels.configs import cdiv
 from lorasb.kernels.plan import DTYPES, Plan
 from lorasb.kernels.recording import Launch
@@ -89,6 +89,13 @@ BF16_VARIANTS = (
     Variant("dropout", 2048, 4096, (4096,), 96, dropout=0.05),
 )
 
+GRADIENTS = (
+    Variant("gradient", 2048, 4096, (4096,), 96),
+    Variant("gradient, odd tokens", 2047, 4096, (4096,), 96),
+    Variant("gradient, narrow", 2048, 576, (576,), 96),
+    Variant("gradient, ragged", 2047, 4100, (4100,), 96),
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -126,6 +133,9 @@ def jobs(archs: list[str]) -> Iterator[Job]:
                 for op in ("forward", "backward"):
                     plan = plan_for(op, dtype, variant.M, variant.n, variant.ms, variant.r, arch, ARCHS[arch].sms)
                     yield Job(op, variant, dtype, arch, Plan("fused", plan.prep, plan.gemm))
+            for variant in GRADIENTS:
+                plan = plan_for("forward", dtype, variant.M, variant.n, variant.ms, variant.r, arch, ARCHS[arch].sms)
+                yield Job("gradient", variant, dtype, arch, plan)
 
 
 def rows(archs: list[str], workers: int | None = None) -> list[Row]:
@@ -140,6 +150,8 @@ def rows(archs: list[str], workers: int | None = None) -> list[Row]:
 
 def _launches(job: Job) -> list[Launch]:
     v = job.variant
+    if job.launch_of == "gradient":
+        return record_gradient(job.dtype, v.M, v.n, v.ms[0])
     return record(job.launch_of, job.plan, job.dtype, v.M, v.n, v.ms, v.r, v.bias, v.dropout)
 
 
@@ -161,6 +173,9 @@ def config_name(launch: Launch) -> str:
     """Blocks, splits, warps, stages, as one word."""
     a, o = launch.arguments, launch.options
     blocks = "x".join(str(a[name]) for name in ("BM", "BN", "BK") if name in a)
+    if launch.name == "grad_sign":
+        kind = ("keep " if a["KEEP"] else "") + ("signs" if a["SIGNS"] else "")
+        return f"{blocks} w{o['num_warps']} p{o['num_stages']} {kind.strip()}"
     cap = f" cap {o['maxnreg']}" if "maxnreg" in o else ""
     return f"{blocks} s{a['SPLITS']} w{o['num_warps']} p{o['num_stages']}{cap}"
 

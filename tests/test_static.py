@@ -66,7 +66,7 @@ def test_every_kernel_dtype_and_shipped_configuration_is_there(rows: list[Row]) 
     for row in rows:
         found[row["arch"]].add((row["kernel"], row["dtype"]))
         configs[row["arch"]].add(row["config"].partition(" ")[0])
-    kernels = ("prep_forward", "prep_backward", "extended_gemm", "extended_gemm backward")
+    kernels = ("prep_forward", "prep_backward", "extended_gemm", "extended_gemm backward", "grad_sign")
     for arch in plan.shipped_archs():
         assert found[arch] == {(kernel, dtype) for kernel in kernels for dtype in ("bf16", "fp16", "fp32")}
         for rule in plan.shipped_rules(arch):

@@ -45,6 +45,12 @@ class GemmConfig:
 
 
 GRADIENT = GemmConfig(block_m=64, block_n=128, block_k=32, group=8, warps=4, stages=3)  # of G, and tokens a step
+NARROW_GRADIENT = GemmConfig(block_m=64, block_n=64, block_k=32, group=8, warps=8, stages=2)  # masks need registers
+
+
+def gradient_config(n: int) -> GemmConfig:
+    """Blocks of the gradient accumulator, for n columns of G."""
+    return GRADIENT if n % GRADIENT.block_n == 0 else NARROW_GRADIENT
 
 
 def cdiv(a: int, b: int) -> int:

@@ -22,8 +22,9 @@ def grad_sign(
     dy, x, total, words, nonzero, counts,
     M, N, K,
     sdy, sx, st, sw,
-    FRESH: tl.constexpr, KEEP: tl.constexpr, SIGNS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    FRESH: tl.constexpr, KEEP: tl.constexpr, SIGNS: tl.constexpr, EVEN: tl.constexpr, EVEN_M: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dy [M, N], x [M, K], total [N, K] fp32, words and nonzero [N, K/32] int32, counts [tiles, 3] fp32.
 
@@ -37,27 +38,32 @@ def grad_sign(
     n = (first + tile % band % height) * BN + tl.arange(0, BN)
     k = tile % band // height * BK + tl.arange(0, BK)
     inside = (n < N)[:, None] & (k < K)[None, :]
-    rows, columns = tl.where(n < N, n, 0), tl.where(k < K, k, 0)
-    place = rows[:, None] * st + columns[None, :]
     if WIDE:
-        place = rows.to(tl.int64)[:, None] * st + columns[None, :]
+        n = n.to(tl.int64)
     if FRESH:
         acc = tl.zeros((BN, BK), tl.float32)
+    elif EVEN:
+        acc = tl.load(total + n[:, None] * st + k[None, :])
     else:
-        acc = tl.load(total + place, mask=inside, other=0.0)
+        acc = tl.load(total + n[:, None] * st + k[None, :], mask=inside, other=0.0)
     for start in range(0, M, BM):
         m = start + tl.arange(0, BM)
         if WIDE:
             m = m.to(tl.int64)
-        left, right = dy + m[:, None] * sdy + rows[None, :], x + m[:, None] * sx + columns[None, :]
-        if EVEN:
+        left, right = dy + m[:, None] * sdy + n[None, :], x + m[:, None] * sx + k[None, :]
+        if EVEN and EVEN_M:
             dd, xx = tl.load(left), tl.load(right)
+        elif EVEN:
+            dd, xx = tl.load(left, mask=(m < M)[:, None], other=0.0), tl.load(right, mask=(m < M)[:, None], other=0.0)
         else:
             dd = tl.load(left, mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
             xx = tl.load(right, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
         acc = tl.dot(tl.trans(dd), xx, acc, input_precision=PRECISION)
     if KEEP:
-        tl.store(total + place, acc, mask=inside)
+        if EVEN:
+            tl.store(total + n[:, None] * st + k[None, :], acc)
+        else:
+            tl.store(total + n[:, None] * st + k[None, :], acc, mask=inside)
     if SIGNS:
         w = tile % band // height * (BK // 32) + tl.arange(0, BK // 32)
         spot = n[:, None] * sw + w[None, :]

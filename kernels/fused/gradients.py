@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .configs import GRADIENT, cdiv
+from .configs import cdiv, gradient_config
 from .grad_sign import grad_sign
 from .launch import on_device, precision, unit_rows, wide
 from .recording import launch
@@ -22,7 +22,8 @@ def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> 
     """Signs and nonzero places of total + dyᵀ x, as words [N, ceil(K/32)]; and Σ G², zeros, not finite, in fp64."""
     N, K = dy.shape[1], x.shape[1]
     words = x.new_empty((N, cdiv(K, 32)), dtype=torch.int32)
-    nonzero, tiles = torch.empty_like(words), cdiv(N, GRADIENT.block_m) * cdiv(K, GRADIENT.block_n)
+    nonzero, config = torch.empty_like(words), gradient_config(K)
+    tiles = cdiv(N, config.block_m) * cdiv(K, config.block_n)
     counts = x.new_empty((tiles, COUNTS), dtype=torch.float32)
     _launch(dy, x, total, fresh, (words, nonzero, counts))
     return words, nonzero, counts.sum(0, dtype=torch.float64)
@@ -31,8 +32,8 @@ def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> 
 def _launch(
     dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool, signs: tuple[Tensor, Tensor, Tensor] | None
 ) -> None:
-    dy, x, config = unit_rows(dy), unit_rows(x), GRADIENT
-    (M, N), K = dy.shape, x.shape[1]
+    dy, x = unit_rows(dy), unit_rows(x)
+    (M, N), K, config = dy.shape, x.shape[1], gradient_config(x.shape[1])
     BM, BN, BK = config.block_k, config.block_m, config.block_n
     tiles = cdiv(N, BN) * cdiv(K, BK)
     if tiles == 0:
@@ -42,9 +43,9 @@ def _launch(
     arguments = dict(
         dy=dy, x=x, total=room, words=words, nonzero=nonzero, counts=counts, M=M, N=N, K=K, sdy=dy.stride(0),
         sx=x.stride(0), st=K, sw=cdiv(K, 32), FRESH=fresh or total is None,
-        KEEP=total is not None and (M > 0 or fresh), SIGNS=signs is not None,
-        EVEN=M % BM == 0 and N % BN == 0 and K % BK == 0,
-        WIDE=wide(dy, x, room), PRECISION=precision(x.dtype), BM=BM, BN=BN, BK=BK, GROUP=config.group,
+        KEEP=total is not None and (M > 0 or fresh), SIGNS=signs is not None, EVEN=N % BN == 0 and K % BK == 0,
+        EVEN_M=M % BM == 0, WIDE=wide(dy, x, room), PRECISION=precision(x.dtype), BM=BM, BN=BN, BK=BK,
+        GROUP=config.group,
     )  # fmt: skip
     with on_device(x):
         launch(grad_sign, tiles, arguments, config)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import gradient_ops  # noqa: F401  defines its ops
-from ..bits import pack_words
+from ..bits import pack_words, words_of
 from ..ops import register_backend
 from .eager import no_autocast
 
@@ -29,15 +29,15 @@ def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> 
     total gets the sum; without one, the sum exists some rows at a time.
     """
     wide = total.dtype if total is not None else torch.float64 if x.dtype == torch.float64 else torch.float32
-    words, nonzero, counts = [], [], torch.zeros(3, dtype=torch.float64, device=x.device)
+    words = x.new_empty((dy.shape[1], words_of(x.shape[1])), dtype=torch.int32)
+    nonzero, counts = torch.empty_like(words), torch.zeros(3, dtype=torch.float64, device=x.device)
     with no_autocast(x):
         left, right = dy.to(wide), x.to(wide)
         for rows in _row_blocks((dy.shape[1], x.shape[1])):
             part = _sum_rows(left, right, total, rows, fresh)
-            words.append(pack_words(part > 0))
-            nonzero.append(pack_words(part != 0))
+            words[rows], nonzero[rows] = pack_words(part > 0), pack_words(part != 0)
             counts += torch.stack((_squares(part), (part == 0).sum(), (~part.isfinite()).sum())).double()
-    return torch.cat(words), torch.cat(nonzero), counts
+    return words, nonzero, counts
 
 
 def _row_blocks(shape: tuple[int, ...] | torch.Size) -> Iterator[slice]:

@@ -41,6 +41,7 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
     outputs = model(**batch)
     loss, logits = _checked(_field(outputs, "loss"), batch), _field(outputs, "logits")
     if rows == 1:
+        del outputs, logits  # the graph does not need them: a large vocabulary's logits are most of the memory here
         loss.backward()
         return float(loss.detach())
     weights = _weights(loss, logits, batch) if _feeds(logits, loss) else None
@@ -49,6 +50,7 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
         return sum(backward_over_samples(model, take_rows(batch, torch.tensor([i])), None) for i in range(rows))
     scale, total = weights
     logits.register_hook(lambda g: (g * scale.view(-1, *(1,) * (g.dim() - 1))).to(g.dtype))
+    del outputs, logits
     loss.backward()
     return total
 
