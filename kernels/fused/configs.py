@@ -44,12 +44,16 @@ class GemmConfig:
         return config if even or not wide else replace(config, warps=max(8, self.warps))
 
 
-GRADIENT = GemmConfig(block_m=64, block_n=128, block_k=32, group=8, warps=4, stages=3)  # of G, and tokens a step
-NARROW_GRADIENT = GemmConfig(block_m=64, block_n=64, block_k=32, group=8, warps=8, stages=2)  # masks need registers
+# Of the gradient accumulator: a tile of G, and block_k tokens a step. Masks, and products in fp32, need registers.
+GRADIENT = GemmConfig(block_m=64, block_n=128, block_k=32, group=8, warps=4, stages=3)
+NARROW_GRADIENT = GemmConfig(block_m=64, block_n=64, block_k=32, group=8, warps=8, stages=2)
+FP32_GRADIENT = GemmConfig(block_m=64, block_n=64, block_k=16, group=8, warps=8, stages=2)
 
 
-def gradient_config(n: int) -> GemmConfig:
-    """Blocks of the gradient accumulator, for n columns of G."""
+def gradient_config(n: int, itemsize: int) -> GemmConfig:
+    """Blocks of the gradient accumulator, for n columns of G and dy and x of `itemsize` bytes an element."""
+    if itemsize > 2:
+        return FP32_GRADIENT
     return GRADIENT if n % GRADIENT.block_n == 0 else NARROW_GRADIENT
 
 

@@ -22,7 +22,7 @@ def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> 
     """Signs and nonzero places of total + dyᵀ x, as words [N, ceil(K/32)]; and Σ G², zeros, not finite, in fp64."""
     N, K = dy.shape[1], x.shape[1]
     words = x.new_empty((N, cdiv(K, 32)), dtype=torch.int32)
-    nonzero, config = torch.empty_like(words), gradient_config(K)
+    nonzero, config = torch.empty_like(words), gradient_config(K, x.element_size())
     tiles = cdiv(N, config.block_m) * cdiv(K, config.block_n)
     counts = x.new_empty((tiles, COUNTS), dtype=torch.float32)
     _launch(dy, x, total, fresh, (words, nonzero, counts))
@@ -33,7 +33,7 @@ def _launch(
     dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool, signs: tuple[Tensor, Tensor, Tensor] | None
 ) -> None:
     dy, x = unit_rows(dy), unit_rows(x)
-    (M, N), K, config = dy.shape, x.shape[1], gradient_config(x.shape[1])
+    (M, N), K, config = dy.shape, x.shape[1], gradient_config(x.shape[1], x.element_size())
     BM, BN, BK = config.block_k, config.block_m, config.block_n
     tiles = cdiv(N, BN) * cdiv(K, BK)
     if tiles == 0:
