@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..files import write_json
-from ..plotting import GRAD, SIGN, canvas, save
+from . import pictures
+from .ranks import RankSuggestion, suggest
 
 SHOWN_VALUES = 3
 TUPLES = ("shape", "singular_values", "beyond", "curve_sign", "curve_grad")
@@ -96,6 +97,8 @@ class InitReport:
     def __rich__(self) -> Table:
         what = f"{len(self.layers)} layers, {self.num_samples} samples, {self.seconds:.1f} s"
         kept = f"mean energy kept: sign {_percent(self.energy_sign)}, gradient {_percent(self.energy_grad)}"
+        if self.stability is not None:
+            kept += f"; overlap of two halves of the samples {_percent(self.stability)}"
         table = Table(title=f"{self.init} initialisation: {what}", caption=kept)
         table.add_column("layer", overflow="fold")
         for name in ("shape", "r", "energy of sign(G)", "energy of G", "σ₁ σ₂ σ₃ … σᵣ", "zeros", "ms"):
@@ -111,31 +114,49 @@ class InitReport:
         console.file.close()
         return capture.get()
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the energy that each layer keeps, of sign(ΣG) and of ΣG, into a PNG.
+    @property
+    def stability(self) -> float | None:
+        """Mean over layers of the overlap between two halves of the samples, where it was asked for."""
+        return _mean([layer.stability for layer in self.layers])
+
+    def suggest_ranks(
+        self, *, energy: float | None = None, parameters: int | None = None, of: str = "sign"
+    ) -> RankSuggestion:
+        """Ranks by layer, for `lorasb.patch(model, rank_pattern=report.suggest_ranks(...).rank_pattern)`.
+
+        Args:
+            energy: the least rank of each layer that keeps this share.
+            parameters: the most energy for this many trained parameters, Σ r².
+            of: energy of the "sign" of ΣG, or of ΣG itself ("grad").
+
+        Returns:
+            Ranks, up to what was measured (r + 32), and which layers would need more.
+
+        Raises:
+            ValueError: neither or both targets, or a report without energies.
+        """
+        return suggest(self.layers, energy, parameters, of)
+
+    def plot(self, path: str | os.PathLike[str], kind: str = "layers") -> None:
+        """Draw a PNG.
+
+        Args:
+            path: of the file.
+            kind: "layers" (the energy that each layer keeps, of sign(ΣG) and of ΣG), "ranks" (energy against rank) or
+                "spectrum" (singular values by kind of layer).
 
         Raises:
             ImportError: matplotlib is missing; the message has the pip command.
-            ValueError: nothing to draw, as these factors came from no gradient.
+            ValueError: nothing to draw, as these factors came from no gradient, or no such kind.
         """
+        if kind not in PLOTS:
+            raise ValueError(f"kind must be one of {', '.join(PLOTS)}, got {kind!r}")
         if self.energy_sign is None:
             raise ValueError(f"init={self.init!r} takes no gradient: there is no energy to draw")
-        figure, axes = canvas()
-        index = range(len(self.layers))
-        for key, colour, label in (("energy_grad", GRAD, "of the gradient ΣG"), ("energy_sign", SIGN, "of its sign")):
-            values = [100 * (getattr(layer, key) or 0.0) for layer in self.layers]
-            axes.plot(index, values, "o", markersize=3.5, color=colour, alpha=0.85, label=label)
-            axes.axhline(sum(values) / len(values), color=colour, linewidth=1, linestyle="--")
-        axes.set(
-            xlabel="adapted layer, from the embeddings to the head",
-            ylabel="energy kept (%)",
-            ylim=(0, 112),
-            yticks=range(0, 101, 20),
-        )
-        ranks = sorted({layer.rank for layer in self.layers})
-        axes.legend(frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.0))
-        title = f"What rank {'/'.join(map(str, ranks))} keeps of the first full step"
-        save(figure, axes, f"{title} ({self.num_samples} samples; dashed: mean)", path)
+        PLOTS[kind](self, path)
+
+
+PLOTS = {"layers": pictures.energy_by_layer, "ranks": pictures.energy_by_rank, "spectrum": pictures.spectrum}
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -154,4 +175,5 @@ def _row(layer: LayerReport) -> list[str]:
         shown += f" … {sigma[-1]:.3g}"
     shape = f"{layer.shape[0]} x {layer.shape[1]}"
     energies = [_percent(layer.energy_sign), _percent(layer.energy_grad)]
-    return [layer.name, shape, str(layer.rank), *energies, shown, str(layer.zeros), f"{1000 * layer.seconds:.0f}"]
+    zeros = "not reached" if layer.fallback else str(layer.zeros)
+    return [layer.name, shape, str(layer.rank), *energies, shown, zeros, f"{1000 * layer.seconds:.0f}"]
