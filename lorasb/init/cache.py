@@ -139,7 +139,7 @@ class Cache:
         return self._found
 
     def _compare(self, other: Mapping[str, Any], where: Path) -> None:
-        for field in sorted({*self.key, *other}):
+        for field in dict.fromkeys([*self.key, *other]):
             if not self.data and field in NEEDED_FOR:
                 continue
             mine, theirs = self.key.get(field), other.get(field)

@@ -44,8 +44,8 @@ def cache_key(model: nn.Module, layer: Any, update: str, seed: int, num_samples:
               loss_fn: Any) -> dict[str, Any]:  # fmt: skip
     """What the signs of a model depend on."""
     return {
-        "base weights": weights_hash(model),
         "dtype": str(layer.weight.dtype).removeprefix("torch."),
+        "base weights": weights_hash(model),
         "update": update,
         "seed": seed,
         "num_samples": num_samples,
