@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from two_ranks import SAMPLES
 
 import lorasb
+from lorasb.init.cache import read
 from lorasb.init.samples import select, without_repeats
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
@@ -25,8 +26,8 @@ ALL = ["even", "uneven", "empty", "accumulate", "cached", "again", "sharded", "s
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What two ranks found, by case."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks left what they found."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
@@ -34,6 +35,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
         [*command, str(SCRIPT), str(folder)], env=environment, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Found:
+    """What they found, by case."""
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
@@ -58,6 +65,16 @@ def test_two_processes_find_what_one_finds(found: Found, case: str, alone: Any) 
         mine = torch.tensor(case_found[kind], dtype=torch.float64)
         theirs = torch.tensor([getattr(layer, kind) for layer in alone.layers], dtype=torch.float64)
         tolerances.check(mine, theirs, tolerances.RANKS)
+
+
+def test_signs_are_one_processes(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "alone.safetensors"
+    lorasb.initialize(lorasb.patch(make("llama"), r=4), SAMPLES, lr=1e-3, cache=path, progress=False)
+    ours, theirs = read(folder / "signs.safetensors")[0], read(path)[0]
+    assert set(ours) == set(theirs)
+    differ = sum(int((ours[name].bits.unpack() != theirs[name].bits.unpack()).sum()) for name in ours)
+    total = sum(layer.bits.shape[0] * layer.bits.shape[1] for layer in ours.values())
+    assert differ <= tolerances.SIGN_MISMATCH * total
 
 
 def test_strategies_and_counts(found: Found) -> None:

@@ -122,5 +122,5 @@ def _fp64(values: list[float]) -> Tensor:
 
 
 def _short(value: float) -> float:
-    """Six digits are what a report needs."""
-    return float(f"{value:.6g}")
+    """Eight digits are more than a report needs."""
+    return float(f"{value:.8g}")

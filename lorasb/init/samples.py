@@ -87,23 +87,39 @@ def select(batches: Any, num_samples: int | None, seed: int, processes: Processe
         TypeError: a batch that is no mapping.
     """
     processes = processes or Processes()
+    count, error = -1, None
+    try:
+        count = _countable(batches, num_samples)
+    except (TypeError, ValueError) as caught:
+        error = caught
+    processes.agree(error)
+    counts = processes.gather(count)
+    if min(counts) >= 0:  # everybody's samples can be drawn from
+        chosen = _draw(counts, num_samples, seed, processes.rank)
+        drawn = _drawn_from_dataset(batches, chosen) if _can_draw(batches) else _drawn_from_list(batches, chosen)
+        return Samples(drawn, several=processes.several)
+    sampler = getattr(batches, "sampler", None)
+    lengths = processes.gather(len(sampler) if hasattr(sampler, "__len__") else -1)  # type: ignore[arg-type]
+    exact = num_samples is not None or min(lengths) < 0
+    limit = num_samples if exact else _default_count(sum(lengths))
+    return Samples(without_repeats(batches), limit=limit, exact=exact, several=processes.several)
+
+
+def _countable(batches: Any, num_samples: int | None) -> int:
+    """How many samples there are to draw from; -1 where they have to be taken in order."""
     if num_samples is not None and num_samples <= 0:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}")
     if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(
             f"expected an iterable of batches (a DataLoader, a list of dicts), got {type(batches).__name__}"
         )
-    several = processes.several
     if _can_draw(batches):
-        chosen = _draw(len(cast(Any, batches).dataset), num_samples, seed, processes)
-        return Samples(_drawn_from_dataset(batches, chosen), several=several)
-    if isinstance(batches, list | tuple):
-        return Samples(_drawn_from_list(batches, num_samples, seed, processes), several=several)
-    sampler, batches = getattr(batches, "sampler", None), without_repeats(batches)
-    if num_samples is None and sampler is not None and hasattr(sampler, "__len__"):
-        count = _default_count(sum(processes.gather(len(sampler))))
-        return Samples(batches, limit=count, exact=False, several=several)
-    return Samples(batches, limit=num_samples, several=several)
+        return len(cast(Any, batches).dataset)
+    if not isinstance(batches, list | tuple):
+        return -1
+    for batch in batches:
+        _check_batch(batch)
+    return sum(map(batch_size, batches))
 
 
 def collect(samples: Samples, processes: Processes) -> tuple[list[Batch], Samples]:
@@ -181,32 +197,25 @@ def _drawn_from_dataset(loader: Any, chosen: list[int]) -> Iterator[Batch]:
     )
 
 
-def _drawn_from_list(
-    batches: list[Any] | tuple[Any, ...], num_samples: int | None, seed: int, processes: Processes
-) -> Iterator[Batch]:
-    for batch in batches:
-        _check_batch(batch)
+def _drawn_from_list(batches: list[Any] | tuple[Any, ...], chosen: list[int]) -> Iterator[Batch]:
     owner = [(b, row) for b, batch in enumerate(batches) for row in range(batch_size(batch))]
-    chosen = _draw(len(owner), num_samples, seed, processes)
     rows: dict[int, list[int]] = {}
     for i in chosen:
         rows.setdefault(owner[i][0], []).append(owner[i][1])
     return (take_rows(batches[b], torch.tensor(sorted(rows[b]))) for b in sorted(rows))
 
 
-def _draw(mine: int, num_samples: int | None, seed: int, processes: Processes) -> list[int]:
+def _draw(counts: list[int], num_samples: int | None, seed: int, rank: int) -> list[int]:
     """Numbers drawn from everybody's samples, as far as they are this process's own."""
-    counts = processes.gather(mine)
     available = sum(counts)
     if available == 0:
         raise ValueError("expected at least one sample to initialise from, got none: the data set is empty")
     wanted = num_samples if num_samples is not None else _default_count(available)
     if wanted > available:
         raise ValueError(_too_few(wanted, available))
-    drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted] - sum(
-        counts[: processes.rank]
-    )
-    return drawn[(drawn >= 0) & (drawn < mine)].tolist()
+    drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted]
+    drawn = drawn - sum(counts[:rank])
+    return drawn[(drawn >= 0) & (drawn < counts[rank])].tolist()
 
 
 def _default_count(available: int) -> int:
