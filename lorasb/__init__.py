@@ -15,12 +15,14 @@ from .patch import patch
 
 if TYPE_CHECKING:
     from .backends import backend
+    from .callback import InitCallback
     from .config import LoRASBConfig
     from .export import export_lora
     from .init import InitReport, first_step_lr, initialize
     from .linear import LoRASBLinear, equivalent_gradient
 
 __all__ = [
+    "InitCallback",
     "InitReport",
     "LoRASBConfig",
     "LoRASBLinear",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "InitCallback": "callback",
     "InitReport": "init",
     "LoRASBConfig": "config",
     "LoRASBLinear": "linear",

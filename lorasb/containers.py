@@ -44,3 +44,13 @@ class Cores(nn.ParameterDict):
 
         super()._apply(moved, recurse)
         return self
+
+
+def placed_like(target: Any, value: torch.Tensor) -> torch.Tensor:
+    """The value, which every process has, sharded as the target is (FSDP2); as it is where the target is whole."""
+    if not hasattr(target, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(target.device, target.dtype)
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from . import _peft_hook
-from .containers import HALVES, LOADED, Cores, FrozenFactors
+from .containers import HALVES, LOADED, Cores, FrozenFactors, placed_like
 from .functional import lora_sb_linear
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             if target.shape != value.shape:
                 raise ValueError(f"expected a factor {list(target.shape)}, got {list(value.shape)}")
         for target, value in zip(targets, (b, core, a), strict=True):
-            target.copy_(_placed_like(target, value))
+            target.copy_(placed_like(target, value))
         self.initialized[adapter_name] = True
 
     def dense_weight(self) -> Tensor:
@@ -309,17 +309,6 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lorasb." + super().__repr__()
-
-
-def _placed_like(target: Tensor, value: Tensor) -> Tensor:
-    """The value, which every process has, sharded as the target is (FSDP2); as it is where the target is whole."""
-    if not hasattr(target, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    placements = cast(Any, target).placements
-    value = value.to(target.device, target.dtype)
-    return distribute_tensor(value, cast(Any, target).device_mesh, placements, src_data_rank=None)
 
 
 @torch.no_grad()

@@ -30,14 +30,17 @@ ARROWS = {
     "lorasb.backends": ["lorasb.linear", "lorasb.tuner", "lorasb.patch", "lorasb.init", "lorasb.functional"],
     "lorasb.functional": ["lorasb.linear", "lorasb.tuner", "lorasb.patch", "lorasb.init"],
     "lorasb.linear": ["lorasb.patch", "lorasb.tuner", "lorasb.init", "transformers"],
-    "lorasb.init": ["lorasb.patch", "lorasb.tuner", "lorasb.cli", "transformers"],
+    "lorasb.bits": ["lorasb"],
+    "lorasb.gradient_ops": ["lorasb.backends", "lorasb.functional", "lorasb.linear", "lorasb.init", "lorasb.kernels"],
+    "lorasb.callback": ["lorasb.patch", "lorasb.tuner", "lorasb.cli"],
+    "lorasb.init": ["lorasb.callback", "lorasb.patch", "lorasb.tuner", "lorasb.cli", "transformers"],
     "lorasb.config": ["torch", "transformers", "lorasb.linear", "lorasb.tuner"],
     "lorasb.files": ["torch", "lorasb"],
     "lorasb": ["benchmarks", "tests"],
 }
 TYPE_ONLY = {"lorasb.siblings": "lorasb.linear.LoRASBLinear"}  # imported for annotations, never at run time
 CALLS = {"torch.load", "pickle.load", "pickle.loads", "exec", "eval", "os.system", "torch.save"}
-USES_TRANSFORMERS = ("lorasb.tuner", "lorasb.patch", "lorasb.cli")
+USES_TRANSFORMERS = ("lorasb.tuner", "lorasb.patch", "lorasb.callback", "lorasb.cli")
 
 
 def module_name(path: Path) -> str:

@@ -75,13 +75,67 @@ def finetune(
 
 
 @app.command()
-def inspect(adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter.")]) -> None:
-    """Show what a saved adapter holds and where it comes from."""
+def init(
+    model: Annotated[str, typer.Option(help="Folder or hub id.")] = "smollm2-135m",
+    task: Annotated[
+        str, typer.Option(help=f"Generated task, without --data: {', '.join(TASKS)}.")
+    ] = "word_sequence_reversal",
+    data: Annotated[Path | None, typer.Option(help="JSONL of prompt/completion, or messages.")] = None,
+    r: Annotated[int | None, typer.Option(help="Rank; 64, capped at smaller layers.")] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of the training to come.")] = 2e-3,
+    epochs: Annotated[float, typer.Option(help="Its passes, for its number of warm-up steps.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 16,
+    warmup: Annotated[float, typer.Option(help="Share of its steps that warm up.")] = 0.1,
+    train_examples: Annotated[int, typer.Option(help="Generated training examples.")] = 3600,
+    samples: Annotated[int | None, typer.Option(help="Samples; max(32, n/1000).")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens an example, at most.")] = 512,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Seed of data and SVD.")] = 0,
+    strategy: Annotated[str, typer.Option(help="auto, layerwise or accumulate.")] = "auto",
+    memory_budget: Annotated[str | None, typer.Option(help="On top of the model, such as 6GB.")] = None,
+    update: Annotated[str, typer.Option(help="adamw (signs) or sgd.")] = "adamw",
+    cache: Annotated[Path | None, typer.Option(help="File for the signs: any rank from it later.")] = None,
+    stability: Annotated[bool, typer.Option(help="Compare two halves of the samples too.")] = False,
+    energy: Annotated[float | None, typer.Option(help="Suggest ranks that keep this share of sign(G).")] = None,
+    parameters: Annotated[int | None, typer.Option(help="Suggest ranks for this many parameters.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the run's files.")] = Path("runs/init"),
+) -> None:
+    """Initialise an adapter, and show what its ranks keep of the first full step."""
+    from . import show
+    from .console import console
+    from .finetune import Settings
+    from .initialise import InitSettings, run_init
+
+    settings = Settings(
+        model=model, task=task, data=str(data) if data else None, r=r, lr=lr, epochs=epochs, batch_size=batch_size,
+        warmup=warmup, train_examples=train_examples, samples=samples, max_length=max_length, dtype=dtype, seed=seed,
+        output=str(output),
+    )  # fmt: skip
+    where = str(cache) if cache else None
+    report, suggestion = run_init(
+        InitSettings(settings, strategy, memory_budget, update, where, stability, energy, parameters)
+    )
+    console.print(show.energies(report))
+    if suggestion is not None:
+        console.print(show.ranks(suggestion))
+    console.print(f"In [bold]{escape(str(output))}[/]: " + ", ".join(sorted(p.name for p in output.iterdir())))
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter, or a cache of `lorasb init --cache`.")],
+) -> None:
+    """Show what a saved adapter, or a cache of signs, holds and where it comes from."""
     from .. import checkpoint
     from ..config import WEIGHTS_NAME
     from . import show
     from .console import console
 
+    if adapter.is_file():
+        from ..init.cache import read
+
+        console.print(show.cache(*read(adapter), adapter.stat().st_size))
+        return
     config, tensors = checkpoint.read_config(adapter), checkpoint.read_tensors(adapter)
     size = (adapter / WEIGHTS_NAME).stat().st_size
     console.print(show.adapter(config, checkpoint.group_by_layer(tensors), size))

@@ -160,8 +160,11 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
     return left, held_out
 
 
-def adapt(run: Run) -> tuple[Any, float]:
-    """Put the adapter in and initialise it; returns the report (None for plain LoRA) and the seconds it took."""
+def adapt(run: Run, **options: Any) -> tuple[Any, float]:
+    """Put the adapter in and initialise it; returns the report (None for plain LoRA) and the seconds it took.
+
+    `options` go to `lorasb.initialize`.
+    """
     import peft
 
     import lorasb
@@ -180,7 +183,7 @@ def adapt(run: Run) -> tuple[Any, float]:
         collate_fn=Collator(run.tokenizer.pad_token_id, run.model.get_base_model()),
     )
     eta = lorasb.first_step_lr(settings.lr, run.warmup_steps)
-    report = lorasb.initialize(run.model, loader, lr=eta, num_samples=settings.samples, seed=settings.seed)
+    report = lorasb.initialize(run.model, loader, lr=eta, num_samples=settings.samples, seed=settings.seed, **options)
     config = run.model.peft_config["default"]
     config.init_provenance["data"] = _describe_data(settings, len(run.train_ids))
     return report, time.perf_counter() - started

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..card import short
-from ..init import InitReport
+from ..init import InitReport, RankSuggestion
+from ..init.cache import CachedGradient
 from .tasks import Example
 
 SHOWN = 3
@@ -65,7 +66,11 @@ def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[
 
 def energies(report: InitReport) -> Table:
     """A report by kind of layer: what each kind keeps, from least to most."""
-    table = Table(title=f"{report.init} initialisation, {report.num_samples} samples, {report.seconds:.1f} s")
+    caption = f"{report.strategy}: {report.why}" if report.why else None
+    if report.stability is not None:
+        caption = f"{caption}; overlap of two halves of the samples {report.stability:.0%}"
+    title = f"{report.init} initialisation, {report.num_samples} samples, {report.seconds:.1f} s"
+    table = Table(title=title, caption=caption)
     table.add_column("layers")
     for name in ("number", "r", "energy of sign(G)", "energy of G", "least of G"):
         table.add_column(name, justify="right")
@@ -79,6 +84,50 @@ def energies(report: InitReport) -> Table:
         shown = [f"{100 * statistics.mean(v):.1f}%" if v else "—" for v in (signs, grads)]
         table.add_row(kind, str(len(layers)), ranks, *shown, f"{100 * min(grads):.1f}%" if grads else "—")
     return table
+
+
+def ranks(suggestion: RankSuggestion) -> Table:
+    """Suggested ranks by kind of layer."""
+    kept = f"keeps {suggestion.energy:.1%} of sign(G) with {suggestion.trained_parameters:,} trained parameters"
+    short = f"; {len(suggestion.short)} layers need a higher rank than was measured" if suggestion.short else ""
+    table = Table(title=f"suggested ranks: {kept}", caption=f"in ranks.json, for LoRASBConfig(rank_pattern=...){short}")
+    for name, justify in (("layers", "left"), ("number", "right"), ("least r", "right"), ("median", "right"),
+                          ("largest", "right")):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    kinds: dict[str, list[int]] = {}
+    for name, rank in suggestion.rank_pattern.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(rank)
+    for kind, found in kinds.items():
+        table.add_row(kind, str(len(found)), str(min(found)), f"{statistics.median(found):g}", str(max(found)))
+    return table
+
+
+def cache(layers: dict[str, CachedGradient], key: dict[str, Any], facts: dict[str, Any], size: int) -> RenderableType:
+    """What `lorasb inspect` shows of a cache of signs."""
+    entries = sum(layer.bits.shape[0] * layer.bits.shape[1] for layer in layers.values())
+    table = Table(show_header=False, title="signs of the first full step, for any rank")
+    rows = {
+        "layers": len(layers),
+        "signs": f"{entries:,}, of which {sum(layer.zeros for layer in layers.values()):,} are zero",
+        "file": f"{size / 1e6:.1f} MB, {4 * entries / size:.1f} times less than the gradients in fp32",
+        "energies of G measured up to rank": max((len(layer.energies) for layer in layers.values()), default=0),
+        **{name: value for name, value in facts.items() if name not in key},
+        **{name: value for name, value in key.items() if name != "versions" and value is not None},
+        **{f"made with {name}": value for name, value in key["versions"].items()},
+    }
+    for name, value in rows.items():
+        table.add_row(name, short(value))
+    kinds = Table(title="by kind of layer")
+    for name in ("layers", "number", "shape", "‖G‖ (median)", "zeros"):
+        kinds.add_column(name, justify="left" if name == "layers" else "right")
+    groups: dict[str, list[CachedGradient]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(name.rpartition(".")[2], []).append(layer)
+    for kind, members in groups.items():
+        norm = statistics.median(member.squares**0.5 for member in members)
+        shape = " x ".join(map(str, members[0].bits.shape))
+        kinds.add_row(kind, str(len(members)), shape, f"{norm:.3g}", str(sum(member.zeros for member in members)))
+    return Group(table, kinds)
 
 
 def adapter(config: dict[str, Any], layers: dict[str, dict[str, Any]], size: int) -> RenderableType:

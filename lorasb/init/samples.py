@@ -205,6 +205,15 @@ def _drawn_from_list(batches: list[Any] | tuple[Any, ...], chosen: list[int]) ->
     return (take_rows(batches[b], torch.tensor(sorted(rows[b]))) for b in sorted(rows))
 
 
+def draw(available: int, num_samples: int | None, seed: int) -> list[int]:
+    """Numbers of the samples drawn from `available` ones, the same in every process.
+
+    Raises:
+        ValueError: fewer than asked for, or none.
+    """
+    return _draw([available], num_samples, seed, 0)
+
+
 def _draw(counts: list[int], num_samples: int | None, seed: int, rank: int) -> list[int]:
     """Numbers drawn from everybody's samples, as far as they are this process's own."""
     available = sum(counts)

@@ -1,0 +1,112 @@
+"""`lorasb.InitCallback`: initialisation inside a `transformers.Trainer`, from its own data and schedule."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
+
+from .init import InitReport, first_step_lr, initialize
+from .init.processes import Processes
+from .init.samples import draw
+from .linear import LoRASBLinear
+from .lookup import adapted_layers
+
+
+class InitCallback(TrainerCallback):
+    """Runs `lorasb.initialize` when training begins: `Trainer(..., callbacks=[lorasb.InitCallback()])`.
+
+    Samples are drawn from the trainer's data set by a seed of its own and collated as the trainer collates, so that
+    the order of training stays what it would have been. η is the peak learning rate over the number of warm-up steps
+    (at least 1): a schedule's very first rate is 0. Nothing happens where the adapter is initialised already, or where
+    training resumes from a checkpoint.
+
+    Args:
+        num_samples: how many, over all processes; None takes min(n, max(32, n/1000)).
+        seed: of the drawing and of the SVD; the trainer's `seed` unless given.
+        lr: η, where it is not to come from the trainer's arguments.
+        options: of `lorasb.initialize` (`cache=`, `strategy=`, `loss_fn=`, ...).
+
+    Attributes:
+        report: the `InitReport`, once training has begun; None where nothing was done.
+
+    Raises:
+        ValueError: the optimizer holds copies of R, which would overwrite what initialisation writes.
+    """
+
+    def __init__(
+        self, num_samples: int | None = None, *, seed: int | None = None, lr: float | None = None, **options: Any
+    ) -> None:
+        self.num_samples, self.seed, self.lr, self.options = num_samples, seed, lr, options
+        self.report: InitReport | None = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None,
+        optimizer: Any = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Called by the trainer, after it has loaded a checkpoint and before its first step."""
+        name, layers = adapted_layers(model, self.options.get("adapter_name"))
+        if state.global_step > 0 or all(layer.is_initialized(name) for layer in layers.values()):
+            return
+        _refuse_copies(optimizer, layers, name)
+        lr = self.lr or first_step_lr(args.learning_rate, args.get_warmup_steps(state.max_steps))
+        seed = args.seed if self.seed is None else self.seed
+        options = {"progress": not args.disable_tqdm} | self.options
+        with _rng_untouched():
+            batches = _batches(train_dataloader, args.per_device_train_batch_size, self.num_samples, seed)
+            self.report = initialize(model, batches, lr=lr, seed=seed, **options)
+
+
+def _batches(loader: Any, size: int, num_samples: int | None, seed: int) -> Iterator[dict[str, Any]]:
+    """This process's share of the samples drawn; of a stream, the first that come."""
+    dataset, processes = loader.dataset, Processes()
+    collate = loader.collate_fn
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        if num_samples is None:
+            raise ValueError("the trainer's data set is a stream: say how many samples, InitCallback(num_samples=64)")
+        yield from _first(iter(dataset), collate, size, -(-num_samples // processes.size))
+        return
+    chosen = draw(len(dataset), num_samples, seed)[processes.rank :: processes.size]
+    for start in range(0, len(chosen), size):
+        yield dict(collate([dataset[i] for i in chosen[start : start + size]]))
+
+
+def _first(stream: Iterator[Any], collate: Any, size: int, count: int) -> Iterator[dict[str, Any]]:
+    items = [item for item, _ in zip(stream, range(count), strict=False)]
+    for start in range(0, len(items), size):
+        yield dict(collate(items[start : start + size]))
+
+
+def _refuse_copies(optimizer: Any, layers: dict[str, LoRASBLinear], name: str) -> None:
+    """Raise where the optimizer does not step R itself: what it holds would be written over the new R."""
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [layer for layer, module in layers.items() if id(_core(module, name)) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not hold R of layer {missing[0]!r} itself ({len(missing)} of {len(layers)}): copies "
+            "in another precision, or partitions, would overwrite it. Call lorasb.initialize(...) before making the "
+            "Trainer, and leave InitCallback out"
+        )
+
+
+def _core(module: LoRASBLinear, name: str) -> nn.Parameter:
+    return module.lorasb_R[name]
+
+
+@contextmanager
+def _rng_untouched() -> Iterator[None]:
+    """Collators may draw (random masking): what training draws afterwards stays the same."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(state)
