@@ -44,6 +44,7 @@ def layerwise(
         Sums. They are the caller's to use up: nothing here keeps them.
     """
     traversals, above = record(work, stack, tail, keep)
+    work.expect(len(traversals) * (len(stack.blocks) - stack.lowest))
     yield above
     start = len(stack.blocks) - 1
     resumed = progress.resume(traversals) if progress is not None else None

@@ -119,7 +119,9 @@ def _candidates(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    losses = F.cross_entropy(logits.transpose(1, 2), labels.to(logits.device), ignore_index=IGNORED, reduction="none")
+    """Over [samples, places, classes]; flat, as a sum over a strided vocabulary is off by more than a loss may be."""
+    flat, labels = logits.reshape(-1, logits.shape[-1]), labels.to(logits.device)
+    losses = F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="none").view(labels.shape)
     return losses.sum(1), (labels != IGNORED).sum(1).to(losses.device, losses.dtype)
 
 

@@ -33,7 +33,7 @@ class Strategy:
         """Sums of all targets that the samples reach, some at a time."""
         counted = False
         with tqdm(total=0, unit="step", disable=not self.progress, leave=False) as bar:
-            self.work.tick = bar.update
+            self.work.tick, self.work.expect = bar.update, lambda remaining: _expect(bar, remaining)
             if self.plan.stack is not None:
                 steps = self._layerwise(bar, keeper)
                 first = self._first(steps)
@@ -87,6 +87,12 @@ class Strategy:
         bar.set_description(f"{len(left)} layers in {count} passes" if count > 1 else "first-step gradients")
         bar.reset(total=count * len(self.work.pieces))
         yield from accumulate(self.work, left, self.plan.room, counted)
+
+
+def _expect(bar: tqdm, remaining: int) -> None:
+    """A loss that is not understood takes its samples one by one: more steps than there were batches."""
+    bar.total = bar.n + remaining
+    bar.refresh()
 
 
 def _as_is(boundary: Tensor) -> Tensor:

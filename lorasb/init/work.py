@@ -34,6 +34,7 @@ class Work:
         halves: sums over the first half of the samples are kept beside those over all.
         values: the sums themselves are needed, not their signs alone.
         tick: called after every micro-batch of every block or pass.
+        expect: called with the number of ticks that are still to come, once it is known.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Work:
     halves: bool = False
     values: bool = False
     tick: Callable[[], Any] = field(default=lambda: None)
+    expect: Callable[[int], Any] = field(default=lambda remaining: None)
     loss: float = 0.0
 
     @property
