@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.lorasb-installed
 RUN ?= runs/demo
 
-.PHONY: install demo test lint format bench-gpu bench-cpu bench-kernels clean
+.PHONY: install demo test lint format bench-gpu bench-cpu bench-init bench-kernels clean
 
 install: $(STAMP)
 
@@ -50,6 +50,10 @@ bench-cpu: install
 	mkdir -p $(RESULTS)
 	CUDA_VISIBLE_DEVICES= $(BENCH) --benchmark-json=$(RESULTS)/cpu.json
 	$(BIN)/python -m benchmarks.report $(RESULTS)/cpu.json
+
+# Initialisation against keeping all sums and against a LoRA training step, on the CPU; about ten minutes.
+bench-init: install
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.initialisation --output $(RESULTS)
 
 # What needs no GPU: registers, spills and occupancy of every kernel, and the roofline on paper.
 bench-kernels: install

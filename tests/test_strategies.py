@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 
 import pytest
 import tolerances
 import torch
+import transformers
 from conftest import Batch, batches_for, make, text
 from gradients import autograd_sums, factors, library_sums
 from torch import Tensor, nn
 
 import lorasb
+from lorasb.init import accumulator, layerwise
 from lorasb.init.accumulate import passes
-from lorasb.init.blocks import NotAStackError
+from lorasb.init.blocks import NotAStackError, Traversal
 from lorasb.linear import LoRASBLinear
 
 FAMILIES = ["llama", "mistral", "gemma2", "qwen3", "phi3", "roberta", "gpt2"]
@@ -327,3 +330,35 @@ def test_an_initialised_adapter_gets_its_factors_back(monkeypatch: pytest.Monkey
         lorasb.initialize(model, stream(), lr=2e-3, loss_fn=loss_fn, progress=False)
     assert all(torch.equal(value, before[key]) for key, value in factors(model).items())
     assert all(m.is_initialized("default") for m in model.modules() if isinstance(m, LoRASBLinear))
+
+
+def test_no_more_than_one_blocks_sums_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And boundaries go as blocks are done: memory does not grow with the number of layers."""
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=99, pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = lorasb.patch(transformers.LlamaForCausalLM(config), r=3)
+    alive: set[int] = set()
+    most, plain = [0], accumulator.LayerSum.__init__
+
+    def counted(self: accumulator.LayerSum, halves: bool = False) -> None:
+        plain(self, halves)
+        alive.add(id(self))
+        weakref.finalize(self, alive.discard, id(self))
+        most[0] = max(most[0], len(alive))
+
+    monkeypatch.setattr(accumulator.LayerSum, "__init__", counted)
+    boundaries: list[int] = []
+    block_sums = layerwise.block_sums
+
+    def watched(work: object, stack: object, i: int, traversals: list[Traversal]) -> object:
+        found = block_sums(work, stack, i, traversals)
+        boundaries.append(sum(hidden is not None for traversal in traversals for hidden in traversal.hidden))
+        return found
+
+    monkeypatch.setattr(layerwise, "block_sums", watched)
+    lorasb.initialize(model, singles("llama"), lr=1e-3, strategy="layerwise", progress=False)
+    assert most[0] == 7
+    assert boundaries == [15, 12, 9, 6, 3, 0]

@@ -187,5 +187,6 @@ class GradientSums:
     @torch.no_grad()
     def _add(self, name: str, dy: Tensor, x: Tensor, first_half: bool) -> None:
         self._pending[name] -= 1
-        found = self.sums.setdefault(name, LayerSum(self.halves))
-        found.add(dy, x, self.closing and self._pending[name] == 0, first_half)
+        if name not in self.sums:
+            self.sums[name] = LayerSum(self.halves)
+        self.sums[name].add(dy, x, self.closing and self._pending[name] == 0, first_half)
