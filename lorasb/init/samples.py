@@ -98,11 +98,19 @@ def select(batches: Any, num_samples: int | None, seed: int, processes: Processe
         chosen = _draw(counts, num_samples, seed, processes.rank)
         drawn = _drawn_from_dataset(batches, chosen) if _can_draw(batches) else _drawn_from_list(batches, chosen)
         return Samples(drawn, several=processes.several)
-    sampler = getattr(batches, "sampler", None)
-    lengths = processes.gather(len(sampler) if hasattr(sampler, "__len__") else -1)  # type: ignore[arg-type]
+    lengths = processes.gather(_length(batches))
     exact = num_samples is not None or min(lengths) < 0
     limit = num_samples if exact else _default_count(sum(lengths))
     return Samples(without_repeats(batches), limit=limit, exact=exact, several=processes.several)
+
+
+def _length(batches: Any) -> int:
+    """How many samples come in a process's own order; -1 where nobody knows."""
+    total, sharded = getattr(batches, "total_dataset_length", None), getattr(batches, "batch_sampler", None)
+    if total is not None and hasattr(sharded, "num_processes"):
+        return int(total) // int(sharded.num_processes)
+    sampler = getattr(batches, "sampler", None)
+    return len(sampler) if hasattr(sampler, "__len__") else -1  # type: ignore[arg-type]
 
 
 def _countable(batches: Any, num_samples: int | None) -> int:
