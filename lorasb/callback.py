@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,28 +60,27 @@ class InitCallback(TrainerCallback):
         seed = args.seed if self.seed is None else self.seed
         options = {"progress": not args.disable_tqdm} | self.options
         with _rng_untouched():
-            batches = _batches(train_dataloader, args.per_device_train_batch_size, self.num_samples, seed)
-            self.report = initialize(model, batches, lr=lr, seed=seed, **options)
+            batches, count = _batches(train_dataloader, args.per_device_train_batch_size, self.num_samples, seed)
+            self.report = initialize(model, batches, lr=lr, seed=seed, num_samples=count, **options)
 
 
-def _batches(loader: Any, size: int, num_samples: int | None, seed: int) -> Iterator[dict[str, Any]]:
-    """This process's share of the samples drawn; of a stream, the first that come."""
-    dataset, processes = loader.dataset, Processes()
-    collate = loader.collate_fn
+def _batches(loader: Any, size: int, num_samples: int | None, seed: int) -> tuple[Iterator[dict[str, Any]], int]:
+    """This process's share of the samples drawn, or of the first that a stream has; and their number over all."""
+    dataset, processes, collate = loader.dataset, Processes(), loader.collate_fn
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         if num_samples is None:
             raise ValueError("the trainer's data set is a stream: say how many samples, InitCallback(num_samples=64)")
-        yield from _first(iter(dataset), collate, size, -(-num_samples // processes.size))
-        return
-    chosen = draw(len(dataset), num_samples, seed)[processes.rank :: processes.size]
-    for start in range(0, len(chosen), size):
-        yield dict(collate([dataset[i] for i in chosen[start : start + size]]))
+        first = [item for item, _ in zip(dataset, range(num_samples), strict=False)]
+        return _collated(first[processes.rank :: processes.size], collate, size), num_samples
+    chosen = draw(len(dataset), num_samples, seed)
+    mine = chosen[processes.rank :: processes.size]
+    return _collated((dataset[i] for i in mine), collate, size), len(chosen)
 
 
-def _first(stream: Iterator[Any], collate: Any, size: int, count: int) -> Iterator[dict[str, Any]]:
-    items = [item for item, _ in zip(stream, range(count), strict=False)]
-    for start in range(0, len(items), size):
-        yield dict(collate(items[start : start + size]))
+def _collated(items: Iterable[Any], collate: Any, size: int) -> Iterator[dict[str, Any]]:
+    left = iter(items)
+    while batch := list(itertools.islice(left, size)):
+        yield dict(collate(batch))
 
 
 def _refuse_copies(optimizer: Any, layers: dict[str, LoRASBLinear], name: str) -> None:

@@ -10,14 +10,13 @@ from .accumulator import GradientSums
 from .work import Work
 
 
-def accumulate(work: Work, layers: dict[str, nn.Module], room: float, counted: bool = False) -> Iterator[GradientSums]:
+def accumulate(work: Work, layers: dict[str, nn.Module], room: float) -> Iterator[GradientSums]:
     """Sums of targets, one subset a pass, from the last layer to the first.
 
     Args:
         work: model and samples.
         layers: targets whose sums are wanted.
         room: bytes that the sums of one pass may take; one layer is always taken.
-        counted: the loss was summed elsewhere already.
 
     Yields:
         Sums of the layers that backward reached.
@@ -26,10 +25,8 @@ def accumulate(work: Work, layers: dict[str, nn.Module], room: float, counted: b
         with GradientSums(subset, work.halves) as sums:
             for piece in work.pieces:
                 sums.muted, sums.first_half = not piece.counts, piece.first_half
-                loss = work.backward(piece)
-                work.loss += 0.0 if counted else loss
+                work.backward(piece)
                 work.tick()
-        counted = True
         yield sums
 
 

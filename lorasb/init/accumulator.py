@@ -139,6 +139,7 @@ class GradientSums:
     Attributes:
         sums: of the layers that backward reached.
         called: names of the layers that ran, whether backward came back to them or not.
+        elsewhere: names of those that ran when they were not wanted.
         closing: set it before the last forward: the last sum of a layer takes the signs in the same go.
         muted: set it for a forward whose gradients do not count.
         first_half: set it for a forward that belongs to the first half of the samples.
@@ -150,6 +151,7 @@ class GradientSums:
         self.layers = layers
         self.sums: dict[str, LayerSum] = {}
         self.called: set[str] = set()
+        self.elsewhere: set[str] = set()
         self.closing = self.muted = self.first_half = False
         self.halves, self._wanted = halves, wanted
         self._pending: dict[str, int] = {}
@@ -163,13 +165,22 @@ class GradientSums:
         for handle in self._handles:
             handle.remove()
 
+    def leave_out(self, names: set[str]) -> None:
+        """Forget layers, as if they had not run."""
+        self.called -= names
+        for name in names:
+            self.sums.pop(name, None)
+
     def totals(self) -> dict[str, Tensor]:
         """ΣG by layer name."""
         return {name: found.value() for name, found in self.sums.items()}
 
     def _hook(self, name: str) -> Any:
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not torch.is_grad_enabled() or not self._wanted():
+            if not torch.is_grad_enabled() or inputs[0].numel() == 0:  # experts are often called with no token
+                return None
+            if not self._wanted():
+                self.elsewhere.add(name)
                 return None
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True).clone()

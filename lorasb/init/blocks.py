@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..lookup import PEFT_PREFIX
 
 HIDDEN = "hidden_states"
+LEFT = "a forward leaves the stack before its last block"
 
 
 class NotAStackError(ValueError):
@@ -57,11 +58,17 @@ def find_stack(model: nn.Module, layers: Mapping[str, nn.Module], name: str | No
 
 
 def _stack(name: str, blocks: nn.ModuleList, layers: Mapping[str, nn.Module]) -> Stack:
-    homes = {id(module): i for i, block in enumerate(blocks) for module in block.modules()}
+    homes: dict[int, set[int]] = {}
+    for i, block in enumerate(blocks):
+        for module in block.modules():
+            homes.setdefault(id(module), set()).add(i)
     targets: list[dict[str, nn.Module]] = [{} for _ in blocks]
     for layer, module in layers.items():
-        if id(module) in homes:
-            targets[homes[id(module)]][layer] = module
+        where = homes.get(id(module), set())
+        if len(where) > 1:
+            raise NotAStackError(f"layer {layer!r} belongs to several blocks")
+        for i in where:
+            targets[i][layer] = module
     return Stack(name.removeprefix(PEFT_PREFIX), list(blocks), targets)
 
 
@@ -81,24 +88,29 @@ class Call:
     def repeat(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output for the same call."""
         kind, dtype = self.autocast
+        args = tuple(_moved(value, hidden.device) for value in self.args)
+        kwargs = {name: _moved(value, hidden.device) for name, value in self.kwargs.items()}
         with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
             if self.by_keyword:
-                return _hidden_of(block(*self.args, **{HIDDEN: hidden}, **self.kwargs))
-            return _hidden_of(block(hidden, *self.args, **self.kwargs))
+                return _hidden_of(block(*args, **{HIDDEN: hidden}, **kwargs))
+            return _hidden_of(block(hidden, *args, **kwargs))
 
 
 @dataclass
 class Traversal:
-    """One forward through the stack: every block's input and call, and the gradient at the last one's output."""
+    """One forward through the stack: every block's input and call, and the gradient at the last one's output.
+
+    `leaves` are the tensors that pass between blocks, from the first one's input to the last one's output: the graph
+    is cut at each, so that a block's graph goes when the block is done.
+    """
 
     hidden: list[Tensor | None] = field(default_factory=list)
     calls: list[Call | None] = field(default_factory=list)
-    output: Tensor | None = None
+    leaves: list[Tensor] = field(default_factory=list)
+    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # arguments that blocks share, kept once
     gradient: Tensor | None = None
     first_half: bool = False
     counts: bool = True
-    extras: list[Tensor] = field(default_factory=list)  # what blocks return beside hidden states
-    leaves: list[Tensor] = field(default_factory=list)
 
     def release(self, block: int) -> None:
         """Forget a block's input and call."""
@@ -106,26 +118,30 @@ class Traversal:
 
 
 class Recorder:
-    """Records every traversal of a stack while the model runs: no graph inside the stack, and one above it.
+    """Records every traversal of a stack while the model runs, with a graph from the last block's output on.
+
+    Gradients that come to anything but that output (a loss on hidden states, a router's own loss, another traversal)
+    show that the model is no plain stack.
 
     Args:
         blocks: of the stack.
-        keep: what becomes of a boundary: itself, or a copy on the host.
+        keep: what becomes of a boundary or an argument: itself, or a copy on the host.
     """
 
     def __init__(self, blocks: list[nn.Module], keep: Callable[[Tensor], Tensor]) -> None:
         self.blocks, self.keep = blocks, keep
         self.traversals: list[Traversal] = []
-        self.above = False  # the stack is behind us and a graph is being made
+        self.above = False  # the stack is behind us
+        self._open: list[Traversal] = []  # of the forwards since the last backward
         self._passive = False  # the caller wants no gradient of this forward: it is not ours
-        self._version = 0
 
     @contextmanager
     def watching(self) -> Iterator[Recorder]:
         """Hooks on the blocks, inside the block only."""
         handles: list[Any] = []
         for i, block in enumerate(self.blocks):
-            handles.append(block.register_forward_pre_hook(self._before(i), with_kwargs=True))
+            # before the hooks of FSDP2, which hand on other tensors than came
+            handles.append(block.register_forward_pre_hook(self._before(i), prepend=True, with_kwargs=True))
             handles.append(block.register_forward_hook(self._after(i)))
         try:
             yield self
@@ -136,75 +152,105 @@ class Recorder:
     @property
     def unfinished(self) -> bool:
         """Whether the last forward did not come to the last block."""
-        return bool(self.traversals) and len(self.traversals[-1].calls) < len(self.blocks)
+        return bool(self._open) and len(self._open[-1].leaves) <= len(self.blocks)
+
+    def begin(self) -> None:
+        """Before a forward."""
+        self.above, self._open = False, []
 
     def settle(self, first_half: bool, counts: bool) -> None:
-        """After a backward: take the gradients at the top, and drop forwards that had none.
+        """After a backward: keep forwards with a gradient at the top, and drop those that had none.
 
         Raises:
             NotAStackError: the loss also depends on what lies between blocks.
         """
-        kept = []
-        for traversal in self.traversals:
-            if traversal.gradient is None and traversal.output is not None:
-                traversal.gradient = traversal.output.grad
-                if any(leaf.grad is not None for leaf in traversal.leaves):
-                    raise NotAStackError("the loss depends on the hidden states between blocks too")
-                traversal.leaves, traversal.extras, traversal.output = [], [], None
-                traversal.first_half, traversal.counts = first_half, counts
-            if traversal.gradient is not None:
-                kept.append(traversal)
-        self.traversals = kept
+        for traversal in self._open:
+            complete = len(traversal.leaves) > len(self.blocks)
+            if not complete and any(leaf.grad is not None for leaf in traversal.leaves):
+                raise NotAStackError(LEFT)
+            if any(leaf.grad is not None for leaf in traversal.leaves[:-1]):
+                raise NotAStackError("the loss depends on the hidden states between blocks too")
+            traversal.gradient = traversal.leaves[-1].grad if complete else None
+            traversal.first_half, traversal.counts = first_half, counts
+            traversal.leaves, traversal.kept = [], {}
+        self.traversals += [traversal for traversal in self._open if traversal.gradient is not None]
+        self.begin()
 
-    def _before(self, i: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, i: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if i == 0:
-                self._passive = not torch.is_grad_enabled()
-                self.above = False
+                self._passive, self.above = not torch.is_grad_enabled(), False
             if self._passive:
-                return
+                return None
+            hidden = args[0] if args else kwargs.get(HIDDEN)
+            if not isinstance(hidden, Tensor):
+                raise NotAStackError(f"expected hidden states as block {i}'s first input, got {type(hidden).__name__}")
             if i == 0:
-                self.traversals.append(Traversal())
-                torch.set_grad_enabled(False)  # nothing in the stack needs a graph: it is recomputed block by block
-            traversal = self.traversals[-1] if self.traversals else Traversal()
+                return self._enter(hidden, args, kwargs)
+            traversal = self._open[-1] if self._open else Traversal()
             if len(traversal.calls) != i:
                 raise NotAStackError(f"block {i} runs after block {len(traversal.calls) - 1}, or more than once")
-            hidden = args[0] if args else kwargs.get(HIDDEN)
-            if not isinstance(hidden, Tensor) or (i > 0 and hidden is not traversal.leaves[-1]):
+            if hidden is not traversal.leaves[-1]:
                 raise NotAStackError(f"the input of block {i} is not the output of the block before")
-            rest = {name: value for name, value in kwargs.items() if args or name != HIDDEN}
-            produced = {id(extra) for extra in traversal.extras}
-            if any(id(t) in produced for value in (*args[1:], *rest.values()) for t in _tensors(value)):
-                raise NotAStackError(f"block {i} takes more from the blocks before than their hidden states")
-            kept = {name: _settled(value) for name, value in rest.items()}
-            call = Call(tuple(_settled(value) for value in args[1:]), kept, not args, _autocast(hidden))
-            self._version = hidden._version
-            traversal.hidden.append(self.keep(hidden.detach()))
-            traversal.calls.append(call)
+            self._keep(traversal, hidden, args, kwargs)
+            return None
 
         return hook
+
+    def _enter(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A new traversal, whose first input is a leaf."""
+        if _depends_on(hidden, self._leaves()):
+            raise NotAStackError("block 0 runs more than once in a forward, on its own results")
+        leaf = hidden.detach().requires_grad_(True)
+        self._open.append(Traversal(leaves=[leaf]))
+        self._keep(self._open[-1], leaf, args, kwargs)
+        return ((leaf, *args[1:]), kwargs) if args else (args, kwargs | {HIDDEN: leaf})
+
+    def _keep(self, traversal: Traversal, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rest = {name: value for name, value in kwargs.items() if args or name != HIDDEN}
+        leaves, block = self._leaves(), len(traversal.calls)
+        if any(_depends_on(t, leaves) for value in (*args[1:], *rest.values()) for t in _tensors(value)):
+            raise NotAStackError(f"block {block} takes more from the blocks before than their hidden states")
+
+        def kept(tensor: Tensor) -> Tensor:
+            if id(tensor) not in traversal.kept:
+                traversal.kept[id(tensor)] = tensor, self.keep(tensor.detach())
+            return traversal.kept[id(tensor)][1]
+
+        named = {name: _settled(value, kept) for name, value in rest.items()}
+        call = Call(tuple(_settled(value, kept) for value in args[1:]), named, not args, _autocast(hidden))
+        traversal.hidden.append(self.keep(hidden.detach()))
+        traversal.calls.append(call)
 
     def _after(self, i: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if self._passive:
                 return None
-            traversal = self.traversals[-1]
-            hidden = _hidden_of(output)
-            source = args[0] if args else (traversal.leaves[-1] if traversal.leaves else None)
-            if source is not None and source._version != self._version:
-                raise NotAStackError(f"block {i} changes its input in place")
-            leaf = hidden.detach().requires_grad_(True)
-            if i == len(self.blocks) - 1:
-                torch.set_grad_enabled(True)
-                self.above, traversal.output = True, leaf
-            else:
-                traversal.leaves.append(leaf)
-            if not isinstance(output, tuple):
-                return leaf
-            traversal.extras.extend(t for value in output[1:] for t in _tensors(value))
-            return (leaf, *output[1:])
+            leaf = _hidden_of(output).detach().requires_grad_(True)
+            self._open[-1].leaves.append(leaf)
+            self.above = i == len(self.blocks) - 1
+            return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
 
         return hook
+
+    def _leaves(self) -> set[int]:
+        return {id(leaf) for traversal in self._open for leaf in traversal.leaves}
+
+
+def _depends_on(tensor: Tensor, leaves: set[int]) -> bool:
+    """Whether a tensor was computed from one of these leaves."""
+    if id(tensor) in leaves or not tensor.requires_grad:
+        return id(tensor) in leaves
+    found, seen = [tensor.grad_fn], set()
+    while found:
+        node = found.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in leaves:
+            return True
+        found += [source for source, _ in node.next_functions]
+    return False
 
 
 def _hidden_of(output: Any) -> Tensor:
@@ -217,20 +263,27 @@ def _hidden_of(output: Any) -> Tensor:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, tuple | list):
+    elif isinstance(value, tuple):
         for item in value:
             yield from _tensors(item)
 
 
-def _settled(value: Any) -> Any:
+def _settled(value: Any, kept: Callable[[Tensor], Tensor]) -> Any:
     """An argument as it can be given again: tensors without a graph, nothing that blocks write to."""
     if isinstance(value, Tensor):
-        return value.detach()
+        return kept(value)
     if isinstance(value, tuple):
-        return tuple(_settled(item) for item in value)
+        return tuple(_settled(item, kept) for item in value)
     if isinstance(value, dict | list) or "Cache" in type(value).__name__:
         raise NotAStackError(f"blocks share a {type(value).__name__} that they may write to")
     return value
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """An argument where its block computes."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return tuple(_moved(item, device) for item in value) if isinstance(value, tuple) else value
 
 
 def _autocast(hidden: Tensor) -> tuple[str, torch.dtype | None]:

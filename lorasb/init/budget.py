@@ -36,6 +36,9 @@ class Sizes:
         width: features of the boundary between blocks. itemsize: bytes of an activation.
         activations: bytes that a training step keeps of one token, without the head.
         head: bytes that the logits of one token take, with their gradient and fp32 copies.
+        masks: bytes of the attention masks of all micro-batches.
+
+    The largest of any process, so that all of them plan alike.
     """
 
     tokens: int
@@ -46,6 +49,7 @@ class Sizes:
     itemsize: int
     activations: float
     head: float
+    masks: float
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,16 @@ def make_plan(work: Work, strategy: str, blocks: str | None, memory_budget: floa
             if strategy == "layerwise":
                 raise NotAStackError(f"strategy='layerwise' does not suit this model: {error}. Use 'auto'") from None
             why = str(error)
-    return plan_for(work, stack, why, memory_budget)
+    try:
+        return plan_for(work, stack, why, memory_budget)
+    except ValueError as caught:
+        if stack is None or strategy == "layerwise":
+            raise
+        refusal = caught
+    try:  # a small budget may hold the sums of some layers where it does not hold all boundaries
+        return plan_for(work, None, f"boundaries of {len(stack.blocks)} blocks do not fit", memory_budget)
+    except ValueError:
+        raise refusal from None
 
 
 def plan_for(work: Work, stack: Stack | None, why: str, memory_budget: float | None) -> Plan:
@@ -138,7 +151,18 @@ def measure(work: Work) -> Sizes:
     labels = next((piece.batch.get("labels") for piece in work.pieces), None)
     vocabulary = getattr(config, "vocab_size", 0) if isinstance(labels, Tensor) and labels.dim() == 2 else 0
     head = vocabulary * (2 * itemsize + 8)
-    return Sizes(sum(counts), max(counts), max(1, sum(rows)), max(rows), width, itemsize, saved, head)
+    masks = sum(mask_bytes(piece.batch, itemsize) for piece in work.pieces)
+    most = work.processes.largest([sum(counts), max(counts), max(1, sum(rows)), max(rows), head, masks])
+    tokens, largest, samples, per_batch = map(int, most[:4])
+    return Sizes(tokens, largest, samples, per_batch, width, itemsize, saved, *most[4:])
+
+
+def mask_bytes(batch: Mapping[str, Any], itemsize: int) -> float:
+    """Of the masks [rows, 1, tokens, tokens] that models make where something is padded."""
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        return 0.0
+    return float(mask.shape[0] * mask.shape[1] ** 2 * itemsize)
 
 
 def tokens_of(batch: Mapping[str, Any]) -> int:
@@ -150,8 +174,8 @@ def tokens_of(batch: Mapping[str, Any]) -> int:
 
 
 def boundary_bytes(stack: Stack, sizes: Sizes) -> float:
-    """Inputs of all blocks, and the gradient at one boundary."""
-    return (len(stack.blocks) + 1) * sizes.tokens * sizes.width * sizes.itemsize
+    """Inputs of all blocks, the gradient at one boundary, and what blocks share beside them."""
+    return (len(stack.blocks) + 1) * sizes.tokens * sizes.width * sizes.itemsize + sizes.masks
 
 
 def layerwise_memory(work: Work, stack: Stack, sizes: Sizes) -> float:
@@ -236,4 +260,6 @@ def _speed(work: Work, layer: LoRASBLinear, sizes: Sizes, dtype: torch.dtype | N
 
 def gb(size: float) -> str:
     """Bytes for people."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    if size >= 1e9:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"

@@ -71,6 +71,7 @@ class Cache:
         self.path, self.key, self.data = Path(path), json.loads(json.dumps(dict(key))), data
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.facts: dict[str, Any] = {}
+        self.course: list[Any] = []  # of a layerwise run: which blocks and targets its finished blocks belong to
         self._found: dict[str, CachedGradient] = {}
         self._pending: list[str] = []
 
@@ -80,6 +81,8 @@ class Cache:
         Raises:
             ValueError: the file is damaged, made from something else (the field is named), or lacks a layer.
         """
+        if self.path.is_dir():
+            raise ValueError(f"expected a file for cache=, got the folder {self.path}: name a file in it")
         if not self.path.exists():
             return None
         found, key, self.facts = read(self.path)
@@ -111,7 +114,9 @@ class Cache:
         boundary = self.partial / "boundary.safetensors"
         if not boundary.exists():
             return None
-        self._compare(json.loads((self.partial / "key.json").read_text(encoding="utf-8")), self.partial)
+        mine = self.key | {"blocks and targets": self.course}
+        self._compare(json.loads((self.partial / "key.json").read_text(encoding="utf-8")), self.partial, mine)
+        safetensors_header(boundary)
         with safe_open(str(boundary), "pt") as file:
             block = int(file.metadata()["block"])
             gradients = [file.get_tensor(str(k)) for k in range(len(traversals))]
@@ -125,7 +130,7 @@ class Cache:
 
     def finished(self, block: int, traversals: list[Traversal]) -> None:
         """Write a block's signs, then the gradients at its input: only then does the block count as finished."""
-        write_json(self.partial / "key.json", self.key)
+        write_json(self.partial / "key.json", self.key | {"blocks and targets": self.course})
         layers = {name: self._found[name] for name in self._pending}
         write(self.partial / f"block-{block:05d}.safetensors", layers, self.key, {})
         self._pending = []
@@ -138,11 +143,12 @@ class Cache:
         """What is there so far."""
         return self._found
 
-    def _compare(self, other: Mapping[str, Any], where: Path) -> None:
-        for field in dict.fromkeys([*self.key, *other]):
+    def _compare(self, other: Mapping[str, Any], where: Path, key: Mapping[str, Any] | None = None) -> None:
+        key = key or self.key
+        for field in dict.fromkeys([*key, *other]):
             if not self.data and field in NEEDED_FOR:
                 continue
-            mine, theirs = self.key.get(field), other.get(field)
+            mine, theirs = key.get(field), other.get(field)
             if mine != theirs:
                 raise ValueError(
                     f"the cache {where} does not fit: its {field} is {_shown(theirs)}, expected {_shown(mine)}. "

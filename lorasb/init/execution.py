@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .budget import make_plan
+from .budget import Plan, make_plan
 from .cache import Cache, CachedGradient
 from .factoring import Recipe
 from .factors import kaiming, lora_xs
@@ -23,6 +23,7 @@ from .report import LayerReport
 from .samples import Batch, batch_size, collect, select, take_rows
 from .staging import Staging
 from .strategy import Strategy
+from .svd import full_precision
 from .undisturbed import undisturbed
 from .work import Layers, Piece, Work, in_halves
 
@@ -58,23 +59,38 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Opti
     """Factors from the gradients of the samples, or from a cache of their signs."""
     processes = Processes()
     pieces, seen, data_hash = _samples(model, batches, options, processes)
-    filling = Filling(layers, options.recipe, processes, staging)
+    filling = Filling(layers, options.recipe, processes, staging, options.stability)
     if options.cache is not None:
         first, seed = next(iter(layers.values())), options.recipe.seed
         key = cache_key(model, first, options.recipe.update, seed, seen, data_hash, options.loss_fn)
         filling.cache = Cache(options.cache, key, batches is not None)
         found = filling.cache.load(list(layers))
+        if found is not None and options.stability:
+            raise ValueError("stability compares halves of the samples, and a cache keeps their sum: leave cache out")
         if found is not None:
             return _from_cache(filling, filling.cache, found)
     work = Work(model, layers, pieces, options.loss_fn, processes, options.stability, options.recipe.update == "sgd")
     with undisturbed(model):
         strategy = _carry_out(work, filling, options)
         filling.stand_in(model, [name for name in layers if name not in filling.reports])
-    loss = float(processes.add_up(torch.tensor([work.loss], dtype=torch.float64))) / seen
+    loss, labelled = processes.add_up(torch.tensor([work.loss, work.labelled], dtype=torch.float64)).tolist()
+    loss /= labelled
     outcome = Outcome(_in_order(filling), seen, data_hash, loss, strategy.plan.strategy, strategy.plan.why)
-    if filling.cache is not None and processes.rank == 0:
-        filling.cache.finish({"loss": loss, "num_samples": seen, "data": data_hash, "strategy": outcome.strategy})
+    if filling.cache is not None:
+        _finish(filling.cache, outcome, processes)
     return outcome
+
+
+def _finish(cache: Cache, outcome: Outcome, processes: Processes) -> None:
+    """Write the cache, on rank 0; all of them meet what goes wrong."""
+    error: Exception | None = None
+    facts = {"loss": outcome.loss, "num_samples": outcome.num_samples, "data": outcome.data_hash}
+    try:
+        if processes.rank == 0:
+            cache.finish(facts | {"strategy": outcome.strategy})
+    except Exception as caught:
+        error = caught
+    processes.agree(error)
 
 
 def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: bool) -> Outcome:
@@ -83,10 +99,11 @@ def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: b
     for name, layer in tqdm(layers.items(), desc="factoring", unit="layer", disable=not progress, leave=False):
         started = time.perf_counter()
         weight, r = layer.dense_weight().detach().float(), layer.r[adapter]
-        if init == "lora-xs":
-            factors = lora_xs(weight, r, recipe.seed_of(name))
-        else:
-            factors = kaiming(weight, r, layer.scaling[adapter], recipe.seed_of(name))
+        with full_precision():
+            if init == "lora-xs":
+                factors = lora_xs(weight, r, recipe.seed_of(name))
+            else:
+                factors = kaiming(weight, r, layer.scaling[adapter], recipe.seed_of(name))
         sigma = tuple(float(value) for value in factors.sigma)
         seconds = time.perf_counter() - started
         found[name] = factors, LayerReport(name, (weight.shape[0], weight.shape[1]), r, None, None, sigma, 0, seconds)
@@ -133,7 +150,9 @@ def _in_step(pieces: list[Piece], processes: Processes) -> list[Piece]:
 def _carry_out(work: Work, filling: Filling, options: Options) -> Strategy:
     """Sums, layer by layer or pass by pass, into factors."""
     show = options.progress and work.processes.rank == 0
-    plan = make_plan(work, options.strategy, options.blocks, options.memory_budget)
+    plan = _plan(work, options)
+    if filling.cache is not None:
+        filling.cache.course = [plan.stack.name if plan.stack is not None else "", sorted(work.layers)]
     if show:
         tqdm.write(f"lorasb: {plan}")
     strategy = Strategy(work, plan, options.strategy == "layerwise", options.memory_budget, show)
@@ -142,6 +161,19 @@ def _carry_out(work: Work, filling: Filling, options: Options) -> Strategy:
         strategy.done.update(filling.take(sums))
     filling.take_finished()
     return strategy
+
+
+def _plan(work: Work, options: Options) -> Plan:
+    """A plan, or what every process says where one has not the memory."""
+    plan, error = None, None
+    try:
+        plan = make_plan(work, options.strategy, options.blocks, options.memory_budget)
+    except Exception as caught:
+        error = caught
+    work.processes.agree(error)
+    if plan is None:
+        raise RuntimeError("no plan")
+    return plan
 
 
 def _from_cache(filling: Filling, cache: Cache, found: dict[str, CachedGradient]) -> Outcome:

@@ -14,7 +14,7 @@ from ..linear import LoRASBLinear
 from .factors import Factors, first_step
 from .report import LayerReport
 from .signbits import SignBits
-from .svd import OVERSAMPLE, leading_triplets, signed_core, truncated_svd
+from .svd import OVERSAMPLE, full_precision, leading_triplets, signed_core, truncated_svd
 
 FACTS = 5  # Σ G², number of nonzero signs, zeros, seconds, stability
 
@@ -66,6 +66,13 @@ def factor(name: str, gradient: Gradient, layer: LoRASBLinear, recipe: Recipe) -
     """
     started, r = time.perf_counter(), layer.r[recipe.adapter]
     signs = gradient.signs()
+    with full_precision():
+        return _factor(name, gradient, signs, layer, recipe, r, started)
+
+
+def _factor(
+    name: str, gradient: Gradient, signs: SignBits, layer: LoRASBLinear, recipe: Recipe, r: int, started: float
+) -> tuple[Factors, Tensor]:
     matrix = signs if recipe.update == "adamw" else gradient.value()
     triplets = leading_triplets(matrix, r, recipe.seed_of(name))
     factors = first_step(triplets, r, recipe.lr, layer.scaling[recipe.adapter])

@@ -17,6 +17,7 @@ from .factors import Factors, subspace_of_weight
 from .processes import Processes
 from .report import LayerReport
 from .staging import Staging
+from .svd import full_precision
 
 Layers = dict[str, LoRASBLinear]
 
@@ -34,6 +35,7 @@ class Filling:
     recipe: Recipe
     processes: Processes
     staging: Staging
+    halves: bool = False
     cache: Cache | None = None
     reports: dict[str, LayerReport] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
@@ -66,15 +68,13 @@ class Filling:
         Raises:
             ValueError: NaN, Inf or nothing but zeros.
         """
-        layer, mine = self.layers[name], found or LayerSum()
+        layer, mine = self.layers[name], found or LayerSum(self.halves)
         if self.processes.several:
-            shape = (layer.out_features, layer.in_features)
-            device = next(layer.lorasb_R.parameters()).device
-            total = found.value() if found is not None else torch.zeros(shape, device=device)
-            half = mine.half
+            nothing = _nothing(layer)
+            total, half = found.value() if found is not None else nothing, mine.half
             mine.merge(self.processes.add_up(total))
-            if mine.halves:
-                mine.half = self.processes.add_up(half if half is not None else torch.zeros(shape, device=device))
+            if self.halves:
+                mine.half = self.processes.add_up(half if half is not None else nothing)
         if not mine.finite:
             raise ValueError(
                 f"the gradient of layer {name!r} has NaN or Inf entries: check the data, or load the model in fp32 or "
@@ -150,7 +150,8 @@ class Filling:
         for name in names:
             layer = self.layers[name]
             weight, r = layer.dense_weight().detach().float(), layer.r[self.recipe.adapter]
-            factors = subspace_of_weight(weight, r, self.recipe.seed_of(name))
+            with full_precision():
+                factors = subspace_of_weight(weight, r, self.recipe.seed_of(name))
             self.staging.write(layer, factors)
             shape = (layer.out_features, layer.in_features)
             sigma = tuple(float(value) for value in factors.sigma)
@@ -163,3 +164,10 @@ class Filling:
             return False
         block = next((targets for targets in stack.targets if name in targets), {})
         return any(other in self.reports for other in block)
+
+
+def _nothing(layer: LoRASBLinear) -> Tensor:
+    """The sum of a process that had no sample for a layer."""
+    dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+    device = next(layer.lorasb_R.parameters()).device
+    return torch.zeros(layer.out_features, layer.in_features, device=device, dtype=dtype)

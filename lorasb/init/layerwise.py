@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .accumulator import GradientSums
-from .blocks import NotAStackError, Recorder, Stack, Traversal
+from .blocks import LEFT, NotAStackError, Recorder, Stack, Traversal
 from .work import Work
 
 
@@ -67,15 +67,26 @@ def record(
     with recorder.watching(), GradientSums(tail, work.halves, lambda: recorder.above) as sums:
         for piece in work.pieces:
             sums.muted, sums.first_half = not piece.counts, piece.first_half
+            recorder.begin()
             try:
-                work.loss += work.backward(piece)
-            except ValueError as error:
-                if recorder.unfinished and not isinstance(error, NotAStackError):
-                    raise NotAStackError("a forward leaves the stack before its last block") from None
-                raise
+                work.backward(piece)
+            except (ValueError, RuntimeError) as error:
+                raise _no_stack(error, recorder) from None
             recorder.settle(piece.first_half, piece.counts)
             work.tick()
+    sums.leave_out(sums.elsewhere)
     return recorder.traversals, sums
+
+
+def _no_stack(error: Exception, recorder: Recorder) -> Exception:
+    """The error, or what it says of the model's build where it comes from the record itself."""
+    if isinstance(error, NotAStackError):
+        return error
+    if "leaf Variable that requires grad" in str(error):
+        return NotAStackError("hidden states are changed in place")
+    if recorder.unfinished and isinstance(error, ValueError):
+        return NotAStackError(LEFT)
+    return error
 
 
 def block_sums(work: Work, stack: Stack, i: int, traversals: list[Traversal]) -> GradientSums:

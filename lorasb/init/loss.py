@@ -39,6 +39,8 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
     if unlabelled(batch):
         return 0.0
     outputs = model(**batch)
+    if _first_label_only(batch, _field(outputs, "loss")):
+        return 0.0
     loss, logits = _checked(_field(outputs, "loss"), batch), _field(outputs, "logits")
     if rows == 1:
         del outputs, logits  # the graph does not need them: a large vocabulary's logits are most of the memory here
@@ -53,6 +55,22 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
     del outputs, logits
     loss.backward()
     return total
+
+
+def labelled_rows(batch: Mapping[str, Any]) -> int:
+    """Samples that have a label."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return batch_size(batch)
+    return int((labels != IGNORED).flatten(1).any(1).sum()) if labels.dim() > 1 else int((labels != IGNORED).sum())
+
+
+def _first_label_only(batch: Mapping[str, Any], loss: Any) -> bool:
+    """Whether a causal model has nothing to predict: no label after the first place, and a mean over nothing."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or not isinstance(loss, Tensor):
+        return False
+    return bool((labels[:, 1:] == IGNORED).all()) and bool(loss.detach().isnan().all())
 
 
 def unlabelled(batch: Mapping[str, Any]) -> bool:

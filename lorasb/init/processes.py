@@ -51,6 +51,14 @@ class Processes:
         dist.all_gather(every, mine)
         return [int(number) for number in every]
 
+    def largest(self, values: list[float]) -> list[float]:
+        """Of each number, the largest that a process has: what is decided by it is decided alike."""
+        if not self.several:
+            return values
+        mine = torch.tensor(values, dtype=torch.float64, device=self._device())
+        dist.all_reduce(mine, dist.ReduceOp.MAX)
+        return mine.tolist()
+
     def gather_bytes(self, mine: bytes) -> bytes:
         """Everybody's bytes of one length, one after another."""
         if not self.several:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import platform
+import types
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from .report import InitReport
 
+DEPTH = 8  # of functions that a loss closes over
 VALUES = 64  # of each weight go into the hash of a model
 
 
@@ -50,7 +53,7 @@ def cache_key(model: nn.Module, layer: Any, update: str, seed: int, num_samples:
         "seed": seed,
         "num_samples": num_samples,
         "data": data_hash,
-        "loss_fn": getattr(loss_fn, "__qualname__", type(loss_fn).__name__) if loss_fn is not None else None,
+        "loss_fn": function_hash(loss_fn) if loss_fn is not None else None,
         "versions": versions(),
     }
 
@@ -78,3 +81,35 @@ def _whole(weight: Tensor) -> Tensor | None:
     if weight.is_meta:
         return None
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight.detach()
+
+
+def function_hash(function: Any) -> str:
+    """A function's name, and SHA-256 of its code, its constants and what it closes over.
+
+    Of partials, the function and its arguments; of other objects, the type and the code of its call.
+    """
+    found = hashlib.sha256()
+    _update(found, function, depth=0)
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{name} {found.hexdigest()[:16]}"
+
+
+def _update(found: Any, value: Any, depth: int) -> None:
+    if isinstance(value, types.CodeType):
+        found.update(value.co_code + repr((value.co_names, value.co_varnames)).encode())
+        for constant in value.co_consts:
+            _update(found, constant, depth + 1)
+    elif isinstance(value, functools.partial):
+        for part in (value.func, *value.args, *sorted(value.keywords.items())):
+            _update(found, part, depth + 1)
+    elif hasattr(value, "__code__") and depth < DEPTH:
+        _update(found, value.__code__, depth + 1)
+        for part in (*(value.__defaults__ or ()), *(cell.cell_contents for cell in value.__closure__ or ())):
+            _update(found, part, depth + 1)
+    elif isinstance(value, str | int | float | bool | bytes | tuple | frozenset | None):
+        found.update(repr(value).encode())
+    else:
+        found.update(type(value).__qualname__.encode())
+        call = vars(type(value)).get("__call__")
+        if hasattr(call, "__code__") and depth < DEPTH:
+            _update(found, call, depth + 1)

@@ -106,9 +106,11 @@ def select(batches: Any, num_samples: int | None, seed: int, processes: Processe
 
 def _length(batches: Any) -> int:
     """How many samples come in a process's own order; -1 where nobody knows."""
-    total, sharded = getattr(batches, "total_dataset_length", None), getattr(batches, "batch_sampler", None)
+    total: Any = getattr(batches, "total_dataset_length", None)
+    sharded: Any = getattr(batches, "batch_sampler", None)
     if total is not None and hasattr(sharded, "num_processes"):
-        return int(total) // int(sharded.num_processes)
+        share = -(-int(total) // int(batches.total_batch_size)) * int(batches.total_batch_size) // sharded.num_processes
+        return min(int(total), share)
     sampler = getattr(batches, "sampler", None)
     return len(sampler) if hasattr(sampler, "__len__") else -1  # type: ignore[arg-type]
 

@@ -31,17 +31,40 @@ class Strategy:
 
     def sums(self, keeper: Progress | None) -> Iterator[GradientSums]:
         """Sums of all targets that the samples reach, some at a time."""
-        counted = False
         with tqdm(total=0, unit="step", disable=not self.progress, leave=False) as bar:
             self.work.tick, self.work.expect = bar.update, lambda remaining: _expect(bar, remaining)
             if self.plan.stack is not None:
-                steps = self._layerwise(bar, keeper)
-                first = self._first(steps)
-                if first is not None:
-                    yield first
-                    yield from steps
-                    counted = True
-            yield from self._accumulate(bar, counted)
+                yield from self._together(self._layerwise(bar, keeper))
+            yield from self._together(self._accumulate(bar))
+
+    def _together(self, steps: Iterator[GradientSums]) -> Iterator[GradientSums]:
+        """Step by step with the other processes: what one of them meets ends it for all."""
+        while True:
+            found, error = None, None
+            try:
+                found = next(steps, None)
+            except Exception as caught:
+                error = caught
+            if any(self.work.processes.gather(int(isinstance(error, NotAStackError)))):
+                self._plan_again(error)
+                return
+            self.work.processes.agree(error)
+            if found is None:
+                return
+            yield found
+
+    def _plan_again(self, error: Exception | None) -> None:
+        """The model is no plain stack after all.
+
+        Raises:
+            NotAStackError: but one was asked for.
+        """
+        torch.set_grad_enabled(True)
+        why = str(error) if error is not None else "another process found no plain stack"
+        if self.named:
+            raise NotAStackError(f"strategy='layerwise' does not suit this model: {why}. Use 'auto'")
+        self.work.loss, self.work.labelled = 0.0, 0
+        self.plan = plan_for(self.work, None, why, self.memory_budget)
 
     def _layerwise(self, bar: tqdm, keeper: Progress | None) -> Iterator[GradientSums]:
         work, stack = self.work, self.plan.stack
@@ -56,28 +79,7 @@ class Strategy:
                 above[name] = outside[name]
         yield from layerwise(work, stack, above, _on_host if self.plan.on_host else _as_is, keeper)
 
-    def _first(self, steps: Iterator[GradientSums]) -> GradientSums | None:
-        """What the record gives; None where the model is no plain stack after all, for any process."""
-        work, error, found = self.work, None, None
-        try:
-            found = next(steps)
-        except NotAStackError as caught:
-            error = caught
-        except Exception as caught:
-            work.processes.agree(caught)
-            raise
-        work.processes.agree(None)
-        if not any(work.processes.gather(int(error is not None))):
-            return found
-        torch.set_grad_enabled(True)
-        why = str(error) if error is not None else "another process found no plain stack"
-        if self.named:
-            raise NotAStackError(f"strategy='layerwise' does not suit this model: {why}. Use 'auto'")
-        work.loss = 0.0
-        self.plan = plan_for(work, None, why, self.memory_budget)
-        return None
-
-    def _accumulate(self, bar: tqdm, counted: bool) -> Iterator[GradientSums]:
+    def _accumulate(self, bar: tqdm) -> Iterator[GradientSums]:
         stack = self.plan.stack
         inside = stack.names if stack is not None else set()
         left: dict[str, nn.Module] = {n: m for n, m in self.work.layers.items() if n not in self.done | inside}
@@ -86,7 +88,7 @@ class Strategy:
         count = len(passes(left, self.plan.room / (2 if self.work.halves else 1)))
         bar.set_description(f"{len(left)} layers in {count} passes" if count > 1 else "first-step gradients")
         bar.reset(total=count * len(self.work.pieces))
-        yield from accumulate(self.work, left, self.plan.room, counted)
+        yield from accumulate(self.work, left, self.plan.room)
 
 
 def _expect(bar: tqdm, remaining: int) -> None:

@@ -7,6 +7,7 @@ never exists beside its bits.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,13 @@ class Triplets(NamedTuple):
     def first(self, r: int) -> Triplets:
         """The leading r."""
         return Triplets(self.u[:, :r].contiguous(), self.s[:r].contiguous(), self.vt[:r].contiguous())
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Without the caller's autocast, which would take products of factors in 16 bits."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def truncated_svd(matrix: Matrix, r: int, seed: int) -> Triplets:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linear import LoRASBLinear
-from .loss import LossFn, backward_over_samples
+from .loss import LossFn, backward_over_samples, labelled_rows
 from .processes import Processes
 from .samples import Batch, batch_size, take_rows
 
@@ -34,6 +34,7 @@ class Work:
         halves: sums over the first half of the samples are kept beside those over all.
         values: the sums themselves are needed, not their signs alone.
         tick: called after every micro-batch of every block or pass.
+        loss, labelled: Σ of losses, and number of samples that have one.
         expect: called with the number of ticks that are still to come, once it is known.
     """
 
@@ -47,16 +48,19 @@ class Work:
     tick: Callable[[], Any] = field(default=lambda: None)
     expect: Callable[[int], Any] = field(default=lambda remaining: None)
     loss: float = 0.0
+    labelled: int = 0
 
     @property
     def device(self) -> torch.device:
         """Where the model takes its batches."""
         return next(next(iter(self.layers.values())).lorasb_R.parameters()).device
 
-    def backward(self, piece: Piece) -> float:
-        """Backward through a micro-batch's summed loss; returns the loss of what counts."""
+    def backward(self, piece: Piece) -> None:
+        """Backward through a micro-batch's summed loss."""
         loss = backward_over_samples(self.model, to_device(piece.batch, self.device), self.loss_fn)
-        return loss if piece.counts else 0.0
+        if piece.counts:
+            self.loss += loss
+            self.labelled += batch_size(piece.batch) if self.loss_fn is not None else labelled_rows(piece.batch)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
