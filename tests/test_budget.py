@@ -65,6 +65,18 @@ def test_what_does_not_fit_is_refused_with_what_would(strategy: str, monkeypatch
         lorasb.initialize(model, ones, lr=1e-3, strategy=strategy, progress=False)
 
 
+def test_auto_takes_passes_where_boundaries_do_not_fit() -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    batches = [text(1, 60, seed) for seed in range(60)]
+    report = lorasb.initialize(model, batches, lr=1e-3, memory_budget="1.5MB", num_samples=60, progress=False)
+    assert report.strategy == "accumulate"
+    assert "boundaries of 2 blocks do not fit" in report.why
+    with pytest.raises(ValueError, match="needs about"):
+        lorasb.initialize(
+            model, batches, lr=1e-3, memory_budget="1.5MB", strategy="layerwise", num_samples=60, progress=False
+        )
+
+
 def test_fewer_samples_are_suggested_where_boundaries_are_what_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [text(1, 60, seed) for seed in range(400)]
     free(monkeypatch, 0.3 * needed(batches))

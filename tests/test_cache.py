@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 import lorasb
 from lorasb.init import cache as caches
 from lorasb.init import execution, fill, layerwise
+from lorasb.init.provenance import function_hash
 from lorasb.linear import LoRASBLinear
 
 LR = {"lr": 1e-3, "progress": False}
@@ -210,6 +212,63 @@ def test_another_run_does_not_go_on_from_it(tmp_path: Path, monkeypatch: pytest.
     assert json.loads((partial / "key.json").read_text())["seed"] == 0
     assert not any(value.any() for value in factors(model).values())
     assert not any(m.is_initialized("default") for m in model.modules() if isinstance(m, LoRASBLinear))
+
+
+def test_nor_does_a_run_with_other_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "signs.safetensors"
+    monkeypatch.setattr(fill, "factor", Interrupt(after=1))
+    few = lorasb.patch(make("llama"), r=4, target_modules=["q_proj"])
+    with pytest.raises(KeyboardInterrupt):
+        lorasb.initialize(few, singles(), cache=path, **LR)
+    monkeypatch.undo()
+    more = lorasb.patch(make("llama"), r=4, target_modules=["q_proj", "v_proj"])
+    with pytest.raises(ValueError, match="its blocks and targets is"):
+        lorasb.initialize(more, singles(), cache=path, **LR)
+    lorasb.initialize(few, singles(), cache=path, **LR)
+    boundary = tmp_path / "signs.safetensors.partial"
+    assert not boundary.exists()
+
+
+def test_a_truncated_boundary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "signs.safetensors"
+    monkeypatch.setattr(fill, "factor", Interrupt(after=9))
+    model = lorasb.patch(make("llama"), r=4)
+    with pytest.raises(KeyboardInterrupt):
+        lorasb.initialize(model, singles(), cache=path, **LR)
+    monkeypatch.undo()
+    boundary = tmp_path / "signs.safetensors.partial" / "boundary.safetensors"
+    boundary.write_bytes(boundary.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="is truncated or damaged"):
+        lorasb.initialize(model, singles(), cache=path, **LR)
+
+
+def test_losses_are_told_apart_by_what_they_compute(tmp_path: Path) -> None:
+    def scaled(share: float) -> object:
+        return lambda model, batch: share * model(**batch).loss
+
+    assert function_hash(scaled(1.0)) == function_hash(scaled(1.0)) != function_hash(scaled(0.5))
+    assert function_hash(functools.partial(loss_of, share=1)) != function_hash(functools.partial(loss_of, share=2))
+    assert function_hash(Loss()).startswith("Loss ")
+    path = tmp_path / "signs.safetensors"
+    lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), cache=path, loss_fn=scaled(1.0), **LR)
+    with pytest.raises(ValueError, match="its loss_fn is"):
+        lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), cache=path, loss_fn=scaled(0.5), **LR)
+
+
+class Loss:
+    """A loss with a call of its own."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The model's own."""
+        return model(**batch).loss
+
+
+def test_a_folder_and_stability(path: Path, tmp_path: Path) -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    with pytest.raises(ValueError, match="expected a file for cache=, got the folder"):
+        lorasb.initialize(model, singles(), cache=tmp_path, **LR)
+    with pytest.raises(ValueError, match="stability compares halves of the samples, and a cache keeps their sum"):
+        lorasb.initialize(model, singles(), cache=path, stability=True, **LR)
 
 
 def test_accumulate_makes_the_same_cache(path: Path, tmp_path: Path) -> None:

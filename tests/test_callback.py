@@ -114,6 +114,8 @@ def test_a_stream(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"a stream: say how many samples, InitCallback\(num_samples=64\)"):
         train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback()], Stream())
+    with pytest.raises(ValueError, match="num_samples=99, but the batches hold 12 samples"):
+        train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback(num_samples=99)], Stream())
     callback = lorasb.InitCallback(num_samples=5)
     train(lorasb.patch(make("llama"), r=4), tmp_path, [callback], Stream())
     assert callback.report.num_samples == 5

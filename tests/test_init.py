@@ -233,3 +233,29 @@ def test_the_model_is_left_as_it_was_found() -> None:
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if n in weights)
     assert model.config.use_cache is True
     assert not any(m._forward_hooks for m in model.modules() if isinstance(m, LoRASBLinear))
+
+
+def test_samples_with_nothing_to_predict_count_nothing() -> None:
+    """A causal sample whose only label is its first token, alone and in a batch; and the mean loss is over the others."""
+    samples = [text(1, 12, seed) for seed in range(2)]
+    labels = torch.full((1, 12), -100)
+    nothing = [
+        text(1, 12, 9) | {"labels": labels},
+        text(1, 12, 8) | {"labels": labels.index_fill(1, torch.tensor([0]), 5)},
+    ]
+    want = lorasb.initialize(lorasb.patch(make("llama"), r=4), samples, lr=1e-3, progress=False)
+    for batches in ([*samples, *nothing], [padded([*samples, *nothing], 12)]):
+        model = lorasb.patch(make("llama"), r=4)
+        found = lorasb.initialize(model, batches, lr=1e-3, progress=False)
+        assert found.energy_sign == pytest.approx(want.energy_sign, abs=1e-3)
+    silent = lorasb.initialize(lorasb.patch(make("llama"), r=4), [*samples, nothing[0]], lr=1e-3, progress=False)
+    assert silent.loss == pytest.approx(want.loss, rel=1e-6)
+
+
+def test_under_the_callers_autocast_factors_are_orthonormal() -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lorasb.initialize(model, batches_for("llama"), lr=1e-3, progress=False)
+    for name, p in model.named_parameters():
+        if "lorasb_A" in name:
+            tolerances.check(p @ p.t(), torch.eye(4), tolerances.ORTHONORMAL)

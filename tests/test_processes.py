@@ -22,7 +22,19 @@ from lorasb.init.samples import select, without_repeats
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 Found = dict[str, dict[str, Any]]
-ALL = ["even", "uneven", "empty", "accumulate", "cached", "again", "sharded", "sharded uneven", "sharded accumulate"]
+ALL = [
+    "even",
+    "uneven",
+    "empty",
+    "accumulate",
+    "cached",
+    "again",
+    "sharded",
+    "sharded uneven",
+    "sharded accumulate",
+    "accumulate empty",
+    "accumulate budget",
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +62,7 @@ def alone() -> Any:
     return lorasb.initialize(lorasb.patch(make("llama"), r=4), SAMPLES, lr=1e-3, progress=False)
 
 
-@pytest.mark.parametrize("case", [*ALL, "stability", "sgd", "some", "stream"])
+@pytest.mark.parametrize("case", [*ALL, "stability", "stability empty", "sgd", "some", "stream"])
 def test_ranks_agree_to_the_bit(found: Found, case: str) -> None:
     first, second = found[case]["digests"]
     assert first == second
@@ -80,6 +92,7 @@ def test_signs_are_one_processes(folder: Path, tmp_path: Path) -> None:
 def test_strategies_and_counts(found: Found) -> None:
     strategies = {case: values["strategy"] for case, values in found.items() if "strategy" in values}
     assert strategies.pop("accumulate") == strategies.pop("sharded accumulate") == "accumulate"
+    assert strategies.pop("accumulate empty") == strategies.pop("accumulate budget") == "accumulate"
     assert strategies.pop("again") == "cache"
     assert set(strategies.values()) == {"layerwise"}
     assert found["some"]["num_samples"] == found["stream"]["num_samples"] == 3

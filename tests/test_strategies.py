@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -97,8 +96,9 @@ def test_an_encoder_decoder_is_a_stack_and_a_pass() -> None:
         got, report = library_sums(lorasb.patch(make("t5"), r=3), batches, strategy=strategy)
         assert report.strategy == ("layerwise" if strategy == "auto" else "accumulate")
         assert {name.partition(".")[0] for name in got} == {"encoder", "decoder"}
-        for name, gradient in got.items():
-            assert torch.equal(gradient, want[name]), name
+        for name, gradient in got.items():  # the encoder's output gathers its gradients in another order
+            scale = want[name].abs().max()
+            tolerances.check(gradient / scale, want[name] / scale, tolerances.BATCHING)
 
 
 def test_the_router_of_a_mixture_has_a_loss_of_its_own() -> None:
@@ -368,18 +368,17 @@ def test_interrupted_between_blocks_everything_is_as_it_was(monkeypatch: pytest.
 def test_an_initialised_adapter_gets_its_factors_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lorasb.patch(make("llama"), r=4)
     lorasb.initialize(model, singles("llama"), lr=1e-3, progress=False)
-    before = factors(model)
+    before, plain = factors(model), layerwise.block_sums
 
-    def stream() -> Iterator[Batch]:
-        yield from singles("llama")[1:]
+    def failing(work: object, stack: object, i: int, traversals: object) -> object:
+        if i == 0:  # the last block is written by then
+            assert not all(torch.equal(value, before[key]) for key, value in factors(model).items())
+            raise RuntimeError("cut off")
+        return plain(work, stack, i, traversals)
 
-    def loss_fn(inner: nn.Module, batch: Batch) -> Tensor:
-        hidden = inner.get_base_model().model.layers[0]
-        hidden.register_full_backward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("cut off")))
-        return inner(**batch).loss
-
+    monkeypatch.setattr(layerwise, "block_sums", failing)
     with pytest.raises(RuntimeError, match="cut off"):
-        lorasb.initialize(model, stream(), lr=2e-3, loss_fn=loss_fn, progress=False)
+        lorasb.initialize(model, singles("llama")[1:], lr=2e-3, progress=False)
     assert all(torch.equal(value, before[key]) for key, value in factors(model).items())
     assert all(m.is_initialized("default") for m in model.modules() if isinstance(m, LoRASBLinear))
 

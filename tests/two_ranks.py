@@ -79,6 +79,23 @@ def broken(rank: int) -> list[Batch]:
     return SAMPLES[:2] if rank == 0 else [{"input_ids": torch.zeros(1, 3), "labels": torch.zeros(2, 3)}]
 
 
+def unlabelled(batches: list[Batch]) -> list[Batch]:
+    """Batches without labels."""
+    return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+
+
+def failing(rank: int) -> Callable[[nn.Module, Batch], torch.Tensor]:
+    """A loss after which rank 1's first block cannot be computed again."""
+
+    def loss_fn(model: nn.Module, batch: Batch) -> torch.Tensor:
+        loss = model(**batch).loss
+        if rank == 1:
+            model.get_base_model().model.layers[0].self_attn.forward = None
+        return loss
+
+    return loss_fn
+
+
 def main() -> None:
     """Run every case."""
     folder = Path(sys.argv[1])
@@ -98,11 +115,17 @@ def main() -> None:
         "stream": lambda: run(iter(uneven), num_samples=3),  # type: ignore[arg-type]
         "cached": lambda: run(even, cache=cache),
         "again": lambda: run(even, cache=cache),
+        "accumulate empty": lambda: run(iter(SAMPLES) if rank == 0 else iter([]), strategy="accumulate"),  # type: ignore[arg-type]
+        "accumulate budget": lambda: run(uneven, strategy="accumulate", memory_budget="250KB"),
+        "stability empty": lambda: run(iter(SAMPLES) if rank == 0 else iter([]), stability=True),  # type: ignore[arg-type]
         "sharded": lambda: run(even, shard=True),
         "sharded uneven": lambda: run(iter(SAMPLES) if rank == 0 else iter([]), shard=True),  # type: ignore[arg-type]
         "sharded accumulate": lambda: run(uneven, shard=True, strategy="accumulate"),
         "too many": lambda: error_of(lambda: run(even, num_samples=9)),
         "broken": lambda: error_of(lambda: run(broken(rank))),
+        "no labels": lambda: error_of(lambda: run(unlabelled(even) if rank else even, strategy="accumulate")),
+        "no memory": lambda: error_of(lambda: run(even, memory_budget=1e3 if rank else 1e9, strategy="layerwise")),
+        "in a block": lambda: error_of(lambda: run(even, loss_fn=failing(rank))),
         "not finite": lambda: error_of(lambda: run(even, loss_fn=lambda m, b: m(**b).loss * float(1 + 9e38 * rank))),
     }
     for name, case in cases.items():
