@@ -2,8 +2,9 @@
 
     python -m benchmarks.initialisation [--rounds 5] [--output benchmarks/results]
 
-Memory is what a process needs on top of the loaded model, measured in processes of their own; times are taken in turns
-in one process. Samples are 192 tokens of generated problems, one a batch, in fp32, as far as a row says nothing else.
+Memory is what a process needs on top of the loaded model. Times and memory are measured in turns, each in a process of
+its own, as an initialisation is. Samples are 192 tokens of generated problems, one a batch, in fp32, as far as a row
+says nothing else.
 """
 
 from __future__ import annotations
@@ -123,17 +124,14 @@ def train_memory(rows: int) -> dict[str, Any]:
     return {"bytes": new_memory(step)}
 
 
-def times(rounds: int) -> dict[str, Any]:
-    """Seconds of both ways, in turns."""
+def init_time(**options: Any) -> dict[str, Any]:
+    """Seconds of an initialisation, the first of its process as everybody's is; the model has run before."""
     found, batches = patched(), samples()
-    seconds: dict[str, list[float]] = {"layerwise": [], "all sums": []}
-    for i in range(rounds + 1):
-        for name, options in (("layerwise", LAYERWISE), ("all sums", ALL_SUMS))[:: 1 if i % 2 else -1]:
-            started = time.perf_counter()
-            initialise(found, batches, **options)
-            if i > 0:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+    with torch.no_grad():
+        found(**batches[0])
+    started = time.perf_counter()
+    initialise(found, batches, **options)
+    return {"seconds": time.perf_counter() - started}
 
 
 def epoch_share(steps: int = 20) -> dict[str, Any]:
@@ -193,19 +191,23 @@ def bits_and_energies() -> dict[str, Any]:
 
 
 WORKERS: dict[str, Callable[..., dict[str, Any]]] = {
-    "layerwise, 30 blocks": lambda _: init_memory(30, **LAYERWISE),
-    "layerwise, 2 blocks": lambda _: init_memory(2, **LAYERWISE),
-    "all sums, 30 blocks": lambda _: init_memory(30, **ALL_SUMS),
-    **{f"LoRA step of {rows}": lambda _, rows=rows: train_memory(rows) for rows in PAPER_BATCHES},
-    "times": times,
-    "epoch": lambda _: epoch_share(),
-    "bits": lambda _: bits_and_energies(),
+    "layerwise, 30 blocks": lambda: init_memory(30, **LAYERWISE),
+    "layerwise, 2 blocks": lambda: init_memory(2, **LAYERWISE),
+    "all sums, 30 blocks": lambda: init_memory(30, **ALL_SUMS),
+    **{f"LoRA step of {rows}": lambda rows=rows: train_memory(rows) for rows in PAPER_BATCHES},
+    "seconds, layerwise": lambda: init_time(**LAYERWISE),
+    "seconds, all sums": lambda: init_time(**ALL_SUMS),
+    "epoch": epoch_share,
+    "bits": bits_and_energies,
 }
 
 
-def measure(name: str, rounds: int) -> dict[str, Any]:
-    """Run a worker in a process of its own, which gives freed memory back at once."""
-    command = [sys.executable, "-m", "benchmarks.initialisation", "--worker", name, "--rounds", str(rounds)]
+MEMORY = tuple(name for name in WORKERS if "blocks" in name or "step" in name)
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Run a worker in a process of its own; where memory is measured, one that gives freed memory back at once."""
+    command = [sys.executable, "-m", "benchmarks.initialisation", "--worker", name]
     limits = {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"} if name in MEMORY else {}
     done = subprocess.run(command, env=os.environ | limits, capture_output=True, text=True)
     if done.returncode != 0:
@@ -213,16 +215,17 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-MEMORY = tuple(name for name in WORKERS if name not in ("times", "epoch", "bits"))
-
-
 def collect(rounds: int) -> dict[str, Any]:
-    """Everything: memory three times each, in turns."""
+    """Everything: times and memory several times each, in turns."""
     memory: dict[str, list[int]] = {name: [] for name in MEMORY}
+    times: dict[str, list[float]] = {"layerwise": [], "all sums": []}
+    for i in range(rounds):
+        for name in list(times)[:: 1 if i % 2 else -1]:
+            times[name].append(measure(f"seconds, {name}")["seconds"])
     for _ in range(3):
         for name in MEMORY:
-            memory[name].append(measure(name, rounds)["bytes"])
-    return {"memory": memory, **{name: measure(name, rounds) for name in ("times", "epoch", "bits")}}
+            memory[name].append(measure(name)["bytes"])
+    return {"memory": memory, "times": times, "epoch": measure("epoch"), "bits": measure("bits")}
 
 
 def boundary_growth() -> int:
@@ -284,7 +287,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.worker:
-        print(json.dumps(WORKERS[options.worker](options.rounds)))
+        print(json.dumps(WORKERS[options.worker]()))
         return
     found = {"machine": environment("cpu"), **collect(options.rounds)}
     if options.output:
