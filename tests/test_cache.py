@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Batch, batches_for, make
 from gradients import factors
+from test_stacks import Mixture
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -261,6 +262,17 @@ class Loss:
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The model's own."""
         return model(**batch).loss
+
+
+def test_experts_that_were_not_reached_are_known_to_the_cache(tmp_path: Path) -> None:
+    path = tmp_path / "signs.safetensors"
+    batches = [{"x": torch.randn(2, 40), "labels": torch.randn(2)}]
+    for strategy in ("layerwise", "cache"):
+        model = lorasb.patch(Mixture(), r=3, target_modules=r"layers\.\d+\.experts\.\d+")
+        with pytest.warns(UserWarning, match="4 layers were not reached"):
+            report = lorasb.initialize(model, batches, cache=path, loss_fn=loss_of, **LR)
+        assert report.strategy == strategy
+        assert sum(layer.fallback == "weight" for layer in report.layers) == 4
 
 
 def test_a_folder_and_stability(path: Path, tmp_path: Path) -> None:
