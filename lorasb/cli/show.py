@@ -111,7 +111,7 @@ def cache(layers: dict[str, CachedGradient], key: dict[str, Any], facts: dict[st
         "signs": f"{entries:,}, of which {sum(layer.zeros for layer in layers.values()):,} are zero",
         "file": f"{size / 1e6:.1f} MB, {4 * entries / size:.1f} times less than the gradients in fp32",
         "energies of G measured up to rank": max((len(layer.energies) for layer in layers.values()), default=0),
-        **{name: value for name, value in facts.items() if name not in key},
+        **{name: value for name, value in facts.items() if name not in key and value},
         **{name: value for name, value in key.items() if name != "versions" and value is not None},
         **{f"made with {name}": value for name, value in key["versions"].items()},
     }

@@ -87,13 +87,13 @@ class Cache:
             return None
         found, key, self.facts = read(self.path)
         self._compare(key, self.path)
-        missing = [name for name in names if name not in found]
+        missing = [name for name in names if name not in found and name not in self.facts["not_reached"]]
         if missing:
             raise ValueError(
                 f"the cache {self.path} has no layer {missing[0]!r} ({len(missing)} are missing): it was made "
                 "for fewer target_modules. Choose another cache=, or delete the file to make it again"
             )
-        return {name: found[name] for name in names}
+        return {name: found[name] for name in names if name in found}
 
     def add(self, name: str, gradient: CachedGradient) -> None:
         """Take in a layer."""

@@ -68,7 +68,7 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Opti
         if found is not None and options.stability:
             raise ValueError("stability compares halves of the samples, and a cache keeps their sum: leave cache out")
         if found is not None:
-            return _from_cache(filling, filling.cache, found)
+            return _from_cache(model, filling, filling.cache, found)
     work = Work(model, layers, pieces, options.loss_fn, processes, options.stability, options.recipe.update == "sgd")
     with undisturbed(model):
         strategy = _carry_out(work, filling, options)
@@ -84,7 +84,8 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Opti
 def _finish(cache: Cache, outcome: Outcome, processes: Processes) -> None:
     """Write the cache, on rank 0; all of them meet what goes wrong."""
     error: Exception | None = None
-    facts = {"loss": outcome.loss, "num_samples": outcome.num_samples, "data": outcome.data_hash}
+    facts: dict[str, Any] = {"loss": outcome.loss, "num_samples": outcome.num_samples, "data": outcome.data_hash}
+    facts["not_reached"] = [layer.name for layer in outcome.layers if layer.fallback]
     try:
         if processes.rank == 0:
             cache.finish(facts | {"strategy": outcome.strategy})
@@ -176,8 +177,9 @@ def _plan(work: Work, options: Options) -> Plan:
     return plan
 
 
-def _from_cache(filling: Filling, cache: Cache, found: dict[str, CachedGradient]) -> Outcome:
+def _from_cache(model: nn.Module, filling: Filling, cache: Cache, found: dict[str, CachedGradient]) -> Outcome:
     filling.take_cached(found)
+    filling.stand_in(model, [name for name in filling.layers if name not in found])
     facts = cache.facts
     why = f"signs from {cache.path}, no backward"
     return Outcome(_in_order(filling), facts["num_samples"], facts["data"], facts["loss"], "cache", why)

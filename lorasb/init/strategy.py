@@ -65,6 +65,8 @@ class Strategy:
             raise NotAStackError(f"strategy='layerwise' does not suit this model: {why}. Use 'auto'")
         self.work.loss, self.work.labelled = 0.0, 0
         self.plan = plan_for(self.work, None, why, self.memory_budget)
+        if self.progress:
+            tqdm.write(f"lorasb: {self.plan}")
 
     def _layerwise(self, bar: tqdm, keeper: Progress | None) -> Iterator[GradientSums]:
         work, stack = self.work, self.plan.stack
