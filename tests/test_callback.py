@@ -128,9 +128,11 @@ def test_too_many_samples_and_no_adapter(tmp_path: Path) -> None:
         train(make("llama"), tmp_path, [lorasb.InitCallback()])
 
 
-def test_under_bf16_autocast(tmp_path: Path) -> None:
-    """accelerate wraps the model's forward: blocks are computed again under the same autocast."""
+@pytest.mark.parametrize("option", ["bf16", "gradient_checkpointing"])
+def test_what_the_trainer_does_to_a_model(tmp_path: Path, option: str) -> None:
+    """accelerate wraps its forward: blocks are computed again under the same autocast. Checkpointing makes the
+    embeddings' output require a gradient."""
     callback = lorasb.InitCallback(num_samples=6)
-    train(lorasb.patch(make("llama"), r=4), tmp_path, [callback], bf16=True)
+    train(lorasb.patch(make("llama"), r=4), tmp_path, [callback], **{option: True})
     assert callback.report.strategy == "layerwise"
     assert callback.report.num_samples == 6

@@ -213,6 +213,7 @@ class Recorder:
             raise NotAStackError(f"block {block} takes more from the blocks before than their hidden states")
 
         def kept(tensor: Tensor) -> Tensor:
+            """The tensor as it is kept, once for all blocks that get it."""
             if id(tensor) not in traversal.kept:
                 traversal.kept[id(tensor)] = tensor, self.keep(tensor.detach())
             return traversal.kept[id(tensor)][1]

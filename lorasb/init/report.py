@@ -97,6 +97,8 @@ class InitReport:
     def __rich__(self) -> Table:
         what = f"{len(self.layers)} layers, {self.num_samples} samples, {self.seconds:.1f} s"
         kept = f"mean energy kept: sign {_percent(self.energy_sign)}, gradient {_percent(self.energy_grad)}"
+        if self.why:
+            kept += f"; {self.strategy} ({self.why})"
         if self.stability is not None:
             kept += f"; overlap of two halves of the samples {_percent(self.stability)}"
         table = Table(title=f"{self.init} initialisation: {what}", caption=kept)
