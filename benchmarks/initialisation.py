@@ -251,7 +251,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         *((f"new memory, MB (step of {rows} x {TOKENS} tokens)", _mb(ours),
            f"PEFT LoRA r={LORA_RANK}, AdamW: {_mb(memory[f'LoRA step of {rows}'])}",
            f"{ours / memory[f'LoRA step of {rows}']:.2f}x") for rows in PAPER_BATCHES),
-        ("the demo's, s (64 samples, bf16)", f"{init:.1f}",
+        ("the demo's model and data, s (64 samples, bf16)", f"{init:.1f}",
          f"an epoch of {EPOCH:,} samples at {found['epoch']['tokens_a_sample'] / a_sample:.0f} tokens/s: {epoch:.0f}",
          f"{init / epoch:.2%}"),
         ("signs of all layers, MB", f"{bits['words_bytes'] / 1e6:.1f}",
