@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -223,7 +226,7 @@ def test_nor_does_a_run_with_other_targets(tmp_path: Path, monkeypatch: pytest.M
         lorasb.initialize(few, singles(), cache=path, **LR)
     monkeypatch.undo()
     more = lorasb.patch(make("llama"), r=4, target_modules=["q_proj", "v_proj"])
-    with pytest.raises(ValueError, match="its blocks and targets is"):
+    with pytest.raises(ValueError, match="its blocks, targets and halves is"):
         lorasb.initialize(more, singles(), cache=path, **LR)
     lorasb.initialize(few, singles(), cache=path, **LR)
     boundary = tmp_path / "signs.safetensors.partial"
@@ -250,14 +253,53 @@ def test_losses_are_told_apart_by_what_they_compute(tmp_path: Path) -> None:
     assert function_hash(scaled(1.0)) == function_hash(scaled(1.0)) != function_hash(scaled(0.5))
     assert function_hash(functools.partial(loss_of, share=1)) != function_hash(functools.partial(loss_of, share=2))
     assert function_hash(Loss()).startswith("Loss ")
+    assert function_hash(Loss(1.0)) != function_hash(Loss(2.0))
+    assert function_hash(nn.L1Loss()) != function_hash(nn.L1Loss(reduction="sum")) != function_hash(nn.MSELoss())
+    by_table = [functools.partial(loss_of, table={"beta": beta}) for beta in (0.1, 0.5)]
+    assert function_hash(by_table[0]) != function_hash(by_table[1])
+    assert function_hash(with_default(1)) != function_hash(with_default(2))
     path = tmp_path / "signs.safetensors"
     lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), cache=path, loss_fn=scaled(1.0), **LR)
     with pytest.raises(ValueError, match="its loss_fn is"):
         lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), cache=path, loss_fn=scaled(0.5), **LR)
 
 
+def with_default(value: int) -> object:
+    def loss(model: nn.Module, batch: Batch, *, beta: int = value) -> torch.Tensor:
+        return model(**batch).loss * beta
+
+    return loss
+
+
+def test_a_hash_is_the_same_in_another_process() -> None:
+    """Sets among a function's constants have no order of their own."""
+    code = "from lorasb.init.provenance import function_hash as f; print(f(lambda m, b: b in {'a', 'b', 'c'}))"
+    found = {
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(found) == 1
+
+
+def test_an_interrupted_run_without_halves_is_not_one_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "signs.safetensors"
+    monkeypatch.setattr(fill, "factor", Interrupt(after=9))
+    model = lorasb.patch(make("llama"), r=4)
+    with pytest.raises(KeyboardInterrupt):
+        lorasb.initialize(model, singles(), cache=path, **LR)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="its blocks, targets and halves is"):
+        lorasb.initialize(model, singles(), cache=path, stability=True, **LR)
+
+
 class Loss:
     """A loss with a call of its own."""
+
+    def __init__(self, share: float = 1.0) -> None:
+        self.share = share
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The model's own."""

@@ -62,12 +62,14 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The loss of the last block's output, and of whatever the kind adds."""
-        between, aux, start = [], 0.0, self.stem(x)
+        between, aux, start, step = [], 0.0, self.stem(x), torch.ones(40)
         x, shared = start, {} if self.kind == "shared" else None
         for i in ORDERS.get(self.kind, [0, 1, 2]):
             if self.kind == "first" and between:
                 shared = between[0]
-            x = self.layers[i](x, shared) if self.kind in ("shared", "first") else self.layers[i](x)
+            if self.kind == "argument in place":
+                shared = step if shared is None else shared.add_(0.5)
+            x = self.layers[i](x, shared) if self.kind in SHARING else self.layers[i](x)
             between.append(x)
             if self.kind == "mixed":
                 x = x * 1.5
@@ -81,6 +83,8 @@ class Chain(nn.Module):
             x = x + between[0]
         if self.kind == "skip":
             x = x + start
+        if self.kind == "used outside":
+            x = torch.sin(self.layers[0].proj(x))
         return {"loss": (self.head(x).square().mean(-1) - labels).square().mean() + aux}
 
 
@@ -97,13 +101,14 @@ class Block(nn.Module):
         if self.kind == "in place":
             x *= 1.5
         if isinstance(shared, Tensor):
-            x = x + 0.1 * shared
+            x = x + 0.1 * shared * torch.tanh(self.proj(x))
         self.loss = 0.1 * x.square().mean() if self.kind == "own loss" else 0.0
         return x + torch.tanh(self.proj(x))
 
 
 ORDERS = {"twice": [0, 1, 1, 2], "order": [0, 2, 1], "loop": [0, 1, 2, 0, 1, 2]}
 STACKS = ("plain", "skip")
+SHARING = ("shared", "first", "argument in place")
 NO_STACKS = {
     "twice": "more than once",
     "order": "block 2 runs after block 0",
@@ -114,8 +119,10 @@ NO_STACKS = {
     "own loss": "the loss depends on the hidden states between blocks too",
     "first": "block 1 takes more from the blocks before than their hidden states",
     "shared": "blocks share a dict that they may write to",
-    "in place": "hidden states are changed in place",
-    "in place between": "hidden states are changed in place",
+    "in place": "something that passes between blocks is changed in place",
+    "in place between": "something that passes between blocks is changed in place",
+    "argument in place": "something that passes between blocks is changed in place",
+    "used outside": "layer 'layers.0.proj' also runs outside of its block",
 }
 
 
@@ -132,13 +139,46 @@ def test_what_is_no_plain_stack_is_noticed(kind: str) -> None:
     ], loss_fn=loss_of)  # fmt: skip
     for name, gradient in got.items():
         want, scale = plain.get_submodule(name).weight.grad, gradient.abs().max()
-        if kind in ("twice", "loop"):  # autograd adds a weight's two uses before it adds them to the sum
+        if kind in (
+            "twice",
+            "loop",
+            "used outside",
+            "first",
+            "argument in place",
+        ):  # autograd adds a weight's two uses before it adds them to the sum
             tolerances.check(gradient / scale, want / scale, tolerances.BATCHING)
         else:
             assert torch.equal(gradient, want), name
     assert list(got) == ["stem", "head", *(f"layers.{i}.proj" for i in range(3))]
     assert report.strategy == ("layerwise" if kind in STACKS else "accumulate")
     assert NO_STACKS.get(kind, "3 blocks at layers") in report.why
+
+
+def test_a_list_of_towers_that_take_ids() -> None:
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.proj = nn.Embedding(9, 40), nn.Linear(40, 40)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return torch.tanh(self.proj(self.embed(ids))).mean(1)
+
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.towers = nn.ModuleList(Tower() for _ in range(2))
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            left, right = (tower(x) for tower in self.towers)
+            return {"loss": ((left * right).sum(-1) - labels).square().mean()}
+
+    plain, batch = Towers(), {"x": torch.arange(8).view(2, 4), "labels": torch.randn(2)}
+    (plain(**batch)["loss"] * 2).backward()
+    got, report = library_sums(lorasb.patch(Towers(), r=3, target_modules=["proj"]), [batch], loss_fn=loss_of)
+    assert "the first input of block 0 is no tensor of hidden states" in report.why
+    for name, gradient in got.items():
+        assert torch.equal(gradient, plain.get_submodule(name).weight.grad), name
 
 
 def test_a_layer_that_several_blocks_share() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..lookup import PEFT_PREFIX
 
 HIDDEN = "hidden_states"
+DISTURBED = "something that passes between blocks is changed in place"
 LEFT = "a forward leaves the stack before its last block"
 
 
@@ -107,10 +108,22 @@ class Traversal:
     hidden: list[Tensor | None] = field(default_factory=list)
     calls: list[Call | None] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
-    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # arguments that blocks share, kept once
+    kept: dict[int, Tensor] = field(default_factory=dict)  # arguments that blocks share, kept once
+    watched: list[tuple[Tensor, int]] = field(default_factory=list)  # what passed, and its version then
     gradient: Tensor | None = None
     first_half: bool = False
     counts: bool = True
+
+    def pass_on(self, tensor: Tensor) -> Tensor:
+        """Watch a tensor from now on."""
+        if not tensor.is_inference():
+            self.watched.append((tensor, tensor._version))
+        return tensor
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether something that passed was changed in place since."""
+        return any(tensor._version != version for tensor, version in self.watched)
 
     def release(self, block: int) -> None:
         """Forget a block's input and call."""
@@ -124,12 +137,13 @@ class Recorder:
     show that the model is no plain stack.
 
     Args:
-        blocks: of the stack.
+        stack: the blocks and their targets.
         keep: what becomes of a boundary or an argument: itself, or a copy on the host.
     """
 
-    def __init__(self, blocks: list[nn.Module], keep: Callable[[Tensor], Tensor]) -> None:
-        self.blocks, self.keep = blocks, keep
+    def __init__(self, stack: Stack, keep: Callable[[Tensor], Tensor]) -> None:
+        self.blocks, self.targets, self.keep = stack.blocks, stack.targets, keep
+        self._running: int | None = None
         self.traversals: list[Traversal] = []
         self.above = False  # the stack is behind us
         self._open: list[Traversal] = []  # of the forwards since the last backward
@@ -143,6 +157,8 @@ class Recorder:
             # before the hooks of FSDP2, which hand on other tensors than came
             handles.append(block.register_forward_pre_hook(self._before(i), prepend=True, with_kwargs=True))
             handles.append(block.register_forward_hook(self._after(i)))
+            for name, layer in self.targets[i].items():
+                handles.append(layer.register_forward_pre_hook(self._inside(i, name)))
         try:
             yield self
         finally:
@@ -168,11 +184,13 @@ class Recorder:
             complete = len(traversal.leaves) > len(self.blocks)
             if not complete and any(leaf.grad is not None for leaf in traversal.leaves):
                 raise NotAStackError(LEFT)
+            if traversal.disturbed:
+                raise NotAStackError(DISTURBED)
             if any(leaf.grad is not None for leaf in traversal.leaves[:-1]):
                 raise NotAStackError("the loss depends on the hidden states between blocks too")
             traversal.gradient = traversal.leaves[-1].grad if complete else None
             traversal.first_half, traversal.counts = first_half, counts
-            traversal.leaves, traversal.kept = [], {}
+            traversal.leaves, traversal.kept, traversal.watched = [], {}, []
         self.traversals += [traversal for traversal in self._open if traversal.gradient is not None]
         self.begin()
 
@@ -183,8 +201,9 @@ class Recorder:
             if self._passive:
                 return None
             hidden = args[0] if args else kwargs.get(HIDDEN)
-            if not isinstance(hidden, Tensor):
-                raise NotAStackError(f"expected hidden states as block {i}'s first input, got {type(hidden).__name__}")
+            if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
+                raise NotAStackError(f"the first input of block {i} is no tensor of hidden states")
+            self._running = i
             if i == 0:
                 return self._enter(hidden, args, kwargs)
             traversal = self._open[-1] if self._open else Traversal()
@@ -197,12 +216,20 @@ class Recorder:
 
         return hook
 
+    def _inside(self, i: int, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if torch.is_grad_enabled() and self._running != i:
+                raise NotAStackError(f"layer {name!r} also runs outside of its block")
+
+        return hook
+
     def _enter(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A new traversal, whose first input is a leaf."""
         if _depends_on(hidden, self._leaves()):
             raise NotAStackError("block 0 runs more than once in a forward, on its own results")
         leaf = hidden.detach().requires_grad_(True)
         self._open.append(Traversal(leaves=[leaf]))
+        self._open[-1].pass_on(leaf)
         self._keep(self._open[-1], leaf, args, kwargs)
         return ((leaf, *args[1:]), kwargs) if args else (args, kwargs | {HIDDEN: leaf})
 
@@ -215,8 +242,8 @@ class Recorder:
         def kept(tensor: Tensor) -> Tensor:
             """The tensor as it is kept, once for all blocks that get it."""
             if id(tensor) not in traversal.kept:
-                traversal.kept[id(tensor)] = tensor, self.keep(tensor.detach())
-            return traversal.kept[id(tensor)][1]
+                traversal.kept[id(tensor)] = self.keep(traversal.pass_on(tensor).detach())
+            return traversal.kept[id(tensor)]
 
         named = {name: _settled(value, kept) for name, value in rest.items()}
         call = Call(tuple(_settled(value, kept) for value in args[1:]), named, not args, _autocast(hidden))
@@ -228,7 +255,8 @@ class Recorder:
             if self._passive:
                 return None
             leaf = _hidden_of(output).detach().requires_grad_(True)
-            self._open[-1].leaves.append(leaf)
+            self._running = None
+            self._open[-1].leaves.append(self._open[-1].pass_on(leaf))
             self.above = i == len(self.blocks) - 1
             return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
 
@@ -256,7 +284,7 @@ def _depends_on(tensor: Tensor, leaves: set[int]) -> bool:
 
 def _hidden_of(output: Any) -> Tensor:
     hidden = output[0] if isinstance(output, tuple) and output else output
-    if not isinstance(hidden, Tensor):
+    if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
         raise NotAStackError(f"expected a block to return its hidden states, got {type(output).__name__}")
     return hidden
 

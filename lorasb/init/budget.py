@@ -112,7 +112,7 @@ def plan_for(work: Work, stack: Stack | None, why: str, memory_budget: float | N
     """The plan for a stack, or for none."""
     sizes = measure(work)
     room = sum_room(work, sizes, memory_budget)
-    free, host = available(work.device), psutil.virtual_memory().available
+    free, host = work.processes.smallest([available(work.device), float(psutil.virtual_memory().available)])
     if stack is None:
         count = len(passes(dict(work.layers), room / (2 if work.halves else 1)))
         memory = accumulate_memory(work, sizes, room)

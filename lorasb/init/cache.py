@@ -71,7 +71,7 @@ class Cache:
         self.path, self.key, self.data = Path(path), json.loads(json.dumps(dict(key))), data
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.facts: dict[str, Any] = {}
-        self.course: list[Any] = []  # of a layerwise run: which blocks and targets its finished blocks belong to
+        self.course: list[Any] = []  # of a layerwise run: blocks, targets and whether halves are compared
         self._found: dict[str, CachedGradient] = {}
         self._pending: list[str] = []
 
@@ -114,7 +114,7 @@ class Cache:
         boundary = self.partial / "boundary.safetensors"
         if not boundary.exists():
             return None
-        mine = self.key | {"blocks and targets": self.course}
+        mine = self.key | {"blocks, targets and halves": self.course}
         self._compare(json.loads((self.partial / "key.json").read_text(encoding="utf-8")), self.partial, mine)
         safetensors_header(boundary)
         with safe_open(str(boundary), "pt") as file:
@@ -130,7 +130,7 @@ class Cache:
 
     def finished(self, block: int, traversals: list[Traversal]) -> None:
         """Write a block's signs, then the gradients at its input: only then does the block count as finished."""
-        write_json(self.partial / "key.json", self.key | {"blocks and targets": self.course})
+        write_json(self.partial / "key.json", self.key | {"blocks, targets and halves": self.course})
         layers = {name: self._found[name] for name in self._pending}
         write(self.partial / f"block-{block:05d}.safetensors", layers, self.key, {})
         self._pending = []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .accumulator import GradientSums
-from .blocks import LEFT, NotAStackError, Recorder, Stack, Traversal
+from .blocks import DISTURBED, LEFT, NotAStackError, Recorder, Stack, Traversal
 from .work import Work
 
 
@@ -63,7 +63,7 @@ def record(
     work: Work, stack: Stack, tail: dict[str, nn.Module], keep: Callable[[Tensor], Tensor]
 ) -> tuple[list[Traversal], GradientSums]:
     """Every traversal of the stack with the gradient at its top, and the sums of targets above it."""
-    recorder = Recorder(stack.blocks, keep)
+    recorder = Recorder(stack, keep)
     with recorder.watching(), GradientSums(tail, work.halves, lambda: recorder.above) as sums:
         for piece in work.pieces:
             sums.muted, sums.first_half = not piece.counts, piece.first_half
@@ -83,7 +83,7 @@ def _no_stack(error: Exception, recorder: Recorder) -> Exception:
     if isinstance(error, NotAStackError):
         return error
     if "leaf Variable that requires grad" in str(error):
-        return NotAStackError("hidden states are changed in place")
+        return NotAStackError(DISTURBED)
     if recorder.unfinished and isinstance(error, ValueError):
         return NotAStackError(LEFT)
     return error

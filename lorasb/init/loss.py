@@ -68,7 +68,9 @@ def labelled_rows(batch: Mapping[str, Any]) -> int:
 def _first_label_only(batch: Mapping[str, Any], loss: Any) -> bool:
     """Whether a causal model has nothing to predict: no label after the first place, and a mean over nothing."""
     labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.dim() != 2 or not isinstance(loss, Tensor):
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 2 or labels.shape[1] < 2:
+        return False
+    if not isinstance(loss, Tensor):
         return False
     return bool((labels[:, 1:] == IGNORED).all()) and bool(loss.detach().isnan().all())
 

@@ -59,6 +59,10 @@ class Processes:
         dist.all_reduce(mine, dist.ReduceOp.MAX)
         return mine.tolist()
 
+    def smallest(self, values: list[float]) -> list[float]:
+        """Of each number, the smallest that a process has."""
+        return [-value for value in self.largest([-value for value in values])]
+
     def gather_bytes(self, mine: bytes) -> bytes:
         """Everybody's bytes of one length, one after another."""
         if not self.several:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from .._version import __version__
 from .report import InitReport
 
-DEPTH = 8  # of functions that a loss closes over
+PLAIN = (str, int, float, bool, bytes, tuple, type(None))
+DEPTH = 12  # of functions that a loss closes over
 VALUES = 64  # of each weight go into the hash of a model
 
 
@@ -95,21 +96,47 @@ def function_hash(function: Any) -> str:
 
 
 def _update(found: Any, value: Any, depth: int) -> None:
-    if isinstance(value, types.CodeType):
+    if depth > DEPTH:
+        found.update(b"deeper")
+    elif isinstance(value, types.CodeType):
         found.update(value.co_code + repr((value.co_names, value.co_varnames)).encode())
-        for constant in value.co_consts:
-            _update(found, constant, depth + 1)
+        _update(found, value.co_consts, depth + 1)
     elif isinstance(value, functools.partial):
-        for part in (value.func, *value.args, *sorted(value.keywords.items())):
-            _update(found, part, depth + 1)
-    elif hasattr(value, "__code__") and depth < DEPTH:
-        _update(found, value.__code__, depth + 1)
-        for part in (*(value.__defaults__ or ()), *(cell.cell_contents for cell in value.__closure__ or ())):
-            _update(found, part, depth + 1)
-    elif isinstance(value, str | int | float | bool | bytes | tuple | frozenset | None):
+        _update(found, (value.func, value.args, value.keywords), depth + 1)
+    elif isinstance(value, types.MethodType):
+        _update(found, (value.__func__, value.__self__), depth + 1)
+    elif isinstance(value, types.FunctionType):
+        cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
+        _update(found, (value.__code__, value.__defaults__, value.__kwdefaults__, cells), depth + 1)
+    elif isinstance(value, set | frozenset):
+        found.update(repr(sorted(map(repr, value))).encode())
+    elif isinstance(value, dict):
+        _update(found, tuple(sorted(value.items(), key=lambda item: repr(item[0]))), depth + 1)
+    elif isinstance(value, tuple | list):
+        found.update(f"{type(value).__name__} of {len(value)}".encode())
+        for item in value:
+            _update(found, item, depth + 1)
+    elif isinstance(value, Tensor):
+        found.update(f"{value.dtype} {list(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, str | int | float | bool | bytes | None):
         found.update(repr(value).encode())
     else:
-        found.update(type(value).__qualname__.encode())
-        call = vars(type(value)).get("__call__")
-        if hasattr(call, "__code__") and depth < DEPTH:
-            _update(found, call, depth + 1)
+        _update_object(found, value, depth)
+
+
+def _update_object(found: Any, value: Any, depth: int) -> None:
+    """A module's type, forward and what it was set to, and any other object's type, call and attributes."""
+    found.update(type(value).__qualname__.encode())
+    if isinstance(value, nn.Module) and any(True for _ in value.parameters()):
+        return  # a model: its weights have their own place in the key, or are not the loss's own
+    for name in ("forward", "__call__"):
+        method = getattr(type(value), name, None)
+        if isinstance(method, types.FunctionType) and method.__module__.partition(".")[0] != "torch":
+            _update(found, method, depth + 1)
+    plain = (
+        {key: item for key, item in vars(value).items() if isinstance(item, PLAIN)}
+        if hasattr(value, "__dict__")
+        else {}
+    )
+    _update(found, plain, depth + 1)

@@ -64,7 +64,12 @@ class Strategy:
         if self.named:
             raise NotAStackError(f"strategy='layerwise' does not suit this model: {why}. Use 'auto'")
         self.work.loss, self.work.labelled = 0.0, 0
-        self.plan = plan_for(self.work, None, why, self.memory_budget)
+        refusal: Exception | None = None
+        try:
+            self.plan = plan_for(self.work, None, why, self.memory_budget)
+        except ValueError as caught:
+            refusal = caught
+        self.work.processes.agree(refusal)
         if self.progress:
             tqdm.write(f"lorasb: {self.plan}")
 
