@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
@@ -88,17 +87,13 @@ def _refuse_copies(optimizer: Any, layers: dict[str, LoRASBLinear], name: str) -
     if optimizer is None:
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [layer for layer, module in layers.items() if id(_core(module, name)) not in held]
+    missing = [layer for layer, module in layers.items() if id(module.lorasb_R[name]) not in held]
     if missing:
         raise ValueError(
             f"the optimizer does not hold R of layer {missing[0]!r} itself ({len(missing)} of {len(layers)}): copies "
             "in another precision, or partitions, would overwrite it. Call lorasb.initialize(...) before making the "
             "Trainer, and leave InitCallback out"
         )
-
-
-def _core(module: LoRASBLinear, name: str) -> nn.Parameter:
-    return module.lorasb_R[name]
 
 
 @contextmanager

@@ -166,6 +166,14 @@ class Interrupt:
         return self.plain(name, *rest)
 
 
+def cut_off(model: nn.Module, path: Path, after: int) -> None:
+    """An initialisation that is interrupted after some layers were factored."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fill, "factor", Interrupt(after))
+        with pytest.raises(KeyboardInterrupt):
+            lorasb.initialize(model, singles(), cache=path, **LR)
+
+
 def test_an_interrupted_run_goes_on_from_the_blocks_it_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,13 +206,10 @@ def test_an_interrupted_run_goes_on_from_the_blocks_it_finished(
     assert not (tmp_path / "signs.safetensors.partial").exists()
 
 
-def test_another_run_does_not_go_on_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_run_does_not_go_on_from_it(tmp_path: Path) -> None:
     path = tmp_path / "signs.safetensors"
-    monkeypatch.setattr(fill, "factor", Interrupt(after=9))
     model = lorasb.patch(make("llama"), r=4)
-    with pytest.raises(KeyboardInterrupt):
-        lorasb.initialize(model, singles(), cache=path, **LR)
-    monkeypatch.undo()
+    cut_off(model, path, after=9)
     with pytest.raises(ValueError, match=r"signs\.safetensors\.partial does not fit: its num_samples is 3, expected 2"):
         lorasb.initialize(model, singles()[1:], cache=path, **LR)
     partial = tmp_path / "signs.safetensors.partial"
@@ -213,13 +218,10 @@ def test_another_run_does_not_go_on_from_it(tmp_path: Path, monkeypatch: pytest.
     assert not any(m.is_initialized("default") for m in model.modules() if isinstance(m, LoRASBLinear))
 
 
-def test_nor_does_a_run_with_other_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nor_does_a_run_with_other_targets(tmp_path: Path) -> None:
     path = tmp_path / "signs.safetensors"
-    monkeypatch.setattr(fill, "factor", Interrupt(after=1))
     few = lorasb.patch(make("llama"), r=4, target_modules=["q_proj"])
-    with pytest.raises(KeyboardInterrupt):
-        lorasb.initialize(few, singles(), cache=path, **LR)
-    monkeypatch.undo()
+    cut_off(few, path, after=1)
     more = lorasb.patch(make("llama"), r=4, target_modules=["q_proj", "v_proj"])
     with pytest.raises(ValueError, match="its blocks, targets and halves is"):
         lorasb.initialize(more, singles(), cache=path, **LR)
@@ -228,13 +230,10 @@ def test_nor_does_a_run_with_other_targets(tmp_path: Path, monkeypatch: pytest.M
     assert not boundary.exists()
 
 
-def test_a_truncated_boundary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_boundary(tmp_path: Path) -> None:
     path = tmp_path / "signs.safetensors"
-    monkeypatch.setattr(fill, "factor", Interrupt(after=9))
     model = lorasb.patch(make("llama"), r=4)
-    with pytest.raises(KeyboardInterrupt):
-        lorasb.initialize(model, singles(), cache=path, **LR)
-    monkeypatch.undo()
+    cut_off(model, path, after=9)
     boundary = tmp_path / "signs.safetensors.partial" / "boundary.safetensors"
     boundary.write_bytes(boundary.read_bytes()[:-5])
     with pytest.raises(ValueError, match="is truncated or damaged"):
@@ -251,13 +250,10 @@ def test_another_loss_is_another_cache(tmp_path: Path) -> None:
         lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), cache=path, loss_fn=scaled(0.5), **LR)
 
 
-def test_an_interrupted_run_without_halves_is_not_one_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_without_halves_is_not_one_with(tmp_path: Path) -> None:
     path = tmp_path / "signs.safetensors"
-    monkeypatch.setattr(fill, "factor", Interrupt(after=9))
     model = lorasb.patch(make("llama"), r=4)
-    with pytest.raises(KeyboardInterrupt):
-        lorasb.initialize(model, singles(), cache=path, **LR)
-    monkeypatch.undo()
+    cut_off(model, path, after=9)
     with pytest.raises(ValueError, match="its blocks, targets and halves is"):
         lorasb.initialize(model, singles(), cache=path, stability=True, **LR)
 

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lorasb.init import svd
-from lorasb.init.factoring import energies
 from lorasb.init.signbits import SignBits
-from lorasb.init.svd import truncated_svd
+from lorasb.init.svd import energies, truncated_svd
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300), (64, 64), (40, 300)])

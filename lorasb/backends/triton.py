@@ -148,12 +148,18 @@ def interpreting() -> bool:
 
 def register() -> None:
     """Register for CUDA; on the CPU, for an explicit backend under Triton's interpreter."""
-    pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-        "linear": (forward, eager.forward),
-        "linear_backward": (backward, eager.backward),
-        "linear_group": (group_forward, eager.group_forward),
-        "linear_group_backward": (group_backward, eager.group_backward),
-    }
+    register_pairs(
+        {
+            "linear": (forward, eager.forward),
+            "linear_backward": (backward, eager.backward),
+            "linear_group": (group_forward, eager.group_forward),
+            "linear_group_backward": (group_backward, eager.group_backward),
+        }
+    )
+
+
+def register_pairs(pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]]) -> None:
+    """Register ops by name, each a kernel and the eager function behind it."""
     register_backend(
         "triton",
         [(op, kernel) for op, (kernel, _) in pairs.items()],

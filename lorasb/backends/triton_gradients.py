@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from .. import gradient_ops  # noqa: F401  defines its ops
-from ..ops import register_backend
 from . import eager_gradients
-from .triton import check_call, missing, or_eager
+from .triton import check_call, register_pairs
 
 
 def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
@@ -41,15 +38,9 @@ def _checked(dy: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
 
 def register() -> None:
     """Register for CUDA and the CPU, and for `auto` on CUDA with eager torch behind."""
-    pairs = {
-        "gradient_add": (gradient_add, eager_gradients.gradient_add),
-        "gradient_signs": (gradient_signs, eager_gradients.gradient_signs),
-    }
-    register_backend(
-        "triton",
-        [(op, kernel) for op, (kernel, _) in pairs.items()],
-        ("CUDA", "CPU"),
-        auto=[(op, or_eager(kernel, plain)) for op, (kernel, plain) in pairs.items()],
-        auto_keys=("CUDA",) if importlib.util.find_spec("triton") else (),
-        missing=missing,
+    register_pairs(
+        {
+            "gradient_add": (gradient_add, eager_gradients.gradient_add),
+            "gradient_signs": (gradient_signs, eager_gradients.gradient_signs),
+        }
     )

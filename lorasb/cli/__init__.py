@@ -18,14 +18,20 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune Hu
 bench = typer.Typer(no_args_is_help=True, help="Measure the kernels on this machine.")
 app.add_typer(bench, name="bench")
 
+# What several commands ask for.
+ModelOption = Annotated[str, typer.Option(help="Folder or hub id.")]
+TaskOption = Annotated[str, typer.Option(help=f"Generated task, without --data: {', '.join(TASKS)}.")]
+DataOption = Annotated[Path | None, typer.Option(help="JSONL of prompt/completion, or messages.")]
+TrainExamples = Annotated[int, typer.Option(help="Generated training examples.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens an example, at most.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float32 or float16.")]
+
 
 @app.command()
 def finetune(
-    model: Annotated[str, typer.Option(help="Folder or hub id.")] = "smollm2-135m",
-    task: Annotated[
-        str, typer.Option(help=f"Generated task, without --data: {', '.join(TASKS)}.")
-    ] = "word_sequence_reversal",
-    data: Annotated[Path | None, typer.Option(help="JSONL of prompt/completion, or messages.")] = None,
+    model: ModelOption = "smollm2-135m",
+    task: TaskOption = "word_sequence_reversal",
+    data: DataOption = None,
     eval_data: Annotated[Path | None, typer.Option(help="JSONL of held-out examples.")] = None,
     method: Annotated[str, typer.Option(help="lora-sb, lora-xs or lora (PEFT's).")] = "lora-sb",
     r: Annotated[int | None, typer.Option(help="Rank; 64, capped at smaller layers (lora: 32).")] = None,
@@ -33,11 +39,11 @@ def finetune(
     epochs: Annotated[float, typer.Option(help="Passes over the training examples.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 16,
     warmup: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = 0.1,
-    train_examples: Annotated[int, typer.Option(help="Generated training examples.")] = 3600,
+    train_examples: TrainExamples = 3600,
     eval_examples: Annotated[int, typer.Option(help="Held-out examples.")] = 100,
     samples: Annotated[int | None, typer.Option(help="Samples for the initialisation; max(32, n/1000).")] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens an example, at most.")] = 512,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    max_length: MaxLength = 512,
+    dtype: Dtype = "bfloat16",
     seed: Annotated[int, typer.Option(help="Seed of data, initialisation and training.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for the run's files.")] = Path("runs/finetune"),
 ) -> None:
@@ -76,20 +82,18 @@ def finetune(
 
 @app.command()
 def init(
-    model: Annotated[str, typer.Option(help="Folder or hub id.")] = "smollm2-135m",
-    task: Annotated[
-        str, typer.Option(help=f"Generated task, without --data: {', '.join(TASKS)}.")
-    ] = "word_sequence_reversal",
-    data: Annotated[Path | None, typer.Option(help="JSONL of prompt/completion, or messages.")] = None,
+    model: ModelOption = "smollm2-135m",
+    task: TaskOption = "word_sequence_reversal",
+    data: DataOption = None,
     r: Annotated[int | None, typer.Option(help="Rank; 64, capped at smaller layers.")] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the training to come.")] = 2e-3,
     epochs: Annotated[float, typer.Option(help="Its passes, for its number of warm-up steps.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 16,
     warmup: Annotated[float, typer.Option(help="Share of its steps that warm up.")] = 0.1,
-    train_examples: Annotated[int, typer.Option(help="Generated training examples.")] = 3600,
+    train_examples: TrainExamples = 3600,
     samples: Annotated[int | None, typer.Option(help="Samples; max(32, n/1000).")] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens an example, at most.")] = 512,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    max_length: MaxLength = 512,
+    dtype: Dtype = "bfloat16",
     seed: Annotated[int, typer.Option(help="Seed of data and SVD.")] = 0,
     strategy: Annotated[str, typer.Option(help="auto, layerwise or accumulate.")] = "auto",
     memory_budget: Annotated[str | None, typer.Option(help="On top of the model, such as 6GB.")] = None,

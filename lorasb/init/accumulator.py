@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..gradient_ops import BAD, SQUARES, ZEROS
 from ..ops import backend_op, current_backend
 from .signbits import SignBits
+from .svd import energies
 
 
 def _op(name: str) -> Callable[..., Any]:
@@ -110,7 +111,7 @@ class LayerSum:
         else:
             total = self.value()
             core = u.t().to(total.dtype) @ total @ vt.t().to(total.dtype)
-        return core.double().square().cumsum(0).cumsum(1).diagonal()
+        return energies(core)
 
     def half_signs(self) -> tuple[SignBits, SignBits] | None:
         """sign(G) over each half of the samples, where halves were kept and both have any."""

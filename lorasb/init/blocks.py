@@ -14,6 +14,7 @@ from ..lookup import PEFT_PREFIX
 
 HIDDEN = "hidden_states"
 DISTURBED = "something that passes between blocks is changed in place"
+UNCHANGING = -1
 LEFT = "a forward leaves the stack before its last block"
 
 
@@ -115,15 +116,14 @@ class Traversal:
     counts: bool = True
 
     def pass_on(self, tensor: Tensor) -> Tensor:
-        """Watch a tensor from now on."""
-        if not tensor.is_inference():
-            self.watched.append((tensor, tensor._version))
+        """Watch a tensor from now on, and hold it; inference tensors have no version, as nobody may change them."""
+        self.watched.append((tensor, UNCHANGING if tensor.is_inference() else tensor._version))
         return tensor
 
     @property
     def disturbed(self) -> bool:
         """Whether something that passed was changed in place since."""
-        return any(tensor._version != version for tensor, version in self.watched)
+        return any(version != UNCHANGING and tensor._version != version for tensor, version in self.watched)
 
     def release(self, block: int) -> None:
         """Forget a block's input and call."""

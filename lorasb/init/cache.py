@@ -25,7 +25,7 @@ from .signbits import NONZERO, WORDS, SignBits
 
 FORMAT = "lorasb signs 1"
 CURVE = "curve"
-NEEDED_FOR = {"num_samples": "data", "data": "data", "loss_fn": "data"}  # not compared where no batches are given
+OF_THE_DATA = ("num_samples", "data", "loss_fn")  # not compared where no batches are given
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Cache:
     def _compare(self, other: Mapping[str, Any], where: Path, key: Mapping[str, Any] | None = None) -> None:
         key = key or self.key
         for field in dict.fromkeys([*key, *other]):
-            if not self.data and field in NEEDED_FOR:
+            if not self.data and field in OF_THE_DATA:
                 continue
             mine, theirs = key.get(field), other.get(field)
             if mine != theirs:

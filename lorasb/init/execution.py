@@ -132,11 +132,7 @@ def _samples(
 
 
 def _in_step(pieces: list[Piece], processes: Processes) -> list[Piece]:
-    """Equally many single samples for every process, as all of them have to take part in every forward.
-
-    Raises:
-        ValueError: a process has no sample to keep step with.
-    """
+    """Equally many single samples for every process, as all of them have to take part in every forward."""
     single = [
         Piece(take_rows(piece.batch, torch.tensor([i])), piece.first_half)
         for piece in pieces

@@ -14,7 +14,7 @@ from ..linear import LoRASBLinear
 from .factors import Factors, first_step
 from .report import LayerReport
 from .signbits import SignBits
-from .svd import OVERSAMPLE, full_precision, leading_triplets, signed_core, truncated_svd
+from .svd import OVERSAMPLE, energies, full_precision, leading_triplets, signed_core, truncated_svd
 
 FACTS = 5  # Σ G², number of nonzero signs, zeros, seconds, stability
 
@@ -105,11 +105,6 @@ def describe(name: str, layer: LoRASBLinear, adapter: str, measured: Tensor) -> 
         tuple(_short(value) for value in sigma[r:].tolist()), sign_curve, grad_curve,
         None if overlap != overlap else overlap,
     )  # fmt: skip
-
-
-def energies(core: Tensor) -> Tensor:
-    """‖C[:k, :k]‖² for k = 1 ... q of C = Uᵀ M V [q, q]."""
-    return core.double().square().cumsum(0).cumsum(1).diagonal()
 
 
 def stability(halves: tuple[SignBits, SignBits] | None, r: int, seed: int) -> float:

@@ -18,8 +18,7 @@ from .processes import Processes
 from .report import LayerReport
 from .staging import Staging
 from .svd import full_precision
-
-Layers = dict[str, LoRASBLinear]
+from .work import Layers
 
 
 @dataclass
@@ -55,12 +54,10 @@ class Filling:
         for name, gradient in gradients.items():
             self._fill({name: gradient})
 
-    def take_finished(self) -> list[str]:
-        """Factor the blocks that an interrupted run had finished; their names."""
+    def take_finished(self) -> None:
+        """Factor the blocks that an interrupted run had finished."""
         found = self.cache.layers if self.cache is not None else {}
-        left = {name: layer for name, layer in found.items() if name in self.layers and name not in self.reports}
-        self.take_cached(left)
-        return list(left)
+        self.take_cached({name: layer for name, layer in found.items() if name not in self.reports})
 
     def _whole(self, name: str, found: LayerSum | None) -> LayerSum:
         """The sum over all processes, checked.
@@ -95,7 +92,7 @@ class Filling:
             for name, owner in owners.items():
                 if owner == self.processes.rank:
                     own[name] = factor(name, gradients[name], self.layers[name], self.recipe)
-                if owner != self.processes.rank and not (self.cache is not None and self.processes.rank == 0):
+                elif self.cache is None or self.processes.rank != 0:
                     gradients[name] = LayerSum()  # somebody else's: let go of it
         except Exception as caught:
             error = caught

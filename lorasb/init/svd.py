@@ -84,6 +84,11 @@ def signed_core(matrix: Matrix, triplets: Triplets) -> Tensor:
     return core if m <= n else core.t()
 
 
+def energies(core: Tensor) -> Tensor:
+    """‖C[:k, :k]‖² for k = 1 ... q of C = Uᵀ M V [q, q]."""
+    return core.double().square().cumsum(0).cumsum(1).diagonal()
+
+
 def _randomised(matrix: Matrix, q: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """q triplets of the matrix [s, l], s <= l: its transpose where it is tall. Each step multiplies by W Wᵀ."""
     short, length = sorted(matrix.shape)
