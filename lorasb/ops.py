@@ -33,7 +33,6 @@ library = torch.library.Library("lorasb", "DEF")
 _on_cpu: dict[str, Callable[..., Any]] = {}  # what the dispatcher chooses for CPU tensors, by op
 _current = ""  # set by `backend`; empty: the environment decides
 _missing: dict[str, Callable[[], str | None]] = {
-    "cpp": lambda: "this build of lorasb has no C++ extension",
     "triton": lambda: "this build of lorasb has no Triton kernels",
 }
 
@@ -112,6 +111,20 @@ def register_backend(
             if "CPU" in where or ("CompositeExplicitAutograd" in where and op_name(op, owner) not in _on_cpu):
                 _on_cpu[op_name(op, owner)] = kernel
     _missing[name] = missing or (lambda: None)
+
+
+def register_loaded(name: str, kernels: dict[str, Callable[..., Any]], missing: Callable[[], str | None]) -> None:
+    """Tell of kernels that a loaded library has registered for the CPU, under the backend's own ops and those of `auto`.
+
+    Args:
+        name: of the backend.
+        kernels: how to call each, by op.
+        missing: as in `register_backend`; where it gives a reason, nothing was registered.
+    """
+    _missing[name] = missing
+    if missing() is None:
+        for op, kernel in kernels.items():
+            _on_cpu[op_name(op, name)] = _on_cpu[op_name(op, "auto")] = kernel
 
 
 def cpu_kernel(op: str, backend: str) -> Callable[..., Any] | None:

@@ -1,0 +1,98 @@
+#include "few_tokens.h"
+
+#include <vector>
+
+#include "isa.h"
+#include "product.h"
+#include "tasks.h"
+
+namespace lorasb {
+namespace {
+
+constexpr int64_t kWidth = 512;      // columns of dx at a time
+constexpr int64_t kPartRows = 256;   // rows of B whose part of t is added on its own, in order
+constexpr int64_t kRowsAtOnce = 16;  // of W
+
+// Rows of v, padded so that they do not share the lines of a cache.
+at::Tensor thin_product(const at::Tensor& x, const at::Tensor& d) {
+  const int64_t M = x.size(0), r = d.size(0);
+  at::Tensor found = at::empty({M, r}, x.options().dtype(at::kFloat));
+  float* to = found.mutable_data_ptr<float>();
+  over_rows(r, d.size(1), 4, [&](int64_t low, int64_t high) {
+    kernels().dense_dot_bf16(bits(x), x.size(1), M, bits(d), d.size(1), low, high, to, r, false);
+  });
+  return found;
+}
+
+}  // namespace
+
+bool takes_few_tokens(const Packed& w, const at::Tensor& x, int64_t M) {
+  return kernels().dot_bf16 != nullptr && x.scalar_type() == at::kBFloat16 && M > 0 && M <= kDirectRows &&
+         w.rows > 0 && w.columns > 0 && w.whole_blocks();
+}
+
+std::tuple<at::Tensor, at::Tensor> few_tokens(const Packed& w, const at::Tensor& x, const at::Tensor& a,
+                                              const at::Tensor& core, const at::Tensor& b,
+                                              const std::optional<at::Tensor>& bias) {
+  const int64_t M = x.size(0), m = w.rows, r = a.size(0);
+  const at::Tensor streams = arranged(w, x), factor = b.contiguous();
+  at::Tensor u = at::empty({M, 0}, x.options()), v = u;
+  if (r > 0) {
+    u = thin_product(x, a.contiguous()).to(at::kBFloat16);
+    v = at::mm(u, core.t());
+  }
+  at::Tensor wide = at::empty({M, m}, x.options().dtype(at::kFloat)), y = at::empty({M, m}, x.options());
+  float* sums = wide.mutable_data_ptr<float>();
+  over_rows(m, w.columns, kRowsAtOnce, [&](int64_t low, int64_t high) {
+    kernels().dot_bf16(w, bits(streams), M, low, high, sums, m);
+    if (r > 0) kernels().dense_dot_bf16(bits(v), r, M, bits(factor), r, low, high, sums, m, true);
+  });
+  if (bias.has_value()) wide.add_(*bias);
+  y.copy_(wide);
+  return {y, u};
+}
+
+std::tuple<at::Tensor, at::Tensor> few_tokens_backward(const Packed& w, const at::Tensor& dy, const at::Tensor& a,
+                                                       const at::Tensor& core, const at::Tensor& b, bool need_dx) {
+  const int64_t M = dy.size(0), m = w.rows, n = w.columns, r = a.size(0);
+  const at::Tensor wide = dy.to(at::kFloat), factor = b.contiguous(), other = a.contiguous();
+  const float* from = wide.const_data_ptr<float>();
+  at::Tensor t = at::zeros({M, r}, wide.options());
+  if (r > 0) {
+    const int64_t parts = (m + kPartRows - 1) / kPartRows;
+    at::Tensor room = at::zeros({parts, M, r}, wide.options());
+    float* to = room.mutable_data_ptr<float>();
+    at::parallel_for(0, parts, grain(kPartRows * r), [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t low = p * kPartRows, high = std::min(low + kPartRows, m);
+        kernels().dense_add_bf16(from, m, M, bits(factor), r, low, high, 0, r, to + p * M * r);
+      }
+    });
+    for (int64_t p = 0; p < parts; ++p) t.add_(room[p]);
+  }
+  at::Tensor dx = at::empty({need_dx ? M : 0, n}, dy.options());
+  if (!need_dx) return {dx, t};
+  const at::Tensor c = at::mm(t, core.to(at::kFloat));
+  uint16_t* target = mutable_bits(dx);
+  const int64_t width = std::max(w.block, kWidth / w.block * w.block), chunks = (n + width - 1) / width;
+  at::parallel_for(0, chunks, grain(width * m), [&](int64_t begin, int64_t end) {
+    std::vector<float> apart(M * width), natural(M * width);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = chunk * width, count = std::min(width, n - first), half = count / 2;
+      std::fill(natural.begin(), natural.end(), 0.0f);
+      kernels().dense_add_bf16(c.const_data_ptr<float>(), r, M, bits(other), n, 0, r, first, count, natural.data());
+      kernels().dot_transposed(w, from, m, M, first, count, apart.data());
+      for (int64_t i = 0; i < M; ++i) {
+        const float *even = apart.data() + i * count, *odd = even + half, *rest = natural.data() + i * count;
+        at::BFloat16* to = reinterpret_cast<at::BFloat16*>(target) + i * n + first;
+        for (int64_t j = 0; j < half; ++j) {
+          to[2 * j] = even[j] + rest[2 * j];
+          to[2 * j + 1] = odd[j] + rest[2 * j + 1];
+        }
+      }
+    }
+  });
+  return {dx, t};
+}
+
+}  // namespace lorasb

@@ -1,0 +1,53 @@
+#include "isa.h"
+
+#include <atomic>
+
+namespace lorasb {
+namespace {
+
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found;
+#ifdef LORASB_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16_kernels());
+  if (avx512) found.push_back(&avx512_kernels());
+  if (avx2) found.push_back(&avx2_kernels());
+#endif
+  found.push_back(&portable_kernels());
+  return found;
+}
+
+const std::vector<const Kernels*>& all() {
+  static const std::vector<const Kernels*> found = available();
+  return found;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* found = chosen.load(std::memory_order_relaxed);
+  return found != nullptr ? *found : *all().front();
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Kernels* each : all()) names.emplace_back(each->name);
+  return names;
+}
+
+bool use_instruction_set(const std::string& name) {
+  for (const Kernels* each : all()) {
+    if (name.empty() || name == each->name) {
+      chosen.store(name.empty() ? nullptr : each, std::memory_order_relaxed);
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace lorasb

@@ -1,0 +1,388 @@
+// AVX-512 with bf16 products (Cooper Lake, Sapphire Rapids, Zen 4 and newer).
+#include "kernels.h"
+
+#ifdef LORASB_X86
+#include <immintrin.h>
+
+#include "target.h"
+
+#define LORASB_HAS_BF16 1
+LORASB_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
+
+#include "vector_avx512.h"
+
+namespace lorasb {
+namespace {
+
+constexpr int kStep = 128;           // elements of a row that one look-up of 64 bytes covers
+constexpr int kAhead = 16384;         // bytes between what is read and what is fetched from memory
+constexpr int kScaleColumns = 4096;  // elements whose scales are at hand at once
+
+inline __m512bh as_bf16(__m512i bits) { return (__m512bh)bits; }
+
+// Word i of 64 bytes holds elements 4i + 1, 4i, 4i + 3 and 4i + 2 in its nibbles from bit 0 up. Stream k has, for each
+// word, the element of nibble k, so that one shift and one look-up of 32 words meet 32 entries of a stream.
+void arrange_bf16(const uint16_t* x, int64_t columns, uint16_t* streams) {
+  constexpr int kPlace[4] = {1, 0, 3, 2};
+  for (int64_t step = 0; step * kStep < columns; ++step) {
+    for (int k = 0; k < 4; ++k) {
+      for (int i = 0; i < 32; ++i) {
+        const int64_t column = step * kStep + 4 * i + kPlace[k];
+        streams[step * kStep + 32 * k + i] = column < columns ? x[column] : 0;
+      }
+    }
+  }
+}
+
+// The table rounded to bf16, twice over, as a look-up takes five bits. Rounding an entry costs no more than rounding
+// every weight does.
+inline __m512i rounded_table(const float* table) {
+  const __m512 values = _mm512_loadu_ps(table);
+  return (__m512i)_mm512_cvtne2ps_pbh(values, values);
+}
+
+// One step of 128 elements of kTaps rows of W against kRows rows of x, without the scales.
+template <int kShift, int kRows, int kTaps>
+inline void look_up_and_multiply(const __m512i* words, __m512i table, const uint16_t* streams, int64_t length,
+                                 __m512 (*part)[kTaps]) {
+  __m512bh values[kTaps];
+  for (int t = 0; t < kTaps; ++t) {
+    values[t] = as_bf16(_mm512_permutexvar_epi16(_mm512_srli_epi16(words[t], kShift), table));
+  }
+  for (int i = 0; i < kRows; ++i) {
+    const __m512bh xs = as_bf16(_mm512_loadu_si512(streams + i * length + 8 * kShift));
+    for (int t = 0; t < kTaps; ++t) part[i][t] = _mm512_dpbf16_ps(part[i][t], values[t], xs);
+  }
+}
+
+// How the scales of a step reach their lanes: eight elements of one block a lane.
+struct Lanes {
+  __m512i block;  // of each lane
+  int per_step;   // blocks of a step
+  int shift;
+
+  explicit Lanes(const Packed& w) : per_step(w.block >= kStep ? 1 : static_cast<int>(kStep / w.block)) {
+    shift = w.block_shift();
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    block = _mm512_srl_epi32(lane, _mm_cvtsi32_si128(w.block >= kStep ? 4 : shift - 3));
+  }
+
+  __m512 scales(const float* from, int count) const {
+    return _mm512_permutexvar_ps(block, _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
+  }
+};
+
+template <int kRows, int kTaps>
+inline void dot_step(const uint8_t* const* bytes, __mmask64 there, __m512i table, const uint16_t* streams,
+                     int64_t length, const __m512* scales, __m512 (*total)[kTaps]) {
+  __m512i words[kTaps];
+  for (int t = 0; t < kTaps; ++t) words[t] = _mm512_maskz_loadu_epi8(there, bytes[t]);
+  __m512 part[kRows][kTaps];
+  for (int i = 0; i < kRows; ++i) {
+    for (int t = 0; t < kTaps; ++t) part[i][t] = _mm512_setzero_ps();
+  }
+  look_up_and_multiply<0, kRows, kTaps>(words, table, streams, length, part);
+  look_up_and_multiply<4, kRows, kTaps>(words, table, streams, length, part);
+  look_up_and_multiply<8, kRows, kTaps>(words, table, streams, length, part);
+  look_up_and_multiply<12, kRows, kTaps>(words, table, streams, length, part);
+  for (int i = 0; i < kRows; ++i) {
+    for (int t = 0; t < kTaps; ++t) total[i][t] = _mm512_fmadd_ps(part[i][t], scales[t], total[i][t]);
+  }
+}
+
+template <int kRows, int kTaps>
+inline void dot_bf16_taps(const Packed& w, __m512i table, const Lanes& lanes, const uint16_t* streams, int64_t r,
+                          float* y, int64_t stride) {
+  const int64_t length = stream_stride(w.columns), half = w.columns / 2, blocks = w.columns >> lanes.shift;
+  __m512 total[kRows][kTaps];
+  for (int i = 0; i < kRows; ++i) {
+    for (int t = 0; t < kTaps; ++t) total[i][t] = _mm512_setzero_ps();
+  }
+  for (int64_t chunk = 0; chunk < w.columns; chunk += kScaleColumns) {
+    const int64_t count = w.columns - chunk < kScaleColumns ? w.columns - chunk : kScaleColumns;
+    float room[kTaps][kScaleColumns / 32];
+    const float* from[kTaps];
+    const uint8_t* bytes[kTaps];
+    for (int t = 0; t < kTaps; ++t) {
+      const int64_t first = (r + t) * blocks + (chunk >> lanes.shift);
+      from[t] = w.scales_from(first, (count + w.block - 1) >> lanes.shift, room[t]);
+      bytes[t] = w.bytes + (r + t) * half + chunk / 2;
+    }
+    const uint16_t* xs = streams + chunk;
+    int64_t place = 0;
+    __m512 scales[kTaps];
+    for (; place + kStep <= count; place += kStep) {
+      for (int t = 0; t < kTaps; ++t) {
+        scales[t] = lanes.scales(from[t] + (place >> lanes.shift), lanes.per_step);
+        _mm_prefetch(reinterpret_cast<const char*>(bytes[t] + kAhead), _MM_HINT_T0);
+      }
+      dot_step<kRows, kTaps>(bytes, ~0ull, table, xs + place, length, scales, total);
+      for (int t = 0; t < kTaps; ++t) bytes[t] += kStep / 2;
+    }
+    if (place < count) {
+      const int left = static_cast<int>(count - place);
+      for (int t = 0; t < kTaps; ++t) scales[t] = lanes.scales(from[t] + (place >> lanes.shift), left >> lanes.shift);
+      dot_step<kRows, kTaps>(bytes, (1ull << (left / 2)) - 1, table, xs + place, length, scales, total);
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int t = 0; t < kTaps; ++t) y[i * stride + r + t] = _mm512_reduce_add_ps(total[i][t]);
+  }
+}
+
+template <int kRows>
+void dot_bf16_rows(const Packed& w, const uint16_t* streams, int64_t low, int64_t high, float* y, int64_t stride) {
+  constexpr int kTaps = 2;
+  const __m512i table = rounded_table(w.table);
+  const Lanes lanes(w);
+  int64_t r = low;
+  for (; r + kTaps <= high; r += kTaps) dot_bf16_taps<kRows, kTaps>(w, table, lanes, streams, r, y, stride);
+  for (; r < high; ++r) dot_bf16_taps<kRows, 1>(w, table, lanes, streams, r, y, stride);
+}
+
+void dot_bf16(const Packed& w, const uint16_t* streams, int64_t rows, int64_t low, int64_t high, float* y,
+              int64_t stride) {
+  switch (rows) {
+    case 1:
+      return dot_bf16_rows<1>(w, streams, low, high, y, stride);
+    case 2:
+      return dot_bf16_rows<2>(w, streams, low, high, y, stride);
+    case 3:
+      return dot_bf16_rows<3>(w, streams, low, high, y, stride);
+    default:
+      return dot_bf16_rows<4>(w, streams, low, high, y, stride);
+  }
+}
+
+// Sums of the lanes of four vectors.
+inline __m128 sum_four(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
+                                   _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+template <int kRows>
+inline void tile(const uint16_t* x, const uint16_t* weights, int64_t columns, int count, uint16_t* y, int64_t stride) {
+  const int64_t apart = stream_stride(columns);
+  __m512 sums[kRows][kTileRows];
+  for (int i = 0; i < kRows; ++i) {
+    for (int t = 0; t < kTileRows; ++t) sums[i][t] = _mm512_setzero_ps();
+  }
+  for (int64_t k = 0; k < columns; k += 32) {
+    __m512bh ws[kTileRows];
+    for (int t = 0; t < kTileRows; ++t) ws[t] = as_bf16(_mm512_loadu_si512(weights + t * apart + k));
+    for (int i = 0; i < kRows; ++i) {
+      const __m512bh xs = as_bf16(_mm512_loadu_si512(x + i * apart + k));
+      for (int t = 0; t < kTileRows; ++t) sums[i][t] = _mm512_dpbf16_ps(sums[i][t], xs, ws[t]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    alignas(16) float found[kTileRows];
+    _mm_store_ps(found, sum_four(sums[i][0], sums[i][1], sums[i][2], sums[i][3]));
+    for (int t = 0; t < count; ++t) {
+      uint16_t& target = y[i * stride + t];
+      target = to_bf16(from_bf16(target) + found[t]);
+    }
+  }
+}
+
+// 128 elements of a row of W in bf16, as `arrange_bf16` arranges x. One table has both blocks' values; W is rounded as
+// `decode` rounds it.
+inline void decode_step(const uint8_t* bytes, __mmask64 there, __m512 table, float first, float second, uint16_t* out) {
+  const __m512i upper = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  const __m512i low = _mm512_set1_epi16(15);
+  const __m512i words = _mm512_maskz_loadu_epi8(there, bytes);
+  const __m512i values = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(table, _mm512_set1_ps(second)),
+                                                      _mm512_mul_ps(table, _mm512_set1_ps(first)));
+  constexpr int kPlace = 0xea;  // (nibble & 15) | 16 in the upper half
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_ternarylogic_epi64(words, low, upper, kPlace), values));
+  const __m512i second_nibbles = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 4), low, upper, kPlace);
+  _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(second_nibbles, values));
+  const __m512i third_nibbles = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 8), low, upper, kPlace);
+  _mm512_storeu_si512(out + 64, _mm512_permutexvar_epi16(third_nibbles, values));
+  const __m512i fourth_nibbles = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 12), low, upper, kPlace);
+  _mm512_storeu_si512(out + 96, _mm512_permutexvar_epi16(fourth_nibbles, values));
+}
+
+void decode_streams(const Packed& w, int64_t r, uint16_t* out) {
+  const __m512 table = _mm512_loadu_ps(w.table);
+  const int shift = w.block_shift();
+  const uint8_t* bytes = w.bytes + r * (w.columns / 2);
+  for (int64_t chunk = 0; chunk < w.columns; chunk += kScaleColumns) {
+    const int64_t count = w.columns - chunk < kScaleColumns ? w.columns - chunk : kScaleColumns;
+    float room[kScaleColumns / 64];
+    const int64_t b = r * (w.columns >> shift) + (chunk >> shift);
+    const float* scales = w.scales_from(b, (count + w.block - 1) >> shift, room);
+    int64_t place = 0;
+    for (; place + kStep <= count; place += kStep) {
+      decode_step(bytes + (chunk + place) / 2, ~0ull, table, scales[place >> shift], scales[(place + 64) >> shift],
+                  out + chunk + place);
+    }
+    if (place < count) {  // 64 elements
+      const float last = scales[place >> shift];
+      decode_step(bytes + (chunk + place) / 2, (1ull << 32) - 1, table, last, last, out + chunk + place);
+    }
+  }
+}
+
+void tile_bf16(const Packed& w, const uint16_t* x, int64_t rows, int64_t low, int64_t high, uint16_t* y, int64_t stride,
+               uint16_t* scratch) {
+  const int64_t columns = w.columns, apart = stream_stride(columns);
+  for (int64_t i = 0; i < kTileRows * apart; ++i) scratch[i] = 0;
+  for (int64_t r = low; r < high; r += kTileRows) {
+    const int count = static_cast<int>(high - r < kTileRows ? high - r : kTileRows);
+    for (int t = 0; t < count; ++t) decode_streams(w, r + t, scratch + t * apart);
+    int64_t i = 0;
+    for (; i + 6 <= rows; i += 6) tile<6>(x + i * apart, scratch, columns, count, y + i * stride + r, stride);
+    const uint16_t* left = x + i * apart;
+    uint16_t* target = y + i * stride + r;
+    switch (rows - i) {
+      case 1:
+        tile<1>(left, scratch, columns, count, target, stride);
+        break;
+      case 2:
+        tile<2>(left, scratch, columns, count, target, stride);
+        break;
+      case 3:
+        tile<3>(left, scratch, columns, count, target, stride);
+        break;
+      case 4:
+        tile<4>(left, scratch, columns, count, target, stride);
+        break;
+      case 5:
+        tile<5>(left, scratch, columns, count, target, stride);
+        break;
+    }
+  }
+}
+
+inline __m512i load_bf16(const uint16_t* from, int64_t left) {
+  if (left >= 32) return _mm512_loadu_si512(from);
+  return _mm512_maskz_loadu_epi16((1u << left) - 1, from);
+}
+
+template <int kRows>
+void dense_dot_rows(const uint16_t* x, int64_t x_stride, const uint16_t* d, int64_t columns, int64_t low, int64_t high,
+                    float* y, int64_t stride, bool add) {
+  for (int64_t r = low; r < high; r += kTileRows) {
+    const int count = static_cast<int>(high - r < kTileRows ? high - r : kTileRows);
+    __m512 sums[kRows][kTileRows];
+    for (int i = 0; i < kRows; ++i) {
+      for (int t = 0; t < kTileRows; ++t) sums[i][t] = _mm512_setzero_ps();
+    }
+    const uint16_t* rows[kTileRows];
+    for (int t = 0; t < kTileRows; ++t) rows[t] = d + (r + (t < count ? t : 0)) * columns;
+    for (int64_t k = 0; k < columns; k += 32) {
+      __m512bh ds[kTileRows];
+      for (int t = 0; t < kTileRows; ++t) ds[t] = as_bf16(load_bf16(rows[t] + k, columns - k));
+      for (int i = 0; i < kRows; ++i) {
+        const __m512bh xs = as_bf16(load_bf16(x + i * x_stride + k, columns - k));
+        for (int t = 0; t < kTileRows; ++t) sums[i][t] = _mm512_dpbf16_ps(sums[i][t], xs, ds[t]);
+      }
+    }
+    const __mmask8 there = static_cast<__mmask8>((1 << count) - 1);
+    for (int i = 0; i < kRows; ++i) {
+      float* target = y + i * stride + r;
+      __m128 found = sum_four(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+      if (add) found = _mm_add_ps(found, _mm_maskz_loadu_ps(there, target));
+      _mm_mask_storeu_ps(target, there, found);
+    }
+  }
+}
+
+void dense_dot_bf16(const uint16_t* x, int64_t x_stride, int64_t rows, const uint16_t* d, int64_t columns, int64_t low,
+                    int64_t high, float* y, int64_t stride, bool add) {
+  switch (rows) {
+    case 1:
+      return dense_dot_rows<1>(x, x_stride, d, columns, low, high, y, stride, add);
+    case 2:
+      return dense_dot_rows<2>(x, x_stride, d, columns, low, high, y, stride, add);
+    case 3:
+      return dense_dot_rows<3>(x, x_stride, d, columns, low, high, y, stride, add);
+    default:
+      return dense_dot_rows<4>(x, x_stride, d, columns, low, high, y, stride, add);
+  }
+}
+
+template <int kTaps>
+inline void dense_add_taps(const float* c, int64_t stride, int64_t rows, const uint16_t* d, int64_t columns,
+                           int64_t width, float* sums) {
+  for (int64_t j = 0; j < width; j += 16) {
+    const __mmask16 there = static_cast<__mmask16>(width - j >= 16 ? 0xffff : (1u << (width - j)) - 1);
+    __m512 values[kTaps];
+    for (int t = 0; t < kTaps; ++t) {
+      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, d + t * columns + j));
+      values[t] = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      __m512 sum = _mm512_maskz_loadu_ps(there, sums + i * width + j);
+      for (int t = 0; t < kTaps; ++t) sum = _mm512_fmadd_ps(values[t], _mm512_set1_ps(c[i * stride + t]), sum);
+      _mm512_mask_storeu_ps(sums + i * width + j, there, sum);
+    }
+  }
+}
+
+void dense_add_bf16(const float* c, int64_t stride, int64_t rows, const uint16_t* d, int64_t columns, int64_t low,
+                    int64_t high, int64_t first, int64_t width, float* sums) {
+  int64_t r = low;
+  for (; r + 8 <= high; r += 8) dense_add_taps<8>(c + r, stride, rows, d + r * columns + first, columns, width, sums);
+  for (; r < high; ++r) dense_add_taps<1>(c + r, stride, rows, d + r * columns + first, columns, width, sums);
+}
+
+// kRows rows of a 64-column tile of G.
+template <int kRows>
+inline void outer_tile(const uint16_t* left, const uint16_t* right, int64_t m, int64_t n, int64_t pairs, int columns,
+                       float* total, bool fresh) {
+  __m512 sums[kRows][4];
+  __mmask16 there[4];
+  for (int c = 0; c < 4; ++c) {
+    const int count = columns - 16 * c;
+    there[c] = static_cast<__mmask16>(count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0);
+    for (int i = 0; i < kRows; ++i) {
+      sums[i][c] = fresh ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(there[c], total + i * n + 16 * c);
+    }
+  }
+  for (int64_t p = 0; p < pairs; ++p) {
+    __m512bh xs[4];
+    for (int c = 0; c < 4; ++c) xs[c] = as_bf16(_mm512_loadu_si512(right + (p * kOuterColumns + 16 * c) * 2));
+    for (int i = 0; i < kRows; ++i) {
+      int pair;
+      __builtin_memcpy(&pair, left + (p * m + i) * 2, 4);
+      const __m512bh dys = as_bf16(_mm512_set1_epi32(pair));
+      for (int c = 0; c < 4; ++c) sums[i][c] = _mm512_dpbf16_ps(sums[i][c], dys, xs[c]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int c = 0; c < 4; ++c) _mm512_mask_storeu_ps(total + i * n + 16 * c, there[c], sums[i][c]);
+  }
+}
+
+void outer_bf16(const uint16_t* left, const uint16_t* right, int64_t m, int64_t n, int64_t pairs, int64_t low,
+                int64_t high, float* total, bool fresh) {
+  for (int64_t j = 0; j < n; j += kOuterColumns) {
+    const uint16_t* panel = right + j * pairs * 2;
+    const int columns = static_cast<int>(n - j < kOuterColumns ? n - j : kOuterColumns);
+    int64_t i = low;
+    for (; i + 6 <= high; i += 6) {
+      outer_tile<6>(left + 2 * i, panel, m, n, pairs, columns, total + i * n + j, fresh);
+    }
+    for (; i < high; ++i) outer_tile<1>(left + 2 * i, panel, m, n, pairs, columns, total + i * n + j, fresh);
+  }
+}
+
+}  // namespace
+
+const Kernels& avx512_bf16_kernels() {
+  static const Kernels kernels = {"AVX-512 with bf16", decode<F32>,    decode<BF16>,   decode<F16>, dot, dot_transposed,
+                                  arrange_bf16,        dot_bf16,       tile_bf16,      dense_dot_bf16,
+                                  dense_add_bf16,      outer_bf16,     pack_signs_avx512};
+  return kernels;
+}
+
+}  // namespace lorasb
+
+LORASB_TARGET_END
+#endif

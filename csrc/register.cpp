@@ -1,0 +1,36 @@
+// What the extension adds to torch: kernels for the ops that lorasb defines in Python, and what it tells of itself.
+#include <torch/library.h>
+
+#include "gradient.h"
+#include "isa.h"
+#include "linear.h"
+#include "quantised.h"
+
+namespace lorasb {
+namespace {
+
+void use(const std::string& name) {
+  TORCH_CHECK_VALUE(use_instruction_set(name), "this processor has no instruction set '", name, "', expected one of ",
+                    instruction_sets());
+}
+
+std::string used() { return kernels().name; }
+
+}  // namespace
+}  // namespace lorasb
+
+TORCH_LIBRARY(lorasb_csrc, m) {
+  m.def("instruction_sets() -> str[]", [] { return lorasb::instruction_sets(); });
+  m.def("use_instruction_set(str name) -> ()", [](const std::string& name) { lorasb::use(name); });
+  m.def("instruction_set() -> str", [] { return lorasb::used(); });
+}
+
+TORCH_LIBRARY_IMPL(lorasb, CPU, m) {
+  for (const std::string owner : {"", "_cpp"}) {
+    m.impl(("linear_quantised" + owner).c_str(), TORCH_FN(lorasb::linear));
+    m.impl(("linear_quantised_backward" + owner).c_str(), TORCH_FN(lorasb::linear_backward));
+    m.impl(("dequantise" + owner).c_str(), TORCH_FN(lorasb::dequantise));
+    m.impl(("gradient_add" + owner).c_str(), TORCH_FN(lorasb::gradient_add));
+    m.impl(("gradient_signs" + owner).c_str(), TORCH_FN(lorasb::gradient_signs));
+  }
+}
