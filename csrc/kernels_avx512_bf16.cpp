@@ -218,6 +218,7 @@ void decode_streams(const Packed& w, int64_t r, uint16_t* out) {
     const float* scales = w.scales_from(b, (count + w.block - 1) >> shift, room);
     int64_t place = 0;
     for (; place + kStep <= count; place += kStep) {
+      _mm_prefetch(reinterpret_cast<const char*>(bytes + (chunk + place) / 2 + kAhead), _MM_HINT_T0);
       decode_step(bytes + (chunk + place) / 2, ~0ull, table, scales[place >> shift], scales[(place + 64) >> shift],
                   out + chunk + place);
     }

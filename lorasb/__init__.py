@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from .export import export_lora
     from .init import InitReport, first_step_lr, initialize
     from .linear import LoRASBLinear, equivalent_gradient
+    from .linear4bit import Linear4bit
+    from .quantizing import quantize
 
 __all__ = [
     "InitCallback",
     "InitReport",
+    "Linear4bit",
     "LoRASBConfig",
     "LoRASBLinear",
     "__version__",
@@ -34,11 +37,13 @@ __all__ = [
     "functional",
     "initialize",
     "patch",
+    "quantize",
 ]
 
 _HOMES = {
     "InitCallback": "callback",
     "InitReport": "init",
+    "Linear4bit": "linear4bit",
     "LoRASBConfig": "config",
     "LoRASBLinear": "linear",
     "backend": "backends",
@@ -46,6 +51,7 @@ _HOMES = {
     "export_lora": "export",
     "first_step_lr": "init",
     "initialize": "init",
+    "quantize": "quantizing",
 }
 
 

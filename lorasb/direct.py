@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from . import group_ops, ops
+from . import group_ops, ops, quantised_ops
 
 SMALL_BYTES = 6 * 2**20  # of x: between 4096 features x 512 tokens in bf16 and in fp32, where the two cross (measured)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -72,6 +72,23 @@ class Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Tensor | None, ...]:
         return (*ops.derivative(ctx.kernel)(ctx, dy, du), None)
+
+
+class LinearQuantised(torch.autograd.Function):
+    """`lorasb::linear_quantised` without the dispatcher: the op's arguments, its two kernels, and the list's tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        inputs, (forward, ctx.kernel) = arguments[:10], arguments[10]
+        output: tuple[Tensor, Tensor] = forward(*inputs)
+        quantised_ops.save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Any, ...]:
+        found = quantised_ops.derivative(ctx.kernel)(ctx, dy, du)
+        return found[0], None, *found[2:], None, *found[1]
 
 
 class LinearGroup(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""`lora_sb_linear`: the adapted linear as a function, with the checks that every backend relies on."""
+"""`lora_sb_linear`: the adapted linear as a function, with the checks that every backend relies on; dequantisation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from . import direct
 from .backends import eager  # importing the package registers every backend
 from .limits import MAX_RANK
 from .ops import backend_op, current_backend
+from .quantised import QuantisedWeight, of_weight
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def lora_sb_linear(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | QuantisedWeight | None,
     lora_A: Tensor,
     lora_R: Tensor,
     lora_B: Tensor,
@@ -34,7 +35,8 @@ def lora_sb_linear(
 
     Args:
         x: [..., in], fp64, fp32, bf16 or fp16; one to four dimensions, M = 0 included.
-        weight: W [out, in] in x's dtype, or None for the adapter's part alone.
+        weight: W [out, in] in x's dtype, a 4-bit parameter with its `quant_state`, what `quantised.of_module` read from a
+            layer, or None for the adapter's part alone.
         lora_A: [r, in] in x's dtype.
         lora_R: [r, r], fp32 whatever x's dtype (fp64 for fp64).
         lora_B: [out, r] in x's dtype.
@@ -51,10 +53,13 @@ def lora_sb_linear(
         ValueError: shapes, ranks or devices that do not fit together, or x requires grad under inference mode.
         TypeError: dtypes that do not fit together, or x is not floating point.
     """
+    quantised = of_weight(weight)
+    if quantised is not None:
+        return _over_quantised(x, quantised, lora_A, lora_R, lora_B, bias, scaling, dropout)
     if torch.is_autocast_enabled(x.device.type):
         x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
     _check(x, weight, lora_A, lora_R, lora_B, bias)
-    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu") if dropout > 0.0 else None
+    seed = _seed(dropout)
     arguments = (x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout, seed)
     backend = current_backend()
     kernels = direct.kernels("linear", backend, *arguments[:6])
@@ -63,6 +68,74 @@ def lora_sb_linear(
     y: Tensor
     y, _ = direct.Linear.apply(*arguments, kernels) if kernels else backend_op("linear", backend)(*arguments)
     return y
+
+
+def _seed(dropout: float) -> Tensor | None:
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu") if dropout > 0.0 else None
+
+
+def _over_quantised(
+    x: Tensor,
+    weight: QuantisedWeight,
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        x, a, b, bias = _autocast(x, a, b, bias)
+    if weight.shape != (b.shape[0], a.shape[-1]):
+        raise ValueError(f"expected a quantised weight [{b.shape[0]}, {a.shape[-1]}], got {list(weight.shape)}")
+    _check(x, None, a, core, b, bias)
+    if weight.device != x.device:
+        raise ValueError(f"expected the quantised weight on x's device {x.device}, got {weight.device}: move one of the two")
+    backend, quant, layout = current_backend(), weight.tensors, weight.layout(x.dtype)
+    arguments = (x, quant, layout, a, core, b, bias, scaling, dropout, _seed(dropout))
+    kernels = direct.kernels("linear_quantised", backend, x, a, core, b, bias, *quant)
+    y: Tensor
+    if kernels is None:
+        y, _ = backend_op("linear_quantised", backend)(*arguments)
+    elif torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
+        y, _ = direct.LinearQuantised.apply(*arguments, kernels, *quant)
+    else:
+        y, _ = kernels[0](*arguments)
+    return y
+
+
+def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + bias over a quantised weight, without an adapter; its backward gives dx.
+
+    Args:
+        x: [..., in].
+        weight: W [out, in].
+        bias: [out] in x's dtype.
+    """
+    out_features, in_features = weight.shape
+    a, b = x.new_empty((0, in_features)), x.new_empty((out_features, 0))
+    return _over_quantised(x, weight, a, x.new_empty((0, 0), dtype=torch.float32), b, bias, 1.0, 0.0)
+
+
+@torch.no_grad()
+def dequantize_nf4(weight: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """W [out, in] from its 4 bits, to the bit what bitsandbytes' `dequantize_4bit` gives; NF4 and FP4 alike.
+
+    Args:
+        weight: a 4-bit parameter with its `quant_state` (`Linear4bit.weight`), or a `QuantisedWeight` of 4 or 8 bits.
+        dtype: of the result; that of the weight before it was quantised, unless given.
+
+    Raises:
+        TypeError: a dense tensor.
+        ValueError: a packed weight and statistics that do not belong together, or are not finite.
+    """
+    found = of_weight(weight)
+    if found is None:
+        raise TypeError(f"expected a 4-bit parameter with a quant_state, got a {type(weight).__name__} without one")
+    wanted, backend = dtype or found.dtype, current_backend()
+    arguments = (found.tensors, found.layout(wanted), *found.shape, wanted)
+    dense: Tensor = backend_op("dequantise", backend)(*arguments)
+    return dense
 
 
 def lora_sb_linear_group(

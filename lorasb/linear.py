@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import _peft_hook
 from .containers import HALVES, LOADED, Cores, FrozenFactors, placed_like
-from .functional import lora_sb_linear
+from .functional import dequantize_nf4, lora_sb_linear, quantised_linear
+from .quantised import QuantisedWeight, compute_dtype, is_quantised, keep_unpacked, of_module
 
 if TYPE_CHECKING:
     from .siblings import Siblings
@@ -38,13 +39,16 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
     (Theorem 3, Eq. 9). A layer starts with A = B = R = 0, which is the base layer; `lorasb.initialize` fills them.
 
     Args:
-        base_layer: the frozen linear, `weight` [out, in] (or [in, out] with `fan_in_fan_out`).
+        base_layer: the frozen linear, `weight` [out, in] (or [in, out] with `fan_in_fan_out`); dense, or in 4 or 8 bits
+            (bitsandbytes' `Linear4bit` and `Linear8bitLt`, or ours). A quantised base computes here, from its storage:
+            on a CPU bitsandbytes' own forward would repack the weight.
         adapter_name: name of the first adapter.
         r: its rank.
         scaling: its s.
         lora_dropout: its probability of dropping an element of x on the adapter's path.
         equivalent_gradient: apply Theorem 3's closed form to R's gradient.
         fan_in_fan_out: the weight is stored transposed, as in `transformers.Conv1D`.
+        octet_dtype: what an 8-bit base computes in, as its storage does not say; its bias's dtype, or fp16, unless given.
 
     Forward: x [..., in] -> y [..., out], in x's dtype.
 
@@ -64,12 +68,18 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         lora_dropout: float = 0.0,
         equivalent_gradient: bool = False,
         fan_in_fan_out: bool = False,
+        octet_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.training = base_layer.training
         self.fan_in_fan_out = fan_in_fan_out
-        out_features, in_features = self.dense_weight().shape
+        self.octet_dtype = octet_dtype
+        self._read: tuple[Any, QuantisedWeight] | None = None
+        self._packed_base: list[nn.Module] = []  # the quantised layer while a dense one, with adapters merged, stands there
+        keep_unpacked(base_layer)
+        found = self.quantised()
+        out_features, in_features = found.shape if found is not None else self.dense_weight().shape
         self.in_features, self.out_features = int(in_features), int(out_features)
         self.lorasb_A, self.lorasb_R, self.lorasb_B = FrozenFactors(), Cores(), FrozenFactors()
         self.r: dict[str, int] = {}
@@ -102,7 +112,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"expected 0 < r <= min(in, out) = {min(self.in_features, self.out_features)}, got {r}")
         if adapter_name in self.lorasb_R:
             raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
-        device, dtype, core_dtype = self._device(), self.weight.dtype, self._core_dtype()
+        device, dtype, core_dtype = self._device(), self.base_dtype, self._core_dtype()
         self.r[adapter_name], self.scaling[adapter_name] = r, scaling
         self.lora_dropout[adapter_name], self.equivalent[adapter_name] = lora_dropout, equivalent_gradient
         self.initialized[adapter_name] = False
@@ -126,8 +136,36 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             target.copy_(placed_like(target, value))
         self.initialized[adapter_name] = True
 
+    def quantised(self) -> QuantisedWeight | None:
+        """What the base layer stores, if it is quantised; read once, and again when it was replaced or written to."""
+        base = self.get_base_layer()
+        if not is_quantised(base):
+            return None
+        weight: Any = base.weight
+        key = (weight.data_ptr(), weight._version, id(getattr(weight, "quant_state", None)), id(base))
+        if self._read is None or self._read[0] != key:
+            found = of_module(base)
+            if found is None:
+                return None
+            key = (weight.data_ptr(), weight._version, id(getattr(weight, "quant_state", None)), id(base))
+            self._read = key, found
+        return self._read[1]
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """The dtype that the base computes in, which A and B have too."""
+        found = self.quantised()
+        if found is None:
+            return cast(torch.dtype, self.weight.dtype)
+        if found.kind == "int8" and self.octet_dtype is not None:
+            return self.octet_dtype
+        return compute_dtype(self.get_base_layer(), found)
+
     def dense_weight(self) -> Tensor:
-        """W [out, in]: the base layer's weight, or a view of it."""
+        """W [out, in]: the base layer's weight, or a view of it; of a quantised one, what its bits stand for."""
+        found = self.quantised()
+        if found is not None:
+            return dequantize_nf4(found)
         weight = self.base_weight()
         return weight.t() if self.fan_in_fan_out else weight
 
@@ -141,19 +179,40 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             self.unmerge()
         names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lorasb_R]
         if not names or args or kwargs or self.base_must_run():
-            y = self.base_layer(x, *args, **kwargs)
+            y = self._base(x, *args, **kwargs)
             for name in names:
                 y = y + self._adapted(self.on_base_dtype(x), name, None, None).to(y.dtype)
             return y
         y = self.siblings.take(self, x) if self.siblings is not None else None
         dtype, x = x.dtype, self.on_base_dtype(x)
         if y is None:
-            y = self._adapted(x, names[0], self.dense_weight(), self.bias)
+            found = self.quantised()
+            if found is None:
+                y = self._adapted(x, names[0], self.dense_weight(), self.bias)
+            else:
+                y = self._adapted(x, names[0], found, self._bias_like(x))
         for name in names[1:]:
             y = y + self._adapted(x, name, None, None)
         return y if y.dtype == dtype or torch.is_autocast_enabled(x.device.type) else y.to(dtype)
 
-    def _adapted(self, x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's own result. A quantised one is computed from its storage, without its module's forward."""
+        found = None if args or kwargs or self.base_must_run() else self.quantised()
+        if found is None:
+            y: Tensor = self.base_layer(x, *args, **kwargs)
+            return y
+        dtype, x = x.dtype, self.on_base_dtype(x)
+        y = quantised_linear(x, found, self._bias_like(x))
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
+
+    def _bias_like(self, x: Tensor) -> Tensor | None:
+        """The bias in x's dtype: a quantised layer's own may be in another."""
+        bias = cast("Tensor | None", self.get_base_layer().bias)
+        return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+
+    def _adapted(
+        self, x: Tensor, name: str, weight: Tensor | QuantisedWeight | None, bias: Tensor | None
+    ) -> Tensor:
         a, core, b, s = self.lorasb_A[name], self.lorasb_R[name], self.lorasb_B[name], self.scaling[name]
         if torch.is_grad_enabled() and core.requires_grad and not self.is_initialized(name):
             core = self._refuse_to_train(core, name)
@@ -165,7 +224,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
     def base_must_run(self) -> bool:
         """Whether reading the weight would bypass something: offloading or sharding hooks, or another forward."""
         base = self.base_layer
-        plain = type(base).forward is nn.Linear.forward or self.fan_in_fan_out
+        plain = type(base).forward is nn.Linear.forward or self.fan_in_fan_out or is_quantised(base)
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         return (
             not plain
@@ -179,7 +238,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         """Cast x to the base's dtype, as PEFT's layers do, where autocast does not rule."""
         if torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
             return x
-        return self._cast_input_dtype(x, self.weight.dtype)
+        return self._cast_input_dtype(x, self.base_dtype)
 
     def is_initialized(self, name: str) -> bool:
         """Whether an adapter was initialised or loaded: a Python flag, or the one transformers' loader sets."""
@@ -211,7 +270,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
 
     def _core_dtype(self) -> torch.dtype:
         """R's dtype: fp32 under a 16-bit base, else the base's."""
-        dtype = self.weight.dtype
+        dtype = self.base_dtype
         return torch.float32 if dtype in HALVES else dtype
 
     def _device(self) -> torch.device:
@@ -249,7 +308,8 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: the result is not finite.
         """
-        weight = self.base_weight().detach()
+        found = self.quantised()
+        weight = self.base_weight().detach() if found is None else dequantize_nf4(found, self.base_dtype)
         total = weight
         for name in adapter_names:
             total = total + sign * self.get_delta_weight(name)
@@ -262,16 +322,38 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         return merged
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add s·B R A to the base weight. A result that is not finite raises, with `safe_merge` and without."""
+        """Add s·B R A to the base weight. A result that is not finite raises, with `safe_merge` and without.
+
+        A quantised base gives way to a dense layer in the dtype that it computes in, and comes back with `unmerge`.
+        """
         names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lorasb_R]
-        if names:
-            self.base_weight().data = self.merged_weight(names)
-            self.merged_adapters.extend(names)
+        if not names:
+            return
+        merged = self.merged_weight(names)
+        if self.quantised() is not None:
+            self._packed_base.append(self.base_layer)
+            self.base_layer = self._dense_layer(merged)
+        else:
+            self.base_weight().data = merged
+        self.merged_adapters.extend(names)
+
+    def _dense_layer(self, weight: Tensor) -> nn.Linear:
+        """A frozen `nn.Linear` with this weight and the base's bias."""
+        bias = cast("Tensor | None", self.get_base_layer().bias)
+        dense = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+        return dense.train(self.training)
 
     def unmerge(self) -> None:
-        """Subtract what `merge` added, at the adapter's precision."""
+        """Subtract what `merge` added, at the adapter's precision; a quantised base comes back as it was."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self._packed_base:
+            self.base_layer = self._packed_base.pop()
+            self.merged_adapters.clear()
             return
         self.base_weight().data = self.merged_weight(self.merged_adapters, sign=-1.0)
         self.merged_adapters.clear()
@@ -280,7 +362,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         """Put an adapter on the base's device, A and B in its dtype and frozen, R in fp32."""
         if adapter_name not in self.lorasb_R:
             return
-        dtype = self.weight.dtype
+        dtype = self.base_dtype
         for factors, wanted in ((self.lorasb_A, dtype), (self.lorasb_B, dtype), (self.lorasb_R, self._core_dtype())):
             old = factors[adapter_name]
             target = old.device if old.device.type == "meta" else self._device()

@@ -179,6 +179,8 @@ def kind(layer: LoRASBLinear, x: Tensor) -> tuple[Any, ...] | None:
         return None
     name = names[0]
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    if layer.quantised() is not None:  # each multiplies its own panels
+        return None
     if layer.fan_in_fan_out or any(hooks) or hasattr(layer, "_hf_hook") or layer.base_must_run():
         return None
     if layer.equivalent[name] or (layer.training and layer.lora_dropout[name] > 0.0):

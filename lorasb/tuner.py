@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -19,6 +20,8 @@ from .config import ALL_LINEAR, DEFAULT_RANK, PEFT_NAME, LoRASBConfig
 from .fingerprint import difference, fingerprint
 from .linear import LoRASBLinear
 from .lookup import any_merged, layers_with
+from .quantised import is_quantised, keep_unpacked, of_module
+from .requantising import Requantised
 from .task_type import infer_task_type
 
 HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj")
@@ -55,6 +58,7 @@ class LoRASBModel(BaseTuner):
             self._refuse_duplicates(model, adapter_name)
             config.start_over()
             config.task_type = config.task_type or infer_task_type(model)
+            keep_unpacked(model)
             _save_heads(model, config)
             self._plan(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -125,7 +129,9 @@ class LoRASBModel(BaseTuner):
         if isinstance(target, LoRASBLinear):
             target.add_adapter(adapter_name, **options, inference_mode=peft_config.inference_mode)
             return
-        layer = LoRASBLinear(target, adapter_name, fan_in_fan_out=isinstance(target, Conv1D), **options)
+        transposed, dtype = isinstance(target, Conv1D), getattr(self.model, "dtype", None)
+        dtype = dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+        layer = LoRASBLinear(target, adapter_name, fan_in_fan_out=transposed, octet_dtype=dtype, **options)
         if adapter_name not in self.active_adapters:
             layer.lorasb_R.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -156,6 +162,26 @@ class LoRASBModel(BaseTuner):
             self._check_finite(adapter_names)
         siblings.dissolve(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        requantize: bool = False,
+    ) -> nn.Module:
+        """Merge the adapters and give the plain model back; layers that were quantised are dense then.
+
+        Args:
+            progressbar, safe_merge, adapter_names: as for PEFT's other methods.
+            requantize: put layers that had 4 bits into 4 bits again, of the same kind. That rounds the adapter's part
+                too: `model.requantization_errors` has ‖W4 − W‖ / ‖W‖ by layer, and a log line says the worst.
+        """
+        before = Requantised.of(self.model) if requantize else None
+        model: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if before is not None:
+            before.restore(model)
+        return model
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         """Try the merge of every layer before any is changed."""
@@ -236,7 +262,7 @@ def _resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
     default = config.r is None
     capped = {}
     for name, module in targets.items():
-        limit = min(_base(module).weight.shape)
+        limit = min(_features(_base(module)))
         if rank_for(config, name) <= limit:
             continue
         if not default or _pattern_rank(config, name) is not None:
@@ -277,8 +303,20 @@ def _base(module: nn.Module) -> Any:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
+def _features(base: Any) -> tuple[int, int]:
+    """(out, in), either way round: a packed weight's own shape tells nothing."""
+    shape = (base.out_features, base.in_features) if is_quantised(base) else base.weight.shape
+    return int(shape[0]), int(shape[1])
+
+
 def _check_supported(name: str, module: nn.Module) -> None:
     base = _base(module)
+    if is_quantised(base):
+        try:
+            of_module(base)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"target {name!r}: {error}") from None
+        return
     weight = getattr(base, "weight", None)
     if isinstance(base, OWN_WEIGHT_READERS):
         raise TypeError(
@@ -290,7 +328,7 @@ def _check_supported(name: str, module: nn.Module) -> None:
             return
         raise TypeError(
             f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: expected "
-            "fp32, bf16 or fp16. Quantised bases are not supported; load the model without quantization_config"
+            "fp32, bf16 or fp16, or a layer that bitsandbytes or lorasb.quantize quantised"
         )
     raise TypeError(
         f"target {name!r} is a {type(base).__name__}: expected nn.Linear (or transformers' Conv1D). "

@@ -144,7 +144,7 @@ def measure(work: Work) -> Sizes:
     counts = [tokens_of(piece.batch) for piece in work.pieces] or [0]
     rows = [batch_size(piece.batch) for piece in work.pieces] or [1]
     first = next(iter(work.layers.values()))
-    itemsize = first.weight.element_size() if first.weight.is_floating_point() else 2
+    itemsize = first.base_dtype.itemsize
     config = getattr(work.model, "config", None)
     width = getattr(config, "hidden_size", None) or first.in_features
     saved = sum(layer.in_features + layer.out_features for layer in work.layers.values()) * itemsize * SAVED / 2
@@ -247,7 +247,7 @@ def _seconds(work: Work, sizes: Sizes, products: int) -> float:
 def _speed(work: Work, layer: LoRASBLinear, sizes: Sizes, dtype: torch.dtype | None = None) -> float:
     """Floating point operations a second of x Wᵀ, with as many tokens as a micro-batch has."""
     tokens, m, n = max(16, min(512, sizes.largest)), layer.out_features, layer.in_features
-    kind = dtype or (layer.weight.dtype if layer.weight.is_floating_point() else torch.bfloat16)
+    kind = dtype or layer.base_dtype
     x = torch.zeros(tokens, n, dtype=kind, device=work.device)
     w = torch.zeros(m, n, dtype=kind, device=work.device)
     best = float("inf")

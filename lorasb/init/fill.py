@@ -165,6 +165,6 @@ class Filling:
 
 def _nothing(layer: LoRASBLinear) -> Tensor:
     """The sum of a process that had no sample for a layer."""
-    dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if layer.base_dtype == torch.float64 else torch.float32
     device = next(layer.lorasb_R.parameters()).device
     return torch.zeros(layer.out_features, layer.in_features, device=device, dtype=dtype)

@@ -48,7 +48,7 @@ def cache_key(model: nn.Module, layer: Any, update: str, seed: int, num_samples:
               loss_fn: Any) -> dict[str, Any]:  # fmt: skip
     """What the signs of a model depend on."""
     return {
-        "dtype": str(layer.weight.dtype).removeprefix("torch."),
+        "dtype": str(layer.base_dtype).removeprefix("torch."),
         "base weights": weights_hash(model),
         "update": update,
         "seed": seed,

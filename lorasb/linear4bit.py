@@ -1,0 +1,158 @@
+"""`Linear4bit`: a frozen linear layer in 4 bits that needs no bitsandbytes, with bitsandbytes' storage and file format."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .functional import quantised_linear
+from .quantised import QuantisedWeight, of_state
+
+KEY = "quant_state.bitsandbytes__"
+
+
+@dataclass
+class QuantState:
+    """Statistics of a packed weight, with the names that bitsandbytes gives them.
+
+    Attributes:
+        absmax: scale of each block [blocks]: fp32, or uint8 where `state2` has scales of scales.
+        code: the table [16].
+        shape, dtype: of the weight before.
+        offset: what nested scales are relative to.
+    """
+
+    absmax: Tensor
+    code: Tensor
+    blocksize: int
+    quant_type: str | None = None
+    shape: torch.Size | None = None
+    dtype: torch.dtype = torch.float32
+    offset: Tensor | None = None
+    state2: QuantState | None = None
+
+    @property
+    def nested(self) -> bool:
+        """Whether the scales are quantised themselves."""
+        return self.state2 is not None
+
+    def to(self, device: torch.device | str) -> QuantState:
+        """The same on another device."""
+        offset = None if self.offset is None else self.offset.to(device)
+        state2 = None if self.state2 is None else self.state2.to(device)
+        absmax, code = self.absmax.to(device), self.code.to(device)
+        return QuantState(absmax, code, self.blocksize, self.quant_type, self.shape, self.dtype, offset, state2)
+
+    def as_tensors(self) -> dict[str, Tensor]:
+        """As bitsandbytes writes them into a state dict."""
+        facts: dict[str, Any] = {"quant_type": self.quant_type, "blocksize": self.blocksize}
+        facts |= {"dtype": _name(self.dtype), "shape": list(self.shape or ())}
+        found = {"absmax": self.absmax, "quant_map": self.code}
+        if self.state2 is not None and self.offset is not None:
+            found |= {"nested_absmax": self.state2.absmax, "nested_quant_map": self.state2.code.clone()}
+            facts |= {"nested_blocksize": self.state2.blocksize, "nested_dtype": _name(self.state2.dtype)}
+            facts["nested_offset"] = self.offset.item()
+        octets = json.dumps(facts).encode()
+        return found | {f"{KEY}{self.quant_type}": torch.tensor(list(octets), dtype=torch.uint8)}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor]) -> QuantState:
+        """From what a state dict has.
+
+        Raises:
+            ValueError: tensors are missing.
+        """
+        keys = [key for key in tensors if key.startswith(KEY)]
+        if len(keys) != 1 or not {"absmax", "quant_map"} <= set(tensors):
+            raise ValueError(f"expected absmax, quant_map and {KEY}nf4 of a 4-bit weight, got {sorted(tensors)}")
+        facts = json.loads(bytes(tensors[keys[0]].cpu().tolist()).decode())
+        offset, state2 = None, None
+        if "nested_absmax" in tensors:
+            offset = torch.tensor(float(facts["nested_offset"]))
+            state2 = cls(tensors["nested_absmax"], tensors["nested_quant_map"], facts["nested_blocksize"])
+        shape, dtype = torch.Size(facts["shape"]), getattr(torch, facts["dtype"])
+        return cls(
+            tensors["absmax"], tensors["quant_map"], facts["blocksize"], facts["quant_type"], shape, dtype, offset, state2
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Linear4bit(nn.Linear):
+    """y = x Wᵀ + bias with W [out, in] frozen in 4 bits. Made by `lorasb.quantize`; bitsandbytes loads its files.
+
+    Args:
+        packed: W's nibbles, [ceil(out·in / 2), 1] uint8.
+        quant_state: W's statistics.
+        bias: [out], or None.
+        compute_dtype: what products are taken in; x's unless given.
+
+    Forward: x [..., in] -> y [..., out] in x's dtype.
+    """
+
+    def __init__(
+        self, packed: Tensor, quant_state: QuantState, bias: Tensor | None, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        nn.Module.__init__(self)
+        shape = quant_state.shape or (0, 0)
+        self.out_features, self.in_features = int(shape[0]), int(shape[1])
+        self.quant_state, self.compute_dtype = quant_state, compute_dtype
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._read: tuple[Any, QuantisedWeight] | None = None
+
+    def quantised(self) -> QuantisedWeight:
+        """The storage, checked once."""
+        key = (self.weight.data_ptr(), self.weight._version, id(self.quant_state))
+        if self._read is None or self._read[0] != key:
+            self._read = key, of_state(self.weight, self.quant_state)
+        return self._read[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., out]."""
+        dtype = self.compute_dtype or x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return quantised_linear(x.to(dtype), self.quantised(), bias).to(x.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
+        """Moves to another device take the statistics along; a change of dtype changes the bias alone."""
+        super()._apply(fn, recurse)
+        if self.weight.device != self.quant_state.absmax.device:
+            self.quant_state = self.quant_state.to(self.weight.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self.quant_state.as_tensors().items():
+            destination[f"{prefix}weight.{name}"] = tensor
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        start = f"{prefix}weight."
+        found = {key[len(start) :]: value for key, value in state_dict.items() if key.startswith(start)}
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        unexpected[:] = [key for key in unexpected if not key.startswith(start)]
+        if found:
+            try:
+                state = QuantState.of_tensors(found).to(self.weight.device)
+                of_state(self.weight, state)
+            except ValueError as error:
+                errors.append(f"{prefix}weight: {error}")
+                return
+            self.quant_state = state
+        elif strict:
+            missing.append(f"{start}absmax")
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        state = self.quant_state
+        nested = ", nested" if state.nested else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {state.quant_type}{nested}"
