@@ -166,12 +166,12 @@ inline __m128 sum_four(__m512 a, __m512 b, __m512 c, __m512 d) {
 
 template <int kRows>
 inline void tile(const uint16_t* x, const uint16_t* weights, int64_t columns, int count, uint16_t* y, int64_t stride) {
-  const int64_t apart = stream_stride(columns);
+  const int64_t apart = stream_stride(columns), length = (columns + kStep - 1) / kStep * kStep;
   __m512 sums[kRows][kTileRows];
   for (int i = 0; i < kRows; ++i) {
     for (int t = 0; t < kTileRows; ++t) sums[i][t] = _mm512_setzero_ps();
   }
-  for (int64_t k = 0; k < columns; k += 32) {
+  for (int64_t k = 0; k < length; k += 32) {
     __m512bh ws[kTileRows];
     for (int t = 0; t < kTileRows; ++t) ws[t] = as_bf16(_mm512_loadu_si512(weights + t * apart + k));
     for (int i = 0; i < kRows; ++i) {

@@ -27,7 +27,6 @@ _BACKWARD = (
     "float dropout, Tensor? seed, bool need_dx, bool need_dcore) -> (Tensor, Tensor)"
 )
 _DEQUANTISE = "(Tensor[] quant, int[] layout, int rows, int columns, ScalarType dtype) -> Tensor"
-X, CORE = 0, 4  # places of what may require a gradient
 
 
 def _forward_fake(
@@ -72,12 +71,12 @@ def _dequantise_fake(
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep the packed weight, which is there anyway, and u [M, r]; never x and never a dense W."""
-    _, quant, layout, a, core, b, _, scaling, dropout, seed = inputs
+    x, quant, layout, a, core, b, _, scaling, dropout, seed = inputs
     u = output[1]
     ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
-    need_dcore = ctx.needs_input_grad[CORE]
-    ctx.save_for_backward(a, core, b, u if need_dcore else u.new_empty((0, a.shape[0])), seed, *quant)
+    ctx.need_dx, ctx.need_dcore = x.requires_grad, core.requires_grad
+    ctx.save_for_backward(a, core, b, u if ctx.need_dcore else u.new_empty((0, a.shape[0])), seed, *quant)
     ctx.layout, ctx.scaling, ctx.dropout = list(layout), scaling, dropout
 
 
@@ -85,7 +84,7 @@ def derivative(op: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
     """What autograd calls, by a backend's backward."""
 
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        need_dx, need_dcore = ctx.needs_input_grad[X], ctx.needs_input_grad[CORE]
+        need_dx, need_dcore = ctx.need_dx, ctx.need_dcore
         a, core, b, u, seed, *quant = ctx.saved_tensors
         nothing = [None] * len(quant)
         if dy is None or not (need_dx or need_dcore):

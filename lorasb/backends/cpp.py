@@ -1,7 +1,8 @@
 """The C++ kernels: loaded where they were built, for CPU tensors. Without them eager torch computes, and says so once.
 
 The extension registers its own kernels with the dispatcher, under the ops of `cpp` and of `auto`; what is told here is
-where they are, so that small calls reach them directly.
+where they are, so that small calls reach them directly. Dense layers need none of their own: what eager composes for
+them are the BLAS's products, and it serves `cpp` too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 
 from .. import gradient_ops, quantised_ops  # noqa: F401  define the ops
-from ..ops import backend_op, register_loaded
+from ..ops import backend_op, register_backend, register_loaded
+from . import eager
 
 DISABLE = "LORASB_NO_CSRC"
 OPS = ("linear_quantised", "linear_quantised_backward", "dequantise", "gradient_add", "gradient_signs")
@@ -62,6 +64,8 @@ def register() -> None:
     _reason = _load()
     if _reason is not None:
         logging.getLogger("lorasb").info("C++ kernels: %s; eager torch computes on the CPU", _reason)
+    if _reason is None:
+        register_backend("cpp", eager.KERNELS, ("CPU",), auto_keys=())
     register_loaded("cpp", {op: _below_autograd(backend_op(op, "cpp")) for op in OPS}, missing)
 
 

@@ -178,12 +178,14 @@ def group_backward(
     return [shaped(dx, dys[0]) if need_dx else dx, *dcores]
 
 
+KERNELS = (
+    ("linear", forward),
+    ("linear_backward", backward),
+    ("linear_group", group_forward),
+    ("linear_group_backward", group_backward),
+)
+
+
 def register() -> None:
     """Register for every device, below autograd."""
-    kernels = (
-        ("linear", forward),
-        ("linear_backward", backward),
-        ("linear_group", group_forward),
-        ("linear_group_backward", group_backward),
-    )
-    register_backend("eager", kernels, ("CompositeExplicitAutograd",))
+    register_backend("eager", KERNELS, ("CompositeExplicitAutograd",))

@@ -1,0 +1,43 @@
+"""Quantised weights for tests, and what they stand for, in as few lines as possible and none of the library's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorasb.quantised import QuantisedWeight, of_state
+from lorasb.quantizing import quantize_4bit
+
+
+def storage(m: int, n: int, kind: str = "nf4", block: int = 64, nested: bool = False, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> QuantisedWeight:
+    """A random weight in 4 bits."""
+    weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)) / max(1, n) ** 0.5
+    return of_state(*quantize_4bit(weight.to(dtype), kind, block, nested))
+
+
+def octets(m: int, n: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> QuantisedWeight:
+    """A random weight in 8 bits."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-127, 128, (m, n), generator=g, dtype=torch.int8)
+    return QuantisedWeight([codes, torch.rand(m, generator=g) + 0.1], (m, n), dtype, "int8")
+
+
+def exact(weight: QuantisedWeight, dtype: torch.dtype) -> Tensor:
+    """W [out, in]: every element on its own, in fp32, then rounded as the storage says."""
+    m, n = weight.shape
+    if weight.kind == "int8":
+        wide = weight.tensors[0].float() * weight.tensors[1][:, None] * 7.874015718698502e-3
+        return wide.to(weight.dtype).to(dtype)
+    octet, table = weight.tensors[0].long(), weight.tensors[2]
+    nibbles = torch.stack((octet >> 4, octet & 15), 1).flatten()[: m * n]
+    scales = weight.tensors[1]
+    if weight.nested:
+        places = torch.arange(len(scales))
+        scales = weight.tensors[4][scales.long()] * weight.tensors[3][places // weight.block2] + weight.tensors[5]
+    wide = table[nibbles] * scales[torch.arange(m * n) // weight.block]
+    return wide.to(weight.dtype).to(dtype).view(m, n)
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The bit patterns, so that -0 and NaN count."""
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
