@@ -57,6 +57,22 @@ def gradient_config(n: int, itemsize: int) -> GemmConfig:
     return GRADIENT if n % GRADIENT.block_n == 0 else NARROW_GRADIENT
 
 
+DEQUANTISE_BYTES = 1024  # of a weight in 4 bits, a program
+
+
+def dequantise_config() -> PrepConfig:
+    """Warps of the dequantisation on its own."""
+    return PrepConfig(0, 0, 4, 1)
+
+
+def quantised_config(rows: int, itemsize: int) -> GemmConfig:
+    """Blocks of the GEMM that dequantises as it goes; a tile of W in fp32 has to fit the registers."""
+    block_k = 64 if itemsize == 2 else 32
+    if rows <= DECODE_ROWS:
+        return GemmConfig(16, 64, block_k, 1, 4, 3)
+    return GemmConfig(32 if rows <= 32 else 64, 64, block_k // 2, 1, 4, 3)
+
+
 def cdiv(a: int, b: int) -> int:
     """Ceiling of a / b."""
     return -(-a // b)

@@ -87,14 +87,20 @@ def forward(
     with on_device(x):
         for i in range(0, len(us), together):
             part = slice(i, i + together)
-            _prep_forward(x, members.of(part), us[part], v[:, i * width :], plan, mask)
-        if _fused(plan, members, mask):
-            ys = [x.new_empty((M, b.shape[0])) for b in members.b]
-            _extended_forward(x, members, biases, v, ys, plan)
-        else:
-            vs = [v[:, i * width : i * width + members.r] for i in range(len(us))]
-            ys = [_addmm(x, *parts) for parts in zip(vs, members.weights, members.b, biases, strict=True)]
-    return ys, us
+            launch_prep(forward_arguments(x, members.of(part), us[part], v[:, i * width :], plan, mask), plan)
+        return after_prep(x, members, biases, v, plan, mask), us
+
+
+def after_prep(
+    x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor, plan: Plan, mask: Mask
+) -> list[Tensor]:
+    """y_i = x W_iᵀ + v_i B_iᵀ + bias_i."""
+    if _fused(plan, members, mask):
+        ys = [x.new_empty((x.shape[0], b.shape[0])) for b in members.b]
+        _extended_forward(x, members, biases, v, ys, plan)
+        return ys
+    vs = [v[:, i * members.width : i * members.width + members.r] for i in range(len(members.a))]
+    return [_addmm(x, *parts) for parts in zip(vs, members.weights, members.b, biases, strict=True)]
 
 
 def backward(
@@ -109,20 +115,35 @@ def backward(
     """dx = Σ_i dy_i W_i + s_i·dy_i B_i R_i A_i [M, n] and dR_i = s_i·(dy_i B_i)ᵀ u_i [r, r], for dy_i [M, m_i]."""
     M = dys[0].shape[0]
     dys = [unit_rows(dy) for dy in dys]
-    dx = dys[0].new_empty((M, members.a[0].shape[1])) if need_dx else None
     dcores = [core.new_empty(core.shape) for core in members.cores] if need_dcore else []
     if M == 0:
-        return dx, [dcore.zero_() for dcore in dcores]
+        return _dx(dys, members) if need_dx else None, [dcore.zero_() for dcore in dcores]
     t = dys[0].new_empty((M, members.width * len(dys)))
     w = torch.empty_like(t) if need_dx else t
-    fused = need_dx and _fused(plan, members, mask)
     with on_device(t):
-        _prep_backward(dys, members, t, w, plan, need_dx)
-        if fused or need_dcore:
-            _extended_backward(dys, members, us, t, w, dx if fused else None, dcores, plan, mask)
-        if dx is not None and not fused:
-            _addmm_backward(dys, members, w, dx)
-    return dx, dcores
+        launch_prep(backward_arguments(dys, members, t, w, plan, need_dx), plan)
+        if need_dx:
+            return after_prep_backward(dys, members, us, t, w, dcores, plan, mask), dcores
+        if need_dcore:
+            extended_backward(dys, members, us, t, w, None, dcores, plan, mask)
+    return None, dcores
+
+
+def after_prep_backward(
+    dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], t: Tensor, w: Tensor, dcores: list[Tensor],
+    plan: Plan, mask: Mask,
+) -> Tensor:  # fmt: skip
+    """dx = Σ_i dy_i W_i + w_i A_i, and dR_i into `dcores`, where they are wanted."""
+    dx, fused = _dx(dys, members), _fused(plan, members, mask)
+    if fused or dcores:
+        extended_backward(dys, members, us, t, w, dx if fused else None, dcores, plan, mask)
+    if not fused:
+        _addmm_backward(dys, members, w, dx)
+    return dx
+
+
+def _dx(dys: Sequence[Tensor], members: Members) -> Tensor:
+    return dys[0].new_empty((dys[0].shape[0], members.a[0].shape[1]))
 
 
 def _fused(plan: Plan, members: Members, mask: Mask) -> bool:
@@ -132,31 +153,43 @@ def _fused(plan: Plan, members: Members, mask: Mask) -> bool:
     return plan.path == "fused" and all(w is None or w.stride(-1) == 1 for w in members.weights)
 
 
-def _prep_forward(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: Plan, mask: Mask) -> None:
+Prep = tuple[Any, int, dict[str, Any]]  # a kernel, its programs, its arguments
+
+
+def launch_prep(prep: Prep, plan: Plan) -> None:
+    """Launch the thin products."""
+    launch(*prep, plan.prep)
+
+
+def forward_arguments(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: Plan, mask: Mask) -> Prep:
+    """What `prep_forward` is launched with."""
     (M, K), config, width = x.shape, plan.prep, members.width
     factors, row_blocks = tuple(unit_rows(a) for a in members.a), cdiv(M, config.block_m)
     splits = prep_splits(row_blocks, cdiv(K, config.block_k))
-    partial, arrivals = _workspace(x, row_blocks * splits * config.block_m * width * len(us), row_blocks, splits)
+    partial, arrivals = workspace(x, row_blocks * splits * config.block_m * width * len(us), row_blocks, splits)
     arguments = dict(
         x=x, factors=factors, us=tuple(us), v=v, partial=partial, counters=arrivals, M=M, K=K, sx=x.stride(0),
         sf=tuple(a.stride(0) for a in factors), sv=v.stride(0), seed=mask.seed, threshold=mask.dropout,
         DROPOUT=mask.dropout > 0.0, EVEN_K=K % config.block_k == 0, WIDE=wide(x, v, *factors), SPLITS=splits,
     )  # fmt: skip
-    launch(prep_forward, row_blocks * splits, arguments | _prep_common(members, plan, x.dtype), config)
+    return prep_forward, row_blocks * splits, arguments | _prep_common(members, plan, x.dtype)
 
 
-def _prep_backward(dys: Sequence[Tensor], members: Members, t: Tensor, w: Tensor, plan: Plan, need_dx: bool) -> None:
+def backward_arguments(
+    dys: Sequence[Tensor], members: Members, t: Tensor, w: Tensor, plan: Plan, need_dx: bool
+) -> Prep:
+    """What `prep_backward` is launched with."""
     M, config, width = t.shape[0], plan.prep, members.width
     factors, Ks = tuple(unit_rows(b) for b in members.b), tuple(dy.shape[1] for dy in dys)
     slots = cdiv(M, config.block_m) * len(dys)
     splits = prep_splits(slots, cdiv(max(Ks), config.block_k))
-    partial, arrivals = _workspace(t, slots * splits * config.block_m * width, slots, splits)
+    partial, arrivals = workspace(t, slots * splits * config.block_m * width, slots, splits)
     arguments = dict(
         dys=tuple(dys), factors=factors, t=t, w=w, partial=partial, counters=arrivals, M=M, Ks=Ks,
         sdy=tuple(dy.stride(0) for dy in dys), sf=tuple(b.stride(0) for b in factors), sw=w.stride(0), NEED_DX=need_dx,
         EVEN_K=all(k % config.block_k == 0 for k in Ks), WIDE=wide(t, *dys, *factors), SPLITS=splits,
     )  # fmt: skip
-    launch(prep_backward, slots * splits, arguments | _prep_common(members, plan, t.dtype), config)
+    return prep_backward, slots * splits, arguments | _prep_common(members, plan, t.dtype)
 
 
 def _prep_common(members: Members, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
@@ -176,7 +209,7 @@ def _extended_forward(
     even, config = _settle(plan, Ks, members.r, False)
     tiles = cdiv(M, config.block_m) * sum(cdiv(N, config.block_n) for N in Ns)
     splits = gemm_splits(tiles, _steps((*Ks, members.r), config), M)
-    partial, arrivals = _workspace(x, tiles * splits * config.block_m * config.block_n, tiles, splits)
+    partial, arrivals = workspace(x, tiles * splits * config.block_m * config.block_n, tiles, splits)
     biased = any(bias is not None for bias in biases)
     filled = [x.new_zeros(N) if bias is None else bias for bias, N in zip(biases, Ns, strict=True)] if biased else ys
     arguments = dict(
@@ -188,7 +221,7 @@ def _extended_forward(
     launch(extended_gemm, tiles * splits, arguments | _extended_common(arguments, members, config), config)
 
 
-def _extended_backward(
+def extended_backward(
     dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], t: Tensor, w: Tensor, dx: Tensor | None,
     dcores: list[Tensor], plan: Plan, mask: Mask,
 ) -> None:  # fmt: skip
@@ -200,7 +233,7 @@ def _extended_backward(
     splits = 1 if dropped or not tiles else gemm_splits(tiles, _steps((*Ks, *(r for _ in Ks)), config), M)
     chunks, slots = core_chunks(M), len(dcores) * cdiv(members.width, CORE_BLOCK) ** 2
     size = slots * chunks * CORE_BLOCK**2 + (tiles * splits * config.block_m * config.block_n if splits > 1 else 0)
-    partial, arrivals = _workspace(t, size, slots + tiles, max(splits, chunks))
+    partial, arrivals = workspace(t, size, slots + tiles, max(splits, chunks))
     output = dx if dx is not None else t
     arguments = dict(
         xs=tuple(dys), weights=weights, v=w, factors=tuple(unit_rows(a) for a in members.a), biases=(output,),
@@ -260,7 +293,7 @@ def unit_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
-def _workspace(like: Tensor, size: int, slots: int, programs: int) -> tuple[Tensor, Tensor]:
+def workspace(like: Tensor, size: int, slots: int, programs: int) -> tuple[Tensor, Tensor]:
     """fp32 partial sums and counters, where several programs share a result."""
     if programs == 1:
         nothing = like.new_empty(1, dtype=torch.float32)

@@ -20,6 +20,7 @@ from .configs import DECODE_ROWS, GemmConfig, PrepConfig
 
 TABLES = Path(__file__).parent / "tables"
 PATHS = ("fused", "addmm")
+WEIGHTS = ("inline", "scratch")
 INTERPRETER = "interpreter"
 CACHE_VARIABLE = "LORASB_CACHE"
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -27,7 +28,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 @dataclass(frozen=True)
 class Shape:
-    """One product: M tokens, n in, m out (of a group: the sum over its members), rank r."""
+    """One product: M tokens, n in, m out (of a group: the sum over its members), rank r; weights dense or in 4 bits."""
 
     op: str
     dtype: str
@@ -36,15 +37,20 @@ class Shape:
     m: int
     r: int
     members: int = 1
+    quant: str = "none"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`fused`: prep and the extended GEMM; `addmm`: prep, then cuBLAS twice, the second onto the first."""
+    """`fused`: prep and the extended GEMM; `addmm`: prep, then cuBLAS twice, the second onto the first.
+
+    `weights`, where they have 4 bits: dequantised `inline` by a GEMM of its own, or into a `scratch` beside prep.
+    """
 
     path: str
     prep: PrepConfig
     gemm: GemmConfig
+    weights: str = "scratch"
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Rule:
     path: str | None = None
     prep: PrepConfig | None = None
     gemm: GemmConfig | None = None
+    weights: str | None = None
 
     def holds(self, shape: Shape, sms: int) -> bool:
         """Whether every condition holds."""
@@ -64,7 +71,9 @@ class Rule:
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Rule:
         """A rule of a table; a ValueError or TypeError says what is wrong with it."""
-        prep, gemm, path = entry.get("prep"), entry.get("gemm"), entry.get("path")
+        prep, gemm, path, weights = (entry.get(name) for name in ("prep", "gemm", "path", "weights"))
+        if weights not in (None, *WEIGHTS):
+            raise ValueError(f"expected weights {' or '.join(WEIGHTS)}, got {weights!r}")
         if path not in (None, *PATHS):
             raise ValueError(f"expected path {' or '.join(PATHS)}, got {path!r}")
         conditions = entry.get("if", {})
@@ -72,7 +81,11 @@ class Rule:
         if unknown:
             raise ValueError(f"unknown conditions {sorted(unknown)}")
         return cls(
-            conditions, path, prep if prep is None else PrepConfig(**prep), gemm if gemm is None else GemmConfig(**gemm)
+            conditions,
+            path,
+            None if prep is None else PrepConfig(**prep),
+            None if gemm is None else GemmConfig(**gemm),
+            weights,
         )
 
 
@@ -86,11 +99,13 @@ def _inside(value: Any, wanted: Any) -> bool:
 def choose(shape: Shape, arch: str, sms: int) -> Plan:
     """The plan for a shape on an architecture ("sm_86") with so many multiprocessors; "interpreter" on the CPU."""
     rules = [rule for rule in (*user_rules(arch), *shipped_rules(arch)) if rule.holds(shape, sms)]
-    first = {name: next((v for rule in rules if (v := getattr(rule, name))), None) for name in ("path", "prep", "gemm")}
+    names = ("path", "prep", "gemm", "weights")
+    first = {name: next((v for rule in rules if (v := getattr(rule, name))), None) for name in names}
     return Plan(
         first["path"] or ("fused" if arch == INTERPRETER or shape.M <= DECODE_ROWS else "addmm"),
         first["prep"] or default_prep(shape),
         first["gemm"] or default_gemm(shape),
+        first["weights"] or ("inline" if shape.M <= DECODE_ROWS else "scratch"),
     )
 
 

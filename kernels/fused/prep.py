@@ -94,20 +94,13 @@ def times_core(source, target, core, scale, keep, TRANSPOSED: tl.constexpr, PREC
         tl.store(target[:, None] + j[None, :], (acc * scale).to(target.dtype.element_ty), mask=keep[:, None])
 
 
-@triton.jit(do_not_specialize=["M", "seed", "threshold"])
-def prep_forward(
-    x, factors, cores, us, v,
-    partial, counters,
-    M, K,
-    sx, sf, sv,
-    scales, seed, threshold,
-    DROPOUT: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr,
-    R: tl.constexpr, PARTS: tl.constexpr, RP: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """u_i = x A_iᵀ [M, R] and v_i = s_i·u_i R_iᵀ of all members: x [M, K], A_i [R, K], R_i [R, R], v [M, all·RP]."""
-    row, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+@triton.jit
+def forward_rows(pid, x, factors, cores, us, v, partial, counters, M, K, sx, sf, sv, scales, seed, threshold,
+                 DROPOUT: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+                 PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
+                 RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+    """What one program of `prep_forward` does."""
+    row, split = pid // SPLITS, pid % SPLITS
     rm = row * BM + tl.arange(0, BM)
     keep = rm < M
     m = tl.max_contiguous(tl.multiple_of(tl.where(keep, rm, 0), BM), BM)
@@ -129,20 +122,30 @@ def prep_forward(
                        keep, True, CORE_PRECISION, R, PARTS, RP, BM, BJ)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M"])
-def prep_backward(
-    dys, factors, cores, t, w,
+@triton.jit(do_not_specialize=["M", "seed", "threshold"])
+def prep_forward(
+    x, factors, cores, us, v,
     partial, counters,
-    M, Ks,
-    sdy, sf, sw,
-    scales,
-    NEED_DX: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+    M, K,
+    sx, sf, sv,
+    scales, seed, threshold,
+    DROPOUT: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr,
     R: tl.constexpr, PARTS: tl.constexpr, RP: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """t_i = dy_i B_i and w_i = s_i·t_i R_i, one member a program: dy_i [M, K_i], B_i [K_i, R], t, w [M, members·RP]."""
-    slot, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    """u_i = x A_iᵀ [M, R] and v_i = s_i·u_i R_iᵀ of all members: x [M, K], A_i [R, K], R_i [R, R], v [M, all·RP]."""
+    forward_rows(tl.program_id(0), x, factors, cores, us, v, partial, counters, M, K, sx, sf, sv, scales, seed, threshold,
+                 DROPOUT, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION, R, PARTS, RP, BM, BK, BJ, SPLITS)  # fmt: skip
+
+
+@triton.jit
+def backward_rows(pid, dys, factors, cores, t, w, partial, counters, M, Ks, sdy, sf, sw, scales,
+                  NEED_DX: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+                  PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
+                  RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+    """What one program of `prep_backward` does."""
+    slot, split = pid // SPLITS, pid % SPLITS
     row, member = slot // len(factors), slot % len(factors)
     rm = row * BM + tl.arange(0, BM)
     keep = rm < M
@@ -163,3 +166,20 @@ def prep_backward(
         if NEED_DX:
             times_core(t + place, w + place, pick(cores, member), pick(scales, member), keep, False, CORE_PRECISION,
                        R, PARTS, RP, BM, BJ)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def prep_backward(
+    dys, factors, cores, t, w,
+    partial, counters,
+    M, Ks,
+    sdy, sf, sw,
+    scales,
+    NEED_DX: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr,
+    R: tl.constexpr, PARTS: tl.constexpr, RP: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """t_i = dy_i B_i and w_i = s_i·t_i R_i, one member a program: dy_i [M, K_i], B_i [K_i, R], t, w [M, members·RP]."""
+    backward_rows(tl.program_id(0), dys, factors, cores, t, w, partial, counters, M, Ks, sdy, sf, sw, scales,
+                  NEED_DX, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION, R, PARTS, RP, BM, BK, BJ, SPLITS)  # fmt: skip

@@ -42,12 +42,16 @@ def observed(dry: bool = False) -> Iterator[list[Launch]]:
         _observers.remove(launches.append)
 
 
-def launch(kernel: Any, grid: int, arguments: dict[str, Any], config: PrepConfig | GemmConfig) -> None:
-    """Launch a kernel over `grid` programs."""
+def launch(
+    kernel: Any, grid: int, arguments: dict[str, Any], config: PrepConfig | GemmConfig, exact: bool = False
+) -> None:
+    """Launch a kernel over `grid` programs; `exact` keeps products and sums apart, each with its own rounding."""
     options = {"num_warps": config.warps, "num_stages": config.stages}
     compiled = hasattr(kernel, "device_caches")  # the interpreter knows no registers
     if compiled and isinstance(config, GemmConfig) and config.registers:
         options["maxnreg"] = config.registers
+    if compiled and exact:
+        options["enable_fp_fusion"] = False
     for observer in _observers:
         observer(Launch(kernel, grid, arguments, options))
     if not _dry:

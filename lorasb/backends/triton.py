@@ -44,9 +44,9 @@ def forward(
     """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [..., out] and u = x Aᵀ [M, r]."""
     from lorasb.kernels import launch
 
-    rows = _rows(x)
+    rows = rows_of(x)
     members = launch.Members([weight], [a], [core], [b], [scaling / (1.0 - dropout)])
-    (y,), (u,) = launch.forward(rows, members, [bias], _plan("forward", rows, [b], a), _mask(dropout, seed))
+    (y,), (u,) = launch.forward(rows, members, [bias], plan_of("forward", rows, [b], a), mask_of(dropout, seed))
     return eager.shaped(y, x), u
 
 
@@ -66,10 +66,10 @@ def backward(
     """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty."""
     from lorasb.kernels import launch
 
-    rows = _rows(dy)
+    rows = rows_of(dy)
     members = launch.Members([weight], [a], [core], [b], [scaling / (1.0 - dropout)])
-    plan = _plan("backward", rows, [b], a)
-    dx, dcores = launch.backward([rows], members, [u], plan, need_dx, need_dcore, _mask(dropout, seed))
+    plan = plan_of("backward", rows, [b], a)
+    dx, dcores = launch.backward([rows], members, [u], plan, need_dx, need_dcore, mask_of(dropout, seed))
     return eager.shaped(dx, dy) if dx is not None else dy.new_empty((0,)), dcores[0] if dcores else core.new_empty((0,))
 
 
@@ -85,10 +85,10 @@ def group_forward(
     """y_i [..., m_i] of every member, then u_i [M, r]: one pass over x and one grouped extended GEMM."""
     from lorasb.kernels import launch
 
-    rows = _rows(x)
+    rows = rows_of(x)
     members = launch.Members(weights, a, cores, b, scalings)
     each: list[Tensor | None] = list(biases) or [None] * len(a)
-    ys, us = launch.forward(rows, members, each, _plan("forward", rows, b, a[0]))
+    ys, us = launch.forward(rows, members, each, plan_of("forward", rows, b, a[0]))
     return [*(eager.shaped(y, x) for y in ys), *us]
 
 
@@ -106,8 +106,8 @@ def group_backward(
     """dx = Σ_i dy_i W_i + (s_i·t_i R_i) A_i, written once, and dR_i."""
     from lorasb.kernels import launch
 
-    rows = [_rows(dy) for dy in dys]
-    plan = _plan("backward", rows[0], b, a[0])
+    rows = [rows_of(dy) for dy in dys]
+    plan = plan_of("backward", rows[0], b, a[0])
     dx, dcores = launch.backward(rows, launch.Members(weights, a, cores, b, scalings), us, plan, need_dx, need_dcore)
     nothing = [core.new_empty((0,)) for core in cores]
     return [eager.shaped(dx, dys[0]) if dx is not None else dys[0].new_empty((0,)), *(dcores or nothing)]
@@ -170,13 +170,13 @@ def register_pairs(pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any]
     )
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """x as [M, n] with rows in one piece."""
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((math.prod(x.shape[:-1]), 0))
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _mask(dropout: float, seed: Tensor | None) -> Any:
+def mask_of(dropout: float, seed: Tensor | None) -> Any:
     """The mask's seed, as a number.
 
     Raises:
@@ -194,7 +194,7 @@ def _mask(dropout: float, seed: Tensor | None) -> Any:
     return launch.Mask(dropout, int(seed))
 
 
-def _plan(op: str, rows: Tensor, b: list[Tensor], a: Tensor) -> Any:
+def plan_of(op: str, rows: Tensor, b: list[Tensor], a: Tensor, quant: str = "none") -> Any:
     """The tables' choice for this call."""
     from lorasb.kernels import plan
 
@@ -207,6 +207,7 @@ def _plan(op: str, rows: Tensor, b: list[Tensor], a: Tensor) -> Any:
         sum(f.shape[0] for f in b),
         a.shape[0],
         len(b),
+        quant,
     )
     return plan.choice(shape, arch, sms)
 
@@ -242,8 +243,8 @@ def _device(device: torch.device) -> tuple[str, int]:
 
 
 def _suits(x: Tensor) -> bool:
-    """Whether `auto` tries the kernels: CUDA since sm_80, and a dtype that they have."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    """Whether `auto` tries the kernels: CUDA since sm_80, and a dtype that they have (uint8: a weight in 4 bits)."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.uint8):
         return False
     return not x.is_cuda or (
         torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= SMALLEST_CAPABILITY
