@@ -7,6 +7,9 @@ import torch
 from lorasb.kernels.gradients import gradient_add, gradient_signs
 from lorasb.kernels.launch import Mask, Members, backward, forward
 from lorasb.kernels.plan import DTYPES, Plan, Shape, bucket, choice
+from lorasb.kernels.quantised import Quantised, dequantised
+from lorasb.kernels.quantised import backward as backward_quantised
+from lorasb.kernels.quantised import forward as forward_quantised
 from lorasb.kernels.recording import Launch, observed
 
 
@@ -66,3 +69,23 @@ def record_gradient(dtype: torch.dtype, M: int, n: int, m: int) -> list[Launch]:
             gradient_add(dy, x, total, False)
             gradient_signs(dy, x, None, True)
     return launches
+
+
+def quantised_weight(m: int, n: int, nested: bool) -> Quantised:
+    """W [m, n] in NF4 with blocks of 64, without memory."""
+    octets, blocks = empty(m * n // 2, dtype=torch.uint8), -(-m * n // 64)
+    if not nested:
+        return Quantised([octets, empty(blocks), empty(16)], 64, 256, 0, m, n)
+    scales = [empty(blocks, dtype=torch.uint8), empty(16), empty(-(-blocks // 256)), empty(256), empty(1)]
+    return Quantised([octets, *scales], 64, 256, 0, m, n)
+
+
+def record_quantised(plan: Plan, dtype: torch.dtype, M: int, n: int, m: int, r: int, nested: bool) -> list[Launch]:
+    """The launches of one forward and backward over a weight in 4 bits, and of a dequantisation on its own."""
+    layer, weight = members(n, (m,), r, dtype), quantised_weight(m, n, nested)
+    bare = Members([None], layer.a, layer.cores, layer.b, layer.scales)
+    with observed(dry=True) as launches:
+        forward_quantised(empty(M, n, dtype=dtype), weight, bare, None, plan)
+        backward_quantised(empty(M, m, dtype=dtype), weight, bare, empty(M, r, dtype=dtype), plan, True, True)
+        dequantised(weight, dtype)
+    return [one for one in launches if one.name not in ("prep_forward", "prep_backward", "extended_gemm")]

@@ -30,12 +30,12 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.launches import plan_for, record, record_gradient
+from benchmarks.launches import plan_for, record, record_gradient, record_quantised
 from lorasb.kernels.configs import cdiv
 from lorasb.kernels.plan import DTYPES, Plan
 from lorasb.kernels.recording import Launch
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8"}
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,15 @@ GRADIENTS = (
     Variant("gradient, ragged", 2047, 4100, (4100,), 96),
 )
 
+QUANTISED = (
+    Variant("4 bits, decode", 16, 4096, (4096,), 96),
+    Variant("4 bits, 32 rows", 32, 4096, (4096,), 96),
+    Variant("4 bits, 128 rows", 128, 4096, (4096,), 96),
+    Variant("4 bits, scratch", 2048, 4096, (4096,), 96),
+    Variant("4 bits, nested", 16, 4096, (14336,), 64, bias=True),
+    Variant("4 bits, nested, scratch", 2048, 4100, (4100,), 90, bias=True),
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -136,6 +145,10 @@ def jobs(archs: list[str]) -> Iterator[Job]:
             for variant in GRADIENTS if dtype == torch.bfloat16 else GRADIENTS[-1:]:
                 plan = plan_for("forward", dtype, variant.M, variant.n, variant.ms, variant.r, arch, ARCHS[arch].sms)
                 yield Job("gradient", variant, dtype, arch, plan)
+            for variant in QUANTISED:
+                plan = plan_for("forward", dtype, variant.M, variant.n, variant.ms, variant.r, arch, ARCHS[arch].sms)
+                weights = "scratch" if variant.label.endswith("scratch") else "inline"
+                yield Job("quantised", variant, dtype, arch, Plan(plan.path, plan.prep, plan.gemm, weights))
 
 
 def rows(archs: list[str], workers: int | None = None) -> list[Row]:
@@ -152,6 +165,8 @@ def _launches(job: Job) -> list[Launch]:
     v = job.variant
     if job.launch_of == "gradient":
         return record_gradient(job.dtype, v.M, v.n, v.ms[0])
+    if job.launch_of == "quantised":
+        return record_quantised(job.plan, job.dtype, v.M, v.n, v.ms[0], v.r, v.bias)
     return record(job.launch_of, job.plan, job.dtype, v.M, v.n, v.ms, v.r, v.bias, v.dropout)
 
 
@@ -176,6 +191,8 @@ def config_name(launch: Launch) -> str:
     if launch.name == "grad_sign":
         kind = ("keep " if a["KEEP"] else "") + ("signs" if a["SIGNS"] else "")
         return f"{blocks} w{o['num_warps']} p{o['num_stages']} {kind.strip()}"
+    if launch.name == "dequantise":
+        return f"{a['BYTES']} w{o['num_warps']}"
     cap = f" cap {o['maxnreg']}" if "maxnreg" in o else ""
     return f"{blocks} s{a['SPLITS']} w{o['num_warps']} p{o['num_stages']}{cap}"
 
@@ -225,6 +242,8 @@ def specialisation(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict
 
 
 def _kind(item: Any, plain: bool) -> str:
+    if item is None:
+        return "constexpr"
     if isinstance(item, torch.Tensor):
         return POINTERS[item.dtype]
     if isinstance(item, float):

@@ -67,10 +67,11 @@ def dequantise_config() -> PrepConfig:
 
 def quantised_config(rows: int, itemsize: int) -> GemmConfig:
     """Blocks of the GEMM that dequantises as it goes; a tile of W in fp32 has to fit the registers."""
-    block_k = 64 if itemsize == 2 else 32
+    if itemsize > 2:
+        return GemmConfig(16 if rows <= DECODE_ROWS else 32, 64, 16, 1, 4, 3)
     if rows <= DECODE_ROWS:
-        return GemmConfig(16, 64, block_k, 1, 4, 3)
-    return GemmConfig(32 if rows <= 32 else 64, 64, block_k // 2, 1, 4, 3)
+        return GemmConfig(16, 64, 64, 1, 4, 3)
+    return GemmConfig(32 if rows <= 32 else 64, 64, 32, 1, 4, 3)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -20,9 +20,11 @@ from .prep import backward_rows, forward_rows
 def scales_of(block, inside, absmax, absmax2, table2, offset, BLOCK2: tl.constexpr):
     """The fp32 scale of each block."""
     if absmax2 is None:
-        return tl.load(absmax + block, mask=inside, other=0.0)
-    entry = tl.load(table2 + tl.load(absmax + block, mask=inside, other=0).to(tl.int32))
-    return entry * tl.load(absmax2 + block // BLOCK2, mask=inside, other=0.0) + tl.load(offset)
+        scale = tl.load(absmax + block, mask=inside, other=0.0)
+    else:
+        entry = tl.load(table2 + tl.load(absmax + block, mask=inside, other=0).to(tl.int32))
+        scale = entry * tl.load(absmax2 + block // BLOCK2, mask=inside, other=0.0) + tl.load(offset)
+    return scale
 
 
 @triton.jit
