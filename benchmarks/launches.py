@@ -85,7 +85,7 @@ def record_quantised(plan: Plan, dtype: torch.dtype, M: int, n: int, m: int, r: 
     layer, weight = members(n, (m,), r, dtype), quantised_weight(m, n, nested)
     bare = Members([None], layer.a, layer.cores, layer.b, layer.scales)
     with observed(dry=True) as launches:
-        forward_quantised(empty(M, n, dtype=dtype), weight, bare, None, plan)
-        backward_quantised(empty(M, m, dtype=dtype), weight, bare, empty(M, r, dtype=dtype), plan, True, True)
+        forward_quantised(empty(M, n, dtype=dtype), weight, bare, None, plan, Mask())
+        backward_quantised(empty(M, m, dtype=dtype), weight, bare, empty(M, r, dtype=dtype), plan, True, True, Mask())
         dequantised(weight, dtype)
     return [one for one in launches if one.name not in ("prep_forward", "prep_backward", "extended_gemm")]

@@ -35,7 +35,13 @@ from lorasb.kernels.configs import cdiv
 from lorasb.kernels.plan import DTYPES, Plan
 from lorasb.kernels.recording import Launch
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8"}
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
 
 
 @dataclass(frozen=True)

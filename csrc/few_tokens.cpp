@@ -27,8 +27,8 @@ at::Tensor thin_product(const at::Tensor& x, const at::Tensor& d) {
 }  // namespace
 
 bool takes_few_tokens(const Packed& w, const at::Tensor& x, int64_t M) {
-  return kernels().dot_bf16 != nullptr && x.scalar_type() == at::kBFloat16 && M > 0 && M <= kDirectRows &&
-         w.rows > 0 && w.columns > 0 && w.whole_blocks();
+  return kernels().dot_bf16 != nullptr && x.scalar_type() == at::kBFloat16 && M > 0 && M <= kDirectRows && w.rows > 0 &&
+         w.columns > 0 && w.whole_blocks();
 }
 
 std::tuple<at::Tensor, at::Tensor> few_tokens(const Packed& w, const at::Tensor& x, const at::Tensor& a,

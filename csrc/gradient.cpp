@@ -15,7 +15,9 @@ namespace {
 constexpr int64_t kRowElements = 1 << 20;  // of G at a time, where it is not kept: 4 MB
 constexpr int64_t kRowStep = 6;            // rows of G that a tile has
 
-const uint16_t* bits(const at::Tensor& x) { return reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>()); }
+const uint16_t* bits(const at::Tensor& x) {
+  return reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>());
+}
 
 void check(const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& total) {
   TORCH_CHECK_VALUE(dy.dim() == 2 && x.dim() == 2 && dy.size(0) == x.size(0),
@@ -25,9 +27,9 @@ void check(const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Te
   if (!total.has_value()) return;
   const auto dtype = total->scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "expected an fp32 or fp64 sum, got ", dtype);
-  TORCH_CHECK_VALUE(total->dim() == 2 && total->size(0) == dy.size(1) && total->size(1) == x.size(1) &&
-                        total->is_contiguous(),
-                    "expected a sum [", dy.size(1), ", ", x.size(1), "] in one piece, got ", total->sizes());
+  TORCH_CHECK_VALUE(
+      total->dim() == 2 && total->size(0) == dy.size(1) && total->size(1) == x.size(1) && total->is_contiguous(),
+      "expected a sum [", dy.size(1), ", ", x.size(1), "] in one piece, got ", total->sizes());
 }
 
 // What both ways of adding up share: rows [low, high) of dyᵀ x into `target`, in fp32 (fp64).
@@ -137,7 +139,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gradient_signs(const at::Tensor& 
   const at::AutoDispatchBelowAutograd below_autograd;
   const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
   check(dy, x, total);
-  const auto wide = total.has_value() ? total->scalar_type() : x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto wide = total.has_value()                ? total->scalar_type()
+                    : x.scalar_type() == at::kDouble ? at::kDouble
+                                                     : at::kFloat;
   const int64_t m = dy.size(1), n = x.size(1);
   const Operands operands(dy, x, wide);
   at::Tensor words = at::empty({m, (n + 31) / 32}, x.options().dtype(at::kInt)), nonzero = at::empty_like(words);

@@ -33,8 +33,8 @@ struct Kernels {
   void (*dot_bf16)(const Packed& w, const uint16_t* streams, int64_t rows, int64_t low, int64_t high, float* y,
                    int64_t stride);
 
-  // y [rows, stride of y] += x W[low:high]ᵀ for any number of rows of x, arranged likewise; a few rows of W are decoded at
-  // a time into `scratch`, kTileRows times stream_stride(columns). Null where bf16 is not multiplied.
+  // y [rows, stride of y] += x W[low:high]ᵀ for any number of rows of x, arranged likewise; a few rows of W are decoded
+  // at a time into `scratch`, kTileRows times stream_stride(columns). Null where bf16 is not multiplied.
   void (*tile_bf16)(const Packed& w, const uint16_t* x, int64_t rows, int64_t low, int64_t high, uint16_t* y,
                     int64_t stride, uint16_t* scratch);
 
@@ -46,8 +46,9 @@ struct Kernels {
   void (*dense_add_bf16)(const float* c, int64_t stride, int64_t rows, const uint16_t* d, int64_t columns, int64_t low,
                          int64_t high, int64_t first, int64_t width, float* sums);
 
-  // Rows [low, high) of G [m, n] fp32 (+)= dyᵀ x over `pairs` pairs of tokens, in bf16; null where bf16 is not multiplied.
-  // `left` is dy as [pairs, m, 2]; `right` is x as panels of kOuterColumns columns, [pairs, kOuterColumns, 2] each.
+  // Rows [low, high) of G [m, n] fp32 (+)= dyᵀ x over `pairs` pairs of tokens, in bf16; null where bf16 is not
+  // multiplied. `left` is dy as [pairs, m, 2]; `right` is x as panels of kOuterColumns columns, [pairs, kOuterColumns,
+  // 2] each.
   void (*outer_bf16)(const uint16_t* left, const uint16_t* right, int64_t m, int64_t n, int64_t pairs, int64_t low,
                      int64_t high, float* total, bool fresh);
 

@@ -15,7 +15,7 @@ namespace lorasb {
 namespace {
 
 constexpr int kStep = 128;           // elements of a row that one look-up of 64 bytes covers
-constexpr int kAhead = 16384;         // bytes between what is read and what is fetched from memory
+constexpr int kAhead = 16384;        // bytes between what is read and what is fetched from memory
 constexpr int kScaleColumns = 4096;  // elements whose scales are at hand at once
 
 inline __m512bh as_bf16(__m512i bits) { return (__m512bh)bits; }
@@ -377,9 +377,9 @@ void outer_bf16(const uint16_t* left, const uint16_t* right, int64_t m, int64_t 
 }  // namespace
 
 const Kernels& avx512_bf16_kernels() {
-  static const Kernels kernels = {"AVX-512 with bf16", decode<F32>,    decode<BF16>,   decode<F16>, dot, dot_transposed,
-                                  arrange_bf16,        dot_bf16,       tile_bf16,      dense_dot_bf16,
-                                  dense_add_bf16,      outer_bf16,     pack_signs_avx512};
+  static const Kernels kernels = {"AVX-512 with bf16", decode<F32>,  decode<BF16>,     decode<F16>, dot,
+                                  dot_transposed,      arrange_bf16, dot_bf16,         tile_bf16,   dense_dot_bf16,
+                                  dense_add_bf16,      outer_bf16,   pack_signs_avx512};
   return kernels;
 }
 

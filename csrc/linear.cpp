@@ -45,10 +45,11 @@ void check_operands(const at::Tensor& x, int64_t features, const at::Tensor& a, 
   check_dtype(x);
   TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && core.dim() == 2 && a.size(0) == b.size(1) &&
                         core.size(0) == a.size(0) && core.size(1) == a.size(0),
-                    "expected A [r, in], R [r, r] and B [out, r], got ", a.sizes(), ", ", core.sizes(), ", ", b.sizes());
+                    "expected A [r, in], R [r, r] and B [out, r], got ", a.sizes(), ", ", core.sizes(), ", ",
+                    b.sizes());
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == features, "expected [..., ", features, "], got ", x.sizes());
-  TORCH_CHECK_TYPE(a.scalar_type() == x.scalar_type() && b.scalar_type() == x.scalar_type(),
-                   "expected A and B in ", x.scalar_type(), ", got ", a.scalar_type(), " and ", b.scalar_type());
+  TORCH_CHECK_TYPE(a.scalar_type() == x.scalar_type() && b.scalar_type() == x.scalar_type(), "expected A and B in ",
+                   x.scalar_type(), ", got ", a.scalar_type(), " and ", b.scalar_type());
 }
 
 // torch multiplies fp16 on CPUs four times slower than fp32.
@@ -107,7 +108,8 @@ std::tuple<at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, at::Ten
   if (!seed.has_value() && takes_few_tokens(w, rows, rows.size(0))) {
     const auto [dx, t] = few_tokens_backward(w, rows, a, scaled(core, scaling, core.scalar_type()), b, need_dx);
     const at::Tensor nothing = at::empty({0}, core.options());
-    const at::Tensor dcore = need_dcore ? at::mm(t.t(), u.to(at::kFloat)).mul_(scaling).to(core.scalar_type()) : nothing;
+    const at::Tensor dcore =
+        need_dcore ? at::mm(t.t(), u.to(at::kFloat)).mul_(scaling).to(core.scalar_type()) : nothing;
     return {need_dx ? shaped(dx, dy) : at::empty({0}, dy.options()), dcore};
   }
   const double scale = seed.has_value() ? scaling / (1.0 - dropout) : scaling;

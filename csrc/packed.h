@@ -16,7 +16,8 @@ struct Packed {
   int64_t block = 64;
   const float* table = nullptr;   // [16]
   const float* absmax = nullptr;  // [blocks], where statistics are plain
-  // Nested statistics: scale = table2[absmax8[b]] * absmax2[b / block2] + offset; two roundings, as bitsandbytes has it.
+  // Nested statistics: scale = table2[absmax8[b]] * absmax2[b / block2] + offset; two roundings, as bitsandbytes has
+  // it.
   const uint8_t* absmax8 = nullptr;
   const float* absmax2 = nullptr;
   const float* table2 = nullptr;  // [256]

@@ -13,12 +13,12 @@ namespace lorasb {
 namespace {
 
 // Measured on two Zen 4 cores at 4096 x 4096; beyond these numbers of tokens panels and the BLAS are faster.
-constexpr int64_t kDotRows = 4;          // bf16: look-ups straight into products
-constexpr int64_t kTiledRows = 80;       // bf16: a few rows of W decoded at a time
-constexpr int64_t kDirectTokens = 8;     // fp32: look-ups straight into products
+constexpr int64_t kDotRows = 4;           // bf16: look-ups straight into products
+constexpr int64_t kTiledRows = 80;        // bf16: a few rows of W decoded at a time
+constexpr int64_t kDirectTokens = 8;      // fp32: look-ups straight into products
 constexpr int64_t kTransposedTokens = 8;  // backward, fp32 and bf16
-constexpr int64_t kPanelBytes = 4 << 20;   // of W at a time: stays in a last-level cache, and the BLAS loses 2%
-constexpr int64_t kDirectWidth = 512;    // columns of dx at a time
+constexpr int64_t kPanelBytes = 4 << 20;  // of W at a time: stays in a last-level cache, and the BLAS loses 2%
+constexpr int64_t kDirectWidth = 512;     // columns of dx at a time
 
 constexpr size_t kAlignment = 4096;
 
@@ -68,7 +68,8 @@ at::Tensor panel(const Packed& w, int64_t low, int64_t high, int64_t first, int6
   return part.to(dtype);
 }
 
-// Kept by the thread: a system that takes freed memory back makes every page of a new panel cost as much as decoding it.
+// Kept by the thread: a system that takes freed memory back makes every page of a new panel cost as much as decoding
+// it.
 at::Tensor panel_room(const at::Tensor& like, int64_t size) {
   thread_local std::vector<char> kept;
   const auto dtype = direct_dtype(like) ? like.scalar_type() : at::kFloat;

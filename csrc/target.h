@@ -1,5 +1,5 @@
-// LORASB_TARGET_BEGIN("avx2,fma") ... LORASB_TARGET_END: functions between the two are compiled for that instruction set,
-// whatever the rest of the build is for.
+// LORASB_TARGET_BEGIN("avx2,fma") ... LORASB_TARGET_END: functions between the two are compiled for that instruction
+// set, whatever the rest of the build is for.
 #pragma once
 
 #define LORASB_PRAGMA(text) _Pragma(#text)

@@ -16,9 +16,8 @@ inline int64_t grain(int64_t per_item) { return std::max<int64_t>(1, (1 << 15) /
 template <typename F>
 void over_rows(int64_t rows, int64_t columns, int64_t step, const F& task) {
   const int64_t groups = (rows + step - 1) / step;
-  at::parallel_for(0, groups, grain(step * columns), [&](int64_t low, int64_t high) {
-    task(low * step, std::min(high * step, rows));
-  });
+  at::parallel_for(0, groups, grain(step * columns),
+                   [&](int64_t low, int64_t high) { task(low * step, std::min(high * step, rows)); });
 }
 
 inline const uint16_t* bits(const at::Tensor& x) {

@@ -36,8 +36,8 @@ struct V {
   static void interleave_bf16(reg high, reg low, uint16_t* out) {
 #ifdef LORASB_HAS_BF16
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(low, high);  // 16 of high, then 16 of low
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, both));
 #else
     const __m512i even = _mm512_srli_epi32(bf16_bits(high), 16);

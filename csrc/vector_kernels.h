@@ -9,7 +9,7 @@
 namespace lorasb {
 namespace {
 
-constexpr float kPerOctet = 7.874015718698502e-3f;  // 1 / 127
+constexpr float kPerOctet = 7.874015718698502e-3f;     // 1 / 127
 constexpr float kSmallest = 1e-30f, kLargest = 1e30f;  // scales whose products are normal numbers, in bf16 too
 
 inline float bits_to_float(uint32_t bits) {

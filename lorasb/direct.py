@@ -75,7 +75,7 @@ class Linear(torch.autograd.Function):
 
 
 class LinearQuantised(torch.autograd.Function):
-    """`lorasb::linear_quantised` without the dispatcher: the op's arguments, its two kernels, and the list's tensors."""
+    """`lorasb::linear_quantised` without the dispatcher: the op's arguments, its two kernels, the list's tensors."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ def lora_sb_linear(
 
     Args:
         x: [..., in], fp64, fp32, bf16 or fp16; one to four dimensions, M = 0 included.
-        weight: W [out, in] in x's dtype, a 4-bit parameter with its `quant_state`, what `quantised.of_module` read from a
-            layer, or None for the adapter's part alone.
+        weight: W [out, in] in x's dtype, a 4-bit parameter with its `quant_state`, what `quantised.of_module` read from
+            a layer, or None for the adapter's part alone.
         lora_A: [r, in] in x's dtype.
         lora_R: [r, r], fp32 whatever x's dtype (fp64 for fp64).
         lora_B: [out, r] in x's dtype.
@@ -56,6 +56,19 @@ def lora_sb_linear(
     quantised = of_weight(weight)
     if quantised is not None:
         return _over_quantised(x, quantised, lora_A, lora_R, lora_B, bias, scaling, dropout)
+    return _over_dense(x, cast("Tensor | None", weight), lora_A, lora_R, lora_B, bias, scaling, dropout)
+
+
+def _over_dense(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_R: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
     _check(x, weight, lora_A, lora_R, lora_B, bias)
@@ -90,7 +103,9 @@ def _over_quantised(
         raise ValueError(f"expected a quantised weight [{b.shape[0]}, {a.shape[-1]}], got {list(weight.shape)}")
     _check(x, None, a, core, b, bias)
     if weight.device != x.device:
-        raise ValueError(f"expected the quantised weight on x's device {x.device}, got {weight.device}: move one of the two")
+        raise ValueError(
+            f"expected the quantised weight on x's device {x.device}, got {weight.device}: move one of the two"
+        )
     backend, quant, layout = current_backend(), weight.tensors, weight.layout(x.dtype)
     arguments = (x, quant, layout, a, core, b, bias, scaling, dropout, _seed(dropout))
     kernels = direct.kernels("linear_quantised", backend, x, a, core, b, bias, *quant)

@@ -48,7 +48,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         lora_dropout: its probability of dropping an element of x on the adapter's path.
         equivalent_gradient: apply Theorem 3's closed form to R's gradient.
         fan_in_fan_out: the weight is stored transposed, as in `transformers.Conv1D`.
-        octet_dtype: what an 8-bit base computes in, as its storage does not say; its bias's dtype, or fp16, unless given.
+        octet_dtype: what an 8-bit base computes in, as its storage does not say; its bias's dtype, or fp16, if None.
 
     Forward: x [..., in] -> y [..., out], in x's dtype.
 
@@ -76,7 +76,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         self.fan_in_fan_out = fan_in_fan_out
         self.octet_dtype = octet_dtype
         self._read: tuple[Any, QuantisedWeight] | None = None
-        self._packed_base: list[nn.Module] = []  # the quantised layer while a dense one, with adapters merged, stands there
+        self._packed_base: list[nn.Module] = []  # the quantised layer while a merged, dense one stands there
         keep_unpacked(base_layer)
         found = self.quantised()
         out_features, in_features = found.shape if found is not None else self.dense_weight().shape
@@ -156,7 +156,8 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         """The dtype that the base computes in, which A and B have too."""
         found = self.quantised()
         if found is None:
-            return cast(torch.dtype, self.weight.dtype)
+            dtype: torch.dtype = self.weight.dtype
+            return dtype
         if found.kind == "int8" and self.octet_dtype is not None:
             return self.octet_dtype
         return compute_dtype(self.get_base_layer(), found)
@@ -179,10 +180,10 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             self.unmerge()
         names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lorasb_R]
         if not names or args or kwargs or self.base_must_run():
-            y = self._base(x, *args, **kwargs)
+            whole = self._base(x, *args, **kwargs)
             for name in names:
-                y = y + self._adapted(self.on_base_dtype(x), name, None, None).to(y.dtype)
-            return y
+                whole = whole + self._adapted(self.on_base_dtype(x), name, None, None).to(whole.dtype)
+            return whole
         y = self.siblings.take(self, x) if self.siblings is not None else None
         dtype, x = x.dtype, self.on_base_dtype(x)
         if y is None:
@@ -199,8 +200,8 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         """The base layer's own result. A quantised one is computed from its storage, without its module's forward."""
         found = None if args or kwargs or self.base_must_run() else self.quantised()
         if found is None:
-            y: Tensor = self.base_layer(x, *args, **kwargs)
-            return y
+            base: Tensor = self.base_layer(x, *args, **kwargs)
+            return base
         dtype, x = x.dtype, self.on_base_dtype(x)
         y = quantised_linear(x, found, self._bias_like(x))
         return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
@@ -210,9 +211,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         bias = cast("Tensor | None", self.get_base_layer().bias)
         return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
-    def _adapted(
-        self, x: Tensor, name: str, weight: Tensor | QuantisedWeight | None, bias: Tensor | None
-    ) -> Tensor:
+    def _adapted(self, x: Tensor, name: str, weight: Tensor | QuantisedWeight | None, bias: Tensor | None) -> Tensor:
         a, core, b, s = self.lorasb_A[name], self.lorasb_R[name], self.lorasb_B[name], self.scaling[name]
         if torch.is_grad_enabled() and core.requires_grad and not self.is_initialized(name):
             core = self._refuse_to_train(core, name)

@@ -1,4 +1,4 @@
-"""`Linear4bit`: a frozen linear layer in 4 bits that needs no bitsandbytes, with bitsandbytes' storage and file format."""
+"""`Linear4bit`: a frozen linear layer in 4 bits with bitsandbytes' storage and file format, without bitsandbytes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,14 @@ class QuantState:
             state2 = cls(tensors["nested_absmax"], tensors["nested_quant_map"], facts["nested_blocksize"])
         shape, dtype = torch.Size(facts["shape"]), getattr(torch, facts["dtype"])
         return cls(
-            tensors["absmax"], tensors["quant_map"], facts["blocksize"], facts["quant_type"], shape, dtype, offset, state2
+            tensors["absmax"],
+            tensors["quant_map"],
+            facts["blocksize"],
+            facts["quant_type"],
+            shape,
+            dtype,
+            offset,
+            state2,
         )
 
 
@@ -104,7 +111,7 @@ class Linear4bit(nn.Linear):
         self.out_features, self.in_features = int(shape[0]), int(shape[1])
         self.quant_state, self.compute_dtype = quant_state, compute_dtype
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self._read: tuple[Any, QuantisedWeight] | None = None
 
     def quantised(self) -> QuantisedWeight:

@@ -114,7 +114,7 @@ def register_backend(
 
 
 def register_loaded(name: str, kernels: dict[str, Callable[..., Any]], missing: Callable[[], str | None]) -> None:
-    """Tell of kernels that a loaded library has registered for the CPU, under the backend's own ops and those of `auto`.
+    """Tell of kernels that a loaded library has registered for the CPU, under the backend's ops and those of `auto`.
 
     Args:
         name: of the backend.

@@ -1,7 +1,8 @@
 """What a quantised layer stores, read from bitsandbytes' modules or from our own without importing bitsandbytes.
 
-4 bits: two nibbles a byte, the high one first, row by row over the whole of W; `W = dtype(table[nibble]·absmax[i // block])`
-in fp32. With nested statistics `absmax = table2[absmax8]·absmax2 + offset`. 8 bits: `W = codes·scale[row] / 127`.
+4 bits: two nibbles a byte, the high one first, row by row over the whole of W; `W = dtype(table[nibble]·absmax[i //
+block])` in fp32. With nested statistics `absmax = table2[absmax8]·absmax2 + offset`. 8 bits: `W = codes·scale[row] /
+127`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class QuantisedWeight:
     """W [out, in] in 4 or 8 bits.
 
     Attributes:
-        tensors: [bytes, absmax, table], nested [bytes, absmax8, table, absmax2, table2, offset], 8 bits [codes, scales].
+        tensors: [bytes, absmax, table], nested [bytes, absmax8, table, absmax2, table2, offset], or [codes, scales].
         shape: (out, in).
         dtype: what W was quantised from, and is dequantised to.
         kind: "nf4", "fp4" or "int8".
@@ -56,7 +57,7 @@ class QuantisedWeight:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     def layout(self, dtype: torch.dtype) -> list[int]:
-        """[block, block2, rounding] for a product in `dtype`; W is rounded to its own dtype first, as bitsandbytes does."""
+        """[block, block2, rounding] for a product in `dtype`; W is rounded to its own dtype first."""
         same = self.dtype in (dtype, torch.float32)
         return [self.block, self.block2, 0 if same else ROUNDING[self.dtype]]
 
@@ -76,7 +77,7 @@ def of_module(module: nn.Module) -> QuantisedWeight | None:
     if hasattr(weight, "quant_state") or hasattr(module, "quant_state"):
         state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
         if state is None:
-            raise ValueError("this 4-bit layer has not been quantised yet: move the model to its device, model.to('cpu')")
+            raise ValueError("this 4-bit layer has not been quantised yet: move it to its device, model.to('cpu')")
         if getattr(state, "packing_format_for_cpu", False):
             unpack_repacked(weight, state)
         return of_state(weight, state)
@@ -113,7 +114,8 @@ def of_state(packed: Tensor, state: Any) -> QuantisedWeight:
         block2 = int(state.state2.blocksize)
     shape = tuple(int(size) for size in state.shape)
     _check(tensors, shape, state, block2)
-    return QuantisedWeight([t.contiguous() for t in tensors], shape, state.dtype, state.quant_type, state.blocksize, block2)  # type: ignore[arg-type]  # fmt: skip
+    tensors, block = [tensor.contiguous() for tensor in tensors], int(state.blocksize)
+    return QuantisedWeight(tensors, (shape[0], shape[1]), state.dtype, state.quant_type, block, block2)
 
 
 def _check(tensors: list[Tensor], shape: tuple[int, ...], state: Any, block2: int) -> None:
@@ -136,24 +138,26 @@ def _check(tensors: list[Tensor], shape: tuple[int, ...], state: Any, block2: in
                 f"{tensor.numel()}: the packed weight and its quant_state do not belong together, load the model anew"
             )
         if tensor.device != tensors[0].device:
-            raise ValueError(f"the weight is on {tensors[0].device} and its statistics on {tensor.device}: model.to(...)")
+            raise ValueError(f"the weight is on {tensors[0].device}, its statistics on {tensor.device}: model.to(...)")
     for tensor, name in zip(tensors[1:], names[1:], strict=False):
         if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
-            raise ValueError(f"the quantised weight's {name} hold NaN or Inf: its file is damaged, or it was quantised so")
+            raise ValueError(f"the quantised weight's {name} hold NaN or Inf: its file is damaged")
 
 
 def _octets(module: nn.Module, weight: Any) -> QuantisedWeight:
     state: Any = getattr(module, "state", None)
     if weight.dtype != torch.int8:
         raise TypeError(
-            "this Linear8bitLt holds 16-bit weights (has_fp16_weights=True, or not moved to its device yet): quantise it "
+            "this Linear8bitLt holds 16-bit weights (has_fp16_weights=True, or not on its device yet): quantise it "
             "first, with has_fp16_weights=False and model.to(device)"
         )
     scales = getattr(weight, "SCB", None)
     scales = getattr(state, "SCB", None) if scales is None else scales
     if scales is None or scales.numel() != weight.shape[0]:
         found = "none" if scales is None else scales.numel()
-        raise ValueError(f"expected {weight.shape[0]} row scales (SCB) of an 8-bit weight, got {found}: load the model anew")
+        raise ValueError(
+            f"expected {weight.shape[0]} row scales (SCB) of an 8-bit weight, got {found}: load the model anew"
+        )
     if not scales.is_meta and not torch.isfinite(scales).all():
         raise ValueError("the row scales (SCB) of an 8-bit weight hold NaN or Inf: its file is damaged")
     codes = weight.detach().as_subclass(Tensor).contiguous()
@@ -173,9 +177,11 @@ def unpack_repacked(weight: Any, state: Any) -> None:
         ValueError: the scales were rounded; the model has to be loaded again.
     """
     if state.original_nested or state.original_dtype != torch.bfloat16:
-        why = "its nested statistics were" if state.original_nested else f"the scales of its {state.original_dtype} were"
+        why = (
+            "its nested statistics were" if state.original_nested else f"the scales of its {state.original_dtype} were"
+        )
         raise ValueError(
-            f"bitsandbytes repacked this 4-bit weight for its own CPU kernel, and {why} rounded to bf16, which cannot be "
+            f"bitsandbytes repacked this 4-bit weight for its CPU kernel, and {why} rounded to bf16, which cannot be "
             "undone: load the model again, and patch it before the first evaluation"
         )
     rows, columns = (int(size) for size in state.shape)

@@ -63,9 +63,7 @@ def _backward_fake(
     return dx, core.new_empty(core.shape) if need_dcore else core.new_empty((0,))
 
 
-def _dequantise_fake(
-    quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype
-) -> Tensor:
+def _dequantise_fake(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return quant[0].new_empty((rows, columns), dtype=dtype)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
@@ -55,7 +54,7 @@ def quantize(
         raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKS))}, got {blocksize!r}")
     targets = list(_targets(model, set(exclude)))
     if not targets:
-        raise ValueError("found no linear layer to quantise: expected nn.Linear in fp32, bf16 or fp16 outside of exclude")
+        raise ValueError("found no linear layer to quantise: expected nn.Linear in fp32, bf16 or fp16")
     for _, _, name, layer in targets:
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"the weight of {name!r} has NaN or Inf values: nothing was quantised")
@@ -75,7 +74,7 @@ def _targets(model: nn.Module, exclude: set[str]) -> Iterable[tuple[nn.Module, s
             full = f"{name}.{child}" if name else child
             plain = type(layer) is nn.Linear and layer.weight.dtype in FLOATS and not layer.weight.is_meta
             if plain and layer is not head and not {full, child} & exclude:
-                yield parent, child, full, layer  # type: ignore[misc]
+                yield parent, child, full, layer
 
 
 @torch.no_grad()
@@ -162,12 +161,10 @@ def code(kind: str) -> Tensor:
 
 @lru_cache(maxsize=1)
 def dynamic_map() -> Tensor:
-    """The 256 values of the dynamic 8-bit type: a decimal exponent of 0 to -6, and what bits are left for a fraction."""
+    """The 256 values of the dynamic 8-bit type: a decimal exponent, and what bits are left for a fraction."""
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
         means = (edges[:-1] + edges[1:]) / 2.0
         values += (10 ** (exponent - 6) * means).tolist() + (-(10 ** (exponent - 6)) * means).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32)
-
-

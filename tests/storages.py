@@ -9,7 +9,15 @@ from lorasb.quantised import QuantisedWeight, of_state
 from lorasb.quantizing import quantize_4bit
 
 
-def storage(m: int, n: int, kind: str = "nf4", block: int = 64, nested: bool = False, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> QuantisedWeight:
+def storage(
+    m: int,
+    n: int,
+    kind: str = "nf4",
+    block: int = 64,
+    nested: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> QuantisedWeight:
     """A random weight in 4 bits."""
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)) / max(1, n) ** 0.5
     return of_state(*quantize_4bit(weight.to(dtype), kind, block, nested))

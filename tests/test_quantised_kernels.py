@@ -18,7 +18,15 @@ from lorasb.quantised import QuantisedWeight
 DTYPES = (torch.float32, torch.float16)
 
 
-def run(weight: QuantisedWeight, rows: int, r: int, dtype: torch.dtype, backend: str, bias: bool = True, dropout: float = 0.0) -> list[Tensor]:
+def run(
+    weight: QuantisedWeight,
+    rows: int,
+    r: int,
+    dtype: torch.dtype,
+    backend: str,
+    bias: bool = True,
+    dropout: float = 0.0,
+) -> list[Tensor]:
     m, n = weight.shape
     case = make_case((rows,), n, m, r, dtype, bias=bias)
     x, core = case.x.requires_grad_(), case.core.requires_grad_()
@@ -56,8 +64,19 @@ def test_dequantisation_is_exact(kind: str, nested: bool, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "m", "n", "r", "block", "nested"), [(1, 64, 128, 16, 64, False), (5, 70, 96, 3, 32, True), (17, 96, 64, 17, 64, False), (40, 50, 130, 16, 64, True), (0, 16, 64, 4, 64, False)])
-def test_is_the_dense_layer(way: str, rows: int, m: int, n: int, r: int, block: int, nested: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("rows", "m", "n", "r", "block", "nested"),
+    [
+        (1, 64, 128, 16, 64, False),
+        (5, 70, 96, 3, 32, True),
+        (17, 96, 64, 17, 64, False),
+        (40, 50, 130, 16, 64, True),
+        (0, 16, 64, 4, 64, False),
+    ],
+)
+def test_is_the_dense_layer(
+    way: str, rows: int, m: int, n: int, r: int, block: int, nested: bool, dtype: torch.dtype
+) -> None:
     weight = storage(m, n, "nf4", block, nested, dtype)
     found = run(weight, rows, r, dtype, "triton")
     case = make_case((rows,), n, m, r, dtype).double()

@@ -73,7 +73,11 @@ def batches(count: int = 3) -> list[dict[str, torch.Tensor]]:
 
 def factors(model: nn.Module) -> list[torch.Tensor]:
     layers = [m for m in model.modules() if isinstance(m, LoRASBLinear)]
-    return [p.detach().clone() for m in layers for p in (m.lorasb_A["default"], m.lorasb_R["default"], m.lorasb_B["default"])]
+    return [
+        p.detach().clone()
+        for m in layers
+        for p in (m.lorasb_A["default"], m.lorasb_R["default"], m.lorasb_B["default"])
+    ]
 
 
 def initialised(kind: str, **options: object) -> nn.Module:
@@ -88,7 +92,9 @@ def test_is_the_dequantised_twin_in_forward_and_gradients(kind: str) -> None:
     twin = dense_twin(model)
     model, twin = lorasb.patch(model, r=4), lorasb.patch(twin, r=4)
     lorasb.initialize(twin, batches(), lr=1e-2, progress=False)
-    for layer, other in zip(*([m for m in each.modules() if isinstance(m, LoRASBLinear)] for each in (model, twin)), strict=True):
+    for layer, other in zip(
+        *([m for m in each.modules() if isinstance(m, LoRASBLinear)] for each in (model, twin)), strict=True
+    ):
         layer.set_factors("default", other.lorasb_B["default"], other.lorasb_R["default"], other.lorasb_A["default"])
     results = []
     for each in (model, twin):
@@ -157,7 +163,9 @@ def test_adapters_are_saved_loaded_and_exported(kind: str, tmp_path: Path) -> No
     model = initialised(kind).eval()
     want = model(**batches()[0]).logits
     model.save_pretrained(tmp_path / "adapter")
-    check(peft.PeftModel.from_pretrained(quantised(kind), tmp_path / "adapter").eval()(**batches()[0]).logits, want, EXACT)
+    check(
+        peft.PeftModel.from_pretrained(quantised(kind), tmp_path / "adapter").eval()(**batches()[0]).logits, want, EXACT
+    )
     lorasb.export_lora(model, tmp_path / "lora", quiet=True)
     plain = peft.PeftModel.from_pretrained(dense_twin(quantised(kind)), tmp_path / "lora").eval()
     check(plain(**batches()[0]).logits, want, EXPORT)
@@ -228,13 +236,19 @@ def test_what_bitsandbytes_repacked_is_converted_back_exactly_where_that_is_poss
     base = layer.base_layer
     assert torch.equal(base.weight.data, want.weight.data)
     assert torch.equal(base.weight.quant_state.absmax, want.weight.quant_state.absmax)
-    assert torch.equal(dequantize_nf4(base.weight), bnb.functional.dequantize_4bit(want.weight.data, want.weight.quant_state))
+    assert torch.equal(
+        dequantize_nf4(base.weight), bnb.functional.dequantize_4bit(want.weight.data, want.weight.quant_state)
+    )
     assert not base.support_avx512bf16_for_cpu
     base.eval()(torch.randn(1, 128).bfloat16())
-    assert torch.equal(base.weight.data, want.weight.data), "bitsandbytes' own forward leaves the weight alone from now on"
+    assert torch.equal(base.weight.data, want.weight.data), (
+        "bitsandbytes' own forward leaves the weight alone from now on"
+    )
 
 
-@pytest.mark.parametrize(("dtype", "nested", "why"), [(torch.float32, False, "float32"), (torch.bfloat16, True, "nested statistics")])
+@pytest.mark.parametrize(
+    ("dtype", "nested", "why"), [(torch.float32, False, "float32"), (torch.bfloat16, True, "nested statistics")]
+)
 def test_what_cannot_be_converted_back_is_refused_with_the_reason(dtype: torch.dtype, nested: bool, why: str) -> None:
     model = nn.Sequential(repacked(dtype, nested))
     with pytest.raises(ValueError, match=rf"'0'.*{why}.*load the model again"):
@@ -278,7 +292,17 @@ def broken(harm: str) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("harm", "message"),
-    [("short", "4096 bytes"), ("statistics", "128 scales"), ("block", "block size"), ("shape", "bytes"), ("nan", "NaN or Inf"), ("type", "'int4'"), ("unquantised", "not been quantised"), ("scales", "64 row scales"), ("16 bits", "16-bit weights")],
+    [
+        ("short", "4096 bytes"),
+        ("statistics", "128 scales"),
+        ("block", "block size"),
+        ("shape", "bytes"),
+        ("nan", "NaN or Inf"),
+        ("type", "'int4'"),
+        ("unquantised", "not been quantised"),
+        ("scales", "64 row scales"),
+        ("16 bits", "16-bit weights"),
+    ],
 )
 def test_a_storage_that_is_not_whole_is_refused_by_name_and_the_model_stays(harm: str, message: str) -> None:
     model = nn.Sequential(nn.Linear(128, 128), broken(harm))
@@ -295,7 +319,9 @@ def test_files_of_ours_load_into_bitsandbytes_and_theirs_into_ours() -> None:
         ours = lorasb.quantize(nn.Sequential(copy.deepcopy(dense)), nested=nested)[0]
         written = ours.state_dict()
         theirs = bnb.nn.Params4bit.from_prequantized(written["weight"], {k.removeprefix("weight."): v for k, v in written.items() if k.startswith("weight.")}, device="cpu")  # fmt: skip
-        assert torch.equal(bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state), dequantize_nf4(ours.quantised()))
+        assert torch.equal(
+            bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state), dequantize_nf4(ours.quantised())
+        )
         other = lorasb.quantize(nn.Sequential(nn.Linear(128, 64)), nested=nested)[0]
         other.load_state_dict(to_bitsandbytes(dense, "nf4 nested" if nested else "nf4").state_dict())
         x = torch.randn(3, 128)
@@ -320,7 +346,8 @@ def test_a_linear_of_4_bits_on_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"kind": "nf3"}, "nf4, fp4"), ({"blocksize": 48}, "blocksize"), ({"exclude": ["0"]}, "no linear")]
+    ("arguments", "message"),
+    [({"kind": "nf3"}, "nf4, fp4"), ({"blocksize": 48}, "blocksize"), ({"exclude": ["0"]}, "no linear")],
 )
 def test_quantize_refuses(arguments: dict, message: str) -> None:
     model = nn.Sequential(nn.Linear(64, 64))

@@ -34,13 +34,17 @@ def kernel(request: pytest.FixtureRequest):
     cpp.use_instruction_set("")
 
 
-def run(weight: QuantisedWeight, rows: int, r: int, dtype: torch.dtype, bias: bool = True, seed: int = 0) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def run(
+    weight: QuantisedWeight, rows: int, r: int, dtype: torch.dtype, bias: bool = True, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """y, dx, dR of the layer; of the plain chain over the dequantised weight; and exactly."""
     m, n = weight.shape
     case = make_case((rows,), n, m, r, dtype, bias=bias, seed=seed)
     dense = exact(weight, dtype)
 
-    def through(x: Tensor, w: Tensor | QuantisedWeight, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None, plain: bool) -> list[Tensor]:
+    def through(
+        x: Tensor, w: Tensor | QuantisedWeight, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None, plain: bool
+    ) -> list[Tensor]:
         x, core = x.clone().requires_grad_(), core.clone().requires_grad_()
         if plain:
             y = torch.nn.functional.linear(x, w, bias) + case.scaling * (x @ a.t() @ core.t().to(x.dtype) @ b.t())
@@ -57,7 +61,16 @@ def run(weight: QuantisedWeight, rows: int, r: int, dtype: torch.dtype, bias: bo
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("m", "n", "block", "nested", "kind"), [(96, 128, 64, False, "nf4"), (50, 192, 64, True, "nf4"), (33, 256, 128, False, "fp4"), (40, 96, 32, True, "nf4"), (59, 123, 64, False, "nf4")])
+@pytest.mark.parametrize(
+    ("m", "n", "block", "nested", "kind"),
+    [
+        (96, 128, 64, False, "nf4"),
+        (50, 192, 64, True, "nf4"),
+        (33, 256, 128, False, "fp4"),
+        (40, 96, 32, True, "nf4"),
+        (59, 123, 64, False, "nf4"),
+    ],
+)
 def test_fp32_is_exact_to_rounding(kernel: str, m: int, n: int, block: int, nested: bool, kind: str, rows: int) -> None:
     weight = storage(m, n, kind, block, nested, torch.float32)
     ours, _, truth = run(weight, rows, 16, torch.float32)
@@ -109,7 +122,9 @@ def test_gradcheck_with_a_dequantised_twin(kernel: str, kind: str) -> None:
     weight = storage(6, 32, dtype=torch.float32) if kind == "nf4" else octets(6, 32, torch.float32)
     case = make_case((3,), 32, 6, 4, torch.float64)
     x, core = case.x.requires_grad_(), case.core.requires_grad_()
-    torch.autograd.gradcheck(lambda x, core: lora_sb_linear(x, weight, case.a, core, case.b, case.bias, 0.7), (x, core), **GRADCHECK)
+    torch.autograd.gradcheck(
+        lambda x, core: lora_sb_linear(x, weight, case.a, core, case.b, case.bias, 0.7), (x, core), **GRADCHECK
+    )
     ours = lora_sb_linear(x, weight, case.a, core, case.b, case.bias, 0.7)
     check(ours, lora_sb_linear(x, exact(weight, torch.float64), case.a, core, case.b, case.bias, 0.7), FP64)
 
@@ -155,7 +170,14 @@ def test_shapes_and_strides(kernel: str) -> None:
     wide = torch.randn(2, 3, 5, 256)[..., ::2]
     for x in (case.x, case.x[0], case.x[0, 0], case.x[0, 0, 0], wide):
         y = lora_sb_linear(x, weight, case.a, case.core, case.b, case.bias)
-        want = lora_sb_linear(x.double(), exact(weight, torch.float64), case.a.double(), case.core.double(), case.b.double(), case.bias.double())
+        want = lora_sb_linear(
+            x.double(),
+            exact(weight, torch.float64),
+            case.a.double(),
+            case.core.double(),
+            case.b.double(),
+            case.bias.double(),
+        )
         assert y.shape == (*x.shape[:-1], 96)
         check(y, want, fp32(128))
 
@@ -180,7 +202,11 @@ def test_autocast_is_linears_own(kernel: str) -> None:
 
 @pytest.mark.parametrize("name", [k for k in ("eager", "cpp") if k == "eager" or cpp.missing() is None])
 def test_opcheck(name: str) -> None:
-    for weight, dtype in ((storage(32, 64), torch.bfloat16), (storage(32, 64, nested=True, dtype=torch.float32), torch.float32), (octets(32, 64, torch.float32), torch.float32)):
+    for weight, dtype in (
+        (storage(32, 64), torch.bfloat16),
+        (storage(32, 64, nested=True, dtype=torch.float32), torch.float32),
+        (octets(32, 64, torch.float32), torch.float32),
+    ):
         case = make_case((6,), 64, 32, 4, dtype)
         x, core = case.x.requires_grad_(), case.core.requires_grad_()
         layout = weight.layout(dtype)

@@ -15,7 +15,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
 Row = dict[str, Any]
-QUANTISED = ("prep_forward_quantised", "prep_backward_quantised", "quantised_gemm", "quantised_gemm backward", "dequantise")
+QUANTISED = (
+    "prep_forward_quantised",
+    "prep_backward_quantised",
+    "quantised_gemm",
+    "quantised_gemm backward",
+    "dequantise",
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """Quantised weights: exact dequantisation beside the thin products, and a GEMM that dequantises as it goes.
 
-Byte i of a weight [N, K] in 4 bits has elements 2i (high nibble) and 2i + 1; W = dtype(table[nibble]·scale(element //
-BLOCK)) in fp32. Nested, scale = table2[absmax8]·absmax2 + offset, multiplied and then added: these kernels are compiled
-without contraction to FMA. The table of sixteen lies in one line of the first-level cache, where a warp's look-up is one
-access.
+Byte i of a weight [N, K] in 4 bits has elements 2i (high nibble) and 2i + 1; W = dtype(table[nibble]·scale(element
+// BLOCK)) in fp32. Nested, scale = table2[absmax8]·absmax2 + offset, multiplied and then added: these kernels are
+compiled without contraction to FMA. The table of sixteen lies in one line of the first-level cache, where a warp's
+look-up is one access.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def pair_of(octet, scale, table, ROUNDING: tl.constexpr):
 
 @triton.jit
 def dequantise_bytes(pid, octets, absmax, table, absmax2, table2, offset, out, ELEMENTS,
-                     BLOCK: tl.constexpr, BLOCK2: tl.constexpr, ROUNDING: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
+                     BLOCK: tl.constexpr, BLOCK2: tl.constexpr, ROUNDING: tl.constexpr,
+                     BYTES: tl.constexpr):  # fmt: skip
     """One program's BYTES bytes into `out`."""
     i = pid.to(tl.int64) * BYTES + tl.arange(0, BYTES)
     inside = 2 * i < ELEMENTS
@@ -80,7 +81,8 @@ def prep_forward_quantised(
     pid = tl.program_id(0)
     if pid < prep_programs:
         forward_rows(pid, x, factors, cores, us, v, partial, counters, M, K, sx, sf, sv, scales, seed, threshold,
-                     DROPOUT, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION, R, PARTS, RP, BM, BK, BJ, SPLITS)  # fmt: skip
+                     DROPOUT, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION, R, PARTS, RP, BM, BK, BJ,
+                     SPLITS)  # fmt: skip
     else:
         dequantise_bytes(pid - prep_programs, octets, absmax, table, absmax2, table2, offset, scratch, ELEMENTS,
                          BLOCK, BLOCK2, ROUNDING, BYTES)  # fmt: skip
@@ -104,7 +106,8 @@ def prep_backward_quantised(
     pid = tl.program_id(0)
     if pid < prep_programs:
         backward_rows(pid, dys, factors, cores, t, w, partial, counters, M, Ks, sdy, sf, sw, scales,
-                      NEED_DX, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION, R, PARTS, RP, BM, BK, BJ, SPLITS)  # fmt: skip
+                      NEED_DX, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION, R, PARTS, RP, BM, BK, BJ,
+                      SPLITS)  # fmt: skip
     else:
         dequantise_bytes(pid - prep_programs, octets, absmax, table, absmax2, table2, offset, scratch, ELEMENTS,
                          BLOCK, BLOCK2, ROUNDING, BYTES)  # fmt: skip
@@ -154,11 +157,15 @@ def quantised_gemm(
         lhs = tl.load(x + (m * sx)[:, None] + k[None, :], mask=(k < length)[None, :], other=0.0)
         if BACKWARD:
             pairs = tile % across * (BN // 2) + tl.arange(0, BN // 2)
-            rhs = weight_tile(k, pairs, octets, absmax, table, absmax2, table2, offset, N, K, WIDE, BLOCK, BLOCK2, ROUNDING)
+            rhs = weight_tile(
+                k, pairs, octets, absmax, table, absmax2, table2, offset, N, K, WIDE, BLOCK, BLOCK2, ROUNDING
+            )
             acc = tl.dot(lhs, rhs.to(x.dtype.element_ty), acc, input_precision=PRECISION)
         else:
             pairs = step * (BK // 2) + tl.arange(0, BK // 2)
-            rhs = weight_tile(rn, pairs, octets, absmax, table, absmax2, table2, offset, N, K, WIDE, BLOCK, BLOCK2, ROUNDING)
+            rhs = weight_tile(
+                rn, pairs, octets, absmax, table, absmax2, table2, offset, N, K, WIDE, BLOCK, BLOCK2, ROUNDING
+            )
             acc = tl.dot(lhs, rhs.to(x.dtype.element_ty).T, acc, input_precision=PRECISION)
     last = True
     if SPLITS > 1:

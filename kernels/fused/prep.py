@@ -98,7 +98,8 @@ def times_core(source, target, core, scale, keep, TRANSPOSED: tl.constexpr, PREC
 def forward_rows(pid, x, factors, cores, us, v, partial, counters, M, K, sx, sf, sv, scales, seed, threshold,
                  DROPOUT: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
                  PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
-                 RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+                 RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr,
+                 SPLITS: tl.constexpr):  # fmt: skip
     """What one program of `prep_forward` does."""
     row, split = pid // SPLITS, pid % SPLITS
     rm = row * BM + tl.arange(0, BM)
@@ -135,15 +136,17 @@ def prep_forward(
     BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """u_i = x A_iᵀ [M, R] and v_i = s_i·u_i R_iᵀ of all members: x [M, K], A_i [R, K], R_i [R, R], v [M, all·RP]."""
-    forward_rows(tl.program_id(0), x, factors, cores, us, v, partial, counters, M, K, sx, sf, sv, scales, seed, threshold,
-                 DROPOUT, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION, R, PARTS, RP, BM, BK, BJ, SPLITS)  # fmt: skip
+    forward_rows(tl.program_id(0), x, factors, cores, us, v, partial, counters, M, K, sx, sf, sv, scales, seed,
+                 threshold, DROPOUT, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION, R, PARTS, RP, BM, BK, BJ,
+                 SPLITS)  # fmt: skip
 
 
 @triton.jit
 def backward_rows(pid, dys, factors, cores, t, w, partial, counters, M, Ks, sdy, sf, sw, scales,
                   NEED_DX: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
                   PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
-                  RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+                  RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr,
+                 SPLITS: tl.constexpr):  # fmt: skip
     """What one program of `prep_backward` does."""
     slot, split = pid // SPLITS, pid % SPLITS
     row, member = slot // len(factors), slot % len(factors)
@@ -182,4 +185,5 @@ def prep_backward(
 ):  # fmt: skip
     """t_i = dy_i B_i and w_i = s_i·t_i R_i, one member a program: dy_i [M, K_i], B_i [K_i, R], t, w [M, members·RP]."""
     backward_rows(tl.program_id(0), dys, factors, cores, t, w, partial, counters, M, Ks, sdy, sf, sw, scales,
-                  NEED_DX, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION, R, PARTS, RP, BM, BK, BJ, SPLITS)  # fmt: skip
+                  NEED_DX, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION, R, PARTS, RP, BM, BK, BJ,
+                  SPLITS)  # fmt: skip

@@ -1,4 +1,4 @@
-"""From a quantised weight's tensors to launches: dequantised beside the thin products, or inside a GEMM of few tokens."""
+"""From a quantised weight's tensors to launches: dequantised beside the thin products, or inside a GEMM."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def dequantised(weight: Quantised, dtype: torch.dtype) -> Tensor:
 
 
 def forward(
-    x: Tensor, weight: Quantised, members: Members, bias: Tensor | None, plan: Plan, mask: Mask = Mask()
+    x: Tensor, weight: Quantised, members: Members, bias: Tensor | None, plan: Plan, mask: Mask
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [M, m] and u = x Aᵀ [M, r]; `members` has the one layer's factors and no weight."""
     M, u = x.shape[0], x.new_empty((x.shape[0], members.r))
@@ -83,7 +83,7 @@ def backward(
     plan: Plan,
     need_dx: bool,
     need_dcore: bool,
-    mask: Mask = Mask(),
+    mask: Mask,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx = dy W + (s·t R) A [M, n] and dR = s·tᵀ u [r, r], for dy [M, m]."""
     M, dy = dy.shape[0], unit_rows(dy)

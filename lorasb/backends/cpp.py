@@ -74,7 +74,9 @@ def _load() -> str | None:
         return f"{DISABLE}=1 leaves them out"
     path = library()
     if path is None:
-        return "this build of lorasb has no C++ extension: install it where a C++ compiler is, with --no-build-isolation"
+        return (
+            "this build of lorasb has no C++ extension: install it where a C++ compiler is, with --no-build-isolation"
+        )
     try:
         torch.ops.load_library(path)
     except OSError as error:

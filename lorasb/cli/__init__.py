@@ -25,6 +25,7 @@ DataOption = Annotated[Path | None, typer.Option(help="JSONL of prompt/completio
 TrainExamples = Annotated[int, typer.Option(help="Generated training examples.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens an example, at most.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float32 or float16.")]
+Bits = Annotated[int, typer.Option(help="Bits of the base's linear weights: 16, or 4 (NF4, nested statistics).")]
 
 
 @app.command()
@@ -44,6 +45,7 @@ def finetune(
     samples: Annotated[int | None, typer.Option(help="Samples for the initialisation; max(32, n/1000).")] = None,
     max_length: MaxLength = 512,
     dtype: Dtype = "bfloat16",
+    bits: Bits = 16,
     seed: Annotated[int, typer.Option(help="Seed of data, initialisation and training.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for the run's files.")] = Path("runs/finetune"),
 ) -> None:
@@ -68,6 +70,7 @@ def finetune(
         samples=samples,
         max_length=max_length,
         dtype=dtype,
+        bits=bits,
         seed=seed,
         output=str(output),
     )
@@ -94,6 +97,7 @@ def init(
     samples: Annotated[int | None, typer.Option(help="Samples; max(32, n/1000).")] = None,
     max_length: MaxLength = 512,
     dtype: Dtype = "bfloat16",
+    bits: Bits = 16,
     seed: Annotated[int, typer.Option(help="Seed of data and SVD.")] = 0,
     strategy: Annotated[str, typer.Option(help="auto, layerwise or accumulate.")] = "auto",
     memory_budget: Annotated[str | None, typer.Option(help="On top of the model, such as 6GB.")] = None,
@@ -112,8 +116,8 @@ def init(
 
     settings = Settings(
         model=model, task=task, data=str(data) if data else None, r=r, lr=lr, epochs=epochs, batch_size=batch_size,
-        warmup=warmup, train_examples=train_examples, samples=samples, max_length=max_length, dtype=dtype, seed=seed,
-        output=str(output),
+        warmup=warmup, train_examples=train_examples, samples=samples, max_length=max_length, dtype=dtype, bits=bits,
+        seed=seed, output=str(output),
     )  # fmt: skip
     where = str(cache) if cache else None
     report, suggestion = run_init(

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .. import backends  # noqa: F401  registers what can run
 from .._version import __version__
+from ..backends import cpp
 from ..kernels.plan import cache_folder
 from ..ops import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
 from .embedded import EMBEDDED, embedded_folder
@@ -28,6 +29,7 @@ def examine() -> Table:
     for name in BACKENDS[1:]:
         reason = unavailable(name)
         table.add_row(f"backend {name}", f"not available: {reason}" if reason else "available")
+    table.add_row("C++ kernels", _kernels())
     table.add_row(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "not set: auto")
     table.add_row("GPU", _gpu())
     table.add_row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores, {_isa()}")
@@ -40,6 +42,14 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _kernels() -> str:
+    if cpp.missing():
+        return "none: eager torch computes on the CPU"
+    others = ", ".join(cpp.instruction_sets()[1:])
+    path = cpp.library()
+    return f"{cpp.instruction_set()} runs ({path.name if path else 'loaded'}; also built: {others or 'none'})"
 
 
 def _gpu() -> str:

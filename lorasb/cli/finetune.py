@@ -43,6 +43,7 @@ class Settings:
     samples: int | None = None
     max_length: int = 512
     dtype: str = "bfloat16"
+    bits: int = 16
     seed: int = 0
     output: str = "runs/finetune"
 
@@ -54,6 +55,8 @@ class Settings:
         for name in ("r", "lr", "epochs", "batch_size", "train_examples", "eval_examples", "samples", "max_length"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)!r}")
+        if self.bits not in (4, 16):
+            raise ValueError(f"--bits must be 4 or 16, got {self.bits!r}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"--warmup is a share of the steps in [0, 1), got {self.warmup!r}")
         current_backend()  # an unusable LORASB_BACKEND is better met now than after the first evaluation
@@ -132,6 +135,10 @@ def prepare(settings: Settings) -> Run:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.bits == 4:
+        import lorasb
+
+        lorasb.quantize(model, "nf4", nested=True)
     _contiguous_head(model)
     encoded = [[encode(e, tokenizer, settings.max_length) for e in part] for part in (train_examples, held_out)]
     return Run(settings, tokenizer, model, train_examples, held_out, *encoded)
@@ -268,12 +275,29 @@ def _describe_data(settings: Settings, count: int) -> str:
     return f"reasoning-gym {settings.task}, {count} generated examples"
 
 
+def base_parameters(model: nn.Module) -> int:
+    """Parameters of the base, whatever the number of their bits."""
+    dense = sum(p.numel() for name, p in model.named_parameters() if "lora" not in name and p.is_floating_point())
+    return dense + sum(math.prod(weight.shape) for weight in _quantised(model))
+
+
+def base_bytes(model: nn.Module) -> int:
+    """Bytes of the base's weights and their statistics."""
+    dense = (p for name, p in model.named_parameters() if "lora" not in name and p.is_floating_point())
+    return sum(p.numel() * p.element_size() for p in dense) + sum(weight.nbytes for weight in _quantised(model))
+
+
+def _quantised(model: nn.Module) -> list[Any]:
+    from ..quantised import is_quantised, of_module
+
+    return [of_module(module) for module in model.modules() if is_quantised(module) and isinstance(module, nn.Linear)]
+
+
 def _summary(
     run: Run, before: Evaluation, after: Evaluation, init_seconds: float, seconds: float, tokens: int
 ) -> dict[str, Any]:
     import resource
 
-    base = [p for name, p in run.model.named_parameters() if "lora" not in name]
     return {
         "eval_loss_before": before.loss,
         "eval_loss_after": after.loss,
@@ -281,8 +305,8 @@ def _summary(
         "eval_accuracy_after": after.accuracy,
         "eval_examples": len(run.held_out),
         "trainable_params": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
-        "base_params": sum(p.numel() for p in base),
-        "base_bytes": sum(p.numel() * p.element_size() for p in base),
+        "base_params": base_parameters(run.model),
+        "base_bytes": base_bytes(run.model),
         "init_seconds": init_seconds,
         "train_seconds": seconds,
         "train_steps": run.steps,
