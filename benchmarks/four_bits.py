@@ -159,29 +159,29 @@ def block(seconds: float) -> Iterator[dict[str, Any]]:
     import lorasb
 
     config = MistralConfig(attn_implementation="sdpa")
-    dense = MistralDecoderLayer(config, 0).to(DTYPE).requires_grad_(False)
+    dense: Any = MistralDecoderLayer(config, 0).to(DTYPE).requires_grad_(False)
     four = copy.deepcopy(dense)
     for _, parent in list(four.named_modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(parent, name, packed(child))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapted = lorasb.patch(nn.ModuleDict({"block": copy.deepcopy(four)}), r=RANK, target_modules=targets)
+    adapted: Any = lorasb.patch(nn.ModuleDict({"block": copy.deepcopy(four)}), r=RANK, target_modules=targets)
     for name, layer in adapted.named_modules():
         if hasattr(layer, "lorasb_R") and name:
             a, b = (torch.linalg.qr(torch.randn(size, RANK)).Q for size in (layer.in_features, layer.out_features))
-            layer.set_factors("default", b, torch.randn(RANK, RANK) * 0.05, a.t())  # type: ignore[operator]
+            layer.set_factors("default", b, torch.randn(RANK, RANK) * 0.05, a.t())
     from peft import LoraConfig, inject_adapter_in_model
 
     lora = LoraConfig(r=PEFT_RANK, lora_alpha=PEFT_RANK, target_modules=targets)
-    blocks = {
+    blocks: dict[str, Any] = {
         "PEFT QLoRA r=32": inject_adapter_in_model(lora, four),
         "PEFT on bf16, r=32": inject_adapter_in_model(lora, dense),
-        "ours on 4 bits, r=96": adapted.base_model.model["block"],  # type: ignore[union-attr,index,operator]
+        "ours on 4 bits, r=96": adapted.base_model.model["block"],
     }
     x, ids = torch.randn(1, 512, FEATURES, dtype=DTYPE).requires_grad_(), torch.arange(512)[None]
     rotary = MistralRotaryEmbedding(config)(x, ids)
-    calls = {}
+    calls: dict[str, Callable[[int], Any]] = {}
     for way, module in blocks.items():
         module.train()
         for name, parameter in module.named_parameters():

@@ -20,8 +20,6 @@ constexpr int64_t kTransposedTokens = 8;  // backward, fp32 and bf16
 constexpr int64_t kPanelBytes = 4 << 20;  // of W at a time: stays in a last-level cache, and the BLAS loses 2%
 constexpr int64_t kDirectWidth = 512;     // columns of dx at a time
 
-constexpr size_t kAlignment = 4096;
-
 bool direct_dtype(const at::Tensor& x) { return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat; }
 
 at::Tensor as_float(const at::Tensor& x) { return x.to(at::kFloat).contiguous(); }
@@ -68,15 +66,8 @@ at::Tensor panel(const Packed& w, int64_t low, int64_t high, int64_t first, int6
   return part.to(dtype);
 }
 
-// Kept by the thread: a system that takes freed memory back makes every page of a new panel cost as much as decoding
-// it.
 at::Tensor panel_room(const at::Tensor& like, int64_t size) {
-  thread_local std::vector<char> kept;
-  const auto dtype = direct_dtype(like) ? like.scalar_type() : at::kFloat;
-  const size_t wanted = size * at::elementSize(dtype) + kAlignment;
-  if (kept.size() < wanted) kept.resize(wanted);
-  const auto start = (reinterpret_cast<uintptr_t>(kept.data()) + kAlignment - 1) / kAlignment * kAlignment;
-  return at::from_blob(reinterpret_cast<void*>(start), {size}, like.options().dtype(dtype));
+  return at::empty({size}, like.options().dtype(direct_dtype(like) ? like.scalar_type() : at::kFloat));
 }
 
 int64_t panel_length(const at::Tensor& like, int64_t across, int64_t along) {
