@@ -3,6 +3,8 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
 #include <vector>
 
 #include "isa.h"
@@ -66,13 +68,25 @@ at::Tensor panel(const Packed& w, int64_t low, int64_t high, int64_t first, int6
   return part.to(dtype);
 }
 
+// Kept by the thread, in huge pages where the system has them: how a panel's pages lie decides what the BLAS makes of
+// it.
 at::Tensor panel_room(const at::Tensor& like, int64_t size) {
-  return at::empty({size}, like.options().dtype(direct_dtype(like) ? like.scalar_type() : at::kFloat));
+  thread_local std::unique_ptr<char, decltype(&std::free)> kept(nullptr, &std::free);
+  thread_local size_t room = 0;
+  const auto dtype = direct_dtype(like) ? like.scalar_type() : at::kFloat;
+  const size_t wanted = (size * at::elementSize(dtype) + kHugePage - 1) / kHugePage * kHugePage;
+  if (room < wanted) {
+    kept.reset(static_cast<char*>(std::aligned_alloc(kHugePage, wanted)));
+    room = kept ? wanted : 0;
+    TORCH_CHECK(kept, "no memory for a panel of ", wanted, " bytes");
+    want_huge_pages(kept.get(), wanted);
+  }
+  return at::from_blob(kept.get(), {size}, like.options().dtype(dtype));
 }
 
 int64_t panel_length(const at::Tensor& like, int64_t across, int64_t along) {
   const int64_t wanted = kPanelBytes / std::max<int64_t>(1, across * like.element_size());
-  return std::min(along, std::max<int64_t>(64, wanted / 64 * 64));
+  return std::min(along, std::max<int64_t>(512, wanted / 64 * 64));
 }
 
 void panels(const Packed& w, const at::Tensor& x, at::Tensor& y) {

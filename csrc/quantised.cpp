@@ -11,19 +11,7 @@
 namespace lorasb {
 namespace {
 
-constexpr int64_t kChunk = 1 << 15;     // elements that one task decodes
-constexpr size_t kHugePage = 2u << 20;  // bytes
-
-// Fresh memory of many pages costs more to be given than to be written: ask for it in huge ones.
-void want_huge_pages(at::Tensor& fresh) {
-#ifdef __linux__
-  const size_t begin = reinterpret_cast<size_t>(fresh.mutable_data_ptr());
-  const size_t first = (begin + kHugePage - 1) / kHugePage * kHugePage,
-               end = (begin + fresh.nbytes()) / kHugePage * kHugePage;
-  if (first + kHugePage <= end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
-
+constexpr int64_t kChunk = 1 << 15;  // elements that one task decodes
 void check_tensor(const at::Tensor& tensor, const char* name, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(tensor.device().is_cpu(), "expected ", name, " on the CPU, got it on ", tensor.device(),
                     ": move the weight and its statistics together, with model.to(...)");
@@ -65,6 +53,14 @@ Packed unpack_octets(at::TensorList tensors, Packed w) {
 }
 
 }  // namespace
+
+void want_huge_pages(void* memory, size_t size) {
+#ifdef __linux__
+  const size_t begin = reinterpret_cast<size_t>(memory);
+  const size_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, end = (begin + size) / kHugePage * kHugePage;
+  if (first + kHugePage <= end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
 
 Packed unpack(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int64_t columns) {
   TORCH_CHECK_VALUE(tensors.size() == 2 || tensors.size() == 3 || tensors.size() == 6,
@@ -128,7 +124,7 @@ at::Tensor dequantise(at::TensorList tensors, at::IntArrayRef layout, int64_t ro
   const bool direct = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
   TORCH_CHECK_TYPE(direct || dtype == at::kDouble, "expected fp64, fp32, bf16 or fp16 to dequantise to, got ", dtype);
   at::Tensor out = at::empty({rows, columns}, tensors[0].options().dtype(direct ? dtype : at::kFloat));
-  want_huge_pages(out);
+  want_huge_pages(out.mutable_data_ptr(), out.nbytes());
   decode_panel(w, 0, rows, 0, columns, out);
   return direct ? out : out.to(dtype);
 }

@@ -75,7 +75,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         self.training = base_layer.training
         self.fan_in_fan_out = fan_in_fan_out
         self.octet_dtype = octet_dtype
-        self._read: tuple[Any, QuantisedWeight] | None = None
+        self._read: tuple[Any, int, int, QuantisedWeight] | None = None
         self._packed_base: list[nn.Module] = []  # the quantised layer while a merged, dense one stands there
         keep_unpacked(base_layer)
         found = self.quantised()
@@ -138,18 +138,18 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
 
     def quantised(self) -> QuantisedWeight | None:
         """What the base layer stores, if it is quantised; read once, and again when it was replaced or written to."""
-        base = self.get_base_layer()
-        if not is_quantised(base):
+        base = self._modules[
+            "base_layer"
+        ]  # looked up at every call: nn.Module's own way takes longer than a small product
+        if base is None or type(base) is nn.Linear or not is_quantised(base):
             return None
-        weight: Any = base.weight
-        key = (weight.data_ptr(), weight._version, id(getattr(weight, "quant_state", None)), id(base))
-        if self._read is None or self._read[0] != key:
-            found = of_module(base)
-            if found is None:
-                return None
-            key = (weight.data_ptr(), weight._version, id(getattr(weight, "quant_state", None)), id(base))
-            self._read = key, found
-        return self._read[1]
+        read, weight = self._read, base._parameters["weight"]
+        if read is not None and read[0] is weight and read[1] == weight._version and read[2] == weight.data_ptr():  # type: ignore[union-attr]
+            return read[3]
+        found = of_module(base)
+        if found is not None:
+            self._read = weight, weight._version, weight.data_ptr(), found  # type: ignore[union-attr]
+        return found
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -160,7 +160,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             return dtype
         if found.kind == "int8" and self.octet_dtype is not None:
             return self.octet_dtype
-        return compute_dtype(self.get_base_layer(), found)
+        return compute_dtype(self.base_layer, found)
 
     def dense_weight(self) -> Tensor:
         """W [out, in]: the base layer's weight, or a view of it; of a quantised one, what its bits stand for."""
@@ -208,7 +208,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
 
     def _bias_like(self, x: Tensor) -> Tensor | None:
         """The bias in x's dtype: a quantised layer's own may be in another."""
-        bias = cast("Tensor | None", self.get_base_layer().bias)
+        bias = cast("Tensor | None", self.base_layer.bias)
         return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
     def _adapted(self, x: Tensor, name: str, weight: Tensor | QuantisedWeight | None, bias: Tensor | None) -> Tensor:
@@ -229,8 +229,8 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             not plain
             or bool(hooked)
             or "forward" in vars(base)
-            or hasattr(base, "_hf_hook")
-            or hasattr(base.weight, "ds_id")
+            or "_hf_hook" in vars(base)
+            or hasattr(base._parameters.get("weight"), "ds_id")
         )
 
     def on_base_dtype(self, x: Tensor) -> Tensor:
