@@ -159,6 +159,7 @@ def block(seconds: float) -> Iterator[dict[str, Any]]:
     import lorasb
 
     config = MistralConfig()
+    config._attn_implementation = "sdpa"
     dense: Any = MistralDecoderLayer(config, 0).to(DTYPE).requires_grad_(False)
     four = copy.deepcopy(dense)
     for _, parent in list(four.named_modules()):

@@ -138,13 +138,11 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
 
     def quantised(self) -> QuantisedWeight | None:
         """What the base layer stores, if it is quantised; read once, and again when it was replaced or written to."""
-        base = self._modules[
-            "base_layer"
-        ]  # looked up at every call: nn.Module's own way takes longer than a small product
+        base = self._modules["base_layer"]  # nn.Module's own way there takes longer than a small product
         if base is None or type(base) is nn.Linear or not is_quantised(base):
             return None
         read, weight = self._read, base._parameters["weight"]
-        if read is not None and read[0] is weight and read[1] == weight._version and read[2] == weight.data_ptr():  # type: ignore[union-attr]
+        if read is not None and read[0] is weight and read[1] == weight._version and read[2] == weight.data_ptr():
             return read[3]
         found = of_module(base)
         if found is not None:
