@@ -68,7 +68,7 @@ bench-cpu: install
 bench-init: install
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.initialisation --output $(RESULTS)
 
-# 4-bit bases on the CPU against bitsandbytes and PEFT; about six minutes.
+# 4-bit bases on the CPU against bitsandbytes and PEFT; about four minutes.
 bench-4bit: install
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.four_bits --output $(RESULTS)
 

@@ -13,7 +13,7 @@ constexpr int64_t kWidth = 512;      // columns of dx at a time
 constexpr int64_t kPartRows = 256;   // rows of B whose part of t is added on its own, in order
 constexpr int64_t kRowsAtOnce = 16;  // of W
 
-// Rows of v, padded so that they do not share the lines of a cache.
+// x Dᵀ [M, r] in fp32.
 at::Tensor thin_product(const at::Tensor& x, const at::Tensor& d) {
   const int64_t M = x.size(0), r = d.size(0);
   at::Tensor found = at::empty({M, r}, x.options().dtype(at::kFloat));

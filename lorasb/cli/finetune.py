@@ -277,14 +277,17 @@ def _describe_data(settings: Settings, count: int) -> str:
 
 def base_parameters(model: nn.Module) -> int:
     """Parameters of the base, whatever the number of their bits."""
-    dense = sum(p.numel() for name, p in model.named_parameters() if "lora" not in name and p.is_floating_point())
-    return dense + sum(math.prod(weight.shape) for weight in _quantised(model))
+    return sum(p.numel() for p in _dense(model)) + sum(math.prod(weight.shape) for weight in _quantised(model))
 
 
 def base_bytes(model: nn.Module) -> int:
     """Bytes of the base's weights and their statistics."""
-    dense = (p for name, p in model.named_parameters() if "lora" not in name and p.is_floating_point())
-    return sum(p.numel() * p.element_size() for p in dense) + sum(weight.nbytes for weight in _quantised(model))
+    dense = sum(p.numel() * p.element_size() for p in _dense(model))
+    return dense + sum(weight.nbytes for weight in _quantised(model))
+
+
+def _dense(model: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if "lora" not in name and p.is_floating_point()]
 
 
 def _quantised(model: nn.Module) -> list[Any]:
