@@ -2,6 +2,10 @@
 
 #include <atomic>
 
+#ifdef LORASB_X86
+#include <cpuid.h>
+#endif
+
 namespace lorasb {
 namespace {
 
@@ -38,6 +42,19 @@ std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const Kernels* each : all()) names.emplace_back(each->name);
   return names;
+}
+
+bool has_matrix_tiles() {
+#ifdef LORASB_X86
+  static const bool found = [] {
+    constexpr unsigned kAmxBf16 = 1u << 22;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAmxBf16) != 0;
+  }();
+  return found;
+#else
+  return false;
+#endif
 }
 
 bool use_instruction_set(const std::string& name) {

@@ -9,6 +9,39 @@ namespace lorasb {
 
 constexpr int kDirectRows = 4;  // rows of x that a direct product takes at once
 
+constexpr int kTileTokens = 8;     // rows of x in a tile
+constexpr int kStripLanes = 32;    // rows or columns of W in a strip
+constexpr int kStripDepth = 32;    // elements of a sum in a step: tiles and strips are whole steps
+constexpr int kStripChunk = 2048;  // elements of a sum that a strip holds at most
+
+// A piece of W or of a dense matrix as strips: so many from a lane on, elements [first, first + depth) of the sum,
+// strip s from out + s * apart on. Whole steps.
+struct Piece {
+  int64_t lane, strips, first, depth, apart;
+};
+
+// Products of any number of tokens in bf16. x is arranged once as tiles [steps, kTileTokens, 32]; W is decoded, a piece
+// that stays in a second-level cache, as strips [steps, 16, kStripLanes, 2]: a pair of elements of a sum for each lane.
+// W has whole blocks. Rows of W as lanes pair columns c and c + 8 of 16; columns of W as lanes pair neighbouring rows,
+// and hold even columns before odd ones. Strips are zero beyond their matrix.
+struct StripKernels {
+  // Tiles [low, high) of x [rows, columns], zero beyond its last column; `apart`: paired as rows of W are.
+  void (*tiles)(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns, bool apart, int64_t low, int64_t high,
+                uint16_t* out);
+  // Rows of W as lanes, and columns.
+  void (*of_rows)(const Packed& w, const Piece& piece, uint16_t* out);
+  void (*of_columns)(const Packed& w, const Piece& piece, uint16_t* out);
+  // The same of a dense D [rows, columns]; its rows as lanes pair neighbouring columns.
+  void (*of_dense_rows)(const uint16_t* d, int64_t rows, int64_t columns, const Piece& piece, uint16_t* out);
+  void (*of_dense_columns)(const uint16_t* d, int64_t rows, int64_t columns, const Piece& piece, uint16_t* out);
+  // sums [rows, kStripLanes] = (fresh) or += tile · strip over some steps.
+  void (*multiply)(const uint16_t* tile, int64_t rows, const uint16_t* strip, int64_t steps, bool fresh, float* sums,
+                   int64_t stride);
+  // y [rows, count] = sums + bias, or += sums; `apart`: the sums' even columns come first.
+  void (*finish)(const float* sums, int64_t stride, int64_t rows, int64_t count, bool apart, const uint16_t* bias,
+                 bool add, uint16_t* y, int64_t y_stride);
+};
+
 struct Kernels {
   const char* name;
 
@@ -33,11 +66,6 @@ struct Kernels {
   void (*dot_bf16)(const Packed& w, const uint16_t* streams, int64_t rows, int64_t low, int64_t high, float* y,
                    int64_t stride);
 
-  // y [rows, stride of y] += x W[low:high]ᵀ for any number of rows of x, arranged likewise; a few rows of W are decoded
-  // at a time into `scratch`, kTileRows times stream_stride(columns). Null where bf16 is not multiplied.
-  void (*tile_bf16)(const Packed& w, const uint16_t* x, int64_t rows, int64_t low, int64_t high, uint16_t* y,
-                    int64_t stride, uint16_t* scratch);
-
   // The adapter's thin products for up to kDirectRows rows in bf16; null where bf16 is not multiplied.
   // y [rows, stride of y] (+)= x [rows, stride of x] D[low:high]ᵀ for a dense D [.., columns] in one piece.
   void (*dense_dot_bf16)(const uint16_t* x, int64_t x_stride, int64_t rows, const uint16_t* d, int64_t columns,
@@ -56,9 +84,11 @@ struct Kernels {
   // counts zeros and entries that are not finite.
   double (*pack_signs)(const float* x, int64_t count, uint32_t* positive, uint32_t* nonzero, int64_t* zeros,
                        int64_t* bad);
+
+  const StripKernels* strips;  // null where bf16 is not multiplied
 };
 
-constexpr int kTileRows = 4;       // rows of W that a tile decodes
+constexpr int kDenseTaps = 4;      // rows of a dense matrix that are read at once
 constexpr int kOuterColumns = 64;  // columns of G that a panel of x covers
 
 // Strides of rows that are read side by side: never a multiple of 4096 bytes, which would put all of them into the same

@@ -83,8 +83,8 @@ struct V {
 namespace lorasb {
 
 const Kernels& avx2_kernels() {
-  static const Kernels kernels = {"AVX2",  decode<F32>, decode<BF16>, decode<F16>, dot,     dot_transposed, nullptr,
-                                  nullptr, nullptr,     nullptr,      nullptr,     nullptr, pack_signs};
+  static const Kernels kernels = {"AVX2",  decode<F32>, decode<BF16>, decode<F16>, dot,        dot_transposed, nullptr,
+                                  nullptr, nullptr,     nullptr,      nullptr,     pack_signs, nullptr};
   return kernels;
 }
 

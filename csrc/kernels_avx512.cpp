@@ -13,8 +13,9 @@ LORASB_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 namespace lorasb {
 
 const Kernels& avx512_kernels() {
-  static const Kernels kernels = {"AVX-512", decode<F32>, decode<BF16>, decode<F16>, dot,     dot_transposed,   nullptr,
-                                  nullptr,   nullptr,     nullptr,      nullptr,     nullptr, pack_signs_avx512};
+  static const Kernels kernels = {"AVX-512",      decode<F32>,       decode<BF16>, decode<F16>, dot,
+                                  dot_transposed, nullptr,           nullptr,      nullptr,     nullptr,
+                                  nullptr,        pack_signs_avx512, nullptr};
   return kernels;
 }
 

@@ -15,7 +15,7 @@ namespace lorasb {
 namespace {
 
 constexpr int kStep = 128;           // elements of a row that one look-up of 64 bytes covers
-constexpr int kAhead = 16384;        // bytes between what is read and what is fetched from memory
+constexpr int kAhead = 20480;        // bytes between what is read and what is fetched from memory
 constexpr int kScaleColumns = 4096;  // elements whose scales are at hand at once
 
 inline __m512bh as_bf16(__m512i bits) { return (__m512bh)bits; }
@@ -114,7 +114,7 @@ inline void dot_bf16_taps(const Packed& w, __m512i table, const Lanes& lanes, co
     for (; place + kStep <= count; place += kStep) {
       for (int t = 0; t < kTaps; ++t) {
         scales[t] = lanes.scales(from[t] + (place >> lanes.shift), lanes.per_step);
-        _mm_prefetch(reinterpret_cast<const char*>(bytes[t] + kAhead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(bytes[t] + kAhead), _MM_HINT_T1);
       }
       dot_step<kRows, kTaps>(bytes, ~0ull, table, xs + place, length, scales, total);
       for (int t = 0; t < kTaps; ++t) bytes[t] += kStep / 2;
@@ -164,102 +164,6 @@ inline __m128 sum_four(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-template <int kRows>
-inline void tile(const uint16_t* x, const uint16_t* weights, int64_t columns, int count, uint16_t* y, int64_t stride) {
-  const int64_t apart = stream_stride(columns), length = (columns + kStep - 1) / kStep * kStep;
-  __m512 sums[kRows][kTileRows];
-  for (int i = 0; i < kRows; ++i) {
-    for (int t = 0; t < kTileRows; ++t) sums[i][t] = _mm512_setzero_ps();
-  }
-  for (int64_t k = 0; k < length; k += 32) {
-    __m512bh ws[kTileRows];
-    for (int t = 0; t < kTileRows; ++t) ws[t] = as_bf16(_mm512_loadu_si512(weights + t * apart + k));
-    for (int i = 0; i < kRows; ++i) {
-      const __m512bh xs = as_bf16(_mm512_loadu_si512(x + i * apart + k));
-      for (int t = 0; t < kTileRows; ++t) sums[i][t] = _mm512_dpbf16_ps(sums[i][t], xs, ws[t]);
-    }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    alignas(16) float found[kTileRows];
-    _mm_store_ps(found, sum_four(sums[i][0], sums[i][1], sums[i][2], sums[i][3]));
-    for (int t = 0; t < count; ++t) {
-      uint16_t& target = y[i * stride + t];
-      target = to_bf16(from_bf16(target) + found[t]);
-    }
-  }
-}
-
-// 128 elements of a row of W in bf16, as `arrange_bf16` arranges x. One table has both blocks' values; W is rounded as
-// `decode` rounds it.
-inline void decode_step(const uint8_t* bytes, __mmask64 there, __m512 table, float first, float second, uint16_t* out) {
-  const __m512i upper = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-  const __m512i low = _mm512_set1_epi16(15);
-  const __m512i words = _mm512_maskz_loadu_epi8(there, bytes);
-  const __m512i values = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(table, _mm512_set1_ps(second)),
-                                                      _mm512_mul_ps(table, _mm512_set1_ps(first)));
-  constexpr int kPlace = 0xea;  // (nibble & 15) | 16 in the upper half
-  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_ternarylogic_epi64(words, low, upper, kPlace), values));
-  const __m512i second_nibbles = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 4), low, upper, kPlace);
-  _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(second_nibbles, values));
-  const __m512i third_nibbles = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 8), low, upper, kPlace);
-  _mm512_storeu_si512(out + 64, _mm512_permutexvar_epi16(third_nibbles, values));
-  const __m512i fourth_nibbles = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 12), low, upper, kPlace);
-  _mm512_storeu_si512(out + 96, _mm512_permutexvar_epi16(fourth_nibbles, values));
-}
-
-void decode_streams(const Packed& w, int64_t r, uint16_t* out) {
-  const __m512 table = _mm512_loadu_ps(w.table);
-  const int shift = w.block_shift();
-  const uint8_t* bytes = w.bytes + r * (w.columns / 2);
-  for (int64_t chunk = 0; chunk < w.columns; chunk += kScaleColumns) {
-    const int64_t count = w.columns - chunk < kScaleColumns ? w.columns - chunk : kScaleColumns;
-    float room[kScaleColumns / 64];
-    const int64_t b = r * (w.columns >> shift) + (chunk >> shift);
-    const float* scales = w.scales_from(b, (count + w.block - 1) >> shift, room);
-    int64_t place = 0;
-    for (; place + kStep <= count; place += kStep) {
-      _mm_prefetch(reinterpret_cast<const char*>(bytes + (chunk + place) / 2 + kAhead), _MM_HINT_T0);
-      decode_step(bytes + (chunk + place) / 2, ~0ull, table, scales[place >> shift], scales[(place + 64) >> shift],
-                  out + chunk + place);
-    }
-    if (place < count) {  // 64 elements
-      const float last = scales[place >> shift];
-      decode_step(bytes + (chunk + place) / 2, (1ull << 32) - 1, table, last, last, out + chunk + place);
-    }
-  }
-}
-
-void tile_bf16(const Packed& w, const uint16_t* x, int64_t rows, int64_t low, int64_t high, uint16_t* y, int64_t stride,
-               uint16_t* scratch) {
-  const int64_t columns = w.columns, apart = stream_stride(columns);
-  for (int64_t i = 0; i < kTileRows * apart; ++i) scratch[i] = 0;
-  for (int64_t r = low; r < high; r += kTileRows) {
-    const int count = static_cast<int>(high - r < kTileRows ? high - r : kTileRows);
-    for (int t = 0; t < count; ++t) decode_streams(w, r + t, scratch + t * apart);
-    int64_t i = 0;
-    for (; i + 6 <= rows; i += 6) tile<6>(x + i * apart, scratch, columns, count, y + i * stride + r, stride);
-    const uint16_t* left = x + i * apart;
-    uint16_t* target = y + i * stride + r;
-    switch (rows - i) {
-      case 1:
-        tile<1>(left, scratch, columns, count, target, stride);
-        break;
-      case 2:
-        tile<2>(left, scratch, columns, count, target, stride);
-        break;
-      case 3:
-        tile<3>(left, scratch, columns, count, target, stride);
-        break;
-      case 4:
-        tile<4>(left, scratch, columns, count, target, stride);
-        break;
-      case 5:
-        tile<5>(left, scratch, columns, count, target, stride);
-        break;
-    }
-  }
-}
-
 inline __m512i load_bf16(const uint16_t* from, int64_t left) {
   if (left >= 32) return _mm512_loadu_si512(from);
   return _mm512_maskz_loadu_epi16((1u << left) - 1, from);
@@ -268,20 +172,20 @@ inline __m512i load_bf16(const uint16_t* from, int64_t left) {
 template <int kRows>
 void dense_dot_rows(const uint16_t* x, int64_t x_stride, const uint16_t* d, int64_t columns, int64_t low, int64_t high,
                     float* y, int64_t stride, bool add) {
-  for (int64_t r = low; r < high; r += kTileRows) {
-    const int count = static_cast<int>(high - r < kTileRows ? high - r : kTileRows);
-    __m512 sums[kRows][kTileRows];
+  for (int64_t r = low; r < high; r += kDenseTaps) {
+    const int count = static_cast<int>(high - r < kDenseTaps ? high - r : kDenseTaps);
+    __m512 sums[kRows][kDenseTaps];
     for (int i = 0; i < kRows; ++i) {
-      for (int t = 0; t < kTileRows; ++t) sums[i][t] = _mm512_setzero_ps();
+      for (int t = 0; t < kDenseTaps; ++t) sums[i][t] = _mm512_setzero_ps();
     }
-    const uint16_t* rows[kTileRows];
-    for (int t = 0; t < kTileRows; ++t) rows[t] = d + (r + (t < count ? t : 0)) * columns;
+    const uint16_t* rows[kDenseTaps];
+    for (int t = 0; t < kDenseTaps; ++t) rows[t] = d + (r + (t < count ? t : 0)) * columns;
     for (int64_t k = 0; k < columns; k += 32) {
-      __m512bh ds[kTileRows];
-      for (int t = 0; t < kTileRows; ++t) ds[t] = as_bf16(load_bf16(rows[t] + k, columns - k));
+      __m512bh ds[kDenseTaps];
+      for (int t = 0; t < kDenseTaps; ++t) ds[t] = as_bf16(load_bf16(rows[t] + k, columns - k));
       for (int i = 0; i < kRows; ++i) {
         const __m512bh xs = as_bf16(load_bf16(x + i * x_stride + k, columns - k));
-        for (int t = 0; t < kTileRows; ++t) sums[i][t] = _mm512_dpbf16_ps(sums[i][t], xs, ds[t]);
+        for (int t = 0; t < kDenseTaps; ++t) sums[i][t] = _mm512_dpbf16_ps(sums[i][t], xs, ds[t]);
       }
     }
     const __mmask8 there = static_cast<__mmask8>((1 << count) - 1);
@@ -375,11 +279,17 @@ void outer_bf16(const uint16_t* left, const uint16_t* right, int64_t m, int64_t 
 }
 
 }  // namespace
+}  // namespace lorasb
+
+#include "strips_avx512_bf16.h"
+
+namespace lorasb {
 
 const Kernels& avx512_bf16_kernels() {
-  static const Kernels kernels = {"AVX-512 with bf16", decode<F32>,  decode<BF16>,     decode<F16>, dot,
-                                  dot_transposed,      arrange_bf16, dot_bf16,         tile_bf16,   dense_dot_bf16,
-                                  dense_add_bf16,      outer_bf16,   pack_signs_avx512};
+  static const Kernels kernels = {
+      "AVX-512 with bf16", decode<F32>,       decode<BF16>,    decode<F16>,    dot,
+      dot_transposed,      arrange_bf16,      dot_bf16,        dense_dot_bf16, dense_add_bf16,
+      outer_bf16,          pack_signs_avx512, &strip_kernels()};
   return kernels;
 }
 

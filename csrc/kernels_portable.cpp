@@ -97,8 +97,9 @@ V::reg V::round_f16(const reg& a) {
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static const Kernels kernels = {"portable", decode<F32>, decode<BF16>, decode<F16>, dot,     dot_transposed, nullptr,
-                                  nullptr,    nullptr,     nullptr,      nullptr,     nullptr, pack_signs};
+  static const Kernels kernels = {"portable",     decode<F32>, decode<BF16>, decode<F16>, dot,
+                                  dot_transposed, nullptr,     nullptr,      nullptr,     nullptr,
+                                  nullptr,        pack_signs,  nullptr};
   return kernels;
 }
 

@@ -6,6 +6,7 @@
 #include "few_tokens.h"
 #include "product.h"
 #include "quantised.h"
+#include "strips.h"
 
 namespace lorasb {
 namespace {
@@ -85,6 +86,7 @@ std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x, at::TensorList qu
     u = at::mm(rows, a.t());
   }
   const at::Tensor v = at::mm(u, scaled(core, scale, x.scalar_type()).t());
+  if (takes_strips(w, rows.scalar_type(), rows.size(0))) return {shaped(strips_product(w, rows, v, b, bias), x), u};
   at::Tensor y = bias.has_value() ? at::addmm(*bias, v, b.t()) : at::mm(v, b.t());
   add_product(w, rows, y);
   return {shaped(y, x), u};
@@ -121,9 +123,16 @@ std::tuple<at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, at::Ten
     if (scale != 1.0) dcore.mul_(scale);
   }
   if (need_dx) {
-    dx = at::mm(at::mm(t, scaled(core, scale, dtype)), a);
+    const at::Tensor c = at::mm(t, scaled(core, scale, dtype));
+    const bool strips = takes_strips(w, dtype, rows.size(0));
+    if (strips && !seed.has_value()) return {shaped(strips_product_transposed(w, rows, c, a), dy), dcore};
+    dx = at::mm(c, a);
     if (seed.has_value()) dx.mul_(keep_mask(dx.sizes(), dropout, *seed));
-    add_product_transposed(w, rows, dx);
+    if (strips) {
+      add_strips_product_transposed(w, rows, dx);
+    } else {
+      add_product_transposed(w, rows, dx);
+    }
     dx = shaped(dx, dy);
   }
   return {dx, dcore};

@@ -47,9 +47,6 @@ struct Packed {
   }
 
   int block_shift() const { return __builtin_ctzll(static_cast<unsigned long long>(block)); }
-
-  // Whether 128 elements of a row have two scales at most, and the weight is rounded to bf16 alone.
-  bool even_steps() const { return whole_blocks() && block >= 64 && rounding != Rounding::fp16; }
 };
 
 }  // namespace lorasb

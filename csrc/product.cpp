@@ -3,20 +3,17 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "isa.h"
 #include "quantised.h"
+#include "room.h"
 #include "tasks.h"
 
 namespace lorasb {
 namespace {
 
 // Measured on two Zen 4 cores at 4096 x 4096; beyond these numbers of tokens panels and the BLAS are faster.
-constexpr int64_t kDotRows = 4;           // bf16: look-ups straight into products
-constexpr int64_t kTiledRows = 80;        // bf16: a few rows of W decoded at a time
 constexpr int64_t kDirectTokens = 8;      // fp32: look-ups straight into products
 constexpr int64_t kTransposedTokens = 8;  // backward, fp32 and bf16
 constexpr int64_t kPanelBytes = 4 << 20;  // of W at a time: stays in a last-level cache, and the BLAS loses 2%
@@ -50,16 +47,6 @@ void dot_products(const Packed& w, const at::Tensor& x, at::Tensor& y) {
   y.add_(found);
 }
 
-void tiles_bf16(const Packed& w, const at::Tensor& x, at::Tensor& y) {
-  const at::Tensor streams = arranged(w, x);
-  uint16_t* target = mutable_bits(y);
-  over_rows(w.rows, w.columns, kTileRows, [&](int64_t low, int64_t high) {
-    std::vector<uint16_t> scratch(kTileRows * streams.size(1) + 32);
-    const auto aligned = (reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64;
-    kernels().tile_bf16(w, bits(streams), x.size(0), low, high, target, w.rows, reinterpret_cast<uint16_t*>(aligned));
-  });
-}
-
 // A panel of W in x's dtype; `room` is used again for the next one.
 at::Tensor panel(const Packed& w, int64_t low, int64_t high, int64_t first, int64_t width, at::Tensor& room,
                  at::ScalarType dtype) {
@@ -68,20 +55,10 @@ at::Tensor panel(const Packed& w, int64_t low, int64_t high, int64_t first, int6
   return part.to(dtype);
 }
 
-// Kept by the thread, in huge pages where the system has them: how a panel's pages lie decides what the BLAS makes of
-// it.
+// How a panel's pages lie decides what the BLAS makes of it.
 at::Tensor panel_room(const at::Tensor& like, int64_t size) {
-  thread_local std::unique_ptr<char, decltype(&std::free)> kept(nullptr, &std::free);
-  thread_local size_t room = 0;
   const auto dtype = direct_dtype(like) ? like.scalar_type() : at::kFloat;
-  const size_t wanted = (size * at::elementSize(dtype) + kHugePage - 1) / kHugePage * kHugePage;
-  if (room < wanted) {
-    kept.reset(static_cast<char*>(std::aligned_alloc(kHugePage, wanted)));
-    room = kept ? wanted : 0;
-    TORCH_CHECK(kept, "no memory for a panel of ", wanted, " bytes");
-    want_huge_pages(kept.get(), wanted);
-  }
-  return at::from_blob(kept.get(), {size}, like.options().dtype(dtype));
+  return at::from_blob(kept_room(size * at::elementSize(dtype)), {size}, like.options().dtype(dtype));
 }
 
 int64_t panel_length(const at::Tensor& like, int64_t across, int64_t along) {
@@ -154,10 +131,7 @@ at::Tensor arranged(const Packed& w, const at::Tensor& x) {
 void add_product(const Packed& w, const at::Tensor& x, at::Tensor& y) {
   const int64_t M = x.size(0);
   if (M == 0 || w.rows == 0 || w.columns == 0) return;
-  const bool bf16 = x.scalar_type() == at::kBFloat16 && kernels().tile_bf16 != nullptr;
-  if (bf16 && M <= kTiledRows && w.even_steps()) {
-    tiles_bf16(w, x, y);
-  } else if (direct_dtype(x) && M <= kDirectTokens && w.whole_blocks()) {
+  if (direct_dtype(x) && M <= kDirectTokens && w.whole_blocks()) {
     dot_products(w, x, y);
   } else {
     panels(w, x, y);

@@ -2,11 +2,8 @@
 
 #include <ATen/Parallel.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "isa.h"
+#include "room.h"
 
 namespace lorasb {
 namespace {
@@ -53,14 +50,6 @@ Packed unpack_octets(at::TensorList tensors, Packed w) {
 }
 
 }  // namespace
-
-void want_huge_pages(void* memory, size_t size) {
-#ifdef __linux__
-  const size_t begin = reinterpret_cast<size_t>(memory);
-  const size_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, end = (begin + size) / kHugePage * kHugePage;
-  if (first + kHugePage <= end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
 
 Packed unpack(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int64_t columns) {
   TORCH_CHECK_VALUE(tensors.size() == 2 || tensors.size() == 3 || tensors.size() == 6,

@@ -18,9 +18,4 @@ at::Tensor dequantise(at::TensorList tensors, at::IntArrayRef layout, int64_t ro
 // Rows [low, high) and columns [first, first + width) of W into `out`, in one piece, fp32, bf16 or fp16.
 void decode_panel(const Packed& w, int64_t low, int64_t high, int64_t first, int64_t width, at::Tensor& out);
 
-constexpr size_t kHugePage = size_t{2} << 20;  // bytes
-
-// Fresh memory of many pages costs more to be given than to be written: ask for it in huge ones.
-void want_huge_pages(void* memory, size_t size);
-
 }  // namespace lorasb
