@@ -9,26 +9,36 @@
 namespace lorasb {
 namespace {
 
-constexpr int64_t kWidth = 512;      // columns of dx at a time
-constexpr int64_t kPartRows = 256;   // rows of B whose part of t is added on its own, in order
-constexpr int64_t kRowsAtOnce = 16;  // of W
+constexpr int64_t kWidth = 512;       // columns of dx at a time
+constexpr int64_t kPartRows = 256;    // rows of B whose part of t is added on its own, in order
+constexpr int64_t kRowsAtOnce = 16;   // of W
+constexpr int64_t kBackwardRows = 2;  // of dy: for more, strips are faster
+
+// y [M, stride of y] (+)= x [M, n] D[low:high]ᵀ for a dense D.
+void thin_rows(const uint16_t* x, int64_t M, const uint16_t* d, int64_t n, int64_t low, int64_t high, float* y,
+               int64_t stride, bool add) {
+  for (int64_t i = 0; i < M; i += kDirectRows) {
+    const int64_t rows = std::min<int64_t>(kDirectRows, M - i);
+    kernels().dense_dot_bf16(x + i * n, n, rows, d, n, low, high, y + i * stride, stride, add);
+  }
+}
 
 // x Dᵀ [M, r] in fp32.
 at::Tensor thin_product(const at::Tensor& x, const at::Tensor& d) {
   const int64_t M = x.size(0), r = d.size(0);
   at::Tensor found = at::empty({M, r}, x.options().dtype(at::kFloat));
   float* to = found.mutable_data_ptr<float>();
-  over_rows(r, d.size(1), 4, [&](int64_t low, int64_t high) {
-    kernels().dense_dot_bf16(bits(x), x.size(1), M, bits(d), d.size(1), low, high, to, r, false);
-  });
+  over_rows(r, d.size(1), 4,
+            [&](int64_t low, int64_t high) { thin_rows(bits(x), M, bits(d), d.size(1), low, high, to, r, false); });
   return found;
 }
 
 }  // namespace
 
-bool takes_few_tokens(const Packed& w, const at::Tensor& x, int64_t M) {
-  return kernels().dot_bf16 != nullptr && x.scalar_type() == at::kBFloat16 && M > 0 && M <= kDirectRows && w.rows > 0 &&
-         w.columns > 0 && w.whole_blocks();
+bool takes_few_tokens(const Packed& w, const at::Tensor& x, bool backward) {
+  const int64_t M = x.size(0);
+  return kernels().dot_bf16 != nullptr && x.scalar_type() == at::kBFloat16 && M > 0 &&
+         M <= (backward ? kBackwardRows : kDotRows) && w.rows > 0 && w.columns > 0 && w.whole_blocks();
 }
 
 std::tuple<at::Tensor, at::Tensor> few_tokens(const Packed& w, const at::Tensor& x, const at::Tensor& a,
@@ -45,7 +55,7 @@ std::tuple<at::Tensor, at::Tensor> few_tokens(const Packed& w, const at::Tensor&
   float* sums = wide.mutable_data_ptr<float>();
   over_rows(m, w.columns, kRowsAtOnce, [&](int64_t low, int64_t high) {
     kernels().dot_bf16(w, bits(streams), M, low, high, sums, m);
-    if (r > 0) kernels().dense_dot_bf16(bits(v), r, M, bits(factor), r, low, high, sums, m, true);
+    if (r > 0) thin_rows(bits(v), M, bits(factor), r, low, high, sums, m, true);
   });
   if (bias.has_value()) wide.add_(*bias);
   y.copy_(wide);

@@ -9,8 +9,8 @@
 
 namespace lorasb {
 
-// Whether the functions below take a call of M tokens.
-bool takes_few_tokens(const Packed& w, const at::Tensor& x, int64_t M);
+// Whether the functions below take x, or dy.
+bool takes_few_tokens(const Packed& w, const at::Tensor& x, bool backward);
 
 // y [M, m] = x [M, n] Wᵀ + v Bᵀ + bias and u = x Aᵀ [M, r], with v = u core ᵀ.
 std::tuple<at::Tensor, at::Tensor> few_tokens(const Packed& w, const at::Tensor& x, const at::Tensor& a,

@@ -8,11 +8,12 @@
 namespace lorasb {
 
 constexpr int kDirectRows = 4;  // rows of x that a direct product takes at once
+constexpr int kDotRows = 8;     // and that `dot_bf16` takes
 
-constexpr int kTileTokens = 8;     // rows of x in a tile
-constexpr int kStripLanes = 32;    // rows or columns of W in a strip
-constexpr int kStripDepth = 32;    // elements of a sum in a step: tiles and strips are whole steps
-constexpr int kStripChunk = 2048;  // elements of a sum that a strip holds at most
+constexpr int kTileTokens = 8;    // rows of x in a tile
+constexpr int kStripLanes = 32;   // rows or columns of W in a strip
+constexpr int kStripDepth = 32;   // elements of a sum in a step: tiles and strips are whole steps
+constexpr int kStripChunk = 512;  // elements of a sum that a strip holds at most
 
 // A piece of W or of a dense matrix as strips: so many from a lane on, elements [first, first + depth) of the sum,
 // strip s from out + s * apart on. Whole steps.
@@ -22,11 +23,11 @@ struct Piece {
 
 // Products of any number of tokens in bf16. x is arranged once as tiles [steps, kTileTokens, 32]; W is decoded, a piece
 // that stays in a second-level cache, as strips [steps, 16, kStripLanes, 2]: a pair of elements of a sum for each lane.
-// W has whole blocks. Rows of W as lanes pair columns c and c + 8 of 16; columns of W as lanes pair neighbouring rows,
-// and hold even columns before odd ones. Strips are zero beyond their matrix.
+// W has whole blocks. Rows of W as lanes pair columns c and c + 8 of 16, plain ones c and c + 4 of 8; columns of W as
+// lanes pair neighbouring rows, and hold even columns before odd ones. Strips are zero beyond their matrix.
 struct StripKernels {
-  // Tiles [low, high) of x [rows, columns], zero beyond its last column; `apart`: paired as rows of W are.
-  void (*tiles)(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns, bool apart, int64_t low, int64_t high,
+  // Tiles [low, high) of x [rows, columns], zero beyond its last column; pairs are so far apart.
+  void (*tiles)(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns, int apart, int64_t low, int64_t high,
                 uint16_t* out);
   // Rows of W as lanes, and columns.
   void (*of_rows)(const Packed& w, const Piece& piece, uint16_t* out);
@@ -34,58 +35,66 @@ struct StripKernels {
   // The same of a dense D [rows, columns]; its rows as lanes pair neighbouring columns.
   void (*of_dense_rows)(const uint16_t* d, int64_t rows, int64_t columns, const Piece& piece, uint16_t* out);
   void (*of_dense_columns)(const uint16_t* d, int64_t rows, int64_t columns, const Piece& piece, uint16_t* out);
+  // One strip of rows of W without their scales, and these apart, [runs, kStripLanes]: a run is a block, or all of it.
+  void (*of_rows_plain)(const Packed& w, const Piece& piece, uint16_t* out, float* scales);
   // sums [rows, kStripLanes] = (fresh) or += tile · strip over some steps.
   void (*multiply)(const uint16_t* tile, int64_t rows, const uint16_t* strip, int64_t steps, bool fresh, float* sums,
                    int64_t stride);
+  // The same over a plain strip, whose runs are so many steps.
+  void (*multiply_scaled)(const uint16_t* tile, int64_t rows, const uint16_t* strip, int64_t steps, int64_t run,
+                          const float* scales, bool fresh, float* sums, int64_t stride);
   // y [rows, count] = sums + bias, or += sums; `apart`: the sums' even columns come first.
   void (*finish)(const float* sums, int64_t stride, int64_t rows, int64_t count, bool apart, const uint16_t* bias,
                  bool add, uint16_t* y, int64_t y_stride);
 };
 
 struct Kernels {
-  const char* name;
+  const char* name = nullptr;
 
   // Elements [first, first + count) of W, in fp32, bf16 or fp16; bit-equal to bitsandbytes.
-  void (*decode_f32)(const Packed& w, int64_t first, int64_t count, float* out);
-  void (*decode_bf16)(const Packed& w, int64_t first, int64_t count, uint16_t* out);
-  void (*decode_f16)(const Packed& w, int64_t first, int64_t count, uint16_t* out);
+  void (*decode_f32)(const Packed& w, int64_t first, int64_t count, float* out) = nullptr;
+  void (*decode_bf16)(const Packed& w, int64_t first, int64_t count, uint16_t* out) = nullptr;
+  void (*decode_f16)(const Packed& w, int64_t first, int64_t count, uint16_t* out) = nullptr;
+  // The same past the caches, for what does not fit into them: `out` and `first` are whole lines. Null where there is
+  // no such thing.
+  void (*stream_bf16)(const Packed& w, int64_t first, int64_t count, uint16_t* out) = nullptr;
 
   // y [rows, stride of y] = x W[low:high]ᵀ for up to kDirectRows rows of x, in fp32. `even` and `odd` hold the columns
   // of x apart, rows of half_stride(columns). W has whole blocks.
   void (*dot)(const Packed& w, const float* even, const float* odd, int64_t rows, int64_t low, int64_t high, float* y,
-              int64_t stride);
+              int64_t stride) = nullptr;
 
   // sums [rows, width] = dy [rows, stride of dy] W[:, first:first + width], in fp32; width is a multiple of the block.
   // The sums lie apart by column: width / 2 even ones, then the odd ones.
   void (*dot_transposed)(const Packed& w, const float* dy, int64_t stride, int64_t rows, int64_t first, int64_t width,
-                         float* sums);
+                         float* sums) = nullptr;
 
-  // The same as `dot` from bf16, where the processor multiplies it; null elsewhere. `streams` is what
-  // `arrange_bf16` makes of x.
-  void (*arrange_bf16)(const uint16_t* x, int64_t columns, uint16_t* streams);
+  // The same as `dot` for up to kDotRows rows in bf16, where the processor multiplies it; null elsewhere. `streams` is
+  // what `arrange_bf16` makes of x.
+  void (*arrange_bf16)(const uint16_t* x, int64_t columns, uint16_t* streams) = nullptr;
   void (*dot_bf16)(const Packed& w, const uint16_t* streams, int64_t rows, int64_t low, int64_t high, float* y,
-                   int64_t stride);
+                   int64_t stride) = nullptr;
 
   // The adapter's thin products for up to kDirectRows rows in bf16; null where bf16 is not multiplied.
   // y [rows, stride of y] (+)= x [rows, stride of x] D[low:high]ᵀ for a dense D [.., columns] in one piece.
   void (*dense_dot_bf16)(const uint16_t* x, int64_t x_stride, int64_t rows, const uint16_t* d, int64_t columns,
-                         int64_t low, int64_t high, float* y, int64_t stride, bool add);
+                         int64_t low, int64_t high, float* y, int64_t stride, bool add) = nullptr;
   // sums [rows, width] += c [rows, stride of c] D[low:high, first:first + width] for a dense D [.., columns].
   void (*dense_add_bf16)(const float* c, int64_t stride, int64_t rows, const uint16_t* d, int64_t columns, int64_t low,
-                         int64_t high, int64_t first, int64_t width, float* sums);
+                         int64_t high, int64_t first, int64_t width, float* sums) = nullptr;
 
   // Rows [low, high) of G [m, n] fp32 (+)= dyᵀ x over `pairs` pairs of tokens, in bf16; null where bf16 is not
   // multiplied. `left` is dy as [pairs, m, 2]; `right` is x as panels of kOuterColumns columns, [pairs, kOuterColumns,
   // 2] each.
   void (*outer_bf16)(const uint16_t* left, const uint16_t* right, int64_t m, int64_t n, int64_t pairs, int64_t low,
-                     int64_t high, float* total, bool fresh);
+                     int64_t high, float* total, bool fresh) = nullptr;
 
   // Booleans of a matrix's row, 32 a word: bit j of a word is x[32 * word + j] > 0 (and != 0). Returns Σ x² in fp64 and
   // counts zeros and entries that are not finite.
   double (*pack_signs)(const float* x, int64_t count, uint32_t* positive, uint32_t* nonzero, int64_t* zeros,
-                       int64_t* bad);
+                       int64_t* bad) = nullptr;
 
-  const StripKernels* strips;  // null where bf16 is not multiplied
+  const StripKernels* strips = nullptr;  // null where bf16 is not multiplied
 };
 
 constexpr int kDenseTaps = 4;      // rows of a dense matrix that are read at once
@@ -94,8 +103,12 @@ constexpr int kOuterColumns = 64;  // columns of G that a panel of x covers
 // Strides of rows that are read side by side: never a multiple of 4096 bytes, which would put all of them into the same
 // few lines of a first-level cache.
 inline int64_t half_stride(int64_t columns) { return columns / 2 + 16; }
-// Of one row of x: 32 columns a stream and step, four streams, the last step padded with zeros.
-inline int64_t stream_stride(int64_t columns) { return (columns + 127) / 128 * 128 + 32; }
+// Of one row of x in bf16: whole steps of 128 columns, the last padded with zeros, and then up to half of those 4096
+// bytes and a line more, so that eight rows' equal columns take half of the cache each and none the same lines.
+inline int64_t stream_stride(int64_t columns) {
+  const int64_t whole = (columns + 127) / 128 * 128;
+  return whole + ((1024 + 32 - whole) % 2048 + 2048) % 2048;
+}
 
 const Kernels& portable_kernels();
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))

@@ -83,8 +83,17 @@ struct V {
 namespace lorasb {
 
 const Kernels& avx2_kernels() {
-  static const Kernels kernels = {"AVX2",  decode<F32>, decode<BF16>, decode<F16>, dot,        dot_transposed, nullptr,
-                                  nullptr, nullptr,     nullptr,      nullptr,     pack_signs, nullptr};
+  static const Kernels kernels = [] {
+    Kernels k;
+    k.name = "AVX2";
+    k.decode_f32 = decode<F32>;
+    k.decode_bf16 = decode<BF16>;
+    k.decode_f16 = decode<F16>;
+    k.dot = dot;
+    k.dot_transposed = dot_transposed;
+    k.pack_signs = pack_signs;
+    return k;
+  }();
   return kernels;
 }
 

@@ -16,7 +16,8 @@ namespace {
 
 constexpr int kStep = 128;           // elements of a row that one look-up of 64 bytes covers
 constexpr int kAhead = 20480;        // bytes between what is read and what is fetched from memory
-constexpr int kScaleColumns = 4096;  // elements whose scales are at hand at once
+constexpr int kRowGroup = 16;        // rows of W whose sums are open at once
+constexpr int kStreamBytes = 16384;  // of all rows of x together that stay in a first-level cache
 
 inline __m512bh as_bf16(__m512i bits) { return (__m512bh)bits; }
 
@@ -41,6 +42,46 @@ inline __m512i rounded_table(const float* table) {
   return (__m512i)_mm512_cvtne2ps_pbh(values, values);
 }
 
+// Whole vectors of elements of one block: two bytes' places in a word each, the high nibble's shifted down.
+template <bool kPastCache>
+inline void decode_vectors(const uint8_t* bytes, int64_t vectors, __m512i values, uint16_t* out) {
+  const __m512i places =
+      _mm512_set_epi32(0x800f800f, 0x800e800e, 0x800d800d, 0x800c800c, 0x800b800b, 0x800a800a, 0x80098009, 0x80088008,
+                       0x80078007, 0x80068006, 0x80058005, 0x80048004, 0x80038003, 0x80028002, 0x80018001, 0x80008000);
+  const __m512i shifts = _mm512_set1_epi32(4);
+  for (int64_t v = 0; v < vectors; ++v) {
+    const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 16 * v)));
+    const __m512i nibbles = _mm512_srlv_epi16(_mm512_shuffle_epi8(all, places), shifts);
+    const __m512i found = _mm512_permutexvar_epi16(nibbles, values);  // bit 4 tells the table's copies apart
+    if constexpr (kPastCache) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + 32 * v), found);
+    } else {
+      _mm512_storeu_si512(out + 32 * v, found);
+    }
+  }
+}
+
+// As `decode`, with one rounding of the table for a block in place of one of each element.
+template <bool kPastCache>
+void decode_by_table(const Packed& w, int64_t first, int64_t count, uint16_t* out) {
+  if (w.codes != nullptr || w.block % 32 != 0 || first % 32 != 0 || w.rounding == Rounding::fp16) {
+    return decode<BF16>(w, first, count, out);
+  }
+  const __m512 table = _mm512_loadu_ps(w.table);
+  const int64_t end = first + count;
+  int64_t b = first / w.block, stop = (b + 1) * w.block;  // a division costs what four vectors do
+  for (int64_t i = first; i < end; i = stop, stop += w.block, ++b) {
+    const int64_t length = (stop < end ? stop : end) - i;
+    const float scale = w.scale(b);
+    const int64_t vectors = is_ordinary(scale) ? length / 32 : 0;
+    const __m512 scaled = _mm512_mul_ps(table, _mm512_set1_ps(scale));
+    uint16_t* to = out + i - first;
+    decode_vectors<kPastCache>(w.bytes + i / 2, vectors, (__m512i)_mm512_cvtne2ps_pbh(scaled, scaled), to);
+    if (32 * vectors < length) decode<BF16>(w, i + 32 * vectors, length - 32 * vectors, to + 32 * vectors);
+  }
+  if (kPastCache) _mm_sfence();
+}
+
 // One step of 128 elements of kTaps rows of W against kRows rows of x, without the scales.
 template <int kShift, int kRows, int kTaps>
 inline void look_up_and_multiply(const __m512i* words, __m512i table, const uint16_t* streams, int64_t length,
@@ -49,6 +90,7 @@ inline void look_up_and_multiply(const __m512i* words, __m512i table, const uint
   for (int t = 0; t < kTaps; ++t) {
     values[t] = as_bf16(_mm512_permutexvar_epi16(_mm512_srli_epi16(words[t], kShift), table));
   }
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
     const __m512bh xs = as_bf16(_mm512_loadu_si512(streams + i * length + 8 * kShift));
     for (int t = 0; t < kTaps; ++t) part[i][t] = _mm512_dpbf16_ps(part[i][t], values[t], xs);
@@ -78,6 +120,7 @@ inline void dot_step(const uint8_t* const* bytes, __mmask64 there, __m512i table
   __m512i words[kTaps];
   for (int t = 0; t < kTaps; ++t) words[t] = _mm512_maskz_loadu_epi8(there, bytes[t]);
   __m512 part[kRows][kTaps];
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
     for (int t = 0; t < kTaps; ++t) part[i][t] = _mm512_setzero_ps();
   }
@@ -85,72 +128,94 @@ inline void dot_step(const uint8_t* const* bytes, __mmask64 there, __m512i table
   look_up_and_multiply<4, kRows, kTaps>(words, table, streams, length, part);
   look_up_and_multiply<8, kRows, kTaps>(words, table, streams, length, part);
   look_up_and_multiply<12, kRows, kTaps>(words, table, streams, length, part);
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
     for (int t = 0; t < kTaps; ++t) total[i][t] = _mm512_fmadd_ps(part[i][t], scales[t], total[i][t]);
   }
 }
 
+// Columns [chunk, chunk + count) of kTaps rows of W.
 template <int kRows, int kTaps>
 inline void dot_bf16_taps(const Packed& w, __m512i table, const Lanes& lanes, const uint16_t* streams, int64_t r,
-                          float* y, int64_t stride) {
+                          int64_t chunk, int64_t count, __m512 (*sums)[kTaps]) {
   const int64_t length = stream_stride(w.columns), half = w.columns / 2, blocks = w.columns >> lanes.shift;
-  __m512 total[kRows][kTaps];
-  for (int i = 0; i < kRows; ++i) {
-    for (int t = 0; t < kTaps; ++t) total[i][t] = _mm512_setzero_ps();
+  float room[kTaps][kStreamBytes / 2 / 32];
+  const float* from[kTaps];
+  const uint8_t* bytes[kTaps];
+  for (int t = 0; t < kTaps; ++t) {
+    const int64_t first = (r + t) * blocks + (chunk >> lanes.shift);
+    from[t] = w.scales_from(first, (count + w.block - 1) >> lanes.shift, room[t]);
+    bytes[t] = w.bytes + (r + t) * half + chunk / 2;
   }
-  for (int64_t chunk = 0; chunk < w.columns; chunk += kScaleColumns) {
-    const int64_t count = w.columns - chunk < kScaleColumns ? w.columns - chunk : kScaleColumns;
-    float room[kTaps][kScaleColumns / 32];
-    const float* from[kTaps];
-    const uint8_t* bytes[kTaps];
+  __m512 total[kRows][kTaps], scales[kTaps];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    for (int t = 0; t < kTaps; ++t) total[i][t] = sums[i][t];
+  }
+  const uint16_t* xs = streams + chunk;
+  int64_t place = 0;
+  for (; place + kStep <= count; place += kStep) {
     for (int t = 0; t < kTaps; ++t) {
-      const int64_t first = (r + t) * blocks + (chunk >> lanes.shift);
-      from[t] = w.scales_from(first, (count + w.block - 1) >> lanes.shift, room[t]);
-      bytes[t] = w.bytes + (r + t) * half + chunk / 2;
+      scales[t] = lanes.scales(from[t] + (place >> lanes.shift), lanes.per_step);
+      _mm_prefetch(reinterpret_cast<const char*>(bytes[t] + kAhead), _MM_HINT_T1);
     }
-    const uint16_t* xs = streams + chunk;
-    int64_t place = 0;
-    __m512 scales[kTaps];
-    for (; place + kStep <= count; place += kStep) {
-      for (int t = 0; t < kTaps; ++t) {
-        scales[t] = lanes.scales(from[t] + (place >> lanes.shift), lanes.per_step);
-        _mm_prefetch(reinterpret_cast<const char*>(bytes[t] + kAhead), _MM_HINT_T1);
-      }
-      dot_step<kRows, kTaps>(bytes, ~0ull, table, xs + place, length, scales, total);
-      for (int t = 0; t < kTaps; ++t) bytes[t] += kStep / 2;
-    }
-    if (place < count) {
-      const int left = static_cast<int>(count - place);
-      for (int t = 0; t < kTaps; ++t) scales[t] = lanes.scales(from[t] + (place >> lanes.shift), left >> lanes.shift);
-      dot_step<kRows, kTaps>(bytes, (1ull << (left / 2)) - 1, table, xs + place, length, scales, total);
+    dot_step<kRows, kTaps>(bytes, ~0ull, table, xs + place, length, scales, total);
+    for (int t = 0; t < kTaps; ++t) bytes[t] += kStep / 2;
+  }
+  if (place < count) {
+    const int left = static_cast<int>(count - place);
+    for (int t = 0; t < kTaps; ++t) scales[t] = lanes.scales(from[t] + (place >> lanes.shift), left >> lanes.shift);
+    dot_step<kRows, kTaps>(bytes, (1ull << (left / 2)) - 1, table, xs + place, length, scales, total);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    for (int t = 0; t < kTaps; ++t) sums[i][t] = total[i][t];
+  }
+}
+
+// kTaps rows of W at a time, all of a group's before the next columns: x's stay in the first-level cache.
+template <int kRows, int kTaps>
+void dot_bf16_group(const Packed& w, const uint16_t* streams, int64_t low, int64_t groups, float* y, int64_t stride) {
+  constexpr int64_t kChunk = kStreamBytes / 2 / kRows / kStep * kStep;
+  const __m512i table = rounded_table(w.table);
+  const Lanes lanes(w);
+  __m512 sums[kRowGroup / kTaps][kRows][kTaps];
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int i = 0; i < kRows; ++i) {
+      for (int t = 0; t < kTaps; ++t) sums[g][i][t] = _mm512_setzero_ps();
     }
   }
-  for (int i = 0; i < kRows; ++i) {
-    for (int t = 0; t < kTaps; ++t) y[i * stride + r + t] = _mm512_reduce_add_ps(total[i][t]);
+  for (int64_t chunk = 0; chunk < w.columns; chunk += kChunk) {
+    const int64_t count = w.columns - chunk < kChunk ? w.columns - chunk : kChunk;
+    for (int64_t g = 0; g < groups; ++g) {
+      dot_bf16_taps<kRows, kTaps>(w, table, lanes, streams, low + g * kTaps, chunk, count, sums[g]);
+    }
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int i = 0; i < kRows; ++i) {
+      for (int t = 0; t < kTaps; ++t) y[i * stride + low + g * kTaps + t] = _mm512_reduce_add_ps(sums[g][i][t]);
+    }
   }
 }
 
 template <int kRows>
-void dot_bf16_rows(const Packed& w, const uint16_t* streams, int64_t low, int64_t high, float* y, int64_t stride) {
-  constexpr int kTaps = 2;
-  const __m512i table = rounded_table(w.table);
-  const Lanes lanes(w);
-  int64_t r = low;
-  for (; r + kTaps <= high; r += kTaps) dot_bf16_taps<kRows, kTaps>(w, table, lanes, streams, r, y, stride);
-  for (; r < high; ++r) dot_bf16_taps<kRows, 1>(w, table, lanes, streams, r, y, stride);
+void dot_bf16_rows(const Packed& w, const uint16_t* streams, int64_t low, int64_t count, float* y, int64_t stride) {
+  dot_bf16_group<kRows, 2>(w, streams, low, count / 2, y, stride);
+  if (count % 2 != 0) dot_bf16_group<kRows, 1>(w, streams, low + count - 1, 1, y, stride);
 }
 
 void dot_bf16(const Packed& w, const uint16_t* streams, int64_t rows, int64_t low, int64_t high, float* y,
               int64_t stride) {
-  switch (rows) {
-    case 1:
-      return dot_bf16_rows<1>(w, streams, low, high, y, stride);
-    case 2:
-      return dot_bf16_rows<2>(w, streams, low, high, y, stride);
-    case 3:
-      return dot_bf16_rows<3>(w, streams, low, high, y, stride);
-    default:
-      return dot_bf16_rows<4>(w, streams, low, high, y, stride);
+  using Dot = void (*)(const Packed&, const uint16_t*, int64_t, int64_t, float*, int64_t);
+  static constexpr Dot kBy[6] = {dot_bf16_rows<1>, dot_bf16_rows<2>, dot_bf16_rows<3>,
+                                 dot_bf16_rows<4>, dot_bf16_rows<5>, dot_bf16_rows<6>};
+  const int64_t part = rows <= 6 ? rows : 4;  // the sums of more do not fit into registers
+  for (int64_t r = low; r < high; r += kRowGroup) {
+    const int64_t count = high - r < kRowGroup ? high - r : kRowGroup;
+    for (int64_t i = 0; i < rows; i += part) {
+      const int64_t taken = rows - i < part ? rows - i : part;
+      kBy[taken - 1](w, streams + i * stream_stride(w.columns), r, count, y + i * stride, stride);
+    }
   }
 }
 
@@ -281,15 +346,29 @@ void outer_bf16(const uint16_t* left, const uint16_t* right, int64_t m, int64_t 
 }  // namespace
 }  // namespace lorasb
 
-#include "strips_avx512_bf16.h"
+#include "strip_products_avx512_bf16.h"
 
 namespace lorasb {
 
 const Kernels& avx512_bf16_kernels() {
-  static const Kernels kernels = {
-      "AVX-512 with bf16", decode<F32>,       decode<BF16>,    decode<F16>,    dot,
-      dot_transposed,      arrange_bf16,      dot_bf16,        dense_dot_bf16, dense_add_bf16,
-      outer_bf16,          pack_signs_avx512, &strip_kernels()};
+  static const Kernels kernels = [] {
+    Kernels k;
+    k.name = "AVX-512 with bf16";
+    k.decode_f32 = decode<F32>;
+    k.decode_bf16 = decode_by_table<false>;
+    k.decode_f16 = decode<F16>;
+    k.dot = dot;
+    k.dot_transposed = dot_transposed;
+    k.pack_signs = pack_signs_avx512;
+    k.stream_bf16 = decode_by_table<true>;
+    k.arrange_bf16 = arrange_bf16;
+    k.dot_bf16 = dot_bf16;
+    k.dense_dot_bf16 = dense_dot_bf16;
+    k.dense_add_bf16 = dense_add_bf16;
+    k.outer_bf16 = outer_bf16;
+    k.strips = &strip_kernels();
+    return k;
+  }();
   return kernels;
 }
 

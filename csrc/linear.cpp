@@ -73,7 +73,7 @@ std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x, at::TensorList qu
     return {y.to(at::kHalf), u.to(at::kHalf)};
   }
   const at::Tensor rows = rows_of(x);
-  if (!seed.has_value() && takes_few_tokens(w, rows, rows.size(0))) {
+  if (!seed.has_value() && takes_few_tokens(w, rows, false)) {
     const auto [y, u] = few_tokens(w, rows, a, scaled(core, scaling, x.scalar_type()), b, bias);
     return {shaped(y, x), u};
   }
@@ -107,7 +107,7 @@ std::tuple<at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, at::Ten
     return {dx.to(at::kHalf), dcore};
   }
   const at::Tensor rows = rows_of(dy);
-  if (!seed.has_value() && takes_few_tokens(w, rows, rows.size(0))) {
+  if (!seed.has_value() && takes_few_tokens(w, rows, true)) {
     const auto [dx, t] = few_tokens_backward(w, rows, a, scaled(core, scaling, core.scalar_type()), b, need_dx);
     const at::Tensor nothing = at::empty({0}, core.options());
     const at::Tensor dcore =

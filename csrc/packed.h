@@ -23,6 +23,7 @@ struct Packed {
   const float* table2 = nullptr;  // [256]
   float offset = 0.0f;
   int64_t block2 = 256;
+  int shift2 = 8;  // log2 of block2, or -1 where it is no power of two: a division takes longer than decoding a block
   Rounding rounding = Rounding::none;
   // 8 bits: W[i, j] = codes[i, j] * scales[i] / 127.
   const int8_t* codes = nullptr;
@@ -30,7 +31,7 @@ struct Packed {
 
   float scale(int64_t b) const {
     if (absmax != nullptr) return absmax[b];
-    const float product = table2[absmax8[b]] * absmax2[b / block2];
+    const float product = table2[absmax8[b]] * absmax2[shift2 < 0 ? b / block2 : b >> shift2];
     return product + offset;
   }
 

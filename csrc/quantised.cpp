@@ -4,6 +4,7 @@
 
 #include "isa.h"
 #include "room.h"
+#include "tasks.h"
 
 namespace lorasb {
 namespace {
@@ -37,6 +38,7 @@ void unpack_nested(at::TensorList tensors, int64_t block2, int64_t blocks, Packe
   w.table2 = tensors[4].const_data_ptr<float>();
   w.offset = *tensors[5].const_data_ptr<float>();
   w.block2 = block2;
+  w.shift2 = (block2 & (block2 - 1)) == 0 ? __builtin_ctzll(static_cast<unsigned long long>(block2)) : -1;
 }
 
 Packed unpack_octets(at::TensorList tensors, Packed w) {
@@ -107,13 +109,32 @@ void decode_panel(const Packed& w, int64_t low, int64_t high, int64_t first, int
   });
 }
 
+namespace {
+
+// Memory for a whole weight: many pages are used again.
+at::Tensor fresh(int64_t rows, int64_t columns, const at::TensorOptions& options) {
+  const size_t size = rows * columns * options.dtype().itemsize();
+  if (size < kHugePage) return at::empty({rows, columns}, options);
+  void* memory = lent_room(size);
+  return at::from_blob(memory, {rows, columns}, [size](void* lent) { return_room(lent, size); }, options);
+}
+
+}  // namespace
+
 at::Tensor dequantise(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int64_t columns,
                       at::ScalarType dtype) {
   const Packed w = unpack(tensors, layout, rows, columns);
   const bool direct = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
   TORCH_CHECK_TYPE(direct || dtype == at::kDouble, "expected fp64, fp32, bf16 or fp16 to dequantise to, got ", dtype);
-  at::Tensor out = at::empty({rows, columns}, tensors[0].options().dtype(direct ? dtype : at::kFloat));
-  want_huge_pages(out.mutable_data_ptr(), out.nbytes());
+  at::Tensor out = fresh(rows, columns, tensors[0].options().dtype(direct ? dtype : at::kFloat));
+  if (dtype == at::kBFloat16 && kernels().stream_bf16 != nullptr && out.nbytes() >= last_cache_size()) {
+    uint16_t* to = mutable_bits(out);
+    const int64_t count = rows * columns;
+    at::parallel_for(0, ceil_div(count, kChunk), 1, [&](int64_t from, int64_t until) {
+      kernels().stream_bf16(w, from * kChunk, std::min(until * kChunk, count) - from * kChunk, to + from * kChunk);
+    });
+    return out;
+  }
   decode_panel(w, 0, rows, 0, columns, out);
   return direct ? out : out.to(dtype);
 }

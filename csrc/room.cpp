@@ -4,12 +4,42 @@
 
 #include <cstdlib>
 #include <memory>
+#include <mutex>
+#include <utility>
 
 #ifdef __linux__
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace lorasb {
+namespace {
+
+constexpr size_t kMostKept = size_t{64} << 20;
+
+size_t whole_pages(size_t size) { return (size + kHugePage - 1) / kHugePage * kHugePage; }
+
+void* huge_pages(size_t size) {
+  void* memory = std::aligned_alloc(kHugePage, size);
+  TORCH_CHECK(memory != nullptr, "no memory for ", size, " bytes of a weight");
+  want_huge_pages(memory, size);
+  return memory;
+}
+
+// One piece of memory without a user.
+std::mutex guard;
+void* spare = nullptr;
+size_t spare_size = 0;
+
+}  // namespace
+
+size_t last_cache_size() {
+#if defined(__linux__) && defined(_SC_LEVEL3_CACHE_SIZE)
+  static const long found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (found > 0) return static_cast<size_t>(found);
+#endif
+  return size_t{32} << 20;
+}
 
 void want_huge_pages(void* memory, size_t size) {
 #ifdef __linux__
@@ -20,16 +50,34 @@ void want_huge_pages(void* memory, size_t size) {
 }
 
 void* kept_room(size_t size) {
-  thread_local std::unique_ptr<char, decltype(&std::free)> kept(nullptr, &std::free);
+  thread_local std::unique_ptr<void, decltype(&std::free)> kept(nullptr, &std::free);
   thread_local size_t room = 0;
-  const size_t wanted = (size + kHugePage - 1) / kHugePage * kHugePage;
-  if (room < wanted) {
-    kept.reset(static_cast<char*>(std::aligned_alloc(kHugePage, wanted)));
-    room = kept ? wanted : 0;
-    TORCH_CHECK(kept, "no memory for ", wanted, " bytes of a weight at work");
-    want_huge_pages(kept.get(), wanted);
+  if (room < size) {
+    room = 0;
+    kept.reset();
+    kept.reset(huge_pages(whole_pages(size)));
+    room = whole_pages(size);
   }
   return kept.get();
+}
+
+void* lent_room(size_t size) {
+  size = whole_pages(size);
+  {
+    const std::lock_guard<std::mutex> lock(guard);
+    if (spare != nullptr && spare_size == size) return std::exchange(spare, nullptr);
+  }
+  return huge_pages(size);
+}
+
+void return_room(void* memory, size_t size) {
+  size = whole_pages(size);
+  if (size <= kMostKept) {
+    const std::lock_guard<std::mutex> lock(guard);
+    std::swap(spare, memory);
+    spare_size = size;
+  }
+  std::free(memory);
 }
 
 }  // namespace lorasb

@@ -7,10 +7,19 @@ namespace lorasb {
 
 constexpr size_t kHugePage = size_t{2} << 20;  // bytes
 
+// Bytes of the last-level cache; what this much is written at once is not in it when it is read.
+size_t last_cache_size();
+
 // Fresh memory of many pages costs more to be given than to be written: ask for it in huge ones.
 void want_huge_pages(void* memory, size_t size);
 
 // At least `size` bytes, aligned to a page; whatever was in them is gone, and so they are at this thread's next call.
 void* kept_room(size_t size);
+
+// Memory for a tensor, in huge pages, that goes back with `return_room`. What the last one left, if it is no more than
+// 64 MiB, is used again: the system takes longer to give pages than a kernel to fill them. While none uses it the
+// system may take it.
+void* lent_room(size_t size);
+void return_room(void* memory, size_t size);
 
 }  // namespace lorasb

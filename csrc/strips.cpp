@@ -12,16 +12,16 @@ namespace {
 
 // Measured on two Zen 4 cores at 4096 x 4096.
 constexpr int64_t kTokensAtOnce = 512;      // their sums stay in a second-level cache
-constexpr int64_t kLongTokens = 64;         // up to these, memory is read in long runs
+constexpr int64_t kPlainTokens = 64;        // up to these, scales are applied to sums and not to weights
 constexpr int64_t kTokensBesideTiles = 32;  // where the processor has matrix tiles, the BLAS uses them for more
 
-// How much of W is decoded at a time: 128 KiB either way.
+// How much of W is decoded at a time: 128 KiB for a second-level cache, or 16 for a first-level one.
 struct Shape {
   int64_t strips, depth;
   int64_t apart() const { return depth * kStripLanes; }
   int64_t width() const { return strips * kStripLanes; }
 };
-constexpr Shape kWide = {4, kStripChunk / 4}, kLong = {1, kStripChunk};
+constexpr Shape kWide = {4, kStripChunk}, kNarrow = {1, kStripChunk / 2};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -29,7 +29,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Term {
   at::Tensor tiles;
   int64_t depth;  // whole steps
-  std::function<void(const Piece&, uint16_t* out)> decode;
+  std::function<void(const Piece&, uint16_t* out, float* scales)> decode;
+  int64_t run = 0;  // elements that share a scale, where strips are plain
 };
 
 struct Result {
@@ -40,7 +41,7 @@ struct Result {
   Shape shape;
 };
 
-at::Tensor tiles_of(const at::Tensor& x, bool apart) {
+at::Tensor tiles_of(const at::Tensor& x, int apart) {
   const int64_t M = x.size(0), steps = ceil_div(x.size(1), kStripDepth), tiles = ceil_div(M, kTileTokens);
   at::Tensor found = at::empty({tiles, steps, kTileTokens, kStripDepth}, x.options());
   uint16_t* to = mutable_bits(found);
@@ -51,13 +52,28 @@ at::Tensor tiles_of(const at::Tensor& x, bool apart) {
   return found;
 }
 
-Term term(const at::Tensor& x, bool apart, decltype(Term::decode) decode) {
+Term term(const at::Tensor& x, int apart, decltype(Term::decode) decode) {
   return {tiles_of(x, apart), ceil_div(x.size(1), kStripDepth) * kStripDepth, std::move(decode)};
 }
 
+// What a thread works in.
+struct Room {
+  uint16_t* strips;
+  float *scales, *sums;
+
+  Room(const Shape& shape, int64_t tokens) {
+    const int64_t of_strips = shape.strips * shape.apart() * sizeof(uint16_t);
+    const int64_t of_scales = kStripChunk * sizeof(float);
+    char* room = static_cast<char*>(kept_room(of_strips + of_scales + tokens * shape.width() * sizeof(float)));
+    strips = reinterpret_cast<uint16_t*>(room);
+    scales = reinterpret_cast<float*>(room + of_strips);
+    sums = reinterpret_cast<float*>(room + of_strips + of_scales);
+  }
+};
+
 // Tokens [low, high) of `count` strips from `lane` on.
 void sum_block(const std::vector<Term>& terms, const Result& result, int64_t low, int64_t high, int64_t lane,
-               int64_t count, uint16_t* strips, float* sums) {
+               int64_t count, const Room& room) {
   const StripKernels& k = *kernels().strips;
   const int64_t apart = result.shape.apart(), width = result.shape.width();
   bool fresh = true;
@@ -65,19 +81,25 @@ void sum_block(const std::vector<Term>& terms, const Result& result, int64_t low
     const uint16_t* tiles = bits(term.tiles);
     for (int64_t first = 0; first < term.depth; first += result.shape.depth, fresh = false) {
       const int64_t depth = std::min(result.shape.depth, term.depth - first), steps = depth / kStripDepth;
-      term.decode({lane, count, first, depth, apart}, strips);
+      const int64_t run = std::min(term.run, depth) / kStripDepth;
+      term.decode({lane, count, first, depth, apart}, room.strips, room.scales);
       for (int64_t t = low; t < high; t += kTileTokens) {
         const int64_t rows = std::min<int64_t>(kTileTokens, high - t);
         const uint16_t* tile = tiles + (t / kTileTokens * term.depth + first) * kTileTokens;
+        float* sums = room.sums + (t - low) * width;
         for (int64_t s = 0; s < count; ++s) {
-          k.multiply(tile, rows, strips + s * apart, steps, fresh, sums + (t - low) * width + s * kStripLanes, width);
+          if (run > 0) {
+            k.multiply_scaled(tile, rows, room.strips, steps, run, room.scales, fresh, sums, width);
+          } else {
+            k.multiply(tile, rows, room.strips + s * apart, steps, fresh, sums + s * kStripLanes, width);
+          }
         }
       }
     }
   }
   for (int64_t s = 0; s < count; ++s) {
     const int64_t place = lane + s * kStripLanes;
-    k.finish(sums + s * kStripLanes, width, high - low, result.lanes - place, result.apart,
+    k.finish(room.sums + s * kStripLanes, width, high - low, result.lanes - place, result.apart,
              result.bias == nullptr ? nullptr : result.bias + place, result.add, result.y + low * result.lanes + place,
              result.lanes);
   }
@@ -88,21 +110,30 @@ void sum(const std::vector<Term>& terms, const Result& result) {
   const int64_t strips = ceil_div(result.lanes, kStripLanes), blocks = ceil_div(result.tokens, kTokensAtOnce);
   const int64_t tokens = ceil_div(ceil_div(result.tokens, blocks), kTileTokens) * kTileTokens;
   at::parallel_for(0, strips, grain(kStripLanes * terms.front().depth), [&](int64_t begin, int64_t end) {
-    const int64_t strip_bytes = shape.strips * shape.apart() * sizeof(uint16_t);
-    char* room = static_cast<char*>(kept_room(strip_bytes + tokens * shape.width() * sizeof(float)));
-    float* sums = reinterpret_cast<float*>(room + strip_bytes);
+    const Room room(shape, tokens);
     for (int64_t low = 0; low < result.tokens; low += tokens) {
       const int64_t high = std::min(low + tokens, result.tokens);
       for (int64_t s = begin; s < end; s += shape.strips) {
-        sum_block(terms, result, low, high, s * kStripLanes, std::min(shape.strips, end - s),
-                  reinterpret_cast<uint16_t*>(room), sums);
+        sum_block(terms, result, low, high, s * kStripLanes, std::min(shape.strips, end - s), room);
       }
     }
   });
 }
 
+Term weight_rows(const Packed& w, const at::Tensor& x) {
+  return term(x, 8, [&w](const Piece& piece, uint16_t* out, float*) { kernels().strips->of_rows(w, piece, out); });
+}
+
+Term plain_weight_rows(const Packed& w, const at::Tensor& x) {
+  Term found = term(x, 4, [&w](const Piece& piece, uint16_t* out, float* scales) {
+    kernels().strips->of_rows_plain(w, piece, out, scales);
+  });
+  found.run = w.block;
+  return found;
+}
+
 Term weight_columns(const Packed& w, const at::Tensor& dy) {
-  return term(dy, false, [&w](const Piece& piece, uint16_t* out) { kernels().strips->of_columns(w, piece, out); });
+  return term(dy, 1, [&w](const Piece& piece, uint16_t* out, float*) { kernels().strips->of_columns(w, piece, out); });
 }
 
 }  // namespace
@@ -114,19 +145,20 @@ bool takes_strips(const Packed& w, at::ScalarType dtype, int64_t M) {
 
 at::Tensor strips_product(const Packed& w, const at::Tensor& x, const at::Tensor& v, const at::Tensor& b,
                           const std::optional<at::Tensor>& bias) {
+  const bool plain = x.size(0) <= kPlainTokens;
   std::vector<Term> terms;
-  terms.push_back(term(x, true, [&w](const Piece& piece, uint16_t* out) { kernels().strips->of_rows(w, piece, out); }));
+  terms.push_back(plain ? plain_weight_rows(w, x) : weight_rows(w, x));
   const at::Tensor factor = b.contiguous(), rows = v.contiguous();
   const uint16_t* d = bits(factor);
   if (b.size(1) > 0) {
-    terms.push_back(term(rows, false, [&](const Piece& piece, uint16_t* out) {
+    terms.push_back(term(rows, 1, [&](const Piece& piece, uint16_t* out, float*) {
       kernels().strips->of_dense_rows(d, b.size(0), b.size(1), piece, out);
     }));
   }
   at::Tensor y = at::empty({x.size(0), w.rows}, x.options());
   const at::Tensor offset = bias.has_value() ? bias->contiguous() : at::Tensor();
   sum(terms, {x.size(0), w.rows, false, false, bias.has_value() ? bits(offset) : nullptr, mutable_bits(y),
-              x.size(0) <= kLongTokens ? kLong : kWide});
+              plain ? kNarrow : kWide});
   return y;
 }
 
@@ -136,7 +168,7 @@ at::Tensor strips_product_transposed(const Packed& w, const at::Tensor& dy, cons
   const at::Tensor factor = a.contiguous(), rows = c.contiguous();
   const uint16_t* d = bits(factor);
   if (a.size(0) > 0) {
-    terms.push_back(term(rows, false, [&](const Piece& piece, uint16_t* out) {
+    terms.push_back(term(rows, 1, [&](const Piece& piece, uint16_t* out, float*) {
       kernels().strips->of_dense_columns(d, a.size(0), a.size(1), piece, out);
     }));
   }

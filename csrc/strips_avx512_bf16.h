@@ -6,21 +6,24 @@ namespace {
 constexpr int kPairWords = 2 * kStripLanes;            // bf16 of one pair of a strip
 constexpr int kStepWords = kStripDepth * kStripLanes;  // of one step of a strip
 constexpr int kTileWords = kStripDepth * kTileTokens;  // of one step of a tile
+constexpr int kColumnsAhead = 1024;                    // of a row of W that are fetched ahead when rows are lanes
 constexpr int kRowsAhead = 16;                         // rows of W that are fetched ahead when columns are lanes
 
 inline __mmask32 first_of_32(int64_t count) { return count >= 32 ? 0xffffffffu : count > 0 ? (1u << count) - 1 : 0u; }
 
-// Pair c of 16 columns is (c, c + 8), as `strips_of_rows` yields them.
-inline __m512i columns_apart() {
+// Pairs of columns that lie `apart` in each 2 * apart of them.
+inline __m512i columns_apart(int apart) {
   alignas(64) uint16_t place[32];
-  for (int i = 0; i < 32; ++i) place[i] = static_cast<uint16_t>(i / 16 * 16 + i % 16 / 2 + i % 2 * 8);
+  for (int i = 0; i < 32; ++i) {
+    place[i] = static_cast<uint16_t>(i / (2 * apart) * 2 * apart + i % (2 * apart) / 2 + i % 2 * apart);
+  }
   return _mm512_load_si512(place);
 }
 
-void token_tiles(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns, bool apart, int64_t low,
-                 int64_t high, uint16_t* out) {
+void token_tiles(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns, int apart, int64_t low, int64_t high,
+                 uint16_t* out) {
   const int64_t steps = (columns + kStripDepth - 1) / kStripDepth;
-  const __m512i order = columns_apart();
+  const __m512i order = columns_apart(apart);
   for (int64_t t = low; t < high; ++t) {
     const int64_t first = t * kTileTokens, count = rows - first < kTileTokens ? rows - first : kTileTokens;
     for (int64_t i = 0; i < count; ++i) {
@@ -28,8 +31,7 @@ void token_tiles(const uint16_t* x, int64_t stride, int64_t rows, int64_t column
       uint16_t* to = out + t * steps * kTileWords + i * kStripDepth;
       for (int64_t s = 0; s < steps; ++s) {
         __m512i values = _mm512_maskz_loadu_epi16(first_of_32(columns - s * kStripDepth), from + s * kStripDepth);
-        if (apart) values = _mm512_permutexvar_epi16(order, values);
-        _mm512_storeu_si512(to + s * kTileWords, values);
+        _mm512_storeu_si512(to + s * kTileWords, _mm512_permutexvar_epi16(order, values));
       }
     }
   }
@@ -54,6 +56,42 @@ inline void transpose_words(const __m512i* rows, __m512i* t) {
   }
 }
 
+// Four 32-bit words of each of 16 rows, a word of all of them in each vector.
+inline void words_of_rows(const void* from, int64_t stride, __m512i* words) {
+  const uint8_t* const bytes = static_cast<const uint8_t*>(from);
+  const auto load = [](const uint8_t* at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)); };
+  __m512i rows[4];
+  for (int l = 0; l < 4; ++l) {
+    const uint8_t* const row = bytes + l * stride;
+    rows[l] = _mm512_inserti32x4(_mm512_castsi128_si512(load(row)), load(row + 4 * stride), 1);
+    rows[l] = _mm512_inserti32x4(_mm512_inserti32x4(rows[l], load(row + 8 * stride), 2), load(row + 12 * stride), 3);
+  }
+  const __m512i low = _mm512_unpacklo_epi32(rows[0], rows[1]), high = _mm512_unpackhi_epi32(rows[0], rows[1]);
+  const __m512i low_rest = _mm512_unpacklo_epi32(rows[2], rows[3]);
+  const __m512i high_rest = _mm512_unpackhi_epi32(rows[2], rows[3]);
+  words[0] = _mm512_unpacklo_epi64(low, low_rest);
+  words[1] = _mm512_unpackhi_epi64(low, low_rest);
+  words[2] = _mm512_unpacklo_epi64(high, high_rest);
+  words[3] = _mm512_unpackhi_epi64(high, high_rest);
+}
+
+// Scales of blocks [b, b + runs) of each of 16 rows from `low` on, zero beyond W: [runs, stride].
+inline void scales_of_rows(const Packed& w, int64_t low, int64_t b, int64_t runs, float* out, int64_t stride) {
+  const int64_t blocks = w.columns >> w.block_shift();
+  if (w.absmax != nullptr && runs % 4 == 0 && low + 16 <= w.rows) {
+    for (int64_t i = 0; i < runs; i += 4) {
+      __m512i words[4];
+      words_of_rows(w.absmax + low * blocks + b + i, blocks * sizeof(float), words);
+      for (int k = 0; k < 4; ++k) _mm512_storeu_si512(out + (i + k) * stride, words[k]);
+    }
+    return;
+  }
+  for (int l = 0; l < 16; ++l) {
+    const bool there = low + l < w.rows;
+    for (int64_t i = 0; i < runs; ++i) out[i * stride + l] = there ? w.scale((low + l) * blocks + b + i) : 0.0f;
+  }
+}
+
 // 16 columns of 16 rows of W into eight pairs of a strip: lanes 2l and 2l + 1 of `words` are the two halves of row l.
 template <int kNibble>
 inline void strip_pairs(__m512i upper, __m512i lower, __m512 table, __m512 upper_scales, __m512 lower_scales,
@@ -70,23 +108,22 @@ inline void strip_pairs(__m512i upper, __m512i lower, __m512 table, __m512 upper
 // `next` is how far what will be decoded after this lies, in bytes: it is fetched meanwhile.
 void half_strip(const Packed& w, __m512 table, int64_t low, int64_t first, int64_t depth, int64_t next, uint16_t* out) {
   const int shift = w.block_shift();
-  const int64_t half = w.columns / 2, blocks = w.columns >> shift, origin = first >> shift;
+  const int64_t half = w.columns / 2, origin = first >> shift;
   const int64_t used = ((first + depth - 1) >> shift) - origin + 1;
   alignas(64) float scales[kStripChunk / 32][16];
   const uint8_t* bytes[16];
   for (int l = 0; l < 16; ++l) {
-    const bool there = low + l < w.rows;
-    const int64_t row = there ? low + l : w.rows - 1;
+    const int64_t row = low + l < w.rows ? low + l : w.rows - 1;
     bytes[l] = w.bytes + row * half + first / 2;
-    for (int64_t b = 0; b < used; ++b) scales[b][l] = there ? w.scale(row * blocks + origin + b) : 0.0f;
   }
+  scales_of_rows(w, low, origin, used, scales[0], 16);
   const __m512i upper_rows = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
   const __m512i lower_rows = _mm512_add_epi32(upper_rows, _mm512_set1_epi32(8));
   for (int64_t c = 0; c < depth; c += 128) {
     const int words = static_cast<int>(depth - c < 128 ? (depth - c) / 16 : 8);
     const __mmask8 there = static_cast<__mmask8>((1u << words) - 1);
     __m512i rows[8], upper[8], lower[8];
-    for (int l = 0; l < 16; ++l) _mm_prefetch(reinterpret_cast<const char*>(bytes[l] + c / 2 + next), _MM_HINT_T0);
+    for (int l = 0; l < 16; ++l) _mm_prefetch(reinterpret_cast<const char*>(bytes[l] + c / 2 + next), _MM_HINT_T1);
     for (int l = 0; l < 8; ++l) rows[l] = _mm512_maskz_loadu_epi64(there, bytes[l] + c / 2);
     transpose_words(rows, upper);
     for (int l = 0; l < 8; ++l) rows[l] = _mm512_maskz_loadu_epi64(there, bytes[8 + l] + c / 2);
@@ -101,14 +138,57 @@ void half_strip(const Packed& w, __m512 table, int64_t low, int64_t first, int64
   }
 }
 
+// How far what is decoded later lies, in bytes: further on in the same rows, or where the next strips' rows begin.
+inline int64_t columns_ahead(const Packed& w, const Piece& piece) {
+  const int64_t ahead = piece.depth > kColumnsAhead ? piece.depth : kColumnsAhead;
+  const bool goes_on = piece.first + ahead < w.columns;
+  return (ahead + (goes_on ? 0 : (piece.strips * kStripLanes - 1) * w.columns)) / 2;
+}
+
 void strips_of_rows(const Packed& w, const Piece& piece, uint16_t* out) {
   const __m512 table = _mm512_loadu_ps(w.table);
-  const int64_t below = 8 * w.columns, halves = 2 * piece.strips;
-  const bool goes_on = piece.first + piece.depth < w.columns;
-  const int64_t onward = goes_on ? piece.depth / 2 - (halves - 1) * below : below - piece.first / 2;
-  for (int64_t h = 0; h < halves; ++h) {
-    half_strip(w, table, piece.lane + h * 16, piece.first, piece.depth, h + 1 < halves ? below : onward,
-               out + h / 2 * piece.apart + h % 2 * 32);
+  const int64_t next = columns_ahead(w, piece);
+  for (int64_t h = 0; h < 2 * piece.strips; ++h) {
+    half_strip(w, table, piece.lane + h * 16, piece.first, piece.depth, next, out + h / 2 * piece.apart + h % 2 * 32);
+  }
+}
+
+// 16 rows of W as lanes without their scales: entries of the table, rounded.
+inline void plain_half_strip(const uint8_t* bytes, int64_t stride, int64_t depth, int64_t next, __m512i table,
+                             uint16_t* out) {
+  for (int64_t c = 0; c < depth; c += kStripDepth, bytes += kStripDepth / 2) {
+    if (c % 128 == 0) {
+      const char* later = reinterpret_cast<const char*>(bytes + next);
+      for (int l = 0; l < 16; ++l) _mm_prefetch(later + l * stride, _MM_HINT_T1);
+    }
+    __m512i words[4];
+    words_of_rows(bytes, stride, words);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i, out += 4 * kPairWords) {  // the high nibble of a byte comes first
+      _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(words[i], 4), table));
+      _mm512_storeu_si512(out + kPairWords, _mm512_permutexvar_epi16(words[i], table));
+      _mm512_storeu_si512(out + 2 * kPairWords, _mm512_permutexvar_epi16(_mm512_srli_epi16(words[i], 12), table));
+      _mm512_storeu_si512(out + 3 * kPairWords, _mm512_permutexvar_epi16(_mm512_srli_epi16(words[i], 8), table));
+    }
+  }
+}
+
+// Half the work of `strips_of_rows`, for few tokens to share it.
+void plain_strips_of_rows(const Packed& w, const Piece& piece, uint16_t* out, float* scales) {
+  const __m512i table = rounded_table(w.table);
+  const int64_t half = w.columns / 2, next = columns_ahead(w, piece);
+  const int64_t runs = w.block < piece.depth ? piece.depth >> w.block_shift() : 1;
+  for (int64_t h = 0; h < 2; ++h) {
+    const int64_t low = piece.lane + 16 * h;
+    scales_of_rows(w, low, piece.first >> w.block_shift(), runs, scales + 16 * h, kStripLanes);
+    const uint8_t* bytes = w.bytes + low * half + piece.first / 2;
+    if (low + 16 <= w.rows) {
+      plain_half_strip(bytes, half, piece.depth, next, table, out + 32 * h);
+      continue;
+    }
+    uint8_t last[16][kStripChunk / 2] = {};  // rows that are there, and others
+    for (int64_t l = 0; low + l < w.rows; ++l) __builtin_memcpy(last[l], bytes + l * half, piece.depth / 2);
+    plain_half_strip(last[0], kStripChunk / 2, piece.depth, 0, table, out + 32 * h);
   }
 }
 
@@ -193,73 +273,6 @@ void dense_strips_of_columns(const uint16_t* d, int64_t rows, int64_t columns, c
       _mm512_storeu_si512(target + 32, _mm512_or_si512(_mm512_srli_epi32(one, 16), _mm512_and_si512(two, high)));
     }
   }
-}
-
-template <int kRows>
-void multiply_rows(const uint16_t* tile, const uint16_t* strip, int64_t steps, bool fresh, float* sums,
-                   int64_t stride) {
-  __m512 found[kRows][2];
-  for (int i = 0; i < kRows; ++i) {
-    for (int v = 0; v < 2; ++v) {
-      found[i][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * stride + 16 * v);
-    }
-  }
-  for (int64_t s = 0; s < steps; ++s, tile += kTileWords, strip += kStepWords) {
-#pragma GCC unroll 4
-    for (int p = 0; p < kStripDepth / 2; ++p) {
-      const __m512bh first = as_bf16(_mm512_loadu_si512(strip + p * kPairWords));
-      const __m512bh second = as_bf16(_mm512_loadu_si512(strip + p * kPairWords + 32));
-      for (int i = 0; i < kRows; ++i) {
-        int pair;
-        __builtin_memcpy(&pair, tile + i * kStripDepth + 2 * p, 4);
-        const __m512bh xs = as_bf16(_mm512_set1_epi32(pair));
-        found[i][0] = _mm512_dpbf16_ps(found[i][0], xs, first);
-        found[i][1] = _mm512_dpbf16_ps(found[i][1], xs, second);
-      }
-    }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    for (int v = 0; v < 2; ++v) _mm512_storeu_ps(sums + i * stride + 16 * v, found[i][v]);
-  }
-}
-
-void multiply_strip(const uint16_t* tile, int64_t rows, const uint16_t* strip, int64_t steps, bool fresh, float* sums,
-                    int64_t stride) {
-  using Multiply = void (*)(const uint16_t*, const uint16_t*, int64_t, bool, float*, int64_t);
-  static constexpr Multiply kBy[kTileTokens] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>, multiply_rows<4>,
-                                                multiply_rows<5>, multiply_rows<6>, multiply_rows<7>, multiply_rows<8>};
-  kBy[rows - 1](tile, strip, steps, fresh, sums, stride);
-}
-
-inline __m512 widened(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
-
-void finish_strip(const float* sums, int64_t stride, int64_t rows, int64_t count, bool apart, const uint16_t* bias,
-                  bool add, uint16_t* y, int64_t y_stride) {
-  const __mmask32 there = first_of_32(count);
-  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  for (int64_t i = 0; i < rows; ++i) {
-    __m512 low = _mm512_loadu_ps(sums + i * stride), high = _mm512_loadu_ps(sums + i * stride + 16);
-    if (apart) {
-      const __m512 even = low;
-      low = _mm512_permutex2var_ps(even, first, high);
-      high = _mm512_permutex2var_ps(even, second, high);
-    }
-    const uint16_t* more = add ? y + i * y_stride : bias;
-    if (more != nullptr) {
-      const __m512i others = _mm512_maskz_loadu_epi16(there, more);
-      low = _mm512_add_ps(low, widened(_mm512_castsi512_si256(others)));
-      high = _mm512_add_ps(high, widened(_mm512_extracti64x4_epi64(others, 1)));
-    }
-    _mm512_mask_storeu_epi16(y + i * y_stride, there, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-  }
-}
-
-const StripKernels& strip_kernels() {
-  static const StripKernels kernels = {token_tiles,          strips_of_rows,          strips_of_columns,
-                                       dense_strips_of_rows, dense_strips_of_columns, multiply_strip,
-                                       finish_strip};
-  return kernels;
 }
 
 }  // namespace
