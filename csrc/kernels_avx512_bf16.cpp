@@ -35,10 +35,10 @@ void arrange_bf16(const uint16_t* x, int64_t columns, uint16_t* streams) {
   }
 }
 
-// The table rounded to bf16, twice over, as a look-up takes five bits. Rounding an entry costs no more than rounding
-// every weight does.
-inline __m512i rounded_table(const float* table) {
-  const __m512 values = _mm512_loadu_ps(table);
+// The table times its balance rounded to bf16, twice over, as a look-up takes five bits. Rounding an entry costs little
+// more than rounding every weight does.
+inline __m512i rounded_table(const Packed& w) {
+  const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(w.table), _mm512_set1_ps(w.balance));
   return (__m512i)_mm512_cvtne2ps_pbh(values, values);
 }
 
@@ -177,7 +177,7 @@ inline void dot_bf16_taps(const Packed& w, __m512i table, const Lanes& lanes, co
 template <int kRows, int kTaps>
 void dot_bf16_group(const Packed& w, const uint16_t* streams, int64_t low, int64_t groups, float* y, int64_t stride) {
   constexpr int64_t kChunk = kStreamBytes / 2 / kRows / kStep * kStep;
-  const __m512i table = rounded_table(w.table);
+  const __m512i table = rounded_table(w);
   const Lanes lanes(w);
   __m512 sums[kRowGroup / kTaps][kRows][kTaps];
   for (int64_t g = 0; g < groups; ++g) {
@@ -193,7 +193,8 @@ void dot_bf16_group(const Packed& w, const uint16_t* streams, int64_t low, int64
   }
   for (int64_t g = 0; g < groups; ++g) {
     for (int i = 0; i < kRows; ++i) {
-      for (int t = 0; t < kTaps; ++t) y[i * stride + low + g * kTaps + t] = _mm512_reduce_add_ps(sums[g][i][t]);
+      for (int t = 0; t < kTaps; ++t)
+        y[i * stride + low + g * kTaps + t] = _mm512_reduce_add_ps(sums[g][i][t]) / w.balance;
     }
   }
 }

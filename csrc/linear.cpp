@@ -67,6 +67,8 @@ std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x, at::TensorList qu
   const Plain plain;
   check_operands(x, a.dim() == 2 ? a.size(1) : 0, a, core, b);
   const Packed w = unpack(quant, layout, b.size(0), a.size(1));
+  TORCH_CHECK_VALUE(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == w.rows), "expected a bias [", w.rows,
+                    "], got ", bias.has_value() ? bias->sizes() : at::IntArrayRef());
   if (x.scalar_type() == at::kHalf) {
     const auto [y, u] = linear(x.to(at::kFloat), quant, layout, a.to(at::kFloat), core, b.to(at::kFloat), widened(bias),
                                scaling, dropout, seed);

@@ -15,6 +15,7 @@ struct Packed {
   int64_t rows = 0, columns = 0;
   int64_t block = 64;
   const float* table = nullptr;   // [16]
+  float balance = 1.0f;           // what the table is multiplied by where it is rounded to bf16 without its scales
   const float* absmax = nullptr;  // [blocks], where statistics are plain
   // Nested statistics: scale = table2[absmax8[b]] * absmax2[b / block2] + offset; two roundings, as bitsandbytes has
   // it.

@@ -2,6 +2,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <limits>
+
 #include "isa.h"
 #include "room.h"
 #include "tasks.h"
@@ -23,6 +25,24 @@ void check_length(const at::Tensor& tensor, const char* name, int64_t length) {
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of 4096 factors between 1 and 2 these leave the least error in the table's entries when they are rounded to bf16:
+// 6e-4 in NF4's, where 1 leaves 1.1e-3, and none in FP4's.
+float balance_of(const float* table) {
+  float best = 1.0f, least = std::numeric_limits<float>::infinity();
+  for (const float factor : {1.0f, 1.43701171875f, 1.0078125f}) {
+    float error = 0.0f;
+    for (int i = 0; i < 16; ++i) {
+      const float value = factor * table[i], miss = (static_cast<float>(at::BFloat16(value)) - value) / factor;
+      error += miss * miss;
+    }
+    if (error < least) {
+      least = error;
+      best = factor;
+    }
+  }
+  return best;
+}
 
 void unpack_nested(at::TensorList tensors, int64_t block2, int64_t blocks, Packed& w) {
   TORCH_CHECK_VALUE(block2 > 0, "expected a positive block size of nested statistics, got ", block2);
@@ -75,6 +95,7 @@ Packed unpack(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int6
   check_length(tensors[2], "the table", 16);
   w.bytes = tensors[0].const_data_ptr<uint8_t>();
   w.table = tensors[2].const_data_ptr<float>();
+  w.balance = balance_of(w.table);
   if (tensors.size() == 6) {
     unpack_nested(tensors, layout[1], blocks, w);
   } else {

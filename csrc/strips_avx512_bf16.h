@@ -175,12 +175,16 @@ inline void plain_half_strip(const uint8_t* bytes, int64_t stride, int64_t depth
 
 // Half the work of `strips_of_rows`, for few tokens to share it.
 void plain_strips_of_rows(const Packed& w, const Piece& piece, uint16_t* out, float* scales) {
-  const __m512i table = rounded_table(w.table);
+  const __m512i table = rounded_table(w);
   const int64_t half = w.columns / 2, next = columns_ahead(w, piece);
   const int64_t runs = w.block < piece.depth ? piece.depth >> w.block_shift() : 1;
   for (int64_t h = 0; h < 2; ++h) {
     const int64_t low = piece.lane + 16 * h;
-    scales_of_rows(w, low, piece.first >> w.block_shift(), runs, scales + 16 * h, kStripLanes);
+    float* of_half = scales + 16 * h;
+    scales_of_rows(w, low, piece.first >> w.block_shift(), runs, of_half, kStripLanes);
+    for (int64_t i = 0; i < runs; ++i, of_half += kStripLanes) {
+      _mm512_storeu_ps(of_half, _mm512_div_ps(_mm512_loadu_ps(of_half), _mm512_set1_ps(w.balance)));
+    }
     const uint8_t* bytes = w.bytes + low * half + piece.first / 2;
     if (low + 16 <= w.rows) {
       plain_half_strip(bytes, half, piece.depth, next, table, out + 32 * h);

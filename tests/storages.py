@@ -31,19 +31,22 @@ def octets(m: int, n: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -
 
 
 def exact(weight: QuantisedWeight, dtype: torch.dtype) -> Tensor:
-    """W [out, in]: every element on its own, in fp32, then rounded as the storage says."""
+    """W [out, in] in fp32, then rounded as the storage says."""
+    return unrounded(weight).to(weight.dtype).to(dtype)
+
+
+def unrounded(weight: QuantisedWeight) -> Tensor:
+    """W [out, in] in fp32, every element on its own."""
     m, n = weight.shape
     if weight.kind == "int8":
-        wide = weight.tensors[0].float() * weight.tensors[1][:, None] * 7.874015718698502e-3
-        return wide.to(weight.dtype).to(dtype)
+        return weight.tensors[0].float() * weight.tensors[1][:, None] * 7.874015718698502e-3
     octet, table = weight.tensors[0].long(), weight.tensors[2]
     nibbles = torch.stack((octet >> 4, octet & 15), 1).flatten()[: m * n]
     scales = weight.tensors[1]
     if weight.nested:
         places = torch.arange(len(scales))
         scales = weight.tensors[4][scales.long()] * weight.tensors[3][places // weight.block2] + weight.tensors[5]
-    wide = table[nibbles] * scales[torch.arange(m * n) // weight.block]
-    return wide.to(weight.dtype).to(dtype).view(m, n)
+    return (table[nibbles] * scales[torch.arange(m * n) // weight.block]).view(m, n)
 
 
 def bits_of(tensor: Tensor) -> Tensor:

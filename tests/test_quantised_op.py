@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from reference import make_case
-from storages import exact, octets, storage
+from storages import exact, octets, storage, unrounded
 from tolerances import EXACT, FP64, GRADCHECK, HALF_FEW, POOL, check, check_half, fp32
 from torch import Tensor
 
@@ -37,7 +37,10 @@ def kernel(request: pytest.FixtureRequest):
 def run(
     weight: QuantisedWeight, rows: int, r: int, dtype: torch.dtype, bias: bool = True, seed: int = 0
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """y, dx, dR of the layer; of the plain chain over the dequantised weight; and exactly."""
+    """y, dx, dR of the layer; of the plain chain over the dequantised weight; and exactly.
+
+    In 16 bits W is rounded on the way to a product, by the chain in each element: exact is what the storage stands for.
+    """
     m, n = weight.shape
     case = make_case((rows,), n, m, r, dtype, bias=bias, seed=seed)
     dense = exact(weight, dtype)
@@ -56,7 +59,8 @@ def run(
     ours = through(case.x, weight, case.a, case.core, case.b, case.bias, False)
     chain = through(case.x, dense, case.a, case.core, case.b, case.bias, True)
     wide = case.double()
-    truth = through(wide.x, dense.double(), wide.a, wide.core, wide.b, wide.bias, True)
+    meant = dense if dtype == torch.float32 else unrounded(weight)
+    truth = through(wide.x, meant.double(), wide.a, wide.core, wide.b, wide.bias, True)
     return ours, chain, truth
 
 
@@ -88,6 +92,25 @@ def test_halves_are_as_near_as_the_chain(kernel: str, rows: int, dtype: torch.dt
             part.append(found)
     ours, chain, truth = ([torch.cat([f[i].flatten().double() for f in part]) for i in range(3)] for part in parts)
     for got, plain, want in zip(ours, chain, truth, strict=True):
+        check_half(got, plain, want)
+
+
+@pytest.mark.parametrize(
+    ("rows", "m", "n", "block", "nested", "r"),
+    [
+        (6, 97, 192, 64, True, 3),
+        (9, 257, 1088, 64, False, 33),
+        (12, 700, 512, 32, False, 0),
+        (21, 129, 2048, 1024, True, 16),
+        (64, 43, 1536, 512, False, 40),
+        (67, 31, 1088, 64, False, 17),
+        (523, 145, 608, 32, True, 96),
+        (1100, 40, 640, 128, False, 5),
+    ],
+)
+def test_halves_in_any_shape(kernel: str, rows: int, m: int, n: int, block: int, nested: bool, r: int) -> None:
+    ours, chain, truth = run(storage(m, n, "nf4", block, nested), rows, r, torch.bfloat16)
+    for got, plain, want in list(zip(ours, chain, truth, strict=True))[: 3 if r * r >= POOL else 2]:
         check_half(got, plain, want)
 
 
@@ -129,22 +152,25 @@ def test_gradcheck_with_a_dequantised_twin(kernel: str, kind: str) -> None:
     check(ours, lora_sb_linear(x, exact(weight, torch.float64), case.a, core, case.b, case.bias, 0.7), FP64)
 
 
-def test_dropout_is_the_same_in_forward_and_backward(kernel: str) -> None:
-    weight, case = storage(96, 128, dtype=torch.float32), make_case((40,), 128, 96, 8, torch.float32, bias=False)
-    x = case.x.requires_grad_()
-    torch.manual_seed(3)
-    y = lora_sb_linear(x, weight, case.a, case.core, case.b, dropout=0.5)
-    y.backward(case.dy)
-    dense, adapter = exact(weight, torch.float32), case.b @ case.core @ case.a
-    delta = y.detach() - case.x.detach() @ dense.t()
-    kept = torch.linalg.lstsq(case.a.t(), torch.eye(128)).solution
-    assert kept.shape == (8, 128)
-    torch.manual_seed(3)
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 40), (torch.bfloat16, 7), (torch.bfloat16, 90)])
+def test_dropout_is_the_same_in_forward_and_backward(kernel: str, dtype: torch.dtype, rows: int) -> None:
+    weight, case = storage(96, 128, dtype=dtype), make_case((rows,), 128, 96, 8, dtype, bias=False)
+    dense = exact(weight, dtype)
+
+    def through(w: Tensor | QuantisedWeight) -> tuple[Tensor, Tensor, Tensor]:
+        x, core = case.x.clone().requires_grad_(), case.core.clone().requires_grad_()
+        torch.manual_seed(3)
+        y = lora_sb_linear(x, w, case.a, core, case.b, dropout=0.5)
+        y.backward(case.dy)
+        return y.detach(), x.grad, core.grad
+
     with lorasb.backend("eager"):
-        z = lora_sb_linear(case.x.detach(), dense, case.a, case.core, case.b, dropout=0.5)
-    check(y, z, fp32(128))
-    assert delta.norm() > 0
-    assert (x.grad - case.dy @ dense - case.dy @ adapter).norm() > 0
+        plain = through(dense)
+    for got, want, length in zip(through(weight), plain, (128, 96, rows), strict=True):
+        scale = want.double().abs().max()
+        check(got / scale, want / scale, fp32(length) if dtype == torch.float32 else HALF_FEW)
+    adapter = case.b @ case.core.to(dtype) @ case.a
+    assert (through(weight)[1] - case.dy @ (dense + adapter)).norm() > 0.1 * (case.dy @ adapter).norm()
 
 
 def test_results_do_not_depend_on_the_number_of_threads_or_the_time(kernel: str) -> None:
@@ -160,7 +186,7 @@ def test_results_do_not_depend_on_the_number_of_threads_or_the_time(kernel: str)
             torch.set_num_threads(before)
         for first, second, third in zip(*found, strict=True):
             check(second, third, EXACT)
-            if kernel != "eager" and rows < 5:
+            if kernel != "eager" and (rows < 5 or kernel == "AVX-512 with bf16" and dtype == torch.bfloat16):
                 check(first, second, EXACT)
 
 
