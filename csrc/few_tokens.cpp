@@ -1,5 +1,6 @@
 #include "few_tokens.h"
 
+#include <memory>
 #include <vector>
 
 #include "isa.h"
@@ -11,7 +12,6 @@ namespace {
 
 constexpr int64_t kWidth = 512;       // columns of dx at a time
 constexpr int64_t kPartRows = 256;    // rows of B whose part of t is added on its own, in order
-constexpr int64_t kRowsAtOnce = 16;   // of W
 constexpr int64_t kBackwardRows = 2;  // of dy: for more, strips are faster
 
 // y [M, stride of y] (+)= x [M, n] D[low:high]ᵀ for a dense D.
@@ -23,15 +23,17 @@ void thin_rows(const uint16_t* x, int64_t M, const uint16_t* d, int64_t n, int64
   }
 }
 
-// x Dᵀ [M, r] in fp32.
-at::Tensor thin_product(const at::Tensor& x, const at::Tensor& d) {
-  const int64_t M = x.size(0), r = d.size(0);
-  at::Tensor found = at::empty({M, r}, x.options().dtype(at::kFloat));
-  float* to = found.mutable_data_ptr<float>();
-  over_rows(r, d.size(1), 4,
-            [&](int64_t low, int64_t high) { thin_rows(bits(x), M, bits(d), d.size(1), low, high, to, r, false); });
-  return found;
+// Sums [M, columns] + bias in bf16.
+void round_rows(const float* sums, int64_t stride, int64_t M, int64_t columns, const uint16_t* bias, uint16_t* y,
+                int64_t y_stride) {
+  for (int64_t j = 0; j < columns; j += kStripLanes) {
+    kernels().strips->finish(sums + j, stride, M, columns - j, false, bias == nullptr ? nullptr : bias + j, false,
+                             y + j, y_stride);
+  }
 }
+
+// Memory for so many sums, and for what a vector reads beyond the last.
+std::unique_ptr<float[]> room_for(int64_t count) { return std::unique_ptr<float[]>(new float[count + kStripLanes]); }
 
 }  // namespace
 
@@ -44,21 +46,23 @@ bool takes_few_tokens(const Packed& w, const at::Tensor& x, bool backward) {
 std::tuple<at::Tensor, at::Tensor> few_tokens(const Packed& w, const at::Tensor& x, const at::Tensor& a,
                                               const at::Tensor& core, const at::Tensor& b,
                                               const std::optional<at::Tensor>& bias) {
-  const int64_t M = x.size(0), m = w.rows, r = a.size(0);
-  const at::Tensor streams = arranged(w, x), factor = b.contiguous();
-  at::Tensor u = at::empty({M, 0}, x.options()), v = u;
-  if (r > 0) {
-    u = thin_product(x, a.contiguous()).to(at::kBFloat16);
-    v = at::mm(u, core.t());
-  }
-  at::Tensor wide = at::empty({M, m}, x.options().dtype(at::kFloat)), y = at::empty({M, m}, x.options());
-  float* sums = wide.mutable_data_ptr<float>();
-  over_rows(m, w.columns, kRowsAtOnce, [&](int64_t low, int64_t high) {
-    kernels().dot_bf16(w, bits(streams), M, low, high, sums, m);
-    if (r > 0) thin_rows(bits(v), M, bits(factor), r, low, high, sums, m, true);
+  const int64_t M = x.size(0), m = w.rows, n = w.columns, r = a.size(0);
+  const at::Tensor streams = arranged(w, x), first = a.contiguous(), middle = core.contiguous(), last = b.contiguous();
+  at::Tensor u = at::empty({M, r}, x.options()), y = at::empty({M, m}, x.options());
+  const auto sums = room_for(M * std::max(m, r));
+  const std::unique_ptr<uint16_t[]> v(new uint16_t[M * r]);
+  over_rows(r, n, 4,
+            [&](int64_t low, int64_t high) { thin_rows(bits(x), M, bits(first), n, low, high, sums.get(), r, false); });
+  round_rows(sums.get(), r, M, r, nullptr, mutable_bits(u), r);
+  thin_rows(bits(u), M, bits(middle), r, 0, r, sums.get(), r, false);
+  round_rows(sums.get(), r, M, r, nullptr, v.get(), r);
+  const at::Tensor offset = bias.has_value() ? bias->contiguous() : at::Tensor();
+  uint16_t* to = mutable_bits(y);
+  over_rows(m, n, kStripLanes, [&](int64_t low, int64_t high) {
+    kernels().dot_bf16(w, bits(streams), M, low, high, sums.get(), m);
+    if (r > 0) thin_rows(v.get(), M, bits(last), r, low, high, sums.get(), m, true);
+    round_rows(sums.get() + low, m, M, high - low, bias.has_value() ? bits(offset) + low : nullptr, to + low, m);
   });
-  if (bias.has_value()) wide.add_(*bias);
-  y.copy_(wide);
   return {y, u};
 }
 

@@ -23,8 +23,9 @@ Kernels = tuple[Callable[..., Any], Callable[..., Any]]
 
 def kernels(op: str, backend: str, *tensors: Tensor | None) -> Kernels | None:
     """The op's forward and backward on the CPU, where nothing needs to see the op itself; else None."""
-    if any(t is not None and (type(t) not in _PLAIN or t.device.type != "cpu") for t in tensors):
-        return None
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or not tensor.is_cpu):
+            return None
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return None
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():

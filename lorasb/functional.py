@@ -239,14 +239,16 @@ def _check_kinds(x: Tensor, others: dict[str, Tensor | None], core: Tensor) -> N
             "expected x without requires_grad under torch.inference_mode(), which records no gradient: use "
             "torch.no_grad() or pass x.detach()"
         )
+    dtype, device = x.dtype, x.device
     for name, tensor in others.items():
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"expected {name} in x's dtype {x.dtype}, got {tensor.dtype}: cast one of the two")
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(f"expected {name} in x's dtype {dtype}, got {tensor.dtype}: cast one of the two")
     if not core.is_floating_point():
         raise TypeError(f"expected lora_R in fp32, got {core.dtype}")
-    for name, tensor in {**others, "lora_R": core}.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"expected {name} on x's device {x.device}, got {tensor.device}: move one of the two")
+    others["lora_R"] = core
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"expected {name} on x's device {device}, got {tensor.device}: move one of the two")
 
 
 def _shape(tensor: Tensor) -> str:

@@ -17,6 +17,8 @@ from .quantised import QuantisedWeight, compute_dtype, is_quantised, keep_unpack
 if TYPE_CHECKING:
     from .siblings import Siblings
 
+FACTORS = ("lorasb_A", "lorasb_R", "lorasb_B")
+
 
 class _EquivalentGradient(torch.autograd.Function):
     """The identity, with backward g -> left g right."""
@@ -152,7 +154,9 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
     @property
     def base_dtype(self) -> torch.dtype:
         """The dtype that the base computes in, which A and B have too."""
-        found = self.quantised()
+        return self._dtype_of(self.quantised())
+
+    def _dtype_of(self, found: QuantisedWeight | None) -> torch.dtype:
         if found is None:
             dtype: torch.dtype = self.weight.dtype
             return dtype
@@ -182,14 +186,13 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             for name in names:
                 whole = whole + self._adapted(self.on_base_dtype(x), name, None, None).to(whole.dtype)
             return whole
-        y = self.siblings.take(self, x) if self.siblings is not None else None
-        dtype, x = x.dtype, self.on_base_dtype(x)
-        if y is None:
-            found = self.quantised()
-            if found is None:
-                y = self._adapted(x, names[0], self.dense_weight(), self.bias)
-            else:
-                y = self._adapted(x, names[0], found, self._bias_like(x))
+        found = self.quantised()  # each of these multiplies its own panels
+        y = self.siblings.take(self, x) if found is None and self.siblings is not None else None
+        dtype, x = x.dtype, self.on_base_dtype(x, found)
+        if y is None and found is None:
+            y = self._adapted(x, names[0], self.dense_weight(), self.bias)
+        elif y is None:
+            y = self._adapted(x, names[0], found, self._bias_like(x))
         for name in names[1:]:
             y = y + self._adapted(x, name, None, None)
         return y if y.dtype == dtype or torch.is_autocast_enabled(x.device.type) else y.to(dtype)
@@ -210,7 +213,8 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
     def _adapted(self, x: Tensor, name: str, weight: Tensor | QuantisedWeight | None, bias: Tensor | None) -> Tensor:
-        a, core, b, s = self.lorasb_A[name], self.lorasb_R[name], self.lorasb_B[name], self.scaling[name]
+        a, core, b = (self._modules[factor]._parameters[name] for factor in FACTORS)  # type: ignore[union-attr]
+        s = self.scaling[name]
         if torch.is_grad_enabled() and core.requires_grad and not self.is_initialized(name):
             core = self._refuse_to_train(core, name)
         if self.equivalent[name]:
@@ -231,11 +235,12 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             or hasattr(base._parameters.get("weight"), "ds_id")
         )
 
-    def on_base_dtype(self, x: Tensor) -> Tensor:
+    def on_base_dtype(self, x: Tensor, found: QuantisedWeight | None = None) -> Tensor:
         """Cast x to the base's dtype, as PEFT's layers do, where autocast does not rule."""
         if torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
             return x
-        return self._cast_input_dtype(x, self.base_dtype)
+        dtype = self._dtype_of(found or self.quantised())
+        return x if x.dtype == dtype else self._cast_input_dtype(x, dtype)
 
     def is_initialized(self, name: str) -> bool:
         """Whether an adapter was initialised or loaded: a Python flag, or the one transformers' loader sets."""
