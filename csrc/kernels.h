@@ -26,9 +26,10 @@ struct Piece {
 // W has whole blocks. Rows of W as lanes pair columns c and c + 8 of 16, plain ones c and c + 4 of 8; columns of W as
 // lanes pair neighbouring rows, and hold even columns before odd ones. Strips are zero beyond their matrix.
 struct StripKernels {
-  // Tiles [low, high) of x [rows, columns], zero beyond its last column; pairs are so far apart.
-  void (*tiles)(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns, int apart, int64_t low, int64_t high,
-                uint16_t* out);
+  // Tiles [low, high) of x [rows, columns], zero beyond its last column; pairs are so far apart. Chunk by chunk of so
+  // many steps, and in a chunk tile by tile, as a product reads them.
+  void (*tiles)(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns, int apart, int64_t chunk, int64_t low,
+                int64_t high, uint16_t* out);
   // Rows of W as lanes, and columns.
   void (*of_rows)(const Packed& w, const Piece& piece, uint16_t* out);
   void (*of_columns)(const Packed& w, const Piece& piece, uint16_t* out);

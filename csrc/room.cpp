@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <array>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -49,16 +50,20 @@ void want_huge_pages(void* memory, size_t size) {
 #endif
 }
 
-void* kept_room(size_t size) {
-  thread_local std::unique_ptr<void, decltype(&std::free)> kept(nullptr, &std::free);
-  thread_local size_t room = 0;
-  if (room < size) {
-    room = 0;
-    kept.reset();
-    kept.reset(huge_pages(whole_pages(size)));
-    room = whole_pages(size);
+void* kept_room(size_t size, Keeps keeps) {
+  struct Kept {
+    std::unique_ptr<void, decltype(&std::free)> memory{nullptr, &std::free};
+    size_t size = 0;
+  };
+  thread_local std::array<Kept, 2> all;
+  Kept& kept = all[static_cast<size_t>(keeps)];
+  if (kept.size < size) {
+    kept.size = 0;
+    kept.memory.reset();
+    kept.memory.reset(huge_pages(whole_pages(size)));
+    kept.size = whole_pages(size);
   }
-  return kept.get();
+  return kept.memory.get();
 }
 
 void* lent_room(size_t size) {

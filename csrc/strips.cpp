@@ -41,19 +41,27 @@ struct Result {
   Shape shape;
 };
 
-at::Tensor tiles_of(const at::Tensor& x, int apart) {
+// Memory for tiles: fresh pages take longer than filling them, so what is large and not too large is kept.
+at::Tensor tile_room(at::IntArrayRef shape, const at::TensorOptions& options) {
+  constexpr int64_t kLeast = int64_t{1} << 18, kMost = int64_t{16} << 20;
+  const int64_t size = c10::multiply_integers(shape) * static_cast<int64_t>(sizeof(uint16_t));
+  if (size < kLeast || size > kMost) return at::empty(shape, options);
+  return at::from_blob(kept_room(size, Keeps::tokens), shape, options);
+}
+
+at::Tensor tiles_of(const at::Tensor& x, int apart, const Shape& shape) {
   const int64_t M = x.size(0), steps = ceil_div(x.size(1), kStripDepth), tiles = ceil_div(M, kTileTokens);
-  at::Tensor found = at::empty({tiles, steps, kTileTokens, kStripDepth}, x.options());
+  at::Tensor found = tile_room({tiles, steps, kTileTokens, kStripDepth}, x.options());
   uint16_t* to = mutable_bits(found);
   const uint16_t* from = bits(x);
   at::parallel_for(0, tiles, grain(kTileTokens * x.size(1)), [&](int64_t low, int64_t high) {
-    kernels().strips->tiles(from, x.stride(0), M, x.size(1), apart, low, high, to);
+    kernels().strips->tiles(from, x.stride(0), M, x.size(1), apart, shape.depth / kStripDepth, low, high, to);
   });
   return found;
 }
 
-Term term(const at::Tensor& x, int apart, decltype(Term::decode) decode) {
-  return {tiles_of(x, apart), ceil_div(x.size(1), kStripDepth) * kStripDepth, std::move(decode)};
+Term term(const at::Tensor& x, int apart, const Shape& shape, decltype(Term::decode) decode) {
+  return {tiles_of(x, apart, shape), ceil_div(x.size(1), kStripDepth) * kStripDepth, std::move(decode)};
 }
 
 // What a thread works in.
@@ -79,13 +87,14 @@ void sum_block(const std::vector<Term>& terms, const Result& result, int64_t low
   bool fresh = true;
   for (const Term& term : terms) {
     const uint16_t* tiles = bits(term.tiles);
+    const int64_t padded = term.tiles.size(0) * kTileTokens;  // tokens
     for (int64_t first = 0; first < term.depth; first += result.shape.depth, fresh = false) {
       const int64_t depth = std::min(result.shape.depth, term.depth - first), steps = depth / kStripDepth;
       const int64_t run = std::min(term.run, depth) / kStripDepth;
       term.decode({lane, count, first, depth, apart}, room.strips, room.scales);
       for (int64_t t = low; t < high; t += kTileTokens) {
         const int64_t rows = std::min<int64_t>(kTileTokens, high - t);
-        const uint16_t* tile = tiles + (t / kTileTokens * term.depth + first) * kTileTokens;
+        const uint16_t* tile = tiles + (first * padded + t * depth);
         float* sums = room.sums + (t - low) * width;
         for (int64_t s = 0; s < count; ++s) {
           if (run > 0) {
@@ -121,11 +130,12 @@ void sum(const std::vector<Term>& terms, const Result& result) {
 }
 
 Term weight_rows(const Packed& w, const at::Tensor& x) {
-  return term(x, 8, [&w](const Piece& piece, uint16_t* out, float*) { kernels().strips->of_rows(w, piece, out); });
+  return term(x, 8, kWide,
+              [&w](const Piece& piece, uint16_t* out, float*) { kernels().strips->of_rows(w, piece, out); });
 }
 
 Term plain_weight_rows(const Packed& w, const at::Tensor& x) {
-  Term found = term(x, 4, [&w](const Piece& piece, uint16_t* out, float* scales) {
+  Term found = term(x, 4, kNarrow, [&w](const Piece& piece, uint16_t* out, float* scales) {
     kernels().strips->of_rows_plain(w, piece, out, scales);
   });
   found.run = w.block;
@@ -133,7 +143,8 @@ Term plain_weight_rows(const Packed& w, const at::Tensor& x) {
 }
 
 Term weight_columns(const Packed& w, const at::Tensor& dy) {
-  return term(dy, 1, [&w](const Piece& piece, uint16_t* out, float*) { kernels().strips->of_columns(w, piece, out); });
+  return term(dy, 1, kWide,
+              [&w](const Piece& piece, uint16_t* out, float*) { kernels().strips->of_columns(w, piece, out); });
 }
 
 }  // namespace
@@ -146,19 +157,19 @@ bool takes_strips(const Packed& w, at::ScalarType dtype, int64_t M) {
 at::Tensor strips_product(const Packed& w, const at::Tensor& x, const at::Tensor& v, const at::Tensor& b,
                           const std::optional<at::Tensor>& bias) {
   const bool plain = x.size(0) <= kPlainTokens;
+  const Shape shape = plain ? kNarrow : kWide;
   std::vector<Term> terms;
   terms.push_back(plain ? plain_weight_rows(w, x) : weight_rows(w, x));
   const at::Tensor factor = b.contiguous(), rows = v.contiguous();
   const uint16_t* d = bits(factor);
   if (b.size(1) > 0) {
-    terms.push_back(term(rows, 1, [&](const Piece& piece, uint16_t* out, float*) {
+    terms.push_back(term(rows, 1, shape, [&](const Piece& piece, uint16_t* out, float*) {
       kernels().strips->of_dense_rows(d, b.size(0), b.size(1), piece, out);
     }));
   }
   at::Tensor y = at::empty({x.size(0), w.rows}, x.options());
   const at::Tensor offset = bias.has_value() ? bias->contiguous() : at::Tensor();
-  sum(terms, {x.size(0), w.rows, false, false, bias.has_value() ? bits(offset) : nullptr, mutable_bits(y),
-              plain ? kNarrow : kWide});
+  sum(terms, {x.size(0), w.rows, false, false, bias.has_value() ? bits(offset) : nullptr, mutable_bits(y), shape});
   return y;
 }
 
@@ -168,7 +179,7 @@ at::Tensor strips_product_transposed(const Packed& w, const at::Tensor& dy, cons
   const at::Tensor factor = a.contiguous(), rows = c.contiguous();
   const uint16_t* d = bits(factor);
   if (a.size(0) > 0) {
-    terms.push_back(term(rows, 1, [&](const Piece& piece, uint16_t* out, float*) {
+    terms.push_back(term(rows, 1, kWide, [&](const Piece& piece, uint16_t* out, float*) {
       kernels().strips->of_dense_columns(d, a.size(0), a.size(1), piece, out);
     }));
   }

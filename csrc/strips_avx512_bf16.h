@@ -20,18 +20,22 @@ inline __m512i columns_apart(int apart) {
   return _mm512_load_si512(place);
 }
 
-void token_tiles(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns, int apart, int64_t low, int64_t high,
-                 uint16_t* out) {
-  const int64_t steps = (columns + kStripDepth - 1) / kStripDepth;
+void token_tiles(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns, int apart, int64_t chunk,
+                 int64_t low, int64_t high, uint16_t* out) {
+  const int64_t steps = (columns + kStripDepth - 1) / kStripDepth, tiles = (rows + kTileTokens - 1) / kTileTokens;
   const __m512i order = columns_apart(apart);
-  for (int64_t t = low; t < high; ++t) {
-    const int64_t first = t * kTileTokens, count = rows - first < kTileTokens ? rows - first : kTileTokens;
-    for (int64_t i = 0; i < count; ++i) {
-      const uint16_t* from = x + (first + i) * stride;
-      uint16_t* to = out + t * steps * kTileWords + i * kStripDepth;
-      for (int64_t s = 0; s < steps; ++s) {
-        __m512i values = _mm512_maskz_loadu_epi16(first_of_32(columns - s * kStripDepth), from + s * kStripDepth);
-        _mm512_storeu_si512(to + s * kTileWords, _mm512_permutexvar_epi16(order, values));
+  for (int64_t begin = 0; begin < steps; begin += chunk) {
+    const int64_t length = steps - begin < chunk ? steps - begin : chunk;
+    uint16_t* to = out + (begin * tiles + low * length) * kTileWords;
+    for (int64_t t = low; t < high; ++t, to += length * kTileWords) {
+      const int64_t first = t * kTileTokens, count = rows - first < kTileTokens ? rows - first : kTileTokens;
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t s = 0; s < length; ++s) {
+          const int64_t column = (begin + s) * kStripDepth;
+          const __m512i values =
+              _mm512_maskz_loadu_epi16(first_of_32(columns - column), x + (first + i) * stride + column);
+          _mm512_storeu_si512(to + s * kTileWords + i * kStripDepth, _mm512_permutexvar_epi16(order, values));
+        }
       }
     }
   }
