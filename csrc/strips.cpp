@@ -49,9 +49,10 @@ at::Tensor tile_room(at::IntArrayRef shape, const at::TensorOptions& options) {
   return at::from_blob(kept_room(size, Keeps::tokens), shape, options);
 }
 
-at::Tensor tiles_of(const at::Tensor& x, int apart, const Shape& shape) {
+at::Tensor tiles_of(const at::Tensor& x, int apart, const Shape& shape, bool kept) {
   const int64_t M = x.size(0), steps = ceil_div(x.size(1), kStripDepth), tiles = ceil_div(M, kTileTokens);
-  at::Tensor found = tile_room({tiles, steps, kTileTokens, kStripDepth}, x.options());
+  const std::vector<int64_t> sizes = {tiles, steps, kTileTokens, kStripDepth};
+  at::Tensor found = kept ? tile_room(sizes, x.options()) : at::empty(sizes, x.options());
   uint16_t* to = mutable_bits(found);
   const uint16_t* from = bits(x);
   at::parallel_for(0, tiles, grain(kTileTokens * x.size(1)), [&](int64_t low, int64_t high) {
@@ -60,8 +61,9 @@ at::Tensor tiles_of(const at::Tensor& x, int apart, const Shape& shape) {
   return found;
 }
 
-Term term(const at::Tensor& x, int apart, const Shape& shape, decltype(Term::decode) decode) {
-  return {tiles_of(x, apart, shape), ceil_div(x.size(1), kStripDepth) * kStripDepth, std::move(decode)};
+// `kept`: the tiles lie in memory that the thread keeps, which is one term's.
+Term term(const at::Tensor& x, int apart, const Shape& shape, bool kept, decltype(Term::decode) decode) {
+  return {tiles_of(x, apart, shape, kept), ceil_div(x.size(1), kStripDepth) * kStripDepth, std::move(decode)};
 }
 
 // What a thread works in.
@@ -130,12 +132,12 @@ void sum(const std::vector<Term>& terms, const Result& result) {
 }
 
 Term weight_rows(const Packed& w, const at::Tensor& x) {
-  return term(x, 8, kWide,
+  return term(x, 8, kWide, true,
               [&w](const Piece& piece, uint16_t* out, float*) { kernels().strips->of_rows(w, piece, out); });
 }
 
 Term plain_weight_rows(const Packed& w, const at::Tensor& x) {
-  Term found = term(x, 4, kNarrow, [&w](const Piece& piece, uint16_t* out, float* scales) {
+  Term found = term(x, 4, kNarrow, true, [&w](const Piece& piece, uint16_t* out, float* scales) {
     kernels().strips->of_rows_plain(w, piece, out, scales);
   });
   found.run = w.block;
@@ -143,7 +145,7 @@ Term plain_weight_rows(const Packed& w, const at::Tensor& x) {
 }
 
 Term weight_columns(const Packed& w, const at::Tensor& dy) {
-  return term(dy, 1, kWide,
+  return term(dy, 1, kWide, true,
               [&w](const Piece& piece, uint16_t* out, float*) { kernels().strips->of_columns(w, piece, out); });
 }
 
@@ -163,7 +165,7 @@ at::Tensor strips_product(const Packed& w, const at::Tensor& x, const at::Tensor
   const at::Tensor factor = b.contiguous(), rows = v.contiguous();
   const uint16_t* d = bits(factor);
   if (b.size(1) > 0) {
-    terms.push_back(term(rows, 1, shape, [&](const Piece& piece, uint16_t* out, float*) {
+    terms.push_back(term(rows, 1, shape, false, [&](const Piece& piece, uint16_t* out, float*) {
       kernels().strips->of_dense_rows(d, b.size(0), b.size(1), piece, out);
     }));
   }
@@ -179,7 +181,7 @@ at::Tensor strips_product_transposed(const Packed& w, const at::Tensor& dy, cons
   const at::Tensor factor = a.contiguous(), rows = c.contiguous();
   const uint16_t* d = bits(factor);
   if (a.size(0) > 0) {
-    terms.push_back(term(rows, 1, kWide, [&](const Piece& piece, uint16_t* out, float*) {
+    terms.push_back(term(rows, 1, kWide, false, [&](const Piece& piece, uint16_t* out, float*) {
       kernels().strips->of_dense_columns(d, a.size(0), a.size(1), piece, out);
     }));
   }
