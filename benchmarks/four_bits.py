@@ -2,8 +2,9 @@
 
     python -m benchmarks.four_bits [--row dequantise] [--seconds 6] [--output benchmarks/results]
 
-Rows: dequantise, train, evaluate, block, step, decode, memory, curve. Ours has r=96 (64 in SmolLM2, whose default it
-is), PEFT's LoRA r=32. Layers are 4096 x 4096 in bf16, NF4 in blocks of 64, plain statistics.
+Rows: dequantise, train, evaluate, block, step, decode, memory. Ours has r=96 (64 in SmolLM2, whose default it is),
+PEFT's LoRA r=32. Layers are 4096 x 4096 in bf16, NF4 in blocks of 64, plain statistics. Beside the peers run what no
+way can do without: reading the packed bytes, writing a dense W, or the dense product.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def dequantise(seconds: float) -> Iterator[dict[str, Any]]:
     import bitsandbytes.functional as bnb
 
     from lorasb.functional import dequantize_nf4
+    from lorasb.quantised import of_module
 
     for size in (FEATURES, FEATURES // 2):
         layer = packed(nn.Linear(size, size, bias=False, dtype=DTYPE))
@@ -89,8 +91,22 @@ def dequantise(seconds: float) -> Iterator[dict[str, Any]]:
         calls: dict[str, Callable[[int], Any]] = {
             "bitsandbytes": lambda _, w=weight, s=state: bnb.dequantize_4bit(w.data, s),  # type: ignore[misc]
             "ours": lambda _, w=weight: dequantize_nf4(w),  # type: ignore[misc]
+            "bytes in and out": _copying(of_module(layer), torch.empty(size, size, dtype=DTYPE)),
         }
         yield row("dequantise", f"{size} x {size}", measure(calls, "cpu", seconds))
+
+
+def _copying(weight: Any, out: Tensor | None = None) -> Callable[[int], Any]:
+    """Read a packed weight and its statistics, and write a dense one over memory that is there."""
+    parts = [tensor.view(torch.uint8).view(torch.float32) for tensor in weight.tensors[:2]]
+
+    def run(_: int) -> None:
+        for part in parts:
+            part.sum()
+        if out is not None:
+            out.fill_(0.0)
+
+    return run
 
 
 def train(seconds: float) -> Iterator[dict[str, Any]]:
@@ -147,6 +163,7 @@ def evaluate(seconds: float) -> Iterator[dict[str, Any]]:
             "ours": call(lambda x: quantised_linear(x, weight)),
             "Linear4bit + LoRA r=32": call(adapted),
             "ours, r=96": call(layer),
+            "bytes in": _copying(weight),
         }
         yield row("evaluate", f"{M} tokens", measure(calls, "cpu", seconds))
 
@@ -273,17 +290,6 @@ def memory(_: float) -> Iterator[dict[str, Any]]:
         yield {"row": "memory", "case": "nested statistics" if nested else "plain statistics", "share": share}
 
 
-def curve(_: float) -> Iterator[dict[str, Any]]:
-    """The same data and seed over a base in 16 and in 4 bits: held-out loss, and the training loss by fifths."""
-    from lorasb.cli.finetune import Settings, run_finetune
-
-    for bits in (16, 4):
-        settings = Settings(bits=bits, train_examples=1600, eval_examples=40, output=f"runs/four_bits/{bits}")
-        found = run_finetune(settings).summary
-        kept = ("eval_loss_before", "eval_loss_after", "eval_accuracy_after", "train_seconds", "peak_rss_mb")
-        yield {"row": "curve", "case": f"{bits} bits", **{name: found[name] for name in kept}}
-
-
 def _elsewhere(job: str, way: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.four_bits", "--job", job, "--way", way]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -293,7 +299,7 @@ def _elsewhere(job: str, way: str) -> dict[str, Any]:
 
 ROWS: dict[str, Callable[[float], Iterator[dict[str, Any]]]] = {
     "dequantise": dequantise, "train": train, "evaluate": evaluate, "block": block, "step": step, "decode": decode,
-    "memory": memory, "curve": curve,
+    "memory": memory,
 }  # fmt: skip
 
 
@@ -323,7 +329,7 @@ def _plain(value: Any) -> tuple[str, str]:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", action="append", choices=list(ROWS), help="all but the curve unless given")
+    parser.add_argument("--row", action="append", choices=list(ROWS), help="all unless given")
     parser.add_argument("--seconds", type=float, default=6.0, help="per case")
     parser.add_argument("--output", type=Path, help="folder of four-bits-cpu.json, whose other rows stay")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -337,7 +343,7 @@ def main() -> None:
         return
     found: Found = []
     started = time.perf_counter()
-    for name in options.row or [name for name in ROWS if name != "curve"]:
+    for name in options.row or ROWS:
         found += ROWS[name](options.seconds)
     Console(width=150).print(view(found))
     print(f"{time.perf_counter() - started:.0f} s")
@@ -345,13 +351,17 @@ def main() -> None:
         _write(options.output / "four-bits-cpu.json", found)
 
 
-def _write(path: Path, found: Found) -> None:
-    """Put these rows in place of their like."""
-    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    fresh = {one["row"] for one in found}
+def commit() -> str:
+    """The commit that runs."""
     describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    rows = [one for one in kept if one["row"] not in fresh] + [one | {"commit": commit} for one in found]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+
+
+def _write(path: Path, found: Found) -> None:
+    """Put these rows in place of their like; where and when is said of each."""
+    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    fresh, at = {one["row"] for one in found}, {"commit": commit(), "date": time.strftime("%Y-%m-%d")}
+    rows = [one for one in kept if one["row"] not in fresh] + [one | at for one in found]
     write_json(path, {"machine": environment("cpu"), "rows": rows})
 
 

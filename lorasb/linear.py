@@ -213,7 +213,8 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
     def _adapted(self, x: Tensor, name: str, weight: Tensor | QuantisedWeight | None, bias: Tensor | None) -> Tensor:
-        a, core, b = (self._modules[factor]._parameters[name] for factor in FACTORS)  # type: ignore[union-attr]
+        held: dict[str, Any] = self._modules  # their own look-ups take as long as the adapter of one token
+        a, core, b = (held[factor]._parameters[name] for factor in FACTORS)
         s = self.scaling[name]
         if torch.is_grad_enabled() and core.requires_grad and not self.is_initialized(name):
             core = self._refuse_to_train(core, name)

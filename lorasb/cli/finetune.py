@@ -116,6 +116,7 @@ def run_finetune(settings: Settings) -> Result:
     history, seconds, tokens = train(run)
     after = run.evaluate("held-out problems, after")
     summary = _summary(run, before, after, init_seconds, seconds, tokens)
+    summary["train_losses"] = [entry["loss"] for entry in history if "loss" in entry]
     save(run, report, history, summary)
     return Result(summary, run.held_out, before, after, report)
 
