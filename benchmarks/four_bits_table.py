@@ -10,55 +10,33 @@ import json
 from pathlib import Path
 from typing import Any
 
+BLOCK, STEP = ("block", "Mistral-7B, 512 tokens, f+b"), ("step", "SmolLM2, 4 x 128 tokens")
+QLORA, BARE, OURS = "Linear4bit + LoRA r=32", "dense, bare", "ours, r=96"
+
 # row, case, against, ours, what the README calls it
 LINES = (
     ("dequantise", "4096 x 4096", "bitsandbytes", "ours", "dequantise 4096 x 4096 to bf16; bitsandbytes"),
     ("dequantise", "4096 x 4096", "bytes in and out", "ours", "limit: those bytes read and written by torch"),
     ("dequantise", "2048 x 2048", "bitsandbytes", "ours", "2048 x 2048; bitsandbytes"),
-    (
-        "train",
-        "1 tokens, f+b",
-        "Linear4bit + LoRA r=32",
-        "ours, r=96",
-        "training, 1 token, f+b; `Linear4bit` + LoRA r=32",
-    ),
-    ("train", "1 tokens, f+b", "dense, bare", "ours, r=96", "the dense bare layer"),
-    ("train", "16 tokens, f+b", "Linear4bit + LoRA r=32", "ours, r=96", "16 tokens; `Linear4bit` + LoRA r=32"),
-    ("train", "16 tokens, f+b", "dense, bare", "ours, r=96", "the dense bare layer"),
-    ("train", "512 tokens, f+b", "Linear4bit + LoRA r=32", "ours, r=96", "512 tokens; `Linear4bit` + LoRA r=32"),
-    ("train", "512 tokens, f+b", "dense, bare", "ours, r=96", "limit: the dense bare layer"),
+    ("train", "1 tokens, f+b", QLORA, OURS, "training, 1 token, f+b; `Linear4bit` + LoRA r=32"),
+    ("train", "1 tokens, f+b", BARE, OURS, "the dense bare layer"),
+    ("train", "16 tokens, f+b", QLORA, OURS, "16 tokens; `Linear4bit` + LoRA r=32"),
+    ("train", "16 tokens, f+b", BARE, OURS, "the dense bare layer"),
+    ("train", "512 tokens, f+b", QLORA, OURS, "512 tokens; `Linear4bit` + LoRA r=32"),
+    ("train", "512 tokens, f+b", BARE, OURS, "limit: the dense bare layer"),
     ("evaluate", "1 tokens", "Linear4bit", "ours", "evaluation, 1 token, no adapter; `Linear4bit`, repacked"),
     ("evaluate", "1 tokens", "bytes in", "ours", "limit: the packed bytes read by torch"),
-    ("evaluate", "1 tokens", "Linear4bit + LoRA r=32", "ours, r=96", "with adapters, r=32 and r=96"),
-    ("evaluate", "4 tokens", "Linear4bit", "ours", "4 tokens, no adapter"),
-    ("evaluate", "8 tokens", "Linear4bit", "ours", "8 tokens, no adapter"),
-    ("evaluate", "16 tokens", "Linear4bit", "ours", "16 tokens, no adapter"),
-    ("evaluate", "64 tokens", "Linear4bit", "ours", "64 tokens, no adapter"),
-    ("evaluate", "512 tokens", "Linear4bit", "ours", "512 tokens, no adapter"),
+    ("evaluate", "1 tokens", QLORA, OURS, "with adapters, r=32 and r=96"),
+    *(
+        ("evaluate", f"{M} tokens", "Linear4bit", "ours", f"{M} tokens, no adapter")
+        for M in (2, 4, 8, 16, 32, 64, 128, 512)
+    ),
     ("evaluate", "512 tokens", "dense", "ours", "limit: the dense product"),
-    ("evaluate", "512 tokens", "Linear4bit + LoRA r=32", "ours, r=96", "with adapters, r=32 and r=96"),
-    (
-        "block",
-        "Mistral-7B, 512 tokens, f+b",
-        "PEFT QLoRA r=32",
-        "ours on 4 bits, r=96",
-        "a Mistral-7B block, 512 tokens, f+b; PEFT QLoRA r=32",
-    ),  # fmt: skip
-    ("block", "Mistral-7B, 512 tokens, f+b", "PEFT on bf16, r=32", "ours on 4 bits, r=96", "PEFT on bf16, r=32"),
-    (
-        "step",
-        "SmolLM2, 4 x 128 tokens",
-        "PEFT QLoRA r=32",
-        "ours",
-        "a step of SmolLM2-135M, 4 x 128 tokens; PEFT QLoRA r=32",
-    ),  # fmt: skip
-    (
-        "decode",
-        "48 tokens",
-        "bitsandbytes + PEFT",
-        "ours",
-        "greedy decoding of 48 tokens, 4-bit SmolLM2 with adapter; bitsandbytes + PEFT",
-    ),  # fmt: skip
+    ("evaluate", "512 tokens", QLORA, OURS, "with adapters, r=32 and r=96"),
+    (*BLOCK, "PEFT QLoRA r=32", "ours on 4 bits, r=96", "a Mistral-7B block, 512 tokens, f+b; PEFT QLoRA r=32"),
+    (*BLOCK, "PEFT on bf16, r=32", "ours on 4 bits, r=96", "PEFT on bf16, r=32"),
+    (*STEP, "PEFT QLoRA r=32", "ours", "a step of SmolLM2-135M, 4 x 128 tokens; PEFT QLoRA r=32"),
+    ("decode", "48 tokens", "bitsandbytes + PEFT", "ours", "decoding 48 tokens, SmolLM2; bitsandbytes + PEFT"),
 )
 
 
@@ -72,7 +50,7 @@ def table(found: dict[str, Any]) -> list[str]:
         indented = label if ";" in label else f"&nbsp;&nbsp;&nbsp;{label}"
         times = theirs["ratio"] / own["ratio"]  # each a median of ratios to the round's first
         lines.append(f"| {indented} | {theirs['p50']:.4g} ms | {own['p50']:.4g} ms | {times:.2f}x |")
-    memory = rows["step", "SmolLM2, 4 x 128 tokens"]["new_bytes"]
+    memory = rows[STEP]["new_bytes"]
     theirs, own = (memory[way] / 1e6 for way in ("PEFT QLoRA r=32", "ours"))
     lines.append(f"| the step's memory beyond the model | {theirs:.0f} MB | {own:.0f} MB | {theirs / own:.2f}x |")
     shares = ", ".join(f"{one['share']:.3f}" for one in found["rows"] if one["row"] == "memory")

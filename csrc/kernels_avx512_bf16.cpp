@@ -76,6 +76,7 @@ void decode_by_table(const Packed& w, int64_t first, int64_t count, uint16_t* ou
     const int64_t vectors = is_ordinary(scale) ? length / 32 : 0;
     const __m512 scaled = _mm512_mul_ps(table, _mm512_set1_ps(scale));
     uint16_t* to = out + i - first;
+    if (kPastCache && i % 128 == 0) _mm_prefetch(reinterpret_cast<const char*>(w.bytes + i / 2 + kAhead), _MM_HINT_T0);
     decode_vectors<kPastCache>(w.bytes + i / 2, vectors, (__m512i)_mm512_cvtne2ps_pbh(scaled, scaled), to);
     if (32 * vectors < length) decode<BF16>(w, i + 32 * vectors, length - 32 * vectors, to + 32 * vectors);
   }

@@ -4,7 +4,6 @@
 
 #include <array>
 #include <cstdlib>
-#include <memory>
 #include <mutex>
 #include <utility>
 
@@ -20,11 +19,30 @@ constexpr size_t kMostKept = size_t{64} << 20;
 
 size_t whole_pages(size_t size) { return (size + kHugePage - 1) / kHugePage * kHugePage; }
 
+// Fresh from the system where that is possible: what the allocator has at hand lies in small pages already.
 void* huge_pages(size_t size) {
+#ifdef __linux__
+  const size_t more = size + kHugePage;
+  char* found = static_cast<char*>(mmap(nullptr, more, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  TORCH_CHECK(found != MAP_FAILED, "no memory for ", size, " bytes of a weight");
+  const size_t before = (kHugePage - reinterpret_cast<size_t>(found) % kHugePage) % kHugePage;
+  if (before > 0) munmap(found, before);
+  if (before < kHugePage) munmap(found + before + size, kHugePage - before);
+  want_huge_pages(found + before, size);
+  return found + before;
+#else
   void* memory = std::aligned_alloc(kHugePage, size);
   TORCH_CHECK(memory != nullptr, "no memory for ", size, " bytes of a weight");
-  want_huge_pages(memory, size);
   return memory;
+#endif
+}
+
+void free_pages(void* memory, size_t size) {
+#ifdef __linux__
+  if (memory != nullptr) munmap(memory, size);
+#else
+  std::free(memory);
+#endif
 }
 
 // One piece of memory without a user.
@@ -52,18 +70,18 @@ void want_huge_pages(void* memory, size_t size) {
 
 void* kept_room(size_t size, Keeps keeps) {
   struct Kept {
-    std::unique_ptr<void, decltype(&std::free)> memory{nullptr, &std::free};
+    void* memory = nullptr;
     size_t size = 0;
+    ~Kept() { free_pages(memory, size); }
   };
   thread_local std::array<Kept, 2> all;
   Kept& kept = all[static_cast<size_t>(keeps)];
   if (kept.size < size) {
-    kept.size = 0;
-    kept.memory.reset();
-    kept.memory.reset(huge_pages(whole_pages(size)));
+    free_pages(std::exchange(kept.memory, nullptr), std::exchange(kept.size, 0));
+    kept.memory = huge_pages(whole_pages(size));
     kept.size = whole_pages(size);
   }
-  return kept.memory.get();
+  return kept.memory;
 }
 
 void* lent_room(size_t size) {
@@ -80,9 +98,9 @@ void return_room(void* memory, size_t size) {
   if (size <= kMostKept) {
     const std::lock_guard<std::mutex> lock(guard);
     std::swap(spare, memory);
-    spare_size = size;
+    std::swap(spare_size, size);
   }
-  std::free(memory);
+  free_pages(memory, size);
 }
 
 }  // namespace lorasb

@@ -140,8 +140,13 @@ def _check(tensors: list[Tensor], shape: tuple[int, ...], state: Any, block2: in
         if tensor.device != tensors[0].device:
             raise ValueError(f"the weight is on {tensors[0].device}, its statistics on {tensor.device}: model.to(...)")
     for tensor, name in zip(tensors[1:], names[1:], strict=False):
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not tensor.is_meta and not _is_finite(tensor):
             raise ValueError(f"the quantised weight's {name} hold NaN or Inf: its file is damaged")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all entries are finite: NaN and Inf show in the least or the largest, in one pass without a mask."""
+    return tensor.numel() == 0 or all(math.isfinite(end) for end in torch.stack(torch.aminmax(tensor)).tolist())
 
 
 def _octets(module: nn.Module, weight: Any) -> QuantisedWeight:
