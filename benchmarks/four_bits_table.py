@@ -12,6 +12,7 @@ from typing import Any
 
 BLOCK, STEP = ("block", "Mistral-7B, 512 tokens, f+b"), ("step", "SmolLM2, 4 x 128 tokens")
 QLORA, BARE, OURS = "Linear4bit + LoRA r=32", "dense, bare", "ours, r=96"
+MORE = (2, 4, 8, 16, 32, 64, 128, 512)
 
 # row, case, against, ours, what the README calls it
 LINES = (
