@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .callback import InitCallback
     from .config import LoRASBConfig
     from .export import export_lora
+    from .groups import parameter_groups
     from .init import InitReport, first_step_lr, initialize
     from .linear import LoRASBLinear, equivalent_gradient
     from .linear4bit import Linear4bit
@@ -36,6 +37,7 @@ __all__ = [
     "first_step_lr",
     "functional",
     "initialize",
+    "parameter_groups",
     "patch",
     "quantize",
 ]
@@ -51,6 +53,7 @@ _HOMES = {
     "export_lora": "export",
     "first_step_lr": "init",
     "initialize": "init",
+    "parameter_groups": "groups",
     "quantize": "quantizing",
 }
 

@@ -77,6 +77,7 @@ def _read(model: nn.Module, adapter_name: str | None) -> tuple[dict[str, Any], d
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     config = cast(Any, model).peft_config[name].to_dict()
     config["base_model_name_or_path"] = config["base_model_name_or_path"] or _base_name(model)
+    config["fan_in_fan_out"] = any(layer.fan_in_fan_out for layer in layers.values())
     return config, tensors, {n: m.scaling[name] for n, m in layers.items()}
 
 
@@ -112,6 +113,7 @@ def _lora_config(config: dict[str, Any], rank: int) -> dict[str, Any]:
     return {
         **values,
         **sets,
+        "fan_in_fan_out": config.get("fan_in_fan_out", False),
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,

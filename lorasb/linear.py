@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .siblings import Siblings
 
 FACTORS = ("lorasb_A", "lorasb_R", "lorasb_B")
+BASE_ROW = "__base__"  # PEFT's name for no adapter
 
 
 class _EquivalentGradient(torch.autograd.Function):
@@ -178,6 +179,8 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]."""
+        if "adapter_names" in kwargs:
+            return self._by_rows(x, kwargs.pop("adapter_names"), *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lorasb_R]
@@ -206,6 +209,19 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         dtype, x = x.dtype, self.on_base_dtype(x)
         y = quantised_linear(x, found, self._bias_like(x))
         return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
+
+    def _by_rows(self, x: Tensor, rows: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """y, with the adapter that each row of x asks for."""
+        if len(rows) != len(x):
+            raise ValueError(f"expected adapter_names for each of {len(x)} rows, got {len(rows)}")
+        if self.merged:
+            raise ValueError("adapter_names need unmerged weights: call model.unmerge_adapter() first")
+        y = self._base(x, *args, **kwargs)
+        for name in sorted(set(rows) & set(self.lorasb_R)) if not self.disable_adapters else ():
+            places = torch.tensor([i for i, row in enumerate(rows) if row == name], device=x.device)
+            part = self._adapted(self.on_base_dtype(x[places]), name, None, None)
+            y = y.index_add(0, places, part.to(y.dtype))
+        return y
 
     def _bias_like(self, x: Tensor) -> Tensor | None:
         """The bias in x's dtype: a quantised layer's own may be in another."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import checkpoint, siblings
+from .combining import combine
 from .config import ALL_LINEAR, DEFAULT_RANK, PEFT_NAME, LoRASBConfig
 from .fingerprint import difference, fingerprint
 from .linear import LoRASBLinear
 from .lookup import any_merged, layers_with
+from .mixing import adapters_by_row
 from .quantised import is_quantised, keep_unpacked, of_module
 from .requantising import Requantised
 from .task_type import infer_task_type
@@ -69,10 +71,21 @@ class LoRASBModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's hook around a forward; it would drop `adapter_names` in silence."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("adapter_names (an adapter for each row) is not supported: call model.set_adapter(name)")
-        yield
+        """PEFT's hook around a forward, with `adapter_names` where the caller gave them."""
+        names = kwargs.get("adapter_names")
+        with nullcontext() if names is None else adapters_by_row(self.model, names, kwargs.get("num_beams") or 1):
+            yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "auto",
+        svd_rank: int | None = None,
+    ) -> dict[str, float]:
+        """Add an adapter that is the weighted sum of others; see `combining.combine`, whose errors it returns."""
+        return combine(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
     @staticmethod
     def _refuse_duplicates(model: nn.Module, adapter_name: str) -> None:

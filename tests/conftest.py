@@ -9,11 +9,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is defined: th
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 import transformers
+from families import FAMILIES, SIZES, llama
 from torch import Tensor, nn
 
 import lorasb
@@ -21,61 +22,7 @@ import lorasb
 transformers.utils.logging.disable_progress_bar()
 
 Batch = dict[str, Tensor]
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
-
-
-def llama(**extra: object) -> nn.Module:
-    config = transformers.LlamaConfig(num_key_value_heads=2, pad_token_id=0, tie_word_embeddings=True, **SIZES, **extra)
-    return transformers.LlamaForCausalLM(config)
-
-
-def gemma2() -> nn.Module:
-    config = transformers.Gemma2Config(num_key_value_heads=2, head_dim=16, sliding_window=8, pad_token_id=0, **SIZES)
-    return transformers.Gemma2ForCausalLM(config)
-
-
-def roberta() -> nn.Module:
-    config = transformers.RobertaConfig(max_position_embeddings=64, num_labels=3, pad_token_id=1, **SIZES)
-    return transformers.RobertaForSequenceClassification(config)
-
-
-def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=64)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def mistral() -> nn.Module:
-    config = transformers.MistralConfig(num_key_value_heads=2, sliding_window=8, pad_token_id=0, **SIZES)
-    return transformers.MistralForCausalLM(config)
-
-
-def qwen3() -> nn.Module:
-    config = transformers.Qwen3Config(num_key_value_heads=2, head_dim=16, pad_token_id=0, **SIZES)
-    return transformers.Qwen3ForCausalLM(config)
-
-
-def phi3() -> nn.Module:
-    config = transformers.Phi3Config(num_key_value_heads=2, pad_token_id=0, **SIZES)
-    return transformers.Phi3ForCausalLM(config)
-
-
-def t5() -> nn.Module:
-    config = transformers.T5Config(
-        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=99, decoder_start_token_id=0, pad_token_id=0
-    )
-    return transformers.T5ForConditionalGeneration(config)
-
-
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "llama": llama,
-    "gemma2": gemma2,
-    "roberta": roberta,
-    "gpt2": gpt2,
-    "mistral": mistral,
-    "qwen3": qwen3,
-    "phi3": phi3,
-    "t5": t5,
-}
+__all__ = ["FAMILIES", "SIZES", "llama"]
 
 
 def text(rows: int, tokens: int, seed: int) -> Batch:
@@ -100,9 +47,21 @@ def make(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.M
     return FAMILIES[family]().to(dtype).eval()
 
 
+def pictures(rows: int, _: int, seed: int) -> Batch:
+    """Image classification batch."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "pixel_values": torch.randn(rows, 3, 16, 16, generator=g),
+        "labels": torch.randint(0, 3, (rows,), generator=g),
+    }
+
+
+BATCHES = {"roberta": classes, "bert": classes, "deberta": classes, "vit": pictures}
+
+
 def batches_for(family: str, count: int = 3, rows: int = 2, tokens: int = 12) -> list[Batch]:
     """Batches that fit a family."""
-    return [(classes if family == "roberta" else text)(rows, tokens, seed) for seed in range(count)]
+    return [BATCHES.get(family, text)(rows, tokens, seed) for seed in range(count)]
 
 
 def patched(family: str = "llama", r: int = 4, dtype: torch.dtype = torch.float32, **fields: object) -> nn.Module:

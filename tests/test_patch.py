@@ -349,11 +349,6 @@ def test_layers_to_transform_with_all_linear() -> None:
     assert all(name.startswith("model.layers.1.") for name in adapted(model))
 
 
-def test_an_adapter_for_each_row_is_refused_not_ignored() -> None:
-    with pytest.raises(ValueError, match=r"adapter_names .* is not supported: call model\.set_adapter"):
-        patched()(**batches_for("llama")[0], adapter_names=["default", "__base__"])
-
-
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_tied_head_is_refused() -> None:
     with pytest.raises(ValueError, match="shares its weight with the input embedding"):

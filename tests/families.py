@@ -1,0 +1,116 @@
+"""Tiny models of real families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import transformers
+from torch import nn
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+
+
+def llama(**extra: object) -> nn.Module:
+    config = transformers.LlamaConfig(num_key_value_heads=2, pad_token_id=0, tie_word_embeddings=True, **SIZES, **extra)
+    return transformers.LlamaForCausalLM(config)
+
+
+def gemma2() -> nn.Module:
+    config = transformers.Gemma2Config(num_key_value_heads=2, head_dim=16, sliding_window=8, pad_token_id=0, **SIZES)
+    return transformers.Gemma2ForCausalLM(config)
+
+
+def roberta() -> nn.Module:
+    config = transformers.RobertaConfig(max_position_embeddings=64, num_labels=3, pad_token_id=1, **SIZES)
+    return transformers.RobertaForSequenceClassification(config)
+
+
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=64)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def mistral() -> nn.Module:
+    config = transformers.MistralConfig(num_key_value_heads=2, sliding_window=8, pad_token_id=0, **SIZES)
+    return transformers.MistralForCausalLM(config)
+
+
+def qwen3() -> nn.Module:
+    config = transformers.Qwen3Config(num_key_value_heads=2, head_dim=16, pad_token_id=0, **SIZES)
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def phi3() -> nn.Module:
+    config = transformers.Phi3Config(num_key_value_heads=2, pad_token_id=0, **SIZES)
+    return transformers.Phi3ForCausalLM(config)
+
+
+def t5() -> nn.Module:
+    config = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=99, decoder_start_token_id=0, pad_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def qwen2() -> nn.Module:
+    config = transformers.Qwen2Config(num_key_value_heads=2, pad_token_id=0, tie_word_embeddings=True, **SIZES)
+    return transformers.Qwen2ForCausalLM(config)
+
+
+def gemma3() -> nn.Module:
+    config = transformers.Gemma3TextConfig(
+        num_key_value_heads=2, head_dim=16, sliding_window=8, pad_token_id=0, **SIZES
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def bert() -> nn.Module:
+    config = transformers.BertConfig(max_position_embeddings=64, num_labels=3, **SIZES)
+    return transformers.BertForSequenceClassification(config)
+
+
+def deberta() -> nn.Module:
+    config = transformers.DebertaV2Config(
+        max_position_embeddings=64, num_labels=3, relative_attention=True, pos_att_type=["p2c", "c2p"], **SIZES
+    )
+    return transformers.DebertaV2ForSequenceClassification(config)
+
+
+def vit() -> nn.Module:
+    sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
+    config = transformers.ViTConfig(image_size=16, patch_size=4, num_labels=3, **sizes)
+    return transformers.ViTForImageClassification(config)
+
+
+def mixtral() -> nn.Module:
+    config = transformers.MixtralConfig(
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, **SIZES
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
+def qwen3_moe() -> nn.Module:
+    config = transformers.Qwen3MoeConfig(
+        num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
+        pad_token_id=0, **SIZES,
+    )  # fmt: skip
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "llama": llama,
+    "gemma2": gemma2,
+    "roberta": roberta,
+    "gpt2": gpt2,
+    "mistral": mistral,
+    "qwen3": qwen3,
+    "phi3": phi3,
+    "t5": t5,
+    "qwen2": qwen2,
+    "gemma3": gemma3,
+    "bert": bert,
+    "deberta": deberta,
+    "vit": vit,
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+}

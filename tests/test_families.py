@@ -1,0 +1,63 @@
+"""Every family that people fine-tune: patch, both ways of initialising, training, saving, merging, exporting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import tolerances
+import torch
+from conftest import FAMILIES, batches_for, logits, make
+from torch import nn
+
+import lorasb
+from lorasb.linear import LoRASBLinear
+
+ACCUMULATED = ("t5",)  # an encoder-decoder: two stacks
+
+
+def trained(family: str, **fields: object) -> nn.Module:
+    """A model after three steps."""
+    model = lorasb.patch(make(family), r=4, **fields)
+    lorasb.initialize(model, batches_for(family), lr=2e-2, progress=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for batch in batches_for(family):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_strategies_find_the_same_factors(family: str) -> None:
+    found = {}
+    for strategy in ("accumulate",) if family in ACCUMULATED else ("accumulate", "layerwise"):
+        model = lorasb.patch(make(family), r=4)
+        report = lorasb.initialize(model, batches_for(family), lr=2e-2, strategy=strategy, progress=False)
+        assert report.strategy == strategy
+        found[strategy] = {
+            n: m.get_delta_weight("default") for n, m in model.named_modules() if isinstance(m, LoRASBLinear)
+        }
+        assert all(delta.abs().max() > 0 for delta in found[strategy].values())
+    for name, delta in found["accumulate"].items():
+        other = found.get("layerwise", found["accumulate"])[name]
+        tolerances.check(other / delta.abs().max(), delta / delta.abs().max(), tolerances.FACTORS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_train_save_load_merge_and_export(family: str, tmp_path: Path) -> None:
+    before, model = logits(make(family), family), trained(family)
+    after = logits(model, family)
+    assert (after - before).abs().max() > 1e-4
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(make(family), tmp_path / "adapter").eval()
+    tolerances.check(logits(again, family), after, tolerances.EXACT)
+    lorasb.export_lora(model, tmp_path / "lora", quiet=True)
+    plain = peft.PeftModel.from_pretrained(make(family), tmp_path / "lora").eval()
+    assert type(plain.base_model).__name__ == "LoraModel"
+    tolerances.check(logits(plain, family), after, tolerances.EXPORT)
+    merged = model.merge_and_unload()
+    assert not any(isinstance(module, LoRASBLinear) for module in merged.modules())
+    tolerances.check(logits(merged, family), after, tolerances.MERGE)
