@@ -17,6 +17,7 @@ from .files import replacing, write_json, write_text
 from .lookup import PEFT_PREFIX, adapted_layers
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+FORMATS = ("peft", "gguf")
 COPIED = ("base_model_name_or_path", "revision", "task_type", "target_modules", "exclude_modules",
           "layers_to_transform", "layers_pattern", "modules_to_save", "auto_mapping")  # fmt: skip
 
@@ -27,23 +28,27 @@ def export_lora(
     *,
     adapter_name: str | None = None,
     dtype: torch.dtype = torch.float32,
+    format: str = "peft",
     quiet: bool = False,
 ) -> Path:
     """Write an adapter as a plain LoRA: `lora_A = A`, `lora_B = s·B·R`, zero-padded to one rank r = lora_alpha.
 
     Args:
         model: a patched model, or the folder of a saved adapter.
-        path: the folder to write: adapter_config.json, adapter_model.safetensors, README.md.
+        path: the folder to write: adapter_config.json, adapter_model.safetensors, README.md; or adapter.gguf.
         adapter_name: which adapter of the model; the active one unless given.
         dtype: of the written tensors; fp32 loses nothing.
+        format: "peft" for PEFT and vLLM, or "gguf" for llama.cpp, in fp32 (`gguf_export.ARCHITECTURES`).
         quiet: do not print the serving command.
 
     Returns:
-        The folder.
+        The folder, or the GGUF file.
 
     Raises:
         ValueError: not a LoRA-SB adapter, not initialised, merged, or values that are not finite in `dtype`.
     """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     config, tensors, scalings = _read(model, adapter_name) if isinstance(model, nn.Module) else _read_folder(model)
     layers = checkpoint.group_by_layer(tensors)
     rank = max(parts["lorasb_R"].shape[0] for parts in layers.values())
@@ -53,6 +58,8 @@ def export_lora(
         written[f"{PEFT_PREFIX}{name}.lora_A.weight"] = _cast(a, dtype, name)
         written[f"{PEFT_PREFIX}{name}.lora_B.weight"] = _cast(b, dtype, name)
     folder = Path(path)
+    if format == "gguf":
+        return _write_gguf(model, config, written, rank, folder, quiet)
     with replacing(folder / WEIGHTS_NAME) as temporary:
         save_file({k: v.contiguous() for k, v in written.items()}, str(temporary), metadata={"format": "pt"})
     write_json(folder / CONFIG_NAME, _lora_config(config, rank))
@@ -61,6 +68,18 @@ def export_lora(
     if not quiet:
         print(f"plain LoRA of rank {rank} in {folder}. Serve it with:\n  {command}")
     return folder
+
+
+def _write_gguf(
+    model: Any, config: dict[str, Any], tensors: dict[str, Tensor], rank: int, folder: Path, quiet: bool
+) -> Path:
+    from .gguf_export import base_config, write_gguf
+
+    base = base_config(model, config.get("base_model_name_or_path"))
+    path = write_gguf(tensors, rank, base, folder / "adapter.gguf")
+    if not quiet:
+        print(f"plain LoRA of rank {rank} in {path}. Run it with:\n  llama-cli -m BASE_MODEL.gguf --lora {path}")
+    return path
 
 
 def serve_command(base: str | None, folder: Path, rank: int) -> str:
