@@ -139,6 +139,7 @@ def _insert(
     tuner: Any, like: str, adapter_name: str, layers: dict[str, LoRASBLinear], found: dict[str, Combined]
 ) -> None:
     config = copy.deepcopy(tuner.peft_config[like])
+    config.__dict__.pop("_asked", None)  # what is set here is what is asked for
     ranks = {name: one.core.shape[0] for name, one in found.items()}
     config.r = max(ranks.values())
     config.rank_pattern = {re.escape(name): rank for name, rank in ranks.items() if rank != config.r}
