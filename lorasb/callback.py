@@ -6,17 +6,20 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
+from .config import LoRASBConfig
 from .init import InitReport, first_step_lr, initialize
 from .init.processes import Processes
 from .init.samples import draw
 from .linear import LoRASBLinear
 from .lookup import adapted_layers
+from .shared_factors import share
 
 
 class InitCallback(TrainerCallback):
@@ -31,6 +34,8 @@ class InitCallback(TrainerCallback):
         num_samples: how many, over all processes; None takes min(n, max(32, n/1000)).
         seed: of the drawing and of the SVD; the trainer's `seed` unless given.
         lr: η, where it is not to come from the trainer's arguments.
+        share_factors: let the run's checkpoints share one file of A and B, which never change: each further checkpoint
+            adds R and the optimizer's state. Every folder still loads by itself (`shared_factors`).
         options: of `lorasb.initialize` (`cache=`, `strategy=`, `loss_fn=`, ...).
 
     Attributes:
@@ -41,10 +46,29 @@ class InitCallback(TrainerCallback):
     """
 
     def __init__(
-        self, num_samples: int | None = None, *, seed: int | None = None, lr: float | None = None, **options: Any
+        self,
+        num_samples: int | None = None,
+        *,
+        seed: int | None = None,
+        lr: float | None = None,
+        share_factors: bool = True,
+        **options: Any,
     ) -> None:
         self.num_samples, self.seed, self.lr, self.options = num_samples, seed, lr, options
+        self.share_factors = share_factors
         self.report: InitReport | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Called by the trainer when it is made: checkpoints will lie in its output folder."""
+        for config in getattr(model, "peft_config", {}).values():
+            if isinstance(config, LoRASBConfig):
+                config.places = (*config.places, Path(args.output_dir))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer after it has written a checkpoint."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.share_factors and state.is_world_process_zero and folder.is_dir():
+            share(folder)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None,

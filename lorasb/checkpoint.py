@@ -14,6 +14,7 @@ from torch import Tensor
 from .config import CONFIG_NAME, PEFT_NAME, WEIGHTS_NAME
 from .files import safetensors_header
 from .lookup import PEFT_PREFIX
+from .shared_factors import joined, missing
 
 PARTS = ("lorasb_A", "lorasb_R", "lorasb_B")
 WIDE = (torch.float32, torch.float64)
@@ -101,7 +102,10 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not file.is_file():
         raise ValueError(f"expected {WEIGHTS_NAME} in {path}, found none")
     safetensors_header(file)
-    tensors = load_file(str(file))
+    found = joined(load_file(str(file)), [Path(path)])
+    if found is None:
+        raise missing([Path(path)])
+    tensors = found
     for name, parts in group_by_layer(tensors).items():
         if set(parts) != set(PARTS):
             raise ValueError(f"layer {name!r} has {', '.join(sorted(parts))} in {file}, expected {', '.join(PARTS)}")

@@ -15,12 +15,12 @@ from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import checkpoint, siblings
+from . import checkpoint, shared_factors, siblings
 from .combining import combine
 from .config import ALL_LINEAR, DEFAULT_RANK, PEFT_NAME, LoRASBConfig
 from .fingerprint import difference, fingerprint
 from .linear import LoRASBLinear
-from .lookup import any_merged, layers_with
+from .lookup import PEFT_PREFIX, any_merged, layers_with
 from .mixing import adapters_by_row
 from .quantised import is_quantised, keep_unpacked, of_module
 from .requantising import Requantised
@@ -231,6 +231,7 @@ class LoRASBModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         layers = layers_with(model, adapter_name)
+        state_dict = _with_factors(state_dict, config, adapter_name, layers)
         try:
             checkpoint.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
         except ValueError:
@@ -238,6 +239,26 @@ class LoRASBModel(BaseTuner):
                 discard(model, adapter_name)  # it was made for this file; one that holds something stays
             raise
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _with_factors(
+    tensors: dict[str, Tensor], config: Any, adapter_name: str, layers: dict[str, LoRASBLinear]
+) -> dict[str, Tensor]:
+    """A checkpoint's tensors with the A and B that its run shares: from its files, or those that the model has."""
+    places = [place for folder in config.places for place in (folder, *sorted(folder.glob("checkpoint-*")))]
+    found = shared_factors.joined(tensors, places)
+    if found is not None:
+        return found
+    own = {
+        f"{name}.{part}": getattr(layer, part)[adapter_name].detach()
+        for name, layer in layers.items()
+        for part in ("lorasb_A", "lorasb_B")
+    }
+    if shared_factors.digest(own) != shared_factors.wanted_digest(tensors):
+        raise shared_factors.missing(places)
+    prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
+    rest = {key: value for key, value in tensors.items() if key != shared_factors.DIGEST}
+    return rest | {f"{prefix}{key}": value for key, value in own.items()}
 
 
 def discard(model: Any, adapter_name: str) -> None:

@@ -1,0 +1,111 @@
+"""Checkpoints of one run share A and B, which never change: each holds R, and a link to the one file of factors.
+
+A folder is whole by itself: `lorasb_factors.safetensors` lies in it, as a hard link where the file system has them, so
+that any checkpoint may be deleted, copied or loaded alone. `adapter_model.safetensors` has R, what was trained whole,
+and the digest of the factors that it belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .files import replacing, safetensors_header
+
+FACTORS_NAME = "lorasb_factors.safetensors"
+WEIGHTS_NAME = "adapter_model.safetensors"
+DIGEST = "lorasb_factors_digest"  # uint8 [32] among R's
+
+
+def share(folder: Path) -> None:
+    """Split the adapters saved in a checkpoint's folder, and in its subfolders, into R and shared factors.
+
+    What is on the disk is whole at every moment: the factors are there before the file that points to them.
+    """
+    for weights in sorted(folder.rglob(WEIGHTS_NAME)):
+        tensors = load_file(str(weights))
+        factors = {key: value for key, value in tensors.items() if is_factor(key)}
+        if not factors:
+            continue
+        found = digest(factors)
+        _put(weights.with_name(FACTORS_NAME), factors, found.hex(), folder)
+        rest = {key: value for key, value in tensors.items() if key not in factors}
+        rest[DIGEST] = torch.tensor(list(found), dtype=torch.uint8)
+        with replacing(weights) as temporary:
+            save_file(rest, str(temporary), metadata={"format": "pt"})
+
+
+def joined(tensors: dict[str, Tensor], places: Iterable[Path]) -> dict[str, Tensor] | None:
+    """An adapter's tensors with the factors that they belong to, from the first folder that has them; None: no folder
+    has. Tensors that are whole already come back as they are."""
+    if DIGEST not in tensors:
+        return tensors
+    wanted = wanted_digest(tensors).hex()
+    for place in places:
+        file = place / FACTORS_NAME
+        if file.is_file() and _digest_of(file) == wanted:
+            factors = load_file(str(file))
+            if digest(factors).hex() != wanted:
+                raise ValueError(f"{file} is damaged: its A and B are not what the checkpoint was made with")
+            return {key: value for key, value in tensors.items() if key != DIGEST} | factors
+    return None
+
+
+def missing(places: Iterable[Path]) -> ValueError:
+    """The error where no folder has the factors."""
+    looked = ", ".join(map(str, places)) or "no folder"
+    return ValueError(
+        f"this checkpoint holds R alone, and its {FACTORS_NAME} (A and B) is not there (looked in {looked}): load it "
+        "from the folder that it was written to, or put the file of another checkpoint of the same run beside it"
+    )
+
+
+def is_factor(key: str) -> bool:
+    """Whether a tensor's name is that of an A or a B."""
+    return ".lorasb_A" in key or ".lorasb_B" in key
+
+
+def wanted_digest(tensors: dict[str, Tensor]) -> bytes:
+    """The digest of the factors that these tensors belong to."""
+    return bytes(tensors[DIGEST].tolist())
+
+
+def digest(factors: dict[str, Tensor]) -> bytes:
+    """SHA-256 over names from the layer on, dtypes, shapes and bits."""
+    total = hashlib.sha256()
+    for key in sorted(factors):
+        value = factors[key].detach().cpu().contiguous()
+        total.update(f"{key.removeprefix('base_model.model.')} {value.dtype} {list(value.shape)}".encode())
+        total.update(value.view(torch.uint8).numpy().data)
+    return total.digest()
+
+
+def _put(target: Path, factors: dict[str, Tensor], hexadecimal: str, checkpoint: Path) -> None:
+    """The factors as a link to another checkpoint's, or as a file of their own."""
+    inside = target.relative_to(checkpoint)
+    others = (other / inside for other in sorted(checkpoint.parent.iterdir()) if other.is_dir() and other != checkpoint)
+    same = next((other for other in others if other.is_file() and _digest_of(other) == hexadecimal), None)
+    with replacing(target) as temporary:
+        if same is None:
+            save_file(factors, str(temporary), metadata={"format": "pt", "digest": hexadecimal})
+            return
+        temporary.unlink()
+        try:
+            os.link(same, temporary)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(same, temporary)
+
+
+def _digest_of(file: Path) -> str | None:
+    safetensors_header(file)
+    with safe_open(str(file), framework="pt") as reader:
+        metadata: dict[str, str] = reader.metadata() or {}
+    return metadata.get("digest")
