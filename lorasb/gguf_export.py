@@ -6,8 +6,10 @@ neighbouring pairs: B's rows turn with them, A's columns stay.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -88,7 +90,7 @@ def _turned(layer: str, b: Tensor, config: Any) -> Tensor:
 
 
 def base_config(model: Any, name: str | None) -> Any:
-    """The base's configuration, from the model or from where the adapter says that it is.
+    """The base's configuration, from the model or from the folder that the adapter says it is in.
 
     Raises:
         ValueError: neither has one.
@@ -96,11 +98,10 @@ def base_config(model: Any, name: str | None) -> Any:
     own = getattr(model, "config", None) if isinstance(model, torch.nn.Module) else None
     if own is not None and not isinstance(own, dict):
         return own
-    if not name:
-        raise ValueError("a GGUF adapter needs its base's configuration: export from the patched model")
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the configuration of the base {name!r}: {error}") from None
+    file = Path(name or "") / "config.json"
+    if not name or not file.is_file():
+        raise ValueError(
+            f"a GGUF adapter needs its base's configuration, and there is none in {name or 'no folder'!r}: export from "
+            "the patched model"
+        )
+    return SimpleNamespace(**json.loads(file.read_text(encoding="utf-8")))

@@ -12,7 +12,7 @@ import pytest
 import tolerances
 import torch
 import transformers
-from conftest import patched
+from conftest import batches_for, make, patched
 from torch import nn
 
 import lorasb
@@ -159,3 +159,13 @@ def test_what_has_no_gguf(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs its base's configuration"):
         lorasb.export_lora(tmp_path / "adapter", tmp_path / "out", format="gguf", quiet=True)
     assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_a_folder_beside_its_base(tmp_path: Path) -> None:
+    make("llama").save_pretrained(tmp_path / "base")
+    model = lorasb.patch(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), r=4)
+    lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
+    model.save_pretrained(tmp_path / "adapter")
+    one = lorasb.export_lora(model, tmp_path / "one", format="gguf", quiet=True)
+    two = lorasb.export_lora(tmp_path / "adapter", tmp_path / "two", format="gguf", quiet=True)
+    assert one.read_bytes() == two.read_bytes()
