@@ -1,0 +1,47 @@
+"""Every Python block of the documentation runs, page by page, on a tiny model."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import batches_for, make
+
+DOCS = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+
+
+class Rows(torch.utils.data.Dataset):
+    """What a page calls `data`."""
+
+    def __init__(self) -> None:
+        self.batch = batches_for("llama", count=1, rows=8)[0]
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {key: value[i] for key, value in self.batch.items()}
+
+
+def blocks(page: Path) -> str:
+    found = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return textwrap.dedent("\n".join(found))
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_every_block_runs(page: Path, tmp_path: Path) -> None:
+    script = tmp_path / f"{page.stem}.py"
+    script.write_text(blocks(page), encoding="utf-8")
+    batches = batches_for("llama")
+    given = {"model": make("llama"), "fresh": lambda: make("llama"), "data": Rows(), "dataloader": batches, "batch": batches[0], "folder": str(tmp_path)}  # fmt: skip
+    runpy.run_path(str(script), init_globals=given)
+
+
+@pytest.mark.parametrize("page", [*DOCS, DOCS[0].parents[1] / "README.md"], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), target
