@@ -177,7 +177,8 @@ inline void dot_bf16_taps(const Packed& w, __m512i table, const Lanes& lanes, co
 // kTaps rows of W at a time, all of a group's before the next columns: x's stay in the first-level cache.
 template <int kRows, int kTaps>
 void dot_bf16_group(const Packed& w, const uint16_t* streams, int64_t low, int64_t groups, float* y, int64_t stride) {
-  constexpr int64_t kChunk = kStreamBytes / 2 / kRows / kStep * kStep;
+  // A power of two, so that it and a block are whole numbers of one another.
+  constexpr int64_t kChunk = kStreamBytes / 2 / (kRows > 4 ? 8 : kRows > 2 ? 4 : kRows);
   const __m512i table = rounded_table(w);
   const Lanes lanes(w);
   __m512 sums[kRowGroup / kTaps][kRows][kTaps];

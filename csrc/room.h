@@ -20,8 +20,7 @@ enum class Keeps : int { pieces = 0, tokens = 1 };
 void* kept_room(size_t size, Keeps keeps = Keeps::pieces);
 
 // Memory for a tensor, in huge pages, that goes back with `return_room`. What the last one left, if it is no more than
-// 64 MiB, is used again: the system takes longer to give pages than a kernel to fill them. While none uses it the
-// system may take it.
+// 64 MiB, is kept and used again: the system takes longer to give pages than a kernel to fill them.
 void* lent_room(size_t size);
 void return_room(void* memory, size_t size);
 

@@ -13,7 +13,6 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
-from .config import LoRASBConfig
 from .init import InitReport, first_step_lr, initialize
 from .init.processes import Processes
 from .init.samples import draw
@@ -58,16 +57,11 @@ class InitCallback(TrainerCallback):
         self.share_factors = share_factors
         self.report: InitReport | None = None
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Called by the trainer when it is made: checkpoints will lie in its output folder."""
-        for config in getattr(model, "peft_config", {}).values():
-            if isinstance(config, LoRASBConfig):
-                config.places = (*config.places, Path(args.output_dir))
-
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer after it has written a checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.share_factors and state.is_world_process_zero and folder.is_dir():
+        uploading = args.push_to_hub and "checkpoint" in str(getattr(args.hub_strategy, "value", args.hub_strategy))
+        if self.share_factors and state.is_world_process_zero and folder.is_dir() and not uploading:
             share(folder)
 
     def on_train_begin(

@@ -104,7 +104,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     safetensors_header(file)
     found = joined(load_file(str(file)), [Path(path)])
     if found is None:
-        raise missing([Path(path)])
+        raise missing(path)
     tensors = found
     for name, parts in group_by_layer(tensors).items():
         if set(parts) != set(PARTS):

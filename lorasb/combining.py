@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .limits import MAX_RANK
 from .linear import LoRASBLinear
 from .lookup import any_merged, layers_with
 
@@ -48,13 +49,15 @@ def combine(
         rank: of "svd"; the largest of the adapters' unless given.
 
     Returns:
-        The relative error of ΔW by layer, zeros where it is exact.
+        The relative error of ΔW by layer before its A and B are rounded to the base's dtype; zeros where it is exact.
 
     Raises:
         ValueError: unknown, uninitialised or merged adapters, a name that is taken, other numbers of weights, heads
             that were trained with the adapters, or "linear" over adapters that share no factors.
     """
     layers = _check(tuner, adapters, weights, adapter_name, kind)
+    if rank is not None and rank < 1:
+        raise ValueError(f"svd_rank must be positive, got {rank}")
     shared = _share_factors(layers, adapters)
     if kind == "linear" and not shared:
         raise ValueError(
@@ -69,6 +72,7 @@ def combine(
         else:
             largest = max(layer.r[n] for _, n in parts)
             found[name] = _truncated(layer, parts, None if kind == "cat" else rank or largest)
+    _check_ranks(found)
     _insert(tuner, adapters[0], adapter_name, layers, found)
     worst = max(found.values(), key=lambda one: one.error)
     logging.getLogger("lorasb").info(
@@ -103,6 +107,15 @@ def _check(
                 raise ValueError(f"adapter {name!r} has not been initialised ({place}): call lorasb.initialize first")
         layers |= found
     return layers
+
+
+def _check_ranks(found: dict[str, Combined]) -> None:
+    for name, one in found.items():
+        if len(one.core) > MAX_RANK:
+            raise ValueError(
+                f"the sum has rank {len(one.core)} in layer {name!r}, more than {MAX_RANK}: use "
+                f'combination_type="svd" with svd_rank={MAX_RANK} or less'
+            )
 
 
 def _share_factors(layers: dict[str, LoRASBLinear], adapters: Sequence[str]) -> bool:
@@ -144,6 +157,7 @@ def _insert(
     config.r = max(ranks.values())
     config.rank_pattern = {re.escape(name): rank for name, rank in ranks.items() if rank != config.r}
     config.target_modules, config.inference_mode = set(layers), True
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     active = list(tuner.active_adapters)
     tuner.peft_config[adapter_name] = config
     try:

@@ -95,7 +95,6 @@ class LoRASBConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(PEFT_NAME)
-        self.places: tuple[Path, ...] = ()  # where A and B may lie: the adapter's folder, its run's checkpoints
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -179,9 +178,7 @@ class LoRASBConfig(PeftConfig):
         weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
         if weights.is_file():
             safetensors_header(weights)
-        config: LoRASBConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config.places = (weights.parent,)
-        return config
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
 
 def field_names() -> set[str]:

@@ -13,6 +13,7 @@ from . import _peft_hook
 from .containers import HALVES, LOADED, Cores, FrozenFactors, placed_like
 from .functional import dequantize_nf4, lora_sb_linear, quantised_linear
 from .quantised import QuantisedWeight, compute_dtype, is_quantised, keep_unpacked, of_module
+from .shared_factors import missing
 
 if TYPE_CHECKING:
     from .siblings import Siblings
@@ -203,10 +204,13 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's own result. A quantised one is computed from its storage, without its module's forward."""
         found = None if args or kwargs or self.base_must_run() else self.quantised()
-        if found is None:
+        if found is None and not self._packed_base:
             base: Tensor = self.base_layer(x, *args, **kwargs)
             return base
         dtype, x = x.dtype, self.on_base_dtype(x)
+        if found is None:  # merged: a dense layer in the dtype that the quantised one computed in
+            merged: Tensor = self.base_layer(x, *args, **kwargs)
+            return merged if torch.is_autocast_enabled(x.device.type) else merged.to(dtype)
         y = quantised_linear(x, found, self._bias_like(x))
         return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
 
@@ -232,6 +236,8 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         held: dict[str, Any] = self._modules  # their own look-ups take as long as the adapter of one token
         a, core, b = (held[factor]._parameters[name] for factor in FACTORS)
         s = self.scaling[name]
+        if not self.initialized[name] and getattr(core, LOADED, False) and not getattr(a, LOADED, False):
+            raise missing()  # by a loader that reads one file and asks nobody
         if torch.is_grad_enabled() and core.requires_grad and not self.is_initialized(name):
             core = self._refuse_to_train(core, name)
         if self.equivalent[name]:

@@ -49,22 +49,28 @@ def joined(tensors: dict[str, Tensor], places: Iterable[Path]) -> dict[str, Tens
     if DIGEST not in tensors:
         return tensors
     wanted = wanted_digest(tensors).hex()
+    damaged = None
     for place in places:
         file = place / FACTORS_NAME
-        if file.is_file() and _digest_of(file) == wanted:
-            factors = load_file(str(file))
-            if digest(factors).hex() != wanted:
-                raise ValueError(f"{file} is damaged: its A and B are not what the checkpoint was made with")
-            return {key: value for key, value in tensors.items() if key != DIGEST} | factors
+        if not file.is_file() or _digest_of(file) != wanted:
+            continue
+        factors = load_file(str(file))
+        if digest(factors).hex() == wanted:
+            device = tensors[DIGEST].device
+            rest = {key: value for key, value in tensors.items() if key != DIGEST}
+            return rest | {key: value.to(device) for key, value in factors.items()}
+        damaged = file
+    if damaged is not None:
+        raise ValueError(f"{damaged} is damaged: its A and B are not what the checkpoint was made with")
     return None
 
 
-def missing(places: Iterable[Path]) -> ValueError:
-    """The error where no folder has the factors."""
-    looked = ", ".join(map(str, places)) or "no folder"
+def missing(place: object = None) -> ValueError:
+    """The error where the factors are not to be had."""
+    where = f" in {place}" if place else ""
     return ValueError(
-        f"this checkpoint holds R alone, and its {FACTORS_NAME} (A and B) is not there (looked in {looked}): load it "
-        "from the folder that it was written to, or put the file of another checkpoint of the same run beside it"
+        f"this checkpoint holds R alone, and its {FACTORS_NAME} (A and B) was not found{where}: load the folder with "
+        "PeftModel.from_pretrained or load_adapter of a PeftModel, with the file of any checkpoint of its run in it"
     )
 
 
@@ -105,7 +111,11 @@ def _put(target: Path, factors: dict[str, Tensor], hexadecimal: str, checkpoint:
 
 
 def _digest_of(file: Path) -> str | None:
-    safetensors_header(file)
-    with safe_open(str(file), framework="pt") as reader:
-        metadata: dict[str, str] = reader.metadata() or {}
+    """What a file of factors says that it holds; None where it is no whole file."""
+    try:
+        safetensors_header(file)
+        with safe_open(str(file), framework="pt") as reader:
+            metadata: dict[str, str] = reader.metadata() or {}
+    except (ValueError, OSError):
+        return None
     return metadata.get("digest")

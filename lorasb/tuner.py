@@ -15,7 +15,7 @@ from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import checkpoint, shared_factors, siblings
+from . import checkpoint, peft_loading, shared_factors, siblings
 from .combining import combine
 from .config import ALL_LINEAR, DEFAULT_RANK, PEFT_NAME, LoRASBConfig
 from .fingerprint import difference, fingerprint
@@ -231,8 +231,8 @@ class LoRASBModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         layers = layers_with(model, adapter_name)
-        state_dict = _with_factors(state_dict, config, adapter_name, layers)
         try:
+            state_dict = _with_factors(state_dict, adapter_name, layers)
             checkpoint.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
         except ValueError:
             if not any(layer.is_initialized(adapter_name) for layer in layers.values()):
@@ -241,21 +241,17 @@ class LoRASBModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def _with_factors(
-    tensors: dict[str, Tensor], config: Any, adapter_name: str, layers: dict[str, LoRASBLinear]
-) -> dict[str, Tensor]:
-    """A checkpoint's tensors with the A and B that its run shares: from its files, or those that the model has."""
-    places = [place for folder in config.places for place in (folder, *sorted(folder.glob("checkpoint-*")))]
-    found = shared_factors.joined(tensors, places)
-    if found is not None:
-        return found
+def _with_factors(tensors: dict[str, Tensor], adapter_name: str, layers: dict[str, LoRASBLinear]) -> dict[str, Tensor]:
+    """A checkpoint's tensors with its A and B, where they were not beside it and the model has them."""
+    if shared_factors.DIGEST not in tensors:
+        return tensors
     own = {
         f"{name}.{part}": getattr(layer, part)[adapter_name].detach()
         for name, layer in layers.items()
         for part in ("lorasb_A", "lorasb_B")
     }
     if shared_factors.digest(own) != shared_factors.wanted_digest(tensors):
-        raise shared_factors.missing(places)
+        raise shared_factors.missing()
     prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
     rest = {key: value for key, value in tensors.items() if key != shared_factors.DIGEST}
     return rest | {f"{prefix}{key}": value for key, value in own.items()}
@@ -407,6 +403,7 @@ def register() -> None:
     """Make PEFT know LoRA-SB. Once is enough; more does nothing."""
     if PeftType(PEFT_NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="lorasb", config_cls=LoRASBConfig, model_cls=LoRASBModel, prefix=LoRASBModel.prefix)
+    peft_loading.install()
 
 
 register()

@@ -115,6 +115,17 @@ def test_halves_in_any_shape(kernel: str, rows: int, m: int, n: int, block: int,
         check_half(got, plain, want)
 
 
+@pytest.mark.parametrize("block", [32, 128, 256, 512, 1024, 2048, 4096])
+def test_few_tokens_meet_the_scales_of_every_block(kernel: str, block: int) -> None:
+    weight = storage(24, 8192, "nf4", block)
+    weight.tensors[1].mul_(1 + torch.arange(len(weight.tensors[1])) % 7)  # another scale in every block
+    x = torch.randn(8, 8192, generator=torch.Generator().manual_seed(0)).bfloat16()
+    want = x.double() @ unrounded(weight).double().t()
+    for rows in range(1, 9):
+        y = quantised_linear(x[:rows], weight)
+        check(y.double() / want.abs().max(), want[:rows] / want.abs().max(), HALF_FEW)
+
+
 @pytest.mark.parametrize("r", [1, 3, 16, 17, 64])
 def test_any_rank(kernel: str, r: int) -> None:
     for rows in (1, 33):

@@ -137,8 +137,31 @@ def test_others_by_the_best_of_a_rank(kind: str, rank: int | None) -> None:
             assert best < tolerances.RANKS.atol
 
 
+def test_a_first_adapter_that_leaves_layers_out() -> None:
+    model = patched("llama", exclude_modules=["v_proj"])
+    model.add_adapter("second", lorasb.LoRASBConfig(r=3))
+    lorasb.initialize(model, batches_for("llama")[1:], lr=5e-2, adapter_name="second", progress=False)
+    errors = model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", "cat")
+    assert any(name.endswith("v_proj") for name in errors)
+    for layer in layers(model).values():
+        names = {name: 1.0 for name in ("default", "second") if name in layer.lorasb_R}
+        tolerances.check(layer.get_delta_weight("sum"), update(layer, names), tolerances.EXPORT)
+
+
+def test_a_merged_quantised_base_takes_what_it_took_before() -> None:
+    model = lorasb.patch(lorasb.quantize(make("llama", dtype=torch.bfloat16)), r=4)
+    lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
+    layer, x = next(iter(layers(model).values())), torch.randn(3, 64)
+    before = layer(x)
+    model.merge_adapter()
+    assert layer(x).dtype == before.dtype == torch.float32
+    tolerances.check(layer(x) / before.abs().max(), before / before.abs().max(), tolerances.HALF_FEW)
+
+
 def test_what_cannot_be_combined() -> None:
     model = two()
+    with pytest.raises(ValueError, match="svd_rank must be positive"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", "svd", -1)
     for arguments, message in (
         ((["default", "second"], [1.0, 1.0], "sum", "linear"), "do not share A and B"),
         ((["default", "second"], [1.0], "sum"), "a weight for each adapter"),

@@ -156,3 +156,48 @@ def test_factors_that_are_gone_or_damaged(run: tuple[Path, nn.Module], tmp_path:
     save_file(factors, tmp_path / "one" / FACTORS_NAME, metadata=metadata)
     with pytest.raises(ValueError, match="is damaged"):
         lorasb.export_lora(tmp_path / "one", tmp_path / "out")
+
+
+def test_resuming_from_another_runs_folder_and_under_another_name(tmp_path: Path) -> None:
+    model = lorasb.patch(make("llama"), r=4, adapter_name="mine")
+    trainer(tmp_path / "old", 2, model).train()
+    assert (tmp_path / "old" / "checkpoint-2" / "mine" / FACTORS_NAME).is_file()
+    fresh = lorasb.patch(make("llama"), r=4, adapter_name="mine")
+    resumed = trainer(tmp_path / "new", 3, fresh)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-2"))
+    assert resumed.state.global_step == 3
+    config = peft.PeftConfig.from_pretrained(tmp_path / "old" / "checkpoint-2" / "mine")
+    again = peft.PeftModel.from_pretrained(
+        make("llama"), tmp_path / "old" / "checkpoint-2" / "mine", config=config
+    ).eval()
+    tolerances.check(logits(again), logits(model.eval()), tolerances.EXACT)
+
+
+def test_a_damaged_neighbour_harms_nobody(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    folder, model = run
+    shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-9")
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / FACTORS_NAME).write_bytes(b"cut short")
+    model.save_pretrained(tmp_path / "checkpoint-10", selected_adapters=["default"])
+    share(tmp_path / "checkpoint-10")
+    again = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "checkpoint-10").eval()
+    tolerances.check(logits(again), logits(model), tolerances.EXACT)
+
+
+def test_a_failed_load_leaves_room_for_another(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    folder, _ = run
+    shutil.copytree(folder / "checkpoint-3", tmp_path / "bare")
+    (tmp_path / "bare" / FACTORS_NAME).unlink()
+    model = lorasb.patch(make("llama"), r=4)
+    with pytest.raises(ValueError, match="holds R alone"):
+        model.load_adapter(tmp_path / "bare", "second")
+    model.load_adapter(folder / "checkpoint-3", "second")
+    assert set(model.peft_config) == {"default", "second"}
+
+
+def test_a_loader_that_reads_one_file_is_told(run: tuple[Path, nn.Module]) -> None:
+    folder, _ = run
+    model = make("llama")
+    model.load_adapter(folder / "checkpoint-3")
+    with pytest.raises(ValueError, match="holds R alone"):
+        logits(model)
