@@ -22,8 +22,9 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 demo: install
 	$(BIN)/lorasb finetune --output $(RUN)
 
+# Two processes of one thread each: a file's tests stay together.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ def install() -> None:
 def _joining(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
     @functools.wraps(original)
     def load(model_id: Any, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+        """PEFT's own, then A and B from beside the file."""
         tensors = original(model_id, *arguments, **options)
         if DIGEST not in tensors:
             return tensors
