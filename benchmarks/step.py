@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.four_bits import PEFT_RANK, RANK, commit
-from benchmarks.timing import environment, measure
+from benchmarks.timing import environment, measure, saved_bytes
 from lorasb.files import write_json
 
 OURS, PEFT = f"LoRA-SB, r={RANK}", f"PEFT LoRA, r={PEFT_RANK}"
@@ -63,21 +63,9 @@ class Training:
         self.optimizer.zero_grad()
 
     def kept_bytes(self) -> int:
-        """What autograd keeps between forward and backward, each storage once, parameters and buffers left out."""
-        own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.loss()
-        total = sum(kept.values())
-        del loss
-        return total
+        """What autograd keeps between forward and backward, parameters and buffers left out."""
+        own = {tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())}
+        return saved_bytes(self.loss, own)
 
     def optimizer_bytes(self) -> int:
         """AdamW's two moments."""

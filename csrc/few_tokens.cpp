@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "isa.h"
-#include "product.h"
 #include "tasks.h"
 
 namespace lorasb {
@@ -13,6 +12,18 @@ namespace {
 constexpr int64_t kWidth = 512;       // columns of dx at a time
 constexpr int64_t kPartRows = 256;    // rows of B whose part of t is added on its own, in order
 constexpr int64_t kBackwardRows = 2;  // of dy: for more, strips are faster
+
+// x [M, n] in bf16 in the order in which look-ups yield the elements of a row of W; rows of stream_stride(n).
+at::Tensor arranged(const Packed& w, const at::Tensor& x) {
+  at::Tensor streams = at::empty({x.size(0), stream_stride(w.columns)}, x.options());
+  uint16_t* target = mutable_bits(streams);
+  at::parallel_for(0, x.size(0), grain(w.columns), [&](int64_t low, int64_t high) {
+    for (int64_t i = low; i < high; ++i) {
+      kernels().arrange_bf16(bits(x) + i * w.columns, w.columns, target + i * streams.size(1));
+    }
+  });
+  return streams;
+}
 
 // y [M, stride of y] (+)= x [M, n] D[low:high]ᵀ for a dense D.
 void thin_rows(const uint16_t* x, int64_t M, const uint16_t* d, int64_t n, int64_t low, int64_t high, float* y,

@@ -83,17 +83,7 @@ struct V {
 namespace lorasb {
 
 const Kernels& avx2_kernels() {
-  static const Kernels kernels = [] {
-    Kernels k;
-    k.name = "AVX2";
-    k.decode_f32 = decode<F32>;
-    k.decode_bf16 = decode<BF16>;
-    k.decode_f16 = decode<F16>;
-    k.dot = dot;
-    k.dot_transposed = dot_transposed;
-    k.pack_signs = pack_signs;
-    return k;
-  }();
+  static const Kernels kernels = common_kernels("AVX2");
   return kernels;
 }
 

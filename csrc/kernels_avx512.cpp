@@ -14,13 +14,7 @@ namespace lorasb {
 
 const Kernels& avx512_kernels() {
   static const Kernels kernels = [] {
-    Kernels k;
-    k.name = "AVX-512";
-    k.decode_f32 = decode<F32>;
-    k.decode_bf16 = decode<BF16>;
-    k.decode_f16 = decode<F16>;
-    k.dot = dot;
-    k.dot_transposed = dot_transposed;
+    Kernels k = common_kernels("AVX-512");
     k.pack_signs = pack_signs_avx512;
     return k;
   }();

@@ -21,6 +21,8 @@ constexpr int kStreamBytes = 16384;  // of all rows of x together that stay in a
 
 inline __m512bh as_bf16(__m512i bits) { return (__m512bh)bits; }
 
+inline __m512 widened(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+
 // Word i of 64 bytes holds elements 4i + 1, 4i, 4i + 3 and 4i + 2 in its nibbles from bit 0 up. Stream k has, for each
 // word, the element of nibble k, so that one shift and one look-up of 32 words meet 32 entries of a stream.
 void arrange_bf16(const uint16_t* x, int64_t columns, uint16_t* streams) {
@@ -287,8 +289,7 @@ inline void dense_add_taps(const float* c, int64_t stride, int64_t rows, const u
     const __mmask16 there = static_cast<__mmask16>(width - j >= 16 ? 0xffff : (1u << (width - j)) - 1);
     __m512 values[kTaps];
     for (int t = 0; t < kTaps; ++t) {
-      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, d + t * columns + j));
-      values[t] = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+      values[t] = widened(_mm256_maskz_loadu_epi16(there, d + t * columns + j));
     }
     for (int64_t i = 0; i < rows; ++i) {
       __m512 sum = _mm512_maskz_loadu_ps(there, sums + i * width + j);
@@ -355,13 +356,8 @@ namespace lorasb {
 
 const Kernels& avx512_bf16_kernels() {
   static const Kernels kernels = [] {
-    Kernels k;
-    k.name = "AVX-512 with bf16";
-    k.decode_f32 = decode<F32>;
+    Kernels k = common_kernels("AVX-512 with bf16");
     k.decode_bf16 = decode_by_table<false>;
-    k.decode_f16 = decode<F16>;
-    k.dot = dot;
-    k.dot_transposed = dot_transposed;
     k.pack_signs = pack_signs_avx512;
     k.stream_bf16 = decode_by_table<true>;
     k.arrange_bf16 = arrange_bf16;

@@ -97,17 +97,7 @@ V::reg V::round_f16(const reg& a) {
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static const Kernels kernels = [] {
-    Kernels k;
-    k.name = "portable";
-    k.decode_f32 = decode<F32>;
-    k.decode_bf16 = decode<BF16>;
-    k.decode_f16 = decode<F16>;
-    k.dot = dot;
-    k.dot_transposed = dot_transposed;
-    k.pack_signs = pack_signs;
-    return k;
-  }();
+  static const Kernels kernels = common_kernels("portable");
   return kernels;
 }
 

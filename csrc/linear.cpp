@@ -126,15 +126,12 @@ std::tuple<at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, at::Ten
   }
   if (need_dx) {
     const at::Tensor c = at::mm(t, scaled(core, scale, dtype));
-    const bool strips = takes_strips(w, dtype, rows.size(0));
-    if (strips && !seed.has_value()) return {shaped(strips_product_transposed(w, rows, c, a), dy), dcore};
+    if (!seed.has_value() && takes_strips(w, dtype, rows.size(0))) {
+      return {shaped(strips_product_transposed(w, rows, c, a), dy), dcore};
+    }
     dx = at::mm(c, a);
     if (seed.has_value()) dx.mul_(keep_mask(dx.sizes(), dropout, *seed));
-    if (strips) {
-      add_strips_product_transposed(w, rows, dx);
-    } else {
-      add_product_transposed(w, rows, dx);
-    }
+    add_product_transposed(w, rows, dx);
     dx = shaped(dx, dy);
   }
   return {dx, dcore};

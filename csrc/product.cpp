@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "quantised.h"
 #include "room.h"
+#include "strips.h"
 #include "tasks.h"
 
 namespace lorasb {
@@ -117,17 +118,6 @@ void panels_transposed(const Packed& w, const at::Tensor& dy, at::Tensor& dx) {
 
 }  // namespace
 
-at::Tensor arranged(const Packed& w, const at::Tensor& x) {
-  at::Tensor streams = at::empty({x.size(0), stream_stride(w.columns)}, x.options());
-  uint16_t* target = mutable_bits(streams);
-  at::parallel_for(0, x.size(0), grain(w.columns), [&](int64_t low, int64_t high) {
-    for (int64_t i = low; i < high; ++i) {
-      kernels().arrange_bf16(bits(x) + i * w.columns, w.columns, target + i * streams.size(1));
-    }
-  });
-  return streams;
-}
-
 void add_product(const Packed& w, const at::Tensor& x, at::Tensor& y) {
   const int64_t M = x.size(0);
   if (M == 0 || w.rows == 0 || w.columns == 0) return;
@@ -141,7 +131,9 @@ void add_product(const Packed& w, const at::Tensor& x, at::Tensor& y) {
 void add_product_transposed(const Packed& w, const at::Tensor& dy, at::Tensor& dx) {
   const int64_t M = dy.size(0);
   if (M == 0 || w.rows == 0 || w.columns == 0) return;
-  if (direct_dtype(dy) && M <= kTransposedTokens && w.whole_blocks()) {
+  if (takes_strips(w, dy.scalar_type(), M)) {
+    add_strips_product_transposed(w, dy, dx);
+  } else if (direct_dtype(dy) && M <= kTransposedTokens && w.whole_blocks()) {
     dot_products_transposed(w, dy, dx);
   } else {
     panels_transposed(w, dy, dx);

@@ -13,7 +13,4 @@ void add_product(const Packed& w, const at::Tensor& x, at::Tensor& y);
 // dx [M, n] += dy [M, m] W.
 void add_product_transposed(const Packed& w, const at::Tensor& dy, at::Tensor& dx);
 
-// x [M, n] in bf16 in the order in which look-ups yield the elements of a row of W; rows of stream_stride(n).
-at::Tensor arranged(const Packed& w, const at::Tensor& x);
-
 }  // namespace lorasb

@@ -24,8 +24,6 @@ void check_length(const at::Tensor& tensor, const char* name, int64_t length) {
                     ": the packed weight, its statistics and its shape do not belong together");
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Of 4096 factors between 1 and 2 these leave the least error in the table's entries when they are rounded to bf16:
 // 6e-4 in NF4's, where 1 leaves 1.1e-3, and none in FP4's.
 float balance_of(const float* table) {

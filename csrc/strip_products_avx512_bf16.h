@@ -82,20 +82,12 @@ void multiply_scaled(const uint16_t* tile, int64_t rows, const uint16_t* strip, 
   }
 }
 
-inline __m512 widened(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
-
 void finish_strip(const float* sums, int64_t stride, int64_t rows, int64_t count, bool apart, const uint16_t* bias,
                   bool add, uint16_t* y, int64_t y_stride) {
   const __mmask32 there = first_of_32(count);
-  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   for (int64_t i = 0; i < rows; ++i) {
     __m512 low = _mm512_loadu_ps(sums + i * stride), high = _mm512_loadu_ps(sums + i * stride + 16);
-    if (apart) {
-      const __m512 even = low;
-      low = _mm512_permutex2var_ps(even, first, high);
-      high = _mm512_permutex2var_ps(even, second, high);
-    }
+    if (apart) V::interleave(low, high, low, high);
     const uint16_t* more = add ? y + i * y_stride : bias;
     if (more != nullptr) {
       const __m512i others = _mm512_maskz_loadu_epi16(there, more);

@@ -23,8 +23,6 @@ struct Shape {
 };
 constexpr Shape kWide = {4, kStripChunk}, kNarrow = {1, kStripChunk / 2};
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // One term of a sum: tokens [M, depth] in tiles, and the strips that they meet.
 struct Term {
   at::Tensor tiles;

@@ -22,11 +22,16 @@ struct V {
     high = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), values);
     low = _mm512_permutexvar_ps(wide, values);  // only the low four bits count
   }
-  static void interleave_f32(reg high, reg low, float* out) {
+  static void interleave(reg even, reg odd, reg& lower, reg& upper) {
     const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    _mm512_storeu_ps(out, _mm512_permutex2var_ps(high, first, low));
-    _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(high, second, low));
+    lower = _mm512_permutex2var_ps(even, first, odd);
+    upper = _mm512_permutex2var_ps(even, second, odd);
+  }
+  static void interleave_f32(reg high, reg low, float* out) {
+    interleave(high, low, high, low);
+    _mm512_storeu_ps(out, high);
+    _mm512_storeu_ps(out + 16, low);
   }
   static __m512i bf16_bits(reg a) {  // rounded, in the upper half of each lane
     const __m512i bits = _mm512_castps_si512(a);

@@ -260,5 +260,18 @@ double pack_signs(const float* x, int64_t count, uint32_t* positive, uint32_t* n
   return squares;
 }
 
+// What every instruction set has; the richer ones add to it.
+inline Kernels common_kernels(const char* name) {
+  Kernels k;
+  k.name = name;
+  k.decode_f32 = decode<F32>;
+  k.decode_bf16 = decode<BF16>;
+  k.decode_f16 = decode<F16>;
+  k.dot = dot;
+  k.dot_transposed = dot_transposed;
+  k.pack_signs = pack_signs;
+  return k;
+}
+
 }  // namespace
 }  // namespace lorasb

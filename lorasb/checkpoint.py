@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .config import CONFIG_NAME, PEFT_NAME, WEIGHTS_NAME
 from .files import safetensors_header
+from .linear import FACTORS as PARTS
 from .lookup import PEFT_PREFIX
-from .shared_factors import joined, missing
+from .shared_factors import DIGEST, joined, missing
 
-PARTS = ("lorasb_A", "lorasb_R", "lorasb_B")
 WIDE = (torch.float32, torch.float64)
 FLOATS = (*WIDE, torch.bfloat16, torch.float16)
 
@@ -102,10 +102,9 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not file.is_file():
         raise ValueError(f"expected {WEIGHTS_NAME} in {path}, found none")
     safetensors_header(file)
-    found = joined(load_file(str(file)), [Path(path)])
-    if found is None:
+    tensors = joined(load_file(str(file)), Path(path))
+    if DIGEST in tensors:
         raise missing(path)
-    tensors = found
     for name, parts in group_by_layer(tensors).items():
         if set(parts) != set(PARTS):
             raise ValueError(f"layer {name!r} has {', '.join(sorted(parts))} in {file}, expected {', '.join(PARTS)}")

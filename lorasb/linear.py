@@ -204,14 +204,15 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's own result. A quantised one is computed from its storage, without its module's forward."""
         found = None if args or kwargs or self.base_must_run() else self.quantised()
-        if found is None and not self._packed_base:
-            base: Tensor = self.base_layer(x, *args, **kwargs)
-            return base
-        dtype, x = x.dtype, self.on_base_dtype(x)
-        if found is None:  # merged: a dense layer in the dtype that the quantised one computed in
-            merged: Tensor = self.base_layer(x, *args, **kwargs)
-            return merged if torch.is_autocast_enabled(x.device.type) else merged.to(dtype)
-        y = quantised_linear(x, found, self._bias_like(x))
+        dtype, y = x.dtype, x
+        if found is not None or self._packed_base:  # or a merged dense layer, in the dtype that the former computed in
+            x = self.on_base_dtype(x, found)
+        if found is None:
+            y = self.base_layer(x, *args, **kwargs)
+            if not self._packed_base:
+                return y
+        else:
+            y = quantised_linear(x, found, self._bias_like(x))
         return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
 
     def _by_rows(self, x: Tensor, rows: list[str], *args: Any, **kwargs: Any) -> Tensor:

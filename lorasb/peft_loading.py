@@ -38,14 +38,14 @@ def _joining(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[s
         tensors = original(model_id, *arguments, **options)
         if DIGEST not in tensors:
             return tensors
-        place = _place(str(model_id), options)
-        return (joined(tensors, [place]) if place is not None else None) or tensors
+        folder = _folder(str(model_id), options)
+        return tensors if folder is None else joined(tensors, folder)
 
     load.joins_factors = True  # type: ignore[attr-defined]
     return load
 
 
-def _place(model_id: str, options: dict[str, Any]) -> Path | None:
+def _folder(model_id: str, options: dict[str, Any]) -> Path | None:
     """The folder that has the factors: the adapter's own, or where the Hub's file was put."""
     folder = Path(model_id, options.get("subfolder") or "")
     if folder.is_dir():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -18,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .config import WEIGHTS_NAME
 from .files import replacing, safetensors_header
 
 FACTORS_NAME = "lorasb_factors.safetensors"
-WEIGHTS_NAME = "adapter_model.safetensors"
 DIGEST = "lorasb_factors_digest"  # uint8 [32] among R's
 
 
@@ -43,26 +42,22 @@ def share(folder: Path) -> None:
             save_file(rest, str(temporary), metadata={"format": "pt"})
 
 
-def joined(tensors: dict[str, Tensor], places: Iterable[Path]) -> dict[str, Tensor] | None:
-    """An adapter's tensors with the factors that they belong to, from the first folder that has them; None: no folder
-    has. Tensors that are whole already come back as they are."""
-    if DIGEST not in tensors:
+def joined(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """An adapter's tensors with the factors that they belong to; as they are where `folder` has not got them.
+
+    Raises:
+        ValueError: the folder's factors are damaged.
+    """
+    file = folder / FACTORS_NAME
+    wanted = wanted_digest(tensors)
+    if wanted is None or not file.is_file() or _digest_of(file) != wanted.hex():
         return tensors
-    wanted = wanted_digest(tensors).hex()
-    damaged = None
-    for place in places:
-        file = place / FACTORS_NAME
-        if not file.is_file() or _digest_of(file) != wanted:
-            continue
-        factors = load_file(str(file))
-        if digest(factors).hex() == wanted:
-            device = tensors[DIGEST].device
-            rest = {key: value for key, value in tensors.items() if key != DIGEST}
-            return rest | {key: value.to(device) for key, value in factors.items()}
-        damaged = file
-    if damaged is not None:
-        raise ValueError(f"{damaged} is damaged: its A and B are not what the checkpoint was made with")
-    return None
+    factors = load_file(str(file))
+    if digest(factors) != wanted:
+        raise ValueError(f"{file} is damaged: its A and B are not what the checkpoint was made with")
+    device = tensors[DIGEST].device
+    rest = {key: value for key, value in tensors.items() if key != DIGEST}
+    return rest | {key: value.to(device) for key, value in factors.items()}
 
 
 def missing(place: object = None) -> ValueError:
@@ -79,9 +74,9 @@ def is_factor(key: str) -> bool:
     return ".lorasb_A" in key or ".lorasb_B" in key
 
 
-def wanted_digest(tensors: dict[str, Tensor]) -> bytes:
-    """The digest of the factors that these tensors belong to."""
-    return bytes(tensors[DIGEST].tolist())
+def wanted_digest(tensors: dict[str, Tensor]) -> bytes | None:
+    """The digest of the factors that these tensors belong to; None where they are whole."""
+    return bytes(tensors[DIGEST].tolist()) if DIGEST in tensors else None
 
 
 def digest(factors: dict[str, Tensor]) -> bytes:

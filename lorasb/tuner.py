@@ -243,14 +243,15 @@ class LoRASBModel(BaseTuner):
 
 def _with_factors(tensors: dict[str, Tensor], adapter_name: str, layers: dict[str, LoRASBLinear]) -> dict[str, Tensor]:
     """A checkpoint's tensors with its A and B, where they were not beside it and the model has them."""
-    if shared_factors.DIGEST not in tensors:
+    wanted = shared_factors.wanted_digest(tensors)
+    if wanted is None:
         return tensors
     own = {
         f"{name}.{part}": getattr(layer, part)[adapter_name].detach()
         for name, layer in layers.items()
         for part in ("lorasb_A", "lorasb_B")
     }
-    if shared_factors.digest(own) != shared_factors.wanted_digest(tensors):
+    if shared_factors.digest(own) != wanted:
         raise shared_factors.missing()
     prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
     rest = {key: value for key, value in tensors.items() if key != shared_factors.DIGEST}

@@ -64,6 +64,19 @@ def batches_for(family: str, count: int = 3, rows: int = 2, tokens: int = 12) ->
     return [BATCHES.get(family, text)(rows, tokens, seed) for seed in range(count)]
 
 
+class Rows(torch.utils.data.Dataset):
+    """Eight rows of a Llama's batch, one by one."""
+
+    def __init__(self) -> None:
+        self.batch = batches_for("llama", count=1, rows=8)[0]
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> Batch:
+        return {key: value[i] for key, value in self.batch.items()}
+
+
 def patched(family: str = "llama", r: int = 4, dtype: torch.dtype = torch.float32, **fields: object) -> nn.Module:
     """A tiny model with an initialised adapter whose effect is plain to see."""
     model = lorasb.patch(make(family, dtype=dtype), r=r, **fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import transformers
 from torch import nn
@@ -10,14 +11,14 @@ from torch import nn
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 
 
-def llama(**extra: object) -> nn.Module:
-    config = transformers.LlamaConfig(num_key_value_heads=2, pad_token_id=0, tie_word_embeddings=True, **SIZES, **extra)
-    return transformers.LlamaForCausalLM(config)
+def causal(family: str, **more: object) -> nn.Module:
+    """A language model of a family whose configuration has Llama's names."""
+    config = getattr(transformers, f"{family}Config")(num_key_value_heads=2, pad_token_id=0, **SIZES, **more)
+    return getattr(transformers, f"{family}ForCausalLM")(config)
 
 
-def gemma2() -> nn.Module:
-    config = transformers.Gemma2Config(num_key_value_heads=2, head_dim=16, sliding_window=8, pad_token_id=0, **SIZES)
-    return transformers.Gemma2ForCausalLM(config)
+def llama(**more: object) -> nn.Module:
+    return causal("Llama", tie_word_embeddings=True, **more)
 
 
 def roberta() -> nn.Module:
@@ -30,31 +31,11 @@ def gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
-def mistral() -> nn.Module:
-    config = transformers.MistralConfig(num_key_value_heads=2, sliding_window=8, pad_token_id=0, **SIZES)
-    return transformers.MistralForCausalLM(config)
-
-
-def qwen3() -> nn.Module:
-    config = transformers.Qwen3Config(num_key_value_heads=2, head_dim=16, pad_token_id=0, **SIZES)
-    return transformers.Qwen3ForCausalLM(config)
-
-
-def phi3() -> nn.Module:
-    config = transformers.Phi3Config(num_key_value_heads=2, pad_token_id=0, **SIZES)
-    return transformers.Phi3ForCausalLM(config)
-
-
 def t5() -> nn.Module:
     config = transformers.T5Config(
         d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=99, decoder_start_token_id=0, pad_token_id=0
     )
     return transformers.T5ForConditionalGeneration(config)
-
-
-def qwen2() -> nn.Module:
-    config = transformers.Qwen2Config(num_key_value_heads=2, pad_token_id=0, tie_word_embeddings=True, **SIZES)
-    return transformers.Qwen2ForCausalLM(config)
 
 
 def gemma3() -> nn.Module:
@@ -82,35 +63,22 @@ def vit() -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
-def mixtral() -> nn.Module:
-    config = transformers.MixtralConfig(
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, **SIZES
-    )
-    return transformers.MixtralForCausalLM(config)
-
-
-def qwen3_moe() -> nn.Module:
-    config = transformers.Qwen3MoeConfig(
-        num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
-        pad_token_id=0, **SIZES,
-    )  # fmt: skip
-    return transformers.Qwen3MoeForCausalLM(config)
-
-
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "llama": llama,
-    "gemma2": gemma2,
+    "gemma2": partial(causal, "Gemma2", head_dim=16, sliding_window=8),
     "roberta": roberta,
     "gpt2": gpt2,
-    "mistral": mistral,
-    "qwen3": qwen3,
-    "phi3": phi3,
+    "mistral": partial(causal, "Mistral", sliding_window=8),
+    "qwen3": partial(causal, "Qwen3", head_dim=16),
+    "phi3": partial(causal, "Phi3"),
     "t5": t5,
-    "qwen2": qwen2,
+    "qwen2": partial(causal, "Qwen2", tie_word_embeddings=True),
     "gemma3": gemma3,
     "bert": bert,
     "deberta": deberta,
     "vit": vit,
-    "mixtral": mixtral,
-    "qwen3_moe": qwen3_moe,
+    "mixtral": partial(causal, "Mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": partial(
+        causal, "Qwen3Moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48
+    ),
 }

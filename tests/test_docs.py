@@ -8,23 +8,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import batches_for, make
+from conftest import Rows, batches_for, make
 
 DOCS = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
-
-
-class Rows(torch.utils.data.Dataset):
-    """What a page calls `data`."""
-
-    def __init__(self) -> None:
-        self.batch = batches_for("llama", count=1, rows=8)[0]
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {key: value[i] for key, value in self.batch.items()}
 
 
 def blocks(page: Path) -> str:

@@ -11,7 +11,7 @@ import pytest
 import tolerances
 import torch
 import transformers
-from conftest import batches_for, logits, make
+from conftest import Rows, logits, make
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,17 +20,6 @@ import lorasb
 from lorasb.shared_factors import FACTORS_NAME, share
 
 STEPS = 3
-
-
-class Rows(torch.utils.data.Dataset):
-    def __init__(self) -> None:
-        self.batch = batches_for("llama", count=1, rows=8)[0]
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {key: value[i] for key, value in self.batch.items()}
 
 
 def trainer(
