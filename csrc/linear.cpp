@@ -1,7 +1,10 @@
 #include "linear.h"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+
+#include <array>
 
 #include "few_tokens.h"
 #include "product.h"
@@ -41,6 +44,14 @@ void check_dtype(const at::Tensor& x) {
                    "expected x in fp64, fp32, bf16 or fp16, got ", dtype);
 }
 
+void check_like(const std::optional<at::Tensor>& tensor, const at::Tensor& x, const char* name) {
+  if (!tensor.has_value()) return;
+  TORCH_CHECK_TYPE(tensor->scalar_type() == x.scalar_type(), "expected ", name, " in x's dtype ", x.scalar_type(),
+                   ", got ", tensor->scalar_type(), ": cast one of the two");
+  TORCH_CHECK_VALUE(tensor->device() == x.device(), "expected ", name, " on x's device ", x.device(), ", got ",
+                    tensor->device(), ": move one of the two");
+}
+
 void check_operands(const at::Tensor& x, int64_t features, const at::Tensor& a, const at::Tensor& core,
                     const at::Tensor& b) {
   check_dtype(x);
@@ -49,13 +60,20 @@ void check_operands(const at::Tensor& x, int64_t features, const at::Tensor& a, 
                     "expected A [r, in], R [r, r] and B [out, r], got ", a.sizes(), ", ", core.sizes(), ", ",
                     b.sizes());
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == features, "expected [..., ", features, "], got ", x.sizes());
-  TORCH_CHECK_TYPE(a.scalar_type() == x.scalar_type() && b.scalar_type() == x.scalar_type(), "expected A and B in ",
-                   x.scalar_type(), ", got ", a.scalar_type(), " and ", b.scalar_type());
+  check_like(a, x, "lora_A");
+  check_like(b, x, "lora_B");
+  TORCH_CHECK_TYPE(core.is_floating_point(), "expected lora_R in fp32, got ", core.scalar_type());
+  TORCH_CHECK_VALUE(core.device().is_cpu(), "expected lora_R on the CPU, got it on ", core.device());
 }
 
 // torch multiplies fp16 on CPUs four times slower than fp32.
 std::optional<at::Tensor> widened(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() ? std::optional<at::Tensor>(tensor->to(at::kFloat)) : std::nullopt;
+}
+
+// Whether W is rounded to what it was quantised from before it is rounded to a product's dtype.
+bool rounds(int64_t from, at::ScalarType dtype) {
+  return !(from == 1 && dtype == at::kBFloat16) && !(from == 2 && dtype == at::kHalf);
 }
 
 }  // namespace
@@ -69,6 +87,7 @@ std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x, at::TensorList qu
   const Packed w = unpack(quant, layout, b.size(0), a.size(1));
   TORCH_CHECK_VALUE(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == w.rows), "expected a bias [", w.rows,
                     "], got ", bias.has_value() ? bias->sizes() : at::IntArrayRef());
+  check_like(bias, x, "bias");
   if (x.scalar_type() == at::kHalf) {
     const auto [y, u] = linear(x.to(at::kFloat), quant, layout, a.to(at::kFloat), core, b.to(at::kFloat), widened(bias),
                                scaling, dropout, seed);
@@ -92,6 +111,31 @@ std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x, at::TensorList qu
   at::Tensor y = bias.has_value() ? at::addmm(*bias, v, b.t()) : at::mm(v, b.t());
   add_product(w, rows, y);
   return {shaped(y, x), u};
+}
+
+at::Tensor serve(const at::Tensor& x, at::TensorList quant, at::IntArrayRef layout, int64_t rows, int64_t columns,
+                 const std::optional<at::Tensor>& a, const std::optional<at::Tensor>& core,
+                 const std::optional<at::Tensor>& b, const std::optional<at::Tensor>& bias, double scaling) {
+  TORCH_CHECK_VALUE(layout.size() == 3, "expected [block, nested block, rounding], got ", layout);
+  const bool cast = at::autocast::is_autocast_enabled(at::kCPU) && x.scalar_type() != at::kDouble;
+  const at::ScalarType dtype = cast ? at::autocast::get_autocast_dtype(at::kCPU) : x.scalar_type();
+  const auto like_x = [&](const std::optional<at::Tensor>& tensor) {
+    return cast && tensor.has_value() ? std::optional<at::Tensor>(tensor->to(dtype)) : tensor;
+  };
+  const std::array<int64_t, 3> now{layout[0], layout[1], rounds(layout[2], dtype) ? layout[2] : 0};
+  const at::TensorOptions options = x.options().dtype(dtype);
+  const auto empty = [](int64_t high, int64_t wide, const at::TensorOptions& of) {
+    return at::empty({high, wide}, of);
+  };
+  const bool adapted = a.has_value();
+  TORCH_CHECK_VALUE(core.has_value() == adapted && b.has_value() == adapted, "expected A, R and B, or none of them");
+  TORCH_CHECK_VALUE(!adapted || (a->dim() == 2 && b->dim() == 2 && a->size(1) == columns && b->size(0) == rows),
+                    "expected a quantised weight [", adapted ? b->size(0) : rows, ", ", adapted ? a->size(-1) : columns,
+                    "], got [", rows, ", ", columns, "]");
+  const Plain plain;
+  return std::get<0>(linear(cast ? x.to(dtype) : x, quant, now, adapted ? *like_x(a) : empty(0, columns, options),
+                            adapted ? *core : empty(0, 0, options.dtype(at::kFloat)),
+                            adapted ? *like_x(b) : empty(rows, 0, options), like_x(bias), scaling, 0.0, std::nullopt));
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, at::TensorList quant, at::IntArrayRef layout,

@@ -14,6 +14,12 @@ std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x, at::TensorList qu
                                           const std::optional<at::Tensor>& bias, double scaling, double dropout,
                                           const std::optional<at::Tensor>& seed);
 
+// y alone, without gradients: what generation calls. No A, R and B is no adapter. `layout` is that of the storage, and
+// autocast rules here too. A call's way here costs as much as the product of one token, so that all checks are here.
+at::Tensor serve(const at::Tensor& x, at::TensorList quant, at::IntArrayRef layout, int64_t rows, int64_t columns,
+                 const std::optional<at::Tensor>& a, const std::optional<at::Tensor>& core,
+                 const std::optional<at::Tensor>& b, const std::optional<at::Tensor>& bias, double scaling);
+
 // dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty.
 std::tuple<at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, at::TensorList quant, at::IntArrayRef layout,
                                                    const at::Tensor& a, const at::Tensor& core, const at::Tensor& b,

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import direct
 from .backends import eager  # importing the package registers every backend
 from .limits import MAX_RANK
-from .ops import backend_op, current_backend
+from .ops import backend_op, cpu_kernel, current_backend
 from .quantised import QuantisedWeight, of_weight
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -97,6 +97,10 @@ def _over_quantised(
     scaling: float,
     dropout: float,
 ) -> Tensor:
+    if dropout == 0.0 and not torch.is_grad_enabled() and x.is_cpu:
+        y = _served(x, weight, a, core, b, bias, scaling)
+        if y is not None:
+            return y
     if torch.is_autocast_enabled(x.device.type):
         x, a, b, bias = _autocast(x, a, b, bias)
     if weight.shape != (b.shape[0], a.shape[-1]):
@@ -109,13 +113,32 @@ def _over_quantised(
     backend, quant, layout = current_backend(), weight.tensors, weight.layout(x.dtype)
     arguments = (x, quant, layout, a, core, b, bias, scaling, dropout, _seed(dropout))
     kernels = direct.kernels("linear_quantised", backend, x, a, core, b, bias, *quant)
-    y: Tensor
     if kernels is None:
         y, _ = backend_op("linear_quantised", backend)(*arguments)
     elif torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
         y, _ = direct.LinearQuantised.apply(*arguments, kernels, *quant)
     else:
         y, _ = kernels[0](*arguments)
+    return y
+
+
+def _served(
+    x: Tensor,
+    weight: QuantisedWeight,
+    a: Tensor | None,
+    core: Tensor | None,
+    b: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+) -> Tensor | None:
+    """y from a backend that has an op for calls without gradients, which leaves Python as soon as it can; else None.
+
+    One token's product takes as long as the checks and the choice of a kernel here would.
+    """
+    serve = cpu_kernel("serve_quantised", current_backend())
+    if serve is None:
+        return None
+    y: Tensor = serve(x, weight.tensors, weight.storage_layout, *weight.shape, a, core, b, bias, scaling)
     return y
 
 
@@ -127,6 +150,10 @@ def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = N
         weight: W [out, in].
         bias: [out] in x's dtype.
     """
+    if not torch.is_grad_enabled() and x.is_cpu:
+        y = _served(x, weight, None, None, None, bias, 1.0)
+        if y is not None:
+            return y
     out_features, in_features = weight.shape
     a, b = x.new_empty((0, in_features)), x.new_empty((out_features, 0))
     return _over_quantised(x, weight, a, x.new_empty((0, 0), dtype=torch.float32), b, bias, 1.0, 0.0)

@@ -32,6 +32,7 @@ _BACKWARD = (
 library = torch.library.Library("lorasb", "DEF")
 _on_cpu: dict[str, Callable[..., Any]] = {}  # what the dispatcher chooses for CPU tensors, by op
 _current = ""  # set by `backend`; empty: the environment decides
+_told = ""  # by the environment, at the first call
 _missing: dict[str, Callable[[], str | None]] = {
     "triton": lambda: "this build of lorasb has no Triton kernels",
 }
@@ -138,8 +139,15 @@ def unavailable(name: str) -> str | None:
 
 
 def current_backend() -> str:
-    """The backend in force: that of the innermost `backend(...)`, else of LORASB_BACKEND, else "auto"."""
-    return _current or _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
+    """The backend in force: of the innermost `backend(...)`, else of LORASB_BACKEND at the first call, else "auto"."""
+    return _current or _told or _tell()
+
+
+def _tell() -> str:
+    """Read LORASB_BACKEND, once: looking it up in every call would be a fifth of a small layer's time."""
+    global _told
+    _told = _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
+    return _told
 
 
 def _checked(name: str) -> str:

@@ -56,6 +56,11 @@ class QuantisedWeight:
         """Bytes of the packed weight and its statistics."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
+    @property
+    def storage_layout(self) -> list[int]:
+        """[block, block2, rounding] whatever a product is taken in."""
+        return [self.block, self.block2, ROUNDING[self.dtype]]
+
     def layout(self, dtype: torch.dtype) -> list[int]:
         """[block, block2, rounding] for a product in `dtype`; W is rounded to its own dtype first."""
         same = self.dtype in (dtype, torch.float32)

@@ -5,6 +5,9 @@
 `quant` holds the weight's tensors: [bytes, absmax, table], nested [bytes, absmax8, table, absmax2, table2, offset], or
 for 8 bits [codes, row scales]; `layout` is [block, nested block, rounding], where rounding names the dtype that W is
 rounded to before x's: 0 none, 1 bf16, 2 fp16. Backward dequantises again: no dense W outlives a call.
+
+`serve_quantised` is y alone for calls that record no gradient, in a backend that has it: it takes the storage's own
+layout, casts as autocast says and checks everything itself.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ _FORWARD = (
 _BACKWARD = (
     "(Tensor dy, Tensor[] quant, int[] layout, Tensor a, Tensor core, Tensor b, Tensor u, float scaling, "
     "float dropout, Tensor? seed, bool need_dx, bool need_dcore) -> (Tensor, Tensor)"
+)
+_SERVE = (
+    "(Tensor x, Tensor[] quant, int[] layout, int rows, int columns, Tensor? a, Tensor? core, Tensor? b, "
+    "Tensor? bias, float scaling) -> Tensor"
 )
 _DEQUANTISE = "(Tensor[] quant, int[] layout, int rows, int columns, ScalarType dtype) -> Tensor"
 
@@ -67,6 +74,22 @@ def _dequantise_fake(quant: list[Tensor], layout: list[int], rows: int, columns:
     return quant[0].new_empty((rows, columns), dtype=dtype)
 
 
+def _serve_fake(
+    x: Tensor,
+    quant: list[Tensor],
+    layout: list[int],
+    rows: int,
+    columns: int,
+    a: Tensor | None,
+    core: Tensor | None,
+    b: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    return x.new_empty((*x.shape[:-1], rows), dtype=torch.get_autocast_dtype("cpu") if cast else x.dtype)
+
+
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep the packed weight, which is there anyway, and u [M, r]; never x and never a dense W."""
     x, quant, layout, a, core, b, _, scaling, dropout, seed = inputs
@@ -96,4 +119,5 @@ def derivative(op: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
 
 
 define("linear_quantised", (_FORWARD, _BACKWARD), (_forward_fake, _backward_fake), derivative, save)
+define_plain("serve_quantised", _SERVE, _serve_fake)
 define_plain("dequantise", _DEQUANTISE, _dequantise_fake)

@@ -152,6 +152,9 @@ def _random_call(rng: random.Random) -> tuple[str, tuple]:
         return "dequantise", (quant, layout, m, n, rng.choice([dtype, torch.int32, torch.complex64]))
     if rng.random() < 0.2:
         x = rng.choice([x[:, :-1], x.to(torch.int32), x[..., None], torch.tensor(1.0)])
+    if rng.random() < 0.3:
+        factors = rng.choice([(a, core, b), (None, None, None), (a, None, b)])
+        return "serve_quantised", (x, quant, layout, rng.choice([m, m + 1]), n, *factors, bias, 0.5)
     if rng.random() < 0.5:
         return "linear_quantised", (x, quant, layout, a, core, b, bias, 0.5, 0.0, None)
     dy, u = torch.randn(M, m).to(dtype), torch.randn(rng.choice([M, M + 1]), r).to(dtype)

@@ -250,7 +250,57 @@ def test_opcheck(name: str) -> None:
         layout = weight.layout(dtype)
         op = getattr(torch.ops.lorasb, f"linear_quantised_{name}")
         torch.library.opcheck(op, (x, weight.tensors, layout, case.a, core, case.b, case.bias, 0.7, 0.0, None))
+        if name == "cpp":
+            served = (
+                x.detach(),
+                weight.tensors,
+                weight.storage_layout,
+                32,
+                64,
+                case.a,
+                core.detach(),
+                case.b,
+                case.bias,
+                0.7,
+            )
+            torch.library.opcheck(torch.ops.lorasb.serve_quantised_cpp, served)
         torch.library.opcheck(getattr(torch.ops.lorasb, f"dequantise_{name}"), (weight.tensors, layout, 32, 64, dtype))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_without_gradients_the_result_is_the_same_to_the_bit(
+    kernel: str, kind: str, stored: torch.dtype, dtype: torch.dtype, autocast: bool
+) -> None:
+    weight = octets(24, 64, stored) if kind == "int8" else storage(24, 64, dtype=stored, nested=True)
+    for rows in (0, 1, 5, 70):
+        case = make_case((rows,), 64, 24, 4, dtype)
+        x, arguments = case.x.clone().requires_grad_(), (weight, case.a, case.core, case.b, case.bias, 0.7)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            want, bare = lora_sb_linear(x, *arguments), quantised_linear(x, weight, case.bias)
+            with torch.no_grad():
+                assert torch.equal(lora_sb_linear(case.x, *arguments), want.detach())
+                assert torch.equal(quantised_linear(case.x, weight, case.bias), bare.detach())
+
+
+def test_without_gradients_wrong_arguments_are_named_too(kernel: str) -> None:
+    weight, case = storage(96, 128, dtype=torch.float32), make_case((4,), 128, 96, 8, torch.float32)
+    wrong = [
+        ({"x": case.x[:, 1:]}, ValueError, r"expected (x )?\[\.\.\., 128\]"),
+        ({"a": case.a.bfloat16()}, TypeError, "lora_A in x's dtype"),
+        ({"b": case.b[1:]}, ValueError, "quantised weight"),
+        ({"bias": case.bias[1:]}, ValueError, "bias \\[96\\]"),
+        ({"bias": case.bias.double()}, TypeError, "bias in x's dtype"),
+        ({"core": case.core.long()}, TypeError, "lora_R in fp32"),
+        ({"core": case.core[1:]}, ValueError, "expected A \\[r, in\\]|ranks differ"),
+        ({"x": case.x.long()}, TypeError, "expected x in fp64, fp32"),
+    ]
+    for change, kind, message in wrong:
+        given = {"x": case.x, "weight": weight, "a": case.a, "core": case.core, "b": case.b, "bias": case.bias} | change
+        with torch.no_grad(), pytest.raises(kind, match=message):
+            lora_sb_linear(*given.values())
 
 
 def test_compiles_in_one_graph() -> None:
@@ -262,6 +312,8 @@ def test_compiles_in_one_graph() -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x, core = case.x.requires_grad_(), case.core.requires_grad_()
     check(compiled(x, core), layer(x, core), EXACT)
+    with torch.no_grad():
+        check(torch.compile(layer, fullgraph=True, backend="aot_eager")(x, core), layer(x, core), EXACT)
     got = torch.autograd.grad(compiled(x, core).sum(), (x, core))
     for one, other in zip(got, torch.autograd.grad(layer(x, core).sum(), (x, core)), strict=True):
         check(one, other, EXACT)

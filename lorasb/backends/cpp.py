@@ -66,7 +66,8 @@ def register() -> None:
         logging.getLogger("lorasb").info("C++ kernels: %s; eager torch computes on the CPU", _reason)
     if _reason is None:
         register_backend("cpp", eager.KERNELS, ("CPU",), auto_keys=())
-    register_loaded("cpp", {op: _below_autograd(backend_op(op, "cpp")) for op in OPS}, missing)
+    kernels = {op: _below_autograd(backend_op(op, "cpp")) for op in OPS}
+    register_loaded("cpp", kernels | {"serve_quantised": backend_op("serve_quantised", "cpp")}, missing)
 
 
 def _load() -> str | None:
