@@ -59,6 +59,8 @@ class LoRASBConfig(PeftConfig):
             that is an error which names the layer.
         target_modules: names (matched by suffix), a regex, or "all-linear" (classification heads and output
             embeddings are left out).
+        target_parameters: names (matched by suffix) of experts' 3-D weights, "mlp.experts.gate_up_proj" and
+            "mlp.experts.down_proj" of Mixtral, Qwen3-MoE and families that compute alike: an A, R and B each expert.
         exclude_modules: names or a regex of modules to leave alone.
         layers_to_transform: indices of the blocks to adapt; `layers_pattern` names the list they index.
         rank_pattern: name or regex -> rank, for layers that differ from `r`.
@@ -79,6 +81,7 @@ class LoRASBConfig(PeftConfig):
 
     r: int | None = field(default=None, metadata={"help": "Rank; None: 64, capped at smaller layers."})
     target_modules: list[str] | set[str] | str | None = field(default=ALL_LINEAR)
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -99,6 +102,11 @@ class LoRASBConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.target_parameters, str):
+            raise ValueError(
+                f"target_parameters must be a list of names, got {self.target_parameters!r}: put it into [...]"
+            )
+        self.target_parameters = sorted(self.target_parameters) if self.target_parameters else None
         self.rank_pattern = dict(self.rank_pattern or {})
         self._check_ranks()
         self._check_values()

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .config import CONFIG_NAME, WEIGHTS_NAME, LoRASBConfig
+from .experts import NAMES, parameter_of
 from .files import replacing, write_json, write_text
 from .lookup import PEFT_PREFIX, adapted_layers
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 FORMATS = ("peft", "gguf")
-COPIED = ("base_model_name_or_path", "revision", "task_type", "target_modules", "exclude_modules",
+COPIED = ("base_model_name_or_path", "revision", "task_type", "target_modules", "target_parameters", "exclude_modules",
           "layers_to_transform", "layers_pattern", "modules_to_save", "auto_mapping")  # fmt: skip
 
 
@@ -53,8 +54,8 @@ def export_lora(
     layers = checkpoint.group_by_layer(tensors)
     rank = max(parts["lorasb_R"].shape[0] for parts in layers.values())
     written = {key: value for key, value in tensors.items() if not any(f".{p}" in key for p in checkpoint.PARTS)}
-    for name, parts in layers.items():
-        a, b = _factors(parts, scalings[name], rank)
+    factors = {name: _factors(parts, scalings[name], rank) for name, parts in layers.items()}
+    for name, (a, b) in _experts_joined(factors, config.get("target_parameters")).items():
         written[f"{PEFT_PREFIX}{name}.lora_A.weight"] = _cast(a, dtype, name)
         written[f"{PEFT_PREFIX}{name}.lora_B.weight"] = _cast(b, dtype, name)
     folder = Path(path)
@@ -117,6 +118,30 @@ def _factors(parts: dict[str, Tensor], scaling: float, rank: int) -> tuple[Tenso
     b = parts["lorasb_B"].double() @ core
     missing = rank - core.shape[0]
     return nn.functional.pad(parts["lorasb_A"].double(), (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
+
+
+def _experts_joined(
+    factors: dict[str, tuple[Tensor, Tensor]], target_parameters: list[str] | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Experts' factors as PEFT has them: A [E·r, in] expert by expert, B [out, r·E] with the expert counted fastest.
+
+    PEFT wraps a module once for each of its parameters: the last one's factors carry the module's name, an earlier
+    one's lie under `base_layer`.
+    """
+    joined = {name: pair for name, pair in factors.items() if parameter_of(name) is None}
+    if not target_parameters:
+        return joined
+    groups: dict[str, list[str]] = {}
+    for name in factors:
+        groups.setdefault(parameter_of(name) or "", []).append(name)
+    for module in {group.rpartition(".")[0] for group in groups if group}:
+        place = module
+        for parameter in [f"{module}.{name}" for name in reversed(NAMES) if f"{module}.{name}" in groups]:
+            members = sorted(groups[parameter], key=lambda name: int(name.rpartition(".")[2]))
+            a = torch.cat([factors[name][0] for name in members])
+            joined[place] = a, torch.stack([factors[name][1] for name in members], -1).flatten(1)
+            place += ".base_layer"
+    return joined
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import checkpoint, peft_loading, shared_factors, siblings
+from . import checkpoint, experts, peft_loading, shared_factors, siblings
 from .combining import combine
 from .config import ALL_LINEAR, DEFAULT_RANK, PEFT_NAME, LoRASBConfig
 from .fingerprint import difference, fingerprint
@@ -62,12 +62,27 @@ class LoRASBModel(BaseTuner):
             config.task_type = config.task_type or infer_task_type(model)
             keep_unpacked(model)
             _save_heads(model, config)
+            if config.target_parameters:
+                experts.open_targets(model, config.target_parameters)
             self._plan(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if config.base_fingerprint is None and not any_merged(model):
                 layers = layers_with(model, adapter_name)
                 config.base_fingerprint = fingerprint({name: layer.base_weight() for name, layer in layers.items()})
             siblings.form(model)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        """PEFT's matching of target_modules, and the experts of target_parameters."""
+        found = BaseTuner._check_target_module_exists(peft_config, key)
+        parameter = experts.parameter_of(key) if peft_config.target_parameters else None
+        if parameter is None or isinstance(found, _ExcludedModule):
+            return found
+        return found or experts.is_target(parameter, peft_config.target_parameters)
+
+    def _inject_parameters(self, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
+        """Experts were opened before, and each is a linear layer like another."""
+        return experts.open_targets(model, peft_config.target_parameters)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -174,7 +189,9 @@ class LoRASBModel(BaseTuner):
         if merge:
             self._check_finite(adapter_names)
         siblings.dissolve(self.model)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        experts.close(model)
+        return model
 
     def merge_and_unload(
         self,
@@ -276,6 +293,7 @@ def discard(model: Any, adapter_name: str) -> None:
                 setattr(parent, name, child.base_layer)
             elif isinstance(child, AuxiliaryTrainingWrapper):
                 setattr(parent, name, child.original_module)
+    experts.close(model)
 
 
 def rank_for(config: LoRASBConfig, name: str) -> int:
@@ -307,7 +325,11 @@ def _resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
 
 def _chosen(model: nn.Module, config: LoRASBConfig) -> set[str]:
     """What "all-linear" leaves after layers_to_transform, which PEFT applies to short names only, and heads."""
-    names = {n for n in config.target_modules or () if not isinstance(model.get_submodule(n), OWN_WEIGHT_READERS)}
+    names = {
+        n
+        for n in config.target_modules or ()
+        if not isinstance(model.get_submodule(n), OWN_WEIGHT_READERS) and experts.parameter_of(n) is None
+    }
     if config.layers_to_transform is None:
         return names
     wanted = config.layers_to_transform

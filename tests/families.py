@@ -63,6 +63,7 @@ def vit() -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "llama": llama,
     "gemma2": partial(causal, "Gemma2", head_dim=16, sliding_window=8),

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import tolerances
 import torch
 from conftest import FAMILIES, batches_for, logits, make
+from families import EXPERTS
 from torch import nn
 
 import lorasb
 from lorasb.linear import LoRASBLinear
 
 ACCUMULATED = ("t5",)  # an encoder-decoder: two stacks
+
+
+PARTS = [(family, {}) for family in FAMILIES]
+PARTS += [(family, {"target_parameters": EXPERTS}) for family in ("mixtral", "qwen3_moe")]
+PARTS += [("mixtral", {"target_parameters": EXPERTS[1:], "target_modules": []})]
+parts = pytest.mark.parametrize(
+    ("family", "fields"), PARTS, ids=lambda value: value if isinstance(value, str) else str(len(value))
+)
 
 
 def trained(family: str, **fields: object) -> nn.Module:
@@ -30,11 +40,11 @@ def trained(family: str, **fields: object) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_both_strategies_find_the_same_factors(family: str) -> None:
+@parts
+def test_both_strategies_find_the_same_factors(family: str, fields: dict[str, Any]) -> None:
     found = {}
     for strategy in ("accumulate",) if family in ACCUMULATED else ("accumulate", "layerwise"):
-        model = lorasb.patch(make(family), r=4)
+        model = lorasb.patch(make(family), r=4, **fields)
         report = lorasb.initialize(model, batches_for(family), lr=2e-2, strategy=strategy, progress=False)
         assert report.strategy == strategy
         found[strategy] = {
@@ -46,9 +56,9 @@ def test_both_strategies_find_the_same_factors(family: str) -> None:
         tolerances.check(other / delta.abs().max(), delta / delta.abs().max(), tolerances.FACTORS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_train_save_load_merge_and_export(family: str, tmp_path: Path) -> None:
-    before, model = logits(make(family), family), trained(family)
+@parts
+def test_train_save_load_merge_and_export(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    before, model = logits(make(family), family), trained(family, **fields)
     after = logits(model, family)
     assert (after - before).abs().max() > 1e-4
     model.save_pretrained(tmp_path / "adapter")

@@ -53,7 +53,10 @@ class LayerReport:
 
 @dataclass
 class InitReport:
-    """What `lorasb.initialize` did. Prints as a table; `save`, `load` and `plot` keep it."""
+    """What `lorasb.initialize` did. Prints as a table; `save`, `load` and `plot` keep it.
+
+    `left` says what was left alone on purpose: a tied head, routers, experts that nobody named.
+    """
 
     init: str
     update: str
@@ -65,6 +68,7 @@ class InitReport:
     layers: list[LayerReport] = field(default_factory=list)
     strategy: str = "none"
     why: str = ""
+    left: list[str] = field(default_factory=list)
 
     @property
     def energy_sign(self) -> float | None:
@@ -101,6 +105,7 @@ class InitReport:
             kept += f"; {self.strategy} ({self.why})"
         if self.stability is not None:
             kept += f"; overlap of two halves of the samples {_percent(self.stability)}"
+        kept += "".join(f"\nleft alone: {line}" for line in self.left)
         table = Table(title=f"{self.init} initialisation: {what}", caption=kept)
         table.add_column("layer", overflow="fold")
         for name in ("shape", "r", "energy of sign(G)", "energy of G", "σ₁ σ₂ σ₃ … σᵣ", "zeros", "ms"):

@@ -12,6 +12,7 @@ from ..config import LoRASBConfig
 from ..lookup import adapted_layers, any_merged
 from .execution import Options, from_gradients, from_weights
 from .factoring import Recipe
+from .left_alone import left_alone
 from .loss import LossFn
 from .provenance import provenance
 from .report import InitReport
@@ -91,8 +92,9 @@ def initialize(
         found, lr, update = from_weights(layers, config.init, name, seed, progress), None, "none"
     seconds = time.perf_counter() - started
     report = InitReport(
-        config.init, update, lr, found.num_samples, seed, found.loss, seconds, found.layers, found.strategy, found.why
-    )
+        config.init, update, lr, found.num_samples, seed, found.loss, seconds, found.layers, found.strategy, found.why,
+        left_alone(model),
+    )  # fmt: skip
     config.init_provenance = provenance(report, found.data_hash)
     return report
 
