@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import _peft_hook
 from .containers import HALVES, LOADED, Cores, FrozenFactors, placed_like
 from .functional import dequantize_nf4, lora_sb_linear, quantised_linear
+from .offloading import brought_back
 from .quantised import QuantisedWeight, compute_dtype, is_quantised, keep_unpacked, of_module
 from .shared_factors import missing
 
@@ -146,12 +147,22 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         if base is None or type(base) is nn.Linear or not is_quantised(base):
             return None
         read, weight = self._read, base._parameters["weight"]
+        if read is not None and torch.compiler.is_compiling():  # `_apply` keeps it up to date; a graph has no pointers
+            return read[3]
         if read is not None and read[0] is weight and read[1] == weight._version and read[2] == weight.data_ptr():
             return read[3]
         found = of_module(base)
         if found is not None:
             self._read = weight, weight._version, weight.data_ptr(), found  # type: ignore[union-attr]
         return found
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoRASBLinear:
+        """Moves and casts: what was read of a quantised base is read again."""
+        super()._apply(fn, recurse)
+        if self._read is not None and not self.base_layer.weight.is_meta:
+            self._read = None
+            self.quantised()
+        return self
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -236,6 +247,9 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
     def _adapted(self, x: Tensor, name: str, weight: Tensor | QuantisedWeight | None, bias: Tensor | None) -> Tensor:
         held: dict[str, Any] = self._modules  # their own look-ups take as long as the adapter of one token
         a, core, b = (held[factor]._parameters[name] for factor in FACTORS)
+        if a.is_meta and not x.is_meta:
+            with brought_back([held[factor] for factor in FACTORS], name) as (a, core, b):
+                return lora_sb_linear(x, weight, a, core, b, bias, self.scaling[name])
         s = self.scaling[name]
         if not self.initialized[name] and getattr(core, LOADED, False) and not getattr(a, LOADED, False):
             raise missing()  # by a loader that reads one file and asks nobody

@@ -116,6 +116,8 @@ class Linear4bit(nn.Linear):
 
     def quantised(self) -> QuantisedWeight:
         """The storage, checked once."""
+        if self._read is not None and torch.compiler.is_compiling():  # a graph has no pointers
+            return self._read[1]
         key = (self.weight.data_ptr(), self.weight._version, id(self.quant_state))
         if self._read is None or self._read[0] != key:
             self._read = key, of_state(self.weight, self.quant_state)
@@ -132,6 +134,8 @@ class Linear4bit(nn.Linear):
         super()._apply(fn, recurse)
         if self.weight.device != self.quant_state.absmax.device:
             self.quant_state = self.quant_state.to(self.weight.device)
+        if self._read is not None and not self.weight.is_meta:
+            self.quantised()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

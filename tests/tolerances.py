@@ -29,6 +29,7 @@ EXACT = Tolerance(0.0, 0.0, "the same bits go the same way")
 FACTORS = Tolerance(1e-4, 1e-5, "fp32 products of factors, over the largest singular value")
 THEORY = Tolerance(1e-8, 1e-10, "an identity between fp64 products")
 BATCHING = Tolerance(2e-4, 2e-6, "fp32 gradients over their largest entry, summed in another order and padded")
+STEPS = Tolerance(2e-4, 2e-5, "fp32 gradients and a few SGD steps over their largest entry, in another order")
 ORTHONORMAL = Tolerance(0.0, 1e-5, "columns after fp32 QR and SVD")
 ROUNDED_FACTORS = Tolerance(0.0, 2**-7, "orthonormal rows rounded to bf16, 2^-9 an entry")
 ENERGY = 0.999  # captured energy over the optimum's

@@ -1,0 +1,36 @@
+"""A, R and B that accelerate has offloaded: brought back for a product by the hooks that took them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def brought_back(containers: list[nn.Module], name: str) -> Iterator[list[Tensor]]:
+    """The factors of an adapter on the device where they run; they go again afterwards.
+
+    accelerate brings a module's parameters around its forward, and a container of parameters has none.
+
+    Raises:
+        RuntimeError: R is to be trained, and what is brought back is a copy; or nothing knows where the factors are.
+    """
+    if torch.is_grad_enabled() and any(c._parameters[name].requires_grad for c in containers):  # type: ignore[union-attr]
+        raise RuntimeError(
+            f"adapter {name!r} was offloaded with its base and cannot train so: offload the base model first, then "
+            "call lorasb.patch, which leaves A, R and B where the model runs; or evaluate under torch.no_grad()"
+        )
+    hooks: list[Any] = [getattr(container, "_hf_hook", None) for container in containers]
+    if None in hooks:
+        raise RuntimeError(f"adapter {name!r} lies on the meta device: load a saved adapter, or move the model")
+    try:
+        for hook, container in zip(hooks, containers, strict=True):
+            hook.pre_forward(container)
+        yield [c._parameters[name] for c in containers]  # type: ignore[misc]
+    finally:
+        for hook, container in zip(hooks, containers, strict=True):
+            hook.post_forward(container, None)
