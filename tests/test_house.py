@@ -40,7 +40,7 @@ ARROWS = {
 }
 TYPE_ONLY = {"lorasb.siblings": "lorasb.linear.LoRASBLinear"}  # imported for annotations, never at run time
 CALLS = {"torch.load", "pickle.load", "pickle.loads", "exec", "eval", "os.system", "torch.save"}
-USES_TRANSFORMERS = ("lorasb.tuner", "lorasb.patch", "lorasb.callback", "lorasb.cli")
+USES_TRANSFORMERS = ("lorasb.experts", "lorasb.tuner", "lorasb.patch", "lorasb.callback", "lorasb.cli")
 
 
 def module_name(path: Path) -> str:
