@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 NAMES = ("gate_up_proj", "down_proj")  # in the order in which the parameters are registered
@@ -46,10 +47,11 @@ class OpenExperts(nn.Module):
         own = counts[: self.num_experts]  # another process's experts have the next number
         tokens, order = tokens[: sum(own)], order[: sum(own)]
         y = torch.zeros_like(hidden_states)
-        if not len(tokens):
+        everyone = self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
+        taken = [e for e, count in enumerate(own) if count or everyone]  # ranks reduce the gradients of the same Rs
+        if not taken:
             return y
-        parts = hidden_states[tokens].split([count for count in own if count])
-        taken = [e for e, count in enumerate(own) if count]
+        parts = hidden_states[tokens].split([own[e] for e in taken])
         results = torch.cat([self._expert(e, part) for e, part in zip(taken, parts, strict=True)])
         weighted = results * top_k_weights.reshape(-1)[order, None]
         return y.index_add(0, tokens, weighted.to(y.dtype))

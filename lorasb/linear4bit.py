@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .functional import quantised_linear
 from .quantised import QuantisedWeight, of_state
 
+BYTES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)  # what packed bytes may be seen as
 KEY = "quant_state.bitsandbytes__"
 
 
@@ -91,11 +92,18 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def seen_as(packed: Tensor, storage: torch.dtype) -> Tensor:
+    """Packed bytes [n, 1] under another dtype, padded to whole numbers of it."""
+    octets = packed.reshape(-1).view(torch.uint8)
+    octets = nn.functional.pad(octets, (0, -len(octets) % storage.itemsize))
+    return octets.view(storage)[:, None]
+
+
 class Linear4bit(nn.Linear):
     """y = x Wᵀ + bias with W [out, in] frozen in 4 bits. Made by `lorasb.quantize`; bitsandbytes loads its files.
 
     Args:
-        packed: W's nibbles, [ceil(out·in / 2), 1] uint8.
+        packed: W's nibbles, [ceil(out·in / 2), 1] uint8; or those bytes seen as another dtype (`seen_as`).
         quant_state: W's statistics.
         bias: [out], or None.
         compute_dtype: what products are taken in; x's unless given.
@@ -131,15 +139,31 @@ class Linear4bit(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
         """Moves to another device take the statistics along; a change of dtype changes the bias alone."""
-        super()._apply(fn, recurse)
+        packed = self.weight
+        if packed.is_floating_point() and type(packed.data) is Tensor:  # bytes, whatever they are seen as
+            self._parameters["weight"] = None
+            super()._apply(fn, recurse)
+            moved = fn(packed.data.view(torch.uint8))
+            packed.data = moved.view(packed.dtype)
+            self._parameters["weight"] = packed
+        else:
+            super()._apply(fn, recurse)
         if self.weight.device != self.quant_state.absmax.device:
             self.quant_state = self.quant_state.to(self.weight.device)
         if self._read is not None and not self.weight.is_meta:
             self.quantised()
         return self
 
+    def _sharded(self) -> bool:
+        """Whether FSDP2 has shared the packed bytes out; every process has all statistics, which are no parameters."""
+        return hasattr(self.weight, "device_mesh")
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (
+            self._sharded()
+        ):  # checkpoints of an adapter's training hold nothing of the base's: the file it came from does
+            return
         for name, tensor in self.quant_state.as_tensors().items():
             destination[f"{prefix}weight.{name}"] = tensor
 
@@ -149,6 +173,9 @@ class Linear4bit(nn.Linear):
     ) -> None:  # fmt: skip
         start = f"{prefix}weight."
         found = {key[len(start) :]: value for key, value in state_dict.items() if key.startswith(start)}
+        name = f"{prefix}weight"
+        if name in state_dict and state_dict[name].dtype != self.weight.dtype and self.weight.dtype in BYTES:
+            state_dict[name] = seen_as(state_dict[name], self.weight.dtype)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         unexpected[:] = [key for key in unexpected if not key.startswith(start)]
         if found:
@@ -159,7 +186,7 @@ class Linear4bit(nn.Linear):
                 errors.append(f"{prefix}weight: {error}")
                 return
             self.quant_state = state
-        elif strict:
+        elif strict and not self._sharded():
             missing.append(f"{start}absmax")
 
     def extra_repr(self) -> str:

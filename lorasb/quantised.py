@@ -111,6 +111,8 @@ def of_state(packed: Tensor, state: Any) -> QuantisedWeight:
     """
     octets = packed.detach().as_subclass(Tensor).contiguous()
     octets = (octets if octets.dtype == torch.uint8 else octets.view(torch.uint8)).reshape(-1)
+    if packed.is_floating_point():  # bytes seen as another dtype are padded to whole numbers of it
+        octets = octets[: -(-math.prod(state.shape) // 2)]
     tensors = [octets, state.absmax.reshape(-1), state.code]
     block2 = 256
     if state.state2 is not None:

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .linear4bit import Linear4bit, QuantState
+from .linear4bit import BYTES, Linear4bit, QuantState, seen_as
 from .quantised import BLOCKS, FLOATS, KINDS
 
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -28,6 +28,7 @@ def quantize(
     blocksize: int = 64,
     nested: bool = False,
     compute_dtype: torch.dtype | None = None,
+    storage: torch.dtype = torch.uint8,
     exclude: Iterable[str] = LEFT_OUT,
 ) -> nn.Module:
     """Replace a model's linears by `Linear4bit`, in place; the model is left as it was if anything is wrong.
@@ -40,6 +41,7 @@ def quantize(
         blocksize: elements that share a scale: 32, 64, 128, ... 4096.
         nested: quantise the scales too ("double quantisation"): 0.4 bits a weight less.
         compute_dtype: what products are taken in; x's unless given.
+        storage: dtype that the packed bytes are seen as, bitsandbytes' `quant_storage`: FSDP2 asks for the model's own.
         exclude: names, or last parts of names, of layers to leave alone.
 
     Returns:
@@ -52,6 +54,8 @@ def quantize(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if blocksize not in BLOCKS:
         raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKS))}, got {blocksize!r}")
+    if storage not in BYTES:
+        raise ValueError(f"storage must be one of {', '.join(map(str, BYTES))}, got {storage}")
     targets = list(_targets(model, set(exclude)))
     if not targets:
         raise ValueError("found no linear layer to quantise: expected nn.Linear in fp32, bf16 or fp16")
@@ -60,7 +64,9 @@ def quantize(
             raise ValueError(f"the weight of {name!r} has NaN or Inf values: nothing was quantised")
     for parent, child, _, layer in targets:
         packed, state = quantize_4bit(layer.weight.detach(), kind, blocksize, nested)
-        new = Linear4bit(packed, state, None if layer.bias is None else layer.bias.detach(), compute_dtype)
+        new = Linear4bit(
+            seen_as(packed, storage), state, None if layer.bias is None else layer.bias.detach(), compute_dtype
+        )
         new.train(layer.training)
         setattr(parent, child, new)
     return model
