@@ -51,7 +51,7 @@ std::unique_ptr<float[]> room_for(int64_t count) { return std::unique_ptr<float[
 bool takes_few_tokens(const Packed& w, const at::Tensor& x, bool backward) {
   const int64_t M = x.size(0);
   return kernels().dot_bf16 != nullptr && x.scalar_type() == at::kBFloat16 && M > 0 &&
-         M <= (backward ? kBackwardRows : kDotRows) && w.rows > 0 && w.columns > 0 && w.whole_blocks();
+         M <= (backward ? kBackwardRows : kernels().few_tokens) && w.rows > 0 && w.columns > 0 && w.whole_blocks();
 }
 
 std::tuple<at::Tensor, at::Tensor> few_tokens(const Packed& w, const at::Tensor& x, const at::Tensor& a,

@@ -16,6 +16,11 @@ std::vector<const Kernels*> available() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#ifdef LORASB_AMX
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && has_matrix_tiles() && may_use_tiles()) {
+    found.push_back(&amx_kernels());
+  }
+#endif
   if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16_kernels());
   if (avx512) found.push_back(&avx512_kernels());
   if (avx2) found.push_back(&avx2_kernels());

@@ -13,7 +13,7 @@ const Kernels& kernels();
 // Names of the instruction sets that this processor has, the best first.
 std::vector<std::string> instruction_sets();
 
-// Whether the processor multiplies tiles of bf16 (AMX), which torch's BLAS uses and these kernels do not.
+// Whether the processor multiplies tiles of bf16 (AMX).
 bool has_matrix_tiles();
 
 // Use one of them, or with "" the best again; false where there is none of that name.

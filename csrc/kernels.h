@@ -34,6 +34,7 @@ struct Kernels {
 
   // The same as `dot` for up to kDotRows rows in bf16, where the processor multiplies it; null elsewhere. `streams` is
   // what `arrange_bf16` makes of x.
+  int few_tokens = kDotRows;  // for more, strips are faster
   void (*arrange_bf16)(const uint16_t* x, int64_t columns, uint16_t* streams) = nullptr;
   void (*dot_bf16)(const Packed& w, const uint16_t* streams, int64_t rows, int64_t low, int64_t high, float* y,
                    int64_t stride) = nullptr;
@@ -79,6 +80,11 @@ const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
+#if defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define LORASB_AMX 1
+const Kernels& amx_kernels();
+bool may_use_tiles();  // whether the system lets this process use a tile's registers
+#endif
 #endif
 
 }  // namespace lorasb

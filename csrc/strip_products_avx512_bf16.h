@@ -99,9 +99,20 @@ void finish_strip(const float* sums, int64_t stride, int64_t rows, int64_t count
 }
 
 const StripKernels& strip_kernels() {
-  static const StripKernels kernels = {token_tiles,          strips_of_rows,          strips_of_columns,
-                                       dense_strips_of_rows, dense_strips_of_columns, plain_strips_of_rows,
-                                       multiply_strip,       multiply_scaled,         finish_strip};
+  static const StripKernels kernels = {kTileTokens,
+                                       64,
+                                       {4, kStripChunk},
+                                       nullptr,
+                                       nullptr,
+                                       token_tiles,
+                                       strips_of_rows,
+                                       strips_of_columns,
+                                       dense_strips_of_rows,
+                                       dense_strips_of_columns,
+                                       plain_strips_of_rows,
+                                       multiply_strip,
+                                       multiply_scaled,
+                                       finish_strip};
   return kernels;
 }
 

@@ -12,16 +12,12 @@ namespace {
 
 // Measured on two Zen 4 cores at 4096 x 4096.
 constexpr int64_t kTokensAtOnce = 512;      // their sums stay in a second-level cache
-constexpr int64_t kPlainTokens = 64;        // up to these, scales are applied to sums and not to weights
 constexpr int64_t kTokensBesideTiles = 32;  // where the processor has matrix tiles, the BLAS uses them for more
 
-// How much of W is decoded at a time: 128 KiB for a second-level cache, or 16 for a first-level one.
-struct Shape {
-  int64_t strips, depth;
-  int64_t apart() const { return depth * kStripLanes; }
-  int64_t width() const { return strips * kStripLanes; }
-};
-constexpr Shape kWide = {4, kStripChunk}, kNarrow = {1, kStripChunk / 2};
+constexpr Shape kNarrow = {1, kStripChunk / 2};  // plain strips: 16 KiB for a first-level cache
+
+int64_t tile_tokens() { return kernels().strips->tile_tokens; }
+Shape wide() { return kernels().strips->wide; }
 
 // One term of a sum: tokens [M, depth] in tiles, and the strips that they meet.
 struct Term {
@@ -48,13 +44,14 @@ at::Tensor tile_room(at::IntArrayRef shape, const at::TensorOptions& options) {
 }
 
 at::Tensor tiles_of(const at::Tensor& x, int apart, const Shape& shape, bool kept) {
-  const int64_t M = x.size(0), steps = ceil_div(x.size(1), kStripDepth), tiles = ceil_div(M, kTileTokens);
-  const std::vector<int64_t> sizes = {tiles, steps, kTileTokens, kStripDepth};
+  const int64_t tokens = tile_tokens(), M = x.size(0), steps = ceil_div(x.size(1), kStripDepth),
+                tiles = ceil_div(M, tokens);
+  const std::vector<int64_t> sizes = {tiles, steps, tokens, kStripDepth};
   at::Tensor found = kept ? tile_room(sizes, x.options()) : at::empty(sizes, x.options());
   uint16_t* to = mutable_bits(found);
   const uint16_t* from = bits(x);
-  at::parallel_for(0, tiles, grain(kTileTokens * x.size(1)), [&](int64_t low, int64_t high) {
-    kernels().strips->tiles(from, x.stride(0), M, x.size(1), apart, shape.depth / kStripDepth, low, high, to);
+  at::parallel_for(0, tiles, grain(tokens * x.size(1)), [&](int64_t low, int64_t high) {
+    kernels().strips->tiles(from, x.stride(0), M, x.size(1), tokens, apart, shape.depth / kStripDepth, low, high, to);
   });
   return found;
 }
@@ -83,17 +80,17 @@ struct Room {
 void sum_block(const std::vector<Term>& terms, const Result& result, int64_t low, int64_t high, int64_t lane,
                int64_t count, const Room& room) {
   const StripKernels& k = *kernels().strips;
-  const int64_t apart = result.shape.apart(), width = result.shape.width();
+  const int64_t at_once = k.tile_tokens, apart = result.shape.apart(), width = result.shape.width();
   bool fresh = true;
   for (const Term& term : terms) {
     const uint16_t* tiles = bits(term.tiles);
-    const int64_t padded = term.tiles.size(0) * kTileTokens;  // tokens
+    const int64_t padded = term.tiles.size(0) * at_once;  // tokens
     for (int64_t first = 0; first < term.depth; first += result.shape.depth, fresh = false) {
       const int64_t depth = std::min(result.shape.depth, term.depth - first), steps = depth / kStripDepth;
       const int64_t run = std::min(term.run, depth) / kStripDepth;
       term.decode({lane, count, first, depth, apart}, room.strips, room.scales);
-      for (int64_t t = low; t < high; t += kTileTokens) {
-        const int64_t rows = std::min<int64_t>(kTileTokens, high - t);
+      for (int64_t t = low; t < high; t += at_once) {
+        const int64_t rows = std::min(at_once, high - t);
         const uint16_t* tile = tiles + (first * padded + t * depth);
         float* sums = room.sums + (t - low) * width;
         for (int64_t s = 0; s < count; ++s) {
@@ -117,20 +114,22 @@ void sum_block(const std::vector<Term>& terms, const Result& result, int64_t low
 void sum(const std::vector<Term>& terms, const Result& result) {
   const Shape shape = result.shape;
   const int64_t strips = ceil_div(result.lanes, kStripLanes), blocks = ceil_div(result.tokens, kTokensAtOnce);
-  const int64_t tokens = ceil_div(ceil_div(result.tokens, blocks), kTileTokens) * kTileTokens;
+  const int64_t tokens = ceil_div(ceil_div(result.tokens, blocks), tile_tokens()) * tile_tokens();
   at::parallel_for(0, strips, grain(kStripLanes * terms.front().depth), [&](int64_t begin, int64_t end) {
     const Room room(shape, tokens);
+    if (kernels().strips->begin != nullptr) kernels().strips->begin();
     for (int64_t low = 0; low < result.tokens; low += tokens) {
       const int64_t high = std::min(low + tokens, result.tokens);
       for (int64_t s = begin; s < end; s += shape.strips) {
         sum_block(terms, result, low, high, s * kStripLanes, std::min(shape.strips, end - s), room);
       }
     }
+    if (kernels().strips->end != nullptr) kernels().strips->end();
   });
 }
 
 Term weight_rows(const Packed& w, const at::Tensor& x) {
-  return term(x, 8, kWide, true,
+  return term(x, 8, wide(), true,
               [&w](const Piece& piece, uint16_t* out, float*) { kernels().strips->of_rows(w, piece, out); });
 }
 
@@ -143,7 +142,7 @@ Term plain_weight_rows(const Packed& w, const at::Tensor& x) {
 }
 
 Term weight_columns(const Packed& w, const at::Tensor& dy) {
-  return term(dy, 1, kWide, true,
+  return term(dy, 1, wide(), true,
               [&w](const Piece& piece, uint16_t* out, float*) { kernels().strips->of_columns(w, piece, out); });
 }
 
@@ -151,13 +150,14 @@ Term weight_columns(const Packed& w, const at::Tensor& dy) {
 
 bool takes_strips(const Packed& w, at::ScalarType dtype, int64_t M) {
   return kernels().strips != nullptr && dtype == at::kBFloat16 && M > 0 && w.rows > 0 && w.columns > 0 &&
-         w.whole_blocks() && w.rounding != Rounding::fp16 && (M <= kTokensBesideTiles || !has_matrix_tiles());
+         w.whole_blocks() && w.rounding != Rounding::fp16 &&
+         (M <= kTokensBesideTiles || kernels().strips->begin != nullptr || !has_matrix_tiles());
 }
 
 at::Tensor strips_product(const Packed& w, const at::Tensor& x, const at::Tensor& v, const at::Tensor& b,
                           const std::optional<at::Tensor>& bias) {
-  const bool plain = x.size(0) <= kPlainTokens;
-  const Shape shape = plain ? kNarrow : kWide;
+  const bool plain = x.size(0) <= kernels().strips->plain_tokens;
+  const Shape shape = plain ? kNarrow : wide();
   std::vector<Term> terms;
   terms.push_back(plain ? plain_weight_rows(w, x) : weight_rows(w, x));
   const at::Tensor factor = b.contiguous(), rows = v.contiguous();
@@ -179,19 +179,19 @@ at::Tensor strips_product_transposed(const Packed& w, const at::Tensor& dy, cons
   const at::Tensor factor = a.contiguous(), rows = c.contiguous();
   const uint16_t* d = bits(factor);
   if (a.size(0) > 0) {
-    terms.push_back(term(rows, 1, kWide, false, [&](const Piece& piece, uint16_t* out, float*) {
+    terms.push_back(term(rows, 1, wide(), false, [&](const Piece& piece, uint16_t* out, float*) {
       kernels().strips->of_dense_columns(d, a.size(0), a.size(1), piece, out);
     }));
   }
   at::Tensor dx = at::empty({dy.size(0), w.columns}, dy.options());
-  sum(terms, {dy.size(0), w.columns, true, false, nullptr, mutable_bits(dx), kWide});
+  sum(terms, {dy.size(0), w.columns, true, false, nullptr, mutable_bits(dx), wide()});
   return dx;
 }
 
 void add_strips_product_transposed(const Packed& w, const at::Tensor& dy, at::Tensor& dx) {
   std::vector<Term> terms;
   terms.push_back(weight_columns(w, dy));
-  sum(terms, {dy.size(0), w.columns, true, true, nullptr, mutable_bits(dx), kWide});
+  sum(terms, {dy.size(0), w.columns, true, true, nullptr, mutable_bits(dx), wide()});
 }
 
 }  // namespace lorasb

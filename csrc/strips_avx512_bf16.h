@@ -5,6 +5,7 @@ namespace {
 
 constexpr int kPairWords = 2 * kStripLanes;            // bf16 of one pair of a strip
 constexpr int kStepWords = kStripDepth * kStripLanes;  // of one step of a strip
+constexpr int kTileTokens = 8;                         // rows of x in a tile
 constexpr int kTileWords = kStripDepth * kTileTokens;  // of one step of a tile
 constexpr int kColumnsAhead = 1024;                    // of a row of W that are fetched ahead when rows are lanes
 constexpr int kRowsAhead = 16;                         // rows of W that are fetched ahead when columns are lanes
@@ -20,21 +21,22 @@ inline __m512i columns_apart(int apart) {
   return _mm512_load_si512(place);
 }
 
-void token_tiles(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns, int apart, int64_t chunk,
+void token_tiles(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns, int tokens, int apart, int64_t chunk,
                  int64_t low, int64_t high, uint16_t* out) {
-  const int64_t steps = (columns + kStripDepth - 1) / kStripDepth, tiles = (rows + kTileTokens - 1) / kTileTokens;
+  const int64_t steps = (columns + kStripDepth - 1) / kStripDepth, tiles = (rows + tokens - 1) / tokens;
+  const int64_t words = tokens * kStripDepth;
   const __m512i order = columns_apart(apart);
   for (int64_t begin = 0; begin < steps; begin += chunk) {
     const int64_t length = steps - begin < chunk ? steps - begin : chunk;
-    uint16_t* to = out + (begin * tiles + low * length) * kTileWords;
-    for (int64_t t = low; t < high; ++t, to += length * kTileWords) {
-      const int64_t first = t * kTileTokens, count = rows - first < kTileTokens ? rows - first : kTileTokens;
+    uint16_t* to = out + (begin * tiles + low * length) * words;
+    for (int64_t t = low; t < high; ++t, to += length * words) {
+      const int64_t first = t * tokens, count = rows - first < tokens ? rows - first : tokens;
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t s = 0; s < length; ++s) {
           const int64_t column = (begin + s) * kStripDepth;
           const __m512i values =
               _mm512_maskz_loadu_epi16(first_of_32(columns - column), x + (first + i) * stride + column);
-          _mm512_storeu_si512(to + s * kTileWords + i * kStripDepth, _mm512_permutexvar_epi16(order, values));
+          _mm512_storeu_si512(to + s * words + i * kStripDepth, _mm512_permutexvar_epi16(order, values));
         }
       }
     }

@@ -14,10 +14,11 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from .init import InitReport, first_step_lr, initialize
-from .init.processes import Processes
+from .init.processes import Processes, sharded
 from .init.samples import draw
 from .linear import LoRASBLinear
 from .lookup import adapted_layers
+from .resuming import restore_factors
 from .shared_factors import share
 
 
@@ -26,8 +27,8 @@ class InitCallback(TrainerCallback):
 
     Samples are drawn from the trainer's data set by a seed of its own and collated as the trainer collates, so that
     the order of training stays what it would have been. η is the peak learning rate over the number of warm-up steps
-    (at least 1): a schedule's very first rate is 0. Nothing happens where the adapter is initialised already, or where
-    training resumes from a checkpoint.
+    (at least 1): a schedule's very first rate is 0. Nothing happens where the adapter is initialised already. Where
+    training resumes from a checkpoint, A, B and R come from it: FSDP loads R alone, and the callback A and B.
 
     Args:
         num_samples: how many, over all processes; None takes min(n, max(32, n/1000)).
@@ -41,7 +42,8 @@ class InitCallback(TrainerCallback):
         report: the `InitReport`, once training has begun; None where nothing was done.
 
     Raises:
-        ValueError: the optimizer holds copies of R, which would overwrite what initialisation writes.
+        ValueError: the optimizer holds copies of R, which would overwrite what initialisation writes; or training
+            resumes, and the A and B that belong to R are nowhere.
     """
 
     def __init__(
@@ -70,7 +72,10 @@ class InitCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         """Called by the trainer, after it has loaded a checkpoint and before its first step."""
         name, layers = adapted_layers(model, self.options.get("adapter_name"))
-        if state.global_step > 0 or all(layer.is_initialized(name) for layer in layers.values()):
+        initialized = all(layer.is_initialized(name) for layer in layers.values())
+        if state.global_step > 0 and (sharded(model) or not initialized):
+            _restore(args, state, name, layers, needed=not initialized)
+        if state.global_step > 0 or initialized:
             return
         _refuse_copies(optimizer, layers, name)
         lr = self.lr or first_step_lr(args.learning_rate, args.get_warmup_steps(state.max_steps))
@@ -79,6 +84,18 @@ class InitCallback(TrainerCallback):
         with _rng_untouched():
             batches, count = _batches(train_dataloader, args.per_device_train_batch_size, self.num_samples, seed)
             self.report = initialize(model, batches, lr=lr, seed=seed, num_samples=count, **options)
+
+
+def _restore(args: Any, state: Any, name: str, layers: dict[str, LoRASBLinear], needed: bool) -> None:
+    """Load A and B from where the checkpoint may lie that training resumes from: the trainer does not tell."""
+    said = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
+    folders = [*said, Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+    if not restore_factors(layers, name, folders) and needed:
+        raise ValueError(
+            "training resumes, and R alone was loaded: expected an adapter that has this R, with its A and B, in "
+            f"{' or '.join(map(str, folders))}, found none. If the checkpoint lies elsewhere, name its folder to "
+            "TrainingArguments(resume_from_checkpoint=...) too, as to trainer.train(resume_from_checkpoint=...)"
+        )
 
 
 def _batches(loader: Any, size: int, num_samples: int | None, seed: int) -> tuple[Iterator[dict[str, Any]], int]:

@@ -418,7 +418,9 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name in self.lorasb_R:
-            if all(f"{prefix}{part}.{name}" in state_dict for part in ("lorasb_A", "lorasb_R", "lorasb_B")):
+            found = [(state_dict.get(f"{prefix}{part}.{name}"), getattr(self, part)[name]) for part in FACTORS]
+            # torch fills what a file lacks (FSDP's: A and B) with the layer's own parameters: they were not loaded
+            if all(value is not None and value is not own for value, own in found):
                 self.initialized[name] = True
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +145,7 @@ class Linear4bit(nn.Linear):
             super()._apply(fn, recurse)
             moved = fn(packed.data.view(torch.uint8))
             packed.data = moved.view(packed.dtype)
-            self._parameters["weight"] = packed
+            self._parameters["weight"] = cast("nn.Parameter", packed)
         else:
             super()._apply(fn, recurse)
         if self.weight.device != self.quant_state.absmax.device:

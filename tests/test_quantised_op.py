@@ -17,6 +17,7 @@ from lorasb.backends import cpp
 from lorasb.functional import lora_sb_linear, quantised_linear
 from lorasb.quantised import QuantisedWeight
 
+BF16 = ("AMX", "AVX-512 with bf16")  # where our own product takes any number of tokens
 KERNELS = ["eager", *cpp.instruction_sets()] if cpp.missing() is None else ["eager"]
 ROWS = (0, 1, 2, 3, 4, 5, 9, 17, 70, 97)
 
@@ -187,18 +188,20 @@ def test_dropout_is_the_same_in_forward_and_backward(kernel: str, dtype: torch.d
 
 def test_results_do_not_depend_on_the_number_of_threads_or_the_time(kernel: str) -> None:
     before = torch.get_num_threads()
-    for rows, dtype in itertools.product((1, 5, 40), (torch.float32, torch.bfloat16)):
+    for rows, dtype, r in itertools.product((1, 5, 40), (torch.float32, torch.bfloat16), (0, 16)):
         weight = storage(256, 512, dtype=dtype)
         try:
             found = []
             for threads in (1, 2, 2):
                 torch.set_num_threads(threads)
-                found.append(run(weight, rows, 16, dtype)[0])
+                found.append(run(weight, rows, r, dtype)[0])
         finally:
             torch.set_num_threads(before)
+        # The adapter's thin products may be the BLAS's, which cuts some sums by threads.
+        ours = r == 0 and kernel != "eager" and (rows < 5 or (kernel in BF16 and dtype == torch.bfloat16))
         for first, second, third in zip(*found, strict=True):
             check(second, third, EXACT)
-            if kernel != "eager" and (rows < 5 or (kernel == "AVX-512 with bf16" and dtype == torch.bfloat16)):
+            if ours:
                 check(first, second, EXACT)
 
 

@@ -65,10 +65,11 @@ def main() -> None:
     base: Any = make("llama", dtype=dtype)
     model: Any = lorasb.patch(lorasb.quantize(base, storage=dtype) if options.bits == 4 else base, r=4)
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    momentum = "momentum=0.9"  # plain SGD keeps no state, and torch loads none back under FSDP2, on whatever device
     arguments = transformers.TrainingArguments(
         output_dir=str(options.folder), per_device_train_batch_size=4 // size, max_steps=STEPS, learning_rate=0.05,
-        optim="sgd", lr_scheduler_type="constant", save_steps=2, logging_steps=1, report_to="none", use_cpu=True,
-        disable_tqdm=True, seed=3, dataloader_pin_memory=False, max_grad_norm=0.0,
+        optim="sgd", optim_args=momentum, lr_scheduler_type="constant", save_steps=2, logging_steps=1, report_to="none",
+        use_cpu=True, disable_tqdm=True, seed=3, dataloader_pin_memory=False, max_grad_norm=0.0,
     )  # fmt: skip
     init = lorasb.InitCallback(num_samples=8, lr=1e-2)
     callbacks = [init, *([Kill(options.kill)] if options.kill else [])]

@@ -38,7 +38,7 @@ def missing() -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set whose kernels run: "AVX-512 with bf16", "AVX-512", "AVX2" or "portable"."""
+    """The instruction set whose kernels run: "AMX", "AVX-512 with bf16", "AVX-512", "AVX2" or "portable"."""
     name: str = torch.ops.lorasb_csrc.instruction_set()
     return name
 

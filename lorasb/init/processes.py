@@ -96,8 +96,8 @@ class Processes:
         source = tensors if self.rank == owner else blank
         return {name: self.from_owner(source[name].cpu(), owner) for name in about}
 
-    def agree(self, error: BaseException | None) -> None:
-        """Raise one's own error, or say that another process met one: nobody goes on alone.
+    def agree(self, error: BaseException | None, doing: str = "initialisation") -> None:
+        """Raise one's own error, or say that another process met one at what all are `doing`: nobody goes on alone.
 
         Raises:
             RuntimeError: another process failed.
@@ -105,7 +105,7 @@ class Processes:
         if self.several:
             failed = [rank for rank, bad in enumerate(self.gather(int(error is not None))) if bad]
             if failed and error is None:
-                raise RuntimeError(f"initialisation failed on rank {failed[0]}, which shows why: nothing was changed")
+                raise RuntimeError(f"{doing} failed on rank {failed[0]}, which shows why: nothing was changed")
         if error is not None:
             raise error
 
