@@ -186,6 +186,8 @@ void dot(const Packed& w, const float* even, const float* odd, int64_t rows, int
   }
 }
 
+constexpr int kRowsFetched = 16;  // of W, ahead of those at work: a row's piece is too short for the processor to guess
+
 // kTaps rows of W at a time: the sums are loaded and stored once for all of them.
 template <int kRows, int kTaps>
 inline void add_rows(const Packed& w, const typename V::table& table, const float* dy, int64_t stride, int64_t r,
@@ -194,6 +196,7 @@ inline void add_rows(const Packed& w, const typename V::table& table, const floa
   for (int64_t b = first / w.block; b < (first + width) / w.block; ++b) {
     typename V::reg factors[kRows][kTaps];
     for (int t = 0; t < kTaps; ++t) {
+      __builtin_prefetch(w.bytes + (r + t + kRowsFetched) * half + b * step);
       const float scale = w.scale((r + t) * blocks + b);
       for (int i = 0; i < kRows; ++i) factors[i][t] = V::set1(dy[i * stride + r + t] * scale);
     }
