@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <mutex>
@@ -53,11 +54,12 @@ size_t spare_size = 0;
 }  // namespace
 
 size_t last_cache_size() {
+  constexpr size_t kShare = size_t{32} << 20;  // a virtual machine may report all of a cache that it shares with others
 #if defined(__linux__) && defined(_SC_LEVEL3_CACHE_SIZE)
   static const long found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (found > 0) return static_cast<size_t>(found);
+  if (found > 0) return std::min(static_cast<size_t>(found), kShare);
 #endif
-  return size_t{32} << 20;
+  return kShare;
 }
 
 void want_huge_pages(void* memory, size_t size) {

@@ -7,7 +7,7 @@ namespace lorasb {
 
 constexpr size_t kHugePage = size_t{2} << 20;  // bytes
 
-// Bytes of the last-level cache; what this much is written at once is not in it when it is read.
+// Bytes of the last-level cache that one may count on; what this much is written at once is not in it when it is read.
 size_t last_cache_size();
 
 // Fresh memory of many pages costs more to be given than to be written: ask for it in huge ones.
