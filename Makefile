@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.lorasb-installed
 RUN ?= runs/demo
 
-.PHONY: install demo test lint format sanitize bench-gpu bench-cpu bench-init bench-4bit bench-kernels clean
+.PHONY: install demo test test-all lint format sanitize bench-gpu bench-cpu bench-init bench-4bit bench-kernels clean
 
 install: $(STAMP)
 
@@ -25,6 +25,10 @@ demo: install
 # Two processes of one thread each: a file's tests stay together.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Those that make test leaves out, too: four ranks, 4-bit shards that are killed, fifty prompts through llama.cpp.
+test-all: install
+	OMP_NUM_THREADS=1 LORASB_GGUF_PROMPTS=50 $(BIN)/python -m pytest -n 2 --dist loadfile -m "long or not long"
 
 lint: install
 	$(BIN)/ruff check .

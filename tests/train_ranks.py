@@ -1,6 +1,6 @@
 """What test_distributed_training.py runs, on one rank or several: initialise, train, save; what was found as JSON.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 tests/train_ranks.py FOLDER WAY
+python -m torch.distributed.run --standalone --nproc-per-node 2 tests/train_ranks.py FOLDER WAY...
 """
 
 from __future__ import annotations
@@ -52,12 +52,22 @@ def cores(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Train for a few steps."""
-    folder, way = Path(sys.argv[1]), sys.argv[2]
+    """Every way that is asked for, one after another."""
+    folder, ways = Path(sys.argv[1]), sys.argv[2:]
     rank, size = 0, 1
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
         rank, size = dist.get_rank(), dist.get_world_size()
+    for way in ways:
+        found = train(way, rank, size)
+        if rank == 0:
+            (folder / f"{way}.{size}.json").write_text(json.dumps(found))
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def train(way: str, rank: int, size: int) -> dict[str, Any]:
+    """A few steps; the losses, every R before them, and how far it has moved."""
     model = shard(model_for(way), way)
     lorasb.initialize(model, ROWS[rank::size], lr=1e-2, progress=False)
     start = cores(model)
@@ -66,8 +76,8 @@ def main() -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     losses = []
     for step in range(STEPS):
-        rows = [ROWS[(step * 4 + i) % 8] for i in range(4)]
-        loss = sum(run(**row).loss for row in rows[rank::size]) / len(rows[rank::size])
+        rows = [ROWS[(step * 4 + i) % 8] for i in range(4)][rank::size]
+        loss = sum(run(**row).loss for row in rows) / len(rows)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -75,13 +85,9 @@ def main() -> None:
         if size > 1:
             dist.all_reduce(total)
         losses.append(total.item())
-    moved = {name: (value - start[name]) for name, value in cores(model).items()}
-    if rank == 0:
-        found = {"losses": losses, "start": {n: v.tolist() for n, v in start.items()}}
-        found["moved"] = {n: v.tolist() for n, v in moved.items()}
-        (folder / f"{way}.{size}.json").write_text(json.dumps(found))
-    if size > 1:
-        dist.destroy_process_group()
+    moved = {name: value - start[name] for name, value in cores(model).items()}
+    values = {"start": start, "moved": moved}
+    return {"losses": losses, **{key: {n: v.tolist() for n, v in part.items()} for key, part in values.items()}}
 
 
 if __name__ == "__main__":
