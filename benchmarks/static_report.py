@@ -94,6 +94,7 @@ BF16_VARIANTS = (
     Variant("ragged", 2047, 4100, (4100,), 90),
     Variant("dropout", 2048, 4096, (4096,), 96, dropout=0.05),
 )
+MAIN = "sm_86"
 
 GRADIENTS = (
     Variant("gradient", 2048, 4096, (4096,), 96),
@@ -140,14 +141,17 @@ class Job:
     plan: Plan
 
 
-def jobs(archs: list[str]) -> Iterator[Job]:
+def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
     """Every kernel, dtype and configuration that the tables choose for the variants."""
     for arch in archs:
         for dtype in DTYPES:
+            whole, seen = not brief or (arch == MAIN and dtype == torch.bfloat16), set()
             for variant in BF16_VARIANTS if dtype == torch.bfloat16 else VARIANTS:
                 for op in ("forward", "backward"):
                     plan = plan_for(op, dtype, variant.M, variant.n, variant.ms, variant.r, arch, ARCHS[arch].sms)
-                    yield Job(op, variant, dtype, arch, Plan("fused", plan.prep, plan.gemm))
+                    if whole or (op, plan.prep, plan.gemm) not in seen:
+                        yield Job(op, variant, dtype, arch, Plan("fused", plan.prep, plan.gemm))
+                    seen.add((op, plan.prep, plan.gemm))
             for variant in GRADIENTS if dtype == torch.bfloat16 else GRADIENTS[-1:]:
                 plan = plan_for("forward", dtype, variant.M, variant.n, variant.ms, variant.r, arch, ARCHS[arch].sms)
                 yield Job("gradient", variant, dtype, arch, plan)
@@ -157,10 +161,10 @@ def jobs(archs: list[str]) -> Iterator[Job]:
                 yield Job("quantised", variant, dtype, arch, Plan(plan.path, plan.prep, plan.gemm, weights))
 
 
-def rows(archs: list[str], workers: int | None = None) -> list[Row]:
-    """Compile everything; equal kernels once."""
+def rows(archs: list[str], workers: int | None = None, brief: bool = False) -> list[Row]:
+    """Compile everything, or for `brief` each configuration once but for bf16 on sm_86; equal kernels once."""
     unique: dict[str, tuple[Job, int]] = {}
-    for job in jobs(archs):
+    for job in jobs(archs, brief):
         for place, launch in enumerate(_launches(job)):
             unique.setdefault(f"{job.arch} {_key(launch)}", (job, place))
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
@@ -305,10 +309,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--arch", action="append", choices=list(ARCHS), help="all four unless given")
+    parser.add_argument(
+        "--brief", action="store_true", help="all variants for bf16 on sm_86 alone, elsewhere every configuration once"
+    )
     parser.add_argument("--output", type=Path, help="write the JSON to a file too")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    found = rows(options.arch or list(ARCHS))
+    found = rows(options.arch or list(ARCHS), brief=options.brief)
     text = json.dumps([asdict(row) for row in found], indent=1)
     if options.output:
         options.output.write_text(text + "\n", encoding="utf-8")

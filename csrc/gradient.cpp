@@ -12,7 +12,7 @@
 namespace lorasb {
 namespace {
 
-constexpr int64_t kRowElements = 1 << 20;  // of G at a time, where it is not kept: 4 MB
+constexpr int64_t kRowElements = 1 << 20;  // of G at a time, where it or a product is not kept: 4 MB
 constexpr int64_t kRowStep = 6;            // rows of G that a tile has
 
 const uint16_t* bits(const at::Tensor& x) {
@@ -83,7 +83,13 @@ struct Operands {
       } else if (fresh) {
         at::mm_out(target, dy.narrow(1, low, high - low).t(), x);
       } else {
-        target.addmm_(dy.narrow(1, low, high - low).t(), x);
+        // A product of its own, rounded and then added, as autograd does; a part at a time, so that it stays in a
+        // cache.
+        const int64_t step = std::max<int64_t>(32, kRowElements / std::max<int64_t>(1, x.size(1)));
+        for (int64_t from = low; from < high; from += step) {
+          const int64_t count = std::min(step, high - from);
+          target.narrow(0, from - low, count).add_(at::mm(dy.narrow(1, from, count).t(), x));
+        }
       }
       return;
     }

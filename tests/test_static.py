@@ -24,11 +24,12 @@ QUANTISED = (
 )
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[Row]:
-    """The report, made by a process in which Triton compiles."""
+@pytest.fixture(scope="module", params=["brief", pytest.param("whole", marks=pytest.mark.long)])
+def rows(request: pytest.FixtureRequest) -> list[Row]:
+    """The report, made by a process in which Triton compiles; every variant everywhere in `make test-all`."""
+    brief = ["--brief"] if request.param == "brief" else []
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.static_report", "--json"]
+    command = [sys.executable, "-m", "benchmarks.static_report", "--json", *brief]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)

@@ -41,7 +41,7 @@ def evaluate(
     collate = Collator(tokenizer.pad_token_id, getattr(model, "get_base_model", lambda: model)())
     for start in tqdm(range(0, len(order), batch_size), desc=title, unit="batch", leave=False):
         chunk = [encoded[i] for i in order[start : start + batch_size]]
-        losses += _losses(model, collate(chunk))
+        losses += example_losses(model, collate(chunk))
         answers += _answers(model, tokenizer, chunk)
     model.train(mode)
     by_index = dict(zip(order, answers, strict=True))
@@ -50,7 +50,8 @@ def evaluate(
     return Evaluation(sum(losses) / len(losses), right / len(examples), given)
 
 
-def _losses(model: nn.Module, batch: dict[str, Any]) -> list[float]:
+def example_losses(model: nn.Module, batch: dict[str, Any]) -> list[float]:
+    """Each example's mean loss in nats a token; takes the batch's labels."""
     device = next(model.parameters()).device
     labels = batch.pop("labels")[:, 1:].to(device)
     logits = model(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}).logits[:, :-1]

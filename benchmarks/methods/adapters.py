@@ -1,0 +1,90 @@
+"""Each method put into a model: PEFT's own, LoRA-Pro's optimizer, and lorasb's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import lorasb
+from benchmarks.methods.grid import Cell, Method, Task
+from benchmarks.methods.problems import Batch, Problem
+
+Batches = Callable[[int], list[Batch]]  # so many samples, drawn for the initialisation, in batches
+LORA_GA_SAMPLES = 32  # as many as LoRA-SB takes
+
+
+def put_in(problem: Problem, method: Method, cell: Cell, batches: Batches, warmup: int) -> tuple[Any, float, Any]:
+    """The model with the method in it, the seconds that took, and lorasb's report where there is one."""
+    started = time.perf_counter()
+    torch.manual_seed(cell.seed)
+    report = None
+    model = problem.model
+    if method.name in ("LoRA-XS", "LoRA-SB"):
+        model, report = _core(problem, method, cell, batches, warmup)
+    elif method.name != "full":
+        model = _lora(problem, method, cell, batches)
+    return model, time.perf_counter() - started, report
+
+
+def _core(problem: Problem, method: Method, cell: Cell, batches: Batches, warmup: int) -> tuple[Any, Any]:
+    options = dict(cell.options)
+    config = lorasb.LoRASBConfig(
+        r=cell.r, target_modules=problem.targets, modules_to_save=problem.head or None, task_type=problem.task_type,
+        init=options.pop("init", "lora-xs" if method.name == "LoRA-XS" else "update"),
+    )  # fmt: skip
+    samples = options.pop("samples", None)
+    model = lorasb.patch(problem.model, config)
+    count = samples or min(len(problem.train), max(32, -(-len(problem.train) // 1000)))
+    report = lorasb.initialize(
+        model, batches(count), lr=lorasb.first_step_lr(cell.lr, warmup), num_samples=count, seed=cell.seed,
+        progress=False, update=options.pop("update", "adamw"),
+    )  # fmt: skip
+    return model, report
+
+
+def _lora(problem: Problem, method: Method, cell: Cell, batches: Batches) -> Any:
+    import peft
+
+    config = peft.LoraConfig(
+        r=cell.r, lora_alpha=cell.r, target_modules=problem.targets, modules_to_save=problem.head or None,
+        task_type=problem.task_type, **method.options,
+    )  # fmt: skip
+    if method.name == "LoRA-GA":
+        _gradients(problem, config, batches)
+    return peft.get_peft_model(problem.model, config)
+
+
+def _gradients(problem: Problem, config: Any, batches: Batches) -> None:
+    """What LoRA-GA's initialisation reads."""
+    from peft import LoraGAConfig
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    config.lora_ga_config = LoraGAConfig()
+    drawn = batches(LORA_GA_SAMPLES)
+
+    def step() -> None:
+        for batch in drawn:
+            problem.model(**batch).loss.backward()
+
+    preprocess_loraga(problem.model, config, step)
+
+
+def optimizer(model: nn.Module, method: Method, task: Task, cell: Cell, head: Sequence[str]) -> Any:
+    """AdamW without weight decay, or LoRA-Pro's; a head has its own rate."""
+    if method.name == "LoRA-Pro":
+        from lora_pro import LoRAProAdamW
+
+        return LoRAProAdamW(model, lr=cell.lr, weight_decay=0.0)
+    heads: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (heads if any(part in name.split(".") for part in head) else others).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": others, "lr": cell.lr}]
+    if heads:
+        groups.append({"params": heads, "lr": task.head_lr or cell.lr})
+    return torch.optim.AdamW(groups, weight_decay=0.0)

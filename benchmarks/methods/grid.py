@@ -1,0 +1,147 @@
+"""What is compared: tasks, methods, learning rates and seeds, fixed before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SEEDS = (0, 1, 2)
+SWEEP_SEED = 0
+WARMUP = 0.1  # share of the steps; then the rate falls to zero in a line
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set, a model and what a run costs.
+
+    Attributes:
+        metric: what the test split is judged by, and whether more is better.
+        examples, batch: of training; one epoch, or `steps` steps.
+        validation, test: examples of these splits.
+        rank: LoRA's and its relatives'.
+        ranks: of LoRA-XS and LoRA-SB, the largest last; only that one on tasks that have one.
+        rates: by family of methods, the same number for each.
+        head_lr: of a head that is trained from its random start, whatever the method.
+    """
+
+    name: str
+    metric: str
+    higher_is_better: bool
+    examples: int
+    steps: int
+    batch: int
+    validation: int
+    test: int
+    rank: int
+    ranks: tuple[int, ...]
+    rates: Mapping[str, tuple[float, ...]]
+    head_lr: float | None = None
+    data: str | None = None  # prefix of files in the data folder; generated where there is none
+
+
+FULL, LOW, CORE = "full", "lora", "core"  # families that share learning rates
+LM_RATES = {FULL: (1e-5, 3e-5, 1e-4), LOW: (3e-4, 1e-3, 3e-3), CORE: (1e-3, 2e-3, 4e-3)}
+TASKS = {
+    task.name: task
+    for task in (
+        Task("chain_sum", "exact match", True, 1200, 75, 16, 100, 200, 32, (16, 64, 96), LM_RATES),
+        Task("word_sequence_reversal", "exact match", True, 1200, 75, 16, 100, 200, 32, (96,), LM_RATES),
+        Task("gsm8k", "held-out loss", False, 320, 40, 8, 48, 96, 32, (96,), LM_RATES, data="gsm8k"),
+        Task(
+            "cola", "Matthews correlation", True, 7250, 400, 32, 600, 1301, 8, (8, 16, 24),
+            {FULL: (3e-5, 1e-4, 3e-4, 1e-3), LOW: (3e-4, 1e-3, 3e-3, 1e-2), CORE: (1e-3, 4e-3, 1.6e-2, 6.4e-2)},
+            head_lr=1e-3, data="cola",
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of fine-tuning, and options of `benchmarks.methods.adapters.put_in`."""
+
+    name: str
+    family: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("full", FULL),
+        Method("LoRA", LOW),
+        Method("rsLoRA", LOW, {"use_rslora": True}),
+        Method("PiSSA", LOW, {"init_lora_weights": "pissa_niter_16"}),
+        Method("DoRA", LOW, {"use_dora": True}),
+        Method("LoRA-GA", LOW, {"init_lora_weights": "lora_ga"}),
+        Method("LoRA-Pro", LOW),
+        Method("LoRA-XS", CORE),
+        Method("LoRA-SB", CORE),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. `variant` names an ablation and changes what its options say; the comparison itself has none."""
+
+    task: str
+    split: str  # "validation" for the sweep, "test" for the seeds at the best rate
+    method: str
+    r: int
+    lr: float
+    seed: int
+    variant: str = ""
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells one run from another in a file of rows."""
+        return tuple(str(getattr(self, name)) for name in ("task", "split", "method", "r", "lr", "seed", "variant"))
+
+    def described(self) -> dict[str, Any]:
+        return {**asdict(self), "options": dict(self.options)}
+
+
+def ranks(task: Task, method: Method) -> tuple[int, ...]:
+    """The ranks at which a method is tried; 0 where it has none."""
+    if method.family == FULL:
+        return (0,)
+    return task.ranks[::-1] if method.family == CORE else (task.rank,)
+
+
+def order(names: Sequence[str]) -> list[Method]:
+    """Those asked for, LoRA-SB and what it is measured against first."""
+    first = ("LoRA-SB", "LoRA-XS", "LoRA", "full")
+    return sorted((METHODS[name] for name in names), key=lambda m: first.index(m.name) if m.name in first else 9)
+
+
+def sweep(task: Task, method: Method) -> Iterator[Cell]:
+    """The learning rates, by one seed on the validation split."""
+    for r in ranks(task, method):
+        for lr in task.rates[method.family]:
+            yield Cell(task.name, "validation", method.name, r, lr, SWEEP_SEED)
+
+
+def finals(task: Task, method: Method, rows: Sequence[dict[str, str]]) -> Iterator[Cell]:
+    """All seeds at the best rate, for every rank whose sweep is complete."""
+    for r in ranks(task, method):
+        rate = best_rate(task, method, r, rows)
+        if rate is not None:
+            yield from (Cell(task.name, "test", method.name, r, rate, seed) for seed in SEEDS)
+
+
+def best_rate(task: Task, method: Method, r: int, rows: Sequence[dict[str, str]]) -> float | None:
+    """The rate of the least validation loss (for CoLA, of the best score), or None before all were tried."""
+    found = {
+        float(row["lr"]): row
+        for row in rows
+        if (row["task"], row["split"], row["method"], row["r"], row["variant"])
+        == (task.name, "validation", method.name, str(r), "")
+    }
+    if not set(task.rates[method.family]) <= found.keys():
+        return None
+    if task.name == "cola":
+        return max(found, key=lambda lr: float(found[lr]["score"]))
+    return min(found, key=lambda lr: float(found[lr]["loss"]))

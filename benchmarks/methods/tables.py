@@ -1,0 +1,85 @@
+"""What the rows say: mean and standard deviation over seeds, by task and method."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from benchmarks.methods.grid import METHODS, TASKS
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method at one rank on one task: its seeds at the best rate on the test split."""
+
+    task: str
+    method: str
+    r: int
+    lr: float
+    scores: tuple[float, ...]
+    losses: tuple[float, ...]
+    params: int
+    seconds: float
+    init_seconds: float
+    memory: float
+
+    @property
+    def score(self) -> tuple[float, float]:
+        return spread(self.scores)
+
+    @property
+    def loss(self) -> tuple[float, float]:
+        return spread(self.losses)
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; zero for one value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def lines(rows: Sequence[Row], task: str) -> list[Line]:
+    """Every method's line, in the grid's order."""
+    found: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        if row["task"] == task and row["split"] == "test" and not row["variant"]:
+            found.setdefault((row["method"], int(row["r"])), []).append(row)
+    order = list(METHODS)
+    return [
+        _line(task, *key, part) for key, part in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item))
+    ]
+
+
+def _line(task: str, method: str, r: int, part: list[Row]) -> Line:
+    def numbers(name: str) -> tuple[float, ...]:
+        return tuple(float(row[name]) for row in part)
+
+    middle = {name: statistics.median(numbers(name)) for name in ("seconds", "init_seconds", "peak_rss_mb")}
+    return Line(
+        task, method, r, float(part[0]["lr"]), numbers("score"), numbers("loss"), int(part[0]["adapter_params"]),
+        middle["seconds"], middle["init_seconds"], middle["peak_rss_mb"],
+    )  # fmt: skip
+
+
+def summary(rows: Sequence[Row]) -> Iterator[Table]:
+    """A table a task, of what has run."""
+    for name, task in TASKS.items():
+        found = lines(rows, name)
+        if not found:
+            continue
+        arrow = "higher" if task.higher_is_better else "lower"
+        size = f"{task.steps} steps of {task.batch}, {task.test} test examples"
+        view = Table(title=f"{name}: {task.metric} ({arrow} is better), mean ± standard deviation; {size}")
+        for column in ("method", "r", "lr", "seeds", "trained", task.metric, "loss", "init s", "train s", "peak MB"):
+            view.add_column(column, justify="left" if column == "method" else "right")
+        for line in found:
+            cells = (f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in (line.score, line.loss))
+            view.add_row(
+                line.method, str(line.r or "-"), f"{line.lr:g}", str(len(line.scores)), f"{line.params:,}", *cells,
+                f"{line.init_seconds:.1f}", f"{line.seconds:.0f}", f"{line.memory:.0f}",
+            )  # fmt: skip
+        yield view
