@@ -144,14 +144,16 @@ class Job:
 def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
     """Every kernel, dtype and configuration that the tables choose for the variants."""
     for arch in archs:
+        seen: set[tuple[str, Plan]] = set()
         for dtype in DTYPES:
-            whole, seen = not brief or (arch == MAIN and dtype == torch.bfloat16), set()
+            whole = not brief or (arch == MAIN and dtype == torch.bfloat16)
             for variant in BF16_VARIANTS if dtype == torch.bfloat16 else VARIANTS:
                 for op in ("forward", "backward"):
                     plan = plan_for(op, dtype, variant.M, variant.n, variant.ms, variant.r, arch, ARCHS[arch].sms)
-                    if whole or (op, plan.prep, plan.gemm) not in seen:
-                        yield Job(op, variant, dtype, arch, Plan("fused", plan.prep, plan.gemm))
-                    seen.add((op, plan.prep, plan.gemm))
+                    fused = Plan("fused", plan.prep, plan.gemm)
+                    if whole or variant == VARIANTS[0] or (op, fused) not in seen:
+                        yield Job(op, variant, dtype, arch, fused)
+                    seen.add((op, fused))
             for variant in GRADIENTS if dtype == torch.bfloat16 else GRADIENTS[-1:]:
                 plan = plan_for("forward", dtype, variant.M, variant.n, variant.ms, variant.r, arch, ARCHS[arch].sms)
                 yield Job("gradient", variant, dtype, arch, plan)
