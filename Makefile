@@ -28,6 +28,7 @@ test: install
 
 # Those that make test leaves out, too: four ranks, 4-bit shards that are killed, fifty prompts through llama.cpp.
 test-all: install
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed>=0.17"
 	OMP_NUM_THREADS=1 LORASB_GGUF_PROMPTS=50 $(BIN)/python -m pytest -n 2 --dist loadfile -m "long or not long"
 
 lint: install

@@ -20,6 +20,7 @@ from .linear import LoRASBLinear
 from .lookup import adapted_layers
 from .resuming import restore_factors
 from .shared_factors import share
+from .zero import keep_factors
 
 
 class InitCallback(TrainerCallback):
@@ -75,6 +76,7 @@ class InitCallback(TrainerCallback):
         initialized = all(layer.is_initialized(name) for layer in layers.values())
         if state.global_step > 0 and (sharded(model) or not initialized):
             _restore(args, state, name, layers, needed=not initialized)
+        keep_factors(layers, name, first=state.is_world_process_zero)
         if state.global_step > 0 or initialized:
             return
         _refuse_copies(optimizer, layers, name)
@@ -126,8 +128,8 @@ def _refuse_copies(optimizer: Any, layers: dict[str, LoRASBLinear], name: str) -
     if missing:
         raise ValueError(
             f"the optimizer does not hold R of layer {missing[0]!r} itself ({len(missing)} of {len(layers)}): copies "
-            "in another precision, or partitions, would overwrite it. Call lorasb.initialize(...) before making the "
-            "Trainer, and leave InitCallback out"
+            "in another precision, or partitions (DeepSpeed's), would overwrite it. Call lorasb.initialize(...) before "
+            "making the Trainer; the callback may stay"
         )
 
 

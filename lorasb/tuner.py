@@ -25,6 +25,7 @@ from .mixing import adapters_by_row
 from .quantised import is_quantised, keep_unpacked, of_module
 from .requantising import Requantised
 from .task_type import infer_task_type
+from .zero import with_kept_factors
 
 HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj")
 OWN_WEIGHT_READERS = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
@@ -241,7 +242,8 @@ class LoRASBModel(BaseTuner):
                     f"adapter {adapter_name!r} has not been initialised ({name}): there is nothing to save. Call "
                     "lorasb.initialize(model, dataloader, lr=...), or name others in selected_adapters"
                 )
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return with_kept_factors(found, model, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

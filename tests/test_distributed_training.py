@@ -22,6 +22,7 @@ import lorasb
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "docs" / "accelerate"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
+ENVIRONMENT["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for GPUs first
 WRAP = ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
 KILLED_AFTER = 5  # steps, of which every second is saved
 
@@ -187,3 +188,28 @@ def test_trainer_on_four_ranks(runs: Path, alone: Any) -> None:
         assert found["size"] == 4
         assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
         same_factors(runs / f"{engine} of four" / "adapter", runs / "alone" / "adapter", tolerances.STEPS)
+
+
+def test_factors_that_are_parted_are_not_left_out_of_a_file(tmp_path: Path) -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    lorasb.initialize(model, [text(1, 12, 0)], lr=1e-3, progress=False)
+    factor = next(p for name, p in model.named_parameters() if "lorasb_A" in name)
+    factor.ds_id, factor.data = 1, torch.empty(0)  # as ZeRO-3 leaves it
+    with pytest.raises(ValueError, match="parted among processes.*InitCallback"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_gets_what_one_process_gets_and_goes_on(stage: int, runs: Path) -> None:
+    pytest.importorskip("deepspeed", reason="make test-all installs it")
+    alone = train([], runs / "first", "--first")
+    start, whole, cut = accelerate(f"zero{stage}.yaml"), runs / f"zero{stage}", runs / f"zero{stage} cut"
+    found = train(start, whole, "--first")
+    assert found["size"] == 2
+    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    same_factors(whole / "adapter", runs / "first" / "adapter", tolerances.STEPS)
+    kill(start, cut, "--first")
+    assert train(start, cut, "--first", "--resume")["losses"][-2:] == found["losses"][-2:]
+    same_factors(cut / "adapter", whole / "adapter", tolerances.EXACT)

@@ -1,6 +1,6 @@
 """What test_distributed_training.py starts by torchrun and by `accelerate launch`: a Trainer over a tiny model.
 
-trainer_ranks.py FOLDER [--kill STEP] [--resume] [--bits 16|4] [--dtype float32|bfloat16]
+trainer_ranks.py FOLDER [--kill STEP] [--resume] [--first] [--bits 16|4] [--dtype float32|bfloat16]
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kill", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--first", action="store_true", help="initialise before the Trainer is made, as DeepSpeed wants")
     parser.add_argument("--bits", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
@@ -72,6 +73,9 @@ def main() -> None:
         use_cpu=True, disable_tqdm=True, seed=3, dataloader_pin_memory=False, max_grad_norm=0.0,
     )  # fmt: skip
     init = lorasb.InitCallback(num_samples=8, lr=1e-2)
+    if options.first:
+        share = range(arguments.process_index, 8, arguments.world_size)  # asking for it starts the processes' group
+        lorasb.initialize(model, [text(1, 12, seed) for seed in share], lr=1e-2, progress=False)
     callbacks = [init, *([Kill(options.kill)] if options.kill else [])]
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=ROWS, callbacks=callbacks)
     trainer.remove_callback(transformers.PrinterCallback)
