@@ -125,6 +125,10 @@ def _refuse_copies(optimizer: Any, layers: dict[str, LoRASBLinear], name: str) -
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [layer for layer, module in layers.items() if id(module.lorasb_R[name]) not in held]
+    if not any(module.lorasb_R[name].requires_grad for module in layers.values()):
+        raise ValueError(
+            f"no R of adapter {name!r} requires a gradient, so nothing would train: model.set_adapter({name!r})"
+        )
     if missing:
         raise ValueError(
             f"the optimizer does not hold R of layer {missing[0]!r} itself ({len(missing)} of {len(layers)}): copies "

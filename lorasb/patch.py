@@ -32,7 +32,7 @@ def patch(
 
     Raises:
         TypeError: unknown fields, or both a config and fields.
-        ValueError: an adapted model, no target matched, or a rank that a layer cannot have.
+        ValueError: an adapted or compiled model, no target matched, or a rank that a layer cannot have.
     """
     import peft
 
@@ -43,6 +43,11 @@ def patch(
         raise ValueError(
             "expected a model without adapters, got a peft.PeftModel. Add another adapter with "
             "model.add_adapter(name, LoRASBConfig(...)), or start from model.unload()"
+        )
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "expected a model that is not compiled yet, as layers are replaced: torch.compile(lorasb.patch(model)). "
+            "What torch.compile returned has the model itself as model._orig_mod"
         )
     if config is not None and fields:
         raise TypeError(f"expected a config or fields, got both: put {', '.join(sorted(fields))} into the config")

@@ -56,7 +56,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kill", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--first", action="store_true", help="initialise before the Trainer is made, as DeepSpeed wants")
+    parser.add_argument(
+        "--first", action="store_true", help="initialise before the Trainer is made, as DeepSpeed wants"
+    )
     parser.add_argument("--bits", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()

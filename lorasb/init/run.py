@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from ..config import LoRASBConfig
@@ -78,6 +80,7 @@ def initialize(
             cache of something else: the model stays as it is.
     """
     started = time.perf_counter()
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     name, layers = _unmerged_layers(model, adapter_name)
     config: LoRASBConfig = cast(Any, model).peft_config[name]
     _check(update, strategy, cache)
@@ -86,7 +89,8 @@ def initialize(
             raise ValueError("init='update' takes batches and lr > 0: initialize(model, loader, lr=...)")
         budget, recipe = parse_size(memory_budget), Recipe(name, lr, update, seed)
         options = Options(recipe, num_samples, strategy, blocks, budget, loss_fn, cache, stability, progress)
-        with Staging(name) as staging:
+        # hooks that end a pass half-way would have a compiled model compiled anew at every block
+        with Staging(name) as staging, torch.compiler.set_stance("force_eager"):
             found = from_gradients(model, layers, batches, options, staging)
     else:
         found, lr, update = from_weights(layers, config.init, name, seed, progress), None, "none"
@@ -96,6 +100,12 @@ def initialize(
         left_alone(model),
     )  # fmt: skip
     config.init_provenance = provenance(report, found.data_hash)
+    if not any(layer.lorasb_R[name].requires_grad for layer in layers.values()):
+        warnings.warn(
+            f"adapter {name!r} is initialised, and nothing of it will train, as no R requires a gradient: "
+            f"model.set_adapter({name!r})",
+            stacklevel=2,
+        )
     return report
 
 
