@@ -41,7 +41,7 @@ class Task:
 
 
 FULL, LOW, CORE = "full", "lora", "core"  # families that share learning rates
-LM_RATES = {FULL: (1e-5, 3e-5, 1e-4), LOW: (3e-4, 1e-3, 3e-3), CORE: (1e-3, 2e-3, 4e-3)}
+LM_RATES = {FULL: (1e-5, 3e-5, 1e-4, 3e-4), LOW: (1e-4, 3e-4, 1e-3, 3e-3), CORE: (5e-4, 1e-3, 2e-3, 4e-3)}
 TASKS = {
     task.name: task
     for task in (

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from benchmarks.methods import grid
 from benchmarks.methods.grid import METHODS, TASKS
 
 Row = dict[str, str]
@@ -47,7 +48,9 @@ def lines(rows: Sequence[Row], task: str) -> list[Line]:
     found: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         if row["task"] == task and row["split"] == "test" and not row["variant"]:
-            found.setdefault((row["method"], int(row["r"])), []).append(row)
+            method, r = METHODS[row["method"]], int(row["r"])
+            if float(row["lr"]) == grid.best_rate(TASKS[task], method, r, rows):  # a sweep may have grown since
+                found.setdefault((row["method"], r), []).append(row)
     order = list(METHODS)
     return [
         _line(task, *key, part) for key, part in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item))

@@ -1,0 +1,65 @@
+"""Writes docs/api.md from the docstrings of what is public: python docs/make_api.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import lorasb
+import lorasb.functional
+
+PAGE = Path(__file__).with_name("api.md")
+FUNCTIONAL = ("lora_sb_linear", "lora_sb_linear_group", "quantised_linear", "dequantize_nf4")
+HEAD = """# API reference
+
+Everything that is public, from its docstring. `python docs/make_api.py` writes this page; a test holds it to the code.
+"""
+
+
+def signature(name: str, item: Any) -> str:
+    """`name(arguments)`, one argument a line where it would be long."""
+    if not callable(item):
+        return name
+    if item is lorasb.LoRASBConfig:  # the rest is the installed PEFT's
+        inherited = {field.name for field in dataclasses.fields(item.__mro__[1])}
+        own = (field.name for field in dataclasses.fields(item) if field.name not in inherited)
+        return f"{name}(\n    " + ",\n    ".join(own) + ",\n)"
+    text = f"{name}{inspect.signature(item)}".replace("'", "")
+    text = re.sub(r"<factory>", "...", text)
+    if len(text) <= 100:
+        return text
+    arguments = [str(p).replace("'", "") for p in inspect.signature(item).parameters.values()]
+    return f"{name}(\n    " + ",\n    ".join(arguments).replace("<factory>", "...") + ",\n)"
+
+
+def entry(name: str, item: Any) -> str:
+    """One name's section."""
+    lines = [f"## `{name}`", ""]
+    if inspect.isclass(item) and dataclasses.is_dataclass(item) and "Config" not in item.__name__:
+        lines += ["A dataclass.", ""]
+    elif callable(item):
+        lines += ["```text", signature(name, item), "```", ""]
+    doc = inspect.getdoc(item) or ""
+    first, _, rest = doc.partition("\n\n")
+    lines += [first, ""]
+    if rest.strip():
+        lines += ["```text", rest.strip(), "```", ""]
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """The whole page."""
+    names = [(f"lorasb.{name}", getattr(lorasb, name)) for name in sorted(lorasb.__all__)]
+    names = [(name, item) for name, item in names if callable(item)]
+    names += [(f"lorasb.functional.{name}", getattr(lorasb.functional, name)) for name in FUNCTIONAL]
+    contents = "\n".join(f"- [{name}](#{re.sub(r'[^a-z0-9_]', '', name.lower())})" for name, _ in names)
+    text = "\n".join([HEAD, contents, "", *(entry(*one) for one in names)])
+    return textwrap.dedent(text).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
