@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.methods import grid, rows, tables
+from benchmarks.methods import grid, pictures, rows, tables
 from benchmarks.methods.grid import METHODS, TASKS, Cell
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -49,6 +49,8 @@ def start(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
 def todo(options: argparse.Namespace) -> list[Cell]:
     """What is missing: sweeps first, and the seeds of what has been swept."""
     there = rows.read(options.output / ROWS)
+    if options.samples:
+        return rows.missing(grid.samples(TASKS["chain_sum"]), there)
     cells: list[Cell] = []
     for name in options.task:
         for method in grid.order(options.method):
@@ -94,9 +96,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600, help="start no run after so many")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
+    parser.add_argument("--samples", action="store_true", help="only: samples of the initialisation, chain_sum, r=64")
+    parser.add_argument("--picture", type=Path, help="draw what is there for chain_sum, and run nothing")
     parser.add_argument("--table", action="store_true", help="print what is there and run nothing")
     options = parser.parse_args()
     console = Console(width=120)
+    if options.picture:
+        pictures.choosing(rows.read(options.output / ROWS), "chain_sum", options.picture)
+        return
     if not options.table:
         run_all(options, console)
     for table in tables.summary(rows.read(options.output / ROWS)):

@@ -1,0 +1,87 @@
+"""Pictures of the grid: validation loss over learning rates, over ranks, and over samples of the initialisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods.grid import TASKS
+from lorasb.plotting import GRAD, INK, SIGN
+
+Row = dict[str, str]
+COLOURS = {"LoRA-SB": GRAD, "LoRA-XS": SIGN, "LoRA": "#6b7280", "full": INK}
+DASHES = ("-", "--", ":")
+
+
+def curves(rows: Sequence[Row], task: str) -> dict[tuple[str, int], dict[float, float]]:
+    """Validation loss by learning rate, for every method and rank that is drawn."""
+    found: dict[tuple[str, int], dict[float, float]] = {}
+    for row in rows:
+        if (row["task"], row["split"], row["variant"]) == (task, "validation", "") and row["method"] in COLOURS:
+            found.setdefault((row["method"], int(row["r"])), {})[float(row["lr"])] = float(row["loss"])
+    return found
+
+
+def samples(rows: Sequence[Row], task: str) -> dict[int, list[float]]:
+    """Validation losses by samples of the initialisation, one a seed."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        name, _, count = row["variant"].partition("=")
+        if row["task"] == task and row["split"] == "validation" and name == "samples":
+            found.setdefault(int(count), []).append(float(row["loss"]))
+    return found
+
+
+def choosing(rows: Sequence[Row], task: str, path: Path) -> None:
+    """Three panels: learning rate, rank, samples."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
+    found = curves(rows, task)
+    _rates(axes[0], found)
+    _ranks(axes[1], found)
+    _samples(axes[2], samples(rows, task))
+    axes[0].set_ylabel("validation loss (nats per token)")
+    held, steps = TASKS[task].validation, TASKS[task].steps
+    figure.suptitle(
+        f"{task}: SmolLM2-135M, {steps} steps of {TASKS[task].batch}, n = {held} held-out, seed 0", fontsize=10
+    )
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(alpha=0.25)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _rates(axes: Any, found: Mapping[tuple[str, int], dict[float, float]]) -> None:
+    for (method, r), losses in sorted(found.items(), key=lambda item: (list(COLOURS).index(item[0][0]), -item[0][1])):
+        ranks = sorted((rank for name, rank in found if name == method), reverse=True)
+        rates = sorted(losses)
+        label = f"{method}, r={r}" if r else method
+        style = DASHES[ranks.index(r) % len(DASHES)]
+        axes.plot(rates, [losses[lr] for lr in rates], style, color=COLOURS[method], marker="o", ms=4, label=label)
+    axes.set(xscale="log", xlabel="peak learning rate (AdamW)")
+    axes.legend(frameon=False, fontsize=7)
+
+
+def _ranks(axes: Any, found: Mapping[tuple[str, int], dict[float, float]]) -> None:
+    for method in ("LoRA-SB", "LoRA-XS"):
+        best = {r: min(losses.values()) for (name, r), losses in found.items() if name == method}
+        if best:
+            axes.plot(sorted(best), [best[r] for r in sorted(best)], "-o", color=COLOURS[method], ms=4, label=method)
+    axes.set(xlabel="rank r, each at its best rate")
+    axes.legend(frameon=False, fontsize=7)
+
+
+def _samples(axes: Any, found: Mapping[int, list[float]]) -> None:
+    counts = sorted(found)
+    means = [sum(found[count]) / len(found[count]) for count in counts]
+    axes.plot(counts, means, "-o", color=COLOURS["LoRA-SB"], ms=4, label="LoRA-SB, r=64")
+    for count in counts:
+        axes.plot([count] * len(found[count]), found[count], ".", color=COLOURS["LoRA-SB"], alpha=0.4, ms=4)
+    axes.set(xscale="log", xlabel="samples of the initialisation")
+    axes.legend(frameon=False, fontsize=7)
