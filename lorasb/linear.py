@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from . import _peft_hook
+from . import _peft_hook, merging
 from .containers import HALVES, LOADED, Cores, FrozenFactors, placed_like
 from .functional import dequantize_nf4, lora_sb_linear, quantised_linear
 from .offloading import brought_back
@@ -343,23 +342,8 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         return delta.t() if self.fan_in_fan_out else delta
 
     def merged_weight(self, adapter_names: list[str], sign: float = 1.0) -> Tensor:
-        """The base weight with the adapters' deltas added at their own precision, then rounded once.
-
-        Raises:
-            ValueError: the result is not finite.
-        """
-        found = self.quantised()
-        weight = self.base_weight().detach() if found is None else dequantize_nf4(found, self.base_dtype)
-        total = weight
-        for name in adapter_names:
-            total = total + sign * self.get_delta_weight(name)
-        merged = total.to(weight.dtype)
-        if not torch.isfinite(merged).all():
-            raise ValueError(
-                f"merging adapters {adapter_names} gives weights that are not finite in {weight.dtype}; the weights "
-                "were left as they are. Check the adapter's training, or merge into a wider dtype"
-            )
-        return merged
+        """The base weight with the adapters' deltas added at their own precision; ValueError if it is not finite."""
+        return merging.merged_weight(self, adapter_names, sign)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add s·B R A to the base weight. A result that is not finite raises, with `safe_merge` and without.
@@ -367,36 +351,12 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         A quantised base gives way to a dense layer in the dtype that it computes in, and comes back with `unmerge`.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lorasb_R]
-        if not names:
-            return
-        merged = self.merged_weight(names)
-        if self.quantised() is not None:
-            self._packed_base.append(self.base_layer)
-            self.base_layer = self._dense_layer(merged)
-        else:
-            self.base_weight().data = merged
-        self.merged_adapters.extend(names)
-
-    def _dense_layer(self, weight: Tensor) -> nn.Linear:
-        """A frozen `nn.Linear` with this weight and the base's bias."""
-        bias = cast("Tensor | None", self.get_base_layer().bias)
-        dense = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            dense.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
-        return dense.train(self.training)
+        if names:
+            merging.merge(self, names)
 
     def unmerge(self) -> None:
         """Subtract what `merge` added, at the adapter's precision; a quantised base comes back as it was."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        if self._packed_base:
-            self.base_layer = self._packed_base.pop()
-            self.merged_adapters.clear()
-            return
-        self.base_weight().data = self.merged_weight(self.merged_adapters, sign=-1.0)
-        self.merged_adapters.clear()
+        merging.unmerge(self)
 
     def settle_dtypes(self, adapter_name: str) -> None:
         """Put an adapter on the base's device, A and B in its dtype and frozen, R in fp32."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
@@ -17,18 +16,25 @@ from transformers.pytorch_utils import Conv1D
 
 from . import checkpoint, experts, peft_loading, shared_factors, siblings
 from .combining import combine
-from .config import ALL_LINEAR, DEFAULT_RANK, PEFT_NAME, LoRASBConfig
+from .config import ALL_LINEAR, PEFT_NAME, LoRASBConfig
 from .fingerprint import difference, fingerprint
 from .linear import LoRASBLinear
 from .lookup import PEFT_PREFIX, any_merged, layers_with
 from .mixing import adapters_by_row
-from .quantised import is_quantised, keep_unpacked, of_module
+from .quantised import keep_unpacked
 from .requantising import Requantised
+from .targets import (
+    base_of,
+    check_supported,
+    chosen,
+    inside_tuner,
+    rank_for,
+    refuse_tied_head,
+    resolve_ranks,
+    save_heads,
+)
 from .task_type import infer_task_type
 from .zero import with_kept_factors
-
-HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj")
-OWN_WEIGHT_READERS = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
 
 
 class LoRASBModel(BaseTuner):
@@ -62,7 +68,7 @@ class LoRASBModel(BaseTuner):
             config.start_over()
             config.task_type = config.task_type or infer_task_type(model)
             keep_unpacked(model)
-            _save_heads(model, config)
+            save_heads(model, config)
             if config.target_parameters:
                 experts.open_targets(model, config.target_parameters)
             self._plan(model, config)
@@ -117,19 +123,19 @@ class LoRASBModel(BaseTuner):
         everything = config.target_modules == ALL_LINEAR
         _maybe_include_all_linear_layers(config, model)
         if everything:
-            config.target_modules = _chosen(model, config)
+            config.target_modules = chosen(model, config)
         targets = {
             name: module
             for name, module in model.named_modules()
-            if name and self._check_target_module_exists(config, name) and not _inside_tuner(model, name)
+            if name and self._check_target_module_exists(config, name) and not inside_tuner(model, name)
         }
         for name, module in targets.items():
-            _check_supported(name, module)
-        _refuse_tied_head(model, targets)
-        _resolve_ranks(config, targets)
+            check_supported(name, module)
+        refuse_tied_head(model, targets)
+        resolve_ranks(config, targets)
         if config.base_fingerprint and not any_merged(model):
             reason = difference(
-                {name: _base(module).weight for name, module in targets.items()}, config.base_fingerprint
+                {name: base_of(module).weight for name, module in targets.items()}, config.base_fingerprint
             )
             if reason:
                 raise ValueError(
@@ -296,111 +302,6 @@ def discard(model: Any, adapter_name: str) -> None:
             elif isinstance(child, AuxiliaryTrainingWrapper):
                 setattr(parent, name, child.original_module)
     experts.close(model)
-
-
-def rank_for(config: LoRASBConfig, name: str) -> int:
-    """The rank of the layer `name`: its entry in rank_pattern (name or regex, matched at the end), else r."""
-    return _pattern_rank(config, name) or config.r or DEFAULT_RANK
-
-
-def _pattern_rank(config: LoRASBConfig, name: str) -> int | None:
-    matching = (rank for key, rank in config.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
-    return next(matching, None)
-
-
-def _resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
-    """Write the default rank into the config, with the layers too small for it; check explicit ones."""
-    default = config.r is None
-    capped = {}
-    for name, module in targets.items():
-        limit = min(_features(_base(module)))
-        if rank_for(config, name) <= limit:
-            continue
-        if not default or _pattern_rank(config, name) is not None:
-            raise ValueError(
-                f"rank {rank_for(config, name)} is more than layer {name!r} allows: min(in_features, out_features) = "
-                f"{limit}. Lower r, or give this layer its own: rank_pattern={{{name.rpartition('.')[2]!r}: {limit}}}"
-            )
-        capped[re.escape(name)] = limit
-    config.r, config.rank_pattern = config.r or DEFAULT_RANK, config.rank_pattern | capped
-
-
-def _chosen(model: nn.Module, config: LoRASBConfig) -> set[str]:
-    """What "all-linear" leaves after layers_to_transform, which PEFT applies to short names only, and heads."""
-    names = {
-        n
-        for n in config.target_modules or ()
-        if not isinstance(model.get_submodule(n), OWN_WEIGHT_READERS) and experts.parameter_of(n) is None
-    }
-    if config.layers_to_transform is None:
-        return names
-    wanted = config.layers_to_transform
-    wanted = [wanted] if isinstance(wanted, int) else list(wanted)
-    patterns = config.layers_pattern or r"[^.]*"
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = {n: re.match(rf"(?:^|.*?\.)(?:{'|'.join(patterns)})\.(\d+)\.", n) for n in names}
-    return {name for name, match in found.items() if match and int(match.group(1)) in wanted}
-
-
-def _refuse_tied_head(model: Any, targets: dict[str, nn.Module]) -> None:
-    """A head that shares the embedding's weight cannot be adapted: merging would move the embedding too."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    shared = getattr(embedding, "weight", None)
-    for name, module in targets.items():
-        if shared is not None and _base(module).weight is shared:
-            raise ValueError(
-                f"target {name!r} shares its weight with the input embedding: leave it out of target_modules, or load "
-                "the model with tie_word_embeddings=False"
-            )
-
-
-def _base(module: nn.Module) -> Any:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def _features(base: Any) -> tuple[int, int]:
-    """(out, in), either way round: a packed weight's own shape tells nothing."""
-    shape = (base.out_features, base.in_features) if is_quantised(base) else base.weight.shape
-    return int(shape[0]), int(shape[1])
-
-
-def _check_supported(name: str, module: nn.Module) -> None:
-    base = _base(module)
-    if is_quantised(base):
-        try:
-            of_module(base)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"target {name!r}: {error}") from None
-        return
-    weight = getattr(base, "weight", None)
-    if isinstance(base, OWN_WEIGHT_READERS):
-        raise TypeError(
-            f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it: "
-            "name it in exclude_modules"
-        )
-    if isinstance(base, nn.Linear | Conv1D) and weight is not None:
-        if weight.dim() == 2 and weight.dtype in checkpoint.FLOATS and type(weight.data) is Tensor:
-            return
-        raise TypeError(
-            f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: expected "
-            "fp32, bf16 or fp16, or a layer that bitsandbytes or lorasb.quantize quantised"
-        )
-    raise TypeError(
-        f"target {name!r} is a {type(base).__name__}: expected nn.Linear (or transformers' Conv1D). "
-        "Narrow target_modules, or name it in exclude_modules"
-    )
-
-
-def _inside_tuner(model: nn.Module, name: str) -> bool:
-    parts = name.split(".")
-    return any(isinstance(model.get_submodule(".".join(parts[:i])), BaseTunerLayer) for i in range(1, len(parts)))
-
-
-def _save_heads(model: nn.Module, config: LoRASBConfig) -> None:
-    """A classification head is trained whole and saved, never adapted: its weights are fresh."""
-    heads = [name for name, _ in model.named_children() if name in HEADS]
-    if heads:
-        config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or []), *heads])]
 
 
 @contextmanager

@@ -100,7 +100,8 @@ def initialize(
         left_alone(model),
     )  # fmt: skip
     config.init_provenance = provenance(report, found.data_hash)
-    if not any(layer.lorasb_R[name].requires_grad for layer in layers.values()):
+    active = any(name in layer.active_adapters for layer in layers.values())
+    if active and not any(layer.lorasb_R[name].requires_grad for layer in layers.values()):
         warnings.warn(
             f"adapter {name!r} is initialised, and nothing of it will train, as no R requires a gradient: "
             f"model.set_adapter({name!r})",
