@@ -104,7 +104,7 @@ def gemma_9b(intermediate: int = 14336) -> nn.Module:
 GIGA, TERA = 1e9, 1e12
 WITHOUT_R = "r = 24 is 78.97 G without the products with R"
 TWICE_AS_WIDE = (
-    "the paper's would be 15.0e9 weights, and the model has 9.2e9. Its steps between ranks are those of an MLP twice as "
+    "the paper's would be 15.0e9 weights, the model has 9.2e9. Its steps between ranks are those of an MLP twice as "
     "wide (28672), which is what Google's own configuration counts for gate and up together"
 )
 MODELS = (
