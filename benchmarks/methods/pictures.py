@@ -65,6 +65,7 @@ def _rates(axes: Any, found: Mapping[tuple[str, int], dict[float, float]]) -> No
         style = DASHES[ranks.index(r) % len(DASHES)]
         axes.plot(rates, [losses[lr] for lr in rates], style, color=COLOURS[method], marker="o", ms=4, label=label)
     axes.set(xscale="log", xlabel="peak learning rate (AdamW)")
+    axes.xaxis.set_minor_formatter(lambda value, place: "")
     axes.legend(frameon=False, fontsize=7)
 
 
@@ -84,4 +85,6 @@ def _samples(axes: Any, found: Mapping[int, list[float]]) -> None:
     for count in counts:
         axes.plot([count] * len(found[count]), found[count], ".", color=COLOURS["LoRA-SB"], alpha=0.4, ms=4)
     axes.set(xscale="log", xlabel="samples of the initialisation")
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.xaxis.set_minor_formatter(lambda value, place: "")
     axes.legend(frameon=False, fontsize=7)
