@@ -179,8 +179,8 @@ def view(found: list[dict[str, Any]]) -> Table:
     return table
 
 
-def main(output: Path) -> None:
-    """Count, print and write."""
+def main(output: Path, folder: Path | None = None) -> None:
+    """Count, print and write; no data is needed."""
     found = rows()
     Console(width=120).print(view(found))
     output.mkdir(parents=True, exist_ok=True)
