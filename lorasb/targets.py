@@ -6,12 +6,11 @@ import re
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
-from . import checkpoint, experts
+from . import experts
 from .config import DEFAULT_RANK, LoRASBConfig
-from .quantised import is_quantised, of_module
+from .quantised import is_quantised
 
 HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj")
 OWN_WEIGHT_READERS = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
@@ -81,33 +80,6 @@ def features_of(base: Any) -> tuple[int, int]:
     """(out, in), either way round: a packed weight's own shape tells nothing."""
     shape = (base.out_features, base.in_features) if is_quantised(base) else base.weight.shape
     return int(shape[0]), int(shape[1])
-
-
-def check_supported(name: str, module: nn.Module) -> None:
-    base = base_of(module)
-    if is_quantised(base):
-        try:
-            of_module(base)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"target {name!r}: {error}") from None
-        return
-    weight = getattr(base, "weight", None)
-    if isinstance(base, OWN_WEIGHT_READERS):
-        raise TypeError(
-            f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it: "
-            "name it in exclude_modules"
-        )
-    if isinstance(base, nn.Linear | Conv1D) and weight is not None:
-        if weight.dim() == 2 and weight.dtype in checkpoint.FLOATS and type(weight.data) is Tensor:
-            return
-        raise TypeError(
-            f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: expected "
-            "fp32, bf16 or fp16, or a layer that bitsandbytes or lorasb.quantize quantised"
-        )
-    raise TypeError(
-        f"target {name!r} is a {type(base).__name__}: expected nn.Linear (or transformers' Conv1D). "
-        "Narrow target_modules, or name it in exclude_modules"
-    )
 
 
 def inside_tuner(model: nn.Module, name: str) -> bool:

@@ -21,11 +21,11 @@ from .fingerprint import difference, fingerprint
 from .linear import LoRASBLinear
 from .lookup import PEFT_PREFIX, any_merged, layers_with
 from .mixing import adapters_by_row
-from .quantised import keep_unpacked
+from .quantised import is_quantised, keep_unpacked, of_module
 from .requantising import Requantised
 from .targets import (
+    OWN_WEIGHT_READERS,
     base_of,
-    check_supported,
     chosen,
     inside_tuner,
     rank_for,
@@ -130,7 +130,7 @@ class LoRASBModel(BaseTuner):
             if name and self._check_target_module_exists(config, name) and not inside_tuner(model, name)
         }
         for name, module in targets.items():
-            check_supported(name, module)
+            _check_supported(name, module)
         refuse_tied_head(model, targets)
         resolve_ranks(config, targets)
         if config.base_fingerprint and not any_merged(model):
@@ -302,6 +302,33 @@ def discard(model: Any, adapter_name: str) -> None:
             elif isinstance(child, AuxiliaryTrainingWrapper):
                 setattr(parent, name, child.original_module)
     experts.close(model)
+
+
+def _check_supported(name: str, module: nn.Module) -> None:
+    base = base_of(module)
+    if is_quantised(base):
+        try:
+            of_module(base)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"target {name!r}: {error}") from None
+        return
+    weight = getattr(base, "weight", None)
+    if isinstance(base, OWN_WEIGHT_READERS):
+        raise TypeError(
+            f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it: "
+            "name it in exclude_modules"
+        )
+    if isinstance(base, nn.Linear | Conv1D) and weight is not None:
+        if weight.dim() == 2 and weight.dtype in checkpoint.FLOATS and type(weight.data) is Tensor:
+            return
+        raise TypeError(
+            f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: expected "
+            "fp32, bf16 or fp16, or a layer that bitsandbytes or lorasb.quantize quantised"
+        )
+    raise TypeError(
+        f"target {name!r} is a {type(base).__name__}: expected nn.Linear (or transformers' Conv1D). "
+        "Narrow target_modules, or name it in exclude_modules"
+    )
 
 
 @contextmanager
