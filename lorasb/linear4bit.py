@@ -160,9 +160,7 @@ class Linear4bit(nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if (
-            self._sharded()
-        ):  # checkpoints of an adapter's training hold nothing of the base's: the file it came from does
+        if self._sharded():  # a checkpoint of an adapter's training holds nothing of the base
             return
         for name, tensor in self.quant_state.as_tensors().items():
             destination[f"{prefix}weight.{name}"] = tensor
