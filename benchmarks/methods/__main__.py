@@ -54,7 +54,7 @@ def todo(options: argparse.Namespace) -> list[Cell]:
     cells: list[Cell] = []
     for name in options.task:
         for method in grid.order(options.method):
-            wanted = [*grid.sweep(TASKS[name], method), *grid.finals(TASKS[name], method, there)]
+            wanted = [*grid.sweep(TASKS[name], method, there), *grid.finals(TASKS[name], method, there)]
             cells += rows.missing(wanted, there)
     return cells
 

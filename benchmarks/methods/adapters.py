@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import lorasb
+from benchmarks.methods import starts
 from benchmarks.methods.grid import Cell, Method, Task
 from benchmarks.methods.problems import Batch, Problem
 
@@ -32,18 +35,27 @@ def put_in(problem: Problem, method: Method, cell: Cell, batches: Batches, warmu
 
 def _core(problem: Problem, method: Method, cell: Cell, batches: Batches, warmup: int) -> tuple[Any, Any]:
     options = dict(cell.options)
+    init = options.get("init", "lora-xs" if method.name == "LoRA-XS" else "update")
     config = lorasb.LoRASBConfig(
         r=cell.r, target_modules=problem.targets, modules_to_save=problem.head or None, task_type=problem.task_type,
-        init=options.pop("init", "lora-xs" if method.name == "LoRA-XS" else "update"),
+        init=init,
     )  # fmt: skip
-    samples = options.pop("samples", None)
     model = lorasb.patch(problem.model, config)
-    count = samples or min(len(problem.train), max(32, -(-len(problem.train) // 1000)))
-    report = lorasb.initialize(
-        model, batches(count), lr=lorasb.first_step_lr(cell.lr, warmup), num_samples=count, seed=cell.seed,
-        progress=False, update=options.pop("update", "adamw"),
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "signs" if "noise" in options else None
+        report = begin(model, problem, cell, batches, lorasb.first_step_lr(cell.lr, warmup), cache)
+        starts.change(model, options, lorasb.first_step_lr(cell.lr, warmup), cell.seed, cache)
     return model, report
+
+
+def begin(model: Any, problem: Problem, cell: Cell, batches: Batches, eta: float, cache: Path | None = None) -> Any:
+    """Initialise by a cell's options."""
+    options = dict(cell.options)
+    count = options.get("samples") or min(len(problem.train), max(32, -(-len(problem.train) // 1000)))
+    return lorasb.initialize(
+        model, batches(count), lr=eta, num_samples=count, seed=cell.seed, progress=False, cache=cache,
+        update=options.get("update", "adamw"),
+    )  # fmt: skip
 
 
 def _lora(problem: Problem, method: Method, cell: Cell, batches: Batches) -> Any:

@@ -13,6 +13,29 @@ WARMUP = 0.1  # share of the steps; then the rate falls to zero in a line
 
 
 @dataclass(frozen=True)
+class Rates:
+    """Learning rates of a sweep: three of a ladder first, then outward for as long as the best is the last one tried.
+
+    Whatever a method's best rate is, the next lower and the next higher were tried too, or the ladder ends there.
+    """
+
+    ladder: tuple[float, ...]
+    first: int  # where on the ladder the three begin
+
+    @property
+    def start(self) -> tuple[float, ...]:
+        return self.ladder[self.first : self.first + 3]
+
+    def next(self, tried: Mapping[float, float]) -> tuple[float, ...]:
+        """What to try next, given losses by rate; nothing where the best has been found."""
+        if missing := tuple(lr for lr in self.start if lr not in tried):
+            return missing
+        at = self.ladder.index(min(tried, key=lambda lr: tried[lr]))
+        around = self.ladder[max(0, at - 1) : at + 2]
+        return tuple(lr for lr in around if lr not in tried)
+
+
+@dataclass(frozen=True)
 class Task:
     """A data set, a model and what a run costs.
 
@@ -22,7 +45,7 @@ class Task:
         validation, test: examples of these splits.
         rank: LoRA's and its relatives'.
         ranks: of LoRA-XS and LoRA-SB, the largest last; only that one on tasks that have one.
-        rates: by family of methods, the same number for each.
+        rates: by family of methods: as many for each, and the same rule to go on (`Rates`).
         head_lr: of a head that is trained from its random start, whatever the method.
     """
 
@@ -36,13 +59,22 @@ class Task:
     test: int
     rank: int
     ranks: tuple[int, ...]
-    rates: Mapping[str, tuple[float, ...]]
+    rates: Mapping[str, Rates]
     head_lr: float | None = None
     data: str | None = None  # prefix of files in the data folder; generated where there is none
 
 
 FULL, LOW, CORE = "full", "lora", "core"  # families that share learning rates
-LM_RATES = {FULL: (1e-5, 3e-5, 1e-4, 3e-4), LOW: (1e-4, 3e-4, 1e-3, 3e-3), CORE: (5e-4, 1e-3, 2e-3, 4e-3)}
+LM_RATES = {
+    FULL: Rates((1e-5, 3e-5, 1e-4, 3e-4, 1e-3), 1),
+    LOW: Rates((3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 2),
+    CORE: Rates((6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), 3),
+}
+COLA_RATES = {
+    FULL: Rates((1e-5, 3e-5, 1e-4, 3e-4, 1e-3), 1),
+    LOW: Rates((1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 1),
+    CORE: Rates((2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2, 2.56e-1), 1),
+}
 TASKS = {
     task.name: task
     for task in (
@@ -50,8 +82,7 @@ TASKS = {
         Task("word_sequence_reversal", "exact match", True, 1200, 75, 16, 100, 200, 32, (96,), LM_RATES),
         Task("gsm8k", "held-out loss", False, 320, 40, 8, 48, 96, 32, (96,), LM_RATES, data="gsm8k"),
         Task(
-            "cola", "Matthews correlation", True, 7250, 400, 32, 600, 1301, 8, (8, 16, 24),
-            {FULL: (3e-5, 1e-4, 3e-4, 1e-3), LOW: (3e-4, 1e-3, 3e-3, 1e-2), CORE: (1e-3, 4e-3, 1.6e-2, 6.4e-2)},
+            "cola", "Matthews correlation", True, 7250, 400, 32, 600, 1301, 8, (8, 16, 24), COLA_RATES,
             head_lr=1e-3, data="cola",
         ),
     )
@@ -118,10 +149,10 @@ def order(names: Sequence[str]) -> list[Method]:
     return sorted((METHODS[name] for name in names), key=lambda m: first.index(m.name) if m.name in first else 9)
 
 
-def sweep(task: Task, method: Method) -> Iterator[Cell]:
-    """The learning rates, by one seed on the validation split."""
+def sweep(task: Task, method: Method, rows: Sequence[dict[str, str]]) -> Iterator[Cell]:
+    """The learning rates that are to be tried next, by one seed on the validation split."""
     for r in ranks(task, method):
-        for lr in task.rates[method.family]:
+        for lr in task.rates[method.family].next(swept(task, method, r, rows)):
             yield Cell(task.name, "validation", method.name, r, lr, SWEEP_SEED)
 
 
@@ -141,16 +172,17 @@ def samples(task: Task) -> Iterator[Cell]:
             yield Cell(task.name, "validation", "LoRA-SB", 64, 1e-3, seed, f"samples={count}", options)
 
 
-def best_rate(task: Task, method: Method, r: int, rows: Sequence[dict[str, str]]) -> float | None:
-    """The rate of the least validation loss (for CoLA, of the best score), or None before all were tried."""
-    found = {
-        float(row["lr"]): row
+def swept(task: Task, method: Method, r: int, rows: Sequence[dict[str, str]]) -> dict[float, float]:
+    """By learning rate: what the choice between them minimises, validation loss (for CoLA, minus the score)."""
+    return {
+        float(row["lr"]): -float(row["score"]) if task.name == "cola" else float(row["loss"])
         for row in rows
         if (row["task"], row["split"], row["method"], row["r"], row["variant"])
         == (task.name, "validation", method.name, str(r), "")
     }
-    if not set(task.rates[method.family]) <= found.keys():
-        return None
-    if task.name == "cola":
-        return max(found, key=lambda lr: float(found[lr]["score"]))
-    return min(found, key=lambda lr: float(found[lr]["loss"]))
+
+
+def best_rate(task: Task, method: Method, r: int, rows: Sequence[dict[str, str]]) -> float | None:
+    """The rate of the least validation loss (for CoLA, of the best score), or None before all were tried."""
+    found = swept(task, method, r, rows)
+    return None if task.rates[method.family].next(found) else min(found, key=lambda lr: found[lr])

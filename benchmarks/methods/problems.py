@@ -33,6 +33,7 @@ class Problem:
         train: examples, in a fixed order; runs draw theirs by seed.
         collate: from examples to a batch whose loss `model(**batch).loss` is.
         judge: (model, split) -> (loss, score).
+        loss: (model, split) -> loss, without the answers that a score may take.
         targets: modules that are adapted.
         head: names of modules that are trained whole.
         task_type: PEFT's.
@@ -42,6 +43,7 @@ class Problem:
     train: Sequence[Any]
     collate: Callable[[Sequence[Any]], Batch]
     judge: Callable[[nn.Module, str], tuple[float, float]]
+    loss: Callable[[nn.Module, str], float]
     targets: Any
     head: list[str]
     task_type: str
@@ -95,22 +97,25 @@ def _language(task: Task, folder: Path | None, dtype: torch.dtype) -> Problem:
     coded = {name: [encode(e, tokenizer, MAX_LENGTH) for e in part] for name, part in parts.items()}
     collate: Any = Collator(tokenizer.pad_token_id, model)
 
+    def loss(tuned: nn.Module, split: str) -> float:
+        return _mean_loss(tuned, collate, coded[split], 2 * task.batch)
+
     def judge(tuned: nn.Module, split: str) -> tuple[float, float]:
         if not task.higher_is_better:  # answers stay at the floor: the loss is the score
-            loss = _mean_loss(tuned, collate, coded[split], task.batch)
-            return loss, loss
+            return (loss(tuned, split),) * 2
         found = evaluate(tuned, tokenizer, parts[split], coded[split], 2 * task.batch, split)
         return found.loss, found.accuracy
 
-    return Problem(model, coded["train"], collate, judge, LINEARS, [], "CAUSAL_LM")
+    return Problem(model, coded["train"], collate, judge, loss, LINEARS, [], "CAUSAL_LM")
 
 
 @torch.no_grad()
 def _mean_loss(model: nn.Module, collate: Collator, coded: list[Encoded], batch: int) -> float:
     """Nats a token, each example's own mean, over examples."""
     model.eval()
-    starts = range(0, len(coded), batch)
-    losses = [loss for i in starts for loss in example_losses(model, collate(coded[i : i + batch]))]
+    order = sorted(coded, key=len)  # little padding
+    starts = range(0, len(order), batch)
+    losses = [loss for i in starts for loss in example_losses(model, collate(order[i : i + batch]))]
     return sum(losses) / len(losses)
 
 
@@ -152,7 +157,11 @@ def _cola(task: Task, folder: Path | None) -> Problem:
         return _classify(tuned, collate, held[split])
 
     targets = r".*attention\.(self\.(query|key|value)|output\.dense)"
-    return Problem(model, lines["train"][task.validation :], collate, judge, targets, ["classifier"], "SEQ_CLS")
+
+    def loss(tuned: nn.Module, split: str) -> float:
+        return judge(tuned, split)[0]
+
+    return Problem(model, lines["train"][task.validation :], collate, judge, loss, targets, ["classifier"], "SEQ_CLS")
 
 
 @torch.no_grad()

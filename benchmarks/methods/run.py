@@ -33,7 +33,7 @@ def run(cell: Cell, folder: Path | None) -> dict[str, Any]:
     task, method = TASKS[cell.task], METHODS[cell.method]
     narrow = method.family != FULL and task.name != "cola"
     problem = load(task, folder, torch.bfloat16 if narrow else torch.float32)
-    before = problem.judge(problem.model, cell.split)[0]
+    before = problem.loss(problem.model, cell.split)
     warmup = round(WARMUP * task.steps)
     model, init_seconds, report = put_in(problem, method, cell, lambda n: _drawn(problem, task, cell.seed, n), warmup)
     started = time.perf_counter()
