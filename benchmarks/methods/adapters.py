@@ -15,6 +15,7 @@ import lorasb
 from benchmarks.methods import starts
 from benchmarks.methods.grid import Cell, Method, Task
 from benchmarks.methods.problems import Batch, Problem
+from lorasb.merging import merged_weight
 
 Batches = Callable[[int], list[Batch]]  # so many samples, drawn for the initialisation, in batches
 LORA_GA_SAMPLES = 32  # as many as LoRA-SB takes
@@ -56,6 +57,14 @@ def begin(model: Any, problem: Problem, cell: Cell, batches: Batches, eta: float
         model, batches(count), lr=eta, num_samples=count, seed=cell.seed, progress=False, cache=cache,
         update=options.get("update", "adamw"),
     )  # fmt: skip
+
+
+def begin_again(model: Any, problem: Problem, cell: Cell, batches: Batches, warmup: int) -> None:
+    """A second SVD in the middle of training: what was learnt goes into the base weights, and R starts anew."""
+    for layer in starts.layers(model).values():
+        layer.base_weight().data = merged_weight(layer, [starts.ADAPTER])
+    begin(model, problem, cell, batches, lorasb.first_step_lr(cell.lr, warmup))
+    model.train()
 
 
 def _lora(problem: Problem, method: Method, cell: Cell, batches: Batches) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 
 SEEDS = (0, 1, 2)
 SWEEP_SEED = 0
-SAMPLES = (1, 5, 25, 50, 100, 200)
 WARMUP = 0.1  # share of the steps; then the rate falls to zero in a line
 
 
@@ -162,14 +161,6 @@ def finals(task: Task, method: Method, rows: Sequence[dict[str, str]]) -> Iterat
         rate = best_rate(task, method, r, rows)
         if rate is not None:
             yield from (Cell(task.name, "test", method.name, r, rate, seed) for seed in SEEDS)
-
-
-def samples(task: Task) -> Iterator[Cell]:
-    """The paper's Table 6: how many samples the initialisation takes, at one rank and rate."""
-    for seed in SEEDS[:1]:
-        for count in SAMPLES:
-            options = (("samples", count),)
-            yield Cell(task.name, "validation", "LoRA-SB", 64, 1e-3, seed, f"samples={count}", options)
 
 
 def swept(task: Task, method: Method, r: int, rows: Sequence[dict[str, str]]) -> dict[float, float]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.four_bits import commit
-from benchmarks.methods.adapters import optimizer, put_in
+from benchmarks.methods.adapters import begin_again, optimizer, put_in
 from benchmarks.methods.grid import FULL, METHODS, TASKS, WARMUP, Cell, Task
 from benchmarks.methods.problems import Batch, Problem, load
 from benchmarks.timing import environment
@@ -86,7 +86,11 @@ def train(model: Any, problem: Problem, task: Task, cell: Cell, warmup: int) -> 
     torch.manual_seed(cell.seed)  # dropout
     model.train()
     losses = []
+    again = round(dict(cell.options).get("again", 0) * task.steps)
     for step, batch in enumerate(batches(problem, task, cell.seed)):
+        if again and step == again:
+            begin_again(model, problem, cell, lambda n: _drawn(problem, task, cell.seed + 1, n), warmup)
+            opt.state.clear()
         share = min((step + 1) / max(1, warmup), (task.steps - step) / max(1, task.steps - warmup))
         for group, peak in zip(opt.param_groups, peaks, strict=True):
             group["lr"] = peak * share

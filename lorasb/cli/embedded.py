@@ -28,7 +28,7 @@ def resolve_model(name: str) -> str:
     """A folder or hub id for `from_pretrained`: the embedded model's converted folder, or `name` itself.
 
     The embedded GGUF is converted once, to bf16 safetensors in the cache folder. A conversion that is cut off leaves
-    nothing behind.
+    nothing behind, and of several processes that convert at once the first to end is kept.
 
     Raises:
         FileNotFoundError: the package that carries the model is missing; the message has the pip command.
@@ -49,6 +49,9 @@ def resolve_model(name: str) -> str:
     try:
         _convert(source, temporary)
         os.replace(temporary, target)
+    except OSError:
+        if not (target / "config.json").is_file():  # else another process was first
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return str(target)

@@ -1,0 +1,81 @@
+"""Runs cells side by side, each in a process of its own, and writes their rows as they finish."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.methods import rows
+from benchmarks.methods.grid import Cell
+
+RESULTS = Path(__file__).parents[1] / "results"
+ROWS, CURVES = "methods.csv", "methods-curves.jsonl"
+Wanted = Callable[[list[dict[str, str]]], Sequence[Cell]]  # from the rows that are there to the cells that should be
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What all that runs cells may be told."""
+    parser.add_argument("--data-dir", type=Path, help="folder of cola.*.jsonl and gsm8k.*.jsonl")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--minutes", type=float, default=600, help="start no run after so many")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each worker")
+
+
+def start(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    """One run in a process of its own.
+
+    Raises:
+        RuntimeError: it failed; the message ends with what it said.
+    """
+    command = [sys.executable, "-m", "benchmarks.methods.run", json.dumps(cell.described())]
+    if options.data_dir:
+        command += ["--data-dir", str(options.data_dir)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{cell} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def run_all(wanted: Wanted, options: argparse.Namespace, console: Console) -> None:
+    """Run what is missing until nothing is, or the minutes are over; a run that fails is told and left out."""
+    end = time.monotonic() + 60 * options.minutes
+    running: dict[Future[dict[str, Any]], Cell] = {}
+    failed: set[Cell] = set()
+    with ThreadPoolExecutor(options.workers) as pool:
+        while True:
+            there = rows.read(options.output / ROWS)
+            busy = set(running.values()) | failed
+            ready = [cell for cell in rows.missing(wanted(there), there) if cell not in busy]
+            while ready and len(running) < options.workers and time.monotonic() < end:
+                cell = ready.pop(0)
+                running[pool.submit(start, cell, options)] = cell
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(future)
+                try:
+                    keep(future.result(), options.output, console)
+                except RuntimeError as error:
+                    failed.add(cell)
+                    console.print(str(error), markup=False)
+
+
+def keep(row: dict[str, Any], output: Path, console: Console) -> None:
+    """Write what a run found."""
+    rows.append(output / ROWS, row)
+    rows.append_curve(output / CURVES, row)
+    name = " ".join(str(row[key]) for key in ("task", "split", "method", "r", "lr", "seed", "variant"))
+    console.print(f"{name}: loss {row['loss']}, score {row['score']}, {row['seconds']} s")
