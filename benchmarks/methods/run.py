@@ -47,14 +47,15 @@ def run(cell: Cell, folder: Path | None) -> dict[str, Any]:
         "loss": round(loss, 5), "loss_before": round(before, 5),
         "adapter_params": sum(trained.values()) - sum(trained.get(name, 0) for name in heads),
         "init_seconds": round(init_seconds, 2), "seconds": round(seconds, 1), "steps": task.steps,
-        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), "energy": _energy(report),
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), "energy": _energy(report, "sign"), "energy_grad": _energy(report, "grad"),
         "version": commit(), "machine": environment("cpu")["cpu"], "losses": losses,
     }  # fmt: skip
 
 
-def _energy(report: Any) -> str:
-    """The share of sign(G)'s energy that is kept, on average over layers."""
-    return "" if report is None or report.energy_sign is None else f"{report.energy_sign:.4f}"
+def _energy(report: Any, of: str) -> str:
+    """The share of sign(G)'s or G's energy that the factors keep, all layers together."""
+    share = getattr(report, f"energy_{of}", None)
+    return "" if share is None else f"{share:.4f}"
 
 
 def _drawn(problem: Problem, task: Task, seed: int, count: int) -> list[Batch]:
