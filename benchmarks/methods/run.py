@@ -35,7 +35,7 @@ def run(cell: Cell, folder: Path | None) -> dict[str, Any]:
     problem = load(task, folder, torch.bfloat16 if narrow else torch.float32)
     before = problem.loss(problem.model, cell.split)
     warmup = round(WARMUP * task.steps)
-    model, init_seconds, report = put_in(problem, method, cell, lambda n: _drawn(problem, task, cell.seed, n), warmup)
+    model, init_seconds, report = put_in(problem, method, cell, lambda n: drawn(problem, task, cell.seed, n), warmup)
     started = time.perf_counter()
     losses = train(model, problem, task, cell, warmup)
     seconds = time.perf_counter() - started
@@ -47,7 +47,8 @@ def run(cell: Cell, folder: Path | None) -> dict[str, Any]:
         "loss": round(loss, 5), "loss_before": round(before, 5),
         "adapter_params": sum(trained.values()) - sum(trained.get(name, 0) for name in heads),
         "init_seconds": round(init_seconds, 2), "seconds": round(seconds, 1), "steps": task.steps,
-        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), "energy": _energy(report, "sign"), "energy_grad": _energy(report, "grad"),
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "energy": _energy(report, "sign"), "energy_grad": _energy(report, "grad"),
         "version": commit(), "machine": environment("cpu")["cpu"], "losses": losses,
     }  # fmt: skip
 
@@ -58,7 +59,7 @@ def _energy(report: Any, of: str) -> str:
     return "" if share is None else f"{share:.4f}"
 
 
-def _drawn(problem: Problem, task: Task, seed: int, count: int) -> list[Batch]:
+def drawn(problem: Problem, task: Task, seed: int, count: int) -> list[Batch]:
     """Samples for an initialisation."""
     chosen = random.Random(1000 + seed).sample(range(len(problem.train)), count)
     size = min(task.batch, 8)
@@ -90,7 +91,7 @@ def train(model: Any, problem: Problem, task: Task, cell: Cell, warmup: int) -> 
     again = round(dict(cell.options).get("again", 0) * task.steps)
     for step, batch in enumerate(batches(problem, task, cell.seed)):
         if again and step == again:
-            begin_again(model, problem, cell, lambda n: _drawn(problem, task, cell.seed + 1, n), warmup)
+            begin_again(model, problem, cell, lambda n: drawn(problem, task, cell.seed + 1, n), warmup)
             opt.state.clear()
         share = min((step + 1) / max(1, warmup), (task.steps - step) / max(1, task.steps - warmup))
         for group, peak in zip(opt.param_groups, peaks, strict=True):

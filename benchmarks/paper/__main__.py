@@ -1,29 +1,48 @@
-"""The paper's tables and figures at this scale.
+"""The paper's tables and figures at this scale, and three that it lacks.
 
-python -m benchmarks.paper costs                   parameters, MACs and FLOPs of real architectures against Table 8
-python -m benchmarks.paper scale --data-dir DATA   Theorem 5: training does not depend on s
+    python -m benchmarks.paper NAME --data-dir DATA [--minutes 60]
+
+    costs        Table 8: parameters, MACs and FLOPs of real architectures against the published figures
+    scale        Theorem 5: training does not depend on s
+    curves       Figure 2: training loss of LoRA-SB and LoRA-XS
+    overhead     Table 7: the initialisation beside an epoch
+    starts       Table 5: truncated SVD of Kaiming, of ΔW with noise, and of ΔW
+    samples      Table 6: samples of the initialisation
+    orthonormal  Figure 3: B orthonormal or not
+    update       sign(G) against G itself
+    eta          the length of the first step
+    again        a second SVD in the middle of training
+    energy       energy captured against the loss reached
+
+Those from `starts` to `again` train what is not in methods.csv yet; curves, overhead and energy read it.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
-from benchmarks.paper import costs, scale
+from benchmarks.methods import runner
+from benchmarks.paper import ablations, costs, curves, energy, overhead, scale
 
-RESULTS = Path(__file__).parents[1] / "results"
-COMMANDS: dict[str, Callable[[Path, Path | None], None]] = {"costs": costs.main, "scale": scale.main}
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "costs": lambda options: costs.main(options.output, options.data_dir),
+    "scale": lambda options: scale.main(options.output, options.data_dir),
+    "curves": curves.main,
+    "overhead": overhead.main,
+    **{name: partial(ablations.main, name) for name in ablations.ABLATIONS},
+    "energy": energy.main,
+}
 
 
 def main() -> None:
     """Run a subcommand."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=list(COMMANDS))
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--data-dir", type=Path, help="folder of cola.*.jsonl and gsm8k.*.jsonl")
+    runner.arguments(parser)
     options = parser.parse_args()
-    COMMANDS[options.command](options.output, options.data_dir)
+    COMMANDS[options.command](options)
 
 
 if __name__ == "__main__":

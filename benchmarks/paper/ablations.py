@@ -1,0 +1,197 @@
+"""What LoRA-SB owes to each of its parts: one thing changed at a time, the same data, order and schedule.
+
+Runs are those of `benchmarks.methods` (rows in methods.csv, by `variant`): chain_sum on the validation split, three
+seeds, r = 64 and peak rate 1e-3 unless a variant says otherwise. Seeds share data and order, so what is compared is
+each seed's loss with the plain run's of the same seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.methods import rows, runner
+from benchmarks.methods.grid import SEEDS, TASKS, Cell
+from benchmarks.methods.tables import spread
+from lorasb.files import replacing
+from lorasb.plotting import GRAD, INK, MUTED, canvas, save
+
+TASK, R, LR = TASKS["chain_sum"], 64, 1e-3
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run it.
+
+    Attributes:
+        label: on tables and pictures.
+        options: of `benchmarks.methods.adapters.put_in`; none is LoRA-SB as it is.
+    """
+
+    label: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    r: int = R
+    lr: float = LR
+
+    @property
+    def name(self) -> str:
+        """In the rows."""
+        return " ".join(f"{key}={value}" for key, value in sorted(self.options.items()))
+
+    def cells(self) -> Iterator[Cell]:
+        options = tuple(sorted(self.options.items()))
+        yield from (Cell(TASK.name, "validation", "LoRA-SB", self.r, self.lr, s, self.name, options) for s in SEEDS)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A question, and the variants that answer it.
+
+    Attributes:
+        file: of the CSV and the picture.
+        title: says where the paper asks it, if it does.
+        pairs: each variant with what it is compared with.
+    """
+
+    file: str
+    title: str
+    pairs: tuple[tuple[Variant, Variant], ...]
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        return tuple(dict.fromkeys(v for pair in self.pairs for v in pair))
+
+
+def _against(plain: Variant, *others: Variant) -> tuple[tuple[Variant, Variant], ...]:
+    return tuple((other, plain) for other in (*others, plain))
+
+
+PLAIN = Variant("ΔW (LoRA-SB)")
+NOISES = (1e-5, 1e-4, 1e-3, 1e-2)
+COUNTS = (1, 5, 25, 50, 100, 200)
+UPDATES = ((16, 2e-3), (64, 1e-3), (96, 1e-3))  # ranks, each at the best rate of its sweep
+ABLATIONS = {
+    "starts": Ablation(
+        "table-5", "Truncated SVD of what (Table 5)",
+        _against(PLAIN, Variant("Kaiming", {"init": "kaiming"}),
+                 *(Variant(f"ΔW + N(0, {s:.0e}²)", {"noise": s}) for s in reversed(NOISES))),
+    ),
+    "samples": Ablation(
+        "table-6", "Samples of the initialisation (Table 6)",
+        _against(Variant("32 (default)"), *(Variant(str(n), {"samples": n}) for n in COUNTS)),
+    ),
+    "orthonormal": Ablation(
+        "figure-3", "B orthonormal or B = U Σ, R = I (Figure 3)",
+        _against(Variant("B = U, R = Σ, lr 1e-3"),
+                 *(Variant(f"B = U Σ, R = I, lr {lr:g}", {"skewed": True, "eta": LR / lr}, lr=lr)
+                   for lr in (1e-3, 1e-2, 1e-1))),
+    ),
+    "update": Ablation(
+        "update", "First step of AdamW, sign(G), or of SGD, G",
+        tuple(pair for r, lr in UPDATES for pair in
+              _against(Variant(f"sign(G), r={r}", r=r, lr=lr), Variant(f"G, r={r}", {"update": "sgd"}, r, lr))),
+    ),
+    "eta": Ablation(
+        "eta", "Length of the first step: R starts at a multiple of Σ",
+        _against(Variant("1 (default)"), Variant("0: R = 0", {"eta": 0.0}), Variant("4", {"eta": 4.0})),
+    ),
+    "again": Ablation(
+        "again", "A second SVD in the middle of training",
+        _against(Variant("one SVD"), Variant("again at 25% of the steps", {"again": 0.25})),
+    ),
+}  # fmt: skip
+
+
+def results(variant: Variant, there: Sequence[Row]) -> dict[int, Row]:
+    """Rows by seed."""
+    keys = {cell.key: cell.seed for cell in variant.cells()}
+    names = ("task", "split", "method", "r", "lr", "seed", "variant")
+    found = ((tuple(row[name] for name in names), row) for row in there)
+    return {keys[key]: row for key, row in found if key in keys}
+
+
+def summary(ablation: Ablation, there: Sequence[Row]) -> list[dict[str, Any]]:
+    """A line a variant: loss, exact match, and the loss over that of the same seed's counterpart."""
+    lines = []
+    for variant, plain in ablation.pairs:
+        mine, theirs = results(variant, there), results(plain, there)
+        if not mine:
+            continue
+        loss, score = (spread([float(row[name]) for row in mine.values()]) for name in ("loss", "score"))
+        over = spread(
+            [float(row["loss"]) - float(theirs[s]["loss"]) for s, row in mine.items() if s in theirs] or [0.0]
+        )
+        lines.append({
+            "variant": variant.label, "against": plain.label, "r": variant.r, "lr": variant.lr, "seeds": len(mine),
+            "loss": loss[0], "loss_sd": loss[1], "over": over[0], "over_sd": over[1],
+            "score": score[0], "score_sd": score[1],
+        })  # fmt: skip
+    return lines
+
+
+def size() -> str:
+    """What a run is, in words."""
+    return f"{TASK.name}, SmolLM2-135M, {TASK.steps} steps of {TASK.batch}, {TASK.validation} held-out problems"
+
+
+def view(ablation: Ablation, lines: Sequence[Mapping[str, Any]]) -> Table:
+    """For people."""
+    table = Table(title=f"{ablation.title}; {size()}; mean ± standard deviation over seeds")
+    for name in ("", "r", "lr", "seeds", "loss", "over the same seed's plain run", "exact match"):
+        table.add_column(name, justify="right" if name else "left")
+    for line in lines:
+        same = line["variant"] == line["against"]
+        table.add_row(
+            line["variant"], str(line["r"]), f"{line['lr']:g}", str(line["seeds"]),
+            f"{line['loss']:.3f} ± {line['loss_sd']:.3f}",
+            "" if same else f"{line['over']:+.3f} ± {line['over_sd']:.3f}",
+            f"{line['score']:.3f} ± {line['score_sd']:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def plot(ablation: Ablation, lines: Sequence[Mapping[str, Any]], there: Sequence[Row], path: Path) -> None:
+    """Each variant's mean and standard deviation, and its seeds."""
+    figure, axes = canvas()
+    by_label = {variant.label: results(variant, there) for variant in ablation.variants}
+    for i, line in enumerate(lines):
+        colour = GRAD if line["variant"] == line["against"] else INK
+        axes.errorbar(line["loss"], i, xerr=line["loss_sd"], fmt="o", color=colour, capsize=4, ms=7)
+        seeds = [float(row["loss"]) for row in by_label[line["variant"]].values()]
+        axes.plot(seeds, [i + 0.18] * len(seeds), ".", color=MUTED, ms=6)
+    axes.set_yticks(range(len(lines)), [f"{line['variant']}  (n = {line['seeds']})" for line in lines])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"held-out loss, nats per token (mean ± sd; grey: seeds)\n{size()}", fontsize=9)
+    if max(line["loss"] for line in lines) > 4 * min(line["loss"] for line in lines):
+        axes.set_xscale("log")
+    axes.grid(axis="x", alpha=0.25)
+    save(figure, axes, ablation.title, path)
+
+
+def write(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A CSV, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()} for line in lines)
+
+
+def main(name: str, options: argparse.Namespace) -> None:
+    """Run what is missing, print, write and draw."""
+    ablation, console = ABLATIONS[name], Console(width=140)
+    cells = [cell for variant in ablation.variants for cell in variant.cells()]
+    runner.run_all(lambda there: cells, options, console)
+    there = rows.read(options.output / runner.ROWS)
+    if not (lines := summary(ablation, there)):
+        raise SystemExit(f"no run of {name!r} is there yet: give it more --minutes")
+    console.print(view(ablation, lines))
+    write(lines, options.output / f"{ablation.file}.csv")
+    plot(ablation, lines, there, options.output / f"{ablation.file}.png")

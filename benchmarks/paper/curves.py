@@ -1,0 +1,98 @@
+"""Figure 2: training loss of LoRA-SB and LoRA-XS at equal r, each at the best rate of its sweep, over seeds."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods import grid, rows, runner
+from benchmarks.methods.grid import METHODS, TASKS, Task
+from benchmarks.methods.tables import spread
+from lorasb.files import replacing
+from lorasb.plotting import GRAD, SIGN
+
+COLOURS = {"LoRA-SB": GRAD, "LoRA-XS": SIGN}
+Curve = list[tuple[float, float]]  # mean and standard deviation over seeds, by point
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All curves of `methods-curves.jsonl`."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def curve(task: Task, method: str, r: int, there: Sequence[dict[str, str]], curves: Sequence[dict[str, Any]]) -> Curve:
+    """Of the test runs at the best rate; empty before they have run."""
+    rate = grid.best_rate(task, METHODS[method], r, there)
+    wanted = (task.name, "test", method, r, rate, "")
+    names = ("task", "split", "method", "r", "lr", "variant")
+    found = {line["seed"]: line["losses"] for line in curves if tuple(line[name] for name in names) == wanted}
+    return [spread(losses) for losses in zip(*found.values(), strict=True)]
+
+
+def panels(there: Sequence[dict[str, str]], curves: Sequence[dict[str, Any]]) -> list[tuple[Task, dict[str, Curve]]]:
+    """Tasks of which both methods have run at the largest rank."""
+    found = []
+    for task in TASKS.values():
+        both = {method: curve(task, method, task.ranks[-1], there, curves) for method in COLOURS}
+        if all(both.values()):
+            found.append((task, both))
+    return found
+
+
+def plot(found: Sequence[tuple[Task, dict[str, Curve]]], path: Path) -> None:
+    """A panel a task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(found), figsize=(max(5, 3.6 * len(found)), 3.6), layout="constrained", squeeze=False
+    )
+    for one, (task, both) in zip(axes[0], found, strict=True):
+        for method, points in both.items():
+            steps = [(i + 0.5) * task.steps / len(points) for i in range(len(points))]
+            means = [mean for mean, _ in points]
+            one.plot(steps, means, color=COLOURS[method], label=f"{method}, r={task.ranks[-1]}", linewidth=1.6)
+            low, high = ([mean + sign * sd for mean, sd in points] for sign in (-1, 1))
+            one.fill_between(steps, low, high, color=COLOURS[method], alpha=0.2, linewidth=0)
+        one.set(title=task.name, xlabel="step")
+        one.spines[["top", "right"]].set_visible(False)
+        one.legend(frameon=False, fontsize=8)
+    axes[0][0].set_ylabel("training loss (nats)")
+    figure.suptitle(f"Training loss, mean ± sd of {len(grid.SEEDS)} seeds, each method at its best rate", fontsize=10)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=140, format="png")
+    pyplot.close(figure)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Write and draw what has run."""
+    there, curves = rows.read(options.output / runner.ROWS), read(options.output / runner.CURVES)
+    if not (found := panels(there, curves)):
+        raise SystemExit("no task has both LoRA-SB and LoRA-XS yet: python -m benchmarks.methods first")
+    with (
+        replacing(options.output / "figure-2.csv") as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("task", "method", "r", "point", "loss", "loss_sd"))
+        for task, both in found:
+            for method, points in both.items():
+                writer.writerows(
+                    (task.name, method, task.ranks[-1], i, round(m, 5), round(s, 5)) for i, (m, s) in enumerate(points)
+                )
+    plot(found, options.output / "figure-2.png")
+    for task, both in found:
+        tail = {method: statistics.fmean(mean for mean, _ in points[-5:]) for method, points in both.items()}
+        print(
+            f"{task.name}: "
+            + ", ".join(f"{method} {both[method][0][0]:.3f} -> {loss:.3f}" for method, loss in tail.items())
+        )

@@ -1,0 +1,161 @@
+"""Does a subspace that keeps more of the gradient train better? Energy captured against the final loss.
+
+The reference is G over samples that no start has seen (chain_sum, the model before training), by plain autograd in
+fp32. Of every start, the share of ‖G‖² and of ‖sign(G)‖² that lies in its subspace, ‖QᵦᵀG Qₐ‖²/‖G‖² with orthonormal
+bases of B's columns and A's rows, beside the validation loss after training with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.methods import grid, rows, runner, starts
+from benchmarks.methods.adapters import put_in
+from benchmarks.methods.grid import METHODS, TASKS, WARMUP, Cell
+from benchmarks.methods.problems import Problem, load
+from benchmarks.methods.run import drawn
+from benchmarks.paper.ablations import ABLATIONS, results
+from lorasb.files import replacing
+from lorasb.plotting import GRAD, INK, SIGN
+
+TASK, REFERENCE, SEED = TASKS["chain_sum"], 200, 77
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start and how training with it ended."""
+
+    label: str
+    cell: Cell
+    losses: tuple[float, ...]
+
+
+def known(there: Sequence[Row]) -> Iterator[Start]:
+    """Every start that has been trained with."""
+    for method in ("LoRA-SB", "LoRA-XS"):
+        for r in TASK.ranks:
+            if (lr := grid.best_rate(TASK, METHODS[method], r, there)) is not None:
+                losses = grid.swept(TASK, METHODS[method], r, there)
+                yield Start(f"{method}, r={r}", Cell(TASK.name, "validation", method, r, lr, 0), (losses[lr],))
+    seen: set[tuple[str, ...]] = set()
+    for name in ("starts", "samples", "update"):
+        for variant in ABLATIONS[name].variants:
+            cell = next(variant.cells())
+            if (found := results(variant, there)) and cell.key not in seen and variant.options:
+                seen.add(cell.key)
+                label = f"{variant.name}, r={variant.r}"
+                yield Start(label, cell, tuple(float(row["loss"]) for row in found.values()))
+
+
+def reference(problem: Problem) -> dict[str, Tensor]:
+    """G of every adapted weight, in fp32."""
+    model = copy.deepcopy(problem.model).float()
+    weights = {n: p for n, p in model.named_parameters() if n.split(".")[-2] in problem.targets}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    for batch in drawn(problem, TASK, SEED, REFERENCE):
+        model(**batch).loss.backward()
+    return {name.removesuffix(".weight"): weight.grad for name, weight in weights.items() if weight.grad is not None}
+
+
+def shares(model: Any, gradients: dict[str, Tensor]) -> tuple[float, float]:
+    """Means over layers of the share of ‖G‖² and of ‖sign(G)‖² that the factors' subspaces keep."""
+    of_grad: list[float] = []
+    of_sign: list[float] = []
+    for name, layer in starts.layers(model).items():
+        g = next(value for key, value in gradients.items() if name.endswith(key))
+        left = torch.linalg.qr(layer.lorasb_B[starts.ADAPTER].detach().float()).Q
+        right = torch.linalg.qr(layer.lorasb_A[starts.ADAPTER].detach().float().t()).Q
+        for found, matrix in ((of_grad, g), (of_sign, g.sign())):
+            found.append(float((left.t() @ matrix @ right).square().sum() / matrix.square().sum()))
+    return sum(of_grad) / len(of_grad), sum(of_sign) / len(of_sign)
+
+
+def measure(there: Sequence[Row], folder: Path | None) -> list[dict[str, Any]]:
+    """A line a start."""
+    problem = load(TASK, folder, torch.bfloat16)
+    gradients, base, lines = reference(problem), problem.model, []
+    for start in known(there):
+        problem.model = copy.deepcopy(base)
+        cell, warmup = start.cell, round(WARMUP * TASK.steps)
+        model, _, _ = put_in(problem, METHODS[cell.method], cell, lambda n: drawn(problem, TASK, 0, n), warmup)
+        of_grad, of_sign = shares(model, gradients)
+        loss = sum(start.losses) / len(start.losses)
+        lines.append({
+            "start": start.label, "r": cell.r, "lr": cell.lr, "seeds": len(start.losses), "loss": loss,
+            "energy_grad": of_grad, "energy_sign": of_sign,
+        })  # fmt: skip
+    return lines
+
+
+def view(lines: Sequence[dict[str, Any]]) -> Table:
+    """For people."""
+    table = Table(title=f"Energy of {REFERENCE} unseen samples' gradient in the subspace, and the loss after training")
+    for name in ("start", "lr", "seeds", "energy of G", "energy of sign(G)", "loss"):
+        table.add_column(name, justify="left" if name == "start" else "right")
+    for line in sorted(lines, key=lambda line: line["loss"]):
+        table.add_row(
+            line["start"], f"{line['lr']:g}", str(line["seeds"]), f"{line['energy_grad']:.1%}",
+            f"{line['energy_sign']:.1%}", f"{line['loss']:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Two panels: of G, of its signs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    colours = dict(zip(TASK.ranks, (SIGN, INK, GRAD), strict=True))
+    for one, (key, what) in zip(axes, (("energy_grad", "G"), ("energy_sign", "sign(G)")), strict=True):
+        for line in lines:
+            one.plot(100 * line[key], line["loss"], "o", color=colours[line["r"]], ms=6)
+            name = line["start"].removesuffix(f", r={line['r']}")
+            one.annotate(name, (100 * line[key], line["loss"]), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        one.set_xlabel(f"energy of {what} that the subspace keeps (%), {REFERENCE} unseen samples")
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(alpha=0.25)
+    for r, colour in colours.items():
+        axes[0].plot([], [], "o", color=colour, label=f"r = {r}")
+    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("held-out loss after training (nats per token)")
+    figure.suptitle(
+        f"{TASK.name}: energy captured against the loss reached (n = {TASK.validation} problems, 1 to 3 seeds a point)",
+        fontsize=10,
+    )
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=140, format="png")
+    pyplot.close(figure)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Measure, print, write and draw."""
+    lines = measure(rows.read(options.output / runner.ROWS), options.data_dir)
+    if not lines:
+        raise SystemExit("nothing has been trained yet: python -m benchmarks.methods first")
+    Console(width=140).print(view(lines))
+    with (
+        replacing(options.output / "energy.csv") as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()} for line in lines)
+    plot(lines, options.output / "energy.png")
