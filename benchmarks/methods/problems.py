@@ -58,7 +58,12 @@ def load(task: Task, folder: Path | None, dtype: torch.dtype) -> Problem:
     return _cola(task, folder) if task.name == "cola" else _language(task, folder, dtype)
 
 
-def _files(task: Task, folder: Path | None, part: str) -> Path:
+def files(task: Task, folder: Path | None, part: str) -> Path:
+    """A split's file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
     path = (folder or Path("data")) / f"{task.data}.{part}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{task.name} needs {path.name}, found none at {path}: name its folder with --data-dir")
@@ -75,9 +80,9 @@ def _examples(task: Task, folder: Path | None) -> dict[str, list[Example]]:
         validation = generate(task.name, task.validation, HELD_OUT_SEED, exclude=test)
         train = generate(task.name, task.examples, 0, exclude=[*test, *validation])
         return {"train": train, "validation": validation, "test": test}
-    train = read_jsonl(_files(task, folder, "train"))
+    train = read_jsonl(files(task, folder, "train"))
     random.Random(SPLIT_SEED).shuffle(train)
-    held = read_jsonl(_files(task, folder, "test"))
+    held = read_jsonl(files(task, folder, "test"))
     random.Random(SPLIT_SEED).shuffle(held)
     validation = train[task.examples : task.examples + sizes["validation"]]
     return {"train": train[: task.examples], "validation": validation, "test": held[: sizes["test"]]}
@@ -143,7 +148,7 @@ def _cola(task: Task, folder: Path | None) -> Problem:
     tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
     model: Any = AutoModelForSequenceClassification.from_pretrained(encoder_folder(), num_labels=2)
     lines = {
-        part: [json.loads(line) for line in _files(task, folder, part).read_text(encoding="utf-8").splitlines()]
+        part: [json.loads(line) for line in files(task, folder, part).read_text(encoding="utf-8").splitlines()]
         for part in ("train", "dev")
     }
     random.Random(SPLIT_SEED).shuffle(lines["train"])

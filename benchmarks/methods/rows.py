@@ -15,7 +15,7 @@ from benchmarks.methods.grid import Cell
 COLUMNS = (
     "task", "split", "metric", "higher_is_better", "method", "r", "lr", "seed", "variant", "score", "loss",
     "loss_before", "adapter_params", "init_seconds", "seconds", "peak_rss_mb", "steps", "energy", "energy_grad",
-    "version", "machine",
+    "version", "machine", "date",
 )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def run(cell: Cell, folder: Path | None) -> dict[str, Any]:
         "init_seconds": round(init_seconds, 2), "seconds": round(seconds, 1), "steps": task.steps,
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "energy": _energy(report, "sign"), "energy_grad": _energy(report, "grad"),
-        "version": commit(), "machine": environment("cpu")["cpu"], "losses": losses,
+        "version": commit(), "machine": environment("cpu")["cpu"], "date": time.strftime("%Y-%m-%d"), "losses": losses,
     }  # fmt: skip
 
 
