@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.lorasb-installed
 RUN ?= runs/demo
 
-.PHONY: install demo test test-all lint format sanitize bench-gpu bench-cpu bench-init bench-4bit bench-kernels clean
+.PHONY: install demo test test-all lint format sanitize bench bench-gpu bench-cpu bench-init bench-4bit bench-kernels clean
 
 install: $(STAMP)
 
@@ -55,6 +55,7 @@ format: install
 
 # The suite on whatever card is there, then its tables and chart. Seconds per case: SECONDS=0.5.
 SECONDS ?= 1
+ROUNDS ?= 5
 RESULTS ?= benchmarks/results
 BENCH = $(BIN)/python -m pytest benchmarks -q -o python_files=bench_*.py --durations=0 --benchmark-disable-gc --seconds $(SECONDS)
 
@@ -63,16 +64,25 @@ bench-gpu: install
 	mkdir -p $(RESULTS)
 	card=$$($(BIN)/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-').lower())"); \
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_gpu.py && \
-	$(BENCH) --benchmark-json=$(RESULTS)/$$card.json && $(BIN)/python -m benchmarks.report $(RESULTS)/$$card.json
+	$(BENCH) --benchmark-json=$(RESULTS)/$$card.json && $(BIN)/python -m benchmarks.suite_report $(RESULTS)/$$card.json
+
+# Everything a CPU can measure, each beside its peer in the same run, then the report: within twenty minutes.
+bench: install
+	$(MAKE) bench-cpu SECONDS=0.5
+	$(MAKE) bench-4bit
+	$(MAKE) bench-init ROUNDS=2
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.step --seconds 40 --output $(RESULTS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.startup --output $(RESULTS)
+	$(BIN)/python -m benchmarks.report --output $(RESULTS)/..
 
 bench-cpu: install
 	mkdir -p $(RESULTS)
 	CUDA_VISIBLE_DEVICES= $(BENCH) --benchmark-json=$(RESULTS)/cpu.json
-	$(BIN)/python -m benchmarks.report $(RESULTS)/cpu.json
+	$(BIN)/python -m benchmarks.suite_report $(RESULTS)/cpu.json
 
 # Initialisation against keeping all sums and against a LoRA training step, on the CPU; about ten minutes.
 bench-init: install
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.initialisation --output $(RESULTS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.initialisation --rounds $(ROUNDS) --output $(RESULTS)
 
 # 4-bit bases on the CPU against bitsandbytes and PEFT; about four minutes.
 bench-4bit: install

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.timing import environment, measure, peak_bytes, saved_bytes
+from benchmarks.timing import commit, environment, measure, peak_bytes, saved_bytes
 from benchmarks.variants import Problem, calls, check, variants
 
 
@@ -31,8 +31,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
-    """Results say which card and versions; the repository knows the rest."""
+    """The commit alone."""
     commit_info.clear()
+    commit_info["id"] = commit()
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.initialisation import new_memory
-from benchmarks.timing import Stats, environment, measure
+from benchmarks.timing import Stats, measure, provenance
 from lorasb.files import write_json
 
 FEATURES, RANK, PEFT_RANK, BLOCK = 4096, 96, 32, 64
@@ -363,18 +363,13 @@ def main() -> None:
         _write(options.output / "four-bits-cpu.json", found)
 
 
-def commit() -> str:
-    """The commit that runs."""
-    describe = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-
-
 def _write(path: Path, found: Found) -> None:
     """Put these rows in place of their like; where and when is said of each."""
     kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    fresh, at = {one["row"] for one in found}, {"commit": commit(), "date": time.strftime("%Y-%m-%d")}
+    fresh, at = {one["row"] for one in found}, provenance()
+    machine = at.pop("machine")
     rows = [one for one in kept if one["row"] not in fresh] + [one | at for one in found]
-    write_json(path, {"machine": environment("cpu"), "rows": rows})
+    write_json(path, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

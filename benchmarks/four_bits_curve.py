@@ -16,8 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.four_bits import commit
-from benchmarks.timing import environment
+from benchmarks.timing import provenance
 from lorasb.cli.finetune import Settings, run_finetune
 from lorasb.cli.pictures import smoothed
 from lorasb.files import write_json
@@ -85,8 +84,7 @@ def main() -> None:
     runs = [run(bits, seed, options.examples) for seed in range(options.seeds) for bits in (16, 4)]
     Console(width=110).print(view(runs))
     if options.output:
-        found = {"machine": environment("cpu"), "commit": commit(), "runs": runs}
-        write_json(options.output / "four-bits-curve.json", found)
+        write_json(options.output / "four-bits-curve.json", {**provenance(), "runs": runs})
     if options.picture:
         plot(runs, options.picture)
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.timing import environment
+from benchmarks.timing import provenance
 from lorasb.files import write_json
 
 TOKENS, SAMPLES, RANK, LORA_RANK = 192, 8, 64, 32
@@ -289,7 +289,7 @@ def main() -> None:
     if options.worker:
         print(json.dumps(WORKERS[options.worker]()))
         return
-    found = {"machine": environment("cpu"), **collect(options.rounds)}
+    found = {**provenance(), **collect(options.rounds)}
     if options.output:
         write_json(options.output / "init-cpu.json", found)
     Console(width=150).print(table(found))

@@ -21,8 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.four_bits import commit
-from benchmarks.timing import environment
+from benchmarks.timing import provenance
 from lorasb.files import write_json
 
 IMPORTS = {"torch": "import torch", "torch and lorasb": "import torch, lorasb"}
@@ -95,7 +94,7 @@ def main() -> None:
     table.caption = f"with lorasb over torch alone: {second / first:.3f}x"
     Console(width=110).print(table)
     if options.output:
-        found = {"machine": environment("cpu"), "commit": commit(), "ratio": second / first, "seconds": rows}
+        found = {**provenance(), "ratio": second / first, "seconds": rows}
         write_json(options.output / "startup-cpu.json", found)
 
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.four_bits import PEFT_RANK, RANK, commit
-from benchmarks.timing import environment, measure, saved_bytes
+from benchmarks.four_bits import PEFT_RANK, RANK
+from benchmarks.timing import measure, provenance, saved_bytes
 from lorasb.files import write_json
 
 OURS, PEFT = f"LoRA-SB, r={RANK}", f"PEFT LoRA, r={PEFT_RANK}"
@@ -113,8 +113,7 @@ def main() -> None:
     found = run(options.seconds)
     Console(width=100).print(view(found))
     if options.output:
-        written = {"machine": environment("cpu"), "commit": commit(), "ways": found}
-        write_json(options.output / "step-cpu.json", written)
+        write_json(options.output / "step-cpu.json", {**provenance(), "ways": found})
 
 
 if __name__ == "__main__":

@@ -106,6 +106,17 @@ def saved_bytes(forward: Callable[[], Any], parameters: set[int]) -> int:
     return sum(kept.values())
 
 
+def commit() -> str:
+    """The commit that runs."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+
+
+def provenance(device: str = "cpu") -> dict[str, Any]:
+    """Machine, commit and date, for a file of results."""
+    return {"machine": environment(device), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
+
+
 def environment(device: str) -> dict[str, Any]:
     """Versions, processor, GPU and clocks."""
     found: dict[str, Any] = {

@@ -20,13 +20,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks.four_bits import commit
 from benchmarks.methods import runner
 from benchmarks.methods.adapters import put_in
 from benchmarks.methods.grid import METHODS, TASKS, WARMUP, Cell, Task
 from benchmarks.methods.problems import MAX_LENGTH, files, load
 from benchmarks.methods.run import drawn, train
-from benchmarks.timing import environment
+from benchmarks.timing import provenance
 from lorasb.cli.embedded import EMBEDDED, resolve_model
 from lorasb.cli.encode import Collator, encode
 from lorasb.cli.evaluate import evaluate, example_losses
@@ -93,8 +92,7 @@ def main() -> None:
     found = [run(ARC, chosen, 250, options.data_dir), run(TASKS["gsm8k"], answered, 100, options.data_dir)]
     for row in found:
         Console(width=120).print(row)
-    at = {"machine": environment("cpu"), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
-    write_json(options.output / "floor.json", {**at, "rows": found})
+    write_json(options.output / "floor.json", {**provenance(), "rows": found})
 
 
 if __name__ == "__main__":

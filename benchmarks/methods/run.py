@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.four_bits import commit
 from benchmarks.methods.adapters import begin_again, optimizer, put_in
 from benchmarks.methods.grid import FULL, METHODS, TASKS, WARMUP, Cell, Task
 from benchmarks.methods.problems import Batch, Problem, load
-from benchmarks.timing import environment
+from benchmarks.timing import commit, environment
 
 CLIP = 1.0
 

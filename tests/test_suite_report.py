@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import suite_report as report
 from benchmarks.shapes import MODELS
 
 MACHINE = {"device": "cuda", "gpu": "A card", "torch": "2.13", "peft": "0.21"}

@@ -1,6 +1,6 @@
 """Tables, a CSV and a chart of a run of the suite.
 
-python -m benchmarks.report RESULTS.json [...] [--output FOLDER]
+python -m benchmarks.suite_report RESULTS.json [...] [--output FOLDER]
 """
 
 from __future__ import annotations
