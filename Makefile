@@ -73,7 +73,7 @@ bench: install
 	$(MAKE) bench-init ROUNDS=2
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.step --seconds 40 --output $(RESULTS)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.startup --output $(RESULTS)
-	$(BIN)/python -m benchmarks.report --output $(RESULTS)/..
+	$(BIN)/python -m benchmarks.report
 
 bench-cpu: install
 	mkdir -p $(RESULTS)

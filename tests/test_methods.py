@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from benchmarks.methods import grid, rows, tables
+from benchmarks.methods import grid, rows, runner, tables
 from benchmarks.methods.grid import METHODS, TASKS, Cell
 from benchmarks.methods.problems import matthews
 from benchmarks.paper import costs
@@ -19,29 +21,48 @@ def row(cell: Cell, loss: float) -> dict[str, object]:
     return {**cell.described(), "loss": loss, "score": 1 - loss, "adapter_params": 9, "seconds": 2, "init_seconds": 1, "peak_rss_mb": 3}  # fmt: skip
 
 
-def test_every_method_gets_as_many_rates_and_seeds() -> None:
+def swept(path: Path, method: str, losses: dict[float, float]) -> None:
+    """Rows of a sweep."""
+    for lr, loss in losses.items():
+        rows.append(path, row(Cell(TASK.name, "validation", method, TASK.rank, lr, 0), loss))
+
+
+def test_every_method_gets_as_many_rates() -> None:
     for task in TASKS.values():
-        assert len({len(rates) for rates in task.rates.values()}) == 1
-        assert all(len(rates) >= 3 for rates in task.rates.values())
-        cells = [list(grid.sweep(task, method)) for method in METHODS.values()]
-        assert all(len(part) % len(task.rates[grid.LOW]) == 0 for part in cells)
+        assert {len(rates.start) for rates in task.rates.values()} == {3}
+        cells = [list(grid.sweep(task, method, [])) for method in METHODS.values()]
+        assert [len(part) for part in cells] == [3 * len(grid.ranks(task, method)) for method in METHODS.values()]
         assert len({cell.key for part in cells for cell in part}) == sum(map(len, cells))
+
+
+def test_a_sweep_goes_outward_while_the_best_is_at_its_edge() -> None:
+    rates = grid.Rates((1.0, 2.0, 4.0, 8.0, 16.0, 32.0), 1)
+    assert rates.next({}) == (2.0, 4.0, 8.0)
+    assert rates.next({2.0: 0.5, 8.0: 0.5}) == (4.0,)
+    tried = {2.0: 0.5, 4.0: 0.4, 8.0: 0.3}
+    assert rates.next(tried) == (16.0,)
+    assert rates.next(tried | {16.0: 0.2}) == (32.0,)
+    assert rates.next(tried | {16.0: 0.2, 32.0: 0.1}) == ()  # the ladder ends
+    assert rates.next(tried | {16.0: 0.35}) == ()
+    assert rates.next({2.0: 0.1, 4.0: 0.4, 8.0: 0.3}) == (1.0,)
+    assert rates.next({2.0: 0.2, 4.0: 0.1, 8.0: 0.3}) == ()
 
 
 def test_seeds_run_at_the_best_rate_and_what_is_there_is_not_run_again(tmp_path: Path) -> None:
     path, method = tmp_path / "rows.csv", METHODS["LoRA"]
-    sweep = list(grid.sweep(TASK, method))
-    for cell, loss in zip(sweep[:-1], (0.5, 0.3, 0.4), strict=True):
-        rows.append(path, row(cell, loss))
-    assert rows.missing(sweep, rows.read(path)) == sweep[-1:]
+    low, middle, high = TASK.rates[grid.LOW].start
+    swept(path, "LoRA", {low: 0.5, high: 0.4})
+    (missing,) = grid.sweep(TASK, method, rows.read(path))
+    assert missing.lr == middle
     assert list(grid.finals(TASK, method, rows.read(path))) == []
-    rows.append(path, row(sweep[-1], 0.6))
+    swept(path, "LoRA", {middle: 0.3})
+    assert list(grid.sweep(TASK, method, rows.read(path))) == []
     finals = list(grid.finals(TASK, method, rows.read(path)))
-    assert {cell.lr for cell in finals} == {TASK.rates[grid.LOW][1]}
+    assert {cell.lr for cell in finals} == {middle}
     assert [cell.seed for cell in finals] == list(grid.SEEDS)
     for cell, loss in zip(finals, (0.1, 0.2, 0.3), strict=True):
         rows.append(path, row(cell, loss))
-    stale = Cell(TASK.name, "test", "LoRA", TASK.rank, TASK.rates[grid.LOW][0], 0)
+    stale = Cell(TASK.name, "test", "LoRA", TASK.rank, low, 0)
     rows.append(path, row(stale, 9.0))  # of a sweep that has grown since
     assert rows.missing(finals, rows.read(path)) == []
     (line,) = tables.lines(rows.read(path), TASK.name)
@@ -49,9 +70,24 @@ def test_seeds_run_at_the_best_rate_and_what_is_there_is_not_run_again(tmp_path:
     assert [table.row_count for table in tables.summary(rows.read(path))] == [1]
 
 
+def test_a_failed_run_is_told_and_the_others_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = list(grid.sweep(TASK, METHODS["LoRA"], []))
+
+    def start(cell: Cell, options: argparse.Namespace) -> dict[str, object]:
+        if cell == cells[1]:
+            raise RuntimeError("out of memory")
+        return {**row(cell, 0.5), "losses": [1.0]}
+
+    monkeypatch.setattr(runner, "start", start)
+    console = Console(record=True)
+    runner.run_all(lambda there: cells, argparse.Namespace(output=tmp_path, minutes=1, workers=2), console)
+    assert {found["lr"] for found in rows.read(tmp_path / runner.ROWS)} == {str(cells[0].lr), str(cells[2].lr)}
+    assert "out of memory" in console.export_text()
+
+
 def test_curves_are_means_of_steps(tmp_path: Path) -> None:
     path = tmp_path / "curves.jsonl"
-    cell = next(grid.sweep(TASK, METHODS["LoRA"]))
+    cell = next(grid.sweep(TASK, METHODS["LoRA"], []))
     rows.append_curve(path, {**cell.described(), "losses": [1.0, 3.0, 2.0, 4.0, 5.0]}, points=3)
     assert '"losses": [2.0, 3.0, 5.0]' in path.read_text(encoding="utf-8")
 

@@ -28,9 +28,9 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def missing(cells: Iterable[Cell], rows: list[dict[str, str]]) -> list[Cell]:
-    """The cells without a row."""
+    """The cells without a row, each once."""
     there = {tuple(row[name] for name in ("task", "split", "method", "r", "lr", "seed", "variant")) for row in rows}
-    return [cell for cell in cells if cell.key not in there]
+    return [cell for cell in dict.fromkeys(cells) if cell.key not in there]
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

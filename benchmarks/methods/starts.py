@@ -20,25 +20,23 @@ def layers(model: Any) -> dict[str, LoRASBLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRASBLinear)}
 
 
-@torch.no_grad()
-def write(layer: LoRASBLinear, b: Tensor | None = None, core: Tensor | None = None, a: Tensor | None = None) -> None:
-    """Put factors into a layer, each in the dtype it has there."""
-    for name, value in (("lorasb_B", b), ("lorasb_R", core), ("lorasb_A", a)):
-        if value is not None:
-            getattr(layer, name)[ADAPTER].copy_(value)
+def factors(layer: LoRASBLinear) -> tuple[Tensor, Tensor, Tensor]:
+    """B, R and A."""
+    return tuple(getattr(layer, f"lorasb_{name}")[ADAPTER].detach() for name in "BRA")
 
 
 def scaled(model: Any, factor: float) -> None:
     """η times `factor`: R is linear in it, and B and A do not depend on it."""
     for layer in layers(model).values():
-        write(layer, core=layer.lorasb_R[ADAPTER].detach() * factor)
+        b, core, a = factors(layer)
+        layer.set_factors(ADAPTER, b, core * factor, a)
 
 
 def skewed(model: Any) -> None:
     """The same first step with B = U Σ and R = I, so that BᵀB is no identity (Eq. 11-12, Figure 3)."""
     for layer in layers(model).values():
-        b, core = layer.lorasb_B[ADAPTER].detach(), layer.lorasb_R[ADAPTER].detach()
-        write(layer, b=b.float() @ core, core=torch.eye(len(core)))
+        b, core, a = factors(layer)
+        layer.set_factors(ADAPTER, b.float() @ core.float(), torch.eye(len(core)), a)
 
 
 def noised(model: Any, cache: Path, eta: float, sigma: float, seed: int) -> None:
@@ -49,7 +47,7 @@ def noised(model: Any, cache: Path, eta: float, sigma: float, seed: int) -> None
         step = signs[_key(signs, name)].signs().unpack() * -eta
         step += sigma * torch.randn(step.shape, generator=draw)
         u, s, vt = truncated_svd(step, layer.r[ADAPTER], seed)
-        write(layer, u, torch.diag(s / layer.scaling[ADAPTER]), vt)
+        layer.set_factors(ADAPTER, u, torch.diag(s / layer.scaling[ADAPTER]), vt)
 
 
 def _key(signs: dict[str, Any], name: str) -> str:

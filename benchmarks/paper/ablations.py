@@ -67,7 +67,7 @@ class Ablation:
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        return tuple(dict.fromkeys(v for pair in self.pairs for v in pair))
+        return tuple({variant.label: variant for pair in self.pairs for variant in pair}.values())
 
 
 def _against(plain: Variant, *others: Variant) -> tuple[tuple[Variant, Variant], ...]:

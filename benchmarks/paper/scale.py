@@ -108,5 +108,5 @@ def main(output: Path, folder: Path | None) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("way", "s", "step", "loss"))
         for way, curves in found.items():
-            writer.writerows((way, s, i + 1, round(v, 6)) for s, losses in curves.items() for i, v in enumerate(losses))
+            writer.writerows((way, s, i + 1, round(v, 9)) for s, losses in curves.items() for i, v in enumerate(losses))
     plot(found, output / "scale.png")

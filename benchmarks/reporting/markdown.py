@@ -1,0 +1,58 @@
+"""Markdown from rows: tables, pictures, where and when something was measured."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, str]
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of a table whose first `left` columns are text and the others numbers."""
+    marks = ["---" if i < left else "---:" for i in range(len(head))]
+    return [f"| {' | '.join(line)} |" for line in (head, marks, *body)]
+
+
+def picture(title: str, path: str) -> list[str]:
+    """A picture on a line of its own."""
+    return ["", f"![{title}]({path})", ""]
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Rows; none where the file is not there."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of results; empty where it is not there."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def plus_minus(mean: float, deviation: float, digits: int = 3) -> str:
+    """As tables show it."""
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def where(found: Mapping[str, Any]) -> str:
+    """Machine, versions, commit and date of a file of results."""
+    machine = found["machine"]
+    at = f"commit {found['commit']}" if "commit" in found else "commit not recorded"
+    place = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, peft {machine['peft']}"
+    return f"*{place}; {at}, {found.get('date', 'date not recorded')}.*"
+
+
+def where_rows(rows: Sequence[Row]) -> str:
+    """The same of rows that were measured over some time."""
+    versions = sorted({row["version"] for row in rows})
+    machines = sorted({row["machine"] for row in rows})
+    dates = sorted({row["date"] for row in rows})
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"*{', '.join(machines)}, one thread a run, two runs at a time; commits {', '.join(versions)}; {span}.*"

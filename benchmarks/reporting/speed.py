@@ -1,0 +1,136 @@
+"""Speed and memory, each beside a peer in the same run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import four_bits_table, initialisation, step, suite_report
+from benchmarks.reporting.markdown import picture, read_json, table, where
+
+INTRODUCTION = """\
+`make bench` measures all of this on a CPU within twenty minutes; ratios are medians of rounds in which each way has its
+turn, with the 20th and 80th percentile where a range is given. Below 1 is less than the peer."""
+
+
+def section(folder: Path) -> list[str]:
+    """Every file of results that is there."""
+    out = ["## Speed and memory", "", INTRODUCTION, ""]
+    for part in (layers, four_bits, starts, training_step, startup, gpus):
+        out += [*part(folder), ""]
+    return out
+
+
+def layers(folder: Path) -> Iterator[str]:
+    """A linear layer, and groups of siblings."""
+    path = folder / "cpu.json"
+    if not path.is_file():
+        return
+    machine, rows = suite_report.read([path])
+    run = read_json(path)
+    at = {"machine": machine, "date": run["datetime"][:10]} | (
+        {"commit": run["commit_info"]["id"]} if run["commit_info"] else {}
+    )
+    yield from ("### A layer on a CPU", "", where(at), "", f"{suite_report.summary(rows)}.", "")
+    chosen = [row for row in rows if row["direction"] == "forward+backward" and row["M"] == 512 and row["r"] == 96]
+    head = ["in", "out", "dtype", "eager chain", "PEFT LoRA r=32", "ours", "kept for backward: PEFT / ours"]
+    yield "Forward and backward of 512 tokens, r=96, over the bare linear:"
+    yield ""
+    yield from table(head, (_layer(*case) for case in suite_report.by_case(chosen)), left=3)
+    yield from picture("Forward and backward over the bare linear, by shape", "results/cpu.png")
+
+
+def _layer(first: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[str]:
+    ours = found.get("ours, grouped", found["ours"])
+    peft = next(row for name, row in found.items() if "LoRA" in name)
+    ratios = [
+        f"{row['ratio']:.3f} ({row['ratio_p20']:.2f}-{row['ratio_p80']:.2f})" for row in (found["chain"], peft, ours)
+    ]
+    kept = " / ".join(suite_report.size(row["saved_bytes"]) for row in (peft, ours))
+    return [str(first["n"]), str(first["m"]), str(first["dtype"]), *ratios, kept]
+
+
+def four_bits(folder: Path) -> Iterator[str]:
+    """NF4 on a CPU."""
+    if found := read_json(folder / "four-bits-cpu.json"):
+        commits = ", ".join(sorted({row["commit"] for row in found["rows"]}))
+        dates = ", ".join(sorted({row["date"] for row in found["rows"]}))
+        yield from ("### 4-bit bases on a CPU", "", where({**found, "commit": commits, "date": dates}), "")
+        yield from four_bits_table.table(found)
+    if curve := read_json(folder / "four-bits-curve.json"):
+        yield from ("", "What four bits cost in loss, on the demo's task:", "", where(curve), "")
+        head = ["bits", "seeds", "held-out loss before", "after", "exact answers after"]
+        yield from table(head, (_bits(curve["runs"], bits) for bits in (16, 4)))
+
+
+def _bits(runs: list[dict[str, Any]], bits: int) -> list[str]:
+    mine = [run for run in runs if run["bits"] == bits]
+    mean = {name: statistics.fmean(run[name] for run in mine) for name in mine[0] if name.startswith("eval_")}
+    after = f"{mean['eval_accuracy_after']:.0%}"
+    return [str(bits), str(len(mine)), f"{mean['eval_loss_before']:.3f}", f"{mean['eval_loss_after']:.3f}", after]
+
+
+def starts(folder: Path) -> Iterator[str]:
+    """Initialisation."""
+    if found := read_json(folder / "init-cpu.json"):
+        yield from ("### Initialisation on a CPU", "", where(found), "")
+        size = (
+            f"SmolLM2-135M, {initialisation.SAMPLES} x {initialisation.TOKENS} tokens, r={initialisation.RANK}, fp32:"
+        )
+        yield from (size, "")
+        yield from table(["", "layer by layer", "against", "ratio"], initialisation.rows(found))
+
+
+def training_step(folder: Path) -> Iterator[str]:
+    """A step of a whole model."""
+    if found := read_json(folder / "step-cpu.json"):
+        theirs, ours = found["ways"][step.PEFT], found["ways"][step.OURS]
+        yield from (
+            "### A training step on a CPU",
+            "",
+            where(found),
+            "",
+            "SmolLM2-135M, bf16, 4 x 128 tokens, AdamW:",
+            "",
+        )
+        spread = f"{ours['ratio']:.2f}x ({ours['ratio_p20']:.2f}-{ours['ratio_p80']:.2f})"
+        lines = [["time", f"{theirs['p50']:.0f} ms", f"{ours['p50']:.0f} ms", spread]]
+        for name, what in (("kept_bytes", "kept for backward"), ("optimizer_bytes", "optimizer's state")):
+            sizes = (f"{way[name] / 1e6:.1f} MB" for way in (theirs, ours))
+            lines.append([what, *sizes, f"{ours[name] / theirs[name]:.3f}x"])
+        counts = (f"{way['trained']:,}" for way in (theirs, ours))
+        lines.append(["trained parameters", *counts, f"{ours['trained'] / theirs['trained']:.3f}x"])
+        yield from table(["", step.PEFT, step.OURS, "ratio"], lines)
+
+
+def startup(folder: Path) -> Iterator[str]:
+    """Importing and patching."""
+    if found := read_json(folder / "startup-cpu.json"):
+        yield from ("### Import and patch", "", where(found), "")
+        medians = ((name, f"{statistics.median(values):.2f} s") for name, values in found["seconds"].items())
+        yield from table(["", "median"], medians)
+        yield from ("", f"`import lorasb` beside torch over torch alone: {found['ratio']:.3f}x.")
+
+
+def gpus(folder: Path) -> Iterator[str]:
+    """Cards that have been measured by `make bench-gpu`."""
+    yield from ("### On a GPU", "")
+    cards = 0
+    for path in sorted(folder.glob("*.json")):
+        run = read_json(path)
+        if run.get("machine_info", {}).get("device") == "cuda":
+            machine, rows = suite_report.read([path])
+            cards += 1
+            yield from (f"{suite_report.place(machine)}: {suite_report.summary(rows)}.", "")
+            yield from picture(
+                f"Forward and backward over the bare linear: {machine['gpu']}", f"results/{path.stem}.png"
+            )
+    if not cards:
+        yield (
+            "No card has been measured yet. `make bench-gpu` runs the GPU tests and the suite (the layers and sibling "
+            "groups of Mistral-7B, Gemma-2 9B, Llama-3.2 3B and RoBERTa-large at 1 to 8192 tokens, r = 32, 64, 96) on "
+            "whatever is there, RTX A6000 (sm_86) first of all, and its tables then stand here. Until then there is a "
+            "roofline on paper: `python -m benchmarks.roofline --gpu a6000`."
+        )

@@ -1,0 +1,71 @@
+"""What the rows of the grid say about the paper's ordering: means, deviations of differences, and what follows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.methods.grid import TASKS
+from benchmarks.methods.tables import Line, lines
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """LoRA-SB against another method on one task.
+
+    Attributes:
+        measure: "score" or "loss".
+        gain: how much better LoRA-SB's mean is; positive is better whatever the measure.
+        deviation: of the difference of two runs, sqrt(sd² + sd²).
+        fewer: how many times fewer trained parameters LoRA-SB has.
+    """
+
+    task: str
+    ours: Line
+    theirs: Line
+    measure: str
+    gain: float
+    deviation: float
+    fewer: float
+
+    @property
+    def word(self) -> str:
+        """ "above", "level" or "below", by one standard deviation of the difference."""
+        if abs(self.gain) <= self.deviation:
+            return "level"
+        return "above" if self.gain > 0 else "below"
+
+
+def compare(task: str, ours: Line, theirs: Line, measure: str) -> Verdict:
+    """One verdict."""
+    (mine, sd), (other, other_sd) = getattr(ours, measure), getattr(theirs, measure)
+    sign = 1 if measure == "score" and TASKS[task].higher_is_better else -1
+    return Verdict(
+        task, ours, theirs, measure, sign * (mine - other), math.hypot(sd, other_sd), theirs.params / ours.params
+    )
+
+
+def against_xs(rows: Sequence[Row], task: str) -> list[Verdict]:
+    """LoRA-SB over LoRA-XS at equal r, by score and by loss."""
+    found = {(line.method, line.r): line for line in lines(rows, task)}
+    measures = ("score", "loss") if TASKS[task].higher_is_better else ("loss",)
+    return [
+        compare(task, found["LoRA-SB", r], found["LoRA-XS", r], measure)
+        for r in TASKS[task].ranks
+        for measure in measures
+        if ("LoRA-SB", r) in found and ("LoRA-XS", r) in found
+    ]
+
+
+def against_lora(rows: Sequence[Row], task: str) -> list[Verdict]:
+    """LoRA-SB at every r over LoRA, by what the task is judged by."""
+    found = {(line.method, line.r): line for line in lines(rows, task)}
+    lora = found.get(("LoRA", TASKS[task].rank))
+    return [
+        compare(task, found["LoRA-SB", r], lora, "score")
+        for r in TASKS[task].ranks
+        if lora is not None and ("LoRA-SB", r) in found
+    ]

@@ -1,0 +1,141 @@
+"""The paper's ablations: what each start does to the factors, and what their tables are made of; nothing is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tolerances
+import torch
+from torch import Tensor, nn
+
+import lorasb
+from benchmarks.methods import starts
+from benchmarks.methods.adapters import begin_again, put_in
+from benchmarks.methods.grid import METHODS, Cell
+from benchmarks.methods.problems import Problem
+from benchmarks.paper import ablations, energy
+from benchmarks.paper.ablations import ABLATIONS, PLAIN, Variant
+
+R, ETA, WARMUP = 4, 2e-3, 2
+
+
+class Net(nn.Module):
+    """Two linears with a loss, in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 16), nn.Linear(16, 9)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        loss = (self.second(torch.tanh(self.first(x))) - labels).square().mean()
+        return type("Output", (), {"loss": loss})()
+
+
+def batches(count: int) -> list[dict[str, Tensor]]:
+    g = torch.Generator().manual_seed(3)
+    return [{"x": torch.randn(1, 12, generator=g), "labels": torch.randn(1, 9, generator=g)} for _ in range(count)]
+
+
+def started(**options: Any) -> Any:
+    """A model with LoRA-SB by a cell's options."""
+    torch.manual_seed(0)
+    problem = Problem(
+        Net(), list(range(64)), lambda rows: batches(1)[0], lambda *_: (0.0, 0.0), lambda *_: 0.0,
+        ["first", "second"], [], None,  # type: ignore[arg-type]
+    )  # fmt: skip
+    cell = Cell("chain_sum", "test", "LoRA-SB", R, ETA * WARMUP, 0, "x", tuple(sorted(options.items())))
+    return problem, cell, put_in(problem, METHODS["LoRA-SB"], cell, batches, WARMUP)[0]
+
+
+def steps(model: Any) -> dict[str, Tensor]:
+    return {name: layer.get_delta_weight("default").detach() for name, layer in starts.layers(model).items()}
+
+
+def test_eta_scales_the_first_step_and_nothing_else() -> None:
+    plain, quarter = started()[2], started(eta=0.25)[2]
+    for (name, whole), part in zip(steps(plain).items(), steps(quarter).values(), strict=True):
+        tolerances.check(part, whole / 4, tolerances.fp32(R))
+    assert all(not step.any() for step in steps(started(eta=0.0)[2]).values())
+
+
+def test_skewed_takes_the_same_step_with_a_b_that_is_not_orthonormal() -> None:
+    plain, skewed = started()[2], started(skewed=True)[2]
+    for name, whole in steps(plain).items():
+        tolerances.check(steps(skewed)[name], whole, tolerances.fp32(R))
+        b, core, _ = starts.factors(starts.layers(skewed)[name])
+        assert torch.equal(core, torch.eye(R))
+        assert (b.t() @ b - torch.eye(R)).abs().max() > 0.1
+
+
+def test_noise_of_nothing_is_the_first_step_and_much_noise_is_something_else() -> None:
+    plain, none, much = started()[2], started(noise=0.0)[2], started(noise=1.0)[2]
+    for name, whole in steps(plain).items():
+        tolerances.check(steps(none)[name], whole, tolerances.FACTORS)
+        assert steps(much)[name].norm() > 10 * whole.norm()
+
+
+def test_a_second_svd_keeps_what_was_learnt() -> None:
+    """The function moves by no more than the new first step: what R had learnt is in the base weight."""
+    problem, cell, model = started()
+    layers = starts.layers(model)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.lorasb_R["default"].add_(0.1)
+    learnt = {
+        name: (layer.base_weight() + layer.get_delta_weight("default")).detach() for name, layer in layers.items()
+    }
+    begin_again(model, problem, cell, batches, WARMUP)
+    for name, layer in layers.items():
+        tolerances.check(layer.base_weight(), learnt[name], tolerances.MERGE)
+        energy_kept = layer.get_delta_weight("default").norm() / ETA / learnt[name].numel() ** 0.5
+        assert 0.3 < energy_kept < 1.0
+
+
+def test_shares_of_energy_are_those_of_the_projection() -> None:
+    model = started()[2]
+    found = {name.removeprefix("base_model.model."): torch.randn(layer.out_features, layer.in_features)
+             for name, layer in starts.layers(model).items()}  # fmt: skip
+    of_grad, _ = energy.shares(model, found)
+    expected = []
+    for name, layer in starts.layers(model).items():
+        b, _, a = (t.double() for t in starts.factors(layer))
+        g = next(value.double() for key, value in found.items() if name.endswith(key))
+        expected.append(float((b @ b.t() @ g @ a.t() @ a).square().sum() / g.square().sum()))
+    assert of_grad == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+def test_every_variant_has_its_own_rows() -> None:
+    cells = [cell for ablation in ABLATIONS.values() for variant in ablation.variants for cell in variant.cells()]
+    options = {cell.key: cell.options for cell in cells}
+    assert all(options[cell.key] == cell.options for cell in cells)
+    plain = [cell for cell in cells if cell.variant == ""]
+    assert all(cell.options == () for cell in plain)  # shares the grid's own rows
+
+
+def test_the_table_compares_seed_by_seed(tmp_path: Path) -> None:
+    other = Variant("other", {"eta": 4.0})
+    ablation = ablations.Ablation("x", "A question", ((other, PLAIN), (PLAIN, PLAIN)))
+    names = ("task", "split", "method", "r", "lr", "seed", "variant")
+    there = []
+    for variant, losses in ((PLAIN, (0.1, 0.4, 0.7)), (other, (0.2, 0.5, 0.8))):
+        for cell, loss in zip(variant.cells(), losses, strict=True):
+            there.append(dict(zip(names, cell.key, strict=True)) | {"loss": str(loss), "score": "0.5"})
+    first, second = ablations.summary(ablation, there)
+    assert (first["over"], first["over_sd"]) == pytest.approx((0.1, 0.0))
+    assert (second["loss"], second["loss_sd"]) == pytest.approx((0.4, 0.3))
+    ablations.plot(ablation, [first, second], there, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+    assert ablations.view(ablation, [first, second]).row_count == 2
+    assert ablations.summary(ablation, []) == []
+
+
+def test_lorasb_is_what_the_plain_variant_runs() -> None:
+    """No options: exactly what a user gets."""
+    model = started()[2]
+    torch.manual_seed(0)
+    mine = lorasb.patch(Net(), lorasb.LoRASBConfig(r=R, target_modules=["first", "second"]))
+    lorasb.initialize(mine, batches(32), lr=ETA, num_samples=32, seed=0, progress=False)
+    for name, step in steps(model).items():
+        assert torch.equal(step, steps(mine)[name])
