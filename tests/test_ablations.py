@@ -55,7 +55,7 @@ def steps(model: Any) -> dict[str, Tensor]:
 
 def test_eta_scales_the_first_step_and_nothing_else() -> None:
     plain, quarter = started()[2], started(eta=0.25)[2]
-    for (name, whole), part in zip(steps(plain).items(), steps(quarter).values(), strict=True):
+    for whole, part in zip(steps(plain).values(), steps(quarter).values(), strict=True):
         tolerances.check(part, whole / 4, tolerances.fp32(R))
     assert all(not step.any() for step in steps(started(eta=0.0)[2]).values())
 

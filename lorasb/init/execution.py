@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from .cache import Cache, CachedGradient
 from .factoring import Recipe
 from .factors import kaiming, lora_xs
 from .fill import Filling
-from .loss import LossFn, unlabelled
+from .loss import LossFn, labelled_rows, unlabelled
 from .processes import Processes, sharded
 from .provenance import cache_key
 from .report import LayerReport
@@ -59,7 +59,8 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Opti
     """Factors from the gradients of the samples, or from a cache of their signs."""
     processes = Processes()
     pieces, seen, data_hash = _samples(model, batches, options, processes)
-    filling = Filling(layers, options.recipe, processes, staging, options.stability)
+    recipe = _of_the_mean(options, pieces, processes) if options.recipe.update == "sgd" else options.recipe
+    filling = Filling(layers, recipe, processes, staging, options.stability)
     if options.cache is not None:
         first, seed = next(iter(layers.values())), options.recipe.seed
         key = cache_key(model, first, options.recipe.update, seed, seen, data_hash, options.loss_fn)
@@ -79,6 +80,13 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Opti
     if filling.cache is not None:
         _finish(filling.cache, outcome, processes)
     return outcome
+
+
+def _of_the_mean(options: Options, pieces: list[Piece], processes: Processes) -> Recipe:
+    """A step along the mean of n gradients is one of η/n along their sum; signs do not know the difference."""
+    rows = labelled_rows if options.loss_fn is None else batch_size
+    own = sum(rows(piece.batch) for piece in pieces if piece.counts)
+    return replace(options.recipe, lr=options.recipe.lr / max(1, sum(processes.gather(own))))
 
 
 def _finish(cache: Cache, outcome: Outcome, processes: Processes) -> None:

@@ -57,7 +57,7 @@ def initialize(
         lr: η of the simulated step; `lorasb.first_step_lr` gives the one of a schedule.
         num_samples: how many, over all processes; None takes min(available, max(32, n/1000)), or all of an iterable
             without a size.
-        update: "adamw" (signs) or "sgd" (the gradient itself, Theorem 6).
+        update: "adamw" (signs) or "sgd" (ΔW = −η·G/n, the mean gradient itself, Theorem 6).
         strategy: "layerwise" computes one block at a time, from the last to the first; "accumulate" passes through the
             whole model, as often as `memory_budget` asks for; "auto" takes the first where the model is a stack of
             blocks. The sums are the same.
