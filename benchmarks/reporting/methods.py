@@ -34,7 +34,7 @@ def section(rows: Sequence[Row], folder: Path) -> list[str]:
         draw_scores(rows, drawn, folder / "methods.png")
         draw_rates(rows, drawn, folder / "rates.png")
         out += picture("Test score of every method, mean and standard deviation over seeds", "results/methods.png")
-        out += picture("Validation loss or score by learning rate", "results/rates.png")
+        out += picture("Validation loss by learning rate", "results/rates.png")
     for task in drawn:
         out += one_task(rows, task)
     return out
@@ -136,14 +136,12 @@ def draw_rates(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
             r = grid.ranks(task, method)[0]
             found = grid.swept(task, method, r, rows)
             rates = sorted(found)
-            sign = -1 if task.name == "cola" else 1
             style = "-o" if method.name in COLOURS else "--."
-            one.plot(rates, [sign * found[lr] for lr in rates], style, ms=4, color=COLOURS.get(method.name), lw=1.2,
+            one.plot(rates, [found[lr] for lr in rates], style, ms=4, color=COLOURS.get(method.name), lw=1.2,
                      label=f"{method.name}, r={r}" if r else method.name)  # fmt: skip
         one.set(xscale="log", title=task.name)
         one.set_xlabel("peak learning rate (one seed)", fontsize=8)
-        what = "Matthews correlation" if task.name == "cola" else "loss (nats per token)"
-        one.set_ylabel(f"validation {what}, n = {task.validation}", fontsize=7.5)
+        one.set_ylabel(f"validation loss (nats), n = {task.validation}", fontsize=7.5)
         one.legend(frameon=False, fontsize=6, ncols=2)
     _save(figure, axes, path)
 
