@@ -13,7 +13,7 @@ from torch import nn
 
 import lorasb
 from benchmarks.methods import starts
-from benchmarks.methods.grid import Cell, Method, Task
+from benchmarks.methods.grid import CORE, METHODS, Cell, Method, Task
 from benchmarks.methods.problems import Batch, Problem
 from lorasb.merging import merged_weight
 
@@ -27,7 +27,7 @@ def put_in(problem: Problem, method: Method, cell: Cell, batches: Batches, warmu
     torch.manual_seed(cell.seed)
     report = None
     model = problem.model
-    if method.name in ("LoRA-XS", "LoRA-SB"):
+    if method.family == CORE:
         model, report = _core(problem, method, cell, batches, warmup)
     elif method.name != "full":
         model = _lora(problem, method, cell, batches)
@@ -35,11 +35,10 @@ def put_in(problem: Problem, method: Method, cell: Cell, batches: Batches, warmu
 
 
 def _core(problem: Problem, method: Method, cell: Cell, batches: Batches, warmup: int) -> tuple[Any, Any]:
-    options = dict(cell.options)
-    init = options.get("init", "lora-xs" if method.name == "LoRA-XS" else "update")
+    options = {**method.options, **dict(cell.options)}
     config = lorasb.LoRASBConfig(
         r=cell.r, target_modules=problem.targets, modules_to_save=problem.head or None, task_type=problem.task_type,
-        init=init,
+        init=options.get("init", "update"),
     )  # fmt: skip
     model = lorasb.patch(problem.model, config)
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +50,7 @@ def _core(problem: Problem, method: Method, cell: Cell, batches: Batches, warmup
 
 def begin(model: Any, problem: Problem, cell: Cell, batches: Batches, eta: float, cache: Path | None = None) -> Any:
     """Initialise by a cell's options."""
-    options = dict(cell.options)
+    options = {**METHODS[cell.method].options, **dict(cell.options)}
     count = options.get("samples") or min(len(problem.train), max(32, -(-len(problem.train) // 1000)))
     return lorasb.initialize(
         model, batches(count), lr=eta, num_samples=count, seed=cell.seed, progress=False, cache=cache,

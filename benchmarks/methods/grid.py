@@ -107,8 +107,9 @@ METHODS = {
         Method("DoRA", LOW, {"use_dora": True}),
         Method("LoRA-GA", LOW, {"init_lora_weights": "lora_ga"}),
         Method("LoRA-Pro", LOW),
-        Method("LoRA-XS", CORE),
+        Method("LoRA-XS", CORE, {"init": "lora-xs"}),
         Method("LoRA-SB", CORE),
+        Method("LoRA-SB (sgd)", CORE, {"update": "sgd"}),
     )
 }
 
@@ -144,7 +145,7 @@ def ranks(task: Task, method: Method) -> tuple[int, ...]:
 
 def order(names: Sequence[str]) -> list[Method]:
     """Those asked for, LoRA-SB and what it is measured against first."""
-    first = ("LoRA-SB", "LoRA-XS", "LoRA", "full")
+    first = ("LoRA-SB", "LoRA-XS", "LoRA", "LoRA-SB (sgd)", "full")
     return sorted((METHODS[name] for name in names), key=lambda m: first.index(m.name) if m.name in first else 9)
 
 
