@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+RESULTS = ("results", "REPORT.md")  # what a run itself writes
 Call = Callable[[int], Any]
 
 
@@ -107,9 +108,11 @@ def saved_bytes(forward: Callable[[], Any], parameters: set[int]) -> int:
 
 
 def commit() -> str:
-    """The commit that runs."""
-    describe = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    """The commit that runs, "-dirty" where files other than results were changed since."""
+    found = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True).stdout.strip()
+    apart = ["git", "status", "--porcelain", "--", ":/", *(f":(exclude,top)benchmarks/{name}" for name in RESULTS)]
+    changed = subprocess.run(apart, capture_output=True, text=True).stdout.strip()
+    return f"{found or 'no git'}{'-dirty' if changed else ''}"
 
 
 def provenance(device: str = "cpu") -> dict[str, Any]:

@@ -98,7 +98,10 @@ def optimizer(model: nn.Module, method: Method, task: Task, cell: Cell, head: Se
     if method.name == "LoRA-Pro":
         from lora_pro import LoRAProAdamW
 
-        return LoRAProAdamW(model, lr=cell.lr, weight_decay=0.0)
+        pro = LoRAProAdamW(model, lr=cell.lr, weight_decay=0.0)
+        if head:  # all that is no LoRA is its first group
+            pro.param_groups[0]["lr"] = task.head_lr or cell.lr
+        return pro
     heads: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,9 +14,10 @@ WARMUP = 0.1  # share of the steps; then the rate falls to zero in a line
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates of a sweep: three of a ladder first, then outward for as long as the best is the last one tried.
+    """Learning rates of a sweep: three of a ladder, then outward for as long as the best is the last one tried.
 
-    Whatever a method's best rate is, the next lower and the next higher were tried too, or the ladder ends there.
+    Whatever a method's best rate is, the next lower and the next higher were tried too, or the ladder ends there. On a
+    task the ladders of all methods rise by the same factor.
     """
 
     ladder: tuple[float, ...]
@@ -25,11 +27,15 @@ class Rates:
     def start(self) -> tuple[float, ...]:
         return self.ladder[self.first : self.first + 3]
 
+    def best(self, tried: Mapping[float, float]) -> float:
+        """The rate of the ladder with the least loss; a run that diverged has none."""
+        return min((lr for lr in self.ladder if lr in tried), key=lambda lr: (not math.isfinite(tried[lr]), tried[lr]))
+
     def next(self, tried: Mapping[float, float]) -> tuple[float, ...]:
         """What to try next, given losses by rate; nothing where the best has been found."""
         if missing := tuple(lr for lr in self.start if lr not in tried):
             return missing
-        at = self.ladder.index(min(tried, key=lambda lr: tried[lr]))
+        at = self.ladder.index(self.best(tried))
         around = self.ladder[max(0, at - 1) : at + 2]
         return tuple(lr for lr in around if lr not in tried)
 
@@ -64,16 +70,14 @@ class Task:
 
 
 FULL, LOW, CORE = "full", "lora", "core"  # families that share learning rates
+DOUBLING = tuple(6.25e-5 * 2**i for i in range(10))  # 6.25e-5 to 3.2e-2
 LM_RATES = {
-    FULL: Rates((1e-5, 3e-5, 1e-4, 3e-4, 1e-3), 1),
-    LOW: Rates((3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 2),
-    CORE: Rates((6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), 3),
+    FULL: Rates((1.25e-5, 2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4), 2),
+    LOW: Rates(DOUBLING, 4),
+    CORE: Rates(DOUBLING, 3),
 }
-COLA_RATES = {
-    FULL: Rates((1e-5, 3e-5, 1e-4, 3e-4, 1e-3), 1),
-    LOW: Rates((1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 1),
-    CORE: Rates((2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2, 2.56e-1), 1),
-}
+THREES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+COLA_RATES = {FULL: Rates(THREES, 1), LOW: Rates(THREES, 3), CORE: Rates(THREES, 4)}
 TASKS = {
     task.name: task
     for task in (
@@ -171,10 +175,11 @@ def swept(task: Task, method: Method, r: int, rows: Sequence[dict[str, str]]) ->
         for row in rows
         if (row["task"], row["split"], row["method"], row["r"], row["variant"])
         == (task.name, "validation", method.name, str(r), "")
+        and row["seed"] == str(SWEEP_SEED)
     }
 
 
 def best_rate(task: Task, method: Method, r: int, rows: Sequence[dict[str, str]]) -> float | None:
     """The rate of the least validation loss, or None before all were tried."""
-    found = swept(task, method, r, rows)
-    return None if task.rates[method.family].next(found) else min(found, key=lambda lr: found[lr])
+    found, rates = swept(task, method, r, rows), task.rates[method.family]
+    return None if rates.next(found) else rates.best(found)

@@ -18,7 +18,11 @@ def curves(rows: Sequence[Row], task: str) -> dict[tuple[str, int], dict[float, 
     """Validation loss by learning rate, for every method and rank that is drawn."""
     found: dict[tuple[str, int], dict[float, float]] = {}
     for row in rows:
-        if (row["task"], row["split"], row["variant"]) == (task, "validation", "") and row["method"] in COLOURS:
+        if (
+            (row["task"], row["split"], row["variant"]) == (task, "validation", "")
+            and row["method"] in COLOURS
+            and row["seed"] == "0"
+        ):
             found.setdefault((row["method"], int(row["r"])), {})[float(row["lr"])] = float(row["loss"])
     return found
 

@@ -17,19 +17,21 @@ COLUMNS = (
     "loss_before", "adapter_params", "init_seconds", "seconds", "peak_rss_mb", "steps", "energy", "energy_grad",
     "version", "machine", "date",
 )  # fmt: skip
+KEY = ("task", "split", "method", "r", "lr", "seed", "variant")
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """All rows; none where there is no file yet."""
+    """All rows, the first of each run; none where there is no file yet."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+        found = list(csv.DictReader(file))
+    return list({tuple(row[name] for name in KEY): row for row in reversed(found)}.values())[::-1]  # the first of each
 
 
 def missing(cells: Iterable[Cell], rows: list[dict[str, str]]) -> list[Cell]:
     """The cells without a row, each once."""
-    there = {tuple(row[name] for name in ("task", "split", "method", "r", "lr", "seed", "variant")) for row in rows}
+    there = {tuple(row[name] for name in KEY) for row in rows}
     return [cell for cell in dict.fromkeys(cells) if cell.key not in there]
 
 

@@ -29,7 +29,7 @@ def run(cell: Cell, folder: Path | None) -> dict[str, Any]:
     initialisation that wants some. Full fine-tuning keeps its weights in fp32 under bf16 autocast, since a step of 1e-5
     would be lost on bf16 weights; the others train fp32 adapters over a bf16 base.
     """
-    task, method = TASKS[cell.task], METHODS[cell.method]
+    version, task, method = commit(), TASKS[cell.task], METHODS[cell.method]
     narrow = method.family != FULL and task.name != "cola"
     problem = load(task, folder, torch.bfloat16 if narrow else torch.float32)
     before = problem.loss(problem.model, cell.split)
@@ -48,7 +48,7 @@ def run(cell: Cell, folder: Path | None) -> dict[str, Any]:
         "init_seconds": round(init_seconds, 2), "seconds": round(seconds, 1), "steps": task.steps,
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "energy": _energy(report, "sign"), "energy_grad": _energy(report, "grad"),
-        "version": commit(), "machine": environment("cpu")["cpu"], "date": time.strftime("%Y-%m-%d"), "losses": losses,
+        "version": version, "machine": environment("cpu")["cpu"], "date": time.strftime("%Y-%m-%d"), "losses": losses,
     }  # fmt: skip
 
 

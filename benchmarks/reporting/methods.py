@@ -16,8 +16,9 @@ from benchmarks.reporting.why import explanation
 from lorasb.files import replacing
 from lorasb.plotting import GRAD, INK, MUTED, SIGN
 
-COLOURS = {"LoRA-SB": GRAD, "LoRA-XS": SIGN, "full": INK}
+COLOURS = {"LoRA-SB": GRAD, "LoRA-XS": SIGN, "full": INK, "LoRA-SB (sgd)": "#b0527a"}
 MODEL = {"cola": "a MiniLM encoder of 22.7M parameters, self-attention and a new head, fp32"}
+SGD = "LoRA-SB (sgd)"  # from the mean gradient instead of its sign
 LM = "SmolLM2-135M, all linear layers, bf16 base and fp32 adapters"
 
 
@@ -77,8 +78,9 @@ def one_task(rows: Sequence[Row], task: Task) -> list[str]:
     out = [f"### {task.name}", "", about, "", *table(head, body), "", where_rows(mine), ""]
     xs, lora = against_xs(rows, task.name), against_lora(rows, task.name)
     if xs or lora:
-        out += ["LoRA-SB against (±: standard deviation of the difference of two runs):", ""]
-        out += [sentence(verdict) for verdict in (*xs, *lora)] + [""]
+        out += ["LoRA-SB beside others (±: standard deviation of the difference of two runs):", ""]
+        both = [*xs, *lora, *against_xs(rows, task.name, SGD), *against_lora(rows, task.name, SGD)]
+        out += [sentence(verdict) for verdict in both] + [""]
     return out + why_not(rows, task, xs, lora)
 
 
@@ -88,7 +90,7 @@ def sentence(verdict: Verdict) -> str:
     measure = "loss" if verdict.measure == "loss" else TASKS[verdict.task].metric
     sign = -verdict.gain if verdict.measure == "loss" or not TASKS[verdict.task].higher_is_better else verdict.gain
     return (
-        f"- r={verdict.ours.r} and {label(verdict.theirs)}: **{verdict.word}** in {measure} "
+        f"- {label(verdict.ours)} and {label(verdict.theirs)}: **{verdict.word}** in {measure} "
         f"({sign:+.3f} ± {verdict.deviation:.3f}{fewer})"
     )
 
@@ -108,6 +110,25 @@ def why_not(rows: Sequence[Row], task: Task, xs: Sequence[Verdict], lora: Sequen
         *explanation(rows, task),
         "",
     ]
+
+
+def headline(rows: Sequence[Row]) -> list[str]:
+    """What a README has room for: a line a task, each method at its largest rank."""
+    body = []
+    for task in TASKS.values():
+        found = {line.method: line for line in lines(rows, task.name)}  # the largest rank is the last
+        if "LoRA-SB" in found:
+            cells = [_cell(found.get(name)) for name in ("LoRA-SB", SGD, "LoRA-XS", "LoRA", "full")]
+            arrow = "more" if task.higher_is_better else "less"
+            body.append([f"{task.name}: {task.metric} ({arrow} is better)", *cells])
+    return table(["", "LoRA-SB", "LoRA-SB from G", "LoRA-XS", "LoRA", "full"], body)
+
+
+def _cell(line: Line | None) -> str:
+    if line is None:
+        return "-"
+    size = f"r={line.r}, {_count(line.params)}" if line.r else _count(line.params)
+    return f"{plus_minus(*line.score)} ({size})"
 
 
 def draw_scores(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:

@@ -48,24 +48,24 @@ def compare(task: str, ours: Line, theirs: Line, measure: str) -> Verdict:
     )
 
 
-def against_xs(rows: Sequence[Row], task: str) -> list[Verdict]:
+def against_xs(rows: Sequence[Row], task: str, method: str = "LoRA-SB") -> list[Verdict]:
     """LoRA-SB over LoRA-XS at equal r, by score and by loss."""
     found = {(line.method, line.r): line for line in lines(rows, task)}
     measures = ("score", "loss") if TASKS[task].higher_is_better else ("loss",)
     return [
-        compare(task, found["LoRA-SB", r], found["LoRA-XS", r], measure)
+        compare(task, found[method, r], found["LoRA-XS", r], measure)
         for r in TASKS[task].ranks
         for measure in measures
-        if ("LoRA-SB", r) in found and ("LoRA-XS", r) in found
+        if (method, r) in found and ("LoRA-XS", r) in found
     ]
 
 
-def against_lora(rows: Sequence[Row], task: str) -> list[Verdict]:
+def against_lora(rows: Sequence[Row], task: str, method: str = "LoRA-SB") -> list[Verdict]:
     """LoRA-SB at every r over LoRA, by what the task is judged by."""
     found = {(line.method, line.r): line for line in lines(rows, task)}
     lora = found.get(("LoRA", TASKS[task].rank))
     return [
-        compare(task, found["LoRA-SB", r], lora, "score")
+        compare(task, found[method, r], lora, "score")
         for r in TASKS[task].ranks
-        if lora is not None and ("LoRA-SB", r) in found
+        if lora is not None and (method, r) in found
     ]
