@@ -8,23 +8,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.methods import rows as methods_rows
 from benchmarks.methods import runner
 from benchmarks.reporting import methods, paper, speed
-from benchmarks.reporting.markdown import read_csv, read_json
+from benchmarks.reporting.markdown import read_json
 from lorasb.files import write_text
 
 HEAD = """\
 # Report
 
-Made by `python -m benchmarks.report` from the files in [results](results); no number here is typed by hand. Below each
-table stand the machine, the commit and the date it was measured at. Where the paper's ordering does not show, a section
-*why not* says so.
+Made by `python -m benchmarks.report` from the files in [results](results): what was measured is computed from them, and
+only the paper's own figures are typed. Beside each table stand the machine, the commit and the date of its runs. Where
+the paper's ordering does not show, a section *why not* says so.
 """
 
 
 def compose(results: Path) -> str:
     """The page; its pictures are drawn into `results`."""
-    rows = read_csv(results / runner.ROWS)
+    rows = methods_rows.read(results / runner.ROWS)
     parts = [HEAD, *methods.section(rows, results), *methods.floors(read_json(results / "floor.json"))]
     parts += [*paper.section(rows, results), *speed.section(results)]
     lines = "\n".join(parts).split("\n")

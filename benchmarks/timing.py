@@ -110,7 +110,15 @@ def saved_bytes(forward: Callable[[], Any], parameters: set[int]) -> int:
 def commit() -> str:
     """The commit that runs, "-dirty" where files other than results were changed since."""
     found = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True).stdout.strip()
-    apart = ["git", "status", "--porcelain", "--", ":/", *(f":(exclude,top)benchmarks/{name}" for name in RESULTS)]
+    apart = [
+        "git",
+        "status",
+        "--porcelain",
+        "--untracked-files=no",
+        "--",
+        ":/",
+        *(f":(exclude,top)benchmarks/{name}" for name in RESULTS),
+    ]
     changed = subprocess.run(apart, capture_output=True, text=True).stdout.strip()
     return f"{found or 'no git'}{'-dirty' if changed else ''}"
 
@@ -118,6 +126,11 @@ def commit() -> str:
 def provenance(device: str = "cpu") -> dict[str, Any]:
     """Machine, commit and date, for a file of results."""
     return {"machine": environment(device), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
+
+
+def provenance_columns() -> dict[str, str]:
+    """The same for a row of a CSV."""
+    return {"version": commit(), "machine": _cpu(), "date": time.strftime("%Y-%m-%d")}
 
 
 def environment(device: str) -> dict[str, Any]:

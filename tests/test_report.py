@@ -41,19 +41,20 @@ def test_verdicts(tmp_path: Path) -> None:
     fill(tmp_path / "methods.csv")
     there = rows.read(tmp_path / "methods.csv")
     words = {(v.ours.r, v.measure): v.word for v in verdicts.against_xs(there, TASK.name)}
-    expected = {16: "above", 64: "level", 96: "below"}
+    expected = {16: "better", 64: "level", 96: "worse"}
     assert words == {(r, measure): word for r, word in expected.items() for measure in ("score", "loss")}
     first = verdicts.against_xs(there, TASK.name)[0]
     assert (first.gain, first.deviation) == pytest.approx((0.1, 2**0.5 * 0.02))
-    assert [v.word for v in verdicts.against_lora(there, TASK.name)] == ["below", "level", "level"]
+    (lora,) = verdicts.against_others(there, TASK.name)
+    assert (lora.theirs.method, lora.ours.r, lora.word) == ("LoRA", 96, "level")
 
 
 def test_the_page_says_where_the_ordering_does_not_show(tmp_path: Path) -> None:
     fill(tmp_path / "methods.csv")
     page = report.compose(tmp_path)
-    assert "## chain_sum: why not" in page
-    assert "LoRA-XS at r=96 in score (below)" in page
-    assert "LoRA-XS at r=16" not in page.split("why not")[-1].split("##")[0]
+    assert "#### chain_sum: why not" in page
+    assert "worse than LoRA-XS at equal r in score, r=96" in page
+    assert "r=16" not in page.split("chain_sum: why not")[1].split("#")[0]
     assert "abc1234; 2026-01-01" in page
     assert (tmp_path / "methods.png").is_file()
     assert (tmp_path / "rates.png").is_file()

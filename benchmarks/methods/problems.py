@@ -73,13 +73,18 @@ def files(task: Task, folder: Path | None, part: str) -> Path:
 # Language models: SmolLM2-135M over prompts and completions
 
 
+def generated(task: Task) -> dict[str, list[Example]]:
+    """The splits of a task that is generated; no problem is in two of them."""
+    test = generate(task.name, task.test, 2 * HELD_OUT_SEED)
+    validation = generate(task.name, task.validation, HELD_OUT_SEED, exclude=test)
+    train = generate(task.name, task.examples, 0, exclude=[*test, *validation])
+    return {"train": train, "validation": validation, "test": test}
+
+
 def _examples(task: Task, folder: Path | None) -> dict[str, list[Example]]:
     sizes = {"validation": task.validation, "test": task.test}
     if task.data is None:
-        test = generate(task.name, task.test, 2 * HELD_OUT_SEED)
-        validation = generate(task.name, task.validation, HELD_OUT_SEED, exclude=test)
-        train = generate(task.name, task.examples, 0, exclude=[*test, *validation])
-        return {"train": train, "validation": validation, "test": test}
+        return generated(task)
     train = read_jsonl(files(task, folder, "train"))
     random.Random(SPLIT_SEED).shuffle(train)
     held = read_jsonl(files(task, folder, "test"))

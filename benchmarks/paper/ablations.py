@@ -8,7 +8,6 @@ each seed's loss with the plain run's of the same seed.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +19,10 @@ from rich.table import Table
 from benchmarks.methods import rows, runner
 from benchmarks.methods.grid import SEEDS, TASKS, Cell
 from benchmarks.methods.tables import spread
-from lorasb.files import replacing
+from benchmarks.tabular import Row, write_csv
 from lorasb.plotting import GRAD, INK, MUTED, canvas, save
 
 TASK, R, LR = TASKS["chain_sum"], 64, 1e-3
-Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def _against(plain: Variant, *others: Variant) -> tuple[tuple[Variant, Variant],
 PLAIN = Variant("ΔW (LoRA-SB)")
 NOISES = (1e-5, 1e-4, 1e-3, 1e-2)
 COUNTS = (1, 5, 25, 50, 100, 200)
-UPDATES = ((16, 2e-3), (64, 1e-3), (96, 1e-3))  # ranks, each at the best rate of its sweep
+UPDATES = ((16, 2e-3), (64, 1e-3), (96, 1e-3))  # ranks and rates near the best of LoRA-SB's sweep, for both
 ABLATIONS = {
     "starts": Ablation(
         "table-5", "Truncated SVD of what (Table 5)",
@@ -123,7 +121,7 @@ def summary(ablation: Ablation, there: Sequence[Row]) -> list[dict[str, Any]]:
     lines = []
     for variant, plain in ablation.pairs:
         mine, theirs = results(variant, there), results(plain, there)
-        if not mine:
+        if not mine or not mine.keys() & theirs.keys():
             continue
         loss, score = (spread([float(row[name]) for row in mine.values()]) for name in ("loss", "score"))
         over = spread(
@@ -176,12 +174,13 @@ def plot(ablation: Ablation, lines: Sequence[Mapping[str, Any]], there: Sequence
     save(figure, axes, ablation.title, path)
 
 
-def write(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A CSV, whole or not at all."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()} for line in lines)
+def render(name: str, there: Sequence[Row], output: Path) -> list[dict[str, Any]]:
+    """Write the CSV and the picture of what has run; its lines."""
+    ablation = ABLATIONS[name]
+    if lines := summary(ablation, there):
+        write_csv(output / f"{ablation.file}.csv", lines)
+        plot(ablation, lines, there, output / f"{ablation.file}.png")
+    return lines
 
 
 def main(name: str, options: argparse.Namespace) -> None:
@@ -189,9 +188,6 @@ def main(name: str, options: argparse.Namespace) -> None:
     ablation, console = ABLATIONS[name], Console(width=140)
     cells = [cell for variant in ablation.variants for cell in variant.cells()]
     runner.run_all(lambda there: cells, options, console)
-    there = rows.read(options.output / runner.ROWS)
-    if not (lines := summary(ablation, there)):
+    if not (lines := render(name, rows.read(options.output / runner.ROWS), options.output)):
         raise SystemExit(f"no run of {name!r} is there yet: give it more --minutes")
     console.print(view(ablation, lines))
-    write(lines, options.output / f"{ablation.file}.csv")
-    plot(ablation, lines, there, options.output / f"{ablation.file}.png")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from benchmarks.methods import grid, rows, runner
 from benchmarks.methods.grid import METHODS, TASKS, Task
 from benchmarks.methods.tables import spread
+from benchmarks.tabular import write_csv
 from lorasb.files import replacing
 from lorasb.plotting import GRAD, SIGN
 
@@ -73,26 +76,44 @@ def plot(found: Sequence[tuple[Task, dict[str, Curve]]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def render(there: Sequence[dict[str, str]], curves: Sequence[dict[str, Any]], output: Path) -> list[dict[str, Any]]:
+    """Write the CSV and the picture; a line a point."""
+    found = panels(there, curves)
+    lines = [
+        {"task": task.name, "method": method, "r": task.ranks[-1], "point": i, "loss": mean, "loss_sd": deviation}
+        for task, both in found
+        for method, points in both.items()
+        for i, (mean, deviation) in enumerate(points)
+    ]
+    if lines:
+        write_csv(output / "figure-2.csv", lines)
+        plot(found, output / "figure-2.png")
+    return lines
+
+
+def ends(lines: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A row a task: the first point and the mean of the last five, of both methods."""
+    found = []
+    for task, r in dict.fromkeys((line["task"], line["r"]) for line in lines):
+        row = [task, str(r)]
+        for method in COLOURS:
+            losses = [line["loss"] for line in lines if (line["task"], line["method"]) == (task, method)]
+            row += [f"{losses[0]:.3f}", f"{statistics.fmean(losses[-5:]):.3f}"]
+        found.append(row)
+    return found
+
+
+HEAD = ("task", "r", "LoRA-SB, first point", "LoRA-SB, last five", "LoRA-XS, first point", "LoRA-XS, last five")
+
+
 def main(options: argparse.Namespace) -> None:
-    """Write and draw what has run."""
+    """Write, draw and print what has run."""
     there, curves = rows.read(options.output / runner.ROWS), read(options.output / runner.CURVES)
-    if not (found := panels(there, curves)):
+    if not (lines := render(there, curves, options.output)):
         raise SystemExit("no task has both LoRA-SB and LoRA-XS yet: python -m benchmarks.methods first")
-    with (
-        replacing(options.output / "figure-2.csv") as temporary,
-        temporary.open("w", encoding="utf-8", newline="") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("task", "method", "r", "point", "loss", "loss_sd"))
-        for task, both in found:
-            for method, points in both.items():
-                writer.writerows(
-                    (task.name, method, task.ranks[-1], i, round(m, 5), round(s, 5)) for i, (m, s) in enumerate(points)
-                )
-    plot(found, options.output / "figure-2.png")
-    for task, both in found:
-        tail = {method: statistics.fmean(mean for mean, _ in points[-5:]) for method, points in both.items()}
-        print(
-            f"{task.name}: "
-            + ", ".join(f"{method} {both[method][0][0]:.3f} -> {loss:.3f}" for method, loss in tail.items())
-        )
+    table = Table(title="Training loss (Figure 2)")
+    for name in HEAD:
+        table.add_column(name)
+    for row in ends(lines):
+        table.add_row(*row)
+    Console(width=140).print(table)

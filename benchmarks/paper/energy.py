@@ -1,6 +1,6 @@
 """Does a subspace that keeps more of the gradient train better? Energy captured against the final loss.
 
-The reference is G over samples that no start has seen (chain_sum, the model before training), by plain autograd in
+The reference is G over problems of no split (chain_sum, the model before training), by plain autograd in
 fp32. Of every start, the share of ‖G‖² and of ‖sign(G)‖² that lies in its subspace, ‖QᵦᵀG Qₐ‖²/‖G‖² with orthonormal
 bases of B's columns and A's rows, beside the validation loss after training with it.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,18 @@ from torch import Tensor
 from benchmarks.methods import grid, rows, runner, starts
 from benchmarks.methods.adapters import put_in
 from benchmarks.methods.grid import METHODS, TASKS, WARMUP, Cell
-from benchmarks.methods.problems import Problem, load
+from benchmarks.methods.problems import MAX_LENGTH, Problem, generated, load
 from benchmarks.methods.run import drawn
 from benchmarks.paper.ablations import ABLATIONS, results
+from benchmarks.tabular import Row, write_csv
+from benchmarks.timing import provenance_columns
+from lorasb.cli.embedded import EMBEDDED, resolve_model
+from lorasb.cli.encode import encode
+from lorasb.cli.tasks import Example, generate
 from lorasb.files import replacing
 from lorasb.plotting import GRAD, INK, SIGN
 
 TASK, REFERENCE, SEED = TASKS["chain_sum"], 200, 77
-Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,25 @@ def known(there: Sequence[Row]) -> Iterator[Start]:
                 yield Start(label, cell, tuple(float(row["loss"]) for row in found.values()))
 
 
+def unseen() -> list[Example]:
+    """Problems that are in no split."""
+    taken = [example for part in generated(TASK).values() for example in part]
+    return generate(TASK.name, REFERENCE, SEED, exclude=taken)
+
+
 def reference(problem: Problem) -> dict[str, Tensor]:
     """G of every adapted weight, in fp32."""
+    from transformers import AutoTokenizer
+
     model = copy.deepcopy(problem.model).float()
     weights = {n: p for n, p in model.named_parameters() if n.split(".")[-2] in problem.targets}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for weight in weights.values():
         weight.requires_grad_(True)
-    for batch in drawn(problem, TASK, SEED, REFERENCE):
-        model(**batch).loss.backward()
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(EMBEDDED))
+    for example in unseen():  # one by one: each its own mean over tokens, as the initialisation takes it
+        model(**problem.collate([encode(example, tokenizer, MAX_LENGTH)])).loss.backward()
     return {name.removesuffix(".weight"): weight.grad for name, weight in weights.items() if weight.grad is not None}
 
 
@@ -97,7 +109,7 @@ def measure(there: Sequence[Row], folder: Path | None) -> list[dict[str, Any]]:
         loss = sum(start.losses) / len(start.losses)
         lines.append({
             "start": start.label, "r": cell.r, "lr": cell.lr, "seeds": len(start.losses), "loss": loss,
-            "energy_grad": of_grad, "energy_sign": of_sign,
+            "energy_grad": of_grad, "energy_sign": of_sign, **provenance_columns(),
         })  # fmt: skip
     return lines
 
@@ -151,11 +163,5 @@ def main(options: argparse.Namespace) -> None:
     if not lines:
         raise SystemExit("nothing has been trained yet: python -m benchmarks.methods first")
     Console(width=140).print(view(lines))
-    with (
-        replacing(options.output / "energy.csv") as temporary,
-        temporary.open("w", encoding="utf-8", newline="") as file,
-    ):
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()} for line in lines)
+    write_csv(options.output / "energy.csv", lines)
     plot(lines, options.output / "energy.png")

@@ -8,7 +8,6 @@ step of W scales with s.
 from __future__ import annotations
 
 import copy
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from rich.table import Table
 import lorasb
 from benchmarks.methods.grid import TASKS
 from benchmarks.methods.problems import Batch, Problem, load
-from lorasb.files import replacing
+from benchmarks.tabular import write_csv
+from benchmarks.timing import provenance_columns
 from lorasb.plotting import GRAD, INK, SIGN
 
 SCALES, STEPS, BATCH, R = (0.1, 1.0, 10.0), 40, 16, 16
@@ -103,10 +103,12 @@ def main(output: Path, folder: Path | None) -> None:
     torch.manual_seed(0)
     found = run(folder)
     Console(width=120).print(view(found))
-    output.mkdir(parents=True, exist_ok=True)
-    with replacing(output / "scale.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("way", "s", "step", "loss"))
-        for way, curves in found.items():
-            writer.writerows((way, s, i + 1, round(v, 9)) for s, losses in curves.items() for i, v in enumerate(losses))
+    at = provenance_columns()
+    lines = [
+        {"way": way, "s": s, "step": i + 1, "loss": loss, **at}
+        for way, curves in found.items()
+        for s, losses in curves.items()
+        for i, loss in enumerate(losses)
+    ]
+    write_csv(output / "scale.csv", lines, digits=9)
     plot(found, output / "scale.png")

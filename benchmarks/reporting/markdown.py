@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, str]
+from benchmarks.tabular import Row
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> list[str]:
@@ -20,14 +19,6 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> 
 def picture(title: str, path: str) -> list[str]:
     """A picture on a line of its own."""
     return ["", f"![{title}]({path})", ""]
-
-
-def read_csv(path: Path) -> list[Row]:
-    """Rows; none where the file is not there."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -51,8 +42,10 @@ def where(found: Mapping[str, Any]) -> str:
 
 def where_rows(rows: Sequence[Row]) -> str:
     """The same of rows that were measured over some time."""
+    if not rows:
+        return "*no row*"
     versions = sorted({row["version"] for row in rows})
     machines = sorted({row["machine"] for row in rows})
     dates = sorted({row["date"] for row in rows})
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"*{', '.join(machines)}, one thread a run, two runs at a time; commits {', '.join(versions)}; {span}.*"
+    return f"*{', '.join(machines)}, one thread a run, two at a time; commits {', '.join(versions)}; {span}.*"

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.methods.grid import TASKS
-from benchmarks.paper import scale
-from benchmarks.paper.ablations import ABLATIONS, LR, R, size
-from benchmarks.reporting.markdown import Row, picture, plus_minus, read_csv, table, where_rows
+from benchmarks.methods import runner
+from benchmarks.methods.grid import TASKS, WARMUP
+from benchmarks.paper import curves, overhead, scale
+from benchmarks.paper.ablations import ABLATIONS, LR, R, render, results, size
+from benchmarks.reporting.markdown import picture, plus_minus, table, where_rows
+from benchmarks.tabular import Row, read_csv
+from lorasb.init import first_step_lr
 
 
 def section(rows: Sequence[Row], folder: Path) -> list[str]:
-    """Everything that has been run."""
+    """Everything that has been run; pictures and CSVs are written anew."""
     out = ["## The paper's tables and figures at this scale", ""]
     out += ["Each is `python -m benchmarks.paper NAME --data-dir DATA`, with NAME as in its heading.", ""]
-    for part in (curves, *(_ablation(name) for name in ("starts", "samples", "orthonormal")), overhead, costs, theorem):
+    for part in (
+        figure_2,
+        *(_ablation(name) for name in ("starts", "samples", "orthonormal")),
+        table_7,
+        costs,
+        theorem,
+    ):
         out += [*part(rows, folder), ""]
     out += ["## What the paper does not ask", ""]
     for part in (*(_ablation(name) for name in ("update", "eta", "again")), energy):
@@ -23,88 +33,85 @@ def section(rows: Sequence[Row], folder: Path) -> list[str]:
     return out
 
 
-def curves(rows: Sequence[Row], folder: Path) -> Iterator[str]:
-    """Figure 2."""
-    found = read_csv(folder / "figure-2.csv")
-    if not found:
-        return
-    yield from ("### Figure 2: training loss of LoRA-SB and LoRA-XS (`curves`)", "")
-    lines = []
-    for task, r in dict.fromkeys((row["task"], row["r"]) for row in found):
-        ends = []
-        for method in ("LoRA-SB", "LoRA-XS"):
-            losses = [float(row["loss"]) for row in found if (row["task"], row["method"]) == (task, method)]
-            ends += [f"{losses[0]:.3f}", f"{sum(losses[-5:]) / 5:.3f}"]
-        lines.append([task, r, *ends])
-    head = ["task", "r", "LoRA-SB, first point", "LoRA-SB, last five", "LoRA-XS, first point", "LoRA-XS, last five"]
-    yield from table(head, lines)
-    yield from picture("Training loss of LoRA-SB and LoRA-XS", "results/figure-2.png")
+def figure_2(rows: Sequence[Row], folder: Path) -> Iterator[str]:
+    """Training loss."""
+    if lines := curves.render(rows, curves.read(folder / runner.CURVES), folder):
+        yield from ("### Figure 2: training loss of LoRA-SB and LoRA-XS (`curves`)", "")
+        yield from (
+            "Each at the best rate of its sweep, mean of three seeds, test runs; nats per token or example.",
+            "",
+        )
+        yield from table(curves.HEAD, curves.ends(lines))
+        mine = [row for row in rows if row["split"] == "test" and row["method"] in curves.COLOURS]
+        yield from ("", where_rows(mine))
+        yield from picture("Training loss of LoRA-SB and LoRA-XS", "results/figure-2.png")
 
 
 def _ablation(name: str) -> Callable[[Sequence[Row], Path], Iterator[str]]:
     def part(rows: Sequence[Row], folder: Path) -> Iterator[str]:
         ablation = ABLATIONS[name]
-        found = read_csv(folder / f"{ablation.file}.csv")
-        if not found:
+        if not (lines := render(name, rows, folder)):
             return
         yield from (f"### {ablation.title} (`{name}`)", "")
         yield f"{size()}; r={R}, lr {LR:g} where nothing else is said; mean ± standard deviation over seeds:"
         yield ""
         head = ["", "r", "lr", "seeds", "loss", "over the plain run of the same seed", "exact match"]
-        yield from table(head, (_variant(row) for row in found))
-        names = {variant.name for variant in ablation.variants}
-        mine = [
-            row
-            for row in rows
-            if row["variant"] in names and row["task"] == "chain_sum" and row["split"] == "validation"
-        ]
+        yield from table(head, (_variant(line) for line in lines))
+        mine = [row for variant in ablation.variants for row in results(variant, rows).values()]
         yield from ("", where_rows(mine))
+        if name in NOTES:
+            yield from ("", NOTES[name])
         yield from picture(ablation.title, f"results/{ablation.file}.png")
 
     return part
 
 
-def _variant(row: Row) -> list[str]:
-    numbers = {name: float(row[name]) for name in ("loss", "loss_sd", "over", "over_sd", "score", "score_sd")}
-    over = f"{numbers['over']:+.3f} ± {numbers['over_sd']:.3f}" if row["variant"] != row["against"] else ""
+ETA = first_step_lr(LR, round(WARMUP * TASKS["chain_sum"].steps))
+NOTES = {
+    "starts": f"ΔW's entries are ±η = {ETA:.3g}: noise of 1e-5 is {1e-5 / ETA:.2f} η, of 1e-2 {1e-2 / ETA:.0f} η.",
+    "orthonormal": "The first step is the same in all. With B = U Σ a step of R moves W Σ times less.",
+    "update": "Both at the same rate. R starts at η Σ, of the mean gradient or of its sign.",
+    "again": "What R has learnt is rounded into the bf16 base, AdamW's moments start anew, and a second first step is "
+    "taken from 32 other samples at η of the schedule's peak; there is no second warm-up.",
+}
+
+
+def _variant(line: Mapping[str, Any]) -> list[str]:
+    over = "" if line["variant"] == line["against"] else f"{line['over']:+.3f} ± {line['over_sd']:.3f}"
     return [
-        row["variant"], row["r"], f"{float(row['lr']):g}", row["seeds"],
-        plus_minus(numbers["loss"], numbers["loss_sd"]), over, plus_minus(numbers["score"], numbers["score_sd"]),
+        line["variant"], str(line["r"]), f"{line['lr']:g}", str(line["seeds"]),
+        plus_minus(line["loss"], line["loss_sd"]), over, plus_minus(line["score"], line["score_sd"]),
     ]  # fmt: skip
 
 
-def overhead(rows: Sequence[Row], folder: Path) -> Iterator[str]:
-    """Table 7."""
-    found = read_csv(folder / "table-7.csv")
-    if not found:
-        return
-    yield from ("### Table 7: what the initialisation costs (`overhead`)", "")
-    head = ["task", "r", "runs", "LoRA-SB, s", "LoRA-XS, s", "overhead, s", "an epoch", "overhead / epoch"]
-    yield from table(head, (
-        [row["task"], row["r"], row["runs"], f"{float(row['init_seconds']):.1f}",
-         f"{float(row['init_seconds_lora_xs']):.1f}", f"{float(row['overhead_seconds']):.1f}",
-         f"{int(row['epoch_samples']):,} samples, {float(row['epoch_seconds']):,.0f} s", f"{float(row['share']):.2%}"]
-        for row in found
-    ))  # fmt: skip
-    yield from (
-        "",
-        "Medians over runs on one core; an epoch is seconds a step times its steps. The paper: 1.1% to 1.3%.",
-    )
-    yield from picture("Cost of the initialisation as a share of an epoch", "results/table-7.png")
+def table_7(rows: Sequence[Row], folder: Path) -> Iterator[str]:
+    """The initialisation's cost."""
+    if lines := overhead.render(rows, folder):
+        yield from ("### Table 7: what the initialisation costs (`overhead`)", "")
+        yield from table(overhead.HEAD, (overhead.shown(line) for line in lines))
+        yield ""
+        yield "Overhead is LoRA-SB's seconds less LoRA-XS's, on one core; of an epoch with n/1000 samples, at least 32."
+        yield from ("The paper's is 1.1% to 1.3% of an epoch.", "", where_rows(rows))
+        yield from picture("Cost of the initialisation as a share of an epoch", "results/table-7.png")
 
 
 def costs(rows: Sequence[Row], folder: Path) -> Iterator[str]:
-    """Table 8."""
+    """Table 8: counted, not measured."""
     found = read_csv(folder / "costs.csv")
     if not found:
         return
     yield from ("### Table 8: parameters, MACs and FLOPs of four architectures (`costs`)", "")
-    head = ["model", "method", "r", "trained", "GMACs", "published", "within a digit", "note"]
+    yield from ("Counted on the meta device, 256 tokens, billions; * apart by more than the last digit.", "")
+    head = ["model", "method", "r", "trained", "MACs", "published", "FLOPs", "published"]
     yield from table(head, (
-        [row["model"], row["method"], row["r"], f"{int(row['trained']):,}", f"{int(row['macs']) / 1e9:,.2f}",
-         f"{float(row['paper_macs']) / 1e9:,.2f}", row["within_a_digit"], row["note"]]
+        [row["model"], row["method"], row["r"], f"{int(row['trained']):,}", f"{float(row['macs']) / 1e9:,.2f}",
+         f"{float(row['paper_macs']) / 1e9:,.2f}{'' if row['within_a_digit'] == 'True' else ' *'}",
+         f"{float(row['flops']) / 1e9:,.2f}", f"{float(row['paper_flops']) / 1e9:,.2f}"]
         for row in found
     ), left=2)  # fmt: skip
+    yield ""
+    for model, note in dict.fromkeys((row["model"], row["note"]) for row in found if row["note"]):
+        yield f"- {model}: {note}."
 
 
 def theorem(rows: Sequence[Row], folder: Path) -> Iterator[str]:
@@ -126,6 +133,7 @@ def theorem(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     )
     yield from (about, "")
     yield from table(["", *(f"s = {s:g}" for s in scale.SCALES), "largest difference of any step"], lines)
+    yield from ("", where_rows(found))
     yield from picture("Training loss for s = 0.1, 1 and 10", "results/scale.png")
 
 
@@ -142,4 +150,5 @@ def energy(rows: Sequence[Row], folder: Path) -> Iterator[str]:
          f"{float(row['energy_sign']):.1%}", f"{float(row['loss']):.3f}"]
         for row in order
     ))  # fmt: skip
+    yield from ("", where_rows(found))
     yield from picture("Energy of unseen samples' gradient in the subspace against the loss", "results/energy.png")

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.methods.grid import TASKS
-from benchmarks.methods.tables import Line, lines
-
-Row = dict[str, str]
+from benchmarks.methods.grid import CORE, METHODS, SEEDS, TASKS
+from benchmarks.methods.tables import Line
+from benchmarks.methods.tables import lines as all_lines
+from benchmarks.tabular import Row
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,15 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """ "above", "level" or "below", by one standard deviation of the difference."""
+        """ "better", "level" or "worse", by one standard deviation of the difference."""
         if abs(self.gain) <= self.deviation:
             return "level"
-        return "above" if self.gain > 0 else "below"
+        return "better" if self.gain > 0 else "worse"
+
+
+def lines(rows: Sequence[Row], task: str) -> list[Line]:
+    """Methods that all seeds have run of: one seed has no deviation."""
+    return [line for line in all_lines(rows, task) if len(line.scores) == len(SEEDS)]
 
 
 def compare(task: str, ours: Line, theirs: Line, measure: str) -> Verdict:
@@ -60,12 +65,9 @@ def against_xs(rows: Sequence[Row], task: str, method: str = "LoRA-SB") -> list[
     ]
 
 
-def against_lora(rows: Sequence[Row], task: str, method: str = "LoRA-SB") -> list[Verdict]:
-    """LoRA-SB at every r over LoRA, by what the task is judged by."""
+def against_others(rows: Sequence[Row], task: str, method: str = "LoRA-SB") -> list[Verdict]:
+    """LoRA-SB at its largest r over all that train more, by what the task is judged by."""
     found = {(line.method, line.r): line for line in lines(rows, task)}
-    lora = found.get(("LoRA", TASKS[task].rank))
-    return [
-        compare(task, found[method, r], lora, "score")
-        for r in TASKS[task].ranks
-        if lora is not None and (method, r) in found
-    ]
+    ours = found.get((method, TASKS[task].ranks[-1]))
+    others = [line for (name, _), line in found.items() if METHODS[name].family != CORE]
+    return [compare(task, ours, line, "score") for line in others] if ours else []

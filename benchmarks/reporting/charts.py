@@ -1,0 +1,76 @@
+"""Pictures of the grid: test scores of every method, and validation loss by learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods import grid
+from benchmarks.methods.grid import METHODS, Task
+from benchmarks.methods.tables import lines
+from benchmarks.reporting.labels import label, short
+from benchmarks.tabular import Row
+from lorasb.files import replacing
+from lorasb.plotting import GRAD, INK, MUTED, SIGN
+
+COLOURS = {"LoRA-SB": GRAD, "LoRA-XS": SIGN, "full": INK, "LoRA-SB (sgd)": "#b0527a"}
+
+
+def draw_scores(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
+    """A panel a task; a line a method, with its trained parameters."""
+    figure, axes = _panels(len(tasks), 3.4)
+    for one, task in zip(axes, tasks, strict=False):
+        found = lines(rows, task.name)
+        for i, line in enumerate(found):
+            mean, deviation = line.score
+            one.errorbar(mean, i, xerr=deviation, fmt="o", color=COLOURS.get(line.method, MUTED), capsize=3, ms=5)
+            one.plot(line.scores, [i] * len(line.scores), ".", color=INK, ms=2.5)
+        one.set_yticks(range(len(found)), [f"{label(line)}  ({short(line.params)})" for line in found], fontsize=7.5)
+        one.invert_yaxis()
+        arrow = "right is better" if task.higher_is_better else "left is better"
+        seeds = len(found[0].scores)
+        one.set_xlabel(f"{task.metric} ({arrow}; n = {task.test}, {seeds} seeds, mean ± sd)", fontsize=8)
+        one.set_title(task.name, fontsize=10)
+    _save(figure, axes, path)
+
+
+def draw_rates(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
+    """Sweeps of every method at its largest rank."""
+    figure, axes = _panels(len(tasks), 3.0)
+    for one, task in zip(axes, tasks, strict=False):
+        for method in METHODS.values():
+            r = grid.ranks(task, method)[0]
+            found = grid.swept(task, method, r, rows)
+            rates = sorted(found)
+            style = "-o" if method.name in COLOURS else "--."
+            one.plot(rates, [found[lr] for lr in rates], style, ms=4, color=COLOURS.get(method.name), lw=1.2,
+                     label=f"{method.name}, r={r}" if r else method.name)  # fmt: skip
+        one.set(xscale="log", title=task.name)
+        one.set_xlabel("peak learning rate (one seed)", fontsize=8)
+        one.set_ylabel(f"validation loss (nats), n = {task.validation}", fontsize=7.5)
+        one.legend(frameon=False, fontsize=6, ncols=2)
+    _save(figure, axes, path)
+
+
+def _panels(count: int, height: float) -> tuple[Any, list[Any]]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    down = -(-count // 2)
+    figure, axes = pyplot.subplots(down, 2, figsize=(11, height * down), layout="constrained", squeeze=False)
+    return figure, list(axes.flat)
+
+
+def _save(figure: Any, axes: Sequence[Any], path: Path) -> None:
+    from matplotlib import pyplot
+
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(alpha=0.25)
+        one.set_visible(bool(one.get_title()))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=140, format="png")
+    pyplot.close(figure)
