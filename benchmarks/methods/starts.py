@@ -39,6 +39,21 @@ def skewed(model: Any) -> None:
         layer.set_factors(ADAPTER, b.float() @ core.float(), torch.eye(len(core)), a)
 
 
+def weighted(model: Any) -> None:
+    """The same first step with B = U Σ/σ₁ and R = σ₁ I: under AdamW, steps of W in proportion to singular values."""
+    for layer in layers(model).values():
+        b, core, a = factors(layer)
+        largest = float(core.diagonal()[0])
+        layer.set_factors(ADAPTER, b.float() @ core.float() / largest, torch.eye(len(core)) * largest, a)
+
+
+def flat(model: Any) -> None:
+    """B's columns at length one: LoRA-XS with B = U in place of U Σ."""
+    for layer in layers(model).values():
+        b, core, a = factors(layer)
+        layer.set_factors(ADAPTER, torch.nn.functional.normalize(b.float(), dim=0), core, a)
+
+
 def noised(model: Any, cache: Path, eta: float, sigma: float, seed: int) -> None:
     """Truncated SVD of ΔW + N(0, σ²) instead of ΔW (Table 5), from the signs in `cache`."""
     signs, _, _ = read(cache)
@@ -54,11 +69,15 @@ def _key(signs: dict[str, Any], name: str) -> str:
     return next(key for key in signs if name == key or name.endswith("." + key))
 
 
+STARTS = {"skewed": skewed, "weighted": weighted, "flat": flat}
+
+
 def change(model: Any, options: dict[str, Any], eta: float, seed: int, cache: Path | None) -> None:
     """What a cell's options ask of the factors, after the initialisation."""
     if cache is not None:
         noised(model, cache, eta, options["noise"], seed)
     if "eta" in options:
         scaled(model, options["eta"])
-    if options.get("skewed"):
-        skewed(model)
+    for name, start in STARTS.items():
+        if options.get(name):
+            start(model)
