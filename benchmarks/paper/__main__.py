@@ -10,6 +10,7 @@
     samples      Table 6: samples of the initialisation
     orthonormal  Figure 3: B orthonormal or not
     update       sign(G) against G itself
+    subspace     orthonormal factors of sign(G), of G and of W
     eta          the length of the first step
     again        a second SVD in the middle of training
     energy       energy captured against the loss reached

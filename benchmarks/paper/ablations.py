@@ -38,6 +38,7 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     r: int = R
     lr: float = LR
+    method: str = "LoRA-SB"
 
     @property
     def name(self) -> str:
@@ -46,7 +47,7 @@ class Variant:
 
     def cells(self) -> Iterator[Cell]:
         options = tuple(sorted(self.options.items()))
-        yield from (Cell(TASK.name, "validation", "LoRA-SB", self.r, self.lr, s, self.name, options) for s in SEEDS)
+        yield from (Cell(TASK.name, "validation", self.method, self.r, self.lr, s, self.name, options) for s in SEEDS)
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,12 @@ ABLATIONS = {
         "update", "First step of AdamW, sign(G), or of SGD, G",
         tuple(pair for r, lr in UPDATES for pair in
               _against(Variant(f"sign(G), r={r}", r=r, lr=lr), Variant(f"G, r={r}", {"update": "sgd"}, r, lr))),
+    ),
+    "subspace": Ablation(
+        "subspace", "Orthonormal factors at one rate, of which matrix",
+        tuple(pair for r, lr in UPDATES for pair in
+              _against(Variant(f"sign(G), r={r}", r=r, lr=lr), Variant(f"G, r={r}", {"update": "sgd"}, r, lr),
+                       Variant(f"W (LoRA-XS with B = U), r={r}", {"flat": True}, r, lr, "LoRA-XS"))),
     ),
     "eta": Ablation(
         "eta", "Length of the first step: R starts at a multiple of Σ",

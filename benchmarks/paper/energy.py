@@ -53,7 +53,7 @@ def known(there: Sequence[Row]) -> Iterator[Start]:
                 losses = grid.swept(TASK, METHODS[method], r, there)
                 yield Start(f"{method}, r={r}", Cell(TASK.name, "validation", method, r, lr, 0), (losses[lr],))
     seen: set[tuple[str, ...]] = set()
-    for name in ("starts", "samples", "update"):
+    for name in ("starts", "samples", "subspace"):
         for variant in ABLATIONS[name].variants:
             cell = next(variant.cells())
             if (found := results(variant, there)) and cell.key not in seen and variant.options:

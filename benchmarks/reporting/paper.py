@@ -28,7 +28,7 @@ def section(rows: Sequence[Row], folder: Path) -> list[str]:
     ):
         out += [*part(rows, folder), ""]
     out += ["## What the paper does not ask", ""]
-    for part in (*(_ablation(name) for name in ("update", "eta", "again")), energy):
+    for part in (*(_ablation(name) for name in ("update", "subspace", "eta", "again")), energy):
         out += [*part(rows, folder), ""]
     return out
 
@@ -71,6 +71,8 @@ NOTES = {
     "starts": f"ΔW's entries are ±η = {ETA:.3g}: noise of 1e-5 is {1e-5 / ETA:.2f} η, of 1e-2 {1e-2 / ETA:.0f} η.",
     "orthonormal": "The first step is the same in all. With B = U Σ a step of R moves W Σ times less.",
     "update": "Both at the same rate. R starts at η Σ, of the mean gradient or of its sign.",
+    "subspace": "LoRA-XS's own B is U Σ of W: its steps are longer in W's leading directions. Here it is its subspace "
+    "alone that is compared.",
     "again": "What R has learnt is rounded into the bf16 base, AdamW's moments start anew, and a second first step is "
     "taken from 32 other samples at η of the schedule's peak; there is no second warm-up.",
 }
