@@ -1,13 +1,89 @@
-"""Why an ordering of the paper does not show: what the ablations' numbers support."""
+"""Why an ordering of the paper does not show: what the sweeps and the ablations support, in their numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Sequence
 
-from benchmarks.methods.grid import Task
-from benchmarks.reporting.markdown import Row
+from benchmarks.methods import grid
+from benchmarks.methods.grid import METHODS, TASKS, Task
+from benchmarks.paper.ablations import ABLATIONS, UPDATES, summary
+from benchmarks.reporting.markdown import plus_minus
+from benchmarks.reporting.verdicts import compare, lines
+from benchmarks.tabular import Row
+
+CHAIN = TASKS["chain_sum"]
 
 
 def explanation(rows: Sequence[Row], task: Task) -> list[str]:
-    """Paragraphs."""
-    return ["No experiment explains it yet."]
+    """A list of what is known; each item has an experiment behind it."""
+    found = [*scale(rows), *signs(rows), *gradient_itself(rows, task), *rates(rows, task)]
+    return [f"- {item}" for item in found] or ["No experiment explains it yet."]
+
+
+def scale(rows: Sequence[Row]) -> Iterator[str]:
+    """LoRA-XS without its Σ."""
+    found = {line["variant"]: line["loss"] for line in summary(ABLATIONS["subspace"], rows)}
+    names = [(r, f"W (LoRA-XS with B = U), r={r}", f"sign(G), r={r}", f"G, r={r}") for r, _ in UPDATES]
+    there = [(r, found[w], found[sign], found[g]) for r, w, sign, g in names if {w, sign, g} <= found.keys()]
+    if not there:
+        return
+    parts = [f"r={r}: {w:.3f} from W, {sign:.3f} from sign(G), {g:.3f} from G" for r, w, sign, g in there]
+    lead = "With orthonormal factors at one rate"
+    if all(w > max(sign, g) for _, w, sign, g in there):
+        lead = "It is B = U Σ that LoRA-XS has its loss from, not its subspace. With orthonormal factors at one rate"
+    yield (
+        f"{lead}, losses on {CHAIN.name} are: {'; '.join(parts)} (`subspace` below). Σ gives W's leading directions "
+        "longer steps, and AdamW's steps have one length whatever the gradient: that acts as rates of their own."
+    )
+
+
+def signs(rows: Sequence[Row]) -> Iterator[str]:
+    """sign(G) against G."""
+    found = {line["variant"]: line for line in summary(ABLATIONS["update"], rows)}
+    parts = [
+        f"{found[name]['over']:+.3f} ± {found[name]['over_sd']:.3f} at r={r}"
+        for r, _ in UPDATES
+        if (name := f"G, r={r}") in found
+    ]
+    if parts:
+        yield (
+            'The sign costs. Taken from the mean gradient itself (`update="sgd"`), the factors lead to a loss on '
+            f"{CHAIN.name} that differs from the sign's by {', '.join(parts)} (same seeds and rate; `update` below)."
+        )
+
+
+def gradient_itself(rows: Sequence[Row], task: Task) -> Iterator[str]:
+    """The same on this task's test split."""
+    found = {(line.method, line.r): line for line in lines(rows, task.name)}
+    for r in task.ranks:
+        mine, signed = found.get(("LoRA-SB (sgd)", r)), found.get(("LoRA-SB", r))
+        if mine and signed:
+            verdict = compare(task.name, mine, signed, "loss")
+            yield (
+                f'On this task\'s test split at r={r}, `update="sgd"` has a loss of {plus_minus(*mine.loss)}, the sign '
+                f"of {plus_minus(*signed.loss)}: {verdict.word}."
+            )
+
+
+def rates(rows: Sequence[Row], task: Task) -> Iterator[str]:
+    """How far the best rates lie apart, and what a method loses beside them."""
+    lines = [(method, r) for method in ("LoRA-SB", "LoRA-XS") for r in task.ranks]
+    best = {(method, r): grid.best_rate(task, METHODS[method], r, rows) for method, r in lines}
+    tried = [len(grid.swept(task, METHODS[method], r, rows)) for method, r in lines]
+    parts = [f"{method} r={r}: {rate:g}" for (method, r), rate in best.items() if rate is not None]
+    if parts:
+        searched = f"Rates were searched widely ({statistics.fmean(tried):.1f} of each on average)"
+        yield f"{searched}; the best are {'; '.join(parts)}. {_elsewhere(rows, task)}"
+
+
+def _elsewhere(rows: Sequence[Row], task: Task) -> str:
+    """The worst of the sweep at the largest rank, within four times the best rate either way."""
+    r, parts = task.ranks[-1], []
+    for method in ("LoRA-SB", "LoRA-XS"):
+        rate, found = grid.best_rate(task, METHODS[method], r, rows), grid.swept(task, METHODS[method], r, rows)
+        if rate is not None:
+            near = {lr: loss for lr, loss in found.items() if rate / 4.1 <= lr <= 4.1 * rate}
+            worst = max(near, key=lambda lr: near[lr])
+            parts.append(f"{method} goes from {found[rate]:.3f} to {near[worst]:.3f} at {worst:g}")
+    return f"Within four times the best rate at r={r}, {' and '.join(parts)}." if parts else ""
