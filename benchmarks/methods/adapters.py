@@ -96,7 +96,10 @@ def _gradients(problem: Problem, config: Any, batches: Batches) -> None:
 def optimizer(model: nn.Module, method: Method, task: Task, cell: Cell, head: Sequence[str]) -> Any:
     """AdamW without weight decay, or LoRA-Pro's; a head has its own rate."""
     if method.name == "LoRA-Pro":
-        from lora_pro import LoRAProAdamW
+        try:
+            from lora_pro import LoRAProAdamW
+        except ImportError as error:
+            raise ImportError("LoRA-Pro needs its optimizer: pip install --no-deps lora-pro-adamw") from error
 
         pro = LoRAProAdamW(model, lr=cell.lr, weight_decay=0.0)
         if head:  # all that is no LoRA is its first group
