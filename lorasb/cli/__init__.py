@@ -23,6 +23,7 @@ ModelOption = Annotated[str, typer.Option(help="Folder or hub id.")]
 TaskOption = Annotated[str, typer.Option(help=f"Generated task, without --data: {', '.join(TASKS)}.")]
 DataOption = Annotated[Path | None, typer.Option(help="JSONL of prompt/completion, or messages.")]
 TrainExamples = Annotated[int, typer.Option(help="Generated training examples.")]
+Update = Annotated[str, typer.Option(help="First step of AdamW (the gradient's sign) or of sgd.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens an example, at most.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float32 or float16.")]
 Bits = Annotated[int, typer.Option(help="Bits of the base's linear weights: 16, or 4 (NF4, nested statistics).")]
@@ -43,6 +44,7 @@ def finetune(
     train_examples: TrainExamples = 3600,
     eval_examples: Annotated[int, typer.Option(help="Held-out examples.")] = 100,
     samples: Annotated[int | None, typer.Option(help="Samples for the initialisation; max(32, n/1000).")] = None,
+    update: Update = "adamw",
     max_length: MaxLength = 512,
     dtype: Dtype = "bfloat16",
     bits: Bits = 16,
@@ -68,6 +70,7 @@ def finetune(
         train_examples=train_examples,
         eval_examples=eval_examples,
         samples=samples,
+        update=update,
         max_length=max_length,
         dtype=dtype,
         bits=bits,
@@ -101,7 +104,7 @@ def init(
     seed: Annotated[int, typer.Option(help="Seed of data and SVD.")] = 0,
     strategy: Annotated[str, typer.Option(help="auto, layerwise or accumulate.")] = "auto",
     memory_budget: Annotated[str | None, typer.Option(help="On top of the model, such as 6GB.")] = None,
-    update: Annotated[str, typer.Option(help="adamw (signs) or sgd.")] = "adamw",
+    update: Update = "adamw",
     cache: Annotated[Path | None, typer.Option(help="File for the signs: any rank from it later.")] = None,
     stability: Annotated[bool, typer.Option(help="Compare two halves of the samples too.")] = False,
     energy: Annotated[float | None, typer.Option(help="Suggest ranks that keep this share of sign(G).")] = None,
@@ -117,12 +120,10 @@ def init(
     settings = Settings(
         model=model, task=task, data=str(data) if data else None, r=r, lr=lr, epochs=epochs, batch_size=batch_size,
         warmup=warmup, train_examples=train_examples, samples=samples, max_length=max_length, dtype=dtype, bits=bits,
-        seed=seed, output=str(output),
+        update=update, seed=seed, output=str(output),
     )  # fmt: skip
     where = str(cache) if cache else None
-    report, suggestion = run_init(
-        InitSettings(settings, strategy, memory_budget, update, where, stability, energy, parameters)
-    )
+    report, suggestion = run_init(InitSettings(settings, strategy, memory_budget, where, stability, energy, parameters))
     console.print(show.energies(report))
     if suggestion is not None:
         console.print(show.ranks(suggestion))

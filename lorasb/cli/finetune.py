@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..init.run import UPDATES
 from ..ops import current_backend
 from .embedded import EMBEDDED, resolve_model
 from .encode import Collator, Encoded, encode
@@ -41,6 +42,7 @@ class Settings:
     train_examples: int = 3600
     eval_examples: int = 100
     samples: int | None = None
+    update: str = "adamw"
     max_length: int = 512
     dtype: str = "bfloat16"
     bits: int = 16
@@ -49,7 +51,7 @@ class Settings:
 
     def check(self) -> None:
         """Raise a ValueError for a value that no run can have."""
-        for name, choices in (("method", METHODS), ("dtype", tuple(DTYPES))):
+        for name, choices in (("method", METHODS), ("dtype", tuple(DTYPES)), ("update", UPDATES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("r", "lr", "epochs", "batch_size", "train_examples", "eval_examples", "samples", "max_length"):
@@ -191,7 +193,8 @@ def adapt(run: Run, **options: Any) -> tuple[Any, float]:
         collate_fn=Collator(run.tokenizer.pad_token_id, run.model.get_base_model()),
     )
     eta = lorasb.first_step_lr(settings.lr, run.warmup_steps)
-    report = lorasb.initialize(run.model, loader, lr=eta, num_samples=settings.samples, seed=settings.seed, **options)
+    options |= {"num_samples": settings.samples, "update": settings.update, "seed": settings.seed}
+    report = lorasb.initialize(run.model, loader, lr=eta, **options)
     config = run.model.peft_config["default"]
     config.init_provenance["data"] = _describe_data(settings, len(run.train_ids))
     return report, time.perf_counter() - started

@@ -20,7 +20,6 @@ class InitSettings:
     run: Settings
     strategy: str = "auto"
     memory_budget: str | None = None
-    update: str = "adamw"
     cache: str | None = None
     stability: bool = False
     energy: float | None = None
@@ -36,7 +35,7 @@ def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]
     settings.run.check()
     _check_targets(settings)
     run = prepare(replace(settings.run, eval_examples=1))
-    options = {name: getattr(settings, name) for name in ("strategy", "memory_budget", "update", "cache", "stability")}
+    options = {name: getattr(settings, name) for name in ("strategy", "memory_budget", "cache", "stability")}
     report, _ = adapt(run, **options)
     suggestion = None
     if settings.energy is not None or settings.parameters is not None:
