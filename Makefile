@@ -73,7 +73,7 @@ bench: install
 	$(MAKE) bench-init ROUNDS=2
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.step --seconds 40 --output $(RESULTS)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.startup --output $(RESULTS)
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.report --readme README.md
 
 # The comparison of methods and the paper's tables on real data in DATA: hours; what is there already is not run again.
 DATA ?= data
@@ -83,7 +83,7 @@ bench-methods: install
 	for name in starts samples orthonormal update subspace eta again energy curves overhead scale costs; do \
 	  $(BIN)/python -m benchmarks.paper $$name --data-dir $(DATA) --output $(RESULTS) || exit 1; done
 	$(BIN)/python -m benchmarks.methods.floor --data-dir $(DATA) --output $(RESULTS)
-	$(BIN)/python -m benchmarks.report --results $(RESULTS)
+	$(BIN)/python -m benchmarks.report --results $(RESULTS) --readme README.md
 
 bench-cpu: install
 	mkdir -p $(RESULTS)

@@ -14,6 +14,7 @@ from benchmarks.reporting import methods, paper, speed
 from benchmarks.reporting.markdown import read_json
 from lorasb.files import write_text
 
+OPEN, CLOSE = "<!-- headline -->", "<!-- /headline -->"
 HEAD = """\
 # Report
 
@@ -33,14 +34,26 @@ def compose(results: Path) -> str:
     return "\n".join(kept).rstrip() + "\n"
 
 
+def into_readme(readme: str, results: Path) -> str:
+    """The README with the table of the methods as the results give it."""
+    before, rest = readme.split(OPEN)
+    after = rest.split(CLOSE)[1]
+    table = "\n".join(methods.headline(methods_rows.read(results / runner.ROWS)))
+    return f"{before}{OPEN}\n{table}\n{CLOSE}{after}"
+
+
 def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=runner.RESULTS)
     parser.add_argument("--output", type=Path, default=runner.RESULTS.parent, help="folder of REPORT.md")
+    parser.add_argument("--readme", type=Path, help="a README whose table of the methods is brought up to date too")
     options = parser.parse_args()
     write_text(options.output / "REPORT.md", compose(options.results))
     print(options.output / "REPORT.md")
+    if options.readme:
+        write_text(options.readme, into_readme(options.readme.read_text(encoding="utf-8"), options.results))
+        print(options.readme)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import four_bits_table, report
 from benchmarks.methods import grid, rows
 from benchmarks.methods.grid import METHODS, TASKS, Cell
 from benchmarks.reporting import verdicts
@@ -70,6 +70,17 @@ def test_nothing_run_is_nothing_said(tmp_path: Path) -> None:
 def test_the_committed_page_is_what_the_committed_results_give(tmp_path: Path) -> None:
     shutil.copytree(RESULTS, tmp_path / "results")
     assert report.compose(tmp_path / "results") == (RESULTS.parent / "REPORT.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_table_is_the_reports() -> None:
+    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert report.into_readme(readme, RESULTS) == readme
+
+
+def test_the_readmes_four_bit_table_is_the_results() -> None:
+    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+    found = json.loads((RESULTS / "four-bits-cpu.json").read_text(encoding="utf-8"))
+    assert [line for line in four_bits_table.table(found)[2:] if line not in readme] == []
 
 
 def test_every_picture_of_the_page_is_there() -> None:

@@ -103,14 +103,15 @@ def _than(verdict: Verdict) -> str:
 
 def headline(rows: Sequence[Row]) -> list[str]:
     """What a README has room for: a line a task, each method at its largest rank."""
+    names = {"LoRA-SB": "LoRA-SB", SGD: '`update="sgd"`', "LoRA-XS": "LoRA-XS", "LoRA": "LoRA", "full": "full"}
+    found = {task: {line.method: line for line in lines(rows, task)} for task in TASKS}  # the largest rank is the last
+    shown = [name for name in names if any(name in of for of in found.values())]
     body = []
-    for task in TASKS.values():
-        found = {line.method: line for line in lines(rows, task.name)}  # the largest rank is the last
-        if "LoRA-SB" in found:
-            cells = [_cell(found.get(name)) for name in ("LoRA-SB", SGD, "LoRA-XS", "LoRA", "full")]
-            arrow = "more" if task.higher_is_better else "less"
-            body.append([f"{task.name}: {task.metric} ({arrow} is better)", *cells])
-    return table(["", "LoRA-SB", '`update="sgd"`', "LoRA-XS", "LoRA", "full"], body)
+    for task, of in found.items():
+        if "LoRA-SB" in of:
+            arrow = "more" if TASKS[task].higher_is_better else "less"
+            body.append([f"{task}: {TASKS[task].metric} ({arrow} is better)", *(_cell(of.get(name)) for name in shown)])
+    return table(["", *(names[name] for name in shown)], body)
 
 
 def _cell(line: Line | None) -> str:
