@@ -91,7 +91,7 @@ def sentence(verdict: Verdict) -> str:
 def why_not(rows: Sequence[Row], task: Task, xs: Sequence[Verdict], others: Sequence[Verdict]) -> list[str]:
     """Where the paper's ordering does not show: which, and the best explanation that an experiment supports."""
     missed = [f"{v.word} {_than(v)} at equal r in {v.measure}, r={v.ours.r}" for v in xs if v.word != "better"]
-    missed += [f"worse than {label(v.theirs)}" for v in others if v.word == "worse"]
+    missed += [f"worse than {label(v.theirs)}" for v in others if v.word == "worse" and v.ours.r == task.ranks[-1]]
     if not missed:
         return []
     return [f"#### {task.name}: why not", "", f"LoRA-SB is {'; '.join(missed)}.", "", *explanation(rows, task), ""]

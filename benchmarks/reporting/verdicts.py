@@ -66,8 +66,12 @@ def against_xs(rows: Sequence[Row], task: str, method: str = "LoRA-SB") -> list[
 
 
 def against_others(rows: Sequence[Row], task: str, method: str = "LoRA-SB") -> list[Verdict]:
-    """LoRA-SB at its largest r over all that train more, by what the task is judged by."""
+    """LoRA-SB over all that train more, by what the task is judged by: LoRA at every r, the others at the largest."""
     found = {(line.method, line.r): line for line in lines(rows, task)}
-    ours = found.get((method, TASKS[task].ranks[-1]))
     others = [line for (name, _), line in found.items() if METHODS[name].family != CORE]
-    return [compare(task, ours, line, "score") for line in others] if ours else []
+    return [
+        compare(task, found[method, r], line, "score")
+        for line in others
+        for r in TASKS[task].ranks
+        if (method, r) in found and (line.method == "LoRA" or r == TASKS[task].ranks[-1])
+    ]
