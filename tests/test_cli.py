@@ -194,6 +194,15 @@ class TestTasks:
         with pytest.raises(ValueError, match="holds no examples"):
             tasks.read_jsonl(tmp_path / "x.jsonl")
 
+    @pytest.mark.parametrize("letter", ["\u2028", "\u2029", "\x85", "\x1c", "\r"])
+    def test_letters_that_end_a_line_elsewhere(self, tmp_path: Path, letter: str) -> None:
+        rows = [{"prompt": f"a{letter}b", "completion": "c"}, {"prompt": "d", "completion": f"e{letter}"}]
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (tmp_path / "x.jsonl").write_text(text, encoding="utf-8", newline="")
+        assert [(e.prompt, e.completion) for e in tasks.read_jsonl(tmp_path / "x.jsonl")] == [
+            (row["prompt"], row["completion"]) for row in rows
+        ]
+
     def test_a_tenth_is_held_out_where_no_file_is_given(self, data: Path) -> None:
         train, held_out = load_examples(Settings(data=str(data)))
         assert len(held_out) == 3

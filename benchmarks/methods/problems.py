@@ -153,7 +153,7 @@ def _cola(task: Task, folder: Path | None) -> Problem:
     tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
     model: Any = AutoModelForSequenceClassification.from_pretrained(encoder_folder(), num_labels=2)
     lines = {
-        part: [json.loads(line) for line in files(task, folder, part).read_text(encoding="utf-8").splitlines()]
+        part: [json.loads(line) for line in files(task, folder, part).open(encoding="utf-8")]
         for part in ("train", "dev")
     }
     random.Random(SPLIT_SEED).shuffle(lines["train"])

@@ -77,7 +77,8 @@ def read_jsonl(path: str | Path) -> list[Example]:
     if not file.is_file():
         raise ValueError(f"expected a JSONL file, found none at {file}")
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    # JSON may hold U+2028 and its like as they are, which splitlines() takes for ends of lines
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
             try:
                 found.append(_example(json.loads(line)))
