@@ -10,7 +10,7 @@ from benchmarks.methods.grid import TASKS
 from lorasb.plotting import GRAD, INK, SIGN
 
 Row = dict[str, str]
-COLOURS = {"LoRA-SB": GRAD, "LoRA-XS": SIGN, "LoRA": "#6b7280", "full": INK}
+COLOURS = {"LoRA-SB": GRAD, "LoRA-SB (sgd)": "#b0527a", "LoRA-XS": SIGN, "LoRA": "#6b7280", "full": INK}
 DASHES = ("-", "--", ":")
 
 
@@ -50,15 +50,27 @@ def choosing(rows: Sequence[Row], task: str, path: Path) -> None:
     _ranks(axes[1], found)
     _samples(axes[2], samples(rows, task))
     axes[0].set_ylabel("validation loss (nats per token)")
+    plain_log(axes[0].yaxis)
     held, steps = TASKS[task].validation, TASKS[task].steps
     figure.suptitle(
-        f"{task}: SmolLM2-135M, {steps} steps of {TASKS[task].batch}, n = {held} held-out, seed 0", fontsize=10
+        f"{task}: SmolLM2-135M, {steps} steps of {TASKS[task].batch}, n = {held} held-out; rates and ranks: one seed",
+        fontsize=10,
     )
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(alpha=0.25)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def plain_log(axis: Any) -> None:
+    """A logarithmic axis with a few plain numbers on it."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _rates(axes: Any, found: Mapping[tuple[str, int], dict[float, float]]) -> None:
@@ -74,7 +86,7 @@ def _rates(axes: Any, found: Mapping[tuple[str, int], dict[float, float]]) -> No
 
 
 def _ranks(axes: Any, found: Mapping[tuple[str, int], dict[float, float]]) -> None:
-    for method in ("LoRA-SB", "LoRA-XS"):
+    for method in ("LoRA-SB", "LoRA-SB (sgd)", "LoRA-XS"):
         best = {r: min(losses.values()) for (name, r), losses in found.items() if name == method}
         if best:
             axes.plot(sorted(best), [best[r] for r in sorted(best)], "-o", color=COLOURS[method], ms=4, label=method)

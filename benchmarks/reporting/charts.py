@@ -8,13 +8,12 @@ from typing import Any
 
 from benchmarks.methods import grid
 from benchmarks.methods.grid import METHODS, Task
+from benchmarks.methods.pictures import COLOURS, plain_log
 from benchmarks.methods.tables import lines
 from benchmarks.reporting.labels import label, short
 from benchmarks.tabular import Row
 from lorasb.files import replacing
-from lorasb.plotting import GRAD, INK, MUTED, SIGN
-
-COLOURS = {"LoRA-SB": GRAD, "LoRA-XS": SIGN, "full": INK, "LoRA-SB (sgd)": "#b0527a"}
+from lorasb.plotting import INK, MUTED
 
 
 def draw_scores(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
@@ -41,12 +40,14 @@ def draw_rates(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
     for one, task in zip(axes, tasks, strict=False):
         for method in METHODS.values():
             r = grid.ranks(task, method)[0]
-            found = grid.swept(task, method, r, rows)
+            if not (found := grid.swept(task, method, r, rows)):
+                continue
             rates = sorted(found)
             style = "-o" if method.name in COLOURS else "--."
             one.plot(rates, [found[lr] for lr in rates], style, ms=4, color=COLOURS.get(method.name), lw=1.2,
                      label=f"{method.name}, r={r}" if r else method.name)  # fmt: skip
         one.set(xscale="log", title=task.name)
+        plain_log(one.yaxis)
         one.set_xlabel("peak learning rate (one seed)", fontsize=8)
         one.set_ylabel(f"validation loss (nats), n = {task.validation}", fontsize=7.5)
         one.legend(frameon=False, fontsize=6, ncols=2)
