@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from .backends import backend
     from .callback import InitCallback
     from .config import LoRASBConfig
+    from .equivalent import equivalent_gradient
     from .export import export_lora
     from .groups import parameter_groups
     from .init import InitReport, first_step_lr, initialize
-    from .linear import LoRASBLinear, equivalent_gradient
+    from .linear import LoRASBLinear
     from .linear4bit import Linear4bit
     from .quantizing import quantize
 
@@ -49,7 +50,7 @@ _HOMES = {
     "LoRASBConfig": "config",
     "LoRASBLinear": "linear",
     "backend": "backends",
-    "equivalent_gradient": "linear",
+    "equivalent_gradient": "equivalent",
     "export_lora": "export",
     "first_step_lr": "init",
     "initialize": "init",

@@ -21,7 +21,7 @@ def install() -> None:
 
 WHOLE = {
     "lorasb.config": "LoRASBConfig",
-    "lorasb.linear": "equivalent_gradient",
+    "lorasb.linear": "LoRASBLinear",
     "lorasb.lookup": "adapted_layers",
     "lorasb.tuner": "register",
 }

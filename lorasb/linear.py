@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import _peft_hook, merging
 from .containers import HALVES, LOADED, Cores, FrozenFactors, placed_like
+from .equivalent import EquivalentGradient, preconditioners
 from .functional import dequantize_nf4, lora_sb_linear, quantised_linear
 from .offloading import brought_back
 from .quantised import QuantisedWeight, compute_dtype, is_quantised, keep_unpacked, of_module
@@ -20,20 +21,6 @@ if TYPE_CHECKING:
 
 FACTORS = ("lorasb_A", "lorasb_R", "lorasb_B")
 BASE_ROW = "__base__"  # PEFT's name for no adapter
-
-
-class _EquivalentGradient(torch.autograd.Function):
-    """The identity, with backward g -> left g right."""
-
-    @staticmethod
-    def forward(ctx: Any, core: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        ctx.save_for_backward(left, right)
-        return core.view_as(core)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        left, right = ctx.saved_tensors
-        return left @ grad @ right, None, None
 
 
 class LoRASBLinear(nn.Module, BaseTunerLayer):
@@ -255,7 +242,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         if torch.is_grad_enabled() and core.requires_grad and not self.is_initialized(name):
             core = self._refuse_to_train(core, name)
         if self.equivalent[name]:
-            core = _EquivalentGradient.apply(core, *self.preconditioners(name))
+            core = EquivalentGradient.apply(core, *preconditioners(self, name))
         dropout = self.lora_dropout[name] if self.training else 0.0
         return lora_sb_linear(x, weight, a, core, b, bias, s, dropout=dropout)
 
@@ -321,19 +308,6 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         return self.weight.device
 
     @torch.no_grad()
-    def preconditioners(self, name: str) -> tuple[Tensor, Tensor]:
-        """(BᵀB)⁻¹/s² and (AAᵀ)⁻¹ [r, r] of Theorem 3, in R's dtype; computed once for each value of A and B."""
-        a, b, dtype = self.lorasb_A[name], self.lorasb_B[name], self.lorasb_R[name].dtype
-        key = (a.data_ptr(), a._version, b.data_ptr(), b._version, self.scaling[name])
-        cached = self._preconditioners.get(name)
-        if cached is None or cached[0] != key:
-            wide_a, wide_b = a.double(), b.double()
-            left = torch.linalg.inv(wide_b.t() @ wide_b) / self.scaling[name] ** 2
-            right = torch.linalg.inv(wide_a @ wide_a.t())
-            cached = self._preconditioners[name] = (key, left.to(dtype), right.to(dtype))
-        return cached[1], cached[2]
-
-    @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s·B R A in R's dtype, in the layout of the base weight."""
         core = self.lorasb_R[adapter]
@@ -393,32 +367,6 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lorasb." + super().__repr__()
-
-
-@torch.no_grad()
-def equivalent_gradient(layer: LoRASBLinear, adapter_name: str | None = None) -> Tensor:
-    """The gradient of R whose effect on W is closest to the full gradient (Theorem 3).
-
-    g_R* = (1/s²) (BᵀB)⁻¹ g_R (AAᵀ)⁻¹ minimises ‖s B g A − ∇W L‖; with orthonormal factors it is g_R / s².
-
-    Args:
-        layer: a layer whose R has a gradient.
-        adapter_name: which adapter; the first active one unless given.
-
-    Returns:
-        [r, r] in R's dtype. Where the layer was made with `equivalent_gradient=True`, R's gradient is this already.
-
-    Raises:
-        ValueError: R has no gradient yet.
-    """
-    name = adapter_name or layer.active_adapters[0]
-    gradient = layer.lorasb_R[name].grad
-    if gradient is None:
-        raise ValueError(f"adapter {name!r} has no gradient: call loss.backward() first")
-    if layer.equivalent[name]:
-        return gradient
-    left, right = layer.preconditioners(name)
-    return left @ gradient @ right
 
 
 _peft_hook.install()
