@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods.grid import TASKS, Task
-from benchmarks.methods.tables import Line, lines
+from benchmarks.methods.tables import Line, lines, spread
 from benchmarks.reporting.charts import draw_rates, draw_scores
 from benchmarks.reporting.labels import label, short
 from benchmarks.reporting.markdown import picture, plus_minus, table, where, where_rows
@@ -71,9 +71,13 @@ def one_task(rows: Sequence[Row], task: Task) -> list[str]:
 def _row(line: Line, task: Task) -> list[str]:
     return [
         line.method, str(line.r or "-"), f"{line.lr:g}", str(len(line.scores)), f"{line.params:,}",
-        *([plus_minus(*line.score)] if task.higher_is_better else []), plus_minus(*line.loss),
+        *([_spread(line.scores)] if task.higher_is_better else []), _spread(line.losses),
         f"{line.init_seconds:.1f}", f"{line.seconds:.0f}", f"{line.memory:,.0f}",
     ]  # fmt: skip
+
+
+def _spread(values: Sequence[float]) -> str:
+    return plus_minus(*spread(values)) if len(values) > 1 else f"{values[0]:.3f}"
 
 
 def sentence(verdict: Verdict) -> str:
@@ -118,7 +122,7 @@ def _cell(line: Line | None) -> str:
     if line is None:
         return "-"
     size = f"r={line.r}, {short(line.params)}" if line.r else short(line.params)
-    return f"{plus_minus(*line.score)} ({size})"
+    return f"{_spread(line.scores)} ({size})"
 
 
 def floors(found: dict[str, Any]) -> Iterator[str]:
