@@ -6,8 +6,6 @@ python -m benchmarks.suite_report RESULTS.json [...] [--output FOLDER]
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import statistics
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.shapes import MODELS
-from lorasb.files import write_text
+from benchmarks.tabular import write_csv
 from lorasb.plotting import canvas, save
 
 COLUMNS = ("n", "m", "r", "M", "dtype", "direction", "variant", "p20", "p50", "p80", "ratio", "ratio_p20", "ratio_p80",
@@ -92,15 +90,6 @@ def place(machine: dict[str, Any]) -> str:
     return f"{where}, torch {machine['torch']}, peft {machine['peft']}"
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
-    """Every row."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_text(path, text.getvalue())
-
-
 def chart(machine: dict[str, Any], rows: list[Row], path: Path) -> None:
     """Forward and backward at the most tokens and the largest rank: median ratio of each variant, by shape."""
     chosen = [row for row in rows if row["direction"] == "forward+backward"]
@@ -164,7 +153,7 @@ def main() -> None:
     console.print(summary(rows))
     folder, stem = options.output or options.results[0].parent, options.results[0].stem
     folder.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, folder / f"{stem}.csv")
+    write_csv(folder / f"{stem}.csv", [{name: row[name] for name in COLUMNS} for row in rows], digits=4)
     chart(machine, rows, folder / f"{stem}.png")
     console.print(f"in {folder}: {stem}.csv, {stem}.png")
 

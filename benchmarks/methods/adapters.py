@@ -28,14 +28,14 @@ def put_in(problem: Problem, method: Method, cell: Cell, batches: Batches, warmu
     report = None
     model = problem.model
     if method.family == CORE:
-        model, report = _core(problem, method, cell, batches, warmup)
+        model, report = _core(problem, cell, batches, warmup)
     elif method.name != "full":
         model = _lora(problem, method, cell, batches)
     return model, time.perf_counter() - started, report
 
 
-def _core(problem: Problem, method: Method, cell: Cell, batches: Batches, warmup: int) -> tuple[Any, Any]:
-    options = {**method.options, **dict(cell.options)}
+def _core(problem: Problem, cell: Cell, batches: Batches, warmup: int) -> tuple[Any, Any]:
+    options, eta = settings(cell), lorasb.first_step_lr(cell.lr, warmup)
     config = lorasb.LoRASBConfig(
         r=cell.r, target_modules=problem.targets, modules_to_save=problem.head or None, task_type=problem.task_type,
         init=options.get("init", "update"),
@@ -43,14 +43,19 @@ def _core(problem: Problem, method: Method, cell: Cell, batches: Batches, warmup
     model = lorasb.patch(problem.model, config)
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "signs" if "noise" in options else None
-        report = begin(model, problem, cell, batches, lorasb.first_step_lr(cell.lr, warmup), cache)
-        starts.change(model, options, lorasb.first_step_lr(cell.lr, warmup), cell.seed, cache)
+        report = begin(model, problem, cell, batches, eta, cache)
+        starts.change(model, options, eta, cell.seed, cache)
     return model, report
+
+
+def settings(cell: Cell) -> dict[str, Any]:
+    """A method's options, and over them the cell's own."""
+    return {**METHODS[cell.method].options, **dict(cell.options)}
 
 
 def begin(model: Any, problem: Problem, cell: Cell, batches: Batches, eta: float, cache: Path | None = None) -> Any:
     """Initialise by a cell's options."""
-    options = {**METHODS[cell.method].options, **dict(cell.options)}
+    options = settings(cell)
     count = options.get("samples") or min(len(problem.train), max(32, -(-len(problem.train) // 1000)))
     return lorasb.initialize(
         model, batches(count), lr=eta, num_samples=count, seed=cell.seed, progress=False, cache=cache,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods.grid import TASKS
+from benchmarks.panels import panels, save_panels
 from lorasb.plotting import GRAD, INK, SIGN
 
 Row = dict[str, str]
@@ -39,12 +40,7 @@ def samples(rows: Sequence[Row], task: str) -> dict[int, list[float]]:
 
 def choosing(rows: Sequence[Row], task: str, path: Path) -> None:
     """Three panels: learning rate, rank, samples."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
+    figure, axes = panels(1, 3, (11, 3.6), sharey=True)
     found = curves(rows, task)
     _rates(axes[0], found)
     _ranks(axes[1], found)
@@ -56,11 +52,7 @@ def choosing(rows: Sequence[Row], task: str, path: Path) -> None:
         f"{task}: SmolLM2-135M, {steps} steps of {TASKS[task].batch}, n = {held} held-out; rates and ranks: one seed",
         fontsize=10,
     )
-    for one in axes:
-        one.spines[["top", "right"]].set_visible(False)
-        one.grid(alpha=0.25)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    save_panels(figure, axes, path, dpi=130)
 
 
 def plain_log(axis: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods.grid import Cell
+from benchmarks.tabular import read_csv
 
 COLUMNS = (
     "task", "split", "metric", "higher_is_better", "method", "r", "lr", "seed", "variant", "score", "loss",
@@ -22,10 +23,7 @@ KEY = ("task", "split", "method", "r", "lr", "seed", "variant")
 
 def read(path: Path) -> list[dict[str, str]]:
     """All rows, the first of each run; none where there is no file yet."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        found = list(csv.DictReader(file))
+    found = read_csv(path)
     return list({tuple(row[name] for name in KEY): row for row in reversed(found)}.values())[::-1]  # the first of each
 
 

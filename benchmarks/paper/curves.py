@@ -15,8 +15,8 @@ from rich.table import Table
 from benchmarks.methods import grid, rows, runner
 from benchmarks.methods.grid import METHODS, TASKS, Task
 from benchmarks.methods.tables import spread
+from benchmarks.panels import panels, save_panels
 from benchmarks.tabular import write_csv
-from lorasb.files import replacing
 from lorasb.plotting import GRAD, SIGN
 
 COLOURS = {"LoRA-SB": GRAD, "LoRA-XS": SIGN}
@@ -39,7 +39,7 @@ def curve(task: Task, method: str, r: int, there: Sequence[dict[str, str]], curv
     return [spread(losses) for losses in zip(*found.values(), strict=True)]
 
 
-def panels(there: Sequence[dict[str, str]], curves: Sequence[dict[str, Any]]) -> list[tuple[Task, dict[str, Curve]]]:
+def by_task(there: Sequence[dict[str, str]], curves: Sequence[dict[str, Any]]) -> list[tuple[Task, dict[str, Curve]]]:
     """Tasks of which both methods have run at the largest rank."""
     found = []
     for task in TASKS.values():
@@ -51,15 +51,8 @@ def panels(there: Sequence[dict[str, str]], curves: Sequence[dict[str, Any]]) ->
 
 def plot(found: Sequence[tuple[Task, dict[str, Curve]]], path: Path) -> None:
     """A panel a task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, len(found), figsize=(max(5, 3.6 * len(found)), 3.6), layout="constrained", squeeze=False
-    )
-    for one, (task, both) in zip(axes[0], found, strict=True):
+    figure, axes = panels(1, len(found), (max(5, 3.6 * len(found)), 3.6))
+    for one, (task, both) in zip(axes, found, strict=True):
         for method, points in both.items():
             steps = [(i + 0.5) * task.steps / len(points) for i in range(len(points))]
             means = [mean for mean, _ in points]
@@ -67,18 +60,15 @@ def plot(found: Sequence[tuple[Task, dict[str, Curve]]], path: Path) -> None:
             low, high = ([mean + sign * sd for mean, sd in points] for sign in (-1, 1))
             one.fill_between(steps, low, high, color=COLOURS[method], alpha=0.2, linewidth=0)
         one.set(title=task.name, xlabel="step")
-        one.spines[["top", "right"]].set_visible(False)
         one.legend(frameon=False, fontsize=8)
-    axes[0][0].set_ylabel("training loss (nats)")
+    axes[0].set_ylabel("training loss (nats)")
     figure.suptitle(f"Training loss, mean ± sd of {len(grid.SEEDS)} seeds, each method at its best rate", fontsize=10)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=140, format="png")
-    pyplot.close(figure)
+    save_panels(figure, axes, path, grid=False)
 
 
 def render(there: Sequence[dict[str, str]], curves: Sequence[dict[str, Any]], output: Path) -> list[dict[str, Any]]:
     """Write the CSV and the picture; a line a point."""
-    found = panels(there, curves)
+    found = by_task(there, curves)
     lines = [
         {"task": task.name, "method": method, "r": task.ranks[-1], "point": i, "loss": mean, "loss_sd": deviation}
         for task, both in found

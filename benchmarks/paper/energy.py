@@ -24,13 +24,13 @@ from benchmarks.methods.adapters import put_in
 from benchmarks.methods.grid import METHODS, TASKS, WARMUP, Cell
 from benchmarks.methods.problems import MAX_LENGTH, Problem, generated, load
 from benchmarks.methods.run import drawn
+from benchmarks.panels import panels, save_panels
 from benchmarks.paper.ablations import ABLATIONS, results
 from benchmarks.tabular import Row, write_csv
 from benchmarks.timing import provenance_columns
 from lorasb.cli.embedded import EMBEDDED, resolve_model
 from lorasb.cli.encode import encode
 from lorasb.cli.tasks import Example, generate
-from lorasb.files import replacing
 from lorasb.plotting import GRAD, INK, SIGN
 
 TASK, REFERENCE, SEED = TASKS["chain_sum"], 200, 77
@@ -99,7 +99,7 @@ def shares(model: Any, gradients: dict[str, Tensor]) -> tuple[float, float]:
 
 def measure(there: Sequence[Row], folder: Path | None) -> list[dict[str, Any]]:
     """A line a start."""
-    problem = load(TASK, folder, torch.bfloat16)
+    problem, at = load(TASK, folder, torch.bfloat16), provenance_columns()
     gradients, base, lines = reference(problem), problem.model, []
     for start in known(there):
         problem.model = copy.deepcopy(base)
@@ -109,7 +109,7 @@ def measure(there: Sequence[Row], folder: Path | None) -> list[dict[str, Any]]:
         loss = sum(start.losses) / len(start.losses)
         lines.append({
             "start": start.label, "r": cell.r, "lr": cell.lr, "seeds": len(start.losses), "loss": loss,
-            "energy_grad": of_grad, "energy_sign": of_sign, **provenance_columns(),
+            "energy_grad": of_grad, "energy_sign": of_sign, **at,
         })  # fmt: skip
     return lines
 
@@ -129,12 +129,7 @@ def view(lines: Sequence[dict[str, Any]]) -> Table:
 
 def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
     """Two panels: of G, of its signs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    figure, axes = panels(1, 2, (11, 4.6), sharey=True)
     colours = dict(zip(TASK.ranks, (SIGN, INK, GRAD), strict=True))
     for one, (key, what) in zip(axes, (("energy_grad", "G"), ("energy_sign", "sign(G)")), strict=True):
         for line in lines:
@@ -142,8 +137,6 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
             name = line["start"].removesuffix(f", r={line['r']}")
             one.annotate(name, (100 * line[key], line["loss"]), xytext=(5, 3), textcoords="offset points", fontsize=7)
         one.set_xlabel(f"energy of {what} that the subspace keeps (%), {REFERENCE} unseen samples")
-        one.spines[["top", "right"]].set_visible(False)
-        one.grid(alpha=0.25)
     for r, colour in colours.items():
         axes[0].plot([], [], "o", color=colour, label=f"r = {r}")
     axes[0].legend(frameon=False, fontsize=8)
@@ -152,9 +145,7 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
         f"{TASK.name}: energy captured against the loss reached (n = {TASK.validation} problems, 1 to 3 seeds a point)",
         fontsize=10,
     )
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=140, format="png")
-    pyplot.close(figure)
+    save_panels(figure, axes, path)
 
 
 def main(options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from rich.table import Table
 import lorasb
 from benchmarks.methods.grid import TASKS
 from benchmarks.methods.problems import Batch, Problem, load
+from benchmarks.panels import panels, save_panels
 from benchmarks.tabular import write_csv
 from benchmarks.timing import provenance_columns
 from lorasb.plotting import GRAD, INK, SIGN
@@ -78,12 +79,7 @@ def view(found: Curves) -> Table:
 
 def plot(found: Curves, path: Path) -> None:
     """A panel a way."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(found), figsize=(11, 3.4), sharey=True, layout="constrained")
+    figure, axes = panels(1, len(found), (11, 3.4), sharey=True)
     for one, (way, curves) in zip(axes, found.items(), strict=True):
         for s, width, style in zip(SCALES, (5, 3, 1.2), ("-", "-", "-"), strict=True):
             one.plot(
@@ -91,11 +87,9 @@ def plot(found: Curves, path: Path) -> None:
             )
         one.set(title=f"{way}\nlargest difference {apart(curves):.1e}", xlabel="step")
         one.title.set_fontsize(10)
-        one.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("training loss (nats)")
     axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    save_panels(figure, axes, path, dpi=130, grid=False)
 
 
 def main(output: Path, folder: Path | None) -> None:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.methods import grid
 from benchmarks.methods.grid import METHODS, Task
 from benchmarks.methods.pictures import COLOURS, plain_log
 from benchmarks.methods.tables import lines
+from benchmarks.panels import panels, save_panels
 from benchmarks.reporting.labels import label, short
 from benchmarks.tabular import Row
-from lorasb.files import replacing
 from lorasb.plotting import INK, MUTED
 
 
 def draw_scores(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
     """A panel a task; a line a method, with its trained parameters."""
-    figure, axes = _panels(len(tasks), 3.4)
+    figure, axes = panels(-(-len(tasks) // 2), 2, (11, 3.4 * -(-len(tasks) // 2)))
     for one, task in zip(axes, tasks, strict=False):
         found = lines(rows, task.name)
         for i, line in enumerate(found):
@@ -31,12 +30,14 @@ def draw_scores(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
         seeds = len(found[0].scores)
         one.set_xlabel(f"{task.metric} ({arrow}; n = {task.test}, {seeds} seeds, mean ± sd)", fontsize=8)
         one.set_title(task.name, fontsize=10)
-    _save(figure, axes, path)
+    for one in axes[len(tasks) :]:
+        one.set_visible(False)
+    save_panels(figure, axes, path)
 
 
 def draw_rates(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
     """Sweeps of every method at its largest rank."""
-    figure, axes = _panels(len(tasks), 3.0)
+    figure, axes = panels(-(-len(tasks) // 2), 2, (11, 3.0 * -(-len(tasks) // 2)))
     for one, task in zip(axes, tasks, strict=False):
         for method in METHODS.values():
             r = grid.ranks(task, method)[0]
@@ -51,27 +52,6 @@ def draw_rates(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
         one.set_xlabel("peak learning rate (one seed)", fontsize=8)
         one.set_ylabel(f"validation loss (nats), n = {task.validation}", fontsize=7.5)
         one.legend(frameon=False, fontsize=6, ncols=2)
-    _save(figure, axes, path)
-
-
-def _panels(count: int, height: float) -> tuple[Any, list[Any]]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    down = -(-count // 2)
-    figure, axes = pyplot.subplots(down, 2, figsize=(11, height * down), layout="constrained", squeeze=False)
-    return figure, list(axes.flat)
-
-
-def _save(figure: Any, axes: Sequence[Any], path: Path) -> None:
-    from matplotlib import pyplot
-
-    for one in axes:
-        one.spines[["top", "right"]].set_visible(False)
-        one.grid(alpha=0.25)
-        one.set_visible(bool(one.get_title()))
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=140, format="png")
-    pyplot.close(figure)
+    for one in axes[len(tasks) :]:
+        one.set_visible(False)
+    save_panels(figure, axes, path)
