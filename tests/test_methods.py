@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from rich.console import Console
 
 from benchmarks.methods import grid, rows, runner, tables
 from benchmarks.methods.grid import METHODS, TASKS, Cell
-from benchmarks.methods.problems import matthews
+from benchmarks.methods.problems import examples, matthews
 from benchmarks.paper import costs
 
 TASK = TASKS["chain_sum"]
@@ -90,6 +92,27 @@ def test_curves_are_means_of_steps(tmp_path: Path) -> None:
     cell = next(grid.sweep(TASK, METHODS["LoRA"], []))
     rows.append_curve(path, {**cell.described(), "losses": [1.0, 3.0, 2.0, 4.0, 5.0]}, points=3)
     assert '"losses": [2.0, 3.0, 5.0]' in path.read_text(encoding="utf-8")
+
+
+class Words:
+    """A tokenizer of a token a word."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [len(word) for word in text.split()]}
+
+
+def test_no_split_has_an_example_of_more_tokens_than_its_task_takes(tmp_path: Path) -> None:
+    task = replace(TASKS["gsm8k"], longest=6, examples=5, validation=3, test=4)
+    for part in ("train", "test"):
+        lines = [{"prompt": f"{part}{i} " * (1 + i % 4), "completion": "one two"} for i in range(40)]
+        (tmp_path / f"gsm8k.{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = examples(task, tmp_path, Words())
+    assert {name: len(part) for name, part in found.items()} == {"train": 5, "validation": 3, "test": 4}
+    sizes = [len(example.prompt.split()) for part in found.values() for example in part]
+    assert max(sizes) == 3  # and two of the answer and one that ends it
+    assert not {e.prompt for e in found["train"]} & {e.prompt for e in found["validation"]}
 
 
 def test_matthews_correlation() -> None:

@@ -52,6 +52,7 @@ class Task:
         ranks: of LoRA-XS and LoRA-SB, the largest last; only that one on tasks that have one.
         rates: by family of methods: as many for each, and the same rule to go on (`Rates`).
         head_lr: of a head that is trained from its random start, whatever the method.
+        longest: examples of more tokens are left out of all splits: a batch costs what its longest does.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Task:
     rates: Mapping[str, Rates]
     head_lr: float | None = None
     data: str | None = None  # prefix of files in the data folder; generated where there is none
+    longest: int | None = None
 
 
 FULL, LOW, CORE = "full", "lora", "core"  # families that share learning rates
@@ -83,7 +85,7 @@ TASKS = {
     for task in (
         Task("chain_sum", "exact match", True, 1200, 75, 16, 100, 200, 32, (16, 64, 96), LM_RATES),
         Task("word_sequence_reversal", "exact match", True, 1200, 75, 16, 100, 200, 32, (96,), LM_RATES),
-        Task("gsm8k", "held-out loss", False, 192, 24, 8, 48, 96, 32, (96,), LM_RATES, data="gsm8k"),
+        Task("gsm8k", "held-out loss", False, 192, 24, 8, 48, 96, 32, (96,), LM_RATES, data="gsm8k", longest=192),
         Task(
             "cola", "Matthews correlation", True, 7250, 300, 32, 600, 1301, 8, (8, 16, 24), COLA_RATES,
             head_lr=1e-3, data="cola",

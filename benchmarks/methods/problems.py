@@ -81,16 +81,20 @@ def generated(task: Task) -> dict[str, list[Example]]:
     return {"train": train, "validation": validation, "test": test}
 
 
-def _examples(task: Task, folder: Path | None) -> dict[str, list[Example]]:
-    sizes = {"validation": task.validation, "test": task.test}
+def examples(task: Task, folder: Path | None, tokenizer: Any) -> dict[str, list[Example]]:
+    """A language task's splits; those of a file are drawn by one seed from what is no longer than the task takes."""
     if task.data is None:
         return generated(task)
-    train = read_jsonl(files(task, folder, "train"))
-    random.Random(SPLIT_SEED).shuffle(train)
-    held = read_jsonl(files(task, folder, "test"))
-    random.Random(SPLIT_SEED).shuffle(held)
-    validation = train[task.examples : task.examples + sizes["validation"]]
-    return {"train": train[: task.examples], "validation": validation, "test": held[: sizes["test"]]}
+    train, held = (_short(read_jsonl(files(task, folder, part)), tokenizer, task.longest) for part in ("train", "test"))
+    for part in (train, held):
+        random.Random(SPLIT_SEED).shuffle(part)
+    validation = train[task.examples : task.examples + task.validation]
+    return {"train": train[: task.examples], "validation": validation, "test": held[: task.test]}
+
+
+def _short(found: list[Example], tokenizer: Any, longest: int | None) -> list[Example]:
+    """Those of at most so many tokens, prompt and completion together."""
+    return found if longest is None else [e for e in found if len(encode(e, tokenizer, longest + 1)) <= longest]
 
 
 def _language(task: Task, folder: Path | None, dtype: torch.dtype) -> Problem:
@@ -103,7 +107,7 @@ def _language(task: Task, folder: Path | None, dtype: torch.dtype) -> Problem:
     tokenizer = AutoTokenizer.from_pretrained(source)
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     contiguous_head(model)
-    parts = _examples(task, folder)
+    parts = examples(task, folder, tokenizer)
     coded = {name: [encode(e, tokenizer, MAX_LENGTH) for e in part] for name, part in parts.items()}
     collate: Any = Collator(tokenizer.pad_token_id, model)
 
