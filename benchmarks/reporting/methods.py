@@ -52,6 +52,8 @@ def one_task(rows: Sequence[Row], task: Task) -> list[str]:
     """Table and verdicts."""
     arrow = "more" if task.higher_is_better else "less"
     size = f"{task.steps} steps of {task.batch}; n = {task.test} test and {task.validation} validation examples"
+    if task.longest:
+        size += f", of at most {task.longest} tokens"
     head = [*HEAD[:5], *([task.metric] if task.higher_is_better else []), *HEAD[5:]]
     mine = [row for row in rows if row["task"] == task.name and row["split"] == "test" and not row["variant"]]
     before = statistics.fmean(float(row["loss_before"]) for row in mine)
