@@ -1,6 +1,6 @@
 """Full fine-tuning, LoRA and its relatives, LoRA-XS and LoRA-SB on the same data, order and schedule.
 
-    python -m benchmarks.methods [--task chain_sum ...] [--method LoRA-SB ...] [--data-dir DATA] [--minutes 50]
+    python -m benchmarks.methods [--task cola ...] [--method LoRA-SB ...] [--r 24 ...] [--data-dir DATA] [--minutes 50]
     python -m benchmarks.methods --table
 
 Learning rates are swept on the validation split by one seed, then three seeds run at the best rate on the test split.
@@ -20,13 +20,15 @@ from benchmarks.methods import grid, pictures, rows, runner, tables
 from benchmarks.methods.grid import METHODS, TASKS, Cell
 
 
-def wanted(names: Sequence[str], methods: Sequence[str], there: list[dict[str, str]]) -> list[Cell]:
-    """Sweeps first, and the seeds of what has been swept."""
+def wanted(
+    names: Sequence[str], methods: Sequence[str], there: list[dict[str, str]], ranks: Sequence[int]
+) -> list[Cell]:
+    """Sweeps first, and the seeds of what has been swept; of some ranks, or of all where none is named."""
     cells: list[Cell] = []
     for name in names:
         for method in grid.order(methods):
             cells += [*grid.sweep(TASKS[name], method, there), *grid.finals(TASKS[name], method, there)]
-    return cells
+    return [cell for cell in cells if not ranks or cell.r in ranks]
 
 
 def main() -> None:
@@ -34,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--r", nargs="+", type=int, default=[], help="these ranks only; full fine-tuning's is 0")
     runner.arguments(parser)
     parser.add_argument("--picture", type=Path, help="draw what is there for chain_sum, and run nothing")
     parser.add_argument("--table", action="store_true", help="print what is there and run nothing")
@@ -43,7 +46,7 @@ def main() -> None:
         pictures.choosing(rows.read(options.output / runner.ROWS), "chain_sum", options.picture)
         return
     if not options.table:
-        runner.run_all(lambda there: wanted(options.task, options.method, there), options, console)
+        runner.run_all(lambda there: wanted(options.task, options.method, there, options.r), options, console)
     for table in tables.summary(rows.read(options.output / runner.ROWS)):
         console.print(table)
 

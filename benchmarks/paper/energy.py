@@ -56,7 +56,12 @@ def known(there: Sequence[Row]) -> Iterator[Start]:
     for name in ("starts", "samples", "subspace"):
         for variant in ABLATIONS[name].variants:
             cell = next(variant.cells())
-            if (found := results(variant, there)) and cell.key not in seen and variant.options:
+            if (
+                (found := results(variant, there))
+                and cell.key not in seen
+                and variant.options
+                and len(variant.seeds) > 1
+            ):
                 seen.add(cell.key)
                 label = f"{variant.name}, r={variant.r}"
                 yield Start(label, cell, tuple(float(row["loss"]) for row in found.values()))

@@ -71,8 +71,9 @@ NOTES = {
     "starts": f"ΔW's entries are ±η = {ETA:.3g}: noise of 1e-5 is {1e-5 / ETA:.2f} η, of 1e-2 {1e-2 / ETA:.0f} η.",
     "orthonormal": "The first step is the same in all. With B = U Σ a step of R moves W Σ times less.",
     "update": "Both at the same rate. R starts at η Σ, of the mean gradient or of its sign.",
-    "subspace": "LoRA-XS's own B is U Σ of W: its steps are longer in W's leading directions. Here it is its subspace "
-    "alone that is compared.",
+    "subspace": "Rates are the best of each one's sweep by one seed; for W with B = U those beside it stand here too. "
+    "LoRA-XS's own B is U Σ of W: its steps are longer in W's leading directions. AdamW's steps have one length "
+    "whatever the gradient, and where factors have less of it a higher rate does best.",
     "again": "What R has learnt is rounded into the bf16 base, AdamW's moments start anew, and a second first step is "
     "taken from 32 other samples at η of the schedule's peak; there is no second warm-up.",
 }

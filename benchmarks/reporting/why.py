@@ -17,24 +17,26 @@ CHAIN = TASKS["chain_sum"]
 
 def explanation(rows: Sequence[Row], task: Task) -> list[str]:
     """A list of what is known; each item has an experiment behind it."""
-    found = [*scale(rows), *signs(rows), *gradient_itself(rows, task), *rates(rows, task)]
+    found = [*subspaces(rows), *signs(rows), *gradient_itself(rows, task), *rates(rows, task)]
     return [f"- {item}" for item in found] or ["No experiment explains it yet."]
 
 
-def scale(rows: Sequence[Row]) -> Iterator[str]:
-    """LoRA-XS without its Σ."""
-    found = {line["variant"]: line["loss"] for line in summary(ABLATIONS["subspace"], rows)}
-    names = [(r, f"W (LoRA-XS with B = U), r={r}", f"sign(G), r={r}", f"G, r={r}") for r, _ in UPDATES]
-    there = [(r, found[w], found[sign], found[g]) for r, w, sign, g in names if {w, sign, g} <= found.keys()]
-    if not there:
-        return
-    parts = [f"r={r}: {w:.3f} from W, {sign:.3f} from sign(G), {g:.3f} from G" for r, w, sign, g in there]
-    lead = "With orthonormal factors at one rate"
-    if all(w > max(sign, g) for _, w, sign, g in there):
-        lead = "It is B = U Σ that LoRA-XS has its loss from, not its subspace. With orthonormal factors at one rate"
+def subspaces(rows: Sequence[Row]) -> Iterator[str]:
+    """G's, sign(G)'s and W's, with LoRA-XS's Σ and without."""
+    found = {line["variant"]: line for line in summary(ABLATIONS["subspace"], rows)}
+    parts = []
+    for r in (16, 64):
+        names = (f"G, r={r}", f"sign(G), r={r}", f"W, B = U Σ (LoRA-XS), r={r}", f"W, B = U, r={r}")
+        if not found.keys() >= set(names):
+            return
+        losses = [plus_minus(found[name]["loss"], found[name]["loss_sd"]) for name in names]
+        gradient, sign, skewed, weight = losses
+        parts.append(
+            f"r={r}: {gradient} from G, {skewed} from W with its Σ, {weight} from W without, {sign} from sign(G)"
+        )
     yield (
-        f"{lead}, losses on {CHAIN.name} are: {'; '.join(parts)} (`subspace` below). Σ gives W's leading directions "
-        "longer steps, and AdamW's steps have one length whatever the gradient: that acts as rates of their own."
+        f"Whose subspace it is matters less than whether the sign was taken. Each at the best of the rates tried for "
+        f"it, losses on {CHAIN.name} are: {'; '.join(parts)} (`subspace` below)."
     )
 
 
