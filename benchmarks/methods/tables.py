@@ -16,7 +16,11 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Line:
-    """A method at one rank on one task: its seeds at the best rate on the test split."""
+    """A method at one rank on one task: its seeds at the best rate on the test split.
+
+    Attributes:
+        kept: share of the energy of the G they were made from that the factors keep; None where none was measured.
+    """
 
     task: str
     method: str
@@ -28,6 +32,7 @@ class Line:
     seconds: float
     init_seconds: float
     memory: float
+    kept: float | None = None
 
     @property
     def score(self) -> tuple[float, float]:
@@ -61,10 +66,12 @@ def _line(task: str, method: str, r: int, part: list[Row]) -> Line:
     def numbers(name: str) -> tuple[float, ...]:
         return tuple(float(row[name]) for row in part)
 
+    kept = [float(row["energy_grad"]) for row in part if row.get("energy_grad")]
     middle = {name: statistics.median(numbers(name)) for name in ("seconds", "init_seconds", "peak_rss_mb")}
     return Line(
         task, method, r, float(part[0]["lr"]), numbers("score"), numbers("loss"), int(part[0]["adapter_params"]),
         middle["seconds"], middle["init_seconds"], middle["peak_rss_mb"],
+        statistics.fmean(kept) if kept else None,
     )  # fmt: skip
 
 

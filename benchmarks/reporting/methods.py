@@ -12,11 +12,10 @@ from benchmarks.methods.tables import Line, lines, spread
 from benchmarks.reporting.charts import draw_rates, draw_scores
 from benchmarks.reporting.labels import label, short
 from benchmarks.reporting.markdown import picture, plus_minus, table, where, where_rows
-from benchmarks.reporting.verdicts import Verdict, against_others, against_xs
+from benchmarks.reporting.verdicts import SGD, Verdict, against_others, against_xs
 from benchmarks.reporting.why import explanation
 from benchmarks.tabular import Row
 
-SGD = "LoRA-SB (sgd)"  # from the mean gradient instead of its sign
 INTRODUCTION = """\
 Every method sees the same examples in the same order, the same schedule (10% warm-up, then linear to zero), AdamW
 without weight decay (LoRA-Pro's own AdamW) and clipping at norm 1. Learning rates: three for each on a validation split

@@ -9,7 +9,7 @@ from benchmarks.methods import grid
 from benchmarks.methods.grid import METHODS, TASKS, Task
 from benchmarks.paper.ablations import ABLATIONS, UPDATES, summary
 from benchmarks.reporting.markdown import plus_minus
-from benchmarks.reporting.verdicts import compare, lines
+from benchmarks.reporting.verdicts import SGD, compare, lines
 from benchmarks.tabular import Row
 
 CHAIN = TASKS["chain_sum"]
@@ -17,8 +17,11 @@ CHAIN = TASKS["chain_sum"]
 
 def explanation(rows: Sequence[Row], task: Task) -> list[str]:
     """A list of what is known; each item has an experiment behind it."""
-    found = [*subspaces(rows), *signs(rows), *gradient_itself(rows, task), *rates(rows, task)]
-    return [f"- {item}" for item in found] or ["No experiment explains it yet."]
+    own = [*gradient_itself(rows, task), *rates(rows, task)]
+    ablated = [*subspaces(rows), *signs(rows)]
+    if ablated and task is not CHAIN:
+        ablated = [f"Ablations of the subspace and of the sign were made on {CHAIN.name}: its *why not* has them."]
+    return [f"- {item}" for item in (*ablated, *own)] or ["No experiment explains it yet."]
 
 
 def subspaces(rows: Sequence[Row]) -> Iterator[str]:
@@ -51,20 +54,27 @@ def signs(rows: Sequence[Row]) -> Iterator[str]:
     if parts:
         yield (
             'The sign costs. Taken from the mean gradient itself (`update="sgd"`), the factors lead to a loss on '
-            f"{CHAIN.name} that differs from the sign's by {', '.join(parts)} (same seeds and rate; `update` below)."
+            f"{CHAIN.name} that differs from the sign's by {', '.join(parts)} (same seeds and rate; `update` below). "
+            "A few samples' G is of low rank and its sign is not: G's leading r directions keep nearly all of G, those "
+            "of sign(G) far less."
         )
 
 
 def gradient_itself(rows: Sequence[Row], task: Task) -> Iterator[str]:
-    """The same on this task's test split."""
+    """The same on this task's test split, and how much of G either's factors keep."""
     found = {(line.method, line.r): line for line in lines(rows, task.name)}
     for r in task.ranks:
-        mine, signed = found.get(("LoRA-SB (sgd)", r)), found.get(("LoRA-SB", r))
+        mine, signed = found.get((SGD, r)), found.get(("LoRA-SB", r))
         if mine and signed:
             verdict = compare(task.name, mine, signed, "loss")
+            kept = ""
+            if mine.kept and signed.kept:
+                kept = (
+                    f" Its factors keep {mine.kept:.1%} of the energy of the samples' G, the sign's {signed.kept:.1%}."
+                )
             yield (
                 f'On this task\'s test split at r={r}, `update="sgd"` has a loss of {plus_minus(*mine.loss)}, the sign '
-                f"of {plus_minus(*signed.loss)}: {verdict.word}."
+                f"of {plus_minus(*signed.loss)}: {verdict.word}.{kept}"
             )
 
 
