@@ -55,12 +55,12 @@ def choosing(rows: Sequence[Row], task: str, path: Path) -> None:
     save_panels(figure, axes, path, dpi=130)
 
 
-def plain_log(axis: Any) -> None:
-    """A logarithmic axis with a few plain numbers on it."""
+def plain_log(axis: Any, subs: Sequence[float] = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)) -> None:
+    """A logarithmic axis with a few plain numbers on it: `subs` of every power of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -72,8 +72,8 @@ def _rates(axes: Any, found: Mapping[tuple[str, int], dict[float, float]]) -> No
         label = f"{method}, r={r}" if r else method
         style = DASHES[ranks.index(r) % len(DASHES)]
         axes.plot(rates, [losses[lr] for lr in rates], style, color=COLOURS[method], marker="o", ms=4, label=label)
-    axes.set(xscale="log", xlabel="peak learning rate (AdamW)")
-    axes.xaxis.set_minor_formatter(lambda value, place: "")
+    plain_log(axes.xaxis, (1.0, 3.0))
+    axes.set(xlabel="peak learning rate (AdamW)")
     axes.legend(frameon=False, fontsize=7)
 
 

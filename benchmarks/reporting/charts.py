@@ -47,7 +47,8 @@ def draw_rates(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
             style = "-o" if method.name in COLOURS else "--."
             one.plot(rates, [found[lr] for lr in rates], style, ms=4, color=COLOURS.get(method.name), lw=1.2,
                      label=f"{method.name}, r={r}" if r else method.name)  # fmt: skip
-        one.set(xscale="log", title=task.name)
+        one.set(title=task.name)
+        plain_log(one.xaxis, (1.0, 2.0, 5.0))
         plain_log(one.yaxis)
         one.set_xlabel("peak learning rate (one seed)", fontsize=8)
         one.set_ylabel(f"validation loss (nats), n = {task.validation}", fontsize=7.5)
