@@ -87,3 +87,18 @@ def test_a_head_has_its_own_rate(name: str) -> None:
     found = {key: rates[id(p)] for key, p in model.named_parameters() if p.requires_grad}
     assert {rate for key, rate in found.items() if ".norm." in key} == {0.125}
     assert {rate for key, rate in found.items() if ".norm." not in key} == {cell.lr}
+
+
+def test_batches_of_like_length_leave_no_example_out() -> None:
+    one = problem([])
+    plain = run.epoch(one, 2, random.Random(3))
+    one.lengths = lengths = [10 + 7 * i % 13 for i in one.train]
+    grouped = run.epoch(one, 2, random.Random(3))
+    for batches in (plain, grouped):
+        assert sorted(i for batch in batches for i in batch) == one.train
+    assert grouped != run.epoch(one, 2, random.Random(4))
+
+    def padding(batches: list[list[int]]) -> int:
+        return sum(max(lengths[i] for i in batch) - lengths[i] for batch in batches for i in batch)
+
+    assert padding(grouped) < padding(plain) / 2

@@ -37,6 +37,7 @@ class Problem:
         targets: modules that are adapted.
         head: names of modules that are trained whole.
         task_type: PEFT's.
+        lengths: of the training examples, where batches are to be of like length.
     """
 
     model: Any
@@ -47,6 +48,7 @@ class Problem:
     targets: Any
     head: list[str]
     task_type: str
+    lengths: Sequence[int] | None = None
 
 
 def load(task: Task, folder: Path | None, dtype: torch.dtype) -> Problem:
@@ -175,7 +177,9 @@ def _cola(task: Task, folder: Path | None) -> Problem:
     def loss(tuned: nn.Module, split: str) -> float:
         return judge(tuned, split)[0]
 
-    return Problem(model, lines["train"][task.validation :], collate, judge, loss, targets, ["classifier"], "SEQ_CLS")
+    train = lines["train"][task.validation :]
+    lengths = [len(tokenizer(row["text"])["input_ids"]) for row in train]
+    return Problem(model, train, collate, judge, loss, targets, ["classifier"], "SEQ_CLS", lengths)
 
 
 @torch.no_grad()

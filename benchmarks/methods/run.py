@@ -68,13 +68,26 @@ def drawn(problem: Problem, task: Task, seed: int, count: int) -> list[Batch]:
 
 def batches(problem: Problem, task: Task, seed: int) -> Iterator[Batch]:
     """The steps' batches: epochs shuffled by seed."""
-    shuffled, order = random.Random(seed), list[int]()
+    draw, waiting = random.Random(seed), list[list[int]]()
     for _ in range(task.steps):
-        if len(order) < task.batch:
-            order = list(range(len(problem.train)))
-            shuffled.shuffle(order)
-        taken, order = order[: task.batch], order[task.batch :]
-        yield problem.collate([problem.train[i] for i in taken])
+        waiting = waiting or epoch(problem, task.batch, draw)
+        yield problem.collate([problem.train[i] for i in waiting.pop(0)])
+
+
+def epoch(problem: Problem, batch: int, draw: random.Random) -> list[list[int]]:
+    """One epoch's whole batches; of like lengths where the problem knows them, which saves most of the padding."""
+    order = list(range(len(problem.train)))
+    if problem.lengths is None:
+        draw.shuffle(order)
+    else:
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        generator = torch.Generator().manual_seed(draw.randrange(2**31))
+        order = get_length_grouped_indices(problem.lengths, batch, generator=generator)
+    found = [order[i : i + batch] for i in range(0, len(order) - batch + 1, batch)]
+    if problem.lengths is not None:
+        draw.shuffle(found)  # they come in falling order of length
+    return found
 
 
 def train(model: Any, problem: Problem, task: Task, cell: Cell, warmup: int) -> list[float]:

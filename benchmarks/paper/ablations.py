@@ -118,7 +118,7 @@ ABLATIONS = {
     ),
     "subspace": Ablation(
         "subspace", "Factors of which matrix, each at a rate of its own",
-        (*_subspaces(16, 2e-3, 8e-3, 1.6e-2, 8e-3), *_subspaces(64, 2e-3, 1e-3, 4e-3, 5e-4)),
+        (*_subspaces(16, 2e-3, 8e-3, 3.2e-2, 8e-3), *_subspaces(64, 2e-3, 1e-3, 4e-3, 5e-4)),
     ),
     "eta": Ablation(
         "eta", "Length of the first step: R starts at a multiple of Σ",
