@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from benchmarks.methods import grid
 from benchmarks.methods.grid import METHODS, TASKS, Task
@@ -27,20 +29,32 @@ def explanation(rows: Sequence[Row], task: Task) -> list[str]:
 def subspaces(rows: Sequence[Row]) -> Iterator[str]:
     """G's, sign(G)'s and W's, with LoRA-XS's Σ and without."""
     found = {line["variant"]: line for line in summary(ABLATIONS["subspace"], rows)}
+    names = {"G": "G", "sign(G)": "sign(G)", "W with its Σ": "W, B = U Σ (LoRA-XS)", "W without": "W, B = U"}
+    ranks = (16, 64)
+    if not found.keys() >= {f"{label}, r={r}" for r in ranks for label in names.values()}:
+        return
+    by_rank = [{name: found[f"{label}, r={r}"] for name, label in names.items()} for r in ranks]
     parts = []
-    for r in (16, 64):
-        names = (f"G, r={r}", f"sign(G), r={r}", f"W, B = U Σ (LoRA-XS), r={r}", f"W, B = U, r={r}")
-        if not found.keys() >= set(names):
-            return
-        losses = [plus_minus(found[name]["loss"], found[name]["loss_sd"]) for name in names]
-        gradient, sign, skewed, weight = losses
-        parts.append(
-            f"r={r}: {gradient} from G, {skewed} from W with its Σ, {weight} from W without, {sign} from sign(G)"
+    for r, of in zip(ranks, by_rank, strict=True):
+        ordered = sorted(of.items(), key=lambda item: item[1]["loss"])
+        parts.append(f"r={r}: " + ", ".join(f"{n} {plus_minus(v['loss'], v['loss_sd'])}" for n, v in ordered))
+    told = "".join(
+        text
+        for text, less, more in (
+            (" G is ahead of its sign at both.", "G", "sign(G)"),
+            (" LoRA-XS owes its loss to Σ, not to W's subspace alone.", "W with its Σ", "W without"),
         )
-    yield (
-        f"Whose subspace it is matters less than whether the sign was taken. Each at the best of the rates tried for "
-        f"it, losses on {CHAIN.name} are: {'; '.join(parts)} (`subspace` below)."
+        if all(_apart(of[less], of[more]) for of in by_rank)
     )
+    yield (
+        f"Factors of which matrix, each at the best of the rates tried for it, least loss first ({CHAIN.name}, "
+        f"validation, `subspace` below): {'; '.join(parts)}.{told}"
+    )
+
+
+def _apart(less: Mapping[str, Any], more: Mapping[str, Any]) -> bool:
+    """By more than one standard deviation of the difference."""
+    return float(more["loss"] - less["loss"]) > math.hypot(less["loss_sd"], more["loss_sd"])
 
 
 def signs(rows: Sequence[Row]) -> Iterator[str]:
