@@ -67,10 +67,11 @@ def signs(rows: Sequence[Row]) -> Iterator[str]:
     ]
     if parts:
         yield (
-            'The sign costs. Taken from the mean gradient itself (`update="sgd"`), the factors lead to a loss on '
-            f"{CHAIN.name} that differs from the sign's by {', '.join(parts)} (same seeds and rate; `update` below). "
-            "A few samples' G is of low rank and its sign is not: G's leading r directions keep nearly all of G, those "
-            "of sign(G) far less."
+            "The sign, or the start that comes with it, costs. Taken from the mean gradient itself "
+            f'(`update="sgd"`), the factors lead to a loss on {CHAIN.name} that differs from the sign\'s by '
+            f"{', '.join(parts)} (same seeds and rate; `update` below). A few samples' G has a low rank and its sign "
+            "has not: G's leading r directions keep nearly all of G, those of sign(G) far less. R's start differs too: "
+            "η Σ is a long step for the sign and next to none for G. Which of the two costs is not told apart here."
         )
 
 
