@@ -103,6 +103,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+SGD = "LoRA-SB (sgd)"  # factors from the mean gradient instead of its sign
 METHODS = {
     method.name: method
     for method in (
@@ -115,7 +116,7 @@ METHODS = {
         Method("LoRA-Pro", LOW),
         Method("LoRA-XS", CORE, {"init": "lora-xs"}),
         Method("LoRA-SB", CORE),
-        Method("LoRA-SB (sgd)", CORE, {"update": "sgd"}),
+        Method(SGD, CORE, {"update": "sgd"}),
     )
 }
 
@@ -151,7 +152,7 @@ def ranks(task: Task, method: Method) -> tuple[int, ...]:
 
 def order(names: Sequence[str]) -> list[Method]:
     """Those asked for, LoRA-SB and what it is measured against first."""
-    first = ("LoRA-SB", "LoRA-XS", "LoRA", "LoRA-SB (sgd)", "full")
+    first = ("LoRA-SB", "LoRA-XS", "LoRA", SGD, "full")
     return sorted((METHODS[name] for name in names), key=lambda m: first.index(m.name) if m.name in first else 9)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods.grid import TASKS
+from benchmarks.methods.grid import SGD, TASKS
 from benchmarks.panels import panels, save_panels
 from lorasb.plotting import GRAD, INK, SIGN
 
 Row = dict[str, str]
-COLOURS = {"LoRA-SB": GRAD, "LoRA-SB (sgd)": "#b0527a", "LoRA-XS": SIGN, "LoRA": "#6b7280", "full": INK}
+COLOURS = {"LoRA-SB": GRAD, SGD: "#b0527a", "LoRA-XS": SIGN, "LoRA": "#6b7280", "full": INK}
 DASHES = ("-", "--", ":")
 
 
@@ -78,7 +78,7 @@ def _rates(axes: Any, found: Mapping[tuple[str, int], dict[float, float]]) -> No
 
 
 def _ranks(axes: Any, found: Mapping[tuple[str, int], dict[float, float]]) -> None:
-    for method in ("LoRA-SB", "LoRA-SB (sgd)", "LoRA-XS"):
+    for method in ("LoRA-SB", SGD, "LoRA-XS"):
         best = {r: min(losses.values()) for (name, r), losses in found.items() if name == method}
         if best:
             axes.plot(sorted(best), [best[r] for r in sorted(best)], "-o", color=COLOURS[method], ms=4, label=method)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.methods import rows, runner
-from benchmarks.methods.grid import SEEDS, TASKS, Cell
+from benchmarks.methods.grid import SEEDS, SGD, TASKS, Cell
 from benchmarks.methods.tables import spread
 from benchmarks.tabular import Row, write_csv
 from lorasb.plotting import GRAD, INK, MUTED, canvas, save
@@ -81,13 +81,14 @@ PLAIN = Variant("ΔW (LoRA-SB)")
 NOISES = (1e-5, 1e-4, 1e-3, 1e-2)
 COUNTS = (1, 5, 25, 50, 100, 200)
 UPDATES = ((16, 2e-3), (64, 1e-3), (96, 1e-3))  # ranks and rates near the best of LoRA-SB's sweep, for both
+SUBSPACES = {16: (2e-3, 8e-3, 3.2e-2, 8e-3), 64: (2e-3, 1e-3, 4e-3, 5e-4)}  # by rank, rates as _subspaces takes them
 
 
 def _subspaces(r: int, sign: float, gradient: float, weight: float, skewed: float) -> Iterator[tuple[Variant, Variant]]:
     """Orthonormal factors of sign(G), G and W, and LoRA-XS's own, each at the best of the rates tried for it."""
     yield from _against(
         Variant(f"sign(G), r={r}", r=r, lr=sign),
-        Variant(f"G, r={r}", r=r, lr=gradient, method="LoRA-SB (sgd)"),
+        Variant(f"G, r={r}", r=r, lr=gradient, method=SGD),
         Variant(f"W, B = U Σ (LoRA-XS), r={r}", r=r, lr=skewed, method="LoRA-XS"),
         Variant(f"W, B = U, r={r}", {"flat": True}, r, weight, "LoRA-XS"),
         *(Variant(f"W, B = U, r={r}, lr {lr:g}", {"flat": True}, r, lr, "LoRA-XS", SEEDS[:1])
@@ -118,7 +119,7 @@ ABLATIONS = {
     ),
     "subspace": Ablation(
         "subspace", "Factors of which matrix, each at a rate of its own",
-        (*_subspaces(16, 2e-3, 8e-3, 3.2e-2, 8e-3), *_subspaces(64, 2e-3, 1e-3, 4e-3, 5e-4)),
+        tuple(pair for r, rates in SUBSPACES.items() for pair in _subspaces(r, *rates)),
     ),
     "eta": Ablation(
         "eta", "Length of the first step: R starts at a multiple of Σ",

@@ -11,8 +11,6 @@ from benchmarks.methods.tables import Line
 from benchmarks.methods.tables import lines as all_lines
 from benchmarks.tabular import Row
 
-SGD = "LoRA-SB (sgd)"  # from the mean gradient instead of its sign
-
 
 @dataclass(frozen=True)
 class Verdict:

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.methods import grid
-from benchmarks.methods.grid import METHODS, TASKS, Task
-from benchmarks.paper.ablations import ABLATIONS, UPDATES, summary
+from benchmarks.methods.grid import METHODS, SGD, TASKS, Task
+from benchmarks.paper.ablations import ABLATIONS, SUBSPACES, UPDATES, summary
 from benchmarks.reporting.markdown import plus_minus
-from benchmarks.reporting.verdicts import SGD, compare, lines
+from benchmarks.reporting.verdicts import compare, lines
 from benchmarks.tabular import Row
 
 CHAIN = TASKS["chain_sum"]
@@ -30,12 +30,11 @@ def subspaces(rows: Sequence[Row]) -> Iterator[str]:
     """G's, sign(G)'s and W's, with LoRA-XS's Σ and without."""
     found = {line["variant"]: line for line in summary(ABLATIONS["subspace"], rows)}
     names = {"G": "G", "sign(G)": "sign(G)", "W with its Σ": "W, B = U Σ (LoRA-XS)", "W without": "W, B = U"}
-    ranks = (16, 64)
-    if not found.keys() >= {f"{label}, r={r}" for r in ranks for label in names.values()}:
+    if not found.keys() >= {f"{label}, r={r}" for r in SUBSPACES for label in names.values()}:
         return
-    by_rank = [{name: found[f"{label}, r={r}"] for name, label in names.items()} for r in ranks]
+    by_rank = [{name: found[f"{label}, r={r}"] for name, label in names.items()} for r in SUBSPACES]
     parts = []
-    for r, of in zip(ranks, by_rank, strict=True):
+    for r, of in zip(SUBSPACES, by_rank, strict=True):
         ordered = sorted(of.items(), key=lambda item: item[1]["loss"])
         parts.append(f"r={r}: " + ", ".join(f"{n} {plus_minus(v['loss'], v['loss_sd'])}" for n, v in ordered))
     told = "".join(
