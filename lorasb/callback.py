@@ -37,7 +37,7 @@ class InitCallback(TrainerCallback):
         lr: η, where it is not to come from the trainer's arguments.
         share_factors: let the run's checkpoints share one file of A and B, which never change: each further checkpoint
             adds R and the optimizer's state. Every folder still loads by itself (`shared_factors`).
-        options: of `lorasb.initialize` (`cache=`, `strategy=`, `loss_fn=`, ...).
+        options: of `lorasb.initialize` (`longest_start=`, `cache=`, `loss_fn=`, ...).
 
     Attributes:
         report: the `InitReport`, once training has begun; None where nothing was done.

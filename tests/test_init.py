@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lorasb
+from lorasb.init import InitReport
 from lorasb.init.accumulator import GradientSums
 from lorasb.init.loss import backward_over_samples
 from lorasb.linear import LoRASBLinear
@@ -163,7 +164,7 @@ def test_factors_are_the_best_rank_r_part_of_the_first_step(family: str, update:
     singles = [{k: v[i : i + 1] for k, v in b.items()} for b in batches_for(family) for i in range(2)]
     want = autograd_sums(family, singles)
     model = lorasb.patch(make(family), r=5, scaling=2.0)
-    lorasb.initialize(model, singles, lr=1e-2, update=update, progress=False)
+    lorasb.initialize(model, singles, lr=1e-2, update=update, longest_start=None, progress=False)
     for name, module in model.named_modules():
         if isinstance(module, LoRASBLinear):
             g = want[name.removeprefix("base_model.model.")].double()
@@ -175,6 +176,47 @@ def test_factors_are_the_best_rank_r_part_of_the_first_step(family: str, update:
             tolerances.check(2.0 * core / sigma[0], b.t() @ step @ a.t() / sigma[0], tolerances.FACTORS)
             assert (2.0 * core).square().sum() >= tolerances.ENERGY * sigma[:5].square().sum()  # near ties: by energy
             assert (torch.diagonal(core) > 0).all()
+
+
+def cores(
+    longest_start: float | None, update: str = "adamw", scaling: float = 1.0
+) -> tuple[dict[str, Tensor], InitReport]:
+    """s·R of all layers, and the report."""
+    model = lorasb.patch(make("llama"), r=4, scaling=scaling)
+    options = {"lr": 1e-3, "update": update, "longest_start": longest_start, "progress": False}
+    report = lorasb.initialize(model, batches_for("llama"), **options)
+    return {name: scaling * p.detach() for name, p in model.named_parameters() if "lorasb_R" in name}, report
+
+
+@pytest.mark.parametrize("scaling", [1.0, 0.25])
+def test_a_long_start_is_as_long_as_so_many_steps_of_adamw(scaling: float) -> None:
+    whole, _ = cores(None, scaling=scaling)
+    step = torch.nn.Parameter(torch.zeros(4, 4))
+    step.grad = torch.randn(4, 4)
+    torch.optim.AdamW([step], lr=1e-3).step()
+    for steps in (1.0, 1.5):
+        found, report = cores(steps, scaling=scaling)
+        shares = {layer.name: layer.start for layer in report.layers}
+        for name, core in found.items():
+            share = next(value for layer, value in shares.items() if layer in name)
+            tolerances.check(core, share * whole[name], tolerances.FACTORS)
+            assert float(core.norm()) <= steps * float(step.norm().detach()) * (1 + 1e-4)
+            assert share == 1.0 or float(core.norm()) == pytest.approx(steps * float(step.norm().detach()), rel=1e-4)
+        assert min(shares.values()) < 1.0
+
+
+def test_starts_without_a_limit_and_without_a_start() -> None:
+    whole, report = cores(None)
+    assert all(layer.start == 1.0 for layer in report.layers)
+    assert all(torch.equal(core, whole[name]) for name, core in cores(1e6)[0].items())
+    assert not any(core.any() for core in cores(0.0)[0].values())
+    assert all(torch.equal(core, cores(0.0, "sgd")[0][name]) for name, core in cores(None, "sgd")[0].items())
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan")])
+def test_a_start_that_is_no_length(bad: float) -> None:
+    with pytest.raises(ValueError, match="longest_start"):
+        cores(bad)
 
 
 def test_the_first_step_lowers_the_loss() -> None:

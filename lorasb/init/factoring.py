@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..linear import LoRASBLinear
-from .factors import Factors, first_step
+from .factors import Factors, first_step, start_share
 from .report import LayerReport
 from .signbits import SignBits
 from .svd import OVERSAMPLE, energies, full_precision, leading_triplets, signed_core, truncated_svd
 
-FACTS = 5  # Σ G², number of nonzero signs, zeros, seconds, stability
+FACTS = 6  # Σ G², number of nonzero signs, zeros, seconds, stability, share of η
 
 
 class Gradient(Protocol):
@@ -45,12 +46,13 @@ class Gradient(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How gradients become factors: of which adapter, η, the update rule, the seed of the SVDs."""
+    """How gradients become factors: of which adapter, η, the update rule, the seed of the SVDs, the longest start."""
 
     adapter: str
     lr: float
     update: str
     seed: int
+    longest: float = math.inf
 
     def seed_of(self, name: str) -> int:
         """A layer's own seed, whichever other layers there are."""
@@ -59,7 +61,7 @@ class Recipe:
 
 @torch.no_grad()
 def factor(name: str, gradient: Gradient, layer: LoRASBLinear, recipe: Recipe) -> tuple[Factors, Tensor]:
-    """Factors, and measurements [3·q + 5] in fp64.
+    """Factors, and measurements [3·q + 6] in fp64.
 
     They are: σ of what was factored, energies of sign(G) and of G in the leading 1, 2, ... q triplets (NaN where a
     cache does not know), then the facts.
@@ -75,7 +77,7 @@ def _factor(
 ) -> tuple[Factors, Tensor]:
     matrix = signs if recipe.update == "adamw" else gradient.value()
     triplets = leading_triplets(matrix, r, recipe.seed_of(name))
-    factors = first_step(triplets, r, recipe.lr, layer.scaling[recipe.adapter])
+    factors = first_step(triplets, r, recipe.lr, layer.scaling[recipe.adapter], recipe.longest)
     q = len(triplets.s)
     of_sign = triplets.s.square().cumsum(0) if recipe.update == "adamw" else energies(signed_core(signs, triplets))
     of_grad = torch.full((q,), float("nan"), dtype=torch.float64)
@@ -83,6 +85,7 @@ def _factor(
     of_grad[: len(known)] = known.double().cpu()
     overlap = stability(gradient.half_signs(), r, recipe.seed_of(name))
     facts = [gradient.squares, signs.squares, gradient.zeros, time.perf_counter() - started, overlap]
+    facts.append(start_share(factors.sigma, recipe.longest))
     return factors, torch.cat((triplets.s.double().cpu(), of_sign.double().cpu(), of_grad, _fp64(facts)))
 
 
@@ -95,7 +98,7 @@ def describe(name: str, layer: LoRASBLinear, adapter: str, measured: Tensor) -> 
     """The report of what `factor` measured."""
     q, r = (len(measured) - FACTS) // 3, layer.r[adapter]
     sigma, of_sign, of_grad = measured[: 3 * q].view(3, q)
-    squares, signs, zeros, seconds, overlap = measured[3 * q :].tolist()
+    squares, signs, zeros, seconds, overlap, share = measured[3 * q :].tolist()
     sign_curve = tuple(_short(value / max(signs, 1.0)) for value in of_sign.tolist())
     grad_curve = tuple(_short(value / squares) for value in of_grad.tolist() if value == value)
     return LayerReport(
@@ -103,7 +106,7 @@ def describe(name: str, layer: LoRASBLinear, adapter: str, measured: Tensor) -> 
         sign_curve[r - 1], grad_curve[r - 1] if len(grad_curve) >= r else None,
         tuple(_short(value) for value in sigma[:r].tolist()), int(zeros), seconds,
         tuple(_short(value) for value in sigma[r:].tolist()), sign_curve, grad_curve,
-        None if overlap != overlap else overlap,
+        None if overlap != overlap else overlap, start=_short(share),
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ def provenance(report: InitReport, data_hash: str | None) -> dict[str, Any]:
         "init": report.init,
         "update": report.update,
         "lr": report.lr,
+        "longest_start": report.longest_start,
         "num_samples": report.num_samples,
         "seed": report.seed,
         "data_sha256": data_hash,

@@ -33,6 +33,7 @@ class LayerReport:
         beyond: up to 32 more singular values, measured on the way.
         curve_sign, curve_grad: the energies at ranks 1, 2, ... as far as they were measured.
         stability: overlap of the subspaces from two halves of the samples, where it was asked for.
+        start: what share of η the first step was taken with (`longest_start`); None where no gradient was taken.
         fallback: what stood in for the gradient of a layer that no sample reached.
     """
 
@@ -49,13 +50,15 @@ class LayerReport:
     curve_grad: tuple[float, ...] = ()
     stability: float | None = None
     fallback: str | None = None
+    start: float | None = None
 
 
 @dataclass
 class InitReport:
     """What `lorasb.initialize` did. Prints as a table; `save`, `load` and `plot` keep it.
 
-    `left` says what was left alone on purpose: a tied head, routers, experts that nobody named.
+    `left` says what was left alone on purpose: a tied head, routers, experts that nobody named. `longest_start` is the
+    limit that `initialize` was given, None where there is none.
     """
 
     init: str
@@ -69,6 +72,7 @@ class InitReport:
     strategy: str = "none"
     why: str = ""
     left: list[str] = field(default_factory=list)
+    longest_start: float | None = None
 
     @property
     def energy_sign(self) -> float | None:
@@ -105,6 +109,8 @@ class InitReport:
             kept += f"; {self.strategy} ({self.why})"
         if self.stability is not None:
             kept += f"; overlap of two halves of the samples {_percent(self.stability)}"
+        if self.start is not None and self.start < 1.0:
+            kept += f"; R starts {self.longest_start:g} of its steps away, {_percent(self.start)} of the first step"
         kept += "".join(f"\nleft alone: {line}" for line in self.left)
         table = Table(title=f"{self.init} initialisation: {what}", caption=kept)
         table.add_column("layer", overflow="fold")
@@ -120,6 +126,11 @@ class InitReport:
             console.print(self)
         console.file.close()
         return capture.get()
+
+    @property
+    def start(self) -> float | None:
+        """Mean over layers of the share of η that the first step was taken with."""
+        return _mean([layer.start for layer in self.layers])
 
     @property
     def stability(self) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -24,6 +25,7 @@ from .work import Layers
 
 UPDATES = ("adamw", "sgd")
 STRATEGIES = ("auto", "layerwise", "accumulate")
+LONGEST_START = 4.0  # in AdamW's steps of R; measured, docs/choosing.md
 
 
 def initialize(
@@ -33,6 +35,7 @@ def initialize(
     lr: float | None = None,
     num_samples: int | None = None,
     update: str = "adamw",
+    longest_start: float | None = LONGEST_START,
     strategy: str = "auto",
     blocks: str | None = None,
     memory_budget: float | str | None = None,
@@ -49,15 +52,21 @@ def initialize(
     mean over sample i's own labelled tokens, so the result does not depend on how samples are batched. No base weight
     ever requires a gradient; sums are fp32. Under torch.distributed every process passes the batches of its own share.
 
+    ΔW [out, in] moves every weight by η, R [r, r] has r² entries: where η is R's rate, ‖Σ_r‖ is the length of many
+    steps of R, which training would first have to take back. So η is shortened, layer by layer, until
+    ‖Σ_r‖ ≤ longest_start·η·r, the length of so many of AdamW's steps of R. A, B and R's direction stay as they are.
+
     Args:
         model: a patched model.
         batches: a DataLoader (samples are drawn from its data set by `seed`), a list of dicts of tensors (drawn
             likewise), or any iterable of dicts (taken in order). Not needed for the data-free inits of the config, nor
             where `cache` is there.
-        lr: η of the simulated step; `lorasb.first_step_lr` gives the one of a schedule.
+        lr: η of the simulated step, the rate of R's first one; `lorasb.first_step_lr` gives the one of a schedule.
         num_samples: how many, over all processes; None takes min(available, max(32, n/1000)), or all of an iterable
             without a size.
         update: "adamw" (signs) or "sgd" (ΔW = −η·G/n, the mean gradient itself, Theorem 6).
+        longest_start: the start's length at most, in AdamW's steps of R at the rate `lr`; 0 for R = 0, None for the
+            whole step, as the paper has it. SGD's step is as long as R's own and stays whole.
         strategy: "layerwise" computes one block at a time, from the last to the first; "accumulate" passes through the
             whole model, as often as `memory_budget` asks for; "auto" takes the first where the model is a stack of
             blocks. The sums are the same.
@@ -83,21 +92,23 @@ def initialize(
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     name, layers = _unmerged_layers(model, adapter_name)
     config: LoRASBConfig = cast(Any, model).peft_config[name]
-    _check(update, strategy, cache)
+    _check(update, strategy, cache, longest_start)
     if config.init == "update":
         if lr is None or not 0 < lr < float("inf") or (batches is None and not _exists(cache)):
             raise ValueError("init='update' takes batches and lr > 0: initialize(model, loader, lr=...)")
-        budget, recipe = parse_size(memory_budget), Recipe(name, lr, update, seed)
+        limit = longest_start if update == "adamw" else None  # SGD's step is R's own (Theorem 6)
+        budget = parse_size(memory_budget)
+        recipe = Recipe(name, lr, update, seed, math.inf if limit is None else limit)
         options = Options(recipe, num_samples, strategy, blocks, budget, loss_fn, cache, stability, progress)
         # hooks that end a pass half-way would have a compiled model compiled anew at every block
         with Staging(name) as staging, torch.compiler.set_stance("force_eager"):
             found = from_gradients(model, layers, batches, options, staging)
     else:
-        found, lr, update = from_weights(layers, config.init, name, seed, progress), None, "none"
+        found, lr, update, limit = from_weights(layers, config.init, name, seed, progress), None, "none", None
     seconds = time.perf_counter() - started
     report = InitReport(
         config.init, update, lr, found.num_samples, seed, found.loss, seconds, found.layers, found.strategy, found.why,
-        left_alone(model),
+        left_alone(model), limit,
     )  # fmt: skip
     config.init_provenance = provenance(report, found.data_hash)
     active = any(name in layer.active_adapters for layer in layers.values())
@@ -110,13 +121,15 @@ def initialize(
     return report
 
 
-def _check(update: str, strategy: str, cache: Any) -> None:
+def _check(update: str, strategy: str, cache: Any, longest_start: float | None) -> None:
     if update not in UPDATES:
         raise ValueError(f"update must be one of {', '.join(UPDATES)}, got {update!r}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if update == "sgd" and cache is not None:
         raise ValueError("update='sgd' needs the gradient itself, and a cache keeps its signs only: leave cache out")
+    if longest_start is not None and not longest_start >= 0:
+        raise ValueError(f"longest_start is a number of steps of R >= 0, or None for no limit, got {longest_start!r}")
 
 
 def _exists(cache: str | os.PathLike[str] | None) -> bool:
