@@ -59,7 +59,7 @@ def begin(model: Any, problem: Problem, cell: Cell, batches: Batches, eta: float
     count = options.get("samples") or min(len(problem.train), max(32, -(-len(problem.train) // 1000)))
     return lorasb.initialize(
         model, batches(count), lr=eta, num_samples=count, seed=cell.seed, progress=False, cache=cache,
-        update=options.get("update", "adamw"),
+        **{name: options[name] for name in ("update", "longest_start") if name in options},
     )  # fmt: skip
 
 

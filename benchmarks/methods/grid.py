@@ -104,6 +104,7 @@ class Method:
 
 
 SGD = "LoRA-SB (sgd)"  # factors from the mean gradient instead of its sign
+WHOLE = "LoRA-SB (whole step)"  # R starts with all of the first step, as the paper has it
 METHODS = {
     method.name: method
     for method in (
@@ -117,6 +118,7 @@ METHODS = {
         Method("LoRA-XS", CORE, {"init": "lora-xs"}),
         Method("LoRA-SB", CORE),
         Method(SGD, CORE, {"update": "sgd"}),
+        Method(WHOLE, CORE, {"longest_start": None}),
     )
 }
 
@@ -152,7 +154,7 @@ def ranks(task: Task, method: Method) -> tuple[int, ...]:
 
 def order(names: Sequence[str]) -> list[Method]:
     """Those asked for, LoRA-SB and what it is measured against first."""
-    first = ("LoRA-SB", "LoRA-XS", "LoRA", SGD, "full")
+    first = ("LoRA-SB", "LoRA-XS", "LoRA", SGD, "full", WHOLE)
     return sorted((METHODS[name] for name in names), key=lambda m: first.index(m.name) if m.name in first else 9)
 
 

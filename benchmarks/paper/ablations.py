@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.methods import rows, runner
-from benchmarks.methods.grid import SEEDS, SGD, TASKS, Cell
+from benchmarks.methods.grid import SEEDS, SGD, TASKS, WHOLE, Cell
 from benchmarks.methods.tables import spread
 from benchmarks.tabular import Row, write_csv
+from lorasb.init.run import LONGEST_START
 from lorasb.plotting import GRAD, INK, MUTED, canvas, save
 
 TASK, R, LR = TASKS["chain_sum"], 64, 1e-3
@@ -77,11 +78,13 @@ def _against(plain: Variant, *others: Variant) -> tuple[tuple[Variant, Variant],
     return tuple((other, plain) for other in (*others, plain))
 
 
-PLAIN = Variant("ΔW (LoRA-SB)")
+PLAIN = Variant("LoRA-SB")
+PAPER = Variant("ΔW", method=WHOLE)  # the paper's own start
 NOISES = (1e-5, 1e-4, 1e-3, 1e-2)
 COUNTS = (1, 5, 25, 50, 100, 200)
-UPDATES = ((16, 2e-3), (64, 1e-3), (96, 1e-3))  # ranks and rates near the best of LoRA-SB's sweep, for both
-SUBSPACES = {16: (2e-3, 8e-3, 3.2e-2, 8e-3), 64: (2e-3, 1e-3, 4e-3, 5e-4)}  # by rank, rates as _subspaces takes them
+STARTS = ((16, 8e-3), (64, 1e-3), (96, 1e-3))  # ranks and rates near the best of the sweeps of sign and gradient
+LENGTHS = (0.0, 1.0)
+SUBSPACES = {16: (8e-3, 8e-3, 3.2e-2, 8e-3), 64: (2e-3, 1e-3, 4e-3, 5e-4)}  # by rank, rates as _subspaces takes them
 
 
 def _subspaces(r: int, sign: float, gradient: float, weight: float, skewed: float) -> Iterator[tuple[Variant, Variant]]:
@@ -96,34 +99,44 @@ def _subspaces(r: int, sign: float, gradient: float, weight: float, skewed: floa
     )  # fmt: skip
 
 
+def _starts(r: int, lr: float) -> Iterator[tuple[Variant, Variant]]:
+    """Longest starts at one rank and rate; at the whole step's best rate, too, where that is another."""
+    yield from _against(
+        Variant(f"{LONGEST_START:g} (default), r={r}", r=r, lr=lr),
+        *(Variant(f"{length:g}, r={r}", {"longest_start": length}, r, lr) for length in LENGTHS),
+        Variant(f"whole, r={r}", r=r, lr=lr, method=WHOLE),
+    )
+
+
 ABLATIONS = {
     "starts": Ablation(
         "table-5", "Truncated SVD of what (Table 5)",
-        _against(PLAIN, Variant("Kaiming", {"init": "kaiming"}),
-                 *(Variant(f"ΔW + N(0, {s:.0e}²)", {"noise": s}) for s in reversed(NOISES))),
+        _against(PAPER, Variant("Kaiming", {"init": "kaiming"}, method=WHOLE),
+                 *(Variant(f"ΔW + N(0, {s:.0e}²)", {"noise": s}, method=WHOLE) for s in reversed(NOISES))),
     ),
     "samples": Ablation(
         "table-6", "Samples of the initialisation (Table 6)",
-        _against(Variant("32 (default)"), *(Variant(str(n), {"samples": n}) for n in COUNTS)),
+        _against(replace(PAPER, label="32 (default)"),
+                 *(Variant(str(n), {"samples": n}, method=WHOLE) for n in COUNTS)),
     ),
     "orthonormal": Ablation(
         "figure-3", "B orthonormal or B = U Σ, R = I (Figure 3)",
-        _against(Variant("B = U, R = Σ, lr 1e-3"),
-                 *(Variant(f"B = U Σ, R = I, lr {lr:g}", {"skewed": True, "eta": LR / lr}, lr=lr)
+        _against(replace(PAPER, label="B = U, R = Σ, lr 1e-3"),
+                 *(Variant(f"B = U Σ, R = I, lr {lr:g}", {"skewed": True, "eta": LR / lr}, lr=lr, method=WHOLE)
                    for lr in (1e-3, 1e-2, 1e-1))),
+    ),
+    "start": Ablation(
+        "start", "How far R's start may be from zero, in AdamW's steps of R",
+        tuple(pair for r, lr in STARTS for pair in _starts(r, lr)),
     ),
     "update": Ablation(
         "update", "First step of AdamW, sign(G), or of SGD, G",
-        tuple(pair for r, lr in UPDATES for pair in
-              _against(Variant(f"sign(G), r={r}", r=r, lr=lr), Variant(f"G, r={r}", {"update": "sgd"}, r, lr))),
+        tuple(pair for r, lr in STARTS for pair in
+              _against(Variant(f"sign(G), r={r}", r=r, lr=lr), Variant(f"G, r={r}", r=r, lr=lr, method=SGD))),
     ),
     "subspace": Ablation(
         "subspace", "Factors of which matrix, each at a rate of its own",
         tuple(pair for r, rates in SUBSPACES.items() for pair in _subspaces(r, *rates)),
-    ),
-    "eta": Ablation(
-        "eta", "Length of the first step: R starts at a multiple of Σ",
-        _against(Variant("1 (default)"), Variant("0: R = 0", {"eta": 0.0}), Variant("4", {"eta": 4.0})),
     ),
     "again": Ablation(
         "again", "A second SVD in the middle of training",

@@ -28,7 +28,7 @@ def section(rows: Sequence[Row], folder: Path) -> list[str]:
     ):
         out += [*part(rows, folder), ""]
     out += ["## What the paper does not ask", ""]
-    for part in (*(_ablation(name) for name in ("update", "subspace", "eta", "again")), energy):
+    for part in (*(_ablation(name) for name in ("start", "update", "subspace", "again")), energy):
         out += [*part(rows, folder), ""]
     return out
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from benchmarks.methods import grid
 from benchmarks.methods.grid import METHODS, SGD, TASKS, Task
-from benchmarks.paper.ablations import ABLATIONS, SUBSPACES, UPDATES, summary
+from benchmarks.paper.ablations import ABLATIONS, STARTS, SUBSPACES, summary
 from benchmarks.reporting.markdown import plus_minus
 from benchmarks.reporting.verdicts import compare, lines
 from benchmarks.tabular import Row
+from lorasb.init.run import LONGEST_START
 
 CHAIN = TASKS["chain_sum"]
 
@@ -20,7 +21,7 @@ CHAIN = TASKS["chain_sum"]
 def explanation(rows: Sequence[Row], task: Task) -> list[str]:
     """A list of what is known; each item has an experiment behind it."""
     own = [*gradient_itself(rows, task), *rates(rows, task)]
-    ablated = [*subspaces(rows), *signs(rows)]
+    ablated = [*beginnings(rows), *subspaces(rows), *signs(rows)]
     if ablated and task is not CHAIN:
         ablated = [f"Ablations of the subspace and of the sign were made on {CHAIN.name}: its *why not* has them."]
     return [f"- {item}" for item in (*ablated, *own)] or ["No experiment explains it yet."]
@@ -56,21 +57,37 @@ def _apart(less: Mapping[str, Any], more: Mapping[str, Any]) -> bool:
     return float(more["loss"] - less["loss"]) > math.hypot(less["loss_sd"], more["loss_sd"])
 
 
+def beginnings(rows: Sequence[Row]) -> Iterator[str]:
+    """How long the start was, which was ours, and is mended."""
+    found = {line["variant"]: line for line in summary(ABLATIONS["start"], rows)}
+    parts = [
+        f"{line['over']:+.3f} ± {line['over_sd']:.3f} at r={r}, lr {lr:g}"
+        for r, lr in STARTS
+        if (line := found.get(f"whole, r={r}"))
+    ]
+    if parts:
+        yield (
+            "R used to start too far out, and that was ours: with η the rate of R's first step, the whole first step "
+            "of full fine-tuning is as long as 4 (r=96) to 25 (r=16) of AdamW's steps of R, which training has to take "
+            f"back. `longest_start` now keeps it to {LONGEST_START:g}. Starting with the whole of it changes the loss "
+            f"on {CHAIN.name} by {', '.join(parts)} (same seeds and rate; `start` below)."
+        )
+
+
 def signs(rows: Sequence[Row]) -> Iterator[str]:
-    """sign(G) against G."""
+    """sign(G) against G, from starts of like length."""
     found = {line["variant"]: line for line in summary(ABLATIONS["update"], rows)}
     parts = [
         f"{found[name]['over']:+.3f} ± {found[name]['over_sd']:.3f} at r={r}"
-        for r, _ in UPDATES
+        for r, _ in STARTS
         if (name := f"G, r={r}") in found
     ]
     if parts:
         yield (
-            "The sign, or the start that comes with it, costs. Taken from the mean gradient itself "
-            f'(`update="sgd"`), the factors lead to a loss on {CHAIN.name} that differs from the sign\'s by '
-            f"{', '.join(parts)} (same seeds and rate; `update` below). A few samples' G has a low rank and its sign "
-            "has not: G's leading r directions keep nearly all of G, those of sign(G) far less. R's start differs too: "
-            "η Σ is a long step for the sign and next to none for G. Which of the two costs is not told apart here."
+            'The sign itself: taken from the mean gradient (`update="sgd"`), the factors lead to a loss on '
+            f"{CHAIN.name} that differs from the sign's by {', '.join(parts)} (same seeds and rate; `update` below). A "
+            "few samples' G has a low rank and its sign has not: G's leading r directions keep nearly all of G, those "
+            "of sign(G) far less."
         )
 
 
