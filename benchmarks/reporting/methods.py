@@ -27,7 +27,7 @@ LoRA, rsLoRA, PiSSA, DoRA and LoRA-GA are those of PEFT, LoRA-Pro is `lora-pro-a
 all. PEFT's LoRA-GA scales its factors differently from the authors' code. On language models the base is bf16: PEFT
 computes its adapters in fp32, LoRA-SB and LoRA-XS keep A and B in bf16 and R in fp32, and full fine-tuning keeps fp32
 weights and trains under autocast. `LoRA-SB (sgd)` is LoRA-SB with `update="sgd"`: factors from the mean gradient, not
-from its sign."""
+from its sign; `LoRA-SB (whole step)` is LoRA-SB with `longest_start=None`, the paper's start."""
 LM = "SmolLM2-135M, all linear layers"
 MODEL = {"cola": "a MiniLM encoder of 22.7M parameters, self-attention and a new head, fp32"}
 HEAD = ("method", "r", "best lr", "seeds", "trained", "loss", "init s", "train s", "peak MB")

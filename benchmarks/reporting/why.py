@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.methods import grid
-from benchmarks.methods.grid import METHODS, SGD, TASKS, Task
+from benchmarks.methods.grid import METHODS, SGD, TASKS, WHOLE, Task
+from benchmarks.methods.tables import Line
 from benchmarks.paper.ablations import ABLATIONS, STARTS, SUBSPACES, summary
 from benchmarks.reporting.markdown import plus_minus
 from benchmarks.reporting.verdicts import compare, lines
@@ -16,11 +17,12 @@ from benchmarks.tabular import Row
 from lorasb.init.run import LONGEST_START
 
 CHAIN = TASKS["chain_sum"]
+STARTS_OF_IT = {WHOLE: "with the whole first step as its start", SGD: 'with `update="sgd"`'}
 
 
 def explanation(rows: Sequence[Row], task: Task) -> list[str]:
     """A list of what is known; each item has an experiment behind it."""
-    own = [*gradient_itself(rows, task), *rates(rows, task)]
+    own = [*own_runs(rows, task), *rates(rows, task)]
     ablated = [*beginnings(rows), *subspaces(rows), *signs(rows)]
     if ablated and task is not CHAIN:
         ablated = [f"Ablations of the subspace and of the sign were made on {CHAIN.name}: its *why not* has them."]
@@ -68,9 +70,9 @@ def beginnings(rows: Sequence[Row]) -> Iterator[str]:
     if parts:
         yield (
             "R used to start too far out, and that was ours: with η the rate of R's first step, the whole first step "
-            "of full fine-tuning is as long as 4 (r=96) to 25 (r=16) of AdamW's steps of R, which training has to take "
-            f"back. `longest_start` now keeps it to {LONGEST_START:g}. Starting with the whole of it changes the loss "
-            f"on {CHAIN.name} by {', '.join(parts)} (same seeds and rate; `start` below)."
+            "of full fine-tuning is as long as 6 (r=96) to 33 (r=16) of AdamW's steps of R in the median layer, which "
+            f"training has to take back. `longest_start` now keeps it to {LONGEST_START:g}. Starting with the whole of "
+            f"it changes the loss on {CHAIN.name} by {', '.join(parts)} (same seeds and rate; `start` below)."
         )
 
 
@@ -91,22 +93,27 @@ def signs(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def gradient_itself(rows: Sequence[Row], task: Task) -> Iterator[str]:
-    """The same on this task's test split, and how much of G either's factors keep."""
+def own_runs(rows: Sequence[Row], task: Task) -> Iterator[str]:
+    """LoRA-SB's other starts on this task's test split, and how much of G the factors keep."""
     found = {(line.method, line.r): line for line in lines(rows, task.name)}
     for r in task.ranks:
-        mine, signed = found.get((SGD, r)), found.get(("LoRA-SB", r))
-        if mine and signed:
-            verdict = compare(task.name, mine, signed, "loss")
-            kept = ""
-            if mine.kept and signed.kept:
-                kept = (
-                    f" Its factors keep {mine.kept:.1%} of the energy of the samples' G, the sign's {signed.kept:.1%}."
-                )
+        mine = found.get(("LoRA-SB", r))
+        parts = [
+            f"{what} {plus_minus(*other.loss)} ({compare(task.name, other, mine, 'loss').word})"
+            for method, what in STARTS_OF_IT.items()
+            if mine and (other := found.get((method, r)))
+        ]
+        if mine and parts:
             yield (
-                f'On this task\'s test split at r={r}, `update="sgd"` has a loss of {plus_minus(*mine.loss)}, the sign '
-                f"of {plus_minus(*signed.loss)}: {verdict.word}.{kept}"
+                f"On this task's test split at r={r}, each at its own best rate, LoRA-SB has a loss of "
+                f"{plus_minus(*mine.loss)}, {', '.join(parts)}.{_kept(mine, found.get((SGD, r)))}"
             )
+
+
+def _kept(mine: Line, gradient: Line | None) -> str:
+    if gradient is None or not (mine.kept and gradient.kept):
+        return ""
+    return f" Its factors keep {mine.kept:.1%} of the energy of the samples' G, the gradient's own {gradient.kept:.1%}."
 
 
 def rates(rows: Sequence[Row], task: Task) -> Iterator[str]:
