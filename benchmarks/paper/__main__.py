@@ -11,7 +11,7 @@
     orthonormal  Figure 3: B orthonormal or not
     update       sign(G) against G itself
     subspace     orthonormal factors of sign(G), of G and of W
-    eta          the length of the first step
+    start        how far from zero R starts
     again        a second SVD in the middle of training
     energy       energy captured against the loss reached
 
