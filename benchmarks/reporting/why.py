@@ -22,7 +22,7 @@ STARTS_OF_IT = {WHOLE: "with the whole first step as its start", SGD: 'with `upd
 
 def explanation(rows: Sequence[Row], task: Task) -> list[str]:
     """A list of what is known; each item has an experiment behind it."""
-    own = [*own_runs(rows, task), *rates(rows, task)]
+    own = [*by_loss(rows, task), *own_runs(rows, task), *rates(rows, task)]
     ablated = [*beginnings(rows), *subspaces(rows), *signs(rows)]
     if ablated and task is not CHAIN:
         ablated = [f"Ablations of the subspace and of the sign were made on {CHAIN.name}: its *why not* has them."]
@@ -93,6 +93,20 @@ def signs(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
+def by_loss(rows: Sequence[Row], task: Task) -> Iterator[str]:
+    """Where score and loss order LoRA-SB and LoRA differently."""
+    found = {line.method: line for line in lines(rows, task.name)}  # the largest rank is the last
+    mine, lora = found.get("LoRA-SB"), found.get("LoRA")
+    if mine is None or lora is None:
+        return
+    score, loss = (compare(task.name, mine, lora, measure).word for measure in ("score", "loss"))
+    if score == "worse" and loss != "worse":
+        yield (
+            f"In loss LoRA-SB is {loss} {'with' if loss == 'level' else 'than'} LoRA on the same test runs: "
+            f"{plus_minus(*mine.loss)} at r={mine.r} against {plus_minus(*lora.loss)}."
+        )
+
+
 def own_runs(rows: Sequence[Row], task: Task) -> Iterator[str]:
     """LoRA-SB's other starts on this task's test split, and how much of G the factors keep."""
     found = {(line.method, line.r): line for line in lines(rows, task.name)}
@@ -120,10 +134,10 @@ def rates(rows: Sequence[Row], task: Task) -> Iterator[str]:
     """How far the best rates lie apart, and what a method loses beside them."""
     lines = [(method, r) for method in ("LoRA-SB", "LoRA-XS") for r in task.ranks]
     best = {(method, r): grid.best_rate(task, METHODS[method], r, rows) for method, r in lines}
-    tried = [len(grid.swept(task, METHODS[method], r, rows)) for method, r in lines]
+    tried = [len(grid.swept(task, METHODS[method], r, rows)) for (method, r), rate in best.items() if rate is not None]
     parts = [f"{method} r={r}: {rate:g}" for (method, r), rate in best.items() if rate is not None]
     if parts:
-        searched = f"Rates were searched widely ({statistics.fmean(tried):.1f} of each on average)"
+        searched = f"Rates were searched ({statistics.fmean(tried):.1f} of each on average)"
         yield f"{searched}; the best are {'; '.join(parts)}. {_elsewhere(rows, task)}"
 
 
