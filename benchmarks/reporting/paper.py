@@ -10,7 +10,7 @@ from benchmarks.methods import runner
 from benchmarks.methods.grid import TASKS, WARMUP
 from benchmarks.paper import curves, overhead, scale
 from benchmarks.paper.ablations import ABLATIONS, LR, R, render, results, size
-from benchmarks.reporting.markdown import picture, plus_minus, table, where_rows
+from benchmarks.reporting.markdown import picture, table, where_rows
 from benchmarks.tabular import Row, read_csv
 from lorasb.init import first_step_lr
 
@@ -80,11 +80,12 @@ NOTES = {
 
 
 def _variant(line: Mapping[str, Any]) -> list[str]:
-    over = "" if line["variant"] == line["against"] else f"{line['over']:+.3f} ± {line['over_sd']:.3f}"
-    return [
-        line["variant"], str(line["r"]), f"{line['lr']:g}", str(line["seeds"]),
-        plus_minus(line["loss"], line["loss_sd"]), over, plus_minus(line["score"], line["score_sd"]),
-    ]  # fmt: skip
+    def shown(name: str, sign: str = "") -> str:
+        mean = f"{line[name]:{sign}.3f}"
+        return mean if line["seeds"] == 1 else f"{mean} ± {line[f'{name}_sd']:.3f}"
+
+    over = "" if line["variant"] == line["against"] else shown("over", "+")
+    return [line["variant"], str(line["r"]), f"{line['lr']:g}", str(line["seeds"]), shown("loss"), over, shown("score")]
 
 
 def table_7(rows: Sequence[Row], folder: Path) -> Iterator[str]:
