@@ -203,11 +203,13 @@ def test_a_long_start_is_as_long_as_so_many_steps_of_adamw(scaling: float) -> No
             assert float(core.norm()) <= steps * float(step.norm().detach()) * (1 + 1e-4)
             assert share == 1.0 or float(core.norm()) == pytest.approx(steps * float(step.norm().detach()), rel=1e-4)
         assert min(shares.values()) < 1.0
+        assert f"R starts {steps:g} of its steps away" in str(report)
 
 
 def test_starts_without_a_limit_and_without_a_start() -> None:
     whole, report = cores(None)
     assert all(layer.start == 1.0 for layer in report.layers)
+    assert "steps away" not in str(report)
     assert all(torch.equal(core, whole[name]) for name, core in cores(1e6)[0].items())
     assert not any(core.any() for core in cores(0.0)[0].values())
     assert all(torch.equal(core, cores(0.0, "sgd")[0][name]) for name, core in cores(None, "sgd")[0].items())

@@ -98,6 +98,7 @@ class TestReport:
     def test_provenance_goes_into_the_config(self) -> None:
         facts = patched().peft_config["default"].init_provenance
         assert facts["lr"] == 2e-2
+        assert facts["longest_start"] == 4.0
         assert facts["num_samples"] == 6
         assert facts["seed"] == 0
         assert len(facts["data_sha256"]) == 64
