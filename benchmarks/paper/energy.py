@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.methods import grid, rows, runner, starts
 from benchmarks.methods.adapters import put_in
-from benchmarks.methods.grid import METHODS, TASKS, WARMUP, Cell
+from benchmarks.methods.grid import METHODS, SGD, TASKS, WARMUP, Cell
 from benchmarks.methods.problems import MAX_LENGTH, Problem, generated, load
 from benchmarks.methods.run import drawn
 from benchmarks.panels import panels, save_panels
@@ -47,7 +47,7 @@ class Start:
 
 def known(there: Sequence[Row]) -> Iterator[Start]:
     """Every start that has been trained with."""
-    for method in ("LoRA-SB", "LoRA-XS"):
+    for method in ("LoRA-SB", SGD, "LoRA-XS"):
         for r in TASK.ranks:
             if (lr := grid.best_rate(TASK, METHODS[method], r, there)) is not None:
                 losses = grid.swept(TASK, METHODS[method], r, there)
