@@ -70,7 +70,7 @@ def test_skewed_takes_the_same_step_with_a_b_that_is_not_orthonormal() -> None:
 
 
 def test_noise_of_nothing_is_the_first_step_and_much_noise_is_something_else() -> None:
-    plain, none, much = (started(start="whole", **o)[2] for o in ({}, {"noise": 0.0}, {"noise": 1.0}))
+    plain, none, much = (started(longest_start=None, **o)[2] for o in ({}, {"noise": 0.0}, {"noise": 1.0}))
     for name, whole in steps(plain).items():
         tolerances.check(steps(none)[name], whole, tolerances.FACTORS)
         assert steps(much)[name].norm() > 10 * whole.norm()
@@ -78,7 +78,7 @@ def test_noise_of_nothing_is_the_first_step_and_much_noise_is_something_else() -
 
 def test_a_second_svd_keeps_what_was_learnt() -> None:
     """The function moves by no more than the new first step: what R had learnt is in the base weight."""
-    problem, cell, model = started(start="whole")
+    problem, cell, model = started(longest_start=None)
     layers = starts.layers(model)
     with torch.no_grad():
         for layer in layers.values():

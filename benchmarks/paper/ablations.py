@@ -100,7 +100,7 @@ def _subspaces(r: int, sign: float, gradient: float, weight: float, skewed: floa
 
 
 def _starts(r: int, lr: float) -> Iterator[tuple[Variant, Variant]]:
-    """Longest starts at one rank and rate; at the whole step's best rate, too, where that is another."""
+    """Longest starts at one rank and rate."""
     yield from _against(
         Variant(f"{LONGEST_START:g} (default), r={r}", r=r, lr=lr),
         *(Variant(f"{length:g}, r={r}", {"longest_start": length}, r, lr) for length in LENGTHS),

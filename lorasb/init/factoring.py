@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import zlib
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ class Recipe:
     lr: float
     update: str
     seed: int
-    longest: float = math.inf
+    longest: float | None = None
 
     def seed_of(self, name: str) -> int:
         """A layer's own seed, whichever other layers there are."""
@@ -77,15 +76,15 @@ def _factor(
 ) -> tuple[Factors, Tensor]:
     matrix = signs if recipe.update == "adamw" else gradient.value()
     triplets = leading_triplets(matrix, r, recipe.seed_of(name))
-    factors = first_step(triplets, r, recipe.lr, layer.scaling[recipe.adapter], recipe.longest)
+    share = start_share(triplets.first(r).s, recipe.longest)
+    factors = first_step(triplets, r, share * recipe.lr, layer.scaling[recipe.adapter])
     q = len(triplets.s)
     of_sign = triplets.s.square().cumsum(0) if recipe.update == "adamw" else energies(signed_core(signs, triplets))
     of_grad = torch.full((q,), float("nan"), dtype=torch.float64)
     known = gradient.curve(triplets.u, triplets.vt)[:q]
     of_grad[: len(known)] = known.double().cpu()
     overlap = stability(gradient.half_signs(), r, recipe.seed_of(name))
-    facts = [gradient.squares, signs.squares, gradient.zeros, time.perf_counter() - started, overlap]
-    facts.append(start_share(factors.sigma, recipe.longest))
+    facts = [gradient.squares, signs.squares, gradient.zeros, time.perf_counter() - started, overlap, share]
     return factors, torch.cat((triplets.s.double().cpu(), of_sign.double().cpu(), of_grad, _fp64(facts)))
 
 

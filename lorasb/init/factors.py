@@ -22,7 +22,7 @@ class Factors(NamedTuple):
     sigma: Tensor
 
 
-def first_step(triplets: Triplets, r: int, lr: float, scaling: float, longest: float = math.inf) -> Factors:
+def first_step(triplets: Triplets, r: int, lr: float, scaling: float) -> Factors:
     """From the SVD of sign(G) (AdamW) or G (SGD, Theorem 6) to the first step of full fine-tuning (Eq. 6-8).
 
     ΔW = −η·sign(G), or −η·G, = U Σ Vᵀ: B = U_r, A = V_rᵀ, R = Σ_r / s, so s·B R A is the best rank-r part of ΔW. The
@@ -32,17 +32,17 @@ def first_step(triplets: Triplets, r: int, lr: float, scaling: float, longest: f
         triplets: of sign(G) or G.
         r, scaling: rank and s.
         lr: η.
-        longest: at most so many times ‖s·B R A‖ = η·r, the way that AdamW moves R in one step at the rate η (every
-            entry by η) where s = 1: a longer step is shortened to that, its direction kept.
     """
     u, s, vt = triplets.first(r)
-    share = start_share(s, longest)
-    return Factors(-u, torch.diag(s * (share * lr / scaling)), vt, s)
+    return Factors(-u, torch.diag(s * (lr / scaling)), vt, s)
 
 
-def start_share(sigma: Tensor, longest: float) -> float:
-    """What of η the first step is taken with: 1, or longest·r / ‖Σ_r‖ where that is less."""
-    return min(1.0, longest * len(sigma) / float(sigma.norm()))
+def start_share(sigma: Tensor, longest: float | None) -> float:
+    """What of η the first step is taken with: 1, or longest·r / ‖Σ_r‖ where that is less.
+
+    AdamW moves R by η·r in a step at the rate η (every entry by η); the first step moves it by η·‖Σ_r‖, where s = 1.
+    """
+    return 1.0 if longest is None else min(1.0, longest * len(sigma) / float(sigma.norm()))
 
 
 def subspace_of_weight(weight: Tensor, r: int, seed: int) -> Factors:

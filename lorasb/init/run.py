@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import warnings
@@ -97,8 +96,7 @@ def initialize(
         if lr is None or not 0 < lr < float("inf") or (batches is None and not _exists(cache)):
             raise ValueError("init='update' takes batches and lr > 0: initialize(model, loader, lr=...)")
         limit = longest_start if update == "adamw" else None  # SGD's step is R's own (Theorem 6)
-        budget = parse_size(memory_budget)
-        recipe = Recipe(name, lr, update, seed, math.inf if limit is None else limit)
+        budget, recipe = parse_size(memory_budget), Recipe(name, lr, update, seed, limit)
         options = Options(recipe, num_samples, strategy, blocks, budget, loss_fn, cache, stability, progress)
         # hooks that end a pass half-way would have a compiled model compiled anew at every block
         with Staging(name) as staging, torch.compiler.set_stance("force_eager"):
