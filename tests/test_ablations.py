@@ -15,7 +15,7 @@ from benchmarks.methods import starts
 from benchmarks.methods.adapters import begin_again, put_in
 from benchmarks.methods.grid import METHODS, Cell
 from benchmarks.methods.problems import Problem
-from benchmarks.paper import ablations, energy
+from benchmarks.paper import ablations, energy, lengths
 from benchmarks.paper.ablations import ABLATIONS, PLAIN, Variant
 
 R, ETA, WARMUP = 4, 2e-3, 2
@@ -58,6 +58,18 @@ def test_eta_scales_the_first_step_and_nothing_else() -> None:
     for whole, part in zip(steps(plain).values(), steps(quarter).values(), strict=True):
         tolerances.check(part, whole / 4, tolerances.fp32(R))
     assert all(not step.any() for step in steps(started(eta=0.0)[2]).values())
+
+
+def test_lengths_of_the_first_step_are_those_of_its_singular_values() -> None:
+    """1/start of a start shortened to one step of R is ‖R‖/(η·r) of the whole one."""
+    short, whole = started(longest_start=1.0)[2], started(longest_start=None)[2]
+    norms, left = [], []
+    for name, layer in starts.layers(whole).items():
+        norms.append(float(starts.factors(layer)[1].norm()) / (ETA * R))
+        left.append(float(starts.factors(starts.layers(short)[name])[1].norm()) / (norms[-1] * ETA * R))
+    found, norms = lengths.lengths(left), sorted(norms)
+    assert found["layers"] == 2
+    assert (found["least"], found["most"]) == pytest.approx([max(1.0, n) for n in norms], rel=1e-4)
 
 
 def test_skewed_takes_the_same_step_with_a_b_that_is_not_orthonormal() -> None:

@@ -105,6 +105,7 @@ class Method:
 
 SGD = "LoRA-SB (sgd)"  # factors from the mean gradient instead of its sign
 WHOLE = "LoRA-SB (whole step)"  # R starts with all of the first step, as the paper has it
+HEAD = "LoRA-SB (head first)"  # a new head is trained for the warm-up's steps before the gradient is taken
 METHODS = {
     method.name: method
     for method in (
@@ -119,6 +120,8 @@ METHODS = {
         Method("LoRA-SB", CORE),
         Method(SGD, CORE, {"update": "sgd"}),
         Method(WHOLE, CORE, {"longest_start": None}),
+        Method(HEAD, CORE, {"head_first": WARMUP}),
+        Method("LoRA-XS (head first)", CORE, {"init": "lora-xs", "head_first": WARMUP}),
     )
 }
 
@@ -146,7 +149,9 @@ class Cell:
 
 
 def ranks(task: Task, method: Method) -> tuple[int, ...]:
-    """The ranks at which a method is tried; 0 where it has none."""
+    """The ranks at which a method is tried; 0 where it has none. None where it makes no sense."""
+    if "head_first" in method.options and task.head_lr is None:
+        return ()
     if method.family == FULL:
         return (0,)
     return task.ranks[::-1] if method.family == CORE else (task.rank,)

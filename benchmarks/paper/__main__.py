@@ -11,11 +11,12 @@
     orthonormal  Figure 3: B orthonormal or not
     update       sign(G) against G itself
     subspace     orthonormal factors of sign(G), of G and of W
+    lengths      how many of R's steps the first step of full fine-tuning is long
     start        how far from zero R starts
     again        a second SVD in the middle of training
     energy       energy captured against the loss reached
 
-Those from `starts` to `again` train what is not in methods.csv yet; curves, overhead and energy read it.
+Those from `starts` to `again` but `lengths` train what is not in methods.csv yet; curves, overhead and energy read it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Callable
 from functools import partial
 
 from benchmarks.methods import runner
-from benchmarks.paper import ablations, costs, curves, energy, overhead, scale
+from benchmarks.paper import ablations, costs, curves, energy, lengths, overhead, scale
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "costs": lambda options: costs.main(options.output, options.data_dir),
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "curves": curves.main,
     "overhead": overhead.main,
     **{name: partial(ablations.main, name) for name in ablations.ABLATIONS},
+    "lengths": lambda options: lengths.main(options.output),
     "energy": energy.main,
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.methods import runner
 from benchmarks.methods.grid import TASKS, WARMUP
-from benchmarks.paper import curves, overhead, scale
+from benchmarks.paper import curves, lengths, overhead, scale
 from benchmarks.paper.ablations import ABLATIONS, LR, R, render, results, size
 from benchmarks.reporting.markdown import picture, table, where_rows
 from benchmarks.tabular import Row, read_csv
@@ -28,7 +28,7 @@ def section(rows: Sequence[Row], folder: Path) -> list[str]:
     ):
         out += [*part(rows, folder), ""]
     out += ["## What the paper does not ask", ""]
-    for part in (*(_ablation(name) for name in ("start", "update", "subspace", "again")), energy):
+    for part in (step_lengths, *(_ablation(name) for name in ("start", "update", "subspace", "again")), energy):
         out += [*part(rows, folder), ""]
     return out
 
@@ -139,6 +139,17 @@ def theorem(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     yield from table(["", *(f"s = {s:g}" for s in scale.SCALES), "largest difference of any step"], lines)
     yield from ("", where_rows(found))
     yield from picture("Training loss for s = 0.1, 1 and 10", "results/scale.png")
+
+
+def step_lengths(rows: Sequence[Row], folder: Path) -> Iterator[str]:
+    """What `longest_start` shortens."""
+    found = read_csv(folder / lengths.FILE)
+    if not found:
+        return
+    yield from ("### The whole first step in AdamW's steps of R (`lengths`)", "")
+    yield from (f"{found[0]['task']}, SmolLM2-135M, 32 samples; ‖Σ_r‖/r of sign(G), at least one, over layers:", "")
+    yield from table(list(lengths.HEAD), (lengths.shown(line) for line in found))
+    yield from ("", where_rows(found))
 
 
 def energy(rows: Sequence[Row], folder: Path) -> Iterator[str]:

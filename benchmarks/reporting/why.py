@@ -70,7 +70,7 @@ def beginnings(rows: Sequence[Row]) -> Iterator[str]:
     if parts:
         yield (
             "R used to start too far out, and that was ours: with η the rate of R's first step, the whole first step "
-            "of full fine-tuning is as long as 6 (r=96) to 33 (r=16) of AdamW's steps of R in the median layer, which "
+            "of full fine-tuning is many of AdamW's steps of R long (`lengths` below), which "
             f"training has to take back. `longest_start` now keeps it to {LONGEST_START:g}. Starting with the whole of "
             f"it changes the loss on {CHAIN.name} by {', '.join(parts)} (same seeds and rate; `start` below)."
         )
