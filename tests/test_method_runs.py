@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.methods import run
 from benchmarks.methods.adapters import optimizer, put_in
-from benchmarks.methods.grid import FULL, HEAD, METHODS, TASKS, Cell, ranks
+from benchmarks.methods.grid import FULL, METHODS, TASKS, Cell
 from benchmarks.methods.problems import LINEARS, Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PEFT's LoRA-GA
@@ -93,7 +93,7 @@ def test_a_head_goes_first_for_its_share_of_the_same_steps() -> None:
     seen: list[Any] = []
     one, task = problem(seen), replace(TASK, steps=10, head_lr=1e-2)
     one.head = ["norm"]
-    cell = Cell(TASK.name, "test", HEAD, 4, 1e-3, 0)
+    cell = Cell(TASK.name, "test", "LoRA-SB", 4, 1e-3, 0, "x", (("head_first", 0.1),))
     before = {key: value.detach().clone() for key, value in one.model.named_parameters()}
     stream = run.batches(one, task, cell.seed)
     first = run.train_head(one, task, cell, 1, stream)
@@ -102,7 +102,7 @@ def test_a_head_goes_first_for_its_share_of_the_same_steps() -> None:
     assert all(value.requires_grad for value in after.values())
     trained = after["model.norm.weight"].detach().clone()
     order = seen.copy()
-    model, _, _ = put_in(one, METHODS[HEAD], cell, lambda n: run.drawn(one, task, 0, n), 1)
+    model, _, _ = put_in(one, METHODS[cell.method], cell, lambda n: run.drawn(one, task, 0, n), 1)
     assert torch.equal(model.base_model.model.model.norm.modules_to_save["default"].weight, trained)
     seen.clear()
     rest = run.train(model, one, task, cell, 1, stream, len(first))
@@ -113,11 +113,8 @@ def test_a_head_goes_first_for_its_share_of_the_same_steps() -> None:
 
 
 def test_no_head_no_steps_before() -> None:
-    one = problem([])
-    cell = Cell(TASK.name, "test", HEAD, 4, 1e-3, 0)
+    one, cell = problem([]), Cell(TASK.name, "test", "LoRA-SB", 4, 1e-3, 0, "x", (("head_first", 0.5),))
     assert run.train_head(one, TASK, cell, 1, run.batches(one, TASK, 0)) == []
-    assert ranks(TASK, METHODS[HEAD]) == ()
-    assert ranks(TASKS["cola"], METHODS[HEAD]) == (24, 16, 8)
 
 
 def test_batches_of_like_length_leave_no_example_out() -> None:

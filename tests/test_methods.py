@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.methods import grid, rows, runner, tables
+from benchmarks.methods import grid, rows, run, runner, tables
 from benchmarks.methods.grid import METHODS, TASKS, Cell
 from benchmarks.methods.problems import examples, matthews
 from benchmarks.paper import costs
@@ -39,15 +40,20 @@ def test_every_method_gets_as_many_rates() -> None:
 
 def test_a_sweep_goes_outward_while_the_best_is_at_its_edge() -> None:
     rates = grid.Rates((1.0, 2.0, 4.0, 8.0, 16.0, 32.0), 1)
-    assert rates.next({}) == (2.0, 4.0, 8.0)
-    assert rates.next({2.0: 0.5, 8.0: 0.5}) == (4.0,)
+
+    def after(tried: dict[float, float]) -> tuple[float, ...]:
+        return rates.next({lr: (loss,) for lr, loss in tried.items()})
+
+    assert after({}) == (2.0, 4.0, 8.0)
+    assert after({2.0: 0.5, 8.0: 0.5}) == (4.0,)
     tried = {2.0: 0.5, 4.0: 0.4, 8.0: 0.3}
-    assert rates.next(tried) == (16.0,)
-    assert rates.next(tried | {16.0: 0.2}) == (32.0,)
-    assert rates.next(tried | {16.0: 0.2, 32.0: 0.1}) == ()  # the ladder ends
-    assert rates.next(tried | {16.0: 0.35}) == ()
-    assert rates.next({2.0: 0.1, 4.0: 0.4, 8.0: 0.3}) == (1.0,)
-    assert rates.next({2.0: 0.2, 4.0: 0.1, 8.0: 0.3}) == ()
+    assert after(tried) == (16.0,)
+    assert after(tried | {16.0: 0.2}) == (32.0,)
+    assert after(tried | {16.0: 0.2, 32.0: 0.1}) == ()  # the ladder ends
+    assert after(tried | {16.0: 0.35}) == ()
+    assert after(tried | {16.0: math.nan}) == ()
+    assert after({2.0: 0.1, 4.0: 0.4, 8.0: 0.3}) == (1.0,)
+    assert after({2.0: 0.2, 4.0: 0.1, 8.0: 0.3}) == ()
 
 
 def test_seeds_run_at_the_best_rate_and_what_is_there_is_not_run_again(tmp_path: Path) -> None:
@@ -75,16 +81,59 @@ def test_seeds_run_at_the_best_rate_and_what_is_there_is_not_run_again(tmp_path:
 def test_a_failed_run_is_told_and_the_others_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = list(grid.sweep(TASK, METHODS["LoRA"], []))
 
-    def start(cell: Cell, options: argparse.Namespace) -> dict[str, object]:
+    def start(cell: Cell, options: argparse.Namespace) -> list[dict[str, object]]:
         if cell == cells[1]:
             raise RuntimeError("out of memory")
-        return {**row(cell, 0.5), "losses": [1.0]}
+        return [{**row(cell, 0.5), "losses": [1.0]}]
 
     monkeypatch.setattr(runner, "start", start)
     console = Console(record=True)
     runner.run_all(lambda there: cells, argparse.Namespace(output=tmp_path, minutes=1, workers=2), console)
     assert {found["lr"] for found in rows.read(tmp_path / runner.ROWS)} == {str(cells[0].lr), str(cells[2].lr)}
     assert "out of memory" in console.export_text()
+
+
+def test_a_run_of_the_sweep_is_not_run_again_for_the_test_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says of the test split becomes a row at the best rate alone."""
+    ran: list[Cell] = []
+
+    def process(command: list[str], **_: object) -> object:
+        cell = Cell(**{**json.loads(command[-1]), "options": ()})
+        ran.append(cell)
+        splits = ("validation", "test") if run.twice(cell) else (cell.split,)
+        found = [{**row(replace(cell, split=split), 100 * cell.lr), "losses": [1.0]} for split in splits]
+        return argparse.Namespace(returncode=0, stdout="said\n" + json.dumps(found), stderr="")
+
+    monkeypatch.setattr(runner.subprocess, "run", process)
+    options = argparse.Namespace(output=tmp_path, minutes=1, workers=1, data_dir=None, threads=1)
+
+    def wanted(there: list[dict[str, str]]) -> list[Cell]:
+        method = METHODS["LoRA"]
+        return [*grid.sweep(TASK, method, there), *grid.finals(TASK, method, there)]
+
+    runner.run_all(wanted, options, Console(record=True))
+    found = rows.read(tmp_path / runner.ROWS)
+    low = min(float(found["lr"]) for found in found)
+    assert [(c.split, c.seed) for c in ran if c.lr == low] == [("validation", 0), ("test", 1), ("test", 2)]
+    assert all(cell.split == "validation" for cell in ran if cell.lr != low)
+    assert {(found["lr"], found["seed"]) for found in found if found["split"] == "test"} == {
+        (str(low), seed) for seed in "012"
+    }
+
+
+def test_a_sweep_by_score_breaks_ties_by_loss(tmp_path: Path) -> None:
+    task, method, path = TASKS["cola"], METHODS["LoRA"], tmp_path / "rows.csv"
+    rates = task.rates[grid.LOW].start
+    for lr, loss, score in zip(rates, (0.5, 0.7, 0.6), (0.1, 0.3, 0.3), strict=True):
+        cell = Cell(task.name, "validation", "LoRA", task.rank, lr, 0)
+        rows.append(path, {**row(cell, loss), "score": score})
+    there = rows.read(path)
+    (further,) = grid.sweep(task, method, there)
+    assert further.lr > rates[2]  # the best of three is the last
+    rows.append(path, {**row(further, 0.4), "score": 0.0})
+    assert grid.best_rate(task, method, task.rank, rows.read(path)) == rates[2]
 
 
 def test_curves_are_means_of_steps(tmp_path: Path) -> None:

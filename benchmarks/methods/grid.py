@@ -12,12 +12,15 @@ SWEEP_SEED = 0
 WARMUP = 0.1  # share of the steps; then the rate falls to zero in a line
 
 
+Judged = Mapping[float, tuple[float, ...]]  # by learning rate, what is to be small
+
+
 @dataclass(frozen=True)
 class Rates:
     """Learning rates of a sweep: three of a ladder, then outward for as long as the best is the last one tried.
 
     Whatever a method's best rate is, the next lower and the next higher were tried too, or the ladder ends there. On a
-    task the ladders of all methods rise by the same factor.
+    task the ladders of all methods have the same steps.
     """
 
     ladder: tuple[float, ...]
@@ -27,12 +30,15 @@ class Rates:
     def start(self) -> tuple[float, ...]:
         return self.ladder[self.first : self.first + 3]
 
-    def best(self, tried: Mapping[float, float]) -> float:
-        """The rate of the ladder with the least loss; a run that diverged has none."""
-        return min((lr for lr in self.ladder if lr in tried), key=lambda lr: (not math.isfinite(tried[lr]), tried[lr]))
+    def best(self, tried: Judged) -> float:
+        """The rate of the ladder that was judged least; a run that diverged comes last."""
+        return min(
+            (lr for lr in self.ladder if lr in tried),
+            key=lambda lr: (not all(map(math.isfinite, tried[lr])), tried[lr]),
+        )
 
-    def next(self, tried: Mapping[float, float]) -> tuple[float, ...]:
-        """What to try next, given losses by rate; nothing where the best has been found."""
+    def next(self, tried: Judged) -> tuple[float, ...]:
+        """What to try next, given what was found by rate; nothing where the best has been found."""
         if missing := tuple(lr for lr in self.start if lr not in tried):
             return missing
         at = self.ladder.index(self.best(tried))
@@ -52,6 +58,8 @@ class Task:
         ranks: of LoRA-XS and LoRA-SB, the largest last; only that one on tasks that have one.
         rates: by family of methods: as many for each, and the same rule to go on (`Rates`).
         head_lr: of a head that is trained from its random start, whatever the method.
+        by_score: whether the sweep goes by the score, where the loss would mislead: full fine-tuning's best
+            Matthews correlation comes after its cross-entropy has begun to rise.
         longest: examples of more tokens are left out of all splits: a batch costs what its longest does.
     """
 
@@ -67,6 +75,7 @@ class Task:
     ranks: tuple[int, ...]
     rates: Mapping[str, Rates]
     head_lr: float | None = None
+    by_score: bool = False
     data: str | None = None  # prefix of files in the data folder; generated where there is none
     longest: int | None = None
 
@@ -78,8 +87,8 @@ LM_RATES = {
     LOW: Rates(DOUBLING, 4),
     CORE: Rates(DOUBLING, 3),
 }
-THREES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-COLA_RATES = {FULL: Rates(THREES, 1), LOW: Rates(THREES, 3), CORE: Rates(THREES, 4)}
+DECADES = (1e-5, 3e-5, 5e-5, 1e-4, 3e-4, 5e-4, 1e-3, 3e-3, 5e-3, 1e-2, 3e-2, 5e-2, 1e-1)
+COLA_RATES = {FULL: Rates(DECADES, 1), LOW: Rates(DECADES, 4), CORE: Rates(DECADES, 6)}
 TASKS = {
     task.name: task
     for task in (
@@ -88,7 +97,7 @@ TASKS = {
         Task("gsm8k", "held-out loss", False, 192, 24, 8, 48, 96, 32, (96,), LM_RATES, data="gsm8k", longest=192),
         Task(
             "cola", "Matthews correlation", True, 7250, 900, 32, 600, 1301, 8, (8, 16, 24), COLA_RATES,
-            head_lr=1e-3, data="cola",
+            head_lr=1e-3, by_score=True, data="cola",
         ),
     )
 }  # fmt: skip
@@ -105,7 +114,6 @@ class Method:
 
 SGD = "LoRA-SB (sgd)"  # factors from the mean gradient instead of its sign
 WHOLE = "LoRA-SB (whole step)"  # R starts with all of the first step, as the paper has it
-HEAD = "LoRA-SB (head first)"  # a new head is trained for the warm-up's steps before the gradient is taken
 METHODS = {
     method.name: method
     for method in (
@@ -120,8 +128,6 @@ METHODS = {
         Method("LoRA-SB", CORE),
         Method(SGD, CORE, {"update": "sgd"}),
         Method(WHOLE, CORE, {"longest_start": None}),
-        Method(HEAD, CORE, {"head_first": WARMUP}),
-        Method("LoRA-XS (head first)", CORE, {"init": "lora-xs", "head_first": WARMUP}),
     )
 }
 
@@ -149,9 +155,7 @@ class Cell:
 
 
 def ranks(task: Task, method: Method) -> tuple[int, ...]:
-    """The ranks at which a method is tried; 0 where it has none. None where it makes no sense."""
-    if "head_first" in method.options and task.head_lr is None:
-        return ()
+    """The ranks at which a method is tried; 0 where it has none."""
     if method.family == FULL:
         return (0,)
     return task.ranks[::-1] if method.family == CORE else (task.rank,)
@@ -166,7 +170,7 @@ def order(names: Sequence[str]) -> list[Method]:
 def sweep(task: Task, method: Method, rows: Sequence[dict[str, str]]) -> Iterator[Cell]:
     """The learning rates that are to be tried next, by one seed on the validation split."""
     for r in ranks(task, method):
-        for lr in task.rates[method.family].next(swept(task, method, r, rows)):
+        for lr in task.rates[method.family].next(judged(task, method, r, rows)):
             yield Cell(task.name, "validation", method.name, r, lr, SWEEP_SEED)
 
 
@@ -178,10 +182,12 @@ def finals(task: Task, method: Method, rows: Sequence[dict[str, str]]) -> Iterat
             yield from (Cell(task.name, "test", method.name, r, rate, seed) for seed in SEEDS)
 
 
-def swept(task: Task, method: Method, r: int, rows: Sequence[dict[str, str]]) -> dict[float, float]:
-    """Validation loss by learning rate. It tells rates apart sooner than a score of a few hundred examples does."""
+def swept(
+    task: Task, method: Method, r: int, rows: Sequence[dict[str, str]], measure: str = "loss"
+) -> dict[float, float]:
+    """Validation loss (or score) by learning rate."""
     return {
-        float(row["lr"]): float(row["loss"])
+        float(row["lr"]): float(row[measure])
         for row in rows
         if (row["task"], row["split"], row["method"], row["r"], row["variant"])
         == (task.name, "validation", method.name, str(r), "")
@@ -189,7 +195,17 @@ def swept(task: Task, method: Method, r: int, rows: Sequence[dict[str, str]]) ->
     }
 
 
+def judged(task: Task, method: Method, r: int, rows: Sequence[dict[str, str]]) -> Judged:
+    """What a sweep goes by: the loss, which tells rates apart sooner than a score of a few hundred examples does; or
+    the score, and the loss among equals."""
+    losses = swept(task, method, r, rows)
+    if not task.by_score:
+        return {lr: (loss,) for lr, loss in losses.items()}
+    scores = swept(task, method, r, rows, "score")
+    return {lr: (-scores[lr] if task.higher_is_better else scores[lr], loss) for lr, loss in losses.items()}
+
+
 def best_rate(task: Task, method: Method, r: int, rows: Sequence[dict[str, str]]) -> float | None:
-    """The rate of the least validation loss, or None before all were tried."""
-    found, rates = swept(task, method, r, rows), task.rates[method.family]
+    """The rate of the best validation run, or None before all were tried."""
+    found, rates = judged(task, method, r, rows), task.rates[method.family]
     return None if rates.next(found) else rates.best(found)

@@ -55,3 +55,17 @@ def append_curve(path: Path, row: dict[str, Any], points: int = 50) -> None:
     with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(json.dumps({**kept, "steps_a_point": size, "losses": curve}) + "\n")
+
+
+def append_spare(path: Path, row: dict[str, Any]) -> None:
+    """Keep a row that may be wanted later, as a line of JSON."""
+    with path.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(row) + "\n")
+
+
+def read_spare(path: Path, cell: Cell) -> dict[str, Any] | None:
+    """The row of a cell that was kept, if one was."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    found = (json.loads(line) for line in lines)
+    return next((row for row in found if tuple(str(row[name]) for name in KEY) == cell.key), None)

@@ -1,4 +1,4 @@
-"""One run, in a process of its own: `python -m benchmarks.methods.run CELL` prints its row as JSON on its last line."""
+"""One run, in a process of its own: `python -m benchmarks.methods.run CELL` prints its rows as JSON at its end."""
 
 from __future__ import annotations
 
@@ -9,48 +9,60 @@ import resource
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.methods.adapters import begin_again, optimizer, put_in, settings
-from benchmarks.methods.grid import FULL, METHODS, TASKS, WARMUP, Cell, Task
+from benchmarks.methods.grid import FULL, METHODS, SEEDS, SWEEP_SEED, TASKS, WARMUP, Cell, Task
 from benchmarks.methods.problems import Batch, Problem, load
 from benchmarks.timing import commit, environment
 
 CLIP = 1.0
 
 
-def run(cell: Cell, folder: Path | None) -> dict[str, Any]:
-    """Adapt, train, judge.
+def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
+    """Adapt, train, judge; a row for each split that was judged.
 
     Every method sees the same batches: their order follows from the seed alone, and so do the samples of an
     initialisation that wants some. Full fine-tuning keeps its weights in fp32 under bf16 autocast, since a step of 1e-5
     would be lost on bf16 weights; the others train fp32 adapters over a bf16 base.
     """
     version, task, method = commit(), TASKS[cell.task], METHODS[cell.method]
+    task = replace(task, steps=settings(cell).get("steps", task.steps))
     narrow = method.family != FULL and task.name != "cola"
     problem = load(task, folder, torch.bfloat16 if narrow else torch.float32)
-    before = problem.loss(problem.model, cell.split)
+    splits = ("validation", "test") if twice(cell) else (cell.split,)
+    before = {split: problem.loss(problem.model, split) for split in splits}
     warmup = round(WARMUP * task.steps)
     stream, started = batches(problem, task, cell.seed), time.perf_counter()
     losses = train_head(problem, task, cell, warmup, stream)
     model, init_seconds, report = put_in(problem, method, cell, lambda n: drawn(problem, task, cell.seed, n), warmup)
     losses += train(model, problem, task, cell, warmup, stream, len(losses))
     seconds = time.perf_counter() - started - init_seconds
-    loss, score = problem.judge(model, cell.split)
+    judged = {split: problem.judge(model, split) for split in splits}
     heads = [name for name, _ in model.named_parameters() if any(part in name.split(".") for part in problem.head)]
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    return {
-        **cell.described(), "metric": task.metric, "higher_is_better": task.higher_is_better, "score": round(score, 5),
-        "loss": round(loss, 5), "loss_before": round(before, 5),
+    same = {
+        "metric": task.metric, "higher_is_better": task.higher_is_better,
         "adapter_params": sum(trained.values()) - sum(trained.get(name, 0) for name in heads),
         "init_seconds": round(init_seconds, 2), "seconds": round(seconds, 1), "steps": task.steps,
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "energy": _energy(report, "sign"), "energy_grad": _energy(report, "grad"),
         "version": version, "machine": environment("cpu")["cpu"], "date": time.strftime("%Y-%m-%d"), "losses": losses,
     }  # fmt: skip
+    return [
+        {**cell.described(), "split": split, **same, "loss_before": round(before[split], 5),
+         "loss": round(judged[split][0], 5), "score": round(judged[split][1], 5)}
+        for split in splits
+    ]  # fmt: skip
+
+
+def twice(cell: Cell) -> bool:
+    """Whether a run is one of the sweep's: the one at the best rate is also the first seed's of the test split."""
+    return cell.split == "validation" and cell.seed == SWEEP_SEED and not cell.variant and SWEEP_SEED in SEEDS
 
 
 def _energy(report: Any, of: str) -> str:

@@ -20,6 +20,7 @@ from benchmarks.methods.grid import Cell
 
 RESULTS = Path(__file__).parents[1] / "results"
 ROWS, CURVES = "methods.csv", "methods-curves.jsonl"
+SPARE = "methods-spare.jsonl"  # test rows of the sweep's runs, of which only those at the best rate come to be rows
 Wanted = Callable[[list[dict[str, str]]], Sequence[Cell]]  # from the rows that are there to the cells that should be
 
 
@@ -32,12 +33,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
 
 
-def start(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
-    """One run in a process of its own.
+def start(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One run in a process of its own, or what a run of the sweep has found already: the row, and a spare one at most.
 
     Raises:
         RuntimeError: it failed; the message ends with what it said.
     """
+    if known := rows.read_spare(options.output / SPARE, cell):
+        return [known]
     command = [sys.executable, "-m", "benchmarks.methods.run", json.dumps(cell.described())]
     if options.data_dir:
         command += ["--data-dir", str(options.data_dir)]
@@ -45,14 +48,14 @@ def start(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{cell} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def run_all(wanted: Wanted, options: argparse.Namespace, console: Console) -> None:
     """Run what is missing until nothing is, or the minutes are over; a run that fails is told and left out."""
     end = time.monotonic() + 60 * options.minutes
-    running: dict[Future[dict[str, Any]], Cell] = {}
+    running: dict[Future[list[dict[str, Any]]], Cell] = {}
     failed: set[Cell] = set()
     with ThreadPoolExecutor(options.workers) as pool:
         while True:
@@ -67,7 +70,10 @@ def run_all(wanted: Wanted, options: argparse.Namespace, console: Console) -> No
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 cell = running.pop(future)
                 try:
-                    keep(future.result(), options.output, console)
+                    row, *others = future.result()
+                    for other in others:
+                        rows.append_spare(options.output / SPARE, other)
+                    keep(row, options.output, console)
                 except RuntimeError as error:
                     failed.add(cell)
                     console.print(str(error), markup=False)

@@ -1,8 +1,8 @@
 """What LoRA-SB owes to each of its parts: one thing changed at a time, the same data, order and schedule.
 
 Runs are those of `benchmarks.methods` (rows in methods.csv, by `variant`): chain_sum on the validation split, three
-seeds, r = 64 and peak rate 1e-3 unless a variant says otherwise. Seeds share data and order, so what is compared is
-each seed's loss with the plain run's of the same seed.
+seeds, r = 64 and peak rate 1e-3 unless a variant says otherwise; CoLA is held against the test runs of the comparison.
+Seeds share data and order, so what is compared is each seed's loss with the plain run's of the same seed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.methods import rows, runner
-from benchmarks.methods.grid import SEEDS, SGD, TASKS, WHOLE, Cell
+from benchmarks.methods.grid import SEEDS, SGD, TASKS, WARMUP, WHOLE, Cell, Task
 from benchmarks.methods.tables import spread
 from benchmarks.tabular import Row, write_csv
 from lorasb.init.run import LONGEST_START
@@ -42,6 +42,8 @@ class Variant:
     lr: float = LR
     method: str = "LoRA-SB"
     seeds: tuple[int, ...] = SEEDS
+    task: Task = TASK
+    split: str = "validation"
 
     @property
     def name(self) -> str:
@@ -51,7 +53,7 @@ class Variant:
     def cells(self) -> Iterator[Cell]:
         options = tuple(sorted(self.options.items()))
         yield from (
-            Cell(TASK.name, "validation", self.method, self.r, self.lr, s, self.name, options) for s in self.seeds
+            Cell(self.task.name, self.split, self.method, self.r, self.lr, s, self.name, options) for s in self.seeds
         )
 
 
@@ -72,6 +74,17 @@ class Ablation:
     @property
     def variants(self) -> tuple[Variant, ...]:
         return tuple({variant.label: variant for pair in self.pairs for variant in pair}.values())
+
+    @property
+    def task(self) -> Task:
+        return self.variants[0].task
+
+    @property
+    def size(self) -> str:
+        """What a run is, in words."""
+        task, held = self.task, getattr(self.task, self.variants[0].split)
+        model = "MiniLM" if task.head_lr else "SmolLM2-135M"
+        return f"{task.name}, {model}, {task.steps} steps of {task.batch}, {held:,} held-out examples"
 
 
 def _against(plain: Variant, *others: Variant) -> tuple[tuple[Variant, Variant], ...]:
@@ -97,6 +110,18 @@ def _subspaces(r: int, sign: float, gradient: float, weight: float, skewed: floa
         *(Variant(f"W, B = U, r={r}, lr {lr:g}", {"flat": True}, r, lr, "LoRA-XS", SEEDS[:1])
           for lr in (weight / 2, weight * 2)),
     )  # fmt: skip
+
+
+def _cola() -> Iterator[tuple[Variant, Variant]]:
+    """At the best rate of both methods' sweeps."""
+    plain, xs = (Variant(m, r=24, lr=3e-3, method=m, task=TASKS["cola"], split="test") for m in ("LoRA-SB", "LoRA-XS"))
+    longer = {"steps": 2 * plain.task.steps}
+    twice = replace(plain, label="LoRA-SB, twice the steps", options=longer)
+    yield replace(xs, label="LoRA-XS, twice the steps", options=longer), twice
+    yield twice, twice
+    yield xs, plain
+    yield replace(plain, label="LoRA-SB, its head first", options={"head_first": WARMUP}), plain
+    yield plain, plain
 
 
 def _starts(r: int, lr: float) -> Iterator[tuple[Variant, Variant]]:
@@ -142,6 +167,7 @@ ABLATIONS = {
         "again", "A second SVD in the middle of training",
         _against(Variant("one SVD"), Variant("again at 25% of the steps", {"again": 0.25})),
     ),
+    "cola": Ablation("cola", "CoLA: twice the steps, or its new head trained first", tuple(_cola())),
 }  # fmt: skip
 
 
@@ -172,15 +198,10 @@ def summary(ablation: Ablation, there: Sequence[Row]) -> list[dict[str, Any]]:
     return lines
 
 
-def size() -> str:
-    """What a run is, in words."""
-    return f"{TASK.name}, SmolLM2-135M, {TASK.steps} steps of {TASK.batch}, {TASK.validation} held-out problems"
-
-
 def view(ablation: Ablation, lines: Sequence[Mapping[str, Any]]) -> Table:
     """For people."""
-    table = Table(title=f"{ablation.title}; {size()}; mean ± standard deviation over seeds")
-    for name in ("", "r", "lr", "seeds", "loss", "over the same seed's plain run", "exact match"):
+    table = Table(title=f"{ablation.title}; {ablation.size}; mean ± standard deviation over seeds")
+    for name in ("", "r", "lr", "seeds", "loss", "over the same seed's plain run", ablation.task.metric):
         table.add_column(name, justify="right" if name else "left")
     for line in lines:
         same = line["variant"] == line["against"]
@@ -204,7 +225,7 @@ def plot(ablation: Ablation, lines: Sequence[Mapping[str, Any]], there: Sequence
         axes.plot(seeds, [i + 0.18] * len(seeds), ".", color=MUTED, ms=6)
     axes.set_yticks(range(len(lines)), [f"{line['variant']}  (n = {line['seeds']})" for line in lines])
     axes.invert_yaxis()
-    axes.set_xlabel(f"held-out loss, nats per token (mean ± sd; grey: seeds)\n{size()}", fontsize=9)
+    axes.set_xlabel(f"held-out loss, nats per token (mean ± sd; grey: seeds)\n{ablation.size}", fontsize=9)
     if max(line["loss"] for line in lines) > 4 * min(line["loss"] for line in lines):
         axes.set_xscale("log")
     axes.grid(axis="x", alpha=0.25)

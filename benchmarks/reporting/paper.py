@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.methods import runner
 from benchmarks.methods.grid import TASKS, WARMUP
 from benchmarks.paper import curves, lengths, overhead, scale
-from benchmarks.paper.ablations import ABLATIONS, LR, R, render, results, size
+from benchmarks.paper.ablations import ABLATIONS, LR, render, results
 from benchmarks.reporting.markdown import picture, table, where_rows
 from benchmarks.tabular import Row, read_csv
 from lorasb.init import first_step_lr
@@ -28,7 +28,7 @@ def section(rows: Sequence[Row], folder: Path) -> list[str]:
     ):
         out += [*part(rows, folder), ""]
     out += ["## What the paper does not ask", ""]
-    for part in (step_lengths, *(_ablation(name) for name in ("start", "update", "subspace", "again")), energy):
+    for part in (step_lengths, *(_ablation(name) for name in ("start", "update", "subspace", "again", "cola")), energy):
         out += [*part(rows, folder), ""]
     return out
 
@@ -53,9 +53,9 @@ def _ablation(name: str) -> Callable[[Sequence[Row], Path], Iterator[str]]:
         if not (lines := render(name, rows, folder)):
             return
         yield from (f"### {ablation.title} (`{name}`)", "")
-        yield f"{size()}; r={R}, lr {LR:g} where nothing else is said; mean ± standard deviation over seeds:"
+        yield f"{ablation.size}; mean ± standard deviation over seeds:"
         yield ""
-        head = ["", "r", "lr", "seeds", "loss", "over the plain run of the same seed", "exact match"]
+        head = ["", "r", "lr", "seeds", "loss", "over the plain run of the same seed", ablation.task.metric]
         yield from table(head, (_variant(line) for line in lines))
         mine = [row for variant in ablation.variants for row in results(variant, rows).values()]
         yield from ("", where_rows(mine))
