@@ -93,7 +93,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("chain_sum", "exact match", True, 1200, 75, 16, 100, 200, 32, (16, 64, 96), LM_RATES),
-        Task("word_sequence_reversal", "exact match", True, 1200, 75, 16, 100, 200, 32, (96,), LM_RATES),
+        Task("word_sequence_reversal", "exact match", True, 1200, 75, 16, 100, 200, 32, (64, 96), LM_RATES),
         Task("gsm8k", "held-out loss", False, 192, 24, 8, 48, 96, 32, (96,), LM_RATES, data="gsm8k", longest=192),
         Task(
             "cola", "Matthews correlation", True, 7250, 900, 32, 600, 1301, 8, (8, 16, 24), COLA_RATES,

@@ -41,7 +41,7 @@ def draw_rates(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
     for one, task in zip(axes, tasks, strict=False):
         for method in METHODS.values():
             r = grid.ranks(task, method)[0]
-            if not (found := grid.swept(task, method, r, rows)):
+            if not (found := grid.swept(task, method, r, rows, "score" if task.by_score else "loss")):
                 continue
             rates = sorted(found)
             style = "-o" if method.name in COLOURS else "--."
@@ -49,9 +49,11 @@ def draw_rates(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
                      label=f"{method.name}, r={r}" if r else method.name)  # fmt: skip
         one.set(title=task.name)
         plain_log(one.xaxis, (1.0, 2.0, 5.0))
-        plain_log(one.yaxis)
+        if not task.by_score:
+            plain_log(one.yaxis)
         one.set_xlabel("peak learning rate (one seed)", fontsize=8)
-        one.set_ylabel(f"validation loss (nats), n = {task.validation}", fontsize=7.5)
+        what = f"validation {task.metric}" if task.by_score else "validation loss (nats)"
+        one.set_ylabel(f"{what}, n = {task.validation}", fontsize=7.5)
         one.legend(frameon=False, fontsize=6, ncols=2)
     for one in axes[len(tasks) :]:
         one.set_visible(False)

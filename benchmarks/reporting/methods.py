@@ -19,9 +19,10 @@ from benchmarks.tabular import Row
 INTRODUCTION = """\
 Every method sees the same examples in the same order, the same schedule (10% warm-up, then linear to zero), AdamW
 without weight decay (LoRA-Pro's own AdamW) and clipping at norm 1. Learning rates: three for each on a validation split
-by one seed, then outward for as long as the least loss is that of the last one tried; three seeds at the best rate on
-the test split. `trained` counts the adapters alone; times are indicative, as two runs share two cores.
-`python -m benchmarks.methods --data-dir DATA` runs it.
+by one seed, then outward for as long as the least loss (on CoLA: the highest score, as the loss of what overfits rises
+before its score falls) is that of the last one tried; three seeds at the best rate on the test split. `trained` counts
+the adapters alone; times are indicative, as two runs share two cores. `python -m benchmarks.methods --data-dir DATA`
+runs it.
 
 LoRA, rsLoRA, PiSSA, DoRA and LoRA-GA are those of PEFT, LoRA-Pro is `lora-pro-adamw` over PEFT's LoRA; alpha = r for
 all. PEFT's LoRA-GA scales its factors differently from the authors' code. On language models the base is bf16: PEFT
@@ -41,7 +42,7 @@ def section(rows: Sequence[Row], folder: Path) -> list[str]:
         draw_scores(rows, drawn, folder / "methods.png")
         draw_rates(rows, drawn, folder / "rates.png")
         out += picture("Test score of every method, mean and standard deviation over seeds", "results/methods.png")
-        out += picture("Validation loss by learning rate", "results/rates.png")
+        out += picture("Validation loss, or score, by learning rate", "results/rates.png")
     for task in drawn:
         out += one_task(rows, task)
     return out

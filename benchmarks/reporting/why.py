@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.methods import grid
-from benchmarks.methods.grid import METHODS, SGD, TASKS, WHOLE, Task
+from benchmarks.methods.grid import METHODS, SGD, TASKS, WARMUP, WHOLE, Task
 from benchmarks.methods.tables import Line
 from benchmarks.paper.ablations import ABLATIONS, STARTS, SUBSPACES, summary
 from benchmarks.reporting.markdown import plus_minus
@@ -22,7 +22,7 @@ STARTS_OF_IT = {WHOLE: "with the whole first step as its start", SGD: 'with `upd
 
 def explanation(rows: Sequence[Row], task: Task) -> list[str]:
     """A list of what is known; each item has an experiment behind it."""
-    own = [*by_loss(rows, task), *own_runs(rows, task), *rates(rows, task)]
+    own = [*by_loss(rows, task), *own_runs(rows, task), *length(rows, task), *rates(rows, task)]
     ablated = [*beginnings(rows), *subspaces(rows), *signs(rows)]
     if ablated and task is not CHAIN:
         ablated = [f"Ablations of the subspace and of the sign were made on {CHAIN.name}: its *why not* has them."]
@@ -130,6 +130,30 @@ def _kept(mine: Line, gradient: Line | None) -> str:
     return f" Its factors keep {mine.kept:.1%} of the energy of the samples' G, the gradient's own {gradient.kept:.1%}."
 
 
+def length(rows: Sequence[Row], task: Task) -> Iterator[str]:
+    """Whether more steps change the order, and whether a random head spoils the gradient."""
+    ablation = ABLATIONS["cola"]
+    if task is not ablation.task:
+        return
+    found = {line["variant"]: line for line in summary(ablation, rows)}
+    ours, theirs = (found.get(f"{method}, twice the steps") for method in ("LoRA-SB", "LoRA-XS"))
+    epochs = task.steps * task.batch / task.examples
+    if ours and theirs:
+        told = (
+            f"{name} {plus_minus(of['score'], of['score_sd'])}" for name, of in (("LoRA-SB", ours), ("LoRA-XS", theirs))
+        )
+        yield (
+            f"These runs are of {epochs:.0f} epochs; the paper trains on CoLA for 30. With twice the steps at "
+            f"r={ours['r']} and lr {ours['lr']:g}, the {task.metric} is {' against '.join(told)} (`cola` below)."
+        )
+    if head := found.get("LoRA-SB, its head first"):
+        yield (
+            "The gradient goes through a head that is random before training. Training the head alone for the first "
+            f"{WARMUP:.0%} of the steps, then taking the gradient, changes LoRA-SB's loss by "
+            f"{head['over']:+.3f} ± {head['over_sd']:.3f} (same seeds and steps)."
+        )
+
+
 def rates(rows: Sequence[Row], task: Task) -> Iterator[str]:
     """How far the best rates lie apart, and what a method loses beside them."""
     lines = [(method, r) for method in ("LoRA-SB", "LoRA-XS") for r in task.ranks]
@@ -144,10 +168,15 @@ def rates(rows: Sequence[Row], task: Task) -> Iterator[str]:
 def _elsewhere(rows: Sequence[Row], task: Task) -> str:
     """The worst of the sweep at the largest rank, within four times the best rate either way."""
     r, parts = task.ranks[-1], []
+    measure, worst_of = ("score", min) if task.by_score and task.higher_is_better else ("loss", max)
     for method in ("LoRA-SB", "LoRA-XS"):
-        rate, found = grid.best_rate(task, METHODS[method], r, rows), grid.swept(task, METHODS[method], r, rows)
+        rate, found = (
+            grid.best_rate(task, METHODS[method], r, rows),
+            grid.swept(task, METHODS[method], r, rows, measure),
+        )
         if rate is not None:
-            near = {lr: loss for lr, loss in found.items() if rate / 4.1 <= lr <= 4.1 * rate}
-            worst = max(near, key=lambda lr: near[lr])
+            near = {lr: value for lr, value in found.items() if rate / 4.1 <= lr <= 4.1 * rate}
+            worst = worst_of(near, key=lambda lr: near[lr])
             parts.append(f"{method} goes from {found[rate]:.3f} to {near[worst]:.3f} at {worst:g}")
-    return f"Within four times the best rate at r={r}, {' and '.join(parts)}." if parts else ""
+    name = task.metric if measure == "score" else "loss"
+    return f"Within four times the best rate at r={r}, the {name} of {' and of '.join(parts)}." if parts else ""
