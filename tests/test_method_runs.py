@@ -52,7 +52,7 @@ def test_a_method_trains_what_is_its_own_on_the_same_batches(name: str) -> None:
     assert all(p.grad is None for p in model.parameters())  # an initialisation leaves none behind
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     seen.clear()
-    losses = run.train(model, one, TASK, cell, 1, run.batches(one, TASK, cell.seed))
+    losses = run.train(model, one, TASK, cell, 1)
     order = list(range(40))
     random.Random(cell.seed).shuffle(order)
     assert seen == [tuple(order[:2]), tuple(order[2:4]), tuple(order[4:6])]
@@ -87,34 +87,6 @@ def test_a_head_has_its_own_rate(name: str) -> None:
     found = {key: rates[id(p)] for key, p in model.named_parameters() if p.requires_grad}
     assert {rate for key, rate in found.items() if ".norm." in key} == {0.125}
     assert {rate for key, rate in found.items() if ".norm." not in key} == {cell.lr}
-
-
-def test_a_head_goes_first_for_its_share_of_the_same_steps() -> None:
-    seen: list[Any] = []
-    one, task = problem(seen), replace(TASK, steps=10, head_lr=1e-2)
-    one.head = ["norm"]
-    cell = Cell(TASK.name, "test", "LoRA-SB", 4, 1e-3, 0, "x", (("head_first", 0.1),))
-    before = {key: value.detach().clone() for key, value in one.model.named_parameters()}
-    stream = run.batches(one, task, cell.seed)
-    first = run.train_head(one, task, cell, 1, stream)
-    after = dict(one.model.named_parameters())
-    assert {key for key, value in after.items() if not torch.equal(value, before[key])} == {"model.norm.weight"}
-    assert all(value.requires_grad for value in after.values())
-    trained = after["model.norm.weight"].detach().clone()
-    order = seen.copy()
-    model, _, _ = put_in(one, METHODS[cell.method], cell, lambda n: run.drawn(one, task, 0, n), 1)
-    assert torch.equal(model.base_model.model.model.norm.modules_to_save["default"].weight, trained)
-    seen.clear()
-    rest = run.train(model, one, task, cell, 1, stream, len(first))
-    assert (len(first), len(rest)) == (1, 9)
-    plain = list(range(40))
-    random.Random(cell.seed).shuffle(plain)
-    assert order + seen == [tuple(plain[i : i + 2]) for i in range(0, 20, 2)]
-
-
-def test_no_head_no_steps_before() -> None:
-    one, cell = problem([]), Cell(TASK.name, "test", "LoRA-SB", 4, 1e-3, 0, "x", (("head_first", 0.5),))
-    assert run.train_head(one, TASK, cell, 1, run.batches(one, TASK, 0)) == []
 
 
 def test_batches_of_like_length_leave_no_example_out() -> None:

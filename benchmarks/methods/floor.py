@@ -23,7 +23,7 @@ from benchmarks.methods import runner
 from benchmarks.methods.adapters import put_in
 from benchmarks.methods.grid import METHODS, TASKS, WARMUP, Cell, Task
 from benchmarks.methods.problems import MAX_LENGTH, files, load
-from benchmarks.methods.run import batches, drawn, train
+from benchmarks.methods.run import drawn, train
 from benchmarks.timing import provenance
 from lorasb.cli.embedded import EMBEDDED, resolve_model
 from lorasb.cli.encode import Collator, encode
@@ -74,7 +74,7 @@ def run(task: Task, judge: Judge, count: int, folder: Path | None) -> dict[str, 
     before, loss_before = judge(problem.model, examples, tokenizer), problem.loss(problem.model, "test")
     cell, warmup = Cell(task.name, "test", "LoRA-SB", task.ranks[-1], LR, 0), round(WARMUP * task.steps)
     model, _, _ = put_in(problem, METHODS["LoRA-SB"], cell, lambda n: drawn(problem, task, 0, n), warmup)
-    train(model, problem, task, cell, warmup, batches(problem, task, 0))
+    train(model, problem, task, cell, warmup)
     return {
         "task": task.name, "r": cell.r, "lr": LR, "examples": task.steps * task.batch, "n": count,
         "before": before, "after": judge(model, examples, tokenizer), "loss_before": loss_before,

@@ -37,11 +37,10 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
     splits = ("validation", "test") if twice(cell) else (cell.split,)
     before = {split: problem.loss(problem.model, split) for split in splits}
     warmup = round(WARMUP * task.steps)
-    stream, started = batches(problem, task, cell.seed), time.perf_counter()
-    losses = train_head(problem, task, cell, warmup, stream)
     model, init_seconds, report = put_in(problem, method, cell, lambda n: drawn(problem, task, cell.seed, n), warmup)
-    losses += train(model, problem, task, cell, warmup, stream, len(losses))
-    seconds = time.perf_counter() - started - init_seconds
+    started = time.perf_counter()
+    losses = train(model, problem, task, cell, warmup)
+    seconds = time.perf_counter() - started
     judged = {split: problem.judge(model, split) for split in splits}
     heads = [name for name, _ in model.named_parameters() if any(part in name.split(".") for part in problem.head)]
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
@@ -103,53 +102,26 @@ def epoch(problem: Problem, batch: int, draw: random.Random) -> list[list[int]]:
     return found
 
 
-def train_head(problem: Problem, task: Task, cell: Cell, warmup: int, stream: Iterator[Batch]) -> list[float]:
-    """Where a cell says `head_first`: train a new head for that share of the steps, over the base as it came."""
-    count = round(settings(cell).get("head_first", 0.0) * task.steps)
-    model = problem.model
-    head = [p for name, p in model.named_parameters() if any(part in name.split(".") for part in problem.head)]
-    if not count or not head:
-        return []
-    model.requires_grad_(False)
-    for parameter in head:
-        parameter.requires_grad_(True)
-    opt = torch.optim.AdamW(head, lr=task.head_lr or cell.lr, weight_decay=0.0)
-    torch.manual_seed(cell.seed)
-    losses = _steps(model, opt, stream, range(count), task, warmup)
-    model.requires_grad_(True)
-    return losses
-
-
-def train(
-    model: Any, problem: Problem, task: Task, cell: Cell, warmup: int, stream: Iterator[Batch], done: int = 0
-) -> list[float]:
-    """Train for what is left of the task's steps; the loss of each."""
+def train(model: Any, problem: Problem, task: Task, cell: Cell, warmup: int) -> list[float]:
+    """Train for the task's steps; the loss of each."""
     method = METHODS[cell.method]
     opt = optimizer(model, method, task, cell, problem.head)
+    peaks = [group["lr"] for group in opt.param_groups]
+    trained = [p for p in model.parameters() if p.requires_grad]
     wide = method.family == FULL and task.name != "cola"
     torch.manual_seed(cell.seed)  # dropout
-    again = round(settings(cell).get("again", 0.0) * task.steps) or done
-    losses = _steps(model, opt, stream, range(done, again), task, warmup, wide)
-    if again > done:
-        begin_again(model, problem, cell, lambda n: drawn(problem, task, cell.seed + 1, n), warmup)
-        opt.state.clear()
-    return losses + _steps(model, opt, stream, range(again, task.steps), task, warmup, wide)
-
-
-def _steps(
-    model: Any, opt: Any, stream: Iterator[Batch], numbers: range, task: Task, warmup: int, wide: bool = False
-) -> list[float]:
-    """Some of the steps of a schedule; the loss of each."""
-    peaks = [group.setdefault("peak", group["lr"]) for group in opt.param_groups]
-    trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
     losses = []
-    for step in numbers:
+    again = round(dict(cell.options).get("again", 0) * task.steps)
+    for step, batch in enumerate(batches(problem, task, cell.seed)):
+        if again and step == again:
+            begin_again(model, problem, cell, lambda n: drawn(problem, task, cell.seed + 1, n), warmup)
+            opt.state.clear()
         share = min((step + 1) / max(1, warmup), (task.steps - step) / max(1, task.steps - warmup))
         for group, peak in zip(opt.param_groups, peaks, strict=True):
             group["lr"] = peak * share
         with torch.autocast("cpu", torch.bfloat16, enabled=wide):
-            loss = model(**next(stream)).loss
+            loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         opt.step()

@@ -14,7 +14,7 @@
     lengths      how many of R's steps the first step of full fine-tuning is long
     start        how far from zero R starts
     again        a second SVD in the middle of training
-    cola         CoLA's length of training, and its new head
+    cola         CoLA's length of training
     energy       energy captured against the loss reached
 
 Those from `starts` to `cola` but `lengths` train what is not in methods.csv yet; curves, overhead and energy read it.

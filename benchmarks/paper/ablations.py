@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.methods import rows, runner
-from benchmarks.methods.grid import SEEDS, SGD, TASKS, WARMUP, WHOLE, Cell, Task
+from benchmarks.methods.grid import SEEDS, SGD, TASKS, WHOLE, Cell, Task
 from benchmarks.methods.tables import spread
 from benchmarks.tabular import Row, write_csv
 from lorasb.init.run import LONGEST_START
@@ -113,15 +113,14 @@ def _subspaces(r: int, sign: float, gradient: float, weight: float, skewed: floa
 
 
 def _cola() -> Iterator[tuple[Variant, Variant]]:
-    """At the best rate of both methods' sweeps."""
-    plain, xs = (Variant(m, r=24, lr=3e-3, method=m, task=TASKS["cola"], split="test") for m in ("LoRA-SB", "LoRA-XS"))
-    longer = {"steps": 2 * plain.task.steps}
-    twice = replace(plain, label="LoRA-SB, twice the steps", options=longer)
-    yield replace(xs, label="LoRA-XS, twice the steps", options=longer), twice
-    yield twice, twice
-    yield xs, plain
-    yield replace(plain, label="LoRA-SB, its head first", options={"head_first": WARMUP}), plain
-    yield plain, plain
+    """At the best rates of the sweeps."""
+    plain = Variant("LoRA-SB", r=24, lr=5e-3, task=TASKS["cola"], split="test")
+    lora = replace(plain, label="LoRA", r=8, lr=1e-3, method="LoRA")
+    twice = {"steps": 2 * plain.task.steps}
+    yield from _against(
+        *(replace(of, label=f"{of.label}, {twice['steps']} steps", options=twice) for of in (lora, plain)),
+    )
+    yield from _against(lora, plain)
 
 
 def _starts(r: int, lr: float) -> Iterator[tuple[Variant, Variant]]:
@@ -167,7 +166,7 @@ ABLATIONS = {
         "again", "A second SVD in the middle of training",
         _against(Variant("one SVD"), Variant("again at 25% of the steps", {"again": 0.25})),
     ),
-    "cola": Ablation("cola", "CoLA: twice the steps, or its new head trained first", tuple(_cola())),
+    "cola": Ablation("cola", "CoLA: twice the steps", tuple(_cola())),
 }  # fmt: skip
 
 
@@ -244,7 +243,7 @@ def render(name: str, there: Sequence[Row], output: Path) -> list[dict[str, Any]
 def main(name: str, options: argparse.Namespace) -> None:
     """Run what is missing, print, write and draw."""
     ablation, console = ABLATIONS[name], Console(width=140)
-    cells = [cell for variant in ablation.variants for cell in variant.cells()]
+    cells = sorted((cell for variant in ablation.variants for cell in variant.cells()), key=lambda cell: cell.seed)
     runner.run_all(lambda there: cells, options, console)
     if not (lines := render(name, rows.read(options.output / runner.ROWS), options.output)):
         raise SystemExit(f"no run of {name!r} is there yet: give it more --minutes")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.methods import grid
-from benchmarks.methods.grid import METHODS, SGD, TASKS, WARMUP, WHOLE, Task
+from benchmarks.methods.grid import METHODS, SGD, TASKS, WHOLE, Task
 from benchmarks.methods.tables import Line
 from benchmarks.paper.ablations import ABLATIONS, STARTS, SUBSPACES, summary
 from benchmarks.reporting.markdown import plus_minus
@@ -131,26 +131,18 @@ def _kept(mine: Line, gradient: Line | None) -> str:
 
 
 def length(rows: Sequence[Row], task: Task) -> Iterator[str]:
-    """Whether more steps change the order, and whether a random head spoils the gradient."""
+    """Whether more steps bring LoRA-SB nearer to LoRA."""
     ablation = ABLATIONS["cola"]
     if task is not ablation.task:
         return
     found = {line["variant"]: line for line in summary(ablation, rows)}
-    ours, theirs = (found.get(f"{method}, twice the steps") for method in ("LoRA-SB", "LoRA-XS"))
-    epochs = task.steps * task.batch / task.examples
-    if ours and theirs:
-        told = (
-            f"{name} {plus_minus(of['score'], of['score_sd'])}" for name, of in (("LoRA-SB", ours), ("LoRA-XS", theirs))
-        )
+    steps = 2 * task.steps
+    if all(name in found for of in ("LoRA-SB", "LoRA") for name in (of, f"{of}, {steps} steps")):
+        scores = {name: plus_minus(line["score"], line["score_sd"]) for name, line in found.items()}
         yield (
-            f"These runs are of {epochs:.0f} epochs; the paper trains on CoLA for 30. With twice the steps at "
-            f"r={ours['r']} and lr {ours['lr']:g}, the {task.metric} is {' against '.join(told)} (`cola` below)."
-        )
-    if head := found.get("LoRA-SB, its head first"):
-        yield (
-            "The gradient goes through a head that is random before training. Training the head alone for the first "
-            f"{WARMUP:.0%} of the steps, then taking the gradient, changes LoRA-SB's loss by "
-            f"{head['over']:+.3f} ± {head['over_sd']:.3f} (same seeds and steps)."
+            f"These runs are of {task.steps * task.batch / task.examples:.0f} epochs; the paper trains on CoLA for 30. "
+            f"Twice the steps take LoRA-SB from {scores['LoRA-SB']} to {scores[f'LoRA-SB, {steps} steps']} and LoRA "
+            f"from {scores['LoRA']} to {scores[f'LoRA, {steps} steps']} (`cola` below)."
         )
 
 
