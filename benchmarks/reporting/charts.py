@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.methods import grid
-from benchmarks.methods.grid import METHODS, Task
+from benchmarks.methods.grid import METHODS, WHOLE, Task
 from benchmarks.methods.pictures import COLOURS, plain_log
 from benchmarks.methods.tables import lines
 from benchmarks.panels import panels, save_panels
 from benchmarks.reporting.labels import label, short
 from benchmarks.tabular import Row
 from lorasb.plotting import INK, MUTED
+
+RELATIVES = {"rsLoRA": "#2a9d8f", "PiSSA": "#7a9e4b", "DoRA": "#8d6e63", "LoRA-GA": "#c9a227", "LoRA-Pro": "#6d597a",
+             WHOLE: "#d8a47f"}  # fmt: skip
 
 
 def draw_scores(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
@@ -28,7 +31,7 @@ def draw_scores(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
         one.invert_yaxis()
         arrow = "right is better" if task.higher_is_better else "left is better"
         seeds = len(found[0].scores)
-        one.set_xlabel(f"{task.metric} ({arrow}; n = {task.test}, {seeds} seeds, mean ± sd)", fontsize=8)
+        one.set_xlabel(f"{task.metric} ({arrow})\nn = {task.test}, {seeds} seeds, mean ± sd", fontsize=8)
         one.set_title(task.name, fontsize=10)
     for one in axes[len(tasks) :]:
         one.set_visible(False)
@@ -45,10 +48,12 @@ def draw_rates(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
                 continue
             rates = sorted(found)
             style = "-o" if method.name in COLOURS else "--."
-            one.plot(rates, [found[lr] for lr in rates], style, ms=4, color=COLOURS.get(method.name), lw=1.2,
+            colour = COLOURS.get(method.name) or RELATIVES.get(method.name)
+            one.plot(rates, [found[lr] for lr in rates], style, ms=4, color=colour, lw=1.2,
                      label=f"{method.name}, r={r}" if r else method.name)  # fmt: skip
         one.set(title=task.name)
-        plain_log(one.xaxis, (1.0, 2.0, 5.0))
+        drawn = [float(lr) for line in one.lines for lr in line.get_xdata()]
+        plain_log(one.xaxis, (1.0, 2.0, 5.0) if max(drawn, default=1) < 100 * min(drawn, default=1) else (1.0,))
         if not task.by_score:
             plain_log(one.yaxis)
         one.set_xlabel("peak learning rate (one seed)", fontsize=8)
