@@ -217,15 +217,17 @@ def plot(ablation: Ablation, lines: Sequence[Mapping[str, Any]], there: Sequence
     """Each variant's mean and standard deviation, and its seeds."""
     figure, axes = canvas()
     by_label = {variant.label: results(variant, there) for variant in ablation.variants}
+    measure = "score" if ablation.task.by_score else "loss"
+    name = ablation.task.metric if ablation.task.by_score else "loss, nats per token"
     for i, line in enumerate(lines):
         colour = GRAD if line["variant"] == line["against"] else INK
-        axes.errorbar(line["loss"], i, xerr=line["loss_sd"], fmt="o", color=colour, capsize=4, ms=7)
-        seeds = [float(row["loss"]) for row in by_label[line["variant"]].values()]
+        axes.errorbar(line[measure], i, xerr=line[f"{measure}_sd"], fmt="o", color=colour, capsize=4, ms=7)
+        seeds = [float(row[measure]) for row in by_label[line["variant"]].values()]
         axes.plot(seeds, [i + 0.18] * len(seeds), ".", color=MUTED, ms=6)
     axes.set_yticks(range(len(lines)), [f"{line['variant']}  (n = {line['seeds']})" for line in lines])
     axes.invert_yaxis()
-    axes.set_xlabel(f"held-out loss, nats per token (mean ± sd; grey: seeds)\n{ablation.size}", fontsize=9)
-    if max(line["loss"] for line in lines) > 4 * min(line["loss"] for line in lines):
+    axes.set_xlabel(f"held-out {name} (mean ± sd; grey: seeds)\n{ablation.size}", fontsize=9)
+    if measure == "loss" and max(line["loss"] for line in lines) > 4 * min(line["loss"] for line in lines):
         axes.set_xscale("log")
     axes.grid(axis="x", alpha=0.25)
     save(figure, axes, ablation.title, path)
