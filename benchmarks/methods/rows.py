@@ -52,16 +52,12 @@ def append_curve(path: Path, row: dict[str, Any], points: int = 50) -> None:
     size = max(1, -(-len(losses) // points))
     curve = [round(sum(part) / len(part), 5) for part in (losses[i : i + size] for i in range(0, len(losses), size))]
     kept = {name: row[name] for name in ("task", "split", "method", "r", "lr", "seed", "variant")}
-    with path.open("a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps({**kept, "steps_a_point": size, "losses": curve}) + "\n")
+    _append_json(path, {**kept, "steps_a_point": size, "losses": curve})
 
 
 def append_spare(path: Path, row: dict[str, Any]) -> None:
     """Keep a row that may be wanted later, as a line of JSON."""
-    with path.open("a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(row) + "\n")
+    _append_json(path, row)
 
 
 def read_spare(path: Path, cell: Cell) -> dict[str, Any] | None:
@@ -69,3 +65,10 @@ def read_spare(path: Path, cell: Cell) -> dict[str, Any] | None:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     found = (json.loads(line) for line in lines)
     return next((row for row in found if tuple(str(row[name]) for name in KEY) == cell.key), None)
+
+
+def _append_json(path: Path, value: dict[str, Any]) -> None:
+    """Add a line; several processes may."""
+    with path.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(value) + "\n")

@@ -162,10 +162,8 @@ def _elsewhere(rows: Sequence[Row], task: Task) -> str:
     r, parts = task.ranks[-1], []
     measure, worst_of = ("score", min) if task.by_score and task.higher_is_better else ("loss", max)
     for method in ("LoRA-SB", "LoRA-XS"):
-        rate, found = (
-            grid.best_rate(task, METHODS[method], r, rows),
-            grid.swept(task, METHODS[method], r, rows, measure),
-        )
+        rate = grid.best_rate(task, METHODS[method], r, rows)
+        found = grid.swept(task, METHODS[method], r, rows, measure)
         if rate is not None:
             near = {lr: value for lr, value in found.items() if rate / 4.1 <= lr <= 4.1 * rate}
             worst = worst_of(near, key=lambda lr: near[lr])
