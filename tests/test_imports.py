@@ -50,8 +50,9 @@ def test_peft_knows_the_method(order: str) -> None:
 
 def test_the_hook_leaves_no_trace() -> None:
     code = "import sys, lorasb, peft; print([type(f).__name__ for f in sys.meta_path], type(peft.__spec__.loader).__name__)"
-    assert "Peft" not in python(code)
-    assert "Registering" not in python(code)
+    printed = python(code)
+    assert "Peft" not in printed
+    assert "Registering" not in printed
 
 
 def test_every_public_name_is_there() -> None:
