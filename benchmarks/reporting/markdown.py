@@ -36,7 +36,8 @@ def where(found: Mapping[str, Any]) -> str:
     """Machine, versions, commit and date of a file of results."""
     machine = found["machine"]
     at = f"commit {found['commit']}" if "commit" in found else "commit not recorded"
-    place = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, peft {machine['peft']}"
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    place = f"{machine['cpu']}, {threads}, torch {machine['torch']}, peft {machine['peft']}"
     return f"*{place}; {at}, {found.get('date', 'date not recorded')}.*"
 
 
