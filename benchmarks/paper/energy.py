@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.ticker import FixedLocator, NullLocator
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -34,6 +35,17 @@ from lorasb.cli.tasks import Example, generate
 from lorasb.plotting import GRAD, INK, SIGN
 
 TASK, REFERENCE, SEED = TASKS["chain_sum"], 200, 77
+
+
+KINDS = {  # how a start's name begins: its marker, and what its factors are of
+    "LoRA-SB (sgd)": ("s", "G (sgd)"),
+    "LoRA-SB": ("o", "sign(G) (LoRA-SB)"),
+    "samples": ("P", "sign(G), 1 to 200 samples"),
+    "noise": ("X", "sign(G) and noise"),
+    "LoRA-XS": ("^", "W, B = U Σ (LoRA-XS)"),
+    "W, B = U": ("v", "W, B = U"),
+    "Kaiming": ("D", "Kaiming"),
+}
 
 
 @dataclass(frozen=True)
@@ -63,8 +75,16 @@ def known(there: Sequence[Row]) -> Iterator[Start]:
                 and len(variant.seeds) > 1
             ):
                 seen.add(cell.key)
-                label = f"{variant.name}, r={variant.r}"
-                yield Start(label, cell, tuple(float(row["loss"]) for row in found.values()))
+                yield Start(
+                    f"{readable(variant.name)}, r={variant.r}",
+                    cell,
+                    tuple(float(row["loss"]) for row in found.values()),
+                )
+
+
+def readable(variant: str) -> str:
+    """An ablation's name in the rows, for people."""
+    return {"flat=True": "W, B = U", "init=kaiming": "Kaiming"}.get(variant, variant.replace("=", " "))
 
 
 def unseen() -> list[Example]:
@@ -138,13 +158,19 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
     colours = dict(zip(TASK.ranks, (SIGN, INK, GRAD), strict=True))
     for one, (key, what) in zip(axes, (("energy_grad", "G"), ("energy_sign", "sign(G)")), strict=True):
         for line in lines:
-            one.plot(100 * line[key], line["loss"], "o", color=colours[line["r"]], ms=6)
-            name = line["start"].removesuffix(f", r={line['r']}")
-            one.annotate(name, (100 * line[key], line["loss"]), xytext=(5, 3), textcoords="offset points", fontsize=7)
+            marker = next(mark for start, (mark, _) in KINDS.items() if line["start"].startswith(start))
+            one.plot(100 * line[key], line["loss"], marker, color=colours[line["r"]], ms=7, alpha=0.8)
         one.set_xlabel(f"energy of {what} that the subspace keeps (%), {REFERENCE} unseen samples")
+        one.set_yscale("log")
+        one.yaxis.set_major_locator(FixedLocator([0.35, 0.4, 0.5, 0.6, 0.7]))
+        one.yaxis.set_major_formatter("{x:g}")
+        one.yaxis.set_minor_locator(NullLocator())
     for r, colour in colours.items():
         axes[0].plot([], [], "o", color=colour, label=f"r = {r}")
-    axes[0].legend(frameon=False, fontsize=8)
+    for marker, label in KINDS.values():
+        axes[1].plot([], [], marker, color=INK, label=label)
+    for one in axes:
+        one.legend(frameon=False, fontsize=8, loc="upper right")
     axes[0].set_ylabel("held-out loss after training (nats per token)")
     figure.suptitle(
         f"{TASK.name}: energy captured against the loss reached (n = {TASK.validation} problems, 1 to 3 seeds a point)",

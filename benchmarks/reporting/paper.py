@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods import runner
-from benchmarks.methods.grid import TASKS, WARMUP
+from benchmarks.methods.grid import SGD, TASKS, WARMUP
 from benchmarks.paper import curves, lengths, overhead, scale
 from benchmarks.paper.ablations import ABLATIONS, LR, render, results
 from benchmarks.reporting.markdown import picture, table, where_rows
@@ -165,5 +165,18 @@ def energy(rows: Sequence[Row], folder: Path) -> Iterator[str]:
          f"{float(row['energy_sign']):.1%}", f"{float(row['loss']):.3f}"]
         for row in order
     ))  # fmt: skip
-    yield from ("", where_rows(found))
+    yield from ("", where_rows(found), "", *_by_matrix(found), "")
+    yield "What takes energy from the sign's factors, noise or few samples, costs loss. Between factors of different"
+    yield from ("matrices the energy of the first gradient does not tell which trains better.", "")
     yield from picture("Energy of unseen samples' gradient in the subspace against the loss", "results/energy.png")
+
+
+def _by_matrix(found: Sequence[Row]) -> Iterator[str]:
+    """A line a rank: energy and loss of factors of W, of sign(G) and of G."""
+    by_start = {row["start"]: row for row in found}
+    for r in TASKS["chain_sum"].ranks:
+        rows = [by_start[start] for name in ("LoRA-XS", "LoRA-SB", SGD) if (start := f"{name}, r={r}") in by_start]
+        if len(rows) == 3:
+            kept = ", ".join(f"{float(row['energy_grad']):.1%}" for row in rows)
+            losses = ", ".join(f"{float(row['loss']):.3f}" for row in rows)
+            yield f"- r={r}: factors of W, sign(G) and G keep {kept} of G's energy and end at losses of {losses}."
