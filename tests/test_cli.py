@@ -156,7 +156,7 @@ def test_bad_calls_end_in_one_line(
     model = ["--output", str(tmp_path)] if arguments[0] == "finetune" else []
     if model and name != "model":
         model += ["--model", str(tiny)]
-    if name in ("backend", "inspect nothing"):  # a process of their own: the variable is read once
+    if name in ("backend", "inspect nothing"):  # processes of their own, the first as its variable is read once
         done = lorasb(*arguments, *model, **({"LORASB_BACKEND": "warp"} if name == "backend" else {}))
         code, printed = done.returncode, done.stderr
     else:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.ticker import FixedLocator, NullLocator
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch import Tensor
 from benchmarks.methods import grid, rows, runner, starts
 from benchmarks.methods.adapters import put_in
 from benchmarks.methods.grid import METHODS, SGD, TASKS, WARMUP, Cell
+from benchmarks.methods.pictures import plain_log
 from benchmarks.methods.problems import MAX_LENGTH, Problem, generated, load
 from benchmarks.methods.run import drawn
 from benchmarks.panels import panels, save_panels
@@ -35,10 +35,8 @@ from lorasb.cli.tasks import Example, generate
 from lorasb.plotting import GRAD, INK, SIGN
 
 TASK, REFERENCE, SEED = TASKS["chain_sum"], 200, 77
-
-
 KINDS = {  # how a start's name begins: its marker, and what its factors are of
-    "LoRA-SB (sgd)": ("s", "G (sgd)"),
+    SGD: ("s", "G (sgd)"),
     "LoRA-SB": ("o", "sign(G) (LoRA-SB)"),
     "samples": ("P", "sign(G), 1 to 200 samples"),
     "noise": ("X", "sign(G) and noise"),
@@ -75,11 +73,8 @@ def known(there: Sequence[Row]) -> Iterator[Start]:
                 and len(variant.seeds) > 1
             ):
                 seen.add(cell.key)
-                yield Start(
-                    f"{readable(variant.name)}, r={variant.r}",
-                    cell,
-                    tuple(float(row["loss"]) for row in found.values()),
-                )
+                label = f"{readable(variant.name)}, r={variant.r}"
+                yield Start(label, cell, tuple(float(row["loss"]) for row in found.values()))
 
 
 def readable(variant: str) -> str:
@@ -161,10 +156,7 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
             marker = next(mark for start, (mark, _) in KINDS.items() if line["start"].startswith(start))
             one.plot(100 * line[key], line["loss"], marker, color=colours[line["r"]], ms=7, alpha=0.8)
         one.set_xlabel(f"energy of {what} that the subspace keeps (%), {REFERENCE} unseen samples")
-        one.set_yscale("log")
-        one.yaxis.set_major_locator(FixedLocator([0.35, 0.4, 0.5, 0.6, 0.7]))
-        one.yaxis.set_major_formatter("{x:g}")
-        one.yaxis.set_minor_locator(NullLocator())
+        plain_log(one.yaxis)
     for r, colour in colours.items():
         axes[0].plot([], [], "o", color=colour, label=f"r = {r}")
     for marker, label in KINDS.values():
