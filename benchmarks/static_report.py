@@ -217,16 +217,17 @@ def compile_launch(launch: Launch, capability: int) -> tuple[int, int, int, str]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (_cuobjdump(flag, file.name) for flag in ("-res-usage", "-sass"))
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        dump = _cuobjdump(file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", dump)
     if found is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage for {launch.name}: {usage[:200]!r}")
-    return int(found[1]), int(found[2]), compiled.metadata.shared, sass
+        raise RuntimeError(f"cuobjdump printed no resource usage for {launch.name}: {dump[:200]!r}")
+    return int(found[1]), int(found[2]), compiled.metadata.shared, dump
 
 
-def _cuobjdump(flag: str, path: str) -> str:
+def _cuobjdump(path: str) -> str:
+    """Resource usage and SASS, by one process: a start costs as much as what it prints."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool, "-res-usage", "-sass", path], capture_output=True, text=True, check=True).stdout
 
 
 def specialisation(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
