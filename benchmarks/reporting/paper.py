@@ -165,18 +165,31 @@ def energy(rows: Sequence[Row], folder: Path) -> Iterator[str]:
          f"{float(row['energy_sign']):.1%}", f"{float(row['loss']):.3f}"]
         for row in order
     ))  # fmt: skip
-    yield from ("", where_rows(found), "", *_by_matrix(found), "")
-    yield "What takes energy from the sign's factors, noise or few samples, costs loss. Between factors of different"
-    yield from ("matrices the energy of the first gradient does not tell which trains better.", "")
+    yield from ("", where_rows(found), "", *_by_matrix(found), *_by_loss_of_energy(found))
     yield from picture("Energy of unseen samples' gradient in the subspace against the loss", "results/energy.png")
 
 
 def _by_matrix(found: Sequence[Row]) -> Iterator[str]:
-    """A line a rank: energy and loss of factors of W, of sign(G) and of G."""
+    """A line a rank: energy and loss of factors of W, of sign(G) and of G; and how often the most energy did best."""
     by_start = {row["start"]: row for row in found}
+    best = []
     for r in TASKS["chain_sum"].ranks:
         rows = [by_start[start] for name in ("LoRA-XS", "LoRA-SB", SGD) if (start := f"{name}, r={r}") in by_start]
         if len(rows) == 3:
-            kept = ", ".join(f"{float(row['energy_grad']):.1%}" for row in rows)
-            losses = ", ".join(f"{float(row['loss']):.3f}" for row in rows)
-            yield f"- r={r}: factors of W, sign(G) and G keep {kept} of G's energy and end at losses of {losses}."
+            energies, losses = ([float(row[name]) for row in rows] for name in ("energy_grad", "loss"))
+            best.append(energies.index(max(energies)) == losses.index(min(losses)))
+            kept, ends = ", ".join(f"{e:.1%}" for e in energies), ", ".join(f"{loss:.3f}" for loss in losses)
+            yield f"- r={r}: factors of W, sign(G) and G keep {kept} of G's energy and end at losses of {ends}."
+    if best:
+        yield f"- Of these, those that keep the most end at the least loss at {sum(best)} of {len(best)} ranks."
+
+
+def _by_loss_of_energy(found: Sequence[Row]) -> Iterator[str]:
+    """A line for noise and one for samples: what the sign's factors lose of G, and what it costs."""
+    for kind, ends in (("noise on ΔW", ("noise 1e-05", "noise 0.01")), ("samples", ("samples 200", "samples 1"))):
+        rows = [row for end in ends for row in found if row["start"].startswith(f"{end},")]
+        if len(rows) == 2:
+            most, least = (f"{float(row['energy_grad']):.1%}" for row in rows)
+            before, after = (f"{float(row['loss']):.3f}" for row in rows)
+            values = " to ".join(end.split()[1] for end in ends)
+            yield f"- {kind}, {values}: factors of sign(G) keep {most} and {least}, and end at {before} and {after}."
