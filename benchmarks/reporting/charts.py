@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.methods import grid
 from benchmarks.methods.grid import METHODS, WHOLE, Task
@@ -39,19 +40,12 @@ def draw_scores(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
 
 
 def draw_rates(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
-    """Sweeps of every method at its largest rank."""
-    figure, axes = panels(-(-len(tasks) // 2), 2, (11, 3.0 * -(-len(tasks) // 2)))
+    """Sweeps of every method at its largest rank; one legend below, where no line can be behind it."""
+    figure, axes = panels(-(-len(tasks) // 2), 2, (11, 3.0 * -(-len(tasks) // 2) + 0.4))
+    legend: dict[str, Any] = {}
     for one, task in zip(axes, tasks, strict=False):
-        for method in METHODS.values():
-            r = grid.ranks(task, method)[0]
-            if not (found := grid.swept(task, method, r, rows, "score" if task.by_score else "loss")):
-                continue
-            rates = sorted(found)
-            style = "-o" if method.name in COLOURS else "--."
-            colour = COLOURS.get(method.name) or RELATIVES.get(method.name)
-            one.plot(rates, [found[lr] for lr in rates], style, ms=4, color=colour, lw=1.2,
-                     label=f"{method.name}, r={r}" if r else method.name)  # fmt: skip
-        one.set(title=task.name)
+        legend |= _sweeps(one, rows, task)
+        one.set_title(f"{task.name} (r={task.rank}; LoRA-XS and LoRA-SB r={task.ranks[-1]})", fontsize=10)
         drawn = [float(lr) for line in one.lines for lr in line.get_xdata()]
         plain_log(one.xaxis, (1.0, 2.0, 5.0) if max(drawn, default=1) < 100 * min(drawn, default=1) else (1.0,))
         if not task.by_score:
@@ -59,7 +53,23 @@ def draw_rates(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
         one.set_xlabel("peak learning rate (one seed)", fontsize=8)
         what = f"validation {task.metric}" if task.by_score else "validation loss (nats)"
         one.set_ylabel(f"{what}, n = {task.validation}", fontsize=7.5)
-        one.legend(frameon=False, fontsize=6, ncols=2)
     for one in axes[len(tasks) :]:
         one.set_visible(False)
+    names = [name for name in METHODS if name in legend]
+    figure.legend(
+        [legend[name] for name in names], names, loc="outside lower center", ncols=6, frameon=False, fontsize=8
+    )
     save_panels(figure, axes, path)
+
+
+def _sweeps(one: Any, rows: Sequence[Row], task: Task) -> dict[str, Any]:
+    """A line a method; returned by its name."""
+    drawn = {}
+    for method in METHODS.values():
+        r = grid.ranks(task, method)[0]
+        if found := grid.swept(task, method, r, rows, "score" if task.by_score else "loss"):
+            rates = sorted(found)
+            style = "-o" if method.name in COLOURS else "--."
+            colour = COLOURS.get(method.name) or RELATIVES.get(method.name)
+            (drawn[method.name],) = one.plot(rates, [found[lr] for lr in rates], style, ms=4, color=colour, lw=1.2)
+    return drawn
