@@ -83,7 +83,7 @@ class Task:
 FULL, LOW, CORE = "full", "lora", "core"  # families that share learning rates
 DOUBLING = tuple(6.25e-5 * 2**i for i in range(10))  # 6.25e-5 to 3.2e-2
 LM_RATES = {
-    FULL: Rates((1.25e-5, 2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4), 2),
+    FULL: Rates((1.25e-5, 2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4), 2),
     LOW: Rates(DOUBLING, 4),
     CORE: Rates(DOUBLING, 3),
 }
