@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.methods import runner
 from benchmarks.methods.grid import SGD, TASKS, WARMUP
 from benchmarks.paper import curves, lengths, overhead, scale
-from benchmarks.paper.ablations import ABLATIONS, LR, render, results
+from benchmarks.paper.ablations import ABLATIONS, COUNTS, LR, NOISES, render, results
 from benchmarks.reporting.markdown import picture, table, where_rows
 from benchmarks.tabular import Row, read_csv
 from lorasb.init import first_step_lr
@@ -186,10 +186,10 @@ def _by_matrix(found: Sequence[Row]) -> Iterator[str]:
 
 def _by_loss_of_energy(found: Sequence[Row]) -> Iterator[str]:
     """A line for noise and one for samples: what the sign's factors lose of G, and what it costs."""
-    for kind, ends in (("noise on ΔW", ("noise 1e-05", "noise 0.01")), ("samples", ("samples 200", "samples 1"))):
-        rows = [row for end in ends for row in found if row["start"].startswith(f"{end},")]
+    for kind, first, last in (("noise", min(NOISES), max(NOISES)), ("samples", max(COUNTS), min(COUNTS))):
+        rows = [row for end in (first, last) for row in found if row["start"].startswith(f"{kind} {end},")]
         if len(rows) == 2:
             most, least = (f"{float(row['energy_grad']):.1%}" for row in rows)
             before, after = (f"{float(row['loss']):.3f}" for row in rows)
-            values = " to ".join(end.split()[1] for end in ends)
-            yield f"- {kind}, {values}: factors of sign(G) keep {most} and {least}, and end at {before} and {after}."
+            kept = f"factors of sign(G) keep {most} and {least}"
+            yield f"- {kind}, {first} to {last}: {kept}, and end at {before} and {after}."
