@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from benchmarks.methods.grid import METHODS, SGD, TASKS, WARMUP, Cell
 from benchmarks.methods.pictures import plain_log
 from benchmarks.methods.problems import MAX_LENGTH, Problem, generated, load
 from benchmarks.methods.run import drawn
+from benchmarks.methods.tables import spread
 from benchmarks.panels import panels, save_panels
 from benchmarks.paper.ablations import ABLATIONS, results
 from benchmarks.tabular import Row, write_csv
@@ -126,12 +127,19 @@ def measure(there: Sequence[Row], folder: Path | None) -> list[dict[str, Any]]:
         cell, warmup = start.cell, round(WARMUP * TASK.steps)
         model, _, _ = put_in(problem, METHODS[cell.method], cell, lambda n: drawn(problem, TASK, 0, n), warmup)
         of_grad, of_sign = shares(model, gradients)
-        loss = sum(start.losses) / len(start.losses)
+        loss, deviation = spread(start.losses)
         lines.append({
-            "start": start.label, "r": cell.r, "lr": cell.lr, "seeds": len(start.losses), "loss": loss,
+            "start": start.label, "r": cell.r, "lr": cell.lr, "seeds": len(start.losses),
+            "loss": loss, "loss_sd": deviation,  # 0 of one seed
             "energy_grad": of_grad, "energy_sign": of_sign, **at,
         })  # fmt: skip
     return lines
+
+
+def loss_of(line: Mapping[str, Any]) -> str:
+    """With its spread, where it has one."""
+    mean, deviation = float(line["loss"]), float(line["loss_sd"])
+    return f"{mean:.3f} ± {deviation:.3f}" if deviation else f"{mean:.3f}"
 
 
 def view(lines: Sequence[dict[str, Any]]) -> Table:
@@ -142,7 +150,7 @@ def view(lines: Sequence[dict[str, Any]]) -> Table:
     for line in sorted(lines, key=lambda line: line["loss"]):
         table.add_row(
             line["start"], f"{line['lr']:g}", str(line["seeds"]), f"{line['energy_grad']:.1%}",
-            f"{line['energy_sign']:.1%}", f"{line['loss']:.3f}",
+            f"{line['energy_sign']:.1%}", loss_of(line),
         )  # fmt: skip
     return table
 
@@ -154,7 +162,10 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
     for one, (key, what) in zip(axes, (("energy_grad", "G"), ("energy_sign", "sign(G)")), strict=True):
         for line in lines:
             marker = next(mark for start, (mark, _) in KINDS.items() if line["start"].startswith(start))
-            one.plot(100 * line[key], line["loss"], marker, color=colours[line["r"]], ms=7, alpha=0.8)
+            error = line["loss_sd"] or None  # one seed has none
+            one.errorbar(
+                100 * line[key], line["loss"], error, fmt=marker, color=colours[line["r"]], ms=7, capsize=3, alpha=0.8
+            )
         one.set_xlabel(f"energy of {what} that the subspace keeps (%), {REFERENCE} unseen samples")
         plain_log(one.yaxis)
     for r, colour in colours.items():
@@ -165,7 +176,8 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
         one.legend(frameon=False, fontsize=8, loc="upper right")
     axes[0].set_ylabel("held-out loss after training (nats per token)")
     figure.suptitle(
-        f"{TASK.name}: energy captured against the loss reached (n = {TASK.validation} problems, 1 to 3 seeds a point)",
+        f"{TASK.name}: energy captured against the loss reached "
+        f"(n = {TASK.validation} problems; mean ± sd of 3 seeds, without a bar one seed)",
         fontsize=10,
     )
     save_panels(figure, axes, path)

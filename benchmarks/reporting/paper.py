@@ -10,6 +10,7 @@ from benchmarks.methods import runner
 from benchmarks.methods.grid import SGD, TASKS, WARMUP
 from benchmarks.paper import curves, lengths, overhead, scale
 from benchmarks.paper.ablations import ABLATIONS, COUNTS, LR, NOISES, render, results
+from benchmarks.paper.energy import loss_of
 from benchmarks.reporting.markdown import picture, table, where_rows
 from benchmarks.tabular import Row, read_csv
 from lorasb.init import first_step_lr
@@ -162,7 +163,7 @@ def energy(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     order = sorted(found, key=lambda row: (int(row["r"]), float(row["loss"])))
     yield from table(head, (
         [row["start"], row["r"], f"{float(row['lr']):g}", row["seeds"], f"{float(row['energy_grad']):.1%}",
-         f"{float(row['energy_sign']):.1%}", f"{float(row['loss']):.3f}"]
+         f"{float(row['energy_sign']):.1%}", loss_of(row)]
         for row in order
     ))  # fmt: skip
     yield from ("", where_rows(found), "", *_by_matrix(found), *_by_loss_of_energy(found))
