@@ -50,8 +50,8 @@ def extension():
 
 
 setup(
-    packages=[*find_packages(include=["lorasb", "lorasb.*"]), "lorasb.kernels"],
+    packages=[*find_packages(include=["lorasb", "lorasb.*"]), "lorasb.kernels", "lorasb.kernels.tables"],
     package_dir={"lorasb.kernels": "kernels/fused"},
-    package_data={"lorasb.kernels": ["tables/*.json"]},
+    package_data={"lorasb.kernels.tables": ["*.json"]},
     **extension(),
 )

@@ -79,6 +79,11 @@ class Task:
     data: str | None = None  # prefix of files in the data folder; generated where there is none
     longest: int | None = None
 
+    @property
+    def model(self) -> str:
+        """Which model it tunes, for tables and pictures."""
+        return "MiniLM" if self.head_lr else "SmolLM2-135M"
+
 
 FULL, LOW, CORE = "full", "lora", "core"  # families that share learning rates
 DOUBLING = tuple(6.25e-5 * 2**i for i in range(10))  # 6.25e-5 to 3.2e-2
@@ -131,6 +136,8 @@ METHODS = {
     )
 }
 
+KEY = ("task", "split", "method", "r", "lr", "seed", "variant")  # what tells one run from another
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -148,7 +155,7 @@ class Cell:
     @property
     def key(self) -> tuple[str, ...]:
         """What tells one run from another in a file of rows."""
-        return tuple(str(getattr(self, name)) for name in ("task", "split", "method", "r", "lr", "seed", "variant"))
+        return tuple(str(getattr(self, name)) for name in KEY)
 
     def described(self) -> dict[str, Any]:
         return {**asdict(self), "options": dict(self.options)}

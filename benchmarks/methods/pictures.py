@@ -47,11 +47,9 @@ def choosing(rows: Sequence[Row], task: str, path: Path) -> None:
     _samples(axes[2], samples(rows, task))
     axes[0].set_ylabel("validation loss (nats per token)")
     plain_log(axes[0].yaxis)
-    held, steps = TASKS[task].validation, TASKS[task].steps
-    figure.suptitle(
-        f"{task}: SmolLM2-135M, {steps} steps of {TASKS[task].batch}, n = {held} held-out; rates and ranks: one seed",
-        fontsize=10,
-    )
+    it = TASKS[task]
+    run = f"{it.steps} steps of {it.batch}, n = {it.validation} held-out"
+    figure.suptitle(f"{task}: {it.model}, {run}; rates and ranks: one seed", fontsize=10)
     save_panels(figure, axes, path, dpi=130)
 
 

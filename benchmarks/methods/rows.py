@@ -10,26 +10,30 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods.grid import Cell
-from benchmarks.tabular import read_csv
+from benchmarks.methods.grid import KEY, Cell
+from benchmarks.tabular import Row, read_csv
 
 COLUMNS = (
     "task", "split", "metric", "higher_is_better", "method", "r", "lr", "seed", "variant", "score", "loss",
     "loss_before", "adapter_params", "init_seconds", "seconds", "peak_rss_mb", "steps", "energy", "energy_grad",
     "version", "machine", "date",
 )  # fmt: skip
-KEY = ("task", "split", "method", "r", "lr", "seed", "variant")
+
+
+def key(row: Row) -> tuple[str, ...]:
+    """What tells a run from another, as `Cell.key` has it."""
+    return tuple(row[name] for name in KEY)
 
 
 def read(path: Path) -> list[dict[str, str]]:
     """All rows, the first of each run; none where there is no file yet."""
     found = read_csv(path)
-    return list({tuple(row[name] for name in KEY): row for row in reversed(found)}.values())[::-1]  # the first of each
+    return list({key(row): row for row in reversed(found)}.values())[::-1]  # the first of each
 
 
 def missing(cells: Iterable[Cell], rows: list[dict[str, str]]) -> list[Cell]:
     """The cells without a row, each once."""
-    there = {tuple(row[name] for name in KEY) for row in rows}
+    there = {key(row) for row in rows}
     return [cell for cell in dict.fromkeys(cells) if cell.key not in there]
 
 
@@ -51,7 +55,7 @@ def append_curve(path: Path, row: dict[str, Any], points: int = 50) -> None:
     losses = row["losses"]
     size = max(1, -(-len(losses) // points))
     curve = [round(sum(part) / len(part), 5) for part in (losses[i : i + size] for i in range(0, len(losses), size))]
-    kept = {name: row[name] for name in ("task", "split", "method", "r", "lr", "seed", "variant")}
+    kept = {name: row[name] for name in KEY}
     _append_json(path, {**kept, "steps_a_point": size, "losses": curve})
 
 

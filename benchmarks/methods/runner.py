@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.methods import rows
-from benchmarks.methods.grid import Cell
+from benchmarks.methods.grid import KEY, Cell
 
 RESULTS = Path(__file__).parents[1] / "results"
 ROWS, CURVES = "methods.csv", "methods-curves.jsonl"
@@ -83,5 +83,5 @@ def keep(row: dict[str, Any], output: Path, console: Console) -> None:
     """Write what a run found."""
     rows.append(output / ROWS, row)
     rows.append_curve(output / CURVES, row)
-    name = " ".join(str(row[key]) for key in ("task", "split", "method", "r", "lr", "seed", "variant"))
+    name = " ".join(str(row[key]) for key in KEY)
     console.print(f"{name}: loss {row['loss']}, score {row['score']}, {row['seconds']} s")

@@ -83,8 +83,7 @@ class Ablation:
     def size(self) -> str:
         """What a run is, in words."""
         task, held = self.task, getattr(self.task, self.variants[0].split)
-        model = "MiniLM" if task.head_lr else "SmolLM2-135M"
-        return f"{task.name}, {model}, {task.steps} steps of {task.batch}, {held:,} held-out examples"
+        return f"{task.name}, {task.model}, {task.steps} steps of {task.batch}, {held:,} held-out examples"
 
 
 def _against(plain: Variant, *others: Variant) -> tuple[tuple[Variant, Variant], ...]:
@@ -173,9 +172,7 @@ ABLATIONS = {
 def results(variant: Variant, there: Sequence[Row]) -> dict[int, Row]:
     """Rows by seed."""
     keys = {cell.key: cell.seed for cell in variant.cells()}
-    names = ("task", "split", "method", "r", "lr", "seed", "variant")
-    found = ((tuple(row[name] for name in names), row) for row in there)
-    return {keys[key]: row for key, row in found if key in keys}
+    return {keys[key]: row for row in there if (key := rows.key(row)) in keys}
 
 
 def summary(ablation: Ablation, there: Sequence[Row]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ def known(there: Sequence[Row]) -> Iterator[Start]:
     for method in ("LoRA-SB", SGD, "LoRA-XS"):
         for r in TASK.ranks:
             if (lr := grid.best_rate(TASK, METHODS[method], r, there)) is not None:
-                losses = grid.swept(TASK, METHODS[method], r, there)
-                yield Start(f"{method}, r={r}", Cell(TASK.name, "validation", method, r, lr, 0), (losses[lr],))
+                cell = Cell(TASK.name, "validation", method, r, lr, 0)
+                yield Start(f"{method}, r={r}", cell, losses(cell, there))
     seen: set[tuple[str, ...]] = set()
     for name in ("starts", "samples", "subspace"):
         for variant in ABLATIONS[name].variants:
@@ -76,6 +76,12 @@ def known(there: Sequence[Row]) -> Iterator[Start]:
                 seen.add(cell.key)
                 label = f"{readable(variant.name)}, r={variant.r}"
                 yield Start(label, cell, tuple(float(row["loss"]) for row in found.values()))
+
+
+def losses(cell: Cell, there: Sequence[Row]) -> tuple[float, ...]:
+    """Of the sweep's seed, and of the others that an ablation has run at this rate."""
+    wanted = [replace(cell, seed=seed).key for seed in grid.SEEDS]
+    return tuple(float(row["loss"]) for row in there if rows.key(row) in wanted)
 
 
 def readable(variant: str) -> str:

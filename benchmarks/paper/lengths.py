@@ -51,7 +51,7 @@ def main(output: Path) -> None:
     """Measure, write and print."""
     lines = [measure(r) | provenance_columns() for r in TASK.ranks]
     write_csv(output / FILE, lines)
-    table = Table(title=f"The whole first step in AdamW's steps of R, {TASK.name}, SmolLM2-135M")
+    table = Table(title=f"The whole first step in AdamW's steps of R, {TASK.name}, {TASK.model}")
     for name in HEAD:
         table.add_column(name, justify="right")
     for line in lines:

@@ -29,8 +29,8 @@ all. PEFT's LoRA-GA scales its factors differently from the authors' code. On la
 computes its adapters in fp32, LoRA-SB and LoRA-XS keep A and B in bf16 and R in fp32, and full fine-tuning keeps fp32
 weights and trains under autocast. `LoRA-SB (sgd)` is LoRA-SB with `update="sgd"`: factors from the mean gradient, not
 from its sign; `LoRA-SB (whole step)` is LoRA-SB with `longest_start=None`, the paper's start."""
-LM = "SmolLM2-135M, all linear layers"
-MODEL = {"cola": "a MiniLM encoder of 22.7M parameters, self-attention and a new head, fp32"}
+LINEARS = "all linear layers"
+ADAPTED = {"cola": "an encoder of 22.7M parameters, its self-attention and a new head, fp32"}  # others: LINEARS
 HEAD = ("method", "r", "best lr", "seeds", "trained", "loss", "init s", "train s", "peak MB")
 
 
@@ -57,7 +57,8 @@ def one_task(rows: Sequence[Row], task: Task) -> list[str]:
     head = [*HEAD[:5], *([task.metric] if task.higher_is_better else []), *HEAD[5:]]
     mine = [row for row in rows if row["task"] == task.name and row["split"] == "test" and not row["variant"]]
     before = statistics.fmean(float(row["loss_before"]) for row in mine)
-    about = f"{MODEL.get(task.name, LM)}; {size}; {task.metric}: {arrow} is better; loss before training {before:.3f}."
+    tuned = f"{task.model}, {ADAPTED.get(task.name, LINEARS)}"
+    about = f"{tuned}; {size}; {task.metric}: {arrow} is better; loss before training {before:.3f}."
     out = [f"### {task.name}", "", about, ""]
     out += [*table(head, (_row(line, task) for line in lines(rows, task.name))), "", where_rows(mine), ""]
     xs, others = against_xs(rows, task.name), against_others(rows, task.name)

@@ -148,7 +148,8 @@ def step_lengths(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     if not found:
         return
     yield from ("### The whole first step in AdamW's steps of R (`lengths`)", "")
-    yield from (f"{found[0]['task']}, SmolLM2-135M, 32 samples; ‖Σ_r‖/r of sign(G), at least one, over layers:", "")
+    task = TASKS[found[0]["task"]]
+    yield from (f"{task.name}, {task.model}, 32 samples; ‖Σ_r‖/r of sign(G), at least one, over layers:", "")
     yield from table(list(lengths.HEAD), (lengths.shown(line) for line in found))
     yield from ("", where_rows(found))
 
