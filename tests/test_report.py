@@ -63,6 +63,9 @@ def test_the_page_says_where_the_ordering_does_not_show(tmp_path: Path) -> None:
     assert 'with `update="sgd"` 0.150 ± 0.020 (better). Its factors keep 40.0% of' in page
     assert "the gradient's own 99.0%" in page
     assert "abc1234; 2026-01-01" in page
+    low, core = (TASK.rates[family].start[1] for family in (grid.LOW, grid.CORE))
+    assert f"| LoRA | {low:g} |" in page
+    assert "| LoRA-XS | " + ", ".join(f"{core:g} (r={r})" for r in TASK.ranks) + " |" in page
     assert (tmp_path / "methods.png").is_file()
     assert (tmp_path / "rates.png").is_file()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods.grid import SGD, TASKS, Task
+from benchmarks.methods.grid import CORE, METHODS, SGD, TASKS, Task
 from benchmarks.methods.tables import Line, lines, spread
 from benchmarks.reporting.charts import draw_rates, draw_scores
 from benchmarks.reporting.labels import label, short
@@ -43,9 +43,22 @@ def section(rows: Sequence[Row], folder: Path) -> list[str]:
         draw_rates(rows, drawn, folder / "rates.png")
         out += picture("Test score of every method, mean and standard deviation over seeds", "results/methods.png")
         out += picture("Validation loss, or score, by learning rate", "results/rates.png")
+        out += ["The best of the rates tried:", "", *best_rates(rows, drawn), ""]
     for task in drawn:
         out += one_task(rows, task)
     return out
+
+
+def best_rates(rows: Sequence[Row], tasks: Sequence[Task]) -> list[str]:
+    """A row a method, a column a task; with the rank, where it moves the rate."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for task in tasks:
+        for line in lines(rows, task.name):
+            rate = f"{line.lr:g} (r={line.r})" if METHODS[line.method].family == CORE else f"{line.lr:g}"
+            found.setdefault(line.method, {}).setdefault(task.name, []).append(rate)
+    named = (name for name in METHODS if name in found)
+    body = ([name, *(", ".join(found[name].get(task.name, "-")) for task in tasks)] for name in named)
+    return table(["method", *(task.name for task in tasks)], body)
 
 
 def one_task(rows: Sequence[Row], task: Task) -> list[str]:
