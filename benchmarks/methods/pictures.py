@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,26 +54,44 @@ def choosing(rows: Sequence[Row], task: str, path: Path) -> None:
     save_panels(figure, axes, path, dpi=130)
 
 
-def plain_log(axis: Any, subs: Sequence[float] = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)) -> None:
-    """A logarithmic axis with a few plain numbers on it: `subs` of every power of ten."""
+FINE, SOME, FEW = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0), (1.0, 2.0, 5.0), (1.0, 3.0)
+
+
+def plain_log(axis: Any, decades: tuple[float, float] = (0.8, 1.6)) -> None:
+    """A logarithmic axis with plain numbers on it: the fewer of every power of ten, the more `decades` it spans.
+
+    Call it when all is drawn.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=subs))
+    low, high = axis.get_view_interval()
+    span = math.log10(high / low)
+    subs = FINE if span < decades[0] else SOME if span < decades[1] else FEW
+    axis.set_major_locator(LogLocator(subs=subs, numticks=40))  # more than there are: it thins to no plain numbers
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
 def _rates(axes: Any, found: Mapping[tuple[str, int], dict[float, float]]) -> None:
-    for (method, r), losses in sorted(found.items(), key=lambda item: (list(COLOURS).index(item[0][0]), -item[0][1])):
-        ranks = sorted((rank for name, rank in found if name == method), reverse=True)
-        rates = sorted(losses)
-        label = f"{method}, r={r}" if r else method
-        style = DASHES[ranks.index(r) % len(DASHES)]
-        axes.plot(rates, [losses[lr] for lr in rates], style, color=COLOURS[method], marker="o", ms=4, label=label)
-    plain_log(axes.xaxis, (1.0, 3.0))
+    """Colours are methods, dashes ranks, largest first."""
+    by_name = sorted({name for name, _ in found}, key=list(COLOURS).index)
+    styles: dict[int, str] = {}
+    for method in by_name:
+        ranks = sorted((r for name, r in found if name == method), reverse=True)
+        for r, style in zip(ranks, DASHES, strict=False):
+            rates = sorted(found[method, r])
+            losses = [found[method, r][lr] for lr in rates]
+            axes.plot(rates, losses, style, color=COLOURS[method], marker="o", ms=4)
+            if len(ranks) > 1:
+                styles[r] = style
+        label = f"{method}, r={ranks[0]}" if len(ranks) == 1 and ranks[0] else method
+        axes.plot([], [], "-o", color=COLOURS[method], ms=4, label=label)
+    for r, style in styles.items():
+        axes.plot([], [], style, color=INK, label=f"r={r}")
+    plain_log(axes.xaxis)
     axes.set(xlabel="peak learning rate (AdamW)")
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, loc="upper left")
 
 
 def _ranks(axes: Any, found: Mapping[tuple[str, int], dict[float, float]]) -> None:
