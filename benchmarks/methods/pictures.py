@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _rates(axes: Any, found: Mapping[tuple[str, int], dict[float, float]]) -> No
     styles: dict[int, str] = {}
     for method in by_name:
         ranks = sorted((r for name, r in found if name == method), reverse=True)
-        for r, style in zip(ranks, DASHES, strict=False):
+        for r, style in zip(ranks, cycle(DASHES), strict=False):
             rates = sorted(found[method, r])
             losses = [found[method, r][lr] for lr in rates]
             axes.plot(rates, losses, style, color=COLOURS[method], marker="o", ms=4)

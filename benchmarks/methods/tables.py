@@ -48,6 +48,11 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def plus_minus(mean: float, deviation: float, digits: int = 3) -> str:
+    """As tables show it."""
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
 def lines(rows: Sequence[Row], task: str) -> list[Line]:
     """Every method's line, in the grid's order."""
     found: dict[tuple[str, int], list[Row]] = {}
@@ -87,7 +92,7 @@ def summary(rows: Sequence[Row]) -> Iterator[Table]:
         for column in ("method", "r", "lr", "seeds", "trained", task.metric, "loss", "init s", "train s", "peak MB"):
             view.add_column(column, justify="left" if column == "method" else "right")
         for line in found:
-            cells = (f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in (line.score, line.loss))
+            cells = (plus_minus(*found) for found in (line.score, line.loss))
             view.add_row(
                 line.method, str(line.r or "-"), f"{line.lr:g}", str(len(line.scores)), f"{line.params:,}", *cells,
                 f"{line.init_seconds:.1f}", f"{line.seconds:.0f}", f"{line.memory:.0f}",

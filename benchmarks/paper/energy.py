@@ -25,7 +25,7 @@ from benchmarks.methods.grid import METHODS, SGD, TASKS, WARMUP, Cell
 from benchmarks.methods.pictures import plain_log
 from benchmarks.methods.problems import MAX_LENGTH, Problem, generated, load
 from benchmarks.methods.run import drawn
-from benchmarks.methods.tables import spread
+from benchmarks.methods.tables import plus_minus, spread
 from benchmarks.panels import panels, save_panels
 from benchmarks.paper.ablations import ABLATIONS, results
 from benchmarks.tabular import Row, write_csv
@@ -145,7 +145,7 @@ def measure(there: Sequence[Row], folder: Path | None) -> list[dict[str, Any]]:
 def loss_of(line: Mapping[str, Any]) -> str:
     """With its spread, where it has one."""
     mean, deviation = float(line["loss"]), float(line["loss_sd"])
-    return f"{mean:.3f} ± {deviation:.3f}" if deviation else f"{mean:.3f}"
+    return plus_minus(mean, deviation) if deviation else f"{mean:.3f}"
 
 
 def view(lines: Sequence[dict[str, Any]]) -> Table:

@@ -27,11 +27,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def plus_minus(mean: float, deviation: float, digits: int = 3) -> str:
-    """As tables show it."""
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
-
-
 def where(found: Mapping[str, Any]) -> str:
     """Machine, versions, commit and date of a file of results."""
     machine = found["machine"]

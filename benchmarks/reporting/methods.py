@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods.grid import CORE, METHODS, SGD, TASKS, Task
-from benchmarks.methods.tables import Line, lines, spread
+from benchmarks.methods.tables import Line, lines, plus_minus, spread
 from benchmarks.reporting.charts import draw_rates, draw_scores
 from benchmarks.reporting.labels import label, short
-from benchmarks.reporting.markdown import picture, plus_minus, table, where, where_rows
+from benchmarks.reporting.markdown import picture, table, where, where_rows
 from benchmarks.reporting.verdicts import Verdict, against_others, against_xs
 from benchmarks.reporting.why import explanation
 from benchmarks.tabular import Row

@@ -9,9 +9,8 @@ from typing import Any
 
 from benchmarks.methods import grid
 from benchmarks.methods.grid import METHODS, SGD, TASKS, WHOLE, Task
-from benchmarks.methods.tables import Line
+from benchmarks.methods.tables import Line, plus_minus
 from benchmarks.paper.ablations import ABLATIONS, STARTS, SUBSPACES, summary
-from benchmarks.reporting.markdown import plus_minus
 from benchmarks.reporting.verdicts import compare, lines
 from benchmarks.tabular import Row
 from lorasb.init.run import LONGEST_START
