@@ -8,6 +8,8 @@
 
 namespace lorasb {
 
+constexpr const char* kCapVariable = "LORASB_MAX_CPU_ISA";
+
 const Kernels& kernels();
 
 // Names of the instruction sets that this processor has, the best first.
@@ -15,6 +17,9 @@ std::vector<std::string> instruction_sets();
 
 // Whether the processor multiplies tiles of bf16 (AMX).
 bool has_matrix_tiles();
+
+// Whether the processor multiplies fp16 (AVX512-FP16), and torch with it.
+bool multiplies_fp16();
 
 // Use one of them, or with "" the best again; false where there is none of that name.
 bool use_instruction_set(const std::string& name);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "gemm_kernels.h"
 #include "packed.h"
 #include "strip_kernels.h"
 
@@ -59,6 +60,8 @@ struct Kernels {
                        int64_t* bad) = nullptr;
 
   const StripKernels* strips = nullptr;  // null where bf16 is not multiplied
+  const GemmKernels* gemm = nullptr;     // never null
+  bool gemm_beats_blas = false;          // our fp32 product against panels for the BLAS, where that was measured
 };
 
 constexpr int kDenseTaps = 4;      // rows of a dense matrix that are read at once

@@ -8,11 +8,14 @@
 
 LORASB_TARGET_BEGIN("avx2,fma,f16c")
 
+#include "transpose_avx2.h"
+
 namespace lorasb {
 namespace {
 
 struct V {
   static constexpr int width = 8;
+  static constexpr int micro_rows = 6;  // 12 sums, two registers of lanes and one token in 16 registers
   using reg = __m256;
   struct table {
     __m256 low, high;  // entries 0-7 and 8-15
@@ -73,17 +76,48 @@ struct V {
     return _mm256_castsi256_ps(_mm256_and_si256(bf16_bits(a), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
   static reg round_f16(reg a) { return _mm256_cvtph_ps(_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+  static reg load_bf16(const uint16_t* from) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static reg load_f16(const uint16_t* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static void store_bf16(uint16_t* to, reg a) {
+    // What is not a number keeps its upper bits and gets a quiet one: rounding up could carry it to zero.
+    const __m256i quiet = _mm256_or_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    const __m256i bits = _mm256_srli_epi32(_mm256_blendv_epi8(bf16_bits(a), quiet, nan), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+  }
+  static void store_f16(uint16_t* to, reg a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void transpose8(const float* from, int64_t ld, int64_t rows, float* to, int64_t to_ld) {
+    transpose8_avx2(from, ld, rows, to, to_ld);
+  }
+  static void transpose16_bf16(const uint16_t* from, int64_t ld, int64_t rows, float* to, int64_t to_ld) {
+    transpose16_bf16_avx2(from, ld, rows, to, to_ld);
+  }
 };
 
 }  // namespace
 }  // namespace lorasb
 
+// clang-format off
 #include "vector_kernels.h"
+#include "gemm_vector.h"
+// clang-format on
 
 namespace lorasb {
 
 const Kernels& avx2_kernels() {
-  static const Kernels kernels = common_kernels("AVX2");
+  static const Kernels kernels = [] {
+    Kernels k = common_kernels("AVX2");
+    k.gemm_beats_blas = true;
+    return k;
+  }();
   return kernels;
 }
 

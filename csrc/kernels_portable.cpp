@@ -6,6 +6,7 @@ namespace {
 
 struct V {
   static constexpr int width = 8;
+  static constexpr int micro_rows = 4;
   struct reg {
     float lane[width];
   };
@@ -51,12 +52,25 @@ struct V {
   static void interleave_f16(const reg& high, const reg& low, uint16_t* out);
   static reg round_bf16(const reg& a);
   static reg round_f16(const reg& a);
+  static reg load_bf16(const uint16_t* from);
+  static reg load_f16(const uint16_t* from);
+  static void store_bf16(uint16_t* to, const reg& a);
+  static void store_f16(uint16_t* to, const reg& a);
+  static void transpose8(const float* from, int64_t ld, int64_t rows, float* to, int64_t to_ld) {
+    for (int64_t j = 0; j < 8; ++j) {
+      for (int64_t i = 0; i < 8; ++i) to[j * to_ld + i] = i < rows ? from[i * ld + j] : 0.0f;
+    }
+  }
+  static void transpose16_bf16(const uint16_t* from, int64_t ld, int64_t rows, float* to, int64_t to_ld);
 };
 
 }  // namespace
 }  // namespace lorasb
 
+// clang-format off
 #include "vector_kernels.h"
+#include "gemm_vector.h"
+// clang-format on
 
 namespace lorasb {
 namespace {
@@ -92,6 +106,32 @@ V::reg V::round_f16(const reg& a) {
   reg result;
   for (int i = 0; i < width; ++i) result.lane[i] = from_f16(to_f16(a.lane[i]));
   return result;
+}
+
+V::reg V::load_bf16(const uint16_t* from) {
+  reg result;
+  for (int i = 0; i < width; ++i) result.lane[i] = from_bf16(from[i]);
+  return result;
+}
+
+void V::transpose16_bf16(const uint16_t* from, int64_t ld, int64_t rows, float* to, int64_t to_ld) {
+  for (int64_t j = 0; j < 16; ++j) {
+    for (int64_t i = 0; i < 8; ++i) to[j * to_ld + i] = i < rows ? from_bf16(from[i * ld + j]) : 0.0f;
+  }
+}
+
+V::reg V::load_f16(const uint16_t* from) {
+  reg result;
+  for (int i = 0; i < width; ++i) result.lane[i] = from_f16(from[i]);
+  return result;
+}
+
+void V::store_bf16(uint16_t* to, const reg& a) {
+  for (int i = 0; i < width; ++i) to[i] = to_bf16(a.lane[i]);
+}
+
+void V::store_f16(uint16_t* to, const reg& a) {
+  for (int i = 0; i < width; ++i) to[i] = to_f16(a.lane[i]);
 }
 
 }  // namespace

@@ -1,12 +1,10 @@
 #include "linear.h"
 
-#include <ATen/CPUGeneratorImpl.h>
-#include <ATen/autocast_mode.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-
 #include <array>
 
+#include "adapted.h"
 #include "few_tokens.h"
+#include "operands.h"
 #include "product.h"
 #include "quantised.h"
 #include "strips.h"
@@ -14,56 +12,9 @@
 namespace lorasb {
 namespace {
 
-// Casts were made and the graph is recorded before the op.
-struct Plain {
-  at::AutoDispatchBelowAutograd below_autograd;
-  c10::impl::ExcludeDispatchKeyGuard without_autocast{c10::autocast_dispatch_keyset};
-};
-
-at::Tensor rows_of(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}).contiguous(); }
-
-at::Tensor shaped(const at::Tensor& rows, const at::Tensor& like) {
-  std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
-  shape.back() = rows.size(1);
-  return at::_unsafe_view(rows, shape);
-}
-
-at::Tensor keep_mask(at::IntArrayRef shape, double dropout, const at::Tensor& seed) {
-  const auto generator = at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(seed.item<int64_t>()));
-  return at::empty(shape, at::TensorOptions().dtype(at::kBool)).bernoulli_(1.0 - dropout, generator);
-}
-
 // core·scale in x's dtype: its product is rounded to that in any case.
 at::Tensor scaled(const at::Tensor& core, double scale, at::ScalarType dtype) {
   return (scale == 1.0 ? core : core * scale).to(dtype);
-}
-
-void check_dtype(const at::Tensor& x) {
-  const auto dtype = x.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
-                   "expected x in fp64, fp32, bf16 or fp16, got ", dtype);
-}
-
-void check_like(const std::optional<at::Tensor>& tensor, const at::Tensor& x, const char* name) {
-  if (!tensor.has_value()) return;
-  TORCH_CHECK_TYPE(tensor->scalar_type() == x.scalar_type(), "expected ", name, " in x's dtype ", x.scalar_type(),
-                   ", got ", tensor->scalar_type(), ": cast one of the two");
-  TORCH_CHECK_VALUE(tensor->device() == x.device(), "expected ", name, " on x's device ", x.device(), ", got ",
-                    tensor->device(), ": move one of the two");
-}
-
-void check_operands(const at::Tensor& x, int64_t features, const at::Tensor& a, const at::Tensor& core,
-                    const at::Tensor& b) {
-  check_dtype(x);
-  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && core.dim() == 2 && a.size(0) == b.size(1) &&
-                        core.size(0) == a.size(0) && core.size(1) == a.size(0),
-                    "expected A [r, in], R [r, r] and B [out, r], got ", a.sizes(), ", ", core.sizes(), ", ",
-                    b.sizes());
-  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == features, "expected [..., ", features, "], got ", x.sizes());
-  check_like(a, x, "lora_A");
-  check_like(b, x, "lora_B");
-  TORCH_CHECK_TYPE(core.is_floating_point(), "expected lora_R in fp32, got ", core.scalar_type());
-  TORCH_CHECK_VALUE(core.device().is_cpu(), "expected lora_R on the CPU, got it on ", core.device());
 }
 
 // torch multiplies fp16 on CPUs four times slower than fp32.
@@ -85,9 +36,13 @@ std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x, at::TensorList qu
   const Plain plain;
   check_operands(x, a.dim() == 2 ? a.size(1) : 0, a, core, b);
   const Packed w = unpack(quant, layout, b.size(0), a.size(1));
-  TORCH_CHECK_VALUE(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == w.rows), "expected a bias [", w.rows,
-                    "], got ", bias.has_value() ? bias->sizes() : at::IntArrayRef());
-  check_like(bias, x, "bias");
+  check_bias(bias, x, w.rows);
+  if (takes_panels(w, x.scalar_type(), x.numel() / std::max<int64_t>(1, x.size(-1)))) {
+    const at::Tensor rows = rows_of(x);
+    const Adapter adapter{a, core, b, seed.has_value() ? scaling / (1.0 - dropout) : scaling};
+    const auto [y, u] = adapted_linear(rows, weight_rows(w), adapter, bias, {dropout, seed});
+    return {shaped(y, x), u};
+  }
   if (x.scalar_type() == at::kHalf) {
     const auto [y, u] = linear(x.to(at::kFloat), quant, layout, a.to(at::kFloat), core, b.to(at::kFloat), widened(bias),
                                scaling, dropout, seed);
@@ -147,6 +102,12 @@ std::tuple<at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, at::Ten
   check_operands(dy, b.dim() == 2 ? b.size(0) : 0, a, core, b);
   const Packed w = unpack(quant, layout, b.size(0), a.size(1));
   const auto dtype = dy.scalar_type();
+  if (takes_panels(w, dtype, dy.numel() / std::max<int64_t>(1, dy.size(-1)))) {
+    const Adapter adapter{a, core, b, seed.has_value() ? scaling / (1.0 - dropout) : scaling};
+    const auto [dx, dcore] =
+        adapted_backward(rows_of(dy), weight_columns(w), adapter, u, {dropout, seed}, need_dx, need_dcore);
+    return {need_dx ? shaped(dx, dy) : dx, dcore};
+  }
   if (dtype == at::kHalf) {
     const auto [dx, dcore] = linear_backward(dy.to(at::kFloat), quant, layout, a.to(at::kFloat), core, b.to(at::kFloat),
                                              u.to(at::kFloat), scaling, dropout, seed, need_dx, need_dcore);

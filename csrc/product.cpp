@@ -118,6 +118,13 @@ void panels_transposed(const Packed& w, const at::Tensor& dy, at::Tensor& dx) {
 
 }  // namespace
 
+bool takes_panels(const Packed& w, at::ScalarType dtype, int64_t M) {
+  const bool single = dtype == at::kFloat || dtype == at::kHalf;
+  if (!single && dtype != at::kBFloat16) return false;
+  if (M <= kDirectTokens && w.whole_blocks() && dtype != at::kHalf) return false;
+  return single ? kernels().gemm_beats_blas : kernels().strips == nullptr;
+}
+
 void add_product(const Packed& w, const at::Tensor& x, at::Tensor& y) {
   const int64_t M = x.size(0);
   if (M == 0 || w.rows == 0 || w.columns == 0) return;

@@ -1,6 +1,7 @@
 // What the extension adds to torch: kernels for the ops that lorasb defines in Python, and what it tells of itself.
 #include <torch/library.h>
 
+#include "dense.h"
 #include "gradient.h"
 #include "isa.h"
 #include "linear.h"
@@ -23,6 +24,27 @@ TORCH_LIBRARY(lorasb_csrc, m) {
   m.def("instruction_sets() -> str[]", [] { return lorasb::instruction_sets(); });
   m.def("use_instruction_set(str name) -> ()", [](const std::string& name) { lorasb::use(name); });
   m.def("instruction_set() -> str", [] { return lorasb::used(); });
+  m.def("widens(ScalarType dtype) -> bool", [](at::ScalarType dtype) { return lorasb::widens(dtype); });
+  // Of lorasb::linear and lorasb::linear_group, for 16-bit tensors where `widens`.
+  m.def(
+      "dense_linear(Tensor x, Tensor? weight, Tensor a, Tensor core, Tensor b, Tensor? bias, float scaling, "
+      "float dropout, Tensor? seed) -> (Tensor, Tensor)");
+  m.def(
+      "dense_linear_backward(Tensor dy, Tensor? weight, Tensor a, Tensor core, Tensor b, Tensor u, float scaling, "
+      "float dropout, Tensor? seed, bool need_dx, bool need_dcore) -> (Tensor, Tensor)");
+  m.def(
+      "dense_group(Tensor x, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] biases, "
+      "float[] scalings) -> Tensor[]");
+  m.def(
+      "dense_group_backward(Tensor[] dys, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] us, "
+      "float[] scalings, bool need_dx, bool need_dcore) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(lorasb_csrc, CPU, m) {
+  m.impl("dense_linear", TORCH_FN(lorasb::dense_linear));
+  m.impl("dense_linear_backward", TORCH_FN(lorasb::dense_linear_backward));
+  m.impl("dense_group", TORCH_FN(lorasb::dense_group));
+  m.impl("dense_group_backward", TORCH_FN(lorasb::dense_group_backward));
 }
 
 TORCH_LIBRARY_IMPL(lorasb, CPU, m) {

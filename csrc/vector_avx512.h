@@ -1,10 +1,12 @@
 // The vector type of AVX-512; included inside a target region, by each file that compiles for one.
+#include "transpose_avx2.h"
 
 namespace lorasb {
 namespace {
 
 struct V {
   static constexpr int width = 16;
+  static constexpr int micro_rows = 12;  // 24 sums, two registers of lanes and some tokens in 32 registers
   using reg = __m512;
   using table = __m512;
 
@@ -59,12 +61,37 @@ struct V {
     return _mm512_castsi512_ps(_mm512_and_si512(bf16_bits(a), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
   static reg round_f16(reg a) { return _mm512_cvtph_ps(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+  static reg load_bf16(const uint16_t* from) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static reg load_f16(const uint16_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static void store_bf16(uint16_t* to, reg a) {
+    // What is not a number keeps its upper bits and gets a quiet one: rounding up could carry it to zero.
+    const __m512i quiet = _mm512_or_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x400000));
+    const __m512i bits = _mm512_mask_mov_epi32(bf16_bits(a), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+  }
+  static void store_f16(uint16_t* to, reg a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void transpose8(const float* from, int64_t ld, int64_t rows, float* to, int64_t to_ld) {
+    transpose8_avx2(from, ld, rows, to, to_ld);
+  }
+  static void transpose16_bf16(const uint16_t* from, int64_t ld, int64_t rows, float* to, int64_t to_ld) {
+    transpose16_bf16_avx2(from, ld, rows, to, to_ld);
+  }
 };
 
 }  // namespace
 }  // namespace lorasb
 
+// clang-format off
 #include "vector_kernels.h"
+#include "gemm_vector.h"
+// clang-format on
 
 namespace lorasb {
 namespace {

@@ -123,12 +123,18 @@ inline void decode_blocks(const Packed& w, int64_t first, int64_t count, typenam
   }
 }
 
+// Row by row: a division for each element would take longer than all the rest.
 template <typename T>
 void decode_octets(const Packed& w, int64_t first, int64_t count, typename T::type* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t place = first + i;
-    const float value = static_cast<float>(w.codes[place]) * w.scales[place / w.columns] * kPerOctet;
-    out[i] = T::cast(rounded(value, w.rounding));
+  for (int64_t done = 0; done < count;) {
+    const int64_t place = first + done, row = place / w.columns;
+    const int64_t row_end = (row + 1) * w.columns - first, end = row_end < count ? row_end : count;
+    const float scale = w.scales[row];
+    const int8_t* codes = w.codes + first;
+    for (int64_t i = done; i < end; ++i) {
+      out[i] = T::cast(rounded(static_cast<float>(codes[i]) * scale * kPerOctet, w.rounding));
+    }
+    done = end;
   }
 }
 
@@ -263,6 +269,8 @@ double pack_signs(const float* x, int64_t count, uint32_t* positive, uint32_t* n
   return squares;
 }
 
+const GemmKernels& gemm_kernels();  // gemm_vector.h
+
 // What every instruction set has; the richer ones add to it.
 inline Kernels common_kernels(const char* name) {
   Kernels k;
@@ -273,6 +281,7 @@ inline Kernels common_kernels(const char* name) {
   k.dot = dot;
   k.dot_transposed = dot_transposed;
   k.pack_signs = pack_signs;
+  k.gemm = &gemm_kernels();
   return k;
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import direct
-from .backends import eager  # importing the package registers every backend
+from .backends import cpp, eager  # importing the package registers every backend
 from .limits import MAX_RANK
 from .ops import backend_op, cpu_kernel, current_backend
 from .quantised import QuantisedWeight, of_weight
@@ -76,11 +76,18 @@ def _over_dense(
     arguments = (x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout, seed)
     backend = current_backend()
     kernels = direct.kernels("linear", backend, *arguments[:6])
-    if kernels and kernels[0] is eager.forward and direct.small(x, (weight, lora_A, lora_B, bias), dropout):
+    if kernels and _of_torch(kernels, x) and direct.small(x, (weight, lora_A, lora_B, bias), dropout):
         return direct.composed(*arguments[:7])
     y: Tensor
     y, _ = direct.Linear.apply(*arguments, kernels) if kernels else backend_op("linear", backend)(*arguments)
     return y
+
+
+def _of_torch(kernels: direct.Kernels, x: Tensor) -> bool:
+    """True if these kernels compose torch's products for x."""
+    return kernels[0] in (eager.forward, eager.group_forward) or (
+        kernels[0] in (cpp.forward, cpp.group_forward) and not cpp.widens(x.dtype)
+    )
 
 
 def _seed(dropout: float) -> Tensor | None:
@@ -213,7 +220,7 @@ def lora_sb_linear_group(
     tensors = [tensor for part in lists for tensor in part]
     backend = current_backend()
     kernels = direct.kernels("linear_group", backend, x, *tensors)
-    if kernels and kernels[0] is eager.group_forward and direct.small(x, (*weights, *lora_A, *lora_B, *biases)):
+    if kernels and _of_torch(kernels, x) and direct.small(x, (*weights, *lora_A, *lora_B, *biases)):
         each: list[Any] = list(biases) or [None] * len(weights)
         members = zip(weights, lora_A, lora_R, lora_B, each, scalings, strict=True)
         return [direct.composed(x, *member) for member in members]

@@ -1,8 +1,9 @@
 """The C++ kernels: loaded where they were built, for CPU tensors. Without them eager torch computes, and says so once.
 
 The extension registers its own kernels with the dispatcher, under the ops of `cpp` and of `auto`; what is told here is
-where they are, so that small calls reach them directly. Dense layers need none of their own: what eager composes for
-them are the BLAS's products, and it serves `cpp` too.
+where they are, so that small calls reach them directly. Dense layers in fp32, and in 16 bits where the processor
+multiplies them, are the BLAS's products as eager composes them. Elsewhere 16-bit weights are widened a panel at a time by
+the extension: torch takes several times as long forward and a hundred times as long backward.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .. import gradient_ops, quantised_ops  # noqa: F401  define the ops
+from .. import gradient_ops, group_ops, quantised_ops  # noqa: F401  define the ops
 from ..ops import backend_op, register_backend, register_loaded
 from . import eager
 
 DISABLE = "LORASB_NO_CSRC"
+CAP = "LORASB_MAX_CPU_ISA"
+CAPS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+HALVES = (torch.bfloat16, torch.float16)
 OPS = ("linear_quantised", "linear_quantised_backward", "dequantise", "gradient_add", "gradient_signs")
 _reason: str | None = "not loaded yet"
 
@@ -58,6 +63,89 @@ def use_instruction_set(name: str) -> None:
     torch.ops.lorasb_csrc.use_instruction_set(name)
 
 
+def widens(dtype: torch.dtype) -> bool:
+    """True if dense layers in this dtype are the extension's on a CPU: 16 bits that the processor does not multiply."""
+    return _reason is None and dtype in HALVES and torch.ops.lorasb_csrc.widens(dtype)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [..., out] and u = x Aᵀ [M, r]."""
+    compute = torch.ops.lorasb_csrc.dense_linear.default if widens(x.dtype) else eager.forward
+    result: tuple[Tensor, Tensor] = compute(x, weight, a, core, b, bias, scaling, dropout, seed)
+    return result
+
+
+def backward(
+    dy: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    u: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_dcore: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty."""
+    compute = torch.ops.lorasb_csrc.dense_linear_backward.default if widens(dy.dtype) else eager.backward
+    result: tuple[Tensor, Tensor] = compute(
+        dy, weight, a, core, b, u, scaling, dropout, seed, need_dx, need_dcore
+    )  # fmt: skip
+    return result
+
+
+def group_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    a: list[Tensor],
+    cores: list[Tensor],
+    b: list[Tensor],
+    biases: list[Tensor],
+    scalings: list[float],
+) -> list[Tensor]:
+    """y_i [..., m_i] of every member, then u_i [M, r]."""
+    compute = torch.ops.lorasb_csrc.dense_group.default if widens(x.dtype) else eager.group_forward
+    result: list[Tensor] = compute(x, weights, a, cores, b, biases, scalings)
+    return result
+
+
+def group_backward(
+    dys: list[Tensor],
+    weights: list[Tensor],
+    a: list[Tensor],
+    cores: list[Tensor],
+    b: list[Tensor],
+    us: list[Tensor],
+    scalings: list[float],
+    need_dx: bool,
+    need_dcore: bool,
+) -> list[Tensor]:
+    """dx = Σ_i dy_i W_i + (s_i·t_i R_i) A_i in one sum; then dR_i."""
+    compute = torch.ops.lorasb_csrc.dense_group_backward.default if widens(dys[0].dtype) else eager.group_backward
+    result: list[Tensor] = compute(dys, weights, a, cores, b, us, scalings, need_dx, need_dcore)
+    return result
+
+
+KERNELS = (
+    ("linear", forward),
+    ("linear_backward", backward),
+    ("linear_group", group_forward),
+    ("linear_group_backward", group_backward),
+)
+
+
 def register() -> None:
     """Load the extension, which registers its kernels for the CPU."""
     global _reason
@@ -65,7 +153,7 @@ def register() -> None:
     if _reason is not None:
         logging.getLogger("lorasb").info("C++ kernels: %s; eager torch computes on the CPU", _reason)
     if _reason is None:
-        register_backend("cpp", eager.KERNELS, ("CPU",), auto_keys=())
+        register_backend("cpp", KERNELS, ("CPU",))
     kernels = {op: _below_autograd(backend_op(op, "cpp")) for op in OPS}
     register_loaded("cpp", kernels | {"serve_quantised": backend_op("serve_quantised", "cpp")}, missing)
 
@@ -73,6 +161,9 @@ def register() -> None:
 def _load() -> str | None:
     if os.environ.get(DISABLE) == "1":
         return f"{DISABLE}=1 leaves them out"
+    cap = os.environ.get(CAP) or CAPS[0]
+    if cap not in CAPS:
+        raise ValueError(f"expected {CAP} to be one of {', '.join(CAPS)}, got {cap!r}")
     path = library()
     if path is None:
         return (

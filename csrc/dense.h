@@ -1,0 +1,36 @@
+// The adapted linear over a dense weight in 16 bits on processors that do not multiply them: W is widened to fp32 a
+// panel at a time, and all sums are in fp32.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace lorasb {
+
+// Whether products in a 16-bit dtype are ours: false where the processor multiplies it natively, and torch with it.
+bool widens(at::ScalarType dtype);
+
+// y [..., m] and u = x Aᵀ [M, r]; arguments and results as of lorasb::linear.
+std::tuple<at::Tensor, at::Tensor> dense_linear(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                                                const at::Tensor& a, const at::Tensor& core, const at::Tensor& b,
+                                                const std::optional<at::Tensor>& bias, double scaling, double dropout,
+                                                const std::optional<at::Tensor>& seed);
+
+std::tuple<at::Tensor, at::Tensor> dense_linear_backward(const at::Tensor& dy, const std::optional<at::Tensor>& weight,
+                                                         const at::Tensor& a, const at::Tensor& core,
+                                                         const at::Tensor& b, const at::Tensor& u, double scaling,
+                                                         double dropout, const std::optional<at::Tensor>& seed,
+                                                         bool need_dx, bool need_dcore);
+
+// As of lorasb::linear_group.
+std::vector<at::Tensor> dense_group(const at::Tensor& x, at::TensorList weights, at::TensorList a, at::TensorList cores,
+                                    at::TensorList b, at::TensorList biases, at::ArrayRef<double> scalings);
+
+std::vector<at::Tensor> dense_group_backward(at::TensorList dys, at::TensorList weights, at::TensorList a,
+                                             at::TensorList cores, at::TensorList b, at::TensorList us,
+                                             at::ArrayRef<double> scalings, bool need_dx, bool need_dcore);
+
+}  // namespace lorasb

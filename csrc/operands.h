@@ -1,0 +1,67 @@
+// What the ops over dense and quantized weights share: their operands' checks, and how rows and masks are made of them.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+
+#include <optional>
+#include <vector>
+
+namespace lorasb {
+
+// Casts were made and the graph is recorded before the op.
+struct Plain {
+  at::AutoDispatchBelowAutograd below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard without_autocast{c10::autocast_dispatch_keyset};
+};
+
+inline at::Tensor rows_of(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}).contiguous(); }
+
+inline at::Tensor shaped(const at::Tensor& rows, const at::Tensor& like) {
+  std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
+  shape.back() = rows.size(1);
+  return at::_unsafe_view(rows, shape);
+}
+
+inline at::Tensor keep_mask(at::IntArrayRef shape, double dropout, const at::Tensor& seed) {
+  const auto generator = at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(seed.item<int64_t>()));
+  return at::empty(shape, at::TensorOptions().dtype(at::kBool)).bernoulli_(1.0 - dropout, generator);
+}
+
+inline void check_dtype(const at::Tensor& x) {
+  const auto dtype = x.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
+                   "expected x in fp64, fp32, bf16 or fp16, got ", dtype);
+}
+
+inline void check_like(const std::optional<at::Tensor>& tensor, const at::Tensor& x, const char* name) {
+  if (!tensor.has_value()) return;
+  TORCH_CHECK_TYPE(tensor->scalar_type() == x.scalar_type(), "expected ", name, " in x's dtype ", x.scalar_type(),
+                   ", got ", tensor->scalar_type(), ": cast one of the two");
+  TORCH_CHECK_VALUE(tensor->device() == x.device(), "expected ", name, " on x's device ", x.device(), ", got ",
+                    tensor->device(), ": move one of the two");
+}
+
+inline void check_operands(const at::Tensor& x, int64_t features, const at::Tensor& a, const at::Tensor& core,
+                           const at::Tensor& b) {
+  check_dtype(x);
+  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && core.dim() == 2 && a.size(0) == b.size(1) &&
+                        core.size(0) == a.size(0) && core.size(1) == a.size(0),
+                    "expected A [r, in], R [r, r] and B [out, r], got ", a.sizes(), ", ", core.sizes(), ", ",
+                    b.sizes());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == features, "expected [..., ", features, "], got ", x.sizes());
+  check_like(a, x, "lora_A");
+  check_like(b, x, "lora_B");
+  TORCH_CHECK_TYPE(core.is_floating_point(), "expected lora_R in fp32, got ", core.scalar_type());
+  TORCH_CHECK_VALUE(core.device().is_cpu(), "expected lora_R on the CPU, got it on ", core.device());
+}
+
+inline void check_bias(const std::optional<at::Tensor>& bias, const at::Tensor& x, int64_t out_features) {
+  TORCH_CHECK_VALUE(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == out_features), "expected a bias [",
+                    out_features, "], got ", bias.has_value() ? bias->sizes() : at::IntArrayRef());
+  check_like(bias, x, "bias");
+}
+
+}  // namespace lorasb

@@ -1,0 +1,208 @@
+"""Dense layers in bf16 and fp16 on processors that do not multiply them: W is widened a panel at a time, in C++."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import reference
+import torch
+from calls import run
+from tolerances import EXACT, HALF_FEW, POOL, check, check_half
+from torch import Tensor
+
+import lorasb
+from lorasb.backends import cpp
+from lorasb.functional import lora_sb_linear, lora_sb_linear_group
+
+HALVES = (torch.bfloat16, torch.float16)
+SETS = cpp.instruction_sets() if cpp.missing() is None else []
+ROWS = (1, 3, 4, 5, 6, 13, 64, 97)  # one token, a walk over rows of W, micro-panels that are full and that are not
+pytestmark = pytest.mark.skipif(not SETS, reason="no C++ extension")
+
+
+@pytest.fixture(params=SETS)
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of this processor that does not multiply bf16."""
+    cpp.use_instruction_set(request.param)
+    try:
+        if not cpp.widens(torch.bfloat16):
+            pytest.skip(f"{request.param} multiplies bf16 natively")
+        with lorasb.backend("cpp"):
+            yield request.param
+    finally:
+        cpp.use_instruction_set("")
+
+
+def pooled(rows: int, n: int, m: int, r: int, dtype: torch.dtype, **options: object) -> list[tuple[Tensor, ...]]:
+    """y, dx and dR: ours, the plain chain's in the same dtype, and exact ones; over as many seeds as a comparison needs."""
+    pools: list[list[tuple[Tensor, ...]]] = [[], [], []]
+    for seed in range(-(-POOL // min(rows * n, rows * m, r * r))):
+        case = reference.make_case((rows,), n, m, r, dtype, seed=seed, **options)  # type: ignore[arg-type]
+        exact = case.double()
+        wanted = (reference.forward(exact), *reference.gradients(exact))
+        for pool, *values in zip(pools, run(case), reference.plain_chain(case), wanted, strict=True):
+            pool.append(tuple(value.reshape(-1) for value in values))
+    return [tuple(torch.cat(part) for part in zip(*pool, strict=True)) for pool in pools]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("n", "m", "r"), [(123, 59, 17), (64, 300, 24), (520, 48, 16)])
+def test_as_near_to_fp64_as_the_plain_chain(
+    kernel: str, rows: int, n: int, m: int, r: int, dtype: torch.dtype
+) -> None:
+    for ours, chain, exact in pooled(rows, n, m, r, dtype):
+        check_half(ours, chain, exact)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_more_tokens_than_are_open_at_once(kernel: str, dtype: torch.dtype) -> None:
+    for ours, chain, exact in pooled(1100, 40, 24, 20, dtype):
+        check_half(ours, chain, exact)
+
+
+def test_more_tokens_than_are_packed_at_once(kernel: str) -> None:
+    """A sum over many features takes its tokens part by part; the parts are the same bits as one call of each."""
+    n = 1 << 15
+    case = reference.make_case((1040,), n, 8, 4, torch.bfloat16)
+    y, dx, dcore = run(case)
+    parts = [
+        run(reference.Case(x, case.weight, case.a, case.core, case.b, case.bias, case.scaling, dy))
+        for x, dy in zip(case.x.split(512), case.dy.split(512), strict=True)
+    ]
+    assert torch.equal(y, torch.cat([part[0] for part in parts]))
+    assert torch.equal(dx, torch.cat([part[1] for part in parts]))
+    check(dcore, reference.gradients(case.double())[1], HALF_FEW)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_weight_that_is_stored_transposed(kernel: str, rows: int, dtype: torch.dtype) -> None:
+    case = reference.make_case((rows,), 96, 50, 8, dtype)
+    want = run(case)
+    case.weight = case.weight.t().contiguous().t()
+    for ours, theirs in zip(run(case), want, strict=True):
+        check(ours, theirs, HALF_FEW)
+    assert torch.equal(run(case)[2], want[2])
+
+
+@pytest.mark.parametrize("rows", [0, 2, 40])
+def test_without_bias_weight_or_tokens(kernel: str, rows: int) -> None:
+    case = reference.make_case((rows, 2), 64, 33, 8, torch.bfloat16, bias=False)
+    y, dx, _ = run(case)
+    wide = case.double()
+    check(y, reference.forward(wide), HALF_FEW)
+    check(dx, reference.gradients(wide)[0], HALF_FEW)
+    alone = lora_sb_linear(case.x, None, case.a, case.core, case.b, scaling=case.scaling)
+    check(alone, wide.scaling * (wide.x @ wide.a.t() @ wide.core.t() @ wide.b.t()), HALF_FEW)
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_dropout_drops_what_eager_drops(kernel: str, rows: int, dtype: torch.dtype) -> None:
+    case = reference.make_case((rows,), 96, 50, 8, dtype)
+    torch.manual_seed(5)
+    ours = run(case, dropout=0.4)
+    torch.manual_seed(5)
+    with lorasb.backend("eager"):
+        theirs = run(case, dropout=0.4)
+    for got, want in zip(ours, theirs, strict=True):
+        check(got, want, HALF_FEW)
+
+
+@pytest.mark.parametrize("rows", [2, 4, 40, 600])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_group_is_its_members(kernel: str, rows: int, bias: bool) -> None:
+    cases = [
+        reference.make_case((rows,), 64, m, 8, torch.bfloat16, bias=bias, seed=seed)
+        for seed, m in enumerate((48, 16, 80))
+    ]
+    x = cases[0].x.clone().requires_grad_()
+    cores = [case.core.clone().requires_grad_() for case in cases]
+    factors = [[case.weight for case in cases], [case.a for case in cases], cores, [case.b for case in cases]]
+    scalings = [case.scaling for case in cases]
+    ys = lora_sb_linear_group(x, *factors, [case.bias for case in cases] if bias else (), scalings)
+    torch.autograd.backward(ys, [case.dy for case in cases])
+    exact = torch.zeros(rows, 64, dtype=torch.float64)
+    for case, y, core in zip(cases, ys, cores, strict=True):
+        case.x = cases[0].x
+        alone = run(case)
+        assert torch.equal(y, alone[0])
+        assert torch.equal(core.grad, alone[2])
+        exact += reference.gradients(case.double())[0]
+    check(x.grad, exact, HALF_FEW)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40, 200])
+def test_the_same_bits_again_and_by_any_number_of_threads(kernel: str, rows: int) -> None:
+    case = reference.make_case((rows,), 700, 330, 16, torch.bfloat16)
+    threads, first = torch.get_num_threads(), run(case)
+    try:
+        for count in (1, 2, 3) * 3:
+            torch.set_num_threads(count)
+            for got, want in zip(run(case), first, strict=True):
+                check(got, want, EXACT)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("rows", [4, 9, 70])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_rows_do_not_leak(kernel: str, rows: int, value: float, dtype: torch.dtype) -> None:
+    case = reference.make_case((rows,), 64, 40, 4, dtype)
+    want = run(case)[0]
+    case.x[2, 3] = value
+    got = run(case)[0]
+    assert not torch.isfinite(got[2]).any()
+    others = [i for i in range(rows) if i != 2]
+    assert torch.equal(got[others], want[others])
+
+
+def test_no_weight_in_fp32_exists_and_u_alone_stays(kernel: str) -> None:
+    m, n, rows, r = 4096, 2048, 40, 8
+    case = reference.make_case((rows,), n, m, r, torch.bfloat16)
+    own = {t.data_ptr() for t in (case.weight, case.a, case.b, case.core)}
+    saved: list[Tensor] = []
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
+        x, core = case.x.requires_grad_(), case.core.requires_grad_()
+        lora_sb_linear(x, case.weight, case.a, core, case.b).backward(case.dy)
+    assert [tuple(t.shape) for t in saved if t.data_ptr() not in own] == [(rows, r)]
+    held = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert peak < m * n  # a quarter of W in fp32, activations and their copies included
+
+
+def test_opcheck(kernel: str) -> None:
+    case = reference.make_case((2, 3), 40, 24, 3, torch.bfloat16)
+    x, core = case.x.requires_grad_(), case.core.requires_grad_()
+    arguments = (x, case.weight, case.a, core, case.b, case.bias, case.scaling, 0.0, None)
+    torch.library.opcheck(torch.ops.lorasb.linear_cpp.default, arguments)
+    group = ([case.weight] * 2, [case.a] * 2, [core] * 2, [case.b] * 2, [case.bias] * 2, [1.0, 0.5])
+    torch.library.opcheck(torch.ops.lorasb.linear_group_cpp.default, (x, *group))
+
+
+BAD = {
+    "weight": (lambda c: {"weight": c.weight.t()}, ValueError, r"expected weight \[24, 40\]"),
+    "weight's dtype": (lambda c: {"weight": c.weight.float()}, TypeError, "weight in x's dtype"),
+    "bias": (lambda c: {"bias": c.bias[1:]}, ValueError, r"expected a bias \[24\]"),
+    "fp32": (lambda c: {"x": c.x.float(), "a": c.a.float(), "b": c.b.float()}, TypeError, "x in bf16 or fp16"),
+    "ranks": (lambda c: {"core": c.core[1:]}, ValueError, r"expected A \[r, in\]"),
+    "features": (lambda c: {"x": c.x[..., 1:]}, ValueError, r"expected \[\.\.\., 40\]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_extension_checks_what_it_is_given(kernel: str, name: str) -> None:
+    change, kind, message = BAD[name]
+    c = reference.make_case((3,), 40, 24, 3, torch.bfloat16)
+    given = {"x": c.x, "weight": c.weight, "a": c.a, "core": c.core, "b": c.b, "bias": c.bias} | change(c)
+    with pytest.raises(kind, match=message):
+        torch.ops.lorasb_csrc.dense_linear(*given.values(), 1.0, 0.0, None)
