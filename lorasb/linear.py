@@ -241,7 +241,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             raise missing()  # by a loader that reads one file and asks nobody
         if torch.is_grad_enabled() and core.requires_grad and not self.is_initialized(name):
             core = self._refuse_to_train(core, name)
-        if self.equivalent[name]:
+        if self.equivalent[name] and torch.is_grad_enabled() and self.is_initialized(name):  # zeros have no inverse
             core = EquivalentGradient.apply(core, *preconditioners(self, name))
         dropout = self.lora_dropout[name] if self.training else 0.0
         return lora_sb_linear(x, weight, a, core, b, bias, s, dropout=dropout)
