@@ -58,8 +58,8 @@ class LoRASBConfig(PeftConfig):
     Args:
         r: rank. `None` means 64, capped at a smaller layer's min(in_features, out_features); an explicit rank above
             that is an error which names the layer.
-        target_modules: names (matched by suffix), a regex, or "all-linear" (classification heads and output
-            embeddings are left out).
+        target_modules: names (matched by suffix), a regex, or "all-linear" (heads, poolers and whatever else
+            the base's checkpoint does not bring, which are trained whole, and output embeddings are left out).
         target_parameters: names (matched by suffix) of experts' 3-D weights, "mlp.experts.gate_up_proj" and
             "mlp.experts.down_proj" of Mixtral, Qwen3-MoE and families that compute alike: an A, R and B each expert.
         exclude_modules: names or a regex of modules to leave alone.
@@ -74,7 +74,8 @@ class LoRASBConfig(PeftConfig):
             classification unless given.
         equivalent_gradient: replace R's gradient by Theorem 3's closed form. Needed only where the factors are not
             orthonormal; with LoRA-SB's own it changes nothing but s.
-        modules_to_save: modules that are trained and saved whole, such as a classification head.
+        modules_to_save: modules that are trained and saved whole. What a checkpoint of the base does not bring, such as
+            a classification head, joins them by itself.
         init_provenance: written by `lorasb.initialize`: data, seed, learning rate, samples, versions.
         base_fingerprint: written when a model is patched: values that tell this base model from another.
         check_base: compare the base model with the fingerprint of a loaded adapter, and write one when a model is

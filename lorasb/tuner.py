@@ -18,6 +18,7 @@ from . import checkpoint, experts, peft_loading, shared_factors, siblings
 from .combining import combine
 from .config import ALL_LINEAR, PEFT_NAME, LoRASBConfig
 from .fingerprint import difference, fingerprint
+from .heads import save_heads
 from .linear import LoRASBLinear
 from .lookup import PEFT_PREFIX, any_merged, layers_with
 from .mixing import adapters_by_row
@@ -32,7 +33,6 @@ from .targets import (
     rank_for,
     refuse_tied_head,
     resolve_ranks,
-    save_heads,
 )
 from .task_type import infer_task_type
 from .zero import with_kept_factors
