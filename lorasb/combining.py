@@ -151,7 +151,7 @@ def _truncated(layer: LoRASBLinear, parts: list[tuple[float, str]], rank: int | 
 def _insert(
     tuner: Any, like: str, adapter_name: str, layers: dict[str, LoRASBLinear], found: dict[str, Combined]
 ) -> None:
-    config = copy.deepcopy(tuner.peft_config[like])
+    config = copy.deepcopy(tuner.peft_config[like]).weights_follow()
     config.__dict__.pop("_asked", None)  # what is set here is what is asked for
     ranks = {name: one.core.shape[0] for name, one in found.items()}
     config.r = max(ranks.values())

@@ -23,6 +23,7 @@ GLUE_ALPHA = 16.0  # LoRA-XS fixes alpha at 16 on GLUE and at r elsewhere (paper
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_NAME = "LORASB"
+FOR_THIS_PROCESS = ("init_seed", "check_base")  # of no use to who loads the adapter
 RESOLVED = (
     "r",
     "rank_pattern",
@@ -57,8 +58,8 @@ class LoRASBConfig(PeftConfig):
     Args:
         r: rank. `None` means 64, capped at a smaller layer's min(in_features, out_features); an explicit rank above
             that is an error which names the layer.
-        target_modules: names (matched by suffix), a regex, or "all-linear" (classification heads and output
-            embeddings are left out).
+        target_modules: names (matched by suffix), a regex, or "all-linear" (heads, poolers and whatever else
+            the base's checkpoint does not bring, which are trained whole, and output embeddings are left out).
         target_parameters: names (matched by suffix) of experts' 3-D weights, "mlp.experts.gate_up_proj" and
             "mlp.experts.down_proj" of Mixtral, Qwen3-MoE and families that compute alike: an A, R and B each expert.
         exclude_modules: names or a regex of modules to leave alone.
@@ -66,14 +67,19 @@ class LoRASBConfig(PeftConfig):
         rank_pattern: name or regex -> rank, for layers that differ from `r`.
         lora_dropout: probability of dropping an element of the adapter's input.
         scaling: s. LoRA-SB needs no tuning here: its equivalent gradient does not depend on s (Theorem 5).
-        init: "update" (LoRA-SB, Eq. 6-8), "lora-xs" (SVD of W) or "kaiming" (SVD of a random matrix, Table 5).
+        init: "update" (LoRA-SB, Eq. 6-8), "lora-xs" (SVD of W) or "kaiming" (SVD of a random matrix, Table 5). The
+            last two need no data: the adapter is initialized when the model is patched.
+        init_seed: of the data-free inits when a model is patched; `lorasb.initialize(model, seed=...)` takes another.
         lora_alpha: only for init="lora-xs", whose scaling is alpha/r: r for language models and 16 for
             classification unless given.
         equivalent_gradient: replace R's gradient by Theorem 3's closed form. Needed only where the factors are not
             orthonormal; with LoRA-SB's own it changes nothing but s.
-        modules_to_save: modules that are trained and saved whole, such as a classification head.
+        modules_to_save: modules that are trained and saved whole. What a checkpoint of the base does not bring, such as
+            a classification head, joins them by itself.
         init_provenance: written by `lorasb.initialize`: data, seed, learning rate, samples, versions.
         base_fingerprint: written when a model is patched: values that tell this base model from another.
+        check_base: compare the base model with the fingerprint of a loaded adapter, and write one when a model is
+            patched. `PeftModel.from_pretrained(base, folder, check_base=False)` loads an adapter on another base.
 
     Raises:
         ValueError: a field has a value that no model can use; the message says which are allowed.
@@ -89,14 +95,17 @@ class LoRASBConfig(PeftConfig):
     lora_dropout: float = 0.0
     scaling: float = 1.0
     init: str = "update"
+    init_seed: int = 0
     lora_alpha: float | None = None
     equivalent_gradient: bool = False
     modules_to_save: list[str] | None = None
     init_provenance: dict[str, Any] | None = None
     base_fingerprint: dict[str, str] | None = None
+    check_base: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._weights_follow = False
         self.peft_type = PeftType(PEFT_NAME)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -124,6 +133,8 @@ class LoRASBConfig(PeftConfig):
     def _check_values(self) -> None:
         if self.init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
+        if isinstance(self.init_seed, bool) or not isinstance(self.init_seed, int) or self.init_seed < 0:
+            raise ValueError(f"init_seed must be an integer >= 0, got {self.init_seed!r}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout!r}")
         if not isinstance(self.scaling, int | float) or not 0.0 < abs(self.scaling) < float("inf"):
@@ -147,6 +158,16 @@ class LoRASBConfig(PeftConfig):
                 f"with a regex ({self.target_modules!r}), select the layers in the regex"
             )
 
+    @property
+    def from_file(self) -> bool:
+        """Whether this describes an adapter that exists: its weights come from a file or from other adapters."""
+        return self._weights_follow or self.init_provenance is not None
+
+    def weights_follow(self) -> LoRASBConfig:
+        """Say that A, R and B of the next adapter made from this are written by the caller: nothing is initialized."""
+        self._weights_follow = True
+        return self
+
     def start_over(self) -> None:
         """Before a model is patched: put back what was asked for, so that one configuration serves several models."""
         for name, value in getattr(self, "_asked", {}).items():
@@ -168,6 +189,8 @@ class LoRASBConfig(PeftConfig):
         values = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
         if kwargs.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
+        for name in FOR_THIS_PROCESS:
+            values.pop(name)
         weights = Path(save_directory) / WEIGHTS_NAME
         if weights.is_file():
             weights.chmod(0o644)  # safetensors renames a private temporary file into place
@@ -186,7 +209,8 @@ class LoRASBConfig(PeftConfig):
         weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
         if weights.is_file():
             safetensors_header(weights)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config: LoRASBConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return config.weights_follow()
 
 
 def field_names() -> set[str]:

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .rows import Rows
+
 NAMES = ("gate_up_proj", "down_proj")  # in the order in which the parameters are registered
 
 
@@ -38,8 +40,10 @@ class OpenExperts(nn.Module):
             weights = getattr(whole, name).detach()
             setattr(self, name, nn.ModuleList(_linear(weight) for weight in weights))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """y [T, H], the experts' results weighted and added up."""
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, adapter_names: Rows | None = None
+    ) -> Tensor:
+        """y [T, H], the experts' results weighted and added up; `adapter_names` says what each token asks for."""
         chosen = top_k_index.reshape(-1)
         order = chosen.argsort(stable=True)
         tokens = order // top_k_index.shape[-1]
@@ -51,16 +55,16 @@ class OpenExperts(nn.Module):
         taken = [e for e, count in enumerate(own) if count or everyone]  # ranks reduce the gradients of the same Rs
         if not taken:
             return y
-        parts = hidden_states[tokens].split([own[e] for e in taken])
-        results = torch.cat([self._expert(e, part) for e, part in zip(taken, parts, strict=True)])
+        counts = [own[e] for e in taken]
+        parts, places = hidden_states[tokens].split(counts), tokens.split(counts)
+        names = [None if adapter_names is None else adapter_names.taken(place) for place in places]
+        results = torch.cat([self._expert(*each) for each in zip(taken, parts, names, strict=True)])
         weighted = results * top_k_weights.reshape(-1)[order, None]
         return y.index_add(0, tokens, weighted.to(y.dtype))
 
-    def _expert(self, e: int, x: Tensor) -> Tensor:
-        both: Any = self.gate_up_proj[e](x)  # type: ignore[index,operator]
-        gate, up = both.chunk(2, dim=-1)
-        result: Tensor = self.down_proj[e](self.act_fn(gate) * up)  # type: ignore[index,operator]
-        return result
+    def _expert(self, e: int, x: Tensor, rows: Rows | None) -> Tensor:
+        gate, up = _call(self.gate_up_proj[e], x, rows).chunk(2, dim=-1)  # type: ignore[index,arg-type]
+        return _call(self.down_proj[e], self.act_fn(gate) * up, rows)  # type: ignore[index,arg-type]
 
     def _apply(self, fn: Any, recurse: bool = True) -> OpenExperts:
         """Moves take the linears along; the parameters that they were views of are let go."""
@@ -89,6 +93,13 @@ class OpenExperts(nn.Module):
                 weights = torch.stack([layer.weight.detach() for layer in getattr(self, name)])
                 whole._parameters[name] = nn.Parameter(weights, requires_grad=False)
         return whole.train(self.training)
+
+
+def _call(layer: nn.Module, x: Tensor, rows: Rows | None) -> Tensor:
+    """A linear's result; one that has adapters gets the names, too."""
+    given = {} if rows is None or type(layer) is nn.Linear else {"adapter_names": rows}
+    result: Tensor = layer(x, **given)
+    return result
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from .equivalent import EquivalentGradient, preconditioners
 from .functional import dequantize_nf4, lora_sb_linear, quantised_linear
 from .offloading import brought_back
 from .quantised import QuantisedWeight, compute_dtype, is_quantised, keep_unpacked, of_module
+from .rows import Rows
 from .shared_factors import missing
 
 if TYPE_CHECKING:
@@ -212,17 +214,23 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             y = quantised_linear(x, found, self._bias_like(x))
         return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
 
-    def _by_rows(self, x: Tensor, rows: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _by_rows(self, x: Tensor, rows: Rows | Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """y, with the adapter that each row of x asks for."""
+        rows = rows if isinstance(rows, Rows) else Rows.of(rows)
         if len(rows) != len(x):
             raise ValueError(f"expected adapter_names for each of {len(x)} rows, got {len(rows)}")
         if self.merged:
             raise ValueError("adapter_names need unmerged weights: call model.unmerge_adapter() first")
         y = self._base(x, *args, **kwargs)
-        for name in sorted(set(rows) & set(self.lorasb_R)) if not self.disable_adapters else ():
-            places = torch.tensor([i for i, row in enumerate(rows) if row == name], device=x.device)
-            part = self._adapted(self.on_base_dtype(x[places]), name, None, None)
-            y = y.index_add(0, places, part.to(y.dtype))
+        for i, name in enumerate(rows.names):
+            if self.disable_adapters or name not in self.lorasb_R:
+                continue
+            places = (rows.index == i).nonzero().flatten().to(x.device)
+            if len(places) == len(x):
+                y = y + self._adapted(self.on_base_dtype(x), name, None, None).to(y.dtype)
+            elif len(places):
+                part = self._adapted(self.on_base_dtype(x[places]), name, None, None)
+                y = y.index_add(0, places, part.to(y.dtype))
         return y
 
     def _bias_like(self, x: Tensor) -> Tensor | None:
@@ -241,7 +249,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             raise missing()  # by a loader that reads one file and asks nobody
         if torch.is_grad_enabled() and core.requires_grad and not self.is_initialized(name):
             core = self._refuse_to_train(core, name)
-        if self.equivalent[name]:
+        if self.equivalent[name] and torch.is_grad_enabled() and self.is_initialized(name):  # zeros have no inverse
             core = EquivalentGradient.apply(core, *preconditioners(self, name))
         dropout = self.lora_dropout[name] if self.training else 0.0
         return lora_sb_linear(x, weight, a, core, b, bias, s, dropout=dropout)

@@ -1,4 +1,4 @@
-"""A, R and B that accelerate has offloaded: brought back for a product by the hooks that took them."""
+"""Weights that accelerate has offloaded: brought back for a product by the hooks that took them."""
 
 from __future__ import annotations
 
@@ -34,3 +34,23 @@ def brought_back(containers: list[nn.Module], name: str) -> Iterator[list[Tensor
     finally:
         for hook, container in zip(hooks, containers, strict=True):
             hook.post_forward(container, None)
+
+
+@contextmanager
+def weight_present(base: nn.Module) -> Iterator[None]:
+    """A base layer with its weight on the device where it runs; an offloaded one goes again afterwards."""
+    hook: Any = getattr(base, "_hf_hook", None)
+    if hook is None or not base._parameters["weight"].is_meta:  # type: ignore[union-attr]
+        yield
+        return
+    hook.pre_forward(base)
+    try:
+        yield
+    finally:
+        hook.post_forward(base, None)
+
+
+def within_reach(base: nn.Module) -> bool:
+    """Whether a base layer's weight has values, here or where accelerate has offloaded it."""
+    weight = base._parameters.get("weight")
+    return weight is not None and (not weight.is_meta or getattr(base, "_hf_hook", None) is not None)

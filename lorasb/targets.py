@@ -12,7 +12,6 @@ from . import experts
 from .config import DEFAULT_RANK, LoRASBConfig
 from .quantised import is_quantised
 
-HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj")
 OWN_WEIGHT_READERS = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
 
 
@@ -85,10 +84,3 @@ def features_of(base: Any) -> tuple[int, int]:
 def inside_tuner(model: nn.Module, name: str) -> bool:
     parts = name.split(".")
     return any(isinstance(model.get_submodule(".".join(parts[:i])), BaseTunerLayer) for i in range(1, len(parts)))
-
-
-def save_heads(model: nn.Module, config: LoRASBConfig) -> None:
-    """A classification head is trained whole and saved, never adapted: its weights are fresh."""
-    heads = [name for name, _ in model.named_children() if name in HEADS]
-    if heads:
-        config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or []), *heads])]

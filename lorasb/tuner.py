@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -18,9 +18,11 @@ from . import checkpoint, experts, peft_loading, shared_factors, siblings
 from .combining import combine
 from .config import ALL_LINEAR, PEFT_NAME, LoRASBConfig
 from .fingerprint import difference, fingerprint
+from .heads import save_heads
 from .linear import LoRASBLinear
 from .lookup import PEFT_PREFIX, any_merged, layers_with
 from .mixing import adapters_by_row
+from .offloading import within_reach
 from .quantised import is_quantised, keep_unpacked, of_module
 from .requantising import Requantised
 from .targets import (
@@ -31,10 +33,12 @@ from .targets import (
     rank_for,
     refuse_tied_head,
     resolve_ranks,
-    save_heads,
 )
 from .task_type import infer_task_type
 from .zero import with_kept_factors
+
+if TYPE_CHECKING:
+    from .init import InitReport
 
 
 class LoRASBModel(BaseTuner):
@@ -66,6 +70,7 @@ class LoRASBModel(BaseTuner):
         with _unchanged_on_error(model):
             self._refuse_duplicates(model, adapter_name)
             config.start_over()
+            config.base_fingerprint = config.base_fingerprint if config.check_base else None
             config.task_type = config.task_type or infer_task_type(model)
             keep_unpacked(model)
             save_heads(model, config)
@@ -73,10 +78,21 @@ class LoRASBModel(BaseTuner):
                 experts.open_targets(model, config.target_parameters)
             self._plan(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if config.base_fingerprint is None and not any_merged(model):
-                layers = layers_with(model, adapter_name)
+            layers = layers_with(model, adapter_name)
+            if config.check_base and config.base_fingerprint is None and not any_merged(model):
                 config.base_fingerprint = fingerprint({name: layer.base_weight() for name, layer in layers.items()})
+            if kwargs.get("state_dict") is None and _ready_at_once(model, config, adapter_name, layers):
+                self._initialize(model, config, adapter_name, layers)
             siblings.form(model)
+
+    def _initialize(
+        self, model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]
+    ) -> None:
+        """An init that needs no data; its report stays at the tuner, by adapter name."""
+        from .init.run import without_data
+
+        reports: dict[str, InitReport] = self.__dict__.setdefault("init_reports", {})
+        reports[adapter_name] = without_data(model, config, adapter_name, layers, config.init_seed)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -140,8 +156,8 @@ class LoRASBModel(BaseTuner):
             if reason:
                 raise ValueError(
                     f"this adapter was made on {config.base_model_name_or_path or 'another base model'}, and this base "
-                    f"is another one: {reason}. Load the adapter's own base; if you mean it, set "
-                    "base_fingerprint to null in its adapter_config.json"
+                    f"is another one: {reason}. Load the adapter's own base; if you mean it: "
+                    "PeftModel.from_pretrained(base, folder, check_base=False)"
                 )
 
     def _create_and_replace(
@@ -302,6 +318,15 @@ def discard(model: Any, adapter_name: str) -> None:
             elif isinstance(child, AuxiliaryTrainingWrapper):
                 setattr(parent, name, child.original_module)
     experts.close(model)
+
+
+def _ready_at_once(model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]) -> bool:
+    """Whether an adapter is filled when it is made: a data-free init, unmerged values of W, and no file to follow."""
+    if config.init == "update" or config.from_file or any_merged(model):
+        return False
+    return all(
+        within_reach(layer.get_base_layer()) and not layer.lorasb_A[adapter_name].is_meta for layer in layers.values()
+    )
 
 
 def _check_supported(name: str, module: nn.Module) -> None:

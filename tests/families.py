@@ -50,6 +50,14 @@ def bert() -> nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
+def opt(**more: object) -> nn.Module:
+    config = transformers.OPTConfig(
+        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=99, word_embed_proj_dim=32,
+        max_position_embeddings=64, **more
+    )  # fmt: skip
+    return transformers.OPTForCausalLM(config)
+
+
 def deberta() -> nn.Module:
     config = transformers.DebertaV2Config(
         max_position_embeddings=64, num_labels=3, relative_attention=True, pos_att_type=["p2c", "c2p"], **SIZES

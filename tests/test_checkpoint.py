@@ -13,6 +13,7 @@ from pathlib import Path
 
 import peft
 import pytest
+import tolerances
 import torch
 from conftest import batches_for, logits, make, patched
 from safetensors.torch import load_file, save_file
@@ -259,16 +260,29 @@ def test_the_adapter_of_another_base(saved: Path) -> None:
     base = make("llama", seed=1)
     answer = logits(base)
     with pytest.raises(
-        ValueError, match=r"this base is another one: 16 of 16 sampled weights of .*set base_fingerprint to null"
+        ValueError, match=r"this base is another one: 16 of 16 sampled weights of .*folder, check_base=False\)"
     ):
         peft.PeftModel.from_pretrained(base, saved)
     assert torch.equal(logits(base), answer)
     assert not any(isinstance(module, LoRASBLinear) for module in base.modules())
     with pytest.raises(ValueError, match="this base is another one"):
         make("llama", seed=1).load_adapter(str(saved))
-    config = lorasb.LoRASBConfig.from_pretrained(str(saved))
-    config.base_fingerprint = None
-    peft.PeftModel.from_pretrained(base, saved, config=config)  # meant
+    for number, config in enumerate((None, lorasb.LoRASBConfig.from_pretrained(str(saved), check_base=False))):
+        base, again = make("llama", seed=1), saved.parent / f"again-{number}"
+        options = {"check_base": False} if config is None else {"config": config}
+        meant = peft.PeftModel.from_pretrained(base, saved, **options)
+        meant.save_pretrained(again)
+        want = logits(meant)
+        values = json.loads((again / CONFIG).read_text())
+        assert values["base_fingerprint"] is None
+        assert not {"check_base", "init_seed"} & set(values)
+        tolerances.check(logits(peft.PeftModel.from_pretrained(make("llama", seed=1), again)), want, tolerances.EXACT)
+
+
+def test_an_adapter_that_fits_any_base(tmp_path: Path) -> None:
+    patched("llama", check_base=False).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["base_fingerprint"] is None
+    peft.PeftModel.from_pretrained(make("llama", seed=1), tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Already found")

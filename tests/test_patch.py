@@ -459,3 +459,13 @@ def test_trained_parameters_are_the_papers(name: str) -> None:
         assert sum(p.numel() for p in cores) == count
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
         assert all(p.is_meta for p in model.parameters())
+
+
+def test_before_initialization_the_equivalent_gradient_changes_nothing_either() -> None:
+    want = logits(make("llama"))
+    model = lorasb.patch(make("llama"), r=4, equivalent_gradient=True).eval()
+    assert torch.equal(logits(model), want)
+    found = model(**batches_for("llama", count=1)[0])  # evaluation that keeps the graph
+    assert torch.equal(found.logits.detach(), want)
+    with pytest.raises(RuntimeError, match="has not been initialised"):
+        found.loss.backward()

@@ -8,7 +8,9 @@ import peft
 import pytest
 import tolerances
 import torch
+import transformers
 from conftest import batches_for, logits, make, patched
+from families import EXPERTS, SIZES, causal, opt
 from torch import Tensor, nn
 
 import lorasb
@@ -56,6 +58,136 @@ def test_each_row_gets_its_adapter(family: str) -> None:
         tolerances.check(mixed[i], alone(model, name, len(names), family)[i], tolerances.MERGE)
     assert (mixed[0] - alone(model, "__base__", len(names), family)[0]).abs().max() > 1e-3
     assert not any(layer._forward_pre_hooks for layer in layers(model).values())
+
+
+def with_two(base: nn.Module, **fields: object) -> nn.Module:
+    """A model with two adapters of random factors, whose effects are plain to see."""
+    model = lorasb.patch(base, r=4, **fields)
+    model.add_adapter("second", lorasb.LoRASBConfig(r=3, **fields))
+    g = torch.Generator().manual_seed(5)
+    for layer in layers(model).values():
+        for name, r in layer.r.items():
+            b, a = torch.randn(layer.out_features, r, generator=g), torch.randn(r, layer.in_features, generator=g)
+            layer.set_factors(name, b * 0.3, torch.randn(r, r, generator=g) * 0.3, a * 0.3)
+    return model.eval()
+
+
+def check_rows(model: nn.Module, batch: dict[str, Tensor], names: list[str]) -> None:
+    """Each row against a run of the whole batch with that row's adapter alone."""
+    with torch.no_grad():
+        mixed = model(**batch, adapter_names=names).logits
+        for i, name in enumerate(names):
+            if name == "__base__":
+                with model.disable_adapter():
+                    want = model(**batch).logits
+            else:
+                model.set_adapter(name)
+                want = model(**batch).logits
+            tolerances.check(mixed[i], want[i], tolerances.MERGE)
+        with model.disable_adapter():
+            assert (mixed[0] - model(**batch).logits[0]).abs().max() > 1e-3
+
+
+MODELS = {
+    "mixtral": lambda: causal("Mixtral", num_local_experts=2, num_experts_per_tok=1),
+    "qwen3_moe": lambda: causal(
+        "Qwen3Moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48
+    ),
+    "opt": opt,
+    "opt, norm after": lambda: opt(do_layer_norm_before=False),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("everything", [True, False])
+def test_rows_reach_experts_and_flattened_layers(name: str, everything: bool) -> None:
+    """Over batches in which the number of tokens an expert gets is that of the rows, among others."""
+    torch.manual_seed(0)
+    moe = not name.startswith("opt")
+    fields: dict[str, object] = {"target_parameters": EXPERTS if everything else EXPERTS[:1]} if moe else {}
+    model = with_two(MODELS[name](), **fields)
+    for seed in range(12):
+        for rows, tokens in ((2, 2), (2, 1), (4, 4), (3, 5)):
+            g = torch.Generator().manual_seed(seed)
+            ids = torch.randint(3, 99, (rows, tokens), generator=g)
+            names = ["second", "default", "__base__", "second"][:rows]
+            check_rows(model, {"input_ids": ids}, names)
+            if not everything or seed > 2:
+                break
+
+
+def test_generation_over_experts_with_an_adapter_for_each_row() -> None:
+    torch.manual_seed(0)
+    model = with_two(MODELS["mixtral"](), target_parameters=EXPERTS)
+    ids = torch.randint(3, 99, (2, 4), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "num_beams": 2}
+    options["attention_mask"] = torch.ones_like(ids)
+    mixed = model.generate(input_ids=ids, adapter_names=["second", "default"], **options)
+    for i, name in enumerate(("second", "default")):
+        model.set_adapter(name)
+        assert torch.equal(mixed[i], model.generate(input_ids=ids, **options)[i])
+
+
+class Routed(nn.Module):
+    """Experts as linears of their own, which get the tokens whose first entry is positive, or the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, 8)
+        y = torch.zeros_like(flat)
+        for e, chosen in enumerate((flat[:, 0] > 0, flat[:, 0] <= 0)):
+            y[chosen] = self.experts[e](flat[chosen])
+        return y.reshape(x.shape)
+
+
+class Turned(nn.Module):
+    """A layer that gets [T, B, in]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.transpose(0, 1)).transpose(0, 1)
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("kind", [Routed, Turned])
+def test_where_rows_cannot_be_told_nothing_is_guessed(kind: type[nn.Module]) -> None:
+    model = with_two(Around(kind()), target_modules="all-linear")
+    x = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(0))
+    x[:, 0, 0], x[:, 1, 0] = 1.0, -1.0  # two tokens for each expert: as many as there are rows
+    with pytest.raises(ValueError, match=r"rows these belong to cannot be told.*model\.set_adapter\(name\)"):
+        model(x, adapter_names=["default", "second"])
+    model.set_adapter("second")
+    tolerances.check(model(x, adapter_names=["second", "second"]), model(x), tolerances.MERGE)
+
+
+@pytest.mark.parametrize("kind", ["Longformer", "XLNet"])
+def test_families_whose_layers_get_tokens_first(kind: str) -> None:
+    if kind == "Longformer":
+        config = transformers.LongformerConfig(
+            attention_window=4, max_position_embeddings=64, **SIZES | {"hidden_size": 32}
+        )
+    else:
+        config = transformers.XLNetConfig(d_model=32, d_inner=48, n_layer=1, n_head=2, vocab_size=99)
+    base = getattr(transformers, f"{kind}ForTokenClassification")(config)
+    targets = ["query", "value"] if kind == "Longformer" else ["layer_1", "layer_2"]
+    model = with_two(base, target_modules=targets)
+    ids = torch.randint(5, 99, (4, 4), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="rows these belong to cannot be told"):
+        model(input_ids=ids, adapter_names=["default", "second"] * 2)
 
 
 def test_rows_over_four_bits() -> None:

@@ -38,12 +38,15 @@ def _core(problem: Problem, cell: Cell, batches: Batches, warmup: int) -> tuple[
     options, eta = settings(cell), lorasb.first_step_lr(cell.lr, warmup)
     config = lorasb.LoRASBConfig(
         r=cell.r, target_modules=problem.targets, modules_to_save=problem.head or None, task_type=problem.task_type,
-        init=options.get("init", "update"),
+        init=options.get("init", "update"), init_seed=cell.seed,
     )  # fmt: skip
-    model = lorasb.patch(problem.model, config)
+    model: Any = lorasb.patch(problem.model, config)
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "signs" if "noise" in options else None
-        report = begin(model, problem, cell, batches, eta, cache)
+        if config.init == "update":
+            report = begin(model, problem, cell, batches, eta, cache)
+        else:  # done while patching
+            report = model.base_model.init_reports[starts.ADAPTER]
         starts.change(model, options, eta, cell.seed, cache)
     return model, report
 

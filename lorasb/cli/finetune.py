@@ -186,7 +186,9 @@ def adapt(run: Run, **options: Any) -> tuple[Any, float]:
         run.model = peft.get_peft_model(run.model, config)
         return None, 0.0
     init = "lora-xs" if settings.method == "lora-xs" else "update"
-    run.model = lorasb.patch(run.model, r=settings.r, init=init)
+    run.model = lorasb.patch(run.model, r=settings.r, init=init, init_seed=settings.seed)
+    if init == "lora-xs":
+        return _described(run, run.model.base_model.init_reports["default"]), time.perf_counter() - started
     loader: Any = torch.utils.data.DataLoader(
         _Listed(run.train_ids),
         batch_size=settings.batch_size,
@@ -195,9 +197,14 @@ def adapt(run: Run, **options: Any) -> tuple[Any, float]:
     eta = lorasb.first_step_lr(settings.lr, run.warmup_steps)
     options |= {"num_samples": settings.samples, "update": settings.update, "seed": settings.seed}
     report = lorasb.initialize(run.model, loader, lr=eta, **options)
+    return _described(run, report), time.perf_counter() - started
+
+
+def _described(run: Run, report: Any) -> Any:
+    """The report, after the adapter's configuration was given the name of its data."""
     config = run.model.peft_config["default"]
-    config.init_provenance["data"] = _describe_data(settings, len(run.train_ids))
-    return report, time.perf_counter() - started
+    config.init_provenance["data"] = _describe_data(run.settings, len(run.train_ids))
+    return report
 
 
 def train(run: Run) -> tuple[list[dict[str, Any]], float, int]:

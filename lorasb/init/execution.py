@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..linear import LoRASBLinear
+from ..offloading import weight_present
 from .budget import Plan, make_plan
 from .cache import Cache, CachedGradient
 from .factoring import Recipe
-from .factors import kaiming, lora_xs
+from .factors import Factors, kaiming, lora_xs
 from .fill import Filling
 from .loss import LossFn, labelled_rows, unlabelled
 from .processes import Processes, sharded
@@ -26,6 +28,8 @@ from .strategy import Strategy
 from .svd import full_precision
 from .undisturbed import undisturbed
 from .work import Layers, Piece, Work, in_halves
+
+SECONDS = 2.0  # what takes less needs no progress bar
 
 
 @dataclass(frozen=True)
@@ -103,23 +107,39 @@ def _finish(cache: Cache, outcome: Outcome, processes: Processes) -> None:
 
 
 def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: bool) -> Outcome:
-    """The data-free inits: LoRA-XS's and Kaiming's, written once all are found."""
+    """The data-free inits: LoRA-XS's and Kaiming's, written once all are found.
+
+    Raises:
+        ValueError: a weight has NaN or Inf entries.
+    """
     recipe, found = Recipe(adapter, 1.0, "none", seed), {}
-    for name, layer in tqdm(layers.items(), desc="factoring", unit="layer", disable=not progress, leave=False):
-        started = time.perf_counter()
-        weight, r = layer.dense_weight().detach().float(), layer.r[adapter]
-        with full_precision():
-            if init == "lora-xs":
-                factors = lora_xs(weight, r, recipe.seed_of(name))
-            else:
-                factors = kaiming(weight, r, layer.scaling[adapter], recipe.seed_of(name))
+    bar = tqdm(layers.items(), desc="factoring", unit="layer", disable=not progress, leave=False, delay=SECONDS)
+    for name, layer in bar:
+        started, shape = time.perf_counter(), (layer.out_features, layer.in_features)
+        factors = _of_weight(name, layer, init, recipe)
         sigma = tuple(float(value) for value in factors.sigma)
         seconds = time.perf_counter() - started
-        found[name] = factors, LayerReport(name, (weight.shape[0], weight.shape[1]), r, None, None, sigma, 0, seconds)
+        found[name] = factors, LayerReport(name, shape, layer.r[adapter], None, None, sigma, 0, seconds)
     with Staging(adapter) as staging:
         for name, (factors, _) in found.items():
             staging.write(layers[name], factors)
     return Outcome([report for _, report in found.values()])
+
+
+@torch.no_grad()
+def _of_weight(name: str, layer: LoRASBLinear, init: str, recipe: Recipe) -> Factors:
+    """One layer's factors from its weight W [out, in], or from a random matrix of its shape."""
+    r, seed = layer.r[recipe.adapter], recipe.seed_of(name)
+    with weight_present(layer.get_base_layer()), full_precision():
+        weight = layer.dense_weight().detach().float()
+        if not torch.isfinite(weight).all():
+            raise ValueError(
+                f"the weight of layer {name!r} has NaN or Inf entries: load the base model again, or name the layer in "
+                "exclude_modules"
+            )
+        if init == "lora-xs":
+            return lora_xs(weight, r, seed)
+        return kaiming(weight, r, layer.scaling[recipe.adapter], seed)
 
 
 def _samples(

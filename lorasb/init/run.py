@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import LoRASBConfig
 from ..lookup import adapted_layers, any_merged
-from .execution import Options, from_gradients, from_weights
+from .execution import Options, Outcome, from_gradients, from_weights
 from .factoring import Recipe
 from .left_alone import left_alone
 from .loss import LossFn
@@ -101,22 +101,48 @@ def initialize(
         # hooks that end a pass half-way would have a compiled model compiled anew at every block
         with Staging(name) as staging, torch.compiler.set_stance("force_eager"):
             found = from_gradients(model, layers, batches, options, staging)
+        report = _recorded(model, config, found, update, lr, seed, started, limit)
     else:
-        found, lr, update, limit = from_weights(layers, config.init, name, seed, progress), None, "none", None
+        report = without_data(model, config, name, layers, seed, progress)
+    _warn_if_frozen(layers, name)
+    return report
+
+
+def without_data(
+    model: nn.Module, config: LoRASBConfig, name: str, layers: Layers, seed: int = 0, progress: bool = True
+) -> InitReport:
+    """The data-free inits, which patching does by itself: A, R and B of the adapter `name` by `seed`.
+
+    Raises:
+        ValueError: a weight has NaN or Inf entries; the layers stay as they are.
+    """
+    started = time.perf_counter()
+    found = from_weights(layers, config.init, name, seed, progress)
+    return _recorded(model, config, found, "none", None, seed, started, None)
+
+
+def _recorded(
+    model: nn.Module, config: LoRASBConfig, found: Outcome, update: str, lr: float | None, seed: int, started: float,
+    limit: float | None,
+) -> InitReport:  # fmt: skip
+    """The report, which the config keeps the most of."""
     seconds = time.perf_counter() - started
     report = InitReport(
         config.init, update, lr, found.num_samples, seed, found.loss, seconds, found.layers, found.strategy, found.why,
         left_alone(model), limit,
     )  # fmt: skip
     config.init_provenance = provenance(report, found.data_hash)
+    return report
+
+
+def _warn_if_frozen(layers: Layers, name: str) -> None:
     active = any(name in layer.active_adapters for layer in layers.values())
     if active and not any(layer.lorasb_R[name].requires_grad for layer in layers.values()):
         warnings.warn(
             f"adapter {name!r} is initialised, and nothing of it will train, as no R requires a gradient: "
             f"model.set_adapter({name!r})",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return report
 
 
 def _check(update: str, strategy: str, cache: Any, longest_start: float | None) -> None:
