@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.timing import provenance
-from lorasb.cli.finetune import Settings, run_finetune
+from lorasb.cli.finetune import run_finetune
 from lorasb.cli.pictures import smoothed
+from lorasb.cli.settings import Settings
 from lorasb.files import write_json
 from lorasb.plotting import GRAD, SIGN, canvas, save
 

@@ -138,7 +138,8 @@ def epoch_share(steps: int = 20) -> dict[str, Any]:
     """The demo's initialisation, and how long its training takes a sample: bf16, batches of 16, its own lengths."""
     import lorasb
     from lorasb.cli.encode import Collator, encode
-    from lorasb.cli.finetune import Settings, prepare
+    from lorasb.cli.prepare import prepare
+    from lorasb.cli.settings import Settings
 
     run = prepare(Settings(eval_examples=1, train_examples=64 + 16 * steps))
     run.model = lorasb.patch(run.model, r=RANK)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from lorasb import cli
 from lorasb.cli import embedded, encode, tasks
-from lorasb.cli.finetune import Settings, load_examples
+from lorasb.cli.data import load_examples
+from lorasb.cli.settings import Settings
 
 WORDS = ["one", "two", "three", "four", "red", "blue", "green", "cat", "dog", "tree"]
 
@@ -74,7 +75,7 @@ def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, metho
     done = finetune(tiny, data, tmp_path, "--method", method)
     assert done.returncode == 0, done.stderr
     names = {path.name for path in tmp_path.iterdir()}
-    wanted = {"adapter", "loss.png", "summary.json"}
+    wanted = {"adapter", "loss.png", "summary.json", "config.yaml", "answers.json"}
     if method != "lora":
         wanted |= {"lora", "report.json"}
     if method == "lora-sb":
@@ -84,6 +85,7 @@ def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, metho
     for key in ("eval_loss_before", "eval_loss_after", "eval_accuracy_before", "eval_accuracy_after", "init_seconds",
                 "train_seconds", "tokens_per_second", "peak_rss_mb"):  # fmt: skip
         assert isinstance(summary[key], float), key
+    assert summary["dtype"] == "float32"
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
     assert summary["config"]["method"] == method
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -126,7 +128,7 @@ def test_doctor() -> None:
 BAD_CALLS = {
     "inspect nothing": (["inspect", "nowhere"], "expected an adapter folder with adapter_config.json"),
     "method": (["finetune", "--method", "magic"], "--method must be one of lora-sb, lora-xs, lora, got 'magic'"),
-    "dtype": (["finetune", "--dtype", "int4"], "--dtype must be one of bfloat16, float32, float16, got 'int4'"),
+    "dtype": (["finetune", "--dtype", "int4"], "--dtype must be one of auto, bfloat16, float32, float16, got 'int4'"),
     "update": (["finetune", "--update", "lion"], "--update must be one of adamw, sgd, got 'lion'"),
     "rank": (["finetune", "--r", "0"], "--r must be positive, got 0"),
     "task": (["finetune", "--task", "chess"], "unknown task 'chess': expected one of word_sequence_reversal"),

