@@ -86,7 +86,7 @@ def test_a_dtype_that_the_device_has_not_got(monkeypatch: pytest.MonkeyPatch) ->
         raise RuntimeError('"addmm" not implemented for Half\nmore')
 
     monkeypatch.setattr(precision, "_seconds", fail)
-    with pytest.raises(ValueError, match='--dtype float16: this cpu cannot compute in it.*for Half.*--dtype auto'):
+    with pytest.raises(ValueError, match=r"--dtype float16: this cpu cannot compute in it.*for Half.*--dtype auto"):
         precision.resolve("float16", "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(ValueError, match="--dtype bfloat16: this cuda cannot compute in it"):

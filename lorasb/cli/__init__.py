@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from .options import options
+from .options import command
 from .settings import INIT_OUTPUT, InitSettings, Settings, listed
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune Hugging Face models with LoRA-SB.")
@@ -56,8 +56,8 @@ def _files(output: str) -> str:
     return f"In [bold]{escape(output)}[/]: " + ", ".join(sorted(path.name for path in Path(output).iterdir()))
 
 
-app.command("finetune")(options(_finetune, [(Settings, False)], {}))
-app.command("init")(options(_init, [(Settings, True), (InitSettings, False)], {"output": INIT_OUTPUT}))
+app.command("finetune")(command(_finetune, [(Settings, False)], {}))
+app.command("init")(command(_init, [(Settings, True), (InitSettings, False)], {"output": INIT_OUTPUT}))
 
 
 @app.command()

@@ -101,7 +101,9 @@ class Judging(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate where it is time to."""
         if state.global_step % self.every == 0:
+            wanted = control.should_log  # logging takes it back, and the step's own loss is still to come
             self.trainer.log({"eval_loss": self.run.held_out_loss()})
+            control.should_log = wanted
 
 
 class Ordering(TrainerCallback):

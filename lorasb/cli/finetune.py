@@ -81,7 +81,7 @@ def _look(folder: RunFolder, settings: Settings, identity: dict[str, Any], proce
     processes.agree(error, "looking for an earlier run")
     found = State(**together.gather_json(state.__dict__ if state else None, processes)[0])
     for line in found.lines:
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return found
 
 

@@ -18,7 +18,7 @@ CONFIG_NAME = "config.yaml"
 NOT_WRITTEN = ("resume",)  # how this start began is nothing to repeat
 
 
-def options(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: dict[str, Any]) -> Callable[..., None]:
+def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: dict[str, Any]) -> Callable[..., None]:
     """A command's function with an option for each setting, and --config; `run` gets what was given and no more.
 
     Args:
@@ -36,16 +36,16 @@ def options(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: 
     parameters.append(_plain("config", Annotated[Optional[str], text]))  # noqa: UP045  typer reads it at run time
     known = {parameter.name: kind for parameter in parameters for one, kind, _ in chosen if one.name == parameter.name}
 
-    def command(**given: Any) -> None:
+    def call(**given: Any) -> None:
         file = given.pop("config")
         values = read_config(file, known) if file else {}
         named = {name: value for name, value in given.items() if value is not None}
         run(values | {name: typed(value, known[name], option(name)) for name, value in named.items()})
 
-    command.__doc__ = run.__doc__
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return command
+    call.__doc__ = run.__doc__
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
 
 
 def _parameter(one: Field[Any], kind: Any, says: str, default: Any) -> inspect.Parameter:

@@ -1,14 +1,10 @@
-"""The one list of a run's settings: options, YAML and docs/settings.md are made from it.
-
-`python -m lorasb.cli.settings` writes docs/settings.md.
-"""
+"""The one list of a run's settings: options, YAML and docs/settings.md (by docs/make_settings.py) are made from it."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .tasks import TASKS
@@ -204,34 +200,3 @@ def shown_default(one: Field[Any]) -> str:
     if isinstance(one.default, float):
         return f"{one.default:g}"
     return "none" if one.default in (None, MISSING) else str(one.default)
-
-
-def page() -> str:
-    """docs/settings.md."""
-    lines = [
-        "# Settings of `lorasb finetune`",
-        "",
-        "Every setting is an option (`--batch-size 32`) and a line of a YAML file (`batch_size: 32`) that `--config`",
-        "reads; an option goes before the file's line. A run writes its own as `config.yaml` beside its results, and",
-        "`lorasb finetune --config runs/finetune/config.yaml --output runs/again` repeats it. Those marked \\* are",
-        "`lorasb init`'s, too. This page is written by `python -m lorasb.cli.settings`.",
-    ]
-    group = ""
-    for one, kind in listed(Settings):
-        if one.metadata["group"] != group:
-            group = one.metadata["group"]
-            lines += ["", f"## {group.capitalize()}", "", "| option | value | default | |", "|---|---|---|---|"]
-        mark = " \\*" if one.metadata["init"] else ""
-        lines.append(f"| `{option(one.name)}`{mark} | {_words(kind)} | {shown_default(one)} | {one.metadata['help']} |")
-    return "\n".join(lines) + "\n"
-
-
-def _words(kind: Any) -> str:
-    names = {str: "text", int: "whole number", float: "number", bool: "on or off"}
-    return names.get(kind, "names and ranks")
-
-
-if __name__ == "__main__":
-    from ..files import write_text
-
-    write_text(Path(__file__).parents[2] / "docs" / "settings.md", page())
