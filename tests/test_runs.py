@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ import pytest
 from test_cli import WORDS, data, tiny  # noqa: F401  fixtures
 from transformers import Trainer, TrainerCallback
 
+from lorasb import precision
 from lorasb.cli import adapting, checkpoints, course, finetune, training
 from lorasb.cli.finetune import run_finetune
 from lorasb.cli.results import Result
@@ -225,7 +228,7 @@ class TestRefusals:
         foreign = tmp_path / "a" / "checkpoints" / "checkpoint-3"
         other = replace(base, lr=1e-3, output=str(tmp_path / "b"), resume=str(foreign))
         with pytest.raises(
-            ValueError, match="checkpoint-3: this checkpoint is of another run: --lr was 0.005 and is 0.001"
+            ValueError, match=r"checkpoint-3: this checkpoint is of another run: --lr was 0.005 and is 0.001"
         ):
             run_finetune(other)
         assert not (tmp_path / "b").exists()
@@ -294,7 +297,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(
             patch.setattr(checkpoints, "write_json", full)
         with pytest.raises(
             OSError,
-            match="checkpoint-6 cannot be written: .*No space left.*Those before it are whole: make room and start the same command again",
+            match=r"checkpoint-6 cannot be written: .*No space left.*Those before it are whole: make room and start the same command again",
         ):
             run_finetune(replace(base, output=str(tmp_path)))
     assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == before
@@ -358,3 +361,82 @@ def test_auto_saves_before_more_than_ten_minutes_are_lost(
     run_finetune(replace(base, output=str(tmp_path), save_steps="auto"))
     assert saved[-1] == STEPS
     assert 2 < len(saved) < STEPS
+
+
+def test_a_full_disk_at_the_results(
+    base: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors
+
+    from lorasb.cli import results
+
+    def full(*given: Any, **named: Any) -> None:
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasb.export.export_lora", full)
+        with pytest.raises(OSError, match=r"lora cannot be written: .*No space left"):
+            run_finetune(replace(base, output=str(tmp_path)))
+    monkeypatch.setattr(Trainer, "train", lambda *given, **named: pytest.fail("nothing is trained twice"))
+    run_finetune(replace(base, output=str(tmp_path)))
+    assert_same(tmp_path, whole)
+    assert results.load(tmp_path).summary["train_losses"]
+
+
+@pytest.mark.long
+def test_two_processes_train_what_one_does(tiny: Path, data: Path, whole: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The same command under torchrun: the same samples, steps and losses; only rank 0 prints and writes."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lorasb"]
+    options = ["finetune", "--model", tiny, "--data", data, "--output", tmp_path, "--rank", "8", "--epochs", "2",
+               "--batch-size", "4", "--samples", "8", "--dtype", "float32", "--lr", "5e-3"]  # fmt: skip
+    done = subprocess.run([*command, *map(str, options)], capture_output=True, text=True, check=False,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
+    assert done.stdout.count("exact answers") == 1
+    ours, alone = summary(tmp_path), summary(whole)
+    assert ours["identity"]["processes"] == 2
+    assert ours["train_losses"] == pytest.approx(alone["train_losses"], rel=0.05)
+    assert ours["eval_loss_before"] == pytest.approx(alone["eval_loss_before"], rel=1e-5)
+    assert ours["train_losses"][0] == pytest.approx(alone["train_losses"][0], rel=1e-4)
+
+
+def test_a_report_to_a_package_that_is_missing(base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(finetune, "load_examples", lambda *given: pytest.fail("it is noticed before any work"))
+    for name in ("wandb", "tensorboard"):
+        with pytest.raises(
+            ImportError, match=f"--report-to {name} needs a package that is not installed: pip install {name}"
+        ):
+            run_finetune(replace(base, report_to=name, output=str(tmp_path)))
+
+
+def test_a_launch_that_shards_the_model(base: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="this launch asks for FSDP: write a script with Trainer"):
+        run_finetune(base)
+
+
+def test_data_that_is_empty_or_has_a_broken_line(base: Settings, tmp_path: Path) -> None:
+    file, output = tmp_path / "data.jsonl", tmp_path / "run"
+    for text, message in (
+        ("", "holds no examples"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt"', "line 2: expected an object"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            run_finetune(replace(base, data=str(file), output=str(output)))
+    assert not output.exists()
+
+
+def test_a_slow_dtype_is_said_in_one_line(
+    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(precision, "slowdown", lambda dtype: 40.0)
+    monkeypatch.setattr(precision, "native", lambda device="cpu": precision.Precision("float32", "a test"))
+    for dtype, lines in (("bfloat16", 1), ("auto", 0)):
+        found = run_finetune(replace(base, dtype=dtype, epochs=0.2, output=str(tmp_path / dtype))).summary
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.count("torch takes 40x the time of float32") == lines
+        assert found["dtype"] == found["identity"]["dtype"] == ("bfloat16" if dtype == "bfloat16" else "float32")
+        assert found["config"]["dtype"] == dtype

@@ -28,6 +28,8 @@ def _finetune(values: dict[str, Any]) -> None:
 
     settings = Settings(**values)
     result = run_finetune(settings)
+    if console.quiet:  # another process has it all
+        return
     if result.report is not None:
         console.print(show.energies(result.report))
     console.print(show.answers(result.examples, result.before.answers, result.after.answers))

@@ -15,6 +15,9 @@ from .encode import Collator, Encoded, positions
 from .tasks import Example
 from .together import gather_json
 
+MARGIN = 4  # tokens that an answer may be longer than the longest right one
+ANSWERED = 8192  # tokens that are kept at once: a token more of many answers takes little longer than one of a few
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -37,31 +40,31 @@ def evaluate(
     """Evaluate a model on examples; the model's mode is put back. Several processes take a part of the batches each."""
     mode = model.training
     model.eval()
-    chunks = _chunks(encoded, batch_size)
-    collate = Collator(tokenizer.pad_token_id, getattr(model, "get_base_model", lambda: model)())
-    found: dict[int, tuple[float, str]] = {}
+    loss = mean_loss(model, tokenizer.pad_token_id, encoded, batch_size, f"{title}: loss")
+    rows = max(batch_size, ANSWERED // max(len(one) + MARGIN for one in encoded))
+    found: dict[int, str] = {}
 
-    def judge(numbers: list[int]) -> list[tuple[float, str]]:
-        chunk = [encoded[i] for i in numbers]
-        return list(zip(example_losses(model, collate(chunk)), _answers(model, tokenizer, chunk), strict=True))
+    def answer(numbers: list[int]) -> list[str]:
+        return _answers(model, tokenizer, [encoded[i] for i in numbers])
 
-    for numbers, values in _shared(chunks, judge, title):
+    for numbers, values in _shared(_chunks(encoded, rows), answer, f"{title}: answers"):
         found |= dict(zip(numbers, values, strict=True))
     model.train(mode)
-    losses = [found[i][0] for numbers in chunks for i in numbers]
-    given = tuple(found[i][1] for i in range(len(encoded)))
+    given = tuple(found[i] for i in range(len(encoded)))
     right = sum(answer == example.completion.strip() for answer, example in zip(given, examples, strict=True))
-    return Evaluation(sum(losses) / len(losses), right / len(examples), given)
+    return Evaluation(loss, right / len(examples), given)
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, pad_token_id: int, encoded: Sequence[Encoded], batch_size: int) -> float:
-    """The mean loss alone, without answers."""
+def mean_loss(
+    model: nn.Module, pad_token_id: int, encoded: Sequence[Encoded], batch_size: int, title: str = ""
+) -> float:
+    """The mean loss alone, without answers; with a bar where there is a title."""
     mode = model.training
     model.eval()
     collate = Collator(pad_token_id, getattr(model, "get_base_model", lambda: model)())
     chunks = _chunks(encoded, batch_size)
-    every = _shared(chunks, lambda numbers: example_losses(model, collate([encoded[i] for i in numbers])), "")
+    every = _shared(chunks, lambda numbers: example_losses(model, collate([encoded[i] for i in numbers])), title)
     losses = [loss for _, values in every for loss in values]
     model.train(mode)
     return sum(losses) / len(losses)
@@ -103,7 +106,7 @@ def _answers(model: nn.Module, tokenizer: Any, chunk: Sequence[Encoded]) -> list
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions(mask),
-        max_new_tokens=max(len(e.completion) for e in chunk) + 4,
+        max_new_tokens=max(len(e.completion) for e in chunk) + MARGIN,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )

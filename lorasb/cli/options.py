@@ -52,7 +52,8 @@ def _parameter(one: Field[Any], kind: Any, says: str, default: Any) -> inspect.P
     """None stands for an option that was not given; the default that it has then is shown."""
     shown = shown_default(one) if default is None else str(default)
     basic = kind if kind in (str, int, float, bool) else str
-    return _plain(one.name, Annotated[Optional[basic], typer.Option(help=says, show_default=shown)])  # noqa: UP045
+    names = (option(one.name), *one.metadata.get("also", ())) if "also" in one.metadata else ()
+    return _plain(one.name, Annotated[Optional[basic], typer.Option(*names, help=says, show_default=shown)])  # noqa: UP045
 
 
 def _plain(name: str, annotation: Any) -> inspect.Parameter:

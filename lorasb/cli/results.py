@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..files import write_json
+from ..files import replacing_folder, write_json
 from ..init import InitReport
 from .adapting import REPORT_NAME, load_report
 from .data import describe_data
@@ -77,10 +74,12 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
     from .pictures import plot_loss
 
     settings, folder, summary = run.settings, Path(run.settings.output), result.summary
-    whole(folder / "adapter", lambda target: run.model.save_pretrained(str(target)))
+    with replacing_folder(folder / "adapter") as target:
+        run.model.save_pretrained(str(target))
     summary["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     if result.report is not None:
-        whole(folder / "lora", lambda target: export_lora(run.model, target, quiet=True))
+        with replacing_folder(folder / "lora") as target:
+            export_lora(run.model, target, quiet=True)
         result.report.save(folder / REPORT_NAME)
         if result.report.energy_sign is not None:
             result.report.plot(folder / "energy.png")
@@ -89,18 +88,6 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
     plot_loss(history, summary["eval_loss_before"], summary["eval_loss_after"], folder / "loss.png", title)
     write_json(folder / ANSWERS_NAME, _answers(result))
     write_json(folder / SUMMARY_NAME, summary)
-
-
-def whole(target: Path, write: Callable[[Path], Any]) -> None:
-    """Write a folder under another name, and put it in the old one's place once all is there."""
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o755)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _answers(result: Result) -> list[dict[str, str]]:

@@ -8,15 +8,13 @@ last of all, `summary.json` are there.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import replacing_folder, write_json
 from . import checkpoints
 from .evaluate import Evaluation
 from .options import CONFIG_NAME, write_config
@@ -115,14 +113,9 @@ class RunFolder:
 
     def save_start(self, save: Callable[[Path], None], seconds: float) -> None:
         """Keep the initialised adapter, whole or not at all."""
-        temporary = Path(tempfile.mkdtemp(dir=self.checkpoints, prefix=".start."))
-        try:
-            save(temporary)
-            write_json(temporary / "seconds.json", {"seconds": seconds})
-            shutil.rmtree(self.start, ignore_errors=True)
-            os.replace(temporary, self.start)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with replacing_folder(self.start) as folder:
+            save(folder)
+            write_json(folder / "seconds.json", {"seconds": seconds})
 
     def start_seconds(self) -> float | None:
         """How long the initialisation took; None where it was not finished."""

@@ -31,7 +31,8 @@ def setting(default: Any, says: str, *, group: str, init: str = "", shown: str |
         group: the section of docs/settings.md.
         init: the help text in `lorasb init`, "same" for `says`, "" where it is no option there.
         shown: how the default is shown, where not as it is.
-        rules: `choices`, `positive=True` or `check`, a function from the value to what is wrong with it or None.
+        rules: `choices`, `positive=True` or `check`, a function from the value to what is wrong with it or None;
+            `also`, further names of the option.
     """
     return field(default=default, metadata={"help": says, "group": group, "init": init, "shown": shown, **rules})
 
@@ -77,8 +78,8 @@ class Settings:
     packing: bool = setting(False, "Put several short examples into one row of --max-length tokens; --batch-size "
                             "counts rows then.", group="data")  # fmt: skip
     method: str = setting("lora-sb", "lora-sb, lora-xs or lora (PEFT's).", group="adapter", choices=METHODS)
-    r: int | None = setting(None, "Rank.", group="adapter", init="same", positive=True,
-                            shown="64, capped at smaller layers; lora: 32")  # fmt: skip
+    r: int | None = setting(None, "Rank; or --rank, as torchrun takes --r for its own.", group="adapter", init="Rank.",
+                            positive=True, also=("--rank",), shown="64, at smaller layers less; lora: 32")  # fmt: skip
     target_modules: str | None = setting(None, "Names of the layers to adapt, comma-separated, or a regular "
                                          "expression.", group="adapter", init="same", shown="all-linear")  # fmt: skip
     rank_pattern: dict[str, int] | None = setting(  # noqa: RUF009
