@@ -86,6 +86,17 @@ def _flags() -> frozenset[str]:
     return frozenset(next(found, "").split())
 
 
+def processor_class() -> str:
+    """The widest products of this CPU that torch may use, caps regarded: what times on it are to be compared by."""
+    flags, caps = _flags(), {name: os.environ.get(name, "").upper() for name in CAPS}
+    if native().name == "bfloat16":
+        return "AMX" if "amx_bf16" in flags and torch.cpu._is_amx_tile_supported() else "AVX-512 or Arm with bf16"
+    capped = caps["ONEDNN_MAX_CPU_ISA"].startswith("AVX2") or caps["ATEN_CPU_CAPABILITY"] in ("AVX2", "DEFAULT")
+    if "avx512f" in flags:
+        return "AVX-512 capped to AVX2" if capped else "AVX-512"
+    return "AVX2" if "avx2" in flags else platform.machine()
+
+
 def resolve(wanted: str, device: str) -> Precision:
     """The dtype for "auto", or the one wanted by name, which is tried.
 

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from benchmarks.methods import rows
 from benchmarks.methods.grid import KEY, Cell
+from benchmarks.timing import dtype_option, use_dtype
 
 RESULTS = Path(__file__).parents[1] / "results"
 ROWS, CURVES = "methods.csv", "methods-curves.jsonl"
@@ -30,6 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--minutes", type=float, default=600, help="start no run after so many")
     parser.add_argument("--workers", type=int, default=2)
+    dtype_option(parser)
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
 
 
@@ -44,6 +46,7 @@ def start(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "benchmarks.methods.run", json.dumps(cell.described())]
     if options.data_dir:
         command += ["--data-dir", str(options.data_dir)]
+    use_dtype(options.dtype)
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
