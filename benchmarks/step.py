@@ -2,8 +2,8 @@
 
     python -m benchmarks.step [--seconds 60] [--output benchmarks/results]
 
-4 x 128 tokens, AdamW, all linear layers; --dtype is auto. Beside the times: bytes that autograd keeps for backward, bytes
-of the optimizer's state, trained parameters.
+4 x 128 tokens, AdamW, all linear layers; --dtype is auto. Beside the times: bytes that autograd keeps for backward,
+bytes of the optimizer's state, trained parameters.
 """
 
 from __future__ import annotations
