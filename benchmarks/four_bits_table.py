@@ -53,8 +53,8 @@ def table(found: dict[str, Any]) -> list[str]:
     rows = {(one["row"], one["case"]): one for one in found["rows"]}
     machine = found["machine"]
     dtype = machine.get("dtype", "bf16")  # which older results do not say
-    head = f"{machine['class']}, {dtype}" if "class" in machine else ""
-    lines = [f"| {head} | against | ours | ratio |", "|---|---:|---:|---:|"]
+    head = f" {machine['class']}, {dtype}" if "class" in machine else ""
+    lines = [f"|{head} | against | ours | ratio |", "|---|---:|---:|---:|"]
     for name, case, against, ours, label in LINES:
         ways = rows[name, case]["ways"]
         theirs, own = ways[DENSE_BEFORE if against == DENSE and DENSE not in ways else against], ways[ours]
@@ -66,7 +66,7 @@ def table(found: dict[str, Any]) -> list[str]:
     theirs, own = (memory[way] / 1e6 for way in ("PEFT QLoRA r=32", "ours"))
     lines.append(f"| the step's memory beyond the model | {theirs:.0f} MB | {own:.0f} MB | {theirs / own:.2f}x |")
     shares = ", ".join(f"{one['share']:.3f}" for one in found["rows"] if one["row"] == "memory")
-    lines.append(f"| weights in memory over 16 bits, plain and nested statistics | | {shares} | |")
+    lines.append(f"| weights in memory over bf16, plain and nested statistics | | {shares} | |")
     return lines
 
 

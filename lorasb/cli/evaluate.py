@@ -66,12 +66,12 @@ def mean_loss(
     collate = Collator(pad_token_id, getattr(model, "get_base_model", lambda: model)())
     chunks = _chunks(encoded, batch_size)
 
-    def judge(numbers: list[int], bar: Any) -> list[float]:
+    def call(numbers: list[int], bar: Any) -> list[float]:
         losses = example_losses(model, collate([encoded[i] for i in numbers]))
         bar.update(1)
         return losses
 
-    every = _shared(chunks, judge, [1] * len(chunks), title, "batch")
+    every = _shared(chunks, call, [1] * len(chunks), title, "batch")
     losses = [loss for _, values in every for loss in values]
     model.train(mode)
     return sum(losses) / len(losses)
