@@ -17,7 +17,7 @@ from rich.console import Console
 
 from benchmarks.methods import rows
 from benchmarks.methods.grid import KEY, Cell
-from benchmarks.timing import dtype_option, use_dtype
+from benchmarks.timing import dtype_option
 
 RESULTS = Path(__file__).parents[1] / "results"
 ROWS, CURVES = "methods.csv", "methods-curves.jsonl"
@@ -46,7 +46,6 @@ def start(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "benchmarks.methods.run", json.dumps(cell.described())]
     if options.data_dir:
         command += ["--data-dir", str(options.data_dir)]
-    use_dtype(options.dtype)
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
