@@ -87,14 +87,13 @@ def _flags() -> frozenset[str]:
 
 
 def processor_class() -> str:
-    """The widest products of this CPU that torch may use, caps regarded: what times on it are to be compared by."""
-    flags, caps = _flags(), {name: os.environ.get(name, "").upper() for name in CAPS}
-    if native().name == "bfloat16":
-        return "AMX" if "amx_bf16" in flags and torch.cpu._is_amx_tile_supported() else "AVX-512 or Arm with bf16"
-    capped = caps["ONEDNN_MAX_CPU_ISA"].startswith("AVX2") or caps["ATEN_CPU_CAPABILITY"] in ("AVX2", "DEFAULT")
-    if "avx512f" in flags:
-        return "AVX-512 capped to AVX2" if capped else "AVX-512"
-    return "AVX2" if "avx2" in flags else platform.machine()
+    """The widest products of this CPU, and the caps that are set: what times on it are to be compared by."""
+    flags, machine = _flags(), platform.machine()
+    known = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bf16", "avx512f": "AVX-512", "avx2": "AVX2"}
+    if machine in ("aarch64", "arm64"):
+        known = {"bf16": "Arm with bf16", "asimd": "Arm"}
+    widest = next((name for flag, name in known.items() if flag in flags), machine)
+    return ", ".join([widest, *(f"{name}={os.environ[name]}" for name in CAPS if os.environ.get(name))])
 
 
 def resolve(wanted: str, device: str) -> Precision:

@@ -73,6 +73,24 @@ def test_a_cap(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, want:
     assert want == "bfloat16" or value.upper() in found.reason.upper()
 
 
+@pytest.mark.parametrize(
+    ("flags", "machine", "want"),
+    [
+        ("sse2 avx2", "x86_64", "AVX2"),
+        ("avx2 avx512f", "x86_64", "AVX-512"),
+        ("avx2 avx512f avx512_bf16 amx_bf16", "x86_64", "AMX"),
+        ("asimd bf16", "aarch64", "Arm with bf16"),
+        ("", "riscv64", "riscv64"),
+    ],
+)
+def test_the_class_of_a_processor(monkeypatch: pytest.MonkeyPatch, flags: str, machine: str, want: str) -> None:
+    processor(monkeypatch, flags, machine)
+    assert precision.processor_class() == want
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("LORASB_MAX_CPU_ISA", "avx2")
+    assert precision.processor_class() == f"{want}, ONEDNN_MAX_CPU_ISA=AVX2, LORASB_MAX_CPU_ISA=avx2"
+
+
 @pytest.mark.parametrize(("capability", "want"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
 def test_a_card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], want: str) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)

@@ -19,7 +19,7 @@ import pytest
 from test_cli import WORDS, data, tiny  # noqa: F401  fixtures
 from transformers import Trainer, TrainerCallback
 
-from lorasb import precision
+from lorasb import cli, precision
 from lorasb.cli import adapting, checkpoints, course, finetune, training
 from lorasb.cli.finetune import run_finetune
 from lorasb.cli.results import Result
@@ -57,7 +57,10 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 def assert_same(folder: Path, other: Path) -> None:
-    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "lora/adapter_model.safetensors"):
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "summary.json"} < names
+    assert names == {str(path.relative_to(other)) for path in other.rglob("*") if path.is_file()}
+    for name in sorted(name for name in names if name.startswith(("adapter/adapter_", "lora/adapter_"))):
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
     assert summary(folder) == summary(other)
     assert (folder / "answers.json").read_bytes() == (other / "answers.json").read_bytes()
@@ -327,6 +330,29 @@ def test_dropout_masks_and_the_other_options_go_on_too(base: Settings, tiny: Pat
     assert run_finetune(still).summary["train_losses"] != found["train_losses"]  # the masks did something
 
 
+@pytest.mark.parametrize(("method", "bits"), [("lora", 16), ("lora-xs", 16), ("lora-sb", 4)])
+def test_other_methods_and_bases_go_on(base: Settings, tmp_path: Path, method: str, bits: int) -> None:
+    settings = replace(base, method=method, bits=bits)
+    run_finetune(replace(settings, output=str(tmp_path / "a")))
+    stop_after(4, settings, tmp_path / "b")
+    run_finetune(replace(settings, output=str(tmp_path / "b")))
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_run_that_is_stopped_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*given: Any) -> None:
+        raise StoppedError(signal.SIGTERM, finetune.GO_ON)
+
+    monkeypatch.setattr(finetune, "run_finetune", stopped)
+    monkeypatch.setattr(sys, "argv", ["lorasb", "finetune"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 143
+    assert capsys.readouterr().err.strip() == "lorasb: stopped: the same command goes on from here"
+
+
 def test_packs(base: Settings, whole: Path, tmp_path: Path) -> None:
     settings = replace(base, packing=True, max_length=16, output=str(tmp_path / "a"), batch_size=2, epochs=3.0)
     found = run_finetune(settings).summary
@@ -392,7 +418,7 @@ def test_two_processes_train_what_one_does(tiny: Path, data: Path, whole: Path, 
     done = subprocess.run([*command, *map(str, options)], capture_output=True, text=True, check=False,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
-    assert done.stdout.count("exact answers") == 1
+    assert done.stdout.count("exact answers") == done.stdout.count("computed in") == 1
     ours, alone = summary(tmp_path), summary(whole)
     assert ours["identity"]["processes"] == 2
     assert ours["train_losses"] == pytest.approx(alone["train_losses"], rel=0.05)

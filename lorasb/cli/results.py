@@ -10,14 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..files import replacing_folder, write_json
 from ..init import InitReport
+from ..precision import processor_class
 from .adapting import REPORT_NAME, load_report
 from .data import describe_data
 from .evaluate import Evaluation
-from .prepare import Run
+from .prepare import Run, device
 from .runfolder import SUMMARY_NAME
 from .tasks import Example
 from .training import Trained
@@ -57,6 +59,7 @@ def summarize(
         "rank": run.model.peft_config["default"].r,
         "dtype": run.precision.name,
         "dtype_reason": run.precision.reason,
+        "machine": torch.cuda.get_device_name() if device() == "cuda" else f"CPU, {processor_class()}",
         "train_losses": [entry["loss"] for entry in trained.history if "loss" in entry],
         "eval_losses": [[entry["step"], entry["eval_loss"]] for entry in trained.history if "eval_loss" in entry],
         "config": asdict(run.settings),
