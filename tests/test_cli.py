@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from conftest import patched
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from lorasb import cli
 from lorasb.cli import embedded, encode, tasks
@@ -55,7 +57,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def lorasb(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as a user starts it."""
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "lorasb", *map(str, arguments)],
         capture_output=True,
@@ -65,14 +68,22 @@ def lorasb(*arguments: object, **environment: str) -> subprocess.CompletedProces
     )
 
 
-def finetune(tiny: Path, data: Path, output: Path, *more: object) -> subprocess.CompletedProcess[str]:
-    return lorasb("finetune", "--model", tiny, "--data", data, "--output", output, "--r", 8, "--epochs", 2, "--batch-size", 4,
+def lorasb(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in this process, which has loaded all that it needs."""
+    done = CliRunner().invoke(cli.app, list(map(str, arguments)), env={"COLUMNS": "120"})
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return subprocess.CompletedProcess(list(map(str, arguments)), done.exit_code, done.stdout, done.output)
+
+
+def finetune(tiny: Path, data: Path, output: Path, *more: object, way: Any = lorasb) -> Any:
+    return way("finetune", "--model", tiny, "--data", data, "--output", output, "--r", 8, "--epochs", 2, "--batch-size", 4,
                   "--samples", 8, "--dtype", "float32", "--lr", 5e-3, *more)  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["lora-sb", "lora-xs", "lora"])
 def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, method: str) -> None:
-    done = finetune(tiny, data, tmp_path, "--method", method)
+    done = finetune(tiny, data, tmp_path, "--method", method, way=process if method == "lora-sb" else lorasb)
     assert done.returncode == 0, done.stderr
     names = {path.name for path in tmp_path.iterdir()}
     wanted = {"adapter", "loss.png", "summary.json", "config.yaml", "answers.json"}
@@ -158,8 +169,8 @@ def test_bad_calls_end_in_one_line(
     model = ["--output", str(tmp_path)] if arguments[0] == "finetune" else []
     if model and name != "model":
         model += ["--model", str(tiny)]
-    if name in ("backend", "inspect nothing"):  # processes of their own, the first as its variable is read once
-        done = lorasb(*arguments, *model, **({"LORASB_BACKEND": "warp"} if name == "backend" else {}))
+    if name == "backend":  # a process of its own, as the variable is read once
+        done = process(*arguments, *model, LORASB_BACKEND="warp")
         code, printed = done.returncode, done.stderr
     else:
         monkeypatch.setattr(sys, "argv", ["lorasb", *arguments, *model])
