@@ -132,7 +132,7 @@ def test_inspect_and_export(tmp_path: Path) -> None:
 def test_doctor() -> None:
     shown = lorasb("doctor")
     assert shown.returncode == 0, shown.stderr
-    for text in ("torch", "peft", "backend eager", "available", "threads", "GPU"):
+    for text in ("torch", "peft", "backend eager", "available", "threads", "GPU", "--dtype auto", "LORASB_MAX_CPU_ISA"):
         assert text in shown.stdout
 
 
