@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.conftest import device
 from benchmarks.shapes import MODELS
+from benchmarks.timing import measured_dtype
 from benchmarks.variants import Problem
 
 CPU_GROUPS: tuple[tuple[int, tuple[int, ...]], ...] = (
@@ -22,11 +23,13 @@ def cases() -> Iterator[tuple[int, tuple[int, ...], int, int, torch.dtype]]:
     """n, the m of every member, M, r, dtype."""
     if device() == "cpu":
         for n, ms in CPU_GROUPS:
-            yield from ((n, ms, M, 96, dtype) for M in (16, 512) for dtype in (torch.float32, torch.bfloat16))
+            yield from (
+                (n, ms, M, 96, dtype) for M in (16, 512) for dtype in dict.fromkeys((torch.float32, measured_dtype()))
+            )
         return
     groups = {(group.n, group.ms) for groups in MODELS.values() for group in groups if len(group.ms) > 1}
     for n, ms in sorted(groups):
-        yield from ((n, ms, M, r, torch.bfloat16) for M in (1, 16, 512, 2048, 8192) for r in (32, 64, 96))
+        yield from ((n, ms, M, r, measured_dtype("cuda")) for M in (1, 16, 512, 2048, 8192) for r in (32, 64, 96))
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])

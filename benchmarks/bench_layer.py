@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.conftest import device
 from benchmarks.shapes import MODELS
+from benchmarks.timing import measured_dtype
 from benchmarks.variants import Problem
 
 CPU_SHAPES = ((576, 1536), (1024, 1024), (1024, 4096), (4096, 4096))
@@ -18,14 +19,14 @@ def cases() -> Iterator[tuple[int, int, int, int, torch.dtype]]:
     """n, m, M, r, dtype."""
     if device() == "cpu":
         for n, m in CPU_SHAPES:
-            for dtype in (torch.float32, torch.bfloat16):
+            for dtype in dict.fromkeys((torch.float32, measured_dtype())):
                 for M in (1, 16, 512):
                     yield from ((n, m, M, r, dtype) for r in ((32, 64, 96) if M == 512 else (96,)))
         return
     shapes = {(group.n, m) for groups in MODELS.values() for group in groups for m in group.ms}
     for n, m in sorted(shapes):
         for M in (1, 16, 512, 2048, 8192):
-            yield from ((n, m, M, r, torch.bfloat16) for r in (32, 64, 96))
+            yield from ((n, m, M, r, measured_dtype("cuda")) for r in (32, 64, 96))
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])

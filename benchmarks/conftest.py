@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.timing import commit, environment, measure, peak_bytes, saved_bytes
+from benchmarks.timing import DTYPES, commit, environment, measure, peak_bytes, saved_bytes, use_dtype
 from benchmarks.variants import Problem, calls, check, variants
 
 
@@ -22,6 +22,12 @@ def device() -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How long a case is measured."""
     parser.addoption("--seconds", type=float, default=2.0 if device() == "cpu" else 0.5, help="per case, all variants")
+    parser.addoption("--dtype", choices=("auto", *DTYPES), default="auto", help="beside float32 on a CPU; see timing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Cases are made from it."""
+    use_dtype(config.getoption("--dtype"))
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -3,8 +3,8 @@
     python -m benchmarks.four_bits [--row dequantise] [--seconds 6] [--output benchmarks/results]
 
 Rows: dequantise, train, evaluate, block, step, decode, memory. Ours has r=96 (64 in SmolLM2, whose default it is),
-PEFT's LoRA r=32. Layers are 4096 x 4096 in bf16, NF4 in blocks of 64, plain statistics. Beside the peers run what no
-way can do without: reading the packed bytes, writing a dense W, or the dense product.
+PEFT's LoRA r=32. Layers are 4096 x 4096, NF4 in blocks of 64, plain statistics; --dtype is auto. Beside the peers run
+what no way can do without: reading the packed bytes, writing a dense W, or the dense product.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.initialisation import new_memory
-from benchmarks.timing import Stats, measure, provenance
+from benchmarks.timing import Stats, dtype_name, dtype_option, measure, measured_dtype, provenance, use_dtype
 from lorasb.files import write_json
 
 FEATURES, RANK, PEFT_RANK, BLOCK = 4096, 96, 32, 64
 TRAIN_TOKENS, EVAL_TOKENS = (1, 16, 512), (1, 2, 4, 8, 16, 32, 64, 128, 512)
-DTYPE = torch.bfloat16
 Found = list[dict[str, Any]]
 
 
@@ -44,7 +43,7 @@ def packed(dense: nn.Linear) -> Any:
         dense.in_features,
         dense.out_features,
         bias=False,
-        compute_dtype=DTYPE,
+        compute_dtype=measured_dtype(),
         quant_type="nf4",
         compress_statistics=False,
     )
@@ -77,7 +76,7 @@ def row(name: str, case: str, stats: dict[str, Stats]) -> dict[str, Any]:
 
 
 def dequantise(seconds: float) -> Iterator[dict[str, Any]]:
-    """Whole weights to bf16, four in a row as a model has them: milliseconds are those of four.
+    """Whole weights, dense again, four in a row as a model has them: milliseconds are those of four.
 
     In a row, as what a call leaves in the caches to be written back is paid for by the next.
     """
@@ -87,11 +86,11 @@ def dequantise(seconds: float) -> Iterator[dict[str, Any]]:
     from lorasb.quantised import of_module
 
     for size in (FEATURES, FEATURES // 2):
-        layers = [packed(nn.Linear(size, size, bias=False, dtype=DTYPE)) for _ in range(4)]
+        layers = [packed(nn.Linear(size, size, bias=False, dtype=measured_dtype())) for _ in range(4)]
         pairs = [(layer.weight.data, layer.weight.quant_state) for layer in layers]
         if not torch.equal(dequantize_nf4(layers[0].weight), bnb.dequantize_4bit(*pairs[0])):
             raise RuntimeError("not bit-equal: not timed")
-        copies = [_copying(of_module(layer), torch.empty(size, size, dtype=DTYPE)) for layer in layers]
+        copies = [_copying(of_module(layer), torch.empty(size, size, dtype=measured_dtype())) for layer in layers]
 
         def each(call: Callable[[Any], Any], over: list[Any]) -> Callable[[int], None]:
             def run(_: int) -> None:
@@ -123,15 +122,15 @@ def _copying(weight: Any, out: Tensor | None = None) -> Callable[[int], Any]:
 
 def train(seconds: float) -> Iterator[dict[str, Any]]:
     """A layer in training, forward and backward."""
-    dense = nn.Linear(FEATURES, FEATURES, bias=False, dtype=DTYPE).requires_grad_(False)
+    dense = nn.Linear(FEATURES, FEATURES, bias=False, dtype=measured_dtype()).requires_grad_(False)
     peft = with_peft(nn.ModuleDict({"layer": packed(dense)})).train().get_submodule("layer")
     for parameter in peft.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPE)
+            parameter.data = parameter.data.to(measured_dtype())
     layer = ours(packed(dense)).train()
     for M in TRAIN_TOKENS:
-        xs = [torch.randn(M, FEATURES, dtype=DTYPE).requires_grad_() for _ in range(2)]
-        dy = torch.randn(M, FEATURES, dtype=DTYPE)
+        xs = [torch.randn(M, FEATURES, dtype=measured_dtype()).requires_grad_() for _ in range(2)]
+        dy = torch.randn(M, FEATURES, dtype=measured_dtype())
 
         def call(module: Callable[[Tensor], Tensor], xs: list[Tensor] = xs, dy: Tensor = dy) -> Callable[[int], None]:
             def run(i: int) -> None:
@@ -151,16 +150,16 @@ def evaluate(seconds: float) -> Iterator[dict[str, Any]]:
     from lorasb.functional import quantised_linear
     from lorasb.quantised import of_module
 
-    dense = nn.Linear(FEATURES, FEATURES, bias=False, dtype=DTYPE).requires_grad_(False)
+    dense = nn.Linear(FEATURES, FEATURES, bias=False, dtype=measured_dtype()).requires_grad_(False)
     repacked, layer, weight = packed(dense).eval(), ours(packed(dense)).eval(), of_module(packed(dense))
     adapted = with_peft(nn.ModuleDict({"layer": packed(dense)})).eval().get_submodule("layer")
     if weight is None:
         raise RuntimeError("not quantised")
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPE)
+            parameter.data = parameter.data.to(measured_dtype())
     for M in EVAL_TOKENS:
-        xs = [torch.randn(M, FEATURES, dtype=DTYPE) for _ in range(2)]
+        xs = [torch.randn(M, FEATURES, dtype=measured_dtype()) for _ in range(2)]
 
         def call(module: Callable[[Tensor], Tensor], xs: list[Tensor] = xs) -> Callable[[int], None]:
             def run(i: int) -> None:
@@ -189,7 +188,7 @@ def block(seconds: float) -> Iterator[dict[str, Any]]:
 
     config = MistralConfig()
     config._attn_implementation = "sdpa"
-    dense: Any = MistralDecoderLayer(config, 0).to(DTYPE).requires_grad_(False)
+    dense: Any = MistralDecoderLayer(config, 0).to(measured_dtype()).requires_grad_(False)
     four = copy.deepcopy(dense)
     for _, parent in list(four.named_modules()):
         for name, child in list(parent.named_children()):
@@ -206,17 +205,17 @@ def block(seconds: float) -> Iterator[dict[str, Any]]:
     lora = LoraConfig(r=PEFT_RANK, lora_alpha=PEFT_RANK, target_modules=targets)
     blocks: dict[str, Any] = {
         "PEFT QLoRA r=32": inject_adapter_in_model(lora, four),
-        "PEFT on bf16, r=32": inject_adapter_in_model(lora, dense),
+        "PEFT, dense, r=32": inject_adapter_in_model(lora, dense),
         "ours on 4 bits, r=96": adapted.base_model.model["block"],
     }
-    x, ids = torch.randn(1, 512, FEATURES, dtype=DTYPE).requires_grad_(), torch.arange(512)[None]
+    x, ids = torch.randn(1, 512, FEATURES, dtype=measured_dtype()).requires_grad_(), torch.arange(512)[None]
     rotary = MistralRotaryEmbedding(config)(x, ids)
     calls: dict[str, Callable[[int], Any]] = {}
     for way, module in blocks.items():
         module.train()
         for name, parameter in module.named_parameters():
             if "lora_" in name:
-                parameter.data = parameter.data.to(DTYPE)
+                parameter.data = parameter.data.to(measured_dtype())
 
         def run(_: int, module: Any = module) -> None:
             y = module(x, position_embeddings=rotary, position_ids=ids)
@@ -238,14 +237,16 @@ def smollm(way: str) -> Any:
 
     folder = resolve_model(EMBEDDED)
     if way == "ours":
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=measured_dtype())
         adapted: Any = lorasb.patch(lorasb.quantize(model))
         batch = {"input_ids": torch.arange(64).view(4, 16), "labels": torch.arange(64).view(4, 16)}
         lorasb.initialize(adapted, [batch], lr=1e-4, progress=False)
         return adapted
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPE)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=measured_dtype()
+    )
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=DTYPE, quantization_config=quantization, device_map="cpu"
+        folder, dtype=measured_dtype(), quantization_config=quantization, device_map="cpu"
     )
     lora = LoraConfig(r=PEFT_RANK, lora_alpha=PEFT_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, lora)
@@ -292,11 +293,11 @@ def decode(seconds: float) -> Iterator[dict[str, Any]]:
 
 
 def memory(_: float) -> Iterator[dict[str, Any]]:
-    """Bytes of the quantised layers over those in bf16."""
+    """Bytes of the quantised layers over those in 16 bits."""
     from lorasb.quantizing import quantize_4bit
 
     for nested in (False, True):
-        packed_weight, state = quantize_4bit(torch.randn(FEATURES, FEATURES, dtype=DTYPE), nested=nested)
+        packed_weight, state = quantize_4bit(torch.randn(FEATURES, FEATURES, dtype=measured_dtype()), nested=nested)
         tensors = [packed_weight, *state.as_tensors().values()]
         share = sum(t.numel() * t.element_size() for t in tensors) / (2 * FEATURES**2)
         yield {"row": "memory", "case": "nested statistics" if nested else "plain statistics", "share": share}
@@ -318,7 +319,8 @@ ROWS: dict[str, Callable[[float], Iterator[dict[str, Any]]]] = {
 def view(found: Found) -> Table:
     """Medians, and each way's ratio to the first, for people."""
     table = Table(
-        title="4 bits on a CPU: medians, and times over the first way's in the same round (20th-80th percentile)"
+        title=f"4 bits on a CPU, {dtype_name()}: medians, and times over the first way's in the same round "
+        "(20th-80th percentile)"
     )
     for name in ("row", "case", "way", "ms", "ratio"):
         table.add_column(name, justify="right" if name in ("ms", "ratio") else "left")
@@ -346,7 +348,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of four-bits-cpu.json, whose other rows stay")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
+    dtype_option(parser)
     options = parser.parse_args()
+    use_dtype(options.dtype)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     if options.job == "step_memory":

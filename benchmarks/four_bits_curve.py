@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import provenance
-from lorasb.cli.finetune import Settings, run_finetune
+from benchmarks.timing import dtype_name, dtype_option, provenance, use_dtype
+from lorasb.cli.finetune import run_finetune
 from lorasb.cli.pictures import smoothed
+from lorasb.cli.settings import Settings
 from lorasb.files import write_json
 from lorasb.plotting import GRAD, SIGN, canvas, save
 
@@ -29,7 +30,9 @@ COLOURS = {16: GRAD, 4: SIGN}
 def run(bits: int, seed: int, examples: int) -> dict[str, Any]:
     """One fine-tuning; the weights' bits are all that differs."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(bits=bits, seed=seed, train_examples=examples, eval_examples=60, output=folder)
+        settings = Settings(
+            bits=bits, dtype=dtype_name(), seed=seed, train_examples=examples, eval_examples=60, output=folder
+        )
         found = run_finetune(settings).summary
     return {"bits": bits, "seed": seed, "examples": examples, **{name: found[name] for name in KEPT}}
 
@@ -80,7 +83,9 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=1200)
     parser.add_argument("--output", type=Path, help="folder of four-bits-curve.json")
     parser.add_argument("--picture", type=Path)
+    dtype_option(parser)
     options = parser.parse_args()
+    use_dtype(options.dtype)
     runs = [run(bits, seed, options.examples) for seed in range(options.seeds) for bits in (16, 4)]
     Console(width=110).print(view(runs))
     if options.output:

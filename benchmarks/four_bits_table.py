@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 BLOCK, STEP = ("block", "Mistral-7B, 512 tokens, f+b"), ("step", "SmolLM2, 4 x 128 tokens")
+DENSE, DENSE_BEFORE = "PEFT, dense, r=32", "PEFT on bf16, r=32"  # the name that older results have
 QLORA, BARE, OURS = "Linear4bit + LoRA r=32", "dense, bare", "ours, r=96"
 MORE = (2, 4, 8, 16, 32, 64, 128, 512)
 
@@ -21,7 +22,7 @@ LINES = (
         "4 of 4096 x 4096",
         "bitsandbytes",
         "ours",
-        "dequantise four weights 4096 x 4096 to bf16; bitsandbytes",
+        "dequantise four weights 4096 x 4096 to {dtype}; bitsandbytes",
     ),
     ("dequantise", "4 of 4096 x 4096", "bytes in and out", "ours", "limit: those bytes read and written by torch"),
     ("dequantise", "4 of 2048 x 2048", "bitsandbytes", "ours", "four 2048 x 2048; bitsandbytes"),
@@ -41,7 +42,7 @@ LINES = (
     ("evaluate", "512 tokens", "dense", "ours", "limit: the dense product"),
     ("evaluate", "512 tokens", QLORA, OURS, "with adapters, r=32 and r=96"),
     (*BLOCK, "PEFT QLoRA r=32", "ours on 4 bits, r=96", "a Mistral-7B block, 512 tokens, f+b; PEFT QLoRA r=32"),
-    (*BLOCK, "PEFT on bf16, r=32", "ours on 4 bits, r=96", "PEFT on bf16, r=32"),
+    (*BLOCK, DENSE, "ours on 4 bits, r=96", "PEFT on {dtype}, r=32"),
     (*STEP, "PEFT QLoRA r=32", "ours", "a step of SmolLM2-135M, 4 x 128 tokens; PEFT QLoRA r=32"),
     ("decode", "48 tokens", "bitsandbytes + PEFT", "ours", "decoding 48 tokens, SmolLM2; bitsandbytes + PEFT"),
 )
@@ -50,11 +51,15 @@ LINES = (
 def table(found: dict[str, Any]) -> list[str]:
     """Lines of Markdown: medians in milliseconds, and how many times as fast ours is in the same run."""
     rows = {(one["row"], one["case"]): one for one in found["rows"]}
-    lines = ["| | against | ours | ratio |", "|---|---:|---:|---:|"]
+    machine = found["machine"]
+    dtype = machine.get("dtype", "bf16")  # which older results do not say
+    head = f" {machine['class']}, {dtype}" if "class" in machine else ""
+    lines = [f"|{head} | against | ours | ratio |", "|---|---:|---:|---:|"]
     for name, case, against, ours, label in LINES:
         ways = rows[name, case]["ways"]
-        theirs, own = ways[against], ways[ours]
-        indented = label if ";" in label else f"&nbsp;&nbsp;&nbsp;{label}"
+        theirs, own = ways[DENSE_BEFORE if against == DENSE and DENSE not in ways else against], ways[ours]
+        said = label.format(dtype=dtype)
+        indented = said if ";" in said else f"&nbsp;&nbsp;&nbsp;{said}"
         times = theirs["ratio"] / own["ratio"]  # each a median of ratios to the round's first
         lines.append(f"| {indented} | {theirs['p50']:.4g} ms | {own['p50']:.4g} ms | {times:.2f}x |")
     memory = rows[STEP]["new_bytes"]

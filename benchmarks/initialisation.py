@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.timing import provenance
+from benchmarks.timing import dtype_name, dtype_option, provenance, use_dtype
 from lorasb.files import write_json
 
 TOKENS, SAMPLES, RANK, LORA_RANK = 192, 8, 64, 32
@@ -135,12 +135,13 @@ def init_time(**options: Any) -> dict[str, Any]:
 
 
 def epoch_share(steps: int = 20) -> dict[str, Any]:
-    """The demo's initialisation, and how long its training takes a sample: bf16, batches of 16, its own lengths."""
+    """The demo's initialisation, and how long its training takes a sample: batches of 16, its own lengths."""
     import lorasb
     from lorasb.cli.encode import Collator, encode
-    from lorasb.cli.finetune import Settings, prepare
+    from lorasb.cli.prepare import prepare
+    from lorasb.cli.settings import Settings
 
-    run = prepare(Settings(eval_examples=1, train_examples=64 + 16 * steps))
+    run = prepare(Settings(eval_examples=1, train_examples=64 + 16 * steps, dtype=dtype_name()))
     run.model = lorasb.patch(run.model, r=RANK)
     encoded = [encode(example, run.tokenizer, 512) for example in run.train]
     collate = Collator(run.tokenizer.pad_token_id, run.model.get_base_model())
@@ -158,7 +159,8 @@ def epoch_share(steps: int = 20) -> dict[str, Any]:
         optimizer.zero_grad()
         seconds.append((time.perf_counter() - started) / 16)
     tokens = sum(map(len, encoded)) / len(encoded)
-    return {"init_seconds": init_seconds, "seconds_a_sample": seconds, "tokens_a_sample": tokens}
+    return {"init_seconds": init_seconds, "seconds_a_sample": seconds, "tokens_a_sample": tokens,
+            "dtype": run.precision.name}  # fmt: skip
 
 
 def bits_and_energies() -> dict[str, Any]:
@@ -251,7 +253,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         *((f"new memory, MB (step of {rows} x {TOKENS} tokens)", _mb(ours),
            f"PEFT LoRA r={LORA_RANK}, AdamW: {_mb(memory[f'LoRA step of {rows}'])}",
            f"{ours / memory[f'LoRA step of {rows}']:.2f}x") for rows in PAPER_BATCHES),
-        ("the demo's model and data, s (64 samples, bf16)", f"{init:.1f}",
+        (f"the demo's model and data, s (64 samples, {found['epoch'].get('dtype', 'bf16')})", f"{init:.1f}",
          f"an epoch of {EPOCH:,} samples at {found['epoch']['tokens_a_sample'] / a_sample:.0f} tokens/s: {epoch:.0f}",
          f"{init / epoch:.2%}"),
         ("signs of all layers, MB", f"{bits['words_bytes'] / 1e6:.1f}",
@@ -284,12 +286,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="folder for init-cpu.json")
     parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
+    dtype_option(parser)
     options = parser.parse_args()
+    use_dtype(options.dtype)
     warnings.simplefilter("ignore")
     if options.worker:
         print(json.dumps(WORKERS[options.worker]()))
         return
-    found = {**provenance(), **collect(options.rounds)}
+    found = {**provenance(dtype="float32"), **collect(options.rounds)}
     if options.output:
         write_json(options.output / "init-cpu.json", found)
     Console(width=150).print(table(found))

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import provenance
+from benchmarks.timing import dtype_option, measured_dtype, provenance, use_dtype
 from lorasb.files import write_json
 
 IMPORTS = {"torch": "import torch", "torch and lorasb": "import torch, lorasb"}
@@ -51,7 +51,7 @@ def smollm() -> Any:
 
     from lorasb.cli.embedded import EMBEDDED, resolve_model
 
-    return AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=measured_dtype())
 
 
 def mistral() -> Any:
@@ -81,7 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, help="folder of startup-cpu.json")
+    dtype_option(parser)
     options = parser.parse_args()
+    use_dtype(options.dtype)
     rows = {f"import {name}": values for name, values in imports(options.rounds).items()}
     rows["patch SmolLM2, 30 blocks"] = patching(smollm, 3)
     rows["patch Mistral-7B on the meta device"] = patching(mistral, 3)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.step [--seconds 60] [--output benchmarks/results]
 
-bf16, 4 x 128 tokens, AdamW, all linear layers. Beside the times: bytes that autograd keeps for backward, bytes of the
-optimiser's state, trained parameters.
+4 x 128 tokens, AdamW, all linear layers; --dtype is auto. Beside the times: bytes that autograd keeps for backward,
+bytes of the optimizer's state, trained parameters.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.four_bits import PEFT_RANK, RANK
-from benchmarks.timing import measure, provenance, saved_bytes
+from benchmarks.timing import dtype_name, dtype_option, measure, measured_dtype, provenance, saved_bytes, use_dtype
 from lorasb.files import write_json
 
 OURS, PEFT = f"LoRA-SB, r={RANK}", f"PEFT LoRA, r={PEFT_RANK}"
 
 
 def model_of(way: str) -> Any:
-    """SmolLM2 in bf16 with an adapter."""
+    """SmolLM2 with an adapter."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     import lorasb
     from lorasb.cli.embedded import EMBEDDED, resolve_model
 
-    model: Any = AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=measured_dtype())
     if way == PEFT:
         lora = LoraConfig(r=PEFT_RANK, lora_alpha=PEFT_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(model, lora).train()
@@ -90,7 +90,7 @@ def run(seconds: float) -> dict[str, dict[str, Any]]:
 
 def view(found: dict[str, dict[str, Any]]) -> Table:
     """For people, with ratios to PEFT's."""
-    table = Table(title="a training step of SmolLM2-135M, bf16, 4 x 128 tokens")
+    table = Table(title=f"a training step of SmolLM2-135M, {dtype_name()}, 4 x 128 tokens")
     for name in ("", PEFT, OURS, "ratio"):
         table.add_column(name, justify="right" if name else "left")
     theirs, ours = found[PEFT], found[OURS]
@@ -108,7 +108,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--output", type=Path, help="folder of step-cpu.json")
+    dtype_option(parser)
     options = parser.parse_args()
+    use_dtype(options.dtype)
     torch.manual_seed(0)
     found = run(options.seconds)
     Console(width=100).print(view(found))

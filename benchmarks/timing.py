@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import os
 import platform
 import random
 import subprocess
@@ -13,6 +15,9 @@ from typing import Any
 
 import torch
 
+from lorasb.precision import DTYPES, processor_class, resolve
+
+DTYPE_VARIABLE = "LORASB_BENCH_DTYPE"  # how processes that a benchmark starts learn its dtype
 RESULTS = ("results", "REPORT.md")  # what a run itself writes
 Call = Callable[[int], Any]
 
@@ -123,14 +128,41 @@ def commit() -> str:
     return f"{found or 'no git'}{'-dirty' if changed else ''}"
 
 
-def provenance(device: str = "cpu") -> dict[str, Any]:
-    """Machine, commit and date, for a file of results."""
-    return {"machine": environment(device), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
+def dtype_option(parser: argparse.ArgumentParser) -> None:
+    """--dtype, for `use_dtype`."""
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default=os.environ.get(DTYPE_VARIABLE, "auto"),
+                        help="auto: bfloat16 where this machine multiplies it natively, else float32")  # fmt: skip
+
+
+def use_dtype(name: str) -> None:
+    """Measure in a dtype from now on, here and in the processes that are started."""
+    os.environ[DTYPE_VARIABLE] = name
+
+
+def measured_dtype(device: str = "cpu") -> torch.dtype:
+    """The dtype that is measured in."""
+    return resolve(os.environ.get(DTYPE_VARIABLE, "auto"), device).dtype
+
+
+def dtype_name(dtype: torch.dtype | None = None) -> str:
+    """Its name, or the name of another one."""
+    return str(dtype or measured_dtype()).removeprefix("torch.")
+
+
+def provenance(device: str = "cpu", dtype: str | None = None) -> dict[str, Any]:
+    """Machine, dtype (the one that is measured in, unless another is said), commit and date, for a file of results."""
+    machine = environment(device) | {"dtype": dtype or dtype_name(measured_dtype(device))}
+    return {"machine": machine, "commit": commit(), "date": time.strftime("%Y-%m-%d")}
 
 
 def provenance_columns() -> dict[str, str]:
     """The same for a row of a CSV."""
-    return {"version": commit(), "machine": _cpu(), "date": time.strftime("%Y-%m-%d")}
+    return {"version": commit(), "machine": machine_name(dtype_name()), "date": time.strftime("%Y-%m-%d")}
+
+
+def machine_name(dtype: str) -> str:
+    """Processor, its class and a dtype, for a row of a CSV."""
+    return f"{_cpu()} ({processor_class()}), {dtype}"
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -141,6 +173,7 @@ def environment(device: str) -> dict[str, Any]:
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "class": processor_class(),
     }
     for package in ("torch", "triton", "peft", "transformers", "lorasb"):
         found[package] = importlib.metadata.version(package)

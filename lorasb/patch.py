@@ -19,7 +19,8 @@ def patch(
     """Adapt a model: its target linears become `LoRASBLinear`, everything else is frozen.
 
     The same as `peft.get_peft_model(model, LoRASBConfig(...))`, with the task type inferred from the model's class.
-    The model is changed in place and left as it was if anything is wrong.
+    The model is changed in place and left as it was if anything is wrong. No dtype is changed; where this CPU has no
+    products in the model's, a log line says once what that costs.
 
     Args:
         model: a transformers model, or any module with `nn.Linear` layers.
@@ -36,6 +37,7 @@ def patch(
     """
     import peft
 
+    from . import precision
     from .config import LoRASBConfig
     from .task_type import infer_task_type
 
@@ -57,7 +59,9 @@ def patch(
     config = copy.deepcopy(config)
     if config.task_type is None:
         config.task_type = infer_task_type(model)
-    return peft.get_peft_model(model, config, adapter_name=adapter_name)
+    adapted = peft.get_peft_model(model, config, adapter_name=adapter_name)
+    precision.notice(adapted)
+    return adapted
 
 
 def check_fields(fields: dict[str, Any]) -> None:

@@ -7,16 +7,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from conftest import patched
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from lorasb import cli
 from lorasb.cli import embedded, encode, tasks
-from lorasb.cli.finetune import Settings, load_examples
+from lorasb.cli.data import load_examples
+from lorasb.cli.settings import Settings
 
 WORDS = ["one", "two", "three", "four", "red", "blue", "green", "cat", "dog", "tree"]
 
@@ -54,7 +57,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def lorasb(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as a user starts it."""
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "lorasb", *map(str, arguments)],
         capture_output=True,
@@ -64,17 +68,25 @@ def lorasb(*arguments: object, **environment: str) -> subprocess.CompletedProces
     )
 
 
-def finetune(tiny: Path, data: Path, output: Path, *more: object) -> subprocess.CompletedProcess[str]:
-    return lorasb("finetune", "--model", tiny, "--data", data, "--output", output, "--r", 8, "--epochs", 2, "--batch-size", 4,
+def lorasb(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in this process, which has loaded all that it needs."""
+    done = CliRunner().invoke(cli.app, list(map(str, arguments)), env={"COLUMNS": "120"})
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return subprocess.CompletedProcess(list(map(str, arguments)), done.exit_code, done.stdout, done.output)
+
+
+def finetune(tiny: Path, data: Path, output: Path, *more: object, way: Any = lorasb) -> Any:
+    return way("finetune", "--model", tiny, "--data", data, "--output", output, "--r", 8, "--epochs", 2, "--batch-size", 4,
                   "--samples", 8, "--dtype", "float32", "--lr", 5e-3, *more)  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["lora-sb", "lora-xs", "lora"])
 def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, method: str) -> None:
-    done = finetune(tiny, data, tmp_path, "--method", method)
+    done = finetune(tiny, data, tmp_path, "--method", method, way=process if method == "lora-sb" else lorasb)
     assert done.returncode == 0, done.stderr
     names = {path.name for path in tmp_path.iterdir()}
-    wanted = {"adapter", "loss.png", "summary.json"}
+    wanted = {"adapter", "loss.png", "summary.json", "config.yaml", "answers.json"}
     if method != "lora":
         wanted |= {"lora", "report.json"}
     if method == "lora-sb":
@@ -84,6 +96,7 @@ def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, metho
     for key in ("eval_loss_before", "eval_loss_after", "eval_accuracy_before", "eval_accuracy_after", "init_seconds",
                 "train_seconds", "tokens_per_second", "peak_rss_mb"):  # fmt: skip
         assert isinstance(summary[key], float), key
+    assert summary["dtype"] == "float32"
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
     assert summary["config"]["method"] == method
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -119,14 +132,14 @@ def test_inspect_and_export(tmp_path: Path) -> None:
 def test_doctor() -> None:
     shown = lorasb("doctor")
     assert shown.returncode == 0, shown.stderr
-    for text in ("torch", "peft", "backend eager", "available", "threads", "GPU"):
+    for text in ("torch", "peft", "backend eager", "available", "threads", "GPU", "--dtype auto", "LORASB_MAX_CPU_ISA"):
         assert text in shown.stdout
 
 
 BAD_CALLS = {
     "inspect nothing": (["inspect", "nowhere"], "expected an adapter folder with adapter_config.json"),
     "method": (["finetune", "--method", "magic"], "--method must be one of lora-sb, lora-xs, lora, got 'magic'"),
-    "dtype": (["finetune", "--dtype", "int4"], "--dtype must be one of bfloat16, float32, float16, got 'int4'"),
+    "dtype": (["finetune", "--dtype", "int4"], "--dtype must be one of auto, bfloat16, float32, float16, got 'int4'"),
     "update": (["finetune", "--update", "lion"], "--update must be one of adamw, sgd, got 'lion'"),
     "rank": (["finetune", "--r", "0"], "--r must be positive, got 0"),
     "task": (["finetune", "--task", "chess"], "unknown task 'chess': expected one of word_sequence_reversal"),
@@ -156,8 +169,8 @@ def test_bad_calls_end_in_one_line(
     model = ["--output", str(tmp_path)] if arguments[0] == "finetune" else []
     if model and name != "model":
         model += ["--model", str(tiny)]
-    if name in ("backend", "inspect nothing"):  # processes of their own, the first as its variable is read once
-        done = lorasb(*arguments, *model, **({"LORASB_BACKEND": "warp"} if name == "backend" else {}))
+    if name == "backend":  # a process of its own, as the variable is read once
+        done = process(*arguments, *model, LORASB_BACKEND="warp")
         code, printed = done.returncode, done.stderr
     else:
         monkeypatch.setattr(sys, "argv", ["lorasb", *arguments, *model])

@@ -35,7 +35,7 @@ def test_it_writes_an_adapter_a_report_and_pictures(tiny: Path, data: Path, tmp_
     assert "overlap of two halves of the samples" in done.output
     assert "suggested ranks: keeps" in done.output
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"adapter", "report.json", "ranks.json", *PICTURES}
+    assert names == {"adapter", "report.json", "ranks.json", "config.yaml", *PICTURES}
     for name in PICTURES:
         assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
     report = lorasb.InitReport.load(tmp_path / "run" / "report.json")

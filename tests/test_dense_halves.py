@@ -49,9 +49,7 @@ def pooled(rows: int, n: int, m: int, r: int, dtype: torch.dtype, **options: obj
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("n", "m", "r"), [(123, 59, 17), (64, 300, 24), (520, 48, 16)])
-def test_as_near_to_fp64_as_the_plain_chain(
-    kernel: str, rows: int, n: int, m: int, r: int, dtype: torch.dtype
-) -> None:
+def test_as_near_to_fp64_as_the_plain_chain(kernel: str, rows: int, n: int, m: int, r: int, dtype: torch.dtype) -> None:
     for ours, chain, exact in pooled(rows, n, m, r, dtype):
         check_half(ours, chain, exact)
 

@@ -32,6 +32,11 @@ def test_the_reference_is_what_the_docstrings_say() -> None:
     assert (DOCS[0].parent / "api.md").read_text(encoding="utf-8") == made, "run python docs/make_api.py"
 
 
+def test_the_settings_are_what_the_list_says() -> None:
+    made = runpy.run_path(str(DOCS[0].parent / "make_settings.py"))["page"]()
+    assert (DOCS[0].parent / "settings.md").read_text(encoding="utf-8") == made, "run python docs/make_settings.py"
+
+
 @pytest.mark.parametrize("page", [*DOCS, DOCS[0].parents[1] / "README.md"], ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):

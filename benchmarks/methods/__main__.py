@@ -18,6 +18,7 @@ from rich.console import Console
 
 from benchmarks.methods import grid, pictures, rows, runner, tables
 from benchmarks.methods.grid import METHODS, TASKS, Cell
+from benchmarks.timing import use_dtype
 
 
 def wanted(
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="draw what is there for chain_sum, and run nothing")
     parser.add_argument("--table", action="store_true", help="print what is there and run nothing")
     options = parser.parse_args()
+    use_dtype(options.dtype)
     console = Console(width=120)
     if options.picture:
         pictures.choosing(rows.read(options.output / runner.ROWS), "chain_sum", options.picture)

@@ -24,7 +24,7 @@ from benchmarks.methods.adapters import put_in
 from benchmarks.methods.grid import METHODS, TASKS, WARMUP, Cell, Task
 from benchmarks.methods.problems import MAX_LENGTH, files, load
 from benchmarks.methods.run import drawn, train
-from benchmarks.timing import provenance
+from benchmarks.timing import dtype_option, measured_dtype, provenance, use_dtype
 from lorasb.cli.embedded import EMBEDDED, resolve_model
 from lorasb.cli.encode import Collator, encode
 from lorasb.cli.evaluate import evaluate, example_losses
@@ -69,7 +69,7 @@ def run(task: Task, judge: Judge, count: int, folder: Path | None) -> dict[str, 
 
     started = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(EMBEDDED))
-    problem = load(task, folder, torch.bfloat16)
+    problem = load(task, folder, measured_dtype())
     examples = read_jsonl(files(task, folder, "test"))[:count]
     before, loss_before = judge(problem.model, examples, tokenizer), problem.loss(problem.model, "test")
     cell, warmup = Cell(task.name, "test", "LoRA-SB", task.ranks[-1], LR, 0), round(WARMUP * task.steps)
@@ -85,9 +85,11 @@ def run(task: Task, judge: Judge, count: int, folder: Path | None) -> dict[str, 
 def main() -> None:
     """Run both, print and write floor.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    dtype_option(parser)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--output", type=Path, default=runner.RESULTS)
     options = parser.parse_args()
+    use_dtype(options.dtype)
     found = [run(ARC, chosen, 250, options.data_dir), run(TASKS["gsm8k"], answered, 100, options.data_dir)]
     for row in found:
         Console(width=120).print(row)

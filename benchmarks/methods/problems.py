@@ -103,7 +103,7 @@ def _language(task: Task, folder: Path | None, dtype: torch.dtype) -> Problem:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lorasb.cli.embedded import EMBEDDED, resolve_model
-    from lorasb.cli.finetune import contiguous_head
+    from lorasb.cli.prepare import contiguous_head
 
     source = resolve_model(EMBEDDED)
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -18,7 +18,7 @@ import torch
 from benchmarks.methods.adapters import begin_again, optimizer, put_in, settings
 from benchmarks.methods.grid import FULL, METHODS, SEEDS, SWEEP_SEED, TASKS, WARMUP, Cell, Task
 from benchmarks.methods.problems import Batch, Problem, load
-from benchmarks.timing import commit, environment
+from benchmarks.timing import commit, dtype_name, machine_name, measured_dtype
 
 CLIP = 1.0
 
@@ -27,13 +27,14 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
     """Adapt, train, judge; a row for each split that was judged.
 
     Every method sees the same batches: their order follows from the seed alone, and so do the samples of an
-    initialisation that wants some. Full fine-tuning keeps its weights in fp32 under bf16 autocast, since a step of 1e-5
-    would be lost on bf16 weights; the others train fp32 adapters over a bf16 base.
+    initialisation that wants some. Bases are in the dtype that is measured in (--dtype, auto unless given); CoLA's in
+    fp32. Where it is bf16, full fine-tuning keeps its weights in fp32 under autocast, since a step of 1e-5 would be
+    lost on bf16 weights; the others train fp32 adapters.
     """
     version, task, method = commit(), TASKS[cell.task], METHODS[cell.method]
     task = replace(task, steps=settings(cell).get("steps", task.steps))
-    narrow = method.family != FULL and task.name != "cola"
-    problem = load(task, folder, torch.bfloat16 if narrow else torch.float32)
+    dtype = measured_dtype() if method.family != FULL and task.name != "cola" else torch.float32
+    problem = load(task, folder, dtype)
     splits = ("validation", "test") if twice(cell) else (cell.split,)
     before = {split: problem.loss(problem.model, split) for split in splits}
     warmup = round(WARMUP * task.steps)
@@ -50,7 +51,8 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
         "init_seconds": round(init_seconds, 2), "seconds": round(seconds, 1), "steps": task.steps,
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "energy": _energy(report, "sign"), "energy_grad": _energy(report, "grad"),
-        "version": version, "machine": environment("cpu")["cpu"], "date": time.strftime("%Y-%m-%d"), "losses": losses,
+        "version": version, "machine": machine_name(dtype_name(dtype)), "date": time.strftime("%Y-%m-%d"),
+        "losses": losses,
     }  # fmt: skip
     return [
         {**cell.described(), "split": split, **same, "loss_before": round(before[split], 5),
@@ -108,7 +110,7 @@ def train(model: Any, problem: Problem, task: Task, cell: Cell, warmup: int) -> 
     opt = optimizer(model, method, task, cell, problem.head)
     peaks = [group["lr"] for group in opt.param_groups]
     trained = [p for p in model.parameters() if p.requires_grad]
-    wide = method.family == FULL and task.name != "cola"
+    wide = method.family == FULL and task.name != "cola" and measured_dtype() == torch.bfloat16
     torch.manual_seed(cell.seed)  # dropout
     model.train()
     losses = []

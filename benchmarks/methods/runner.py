@@ -17,6 +17,7 @@ from rich.console import Console
 
 from benchmarks.methods import rows
 from benchmarks.methods.grid import KEY, Cell
+from benchmarks.timing import dtype_option
 
 RESULTS = Path(__file__).parents[1] / "results"
 ROWS, CURVES = "methods.csv", "methods-curves.jsonl"
@@ -30,6 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--minutes", type=float, default=600, help="start no run after so many")
     parser.add_argument("--workers", type=int, default=2)
+    dtype_option(parser)
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
 
 

@@ -28,6 +28,7 @@ from functools import partial
 
 from benchmarks.methods import runner
 from benchmarks.paper import ablations, costs, curves, energy, lengths, overhead, scale
+from benchmarks.timing import use_dtype
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "costs": lambda options: costs.main(options.output, options.data_dir),
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("command", choices=list(COMMANDS))
     runner.arguments(parser)
     options = parser.parse_args()
+    use_dtype(options.dtype)
     COMMANDS[options.command](options)
 
 

@@ -29,7 +29,7 @@ from benchmarks.methods.tables import plus_minus, spread
 from benchmarks.panels import panels, save_panels
 from benchmarks.paper.ablations import ABLATIONS, results
 from benchmarks.tabular import Row, write_csv
-from benchmarks.timing import provenance_columns
+from benchmarks.timing import measured_dtype, provenance_columns
 from lorasb.cli.embedded import EMBEDDED, resolve_model
 from lorasb.cli.encode import encode
 from lorasb.cli.tasks import Example, generate
@@ -126,7 +126,7 @@ def shares(model: Any, gradients: dict[str, Tensor]) -> tuple[float, float]:
 
 def measure(there: Sequence[Row], folder: Path | None) -> list[dict[str, Any]]:
     """A line a start."""
-    problem, at = load(TASK, folder, torch.bfloat16), provenance_columns()
+    problem, at = load(TASK, folder, measured_dtype()), provenance_columns()
     gradients, base, lines = reference(problem), problem.model, []
     for start in known(there):
         problem.model = copy.deepcopy(base)

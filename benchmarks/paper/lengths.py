@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +20,7 @@ from benchmarks.methods.grid import METHODS, TASKS, Cell
 from benchmarks.methods.problems import load
 from benchmarks.methods.run import drawn
 from benchmarks.tabular import write_csv
-from benchmarks.timing import provenance_columns
+from benchmarks.timing import measured_dtype, provenance_columns
 
 TASK, SEED, FILE = TASKS["chain_sum"], 0, "lengths.csv"
 HEAD = ("r", "layers", "median layer", "shortest", "longest")
@@ -35,7 +34,7 @@ def lengths(shares: Sequence[float]) -> dict[str, Any]:
 
 def measure(r: int) -> dict[str, Any]:
     """Of one rank; steps shorter than one step of R count as one."""
-    problem = load(TASK, None, torch.bfloat16)
+    problem = load(TASK, None, measured_dtype())
     cell = Cell(TASK.name, "validation", "LoRA-SB", r, 1e-3, SEED, options=(("longest_start", 1.0),))
     _, _, report = put_in(problem, METHODS["LoRA-SB"], cell, lambda n: drawn(problem, TASK, SEED, n), 0)
     return {"task": TASK.name, "r": r, **lengths([layer.start for layer in report.layers])}

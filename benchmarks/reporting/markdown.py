@@ -32,7 +32,9 @@ def where(found: Mapping[str, Any]) -> str:
     machine = found["machine"]
     at = f"commit {found['commit']}" if "commit" in found else "commit not recorded"
     threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
-    place = f"{machine['cpu']}, {threads}, torch {machine['torch']}, peft {machine['peft']}"
+    kind = f" ({machine['class']})" if "class" in machine else ""  # older results do not say it, nor the dtype
+    dtype = f", {machine['dtype']}" if "dtype" in machine else ""
+    place = f"{machine['cpu']}{kind}{dtype}, {threads}, torch {machine['torch']}, peft {machine['peft']}"
     return f"*{place}; {at}, {found.get('date', 'date not recorded')}.*"
 
 

@@ -92,7 +92,7 @@ def training_step(folder: Path) -> Iterator[str]:
             "",
             where(found),
             "",
-            "SmolLM2-135M, bf16, 4 x 128 tokens, AdamW:",
+            f"SmolLM2-135M, {found['machine'].get('dtype', 'bf16')}, 4 x 128 tokens, AdamW:",
             "",
         )
         spread = f"{ours['ratio']:.2f}x ({ours['ratio_p20']:.2f}-{ours['ratio_p80']:.2f})"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from .tasks import TASKS
+from .options import command
+from .settings import INIT_OUTPUT, InitSettings, Settings, listed
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune Hugging Face models with LoRA-SB.")
 
@@ -18,116 +19,47 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune Hu
 bench = typer.Typer(no_args_is_help=True, help="Measure the kernels on this machine.")
 app.add_typer(bench, name="bench")
 
-# What several commands ask for.
-ModelOption = Annotated[str, typer.Option(help="Folder or hub id.")]
-TaskOption = Annotated[str, typer.Option(help=f"Generated task, without --data: {', '.join(TASKS)}.")]
-DataOption = Annotated[Path | None, typer.Option(help="JSONL of prompt/completion, or messages.")]
-TrainExamples = Annotated[int, typer.Option(help="Generated training examples.")]
-Update = Annotated[str, typer.Option(help="First step of AdamW (the gradient's sign) or of sgd.")]
-MaxLength = Annotated[int, typer.Option(help="Tokens an example, at most.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16, float32 or float16.")]
-Bits = Annotated[int, typer.Option(help="Bits of the base's linear weights: 16, or 4 (NF4, nested statistics).")]
 
-
-@app.command()
-def finetune(
-    model: ModelOption = "smollm2-135m",
-    task: TaskOption = "word_sequence_reversal",
-    data: DataOption = None,
-    eval_data: Annotated[Path | None, typer.Option(help="JSONL of held-out examples.")] = None,
-    method: Annotated[str, typer.Option(help="lora-sb, lora-xs or lora (PEFT's).")] = "lora-sb",
-    r: Annotated[int | None, typer.Option(help="Rank; 64, capped at smaller layers (lora: 32).")] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
-    epochs: Annotated[float, typer.Option(help="Passes over the training examples.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 16,
-    warmup: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = 0.1,
-    train_examples: TrainExamples = 3600,
-    eval_examples: Annotated[int, typer.Option(help="Held-out examples.")] = 100,
-    samples: Annotated[int | None, typer.Option(help="Samples for the initialisation; max(32, n/1000).")] = None,
-    update: Update = "adamw",
-    max_length: MaxLength = 512,
-    dtype: Dtype = "bfloat16",
-    bits: Bits = 16,
-    seed: Annotated[int, typer.Option(help="Seed of data, initialisation and training.")] = 0,
-    output: Annotated[Path, typer.Option(help="Folder for the run's files.")] = Path("runs/finetune"),
-) -> None:
+def _finetune(values: dict[str, Any]) -> None:
     """Fine-tune a causal language model and show what it learned on held-out problems."""
     from . import show
     from .console import console
-    from .finetune import Settings, run_finetune
+    from .finetune import run_finetune
 
-    settings = Settings(
-        model=model,
-        task=task,
-        data=str(data) if data else None,
-        eval_data=str(eval_data) if eval_data else None,
-        method=method,
-        r=r,
-        lr=lr,
-        epochs=epochs,
-        batch_size=batch_size,
-        warmup=warmup,
-        train_examples=train_examples,
-        eval_examples=eval_examples,
-        samples=samples,
-        update=update,
-        max_length=max_length,
-        dtype=dtype,
-        bits=bits,
-        seed=seed,
-        output=str(output),
-    )
+    settings = Settings(**values)
     result = run_finetune(settings)
+    if console.quiet:  # another process has it all
+        return
     if result.report is not None:
         console.print(show.energies(result.report))
     console.print(show.answers(result.examples, result.before.answers, result.after.answers))
     console.print(show.before_and_after(result.summary))
     console.print(show.costs(result.summary))
-    console.print(f"In [bold]{escape(str(output))}[/]: " + ", ".join(sorted(p.name for p in output.iterdir())))
+    console.print(_files(settings.output))
 
 
-@app.command()
-def init(
-    model: ModelOption = "smollm2-135m",
-    task: TaskOption = "word_sequence_reversal",
-    data: DataOption = None,
-    r: Annotated[int | None, typer.Option(help="Rank; 64, capped at smaller layers.")] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of the training to come.")] = 2e-3,
-    epochs: Annotated[float, typer.Option(help="Its passes, for its number of warm-up steps.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 16,
-    warmup: Annotated[float, typer.Option(help="Share of its steps that warm up.")] = 0.1,
-    train_examples: TrainExamples = 3600,
-    samples: Annotated[int | None, typer.Option(help="Samples; max(32, n/1000).")] = None,
-    max_length: MaxLength = 512,
-    dtype: Dtype = "bfloat16",
-    bits: Bits = 16,
-    seed: Annotated[int, typer.Option(help="Seed of data and SVD.")] = 0,
-    strategy: Annotated[str, typer.Option(help="auto, layerwise or accumulate.")] = "auto",
-    memory_budget: Annotated[str | None, typer.Option(help="On top of the model, such as 6GB.")] = None,
-    update: Update = "adamw",
-    cache: Annotated[Path | None, typer.Option(help="File for the signs: any rank from it later.")] = None,
-    stability: Annotated[bool, typer.Option(help="Compare two halves of the samples too.")] = False,
-    energy: Annotated[float | None, typer.Option(help="Suggest ranks that keep this share of sign(G).")] = None,
-    parameters: Annotated[int | None, typer.Option(help="Suggest ranks for this many parameters.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the run's files.")] = Path("runs/init"),
-) -> None:
+def _init(values: dict[str, Any]) -> None:
     """Initialise an adapter, and show what its ranks keep of the first full step."""
     from . import show
     from .console import console
-    from .finetune import Settings
-    from .initialise import InitSettings, run_init
+    from .initialise import run_init
 
-    settings = Settings(
-        model=model, task=task, data=str(data) if data else None, r=r, lr=lr, epochs=epochs, batch_size=batch_size,
-        warmup=warmup, train_examples=train_examples, samples=samples, max_length=max_length, dtype=dtype, bits=bits,
-        update=update, seed=seed, output=str(output),
-    )  # fmt: skip
-    where = str(cache) if cache else None
-    report, suggestion = run_init(InitSettings(settings, strategy, memory_budget, where, stability, energy, parameters))
+    own = {one.name for one, _ in listed(InitSettings)}
+    settings = Settings(**{"output": INIT_OUTPUT} | {name: value for name, value in values.items() if name not in own})
+    asked = InitSettings(settings, **{name: value for name, value in values.items() if name in own})
+    report, suggestion = run_init(asked)
     console.print(show.energies(report))
     if suggestion is not None:
         console.print(show.ranks(suggestion))
-    console.print(f"In [bold]{escape(str(output))}[/]: " + ", ".join(sorted(p.name for p in output.iterdir())))
+    console.print(_files(settings.output))
+
+
+def _files(output: str) -> str:
+    return f"In [bold]{escape(output)}[/]: " + ", ".join(sorted(path.name for path in Path(output).iterdir()))
+
+
+app.command("finetune")(command(_finetune, [(Settings, False)], {}))
+app.command("init")(command(_init, [(Settings, True), (InitSettings, False)], {"output": INIT_OUTPUT}))
 
 
 @app.command()
@@ -163,7 +95,7 @@ def export(
 
 @app.command()
 def doctor() -> None:
-    """Show versions, backends (and why one is missing), GPU and threads."""
+    """Show versions, backends (and why one is missing), GPU, threads, and the dtype that auto takes."""
     from .console import console
     from .doctor import examine
 
@@ -177,7 +109,7 @@ def tune(
     ] = "smollm2-135m",
     r: Annotated[int, typer.Option(help="Rank.")] = 64,
     tokens: Annotated[str, typer.Option(help="Tokens a call, comma-separated.")] = "1,16,512,2048",
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
 ) -> None:
     """Time the kernels' paths and blocks for a model's layers, once; layers take the fastest from then on."""
     from .console import console
@@ -192,8 +124,13 @@ def main() -> None:
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports kernels that no command here uses
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's business, not the user's
+    from .stopping import StoppedError
+
     try:
         app()
+    except StoppedError as stopped:
+        errors.print(f"[bold yellow]lorasb:[/] {escape(str(stopped))}", highlight=False)
+        raise SystemExit(stopped.code) from None
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         errors.print(f"[bold red]lorasb:[/] {escape(str(error))}", highlight=False)
         raise SystemExit(1) from None

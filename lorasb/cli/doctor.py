@@ -14,10 +14,11 @@ from .._version import __version__
 from ..backends import cpp
 from ..kernels.plan import cache_folder
 from ..ops import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
+from ..precision import CAPS, native
 from .embedded import EMBEDDED, embedded_folder
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "triton", "bitsandbytes", "matplotlib",
-            "reasoning-gym", "gguf")  # fmt: skip
+            "reasoning-gym", "gguf", "PyYAML", "tensorboard", "wandb")  # fmt: skip
 
 
 def examine() -> Table:
@@ -33,6 +34,10 @@ def examine() -> Table:
     table.add_row(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "not set: auto")
     table.add_row("GPU", _gpu())
     table.add_row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores, {_isa()}")
+    best = native("cuda" if torch.cuda.is_available() else "cpu")
+    table.add_row("--dtype auto", f"{best.name}: {best.reason}")
+    for name in CAPS:
+        table.add_row(name, os.environ.get(name) or "not set: no cap")
     table.add_row(EMBEDDED, _embedded())
     return table
 

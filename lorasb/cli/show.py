@@ -45,6 +45,7 @@ def costs(summary: dict[str, Any]) -> Table:
     table.add_row("adapter file", f"{size / 1e6:.1f} MB ({size / whole:.0%} of the model)")
     if config["method"] != "lora":
         table.add_row("R alone", f"{4e-6 * summary['trainable_params']:.1f} MB in fp32")
+    table.add_row("computed in", f"{summary['dtype']} ({summary['machine']})")
     table.add_row("initialisation", f"{summary['init_seconds']:.1f} s")
     table.add_row("training", f"{summary['train_seconds']:.0f} s, {summary['train_steps']} steps, "
                   f"{summary['tokens_per_second']:.0f} tokens/s")  # fmt: skip

