@@ -22,14 +22,17 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 demo: install
 	$(BIN)/lorasb finetune --output $(RUN)
 
-# Two processes of one thread each: a file's tests stay together.
-test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes of one thread each: a file's tests stay together, and the longest files come first (tests/conftest.py).
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Those that make test leaves out, too: four ranks, 4-bit shards that are killed, fifty prompts through llama.cpp.
+test: install
+	$(PYTEST)
+
+# Those that make test leaves out, too: every configuration of every kernel compiled, four ranks, 4-bit shards that are
+# killed, fifty prompts through llama.cpp.
 test-all: install
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed>=0.17"
-	OMP_NUM_THREADS=1 LORASB_GGUF_PROMPTS=50 $(BIN)/python -m pytest -n 2 --dist loadfile -m "long or not long"
+	LORASB_GGUF_PROMPTS=50 $(PYTEST) -m "long or not long"
 
 lint: install
 	$(BIN)/ruff check .

@@ -22,6 +22,10 @@ import lorasb
 transformers.utils.logging.disable_progress_bar()
 
 Batch = dict[str, Tensor]
+LONGEST = (
+    "test_static.py", "test_distributed_training.py", "test_cli.py", "test_processes.py", "test_gguf.py",
+    "test_imports.py", "test_kernels.py", "test_training_stacks.py", "test_siblings.py",
+)  # fmt: skip
 __all__ = ["FAMILIES", "SIZES", "llama"]
 
 
@@ -98,3 +102,8 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: no process is left with one of them when the others have ended."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

@@ -336,29 +336,33 @@ def test_atomic_writes_keep_the_old_file_on_failure(tmp_path: Path) -> None:
 
 
 def test_a_save_killed_half_way_leaves_the_old_adapter_whole(tmp_path: Path) -> None:
-    """Saves over and over in another process, kills it at random moments, and looks at what is there."""
+    """Saves over and over in forks of another process, kills them at random moments, and looks at what is there."""
     code = textwrap.dedent(f"""
-        import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import os, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
         import torch, conftest
+        torch.set_num_threads(1)
         model = conftest.patched(r=16)
         model.save_pretrained({str(tmp_path)!r})
-        print("ready", flush=True)
-        while True:
-            with torch.no_grad():
-                for name, p in model.named_parameters():
-                    if "lorasb_R" in name: p.add_(1.0)
-            model.save_pretrained({str(tmp_path)!r})
+        for _ in sys.stdin:
+            child = os.fork()
+            if child == 0: print(os.getpid(), flush=True)
+            while child == 0:
+                with torch.no_grad():
+                    for name, p in model.named_parameters():
+                        if "lorasb_R" in name: p.add_(1.0)
+                model.save_pretrained({str(tmp_path)!r})
+            os.waitpid(child, 0)
+            print("ended", flush=True)
     """)
-    for pause in (0.0, 0.013, 0.031, 0.077):
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "ready"
-        time.sleep(pause)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        assert len(group_by_layer(read_tensors(tmp_path))) == 14
-        again = peft.PeftModel.from_pretrained(make("llama"), tmp_path)
-        assert isinstance(again, nn.Module)
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
+        for pause in (0.0, 0.013, 0.031, 0.077):
+            print("again", file=process.stdin, flush=True)
+            child = int(process.stdout.readline())
+            time.sleep(pause)
+            os.kill(child, signal.SIGKILL)
+            assert process.stdout.readline().strip() == "ended"
+            assert len(group_by_layer(read_tensors(tmp_path))) == 14
+            again = peft.PeftModel.from_pretrained(make("llama"), tmp_path)
+            assert isinstance(again, nn.Module)

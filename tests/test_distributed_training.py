@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import tolerances
 import torch
+import train_ranks
+import trainer_ranks
 from conftest import make, text
 from peft import PeftModel
 from train_ranks import WAYS
@@ -54,7 +56,8 @@ def finish(*arguments: object) -> None:
 def loops(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where one process and two left what they found, each way."""
     folder = tmp_path_factory.mktemp("loops")
-    finish(HERE / "train_ranks.py", folder, *WAYS)
+    for way in WAYS:
+        (folder / f"{way}.1.json").write_text(json.dumps(train_ranks.train(way, 0, 1)))
     finish(*torchrun(2), HERE / "train_ranks.py", folder, *WAYS)
     return folder
 
@@ -88,8 +91,15 @@ def test_four_ranks_train_as_one_process(loops: Path) -> None:
 
 
 def train(start: list[object], folder: Path, *options: object) -> dict[str, Any]:
-    """A run of tests/trainer_ranks.py, and what it found."""
-    finish(*start, HERE / "trainer_ranks.py", folder, *options)
+    """A run of tests/trainer_ranks.py, in this process where nothing starts others, and what it found."""
+    if start:
+        finish(*start, HERE / "trainer_ranks.py", folder, *options)
+    else:
+        trainer_ranks.run(folder, trainer_ranks.parse([folder, *options]))
+    return found_in(folder)
+
+
+def found_in(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return found
 
@@ -99,6 +109,15 @@ def kill(start: list[object], folder: Path, *options: object) -> None:
     done = python(*start, HERE / "trainer_ranks.py", folder, "--kill", KILLED_AFTER, *options)
     assert done.returncode != 0
     assert not (folder / "found.json").exists()
+
+
+def train_and_kill(start: list[object], folder: Path, cut: Path, *options: object) -> dict[str, Any]:
+    """A whole run and, by the same processes, one more that loses a rank between two checkpoints."""
+    done = python(*start, HERE / "trainer_ranks.py", folder, "--cut", cut, "--kill", KILLED_AFTER, *options)
+    assert done.returncode != 0
+    assert (folder / "found.json").exists(), done.stderr[-3000:]
+    assert not (cut / "found.json").exists()
+    return found_in(folder)
 
 
 def factors(adapter: Path, bits: int = 16, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -130,8 +149,11 @@ def alone(runs: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(runs: Path, alone: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Two processes, the whole of training, by the configuration files that the project ships."""
-    return {name: train(accelerate(f"{name}.yaml"), runs / name) for name in ("ddp", "fsdp2")}
+    """Two processes, the whole of training and a killed one, by the configuration files that the project ships."""
+    return {
+        name: train_and_kill(accelerate(f"{name}.yaml"), runs / name, runs / f"{name} killed")
+        for name in ("ddp", "fsdp2")
+    }
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
@@ -148,21 +170,20 @@ def test_trainer_gets_what_one_process_gets(engine: str, runs: Path, alone: Any,
 def test_a_killed_rank_leaves_whole_checkpoints_and_training_goes_on(engine: str, runs: Path, whole: Any) -> None:
     start = torchrun(2) if engine == "ddp" else accelerate("fsdp2.yaml")
     folder = runs / f"{engine} killed"
-    kill(start, folder)
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     for step in (2, 4):
         same_factors(folder / f"checkpoint-{step}", runs / engine / f"checkpoint-{step}", tolerances.EXACT)
-    shutil.copytree(folder, runs / f"{engine} copy")
-    found = train(start, folder, "--resume")
+    again = runs / f"{engine} again"
+    shutil.copytree(folder, again)
+    found = train(start, again, "--resume")
     assert not found["initialised"]
     assert found["losses"][-2:] == whole[engine]["losses"][-2:]
-    same_factors(folder / "adapter", runs / engine / "adapter", tolerances.EXACT)
+    same_factors(again / "adapter", runs / engine / "adapter", tolerances.EXACT)
 
 
 def test_a_run_of_two_goes_on_alone(runs: Path, whole: Any) -> None:
-    folder = runs / "ddp copy"
-    if not folder.exists():
-        kill(torchrun(2), folder)
+    folder = runs / "ddp alone again"
+    shutil.copytree(runs / "ddp killed", folder)
     found = train([], folder, "--resume")
     assert found["size"] == 1
     assert found["losses"][-1] == pytest.approx(whole["ddp"]["losses"][-1], rel=1e-4)

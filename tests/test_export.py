@@ -17,41 +17,48 @@ from safetensors.torch import load_file, save_file
 import lorasb
 from lorasb.export import serve_command
 
+SMALLER = {"llama": "k_proj", "roberta": "key", "gpt2": "c_proj"}
 STOCK = """
     import sys, torch
+    from pathlib import Path
     sys.modules["lorasb"] = None  # an import of it would raise
     from safetensors.torch import load_file, save_file
     import peft, transformers
-    base, adapter, batch, out = sys.argv[1:]
-    auto = transformers.AutoModelForSequenceClassification if "cls" in base else transformers.AutoModelForCausalLM
-    model = peft.PeftModel.from_pretrained(auto.from_pretrained(base), adapter).eval()
-    assert type(model.base_model).__name__ == "LoraModel"
-    with torch.no_grad():
-        save_file({"logits": model(**load_file(batch)).logits.contiguous()}, out)
+    for folder in map(Path, sys.argv[1:]):
+        classes = folder.name == "roberta"
+        auto = transformers.AutoModelForSequenceClassification if classes else transformers.AutoModelForCausalLM
+        model = peft.PeftModel.from_pretrained(auto.from_pretrained(folder / "base"), folder / "lora").eval()
+        assert type(model.base_model).__name__ == "LoraModel"
+        with torch.no_grad():
+            found = model(**load_file(folder / "batch.safetensors")).logits
+        save_file({"logits": found.contiguous()}, folder / "out.safetensors")
 """
 
 
-def stock_peft(tmp_path: Path, family: str, adapter: Path) -> torch.Tensor:
-    """The logits of base + exported adapter in a process of its own."""
-    base = tmp_path / ("cls" if family == "roberta" else "lm")
-    make(family).save_pretrained(base)
-    save_file(batches_for(family, count=1)[0], tmp_path / "batch.safetensors")
-    arguments = [base, adapter, tmp_path / "batch.safetensors", tmp_path / "out.safetensors"]
-    code = textwrap.dedent(STOCK)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+def exported(family: str) -> torch.nn.Module:
+    """A patched model of two ranks and a scaling."""
+    return patched(family, rank_pattern={SMALLER[family]: 2}, scaling=0.5)
+
+
+@pytest.fixture(scope="module")
+def stock_peft(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The logits of base + exported adapter of every family, in one process of its own."""
+    folders = {family: tmp_path_factory.mktemp("stock") / family for family in SMALLER}
+    for family, folder in folders.items():
+        make(family).save_pretrained(folder / "base")
+        lorasb.export_lora(exported(family), folder / "lora", quiet=True)
+        save_file(batches_for(family, count=1)[0], folder / "batch.safetensors")
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(STOCK), *map(str, folders.values())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return load_file(tmp_path / "out.safetensors")["logits"]
+    return {family: load_file(folder / "out.safetensors")["logits"] for family, folder in folders.items()}
 
 
-@pytest.mark.parametrize(("family", "smaller"), [("llama", "k_proj"), ("roberta", "key"), ("gpt2", "c_proj")])
-def test_stock_peft_computes_the_same(tmp_path: Path, family: str, smaller: str) -> None:
-    model = patched(family, rank_pattern={smaller: 2}, scaling=0.5)
-    lorasb.export_lora(model, tmp_path / "lora", quiet=True)
-    want = logits(model, family)
+@pytest.mark.parametrize("family", SMALLER)
+def test_stock_peft_computes_the_same(family: str, stock_peft: dict[str, torch.Tensor]) -> None:
+    want = logits(exported(family), family)
     assert (want - logits(make(family), family)).abs().max() > 1e-3
-    tolerances.check(stock_peft(tmp_path, family, tmp_path / "lora"), want, tolerances.EXPORT)
+    tolerances.check(stock_peft[family], want, tolerances.EXPORT)
 
 
 def test_folder_and_model_give_the_same_export(tmp_path: Path) -> None:

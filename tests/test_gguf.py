@@ -79,7 +79,7 @@ def answers_there(asked: list[list[int]], adapter: Path | None) -> list[list[int
 
     ffi, lib = get_ffi(), get_lib()
     found = []
-    with Llama(str(base_file()), n_ctx=256, n_threads=2) as llama:
+    with Llama(str(base_file()), n_ctx=256, n_threads=1) as llama:
         if adapter is not None:
             handle = lib.llama_adapter_lora_init(llama._model, str(adapter).encode())
             assert handle != ffi.NULL, "libllama refused the adapter"
