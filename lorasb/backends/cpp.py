@@ -2,8 +2,8 @@
 
 The extension registers its own kernels with the dispatcher, under the ops of `cpp` and of `auto`; what is told here is
 where they are, so that small calls reach them directly. Dense layers in fp32, and in 16 bits where the processor
-multiplies them, are the BLAS's products as eager composes them. Elsewhere the extension widens 16-bit weights a panel at a
-time: torch takes several times as long forward and a hundred times as long backward.
+multiplies them, are the BLAS's products as eager composes them. Elsewhere the extension widens 16-bit weights a panel
+at a time: torch takes several times as long forward and a hundred times as long backward.
 """
 
 from __future__ import annotations
