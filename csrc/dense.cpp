@@ -14,9 +14,8 @@ void check_weight(const std::optional<at::Tensor>& weight, const at::Tensor& x, 
   check_like(weight, x, "weight");
 }
 
-void check_half(const at::Tensor& x) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf, "expected x in bf16 or fp16, got ",
-                   x.scalar_type());
+void check_single(const at::Tensor& x) {
+  TORCH_CHECK_TYPE(x.scalar_type() != at::kDouble, "expected x in fp32, bf16 or fp16, got ", x.scalar_type());
 }
 
 std::optional<Weight> rows_or_none(const std::optional<at::Tensor>& weight) {
@@ -36,7 +35,8 @@ void check_group(size_t count, std::initializer_list<size_t> sizes) {
 
 }  // namespace
 
-bool widens(at::ScalarType dtype) {
+bool serves(at::ScalarType dtype) {
+  if (dtype == at::kFloat) return kernels().gemm_beats_blas;
   if (dtype == at::kBFloat16) return kernels().strips == nullptr;
   return dtype == at::kHalf && !multiplies_fp16();
 }
@@ -47,7 +47,7 @@ std::tuple<at::Tensor, at::Tensor> dense_linear(const at::Tensor& x, const std::
                                                 const std::optional<at::Tensor>& seed) {
   const Plain plain;
   check_operands(x, a.dim() == 2 ? a.size(1) : 0, a, core, b);
-  check_half(x);
+  check_single(x);
   check_weight(weight, x, b.size(0), a.size(1));
   check_bias(bias, x, b.size(0));
   const Adapter adapter{a, core, b, seed.has_value() ? scaling / (1.0 - dropout) : scaling};
@@ -62,7 +62,7 @@ std::tuple<at::Tensor, at::Tensor> dense_linear_backward(const at::Tensor& dy, c
                                                          bool need_dx, bool need_dcore) {
   const Plain plain;
   check_operands(dy, b.dim() == 2 ? b.size(0) : 0, a, core, b);
-  check_half(dy);
+  check_single(dy);
   check_weight(weight, dy, b.size(0), a.size(1));
   const Adapter adapter{a, core, b, seed.has_value() ? scaling / (1.0 - dropout) : scaling};
   const auto [dx, dcore] =
@@ -75,7 +75,7 @@ std::vector<at::Tensor> dense_group(const at::Tensor& x, at::TensorList weights,
   const Plain plain;
   const size_t count = weights.size();
   check_group(count, {a.size(), cores.size(), b.size(), scalings.size(), biases.empty() ? count : biases.size()});
-  check_half(x);
+  check_single(x);
   std::vector<Member> members;
   std::vector<std::optional<at::Tensor>> offsets;
   for (size_t i = 0; i < count; ++i) {
@@ -104,7 +104,7 @@ std::vector<at::Tensor> dense_group_backward(at::TensorList dys, at::TensorList 
   std::vector<at::Tensor> rows;
   for (size_t i = 0; i < count; ++i) {
     check_operands(dys[i], b[i].dim() == 2 ? b[i].size(0) : 0, a[i], cores[i], b[i]);
-    check_half(dys[i]);
+    check_single(dys[i]);
     check_weight(weights[i], dys[i], b[i].size(0), a[i].size(1));
     TORCH_CHECK_VALUE(dys[i].numel() / std::max<int64_t>(1, dys[i].size(-1)) ==
                           dys[0].numel() / std::max<int64_t>(1, dys[0].size(-1)),

@@ -1,5 +1,6 @@
-// The adapted linear over a dense weight in 16 bits on processors that do not multiply them: W is widened to fp32 a
-// panel at a time, and all sums are in fp32.
+// The adapted linear over a dense weight where torch's own products are slow: 16 bits on processors that do not
+// multiply them, whose W is widened to fp32 a panel at a time, and fp32 where ours was measured faster. All sums are in
+// fp32.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,8 +11,9 @@
 
 namespace lorasb {
 
-// Whether products in a 16-bit dtype are ours: false where the processor multiplies it natively, and torch with it.
-bool widens(at::ScalarType dtype);
+// Whether products in a dtype are ours: of 16 bits false where the processor multiplies them natively, and torch with
+// it.
+bool serves(at::ScalarType dtype);
 
 // y [..., m] and u = x Aᵀ [M, r]; arguments and results as of lorasb::linear.
 std::tuple<at::Tensor, at::Tensor> dense_linear(const at::Tensor& x, const std::optional<at::Tensor>& weight,

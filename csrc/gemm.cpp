@@ -14,8 +14,10 @@ namespace {
 
 // Measured on two Zen 3 cores: a panel of lanes and its sums stay in a second-level cache of 256 KiB, and a micro-panel
 // of each kind in a first-level one.
-constexpr int64_t kDepth = 256;                     // elements of a sum in a panel
-constexpr int64_t kLanes = 64;                      // lanes of a panel
+constexpr int64_t kDepth = 256;      // elements of a sum in a panel
+constexpr int64_t kLanes = 64;       // lanes of a panel
+constexpr int64_t kWideLanes = 128;  // where tokens, and so their sums, are few: whole cache lines of 4-bit rows
+constexpr int64_t kFewTokens = 128;
 constexpr int64_t kTokens = 512;                    // tokens whose sums are open at once
 constexpr int64_t kThinTokens = 48;                 // and at least so many where lanes are few
 constexpr int64_t kTokenBytes = int64_t{32} << 20;  // of tokens in fp32 that are packed at once
@@ -56,11 +58,27 @@ void pack_rows(const Weight& w, int64_t lane, int64_t lanes, int64_t first, int6
   }
 }
 
+// What decoding elements [first, first + count) will read.
+void prefetch(const Packed& w, int64_t first, int64_t count) {
+  const char* from = w.codes != nullptr ? reinterpret_cast<const char*>(w.codes + first)
+                                        : reinterpret_cast<const char*>(w.bytes + first / 2);
+  const int64_t bytes = w.codes != nullptr ? count : (count + 1) / 2;
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
+  if (w.codes != nullptr) return;
+  const int64_t block = first / w.block;
+  if (w.absmax != nullptr) {
+    __builtin_prefetch(w.absmax + block);
+  } else {
+    __builtin_prefetch(w.absmax8 + block);
+  }
+}
+
 void pack_columns(const Weight& w, int64_t lane, int64_t lanes, int64_t first, int64_t depth, float* row, float* to) {
   constexpr int64_t kAhead = 16;  // rows: a row's piece is too short for the processor to guess the next one
   const int64_t nr = gemm().nr, there = std::min(lanes, w.columns - lane), apart = nr * depth;
   if (w.packed != nullptr) {
     for (int64_t k = 0; k < depth; ++k) {
+      if (k + kAhead < depth) prefetch(*w.packed, (first + k + kAhead) * w.columns + lane, there);
       kernels().decode_f32(*w.packed, (first + k) * w.columns + lane, there, row);
       gemm().spread_lanes(row, Element::f32, there, to + k * nr, apart);
     }
@@ -84,7 +102,8 @@ struct Cut {
 
 Cut cut_of(int64_t tokens, int64_t width, int64_t threads) {
   const GemmKernels& k = gemm();
-  const int64_t strips = ceil_div(width, k.nr), most = std::max<int64_t>(1, kLanes / k.nr);
+  const int64_t strips = ceil_div(width, k.nr);
+  const int64_t most = std::max<int64_t>(1, (tokens <= kFewTokens ? kWideLanes : kLanes) / k.nr);
   const auto whole = [&](int64_t count) { return ceil_div(count, k.mr) * k.mr; };
   if (tokens > kThinTokens && strips < 2 * threads * most) {  // few lanes: cut the tokens, and share a panel widely
     const int64_t parts = std::max<int64_t>(1, std::min(2 * threads, tokens / kThinTokens));

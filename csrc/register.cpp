@@ -24,8 +24,8 @@ TORCH_LIBRARY(lorasb_csrc, m) {
   m.def("instruction_sets() -> str[]", [] { return lorasb::instruction_sets(); });
   m.def("use_instruction_set(str name) -> ()", [](const std::string& name) { lorasb::use(name); });
   m.def("instruction_set() -> str", [] { return lorasb::used(); });
-  m.def("widens(ScalarType dtype) -> bool", [](at::ScalarType dtype) { return lorasb::widens(dtype); });
-  // Of lorasb::linear and lorasb::linear_group, for 16-bit tensors where `widens`.
+  m.def("serves(ScalarType dtype) -> bool", [](at::ScalarType dtype) { return lorasb::serves(dtype); });
+  // Of lorasb::linear and lorasb::linear_group, for tensors in a dtype that is served.
   m.def(
       "dense_linear(Tensor x, Tensor? weight, Tensor a, Tensor core, Tensor b, Tensor? bias, float scaling, "
       "float dropout, Tensor? seed) -> (Tensor, Tensor)");

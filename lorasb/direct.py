@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from . import group_ops, ops, quantised_ops
 
 SMALL_BYTES = 6 * 2**20  # of x: between 4096 features x 512 tokens in bf16 and in fp32, where the two cross (measured)
+LARGE_WEIGHT = 1 << 21  # elements of W from which on the extension's product in fp32 is faster (two Zen 3 cores)
 _PLAIN = (Tensor, torch.nn.Parameter)
 Kernels = tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -36,10 +37,10 @@ def kernels(op: str, backend: str, *tensors: Tensor | None) -> Kernels | None:
     return (forward, backward) if forward is not None and backward is not None else None
 
 
-def small(x: Tensor, frozen: Iterable[Tensor | None], dropout: float = 0.0) -> bool:
+def small(x: Tensor, frozen: Iterable[Tensor | None]) -> bool:
     """Whether a call is better composed of torch's own ops: without gradients, or where Python's part in a backward of
     our own costs more than the pass over dx that it saves."""
-    if dropout > 0.0 or x.dtype == torch.float16:  # fp16 would overflow in dR
+    if x.dtype == torch.float16:  # fp16 would overflow in dR
         return False
     if torch.is_autocast_enabled("cpu"):  # it would cast R's product too
         return False

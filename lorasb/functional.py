@@ -76,18 +76,24 @@ def _over_dense(
     arguments = (x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout, seed)
     backend = current_backend()
     kernels = direct.kernels("linear", backend, *arguments[:6])
-    if kernels and _of_torch(kernels, x) and direct.small(x, (weight, lora_A, lora_B, bias), dropout):
+    if kernels and dropout == 0.0 and _composes(kernels, x, (weight,), (lora_A, lora_B, bias)):
         return direct.composed(*arguments[:7])
     y: Tensor
     y, _ = direct.Linear.apply(*arguments, kernels) if kernels else backend_op("linear", backend)(*arguments)
     return y
 
 
-def _of_torch(kernels: direct.Kernels, x: Tensor) -> bool:
-    """True if these kernels compose torch's products for x."""
-    return kernels[0] in (eager.forward, eager.group_forward) or (
-        kernels[0] in (cpp.forward, cpp.group_forward) and not cpp.widens(x.dtype)
-    )
+def _composes(
+    kernels: direct.Kernels, x: Tensor, weights: Sequence[Tensor | None], frozen: Sequence[Tensor | None]
+) -> bool:
+    """True if torch's own ops are the faster way of a small call, which they are not where the extension serves it."""
+    if kernels[0] in (cpp.forward, cpp.group_forward):
+        large = any(weight is not None and weight.numel() >= direct.LARGE_WEIGHT for weight in weights)
+        if cpp.serves(x.dtype) and (x.dtype != torch.float32 or large):
+            return False
+    elif kernels[0] not in (eager.forward, eager.group_forward):
+        return False
+    return direct.small(x, (*weights, *frozen))
 
 
 def _seed(dropout: float) -> Tensor | None:
@@ -220,7 +226,7 @@ def lora_sb_linear_group(
     tensors = [tensor for part in lists for tensor in part]
     backend = current_backend()
     kernels = direct.kernels("linear_group", backend, x, *tensors)
-    if kernels and _of_torch(kernels, x) and direct.small(x, (*weights, *lora_A, *lora_B, *biases)):
+    if kernels and _composes(kernels, x, weights, (*lora_A, *lora_B, *biases)):
         each: list[Any] = list(biases) or [None] * len(weights)
         members = zip(weights, lora_A, lora_R, lora_B, each, scalings, strict=True)
         return [direct.composed(x, *member) for member in members]

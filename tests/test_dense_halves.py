@@ -26,7 +26,7 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of this processor that does not multiply bf16."""
     cpp.use_instruction_set(request.param)
     try:
-        if not cpp.widens(torch.bfloat16):
+        if not cpp.serves(torch.bfloat16):
             pytest.skip(f"{request.param} multiplies bf16 natively")
         with lorasb.backend("cpp"):
             yield request.param
@@ -191,7 +191,11 @@ BAD = {
     "weight": (lambda c: {"weight": c.weight.t()}, ValueError, r"expected weight \[24, 40\]"),
     "weight's dtype": (lambda c: {"weight": c.weight.float()}, TypeError, "weight in x's dtype"),
     "bias": (lambda c: {"bias": c.bias[1:]}, ValueError, r"expected a bias \[24\]"),
-    "fp32": (lambda c: {"x": c.x.float(), "a": c.a.float(), "b": c.b.float()}, TypeError, "x in bf16 or fp16"),
+    "fp64": (
+        lambda c: {"x": c.x.double(), "a": c.a.double(), "b": c.b.double()},
+        TypeError,
+        "x in fp32, bf16 or fp16",
+    ),
     "ranks": (lambda c: {"core": c.core[1:]}, ValueError, r"expected A \[r, in\]"),
     "features": (lambda c: {"x": c.x[..., 1:]}, ValueError, r"expected \[\.\.\., 40\]"),
 }

@@ -190,7 +190,7 @@ def test_backward_keeps_u_and_never_x(dtype: torch.dtype, composed: bool) -> Non
     core = case.core.requires_grad_(True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         lora_sb_linear(x, case.weight, case.a, core, case.b, case.bias)
-    rounds = composed and dtype == torch.bfloat16 and not cpp.widens(dtype)
+    rounds = composed and dtype == torch.bfloat16 and not cpp.serves(dtype)
     rounded_core = 8 * 8 * 2 if rounds else 0  # R in x's dtype, which dx needs
     assert sum(kept.values()) == 32 * 16 * 8 * case.x.element_size() + rounded_core
 

@@ -1,9 +1,9 @@
 """The C++ kernels: loaded where they were built, for CPU tensors. Without them eager torch computes, and says so once.
 
 The extension registers its own kernels with the dispatcher, under the ops of `cpp` and of `auto`; what is told here is
-where they are, so that small calls reach them directly. Dense layers in fp32, and in 16 bits where the processor
-multiplies them, are the BLAS's products as eager composes them. Elsewhere the extension widens 16-bit weights a panel
-at a time: torch takes several times as long forward and a hundred times as long backward.
+where they are, so that small calls reach them directly. Dense layers are the BLAS's products as eager composes them,
+but for 16 bits where the processor does not multiply them: the extension widens W a panel at a time, as torch takes
+several times as long forward and a hundred times as long backward. On AVX2 the same product serves fp32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from . import eager
 DISABLE = "LORASB_NO_CSRC"
 CAP = "LORASB_MAX_CPU_ISA"
 CAPS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
-HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OPS = ("linear_quantised", "linear_quantised_backward", "dequantise", "gradient_add", "gradient_signs")
 _reason: str | None = "not loaded yet"
 
@@ -63,9 +63,12 @@ def use_instruction_set(name: str) -> None:
     torch.ops.lorasb_csrc.use_instruction_set(name)
 
 
-def widens(dtype: torch.dtype) -> bool:
-    """True if dense layers in this dtype are the extension's on a CPU: 16 bits that the processor does not multiply."""
-    return _reason is None and dtype in HALVES and torch.ops.lorasb_csrc.widens(dtype)
+def serves(dtype: torch.dtype) -> bool:
+    """True if dense layers in this dtype are the extension's on a CPU.
+
+    Those are 16 bits that the processor does not multiply, and fp32 on AVX2, where two threads of the BLAS were slower.
+    """
+    return _reason is None and dtype in DTYPES and torch.ops.lorasb_csrc.serves(dtype)
 
 
 def forward(
@@ -80,7 +83,7 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [..., out] and u = x Aᵀ [M, r]."""
-    compute = torch.ops.lorasb_csrc.dense_linear.default if widens(x.dtype) else eager.forward
+    compute = torch.ops.lorasb_csrc.dense_linear.default if serves(x.dtype) else eager.forward
     result: tuple[Tensor, Tensor] = compute(x, weight, a, core, b, bias, scaling, dropout, seed)
     return result
 
@@ -99,7 +102,7 @@ def backward(
     need_dcore: bool,
 ) -> tuple[Tensor, Tensor]:
     """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty."""
-    compute = torch.ops.lorasb_csrc.dense_linear_backward.default if widens(dy.dtype) else eager.backward
+    compute = torch.ops.lorasb_csrc.dense_linear_backward.default if serves(dy.dtype) else eager.backward
     result: tuple[Tensor, Tensor] = compute(
         dy, weight, a, core, b, u, scaling, dropout, seed, need_dx, need_dcore
     )  # fmt: skip
@@ -116,7 +119,7 @@ def group_forward(
     scalings: list[float],
 ) -> list[Tensor]:
     """y_i [..., m_i] of every member, then u_i [M, r]."""
-    compute = torch.ops.lorasb_csrc.dense_group.default if widens(x.dtype) else eager.group_forward
+    compute = torch.ops.lorasb_csrc.dense_group.default if serves(x.dtype) else eager.group_forward
     result: list[Tensor] = compute(x, weights, a, cores, b, biases, scalings)
     return result
 
@@ -133,7 +136,7 @@ def group_backward(
     need_dcore: bool,
 ) -> list[Tensor]:
     """dx = Σ_i dy_i W_i + (s_i·t_i R_i) A_i in one sum; then dR_i."""
-    compute = torch.ops.lorasb_csrc.dense_group_backward.default if widens(dys[0].dtype) else eager.group_backward
+    compute = torch.ops.lorasb_csrc.dense_group_backward.default if serves(dys[0].dtype) else eager.group_backward
     result: list[Tensor] = compute(dys, weights, a, cores, b, us, scalings, need_dx, need_dcore)
     return result
 
