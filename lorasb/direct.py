@@ -17,7 +17,6 @@ from torch.nn.functional import linear
 from . import group_ops, ops, quantised_ops
 
 SMALL_BYTES = 6 * 2**20  # of x: between 4096 features x 512 tokens in bf16 and in fp32, where the two cross (measured)
-LARGE_WEIGHT = 1 << 21  # elements of W from which on the extension's product in fp32 is faster (two Zen 3 cores)
 _PLAIN = (Tensor, torch.nn.Parameter)
 Kernels = tuple[Callable[..., Any], Callable[..., Any]]
 

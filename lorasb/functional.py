@@ -87,13 +87,9 @@ def _composes(
     kernels: direct.Kernels, x: Tensor, weights: Sequence[Tensor | None], frozen: Sequence[Tensor | None]
 ) -> bool:
     """True if torch's own ops are the faster way of a small call, which they are not where the extension serves it."""
-    if kernels[0] in (cpp.forward, cpp.group_forward):
-        large = any(weight is not None and weight.numel() >= direct.LARGE_WEIGHT for weight in weights)
-        if cpp.serves(x.dtype) and (x.dtype != torch.float32 or large):
-            return False
-    elif kernels[0] not in (eager.forward, eager.group_forward):
-        return False
-    return direct.small(x, (*weights, *frozen))
+    of_extension = kernels[0] in (cpp.forward, cpp.group_forward) and cpp.serves(x.dtype, *weights)
+    of_torch = kernels[0] in (cpp.forward, cpp.group_forward, eager.forward, eager.group_forward) and not of_extension
+    return of_torch and direct.small(x, (*weights, *frozen))
 
 
 def _seed(dropout: float) -> Tensor | None:

@@ -3,7 +3,7 @@
 The extension registers its own kernels with the dispatcher, under the ops of `cpp` and of `auto`; what is told here is
 where they are, so that small calls reach them directly. Dense layers are the BLAS's products as eager composes them,
 but for 16 bits where the processor does not multiply them: the extension widens W a panel at a time, as torch takes
-several times as long forward and a hundred times as long backward. On AVX2 the same product serves fp32.
+several times as long forward and a hundred times as long backward. On AVX2 it serves large weights in fp32, too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.machinery
 import logging
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ DISABLE = "LORASB_NO_CSRC"
 CAP = "LORASB_MAX_CPU_ISA"
 CAPS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGE_WEIGHT = 1 << 21  # elements from which on the extension's product in fp32 is faster (two Zen 3 cores)
 OPS = ("linear_quantised", "linear_quantised_backward", "dequantise", "gradient_add", "gradient_signs")
 _reason: str | None = "not loaded yet"
 
@@ -61,14 +63,24 @@ def use_instruction_set(name: str) -> None:
         ValueError: this processor has not got it.
     """
     torch.ops.lorasb_csrc.use_instruction_set(name)
+    _multiplies.cache_clear()
 
 
-def serves(dtype: torch.dtype) -> bool:
-    """True if dense layers in this dtype are the extension's on a CPU.
+def serves(dtype: torch.dtype, *weights: Tensor | None) -> bool:
+    """True if dense layers of these weights are the extension's on a CPU.
 
-    Those are 16 bits that the processor does not multiply, and fp32 on AVX2, where two threads of the BLAS were slower.
+    Those are 16 bits that the processor does not multiply, and large weights in fp32 on AVX2, where two threads of the
+    BLAS were slower.
     """
-    return _reason is None and dtype in DTYPES and torch.ops.lorasb_csrc.serves(dtype)
+    if not _multiplies(dtype) or dtype != torch.float32:
+        return _multiplies(dtype)
+    return any(weight is not None and weight.numel() >= LARGE_WEIGHT for weight in weights)
+
+
+@lru_cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """True if the extension's product is the one for a dtype, by the instruction set that runs; asked in every call."""
+    return _reason is None and dtype in DTYPES and bool(torch.ops.lorasb_csrc.serves(dtype))
 
 
 def forward(
@@ -83,7 +95,7 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [..., out] and u = x Aᵀ [M, r]."""
-    compute = torch.ops.lorasb_csrc.dense_linear.default if serves(x.dtype) else eager.forward
+    compute = torch.ops.lorasb_csrc.dense_linear.default if serves(x.dtype, weight) else eager.forward
     result: tuple[Tensor, Tensor] = compute(x, weight, a, core, b, bias, scaling, dropout, seed)
     return result
 
@@ -102,7 +114,7 @@ def backward(
     need_dcore: bool,
 ) -> tuple[Tensor, Tensor]:
     """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty."""
-    compute = torch.ops.lorasb_csrc.dense_linear_backward.default if serves(dy.dtype) else eager.backward
+    compute = torch.ops.lorasb_csrc.dense_linear_backward.default if serves(dy.dtype, weight) else eager.backward
     result: tuple[Tensor, Tensor] = compute(
         dy, weight, a, core, b, u, scaling, dropout, seed, need_dx, need_dcore
     )  # fmt: skip
@@ -119,7 +131,7 @@ def group_forward(
     scalings: list[float],
 ) -> list[Tensor]:
     """y_i [..., m_i] of every member, then u_i [M, r]."""
-    compute = torch.ops.lorasb_csrc.dense_group.default if serves(x.dtype) else eager.group_forward
+    compute = torch.ops.lorasb_csrc.dense_group.default if serves(x.dtype, *weights) else eager.group_forward
     result: list[Tensor] = compute(x, weights, a, cores, b, biases, scalings)
     return result
 
@@ -136,7 +148,9 @@ def group_backward(
     need_dcore: bool,
 ) -> list[Tensor]:
     """dx = Σ_i dy_i W_i + (s_i·t_i R_i) A_i in one sum; then dR_i."""
-    compute = torch.ops.lorasb_csrc.dense_group_backward.default if serves(dys[0].dtype) else eager.group_backward
+    compute = (
+        torch.ops.lorasb_csrc.dense_group_backward.default if serves(dys[0].dtype, *weights) else eager.group_backward
+    )
     result: list[Tensor] = compute(dys, weights, a, cores, b, us, scalings, need_dx, need_dcore)
     return result
 
@@ -153,6 +167,7 @@ def register() -> None:
     """Load the extension, which registers its kernels for the CPU."""
     global _reason
     _reason = _load()
+    _multiplies.cache_clear()
     if _reason is not None:
         logging.getLogger("lorasb").info("C++ kernels: %s; eager torch computes on the CPU", _reason)
     if _reason is None:
