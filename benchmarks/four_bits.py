@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -340,12 +341,25 @@ def _plain(value: Any) -> tuple[str, str]:
     return f"{value:.4g}", ""
 
 
+@contextmanager
+def neighbors(count: int) -> Iterator[None]:
+    """So many processes beside this one, each of which keeps a core busy."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", action="append", choices=list(ROWS), help="all unless given")
     parser.add_argument("--seconds", type=float, default=6.0, help="per case")
     parser.add_argument("--output", type=Path, help="folder of four-bits-cpu.json, whose other rows stay")
+    parser.add_argument("--busy", type=int, default=0, help="other processes that keep a core busy meanwhile")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     dtype_option(parser)
@@ -359,8 +373,11 @@ def main() -> None:
         return
     found: Found = []
     started = time.perf_counter()
-    for name in options.row or ROWS:
-        found += ROWS[name](options.seconds)
+    with neighbors(options.busy):
+        for name in options.row or ROWS:
+            found += ROWS[name](options.seconds)
+    if options.busy:
+        found = [one | {"case": f"{one['case']}, {options.busy} busy neighbors"} for one in found]
     Console(width=150).print(view(found))
     print(f"{time.perf_counter() - started:.0f} s")
     if options.output:
@@ -368,11 +385,11 @@ def main() -> None:
 
 
 def _write(path: Path, found: Found) -> None:
-    """Put these rows in place of their like; where and when is said of each."""
+    """Put these cases in place of their like; where and when is said of each."""
     kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    fresh, at = {one["row"] for one in found}, provenance()
+    fresh, at = {(one["row"], one["case"]) for one in found}, provenance()
     machine = at.pop("machine")
-    rows = [one for one in kept if one["row"] not in fresh] + [one | at for one in found]
+    rows = [one for one in kept if (one["row"], one["case"]) not in fresh] + [one | at for one in found]
     write_json(path, {"machine": machine, "rows": rows})
 
 

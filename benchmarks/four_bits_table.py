@@ -62,12 +62,22 @@ def table(found: dict[str, Any]) -> list[str]:
         indented = said if ";" in said else f"&nbsp;&nbsp;&nbsp;{said}"
         times = theirs["ratio"] / own["ratio"]  # each a median of ratios to the round's first
         lines.append(f"| {indented} | {theirs['p50']:.4g} ms | {own['p50']:.4g} ms | {times:.2f}x |")
+    lines += [line for line in map(_beside_neighbors, found["rows"]) if line is not None]
     memory = rows[STEP]["new_bytes"]
     theirs, own = (memory[way] / 1e6 for way in ("PEFT QLoRA r=32", "ours"))
     lines.append(f"| the step's memory beyond the model | {theirs:.0f} MB | {own:.0f} MB | {theirs / own:.2f}x |")
     shares = ", ".join(f"{one['share']:.3f}" for one in found["rows"] if one["row"] == "memory")
     lines.append(f"| weights in memory over bf16, plain and nested statistics | | {shares} | |")
     return lines
+
+
+def _beside_neighbors(one: dict[str, Any]) -> str | None:
+    """A line of a training row that was measured while other processes kept the cores busy."""
+    if "busy neighbors" not in one["case"] or one["row"] != "train":
+        return None
+    theirs, own = one["ways"][QLORA], one["ways"][OURS]
+    times = theirs["ratio"] / own["ratio"]
+    return f"| {one['case']}; `{QLORA}` | {theirs['p50']:.4g} ms | {own['p50']:.4g} ms | {times:.2f}x |"
 
 
 def main() -> None:

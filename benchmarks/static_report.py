@@ -146,11 +146,11 @@ def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
 
     With `brief`, one representative a kernel and architecture, in bf16: what the tables choose for a layer of 4096 x
     4096 at r = 96 and 2048 tokens, for a sum of gradients with ragged edges, and for weights in 4 bits read inline and
-    by a scratch. sm_86, whose shared memory is the smallest, adds fp16, fp32 and groups of layers.
+    by a scratch. sm_86, whose shared memory is the smallest, adds groups of layers.
     """
     for arch in archs:
         for dtype in DTYPES:
-            if brief and arch != MAIN and dtype != torch.bfloat16:
+            if brief and dtype != torch.bfloat16:
                 continue
             bf16, main = dtype == torch.bfloat16, arch == MAIN and dtype == torch.bfloat16
             for variant in VARIANTS[: 3 if main else 1] if brief else BF16_VARIANTS if bf16 else VARIANTS:

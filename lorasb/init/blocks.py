@@ -24,16 +24,27 @@ class NotAStackError(ValueError):
 
 @dataclass(frozen=True)
 class Stack:
-    """A list of blocks, its name in the model, and the targets of each block by name."""
+    """A list of blocks, its name in the model, the targets of each block by name, and how many blocks were left off."""
 
     name: str
     blocks: list[nn.Module]
     targets: list[dict[str, nn.Module]]
+    uncut: int = 0
 
     @property
     def names(self) -> set[str]:
         """All targets inside."""
         return {name for block in self.targets for name in block}
+
+    def without_top(self, count: int) -> Stack:
+        """The same stack less its last blocks, which then belong to what lies above it."""
+        end = len(self.blocks) - count
+        return Stack(self.name, self.blocks[:end], self.targets[:end], self.uncut + count)
+
+    @property
+    def course(self) -> str:
+        """How the blocks are gone through: a run that goes on has to go the same way."""
+        return f"{self.name}, last {self.uncut} together" if self.uncut else self.name
 
     @property
     def lowest(self) -> int:

@@ -125,7 +125,30 @@ def plan_for(work: Work, stack: Stack | None, why: str, memory_budget: float | N
     on_host = work.device.type != "cpu" and boundaries + rest > limit and boundaries < host
     memory = rest + (0 if on_host else boundaries)
     _refuse_too_much(work, sizes, memory, limit, stack)
-    return Plan("layerwise", why, stack, on_host, room, memory, _seconds(work, sizes, 8))
+    each = block_bytes(work, stack, sizes)
+    uncut = uncut_blocks(work, stack, min(memory, limit - memory, room), each)
+    if uncut:
+        why = f"{why}, of which the last {uncut} together"
+    lower = stack.without_top(uncut)
+    return Plan("layerwise", why, lower, on_host, room, memory + uncut * each, _seconds(work, sizes, 8))
+
+
+def uncut_blocks(work: Work, stack: Stack, spare: float, each: float) -> int:
+    """How many blocks at the top are differentiated in the first backward, so that they are not computed again.
+
+    A recomputation is a fifth of the time. What these blocks take at once, sums and activations of a micro-batch, is
+    no more than all the rest, so that memory stays within twice the least; none where processes keep step, or where
+    weights come and go, as their number would have to be the same everywhere.
+    """
+    if work.processes.several or any(layer.base_must_run() for layer in work.layers.values()):
+        return 0
+    return max(0, min(int(spare / each), len(stack.blocks) - 1 - stack.lowest))
+
+
+def block_bytes(work: Work, stack: Stack, sizes: Sizes) -> float:
+    """The largest block's sums, and its activations of one micro-batch."""
+    sums = max(sum(sum_bytes(layer) for layer in block.values()) for block in stack.targets) * (2 if work.halves else 1)
+    return sums + sizes.largest * sizes.activations / len(stack.blocks)
 
 
 def sum_room(work: Work, sizes: Sizes, memory_budget: float | None) -> float:
@@ -180,9 +203,7 @@ def boundary_bytes(stack: Stack, sizes: Sizes) -> float:
 
 def layerwise_memory(work: Work, stack: Stack, sizes: Sizes) -> float:
     """The largest block's sums and activations, or the head's; boundaries not counted."""
-    sums = max(sum(sum_bytes(layer) for layer in block.values()) for block in stack.targets) * (2 if work.halves else 1)
-    saved = sizes.largest * sizes.activations / len(stack.blocks)
-    return max(sums + saved + factoring_bytes(work), sizes.largest * sizes.head)
+    return max(block_bytes(work, stack, sizes) + factoring_bytes(work), sizes.largest * sizes.head)
 
 
 def accumulate_memory(work: Work, sizes: Sizes, room: float) -> float:

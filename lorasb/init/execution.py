@@ -177,7 +177,7 @@ def _carry_out(work: Work, filling: Filling, options: Options) -> Strategy:
     show = options.progress and work.processes.rank == 0
     plan = _plan(work, options)
     if filling.cache is not None:
-        filling.cache.course = [plan.stack.name if plan.stack is not None else "", sorted(work.layers), work.halves]
+        filling.cache.course = [plan.stack.course if plan.stack is not None else "", sorted(work.layers), work.halves]
     if show:
         tqdm.write(f"lorasb: {plan}")
     strategy = Strategy(work, plan, options.strategy == "layerwise", options.memory_budget, show)
