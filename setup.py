@@ -6,6 +6,7 @@ with LORASB_NO_CSRC=1, lorasb is installed without it and computes in eager torc
 
 import os
 import platform
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -34,7 +35,7 @@ def extension():
                 print(f"lorasb: built without its C++ extension ({error}); eager torch computes instead")
                 self.extensions = []
 
-    flags = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    flags = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     flags += os.environ.get("LORASB_CXXFLAGS", "").split()
     # Compiled with OpenMP and not linked with it: the functions are found in the runtime that torch has loaded, so that
     # there is one pool of threads, torch's.
@@ -46,7 +47,8 @@ def extension():
         extra_link_args=os.environ.get("LORASB_LDFLAGS", "").split(),
         depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrLeaveOut.with_options(use_ninja=False)}}
+    parallel = shutil.which("ninja") is not None  # the files side by side; torch warns where it looks for ninja in vain
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrLeaveOut.with_options(use_ninja=parallel)}}
 
 
 setup(
