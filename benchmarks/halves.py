@@ -9,6 +9,7 @@ and in fp32; torch's own bare layer in bf16, forward only, as its backward takes
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,13 +88,29 @@ def view(found: list[dict[str, Any]], features: int) -> Table:
     return table
 
 
+def markdown(found: list[dict[str, Any]]) -> list[str]:
+    """The same for README: both ways at every number of tokens, as times over torch's fp32."""
+    ways = [f"ours {name}, r={RANK}" for name in DTYPES]
+    lines = [f"| f+b | torch fp32, bare | {' | '.join(ways)} |", "|---|---:|---:|---:|---:|"]
+    for one in found:
+        tokens, _, kind = one["case"].partition(", ")
+        if kind == "f+b":
+            times = " | ".join(f"{one['ways'][way]['ratio']:.2f}x" for way in ways)
+            lines.append(f"| {tokens} | {one['ways']['torch fp32, bare']['p50']:.4g} ms | {times} |")
+    return lines
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=4.0, help="per case")
     parser.add_argument("--features", type=int, default=4096)
     parser.add_argument("--output", type=Path, help="folder of halves-cpu.json")
+    parser.add_argument("--table", type=Path, help="print README's table from a file of results, and measure nothing")
     options = parser.parse_args()
+    if options.table:
+        print("\n".join(markdown(json.loads(options.table.read_text(encoding="utf-8"))["rows"])))
+        return
     if not cpp.serves(torch.bfloat16):
         raise SystemExit(
             "this CPU multiplies bf16 natively, or the C++ extension is missing: LORASB_MAX_CPU_ISA=avx2 "

@@ -60,6 +60,20 @@ def test_instruction_sets_are_chosen_at_run_time() -> None:
 
 
 @built
+def test_the_instruction_set_can_be_capped() -> None:
+    code = "from lorasb.backends import cpp; print(cpp.instruction_sets(), cpp.serves(__import__('torch').bfloat16))"
+    done = [
+        subprocess.run([sys.executable, "-c", code], env=os.environ | {cpp.CAP: cap}, capture_output=True, text=True)
+        for cap in ("portable", "mmx")
+    ]
+    assert done[0].stdout.strip() == "['portable'] True"
+    assert (
+        "ValueError: expected LORASB_MAX_CPU_ISA to be one of amx, avx512_bf16, avx512, avx2, portable, got 'mmx'"
+        in (done[1].stderr)
+    )
+
+
+@built
 def test_threads_are_torchs_own() -> None:
     code = (
         "import torch, lorasb.backends; from pathlib import Path\n"
@@ -227,6 +241,13 @@ for name in cpp.instruction_sets():
                         y, u = torch.ops.lorasb.linear_quantised_cpp(x, quant, w.layout(dtype), a, core, b, None, 1.0, 0.0, None)
                         torch.ops.lorasb.linear_quantised_backward_cpp(dy, quant, w.layout(dtype), a, core, b, u, 1.0, 0.0, None, True, True)
                         torch.ops.lorasb.gradient_signs_cpp(dy, x, None, True)
+    for m, n in ((3, 64), (33, 128), (59, 123), (130, 17)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for M in (1, 5, 100):
+                x, dy, w = (at_the_end(torch.randn(size).to(dtype)) for size in ((M, n), (M, m), (m, n)))
+                a, b, core = at_the_end(torch.randn(3, n).to(dtype)), at_the_end(torch.randn(m, 3).to(dtype)), at_the_end(torch.randn(3, 3))
+                y, u = torch.ops.lorasb_csrc.dense_linear(x, w, a, core, b, None, 1.0, 0.0, None)
+                torch.ops.lorasb_csrc.dense_linear_backward(dy, w, a, core, b, at_the_end(u), 1.0, 0.0, None, True, True)
 print('whole')
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}

@@ -60,7 +60,7 @@ def _kernels() -> str:
 def _gpu() -> str:
     if not torch.cuda.is_available():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
-        return f"none ({built}): layers run in eager torch on the CPU"
+        return f"none ({built}): layers run on the CPU"
     properties = torch.cuda.get_device_properties(0)
     major, minor = torch.cuda.get_device_capability(0)
     return f"{properties.name}, sm_{major}{minor}, {properties.total_memory / 2**30:.0f} GiB"
