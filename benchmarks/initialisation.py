@@ -224,7 +224,7 @@ def collect(rounds: int) -> dict[str, Any]:
     for i in range(rounds):
         for name in list(times)[:: 1 if i % 2 else -1]:
             times[name].append(measure(f"seconds, {name}")["seconds"])
-    for _ in range(3):
+    for _ in range(min(3, rounds)):
         for name in MEMORY:
             memory[name].append(measure(name)["bytes"])
     return {"memory": memory, "times": times, "epoch": measure("epoch"), "bits": measure("bits")}

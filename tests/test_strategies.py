@@ -7,12 +7,13 @@ import weakref
 import pytest
 import torch
 import transformers
-from conftest import Batch, batches_for, make
+from conftest import Batch, batches_for, llama, make
 from gradients import autograd_sums, factors, library_sums
 from torch import Tensor, nn
 
 import lorasb
 from lorasb.init import accumulator, layerwise
+from lorasb.init import budget as init_budget
 from lorasb.init.accumulate import passes
 from lorasb.init.blocks import NotAStackError, Traversal
 from lorasb.linear import LoRASBLinear
@@ -44,6 +45,33 @@ def test_sums_are_plain_autograds_to_the_bit(family: str, strategy: str) -> None
     for name, gradient in got.items():
         expected = want[name].t() if family == "gpt2" else want[name]
         assert torch.equal(gradient, expected), name
+
+
+@pytest.mark.parametrize(("budget", "together"), [(None, True), ("700KB", False)])
+def test_the_last_blocks_of_a_long_stack_go_together_where_memory_allows(
+    budget: str | None, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those blocks are not computed again; the factors are the same bits as when every block is."""
+    config = llama().config
+    config.num_hidden_layers = 14
+
+    def start(**options: object) -> tuple[dict[str, Tensor], str, int]:
+        torch.manual_seed(0)
+        model = lorasb.patch(transformers.LlamaForCausalLM(config).eval(), r=4)
+        calls: list[int] = []
+        for block in model.base_model.model.model.layers:
+            block.register_forward_hook(lambda *_: calls.append(1))
+        report = lorasb.initialize(model, singles("llama"), lr=1e-3, progress=False, strategy="layerwise", **options)
+        return factors(model), report.why, len(calls)
+
+    got, why, calls = start(memory_budget=budget)
+    assert ("together" in why) == together
+    monkeypatch.setattr(init_budget, "LEAST_BLOCKS", 100)
+    want, plain, all_calls = start()
+    assert "together" not in plain
+    assert all(torch.equal(value, want[name]) for name, value in got.items())
+    assert all_calls == 2 * 3 * 14
+    assert (calls < all_calls) == together
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -24,6 +24,7 @@ from .work import Work
 
 PAPER_BATCH = 32  # samples of a training step that a default budget allows for
 SAVED = 3.0  # bytes that autograd keeps of a block, over the inputs and outputs of its linears
+LEAST_BLOCKS = 12  # of a stack whose last blocks are left uncut: in a shorter one every boundary is watched
 SPEED = 0.7  # of a model's products, against one product alone
 
 
@@ -140,7 +141,9 @@ def uncut_blocks(work: Work, stack: Stack, spare: float, each: float) -> int:
     no more than all the rest, so that memory stays within twice the least; none where processes keep step, or where
     weights come and go, as their number would have to be the same everywhere.
     """
-    if work.processes.several or any(layer.base_must_run() for layer in work.layers.values()):
+    if len(stack.blocks) < LEAST_BLOCKS or work.processes.several:
+        return 0
+    if any(layer.base_must_run() for layer in work.layers.values()):
         return 0
     return max(0, min(int(spare / each), len(stack.blocks) - 1 - stack.lowest))
 
