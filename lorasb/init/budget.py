@@ -24,6 +24,7 @@ from .work import Work
 
 PAPER_BATCH = 32  # samples of a training step that a default budget allows for
 SAVED = 3.0  # bytes that autograd keeps of a block, over the inputs and outputs of its linears
+UNCUT_BYTES = 256e6  # that blocks which are left uncut may take: an ordinary machine has it, whatever the model
 LEAST_BLOCKS = 12  # of a stack whose last blocks are left uncut: in a shorter one every boundary is watched
 SPEED = 0.7  # of a model's products, against one product alone
 
@@ -127,7 +128,7 @@ def plan_for(work: Work, stack: Stack | None, why: str, memory_budget: float | N
     memory = rest + (0 if on_host else boundaries)
     _refuse_too_much(work, sizes, memory, limit, stack)
     each = block_bytes(work, stack, sizes)
-    uncut = uncut_blocks(work, stack, min(memory, limit - memory, room), each)
+    uncut = uncut_blocks(work, stack, min(memory, UNCUT_BYTES, limit - memory, room), each)
     if uncut:
         why = f"{why}, of which the last {uncut} together"
     lower = stack.without_top(uncut)
@@ -138,8 +139,8 @@ def uncut_blocks(work: Work, stack: Stack, spare: float, each: float) -> int:
     """How many blocks at the top are differentiated in the first backward, so that they are not computed again.
 
     A recomputation is a fifth of the time. What these blocks take at once, sums and activations of a micro-batch, is
-    no more than all the rest, so that memory stays within twice the least; none where processes keep step, or where
-    weights come and go, as their number would have to be the same everywhere.
+    no more than all the rest and than UNCUT_BYTES, so that it does not grow with the number of blocks. None where
+    processes keep step, or where weights come and go, as their number would have to be the same everywhere.
     """
     if len(stack.blocks) < LEAST_BLOCKS or work.processes.several:
         return 0
