@@ -83,83 +83,27 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return _reason is None and dtype in DTYPES and bool(torch.ops.lorasb_csrc.serves(dtype))
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    a: Tensor,
-    core: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [..., out] and u = x Aᵀ [M, r]."""
-    compute = torch.ops.lorasb_csrc.dense_linear.default if serves(x.dtype, weight) else eager.forward
-    result: tuple[Tensor, Tensor] = compute(x, weight, a, core, b, bias, scaling, dropout, seed)
-    return result
+def _served(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The extension's kernel of that name where it serves the call, else torch's products; both take the same.
+
+    An op's first arguments are x and W, or lists with one of each for every member of a group.
+    """
+
+    def call(x: Tensor | list[Tensor], weight: Tensor | list[Tensor] | None, *others: Any) -> Any:
+        dtype = (x[0] if isinstance(x, list) else x).dtype
+        served = serves(dtype, *(weight if isinstance(weight, list) else [weight]))
+        return (getattr(torch.ops.lorasb_csrc, name).default if served else plain)(x, weight, *others)
+
+    return call
 
 
-def backward(
-    dy: Tensor,
-    weight: Tensor | None,
-    a: Tensor,
-    core: Tensor,
-    b: Tensor,
-    u: Tensor,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-    need_dx: bool,
-    need_dcore: bool,
-) -> tuple[Tensor, Tensor]:
-    """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty."""
-    compute = torch.ops.lorasb_csrc.dense_linear_backward.default if serves(dy.dtype, weight) else eager.backward
-    result: tuple[Tensor, Tensor] = compute(
-        dy, weight, a, core, b, u, scaling, dropout, seed, need_dx, need_dcore
-    )  # fmt: skip
-    return result
-
-
-def group_forward(
-    x: Tensor,
-    weights: list[Tensor],
-    a: list[Tensor],
-    cores: list[Tensor],
-    b: list[Tensor],
-    biases: list[Tensor],
-    scalings: list[float],
-) -> list[Tensor]:
-    """y_i [..., m_i] of every member, then u_i [M, r]."""
-    compute = torch.ops.lorasb_csrc.dense_group.default if serves(x.dtype, *weights) else eager.group_forward
-    result: list[Tensor] = compute(x, weights, a, cores, b, biases, scalings)
-    return result
-
-
-def group_backward(
-    dys: list[Tensor],
-    weights: list[Tensor],
-    a: list[Tensor],
-    cores: list[Tensor],
-    b: list[Tensor],
-    us: list[Tensor],
-    scalings: list[float],
-    need_dx: bool,
-    need_dcore: bool,
-) -> list[Tensor]:
-    """dx = Σ_i dy_i W_i + (s_i·t_i R_i) A_i in one sum; then dR_i."""
-    compute = (
-        torch.ops.lorasb_csrc.dense_group_backward.default if serves(dys[0].dtype, *weights) else eager.group_backward
-    )
-    result: list[Tensor] = compute(dys, weights, a, cores, b, us, scalings, need_dx, need_dcore)
-    return result
-
-
+forward = _served("dense_linear", eager.forward)
+group_forward = _served("dense_group", eager.group_forward)
 KERNELS = (
     ("linear", forward),
-    ("linear_backward", backward),
+    ("linear_backward", _served("dense_linear_backward", eager.backward)),
     ("linear_group", group_forward),
-    ("linear_group_backward", group_backward),
+    ("linear_group_backward", _served("dense_group_backward", eager.group_backward)),
 )
 
 
