@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import _peft_hook
+from . import _peft_registration
 from ._version import __version__
 from .patch import patch
 
@@ -74,4 +74,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-_peft_hook.install()
+_peft_registration.install()

@@ -11,10 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .config import CONFIG_NAME, PEFT_NAME, WEIGHTS_NAME
+from .constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from .files import safetensors_header
-from .linear import FACTORS as PARTS
-from .lookup import PEFT_PREFIX
 from .shared_factors import DIGEST, joined, missing
 
 WIDE = (torch.float32, torch.float64)
@@ -67,7 +65,7 @@ def group_by_layer(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """layer name -> {"lorasb_A": ..., "lorasb_R": ..., "lorasb_B": ...}; other entries are left out."""
     layers: dict[str, dict[str, Any]] = {}
     for key, value in tensors.items():
-        for part in PARTS:
+        for part in FACTORS:
             name, found, _ = key.removeprefix(PEFT_PREFIX).rpartition(f".{part}")
             if found:
                 layers.setdefault(name, {})[part] = value
@@ -106,8 +104,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if DIGEST in tensors:
         raise missing(path)
     for name, parts in group_by_layer(tensors).items():
-        if set(parts) != set(PARTS):
-            raise ValueError(f"layer {name!r} has {', '.join(sorted(parts))} in {file}, expected {', '.join(PARTS)}")
+        if set(parts) != set(FACTORS):
+            raise ValueError(f"layer {name!r} has {', '.join(sorted(parts))} in {file}, expected {', '.join(FACTORS)}")
     if not group_by_layer(tensors):
-        raise ValueError(f"{file} holds no LoRA-SB factors ({', '.join(PARTS)})")
+        raise ValueError(f"{file} holds no LoRA-SB factors ({', '.join(FACTORS)})")
     return tensors

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .limits import MAX_RANK
+from .constants import MAX_RANK
 from .linear import LoRASBLinear
 from .lookup import any_merged, layers_with
 

@@ -11,18 +11,14 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from . import _peft_hook
 from .card import update_card
 from .files import safetensors_header, write_json
-from .limits import MAX_RANK
+from .constants import CONFIG_NAME, MAX_RANK, PEFT_NAME, WEIGHTS_NAME
 
 DEFAULT_RANK = 64
 INITS = ("update", "lora-xs", "kaiming")
 ALL_LINEAR = "all-linear"
 GLUE_ALPHA = 16.0  # LoRA-XS fixes alpha at 16 on GLUE and at r elsewhere (paper, appendix I)
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PEFT_NAME = "LORASB"
 FOR_THIS_PROCESS = ("init_seed", "check_base")  # of no use to who loads the adapter
 RESOLVED = (
     "r",
@@ -217,5 +213,3 @@ def field_names() -> set[str]:
     """The names that `LoRASBConfig` and `lorasb.patch` accept."""
     return {item.name for item in fields(LoRASBConfig)}
 
-
-_peft_hook.install()

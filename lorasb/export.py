@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import checkpoint
-from .config import CONFIG_NAME, WEIGHTS_NAME, LoRASBConfig
+from .config import LoRASBConfig
+from .constants import CONFIG_NAME, FACTORS, PEFT_PREFIX, WEIGHTS_NAME
 from .experts import NAMES, parameter_of
 from .files import replacing, write_json, write_text
-from .lookup import PEFT_PREFIX, adapted_layers
+from .lookup import adapted_layers
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 FORMATS = ("peft", "gguf")
@@ -53,7 +54,7 @@ def export_lora(
     config, tensors, scalings = _read(model, adapter_name) if isinstance(model, nn.Module) else _read_folder(model)
     layers = checkpoint.group_by_layer(tensors)
     rank = max(parts["lorasb_R"].shape[0] for parts in layers.values())
-    written = {key: value for key, value in tensors.items() if not any(f".{p}" in key for p in checkpoint.PARTS)}
+    written = {key: value for key, value in tensors.items() if not any(f".{p}" in key for p in FACTORS)}
     factors = {name: _factors(parts, scalings[name], rank) for name, parts in layers.items()}
     for name, (a, b) in _experts_joined(factors, config.get("target_parameters")).items():
         written[f"{PEFT_PREFIX}{name}.lora_A.weight"] = _cast(a, dtype, name)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import direct
 from .backends import cpp, eager  # importing the package registers every backend
-from .limits import MAX_RANK
+from .constants import MAX_RANK
 from .ops import backend_op, cpu_kernel, current_backend
 from .quantised import QuantisedWeight, of_weight
 

@@ -9,7 +9,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from . import _peft_hook, merging
+from . import merging
+from .constants import FACTORS
 from .containers import HALVES, LOADED, Cores, FrozenFactors, placed_like
 from .equivalent import EquivalentGradient, preconditioners
 from .functional import dequantize_nf4, lora_sb_linear, quantised_linear
@@ -20,9 +21,6 @@ from .shared_factors import missing
 
 if TYPE_CHECKING:
     from .siblings import Siblings
-
-FACTORS = ("lorasb_A", "lorasb_R", "lorasb_B")
-BASE_ROW = "__base__"  # PEFT's name for no adapter
 
 
 class LoRASBLinear(nn.Module, BaseTunerLayer):
@@ -376,5 +374,3 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
     def __repr__(self) -> str:
         return "lorasb." + super().__repr__()
 
-
-_peft_hook.install()

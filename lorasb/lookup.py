@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import _peft_hook
+from .constants import PEFT_PREFIX
 from .linear import LoRASBLinear
 
-PEFT_PREFIX = "base_model.model."  # what a PeftModel puts before the base model's names
 
 
 def layers_with(model: nn.Module, adapter_name: str) -> dict[str, LoRASBLinear]:
@@ -41,5 +40,3 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[s
         raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(known) or 'none'}")
     return name, layers
 
-
-_peft_hook.install()

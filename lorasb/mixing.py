@@ -15,7 +15,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .experts import OpenExperts
-from .linear import BASE_ROW, LoRASBLinear
+from .constants import BASE_ROW
+from .linear import LoRASBLinear
 from .rows import TOKENS_FIRST, Rows, chooses_tokens, rows_of
 
 TOWERS = ("vision_config", "audio_config")  # beside a text_config: rows of pictures or sounds are not the text's

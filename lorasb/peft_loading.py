@@ -17,7 +17,8 @@ import peft.utils
 import peft.utils.save_and_load
 from torch import Tensor
 
-from .shared_factors import DIGEST, FACTORS_NAME, joined
+from .constants import FACTORS_NAME
+from .shared_factors import DIGEST, joined
 
 NAME = "load_peft_weights"
 HOMES = (peft.utils.save_and_load, peft.utils, peft.peft_model, peft)

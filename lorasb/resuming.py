@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import check_tensors, group_by_layer, read_tensors
-from .config import WEIGHTS_NAME
+from .constants import WEIGHTS_NAME
 from .init.processes import Processes
 from .linear import LoRASBLinear
 

@@ -17,10 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import WEIGHTS_NAME
+from .constants import FACTORS_NAME, FROZEN_FACTORS, PEFT_PREFIX, WEIGHTS_NAME
 from .files import replacing, safetensors_header
 
-FACTORS_NAME = "lorasb_factors.safetensors"
 DIGEST = "lorasb_factors_digest"  # uint8 [32] among R's
 
 
@@ -71,7 +70,7 @@ def missing(place: object = None) -> ValueError:
 
 def is_factor(key: str) -> bool:
     """Whether a tensor's name is that of an A or a B."""
-    return ".lorasb_A" in key or ".lorasb_B" in key
+    return any(f".{factor}" in key for factor in FROZEN_FACTORS)
 
 
 def wanted_digest(tensors: dict[str, Tensor]) -> bytes | None:
@@ -84,7 +83,7 @@ def digest(factors: dict[str, Tensor]) -> bytes:
     total = hashlib.sha256()
     for key in sorted(factors):
         value = factors[key].detach().cpu().contiguous()
-        total.update(f"{key.removeprefix('base_model.model.')} {value.dtype} {list(value.shape)}".encode())
+        total.update(f"{key.removeprefix(PEFT_PREFIX)} {value.dtype} {list(value.shape)}".encode())
         total.update(value.view(torch.uint8).numpy().data)
     return total.digest()
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -16,11 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from . import checkpoint, experts, peft_loading, shared_factors, siblings
 from .combining import combine
-from .config import ALL_LINEAR, PEFT_NAME, LoRASBConfig
+from .config import ALL_LINEAR, LoRASBConfig
+from .constants import FROZEN_FACTORS, PEFT_NAME, PEFT_PREFIX
 from .fingerprint import difference, fingerprint
 from .heads import save_heads
 from .linear import LoRASBLinear
-from .lookup import PEFT_PREFIX, any_merged, layers_with
+from .lookup import any_merged, layers_with
 from .mixing import adapters_by_row
 from .offloading import within_reach
 from .quantised import is_quantised, keep_unpacked, of_module
@@ -37,8 +38,7 @@ from .targets import (
 from .task_type import infer_task_type
 from .zero import with_kept_factors
 
-if TYPE_CHECKING:
-    from .init import InitReport
+InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, LoRASBLinear], int], Any]
 
 
 class LoRASBModel(BaseTuner):
@@ -58,6 +58,7 @@ class LoRASBModel(BaseTuner):
     prefix: str = "lorasb_"
     tuner_layer_cls = LoRASBLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's declaration
+    init_without_data: InitWithoutData  # given by `register`: initialization stands above the tuner
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
@@ -88,11 +89,9 @@ class LoRASBModel(BaseTuner):
     def _initialize(
         self, model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]
     ) -> None:
-        """An init that needs no data; its report stays at the tuner, by adapter name."""
-        from .init.run import without_data
-
-        reports: dict[str, InitReport] = self.__dict__.setdefault("init_reports", {})
-        reports[adapter_name] = without_data(model, config, adapter_name, layers, config.init_seed)
+        """Run an init that needs no data; its report stays at the tuner, by adapter name."""
+        reports: dict[str, Any] = self.__dict__.setdefault("init_reports", {})
+        reports[adapter_name] = self.init_without_data(model, config, adapter_name, layers, config.init_seed)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -290,7 +289,7 @@ def _with_factors(tensors: dict[str, Tensor], adapter_name: str, layers: dict[st
     own = {
         f"{name}.{part}": getattr(layer, part)[adapter_name].detach()
         for name, layer in layers.items()
-        for part in ("lorasb_A", "lorasb_B")
+        for part in FROZEN_FACTORS
     }
     if shared_factors.digest(own) != wanted:
         raise shared_factors.missing()
@@ -377,11 +376,14 @@ def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def register() -> None:
-    """Make PEFT know LoRA-SB. Once is enough; more does nothing."""
+def register(init_without_data: InitWithoutData) -> None:
+    """Make PEFT know LoRA-SB. Once is enough; more does nothing.
+
+    Args:
+        init_without_data: called as (model, config, adapter_name, layers, seed) where an adapter is made whose init
+            needs no data; what it returns is kept in the tuner's `init_reports`.
+    """
+    LoRASBModel.init_without_data = staticmethod(init_without_data)
     if PeftType(PEFT_NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="lorasb", config_cls=LoRASBConfig, model_cls=LoRASBModel, prefix=LoRASBModel.prefix)
     peft_loading.install()
-
-
-register()

@@ -7,9 +7,9 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from .constants import FROZEN_FACTORS
 from .linear import LoRASBLinear
 
-FROZEN = ("lorasb_A", "lorasb_B")
 # What the first process keeps on its host for the adapter's files, as gathering takes all processes and a save one.
 _kept: WeakKeyDictionary[nn.Module, dict[str, dict[str, Tensor]]] = WeakKeyDictionary()
 
@@ -28,7 +28,7 @@ def keep_factors(layers: Mapping[str, LoRASBLinear], name: str, first: bool) -> 
         first: whether this is the process that saves.
     """
     for layer in layers.values():
-        frozen = {part: getattr(layer, part)[name] for part in FROZEN}
+        frozen = {part: getattr(layer, part)[name] for part in FROZEN_FACTORS}
         if any(is_parted(p) for p in frozen.values()):
             import deepspeed
 
@@ -50,7 +50,7 @@ def with_kept_factors(tensors: dict[str, Tensor], model: nn.Module, name: str) -
         layer = model.get_submodule(prefix) if middle else None
         if not isinstance(layer, LoRASBLinear):
             continue
-        for part in FROZEN:
+        for part in FROZEN_FACTORS:
             other = key.replace(".lorasb_R", f".{part}")
             own = getattr(layer, part)[name]
             if hasattr(own, "ds_id"):

@@ -68,7 +68,7 @@ def inspect(
 ) -> None:
     """Show what a saved adapter, or a cache of signs, holds and where it comes from."""
     from .. import checkpoint
-    from ..config import WEIGHTS_NAME
+    from ..constants import WEIGHTS_NAME
     from . import show
     from .console import console
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lookup import PEFT_PREFIX
+from ..constants import PEFT_PREFIX
 
 HIDDEN = "hidden_states"
 DISTURBED = "something that passes between blocks is changed in place"

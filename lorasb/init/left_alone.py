@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..constants import PEFT_PREFIX
 from ..experts import NAMES, OpenExperts
 
 ROUTERS = ("Router", "Gate")  # how transformers ends the names of their classes
@@ -28,7 +29,7 @@ def left_alone(model: nn.Module) -> list[str]:
 
 
 def _called(model: nn.Module, wanted: Any) -> list[str]:
-    return [name.removeprefix("base_model.model.") for name, module in model.named_modules() if name and wanted(module)]
+    return [name.removeprefix(PEFT_PREFIX) for name, module in model.named_modules() if name and wanted(module)]
 
 
 def _unopened(module: nn.Module) -> bool:

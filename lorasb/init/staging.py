@@ -7,10 +7,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from ..constants import FACTORS
 from ..linear import LoRASBLinear
 from .factors import Factors
-
-PARTS = ("lorasb_B", "lorasb_R", "lorasb_A")
 
 
 class Staging:
@@ -28,7 +27,7 @@ class Staging:
 
     def write(self, layer: LoRASBLinear, factors: Factors) -> None:
         """Put B, R and A into a layer."""
-        parts = [getattr(layer, part)[self.adapter] for part in PARTS]
+        parts = [getattr(layer, part)[self.adapter] for part in FACTORS]
         kept = [part.detach().to("cpu", copy=True) if bool(part.detach().any()) else None for part in parts]
         self._before.append((layer, layer.initialized[self.adapter], kept))
         layer.set_factors(self.adapter, factors.b, factors.core, factors.a)
@@ -41,7 +40,7 @@ class Staging:
         if kind is None:
             return
         for layer, initialized, kept in reversed(self._before):
-            for name, value in zip(PARTS, kept, strict=True):
+            for name, value in zip(FACTORS, kept, strict=True):
                 parameter = getattr(layer, name)[self.adapter]
                 parameter.zero_() if value is None else parameter.copy_(value)
             layer.initialized[self.adapter] = initialized

@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 
 def install() -> None:
@@ -19,22 +20,19 @@ def install() -> None:
         sys.meta_path.insert(0, _PeftFinder())
 
 
-WHOLE = {
-    "lorasb.config": "LoRASBConfig",
-    "lorasb.linear": "LoRASBLinear",
-    "lorasb.lookup": "adapted_layers",
-    "lorasb.tuner": "register",
-}
-
-
 def _register() -> None:
-    """Import the tuner, which registers.
+    """Import the tuner and hand it what stands above it.
 
-    Not while one of the modules that it is made of is being imported and is what imports peft: config, linear and
-    lookup call `install` again at their end, and the tuner registers at its own.
+    Nothing of ours is half-imported here: the packages whose modules import peft (`layers`, `tuner`, ...) import it in
+    their `__init__`, before any of their modules.
     """
-    if all(hasattr(sys.modules[name], last) for name, last in WHOLE.items() if name in sys.modules):
-        importlib.import_module("lorasb.tuner")
+    importlib.import_module("lorasb.tuner.model").register(_init_without_data)
+
+
+def _init_without_data(*arguments: Any) -> Any:
+    from .init.run import without_data
+
+    return without_data(*arguments)
 
 
 class _PeftFinder(importlib.abc.MetaPathFinder):
