@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.initialisation import new_memory
 from benchmarks.timing import Stats, dtype_name, dtype_option, measure, measured_dtype, provenance, use_dtype
-from lorasb.files import write_json
+from lorasb.utils.atomic_files import write_json
 
 FEATURES, RANK, PEFT_RANK, BLOCK = 4096, 96, 32, 64
 TRAIN_TOKENS, EVAL_TOKENS = (1, 16, 512), (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -54,7 +54,7 @@ def packed(dense: nn.Linear) -> Any:
 
 def ours(base: nn.Module, r: int = RANK) -> Any:
     """Our layer over a base, with factors as an initialisation leaves them."""
-    from lorasb.linear import LoRASBLinear
+    from lorasb.layers.linear import LoRASBLinear
 
     layer = LoRASBLinear(base, "default", r)
     left = torch.linalg.qr(torch.randn(layer.out_features, r)).Q
@@ -84,7 +84,7 @@ def dequantise(seconds: float) -> Iterator[dict[str, Any]]:
     import bitsandbytes.functional as bnb
 
     from lorasb.functional import dequantize_nf4
-    from lorasb.quantised import of_module
+    from lorasb.quantization.quantized_weight import of_module
 
     for size in (FEATURES, FEATURES // 2):
         layers = [packed(nn.Linear(size, size, bias=False, dtype=measured_dtype())) for _ in range(4)]
@@ -149,7 +149,7 @@ def train(seconds: float) -> Iterator[dict[str, Any]]:
 def evaluate(seconds: float) -> Iterator[dict[str, Any]]:
     """A layer in evaluation: bitsandbytes' after it has repacked its weight, which can no longer train then."""
     from lorasb.functional import quantised_linear
-    from lorasb.quantised import of_module
+    from lorasb.quantization.quantized_weight import of_module
 
     dense = nn.Linear(FEATURES, FEATURES, bias=False, dtype=measured_dtype()).requires_grad_(False)
     repacked, layer, weight = packed(dense).eval(), ours(packed(dense)).eval(), of_module(packed(dense))
@@ -234,7 +234,7 @@ def smollm(way: str) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     import lorasb
-    from lorasb.cli.embedded import EMBEDDED, resolve_model
+    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
 
     folder = resolve_model(EMBEDDED)
     if way == "ours":
@@ -295,7 +295,7 @@ def decode(seconds: float) -> Iterator[dict[str, Any]]:
 
 def memory(_: float) -> Iterator[dict[str, Any]]:
     """Bytes of the quantised layers over those in 16 bits."""
-    from lorasb.quantizing import quantize_4bit
+    from lorasb.quantization.quantizer import quantize_4bit
 
     for nested in (False, True):
         packed_weight, state = quantize_4bit(torch.randn(FEATURES, FEATURES, dtype=measured_dtype()), nested=nested)

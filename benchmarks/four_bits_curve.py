@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.timing import dtype_name, dtype_option, provenance, use_dtype
-from lorasb.cli.finetune import run_finetune
-from lorasb.cli.pictures import smoothed
-from lorasb.cli.settings import Settings
-from lorasb.files import write_json
-from lorasb.plotting import GRAD, SIGN, canvas, save
+from lorasb.recipes.finetune import run_finetune
+from lorasb.recipes.plots import smoothed
+from lorasb.recipes.settings import Settings
+from lorasb.utils.atomic_files import write_json
+from lorasb.utils.plotting import GRAD, SIGN, canvas, save
 
 KEPT = ("eval_loss_before", "eval_loss_after", "eval_accuracy_after", "train_losses", "train_seconds", "base_bytes")
 COLOURS = {16: GRAD, 4: SIGN}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.four_bits import RANK, ours, row
 from benchmarks.timing import measure, provenance
 from lorasb.backends import cpp
-from lorasb.files import write_json
+from lorasb.utils.atomic_files import write_json
 
 TOKENS = (1, 4, 16, 64, 512)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

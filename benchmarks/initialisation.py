@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.timing import dtype_name, dtype_option, provenance, use_dtype
-from lorasb.files import write_json
+from lorasb.utils.atomic_files import write_json
 
 TOKENS, SAMPLES, RANK, LORA_RANK = 192, 8, 64, 32
 EPOCH = 50_000
@@ -43,7 +43,7 @@ def model(dtype: torch.dtype = torch.float32, blocks: int | None = None) -> Any:
     """SmolLM2-135M, or its first blocks."""
     from transformers import AutoModelForCausalLM
 
-    from lorasb.cli.embedded import EMBEDDED, resolve_model
+    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
 
     found: Any = AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=dtype)
     if blocks is not None:
@@ -55,8 +55,8 @@ def samples(count: int = SAMPLES, rows: int = 1) -> list[dict[str, Tensor]]:
     """Batches of generated problems with their answers, one after another, cut into samples of 192 tokens."""
     from transformers import AutoTokenizer
 
-    from lorasb.cli.embedded import EMBEDDED, resolve_model
-    from lorasb.cli.tasks import generate
+    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+    from lorasb.recipes.tasks import generate
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(EMBEDDED))
     examples = generate("word_sequence_reversal", 8 * count * rows, 0)
@@ -137,9 +137,9 @@ def init_time(**options: Any) -> dict[str, Any]:
 def epoch_share(steps: int = 20) -> dict[str, Any]:
     """The demo's initialisation, and how long its training takes a sample: batches of 16, its own lengths."""
     import lorasb
-    from lorasb.cli.encode import Collator, encode
-    from lorasb.cli.prepare import prepare
-    from lorasb.cli.settings import Settings
+    from lorasb.recipes.prepare import prepare
+    from lorasb.recipes.settings import Settings
+    from lorasb.recipes.tokenization import Collator, encode
 
     run = prepare(Settings(eval_examples=1, train_examples=64 + 16 * steps, dtype=dtype_name()))
     run.model = lorasb.patch(run.model, r=RANK)
@@ -165,8 +165,8 @@ def epoch_share(steps: int = 20) -> dict[str, Any]:
 
 def bits_and_energies() -> dict[str, Any]:
     """Size of all signs against the gradients in fp32; energy of the randomised SVD against the exact one."""
-    from lorasb.init.cache import read
-    from lorasb.init.svd import truncated_svd
+    from lorasb.init.factors.sign_cache import read
+    from lorasb.init.linalg.svd import truncated_svd
 
     found = patched()
     with tempfile.TemporaryDirectory() as folder:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from lorasb.kernels.gradients import gradient_add, gradient_signs
-from lorasb.kernels.launch import Mask, Members, backward, forward
+from lorasb.kernels.launcher import Launch, observed
+from lorasb.kernels.linear import Mask, Members, backward, forward
+from lorasb.kernels.linear_quantized import Quantised, dequantised
+from lorasb.kernels.linear_quantized import backward as backward_quantised
+from lorasb.kernels.linear_quantized import forward as forward_quantised
 from lorasb.kernels.plan import DTYPES, Plan, Shape, bucket, choice
-from lorasb.kernels.quantised import Quantised, dequantised
-from lorasb.kernels.quantised import backward as backward_quantised
-from lorasb.kernels.quantised import forward as forward_quantised
-from lorasb.kernels.recording import Launch, observed
+from lorasb.kernels.weight_gradient import gradient_add, gradient_signs
 
 
 def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorasb.files import replacing
+from lorasb.utils.atomic_files import replacing
 
 
 def panels(down: int, across: int, size: tuple[float, float], **options: Any) -> tuple[Any, list[Any]]:

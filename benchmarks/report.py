@@ -12,7 +12,7 @@ from benchmarks.methods import rows as methods_rows
 from benchmarks.methods import runner
 from benchmarks.reporting import methods, paper, speed
 from benchmarks.reporting.markdown import read_json
-from lorasb.files import write_text
+from lorasb.utils.atomic_files import write_text
 
 OPEN, CLOSE = "<!-- headline -->", "<!-- /headline -->"
 HEAD = """\

@@ -19,9 +19,9 @@ from rich.table import Table
 from benchmarks.launches import plan_for, record
 from benchmarks.shapes import MODELS, Group
 from benchmarks.traffic import Traffic, traffic
+from lorasb.kernels.launcher import Launch
 from lorasb.kernels.plan import Plan
-from lorasb.kernels.recording import Launch
-from lorasb.plotting import canvas, save
+from lorasb.utils.plotting import canvas, save
 
 BF16 = 2
 OPS = ("forward", "backward")

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.timing import dtype_option, measured_dtype, provenance, use_dtype
-from lorasb.files import write_json
+from lorasb.utils.atomic_files import write_json
 
 IMPORTS = {"torch": "import torch", "torch and lorasb": "import torch, lorasb"}
 
@@ -49,7 +49,7 @@ def smollm() -> Any:
     """The embedded model."""
     from transformers import AutoModelForCausalLM
 
-    from lorasb.cli.embedded import EMBEDDED, resolve_model
+    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
 
     return AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=measured_dtype())
 

@@ -31,9 +31,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.launches import plan_for, record, record_gradient, record_quantised
-from lorasb.kernels.configs import cdiv
+from lorasb.kernels.block_sizes import cdiv
+from lorasb.kernels.launcher import Launch
 from lorasb.kernels.plan import DTYPES, Plan
-from lorasb.kernels.recording import Launch
 
 POINTERS = {
     torch.bfloat16: "*bf16",

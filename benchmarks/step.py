@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.four_bits import PEFT_RANK, RANK
 from benchmarks.timing import dtype_name, dtype_option, measure, measured_dtype, provenance, saved_bytes, use_dtype
-from lorasb.files import write_json
+from lorasb.utils.atomic_files import write_json
 
 OURS, PEFT = f"LoRA-SB, r={RANK}", f"PEFT LoRA, r={PEFT_RANK}"
 
@@ -31,7 +31,7 @@ def model_of(way: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     import lorasb
-    from lorasb.cli.embedded import EMBEDDED, resolve_model
+    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
 
     model: Any = AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=measured_dtype())
     if way == PEFT:

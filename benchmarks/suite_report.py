@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.shapes import MODELS
 from benchmarks.tabular import write_csv
-from lorasb.plotting import canvas, save
+from lorasb.utils.plotting import canvas, save
 
 COLUMNS = ("n", "m", "r", "M", "dtype", "direction", "variant", "p20", "p50", "p80", "ratio", "ratio_p20", "ratio_p80",
            "rounds", "peak_bytes", "saved_bytes")  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorasb.files import write_text
+from lorasb.utils.atomic_files import write_text
 
 Row = dict[str, str]
 

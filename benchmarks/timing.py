@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lorasb.precision import DTYPES, processor_class, resolve
+from lorasb.utils.precision import DTYPES, processor_class, resolve
 
 DTYPE_VARIABLE = "LORASB_BENCH_DTYPE"  # how processes that a benchmark starts learn its dtype
 RESULTS = ("results", "REPORT.md")  # what a run itself writes

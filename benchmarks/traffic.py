@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lorasb.kernels.configs import cdiv
-from lorasb.kernels.recording import Launch
+from lorasb.kernels.block_sizes import cdiv
+from lorasb.kernels.launcher import Launch
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorasb.cli.settings import Settings, listed, option, shown_default
+from lorasb.recipes.settings import Settings, listed, option, shown_default
 
 
 def page() -> str:

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from . import _peft_registration
 from ._version import __version__
-from .patch import patch
 
 if TYPE_CHECKING:
     from .backends import backend
-    from .callback import InitCallback
-    from .config import LoRASBConfig
-    from .equivalent import equivalent_gradient
-    from .export import export_lora
-    from .groups import parameter_groups
+    from .export.lora import export_lora
     from .init import InitReport, first_step_lr, initialize
-    from .linear import LoRASBLinear
-    from .linear4bit import Linear4bit
-    from .quantizing import quantize
+    from .layers.equivalent_gradient import equivalent_gradient
+    from .layers.linear import LoRASBLinear
+    from .layers.linear4bit import Linear4bit
+    from .layers.quantize import quantize
+    from .training.init_callback import InitCallback
+    from .training.parameter_groups import parameter_groups
+    from .tuner.config import LoRASBConfig
+    from .tuner.patch import patch
 
 __all__ = [
     "InitCallback",
@@ -44,18 +44,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "InitCallback": "callback",
+    "InitCallback": "training.init_callback",
     "InitReport": "init",
-    "Linear4bit": "linear4bit",
-    "LoRASBConfig": "config",
-    "LoRASBLinear": "linear",
+    "Linear4bit": "layers.linear4bit",
+    "LoRASBConfig": "tuner.config",
+    "LoRASBLinear": "layers.linear",
     "backend": "backends",
-    "equivalent_gradient": "equivalent",
+    "equivalent_gradient": "layers.equivalent_gradient",
     "export_lora": "export",
     "first_step_lr": "init",
     "initialize": "init",
-    "parameter_groups": "groups",
-    "quantize": "quantizing",
+    "parameter_groups": "training.parameter_groups",
+    "patch": "tuner.patch",
+    "quantize": "layers.quantize",
 }
 
 

@@ -30,7 +30,7 @@ def _register() -> None:
 
 
 def _init_without_data(*arguments: Any) -> Any:
-    from .init.run import without_data
+    from .init.initialization import without_data
 
     return without_data(*arguments)
 

@@ -8,11 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import direct
-from .backends import cpp, eager  # importing the package registers every backend
+from .backends import cpp  # importing the package registers every backend
+from .backends.eager import linear as eager
 from .constants import MAX_RANK
-from .ops import backend_op, cpu_kernel, current_backend
-from .quantised import QuantisedWeight, of_weight
+from .ops import cpu_fast_path
+from .ops.registry import backend_op, cpu_kernel, current_backend
+from .quantization.quantized_weight import QuantisedWeight, of_weight
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,21 +76,21 @@ def _over_dense(
     seed = _seed(dropout)
     arguments = (x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout, seed)
     backend = current_backend()
-    kernels = direct.kernels("linear", backend, *arguments[:6])
+    kernels = cpu_fast_path.kernels("linear", backend, *arguments[:6])
     if kernels and dropout == 0.0 and _composes(kernels, x, (weight,), (lora_A, lora_B, bias)):
-        return direct.composed(*arguments[:7])
+        return cpu_fast_path.composed(*arguments[:7])
     y: Tensor
-    y, _ = direct.Linear.apply(*arguments, kernels) if kernels else backend_op("linear", backend)(*arguments)
+    y, _ = cpu_fast_path.Linear.apply(*arguments, kernels) if kernels else backend_op("linear", backend)(*arguments)
     return y
 
 
 def _composes(
-    kernels: direct.Kernels, x: Tensor, weights: Sequence[Tensor | None], frozen: Sequence[Tensor | None]
+    kernels: cpu_fast_path.Kernels, x: Tensor, weights: Sequence[Tensor | None], frozen: Sequence[Tensor | None]
 ) -> bool:
     """True if torch's own ops are the faster way of a small call, which they are not where the extension serves it."""
     of_extension = kernels[0] in (cpp.forward, cpp.group_forward) and cpp.serves(x.dtype, *weights)
     of_torch = kernels[0] in (cpp.forward, cpp.group_forward, eager.forward, eager.group_forward) and not of_extension
-    return of_torch and direct.small(x, (*weights, *frozen))
+    return of_torch and cpu_fast_path.small(x, (*weights, *frozen))
 
 
 def _seed(dropout: float) -> Tensor | None:
@@ -121,11 +122,11 @@ def _over_quantised(
         )
     backend, quant, layout = current_backend(), weight.tensors, weight.layout(x.dtype)
     arguments = (x, quant, layout, a, core, b, bias, scaling, dropout, _seed(dropout))
-    kernels = direct.kernels("linear_quantised", backend, x, a, core, b, bias, *quant)
+    kernels = cpu_fast_path.kernels("linear_quantised", backend, x, a, core, b, bias, *quant)
     if kernels is None:
         y, _ = backend_op("linear_quantised", backend)(*arguments)
     elif torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
-        y, _ = direct.LinearQuantised.apply(*arguments, kernels, *quant)
+        y, _ = cpu_fast_path.LinearQuantised.apply(*arguments, kernels, *quant)
     else:
         y, _ = kernels[0](*arguments)
     return y
@@ -221,13 +222,13 @@ def lora_sb_linear_group(
     lists = [list(part) for part in (weights, lora_A, lora_R, lora_B, biases)]
     tensors = [tensor for part in lists for tensor in part]
     backend = current_backend()
-    kernels = direct.kernels("linear_group", backend, x, *tensors)
+    kernels = cpu_fast_path.kernels("linear_group", backend, x, *tensors)
     if kernels and _composes(kernels, x, weights, (*lora_A, *lora_B, *biases)):
         each: list[Any] = list(biases) or [None] * len(weights)
         members = zip(weights, lora_A, lora_R, lora_B, each, scalings, strict=True)
-        return [direct.composed(x, *member) for member in members]
+        return [cpu_fast_path.composed(x, *member) for member in members]
     if kernels:
-        found = direct.LinearGroup.apply(x, scalings, kernels, *tensors)
+        found = cpu_fast_path.LinearGroup.apply(x, scalings, kernels, *tensors)
     else:
         found = backend_op("linear_group", backend)(x, *lists, scalings)
     return list(found[: len(weights)])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorasb.quantised import QuantisedWeight, of_state
-from lorasb.quantizing import quantize_4bit
+from lorasb.quantization.quantized_weight import QuantisedWeight, of_state
+from lorasb.quantization.quantizer import quantize_4bit
 
 
 def storage(

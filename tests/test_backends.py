@@ -9,9 +9,10 @@ from calls import run
 from torch._subclasses import FakeTensorMode
 
 import lorasb
-from lorasb import direct
-from lorasb.backends import cpp, eager
+from lorasb.backends import cpp
+from lorasb.backends.eager import linear as eager
 from lorasb.functional import lora_sb_linear
+from lorasb.ops import cpu_fast_path as direct
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,7 +39,7 @@ class TestBackends:
 
     @pytest.mark.parametrize("name", ["cpp"])
     def test_a_missing_backend_raises_and_says_why(self, name: str) -> None:
-        from lorasb.ops import unavailable
+        from lorasb.ops.registry import unavailable
 
         if unavailable(name) is None:
             pytest.skip(f"{name} is here")
@@ -53,7 +54,7 @@ class TestBackends:
             pass
 
     def test_environment_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from lorasb import ops
+        from lorasb.ops import registry as ops
 
         monkeypatch.setattr(ops, "_told", "")
         monkeypatch.setenv("LORASB_BACKEND", "eager")
@@ -67,7 +68,7 @@ class TestBackends:
             ops.current_backend()
 
     def test_nesting_restores(self) -> None:
-        from lorasb.ops import current_backend
+        from lorasb.ops.registry import current_backend
 
         with lorasb.backend("eager"):
             with lorasb.backend("auto"):

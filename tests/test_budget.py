@@ -13,8 +13,8 @@ from gradients import autograd_sums, factors, library_sums
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.init import budget
-from lorasb.init.sizes import parse_size
+from lorasb.init.gradients import plan as budget
+from lorasb.utils.byte_sizes import parse_size
 
 
 def singles() -> list[Batch]:

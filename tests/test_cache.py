@@ -14,9 +14,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lorasb
-from lorasb.init import cache as caches
-from lorasb.init import execution, fill, layerwise
-from lorasb.linear import LoRASBLinear
+from lorasb.init import pipeline as execution
+from lorasb.init.factors import layer_writer as fill
+from lorasb.init.factors import sign_cache as caches
+from lorasb.init.gradients import layerwise
+from lorasb.layers.linear import LoRASBLinear
 
 LR = {"lr": 1e-3, "progress": False}
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorasb
-from lorasb import files
-from lorasb.checkpoint import group_by_layer, read_config, read_tensors
-from lorasb.linear import LoRASBLinear
+from lorasb.checkpoints.adapter_file import group_by_layer, read_config, read_tensors
+from lorasb.layers.linear import LoRASBLinear
+from lorasb.utils import atomic_files as files
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -16,10 +16,12 @@ from conftest import patched
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from lorasb import cli
-from lorasb.cli import embedded, encode, tasks
-from lorasb.cli.data import load_examples
-from lorasb.cli.settings import Settings
+from lorasb.cli import app as cli
+from lorasb.recipes import bundled_model as embedded
+from lorasb.recipes import tasks
+from lorasb.recipes import tokenization as encode
+from lorasb.recipes.data import load_examples
+from lorasb.recipes.settings import Settings
 
 WORDS = ["one", "two", "three", "four", "red", "blue", "green", "cat", "dog", "tree"]
 

@@ -14,7 +14,7 @@ from test_cli import data, tiny  # noqa: F401  fixtures
 from typer.testing import CliRunner
 
 import lorasb
-from lorasb.cli import app
+from lorasb.cli.app import app
 
 PICTURES = ("energy.png", "ranks.png", "spectrum.png")
 

@@ -13,12 +13,14 @@ import torch
 import transformers
 from test_cli import data, tiny  # noqa: F401  fixtures
 
-from lorasb.cli import adapting, packing, plan
-from lorasb.cli.encode import IGNORED, Collator, Encoded, encode
-from lorasb.cli.ordering import ByLength
-from lorasb.cli.settings import Settings
-from lorasb.cli.tasks import Example
-from lorasb.precision import Precision
+from lorasb.recipes import adapter as adapting
+from lorasb.recipes import estimate as plan
+from lorasb.recipes import packing
+from lorasb.recipes.batch_order import ByLength
+from lorasb.recipes.settings import Settings
+from lorasb.recipes.tasks import Example
+from lorasb.recipes.tokenization import IGNORED, Collator, Encoded, encode
+from lorasb.utils.precision import Precision
 
 
 class TestOrder:

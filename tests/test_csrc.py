@@ -15,9 +15,10 @@ from storages import bits_of, exact, storage
 from tolerances import check, fp32
 
 import lorasb
-from lorasb.backends import cpp, eager_gradients
-from lorasb.gradient_ops import BAD, SQUARES, ZEROS
-from lorasb.quantised import QuantisedWeight
+from lorasb.backends import cpp
+from lorasb.backends.eager import weight_gradient as eager_gradients
+from lorasb.ops.weight_gradient import BAD, SQUARES, ZEROS
+from lorasb.quantization.quantized_weight import QuantisedWeight
 
 ROOT = Path(__file__).parents[1]
 CASES = int(os.environ.get("LORASB_FUZZ_CASES", "10000"))

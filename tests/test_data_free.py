@@ -15,8 +15,8 @@ from gradients import factors
 from torch import nn
 
 import lorasb
-import lorasb.init.execution
-from lorasb.linear import LoRASBLinear
+import lorasb.init.pipeline
+from lorasb.layers.linear import LoRASBLinear
 
 INITS = ["lora-xs", "kaiming"]
 
@@ -46,8 +46,8 @@ def no_svd(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("an init was run")
 
-    monkeypatch.setattr(lorasb.init.execution, "lora_xs", refuse)
-    monkeypatch.setattr(lorasb.init.execution, "kaiming", refuse)
+    monkeypatch.setattr(lorasb.init.pipeline, "lora_xs", refuse)
+    monkeypatch.setattr(lorasb.init.pipeline, "kaiming", refuse)
 
 
 @pytest.mark.parametrize("init", INITS)

@@ -9,8 +9,8 @@ from storages import bits_of, exact, octets, storage
 import lorasb
 from lorasb.backends import cpp
 from lorasb.functional import dequantize_nf4
-from lorasb.quantised import BLOCKS, QuantisedWeight
-from lorasb.quantizing import code, quantize_4bit
+from lorasb.quantization.quantized_weight import BLOCKS, QuantisedWeight
+from lorasb.quantization.quantizer import code, quantize_4bit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((64, 64), (59, 123), (1, 1), (3, 7), (123, 64), (5, 192), (16, 4096), (0, 64), (64, 0))

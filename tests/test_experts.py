@@ -14,9 +14,9 @@ from families import EXPERTS, SIZES
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.experts import OpenExperts, close, open_targets
-from lorasb.linear import LoRASBLinear
-from lorasb.lookup import layers_with
+from lorasb.layers.linear import LoRASBLinear
+from lorasb.layers.lookup import layers_with
+from lorasb.layers.unfused_experts import OpenExperts, close, open_targets
 
 
 def expert_layers(model: nn.Module) -> dict[str, LoRASBLinear]:

@@ -15,7 +15,7 @@ from conftest import batches_for, logits, make, patched
 from safetensors.torch import load_file, save_file
 
 import lorasb
-from lorasb.export import serve_command
+from lorasb.export.lora import serve_command
 
 SMALLER = {"llama": "k_proj", "roberta": "key", "gpt2": "c_proj"}
 STOCK = """

@@ -13,10 +13,12 @@ import tolerances
 import torch
 
 import lorasb
-from lorasb.backends import eager
-from lorasb.backends import triton as fused
+from lorasb.backends.eager import linear as eager
+from lorasb.backends.triton import linear as fused
 from lorasb.functional import lora_sb_linear
-from lorasb.kernels import launch, plan
+from lorasb.kernels import linear as launch
+from lorasb.kernels import plan
+from lorasb.utils.cache_dir import CACHE_VARIABLE
 
 Arguments = tuple[object, ...]
 
@@ -104,7 +106,7 @@ def test_eager_knows_the_kernels_mask(seed: int) -> None:
 
 
 def test_without_gpu_and_interpreter_triton_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lorasb.ops.unavailable("triton") is None
+    assert lorasb.ops.registry.unavailable("triton") is None
     monkeypatch.delenv("TRITON_INTERPRET")
     if not torch.cuda.is_available():
         with (
@@ -134,7 +136,7 @@ class TestTables:
         assert chosen == plan.Plan("addmm", plan.default_prep(self.SHAPE), plan.default_gemm(self.SHAPE))
 
     def test_a_users_table_comes_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(plan.CACHE_VARIABLE, str(tmp_path))
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
         rule = {"if": {"M": [1025, 2048], "n": 4096, "sms": 84}, "path": "addmm"}
         path = plan.user_table("sm_86")
         path.parent.mkdir(parents=True)
@@ -152,7 +154,7 @@ class TestTables:
     def test_a_broken_table_is_left_out_and_named(
         self, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv(plan.CACHE_VARIABLE, str(tmp_path))
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
         path = plan.user_table("sm_86")
         path.parent.mkdir(parents=True)
         path.write_text(text)

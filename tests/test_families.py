@@ -14,7 +14,7 @@ from families import EXPERTS
 from torch import nn
 
 import lorasb
-from lorasb.linear import LoRASBLinear
+from lorasb.layers.linear import LoRASBLinear
 
 ACCUMULATED = ("t5",)  # an encoder-decoder: two stacks
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lorasb
 from lorasb.functional import lora_sb_linear, lora_sb_linear_group
-from lorasb.kernels.recording import observed
+from lorasb.kernels.launcher import observed
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",

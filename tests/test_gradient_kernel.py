@@ -11,9 +11,9 @@ from torch import Tensor
 
 import lorasb
 from lorasb import backends  # noqa: F401  registers the ops
-from lorasb.bits import unpack_words
-from lorasb.gradient_ops import BAD, SQUARES, ZEROS
-from lorasb.ops import backend_op
+from lorasb.ops.registry import backend_op
+from lorasb.ops.weight_gradient import BAD, SQUARES, ZEROS
+from lorasb.utils.bit_packing import unpack_words
 
 SHAPES = [(1, 1, 1), (5, 3, 7), (63, 59, 123), (64, 64, 128), (70, 65, 130), (33, 128, 256), (0, 40, 40), (7, 0, 4)]
 BACKENDS = ["eager", "triton"]

@@ -22,9 +22,9 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 
 import lorasb
-from lorasb.heads import save_heads
-from lorasb.linear import LoRASBLinear
-from lorasb.tuner import LoRASBModel
+from lorasb.layers.linear import LoRASBLinear
+from lorasb.tuner.fresh_heads import save_heads
+from lorasb.tuner.model import LoRASBModel
 
 TASKS = [
     "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE",

@@ -16,34 +16,54 @@ FILES = [*sorted((ROOT / "lorasb").rglob("*.py")), *sorted(KERNELS.glob("*.py"))
 ARROWS = {
     "lorasb.kernels": ["lorasb", "transformers", "peft"],
     "lorasb.kernels.plan": ["triton"],
-    "lorasb.kernels.configs": ["triton", "torch"],
-    "lorasb.siblings": ["lorasb.linear", "lorasb.tuner", "lorasb.patch", "lorasb.init", "lorasb.kernels"],
-    "lorasb.group_ops": ["lorasb.backends", "lorasb.functional", "lorasb.linear", "lorasb.kernels"],
-    "lorasb.ops": [
+    "lorasb.kernels.block_sizes": ["triton", "torch"],
+    "lorasb.layers.linear_group": [
+        "lorasb.layers.linear",
+        "lorasb.tuner",
+        "lorasb.patch",
+        "lorasb.init",
+        "lorasb.kernels",
+    ],
+    "lorasb.ops.linear_group": ["lorasb.backends", "lorasb.functional", "lorasb.layers.linear", "lorasb.kernels"],
+    "lorasb.ops.registry": [
         "lorasb.backends",
         "lorasb.kernels",
         "lorasb.functional",
-        "lorasb.linear",
+        "lorasb.layers.linear",
         "lorasb.tuner",
         "lorasb.patch",
     ],
-    "lorasb.backends": ["lorasb.linear", "lorasb.tuner", "lorasb.patch", "lorasb.init", "lorasb.functional"],
-    "lorasb.functional": ["lorasb.linear", "lorasb.tuner", "lorasb.patch", "lorasb.init"],
-    "lorasb.linear": ["lorasb.patch", "lorasb.tuner", "lorasb.init", "transformers"],
-    "lorasb.bits": ["lorasb"],
-    "lorasb.gradient_ops": ["lorasb.backends", "lorasb.functional", "lorasb.linear", "lorasb.init", "lorasb.kernels"],
-    "lorasb.callback": ["lorasb.patch", "lorasb.tuner", "lorasb.cli"],
-    "lorasb.init": ["lorasb.callback", "lorasb.patch", "lorasb.tuner", "lorasb.cli", "transformers"],
-    "lorasb.config": ["torch", "transformers", "lorasb.linear", "lorasb.tuner"],
-    "lorasb.files": ["torch", "lorasb"],
-    "lorasb.precision": ["lorasb", "transformers", "peft"],
-    "lorasb.cli.settings": ["torch", "transformers", "peft"],
+    "lorasb.backends": ["lorasb.layers.linear", "lorasb.tuner", "lorasb.patch", "lorasb.init", "lorasb.functional"],
+    "lorasb.functional": ["lorasb.layers.linear", "lorasb.tuner", "lorasb.patch", "lorasb.init"],
+    "lorasb.layers.linear": ["lorasb.patch", "lorasb.tuner", "lorasb.init", "transformers"],
+    "lorasb.utils.bit_packing": ["lorasb"],
+    "lorasb.ops.weight_gradient": [
+        "lorasb.backends",
+        "lorasb.functional",
+        "lorasb.layers.linear",
+        "lorasb.init",
+        "lorasb.kernels",
+    ],
+    "lorasb.training.init_callback": ["lorasb.patch", "lorasb.tuner", "lorasb.cli"],
+    "lorasb.init": ["lorasb.training.init_callback", "lorasb.patch", "lorasb.tuner", "lorasb.cli", "transformers"],
+    "lorasb.tuner.config": ["torch", "transformers", "lorasb.layers.linear", "lorasb.tuner"],
+    "lorasb.utils.atomic_files": ["torch", "lorasb"],
+    "lorasb.utils.precision": ["lorasb", "transformers", "peft"],
+    "lorasb.recipes.settings": ["torch", "transformers", "peft"],
     "lorasb.cli.options": ["torch", "transformers", "peft"],
     "lorasb": ["benchmarks", "tests"],
 }
-TYPE_ONLY = {"lorasb.siblings": "lorasb.linear.LoRASBLinear"}  # imported for annotations, never at run time
+TYPE_ONLY = {
+    "lorasb.layers.linear_group": "lorasb.layers.linear.LoRASBLinear"
+}  # imported for annotations, never at run time
 CALLS = {"torch.load", "pickle.load", "pickle.loads", "exec", "eval", "os.system", "torch.save"}
-USES_TRANSFORMERS = ("lorasb.experts", "lorasb.tuner", "lorasb.patch", "lorasb.callback", "lorasb.cli")
+USES_TRANSFORMERS = (
+    "lorasb.layers.unfused_experts",
+    "lorasb.tuner",
+    "lorasb.patch",
+    "lorasb.training.init_callback",
+    "lorasb.cli",
+)
 
 
 def module_name(path: Path) -> str:
@@ -71,7 +91,9 @@ def test_no_forbidden_arrow_or_call(path: Path) -> None:
     tree, name = ast.parse(path.read_text(encoding="utf-8")), module_name(path)
     for target in imports(path, tree):
         for importer, forbidden in ARROWS.items():
-            inner = importer in ("lorasb.files", "lorasb.kernels", "lorasb.precision") and under(target, importer)
+            inner = importer in ("lorasb.utils.atomic_files", "lorasb.kernels", "lorasb.utils.precision") and under(
+                target, importer
+            )
             inner = inner or (TYPE_ONLY.get(name) == target)
             if under(name, importer) and not inner:
                 assert not any(under(target, other) for other in forbidden), f"{name} imports {target}"

@@ -17,11 +17,11 @@ KNOWN = (
 ORDERS = (
     "import lorasb, peft",
     "import peft, lorasb",
-    "import lorasb.config",
-    "import lorasb.linear",
+    "import lorasb.tuner.config",
+    "import lorasb.layers.linear",
     "import lorasb.tuner",
     "import lorasb.init",
-    "import lorasb.cli.finetune",
+    "import lorasb.recipes.finetune",
     "import lorasb, importlib.util; importlib.util.find_spec('peft'); import peft",
     "import lorasb; lorasb.patch; lorasb.LoRASBConfig",
 )
@@ -31,10 +31,8 @@ TRACE = (
 NAMES = (
     "import lorasb\nfor name in lorasb.__all__: getattr(lorasb, name)\nassert set(lorasb.__all__) <= set(dir(lorasb))"
 )
-PATCH = (
-    "import lorasb, lorasb.cli.finetune, lorasb.tuner\nfrom lorasb.patch import patch\nassert callable(lorasb.patch)"
-)
-BACKEND = "import lorasb\nwith lorasb.backend('triton'): print(lorasb.ops.current_backend())"
+PATCH = "import lorasb, lorasb.recipes.finetune, lorasb.tuner\nfrom lorasb.tuner.patch import patch\nassert callable(lorasb.patch)"
+BACKEND = "import lorasb\nwith lorasb.backend('triton'): print(lorasb.ops.registry.current_backend())"
 CODES = (*(f"{order}\n{KNOWN}" for order in ORDERS), TRACE, NAMES, PATCH, BACKEND)
 
 

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 import lorasb
 from lorasb.init import InitReport
-from lorasb.init.accumulator import GradientSums
-from lorasb.init.loss import backward_over_samples
-from lorasb.linear import LoRASBLinear
+from lorasb.init.gradients.accumulator import GradientSums
+from lorasb.init.gradients.loss import backward_over_samples
+from lorasb.layers.linear import LoRASBLinear
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "roberta"])

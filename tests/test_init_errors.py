@@ -12,7 +12,7 @@ from gradients import factors
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.linear import LoRASBLinear
+from lorasb.layers.linear import LoRASBLinear
 
 
 def unlabelled() -> list[Batch]:

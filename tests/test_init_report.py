@@ -12,7 +12,7 @@ from gradients import autograd_sums, factors
 
 import lorasb
 from lorasb.init import InitReport, first_step_lr
-from lorasb.linear import LoRASBLinear
+from lorasb.layers.linear import LoRASBLinear
 
 
 class TestBaselines:

@@ -8,7 +8,8 @@ import torch
 from calls import run_kernels as run
 from torch import Tensor
 
-from lorasb.kernels import launch, plan
+from lorasb.kernels import linear as launch
+from lorasb.kernels import plan
 
 
 class TestDropout:

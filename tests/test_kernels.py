@@ -15,9 +15,10 @@ from torch import Tensor
 
 import lorasb
 from lorasb.functional import lora_sb_linear, lora_sb_linear_group
-from lorasb.kernels import launch, plan
-from lorasb.kernels.configs import GemmConfig, PrepConfig, gemm_splits, prep_members, prep_splits, rank_parts
-from lorasb.kernels.recording import observed
+from lorasb.kernels import linear as launch
+from lorasb.kernels import plan
+from lorasb.kernels.block_sizes import GemmConfig, PrepConfig, gemm_splits, prep_members, prep_splits, rank_parts
+from lorasb.kernels.launcher import observed
 
 DTYPES = (torch.float32, torch.float16)
 Results = list[Tensor]
@@ -267,7 +268,7 @@ def test_bitwise_repeatable(rows: int) -> None:
 
 
 def test_many_rows_reduce_dR_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorasb.kernels import configs
+    from lorasb.kernels import block_sizes as configs
 
     monkeypatch.setattr(launch, "core_chunks", lambda rows: configs.cdiv(rows, 64))
     monkeypatch.setattr(launch, "CORE_CHUNK", 64)

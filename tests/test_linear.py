@@ -9,7 +9,7 @@ import tolerances
 import torch
 from torch import Tensor, nn
 
-from lorasb.linear import LoRASBLinear
+from lorasb.layers.linear import LoRASBLinear
 
 
 def make(dtype: torch.dtype = torch.float32, initialised: bool = True, **options: object) -> LoRASBLinear:
@@ -89,7 +89,7 @@ def test_the_adapters_product_accumulates_onto_the_base_and_nothing_is_added_apa
             calls.append((str(function), [tuple(a.shape) for a in args if isinstance(a, Tensor)]))
             return function(*args, **(kwargs or {}))
 
-    from lorasb.backends import eager
+    from lorasb.backends.eager import linear as eager
 
     x, dy = torch.randn(7, 16), torch.randn(7, 12)
     layer = make()

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorasb import direct
 from lorasb.backends import cpp
 from lorasb.functional import lora_sb_linear
+from lorasb.ops import cpu_fast_path as direct
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

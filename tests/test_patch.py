@@ -13,7 +13,7 @@ from conftest import FAMILIES, SIZES, batches_for, llama, logits, make, patched
 from torch import nn
 
 import lorasb
-from lorasb.linear import LoRASBLinear
+from lorasb.layers.linear import LoRASBLinear
 
 
 def adapted(model: nn.Module) -> set[str]:

@@ -9,7 +9,7 @@ import torch
 from conftest import batches_for, make
 
 import lorasb
-from lorasb import precision
+from lorasb.utils import precision
 
 
 @pytest.fixture(autouse=True)

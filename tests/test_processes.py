@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from two_ranks import SAMPLES
 
 import lorasb
-from lorasb.init.cache import read
-from lorasb.init.samples import select, without_repeats
+from lorasb.init.factors.sign_cache import read
+from lorasb.init.sampling import select, without_repeats
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 Found = dict[str, dict[str, Any]]

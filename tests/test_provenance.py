@@ -14,7 +14,7 @@ import torch
 from conftest import Batch, make
 from torch import nn
 
-from lorasb.init.provenance import function_hash, weights_hash
+from lorasb.init.report.provenance import function_hash, weights_hash
 
 
 def test_weights_are_told_apart() -> None:

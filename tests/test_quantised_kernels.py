@@ -12,8 +12,8 @@ from torch import Tensor
 import lorasb
 from lorasb.functional import dequantize_nf4, lora_sb_linear
 from lorasb.kernels import plan
-from lorasb.kernels.recording import observed
-from lorasb.quantised import QuantisedWeight
+from lorasb.kernels.launcher import observed
+from lorasb.quantization.quantized_weight import QuantisedWeight
 
 DTYPES = (torch.float32, torch.float16)
 

@@ -17,10 +17,10 @@ from torch import nn
 
 import lorasb
 from lorasb.functional import dequantize_nf4
-from lorasb.linear import LoRASBLinear
-from lorasb.linear4bit import Linear4bit
-from lorasb.quantised import of_module
-from lorasb.quantizing import quantize_4bit
+from lorasb.layers.linear import LoRASBLinear
+from lorasb.layers.linear4bit import Linear4bit
+from lorasb.quantization.quantized_weight import of_module
+from lorasb.quantization.quantizer import quantize_4bit
 
 bnb = pytest.importorskip("bitsandbytes")
 KINDS = ("own", "own nested", "nf4", "fp4 nested", "int8")

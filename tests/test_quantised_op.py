@@ -15,7 +15,7 @@ from torch import Tensor
 import lorasb
 from lorasb.backends import cpp
 from lorasb.functional import lora_sb_linear, quantised_linear
-from lorasb.quantised import QuantisedWeight
+from lorasb.quantization.quantized_weight import QuantisedWeight
 
 BF16 = ("AMX", "AVX-512 with bf16")  # where our own product takes any number of tokens
 KERNELS = ["eager", *cpp.instruction_sets()] if cpp.missing() is None else ["eager"]

@@ -16,8 +16,9 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from benchmarks import launches, roofline
 from benchmarks.traffic import traffic
-from lorasb.kernels import launch, plan
-from lorasb.kernels.recording import Launch, observed
+from lorasb.kernels import linear as launch
+from lorasb.kernels import plan
+from lorasb.kernels.launcher import Launch, observed
 
 CASES = [  # M, n, ms, r, bias
     (40, 96, (64,), 16, False),

@@ -19,13 +19,17 @@ import pytest
 from test_cli import WORDS, data, tiny  # noqa: F401  fixtures
 from transformers import Trainer, TrainerCallback
 
-from lorasb import cli, precision
-from lorasb.cli import adapting, checkpoints, course, finetune, training
-from lorasb.cli.finetune import run_finetune
-from lorasb.cli.results import Result
-from lorasb.cli.settings import Settings
-from lorasb.cli.stopping import StoppedError
-from lorasb.files import write_json
+from lorasb.cli import app as cli
+from lorasb.recipes import adapter as adapting
+from lorasb.recipes import callbacks as course
+from lorasb.recipes import checkpoints, finetune
+from lorasb.recipes import train as training
+from lorasb.recipes.finetune import run_finetune
+from lorasb.recipes.results import Result
+from lorasb.recipes.settings import Settings
+from lorasb.recipes.signals import StoppedError
+from lorasb.utils import precision
+from lorasb.utils.atomic_files import write_json
 
 TIMES = ("init_seconds", "train_seconds", "tokens_per_second", "peak_rss_mb")
 STEPS = 14  # 27 examples, twice, four a step
@@ -130,7 +134,7 @@ def test_kill_9_at_random_moments_ends_in_the_same_bits(base: Settings, whole: P
         patch.setattr(adapting.InitReport, "save", lambda report, path: die())
 
     def amid_the_results(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr("lorasb.export.export_lora", lambda *given, **named: die())
+        patch.setattr("lorasb.export.lora.export_lora", lambda *given, **named: die())
 
     ways = [before_training, *map(after_a_step, moments[:2]), amid_a_checkpoint, after_a_step(moments[2])]
     for way in [*ways, amid_the_results]:
@@ -365,7 +369,7 @@ def test_packs(base: Settings, whole: Path, tmp_path: Path) -> None:
 
 def test_a_run_is_repeated_from_its_config(base: Settings, whole: Path, tmp_path: Path) -> None:
     from lorasb.cli import options
-    from lorasb.cli.settings import listed
+    from lorasb.recipes.settings import listed
 
     values = options.read_config(whole / "config.yaml", {one.name: kind for one, kind in listed(Settings)})
     run_finetune(Settings(**values | {"output": str(tmp_path)}))
@@ -394,13 +398,13 @@ def test_a_full_disk_at_the_results(
 ) -> None:
     import safetensors
 
-    from lorasb.cli import results
+    from lorasb.recipes import results
 
     def full(*given: Any, **named: Any) -> None:
         raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lorasb.export.export_lora", full)
+        patch.setattr("lorasb.export.lora.export_lora", full)
         with pytest.raises(OSError, match=r"lora cannot be written: .*No space left"):
             run_finetune(replace(base, output=str(tmp_path)))
     monkeypatch.setattr(Trainer, "train", lambda *given, **named: pytest.fail("nothing is trained twice"))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler
 
-from lorasb.init.samples import select
+from lorasb.init.sampling import select
 
 
 class TestSamples:

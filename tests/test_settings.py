@@ -13,7 +13,8 @@ import yaml
 from typer.testing import CliRunner
 
 from lorasb.cli import options
-from lorasb.cli.settings import DTYPES, SCHEDULERS, UPDATES, InitSettings, Settings, listed
+from lorasb.recipes import config_file
+from lorasb.recipes.settings import DTYPES, SCHEDULERS, UPDATES, InitSettings, Settings, listed
 
 KNOWN = {one.name: kind for one, kind in listed(Settings)}
 OTHER = {
@@ -53,8 +54,8 @@ def test_every_setting_is_an_option_and_a_line_of_yaml(tmp_path: Path) -> None:
     assert set(OTHER) == {one.name for one in fields(Settings)} == set(KNOWN)
     assert all(getattr(Settings(), name) != value for name, value in OTHER.items())
     assert call(*arguments(OTHER)) == OTHER
-    options.write_config(tmp_path / "config.yaml", Settings(**OTHER))
-    again = options.read_config(tmp_path / "config.yaml", KNOWN)
+    config_file.write_config(tmp_path / "config.yaml", Settings(**OTHER))
+    again = config_file.read_config(tmp_path / "config.yaml", KNOWN)
     assert again == {name: value for name, value in OTHER.items() if name != "resume"}
     assert call("--config", str(tmp_path / "config.yaml")) == again
 
@@ -67,8 +68,8 @@ def test_an_option_goes_before_the_files_line(tmp_path: Path) -> None:
 
 
 def test_defaults_of_the_file_are_the_lists(tmp_path: Path) -> None:
-    options.write_config(tmp_path / "a.yaml", Settings())
-    assert Settings(**options.read_config(tmp_path / "a.yaml", KNOWN)) == Settings()
+    config_file.write_config(tmp_path / "a.yaml", Settings())
+    assert Settings(**config_file.read_config(tmp_path / "a.yaml", KNOWN)) == Settings()
     assert set(yaml.safe_load((tmp_path / "a.yaml").read_text())) == set(KNOWN) - {"resume"}
 
 
@@ -92,23 +93,23 @@ def test_defaults_of_the_file_are_the_lists(tmp_path: Path) -> None:
 def test_files_that_are_wrong(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ValueError, match=f"--config .*a.yaml: {message}"):
-        options.read_config(tmp_path / "a.yaml", KNOWN)
+        config_file.read_config(tmp_path / "a.yaml", KNOWN)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a YAML file of settings"):
-        options.read_config(tmp_path / "none.yaml", KNOWN)
+        config_file.read_config(tmp_path / "none.yaml", KNOWN)
 
 
 @pytest.mark.parametrize("text", ["down_proj=96,q_proj=32", '{"down_proj": 96, "q_proj": 32}'])
 def test_ranks_by_name(text: str) -> None:
-    assert options.typed(text, dict[str, int], "x") == {"down_proj": 96, "q_proj": 32}
+    assert config_file.typed(text, dict[str, int], "x") == {"down_proj": 96, "q_proj": 32}
 
 
 @pytest.mark.parametrize("text", ["down_proj", "down_proj=x", '{"a": "b"}', "{", "[1]"])
 def test_what_is_no_ranks(text: str) -> None:
     with pytest.raises(ValueError, match="--rank-pattern expects ranks by name"):
-        options.typed(text, dict[str, int], "--rank-pattern")
+        config_file.typed(text, dict[str, int], "--rank-pattern")
 
 
 @pytest.mark.parametrize(
@@ -135,10 +136,10 @@ def test_values_that_no_run_can_have(values: dict[str, Any], message: str) -> No
 def test_choices_are_the_librarys() -> None:
     from transformers import SchedulerType
 
-    from lorasb import precision
-    from lorasb.init import run
+    from lorasb.init import initialization
+    from lorasb.utils import precision
 
-    assert run.UPDATES == UPDATES
+    assert initialization.UPDATES == UPDATES
     assert set(DTYPES) == {"auto", *precision.DTYPES}
     assert set(SCHEDULERS) <= {one.value for one in SchedulerType}
 

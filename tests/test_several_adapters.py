@@ -14,7 +14,7 @@ from families import EXPERTS, SIZES, causal, opt
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.linear import LoRASBLinear
+from lorasb.layers.linear import LoRASBLinear
 
 
 def two(family: str = "llama", shared: bool = False, **fields: object) -> nn.Module:

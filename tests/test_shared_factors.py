@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorasb
-from lorasb.shared_factors import FACTORS_NAME, share
+from lorasb.checkpoints.shared_factors import FACTORS_NAME, share
 
 STEPS = 3
 

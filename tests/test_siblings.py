@@ -16,9 +16,9 @@ from conftest import batches_for, logits, make, patched
 from torch import Tensor, nn
 
 import lorasb
-from lorasb import siblings
-from lorasb.kernels.recording import observed
-from lorasb.linear import LoRASBLinear
+from lorasb.kernels.launcher import observed
+from lorasb.layers import linear_group as siblings
+from lorasb.layers.linear import LoRASBLinear
 
 GROUPS = {"llama": [3, 2], "gemma2": [3, 2], "roberta": [3], "gpt2": []}
 

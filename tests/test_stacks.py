@@ -14,7 +14,7 @@ from gradients import autograd_sums, factors, library_sums
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.init.blocks import NotAStackError, find_stack
+from lorasb.init.gradients.block_stack import NotAStackError, find_stack
 
 
 def test_an_encoder_decoder_is_a_stack_and_a_pass() -> None:

@@ -12,11 +12,12 @@ from gradients import autograd_sums, factors, library_sums
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.init import accumulator, layerwise
-from lorasb.init import budget as init_budget
-from lorasb.init.accumulate import passes
-from lorasb.init.blocks import NotAStackError, Traversal
-from lorasb.linear import LoRASBLinear
+from lorasb.init.gradients import accumulator, layerwise
+from lorasb.init.gradients import plan as init_budget
+from lorasb.init.gradients.block_recorder import Traversal
+from lorasb.init.gradients.block_stack import NotAStackError
+from lorasb.init.gradients.whole_model import passes
+from lorasb.layers.linear import LoRASBLinear
 
 FAMILIES = ["llama", "mistral", "gemma2", "qwen3", "phi3", "roberta", "gpt2"]
 
@@ -171,7 +172,7 @@ def test_checkpointing_modes_and_configs_are_left_as_found(strategy: str) -> Non
 
 
 def test_boundaries_may_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorasb.init import strategy
+    from lorasb.init.gradients import executor as strategy
 
     moved: list[Tensor] = []
 
@@ -187,7 +188,7 @@ def test_boundaries_may_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_interrupted_between_blocks_everything_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorasb.init import layerwise
+    from lorasb.init.gradients import layerwise
 
     model = lorasb.patch(make("llama"), r=4)
     before, flags = factors(model), [p.requires_grad for p in model.parameters()]

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from lorasb.init import svd
-from lorasb.init.signbits import SignBits
-from lorasb.init.svd import energies, truncated_svd
+from lorasb.init.linalg import svd
+from lorasb.init.linalg.sign_bits import SignBits
+from lorasb.init.linalg.svd import energies, truncated_svd
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300), (64, 64), (40, 300)])

@@ -14,7 +14,7 @@ from conftest import batches_for, logits, make, patched, text
 from torch import Tensor
 
 import lorasb
-from lorasb.linear import LoRASBLinear
+from lorasb.layers.linear import LoRASBLinear
 
 ROWS = [{key: value[0] for key, value in text(1, 12, seed).items()} for seed in range(12)]
 

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 from conftest import make
 
-from lorasb.cli import tuning as tune
+from lorasb.cli import tune_kernels as tune
 from lorasb.kernels import plan
+from lorasb.utils.cache_dir import CACHE_VARIABLE
 
 SHAPE = plan.Shape("forward", "fp32", 32, 64, 48, 8)
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv(plan.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     plan.forget()
     yield tmp_path
     plan.forget()
@@ -89,7 +90,7 @@ def test_layers_of_a_model() -> None:
 def test_the_command_says_what_it_needs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from lorasb import cli
+    from lorasb.cli import app as cli
 
     if torch.cuda.is_available():
         pytest.skip("this machine has what it needs")

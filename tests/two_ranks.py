@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import lorasb
-from lorasb.linear import LoRASBLinear
+from lorasb.layers.linear import LoRASBLinear
 
 SAMPLES = [text(1, tokens, seed) for seed, tokens in enumerate((12, 7, 9, 5, 11))]
 

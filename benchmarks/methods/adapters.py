@@ -15,7 +15,7 @@ import lorasb
 from benchmarks.methods import starts
 from benchmarks.methods.grid import CORE, METHODS, Cell, Method, Task
 from benchmarks.methods.problems import Batch, Problem
-from lorasb.merging import merged_weight
+from lorasb.layers.merging import merged_weight
 
 Batches = Callable[[int], list[Batch]]  # so many samples, drawn for the initialisation, in batches
 LORA_GA_SAMPLES = 32  # as many as LoRA-SB takes

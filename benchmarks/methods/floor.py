@@ -25,11 +25,11 @@ from benchmarks.methods.grid import METHODS, TASKS, WARMUP, Cell, Task
 from benchmarks.methods.problems import MAX_LENGTH, files, load
 from benchmarks.methods.run import drawn, train
 from benchmarks.timing import dtype_option, measured_dtype, provenance, use_dtype
-from lorasb.cli.embedded import EMBEDDED, resolve_model
-from lorasb.cli.encode import Collator, encode
-from lorasb.cli.evaluate import evaluate, example_losses
-from lorasb.cli.tasks import Example, read_jsonl
-from lorasb.files import write_json
+from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+from lorasb.recipes.evaluation import evaluate, example_losses
+from lorasb.recipes.tasks import Example, read_jsonl
+from lorasb.recipes.tokenization import Collator, encode
+from lorasb.utils.atomic_files import write_json
 
 LR, BATCH, CHOICES = 1e-3, 16, 5
 ARC = replace(TASKS["chain_sum"], name="arc_easy", metric="accuracy", data="arc_easy", validation=50, test=250)

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.methods.grid import SGD, TASKS
 from benchmarks.panels import panels, save_panels
-from lorasb.plotting import GRAD, INK, SIGN
+from lorasb.utils.plotting import GRAD, INK, SIGN
 
 Row = dict[str, str]
 COLOURS = {"LoRA-SB": GRAD, SGD: "#b0527a", "LoRA-XS": SIGN, "LoRA": "#6b7280", "full": INK}

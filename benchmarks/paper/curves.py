@@ -17,7 +17,7 @@ from benchmarks.methods.grid import METHODS, TASKS, Task
 from benchmarks.methods.tables import spread
 from benchmarks.panels import panels, save_panels
 from benchmarks.tabular import write_csv
-from lorasb.plotting import GRAD, SIGN
+from lorasb.utils.plotting import GRAD, SIGN
 
 COLOURS = {"LoRA-SB": GRAD, "LoRA-XS": SIGN}
 Curve = list[tuple[float, float]]  # mean and standard deviation over seeds, by point

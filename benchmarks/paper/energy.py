@@ -30,10 +30,10 @@ from benchmarks.panels import panels, save_panels
 from benchmarks.paper.ablations import ABLATIONS, results
 from benchmarks.tabular import Row, write_csv
 from benchmarks.timing import measured_dtype, provenance_columns
-from lorasb.cli.embedded import EMBEDDED, resolve_model
-from lorasb.cli.encode import encode
-from lorasb.cli.tasks import Example, generate
-from lorasb.plotting import GRAD, INK, SIGN
+from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+from lorasb.recipes.tasks import Example, generate
+from lorasb.recipes.tokenization import encode
+from lorasb.utils.plotting import GRAD, INK, SIGN
 
 TASK, REFERENCE, SEED = TASKS["chain_sum"], 200, 77
 KINDS = {  # how a start's name begins: its marker, and what its factors are of

@@ -18,7 +18,7 @@ from rich.table import Table
 from benchmarks.methods import rows, runner
 from benchmarks.methods.grid import TASKS, Task
 from benchmarks.tabular import Row, write_csv
-from lorasb.plotting import GRAD, INK, canvas, save
+from lorasb.utils.plotting import GRAD, INK, canvas, save
 
 PAPER = {"chain_sum": 50_000, "word_sequence_reversal": 50_000, "gsm8k": 50_000, "cola": 8551}  # samples of an epoch
 HEAD = (

@@ -22,7 +22,7 @@ from benchmarks.methods.problems import Batch, Problem, load
 from benchmarks.panels import panels, save_panels
 from benchmarks.tabular import write_csv
 from benchmarks.timing import provenance_columns
-from lorasb.plotting import GRAD, INK, SIGN
+from lorasb.utils.plotting import GRAD, INK, SIGN
 
 SCALES, STEPS, BATCH, R = (0.1, 1.0, 10.0), 40, 16, 16
 COLOURS = dict(zip(SCALES, (SIGN, INK, GRAD), strict=True))

@@ -13,7 +13,7 @@ from benchmarks.methods.tables import lines
 from benchmarks.panels import panels, save_panels
 from benchmarks.reporting.labels import label, short
 from benchmarks.tabular import Row
-from lorasb.plotting import INK, MUTED
+from lorasb.utils.plotting import INK, MUTED
 
 RELATIVES = {"rsLoRA": "#2a9d8f", "PiSSA": "#7a9e4b", "DoRA": "#8d6e63", "LoRA-GA": "#c9a227", "LoRA-Pro": "#6d597a",
              WHOLE: "#d8a47f"}  # fmt: skip

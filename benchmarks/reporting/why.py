@@ -13,7 +13,7 @@ from benchmarks.methods.tables import Line, plus_minus
 from benchmarks.paper.ablations import ABLATIONS, STARTS, SUBSPACES, summary
 from benchmarks.reporting.verdicts import compare, lines
 from benchmarks.tabular import Row
-from lorasb.init.run import LONGEST_START
+from lorasb.init.initialization import LONGEST_START
 
 CHAIN = TASKS["chain_sum"]
 STARTS_OF_IT = {WHOLE: "with the whole first step as its start", SGD: 'with `update="sgd"`'}

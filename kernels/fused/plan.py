@@ -7,8 +7,8 @@ The first that holds is taken. Nothing is timed here: `lorasb bench tune` writes
 from __future__ import annotations
 
 import json
-import os
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from .configs import DECODE_ROWS, GemmConfig, PrepConfig
+from .block_sizes import DECODE_ROWS, GemmConfig, PrepConfig
 
 TABLES = Path(__file__).parent / "tables"
 PATHS = ("fused", "addmm")
 WEIGHTS = ("inline", "scratch")
 INTERPRETER = "interpreter"
-CACHE_VARIABLE = "LORASB_CACHE"
+_user_tables: Callable[[], Path] | None = None
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -135,7 +135,7 @@ def shipped_rules(arch: str) -> tuple[Rule, ...]:
 def user_rules(arch: str) -> tuple[Rule, ...]:
     """What `lorasb bench tune` wrote for this architecture; a broken table is left out with a warning."""
     path = user_table(arch)
-    if not path.is_file():
+    if path is None or not path.is_file():
         return ()
     try:
         return read_rules(path)
@@ -156,14 +156,16 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
     return tuple(Rule.from_json(entry) for entry in json.loads(path.read_text(encoding="utf-8"))["rules"])
 
 
-def user_table(arch: str) -> Path:
-    """Where a user's own table lies."""
-    return cache_folder() / "kernels" / f"{arch}.json"
+def read_user_tables_from(folder: Callable[[], Path]) -> None:
+    """Say where a user's own tables lie; called at every reading, so that the folder may move."""
+    global _user_tables
+    _user_tables = folder
+    forget()
 
 
-def cache_folder() -> Path:
-    """What lorasb keeps for a user: $LORASB_CACHE, else ~/.cache/lorasb."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "lorasb")
+def user_table(arch: str) -> Path | None:
+    """Where a user's own table for an architecture lies; None where nobody has said where they are."""
+    return None if _user_tables is None else _user_tables() / f"{arch}.json"
 
 
 def forget() -> None:

@@ -1,15 +1,11 @@
-"""One registration each. Importing this package registers what this machine can run; it imports no triton."""
+"""The backends: `eager`, `cpp` and `triton` compute the ops of `lorasb.ops`, each with the same module names.
 
-from ..ops import backend as backend
-from . import cpp, eager, eager_gradients, eager_quantised, triton, triton_gradients, triton_quantised
+Importing this package registers what this machine can run, and imports no triton. A backend uses ops, kernels,
+quantization and utils; nothing of layers or above.
+"""
 
-for _each in (
-    eager,
-    eager_gradients,
-    eager_quantised,
-    cpp,
-    triton,
-    triton_gradients,
-    triton_quantised,
-):
+from ..ops.registry import backend as backend
+from . import cpp, eager, triton
+
+for _each in (eager, cpp, triton):
     _each.register()

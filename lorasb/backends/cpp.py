@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import gradient_ops, group_ops, quantised_ops  # noqa: F401  define the ops
-from ..ops import backend_op, register_backend, register_loaded
-from . import eager
+from ..ops.registry import backend_op, register_backend, register_loaded
+from .eager import linear as eager
 
 DISABLE = "LORASB_NO_CSRC"
 CAP = "LORASB_MAX_CPU_ISA"

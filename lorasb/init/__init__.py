@@ -1,9 +1,10 @@
 """Initialisation: gradients of the targets, their signs, a truncated SVD, and A, R, B in place."""
 
-from .ranks import RankSuggestion
-from .report import InitReport, LayerReport
-from .run import initialize
+from .initialization import initialize
+from .linalg.sign_bits import SignBits
+from .report.init_report import InitReport
+from .report.layer_report import LayerReport
+from .report.rank_allocation import RankSuggestion
 from .schedule import first_step_lr
-from .signbits import SignBits
 
 __all__ = ["InitReport", "LayerReport", "RankSuggestion", "SignBits", "first_step_lr", "initialize"]

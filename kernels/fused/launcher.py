@@ -1,0 +1,58 @@
+"""How kernels are launched, and how launches are watched: tests and reports read what is really launched from here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from .block_sizes import GemmConfig, PrepConfig
+
+_observers: list[Callable[[Launch], None]] = []
+_dry = 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What was launched: a kernel, its grid, its arguments by name and the compiler's options."""
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return str(self.kernel.__name__)
+
+
+@contextmanager
+def observed(dry: bool = False) -> Iterator[list[Launch]]:
+    """The list of launches that the block makes; `dry` runs none of them, so that tensors may lie on `meta`."""
+    global _dry
+    launches: list[Launch] = []
+    _observers.append(launches.append)
+    _dry += dry
+    try:
+        yield launches
+    finally:
+        _dry -= dry
+        _observers.remove(launches.append)
+
+
+def launch(
+    kernel: Any, grid: int, arguments: dict[str, Any], config: PrepConfig | GemmConfig, exact: bool = False
+) -> None:
+    """Launch a kernel over `grid` programs; `exact` keeps products and sums apart, each with its own rounding."""
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    compiled = hasattr(kernel, "device_caches")  # the interpreter knows no registers
+    if compiled and isinstance(config, GemmConfig) and config.registers:
+        options["maxnreg"] = config.registers
+    if compiled and exact:
+        options["enable_fp_fusion"] = False
+    for observer in _observers:
+        observer(Launch(kernel, grid, arguments, options))
+    if not _dry:
+        kernel[(grid,)](**arguments, **options)

@@ -1,0 +1,9 @@
+"""The eager backend: every op composed of torch's own, on any device and in any dtype. The others fall back to it."""
+
+from . import linear, linear_quantized, weight_gradient
+
+
+def register() -> None:
+    """Register every op's kernels."""
+    for kernels in (linear, linear_quantized, weight_gradient):
+        kernels.register()

@@ -1,0 +1,91 @@
+"""Quantised weights in plain torch: dequantise for the length of a product, then what the dense op does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...ops.registry import register_backend
+from . import linear as eager
+
+CHUNK = 1 << 20  # elements dequantised at a time: 4 MB in fp32
+ROUNDINGS = (None, torch.bfloat16, torch.float16)
+PER_OCTET = 7.874015718698502e-3  # 1 / 127
+
+
+def linear(
+    x: Tensor,
+    quant: list[Tensor],
+    layout: list[int],
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [..., out] and u = x Aᵀ [M, r]."""
+    weight = dequantise(quant, layout, b.shape[0], a.shape[1], x.dtype)
+    return eager.forward(x, weight, a, core, b, bias, scaling, dropout, seed)
+
+
+def linear_backward(
+    dy: Tensor,
+    quant: list[Tensor],
+    layout: list[int],
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    u: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_dcore: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty."""
+    weight = dequantise(quant, layout, b.shape[0], a.shape[1], dy.dtype) if need_dx else None
+    return eager.backward(dy, weight, a, core, b, u, scaling, dropout, seed, need_dx, need_dcore)
+
+
+def dequantise(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """W [rows, columns]: table[nibble]·absmax in fp32, rounded once; some blocks at a time."""
+    rounding = ROUNDINGS[layout[2]]
+    if len(quant) == 2:
+        codes, scales = quant
+        wide = codes.view(rows, columns).float() * scales.view(-1, 1) * PER_OCTET
+        return wide.to(rounding).to(dtype) if rounding is not None else wide.to(dtype)
+    octets, table, block = quant[0], quant[2], layout[0]
+    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), 1)  # by byte: its high nibble's, its low one's
+    scales, count = block_scales(quant, layout), rows * columns
+    out = torch.empty(count, dtype=dtype, device=octets.device)
+    step = max(block, CHUNK // block * block)
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        values = torch.nn.functional.embedding(octets[first // 2 : (last + 1) // 2].int(), pairs).flatten()
+        values = torch.nn.functional.pad(values, (0, -len(values) % block)).view(-1, block)
+        scale = scales[first // block : first // block + len(values)]
+        wide = (values * scale[:, None]).flatten()[: last - first]
+        out[first:last] = wide if rounding is None else wide.to(rounding)
+    return out.view(rows, columns)
+
+
+def block_scales(quant: list[Tensor], layout: list[int]) -> Tensor:
+    """One fp32 scale a block: absmax, or table2[absmax8]·absmax2 + offset, multiplied and then added."""
+    if len(quant) == 3:
+        return quant[1]
+    _, octets, _, absmax, table, offset = quant
+    scales = torch.nn.functional.embedding(octets.int(), table[:, None]).flatten()
+    scales = scales * absmax.repeat_interleave(layout[1])[: len(scales)]
+    return scales + offset
+
+
+def register() -> None:
+    """Register for every device, below autograd."""
+    kernels = (
+        ("linear_quantised", linear),
+        ("linear_quantised_backward", linear_backward),
+        ("dequantise", dequantise),
+    )
+    register_backend("eager", kernels, ("CompositeExplicitAutograd",))

@@ -1,0 +1,264 @@
+"""The fused kernels: which plan a call takes, and what happens where a kernel does not compile or launch.
+
+An explicit `backend("triton")` raises. `auto` computes the call in eager torch instead, says why once, and stays with
+eager. Nothing here imports triton before the first call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops.registry import register_backend
+from ..eager import linear as eager
+
+INTERPRET = "TRITON_INTERPRET"
+SMALLEST_CAPABILITY = (8, 0)
+_broken: list[str] = []  # why `auto` no longer takes the kernels
+
+
+class CaptureError(RuntimeError):
+    """What cannot be captured in a CUDA graph."""
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [..., out] and u = x Aᵀ [M, r]."""
+    from lorasb.kernels import linear as launch
+
+    rows = rows_of(x)
+    members = launch.Members([weight], [a], [core], [b], [scaling / (1.0 - dropout)])
+    (y,), (u,) = launch.forward(rows, members, [bias], plan_of("forward", rows, [b], a), mask_of(dropout, seed))
+    return eager.shaped(y, x), u
+
+
+def backward(
+    dy: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    u: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_dcore: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty."""
+    from lorasb.kernels import linear as launch
+
+    rows = rows_of(dy)
+    members = launch.Members([weight], [a], [core], [b], [scaling / (1.0 - dropout)])
+    plan = plan_of("backward", rows, [b], a)
+    dx, dcores = launch.backward([rows], members, [u], plan, need_dx, need_dcore, mask_of(dropout, seed))
+    return eager.shaped(dx, dy) if dx is not None else dy.new_empty((0,)), dcores[0] if dcores else core.new_empty((0,))
+
+
+def group_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    a: list[Tensor],
+    cores: list[Tensor],
+    b: list[Tensor],
+    biases: list[Tensor],
+    scalings: list[float],
+) -> list[Tensor]:
+    """y_i [..., m_i] of every member, then u_i [M, r]: one pass over x and one grouped extended GEMM."""
+    from lorasb.kernels import linear as launch
+
+    rows = rows_of(x)
+    members = launch.Members(weights, a, cores, b, scalings)
+    each: list[Tensor | None] = list(biases) or [None] * len(a)
+    ys, us = launch.forward(rows, members, each, plan_of("forward", rows, b, a[0]))
+    return [*(eager.shaped(y, x) for y in ys), *us]
+
+
+def group_backward(
+    dys: list[Tensor],
+    weights: list[Tensor],
+    a: list[Tensor],
+    cores: list[Tensor],
+    b: list[Tensor],
+    us: list[Tensor],
+    scalings: list[float],
+    need_dx: bool,
+    need_dcore: bool,
+) -> list[Tensor]:
+    """dx = Σ_i dy_i W_i + (s_i·t_i R_i) A_i, written once, and dR_i."""
+    from lorasb.kernels import linear as launch
+
+    rows = [rows_of(dy) for dy in dys]
+    plan = plan_of("backward", rows[0], b, a[0])
+    dx, dcores = launch.backward(rows, launch.Members(weights, a, cores, b, scalings), us, plan, need_dx, need_dcore)
+    nothing = [core.new_empty((0,)) for core in cores]
+    return [eager.shaped(dx, dys[0]) if dx is not None else dys[0].new_empty((0,)), *(dcores or nothing)]
+
+
+def or_eager(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, or eager torch where this GPU or dtype has no kernels or one of them has failed."""
+
+    def call(*arguments: Any) -> Any:
+        if not _suits(arguments[0][0] if isinstance(arguments[0], list) else arguments[0]):
+            return plain(*arguments)
+        if not _broken:
+            try:
+                return kernel(*arguments)
+            except (torch.OutOfMemoryError, CaptureError):
+                raise
+            except Exception as error:
+                _give_up(error)
+        with eager.kernel_masks():
+            return plain(*arguments)
+
+    return call
+
+
+def missing() -> str | None:
+    """Why the kernels cannot run here, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if interpreting() or torch.cuda.is_available():
+        return None
+    return f"there is no CUDA GPU ({INTERPRET}=1 runs the kernels on the CPU, slowly, to test them)"
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU."""
+    return os.environ.get(INTERPRET) == "1"
+
+
+def register() -> None:
+    """Register for CUDA; on the CPU, for an explicit backend under Triton's interpreter."""
+    register_pairs(
+        {
+            "linear": (forward, eager.forward),
+            "linear_backward": (backward, eager.backward),
+            "linear_group": (group_forward, eager.group_forward),
+            "linear_group_backward": (group_backward, eager.group_backward),
+        }
+    )
+
+
+def register_pairs(pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]]) -> None:
+    """Register ops by name, each a kernel and the eager function behind it."""
+    register_backend(
+        "triton",
+        [(op, kernel) for op, (kernel, _) in pairs.items()],
+        ("CUDA", "CPU"),
+        auto=[(op, or_eager(kernel, plain)) for op, (kernel, plain) in pairs.items()],
+        auto_keys=("CUDA",) if importlib.util.find_spec("triton") else (),
+        missing=missing,
+    )
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x as [M, n] with rows in one piece."""
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((math.prod(x.shape[:-1]), 0))
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def mask_of(dropout: float, seed: Tensor | None) -> Any:
+    """The mask's seed, as a number.
+
+    Raises:
+        CaptureError: a CUDA graph is being captured, which would repeat one mask for ever.
+    """
+    from lorasb.kernels import linear as launch
+
+    if seed is None:
+        return launch.Mask()
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise CaptureError(
+            "lora_dropout under CUDA graph capture would repeat one mask at every replay: set lora_dropout=0, or call "
+            "model.eval(), before capturing"
+        )
+    return launch.Mask(dropout, int(seed))
+
+
+def plan_of(op: str, rows: Tensor, b: list[Tensor], a: Tensor, quant: str = "none") -> Any:
+    """The tables' choice for this call."""
+    from lorasb.kernels import plan
+
+    arch, sms = check_call(rows)
+    shape = plan.Shape(
+        op,
+        plan.DTYPES[rows.dtype],
+        plan.bucket(rows.shape[0]),
+        a.shape[1],
+        sum(f.shape[0] for f in b),
+        a.shape[0],
+        len(b),
+        quant,
+    )
+    return plan.choice(shape, arch, sms)
+
+
+def check_call(x: Tensor) -> tuple[str, int]:
+    """Architecture and number of multiprocessors of the device that a call runs on.
+
+    Raises:
+        TypeError: a dtype that the kernels do not have.
+        ValueError: a CPU tensor, and Triton is not interpreting.
+    """
+    from lorasb.kernels import plan
+
+    if x.dtype not in plan.DTYPES:
+        raise TypeError(f"backend 'triton' expected x in fp32, bf16 or fp16, got {x.dtype}: backend('eager') takes it")
+    arch, sms = _device(x.device)
+    if arch == plan.INTERPRETER and not interpreting():
+        raise ValueError(f"backend 'triton' expected a CUDA tensor, got one on {x.device}: backend('auto') takes it")
+    if arch == plan.INTERPRETER and x.dtype == torch.bfloat16:
+        raise TypeError("Triton's interpreter multiplies the raw bits of bf16: use fp32 or fp16 on the CPU")
+    return arch, sms
+
+
+@lru_cache
+def _device(device: torch.device) -> tuple[str, int]:
+    """Architecture and number of multiprocessors."""
+    from lorasb.kernels import plan
+
+    if device.type != "cuda":
+        return plan.INTERPRETER, 1
+    properties = torch.cuda.get_device_properties(device)
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+def _suits(x: Tensor) -> bool:
+    """Whether `auto` tries the kernels: CUDA since sm_80, and a dtype that they have (uint8: a weight in 4 bits)."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.uint8):
+        return False
+    return not x.is_cuda or (
+        torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= SMALLEST_CAPABILITY
+    )
+
+
+def _give_up(error: Exception) -> None:
+    """Warn once, and leave the kernels alone from now on."""
+    from lorasb.kernels import workspace
+
+    workspace.forget()
+    _broken.append(f"{type(error).__name__}: {error}")
+    warnings.warn(
+        f"lorasb's fused kernels do not run here ({_broken[0]}): eager torch computes instead, from now on. "
+        "lorasb.backend('triton') raises the error itself",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,136 @@
+"""The `lorasb` command."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from ..recipes.settings import INIT_OUTPUT, InitSettings, Settings, listed
+from .options import command
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune Hugging Face models with LoRA-SB.")
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure the kernels on this machine.")
+app.add_typer(bench, name="bench")
+
+
+def _finetune(values: dict[str, Any]) -> None:
+    """Fine-tune a causal language model and show what it learned on held-out problems."""
+    from ..recipes.console import console
+    from ..recipes.finetune import run_finetune
+    from . import tables
+
+    settings = Settings(**values)
+    result = run_finetune(settings)
+    if console.quiet:  # another process has it all
+        return
+    if result.report is not None:
+        console.print(tables.energies(result.report))
+    console.print(tables.answers(result.examples, result.before.answers, result.after.answers))
+    console.print(tables.before_and_after(result.summary))
+    console.print(tables.costs(result.summary))
+    console.print(_files(settings.output))
+
+
+def _init(values: dict[str, Any]) -> None:
+    """Initialise an adapter, and show what its ranks keep of the first full step."""
+    from ..recipes.console import console
+    from ..recipes.initialize import run_init
+    from . import tables
+
+    own = {one.name for one, _ in listed(InitSettings)}
+    settings = Settings(**{"output": INIT_OUTPUT} | {name: value for name, value in values.items() if name not in own})
+    asked = InitSettings(settings, **{name: value for name, value in values.items() if name in own})
+    report, suggestion = run_init(asked)
+    console.print(tables.energies(report))
+    if suggestion is not None:
+        console.print(tables.ranks(suggestion))
+    console.print(_files(settings.output))
+
+
+def _files(output: str) -> str:
+    return f"In [bold]{escape(output)}[/]: " + ", ".join(sorted(path.name for path in Path(output).iterdir()))
+
+
+app.command("finetune")(command(_finetune, [(Settings, False)], {}))
+app.command("init")(command(_init, [(Settings, True), (InitSettings, False)], {"output": INIT_OUTPUT}))
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter, or a cache of `lorasb init --cache`.")],
+) -> None:
+    """Show what a saved adapter, or a cache of signs, holds and where it comes from."""
+    from ..checkpoints import adapter_file
+    from ..constants import WEIGHTS_NAME
+    from ..recipes.console import console
+    from . import tables
+
+    if adapter.is_file():
+        from ..init.factors.sign_cache import read
+
+        console.print(tables.cache(*read(adapter), adapter.stat().st_size))
+        return
+    config, tensors = adapter_file.read_config(adapter), adapter_file.read_tensors(adapter)
+    size = (adapter / WEIGHTS_NAME).stat().st_size
+    console.print(tables.adapter(config, adapter_file.group_by_layer(tensors), size))
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a saved LoRA-SB adapter.")],
+    output: Annotated[Path | None, typer.Option(help="Folder to write; ADAPTER-lora unless given.")] = None,
+) -> None:
+    """Write a saved adapter as an exact plain LoRA, which needs no lorasb."""
+    from ..export.lora import export_lora
+
+    export_lora(adapter, output or adapter.with_name(adapter.name + "-lora"))
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, backends (and why one is missing), GPU, threads, and the dtype that auto takes."""
+    from ..recipes.console import console
+    from .doctor import examine
+
+    console.print(examine())
+
+
+@bench.command()
+def tune(
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub id of the model whose layers are timed.")
+    ] = "smollm2-135m",
+    r: Annotated[int, typer.Option(help="Rank.")] = 64,
+    tokens: Annotated[str, typer.Option(help="Tokens a call, comma-separated.")] = "1,16,512,2048",
+    dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
+) -> None:
+    """Time the kernels' paths and blocks for a model's layers, once; layers take the fastest from then on."""
+    from ..recipes.console import console
+    from .tune_kernels import tune_model
+
+    console.print(tune_model(model, r, [int(count) for count in tokens.split(",")], dtype))
+
+
+def main() -> None:
+    """Run the command; what a user can mend is one line, not a traceback."""
+    from ..recipes.console import errors
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports kernels that no command here uses
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's business, not the user's
+    from ..recipes.signals import StoppedError
+
+    try:
+        app()
+    except StoppedError as stopped:
+        errors.print(f"[bold yellow]lorasb:[/] {escape(str(stopped))}", highlight=False)
+        raise SystemExit(stopped.code) from None
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        errors.print(f"[bold red]lorasb:[/] {escape(str(error))}", highlight=False)
+        raise SystemExit(1) from None

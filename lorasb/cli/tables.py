@@ -1,0 +1,173 @@
+"""Tables for people: a run's before and after, an adapter's layers, what this machine can run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..checkpoints.model_card import short
+from ..init import InitReport, RankSuggestion
+from ..init.factors.sign_cache import CachedGradient
+from ..recipes.tasks import Example
+
+SHOWN = 3
+WIDTH = 44
+
+
+def before_and_after(summary: dict[str, Any]) -> Table:
+    """Held-out loss and accuracy before and after, and what the run cost."""
+    config = summary["config"]
+    table = Table(title=f"{config['method']}, r={summary['rank']}: {summary['eval_examples']} held-out problems")
+    for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    loss = summary["eval_loss_before"], summary["eval_loss_after"]
+    right = summary["eval_accuracy_before"], summary["eval_accuracy_after"]
+    table.add_row("loss (nats per token)", f"{loss[0]:.3f}", f"{loss[1]:.3f}", f"{loss[1] / loss[0]:.2g}x")
+    table.add_row("exact answers", f"{right[0]:.0%}", f"{right[1]:.0%}", f"{100 * (right[1] - right[0]):+.0f} points")
+    return table
+
+
+def costs(summary: dict[str, Any]) -> Table:
+    """What was trained and what it took."""
+    table = Table(show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    share = summary["trainable_params"] / summary["base_params"]
+    size = summary["adapter_bytes"]
+    table.add_row("trained parameters", f"{summary['trainable_params']:,} ({share:.2%} of the model)")
+    whole, config = summary["base_bytes"], summary["config"]
+    table.add_row("adapter file", f"{size / 1e6:.1f} MB ({size / whole:.0%} of the model)")
+    if config["method"] != "lora":
+        table.add_row("R alone", f"{4e-6 * summary['trainable_params']:.1f} MB in fp32")
+    table.add_row("computed in", f"{summary['dtype']} ({summary['machine']})")
+    table.add_row("initialisation", f"{summary['init_seconds']:.1f} s")
+    table.add_row("training", f"{summary['train_seconds']:.0f} s, {summary['train_steps']} steps, "
+                  f"{summary['tokens_per_second']:.0f} tokens/s")  # fmt: skip
+    table.add_row("peak memory", f"{summary['peak_rss_mb'] / 1000:.1f} GB")
+    return table
+
+
+def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str]) -> Table:
+    """Three problems with the answers before and after, the right one beside them."""
+    table = Table(title=f"{min(SHOWN, len(examples))} of the held-out problems", show_lines=True)
+    for name in ("problem", "right answer", "before", "after"):
+        table.add_column(name, overflow="fold", max_width=WIDTH)
+    for example, old, new in list(zip(examples, before, after, strict=True))[:SHOWN]:
+        right = new == example.completion.strip()
+        table.add_row(Text(_short(example.prompt, 200)), Text(example.completion), Text(_short(old)),
+                      Text(_short(new), style="green" if right else "red"))  # fmt: skip
+    return table
+
+
+def energies(report: InitReport) -> Table:
+    """A report by kind of layer: what each kind keeps, from least to most."""
+    caption = f"{report.strategy}: {report.why}" if report.why else None
+    if report.stability is not None:
+        caption = f"{caption}; overlap of two halves of the samples {report.stability:.0%}"
+    title = f"{report.init} initialisation, {report.num_samples} samples, {report.seconds:.1f} s"
+    table = Table(title=title, caption=caption)
+    table.add_column("layers")
+    for name in ("number", "r", "energy of sign(G)", "energy of G", "least of G"):
+        table.add_column(name, justify="right")
+    kinds: dict[str, list[Any]] = {}
+    for layer in report.layers:
+        kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+    for kind, layers in kinds.items():
+        ranks = "/".join(map(str, sorted({layer.rank for layer in layers})))
+        grads = [layer.energy_grad for layer in layers if layer.energy_grad is not None]
+        signs = [layer.energy_sign for layer in layers if layer.energy_sign is not None]
+        shown = [f"{100 * statistics.mean(v):.1f}%" if v else "—" for v in (signs, grads)]
+        table.add_row(kind, str(len(layers)), ranks, *shown, f"{100 * min(grads):.1f}%" if grads else "—")
+    return table
+
+
+def ranks(suggestion: RankSuggestion) -> Table:
+    """Suggested ranks by kind of layer."""
+    kept = f"keeps {suggestion.energy:.1%} of sign(G) with {suggestion.trained_parameters:,} trained parameters"
+    short = f"; {len(suggestion.short)} layers need a higher rank than was measured" if suggestion.short else ""
+    table = Table(title=f"suggested ranks: {kept}", caption=f"in ranks.json, for LoRASBConfig(rank_pattern=...){short}")
+    for name, justify in (("layers", "left"), ("number", "right"), ("least r", "right"), ("median", "right"),
+                          ("largest", "right")):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    kinds: dict[str, list[int]] = {}
+    for name, rank in suggestion.rank_pattern.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(rank)
+    for kind, found in kinds.items():
+        table.add_row(kind, str(len(found)), str(min(found)), f"{statistics.median(found):g}", str(max(found)))
+    return table
+
+
+def cache(layers: dict[str, CachedGradient], key: dict[str, Any], facts: dict[str, Any], size: int) -> RenderableType:
+    """What `lorasb inspect` shows of a cache of signs."""
+    entries = sum(layer.bits.shape[0] * layer.bits.shape[1] for layer in layers.values())
+    table = Table(show_header=False, title="signs of the first full step, for any rank")
+    rows = {
+        "layers": len(layers),
+        "signs": f"{entries:,}, of which {sum(layer.zeros for layer in layers.values()):,} are zero",
+        "file": f"{size / 1e6:.1f} MB, {4 * entries / size:.1f} times less than the gradients in fp32",
+        "energies of G measured up to rank": max((len(layer.energies) for layer in layers.values()), default=0),
+        **{name: value for name, value in facts.items() if name not in key and value},
+        **{name: value for name, value in key.items() if name != "versions" and value is not None},
+        **{f"made with {name}": value for name, value in key["versions"].items()},
+    }
+    for name, value in rows.items():
+        table.add_row(name, short(value))
+    kinds = Table(title="by kind of layer")
+    for name in ("layers", "number", "shape", "‖G‖ (median)", "zeros"):
+        kinds.add_column(name, justify="left" if name == "layers" else "right")
+    groups: dict[str, list[CachedGradient]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(name.rpartition(".")[2], []).append(layer)
+    for kind, members in groups.items():
+        norm = statistics.median(member.squares**0.5 for member in members)
+        shape = " x ".join(map(str, members[0].bits.shape))
+        kinds.add_row(kind, str(len(members)), shape, f"{norm:.3g}", str(sum(member.zeros for member in members)))
+    return Group(table, kinds)
+
+
+def adapter(config: dict[str, Any], layers: dict[str, dict[str, Any]], size: int) -> RenderableType:
+    """What `lorasb inspect` shows of a saved adapter."""
+    facts = Table(show_header=False, title="LoRA-SB adapter")
+    provenance = config.get("init_provenance") or {}
+    rows = {
+        "base model": config.get("base_model_name_or_path"),
+        "rank": config.get("r"),
+        "scaling s": config.get("scaling"),
+        "targets": ", ".join(sorted({name.rpartition(".")[2] for name in layers})),
+        "layers": len(layers),
+        "trained parameters": f"{sum(p['lorasb_R'].numel() for p in layers.values()):,}",
+        "file": f"{size / 1e6:.1f} MB",
+        **{f"init: {key}": value for key, value in provenance.items() if key != "versions"},
+        **{f"made with {key}": value for key, value in (provenance.get("versions") or {}).items()},
+    }
+    for name, value in rows.items():
+        if value is not None:
+            facts.add_row(name, short(value))
+    return Group(facts, _spread(layers))
+
+
+def _spread(layers: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="R by kind of layer")
+    table.add_column("layers")
+    for name in ("number", "A", "R", "B", "‖R‖ (median)", "σ₁(R) (largest)"):
+        table.add_column(name, justify="right")
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for name, parts in layers.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(parts)
+    for kind, members in kinds.items():
+        norms = [float(p["lorasb_R"].float().norm()) for p in members]
+        largest = max(float(torch.linalg.matrix_norm(p["lorasb_R"].double(), ord=2)) for p in members)
+        shapes = [" x ".join(map(str, members[0][f"lorasb_{part}"].shape)) for part in "ARB"]
+        table.add_row(kind, str(len(members)), *shapes, f"{statistics.median(norms):.3g}", f"{largest:.3g}")
+    return table
+
+
+def _short(text: str, limit: int = 120) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"

@@ -1,0 +1,178 @@
+"""LoRA-SB to plain LoRA, exactly: A stays, B becomes s·B·R. Stock PEFT, vLLM and llama.cpp read it without lorasb."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..checkpoints import adapter_file
+from ..constants import CONFIG_NAME, FACTORS, PEFT_PREFIX, WEIGHTS_NAME
+from ..layers.lookup import adapted_layers
+from ..layers.unfused_experts import NAMES, parameter_of
+from ..tuner.config import LoRASBConfig
+from ..utils.atomic_files import replacing, write_json, write_text
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+FORMATS = ("peft", "gguf")
+COPIED = ("base_model_name_or_path", "revision", "task_type", "target_modules", "target_parameters", "exclude_modules",
+          "layers_to_transform", "layers_pattern", "modules_to_save", "auto_mapping")  # fmt: skip
+
+
+def export_lora(
+    model: nn.Module | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    format: str = "peft",
+    quiet: bool = False,
+) -> Path:
+    """Write an adapter as a plain LoRA: `lora_A = A`, `lora_B = s·B·R`, zero-padded to one rank r = lora_alpha.
+
+    Args:
+        model: a patched model, or the folder of a saved adapter.
+        path: the folder to write: adapter_config.json, adapter_model.safetensors, README.md; or adapter.gguf.
+        adapter_name: which adapter of the model; the active one unless given.
+        dtype: of the written tensors; fp32 loses nothing.
+        format: "peft" for PEFT and vLLM, or "gguf" for llama.cpp, in fp32 (`gguf_export.ARCHITECTURES`).
+        quiet: do not print the serving command.
+
+    Returns:
+        The folder, or the GGUF file.
+
+    Raises:
+        ValueError: not a LoRA-SB adapter, not initialised, merged, or values that are not finite in `dtype`.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    config, tensors, scalings = _read(model, adapter_name) if isinstance(model, nn.Module) else _read_folder(model)
+    layers = adapter_file.group_by_layer(tensors)
+    rank = max(parts["lorasb_R"].shape[0] for parts in layers.values())
+    written = {key: value for key, value in tensors.items() if not any(f".{p}" in key for p in FACTORS)}
+    factors = {name: _factors(parts, scalings[name], rank) for name, parts in layers.items()}
+    for name, (a, b) in _experts_joined(factors, config.get("target_parameters")).items():
+        written[f"{PEFT_PREFIX}{name}.lora_A.weight"] = _cast(a, dtype, name)
+        written[f"{PEFT_PREFIX}{name}.lora_B.weight"] = _cast(b, dtype, name)
+    folder = Path(path)
+    if format == "gguf":
+        return _write_gguf(model, config, written, rank, folder, quiet)
+    with replacing(folder / WEIGHTS_NAME) as temporary:
+        save_file({k: v.contiguous() for k, v in written.items()}, str(temporary), metadata={"format": "pt"})
+    write_json(folder / CONFIG_NAME, _lora_config(config, rank))
+    command = serve_command(config.get("base_model_name_or_path"), folder, rank)
+    write_text(folder / "README.md", _card(config, rank, command))
+    if not quiet:
+        print(f"plain LoRA of rank {rank} in {folder}. Serve it with:\n  {command}")
+    return folder
+
+
+def _write_gguf(
+    model: Any, config: dict[str, Any], tensors: dict[str, Tensor], rank: int, folder: Path, quiet: bool
+) -> Path:
+    from .gguf import base_config, write_gguf
+
+    base = base_config(model, config.get("base_model_name_or_path"))
+    path = write_gguf(tensors, rank, base, folder / "adapter.gguf")
+    if not quiet:
+        print(f"plain LoRA of rank {rank} in {path}. Run it with:\n  llama-cli -m BASE_MODEL.gguf --lora {path}")
+    return path
+
+
+def serve_command(base: str | None, folder: Path, rank: int) -> str:
+    """The vLLM command for an exported adapter: `--max-lora-rank` is the smallest that vLLM takes and that fits."""
+    fitting = next((choice for choice in VLLM_RANKS if choice >= rank), None)
+    if fitting is None:
+        return f"(rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}: merge the adapter instead)"
+    name = base or "BASE_MODEL"
+    return f"vllm serve {name} --enable-lora --max-lora-rank {fitting} --lora-modules adapter={folder}"
+
+
+def _read(model: nn.Module, adapter_name: str | None) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
+    name, layers = adapted_layers(model, adapter_name)
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    config = cast(Any, model).peft_config[name].to_dict()
+    config["base_model_name_or_path"] = config["base_model_name_or_path"] or _base_name(model)
+    config["fan_in_fan_out"] = any(layer.fan_in_fan_out for layer in layers.values())
+    return config, tensors, {n: m.scaling[name] for n, m in layers.items()}
+
+
+def _base_name(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def _read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
+    values, tensors = adapter_file.read_config(path), adapter_file.read_tensors(path)
+    config = LoRASBConfig.from_pretrained(str(path))
+    layers = adapter_file.group_by_layer(tensors)
+    return values, tensors, {n: config.scaling_for(parts["lorasb_R"].shape[0]) for n, parts in layers.items()}
+
+
+def _factors(parts: dict[str, Tensor], scaling: float, rank: int) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and s·B·R [out, rank], computed in fp64 once and zero-padded."""
+    core = parts["lorasb_R"].double() * scaling
+    b = parts["lorasb_B"].double() @ core
+    missing = rank - core.shape[0]
+    return nn.functional.pad(parts["lorasb_A"].double(), (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
+
+
+def _experts_joined(
+    factors: dict[str, tuple[Tensor, Tensor]], target_parameters: list[str] | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Experts' factors as PEFT has them: A [E·r, in] expert by expert, B [out, r·E] with the expert counted fastest.
+
+    PEFT wraps a module once for each of its parameters: the last one's factors carry the module's name, an earlier
+    one's lie under `base_layer`.
+    """
+    joined = {name: pair for name, pair in factors.items() if parameter_of(name) is None}
+    if not target_parameters:
+        return joined
+    groups: dict[str, list[str]] = {}
+    for name in factors:
+        groups.setdefault(parameter_of(name) or "", []).append(name)
+    for module in {group.rpartition(".")[0] for group in groups if group}:
+        place = module
+        for parameter in [f"{module}.{name}" for name in reversed(NAMES) if f"{module}.{name}" in groups]:
+            members = sorted(groups[parameter], key=lambda name: int(name.rpartition(".")[2]))
+            a = torch.cat([factors[name][0] for name in members])
+            joined[place] = a, torch.stack([factors[name][1] for name in members], -1).flatten(1)
+            place += ".base_layer"
+    return joined
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    cast = tensor.to(dtype)
+    if not torch.isfinite(cast).all():
+        raise ValueError(f"layer {name!r} has values that are not finite in {dtype}: nothing was written")
+    return cast
+
+
+def _lora_config(config: dict[str, Any], rank: int) -> dict[str, Any]:
+    values = {key: config.get(key) for key in COPIED}
+    sets = {key: sorted(value) for key, value in values.items() if isinstance(value, set)}
+    return {
+        **values,
+        **sets,
+        "fan_in_fan_out": config.get("fan_in_fan_out", False),
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+
+
+def _card(config: dict[str, Any], rank: int, command: str) -> str:
+    base = config.get("base_model_name_or_path") or "unknown"
+    return (
+        f"---\nlibrary_name: peft\nbase_model: {base}\ntags:\n- lora\n---\n\n# A plain LoRA of rank {rank}\n\n"
+        f"Exported by lorasb from a LoRA-SB adapter of `{base}`: `lora_A = A`, `lora_B = s·B·R`, the same function.\n\n"
+        f"```\n{command}\n```\n"
+    )

@@ -1,0 +1,1 @@
+"""Gradients to factors: the truncated SVD of a layer's sign, what is written into layers, undone, or cached."""

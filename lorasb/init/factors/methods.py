@@ -1,0 +1,66 @@
+"""From a matrix to B, R, A: the paper's recipe, and the two baselines it is compared with."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..linalg.svd import Triplets, truncated_svd
+
+XS_NOISE = 1e-5  # LoRA-XS draws R from N(0, (1e-5)²)
+
+
+class Factors(NamedTuple):
+    """B [out, r], R [r, r], A [r, in] in fp32, and the singular values [r] of the matrix they come from."""
+
+    b: Tensor
+    core: Tensor
+    a: Tensor
+    sigma: Tensor
+
+
+def first_step(triplets: Triplets, r: int, lr: float, scaling: float) -> Factors:
+    """From the SVD of sign(G) (AdamW) or G (SGD, Theorem 6) to the first step of full fine-tuning (Eq. 6-8).
+
+    ΔW = −η·sign(G), or −η·G, = U Σ Vᵀ: B = U_r, A = V_rᵀ, R = Σ_r / s, so s·B R A is the best rank-r part of ΔW. The
+    minus goes into B.
+
+    Args:
+        triplets: of sign(G) or G.
+        r, scaling: rank and s.
+        lr: η.
+    """
+    u, s, vt = triplets.first(r)
+    return Factors(-u, torch.diag(s * (lr / scaling)), vt, s)
+
+
+def start_share(sigma: Tensor, longest: float | None) -> float:
+    """What of η the first step is taken with: 1, or longest·r / ‖Σ_r‖ where that is less.
+
+    AdamW moves R by η·r in a step at the rate η (every entry by η); the first step moves it by η·‖Σ_r‖, where s = 1.
+    """
+    return 1.0 if longest is None else min(1.0, longest * len(sigma) / float(sigma.norm()))
+
+
+def subspace_of_weight(weight: Tensor, r: int, seed: int) -> Factors:
+    """Orthonormal B = U_r, A = V_rᵀ of W and R = 0: for a layer that no sample reached, whose first step is zero."""
+    u, s, vt = truncated_svd(weight, r, seed)
+    return Factors(u, torch.zeros(r, r, dtype=u.dtype, device=u.device), vt, s)
+
+
+def lora_xs(weight: Tensor, r: int, seed: int) -> Factors:
+    """LoRA-XS's own recipe: B = U_r Σ_r and A = V_rᵀ of W, R ~ N(0, (1e-5)²)."""
+    u, s, vt = truncated_svd(weight, r, seed)
+    core = torch.randn(r, r, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype) * XS_NOISE
+    return Factors(u * s, core.to(weight.device), vt, s)
+
+
+def kaiming(weight: Tensor, r: int, scaling: float, seed: int) -> Factors:
+    """Truncated SVD of a Kaiming-uniform random matrix of W's shape (Table 5)."""
+    bound = math.sqrt(6.0 / weight.shape[1])
+    noise = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype)
+    u, s, vt = truncated_svd(((2.0 * noise - 1.0) * bound).to(weight.device), r, seed)
+    return Factors(u, torch.diag(s / scaling), vt, s)

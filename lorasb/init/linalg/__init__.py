@@ -1,0 +1,1 @@
+"""Linear algebra of the initialization: packed sign matrices and their truncated SVD. Tensors only."""

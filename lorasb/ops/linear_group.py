@@ -1,0 +1,93 @@
+"""Several adapted linears that read the same x, as one op: one pass over x forward, one write of dx backward.
+
+    y_i = x W_iᵀ + s_i·x A_iᵀ R_iᵀ B_iᵀ + bias_i
+
+All of one rank and dtype, without dropout, and all with a bias or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .registry import define
+
+_FORWARD = (
+    "(Tensor x, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] biases, float[] scalings) "
+    "-> Tensor[]"
+)
+_BACKWARD = (
+    "(Tensor[] dys, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] us, float[] scalings, "
+    "bool need_dx, bool need_dcore) -> Tensor[]"
+)
+
+
+def _forward_fake(
+    x: Tensor,
+    weights: list[Tensor],
+    a: list[Tensor],
+    cores: list[Tensor],
+    b: list[Tensor],
+    biases: list[Tensor],
+    scalings: list[float],
+) -> list[Tensor]:
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    ys = [x.new_empty((*x.shape[:-1], factor.shape[0])) for factor in b]
+    return ys + [x.new_empty((rows, factor.shape[0])) for factor in a]
+
+
+def _backward_fake(
+    dys: list[Tensor],
+    weights: list[Tensor],
+    a: list[Tensor],
+    cores: list[Tensor],
+    b: list[Tensor],
+    us: list[Tensor],
+    scalings: list[float],
+    need_dx: bool,
+    need_dcore: bool,
+) -> list[Tensor]:
+    dx = dys[0].new_empty((*dys[0].shape[:-1], a[0].shape[1]) if need_dx else (0,))
+    return [dx, *(core.new_empty(core.shape if need_dcore else (0,)) for core in cores)]
+
+
+def save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    """Keep the u_i [M, r] and never x."""
+    x, weights, a, cores, b, biases, scalings = inputs
+    us = output[len(a) :]
+    ctx.mark_non_differentiable(*us)
+    ctx.set_materialize_grads(False)
+    ctx.need_dx, ctx.need_dcores = x.requires_grad, [core.requires_grad for core in cores]
+    kept = us if any(ctx.need_dcores) else [u.new_empty((0, u.shape[1])) for u in us]
+    ctx.save_for_backward(*weights, *a, *cores, *b, *kept)
+    ctx.scalings, ctx.biases = list(scalings), len(biases)
+
+
+def gradients(op: Callable[..., Any], ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Any]]:
+    """dx and the dR_i, from the gradients of the y_i; an output that nobody used has none."""
+    count = len(ctx.scalings)
+    dcores: list[Tensor | None] = [None] * count
+    members = [i for i in range(count) if grads[i] is not None]
+    if not members or not (ctx.need_dx or any(ctx.need_dcores)):
+        return None, dcores
+    saved = ctx.saved_tensors
+    parts = [[saved[part * count + i] for i in members] for part in range(5)]
+    dys, scalings = [grads[i] for i in members], [ctx.scalings[i] for i in members]
+    dx, *found = op(dys, *parts, scalings, ctx.need_dx, any(ctx.need_dcores))
+    for i, dcore in zip(members, found, strict=True):
+        dcores[i] = dcore if ctx.need_dcores[i] else None
+    return dx if ctx.need_dx else None, dcores
+
+
+def _derivative(op: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+        dx, dcores = gradients(op, ctx, grads)
+        nothing = [None] * len(dcores)
+        return dx, nothing, nothing, dcores, nothing, [None] * ctx.biases, None
+
+    return backward
+
+
+define("linear_group", (_FORWARD, _BACKWARD), (_forward_fake, _backward_fake), _derivative, save)

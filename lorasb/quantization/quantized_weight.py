@@ -1,0 +1,192 @@
+"""What a quantised layer stores, read from bitsandbytes' modules or from our own without importing bitsandbytes.
+
+4 bits: two nibbles a byte, the high one first, row by row over the whole of W; `W = dtype(table[nibble]·absmax[i //
+block])` in fp32. With nested statistics `absmax = table2[absmax8]·absmax2 + offset`. 8 bits: `W = codes·scale[row] /
+127`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bitsandbytes import unpack_repacked
+
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+KINDS = ("nf4", "fp4")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DEVICES = ("cpu", "cuda", "meta")
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedWeight:
+    """W [out, in] in 4 or 8 bits.
+
+    Attributes:
+        tensors: [bytes, absmax, table], nested [bytes, absmax8, table, absmax2, table2, offset], or [codes, scales].
+        shape: (out, in).
+        dtype: what W was quantised from, and is dequantised to.
+        kind: "nf4", "fp4" or "int8".
+        block: elements that share a scale; block2: blocks that share a nested one.
+    """
+
+    tensors: list[Tensor]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    kind: str
+    block: int = 0
+    block2: int = 256
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.tensors[0].device
+
+    @property
+    def nested(self) -> bool:
+        """Whether the statistics are quantised themselves."""
+        return len(self.tensors) == 6
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight and its statistics."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+    @property
+    def storage_layout(self) -> list[int]:
+        """[block, block2, rounding] whatever a product is taken in."""
+        return [self.block, self.block2, ROUNDING[self.dtype]]
+
+    def layout(self, dtype: torch.dtype) -> list[int]:
+        """[block, block2, rounding] for a product in `dtype`; W is rounded to its own dtype first."""
+        same = self.dtype in (dtype, torch.float32)
+        return [self.block, self.block2, 0 if same else ROUNDING[self.dtype]]
+
+
+def of_module(module: nn.Module) -> QuantisedWeight | None:
+    """What a linear layer stores, if it is quantised; None for a dense one.
+
+    A base that bitsandbytes repacked for its CPU kernel is converted back first, in place, where that loses nothing.
+
+    Raises:
+        ValueError: a storage that is not whole, not finite, or cannot be converted back; the message says why.
+        TypeError: a layer that holds 16-bit weights and quantises them at every call.
+    """
+    weight: Any = module._parameters.get("weight")
+    if weight is None:
+        return None
+    if hasattr(weight, "quant_state") or hasattr(module, "quant_state"):
+        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+        if state is None:
+            raise ValueError("this 4-bit layer has not been quantised yet: move it to its device, model.to('cpu')")
+        if getattr(state, "packing_format_for_cpu", False):
+            unpack_repacked(weight, state)
+        return of_state(weight, state)
+    if type(module).__name__ == "Linear8bitLt" or weight.dtype == torch.int8:
+        return _octets(module, weight)
+    return None
+
+
+def of_weight(weight: Any) -> QuantisedWeight | None:
+    """The same from a 4-bit parameter with its `quant_state`; a `QuantisedWeight` is itself, a dense tensor None."""
+    if isinstance(weight, QuantisedWeight) or weight is None:
+        return weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return None
+    if getattr(state, "packing_format_for_cpu", False):
+        unpack_repacked(weight, state)
+    return of_state(weight, state)
+
+
+def of_state(packed: Tensor, state: Any) -> QuantisedWeight:
+    """A packed tensor and bitsandbytes' QuantState, or ours.
+
+    Raises:
+        ValueError: they do not belong together, or hold what no quantiser writes.
+    """
+    octets = packed.detach().as_subclass(Tensor).contiguous()
+    octets = (octets if octets.dtype == torch.uint8 else octets.view(torch.uint8)).reshape(-1)
+    if packed.is_floating_point():  # bytes seen as another dtype are padded to whole numbers of it
+        octets = octets[: -(-math.prod(state.shape) // 2)]
+    tensors = [octets, state.absmax.reshape(-1), state.code]
+    block2 = 256
+    if state.state2 is not None:
+        offset = torch.as_tensor(state.offset, dtype=torch.float32, device=octets.device).reshape(1)
+        tensors += [state.state2.absmax.reshape(-1), state.state2.code, offset]
+        block2 = int(state.state2.blocksize)
+    shape = tuple(int(size) for size in state.shape)
+    _check(tensors, shape, state, block2)
+    tensors, block = [tensor.contiguous() for tensor in tensors], int(state.blocksize)
+    return QuantisedWeight(tensors, (shape[0], shape[1]), state.dtype, state.quant_type, block, block2)
+
+
+def _check(tensors: list[Tensor], shape: tuple[int, ...], state: Any, block2: int) -> None:
+    if state.quant_type not in KINDS:
+        raise ValueError(f"expected a 4-bit weight of type {' or '.join(KINDS)}, got {state.quant_type!r}")
+    if state.blocksize not in BLOCKS:
+        raise ValueError(f"expected a block size of {', '.join(map(str, BLOCKS))}, got {state.blocksize!r}")
+    if len(shape) != 2 or state.dtype not in FLOATS:
+        raise ValueError(f"expected a weight [out, in] in fp32, bf16 or fp16, got {list(shape)} in {state.dtype}")
+    if tensors[0].device.type not in DEVICES:
+        raise ValueError(f"4-bit weights run on a CPU or a CUDA GPU, got one on {tensors[0].device}: model.to('cpu')")
+    count = math.prod(shape)
+    blocks = -(-count // state.blocksize)
+    wanted = [-(-count // 2), blocks, 16, -(-blocks // block2), 256, 1]
+    names = ("bytes", "scales", "table entries", "nested scales", "nested table entries", "offsets")
+    for tensor, length, name in zip(tensors, wanted, names, strict=False):
+        if tensor.numel() != length:
+            raise ValueError(
+                f"expected {length} {name} for a weight {list(shape)} in blocks of {state.blocksize}, got "
+                f"{tensor.numel()}: the packed weight and its quant_state do not belong together, load the model anew"
+            )
+        if tensor.device != tensors[0].device:
+            raise ValueError(f"the weight is on {tensors[0].device}, its statistics on {tensor.device}: model.to(...)")
+    for tensor, name in zip(tensors[1:], names[1:], strict=False):
+        if tensor.is_floating_point() and not tensor.is_meta and not _is_finite(tensor):
+            raise ValueError(f"the quantised weight's {name} hold NaN or Inf: its file is damaged")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all entries are finite: NaN and Inf show in the least or the largest, in one pass without a mask."""
+    return tensor.numel() == 0 or all(math.isfinite(end) for end in torch.stack(torch.aminmax(tensor)).tolist())
+
+
+def _octets(module: nn.Module, weight: Any) -> QuantisedWeight:
+    state: Any = getattr(module, "state", None)
+    if weight.dtype != torch.int8:
+        raise TypeError(
+            "this Linear8bitLt holds 16-bit weights (has_fp16_weights=True, or not on its device yet): quantise it "
+            "first, with has_fp16_weights=False and model.to(device)"
+        )
+    scales = getattr(weight, "SCB", None)
+    scales = getattr(state, "SCB", None) if scales is None else scales
+    if scales is None or scales.numel() != weight.shape[0]:
+        found = "none" if scales is None else scales.numel()
+        raise ValueError(
+            f"expected {weight.shape[0]} row scales (SCB) of an 8-bit weight, got {found}: load the model anew"
+        )
+    if not scales.is_meta and not torch.isfinite(scales).all():
+        raise ValueError("the row scales (SCB) of an 8-bit weight hold NaN or Inf: its file is damaged")
+    codes = weight.detach().as_subclass(Tensor).contiguous()
+    dtype = module.bias.dtype if isinstance(module.bias, Tensor) else torch.float16
+    tensors = [codes, scales.detach().float().reshape(-1).to(codes.device)]
+    return QuantisedWeight(tensors, (codes.shape[0], codes.shape[1]), dtype, "int8")
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a linear layer stores 4 or 8 bits, without looking at what is in it."""
+    weight = module._parameters.get("weight")
+    named = type(module).__name__ == "Linear8bitLt"
+    return weight is not None and (hasattr(weight, "quant_state") or hasattr(module, "quant_state") or named)
+
+
+def compute_dtype(module: nn.Module, found: QuantisedWeight) -> torch.dtype:
+    """The dtype that a quantised layer multiplies in: what it was told, else what W was quantised from."""
+    told = getattr(module, "compute_dtype", None)
+    return told if isinstance(told, torch.dtype) else found.dtype

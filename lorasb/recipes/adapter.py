@@ -1,0 +1,97 @@
+"""The adapter of a run: put in and initialised, or put back as it was initialised before."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..distributed.process_group import Processes
+from ..init import InitReport
+from .data import Listed, describe_data
+from .prepare import Run
+from .tokenization import Collator
+
+LORA_RANK = 32  # the rank that the paper compares with
+REPORT_NAME = "report.json"
+
+
+def adapt(run: Run, **options: Any) -> tuple[Any, float]:
+    """Put the adapter in and initialise it; returns the report (None for plain LoRA) and the seconds it took.
+
+    Of several processes each passes its part of the examples, one after another, so that the samples drawn are those
+    of one process. `options` go to `lorasb.initialize`.
+    """
+    import peft
+
+    import lorasb
+
+    settings, started = run.settings, time.perf_counter()
+    common: dict[str, Any] = {
+        "target_modules": targets(settings.target_modules),
+        "rank_pattern": settings.rank_pattern or {},
+    }
+    if settings.method == "lora":
+        r = settings.r or LORA_RANK
+        config = peft.LoraConfig(r=r, lora_alpha=r, task_type="CAUSAL_LM", **common)
+        run.model = peft.get_peft_model(run.model, config)
+        return None, 0.0
+    init = "lora-xs" if settings.method == "lora-xs" else "update"
+    run.model = lorasb.patch(run.model, r=settings.r, init=init, init_seed=settings.seed, **common)
+    if init == "lora-xs":  # initialised by now: it needs no data
+        return _described(run, run.model.base_model.init_reports["default"]), time.perf_counter() - started
+    loader: Any = torch.utils.data.DataLoader(
+        Listed(_share(run.train_ids)),
+        batch_size=settings.batch_size,
+        collate_fn=Collator(run.tokenizer.pad_token_id, run.model.get_base_model()),
+    )
+    eta = lorasb.first_step_lr(settings.lr, run.warmup_steps)
+    options |= {"num_samples": settings.samples, "update": settings.update, "seed": settings.seed}
+    report = lorasb.initialize(run.model, loader, lr=eta, **options)
+    return _described(run, report), time.perf_counter() - started
+
+
+def _described(run: Run, report: InitReport) -> InitReport:
+    """The report, after the adapter's configuration was given the name of its data."""
+    config = run.model.peft_config["default"]
+    config.init_provenance["data"] = describe_data(run.settings, len(run.train_ids))
+    return report
+
+
+def targets(said: str | None) -> str | list[str]:
+    """PEFT's target_modules: "all-linear", a list of names, or a regular expression."""
+    if said is None or said == "all-linear":
+        return "all-linear"
+    names = [name.strip() for name in said.split(",")]
+    return names if all(re.fullmatch(r"[\w.]+", name) for name in names) else said
+
+
+def _share(items: list[Any]) -> list[Any]:
+    """This process's part of a list: the parts of all, one after another, are the list."""
+    processes = Processes()
+    return items[len(items) * processes.rank // processes.size : len(items) * (processes.rank + 1) // processes.size]
+
+
+def save_start(run: Run, report: InitReport | None, folder: Path) -> None:
+    """Write the initialised adapter and its report."""
+    run.model.save_pretrained(str(folder))
+    if report is not None:
+        report.save(folder / REPORT_NAME)
+
+
+def load_adapter(run: Run, folder: Path) -> None:
+    """Put a saved adapter into the run's base model, to be trained on."""
+    import peft
+
+    import lorasb  # noqa: F401  registers the method
+
+    run.model = peft.PeftModel.from_pretrained(run.model, str(folder), is_trainable=True)
+
+
+def load_report(folder: Path) -> InitReport | None:
+    """The report of an initialisation, where there was one."""
+    file = folder / REPORT_NAME
+    return InitReport.load(file) if file.is_file() else None

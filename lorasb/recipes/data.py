@@ -1,0 +1,65 @@
+"""The examples of a run: which are trained on, which are held out, and what says that they are the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .settings import Settings
+from .tasks import HELD_OUT_SEED, Example, generate, read_jsonl
+from .tokenization import Encoded
+
+
+def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples; no held-out prompt is in the training set.
+
+    Raises:
+        ValueError: files without examples, or nothing left to train on.
+    """
+    if settings.data is None:
+        held_out = generate(settings.task, settings.eval_examples, HELD_OUT_SEED + settings.seed)
+        return generate(settings.task, settings.train_examples, settings.seed, exclude=held_out), held_out
+    train_examples = read_jsonl(settings.data)
+    if settings.eval_data is not None:
+        held_out = read_jsonl(settings.eval_data)[: settings.eval_examples]
+    else:
+        order = torch.randperm(len(train_examples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+        share = max(1, min(settings.eval_examples, len(train_examples) // 10))
+        held_out = [train_examples[i] for i in order[:share]]
+    prompts = {(example.prompt, example.messages) for example in held_out}
+    left = [example for example in train_examples if (example.prompt, example.messages) not in prompts]
+    if not left:
+        raise ValueError(f"{settings.data} holds no example that is not held out: pass more, or --eval-data of its own")
+    return left, held_out
+
+
+def digest(*parts: Sequence[Example]) -> str:
+    """SHA-256 over examples in their order."""
+    text = json.dumps([[astuple(example) for example in part] for part in parts])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def describe_data(settings: Settings, count: int) -> str:
+    """Where the training examples come from, and how many they are."""
+    if settings.data is not None:
+        return f"{Path(settings.data).name}, {count} examples"
+    return f"reasoning-gym {settings.task}, {count} generated examples"
+
+
+class Listed(torch.utils.data.Dataset[Any]):
+    """A list as a map-style data set."""
+
+    def __init__(self, items: Sequence[Encoded]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]

@@ -1,0 +1,58 @@
+"""`lorasb init`: a model and some data to an initialised adapter, its report, its pictures and, if asked, ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..init import InitReport, RankSuggestion
+from ..utils.atomic_files import write_json
+from .adapter import adapt
+from .config_file import CONFIG_NAME, write_config
+from .console import console
+from .prepare import Run, prepare
+from .settings import InitSettings, check
+
+PICTURES = {"energy.png": "layers", "ranks.png": "ranks", "spectrum.png": "spectrum"}
+
+
+def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]:
+    """Initialise, and write adapter/, report.json, the pictures and, with a target, ranks.json into the output folder.
+
+    config.yaml beside them has the settings.
+
+    Raises:
+        ValueError: bad settings or data, or not enough memory.
+    """
+    settings.run.check()
+    _check_targets(settings)
+    run = prepare(replace(settings.run, eval_examples=1))
+    console.print(f"in {run.precision.name}: {run.precision.reason}", highlight=False)
+    options = {name: getattr(settings, name) for name in ("strategy", "memory_budget", "cache", "stability")}
+    report, _ = adapt(run, **options)
+    suggestion = None
+    if settings.energy is not None or settings.parameters is not None:
+        suggestion = report.suggest_ranks(energy=settings.energy, parameters=settings.parameters)
+    _save(run, report, suggestion, settings)
+    return report, suggestion
+
+
+def _check_targets(settings: InitSettings) -> None:
+    """What would be refused after the work is refused before it."""
+    check(settings)
+    if settings.energy is not None and settings.parameters is not None:
+        raise ValueError("--energy and --parameters are two ways to choose ranks: give one of them")
+    if settings.energy is not None and not 0 < settings.energy <= 1:
+        raise ValueError(f"--energy is a share in (0, 1], got {settings.energy!r}")
+
+
+def _save(run: Run, report: Any, suggestion: RankSuggestion | None, settings: InitSettings) -> None:
+    folder = Path(run.settings.output)
+    run.model.save_pretrained(str(folder / "adapter"))
+    report.save(folder / "report.json")
+    for name, kind in PICTURES.items():
+        report.plot(folder / name, kind)
+    if suggestion is not None:
+        write_json(folder / "ranks.json", {"rank_pattern": suggestion.rank_pattern})
+    write_config(folder / CONFIG_NAME, settings.run, settings)

@@ -1,0 +1,140 @@
+"""What a run leaves: its summary, adapter, plain LoRA, answers and pictures, written whole, the summary last."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..init import InitReport
+from ..utils.atomic_files import replacing_folder, write_json
+from ..utils.precision import processor_class
+from .adapter import REPORT_NAME, load_report
+from .data import describe_data
+from .evaluation import Evaluation
+from .prepare import Run, device
+from .run_folder import SUMMARY_NAME
+from .tasks import Example
+from .train import Trained
+
+ANSWERS_NAME = "answers.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave: its summary (as in summary.json), the answers before and after, the report of its init."""
+
+    summary: dict[str, Any]
+    examples: list[Example]
+    before: Evaluation
+    after: Evaluation
+    report: InitReport | None
+
+
+def summarize(
+    run: Run, before: Evaluation, after: Evaluation, init_seconds: float, trained: Trained, identity: dict[str, Any]
+) -> dict[str, Any]:
+    """The numbers of a run."""
+    return {
+        "eval_loss_before": before.loss,
+        "eval_loss_after": after.loss,
+        "eval_accuracy_before": before.accuracy,
+        "eval_accuracy_after": after.accuracy,
+        "eval_examples": len(run.held_out),
+        "trainable_params": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        "base_params": base_parameters(run.model),
+        "base_bytes": base_bytes(run.model),
+        "init_seconds": init_seconds,
+        "train_seconds": trained.seconds,
+        "train_steps": run.steps,
+        "tokens_per_second": run.tokens / trained.seconds,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "rank": run.model.peft_config["default"].r,
+        "dtype": run.precision.name,
+        "dtype_reason": run.precision.reason,
+        "machine": torch.cuda.get_device_name() if device() == "cuda" else f"CPU, {processor_class()}",
+        "train_losses": [entry["loss"] for entry in trained.history if "loss" in entry],
+        "eval_losses": [[entry["step"], entry["eval_loss"]] for entry in trained.history if "eval_loss" in entry],
+        "config": asdict(run.settings),
+        "identity": identity,
+    }
+
+
+def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
+    """Write the run's files; the summary gets the adapter's size and is written last.
+
+    Files: adapter/, lora/ (the exact plain LoRA), report.json, loss.png, energy.png, answers.json, summary.json. With
+    method="lora" there is no export (it is a LoRA already) and no report.
+    """
+    from ..export.lora import export_lora
+    from .plots import plot_loss
+
+    settings, folder, summary = run.settings, Path(run.settings.output), result.summary
+    with replacing_folder(folder / "adapter") as target:
+        run.model.save_pretrained(str(target))
+    summary["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    if result.report is not None:
+        with replacing_folder(folder / "lora") as target:
+            export_lora(run.model, target, quiet=True)
+        result.report.save(folder / REPORT_NAME)
+        if result.report.energy_sign is not None:
+            result.report.plot(folder / "energy.png")
+    data = describe_data(settings, len(run.train_ids))
+    title = f"{settings.method}, r={summary['rank']}: {data}, lr {settings.lr:g}"
+    plot_loss(history, summary["eval_loss_before"], summary["eval_loss_after"], folder / "loss.png", title)
+    write_json(folder / ANSWERS_NAME, _answers(result))
+    write_json(folder / SUMMARY_NAME, summary)
+
+
+def _answers(result: Result) -> list[dict[str, str]]:
+    rows = zip(result.examples, result.before.answers, result.after.answers, strict=True)
+    return [{"prompt": e.prompt, "completion": e.completion, "before": old, "after": new} for e, old, new in rows]
+
+
+def load(folder: Path) -> Result:
+    """The results of a finished run, from its files.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    try:
+        summary = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
+        rows = json.loads((folder / ANSWERS_NAME).read_text(encoding="utf-8"))
+        examples = [Example(row["prompt"], row["completion"]) for row in rows]
+        judged = [
+            Evaluation(summary[f"eval_loss_{at}"], summary[f"eval_accuracy_{at}"], tuple(row[at] for row in rows))
+            for at in ("before", "after")
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} has a finished run, but its files are incomplete ({error}): --resume never runs it anew"
+        ) from None
+    return Result(summary, examples, judged[0], judged[1], load_report(folder))
+
+
+def base_parameters(model: nn.Module) -> int:
+    """Parameters of the base, whatever the number of their bits."""
+    return sum(p.numel() for p in _dense(model)) + sum(math.prod(weight.shape) for weight in _quantised(model))
+
+
+def base_bytes(model: nn.Module) -> int:
+    """Bytes of the base's weights and their statistics."""
+    dense = sum(p.numel() * p.element_size() for p in _dense(model))
+    return dense + sum(weight.nbytes for weight in _quantised(model))
+
+
+def _dense(model: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if "lora" not in name and p.is_floating_point()]
+
+
+def _quantised(model: nn.Module) -> Sequence[Any]:
+    from ..quantization.quantized_weight import is_quantised, of_module
+
+    return [of_module(module) for module in model.modules() if is_quantised(module) and isinstance(module, nn.Linear)]

@@ -1,0 +1,181 @@
+"""The training of a run by `transformers.Trainer`, from its start or from a checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+
+from ..checkpoints.shared_factors import share
+from ..distributed.process_group import Processes
+from . import checkpoints
+from .batch_order import ByLength
+from .callbacks import Bar, Judging, Ordering, Planning, Saving
+from .console import console
+from .data import Listed
+from .estimate import announcement
+from .packing import PackCollator, row_length
+from .prepare import Run, device
+from .settings import Settings
+from .signals import Stop
+from .tokenization import Collator
+
+STATE_NAME = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trainer's log, and the seconds of training over all starts."""
+
+    history: list[dict[str, Any]]
+    seconds: float
+
+
+def train(run: Run, folder: Path, identity: dict[str, Any], checkpoint: str | None, stop: Stop) -> Trained:
+    """Train, with checkpoints in `folder`, and go on from `checkpoint` where there is one.
+
+    Raises:
+        StoppedError: the user asked for an end, and a checkpoint was written.
+        OSError: a checkpoint cannot be written; those before it are whole.
+    """
+    mark = checkpoints.read(Path(checkpoint)) if checkpoint else None
+    if checkpoint and mark is not None and mark.step >= run.steps:
+        _load(run, Path(checkpoint))
+        state = json.loads((Path(checkpoint) / STATE_NAME).read_text(encoding="utf-8"))
+        return Trained(state["log_history"], mark.seconds)
+    settings, processes = run.settings, Processes()
+    order = ByLength([row_length(row) for row in run.rows], settings.batch_size, settings.seed)
+    collate: Any = Collator(run.tokenizer.pad_token_id, run.model.get_base_model())
+    if settings.packing:
+        collate = PackCollator(run.tokenizer.pad_token_id)
+    if settings.gradient_checkpointing:
+        _checkpoint_activations(run.model.get_base_model())
+    trainer = _RunTrainer(
+        model=run.model, args=arguments(run, folder, processes.size), train_dataset=Listed(run.rows),
+        data_collator=collate,
+    )  # fmt: skip
+    trainer.order, trainer.identity, trainer.spent = order, identity, mark.seconds if mark else 0.0
+    _put_callbacks(trainer, run, stop, settings.gradient_accumulation * processes.size)
+    console.print(announcement(run), highlight=False)
+    stop.steps = True
+    trainer.begun = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    stop.end()
+    return Trained(trainer.state.log_history, trainer.elapsed())
+
+
+def arguments(run: Run, folder: Path, processes: int) -> TrainingArguments:
+    """The trainer's arguments; saving is decided by `course.Saving`."""
+    settings = run.settings
+    parts = settings.gradient_accumulation * processes
+    if settings.batch_size % parts:
+        raise ValueError(
+            f"--batch-size {settings.batch_size} cannot be parted in {settings.gradient_accumulation} accumulations on "
+            f"{processes} processes: take a multiple of {parts}"
+        )
+    if settings.report_to == "tensorboard":
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(settings.output) / "tensorboard"))
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size // parts,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        max_steps=run.steps,
+        learning_rate=settings.lr,
+        warmup_steps=run.warmup_steps,
+        lr_scheduler_type=settings.scheduler,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        logging_strategy="steps",
+        save_strategy="no",
+        report_to=settings.report_to,
+        remove_unused_columns=False,
+        seed=settings.seed,
+        use_cpu=device() == "cpu",
+        dataloader_pin_memory=device() == "cuda",
+        ddp_find_unused_parameters=False,
+        disable_tqdm=False,
+    )
+
+
+def check_report(settings: Settings) -> None:
+    """Raise an ImportError where the package that `--report-to` asks for is missing."""
+    if settings.report_to != "none" and importlib.util.find_spec(settings.report_to) is None:
+        raise ImportError(
+            f"--report-to {settings.report_to} needs a package that is not installed: pip install {settings.report_to}"
+        )
+
+
+class _RunTrainer(Trainer):
+    """A trainer with an order of its own, whose checkpoints share A and B and say that they are whole."""
+
+    order: ByLength
+    identity: dict[str, Any]
+    spent: float  # seconds of training before this start
+    begun: float
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
+        return self.order
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, over all starts."""
+        return self.spent + time.perf_counter() - self.begun
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        first, error = self.args.should_save, None
+        if first:
+            (folder / checkpoints.MARK).unlink(missing_ok=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as caught:  # torch and safetensors have errors of their own for a full disk
+            error = caught
+        try:
+            Processes().agree(error, "saving a checkpoint")
+            if first:
+                share(folder)
+                checkpoints.complete(folder, self.elapsed(), self.identity)
+        except Exception as caught:
+            if first:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"the checkpoint {folder} cannot be written: {' '.join(str(caught).split())}. Those before it are "
+                "whole: make room and start the same command again"
+            ) from caught
+
+
+def _put_callbacks(trainer: _RunTrainer, run: Run, stop: Stop, parts: int) -> None:
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    judging = Judging(run, run.settings.eval_steps) if run.settings.eval_steps else None
+    if judging is not None:
+        judging.trainer = trainer
+        trainer.add_callback(judging)
+    for callback in (
+        Ordering(trainer.order),
+        Bar(),
+        Planning(run, trainer.order, parts),
+        Saving(run.settings.save_steps, stop),
+    ):
+        trainer.add_callback(callback)
+
+
+def _checkpoint_activations(base: Any) -> None:
+    """Let the model compute its activations again in backward, by the name that this transformers has for it."""
+    kept = {"use_reentrant": False}
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=kept)
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kept)
+
+
+def _load(run: Run, checkpoint: Path) -> None:
+    """Put the adapter of a checkpoint in place of the one that is there."""
+    run.model.load_adapter(str(checkpoint), "default", is_trainable=True)

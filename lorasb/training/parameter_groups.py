@@ -1,0 +1,57 @@
+"""Parameter groups for optimisers: R apart from modules that are trained whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..layers.linear import LoRASBLinear
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, *, other_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """What a model trains, as groups for `torch.optim.AdamW(lorasb.parameter_groups(model, lr=1e-3))`.
+
+    R moves inside a fixed subspace and starts at the first step of full fine-tuning, so its learning rate is 10 to 40
+    times that of full fine-tuning (the paper's: 1e-4 to 2e-3, Tables 11 and 12). Modules that are trained whole, as
+    classification heads are, may want another.
+
+    Args:
+        model: a patched model.
+        lr: of R.
+        other_lr: of everything else that requires a gradient; `lr` unless given.
+        weight_decay: of what is no R and has two dimensions or more. R itself is not decayed: that would pull the
+            update back towards zero, not a weight.
+
+    Returns:
+        Up to three groups named "lorasb_R", "other" and "other, not decayed", none of them empty.
+
+    Raises:
+        ValueError: nothing requires a gradient.
+    """
+    cores = {
+        id(core)
+        for module in model.modules()
+        if isinstance(module, LoRASBLinear)
+        for core in module.lorasb_R.parameters()
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    others = [p for p in trained if id(p) not in cores]
+    if not trained:
+        raise ValueError(
+            "no parameter requires a gradient: patch the model (lorasb.patch), or make an adapter active for training "
+            "(model.set_adapter(name), PeftModel.from_pretrained(..., is_trainable=True))"
+        )
+    rest = lr if other_lr is None else other_lr
+    groups = (
+        ("lorasb_R", [p for p in trained if id(p) in cores], lr, 0.0),
+        ("other", [p for p in others if p.dim() >= 2], rest, weight_decay),
+        ("other, not decayed", [p for p in others if p.dim() < 2], rest, 0.0),
+    )
+    return [
+        {"name": name, "params": params, "lr": rate, "weight_decay": decay}
+        for name, params, rate, decay in groups
+        if params
+    ]

@@ -1,0 +1,214 @@
+"""`LoRASBConfig`: what is adapted, at which rank, and how A, R and B are initialised."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
+
+from ..checkpoints.model_card import update_card
+from ..constants import CONFIG_NAME, MAX_RANK, PEFT_NAME, WEIGHTS_NAME
+from ..utils.atomic_files import safetensors_header, write_json
+
+DEFAULT_RANK = 64
+INITS = ("update", "lora-xs", "kaiming")
+ALL_LINEAR = "all-linear"
+GLUE_ALPHA = 16.0  # LoRA-XS fixes alpha at 16 on GLUE and at r elsewhere (paper, appendix I)
+FOR_THIS_PROCESS = ("init_seed", "check_base")  # of no use to who loads the adapter
+RESOLVED = (
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "modules_to_save",
+    "task_type",
+    "base_fingerprint",
+    "init_provenance",
+)
+
+
+def _extend_peft_types() -> None:
+    """Add LORASB to PEFT's enum of methods: its registry refuses names that are not in it."""
+    if PEFT_NAME in PeftType.__members__:
+        return
+    member: Any = str.__new__(PeftType, PEFT_NAME)
+    member._name_ = member._value_ = PEFT_NAME
+    member._sort_order_ = len(PeftType.__members__)
+    member.__objclass__ = PeftType
+    PeftType._member_names_.append(PEFT_NAME)
+    PeftType._member_map_[PEFT_NAME] = member
+    PeftType._value2member_map_[PEFT_NAME] = member
+
+
+_extend_peft_types()
+
+
+@dataclass
+class LoRASBConfig(PeftConfig):
+    """Configuration of LoRA-SB: `W = W0 + s·B·R·A`, with A [r, in], B [out, r] frozen and R [r, r] trained.
+
+    Args:
+        r: rank. `None` means 64, capped at a smaller layer's min(in_features, out_features); an explicit rank above
+            that is an error which names the layer.
+        target_modules: names (matched by suffix), a regex, or "all-linear" (heads, poolers and whatever else
+            the base's checkpoint does not bring, which are trained whole, and output embeddings are left out).
+        target_parameters: names (matched by suffix) of experts' 3-D weights, "mlp.experts.gate_up_proj" and
+            "mlp.experts.down_proj" of Mixtral, Qwen3-MoE and families that compute alike: an A, R and B each expert.
+        exclude_modules: names or a regex of modules to leave alone.
+        layers_to_transform: indices of the blocks to adapt; `layers_pattern` names the list they index.
+        rank_pattern: name or regex -> rank, for layers that differ from `r`.
+        lora_dropout: probability of dropping an element of the adapter's input.
+        scaling: s. LoRA-SB needs no tuning here: its equivalent gradient does not depend on s (Theorem 5).
+        init: "update" (LoRA-SB, Eq. 6-8), "lora-xs" (SVD of W) or "kaiming" (SVD of a random matrix, Table 5). The
+            last two need no data: the adapter is initialized when the model is patched.
+        init_seed: of the data-free inits when a model is patched; `lorasb.initialize(model, seed=...)` takes another.
+        lora_alpha: only for init="lora-xs", whose scaling is alpha/r: r for language models and 16 for
+            classification unless given.
+        equivalent_gradient: replace R's gradient by Theorem 3's closed form. Needed only where the factors are not
+            orthonormal; with LoRA-SB's own it changes nothing but s.
+        modules_to_save: modules that are trained and saved whole. What a checkpoint of the base does not bring, such as
+            a classification head, joins them by itself.
+        init_provenance: written by `lorasb.initialize`: data, seed, learning rate, samples, versions.
+        base_fingerprint: written when a model is patched: values that tell this base model from another.
+        check_base: compare the base model with the fingerprint of a loaded adapter, and write one when a model is
+            patched. `PeftModel.from_pretrained(base, folder, check_base=False)` loads an adapter on another base.
+
+    Raises:
+        ValueError: a field has a value that no model can use; the message says which are allowed.
+    """
+
+    r: int | None = field(default=None, metadata={"help": "Rank; None: 64, capped at smaller layers."})
+    target_modules: list[str] | set[str] | str | None = field(default=ALL_LINEAR)
+    target_parameters: list[str] | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    lora_dropout: float = 0.0
+    scaling: float = 1.0
+    init: str = "update"
+    init_seed: int = 0
+    lora_alpha: float | None = None
+    equivalent_gradient: bool = False
+    modules_to_save: list[str] | None = None
+    init_provenance: dict[str, Any] | None = None
+    base_fingerprint: dict[str, str] | None = None
+    check_base: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._weights_follow = False
+        self.peft_type = PeftType(PEFT_NAME)
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.target_parameters, str):
+            raise ValueError(
+                f"target_parameters must be a list of names, got {self.target_parameters!r}: put it into [...]"
+            )
+        self.target_parameters = sorted(self.target_parameters) if self.target_parameters else None
+        self.rank_pattern = dict(self.rank_pattern or {})
+        self._check_ranks()
+        self._check_values()
+        self._check_layer_selection()
+
+    def _check_ranks(self) -> None:
+        ranks = {"r": self.r} if self.r is not None else {}
+        ranks.update({f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()})
+        for name, rank in ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+                raise ValueError(f"{name} must be a positive integer, got {rank!r}")
+            if rank > MAX_RANK:
+                raise ValueError(f"{name} must be at most {MAX_RANK}, got {rank}")
+
+    def _check_values(self) -> None:
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
+        if isinstance(self.init_seed, bool) or not isinstance(self.init_seed, int) or self.init_seed < 0:
+            raise ValueError(f"init_seed must be an integer >= 0, got {self.init_seed!r}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout!r}")
+        if not isinstance(self.scaling, int | float) or not 0.0 < abs(self.scaling) < float("inf"):
+            raise ValueError(f"scaling must be finite and not zero, got {self.scaling!r}")
+        if self.lora_alpha is not None and self.init != "lora-xs":
+            raise ValueError(
+                f"lora_alpha belongs to init='lora-xs' (its scaling is alpha/r), got init={self.init!r}: "
+                "LoRA-SB needs no alpha; use scaling=... if you must"
+            )
+
+    def _check_layer_selection(self) -> None:
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where layers_to_transform counts: give layers_to_transform too")
+        if (
+            isinstance(self.target_modules, str)
+            and self.target_modules != ALL_LINEAR
+            and self.layers_to_transform is not None
+        ):
+            raise ValueError(
+                "layers_to_transform works with target_modules as a list or 'all-linear'; "
+                f"with a regex ({self.target_modules!r}), select the layers in the regex"
+            )
+
+    @property
+    def from_file(self) -> bool:
+        """Whether this describes an adapter that exists: its weights come from a file or from other adapters."""
+        return self._weights_follow or self.init_provenance is not None
+
+    def weights_follow(self) -> LoRASBConfig:
+        """Say that A, R and B of the next adapter made from this are written by the caller: nothing is initialized."""
+        self._weights_follow = True
+        return self
+
+    def start_over(self) -> None:
+        """Before a model is patched: put back what was asked for, so that one configuration serves several models."""
+        for name, value in getattr(self, "_asked", {}).items():
+            setattr(self, name, value)
+        self._asked = {name: copy.copy(getattr(self, name)) for name in RESOLVED}
+
+    def scaling_for(self, r: int) -> float:
+        """The factor s of a layer of rank `r`."""
+        if self.init != "lora-xs":
+            return self.scaling
+        classification = str(self.task_type or "").rpartition(".")[2] in ("SEQ_CLS", "TOKEN_CLS")
+        alpha = self.lora_alpha if self.lora_alpha is not None else (GLUE_ALPHA if classification else float(r))
+        return self.scaling * alpha / r
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json and our part of the model card into `save_directory`, each atomically."""
+        if os.path.isfile(save_directory):
+            raise ValueError(f"expected a folder to save into, got the file {save_directory}")
+        values = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
+        if kwargs.get("auto_mapping_dict") is not None:
+            values["auto_mapping"] = kwargs["auto_mapping_dict"]
+        for name in FOR_THIS_PROCESS:
+            values.pop(name)
+        weights = Path(save_directory) / WEIGHTS_NAME
+        if weights.is_file():
+            weights.chmod(0o644)  # safetensors renames a private temporary file into place
+        write_json(Path(save_directory) / CONFIG_NAME, values)
+        update_card(Path(save_directory), values, self.scaling_for(self.r or DEFAULT_RANK))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> LoRASBConfig:
+        """Read a configuration; where the weights lie beside it, check first that their file is whole.
+
+        Raises:
+            ValueError: no configuration there, or a truncated weights file.
+        """
+        weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
+        if weights.is_file():
+            safetensors_header(weights)
+        config: LoRASBConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return config.weights_follow()
+
+
+def field_names() -> set[str]:
+    """The names that `LoRASBConfig` and `lorasb.patch` accept."""
+    return {item.name for item in fields(LoRASBConfig)}

@@ -1,0 +1,392 @@
+"""LoRA-SB as a PEFT method: which modules are replaced, how adapters are saved, loaded, merged, and registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.peft_types import PeftType, register_peft_method
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..checkpoints import adapter_file, shared_factors
+from ..checkpoints.base_fingerprint import difference, fingerprint
+from ..constants import FROZEN_FACTORS, PEFT_NAME, PEFT_PREFIX
+from ..distributed.deepspeed_zero import with_kept_factors
+from ..layers import linear_group, unfused_experts
+from ..layers.linear import LoRASBLinear
+from ..layers.lookup import any_merged, layers_with
+from ..layers.offloading import within_reach
+from ..layers.requantize import Requantised
+from ..quantization.bitsandbytes import keep_unpacked
+from ..quantization.quantized_weight import is_quantised, of_module
+from . import loading
+from .config import ALL_LINEAR, LoRASBConfig
+from .fresh_heads import save_heads
+from .mixed_batch import adapters_by_row
+from .targets import (
+    OWN_WEIGHT_READERS,
+    base_of,
+    chosen,
+    inside_tuner,
+    rank_for,
+    refuse_tied_head,
+    resolve_ranks,
+)
+from .task_type import infer_task_type
+from .weighted_adapter import combine
+
+InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, LoRASBLinear], int], Any]
+
+
+class LoRASBModel(BaseTuner):
+    """The tuner behind `lorasb.patch`: replaces target linears by `LoRASBLinear`.
+
+    Args:
+        model: the model to adapt, in place.
+        peft_config: a `LoRASBConfig`, or several by adapter name.
+        adapter_name: which of them to inject.
+
+    Raises:
+        ValueError: no target, a rank that a layer cannot have, another base model than the adapter's. The model is
+            left as it was.
+        TypeError: a target that is no plain linear layer.
+    """
+
+    prefix: str = "lorasb_"
+    tuner_layer_cls = LoRASBLinear
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's declaration
+    init_without_data: InitWithoutData  # given by `register`: initialization stands above the tuner
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = ALL_LINEAR
+        return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Check every target, then replace; PEFT's arguments."""
+        config = cast(LoRASBConfig, self.peft_config[adapter_name])
+        with _unchanged_on_error(model):
+            self._refuse_duplicates(model, adapter_name)
+            config.start_over()
+            config.base_fingerprint = config.base_fingerprint if config.check_base else None
+            config.task_type = config.task_type or infer_task_type(model)
+            keep_unpacked(model)
+            save_heads(model, config)
+            if config.target_parameters:
+                unfused_experts.open_targets(model, config.target_parameters)
+            self._plan(model, config)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            layers = layers_with(model, adapter_name)
+            if config.check_base and config.base_fingerprint is None and not any_merged(model):
+                config.base_fingerprint = fingerprint({name: layer.base_weight() for name, layer in layers.items()})
+            if kwargs.get("state_dict") is None and _ready_at_once(model, config, adapter_name, layers):
+                self._initialize(model, config, adapter_name, layers)
+            linear_group.form(model)
+
+    def _initialize(
+        self, model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]
+    ) -> None:
+        """Run an init that needs no data; its report stays at the tuner, by adapter name."""
+        reports: dict[str, Any] = self.__dict__.setdefault("init_reports", {})
+        reports[adapter_name] = self.init_without_data(model, config, adapter_name, layers, config.init_seed)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        """PEFT's matching of target_modules, and the experts of target_parameters."""
+        found = BaseTuner._check_target_module_exists(peft_config, key)
+        parameter = unfused_experts.parameter_of(key) if peft_config.target_parameters else None
+        if parameter is None or isinstance(found, _ExcludedModule):
+            return found
+        return found or unfused_experts.is_target(parameter, peft_config.target_parameters)
+
+    def _inject_parameters(self, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
+        """Experts were opened before, and each is a linear layer like another."""
+        return unfused_experts.open_targets(model, peft_config.target_parameters)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's hook around a forward, with `adapter_names` where the caller gave them."""
+        names = kwargs.get("adapter_names")
+        with nullcontext() if names is None else adapters_by_row(self.model, names, kwargs.get("num_beams") or 1):
+            yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "auto",
+        svd_rank: int | None = None,
+    ) -> dict[str, float]:
+        """Add an adapter that is the weighted sum of others; see `combining.combine`, whose errors it returns."""
+        return combine(self, adapters, weights, adapter_name, combination_type, svd_rank)
+
+    @staticmethod
+    def _refuse_duplicates(model: nn.Module, adapter_name: str) -> None:
+        for name in layers_with(model, adapter_name):
+            raise ValueError(
+                f"{name} has an adapter {adapter_name!r} already: the model is patched. Use "
+                "model.add_adapter(another_name, LoRASBConfig(...)) for one more, or model.unload() to start again"
+            )
+
+    def _plan(self, model: nn.Module, config: LoRASBConfig) -> None:
+        """Resolve the targets and their ranks before anything is changed."""
+        self._prepare_adapter_config(config, self.get_model_config(model))
+        everything = config.target_modules == ALL_LINEAR
+        _maybe_include_all_linear_layers(config, model)
+        if everything:
+            config.target_modules = chosen(model, config)
+        targets = {
+            name: module
+            for name, module in model.named_modules()
+            if name and self._check_target_module_exists(config, name) and not inside_tuner(model, name)
+        }
+        for name, module in targets.items():
+            _check_supported(name, module)
+        refuse_tied_head(model, targets)
+        resolve_ranks(config, targets)
+        if config.base_fingerprint and not any_merged(model):
+            reason = difference(
+                {name: base_of(module).weight for name, module in targets.items()}, config.base_fingerprint
+            )
+            if reason:
+                raise ValueError(
+                    f"this adapter was made on {config.base_model_name_or_path or 'another base model'}, and this base "
+                    f"is another one: {reason}. Load the adapter's own base; if you mean it: "
+                    "PeftModel.from_pretrained(base, folder, check_base=False)"
+                )
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        rank = rank_for(peft_config, current_key)
+        options: dict[str, Any] = {
+            "r": rank,
+            "scaling": peft_config.scaling_for(rank),
+            "lora_dropout": peft_config.lora_dropout,
+            "equivalent_gradient": peft_config.equivalent_gradient,
+        }
+        if isinstance(target, LoRASBLinear):
+            target.add_adapter(adapter_name, **options, inference_mode=peft_config.inference_mode)
+            return
+        transposed, dtype = isinstance(target, Conv1D), getattr(self.model, "dtype", None)
+        dtype = dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+        layer = LoRASBLinear(target, adapter_name, fan_in_fan_out=transposed, octet_dtype=dtype, **options)
+        if adapter_name not in self.active_adapters:
+            layer.lorasb_R.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Set the child and nothing else: PEFT's own version reads `.weight` of whole classification heads."""
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """A and B keep the base's dtype, R is fp32; PEFT's own version would turn A and B into trained fp32."""
+        for module in self.model.modules():
+            if isinstance(module, LoRASBLinear):
+                module.settle_dtypes(adapter_name)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge into the base weights: all layers, or none where one would not be finite."""
+        self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_finite(adapter_names)
+        linear_group.dissolve(self.model)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unfused_experts.close(model)
+        return model
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        requantize: bool = False,
+    ) -> nn.Module:
+        """Merge the adapters and give the plain model back; layers that were quantised are dense then.
+
+        Args:
+            progressbar, safe_merge, adapter_names: as for PEFT's other methods.
+            requantize: put layers that had 4 bits into 4 bits again, of the same kind. That rounds the adapter's part
+                too: `model.requantization_errors` has ‖W4 − W‖ / ‖W‖ by layer, and a log line says the worst.
+        """
+        before = Requantised.of(self.model) if requantize else None
+        model: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if before is not None:
+            before.restore(model)
+        return model
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        """Try the merge of every layer before any is changed."""
+        for name, module in self.model.named_modules():
+            if not isinstance(module, LoRASBLinear):
+                continue
+            wanted = adapter_names if adapter_names is not None else module.active_adapters
+            names = [n for n in wanted if n in module.lorasb_R and n not in module.merged_adapters]
+            if names:
+                try:
+                    module.merged_weight(names)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        for name, layer in layers_with(model, adapter_name).items():
+            if not layer.is_initialized(adapter_name):
+                raise ValueError(
+                    f"adapter {adapter_name!r} has not been initialised ({name}): there is nothing to save. Call "
+                    "lorasb.initialize(model, dataloader, lr=...), or name others in selected_adapters"
+                )
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return with_kept_factors(found, model, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        layers = layers_with(model, adapter_name)
+        try:
+            state_dict = _with_factors(state_dict, adapter_name, layers)
+            adapter_file.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
+        except ValueError:
+            if not any(layer.is_initialized(adapter_name) for layer in layers.values()):
+                discard(model, adapter_name)  # it was made for this file; one that holds something stays
+            raise
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _with_factors(tensors: dict[str, Tensor], adapter_name: str, layers: dict[str, LoRASBLinear]) -> dict[str, Tensor]:
+    """A checkpoint's tensors with its A and B, where they were not beside it and the model has them."""
+    wanted = shared_factors.wanted_digest(tensors)
+    if wanted is None:
+        return tensors
+    own = {
+        f"{name}.{part}": getattr(layer, part)[adapter_name].detach()
+        for name, layer in layers.items()
+        for part in FROZEN_FACTORS
+    }
+    if shared_factors.digest(own) != wanted:
+        raise shared_factors.missing()
+    prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
+    rest = {key: value for key, value in tensors.items() if key != shared_factors.DIGEST}
+    return rest | {f"{prefix}{key}": value for key, value in own.items()}
+
+
+def discard(model: Any, adapter_name: str) -> None:
+    """Take an adapter out again: everywhere, or layers and all where it was the only one."""
+    others = {name for layer in model.modules() if isinstance(layer, LoRASBLinear) for name in layer.lorasb_R}
+    if others != {adapter_name}:
+        model.peft_config.pop(adapter_name, None)
+        for module in model.modules():
+            if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R:
+                module.delete_adapter(adapter_name)
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                module.delete_adapter(adapter_name, new_active_adapters=None)
+        return
+    linear_group.dissolve(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRASBLinear):
+                setattr(parent, name, child.base_layer)
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(parent, name, child.original_module)
+    unfused_experts.close(model)
+
+
+def _ready_at_once(model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]) -> bool:
+    """Whether an adapter is filled when it is made: a data-free init, unmerged values of W, and no file to follow."""
+    if config.init == "update" or config.from_file or any_merged(model):
+        return False
+    return all(
+        within_reach(layer.get_base_layer()) and not layer.lorasb_A[adapter_name].is_meta for layer in layers.values()
+    )
+
+
+def _check_supported(name: str, module: nn.Module) -> None:
+    base = base_of(module)
+    if is_quantised(base):
+        try:
+            of_module(base)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"target {name!r}: {error}") from None
+        return
+    weight = getattr(base, "weight", None)
+    if isinstance(base, OWN_WEIGHT_READERS):
+        raise TypeError(
+            f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it: "
+            "name it in exclude_modules"
+        )
+    if isinstance(base, nn.Linear | Conv1D) and weight is not None:
+        if weight.dim() == 2 and weight.dtype in adapter_file.FLOATS and type(weight.data) is Tensor:
+            return
+        raise TypeError(
+            f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: expected "
+            "fp32, bf16 or fp16, or a layer that bitsandbytes or lorasb.quantize quantised"
+        )
+    raise TypeError(
+        f"target {name!r} is a {type(base).__name__}: expected nn.Linear (or transformers' Conv1D). "
+        "Narrow target_modules, or name it in exclude_modules"
+    )
+
+
+@contextmanager
+def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Put modules, trainability and the PEFT attributes back if the block raises."""
+    children = [(parent, dict(parent._modules)) for parent in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    adapters = [(m, set(m.lorasb_R), m._active_adapter) for m in model.modules() if isinstance(m, LoRASBLinear)]
+    try:
+        yield
+    except BaseException:
+        for parent, modules in children:
+            parent._modules.clear()
+            parent._modules.update(modules)
+        for layer, names, active in adapters:
+            for name in set(layer.lorasb_R) - names:
+                layer.delete_adapter(name)
+            layer._active_adapter = active
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def register(init_without_data: InitWithoutData) -> None:
+    """Make PEFT know LoRA-SB. Once is enough; more does nothing.
+
+    Args:
+        init_without_data: called as (model, config, adapter_name, layers, seed) where an adapter is made whose init
+            needs no data; what it returns is kept in the tuner's `init_reports`.
+    """
+    LoRASBModel.init_without_data = staticmethod(init_without_data)
+    if PeftType(PEFT_NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name="lorasb", config_cls=LoRASBConfig, model_cls=LoRASBModel, prefix=LoRASBModel.prefix)
+    loading.install()

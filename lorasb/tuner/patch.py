@@ -1,0 +1,76 @@
+"""`lorasb.patch`: swap a model's linear layers for `LoRASBLinear`. What is heavy is imported when it is called."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+
+    from .config import LoRASBConfig
+
+
+def patch(
+    model: nn.Module, config: LoRASBConfig | None = None, *, adapter_name: str = "default", **fields: Any
+) -> PeftModel:
+    """Adapt a model: its target linears become `LoRASBLinear`, everything else is frozen.
+
+    The same as `peft.get_peft_model(model, LoRASBConfig(...))`, with the task type inferred from the model's class.
+    The model is changed in place and left as it was if anything is wrong. No dtype is changed; where this CPU has no
+    products in the model's, a log line says once what that costs.
+
+    Args:
+        model: a transformers model, or any module with `nn.Linear` layers.
+        config: a `LoRASBConfig`, or None.
+        adapter_name: name of the adapter.
+        **fields: fields of `LoRASBConfig`, in place of `config` (`r=96`, `target_modules=[...]`, ...).
+
+    Returns:
+        A `peft.PeftModel`. Call `lorasb.initialize(model, dataloader, lr=...)` next.
+
+    Raises:
+        TypeError: unknown fields, or both a config and fields.
+        ValueError: an adapted or compiled model, no target matched, or a rank that a layer cannot have.
+    """
+    import peft
+
+    from ..utils import precision
+    from .config import LoRASBConfig
+    from .task_type import infer_task_type
+
+    if isinstance(model, peft.PeftModel):
+        raise ValueError(
+            "expected a model without adapters, got a peft.PeftModel. Add another adapter with "
+            "model.add_adapter(name, LoRASBConfig(...)), or start from model.unload()"
+        )
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "expected a model that is not compiled yet, as layers are replaced: torch.compile(lorasb.patch(model)). "
+            "What torch.compile returned has the model itself as model._orig_mod"
+        )
+    if config is not None and fields:
+        raise TypeError(f"expected a config or fields, got both: put {', '.join(sorted(fields))} into the config")
+    if config is None:
+        check_fields(fields)
+        config = LoRASBConfig(**fields)
+    config = copy.deepcopy(config)
+    if config.task_type is None:
+        config.task_type = infer_task_type(model)
+    adapted = peft.get_peft_model(model, config, adapter_name=adapter_name)
+    precision.notice(adapted)
+    return adapted
+
+
+def check_fields(fields: dict[str, Any]) -> None:
+    """Raise a TypeError which names the nearest field for each name that `LoRASBConfig` does not have."""
+    from .config import field_names
+
+    known = field_names()
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(sorted(known))}"
+            raise TypeError(f"LoRASBConfig has no field {name!r}: {hint}")
