@@ -48,7 +48,7 @@ sanitize: install
 	  LORASB_LDFLAGS="-fsanitize=address,undefined" $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	mkdir -p build/sanitize/lorasb/kernels && cp -r kernels/fused/. build/sanitize/lorasb/kernels/
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=$(abspath build/sanitize) $(BIN)/python -m pytest tests/test_csrc.py tests/test_dequantise.py tests/test_quantised_op.py \
+	  PYTHONPATH=$(abspath build/sanitize) $(BIN)/python -m pytest tests/csrc/test_extension.py tests/quantization/test_dequantize.py tests/ops/test_linear_quantized.py \
 	  -p no:cacheprovider -k "not bitsandbytes and not threads_are_torchs and not compiles and not opcheck and not mapping and not without_the_extension"
 
 format: install
@@ -66,17 +66,17 @@ bench-gpu: install
 	$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'make bench-gpu needs a CUDA GPU; make bench-cpu measures this machine')"
 	mkdir -p $(RESULTS)
 	card=$$($(BIN)/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-').lower())"); \
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_gpu.py && \
-	$(BENCH) --benchmark-json=$(RESULTS)/$$card.json && $(BIN)/python -m benchmarks.suite_report $(RESULTS)/$$card.json
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/test_gpu.py && \
+	$(BENCH) --benchmark-json=$(RESULTS)/$$card.json && $(BIN)/python -m benchmarks.layers.suite_report $(RESULTS)/$$card.json
 
 # Everything a CPU can measure, each beside its peer in the same run, then the report: within twenty minutes.
 bench: install
 	$(MAKE) bench-cpu SECONDS=0.5
 	$(MAKE) bench-4bit
 	$(MAKE) bench-init ROUNDS=2
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.step --seconds 40 --output $(RESULTS)
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.startup --output $(RESULTS)
-	$(BIN)/python -m benchmarks.report --readme README.md
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.training.step --seconds 40 --output $(RESULTS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.training.startup --output $(RESULTS)
+	$(BIN)/python -m benchmarks.reporting --readme README.md
 
 # The comparison of methods and the paper's tables on real data in DATA: hours; what is there already is not run again.
 DATA ?= data
@@ -86,25 +86,25 @@ bench-methods: install
 	for name in starts samples orthonormal lengths start update subspace again cola energy curves overhead scale costs; do \
 	  $(BIN)/python -m benchmarks.paper $$name --data-dir $(DATA) --output $(RESULTS) || exit 1; done
 	$(BIN)/python -m benchmarks.methods.floor --data-dir $(DATA) --output $(RESULTS)
-	$(BIN)/python -m benchmarks.report --results $(RESULTS) --readme README.md
+	$(BIN)/python -m benchmarks.reporting --results $(RESULTS) --readme README.md
 
 bench-cpu: install
 	mkdir -p $(RESULTS)
 	CUDA_VISIBLE_DEVICES= $(BENCH) --benchmark-json=$(RESULTS)/cpu.json
-	$(BIN)/python -m benchmarks.suite_report $(RESULTS)/cpu.json
+	$(BIN)/python -m benchmarks.layers.suite_report $(RESULTS)/cpu.json
 
 # Initialisation against keeping all sums and against a LoRA training step, on the CPU; about ten minutes.
 bench-init: install
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.initialisation --rounds $(ROUNDS) --output $(RESULTS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.training.initialization --rounds $(ROUNDS) --output $(RESULTS)
 
 # 4-bit bases on the CPU against bitsandbytes and PEFT; about four minutes.
 bench-4bit: install
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.four_bits --output $(RESULTS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.quantized.cpu --output $(RESULTS)
 
 # What needs no GPU: registers, spills and occupancy of every kernel, and the roofline on paper.
 bench-kernels: install
-	$(BIN)/python -m benchmarks.static_report
-	$(BIN)/python -m benchmarks.roofline
+	$(BIN)/python -m benchmarks.kernels.static_report
+	$(BIN)/python -m benchmarks.kernels.roofline
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

@@ -138,6 +138,7 @@ def room_edges(edges: dict[str, dict[str, int]]) -> dict[tuple[str, str], int]:
 
 
 WIDTH, HEIGHT, GAP, BOX = 900, 50, 22, 190
+FILLED = 'fill="#eef3fb" stroke="#34568b"'
 
 
 def draw(edges: dict[str, dict[str, int]]) -> str:
@@ -158,7 +159,7 @@ def draw(edges: dict[str, dict[str, int]]) -> str:
     for room, (x, y) in places.items():
         many = f"{sizes[room]} files" if sizes[room] > 1 else "1 file"
         lines.append(
-            f'<rect x="{x - BOX / 2:.0f}" y="{y}" width="{BOX}" height="{HEIGHT}" rx="6" fill="#eef3fb" stroke="#34568b"/>'
+            f'<rect x="{x - BOX / 2:.0f}" y="{y}" width="{BOX}" height="{HEIGHT}" rx="6" {FILLED}/>'
             f'<text x="{x:.0f}" y="{y + 22}" text-anchor="middle" font-size="16">{room}</text>'
             f'<text x="{x:.0f}" y="{y + 40}" text-anchor="middle" font-size="12" fill="#666">{many}</text>'
         )

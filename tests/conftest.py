@@ -1,98 +1,21 @@
-"""Tiny models of real families, batches for them, and a poison for memory that nobody wrote."""
+"""Memory that nobody wrote is poisoned, and the longest files come first. Helpers are in tests/support."""
 
 from __future__ import annotations
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is defined: they run on the CPU
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-
 from collections.abc import Iterator
+from pathlib import Path
 
+import environment  # noqa: F401  before anything reads it
 import pytest
 import torch
-import transformers
-from families import FAMILIES, SIZES, llama
-from torch import Tensor, nn
+from tiny_run import make_data, make_tiny
 
-import lorasb
-
-transformers.utils.logging.disable_progress_bar()
-
-Batch = dict[str, Tensor]
+HERE = Path(__file__).parent
 LONGEST = (
-    "test_static.py", "test_distributed_training.py", "test_cli.py", "test_processes.py", "test_gguf.py",
-    "test_imports.py", "test_kernels.py", "test_training_stacks.py", "test_siblings.py",
+    "kernels/test_static_report.py", "distributed/test_training.py", "cli/test_commands.py",
+    "distributed/test_process_group.py", "export/test_gguf.py", "repo/test_imports.py", "kernels/test_linear.py",
+    "training/test_training_stacks.py", "layers/test_linear_group.py",
 )  # fmt: skip
-__all__ = ["FAMILIES", "SIZES", "llama"]
-
-
-def text(rows: int, tokens: int, seed: int) -> Batch:
-    """Causal batch without padding; every second label of the first half is ignored."""
-    ids = torch.randint(3, 99, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-    labels = ids.clone()
-    labels[:, : tokens // 2 : 2] = -100
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def classes(rows: int, tokens: int, seed: int) -> Batch:
-    """Classification batch."""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, 99, (rows, tokens), generator=g)
-    labels = torch.randint(0, 3, (rows,), generator=g)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def make(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A tiny model of a family, in evaluation mode."""
-    torch.manual_seed(seed)
-    return FAMILIES[family]().to(dtype).eval()
-
-
-def pictures(rows: int, _: int, seed: int) -> Batch:
-    """Image classification batch."""
-    g = torch.Generator().manual_seed(seed)
-    return {
-        "pixel_values": torch.randn(rows, 3, 16, 16, generator=g),
-        "labels": torch.randint(0, 3, (rows,), generator=g),
-    }
-
-
-BATCHES = {"roberta": classes, "bert": classes, "deberta": classes, "vit": pictures}
-
-
-def batches_for(family: str, count: int = 3, rows: int = 2, tokens: int = 12) -> list[Batch]:
-    """Batches that fit a family."""
-    return [BATCHES.get(family, text)(rows, tokens, seed) for seed in range(count)]
-
-
-class Rows(torch.utils.data.Dataset):
-    """Eight rows of a Llama's batch, one by one."""
-
-    def __init__(self) -> None:
-        self.batch = batches_for("llama", count=1, rows=8)[0]
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, i: int) -> Batch:
-        return {key: value[i] for key, value in self.batch.items()}
-
-
-def patched(family: str = "llama", r: int = 4, dtype: torch.dtype = torch.float32, **fields: object) -> nn.Module:
-    """A tiny model with an initialised adapter whose effect is plain to see."""
-    model = lorasb.patch(make(family, dtype=dtype), r=r, **fields)
-    lorasb.initialize(model, batches_for(family), lr=2e-2, progress=False)
-    return model
-
-
-def logits(model: nn.Module, family: str = "llama") -> Tensor:
-    """The model's answer to a fixed batch."""
-    batch = batches_for(family, count=1)[0]
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +27,19 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and a tokenizer of whole words and letters."""
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file: "copy WORD" -> "WORD", thirty times."""
+    return make_data(tmp_path_factory.mktemp("data") / "copy.jsonl")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first: no process is left with one of them when the others have ended."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.relative_to(HERE).as_posix(), len(LONGEST)))

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.common.timing import use_dtype
 from benchmarks.methods import grid, pictures, rows, runner, tables
 from benchmarks.methods.grid import METHODS, TASKS, Cell
-from benchmarks.timing import use_dtype
 
 
 def wanted(

@@ -19,12 +19,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from benchmarks.common.timing import dtype_option, measured_dtype, provenance, use_dtype
 from benchmarks.methods import runner
 from benchmarks.methods.adapters import put_in
 from benchmarks.methods.grid import METHODS, TASKS, WARMUP, Cell, Task
 from benchmarks.methods.problems import MAX_LENGTH, files, load
 from benchmarks.methods.run import drawn, train
-from benchmarks.timing import dtype_option, measured_dtype, provenance, use_dtype
 from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
 from lorasb.recipes.evaluation import evaluate, example_losses
 from lorasb.recipes.tasks import Example, read_jsonl

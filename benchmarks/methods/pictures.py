@@ -8,8 +8,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.figures import panels, save_panels
 from benchmarks.methods.grid import SGD, TASKS
-from benchmarks.panels import panels, save_panels
 from lorasb.utils.plotting import GRAD, INK, SIGN
 
 Row = dict[str, str]

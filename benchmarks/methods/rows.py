@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.methods.grid import KEY, Cell
-from benchmarks.tabular import Row, read_csv
 
 COLUMNS = (
     "task", "split", "metric", "higher_is_better", "method", "r", "lr", "seed", "variant", "score", "loss",

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.timing import commit, dtype_name, machine_name, measured_dtype
 from benchmarks.methods.adapters import begin_again, optimizer, put_in, settings
 from benchmarks.methods.grid import FULL, METHODS, SEEDS, SWEEP_SEED, TASKS, WARMUP, Cell, Task
 from benchmarks.methods.problems import Batch, Problem, load
-from benchmarks.timing import commit, dtype_name, machine_name, measured_dtype
 
 CLIP = 1.0
 

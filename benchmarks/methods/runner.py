@@ -15,9 +15,9 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.common.timing import dtype_option
 from benchmarks.methods import rows
 from benchmarks.methods.grid import KEY, Cell
-from benchmarks.timing import dtype_option
 
 RESULTS = Path(__file__).parents[1] / "results"
 ROWS, CURVES = "methods.csv", "methods-curves.jsonl"

@@ -26,9 +26,9 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 
+from benchmarks.common.timing import use_dtype
 from benchmarks.methods import runner
 from benchmarks.paper import ablations, costs, curves, energy, lengths, overhead, scale
-from benchmarks.timing import use_dtype
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "costs": lambda options: costs.main(options.output, options.data_dir),

@@ -16,10 +16,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.csv_files import Row, write_csv
 from benchmarks.methods import rows, runner
 from benchmarks.methods.grid import SEEDS, SGD, TASKS, WHOLE, Cell, Task
 from benchmarks.methods.tables import spread
-from benchmarks.tabular import Row, write_csv
 from lorasb.init.initialization import LONGEST_START
 from lorasb.utils.plotting import GRAD, INK, MUTED, canvas, save
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.tabular import write_csv
+from benchmarks.common.csv_files import write_csv
 
 TOKENS = 256
 ALL_LINEAR = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

@@ -12,11 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.csv_files import write_csv
+from benchmarks.common.figures import panels, save_panels
 from benchmarks.methods import grid, rows, runner
 from benchmarks.methods.grid import METHODS, TASKS, Task
 from benchmarks.methods.tables import spread
-from benchmarks.panels import panels, save_panels
-from benchmarks.tabular import write_csv
 from lorasb.utils.plotting import GRAD, SIGN
 
 COLOURS = {"LoRA-SB": GRAD, "LoRA-XS": SIGN}

@@ -19,6 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.common.csv_files import Row, write_csv
+from benchmarks.common.figures import panels, save_panels
+from benchmarks.common.timing import measured_dtype, provenance_columns
 from benchmarks.methods import grid, rows, runner, starts
 from benchmarks.methods.adapters import put_in
 from benchmarks.methods.grid import METHODS, SGD, TASKS, WARMUP, Cell
@@ -26,10 +29,7 @@ from benchmarks.methods.pictures import plain_log
 from benchmarks.methods.problems import MAX_LENGTH, Problem, generated, load
 from benchmarks.methods.run import drawn
 from benchmarks.methods.tables import plus_minus, spread
-from benchmarks.panels import panels, save_panels
 from benchmarks.paper.ablations import ABLATIONS, results
-from benchmarks.tabular import Row, write_csv
-from benchmarks.timing import measured_dtype, provenance_columns
 from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
 from lorasb.recipes.tasks import Example, generate
 from lorasb.recipes.tokenization import encode

@@ -15,12 +15,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.csv_files import write_csv
+from benchmarks.common.timing import measured_dtype, provenance_columns
 from benchmarks.methods.adapters import put_in
 from benchmarks.methods.grid import METHODS, TASKS, Cell
 from benchmarks.methods.problems import load
 from benchmarks.methods.run import drawn
-from benchmarks.tabular import write_csv
-from benchmarks.timing import measured_dtype, provenance_columns
 
 TASK, SEED, FILE = TASKS["chain_sum"], 0, "lengths.csv"
 HEAD = ("r", "layers", "median layer", "shortest", "longest")

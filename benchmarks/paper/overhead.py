@@ -15,9 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.csv_files import Row, write_csv
 from benchmarks.methods import rows, runner
 from benchmarks.methods.grid import TASKS, Task
-from benchmarks.tabular import Row, write_csv
 from lorasb.utils.plotting import GRAD, INK, canvas, save
 
 PAPER = {"chain_sum": 50_000, "word_sequence_reversal": 50_000, "gsm8k": 50_000, "cola": 8551}  # samples of an epoch

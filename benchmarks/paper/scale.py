@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 import lorasb
+from benchmarks.common.csv_files import write_csv
+from benchmarks.common.figures import panels, save_panels
+from benchmarks.common.timing import provenance_columns
 from benchmarks.methods.grid import TASKS
 from benchmarks.methods.problems import Batch, Problem, load
-from benchmarks.panels import panels, save_panels
-from benchmarks.tabular import write_csv
-from benchmarks.timing import provenance_columns
 from lorasb.utils.plotting import GRAD, INK, SIGN
 
 SCALES, STEPS, BATCH, R = (0.1, 1.0, 10.0), 40, 16, 16

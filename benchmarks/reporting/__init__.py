@@ -1,1 +1,1 @@
-"""The sections of `benchmarks/REPORT.md`; `python -m benchmarks.report` puts them together."""
+"""The sections of `benchmarks/REPORT.md`; `python -m benchmarks.reporting` puts them together."""

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.csv_files import Row
+from benchmarks.common.figures import panels, save_panels
 from benchmarks.methods import grid
 from benchmarks.methods.grid import METHODS, WHOLE, Task
 from benchmarks.methods.pictures import COLOURS, plain_log
 from benchmarks.methods.tables import lines
-from benchmarks.panels import panels, save_panels
 from benchmarks.reporting.labels import label, short
-from benchmarks.tabular import Row
 from lorasb.utils.plotting import INK, MUTED
 
 RELATIVES = {"rsLoRA": "#2a9d8f", "PiSSA": "#7a9e4b", "DoRA": "#8d6e63", "LoRA-GA": "#c9a227", "LoRA-Pro": "#6d597a",

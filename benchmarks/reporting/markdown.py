@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tabular import Row
+from benchmarks.common.csv_files import Row
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.csv_files import Row
 from benchmarks.methods.grid import CORE, METHODS, SGD, TASKS, Task
 from benchmarks.methods.tables import Line, lines, plus_minus, spread
 from benchmarks.reporting.charts import draw_rates, draw_scores
@@ -14,7 +15,6 @@ from benchmarks.reporting.labels import label, short
 from benchmarks.reporting.markdown import picture, table, where, where_rows
 from benchmarks.reporting.verdicts import Verdict, against_others, against_xs
 from benchmarks.reporting.why import explanation
-from benchmarks.tabular import Row
 
 INTRODUCTION = """\
 Every method sees the same examples in the same order, the same schedule (10% warm-up, then linear to zero), AdamW

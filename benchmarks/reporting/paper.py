@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.methods import runner
 from benchmarks.methods.grid import SGD, TASKS, WARMUP
 from benchmarks.paper import curves, lengths, overhead, scale
 from benchmarks.paper.ablations import ABLATIONS, COUNTS, LR, NOISES, render, results
 from benchmarks.paper.energy import loss_of
 from benchmarks.reporting.markdown import picture, table, where_rows
-from benchmarks.tabular import Row, read_csv
 from lorasb.init import first_step_lr
 
 

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import four_bits_table, initialisation, step, suite_report
+from benchmarks.layers import suite_report
+from benchmarks.quantized import readme_table as four_bits_table
 from benchmarks.reporting.markdown import picture, read_json, table, where
+from benchmarks.training import initialization as initialisation
+from benchmarks.training import step
 
 INTRODUCTION = """\
 `make bench` measures all of this on a CPU within twenty minutes; ratios are medians of rounds in which each way has its
@@ -132,5 +135,5 @@ def gpus(folder: Path) -> Iterator[str]:
             "No card has been measured yet. `make bench-gpu` runs the GPU tests and the suite (the layers and sibling "
             "groups of Mistral-7B, Gemma-2 9B, Llama-3.2 3B and RoBERTa-large at 1 to 8192 tokens, r = 32, 64, 96) on "
             "whatever is there, RTX A6000 (sm_86) first of all, and its tables then stand here. Until then there is a "
-            "roofline on paper: `python -m benchmarks.roofline --gpu a6000`."
+            "roofline on paper: `python -m benchmarks.kernels.roofline --gpu a6000`."
         )

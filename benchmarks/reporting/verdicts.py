@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.common.csv_files import Row
 from benchmarks.methods.grid import CORE, METHODS, SEEDS, TASKS
 from benchmarks.methods.tables import Line
 from benchmarks.methods.tables import lines as all_lines
-from benchmarks.tabular import Row
 
 
 @dataclass(frozen=True)

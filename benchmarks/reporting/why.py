@@ -7,12 +7,12 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.common.csv_files import Row
 from benchmarks.methods import grid
 from benchmarks.methods.grid import METHODS, SGD, TASKS, WHOLE, Task
 from benchmarks.methods.tables import Line, plus_minus
 from benchmarks.paper.ablations import ABLATIONS, STARTS, SUBSPACES, summary
 from benchmarks.reporting.verdicts import compare, lines
-from benchmarks.tabular import Row
 from lorasb.init.initialization import LONGEST_START
 
 CHAIN = TASKS["chain_sum"]

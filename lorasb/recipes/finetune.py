@@ -36,8 +36,7 @@ def run_finetune(settings: Settings) -> Result:
     from .train import check_report, train
 
     check_report(settings)
-    processes = launch.begin()
-    with Stop(GO_ON) as stop:
+    with launch.joined() as processes, Stop(GO_ON) as stop:
         precision = resolve(settings.dtype, device())
         examples = load_examples(settings)
         facts = {

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..distributed.process_group import Processes
 from .console import console
 
 
-def begin() -> Processes:
-    """Join the other processes, if there are any; the first alone prints.
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Join the other processes, if there are any, for the length of the block; the first alone prints.
+
+    A process group that was begun here is left in order: threads of gloo that the interpreter's exit meets abort it.
 
     Raises:
         ValueError: they were started for an engine that shards the model.
     """
+    begun = dist.is_available() and not dist.is_initialized()
+    try:
+        yield _begin()
+    finally:
+        if begun and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _begin() -> Processes:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         for variable, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
             if os.environ.get(variable, "").lower() in ("1", "true"):

@@ -1,0 +1,338 @@
+"""What the compiler makes of every kernel: registers, spills, shared memory, occupancy, MMA share. No GPU needed.
+
+    python -m benchmarks.kernels.static_report [--json] [--arch sm_86] [--output FILE]
+
+Every kernel in bf16, fp16 and fp32, with every configuration of the shipped tables, compiled ahead of time for sm_80,
+sm_86, sm_89 and sm_90. What is compiled is what the launchers launch: calls recorded on tensors without memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.kernels.launches import plan_for, record, record_gradient, record_quantised
+from lorasb.kernels.block_sizes import cdiv
+from lorasb.kernels.launcher import Launch
+from lorasb.kernels.plan import DTYPES, Plan
+
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Limits of a multiprocessor: registers, bytes of shared memory (of a program; of all), warps, programs."""
+
+    sms: int
+    shared_limit: int
+    shared: int
+    warps: int
+    programs: int
+    registers: int = 65536
+
+
+ARCHS = {
+    "sm_80": Arch(108, 163 * 1024, 164 * 1024, 64, 32),
+    "sm_86": Arch(84, 99 * 1024, 100 * 1024, 48, 16),
+    "sm_89": Arch(128, 99 * 1024, 100 * 1024, 48, 24),
+    "sm_90": Arch(132, 227 * 1024, 228 * 1024, 64, 32),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A call of the library: what makes the compiler produce another kernel."""
+
+    label: str
+    M: int
+    n: int
+    ms: tuple[int, ...]
+    r: int
+    bias: bool = False
+    dropout: float = 0.0
+
+
+QKV = (4096, 1024, 1024)
+VARIANTS = (
+    Variant("default", 2048, 4096, (4096,), 96),
+    Variant("group of 3", 2048, 4096, QKV, 96),
+    Variant("group of 2", 2048, 4096, (14336, 14336), 96),
+    Variant("r=256", 2048, 4096, (4096,), 256),
+    Variant("few rows", 64, 4096, (4096,), 96),
+    Variant("decode", 16, 4096, (4096,), 96),
+    Variant("decode, group of 3", 16, 4096, QKV, 96),
+)
+BF16_VARIANTS = (
+    *VARIANTS,
+    Variant("many rows", 8192, 4096, (4096,), 96),
+    Variant("bias, r=16", 2048, 1024, (1024,), 16, bias=True),
+    Variant("ragged", 2047, 4100, (4100,), 90),
+    Variant("dropout", 2048, 4096, (4096,), 96, dropout=0.05),
+)
+MAIN = "sm_86"
+
+GRADIENTS = (
+    Variant("gradient", 2048, 4096, (4096,), 96),
+    Variant("gradient, odd tokens", 2047, 4096, (4096,), 96),
+    Variant("gradient, narrow", 2048, 576, (576,), 96),
+    Variant("gradient, ragged", 2047, 4100, (4100,), 96),
+)
+
+QUANTISED = (
+    Variant("4 bits, decode", 16, 4096, (4096,), 96),
+    Variant("4 bits, 32 rows", 32, 4096, (4096,), 96),
+    Variant("4 bits, 128 rows", 128, 4096, (4096,), 96),
+    Variant("4 bits, scratch", 2048, 4096, (4096,), 96),
+    Variant("4 bits, nested", 16, 4096, (14336,), 64, bias=True),
+    Variant("4 bits, nested, scratch", 2048, 4100, (4100,), 90, bias=True),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel."""
+
+    kernel: str
+    variant: str
+    dtype: str
+    arch: str
+    config: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    ctas_per_sm: int
+    mma: int
+    mma_share: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to compile: names and plain values, so that another process can do it."""
+
+    launch_of: str
+    variant: Variant
+    dtype: torch.dtype
+    arch: str
+    plan: Plan
+
+
+def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
+    """Every kernel, dtype and configuration that the tables choose for the variants.
+
+    With `brief`, one representative a kernel and architecture, in bf16: what the tables choose for a layer of 4096 x
+    4096 at r = 96 and 2048 tokens, for a sum of gradients with ragged edges, and for weights in 4 bits read inline and
+    by a scratch. sm_86, whose shared memory is the smallest, adds groups of layers.
+    """
+    for arch in archs:
+        for dtype in DTYPES:
+            if brief and dtype != torch.bfloat16:
+                continue
+            bf16, main = dtype == torch.bfloat16, arch == MAIN and dtype == torch.bfloat16
+            for variant in VARIANTS[: 3 if main else 1] if brief else BF16_VARIANTS if bf16 else VARIANTS:
+                for op in ("forward", "backward"):
+                    plan = _plan(op, variant, dtype, arch)
+                    yield Job(op, variant, dtype, arch, Plan("fused", plan.prep, plan.gemm))
+            for variant in GRADIENTS if bf16 and not brief else GRADIENTS[-1:]:
+                yield Job("gradient", variant, dtype, arch, _plan("forward", variant, dtype, arch))
+            for variant in QUANTISED if bf16 and not brief else (QUANTISED[0], QUANTISED[-1]):
+                plan = _plan("forward", variant, dtype, arch)
+                weights = "scratch" if variant.label.endswith("scratch") else "inline"
+                yield Job("quantised", variant, dtype, arch, Plan(plan.path, plan.prep, plan.gemm, weights))
+
+
+def _plan(op: str, variant: Variant, dtype: torch.dtype, arch: str) -> Plan:
+    return plan_for(op, dtype, variant.M, variant.n, variant.ms, variant.r, arch, ARCHS[arch].sms)
+
+
+def rows(archs: list[str], workers: int | None = None, brief: bool = False) -> list[Row]:
+    """Compile everything, or for `brief` one representative a kernel and architecture; equal kernels once."""
+    unique: dict[str, tuple[Job, int]] = {}
+    for job in jobs(archs, brief):
+        for place, launch in enumerate(_launches(job)):
+            unique.setdefault(f"{job.arch} {_key(launch)}", (job, place))
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        return list(pool.map(_row, unique.values(), chunksize=4))
+
+
+def _launches(job: Job) -> list[Launch]:
+    v = job.variant
+    if job.launch_of == "gradient":
+        return record_gradient(job.dtype, v.M, v.n, v.ms[0])
+    if job.launch_of == "quantised":
+        return record_quantised(job.plan, job.dtype, v.M, v.n, v.ms[0], v.r, v.bias)
+    return record(job.launch_of, job.plan, job.dtype, v.M, v.n, v.ms, v.r, v.bias, v.dropout)
+
+
+def _row(item: tuple[Job, int]) -> Row:
+    job, place = item
+    launch = _launches(job)[place]
+    arch = ARCHS[job.arch]
+    registers, stack, shared, sass = compile_launch(launch, int(job.arch[3:]))
+    mma, share = mma_share(sass)
+    programs = ctas_per_sm(arch, registers, shared, launch.options["num_warps"])
+    backward = " backward" if launch.arguments.get("BACKWARD") else ""
+    return Row(
+        launch.name + backward, job.variant.label, DTYPES[job.dtype], job.arch, config_name(launch),
+        registers, stack, shared, programs, mma, share,
+    )  # fmt: skip
+
+
+def config_name(launch: Launch) -> str:
+    """Blocks, splits, warps, stages, as one word."""
+    a, o = launch.arguments, launch.options
+    blocks = "x".join(str(a[name]) for name in ("BM", "BN", "BK") if name in a)
+    if launch.name == "grad_sign":
+        kind = ("keep " if a["KEEP"] else "") + ("signs" if a["SIGNS"] else "")
+        return f"{blocks} w{o['num_warps']} p{o['num_stages']} {kind.strip()}"
+    if launch.name == "dequantise":
+        return f"{a['BYTES']} w{o['num_warps']}"
+    cap = f" cap {o['maxnreg']}" if "maxnreg" in o else ""
+    return f"{blocks} s{a['SPLITS']} w{o['num_warps']} p{o['num_stages']}{cap}"
+
+
+def compile_launch(launch: Launch, capability: int) -> tuple[int, int, int, str]:
+    """Registers, stack bytes, shared bytes and SASS of a recorded launch."""
+    signature, constants, attributes = specialisation(launch)
+    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        dump = _cuobjdump(file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", dump)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage for {launch.name}: {dump[:200]!r}")
+    return int(found[1]), int(found[2]), compiled.metadata.shared, dump
+
+
+def _cuobjdump(path: str) -> str:
+    """Resource usage and SASS, by one process: a start costs as much as what it prints."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, "-res-usage", "-sass", path], capture_output=True, text=True, check=True).stdout
+
+
+def specialisation(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constants and divisibilities of a launch, as Triton's own launcher would specialise it."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            constants[(index,)] = value
+            signature[parameter.name] = tuple("constexpr" for _ in value) if isinstance(value, tuple) else "constexpr"
+            continue
+        places = {(index, i): v for i, v in enumerate(value)} if isinstance(value, tuple) else {(index,): value}
+        kinds = []
+        for place, item in places.items():
+            kind = _kind(item, parameter.do_not_specialize)
+            kinds.append(kind)
+            if kind == "constexpr":
+                constants[place] = item
+            elif _divisible(item, parameter.do_not_specialize):
+                attributes[place] = [["tt.divisibility", 16]]
+        signature[parameter.name] = tuple(kinds) if isinstance(value, tuple) else kinds[0]
+    return signature, constants, attributes
+
+
+def _kind(item: Any, plain: bool) -> str:
+    if item is None:
+        return "constexpr"
+    if isinstance(item, torch.Tensor):
+        return POINTERS[item.dtype]
+    if isinstance(item, float):
+        return "fp32"
+    return "constexpr" if item == 1 and not plain else "i32" if -(2**31) <= item < 2**31 else "i64"
+
+
+def _divisible(item: Any, plain: bool) -> bool:
+    return isinstance(item, torch.Tensor) or (isinstance(item, int) and not plain and item % 16 == 0)
+
+
+def _key(launch: Launch) -> str:
+    signature, constants, attributes = specialisation(launch)
+    return f"{launch.name} {signature} {constants} {attributes} {launch.options}"
+
+
+def ctas_per_sm(arch: Arch, registers: int, shared: int, warps: int) -> int:
+    """How many programs one multiprocessor holds: registers go by 256 a warp, shared memory by 1 KiB more a program."""
+    by_registers = arch.registers // (cdiv(registers * 32, 256) * 256 * warps)
+    return min(by_registers, arch.shared // (shared + 1024), arch.warps // warps, arch.programs)
+
+
+def mma_share(sass: str) -> tuple[int, float]:
+    """Number of MMA instructions, and their share of the innermost loop that holds most of them."""
+    code = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    is_mma = [bool(re.search(r"\b(HMMA|HGMMA|IMMA)\b", text)) for _, text in code]
+    place = {address: i for i, (address, _) in enumerate(code)}
+    loops = []
+    for i, (address, text) in enumerate(code):
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address and int(target[1], 16) in place:
+            loops.append((place[int(target[1], 16)], i + 1))
+    inner = [
+        a for a in loops if sum(is_mma[slice(*a)]) and not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)
+    ]
+    best = max(inner, key=lambda span: sum(is_mma[slice(*span)]), default=None)
+    share = sum(is_mma[slice(*best)]) / (best[1] - best[0]) if best else 0.0
+    return sum(is_mma), round(share, 3)
+
+
+def table(found: list[Row]) -> Table:
+    """The rows, for people."""
+    view = Table(title=f"kernels compiled ahead of time, triton {triton.__version__}")
+    for name in Row.__dataclass_fields__:
+        view.add_column(name.replace("_", " "), justify="left" if name in ("kernel", "variant", "config") else "right")
+    for row in found:
+        view.add_row(*(str(v) for v in asdict(row).values()), style="red" if row.stack_bytes else None)
+    return view
+
+
+def main() -> None:
+    """Compile and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--arch", action="append", choices=list(ARCHS), help="all four unless given")
+    parser.add_argument(
+        "--brief", action="store_true", help="one representative configuration a kernel and architecture"
+    )
+    parser.add_argument("--output", type=Path, help="write the JSON to a file too")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    found = rows(options.arch or list(ARCHS), brief=options.brief)
+    text = json.dumps([asdict(row) for row in found], indent=1)
+    if options.output:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    if options.json:
+        print(text)
+    else:
+        Console(width=180).print(table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""16-bit dense bases on a CPU that does not multiply them, against torch in fp32, each in turns in one run.
+
+    python -m benchmarks.layers.dense_halves [--seconds 4] [--features 4096] [--output benchmarks/results]
+
+Ways: the bare layer in fp32; ours with an adapter of r=96 over a base in bf16 and fp16 (W widened a panel at a time)
+and in fp32; torch's own bare layer in bf16, forward only, as its backward takes a hundred times as long there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.common.timing import measure, provenance
+from benchmarks.quantized.cpu import RANK, ours, row
+from lorasb.backends import cpp
+from lorasb.utils.atomic_files import write_json
+
+TOKENS = (1, 4, 16, 64, 512)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def both_ways(
+    module: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, parameters: list[Tensor]
+) -> Callable[[int], None]:
+    """Forward and backward to x, and to R where there is one."""
+
+    def run(_: int) -> None:
+        module(x).backward(dy)
+        x.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+
+    return run
+
+
+def without_gradients(module: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[int], None]:
+    """Forward alone."""
+
+    def run(_: int) -> None:
+        with torch.no_grad():
+            module(x)
+
+    return run
+
+
+def cases(features: int, seconds: float) -> list[dict[str, Any]]:
+    """Every number of tokens, forward and both ways."""
+    dense = nn.Linear(features, features, bias=False).requires_grad_(False)
+    layers = {name: ours(nn.Linear(features, features, bias=False, dtype=dtype)) for name, dtype in DTYPES.items()}
+    bare = nn.Linear(features, features, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    found = []
+    for tokens in TOKENS:
+        x, dy = torch.randn(tokens, features), torch.randn(tokens, features)
+        wide = x.clone().requires_grad_()
+        forward = {
+            "torch fp32, bare": without_gradients(dense, x),
+            "torch bf16, bare": without_gradients(bare, x.bfloat16()),
+        }
+        both = {"torch fp32, bare": both_ways(dense, wide, dy, [])}
+        for name, dtype in DTYPES.items():
+            layer, way = layers[name], f"ours {name}, r={RANK}"
+            forward[way] = without_gradients(layer, x.to(dtype))
+            both[way] = both_ways(layer, x.to(dtype).requires_grad_(), dy.to(dtype), [layer.lorasb_R["default"]])
+        found.append(row("halves", f"{tokens} tokens, f", measure(forward, "cpu", seconds)))
+        found.append(row("halves", f"{tokens} tokens, f+b", measure(both, "cpu", seconds)))
+    return found
+
+
+def view(found: list[dict[str, Any]], features: int) -> Table:
+    """Medians, and each way's ratio to the first, for people."""
+    table = Table(title=f"{features} x {features}: medians, and times over torch's fp32 (20th-80th percentile)")
+    for name in ("case", "way", "ms", "ratio"):
+        table.add_column(name, justify="right" if name in ("ms", "ratio") else "left")
+    for one in found:
+        for way, stats in one["ways"].items():
+            ratio = f"{stats['ratio']:.2f} ({stats['ratio_p20']:.2f}-{stats['ratio_p80']:.2f})"
+            table.add_row(one["case"], way, f"{stats['p50']:.2f}", ratio)
+    return table
+
+
+def markdown(found: list[dict[str, Any]]) -> list[str]:
+    """The same for README: both ways at every number of tokens, as times over torch's fp32."""
+    ways = [f"ours {name}, r={RANK}" for name in DTYPES]
+    lines = [f"| f+b | torch fp32, bare | {' | '.join(ways)} |", "|---|---:|---:|---:|---:|"]
+    for one in found:
+        tokens, _, kind = one["case"].partition(", ")
+        if kind == "f+b":
+            times = " | ".join(f"{one['ways'][way]['ratio']:.2f}x" for way in ways)
+            lines.append(f"| {tokens} | {one['ways']['torch fp32, bare']['p50']:.4g} ms | {times} |")
+    return lines
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=4.0, help="per case")
+    parser.add_argument("--features", type=int, default=4096)
+    parser.add_argument("--output", type=Path, help="folder of halves-cpu.json")
+    parser.add_argument("--table", type=Path, help="print README's table from a file of results, and measure nothing")
+    options = parser.parse_args()
+    if options.table:
+        print("\n".join(markdown(json.loads(options.table.read_text(encoding="utf-8"))["rows"])))
+        return
+    if not cpp.serves(torch.bfloat16):
+        raise SystemExit(
+            "this CPU multiplies bf16 natively, or the C++ extension is missing: LORASB_MAX_CPU_ISA=avx2 "
+            "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 measure what a lesser one does"
+        )
+    torch.manual_seed(0)
+    started = time.perf_counter()
+    found = cases(options.features, options.seconds)
+    Console(width=120).print(view(found, options.features))
+    print(f"{time.perf_counter() - started:.0f} s")
+    if options.output:
+        write_json(options.output / "halves-cpu.json", provenance(dtype="as said by each way") | {"rows": found})
+
+
+if __name__ == "__main__":
+    main()

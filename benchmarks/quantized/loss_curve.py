@@ -1,0 +1,98 @@
+"""What 4 bits cost in loss: LoRA-SB over the demo's model in 16 and in 4 bits, the same data, seeds and schedule.
+
+    python -m benchmarks.quantized.loss_curve [--seeds 2] [--output benchmarks/results] [--picture docs/four-bits.png]
+
+Two runs of `lorasb finetune` a seed; about ten minutes a seed on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common.timing import dtype_name, dtype_option, provenance, use_dtype
+from lorasb.recipes.finetune import run_finetune
+from lorasb.recipes.plots import smoothed
+from lorasb.recipes.settings import Settings
+from lorasb.utils.atomic_files import write_json
+from lorasb.utils.plotting import GRAD, SIGN, canvas, save
+
+KEPT = ("eval_loss_before", "eval_loss_after", "eval_accuracy_after", "train_losses", "train_seconds", "base_bytes")
+COLOURS = {16: GRAD, 4: SIGN}
+
+
+def run(bits: int, seed: int, examples: int) -> dict[str, Any]:
+    """One fine-tuning; the weights' bits are all that differs."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(
+            bits=bits, dtype=dtype_name(), seed=seed, train_examples=examples, eval_examples=60, output=folder
+        )
+        found = run_finetune(settings).summary
+    return {"bits": bits, "seed": seed, "examples": examples, **{name: found[name] for name in KEPT}}
+
+
+def differences(runs: list[dict[str, Any]], name: str) -> tuple[float, float]:
+    """Mean over seeds of 4 bits less 16, and half the range."""
+    by_seed = {(one["bits"], one["seed"]): one[name] for one in runs}
+    found = torch.tensor([by_seed[4, seed] - by_seed[16, seed] for bits, seed in by_seed if bits == 4])
+    return float(found.mean()), float((found.max() - found.min()) / 2)
+
+
+def view(runs: list[dict[str, Any]]) -> Table:
+    """The runs, for people."""
+    table = Table(title="the demo's task: loss in nats per token on held-out problems")
+    for name in ("bits", "seed", "before", "after", "answers right", "base in MB"):
+        table.add_column(name, justify="right")
+    for one in runs:
+        cells = (f"{one[name]:.4f}" for name in ("eval_loss_before", "eval_loss_after"))
+        share, size = f"{one['eval_accuracy_after']:.0%}", f"{one['base_bytes'] / 1e6:.0f}"
+        table.add_row(str(one["bits"]), str(one["seed"]), *cells, share, size)
+    for name, label in (("eval_loss_before", "before"), ("eval_loss_after", "after")):
+        mean, half = differences(runs, name)
+        table.caption = (
+            f"{table.caption + ', ' if table.caption else ''}4 bits less 16 {label}: {mean:+.4f} ± {half:.4f}"
+        )
+    return table
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Training loss by step, every seed, and the held-out loss after."""
+    figure, axes = canvas()
+    for one in runs:
+        label = f"{one['bits']} bits" if one["seed"] == 0 else None
+        losses = smoothed(tuple(one["train_losses"]))
+        steps = range(1, len(losses) + 1)
+        axes.plot(steps, losses, color=COLOURS[one["bits"]], linewidth=1.6, alpha=0.85, label=label)
+        axes.plot(len(losses), one["eval_loss_after"], "o", color=COLOURS[one["bits"]], markersize=6)
+    seeds = len({one["seed"] for one in runs})
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", ylim=(0, None))
+    axes.legend(frameon=False, title=f"{seeds} seeds; dots: held-out loss")
+    save(figure, axes, "LoRA-SB over a base in 16 and in 4 bits (NF4): training loss, smoothed", path)
+
+
+def main() -> None:
+    """Run, print, write and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--examples", type=int, default=1200)
+    parser.add_argument("--output", type=Path, help="folder of four-bits-curve.json")
+    parser.add_argument("--picture", type=Path)
+    dtype_option(parser)
+    options = parser.parse_args()
+    use_dtype(options.dtype)
+    runs = [run(bits, seed, options.examples) for seed in range(options.seeds) for bits in (16, 4)]
+    Console(width=110).print(view(runs))
+    if options.output:
+        write_json(options.output / "four-bits-curve.json", {**provenance(), "runs": runs})
+    if options.picture:
+        plot(runs, options.picture)
+
+
+if __name__ == "__main__":
+    main()

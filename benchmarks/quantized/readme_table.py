@@ -1,0 +1,92 @@
+"""The README's table of 4-bit bases, from the committed results.
+
+python -m benchmarks.quantized.readme_table [benchmarks/results/four-bits-cpu.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+BLOCK, STEP = ("block", "Mistral-7B, 512 tokens, f+b"), ("step", "SmolLM2, 4 x 128 tokens")
+DENSE, DENSE_BEFORE = "PEFT, dense, r=32", "PEFT on bf16, r=32"  # the name that older results have
+QLORA, BARE, OURS = "Linear4bit + LoRA r=32", "dense, bare", "ours, r=96"
+MORE = (2, 4, 8, 16, 32, 64, 128, 512)
+
+# row, case, against, ours, what the README calls it
+LINES = (
+    (
+        "dequantise",
+        "4 of 4096 x 4096",
+        "bitsandbytes",
+        "ours",
+        "dequantise four weights 4096 x 4096 to {dtype}; bitsandbytes",
+    ),
+    ("dequantise", "4 of 4096 x 4096", "bytes in and out", "ours", "limit: those bytes read and written by torch"),
+    ("dequantise", "4 of 2048 x 2048", "bitsandbytes", "ours", "four 2048 x 2048; bitsandbytes"),
+    ("train", "1 tokens, f+b", QLORA, OURS, "training, 1 token, f+b; `Linear4bit` + LoRA r=32"),
+    ("train", "1 tokens, f+b", BARE, OURS, "the dense bare layer"),
+    ("train", "16 tokens, f+b", QLORA, OURS, "16 tokens; `Linear4bit` + LoRA r=32"),
+    ("train", "16 tokens, f+b", BARE, OURS, "the dense bare layer"),
+    ("train", "512 tokens, f+b", QLORA, OURS, "512 tokens; `Linear4bit` + LoRA r=32"),
+    ("train", "512 tokens, f+b", BARE, OURS, "limit: the dense bare layer"),
+    ("evaluate", "1 tokens", "Linear4bit", "ours", "evaluation, 1 token, no adapter; `Linear4bit`"),
+    ("evaluate", "1 tokens", "bytes in", "ours", "limit: the packed bytes read by torch"),
+    ("evaluate", "1 tokens", QLORA, OURS, "with adapters, r=32 and r=96"),
+    *(
+        ("evaluate", f"{M} tokens", "Linear4bit", "ours", f"{M} tokens, no adapter")
+        for M in (2, 4, 8, 16, 32, 64, 128, 512)
+    ),
+    ("evaluate", "512 tokens", "dense", "ours", "limit: the dense product"),
+    ("evaluate", "512 tokens", QLORA, OURS, "with adapters, r=32 and r=96"),
+    (*BLOCK, "PEFT QLoRA r=32", "ours on 4 bits, r=96", "a Mistral-7B block, 512 tokens, f+b; PEFT QLoRA r=32"),
+    (*BLOCK, DENSE, "ours on 4 bits, r=96", "PEFT on {dtype}, r=32"),
+    (*STEP, "PEFT QLoRA r=32", "ours", "a step of SmolLM2-135M, 4 x 128 tokens; PEFT QLoRA r=32"),
+    ("decode", "48 tokens", "bitsandbytes + PEFT", "ours", "decoding 48 tokens, SmolLM2; bitsandbytes + PEFT"),
+)
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """Lines of Markdown: medians in milliseconds, and how many times as fast ours is in the same run."""
+    rows = {(one["row"], one["case"]): one for one in found["rows"]}
+    machine = found["machine"]
+    dtype = machine.get("dtype", "bf16")  # which older results do not say
+    head = f" {machine['class']}, {dtype}" if "class" in machine else ""
+    lines = [f"|{head} | against | ours | ratio |", "|---|---:|---:|---:|"]
+    for name, case, against, ours, label in LINES:
+        ways = rows[name, case]["ways"]
+        theirs, own = ways[DENSE_BEFORE if against == DENSE and DENSE not in ways else against], ways[ours]
+        said = label.format(dtype=dtype)
+        indented = said if ";" in said else f"&nbsp;&nbsp;&nbsp;{said}"
+        times = theirs["ratio"] / own["ratio"]  # each a median of ratios to the round's first
+        lines.append(f"| {indented} | {theirs['p50']:.4g} ms | {own['p50']:.4g} ms | {times:.2f}x |")
+    lines += [line for line in map(_beside_neighbors, found["rows"]) if line is not None]
+    memory = rows[STEP]["new_bytes"]
+    theirs, own = (memory[way] / 1e6 for way in ("PEFT QLoRA r=32", "ours"))
+    lines.append(f"| the step's memory beyond the model | {theirs:.0f} MB | {own:.0f} MB | {theirs / own:.2f}x |")
+    shares = ", ".join(f"{one['share']:.3f}" for one in found["rows"] if one["row"] == "memory")
+    lines.append(f"| weights in memory over bf16, plain and nested statistics | | {shares} | |")
+    return lines
+
+
+def _beside_neighbors(one: dict[str, Any]) -> str | None:
+    """A line of a training row that was measured while other processes kept the cores busy."""
+    if "busy neighbors" not in one["case"] or one["row"] != "train":
+        return None
+    theirs, own = one["ways"][QLORA], one["ways"][OURS]
+    times = theirs["ratio"] / own["ratio"]
+    said = f"training, {one['case']}; `Linear4bit` + LoRA r=32".replace(" 1 tokens", " 1 token")
+    return f"| {said} | {theirs['p50']:.4g} ms | {own['p50']:.4g} ms | {times:.2f}x |"
+
+
+def main() -> None:
+    """Print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=Path("benchmarks/results/four-bits-cpu.json"))
+    print("\n".join(table(json.loads(parser.parse_args().results.read_text(encoding="utf-8")))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What a person waits for before anything is learned: imports, and patching a model.
+
+    python -m benchmarks.training.startup [--rounds 9] [--output benchmarks/results]
+
+`import torch, lorasb` against `import torch` in turns, each in a process of its own; `lorasb.patch` of SmolLM2 (30
+blocks, 210 linears) and of a Mistral-7B on the meta device (32 blocks, 224 linears), both after one that is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common.timing import dtype_option, measured_dtype, provenance, use_dtype
+from lorasb.utils.atomic_files import write_json
+
+IMPORTS = {"torch": "import torch", "torch and lorasb": "import torch, lorasb"}
+
+
+def seconds_of(code: str) -> float:
+    """Of a statement in a fresh process; the interpreter's own start is not counted."""
+    script = f"import time; started = time.perf_counter()\n{code}\nprint(time.perf_counter() - started)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def imports(rounds: int) -> dict[str, list[float]]:
+    """Seconds by statement, in turns; the first round warms the file cache."""
+    found: dict[str, list[float]] = {name: [] for name in IMPORTS}
+    for turn in range(rounds + 1):
+        for name, code in IMPORTS.items():
+            taken = seconds_of(code)
+            if turn > 0:
+                found[name].append(taken)
+    return found
+
+
+def smollm() -> Any:
+    """The embedded model."""
+    from transformers import AutoModelForCausalLM
+
+    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+
+    return AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=measured_dtype())
+
+
+def mistral() -> Any:
+    """A Mistral-7B without weights."""
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(MistralConfig(), dtype=torch.bfloat16)
+
+
+def patching(make: Callable[[], Any], rounds: int) -> list[float]:
+    """Seconds of `lorasb.patch` on a fresh model."""
+    import lorasb
+
+    found = []
+    for turn in range(rounds + 1):
+        model = make()
+        started = time.perf_counter()
+        lorasb.patch(model)
+        if turn > 0:
+            found.append(time.perf_counter() - started)
+    return found
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, help="folder of startup-cpu.json")
+    dtype_option(parser)
+    options = parser.parse_args()
+    use_dtype(options.dtype)
+    rows = {f"import {name}": values for name, values in imports(options.rounds).items()}
+    rows["patch SmolLM2, 30 blocks"] = patching(smollm, 3)
+    rows["patch Mistral-7B on the meta device"] = patching(mistral, 3)
+    table = Table(title="seconds, median (least - most)")
+    table.add_column("what")
+    table.add_column("s", justify="right")
+    for name, values in rows.items():
+        table.add_row(name, f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
+    first, second = (statistics.median(rows[f"import {name}"]) for name in IMPORTS)
+    table.caption = f"with lorasb over torch alone: {second / first:.3f}x"
+    Console(width=110).print(table)
+    if options.output:
+        found = {**provenance(), "ratio": second / first, "seconds": rows}
+        write_json(options.output / "startup-cpu.json", found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""A training step of SmolLM2-135M on a CPU: LoRA-SB r=96 against PEFT's LoRA r=32, in turns in one run.
+
+    python -m benchmarks.training.step [--seconds 60] [--output benchmarks/results]
+
+4 x 128 tokens, AdamW, all linear layers; --dtype is auto. Beside the times: bytes that autograd keeps for backward,
+bytes of the optimizer's state, trained parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.common.timing import (
+    dtype_name,
+    dtype_option,
+    measure,
+    measured_dtype,
+    provenance,
+    saved_bytes,
+    use_dtype,
+)
+from benchmarks.quantized.cpu import PEFT_RANK, RANK
+from lorasb.utils.atomic_files import write_json
+
+OURS, PEFT = f"LoRA-SB, r={RANK}", f"PEFT LoRA, r={PEFT_RANK}"
+
+
+def model_of(way: str) -> Any:
+    """SmolLM2 with an adapter."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    import lorasb
+    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+
+    model: Any = AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=measured_dtype())
+    if way == PEFT:
+        lora = LoraConfig(r=PEFT_RANK, lora_alpha=PEFT_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(model, lora).train()
+    adapted: Any = lorasb.patch(model, r=RANK)
+    batch = {"input_ids": torch.arange(64).view(4, 16), "labels": torch.arange(64).view(4, 16)}
+    lorasb.initialize(adapted, [batch], lr=1e-4, progress=False)
+    return adapted.train()
+
+
+class Training:
+    """One model, its optimiser and a batch."""
+
+    def __init__(self, way: str) -> None:
+        self.model = model_of(way)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
+        self.ids = torch.randint(3, 49000, (4, 128), generator=torch.Generator().manual_seed(0))
+
+    def loss(self) -> Tensor:
+        """A forward."""
+        loss: Tensor = self.model(input_ids=self.ids, labels=self.ids).loss
+        return loss
+
+    def __call__(self, _: int) -> None:
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def kept_bytes(self) -> int:
+        """What autograd keeps between forward and backward, parameters and buffers left out."""
+        own = {tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())}
+        return saved_bytes(self.loss, own)
+
+    def optimizer_bytes(self) -> int:
+        """AdamW's two moments."""
+        state = self.optimizer.state.values()
+        return sum(t.numel() * t.element_size() for one in state for t in one.values() if t.dim() > 0)
+
+
+def run(seconds: float) -> dict[str, dict[str, Any]]:
+    """Every figure of both ways."""
+    ways = {way: Training(way) for way in (PEFT, OURS)}
+    stats = measure(dict(ways), "cpu", seconds, least=6)
+    return {
+        way: {
+            **asdict(stats[way]),
+            "kept_bytes": one.kept_bytes(),
+            "optimizer_bytes": one.optimizer_bytes(),
+            "trained": sum(p.numel() for p in one.trained),
+        }
+        for way, one in ways.items()
+    }
+
+
+def view(found: dict[str, dict[str, Any]]) -> Table:
+    """For people, with ratios to PEFT's."""
+    table = Table(title=f"a training step of SmolLM2-135M, {dtype_name()}, 4 x 128 tokens")
+    for name in ("", PEFT, OURS, "ratio"):
+        table.add_column(name, justify="right" if name else "left")
+    theirs, ours = found[PEFT], found[OURS]
+    table.add_row("time", f"{theirs['p50']:.0f} ms", f"{ours['p50']:.0f} ms", f"{ours['ratio']:.2f}")
+    for name, label in (("kept_bytes", "kept for backward"), ("optimizer_bytes", "optimiser's state")):
+        megabytes = (f"{one[name] / 1e6:.1f} MB" for one in (theirs, ours))
+        table.add_row(label, *megabytes, f"{ours[name] / theirs[name]:.3f}")
+    share = f"{ours['trained'] / theirs['trained']:.3f}"
+    table.add_row("trained parameters", f"{theirs['trained']:,}", f"{ours['trained']:,}", share)
+    return table
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--output", type=Path, help="folder of step-cpu.json")
+    dtype_option(parser)
+    options = parser.parse_args()
+    use_dtype(options.dtype)
+    torch.manual_seed(0)
+    found = run(options.seconds)
+    Console(width=100).print(view(found))
+    if options.output:
+        write_json(options.output / "step-cpu.json", {**provenance(), "ways": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""`benchmarks/REPORT.md`: every section from its files, verdicts by their definition, nothing where nothing was run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.methods import grid, rows
+from benchmarks.methods.grid import METHODS, TASKS, Cell
+from benchmarks.quantized import readme_table as four_bits_table
+from benchmarks.reporting import __main__ as report
+from benchmarks.reporting import verdicts
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+TASK = TASKS["chain_sum"]
+LOSSES = {("LoRA-SB", 16): 0.40, ("LoRA-SB", 64): 0.30, ("LoRA-SB", 96): 0.31, ("LoRA-XS", 16): 0.50, ("LoRA-XS", 64): 0.31,
+          ("LoRA-XS", 96): 0.20, ("LoRA", 32): 0.30, ("LoRA-SB (sgd)", 96): 0.15,
+          ("LoRA-SB (whole step)", 96): 0.32}  # fmt: skip
+KEPT = {"LoRA-SB": 0.4, "LoRA-SB (sgd)": 0.99}
+
+
+def fill(path: Path) -> None:
+    """A grid in which LoRA-SB is above LoRA-XS at 16, level at 64 and below at 96; seeds are 0.02 apart."""
+    for (method, r), loss in LOSSES.items():
+        start = TASK.rates[METHODS[method].family].start
+        for i, lr in enumerate(start):
+            rows.append(path, row(Cell(TASK.name, "validation", method, r, lr, 0), loss + abs(i - 1)))
+        for seed in grid.SEEDS:
+            rows.append(path, row(Cell(TASK.name, "test", method, r, start[1], seed), loss + 0.02 * (seed - 1)))
+
+
+def row(cell: Cell, loss: float) -> dict[str, Any]:
+    return {**cell.described(), "loss": loss, "score": 1 - loss, "loss_before": 2, "adapter_params": 100 * cell.r,
+            "seconds": 2, "init_seconds": 1, "peak_rss_mb": 3, "version": "abc1234", "machine": "a machine",
+            "date": "2026-01-01", "steps": 75, "energy_grad": KEPT.get(cell.method, "")}  # fmt: skip
+
+
+def test_verdicts(tmp_path: Path) -> None:
+    fill(tmp_path / "methods.csv")
+    there = rows.read(tmp_path / "methods.csv")
+    words = {(v.ours.r, v.measure): v.word for v in verdicts.against_xs(there, TASK.name)}
+    expected = {16: "better", 64: "level", 96: "worse"}
+    assert words == {(r, measure): word for r, word in expected.items() for measure in ("score", "loss")}
+    first = verdicts.against_xs(there, TASK.name)[0]
+    assert (first.gain, first.deviation) == pytest.approx((0.1, 2**0.5 * 0.02))
+    others = verdicts.against_others(there, TASK.name)
+    assert [(v.theirs.method, v.ours.r, v.word) for v in others] == [
+        ("LoRA", 16, "worse"), ("LoRA", 64, "level"), ("LoRA", 96, "level"),
+    ]  # fmt: skip
+
+
+def test_the_page_says_where_the_ordering_does_not_show(tmp_path: Path) -> None:
+    fill(tmp_path / "methods.csv")
+    page = report.compose(tmp_path)
+    assert "#### chain_sum: why not" in page
+    assert "worse than LoRA-XS at equal r in score, r=96" in page
+    assert "score, r=16" not in page
+    assert "LoRA-SB has a loss of 0.310 ± 0.020, with the whole first step as its start 0.320 ± 0.020 (level)" in page
+    assert 'with `update="sgd"` 0.150 ± 0.020 (better). Its factors keep 40.0% of' in page
+    assert "the gradient's own 99.0%" in page
+    assert "abc1234; 2026-01-01" in page
+    low, core = (TASK.rates[family].start[1] for family in (grid.LOW, grid.CORE))
+    assert f"| LoRA | {low:g} |" in page
+    assert "| LoRA-XS | " + ", ".join(f"{core:g} (r={r})" for r in TASK.ranks) + " |" in page
+    assert (tmp_path / "methods.png").is_file()
+    assert (tmp_path / "rates.png").is_file()
+
+
+def test_nothing_run_is_nothing_said(tmp_path: Path) -> None:
+    page = report.compose(tmp_path)
+    assert "why not" not in page.removeprefix(report.HEAD)
+    assert "No card has been measured yet" in page
+    assert "![" not in page
+
+
+def test_the_committed_page_is_what_the_committed_results_give(tmp_path: Path) -> None:
+    shutil.copytree(RESULTS, tmp_path / "results")
+    assert report.compose(tmp_path / "results") == (RESULTS.parent / "REPORT.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_table_is_the_reports() -> None:
+    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert report.into_readme(readme, RESULTS) == readme
+
+
+def test_the_readmes_four_bit_table_is_the_results() -> None:
+    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+    found = json.loads((RESULTS / "four-bits-cpu.json").read_text(encoding="utf-8"))
+    assert [line for line in four_bits_table.table(found)[2:] if line not in readme] == []
+
+
+def test_every_picture_of_the_page_is_there() -> None:
+    page = (RESULTS.parent / "REPORT.md").read_text(encoding="utf-8")
+    named = [part.partition(")")[0] for part in page.split("](results/")[1:]]
+    assert named
+    assert [name for name in named if not (RESULTS / name).is_file()] == []
+
+
+def test_every_file_of_results_says_where_and_when() -> None:
+    with (RESULTS / "methods.csv").open(encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            assert all(line[name] for name in ("version", "machine", "date")), line
+            assert "dirty" not in line["version"], line
+    for path in RESULTS.glob("*.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert found.get("machine") or found.get("machine_info"), path

@@ -1,0 +1,89 @@
+"""The suite's report: every number from the results, nothing from two machines, and whole blocks where they are whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.common.shapes import MODELS
+from benchmarks.layers import suite_report as report
+
+MACHINE = {"device": "cuda", "gpu": "A card", "torch": "2.13", "peft": "0.21"}
+
+
+def stats(p50: float, bare: float) -> dict[str, Any]:
+    ratio = p50 / bare
+    return {
+        "p20": p50,
+        "p50": p50,
+        "p80": p50,
+        "ratio": ratio,
+        "ratio_p20": ratio,
+        "ratio_p80": ratio,
+        "rounds": 9,
+        "peak_bytes": 1,
+        "saved_bytes": 2048,
+    }
+
+
+def case(n: int, ms: tuple[int, ...], direction: str) -> dict[str, Any]:
+    bare = sum(ms) * n / 1e6
+    times = {"bare": bare, "chain": 1.5 * bare, "PEFT LoRA r=32": 1.3 * bare, "ours": 1.25 * bare}
+    times |= {"ours, grouped": 1.2 * bare} if len(ms) > 1 else {}
+    variants = {name: stats(time, bare) for name, time in times.items()}
+    return {
+        "extra_info": {
+            "n": n,
+            "ms": list(ms),
+            "r": 96,
+            "M": 2048,
+            "dtype": "bfloat16",
+            "direction": direction,
+            "variants": variants,
+        }
+    }
+
+
+def results(path: Path, machine: dict[str, Any] = MACHINE, skip: int = 0) -> Path:
+    groups = MODELS["mistral-7b"][skip:]
+    cases = [case(g.n, g.ms, direction) for g in groups for direction in ("forward", "forward+backward")]
+    path.write_text(json.dumps({"machine_info": machine, "benchmarks": cases}))
+    return path
+
+
+def test_tables_csv_and_chart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = results(tmp_path / "card.json")
+    monkeypatch.setattr("sys.argv", ["report", str(path)])
+    report.main()
+    printed = capsys.readouterr().out
+    for word in ("A card", "1.250 (1.25-1.25)", "mistral-7b", "ours takes 0.833x of the chain's time"):
+        assert word in printed
+    lines = (tmp_path / "card.csv").read_text().splitlines()
+    assert lines[0] == ",".join(report.COLUMNS)
+    assert len(lines) == 1 + 2 * (4 + 4 + 5 + 5)
+    assert (tmp_path / "card.png").stat().st_size > 10_000
+
+
+def test_a_block_is_summed_only_where_it_was_measured_whole(tmp_path: Path) -> None:
+    _, rows = report.read([results(tmp_path / "whole.json")])
+    assert report.blocks(rows).row_count == 1
+    _, rows = report.read([results(tmp_path / "part.json", skip=1)])
+    assert report.blocks(rows).row_count == 0
+
+
+def test_results_of_two_machines_are_refused(tmp_path: Path) -> None:
+    paths = [results(tmp_path / "a.json"), results(tmp_path / "b.json", {**MACHINE, "gpu": "Another"})]
+    with pytest.raises(ValueError, match="another machine"):
+        report.read(paths)
+
+
+def test_no_results_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "none.json"
+    path.write_text(json.dumps({"machine_info": MACHINE, "benchmarks": []}))
+    with pytest.raises(ValueError, match="run make bench-gpu or make bench-cpu first"):
+        report.read([path])

@@ -1,0 +1,368 @@
+"""Saving and loading: exact, checked, and whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import tolerances
+import torch
+from models import batches_for, logits, make, patched
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lorasb
+from lorasb.checkpoints.adapter_file import group_by_layer, read_config, read_tensors
+from lorasb.layers.linear import LoRASBLinear
+from lorasb.utils import atomic_files as files
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    patched().save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def edit(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_reload_is_exact(tmp_path: Path, dtype: torch.dtype, low_cpu_mem_usage: bool) -> None:
+    model = patched(dtype=dtype, rank_pattern={"k_proj": 2}, scaling=0.5)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(make("llama", dtype=dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(again), logits(model))
+    want, got = peft.get_peft_model_state_dict(model), peft.get_peft_model_state_dict(again)
+    assert want.keys() == got.keys()
+    assert all(torch.equal(value, got[key]) and value.dtype == got[key].dtype for key, value in want.items())
+
+
+def test_auto_peft_model(tmp_path: Path) -> None:
+    make("llama").save_pretrained(tmp_path / "base")
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = lorasb.patch(base, r=4)
+    lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_transformers_load_adapter(saved: Path, trainable: bool) -> None:
+    model = make("llama")
+    model.load_adapter(str(saved), is_trainable=trainable)
+    assert torch.equal(logits(model), logits(patched()))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("lorasb_R" in name for name in trained)
+    assert bool(trained) == trainable
+    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "lorasb_R" in n)
+    model.train()
+    if trainable:
+        model(**batches_for("llama")[0]).loss.backward()
+        assert all(p.grad is not None for n, p in model.named_parameters() if "lorasb_R" in n)
+
+
+def test_transformers_load_adapter_in_bf16(tmp_path: Path) -> None:
+    want = patched(dtype=torch.bfloat16)
+    want.save_pretrained(tmp_path)
+    model = make("llama", dtype=torch.bfloat16)
+    model.load_adapter(str(tmp_path), is_trainable=True)
+    assert torch.equal(logits(model), logits(want))
+    assert {p.dtype for n, p in model.named_parameters() if "lorasb_R" in n} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if "lorasb_R" not in n} == {torch.bfloat16}
+
+
+def test_further_training_of_a_loaded_adapter(saved: Path) -> None:
+    model = peft.PeftModel.from_pretrained(make("llama"), saved, is_trainable=True).train()
+    before = logits(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(**batches_for("llama")[0]).loss.backward()
+    optimizer.step()
+    assert not torch.equal(logits(model.eval()), before)
+
+
+def test_the_file_holds_the_factors_and_nothing_else(saved: Path) -> None:
+    tensors = load_file(saved / WEIGHTS)
+    layers = group_by_layer(tensors)
+    assert len(layers) == 14
+    assert all(set(parts) == {"lorasb_A", "lorasb_R", "lorasb_B"} for parts in layers.values())
+    assert len(tensors) == 3 * 14
+    config = json.loads((saved / CONFIG).read_text())
+    assert config["peft_type"] == "LORASB"
+    assert config["r"] == 4
+    assert config["init_provenance"]["num_samples"] == 6
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in tiny-llama")
+def test_the_model_card_states_where_the_adapter_comes_from(tmp_path: Path) -> None:
+    model = patched()
+    model.peft_config["default"].base_model_name_or_path = "tiny-llama"
+    model.peft_config["default"].init_provenance["data"] = "six sentences"
+    for _ in range(2):  # saving again replaces the section
+        model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    facts = model.peft_config["default"].init_provenance
+    for value in ("tiny-llama", "six sentences", facts["data_sha256"], "| seed | 0 |", "| η of the simulated step | 0.02 |",
+                  "| init samples | 6 |", f"torch {torch.__version__}", f"lorasb {lorasb.__version__}"):  # fmt: skip
+        assert value in card
+    assert card.count("# A LoRA-SB adapter") == 1
+    assert card.startswith("---\n")
+
+
+def test_an_uninitialised_adapter_is_not_saved(tmp_path: Path) -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    with pytest.raises(ValueError, match=r"has not been initialised .*there is nothing to save.*selected_adapters"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / WEIGHTS).exists()
+
+
+def drop_one(tensors: dict[str, Tensor]) -> None:
+    del tensors["base_model.model.model.layers.1.mlp.up_proj.lorasb_R"]
+
+
+def reshape_one(tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lorasb_R"] = torch.zeros(5, 5)
+
+
+def retype_one(tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lorasb_A"] = torch.zeros(4, 64, dtype=torch.int32)
+
+
+def add_one(tensors: dict[str, Tensor]) -> None:
+    for part in "ARB":
+        tensors[f"base_model.model.model.layers.7.mlp.up_proj.lorasb_{part}"] = torch.zeros(4, 4)
+
+
+def make_plain_lora(tensors: dict[str, Tensor]) -> None:
+    layers = group_by_layer(dict(tensors))
+    tensors.clear()
+    for name in layers:
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.zeros(4, 64)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(64, 4)
+
+
+def halve_one(tensors: dict[str, Tensor]) -> None:
+    key = "base_model.model.model.layers.1.mlp.up_proj.lorasb_R"
+    tensors[key] = tensors[key].bfloat16()
+
+
+def poison_one(tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lorasb_B"][0, 0] = float("nan")
+
+
+DAMAGE = {
+    "R in 16 bits": (
+        halve_one,
+        r"lorasb_R of layer .* is torch\.bfloat16 in the adapter file, expected one of torch\.float32",
+    ),
+    "NaN": (poison_one, r"lorasb_B of layer .* has NaN or Inf values in the adapter file"),
+    "missing": (
+        drop_one,
+        r"has no lorasb_R for layer 'model\.layers\.1\.mlp\.up_proj'.*holds 14 layers, this model has 14",
+    ),
+    "shape": (
+        reshape_one,
+        r"lorasb_R of layer 'model\.layers\.1\.mlp\.up_proj' is \[5, 5\] in the adapter file, expected \[4, 4\]",
+    ),
+    "dtype": (retype_one, r"lorasb_A of layer .* is torch\.int32 in the adapter file, expected one of"),
+    "extra": (add_one, r"has layers that this model does not adapt: model\.layers\.7\.mlp\.up_proj"),
+    "mislabelled": (make_plain_lora, r"holds a plain LoRA .* its configuration says LORASB: it has no R"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_says_what_is_wrong_and_leaves_the_base_as_it_was(saved: Path, name: str) -> None:
+    change, message = DAMAGE[name]
+    edit(saved, change)
+    base = make("llama")
+    answer = logits(base)
+    with pytest.raises(ValueError, match=message):
+        peft.PeftModel.from_pretrained(base, saved)
+    assert not any(isinstance(module, LoRASBLinear) for module in base.modules())
+    assert torch.equal(logits(base), answer)
+
+
+def test_a_failed_load_over_a_trained_adapter_leaves_it(saved: Path) -> None:
+    edit(saved, drop_one)
+    model = patched(r=4)
+    want, names = logits(model), [n for n, p in model.named_parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match="has no lorasb_R"):
+        model.load_adapter(saved, "default")
+    assert torch.equal(logits(model), want)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == names
+
+
+def test_a_failed_second_load_can_be_repeated_once_mended(saved: Path, tmp_path: Path) -> None:
+    whole = (saved / WEIGHTS).read_bytes()
+    edit(saved, drop_one)
+    model = patched()
+    want = logits(model)
+    with pytest.raises(ValueError, match="has no lorasb_R"):
+        model.load_adapter(saved, "second")
+    assert list(model.peft_config) == ["default"]
+    (saved / WEIGHTS).write_bytes(whole)
+    model.load_adapter(saved, "second")
+    model.set_adapter("second")
+    assert torch.equal(logits(model), want)
+
+
+def test_the_order_of_rank_patterns_survives(tmp_path: Path) -> None:
+    model = patched(r=2, rank_pattern={"q_proj": 8, ".*": 4})
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(make("llama"), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_others_may_read_the_files(saved: Path) -> None:
+    assert {oct(path.stat().st_mode & 0o777) for path in saved.iterdir()} == {"0o644"}
+
+
+def test_the_card_of_a_baseline_says_so(tmp_path: Path) -> None:
+    model = lorasb.patch(make("roberta"), r=4, init="lora-xs")
+    lorasb.initialize(model, progress=False)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "LoRA-XS" in card
+    assert "| scaling s | 4 |" in card
+    assert "also trained, and saved whole | classifier" in card
+    assert "More Information Needed" not in card
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_file(saved: Path, share: float) -> None:
+    whole = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(whole[: int(len(whole) * share)])
+    base = make("llama")
+    with pytest.raises(ValueError, match=r"is truncated or damaged: its header promises|is not a safetensors file"):
+        peft.PeftModel.from_pretrained(base, saved)
+    assert not any(isinstance(module, LoRASBLinear) for module in base.modules())
+    with pytest.raises(ValueError, match=r"is truncated or damaged|is not a safetensors file"):
+        read_tensors(saved)
+
+
+def test_the_adapter_of_another_base(saved: Path) -> None:
+    base = make("llama", seed=1)
+    answer = logits(base)
+    with pytest.raises(
+        ValueError, match=r"this base is another one: 16 of 16 sampled weights of .*folder, check_base=False\)"
+    ):
+        peft.PeftModel.from_pretrained(base, saved)
+    assert torch.equal(logits(base), answer)
+    assert not any(isinstance(module, LoRASBLinear) for module in base.modules())
+    with pytest.raises(ValueError, match="this base is another one"):
+        make("llama", seed=1).load_adapter(str(saved))
+    for number, config in enumerate((None, lorasb.LoRASBConfig.from_pretrained(str(saved), check_base=False))):
+        base, again = make("llama", seed=1), saved.parent / f"again-{number}"
+        options = {"check_base": False} if config is None else {"config": config}
+        meant = peft.PeftModel.from_pretrained(base, saved, **options)
+        meant.save_pretrained(again)
+        want = logits(meant)
+        values = json.loads((again / CONFIG).read_text())
+        assert values["base_fingerprint"] is None
+        assert not {"check_base", "init_seed"} & set(values)
+        tolerances.check(logits(peft.PeftModel.from_pretrained(make("llama", seed=1), again)), want, tolerances.EXACT)
+
+
+def test_an_adapter_that_fits_any_base(tmp_path: Path) -> None:
+    patched("llama", check_base=False).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["base_fingerprint"] is None
+    peft.PeftModel.from_pretrained(make("llama", seed=1), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Already found")
+def test_the_adapter_of_a_smaller_base(saved: Path) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=99,
+    )
+    with pytest.raises(ValueError, match="this base is another one"):
+        peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM(config), saved)
+
+
+def test_the_same_base_in_another_precision_is_the_same_base(saved: Path) -> None:
+    peft.PeftModel.from_pretrained(make("llama", dtype=torch.bfloat16), saved)
+
+
+def test_configs_that_cannot_be_read(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected an adapter folder with adapter_config\.json"):
+        read_config(saved / "nothing")
+    values = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps(values | {"peft_type": "LORA"}))
+    with pytest.raises(ValueError, match="holds an adapter of type 'LORA', expected 'LORASB'"):
+        read_config(saved)
+    (saved / CONFIG).write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_config(saved)
+
+
+def test_a_config_of_the_future_is_read_with_a_warning(saved: Path) -> None:
+    values = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps(values | {"warp": 9}))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['warp'\]"):
+        assert lorasb.LoRASBConfig.from_pretrained(str(saved)).r == 4
+
+
+def test_atomic_writes_keep_the_old_file_on_failure(tmp_path: Path) -> None:
+    target = tmp_path / "value.json"
+    files.write_json(target, {"a": 1})
+    with pytest.raises(TypeError):
+        files.write_json(target, {"a": object()})
+    with pytest.raises(ZeroDivisionError), files.replacing(target) as temporary:
+        temporary.write_text(f"{1 / 0}")
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_a_save_killed_half_way_leaves_the_old_adapter_whole(tmp_path: Path) -> None:
+    """Saves over and over in forks of another process, kills them at random moments, and looks at what is there."""
+    code = textwrap.dedent(f"""
+        import os, sys; sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
+        import torch, models
+        torch.set_num_threads(1)
+        model = models.patched(r=16)
+        model.save_pretrained({str(tmp_path)!r})
+        for _ in sys.stdin:
+            child = os.fork()
+            if child == 0: print(os.getpid(), flush=True)
+            while child == 0:
+                with torch.no_grad():
+                    for name, p in model.named_parameters():
+                        if "lorasb_R" in name: p.add_(1.0)
+                model.save_pretrained({str(tmp_path)!r})
+            os.waitpid(child, 0)
+            print("ended", flush=True)
+    """)
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
+        for pause in (0.0, 0.013, 0.031, 0.077):
+            print("again", file=process.stdin, flush=True)
+            child = int(process.stdout.readline())
+            time.sleep(pause)
+            os.kill(child, signal.SIGKILL)
+            assert process.stdout.readline().strip() == "ended"
+            assert len(group_by_layer(read_tensors(tmp_path))) == 14
+            again = peft.PeftModel.from_pretrained(make("llama"), tmp_path)
+            assert isinstance(again, nn.Module)

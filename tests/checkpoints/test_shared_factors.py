@@ -1,0 +1,192 @@
+"""Checkpoints of a run share A and B, and each still loads by itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import tolerances
+import torch
+import transformers
+from models import Rows, logits, make
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lorasb
+from lorasb.checkpoints.shared_factors import FACTORS_NAME, share
+
+STEPS = 3
+
+
+def trainer(
+    folder: Path,
+    steps: int = STEPS,
+    model: nn.Module | None = None,
+    callback: lorasb.InitCallback | None = None,
+    **more: object,
+) -> transformers.Trainer:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, warmup_steps=1, save_strategy="steps",
+        save_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, **more,
+    )  # fmt: skip
+    model = lorasb.patch(make("llama"), r=4) if model is None else model
+    return transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=Rows(),
+        eval_dataset=Rows(),
+        callbacks=[callback or lorasb.InitCallback(num_samples=4)],
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+    """The output folder of a run of three steps, and its model."""
+    folder = tmp_path_factory.mktemp("run")
+    done = trainer(folder)
+    done.train()
+    return folder, done.model.eval()
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lorasb_" in name}
+
+
+def test_a_and_b_are_stored_once(run: tuple[Path, nn.Module]) -> None:
+    folder, model = run
+    files = [folder / f"checkpoint-{step}" / FACTORS_NAME for step in (1, 2, 3)]
+    assert len({os.stat(file).st_ino for file in files}) == 1
+    cores = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lorasb_R" in n)
+    for step in (1, 2, 3):
+        weights = folder / f"checkpoint-{step}" / "adapter_model.safetensors"
+        with safe_open(weights, framework="pt") as reader:
+            keys = set(reader.keys())
+        assert not any("lorasb_A" in key or "lorasb_B" in key for key in keys)
+        assert weights.stat().st_size < cores + 4096
+        assert files[0].stat().st_mode & 0o777 == 0o644
+
+
+def test_every_checkpoint_loads_by_itself(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    folder, model = run
+    for place in (folder / "checkpoint-3", Path(shutil.copytree(folder / "checkpoint-3", tmp_path / "elsewhere"))):
+        again = peft.PeftModel.from_pretrained(make("llama"), place).eval()
+        tolerances.check(logits(again), logits(model), tolerances.EXACT)
+        lorasb.export_lora(place, tmp_path / "lora", quiet=True)
+        plain = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "lora").eval()
+        tolerances.check(logits(plain), logits(model), tolerances.EXPORT)
+    model.load_adapter(folder / "checkpoint-1", "first")
+    model.set_adapter("first")
+    assert (logits(model) - logits(again)).abs().max() > 0
+    model.set_adapter("default")
+
+
+def test_a_run_resumes_from_its_checkpoints(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    folder, model = run
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    for name, value in tensors_of(model).items():
+        if ".first" not in name:
+            tolerances.check(tensors_of(resumed.model)[name], value, tolerances.EXACT)
+    assert (tmp_path / "checkpoint-3" / FACTORS_NAME).stat().st_ino == (
+        tmp_path / "checkpoint-2" / FACTORS_NAME
+    ).stat().st_ino
+
+
+def test_limits_and_the_best_model(tmp_path: Path) -> None:
+    done = trainer(tmp_path, 4, save_total_limit=1, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1)
+    done.train()
+    left = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert len(left) <= 2
+    for name in left:
+        assert peft.PeftModel.from_pretrained(make("llama"), tmp_path / name) is not None
+    best = peft.PeftModel.from_pretrained(make("llama"), done.state.best_model_checkpoint).eval()
+    tolerances.check(logits(done.model.eval()), logits(best), tolerances.EXACT)
+
+
+def test_whole_files_on_request(tmp_path: Path) -> None:
+    trainer(tmp_path, 1, callback=lorasb.InitCallback(num_samples=4, share_factors=False)).train()
+    assert not (tmp_path / "checkpoint-1" / FACTORS_NAME).exists()
+    assert any("lorasb_A" in key for key in load_file(tmp_path / "checkpoint-1" / "adapter_model.safetensors"))
+
+
+def test_without_hard_links(run: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    _, model = run
+    for step in (1, 2):
+        model.save_pretrained(tmp_path / f"checkpoint-{step}", selected_adapters=["default"])
+        share(tmp_path / f"checkpoint-{step}")
+    one, two = (tmp_path / f"checkpoint-{step}" / FACTORS_NAME for step in (1, 2))
+    assert one.read_bytes() == two.read_bytes()
+    assert one.stat().st_ino != two.stat().st_ino
+
+
+def test_factors_that_are_gone_or_damaged(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    folder, _ = run
+    shutil.copytree(folder / "checkpoint-3", tmp_path / "one")
+    (tmp_path / "one" / FACTORS_NAME).unlink()
+    for call in (
+        lambda: peft.PeftModel.from_pretrained(make("llama"), tmp_path / "one"),
+        lambda: lorasb.export_lora(tmp_path / "one", tmp_path / "out"),
+    ):
+        with pytest.raises(ValueError, match=r"holds R alone, and its lorasb_factors\.safetensors"):
+            call()
+    factors = load_file(folder / "checkpoint-3" / FACTORS_NAME)
+    with safe_open(folder / "checkpoint-3" / FACTORS_NAME, framework="pt") as reader:
+        metadata = reader.metadata()
+    next(iter(factors.values()))[0, 0] += 1
+    save_file(factors, tmp_path / "one" / FACTORS_NAME, metadata=metadata)
+    with pytest.raises(ValueError, match="is damaged"):
+        lorasb.export_lora(tmp_path / "one", tmp_path / "out")
+
+
+def test_resuming_from_another_runs_folder_and_under_another_name(tmp_path: Path) -> None:
+    model = lorasb.patch(make("llama"), r=4, adapter_name="mine")
+    trainer(tmp_path / "old", 2, model).train()
+    assert (tmp_path / "old" / "checkpoint-2" / "mine" / FACTORS_NAME).is_file()
+    fresh = lorasb.patch(make("llama"), r=4, adapter_name="mine")
+    resumed = trainer(tmp_path / "new", 3, fresh)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-2"))
+    assert resumed.state.global_step == 3
+    config = peft.PeftConfig.from_pretrained(tmp_path / "old" / "checkpoint-2" / "mine")
+    again = peft.PeftModel.from_pretrained(
+        make("llama"), tmp_path / "old" / "checkpoint-2" / "mine", config=config
+    ).eval()
+    tolerances.check(logits(again), logits(model.eval()), tolerances.EXACT)
+
+
+def test_a_damaged_neighbour_harms_nobody(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    folder, model = run
+    shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-9")
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / FACTORS_NAME).write_bytes(b"cut short")
+    model.save_pretrained(tmp_path / "checkpoint-10", selected_adapters=["default"])
+    share(tmp_path / "checkpoint-10")
+    again = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "checkpoint-10").eval()
+    tolerances.check(logits(again), logits(model), tolerances.EXACT)
+
+
+def test_a_failed_load_leaves_room_for_another(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    folder, _ = run
+    shutil.copytree(folder / "checkpoint-3", tmp_path / "bare")
+    (tmp_path / "bare" / FACTORS_NAME).unlink()
+    model = lorasb.patch(make("llama"), r=4)
+    with pytest.raises(ValueError, match="holds R alone"):
+        model.load_adapter(tmp_path / "bare", "second")
+    model.load_adapter(folder / "checkpoint-3", "second")
+    assert set(model.peft_config) == {"default", "second"}
+
+
+def test_a_loader_that_reads_one_file_is_told(run: tuple[Path, nn.Module]) -> None:
+    folder, _ = run
+    model = make("llama")
+    model.load_adapter(folder / "checkpoint-3")
+    with pytest.raises(ValueError, match="holds R alone"):
+        logits(model)

@@ -1,0 +1,269 @@
+"""The C++ extension itself: that it is there, its instruction sets, and that nothing it is given makes it read past an end."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from storages import bits_of, exact, storage
+from tolerances import check, fp32
+
+import lorasb
+from lorasb.backends import cpp
+from lorasb.backends.eager import weight_gradient as eager_gradients
+from lorasb.ops.weight_gradient import BAD, SQUARES, ZEROS
+from lorasb.quantization.quantized_weight import QuantisedWeight
+
+ROOT = Path(__file__).parents[2]
+CASES = int(os.environ.get("LORASB_FUZZ_CASES", "10000"))
+built = pytest.mark.skipif(cpp.missing() is not None, reason="no C++ extension")
+
+
+@pytest.mark.skipif(
+    shutil.which("c++") is None or os.environ.get(cpp.DISABLE) == "1", reason="no C++ compiler, or left out"
+)
+def test_the_extension_is_loaded_where_a_compiler_is() -> None:
+    assert cpp.missing() is None
+
+
+def test_without_the_extension_everything_works_and_one_line_says_so() -> None:
+    code = (
+        "import logging; logging.basicConfig(level=logging.INFO); import torch, lorasb\n"
+        "from lorasb.quantizing import quantize_4bit; from lorasb.quantised import of_state\n"
+        "from lorasb.functional import dequantize_nf4, quantised_linear\n"
+        "w = of_state(*quantize_4bit(torch.randn(8, 64)))\n"
+        "print(quantised_linear(torch.ones(2, 64), w).sub(dequantize_nf4(w).sum(1)).abs().max().item() < 1e-4)\n"
+        "try:\n    lorasb.backend('cpp').__enter__()\nexcept RuntimeError as error:\n    print(error)\n"
+    )
+    environment = {**os.environ, cpp.DISABLE: "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "True" in done.stdout
+    assert "backend 'cpp' is not available" in done.stdout
+    assert done.stderr.count("C++ kernels: LORASB_NO_CSRC=1") == 1
+
+
+@built
+def test_instruction_sets_are_chosen_at_run_time() -> None:
+    assert cpp.instruction_sets()[-1] == "portable"
+    assert cpp.instruction_set() == cpp.instruction_sets()[0]
+    for name in cpp.instruction_sets():
+        cpp.use_instruction_set(name)
+        assert cpp.instruction_set() == name
+    cpp.use_instruction_set("")
+    with pytest.raises(ValueError, match="expected one of"):
+        cpp.use_instruction_set("MMX")
+
+
+@built
+def test_the_instruction_set_can_be_capped() -> None:
+    code = "from lorasb.backends import cpp; print(cpp.instruction_sets(), cpp.serves(__import__('torch').bfloat16))"
+    done = [
+        subprocess.run([sys.executable, "-c", code], env=os.environ | {cpp.CAP: cap}, capture_output=True, text=True)
+        for cap in ("portable", "mmx")
+    ]
+    assert done[0].stdout.strip() == "['portable'] True"
+    assert (
+        "ValueError: expected LORASB_MAX_CPU_ISA to be one of amx, avx512_bf16, avx512, avx2, portable, got 'mmx'"
+        in (done[1].stderr)
+    )
+
+
+@built
+def test_threads_are_torchs_own() -> None:
+    code = (
+        "import torch, lorasb.backends; from pathlib import Path\n"
+        "from lorasb.quantizing import quantize_4bit; from lorasb.quantised import of_state; from lorasb.functional import dequantize_nf4\n"
+        "threads = lambda: len(list(Path('/proc/self/task').iterdir()))\n"
+        "w = of_state(*quantize_4bit(torch.randn(2048, 2048)))\n"
+        "torch.set_num_threads(3); torch.randn(1 << 22).sum(); before = threads()\n"
+        "dequantize_nf4(w); print(threads() - before)\n"
+        "torch.set_num_threads(1); import resource\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
+
+
+@built
+@pytest.mark.parametrize("name", cpp.instruction_sets() if cpp.missing() is None else [])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradient_sums(name: str, dtype: torch.dtype) -> None:
+    cpp.use_instruction_set(name)
+    g = torch.Generator().manual_seed(0)
+    for M, m, n in ((0, 5, 7), (1, 1, 1), (3, 7, 33), (64, 50, 96), (65, 67, 130)):
+        dy, x = (torch.randn(M, k, generator=g).to(dtype) for k in (m, n))
+        total = torch.full((m, n), float("nan"), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.ops.lorasb.gradient_add_cpp(dy, x, total, True)
+        torch.ops.lorasb.gradient_add_cpp(dy, x, total, False)
+        want = 2 * (dy.double().t() @ x.double())
+        check(total, want, fp32(max(1, 2 * M)))
+        words, nonzero, counts = torch.ops.lorasb.gradient_signs_cpp(dy, x, None, True)
+        theirs = eager_gradients.gradient_signs(dy[:0], x[:0], total.float() / 2, False)
+        if M:
+            clear = (want.abs() > 1e-4).all()
+            assert not clear or torch.equal(words, theirs[0])
+        assert int(counts[ZEROS]) == int(theirs[2][ZEROS])
+        assert int(counts[BAD]) == 0
+        check(counts[SQUARES], (want / 2).square().sum(), fp32(max(1, M * n)))
+        assert torch.equal(nonzero, theirs[1])
+    cpp.use_instruction_set("")
+
+
+@built
+def test_signs_zeros_and_what_is_not_finite() -> None:
+    total = torch.tensor([[1.0, -2.0, 0.0, -0.0, float("nan"), float("inf"), -float("inf")] * 9])
+    for name in cpp.instruction_sets():
+        cpp.use_instruction_set(name)
+        found = torch.ops.lorasb.gradient_signs_cpp(torch.empty(0, 1), torch.empty(0, 63), total.clone(), False)
+        want = eager_gradients.gradient_signs(torch.empty(0, 1), torch.empty(0, 63), total.clone(), False)
+        assert torch.equal(found[0], want[0])
+        assert torch.equal(found[1], want[1])
+        assert found[2][1:].tolist() == want[2][1:].tolist() == [18, 27]
+    cpp.use_instruction_set("")
+
+
+def _random_call(rng: random.Random) -> tuple[str, tuple]:
+    """Arguments that fit together, or nearly: one of them may be of another size, dtype, place or value."""
+    m, n, r, M = rng.randint(0, 70), rng.randint(0, 140), rng.randint(0, 9), rng.choice([0, 1, 2, 5, 9, 90])
+    block = rng.choice([2, 32, 64, 128, 4096])
+    count = m * n
+    blocks = -(-count // block)
+    quant = [torch.randint(0, 256, (-(-count // 2),), dtype=torch.uint8), torch.rand(blocks), torch.rand(16)]
+    if rng.random() < 0.4:
+        quant[1] = torch.randint(0, 256, (blocks,), dtype=torch.uint8)
+        quant += [torch.rand(-(-blocks // 256)), torch.rand(256), torch.rand(1)]
+    elif rng.random() < 0.2:
+        quant = [torch.randint(-127, 128, (m, n), dtype=torch.int8), torch.rand(m)]
+    layout = [block, 256, rng.choice([0, 1, 2])]
+    dtype = rng.choice([torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    x, a, b = torch.randn(M, n).to(dtype), torch.randn(r, n).to(dtype), torch.randn(m, r).to(dtype)
+    core, bias = torch.randn(r, r), rng.choice([None, torch.randn(m).to(dtype)])
+    if rng.random() < 0.6:
+        i = rng.randrange(len(quant))
+        harm = rng.choice(["shorter", "longer", "dtype", "strided", "gone", "layout"])
+        if harm == "shorter":
+            quant[i] = quant[i].reshape(-1)[: max(0, quant[i].numel() - rng.randint(1, 40))]
+        elif harm == "longer":
+            quant[i] = torch.cat((quant[i].reshape(-1), quant[i].reshape(-1)[:1], torch.zeros(1, dtype=quant[i].dtype)))
+        elif harm == "dtype":
+            quant[i] = quant[i].to(rng.choice([torch.float64, torch.int32, torch.uint8, torch.int8]))
+        elif harm == "strided":
+            quant[i] = torch.stack((quant[i].reshape(-1),) * 2, 1)[:, 0]
+        elif harm == "gone":
+            quant.pop(i)
+        else:
+            layout = rng.choice(
+                [[0, 256, 0], [-64, 256, 0], [63, 256, 1], [64, 0, 0], [64, -1, 2], [64, 256, 7], [64, 256], []]
+            )
+    if rng.random() < 0.2:
+        m, n = rng.choice([(-1, n), (m, -5), (2**40, 2**40), (m + 1, n)])
+        return "dequantise", (quant, layout, m, n, dtype)
+    if rng.random() < 0.2:
+        return "dequantise", (quant, layout, m, n, rng.choice([dtype, torch.int32, torch.complex64]))
+    if rng.random() < 0.2:
+        x = rng.choice([x[:, :-1], x.to(torch.int32), x[..., None], torch.tensor(1.0)])
+    if rng.random() < 0.3:
+        factors = rng.choice([(a, core, b), (None, None, None), (a, None, b)])
+        return "serve_quantised", (x, quant, layout, rng.choice([m, m + 1]), n, *factors, bias, 0.5)
+    if rng.random() < 0.5:
+        return "linear_quantised", (x, quant, layout, a, core, b, bias, 0.5, 0.0, None)
+    dy, u = torch.randn(M, m).to(dtype), torch.randn(rng.choice([M, M + 1]), r).to(dtype)
+    return "linear_quantised_backward", (
+        dy,
+        quant,
+        layout,
+        a,
+        core,
+        b,
+        u,
+        0.5,
+        0.0,
+        None,
+        rng.random() < 0.8,
+        rng.random() < 0.8,
+    )
+
+
+@built
+def test_ten_thousand_random_calls_end_in_a_result_or_an_error() -> None:
+    rng, outcomes, names = random.Random(0), {"result": 0, "error": 0}, cpp.instruction_sets()
+    torch.manual_seed(0)
+    for case in range(CASES):
+        if case % 500 == 0:
+            cpp.use_instruction_set(names[case // 500 % len(names)])
+        op, arguments = _random_call(rng)
+        try:
+            getattr(torch.ops.lorasb, f"{op}_cpp")(*arguments)
+            outcomes["result"] += 1
+        except (ValueError, TypeError, RuntimeError):
+            outcomes["error"] += 1
+    cpp.use_instruction_set("")
+    assert min(outcomes.values()) > CASES // 10, outcomes
+
+
+@built
+def test_nothing_past_the_end_of_a_mapping_is_read(tmp_path: Path) -> None:
+    """Tensors that end where a page ends: reading one byte more stops the process."""
+    code = """
+import ctypes, mmap, torch
+from lorasb.backends import cpp
+from lorasb.quantizing import code
+from storages import storage
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+def at_the_end(t):
+    size = t.numel() * t.element_size()
+    room = -(-size // 4096) * 4096
+    start = libc.mmap(None, room + 4096, 3, 0x22, -1, 0)
+    assert libc.mprotect(start + room, 4096, 0) == 0
+    raw = (ctypes.c_char * size).from_address(start + room - size)
+    new = torch.frombuffer(raw, dtype=t.dtype, count=t.numel()).view(t.shape)
+    new.copy_(t)
+    return new
+for name in cpp.instruction_sets():
+    cpp.use_instruction_set(name)
+    for m, n in ((3, 64), (7, 192), (33, 128), (5, 96), (59, 123)):
+        for block in (32, 64, 128):
+            for nested in (False, True):
+                for dtype in (torch.float32, torch.bfloat16):
+                    w = storage(m, n, 'nf4', block, nested, dtype)
+                    quant = [at_the_end(t) for t in w.tensors]
+                    torch.ops.lorasb.dequantise_cpp(quant, w.layout(dtype), m, n, dtype)
+                    for M in (1, 5, 100):
+                        x, dy = at_the_end(torch.randn(M, n).to(dtype)), at_the_end(torch.randn(M, m).to(dtype))
+                        a, b, core = at_the_end(torch.randn(3, n).to(dtype)), at_the_end(torch.randn(m, 3).to(dtype)), at_the_end(torch.randn(3, 3))
+                        y, u = torch.ops.lorasb.linear_quantised_cpp(x, quant, w.layout(dtype), a, core, b, None, 1.0, 0.0, None)
+                        torch.ops.lorasb.linear_quantised_backward_cpp(dy, quant, w.layout(dtype), a, core, b, u, 1.0, 0.0, None, True, True)
+                        torch.ops.lorasb.gradient_signs_cpp(dy, x, None, True)
+    for m, n in ((3, 64), (33, 128), (59, 123), (130, 17)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for M in (1, 5, 100):
+                x, dy, w = (at_the_end(torch.randn(size).to(dtype)) for size in ((M, n), (M, m), (m, n)))
+                a, b, core = at_the_end(torch.randn(3, n).to(dtype)), at_the_end(torch.randn(m, 3).to(dtype)), at_the_end(torch.randn(3, 3))
+                y, u = torch.ops.lorasb_csrc.dense_linear(x, w, a, core, b, None, 1.0, 0.0, None)
+                torch.ops.lorasb_csrc.dense_linear_backward(dy, w, a, core, b, at_the_end(u), 1.0, 0.0, None, True, True)
+print('whole')
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip().endswith("whole"), done.stderr[-2000:]
+
+
+@built
+def test_weights_with_nan_scales_spoil_nothing_else() -> None:
+    weight = storage(8, 128, dtype=torch.float32)
+    scales = weight.tensors[1].clone()
+    scales[2] = float("nan")
+    spoiled = QuantisedWeight([weight.tensors[0], scales, weight.tensors[2]], weight.shape, weight.dtype, "nf4", 64)
+    with lorasb.backend("cpp"):
+        dense = torch.ops.lorasb.dequantise_cpp(spoiled.tensors, spoiled.layout(torch.float32), 8, 128, torch.float32)
+    clean = torch.isfinite(dense)
+    assert torch.equal(bits_of(dense)[clean], bits_of(exact(weight, torch.float32))[clean])
+    assert int((~clean).sum()) == 64

@@ -1,0 +1,132 @@
+"""Several processes: bitwise agreement between ranks, and one process's result from two, plain and under FSDP2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tolerances
+import torch
+from models import make
+from torch.utils.data import DataLoader, DistributedSampler
+from two_ranks import SAMPLES
+
+import lorasb
+from lorasb.init.factors.sign_cache import read
+from lorasb.init.sampling import select, without_repeats
+
+SCRIPT = Path(__file__).parents[1] / "support" / "two_ranks.py"
+Found = dict[str, dict[str, Any]]
+ALL = [
+    "even",
+    "uneven",
+    "empty",
+    "accumulate",
+    "cached",
+    "again",
+    "sharded",
+    "sharded uneven",
+    "sharded accumulate",
+    "accumulate empty",
+    "accumulate budget",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks left what they found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [*command, str(SCRIPT), str(folder)], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Found:
+    """What they found, by case."""
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def alone() -> Any:
+    """The report of one process."""
+    return lorasb.initialize(lorasb.patch(make("llama"), r=4), SAMPLES, lr=1e-3, progress=False)
+
+
+@pytest.mark.parametrize("case", [*ALL, "stability", "stability empty", "sgd", "some", "stream"])
+def test_ranks_agree_to_the_bit(found: Found, case: str) -> None:
+    first, second = found[case]["digests"]
+    assert first == second
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_two_processes_find_what_one_finds(found: Found, case: str, alone: Any) -> None:
+    case_found = found[case]
+    assert case_found["num_samples"] == alone.num_samples == 5
+    assert case_found["loss"] == pytest.approx(alone.loss, rel=1e-6)
+    for kind in ("energy_sign", "energy_grad"):
+        mine = torch.tensor(case_found[kind], dtype=torch.float64)
+        theirs = torch.tensor([getattr(layer, kind) for layer in alone.layers], dtype=torch.float64)
+        tolerances.check(mine, theirs, tolerances.RANKS)
+
+
+def test_signs_are_one_processes(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "alone.safetensors"
+    lorasb.initialize(lorasb.patch(make("llama"), r=4), SAMPLES, lr=1e-3, cache=path, progress=False)
+    ours, theirs = read(folder / "signs.safetensors")[0], read(path)[0]
+    assert set(ours) == set(theirs)
+    differ = sum(int((ours[name].bits.unpack() != theirs[name].bits.unpack()).sum()) for name in ours)
+    total = sum(layer.bits.shape[0] * layer.bits.shape[1] for layer in ours.values())
+    assert differ <= tolerances.SIGN_MISMATCH * total
+
+
+def test_strategies_and_counts(found: Found) -> None:
+    strategies = {case: values["strategy"] for case, values in found.items() if "strategy" in values}
+    assert strategies.pop("accumulate") == strategies.pop("sharded accumulate") == "accumulate"
+    assert strategies.pop("accumulate empty") == strategies.pop("accumulate budget") == "accumulate"
+    assert strategies.pop("again") == "cache"
+    assert set(strategies.values()) == {"layerwise"}
+    assert found["some"]["num_samples"] == found["stream"]["num_samples"] == 3
+    assert 0 < found["stability"]["stability"] <= 1
+
+
+def test_errors_are_raised_by_all_ranks(found: Found) -> None:
+    assert all("num_samples=9, but the batches hold 5 samples" in error for error in found["too many"]["errors"])
+    first, second = found["broken"]["errors"]
+    assert "initialisation failed on rank 1" in first
+    assert "share their first dimension" in second
+    assert all(
+        "is inf" in error or "NaN or Inf" in error or "rank 1" in error for error in found["not finite"]["errors"]
+    )
+
+
+def test_repeats_of_a_distributed_sampler_are_dropped() -> None:
+    data = [{"x": torch.tensor([i])} for i in range(7)]
+    seen = []
+    for rank in range(3):
+        loader = DataLoader(data, batch_size=2, sampler=DistributedSampler(data, 3, rank, shuffle=True, seed=4))
+        seen += [int(value) for batch in without_repeats(loader) for value in batch["x"]]
+    assert sorted(seen) == list(range(7))
+
+
+@pytest.mark.parametrize(("size", "count", "ranks"), [(2, 9, 2), (4, 10, 3), (3, 2, 2), (2, 8, 2)])
+def test_repeats_of_accelerates_loaders_are_dropped(size: int, count: int, ranks: int) -> None:
+    from accelerate.data_loader import prepare_data_loader
+
+    loader = DataLoader([{"x": torch.tensor([i])} for i in range(count)], batch_size=size)
+    seen = []
+    for rank in range(ranks):
+        share = prepare_data_loader(loader, num_processes=ranks, process_index=rank, put_on_device=False)
+        samples = select(share, None, seed=0)
+        samples.several = True
+        seen += [int(value) for batch in samples for value in batch["x"]]
+    assert sorted(seen) == list(range(count))

@@ -1,0 +1,236 @@
+"""Training over several processes: what one process gets, on every engine; a killed run goes on from its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tolerances
+import torch
+import train_ranks
+import trainer_ranks
+from models import make, text
+from peft import PeftModel
+from train_ranks import WAYS
+
+import lorasb
+
+SUPPORT = Path(__file__).parents[1] / "support"
+CONFIGS = Path(__file__).parents[2] / "docs" / "accelerate"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
+ENVIRONMENT["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for GPUs first
+WRAP = ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+KILLED_AFTER = 5  # steps, of which every second is saved
+
+
+def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run Python to its end, whatever that is."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def torchrun(size: int) -> list[object]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size]
+
+
+def accelerate(config: str, size: int = 2) -> list[object]:
+    wrap = WRAP if config == "fsdp2.yaml" else []
+    return ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / config, *wrap, "--num_processes", size]
+
+
+def finish(*arguments: object) -> None:
+    done = python(*arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# Plain loops
+
+
+@pytest.fixture(scope="module")
+def loops(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where one process and two left what they found, each way."""
+    folder = tmp_path_factory.mktemp("loops")
+    for way in WAYS:
+        (folder / f"{way}.1.json").write_text(json.dumps(train_ranks.train(way, 0, 1)))
+    finish(*torchrun(2), SUPPORT / "train_ranks.py", folder, *WAYS)
+    return folder
+
+
+def check_loops(folder: Path, way: str, size: int) -> None:
+    """Equal starts, steps and losses; the sums over ranks are taken in another order."""
+    alone, several = (json.loads((folder / f"{way}.{count}.json").read_text()) for count in (1, size))
+    assert several["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert alone["losses"][-1] != pytest.approx(alone["losses"][0], rel=1e-5)
+    for part, bound in (("start", tolerances.PROCESS_SUMS), ("moved", tolerances.STEPS)):
+        assert alone[part].keys() == several[part].keys()
+        for name, value in alone[part].items():
+            want = torch.tensor(value)
+            largest = want.abs().max()
+            tolerances.check(torch.tensor(several[part][name]) / largest, want / largest, bound)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_ranks_train_as_one_process(loops: Path, way: str) -> None:
+    check_loops(loops, way, 2)
+
+
+@pytest.mark.long
+def test_four_ranks_train_as_one_process(loops: Path) -> None:
+    finish(*torchrun(4), SUPPORT / "train_ranks.py", loops, *WAYS)
+    for way in WAYS:
+        check_loops(loops, way, 4)
+
+
+# Trainer
+
+
+def train(start: list[object], folder: Path, *options: object) -> dict[str, Any]:
+    """A run of tests/support/trainer_ranks.py, in this process where nothing starts others, and what it found."""
+    if start:
+        finish(*start, SUPPORT / "trainer_ranks.py", folder, *options)
+    else:
+        trainer_ranks.run(folder, trainer_ranks.parse([folder, *options]))
+    return found_in(folder)
+
+
+def found_in(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return found
+
+
+def kill(start: list[object], folder: Path, *options: object) -> None:
+    """A run that loses a rank between two checkpoints."""
+    done = python(*start, SUPPORT / "trainer_ranks.py", folder, "--kill", KILLED_AFTER, *options)
+    assert done.returncode != 0
+    assert not (folder / "found.json").exists()
+
+
+def train_and_kill(start: list[object], folder: Path, cut: Path, *options: object) -> dict[str, Any]:
+    """A whole run and, by the same processes, one more that loses a rank between two checkpoints."""
+    done = python(*start, SUPPORT / "trainer_ranks.py", folder, "--cut", cut, "--kill", KILLED_AFTER, *options)
+    assert done.returncode != 0
+    assert (folder / "found.json").exists(), done.stderr[-3000:]
+    assert not (cut / "found.json").exists()
+    return found_in(folder)
+
+
+def factors(adapter: Path, bits: int = 16, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """All A, R and B of a saved adapter, loaded by one process."""
+    base: Any = make("llama", dtype=dtype)
+    model = PeftModel.from_pretrained(lorasb.quantize(base) if bits == 4 else base, adapter)
+    model(**text(1, 5, 0))  # refused where a layer is not initialised
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lorasb_" in name}
+
+
+def same_factors(first: Path, second: Path, bound: tolerances.Tolerance, **options: Any) -> None:
+    ours, theirs = factors(first, **options), factors(second, **options)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        largest = theirs[name].abs().max()
+        tolerances.check(value / largest, theirs[name] / largest, bound)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def alone(runs: Path) -> dict[str, Any]:
+    """One process, the whole of training."""
+    return train([], runs / "alone")
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Path, alone: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Two processes, the whole of training and a killed one, by the configuration files that the project ships."""
+    return {
+        name: train_and_kill(accelerate(f"{name}.yaml"), runs / name, runs / f"{name} killed")
+        for name in ("ddp", "fsdp2")
+    }
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_trainer_gets_what_one_process_gets(engine: str, runs: Path, alone: Any, whole: Any) -> None:
+    found = whole[engine]
+    assert found["size"] == 2
+    assert found["initialised"]
+    assert found["sharded"] == (engine == "fsdp2")
+    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    same_factors(runs / engine / "adapter", runs / "alone" / "adapter", tolerances.STEPS)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_killed_rank_leaves_whole_checkpoints_and_training_goes_on(engine: str, runs: Path, whole: Any) -> None:
+    start = torchrun(2) if engine == "ddp" else accelerate("fsdp2.yaml")
+    folder = runs / f"{engine} killed"
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    for step in (2, 4):
+        same_factors(folder / f"checkpoint-{step}", runs / engine / f"checkpoint-{step}", tolerances.EXACT)
+    again = runs / f"{engine} again"
+    shutil.copytree(folder, again)
+    found = train(start, again, "--resume")
+    assert not found["initialised"]
+    assert found["losses"][-2:] == whole[engine]["losses"][-2:]
+    same_factors(again / "adapter", runs / engine / "adapter", tolerances.EXACT)
+
+
+def test_a_run_of_two_goes_on_alone(runs: Path, whole: Any) -> None:
+    folder = runs / "ddp alone again"
+    shutil.copytree(runs / "ddp killed", folder)
+    found = train([], folder, "--resume")
+    assert found["size"] == 1
+    assert found["losses"][-1] == pytest.approx(whole["ddp"]["losses"][-1], rel=1e-4)
+    same_factors(folder / "adapter", runs / "ddp" / "adapter", tolerances.STEPS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("bits", "dtype"), [(16, "bfloat16"), (4, "float32"), (4, "bfloat16")])
+def test_a_killed_shard_goes_on_in_16_and_4_bits(bits: int, dtype: str, runs: Path) -> None:
+    options = ["--bits", bits, "--dtype", dtype]
+    cut, full = runs / f"cut {bits} {dtype}", runs / f"full {bits} {dtype}"
+    whole = train(accelerate("fsdp2.yaml"), full, *options)
+    kill(accelerate("fsdp2.yaml"), cut, *options)
+    assert train(accelerate("fsdp2.yaml"), cut, "--resume", *options)["losses"][-2:] == whole["losses"][-2:]
+    assert whole["sharded"]
+    same_factors(cut / "adapter", full / "adapter", tolerances.EXACT, bits=bits, dtype=getattr(torch, dtype))
+
+
+@pytest.mark.long
+def test_trainer_on_four_ranks(runs: Path, alone: Any) -> None:
+    for engine, start in (("ddp", torchrun(4)), ("fsdp2", accelerate("fsdp2.yaml", 4))):
+        found = train(start, runs / f"{engine} of four")
+        assert found["size"] == 4
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        same_factors(runs / f"{engine} of four" / "adapter", runs / "alone" / "adapter", tolerances.STEPS)
+
+
+def test_factors_that_are_parted_are_not_left_out_of_a_file(tmp_path: Path) -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    lorasb.initialize(model, [text(1, 12, 0)], lr=1e-3, progress=False)
+    factor = next(p for name, p in model.named_parameters() if "lorasb_A" in name)
+    factor.ds_id, factor.data = 1, torch.empty(0)  # as ZeRO-3 leaves it
+    with pytest.raises(ValueError, match=r"parted among processes.*InitCallback"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_gets_what_one_process_gets_and_goes_on(stage: int, runs: Path) -> None:
+    pytest.importorskip("deepspeed", reason="make test-all installs it")
+    alone = train([], runs / "first", "--first")
+    start, whole, cut = accelerate(f"zero{stage}.yaml"), runs / f"zero{stage}", runs / f"zero{stage} cut"
+    found = train(start, whole, "--first")
+    assert found["size"] == 2
+    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    same_factors(whole / "adapter", runs / "first" / "adapter", tolerances.STEPS)
+    kill(start, cut, "--first")
+    assert train(start, cut, "--first", "--resume")["losses"][-2:] == found["losses"][-2:]
+    same_factors(cut / "adapter", whole / "adapter", tolerances.EXACT)

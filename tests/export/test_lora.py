@@ -1,0 +1,129 @@
+"""The plain-LoRA export: the same function, in a process that has never heard of lorasb."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import tolerances
+import torch
+from models import batches_for, logits, make, patched
+from safetensors.torch import load_file, save_file
+
+import lorasb
+from lorasb.export.lora import serve_command
+
+SMALLER = {"llama": "k_proj", "roberta": "key", "gpt2": "c_proj"}
+STOCK = """
+    import sys, torch
+    from pathlib import Path
+    sys.modules["lorasb"] = None  # an import of it would raise
+    from safetensors.torch import load_file, save_file
+    import peft, transformers
+    for folder in map(Path, sys.argv[1:]):
+        classes = folder.name == "roberta"
+        auto = transformers.AutoModelForSequenceClassification if classes else transformers.AutoModelForCausalLM
+        model = peft.PeftModel.from_pretrained(auto.from_pretrained(folder / "base"), folder / "lora").eval()
+        assert type(model.base_model).__name__ == "LoraModel"
+        with torch.no_grad():
+            found = model(**load_file(folder / "batch.safetensors")).logits
+        save_file({"logits": found.contiguous()}, folder / "out.safetensors")
+"""
+
+
+def exported(family: str) -> torch.nn.Module:
+    """A patched model of two ranks and a scaling."""
+    return patched(family, rank_pattern={SMALLER[family]: 2}, scaling=0.5)
+
+
+@pytest.fixture(scope="module")
+def stock_peft(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The logits of base + exported adapter of every family, in one process of its own."""
+    folders = {family: tmp_path_factory.mktemp("stock") / family for family in SMALLER}
+    for family, folder in folders.items():
+        make(family).save_pretrained(folder / "base")
+        lorasb.export_lora(exported(family), folder / "lora", quiet=True)
+        save_file(batches_for(family, count=1)[0], folder / "batch.safetensors")
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(STOCK), *map(str, folders.values())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {family: load_file(folder / "out.safetensors")["logits"] for family, folder in folders.items()}
+
+
+@pytest.mark.parametrize("family", SMALLER)
+def test_stock_peft_computes_the_same(family: str, stock_peft: dict[str, torch.Tensor]) -> None:
+    want = logits(exported(family), family)
+    assert (want - logits(make(family), family)).abs().max() > 1e-3
+    tolerances.check(stock_peft[family], want, tolerances.EXPORT)
+
+
+def test_folder_and_model_give_the_same_export(tmp_path: Path) -> None:
+    model = patched(init="update", scaling=2.0)
+    model.save_pretrained(tmp_path / "adapter")
+    lorasb.export_lora(model, tmp_path / "one", quiet=True)
+    lorasb.export_lora(tmp_path / "adapter", tmp_path / "two", quiet=True)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+def test_one_rank_padded_with_zeros(tmp_path: Path) -> None:
+    model = patched(r=4, rank_pattern={"k_proj": 2})
+    lorasb.export_lora(model, tmp_path, quiet=True)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 4)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {t.shape[0] for k, t in tensors.items() if "lora_A" in k} == {4}
+    key = "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"
+    assert tensors[key][:2].any()
+    assert not tensors[key][2:].any()
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+
+
+def test_merged_lora_equals_merged_lora_sb(tmp_path: Path) -> None:
+    model = patched(scaling=0.25)
+    lorasb.export_lora(model, tmp_path, quiet=True)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for name, module in model.named_modules():
+        if isinstance(module, lorasb.LoRASBLinear):
+            product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+            tolerances.check(product, module.get_delta_weight("default"), tolerances.EXPORT)
+
+
+@pytest.mark.parametrize(
+    ("rank", "shown"), [(1, 1), (4, 8), (16, 16), (17, 32), (64, 64), (96, 128), (256, 256), (300, 320)]
+)
+def test_the_serving_command_has_a_rank_that_vllm_takes(rank: int, shown: int) -> None:
+    command = serve_command("base", Path("lora"), rank)
+    assert command == f"vllm serve base --enable-lora --max-lora-rank {shown} --lora-modules adapter=lora"
+
+
+def test_a_rank_above_vllms_largest() -> None:
+    assert "merge the adapter instead" in serve_command("base", Path("lora"), 513)
+
+
+def test_the_command_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lorasb.export_lora(patched(r=4), tmp_path)
+    assert "--max-lora-rank 8" in capsys.readouterr().out
+    assert "--max-lora-rank 8" in (tmp_path / "README.md").read_text()
+
+
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"call model = lorasb\.patch\(model\) first"):
+        lorasb.export_lora(make("llama"), tmp_path / "a")
+    with pytest.raises(ValueError, match="there is nothing to save"):
+        lorasb.export_lora(lorasb.patch(make("llama"), r=4), tmp_path / "a")
+    with pytest.raises(ValueError, match="no layer has an adapter 'other'"):
+        lorasb.export_lora(patched(), tmp_path / "a", adapter_name="other")
+    model = patched()
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].mlp.up_proj.lorasb_R["default"].fill_(1e30)
+    with pytest.raises(
+        ValueError, match=r"layer 'model\.layers\.0\.mlp\.up_proj' has values that are not finite in torch\.float16"
+    ):
+        lorasb.export_lora(model, tmp_path / "a", dtype=torch.float16)
+    assert not (tmp_path / "a").exists()

@@ -1,0 +1,231 @@
+"""Which models are stacks of blocks, what shows that one is none, and layers that no sample reaches."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import tolerances
+import torch
+import transformers
+from gradients import autograd_sums, factors, library_sums
+from mixtures import Mixture
+from models import Batch, make, text
+from torch import Tensor, nn
+
+import lorasb
+from lorasb.init.gradients.block_stack import NotAStackError, find_stack
+
+
+def test_an_encoder_decoder_is_a_stack_and_a_pass() -> None:
+    """Blocks of T5 share a bias that no target decides; the encoder's layers take a pass through the whole model."""
+    batches = [text(1, 8, seed) for seed in range(2)]
+    want = autograd_sums("t5", batches)
+    for strategy in ("auto", "accumulate"):
+        got, report = library_sums(lorasb.patch(make("t5"), r=3), batches, strategy=strategy)
+        assert report.strategy == ("layerwise" if strategy == "auto" else "accumulate")
+        assert {name.partition(".")[0] for name in got} == {"encoder", "decoder"}
+        for name, gradient in got.items():  # the encoder's output gathers its gradients in another order
+            scale = want[name].abs().max()
+            tolerances.check(gradient / scale, want[name] / scale, tolerances.BATCHING)
+
+
+def test_the_router_of_a_mixture_has_a_loss_of_its_own() -> None:
+    """transformers catches router logits by hooks: a gradient comes to hidden states that no block returns."""
+    config = transformers.MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=99, num_local_experts=4, pad_token_id=0, output_router_logits=True, router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    batches = [text(1, 8, seed) for seed in range(2)]
+    for aux in (True, False):
+        config.output_router_logits = aux
+        torch.manual_seed(0)
+        plain = transformers.MixtralForCausalLM(config).eval()
+        model = lorasb.patch(copy.deepcopy(plain), r=3, target_modules=["q_proj", "o_proj"])
+        for batch in batches:
+            plain(**batch).loss.backward()
+        got, report = library_sums(model, batches)
+        assert report.strategy == ("accumulate" if aux else "layerwise")
+        for name, gradient in got.items():
+            assert torch.equal(gradient, plain.get_submodule(name).weight.grad), name
+
+
+class Chain(nn.Module):
+    """Blocks one after another, with one of the ways in which a model is no plain stack."""
+
+    def __init__(self, kind: str = "plain") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.stem, self.head = nn.Linear(40, 40), nn.Linear(40, 40)
+        self.layers = nn.ModuleList(Block(kind) for _ in range(3))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The loss of the last block's output, and of whatever the kind adds."""
+        between, aux, start, step = [], 0.0, self.stem(x), torch.ones(40)
+        x, shared = start, {} if self.kind == "shared" else None
+        for i in ORDERS.get(self.kind, [0, 1, 2]):
+            if self.kind == "first" and between:
+                shared = between[0]
+            if self.kind == "argument in place":
+                shared = step if shared is None else shared.add_(0.5)
+            x = self.layers[i](x, shared) if self.kind in SHARING else self.layers[i](x)
+            between.append(x)
+            if self.kind == "mixed":
+                x = x * 1.5
+            if self.kind == "in place between":
+                x *= 1.5
+            if self.kind == "side":
+                aux = aux + x.square().mean()
+            if self.kind == "own loss":
+                aux = aux + self.layers[i].loss
+        if self.kind == "deep":
+            x = x + between[0]
+        if self.kind == "skip":
+            x = x + start
+        if self.kind == "used outside":
+            x = torch.sin(self.layers[0].proj(x))
+        return {"loss": (self.head(x).square().mean(-1) - labels).square().mean() + aux}
+
+
+class Block(nn.Module):
+    """A residual linear."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.proj = nn.Linear(40, 40)
+
+    def forward(self, x: Tensor, shared: Any = None) -> Tensor:
+        """x + tanh(x Wᵀ + b)."""
+        if self.kind == "in place":
+            x *= 1.5
+        if isinstance(shared, Tensor):
+            x = x + 0.1 * shared * torch.tanh(self.proj(x))
+        self.loss = 0.1 * x.square().mean() if self.kind == "own loss" else 0.0
+        return x + torch.tanh(self.proj(x))
+
+
+ORDERS = {"twice": [0, 1, 1, 2], "order": [0, 2, 1], "loop": [0, 1, 2, 0, 1, 2]}
+STACKS = ("plain", "skip")
+SHARING = ("shared", "first", "argument in place")
+NO_STACKS = {
+    "twice": "more than once",
+    "order": "block 2 runs after block 0",
+    "loop": "block 0 runs more than once in a forward, on its own results",
+    "mixed": "the input of block 1 is not the output of the block before",
+    "deep": "the loss depends on the hidden states between blocks too",
+    "side": "the loss depends on the hidden states between blocks too",
+    "own loss": "the loss depends on the hidden states between blocks too",
+    "first": "block 1 takes more from the blocks before than their hidden states",
+    "shared": "blocks share a dict that they may write to",
+    "in place": "something that passes between blocks is changed in place",
+    "in place between": "something that passes between blocks is changed in place",
+    "argument in place": "something that passes between blocks is changed in place",
+    "used outside": "layer 'layers.0.proj' also runs outside of its block",
+}
+
+
+@pytest.mark.parametrize("kind", [*STACKS, *NO_STACKS])
+def test_what_is_no_plain_stack_is_noticed(kind: str) -> None:
+    """And layers above and below the stack are taken with it or in a pass of their own."""
+    batches = [{"x": torch.randn(2, 40), "labels": torch.randn(2)} for _ in range(2)]
+    plain = Chain(kind)
+    for batch in batches:
+        x = {"x": batch["x"].clone(), "labels": batch["labels"]}
+        (plain(**x)["loss"] * 2).backward()
+    got, report = library_sums(lorasb.patch(Chain(kind), r=3, target_modules=["proj", "stem", "head"]), [
+        {key: value.clone() for key, value in batch.items()} for batch in batches
+    ], loss_fn=loss_of)  # fmt: skip
+    for name, gradient in got.items():
+        want, scale = plain.get_submodule(name).weight.grad, gradient.abs().max()
+        if kind in (
+            "twice",
+            "loop",
+            "used outside",
+            "first",
+            "argument in place",
+        ):  # autograd adds a weight's two uses before it adds them to the sum
+            tolerances.check(gradient / scale, want / scale, tolerances.BATCHING)
+        else:
+            assert torch.equal(gradient, want), name
+    assert list(got) == ["stem", "head", *(f"layers.{i}.proj" for i in range(3))]
+    assert report.strategy == ("layerwise" if kind in STACKS else "accumulate")
+    assert NO_STACKS.get(kind, "3 blocks at layers") in report.why
+
+
+def test_a_list_of_towers_that_take_ids() -> None:
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.proj = nn.Embedding(9, 40), nn.Linear(40, 40)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return torch.tanh(self.proj(self.embed(ids))).mean(1)
+
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.towers = nn.ModuleList(Tower() for _ in range(2))
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            left, right = (tower(x) for tower in self.towers)
+            return {"loss": ((left * right).sum(-1) - labels).square().mean()}
+
+    plain, batch = Towers(), {"x": torch.arange(8).view(2, 4), "labels": torch.randn(2)}
+    (plain(**batch)["loss"] * 2).backward()
+    got, report = library_sums(lorasb.patch(Towers(), r=3, target_modules=["proj"]), [batch], loss_fn=loss_of)
+    assert "the first input of block 0 is no tensor of hidden states" in report.why
+    for name, gradient in got.items():
+        assert torch.equal(gradient, plain.get_submodule(name).weight.grad), name
+
+
+def test_a_layer_that_several_blocks_share() -> None:
+    model = Chain()
+    model.layers[1].proj = model.layers[0].proj
+    with pytest.raises(NotAStackError, match=r"layer 'layers\.0\.proj' belongs to several blocks"):
+        find_stack(model, {name: m for name, m in model.named_modules() if name.endswith("proj")})
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    return model(**batch)["loss"]
+
+
+@pytest.mark.parametrize("strategy", ["layerwise", "accumulate"])
+def test_experts_that_were_not_routed_to_are_named_and_start_from_their_weight(strategy: str) -> None:
+    model = lorasb.patch(Mixture(), r=3, target_modules=r"layers\.\d+\.experts\.\d+")
+    batches = [{"x": torch.randn(2, 40), "labels": torch.randn(2)}]
+    with pytest.warns(UserWarning, match=r"4 layers were not reached .* R = 0: layers\.0\.experts\.2, layers"):
+        report = lorasb.initialize(model, batches, lr=1e-3, strategy=strategy, progress=False, loss_fn=loss_of)
+    assert [layer.name for layer in report.layers if layer.fallback] == [
+        f"layers.{i}.experts.{j}" for i in range(2) for j in (2, 3)
+    ]
+    idle = model.get_submodule("base_model.model.layers.1.experts.3")
+    u, _, vt = torch.linalg.svd(idle.base_weight())
+    a, core, b = (getattr(idle, f"lorasb_{part}")["default"] for part in "ARB")
+    assert not core.any()
+    assert ((b.t() @ u[:, :3]).abs() - torch.eye(3)).abs().max() < 1e-4
+    assert ((a @ vt[:3].t()).abs() - torch.eye(3)).abs().max() < 1e-4
+    assert idle.is_initialized("default")
+    model.train()
+    loss_of(model, batches[0]).backward()
+
+
+@pytest.mark.parametrize("strategy", ["layerwise", "accumulate"])
+def test_a_layer_whose_output_nobody_uses(strategy: str) -> None:
+    model = Mixture()
+    for layer in model.layers:
+        layer.idle = nn.Linear(40, 40)
+        layer.register_forward_pre_hook(_run_idle)
+    model = lorasb.patch(model, r=3, target_modules=r"layers\.\d+\.(idle|experts\.0)")
+    before = factors(model)
+    batches = [{"x": torch.randn(2, 40), "labels": torch.randn(2)}]
+    with pytest.raises(ValueError, match=r"layer 'layers\.0\.idle' ran, but the loss does not depend on it"):
+        lorasb.initialize(model, batches, lr=1e-3, strategy=strategy, progress=False, loss_fn=loss_of)
+    assert all(torch.equal(value, before[key]) for key, value in factors(model).items())
+
+
+def _run_idle(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    module.idle(args[0])

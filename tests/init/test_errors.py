@@ -1,0 +1,108 @@
+"""What goes wrong in an initialisation is said, and changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from gradients import factors
+from models import Batch, batches_for, logits, make, patched
+from torch import Tensor, nn
+
+import lorasb
+from lorasb.layers.linear import LoRASBLinear
+
+
+def unlabelled() -> list[Batch]:
+    return [{k: v for k, v in b.items() if k != "labels"} for b in batches_for("llama")]
+
+
+def ignored() -> list[Batch]:
+    return [b | {"labels": torch.full_like(b["labels"], -100)} for b in batches_for("llama")]
+
+
+BAD_CALLS = {
+    "no labels": (lambda: {"batches": unlabelled()}, "the model returned no loss .*: add labels to the batches, or pass loss_fn"),
+    "only ignored labels": (lambda: {"batches": ignored()}, "no sample has a labelled token: every label of these batches is -100"),
+    "lr infinite": (lambda: {"lr": float("inf")}, "init='update' takes batches and lr > 0"),
+    "no batches": (lambda: {"batches": None}, "init='update' takes batches and lr > 0"),
+    "empty batches": (lambda: {"batches": []}, "expected at least one sample"),
+    "no lr": (lambda: {"lr": None}, "init='update' takes batches and lr > 0"),
+    "lr zero": (lambda: {"lr": 0.0}, "init='update' takes batches and lr > 0"),
+    "update": (lambda: {"update": "lion"}, "update must be one of adamw, sgd, got 'lion'"),
+    "strategy": (lambda: {"strategy": "fast"}, "strategy must be one of .*, got 'fast'"),
+    "too many samples": (lambda: {"num_samples": 99}, "num_samples=99, but the batches hold 6 samples"),
+    "no samples": (lambda: {"num_samples": 0}, "expected num_samples >= 1, got 0"),
+    "adapter": (lambda: {"adapter_name": "other"}, "no layer has an adapter 'other': the model has default"),
+    "loss without a graph": (lambda: {"loss_fn": lambda m, b: torch.ones(())}, "does not depend on any adapted layer"),
+    "loss per sample": (lambda: {"loss_fn": lambda m, b: m(**b).logits[:, 0, 0]}, r"expected one loss, got a tensor \[2\]"),
+    "layers not reached": (
+        lambda: {"loss_fn": lambda m, b: m.get_base_model().model.layers[0](
+            m.get_base_model().model.embed_tokens(b["input_ids"]),
+            position_embeddings=m.get_base_model().model.rotary_emb(torch.zeros(1, 1, 64), torch.arange(12)[None]),
+        ).mean()},
+        "layer 'model.layers.1.self_attn.q_proj' was never reached",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_calls_change_nothing(name: str) -> None:
+    change, message = BAD_CALLS[name]
+    model = patched()
+    before, answer, modes = factors(model), logits(model), [m.training for m in model.modules()]
+    provenance = copy.deepcopy(model.peft_config["default"].init_provenance)
+    with pytest.raises(ValueError, match=message):
+        lorasb.initialize(model, **{"batches": batches_for("llama"), "lr": 1e-3, "progress": False} | change())
+    assert all(torch.equal(value, before[key]) for key, value in factors(model).items())
+    assert torch.equal(logits(model), answer)
+    assert [m.training for m in model.modules()] == modes
+    assert model.peft_config["default"].init_provenance == provenance
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
+    model = patched()
+    before = factors(model)
+
+    def loss_fn(inner: nn.Module, batch: Batch) -> Tensor:
+        values = inner(**batch).logits
+        values.register_hook(lambda g: g * value)
+        return values.square().mean()
+
+    with pytest.raises(ValueError, match=r"the gradient of layer 'model\.layers\..*' has NaN or Inf entries"):
+        lorasb.initialize(model, batches_for("llama"), lr=1e-3, loss_fn=loss_fn, progress=False)
+    assert all(torch.equal(value_, before[key]) for key, value_ in factors(model).items())
+
+
+def test_a_gradient_that_is_zero() -> None:
+    with pytest.raises(ValueError, match="is zero: the loss does not depend on it"):
+        lorasb.initialize(
+            patched(), batches_for("llama"), lr=1e-3, loss_fn=lambda m, b: 0.0 * m(**b).logits.sum(), progress=False
+        )
+
+
+def test_interrupted() -> None:
+    model = patched()
+    before, flags = factors(model), [p.requires_grad for p in model.parameters()]
+
+    def stream() -> Iterator[Batch]:
+        yield batches_for("llama")[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lorasb.initialize(model, stream(), lr=1e-3, progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in factors(model).items())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not any(m._forward_hooks for m in model.modules() if isinstance(m, LoRASBLinear))
+
+
+def test_merged_or_unpatched_models() -> None:
+    model = patched()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"expected unmerged weights.*model\.unmerge_adapter\(\)"):
+        lorasb.initialize(model, batches_for("llama"), lr=1e-3)
+    with pytest.raises(ValueError, match=r"call model = lorasb\.patch\(model\) first"):
+        lorasb.initialize(make("llama"), batches_for("llama"), lr=1e-3)

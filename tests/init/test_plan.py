@@ -1,0 +1,175 @@
+"""Before the work: the estimate, the refusal with what would fit, and models that do not fit their device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from gradients import autograd_sums, factors, library_sums
+from models import Batch, batches_for, make, text
+from torch import Tensor, nn
+
+import lorasb
+from lorasb.init.gradients import plan as budget
+from lorasb.utils.byte_sizes import parse_size
+
+
+def singles() -> list[Batch]:
+    return [{k: v[:1] for k, v in batch.items()} for batch in batches_for("llama")]
+
+
+@pytest.mark.parametrize(
+    ("text_", "size"), [("6GB", 6e9), ("512 MiB", 512 * 2**20), (1e6, 1e6), ("3", 3.0), (None, None), ("1.5kb", 1500.0)]
+)
+def test_sizes(text_: Any, size: float | None) -> None:
+    assert parse_size(text_) == size
+
+
+@pytest.mark.parametrize("bad", ["much", "6TB", "-3", 0, -1.0])
+def test_no_sizes(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected a size like '6GB'|expected a positive number of bytes"):
+        lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), lr=1e-3, memory_budget=bad, progress=False)
+
+
+def free(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    monkeypatch.setattr(budget, "available", lambda device: float(size))
+
+
+def needed(batches: list[Batch], **options: Any) -> float:
+    """The estimate for these batches."""
+    plans: list[budget.Plan] = []
+    plain = budget.plan_for
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "plan_for", lambda *args: (plans.append(plain(*args)), plans[-1])[1])
+        lorasb.initialize(lorasb.patch(make("llama"), r=4), batches, lr=1e-3, progress=False, **options)
+    return plans[-1].memory
+
+
+@pytest.mark.parametrize("strategy", ["layerwise", "accumulate"])
+def test_what_does_not_fit_is_refused_with_what_would(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [text(16, 60, seed) for seed in range(3)]
+    size = needed(batches, strategy=strategy)
+    free(monkeypatch, 0.6 * size)
+    model = lorasb.patch(make("llama"), r=4)
+    with pytest.raises(
+        ValueError, match=r"needs about .* above the weights and .* are there.*What would fit: batches of one"
+    ) as caught:
+        lorasb.initialize(model, batches, lr=1e-3, strategy=strategy, progress=False)
+    assert not any(value.any() for value in factors(model).values())
+    assert "Nothing was changed" in str(caught.value)
+    ones = [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(16)]
+    if "num_samples" not in str(caught.value):
+        lorasb.initialize(model, ones, lr=1e-3, strategy=strategy, progress=False)
+
+
+def test_auto_takes_passes_where_boundaries_do_not_fit() -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    batches = [text(1, 60, seed) for seed in range(60)]
+    report = lorasb.initialize(model, batches, lr=1e-3, memory_budget="1.5MB", num_samples=60, progress=False)
+    assert report.strategy == "accumulate"
+    assert "boundaries of 2 blocks do not fit" in report.why
+    with pytest.raises(ValueError, match="needs about"):
+        lorasb.initialize(
+            model, batches, lr=1e-3, memory_budget="1.5MB", strategy="layerwise", num_samples=60, progress=False
+        )
+
+
+def test_fewer_samples_are_suggested_where_boundaries_are_what_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [text(1, 60, seed) for seed in range(400)]
+    free(monkeypatch, 0.3 * needed(batches))
+    model = lorasb.patch(make("llama"), r=4)
+    with pytest.raises(ValueError, match=r"num_samples=\d+ in batches of one") as caught:
+        lorasb.initialize(model, batches, lr=1e-3, strategy="layerwise", progress=False)
+    count = int(str(caught.value).partition("num_samples=")[2].split()[0])
+    report = lorasb.initialize(model, batches, lr=1e-3, strategy="layerwise", num_samples=count, progress=False)
+    assert report.num_samples == count < 400
+
+
+def test_the_estimate_is_shown_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), lr=1e-3)
+    shown = capsys.readouterr()
+    assert "lorasb: layerwise (2 blocks at model.layers): about 0 s and " in shown.out
+    lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), lr=1e-3, progress=False)
+    shown = capsys.readouterr()
+    assert shown.out == shown.err == ""
+
+
+class Wide(nn.Module):
+    """Ten blocks of two linears, of which one block's weights are a tenth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64)) for _ in range(10))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """A squared error."""
+        for layer in self.layers:
+            x = layer(x)
+        return {"loss": (x.mean(-1) - labels).square().mean()}
+
+
+def test_blocks_of_an_offloaded_model_come_and_go(tmp_path: Path) -> None:
+    """No more than a block's weights are there at once, and the sums are those of the model that fits."""
+    batches = [{"x": torch.randn(1, 64), "labels": torch.randn(1)} for _ in range(2)]
+    options = {"loss_fn": lambda m, b: m(**b)["loss"]}
+    want, _ = library_sums(lorasb.patch(Wide(), r=3, target_modules=r"layers\.\d+\.[02]"), batches, **options)
+    model = Wide()
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    disk_offload(model, str(tmp_path), "cpu")
+    model = lorasb.patch(model, r=3, target_modules=r"layers\.\d+\.[02]")
+    assert sum(p.numel() for n, p in model.named_parameters() if "lorasb" not in n and not p.is_meta) == 0
+    alive = Alive(model)
+    with alive:
+        got, report = library_sums(model, batches, **options)
+    assert report.strategy == "layerwise"
+    assert 0 < alive.most <= whole / 10
+    for name, gradient in got.items():
+        assert torch.equal(gradient, want[name]), name
+    assert sum(p.numel() for n, p in model.named_parameters() if "lorasb" not in n and not p.is_meta) == 0
+
+
+class Alive:
+    """The most bytes of loaded weights that anything still holds, autograd's graph included."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.most, self.live = model, 0, {}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> Alive:
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear):
+                old = module._old_forward
+                module._old_forward = self._watch(module, old)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle()
+
+    def _watch(self, module: nn.Module, old: Any) -> Any:
+        import weakref
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            storage = module.weight.untyped_storage()
+            key = id(storage)
+            self.live[key] = storage.nbytes()
+            weakref.finalize(storage, self.live.pop, key, None)
+            self.most = max(self.most, sum(self.live.values()))
+            return old(*args, **kwargs)
+
+        self.handles.append(lambda: setattr(module, "_old_forward", old))
+        return forward
+
+
+def test_an_offloaded_llama_has_plain_autograds_sums() -> None:
+    want = autograd_sums("llama", singles())
+    model = make("llama")
+    cpu_offload(model, "cpu")
+    got, report = library_sums(lorasb.patch(model, r=3), singles())
+    assert report.strategy == "layerwise"
+    for name, gradient in got.items():
+        assert torch.equal(gradient, want[name]), name

@@ -1,0 +1,319 @@
+"""The cache: any rank and any layers without a backward, refused by name where it does not fit, resumed if cut off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from gradients import factors
+from mixtures import Mixture
+from models import Batch, batches_for, make
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lorasb
+from lorasb.init import pipeline as execution
+from lorasb.init.factors import layer_writer as fill
+from lorasb.init.factors import sign_cache as caches
+from lorasb.init.gradients import layerwise
+from lorasb.layers.linear import LoRASBLinear
+
+LR = {"lr": 1e-3, "progress": False}
+
+
+def singles() -> list[Batch]:
+    return [{k: v[:1] for k, v in batch.items()} for batch in batches_for("llama")]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Of a finished cache at rank 4."""
+    found = tmp_path / "signs.safetensors"
+    lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), cache=found, **LR)
+    return found
+
+
+@pytest.fixture
+def no_backward(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where gradients are taken."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("a backward was taken")
+
+    monkeypatch.setattr(execution, "_carry_out", fail)
+
+
+@pytest.mark.parametrize("r", [2, 4, 16])
+@pytest.mark.usefixtures("no_backward")
+def test_another_rank_needs_no_backward(path: Path, r: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = lorasb.patch(make("llama"), r=r)
+    report = lorasb.initialize(again, singles(), cache=path, **LR)
+    monkeypatch.undo()
+    fresh = lorasb.patch(make("llama"), r=r)
+    want = lorasb.initialize(fresh, singles(), **LR)
+    assert all(torch.equal(value, factors(fresh)[name]) for name, value in factors(again).items())
+    assert report.strategy == "cache"
+    assert (report.loss, report.num_samples) == (want.loss, want.num_samples)
+    for ours, theirs in zip(report.layers, want.layers, strict=True):
+        assert ours.curve_sign == theirs.curve_sign
+        assert ours.energy_grad == pytest.approx(theirs.energy_grad, abs=1e-3)  # near ties of the first pass
+    assert again.peft_config["default"].init_provenance["data_sha256"]
+
+
+@pytest.mark.usefixtures("no_backward")
+def test_some_of_the_layers(path: Path) -> None:
+    model = lorasb.patch(make("llama"), r=6, target_modules=["q_proj", "down_proj"])
+    report = lorasb.initialize(model, singles(), cache=path, **LR)
+    assert len(report.layers) == 4
+    full = lorasb.patch(make("llama"), r=6)
+    lorasb.initialize(full, singles(), cache=path, **LR)
+    assert all(torch.equal(value, factors(full)[name]) for name, value in factors(model).items())
+
+
+@pytest.mark.usefixtures("no_backward")
+def test_without_any_batches(path: Path) -> None:
+    model = lorasb.patch(make("llama"), r=6)
+    report = lorasb.initialize(model, cache=path, **LR)
+    assert report.num_samples == 3
+    with pytest.raises(ValueError, match=r"its seed is 0, expected 1"):
+        lorasb.initialize(model, cache=path, seed=1, **LR)
+
+
+def test_more_layers_than_the_cache_has(tmp_path: Path) -> None:
+    path = tmp_path / "some.safetensors"
+    lorasb.initialize(lorasb.patch(make("llama"), r=4, target_modules=["q_proj"]), singles(), cache=path, **LR)
+    with pytest.raises(ValueError, match=r"has no layer 'model\.layers\.0\.self_attn\.k_proj' \(12 are missing\)"):
+        lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), cache=path, **LR)
+
+
+MISMATCHES = {
+    "base weights": (lambda: make("llama", seed=1), {}, {}),
+    "dtype": (lambda: make("llama", dtype=torch.bfloat16), {}, {}),
+    "data": (lambda: make("llama"), {"batches": [*singles()[1:], singles()[1]]}, {}),
+    "seed": (lambda: make("llama"), {"seed": 5}, {}),
+    "num_samples": (lambda: make("llama"), {"num_samples": 2}, {}),
+    "loss_fn": (lambda: make("llama"), {"loss_fn": lambda model, batch: model(**batch).loss}, {}),
+    "versions": (lambda: make("llama"), {}, {"torch": "0.1"}),
+}
+
+
+@pytest.mark.parametrize("field", MISMATCHES)
+def test_a_mismatch_is_refused_by_name_and_changes_nothing(
+    path: Path, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, options, versions = MISMATCHES[field]
+    plain = execution.cache_key
+    monkeypatch.setattr(
+        execution,
+        "cache_key",
+        lambda *args: (key := plain(*args)) | ({"versions": key["versions"] | versions} if versions else {}),
+    )
+    model, content = lorasb.patch(build(), r=4), path.read_bytes()
+    expected = rf"the cache .*signs\.safetensors does not fit: its {field} is .*, expected .*Choose another"
+    with pytest.raises(ValueError, match=expected):
+        lorasb.initialize(model, **({"batches": singles(), "cache": path} | LR | options))
+    assert not any(value.any() for value in factors(model).values())
+    assert path.read_bytes() == content
+
+
+def test_every_field_that_differs_alone_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, key, _ = caches.read(path)
+    assert set(key) == {"base weights", "dtype", "update", "seed", "num_samples", "data", "loss_fn", "versions"}
+    for field in key:
+        cache = caches.Cache(path, key | {field: "other"}, data=True)
+        with pytest.raises(ValueError, match=rf'does not fit: its {field} is .*, expected "other"'):
+            cache.load([])
+
+
+def test_sgd_needs_values(path: Path) -> None:
+    with pytest.raises(ValueError, match="update='sgd' needs the gradient itself, and a cache keeps its signs only"):
+        lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), update="sgd", cache=path, **LR)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other", "text"])
+def test_damaged_and_other_files(path: Path, damage: str) -> None:
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[:-7])
+    elif damage == "text":
+        path.write_text("signs")
+    else:
+        lorasb.init.SignBits.pack(torch.randn(4, 4)).save(path)
+    model = lorasb.patch(make("llama"), r=4)
+    with pytest.raises(ValueError, match=r"truncated or damaged|is no cache of|is not a safetensors file"):
+        lorasb.initialize(model, singles(), cache=path, **LR)
+    assert not any(value.any() for value in factors(model).values())
+
+
+def test_the_bits_of_a_model_are_a_thirty_second_of_its_gradients(path: Path) -> None:
+    layers, _, _ = caches.read(path)
+    dense = sum(m * n * 4 for m, n in (layer.bits.shape for layer in layers.values()))
+    assert sum(layer.bits.words.numel() * 4 for layer in layers.values()) * 32 == dense
+    assert all(layer.bits.nonzero is None for layer in layers.values())
+
+
+class Interrupt:
+    """Counts factored layers, and interrupts after some of them."""
+
+    def __init__(self, after: int | None) -> None:
+        self.after, self.names = after, []
+        self.plain = fill.factor
+
+    def __call__(self, name: str, *rest: object) -> object:
+        if self.after is not None and len(self.names) == self.after:
+            raise KeyboardInterrupt
+        self.names.append(name)
+        return self.plain(name, *rest)
+
+
+def cut_off(model: nn.Module, path: Path, after: int) -> None:
+    """An initialisation that is interrupted after some layers were factored."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fill, "factor", Interrupt(after))
+        with pytest.raises(KeyboardInterrupt):
+            lorasb.initialize(model, singles(), cache=path, **LR)
+
+
+def test_an_interrupted_run_goes_on_from_the_blocks_it_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "signs.safetensors"
+    model = lorasb.patch(make("llama"), r=4)
+    monkeypatch.setattr(fill, "factor", Interrupt(after=9))
+    with pytest.raises(KeyboardInterrupt):
+        lorasb.initialize(model, singles(), cache=path, **LR)
+    assert not path.exists()
+    assert not any(value.any() for value in factors(model).values())
+    assert sorted(p.name for p in (tmp_path / "signs.safetensors.partial").iterdir()) == [
+        "block-00001.safetensors", "boundary.safetensors", "key.json",
+    ]  # fmt: skip
+
+    monkeypatch.undo()
+    differentiated: list[int] = []
+    plain = layerwise.block_sums
+    monkeypatch.setattr(
+        layerwise, "block_sums", lambda work, stack, i, t: (differentiated.append(i), plain(work, stack, i, t))[1]
+    )
+    resumed = lorasb.initialize(model, singles(), cache=path, **LR)
+    assert differentiated == [0]
+    monkeypatch.undo()
+    fresh = lorasb.patch(make("llama"), r=4)
+    want = lorasb.initialize(fresh, singles(), **LR)
+    assert all(torch.equal(value, factors(fresh)[name]) for name, value in factors(model).items())
+    assert [layer.name for layer in resumed.layers] == [layer.name for layer in want.layers]
+    assert resumed.loss == want.loss
+    assert path.exists()
+    assert not (tmp_path / "signs.safetensors.partial").exists()
+
+
+def test_another_run_does_not_go_on_from_it(tmp_path: Path) -> None:
+    path = tmp_path / "signs.safetensors"
+    model = lorasb.patch(make("llama"), r=4)
+    cut_off(model, path, after=9)
+    with pytest.raises(ValueError, match=r"signs\.safetensors\.partial does not fit: its num_samples is 3, expected 2"):
+        lorasb.initialize(model, singles()[1:], cache=path, **LR)
+    partial = tmp_path / "signs.safetensors.partial"
+    assert json.loads((partial / "key.json").read_text())["seed"] == 0
+    assert not any(value.any() for value in factors(model).values())
+    assert not any(m.is_initialized("default") for m in model.modules() if isinstance(m, LoRASBLinear))
+
+
+def test_nor_does_a_run_with_other_targets(tmp_path: Path) -> None:
+    path = tmp_path / "signs.safetensors"
+    few = lorasb.patch(make("llama"), r=4, target_modules=["q_proj"])
+    cut_off(few, path, after=1)
+    more = lorasb.patch(make("llama"), r=4, target_modules=["q_proj", "v_proj"])
+    with pytest.raises(ValueError, match="its blocks, targets and halves is"):
+        lorasb.initialize(more, singles(), cache=path, **LR)
+    lorasb.initialize(few, singles(), cache=path, **LR)
+    boundary = tmp_path / "signs.safetensors.partial"
+    assert not boundary.exists()
+
+
+def test_a_truncated_boundary(tmp_path: Path) -> None:
+    path = tmp_path / "signs.safetensors"
+    model = lorasb.patch(make("llama"), r=4)
+    cut_off(model, path, after=9)
+    boundary = tmp_path / "signs.safetensors.partial" / "boundary.safetensors"
+    boundary.write_bytes(boundary.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="is truncated or damaged"):
+        lorasb.initialize(model, singles(), cache=path, **LR)
+
+
+def test_another_loss_is_another_cache(tmp_path: Path) -> None:
+    def scaled(share: float) -> object:
+        return lambda model, batch: share * model(**batch).loss
+
+    path = tmp_path / "signs.safetensors"
+    lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), cache=path, loss_fn=scaled(1.0), **LR)
+    with pytest.raises(ValueError, match="its loss_fn is"):
+        lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), cache=path, loss_fn=scaled(0.5), **LR)
+
+
+def test_an_interrupted_run_without_halves_is_not_one_with(tmp_path: Path) -> None:
+    path = tmp_path / "signs.safetensors"
+    model = lorasb.patch(make("llama"), r=4)
+    cut_off(model, path, after=9)
+    with pytest.raises(ValueError, match="its blocks, targets and halves is"):
+        lorasb.initialize(model, singles(), cache=path, stability=True, **LR)
+
+
+def test_experts_that_were_not_reached_are_known_to_the_cache(tmp_path: Path) -> None:
+    path = tmp_path / "signs.safetensors"
+    batches = [{"x": torch.randn(2, 40), "labels": torch.randn(2)}]
+    for strategy in ("layerwise", "cache"):
+        model = lorasb.patch(Mixture(), r=3, target_modules=r"layers\.\d+\.experts\.\d+")
+        with pytest.warns(UserWarning, match="4 layers were not reached"):
+            report = lorasb.initialize(model, batches, cache=path, loss_fn=loss_of, **LR)
+        assert report.strategy == strategy
+        assert sum(layer.fallback == "weight" for layer in report.layers) == 4
+
+
+def test_a_folder_and_stability(path: Path, tmp_path: Path) -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    with pytest.raises(ValueError, match="expected a file for cache=, got the folder"):
+        lorasb.initialize(model, singles(), cache=tmp_path, **LR)
+    with pytest.raises(ValueError, match="stability compares halves of the samples, and a cache keeps their sum"):
+        lorasb.initialize(model, singles(), cache=path, stability=True, **LR)
+
+
+def test_accumulate_makes_the_same_cache(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), strategy="accumulate", cache=other, **LR)
+    mine, theirs = caches.read(path)[0], caches.read(other)[0]
+    assert set(mine) == set(theirs)
+    for name, layer in mine.items():
+        assert torch.equal(layer.bits.words, theirs[name].bits.words)
+
+
+def test_zeros_of_a_gradient_stay_zeros(tmp_path: Path) -> None:
+    """A dead input feature gives a column of exact zeros: the nonzero plane is kept, cached and used."""
+
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList([nn.Linear(40, 40)])
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            for layer in self.layers:
+                x = layer(x)
+            return {"loss": (x.mean(-1) - labels).square().mean()}
+
+    x = torch.randn(4, 40)
+    x[:, 7] = 0.0
+    loader = DataLoader([{"x": row, "labels": torch.ones(())} for row in x], batch_size=2)
+    reports = []
+    for _ in range(2):
+        model = lorasb.patch(Dead(), r=2, target_modules=["0"])
+        options = {"cache": tmp_path / "dead.safetensors", "loss_fn": loss_of}
+        reports.append(lorasb.initialize(model, loader, **options, **LR))
+        assert reports[-1].layers[0].zeros == 40
+        assert not model.get_submodule("base_model.model.layers.0").lorasb_A["default"][:, 7].any()
+    assert reports[1].strategy == "cache"
+
+
+def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return model(**batch)["loss"]

@@ -1,0 +1,258 @@
+"""Layer by layer or pass by pass: plain autograd's sums to the bit, and which strategy is taken when."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+import transformers
+from gradients import autograd_sums, factors, library_sums
+from models import Batch, batches_for, llama, make
+from torch import Tensor, nn
+
+import lorasb
+from lorasb.init.gradients import accumulator, layerwise
+from lorasb.init.gradients import plan as init_budget
+from lorasb.init.gradients.block_recorder import Traversal
+from lorasb.init.gradients.block_stack import NotAStackError
+from lorasb.init.gradients.whole_model import passes
+from lorasb.layers.linear import LoRASBLinear
+
+FAMILIES = ["llama", "mistral", "gemma2", "qwen3", "phi3", "roberta", "gpt2"]
+
+
+def singles(family: str, count: int = 3) -> list[Batch]:
+    """Micro-batches of one sample of unequal lengths, some padded."""
+    lengths = (12, 7, 9, 5)
+    found = [{k: v[:1] for k, v in batches_for(family, 1, 1, lengths[i])[0].items()} for i in range(count)]
+    if family != "roberta":
+        ids = found[1]["input_ids"]
+        found[1] = {
+            "input_ids": nn.functional.pad(ids, (0, 4)),
+            "attention_mask": nn.functional.pad(torch.ones_like(ids), (0, 4)),
+            "labels": nn.functional.pad(found[1]["labels"], (0, 4), value=-100),
+        }
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["layerwise", "accumulate"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sums_are_plain_autograds_to_the_bit(family: str, strategy: str) -> None:
+    want = autograd_sums(family, singles(family))
+    got, report = library_sums(family, singles(family), strategy=strategy)
+    assert report.strategy == strategy
+    assert len(got) == len(report.layers) >= 8
+    for name, gradient in got.items():
+        expected = want[name].t() if family == "gpt2" else want[name]
+        assert torch.equal(gradient, expected), name
+
+
+@pytest.mark.parametrize(("budget", "together"), [(None, True), ("700KB", False)])
+def test_the_last_blocks_of_a_long_stack_go_together_where_memory_allows(
+    budget: str | None, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those blocks are not computed again; the factors are the same bits as when every block is."""
+    config = llama().config
+    config.num_hidden_layers = 14
+
+    def start(**options: object) -> tuple[dict[str, Tensor], str, int]:
+        torch.manual_seed(0)
+        model = lorasb.patch(transformers.LlamaForCausalLM(config).eval(), r=4)
+        calls: list[int] = []
+        for block in model.base_model.model.model.layers:
+            block.register_forward_hook(lambda *_: calls.append(1))
+        report = lorasb.initialize(model, singles("llama"), lr=1e-3, progress=False, strategy="layerwise", **options)
+        return factors(model), report.why, len(calls)
+
+    got, why, calls = start(memory_budget=budget)
+    assert ("together" in why) == together
+    monkeypatch.setattr(init_budget, "LEAST_BLOCKS", 100)
+    want, plain, all_calls = start()
+    assert "together" not in plain
+    assert all(torch.equal(value, want[name]) for name, value in got.items())
+    assert all_calls == 2 * 3 * 14
+    assert (calls < all_calls) == together
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_one_batch_takes_the_signs_without_a_sum(family: str) -> None:
+    """dy and x are kept where they are smaller than their product; the report is the same."""
+    batch = [{key: value[:1, :6] for key, value in batches_for(family)[0].items()}]
+    reports = []
+    for strategy in ("layerwise", "accumulate"):
+        model = lorasb.patch(make(family), r=4)
+        reports.append((lorasb.initialize(model, batch, lr=1e-3, strategy=strategy, progress=False), factors(model)))
+    (ours, a), (theirs, b) = reports
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    for mine, other in zip(ours.layers, theirs.layers, strict=True):
+        assert mine.energy_grad == pytest.approx(other.energy_grad, abs=1e-5)
+        assert mine.zeros == other.zeros
+
+
+@pytest.mark.parametrize("room", ["1KB", "250KB", "10GB"])
+def test_as_many_passes_as_the_budget_asks_for_give_the_same(room: str) -> None:
+    got, report = library_sums("llama", singles("llama"), strategy="accumulate", memory_budget=room)
+    want = autograd_sums("llama", singles("llama"))
+    assert all(torch.equal(gradient, want[name]) for name, gradient in got.items())
+    assert ("14 passes" in report.why) == (room == "1KB")
+    assert ("1 passes" in report.why) == (room == "10GB")
+
+
+def test_passes_go_from_the_last_layer_to_the_first_and_fill_the_room() -> None:
+    layers = {str(i): nn.Linear(8, 8) for i in range(5)}
+    assert [list(part) for part in passes(layers, 4 * 64 * 2)] == [["4", "3"], ["2", "1"], ["0"]]
+    assert [len(part) for part in passes(layers, 0)] == [1] * 5
+
+
+def test_blocks_without_targets_are_passed_through() -> None:
+    want = autograd_sums("llama", singles("llama"))
+    for chosen in ([0], [1]):
+        model = lorasb.patch(make("llama"), r=3, target_modules=["q_proj"], layers_to_transform=chosen)
+        got, _ = library_sums(model, singles("llama"), strategy="layerwise")
+        assert list(got) == [f"model.layers.{chosen[0]}.self_attn.q_proj"]
+        assert all(torch.equal(gradient, want[name]) for name, gradient in got.items())
+
+
+def test_a_loss_of_several_forwards() -> None:
+    """A preference loss: two forwards that count, and one without gradients that does not."""
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            reference = model(**batch).loss
+            assert not torch.is_grad_enabled()
+        flipped = batch | {"input_ids": batch["input_ids"].flip(1)}
+        return (model(**batch).loss - 0.5 * model(**flipped).loss - reference).square()
+
+    want = autograd_sums("llama", singles("llama"), loss_fn)
+    got, report = library_sums("llama", singles("llama"), strategy="layerwise", loss_fn=loss_fn)
+    assert report.strategy == "layerwise"
+    for name, gradient in got.items():
+        scale = want[name].abs().max()
+        assert (gradient - want[name]).abs().max() <= 2e-6 * scale, name
+
+
+def test_under_autocast_blocks_are_computed_as_they_were() -> None:
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(**batch).loss
+
+    found = [
+        library_sums("llama", singles("llama"), strategy=strategy, loss_fn=loss_fn)[0]
+        for strategy in ("layerwise", "accumulate")
+    ]
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name])
+
+
+def test_the_named_list_of_blocks_is_taken() -> None:
+    model = lorasb.patch(make("llama"), r=3)
+    report = lorasb.initialize(model, singles("llama"), lr=1e-3, blocks="model.layers", progress=False)
+    assert "2 blocks at model.layers" in report.why
+    with pytest.raises(NotAStackError, match=r"the model has no list of modules 'model\.towers'"):
+        lorasb.initialize(model, singles("llama"), lr=1e-3, blocks="model.towers", strategy="layerwise", progress=False)
+
+
+@pytest.mark.parametrize("strategy", ["layerwise", "accumulate"])
+def test_checkpointing_modes_and_configs_are_left_as_found(strategy: str) -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    lorasb.initialize(model, singles("llama"), lr=1e-3, progress=False)
+    model.gradient_checkpointing_enable()
+    model.train()
+    model.config.use_cache = model.config.output_hidden_states = True
+    before = [getattr(m, "gradient_checkpointing", None) for m in model.modules()]
+    state = {name: bool(value) for name, value in vars(model.config).items() if isinstance(value, bool)}
+    got, _ = library_sums(model, singles("llama"), strategy=strategy)
+    want = autograd_sums("llama", singles("llama"))
+    assert all(torch.equal(gradient, want[name]) for name, gradient in got.items())
+    assert [getattr(m, "gradient_checkpointing", None) for m in model.modules()] == before
+    assert {name: bool(value) for name, value in vars(model.config).items() if isinstance(value, bool)} == state
+    assert all(module.training for module in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if isinstance(m, LoRASBLinear))
+
+
+def test_boundaries_may_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorasb.init.gradients import executor as strategy
+
+    moved: list[Tensor] = []
+
+    def keep(boundary: Tensor) -> Tensor:
+        moved.append(boundary.double())
+        return boundary.clone()
+
+    monkeypatch.setattr(strategy, "_as_is", keep)
+    got, _ = library_sums("llama", singles("llama"), strategy="layerwise")
+    want = autograd_sums("llama", singles("llama"))
+    assert len(moved) >= 6  # a boundary a block, and what blocks share beside them
+    assert all(torch.equal(gradient, want[name]) for name, gradient in got.items())
+
+
+def test_interrupted_between_blocks_everything_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorasb.init.gradients import layerwise
+
+    model = lorasb.patch(make("llama"), r=4)
+    before, flags = factors(model), [p.requires_grad for p in model.parameters()]
+    plain = layerwise.block_sums
+
+    def interrupted(work: object, stack: object, i: int, traversals: object) -> object:
+        if i == 0:
+            raise KeyboardInterrupt
+        return plain(work, stack, i, traversals)
+
+    monkeypatch.setattr(layerwise, "block_sums", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lorasb.initialize(model, singles("llama"), lr=1e-3, progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in factors(model).items())
+    assert not any(m.is_initialized("default") for m in model.modules() if isinstance(m, LoRASBLinear))
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert torch.is_grad_enabled()
+
+
+def test_an_initialised_adapter_gets_its_factors_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    lorasb.initialize(model, singles("llama"), lr=1e-3, progress=False)
+    before, plain = factors(model), layerwise.block_sums
+
+    def failing(work: object, stack: object, i: int, traversals: object) -> object:
+        if i == 0:  # the last block is written by then
+            assert not all(torch.equal(value, before[key]) for key, value in factors(model).items())
+            raise RuntimeError("cut off")
+        return plain(work, stack, i, traversals)
+
+    monkeypatch.setattr(layerwise, "block_sums", failing)
+    with pytest.raises(RuntimeError, match="cut off"):
+        lorasb.initialize(model, singles("llama")[1:], lr=2e-3, progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in factors(model).items())
+    assert all(m.is_initialized("default") for m in model.modules() if isinstance(m, LoRASBLinear))
+
+
+def test_no_more_than_one_blocks_sums_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And boundaries go as blocks are done: memory does not grow with the number of layers."""
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=99, pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = lorasb.patch(transformers.LlamaForCausalLM(config), r=3)
+    alive: set[int] = set()
+    most, plain = [0], accumulator.LayerSum.__init__
+
+    def counted(self: accumulator.LayerSum, halves: bool = False) -> None:
+        plain(self, halves)
+        alive.add(id(self))
+        weakref.finalize(self, alive.discard, id(self))
+        most[0] = max(most[0], len(alive))
+
+    monkeypatch.setattr(accumulator.LayerSum, "__init__", counted)
+    boundaries: list[int] = []
+    block_sums = layerwise.block_sums
+
+    def watched(work: object, stack: object, i: int, traversals: list[Traversal]) -> object:
+        found = block_sums(work, stack, i, traversals)
+        boundaries.append(sum(hidden is not None for traversal in traversals for hidden in traversal.hidden))
+        return found
+
+    monkeypatch.setattr(layerwise, "block_sums", watched)
+    lorasb.initialize(model, singles("llama"), lr=1e-3, strategy="layerwise", progress=False)
+    assert most[0] == 7
+    assert boundaries == [15, 12, 9, 6, 3, 0]

@@ -1,0 +1,114 @@
+"""Truncated SVD, of dense matrices and of bits: the optimal energy, orthonormal factors, equal results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tolerances
+import torch
+from gradients import autograd_sums
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import batches_for
+from safetensors.torch import save_file
+
+from lorasb.init.linalg import svd
+from lorasb.init.linalg.sign_bits import SignBits
+from lorasb.init.linalg.svd import energies, truncated_svd
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (64, 64), (40, 300)])
+@pytest.mark.parametrize("kind", ["signs", "decaying", "noise"])
+def test_svd_captures_the_optimal_energy(shape: tuple[int, int], kind: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape[0], 8, generator=g) @ torch.randn(8, shape[1], generator=g)
+    matrix = matrix + 2.0 * torch.randn(shape, generator=g)
+    if kind == "signs":
+        matrix = torch.sign(matrix)
+    elif kind == "decaying":
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+        matrix = u @ torch.diag(s * 0.8 ** torch.arange(len(s))) @ vt
+    for r in (1, 16, min(32, *shape), min(shape)):
+        u, s, vt = truncated_svd(matrix, r, seed=0)
+        optimum = torch.linalg.svdvals(matrix.double())[:r].square().sum()
+        inside = (u.double().t() @ matrix.double() @ vt.double().t()).square().sum()
+        assert inside / optimum >= tolerances.ENERGY
+        tolerances.check(u.t() @ u, torch.eye(r), tolerances.ORTHONORMAL)
+        tolerances.check(vt @ vt.t(), torch.eye(r), tolerances.ORTHONORMAL)
+        assert (s[:-1] >= s[1:] - 1e-4 * s[0]).all()
+        assert (u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+def test_svd_of_real_gradients_captures_the_optimal_energy() -> None:
+    for name, gradient in autograd_sums("llama", batches_for("llama")).items():
+        if gradient.dim() == 2 and min(gradient.shape) > 40 and "embed" not in name:
+            found = truncated_svd(SignBits.pack(gradient), 8, seed=0)
+            optimum = torch.linalg.svdvals(torch.sign(gradient).double())[:8].square().sum()
+            inside = energies(found.u.double().t() @ torch.sign(gradient).double() @ found.vt.double().t())
+            assert inside[-1] >= tolerances.ENERGY * optimum
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 333), (70, 70), (1, 5), (64, 2050)])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_bits_give_the_svd_of_the_signs(shape: tuple[int, int], zeros: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size of the blocks that are unpacked: the Gram matrix of signs is one of whole numbers."""
+    g = torch.Generator().manual_seed(3)
+    matrix = torch.randn(shape, generator=g)
+    if zeros:
+        matrix[torch.rand(shape, generator=g) < 0.1] = 0
+    bits, r = SignBits.pack(matrix), min(8, *shape)
+    monkeypatch.setattr(svd, "BLOCK", 64 * min(shape))
+    found, dense = truncated_svd(bits, r, seed=1), truncated_svd(torch.sign(matrix), r, seed=1)
+    core = svd.signed_core(bits, found)
+    want = found.u.double().t() @ torch.sign(matrix).double() @ found.vt.double().t()
+    tolerances.check(core, want, tolerances.fp32(max(shape)))
+    assert found.s.square().sum() >= tolerances.ENERGY * dense.s.square().sum()
+
+
+def test_a_direct_iteration_agrees_with_the_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    bits = SignBits.pack(matrix @ torch.randn(8, 300, generator=torch.Generator().manual_seed(1)))
+    found = []
+    for cheaper in (True, False):
+        monkeypatch.setattr(svd, "_gram_is_cheaper", lambda *_, cheaper=cheaper: cheaper)
+        found.append(truncated_svd(bits, 4, seed=0))
+    tolerances.check(found[0].s / found[0].s[0], found[1].s / found[0].s[0], tolerances.FACTORS)
+
+
+class TestSignBits:
+    @given(m=st.integers(0, 9), n=st.integers(1, 70), zeros=st.booleans(), seed=st.integers(0, 99))
+    @settings(max_examples=60, deadline=None)
+    def test_packing_and_unpacking_is_the_sign(self, m: int, n: int, zeros: bool, seed: int) -> None:
+        g = torch.Generator().manual_seed(seed)
+        matrix = torch.randn(m, n, generator=g)
+        if zeros:
+            matrix[torch.rand(m, n, generator=g) < 0.3] = 0.0
+        bits = SignBits.pack(matrix)
+        assert torch.equal(bits.unpack(), torch.sign(matrix))
+        assert bits.squares == float(torch.count_nonzero(matrix))
+        assert (bits.nonzero is None) == (not bool((matrix == 0).any()))
+        assert bits.words.shape == (m, -(-n // 32))
+
+    def test_a_thirty_second_of_the_gradient(self) -> None:
+        assert SignBits.pack(torch.randn(64, 96)).nbytes * 32 == 64 * 96 * 4
+
+    def test_saved_and_loaded(self, tmp_path: Path) -> None:
+        matrix = torch.randn(33, 45)
+        for changed in (matrix, matrix.clone().fill_diagonal_(0.0)):
+            SignBits.pack(changed).save(tmp_path / "bits.safetensors")
+            found = SignBits.load(tmp_path / "bits.safetensors")
+            assert torch.equal(found.unpack(), torch.sign(changed))
+            assert found.shape == (33, 45)
+
+    def test_other_and_damaged_files(self, tmp_path: Path) -> None:
+        path = tmp_path / "bits.safetensors"
+        save_file({"other": torch.zeros(1)}, str(path))
+        with pytest.raises(
+            ValueError, match=r"holds no signs: expected tensors 'words' and 'columns', got \['other'\]"
+        ):
+            SignBits.load(path)
+        SignBits.pack(torch.randn(64, 64)).save(path)
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(ValueError, match="is truncated or damaged"):
+            SignBits.load(path)

@@ -1,0 +1,128 @@
+"""On a CUDA GPU, compiled: TRITON_INTERPRET=0 python -m pytest tests/kernels/test_gpu.py. Elsewhere there is nothing to run."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import reference
+import tolerances
+import torch
+from torch import Tensor
+
+import lorasb
+from lorasb.functional import lora_sb_linear, lora_sb_linear_group
+from lorasb.kernels.launcher import observed
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="needs a CUDA GPU, not interpreted",
+)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHAPES = [
+    (1, 4096, 4096, 96),
+    (16, 4096, 1024, 64),
+    (63, 123, 59, 17),
+    (512, 576, 1536, 96),
+    (2048, 4096, 4096, 96),
+    (1023, 4096, 1024, 128),
+]
+
+
+def on_gpu(case: reference.Case) -> reference.Case:
+    tensors = [t.cuda() for t in (case.x, case.weight, case.a, case.core, case.b)]
+    return reference.Case(*tensors, None if case.bias is None else case.bias.cuda(), case.scaling, case.dy.cuda())
+
+
+def run(case: reference.Case) -> list[Tensor]:
+    x, core = case.x.clone().requires_grad_(), case.core.clone().requires_grad_()
+    y = lora_sb_linear(x, case.weight, case.a, core, case.b, case.bias, case.scaling)
+    y.backward(case.dy)
+    return [y.detach(), x.grad, core.grad]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "n", "m", "r"), SHAPES)
+def test_no_further_from_fp64_than_the_chain(M: int, n: int, m: int, r: int, dtype: torch.dtype) -> None:
+    case = on_gpu(reference.make_case((M,), n, m, r, dtype))
+    exact = case.double()
+    wanted = [reference.forward(exact), *reference.gradients(exact)]
+    with lorasb.backend("triton"):
+        results = run(case)
+    for got, chain, want in zip(results, reference.plain_chain(case), wanted, strict=True):
+        if got.numel() >= tolerances.POOL:
+            tolerances.check_half(got, chain, want)
+
+
+def test_auto_takes_the_kernels_two_launches_a_direction() -> None:
+    case = on_gpu(reference.make_case((16,), 4096, 4096, 96, torch.bfloat16))
+    with observed() as launches:
+        run(case)
+    assert [one.name for one in launches] == ["prep_forward", "extended_gemm", "prep_backward", "extended_gemm"]
+
+
+@pytest.mark.parametrize("M", [16, 512, 3000])
+def test_bitwise_repeatable(M: int) -> None:
+    cases = [on_gpu(reference.make_case((M,), 1024, m, 96, torch.bfloat16, bias=False)) for m in (1024, 512)]
+
+    def group() -> list[Tensor]:
+        x = cases[0].x.clone().requires_grad_()
+        cores = [c.core.clone().requires_grad_() for c in cases]
+        ys = lora_sb_linear_group(x, [c.weight for c in cases], [c.a for c in cases], cores, [c.b for c in cases])
+        torch.autograd.backward(ys, [c.dy for c in cases])
+        return [*(y.detach() for y in ys), x.grad, *(core.grad for core in cores)]
+
+    with lorasb.backend("triton"):
+        first = group()
+        for _ in range(249):
+            for got, want in zip(group(), first, strict=True):
+                assert torch.equal(got, want)
+
+
+def test_cuda_graphs() -> None:
+    case = on_gpu(reference.make_case((40,), 1024, 512, 64, torch.bfloat16))
+    run(case)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run(case)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        y = lora_sb_linear(case.x, case.weight, case.a, case.core, case.b, case.bias, case.scaling)
+    for _ in range(3):
+        case.x.copy_(torch.randn_like(case.x))
+        graph.replay()
+        want = lora_sb_linear(case.x, case.weight, case.a, case.core, case.b, case.bias, case.scaling)
+        assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiles_without_a_graph_break(mode: str) -> None:
+    case = on_gpu(reference.make_case((40,), 256, 128, 16, torch.bfloat16))
+
+    def function(x: Tensor) -> Tensor:
+        return torch.relu(lora_sb_linear(x, case.weight, case.a, case.core, case.b, case.bias, case.scaling))
+
+    compiled = torch.compile(function, fullgraph=True, mode=mode)
+    for rows in (40, 41, 16, 40, 41, 16):
+        assert torch.equal(compiled(case.x[:rows]), function(case.x[:rows]))
+
+
+def test_rows_do_not_leak() -> None:
+    case = on_gpu(reference.make_case((300,), 512, 256, 32, torch.bfloat16))
+    want = run(case)[0]
+    case.x[7, 3] = float("nan")
+    got = run(case)[0]
+    others = [i for i in range(300) if i != 7]
+    assert torch.isnan(got[7]).all()
+    assert torch.equal(got[others], want[others])
+
+
+def test_capturing_dropout_is_refused() -> None:
+    case = on_gpu(reference.make_case((40,), 256, 128, 16, torch.bfloat16))
+    with (
+        pytest.raises(RuntimeError, match="would repeat one mask"),
+        torch.no_grad(),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        lora_sb_linear(case.x, case.weight, case.a, case.core, case.b, dropout=0.1)

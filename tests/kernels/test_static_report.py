@@ -1,0 +1,111 @@
+"""Every kernel, compiled for every architecture: no spill, no more memory than there is.
+
+`make test` compiles one representative configuration a kernel and architecture (`benchmarks.kernels.static_report.jobs` says
+which: bf16, and on sm_86, whose shared memory is the smallest, groups of layers too); `make test-all` compiles every
+shipped configuration in every dtype, with ragged shapes, dropout, biases and other ranks. The gates are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasb.kernels import plan
+
+ROOT = Path(__file__).parents[2]
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
+Row = dict[str, Any]
+QUANTISED = (
+    "prep_forward_quantised",
+    "prep_backward_quantised",
+    "quantised_gemm",
+    "quantised_gemm backward",
+    "dequantise",
+)
+
+
+def compiled(*options: str) -> list[Row]:
+    """The report, made by a process in which Triton compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.kernels.static_report", "--json", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: list[Row] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole() -> list[Row]:
+    return compiled()
+
+
+@pytest.fixture(scope="module", params=["brief", pytest.param("whole", marks=pytest.mark.long)])
+def rows(request: pytest.FixtureRequest) -> list[Row]:
+    """One representative a kernel and architecture, or all there is."""
+    found: list[Row] = compiled("--brief") if request.param == "brief" else request.getfixturevalue("whole")
+    return found
+
+
+def names(found: list[Row]) -> list[str]:
+    return [f"{r['kernel']} ({r['variant']}, {r['dtype']}, {r['arch']}, {r['config']})" for r in found]
+
+
+def test_nothing_spills(rows: list[Row]) -> None:
+    assert names([row for row in rows if row["stack_bytes"] != 0]) == []
+
+
+def test_shared_memory_fits(rows: list[Row]) -> None:
+    assert (
+        names([row for row in rows if row["shared_bytes"] > SHARED_LIMIT[row["arch"]] or row["ctas_per_sm"] < 1]) == []
+    )
+
+
+def test_the_default_extended_gemm_lets_two_programs_on_an_sm_86(rows: list[Row]) -> None:
+    chosen = [
+        row
+        for row in rows
+        if row["kernel"].startswith("extended_gemm")
+        and (row["dtype"], row["arch"]) == ("bf16", "sm_86")
+        and row["variant"] in ("default", "group of 3", "group of 2")
+    ]
+    assert {row["kernel"] for row in chosen} == {"extended_gemm", "extended_gemm backward"}
+    assert names([row for row in chosen if row["registers"] > 128 or row["ctas_per_sm"] < 2]) == []
+
+
+def test_tensor_cores_are_used(rows: list[Row]) -> None:
+    halves = [row for row in rows if row["dtype"] in ("bf16", "fp16") and row["kernel"] != "dequantise"]
+    assert names([row for row in halves if row["mma"] == 0 or row["mma_share"] == 0.0]) == []
+
+
+KERNELS = ("prep_forward", "prep_backward", "extended_gemm", "extended_gemm backward", "grad_sign", *QUANTISED)
+
+
+def there(found: list[Row], arch: str) -> set[tuple[str, str]]:
+    """(kernel, dtype) of what was compiled for an architecture."""
+    return {(row["kernel"], row["dtype"]) for row in found if row["arch"] == arch}
+
+
+def test_every_kernel_and_architecture_is_there(rows: list[Row]) -> None:
+    for arch in plan.shipped_archs():
+        assert there(rows, arch) >= {(kernel, "bf16") for kernel in KERNELS}
+
+
+@pytest.mark.long
+def test_every_dtype_and_shipped_configuration_is_there(whole: list[Row]) -> None:
+    configs: dict[str, set[str]] = defaultdict(set)
+    for row in whole:
+        configs[row["arch"]].add(row["config"].partition(" ")[0])
+    for arch in plan.shipped_archs():
+        assert there(whole, arch) == {(kernel, dtype) for kernel in KERNELS for dtype in ("bf16", "fp16", "fp32")}
+        for rule in plan.shipped_rules(arch):
+            if rule.prep:
+                assert f"{rule.prep.block_m}x{rule.prep.block_k}" in configs[arch]
+            if rule.gemm:
+                assert f"{rule.gemm.block_m}x{rule.gemm.block_n}x{rule.gemm.block_k}" in configs[arch]

@@ -1,0 +1,157 @@
+"""Experts in 3-D parameters: opened into linears and closed again, filled from the tokens routed to each."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import tolerances
+import torch
+import transformers
+from families import EXPERTS, SIZES
+from models import batches_for, logits, make
+from torch import Tensor, nn
+
+import lorasb
+from lorasb.layers.linear import LoRASBLinear
+from lorasb.layers.lookup import layers_with
+from lorasb.layers.unfused_experts import OpenExperts, close, open_targets
+
+
+def expert_layers(model: nn.Module) -> dict[str, LoRASBLinear]:
+    return {name: layer for name, layer in layers_with(model, "default").items() if ".experts." in name}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_opening_shares_the_memory_and_closing_gives_the_same_module_back(family: str) -> None:
+    model = make(family)
+    before, modules, state = logits(model, family), dict(model.named_modules()), copy.deepcopy(model.state_dict())
+    whole = model.get_submodule("model.layers.0.mlp.experts")
+    assert len(open_targets(model, EXPERTS)) == 4
+    opened = model.get_submodule("model.layers.0.mlp.experts")
+    assert isinstance(opened, OpenExperts)
+    assert opened.gate_up_proj[2].weight.data_ptr() == whole.gate_up_proj[2].data_ptr()
+    tolerances.check(logits(model, family), before, tolerances.MERGE)
+    close(model)
+    assert dict(model.named_modules()) == modules
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_moved_experts_are_closed_with_the_weights_as_they_are() -> None:
+    model = make("mixtral")
+    state = copy.deepcopy(model.state_dict())
+    open_targets(model, EXPERTS)
+    model.to(torch.float64)
+    assert model.get_submodule("model.layers.0.mlp.experts")._whole[0].gate_up_proj is None
+    close(model)
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float64
+        assert torch.equal(value.float(), state[name])
+
+
+def test_each_experts_factors_come_from_the_tokens_routed_to_it() -> None:
+    """Against autograd on the 3-D parameters of the model as transformers has it."""
+    family, batches = "mixtral", batches_for("mixtral")
+    plain = make(family)
+    weights = {n: p for n, p in plain.named_parameters() if n.endswith(tuple(EXPERTS))}
+    for p in weights.values():
+        p.requires_grad_(True)
+    for batch in batches:
+        for i in range(2):
+            plain(**{key: value[i : i + 1] for key, value in batch.items()}).loss.backward()
+    model = lorasb.patch(make(family), r=32, target_parameters=EXPERTS)
+    report = lorasb.initialize(model, batches, lr=2e-2, progress=False)
+    energies = {layer.name: layer.energy_sign for layer in report.layers}
+    layers = expert_layers(model)
+    assert len(layers) == 2 * 2 * 4
+    for name, layer in layers.items():
+        parameter, _, expert = name.rpartition(".")
+        sign = weights[parameter].grad[int(expert)].sign().double()
+        u, s, vt = torch.linalg.svd(sign)
+        want = (u[:, :32] * s[:32]) @ vt[:32] * -2e-2
+        tolerances.check(
+            layer.get_delta_weight("default").double() / want.abs().max(), want / want.abs().max(), tolerances.FACTORS
+        )
+        assert energies[name] == pytest.approx(float((s[:32] ** 2).sum() / (s**2).sum()), rel=1e-3)
+
+
+def test_experts_without_a_token_start_from_their_weight_and_the_report_says_so() -> None:
+    model = lorasb.patch(make("qwen3_moe"), r=4, target_parameters=EXPERTS)
+    for block in model.base_model.model.model.layers:
+        block.mlp.gate.weight.data[3] = -1e3 * block.mlp.gate.weight.data[:3].abs().max()
+        block.mlp.gate.weight.data[3].sub_(block.mlp.gate.weight.data.abs().max())
+        block.mlp.gate.register_forward_hook(_without_the_last)
+    with pytest.warns(UserWarning, match="not reached by these samples"):
+        report = lorasb.initialize(model, batches_for("qwen3_moe"), lr=2e-2, progress=False)
+    left = {layer.name for layer in report.layers if layer.fallback}
+    assert left == {name for name in expert_layers(model) if name.endswith(".3")}
+
+
+def _without_the_last(_: nn.Module, __: object, out: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    scores, weights, chosen = out
+    return scores, weights, torch.where(chosen == 3, (chosen.roll(1, -1) + 1) % 3, chosen)
+
+
+def test_a_second_adapter_finds_the_experts_open_and_deleting_both_leaves_them() -> None:
+    model = lorasb.patch(make("mixtral"), r=4, target_parameters=EXPERTS)
+    before = logits(make("mixtral"), "mixtral")
+    model.add_adapter("other", lorasb.LoRASBConfig(r=3, target_parameters=EXPERTS, target_modules=[]))
+    assert all(set(layer.lorasb_R) == {"default", "other"} for layer in expert_layers(model).values())
+    model.add_adapter("dense", lorasb.LoRASBConfig(r=3))
+    assert not any(".experts." in name for name in layers_with(model, "dense"))
+    with model.disable_adapter():
+        tolerances.check(logits(model, "mixtral"), before, tolerances.MERGE)
+    plain = model.unload()
+    assert type(plain.get_submodule("model.layers.0.mlp.experts")).__name__ == "MixtralExperts"
+    assert torch.equal(logits(plain, "mixtral"), before)
+
+
+def test_other_layouts_and_names_are_refused_and_the_model_stays() -> None:
+    config = transformers.GptOssConfig(
+        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, **SIZES
+    )
+    model = transformers.GptOssForCausalLM(config)
+    modules = dict(model.named_modules())
+    with pytest.raises(TypeError, match="GptOssExperts, whose experts are laid out or computed in another way"):
+        lorasb.patch(model, target_parameters=["mlp.experts.gate_up_proj"])
+    assert dict(model.named_modules()) == modules
+    model = make("mixtral")
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"no parameter is called experts\.up_proj"):
+        lorasb.patch(model, target_parameters=["experts.down_proj", "experts.up_proj"])
+    assert dict(model.named_modules()) == modules
+    with pytest.raises(ValueError, match=r"put it into \[\.\.\.\]"):
+        lorasb.LoRASBConfig(target_parameters="experts.down_proj")
+
+
+def test_families_that_compute_like_mixtral_are_opened() -> None:
+    config = transformers.Qwen2MoeConfig(
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
+        shared_expert_intermediate_size=32, pad_token_id=0, **SIZES,
+    )  # fmt: skip
+    model = lorasb.patch(
+        transformers.Qwen2MoeForCausalLM(config), r=4, exclude_modules=["shared_expert_gate"], target_parameters=EXPERTS
+    )
+    assert len(expert_layers(model)) == 16
+
+
+def test_gguf_says_that_it_has_no_experts(tmp_path: Path) -> None:
+    model = lorasb.patch(make("mixtral"), r=4, target_parameters=EXPERTS)
+    lorasb.initialize(model, batches_for("mixtral"), lr=2e-2, progress=False)
+    with pytest.raises(ValueError, match=r"model type 'mixtral'|no tensor for layer"):
+        lorasb.export_lora(model, tmp_path, format="gguf", quiet=True)
+
+
+def test_the_report_says_what_is_left_alone() -> None:
+    model = lorasb.patch(make("mixtral"), r=4)
+    report = lorasb.initialize(model, batches_for("mixtral"), lr=2e-2, progress=False)
+    assert any("routers (model.layers.0.mlp.gate" in line for line in report.left)
+    assert any("target_parameters" in line for line in report.left)
+    opened = lorasb.patch(make("mixtral"), r=4, target_parameters=EXPERTS)
+    report = lorasb.initialize(opened, batches_for("mixtral"), lr=2e-2, progress=False)
+    assert not any("target_parameters" in line for line in report.left)
+    tied = lorasb.patch(make("llama"), r=4)
+    report = lorasb.initialize(tied, batches_for("llama"), lr=2e-2, progress=False)
+    assert report.left == ["lm_head: shares its weight with the input embedding"]
+    assert "left alone: lm_head" in str(report)

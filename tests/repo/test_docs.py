@@ -1,0 +1,43 @@
+"""Every Python block of the documentation runs, page by page, on a tiny model."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import textwrap
+from pathlib import Path
+
+import pytest
+from models import Rows, batches_for, make
+
+DOCS = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
+
+
+def blocks(page: Path) -> str:
+    found = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return textwrap.dedent("\n".join(found))
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_every_block_runs(page: Path, tmp_path: Path) -> None:
+    script = tmp_path / f"{page.stem}.py"
+    script.write_text(blocks(page), encoding="utf-8")
+    batches = batches_for("llama")
+    given = {"model": make("llama"), "fresh": lambda: make("llama"), "data": Rows(), "dataloader": batches, "batch": batches[0], "folder": str(tmp_path)}  # fmt: skip
+    runpy.run_path(str(script), init_globals=given)
+
+
+def test_the_reference_is_what_the_docstrings_say() -> None:
+    made = runpy.run_path(str(DOCS[0].parent / "make_api.py"))["page"]()
+    assert (DOCS[0].parent / "api.md").read_text(encoding="utf-8") == made, "run python docs/make_api.py"
+
+
+def test_the_settings_are_what_the_list_says() -> None:
+    made = runpy.run_path(str(DOCS[0].parent / "make_settings.py"))["page"]()
+    assert (DOCS[0].parent / "settings.md").read_text(encoding="utf-8") == made, "run python docs/make_settings.py"
+
+
+@pytest.mark.parametrize("page", [*DOCS, DOCS[0].parents[1] / "README.md"], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), target

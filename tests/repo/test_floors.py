@@ -1,0 +1,120 @@
+"""The package as a house: imports run down its floors, no files import each other in a cycle, and no forbidden call."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from docs import floors
+
+ROOT = Path(__file__).parents[2]
+MODULES = floors.files()
+FILES = [*MODULES.values(), ROOT / "setup.py"]
+WITHOUT = {  # module or package -> what it must not import, at any depth: importing it stays cheap, or possible
+    "lorasb.kernels": ("transformers", "peft"),
+    "lorasb.kernels.plan": ("triton",),
+    "lorasb.kernels.block_sizes": ("triton", "torch"),
+    "lorasb.tuner.config": ("torch", "transformers"),
+    "lorasb.constants": ("torch", "transformers", "peft", "triton"),
+    "lorasb.utils.atomic_files": ("torch",),
+    "lorasb.utils": ("transformers", "peft"),
+    "lorasb.quantization": ("transformers", "peft", "bitsandbytes"),
+    "lorasb.init": ("transformers",),
+    "lorasb.recipes.settings": ("torch", "transformers", "peft"),
+    "lorasb.recipes.config_file": ("torch", "transformers", "peft"),
+    "lorasb.cli.options": ("torch", "transformers", "peft"),
+    "lorasb": ("benchmarks", "tests", "docs"),
+}
+CALLS = {"torch.load", "pickle.load", "pickle.loads", "exec", "eval", "os.system", "torch.save"}
+USES_TRANSFORMERS = ("lorasb.layers.unfused_experts", "lorasb.tuner", "lorasb.training", "lorasb.recipes", "lorasb.cli")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """What a file imports from elsewhere."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def test_every_import_runs_down() -> None:
+    assert floors.upward(floors.graph()) == []
+
+
+def test_no_files_import_each_other() -> None:
+    assert floors.cycles(floors.graph()) == []
+
+
+def test_every_room_is_on_a_floor() -> None:
+    assert {floors.room_of(name) for name in MODULES} == set(floors.LEVEL)
+
+
+def test_what_is_wrong_is_found() -> None:
+    line = {"lorasb.layers.linear": {"lorasb.tuner.model": 7}, "lorasb.tuner.model": {"lorasb.layers.linear": 3}}
+    assert floors.upward(line) == ["lorasb.layers.linear:7 (layers) imports lorasb.tuner.model (tuner)"]
+    assert floors.cycles(line) == [["lorasb.layers.linear", "lorasb.tuner.model"]]
+    beside = {"lorasb.export.lora": {"lorasb.init.sampling": 5}}
+    assert len(floors.upward(beside)) == 1
+
+
+def test_the_picture_is_of_these_imports() -> None:
+    picture = (ROOT / "docs" / "floors.svg").read_text(encoding="utf-8")
+    assert picture == floors.draw(floors.graph()), "draw it anew: python -m docs.floors"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name == "__init__.py"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_folder_says_what_lives_there(path: Path) -> None:
+    assert len(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "") > 60
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_forbidden_import_or_call(path: Path) -> None:
+    tree, name = ast.parse(path.read_text(encoding="utf-8")), floors.module_name(path)
+    for target in imports(tree):
+        for importer, forbidden in WITHOUT.items():
+            if under(name, importer):
+                assert not any(under(target, other) for other in forbidden), f"{name} imports {target}"
+        if under(target, "transformers"):
+            assert any(under(name, allowed) for allowed in USES_TRANSFORMERS), f"{name} imports {target}"
+        if name.startswith("lorasb.kernels"):
+            assert not under(target, "lorasb") or under(target, "lorasb.kernels"), f"{name} imports {target}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in CALLS, f"{name}:{node.lineno} calls {ast.unparse(node.func)}"
+        if isinstance(node, ast.Assert):
+            raise AssertionError(f"{name}:{node.lineno} asserts: user input meets errors with a message")
+
+
+def test_public_functions_have_docstrings() -> None:
+    missing = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                short = isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno < 3
+                if ast.get_docstring(node) is None and not short:
+                    missing.append(f"{path.name}:{node.lineno} {node.name}")
+    nested = ("call", "forward", "backward", "hook", "on_log", "Bar", "find_spec", "exec_module", "create_module")
+    assert [name for name in missing if name.rpartition(" ")[2] not in nested] == []
+
+
+def test_wheel_has_every_module(tmp_path: Path) -> None:
+    code = "import setuptools; setuptools.setup = lambda **k: print(*k['packages'], k['package_dir'], k['package_data'], sep=';'); import runpy; runpy.run_path('setup.py')"
+    found = (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        .stdout.strip()
+        .split(";")
+    )
+    wanted = {floors.module_name(path) for path in FILES if path.name == "__init__.py"}
+    assert set(found[:-2]) == wanted | {"lorasb.kernels.tables"}
+    assert found[-2:] == ["{'lorasb.kernels': 'kernels/fused'}", "{'lorasb.kernels.tables': ['*.json']}"]
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "a top-level `kernels` would hide another package"

@@ -1,0 +1,102 @@
+"""`import lorasb` is light, and PEFT knows the method whatever is imported first."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KNOWN = (
+    "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as M; from peft.utils.peft_types import PeftType; "
+    "assert M[PeftType('LORASB')].__name__ == 'LoRASBConfig'"
+)
+ORDERS = (
+    "import lorasb, peft",
+    "import peft, lorasb",
+    "import lorasb.tuner.config",
+    "import lorasb.layers.linear",
+    "import lorasb.tuner",
+    "import lorasb.init",
+    "import lorasb.recipes.finetune",
+    "import lorasb, importlib.util; importlib.util.find_spec('peft'); import peft",
+    "import lorasb; lorasb.patch; lorasb.LoRASBConfig",
+)
+TRACE = (
+    "import sys, lorasb, peft; print([type(f).__name__ for f in sys.meta_path], type(peft.__spec__.loader).__name__)"
+)
+NAMES = (
+    "import lorasb\nfor name in lorasb.__all__: getattr(lorasb, name)\nassert set(lorasb.__all__) <= set(dir(lorasb))"
+)
+PATCH = "import lorasb, lorasb.recipes.finetune, lorasb.tuner\nfrom lorasb.tuner.patch import patch\nassert callable(lorasb.patch)"
+BACKEND = "import lorasb\nwith lorasb.backend('triton'): print(lorasb.ops.registry.current_backend())"
+CODES = (*(f"{order}\n{KNOWN}" for order in ORDERS), TRACE, NAMES, PATCH, BACKEND)
+
+
+def python(*arguments: str, given: str | None = None) -> str:
+    """Output of a process of its own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", *arguments]
+    done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def outputs() -> dict[str, tuple[int, str]]:
+    """Exit status and output of every code where neither PEFT nor lorasb has been imported."""
+    script = Path(__file__).parents[1] / "support" / "fresh_imports.py"
+    return dict(zip(CODES, json.loads(python(str(script), given=json.dumps(CODES))), strict=True))
+
+
+def output(outputs: dict[str, tuple[int, str]], code: str) -> str:
+    status, text = outputs[code]
+    assert status == 0, text
+    return text
+
+
+def test_import_is_light() -> None:
+    heavy = "('peft', 'transformers', 'triton', 'bitsandbytes', 'torch', 'matplotlib', 'rich', 'typer')"
+    assert python("-c", f"import sys, lorasb; print([m for m in {heavy} if m in sys.modules])") == "[]"
+
+
+def test_import_touches_no_device() -> None:
+    assert python("-c", "import torch, lorasb, lorasb.functional; print(torch.cuda.is_initialized())") == "False"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_peft_knows_the_method(order: str, outputs: dict[str, tuple[int, str]]) -> None:
+    output(outputs, f"{order}\n{KNOWN}")
+
+
+def test_peft_knows_the_method_after_transformers() -> None:
+    python("-c", f"import lorasb, transformers, peft\n{KNOWN}")
+
+
+def test_the_hook_leaves_no_trace(outputs: dict[str, tuple[int, str]]) -> None:
+    printed = output(outputs, TRACE)
+    assert printed
+    assert "Peft" not in printed
+    assert "Registering" not in printed
+
+
+def test_every_public_name_is_there(outputs: dict[str, tuple[int, str]]) -> None:
+    output(outputs, NAMES)
+
+
+def test_patch_stays_a_function_whatever_is_imported(outputs: dict[str, tuple[int, str]]) -> None:
+    output(outputs, PATCH)
+
+
+def test_unknown_names_raise() -> None:
+    import lorasb
+
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = lorasb.nothing
+
+
+def test_a_backend_may_be_chosen_before_anything_else_is_imported(outputs: dict[str, tuple[int, str]]) -> None:
+    assert output(outputs, BACKEND) == "triton"

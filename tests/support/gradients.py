@@ -1,0 +1,72 @@
+"""Sums of gradients by plain autograd, the same by the library, and what tests compare them with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import Batch, make
+from torch import Tensor, nn
+
+import lorasb
+from lorasb.init.factors import layer_writer as fill
+from lorasb.init.factors.factorize import factor
+from lorasb.init.gradients.accumulator import GradientSums, LayerSum
+from lorasb.init.gradients.loss import backward_over_samples
+
+LossFn = Callable[[nn.Module, Batch], Tensor]
+
+
+def autograd_sums(family: str, batches: list[Batch], loss_fn: LossFn | None = None) -> dict[str, Tensor]:
+    """Σ_i ∇W L(x_i) by plain autograd: one sample at a time, every weight requiring a gradient."""
+    model = make(family)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for batch in batches:
+        for i in range(len(batch["input_ids"])):
+            sample = {key: value[i : i + 1] for key, value in batch.items()}
+            loss = model(**sample).loss if loss_fn is None else loss_fn(model, sample)
+            loss.backward()
+    return {name.removesuffix(".weight"): p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def hooked_sums(family: str, batches: list[Batch]) -> dict[str, Tensor]:
+    """The same by the library's hooks, all weights frozen."""
+    model = make(family).requires_grad_(False)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in n}
+    with GradientSums(layers) as sums:
+        for batch in batches:
+            backward_over_samples(model, batch, None)
+    return sums.totals()
+
+
+def factors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lorasb_" in name}
+
+
+def padded(samples: list[Batch], width: int) -> Batch:
+    """One batch of samples of unequal length, padded on the right."""
+    rows = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        key: torch.cat([nn.functional.pad(s[key], (0, width - s[key].shape[1]), value=fill) for s in samples])
+        for key, fill in rows.items()
+    }
+
+
+def library_sums(
+    model: nn.Module | str, batches: list[Batch], **options: object
+) -> tuple[dict[str, Tensor], lorasb.InitReport]:
+    """ΣG of every layer as `initialize` has it when it factors, and the report."""
+    model = lorasb.patch(make(model), r=3) if isinstance(model, str) else model
+    seen: dict[str, Tensor] = {}
+
+    def watched(name: str, gradient: LayerSum, *rest: object) -> object:
+        result = factor(name, gradient, *rest)
+        seen[name] = gradient.value().clone()
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fill, "factor", watched)
+        report = lorasb.initialize(model, batches, lr=1e-3, **{"progress": False} | options)
+    return {name: seen[name] for name in (layer.name for layer in report.layers)}, report

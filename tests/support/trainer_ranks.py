@@ -1,0 +1,110 @@
+"""What test_distributed_training.py starts by torchrun and by `accelerate launch`: a Trainer over a tiny model.
+
+trainer_ranks.py FOLDER [--kill STEP] [--cut FOLDER] [--resume] [--first] [--bits 16|4] [--dtype float32|bfloat16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from models import make, text
+from torch.distributed.tensor import DTensor
+
+import lorasb
+
+STEPS = 6
+ROWS = [{key: value[0] for key, value in text(1, 12, seed).items()} for seed in range(24)]
+
+
+class Kill(transformers.TrainerCallback):
+    """The last rank's process ends without a word once a step is done."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        if state.global_step == self.step and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def shard_on_cpus() -> None:
+    """accelerate takes FSDP for GPUs only: let it go the same way on CPUs."""
+    before = AcceleratorState.__init__
+
+    def init(self: Any, *arguments: Any, fsdp_plugin: Any = None, **named: Any) -> None:
+        before(self, *arguments, fsdp_plugin=fsdp_plugin, **named)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init  # type: ignore[method-assign]
+
+
+def parse(given: Sequence[object] | None = None) -> argparse.Namespace:
+    """Options of a run, from the command line unless given."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kill", type=int, default=0)
+    parser.add_argument("--cut", type=Path, help="train here too, after the whole run, and be killed")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument(
+        "--first", action="store_true", help="initialise before the Trainer is made, as DeepSpeed wants"
+    )
+    parser.add_argument("--bits", type=int, default=16)
+    parser.add_argument("--dtype", default="float32")
+    return parser.parse_args(None if given is None else [str(one) for one in given])
+
+
+def main() -> None:
+    """Train, save, and say what came of it; with `--cut`, once whole and once more until the kill."""
+    options = parse()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_cpus()
+    if options.cut is None:
+        run(options.folder, options, options.kill)
+    else:
+        run(options.folder, options)
+        run(options.cut, options, options.kill)
+
+
+def run(folder: Path, options: argparse.Namespace, kill: int = 0) -> None:
+    """One run of a Trainer that leaves its checkpoints, its adapter and found.json in a folder."""
+    dtype = getattr(torch, options.dtype)
+    base: Any = make("llama", dtype=dtype)
+    model: Any = lorasb.patch(lorasb.quantize(base, storage=dtype) if options.bits == 4 else base, r=4)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    momentum = "momentum=0.9"  # plain SGD keeps no state, and torch loads none back under FSDP2, on whatever device
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=4 // size, max_steps=STEPS, learning_rate=0.05,
+        optim="sgd", optim_args=momentum, lr_scheduler_type="constant", save_steps=2, logging_steps=1, report_to="none",
+        use_cpu=True, disable_tqdm=True, seed=3, dataloader_pin_memory=False, max_grad_norm=0.0,
+    )  # fmt: skip
+    init = lorasb.InitCallback(num_samples=8, lr=1e-2)
+    if options.first:
+        share = range(arguments.process_index, 8, arguments.world_size)  # asking for it starts the processes' group
+        lorasb.initialize(model, [text(1, 12, seed) for seed in share], lr=1e-2, progress=False)
+    callbacks = [init, *([Kill(kill)] if kill else [])]
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=ROWS, callbacks=callbacks)
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train(resume_from_checkpoint=options.resume or None)
+    trainer.save_model(str(folder / "adapter"))
+    if arguments.process_index == 0:
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found = {"losses": losses, "initialised": init.report is not None, "size": size}
+        found["sharded"] = any(isinstance(p, DTensor) for p in trainer.model.parameters())
+        (folder / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What test_processes.py runs on two gloo ranks: each case leaves what it found in a JSON file beside the others.
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 tests/support/two_ranks.py FOLDER
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from models import Batch, make, text
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import lorasb
+from lorasb.layers.linear import LoRASBLinear
+
+SAMPLES = [text(1, tokens, seed) for seed, tokens in enumerate((12, 7, 9, 5, 11))]
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 of all factors."""
+    found = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        if "lorasb_" in name:
+            whole = p.full_tensor() if isinstance(p, DTensor) else p
+            found.update(name.encode() + whole.detach().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def run(batches: list[Batch], shard: bool = False, **options: Any) -> dict[str, Any]:
+    """Initialise; what every rank found, and the energies."""
+    model = lorasb.patch(make("llama"), r=4)
+    if shard:
+        for block in model.get_base_model().model.layers:
+            fully_shard(block)
+        fully_shard(model)
+    report = lorasb.initialize(model, batches, lr=1e-3, **{"progress": False} | options)
+    layers = [module for module in model.modules() if isinstance(module, LoRASBLinear)]
+    if shard:
+        assert all(isinstance(layer.lorasb_A["default"], DTensor) for layer in layers)
+    every: list[Any] = [None, None]
+    dist.all_gather_object(every, digest(model))
+    model.train()
+    model(**SAMPLES[0]).loss.backward()
+    return {
+        "digests": every,
+        "strategy": report.strategy,
+        "num_samples": report.num_samples,
+        "loss": report.loss,
+        "energy_sign": [layer.energy_sign for layer in report.layers],
+        "energy_grad": [layer.energy_grad for layer in report.layers],
+        "zeros": [layer.zeros for layer in report.layers],
+        "stability": report.stability,
+    }
+
+
+def error_of(call: Callable[[], Any]) -> dict[str, Any]:
+    """The error that every rank raised."""
+    every: list[Any] = [None, None]
+    try:
+        call()
+        mine = "none"
+    except Exception as error:
+        mine = f"{type(error).__name__}: {error}"
+    dist.all_gather_object(every, mine)
+    return {"errors": every}
+
+
+def broken(rank: int) -> list[Batch]:
+    """Batches of which rank 1's cannot be collated."""
+    return SAMPLES[:2] if rank == 0 else [{"input_ids": torch.zeros(1, 3), "labels": torch.zeros(2, 3)}]
+
+
+def unlabelled(batches: list[Batch]) -> list[Batch]:
+    """Batches without labels."""
+    return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+
+
+def failing(rank: int) -> Callable[[nn.Module, Batch], torch.Tensor]:
+    """A loss after which rank 1's first block cannot be computed again."""
+
+    def loss_fn(model: nn.Module, batch: Batch) -> torch.Tensor:
+        loss = model(**batch).loss
+        if rank == 1:
+            model.get_base_model().model.layers[0].self_attn.forward = None
+        return loss
+
+    return loss_fn
+
+
+def main() -> None:
+    """Run every case."""
+    folder = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    even, uneven = SAMPLES[rank::2], SAMPLES[:4] if rank == 0 else SAMPLES[4:]
+    empty = iter(SAMPLES) if rank == 0 else iter([])
+    cache = folder / "signs.safetensors"
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
+        "even": lambda: run(even),
+        "uneven": lambda: run(uneven),
+        "empty": lambda: run(empty),  # type: ignore[arg-type]
+        "accumulate": lambda: run(even, strategy="accumulate"),
+        "stability": lambda: run(even, stability=True),
+        "sgd": lambda: run(even, update="sgd"),
+        "some": lambda: run(uneven, num_samples=3),
+        "stream": lambda: run(iter(uneven), num_samples=3),  # type: ignore[arg-type]
+        "cached": lambda: run(even, cache=cache),
+        "again": lambda: run(even, cache=cache),
+        "accumulate empty": lambda: run(iter(SAMPLES) if rank == 0 else iter([]), strategy="accumulate"),  # type: ignore[arg-type]
+        "accumulate budget": lambda: run(uneven, strategy="accumulate", memory_budget="250KB"),
+        "stability empty": lambda: run(iter(SAMPLES) if rank == 0 else iter([]), stability=True),  # type: ignore[arg-type]
+        "sharded": lambda: run(even, shard=True),
+        "sharded uneven": lambda: run(iter(SAMPLES) if rank == 0 else iter([]), shard=True),  # type: ignore[arg-type]
+        "sharded accumulate": lambda: run(uneven, shard=True, strategy="accumulate"),
+        "too many": lambda: error_of(lambda: run(even, num_samples=9)),
+        "broken": lambda: error_of(lambda: run(broken(rank))),
+        "no labels": lambda: error_of(lambda: run(unlabelled(even) if rank else even, strategy="accumulate")),
+        "no memory": lambda: error_of(lambda: run(even, memory_budget=1e3 if rank else 1e9, strategy="layerwise")),
+        "in a block": lambda: error_of(lambda: run(even, loss_fn=failing(rank))),
+        "not finite": lambda: error_of(lambda: run(even, loss_fn=lambda m, b: m(**b).loss * float(1 + 9e38 * rank))),
+    }
+    for name, case in cases.items():
+        found = case()
+        if rank == 0:
+            (folder / f"{name}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""InitCallback: the trainer's own data and schedule, nothing where it is done already, the same order of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from gradients import factors
+from models import make, patched, text
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+import lorasb
+
+ROWS = [{key: value[0] for key, value in text(1, 12, seed).items()} for seed in range(12)]
+
+
+class Watched(transformers.TrainerCallback):
+    """Keeps the ids of every batch that is trained on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen: list[Tensor] = []
+        embeddings = model.get_input_embeddings()
+        embeddings.register_forward_pre_hook(
+            lambda _, args: self.seen.append(args[0].clone()) if model.training else None
+        )
+
+
+def train(
+    model: Any, folder: Path, callbacks: list[Any], data: Any = ROWS, optimizers: Any = None, **options: Any
+) -> Any:
+    arguments = transformers.TrainingArguments(**{
+        "output_dir": str(folder), "per_device_train_batch_size": 3, "max_steps": 4, "learning_rate": 1e-2,
+        "save_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "seed": 3,
+        "dataloader_pin_memory": False,
+    } | {key: value for key, value in options.items() if key != "resume"})  # fmt: skip
+    trainer = transformers.Trainer(
+        model=model, args=arguments, train_dataset=data, callbacks=callbacks, optimizers=optimizers or (None, None)
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train(resume_from_checkpoint=options.get("resume"))
+    return trainer
+
+
+def test_the_same_as_initialising_by_hand(tmp_path: Path) -> None:
+    callback = lorasb.InitCallback(num_samples=6, seed=5)
+    model = lorasb.patch(make("llama"), r=4)
+    train(model, tmp_path, [callback], warmup_steps=2)
+    assert callback.report.lr == pytest.approx(1e-2 / 2)
+    assert callback.report.num_samples == 6
+    by_hand = lorasb.patch(make("llama"), r=4)
+    report = lorasb.initialize(by_hand, DataLoader(ROWS, batch_size=3), lr=5e-3, num_samples=6, seed=5, progress=False)
+    a, b = (([layer.energy_sign for layer in found.layers], found.loss) for found in (callback.report, report))
+    assert a == b
+    frozen = {name: value for name, value in factors(by_hand).items() if "lorasb_R" not in name}
+    assert all(torch.equal(value, factors(model)[name]) for name, value in frozen.items())
+    assert model.peft_config["default"].init_provenance["num_samples"] == 6
+
+
+@pytest.mark.parametrize("warmup", [{}, {"warmup_steps": 0.5}])
+def test_eta_comes_from_the_schedule(tmp_path: Path, warmup: dict[str, float]) -> None:
+    callback = lorasb.InitCallback()
+    train(lorasb.patch(make("llama"), r=4), tmp_path, [callback], **warmup)
+    assert callback.report.lr == pytest.approx(1e-2 / (2 if warmup else 1))
+
+
+def test_the_order_of_training_stays(tmp_path: Path) -> None:
+    """The global random state too: dropout would draw from it."""
+    seen, states = [], []
+    for with_callback in (False, True):
+        model = patched() if not with_callback else lorasb.patch(make("llama"), r=4)
+        watched = Watched(model)
+        train(model, tmp_path, [lorasb.InitCallback()] if with_callback else [])
+        seen.append(watched.seen)
+        states.append(torch.get_rng_state())
+    assert len(seen[0]) == len(seen[1]) == 4
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    assert torch.equal(*states)
+
+
+def test_nothing_is_done_twice(tmp_path: Path) -> None:
+    model, callback = patched(), lorasb.InitCallback()
+    frozen = {name: value for name, value in factors(model).items() if "lorasb_R" not in name}
+    train(model, tmp_path, [callback])
+    assert callback.report is None
+    assert all(torch.equal(value, factors(model)[name]) for name, value in frozen.items())
+
+
+def test_a_run_that_resumes_is_left_alone(tmp_path: Path) -> None:
+    train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback()])
+    resumed, callback = lorasb.patch(make("llama"), r=4), lorasb.InitCallback()
+    trainer = train(resumed, tmp_path, [callback], resume=str(tmp_path / "checkpoint-2"))
+    assert callback.report is None
+    assert trainer.state.global_step == 4
+
+
+def test_copies_of_r_in_the_optimizer_are_refused(tmp_path: Path) -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    copies = [p.detach().clone().requires_grad_(True) for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(copies, lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    with pytest.raises(ValueError, match=r"does not hold R of layer 'model\.layers\.0\..* \(14 of 14\).*before making"):
+        train(model, tmp_path, [lorasb.InitCallback()], optimizers=(optimizer, schedule))
+    assert not any(value.any() for value in factors(model).values())
+
+
+def test_a_stream(tmp_path: Path) -> None:
+    class Stream(IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(ROWS)
+
+    with pytest.raises(ValueError, match=r"a stream: say how many samples, InitCallback\(num_samples=64\)"):
+        train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback()], Stream())
+    with pytest.raises(ValueError, match="num_samples=99, but the batches hold 12 samples"):
+        train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback(num_samples=99)], Stream())
+    callback = lorasb.InitCallback(num_samples=5)
+    train(lorasb.patch(make("llama"), r=4), tmp_path, [callback], Stream())
+    assert callback.report.num_samples == 5
+
+
+def test_too_many_samples_and_no_adapter(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_samples=99, but the batches hold 12 samples"):
+        train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback(num_samples=99)])
+    with pytest.raises(ValueError, match=r"call model = lorasb\.patch\(model\) first"):
+        train(make("llama"), tmp_path, [lorasb.InitCallback()])
+
+
+@pytest.mark.parametrize("option", ["bf16", "gradient_checkpointing"])
+def test_what_the_trainer_does_to_a_model(tmp_path: Path, option: str) -> None:
+    """accelerate wraps its forward: blocks are computed again under the same autocast. Checkpointing makes the
+    embeddings' output require a gradient."""
+    callback = lorasb.InitCallback(num_samples=6)
+    train(lorasb.patch(make("llama"), r=4), tmp_path, [callback], **{option: True})
+    assert callback.report.strategy == "layerwise"
+    assert callback.report.num_samples == 6

@@ -1,0 +1,197 @@
+"""The stacks that people train with: Trainer's options, TRL, torch.compile, offloading of weights and of activations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tolerances
+import torch
+import transformers
+from models import batches_for, logits, make, patched, text
+from torch import Tensor
+
+import lorasb
+from lorasb.layers.linear import LoRASBLinear
+
+ROWS = [{key: value[0] for key, value in text(1, 12, seed).items()} for seed in range(12)]
+
+
+def arguments(folder: Path, kind: Any = transformers.TrainingArguments, **options: Any) -> Any:
+    return kind(
+        output_dir=str(folder), report_to="none", use_cpu=True, disable_tqdm=True, seed=3, dataloader_pin_memory=False,
+        **{"max_steps": 3, "save_strategy": "no", "learning_rate": 1e-2, "bf16": False} | options,
+    )  # fmt: skip
+
+
+def trained(folder: Path, size: int = 4, **options: Any) -> dict[str, Tensor]:
+    model = patched()
+    given = arguments(folder, per_device_train_batch_size=size, **options)
+    trainer = transformers.Trainer(model=model, args=given, train_dataset=ROWS)
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return peft.get_peft_model_state_dict(model)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_gradient_checkpointing_both_ways_changes_nothing(tmp_path: Path, reentrant: bool, autocast: bool) -> None:
+    plain = trained(tmp_path / "plain", bf16=autocast)
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    again = trained(tmp_path / "again", bf16=autocast, **options)
+    assert all(torch.equal(again[key], value) for key, value in plain.items())
+
+
+def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path: Path) -> None:
+    sgd = {"optim": "sgd"}
+    whole = trained(tmp_path / "whole", **sgd)
+    parts = trained(tmp_path / "parts", size=1, gradient_accumulation_steps=4, **sgd)
+    start = peft.get_peft_model_state_dict(patched())
+    for key, value in whole.items():
+        if key.endswith("lorasb_R"):
+            scale = (value - start[key]).abs().max()
+            assert scale > 0
+            tolerances.check((parts[key] - start[key]) / scale, (value - start[key]) / scale, tolerances.STEPS)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    given = arguments(
+        tmp_path, per_device_train_batch_size=3, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, max_steps=6, load_best_model_at_end=True, lr_scheduler_type="constant", learning_rate=3.0,
+    )  # fmt: skip
+    callbacks = [lorasb.InitCallback(lr=2e-2)]
+    trainer = transformers.Trainer(
+        model=model, args=given, train_dataset=ROWS, eval_dataset=ROWS[:4], callbacks=callbacks
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = min(losses, key=losses.__getitem__)
+    assert losses[max(losses)] > losses[best]  # the last is not the best, so that loading shows
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    again = peft.PeftModel.from_pretrained(make("llama"), trainer.state.best_model_checkpoint).eval()
+    tolerances.check(logits(model.eval()), logits(again), tolerances.EXACT)
+
+
+def test_trl_patches_initialises_trains_and_saves(tmp_path: Path) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    rows = [{"input_ids": row["input_ids"].tolist(), "labels": row["input_ids"].tolist()} for row in ROWS]
+    init = lorasb.InitCallback(num_samples=8)
+    trainer = trl.SFTTrainer(
+        model=make("llama"),
+        args=arguments(tmp_path, trl.SFTConfig, per_device_train_batch_size=3, dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        peft_config=lorasb.LoRASBConfig(r=4, task_type="CAUSAL_LM"),
+        callbacks=[init],
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    before = logits(make("llama"))
+    trainer.train()
+    assert init.report is not None
+    assert init.report.num_samples == 8
+    trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trainable
+    assert all("lorasb_R" in name for name in trainable)
+    after = logits(trainer.model.eval())
+    assert (after - before).abs().max() > 1e-4
+    trainer.save_model(str(tmp_path / "adapter"))
+    again = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "adapter").eval()
+    tolerances.check(logits(again), after, tolerances.EXACT)
+
+
+def tokenizer() -> Any:
+    """Words of the tiny models, made here: nothing is downloaded."""
+    from tokenizers import Tokenizer, models
+
+    words = {f"w{i}": i for i in range(97)} | {"<pad>": 97, "</s>": 98}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="<pad>", eos_token="</s>"
+    )
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_compiled_models_have_no_graph_break_of_ours(bits: int) -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    plain = make("llama")
+    breaks = {}
+    for name in ("plain", "patched"):
+        model = make("llama") if name == "plain" else plain
+        if name == "patched":
+            model = lorasb.patch(lorasb.quantize(model) if bits == 4 else model, r=4)
+            lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
+        counters.clear()
+        batch = batches_for("llama", count=1)[0]
+        compiled = torch.compile(model, backend="aot_eager")
+        loss = compiled(**batch).loss
+        if name == "patched":
+            loss.backward()
+            found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            model.zero_grad()
+            model(**batch).loss.backward()
+            want = [p.grad for p in model.parameters() if p.grad is not None]
+            assert found
+            for got, other in zip(found, want, strict=True):
+                tolerances.check(got / other.abs().max(), other / other.abs().max(), tolerances.STEPS)
+        breaks[name] = sum(counters["graph_break"].values())
+        torch._dynamo.reset()
+    assert breaks["patched"] == breaks["plain"] == 0
+
+
+def test_activations_are_offloaded_and_only_u_is_kept() -> None:
+    model = patched().train()
+    layer = next(module for module in model.modules() if isinstance(module, LoRASBLinear))
+    x = torch.randn(5, layer.in_features, requires_grad=True)
+    kept: list[Tensor] = []
+    own = {p.data_ptr() for p in layer.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert [tuple(t.shape) for t in kept if t.data_ptr() not in own and t.dim() == 2 and t.shape[0] == 5] == [(5, 4)]
+    y.sum().backward()
+    want = layer.lorasb_R["default"].grad.clone()
+    layer.zero_grad()
+    with torch.autograd.graph.save_on_cpu():
+        layer(x.detach().requires_grad_()).sum().backward()
+    assert torch.equal(layer.lorasb_R["default"].grad, want)
+
+
+@pytest.mark.parametrize("how", ["cpu offload", "disk offload"])
+def test_offloaded_bases_are_reached_through_their_hooks(tmp_path: Path, how: str) -> None:
+    import accelerate
+
+    want = patched()
+    model = patched()
+    execution = torch.device("cpu")
+    if how == "cpu offload":
+        accelerate.cpu_offload(model, execution)
+    else:
+        accelerate.disk_offload(model, str(tmp_path), execution)
+    tolerances.check(logits(model), logits(want), tolerances.MERGE)
+    assert all(p.is_meta for p in model.parameters())
+    with pytest.raises(RuntimeError, match="offload the base model first"):
+        model(**batches_for("llama", count=1)[0])
+
+
+def test_a_base_offloaded_before_patching_is_initialised_and_trained() -> None:
+    import accelerate
+
+    plain = lorasb.patch(make("llama"), r=4)
+    lorasb.initialize(plain, batches_for("llama"), lr=2e-2, progress=False)
+    base = make("llama")
+    accelerate.cpu_offload(base, torch.device("cpu"))
+    model = lorasb.patch(base, r=4)
+    lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
+    tolerances.check(logits(model), logits(plain), tolerances.STEPS)
+    for one in (plain, model):
+        one.train()
+        one(**batches_for("llama", count=1)[0]).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for name, p in plain.named_parameters():
+        if "lorasb_R" in name:
+            scale = p.grad.abs().max()
+            tolerances.check(gradients[name] / scale, p.grad / scale, tolerances.STEPS)

@@ -1,0 +1,176 @@
+"""Inits that need no data are done when the adapter is made, and not where its weights come from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import peft
+import pytest
+import torch
+from families import EXPERTS
+from gradients import factors
+from models import Rows, batches_for, logits, make
+from torch import nn
+
+import lorasb
+import lorasb.init.pipeline
+from lorasb.layers.linear import LoRASBLinear
+
+INITS = ["lora-xs", "kaiming"]
+
+
+def again(model: nn.Module, seed: int = 0, **options: Any) -> dict[str, torch.Tensor]:
+    """What `initialize` makes of a patched model, whose factors are spoilt first."""
+    for layer in layers(model):
+        for part in (layer.lorasb_A, layer.lorasb_R, layer.lorasb_B):
+            for value in part.values():
+                value.data.zero_()
+    lorasb.initialize(model, seed=seed, progress=False, **options)
+    return factors(model)
+
+
+def layers(model: nn.Module) -> list[LoRASBLinear]:
+    return [module for module in model.modules() if isinstance(module, LoRASBLinear)]
+
+
+def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    assert any(value.any() for value in found.values())
+
+
+@pytest.fixture
+def no_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("an init was run")
+
+    monkeypatch.setattr(lorasb.init.pipeline, "lora_xs", refuse)
+    monkeypatch.setattr(lorasb.init.pipeline, "kaiming", refuse)
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("way", ["patch", "get_peft_model", "inject"])
+def test_an_adapter_is_ready_when_it_is_made(init: str, way: str) -> None:
+    config, model = lorasb.LoRASBConfig(r=4, init=init), make("llama")
+    if way == "inject":
+        model = peft.inject_adapter_in_model(config, model)
+    else:
+        model = (lorasb.patch if way == "patch" else peft.get_peft_model)(model, config)
+    found = factors(model)
+    assert all(layer.is_initialized("default") for layer in layers(model))
+    model.train()(**batches_for("llama")[0]).loss.backward()
+    if way in ("patch", "get_peft_model"):
+        same(found, again(model))
+        facts = model.peft_config["default"].init_provenance
+        assert (facts["init"], facts["seed"], facts["num_samples"]) == (init, 0, 0)
+
+
+def test_the_seed_of_the_config_and_another_one_later() -> None:
+    model = lorasb.patch(make("llama"), r=4, init="kaiming", init_seed=7)
+    first = factors(model)
+    assert model.peft_config["default"].init_provenance["seed"] == 7
+    same(first, again(model, seed=7))
+    other = again(model, seed=8)
+    assert not any(torch.equal(value, other[name]) for name, value in first.items())
+    with pytest.raises(ValueError, match="init_seed must be an integer >= 0, got -1"):
+        lorasb.LoRASBConfig(init_seed=-1)
+
+
+def test_a_second_adapter_and_the_update_init_waits_for_data() -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    model.add_adapter("second", lorasb.LoRASBConfig(r=3, init="lora-xs"))
+    for layer in layers(model):
+        assert (layer.is_initialized("default"), layer.is_initialized("second")) == (False, True)
+    assert model.active_adapters == ["default"]
+    assert not any(layer.lorasb_R["second"].requires_grad for layer in layers(model))
+
+
+def test_the_random_state_stays() -> None:
+    base, state = make("llama"), torch.get_rng_state()
+    lorasb.patch(base, r=4, init="kaiming")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loading_computes_nothing(tmp_path: Path, low_cpu_mem_usage: bool, request: pytest.FixtureRequest) -> None:
+    model = lorasb.patch(make("llama"), r=4, init="lora-xs")
+    for layer in layers(model):
+        layer.lorasb_R["default"].data.mul_(3000.0)
+    model.save_pretrained(tmp_path)
+    want = logits(model.eval())
+    request.getfixturevalue("no_svd")
+    loaded = peft.PeftModel.from_pretrained(make("llama"), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(loaded.eval()), want)
+    loaded.load_adapter(tmp_path, "second", low_cpu_mem_usage=low_cpu_mem_usage)
+    loaded.set_adapter("second")
+    assert torch.equal(logits(loaded), want)
+    assert set(loaded.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum").values()) == {0.0}
+    plain = make("llama")
+    plain.load_adapter(str(tmp_path))
+    assert torch.equal(logits(plain.eval()), want)
+
+
+@pytest.mark.usefixtures("no_svd")
+def test_a_model_without_values_waits() -> None:
+    with torch.device("meta"):
+        model = lorasb.patch(make("llama"), r=4, init="lora-xs")
+    assert not any(layer.is_initialized("default") for layer in layers(model))
+    model = peft.inject_adapter_in_model(
+        lorasb.LoRASBConfig(r=4, init="kaiming"), make("llama"), low_cpu_mem_usage=True
+    )
+    assert not any(layer.is_initialized("default") for layer in layers(model))
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_four_bits_and_experts(init: str) -> None:
+    base = lorasb.quantize(make("llama"))
+    model = lorasb.patch(base, r=4, init=init)
+    same(factors(model), again(model))
+    model = lorasb.patch(make("mixtral"), r=4, init=init, target_parameters=EXPERTS)
+    assert sum(layer.is_initialized("default") for layer in layers(model)) == 2 * (4 + 2 * 4)
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+def test_weights_that_are_offloaded_are_brought_back(tmp_path: Path, how: str) -> None:
+    want, base = factors(lorasb.patch(make("llama"), r=4, init="lora-xs")), make("llama")
+    if how == "cpu":
+        accelerate.cpu_offload(base, torch.device("cpu"))
+    else:
+        accelerate.disk_offload(base, str(tmp_path), torch.device("cpu"))
+    model = lorasb.patch(base, r=4, init="lora-xs")
+    same(factors(model), want)
+    assert all(layer.base_weight().is_meta for layer in layers(model))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite(value: float) -> None:
+    model = make("llama")
+    modules, flags = dict(model.named_modules()), [p.requires_grad for p in model.parameters()]
+    bad = model.model.layers[1].mlp.up_proj.weight
+    bad.data[3, 2] = value
+    with pytest.raises(ValueError, match=r"weight of layer 'model\.layers\.1\.mlp\.up_proj' has NaN or Inf entries"):
+        lorasb.patch(model, r=4, init="lora-xs")
+    assert dict(model.named_modules()) == modules
+    assert [p.requires_grad for p in model.parameters()] == flags
+    bad.data[3, 2] = 0.0
+    patched = lorasb.patch(model, r=4, init="lora-xs")
+    bad.data[3, 2], before = value, factors(patched)
+    with pytest.raises(ValueError, match="has NaN or Inf entries"):
+        lorasb.initialize(patched, seed=1, progress=False)
+    same(factors(patched), before)
+
+
+def test_the_callback_leaves_what_is_ready(tmp_path: Path) -> None:
+    import transformers
+
+    model = lorasb.patch(make("llama"), r=4, init="lora-xs")
+    before = {name: value for name, value in factors(model).items() if "lorasb_R" not in name}
+    callback = lorasb.InitCallback()
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+    )
+    transformers.Trainer(model, arguments, train_dataset=Rows(), callbacks=[callback]).train()
+    assert callback.report is None
+    same({name: value for name, value in factors(model).items() if name in before}, before)

@@ -1,0 +1,73 @@
+"""Every family that people fine-tune: patch, both ways of initialising, training, saving, merging, exporting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tolerances
+import torch
+from families import EXPERTS
+from models import FAMILIES, batches_for, logits, make
+from torch import nn
+
+import lorasb
+from lorasb.layers.linear import LoRASBLinear
+
+ACCUMULATED = ("t5",)  # an encoder-decoder: two stacks
+
+
+PARTS = [(family, {}) for family in FAMILIES]
+PARTS += [(family, {"target_parameters": EXPERTS}) for family in ("mixtral", "qwen3_moe")]
+PARTS += [("mixtral", {"target_parameters": EXPERTS[1:], "target_modules": []})]
+parts = pytest.mark.parametrize(
+    ("family", "fields"), PARTS, ids=lambda value: value if isinstance(value, str) else str(len(value))
+)
+
+
+def trained(family: str, **fields: object) -> nn.Module:
+    """A model after three steps."""
+    model = lorasb.patch(make(family), r=4, **fields)
+    lorasb.initialize(model, batches_for(family), lr=2e-2, progress=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for batch in batches_for(family):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@parts
+def test_both_strategies_find_the_same_factors(family: str, fields: dict[str, Any]) -> None:
+    found = {}
+    for strategy in ("accumulate",) if family in ACCUMULATED else ("accumulate", "layerwise"):
+        model = lorasb.patch(make(family), r=4, **fields)
+        report = lorasb.initialize(model, batches_for(family), lr=2e-2, strategy=strategy, progress=False)
+        assert report.strategy == strategy
+        found[strategy] = {
+            n: m.get_delta_weight("default") for n, m in model.named_modules() if isinstance(m, LoRASBLinear)
+        }
+        assert all(delta.abs().max() > 0 for delta in found[strategy].values())
+    for name, delta in found["accumulate"].items():
+        other = found.get("layerwise", found["accumulate"])[name]
+        tolerances.check(other / delta.abs().max(), delta / delta.abs().max(), tolerances.FACTORS)
+
+
+@parts
+def test_train_save_load_merge_and_export(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    before, model = logits(make(family), family), trained(family, **fields)
+    after = logits(model, family)
+    assert (after - before).abs().max() > 1e-4
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(make(family), tmp_path / "adapter").eval()
+    tolerances.check(logits(again, family), after, tolerances.EXACT)
+    lorasb.export_lora(model, tmp_path / "lora", quiet=True)
+    plain = peft.PeftModel.from_pretrained(make(family), tmp_path / "lora").eval()
+    assert type(plain.base_model).__name__ == "LoraModel"
+    tolerances.check(logits(plain, family), after, tolerances.EXPORT)
+    merged = model.merge_and_unload()
+    assert not any(isinstance(module, LoRASBLinear) for module in merged.modules())
+    tolerances.check(logits(merged, family), after, tolerances.MERGE)
