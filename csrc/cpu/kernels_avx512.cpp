@@ -1,0 +1,27 @@
+// AVX-512 without bf16 instructions (Skylake and newer).
+#include "cpu/kernel_table.h"
+
+#ifdef LORASB_X86
+#include <immintrin.h>
+
+#include "cpu/target.h"
+
+LORASB_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+
+#include "cpu/vector_avx512.h"
+
+namespace lorasb {
+
+const Kernels& avx512_kernels() {
+  static const Kernels kernels = [] {
+    Kernels k = common_kernels("AVX-512");
+    k.pack_signs = pack_signs_avx512;
+    return k;
+  }();
+  return kernels;
+}
+
+}  // namespace lorasb
+
+LORASB_TARGET_END
+#endif
