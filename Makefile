@@ -94,7 +94,7 @@ bench-cpu: install
 	CUDA_VISIBLE_DEVICES= $(BENCH) --benchmark-json=$(RESULTS)/cpu.json
 	$(BIN)/python -m benchmarks.layers.suite_report $(RESULTS)/cpu.json
 
-# Initialisation against keeping all sums and against a LoRA training step, on the CPU; about ten minutes.
+# Initialization against keeping all sums and against a LoRA training step, on the CPU; about ten minutes.
 bench-init: install
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.training.initialization --rounds $(ROUNDS) --output $(RESULTS)
 

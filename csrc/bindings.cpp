@@ -49,10 +49,10 @@ TORCH_LIBRARY_IMPL(lorasb_csrc, CPU, m) {
 
 TORCH_LIBRARY_IMPL(lorasb, CPU, m) {
   for (const std::string owner : {"", "_cpp"}) {
-    m.impl(("linear_quantised" + owner).c_str(), TORCH_FN(lorasb::linear));
-    m.impl(("linear_quantised_backward" + owner).c_str(), TORCH_FN(lorasb::linear_backward));
-    m.impl(("serve_quantised" + owner).c_str(), TORCH_FN(lorasb::serve));
-    m.impl(("dequantise" + owner).c_str(), TORCH_FN(lorasb::dequantise));
+    m.impl(("linear_quantized" + owner).c_str(), TORCH_FN(lorasb::linear));
+    m.impl(("linear_quantized_backward" + owner).c_str(), TORCH_FN(lorasb::linear_backward));
+    m.impl(("serve_quantized" + owner).c_str(), TORCH_FN(lorasb::serve));
+    m.impl(("dequantize" + owner).c_str(), TORCH_FN(lorasb::dequantize));
     m.impl(("gradient_add" + owner).c_str(), TORCH_FN(lorasb::gradient_add));
     m.impl(("gradient_signs" + owner).c_str(), TORCH_FN(lorasb::gradient_signs));
   }

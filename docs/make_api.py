@@ -13,7 +13,7 @@ import lorasb
 import lorasb.functional
 
 PAGE = Path(__file__).with_name("api.md")
-FUNCTIONAL = ("lora_sb_linear", "lora_sb_linear_group", "quantised_linear", "dequantize_nf4")
+FUNCTIONAL = ("lora_sb_linear", "lora_sb_linear_group", "quantized_linear", "dequantize")
 HEAD = """# API reference
 
 Everything that is public, from its docstring. `python docs/make_api.py` writes this page; a test holds it to the code.

@@ -1,4 +1,4 @@
-"""`lora_sb_linear`: the adapted linear as a function, with the checks that every backend relies on; dequantisation."""
+"""`lora_sb_linear`: the adapted linear as a function, with the checks that every backend relies on; dequantization."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from .backends.eager import linear as eager
 from .constants import MAX_RANK
 from .ops import cpu_fast_path
 from .ops.registry import backend_op, cpu_kernel, current_backend
-from .quantization.quantized_weight import QuantisedWeight, of_weight
+from .quantization.quantized_weight import QuantizedWeight, of_weight
+from .utils.deprecation import warn_renamed
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def lora_sb_linear(
     x: Tensor,
-    weight: Tensor | QuantisedWeight | None,
+    weight: Tensor | QuantizedWeight | None,
     lora_A: Tensor,
     lora_R: Tensor,
     lora_B: Tensor,
@@ -36,7 +37,7 @@ def lora_sb_linear(
 
     Args:
         x: [..., in], fp64, fp32, bf16 or fp16; one to four dimensions, M = 0 included.
-        weight: W [out, in] in x's dtype, a 4-bit parameter with its `quant_state`, what `quantised.of_module` read from
+        weight: W [out, in] in x's dtype, a 4-bit parameter with its `quant_state`, what `quantized.of_module` read from
             a layer, or None for the adapter's part alone.
         lora_A: [r, in] in x's dtype.
         lora_R: [r, r], fp32 whatever x's dtype (fp64 for fp64).
@@ -54,9 +55,9 @@ def lora_sb_linear(
         ValueError: shapes, ranks or devices that do not fit together, or x requires grad under inference mode.
         TypeError: dtypes that do not fit together, or x is not floating point.
     """
-    quantised = of_weight(weight)
-    if quantised is not None:
-        return _over_quantised(x, quantised, lora_A, lora_R, lora_B, bias, scaling, dropout)
+    quantized = of_weight(weight)
+    if quantized is not None:
+        return _over_quantized(x, quantized, lora_A, lora_R, lora_B, bias, scaling, dropout)
     return _over_dense(x, cast("Tensor | None", weight), lora_A, lora_R, lora_B, bias, scaling, dropout)
 
 
@@ -97,9 +98,9 @@ def _seed(dropout: float) -> Tensor | None:
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu") if dropout > 0.0 else None
 
 
-def _over_quantised(
+def _over_quantized(
     x: Tensor,
-    weight: QuantisedWeight,
+    weight: QuantizedWeight,
     a: Tensor,
     core: Tensor,
     b: Tensor,
@@ -114,19 +115,19 @@ def _over_quantised(
     if torch.is_autocast_enabled(x.device.type):
         x, a, b, bias = _autocast(x, a, b, bias)
     if weight.shape != (b.shape[0], a.shape[-1]):
-        raise ValueError(f"expected a quantised weight [{b.shape[0]}, {a.shape[-1]}], got {list(weight.shape)}")
+        raise ValueError(f"expected a quantized weight [{b.shape[0]}, {a.shape[-1]}], got {list(weight.shape)}")
     _check(x, None, a, core, b, bias)
     if weight.device != x.device:
         raise ValueError(
-            f"expected the quantised weight on x's device {x.device}, got {weight.device}: move one of the two"
+            f"expected the quantized weight on x's device {x.device}, got {weight.device}: move one of the two"
         )
     backend, quant, layout = current_backend(), weight.tensors, weight.layout(x.dtype)
     arguments = (x, quant, layout, a, core, b, bias, scaling, dropout, _seed(dropout))
-    kernels = cpu_fast_path.kernels("linear_quantised", backend, x, a, core, b, bias, *quant)
+    kernels = cpu_fast_path.kernels("linear_quantized", backend, x, a, core, b, bias, *quant)
     if kernels is None:
-        y, _ = backend_op("linear_quantised", backend)(*arguments)
+        y, _ = backend_op("linear_quantized", backend)(*arguments)
     elif torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
-        y, _ = cpu_fast_path.LinearQuantised.apply(*arguments, kernels, *quant)
+        y, _ = cpu_fast_path.LinearQuantized.apply(*arguments, kernels, *quant)
     else:
         y, _ = kernels[0](*arguments)
     return y
@@ -134,7 +135,7 @@ def _over_quantised(
 
 def _served(
     x: Tensor,
-    weight: QuantisedWeight,
+    weight: QuantizedWeight,
     a: Tensor | None,
     core: Tensor | None,
     b: Tensor | None,
@@ -145,15 +146,15 @@ def _served(
 
     One token's product takes as long as the checks and the choice of a kernel here would.
     """
-    serve = cpu_kernel("serve_quantised", current_backend())
+    serve = cpu_kernel("serve_quantized", current_backend())
     if serve is None:
         return None
     y: Tensor = serve(x, weight.tensors, weight.storage_layout, *weight.shape, a, core, b, bias, scaling)
     return y
 
 
-def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None) -> Tensor:
-    """y = x Wᵀ + bias over a quantised weight, without an adapter; its backward gives dx.
+def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + bias over a quantized weight, without an adapter; its backward gives dx.
 
     Args:
         x: [..., in].
@@ -166,16 +167,16 @@ def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = N
             return y
     out_features, in_features = weight.shape
     a, b = x.new_empty((0, in_features)), x.new_empty((out_features, 0))
-    return _over_quantised(x, weight, a, x.new_empty((0, 0), dtype=torch.float32), b, bias, 1.0, 0.0)
+    return _over_quantized(x, weight, a, x.new_empty((0, 0), dtype=torch.float32), b, bias, 1.0, 0.0)
 
 
 @torch.no_grad()
-def dequantize_nf4(weight: Any, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize(weight: Any, dtype: torch.dtype | None = None) -> Tensor:
     """W [out, in] from its 4 bits, to the bit what bitsandbytes' `dequantize_4bit` gives; NF4 and FP4 alike.
 
     Args:
-        weight: a 4-bit parameter with its `quant_state` (`Linear4bit.weight`), or a `QuantisedWeight` of 4 or 8 bits.
-        dtype: of the result; that of the weight before it was quantised, unless given.
+        weight: a 4-bit parameter with its `quant_state` (`Linear4bit.weight`), or a `QuantizedWeight` of 4 or 8 bits.
+        dtype: of the result; that of the weight before it was quantized, unless given.
 
     Raises:
         TypeError: a dense tensor.
@@ -186,7 +187,7 @@ def dequantize_nf4(weight: Any, dtype: torch.dtype | None = None) -> Tensor:
         raise TypeError(f"expected a 4-bit parameter with a quant_state, got a {type(weight).__name__} without one")
     wanted, backend = dtype or found.dtype, current_backend()
     arguments = (found.tensors, found.layout(wanted), *found.shape, wanted)
-    dense: Tensor = backend_op("dequantise", backend)(*arguments)
+    dense: Tensor = backend_op("dequantize", backend)(*arguments)
     return dense
 
 
@@ -290,3 +291,14 @@ def _check_kinds(x: Tensor, others: dict[str, Tensor | None], core: Tensor) -> N
 
 def _shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))
+
+
+_RENAMED = {"quantised_linear": "quantized_linear", "dequantize_nf4": "dequantize"}
+
+
+def __getattr__(name: str) -> Any:
+    """Former names."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warn_renamed(f"{__name__}.{name}", f"{__name__}.{_RENAMED[name]}")
+    return globals()[_RENAMED[name]]

@@ -6,9 +6,9 @@ import torch
 
 from lorasb.kernels.launcher import Launch, observed
 from lorasb.kernels.linear import Mask, Members, backward, forward
-from lorasb.kernels.linear_quantized import Quantised, dequantised
-from lorasb.kernels.linear_quantized import backward as backward_quantised
-from lorasb.kernels.linear_quantized import forward as forward_quantised
+from lorasb.kernels.linear_quantized import Quantized, dequantized
+from lorasb.kernels.linear_quantized import backward as backward_quantized
+from lorasb.kernels.linear_quantized import forward as forward_quantized
 from lorasb.kernels.plan import DTYPES, Plan, Shape, bucket, choice
 from lorasb.kernels.weight_gradient import gradient_add, gradient_signs
 
@@ -71,21 +71,21 @@ def record_gradient(dtype: torch.dtype, M: int, n: int, m: int) -> list[Launch]:
     return launches
 
 
-def quantised_weight(m: int, n: int, nested: bool) -> Quantised:
+def quantized_weight(m: int, n: int, nested: bool) -> Quantized:
     """W [m, n] in NF4 with blocks of 64, without memory."""
     octets, blocks = empty(m * n // 2, dtype=torch.uint8), -(-m * n // 64)
     if not nested:
-        return Quantised([octets, empty(blocks), empty(16)], 64, 256, 0, m, n)
+        return Quantized([octets, empty(blocks), empty(16)], 64, 256, 0, m, n)
     scales = [empty(blocks, dtype=torch.uint8), empty(16), empty(-(-blocks // 256)), empty(256), empty(1)]
-    return Quantised([octets, *scales], 64, 256, 0, m, n)
+    return Quantized([octets, *scales], 64, 256, 0, m, n)
 
 
-def record_quantised(plan: Plan, dtype: torch.dtype, M: int, n: int, m: int, r: int, nested: bool) -> list[Launch]:
-    """The launches of one forward and backward over a weight in 4 bits, and of a dequantisation on its own."""
-    layer, weight = members(n, (m,), r, dtype), quantised_weight(m, n, nested)
+def record_quantized(plan: Plan, dtype: torch.dtype, M: int, n: int, m: int, r: int, nested: bool) -> list[Launch]:
+    """The launches of one forward and backward over a weight in 4 bits, and of a dequantization on its own."""
+    layer, weight = members(n, (m,), r, dtype), quantized_weight(m, n, nested)
     bare = Members([None], layer.a, layer.cores, layer.b, layer.scales)
     with observed(dry=True) as launches:
-        forward_quantised(empty(M, n, dtype=dtype), weight, bare, None, plan, Mask())
-        backward_quantised(empty(M, m, dtype=dtype), weight, bare, empty(M, r, dtype=dtype), plan, True, True, Mask())
-        dequantised(weight, dtype)
+        forward_quantized(empty(M, n, dtype=dtype), weight, bare, None, plan, Mask())
+        backward_quantized(empty(M, m, dtype=dtype), weight, bare, empty(M, r, dtype=dtype), plan, True, True, Mask())
+        dequantized(weight, dtype)
     return [one for one in launches if one.name not in ("prep_forward", "prep_backward", "extended_gemm")]

@@ -54,7 +54,7 @@ ASSUMPTIONS = f"""Assumptions (no GPU was measured for this table):
  - the bare base, cuBLAS and our extended GEMM reach the same share of the peak; launches do not overlap;
  - every intermediate of the eager chain goes through DRAM; its scaling is applied to the [M, out] product, as PEFT
    does;
- - wave quantisation, clocks under load and Python's time are left out;
+ - wave quantization, clocks under load and Python's time are left out;
  - without groups autograd adds the dx of siblings (in the bare model too)."""
 
 

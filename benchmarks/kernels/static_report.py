@@ -30,7 +30,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.kernels.launches import plan_for, record, record_gradient, record_quantised
+from benchmarks.kernels.launches import plan_for, record, record_gradient, record_quantized
 from lorasb.kernels.block_sizes import cdiv
 from lorasb.kernels.launcher import Launch
 from lorasb.kernels.plan import DTYPES, Plan
@@ -103,7 +103,7 @@ GRADIENTS = (
     Variant("gradient, ragged", 2047, 4100, (4100,), 96),
 )
 
-QUANTISED = (
+QUANTIZED = (
     Variant("4 bits, decode", 16, 4096, (4096,), 96),
     Variant("4 bits, 32 rows", 32, 4096, (4096,), 96),
     Variant("4 bits, 128 rows", 128, 4096, (4096,), 96),
@@ -159,10 +159,10 @@ def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
                     yield Job(op, variant, dtype, arch, Plan("fused", plan.prep, plan.gemm))
             for variant in GRADIENTS if bf16 and not brief else GRADIENTS[-1:]:
                 yield Job("gradient", variant, dtype, arch, _plan("forward", variant, dtype, arch))
-            for variant in QUANTISED if bf16 and not brief else (QUANTISED[0], QUANTISED[-1]):
+            for variant in QUANTIZED if bf16 and not brief else (QUANTIZED[0], QUANTIZED[-1]):
                 plan = _plan("forward", variant, dtype, arch)
                 weights = "scratch" if variant.label.endswith("scratch") else "inline"
-                yield Job("quantised", variant, dtype, arch, Plan(plan.path, plan.prep, plan.gemm, weights))
+                yield Job("quantized", variant, dtype, arch, Plan(plan.path, plan.prep, plan.gemm, weights))
 
 
 def _plan(op: str, variant: Variant, dtype: torch.dtype, arch: str) -> Plan:
@@ -183,8 +183,8 @@ def _launches(job: Job) -> list[Launch]:
     v = job.variant
     if job.launch_of == "gradient":
         return record_gradient(job.dtype, v.M, v.n, v.ms[0])
-    if job.launch_of == "quantised":
-        return record_quantised(job.plan, job.dtype, v.M, v.n, v.ms[0], v.r, v.bias)
+    if job.launch_of == "quantized":
+        return record_quantized(job.plan, job.dtype, v.M, v.n, v.ms[0], v.r, v.bias)
     return record(job.launch_of, job.plan, job.dtype, v.M, v.n, v.ms, v.r, v.bias, v.dropout)
 
 
@@ -209,7 +209,7 @@ def config_name(launch: Launch) -> str:
     if launch.name == "grad_sign":
         kind = ("keep " if a["KEEP"] else "") + ("signs" if a["SIGNS"] else "")
         return f"{blocks} w{o['num_warps']} p{o['num_stages']} {kind.strip()}"
-    if launch.name == "dequantise":
+    if launch.name == "dequantize":
         return f"{a['BYTES']} w{o['num_warps']}"
     cap = f" cap {o['maxnreg']}" if "maxnreg" in o else ""
     return f"{blocks} s{a['SPLITS']} w{o['num_warps']} p{o['num_stages']}{cap}"
@@ -217,7 +217,7 @@ def config_name(launch: Launch) -> str:
 
 def compile_launch(launch: Launch, capability: int) -> tuple[int, int, int, str]:
     """Registers, stack bytes, shared bytes and SASS of a recorded launch."""
-    signature, constants, attributes = specialisation(launch)
+    signature, constants, attributes = specialization(launch)
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -236,8 +236,8 @@ def _cuobjdump(path: str) -> str:
     return subprocess.run([tool, "-res-usage", "-sass", path], capture_output=True, text=True, check=True).stdout
 
 
-def specialisation(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
-    """Signature, constants and divisibilities of a launch, as Triton's own launcher would specialise it."""
+def specialization(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constants and divisibilities of a launch, as Triton's own launcher would specialize it."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -275,7 +275,7 @@ def _divisible(item: Any, plain: bool) -> bool:
 
 
 def _key(launch: Launch) -> str:
-    signature, constants, attributes = specialisation(launch)
+    signature, constants, attributes = specialization(launch)
     return f"{launch.name} {signature} {constants} {attributes} {launch.options}"
 
 

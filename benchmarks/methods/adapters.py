@@ -17,7 +17,7 @@ from benchmarks.methods.grid import CORE, METHODS, Cell, Method, Task
 from benchmarks.methods.problems import Batch, Problem
 from lorasb.layers.merging import merged_weight
 
-Batches = Callable[[int], list[Batch]]  # so many samples, drawn for the initialisation, in batches
+Batches = Callable[[int], list[Batch]]  # so many samples, drawn for the initialization, in batches
 LORA_GA_SAMPLES = 32  # as many as LoRA-SB takes
 
 
@@ -57,7 +57,7 @@ def settings(cell: Cell) -> dict[str, Any]:
 
 
 def begin(model: Any, problem: Problem, cell: Cell, batches: Batches, eta: float, cache: Path | None = None) -> Any:
-    """Initialise by a cell's options."""
+    """Initialize by a cell's options."""
     options = settings(cell)
     count = options.get("samples") or min(len(problem.train), max(32, -(-len(problem.train) // 1000)))
     return lorasb.initialize(
@@ -87,7 +87,7 @@ def _lora(problem: Problem, method: Method, cell: Cell, batches: Batches) -> Any
 
 
 def _gradients(problem: Problem, config: Any, batches: Batches) -> None:
-    """What LoRA-GA's initialisation reads."""
+    """What LoRA-GA's initialization reads."""
     from peft import LoraGAConfig
     from peft.tuners.lora.loraga import preprocess_loraga
 

@@ -1,4 +1,4 @@
-"""Pictures of the grid: validation loss over learning rates, over ranks, and over samples of the initialisation."""
+"""Pictures of the grid: validation loss over learning rates, over ranks, and over samples of the initialization."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.methods.grid import SGD, TASKS
 from lorasb.utils.plotting import GRAD, INK, SIGN
 
 Row = dict[str, str]
-COLOURS = {"LoRA-SB": GRAD, SGD: "#b0527a", "LoRA-XS": SIGN, "LoRA": "#6b7280", "full": INK}
+COLORS = {"LoRA-SB": GRAD, SGD: "#b0527a", "LoRA-XS": SIGN, "LoRA": "#6b7280", "full": INK}
 DASHES = ("-", "--", ":")
 
 
@@ -23,7 +23,7 @@ def curves(rows: Sequence[Row], task: str) -> dict[tuple[str, int], dict[float, 
     for row in rows:
         if (
             (row["task"], row["split"], row["variant"]) == (task, "validation", "")
-            and row["method"] in COLOURS
+            and row["method"] in COLORS
             and row["seed"] == "0"
         ):
             found.setdefault((row["method"], int(row["r"])), {})[float(row["lr"])] = float(row["loss"])
@@ -31,7 +31,7 @@ def curves(rows: Sequence[Row], task: str) -> dict[tuple[str, int], dict[float, 
 
 
 def samples(rows: Sequence[Row], task: str) -> dict[int, list[float]]:
-    """Validation losses by samples of the initialisation, one a seed."""
+    """Validation losses by samples of the initialization, one a seed."""
     found: dict[int, list[float]] = {}
     for row in rows:
         name, _, count = row["variant"].partition("=")
@@ -75,19 +75,19 @@ def plain_log(axis: Any, decades: tuple[float, float] = (0.8, 1.6)) -> None:
 
 
 def _rates(axes: Any, found: Mapping[tuple[str, int], dict[float, float]]) -> None:
-    """Colours are methods, dashes ranks, largest first."""
-    by_name = sorted({name for name, _ in found}, key=list(COLOURS).index)
+    """Colors are methods, dashes ranks, largest first."""
+    by_name = sorted({name for name, _ in found}, key=list(COLORS).index)
     styles: dict[int, str] = {}
     for method in by_name:
         ranks = sorted((r for name, r in found if name == method), reverse=True)
         for r, style in zip(ranks, cycle(DASHES), strict=False):
             rates = sorted(found[method, r])
             losses = [found[method, r][lr] for lr in rates]
-            axes.plot(rates, losses, style, color=COLOURS[method], marker="o", ms=4)
+            axes.plot(rates, losses, style, color=COLORS[method], marker="o", ms=4)
             if len(ranks) > 1:
                 styles[r] = style
         label = f"{method}, r={ranks[0]}" if len(ranks) == 1 and ranks[0] else method
-        axes.plot([], [], "-o", color=COLOURS[method], ms=4, label=label)
+        axes.plot([], [], "-o", color=COLORS[method], ms=4, label=label)
     for r, style in styles.items():
         axes.plot([], [], style, color=INK, label=f"r={r}")
     plain_log(axes.xaxis)
@@ -99,7 +99,7 @@ def _ranks(axes: Any, found: Mapping[tuple[str, int], dict[float, float]]) -> No
     for method in ("LoRA-SB", SGD, "LoRA-XS"):
         best = {r: min(losses.values()) for (name, r), losses in found.items() if name == method}
         if best:
-            axes.plot(sorted(best), [best[r] for r in sorted(best)], "-o", color=COLOURS[method], ms=4, label=method)
+            axes.plot(sorted(best), [best[r] for r in sorted(best)], "-o", color=COLORS[method], ms=4, label=method)
     axes.set(xlabel="rank r, each at its best rate")
     axes.legend(frameon=False, fontsize=7)
 
@@ -107,10 +107,10 @@ def _ranks(axes: Any, found: Mapping[tuple[str, int], dict[float, float]]) -> No
 def _samples(axes: Any, found: Mapping[int, list[float]]) -> None:
     counts = sorted(found)
     means = [sum(found[count]) / len(found[count]) for count in counts]
-    axes.plot(counts, means, "-o", color=COLOURS["LoRA-SB"], ms=4, label="LoRA-SB, r=64")
+    axes.plot(counts, means, "-o", color=COLORS["LoRA-SB"], ms=4, label="LoRA-SB, r=64")
     for count in counts:
-        axes.plot([count] * len(found[count]), found[count], ".", color=COLOURS["LoRA-SB"], alpha=0.4, ms=4)
-    axes.set(xscale="log", xlabel="samples of the initialisation")
+        axes.plot([count] * len(found[count]), found[count], ".", color=COLORS["LoRA-SB"], alpha=0.4, ms=4)
+    axes.set(xscale="log", xlabel="samples of the initialization")
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.xaxis.set_minor_formatter(lambda value, place: "")
     axes.legend(frameon=False, fontsize=7)

@@ -27,7 +27,7 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
     """Adapt, train, judge; a row for each split that was judged.
 
     Every method sees the same batches: their order follows from the seed alone, and so do the samples of an
-    initialisation that wants some. Bases are in the dtype that is measured in (--dtype, auto unless given); CoLA's in
+    initialization that wants some. Bases are in the dtype that is measured in (--dtype, auto unless given); CoLA's in
     fp32. Where it is bf16, full fine-tuning keeps its weights in fp32 under autocast, since a step of 1e-5 would be
     lost on bf16 weights; the others train fp32 adapters.
     """
@@ -73,7 +73,7 @@ def _energy(report: Any, of: str) -> str:
 
 
 def drawn(problem: Problem, task: Task, seed: int, count: int) -> list[Batch]:
-    """Samples for an initialisation."""
+    """Samples for an initialization."""
     chosen = random.Random(1000 + seed).sample(range(len(problem.train)), count)
     size = min(task.batch, 8)
     parts = [chosen[i : i + size] for i in range(0, count, size)]

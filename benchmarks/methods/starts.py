@@ -73,7 +73,7 @@ STARTS = {"skewed": skewed, "weighted": weighted, "flat": flat}
 
 
 def change(model: Any, options: dict[str, Any], eta: float, seed: int, cache: Path | None) -> None:
-    """What a cell's options ask of the factors, after the initialisation."""
+    """What a cell's options ask of the factors, after the initialization."""
     if cache is not None:
         noised(model, cache, eta, options["noise"], seed)
     if "eta" in options:

@@ -138,7 +138,7 @@ ABLATIONS = {
                  *(Variant(f"ΔW + N(0, {s:.0e}²)", {"noise": s}, method=WHOLE) for s in reversed(NOISES))),
     ),
     "samples": Ablation(
-        "table-6", "Samples of the initialisation (Table 6)",
+        "table-6", "Samples of the initialization (Table 6)",
         _against(replace(PAPER, label="32 (default)"),
                  *(Variant(str(n), {"samples": n}, method=WHOLE) for n in COUNTS)),
     ),
@@ -217,13 +217,13 @@ def plot(ablation: Ablation, lines: Sequence[Mapping[str, Any]], there: Sequence
     measure = "score" if ablation.task.by_score else "loss"
     name = ablation.task.metric if ablation.task.by_score else "loss, nats per token"
     for i, line in enumerate(lines):
-        colour = GRAD if line["variant"] == line["against"] else INK
-        axes.errorbar(line[measure], i, xerr=line[f"{measure}_sd"], fmt="o", color=colour, capsize=4, ms=7)
+        color = GRAD if line["variant"] == line["against"] else INK
+        axes.errorbar(line[measure], i, xerr=line[f"{measure}_sd"], fmt="o", color=color, capsize=4, ms=7)
         seeds = [float(row[measure]) for row in by_label[line["variant"]].values()]
         axes.plot(seeds, [i + 0.18] * len(seeds), ".", color=MUTED, ms=6)
     axes.set_yticks(range(len(lines)), [f"{line['variant']}  (n = {line['seeds']})" for line in lines])
     axes.invert_yaxis()
-    axes.set_xlabel(f"held-out {name} (mean ± sd; grey: seeds)\n{ablation.size}", fontsize=9)
+    axes.set_xlabel(f"held-out {name} (mean ± sd; gray: seeds)\n{ablation.size}", fontsize=9)
     if measure == "loss" and max(line["loss"] for line in lines) > 4 * min(line["loss"] for line in lines):
         axes.set_xscale("log")
     axes.grid(axis="x", alpha=0.25)

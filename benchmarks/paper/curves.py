@@ -19,7 +19,7 @@ from benchmarks.methods.grid import METHODS, TASKS, Task
 from benchmarks.methods.tables import spread
 from lorasb.utils.plotting import GRAD, SIGN
 
-COLOURS = {"LoRA-SB": GRAD, "LoRA-XS": SIGN}
+COLORS = {"LoRA-SB": GRAD, "LoRA-XS": SIGN}
 Curve = list[tuple[float, float]]  # mean and standard deviation over seeds, by point
 
 
@@ -43,7 +43,7 @@ def by_task(there: Sequence[dict[str, str]], curves: Sequence[dict[str, Any]]) -
     """Tasks of which both methods have run at the largest rank."""
     found = []
     for task in TASKS.values():
-        both = {method: curve(task, method, task.ranks[-1], there, curves) for method in COLOURS}
+        both = {method: curve(task, method, task.ranks[-1], there, curves) for method in COLORS}
         if all(both.values()):
             found.append((task, both))
     return found
@@ -56,9 +56,9 @@ def plot(found: Sequence[tuple[Task, dict[str, Curve]]], path: Path) -> None:
         for method, points in both.items():
             steps = [(i + 0.5) * task.steps / len(points) for i in range(len(points))]
             means = [mean for mean, _ in points]
-            one.plot(steps, means, color=COLOURS[method], label=f"{method}, r={task.ranks[-1]}", linewidth=1.6)
+            one.plot(steps, means, color=COLORS[method], label=f"{method}, r={task.ranks[-1]}", linewidth=1.6)
             low, high = ([mean + sign * sd for mean, sd in points] for sign in (-1, 1))
-            one.fill_between(steps, low, high, color=COLOURS[method], alpha=0.2, linewidth=0)
+            one.fill_between(steps, low, high, color=COLORS[method], alpha=0.2, linewidth=0)
         one.set(title=task.name, xlabel="step")
         one.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("training loss (nats)")
@@ -86,7 +86,7 @@ def ends(lines: Sequence[dict[str, Any]]) -> list[list[str]]:
     found = []
     for task, r in dict.fromkeys((line["task"], line["r"]) for line in lines):
         row = [task, str(r)]
-        for method in COLOURS:
+        for method in COLORS:
             losses = [line["loss"] for line in lines if (line["task"], line["method"]) == (task, method)]
             row += [f"{losses[0]:.3f}", f"{statistics.fmean(losses[-5:]):.3f}"]
         found.append(row)

@@ -106,7 +106,7 @@ def reference(problem: Problem) -> dict[str, Tensor]:
     for weight in weights.values():
         weight.requires_grad_(True)
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(EMBEDDED))
-    for example in unseen():  # one by one: each its own mean over tokens, as the initialisation takes it
+    for example in unseen():  # one by one: each its own mean over tokens, as the initialization takes it
         model(**problem.collate([encode(example, tokenizer, MAX_LENGTH)])).loss.backward()
     return {name.removesuffix(".weight"): weight.grad for name, weight in weights.items() if weight.grad is not None}
 
@@ -164,18 +164,18 @@ def view(lines: Sequence[dict[str, Any]]) -> Table:
 def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
     """Two panels: of G, of its signs."""
     figure, axes = panels(1, 2, (11, 4.6), sharey=True)
-    colours = dict(zip(TASK.ranks, (SIGN, INK, GRAD), strict=True))
+    colors = dict(zip(TASK.ranks, (SIGN, INK, GRAD), strict=True))
     for one, (key, what) in zip(axes, (("energy_grad", "G"), ("energy_sign", "sign(G)")), strict=True):
         for line in lines:
             marker = next(mark for start, (mark, _) in KINDS.items() if line["start"].startswith(start))
             error = line["loss_sd"] or None  # one seed has none
             one.errorbar(
-                100 * line[key], line["loss"], error, fmt=marker, color=colours[line["r"]], ms=7, capsize=3, alpha=0.8
+                100 * line[key], line["loss"], error, fmt=marker, color=colors[line["r"]], ms=7, capsize=3, alpha=0.8
             )
         one.set_xlabel(f"energy of {what} that the subspace keeps (%), {REFERENCE} unseen samples")
         plain_log(one.yaxis)
-    for r, colour in colours.items():
-        axes[0].plot([], [], "o", color=colour, label=f"r = {r}")
+    for r, color in colors.items():
+        axes[0].plot([], [], "o", color=color, label=f"r = {r}")
     for marker, label in KINDS.values():
         axes[1].plot([], [], marker, color=INK, label=label)
     for one in axes:

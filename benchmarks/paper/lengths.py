@@ -2,7 +2,7 @@
 
 With η the rate of R's first step, that step moves R by η·‖Σ_r‖ (s = 1) and one of AdamW's by η·r: their ratio,
 ‖Σ_r‖/r of the sum of signs, depends on the model and the samples, not on a rate. `initialize(longest_start=...)` keeps
-it to 4. Initialises SmolLM2-135M on chain_sum at each rank (seconds each) and trains nothing.
+it to 4. Initializes SmolLM2-135M on chain_sum at each rank (seconds each) and trains nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Table 7: what the initialisation costs beside an epoch of training.
+"""Table 7: what the initialization costs beside an epoch of training.
 
 From the runs of `benchmarks.methods` at the largest r: seconds of putting LoRA-SB in (patching, gradients, SVDs) less
 those of LoRA-XS (patching, SVDs of W), over the training of this run and over an epoch as long as the paper's. The
@@ -44,7 +44,7 @@ def least(task: Task, method: str, there: Sequence[Row]) -> dict[str, float]:
 
 
 def lines(there: Sequence[Row]) -> list[dict[str, Any]]:
-    """A line a task. An epoch of n samples takes max(32, n/1000) of them to initialise, and as long a step as here."""
+    """A line a task. An epoch of n samples takes max(32, n/1000) of them to initialize, and as long a step as here."""
     found = []
     for task in TASKS.values():
         ours, theirs = (least(task, method, there) for method in ("LoRA-SB", "LoRA-XS"))
@@ -79,7 +79,7 @@ def plot(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.axhspan(1.1, 1.3, color=INK, alpha=0.15, label="the paper's 7B and 9B models (1.1% to 1.3%)")
     axes.set_ylabel("overhead over LoRA-XS (% of an epoch)")
     axes.legend(frameon=False, fontsize=9)
-    save(figure, axes, "Cost of the initialisation (Table 7)", path)
+    save(figure, axes, "Cost of the initialization (Table 7)", path)
 
 
 def render(there: Sequence[Row], output: Path) -> list[dict[str, Any]]:
@@ -94,7 +94,7 @@ def main(options: argparse.Namespace) -> None:
     """Write, draw and print."""
     if not (found := render(rows.read(options.output / runner.ROWS), options.output)):
         raise SystemExit("no task has both LoRA-SB and LoRA-XS yet: python -m benchmarks.methods first")
-    table = Table(title="Initialisation beside training (Table 7), on one core")
+    table = Table(title="Initialization beside training (Table 7), on one core")
     for name in HEAD:
         table.add_column(name)
     for line in found:

@@ -25,7 +25,7 @@ from benchmarks.methods.problems import Batch, Problem, load
 from lorasb.utils.plotting import GRAD, INK, SIGN
 
 SCALES, STEPS, BATCH, R = (0.1, 1.0, 10.0), 40, 16, 16
-COLOURS = dict(zip(SCALES, (SIGN, INK, GRAD), strict=True))
+COLORS = dict(zip(SCALES, (SIGN, INK, GRAD), strict=True))
 RATES = {"SGD": 0.5, "AdamW": 4e-3}
 # learning rates by s: SGD's times g / s² is the same as its rate over s² times g
 WAYS: dict[str, tuple[str, Callable[[float], float]]] = {
@@ -83,7 +83,7 @@ def plot(found: Curves, path: Path) -> None:
     for one, (way, curves) in zip(axes, found.items(), strict=True):
         for s, width, style in zip(SCALES, (5, 3, 1.2), ("-", "-", "-"), strict=True):
             one.plot(
-                range(1, STEPS + 1), curves[s], style, color=COLOURS[s], linewidth=width, alpha=0.7, label=f"s = {s:g}"
+                range(1, STEPS + 1), curves[s], style, color=COLORS[s], linewidth=width, alpha=0.7, label=f"s = {s:g}"
             )
         one.set(title=f"{way}\nlargest difference {apart(curves):.1e}", xlabel="step")
         one.title.set_fontsize(10)

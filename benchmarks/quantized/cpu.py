@@ -1,8 +1,8 @@
 """4-bit bases on a CPU against bitsandbytes and PEFT, each row in turns in one run.
 
-    python -m benchmarks.quantized.cpu [--row dequantise] [--seconds 6] [--output benchmarks/results]
+    python -m benchmarks.quantized.cpu [--row dequantize] [--seconds 6] [--output benchmarks/results]
 
-Rows: dequantise, train, evaluate, block, step, decode, memory. Ours has r=96 (64 in SmolLM2, whose default it is),
+Rows: dequantize, train, evaluate, block, step, decode, memory. Ours has r=96 (64 in SmolLM2, whose default it is),
 PEFT's LoRA r=32. Layers are 4096 x 4096, NF4 in blocks of 64, plain statistics; --dtype is auto. Beside the peers run
 what no way can do without: reading the packed bytes, writing a dense W, or the dense product.
 """
@@ -53,7 +53,7 @@ def packed(dense: nn.Linear) -> Any:
 
 
 def ours(base: nn.Module, r: int = RANK) -> Any:
-    """Our layer over a base, with factors as an initialisation leaves them."""
+    """Our layer over a base, with factors as an initialization leaves them."""
     from lorasb.layers.linear import LoRASBLinear
 
     layer = LoRASBLinear(base, "default", r)
@@ -76,20 +76,20 @@ def row(name: str, case: str, stats: dict[str, Stats]) -> dict[str, Any]:
     return {"row": name, "case": case, "ways": {way: asdict(found) for way, found in stats.items()}}
 
 
-def dequantise(seconds: float) -> Iterator[dict[str, Any]]:
+def dequantize(seconds: float) -> Iterator[dict[str, Any]]:
     """Whole weights, dense again, four in a row as a model has them: milliseconds are those of four.
 
     In a row, as what a call leaves in the caches to be written back is paid for by the next.
     """
     import bitsandbytes.functional as bnb
 
-    from lorasb.functional import dequantize_nf4
+    from lorasb.functional import dequantize
     from lorasb.quantization.quantized_weight import of_module
 
     for size in (FEATURES, FEATURES // 2):
         layers = [packed(nn.Linear(size, size, bias=False, dtype=measured_dtype())) for _ in range(4)]
         pairs = [(layer.weight.data, layer.weight.quant_state) for layer in layers]
-        if not torch.equal(dequantize_nf4(layers[0].weight), bnb.dequantize_4bit(*pairs[0])):
+        if not torch.equal(dequantize(layers[0].weight), bnb.dequantize_4bit(*pairs[0])):
             raise RuntimeError("not bit-equal: not timed")
         copies = [_copying(of_module(layer), torch.empty(size, size, dtype=measured_dtype())) for layer in layers]
 
@@ -102,10 +102,10 @@ def dequantise(seconds: float) -> Iterator[dict[str, Any]]:
 
         calls: dict[str, Callable[[int], Any]] = {
             "bitsandbytes": each(lambda pair: bnb.dequantize_4bit(*pair), pairs),
-            "ours": each(dequantize_nf4, [layer.weight for layer in layers]),
+            "ours": each(dequantize, [layer.weight for layer in layers]),
             "bytes in and out": each(lambda copy: copy(0), copies),
         }
-        yield row("dequantise", f"4 of {size} x {size}", measure(calls, "cpu", seconds))
+        yield row("dequantize", f"4 of {size} x {size}", measure(calls, "cpu", seconds))
 
 
 def _copying(weight: Any, out: Tensor | None = None) -> Callable[[int], Any]:
@@ -148,14 +148,14 @@ def train(seconds: float) -> Iterator[dict[str, Any]]:
 
 def evaluate(seconds: float) -> Iterator[dict[str, Any]]:
     """A layer in evaluation: bitsandbytes' after it has repacked its weight, which can no longer train then."""
-    from lorasb.functional import quantised_linear
+    from lorasb.functional import quantized_linear
     from lorasb.quantization.quantized_weight import of_module
 
     dense = nn.Linear(FEATURES, FEATURES, bias=False, dtype=measured_dtype()).requires_grad_(False)
     repacked, layer, weight = packed(dense).eval(), ours(packed(dense)).eval(), of_module(packed(dense))
     adapted = with_peft(nn.ModuleDict({"layer": packed(dense)})).eval().get_submodule("layer")
     if weight is None:
-        raise RuntimeError("not quantised")
+        raise RuntimeError("not quantized")
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(measured_dtype())
@@ -172,7 +172,7 @@ def evaluate(seconds: float) -> Iterator[dict[str, Any]]:
         calls = {
             "Linear4bit": call(repacked),
             "dense": call(dense),
-            "ours": call(lambda x: quantised_linear(x, weight)),
+            "ours": call(lambda x: quantized_linear(x, weight)),
             "Linear4bit + LoRA r=32": call(adapted),
             "ours, r=96": call(layer),
             "bytes in": _copying(weight),
@@ -294,7 +294,7 @@ def decode(seconds: float) -> Iterator[dict[str, Any]]:
 
 
 def memory(_: float) -> Iterator[dict[str, Any]]:
-    """Bytes of the quantised layers over those in 16 bits."""
+    """Bytes of the quantized layers over those in 16 bits."""
     from lorasb.quantization.quantizer import quantize_4bit
 
     for nested in (False, True):
@@ -312,7 +312,7 @@ def _elsewhere(job: str, way: str) -> dict[str, Any]:
 
 
 ROWS: dict[str, Callable[[float], Iterator[dict[str, Any]]]] = {
-    "dequantise": dequantise, "train": train, "evaluate": evaluate, "block": block, "step": step, "decode": decode,
+    "dequantize": dequantize, "train": train, "evaluate": evaluate, "block": block, "step": step, "decode": decode,
     "memory": memory,
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ from lorasb.utils.atomic_files import write_json
 from lorasb.utils.plotting import GRAD, SIGN, canvas, save
 
 KEPT = ("eval_loss_before", "eval_loss_after", "eval_accuracy_after", "train_losses", "train_seconds", "base_bytes")
-COLOURS = {16: GRAD, 4: SIGN}
+COLORS = {16: GRAD, 4: SIGN}
 
 
 def run(bits: int, seed: int, examples: int) -> dict[str, Any]:
@@ -68,8 +68,8 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
         label = f"{one['bits']} bits" if one["seed"] == 0 else None
         losses = smoothed(tuple(one["train_losses"]))
         steps = range(1, len(losses) + 1)
-        axes.plot(steps, losses, color=COLOURS[one["bits"]], linewidth=1.6, alpha=0.85, label=label)
-        axes.plot(len(losses), one["eval_loss_after"], "o", color=COLOURS[one["bits"]], markersize=6)
+        axes.plot(steps, losses, color=COLORS[one["bits"]], linewidth=1.6, alpha=0.85, label=label)
+        axes.plot(len(losses), one["eval_loss_after"], "o", color=COLORS[one["bits"]], markersize=6)
     seeds = len({one["seed"] for one in runs})
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", ylim=(0, None))
     axes.legend(frameon=False, title=f"{seeds} seeds; dots: held-out loss")

@@ -18,14 +18,14 @@ MORE = (2, 4, 8, 16, 32, 64, 128, 512)
 # row, case, against, ours, what the README calls it
 LINES = (
     (
-        "dequantise",
+        "dequantize",
         "4 of 4096 x 4096",
         "bitsandbytes",
         "ours",
-        "dequantise four weights 4096 x 4096 to {dtype}; bitsandbytes",
+        "dequantize four weights 4096 x 4096 to {dtype}; bitsandbytes",
     ),
-    ("dequantise", "4 of 4096 x 4096", "bytes in and out", "ours", "limit: those bytes read and written by torch"),
-    ("dequantise", "4 of 2048 x 2048", "bitsandbytes", "ours", "four 2048 x 2048; bitsandbytes"),
+    ("dequantize", "4 of 4096 x 4096", "bytes in and out", "ours", "limit: those bytes read and written by torch"),
+    ("dequantize", "4 of 2048 x 2048", "bitsandbytes", "ours", "four 2048 x 2048; bitsandbytes"),
     ("train", "1 tokens, f+b", QLORA, OURS, "training, 1 token, f+b; `Linear4bit` + LoRA r=32"),
     ("train", "1 tokens, f+b", BARE, OURS, "the dense bare layer"),
     ("train", "16 tokens, f+b", QLORA, OURS, "16 tokens; `Linear4bit` + LoRA r=32"),

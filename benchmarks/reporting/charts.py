@@ -10,7 +10,7 @@ from benchmarks.common.csv_files import Row
 from benchmarks.common.figures import panels, save_panels
 from benchmarks.methods import grid
 from benchmarks.methods.grid import METHODS, WHOLE, Task
-from benchmarks.methods.pictures import COLOURS, plain_log
+from benchmarks.methods.pictures import COLORS, plain_log
 from benchmarks.methods.tables import lines
 from benchmarks.reporting.labels import label, short
 from lorasb.utils.plotting import INK, MUTED
@@ -26,7 +26,7 @@ def draw_scores(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
         found = lines(rows, task.name)
         for i, line in enumerate(found):
             mean, deviation = line.score
-            one.errorbar(mean, i, xerr=deviation, fmt="o", color=COLOURS.get(line.method, MUTED), capsize=3, ms=5)
+            one.errorbar(mean, i, xerr=deviation, fmt="o", color=COLORS.get(line.method, MUTED), capsize=3, ms=5)
             one.plot(line.scores, [i] * len(line.scores), ".", color=INK, ms=2.5)
         one.set_yticks(range(len(found)), [f"{label(line)}  ({short(line.params)})" for line in found], fontsize=7.5)
         one.invert_yaxis()
@@ -68,7 +68,7 @@ def _sweeps(one: Any, rows: Sequence[Row], task: Task) -> dict[str, Any]:
         r = grid.ranks(task, method)[0]
         if found := grid.swept(task, method, r, rows, "score" if task.by_score else "loss"):
             rates = sorted(found)
-            style = "-o" if method.name in COLOURS else "--."
-            colour = COLOURS.get(method.name) or RELATIVES.get(method.name)
-            (drawn[method.name],) = one.plot(rates, [found[lr] for lr in rates], style, ms=4, color=colour, lw=1.2)
+            style = "-o" if method.name in COLORS else "--."
+            color = COLORS.get(method.name) or RELATIVES.get(method.name)
+            (drawn[method.name],) = one.plot(rates, [found[lr] for lr in rates], style, ms=4, color=color, lw=1.2)
     return drawn

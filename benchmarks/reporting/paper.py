@@ -43,7 +43,7 @@ def figure_2(rows: Sequence[Row], folder: Path) -> Iterator[str]:
             "",
         )
         yield from table(curves.HEAD, curves.ends(lines))
-        mine = [row for row in rows if row["split"] == "test" and row["method"] in curves.COLOURS]
+        mine = [row for row in rows if row["split"] == "test" and row["method"] in curves.COLORS]
         yield from ("", where_rows(mine))
         yield from picture("Training loss of LoRA-SB and LoRA-XS", "results/figure-2.png")
 
@@ -90,14 +90,14 @@ def _variant(line: Mapping[str, Any]) -> list[str]:
 
 
 def table_7(rows: Sequence[Row], folder: Path) -> Iterator[str]:
-    """The initialisation's cost."""
+    """The initialization's cost."""
     if lines := overhead.render(rows, folder):
-        yield from ("### Table 7: what the initialisation costs (`overhead`)", "")
+        yield from ("### Table 7: what the initialization costs (`overhead`)", "")
         yield from table(overhead.HEAD, (overhead.shown(line) for line in lines))
         yield ""
         yield "Overhead is LoRA-SB's seconds less LoRA-XS's, on one core; of an epoch with n/1000 samples, at least 32."
         yield from ("The paper's is 1.1% to 1.3% of an epoch.", "", where_rows(rows))
-        yield from picture("Cost of the initialisation as a share of an epoch", "results/table-7.png")
+        yield from picture("Cost of the initialization as a share of an epoch", "results/table-7.png")
 
 
 def costs(rows: Sequence[Row], folder: Path) -> Iterator[str]:

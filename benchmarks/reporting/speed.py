@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.layers import suite_report
 from benchmarks.quantized import readme_table as four_bits_table
 from benchmarks.reporting.markdown import picture, read_json, table, where
-from benchmarks.training import initialization as initialisation
+from benchmarks.training import initialization as initialization
 from benchmarks.training import step
 
 INTRODUCTION = """\
@@ -76,14 +76,14 @@ def _bits(runs: list[dict[str, Any]], bits: int) -> list[str]:
 
 
 def starts(folder: Path) -> Iterator[str]:
-    """Initialisation."""
+    """Initialization."""
     if found := read_json(folder / "init-cpu.json"):
-        yield from ("### Initialisation on a CPU", "", where(found), "")
+        yield from ("### Initialization on a CPU", "", where(found), "")
         size = (
-            f"SmolLM2-135M, {initialisation.SAMPLES} x {initialisation.TOKENS} tokens, r={initialisation.RANK}, fp32:"
+            f"SmolLM2-135M, {initialization.SAMPLES} x {initialization.TOKENS} tokens, r={initialization.RANK}, fp32:"
         )
         yield from (size, "")
-        yield from table(["", "layer by layer", "against", "ratio"], initialisation.rows(found))
+        yield from table(["", "layer by layer", "against", "ratio"], initialization.rows(found))
 
 
 def training_step(folder: Path) -> Iterator[str]:

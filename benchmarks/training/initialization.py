@@ -1,9 +1,9 @@
-"""Initialisation of SmolLM2-135M: time and memory against keeping all sums, and against a LoRA training step.
+"""Initialization of SmolLM2-135M: time and memory against keeping all sums, and against a LoRA training step.
 
     python -m benchmarks.training.initialization [--rounds 5] [--output benchmarks/results]
 
 Memory is what a process needs on top of the loaded model. Times and memory are measured in turns, each in a process of
-its own, as an initialisation is. Samples are 192 tokens of generated problems, one a batch, in fp32, as far as a row
+its own, as an initialization is. Samples are 192 tokens of generated problems, one a batch, in fp32, as far as a row
 says nothing else.
 """
 
@@ -65,8 +65,8 @@ def samples(count: int = SAMPLES, rows: int = 1) -> list[dict[str, Tensor]]:
     return [{"input_ids": part, "labels": part.clone(), "attention_mask": torch.ones_like(part)} for part in ids]
 
 
-def initialise(found: Any, batches: list[dict[str, Tensor]], **options: Any) -> Any:
-    """One initialisation of a patched model."""
+def initialize(found: Any, batches: list[dict[str, Tensor]], **options: Any) -> Any:
+    """One initialization of a patched model."""
     import lorasb
 
     return lorasb.initialize(found, batches, lr=1e-3, **{"progress": False} | options)
@@ -100,11 +100,11 @@ def _resident() -> int:
 
 
 def init_memory(blocks: int, **options: Any) -> dict[str, Any]:
-    """Of an initialisation."""
+    """Of an initialization."""
     found, batches = patched(blocks=blocks), samples()
     with torch.no_grad():
         found(input_ids=batches[0]["input_ids"])
-    return {"bytes": new_memory(lambda: initialise(found, batches, **options))}
+    return {"bytes": new_memory(lambda: initialize(found, batches, **options))}
 
 
 def train_memory(rows: int) -> dict[str, Any]:
@@ -125,17 +125,17 @@ def train_memory(rows: int) -> dict[str, Any]:
 
 
 def init_time(**options: Any) -> dict[str, Any]:
-    """Seconds of an initialisation, the first of its process as everybody's is; the model has run before."""
+    """Seconds of an initialization, the first of its process as everybody's is; the model has run before."""
     found, batches = patched(), samples()
     with torch.no_grad():
         found(**batches[0])
     started = time.perf_counter()
-    initialise(found, batches, **options)
+    initialize(found, batches, **options)
     return {"seconds": time.perf_counter() - started}
 
 
 def epoch_share(steps: int = 20) -> dict[str, Any]:
-    """The demo's initialisation, and how long its training takes a sample: batches of 16, its own lengths."""
+    """The demo's initialization, and how long its training takes a sample: batches of 16, its own lengths."""
     import lorasb
     from lorasb.recipes.prepare import prepare
     from lorasb.recipes.settings import Settings
@@ -147,7 +147,7 @@ def epoch_share(steps: int = 20) -> dict[str, Any]:
     collate = Collator(run.tokenizer.pad_token_id, run.model.get_base_model())
     batches = [collate(encoded[i : i + 16]) for i in range(0, len(encoded), 16)]
     started = time.perf_counter()
-    initialise(run.model, batches[:4])
+    initialize(run.model, batches[:4])
     init_seconds = time.perf_counter() - started
     optimizer = torch.optim.AdamW((p for p in run.model.parameters() if p.requires_grad), lr=2e-3)
     run.model.train()
@@ -164,14 +164,14 @@ def epoch_share(steps: int = 20) -> dict[str, Any]:
 
 
 def bits_and_energies() -> dict[str, Any]:
-    """Size of all signs against the gradients in fp32; energy of the randomised SVD against the exact one."""
+    """Size of all signs against the gradients in fp32; energy of the randomized SVD against the exact one."""
     from lorasb.init.factors.sign_cache import read
     from lorasb.init.linalg.svd import truncated_svd
 
     found = patched()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "signs.safetensors"
-        initialise(found, samples(), cache=path)
+        initialize(found, samples(), cache=path)
         layers, size = read(path)[0], path.stat().st_size
     dense = sum(4 * layer.bits.shape[0] * layer.bits.shape[1] for layer in layers.values())
     words = sum(4 * layer.bits.words.numel() for layer in layers.values())
@@ -259,7 +259,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         ("signs of all layers, MB", f"{bits['words_bytes'] / 1e6:.1f}",
          f"gradients in fp32: {bits['dense_bytes'] / 1e6:.1f} (planes of zeros: {bits['zero_plane_bytes'] / 1e6:.1f})",
          f"1/{bits['dense_bytes'] / bits['words_bytes']:.1f}"),
-        (f"energy of sign(G) at r={RANK}, least of {len(bits['energy_of_optimum'])} layers", "randomised, from bits",
+        (f"energy of sign(G) at r={RANK}, least of {len(bits['energy_of_optimum'])} layers", "randomized, from bits",
          "exact SVD", f"{min(bits['energy_of_optimum']):.3%}"),
     ]  # fmt: skip
 
@@ -271,7 +271,7 @@ def _mb(size: float) -> str:
 def table(found: dict[str, Any]) -> Table:
     """The rows, for people."""
     where = found["machine"]
-    title = f"Initialisation of SmolLM2-135M, {SAMPLES} x {TOKENS} tokens, r={RANK}, fp32"
+    title = f"Initialization of SmolLM2-135M, {SAMPLES} x {TOKENS} tokens, r={RANK}, fp32"
     view = Table(title=title, caption=f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}")
     for name in ("", "layer by layer", "against", "ratio"):
         view.add_column(name)

@@ -52,7 +52,7 @@ def model_of(way: str) -> Any:
 
 
 class Training:
-    """One model, its optimiser and a batch."""
+    """One model, its optimizer and a batch."""
 
     def __init__(self, way: str) -> None:
         self.model = model_of(way)
@@ -103,7 +103,7 @@ def view(found: dict[str, dict[str, Any]]) -> Table:
         table.add_column(name, justify="right" if name else "left")
     theirs, ours = found[PEFT], found[OURS]
     table.add_row("time", f"{theirs['p50']:.0f} ms", f"{ours['p50']:.0f} ms", f"{ours['ratio']:.2f}")
-    for name, label in (("kept_bytes", "kept for backward"), ("optimizer_bytes", "optimiser's state")):
+    for name, label in (("kept_bytes", "kept for backward"), ("optimizer_bytes", "optimizer's state")):
         megabytes = (f"{one[name] / 1e6:.1f} MB" for one in (theirs, ours))
         table.add_row(label, *megabytes, f"{ours[name] / theirs[name]:.3f}")
     share = f"{ours['trained'] / theirs['trained']:.3f}"

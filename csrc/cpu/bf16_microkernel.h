@@ -27,7 +27,7 @@ struct Piece {
 // Products of any number of tokens in bf16. x is arranged once as tiles [steps, tile_tokens, 32]; W is decoded, a piece
 // that stays in a second-level cache, as strips [steps, 16, kStripLanes, 2]: a pair of elements of a sum for each lane.
 // W has whole blocks. Rows of W as lanes pair columns c and c + 8 of 16, plain ones c and c + 4 of 8; columns of W as
-// lanes pair neighbouring rows, and hold even columns before odd ones. Strips are zero beyond their matrix.
+// lanes pair neighboring rows, and hold even columns before odd ones. Strips are zero beyond their matrix.
 struct StripKernels {
   int tile_tokens;   // rows of x in a tile
   int plain_tokens;  // up to these, scales are applied to sums and not to weights
@@ -41,7 +41,7 @@ struct StripKernels {
   // Rows of W as lanes, and columns.
   void (*of_rows)(const Packed& w, const Piece& piece, uint16_t* out);
   void (*of_columns)(const Packed& w, const Piece& piece, uint16_t* out);
-  // The same of a dense D [rows, columns]; its rows as lanes pair neighbouring columns.
+  // The same of a dense D [rows, columns]; its rows as lanes pair neighboring columns.
   void (*of_dense_rows)(const uint16_t* d, int64_t rows, int64_t columns, const Piece& piece, uint16_t* out);
   void (*of_dense_columns)(const uint16_t* d, int64_t rows, int64_t columns, const Piece& piece, uint16_t* out);
   // One strip of rows of W without their scales, and these apart, [runs, kStripLanes]: a run is a block, or all of it.

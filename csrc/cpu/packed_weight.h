@@ -1,11 +1,11 @@
-// A quantised weight as bitsandbytes stores it. Plain C++: the kernels include this and no torch.
+// A quantized weight as bitsandbytes stores it. Plain C++: the kernels include this and no torch.
 #pragma once
 
 #include <cstdint>
 
 namespace lorasb {
 
-// What a weight is rounded to before it is used: the dtype that it was quantised from.
+// What a weight is rounded to before it is used: the dtype that it was quantized from.
 enum class Rounding : int { none = 0, bf16 = 1, fp16 = 2 };
 
 // W [rows, columns], row by row in one piece. Element i is nibble i of `bytes` (the high one of a byte comes first),

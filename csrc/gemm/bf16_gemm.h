@@ -1,4 +1,4 @@
-// Products of many tokens in bf16 with a quantised weight: our own blocked product, over strips of W decoded into
+// Products of many tokens in bf16 with a quantized weight: our own blocked product, over strips of W decoded into
 // cache.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Products with a quantised weight that never exists as a whole.
+// Products with a quantized weight that never exists as a whole.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -73,7 +73,7 @@ Packed unpack_octets(at::TensorList tensors, Packed w) {
 
 Packed unpack(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int64_t columns) {
   TORCH_CHECK_VALUE(tensors.size() == 2 || tensors.size() == 3 || tensors.size() == 6,
-                    "expected 2, 3 or 6 tensors of a quantised weight, got ", tensors.size());
+                    "expected 2, 3 or 6 tensors of a quantized weight, got ", tensors.size());
   TORCH_CHECK_VALUE(layout.size() == 3, "expected [block, nested block, rounding], got ", layout);
   TORCH_CHECK_VALUE(layout[2] >= 0 && layout[2] <= 2, "expected a rounding of 0, 1 or 2, got ", layout[2]);
   TORCH_CHECK_VALUE(rows >= 0 && columns >= 0 && (columns == 0 || rows <= (int64_t{1} << 46) / columns),
@@ -140,11 +140,11 @@ at::Tensor fresh(int64_t rows, int64_t columns, const at::TensorOptions& options
 
 }  // namespace
 
-at::Tensor dequantise(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int64_t columns,
+at::Tensor dequantize(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int64_t columns,
                       at::ScalarType dtype) {
   const Packed w = unpack(tensors, layout, rows, columns);
   const bool direct = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
-  TORCH_CHECK_TYPE(direct || dtype == at::kDouble, "expected fp64, fp32, bf16 or fp16 to dequantise to, got ", dtype);
+  TORCH_CHECK_TYPE(direct || dtype == at::kDouble, "expected fp64, fp32, bf16 or fp16 to dequantize to, got ", dtype);
   at::Tensor out = fresh(rows, columns, tensors[0].options().dtype(direct ? dtype : at::kFloat));
   if (dtype == at::kBFloat16 && kernels().stream_bf16 != nullptr && out.nbytes() >= last_cache_size()) {
     uint16_t* to = mutable_bits(out);

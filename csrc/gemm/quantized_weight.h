@@ -12,7 +12,7 @@ namespace lorasb {
 Packed unpack(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int64_t columns);
 
 // W [rows, columns] in a dtype.
-at::Tensor dequantise(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int64_t columns,
+at::Tensor dequantize(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int64_t columns,
                       at::ScalarType dtype);
 
 // Rows [low, high) and columns [first, first + width) of W into `out`, in one piece, fp32, bf16 or fp16.

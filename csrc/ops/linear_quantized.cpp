@@ -22,7 +22,7 @@ std::optional<at::Tensor> widened(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() ? std::optional<at::Tensor>(tensor->to(at::kFloat)) : std::nullopt;
 }
 
-// Whether W is rounded to what it was quantised from before it is rounded to a product's dtype.
+// Whether W is rounded to what it was quantized from before it is rounded to a product's dtype.
 bool rounds(int64_t from, at::ScalarType dtype) {
   return !(from == 1 && dtype == at::kBFloat16) && !(from == 2 && dtype == at::kHalf);
 }
@@ -85,7 +85,7 @@ at::Tensor serve(const at::Tensor& x, at::TensorList quant, at::IntArrayRef layo
   const bool adapted = a.has_value();
   TORCH_CHECK_VALUE(core.has_value() == adapted && b.has_value() == adapted, "expected A, R and B, or none of them");
   TORCH_CHECK_VALUE(!adapted || (a->dim() == 2 && b->dim() == 2 && a->size(1) == columns && b->size(0) == rows),
-                    "expected a quantised weight [", adapted ? b->size(0) : rows, ", ", adapted ? a->size(-1) : columns,
+                    "expected a quantized weight [", adapted ? b->size(0) : rows, ", ", adapted ? a->size(-1) : columns,
                     "], got [", rows, ", ", columns, "]");
   const Plain plain;
   return std::get<0>(linear(cast ? x.to(dtype) : x, quant, now, adapted ? *like_x(a) : empty(0, columns, options),

@@ -1,4 +1,4 @@
-// The adapted linear over a quantised weight: y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias.
+// The adapted linear over a quantized weight: y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -1,4 +1,4 @@
-// Sums of weight gradients and their signs, for the initialiser.
+// Sums of weight gradients and their signs, for the initializer.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -57,16 +57,16 @@ def gradient_config(n: int, itemsize: int) -> GemmConfig:
     return GRADIENT if n % GRADIENT.block_n == 0 else NARROW_GRADIENT
 
 
-DEQUANTISE_BYTES = 1024  # of a weight in 4 bits, a program
+DEQUANTIZE_BYTES = 1024  # of a weight in 4 bits, a program
 
 
-def dequantise_config() -> PrepConfig:
-    """Warps of the dequantisation on its own."""
+def dequantize_config() -> PrepConfig:
+    """Warps of the dequantization on its own."""
     return PrepConfig(0, 0, 4, 1)
 
 
-def quantised_config(rows: int, itemsize: int) -> GemmConfig:
-    """Blocks of the GEMM that dequantises as it goes; a tile of W in fp32 has to fit the registers."""
+def quantized_config(rows: int, itemsize: int) -> GemmConfig:
+    """Blocks of the GEMM that dequantizes as it goes; a tile of W in fp32 has to fit the registers."""
     if itemsize > 2:
         return GemmConfig(16 if rows <= DECODE_ROWS else 32, 64, 16, 1, 4, 3)
     if rows <= DECODE_ROWS:

@@ -1,4 +1,4 @@
-"""Quantised weights: exact dequantisation beside the thin products, and a GEMM that dequantises as it goes.
+"""Quantized weights: exact dequantization beside the thin products, and a GEMM that dequantizes as it goes.
 
 Byte i of a weight [N, K] in 4 bits has elements 2i (high nibble) and 2i + 1; W = dtype(table[nibble]·scale(element
 // BLOCK)) in fp32. Nested, scale = table2[absmax8]·absmax2 + offset, multiplied and then added: these kernels are
@@ -40,7 +40,7 @@ def pair_of(octet, scale, table, ROUNDING: tl.constexpr):
 
 
 @triton.jit
-def dequantise_bytes(pid, octets, absmax, table, absmax2, table2, offset, out, ELEMENTS,
+def dequantize_bytes(pid, octets, absmax, table, absmax2, table2, offset, out, ELEMENTS,
                      BLOCK: tl.constexpr, BLOCK2: tl.constexpr, ROUNDING: tl.constexpr,
                      BYTES: tl.constexpr):  # fmt: skip
     """One program's BYTES bytes into `out`."""
@@ -53,18 +53,18 @@ def dequantise_bytes(pid, octets, absmax, table, absmax2, table2, offset, out, E
 
 
 @triton.jit
-def dequantise(
+def dequantize(
     octets, absmax, table, absmax2, table2, offset, out,
     ELEMENTS,
     BLOCK: tl.constexpr, BLOCK2: tl.constexpr, ROUNDING: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """out [ELEMENTS] = W: octets uint8, absmax fp32, or uint8 with absmax2 fp32, table2 [256], offset [1]."""
-    dequantise_bytes(tl.program_id(0), octets, absmax, table, absmax2, table2, offset, out, ELEMENTS,
+    dequantize_bytes(tl.program_id(0), octets, absmax, table, absmax2, table2, offset, out, ELEMENTS,
                      BLOCK, BLOCK2, ROUNDING, BYTES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "seed", "threshold", "prep_programs"])
-def prep_forward_quantised(
+def prep_forward_quantized(
     x, factors, cores, us, v,
     partial, counters,
     octets, absmax, table, absmax2, table2, offset, scratch,
@@ -84,12 +84,12 @@ def prep_forward_quantised(
                      DROPOUT, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION, R, PARTS, RP, BM, BK, BJ,
                      SPLITS)  # fmt: skip
     else:
-        dequantise_bytes(pid - prep_programs, octets, absmax, table, absmax2, table2, offset, scratch, ELEMENTS,
+        dequantize_bytes(pid - prep_programs, octets, absmax, table, absmax2, table2, offset, scratch, ELEMENTS,
                          BLOCK, BLOCK2, ROUNDING, BYTES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "prep_programs"])
-def prep_backward_quantised(
+def prep_backward_quantized(
     dys, factors, cores, t, w,
     partial, counters,
     octets, absmax, table, absmax2, table2, offset, scratch,
@@ -109,7 +109,7 @@ def prep_backward_quantised(
                       NEED_DX, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION, R, PARTS, RP, BM, BK, BJ,
                       SPLITS)  # fmt: skip
     else:
-        dequantise_bytes(pid - prep_programs, octets, absmax, table, absmax2, table2, offset, scratch, ELEMENTS,
+        dequantize_bytes(pid - prep_programs, octets, absmax, table, absmax2, table2, offset, scratch, ELEMENTS,
                          BLOCK, BLOCK2, ROUNDING, BYTES)  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def weight_tile(rows, pairs, octets, absmax, table, absmax2, table2, offset, N, 
 
 
 @triton.jit(do_not_specialize=["M"])
-def quantised_gemm(
+def quantized_gemm(
     x, v, factor, bias, y,
     octets, absmax, table, absmax2, table2, offset,
     partial, counters,

@@ -1,4 +1,4 @@
-"""From a quantised weight's tensors to launches: dequantised beside the thin products, or inside a GEMM."""
+"""From a quantized weight's tensors to launches: dequantized beside the thin products, or inside a GEMM."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import linear as dense
-from .block_sizes import DEQUANTISE_BYTES, cdiv, dequantise_config, gemm_splits, quantised_config
-from .gemm_4bit import dequantise, prep_backward_quantised, prep_forward_quantised, quantised_gemm
+from .block_sizes import DEQUANTIZE_BYTES, cdiv, dequantize_config, gemm_splits, quantized_config
+from .gemm_4bit import dequantize, prep_backward_quantized, prep_forward_quantized, quantized_gemm
 from .launcher import launch
 from .linear import Mask, Members, on_device, precision, unit_rows, wide
 from .plan import Plan
@@ -20,7 +20,7 @@ INLINE = "inline"
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """W [m, n] in 4 bits: [bytes, absmax, table], or nested [bytes, absmax8, table, absmax2, table2, offset]."""
 
     tensors: Sequence[Tensor]
@@ -40,22 +40,22 @@ class Quantised:
         )  # fmt: skip
 
     def inline(self, plan: Plan, mask: Mask) -> bool:
-        """Whether the GEMM dequantises as it goes."""
+        """Whether the GEMM dequantizes as it goes."""
         return plan.weights == INLINE and self.n % 2 == 0 and mask.dropout == 0.0
 
 
-def dequantised(weight: Quantised, dtype: torch.dtype) -> Tensor:
+def dequantized(weight: Quantized, dtype: torch.dtype) -> Tensor:
     """W [m, n]."""
     out = torch.empty((weight.m, weight.n), dtype=dtype, device=weight.tensors[0].device)
     if out.numel():
-        arguments = weight.arguments() | dict(out=out, ELEMENTS=out.numel(), BYTES=DEQUANTISE_BYTES)
+        arguments = weight.arguments() | dict(out=out, ELEMENTS=out.numel(), BYTES=DEQUANTIZE_BYTES)
         with on_device(out):
-            launch(dequantise, cdiv(out.numel(), 2 * DEQUANTISE_BYTES), arguments, dequantise_config(), exact=True)
+            launch(dequantize, cdiv(out.numel(), 2 * DEQUANTIZE_BYTES), arguments, dequantize_config(), exact=True)
     return out
 
 
 def forward(
-    x: Tensor, weight: Quantised, members: Members, bias: Tensor | None, plan: Plan, mask: Mask
+    x: Tensor, weight: Quantized, members: Members, bias: Tensor | None, plan: Plan, mask: Mask
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [M, m] and u = x Aᵀ [M, r]; `members` has the one layer's factors and no weight."""
     M, u = x.shape[0], x.new_empty((x.shape[0], members.r))
@@ -77,7 +77,7 @@ def forward(
 
 def backward(
     dy: Tensor,
-    weight: Quantised,
+    weight: Quantized,
     members: Members,
     u: Tensor,
     plan: Plan,
@@ -108,22 +108,22 @@ def backward(
     return dx, dcores[0] if dcores else None
 
 
-def _prep_beside(prep: tuple[Any, int, dict[str, Any]], weight: Quantised, scratch: Tensor, plan: Plan) -> None:
+def _prep_beside(prep: tuple[Any, int, dict[str, Any]], weight: Quantized, scratch: Tensor, plan: Plan) -> None:
     """The thin products of a call, and W into the scratch, in one launch."""
     kernel, programs, arguments = prep
-    beside = prep_forward_quantised if kernel is dense.prep_forward else prep_backward_quantised
+    beside = prep_forward_quantized if kernel is dense.prep_forward else prep_backward_quantized
     arguments = arguments | weight.arguments() | dict(
-        scratch=scratch, ELEMENTS=scratch.numel(), prep_programs=programs, BYTES=DEQUANTISE_BYTES
+        scratch=scratch, ELEMENTS=scratch.numel(), prep_programs=programs, BYTES=DEQUANTIZE_BYTES
     )  # fmt: skip
-    grid = programs + cdiv(scratch.numel(), 2 * DEQUANTISE_BYTES)
+    grid = programs + cdiv(scratch.numel(), 2 * DEQUANTIZE_BYTES)
     launch(beside, grid, arguments, plan.prep, exact=True)
 
 
 def _gemm(
-    x: Tensor, weight: Quantised, v: Tensor, members: Members, bias: Tensor | None, y: Tensor, is_backward: bool
+    x: Tensor, weight: Quantized, v: Tensor, members: Members, bias: Tensor | None, y: Tensor, is_backward: bool
 ) -> Tensor:
     M, columns = y.shape
-    length, config = x.shape[1], quantised_config(M, x.element_size())
+    length, config = x.shape[1], quantized_config(M, x.element_size())
     factor = unit_rows(members.a[0] if is_backward else members.b[0])
     tiles, steps = cdiv(M, config.block_m) * cdiv(columns, config.block_n), cdiv(length, config.block_k)
     splits = gemm_splits(tiles, steps, M)
@@ -134,5 +134,5 @@ def _gemm(
         WIDE=wide(x, y, factor, v) or weight.m * weight.n >= dense.INT32_LIMIT, PRECISION=precision(x.dtype),
         R=members.r, BM=config.block_m, BN=config.block_n, BK=config.block_k, SPLITS=splits,
     )  # fmt: skip
-    launch(quantised_gemm, tiles * splits, arguments, config, exact=True)
+    launch(quantized_gemm, tiles * splits, arguments, config, exact=True)
     return y

@@ -44,7 +44,7 @@ class Shape:
 class Plan:
     """`fused`: prep and the extended GEMM; `addmm`: prep, then cuBLAS twice, the second onto the first.
 
-    `weights`, where they have 4 bits: dequantised `inline` by a GEMM of its own, or into a `scratch` beside prep.
+    `weights`, where they have 4 bits: dequantized `inline` by a GEMM of its own, or into a `scratch` beside prep.
     """
 
     path: str

@@ -27,7 +27,7 @@ CAP = "LORASB_MAX_CPU_ISA"
 CAPS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGE_WEIGHT = 1 << 21  # elements from which on the extension's product in fp32 is faster (two Zen 3 cores)
-OPS = ("linear_quantised", "linear_quantised_backward", "dequantise", "gradient_add", "gradient_signs")
+OPS = ("linear_quantized", "linear_quantized_backward", "dequantize", "gradient_add", "gradient_signs")
 _reason: str | None = "not loaded yet"
 
 
@@ -116,7 +116,7 @@ def register() -> None:
     if _reason is None:
         register_backend("cpp", KERNELS, ("CPU",))
     kernels = {op: _below_autograd(backend_op(op, "cpp")) for op in OPS}
-    register_loaded("cpp", kernels | {"serve_quantised": backend_op("serve_quantised", "cpp")}, missing)
+    register_loaded("cpp", kernels | {"serve_quantized": backend_op("serve_quantized", "cpp")}, missing)
 
 
 def _load() -> str | None:

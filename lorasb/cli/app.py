@@ -39,7 +39,7 @@ def _finetune(values: dict[str, Any]) -> None:
 
 
 def _init(values: dict[str, Any]) -> None:
-    """Initialise an adapter, and show what its ranks keep of the first full step."""
+    """Initialize an adapter, and show what its ranks keep of the first full step."""
     from ..recipes.console import console
     from ..recipes.initialize import run_init
     from . import tables

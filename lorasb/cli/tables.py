@@ -46,7 +46,7 @@ def costs(summary: dict[str, Any]) -> Table:
     if config["method"] != "lora":
         table.add_row("R alone", f"{4e-6 * summary['trainable_params']:.1f} MB in fp32")
     table.add_row("computed in", f"{summary['dtype']} ({summary['machine']})")
-    table.add_row("initialisation", f"{summary['init_seconds']:.1f} s")
+    table.add_row("initialization", f"{summary['init_seconds']:.1f} s")
     table.add_row("training", f"{summary['train_seconds']:.0f} s, {summary['train_steps']} steps, "
                   f"{summary['tokens_per_second']:.0f} tokens/s")  # fmt: skip
     table.add_row("peak memory", f"{summary['peak_rss_mb'] / 1000:.1f} GB")
@@ -70,7 +70,7 @@ def energies(report: InitReport) -> Table:
     caption = f"{report.strategy}: {report.why}" if report.why else None
     if report.stability is not None:
         caption = f"{caption}; overlap of two halves of the samples {report.stability:.0%}"
-    title = f"{report.init} initialisation, {report.num_samples} samples, {report.seconds:.1f} s"
+    title = f"{report.init} initialization, {report.num_samples} samples, {report.seconds:.1f} s"
     table = Table(title=title, caption=caption)
     table.add_column("layers")
     for name in ("number", "r", "energy of sign(G)", "energy of G", "least of G"):

@@ -96,7 +96,7 @@ class Processes:
         source = tensors if self.rank == owner else blank
         return {name: self.from_owner(source[name].cpu(), owner) for name in about}
 
-    def agree(self, error: BaseException | None, doing: str = "initialisation") -> None:
+    def agree(self, error: BaseException | None, doing: str = "initialization") -> None:
         """Raise one's own error, or say that another process met one at what all are `doing`: nobody goes on alone.
 
         Raises:

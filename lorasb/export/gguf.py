@@ -1,7 +1,7 @@
 """A plain LoRA as a GGUF file for llama.cpp: `llama-cli -m base.gguf --lora adapter.gguf`.
 
 llama.cpp names tensors its own way and turns the rows of q and k of Llama's layout, for rotary embeddings of
-neighbouring pairs: B's rows turn with them, A's columns stay.
+neighboring pairs: B's rows turn with them, A's columns stay.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def export_lora(
         The folder, or the GGUF file.
 
     Raises:
-        ValueError: not a LoRA-SB adapter, not initialised, merged, or values that are not finite in `dtype`.
+        ValueError: not a LoRA-SB adapter, not initialized, merged, or values that are not finite in `dtype`.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")

@@ -1,4 +1,4 @@
-"""Initialisation: gradients of the targets, their signs, a truncated SVD, and A, R, B in place."""
+"""Initialization: gradients of the targets, their signs, a truncated SVD, and A, R, B in place."""
 
 from .initialization import initialize
 from .linalg.sign_bits import SignBits

@@ -49,7 +49,7 @@ def initialize(
     """Fill A, R and B from the first step that full fine-tuning would take (paper, Eq. 6-8).
 
     With G = Σ_i ∇W L(x_i) over samples and ΔW = −η·sign(G) = U Σ Vᵀ: B = U_r, A = V_rᵀ, R = Σ_r / s. L(x_i) is the
-    mean over sample i's own labelled tokens, so the result does not depend on how samples are batched. No base weight
+    mean over sample i's own labeled tokens, so the result does not depend on how samples are batched. No base weight
     ever requires a gradient; sums are fp32. Under torch.distributed every process passes the batches of its own share.
 
     ΔW [out, in] moves every weight by η, R [r, r] has r² entries: where η is R's rate, ‖Σ_r‖ is the length of many
@@ -141,7 +141,7 @@ def _warn_if_frozen(layers: Layers, name: str) -> None:
     active = any(name in layer.active_adapters for layer in layers.values())
     if active and not any(layer.lorasb_R[name].requires_grad for layer in layers.values()):
         warnings.warn(
-            f"adapter {name!r} is initialised, and nothing of it will train, as no R requires a gradient: "
+            f"adapter {name!r} is initialized, and nothing of it will train, as no R requires a gradient: "
             f"model.set_adapter({name!r})",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""One initialisation from start to end: samples, plan, sums, factors, cache, report."""
+"""One initialization from start to end: samples, plan, sums, factors, cache, report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .factors.sign_cache import Cache, CachedGradient
 from .factors.transaction import Staging
 from .gradients.executor import Strategy
 from .gradients.frozen_model import undisturbed
-from .gradients.loss import LossFn, labelled_rows, unlabelled
+from .gradients.loss import LossFn, labeled_rows, unlabeled
 from .gradients.plan import Plan, make_plan
 from .gradients.task import Layers, Piece, Work, in_halves
 from .linalg.svd import full_precision
@@ -49,7 +49,7 @@ class Options:
 
 @dataclass
 class Outcome:
-    """What an initialisation found."""
+    """What an initialization found."""
 
     layers: list[LayerReport] = field(default_factory=list)
     num_samples: int = 0
@@ -78,8 +78,8 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Opti
     with undisturbed(model):
         strategy = _carry_out(work, filling, options)
         filling.stand_in(model, [name for name in layers if name not in filling.reports])
-    loss, labelled = processes.add_up(torch.tensor([work.loss, work.labelled], dtype=torch.float64)).tolist()
-    loss /= labelled
+    loss, labeled = processes.add_up(torch.tensor([work.loss, work.labeled], dtype=torch.float64)).tolist()
+    loss /= labeled
     outcome = Outcome(_in_order(filling), seen, data_hash, loss, strategy.plan.strategy, strategy.plan.why)
     if filling.cache is not None:
         _finish(filling.cache, outcome, processes)
@@ -88,7 +88,7 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Opti
 
 def _of_the_mean(options: Options, pieces: list[Piece], processes: Processes) -> Recipe:
     """A step along the mean of n gradients is one of η/n along their sum; signs do not know the difference."""
-    rows = labelled_rows if options.loss_fn is None else batch_size
+    rows = labeled_rows if options.loss_fn is None else batch_size
     own = sum(rows(piece.batch) for piece in pieces if piece.counts)
     return replace(options.recipe, lr=options.recipe.lr / max(1, sum(processes.gather(own))))
 
@@ -151,8 +151,8 @@ def _samples(
     samples = select(batches, options.num_samples, options.recipe.seed, processes)
     found, mine = collect(samples, processes)
     seen = sum(processes.gather(mine.seen))
-    if options.loss_fn is None and not any(processes.gather(int(any(not unlabelled(batch) for batch in found)))):
-        raise ValueError("no sample has a labelled token: every label of these batches is -100")
+    if options.loss_fn is None and not any(processes.gather(int(any(not unlabeled(batch) for batch in found)))):
+        raise ValueError("no sample has a labeled token: every label of these batches is -100")
     pieces = list(in_halves(found)) if options.stability else [Piece(batch) for batch in found]
     if processes.several and sharded(model):
         pieces = _in_step(pieces, processes)
@@ -166,7 +166,7 @@ def _in_step(pieces: list[Piece], processes: Processes) -> list[Piece]:
         for piece in pieces
         for i in range(batch_size(piece.batch))
     ]
-    single = [piece for piece in single if not unlabelled(piece.batch)]
+    single = [piece for piece in single if not unlabeled(piece.batch)]
     filler: Batch | None = processes.any_batch(single[0].batch if single else None)
     count = max(processes.gather(len(single)))
     return single + [Piece(filler, counts=False) for _ in range(count - len(single))] if filler is not None else single

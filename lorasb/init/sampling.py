@@ -1,4 +1,4 @@
-"""Which samples initialisation sees: drawn by seed where the data can be indexed, in order where it cannot."""
+"""Which samples initialization sees: drawn by seed where the data can be indexed, in order where it cannot."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Samples:
     def check_enough(self, found: int) -> None:
         """Raise a ValueError where there is nothing, or less than was asked for."""
         if found == 0:
-            raise ValueError("expected at least one sample to initialise from, got none: the batches are empty")
+            raise ValueError("expected at least one sample to initialize from, got none: the batches are empty")
         if self.exact and self.limit is not None and found < self.limit:
             raise ValueError(_too_few(self.limit, found))
 
@@ -228,7 +228,7 @@ def _draw(counts: list[int], num_samples: int | None, seed: int, rank: int) -> l
     """Numbers drawn from everybody's samples, as far as they are this process's own."""
     available = sum(counts)
     if available == 0:
-        raise ValueError("expected at least one sample to initialise from, got none: the data set is empty")
+        raise ValueError("expected at least one sample to initialize from, got none: the data set is empty")
     wanted = num_samples if num_samples is not None else _default_count(available)
     if wanted > available:
         raise ValueError(_too_few(wanted, available))

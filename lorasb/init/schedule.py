@@ -1,4 +1,4 @@
-"""The learning rate of the step that initialisation simulates."""
+"""The learning rate of the step that initialization simulates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 def first_step_lr(lr: float, warmup_steps: float = 0, total_steps: int | None = None) -> float:
     """η = peak lr / max(1, warm-up steps): the rate of the first step that moves, as the published code takes it.
 
-    A schedule's very first rate is 0 during a warm-up, which would initialise R to nothing.
+    A schedule's very first rate is 0 during a warm-up, which would initialize R to nothing.
 
     Args:
         lr: the schedule's peak learning rate.

@@ -43,7 +43,7 @@ def preconditioners(layer: LoRASBLinear, name: str) -> tuple[Tensor, Tensor]:
 def equivalent_gradient(layer: LoRASBLinear, adapter_name: str | None = None) -> Tensor:
     """The gradient of R whose effect on W is closest to the full gradient (Theorem 3).
 
-    g_R* = (1/s²) (BᵀB)⁻¹ g_R (AAᵀ)⁻¹ minimises ‖s B g A − ∇W L‖; with orthonormal factors it is g_R / s².
+    g_R* = (1/s²) (BᵀB)⁻¹ g_R (AAᵀ)⁻¹ minimizes ‖s B g A − ∇W L‖; with orthonormal factors it is g_R / s².
 
     Args:
         layer: a layer whose R has a gradient.

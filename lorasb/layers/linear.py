@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..checkpoints.shared_factors import missing
 from ..constants import FACTORS
-from ..functional import dequantize_nf4, lora_sb_linear, quantised_linear
+from ..functional import dequantize, lora_sb_linear, quantized_linear
 from ..quantization.bitsandbytes import keep_unpacked
-from ..quantization.quantized_weight import QuantisedWeight, compute_dtype, is_quantised, of_module
+from ..quantization.quantized_weight import QuantizedWeight, compute_dtype, is_quantized, of_module
+from ..utils.deprecation import renamed_method
 from . import merging
 from .equivalent_gradient import EquivalentGradient, preconditioners
 from .offloading import brought_back
@@ -32,7 +33,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
 
     Args:
         base_layer: the frozen linear, `weight` [out, in] (or [in, out] with `fan_in_fan_out`); dense, or in 4 or 8 bits
-            (bitsandbytes' `Linear4bit` and `Linear8bitLt`, or ours). A quantised base computes here, from its storage:
+            (bitsandbytes' `Linear4bit` and `Linear8bitLt`, or ours). A quantized base computes here, from its storage:
             on a CPU bitsandbytes' own forward would repack the weight.
         adapter_name: name of the first adapter.
         r: its rank.
@@ -45,7 +46,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
     Forward: x [..., in] -> y [..., out], in x's dtype.
 
     Raises:
-        RuntimeError: on a training forward of an adapter that has not been initialised.
+        RuntimeError: on a training forward of an adapter that has not been initialized.
     """
 
     adapter_layer_names = ("lorasb_R",)
@@ -67,10 +68,10 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         self.training = base_layer.training
         self.fan_in_fan_out = fan_in_fan_out
         self.octet_dtype = octet_dtype
-        self._read: tuple[Any, int, int, QuantisedWeight] | None = None
-        self._packed_base: list[nn.Module] = []  # the quantised layer while a merged, dense one stands there
+        self._read: tuple[Any, int, int, QuantizedWeight] | None = None
+        self._packed_base: list[nn.Module] = []  # the quantized layer while a merged, dense one stands there
         keep_unpacked(base_layer)
-        found = self.quantised()
+        found = self.quantized()
         out_features, in_features = found.shape if found is not None else self.dense_weight().shape
         self.in_features, self.out_features = int(in_features), int(out_features)
         self.lorasb_A, self.lorasb_R, self.lorasb_B = FrozenFactors(), Cores(), FrozenFactors()
@@ -115,7 +116,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, b: Tensor, core: Tensor, a: Tensor) -> None:
-        """Copy B [out, r], R [r, r] and A [r, in] into an adapter and mark it as initialised.
+        """Copy B [out, r], R [r, r] and A [r, in] into an adapter and mark it as initialized.
 
         Raises:
             ValueError: a shape does not fit.
@@ -128,10 +129,10 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             target.copy_(placed_like(target, value))
         self.initialized[adapter_name] = True
 
-    def quantised(self) -> QuantisedWeight | None:
-        """What the base layer stores, if it is quantised; read once, and again when it was replaced or written to."""
+    def quantized(self) -> QuantizedWeight | None:
+        """What the base layer stores, if it is quantized; read once, and again when it was replaced or written to."""
         base = self._modules["base_layer"]  # nn.Module's own way there takes longer than a small product
-        if base is None or type(base) is nn.Linear or not is_quantised(base):
+        if base is None or type(base) is nn.Linear or not is_quantized(base):
             return None
         read, weight = self._read, base._parameters["weight"]
         if read is not None and torch.compiler.is_compiling():  # `_apply` keeps it up to date; a graph has no pointers
@@ -143,20 +144,22 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             self._read = weight, weight._version, weight.data_ptr(), found  # type: ignore[union-attr]
         return found
 
+    quantised = renamed_method("quantised", "quantized")
+
     def _apply(self, fn: Any, recurse: bool = True) -> LoRASBLinear:
-        """Moves and casts: what was read of a quantised base is read again."""
+        """Moves and casts: what was read of a quantized base is read again."""
         super()._apply(fn, recurse)
         if self._read is not None and not self.base_layer.weight.is_meta:
             self._read = None
-            self.quantised()
+            self.quantized()
         return self
 
     @property
     def base_dtype(self) -> torch.dtype:
         """The dtype that the base computes in, which A and B have too."""
-        return self._dtype_of(self.quantised())
+        return self._dtype_of(self.quantized())
 
-    def _dtype_of(self, found: QuantisedWeight | None) -> torch.dtype:
+    def _dtype_of(self, found: QuantizedWeight | None) -> torch.dtype:
         if found is None:
             dtype: torch.dtype = self.weight.dtype
             return dtype
@@ -165,10 +168,10 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         return compute_dtype(self.base_layer, found)
 
     def dense_weight(self) -> Tensor:
-        """W [out, in]: the base layer's weight, or a view of it; of a quantised one, what its bits stand for."""
-        found = self.quantised()
+        """W [out, in]: the base layer's weight, or a view of it; of a quantized one, what its bits stand for."""
+        found = self.quantized()
         if found is not None:
-            return dequantize_nf4(found)
+            return dequantize(found)
         weight = self.base_weight()
         return weight.t() if self.fan_in_fan_out else weight
 
@@ -188,7 +191,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             for name in names:
                 whole = whole + self._adapted(self.on_base_dtype(x), name, None, None).to(whole.dtype)
             return whole
-        found = self.quantised()  # each of these multiplies its own panels
+        found = self.quantized()  # each of these multiplies its own panels
         y = self.siblings.take(self, x) if found is None and self.siblings is not None else None
         dtype, x = x.dtype, self.on_base_dtype(x, found)
         if y is None and found is None:
@@ -200,8 +203,8 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         return y if y.dtype == dtype or torch.is_autocast_enabled(x.device.type) else y.to(dtype)
 
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's own result. A quantised one is computed from its storage, without its module's forward."""
-        found = None if args or kwargs or self.base_must_run() else self.quantised()
+        """The base layer's own result. A quantized one is computed from its storage, without its module's forward."""
+        found = None if args or kwargs or self.base_must_run() else self.quantized()
         dtype, y = x.dtype, x
         if found is not None or self._packed_base:  # or a merged dense layer, in the dtype that the former computed in
             x = self.on_base_dtype(x, found)
@@ -210,7 +213,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             if not self._packed_base:
                 return y
         else:
-            y = quantised_linear(x, found, self._bias_like(x))
+            y = quantized_linear(x, found, self._bias_like(x))
         return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
 
     def _by_rows(self, x: Tensor, rows: Rows | Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -233,11 +236,11 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
         return y
 
     def _bias_like(self, x: Tensor) -> Tensor | None:
-        """The bias in x's dtype: a quantised layer's own may be in another."""
+        """The bias in x's dtype: a quantized layer's own may be in another."""
         bias = cast("Tensor | None", self.base_layer.bias)
         return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
-    def _adapted(self, x: Tensor, name: str, weight: Tensor | QuantisedWeight | None, bias: Tensor | None) -> Tensor:
+    def _adapted(self, x: Tensor, name: str, weight: Tensor | QuantizedWeight | None, bias: Tensor | None) -> Tensor:
         held: dict[str, Any] = self._modules  # their own look-ups take as long as the adapter of one token
         a, core, b = (held[factor]._parameters[name] for factor in FACTORS)
         if a.is_meta and not x.is_meta:
@@ -256,7 +259,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
     def base_must_run(self) -> bool:
         """Whether reading the weight would bypass something: offloading or sharding hooks, or another forward."""
         base = self.base_layer
-        plain = type(base).forward is nn.Linear.forward or self.fan_in_fan_out or is_quantised(base)
+        plain = type(base).forward is nn.Linear.forward or self.fan_in_fan_out or is_quantized(base)
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         return (
             not plain
@@ -266,15 +269,15 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
             or hasattr(base._parameters.get("weight"), "ds_id")
         )
 
-    def on_base_dtype(self, x: Tensor, found: QuantisedWeight | None = None) -> Tensor:
+    def on_base_dtype(self, x: Tensor, found: QuantizedWeight | None = None) -> Tensor:
         """Cast x to the base's dtype, as PEFT's layers do, where autocast does not rule."""
         if torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
             return x
-        dtype = self._dtype_of(found or self.quantised())
+        dtype = self._dtype_of(found or self.quantized())
         return x if x.dtype == dtype else self._cast_input_dtype(x, dtype)
 
     def is_initialized(self, name: str) -> bool:
-        """Whether an adapter was initialised or loaded: a Python flag, or the one transformers' loader sets."""
+        """Whether an adapter was initialized or loaded: a Python flag, or the one transformers' loader sets."""
         if self.initialized[name]:
             return True
         parts = (self.lorasb_A[name], self.lorasb_R[name], self.lorasb_B[name])
@@ -288,7 +291,7 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
     def _refuse_to_train(self, core: Tensor, name: str) -> Tensor:
         """Raise in training mode; in evaluation mode give R a hook which raises if a backward comes all the same."""
         error = RuntimeError(
-            f"adapter {name!r} has not been initialised: its A, B and R are zero and would learn nothing. "
+            f"adapter {name!r} has not been initialized: its A, B and R are zero and would learn nothing. "
             "Call lorasb.initialize(model, dataloader, lr=...) before training, or load a saved adapter"
         )
         if self.training:
@@ -329,14 +332,14 @@ class LoRASBLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add s·B R A to the base weight. A result that is not finite raises, with `safe_merge` and without.
 
-        A quantised base gives way to a dense layer in the dtype that it computes in, and comes back with `unmerge`.
+        A quantized base gives way to a dense layer in the dtype that it computes in, and comes back with `unmerge`.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lorasb_R]
         if names:
             merging.merge(self, names)
 
     def unmerge(self) -> None:
-        """Subtract what `merge` added, at the adapter's precision; a quantised base comes back as it was."""
+        """Subtract what `merge` added, at the adapter's precision; a quantized base comes back as it was."""
         merging.unmerge(self)
 
     def settle_dtypes(self, adapter_name: str) -> None:

@@ -7,9 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..functional import quantised_linear
+from ..functional import quantized_linear
 from ..quantization.quant_state import BYTES, QuantState, seen_as
-from ..quantization.quantized_weight import QuantisedWeight, of_state
+from ..quantization.quantized_weight import QuantizedWeight, of_state
+from ..utils.deprecation import renamed_method
 
 
 class Linear4bit(nn.Linear):
@@ -33,9 +34,9 @@ class Linear4bit(nn.Linear):
         self.quant_state, self.compute_dtype = quant_state, compute_dtype
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self._read: tuple[Any, QuantisedWeight] | None = None
+        self._read: tuple[Any, QuantizedWeight] | None = None
 
-    def quantised(self) -> QuantisedWeight:
+    def quantized(self) -> QuantizedWeight:
         """The storage, checked once."""
         if self._read is not None and torch.compiler.is_compiling():  # a graph has no pointers
             return self._read[1]
@@ -44,11 +45,13 @@ class Linear4bit(nn.Linear):
             self._read = key, of_state(self.weight, self.quant_state)
         return self._read[1]
 
+    quantised = renamed_method("quantised", "quantized")
+
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out]."""
         dtype = self.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        return quantised_linear(x.to(dtype), self.quantised(), bias).to(x.dtype)
+        return quantized_linear(x.to(dtype), self.quantized(), bias).to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
         """Moves to another device take the statistics along; a change of dtype changes the bias alone."""
@@ -64,7 +67,7 @@ class Linear4bit(nn.Linear):
         if self.weight.device != self.quant_state.absmax.device:
             self.quant_state = self.quant_state.to(self.weight.device)
         if self._read is not None and not self.weight.is_meta:
-            self.quantised()
+            self.quantized()
         return self
 
     def _sharded(self) -> bool:

@@ -1,6 +1,6 @@
 """Layers that read the same x (q/k/v, gate/up) as one call: the first computes all, the others take their results.
 
-Nothing in the model's own code changes. Who belongs together is recognised by name; that they do get the very same
+Nothing in the model's own code changes. Who belongs together is recognized by name; that they do get the very same
 tensor is checked at every call, and a layer that does not is computed alone and leaves its group. No result outlives
 the forward of the module that holds the layers.
 """
@@ -179,7 +179,7 @@ def kind(layer: LoRASBLinear, x: Tensor) -> tuple[Any, ...] | None:
         return None
     name = names[0]
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    if layer.quantised() is not None:  # each multiplies its own panels
+    if layer.quantized() is not None:  # each multiplies its own panels
         return None
     if layer.fan_in_fan_out or any(hooks) or hasattr(layer, "_hf_hook") or layer.base_must_run():
         return None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from ..functional import dequantize_nf4
+from ..functional import dequantize
 
 if TYPE_CHECKING:
     from .linear import LoRASBLinear
@@ -20,8 +20,8 @@ def merged_weight(layer: LoRASBLinear, names: list[str], sign: float = 1.0) -> T
     Raises:
         ValueError: the result is not finite.
     """
-    found = layer.quantised()
-    weight = layer.base_weight().detach() if found is None else dequantize_nf4(found, layer.base_dtype)
+    found = layer.quantized()
+    weight = layer.base_weight().detach() if found is None else dequantize(found, layer.base_dtype)
     total = weight
     for name in names:
         total = total + sign * layer.get_delta_weight(name)
@@ -35,9 +35,9 @@ def merged_weight(layer: LoRASBLinear, names: list[str], sign: float = 1.0) -> T
 
 
 def merge(layer: LoRASBLinear, names: list[str]) -> None:
-    """Put the sum in the base weight's place, or a dense layer in a quantised one's."""
+    """Put the sum in the base weight's place, or a dense layer in a quantized one's."""
     merged = merged_weight(layer, names)
-    if layer.quantised() is not None:
+    if layer.quantized() is not None:
         layer._packed_base.append(layer.base_layer)
         layer.base_layer = _dense_layer(layer, merged)
     else:

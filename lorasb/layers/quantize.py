@@ -33,7 +33,7 @@ def quantize(
         model: with `nn.Linear` layers in fp32, bf16 or fp16.
         kind: "nf4" or "fp4".
         blocksize: elements that share a scale: 32, 64, 128, ... 4096.
-        nested: quantise the scales too ("double quantisation"): 0.4 bits a weight less.
+        nested: quantize the scales too ("double quantization"): 0.4 bits a weight less.
         compute_dtype: what products are taken in; x's unless given.
         storage: dtype that the packed bytes are seen as, bitsandbytes' `quant_storage`: FSDP2 asks for the model's own.
         exclude: names, or last parts of names, of layers to leave alone.
@@ -42,7 +42,7 @@ def quantize(
         The model.
 
     Raises:
-        ValueError: an unknown kind or block size, no linear to quantise, or a weight that is not finite.
+        ValueError: an unknown kind or block size, no linear to quantize, or a weight that is not finite.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -52,10 +52,10 @@ def quantize(
         raise ValueError(f"storage must be one of {', '.join(map(str, BYTES))}, got {storage}")
     targets = list(_targets(model, set(exclude)))
     if not targets:
-        raise ValueError("found no linear layer to quantise: expected nn.Linear in fp32, bf16 or fp16")
+        raise ValueError("found no linear layer to quantize: expected nn.Linear in fp32, bf16 or fp16")
     for _, _, name, layer in targets:
         if not torch.isfinite(layer.weight).all():
-            raise ValueError(f"the weight of {name!r} has NaN or Inf values: nothing was quantised")
+            raise ValueError(f"the weight of {name!r} has NaN or Inf values: nothing was quantized")
     for parent, child, _, layer in targets:
         packed, state = quantize_4bit(layer.weight.detach(), kind, blocksize, nested)
         new = Linear4bit(

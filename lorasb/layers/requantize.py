@@ -8,21 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..functional import dequantize_nf4
-from ..quantization.quantized_weight import KINDS, QuantisedWeight, of_state
+from ..functional import dequantize
+from ..quantization.quantized_weight import KINDS, QuantizedWeight, of_state
 from ..quantization.quantizer import quantize_4bit
 from .linear import LoRASBLinear
 from .linear4bit import Linear4bit
 
 
 @dataclass(frozen=True)
-class Requantised:
-    """How the layers of a model were quantised, by name."""
+class Requantized:
+    """How the layers of a model were quantized, by name."""
 
-    layers: dict[str, QuantisedWeight]
+    layers: dict[str, QuantizedWeight]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Requantised:
+    def of(cls, model: nn.Module) -> Requantized:
         """The 4-bit layers of a patched model.
 
         Raises:
@@ -30,7 +30,7 @@ class Requantised:
         """
         found = {}
         for name, layer in model.named_modules():
-            weight = layer.quantised() if isinstance(layer, LoRASBLinear) else None
+            weight = layer.quantized() if isinstance(layer, LoRASBLinear) else None
             if weight is not None and weight.kind in KINDS:
                 found[name] = weight
         if not found:
@@ -39,7 +39,7 @@ class Requantised:
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
-        """Quantise those layers of the merged model again, and set `model.requantization_errors`."""
+        """Quantize those layers of the merged model again, and set `model.requantization_errors`."""
         errors = {}
         for name, old in self.layers.items():
             layer = model.get_submodule(name)
@@ -47,7 +47,7 @@ class Requantised:
                 continue
             dense = layer.weight.detach()
             packed, state = quantize_4bit(dense, old.kind, old.block, old.nested)
-            wide, error = dense.float(), dequantize_nf4(of_state(packed, state), torch.float32)
+            wide, error = dense.float(), dequantize(of_state(packed, state), torch.float32)
             errors[name] = float((error - wide).norm() / wide.norm().clamp_min(1e-30))
             bias = None if layer.bias is None else layer.bias.detach()
             parent, _, child = name.rpartition(".")
@@ -55,6 +55,6 @@ class Requantised:
         model.requantization_errors = errors  # type: ignore[assignment]
         worst = max(errors, key=errors.__getitem__)
         logging.getLogger("lorasb").warning(
-            "requantised %d layers: relative error of a weight %.3f on average, %.3f at most (%s)",
+            "requantized %d layers: relative error of a weight %.3f on average, %.3f at most (%s)",
             len(errors), sum(errors.values()) / len(errors), errors[worst], worst,
         )  # fmt: skip

@@ -76,8 +76,8 @@ class Linear(torch.autograd.Function):
         return (*linear_op.derivative(ctx.kernel)(ctx, dy, du), None)
 
 
-class LinearQuantised(torch.autograd.Function):
-    """`lorasb::linear_quantised` without the dispatcher: the op's arguments, its two kernels, the list's tensors."""
+class LinearQuantized(torch.autograd.Function):
+    """`lorasb::linear_quantized` without the dispatcher: the op's arguments, its two kernels, the list's tensors."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:

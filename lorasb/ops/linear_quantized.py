@@ -1,12 +1,12 @@
-"""The adapted linear over a quantised weight, and dequantisation, as torch ops.
+"""The adapted linear over a quantized weight, and dequantization, as torch ops.
 
     y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias        W [m, n] in 4 or 8 bits
 
 `quant` holds the weight's tensors: [bytes, absmax, table], nested [bytes, absmax8, table, absmax2, table2, offset], or
 for 8 bits [codes, row scales]; `layout` is [block, nested block, rounding], where rounding names the dtype that W is
-rounded to before x's: 0 none, 1 bf16, 2 fp16. Backward dequantises again: no dense W outlives a call.
+rounded to before x's: 0 none, 1 bf16, 2 fp16. Backward dequantizes again: no dense W outlives a call.
 
-`serve_quantised` is y alone for calls that record no gradient, in a backend that has it: it takes the storage's own
+`serve_quantized` is y alone for calls that record no gradient, in a backend that has it: it takes the storage's own
 layout, casts as autocast says and checks everything itself.
 """
 
@@ -33,7 +33,7 @@ _SERVE = (
     "(Tensor x, Tensor[] quant, int[] layout, int rows, int columns, Tensor? a, Tensor? core, Tensor? b, "
     "Tensor? bias, float scaling) -> Tensor"
 )
-_DEQUANTISE = "(Tensor[] quant, int[] layout, int rows, int columns, ScalarType dtype) -> Tensor"
+_DEQUANTIZE = "(Tensor[] quant, int[] layout, int rows, int columns, ScalarType dtype) -> Tensor"
 
 
 def _forward_fake(
@@ -70,7 +70,7 @@ def _backward_fake(
     return dx, core.new_empty(core.shape) if need_dcore else core.new_empty((0,))
 
 
-def _dequantise_fake(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _dequantize_fake(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return quant[0].new_empty((rows, columns), dtype=dtype)
 
 
@@ -118,6 +118,6 @@ def derivative(op: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
     return backward
 
 
-define("linear_quantised", (_FORWARD, _BACKWARD), (_forward_fake, _backward_fake), derivative, save)
-define_plain("serve_quantised", _SERVE, _serve_fake)
-define_plain("dequantise", _DEQUANTISE, _dequantise_fake)
+define("linear_quantized", (_FORWARD, _BACKWARD), (_forward_fake, _backward_fake), derivative, save)
+define_plain("serve_quantized", _SERVE, _serve_fake)
+define_plain("dequantize", _DEQUANTIZE, _dequantize_fake)

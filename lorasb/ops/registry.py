@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ ENVIRONMENT_VARIABLE = "LORASB_BACKEND"
 
 library = torch.library.Library("lorasb", "DEF")
 _on_cpu: dict[str, Callable[..., Any]] = {}  # what the dispatcher chooses for CPU tensors, by op
-_current = ""  # set by `backend`; empty: the environment decides
-_told = ""  # by the environment, at the first call
+_current: ContextVar[str] = ContextVar("lorasb_backend", default="")  # of `backend`; empty: the environment decides
+_latest = ""  # the same for torch.compile, which traces no ContextVar and guards a global: any thread's latest choice
+_from_environment = ""  # LORASB_BACKEND, once it was read
 _missing: dict[str, Callable[[], str | None]] = {
     "triton": lambda: "this build of lorasb has no Triton kernels",
 }
@@ -128,14 +130,15 @@ def unavailable(name: str) -> str | None:
 
 def current_backend() -> str:
     """The backend in force: of the innermost `backend(...)`, else of LORASB_BACKEND at the first call, else "auto"."""
-    return _current or _told or _tell()
+    chosen = _latest if torch.compiler.is_compiling() else _current.get()
+    return chosen or _from_environment or _read_environment()
 
 
-def _tell() -> str:
+def _read_environment() -> str:
     """Read LORASB_BACKEND, once: looking it up in every call would be a fifth of a small layer's time."""
-    global _told
-    _told = _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
-    return _told
+    global _from_environment
+    _from_environment = _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
+    return _from_environment
 
 
 def _checked(name: str) -> str:
@@ -151,6 +154,10 @@ def _checked(name: str) -> str:
 def backend(name: str) -> Iterator[None]:
     """Run the layers inside the block on one backend, backward included, wherever that backward runs.
 
+    The choice belongs to the thread (or asyncio task) that made it: others are not disturbed. On a GPU autograd runs
+    backward in threads of its own; a backward knows its forward's backend, but a forward that gradient checkpointing
+    repeats there takes what LORASB_BACKEND says.
+
     Args:
         name: "auto" (the fastest that this device has), or "eager", "cpp" or "triton", which never fall back.
 
@@ -158,10 +165,11 @@ def backend(name: str) -> Iterator[None]:
         ValueError: no such backend.
         RuntimeError: the backend is not available here; the message says why.
     """
-    global _current
-    previous = _current
-    _current = _checked(name)
+    global _latest
+    token = _current.set(_checked(name))
+    _latest = name
     try:
         yield
     finally:
-        _current = previous
+        _current.reset(token)
+        _latest = _current.get()

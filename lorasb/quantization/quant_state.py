@@ -35,7 +35,7 @@ class QuantState:
 
     @property
     def nested(self) -> bool:
-        """Whether the scales are quantised themselves."""
+        """Whether the scales are quantized themselves."""
         return self.state2 is not None
 
     def to(self, device: torch.device | str) -> QuantState:

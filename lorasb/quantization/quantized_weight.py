@@ -1,4 +1,4 @@
-"""What a quantised layer stores, read from bitsandbytes' modules or from our own without importing bitsandbytes.
+"""What a quantized layer stores, read from bitsandbytes' modules or from our own without importing bitsandbytes.
 
 4 bits: two nibbles a byte, the high one first, row by row over the whole of W; `W = dtype(table[nibble]·absmax[i //
 block])` in fp32. With nested statistics `absmax = table2[absmax8]·absmax2 + offset`. 8 bits: `W = codes·scale[row] /
@@ -24,13 +24,13 @@ DEVICES = ("cpu", "cuda", "meta")
 
 
 @dataclass(frozen=True, eq=False)
-class QuantisedWeight:
+class QuantizedWeight:
     """W [out, in] in 4 or 8 bits.
 
     Attributes:
         tensors: [bytes, absmax, table], nested [bytes, absmax8, table, absmax2, table2, offset], or [codes, scales].
         shape: (out, in).
-        dtype: what W was quantised from, and is dequantised to.
+        dtype: what W was quantized from, and is dequantized to.
         kind: "nf4", "fp4" or "int8".
         block: elements that share a scale; block2: blocks that share a nested one.
     """
@@ -49,7 +49,7 @@ class QuantisedWeight:
 
     @property
     def nested(self) -> bool:
-        """Whether the statistics are quantised themselves."""
+        """Whether the statistics are quantized themselves."""
         return len(self.tensors) == 6
 
     @property
@@ -68,14 +68,14 @@ class QuantisedWeight:
         return [self.block, self.block2, 0 if same else ROUNDING[self.dtype]]
 
 
-def of_module(module: nn.Module) -> QuantisedWeight | None:
-    """What a linear layer stores, if it is quantised; None for a dense one.
+def of_module(module: nn.Module) -> QuantizedWeight | None:
+    """What a linear layer stores, if it is quantized; None for a dense one.
 
     A base that bitsandbytes repacked for its CPU kernel is converted back first, in place, where that loses nothing.
 
     Raises:
         ValueError: a storage that is not whole, not finite, or cannot be converted back; the message says why.
-        TypeError: a layer that holds 16-bit weights and quantises them at every call.
+        TypeError: a layer that holds 16-bit weights and quantizes them at every call.
     """
     weight: Any = module._parameters.get("weight")
     if weight is None:
@@ -83,7 +83,7 @@ def of_module(module: nn.Module) -> QuantisedWeight | None:
     if hasattr(weight, "quant_state") or hasattr(module, "quant_state"):
         state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
         if state is None:
-            raise ValueError("this 4-bit layer has not been quantised yet: move it to its device, model.to('cpu')")
+            raise ValueError("this 4-bit layer has not been quantized yet: move it to its device, model.to('cpu')")
         if getattr(state, "packing_format_for_cpu", False):
             unpack_repacked(weight, state)
         return of_state(weight, state)
@@ -92,9 +92,9 @@ def of_module(module: nn.Module) -> QuantisedWeight | None:
     return None
 
 
-def of_weight(weight: Any) -> QuantisedWeight | None:
-    """The same from a 4-bit parameter with its `quant_state`; a `QuantisedWeight` is itself, a dense tensor None."""
-    if isinstance(weight, QuantisedWeight) or weight is None:
+def of_weight(weight: Any) -> QuantizedWeight | None:
+    """The same from a 4-bit parameter with its `quant_state`; a `QuantizedWeight` is itself, a dense tensor None."""
+    if isinstance(weight, QuantizedWeight) or weight is None:
         return weight
     state = getattr(weight, "quant_state", None)
     if state is None:
@@ -104,11 +104,11 @@ def of_weight(weight: Any) -> QuantisedWeight | None:
     return of_state(weight, state)
 
 
-def of_state(packed: Tensor, state: Any) -> QuantisedWeight:
+def of_state(packed: Tensor, state: Any) -> QuantizedWeight:
     """A packed tensor and bitsandbytes' QuantState, or ours.
 
     Raises:
-        ValueError: they do not belong together, or hold what no quantiser writes.
+        ValueError: they do not belong together, or hold what no quantizer writes.
     """
     octets = packed.detach().as_subclass(Tensor).contiguous()
     octets = (octets if octets.dtype == torch.uint8 else octets.view(torch.uint8)).reshape(-1)
@@ -123,7 +123,7 @@ def of_state(packed: Tensor, state: Any) -> QuantisedWeight:
     shape = tuple(int(size) for size in state.shape)
     _check(tensors, shape, state, block2)
     tensors, block = [tensor.contiguous() for tensor in tensors], int(state.blocksize)
-    return QuantisedWeight(tensors, (shape[0], shape[1]), state.dtype, state.quant_type, block, block2)
+    return QuantizedWeight(tensors, (shape[0], shape[1]), state.dtype, state.quant_type, block, block2)
 
 
 def _check(tensors: list[Tensor], shape: tuple[int, ...], state: Any, block2: int) -> None:
@@ -149,7 +149,7 @@ def _check(tensors: list[Tensor], shape: tuple[int, ...], state: Any, block2: in
             raise ValueError(f"the weight is on {tensors[0].device}, its statistics on {tensor.device}: model.to(...)")
     for tensor, name in zip(tensors[1:], names[1:], strict=False):
         if tensor.is_floating_point() and not tensor.is_meta and not _is_finite(tensor):
-            raise ValueError(f"the quantised weight's {name} hold NaN or Inf: its file is damaged")
+            raise ValueError(f"the quantized weight's {name} hold NaN or Inf: its file is damaged")
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -157,11 +157,11 @@ def _is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(math.isfinite(end) for end in torch.stack(torch.aminmax(tensor)).tolist())
 
 
-def _octets(module: nn.Module, weight: Any) -> QuantisedWeight:
+def _octets(module: nn.Module, weight: Any) -> QuantizedWeight:
     state: Any = getattr(module, "state", None)
     if weight.dtype != torch.int8:
         raise TypeError(
-            "this Linear8bitLt holds 16-bit weights (has_fp16_weights=True, or not on its device yet): quantise it "
+            "this Linear8bitLt holds 16-bit weights (has_fp16_weights=True, or not on its device yet): quantize it "
             "first, with has_fp16_weights=False and model.to(device)"
         )
     scales = getattr(weight, "SCB", None)
@@ -176,17 +176,17 @@ def _octets(module: nn.Module, weight: Any) -> QuantisedWeight:
     codes = weight.detach().as_subclass(Tensor).contiguous()
     dtype = module.bias.dtype if isinstance(module.bias, Tensor) else torch.float16
     tensors = [codes, scales.detach().float().reshape(-1).to(codes.device)]
-    return QuantisedWeight(tensors, (codes.shape[0], codes.shape[1]), dtype, "int8")
+    return QuantizedWeight(tensors, (codes.shape[0], codes.shape[1]), dtype, "int8")
 
 
-def is_quantised(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Whether a linear layer stores 4 or 8 bits, without looking at what is in it."""
     weight = module._parameters.get("weight")
     named = type(module).__name__ == "Linear8bitLt"
     return weight is not None and (hasattr(weight, "quant_state") or hasattr(module, "quant_state") or named)
 
 
-def compute_dtype(module: nn.Module, found: QuantisedWeight) -> torch.dtype:
-    """The dtype that a quantised layer multiplies in: what it was told, else what W was quantised from."""
+def compute_dtype(module: nn.Module, found: QuantizedWeight) -> torch.dtype:
+    """The dtype that a quantized layer multiplies in: what it was told, else what W was quantized from."""
     told = getattr(module, "compute_dtype", None)
     return told if isinstance(told, torch.dtype) else found.dtype

@@ -15,7 +15,7 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
 FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0)
 NESTED_BLOCK = 256
 GRID = 65536  # bitsandbytes rounds a scale to this grid before it looks up the nearest of 256 entries
-CHUNK = 1 << 22  # elements quantised at a time
+CHUNK = 1 << 22  # elements quantized at a time
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The adapter of a run: put in and initialised, or put back as it was initialised before."""
+"""The adapter of a run: put in and initialized, or put back as it was initialized before."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPORT_NAME = "report.json"
 
 
 def adapt(run: Run, **options: Any) -> tuple[Any, float]:
-    """Put the adapter in and initialise it; returns the report (None for plain LoRA) and the seconds it took.
+    """Put the adapter in and initialize it; returns the report (None for plain LoRA) and the seconds it took.
 
     Of several processes each passes its part of the examples, one after another, so that the samples drawn are those
     of one process. `options` go to `lorasb.initialize`.
@@ -41,7 +41,7 @@ def adapt(run: Run, **options: Any) -> tuple[Any, float]:
         return None, 0.0
     init = "lora-xs" if settings.method == "lora-xs" else "update"
     run.model = lorasb.patch(run.model, r=settings.r, init=init, init_seed=settings.seed, **common)
-    if init == "lora-xs":  # initialised by now: it needs no data
+    if init == "lora-xs":  # initialized by now: it needs no data
         return _described(run, run.model.base_model.init_reports["default"]), time.perf_counter() - started
     loader: Any = torch.utils.data.DataLoader(
         Listed(_share(run.train_ids)),
@@ -76,7 +76,7 @@ def _share(items: list[Any]) -> list[Any]:
 
 
 def save_start(run: Run, report: InitReport | None, folder: Path) -> None:
-    """Write the initialised adapter and its report."""
+    """Write the initialized adapter and its report."""
     run.model.save_pretrained(str(folder))
     if report is not None:
         report.save(folder / REPORT_NAME)
@@ -92,6 +92,6 @@ def load_adapter(run: Run, folder: Path) -> None:
 
 
 def load_report(folder: Path) -> InitReport | None:
-    """The report of an initialisation, where there was one."""
+    """The report of an initialization, where there was one."""
     file = folder / REPORT_NAME
     return InitReport.load(file) if file.is_file() else None

@@ -93,7 +93,7 @@ def _warn(settings: Settings, processes: Processes) -> None:
 
 
 def _start(run: Run, folder: RunFolder, first: bool) -> tuple[Any, float]:
-    """The initialised adapter, made now or before, with its report and the seconds that it took."""
+    """The initialized adapter, made now or before, with its report and the seconds that it took."""
     seconds = folder.start_seconds()
     if seconds is not None:
         load_adapter(run, folder.start)

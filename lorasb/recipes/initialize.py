@@ -1,4 +1,4 @@
-"""`lorasb init`: a model and some data to an initialised adapter, its report, its pictures and, if asked, ranks."""
+"""`lorasb init`: a model and some data to an initialized adapter, its report, its pictures and, if asked, ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PICTURES = {"energy.png": "layers", "ranks.png": "ranks", "spectrum.png": "spect
 
 
 def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]:
-    """Initialise, and write adapter/, report.json, the pictures and, with a target, ranks.json into the output folder.
+    """Initialize, and write adapter/, report.json, the pictures and, with a target, ranks.json into the output folder.
 
     config.yaml beside them has the settings.
 

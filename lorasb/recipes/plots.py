@@ -1,4 +1,4 @@
-"""The pictures of a run: its training loss, and through `InitReport.plot` the energy of its initialisation."""
+"""The pictures of a run: its training loss, and through `InitReport.plot` the energy of its initialization."""
 
 from __future__ import annotations
 

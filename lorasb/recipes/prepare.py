@@ -65,7 +65,7 @@ def device() -> str:
 
 
 def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | None = None) -> Run:
-    """Load the model, make or read the examples where they are not given, and tokenise them.
+    """Load the model, make or read the examples where they are not given, and tokenize them.
 
     Raises:
         ValueError: bad settings or data, a model that cannot be loaded, a dtype that the device has not got.

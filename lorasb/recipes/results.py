@@ -121,20 +121,20 @@ def load(folder: Path) -> Result:
 
 def base_parameters(model: nn.Module) -> int:
     """Parameters of the base, whatever the number of their bits."""
-    return sum(p.numel() for p in _dense(model)) + sum(math.prod(weight.shape) for weight in _quantised(model))
+    return sum(p.numel() for p in _dense(model)) + sum(math.prod(weight.shape) for weight in _quantized(model))
 
 
 def base_bytes(model: nn.Module) -> int:
     """Bytes of the base's weights and their statistics."""
     dense = sum(p.numel() * p.element_size() for p in _dense(model))
-    return dense + sum(weight.nbytes for weight in _quantised(model))
+    return dense + sum(weight.nbytes for weight in _quantized(model))
 
 
 def _dense(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if "lora" not in name and p.is_floating_point()]
 
 
-def _quantised(model: nn.Module) -> Sequence[Any]:
-    from ..quantization.quantized_weight import is_quantised, of_module
+def _quantized(model: nn.Module) -> Sequence[Any]:
+    from ..quantization.quantized_weight import is_quantized, of_module
 
-    return [of_module(module) for module in model.modules() if is_quantised(module) and isinstance(module, nn.Linear)]
+    return [of_module(module) for module in model.modules() if is_quantized(module) and isinstance(module, nn.Linear)]

@@ -1,7 +1,7 @@
 """A run's folder: whose it is, how far the run in it came, and what is left to do.
 
 While a run is under way, `checkpoints/` has `run.json` (what decides the run), `before.json` (the evaluation before
-training), `start/` (the initialised adapter and its report) and the last two checkpoints. It goes once the results and,
+training), `start/` (the initialized adapter and its report) and the last two checkpoints. It goes once the results and,
 last of all, `summary.json` are there.
 """
 
@@ -112,13 +112,13 @@ class RunFolder:
         write_json(self.checkpoints / "before.json", asdict(before))
 
     def save_start(self, save: Callable[[Path], None], seconds: float) -> None:
-        """Keep the initialised adapter, whole or not at all."""
+        """Keep the initialized adapter, whole or not at all."""
         with replacing_folder(self.start) as folder:
             save(folder)
             write_json(folder / "seconds.json", {"seconds": seconds})
 
     def start_seconds(self) -> float | None:
-        """How long the initialisation took; None where it was not finished."""
+        """How long the initialization took; None where it was not finished."""
         found = _read(self.start / "seconds.json")
         return None if found is None else float(found["seconds"])
 

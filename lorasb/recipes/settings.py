@@ -89,7 +89,7 @@ class Settings:
         init="same",
         check=_ranks,
     )
-    samples: int | None = setting(None, "Samples for the initialisation.", group="adapter", init="same", positive=True,
+    samples: int | None = setting(None, "Samples for the initialization.", group="adapter", init="same", positive=True,
                                   shown="max(32, n/1000)")  # fmt: skip
     update: str = setting("adamw", "First step of AdamW (the gradient's sign) or of sgd.", group="adapter", init="same",
                           choices=UPDATES)  # fmt: skip
@@ -108,7 +108,7 @@ class Settings:
     warmup: float = setting(0.1, "Share of the steps that warm up.", group="training", check=_share,
                             init="Share of its steps that warm up.")  # fmt: skip
     weight_decay: float = setting(0.0, "AdamW's weight decay.", group="training", check=_not_negative)
-    seed: int = setting(0, "Seed of data, initialisation and training.", group="training", init="Seed of data and SVD.")
+    seed: int = setting(0, "Seed of data, initialization and training.", group="training", init="Seed of data and SVD.")
     eval_steps: int | None = setting(None, "Steps between held-out losses during training.", group="run",
                                      positive=True, shown="before and after only")  # fmt: skip
     save_steps: str = setting("auto", "Steps between checkpoints; auto saves such that at most ten minutes are lost.",
@@ -138,18 +138,18 @@ class InitSettings:
     """What `lorasb init` is asked for, beside the settings that it shares with `lorasb finetune`."""
 
     run: Settings
-    strategy: str = setting("auto", "auto, layerwise or accumulate.", group="initialisation", init="same")
-    memory_budget: str | None = setting(None, "On top of the model, such as 6GB.", group="initialisation", init="same",
+    strategy: str = setting("auto", "auto, layerwise or accumulate.", group="initialization", init="same")
+    memory_budget: str | None = setting(None, "On top of the model, such as 6GB.", group="initialization", init="same",
                                         shown="a training step of 32 samples")  # fmt: skip
     cache: str | None = setting(
-        None, "File for the signs: any rank from it later.", group="initialisation", init="same"
+        None, "File for the signs: any rank from it later.", group="initialization", init="same"
     )
-    stability: bool = setting(False, "Compare two halves of the samples too.", group="initialisation", init="same")
+    stability: bool = setting(False, "Compare two halves of the samples too.", group="initialization", init="same")
     energy: float | None = setting(
-        None, "Suggest ranks that keep this share of sign(G).", group="initialisation", init="same"
+        None, "Suggest ranks that keep this share of sign(G).", group="initialization", init="same"
     )
     parameters: int | None = setting(
-        None, "Suggest ranks for this many parameters.", group="initialisation", init="same", positive=True
+        None, "Suggest ranks for this many parameters.", group="initialization", init="same", positive=True
     )
 
 

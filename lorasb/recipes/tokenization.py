@@ -43,7 +43,7 @@ class Encoded:
 
 
 def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
-    """Tokenise prompt and completion apart, so that no token straddles them; `messages` through the chat template.
+    """Tokenize prompt and completion apart, so that no token straddles them; `messages` through the chat template.
 
     A prompt that is too long loses its beginning; a completion that is too long loses its end.
 

@@ -1,4 +1,4 @@
-"""`lorasb.InitCallback`: initialisation inside a `transformers.Trainer`, from its own data and schedule."""
+"""`lorasb.InitCallback`: initialization inside a `transformers.Trainer`, from its own data and schedule."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class InitCallback(TrainerCallback):
 
     Samples are drawn from the trainer's data set by a seed of its own and collated as the trainer collates, so that
     the order of training stays what it would have been. η is the peak learning rate over the number of warm-up steps
-    (at least 1): a schedule's very first rate is 0. Nothing happens where the adapter is initialised already. Where
+    (at least 1): a schedule's very first rate is 0. Nothing happens where the adapter is initialized already. Where
     training resumes from a checkpoint, A, B and R come from it: FSDP loads R alone, and the callback A and B.
 
     Args:
@@ -43,7 +43,7 @@ class InitCallback(TrainerCallback):
         report: the `InitReport`, once training has begun; None where nothing was done.
 
     Raises:
-        ValueError: the optimizer holds copies of R, which would overwrite what initialisation writes; or training
+        ValueError: the optimizer holds copies of R, which would overwrite what initialization writes; or training
             resumes, and the A and B that belong to R are nowhere.
     """
 

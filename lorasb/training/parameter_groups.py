@@ -1,4 +1,4 @@
-"""Parameter groups for optimisers: R apart from modules that are trained whole."""
+"""Parameter groups for optimizers: R apart from modules that are trained whole."""
 
 from __future__ import annotations
 

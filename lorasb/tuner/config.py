@@ -1,4 +1,4 @@
-"""`LoRASBConfig`: what is adapted, at which rank, and how A, R and B are initialised."""
+"""`LoRASBConfig`: what is adapted, at which rank, and how A, R and B are initialized."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..layers.parameter_dicts import LOADED
-from ..quantization.quantized_weight import is_quantised
+from ..quantization.quantized_weight import is_quantized
 from .config import ALL_LINEAR
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _made_up(model: nn.Module, output: nn.Module | None) -> Iterator[str]:
     plain = {
         name: module
         for name, module in linears.items()
-        if not is_quantised(module) and not any(hasattr(module, attribute) for attribute in moved)
+        if not is_quantized(module) and not any(hasattr(module, attribute) for attribute in moved)
     }
     unmarked = [n for n, m in plain.items() if not getattr(m.weight, LOADED, False)]
     if 0 < len(unmarked) < len(plain) / 2:

@@ -22,9 +22,9 @@ from ..layers import linear_group, unfused_experts
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import any_merged, layers_with
 from ..layers.offloading import within_reach
-from ..layers.requantize import Requantised
+from ..layers.requantize import Requantized
 from ..quantization.bitsandbytes import keep_unpacked
-from ..quantization.quantized_weight import is_quantised, of_module
+from ..quantization.quantized_weight import is_quantized, of_module
 from . import loading
 from .config import ALL_LINEAR, LoRASBConfig
 from .fresh_heads import save_heads
@@ -225,14 +225,14 @@ class LoRASBModel(BaseTuner):
         adapter_names: list[str] | None = None,
         requantize: bool = False,
     ) -> nn.Module:
-        """Merge the adapters and give the plain model back; layers that were quantised are dense then.
+        """Merge the adapters and give the plain model back; layers that were quantized are dense then.
 
         Args:
             progressbar, safe_merge, adapter_names: as for PEFT's other methods.
             requantize: put layers that had 4 bits into 4 bits again, of the same kind. That rounds the adapter's part
                 too: `model.requantization_errors` has ‖W4 − W‖ / ‖W‖ by layer, and a log line says the worst.
         """
-        before = Requantised.of(self.model) if requantize else None
+        before = Requantized.of(self.model) if requantize else None
         model: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         if before is not None:
             before.restore(model)
@@ -263,7 +263,7 @@ class LoRASBModel(BaseTuner):
         for name, layer in layers_with(model, adapter_name).items():
             if not layer.is_initialized(adapter_name):
                 raise ValueError(
-                    f"adapter {adapter_name!r} has not been initialised ({name}): there is nothing to save. Call "
+                    f"adapter {adapter_name!r} has not been initialized ({name}): there is nothing to save. Call "
                     "lorasb.initialize(model, dataloader, lr=...), or name others in selected_adapters"
                 )
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -333,7 +333,7 @@ def _ready_at_once(model: nn.Module, config: LoRASBConfig, adapter_name: str, la
 
 def _check_supported(name: str, module: nn.Module) -> None:
     base = base_of(module)
-    if is_quantised(base):
+    if is_quantized(base):
         try:
             of_module(base)
         except (TypeError, ValueError) as error:
@@ -350,7 +350,7 @@ def _check_supported(name: str, module: nn.Module) -> None:
             return
         raise TypeError(
             f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: expected "
-            "fp32, bf16 or fp16, or a layer that bitsandbytes or lorasb.quantize quantised"
+            "fp32, bf16 or fp16, or a layer that bitsandbytes or lorasb.quantize quantized"
         )
     raise TypeError(
         f"target {name!r} is a {type(base).__name__}: expected nn.Linear (or transformers' Conv1D). "

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..layers import unfused_experts
-from ..quantization.quantized_weight import is_quantised
+from ..quantization.quantized_weight import is_quantized
 from .config import DEFAULT_RANK, LoRASBConfig
 
 OWN_WEIGHT_READERS = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
@@ -77,7 +77,7 @@ def base_of(module: nn.Module) -> Any:
 
 def features_of(base: Any) -> tuple[int, int]:
     """(out, in), either way round: a packed weight's own shape tells nothing."""
-    shape = (base.out_features, base.in_features) if is_quantised(base) else base.weight.shape
+    shape = (base.out_features, base.in_features) if is_quantized(base) else base.weight.shape
     return int(shape[0]), int(shape[1])
 
 

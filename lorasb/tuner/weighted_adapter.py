@@ -41,7 +41,7 @@ def combine(
 
     Args:
         tuner: the `LoRASBModel`.
-        adapters: names of initialised adapters.
+        adapters: names of initialized adapters.
         weights: one for each, of any sign.
         adapter_name: of the new one.
         kind: "linear" adds R's, exactly, and demands shared A and B; "svd" keeps the best of `rank`; "cat" keeps all
@@ -52,7 +52,7 @@ def combine(
         The relative error of ΔW by layer before its A and B are rounded to the base's dtype; zeros where it is exact.
 
     Raises:
-        ValueError: unknown, uninitialised or merged adapters, a name that is taken, other numbers of weights, heads
+        ValueError: unknown, uninitialized or merged adapters, a name that is taken, other numbers of weights, heads
             that were trained with the adapters, or "linear" over adapters that share no factors.
     """
     layers = _check(tuner, adapters, weights, adapter_name, kind)
@@ -104,7 +104,7 @@ def _check(
             raise ValueError(f"adapter {name!r} has trained whole modules, which cannot be added: modules_to_save")
         for place, layer in found.items():
             if not layer.is_initialized(name):
-                raise ValueError(f"adapter {name!r} has not been initialised ({place}): call lorasb.initialize first")
+                raise ValueError(f"adapter {name!r} has not been initialized ({place}): call lorasb.initialize first")
         layers |= found
     return layers
 

@@ -1,4 +1,4 @@
-"""What all pictures share: matplotlib at first use, the colours, and files that are whole or not there."""
+"""What all pictures share: matplotlib at first use, the colors, and files that are whole or not there."""
 
 from __future__ import annotations
 

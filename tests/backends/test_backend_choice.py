@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import reference
 import torch
@@ -56,14 +59,14 @@ class TestBackends:
     def test_environment_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from lorasb.ops import registry as ops
 
-        monkeypatch.setattr(ops, "_told", "")
+        monkeypatch.setattr(ops, "_from_environment", "")
         monkeypatch.setenv("LORASB_BACKEND", "eager")
         assert ops.current_backend() == "eager"
         with lorasb.backend("auto"):
             assert ops.current_backend() == "auto"
         monkeypatch.setenv("LORASB_BACKEND", "fast")
         assert ops.current_backend() == "eager"  # read once
-        monkeypatch.setattr(ops, "_told", "")
+        monkeypatch.setattr(ops, "_from_environment", "")
         with pytest.raises(ValueError, match="unknown backend 'fast'"):
             ops.current_backend()
 
@@ -75,6 +78,27 @@ class TestBackends:
                 assert current_backend() == "auto"
             assert current_backend() == "eager"
         assert current_backend() == "auto"
+
+    def test_threads_do_not_disturb_each_other(self) -> None:
+        from lorasb.ops.registry import current_backend
+
+        inside, leave = threading.Barrier(3), threading.Barrier(3)
+
+        def within(name: str) -> list[str]:
+            seen = [current_backend()]
+            with lorasb.backend(name):
+                inside.wait(30)  # both are in their blocks now
+                seen.append(current_backend())
+                leave.wait(30)
+            return [*seen, current_backend()]
+
+        with ThreadPoolExecutor(2) as threads:
+            found = [threads.submit(within, name) for name in ("eager", "auto")]
+            with lorasb.backend("eager"):
+                inside.wait(30)
+                assert current_backend() == "eager"
+                leave.wait(30)
+            assert [one.result() for one in found] == [["auto", "eager", "auto"], ["auto", "auto", "auto"]]
 
 
 class TestDirect:

@@ -49,7 +49,7 @@ def put(name: str, seen: list[Any]) -> tuple[Problem, Cell, nn.Module]:
 def test_a_method_trains_what_is_its_own_on_the_same_batches(name: str) -> None:
     seen: list[Any] = []
     one, cell, model = put(name, seen)
-    assert all(p.grad is None for p in model.parameters())  # an initialisation leaves none behind
+    assert all(p.grad is None for p in model.parameters())  # an initialization leaves none behind
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     seen.clear()
     losses = run.train(model, one, TASK, cell, 1)

@@ -125,9 +125,9 @@ def test_the_model_card_states_where_the_adapter_comes_from(tmp_path: Path) -> N
     assert card.startswith("---\n")
 
 
-def test_an_uninitialised_adapter_is_not_saved(tmp_path: Path) -> None:
+def test_an_uninitialized_adapter_is_not_saved(tmp_path: Path) -> None:
     model = lorasb.patch(make("llama"), r=4)
-    with pytest.raises(ValueError, match=r"has not been initialised .*there is nothing to save.*selected_adapters"):
+    with pytest.raises(ValueError, match=r"has not been initialized .*there is nothing to save.*selected_adapters"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / WEIGHTS).exists()
 
@@ -182,7 +182,7 @@ DAMAGE = {
     ),
     "dtype": (retype_one, r"lorasb_A of layer .* is torch\.int32 in the adapter file, expected one of"),
     "extra": (add_one, r"has layers that this model does not adapt: model\.layers\.7\.mlp\.up_proj"),
-    "mislabelled": (make_plain_lora, r"holds a plain LoRA .* its configuration says LORASB: it has no R"),
+    "mislabeled": (make_plain_lora, r"holds a plain LoRA .* its configuration says LORASB: it has no R"),
 }
 
 

@@ -162,7 +162,7 @@ def test_resuming_from_another_runs_folder_and_under_another_name(tmp_path: Path
     tolerances.check(logits(again), logits(model.eval()), tolerances.EXACT)
 
 
-def test_a_damaged_neighbour_harms_nobody(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
+def test_a_damaged_neighbor_harms_nobody(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
     folder, model = run
     shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-9")
     (tmp_path / "checkpoint-1").mkdir()

@@ -85,4 +85,4 @@ def test_bad_options(tiny: Path, data: Path, tmp_path: Path, options: tuple[obje
 def test_inspecting_another_file(tmp_path: Path) -> None:
     lorasb.init.SignBits.pack(torch.ones(3, 3)).save(tmp_path / "bits.safetensors")
     done = call("inspect", tmp_path / "bits.safetensors")
-    assert "is no cache of lorasb's initialisation" in str(done.exception)
+    assert "is no cache of lorasb's initialization" in str(done.exception)

@@ -18,7 +18,7 @@ import lorasb
 from lorasb.backends import cpp
 from lorasb.backends.eager import weight_gradient as eager_gradients
 from lorasb.ops.weight_gradient import BAD, SQUARES, ZEROS
-from lorasb.quantization.quantized_weight import QuantisedWeight
+from lorasb.quantization.quantized_weight import QuantizedWeight
 
 ROOT = Path(__file__).parents[2]
 CASES = int(os.environ.get("LORASB_FUZZ_CASES", "10000"))
@@ -36,9 +36,9 @@ def test_without_the_extension_everything_works_and_one_line_says_so() -> None:
     code = (
         "import logging; logging.basicConfig(level=logging.INFO); import torch, lorasb\n"
         "from lorasb.quantization.quantizer import quantize_4bit; from lorasb.quantization.quantized_weight import of_state\n"
-        "from lorasb.functional import dequantize_nf4, quantised_linear\n"
+        "from lorasb.functional import dequantize, quantized_linear\n"
         "w = of_state(*quantize_4bit(torch.randn(8, 64)))\n"
-        "print(quantised_linear(torch.ones(2, 64), w).sub(dequantize_nf4(w).sum(1)).abs().max().item() < 1e-4)\n"
+        "print(quantized_linear(torch.ones(2, 64), w).sub(dequantize(w).sum(1)).abs().max().item() < 1e-4)\n"
         "try:\n    lorasb.backend('cpp').__enter__()\nexcept RuntimeError as error:\n    print(error)\n"
     )
     environment = {**os.environ, cpp.DISABLE: "1"}
@@ -78,11 +78,11 @@ def test_the_instruction_set_can_be_capped() -> None:
 def test_threads_are_torchs_own() -> None:
     code = (
         "import torch, lorasb.backends; from pathlib import Path\n"
-        "from lorasb.quantization.quantizer import quantize_4bit; from lorasb.quantization.quantized_weight import of_state; from lorasb.functional import dequantize_nf4\n"
+        "from lorasb.quantization.quantizer import quantize_4bit; from lorasb.quantization.quantized_weight import of_state; from lorasb.functional import dequantize\n"
         "threads = lambda: len(list(Path('/proc/self/task').iterdir()))\n"
         "w = of_state(*quantize_4bit(torch.randn(2048, 2048)))\n"
         "torch.set_num_threads(3); torch.randn(1 << 22).sum(); before = threads()\n"
-        "dequantize_nf4(w); print(threads() - before)\n"
+        "dequantize(w); print(threads() - before)\n"
         "torch.set_num_threads(1); import resource\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -162,18 +162,18 @@ def _random_call(rng: random.Random) -> tuple[str, tuple]:
             )
     if rng.random() < 0.2:
         m, n = rng.choice([(-1, n), (m, -5), (2**40, 2**40), (m + 1, n)])
-        return "dequantise", (quant, layout, m, n, dtype)
+        return "dequantize", (quant, layout, m, n, dtype)
     if rng.random() < 0.2:
-        return "dequantise", (quant, layout, m, n, rng.choice([dtype, torch.int32, torch.complex64]))
+        return "dequantize", (quant, layout, m, n, rng.choice([dtype, torch.int32, torch.complex64]))
     if rng.random() < 0.2:
         x = rng.choice([x[:, :-1], x.to(torch.int32), x[..., None], torch.tensor(1.0)])
     if rng.random() < 0.3:
         factors = rng.choice([(a, core, b), (None, None, None), (a, None, b)])
-        return "serve_quantised", (x, quant, layout, rng.choice([m, m + 1]), n, *factors, bias, 0.5)
+        return "serve_quantized", (x, quant, layout, rng.choice([m, m + 1]), n, *factors, bias, 0.5)
     if rng.random() < 0.5:
-        return "linear_quantised", (x, quant, layout, a, core, b, bias, 0.5, 0.0, None)
+        return "linear_quantized", (x, quant, layout, a, core, b, bias, 0.5, 0.0, None)
     dy, u = torch.randn(M, m).to(dtype), torch.randn(rng.choice([M, M + 1]), r).to(dtype)
-    return "linear_quantised_backward", (
+    return "linear_quantized_backward", (
         dy,
         quant,
         layout,
@@ -235,12 +235,12 @@ for name in cpp.instruction_sets():
                 for dtype in (torch.float32, torch.bfloat16):
                     w = storage(m, n, 'nf4', block, nested, dtype)
                     quant = [at_the_end(t) for t in w.tensors]
-                    torch.ops.lorasb.dequantise_cpp(quant, w.layout(dtype), m, n, dtype)
+                    torch.ops.lorasb.dequantize_cpp(quant, w.layout(dtype), m, n, dtype)
                     for M in (1, 5, 100):
                         x, dy = at_the_end(torch.randn(M, n).to(dtype)), at_the_end(torch.randn(M, m).to(dtype))
                         a, b, core = at_the_end(torch.randn(3, n).to(dtype)), at_the_end(torch.randn(m, 3).to(dtype)), at_the_end(torch.randn(3, 3))
-                        y, u = torch.ops.lorasb.linear_quantised_cpp(x, quant, w.layout(dtype), a, core, b, None, 1.0, 0.0, None)
-                        torch.ops.lorasb.linear_quantised_backward_cpp(dy, quant, w.layout(dtype), a, core, b, u, 1.0, 0.0, None, True, True)
+                        y, u = torch.ops.lorasb.linear_quantized_cpp(x, quant, w.layout(dtype), a, core, b, None, 1.0, 0.0, None)
+                        torch.ops.lorasb.linear_quantized_backward_cpp(dy, quant, w.layout(dtype), a, core, b, u, 1.0, 0.0, None, True, True)
                         torch.ops.lorasb.gradient_signs_cpp(dy, x, None, True)
     for m, n in ((3, 64), (33, 128), (59, 123), (130, 17)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -251,7 +251,7 @@ for name in cpp.instruction_sets():
                 torch.ops.lorasb_csrc.dense_linear_backward(dy, w, a, core, b, at_the_end(u), 1.0, 0.0, None, True, True)
 print('whole')
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "support")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip().endswith("whole"), done.stderr[-2000:]
 
@@ -261,9 +261,9 @@ def test_weights_with_nan_scales_spoil_nothing_else() -> None:
     weight = storage(8, 128, dtype=torch.float32)
     scales = weight.tensors[1].clone()
     scales[2] = float("nan")
-    spoiled = QuantisedWeight([weight.tensors[0], scales, weight.tensors[2]], weight.shape, weight.dtype, "nf4", 64)
+    spoiled = QuantizedWeight([weight.tensors[0], scales, weight.tensors[2]], weight.shape, weight.dtype, "nf4", 64)
     with lorasb.backend("cpp"):
-        dense = torch.ops.lorasb.dequantise_cpp(spoiled.tensors, spoiled.layout(torch.float32), 8, 128, torch.float32)
+        dense = torch.ops.lorasb.dequantize_cpp(spoiled.tensors, spoiled.layout(torch.float32), 8, 128, torch.float32)
     clean = torch.isfinite(dense)
     assert torch.equal(bits_of(dense)[clean], bits_of(exact(weight, torch.float32))[clean])
     assert int((~clean).sum()) == 64

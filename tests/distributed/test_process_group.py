@@ -102,7 +102,7 @@ def test_strategies_and_counts(found: Found) -> None:
 def test_errors_are_raised_by_all_ranks(found: Found) -> None:
     assert all("num_samples=9, but the batches hold 5 samples" in error for error in found["too many"]["errors"])
     first, second = found["broken"]["errors"]
-    assert "initialisation failed on rank 1" in first
+    assert "initialization failed on rank 1" in first
     assert "share their first dimension" in second
     assert all(
         "is inf" in error or "NaN or Inf" in error or "rank 1" in error for error in found["not finite"]["errors"]

@@ -124,7 +124,7 @@ def factors(adapter: Path, bits: int = 16, dtype: torch.dtype = torch.float32) -
     """All A, R and B of a saved adapter, loaded by one process."""
     base: Any = make("llama", dtype=dtype)
     model = PeftModel.from_pretrained(lorasb.quantize(base) if bits == 4 else base, adapter)
-    model(**text(1, 5, 0))  # refused where a layer is not initialised
+    model(**text(1, 5, 0))  # refused where a layer is not initialized
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lorasb_" in name}
 
 
@@ -160,7 +160,7 @@ def whole(runs: Path, alone: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_trainer_gets_what_one_process_gets(engine: str, runs: Path, alone: Any, whole: Any) -> None:
     found = whole[engine]
     assert found["size"] == 2
-    assert found["initialised"]
+    assert found["initialized"]
     assert found["sharded"] == (engine == "fsdp2")
     assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
     same_factors(runs / engine / "adapter", runs / "alone" / "adapter", tolerances.STEPS)
@@ -176,7 +176,7 @@ def test_a_killed_rank_leaves_whole_checkpoints_and_training_goes_on(engine: str
     again = runs / f"{engine} again"
     shutil.copytree(folder, again)
     found = train(start, again, "--resume")
-    assert not found["initialised"]
+    assert not found["initialized"]
     assert found["losses"][-2:] == whole[engine]["losses"][-2:]
     same_factors(again / "adapter", runs / engine / "adapter", tolerances.EXACT)
 

@@ -33,7 +33,7 @@ def base_file() -> Path:
 
 
 def prompts(count: int) -> list[str]:
-    return [f"Question {i}: which colours has {THINGS[i % len(THINGS)]}? Answer:" for i in range(count)]
+    return [f"Question {i}: which colors has {THINGS[i % len(THINGS)]}? Answer:" for i in range(count)]
 
 
 def fine_tuned(tokenizer: transformers.PreTrainedTokenizerBase) -> nn.Module:
@@ -140,7 +140,7 @@ def test_rows_of_q_and_k_turn_as_llama_cpp_turns_them(tmp_path: Path) -> None:
         found = tensors[f"blk.0.{theirs}.weight.lora_b"] @ tensors[f"blk.0.{theirs}.weight.lora_a"]
         width = want.shape[0] // max(1, heads)
         for head in range(heads):
-            for i in range(width // 2):  # element i of a head and its partner half a head on become neighbours
+            for i in range(width // 2):  # element i of a head and its partner half a head on become neighbors
                 for half in range(2):
                     there, here = head * width + 2 * i + half, head * width + half * (width // 2) + i
                     tolerances.check(found[there], want[here], tolerances.EXPORT)

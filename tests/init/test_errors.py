@@ -1,4 +1,4 @@
-"""What goes wrong in an initialisation is said, and changes nothing."""
+"""What goes wrong in an initialization is said, and changes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import lorasb
 from lorasb.layers.linear import LoRASBLinear
 
 
-def unlabelled() -> list[Batch]:
+def unlabeled() -> list[Batch]:
     return [{k: v for k, v in b.items() if k != "labels"} for b in batches_for("llama")]
 
 
@@ -24,8 +24,8 @@ def ignored() -> list[Batch]:
 
 
 BAD_CALLS = {
-    "no labels": (lambda: {"batches": unlabelled()}, "the model returned no loss .*: add labels to the batches, or pass loss_fn"),
-    "only ignored labels": (lambda: {"batches": ignored()}, "no sample has a labelled token: every label of these batches is -100"),
+    "no labels": (lambda: {"batches": unlabeled()}, "the model returned no loss .*: add labels to the batches, or pass loss_fn"),
+    "only ignored labels": (lambda: {"batches": ignored()}, "no sample has a labeled token: every label of these batches is -100"),
     "lr infinite": (lambda: {"lr": float("inf")}, "init='update' takes batches and lr > 0"),
     "no batches": (lambda: {"batches": None}, "init='update' takes batches and lr > 0"),
     "empty batches": (lambda: {"batches": []}, "expected at least one sample"),

@@ -1,4 +1,4 @@
-"""Initialisation: the gradients are plain autograd's, the sum is over samples, the factors are the best of their rank."""
+"""Initialization: the gradients are plain autograd's, the sum is over samples, the factors are the best of their rank."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_head_itself_may_be_a_target() -> None:
     tolerances.check(sums[1] / scale, sums[0] / scale, tolerances.BATCHING)
 
 
-def test_a_loss_that_is_not_recognised_is_taken_sample_by_sample() -> None:
+def test_a_loss_that_is_not_recognized_is_taken_sample_by_sample() -> None:
     class Smoothed(nn.Module):
         """Label smoothing: no plain cross entropy of the logits."""
 

@@ -1,4 +1,4 @@
-"""Hashes of what an initialisation depends on: equal for the same code and values, in any process, and else different."""
+"""Hashes of what an initialization depends on: equal for the same code and values, in any process, and else different."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of an initialisation, the data-free inits, the first learning rate."""
+"""The report of an initialization, the data-free inits, the first learning rate."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class TestReport:
     def test_prints_saves_and_loads(self, tmp_path) -> None:  # type: ignore[no-untyped-def]
         report = lorasb.initialize(patched(), batches_for("llama"), lr=1e-3, progress=False)
         shown = str(report)
-        assert "update initialisation: 14 layers, 6 samples" in shown
+        assert "update initialization: 14 layers, 6 samples" in shown
         assert "model.layers.1.mlp.down_proj" in shown
         report.save(tmp_path / "report.json")
         assert InitReport.load(tmp_path / "report.json") == report

@@ -75,7 +75,7 @@ class TestSamples:
 
     @pytest.mark.parametrize("empty", [[], iter([])], ids=["list", "stream"])
     def test_no_samples(self, empty: object) -> None:
-        with pytest.raises(ValueError, match="expected at least one sample to initialise from, got none"):
+        with pytest.raises(ValueError, match="expected at least one sample to initialize from, got none"):
             list(select(empty, None, seed=0))
 
     @pytest.mark.parametrize("bad", [{"x": 1}, "text", 3])

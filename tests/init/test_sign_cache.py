@@ -169,7 +169,7 @@ class Interrupt:
 
 
 def cut_off(model: nn.Module, path: Path, after: int) -> None:
-    """An initialisation that is interrupted after some layers were factored."""
+    """An initialization that is interrupted after some layers were factored."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fill, "factor", Interrupt(after))
         with pytest.raises(KeyboardInterrupt):

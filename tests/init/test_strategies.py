@@ -208,7 +208,7 @@ def test_interrupted_between_blocks_everything_is_as_it_was(monkeypatch: pytest.
     assert torch.is_grad_enabled()
 
 
-def test_an_initialised_adapter_gets_its_factors_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_initialized_adapter_gets_its_factors_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lorasb.patch(make("llama"), r=4)
     lorasb.initialize(model, singles("llama"), lr=1e-3, progress=False)
     before, plain = factors(model), layerwise.block_sums

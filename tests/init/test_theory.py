@@ -65,7 +65,7 @@ def test_lemma_2(scaling: float, orthonormal: bool) -> None:
 
 
 @pytest.mark.parametrize("scaling", [0.1, 1.0, 10.0])
-def test_theorem_3_minimises_the_distance_to_the_full_gradient(scaling: float) -> None:
+def test_theorem_3_minimizes_the_distance_to_the_full_gradient(scaling: float) -> None:
     made = layer(scaling, orthonormal=False)
     g = full_gradient(made)
     core_gradient(made)

@@ -1,4 +1,4 @@
-"""The Triton kernels over weights in 4 bits, interpreted: exact dequantisation, both ways of using it, both directions."""
+"""The Triton kernels over weights in 4 bits, interpreted: exact dequantization, both ways of using it, both directions."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from tolerances import EXACT, HALF_FEW, check, fp32
 from torch import Tensor
 
 import lorasb
-from lorasb.functional import dequantize_nf4, lora_sb_linear
+from lorasb.functional import dequantize, lora_sb_linear
 from lorasb.kernels import plan
 from lorasb.kernels.launcher import observed
-from lorasb.quantization.quantized_weight import QuantisedWeight
+from lorasb.quantization.quantized_weight import QuantizedWeight
 
 DTYPES = (torch.float32, torch.float16)
 
 
 def run(
-    weight: QuantisedWeight,
+    weight: QuantizedWeight,
     rows: int,
     r: int,
     dtype: torch.dtype,
@@ -55,12 +55,12 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_dequantisation_is_exact(kind: str, nested: bool, dtype: torch.dtype) -> None:
+def test_dequantization_is_exact(kind: str, nested: bool, dtype: torch.dtype) -> None:
     for m, n, block in ((16, 64, 64), (33, 62, 32), (59, 123, 64), (1, 1, 64), (8, 256, 128), (64, 64, 4096)):
         for stored in (torch.float32, torch.float16):
             weight = storage(m, n, kind, block, nested, stored)
             with lorasb.backend("triton"):
-                assert torch.equal(bits_of(dequantize_nf4(weight, dtype)), bits_of(exact(weight, dtype)))
+                assert torch.equal(bits_of(dequantize(weight, dtype)), bits_of(exact(weight, dtype)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,9 +100,9 @@ def test_launches(way: str) -> None:
         run(weight, 5, 4, torch.float32, "triton")
     names = [one.name for one in launches]
     if way == "inline":
-        assert names == ["prep_forward", "quantised_gemm", "prep_backward", "extended_gemm", "quantised_gemm"]
+        assert names == ["prep_forward", "quantized_gemm", "prep_backward", "extended_gemm", "quantized_gemm"]
     else:
-        assert names == ["prep_forward_quantised", "extended_gemm", "prep_backward_quantised", "extended_gemm"]
+        assert names == ["prep_forward_quantized", "extended_gemm", "prep_backward_quantized", "extended_gemm"]
 
 
 def test_repeats_to_the_bit(way: str) -> None:

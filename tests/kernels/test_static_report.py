@@ -22,12 +22,12 @@ from lorasb.kernels import plan
 ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
 Row = dict[str, Any]
-QUANTISED = (
-    "prep_forward_quantised",
-    "prep_backward_quantised",
-    "quantised_gemm",
-    "quantised_gemm backward",
-    "dequantise",
+QUANTIZED = (
+    "prep_forward_quantized",
+    "prep_backward_quantized",
+    "quantized_gemm",
+    "quantized_gemm backward",
+    "dequantize",
 )
 
 
@@ -80,11 +80,11 @@ def test_the_default_extended_gemm_lets_two_programs_on_an_sm_86(rows: list[Row]
 
 
 def test_tensor_cores_are_used(rows: list[Row]) -> None:
-    halves = [row for row in rows if row["dtype"] in ("bf16", "fp16") and row["kernel"] != "dequantise"]
+    halves = [row for row in rows if row["dtype"] in ("bf16", "fp16") and row["kernel"] != "dequantize"]
     assert names([row for row in halves if row["mma"] == 0 or row["mma_share"] == 0.0]) == []
 
 
-KERNELS = ("prep_forward", "prep_backward", "extended_gemm", "extended_gemm backward", "grad_sign", *QUANTISED)
+KERNELS = ("prep_forward", "prep_backward", "extended_gemm", "extended_gemm backward", "grad_sign", *QUANTIZED)
 
 
 def there(found: list[Row], arch: str) -> set[tuple[str, str]]:

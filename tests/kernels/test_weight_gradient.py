@@ -124,7 +124,7 @@ def test_opcheck(backend: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["layerwise", "accumulate"])
-def test_initialisation_on_the_kernel_agrees_with_eager(strategy: str) -> None:
+def test_initialization_on_the_kernel_agrees_with_eager(strategy: str) -> None:
     reports = []
     for backend in BACKENDS:
         model = lorasb.patch(make("llama"), r=4)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lorasb.layers.linear import LoRASBLinear
 
 
-def make(dtype: torch.dtype = torch.float32, initialised: bool = True, **options: object) -> LoRASBLinear:
+def make(dtype: torch.dtype = torch.float32, initialized: bool = True, **options: object) -> LoRASBLinear:
     torch.manual_seed(0)
     layer = LoRASBLinear(nn.Linear(16, 12, dtype=dtype), "default", 4, **options)
-    if initialised:
+    if initialized:
         fill(layer, "default", 1)
     return layer
 
@@ -43,22 +43,22 @@ def test_factors_have_the_bases_dtype_and_r_is_fp32(dtype: torch.dtype) -> None:
     assert trained == ["lorasb_R.default"]
 
 
-def test_an_uninitialised_layer_is_the_base_and_refuses_to_train() -> None:
-    layer = make(initialised=False)
+def test_an_uninitialized_layer_is_the_base_and_refuses_to_train() -> None:
+    layer = make(initialized=False)
     x = torch.randn(3, 16)
     layer.eval()
     assert torch.equal(layer(x), layer.base_layer(x))
     layer.train()
     with torch.no_grad():
         assert torch.equal(layer(x), layer.base_layer(x))
-    with pytest.raises(RuntimeError, match=r"has not been initialised.*lorasb\.initialize\(model, dataloader, lr="):
+    with pytest.raises(RuntimeError, match=r"has not been initialized.*lorasb\.initialize\(model, dataloader, lr="):
         layer(x)
 
 
 def test_a_backward_in_evaluation_mode_is_refused_too() -> None:
-    layer = make(initialised=False).eval()
+    layer = make(initialized=False).eval()
     y = layer(torch.randn(3, 16))
-    with pytest.raises(RuntimeError, match="has not been initialised"):
+    with pytest.raises(RuntimeError, match="has not been initialized"):
         y.sum().backward()
 
 
@@ -105,8 +105,8 @@ def test_the_adapters_product_accumulates_onto_the_base_and_nothing_is_added_apa
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_loading_a_state_dict_initialises(assign: bool) -> None:
-    source, target = make(), make(initialised=False)
+def test_loading_a_state_dict_initializes(assign: bool) -> None:
+    source, target = make(), make(initialized=False)
     target.load_state_dict(source.state_dict(), assign=assign)
     x = torch.randn(3, 16)
     assert torch.equal(source(x), target.train()(x))
@@ -115,8 +115,8 @@ def test_loading_a_state_dict_initialises(assign: bool) -> None:
     ]
 
 
-def test_loading_a_part_does_not_initialise() -> None:
-    target = make(initialised=False)
+def test_loading_a_part_does_not_initialize() -> None:
+    target = make(initialized=False)
     target.load_state_dict({"lorasb_R.default": torch.eye(4)}, strict=False)
     assert not target.is_initialized("default")
 

@@ -1,4 +1,4 @@
-"""The adapted linear over quantised weights: every backend and instruction set against fp64, and what autograd makes of it."""
+"""The adapted linear over quantized weights: every backend and instruction set against fp64, and what autograd makes of it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 import lorasb
 from lorasb.backends import cpp
-from lorasb.functional import lora_sb_linear, quantised_linear
-from lorasb.quantization.quantized_weight import QuantisedWeight
+from lorasb.functional import lora_sb_linear, quantized_linear
+from lorasb.quantization.quantized_weight import QuantizedWeight
 
 BF16 = ("AMX", "AVX-512 with bf16")  # where our own product takes any number of tokens
 KERNELS = ["eager", *cpp.instruction_sets()] if cpp.missing() is None else ["eager"]
@@ -36,9 +36,9 @@ def kernel(request: pytest.FixtureRequest):
 
 
 def run(
-    weight: QuantisedWeight, rows: int, r: int, dtype: torch.dtype, bias: bool = True, seed: int = 0
+    weight: QuantizedWeight, rows: int, r: int, dtype: torch.dtype, bias: bool = True, seed: int = 0
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """y, dx, dR of the layer; of the plain chain over the dequantised weight; and exactly.
+    """y, dx, dR of the layer; of the plain chain over the dequantized weight; and exactly.
 
     In 16 bits W is rounded on the way to a product, by the chain in each element: exact is what the storage stands for.
     """
@@ -47,7 +47,7 @@ def run(
     dense = exact(weight, dtype)
 
     def through(
-        x: Tensor, w: Tensor | QuantisedWeight, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None, plain: bool
+        x: Tensor, w: Tensor | QuantizedWeight, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None, plain: bool
     ) -> list[Tensor]:
         x, core = x.clone().requires_grad_(), core.clone().requires_grad_()
         if plain:
@@ -123,7 +123,7 @@ def test_few_tokens_meet_the_scales_of_every_block(kernel: str, block: int) -> N
     x = torch.randn(8, 8192, generator=torch.Generator().manual_seed(0)).bfloat16()
     want = x.double() @ unrounded(weight).double().t()
     for rows in range(1, 9):
-        y = quantised_linear(x[:rows], weight)
+        y = quantized_linear(x[:rows], weight)
         check(y.double() / want.abs().max(), want[:rows] / want.abs().max(), HALF_FEW)
 
 
@@ -154,7 +154,7 @@ def test_a_weight_stored_in_bf16_and_multiplied_in_fp32_is_rounded_as_bitsandbyt
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_gradcheck_with_a_dequantised_twin(kernel: str, kind: str) -> None:
+def test_gradcheck_with_a_dequantized_twin(kernel: str, kind: str) -> None:
     weight = storage(6, 32, dtype=torch.float32) if kind == "nf4" else octets(6, 32, torch.float32)
     case = make_case((3,), 32, 6, 4, torch.float64)
     x, core = case.x.requires_grad_(), case.core.requires_grad_()
@@ -170,7 +170,7 @@ def test_dropout_is_the_same_in_forward_and_backward(kernel: str, dtype: torch.d
     weight, case = storage(96, 128, dtype=dtype), make_case((rows,), 128, 96, 8, dtype, bias=False)
     dense = exact(weight, dtype)
 
-    def through(w: Tensor | QuantisedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    def through(w: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
         x, core = case.x.clone().requires_grad_(), case.core.clone().requires_grad_()
         torch.manual_seed(3)
         y = lora_sb_linear(x, w, case.a, core, case.b, dropout=0.5)
@@ -226,7 +226,7 @@ def test_shapes_and_strides(kernel: str) -> None:
 def test_without_an_adapter(kernel: str) -> None:
     weight = storage(96, 128, dtype=torch.float32)
     x, bias = torch.randn(7, 128, requires_grad=True), torch.randn(96)
-    y = quantised_linear(x, weight, bias)
+    y = quantized_linear(x, weight, bias)
     y.sum().backward()
     dense = exact(weight, torch.float64)
     check(y, x.detach().double() @ dense.t() + bias, fp32(128))
@@ -251,7 +251,7 @@ def test_opcheck(name: str) -> None:
         case = make_case((6,), 64, 32, 4, dtype)
         x, core = case.x.requires_grad_(), case.core.requires_grad_()
         layout = weight.layout(dtype)
-        op = getattr(torch.ops.lorasb, f"linear_quantised_{name}")
+        op = getattr(torch.ops.lorasb, f"linear_quantized_{name}")
         torch.library.opcheck(op, (x, weight.tensors, layout, case.a, core, case.b, case.bias, 0.7, 0.0, None))
         if name == "cpp":
             served = (
@@ -266,8 +266,8 @@ def test_opcheck(name: str) -> None:
                 case.bias,
                 0.7,
             )
-            torch.library.opcheck(torch.ops.lorasb.serve_quantised_cpp, served)
-        torch.library.opcheck(getattr(torch.ops.lorasb, f"dequantise_{name}"), (weight.tensors, layout, 32, 64, dtype))
+            torch.library.opcheck(torch.ops.lorasb.serve_quantized_cpp, served)
+        torch.library.opcheck(getattr(torch.ops.lorasb, f"dequantize_{name}"), (weight.tensors, layout, 32, 64, dtype))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -282,10 +282,10 @@ def test_without_gradients_the_result_is_the_same_to_the_bit(
         case = make_case((rows,), 64, 24, 4, dtype)
         x, arguments = case.x.clone().requires_grad_(), (weight, case.a, case.core, case.b, case.bias, 0.7)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            want, bare = lora_sb_linear(x, *arguments), quantised_linear(x, weight, case.bias)
+            want, bare = lora_sb_linear(x, *arguments), quantized_linear(x, weight, case.bias)
             with torch.no_grad():
                 assert torch.equal(lora_sb_linear(case.x, *arguments), want.detach())
-                assert torch.equal(quantised_linear(case.x, weight, case.bias), bare.detach())
+                assert torch.equal(quantized_linear(case.x, weight, case.bias), bare.detach())
 
 
 def test_without_gradients_wrong_arguments_are_named_too(kernel: str) -> None:
@@ -293,7 +293,7 @@ def test_without_gradients_wrong_arguments_are_named_too(kernel: str) -> None:
     wrong = [
         ({"x": case.x[:, 1:]}, ValueError, r"expected (x )?\[\.\.\., 128\]"),
         ({"a": case.a.bfloat16()}, TypeError, "lora_A in x's dtype"),
-        ({"b": case.b[1:]}, ValueError, "quantised weight"),
+        ({"b": case.b[1:]}, ValueError, "quantized weight"),
         ({"bias": case.bias[1:]}, ValueError, "bias \\[96\\]"),
         ({"bias": case.bias.double()}, TypeError, "bias in x's dtype"),
         ({"core": case.core.long()}, TypeError, "lora_R in fp32"),
@@ -351,7 +351,7 @@ def test_no_dense_weight_exists_at_any_time(rows: int) -> None:
 
 def test_wrong_arguments_say_what_is_wrong() -> None:
     weight, case = storage(96, 128, dtype=torch.float32), make_case((4,), 128, 96, 8, torch.float32)
-    with pytest.raises(ValueError, match="quantised weight"):
+    with pytest.raises(ValueError, match="quantized weight"):
         lora_sb_linear(case.x, storage(64, 128, dtype=torch.float32), case.a, case.core, case.b)
     with pytest.raises(TypeError, match="lora_A"):
         lora_sb_linear(case.x.bfloat16(), weight, case.a, case.core, case.b)

@@ -1,4 +1,4 @@
-"""Dequantisation to the bit: every kernel against the definition, and against bitsandbytes."""
+"""Dequantization to the bit: every kernel against the definition, and against bitsandbytes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from storages import bits_of, exact, octets, storage
 
 import lorasb
 from lorasb.backends import cpp
-from lorasb.functional import dequantize_nf4
-from lorasb.quantization.quantized_weight import BLOCKS, QuantisedWeight
+from lorasb.functional import dequantize
+from lorasb.quantization.quantized_weight import BLOCKS, QuantizedWeight
 from lorasb.quantization.quantizer import code, quantize_4bit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,19 +40,19 @@ def test_is_the_definition_to_the_bit(kernel: str, stored: torch.dtype, dtype: t
                     if m * n == 0 and nested:
                         continue
                     weight = storage(m, n, kind, block, nested, stored)
-                    assert torch.equal(bits_of(dequantize_nf4(weight, dtype)), bits_of(exact(weight, dtype))), (kind, block, nested, m, n)  # fmt: skip
+                    assert torch.equal(bits_of(dequantize(weight, dtype)), bits_of(exact(weight, dtype))), (kind, block, nested, m, n)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_octets_are_the_definition_to_the_bit(kernel: str, dtype: torch.dtype) -> None:
     for m, n in SHAPES:
         weight = octets(m, n, torch.float16)
-        assert torch.equal(bits_of(dequantize_nf4(weight, dtype)), bits_of(exact(weight, dtype)))
+        assert torch.equal(bits_of(dequantize(weight, dtype)), bits_of(exact(weight, dtype)))
 
 
 def test_octets_are_bitsandbytes_own(kernel: str) -> None:
     weight = octets(33, 65, torch.float32)
-    assert torch.equal(dequantize_nf4(weight), bnb.functional.int8_vectorwise_dequant(*weight.tensors))
+    assert torch.equal(dequantize(weight), bnb.functional.int8_vectorwise_dequant(*weight.tensors))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,16 +65,16 @@ def test_is_bitsandbytes_own(kernel: str, kind: str, dtype: torch.dtype) -> None
                 weight = torch.randn(m, n, generator=g).to(dtype)
                 packed, state = bnb.functional.quantize_4bit(weight, blocksize=block, quant_type=kind, compress_statistics=nested)  # fmt: skip
                 parameter = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
-                assert torch.equal(dequantize_nf4(parameter), bnb.functional.dequantize_4bit(packed, state))
+                assert torch.equal(dequantize(parameter), bnb.functional.dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_every_byte_is_met(kernel: str, kind: str) -> None:
     octet = torch.arange(256, dtype=torch.uint8)
     for scale in (1.0, -1.0, 0.0, 1e-20, 3e-39, 1e38):
-        weight = QuantisedWeight([octet, torch.full((8,), scale), code(kind)], (8, 64), torch.float32, kind, 64)
+        weight = QuantizedWeight([octet, torch.full((8,), scale), code(kind)], (8, 64), torch.float32, kind, 64)
         for dtype in DTYPES:
-            assert torch.equal(bits_of(dequantize_nf4(weight, dtype)), bits_of(exact(weight, dtype)))
+            assert torch.equal(bits_of(dequantize(weight, dtype)), bits_of(exact(weight, dtype)))
 
 
 def test_scales_that_are_not_finite_are_refused() -> None:
@@ -83,18 +83,18 @@ def test_scales_that_are_not_finite_are_refused() -> None:
         state.absmax[3] = bad
         parameter = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
         with pytest.raises(ValueError, match="NaN or Inf"):
-            dequantize_nf4(parameter)
+            dequantize(parameter)
 
 
 def test_a_dense_tensor_is_refused() -> None:
     with pytest.raises(TypeError, match="quant_state"):
-        dequantize_nf4(torch.randn(8, 64))
+        dequantize(torch.randn(8, 64))
 
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_our_quantiser_is_bitsandbytes_own(dtype: torch.dtype, kind: str, nested: bool) -> None:
+def test_our_quantizer_is_bitsandbytes_own(dtype: torch.dtype, kind: str, nested: bool) -> None:
     g = torch.Generator().manual_seed(2)
     for block in BLOCKS:
         for m, n in ((1, 1), (59, 123), (64, 64), (256, 512)):
@@ -117,4 +117,4 @@ def test_zero_blocks_stay_zero() -> None:
         reference, _ = bnb.functional.quantize_4bit(torch.zeros(4, 64), quant_type="nf4")
         assert torch.equal(packed, reference)
         parameter = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
-        assert not dequantize_nf4(parameter).any()
+        assert not dequantize(parameter).any()

@@ -1,4 +1,4 @@
-"""Models in 4 and 8 bits, bitsandbytes' and our own: patched, initialised, trained, saved, exported, merged."""
+"""Models in 4 and 8 bits, bitsandbytes' and our own: patched, initialized, trained, saved, exported, merged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tolerances import EXACT, EXPORT, MERGE, PROCESS_SUMS, check
 from torch import nn
 
 import lorasb
-from lorasb.functional import dequantize_nf4
+from lorasb.functional import dequantize
 from lorasb.layers.linear import LoRASBLinear
 from lorasb.layers.linear4bit import Linear4bit
 from lorasb.quantization.quantized_weight import of_module
@@ -26,8 +26,8 @@ bnb = pytest.importorskip("bitsandbytes")
 KINDS = ("own", "own nested", "nf4", "fp4 nested", "int8")
 
 
-def quantised(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A tiny Llama whose linears are quantised."""
+def quantized(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A tiny Llama whose linears are quantized."""
     torch.manual_seed(0)
     model = llama().to(dtype)
     if kind.startswith("own"):
@@ -80,15 +80,15 @@ def factors(model: nn.Module) -> list[torch.Tensor]:
     ]
 
 
-def initialised(kind: str, **options: object) -> nn.Module:
-    model = lorasb.patch(quantised(kind), r=4)
+def initialized(kind: str, **options: object) -> nn.Module:
+    model = lorasb.patch(quantized(kind), r=4)
     lorasb.initialize(model, batches(), lr=1e-2, progress=False, **options)
     return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_is_the_dequantised_twin_in_forward_and_gradients(kind: str) -> None:
-    model = quantised(kind)
+def test_is_the_dequantized_twin_in_forward_and_gradients(kind: str) -> None:
+    model = quantized(kind)
     twin = dense_twin(model)
     model, twin = lorasb.patch(model, r=4), lorasb.patch(twin, r=4)
     lorasb.initialize(twin, batches(), lr=1e-2, progress=False)
@@ -108,14 +108,14 @@ def test_is_the_dequantised_twin_in_forward_and_gradients(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_strategies_give_the_same_factors(kind: str) -> None:
-    one, other = (initialised(kind, strategy=strategy) for strategy in ("layerwise", "accumulate"))
+    one, other = (initialized(kind, strategy=strategy) for strategy in ("layerwise", "accumulate"))
     for first, second in zip(factors(one), factors(other), strict=True):
         check(first, second, EXACT)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_and_evaluation_take_turns_and_the_storage_stays(kind: str) -> None:
-    model = initialised(kind)
+    model = initialized(kind)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "base_layer" in name}
     assert any("SCB" in name or "absmax" in name for name in before)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
@@ -146,12 +146,12 @@ def test_trainer_saves_and_resumes(kind: str, tmp_path: Path) -> None:
         def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
             return {name: value[0] for name, value in text(1, 12, i).items()}
 
-    model = initialised(kind)
+    model = initialized(kind)
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, save_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, learning_rate=1e-2)  # fmt: skip
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Rows())
     trainer.train()
     done = factors(model)
-    again = initialised(kind)
+    again = initialized(kind)
     trainer = transformers.Trainer(model=again, args=arguments, train_dataset=Rows())
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for first, second in zip(done, factors(again), strict=True):
@@ -160,20 +160,20 @@ def test_trainer_saves_and_resumes(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_are_saved_loaded_and_exported(kind: str, tmp_path: Path) -> None:
-    model = initialised(kind).eval()
+    model = initialized(kind).eval()
     want = model(**batches()[0]).logits
     model.save_pretrained(tmp_path / "adapter")
     check(
-        peft.PeftModel.from_pretrained(quantised(kind), tmp_path / "adapter").eval()(**batches()[0]).logits, want, EXACT
+        peft.PeftModel.from_pretrained(quantized(kind), tmp_path / "adapter").eval()(**batches()[0]).logits, want, EXACT
     )
     lorasb.export_lora(model, tmp_path / "lora", quiet=True)
-    plain = peft.PeftModel.from_pretrained(dense_twin(quantised(kind)), tmp_path / "lora").eval()
+    plain = peft.PeftModel.from_pretrained(dense_twin(quantized(kind)), tmp_path / "lora").eval()
     check(plain(**batches()[0]).logits, want, EXPORT)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_gives_dense_layers_and_unmerging_the_storage_back(kind: str) -> None:
-    model = initialised(kind).eval()
+    model = initialized(kind).eval()
     want, bases = model(**batches()[0]).logits, [m.base_layer for m in model.modules() if isinstance(m, LoRASBLinear)]
     model.merge_adapter()
     check(model(**batches()[0]).logits, want, MERGE)
@@ -187,22 +187,22 @@ def test_merging_gives_dense_layers_and_unmerging_the_storage_back(kind: str) ->
 
 @pytest.mark.parametrize("kind", ["own nested", "nf4"])
 def test_merging_back_into_4_bits_tells_the_error(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    model = initialised(kind).eval()
+    model = initialized(kind).eval()
     dense = copy.deepcopy(model).merge_and_unload()
     with caplog.at_level(logging.WARNING, logger="lorasb"):
         packed = model.merge_and_unload(requantize=True)
-    assert "requantised 14 layers" in caplog.text
+    assert "requantized 14 layers" in caplog.text
     for name, error in packed.requantization_errors.items():
         layer, wide = packed.get_submodule(name), dense.get_submodule(name).weight
         assert isinstance(layer, Linear4bit)
         assert layer.quant_state.nested == ("nested" in kind)
-        found = (dequantize_nf4(layer.quantised(), torch.float32) - wide).norm() / wide.norm()
+        found = (dequantize(layer.quantized(), torch.float32) - wide).norm() / wide.norm()
         assert error == pytest.approx(float(found), rel=1e-5)
         assert 0.01 < error < 0.2
     packed(**batches()[0])
 
 
-def test_requantising_needs_something_to_requantise() -> None:
+def test_requantizing_needs_something_to_requantize() -> None:
     model = lorasb.patch(llama(), r=4)
     lorasb.initialize(model, batches(), lr=1e-2, progress=False)
     with pytest.raises(ValueError, match="has none"):
@@ -210,7 +210,7 @@ def test_requantising_needs_something_to_requantise() -> None:
 
 
 def test_a_merge_that_is_not_finite_leaves_the_storage() -> None:
-    model = initialised("nf4")
+    model = initialized("nf4")
     layer = next(m for m in model.modules() if isinstance(m, LoRASBLinear))
     base = layer.base_layer
     layer.lorasb_R["default"].data.fill_(float("inf"))
@@ -237,7 +237,7 @@ def test_what_bitsandbytes_repacked_is_converted_back_exactly_where_that_is_poss
     assert torch.equal(base.weight.data, want.weight.data)
     assert torch.equal(base.weight.quant_state.absmax, want.weight.quant_state.absmax)
     assert torch.equal(
-        dequantize_nf4(base.weight), bnb.functional.dequantize_4bit(want.weight.data, want.weight.quant_state)
+        dequantize(base.weight), bnb.functional.dequantize_4bit(want.weight.data, want.weight.quant_state)
     )
     assert not base.support_avx512bf16_for_cpu
     base.eval()(torch.randn(1, 128).bfloat16())
@@ -257,7 +257,7 @@ def test_what_cannot_be_converted_back_is_refused_with_the_reason(dtype: torch.d
 
 
 def test_every_4_bit_layer_of_a_patched_model_stays_as_it_is_packed() -> None:
-    model = quantised("nf4", torch.bfloat16)
+    model = quantized("nf4", torch.bfloat16)
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit):
             layer.support_avx512bf16_for_cpu = True
@@ -280,7 +280,7 @@ def broken(harm: str) -> nn.Module:
         state.absmax[5] = float("nan")
     elif harm == "type":
         state.quant_type = "int4"
-    elif harm == "unquantised":
+    elif harm == "unquantized":
         return bnb.nn.Linear4bit(128, 64)
     elif harm == "scales":
         layer = to_bitsandbytes(nn.Linear(128, 64), "int8")
@@ -299,7 +299,7 @@ def broken(harm: str) -> nn.Module:
         ("shape", "bytes"),
         ("nan", "NaN or Inf"),
         ("type", "'int4'"),
-        ("unquantised", "not been quantised"),
+        ("unquantized", "not been quantized"),
         ("scales", "64 row scales"),
         ("16 bits", "16-bit weights"),
     ],
@@ -320,7 +320,7 @@ def test_files_of_ours_load_into_bitsandbytes_and_theirs_into_ours() -> None:
         written = ours.state_dict()
         theirs = bnb.nn.Params4bit.from_prequantized(written["weight"], {k.removeprefix("weight."): v for k, v in written.items() if k.startswith("weight.")}, device="cpu")  # fmt: skip
         assert torch.equal(
-            bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state), dequantize_nf4(ours.quantised())
+            bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state), dequantize(ours.quantized())
         )
         other = lorasb.quantize(nn.Sequential(nn.Linear(128, 64)), nested=nested)[0]
         other.load_state_dict(to_bitsandbytes(dense, "nf4 nested" if nested else "nf4").state_dict())
@@ -336,7 +336,7 @@ def test_files_of_ours_load_into_bitsandbytes_and_theirs_into_ours() -> None:
 
 def test_a_linear_of_4_bits_on_its_own() -> None:
     layer = lorasb.quantize(nn.Sequential(nn.Linear(96, 40)))[0]
-    dense = dequantize_nf4(layer.quantised())
+    dense = dequantize(layer.quantized())
     x = torch.randn(2, 5, 96, requires_grad=True)
     want = torch.nn.functional.linear(x, dense, layer.bias)
     check(layer(x), want, EXPORT)
@@ -381,5 +381,5 @@ def test_weights_in_memory() -> None:
 
 def test_other_layers_work_on_a_dense_base_as_before() -> None:
     layer = LoRASBLinear(nn.Linear(64, 32), "default", 4)
-    assert layer.quantised() is None
+    assert layer.quantized() is None
     assert layer.base_dtype == torch.float32

@@ -156,7 +156,7 @@ def test_stopping_saves_and_going_on_ends_in_the_same_bits(
     assert steps == [3, 5]
 
     def again(*given: Any, **named: Any) -> Any:
-        raise AssertionError("nothing is initialised or evaluated twice")
+        raise AssertionError("nothing is initialized or evaluated twice")
 
     monkeypatch.setattr(finetune, "adapt", again)
     titles = []

@@ -69,7 +69,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def patched(family: str = "llama", r: int = 4, dtype: torch.dtype = torch.float32, **fields: object) -> nn.Module:
-    """A tiny model with an initialised adapter whose effect is plain to see."""
+    """A tiny model with an initialized adapter whose effect is plain to see."""
     model = lorasb.patch(make(family, dtype=dtype), r=r, **fields)
     lorasb.initialize(model, batches_for(family), lr=2e-2, progress=False)
     return model

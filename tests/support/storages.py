@@ -1,11 +1,11 @@
-"""Quantised weights for tests, and what they stand for, in as few lines as possible and none of the library's own."""
+"""Quantized weights for tests, and what they stand for, in as few lines as possible and none of the library's own."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from lorasb.quantization.quantized_weight import QuantisedWeight, of_state
+from lorasb.quantization.quantized_weight import QuantizedWeight, of_state
 from lorasb.quantization.quantizer import quantize_4bit
 
 
@@ -17,25 +17,25 @@ def storage(
     nested: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
-) -> QuantisedWeight:
+) -> QuantizedWeight:
     """A random weight in 4 bits."""
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)) / max(1, n) ** 0.5
     return of_state(*quantize_4bit(weight.to(dtype), kind, block, nested))
 
 
-def octets(m: int, n: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> QuantisedWeight:
+def octets(m: int, n: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> QuantizedWeight:
     """A random weight in 8 bits."""
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(-127, 128, (m, n), generator=g, dtype=torch.int8)
-    return QuantisedWeight([codes, torch.rand(m, generator=g) + 0.1], (m, n), dtype, "int8")
+    return QuantizedWeight([codes, torch.rand(m, generator=g) + 0.1], (m, n), dtype, "int8")
 
 
-def exact(weight: QuantisedWeight, dtype: torch.dtype) -> Tensor:
+def exact(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """W [out, in] in fp32, then rounded as the storage says."""
     return unrounded(weight).to(weight.dtype).to(dtype)
 
 
-def unrounded(weight: QuantisedWeight) -> Tensor:
+def unrounded(weight: QuantizedWeight) -> Tensor:
     """W [out, in] in fp32, every element on its own."""
     m, n = weight.shape
     if weight.kind == "int8":

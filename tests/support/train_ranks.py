@@ -1,4 +1,4 @@
-"""What test_distributed_training.py runs, on one rank or several: initialise, train, save; what was found as JSON.
+"""What test_distributed_training.py runs, on one rank or several: initialize, train, save; what was found as JSON.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 tests/support/train_ranks.py FOLDER WAY...
 """
@@ -24,7 +24,7 @@ STEPS = 3
 
 
 def model_for(way: str) -> nn.Module:
-    """A patched model, before it is initialised."""
+    """A patched model, before it is initialized."""
     family = "mixtral" if "experts" in way else "llama"
     base: Any = make(family, dtype=torch.bfloat16 if "bf16" in way or "4-bit" in way else torch.float32)
     if "4-bit" in way:
@@ -38,7 +38,7 @@ def shard(model: Any, way: str) -> nn.Module:
     if not dist.is_initialized():
         return model
     if way == "ddp":
-        return model  # wrapped after the initialisation, as Trainer does
+        return model  # wrapped after the initialization, as Trainer does
     for block in model.get_base_model().model.layers:
         fully_shard(block)
     fully_shard(model)

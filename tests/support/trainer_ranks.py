@@ -59,7 +59,7 @@ def parse(given: Sequence[object] | None = None) -> argparse.Namespace:
     parser.add_argument("--cut", type=Path, help="train here too, after the whole run, and be killed")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument(
-        "--first", action="store_true", help="initialise before the Trainer is made, as DeepSpeed wants"
+        "--first", action="store_true", help="initialize before the Trainer is made, as DeepSpeed wants"
     )
     parser.add_argument("--bits", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
@@ -101,7 +101,7 @@ def run(folder: Path, options: argparse.Namespace, kill: int = 0) -> None:
     trainer.save_model(str(folder / "adapter"))
     if arguments.process_index == 0:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        found = {"losses": losses, "initialised": init.report is not None, "size": size}
+        found = {"losses": losses, "initialized": init.report is not None, "size": size}
         found["sharded"] = any(isinstance(p, DTensor) for p in trainer.model.parameters())
         (folder / "found.json").write_text(json.dumps(found))
 

@@ -36,7 +36,7 @@ def digest(model: nn.Module) -> str:
 
 
 def run(batches: list[Batch], shard: bool = False, **options: Any) -> dict[str, Any]:
-    """Initialise; what every rank found, and the energies."""
+    """Initialize; what every rank found, and the energies."""
     model = lorasb.patch(make("llama"), r=4)
     if shard:
         for block in model.get_base_model().model.layers:
@@ -79,7 +79,7 @@ def broken(rank: int) -> list[Batch]:
     return SAMPLES[:2] if rank == 0 else [{"input_ids": torch.zeros(1, 3), "labels": torch.zeros(2, 3)}]
 
 
-def unlabelled(batches: list[Batch]) -> list[Batch]:
+def unlabeled(batches: list[Batch]) -> list[Batch]:
     """Batches without labels."""
     return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
 
@@ -123,7 +123,7 @@ def main() -> None:
         "sharded accumulate": lambda: run(uneven, shard=True, strategy="accumulate"),
         "too many": lambda: error_of(lambda: run(even, num_samples=9)),
         "broken": lambda: error_of(lambda: run(broken(rank))),
-        "no labels": lambda: error_of(lambda: run(unlabelled(even) if rank else even, strategy="accumulate")),
+        "no labels": lambda: error_of(lambda: run(unlabeled(even) if rank else even, strategy="accumulate")),
         "no memory": lambda: error_of(lambda: run(even, memory_budget=1e3 if rank else 1e9, strategy="layerwise")),
         "in a block": lambda: error_of(lambda: run(even, loss_fn=failing(rank))),
         "not finite": lambda: error_of(lambda: run(even, loss_fn=lambda m, b: m(**b).loss * float(1 + 9e38 * rank))),

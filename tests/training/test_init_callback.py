@@ -45,7 +45,7 @@ def train(
     return trainer
 
 
-def test_the_same_as_initialising_by_hand(tmp_path: Path) -> None:
+def test_the_same_as_initializing_by_hand(tmp_path: Path) -> None:
     callback = lorasb.InitCallback(num_samples=6, seed=5)
     model = lorasb.patch(make("llama"), r=4)
     train(model, tmp_path, [callback], warmup_steps=2)

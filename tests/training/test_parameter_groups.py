@@ -22,7 +22,7 @@ def test_r_has_a_group_of_its_own() -> None:
     assert {id(p) for p in groups[0]["params"]} == {id(p) for n, p in model.named_parameters() if "lorasb_R" in n}
 
 
-def test_an_optimiser_takes_them() -> None:
+def test_an_optimizer_takes_them() -> None:
     model = patched("llama").train()
     groups = lorasb.parameter_groups(model, lr=1e-2)
     assert [group["name"] for group in groups] == ["lorasb_R"]

@@ -68,7 +68,7 @@ def test_the_loss_goes_down(tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
-def test_an_uninitialised_model_is_refused_by_its_first_step(tmp_path: Path) -> None:
+def test_an_uninitialized_model_is_refused_by_its_first_step(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"lorasb\.initialize\(model, dataloader, lr="):
         trainer_for(lorasb.patch(make("llama"), r=4), tmp_path).train()
 

@@ -76,7 +76,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     tolerances.check(logits(model.eval()), logits(again), tolerances.EXACT)
 
 
-def test_trl_patches_initialises_trains_and_saves(tmp_path: Path) -> None:
+def test_trl_patches_initializes_trains_and_saves(tmp_path: Path) -> None:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     rows = [{"input_ids": row["input_ids"].tolist(), "labels": row["input_ids"].tolist()} for row in ROWS]
     init = lorasb.InitCallback(num_samples=8)
@@ -177,7 +177,7 @@ def test_offloaded_bases_are_reached_through_their_hooks(tmp_path: Path, how: st
         model(**batches_for("llama", count=1)[0])
 
 
-def test_a_base_offloaded_before_patching_is_initialised_and_trained() -> None:
+def test_a_base_offloaded_before_patching_is_initialized_and_trained() -> None:
     import accelerate
 
     plain = lorasb.patch(make("llama"), r=4)

@@ -29,7 +29,7 @@ def test_a_compiled_model_is_patched_first(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["torch.compile", "model.compile"])
-def test_a_patched_model_may_be_initialised_after_it_was_compiled(way: str) -> None:
+def test_a_patched_model_may_be_initialized_after_it_was_compiled(way: str) -> None:
     plain, model = lorasb.patch(make("llama"), r=4), lorasb.patch(make("llama"), r=4)
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, backend=counter) if way == "torch.compile" else model
@@ -79,7 +79,7 @@ def test_factors_lie_where_their_layer_does() -> None:
 
 
 def test_a_block_on_another_device_gets_its_input_there() -> None:
-    """Initialisation moves a block's recorded inputs as the model's own forward does, by accelerate's hooks."""
+    """Initialization moves a block's recorded inputs as the model's own forward does, by accelerate's hooks."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     plain, model = lorasb.patch(make("llama"), r=4), lorasb.patch(make("llama"), r=4)

@@ -1,4 +1,4 @@
-"""Every family that people fine-tune: patch, both ways of initialising, training, saving, merging, exporting."""
+"""Every family that people fine-tune: patch, both ways of initializing, training, saving, merging, exporting."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bare_patch_initialise_train_merge(family: str) -> None:
+def test_bare_patch_initialize_train_merge(family: str) -> None:
     model = make(family)
     before = logits(model, family)
     model = lorasb.patch(model, r=4)
@@ -233,7 +233,7 @@ def test_one_broken_layer_leaves_every_weight_as_it_was(call: str) -> None:
     assert len([m for m in model.modules() if isinstance(m, LoRASBLinear)]) == len(layers)
 
 
-def test_an_uninitialised_model_refuses_to_train() -> None:
+def test_an_uninitialized_model_refuses_to_train() -> None:
     model = lorasb.patch(make("llama"), r=4).train()
     with pytest.raises(RuntimeError, match=r"lorasb\.initialize\(model, dataloader, lr="):
         model(**batches_for("llama")[0])
@@ -406,7 +406,7 @@ def test_dtypes_that_are_not_supported(dtype: torch.dtype) -> None:
     model = llama()
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
-    with pytest.raises(TypeError, match=rf"up_proj.* {dtype} weight.*lorasb.quantize quantised"):
+    with pytest.raises(TypeError, match=rf"up_proj.* {dtype} weight.*lorasb.quantize quantized"):
         lorasb.patch(model, r=4)
 
 
@@ -467,5 +467,5 @@ def test_before_initialization_the_equivalent_gradient_changes_nothing_either() 
     assert torch.equal(logits(model), want)
     found = model(**batches_for("llama", count=1)[0])  # evaluation that keeps the graph
     assert torch.equal(found.logits.detach(), want)
-    with pytest.raises(RuntimeError, match="has not been initialised"):
+    with pytest.raises(RuntimeError, match="has not been initialized"):
         found.loss.backward()

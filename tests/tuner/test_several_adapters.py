@@ -280,7 +280,7 @@ def test_a_first_adapter_that_leaves_layers_out() -> None:
         tolerances.check(layer.get_delta_weight("sum"), update(layer, names), tolerances.EXPORT)
 
 
-def test_a_merged_quantised_base_takes_what_it_took_before() -> None:
+def test_a_merged_quantized_base_takes_what_it_took_before() -> None:
     model = lorasb.patch(lorasb.quantize(make("llama", dtype=torch.bfloat16)), r=4)
     lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
     layer, x = next(iter(layers(model).values())), torch.randn(3, 64)
@@ -309,5 +309,5 @@ def test_what_cannot_be_combined() -> None:
         model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
     model.unmerge_adapter()
     model.add_adapter("third", lorasb.LoRASBConfig(r=2))
-    with pytest.raises(ValueError, match="'third' has not been initialised"):
+    with pytest.raises(ValueError, match="'third' has not been initialized"):
         model.add_weighted_adapter(["default", "third"], [1.0, 1.0], "sum")

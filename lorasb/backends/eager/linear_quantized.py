@@ -1,4 +1,4 @@
-"""Quantised weights in plain torch: dequantise for the length of a product, then what the dense op does."""
+"""Quantized weights in plain torch: dequantize for the length of a product, then what the dense op does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from ...ops.registry import register_backend
 from . import linear as eager
 
-CHUNK = 1 << 20  # elements dequantised at a time: 4 MB in fp32
+CHUNK = 1 << 20  # elements dequantized at a time: 4 MB in fp32
 ROUNDINGS = (None, torch.bfloat16, torch.float16)
 PER_OCTET = 7.874015718698502e-3  # 1 / 127
 
@@ -26,7 +26,7 @@ def linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [..., out] and u = x Aᵀ [M, r]."""
-    weight = dequantise(quant, layout, b.shape[0], a.shape[1], x.dtype)
+    weight = dequantize(quant, layout, b.shape[0], a.shape[1], x.dtype)
     return eager.forward(x, weight, a, core, b, bias, scaling, dropout, seed)
 
 
@@ -45,11 +45,11 @@ def linear_backward(
     need_dcore: bool,
 ) -> tuple[Tensor, Tensor]:
     """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty."""
-    weight = dequantise(quant, layout, b.shape[0], a.shape[1], dy.dtype) if need_dx else None
+    weight = dequantize(quant, layout, b.shape[0], a.shape[1], dy.dtype) if need_dx else None
     return eager.backward(dy, weight, a, core, b, u, scaling, dropout, seed, need_dx, need_dcore)
 
 
-def dequantise(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """W [rows, columns]: table[nibble]·absmax in fp32, rounded once; some blocks at a time."""
     rounding = ROUNDINGS[layout[2]]
     if len(quant) == 2:
@@ -84,8 +84,8 @@ def block_scales(quant: list[Tensor], layout: list[int]) -> Tensor:
 def register() -> None:
     """Register for every device, below autograd."""
     kernels = (
-        ("linear_quantised", linear),
-        ("linear_quantised_backward", linear_backward),
-        ("dequantise", dequantise),
+        ("linear_quantized", linear),
+        ("linear_quantized_backward", linear_backward),
+        ("dequantize", dequantize),
     )
     register_backend("eager", kernels, ("CompositeExplicitAutograd",))

@@ -1,6 +1,6 @@
 """The kernels over weights in 4 bits: for CUDA, and for an explicit backend under Triton's interpreter.
 
-Weights in 8 bits have none of their own: they are dequantised in torch, then the dense kernels run.
+Weights in 8 bits have none of their own: they are dequantized in torch, then the dense kernels run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..eager import linear as eager
-from ..eager import linear_quantized as eager_quantised
+from ..eager import linear_quantized as eager_quantized
 from . import linear as triton
 from .linear import check_call, register_pairs
 
@@ -30,15 +30,15 @@ def linear(
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [..., out] and u = x Aᵀ [M, r]."""
     if len(quant) == 2:
-        weight = dequantise(quant, layout, b.shape[0], a.shape[1], x.dtype)
+        weight = dequantize(quant, layout, b.shape[0], a.shape[1], x.dtype)
         return triton.forward(x, weight, a, core, b, bias, scaling, dropout, seed)
     from lorasb.kernels import linear as launch
-    from lorasb.kernels import linear_quantized as quantised
+    from lorasb.kernels import linear_quantized as quantized
 
     rows = triton.rows_of(x)
     members = launch.Members([None], [a], [core], [b], [scaling / (1.0 - dropout)])
     weight, plan = _weight(quant, layout, b, a), triton.plan_of("forward", rows, [b], a, "4bit")
-    y, u = quantised.forward(rows, weight, members, bias, plan, triton.mask_of(dropout, seed))
+    y, u = quantized.forward(rows, weight, members, bias, plan, triton.mask_of(dropout, seed))
     return eager.shaped(y, x), u
 
 
@@ -58,37 +58,37 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty."""
     if len(quant) == 2:
-        weight = dequantise(quant, layout, b.shape[0], a.shape[1], dy.dtype)
+        weight = dequantize(quant, layout, b.shape[0], a.shape[1], dy.dtype)
         return triton.backward(dy, weight, a, core, b, u, scaling, dropout, seed, need_dx, need_dcore)
     from lorasb.kernels import linear as launch
-    from lorasb.kernels import linear_quantized as quantised
+    from lorasb.kernels import linear_quantized as quantized
 
     rows = triton.rows_of(dy)
     members = launch.Members([None], [a], [core], [b], [scaling / (1.0 - dropout)])
     weight, plan = _weight(quant, layout, b, a), triton.plan_of("backward", rows, [b], a, "4bit")
     mask = triton.mask_of(dropout, seed)
-    dx, dcore = quantised.backward(rows, weight, members, u, plan, need_dx, need_dcore, mask)
+    dx, dcore = quantized.backward(rows, weight, members, u, plan, need_dx, need_dcore, mask)
     return (
         eager.shaped(dx, dy) if dx is not None else dy.new_empty((0,)),
         dcore if dcore is not None else core.new_empty((0,)),
     )
 
 
-def dequantise(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """W [rows, columns]."""
     if len(quant) == 2:
-        return eager_quantised.dequantise(quant, layout, rows, columns, dtype)
-    from lorasb.kernels import linear_quantized as quantised
+        return eager_quantized.dequantize(quant, layout, rows, columns, dtype)
+    from lorasb.kernels import linear_quantized as quantized
 
     check_call(quant[1].new_empty(0, dtype=torch.float32))
-    weight = quantised.Quantised(quant, *layout, rows, columns)
-    return quantised.dequantised(weight, dtype)
+    weight = quantized.Quantized(quant, *layout, rows, columns)
+    return quantized.dequantized(weight, dtype)
 
 
 def _weight(quant: list[Tensor], layout: list[int], b: Tensor, a: Tensor) -> Any:
-    from lorasb.kernels import linear_quantized as quantised
+    from lorasb.kernels import linear_quantized as quantized
 
-    return quantised.Quantised(quant, *layout, b.shape[0], a.shape[1])
+    return quantized.Quantized(quant, *layout, b.shape[0], a.shape[1])
 
 
 def _or_eager_without_rank(kernel: Any, plain: Any) -> Any:
@@ -104,11 +104,11 @@ def register() -> None:
     """Register for CUDA and the CPU, and for `auto` on CUDA with eager torch behind."""
     register_pairs(
         {
-            "linear_quantised": (_or_eager_without_rank(linear, eager_quantised.linear), eager_quantised.linear),
-            "linear_quantised_backward": (
-                _or_eager_without_rank(linear_backward, eager_quantised.linear_backward),
-                eager_quantised.linear_backward,
+            "linear_quantized": (_or_eager_without_rank(linear, eager_quantized.linear), eager_quantized.linear),
+            "linear_quantized_backward": (
+                _or_eager_without_rank(linear_backward, eager_quantized.linear_backward),
+                eager_quantized.linear_backward,
             ),
-            "dequantise": (dequantise, eager_quantised.dequantise),
+            "dequantize": (dequantize, eager_quantized.dequantize),
         }
     )

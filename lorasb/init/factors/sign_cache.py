@@ -164,7 +164,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, CachedGradient], dict[
     """
     metadata = safetensors_header(path).get("__metadata__") or {}
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is no cache of lorasb's initialisation: expected {FORMAT!r} in its header")
+        raise ValueError(f"{path} is no cache of lorasb's initialization: expected {FORMAT!r} in its header")
     about = json.loads(metadata["layers"])
     found = {}
     with safe_open(str(path), "pt") as file:

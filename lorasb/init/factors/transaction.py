@@ -15,7 +15,7 @@ from .methods import Factors
 class Staging:
     """A context manager: leaving it by an exception undoes every `write`.
 
-    Layers that were not initialised hold zeros, which are not kept: memory does not grow with the number of layers.
+    Layers that were not initialized hold zeros, which are not kept: memory does not grow with the number of layers.
 
     Args:
         adapter: whose factors are written.

@@ -63,7 +63,7 @@ class Strategy:
         why = str(error) if error is not None else "another process found no plain stack"
         if self.named:
             raise NotAStackError(f"strategy='layerwise' does not suit this model: {why}. Use 'auto'")
-        self.work.loss, self.work.labelled = 0.0, 0
+        self.work.loss, self.work.labeled = 0.0, 0
         refusal: Exception | None = None
         try:
             self.plan = plan_for(self.work, None, why, self.memory_budget)

@@ -1,4 +1,4 @@
-"""The loss of initialisation: each sample's own mean, summed, however the samples are batched."""
+"""The loss of initialization: each sample's own mean, summed, however the samples are batched."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ IGNORED = -100
 
 
 def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: LossFn | None) -> float:
-    """Backward through Σ_i L(x_i) of a batch, with L(x_i) the mean over sample i's own labelled tokens.
+    """Backward through Σ_i L(x_i) of a batch, with L(x_i) the mean over sample i's own labeled tokens.
 
     A model's own loss is a mean over all tokens of the batch, which weighs long samples more. The gradient at the
-    logits is rescaled sample by sample where that mean can be recognised; where it cannot, samples go one by one.
-    Samples without a labelled token have no loss and count nothing.
+    logits is rescaled sample by sample where that mean can be recognized; where it cannot, samples go one by one.
+    Samples without a labeled token have no loss and count nothing.
     With `loss_fn`, the caller's loss counts as it is, times the batch's samples.
 
     Returns:
@@ -36,7 +36,7 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
         loss = _checked(loss_fn(model, batch), batch) * rows
         loss.backward()
         return float(loss.detach())
-    if unlabelled(batch):
+    if unlabeled(batch):
         return 0.0
     outputs = model(**batch)
     if _first_label_only(batch, _field(outputs, "loss")):
@@ -57,7 +57,7 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
     return total
 
 
-def labelled_rows(batch: Mapping[str, Any]) -> int:
+def labeled_rows(batch: Mapping[str, Any]) -> int:
     """Samples that have a label."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
@@ -75,7 +75,7 @@ def _first_label_only(batch: Mapping[str, Any], loss: Any) -> bool:
     return bool((labels[:, 1:] == IGNORED).all()) and bool(loss.detach().isnan().all())
 
 
-def unlabelled(batch: Mapping[str, Any]) -> bool:
+def unlabeled(batch: Mapping[str, Any]) -> bool:
     """Whether every label of a batch is ignored: such samples have no loss, and a mean over nothing is NaN."""
     labels = batch.get("labels")
     return isinstance(labels, Tensor) and not labels.is_floating_point() and bool((labels == IGNORED).all())
@@ -101,9 +101,9 @@ def _checked(loss: Any, batch: Mapping[str, Any]) -> Tensor:
     if loss.numel() != 1:
         raise ValueError(f"expected one loss, got a tensor {list(loss.shape)}: reduce it to its mean")
     if not torch.isfinite(loss.detach()).all():
-        raise ValueError(f"the loss of an initialisation batch is {float(loss.detach())}: check the data and the dtype")
+        raise ValueError(f"the loss of an initialization batch is {float(loss.detach())}: check the data and the dtype")
     if not loss.requires_grad:
-        raise ValueError("the loss does not depend on any adapted layer: nothing to initialise from")
+        raise ValueError("the loss does not depend on any adapted layer: nothing to initialize from")
     return loss
 
 
@@ -121,7 +121,7 @@ def _weights(loss: Tensor, logits: Any, batch: Mapping[str, Any]) -> tuple[Tenso
 
 
 def _candidates(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(Σ of losses, number of labelled places) per sample, for each reading of the labels that the shapes allow."""
+    """(Σ of losses, number of labeled places) per sample, for each reading of the labels that the shapes allow."""
     found = []
     if labels.dtype == torch.long and labels.dim() == 2 and logits.dim() == 3 and logits.shape[:2] == labels.shape:
         found.append(_cross_entropy(logits[:, :-1], labels[:, 1:]))  # causal: predict the next token

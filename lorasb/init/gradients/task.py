@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...distributed.process_group import Processes
 from ...layers.linear import LoRASBLinear
 from ..sampling import Batch, batch_size, take_rows
-from .loss import LossFn, backward_over_samples, labelled_rows
+from .loss import LossFn, backward_over_samples, labeled_rows
 
 Layers = dict[str, LoRASBLinear]
 
@@ -34,7 +34,7 @@ class Work:
         halves: sums over the first half of the samples are kept beside those over all.
         values: the sums themselves are needed, not their signs alone.
         tick: called after every micro-batch of every block or pass.
-        loss, labelled: Σ of losses, and number of samples that have one.
+        loss, labeled: Σ of losses, and number of samples that have one.
         expect: called with the number of ticks that are still to come, once it is known.
     """
 
@@ -48,7 +48,7 @@ class Work:
     tick: Callable[[], Any] = field(default=lambda: None)
     expect: Callable[[int], Any] = field(default=lambda remaining: None)
     loss: float = 0.0
-    labelled: int = 0
+    labeled: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +60,7 @@ class Work:
         loss = backward_over_samples(self.model, to_device(piece.batch, self.device), self.loss_fn)
         if piece.counts:
             self.loss += loss
-            self.labelled += batch_size(piece.batch) if self.loss_fn is not None else labelled_rows(piece.batch)
+            self.labeled += batch_size(piece.batch) if self.loss_fn is not None else labeled_rows(piece.batch)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

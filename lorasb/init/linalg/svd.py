@@ -1,4 +1,4 @@
-"""Truncated SVD of a gradient or its signs: randomised, seeded, and judged by the energy it captures.
+"""Truncated SVD of a gradient or its signs: randomized, seeded, and judged by the energy it captures.
 
 The matrix comes dense or as `SignBits`, which are unpacked to ±1 some columns (or rows) at a time: the whole of it
 never exists beside its bits.
@@ -67,7 +67,7 @@ def leading_triplets(matrix: Matrix, r: int, seed: int) -> Triplets:
         dense = matrix.unpack() if isinstance(matrix, SignBits) else matrix
         u, s, vt = torch.linalg.svd(dense, full_matrices=False)
     else:
-        short, s, long = _randomised(matrix, q, seed)
+        short, s, long = _randomized(matrix, q, seed)
         u, vt = (short, long) if m <= n else (long.t(), short.t())
     signs = torch.sign(u.gather(0, u.abs().argmax(0, keepdim=True)))
     signs[signs == 0] = 1
@@ -89,7 +89,7 @@ def energies(core: Tensor) -> Tensor:
     return core.double().square().cumsum(0).cumsum(1).diagonal()
 
 
-def _randomised(matrix: Matrix, q: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _randomized(matrix: Matrix, q: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """q triplets of the matrix [s, l], s <= l: its transpose where it is tall. Each step multiplies by W Wᵀ."""
     short, length = sorted(matrix.shape)
     like = matrix.words if isinstance(matrix, SignBits) else matrix

@@ -1,4 +1,4 @@
-"""What an initialisation kept, layer by layer: as a table, as JSON, as a picture."""
+"""What an initialization kept, layer by layer: as a table, as JSON, as a picture."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class InitReport:
         if self.start is not None and self.start < 1.0:
             kept += f"; R starts {self.longest_start:g} of its steps away, {_percent(self.start)} of the first step"
         kept += "".join(f"\nleft alone: {line}" for line in self.left)
-        table = Table(title=f"{self.init} initialisation: {what}", caption=kept)
+        table = Table(title=f"{self.init} initialization: {what}", caption=kept)
         table.add_column("layer", overflow="fold")
         for name in ("shape", "r", "energy of sign(G)", "energy of G", "σ₁ σ₂ σ₃ … σᵣ", "zeros", "ms"):
             table.add_column(name, justify="right")

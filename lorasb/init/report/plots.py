@@ -20,10 +20,10 @@ def energy_by_layer(report: InitReport, path: Path) -> None:
     """Points: what each layer keeps of sign(ΣG) and of ΣG, in the model's order."""
     layers = [layer for layer in report.layers if layer.energy_sign is not None]
     figure, axes = canvas()
-    for kind, colour, label in KINDS:
+    for kind, color, label in KINDS:
         values = [100 * (getattr(layer, f"energy_{kind}") or 0.0) for layer in layers]
-        axes.plot(range(len(layers)), values, "o", markersize=3.5, color=colour, alpha=0.85, label=label)
-        axes.axhline(sum(values) / len(values), color=colour, linewidth=1, linestyle="--")
+        axes.plot(range(len(layers)), values, "o", markersize=3.5, color=color, alpha=0.85, label=label)
+        axes.axhline(sum(values) / len(values), color=color, linewidth=1, linestyle="--")
     axes.set(
         xlabel="adapted layer, from the embeddings to the head",
         ylabel="energy kept (%)",
@@ -38,14 +38,14 @@ def energy_by_layer(report: InitReport, path: Path) -> None:
 def energy_by_rank(report: InitReport, path: Path) -> None:
     """Lines: energy kept at every rank that was measured; the median over layers, and the middle half around it."""
     figure, axes = canvas()
-    for kind, colour, label in KINDS:
+    for kind, color, label in KINDS:
         curves = [curve for layer in report.layers if (curve := getattr(layer, f"curve_{kind}"))]
         if not curves:
             continue
         ranks = range(1, max(map(len, curves)) + 1)
         low, middle, high = zip(*(_quartiles([c[min(k, len(c)) - 1] for c in curves]) for k in ranks), strict=True)
-        axes.plot(ranks, middle, color=colour, linewidth=2, label=label)
-        axes.fill_between(ranks, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(ranks, middle, color=color, linewidth=2, label=label)
+        axes.fill_between(ranks, low, high, color=color, alpha=0.15, linewidth=0)
     chosen = sorted({layer.rank for layer in report.layers})
     for rank in chosen[-1:]:
         axes.axvline(rank, color=MUTED, linewidth=1, linestyle="--")
@@ -63,11 +63,11 @@ def spectrum(report: InitReport, path: Path) -> None:
         if layer.curve_sign:
             values = (*layer.singular_values, *layer.beyond)
             kinds.setdefault(layer.name.rpartition(".")[2], []).append([v / (values[0] or 1.0) for v in values])
-    colours = _colours(len(kinds))
-    for (kind, found), colour in zip(kinds.items(), colours, strict=True):
+    colors = _colors(len(kinds))
+    for (kind, found), color in zip(kinds.items(), colors, strict=True):
         length = min(map(len, found))
         axes.plot(range(1, length + 1), [statistics.median(v[k] for v in found) for k in range(length)],
-                  color=colour, linewidth=1.5, label=f"{kind} ({len(found)})")  # fmt: skip
+                  color=color, linewidth=1.5, label=f"{kind} ({len(found)})")  # fmt: skip
     axes.set(xlabel="index", ylabel="σ over σ₁", yscale="log", xlim=(1, None))
     axes.legend(frameon=False, ncols=2)
     what = "sign(ΣG)" if report.update == "adamw" else "ΣG"
@@ -84,7 +84,7 @@ def _ranks(layers: list[LayerReport]) -> str:
     return "/".join(map(str, sorted({layer.rank for layer in layers})))
 
 
-def _colours(count: int) -> Any:
+def _colors(count: int) -> Any:
     import matplotlib
 
     return [matplotlib.colormaps["viridis"](0.05 + 0.85 * i / max(1, count - 1)) for i in range(count)]

@@ -1,4 +1,4 @@
-"""Where an initialisation comes from: what is kept with an adapter, and the key of a cache."""
+"""Where an initialization comes from: what is kept with an adapter, and the key of a cache."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .init_report import InitReport
 
 PLAIN = (str, int, float, bool, bytes, tuple, type(None))
 DEPTH = 12  # of functions that a loss closes over
+SAME_SIGNS = "0.1.0"  # the first version whose signs are this one's to the bit: caches since then still hold
 VALUES = 64  # of each weight go into the hash of a model
 
 
@@ -31,7 +32,7 @@ def versions() -> dict[str, str]:
 
 
 def provenance(report: InitReport, data_hash: str | None) -> dict[str, Any]:
-    """What an adapter's config keeps of its initialisation."""
+    """What an adapter's config keeps of its initialization."""
     return {
         "init": report.init,
         "update": report.update,
@@ -56,7 +57,7 @@ def cache_key(model: nn.Module, layer: Any, update: str, seed: int, num_samples:
         "num_samples": num_samples,
         "data": data_hash,
         "loss_fn": function_hash(loss_fn) if loss_fn is not None else None,
-        "versions": versions(),
+        "versions": versions() | {"lorasb": SAME_SIGNS},
     }
 
 
