@@ -15,8 +15,7 @@ from .ops import cpu_fast_path
 from .ops.registry import backend_op, cpu_kernel, current_backend
 from .quantization.quantized_weight import QuantizedWeight, of_weight
 from .utils.deprecation import warn_renamed
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from .utils.dtypes import FLOATS
 
 
 def lora_sb_linear(
@@ -216,8 +215,8 @@ def lora_sb_linear_group(
     _check_lengths(weights, lora_A, lora_R, lora_B, scalings, biases or weights)
     if torch.is_autocast_enabled(x.device.type):
         count = len(weights)
-        x, *cast = _autocast(x, *weights, *lora_A, *lora_B, *biases)
-        weights, lora_A, lora_B, biases = (cast[i * count : (i + 1) * count] for i in range(4))
+        x, *casted = _autocast(x, *weights, *lora_A, *lora_B, *biases)
+        weights, lora_A, lora_B, biases = (casted[i * count : (i + 1) * count] for i in range(4))
     for i in range(len(weights)):
         _check(x, weights[i], lora_A[i], lora_R[i], lora_B[i], biases[i] if biases else None)
     lists = [list(part) for part in (weights, lora_A, lora_R, lora_B, biases)]

@@ -130,8 +130,12 @@ def commit() -> str:
 
 def dtype_option(parser: argparse.ArgumentParser) -> None:
     """--dtype, for `use_dtype`."""
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default=os.environ.get(DTYPE_VARIABLE, "auto"),
-                        help="auto: bfloat16 where this machine multiplies it natively, else float32")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default=os.environ.get(DTYPE_VARIABLE, "auto"),
+        help="auto: bfloat16 where this machine multiplies it natively, else float32",
+    )
 
 
 def use_dtype(name: str) -> None:

@@ -59,9 +59,14 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Problem
                 "saved_bytes": saved_bytes(partial(forward, problem.xs[0]), problem.parameters()),
             }
         benchmark.extra_info.update(
-            n=problem.n, ms=list(problem.ms), r=problem.r, M=problem.M, direction=direction,
-            dtype=str(problem.dtype).removeprefix("torch."), variants=found,
-        )  # fmt: skip
+            n=problem.n,
+            ms=list(problem.ms),
+            r=problem.r,
+            M=problem.M,
+            direction=direction,
+            dtype=str(problem.dtype).removeprefix("torch."),
+            variants=found,
+        )
         benchmark.pedantic(timed["ours"], args=(0,), rounds=3)
 
     return run

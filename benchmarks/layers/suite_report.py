@@ -19,8 +19,24 @@ from benchmarks.common.csv_files import write_csv
 from benchmarks.common.shapes import MODELS
 from lorasb.utils.plotting import canvas, save
 
-COLUMNS = ("n", "m", "r", "M", "dtype", "direction", "variant", "p20", "p50", "p80", "ratio", "ratio_p20", "ratio_p80",
-           "rounds", "peak_bytes", "saved_bytes")  # fmt: skip
+COLUMNS = (
+    "n",
+    "m",
+    "r",
+    "M",
+    "dtype",
+    "direction",
+    "variant",
+    "p20",
+    "p50",
+    "p80",
+    "ratio",
+    "ratio_p20",
+    "ratio_p80",
+    "rounds",
+    "peak_bytes",
+    "saved_bytes",
+)
 Row = dict[str, Any]
 
 

@@ -15,7 +15,6 @@ import lorasb
 from benchmarks.methods import starts
 from benchmarks.methods.grid import CORE, METHODS, Cell, Method, Task
 from benchmarks.methods.problems import Batch, Problem
-from lorasb.layers.merging import merged_weight
 
 Batches = Callable[[int], list[Batch]]  # so many samples, drawn for the initialization, in batches
 LORA_GA_SAMPLES = 32  # as many as LoRA-SB takes
@@ -37,9 +36,13 @@ def put_in(problem: Problem, method: Method, cell: Cell, batches: Batches, warmu
 def _core(problem: Problem, cell: Cell, batches: Batches, warmup: int) -> tuple[Any, Any]:
     options, eta = settings(cell), lorasb.first_step_lr(cell.lr, warmup)
     config = lorasb.LoRASBConfig(
-        r=cell.r, target_modules=problem.targets, modules_to_save=problem.head or None, task_type=problem.task_type,
-        init=options.get("init", "update"), init_seed=cell.seed,
-    )  # fmt: skip
+        r=cell.r,
+        target_modules=problem.targets,
+        modules_to_save=problem.head or None,
+        task_type=problem.task_type,
+        init=options.get("init", "update"),
+        init_seed=cell.seed,
+    )
     model: Any = lorasb.patch(problem.model, config)
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "signs" if "noise" in options else None
@@ -61,15 +64,21 @@ def begin(model: Any, problem: Problem, cell: Cell, batches: Batches, eta: float
     options = settings(cell)
     count = options.get("samples") or min(len(problem.train), max(32, -(-len(problem.train) // 1000)))
     return lorasb.initialize(
-        model, batches(count), lr=eta, num_samples=count, seed=cell.seed, progress=False, cache=cache,
+        model,
+        batches(count),
+        lr=eta,
+        num_samples=count,
+        seed=cell.seed,
+        progress=False,
+        cache=cache,
         **{name: options[name] for name in ("update", "longest_start") if name in options},
-    )  # fmt: skip
+    )
 
 
 def begin_again(model: Any, problem: Problem, cell: Cell, batches: Batches, warmup: int) -> None:
     """A second SVD in the middle of training: what was learnt goes into the base weights, and R starts anew."""
     for layer in starts.layers(model).values():
-        layer.base_weight().data = merged_weight(layer, [starts.ADAPTER])
+        layer.base_weight().data = layer.merged_weight([starts.ADAPTER])
     begin(model, problem, cell, batches, lorasb.first_step_lr(cell.lr, warmup))
     model.train()
 
@@ -78,9 +87,13 @@ def _lora(problem: Problem, method: Method, cell: Cell, batches: Batches) -> Any
     import peft
 
     config = peft.LoraConfig(
-        r=cell.r, lora_alpha=cell.r, target_modules=problem.targets, modules_to_save=problem.head or None,
-        task_type=problem.task_type, **method.options,
-    )  # fmt: skip
+        r=cell.r,
+        lora_alpha=cell.r,
+        target_modules=problem.targets,
+        modules_to_save=problem.head or None,
+        task_type=problem.task_type,
+        **method.options,
+    )
     if method.name == "LoRA-GA":
         _gradients(problem, config, batches)
     return peft.get_peft_model(problem.model, config)

@@ -76,10 +76,17 @@ def run(task: Task, judge: Judge, count: int, folder: Path | None) -> dict[str, 
     model, _, _ = put_in(problem, METHODS["LoRA-SB"], cell, lambda n: drawn(problem, task, 0, n), warmup)
     train(model, problem, task, cell, warmup)
     return {
-        "task": task.name, "r": cell.r, "lr": LR, "examples": task.steps * task.batch, "n": count,
-        "before": before, "after": judge(model, examples, tokenizer), "loss_before": loss_before,
-        "loss_after": problem.loss(model, "test"), "seconds": round(time.perf_counter() - started),
-    }  # fmt: skip
+        "task": task.name,
+        "r": cell.r,
+        "lr": LR,
+        "examples": task.steps * task.batch,
+        "n": count,
+        "before": before,
+        "after": judge(model, examples, tokenizer),
+        "loss_before": loss_before,
+        "loss_after": problem.loss(model, "test"),
+        "seconds": round(time.perf_counter() - started),
+    }
 
 
 def main() -> None:

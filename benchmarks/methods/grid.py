@@ -101,11 +101,23 @@ TASKS = {
         Task("word_sequence_reversal", "exact match", True, 1200, 75, 16, 100, 200, 32, (64, 96), LM_RATES),
         Task("gsm8k", "held-out loss", False, 192, 24, 8, 48, 96, 32, (96,), LM_RATES, data="gsm8k", longest=192),
         Task(
-            "cola", "Matthews correlation", True, 7250, 900, 32, 600, 1301, 8, (8, 16, 24), COLA_RATES,
-            head_lr=1e-3, by_score=True, data="cola",
+            "cola",
+            "Matthews correlation",
+            True,
+            7250,
+            900,
+            32,
+            600,
+            1301,
+            8,
+            (8, 16, 24),
+            COLA_RATES,
+            head_lr=1e-3,
+            by_score=True,
+            data="cola",
         ),
     )
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

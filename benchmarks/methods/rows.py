@@ -14,10 +14,29 @@ from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.methods.grid import KEY, Cell
 
 COLUMNS = (
-    "task", "split", "metric", "higher_is_better", "method", "r", "lr", "seed", "variant", "score", "loss",
-    "loss_before", "adapter_params", "init_seconds", "seconds", "peak_rss_mb", "steps", "energy", "energy_grad",
-    "version", "machine", "date",
-)  # fmt: skip
+    "task",
+    "split",
+    "metric",
+    "higher_is_better",
+    "method",
+    "r",
+    "lr",
+    "seed",
+    "variant",
+    "score",
+    "loss",
+    "loss_before",
+    "adapter_params",
+    "init_seconds",
+    "seconds",
+    "peak_rss_mb",
+    "steps",
+    "energy",
+    "energy_grad",
+    "version",
+    "machine",
+    "date",
+)
 
 
 def key(row: Row) -> tuple[str, ...]:

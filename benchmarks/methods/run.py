@@ -46,19 +46,31 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
     heads = [name for name, _ in model.named_parameters() if any(part in name.split(".") for part in problem.head)]
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     same = {
-        "metric": task.metric, "higher_is_better": task.higher_is_better,
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
         "adapter_params": sum(trained.values()) - sum(trained.get(name, 0) for name in heads),
-        "init_seconds": round(init_seconds, 2), "seconds": round(seconds, 1), "steps": task.steps,
+        "init_seconds": round(init_seconds, 2),
+        "seconds": round(seconds, 1),
+        "steps": task.steps,
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "energy": _energy(report, "sign"), "energy_grad": _energy(report, "grad"),
-        "version": version, "machine": machine_name(dtype_name(dtype)), "date": time.strftime("%Y-%m-%d"),
+        "energy": _energy(report, "sign"),
+        "energy_grad": _energy(report, "grad"),
+        "version": version,
+        "machine": machine_name(dtype_name(dtype)),
+        "date": time.strftime("%Y-%m-%d"),
         "losses": losses,
-    }  # fmt: skip
+    }
     return [
-        {**cell.described(), "split": split, **same, "loss_before": round(before[split], 5),
-         "loss": round(judged[split][0], 5), "score": round(judged[split][1], 5)}
+        {
+            **cell.described(),
+            "split": split,
+            **same,
+            "loss_before": round(before[split], 5),
+            "loss": round(judged[split][0], 5),
+            "score": round(judged[split][1], 5),
+        }
         for split in splits
-    ]  # fmt: skip
+    ]
 
 
 def twice(cell: Cell) -> bool:

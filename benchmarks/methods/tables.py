@@ -74,10 +74,18 @@ def _line(task: str, method: str, r: int, part: list[Row]) -> Line:
     kept = [float(row["energy_grad"]) for row in part if row.get("energy_grad")]
     middle = {name: statistics.median(numbers(name)) for name in ("seconds", "init_seconds", "peak_rss_mb")}
     return Line(
-        task, method, r, float(part[0]["lr"]), numbers("score"), numbers("loss"), int(part[0]["adapter_params"]),
-        middle["seconds"], middle["init_seconds"], middle["peak_rss_mb"],
+        task,
+        method,
+        r,
+        float(part[0]["lr"]),
+        numbers("score"),
+        numbers("loss"),
+        int(part[0]["adapter_params"]),
+        middle["seconds"],
+        middle["init_seconds"],
+        middle["peak_rss_mb"],
         statistics.fmean(kept) if kept else None,
-    )  # fmt: skip
+    )
 
 
 def summary(rows: Sequence[Row]) -> Iterator[Table]:
@@ -94,7 +102,14 @@ def summary(rows: Sequence[Row]) -> Iterator[Table]:
         for line in found:
             cells = (plus_minus(*found) for found in (line.score, line.loss))
             view.add_row(
-                line.method, str(line.r or "-"), f"{line.lr:g}", str(len(line.scores)), f"{line.params:,}", *cells,
-                f"{line.init_seconds:.1f}", f"{line.seconds:.0f}", f"{line.memory:.0f}",
-            )  # fmt: skip
+                line.method,
+                str(line.r or "-"),
+                f"{line.lr:g}",
+                str(len(line.scores)),
+                f"{line.params:,}",
+                *cells,
+                f"{line.init_seconds:.1f}",
+                f"{line.seconds:.0f}",
+                f"{line.memory:.0f}",
+            )
         yield view

@@ -106,9 +106,11 @@ def _subspaces(r: int, sign: float, gradient: float, weight: float, skewed: floa
         Variant(f"G, r={r}", r=r, lr=gradient, method=SGD),
         Variant(f"W, B = U Σ (LoRA-XS), r={r}", r=r, lr=skewed, method="LoRA-XS"),
         Variant(f"W, B = U, r={r}", {"flat": True}, r, weight, "LoRA-XS"),
-        *(Variant(f"W, B = U, r={r}, lr {lr:g}", {"flat": True}, r, lr, "LoRA-XS", SEEDS[:1])
-          for lr in (weight / 2, weight * 2)),
-    )  # fmt: skip
+        *(
+            Variant(f"W, B = U, r={r}, lr {lr:g}", {"flat": True}, r, lr, "LoRA-XS", SEEDS[:1])
+            for lr in (weight / 2, weight * 2)
+        ),
+    )
 
 
 def _cola() -> Iterator[tuple[Variant, Variant]]:
@@ -133,40 +135,58 @@ def _starts(r: int, lr: float) -> Iterator[tuple[Variant, Variant]]:
 
 ABLATIONS = {
     "starts": Ablation(
-        "table-5", "Truncated SVD of what (Table 5)",
-        _against(PAPER, Variant("Kaiming", {"init": "kaiming"}, method=WHOLE),
-                 *(Variant(f"ΔW + N(0, {s:.0e}²)", {"noise": s}, method=WHOLE) for s in reversed(NOISES))),
+        "table-5",
+        "Truncated SVD of what (Table 5)",
+        _against(
+            PAPER,
+            Variant("Kaiming", {"init": "kaiming"}, method=WHOLE),
+            *(Variant(f"ΔW + N(0, {s:.0e}²)", {"noise": s}, method=WHOLE) for s in reversed(NOISES)),
+        ),
     ),
     "samples": Ablation(
-        "table-6", "Samples of the initialization (Table 6)",
-        _against(replace(PAPER, label="32 (default)"),
-                 *(Variant(str(n), {"samples": n}, method=WHOLE) for n in COUNTS)),
+        "table-6",
+        "Samples of the initialization (Table 6)",
+        _against(
+            replace(PAPER, label="32 (default)"), *(Variant(str(n), {"samples": n}, method=WHOLE) for n in COUNTS)
+        ),
     ),
     "orthonormal": Ablation(
-        "figure-3", "B orthonormal or B = U Σ, R = I (Figure 3)",
-        _against(replace(PAPER, label="B = U, R = Σ, lr 1e-3"),
-                 *(Variant(f"B = U Σ, R = I, lr {lr:g}", {"skewed": True, "eta": LR / lr}, lr=lr, method=WHOLE)
-                   for lr in (1e-3, 1e-2, 1e-1))),
+        "figure-3",
+        "B orthonormal or B = U Σ, R = I (Figure 3)",
+        _against(
+            replace(PAPER, label="B = U, R = Σ, lr 1e-3"),
+            *(
+                Variant(f"B = U Σ, R = I, lr {lr:g}", {"skewed": True, "eta": LR / lr}, lr=lr, method=WHOLE)
+                for lr in (1e-3, 1e-2, 1e-1)
+            ),
+        ),
     ),
     "start": Ablation(
-        "start", "How far R's start may be from zero, in AdamW's steps of R",
+        "start",
+        "How far R's start may be from zero, in AdamW's steps of R",
         tuple(pair for r, lr in STARTS for pair in _starts(r, lr)),
     ),
     "update": Ablation(
-        "update", "First step of AdamW, sign(G), or of SGD, G",
-        tuple(pair for r, lr in STARTS for pair in
-              _against(Variant(f"sign(G), r={r}", r=r, lr=lr), Variant(f"G, r={r}", r=r, lr=lr, method=SGD))),
+        "update",
+        "First step of AdamW, sign(G), or of SGD, G",
+        tuple(
+            pair
+            for r, lr in STARTS
+            for pair in _against(Variant(f"sign(G), r={r}", r=r, lr=lr), Variant(f"G, r={r}", r=r, lr=lr, method=SGD))
+        ),
     ),
     "subspace": Ablation(
-        "subspace", "Factors of which matrix, each at a rate of its own",
+        "subspace",
+        "Factors of which matrix, each at a rate of its own",
         tuple(pair for r, rates in SUBSPACES.items() for pair in _subspaces(r, *rates)),
     ),
     "again": Ablation(
-        "again", "A second SVD in the middle of training",
+        "again",
+        "A second SVD in the middle of training",
         _against(Variant("one SVD"), Variant("again at 25% of the steps", {"again": 0.25})),
     ),
     "cola": Ablation("cola", "CoLA: twice the steps", tuple(_cola())),
-}  # fmt: skip
+}
 
 
 def results(variant: Variant, there: Sequence[Row]) -> dict[int, Row]:
@@ -186,11 +206,21 @@ def summary(ablation: Ablation, there: Sequence[Row]) -> list[dict[str, Any]]:
         over = spread(
             [float(row["loss"]) - float(theirs[s]["loss"]) for s, row in mine.items() if s in theirs] or [0.0]
         )
-        lines.append({
-            "variant": variant.label, "against": plain.label, "r": variant.r, "lr": variant.lr, "seeds": len(mine),
-            "loss": loss[0], "loss_sd": loss[1], "over": over[0], "over_sd": over[1],
-            "score": score[0], "score_sd": score[1],
-        })  # fmt: skip
+        lines.append(
+            {
+                "variant": variant.label,
+                "against": plain.label,
+                "r": variant.r,
+                "lr": variant.lr,
+                "seeds": len(mine),
+                "loss": loss[0],
+                "loss_sd": loss[1],
+                "over": over[0],
+                "over_sd": over[1],
+                "score": score[0],
+                "score_sd": score[1],
+            }
+        )
     return lines
 
 
@@ -202,11 +232,14 @@ def view(ablation: Ablation, lines: Sequence[Mapping[str, Any]]) -> Table:
     for line in lines:
         same = line["variant"] == line["against"]
         table.add_row(
-            line["variant"], str(line["r"]), f"{line['lr']:g}", str(line["seeds"]),
+            line["variant"],
+            str(line["r"]),
+            f"{line['lr']:g}",
+            str(line["seeds"]),
             f"{line['loss']:.3f} ± {line['loss_sd']:.3f}",
             "" if same else f"{line['over']:+.3f} ± {line['over_sd']:.3f}",
             f"{line['score']:.3f} ± {line['score_sd']:.3f}",
-        )  # fmt: skip
+        )
     return table
 
 

@@ -110,20 +110,53 @@ TWICE_AS_WIDE = (
     "wide (28672), which is what Google's own configuration counts for gate and up together"
 )
 MODELS = (
-    Model("RoBERTa-large", roberta_large, ROBERTA, GIGA, (
-        Published("LoRA", 8, 77.86, 155.79), Published("LoRA-SB", 16, 78.42, 156.91),
-        Published("LoRA-SB", 24, 78.97, 158.01),
-    ), WITHOUT_R),
-    Model("Llama-3.2 3B", llama_3b, ALL_LINEAR, TERA, (
-        Published("LoRA", 32, 0.84, 1.67), Published("LoRA-SB", 64, 0.85, 1.70), Published("LoRA-SB", 96, 0.86, 1.72),
-    )),
-    Model("Mistral 7B", mistral_7b, ALL_LINEAR, TERA, (
-        Published("LoRA", 32, 1.84, 3.69), Published("LoRA-SB", 64, 1.86, 3.73), Published("LoRA-SB", 92, 1.88, 3.77),
-    )),
-    Model("Gemma-2 9B", gemma_9b, ALL_LINEAR, TERA, (
-        Published("LoRA", 32, 3.89, 7.77), Published("LoRA-SB", 64, 3.93, 7.86), Published("LoRA-SB", 96, 3.97, 7.94),
-    ), TWICE_AS_WIDE),
-)  # fmt: skip
+    Model(
+        "RoBERTa-large",
+        roberta_large,
+        ROBERTA,
+        GIGA,
+        (
+            Published("LoRA", 8, 77.86, 155.79),
+            Published("LoRA-SB", 16, 78.42, 156.91),
+            Published("LoRA-SB", 24, 78.97, 158.01),
+        ),
+        WITHOUT_R,
+    ),
+    Model(
+        "Llama-3.2 3B",
+        llama_3b,
+        ALL_LINEAR,
+        TERA,
+        (
+            Published("LoRA", 32, 0.84, 1.67),
+            Published("LoRA-SB", 64, 0.85, 1.70),
+            Published("LoRA-SB", 96, 0.86, 1.72),
+        ),
+    ),
+    Model(
+        "Mistral 7B",
+        mistral_7b,
+        ALL_LINEAR,
+        TERA,
+        (
+            Published("LoRA", 32, 1.84, 3.69),
+            Published("LoRA-SB", 64, 1.86, 3.73),
+            Published("LoRA-SB", 92, 1.88, 3.77),
+        ),
+    ),
+    Model(
+        "Gemma-2 9B",
+        gemma_9b,
+        ALL_LINEAR,
+        TERA,
+        (
+            Published("LoRA", 32, 3.89, 7.77),
+            Published("LoRA-SB", 64, 3.93, 7.86),
+            Published("LoRA-SB", 96, 3.97, 7.94),
+        ),
+        TWICE_AS_WIDE,
+    ),
+)
 
 
 def linears(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -153,11 +186,21 @@ def rows() -> list[dict[str, Any]]:
         for line in model.lines:
             trained, macs = count(layers, model.targets, line.method, line.r)
             ours, theirs = macs / model.unit, line.macs
-            found.append({
-                "model": model.name, "method": line.method, "r": line.r, "trained": trained, "macs": macs,
-                "flops": 2 * macs, "paper_macs": line.macs * model.unit, "paper_flops": line.flops * model.unit,
-                "ratio": round(ours / theirs, 4), "within_a_digit": abs(ours - theirs) <= 0.0101, "note": model.note,
-            })  # fmt: skip
+            found.append(
+                {
+                    "model": model.name,
+                    "method": line.method,
+                    "r": line.r,
+                    "trained": trained,
+                    "macs": macs,
+                    "flops": 2 * macs,
+                    "paper_macs": line.macs * model.unit,
+                    "paper_flops": line.flops * model.unit,
+                    "ratio": round(ours / theirs, 4),
+                    "within_a_digit": abs(ours - theirs) <= 0.0101,
+                    "note": model.note,
+                }
+            )
     return found
 
 
@@ -173,9 +216,16 @@ def view(found: list[dict[str, Any]]) -> Table:
         )
         mark = "" if row["within_a_digit"] else " *"
         table.add_row(
-            row["model"], row["method"], str(row["r"]), f"{row['trained']:,}", ours, theirs + mark,
-            f"{row['ratio']:.3f}", flops, their_flops,
-        )  # fmt: skip
+            row["model"],
+            row["method"],
+            str(row["r"]),
+            f"{row['trained']:,}",
+            ours,
+            theirs + mark,
+            f"{row['ratio']:.3f}",
+            flops,
+            their_flops,
+        )
     notes = {row["model"]: row["note"] for row in found if row["note"] and not row["within_a_digit"]}
     table.caption = "\n".join(f"* {name}: {note}" for name, note in notes.items()) or None
     return table

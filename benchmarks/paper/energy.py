@@ -134,11 +134,19 @@ def measure(there: Sequence[Row], folder: Path | None) -> list[dict[str, Any]]:
         model, _, _ = put_in(problem, METHODS[cell.method], cell, lambda n: drawn(problem, TASK, 0, n), warmup)
         of_grad, of_sign = shares(model, gradients)
         loss, deviation = spread(start.losses)
-        lines.append({
-            "start": start.label, "r": cell.r, "lr": cell.lr, "seeds": len(start.losses),
-            "loss": loss, "loss_sd": deviation,  # 0 of one seed
-            "energy_grad": of_grad, "energy_sign": of_sign, **at,
-        })  # fmt: skip
+        lines.append(
+            {
+                "start": start.label,
+                "r": cell.r,
+                "lr": cell.lr,
+                "seeds": len(start.losses),
+                "loss": loss,
+                "loss_sd": deviation,  # 0 of one seed
+                "energy_grad": of_grad,
+                "energy_sign": of_sign,
+                **at,
+            }
+        )
     return lines
 
 
@@ -155,9 +163,13 @@ def view(lines: Sequence[dict[str, Any]]) -> Table:
         table.add_column(name, justify="left" if name == "start" else "right")
     for line in sorted(lines, key=lambda line: line["loss"]):
         table.add_row(
-            line["start"], f"{line['lr']:g}", str(line["seeds"]), f"{line['energy_grad']:.1%}",
-            f"{line['energy_sign']:.1%}", loss_of(line),
-        )  # fmt: skip
+            line["start"],
+            f"{line['lr']:g}",
+            str(line["seeds"]),
+            f"{line['energy_grad']:.1%}",
+            f"{line['energy_sign']:.1%}",
+            loss_of(line),
+        )
     return table
 
 

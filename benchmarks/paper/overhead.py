@@ -36,9 +36,10 @@ HEAD = (
 def least(task: Task, method: str, there: Sequence[Row]) -> dict[str, float]:
     """Of all plain runs at the largest r: the least seconds to put a method in, and of training."""
     found = [
-        row for row in there
+        row
+        for row in there
         if (row["task"], row["method"], row["r"], row["variant"]) == (task.name, method, str(task.ranks[-1]), "")
-    ]  # fmt: skip
+    ]
     names = {"init": "init_seconds", "train": "seconds"}
     return {key: min(float(row[name]) for row in found) for key, name in names.items()} if found else {}
 
@@ -52,22 +53,34 @@ def lines(there: Sequence[Row]) -> list[dict[str, Any]]:
             continue
         samples = PAPER[task.name]
         overhead, epoch = ours["init"] - theirs["init"], ours["train"] / (task.steps * task.batch) * samples
-        found.append({
-            "task": task.name, "r": task.ranks[-1], "init_seconds": ours["init"],
-            "init_seconds_lora_xs": theirs["init"], "train_seconds": ours["train"],
-            "share_of_run": overhead / ours["train"], "epoch_samples": samples, "epoch_seconds": epoch,
-            "share_of_epoch": overhead * max(1.0, samples / 32_000) / epoch,
-        })  # fmt: skip
+        found.append(
+            {
+                "task": task.name,
+                "r": task.ranks[-1],
+                "init_seconds": ours["init"],
+                "init_seconds_lora_xs": theirs["init"],
+                "train_seconds": ours["train"],
+                "share_of_run": overhead / ours["train"],
+                "epoch_samples": samples,
+                "epoch_seconds": epoch,
+                "share_of_epoch": overhead * max(1.0, samples / 32_000) / epoch,
+            }
+        )
     return found
 
 
 def shown(line: Mapping[str, Any]) -> list[str]:
     """For people, under `HEAD`."""
     return [
-        line["task"], str(line["r"]), f"{line['init_seconds']:.1f}", f"{line['init_seconds_lora_xs']:.1f}",
-        f"{line['train_seconds']:.0f}", f"{line['share_of_run']:.1%}",
-        f"{line['epoch_samples']:,} samples, {line['epoch_seconds']:,.0f} s", f"{line['share_of_epoch']:.2%}",
-    ]  # fmt: skip
+        line["task"],
+        str(line["r"]),
+        f"{line['init_seconds']:.1f}",
+        f"{line['init_seconds_lora_xs']:.1f}",
+        f"{line['train_seconds']:.0f}",
+        f"{line['share_of_run']:.1%}",
+        f"{line['epoch_samples']:,} samples, {line['epoch_seconds']:,.0f} s",
+        f"{line['share_of_epoch']:.2%}",
+    ]
 
 
 def plot(found: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -285,9 +285,13 @@ def decode(seconds: float) -> Iterator[dict[str, Any]]:
         def run(_: int, model: Any = model) -> None:
             with torch.no_grad():
                 model.generate(
-                    input_ids=prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=48, max_new_tokens=48,
-                    do_sample=False, pad_token_id=0,
-                )  # fmt: skip
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    min_new_tokens=48,
+                    max_new_tokens=48,
+                    do_sample=False,
+                    pad_token_id=0,
+                )
 
         calls[way] = run
     yield row("decode", "48 tokens", measure(calls, "cpu", 4 * seconds, least=6)) | {"tokens": 48}
@@ -312,9 +316,14 @@ def _elsewhere(job: str, way: str) -> dict[str, Any]:
 
 
 ROWS: dict[str, Callable[[float], Iterator[dict[str, Any]]]] = {
-    "dequantize": dequantize, "train": train, "evaluate": evaluate, "block": block, "step": step, "decode": decode,
+    "dequantize": dequantize,
+    "train": train,
+    "evaluate": evaluate,
+    "block": block,
+    "step": step,
+    "decode": decode,
     "memory": memory,
-}  # fmt: skip
+}
 
 
 def view(found: Found) -> Table:

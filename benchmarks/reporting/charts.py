@@ -15,8 +15,14 @@ from benchmarks.methods.tables import lines
 from benchmarks.reporting.labels import label, short
 from lorasb.utils.plotting import INK, MUTED
 
-RELATIVES = {"rsLoRA": "#2a9d8f", "PiSSA": "#7a9e4b", "DoRA": "#8d6e63", "LoRA-GA": "#c9a227", "LoRA-Pro": "#6d597a",
-             WHOLE: "#d8a47f"}  # fmt: skip
+RELATIVES = {
+    "rsLoRA": "#2a9d8f",
+    "PiSSA": "#7a9e4b",
+    "DoRA": "#8d6e63",
+    "LoRA-GA": "#c9a227",
+    "LoRA-Pro": "#6d597a",
+    WHOLE: "#d8a47f",
+}
 
 
 def draw_scores(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:

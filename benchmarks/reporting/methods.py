@@ -86,10 +86,17 @@ def one_task(rows: Sequence[Row], task: Task) -> list[str]:
 
 def _row(line: Line, task: Task) -> list[str]:
     return [
-        line.method, str(line.r or "-"), f"{line.lr:g}", str(len(line.scores)), f"{line.params:,}",
-        *([_spread(line.scores)] if task.higher_is_better else []), _spread(line.losses),
-        f"{line.init_seconds:.1f}", f"{line.seconds:.0f}", f"{line.memory:,.0f}",
-    ]  # fmt: skip
+        line.method,
+        str(line.r or "-"),
+        f"{line.lr:g}",
+        str(len(line.scores)),
+        f"{line.params:,}",
+        *([_spread(line.scores)] if task.higher_is_better else []),
+        _spread(line.losses),
+        f"{line.init_seconds:.1f}",
+        f"{line.seconds:.0f}",
+        f"{line.memory:,.0f}",
+    ]
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -150,9 +157,21 @@ def floors(found: dict[str, Any]) -> Iterator[str]:
     yield "0.25 on ARC-Easy. Losses are of the same task's first test examples."
     yield ""
     head = ["task", "r", "lr", "examples", "n", "answers before", "after", "loss before", "after"]
-    yield from table(head, (
-        [row["task"], str(row["r"]), f"{row['lr']:g}", str(row["examples"]), str(row["n"]), f"{row['before']:.3f}",
-         f"{row['after']:.3f}", f"{row['loss_before']:.3f}", f"{row['loss_after']:.3f}"]
-        for row in found["rows"]
-    ))  # fmt: skip
+    yield from table(
+        head,
+        (
+            [
+                row["task"],
+                str(row["r"]),
+                f"{row['lr']:g}",
+                str(row["examples"]),
+                str(row["n"]),
+                f"{row['before']:.3f}",
+                f"{row['after']:.3f}",
+                f"{row['loss_before']:.3f}",
+                f"{row['loss_after']:.3f}",
+            ]
+            for row in found["rows"]
+        ),
+    )
     yield from ("", where(found), "")

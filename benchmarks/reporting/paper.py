@@ -108,12 +108,23 @@ def costs(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     yield from ("### Table 8: parameters, MACs and FLOPs of four architectures (`costs`)", "")
     yield from ("Counted on the meta device, 256 tokens, billions; * apart by more than the last digit.", "")
     head = ["model", "method", "r", "trained", "MACs", "published", "FLOPs", "published"]
-    yield from table(head, (
-        [row["model"], row["method"], row["r"], f"{int(row['trained']):,}", f"{float(row['macs']) / 1e9:,.2f}",
-         f"{float(row['paper_macs']) / 1e9:,.2f}{'' if row['within_a_digit'] == 'True' else ' *'}",
-         f"{float(row['flops']) / 1e9:,.2f}", f"{float(row['paper_flops']) / 1e9:,.2f}"]
-        for row in found
-    ), left=2)  # fmt: skip
+    yield from table(
+        head,
+        (
+            [
+                row["model"],
+                row["method"],
+                row["r"],
+                f"{int(row['trained']):,}",
+                f"{float(row['macs']) / 1e9:,.2f}",
+                f"{float(row['paper_macs']) / 1e9:,.2f}{'' if row['within_a_digit'] == 'True' else ' *'}",
+                f"{float(row['flops']) / 1e9:,.2f}",
+                f"{float(row['paper_flops']) / 1e9:,.2f}",
+            ]
+            for row in found
+        ),
+        left=2,
+    )
     yield ""
     for model, note in dict.fromkeys((row["model"], row["note"]) for row in found if row["note"]):
         yield f"- {model}: {note}."
@@ -162,11 +173,21 @@ def energy(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     yield from ("### Energy captured against the loss reached (`energy`)", "")
     head = ["start", "r", "lr", "seeds", "energy of G", "energy of sign(G)", "loss"]
     order = sorted(found, key=lambda row: (int(row["r"]), float(row["loss"])))
-    yield from table(head, (
-        [row["start"], row["r"], f"{float(row['lr']):g}", row["seeds"], f"{float(row['energy_grad']):.1%}",
-         f"{float(row['energy_sign']):.1%}", loss_of(row)]
-        for row in order
-    ))  # fmt: skip
+    yield from table(
+        head,
+        (
+            [
+                row["start"],
+                row["r"],
+                f"{float(row['lr']):g}",
+                row["seeds"],
+                f"{float(row['energy_grad']):.1%}",
+                f"{float(row['energy_sign']):.1%}",
+                loss_of(row),
+            ]
+            for row in order
+        ),
+    )
     yield from ("", where_rows(found), "", *_by_matrix(found), *_by_loss_of_energy(found))
     yield from picture("Energy of unseen samples' gradient in the subspace against the loss", "results/energy.png")
 

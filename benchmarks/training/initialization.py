@@ -159,8 +159,12 @@ def epoch_share(steps: int = 20) -> dict[str, Any]:
         optimizer.zero_grad()
         seconds.append((time.perf_counter() - started) / 16)
     tokens = sum(map(len, encoded)) / len(encoded)
-    return {"init_seconds": init_seconds, "seconds_a_sample": seconds, "tokens_a_sample": tokens,
-            "dtype": run.precision.name}  # fmt: skip
+    return {
+        "init_seconds": init_seconds,
+        "seconds_a_sample": seconds,
+        "tokens_a_sample": tokens,
+        "dtype": run.precision.name,
+    }
 
 
 def bits_and_energies() -> dict[str, Any]:
@@ -246,22 +250,42 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     epoch, init = a_sample * EPOCH, found["epoch"]["init_seconds"]
     grown, bits = memory["layerwise, 2 blocks"] + boundary_growth(), found["bits"]
     return [
-        ("time, s", f"{seconds['layerwise']:.1f}", f"all sums kept: {seconds['all sums']:.1f}",
-         f"{statistics.median(ratios):.2f}x ({low:.2f}-{high:.2f})"),
+        (
+            "time, s",
+            f"{seconds['layerwise']:.1f}",
+            f"all sums kept: {seconds['all sums']:.1f}",
+            f"{statistics.median(ratios):.2f}x ({low:.2f}-{high:.2f})",
+        ),
         ("new memory, MB", _mb(ours), f"all sums kept: {_mb(sums)}", f"{ours / sums:.2f}x"),
         ("new memory of 30 blocks, MB", _mb(ours), f"of 2, and 28 boundaries: {_mb(grown)}", f"{ours / grown:.2f}x"),
-        *((f"new memory, MB (step of {rows} x {TOKENS} tokens)", _mb(ours),
-           f"PEFT LoRA r={LORA_RANK}, AdamW: {_mb(memory[f'LoRA step of {rows}'])}",
-           f"{ours / memory[f'LoRA step of {rows}']:.2f}x") for rows in PAPER_BATCHES),
-        (f"the demo's model and data, s (64 samples, {found['epoch'].get('dtype', 'bf16')})", f"{init:.1f}",
-         f"an epoch of {EPOCH:,} samples at {found['epoch']['tokens_a_sample'] / a_sample:.0f} tokens/s: {epoch:.0f}",
-         f"{init / epoch:.2%}"),
-        ("signs of all layers, MB", f"{bits['words_bytes'] / 1e6:.1f}",
-         f"gradients in fp32: {bits['dense_bytes'] / 1e6:.1f} (planes of zeros: {bits['zero_plane_bytes'] / 1e6:.1f})",
-         f"1/{bits['dense_bytes'] / bits['words_bytes']:.1f}"),
-        (f"energy of sign(G) at r={RANK}, least of {len(bits['energy_of_optimum'])} layers", "randomized, from bits",
-         "exact SVD", f"{min(bits['energy_of_optimum']):.3%}"),
-    ]  # fmt: skip
+        *(
+            (
+                f"new memory, MB (step of {rows} x {TOKENS} tokens)",
+                _mb(ours),
+                f"PEFT LoRA r={LORA_RANK}, AdamW: {_mb(memory[f'LoRA step of {rows}'])}",
+                f"{ours / memory[f'LoRA step of {rows}']:.2f}x",
+            )
+            for rows in PAPER_BATCHES
+        ),
+        (
+            f"the demo's model and data, s (64 samples, {found['epoch'].get('dtype', 'bf16')})",
+            f"{init:.1f}",
+            f"an epoch of {EPOCH:,} samples at {found['epoch']['tokens_a_sample'] / a_sample:.0f} tokens/s: {epoch:.0f}",
+            f"{init / epoch:.2%}",
+        ),
+        (
+            "signs of all layers, MB",
+            f"{bits['words_bytes'] / 1e6:.1f}",
+            f"gradients in fp32: {bits['dense_bytes'] / 1e6:.1f} (planes of zeros: {bits['zero_plane_bytes'] / 1e6:.1f})",
+            f"1/{bits['dense_bytes'] / bits['words_bytes']:.1f}",
+        ),
+        (
+            f"energy of sign(G) at r={RANK}, least of {len(bits['energy_of_optimum'])} layers",
+            "randomized, from bits",
+            "exact SVD",
+            f"{min(bits['energy_of_optimum']):.3%}",
+        ),
+    ]
 
 
 def _mb(size: float) -> str:

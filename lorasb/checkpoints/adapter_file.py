@@ -13,10 +13,8 @@ from torch import Tensor
 
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..utils.atomic_files import safetensors_header
+from ..utils.dtypes import FLOATS, WIDE
 from .shared_factors import DIGEST, joined, missing
-
-WIDE = (torch.float32, torch.float64)
-FLOATS = (*WIDE, torch.bfloat16, torch.float16)
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -17,8 +17,21 @@ from ..recipes.bundled_model import EMBEDDED, embedded_folder
 from ..utils.cache_dir import cache_dir
 from ..utils.precision import CAPS, native
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "triton", "bitsandbytes", "matplotlib",
-            "reasoning-gym", "gguf", "PyYAML", "tensorboard", "wandb")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "triton",
+    "bitsandbytes",
+    "matplotlib",
+    "reasoning-gym",
+    "gguf",
+    "PyYAML",
+    "tensorboard",
+    "wandb",
+)
 
 
 def examine() -> Table:

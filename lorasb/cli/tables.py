@@ -47,8 +47,11 @@ def costs(summary: dict[str, Any]) -> Table:
         table.add_row("R alone", f"{4e-6 * summary['trainable_params']:.1f} MB in fp32")
     table.add_row("computed in", f"{summary['dtype']} ({summary['machine']})")
     table.add_row("initialization", f"{summary['init_seconds']:.1f} s")
-    table.add_row("training", f"{summary['train_seconds']:.0f} s, {summary['train_steps']} steps, "
-                  f"{summary['tokens_per_second']:.0f} tokens/s")  # fmt: skip
+    table.add_row(
+        "training",
+        f"{summary['train_seconds']:.0f} s, {summary['train_steps']} steps, "
+        f"{summary['tokens_per_second']:.0f} tokens/s",
+    )
     table.add_row("peak memory", f"{summary['peak_rss_mb'] / 1000:.1f} GB")
     return table
 
@@ -60,8 +63,12 @@ def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[
         table.add_column(name, overflow="fold", max_width=WIDTH)
     for example, old, new in list(zip(examples, before, after, strict=True))[:SHOWN]:
         right = new == example.completion.strip()
-        table.add_row(Text(_short(example.prompt, 200)), Text(example.completion), Text(_short(old)),
-                      Text(_short(new), style="green" if right else "red"))  # fmt: skip
+        table.add_row(
+            Text(_short(example.prompt, 200)),
+            Text(example.completion),
+            Text(_short(old)),
+            Text(_short(new), style="green" if right else "red"),
+        )
     return table
 
 
@@ -92,8 +99,13 @@ def ranks(suggestion: RankSuggestion) -> Table:
     kept = f"keeps {suggestion.energy:.1%} of sign(G) with {suggestion.trained_parameters:,} trained parameters"
     short = f"; {len(suggestion.short)} layers need a higher rank than was measured" if suggestion.short else ""
     table = Table(title=f"suggested ranks: {kept}", caption=f"in ranks.json, for LoRASBConfig(rank_pattern=...){short}")
-    for name, justify in (("layers", "left"), ("number", "right"), ("least r", "right"), ("median", "right"),
-                          ("largest", "right")):  # fmt: skip
+    for name, justify in (
+        ("layers", "left"),
+        ("number", "right"),
+        ("least r", "right"),
+        ("median", "right"),
+        ("largest", "right"),
+    ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     kinds: dict[str, list[int]] = {}
     for name, rank in suggestion.rank_pattern.items():

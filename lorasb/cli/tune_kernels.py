@@ -114,9 +114,12 @@ def _call(shape: Shape, chosen: Plan, device: str) -> Callable[[], object]:
 
     ms = [shape.m // shape.members] * shape.members
     members = launch.Members(
-        [normal(m, shape.n) for m in ms], [normal(shape.r, shape.n) for _ in ms],
-        [normal(shape.r, shape.r, kind=torch.float32) for _ in ms], [normal(m, shape.r) for m in ms], [1.0] * len(ms),
-    )  # fmt: skip
+        [normal(m, shape.n) for m in ms],
+        [normal(shape.r, shape.n) for _ in ms],
+        [normal(shape.r, shape.r, kind=torch.float32) for _ in ms],
+        [normal(m, shape.r) for m in ms],
+        [1.0] * len(ms),
+    )
     if shape.op == "forward":
         x = normal(shape.M, shape.n)
         return lambda: launch.forward(x, members, [None] * len(ms), chosen)

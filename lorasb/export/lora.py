@@ -20,8 +20,18 @@ from ..utils.atomic_files import replacing, write_json, write_text
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 FORMATS = ("peft", "gguf")
-COPIED = ("base_model_name_or_path", "revision", "task_type", "target_modules", "target_parameters", "exclude_modules",
-          "layers_to_transform", "layers_pattern", "modules_to_save", "auto_mapping")  # fmt: skip
+COPIED = (
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "auto_mapping",
+)
 
 
 def export_lora(

@@ -102,8 +102,10 @@ def initialize(
         options = Options(recipe, num_samples, strategy, blocks, budget, loss_fn, cache, stability, progress)
         # hooks that end a pass half-way would have a compiled model compiled anew at every block
         with Staging(name) as staging, torch.compiler.set_stance("force_eager"):
-            found = from_gradients(model, layers, batches, options, staging)
-        report = _recorded(model, config, found, update, lr, seed, started, limit)
+            outcome = from_gradients(model, layers, batches, options, staging)
+        report = _recorded(
+            model, config, outcome, update=update, lr=lr, seed=seed, started=started, longest_start=limit
+        )
     else:
         report = without_data(model, config, name, layers, seed, progress)
     _warn_if_frozen(layers, name)
@@ -119,21 +121,37 @@ def without_data(
         ValueError: a weight has NaN or Inf entries; the layers stay as they are.
     """
     started = time.perf_counter()
-    found = from_weights(layers, config.init, name, seed, progress)
-    return _recorded(model, config, found, "none", None, seed, started, None)
+    outcome = from_weights(layers, config.init, name, seed, progress)
+    return _recorded(model, config, outcome, update="none", lr=None, seed=seed, started=started, longest_start=None)
 
 
 def _recorded(
-    model: nn.Module, config: LoRASBConfig, found: Outcome, update: str, lr: float | None, seed: int, started: float,
-    limit: float | None,
-) -> InitReport:  # fmt: skip
-    """The report, which the config keeps the most of."""
-    seconds = time.perf_counter() - started
+    model: nn.Module,
+    config: LoRASBConfig,
+    outcome: Outcome,
+    *,
+    update: str,
+    lr: float | None,
+    seed: int,
+    started: float,
+    longest_start: float | None,
+) -> InitReport:
+    """The report; most of it is kept in the config, and so in the adapter's file."""
     report = InitReport(
-        config.init, update, lr, found.num_samples, seed, found.loss, seconds, found.layers, found.strategy, found.why,
-        left_alone(model), limit,
-    )  # fmt: skip
-    config.init_provenance = provenance(report, found.data_hash)
+        init=config.init,
+        update=update,
+        lr=lr,
+        num_samples=outcome.num_samples,
+        seed=seed,
+        loss=outcome.loss,
+        seconds=time.perf_counter() - started,
+        layers=outcome.layers,
+        strategy=outcome.strategy,
+        why=outcome.why,
+        left=left_alone(model),
+        longest_start=longest_start,
+    )
+    config.init_provenance = provenance(report, outcome.data_hash)
     return report
 
 

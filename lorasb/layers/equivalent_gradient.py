@@ -2,41 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .linear import LoRASBLinear
-
-
-class EquivalentGradient(torch.autograd.Function):
-    """The identity, with backward g -> left g right."""
-
-    @staticmethod
-    def forward(ctx: Any, core: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        ctx.save_for_backward(left, right)
-        return core.view_as(core)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        left, right = ctx.saved_tensors
-        return left @ grad @ right, None, None
-
-
-@torch.no_grad()
-def preconditioners(layer: LoRASBLinear, name: str) -> tuple[Tensor, Tensor]:
-    """(BᵀB)⁻¹/s² and (AAᵀ)⁻¹ [r, r] of Theorem 3, in R's dtype; computed once for each value of A and B."""
-    a, b, dtype = layer.lorasb_A[name], layer.lorasb_B[name], layer.lorasb_R[name].dtype
-    key = (a.data_ptr(), a._version, b.data_ptr(), b._version, layer.scaling[name])
-    cached = layer._preconditioners.get(name)
-    if cached is None or cached[0] != key:
-        wide_a, wide_b = a.double(), b.double()
-        left = torch.linalg.inv(wide_b.t() @ wide_b) / layer.scaling[name] ** 2
-        right = torch.linalg.inv(wide_a @ wide_a.t())
-        cached = layer._preconditioners[name] = (key, left.to(dtype), right.to(dtype))
-    return cached[1], cached[2]
+from .linear import LoRASBLinear
 
 
 @torch.no_grad()
@@ -61,5 +30,5 @@ def equivalent_gradient(layer: LoRASBLinear, adapter_name: str | None = None) ->
         raise ValueError(f"adapter {name!r} has no gradient: call loss.backward() first")
     if layer.equivalent[name]:
         return gradient
-    left, right = preconditioners(layer, name)
+    left, right = layer.preconditioner(name)
     return left @ gradient @ right

@@ -82,9 +82,15 @@ class Linear4bit(nn.Linear):
             destination[f"{prefix}weight.{name}"] = tensor
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
-        unexpected: list[str], errors: list[str],
-    ) -> None:  # fmt: skip
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         start = f"{prefix}weight."
         found = {key[len(start) :]: value for key, value in state_dict.items() if key.startswith(start)}
         name = f"{prefix}weight"

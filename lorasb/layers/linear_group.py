@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,25 @@ NAMES = (
 )
 
 
+@dataclass
+class Pending:
+    """Results that members have not taken yet.
+
+    Attributes:
+        x: what all of them read.
+        state: what must not have changed when another member comes for its result.
+        results: y by the member's place in the group.
+    """
+
+    x: Tensor
+    state: tuple[Any, ...]
+    results: dict[int, Tensor]
+
+    def holds(self, place: int, x: Tensor, state: tuple[Any, ...]) -> bool:
+        """True if a member's result is there, and was computed from this very x in this very state."""
+        return place in self.results and x is self.x and state == self.state
+
+
 class Siblings:
     """Layers of one parent that are expected to read the same x.
 
@@ -48,7 +68,7 @@ class Siblings:
         self.names = tuple(names)
         self._parent: weakref.ref[nn.Module] | None = weakref.ref(parent)
         self._inside: tuple[Any, ...] | None = None  # who runs the parent's forward
-        self._held: tuple[Tensor, tuple[Any, ...], dict[int, Tensor]] | None = None  # x, state, results by place
+        self._held: Pending | None = None
         self._hooks = (
             parent.register_forward_pre_hook(self._parent_begins).id,
             parent.register_forward_hook(self._parent_ends, always_call=True).id,
@@ -67,16 +87,16 @@ class Siblings:
         """y of one member, computed with the others' or waiting since then; None: it is to be computed alone."""
         if torch.compiler.is_compiling() or x.is_inference() or self._inside != _here():
             return None
-        members, held = self.members, self._held
+        members, pending = self.members, self._held
         place = next((i for i, member in enumerate(members) if member is layer), None)
         if place is None:
             return None
-        if held is not None and place in held[2]:
-            if x is held[0] and held[1] == self._state(members, x):
-                return held[2].pop(place)
-            self._split(held[2])
+        if pending is not None and place in pending.results:
+            if pending.holds(place, x, self._state(members, x)):
+                return pending.results.pop(place)
+            self._split(pending.results)
             return layer.siblings.take(layer, x) if layer.siblings is not None else None
-        if held is not None and x is held[0]:
+        if pending is not None and x is pending.x:
             return None  # the others belong together, and this one does not
         self.clear()
         wanted = kind(layer, x)
@@ -85,7 +105,7 @@ class Siblings:
             return None
         results = dict(zip(together, _compute([members[i] for i in together], x), strict=True))
         y = results.pop(place)
-        self._held = x, self._state(members, x), results
+        self._held = Pending(x, self._state(members, x), results)
         return y
 
     def clear(self) -> None:
@@ -117,7 +137,8 @@ class Siblings:
 
     def _split(self, waiting: dict[int, Tensor]) -> None:
         """Part those that read x from those that did not; two or more of a kind stay together."""
-        parent, inside, groups = self._parent, self._inside, ([], [])  # type: ignore[var-annotated]
+        parent, inside = self._parent, self._inside
+        groups: tuple[list[str], list[str]] = ([], [])
         for i, name in enumerate(self.names):
             groups[i in waiting].append(name)
         self.dissolve()
@@ -134,10 +155,10 @@ class Siblings:
         """Drop what was not taken; after a forward that ended as it should, that means that it never will be."""
         if torch.compiler.is_compiling():
             return
-        self._inside, held = None, self._held
+        self._inside, pending = None, self._held
         self.clear()
-        if held is not None and held[2] and result is not None:
-            self._split(held[2])
+        if pending is not None and pending.results and result is not None:
+            self._split(pending.results)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Siblings | None:
         """With its parent a group is copied; a layer that is copied alone has none."""

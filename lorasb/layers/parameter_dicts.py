@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-HALVES = (torch.bfloat16, torch.float16)
+from ..utils.dtypes import HALVES
+
 LOADED = "_is_hf_initialized"  # transformers marks a parameter that it has loaded
 
 

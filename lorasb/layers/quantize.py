@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ..quantization.quant_state import BYTES, seen_as
-from ..quantization.quantized_weight import BLOCKS, FLOATS, KINDS
+from ..quantization.quantized_weight import BLOCKS, KINDS
 from ..quantization.quantizer import quantize_4bit
+from ..utils.dtypes import QUANTIZABLE
 from .linear4bit import Linear4bit
 
 LEFT_OUT = ("lm_head",)
@@ -72,6 +73,6 @@ def _targets(model: nn.Module, exclude: set[str]) -> Iterable[tuple[nn.Module, s
     for name, parent in model.named_modules():
         for child, layer in parent.named_children():
             full = f"{name}.{child}" if name else child
-            plain = type(layer) is nn.Linear and layer.weight.dtype in FLOATS and not layer.weight.is_meta
+            plain = type(layer) is nn.Linear and layer.weight.dtype in QUANTIZABLE and not layer.weight.is_meta
             if plain and layer is not head and not {full, child} & exclude:
                 yield parent, child, full, layer

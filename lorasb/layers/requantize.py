@@ -56,5 +56,8 @@ class Requantized:
         worst = max(errors, key=errors.__getitem__)
         logging.getLogger("lorasb").warning(
             "requantized %d layers: relative error of a weight %.3f on average, %.3f at most (%s)",
-            len(errors), sum(errors.values()) / len(errors), errors[worst], worst,
-        )  # fmt: skip
+            len(errors),
+            sum(errors.values()) / len(errors),
+            errors[worst],
+            worst,
+        )

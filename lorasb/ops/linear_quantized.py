@@ -110,9 +110,7 @@ def derivative(op: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
         nothing = [None] * len(quant)
         if dy is None or not (need_dx or need_dcore):
             return None, nothing, *(None,) * 8
-        dx, dcore = op(
-            dy, quant, ctx.layout, a, core, b, u, ctx.scaling, ctx.dropout, seed, need_dx, need_dcore
-        )  # fmt: skip
+        dx, dcore = op(dy, quant, ctx.layout, a, core, b, u, ctx.scaling, ctx.dropout, seed, need_dx, need_dcore)
         return dx if need_dx else None, nothing, None, None, dcore if need_dcore else None, *(None,) * 5
 
     return backward

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..utils.dtypes import QUANTIZABLE
 from .bitsandbytes import unpack_repacked
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 KINDS = ("nf4", "fp4")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DEVICES = ("cpu", "cuda", "meta")
 
@@ -131,7 +131,7 @@ def _check(tensors: list[Tensor], shape: tuple[int, ...], state: Any, block2: in
         raise ValueError(f"expected a 4-bit weight of type {' or '.join(KINDS)}, got {state.quant_type!r}")
     if state.blocksize not in BLOCKS:
         raise ValueError(f"expected a block size of {', '.join(map(str, BLOCKS))}, got {state.blocksize!r}")
-    if len(shape) != 2 or state.dtype not in FLOATS:
+    if len(shape) != 2 or state.dtype not in QUANTIZABLE:
         raise ValueError(f"expected a weight [out, in] in fp32, bf16 or fp16, got {list(shape)} in {state.dtype}")
     if tensors[0].device.type not in DEVICES:
         raise ValueError(f"4-bit weights run on a CPU or a CUDA GPU, got one on {tensors[0].device}: model.to('cpu')")

@@ -37,8 +37,10 @@ def announcement(run: Run) -> str:
 
 def estimated(run: Run, estimate: Estimate) -> list[str]:
     """The announcement with the estimate, and for a long run the setting that costs most."""
-    lines = [f"{announcement(run)}: about {duration(estimate.seconds)} and {estimate.memory / 1e9:.1f} GB, "
-             "by the first steps"]  # fmt: skip
+    lines = [
+        f"{announcement(run)}: about {duration(estimate.seconds)} and {estimate.memory / 1e9:.1f} GB, "
+        "by the first steps"
+    ]
     if estimate.seconds > LONG:
         name, saved = costliest(run, estimate.seconds)
         lines.append(f"That is long, and {name} would save about {duration(saved)} of it")

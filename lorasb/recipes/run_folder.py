@@ -59,8 +59,11 @@ class RunFolder:
         finished = (_read(self.folder / SUMMARY_NAME) or {}).get("identity")
         if finished is not None and running in (None, finished):
             self._same(finished, identity)
-            return State(FINISHED, None, [f"the run in {self.folder} is finished: these are its results "
-                                          "(--resume never runs it anew)"])  # fmt: skip
+            return State(
+                FINISHED,
+                None,
+                [f"the run in {self.folder} is finished: these are its results (--resume never runs it anew)"],
+            )
         if running is None:
             return State(NEW)
         self._same(running, identity)

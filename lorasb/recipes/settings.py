@@ -16,8 +16,14 @@ DTYPES = ("auto", "bfloat16", "float32", "float16")
 REPORTS = ("none", "tensorboard", "wandb")
 # transformers' schedules that need no arguments of their own
 SCHEDULERS = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-)  # fmt: skip
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
 INIT_OUTPUT = "runs/init"
 HERE = ("output", "resume", "save_steps", "report_to")  # these do not change what a run computes
 
@@ -63,10 +69,20 @@ class Settings:
     """Everything that decides a run; written into its config.yaml and its summary."""
 
     model: str = setting(EMBEDDED, "Folder or hub id.", group="model", init="same")
-    dtype: str = setting("auto", f"{', '.join(DTYPES)}; auto is bfloat16 where the device multiplies it natively, else "
-                         "float32.", group="model", init="same", choices=DTYPES)  # fmt: skip
-    bits: int = setting(16, "Bits of the base's linear weights: 16 (as --dtype says), or 4 (NF4, nested statistics).",
-                        group="model", init="same", check=_bits)  # fmt: skip
+    dtype: str = setting(
+        "auto",
+        f"{', '.join(DTYPES)}; auto is bfloat16 where the device multiplies it natively, else float32.",
+        group="model",
+        init="same",
+        choices=DTYPES,
+    )
+    bits: int = setting(
+        16,
+        "Bits of the base's linear weights: 16 (as --dtype says), or 4 (NF4, nested statistics).",
+        group="model",
+        init="same",
+        check=_bits,
+    )
     task: str = setting(
         "word_sequence_reversal", f"Generated task, without --data: {', '.join(TASKS)}.", group="data", init="same"
     )
@@ -75,13 +91,28 @@ class Settings:
     train_examples: int = setting(2000, "Generated training examples.", group="data", init="same", positive=True)
     eval_examples: int = setting(100, "Held-out examples.", group="data", positive=True)
     max_length: int = setting(512, "Tokens an example, at most.", group="data", init="same", positive=True)
-    packing: bool = setting(False, "Put several short examples into one row of --max-length tokens; --batch-size "
-                            "counts rows then.", group="data")  # fmt: skip
+    packing: bool = setting(
+        False,
+        "Put several short examples into one row of --max-length tokens; --batch-size counts rows then.",
+        group="data",
+    )
     method: str = setting("lora-sb", "lora-sb, lora-xs or lora (PEFT's).", group="adapter", choices=METHODS)
-    r: int | None = setting(None, "Rank; or --rank, as torchrun takes --r for its own.", group="adapter", init="Rank.",
-                            positive=True, also=("--rank",), shown="64, at smaller layers less; lora: 32")  # fmt: skip
-    target_modules: str | None = setting(None, "Names of the layers to adapt, comma-separated, or a regular "
-                                         "expression.", group="adapter", init="same", shown="all-linear")  # fmt: skip
+    r: int | None = setting(
+        None,
+        "Rank; or --rank, as torchrun takes --r for its own.",
+        group="adapter",
+        init="Rank.",
+        positive=True,
+        also=("--rank",),
+        shown="64, at smaller layers less; lora: 32",
+    )
+    target_modules: str | None = setting(
+        None,
+        "Names of the layers to adapt, comma-separated, or a regular expression.",
+        group="adapter",
+        init="same",
+        shown="all-linear",
+    )
     rank_pattern: dict[str, int] | None = setting(  # noqa: RUF009
         None,
         "Ranks of layers that differ: down_proj=96,q_proj=32, or JSON.",
@@ -89,32 +120,57 @@ class Settings:
         init="same",
         check=_ranks,
     )
-    samples: int | None = setting(None, "Samples for the initialization.", group="adapter", init="same", positive=True,
-                                  shown="max(32, n/1000)")  # fmt: skip
-    update: str = setting("adamw", "First step of AdamW (the gradient's sign) or of sgd.", group="adapter", init="same",
-                          choices=UPDATES)  # fmt: skip
-    lr: float = setting(2e-3, "Peak learning rate.", group="training", positive=True,
-                        init="Peak learning rate of the training to come.")  # fmt: skip
-    epochs: float = setting(1.0, "Passes over the training examples.", group="training", positive=True,
-                            init="Its passes, for its number of warm-up steps.")  # fmt: skip
-    batch_size: int = setting(16, "Examples a step, over all processes.", group="training", positive=True,
-                              init="Samples at once.")  # fmt: skip
-    gradient_accumulation: int = setting(1, "Parts that a step's examples are computed in, one after another.",
-                                         group="training", positive=True)  # fmt: skip
-    gradient_checkpointing: bool = setting(False, "Compute activations again in backward instead of keeping them.",
-                                           group="training")  # fmt: skip
-    scheduler: str = setting("linear", f"Schedule of the learning rate: {', '.join(SCHEDULERS)}.", group="training",
-                             choices=SCHEDULERS)  # fmt: skip
-    warmup: float = setting(0.1, "Share of the steps that warm up.", group="training", check=_share,
-                            init="Share of its steps that warm up.")  # fmt: skip
+    samples: int | None = setting(
+        None, "Samples for the initialization.", group="adapter", init="same", positive=True, shown="max(32, n/1000)"
+    )
+    update: str = setting(
+        "adamw", "First step of AdamW (the gradient's sign) or of sgd.", group="adapter", init="same", choices=UPDATES
+    )
+    lr: float = setting(
+        2e-3, "Peak learning rate.", group="training", positive=True, init="Peak learning rate of the training to come."
+    )
+    epochs: float = setting(
+        1.0,
+        "Passes over the training examples.",
+        group="training",
+        positive=True,
+        init="Its passes, for its number of warm-up steps.",
+    )
+    batch_size: int = setting(
+        16, "Examples a step, over all processes.", group="training", positive=True, init="Samples at once."
+    )
+    gradient_accumulation: int = setting(
+        1, "Parts that a step's examples are computed in, one after another.", group="training", positive=True
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Compute activations again in backward instead of keeping them.", group="training"
+    )
+    scheduler: str = setting(
+        "linear", f"Schedule of the learning rate: {', '.join(SCHEDULERS)}.", group="training", choices=SCHEDULERS
+    )
+    warmup: float = setting(
+        0.1, "Share of the steps that warm up.", group="training", check=_share, init="Share of its steps that warm up."
+    )
     weight_decay: float = setting(0.0, "AdamW's weight decay.", group="training", check=_not_negative)
     seed: int = setting(0, "Seed of data, initialization and training.", group="training", init="Seed of data and SVD.")
-    eval_steps: int | None = setting(None, "Steps between held-out losses during training.", group="run",
-                                     positive=True, shown="before and after only")  # fmt: skip
-    save_steps: str = setting("auto", "Steps between checkpoints; auto saves such that at most ten minutes are lost.",
-                              group="run", check=_save_steps)  # fmt: skip
-    resume: str = setting("auto", "auto goes on with the run in --output, never starts anew, a checkpoint's folder "
-                          "goes on from there.", group="run")  # fmt: skip
+    eval_steps: int | None = setting(
+        None,
+        "Steps between held-out losses during training.",
+        group="run",
+        positive=True,
+        shown="before and after only",
+    )
+    save_steps: str = setting(
+        "auto",
+        "Steps between checkpoints; auto saves such that at most ten minutes are lost.",
+        group="run",
+        check=_save_steps,
+    )
+    resume: str = setting(
+        "auto",
+        "auto goes on with the run in --output, never starts anew, a checkpoint's folder goes on from there.",
+        group="run",
+    )
     report_to: str = setting("none", "none, tensorboard or wandb.", group="run", choices=REPORTS)
     output: str = setting("runs/finetune", "Folder for the run's files.", group="run", init="same")
 
@@ -139,8 +195,13 @@ class InitSettings:
 
     run: Settings
     strategy: str = setting("auto", "auto, layerwise or accumulate.", group="initialization", init="same")
-    memory_budget: str | None = setting(None, "On top of the model, such as 6GB.", group="initialization", init="same",
-                                        shown="a training step of 32 samples")  # fmt: skip
+    memory_budget: str | None = setting(
+        None,
+        "On top of the model, such as 6GB.",
+        group="initialization",
+        init="same",
+        shown="a training step of 32 samples",
+    )
     cache: str | None = setting(
         None, "File for the signs: any rank from it later.", group="initialization", init="same"
     )

@@ -58,9 +58,11 @@ def train(run: Run, folder: Path, identity: dict[str, Any], checkpoint: str | No
     if settings.gradient_checkpointing:
         _checkpoint_activations(run.model.get_base_model())
     trainer = _RunTrainer(
-        model=run.model, args=arguments(run, folder, processes.size), train_dataset=Listed(run.rows),
+        model=run.model,
+        args=arguments(run, folder, processes.size),
+        train_dataset=Listed(run.rows),
         data_collator=collate,
-    )  # fmt: skip
+    )
     trainer.order, trainer.identity, trainer.spent = order, identity, mark.seconds if mark else 0.0
     _put_callbacks(trainer, run, stop, settings.gradient_accumulation * processes.size)
     console.print(announcement(run), highlight=False)

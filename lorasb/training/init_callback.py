@@ -68,9 +68,15 @@ class InitCallback(TrainerCallback):
             share(folder)
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None,
-        optimizer: Any = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        train_dataloader: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Called by the trainer, after it has loaded a checkpoint and before its first step."""
         name, layers = adapted_layers(model, self.options.get("adapter_name"))
         initialized = all(layer.is_initialized(name) for layer in layers.values())

@@ -14,6 +14,7 @@ from peft.utils.peft_types import PeftType
 from ..checkpoints.model_card import update_card
 from ..constants import CONFIG_NAME, MAX_RANK, PEFT_NAME, WEIGHTS_NAME
 from ..utils.atomic_files import safetensors_header, write_json
+from .peft_type import extend_peft_types
 
 DEFAULT_RANK = 64
 INITS = ("update", "lora-xs", "kaiming")
@@ -31,20 +32,7 @@ RESOLVED = (
 )
 
 
-def _extend_peft_types() -> None:
-    """Add LORASB to PEFT's enum of methods: its registry refuses names that are not in it."""
-    if PEFT_NAME in PeftType.__members__:
-        return
-    member: Any = str.__new__(PeftType, PEFT_NAME)
-    member._name_ = member._value_ = PEFT_NAME
-    member._sort_order_ = len(PeftType.__members__)
-    member.__objclass__ = PeftType
-    PeftType._member_names_.append(PEFT_NAME)
-    PeftType._member_map_[PEFT_NAME] = member
-    PeftType._value2member_map_[PEFT_NAME] = member
-
-
-_extend_peft_types()
+extend_peft_types()
 
 
 @dataclass

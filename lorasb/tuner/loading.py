@@ -17,8 +17,10 @@ import peft.utils
 import peft.utils.save_and_load
 from torch import Tensor
 
+from ..checkpoints import shared_factors
 from ..checkpoints.shared_factors import DIGEST, joined
-from ..constants import FACTORS_NAME
+from ..constants import FACTORS_NAME, FROZEN_FACTORS, PEFT_PREFIX
+from ..layers.linear import LoRASBLinear
 
 NAME = "load_peft_weights"
 HOMES = (peft.utils.save_and_load, peft.utils, peft.peft_model, peft)
@@ -60,3 +62,20 @@ def _folder(model_id: str, options: dict[str, Any]) -> Path | None:
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError):
         return None
     return Path(found).parent
+
+
+def with_factors(tensors: dict[str, Tensor], adapter_name: str, layers: dict[str, LoRASBLinear]) -> dict[str, Tensor]:
+    """A checkpoint's tensors with its A and B, where they were not beside it and the model has them."""
+    wanted = shared_factors.wanted_digest(tensors)
+    if wanted is None:
+        return tensors
+    own = {
+        f"{name}.{part}": getattr(layer, part)[adapter_name].detach()
+        for name, layer in layers.items()
+        for part in FROZEN_FACTORS
+    }
+    if shared_factors.digest(own) != wanted:
+        raise shared_factors.missing()
+    prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
+    rest = {key: value for key, value in tensors.items() if key != shared_factors.DIGEST}
+    return rest | {f"{prefix}{key}": value for key, value in own.items()}

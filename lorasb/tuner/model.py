@@ -9,14 +9,13 @@ from typing import Any, cast
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
-from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..checkpoints import adapter_file, shared_factors
+from ..checkpoints import adapter_file
 from ..checkpoints.base_fingerprint import difference, fingerprint
-from ..constants import FROZEN_FACTORS, PEFT_NAME, PEFT_PREFIX
+from ..constants import PEFT_NAME
 from ..distributed.deepspeed_zero import with_kept_factors
 from ..layers import linear_group, unfused_experts
 from ..layers.linear import LoRASBLinear
@@ -24,14 +23,14 @@ from ..layers.lookup import any_merged, layers_with
 from ..layers.offloading import within_reach
 from ..layers.requantize import Requantized
 from ..quantization.bitsandbytes import keep_unpacked
-from ..quantization.quantized_weight import is_quantized, of_module
 from . import loading
 from .config import ALL_LINEAR, LoRASBConfig
 from .fresh_heads import save_heads
 from .mixed_batch import adapters_by_row
+from .rollback import discard, unchanged_on_error
 from .targets import (
-    OWN_WEIGHT_READERS,
     base_of,
+    check_supported,
     chosen,
     inside_tuner,
     rank_for,
@@ -71,7 +70,7 @@ class LoRASBModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check every target, then replace; PEFT's arguments."""
         config = cast(LoRASBConfig, self.peft_config[adapter_name])
-        with _unchanged_on_error(model):
+        with unchanged_on_error(model):
             self._refuse_duplicates(model, adapter_name)
             config.start_over()
             config.base_fingerprint = config.base_fingerprint if config.check_base else None
@@ -148,7 +147,7 @@ class LoRASBModel(BaseTuner):
             if name and self._check_target_module_exists(config, name) and not inside_tuner(model, name)
         }
         for name, module in targets.items():
-            _check_supported(name, module)
+            check_supported(name, module)
         refuse_tied_head(model, targets)
         resolve_ranks(config, targets)
         if config.base_fingerprint and not any_merged(model):
@@ -275,51 +274,13 @@ class LoRASBModel(BaseTuner):
     ) -> dict[str, Tensor]:
         layers = layers_with(model, adapter_name)
         try:
-            state_dict = _with_factors(state_dict, adapter_name, layers)
+            state_dict = loading.with_factors(state_dict, adapter_name, layers)
             adapter_file.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
         except ValueError:
             if not any(layer.is_initialized(adapter_name) for layer in layers.values()):
                 discard(model, adapter_name)  # it was made for this file; one that holds something stays
             raise
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-
-def _with_factors(tensors: dict[str, Tensor], adapter_name: str, layers: dict[str, LoRASBLinear]) -> dict[str, Tensor]:
-    """A checkpoint's tensors with its A and B, where they were not beside it and the model has them."""
-    wanted = shared_factors.wanted_digest(tensors)
-    if wanted is None:
-        return tensors
-    own = {
-        f"{name}.{part}": getattr(layer, part)[adapter_name].detach()
-        for name, layer in layers.items()
-        for part in FROZEN_FACTORS
-    }
-    if shared_factors.digest(own) != wanted:
-        raise shared_factors.missing()
-    prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
-    rest = {key: value for key, value in tensors.items() if key != shared_factors.DIGEST}
-    return rest | {f"{prefix}{key}": value for key, value in own.items()}
-
-
-def discard(model: Any, adapter_name: str) -> None:
-    """Take an adapter out again: everywhere, or layers and all where it was the only one."""
-    others = {name for layer in model.modules() if isinstance(layer, LoRASBLinear) for name in layer.lorasb_R}
-    if others != {adapter_name}:
-        model.peft_config.pop(adapter_name, None)
-        for module in model.modules():
-            if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R:
-                module.delete_adapter(adapter_name)
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                module.delete_adapter(adapter_name, new_active_adapters=None)
-        return
-    linear_group.dissolve(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRASBLinear):
-                setattr(parent, name, child.base_layer)
-            elif isinstance(child, AuxiliaryTrainingWrapper):
-                setattr(parent, name, child.original_module)
-    unfused_experts.close(model)
 
 
 def _ready_at_once(model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]) -> bool:
@@ -329,54 +290,6 @@ def _ready_at_once(model: nn.Module, config: LoRASBConfig, adapter_name: str, la
     return all(
         within_reach(layer.get_base_layer()) and not layer.lorasb_A[adapter_name].is_meta for layer in layers.values()
     )
-
-
-def _check_supported(name: str, module: nn.Module) -> None:
-    base = base_of(module)
-    if is_quantized(base):
-        try:
-            of_module(base)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"target {name!r}: {error}") from None
-        return
-    weight = getattr(base, "weight", None)
-    if isinstance(base, OWN_WEIGHT_READERS):
-        raise TypeError(
-            f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it: "
-            "name it in exclude_modules"
-        )
-    if isinstance(base, nn.Linear | Conv1D) and weight is not None:
-        if weight.dim() == 2 and weight.dtype in adapter_file.FLOATS and type(weight.data) is Tensor:
-            return
-        raise TypeError(
-            f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: expected "
-            "fp32, bf16 or fp16, or a layer that bitsandbytes or lorasb.quantize quantized"
-        )
-    raise TypeError(
-        f"target {name!r} is a {type(base).__name__}: expected nn.Linear (or transformers' Conv1D). "
-        "Narrow target_modules, or name it in exclude_modules"
-    )
-
-
-@contextmanager
-def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Put modules, trainability and the PEFT attributes back if the block raises."""
-    children = [(parent, dict(parent._modules)) for parent in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    adapters = [(m, set(m.lorasb_R), m._active_adapter) for m in model.modules() if isinstance(m, LoRASBLinear)]
-    try:
-        yield
-    except BaseException:
-        for parent, modules in children:
-            parent._modules.clear()
-            parent._modules.update(modules)
-        for layer, names, active in adapters:
-            for name in set(layer.lorasb_R) - names:
-                layer.delete_adapter(name)
-            layer._active_adapter = active
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        raise
 
 
 def register(init_without_data: InitWithoutData) -> None:

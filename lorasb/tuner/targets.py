@@ -6,10 +6,12 @@ import re
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..layers import unfused_experts
-from ..quantization.quantized_weight import is_quantized
+from ..quantization.quantized_weight import is_quantized, of_module
+from ..utils.dtypes import FLOATS
 from .config import DEFAULT_RANK, LoRASBConfig
 
 OWN_WEIGHT_READERS = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
@@ -84,3 +86,31 @@ def features_of(base: Any) -> tuple[int, int]:
 def inside_tuner(model: nn.Module, name: str) -> bool:
     parts = name.split(".")
     return any(isinstance(model.get_submodule(".".join(parts[:i])), BaseTunerLayer) for i in range(1, len(parts)))
+
+
+def check_supported(name: str, module: nn.Module) -> None:
+    """Raise a TypeError or ValueError that names a target which cannot be adapted, and says what can."""
+    base = base_of(module)
+    if is_quantized(base):
+        try:
+            of_module(base)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"target {name!r}: {error}") from None
+        return
+    weight = getattr(base, "weight", None)
+    if isinstance(base, OWN_WEIGHT_READERS):
+        raise TypeError(
+            f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it: "
+            "name it in exclude_modules"
+        )
+    if isinstance(base, nn.Linear | Conv1D) and weight is not None:
+        if weight.dim() == 2 and weight.dtype in FLOATS and type(weight.data) is Tensor:
+            return
+        raise TypeError(
+            f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: expected "
+            "fp32, bf16 or fp16, or a layer that bitsandbytes or lorasb.quantize quantized"
+        )
+    raise TypeError(
+        f"target {name!r} is a {type(base).__name__}: expected nn.Linear (or transformers' Conv1D). "
+        "Narrow target_modules, or name it in exclude_modules"
+    )

@@ -13,10 +13,8 @@ from torch import Tensor
 from ...layers.linear import LoRASBLinear
 from ..linalg.sign_bits import SignBits
 from ..linalg.svd import OVERSAMPLE, energies, full_precision, leading_triplets, signed_core, truncated_svd
-from ..report.init_report import LayerReport
+from .measurements import Measurements, Scalars
 from .methods import Factors, first_step, start_share
-
-FACTS = 6  # Σ G², number of nonzero signs, zeros, seconds, stability, share of η
 
 
 class Gradient(Protocol):
@@ -59,54 +57,39 @@ class Recipe:
 
 
 @torch.no_grad()
-def factor(name: str, gradient: Gradient, layer: LoRASBLinear, recipe: Recipe) -> tuple[Factors, Tensor]:
-    """Factors, and measurements [3·q + 6] in fp64.
-
-    They are: σ of what was factored, energies of sign(G) and of G in the leading 1, 2, ... q triplets (NaN where a
-    cache does not know), then the facts.
-    """
-    started, r = time.perf_counter(), layer.r[recipe.adapter]
+def factor(name: str, gradient: Gradient, layer: LoRASBLinear, recipe: Recipe) -> tuple[Factors, Measurements]:
+    """A layer's B, R and A from its gradient (Eq. 6-8), and what they keep of it."""
+    started, r, seed = time.perf_counter(), layer.r[recipe.adapter], recipe.seed_of(name)
     signs = gradient.signs()
     with full_precision():
-        return _factor(name, gradient, signs, layer, recipe, r, started)
+        triplets = leading_triplets(signs if recipe.update == "adamw" else gradient.value(), r, seed)
+        share = start_share(triplets.first(r).s, recipe.longest)
+        factors = first_step(triplets, r, share * recipe.lr, layer.scaling[recipe.adapter])
+        of_sign = triplets.s.square().cumsum(0) if recipe.update == "adamw" else energies(signed_core(signs, triplets))
+        of_gradient = _up_to(gradient.curve(triplets.u, triplets.vt), len(triplets.s))
+        overlap = stability(gradient.half_signs(), r, seed)
+    scalars = Scalars(
+        squares=gradient.squares,
+        sign_squares=signs.squares,
+        zeros=gradient.zeros,
+        seconds=time.perf_counter() - started,
+        stability=overlap,
+        start=share,
+    )
+    return factors, Measurements(triplets.s.double().cpu(), of_sign.double().cpu(), of_gradient, scalars)
 
 
-def _factor(
-    name: str, gradient: Gradient, signs: SignBits, layer: LoRASBLinear, recipe: Recipe, r: int, started: float
-) -> tuple[Factors, Tensor]:
-    matrix = signs if recipe.update == "adamw" else gradient.value()
-    triplets = leading_triplets(matrix, r, recipe.seed_of(name))
-    share = start_share(triplets.first(r).s, recipe.longest)
-    factors = first_step(triplets, r, share * recipe.lr, layer.scaling[recipe.adapter])
-    q = len(triplets.s)
-    of_sign = triplets.s.square().cumsum(0) if recipe.update == "adamw" else energies(signed_core(signs, triplets))
-    of_grad = torch.full((q,), float("nan"), dtype=torch.float64)
-    known = gradient.curve(triplets.u, triplets.vt)[:q]
-    of_grad[: len(known)] = known.double().cpu()
-    overlap = stability(gradient.half_signs(), r, recipe.seed_of(name))
-    facts = [gradient.squares, signs.squares, gradient.zeros, time.perf_counter() - started, overlap, share]
-    return factors, torch.cat((triplets.s.double().cpu(), of_sign.double().cpu(), of_grad, _fp64(facts)))
+def _up_to(known: Tensor, count: int) -> Tensor:
+    """The first `count` of what is known, in fp64; NaN after its end."""
+    filled = torch.full((count,), float("nan"), dtype=torch.float64)
+    known = known[:count]
+    filled[: len(known)] = known.double().cpu()
+    return filled
 
 
 def count_triplets(layer: LoRASBLinear, adapter: str) -> int:
     """How many triplets are measured of a layer."""
     return min(layer.r[adapter] + OVERSAMPLE, layer.in_features, layer.out_features)
-
-
-def describe(name: str, layer: LoRASBLinear, adapter: str, measured: Tensor) -> LayerReport:
-    """The report of what `factor` measured."""
-    q, r = (len(measured) - FACTS) // 3, layer.r[adapter]
-    sigma, of_sign, of_grad = measured[: 3 * q].view(3, q)
-    squares, signs, zeros, seconds, overlap, share = measured[3 * q :].tolist()
-    sign_curve = tuple(_short(value / max(signs, 1.0)) for value in of_sign.tolist())
-    grad_curve = tuple(_short(value / squares) for value in of_grad.tolist() if value == value)
-    return LayerReport(
-        name, (layer.out_features, layer.in_features), r,
-        sign_curve[r - 1], grad_curve[r - 1] if len(grad_curve) >= r else None,
-        tuple(_short(value) for value in sigma[:r].tolist()), int(zeros), seconds,
-        tuple(_short(value) for value in sigma[r:].tolist()), sign_curve, grad_curve,
-        None if overlap != overlap else overlap, start=_short(share),
-    )  # fmt: skip
 
 
 def stability(halves: tuple[SignBits, SignBits] | None, r: int, seed: int) -> float:
@@ -119,12 +102,3 @@ def stability(halves: tuple[SignBits, SignBits] | None, r: int, seed: int) -> fl
     first, second = (truncated_svd(half, r, seed) for half in halves)
     left = (first.u.t() @ second.u).square().sum()
     return float((left + (first.vt @ second.vt.t()).square().sum()) / (2 * r))
-
-
-def _fp64(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def _short(value: float) -> float:
-    """Eight digits are more than a report needs."""
-    return float(f"{value:.8g}")

@@ -14,8 +14,9 @@ from ..gradients.accumulator import GradientSums, LayerSum
 from ..gradients.block_stack import NotAStackError, find_stack
 from ..gradients.task import Layers
 from ..linalg.svd import full_precision
-from ..report.init_report import LayerReport
-from .factorize import FACTS, Gradient, Recipe, count_triplets, describe, factor
+from ..report.layer_report import LayerReport
+from .factorize import Gradient, Recipe, count_triplets, factor
+from .measurements import Measurements
 from .methods import Factors, subspace_of_weight
 from .sign_cache import Cache, CachedGradient, cached
 from .transaction import Staging
@@ -85,7 +86,7 @@ class Filling:
 
     def _fill(self, gradients: dict[str, Gradient]) -> None:
         """Factor, each layer by its owner, and write everywhere."""
-        own: dict[str, tuple[Factors, Tensor]] = {}
+        own: dict[str, tuple[Factors, Measurements]] = {}
         error: Exception | None = None
         owners = {name: i % self.processes.size for i, name in enumerate(gradients)}
         try:
@@ -101,23 +102,27 @@ class Filling:
             factors, measured = self._from_owner(name, own.get(name), owner)
             self.staging.write(self.layers[name], factors)
             if self.cache is not None and self.processes.rank == 0 and not isinstance(gradients[name], CachedGradient):
-                q = count_triplets(self.layers[name], self.recipe.adapter)
-                self.cache.add(name, cached(gradients[name], measured[2 * q : 3 * q]))
-            self.reports[name] = describe(name, self.layers[name], self.recipe.adapter, measured)
+                self.cache.add(name, cached(gradients[name], measured.of_gradient))
+            self.reports[name] = measured.report(name, self.layers[name], self.recipe.adapter)
             del gradients[name]
 
-    def _from_owner(self, name: str, own: tuple[Factors, Tensor] | None, owner: int) -> tuple[Factors, Tensor]:
+    def _from_owner(
+        self, name: str, own: tuple[Factors, Measurements] | None, owner: int
+    ) -> tuple[Factors, Measurements]:
+        """A layer's factors and measurements on every process."""
         if own is not None and not self.processes.several:
             return own
         layer = self.layers[name]
         r, q = layer.r[self.recipe.adapter], count_triplets(layer, self.recipe.adapter)
         device = next(layer.lorasb_R.parameters()).device
-        if own is None:
+        if own is not None:
+            factors, packed = own[0], own[1].to_tensor()
+        else:  # places for what the owner sends
             m, n = layer.out_features, layer.in_features
-            shapes = ((m, r), (r, r), (r, n), (r,))
-            own = Factors(*(torch.empty(shape, device=device) for shape in shapes)), torch.empty(3 * q + FACTS).double()
-        factors = Factors(*(self.processes.from_owner(part.float(), owner) for part in own[0]))
-        return factors, self.processes.from_owner(own[1], owner)
+            factors = Factors(*(torch.empty(shape, device=device) for shape in ((m, r), (r, r), (r, n), (r,))))
+            packed = torch.empty(Measurements.size(q), dtype=torch.float64)
+        factors = Factors(*(self.processes.from_owner(part.float(), owner) for part in factors))
+        return factors, Measurements.from_tensor(self.processes.from_owner(packed, owner))
 
     def stand_in(self, model: nn.Module, names: list[str]) -> None:
         """Layers that no sample reached: the leading subspace of their weight and R = 0, as their first step is zero.

@@ -138,5 +138,6 @@ def _refuse_too_much(work: Work, sizes: Sizes, memory: float, limit: float, stac
         advice.append("strategy='layerwise', if the model is a stack of blocks")
     raise ValueError(
         f"initialization needs about {gb(memory)} above the weights and {gb(limit)} are there. What would fit: "
-        + ("; ".join(advice) or "shorter samples, or fewer target_modules") + ". Nothing was changed"
-    )  # fmt: skip
+        + ("; ".join(advice) or "shorter samples, or fewer target_modules")
+        + ". Nothing was changed"
+    )

@@ -66,8 +66,13 @@ def spectrum(report: InitReport, path: Path) -> None:
     colors = _colors(len(kinds))
     for (kind, found), color in zip(kinds.items(), colors, strict=True):
         length = min(map(len, found))
-        axes.plot(range(1, length + 1), [statistics.median(v[k] for v in found) for k in range(length)],
-                  color=color, linewidth=1.5, label=f"{kind} ({len(found)})")  # fmt: skip
+        axes.plot(
+            range(1, length + 1),
+            [statistics.median(v[k] for v in found) for k in range(length)],
+            color=color,
+            linewidth=1.5,
+            label=f"{kind} ({len(found)})",
+        )
     axes.set(xlabel="index", ylabel="σ over σ₁", yscale="log", xlim=(1, None))
     axes.legend(frameon=False, ncols=2)
     what = "sign(ΣG)" if report.update == "adamw" else "ΣG"

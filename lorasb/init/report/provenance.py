@@ -46,8 +46,9 @@ def provenance(report: InitReport, data_hash: str | None) -> dict[str, Any]:
     }
 
 
-def cache_key(model: nn.Module, layer: Any, update: str, seed: int, num_samples: int | None, data_hash: str | None,
-              loss_fn: Any) -> dict[str, Any]:  # fmt: skip
+def cache_key(
+    model: nn.Module, layer: Any, update: str, seed: int, num_samples: int | None, data_hash: str | None, loss_fn: Any
+) -> dict[str, Any]:
     """What the signs of a model depend on."""
     return {
         "dtype": str(layer.base_dtype).removeprefix("torch."),

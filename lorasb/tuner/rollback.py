@@ -1,0 +1,55 @@
+"""A failed patch leaves the model as it was: modules, trainability and adapters are put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..layers import linear_group, unfused_experts
+from ..layers.linear import LoRASBLinear
+
+
+def discard(model: Any, adapter_name: str) -> None:
+    """Take an adapter out again: everywhere, or layers and all where it was the only one."""
+    others = {name for layer in model.modules() if isinstance(layer, LoRASBLinear) for name in layer.lorasb_R}
+    if others != {adapter_name}:
+        model.peft_config.pop(adapter_name, None)
+        for module in model.modules():
+            if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R:
+                module.delete_adapter(adapter_name)
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                module.delete_adapter(adapter_name, new_active_adapters=None)
+        return
+    linear_group.dissolve(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRASBLinear):
+                setattr(parent, name, child.base_layer)
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(parent, name, child.original_module)
+    unfused_experts.close(model)
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Put modules, trainability and the PEFT attributes back if the block raises."""
+    children = [(parent, dict(parent._modules)) for parent in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    adapters = [(m, set(m.lorasb_R), m._active_adapter) for m in model.modules() if isinstance(m, LoRASBLinear)]
+    try:
+        yield
+    except BaseException:
+        for parent, modules in children:
+            parent._modules.clear()
+            parent._modules.update(modules)
+        for layer, names, active in adapters:
+            for name in set(layer.lorasb_R) - names:
+                layer.delete_adapter(name)
+            layer._active_adapter = active
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
