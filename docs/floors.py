@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("constants",),
 )
 BESIDE = {"__init__": FACE, "_peft_registration": FACE, "__main__": "cli", "_version": "constants"}
+EVERYWHERE = ("utils", "constants")  # their lines would hide the others
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -155,9 +156,12 @@ def draw(edges: dict[str, dict[str, int]]) -> str:
         '<rect width="100%" height="100%" fill="white"/>',
     ]
     for (source, target), count in sorted(room_edges(edges).items()):
+        if target in EVERYWHERE:
+            continue
         lines.append(_arrow(places[source], places[target], LEVEL[target] - LEVEL[source], count))
     for room, (x, y) in places.items():
         many = f"{sizes[room]} files" if sizes[room] > 1 else "1 file"
+        many += ", used from every floor" if room in EVERYWHERE else ""
         lines.append(
             f'<rect x="{x - BOX / 2:.0f}" y="{y}" width="{BOX}" height="{HEIGHT}" rx="6" {FILLED}/>'
             f'<text x="{x:.0f}" y="{y + 22}" text-anchor="middle" font-size="16">{room}</text>'

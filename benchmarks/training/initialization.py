@@ -270,13 +270,15 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         (
             f"the demo's model and data, s (64 samples, {found['epoch'].get('dtype', 'bf16')})",
             f"{init:.1f}",
-            f"an epoch of {EPOCH:,} samples at {found['epoch']['tokens_a_sample'] / a_sample:.0f} tokens/s: {epoch:.0f}",
+            f"an epoch of {EPOCH:,} samples at {found['epoch']['tokens_a_sample'] / a_sample:.0f} tokens/s: "
+            f"{epoch:.0f}",
             f"{init / epoch:.2%}",
         ),
         (
             "signs of all layers, MB",
             f"{bits['words_bytes'] / 1e6:.1f}",
-            f"gradients in fp32: {bits['dense_bytes'] / 1e6:.1f} (planes of zeros: {bits['zero_plane_bytes'] / 1e6:.1f})",
+            f"gradients in fp32: {bits['dense_bytes'] / 1e6:.1f} "
+            f"(planes of zeros: {bits['zero_plane_bytes'] / 1e6:.1f})",
             f"1/{bits['dense_bytes'] / bits['words_bytes']:.1f}",
         ),
         (
