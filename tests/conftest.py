@@ -10,11 +10,15 @@ import pytest
 import torch
 from tiny_run import make_data, make_tiny
 
+pytest.register_assert_rewrite("finetune_runs", "linear_groups", "quantized_models")  # their asserts say what differs
+
 HERE = Path(__file__).parent
 LONGEST = (
     "kernels/test_static_report.py", "distributed/test_training.py", "cli/test_commands.py",
     "distributed/test_process_group.py", "export/test_gguf.py", "repo/test_imports.py", "kernels/test_linear.py",
-    "training/test_training_stacks.py", "layers/test_linear_group.py",
+    "training/test_training_stacks.py", "layers/test_linear_group.py", "ops/test_linear.py",
+    "ops/test_linear_quantized.py", "tuner/test_fresh_heads.py", "recipes/test_finetune.py",
+    "recipes/test_checkpoints.py", "recipes/test_bundled_model.py",
 )  # fmt: skip
 
 
@@ -27,13 +31,13 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and a tokenizer of whole words and letters."""
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file: "copy WORD" -> "WORD", thirty times."""
     return make_data(tmp_path_factory.mktemp("data") / "copy.jsonl")

@@ -1,4 +1,4 @@
-"""`lorasb init` and `lorasb inspect` of its cache, in this process, on the tiny model of test_cli.py."""
+"""`lorasb init` and `lorasb inspect` of its cache, in this process, on a tiny model."""
 
 from __future__ import annotations
 

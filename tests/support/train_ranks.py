@@ -1,4 +1,4 @@
-"""What test_distributed_training.py runs, on one rank or several: initialize, train, save; what was found as JSON.
+"""What distributed/test_training.py runs, on one rank or several: initialize, train, save; what was found as JSON.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 tests/support/train_ranks.py FOLDER WAY...
 """

@@ -1,4 +1,4 @@
-"""What test_distributed_training.py starts by torchrun and by `accelerate launch`: a Trainer over a tiny model.
+"""What distributed/test_training.py starts by torchrun and by `accelerate launch`: a Trainer over a tiny model.
 
 trainer_ranks.py FOLDER [--kill STEP] [--cut FOLDER] [--resume] [--first] [--bits 16|4] [--dtype float32|bfloat16]
 """

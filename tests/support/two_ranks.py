@@ -1,4 +1,4 @@
-"""What test_processes.py runs on two gloo ranks: each case leaves what it found in a JSON file beside the others.
+"""What distributed/test_process_group.py runs on two gloo ranks: each case leaves what it found in a JSON file beside the others.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 tests/support/two_ranks.py FOLDER
 """

@@ -14,9 +14,9 @@ import pytest
 import tolerances
 import torch
 import transformers
-from families import SIZES
+from adapters import adapted, trained
 from huggingface_hub.errors import StrictDataclassError
-from models import batches_for, logits, make
+from models import SIZES, batches_for, logits, make, patched
 from torch import nn
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
@@ -26,6 +26,53 @@ from lorasb.layers.linear import LoRASBLinear
 from lorasb.tuner.fresh_heads import save_heads
 from lorasb.tuner.model import LoRASBModel
 
+
+def test_a_classification_head_is_trained_whole_and_never_adapted() -> None:
+    for model in (lorasb.patch(make("roberta"), r=4), peft.get_peft_model(make("roberta"), lorasb.LoRASBConfig(r=4))):
+        assert "classifier" in model.peft_config["default"].modules_to_save
+        names = trained(model)
+        assert any("classifier.modules_to_save.default.out_proj" in name for name in names)
+        assert all("lorasb_R.default" in name or "modules_to_save" in name for name in names)
+        assert not any("classifier" in name for name in adapted(model))
+
+
+def test_a_classification_model_saves_its_head_and_merges(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = patched("roberta")
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].out_proj.bias.add_(1.0)
+    want = logits(model, "roberta")
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(make("roberta"), tmp_path)
+    assert torch.equal(logits(again, "roberta"), want)
+    merged = model.merge_and_unload()
+    assert isinstance(merged, transformers.RobertaForSequenceClassification)
+    tolerances.check(logits(merged, "roberta"), want, tolerances.MERGE)
+
+
+def test_modules_to_save_are_trained_whole_beside_r() -> None:
+    model = lorasb.patch(make("llama"), r=4, modules_to_save=["model.norm"])
+    assert {"base_model.model.model.norm.modules_to_save.default.weight"} == {
+        name for name in trained(model) if "lorasb_R" not in name
+    }
+
+
+@pytest.mark.parametrize("kind", ["DistilBert", "XLNet", "Llama"])
+def test_fresh_heads_under_other_names_are_never_adapted(kind: str) -> None:
+    configs = {
+        "DistilBert": transformers.DistilBertConfig(
+            num_labels=3, dim=32, hidden_dim=48, n_layers=1, n_heads=2, vocab_size=99
+        ),
+        "XLNet": transformers.XLNetConfig(num_labels=3, d_model=32, d_inner=48, n_layer=1, n_head=2, vocab_size=99),
+        "Llama": transformers.LlamaConfig(num_labels=3, pad_token_id=0, num_key_value_heads=2, **SIZES),
+    }
+    model = lorasb.patch(getattr(transformers, f"{kind}ForSequenceClassification")(configs[kind]), r=4).eval()
+    heads = {"classifier", "pre_classifier", "score", "logits_proj"}
+    assert not any(set(name.split(".")) & heads for name in adapted(model))
+    lorasb.initialize(model, batches_for("roberta"), lr=1e-3, progress=False)
+    want = logits(model, "roberta")
+    tolerances.check(logits(model.merge_and_unload(), "roberta"), want, tolerances.MERGE)
+
+
 TASKS = [
     "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE",
     "AUDIO_CLASSIFICATION", "AUDIO_FRAME_CLASSIFICATION", "AUDIO_XVECTOR", "IMAGE_CLASSIFICATION",
@@ -33,8 +80,6 @@ TASKS = [
 ]  # fmt: skip
 LAYERS = ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"]
 SMALL = {**dict.fromkeys(LAYERS, 1), "num_labels": 3, "image_size": 64, "num_frames": 4}
-
-
 NOT_HERE = (ImportError, TypeError, ValueError, AttributeError, KeyError, NotImplementedError)
 
 
@@ -138,10 +183,6 @@ def test_another_process_loads_an_adapter_over_a_pooler_that_is_new_at_every_loa
 
 def floats(text: str) -> list[float]:
     return [float(value) for value in text.strip("[]").split(",")]
-
-
-def adapted(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, LoRASBLinear)}
 
 
 @pytest.mark.parametrize("brought", [True, False])

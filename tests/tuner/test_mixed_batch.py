@@ -1,37 +1,17 @@
-"""Several adapters at once: one for each row of a batch, and weighted sums of them."""
+"""An adapter for each row of a batch: every row's answer is that of its adapter alone, or the call is refused."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import peft
 import pytest
 import tolerances
 import torch
 import transformers
 from families import EXPERTS, SIZES, causal, opt
-from models import batches_for, logits, make, patched
+from models import batches_for, make
 from torch import Tensor, nn
+from two_adapters import layers, two
 
 import lorasb
-from lorasb.layers.linear import LoRASBLinear
-
-
-def two(family: str = "llama", shared: bool = False, **fields: object) -> nn.Module:
-    """A model with two adapters that do different things; `shared`: on the same A and B."""
-    model = patched(family)
-    model.add_adapter("second", lorasb.LoRASBConfig(r=4 if shared else 3, **fields))
-    if shared:
-        for layer in layers(model).values():
-            core = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)) * 0.05
-            layer.set_factors("second", layer.lorasb_B["default"], core, layer.lorasb_A["default"])
-    else:
-        lorasb.initialize(model, batches_for(family)[1:], lr=5e-2, adapter_name="second", progress=False)
-    return model.eval()
-
-
-def layers(model: nn.Module) -> dict[str, LoRASBLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRASBLinear)}
 
 
 def by_row(model: nn.Module, names: list[str], family: str = "llama") -> Tensor:
@@ -175,7 +155,7 @@ def test_where_rows_cannot_be_told_nothing_is_guessed(kind: type[nn.Module]) -> 
 
 
 @pytest.mark.parametrize("kind", ["Longformer", "XLNet"])
-def test_families_whose_layers_get_tokens_first(kind: str) -> None:
+def test_families_whose_layers_get_tokens_first_are_refused(kind: str) -> None:
     if kind == "Longformer":
         config = transformers.LongformerConfig(
             attention_window=4, max_position_embeddings=64, **SIZES | {"hidden_size": 32}
@@ -190,7 +170,7 @@ def test_families_whose_layers_get_tokens_first(kind: str) -> None:
         model(input_ids=ids, adapter_names=["default", "second"] * 2)
 
 
-def test_rows_over_four_bits() -> None:
+def test_rows_over_four_bits_get_their_adapters_too() -> None:
     model = lorasb.patch(lorasb.quantize(make("llama")), r=4)
     lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
     mixed = by_row(model.eval(), ["default", "__base__"])
@@ -200,7 +180,7 @@ def test_rows_over_four_bits() -> None:
 
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_generation_with_an_adapter_for_each_row(family: str, beams: int) -> None:
+def test_generation_with_an_adapter_for_each_row_is_that_of_each_alone(family: str, beams: int) -> None:
     model, ids = two(family), batches_for(family, count=1)[0]["input_ids"]
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "num_beams": beams}
     mask = torch.ones_like(ids)
@@ -210,7 +190,7 @@ def test_generation_with_an_adapter_for_each_row(family: str, beams: int) -> Non
         assert torch.equal(mixed[i], model.generate(input_ids=ids, attention_mask=mask, **options)[i])
 
 
-def test_what_rows_cannot_ask_for() -> None:
+def test_what_rows_cannot_ask_for_is_refused() -> None:
     model = two()
     for names, error, message in (
         (["nobody", "default"], ValueError, "no layer has an adapter 'nobody'"),
@@ -225,89 +205,3 @@ def test_what_rows_cannot_ask_for() -> None:
     model.eval().merge_adapter()
     with pytest.raises(ValueError, match="need unmerged weights"):
         model(**batches_for("llama")[0], adapter_names=["default", "default"])
-
-
-def update(layer: LoRASBLinear, weights: dict[str, float]) -> Tensor:
-    return sum(weight * layer.get_delta_weight(name).double() for name, weight in weights.items())
-
-
-@pytest.mark.parametrize("kind", ["auto", "linear"])
-def test_adapters_that_share_factors_are_added_exactly(kind: str, tmp_path: Path) -> None:
-    model = two(shared=True)
-    errors = model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum", combination_type=kind)
-    assert set(errors.values()) == {0.0}
-    assert model.active_adapters == ["default"]
-    for layer in layers(model).values():
-        assert torch.equal(layer.lorasb_A["sum"], layer.lorasb_A["default"])
-        tolerances.check(
-            layer.get_delta_weight("sum"), update(layer, {"default": 0.7, "second": -0.4}), tolerances.EXPORT
-        )
-    model.set_adapter("sum")
-    after = logits(model)
-    model.save_pretrained(tmp_path, selected_adapters=["sum"])
-    again = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "sum").eval()
-    tolerances.check(logits(again), after, tolerances.EXACT)
-
-
-@pytest.mark.parametrize(("kind", "rank"), [("auto", None), ("svd", 2), ("svd", 5), ("cat", None)])
-def test_others_by_the_best_of_a_rank(kind: str, rank: int | None) -> None:
-    model = two(target_modules=["q_proj", "up_proj"])
-    errors = model.add_weighted_adapter(["default", "second"], [1.0, 0.5], "sum", kind, rank)
-    for name, layer in layers(model).items():
-        names = {"default": 1.0} | ({"second": 0.5} if "second" in layer.lorasb_R else {})
-        exact = update(layer, names)
-        singular = torch.linalg.svdvals(exact)
-        kept = layer.r["sum"]
-        assert kept == (
-            sum(layer.r[n] for n in names) if kind == "cat" else min(rank or 4, sum(layer.r[n] for n in names))
-        )
-        best = float(singular[kept:].norm() / singular.norm())
-        found = float((layer.get_delta_weight("sum").double() - exact).norm() / exact.norm())
-        assert abs(errors[name.removeprefix("base_model.model.")] - best) < tolerances.RANKS.atol
-        assert abs(found - best) < tolerances.EXPORT.atol
-        if kind == "cat":
-            assert best < tolerances.RANKS.atol
-
-
-def test_a_first_adapter_that_leaves_layers_out() -> None:
-    model = patched("llama", exclude_modules=["v_proj"])
-    model.add_adapter("second", lorasb.LoRASBConfig(r=3))
-    lorasb.initialize(model, batches_for("llama")[1:], lr=5e-2, adapter_name="second", progress=False)
-    errors = model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", "cat")
-    assert any(name.endswith("v_proj") for name in errors)
-    for layer in layers(model).values():
-        names = {name: 1.0 for name in ("default", "second") if name in layer.lorasb_R}
-        tolerances.check(layer.get_delta_weight("sum"), update(layer, names), tolerances.EXPORT)
-
-
-def test_a_merged_quantized_base_takes_what_it_took_before() -> None:
-    model = lorasb.patch(lorasb.quantize(make("llama", dtype=torch.bfloat16)), r=4)
-    lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
-    layer, x = next(iter(layers(model).values())), torch.randn(3, 64)
-    before = layer(x)
-    model.merge_adapter()
-    assert layer(x).dtype == before.dtype == torch.float32
-    tolerances.check(layer(x) / before.abs().max(), before / before.abs().max(), tolerances.HALF_FEW)
-
-
-def test_what_cannot_be_combined() -> None:
-    model = two()
-    with pytest.raises(ValueError, match="svd_rank must be positive"):
-        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", "svd", -1)
-    for arguments, message in (
-        ((["default", "second"], [1.0, 1.0], "sum", "linear"), "do not share A and B"),
-        ((["default", "second"], [1.0], "sum"), "a weight for each adapter"),
-        ((["default", "nobody"], [1.0, 1.0], "sum"), "no layer has an adapter 'nobody'"),
-        ((["default", "second"], [1.0, 1.0], "second"), "has an adapter 'second' already"),
-        ((["default", "second"], [1.0, 1.0], "sum", "ties"), "combination_type must be one of auto, linear, svd, cat"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            model.add_weighted_adapter(*arguments)
-        assert set(model.peft_config) == {"default", "second"}
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="merged into the weights"):
-        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
-    model.unmerge_adapter()
-    model.add_adapter("third", lorasb.LoRASBConfig(r=2))
-    with pytest.raises(ValueError, match="'third' has not been initialized"):
-        model.add_weighted_adapter(["default", "third"], [1.0, 1.0], "sum")

@@ -77,14 +77,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
     assert all(torch.equal(value_, before[key]) for key, value_ in factors(model).items())
 
 
-def test_a_gradient_that_is_zero() -> None:
+def test_a_gradient_that_is_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="is zero: the loss does not depend on it"):
         lorasb.initialize(
             patched(), batches_for("llama"), lr=1e-3, loss_fn=lambda m, b: 0.0 * m(**b).logits.sum(), progress=False
         )
 
 
-def test_interrupted() -> None:
+def test_an_interrupted_initialization_changes_nothing() -> None:
     model = patched()
     before, flags = factors(model), [p.requires_grad for p in model.parameters()]
 
@@ -99,7 +99,7 @@ def test_interrupted() -> None:
     assert not any(m._forward_hooks for m in model.modules() if isinstance(m, LoRASBLinear))
 
 
-def test_merged_or_unpatched_models() -> None:
+def test_merged_or_unpatched_models_are_refused() -> None:
     model = patched()
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"expected unmerged weights.*model\.unmerge_adapter\(\)"):

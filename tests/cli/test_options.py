@@ -1,0 +1,76 @@
+"""Options made of the list of settings: each is an option and a line of YAML, and an option goes first."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import typer
+from typer.testing import CliRunner
+
+from lorasb.cli import options
+from lorasb.recipes import config_file
+from lorasb.recipes.settings import InitSettings, Settings, listed
+
+KNOWN = {one.name: kind for one, kind in listed(Settings)}
+OTHER = {
+    "model": "folder", "dtype": "float32", "bits": 4, "task": "gcd", "data": "a.jsonl", "eval_data": "b.jsonl",
+    "train_examples": 7, "eval_examples": 8, "max_length": 9, "packing": True, "method": "lora-xs", "r": 3,
+    "target_modules": "q_proj,v_proj", "rank_pattern": {"down_proj": 2}, "samples": 5, "update": "sgd", "lr": 1e-5,
+    "epochs": 2.5, "batch_size": 6, "gradient_accumulation": 2, "gradient_checkpointing": True, "scheduler": "cosine",
+    "warmup": 0.2, "weight_decay": 0.01, "seed": 11, "eval_steps": 12, "save_steps": "13", "resume": "never",
+    "report_to": "wandb", "output": "elsewhere",
+}  # fmt: skip
+
+
+def call(*arguments: str) -> dict[str, Any]:
+    """What a command with these arguments would run with."""
+    got: list[dict[str, Any]] = []
+    app = typer.Typer()
+    app.command()(options.command(got.append, [(Settings, False)], {}))
+    done = CliRunner().invoke(app, list(arguments))
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return got[0]
+
+
+def arguments(values: dict[str, Any]) -> list[str]:
+    found = []
+    for name, value in values.items():
+        if value is True:
+            found += ["--" + name.replace("_", "-")]
+        else:
+            text = ",".join(f"{n}={r}" for n, r in value.items()) if isinstance(value, dict) else str(value)
+            found += ["--" + name.replace("_", "-"), text]
+    return found
+
+
+def test_every_setting_is_an_option_and_a_line_of_yaml(tmp_path: Path) -> None:
+    assert set(OTHER) == {one.name for one in fields(Settings)} == set(KNOWN)
+    assert all(getattr(Settings(), name) != value for name, value in OTHER.items())
+    assert call(*arguments(OTHER)) == OTHER
+    config_file.write_config(tmp_path / "config.yaml", Settings(**OTHER))
+    again = config_file.read_config(tmp_path / "config.yaml", KNOWN)
+    assert again == {name: value for name, value in OTHER.items() if name != "resume"}
+    assert call("--config", str(tmp_path / "config.yaml")) == again
+
+
+def test_an_option_goes_before_the_files_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("lr: 2e-3\nseed: 4\npacking: true\n")
+    found = call("--config", str(tmp_path / "a.yaml"), "--seed", "5", "--no-packing")
+    assert found == {"lr": 2e-3, "seed": 5, "packing": False}
+    assert call() == {}
+
+
+def test_init_takes_its_share_of_the_list() -> None:
+    made = options.command(print, [(Settings, True), (InitSettings, False)], {"output": "runs/init"})
+    names = set(inspect.signature(made).parameters)
+    own = {one.name for one, _ in listed(InitSettings)}
+    assert own == {"strategy", "memory_budget", "cache", "stability", "energy", "parameters"}
+    assert own < names
+    assert names - own - {"config"} == {one.name for one, _ in listed(Settings) if one.metadata["init"]}
+    assert "eval_data" not in names
+    assert "run" in get_type_hints(InitSettings)

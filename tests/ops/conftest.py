@@ -1,0 +1,23 @@
+"""The kernels that a test runs by, one after another."""
+
+from __future__ import annotations
+
+import pytest
+
+import lorasb
+from lorasb.backends import cpp
+
+KERNELS = ["eager", *cpp.instruction_sets()] if cpp.missing() is None else ["eager"]
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest):
+    """Eager, then the C++ kernels of every instruction set that this processor has."""
+    if request.param == "eager":
+        with lorasb.backend("eager"):
+            yield request.param
+        return
+    cpp.use_instruction_set(request.param)
+    with lorasb.backend("cpp"):
+        yield request.param
+    cpp.use_instruction_set("")

@@ -1,0 +1,34 @@
+"""Results that cannot be written: what was trained is kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_runs import assert_same
+from transformers import Trainer
+
+from lorasb.recipes.finetune import run_finetune
+from lorasb.recipes.settings import Settings
+
+
+def test_a_full_disk_at_the_results_loses_no_training(
+    base: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors
+
+    from lorasb.recipes import results
+
+    def full(*given: Any, **named: Any) -> None:
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasb.export.lora.export_lora", full)
+        with pytest.raises(OSError, match=r"lora cannot be written: .*No space left"):
+            run_finetune(replace(base, output=str(tmp_path)))
+    monkeypatch.setattr(Trainer, "train", lambda *given, **named: pytest.fail("nothing is trained twice"))
+    run_finetune(replace(base, output=str(tmp_path)))
+    assert_same(tmp_path, whole)
+    assert results.load(tmp_path).summary["train_losses"]

@@ -1,0 +1,73 @@
+"""Whose a run's folder is: a finished run is not done again, and other settings are refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from finetune_runs import assert_same, stop_after
+from tiny_run import WORDS
+
+from lorasb.recipes import checkpoints, finetune
+from lorasb.recipes.finetune import run_finetune
+from lorasb.recipes.results import Result
+from lorasb.recipes.settings import Settings
+
+
+def test_a_finished_run_gives_its_results_again(
+    base: Settings, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "prepare", lambda *given: pytest.fail("nothing is loaded"))
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    found = run_finetune(replace(base, output=str(whole)))
+    assert isinstance(found, Result)
+    assert found.summary == json.loads((whole / "summary.json").read_text())
+    assert found.report is not None
+    assert found.report.num_samples == 8
+    assert len(found.before.answers) == len(found.after.answers) == len(found.examples) == 3
+    assert "is finished: these are its results" in " ".join(capsys.readouterr().out.split())
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_other_settings_are_refused_by_name(base: Settings, whole: Path, tmp_path: Path) -> None:
+    other = replace(base, output=str(whole), lr=1e-3, rank_pattern={"q_proj": 4})
+    with pytest.raises(
+        ValueError,
+        match=r"has a run with other settings: --rank-pattern was None and is .*, --lr was 0.005 and is 0.001\. Take another --output, or --resume never",
+    ):
+        run_finetune(other)
+    stop_after(4, base, tmp_path)
+    with pytest.raises(ValueError, match="other settings: --seed was 0 and is 1"):
+        run_finetune(replace(base, output=str(tmp_path), seed=1))
+    assert len(checkpoints.whole(tmp_path / "checkpoints")) == 2
+
+
+def test_other_examples_in_the_same_file_are_refused(base: Settings, data: Path, tmp_path: Path) -> None:
+    file, output = tmp_path / "data.jsonl", str(tmp_path / "run")
+    shutil.copy(data, file)
+    stop_after(4, replace(base, data=str(file)), Path(output))
+    file.write_text(file.read_text() + json.dumps({"prompt": "one more", "completion": WORDS[0]}) + "\n")
+    with pytest.raises(ValueError, match="other settings: the examples themselves have changed"):
+        run_finetune(replace(base, data=str(file), output=output))
+
+
+def test_settings_that_change_nothing_may_differ(base: Settings, whole: Path) -> None:
+    run_finetune(replace(base, output=str(whole), save_steps="5", resume="auto"))
+
+
+def test_resume_never_starts_anew(base: Settings, tmp_path: Path) -> None:
+    stop_after(4, base, tmp_path)
+    stop_after(2, replace(base, lr=1e-3, resume="never"), tmp_path)
+    assert [checkpoints.step_of(one) for one in checkpoints.whole(tmp_path / "checkpoints")] == [2]
+
+
+def test_a_run_is_repeated_to_the_bit_from_its_config(base: Settings, whole: Path, tmp_path: Path) -> None:
+    from lorasb.cli import options
+    from lorasb.recipes.settings import listed
+
+    values = options.read_config(whole / "config.yaml", {one.name: kind for one, kind in listed(Settings)})
+    run_finetune(Settings(**values | {"output": str(tmp_path)}))
+    assert_same(tmp_path, whole)

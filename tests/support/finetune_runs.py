@@ -1,0 +1,94 @@
+"""Runs of `lorasb finetune` that are stopped or killed after a step, and what two runs must have in common."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback
+
+from lorasb.recipes import train
+from lorasb.recipes.finetune import run_finetune
+from lorasb.recipes.settings import Settings
+from lorasb.recipes.signals import StoppedError
+
+TIMES = ("init_seconds", "train_seconds", "tokens_per_second", "peak_rss_mb")
+STEPS = 14  # 27 examples, twice, four a step
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """A run\'s summary without what no two runs share: times and where it was written."""
+    found = json.loads((folder / "summary.json").read_text())
+    for name in TIMES:
+        found.pop(name)
+    found["config"].pop("output")
+    found["config"].pop("resume")
+    return found
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    """Two runs left the same files: adapters and answers to the bit, summaries but for times."""
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "summary.json"} < names
+    assert names == {str(path.relative_to(other)) for path in other.rglob("*") if path.is_file()}
+    for name in sorted(name for name in names if name.startswith(("adapter/adapter_", "lora/adapter_"))):
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+    assert summary(folder) == summary(other)
+    assert (folder / "answers.json").read_bytes() == (other / "answers.json").read_bytes()
+    assert not (folder / "checkpoints").exists()
+
+
+class At(TrainerCallback):
+    """Does something after a step."""
+
+    def __init__(self, step: int, action: Any) -> None:
+        self.step, self.action = step, action
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.action()
+
+
+def add(monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
+    """Have the trainer of the next run call this too."""
+    put = train._put_callbacks
+
+    def more(trainer: Any, *given: Any) -> None:
+        trainer.add_callback(callback)
+        put(trainer, *given)
+
+    monkeypatch.setattr(train, "_put_callbacks", more)
+
+
+def die() -> None:
+    """End this process as `kill -9` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_after(step: int, base: Settings, folder: Path, number: int = signal.SIGINT) -> StoppedError:
+    """Start a run and interrupt it after a step; what it raised."""
+    with pytest.MonkeyPatch.context() as patch:
+        add(patch, At(step, lambda: os.kill(os.getpid(), number)))
+        with pytest.raises(StoppedError, match="the same command goes on from here") as stopped:
+            run_finetune(replace(base, output=str(folder)))
+    return stopped.value
+
+
+def killed(settings: Settings, arrange: Any) -> None:
+    """Run in a child that arranges its own death by kill -9."""
+    child = os.fork()
+    if child == 0:
+        patch = pytest.MonkeyPatch()
+        arrange(patch)
+        try:
+            run_finetune(settings)
+        finally:
+            os._exit(0)  # it was to die before
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL

@@ -1,0 +1,73 @@
+"""Models whose layers are computed together, the same models without groups, and one step of each."""
+
+from __future__ import annotations
+
+import copy
+
+import tolerances
+import torch
+from models import batches_for
+from torch import Tensor, nn
+
+import lorasb
+from lorasb.layers import linear_group
+from lorasb.layers.linear import LoRASBLinear
+
+
+def step(model: nn.Module, family: str = "llama", backend: str = "eager") -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and the gradient of every R."""
+    model.zero_grad()
+    with lorasb.backend(backend):
+        out = model(**batches_for(family, count=1)[0])
+        out.loss.backward()
+    return out.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if "lorasb_R" in n}
+
+
+def groups(model: nn.Module) -> list[linear_group.Siblings]:
+    """The groups of a model, each once."""
+    found = {id(m.siblings): m.siblings for m in model.modules() if isinstance(m, LoRASBLinear) and m.siblings}
+    return list(found.values())
+
+
+def alone(model: nn.Module) -> nn.Module:
+    """The same model without groups."""
+    model = copy.deepcopy(model)
+    linear_group.dissolve(model)
+    return model
+
+
+def same(first: tuple[Tensor, dict[str, Tensor]], second: tuple[Tensor, dict[str, Tensor]]) -> None:
+    """Logits and gradients of two models are the same, but for the order of sums."""
+    tolerances.check(first[0], second[0], tolerances.PROCESS_SUMS)
+    assert first[1].keys() == second[1].keys()
+    for name, gradient in first[1].items():
+        tolerances.check(gradient, second[1][name], tolerances.PROCESS_SUMS)
+
+
+def attention(model: nn.Module) -> nn.Module:
+    return model.base_model.model.model.layers[0].self_attn
+
+
+def prepared(module: nn.Module, features: int) -> nn.Module:
+    """A module's linears adapted, with factors that do something."""
+    model = lorasb.patch(module, r=3, target_modules="all-linear")
+    for layer in model.modules():
+        if isinstance(layer, LoRASBLinear):
+            q = torch.linalg.qr(torch.randn(features, 3)).Q
+            layer.set_factors("default", q, torch.randn(3, 3), q.t())
+    return model
+
+
+class Two(nn.Module):
+    """A parent of two siblings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.raises: type[BaseException] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.q_proj(x)
+        if self.raises is not None:
+            raise self.raises
+        return y + self.k_proj(x)

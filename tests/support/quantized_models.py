@@ -1,0 +1,80 @@
+"""Tiny models in 4 and 8 bits, bitsandbytes' and our own, and their dense twins."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import llama, text
+from storages import exact
+from torch import nn
+
+import lorasb
+from lorasb.layers.linear import LoRASBLinear
+from lorasb.quantization.quantized_weight import of_module
+
+bnb = pytest.importorskip("bitsandbytes")
+KINDS = ("own", "own nested", "nf4", "fp4 nested", "int8")
+
+
+def quantized(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A tiny Llama whose linears are quantized."""
+    torch.manual_seed(0)
+    model = llama().to(dtype)
+    if kind.startswith("own"):
+        return lorasb.quantize(model, nested="nested" in kind)
+    for name, parent in list(model.named_modules()):
+        for child, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear) and child != "lm_head":
+                assert name
+                setattr(parent, child, to_bitsandbytes(layer, kind))
+    return model
+
+
+def to_bitsandbytes(layer: nn.Linear, kind: str) -> nn.Module:
+    """The same layer in 4 or 8 bits of bitsandbytes."""
+    bias = layer.bias is not None
+    if kind == "int8":
+        new = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, bias=bias, has_fp16_weights=False)
+        new.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
+    else:
+        new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=bias, quant_type=kind[:3], compress_statistics="nested" in kind)  # fmt: skip
+        new.weight = bnb.nn.Params4bit(layer.weight.data.clone(), quant_type=kind[:3], compress_statistics="nested" in kind)  # fmt: skip
+    if bias:
+        new.bias = nn.Parameter(layer.bias.data.clone(), requires_grad=False)
+    return new.to("cpu")
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """The same function with dense linears."""
+    twin = copy.deepcopy(model)
+    for name, parent in list(twin.named_modules()):
+        for child, layer in list(parent.named_children()):
+            weight = of_module(layer) if isinstance(layer, nn.Linear) else None
+            if weight is not None:
+                dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
+                dense.weight.data = exact(weight, torch.float32)
+                setattr(parent, child, dense)
+            assert name or layer
+    return twin
+
+
+def batches(count: int = 3) -> list[dict[str, torch.Tensor]]:
+    return [text(2, 12, seed) for seed in range(count)]
+
+
+def factors(model: nn.Module) -> list[torch.Tensor]:
+    layers = [m for m in model.modules() if isinstance(m, LoRASBLinear)]
+    return [
+        p.detach().clone()
+        for m in layers
+        for p in (m.lorasb_A["default"], m.lorasb_R["default"], m.lorasb_B["default"])
+    ]
+
+
+def initialized(kind: str, **options: object) -> nn.Module:
+    """A quantized model with an initialized adapter."""
+    model = lorasb.patch(quantized(kind), r=4)
+    lorasb.initialize(model, batches(), lr=1e-2, progress=False, **options)
+    return model

@@ -1,0 +1,27 @@
+"""A model with two adapters that do different things."""
+
+from __future__ import annotations
+
+import torch
+from models import batches_for, patched
+from torch import nn
+
+import lorasb
+from lorasb.layers.linear import LoRASBLinear
+
+
+def two(family: str = "llama", shared: bool = False, **fields: object) -> nn.Module:
+    """A model with two adapters that do different things; `shared`: on the same A and B."""
+    model = patched(family)
+    model.add_adapter("second", lorasb.LoRASBConfig(r=4 if shared else 3, **fields))
+    if shared:
+        for layer in layers(model).values():
+            core = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)) * 0.05
+            layer.set_factors("second", layer.lorasb_B["default"], core, layer.lorasb_A["default"])
+    else:
+        lorasb.initialize(model, batches_for(family)[1:], lr=5e-2, adapter_name="second", progress=False)
+    return model.eval()
+
+
+def layers(model: nn.Module) -> dict[str, LoRASBLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRASBLinear)}

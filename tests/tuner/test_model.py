@@ -1,0 +1,145 @@
+"""A patched model: several adapters, on and off, merged and unmerged, dtypes, and failures that change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import tolerances
+import torch
+from adapters import trained
+from models import batches_for, logits, make, patched
+
+import lorasb
+from lorasb.layers.linear import LoRASBLinear
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_dtypes_stay_fp32_for_r_after_patch_load_and_add_adapter(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = patched(dtype=dtype)
+    model.save_pretrained(tmp_path)
+    model.add_adapter("second", lorasb.LoRASBConfig(r=2))
+    model.load_adapter(tmp_path, "third", is_trainable=True)
+    loaded = peft.PeftModel.from_pretrained(make("llama", dtype=dtype), tmp_path, is_trainable=True)
+    lazy = peft.PeftModel.from_pretrained(
+        make("llama", dtype=dtype), tmp_path, low_cpu_mem_usage=True, is_trainable=True
+    )
+    for candidate in (model, loaded, lazy):
+        for name, parameter in candidate.named_parameters():
+            if "lorasb_R" in name:
+                assert parameter.dtype == torch.float32, name
+            else:
+                assert not parameter.requires_grad, name
+                assert parameter.dtype == dtype, name
+    assert (
+        {n.rpartition(".")[2] for n in trained(loaded)} == {n.rpartition(".")[2] for n in trained(lazy)} == {"default"}
+    )
+
+
+def test_adapters_take_turns_and_are_deleted_without_touching_one_another() -> None:
+    model = patched()
+    first = logits(model)
+    model.add_adapter("second", lorasb.LoRASBConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    lorasb.initialize(model, batches_for("llama"), lr=3e-2, adapter_name="second", progress=False)
+    tolerances.check(logits(model), first, tolerances.EXACT)
+    model.set_adapter("second")
+    second = logits(model)
+    assert (second - first).abs().max() > 1e-3
+    assert all("second" in name for name in trained(model))
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), second)
+    assert not any("default" in name for name in trained(model))
+
+
+def test_a_disabled_adapter_leaves_the_base_to_the_bit() -> None:
+    model = patched()
+    base, with_adapter = logits(make("llama")), logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), with_adapter)
+    assert (with_adapter - base).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_merging_keeps_the_answer_and_unmerging_gives_the_base_back(safe: bool) -> None:
+    model = patched()
+    want, base = logits(model), logits(make("llama"))
+    model.merge_adapter(safe_merge=safe)
+    tolerances.check(logits(model), want, tolerances.MERGE)
+    with model.disable_adapter():
+        tolerances.check(logits(model), base, tolerances.MERGE)
+    model.merge_adapter(safe_merge=safe)
+    model.unmerge_adapter()
+    tolerances.check(logits(model), want, tolerances.MERGE)
+    tolerances.check(logits(model.unload()), base, tolerances.MERGE)
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_one_broken_layer_leaves_every_weight_as_it_was(call: str) -> None:
+    model = patched()
+    layers = [m for m in model.modules() if isinstance(m, LoRASBLinear)]
+    before = [layer.base_weight().detach().clone() for layer in layers]
+    with torch.no_grad():
+        layers[-1].lorasb_R["default"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: .*not finite"):
+        getattr(model, call)()
+    assert all(torch.equal(layer.base_weight(), weight) for layer, weight in zip(layers, before, strict=True))
+    assert not any(layer.merged for layer in layers)
+    assert len([m for m in model.modules() if isinstance(m, LoRASBLinear)]) == len(layers)
+
+
+def test_an_uninitialized_model_refuses_to_train() -> None:
+    model = lorasb.patch(make("llama"), r=4).train()
+    with pytest.raises(RuntimeError, match=r"lorasb\.initialize\(model, dataloader, lr="):
+        model(**batches_for("llama")[0])
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    found = []
+    for kind in (None, False, True):
+        model = patched(lora_dropout=0.25).train()
+        if kind is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": kind})
+            if kind:
+                model.enable_input_require_grads()
+        torch.manual_seed(5)
+        model(**batches_for("llama")[0]).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.equal(found[1][name], gradient), name
+        assert torch.equal(found[2][name], gradient), name
+
+
+def test_a_failed_second_adapter_leaves_the_first() -> None:
+    model = patched()
+    want, names = logits(model), trained(model)
+    with pytest.raises(ValueError, match="rank 40 is more than layer"):
+        model.add_adapter("second", lorasb.LoRASBConfig(r=40))
+    assert trained(model) == names
+    assert torch.equal(logits(model), want)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_before_initialization_the_equivalent_gradient_changes_nothing_either() -> None:
+    want = logits(make("llama"))
+    model = lorasb.patch(make("llama"), r=4, equivalent_gradient=True).eval()
+    assert torch.equal(logits(model), want)
+    found = model(**batches_for("llama", count=1)[0])  # evaluation that keeps the graph
+    assert torch.equal(found.logits.detach(), want)
+    with pytest.raises(RuntimeError, match="has not been initialized"):
+        found.loss.backward()
+
+
+def test_a_merged_quantized_base_takes_what_it_took_before() -> None:
+    model = lorasb.patch(lorasb.quantize(make("llama", dtype=torch.bfloat16)), r=4)
+    lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
+    layer, x = next(m for m in model.modules() if isinstance(m, LoRASBLinear)), torch.randn(3, 64)
+    before = layer(x)
+    model.merge_adapter()
+    assert layer(x).dtype == before.dtype == torch.float32
+    tolerances.check(layer(x) / before.abs().max(), before / before.abs().max(), tolerances.HALF_FEW)
