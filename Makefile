@@ -6,7 +6,7 @@ STAMP := $(VENV)/.lorasb-installed
 CSRC := $(shell find csrc -name "*.cpp" -o -name "*.h")
 RUN ?= runs/demo
 
-.PHONY: install demo test test-all lint format sanitize bench bench-methods bench-gpu bench-cpu bench-init bench-4bit bench-kernels clean
+.PHONY: install demo test test-all coverage lint format sanitize bench bench-methods bench-gpu bench-cpu bench-init bench-4bit bench-kernels clean
 
 install: $(STAMP)
 
@@ -34,6 +34,13 @@ test: install
 test-all: install
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed>=0.17"
 	LORASB_GGUF_PROMPTS=50 $(PYTEST) -m "long or not long"
+
+# How many of lorasb's statements the suite runs; the last line of the table is the total. Not watched are processes that
+# tests start (ranks, compilers, fresh interpreters), so the tests that do little else are left out, as are those of
+# benchmarks/. The Triton kernels are not counted: their interpreter runs them from a text of its own.
+UNWATCHED = benchmarks distributed repo kernels/test_static_report.py
+coverage: install
+	$(PYTEST) $(addprefix --ignore=tests/,$(UNWATCHED)) --cov=lorasb --cov-report=term
 
 lint: install
 	$(BIN)/ruff check .

@@ -52,6 +52,7 @@ def extension():
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrLeaveOut.with_options(use_ninja=parallel)}}
 
 
+# lorasb/py.typed needs no line below: setuptools puts it into the wheel by itself.
 setup(
     packages=[*find_packages(include=["lorasb", "lorasb.*"]), "lorasb.kernels", "lorasb.kernels.tables"],
     package_dir={"lorasb.kernels": "kernels/fused"},
