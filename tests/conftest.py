@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import environment  # noqa: F401  before anything reads it
+import environment  # before anything reads it
 import pytest
 import torch
 from tiny_run import make_data, make_tiny
@@ -29,6 +30,42 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--ptx ARCH`: run the kernels as compiled for an architecture, executed instruction by instruction."""
+    parser.addoption("--ptx", metavar="ARCH", help="execute kernels as compiled for sm_80, sm_86, sm_89, sm_90, sm_120")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With --ptx, compiled kernels take the place of interpreted ones."""
+    config.ptx_executor = None  # type: ignore[attr-defined]
+    if environment.PTX:
+        from ptx import plugin
+
+        try:
+            config.ptx_executor = plugin.install(environment.PTX)  # type: ignore[attr-defined]
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
+
+
+@pytest.fixture(autouse=True)
+def tracked_memory(request: pytest.FixtureRequest, poisoned_memory: None) -> Iterator[None]:
+    """With --ptx, bytes of fresh tensors count as written once somebody wrote them."""
+    executor = request.config.ptx_executor  # type: ignore[attr-defined]
+    if executor is None:
+        yield
+        return
+    with executor.tracker.watching():
+        yield
+    executor.tracker.clear()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """What was executed, where kernels were."""
+    executor = getattr(config, "ptx_executor", None)
+    if executor is not None and executor.launches:
+        terminalreporter.write_line(executor.summary())
 
 
 @pytest.fixture(scope="session")

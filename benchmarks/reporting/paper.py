@@ -75,7 +75,7 @@ NOTES = {
     "subspace": "Rates are the best of each one's sweep by one seed; for W with B = U those beside it stand here too. "
     "LoRA-XS's own B is U Σ of W: its steps are longer in W's leading directions. AdamW's steps have one length "
     "whatever the gradient, and where factors have less of it a higher rate does best.",
-    "again": "What R has learnt is rounded into the bf16 base, AdamW's moments start anew, and a second first step is "
+    "again": "What R has learned is rounded into the bf16 base, AdamW's moments start anew, and a second first step is "
     "taken from 32 other samples at η of the schedule's peak; there is no second warm-up.",
 }
 

@@ -50,9 +50,14 @@ def launch(
     compiled = hasattr(kernel, "device_caches")  # the interpreter knows no registers
     if compiled and isinstance(config, GemmConfig) and config.registers:
         options["maxnreg"] = config.registers
-    if compiled and exact:
-        options["enable_fp_fusion"] = False
+    if compiled:  # said either way: Triton's own default differs between versions, and it warns where it is taken
+        options["enable_fp_fusion"] = not exact
     for observer in _observers:
         observer(Launch(kernel, grid, arguments, options))
     if not _dry:
-        kernel[(grid,)](**arguments, **options)
+        run(kernel, grid, arguments, options)
+
+
+def run(kernel: Any, grid: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    """Run a kernel; a module global, so that tests can execute compiled kernels elsewhere than on a card."""
+    kernel[(grid,)](**arguments, **options)

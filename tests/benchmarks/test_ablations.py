@@ -89,19 +89,19 @@ def test_noise_of_nothing_is_the_first_step_and_much_noise_is_something_else() -
 
 
 def test_a_second_svd_keeps_what_was_learnt() -> None:
-    """The function moves by no more than the new first step: what R had learnt is in the base weight."""
+    """The function moves by no more than the new first step: what R had learned is in the base weight."""
     problem, cell, model = started(longest_start=None)
     layers = starts.layers(model)
     with torch.no_grad():
         for layer in layers.values():
             layer.lorasb_R["default"].add_(0.1)
-    learnt = {
+    learned = {
         name: (layer.base_weight() + layer.get_delta_weight("default")).detach() for name, layer in layers.items()
     }
     begin_again(model, problem, cell, batches, WARMUP)
     for name, layer in layers.items():
-        tolerances.check(layer.base_weight(), learnt[name], tolerances.MERGE)
-        energy_kept = layer.get_delta_weight("default").norm() / ETA / learnt[name].numel() ** 0.5
+        tolerances.check(layer.base_weight(), learned[name], tolerances.MERGE)
+        energy_kept = layer.get_delta_weight("default").norm() / ETA / learned[name].numel() ** 0.5
         assert 0.3 < energy_kept < 1.0
 
 

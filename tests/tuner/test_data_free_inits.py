@@ -22,7 +22,7 @@ INITS = ["lora-xs", "kaiming"]
 
 
 def again(model: nn.Module, seed: int = 0, **options: Any) -> dict[str, torch.Tensor]:
-    """What `initialize` makes of a patched model, whose factors are spoilt first."""
+    """What `initialize` makes of a patched model, whose factors are spoiled first."""
     for layer in layers(model):
         for part in (layer.lorasb_A, layer.lorasb_R, layer.lorasb_B):
             for value in part.values():

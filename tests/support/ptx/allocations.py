@@ -1,0 +1,92 @@
+"""Which bytes of fresh tensors nobody has written: tensors that the library makes with `new_empty` and its like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .formats import Array
+
+
+@dataclass
+class Fresh:
+    """A storage that was made empty.
+
+    Attributes:
+        storage: kept alive, so that nobody else gets its address.
+        content: what was in it then.
+        written: a flag a byte.
+    """
+
+    storage: Any
+    content: Array
+    written: Array
+
+
+class Tracker:
+    """Storages that were made empty since `clear`.
+
+    What torch writes is seen by its values: a byte that has changed was written.
+    """
+
+    def __init__(self) -> None:
+        self._fresh: dict[int, Fresh] = {}
+
+    def clear(self) -> None:
+        """Forget all, and let their memory go."""
+        self._fresh.clear()
+
+    def made(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Note a tensor that was made empty."""
+        storage = tensor.untyped_storage()
+        if tensor.device.type == "cpu" and storage.nbytes():
+            content = _bytes(storage)
+            self._fresh[storage.data_ptr()] = Fresh(storage, content, np.zeros(len(content), bool))
+        return tensor
+
+    def initialized(self, pointer: int, content: Array) -> Array | None:
+        """A flag a byte of a storage's content; None where all of it was written."""
+        fresh = self._fresh.get(pointer)
+        if fresh is None:
+            return None
+        fresh.written |= content != fresh.content
+        return fresh.written
+
+    def update(self, pointer: int, written: Array) -> None:
+        """A launch has written these bytes too."""
+        fresh = self._fresh.get(pointer)
+        if fresh is not None:
+            fresh.written |= written
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note what `torch.empty`, `torch.empty_like` and `Tensor.new_empty` make inside the block."""
+        originals = {(owner, name): getattr(owner, name) for owner, name in MAKERS}
+        for (owner, name), original in originals.items():
+            setattr(owner, name, self._noting(original))
+        try:
+            yield
+        finally:
+            for (owner, name), original in originals.items():
+                setattr(owner, name, original)
+
+    def _noting(self, original: Any) -> Any:
+        def make(*arguments: Any, **options: Any) -> Any:
+            return self.made(original(*arguments, **options))
+
+        return make
+
+
+MAKERS = ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"))
+
+
+def _bytes(storage: Any) -> Array:
+    import ctypes
+
+    raw = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    return np.frombuffer(raw, np.uint8).copy()

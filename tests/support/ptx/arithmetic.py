@@ -1,0 +1,214 @@
+"""What each arithmetic instruction computes: functions of numpy vectors, by opcode.
+
+A function gets the instruction's parts (`("mad", "wide", "s32")`), the dtype of its last part, and its source operands
+in that dtype; it returns the result. Integers wrap; fp32 rounds to the nearest and keeps subnormals, as `.rn` without
+`.ftz` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import formats
+from .formats import FLOATS, WIDER, Array
+
+Parts = tuple[str, ...]
+COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
+}  # fmt: skip
+
+
+def is_float(dtype: Any) -> bool:
+    """True for f32 and f64."""
+    return dtype in FLOATS.values()
+
+
+def multiply(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
+    """mul: `.lo` keeps the lower half, `.hi` the upper one, `.wide` both."""
+    if is_float(dtype):
+        return a * b
+    if parts[1] == "wide":
+        wider = WIDER[dtype]
+        return a.astype(wider) * b.astype(wider)
+    if parts[1] == "hi":
+        return _upper_half(dtype, a, b)
+    return a * b
+
+
+def _upper_half(dtype: Any, a: Array, b: Array) -> Array:
+    bits = np.dtype(dtype).itemsize * 8
+    if bits == 64:
+        products = [(int(x) * int(y) >> 64) % 2**64 for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+        return np.array(products, dtype=np.uint64).view(dtype)
+    wider = WIDER[dtype]
+    return ((a.astype(wider) * b.astype(wider)) >> wider(bits)).astype(dtype)
+
+
+def multiply_add(parts: Parts, dtype: Any, a: Array, b: Array, c: Array) -> Array:
+    """mad: as `multiply`, plus c, which is as wide as the product."""
+    return multiply(parts, dtype, a, b) + c
+
+
+def fused(parts: Parts, dtype: Any, a: Array, b: Array, c: Array) -> Array:
+    """fma.rn.f32: one rounding."""
+    return formats.fused_multiply_add(a, b, c)
+
+
+def divide(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
+    """div: integers toward zero; the result of a division by zero is not defined, here all ones."""
+    if is_float(dtype):
+        return a / b
+    if np.issubdtype(dtype, np.unsignedinteger):
+        return np.where(b == 0, ~dtype(0), a // np.where(b == 0, dtype(1), b))
+    safe = np.where(b == 0, dtype(1), b).astype(np.int64)
+    quotient = (np.abs(a.astype(np.int64)) // np.abs(safe)) * np.sign(a.astype(np.int64)) * np.sign(safe)
+    return np.where(b == 0, dtype(-1), quotient).astype(dtype)
+
+
+def remainder(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
+    """rem: of the division toward zero, with the dividend's sign."""
+    return a - divide(parts, dtype, a, b) * b
+
+
+def shift_left(parts: Parts, dtype: Any, a: Array, count: Array) -> Array:
+    """shl: counts beyond the width give zero."""
+    bits = np.dtype(dtype).itemsize * 8
+    shifted = a.astype(np.uint64) << np.minimum(count, 63).astype(np.uint64)
+    return np.where(count >= bits, np.uint64(0), shifted).astype(dtype)
+
+
+def shift_right(parts: Parts, dtype: Any, a: Array, count: Array) -> Array:
+    """shr: `.s` fills with the sign, `.u` and `.b` with zeros; counts beyond the width move everything out."""
+    bits = np.dtype(dtype).itemsize * 8
+    if np.issubdtype(dtype, np.signedinteger):
+        return (a.astype(np.int64) >> np.minimum(count, bits - 1).astype(np.int64)).astype(dtype)
+    shifted = a.astype(np.uint64) >> np.minimum(count, 63).astype(np.uint64)
+    return np.where(count >= bits, np.uint64(0), shifted).astype(dtype)
+
+
+def extract_field(parts: Parts, dtype: Any, a: Array, start: Array, length: Array) -> Array:
+    """bfe: `length` bits from `start` on; `.s` extends the field's highest bit, which is 31's where it ends beyond."""
+    start, length = start.astype(np.uint64) & np.uint64(0xFF), length.astype(np.uint64) & np.uint64(0xFF)
+    raw = a.astype(np.uint32).astype(np.uint64)
+    if np.issubdtype(dtype, np.signedinteger):
+        raw = a.view(np.int32).astype(np.int64).view(np.uint64)
+    field = np.where(start >= 64, np.uint64(0), raw >> np.minimum(start, np.uint64(63)))
+    mask = (np.uint64(1) << np.minimum(length, np.uint64(32))) - np.uint64(1)
+    field &= mask
+    if np.issubdtype(dtype, np.signedinteger):
+        last = np.minimum(start + np.maximum(length, np.uint64(1)) - np.uint64(1), np.uint64(31))
+        sign = (a.view(np.uint32).astype(np.uint64) >> last) & np.uint64(1)
+        field = np.where((sign == 1) & (length > 0), field | ~mask, field)
+    return (field & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(dtype)
+
+
+def permute_bytes(parts: Parts, dtype: Any, a: Array, b: Array, selector: Array) -> Array:
+    """prmt.b32: each nibble of the selector picks a byte of b:a; its fourth bit repeats that byte's sign."""
+    pool = np.stack([a, b], 1).astype(np.uint32).view(np.uint8).reshape(len(a), 8)
+    result = np.zeros((len(a), 4), np.uint8)
+    for i in range(4):
+        nibble = (selector >> np.uint32(4 * i)) & np.uint32(15)
+        byte = pool[np.arange(len(a)), (nibble & 7).astype(np.int64)]
+        result[:, i] = np.where(nibble & 8, np.where(byte & 0x80, 0xFF, 0), byte)
+    return result.view(np.uint32)[:, 0]
+
+
+def compare(operation: str, dtype: Any, a: Array, b: Array) -> Array:
+    """setp's comparison: an ordered one is false on NaN, one that ends in `u` is true."""
+    if not is_float(dtype):
+        return COMPARISONS[operation](a, b)
+    nan = np.isnan(a) | np.isnan(b)
+    if operation == "nan":
+        return nan
+    if operation == "num":
+        return ~nan
+    if operation.endswith("u"):
+        return COMPARISONS[operation[:-1]](a, b) | nan
+    return COMPARISONS[operation](a, b) & ~nan
+
+
+def convert(parts: Parts, source: Callable[[Any], Array]) -> Array | None:
+    """cvt: `source(dtype)` gives the operand; None where this conversion is not known."""
+    name = ".".join(parts[1:])
+    special: dict[str, Callable[[], Array]] = {
+        "f32.bf16": lambda: formats.from_bf16(source(np.uint16)),
+        "rn.f32.bf16": lambda: formats.from_bf16(source(np.uint16)),
+        "f32.f16": lambda: formats.from_f16(source(np.uint16)),
+        "rn.bf16.f32": lambda: formats.to_bf16(source(np.float32)),
+        "rn.f16.f32": lambda: formats.to_f16(source(np.float32)),
+        "rna.tf32.f32": lambda: formats.round_tf32(source(np.uint32)),
+    }
+    if name in special:
+        return special[name]()
+    if len(parts) < 3 or parts[-1] not in formats.TYPES or parts[-2] not in formats.TYPES:
+        return None
+    to, of = formats.TYPES[parts[-2]], formats.TYPES[parts[-1]]
+    rounding = parts[1] if len(parts) == 4 else ""
+    integers = not is_float(to) and not is_float(of)
+    if integers or (is_float(to) and rounding == "rn"):
+        return source(of).astype(to)
+    if not is_float(to) and is_float(of) and rounding == "rzi":
+        return _saturated(np.trunc(source(of)), to)
+    if not is_float(to) and is_float(of) and rounding == "rni":
+        return _saturated(np.rint(source(of)), to)
+    return None
+
+
+def _saturated(values: Array, dtype: Any) -> Array:
+    """Whole numbers as integers: clamped to the range, NaN as zero."""
+    info = np.iinfo(dtype)
+    clamped = np.clip(np.nan_to_num(values.astype(np.float64), nan=0.0), float(info.min), float(info.max))
+    whole = np.where(clamped >= float(info.max), info.max, clamped.astype(np.int64))
+    return whole.astype(dtype)
+
+
+BINARY: dict[str, Callable[[Array, Array], Array]] = {"add": np.add, "sub": np.subtract}
+LOGIC: dict[str, Callable[[Array, Array], Array]] = {
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+EXTREMES = {"min": (np.fmin, np.minimum), "max": (np.fmax, np.maximum)}  # of floats: a NaN gives way to a number
+
+
+def add_or_subtract(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
+    """add, sub."""
+    return BINARY[parts[0]](a, b)
+
+
+def extreme(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
+    """min, max."""
+    return EXTREMES[parts[0]][0 if is_float(dtype) else 1](a, b)
+
+
+def logic(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
+    """and, or, xor."""
+    return LOGIC[parts[0]](a, b)
+
+
+def invert(parts: Parts, dtype: Any, a: Array) -> Array:
+    """not."""
+    return ~a
+
+
+def negate(parts: Parts, dtype: Any, a: Array) -> Array:
+    """neg: of a float its sign alone changes."""
+    return np.negative(a)
+
+
+def absolute(parts: Parts, dtype: Any, a: Array) -> Array:
+    """abs."""
+    return np.abs(a)
+
+
+Function = Callable[..., Array]
+FUNCTIONS: dict[str, Function] = {
+    "add": add_or_subtract, "sub": add_or_subtract, "mul": multiply, "mad": multiply_add, "fma": fused,
+    "div": divide, "rem": remainder, "min": extreme, "max": extreme, "and": logic, "or": logic, "xor": logic,
+    "not": invert, "neg": negate, "abs": absolute, "shl": shift_left, "shr": shift_right, "bfe": extract_field,
+    "prmt": permute_bytes,
+}  # fmt: skip
+COUNTS = {"shl": (1,), "shr": (1,), "bfe": (1, 2)}  # operands that are u32 whatever the type
+WIDE_ADDEND = ("mad", "wide")

@@ -1,0 +1,7 @@
+"""What the interpreter finds wrong with a kernel."""
+
+from __future__ import annotations
+
+
+class Fault(Exception):
+    """A kernel did what the hardware leaves undefined, or what the interpreter does not know. Names the instruction."""

@@ -1,0 +1,198 @@
+"""Device memory: allocations with red zones in one arena, and the checks of every access.
+
+An access has to lie in one allocation, be aligned to its size, and read bytes that somebody wrote. Accesses of different
+programs to the same bytes have to be ordered by an `acq_rel` atomic that both went through: each program has a clock
+that ticks at its barriers; an atomic publishes the clocks that its program knows, and learns those of earlier ones.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .faults import Fault
+from .formats import BITS, Array
+
+RED_ZONE = 4096  # bytes between allocations, that belong to none
+ALIGNMENT = 256
+GRANULE = 2  # bytes that share a record of who wrote them: the smallest store is one of them
+NOBODY = -1
+
+
+@dataclass
+class Allocation:
+    """One tensor's storage.
+
+    Attributes:
+        start, end: bytes in the arena.
+        written: some program of this launch stored here.
+        whole: every byte was written before the launch, so that no read has to be looked at.
+    """
+
+    start: int
+    end: int
+    whole: bool
+    written: bool = False
+
+
+@dataclass
+class Clocks:
+    """What a launch's programs know of each other.
+
+    Attributes:
+        published: counter's address -> program -> its clock when it last went through that atomic.
+        learned: of the running program: program -> (the clock that it published, our clock when we learned it).
+    """
+
+    published: dict[int, dict[int, int]] = field(default_factory=dict)
+    learned: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Another program begins: it knows nothing yet."""
+        self.learned = {}
+
+    def pass_through(self, address: int, program: int, clock: int) -> None:
+        """An acq_rel atomic of the running program: learn what was published there, publish what is known."""
+        known = self.published.setdefault(address, {})
+        for other, released in known.items():
+            if other != program:
+                self.learned[other] = released, clock
+        known[program] = clock  # stores before the last barrier are released
+        for other, (released, _) in self.learned.items():
+            known.setdefault(other, released)
+
+
+class GlobalMemory:
+    """The arena of one launch.
+
+    Args:
+        size: bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        size = -(-size // ALIGNMENT) * ALIGNMENT
+        self.bytes = np.zeros(size, np.uint8)
+        self.initialized = np.zeros(size, np.uint8)  # one flag a byte, gathered like the bytes themselves
+        self.writer = np.full(size // GRANULE, NOBODY, np.int32)
+        self.write_clock = np.zeros(size // GRANULE, np.int32)
+        self.write_warp = np.zeros(size // GRANULE, np.int32)
+        self.allocations: list[Allocation] = []
+        self.clocks = Clocks()
+        self._starts: list[int] = []
+        self._top = RED_ZONE
+
+    def allocate(self, content: Array, initialized: Array | None = None, offset: int = 0) -> int:
+        """Put bytes into the arena; their address, which is `offset` from an aligned one.
+
+        Args:
+            content: uint8.
+            initialized: a flag a byte: those that somebody wrote; None for all.
+            offset: the remainder of the address, as the tensor's own is.
+        """
+        start = -(-self._top // ALIGNMENT) * ALIGNMENT + offset
+        end = start + len(content)
+        if end + RED_ZONE > len(self.bytes):
+            raise Fault("the interpreter's arena is too small for this launch")
+        self.bytes[start:end] = content
+        self.initialized[start:end] = 1 if initialized is None else initialized
+        self.allocations.append(Allocation(start, end, initialized is None or bool(initialized.all())))
+        self._starts.append(start)
+        self._top = end + RED_ZONE
+        return start
+
+    def content(self, start: int, size: int) -> Array:
+        """Bytes, as they are now."""
+        return self.bytes[start : start + size]
+
+    def read(self, addresses: Array, size: int, warps: Array, program: int, clock: int, where: str) -> Array:
+        """`size` bytes at each address, as words [n, k] of 4 bytes, or of `size` where that is less."""
+        touched = self._find(addresses, size, "read", where)
+        if any(allocation.written for allocation in touched):
+            self._check_order(addresses, size, warps, program, clock, "read", where)
+        if not all(allocation.whole for allocation in touched) and not _gather(self.initialized, addresses, size).all():
+            raise Fault(f"read of global memory that nobody wrote, at {where}")
+        return _gather(self.bytes, addresses, size)
+
+    def write(
+        self, addresses: Array, words: Array, size: int, warps: Array, program: int, clock: int, where: str
+    ) -> None:
+        """Store words [n, k] as `read` gives them."""
+        touched = self._find(addresses, size, "write", where)
+        if len(np.unique(addresses)) != len(addresses):
+            raise Fault(f"two threads store to one address at {where}")
+        self._check_order(addresses, size, warps, program, clock, "write", where)
+        granules = _granules(addresses, size)
+        self.writer[granules], self.write_clock[granules] = program, clock
+        self.write_warp[granules] = warps[:, None]
+        for allocation in touched:
+            allocation.written = True
+        step = words.dtype.itemsize
+        places = (addresses // step)[:, None] + np.arange(words.shape[1])[None, :]
+        self.bytes.view(words.dtype)[places] = words
+        self.initialized.view(words.dtype)[places] = int.from_bytes(b"\x01" * step, "little")
+
+    def atomic_add(self, addresses: Array, values: Array, program: int, clock: int, where: str) -> Array:
+        """`atom.acq_rel.gpu.global.add.u32`, thread by thread; the former values."""
+        self._find(addresses, 4, "atomic", where)
+        words, former = self.bytes.view(np.uint32), np.zeros(len(addresses), np.uint32)
+        for i, address in enumerate(addresses.tolist()):
+            former[i] = words[address // 4]
+            words[address // 4] += values[i]
+            self.clocks.pass_through(address, program, clock)
+            self.writer[address // GRANULE : (address + 4) // GRANULE] = NOBODY  # atomics are ordered by themselves
+        return former
+
+    def _find(self, addresses: Array, size: int, doing: str, where: str) -> list[Allocation]:
+        """The allocations that are touched, after a check of alignment and bounds."""
+        if (addresses % size).any():
+            raise Fault(f"misaligned global {doing} of {size} bytes at {where}")
+        touched: dict[int, Allocation] = {}
+        for low, high in _ranges(addresses, size):
+            place = bisect_right(self._starts, low) - 1
+            allocation = self.allocations[place] if place >= 0 else None
+            if allocation is None or high > allocation.end:
+                past = "" if allocation is None else f", {high - allocation.end} bytes past the end of a tensor"
+                raise Fault(f"global {doing} out of bounds{past}, at {where}")
+            touched[place] = allocation
+        return list(touched.values())
+
+    def _check_order(
+        self, addresses: Array, size: int, warps: Array, program: int, clock: int, doing: str, where: str
+    ) -> None:
+        granules = _granules(addresses, size)
+        writers, clocks = self.writer[granules], self.write_clock[granules]
+        for other in np.unique(writers):
+            if other in (NOBODY, program):
+                continue
+            if other not in self.clocks.learned:
+                raise Fault(f"global race: {doing} of what program {other} wrote, not ordered by an atomic, at {where}")
+            released, learned_at = self.clocks.learned[int(other)]
+            if (clocks[writers == other] >= released).any():
+                raise Fault(f"global race: program {other}'s store comes after its last barrier before the atomic, {where}")
+            if clock <= learned_at and (warps != 0).any():
+                raise Fault(f"global race: no barrier between the atomic and this {doing}, at {where}")
+        own = (writers == program) & (clocks == clock) & (self.write_warp[granules] != warps[:, None])
+        if own.any():
+            raise Fault(f"global race between warps of one program: {doing} without a barrier, at {where}")
+
+
+def _granules(addresses: Array, size: int) -> Array:
+    return (addresses // GRANULE)[:, None] + np.arange(max(1, size // GRANULE))[None, :]
+
+
+def _gather(flat: Array, addresses: Array, size: int) -> Array:
+    step = min(4, size)
+    word: Any = BITS[step]
+    return flat.view(word)[(addresses // step)[:, None] + np.arange(size // step)[None, :]]
+
+
+def _ranges(addresses: Array, size: int) -> list[tuple[int, int]]:
+    """The addresses as ranges without gaps: few, where threads read side by side."""
+    ordered = np.unique(addresses)
+    breaks = np.nonzero(np.diff(ordered) > size)[0]
+    starts = np.concatenate(([0], breaks + 1))
+    ends = np.concatenate((breaks, [len(ordered) - 1]))
+    return [(int(ordered[low]), int(ordered[high]) + size) for low, high in zip(starts, ends, strict=True)]

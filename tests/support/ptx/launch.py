@@ -1,0 +1,193 @@
+"""A recorded launch executed over tensors on the CPU: compiled as Triton's own launcher compiles it, in any order."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from .allocations import Tracker
+from .faults import Fault
+from .formats import Array
+from .global_memory import ALIGNMENT, RED_ZONE, GlobalMemory
+from .program import Program
+from .thread_block import Place, ThreadBlock
+
+MOST_PROGRAMS = 4096  # at about a millisecond to a second each
+MOST_BYTES = 1 << 30
+RESULTS_DIFFER = "the result depends on the order in which programs run"
+
+
+@dataclass
+class Report:
+    """What was executed.
+
+    Attributes:
+        name: of the kernel.
+        programs: of one order. orders: how many orders.
+        counts: opcode -> how often, over the programs of one order.
+    """
+
+    name: str
+    programs: int = 0
+    orders: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+class FakeDriver:
+    """As much of a CUDA driver as Triton's compiler asks for: which architecture there is."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        """The one there is."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The default one."""
+        return 0
+
+    def get_current_target(self) -> Any:
+        """What to compile for."""
+        return self.target
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel for one specialization of its arguments.
+
+    Attributes:
+        ptx: its text. shared: bytes of shared memory of a block.
+        signature: parameter's name -> type, or nested types of a tuple, "constexpr" for what is compiled in.
+    """
+
+    ptx: str
+    shared: int
+    signature: dict[str, Any]
+
+
+def compile_launch(launch: Any, driver: FakeDriver) -> Compiled:
+    """Compile the kernel of a launch for its very arguments: alignments, divisibility and ones count."""
+    from triton.runtime import driver as active
+
+    active.set_active(driver)  # and stays so: without a card there is no other to go back to
+    kernel = launch.kernel.run(grid=(launch.grid,), warmup=True, **launch.arguments, **launch.options)
+    return Compiled(kernel.asm["ptx"], kernel.metadata.shared, dict(kernel.src.signature))
+
+
+@cache
+def parsed(ptx: str) -> Program:
+    """A program, parsed once."""
+    return Program.parse(ptx)
+
+
+def orders_of(grid: int, seed: int, every_last: bool = False) -> list[list[int]]:
+    """One shuffled order of the programs; or several, in which each program in turn comes last."""
+    generator = np.random.default_rng(seed)
+    shuffled: list[int] = generator.permutation(grid).tolist()
+    if not every_last:
+        return [shuffled]
+    return [shuffled, *([p for p in generator.permutation(grid).tolist() if p != last] + [last] for last in range(grid))]
+
+
+def execute(
+    launch: Any, compiled: Compiled, orders: Iterable[Sequence[int]], tracker: Tracker | None = None
+) -> Report:
+    """Run a launch on its CPU tensors, in place.
+
+    Args:
+        launch: a `lorasb.kernels.launcher.Launch`.
+        compiled: its kernel.
+        orders: of its programs; results of all have to be the same bits.
+        tracker: which bytes of fresh tensors nobody wrote.
+
+    Raises:
+        Fault: an access that is not right, an instruction that is not known, counters that are left above zero, a
+            result that depends on the order, or a launch that is too large to execute.
+    """
+    program, report = parsed(compiled.ptx), Report(str(launch.kernel.__name__))
+    if launch.grid > MOST_PROGRAMS:
+        raise Fault(
+            f"{report.name} has {launch.grid} programs, more than the interpreter executes ({MOST_PROGRAMS}): "
+            "run it on a smaller shape"
+        )
+    arguments = flattened(launch, compiled.signature)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in arguments if isinstance(t, torch.Tensor)}
+    storages = {pointer: storage for pointer, storage in storages.items() if storage.nbytes()}
+    size = sum(storage.nbytes() + RED_ZONE + 2 * ALIGNMENT for storage in storages.values()) + 4 * RED_ZONE
+    if size > MOST_BYTES:
+        raise Fault(f"{report.name} needs {size:,} bytes, more than the interpreter's {MOST_BYTES:,}: run a smaller shape")
+    final: dict[int, Array] | None = None
+    for order in orders:
+        memory, places = _arena(storages, size, tracker)
+        values = _values(program, arguments, places)
+        report.counts = Counter()
+        for i in order:
+            block = ThreadBlock(program, memory, compiled.shared, values, Place(i, launch.grid))
+            block.run()
+            report.counts.update(block.counts)
+        _check_counters(memory, report.name)
+        results = {p: memory.content(places[p], s.nbytes()).copy() for p, s in storages.items()}
+        if final is not None and any(not np.array_equal(results[p], final[p]) for p in _written(memory, places)):
+            raise Fault(f"{report.name}: {RESULTS_DIFFER}")
+        final = final or results
+        report.orders, report.programs = report.orders + 1, launch.grid
+    for pointer, content in (final or {}).items():
+        ctypes.memmove(pointer, content.ctypes.data, len(content))
+        if tracker is not None:
+            flags = memory.initialized[places[pointer] : places[pointer] + len(content)]
+            tracker.update(pointer, flags.astype(bool))
+    return report
+
+
+def flattened(launch: Any, signature: dict[str, Any]) -> list[Any]:
+    """The run-time arguments in the order of the PTX's parameters: tuples member by member, nothing compiled in."""
+    values: list[Any] = []
+    for parameter in launch.kernel.params:
+        kind, value = signature[parameter.name], launch.arguments[parameter.name]
+        if isinstance(kind, tuple):
+            values += [member for one, member in zip(kind, value, strict=True) if one != "constexpr"]
+        elif kind != "constexpr":
+            values.append(value)
+    return values
+
+
+def _arena(storages: dict[int, Any], size: int, tracker: Tracker | None) -> tuple[GlobalMemory, dict[int, int]]:
+    memory, places = GlobalMemory(size), {}
+    for pointer, storage in storages.items():
+        content = np.frombuffer((ctypes.c_char * storage.nbytes()).from_address(pointer), np.uint8)
+        flags = None if tracker is None else tracker.initialized(pointer, content)
+        places[pointer] = memory.allocate(content, flags, pointer % 16)
+    return memory, places
+
+
+def _values(program: Program, arguments: list[Any], places: dict[int, int]) -> dict[str, int | float]:
+    """A value for each parameter; Triton adds two pointers to scratch memory, which these kernels do not use."""
+    values: dict[str, int | float] = {}
+    for parameter, value in zip(program.parameters, [*arguments, 0, 0], strict=True):
+        if isinstance(value, torch.Tensor):
+            place = places.get(value.untyped_storage().data_ptr(), 0)
+            value = place + value.storage_offset() * value.element_size()
+        values[parameter.name] = float(value) if parameter.kind == "f32" else int(value)
+    return values
+
+
+def _written(memory: GlobalMemory, places: dict[int, int]) -> list[int]:
+    starts = {allocation.start for allocation in memory.allocations if allocation.written}
+    return [pointer for pointer, start in places.items() if start in starts]
+
+
+def _check_counters(memory: GlobalMemory, name: str) -> None:
+    words = memory.bytes.view(np.uint32)
+    left = [address for address in memory.clocks.published if words[address // 4]]
+    if left:
+        raise Fault(f"{name} leaves {len(left)} of its arrival counters above zero: the next launch would begin wrongly")

@@ -1,0 +1,87 @@
+"""The kernel tests on compiled code: `pytest --ptx sm_86`.
+
+Kernels are compiled for the architecture and executed here, through the same `lorasb.backend("triton")` on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+from .allocations import Tracker
+from .launch import Compiled, FakeDriver, compile_launch, execute, orders_of
+
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_120": 170}
+ARCHITECTURES = tuple(MULTIPROCESSORS)
+
+
+class Executor:
+    """Compiles and executes launches on one architecture.
+
+    Attributes:
+        launches, programs, kernels: how many so far.
+        counts: opcode -> how often.
+    """
+
+    def __init__(self, arch: str) -> None:
+        self.arch, self.driver, self.tracker = arch, FakeDriver(int(arch[3:])), Tracker()
+        self.launches = self.programs = 0
+        self.kernels: set[str] = set()
+        self.counts: Counter[str] = Counter()
+        self.every_last = False  # run every launch in as many orders as it has programs
+        self._seeds = itertools.count()
+
+    def run(self, kernel: Any, grid: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+        """In place of `lorasb.kernels.launcher.run`."""
+        from lorasb.kernels.launcher import Launch
+
+        launch = Launch(kernel, grid, arguments, options)
+        compiled = self.compile(launch)
+        report = execute(launch, compiled, orders_of(grid, next(self._seeds), self.every_last), self.tracker)
+        self.launches += 1
+        self.programs += report.programs
+        self.counts.update(report.counts)
+
+    def compile(self, launch: Any) -> Compiled:
+        """The kernel of a launch; Triton keeps what it compiled."""
+        compiled = compile_launch(launch, self.driver)
+        self.kernels.add(compiled.ptx)
+        return compiled
+
+    def summary(self) -> str:
+        """One line."""
+        steps = sum(self.counts.values())
+        return (
+            f"executed as compiled for {self.arch}: {self.launches} launches of {len(self.kernels)} kernels, "
+            f"{self.programs} programs, {steps:,} instructions of {len(self.counts)} kinds"
+        )
+
+
+def install(arch: str) -> Executor:
+    """Let `backend("triton")` execute compiled kernels on CPU tensors, from now on.
+
+    Raises:
+        ValueError: an architecture that the interpreter has no limits of.
+    """
+    if arch not in MULTIPROCESSORS:
+        raise ValueError(f"--ptx knows {', '.join(ARCHITECTURES)}, got {arch!r}")
+    from dataclasses import replace
+
+    from lorasb.backends.triton import linear as backend
+    from lorasb.kernels import launcher, plan
+    from lorasb.ops import registry
+
+    executor = Executor(arch)
+    launcher.run = executor.run  # type: ignore[attr-defined]
+    backend._device = lambda device: (arch, MULTIPROCESSORS[arch])  # type: ignore[assignment]
+    registry._missing["triton"] = lambda: None
+    choose = plan.choose
+
+    def fused(shape: Any, name: str, sms: int) -> Any:
+        """The tables' blocks, on the path that has kernels to execute, as the interpreter's default is."""
+        chosen = choose(shape, name, sms)
+        return replace(chosen, path="fused", weights="inline" if shape.M <= plan.DECODE_ROWS else "scratch")
+
+    plan.choose = fused  # type: ignore[assignment]
+    return executor

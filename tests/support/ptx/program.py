@@ -1,0 +1,163 @@
+"""PTX text as a list of instructions, with labels, kernel parameters and the number of threads."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from .faults import Fault
+from .formats import TYPES
+
+IGNORED = (".loc", ".reg", ".file", ".pragma", ".section", ".target", ".version", ".address_size")
+
+
+class Address(NamedTuple):
+    """A memory operand `[base+offset]`: a register, a parameter or a variable, and bytes."""
+
+    base: str
+    offset: int
+
+
+Operand = str | Address | tuple[str, ...]
+
+
+class Guard(NamedTuple):
+    """The predicate of `@%p1` or `@!%p1`."""
+
+    register: str
+    negated: bool
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: `@guard opcode.modifiers operands`."""
+
+    text: str
+    opcode: str
+    parts: tuple[str, ...]
+    operands: tuple[Operand, ...]
+    guard: Guard | None
+
+    @property
+    def kind(self) -> str:
+        """The last modifier: mostly the type."""
+        return self.parts[-1]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A kernel parameter: its name, type, and place among the bytes of all."""
+
+    name: str
+    kind: str
+    place: int
+
+
+@dataclass
+class Program:
+    """A compiled kernel.
+
+    Attributes:
+        name: of the entry.
+        instructions: in the order of the text.
+        labels: name -> index of the instruction that follows.
+        parameters: in order.
+        threads: of a block.
+    """
+
+    name: str
+    instructions: list[Instruction]
+    labels: dict[str, int]
+    parameters: list[Parameter]
+    threads: int
+    places: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, ptx: str) -> Program:
+        """The one entry of a module.
+
+        Raises:
+            Fault: there is no entry, or no `.reqntid`.
+        """
+        entry = re.search(r"\.visible \.entry (\w+)\s*\((.*?)\)(.*?)\{(.*)", ptx, re.S)
+        if entry is None:
+            raise Fault("no kernel entry in this PTX")
+        name, signature, attributes, body = entry.groups()
+        threads = re.search(r"\.reqntid (\d+)", attributes)
+        if threads is None:
+            raise Fault(f"{name} has no .reqntid: the number of its threads is not known")
+        parameters = _parameters(signature)
+        instructions, labels = _instructions(body)
+        places = {parameter.name: parameter.place for parameter in parameters}
+        return cls(name, instructions, labels, parameters, int(threads[1]), places)
+
+
+def _parameters(signature: str) -> list[Parameter]:
+    """Naturally aligned, one after another."""
+    parameters, end = [], 0
+    for kind, name in re.findall(r"\.param \.(\w+)[^,\n]*?\s(\w+_param_\d+)", signature):
+        size = np.dtype(TYPES[kind]).itemsize
+        place = -(-end // size) * size
+        parameters.append(Parameter(name, kind, place))
+        end = place + size
+    return parameters
+
+
+def _instructions(body: str) -> tuple[list[Instruction], dict[str, int]]:
+    lines = (line.split("//")[0].strip() for line in body.split("\n"))
+    kept = []
+    for line in lines:
+        if line == "}" and _closed(kept):
+            break
+        if line and not line.startswith(IGNORED):
+            kept.append(line)
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for chunk in "\n".join(kept).split(";"):
+        text = " ".join(chunk.split()).lstrip("{} ").rstrip("{ ")
+        while label := re.match(r"(\$?[\w$]+):\s*", text):
+            labels[label[1]] = len(instructions)
+            text = text[label.end() :].lstrip("{} ")
+        if text and text not in ("{", "}"):
+            instructions.append(parse_instruction(text))
+    return instructions, labels
+
+
+def _closed(lines: list[str]) -> bool:
+    """True if every scope that was opened inside the body is closed, so that a brace ends the body."""
+    text = "\n".join(lines)
+    scopes = re.sub(r"\{[^{}\n]*\}", "", text)  # vectors of operands, on one line
+    return scopes.count("{") == scopes.count("}")
+
+
+def parse_instruction(text: str) -> Instruction:
+    """`@%p1 ld.global.v2.b32 {%r1, %r2}, [%rd1+16]`."""
+    guard, rest = None, text
+    if match := re.match(r"@(!?)(%\w+)\s+", text):
+        guard, rest = Guard(match[2], bool(match[1])), text[match.end() :]
+    opcode, _, operands = rest.partition(" ")
+    return Instruction(text, opcode, tuple(opcode.split(".")), tuple(map(_operand, _split(operands))), guard)
+
+
+def _split(operands: str) -> list[str]:
+    """At commas outside of brackets."""
+    found, depth, current = [], 0, ""
+    for character in operands:
+        depth += (character in "{[") - (character in "}]")
+        if character == "," and depth == 0:
+            found.append(current.strip())
+            current = ""
+        else:
+            current += character
+    return [*found, current.strip()] if current.strip() else found
+
+
+def _operand(text: str) -> Operand:
+    if text.startswith("{"):
+        return tuple(name.strip() for name in text[1:-1].split(","))
+    if match := re.fullmatch(r"\[\s*([^\s+\]]+)\s*(?:\+\s*(-?\w+)\s*)?\]", text):
+        return Address(match[1], int(match[2], 0) if match[2] else 0)
+    return text

@@ -1,0 +1,188 @@
+"""Shared memory of one block, and the checks of every access.
+
+Warps of a block are ordered by barriers alone: two accesses of different warps between the same two barriers, of which
+one writes, are a race. A cp.async writes when it is waited for: until then nobody may touch its bytes, and other warps
+need a barrier after the wait. wgmma reads through the asynchronous proxy: writes before it need a barrier and
+`fence.proxy.async`, and until its wait nobody may write what it reads.
+
+Inside a warp, lanes are in lockstep here: a missing `bar.warp.sync` is not found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .faults import Fault
+from .formats import BITS, Array
+
+GRANULE = 2  # bytes that share a record of their accesses
+UNDEFINED = 0xFF  # what is there before anybody wrote
+MANY = -2  # several warps read
+NEVER = -1
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A cp.async under way: who issued it, where its bytes go, and what they are."""
+
+    warps: Array
+    places: Array
+    words: Array
+
+
+@dataclass
+class Pipeline:
+    """Groups of asynchronous operations: committed in order, waited for in order."""
+
+    open: list[Any] = field(default_factory=list)
+    groups: list[list[Any]] = field(default_factory=list)
+
+    def commit(self) -> None:
+        """Close the open group."""
+        self.groups.append(self.open)
+        self.open = []
+
+    def wait(self, pending: int) -> list[Any]:
+        """What has finished when at most `pending` groups are left."""
+        count = max(0, len(self.groups) - pending)
+        finished = [operation for group in self.groups[:count] for operation in group]
+        self.groups = self.groups[count:]
+        return finished
+
+    @property
+    def idle(self) -> bool:
+        """True if nothing is under way."""
+        return not self.open and not any(self.groups)
+
+
+class SharedMemory:
+    """The bytes of one block.
+
+    Args:
+        size: bytes.
+
+    Attributes:
+        clock: barriers that the block has passed.
+        fences: `fence.proxy.async` that it has executed.
+    """
+
+    def __init__(self, size: int) -> None:
+        size = -(-max(size, 16) // 16) * 16
+        self.bytes = np.full(size, UNDEFINED, np.uint8)
+        count = size // GRANULE
+        self.initialized = np.zeros(count, bool)
+        self.write_warp, self.write_clock = np.full(count, NEVER, np.int32), np.full(count, NEVER, np.int32)
+        self.read_warp, self.read_clock = np.full(count, NEVER, np.int32), np.full(count, NEVER, np.int32)
+        self.in_flight = np.zeros(count, np.int32)  # cp.async that will write
+        self.in_use = np.zeros(count, np.int32)  # wgmma that read
+        self.write_fence = np.full(count, NEVER, np.int32)
+        self.copies, self.products = Pipeline(), Pipeline()
+        self.clock = self.fences = 0
+
+    def read(self, addresses: Array, size: int, warps: Array, dtype: Any, where: str) -> Array:
+        """`size` bytes at each address as values [n, k] of a dtype."""
+        granules = self._check(addresses, size, warps, "read", where)
+        if not self.initialized[granules].all():
+            raise Fault(f"read of shared memory that nobody wrote, at {where}")
+        others = (self.read_clock[granules] == self.clock) & (self.read_warp[granules] != warps[:, None])
+        self.read_warp[granules] = np.where(others, MANY, warps[:, None])
+        self.read_clock[granules] = self.clock
+        return self.bytes.view(dtype)[_places(addresses, size, dtype)]
+
+    def write(self, addresses: Array, values: Array, size: int, warps: Array, where: str) -> None:
+        """Store values [n, k]."""
+        granules = self._check_write(addresses, size, warps, where)
+        self._written(granules, warps)
+        self.bytes.view(values.dtype)[_places(addresses, size, values.dtype)] = values
+
+    def start_copy(self, addresses: Array, words: Array, size: int, warps: Array, where: str) -> None:
+        """cp.async of words [n, k]."""
+        granules = self._check_write(addresses, size, warps, where)
+        if len(np.unique(granules)) != granules.size:
+            raise Fault(f"two cp.async to one place at {where}")
+        np.add.at(self.in_flight, granules, 1)
+        self.copies.open.append(Copy(warps, _places(addresses, size, words.dtype), words))
+
+    def wait_for_copies(self, pending: int) -> None:
+        """cp.async.wait_group: their bytes are there, for the warps that issued them."""
+        for copy in self.copies.wait(pending):
+            self.bytes.view(copy.words.dtype)[copy.places] = copy.words
+            step = copy.words.dtype.itemsize // GRANULE
+            granules = (copy.places[:, :, None] * step + np.arange(step)).reshape(len(copy.places), -1)
+            np.subtract.at(self.in_flight, granules, 1)
+            self._written(granules, copy.warps)
+
+    def use(self, addresses: Array, size: int, where: str) -> None:
+        """A wgmma begins to read the bytes at these addresses."""
+        if (addresses < 0).any() or (addresses + size > len(self.bytes)).any():
+            raise Fault(f"wgmma descriptor out of shared memory at {where}")
+        granules = np.unique((addresses.reshape(-1, 1) // GRANULE) + np.arange(max(1, size // GRANULE)))
+        if (self.in_flight[granules] > 0).any():
+            raise Fault(f"wgmma reads bytes that a cp.async is still writing, at {where}")
+        if not self.initialized[granules].all():
+            raise Fault(f"wgmma reads shared memory that nobody wrote, at {where}")
+        if (self.write_clock[granules] == self.clock).any():
+            raise Fault(f"wgmma reads shared memory without a barrier after the write, at {where}")
+        if (self.write_fence[granules] >= self.fences).any():
+            raise Fault(f"wgmma reads shared memory without fence.proxy.async after the write, at {where}")
+        np.add.at(self.in_use, granules, 1)
+        self._read_by_all(granules)
+        self.products.open.append(granules)
+
+    def wait_for_products(self, pending: int) -> None:
+        """wgmma.wait_group: what finished has read its operands."""
+        for granules in self.products.wait(pending):
+            np.subtract.at(self.in_use, granules, 1)
+            self._read_by_all(granules)
+
+    def barrier(self) -> None:
+        """bar.sync of all threads."""
+        self.clock += 1
+
+    def finish(self, where: str) -> None:
+        """The block ends."""
+        if not self.copies.idle:
+            raise Fault(f"a cp.async is still in flight at the end of the kernel, {where}")
+        if not self.products.idle:
+            raise Fault(f"a wgmma is still in flight at the end of the kernel, {where}")
+
+    def _read_by_all(self, granules: Array) -> None:
+        self.read_warp[granules], self.read_clock[granules] = MANY, self.clock
+
+    def _written(self, granules: Array, warps: Array) -> None:
+        self.write_clock[granules], self.write_warp[granules] = self.clock, warps[:, None]
+        self.write_fence[granules], self.initialized[granules] = self.fences, True
+
+    def _check(self, addresses: Array, size: int, warps: Array, doing: str, where: str) -> Array:
+        """The granules of an access, after the checks that reads and writes share."""
+        if (addresses % size).any():
+            raise Fault(f"misaligned shared {doing} of {size} bytes at {where}")
+        if (addresses < 0).any() or (addresses + size > len(self.bytes)).any():
+            raise Fault(f"shared {doing} out of bounds at {where}")
+        granules = (addresses // GRANULE)[:, None] + np.arange(max(1, size // GRANULE))[None, :]
+        if (self.in_flight[granules] > 0).any():
+            raise Fault(f"shared {doing} of bytes that a cp.async is still writing, at {where}")
+        if ((self.write_clock[granules] == self.clock) & (self.write_warp[granules] != warps[:, None])).any():
+            raise Fault(f"shared race: {doing} of what another warp wrote since the last barrier, at {where}")
+        return granules
+
+    def _check_write(self, addresses: Array, size: int, warps: Array, where: str) -> Array:
+        granules = self._check(addresses, size, warps, "write", where)
+        if ((self.read_clock[granules] == self.clock) & (self.read_warp[granules] != warps[:, None])).any():
+            raise Fault(f"shared race: write of what another warp read since the last barrier, at {where}")
+        if (self.in_use[granules] > 0).any():
+            raise Fault(f"write to shared memory that a wgmma still reads, at {where}")
+        return granules
+
+
+def _places(addresses: Array, size: int, dtype: Any) -> Array:
+    step = np.dtype(dtype).itemsize
+    return (addresses // step)[:, None] + np.arange(size // step)[None, :]
+
+
+def words_of(size: int) -> Any:
+    """The dtype in which so many bytes are moved."""
+    return BITS[min(4, size)]
