@@ -13,8 +13,8 @@ the order in which a tensor core adds up inside one instruction.
 - `plugin` lets the kernel tests run on it: `pytest --ptx sm_86`.
 """
 
-from .faults import Fault
+from .faults import KernelError
 from .launch import Report, execute
 from .program import Program
 
-__all__ = ["Fault", "Program", "Report", "execute"]
+__all__ = ["KernelError", "Program", "Report", "execute"]

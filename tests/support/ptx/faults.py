@@ -3,5 +3,5 @@
 from __future__ import annotations
 
 
-class Fault(Exception):
+class KernelError(Exception):
     """A kernel did what the hardware leaves undefined, or what the interpreter does not know. Names the instruction."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .faults import Fault
+from .faults import KernelError
 from .formats import BITS, Array
 
 RED_ZONE = 4096  # bytes between allocations, that belong to none
@@ -95,7 +95,7 @@ class GlobalMemory:
         start = -(-self._top // ALIGNMENT) * ALIGNMENT + offset
         end = start + len(content)
         if end + RED_ZONE > len(self.bytes):
-            raise Fault("the interpreter's arena is too small for this launch")
+            raise KernelError("the interpreter's arena is too small for this launch")
         self.bytes[start:end] = content
         self.initialized[start:end] = 1 if initialized is None else initialized
         self.allocations.append(Allocation(start, end, initialized is None or bool(initialized.all())))
@@ -113,7 +113,7 @@ class GlobalMemory:
         if any(allocation.written for allocation in touched):
             self._check_order(addresses, size, warps, program, clock, "read", where)
         if not all(allocation.whole for allocation in touched) and not _gather(self.initialized, addresses, size).all():
-            raise Fault(f"read of global memory that nobody wrote, at {where}")
+            raise KernelError(f"read of global memory that nobody wrote, at {where}")
         return _gather(self.bytes, addresses, size)
 
     def write(
@@ -122,7 +122,7 @@ class GlobalMemory:
         """Store words [n, k] as `read` gives them."""
         touched = self._find(addresses, size, "write", where)
         if len(np.unique(addresses)) != len(addresses):
-            raise Fault(f"two threads store to one address at {where}")
+            raise KernelError(f"two threads store to one address at {where}")
         self._check_order(addresses, size, warps, program, clock, "write", where)
         granules = _granules(addresses, size)
         self.writer[granules], self.write_clock[granules] = program, clock
@@ -148,14 +148,14 @@ class GlobalMemory:
     def _find(self, addresses: Array, size: int, doing: str, where: str) -> list[Allocation]:
         """The allocations that are touched, after a check of alignment and bounds."""
         if (addresses % size).any():
-            raise Fault(f"misaligned global {doing} of {size} bytes at {where}")
+            raise KernelError(f"misaligned global {doing} of {size} bytes at {where}")
         touched: dict[int, Allocation] = {}
         for low, high in _ranges(addresses, size):
             place = bisect_right(self._starts, low) - 1
             allocation = self.allocations[place] if place >= 0 else None
             if allocation is None or high > allocation.end:
                 past = "" if allocation is None else f", {high - allocation.end} bytes past the end of a tensor"
-                raise Fault(f"global {doing} out of bounds{past}, at {where}")
+                raise KernelError(f"global {doing} out of bounds{past}, at {where}")
             touched[place] = allocation
         return list(touched.values())
 
@@ -168,15 +168,19 @@ class GlobalMemory:
             if other in (NOBODY, program):
                 continue
             if other not in self.clocks.learned:
-                raise Fault(f"global race: {doing} of what program {other} wrote, not ordered by an atomic, at {where}")
+                raise KernelError(
+                    f"global race: {doing} of what program {other} wrote, not ordered by an atomic, at {where}"
+                )
             released, learned_at = self.clocks.learned[int(other)]
             if (clocks[writers == other] >= released).any():
-                raise Fault(f"global race: program {other}'s store comes after its last barrier before the atomic, {where}")
+                raise KernelError(
+                    f"global race: program {other}'s store comes after its last barrier before the atomic, {where}"
+                )
             if clock <= learned_at and (warps != 0).any():
-                raise Fault(f"global race: no barrier between the atomic and this {doing}, at {where}")
+                raise KernelError(f"global race: no barrier between the atomic and this {doing}, at {where}")
         own = (writers == program) & (clocks == clock) & (self.write_warp[granules] != warps[:, None])
         if own.any():
-            raise Fault(f"global race between warps of one program: {doing} without a barrier, at {where}")
+            raise KernelError(f"global race between warps of one program: {doing} without a barrier, at {where}")
 
 
 def _granules(addresses: Array, size: int) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .allocations import Tracker
-from .faults import Fault
+from .faults import KernelError
 from .formats import Array
 from .global_memory import ALIGNMENT, RED_ZONE, GlobalMemory
 from .program import Program
@@ -96,12 +96,13 @@ def orders_of(grid: int, seed: int, every_last: bool = False) -> list[list[int]]
     shuffled: list[int] = generator.permutation(grid).tolist()
     if not every_last:
         return [shuffled]
-    return [shuffled, *([p for p in generator.permutation(grid).tolist() if p != last] + [last] for last in range(grid))]
+    return [
+        shuffled,
+        *([p for p in generator.permutation(grid).tolist() if p != last] + [last] for last in range(grid)),
+    ]
 
 
-def execute(
-    launch: Any, compiled: Compiled, orders: Iterable[Sequence[int]], tracker: Tracker | None = None
-) -> Report:
+def execute(launch: Any, compiled: Compiled, orders: Iterable[Sequence[int]], tracker: Tracker | None = None) -> Report:
     """Run a launch on its CPU tensors, in place.
 
     Args:
@@ -111,12 +112,12 @@ def execute(
         tracker: which bytes of fresh tensors nobody wrote.
 
     Raises:
-        Fault: an access that is not right, an instruction that is not known, counters that are left above zero, a
+        KernelError: an access that is not right, an instruction that is not known, counters that are left above zero, a
             result that depends on the order, or a launch that is too large to execute.
     """
     program, report = parsed(compiled.ptx), Report(str(launch.kernel.__name__))
     if launch.grid > MOST_PROGRAMS:
-        raise Fault(
+        raise KernelError(
             f"{report.name} has {launch.grid} programs, more than the interpreter executes ({MOST_PROGRAMS}): "
             "run it on a smaller shape"
         )
@@ -125,7 +126,9 @@ def execute(
     storages = {pointer: storage for pointer, storage in storages.items() if storage.nbytes()}
     size = sum(storage.nbytes() + RED_ZONE + 2 * ALIGNMENT for storage in storages.values()) + 4 * RED_ZONE
     if size > MOST_BYTES:
-        raise Fault(f"{report.name} needs {size:,} bytes, more than the interpreter's {MOST_BYTES:,}: run a smaller shape")
+        raise KernelError(
+            f"{report.name} needs {size:,} bytes, more than the interpreter's {MOST_BYTES:,}: run a smaller shape"
+        )
     final: dict[int, Array] | None = None
     for order in orders:
         memory, places = _arena(storages, size, tracker)
@@ -138,7 +141,7 @@ def execute(
         _check_counters(memory, report.name)
         results = {p: memory.content(places[p], s.nbytes()).copy() for p, s in storages.items()}
         if final is not None and any(not np.array_equal(results[p], final[p]) for p in _written(memory, places)):
-            raise Fault(f"{report.name}: {RESULTS_DIFFER}")
+            raise KernelError(f"{report.name}: {RESULTS_DIFFER}")
         final = final or results
         report.orders, report.programs = report.orders + 1, launch.grid
     for pointer, content in (final or {}).items():
@@ -190,4 +193,6 @@ def _check_counters(memory: GlobalMemory, name: str) -> None:
     words = memory.bytes.view(np.uint32)
     left = [address for address in memory.clocks.published if words[address // 4]]
     if left:
-        raise Fault(f"{name} leaves {len(left)} of its arrival counters above zero: the next launch would begin wrongly")
+        raise KernelError(
+            f"{name} leaves {len(left)} of its arrival counters above zero: the next launch would begin wrongly"
+        )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .faults import Fault
+from .faults import KernelError
 from .formats import TYPES
 
 IGNORED = (".loc", ".reg", ".file", ".pragma", ".section", ".target", ".version", ".address_size")
@@ -80,15 +80,15 @@ class Program:
         """The one entry of a module.
 
         Raises:
-            Fault: there is no entry, or no `.reqntid`.
+            KernelError: there is no entry, or no `.reqntid`.
         """
         entry = re.search(r"\.visible \.entry (\w+)\s*\((.*?)\)(.*?)\{(.*)", ptx, re.S)
         if entry is None:
-            raise Fault("no kernel entry in this PTX")
+            raise KernelError("no kernel entry in this PTX")
         name, signature, attributes, body = entry.groups()
         threads = re.search(r"\.reqntid (\d+)", attributes)
         if threads is None:
-            raise Fault(f"{name} has no .reqntid: the number of its threads is not known")
+            raise KernelError(f"{name} has no .reqntid: the number of its threads is not known")
         parameters = _parameters(signature)
         instructions, labels = _instructions(body)
         places = {parameter.name: parameter.place for parameter in parameters}

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .faults import Fault
+from .faults import KernelError
 from .formats import BITS, Array
 
 GRANULE = 2  # bytes that share a record of their accesses
@@ -86,7 +86,7 @@ class SharedMemory:
         """`size` bytes at each address as values [n, k] of a dtype."""
         granules = self._check(addresses, size, warps, "read", where)
         if not self.initialized[granules].all():
-            raise Fault(f"read of shared memory that nobody wrote, at {where}")
+            raise KernelError(f"read of shared memory that nobody wrote, at {where}")
         others = (self.read_clock[granules] == self.clock) & (self.read_warp[granules] != warps[:, None])
         self.read_warp[granules] = np.where(others, MANY, warps[:, None])
         self.read_clock[granules] = self.clock
@@ -102,7 +102,7 @@ class SharedMemory:
         """cp.async of words [n, k]."""
         granules = self._check_write(addresses, size, warps, where)
         if len(np.unique(granules)) != granules.size:
-            raise Fault(f"two cp.async to one place at {where}")
+            raise KernelError(f"two cp.async to one place at {where}")
         np.add.at(self.in_flight, granules, 1)
         self.copies.open.append(Copy(warps, _places(addresses, size, words.dtype), words))
 
@@ -118,16 +118,16 @@ class SharedMemory:
     def use(self, addresses: Array, size: int, where: str) -> None:
         """A wgmma begins to read the bytes at these addresses."""
         if (addresses < 0).any() or (addresses + size > len(self.bytes)).any():
-            raise Fault(f"wgmma descriptor out of shared memory at {where}")
+            raise KernelError(f"wgmma descriptor out of shared memory at {where}")
         granules = np.unique((addresses.reshape(-1, 1) // GRANULE) + np.arange(max(1, size // GRANULE)))
         if (self.in_flight[granules] > 0).any():
-            raise Fault(f"wgmma reads bytes that a cp.async is still writing, at {where}")
+            raise KernelError(f"wgmma reads bytes that a cp.async is still writing, at {where}")
         if not self.initialized[granules].all():
-            raise Fault(f"wgmma reads shared memory that nobody wrote, at {where}")
+            raise KernelError(f"wgmma reads shared memory that nobody wrote, at {where}")
         if (self.write_clock[granules] == self.clock).any():
-            raise Fault(f"wgmma reads shared memory without a barrier after the write, at {where}")
+            raise KernelError(f"wgmma reads shared memory without a barrier after the write, at {where}")
         if (self.write_fence[granules] >= self.fences).any():
-            raise Fault(f"wgmma reads shared memory without fence.proxy.async after the write, at {where}")
+            raise KernelError(f"wgmma reads shared memory without fence.proxy.async after the write, at {where}")
         np.add.at(self.in_use, granules, 1)
         self._read_by_all(granules)
         self.products.open.append(granules)
@@ -145,9 +145,9 @@ class SharedMemory:
     def finish(self, where: str) -> None:
         """The block ends."""
         if not self.copies.idle:
-            raise Fault(f"a cp.async is still in flight at the end of the kernel, {where}")
+            raise KernelError(f"a cp.async is still in flight at the end of the kernel, {where}")
         if not self.products.idle:
-            raise Fault(f"a wgmma is still in flight at the end of the kernel, {where}")
+            raise KernelError(f"a wgmma is still in flight at the end of the kernel, {where}")
 
     def _read_by_all(self, granules: Array) -> None:
         self.read_warp[granules], self.read_clock[granules] = MANY, self.clock
@@ -159,22 +159,22 @@ class SharedMemory:
     def _check(self, addresses: Array, size: int, warps: Array, doing: str, where: str) -> Array:
         """The granules of an access, after the checks that reads and writes share."""
         if (addresses % size).any():
-            raise Fault(f"misaligned shared {doing} of {size} bytes at {where}")
+            raise KernelError(f"misaligned shared {doing} of {size} bytes at {where}")
         if (addresses < 0).any() or (addresses + size > len(self.bytes)).any():
-            raise Fault(f"shared {doing} out of bounds at {where}")
+            raise KernelError(f"shared {doing} out of bounds at {where}")
         granules = (addresses // GRANULE)[:, None] + np.arange(max(1, size // GRANULE))[None, :]
         if (self.in_flight[granules] > 0).any():
-            raise Fault(f"shared {doing} of bytes that a cp.async is still writing, at {where}")
+            raise KernelError(f"shared {doing} of bytes that a cp.async is still writing, at {where}")
         if ((self.write_clock[granules] == self.clock) & (self.write_warp[granules] != warps[:, None])).any():
-            raise Fault(f"shared race: {doing} of what another warp wrote since the last barrier, at {where}")
+            raise KernelError(f"shared race: {doing} of what another warp wrote since the last barrier, at {where}")
         return granules
 
     def _check_write(self, addresses: Array, size: int, warps: Array, where: str) -> Array:
         granules = self._check(addresses, size, warps, "write", where)
         if ((self.read_clock[granules] == self.clock) & (self.read_warp[granules] != warps[:, None])).any():
-            raise Fault(f"shared race: write of what another warp read since the last barrier, at {where}")
+            raise KernelError(f"shared race: write of what another warp read since the last barrier, at {where}")
         if (self.in_use[granules] > 0).any():
-            raise Fault(f"write to shared memory that a wgmma still reads, at {where}")
+            raise KernelError(f"write to shared memory that a wgmma still reads, at {where}")
         return granules
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import formats
-from .faults import Fault
+from .faults import KernelError
 from .formats import Array
 from .shared_memory import SharedMemory
 
@@ -65,7 +65,7 @@ def mma(shape: str, kinds: tuple[str, str], a: Array, b: Array, c: Array) -> Arr
     """D = A B + C of a warp: registers a [W, 32, 4], b [W, 32, 2], c [W, 32, 4] in fp32, and so D."""
     known = {"m16n8k16": ("bf16", "f16"), "m16n8k8": ("tf32",)}
     if kinds[0] != kinds[1] or kinds[0] not in known.get(shape, ()):
-        raise Fault(f"mma {shape} of {kinds[0]} and {kinds[1]} is not known to the interpreter")
+        raise KernelError(f"mma {shape} of {kinds[0]} and {kinds[1]} is not known to the interpreter")
     sums = np.empty((len(a), 16, 8), np.float32)
     for i, (row, column) in enumerate(RESULT):
         sums[:, GROUP + row, 2 * IN_GROUP + column] = c[:, :, i]
@@ -119,7 +119,7 @@ class Descriptor(NamedTuple):
         """From the 64 bits of the matrix descriptor (PTX ISA, "Matrix Descriptor Format")."""
         mode = bits >> 62
         if mode == 0 or (bits >> 49) & 7:
-            raise Fault(f"a wgmma descriptor without swizzle, or with a base offset, is not known, at {where}")
+            raise KernelError(f"a wgmma descriptor without swizzle, or with a base offset, is not known, at {where}")
         start, leading, stride = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
         return cls(start, leading, stride, {1: 128, 2: 64, 3: 32}[mode])
 
@@ -140,9 +140,7 @@ class Descriptor(NamedTuple):
         return address ^ (((address >> 7) & bits) << 4)
 
 
-def load_operand(
-    shared: SharedMemory, bits: int, rows: int, columns: int, kind: str, major: bool, where: str
-) -> Array:
+def load_operand(shared: SharedMemory, bits: int, rows: int, columns: int, kind: str, major: bool, where: str) -> Array:
     """A wgmma operand [rows, columns] in fp32 from shared memory."""
     convert = halves_of(kind)
     size = 4 if convert is None else 2

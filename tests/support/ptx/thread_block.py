@@ -15,7 +15,7 @@ import numpy as np
 
 from . import arithmetic, formats, tensor_cores
 from .arithmetic import FUNCTIONS
-from .faults import Fault
+from .faults import KernelError
 from .formats import BITS, TYPES, Array
 from .global_memory import GlobalMemory
 from .program import Address, Instruction, Program
@@ -79,7 +79,7 @@ class ThreadBlock:
                 self.shared.finish(self.program.name)
                 return
             at = self._step(instructions[at], at)
-        raise Fault(f"{self.program.name} takes more than {STEPS} steps: an endless loop?")
+        raise KernelError(f"{self.program.name} takes more than {STEPS} steps: an endless loop?")
 
     def _step(self, instruction: Instruction, at: int) -> int:
         """Execute an instruction for the threads that are there; the next one of theirs."""
@@ -101,7 +101,7 @@ class ThreadBlock:
             return
         handler = HANDLERS.get(head)
         if handler is None:
-            raise Fault(f"the interpreter does not know {instruction.opcode}: {instruction.text}")
+            raise KernelError(f"the interpreter does not know {instruction.opcode}: {instruction.text}")
         handler(self, instruction, active)
 
     def _guarded(self, instruction: Instruction, here: Array | None) -> Array | None:
@@ -153,7 +153,7 @@ class ThreadBlock:
         value = self.registers.get(name)
         if value is None:
             if name not in special:
-                raise Fault(f"read of {name} before it was written, at {self.where}")
+                raise KernelError(f"read of {name} before it was written, at {self.where}")
             return np.broadcast_to(np.asarray(special[name]), self.threads).astype(dtype)
         wanted = np.dtype(dtype)
         if value.dtype == wanted:
@@ -177,7 +177,7 @@ class ThreadBlock:
         if name[0] == "!":
             return ~self.registers[name[1:]]
         if name not in self.registers:
-            raise Fault(f"read of {name} before it was written, at {self.where}")
+            raise KernelError(f"read of {name} before it was written, at {self.where}")
         return self.registers[name]
 
     def put(self, operand: Any, value: Array, active: Array | None) -> None:
@@ -205,12 +205,12 @@ class ThreadBlock:
     def whole_warps(self, active: Array | None) -> None:
         """Refuse a warp's instruction that some of its lanes do not execute."""
         if active is not None and not (active.reshape(-1, WARP).all(1) == active.reshape(-1, WARP).any(1)).all():
-            raise Fault(f"an instruction of whole warps where some lanes are elsewhere, at {self.where}")
+            raise KernelError(f"an instruction of whole warps where some lanes are elsewhere, at {self.where}")
 
     def all_threads(self, active: Array | None) -> None:
         """Refuse a block's instruction that some threads do not execute."""
         if active is not None and not active.all():
-            raise Fault(f"an instruction of all threads where some are elsewhere, at {self.where}")
+            raise KernelError(f"an instruction of all threads where some are elsewhere, at {self.where}")
 
     # instructions
 
@@ -282,7 +282,7 @@ def _convert(block: ThreadBlock, instruction: Instruction, active: Array | None)
     with np.errstate(all="ignore"):
         result = arithmetic.convert(instruction.parts, lambda dtype: block.get(sources[0], dtype))
     if result is None:
-        raise Fault(f"the interpreter does not know {instruction.opcode}: {instruction.text}")
+        raise KernelError(f"the interpreter does not know {instruction.opcode}: {instruction.text}")
     block.put(target, result, active)
 
 
@@ -294,7 +294,7 @@ def _load(block: ThreadBlock, instruction: Instruction, active: Array | None) ->
     """ld: of a parameter, of shared or of global memory; one to four values."""
     targets, source = _vector(instruction.operands[0]), instruction.operands[1]
     if not isinstance(source, Address):
-        raise Fault(f"ld without an address at {block.where}")
+        raise KernelError(f"ld without an address at {block.where}")
     dtype, space = TYPES[instruction.kind], instruction.parts[1]
     if space == "param":
         block.put(targets[0], _parameter(block, source, dtype), active)
@@ -325,7 +325,7 @@ def _parameter(block: ThreadBlock, source: Address, dtype: Any) -> Array:
     result = np.zeros(block.threads, dtype)
     for place in np.unique(places).tolist():
         if place not in by_place:
-            raise Fault(f"ld.param between parameters at {block.where}")
+            raise KernelError(f"ld.param between parameters at {block.where}")
         value = block.values[by_place[place]]
         bits = np.float32(value).view(np.uint32) if isinstance(value, float) else np.uint64(value % 2**64)
         result[places == place] = np.asarray(bits).astype(BITS[np.dtype(dtype).itemsize]).view(dtype)
@@ -336,7 +336,7 @@ def _store(block: ThreadBlock, instruction: Instruction, active: Array | None) -
     """st: to shared or global memory; one to four values."""
     target, sources = instruction.operands[0], _vector(instruction.operands[1])
     if not isinstance(target, Address):
-        raise Fault(f"st without an address at {block.where}")
+        raise KernelError(f"st without an address at {block.where}")
     dtype, threads = TYPES[instruction.kind], block.chosen(active)
     values = np.stack([block.get(source, dtype) for source in sources], 1)[threads]
     size, warps = np.dtype(dtype).itemsize * len(sources), block.warps[threads]
@@ -351,15 +351,13 @@ def _store(block: ThreadBlock, instruction: Instruction, active: Array | None) -
 def _atomic(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
     """atom.global.gpu.acq_rel.add.u32, the only one that orders programs here."""
     if instruction.parts[1:] != ("global", "gpu", "acq_rel", "add", "u32"):
-        raise Fault(f"the interpreter does not know {instruction.opcode}: {instruction.text}")
+        raise KernelError(f"the interpreter does not know {instruction.opcode}: {instruction.text}")
     target, address, value = instruction.operands
     threads = block.chosen(active)
     former = np.zeros(block.threads, np.uint32)
     values = block.get(value, np.uint32)[threads]
     addresses = block.addresses(address, np.uint64, threads)
-    former[threads] = block.memory.atomic_add(
-        addresses, values, block.place.program, block.shared.clock, block.where
-    )
+    former[threads] = block.memory.atomic_add(addresses, values, block.place.program, block.shared.clock, block.where)
     block.put(target, former, active)
 
 
@@ -384,7 +382,7 @@ def _copy(block: ThreadBlock, instruction: Instruction, active: Array | None) ->
     size, threads = int(str(count), 0), block.chosen(active)
     taken = block.get(given[0], np.uint32)[threads] if given else np.full(len(threads), size, np.uint32)
     if not ((taken == size) | (taken == 0)).all():
-        raise Fault(f"cp.async of a part of its bytes is not known, at {block.where}")
+        raise KernelError(f"cp.async of a part of its bytes is not known, at {block.where}")
     words = np.zeros((len(threads), size // 4), np.uint32)
     reading = threads[taken == size]
     if len(reading):
@@ -393,9 +391,7 @@ def _copy(block: ThreadBlock, instruction: Instruction, active: Array | None) ->
         words[taken == size] = block.memory.read(
             addresses, size, block.warps[reading], block.place.program, clock, where
         )
-    block.shared.start_copy(
-        block.addresses(target, np.uint32, threads), words, size, block.warps[threads], block.where
-    )
+    block.shared.start_copy(block.addresses(target, np.uint32, threads), words, size, block.warps[threads], block.where)
 
 
 def _fence(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
@@ -410,7 +406,7 @@ def _shuffle(block: ThreadBlock, instruction: Instruction, active: Array | None)
     target, source, by, clamp = instruction.operands[:4]
     bounds = block.get(clamp, np.uint32)
     if ((bounds & np.uint32(0x1F1F)) != 31).any() and (bounds != 0).any():
-        raise Fault(f"shfl over parts of a warp is not known, at {block.where}")
+        raise KernelError(f"shfl over parts of a warp is not known, at {block.where}")
     lane, step = block.lanes % WARP, block.get(by, np.uint32).astype(np.int64)
     lanes = {
         "idx": step % WARP,
@@ -456,7 +452,7 @@ def _multiply_matrices(block: ThreadBlock, instruction: Instruction, active: Arr
     block.all_threads(active)
     parts = instruction.parts
     if parts[4:7] != ("row", "col", "f32") or parts[-1] != "f32":
-        raise Fault(f"the interpreter does not know {instruction.opcode}: {instruction.text}")
+        raise KernelError(f"the interpreter does not know {instruction.opcode}: {instruction.text}")
     targets, *sources = map(_vector, instruction.operands)
 
     def warps(names: tuple[str, ...], dtype: Any) -> Array:
@@ -510,7 +506,7 @@ def _descriptor(
 ) -> Array:
     bits = block.get(operand, np.uint64)[threads]
     if (bits != bits[0]).any():
-        raise Fault(f"a descriptor that differs within a warpgroup, at {block.where}")
+        raise KernelError(f"a descriptor that differs within a warpgroup, at {block.where}")
     return tensor_cores.load_operand(block.shared, int(bits[0]), rows, depth, kind, major, block.where)
 
 

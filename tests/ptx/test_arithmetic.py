@@ -1,0 +1,321 @@
+"""Each arithmetic instruction against a definition of its own, in Python's integers and exact fractions."""
+
+from __future__ import annotations
+
+import math
+import struct
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ptx.formats import TYPES
+from ptx_bench import evaluate
+
+WIDTH = {"s16": 16, "u16": 16, "b16": 16, "s32": 32, "u32": 32, "b32": 32, "s64": 64, "u64": 64, "b64": 64}
+EDGES_32 = (0, 1, 2, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFFFF, 0xFFFFFFFE)
+FLOAT_EDGES = (
+    0x00000000, 0x80000000, 0x00000001, 0x807FFFFF, 0x00800000, 0x3F800000, 0x3F800001, 0x7F7FFFFF, 0x7F800000,
+    0xFF800000, 0x7FC00000, 0x7F800001, 0x33800000, 0x3F7FFFFF, 0x4B800000, 0x34000000, 0x477FE000, 0x477FF000, 0x38800000,
+)  # fmt: skip
+bits32 = st.one_of(st.sampled_from(EDGES_32), st.integers(0, 2**32 - 1))
+float_bits = st.one_of(st.sampled_from(FLOAT_EDGES), st.integers(0, 2**32 - 1))
+
+
+def vectors(strategy: Any, count: int) -> Any:
+    """`count` lists of 32 values."""
+    return st.tuples(*(st.lists(strategy, min_size=32, max_size=32) for _ in range(count)))
+
+
+def signed(value: int, bits: int) -> int:
+    value %= 1 << bits
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+def number(kind: str, value: int) -> int:
+    """Bits as the number that a type reads."""
+    return signed(value, WIDTH[kind]) if kind[0] == "s" else value % (1 << WIDTH[kind])
+
+
+def toward_zero(a: int, b: int) -> int:
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+INTEGER = {
+    "add": lambda k, a, b: a + b,
+    "sub": lambda k, a, b: a - b,
+    "mul.lo": lambda k, a, b: a * b,
+    "mul.hi": lambda k, a, b: (a * b) >> WIDTH[k],
+    "min": lambda k, a, b: min(a, b),
+    "max": lambda k, a, b: max(a, b),
+    "and": lambda k, a, b: a & b,
+    "or": lambda k, a, b: a | b,
+    "xor": lambda k, a, b: a ^ b,
+}
+
+
+@pytest.mark.parametrize("kind", ["s32", "u32"])
+@pytest.mark.parametrize("operation", ["add", "sub", "mul.lo", "mul.hi", "min", "max"])
+@given(given_bits=vectors(bits32, 2))
+@settings(max_examples=15, deadline=None)
+def test_integers(kind: str, operation: str, given_bits: tuple[list[int], list[int]]) -> None:
+    a, b = (np.array(bits, np.uint32) for bits in given_bits)
+    found = evaluate(f"{operation}.{kind}", a, b)
+    want = [
+        INTEGER[operation](kind, number(kind, x), number(kind, y)) % 2**32 for x, y in zip(*given_bits, strict=True)
+    ]
+    assert found.tolist() == want
+
+
+@pytest.mark.parametrize("operation", ["and", "or", "xor"])
+@pytest.mark.parametrize("kind", ["b16", "b32", "b64"])
+@given(data=st.data())
+@settings(max_examples=8, deadline=None)
+def test_logic(kind: str, operation: str, data: st.DataObject) -> None:
+    lists = data.draw(vectors(st.integers(0, 2 ** WIDTH[kind] - 1), 2))
+    a, b = (np.array(bits, TYPES[kind]) for bits in lists)
+    assert evaluate(f"{operation}.{kind}", a, b).tolist() == [
+        INTEGER[operation](kind, x, y) for x, y in zip(*lists, strict=True)
+    ]
+    assert evaluate(f"not.{kind}", a).tolist() == [~x % 2 ** WIDTH[kind] for x in lists[0]]
+
+
+@pytest.mark.parametrize("kind", ["s32", "u32"])
+@given(given_bits=vectors(bits32, 3))
+@settings(max_examples=15, deadline=None)
+def test_wide_products_and_sums(kind: str, given_bits: tuple[list[int], ...]) -> None:
+    a, b, c = (np.array(bits, np.uint32) for bits in given_bits)
+    products = [number(kind, x) * number(kind, y) for x, y in zip(*given_bits[:2], strict=True)]
+    assert evaluate(f"mul.wide.{kind}", a, b, result=np.uint64).tolist() == [p % 2**64 for p in products]
+    addend = c.astype(np.uint64) << np.uint64(16)
+    want = [(p + int(x)) % 2**64 for p, x in zip(products, addend, strict=True)]
+    assert evaluate(f"mad.wide.{kind}", a, b, addend, result=np.uint64).tolist() == want
+    low = [(p + x) % 2**32 for p, x in zip(products, given_bits[2], strict=True)]
+    assert evaluate(f"mad.lo.{kind}", a, b, c).tolist() == low
+
+
+@pytest.mark.parametrize("kind", ["s32", "u32"])
+@given(given_bits=vectors(bits32, 2))
+@settings(max_examples=15, deadline=None)
+def test_division_goes_toward_zero(kind: str, given_bits: tuple[list[int], list[int]]) -> None:
+    pairs = [(number(kind, x), number(kind, y) or 1) for x, y in zip(*given_bits, strict=True)]
+    a, b = (np.array([value % 2**32 for value in column], np.uint32) for column in zip(*pairs, strict=True))
+    assert evaluate(f"div.{kind}", a, b).tolist() == [toward_zero(x, y) % 2**32 for x, y in pairs]
+    assert evaluate(f"rem.{kind}", a, b).tolist() == [(x - toward_zero(x, y) * y) % 2**32 for x, y in pairs]
+
+
+@pytest.mark.parametrize(
+    ("kind", "operation"), [("b32", "shl"), ("u32", "shr"), ("s32", "shr"), ("b64", "shl"), ("s64", "shr")]
+)
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_shifts_beyond_the_width_move_everything_out(kind: str, operation: str, data: st.DataObject) -> None:
+    bits = WIDTH[kind]
+    values, counts = data.draw(st.tuples(st.lists(st.integers(0, 2**bits - 1), min_size=32, max_size=32),
+                                         st.lists(st.integers(0, 70), min_size=32, max_size=32)))  # fmt: skip
+    found = evaluate(f"{operation}.{kind}", np.array(values, TYPES[f"u{bits}"]), np.array(counts, np.uint32))
+    want = [
+        (x << n if operation == "shl" else number(kind, x) >> n) % 2**bits for x, n in zip(values, counts, strict=True)
+    ]
+    assert found.tolist() == want
+
+
+@pytest.mark.parametrize("kind", ["s32", "u32"])
+@given(given_values=st.tuples(st.lists(bits32, min_size=32, max_size=32), st.lists(st.integers(0, 31), min_size=32, max_size=32),
+                              st.lists(st.integers(0, 32), min_size=32, max_size=32)))  # fmt: skip
+@settings(max_examples=20, deadline=None)
+def test_bit_fields(kind: str, given_values: tuple[list[int], list[int], list[int]]) -> None:
+    found = evaluate(f"bfe.{kind}", *(np.array(values, np.uint32) for values in given_values))
+    for x, start, length, got in zip(*given_values, found.tolist(), strict=True):
+        wide = signed(x, 32) if kind == "s32" else x
+        field = (wide >> start) % (1 << length)
+        if kind == "s32" and length and (x >> min(31, start + length - 1)) & 1:
+            field -= 1 << length
+        assert got == field % 2**32
+
+
+@given(given_bits=vectors(bits32, 3))
+@settings(max_examples=20, deadline=None)
+def test_bytes_are_permuted(given_bits: tuple[list[int], ...]) -> None:
+    found = evaluate("prmt.b32", *(np.array(bits, np.uint32) for bits in given_bits))
+    for a, b, selector, got in zip(*given_bits, found.tolist(), strict=True):
+        pool = a.to_bytes(4, "little") + b.to_bytes(4, "little")
+        want = []
+        for i in range(4):
+            nibble = selector >> 4 * i & 15
+            byte = pool[nibble & 7]
+            want.append((0xFF if byte & 0x80 else 0) if nibble & 8 else byte)
+        assert got == int.from_bytes(bytes(want), "little")
+
+
+def value_of(bits: int) -> float:
+    return struct.unpack("<f", struct.pack("<I", bits))[0]
+
+
+def nearest(exact: Fraction) -> int:
+    """The fp32 bits nearest to an exact value, ties to even, subnormals kept; the sign of zero is not told."""
+    if exact == 0:
+        return 0
+    sign, size = (0x80000000, -exact) if exact < 0 else (0, exact)
+    exponent = max(-126, math.floor(math.log2(size)) if size < 2**1000 else 200)
+    while size >= Fraction(2) ** (exponent + 1):
+        exponent += 1
+    while exponent > -126 and size < Fraction(2) ** exponent:
+        exponent -= 1
+    units = size / Fraction(2) ** (exponent - 23)
+    whole = math.floor(units)
+    rest = units - whole
+    whole += rest > Fraction(1, 2) or (rest == Fraction(1, 2) and whole % 2 == 1)
+    if whole == 1 << 24:
+        whole, exponent = 1 << 23, exponent + 1
+    if exponent > 127:
+        return sign | 0x7F800000
+    return sign | (whole if whole < 1 << 23 else (exponent + 127 << 23) + (whole - (1 << 23)))
+
+
+EXACT = {
+    "add.rn.f32": lambda a, b, c: a + b,
+    "mul.rn.f32": lambda a, b, c: a * b,
+    "fma.rn.f32": lambda a, b, c: a * b + c,
+}
+
+
+@pytest.mark.parametrize("opcode", EXACT)
+@given(given_bits=vectors(float_bits, 3))
+@settings(max_examples=60, deadline=None)
+def test_floats_are_rounded_once(opcode: str, given_bits: tuple[list[int], ...]) -> None:
+    count = 3 if opcode.startswith("fma") else 2
+    found = evaluate(opcode, *(np.array(bits, np.uint32) for bits in given_bits[:count])).tolist()
+    for *operands, got in zip(*given_bits, found, strict=True):
+        values = [value_of(bits) for bits in operands[:count]] + [0.0] * (3 - count)
+        if not all(map(math.isfinite, values)):
+            with np.errstate(all="ignore"):
+                a, b, c = (np.float64(value) for value in values)
+                want = {"a": a + b, "m": a * b, "f": a * b + c}[opcode[0]]
+            assert (math.isnan(want) and math.isnan(value_of(got))) or value_of(got) == want
+            continue
+        exact = nearest(EXACT[opcode](*map(Fraction, values)))
+        assert got == exact or (exact == 0 and got in (0, 0x80000000)), [hex(bits) for bits in operands]
+
+
+def test_a_double_rounding_is_none() -> None:
+    """a·b + c where fp64 rounds to the middle between two fp32 numbers, which the exact value is not."""
+    a = np.full(32, 0x3F800001, np.uint32)  # 1 + 2^-23
+    b = np.full(32, 0x3F800001, np.uint32)
+    c = np.full(32, np.float32(2.0**-60).view(np.uint32))
+    found = evaluate("fma.rn.f32", a, b, c)
+    assert found[0] == nearest(Fraction(value_of(0x3F800001)) ** 2 + Fraction(2) ** -60)
+    middle = np.full(32, np.float32(2.0**-24).view(np.uint32))
+    one, tiny = np.full(32, 0x3F800000, np.uint32), np.full(32, np.float32(2.0**-24 + 2.0**-47).view(np.uint32))
+    assert evaluate("fma.rn.f32", one, tiny, one)[0] == nearest(1 + Fraction(value_of(int(tiny[0]))))
+    assert evaluate("fma.rn.f32", one, middle, one)[0] == 0x3F800000  # a tie goes to even
+
+
+COMPARED = {"lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
+            "eq": lambda a, b: a == b, "ne": lambda a, b: a != b}  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", COMPARED)
+@given(given_bits=vectors(float_bits, 2))
+@settings(max_examples=10, deadline=None)
+def test_comparisons_with_nan(operation: str, given_bits: tuple[list[int], list[int]]) -> None:
+    a, b = (np.array(bits, np.uint32) for bits in given_bits)
+    for suffix, on_nan in (("", False), ("u", True)):
+        found = evaluate(f"setp.{operation}{suffix}.f32 %p1, %x0, %x1;\nselp.b32", a, b, extra="%p1")
+        for x, y, bits_a, bits_b, got in zip(
+            *(map(value_of, column) for column in given_bits), *given_bits, found.tolist(), strict=True
+        ):
+            want = on_nan if math.isnan(x) or math.isnan(y) else COMPARED[operation](x, y)
+            assert got == (bits_a if want else bits_b)
+
+
+@given(given_bits=st.lists(float_bits, min_size=32, max_size=32))
+@settings(max_examples=80, deadline=None)
+def test_conversions_to_16_bits_round_to_even(given_bits: list[int]) -> None:
+    bits = np.array(given_bits, np.uint32)
+    halves = evaluate("cvt.rn.f16.f32", bits, result=np.uint16)
+    brains = evaluate("cvt.rn.bf16.f32", bits, result=np.uint16)
+    pair = evaluate("cvt.rn.bf16x2.f32", bits, bits[::-1].copy(), result=np.uint32)
+    assert pair.tolist() == [int(h) << 16 | int(low) for h, low in zip(brains, brains[::-1], strict=True)]
+    for x, half, brain in zip(given_bits, halves.tolist(), brains.tolist(), strict=True):
+        value = value_of(x)
+        if math.isnan(value):
+            assert (half, brain) == (0x7FFF, 0x7FFF)
+            continue
+        low, high = x >> 16, x & 0xFFFF  # bf16: the upper half, rounded by the lower one
+        assert brain == (low + (high > 0x8000 or (high == 0x8000 and low & 1))) & 0xFFFF
+        got = struct.unpack("<e", half.to_bytes(2, "little"))[0]
+        if abs(value) < 65504:
+            step = 2.0 ** (max(-14, math.frexp(value)[1] - 1) - 10)
+            assert abs(got - value) <= step / 2
+            if abs(got - value) == step / 2 and step > 2**-24:
+                assert half % 2 == 0
+        elif abs(value) >= 65520:
+            assert math.isinf(got)
+
+
+@given(given_bits=st.lists(float_bits, min_size=32, max_size=32))
+@settings(max_examples=30, deadline=None)
+def test_tf32_is_rounded_away_from_zero_at_ties(given_bits: list[int]) -> None:
+    found = evaluate("cvt.rna.tf32.f32", np.array(given_bits, np.uint32))
+    for x, got in zip(given_bits, found.tolist(), strict=True):
+        if not math.isfinite(value_of(x)):
+            assert got == x
+            continue
+        lower = x & 0xFFFFE000
+        assert got == lower + (0x2000 if x & 0x1000 else 0)
+
+
+@pytest.mark.parametrize(("opcode", "of", "to"), [
+    ("cvt.u32.u16", np.uint16, np.uint32), ("cvt.s64.s32", np.uint32, np.int64), ("cvt.u64.u32", np.uint32, np.uint64),
+    ("cvt.u32.u64", np.uint64, np.uint32), ("cvt.u16.u32", np.uint32, np.uint16), ("cvt.rn.f32.s32", np.uint32, np.float32),
+    ("cvt.rn.f32.u32", np.uint32, np.float32), ("cvt.f32.f16", np.uint16, np.float32), ("cvt.f32.bf16", np.uint16, np.float32),
+    ("cvt.rzi.s32.f32", np.float32, np.int32),
+])  # fmt: skip
+def test_other_conversions(opcode: str, of: Any, to: Any) -> None:
+    g = np.random.default_rng(0)
+    bits = np.dtype(of).itemsize * 8
+    a = (
+        g.integers(0, 2**bits, 32, dtype=np.uint64).astype(of)
+        if of is not np.float32
+        else (g.standard_normal(32) * 1e10).astype(of)
+    )
+    found = evaluate(opcode, a, result=to)
+    integers = [int(x) for x in a.tolist()] if of is not np.float32 else []
+    want = {
+        "cvt.u32.u16": lambda: integers, "cvt.u64.u32": lambda: integers,
+        "cvt.s64.s32": lambda: [signed(x, 32) for x in integers],
+        "cvt.u32.u64": lambda: [x % 2**32 for x in integers], "cvt.u16.u32": lambda: [x % 2**16 for x in integers],
+        "cvt.rn.f32.s32": lambda: [value_of(nearest(Fraction(signed(x, 32)))) for x in integers],
+        "cvt.rn.f32.u32": lambda: [value_of(nearest(Fraction(x))) for x in integers],
+        "cvt.f32.f16": lambda: [struct.unpack("<e", x.to_bytes(2, "little"))[0] for x in integers],
+        "cvt.f32.bf16": lambda: [value_of(x << 16) for x in integers],
+        "cvt.rzi.s32.f32": lambda: [max(-(2**31), min(2**31 - 1, math.trunc(float(x)))) for x in a],
+    }[opcode]()  # fmt: skip
+    np.testing.assert_array_equal(found, np.array(want, to))
+
+
+@given(given_bits=vectors(float_bits, 2))
+@settings(max_examples=15, deadline=None)
+def test_the_smaller_of_a_number_and_nan_is_the_number(given_bits: tuple[list[int], list[int]]) -> None:
+    a, b = (np.array(bits, np.uint32) for bits in given_bits)
+    for opcode, choose in (("min.f32", min), ("max.f32", max)):
+        for x, y, got in zip(
+            *(map(value_of, column) for column in given_bits),
+            map(value_of, evaluate(opcode, a, b).tolist()),
+            strict=True,
+        ):
+            numbers = [value for value in (x, y) if not math.isnan(value)]
+            assert (got == choose(numbers)) if numbers else math.isnan(got)
+
+
+@given(given_bits=vectors(float_bits, 1))
+@settings(max_examples=10, deadline=None)
+def test_neg_and_abs_change_the_sign_alone(given_bits: tuple[list[int]]) -> None:
+    (bits,) = given_bits
+    a = np.array(bits, np.uint32)
+    assert evaluate("neg.f32", a).tolist() == [x ^ 0x80000000 for x in bits]
+    assert evaluate("abs.f32", a).tolist() == [x & 0x7FFFFFFF for x in bits]
+    assert evaluate("neg.s32", a).tolist() == [-x % 2**32 for x in bits]

@@ -1,0 +1,188 @@
+"""Matrix instructions against fp64 products: fragments by PTX's tables, tf32 truncated, swizzles of wgmma."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from ptx import KernelError, formats, tensor_cores
+from ptx.shared_memory import SharedMemory
+from ptx_bench import assemble, run
+
+TO_BITS = {"bf16": formats.to_bf16, "f16": formats.to_f16}
+FROM_BITS = {"bf16": formats.from_bf16, "f16": formats.from_f16}
+FP32_SUM = 2e-6  # of sums of 16 products in fp64, rounded to fp32 once
+
+
+def random(*shape: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def lane_of_a(row: int, column: int, size: int) -> tuple[int, int, int]:
+    """Lane, register and half of A's element: PTX ISA, "Matrix fragments for mma.m16n8k16" and ".m16n8k8"."""
+    if size == 2:
+        return 4 * (row % 8) + column % 8 // 2, row // 8 + 2 * (column // 8), column % 2
+    return 4 * (row % 8) + column % 4, row // 8 + 2 * (column // 4), 0
+
+
+def lane_of_b(row: int, column: int, size: int) -> tuple[int, int, int]:
+    if size == 2:
+        return 4 * column + row % 8 // 2, row // 8, row % 2
+    return 4 * column + row % 4, row // 4, 0
+
+
+def registers(matrix: Any, count: int, place: Any, kind: str) -> Any:
+    """A warp's registers [1, 32, count] of a matrix, element by element."""
+    size = 4 if kind == "tf32" else 2
+    packed = np.zeros((1, 32, count), np.uint32)
+    bits = matrix.view(np.uint32) if size == 4 else TO_BITS[kind](matrix).astype(np.uint32)
+    for row, column in np.ndindex(matrix.shape):
+        lane, register, half = place(row, column, size)
+        packed[0, lane, register] |= bits[row, column] << np.uint32(16 * half)
+    return packed
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
+def test_mma_is_the_product(kind: str) -> None:
+    depth = 8 if kind == "tf32" else 16
+    a, b, c = random(16, depth), random(depth, 8, seed=1), random(16, 8, seed=2)
+    packed = registers(a, 4, lane_of_a, kind), registers(b, 2, lane_of_b, kind)
+    former = np.zeros((1, 32, 4), np.float32)
+    for row, column in np.ndindex(16, 8):
+        former[0, 4 * (row % 8) + column // 2, 2 * (row // 8) + column % 2] = c[row, column]
+    shape = "m16n8k8" if kind == "tf32" else "m16n8k16"
+    found = tensor_cores.mma(shape, (kind, kind), *packed, former)
+    read = (
+        (lambda m: (m.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32))
+        if kind == "tf32"
+        else (lambda m: FROM_BITS[kind](TO_BITS[kind](m)))
+    )
+    want = read(a).astype(np.float64) @ read(b).astype(np.float64) + c
+    for row, column in np.ndindex(16, 8):
+        got = found[0, 4 * (row % 8) + column // 2, 2 * (row // 8) + column % 2]
+        assert abs(got - want[row, column]) <= FP32_SUM * (1 + abs(want[row, column]))
+
+
+def test_unknown_shapes_are_refused() -> None:
+    nothing = np.zeros((1, 32, 4), np.uint32)
+    with pytest.raises(KernelError, match="mma m16n8k32 of s8 and s8 is not known"):
+        tensor_cores.mma("m16n8k32", ("s8", "s8"), nothing, nothing, nothing.view(np.float32))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_matrices_go_to_registers_and_back(count: int, transposed: bool) -> None:
+    rows = np.random.default_rng(0).integers(0, 2**16, (2, count, 8, 8)).astype(np.uint16)
+    packed = tensor_cores.from_rows(rows, transposed)
+    assert packed.shape == (2, 32, count)
+    assert np.array_equal(tensor_cores.to_rows(packed, transposed), rows)
+    for lane in range(32):  # PTX ISA: lane 4·i + j has elements 2j and 2j + 1 of row i
+        i, j = lane // 4, lane % 4
+        matrix = rows[0, 0].T if transposed else rows[0, 0]
+        assert packed[0, lane, 0] == int(matrix[i, 2 * j]) | int(matrix[i, 2 * j + 1]) << 16
+
+
+def test_ldmatrix_reads_rows_that_its_lanes_name() -> None:
+    """x4 from shared memory: row i of matrix k at the address of lane 8·k + i."""
+    body = """
+shl.b32 %r2, %r0, 4;
+mad.wide.u32 %rd7, %r0, 16, %rd1;
+ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%rd7];
+st.shared.v4.b32 [%r2], {%r10, %r11, %r12, %r13};
+bar.sync 0;
+ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r4, %r5, %r6, %r7}, [%r2];
+mad.wide.u32 %rd8, %r0, 16, %rd2;
+st.global.v4.b32 [%rd8], {%r4, %r5, %r6, %r7};
+"""
+    halves = np.arange(256, dtype=np.uint16)
+    found = run(assemble(body, 2), [halves, np.zeros(128, np.uint32)])[1].reshape(32, 4)
+    matrices = halves.reshape(4, 8, 8)
+    for lane, k in np.ndindex(32, 4):
+        low, high = (int(matrices[k, lane // 4, 2 * (lane % 4) + half]) for half in range(2))
+        assert found[lane, k] == low | high << 16
+
+
+@pytest.mark.parametrize(("kind", "lane", "source"), [("idx", "5", lambda t: 5), ("bfly", "3", lambda t: t ^ 3),
+                                                     ("down", "4", lambda t: t + 4 if t + 4 < 32 else t),
+                                                     ("up", "4", lambda t: t - 4 if t >= 4 else t)])  # fmt: skip
+def test_shuffles(kind: str, lane: str, source: Any) -> None:
+    clamp = "0" if kind == "up" else "31"
+    body = f"shl.b32 %r1, %r0, 3;\nshfl.sync.{kind}.b32 %r2, %r1, {lane}, {clamp}, -1;\nmad.wide.u32 %rd8, %r0, 4, %rd1;\nst.global.b32 [%rd8], %r2;"
+    found = run(assemble(body, 1, threads=64), [np.zeros(64, np.uint32)])[0].tolist()
+    assert found == [8 * (t // 32 * 32 + source(t % 32)) for t in range(64)]
+
+
+def descriptor(start: int, leading: int, stride: int, width: int) -> int:
+    mode = {128: 1, 64: 2, 32: 3}[width]
+    return start >> 4 | (leading >> 4) << 16 | (stride >> 4) << 32 | mode << 62
+
+
+@pytest.mark.parametrize("major", [False, True])
+@pytest.mark.parametrize("width", [128, 64, 32])
+def test_operands_of_wgmma_are_swizzled(width: int, major: bool) -> None:
+    """An operand [rows, 16] of halves laid out by hand as the PTX ISA draws it, then read through its descriptor."""
+    elements = width // 2
+    rows, columns = (elements, 16) if major else (16, 16)
+    matrix = TO_BITS["bf16"](random(rows, columns))
+    raw = np.zeros(16384, np.uint8)
+    for row, k in np.ndindex(rows, columns):
+        if major:  # M or N runs along a line of `width` bytes; 8 lines are a core matrix, the next one follows
+            line, within, stride = k, 2 * row, 8 * width
+        else:  # K runs along a line; 8 lines are a core matrix
+            line, within, stride = row, 2 * k, 8 * width
+        address = line // 8 * stride + line % 8 * width + within
+        chunk = address >> 4 & {128: 7, 64: 3, 32: 1}[width]
+        swizzled = (
+            address & ~({128: 7, 64: 3, 32: 1}[width] << 4)
+            | (chunk ^ (address >> 7 & {128: 7, 64: 3, 32: 1}[width])) << 4
+        )
+        raw.view(np.uint16)[swizzled // 2] = matrix[row, k]
+    shared = SharedMemory(16384)
+    shared.bytes[:] = raw
+    shared.initialized[:] = True
+    if not major and 2 * columns > width:
+        pytest.skip("a line of this width has not sixteen elements")
+    found = tensor_cores.load_operand(
+        shared, descriptor(0, 8 * width * 2, 8 * width, width), rows, columns, "bf16", major, "here"
+    )
+    assert np.array_equal(found, FROM_BITS["bf16"](matrix))
+
+
+def test_wgmma_needs_a_barrier_a_fence_and_a_wait() -> None:
+    def memory() -> SharedMemory:
+        shared, lanes = SharedMemory(1024), np.arange(64)
+        shared.write(16 * lanes, np.ones((64, 4), np.uint32), 16, (lanes // 32).astype(np.int32), "here")
+        return shared
+
+    addresses, warp = np.arange(0, 1024, 2), np.zeros(1, np.int32)
+    good = memory()
+    good.barrier()
+    good.fences += 1
+    good.use(addresses, 2, "here")
+    good.products.commit()
+    with pytest.raises(KernelError, match="a wgmma still reads"):
+        good.write(np.zeros(1, np.int64), np.ones((1, 1), np.uint32), 4, warp, "here")
+    with pytest.raises(KernelError, match="wgmma is still in flight"):
+        good.finish("here")
+    good.wait_for_products(0)
+    good.barrier()
+    good.write(np.zeros(1, np.int64), np.ones((1, 1), np.uint32), 4, warp, "here")
+    good.finish("here")
+    unfenced = memory()
+    unfenced.barrier()
+    with pytest.raises(KernelError, match=r"without fence\.proxy\.async"):
+        unfenced.use(addresses, 2, "here")
+    early = memory()
+    early.fences += 1
+    with pytest.raises(KernelError, match="without a barrier after the write"):
+        early.use(addresses, 2, "here")
+    with pytest.raises(KernelError, match="descriptor out of shared memory"):
+        good.use(addresses + 1000, 2, "here")
+    with pytest.raises(KernelError, match="that nobody wrote"):
+        SharedMemory(1024).use(addresses, 2, "here")
+
+
+def test_descriptors_that_are_not_known() -> None:
+    with pytest.raises(KernelError, match="without swizzle"):
+        tensor_cores.Descriptor.decode(0, "here")
