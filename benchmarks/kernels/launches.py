@@ -73,17 +73,26 @@ def record_gradient(dtype: torch.dtype, M: int, n: int, m: int) -> list[Launch]:
 
 def quantized_weight(m: int, n: int, nested: bool) -> Quantized:
     """W [m, n] in NF4 with blocks of 64, without memory."""
-    octets, blocks = empty(m * n // 2, dtype=torch.uint8), -(-m * n // 64)
-    if not nested:
-        return Quantized([octets, empty(blocks), empty(16)], 64, 256, 0, m, n)
-    scales = [empty(blocks, dtype=torch.uint8), empty(16), empty(-(-blocks // 256)), empty(256), empty(1)]
-    return Quantized([octets, *scales], 64, 256, 0, m, n)
+    blocks = -(-m * n // 64)
+    return Quantized(
+        packed=empty(m * n // 2, dtype=torch.uint8),
+        absmax=empty(blocks, dtype=torch.uint8 if nested else torch.float32),
+        codebook=empty(16),
+        nested_absmax=empty(-(-blocks // 256)) if nested else None,
+        nested_codebook=empty(256) if nested else None,
+        nested_offset=empty(1) if nested else None,
+        block=64,
+        nested_block=256,
+        rounding=0,
+        m=m,
+        n=n,
+    )
 
 
 def record_quantized(plan: Plan, dtype: torch.dtype, M: int, n: int, m: int, r: int, nested: bool) -> list[Launch]:
     """The launches of one forward and backward over a weight in 4 bits, and of a dequantization on its own."""
     layer, weight = members(n, (m,), r, dtype), quantized_weight(m, n, nested)
-    bare = Members([None], layer.a, layer.cores, layer.b, layer.scales)
+    bare = layer.with_weight(None)
     with observed(dry=True) as launches:
         forward_quantized(empty(M, n, dtype=dtype), weight, bare, None, plan, Mask())
         backward_quantized(empty(M, m, dtype=dtype), weight, bare, empty(M, r, dtype=dtype), plan, True, True, Mask())

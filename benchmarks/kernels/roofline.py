@@ -183,7 +183,7 @@ def launch_table(model: str, r: int, M: int, gpu: Gpu) -> Table:
         for op in OPS:
             for one in calls(op, group.n, group.ms, r, M, gpu.arch, gpu.sms, "fused"):
                 t, a = traffic(one), one.arguments
-                blocks = "x".join(str(a[name]) for name in ("BM", "BN", "BK") if name in a)
+                blocks = "x".join(str(a[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in a)
                 numbers = (t.flops / 1e9, t.loaded / 1e6, t.stored / 1e6, t.compulsory / 1e6, seconds(t, gpu) * 1e6)
                 label = one.name + (" (dx, dR)" if a.get("BACKWARD") else "")
                 view.add_row("/".join(group.names), label, str(one.grid), blocks, *(f"{x:.1f}" for x in numbers))

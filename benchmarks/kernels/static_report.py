@@ -197,20 +197,29 @@ def _row(item: tuple[Job, int]) -> Row:
     programs = ctas_per_sm(arch, registers, shared, launch.options["num_warps"])
     backward = " backward" if launch.arguments.get("BACKWARD") else ""
     return Row(
-        launch.name + backward, job.variant.label, DTYPES[job.dtype], job.arch, config_name(launch),
-        registers, stack, shared, programs, mma, share,
-    )  # fmt: skip
+        kernel=launch.name + backward,
+        variant=job.variant.label,
+        dtype=DTYPES[job.dtype],
+        arch=job.arch,
+        config=config_name(launch),
+        registers=registers,
+        stack_bytes=stack,
+        shared_bytes=shared,
+        ctas_per_sm=programs,
+        mma=mma,
+        mma_share=share,
+    )
 
 
 def config_name(launch: Launch) -> str:
     """Blocks, splits, warps, stages, as one word."""
     a, o = launch.arguments, launch.options
-    blocks = "x".join(str(a[name]) for name in ("BM", "BN", "BK") if name in a)
+    blocks = "x".join(str(a[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in a)
     if launch.name == "grad_sign":
         kind = ("keep " if a["KEEP"] else "") + ("signs" if a["SIGNS"] else "")
         return f"{blocks} w{o['num_warps']} p{o['num_stages']} {kind.strip()}"
     if launch.name == "dequantize":
-        return f"{a['BYTES']} w{o['num_warps']}"
+        return f"{a['BLOCK_BYTES']} w{o['num_warps']}"
     cap = f" cap {o['maxnreg']}" if "maxnreg" in o else ""
     return f"{blocks} s{a['SPLITS']} w{o['num_warps']} p{o['num_stages']}{cap}"
 

@@ -44,39 +44,43 @@ def _bytes(*tensors: torch.Tensor) -> int:
 def _prep(launch: Launch) -> Traffic:
     a = launch.arguments
     forward = launch.name == "prep_forward"
-    members, M, R, RP, BM, splits = len(a["factors"]), a["M"], a["R"], a["RP"], a["BM"], a["SPLITS"]
+    members, M, R, R_PADDED = len(a["factors"]), a["M"], a["R"], a["R_PADDED"]
+    BLOCK_M, BLOCK_K, splits = a["BLOCK_M"], a["BLOCK_K"], a["SPLITS"]
     thin, lengths = (a["v"], [a["K"]]) if forward else (a["w"], list(a["Ks"]))
     size, core_size = thin.element_size(), a["cores"][0].element_size()
-    blocks = cdiv(M, BM)
+    blocks = cdiv(M, BLOCK_M)
     reduction = sum(lengths) * (members if forward else 1)  # columns of factors, over all members
     with_core = forward or a["NEED_DX"]
-    partial = blocks * BM * RP * members * splits * 4 if splits > 1 else 0
-    loaded = blocks * (BM * sum(lengths) + R * reduction) * size + partial
+    partial = blocks * BLOCK_M * R_PADDED * members * splits * 4 if splits > 1 else 0
+    loaded = blocks * (BLOCK_M * sum(lengths) + R * reduction) * size + partial
     stored = M * R * members * size + partial
-    flops = 2 * blocks * BM * RP * sum(cdiv(k, a["BK"]) * a["BK"] for k in lengths) * (members if forward else 1)
+    padded = sum(cdiv(k, BLOCK_K) * BLOCK_K for k in lengths) * (members if forward else 1)
+    flops = 2 * blocks * BLOCK_M * R_PADDED * padded
     if with_core:
         loaded += M * R * members * size + blocks * members * R * R * core_size
-        stored += M * RP * members * size
-        flops += 2 * blocks * BM * RP * RP * members
+        stored += M * R_PADDED * members * size
+        flops += 2 * blocks * BLOCK_M * R_PADDED * R_PADDED * members
     inputs = [a["x"]] if forward else list(a["dys"])
     compulsory = (
         _bytes(*inputs, *a["factors"], *a["cores"])
         + M * R * members * size
-        + (M * RP * members * size if with_core else 0)
+        + (M * R_PADDED * members * size if with_core else 0)
     )
     return Traffic(flops, loaded, stored, compulsory)
 
 
 def _extended(launch: Launch) -> Traffic:
     a = launch.arguments
-    M, R, BM, BN, BK, splits = a["M"], a["R"], a["BM"], a["BN"], a["BK"], a["SPLITS"]
+    M, R, BLOCK_M, BLOCK_N, BLOCK_K, splits = a["M"], a["R"], a["BLOCK_M"], a["BLOCK_N"], a["BLOCK_K"], a["SPLITS"]
     size, members = a["v"].element_size(), len(a["factors"])
     tiles = (launch.grid - a["core_programs"]) // splits
     segments = [*a["Ks"], *([R] * members if a["BACKWARD"] else [R])]
-    partial = tiles * splits * BM * BN * 4 if splits > 1 else 0
-    loaded = tiles * (BM + BN) * sum(segments) * size + partial + (tiles * BN * size if a["HAS_BIAS"] else 0)
+    partial = tiles * splits * BLOCK_M * BLOCK_N * 4 if splits > 1 else 0
+    loaded = (
+        tiles * (BLOCK_M + BLOCK_N) * sum(segments) * size + partial + (tiles * BLOCK_N * size if a["HAS_BIAS"] else 0)
+    )
     stored = (M * sum(a["Ns"]) * size if tiles else 0) + partial
-    flops = 2 * tiles * BM * BN * sum(cdiv(k, BK) * BK for k in segments)
+    flops = 2 * tiles * BLOCK_M * BLOCK_N * sum(cdiv(k, BLOCK_K) * BLOCK_K for k in segments)
     compulsory = 0
     if tiles:
         weights = a["weights"] if sum(a["Ks"]) else ()
@@ -93,13 +97,16 @@ def _core(launch: Launch) -> Traffic:
     a = launch.arguments
     if not a["core_programs"]:
         return Traffic(0, 0, 0, 0)
-    M, R, BR, chunks, size = a["M"], a["R"], a["BR"], a["CHUNKS"], a["t"].element_size()
-    side, members = cdiv(a["RP"], BR), len(a["dcores"])
-    partial = a["core_programs"] * BR * BR * 4 if chunks > 1 else 0
+    M, R, BLOCK_R, chunks, size = a["M"], a["R"], a["CORE_BLOCK_R"], a["CORE_CHUNKS"], a["t"].element_size()
+    side, members = cdiv(a["R_PADDED"], BLOCK_R), len(a["dcores"])
+    partial = a["core_programs"] * BLOCK_R * BLOCK_R * 4 if chunks > 1 else 0
     result = _bytes(*a["dcores"])
-    rows = sum(cdiv(min(a["ROWS"], M - start), a["BKR"]) * a["BKR"] for start in range(0, M, a["ROWS"]))
+    rows = sum(
+        cdiv(min(a["CORE_CHUNK_M"], M - start), a["CORE_BLOCK_M"]) * a["CORE_BLOCK_M"]
+        for start in range(0, M, a["CORE_CHUNK_M"])
+    )
     return Traffic(
-        flops=2 * members * side * side * BR * BR * rows,
+        flops=2 * members * side * side * BLOCK_R * BLOCK_R * rows,
         loaded=2 * M * R * side * members * size + partial,
         stored=result + partial,
         compulsory=2 * M * R * members * size + result,

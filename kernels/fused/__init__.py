@@ -1,5 +1,7 @@
 """Triton kernels of the adapted linear, y = [x|v] [W|B]ᵀ; they import torch and triton and nothing of lorasb.
 
-`launch` is the way in: it sizes workspaces, picks configurations and launches. `prep` and `gemm` hold the kernels,
-`parts` what both use, `configs` and `plan` the choice of blocks and of a path. Importing this package imports none.
+Entry points: `linear` (dense weights), `linear_quantized` (4 bits) and `weight_gradient`. Kernels: `low_rank` with
+`projection`, `extended_gemm` with `core_gradient`, `dequantize_4bit`, `gemm_4bit`, `gradient_signs`; `device_functions`
+is what they share. From tensors to launches: `low_rank_launch`, `extended_gemm_launch`, `operands`, `workspace` and
+`launcher`. Path and blocks of a call: `plan` and `block_sizes`. Importing this package imports none of them.
 """

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-DECODE_ROWS = 16  # up to here a product is bound by reading the weight
-MAX_GROUP_RANKS = 384
-CORE_BLOCK, CORE_ROWS, CORE_CHUNK = 32, 64, 2048  # tile of dR, rows a step, rows a program
+DECODE_ROWS = 16  # one block of rows for tl.dot, whose sides are 16 at least: reading the weight is all that counts
+MAX_GROUP_RANKS = 384  # padded ranks of a group in one prep program: their fp32 sums are all in registers
+# of dR: side of a tile, rows a step, rows a program
+CORE_BLOCK, CORE_STEP, CORE_CHUNK = 32, 64, 2048
+DEQUANTIZE_BYTES = 1024  # packed bytes of a 4-bit weight a program: 2048 elements
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,10 @@ class PrepConfig:
 class GemmConfig:
     """Blocks of the extended GEMM: [block_m, block_n] of y a program, block_k of the reduction a step.
 
-    `registers` caps those of a thread, where the compiler would take a few more than let another program on the
-    multiprocessor.
+    Attributes:
+        group: row blocks that share a sweep over the columns, for L2.
+        registers: cap on a thread's registers, where the compiler would take a few more than leave room for another
+            program on the multiprocessor: 65536 / (128 · 256 threads) = 2.
     """
 
     block_m: int
@@ -36,7 +40,11 @@ class GemmConfig:
     registers: int | None = None
 
     def fitted(self, even: bool, dropout: bool) -> GemmConfig:
-        """The same without spills: uneven lengths (masks) and dropout (two sums) need more room."""
+        """The same without spills: uneven lengths (masks) and dropout (two K loops) take more registers.
+
+        So the cap on registers goes, dropout takes tiles of 64 x 64 at most, and masked tiles of 128 x 128 take eight
+        warps. tests/kernels/test_static_report.py holds the results to zero spills.
+        """
         config = self if even and not dropout else replace(self, registers=None)
         if dropout:
             return replace(config, block_m=min(64, self.block_m), block_n=min(64, self.block_n))
@@ -44,7 +52,8 @@ class GemmConfig:
         return config if even or not wide else replace(config, warps=max(8, self.warps))
 
 
-# Of the gradient accumulator: a tile of G, and block_k tokens a step. Masks, and products in fp32, need registers.
+# Of the gradient accumulator: here block_m x block_n is a tile of G [N, K], and block_k is tokens a step. Masks, and
+# products in fp32, take registers: the last two have smaller tiles over more warps, which compile without a spill.
 GRADIENT = GemmConfig(block_m=64, block_n=128, block_k=32, group=8, warps=4, stages=3)
 NARROW_GRADIENT = GemmConfig(block_m=64, block_n=64, block_k=32, group=8, warps=8, stages=2)
 FP32_GRADIENT = GemmConfig(block_m=64, block_n=64, block_k=16, group=8, warps=8, stages=2)
@@ -55,9 +64,6 @@ def gradient_config(n: int, itemsize: int) -> GemmConfig:
     if itemsize > 2:
         return FP32_GRADIENT
     return GRADIENT if n % GRADIENT.block_n == 0 else NARROW_GRADIENT
-
-
-DEQUANTIZE_BYTES = 1024  # of a weight in 4 bits, a program
 
 
 def dequantize_config() -> PrepConfig:
@@ -79,14 +85,18 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def rank_parts(r: int) -> tuple[int, ...]:
+def rank_blocks(r: int) -> tuple[int, ...]:
     """One or two powers of two, 16 at least, whose sum covers r with the least padding: 96 = 64 + 32."""
-    powers = [2**i for i in range(4, 9)]
-    sums = [(p,) for p in powers] + [(p, q) for p in powers for q in powers if q < p]
-    return min((parts for parts in sums if sum(parts) >= r), key=lambda parts: (sum(parts), len(parts)))
+    powers = [2**i for i in range(4, 9)]  # tl.dot takes 16 at least; r is 256 at most
+    covers = [(p,) for p in powers] + [(p, q) for p in powers for q in powers if q < p]
+    return min((blocks for blocks in covers if sum(blocks) >= r), key=lambda blocks: (sum(blocks), len(blocks)))
 
 
 def _power_of_two_splits(programs: int, steps: int, wanted: int, least_steps: int) -> int:
+    """Double the splits until the grid has `wanted` programs or a split would have fewer than `least_steps` steps.
+
+    `wanted` is a constant, not the number of multiprocessors: the order of a sum depends on the splits.
+    """
     splits = 1
     while programs * splits < wanted and steps >= splits * 2 * least_steps:
         splits *= 2
@@ -95,7 +105,7 @@ def _power_of_two_splits(programs: int, steps: int, wanted: int, least_steps: in
 
 def prep_members(r: int, members: int) -> int:
     """How many members share one reading of x: their sums have to fit a multiprocessor's registers."""
-    return max(1, min(members, MAX_GROUP_RANKS // sum(rank_parts(r))))
+    return max(1, min(members, MAX_GROUP_RANKS // sum(rank_blocks(r))))
 
 
 def prep_splits(row_blocks: int, steps: int) -> int:
@@ -104,12 +114,16 @@ def prep_splits(row_blocks: int, steps: int) -> int:
 
 
 def gemm_splits(tiles: int, steps: int, rows: int) -> int:
-    """How many programs share a tile's reduction: several for a few tokens, where reading the weight is what counts."""
+    """How many programs share a tile's reduction, by the shape alone.
+
+    Few rows are bound by reading the weight, which takes many programs. Beyond them only a small grid is split, into
+    long ranges: each split writes and reads an fp32 tile more.
+    """
     if rows <= DECODE_ROWS:
         return _power_of_two_splits(tiles, steps, wanted=256, least_steps=4)
     return _power_of_two_splits(tiles, steps, wanted=64, least_steps=16)
 
 
 def core_chunks(rows: int) -> int:
-    """How many programs share a tile of dR."""
+    """How many programs share a tile of dR: one for each CORE_CHUNK rows, whatever the GPU."""
     return cdiv(rows, CORE_CHUNK)

@@ -1,4 +1,13 @@
-"""Pieces that several kernels use: choosing among a group's members, and sums of several programs in a fixed order."""
+"""Device functions that several kernels use: selection from a tuple, the ordered split sum, the dropout mask.
+
+Sums that several programs share (split-K) follow one protocol: every program stores its fp32 block in `partial` and
+increments a counter; the program whose increment is the last loads all blocks, adds them in the order of their index
+and writes the result. No program waits for another, and the order of addition does not depend on which one is last,
+so that a result repeats to the bit where an atomic add would not.
+
+Groups of run-time arguments are passed to device functions as plain tuples and unpacked there. Groups of constants are
+named tuples, read by attribute: Triton's assignment, unpacking included, turns a constant into a tensor.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def pick(items, index):
-    """The item of a tuple at a run-time index."""
+    """The item of a tuple at a run-time index: tuples have no indexing by a tensor, so a chain of selects does it."""
     item = items[0]
     for i in tl.static_range(1, len(items)):
         item = tl.where(index == i, items[i], item)
@@ -16,16 +25,18 @@ def pick(items, index):
 
 
 @triton.jit
-def places(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Offsets of a [ROWS, COLUMNS] block that lies in one piece."""
+def block_offsets(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets of a contiguous row-major block [ROWS, COLUMNS]."""
     return tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit
-def arrive(counters, slot, COUNT: tl.constexpr):
-    """Whether this program is the last of COUNT to come here; the last one leaves the counter at zero.
+def arrives_last(counters, slot, COUNT: tl.constexpr):
+    """True in the last of the COUNT programs that call this for a slot; stores made before are visible to that one.
 
-    What the programs stored before is visible to the last. Nobody waits.
+    The barrier orders the stores of all threads of this program before the increment (release); the increment orders
+    those of the other programs before this one's loads (acquire). The last program leaves the counter at zero: nobody
+    else touches it any more, and the next launch finds what it needs without a memset between them.
     """
     tl.debug_barrier()
     last = tl.atomic_add(counters + slot, 1, sem="acq_rel") == COUNT - 1
@@ -36,7 +47,10 @@ def arrive(counters, slot, COUNT: tl.constexpr):
 
 @triton.jit
 def ordered_sum(partial, offsets, size, COUNT: tl.constexpr, like):
-    """Σ_i partial[i·size + offsets] for i = 0, 1, ... COUNT - 1, in this order."""
+    """Σ_i partial[i·size + offsets] for i = 0, 1, ... COUNT - 1, in this order; `like` gives shape and dtype.
+
+    The loads bypass L1 (.cg): its lines are not coherent with what other multiprocessors stored.
+    """
     total = tl.zeros_like(like)
     for i in tl.range(0, COUNT, loop_unroll_factor=1):  # unrolled, it would keep COUNT blocks in registers
         total += tl.load(partial + i * size + offsets, cache_modifier=".cg")
@@ -45,6 +59,10 @@ def ordered_sum(partial, offsets, size, COUNT: tl.constexpr, like):
 
 @triton.jit
 def keep_mask(seed, threshold, rows, columns):
-    """Which elements [rows, columns] of x dropout keeps: a function of the seed and the element's place alone."""
+    """Which elements [rows, columns] of x dropout keeps, by Philox on (column, row) as the counter.
+
+    A function of the seed and the element's position alone: forward and backward, whatever their blocks, generate the
+    same mask and nothing is stored.
+    """
     bits = tl.philox(seed, columns[None, :].to(tl.uint32), rows[:, None].to(tl.uint32), 0, 0)[0]
     return tl.uint_to_uniform_float(bits) >= threshold

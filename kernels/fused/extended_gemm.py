@@ -1,35 +1,113 @@
 """The extended GEMM: y = [x|v] [W|B]ᵀ + bias forward, dx = [dy|w] [W;A] backward, in one K loop.
 
-The last steps of the loop walk v and B (w and A) where the first walk x and W, so the accumulators take the adapter
-for free and no result is read again. A group's members lie side by side in the output (forward: y_i =
-[x|v_i][W_i|B_i]ᵀ) or one after another in the reduction (backward: dx = Σ_i [dy_i|w_i][W_i;A_i], written once). In
-backward the first programs sum dR_i = s_i·t_iᵀ u_i meanwhile.
+The last steps of the K loop read v and B (backward w and A) where the first read x and W, so that the adapter is
+added in the fp32 accumulators and no output is read again. A group's members lie side by side in the output (forward:
+y_i = [x|v_i] [W_i|B_i]ᵀ), or one after another in the reduction (backward: dx = Σ_i [dy_i|w_i] [W_i;A_i], written
+once). Backward, the first programs of the grid compute dR_i = s_i·t_iᵀ u_i, independently of the others.
+
+Arguments of `extended_gemm`. A plural name is a tuple, and so is a stride marked *: one entry a member, but for xs
+(forward) and ys (backward), which are shared by all members and have one. Strides are of rows, in elements; the last
+dimension is contiguous.
+
+                     forward                            backward
+  base operands
+    xs               (x [M, K],)                        dy_i [M, K_i]
+    weights          W_i [N_i, K]                       W_i [K_i, N]
+  adapter operands
+    v                v_i [M, R_PADDED], side by side    w_i [M, R_PADDED], side by side
+    factors          B_i [N_i, R]                       A_i [R, N]
+  outputs
+    biases           bias_i [N_i] if HAS_BIAS           unused
+    ys               y_i [M, N_i]                       (dx [M, N],)
+  core gradient
+    t                unused                             t_i [M, R_PADDED], side by side
+    us               unused                             u_i [M, R], contiguous
+    dcores           unused                             dR_i [R, R], contiguous
+  workspace          partial: fp32 blocks of the core gradient (if CORE_CHUNKS > 1), then of the tiles (if SPLITS > 1)
+                     counters: int32, one a tile of either kind, zero between launches
+  sizes              M rows; Ns: N_i, or (N,); Ks: (K,), or K_i; no weight is a K of 0
+                     core_programs: programs of the core gradient, 0 if there is none
+  strides            stride_x*, stride_w*, stride_v (of t, too), stride_factor*, stride_y*, stride_u
+  scalars            scales: s_i, for dR; seed, threshold: of dropout
+  flags              BACKWARD, HAS_BIAS, DROPOUT
+                     EVEN_K: every K and R is a multiple of BLOCK_K, so that no load is masked
+                     WIDE: offsets need 64 bits
+                     PRECISION: of tl.dot, "tf32" or "ieee"
+  rank               R; R_PADDED: columns of a member in v, w and t
+  blocks             BLOCK_M x BLOCK_N of an output a program, BLOCK_K of the reduction a step
+                     GROUP_M: row blocks that share a sweep over the columns; SPLITS: programs that share a tile
+  blocks of dR       CORE_CHUNK_M rows a program, CORE_CHUNKS programs a tile
+                     CORE_BLOCK_R x CORE_BLOCK_R of dR a tile, CORE_BLOCK_M rows a step
+
+One kernel serves both directions, as both are the same loop; BACKWARD is a constant, so that neither contains the code
+of the other. An argument that a direction does not use is a dummy: any tensor at hand, which no program dereferences.
+Likewise biases without HAS_BIAS, dcores and us with core_programs = 0, and ys with a grid of core programs alone.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .device_functions import arrive, keep_mask, ordered_sum, pick, places
+from .core_gradient import CoreBlocks, core_gradient
+from .device_functions import arrives_last, block_offsets, keep_mask, ordered_sum, pick
+
+
+class GemmFlags(NamedTuple):
+    """Flags of `extended_gemm`, see above."""
+
+    BACKWARD: tl.constexpr
+    HAS_BIAS: tl.constexpr
+    DROPOUT: tl.constexpr
+    EVEN_K: tl.constexpr
+    WIDE: tl.constexpr
+    PRECISION: tl.constexpr
+
+
+class GemmBlocks(NamedTuple):
+    """Blocks of an output tile, see above."""
+
+    BLOCK_M: tl.constexpr
+    BLOCK_N: tl.constexpr
+    BLOCK_K: tl.constexpr
+    GROUP_M: tl.constexpr
+    SPLITS: tl.constexpr
 
 
 @triton.jit
-def accumulate(acc, lefts, rights, left_strides, right_strides, lengths, low, high, m, n,
-               K_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """acc + Σ_i left_i right_i over the steps [low, high) of the chained reductions; left_i [M, length_i]."""
-    rk = tl.arange(0, BK)
+def accumulate(
+    acc,
+    operands,
+    low,
+    high,
+    m,
+    n,
+    K_MAJOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + Σ_i left_i right_i, over steps [low, high) of reductions that are chained one after another.
+
+    operands: tuples (lefts, rights, left strides, right strides, lengths). left_i [rows m, length_i]; right_i is
+    [columns n, length_i] if K_MAJOR, else [length_i, columns n]. Every length is rounded up to whole steps, so that no
+    step straddles two operands. A chain of selects moves the pointers on: one loop, one software pipeline.
+    """
+    lefts, rights, left_strides, right_strides, lengths = operands
+    rk = tl.arange(0, BLOCK_K)
     for step in range(low, high):
         left, right, length, first, edge = lefts[0], rights[0], lengths[0], 0, 0
         left_stride, right_stride = left_strides[0], right_strides[0]
         for i in tl.static_range(1, len(lefts)):
-            edge += tl.cdiv(lengths[i - 1], BK)
-            here = step >= edge
-            left, right = tl.where(here, lefts[i], left), tl.where(here, rights[i], right)
-            left_stride = tl.where(here, left_strides[i], left_stride)
-            right_stride = tl.where(here, right_strides[i], right_stride)
-            first, length = tl.where(here, edge, first), tl.where(here, lengths[i], length)
-        k = (step - first) * BK + rk
+            edge += tl.cdiv(lengths[i - 1], BLOCK_K)
+            reached = step >= edge
+            left, right = tl.where(reached, lefts[i], left), tl.where(reached, rights[i], right)
+            left_stride = tl.where(reached, left_strides[i], left_stride)
+            right_stride = tl.where(reached, right_strides[i], right_stride)
+            first, length = tl.where(reached, edge, first), tl.where(reached, lengths[i], length)
+        k = (step - first) * BLOCK_K + rk
         left += (m * left_stride)[:, None] + k[None, :]
         right += (n * right_stride)[:, None] + k[None, :] if K_MAJOR else (k * right_stride)[:, None] + n[None, :]
         if EVEN_K:
@@ -43,146 +121,214 @@ def accumulate(acc, lefts, rights, left_strides, right_strides, lengths, low, hi
 
 
 @triton.jit
-def core_gradient(t, us, dcores, partial, counters, index, M, st, su, scales,
-                  R: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr,
-                  ROWS: tl.constexpr, CHUNKS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """One [BR, BR] tile of dR = s·tᵀ u [R, R] over one of CHUNKS ranges of rows; the last range to end adds them up."""
-    side: tl.constexpr = (RP + BR - 1) // BR
-    slot, chunk = index // CHUNKS, index % CHUNKS
-    member, tile = slot // (side * side), slot % (side * side)
-    i = tile // side * BR + tl.arange(0, BR)
-    j = tile % side * BR + tl.arange(0, BR)
-    left, right = t + member * RP, pick(us, member)
-    acc = tl.zeros((BR, BR), tl.float32)
-    for row in range(chunk * ROWS, min(chunk * ROWS + ROWS, M), BK):
-        m = row + tl.arange(0, BK)
-        lhs = tl.load(
-            left + (m.to(tl.int64) * st)[:, None] + i[None, :], mask=(m[:, None] < M) & (i[None, :] < R), other=0.0
-        )
-        rhs = tl.load(
-            right + (m.to(tl.int64) * su)[:, None] + j[None, :], mask=(m[:, None] < M) & (j[None, :] < R), other=0.0
-        )
-        acc = tl.dot(lhs.T, rhs, acc, input_precision=PRECISION)
-    last = True
-    if CHUNKS > 1:
-        offsets = places(BR, BR)
-        own = partial + slot * CHUNKS * BR * BR
-        tl.store(own + chunk * BR * BR + offsets, acc)
-        last = arrive(counters, slot, CHUNKS)
-        if last:
-            acc = ordered_sum(own, offsets, BR * BR, CHUNKS, acc)
-    if last:
-        inside = (i[:, None] < R) & (j[None, :] < R)
-        tl.store(pick(dcores, member) + i[:, None] * R + j[None, :], acc * pick(scales, member), mask=inside)
+def tile_coordinates(pid, M, Ns, blocks):
+    """Row block, column block, member and slot of a tile.
 
-
-@triton.jit
-def locate(pid, M, Ns, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Row block, column block, member and place of a tile; GROUP row blocks go down before the next columns, for L2."""
+    Programs run down GROUP_M row blocks before they go on to the next columns, so that those in flight share rows of x
+    and columns of W in L2. The column blocks of all members count as one row of tiles.
+    """
     columns, member, start, edge = 0, 0, 0, 0
     for i in tl.static_range(len(Ns)):
-        columns += tl.cdiv(Ns[i], BN)
-    first = pid // (GROUP * columns) * GROUP
-    height = min(tl.cdiv(M, BM) - first, GROUP)
-    row, column = first + pid % (GROUP * columns) % height, pid % (GROUP * columns) // height
+        columns += tl.cdiv(Ns[i], blocks.BLOCK_N)
+    first = pid // (blocks.GROUP_M * columns) * blocks.GROUP_M
+    height = min(tl.cdiv(M, blocks.BLOCK_M) - first, blocks.GROUP_M)
+    row, column = first + pid % (blocks.GROUP_M * columns) % height, pid % (blocks.GROUP_M * columns) // height
     for i in tl.static_range(1, len(Ns)):
-        edge += tl.cdiv(Ns[i - 1], BN)
+        edge += tl.cdiv(Ns[i - 1], blocks.BLOCK_N)
         member, start = tl.where(column >= edge, i, member), tl.where(column >= edge, edge, start)
     return row, column - start, member, row * columns + column
 
 
 @triton.jit
-def output_tile(pid, xs, weights, v, factors, biases, ys, partial, counters,
-                M, Ns, Ks, sx, sw, sv, sf, sy, seed, threshold,
-                BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-                EVEN_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-                SPLITS: tl.constexpr):  # fmt: skip
-    """One [BM, BN] tile of an output, or one of SPLITS ranges of its reduction."""
-    row, column, member, slot = locate(pid // SPLITS, M, Ns, BM, BN, GROUP)
-    N = pick(Ns, member)
-    rm, rn = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
-    # what lies past the end is clamped, not masked: that costs no registers, and it is not stored
-    m = tl.max_contiguous(tl.multiple_of(tl.where(rm < M, rm, 0), BM), BM)
-    n = tl.max_contiguous(tl.multiple_of(tl.where(rn < N, rn, 0), BN), BN)
-    if WIDE:
-        m, n = m.to(tl.int64), n.to(tl.int64)
+def tile_operands(base, adapter, member, BACKWARD: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr):
+    """What `accumulate` reduces for a tile: the base's operands, and the adapter's. Arguments: see `output_tile`."""
+    xs, weights, Ks, stride_x, stride_w = base
+    v, factors, stride_v, stride_factor = adapter
     if BACKWARD:  # one output, the members' reductions in a row
-        base, right, sbase, sright, lengths = xs, weights, sx, sw, Ks
-        ext, factor, sext, sfactor, ranks = (v,), factors, (sv,), sf, (R,)
+        base_operands = (xs, weights, stride_x, stride_w, Ks)
+        lefts, strides, ranks = (v,), (stride_v,), (R,)
         for i in tl.static_range(1, len(factors)):
-            ext, sext, ranks = ext + (v + i * RP,), sext + (sv,), ranks + (R,)
+            lefts, strides, ranks = lefts + (v + i * R_PADDED,), strides + (stride_v,), ranks + (R,)
+        adapter_operands = (lefts, factors, strides, stride_factor, ranks)
     else:  # one reduction, the members' outputs side by side
-        base, right, sbase, sright, lengths = xs, (pick(weights, member),), sx, (pick(sw, member),), Ks
-        ext, factor, sext, sfactor, ranks = (
-            (v + member * RP,),
-            (pick(factors, member),),
-            (sv,),
-            (pick(sf, member),),
-            (R,),
-        )
-    acc = tl.zeros((BM, BN), tl.float32)
+        base_operands = (xs, (pick(weights, member),), stride_x, (pick(stride_w, member),), Ks)
+        left, factor = (v + member * R_PADDED,), (pick(factors, member),)
+        adapter_operands = (left, factor, (stride_v,), (pick(stride_factor, member),), (R,))
+    return base_operands, adapter_operands
+
+
+@triton.jit
+def chain(first, second):
+    """The operands of two chained reductions as one: the base's steps, then the adapter's."""
+    lefts, rights, left_strides, right_strides, lengths = first
+    more_lefts, more_rights, more_left_strides, more_right_strides, more_lengths = second
+    return (
+        lefts + more_lefts,
+        rights + more_rights,
+        left_strides + more_left_strides,
+        right_strides + more_right_strides,
+        lengths + more_lengths,
+    )
+
+
+@triton.jit
+def output_tile(
+    pid,
+    base,
+    adapter,
+    outputs,
+    workspace,
+    dropout,
+    M,
+    flags,
+    blocks,
+    R: tl.constexpr,
+    R_PADDED: tl.constexpr,
+):
+    """One [BLOCK_M, BLOCK_N] tile of an output, or one of SPLITS ranges of its reduction.
+
+    base: (xs, weights, Ks, stride_x, stride_w); adapter: (v, factors, stride_v, stride_factor); outputs: (ys, biases,
+    Ns, stride_y); workspace: (partial, counters); dropout: (seed, threshold).
+    """
+    ys, biases, Ns, stride_y = outputs
+    partial, counters = workspace
+    seed, threshold = dropout
+    row, column, member, slot = tile_coordinates(pid // blocks.SPLITS, M, Ns, blocks)
+    N = pick(Ns, member)
+    rm, rn = row * blocks.BLOCK_M + tl.arange(0, blocks.BLOCK_M), column * blocks.BLOCK_N + tl.arange(0, blocks.BLOCK_N)
+    # Rows and columns past the end are clamped to 0, not masked: that costs no registers, and they are not stored. The
+    # select hides that a block is contiguous and aligned; the hints say so again, for loads as vectors. Where they are
+    # false, past the end, it does not matter what is loaded.
+    m = tl.max_contiguous(tl.multiple_of(tl.where(rm < M, rm, 0), blocks.BLOCK_M), blocks.BLOCK_M)
+    n = tl.max_contiguous(tl.multiple_of(tl.where(rn < N, rn, 0), blocks.BLOCK_N), blocks.BLOCK_N)
+    if flags.WIDE:
+        m, n = m.to(tl.int64), n.to(tl.int64)
+    Ks = base[2]
+    base_operands, adapter_operands = tile_operands(base, adapter, member, flags.BACKWARD, R, R_PADDED)
+    acc = tl.zeros((blocks.BLOCK_M, blocks.BLOCK_N), tl.float32)
     base_steps, steps = 0, 0
-    for i in tl.static_range(len(lengths)):
-        base_steps += tl.cdiv(lengths[i], BK)
-    steps = base_steps + len(ranks) * tl.cdiv(R, BK)
-    if DROPOUT:  # the mask is on the adapter's part alone: dx = dy W + mask o (w A)
-        acc = accumulate(
-            acc, ext, factor, sext, sfactor, ranks, 0, steps - base_steps, m, n, not BACKWARD, EVEN_K, PRECISION, BK
-        )
+    for i in tl.static_range(len(Ks)):
+        base_steps += tl.cdiv(Ks[i], blocks.BLOCK_K)
+    steps = base_steps + len(adapter_operands[4]) * tl.cdiv(R, blocks.BLOCK_K)
+    K_MAJOR: tl.constexpr = not flags.BACKWARD
+    EVEN_K: tl.constexpr = flags.EVEN_K
+    PRECISION: tl.constexpr = flags.PRECISION
+    BLOCK_K: tl.constexpr = blocks.BLOCK_K
+    if flags.DROPOUT:  # the mask is on the adapter's term alone, dx = dy W + mask ∘ (w A), so that this one comes first
+        adapter_steps = steps - base_steps
+        acc = accumulate(acc, adapter_operands, 0, adapter_steps, m, n, K_MAJOR, EVEN_K, PRECISION, BLOCK_K)
         acc = tl.where(keep_mask(seed, threshold, rm, rn), acc, 0.0)
-        acc = accumulate(
-            acc, base, right, sbase, sright, lengths, 0, base_steps, m, n, not BACKWARD, EVEN_K, PRECISION, BK
-        )
+        acc = accumulate(acc, base_operands, 0, base_steps, m, n, K_MAJOR, EVEN_K, PRECISION, BLOCK_K)
     else:
-        share = tl.cdiv(steps, SPLITS)
-        low = pid % SPLITS * share
-        acc = accumulate(acc, base + ext, right + factor, sbase + sext, sright + sfactor, lengths + ranks,
-                         low, min(low + share, steps), m, n, not BACKWARD, EVEN_K, PRECISION, BK)  # fmt: skip
+        operands = chain(base_operands, adapter_operands)
+        steps_a_split = tl.cdiv(steps, blocks.SPLITS)
+        low = pid % blocks.SPLITS * steps_a_split
+        high = min(low + steps_a_split, steps)
+        acc = accumulate(acc, operands, low, high, m, n, K_MAJOR, EVEN_K, PRECISION, BLOCK_K)
     last = True
-    if SPLITS > 1:
-        offsets = places(BM, BN)
-        own = partial + slot.to(tl.int64) * SPLITS * BM * BN
-        tl.store(own + pid % SPLITS * BM * BN + offsets, acc)
-        last = arrive(counters, slot, SPLITS)
+    if blocks.SPLITS > 1:
+        offsets = block_offsets(blocks.BLOCK_M, blocks.BLOCK_N)
+        split_sums = partial + slot.to(tl.int64) * blocks.SPLITS * blocks.BLOCK_M * blocks.BLOCK_N
+        tl.store(split_sums + pid % blocks.SPLITS * blocks.BLOCK_M * blocks.BLOCK_N + offsets, acc)
+        last = arrives_last(counters, slot, blocks.SPLITS)
         if last:
-            acc = ordered_sum(own, offsets, BM * BN, SPLITS, acc)
-    if last:
-        if HAS_BIAS:
+            acc = ordered_sum(split_sums, offsets, blocks.BLOCK_M * blocks.BLOCK_N, blocks.SPLITS, acc)
+    if last:  # epilogue: the bias in fp32 once all splits are added, then the one rounding to the output's dtype
+        if flags.HAS_BIAS:
             acc += tl.load(pick(biases, member) + n)[None, :].to(tl.float32)
-        y, sm = pick(ys, member), (rm.to(tl.int64) if WIDE else rm) * pick(sy, member)
-        tl.store(y + sm[:, None] + rn[None, :], acc.to(y.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
+        y, row_offsets = pick(ys, member), (rm.to(tl.int64) if flags.WIDE else rm) * pick(stride_y, member)
+        inside = (rm[:, None] < M) & (rn[None, :] < N)
+        tl.store(y + row_offsets[:, None] + rn[None, :], acc.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "core_programs", "seed", "threshold"])
 def extended_gemm(
-    xs, weights, v, factors, biases, ys,
-    t, us, dcores, partial, counters,
-    M, Ns, Ks, core_programs,
-    sx, sw, sv, sf, sy, su,
-    scales, seed, threshold,
-    BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    EVEN_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
-    ROWS: tl.constexpr, CHUNKS: tl.constexpr, BR: tl.constexpr, BKR: tl.constexpr,
-):  # fmt: skip
+    # base operands, adapter operands, outputs
+    xs,
+    weights,
+    v,
+    factors,
+    biases,
+    ys,
+    # core gradient, workspace
+    t,
+    us,
+    dcores,
+    partial,
+    counters,
+    # sizes
+    M,
+    Ns,
+    Ks,
+    core_programs,
+    # strides
+    stride_x,
+    stride_w,
+    stride_v,
+    stride_factor,
+    stride_y,
+    stride_u,
+    # scalars
+    scales,
+    seed,
+    threshold,
+    # flags
+    BACKWARD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    # rank
+    R: tl.constexpr,
+    R_PADDED: tl.constexpr,
+    # blocks
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    # blocks of the core gradient
+    CORE_CHUNK_M: tl.constexpr,
+    CORE_CHUNKS: tl.constexpr,
+    CORE_BLOCK_R: tl.constexpr,
+    CORE_BLOCK_M: tl.constexpr,
+):
     """y_i = [x|v_i] [W_i|B_i]ᵀ + bias_i (forward), or dx = Σ_i [dy_i|w_i] [W_i;A_i] and dR_i = s_i·t_iᵀ u_i (backward).
 
-    xs: x [M, K], or dy_i [M, K_i]; weights: W_i, contiguous along K forward and along N backward; v: v_i, or w_i,
-    [M, RP] side by side; factors: B_i [N_i, R], or A_i [R, N]; ys: y_i [M, N_i], or dx [M, N]; t, us: t_i side by side
-    and u_i [M, R]; partial, counters: workspace of the dR tiles (CHUNKS), then of the splits (SPLITS).
+    Grid: core_programs programs of dR, then SPLITS programs for each output tile; the splits of a tile are neighbors.
     """
     pid = tl.program_id(0)
     is_tile = True
     if BACKWARD:
         is_tile = pid >= core_programs
         if not is_tile:
-            core_gradient(t, us, dcores, partial, counters, pid, M, sv, su, scales,
-                          R, RP, PRECISION, ROWS, CHUNKS, BR, BKR)  # fmt: skip
-        if SPLITS > 1:  # the workspace of the dR tiles comes first
-            counters += core_programs // CHUNKS
-            partial += core_programs * BR * BR
+            core_gradient(
+                pid,
+                (t, us, dcores),
+                (partial, counters),
+                M,
+                (stride_v, stride_u),
+                scales,
+                CoreBlocks(CORE_CHUNK_M, CORE_CHUNKS, CORE_BLOCK_R, CORE_BLOCK_M),
+                R,
+                R_PADDED,
+                PRECISION,
+            )
+        if SPLITS > 1:  # the core gradient's part of the workspace comes first
+            counters += core_programs // CORE_CHUNKS
+            partial += core_programs * CORE_BLOCK_R * CORE_BLOCK_R
     if is_tile:
-        output_tile(pid - core_programs, xs, weights, v, factors, biases, ys, partial, counters,
-                    M, Ns, Ks, sx, sw, sv, sf, sy, seed, threshold,
-                    BACKWARD, HAS_BIAS, DROPOUT, EVEN_K, WIDE, PRECISION, R, RP, BM, BN, BK, GROUP, SPLITS)  # fmt: skip
+        output_tile(
+            pid - core_programs,
+            (xs, weights, Ks, stride_x, stride_w),
+            (v, factors, stride_v, stride_factor),
+            (ys, biases, Ns, stride_y),
+            (partial, counters),
+            (seed, threshold),
+            M,
+            GemmFlags(BACKWARD, HAS_BIAS, DROPOUT, EVEN_K, WIDE, PRECISION),
+            GemmBlocks(BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLITS),
+            R,
+            R_PADDED,
+        )

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .block_sizes import GemmConfig, PrepConfig
 
 _observers: list[Callable[[Launch], None]] = []
-_dry = 0
+_dry = 0  # how many dry `observed` blocks are open; above zero nothing is launched
+
+
+class KernelCall(NamedTuple):
+    """A kernel, its number of programs and its arguments by name: what `launch` takes, without the blocks' config."""
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,9 @@ def observed(dry: bool = False) -> Iterator[list[Launch]]:
 def launch(
     kernel: Any, grid: int, arguments: dict[str, Any], config: PrepConfig | GemmConfig, exact: bool = False
 ) -> None:
-    """Launch a kernel over `grid` programs; `exact` keeps products and sums apart, each with its own rounding."""
+    """Launch a kernel over `grid` programs; `exact` keeps products and sums apart, each rounded: no FMA."""
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    compiled = hasattr(kernel, "device_caches")  # the interpreter knows no registers
+    compiled = hasattr(kernel, "device_caches")  # the interpreter takes no compiler options
     if compiled and isinstance(config, GemmConfig) and config.registers:
         options["maxnreg"] = config.registers
     if compiled:  # said either way: Triton's own default differs between versions, and it warns where it is taken

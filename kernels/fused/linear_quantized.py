@@ -1,8 +1,12 @@
-"""From a quantized weight's tensors to launches: dequantized beside the thin products, or inside a GEMM."""
+"""The adapted linear over a 4-bit weight, forward and backward.
+
+`inline`: the thin products, then a GEMM that dequantizes as it goes, which reads the packed weight once for each block
+of rows. `scratch`: W is dequantized in the launch of the thin products, then the dense paths use it. These launches are
+`exact`: dequantization agrees with bitsandbytes to the bit only without contraction to FMA.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +14,13 @@ import torch
 from torch import Tensor
 
 from . import linear as dense
+from . import low_rank_launch
 from .block_sizes import DEQUANTIZE_BYTES, cdiv, dequantize_config, gemm_splits, quantized_config
-from .gemm_4bit import dequantize, prep_backward_quantized, prep_forward_quantized, quantized_gemm
-from .launcher import launch
-from .linear import Mask, Members, on_device, precision, unit_rows, wide
+from .dequantize_4bit import dequantize, prep_backward_quantized, prep_forward_quantized
+from .gemm_4bit import quantized_gemm
+from .launcher import KernelCall, launch
+from .low_rank import prep_forward
+from .operands import Mask, Members, allocate_workspace, needs_int64, on_device, precision, unit_rows
 from .plan import Plan
 
 INLINE = "inline"
@@ -21,34 +28,54 @@ INLINE = "inline"
 
 @dataclass(frozen=True)
 class Quantized:
-    """W [m, n] in 4 bits: [bytes, absmax, table], or nested [bytes, absmax8, table, absmax2, table2, offset]."""
+    """W [m, n] in 4 bits.
 
-    tensors: Sequence[Tensor]
+    Attributes:
+        packed: two elements a byte [ceil(m·n / 2)], uint8.
+        absmax: scale of each block, fp32; uint8 if the scales are quantized themselves (nested).
+        codebook: value of each nibble [16], fp32.
+        nested_absmax, nested_codebook, nested_offset: of nested scales, fp32; otherwise None.
+        block: elements that share a scale.
+        nested_block: scales that share a nested one.
+        rounding: dtype that W had and is rounded to: 0 fp32, 1 bf16, 2 fp16.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    codebook: Tensor
+    nested_absmax: Tensor | None
+    nested_codebook: Tensor | None
+    nested_offset: Tensor | None
     block: int
-    block2: int
+    nested_block: int
     rounding: int
     m: int
     n: int
 
     def arguments(self) -> dict[str, Any]:
         """What every kernel is given of it."""
-        octets, absmax, table, *nested = self.tensors
-        absmax2, table2, offset = nested or (None, None, None)
         return dict(
-            octets=octets, absmax=absmax, table=table, absmax2=absmax2, table2=table2, offset=offset,
-            BLOCK=self.block, BLOCK2=self.block2, ROUNDING=self.rounding,
-        )  # fmt: skip
+            packed=self.packed,
+            absmax=self.absmax,
+            codebook=self.codebook,
+            nested_absmax=self.nested_absmax,
+            nested_codebook=self.nested_codebook,
+            nested_offset=self.nested_offset,
+            QUANT_BLOCK=self.block,
+            NESTED_BLOCK=self.nested_block,
+            ROUNDING=self.rounding,
+        )
 
-    def inline(self, plan: Plan, mask: Mask) -> bool:
-        """Whether the GEMM dequantizes as it goes."""
+    def is_inline(self, plan: Plan, mask: Mask) -> bool:
+        """True if the GEMM dequantizes as it goes: a byte must not straddle two rows, and it knows no dropout."""
         return plan.weights == INLINE and self.n % 2 == 0 and mask.dropout == 0.0
 
 
 def dequantized(weight: Quantized, dtype: torch.dtype) -> Tensor:
     """W [m, n]."""
-    out = torch.empty((weight.m, weight.n), dtype=dtype, device=weight.tensors[0].device)
+    out = torch.empty((weight.m, weight.n), dtype=dtype, device=weight.packed.device)
     if out.numel():
-        arguments = weight.arguments() | dict(out=out, ELEMENTS=out.numel(), BYTES=DEQUANTIZE_BYTES)
+        arguments = weight.arguments() | dict(out=out, ELEMENTS=out.numel(), BLOCK_BYTES=DEQUANTIZE_BYTES)
         with on_device(out):
             launch(dequantize, cdiv(out.numel(), 2 * DEQUANTIZE_BYTES), arguments, dequantize_config(), exact=True)
     return out
@@ -64,14 +91,13 @@ def forward(
         return (y if bias is None else y + bias), u.zero_()
     v = x.new_empty((M, members.width))
     with on_device(x):
-        if weight.inline(plan, mask):
-            dense.launch_prep(dense.forward_arguments(x, members, [u], v, plan, mask), plan)
+        if weight.is_inline(plan, mask):
+            launch(*low_rank_launch.forward_call(x, members, [u], v, plan, mask), plan.prep)
             return _gemm(x, weight, v, members, bias, x.new_empty((M, weight.m)), False), u
-        scratch = x.new_empty((weight.m, weight.n))
-        prep = dense.forward_arguments(x, members, [u], v, plan, mask)
-        _prep_beside(prep, weight, scratch, plan)
-        whole = Members([scratch], members.a, members.cores, members.b, members.scales)
-        (y,) = dense.after_prep(x, whole, [bias], v, plan, mask)
+        scratch = x.new_empty((weight.m, weight.n))  # W for the length of this call; backward dequantizes again
+        prep = low_rank_launch.forward_call(x, members, [u], v, plan, mask)
+        _launch_prep_and_dequantize(prep, weight, scratch, plan)
+        (y,) = dense.after_prep(x, members.with_weight(scratch), [bias], v, plan, mask)
     return y, u
 
 
@@ -87,36 +113,32 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx = dy W + (s·t R) A [M, n] and dR = s·tᵀ u [r, r], for dy [M, m]."""
     M, dy = dy.shape[0], unit_rows(dy)
-    if M == 0 or weight.m == 0 or not need_dx:
-        bare = Members([None], members.a, members.cores, members.b, members.scales)
-        dx, dcores = dense.backward([dy], bare, [u], plan, False, need_dcore, mask)
+    if M == 0 or weight.m == 0 or not need_dx:  # dR takes no weight
+        _, dcores = dense.backward([dy], members.with_weight(None), [u], plan, False, need_dcore, mask)
         return (dy.new_zeros((M, weight.n)) if need_dx else None), (dcores[0] if dcores else None)
     t = dy.new_empty((M, members.width))
     w, dcores = torch.empty_like(t), [core.new_empty(core.shape) for core in members.cores] if need_dcore else []
     with on_device(dy):
-        prep = dense.backward_arguments([dy], members, t, w, plan, True)
-        if weight.inline(plan, mask):
-            dense.launch_prep(prep, plan)
+        prep = low_rank_launch.backward_call([dy], members, t, w, plan, True)
+        if weight.is_inline(plan, mask):
+            launch(*prep, plan.prep)
             if dcores:
                 dense.extended_backward([dy], members, [u], t, w, None, dcores, plan, mask)
             dx = _gemm(dy, weight, w, members, None, dy.new_empty((M, weight.n)), True)
         else:
             scratch = dy.new_empty((weight.m, weight.n))
-            _prep_beside(prep, weight, scratch, plan)
-            whole = Members([scratch], members.a, members.cores, members.b, members.scales)
-            dx = dense.after_prep_backward([dy], whole, [u], t, w, dcores, plan, mask)
+            _launch_prep_and_dequantize(prep, weight, scratch, plan)
+            dx = dense.after_prep_backward([dy], members.with_weight(scratch), [u], t, w, dcores, plan, mask)
     return dx, dcores[0] if dcores else None
 
 
-def _prep_beside(prep: tuple[Any, int, dict[str, Any]], weight: Quantized, scratch: Tensor, plan: Plan) -> None:
+def _launch_prep_and_dequantize(prep: KernelCall, weight: Quantized, scratch: Tensor, plan: Plan) -> None:
     """The thin products of a call, and W into the scratch, in one launch."""
-    kernel, programs, arguments = prep
-    beside = prep_forward_quantized if kernel is dense.prep_forward else prep_backward_quantized
-    arguments = arguments | weight.arguments() | dict(
-        scratch=scratch, ELEMENTS=scratch.numel(), prep_programs=programs, BYTES=DEQUANTIZE_BYTES
-    )  # fmt: skip
-    grid = programs + cdiv(scratch.numel(), 2 * DEQUANTIZE_BYTES)
-    launch(beside, grid, arguments, plan.prep, exact=True)
+    kernel = prep_forward_quantized if prep.kernel is prep_forward else prep_backward_quantized
+    storage = dict(scratch=scratch, ELEMENTS=scratch.numel(), prep_programs=prep.grid, BLOCK_BYTES=DEQUANTIZE_BYTES)
+    arguments = prep.arguments | weight.arguments() | storage
+    grid = prep.grid + cdiv(scratch.numel(), 2 * DEQUANTIZE_BYTES)
+    launch(kernel, grid, arguments, plan.prep, exact=True)
 
 
 def _gemm(
@@ -127,12 +149,30 @@ def _gemm(
     factor = unit_rows(members.a[0] if is_backward else members.b[0])
     tiles, steps = cdiv(M, config.block_m) * cdiv(columns, config.block_n), cdiv(length, config.block_k)
     splits = gemm_splits(tiles, steps, M)
-    partial, arrivals = dense.workspace(x, tiles * splits * config.block_m * config.block_n, tiles, splits)
+    partial, counters = allocate_workspace(x, tiles * splits * config.block_m * config.block_n, tiles, splits)
     arguments = weight.arguments() | dict(
-        x=x, v=v, factor=factor, bias=bias, y=y, partial=partial, counters=arrivals, M=M, N=weight.m, K=weight.n,
-        sx=x.stride(0), sv=v.stride(0), sf=factor.stride(0), sy=y.stride(0), BACKWARD=is_backward,
-        WIDE=wide(x, y, factor, v) or weight.m * weight.n >= dense.INT32_LIMIT, PRECISION=precision(x.dtype),
-        R=members.r, BM=config.block_m, BN=config.block_n, BK=config.block_k, SPLITS=splits,
-    )  # fmt: skip
+        x=x,
+        v=v,
+        factor=factor,
+        bias=bias,
+        y=y,
+        partial=partial,
+        counters=counters,
+        M=M,
+        N=weight.m,
+        K=weight.n,
+        stride_x=x.stride(0),
+        stride_v=v.stride(0),
+        stride_factor=factor.stride(0),
+        stride_y=y.stride(0),
+        BACKWARD=is_backward,
+        WIDE=needs_int64(x, y, factor, v, elements=weight.m * weight.n),
+        PRECISION=precision(x.dtype),
+        R=members.r,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        SPLITS=splits,
+    )
     launch(quantized_gemm, tiles * splits, arguments, config, exact=True)
     return y

@@ -1,8 +1,30 @@
 """The thin products before the extended GEMM: u = x Aᵀ, v = s·u Rᵀ forward; t = dy B, w = s·t R backward.
 
-x (dy) is read once, for all members of a group. R is read as fp32 whatever x's dtype. A rank is covered by one or
-two powers of two (96 = 64 + 32), so that little of the work is padding. The reduction is split by the shape alone; the
-last program of a row block to come adds the fp32 sums of all in their order and does the r x r product.
+x (dy) is read once, for all members of a group. A rank is covered by one or two powers of two (96 = 64 + 32), so that
+little of the work is padding. The reduction is split by the shape alone; the last program of a row block to finish adds
+the fp32 sums of all splits in order, rounds them to x's dtype and multiplies by R.
+
+Arguments of `prep_forward` and `prep_backward`. A plural name is a tuple with one entry a member, and so is a stride
+marked *; strides are of rows, in elements, and the last dimension is contiguous.
+
+             forward                                   backward
+  inputs     x [M, K]                                  dys: dy_i [M, K_i]
+             factors: A_i [R, K]                       factors: B_i [K_i, R]
+             cores: R_i [R, R], contiguous             cores: likewise
+  outputs    us: u_i [M, R], contiguous                t: t_i [M, R_PADDED], side by side
+             v: v_i [M, R_PADDED], side by side        w: w_i likewise, with t's strides, if NEED_DX
+  workspace  partial: fp32 sums of each split, used if SPLITS > 1
+             counters: int32, one a row block (backward: and member), zero between launches
+  sizes      M, K                                      M, Ks: K_i
+  strides    stride_x, stride_factor*, stride_v        stride_dy*, stride_factor*, stride_w (of t, too)
+  scalars    scales: s_i; seed, threshold: of dropout  scales
+  flags      DROPOUT: mask x                           NEED_DX: w is wanted
+             EVEN_R: R = R_PADDED; EVEN_K: every K is a multiple of BLOCK_K; together: no load of a factor is masked
+             WIDE: offsets need 64 bits
+             PRECISION: of products with x (dy), CORE_PRECISION: of those with R_i, "tf32" or "ieee"
+  ranks      R; R_BLOCKS: the powers of two that cover it; R_PADDED: their sum
+  blocks     BLOCK_M x BLOCK_K of x a step; BLOCK_J: columns of v (w) a step of the product with R_i
+             SPLITS: programs that share a row block's reduction
 """
 
 from __future__ import annotations
@@ -10,180 +32,206 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import arrive, keep_mask, ordered_sum, pick, places
+from .device_functions import pick
+from .projection import PrepBlocks, PrepFlags, Ranks, block_ranks, project, store_sums, times_core
 
 
 @triton.jit
-def part_ranks(PARTS: tl.constexpr, part: tl.constexpr):
-    """The ranks that a part covers: [0, PARTS[0]), or [PARTS[0], PARTS[0] + PARTS[1])."""
-    return (PARTS[0] if part == 1 else 0) + tl.arange(0, PARTS[part])
-
-
-@triton.jit
-def project(x, factors, m, k_stride, K, low, high, rows, seed, threshold,
-            DROPOUT: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-            R: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """x [rows at m, K] · factors over k in [low, high), for each part of each rank: a tuple of [BM, part]."""
-    rk = tl.arange(0, BK)
-    accs = ()
-    for i in tl.static_range(len(factors)):
-        accs = accs + (tl.zeros((BM, PARTS[i % len(PARTS)]), tl.float32),)
-    for start in range(low, high, BK):
-        k = start + rk
-        if EVEN_K:
-            xx = tl.load(x + m[:, None] + k[None, :])
-        else:
-            xx = tl.load(x + m[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
-        if DROPOUT:
-            xx = tl.where(keep_mask(seed, threshold, rows, k), xx, 0.0)
-        new = ()
-        for i in tl.static_range(len(factors)):
-            block = factors[i][None, :] + (k * k_stride)[:, None]
-            if EVEN_R and EVEN_K:
-                block = tl.load(block)
-            else:
-                inside = (part_ranks(PARTS, i % len(PARTS)) < R)[None, :] & (k < K)[:, None]
-                block = tl.load(block, mask=inside, other=0.0)
-            new = new + (tl.dot(xx, block, accs[i], input_precision=PRECISION),)
-        accs = new
-    return accs
-
-
-@triton.jit
-def store_sums(accs, outputs, m, keep, own, counters, slot, split, R: tl.constexpr, PARTS: tl.constexpr,
-               BM: tl.constexpr, SPLITS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
-    """Store the sums of all splits at `outputs` (columns) + m (rows); whether this program was the one to do it."""
-    last = True
-    if SPLITS > 1:
-        offset = 0
-        for i in tl.static_range(len(accs)):
-            tl.store(own + split * SIZE + offset + places(BM, PARTS[i % len(PARTS)]), accs[i])
-            offset += BM * PARTS[i % len(PARTS)]
-        last = arrive(counters, slot, SPLITS)
-    if last:
-        offset = 0
-        for i in tl.static_range(len(accs)):
-            part = accs[i]
-            if SPLITS > 1:
-                part = ordered_sum(own + offset, places(BM, PARTS[i % len(PARTS)]), SIZE, SPLITS, part)
-            output = outputs[i][None, :] + m[:, None]
-            inside = keep[:, None] & (part_ranks(PARTS, i % len(PARTS)) < R)[None, :]
-            tl.store(output, part.to(output.dtype.element_ty), mask=inside)
-            offset += BM * PARTS[i % len(PARTS)]
-        tl.debug_barrier()  # what other threads stored is read next
-    return last
-
-
-@triton.jit
-def times_core(source, target, core, scale, keep, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
-               R: tl.constexpr, PARTS: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr):  # fmt: skip
-    """target rows [RP] = s · source rows [R] · R (or Rᵀ); R stays fp32 (its products are tf32 for a 16-bit x)."""
-    parts = ()
-    for p in tl.static_range(len(PARTS)):
-        i = part_ranks(PARTS, p)
-        part = tl.load(source[:, None] + i[None, :], mask=keep[:, None] & (i < R)[None, :], other=0.0)
-        parts = parts + (part.to(tl.float32),)
-    for column in tl.range(0, RP, BJ, num_stages=2):
-        j = column + tl.arange(0, BJ)
-        acc = tl.zeros((BM, BJ), tl.float32)
-        for p in tl.static_range(len(PARTS)):
-            i = part_ranks(PARTS, p)
-            block = core + (i[:, None] + (j * R)[None, :] if TRANSPOSED else (i * R)[:, None] + j[None, :])
-            block = tl.load(block, mask=(i < R)[:, None] & (j < R)[None, :], other=0.0).to(tl.float32)
-            acc = tl.dot(parts[p], block, acc, input_precision=PRECISION)
-        tl.store(target[:, None] + j[None, :], (acc * scale).to(target.dtype.element_ty), mask=keep[:, None])
-
-
-@triton.jit
-def forward_rows(pid, x, factors, cores, us, v, partial, counters, M, K, sx, sf, sv, scales, seed, threshold,
-                 DROPOUT: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
-                 PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
-                 RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr,
-                 SPLITS: tl.constexpr):  # fmt: skip
-    """What one program of `prep_forward` does."""
-    row, split = pid // SPLITS, pid % SPLITS
-    rm = row * BM + tl.arange(0, BM)
-    keep = rm < M
-    m = tl.max_contiguous(tl.multiple_of(tl.where(keep, rm, 0), BM), BM)
-    if WIDE:
+def forward_rows(
+    pid,
+    operands,
+    workspace,
+    sizes,
+    strides,
+    scales,
+    dropout,
+    flags,
+    ranks,
+    blocks,
+    DROPOUT: tl.constexpr,
+):
+    """One program of `prep_forward`; arguments: the kernel's, a tuple a group, in the kernel's order."""
+    x, factors, cores, us, v = operands
+    partial, counters = workspace
+    M, K = sizes
+    stride_x, stride_factor, stride_v = strides
+    row, split = pid // blocks.SPLITS, pid % blocks.SPLITS
+    rm = row * blocks.BLOCK_M + tl.arange(0, blocks.BLOCK_M)
+    row_mask = rm < M
+    # clamped, as in extended_gemm
+    m = tl.max_contiguous(tl.multiple_of(tl.where(row_mask, rm, 0), blocks.BLOCK_M), blocks.BLOCK_M)
+    if flags.WIDE:
         m, rm = m.to(tl.int64), rm.to(tl.int64)
     columns, outputs = (), ()
     for i in tl.static_range(len(us)):
-        for j in tl.static_range(len(PARTS)):
-            columns = columns + (factors[i] + part_ranks(PARTS, j) * sf[i],)
-            outputs = outputs + (us[i] + part_ranks(PARTS, j),)
-    share = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
-    accs = project(x, columns, m * sx, 1, K, split * share, min(split * share + share, K), rm, seed, threshold,
-                   DROPOUT, EVEN_R, EVEN_K, PRECISION, R, PARTS, BM, BK)  # fmt: skip
-    size: tl.constexpr = BM * RP * len(us)
-    own = partial + row.to(tl.int64) * SPLITS * size
-    if store_sums(accs, outputs, rm * R, keep, own, counters, row, split, R, PARTS, BM, SPLITS, size):
+        for j in tl.static_range(len(ranks.R_BLOCKS)):
+            columns = columns + (factors[i] + block_ranks(ranks.R_BLOCKS, j) * stride_factor[i],)
+            outputs = outputs + (us[i] + block_ranks(ranks.R_BLOCKS, j),)
+    k_a_split = tl.cdiv(tl.cdiv(K, blocks.BLOCK_K), blocks.SPLITS) * blocks.BLOCK_K
+    row_offsets = m * stride_x
+    reduction = (split * k_a_split, min(split * k_a_split + k_a_split, K), K)
+    sums = project(x, row_offsets, columns, 1, reduction, rm, dropout, flags, ranks, blocks, DROPOUT)
+    SIZE: tl.constexpr = blocks.BLOCK_M * ranks.R_PADDED * len(us)
+    slot_workspace = (partial + row.to(tl.int64) * blocks.SPLITS * SIZE, counters)
+    if store_sums(sums, outputs, rm * ranks.R, row_mask, slot_workspace, row, split, ranks, blocks, SIZE):
         for member in range(len(us)):
-            times_core(pick(us, member) + rm * R, v + rm * sv + member * RP, pick(cores, member), pick(scales, member),
-                       keep, True, CORE_PRECISION, R, PARTS, RP, BM, BJ)  # fmt: skip
+            source, target = pick(us, member) + rm * ranks.R, v + rm * stride_v + member * ranks.R_PADDED
+            core, scale = pick(cores, member), pick(scales, member)
+            times_core(source, target, core, scale, row_mask, ranks, blocks, True, flags.CORE_PRECISION)
 
 
 @triton.jit(do_not_specialize=["M", "seed", "threshold"])
 def prep_forward(
-    x, factors, cores, us, v,
-    partial, counters,
-    M, K,
-    sx, sf, sv,
-    scales, seed, threshold,
-    DROPOUT: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr,
-    R: tl.constexpr, PARTS: tl.constexpr, RP: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """u_i = x A_iᵀ [M, R] and v_i = s_i·u_i R_iᵀ of all members: x [M, K], A_i [R, K], R_i [R, R], v [M, all·RP]."""
-    forward_rows(tl.program_id(0), x, factors, cores, us, v, partial, counters, M, K, sx, sf, sv, scales, seed,
-                 threshold, DROPOUT, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION, R, PARTS, RP, BM, BK, BJ,
-                 SPLITS)  # fmt: skip
+    # inputs
+    x,
+    factors,
+    cores,
+    # outputs
+    us,
+    v,
+    # workspace
+    partial,
+    counters,
+    # sizes
+    M,
+    K,
+    # strides
+    stride_x,
+    stride_factor,
+    stride_v,
+    # scalars
+    scales,
+    seed,
+    threshold,
+    # flags
+    DROPOUT: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CORE_PRECISION: tl.constexpr,
+    # ranks
+    R: tl.constexpr,
+    R_BLOCKS: tl.constexpr,
+    R_PADDED: tl.constexpr,
+    # blocks
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """u_i = x A_iᵀ and v_i = s_i·u_i R_iᵀ of all members. Grid: SPLITS programs a row block."""
+    forward_rows(
+        tl.program_id(0),
+        (x, factors, cores, us, v),
+        (partial, counters),
+        (M, K),
+        (stride_x, stride_factor, stride_v),
+        scales,
+        (seed, threshold),
+        PrepFlags(EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION),
+        Ranks(R, R_BLOCKS, R_PADDED),
+        PrepBlocks(BLOCK_M, BLOCK_K, BLOCK_J, SPLITS),
+        DROPOUT,
+    )
 
 
 @triton.jit
-def backward_rows(pid, dys, factors, cores, t, w, partial, counters, M, Ks, sdy, sf, sw, scales,
-                  NEED_DX: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
-                  PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
-                  RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr,
-                 SPLITS: tl.constexpr):  # fmt: skip
-    """What one program of `prep_backward` does."""
-    slot, split = pid // SPLITS, pid % SPLITS
+def backward_rows(
+    pid,
+    operands,
+    workspace,
+    sizes,
+    strides,
+    scales,
+    flags,
+    ranks,
+    blocks,
+    NEED_DX: tl.constexpr,
+):
+    """One program of `prep_backward`; arguments: the kernel's, a tuple a group, in the kernel's order."""
+    dys, factors, cores, t, w = operands
+    partial, counters = workspace
+    M, Ks = sizes
+    stride_dy, stride_factor, stride_w = strides
+    slot, split = pid // blocks.SPLITS, pid % blocks.SPLITS
     row, member = slot // len(factors), slot % len(factors)
-    rm = row * BM + tl.arange(0, BM)
-    keep = rm < M
-    m = tl.max_contiguous(tl.multiple_of(tl.where(keep, rm, 0), BM), BM)
-    K, k_stride, factor = pick(Ks, member), pick(sf, member), pick(factors, member)
-    if WIDE:
-        m, rm, k_stride = m.to(tl.int64), rm.to(tl.int64), k_stride.to(tl.int64)
-    place = rm * sw + member * RP
+    rm = row * blocks.BLOCK_M + tl.arange(0, blocks.BLOCK_M)
+    row_mask = rm < M
+    # clamped, as in extended_gemm
+    m = tl.max_contiguous(tl.multiple_of(tl.where(row_mask, rm, 0), blocks.BLOCK_M), blocks.BLOCK_M)
+    K, stride_k, factor = pick(Ks, member), pick(stride_factor, member), pick(factors, member)
+    if flags.WIDE:
+        m, rm, stride_k = m.to(tl.int64), rm.to(tl.int64), stride_k.to(tl.int64)
+    offsets = rm * stride_w + member * ranks.R_PADDED
     columns, outputs = (), ()
-    for j in tl.static_range(len(PARTS)):
-        columns, outputs = columns + (factor + part_ranks(PARTS, j),), outputs + (t + part_ranks(PARTS, j),)
-    share = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
-    accs = project(pick(dys, member), columns, m * pick(sdy, member), k_stride, K,
-                   split * share, min(split * share + share, K), rm, 0, 0.0,
-                   False, EVEN_R, EVEN_K, PRECISION, R, PARTS, BM, BK)  # fmt: skip
-    own = partial + slot.to(tl.int64) * SPLITS * BM * RP
-    if store_sums(accs, outputs, place, keep, own, counters, slot, split, R, PARTS, BM, SPLITS, BM * RP):
+    for j in tl.static_range(len(ranks.R_BLOCKS)):
+        columns, outputs = (
+            columns + (factor + block_ranks(ranks.R_BLOCKS, j),),
+            outputs + (t + block_ranks(ranks.R_BLOCKS, j),),
+        )
+    k_a_split = tl.cdiv(tl.cdiv(K, blocks.BLOCK_K), blocks.SPLITS) * blocks.BLOCK_K
+    dy, row_offsets = pick(dys, member), m * pick(stride_dy, member)
+    reduction = (split * k_a_split, min(split * k_a_split + k_a_split, K), K)
+    # the mask is on x, not on dy: the extended GEMM applies it to dx
+    sums = project(dy, row_offsets, columns, stride_k, reduction, rm, (0, 0.0), flags, ranks, blocks, False)
+    SIZE: tl.constexpr = blocks.BLOCK_M * ranks.R_PADDED
+    slot_workspace = (partial + slot.to(tl.int64) * blocks.SPLITS * SIZE, counters)
+    if store_sums(sums, outputs, offsets, row_mask, slot_workspace, slot, split, ranks, blocks, SIZE):
         if NEED_DX:
-            times_core(t + place, w + place, pick(cores, member), pick(scales, member), keep, False, CORE_PRECISION,
-                       R, PARTS, RP, BM, BJ)  # fmt: skip
+            source, target = t + offsets, w + offsets
+            core, scale = pick(cores, member), pick(scales, member)
+            times_core(source, target, core, scale, row_mask, ranks, blocks, False, flags.CORE_PRECISION)
 
 
 @triton.jit(do_not_specialize=["M"])
 def prep_backward(
-    dys, factors, cores, t, w,
-    partial, counters,
-    M, Ks,
-    sdy, sf, sw,
+    # inputs
+    dys,
+    factors,
+    cores,
+    # outputs
+    t,
+    w,
+    # workspace
+    partial,
+    counters,
+    # sizes
+    M,
+    Ks,
+    # strides
+    stride_dy,
+    stride_factor,
+    stride_w,
+    # scalars
     scales,
-    NEED_DX: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr,
-    R: tl.constexpr, PARTS: tl.constexpr, RP: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """t_i = dy_i B_i and w_i = s_i·t_i R_i, one member a program: dy_i [M, K_i], B_i [K_i, R], t, w [M, members·RP]."""
-    backward_rows(tl.program_id(0), dys, factors, cores, t, w, partial, counters, M, Ks, sdy, sf, sw, scales,
-                  NEED_DX, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION, R, PARTS, RP, BM, BK, BJ,
-                  SPLITS)  # fmt: skip
+    # flags
+    NEED_DX: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CORE_PRECISION: tl.constexpr,
+    # ranks
+    R: tl.constexpr,
+    R_BLOCKS: tl.constexpr,
+    R_PADDED: tl.constexpr,
+    # blocks
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """t_i = dy_i B_i and w_i = s_i·t_i R_i, one member a program. Grid: SPLITS programs a row block and member."""
+    backward_rows(
+        tl.program_id(0),
+        (dys, factors, cores, t, w),
+        (partial, counters),
+        (M, Ks),
+        (stride_dy, stride_factor, stride_w),
+        scales,
+        PrepFlags(EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION),
+        Ranks(R, R_BLOCKS, R_PADDED),
+        PrepBlocks(BLOCK_M, BLOCK_K, BLOCK_J, SPLITS),
+        NEED_DX,
+    )

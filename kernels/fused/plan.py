@@ -1,7 +1,9 @@
 """Which path and which blocks: rules from JSON tables, a user's first, then the shipped ones, then a safe default.
 
 A rule holds where all its conditions do: `op` and `dtype` by name, `M`, `n`, `m`, `r` and `sms` by range [low, high].
-The first that holds is taken. Nothing is timed here: `lorasb bench tune` writes a user's table, once.
+For each of path, prep, gemm and weights the first rule that holds and has it is taken: one rule may give the blocks and
+another the path. Nothing is timed here: `lorasb bench tune` writes a user's table, once. A shipped table states in
+`measured` and `basis` what its rules rest on.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from .block_sizes import DECODE_ROWS, GemmConfig, PrepConfig
 TABLES = Path(__file__).parent / "tables"
 PATHS = ("fused", "addmm")
 WEIGHTS = ("inline", "scratch")
-INTERPRETER = "interpreter"
+INTERPRETER = "interpreter"  # the architecture of CPU tensors under TRITON_INTERPRET=1
 _user_tables: Callable[[], Path] | None = None
+# the names of dtypes in tables, and the dtypes that the kernels have
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -64,7 +67,7 @@ class Rule:
     weights: str | None = None
 
     def holds(self, shape: Shape, sms: int) -> bool:
-        """Whether every condition holds."""
+        """True if every condition holds."""
         values = {**asdict(shape), "sms": sms}
         return all(_inside(values[name], wanted) for name, wanted in self.conditions.items())
 
@@ -111,7 +114,7 @@ def choose(shape: Shape, arch: str, sms: int) -> Plan:
 
 @lru_cache(maxsize=4096)
 def choice(shape: Shape, arch: str, sms: int) -> Plan:
-    """`choose`, remembered."""
+    """`choose`, cached: a call of a layer looks up its plan."""
     return choose(shape, arch, sms)
 
 
@@ -157,14 +160,14 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
 
 
 def read_user_tables_from(folder: Callable[[], Path]) -> None:
-    """Say where a user's own tables lie; called at every reading, so that the folder may move."""
+    """Set the function that returns the folder of a user's own tables; it is called at every reading."""
     global _user_tables
     _user_tables = folder
     forget()
 
 
 def user_table(arch: str) -> Path | None:
-    """Where a user's own table for an architecture lies; None where nobody has said where they are."""
+    """Path of a user's own table for an architecture; None before `read_user_tables_from`."""
     return None if _user_tables is None else _user_tables() / f"{arch}.json"
 
 
@@ -175,7 +178,11 @@ def forget() -> None:
 
 
 def default_prep(shape: Shape) -> PrepConfig:
-    """Blocks that compile without spilling on sm_80, sm_86, sm_89 and sm_90."""
+    """Blocks that compile without spilling on sm_80, sm_86, sm_89 and sm_90.
+
+    What takes registers are fp32 sums, block_m x (padded ranks of all members), and in fp32 the operands: more ranks or
+    members take fewer columns of x a step, or fewer rows.
+    """
     if shape.M <= DECODE_ROWS:
         return PrepConfig(16, 32 if shape.members > 2 else 64, 4, 3)
     if shape.dtype == "fp32" or shape.r > 128:

@@ -8,9 +8,9 @@ from torch import Tensor
 from .block_sizes import cdiv, gradient_config
 from .gradient_signs import grad_sign
 from .launcher import launch
-from .linear import on_device, precision, unit_rows, wide
+from .operands import needs_int64, on_device, precision, unit_rows
 
-COUNTS = 3
+COUNTS = 3  # of a tile: Σ G², exact zeros, entries that are not finite
 
 
 def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
@@ -34,18 +34,37 @@ def _launch(
 ) -> None:
     dy, x = unit_rows(dy), unit_rows(x)
     (M, N), K, config = dy.shape, x.shape[1], gradient_config(x.shape[1], x.element_size())
-    BM, BN, BK = config.block_k, config.block_m, config.block_n
-    tiles = cdiv(N, BN) * cdiv(K, BK)
+    block_m, block_n, block_k = config.block_k, config.block_m, config.block_n  # the config's names are of G's tile
+    tiles = cdiv(N, block_n) * cdiv(K, block_k)
     if tiles == 0:
         return
-    room = total if total is not None else x.new_empty(1, dtype=torch.float32)
-    words, nonzero, counts = signs or (room.view(torch.int32), room.view(torch.int32), room)
+    accumulator = total if total is not None else x.new_empty(1, dtype=torch.float32)
+    words, nonzero, counts = signs or (accumulator.view(torch.int32), accumulator.view(torch.int32), accumulator)
     arguments = dict(
-        dy=dy, x=x, total=room, words=words, nonzero=nonzero, counts=counts, M=M, N=N, K=K, sdy=dy.stride(0),
-        sx=x.stride(0), st=K, sw=cdiv(K, 32), FRESH=fresh or total is None,
-        KEEP=total is not None and (M > 0 or fresh), SIGNS=signs is not None, EVEN=N % BN == 0 and K % BK == 0,
-        EVEN_M=M % BM == 0, WIDE=wide(dy, x, room), PRECISION=precision(x.dtype), BM=BM, BN=BN, BK=BK,
-        GROUP=config.group,
-    )  # fmt: skip
+        dy=dy,
+        x=x,
+        total=accumulator,
+        words=words,
+        nonzero=nonzero,
+        counts=counts,
+        M=M,
+        N=N,
+        K=K,
+        stride_dy=dy.stride(0),
+        stride_x=x.stride(0),
+        stride_total=K,
+        stride_words=cdiv(K, 32),
+        FRESH=fresh or total is None,
+        KEEP=total is not None and (M > 0 or fresh),  # no tokens leave a sum as it is, unless it is to become zero
+        SIGNS=signs is not None,
+        EVEN=N % block_n == 0 and K % block_k == 0,
+        EVEN_M=M % block_m == 0,
+        WIDE=needs_int64(dy, x, accumulator),
+        PRECISION=precision(x.dtype),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        GROUP_N=config.group,
+    )
     with on_device(x):
         launch(grad_sign, tiles, arguments, config)

@@ -8,8 +8,9 @@ block])` in fp32. With nested statistics `absmax = table2[absmax8]·absmax2 + of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,34 @@ BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 KINDS = ("nf4", "fp4")
 ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DEVICES = ("cpu", "cuda", "meta")
+INT8, FOUR_BIT, FOUR_BIT_NESTED = "int8", "4bit", "4bit nested"  # layouts of a weight's tensors
+
+
+class QuantizedTensors(NamedTuple):
+    """The tensors of a quantized weight [out, in] by name; ops pass them as a flat list, which `of` takes apart.
+
+    int8: codes [out, in] int8 and absmax, the row scales [out] fp32. 4 bits: codes, the packed bytes [ceil(out·in / 2)]
+    uint8, absmax [blocks] fp32 and codebook [16] fp32. Nested: absmax is uint8, and its own statistics follow.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    codebook: Tensor | None = None
+    nested_absmax: Tensor | None = None
+    nested_codebook: Tensor | None = None
+    nested_offset: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> QuantizedTensors:
+        """[codes, scales], [bytes, absmax, codebook], or these with [nested absmax, nested codebook, offset]."""
+        return cls(*tensors)
+
+    @property
+    def kind(self) -> str:
+        """The layout: "int8", "4bit" or "4bit nested"."""
+        if self.codebook is None:
+            return INT8
+        return FOUR_BIT if self.nested_absmax is None else FOUR_BIT_NESTED
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +79,7 @@ class QuantizedWeight:
     @property
     def nested(self) -> bool:
         """Whether the statistics are quantized themselves."""
-        return len(self.tensors) == 6
+        return QuantizedTensors.of(self.tensors).kind == FOUR_BIT_NESTED
 
     @property
     def nbytes(self) -> int:

@@ -15,9 +15,8 @@ from torch import Tensor
 
 import lorasb
 from lorasb.functional import lora_sb_linear, lora_sb_linear_group
-from lorasb.kernels import linear as launch
-from lorasb.kernels import plan
-from lorasb.kernels.block_sizes import GemmConfig, PrepConfig, gemm_splits, prep_members, prep_splits, rank_parts
+from lorasb.kernels import operands, plan
+from lorasb.kernels.block_sizes import GemmConfig, PrepConfig, gemm_splits, prep_members, prep_splits, rank_blocks
 from lorasb.kernels.launcher import observed
 
 DTYPES = (torch.float32, torch.float16)
@@ -31,9 +30,14 @@ def run_group(cases: list[reference.Case], backend: str = "triton") -> Results:
     cores = [case.core.clone().requires_grad_(True) for case in cases]
     with lorasb.backend(backend):
         ys = lora_sb_linear_group(
-            x, [c.weight for c in cases], [c.a for c in cases], cores, [c.b for c in cases],
-            [c.bias for c in cases if c.bias is not None], [c.scaling for c in cases],
-        )  # fmt: skip
+            x,
+            [c.weight for c in cases],
+            [c.a for c in cases],
+            cores,
+            [c.b for c in cases],
+            [c.bias for c in cases if c.bias is not None],
+            [c.scaling for c in cases],
+        )
         torch.autograd.backward(ys, [c.dy for c in cases])
     return [*(y.detach() for y in ys), x.grad, *(core.grad for core in cores)]
 
@@ -268,19 +272,20 @@ def test_bitwise_repeatable(rows: int) -> None:
 
 
 def test_many_rows_reduce_dR_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorasb.kernels import block_sizes as configs
+    from lorasb.kernels import extended_gemm_launch
+    from lorasb.kernels.block_sizes import cdiv
 
-    monkeypatch.setattr(launch, "core_chunks", lambda rows: configs.cdiv(rows, 64))
-    monkeypatch.setattr(launch, "CORE_CHUNK", 64)
+    monkeypatch.setattr(extended_gemm_launch, "core_chunks", lambda rows: cdiv(rows, 64))
+    monkeypatch.setattr(extended_gemm_launch, "CORE_CHUNK", 64)
     case = reference.make_case((150,), 64, 48, 40, torch.float32)
     with observed() as launches:
         results = run(case)
-    assert launches[3].arguments["CHUNKS"] == 3
+    assert launches[3].arguments["CORE_CHUNKS"] == 3
     check_case(case, results)
 
 
 def test_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "INT32_LIMIT", 100)
+    monkeypatch.setattr(operands, "INT32_LIMIT", 100)
     cases = group_cases(40, 96, (64, 48), 16, torch.float32)
     with observed() as launches:
         results = run_group(cases)
@@ -290,10 +295,10 @@ def test_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @given(r=st.integers(1, 256))
 def test_ranks_are_covered_with_little_padding(r: int) -> None:
-    parts = rank_parts(r)
+    parts = rank_blocks(r)
     assert r <= sum(parts) < max(1.5 * r, r + 16)
     assert all(part & (part - 1) == 0 for part in parts)
-    assert rank_parts(96) == (64, 32)
+    assert rank_blocks(96) == (64, 32)
 
 
 @given(blocks=st.integers(1, 500), steps=st.integers(1, 500))

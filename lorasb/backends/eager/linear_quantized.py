@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ops.registry import register_backend
+from ...quantization.quantized_weight import FOUR_BIT, INT8, QuantizedTensors
 from . import linear as eager
 
 CHUNK = 1 << 20  # elements dequantized at a time: 4 MB in fp32
@@ -52,7 +53,7 @@ def linear_backward(
 def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """W [rows, columns]: table[nibble]·absmax in fp32, rounded once; some blocks at a time."""
     rounding = ROUNDINGS[layout[2]]
-    if len(quant) == 2:
+    if QuantizedTensors.of(quant).kind == INT8:
         codes, scales = quant
         wide = codes.view(rows, columns).float() * scales.view(-1, 1) * PER_OCTET
         return wide.to(rounding).to(dtype) if rounding is not None else wide.to(dtype)
@@ -73,7 +74,7 @@ def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, 
 
 def block_scales(quant: list[Tensor], layout: list[int]) -> Tensor:
     """One fp32 scale a block: absmax, or table2[absmax8]·absmax2 + offset, multiplied and then added."""
-    if len(quant) == 3:
+    if QuantizedTensors.of(quant).kind == FOUR_BIT:
         return quant[1]
     _, octets, _, absmax, table, offset = quant
     scales = torch.nn.functional.embedding(octets.int(), table[:, None]).flatten()

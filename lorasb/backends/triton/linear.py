@@ -1,6 +1,6 @@
-"""The fused kernels: which plan a call takes, and what happens where a kernel does not compile or launch.
+"""The fused kernels: which plan a call takes, and what happens if a kernel does not compile or launch.
 
-An explicit `backend("triton")` raises. `auto` computes the call in eager torch instead, says why once, and stays with
+An explicit `backend("triton")` raises. `auto` computes the call in eager torch instead, warns once, and stays with
 eager. Nothing here imports triton before the first call.
 """
 
@@ -21,7 +21,7 @@ from ...ops.registry import register_backend
 from ..eager import linear as eager
 
 INTERPRET = "TRITON_INTERPRET"
-SMALLEST_CAPABILITY = (8, 0)
+SMALLEST_CAPABILITY = (8, 0)  # bf16 and TF32 in tensor cores; the tables start at sm_80
 _broken: list[str] = []  # why `auto` no longer takes the kernels
 
 
@@ -41,11 +41,16 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [..., out] and u = x Aᵀ [M, r]."""
-    from lorasb.kernels import linear as launch
+    from lorasb.kernels import linear as kernels
 
     rows = rows_of(x)
-    members = launch.Members([weight], [a], [core], [b], [scaling / (1.0 - dropout)])
-    (y,), (u,) = launch.forward(rows, members, [bias], plan_of("forward", rows, [b], a), mask_of(dropout, seed))
+    (y,), (u,) = kernels.forward(
+        rows,
+        members=members_of(weight, a, core, b, scaling, dropout),
+        biases=[bias],
+        plan=plan_of("forward", rows, [b], a),
+        mask=mask_of(dropout, seed),
+    )
     return eager.shaped(y, x), u
 
 
@@ -63,12 +68,18 @@ def backward(
     need_dcore: bool,
 ) -> tuple[Tensor, Tensor]:
     """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty."""
-    from lorasb.kernels import linear as launch
+    from lorasb.kernels import linear as kernels
 
     rows = rows_of(dy)
-    members = launch.Members([weight], [a], [core], [b], [scaling / (1.0 - dropout)])
-    plan = plan_of("backward", rows, [b], a)
-    dx, dcores = launch.backward([rows], members, [u], plan, need_dx, need_dcore, mask_of(dropout, seed))
+    dx, dcores = kernels.backward(
+        [rows],
+        members=members_of(weight, a, core, b, scaling, dropout),
+        us=[u],
+        plan=plan_of("backward", rows, [b], a),
+        need_dx=need_dx,
+        need_dcore=need_dcore,
+        mask=mask_of(dropout, seed),
+    )
     return eager.shaped(dx, dy) if dx is not None else dy.new_empty((0,)), dcores[0] if dcores else core.new_empty((0,))
 
 
@@ -82,12 +93,16 @@ def group_forward(
     scalings: list[float],
 ) -> list[Tensor]:
     """y_i [..., m_i] of every member, then u_i [M, r]: one pass over x and one grouped extended GEMM."""
-    from lorasb.kernels import linear as launch
+    from lorasb.kernels import linear as kernels
 
     rows = rows_of(x)
-    members = launch.Members(weights, a, cores, b, scalings)
-    each: list[Tensor | None] = list(biases) or [None] * len(a)
-    ys, us = launch.forward(rows, members, each, plan_of("forward", rows, b, a[0]))
+    bias_of_member: list[Tensor | None] = list(biases) or [None] * len(a)
+    ys, us = kernels.forward(
+        rows,
+        members=kernels.Members(weights, a, cores, b, scalings),
+        biases=bias_of_member,
+        plan=plan_of("forward", rows, b, a[0]),
+    )
     return [*(eager.shaped(y, x) for y in ys), *us]
 
 
@@ -103,13 +118,19 @@ def group_backward(
     need_dcore: bool,
 ) -> list[Tensor]:
     """dx = Σ_i dy_i W_i + (s_i·t_i R_i) A_i, written once, and dR_i."""
-    from lorasb.kernels import linear as launch
+    from lorasb.kernels import linear as kernels
 
     rows = [rows_of(dy) for dy in dys]
-    plan = plan_of("backward", rows[0], b, a[0])
-    dx, dcores = launch.backward(rows, launch.Members(weights, a, cores, b, scalings), us, plan, need_dx, need_dcore)
-    nothing = [core.new_empty((0,)) for core in cores]
-    return [eager.shaped(dx, dys[0]) if dx is not None else dys[0].new_empty((0,)), *(dcores or nothing)]
+    dx, dcores = kernels.backward(
+        rows,
+        members=kernels.Members(weights, a, cores, b, scalings),
+        us=us,
+        plan=plan_of("backward", rows[0], b, a[0]),
+        need_dx=need_dx,
+        need_dcore=need_dcore,
+    )
+    empty = [core.new_empty((0,)) for core in cores]
+    return [eager.shaped(dx, dys[0]) if dx is not None else dys[0].new_empty((0,)), *(dcores or empty)]
 
 
 def or_eager(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,7 +162,7 @@ def missing() -> str | None:
 
 
 def interpreting() -> bool:
-    """Whether Triton interprets kernels on the CPU."""
+    """True if Triton interprets kernels on the CPU."""
     return os.environ.get(INTERPRET) == "1"
 
 
@@ -170,27 +191,35 @@ def register_pairs(pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any]
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x as [M, n] with rows in one piece."""
+    """x as [M, n] with a contiguous last dimension."""
+    # reshape(-1, 0) is ambiguous
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((math.prod(x.shape[:-1]), 0))
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+def members_of(weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, scaling: float, dropout: float = 0.0) -> Any:
+    """One layer as a group; its scale holds dropout's factor 1 / (1 - p), so that the kernels multiply once."""
+    from lorasb.kernels.linear import Members
+
+    return Members([weight], [a], [core], [b], [scaling / (1.0 - dropout)])
+
+
 def mask_of(dropout: float, seed: Tensor | None) -> Any:
-    """The mask's seed, as a number.
+    """The mask's probability and its seed as a number.
 
     Raises:
         CaptureError: a CUDA graph is being captured, which would repeat one mask for ever.
     """
-    from lorasb.kernels import linear as launch
+    from lorasb.kernels.linear import Mask
 
     if seed is None:
-        return launch.Mask()
+        return Mask()
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise CaptureError(
             "lora_dropout under CUDA graph capture would repeat one mask at every replay: set lora_dropout=0, or call "
             "model.eval(), before capturing"
         )
-    return launch.Mask(dropout, int(seed))
+    return Mask(dropout, int(seed))
 
 
 def plan_of(op: str, rows: Tensor, b: list[Tensor], a: Tensor, quant: str = "none") -> Any:
@@ -199,14 +228,14 @@ def plan_of(op: str, rows: Tensor, b: list[Tensor], a: Tensor, quant: str = "non
 
     arch, sms = check_call(rows)
     shape = plan.Shape(
-        op,
-        plan.DTYPES[rows.dtype],
-        plan.bucket(rows.shape[0]),
-        a.shape[1],
-        sum(f.shape[0] for f in b),
-        a.shape[0],
-        len(b),
-        quant,
+        op=op,
+        dtype=plan.DTYPES[rows.dtype],
+        M=plan.bucket(rows.shape[0]),
+        n=a.shape[1],
+        m=sum(factor.shape[0] for factor in b),
+        r=a.shape[0],
+        members=len(b),
+        quant=quant,
     )
     return plan.choice(shape, arch, sms)
 
@@ -242,7 +271,7 @@ def _device(device: torch.device) -> tuple[str, int]:
 
 
 def _suits(x: Tensor) -> bool:
-    """Whether `auto` tries the kernels: CUDA since sm_80, and a dtype that they have (uint8: a weight in 4 bits)."""
+    """True if `auto` tries the kernels: CUDA since sm_80, and a dtype that they have (uint8: a weight in 4 bits)."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.uint8):
         return False
     return not x.is_cuda or (
@@ -251,7 +280,7 @@ def _suits(x: Tensor) -> bool:
 
 
 def _give_up(error: Exception) -> None:
-    """Warn once, and leave the kernels alone from now on."""
+    """Warn once, and use eager torch from now on: a launch that failed may leave a counter above zero."""
     from lorasb.kernels import workspace
 
     workspace.forget()

@@ -1,0 +1,78 @@
+"""The gradient of the cores, dR_i = s_i·t_iᵀ u_i [R, R]: a reduction over all rows.
+
+The first programs of the extended GEMM's grid run it. dR is small and M is long, so that its tiles alone would be few
+and slow: each tile's rows are cut into chunks of a fixed length, one program each. Arguments have the names of
+`extended_gemm`, without the prefix CORE_.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .device_functions import arrives_last, block_offsets, ordered_sum, pick
+
+
+class CoreBlocks(NamedTuple):
+    """Rows of a chunk, chunks of a tile, side of a tile, rows of a step."""
+
+    CHUNK_M: tl.constexpr
+    CHUNKS: tl.constexpr
+    BLOCK_R: tl.constexpr
+    BLOCK_M: tl.constexpr
+
+
+@triton.jit
+def core_gradient(
+    pid,
+    operands,
+    workspace,
+    M,
+    strides,
+    scales,
+    blocks,
+    R: tl.constexpr,
+    R_PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of dR_i = s_i·t_iᵀ u_i, over one of the chunks of rows; the last chunk to finish adds them up in order.
+
+    operands: (t, us, dcores); workspace: (partial, counters); strides: (stride_t, stride_u).
+    The grid's fastest index is the chunk, then the tile, then the member. A slot is a tile of a member.
+    """
+    t, us, dcores = operands
+    partial, counters = workspace
+    stride_t, stride_u = strides
+    SIDE: tl.constexpr = (R_PADDED + blocks.BLOCK_R - 1) // blocks.BLOCK_R  # tiles along each dimension of dR
+    slot, chunk = pid // blocks.CHUNKS, pid % blocks.CHUNKS
+    member, tile = slot // (SIDE * SIDE), slot % (SIDE * SIDE)
+    i = tile // SIDE * blocks.BLOCK_R + tl.arange(0, blocks.BLOCK_R)
+    j = tile % SIDE * blocks.BLOCK_R + tl.arange(0, blocks.BLOCK_R)
+    left, right = t + member * R_PADDED, pick(us, member)
+    acc = tl.zeros((blocks.BLOCK_R, blocks.BLOCK_R), tl.float32)
+    for row in range(chunk * blocks.CHUNK_M, min(chunk * blocks.CHUNK_M + blocks.CHUNK_M, M), blocks.BLOCK_M):
+        m = row + tl.arange(0, blocks.BLOCK_M)
+        lhs = tl.load(
+            left + (m.to(tl.int64) * stride_t)[:, None] + i[None, :],
+            mask=(m[:, None] < M) & (i[None, :] < R),
+            other=0.0,
+        )
+        rhs = tl.load(
+            right + (m.to(tl.int64) * stride_u)[:, None] + j[None, :],
+            mask=(m[:, None] < M) & (j[None, :] < R),
+            other=0.0,
+        )
+        acc = tl.dot(lhs.T, rhs, acc, input_precision=PRECISION)
+    last = True
+    if blocks.CHUNKS > 1:
+        offsets = block_offsets(blocks.BLOCK_R, blocks.BLOCK_R)
+        chunk_sums = partial + slot * blocks.CHUNKS * blocks.BLOCK_R * blocks.BLOCK_R
+        tl.store(chunk_sums + chunk * blocks.BLOCK_R * blocks.BLOCK_R + offsets, acc)
+        last = arrives_last(counters, slot, blocks.CHUNKS)
+        if last:
+            acc = ordered_sum(chunk_sums, offsets, blocks.BLOCK_R * blocks.BLOCK_R, blocks.CHUNKS, acc)
+    if last:
+        inside = (i[:, None] < R) & (j[None, :] < R)
+        tl.store(pick(dcores, member) + i[:, None] * R + j[None, :], acc * pick(scales, member), mask=inside)

@@ -1,0 +1,149 @@
+"""From tensors to calls of `extended_gemm`: grids, workspaces, strides, flags, and dummies for what is not used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .block_sizes import CORE_BLOCK, CORE_CHUNK, CORE_STEP, GemmConfig, cdiv, core_chunks, gemm_splits
+from .extended_gemm import extended_gemm
+from .launcher import KernelCall
+from .operands import Mask, Members, allocate_workspace, needs_int64, precision, unit_rows
+from .plan import Plan
+
+
+def forward_call(
+    x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor, ys: list[Tensor], plan: Plan
+) -> tuple[KernelCall, GemmConfig]:
+    """y_i = x W_iᵀ + v_i B_iᵀ + bias_i of all members."""
+    M, Ns = x.shape[0], tuple(y.shape[1] for y in ys)
+    weights, Ks = _weights(members, x)
+    even, config = _fitted_config(plan, Ks, members.r, False)
+    tiles = cdiv(M, config.block_m) * sum(cdiv(N, config.block_n) for N in Ns)
+    splits = gemm_splits(tiles, _steps((*Ks, members.r), config), M)
+    partial, counters = allocate_workspace(x, tiles * splits * config.block_m * config.block_n, tiles, splits)
+    has_bias = any(bias is not None for bias in biases)
+    # HAS_BIAS holds for all members: one without a bias gets zeros
+    filled = [x.new_zeros(N) if bias is None else bias for bias, N in zip(biases, Ns, strict=True)] if has_bias else ys
+    arguments = dict(
+        xs=(x,),
+        weights=weights,
+        v=v,
+        factors=tuple(unit_rows(b) for b in members.b),
+        biases=tuple(filled),
+        ys=tuple(ys),
+        t=v,  # dummies, down to dcores: forward has no core gradient
+        us=(v,),
+        dcores=(partial,),
+        partial=partial,
+        counters=counters,
+        M=M,
+        Ns=Ns,
+        Ks=Ks,
+        core_programs=0,
+        seed=0,
+        threshold=0.0,
+        BACKWARD=False,
+        HAS_BIAS=has_bias,
+        DROPOUT=False,
+        EVEN_K=even,
+        SPLITS=splits,
+        CORE_CHUNKS=1,
+    )
+    return KernelCall(extended_gemm, tiles * splits, arguments | _common_arguments(arguments, members, config)), config
+
+
+def backward_call(
+    dys: Sequence[Tensor],
+    members: Members,
+    us: Sequence[Tensor],
+    t: Tensor,
+    w: Tensor,
+    dx: Tensor | None,
+    dcores: list[Tensor],
+    plan: Plan,
+    mask: Mask,
+) -> tuple[KernelCall, GemmConfig]:
+    """dx = Σ_i dy_i W_i + w_i A_i unless it is None, and dR_i = s_i·t_iᵀ u_i into `dcores` unless that is empty."""
+    M, r, dropout = t.shape[0], members.r, mask.dropout > 0.0
+    weights, Ks = _weights(members, *dys)
+    even, config = _fitted_config(plan, Ks, r, dropout)
+    tiles = cdiv(M, config.block_m) * cdiv(dx.shape[1], config.block_n) if dx is not None else 0
+    # with dropout the two terms have K loops of their own, which are not split
+    splits = 1 if dropout or not tiles else gemm_splits(tiles, _steps((*Ks, *(r for _ in Ks)), config), M)
+    chunks, core_tiles = core_chunks(M), len(dcores) * cdiv(members.width, CORE_BLOCK) ** 2
+    size = core_tiles * chunks * CORE_BLOCK**2 + (tiles * splits * config.block_m * config.block_n if splits > 1 else 0)
+    partial, counters = allocate_workspace(t, size, core_tiles + tiles, max(splits, chunks))
+    # one workspace: dR's blocks first, then the tiles'; without dx, t stands in for an output that no program writes
+    output = dx if dx is not None else t
+    arguments = dict(
+        xs=tuple(dys),
+        weights=weights,
+        v=w,
+        factors=tuple(unit_rows(a) for a in members.a),
+        biases=(output,),  # a dummy: HAS_BIAS is False
+        ys=(output,),
+        t=t,
+        us=tuple(us) if dcores else (t,),
+        dcores=tuple(dcores) or (partial,),
+        partial=partial,
+        counters=counters,
+        M=M,
+        Ns=(output.shape[1],),
+        Ks=Ks,
+        core_programs=core_tiles * chunks,
+        seed=mask.seed,
+        threshold=mask.dropout,
+        BACKWARD=True,
+        HAS_BIAS=False,
+        DROPOUT=dropout,
+        EVEN_K=even,
+        SPLITS=splits,
+        CORE_CHUNKS=chunks,
+    )
+    grid = core_tiles * chunks + tiles * splits
+    return KernelCall(extended_gemm, grid, arguments | _common_arguments(arguments, members, config)), config
+
+
+def _common_arguments(arguments: dict[str, Any], members: Members, config: GemmConfig) -> dict[str, Any]:
+    """Strides, flags and blocks, the same in both directions."""
+    xs, ys, weights, factors, v = (arguments[name] for name in ("xs", "ys", "weights", "factors", "v"))
+    return dict(
+        stride_x=tuple(x.stride(0) for x in xs),
+        stride_w=tuple(w.stride(0) for w in weights),
+        stride_v=v.stride(0),
+        stride_factor=tuple(f.stride(0) for f in factors),
+        stride_y=tuple(y.stride(0) for y in ys),
+        stride_u=members.r,
+        scales=tuple(members.scales),
+        WIDE=needs_int64(*xs, *ys, *weights, *factors, v),
+        PRECISION=precision(v.dtype),
+        R=members.r,
+        R_PADDED=members.width,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group,
+        CORE_CHUNK_M=CORE_CHUNK,
+        CORE_BLOCK_R=CORE_BLOCK,
+        CORE_BLOCK_M=CORE_STEP,
+    )
+
+
+def _weights(members: Members, *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The weights with contiguous rows, and the lengths of the base reductions: 0 for the dummy of a missing weight."""
+    if members.weights[0] is None:
+        return tuple(inputs[0] for _ in members.weights), tuple(0 for _ in inputs)
+    return tuple(unit_rows(w) for w in members.weights if w is not None), tuple(x.shape[1] for x in inputs)
+
+
+def _fitted_config(plan: Plan, Ks: Sequence[int], r: int, dropout: bool) -> tuple[bool, GemmConfig]:
+    """EVEN_K, and the plan's blocks as they compile without spills."""
+    even = all(k % plan.gemm.block_k == 0 for k in (*Ks, r))
+    return even, plan.gemm.fitted(even, dropout)
+
+
+def _steps(lengths: Sequence[int], config: GemmConfig) -> int:
+    return sum(cdiv(length, config.block_k) for length in lengths)

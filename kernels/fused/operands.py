@@ -1,0 +1,89 @@
+"""What the launchers of all kernels share: the layers' tensors, workspaces, and what makes a tensor fit a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .block_sizes import rank_blocks
+from .workspace import counters
+
+INT32_LIMIT = 2**31
+
+
+@dataclass(frozen=True)
+class Members:
+    """Layers that read the same x [M, n]: weights W_i [m_i, n], A_i [r, n], R_i [r, r], B_i [m_i, r], scales s_i.
+
+    All of one rank and dtype, and all with a weight or all without.
+    """
+
+    weights: Sequence[Tensor | None]
+    a: Sequence[Tensor]
+    cores: Sequence[Tensor]
+    b: Sequence[Tensor]
+    scales: Sequence[float]
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self.a[0].shape[0]
+
+    @property
+    def width(self) -> int:
+        """Columns of a member's v, w and t: the rank, padded."""
+        return sum(rank_blocks(self.r))
+
+    def select(self, indices: slice) -> Members:
+        """Some of the members."""
+        return Members(*(field[indices] for field in (self.weights, self.a, self.cores, self.b, self.scales)))
+
+    def with_weight(self, weight: Tensor | None) -> Members:
+        """The same adapter, of one layer, over another weight."""
+        return Members([weight], self.a, self.cores, self.b, self.scales)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Dropout on the adapter's x: a function of the seed and an element's position, so that nothing is stored."""
+
+    dropout: float = 0.0
+    seed: int = 0
+
+
+def unit_rows(matrix: Tensor) -> Tensor:
+    """The matrix with a contiguous last dimension, which every kernel presumes; copied only if need be."""
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def allocate_workspace(like: Tensor, size: int, slots: int, programs: int) -> tuple[Tensor, Tensor]:
+    """fp32 partial sums [size] and counters [slots] for `programs` that share a result; dummies if it is one."""
+    if programs == 1:
+        dummy = like.new_empty(1, dtype=torch.float32)
+        return dummy, dummy.view(torch.int32)
+    return like.new_empty(size, dtype=torch.float32), counters(like.device, slots)
+
+
+def needs_int64(*tensors: Tensor, elements: int = 0) -> bool:
+    """True if an offset into one of the tensors, or below `elements`, does not fit 32 bits."""
+    return any(t.stride(0) * t.shape[0] >= INT32_LIMIT for t in tensors) or elements >= INT32_LIMIT
+
+
+def precision(dtype: torch.dtype) -> str:
+    """tl.dot's precision for operands of x's dtype; fp32 stays fp32 unless torch was told that TF32 will do."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def core_precision(dtype: torch.dtype) -> str:
+    """tl.dot's precision for the product with R: for a 16-bit x, TF32's 11 bits of R are more than the result keeps."""
+    return precision(dtype) if dtype == torch.float32 else "tf32"
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,170 @@
+"""Device functions of the thin products: project rows onto the ranks, add the splits' sums, multiply by the core.
+
+The sums of a row block are a tuple with one fp32 block [BLOCK_M, ranks] for each member and each of its rank blocks:
+Triton's blocks have sides that are powers of two, so that a rank such as 96 takes two, 64 and 32 wide.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .device_functions import arrives_last, block_offsets, keep_mask, ordered_sum
+
+
+class PrepFlags(NamedTuple):
+    """Flags of the thin products, see low_rank."""
+
+    EVEN_R: tl.constexpr
+    EVEN_K: tl.constexpr
+    WIDE: tl.constexpr
+    PRECISION: tl.constexpr
+    CORE_PRECISION: tl.constexpr
+
+
+class Ranks(NamedTuple):
+    """The rank, the powers of two that cover it, and their sum."""
+
+    R: tl.constexpr
+    R_BLOCKS: tl.constexpr
+    R_PADDED: tl.constexpr
+
+
+class PrepBlocks(NamedTuple):
+    """Blocks of the thin products, see low_rank."""
+
+    BLOCK_M: tl.constexpr
+    BLOCK_K: tl.constexpr
+    BLOCK_J: tl.constexpr
+    SPLITS: tl.constexpr
+
+
+@triton.jit
+def block_ranks(R_BLOCKS: tl.constexpr, block: tl.constexpr):
+    """The ranks of a block: [0, R_BLOCKS[0]), or [R_BLOCKS[0], R_BLOCKS[0] + R_BLOCKS[1])."""
+    return (R_BLOCKS[0] if block == 1 else 0) + tl.arange(0, R_BLOCKS[block])
+
+
+@triton.jit
+def project(
+    x,
+    row_offsets,
+    factors,
+    stride_k,
+    reduction,
+    rows,
+    dropout,
+    flags,
+    ranks,
+    blocks,
+    DROPOUT: tl.constexpr,
+):
+    """Σ_k x[m, k]·factor[k, rank] over a range of k: a tuple of fp32 sums [BLOCK_M, ranks of the block].
+
+    row_offsets: of x's rows [BLOCK_M]; factors: pointers to k = 0 [ranks of the block], for each member and rank block;
+    stride_k: from k to k + 1; reduction: (low, high, K); rows: row numbers, for the mask; dropout: (seed, threshold).
+    """
+    low, high, K = reduction
+    seed, threshold = dropout
+    rk = tl.arange(0, blocks.BLOCK_K)
+    sums = ()
+    for i in tl.static_range(len(factors)):
+        sums = sums + (tl.zeros((blocks.BLOCK_M, ranks.R_BLOCKS[i % len(ranks.R_BLOCKS)]), tl.float32),)
+    for start in range(low, high, blocks.BLOCK_K):
+        k = start + rk
+        if flags.EVEN_K:
+            x_block = tl.load(x + row_offsets[:, None] + k[None, :])
+        else:
+            x_block = tl.load(x + row_offsets[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
+        if DROPOUT:
+            x_block = tl.where(keep_mask(seed, threshold, rows, k), x_block, 0.0)
+        # one x_block for all members' factors; tuples are immutable, so that the sums are a new one
+        updated = ()
+        for i in tl.static_range(len(factors)):
+            factor = factors[i][None, :] + (k * stride_k)[:, None]
+            if flags.EVEN_R and flags.EVEN_K:
+                factor = tl.load(factor)
+            else:
+                inside = (block_ranks(ranks.R_BLOCKS, i % len(ranks.R_BLOCKS)) < ranks.R)[None, :] & (k < K)[:, None]
+                factor = tl.load(factor, mask=inside, other=0.0)
+            updated = updated + (tl.dot(x_block, factor, sums[i], input_precision=flags.PRECISION),)
+        sums = updated
+    return sums
+
+
+@triton.jit
+def store_sums(
+    sums,
+    outputs,
+    m,
+    row_mask,
+    workspace,
+    slot,
+    split,
+    ranks,
+    blocks,
+    SIZE: tl.constexpr,
+):
+    """Add the sums of all splits and store them at `outputs` (columns) + m (rows); True in the program that did.
+
+    workspace: (partial of this slot, counters); SIZE: elements of one split's sums.
+    """
+    partial, counters = workspace
+    last = True
+    if blocks.SPLITS > 1:
+        offset = 0
+        for i in tl.static_range(len(sums)):
+            split_sums = partial + split * SIZE + offset
+            tl.store(split_sums + block_offsets(blocks.BLOCK_M, ranks.R_BLOCKS[i % len(ranks.R_BLOCKS)]), sums[i])
+            offset += blocks.BLOCK_M * ranks.R_BLOCKS[i % len(ranks.R_BLOCKS)]
+        last = arrives_last(counters, slot, blocks.SPLITS)
+    if last:
+        offset = 0
+        for i in tl.static_range(len(sums)):
+            total = sums[i]
+            if blocks.SPLITS > 1:
+                first_sums = partial + offset
+                block = block_offsets(blocks.BLOCK_M, ranks.R_BLOCKS[i % len(ranks.R_BLOCKS)])
+                total = ordered_sum(first_sums, block, SIZE, blocks.SPLITS, total)
+            output = outputs[i][None, :] + m[:, None]
+            inside = row_mask[:, None] & (block_ranks(ranks.R_BLOCKS, i % len(ranks.R_BLOCKS)) < ranks.R)[None, :]
+            tl.store(output, total.to(output.dtype.element_ty), mask=inside)
+            offset += blocks.BLOCK_M * ranks.R_BLOCKS[i % len(ranks.R_BLOCKS)]
+        tl.debug_barrier()  # `times_core` reads in one thread what another one stored
+    return last
+
+
+@triton.jit
+def times_core(
+    source,
+    target,
+    core,
+    scale,
+    row_mask,
+    ranks,
+    blocks,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """target rows [R_PADDED] = scale · source rows [R] · core (or its transpose).
+
+    The source is the sum as it was stored, rounded to x's dtype. The core stays fp32 whatever x's dtype; for a 16-bit
+    x the product is TF32.
+    """
+    lefts = ()
+    for p in tl.static_range(len(ranks.R_BLOCKS)):
+        i = block_ranks(ranks.R_BLOCKS, p)
+        left = tl.load(source[:, None] + i[None, :], mask=row_mask[:, None] & (i < ranks.R)[None, :], other=0.0)
+        lefts = lefts + (left.to(tl.float32),)
+    for column in tl.range(0, ranks.R_PADDED, blocks.BLOCK_J, num_stages=2):
+        j = column + tl.arange(0, blocks.BLOCK_J)
+        acc = tl.zeros((blocks.BLOCK_M, blocks.BLOCK_J), tl.float32)
+        for p in tl.static_range(len(ranks.R_BLOCKS)):
+            i = block_ranks(ranks.R_BLOCKS, p)
+            block = core + (i[:, None] + (j * ranks.R)[None, :] if TRANSPOSED else (i * ranks.R)[:, None] + j[None, :])
+            block = tl.load(block, mask=(i < ranks.R)[:, None] & (j < ranks.R)[None, :], other=0.0).to(tl.float32)
+            acc = tl.dot(lefts[p], block, acc, input_precision=PRECISION)
+        # the masks make columns [R, R_PADDED) zero: nothing uninitialized is left in v or w
+        tl.store(target[:, None] + j[None, :], (acc * scale).to(target.dtype.element_ty), mask=row_mask[:, None])
