@@ -36,8 +36,8 @@ def lora_sb_linear(
 
     Args:
         x: [..., in], fp64, fp32, bf16 or fp16; one to four dimensions, M = 0 included.
-        weight: W [out, in] in x's dtype, a 4-bit parameter with its `quant_state`, what `quantization.quantized_weight.of_module` read from
-            a layer, or None for the adapter's part alone.
+        weight: W [out, in] in x's dtype, a 4-bit parameter with its `quant_state`, a `QuantizedWeight` that was read
+            from a layer, or None for the adapter's part alone.
         lora_A: [r, in] in x's dtype.
         lora_R: [r, r], fp32 whatever x's dtype (fp64 for fp64).
         lora_B: [out, r] in x's dtype.

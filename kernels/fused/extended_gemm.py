@@ -109,7 +109,8 @@ def accumulate(
             first, length = tl.where(reached, edge, first), tl.where(reached, lengths[i], length)
         k = (step - first) * BLOCK_K + rk
         left += (m * left_stride)[:, None] + k[None, :]
-        right += (n * right_stride)[:, None] + k[None, :] if K_MAJOR else (k * right_stride)[:, None] + n[None, :]
+        wide_k = k.to(n.dtype)  # rows of W are counted by n forward and by k backward: either may need 64 bits
+        right += (n * right_stride)[:, None] + k[None, :] if K_MAJOR else (wide_k * right_stride)[:, None] + n[None, :]
         if EVEN_K:
             lhs, rhs = tl.load(left), tl.load(right)
         else:
@@ -235,7 +236,8 @@ def output_tile(
             acc = ordered_sum(split_sums, offsets, blocks.BLOCK_M * blocks.BLOCK_N, blocks.SPLITS, acc)
     if last:  # epilogue: the bias in fp32 once all splits are added, then the one rounding to the output's dtype
         if flags.HAS_BIAS:
-            acc += tl.load(pick(biases, member) + n)[None, :].to(tl.float32)
+            # masked: the hints on n would let a vector of it read past the end of the bias
+            acc += tl.load(pick(biases, member) + rn, mask=rn < N, other=0.0)[None, :].to(tl.float32)
         y, row_offsets = pick(ys, member), (rm.to(tl.int64) if flags.WIDE else rm) * pick(stride_y, member)
         inside = (rm[:, None] < M) & (rn[None, :] < N)
         tl.store(y + row_offsets[:, None] + rn[None, :], acc.to(y.dtype.element_ty), mask=inside)

@@ -80,7 +80,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def core_precision(dtype: torch.dtype) -> str:
-    """tl.dot's precision for the product with R: for a 16-bit x, TF32's 11 bits of R are more than the result keeps."""
+    """tl.dot's precision for the product with R: for a 16-bit x TF32, which takes R in two parts and loses nothing."""
     return precision(dtype) if dtype == torch.float32 else "tf32"
 
 
