@@ -78,7 +78,7 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Opti
     with undisturbed(model):
         strategy = _carry_out(work, filling, options)
         filling.stand_in(model, [name for name in layers if name not in filling.reports])
-    loss, labeled = processes.add_up(torch.tensor([work.loss, work.labeled], dtype=torch.float64)).tolist()
+    loss, labeled = processes.all_reduce_sum(torch.tensor([work.loss, work.labeled], dtype=torch.float64)).tolist()
     loss /= labeled
     outcome = Outcome(_in_order(filling), seen, data_hash, loss, strategy.plan.strategy, strategy.plan.why)
     if filling.cache is not None:
@@ -90,7 +90,7 @@ def _of_the_mean(options: Options, pieces: list[Piece], processes: Processes) ->
     """A step along the mean of n gradients is one of η/n along their sum; signs do not know the difference."""
     rows = labeled_rows if options.loss_fn is None else batch_size
     own = sum(rows(piece.batch) for piece in pieces if piece.counts)
-    return replace(options.recipe, lr=options.recipe.lr / max(1, sum(processes.gather(own))))
+    return replace(options.recipe, lr=options.recipe.lr / max(1, sum(processes.all_gather(own))))
 
 
 def _finish(cache: Cache, outcome: Outcome, processes: Processes) -> None:
@@ -103,7 +103,7 @@ def _finish(cache: Cache, outcome: Outcome, processes: Processes) -> None:
             cache.finish(facts | {"strategy": outcome.strategy})
     except Exception as caught:
         error = caught
-    processes.agree(error)
+    processes.raise_on_every_rank(error)
 
 
 def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: bool) -> Outcome:
@@ -150,11 +150,11 @@ def _samples(
         return [], 0, None
     samples = select(batches, options.num_samples, options.recipe.seed, processes)
     found, mine = collect(samples, processes)
-    seen = sum(processes.gather(mine.seen))
-    if options.loss_fn is None and not any(processes.gather(int(any(not unlabeled(batch) for batch in found)))):
+    seen = sum(processes.all_gather(mine.seen))
+    if options.loss_fn is None and not any(processes.all_gather(int(any(not unlabeled(batch) for batch in found)))):
         raise ValueError("no sample has a labeled token: every label of these batches is -100")
     pieces = list(in_halves(found)) if options.stability else [Piece(batch) for batch in found]
-    if processes.several and sharded(model):
+    if processes.is_distributed and sharded(model):
         pieces = _in_step(pieces, processes)
     return pieces, seen, processes.common_hash(mine.data_hash)
 
@@ -167,8 +167,8 @@ def _in_step(pieces: list[Piece], processes: Processes) -> list[Piece]:
         for i in range(batch_size(piece.batch))
     ]
     single = [piece for piece in single if not unlabeled(piece.batch)]
-    filler: Batch | None = processes.any_batch(single[0].batch if single else None)
-    count = max(processes.gather(len(single)))
+    filler: Batch | None = processes.broadcast_any_batch(single[0].batch if single else None)
+    count = max(processes.all_gather(len(single)))
     return single + [Piece(filler, counts=False) for _ in range(count - len(single))] if filler is not None else single
 
 
@@ -181,7 +181,7 @@ def _carry_out(work: Work, filling: Filling, options: Options) -> Strategy:
     if show:
         tqdm.write(f"lorasb: {plan}")
     strategy = Strategy(work, plan, options.strategy == "layerwise", options.memory_budget, show)
-    keeper = filling.cache if not work.processes.several else None
+    keeper = filling.cache if not work.processes.is_distributed else None
     for sums in strategy.sums(keeper):
         strategy.done.update(filling.take(sums))
     filling.take_finished()
@@ -195,7 +195,7 @@ def _plan(work: Work, options: Options) -> Plan:
         plan = make_plan(work, options.strategy, options.blocks, options.memory_budget)
     except Exception as caught:
         error = caught
-    work.processes.agree(error)
+    work.processes.raise_on_every_rank(error)
     if plan is None:
         raise RuntimeError("no plan")
     return plan

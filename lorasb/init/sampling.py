@@ -92,16 +92,16 @@ def select(batches: Any, num_samples: int | None, seed: int, processes: Processe
         count = _countable(batches, num_samples)
     except (TypeError, ValueError) as caught:
         error = caught
-    processes.agree(error)
-    counts = processes.gather(count)
+    processes.raise_on_every_rank(error)
+    counts = processes.all_gather(count)
     if min(counts) >= 0:  # everybody's samples can be drawn from
         chosen = _draw(counts, num_samples, seed, processes.rank)
         drawn = _drawn_from_dataset(batches, chosen) if _can_draw(batches) else _drawn_from_list(batches, chosen)
-        return Samples(drawn, several=processes.several)
-    lengths = processes.gather(_length(batches))
+        return Samples(drawn, several=processes.is_distributed)
+    lengths = processes.all_gather(_length(batches))
     exact = num_samples is not None or min(lengths) < 0
     limit = num_samples if exact else _default_count(sum(lengths))
-    return Samples(without_repeats(batches), limit=limit, exact=exact, several=processes.several)
+    return Samples(without_repeats(batches), limit=limit, exact=exact, several=processes.is_distributed)
 
 
 def _length(batches: Any) -> int:
@@ -146,8 +146,8 @@ def collect(samples: Samples, processes: Processes) -> tuple[list[Batch], Sample
         batches = list(samples)
     except Exception as caught:
         error = caught
-    processes.agree(error)
-    counts = processes.gather(samples.seen)
+    processes.raise_on_every_rank(error)
+    counts = processes.all_gather(samples.seen)
     samples.check_enough(sum(counts))
     if samples.limit is None or sum(counts) <= samples.limit:
         return batches, samples

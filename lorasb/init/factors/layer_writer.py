@@ -43,7 +43,9 @@ class Filling:
     def take(self, found: GradientSums) -> list[str]:
         """Use up the sums of a block or a pass; returns the names of its layers that are through."""
         names = list(found.layers)
-        reached = self.processes.add_up(torch.tensor([[n in found.sums, n in found.called] for n in names]).int())
+        reached = self.processes.all_reduce_sum(
+            torch.tensor([[n in found.sums, n in found.called] for n in names]).int()
+        )
         self.called |= {name for name, (_, ran) in zip(names, reached.tolist(), strict=True) if ran}
         through = [name for name, (some, _) in zip(names, reached.tolist(), strict=True) if some]
         gradients: dict[str, Gradient] = {name: self._whole(name, found.sums.pop(name, None)) for name in through}
@@ -67,12 +69,12 @@ class Filling:
             ValueError: NaN, Inf or nothing but zeros.
         """
         layer, mine = self.layers[name], found or LayerSum(self.halves)
-        if self.processes.several:
+        if self.processes.is_distributed:
             nothing = _nothing(layer)
             total, half = found.value() if found is not None else nothing, mine.half
-            mine.merge(self.processes.add_up(total))
+            mine.merge(self.processes.all_reduce_sum(total))
             if self.halves:
-                mine.half = self.processes.add_up(half if half is not None else nothing)
+                mine.half = self.processes.all_reduce_sum(half if half is not None else nothing)
         if not mine.finite:
             raise ValueError(
                 f"the gradient of layer {name!r} has NaN or Inf entries: check the data, or load the model in fp32 or "
@@ -88,7 +90,7 @@ class Filling:
         """Factor, each layer by its owner, and write everywhere."""
         own: dict[str, tuple[Factors, Measurements]] = {}
         error: Exception | None = None
-        owners = {name: i % self.processes.size for i, name in enumerate(gradients)}
+        owners = {name: i % self.processes.world_size for i, name in enumerate(gradients)}
         try:
             for name, owner in owners.items():
                 if owner == self.processes.rank:
@@ -97,7 +99,7 @@ class Filling:
                     gradients[name] = LayerSum()  # somebody else's: let go of it
         except Exception as caught:
             error = caught
-        self.processes.agree(error)
+        self.processes.raise_on_every_rank(error)
         for name, owner in owners.items():
             factors, measured = self._from_owner(name, own.get(name), owner)
             self.staging.write(self.layers[name], factors)
@@ -110,7 +112,7 @@ class Filling:
         self, name: str, own: tuple[Factors, Measurements] | None, owner: int
     ) -> tuple[Factors, Measurements]:
         """A layer's factors and measurements on every process."""
-        if own is not None and not self.processes.several:
+        if own is not None and not self.processes.is_distributed:
             return own
         layer = self.layers[name]
         r, q = layer.r[self.recipe.adapter], count_triplets(layer, self.recipe.adapter)
@@ -121,8 +123,8 @@ class Filling:
             m, n = layer.out_features, layer.in_features
             factors = Factors(*(torch.empty(shape, device=device) for shape in ((m, r), (r, r), (r, n), (r,))))
             packed = torch.empty(Measurements.size(q), dtype=torch.float64)
-        factors = Factors(*(self.processes.from_owner(part.float(), owner) for part in factors))
-        return factors, Measurements.from_tensor(self.processes.from_owner(packed, owner))
+        factors = Factors(*(self.processes.broadcast(part.float(), owner) for part in factors))
+        return factors, Measurements.from_tensor(self.processes.broadcast(packed, owner))
 
     def stand_in(self, model: nn.Module, names: list[str]) -> None:
         """Layers that no sample reached: the leading subspace of their weight and R = 0, as their first step is zero.

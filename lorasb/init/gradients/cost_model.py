@@ -82,7 +82,7 @@ def measure(work: Work) -> Sizes:
     vocabulary = getattr(config, "vocab_size", 0) if isinstance(labels, Tensor) and labels.dim() == 2 else 0
     head = vocabulary * (2 * itemsize + 8)
     masks = sum(mask_bytes(piece.batch, itemsize) for piece in work.pieces)
-    most = work.processes.largest([sum(counts), max(counts), max(1, sum(rows)), max(rows), head, masks])
+    most = work.processes.all_reduce_max([sum(counts), max(counts), max(1, sum(rows)), max(rows), head, masks])
     tokens, largest, samples, per_batch = map(int, most[:4])
     return Sizes(tokens, largest, samples, per_batch, width, itemsize, saved, *most[4:])
 

@@ -45,10 +45,10 @@ class Strategy:
                 found = next(steps, None)
             except Exception as caught:
                 error = caught
-            if any(self.work.processes.gather(int(isinstance(error, NotAStackError)))):
+            if any(self.work.processes.all_gather(int(isinstance(error, NotAStackError)))):
                 self._plan_again(error)
                 return
-            self.work.processes.agree(error)
+            self.work.processes.raise_on_every_rank(error)
             if found is None:
                 return
             yield found
@@ -69,7 +69,7 @@ class Strategy:
             self.plan = plan_for(self.work, None, why, self.memory_budget)
         except ValueError as caught:
             refusal = caught
-        self.work.processes.agree(refusal)
+        self.work.processes.raise_on_every_rank(refusal)
         if self.progress:
             tqdm.write(f"lorasb: {self.plan}")
 

@@ -96,7 +96,7 @@ def block_sums(work: Work, stack: Stack, i: int, traversals: list[Traversal]) ->
     with GradientSums(stack.targets[i], work.halves) as sums:
         for k, traversal in enumerate(traversals):
             sums.muted, sums.first_half = not traversal.counts, traversal.first_half
-            sums.closing = k == last and not (work.processes.several or work.values)
+            sums.closing = k == last and not (work.processes.is_distributed or work.values)
             _differentiate(stack.blocks[i], i, traversal, work.device)
             work.tick()
     return sums

@@ -86,7 +86,7 @@ def plan_for(work: Work, stack: Stack | None, why: str, memory_budget: float | N
     """The plan for a stack, or for none."""
     sizes = measure(work)
     room = sum_room(work, sizes, memory_budget)
-    free, host = work.processes.smallest([available(work.device), float(psutil.virtual_memory().available)])
+    free, host = work.processes.all_reduce_min([available(work.device), float(psutil.virtual_memory().available)])
     if stack is None:
         count = len(passes(dict(work.layers), room / (2 if work.halves else 1)))
         memory = accumulate_memory(work, sizes, room)
@@ -113,7 +113,7 @@ def uncut_blocks(work: Work, stack: Stack, spare: float, each: float) -> int:
     no more than all the rest and than UNCUT_BYTES, so that it does not grow with the number of blocks. None where
     processes keep step, or where weights come and go, as their number would have to be the same everywhere.
     """
-    if len(stack.blocks) < LEAST_BLOCKS or work.processes.several:
+    if len(stack.blocks) < LEAST_BLOCKS or work.processes.is_distributed:
         return 0
     if any(layer.base_must_run() for layer in work.layers.values()):
         return 0
