@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..constants import FROZEN_FACTORS
 from ..layers.linear import LoRASBLinear
 
-# Copies of A and B in host memory of the rank that saves. Gathering a partitioned parameter is a collective, but a state
-# dict is built on one rank only, so the copies are made beforehand. Weak keys: copies are freed with their layer.
+# Copies of A and B in host memory of the rank that saves. Gathering a partitioned parameter is a collective, but a
+# state dict is built on one rank only, so the copies are made beforehand. Weak keys: copies are freed with their layer.
 _factor_copies: WeakKeyDictionary[nn.Module, dict[str, dict[str, Tensor]]] = WeakKeyDictionary()
 
 

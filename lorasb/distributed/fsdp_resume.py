@@ -1,4 +1,4 @@
-"""Restoring A and B when a run resumes under FSDP, whose checkpoint holds R only: the adapter saved beside it has them."""
+"""Restoring A and B when a run resumes under FSDP, whose checkpoint holds R only, from the adapter beside it."""
 
 from __future__ import annotations
 
