@@ -52,9 +52,9 @@ def initialize(
     mean over sample i's own labeled tokens, so the result does not depend on how samples are batched. No base weight
     ever requires a gradient; sums are fp32. Under torch.distributed every rank passes the batches of its own share.
 
-    ΔW [out, in] moves every weight by η, but R [r, r] has only r² entries: if η is R's learning rate too, η·‖Σ_r‖ is as
-    long as many AdamW steps of R (each of length η·r), which training would have to undo first. So η is reduced per
-    layer until ‖Σ_r‖ ≤ longest_start·r. A, B and the direction of R do not change.
+    ΔW [out, in] moves every weight by η, but R [r, r] has only r² entries: if η is R's learning rate too, ‖Σ_r‖ is as
+    long as many AdamW steps of R (η·r each), which training would have to undo first. So ΔW is scaled down per layer
+    until ‖Σ_r‖ ≤ longest_start·η·r. A, B and the direction of R do not change.
 
     Args:
         model: a patched model.
@@ -95,7 +95,7 @@ def initialize(
     config: LoRASBConfig = cast(Any, model).peft_config[name]
     _check(update, strategy, cache, longest_start)
     notice(model)
-    if config.init == "update":
+    if config.init == "update":  # the data-free inits ignore batches and lr
         if lr is None or not 0 < lr < float("inf") or (batches is None and not _exists(cache)):
             raise ValueError("init='update' takes batches and lr > 0: initialize(model, loader, lr=...)")
         limit = longest_start if update == "adamw" else None  # a step of SGD is as long as one of R (Theorem 6)

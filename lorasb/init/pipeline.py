@@ -22,7 +22,7 @@ from .factors.layer_writer import LayerWriter
 from .factors.methods import Factors, kaiming, lora_xs
 from .factors.sign_cache import Cache, CachedGradient
 from .factors.transaction import Staging
-from .gradients.executor import Strategy
+from .gradients.executor import Executor
 from .gradients.frozen_model import frozen_base
 from .gradients.loss import LossFn, labeled_rows, unlabeled
 from .gradients.plan import Plan, make_plan
@@ -72,6 +72,7 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Opti
     recipe = _mean_recipe(options, pieces, processes) if options.recipe.update == "sgd" else options.recipe
     writer = LayerWriter(layers, recipe, processes, staging, options.stability)
     if options.cache is not None:
+        # Before any forward: a cache of other data or weights is refused at once.
         first, seed = next(iter(layers.values())), options.recipe.seed
         key = cache_key(model, first, options.recipe.update, seed, seen, data_hash, options.loss_fn)
         writer.cache = Cache(options.cache, key, batches is not None)
@@ -84,6 +85,7 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Opti
     with frozen_base(model):
         executor = _execute_plan(work, writer, options)
         writer.write_fallbacks(model, [name for name in layers if name not in writer.reports])
+    # fp64, as counts of samples and sums of losses are reduced in one tensor.
     loss, labeled = processes.all_reduce_sum(torch.tensor([work.loss, work.labeled], dtype=torch.float64)).tolist()
     loss /= labeled
     outcome = Outcome(_reports(writer), seen, data_hash, loss, executor.plan.strategy, executor.plan.why)
@@ -130,6 +132,7 @@ def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: b
         sigma = tuple(float(value) for value in factors.sigma)
         seconds = time.perf_counter() - started
         results[name] = factors, LayerReport(name, shape, layer.r[adapter], None, None, sigma, 0, seconds)
+    # After the loop: a weight with NaN in the last layer leaves the first layer unchanged, too.
     with Staging(adapter) as staging:
         for name, (factors, _) in results.items():
             staging.write(layers[name], factors)
@@ -140,6 +143,7 @@ def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: b
 def _factors_of_weight(name: str, layer: LoRASBLinear, init: str, recipe: Recipe) -> Factors:
     """One layer's factors from its weight W [out, in], or from a random matrix of its shape."""
     r, seed = layer.r[recipe.adapter], recipe.seed_of(name)
+    # accelerate keeps offloaded weights on the meta device outside of their layer's forward.
     with weight_present(layer.get_base_layer()), full_precision():
         weight = layer.dense_weight().detach().float()
         if not torch.isfinite(weight).all():
@@ -161,6 +165,7 @@ def _samples(
     samples = select(batches, options.num_samples, options.recipe.seed, processes)
     batches, selected = collect(samples, processes)
     seen = sum(processes.all_gather(selected.seen))
+    # Over all ranks: one rank's share without labels is no error.
     if options.loss_fn is None and not any(processes.all_gather(int(any(not unlabeled(batch) for batch in batches)))):
         raise ValueError("no sample has a labeled token: every label of these batches is -100")
     pieces = list(in_halves(batches)) if options.stability else [Piece(batch) for batch in batches]
@@ -187,16 +192,16 @@ def _equally_many(pieces: list[Piece], processes: Processes) -> list[Piece]:
     return single + [Piece(filler, counts=False) for _ in range(count - len(single))] if filler is not None else single
 
 
-def _execute_plan(work: Work, writer: LayerWriter, options: Options) -> Strategy:
+def _execute_plan(work: Work, writer: LayerWriter, options: Options) -> Executor:
     """Take sums, block by block or pass by pass, and factor each before the next ones are taken."""
     show = options.progress and work.processes.rank == 0
     plan = _plan(work, options)
     if writer.cache is not None:
         # A run may resume only if it goes through the same blocks and targets in the same way.
         writer.cache.course = [plan.stack.course if plan.stack is not None else "", sorted(work.layers), work.halves]
-    if show:
+    if show:  # before the work, as the estimate may be a reason to interrupt it
         tqdm.write(f"lorasb: {plan}")
-    executor = Strategy(work, plan, options.strategy == "layerwise", options.memory_budget, show)
+    executor = Executor(work, plan, options.strategy == "layerwise", options.memory_budget, show)
     # Gradients at a block boundary differ by rank, and only rank 0 writes the cache: no resuming across ranks.
     progress = writer.cache if not work.processes.is_distributed else None
     for sums in executor.sums(progress):

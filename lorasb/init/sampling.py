@@ -56,6 +56,7 @@ class Samples:
             self.seen += rows
             self._update_hash(batch)
             yield dict(batch)
+            # Before the next batch is fetched: a stream may be endless, or costly.
             if self.limit is not None and self.seen >= self.limit:
                 break
         if not self.is_distributed:
@@ -137,6 +138,7 @@ def _countable(batches: Any, num_samples: int | None) -> int:
     """Number of samples that can be indexed and drawn; -1 if they have to be taken in order."""
     if num_samples is not None and num_samples <= 0:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}")
+    # A dict and a str are iterable, but as a single batch and a path they are mistakes.
     if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(
             f"expected an iterable of batches (a DataLoader, a list of dicts), got {type(batches).__name__}"
@@ -166,7 +168,7 @@ def collect(samples: Samples, processes: Processes) -> tuple[list[Batch], Sample
         error = caught
     processes.raise_on_every_rank(error)
     counts = processes.all_gather(samples.seen)
-    samples.check_enough(sum(counts))
+    samples.check_enough(sum(counts))  # the same sum, and so the same error, on every rank
     if samples.limit is None or sum(counts) <= samples.limit:
         return batches, samples
     # A new pass over the batches: the hash has to cover the samples within the quota only.
@@ -297,6 +299,7 @@ def batch_size(batch: Mapping[str, Any]) -> int:
     Raises:
         ValueError: no tensor, or tensors of different lengths.
     """
+    # A set, so that a mask or a label of another length is noticed.
     sizes = {value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0}
     if len(sizes) != 1:
         raise ValueError(f"expected the tensors of a batch to share their first dimension, got {sorted(sizes)}")

@@ -111,5 +111,6 @@ def stability(halves: tuple[SignBits, SignBits] | None, r: int, seed: int) -> fl
     if halves is None:
         return float("nan")
     first, second = (truncated_svd(half, r, seed) for half in halves)
+    # Squared cosines of the principal angles, averaged over column and row space.
     left = (first.u.t() @ second.u).square().sum()
     return float((left + (first.vt @ second.vt.t()).square().sum()) / (2 * r))

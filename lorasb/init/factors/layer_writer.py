@@ -55,7 +55,7 @@ class LayerWriter:
         reached = self.processes.all_reduce_sum(torch.tensor([[n in sums.sums, n in sums.called] for n in names]).int())
         self.called |= {name for name, (_, ran) in zip(names, reached.tolist(), strict=True) if ran}
         with_sum = [name for name, (has_sum, _) in zip(names, reached.tolist(), strict=True) if has_sum]
-        # `pop`: each sum is out of `sums` by the time that it is factored, and goes when `_factor_and_write` drops it.
+        # `pop`: `sums` gives up its references, so that a sum is freed when `_factor_and_write` deletes it.
         gradients: dict[str, Gradient] = {name: self._reduced(name, sums.sums.pop(name, None)) for name in with_sum}
         self._factor_and_write(gradients)
         return with_sum
@@ -103,6 +103,7 @@ class LayerWriter:
         """
         results: dict[str, tuple[Factors, Measurements]] = {}
         error: Exception | None = None
+        # Round-robin over the layers of one block or pass: the same assignment on every rank, without communication.
         owners = {name: i % self.processes.world_size for i, name in enumerate(gradients)}
         try:
             for name, owner in owners.items():
@@ -112,6 +113,7 @@ class LayerWriter:
                     gradients[name] = LayerSum()  # frees the sum of a layer that another rank owns
         except Exception as caught:
             error = caught
+        # Before the broadcasts below, in which a rank that failed would be missing.
         self.processes.raise_on_every_rank(error)
         for name, owner in owners.items():
             factors, measured = self._broadcast_factors(name, results.get(name), owner)
@@ -119,7 +121,7 @@ class LayerWriter:
             if self.cache is not None and self.processes.rank == 0 and not isinstance(gradients[name], CachedGradient):
                 self.cache.add(name, cached(gradients[name], measured.gradient_energies))
             self.reports[name] = measured.report(name, self.layers[name], self.recipe.adapter)
-            del gradients[name]
+            del gradients[name]  # the sum is freed before the next layer's factors arrive
 
     def _broadcast_factors(
         self, name: str, result: tuple[Factors, Measurements] | None, owner: int
@@ -128,6 +130,7 @@ class LayerWriter:
         if result is not None and not self.processes.is_distributed:
             return result
         layer = self.layers[name]
+        # Receivers know all shapes from the layer, so nothing but values has to be sent.
         r, q = layer.r[self.recipe.adapter], count_triplets(layer, self.recipe.adapter)
         device = next(layer.lorasb_R.parameters()).device
         if result is not None:
@@ -158,6 +161,7 @@ class LayerWriter:
                     f"layer {name!r} was never reached by the loss of these batches: leave it out with "
                     "exclude_modules, or pass batches that use it"
                 )
+        # After all checks, so that an initialization that fails does not warn.
         if names:
             warnings.warn(
                 f"{len(names)} layers were not reached by these samples and start from their weight's subspace with "

@@ -134,6 +134,7 @@ class Cache:
             # A block whose boundary was not written in time is computed again, and its file overwritten.
             if int(path.stem.partition("-")[2]) > block:
                 self._layers |= read(path)[0]
+        # Traversals were recorded again by this run; only their gradients come from the file.
         for traversal, gradient in zip(traversals, gradients, strict=True):
             if traversal.gradient is not None:
                 traversal.gradient = gradient.to(traversal.gradient.device)
@@ -149,6 +150,7 @@ class Cache:
         layers = {name: self._layers[name] for name in self._unsaved}
         write(self.partial / f"block-{block:05d}.safetensors", layers, self.key, {})
         self._unsaved = []
+        # `contiguous`: safetensors refuses views.
         gradients = {str(k): t.gradient.cpu().contiguous() for k, t in enumerate(traversals) if t.gradient is not None}
         with replacing(self.partial / "boundary.safetensors") as temporary:
             save_file(gradients, str(temporary), metadata={"block": str(block - 1)})
@@ -185,6 +187,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, CachedGradient], dict[
     layers = {}
     with safe_open(str(path), "pt") as file:
         for name, values in scalars.items():
+            # Written only if G had zeros; without them all entries are nonzero.
             nonzero = file.get_tensor(f"{name}:{NONZERO}") if values["zeros"] else None
             bits = SignBits(file.get_tensor(f"{name}:{WORDS}"), tuple(values["shape"]), nonzero)
             layers[name] = CachedGradient(bits, values["squares"], values["zeros"], file.get_tensor(f"{name}:{CURVE}"))

@@ -69,7 +69,7 @@ class LayerSum:
     def _take_signs(self, dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> None:
         """Add dyᵀ x and take the signs of the result; without a `total` only the signs are written."""
         words, nonzero, counts = _op("gradient_signs")(dy, x, total, fresh)
-        counts = counts.cpu()  # one synchronization a layer, instead of one for each count that is read
+        counts = counts.cpu()  # one synchronization per layer, instead of one for each count that is read
         shape = (dy.shape[1], x.shape[1])
         # Without zeros and NaN the nonzero plane is all ones, and not worth its memory.
         self._signs = SignBits(words, shape, nonzero if counts[ZEROS] or counts[BAD] else None), counts

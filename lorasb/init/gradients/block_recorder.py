@@ -40,6 +40,7 @@ class Call:
 
     def repeat(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Recompute the block's output (its hidden states) for the same call."""
+        # Backward runs after the forward's autocast context has ended, so it is entered again.
         kind, dtype = self.autocast
         args = tuple(_to_device(value, hidden.device) for value in self.args)
         kwargs = {name: _to_device(value, hidden.device) for name, value in self.kwargs.items()}
@@ -189,6 +190,7 @@ class Recorder:
 
     def _inside(self, i: int, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            # Its sum would lack the gradient from that other call.
             if torch.is_grad_enabled() and self._running != i:
                 raise NotAStackError(f"layer {name!r} also runs outside of its block")
 
@@ -196,6 +198,7 @@ class Recorder:
 
     def _enter(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin a traversal; returns block 0's arguments with the hidden states replaced by a leaf."""
+        # A recurrent stack: the gradient at the top of the first traversal would come from the second one.
         if _depends_on(hidden, self._leaves()):
             raise NotAStackError("block 0 runs more than once in a forward, on its own results")
         # The cut: embeddings below need no gradient, and a gradient that reaches this leaf is noticed in `settle`.
@@ -213,6 +216,7 @@ class Recorder:
             raise NotAStackError(f"block {block} takes more from the blocks before than their hidden states")
 
         def store_once(tensor: Tensor) -> Tensor:
+            """Store a tensor unless an earlier block of this traversal got it too."""
             if id(tensor) not in traversal.stored:
                 traversal.stored[id(tensor)] = self.store(traversal.watch(tensor).detach())
             return traversal.stored[id(tensor)]
@@ -230,6 +234,7 @@ class Recorder:
             leaf = _hidden_of(output).detach().requires_grad_(True)
             self._running = None
             self._open[-1].leaves.append(self._open[-1].watch(leaf))
+            # The head and targets above the stack are summed by `GradientSums` from here on.
             self.above = i == len(self.blocks) - 1
             return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
 

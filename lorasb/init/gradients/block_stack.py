@@ -79,6 +79,7 @@ def _stack(name: str, blocks: nn.ModuleList, layers: Mapping[str, nn.Module]) ->
     targets: list[dict[str, nn.Module]] = [{} for _ in blocks]
     for layer, module in layers.items():
         indices = block_indices.get(id(module), set())
+        # A shared layer's sum is complete only after all of its blocks.
         if len(indices) > 1:
             raise NotAStackError(f"layer {layer!r} belongs to several blocks")
         for i in indices:

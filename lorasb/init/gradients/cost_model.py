@@ -67,6 +67,7 @@ def sum_budget(work: Work, sizes: Sizes, memory_budget: float | None) -> float:
     micro-batch if that is more: who can train the model can initialize it.
     """
     per_row = sizes.tokens / sizes.samples * (sizes.activations + sizes.head)
+    # A micro-batch of `rows` samples has to fit anyway; twice that leaves as much for sums.
     budget = memory_budget if memory_budget is not None else per_row * max(DEFAULT_BATCH, 2 * sizes.rows)
     return max(0.0, budget - sizes.largest * (sizes.activations + sizes.head))
 
@@ -79,15 +80,18 @@ def measure(work: Work) -> Sizes:
     first = next(iter(work.layers.values()))
     itemsize = first.base_dtype.itemsize
     config = getattr(work.model, "config", None)
+    # Blocks pass on hidden states; a model without a config is taken to be as wide as its first target.
     width = getattr(config, "hidden_size", None) or first.in_features
     saved = (
         sum(layer.in_features + layer.out_features for layer in work.layers.values()) * itemsize * SAVED_ACTIVATIONS / 2
     )
+    # Only token labels [samples, tokens] come with logits over the vocabulary at every token.
     labels = next((piece.batch.get("labels") for piece in work.pieces), None)
     vocabulary = getattr(config, "vocab_size", 0) if isinstance(labels, Tensor) and labels.dim() == 2 else 0
     head = vocabulary * (2 * itemsize + 8)  # logits and their gradient, and fp32 copies of both in the loss
     masks = sum(mask_bytes(piece.batch, itemsize) for piece in work.pieces)
     maxima = work.processes.all_reduce_max([sum(counts), max(counts), max(1, sum(rows)), max(rows), head, masks])
+    # Floats after the reduction, and exact below 2^53.
     tokens, largest, samples, per_batch = map(int, maxima[:4])
     return Sizes(tokens, largest, samples, per_batch, width, itemsize, saved, *maxima[4:])
 

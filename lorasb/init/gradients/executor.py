@@ -16,7 +16,7 @@ from .task import Work
 from .whole_model import accumulate, passes, sum_bytes
 
 
-class Strategy:
+class Executor:
     """Runs a plan.
 
     Args:
@@ -57,6 +57,7 @@ class Strategy:
                 sums = next(steps, None)
             except Exception as caught:
                 error = caught
+            # First the fallback: it has to be taken on all ranks even if only one of them has found a reason.
             if any(self.work.processes.all_gather(int(isinstance(error, NotAStackError)))):
                 self._plan_again(error)
                 return
@@ -90,6 +91,7 @@ class Strategy:
         if stack is None:
             return
         bar.set_description(f"{len(stack.blocks)} blocks, one at a time")
+        # One forward to record, then one recomputation per block that has targets at or below it.
         bar.reset(total=(len(stack.blocks) - stack.lowest + 1) * len(work.pieces))
         outside = {name: layer for name, layer in work.layers.items() if name not in stack.names}
         above: dict[str, nn.Module] = {}

@@ -97,6 +97,7 @@ def _no_stack(error: Exception, recorder: Recorder) -> Exception:
 
 def block_sums(work: Work, stack: Stack, i: int, traversals: list[Traversal]) -> GradientSums:
     """Sums of block i's targets; replaces the gradients at its output in `traversals` by those at its input."""
+    # Fillers of sharded models may come last, and add nothing: signs are taken in the last one that counts.
     last = max((k for k, traversal in enumerate(traversals) if traversal.counts), default=-1)
     with GradientSums(stack.targets[i], work.halves) as sums:
         for k, traversal in enumerate(traversals):
@@ -113,6 +114,7 @@ def _differentiate(block: nn.Module, i: int, traversal: Traversal, device: torch
     stored, call, gradient = traversal.hidden[i], traversal.calls[i], traversal.gradient
     if stored is None or call is None or gradient is None:
         raise RuntimeError(f"block {i} was differentiated already")
+    # A fresh leaf, whose `.grad` is the gradient at the output of the block below.
     hidden = stored.to(gradient.device).detach().requires_grad_(True)
     output = call.repeat(block, hidden)
     torch.autograd.backward(output, gradient.to(output.device))

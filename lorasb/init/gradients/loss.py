@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..sampling import batch_size, take_rows
 
 LossFn = Callable[[nn.Module, Mapping[str, Any]], Tensor]
-# Largest relative difference between a model's loss and the one recomputed here in fp32 from its logits: the rounding of
-# a mean over many tokens in fp32, and of a loss in 16 bits (bf16: 2^-7 = 7.8e-3).
+# Largest relative difference between a model's loss and the one recomputed here in fp32 from its logits: the rounding
+# of a mean over many tokens in fp32, and of a loss in 16 bits (bf16: 2^-7 = 7.8e-3).
 LOSS_TOLERANCE = 1e-5
 LOSS_TOLERANCE_16_BITS = 8e-3
 IGNORED = -100  # transformers' label of tokens that have no loss
@@ -35,6 +35,7 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
     """
     rows = batch_size(batch)
     if loss_fn is not None:
+        # A mean over the batch, as losses usually are, times its rows is a sum over samples.
         loss = _checked(loss_fn(model, batch), batch) * rows
         loss.backward()
         return float(loss.detach())
@@ -44,13 +45,14 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
     if _first_label_only(batch, _field(outputs, "loss")):
         return 0.0
     loss, logits = _checked(_field(outputs, "loss"), batch), _field(outputs, "logits")
-    if rows == 1:
+    if rows == 1:  # the batch's mean is the sample's own
         del outputs, logits  # the graph does not need them, and logits of a large vocabulary are most of the memory
         loss.backward()
         return float(loss.detach())
+    # A hook on logits that the loss was not computed from would never run, and leave the gradient unscaled.
     weights = _weights(loss, logits, batch) if _feeds(logits, loss) else None
     if weights is None:
-        del outputs, loss, logits
+        del outputs, loss, logits  # frees this graph before the samples build theirs
         return sum(backward_over_samples(model, take_rows(batch, torch.tensor([i])), None) for i in range(rows))
     scale, total = weights
     # The gradient of the batch's mean at sample i's logits, times (tokens of the batch) / (tokens of sample i), is the
@@ -95,6 +97,7 @@ def _feeds(logits: Any, loss: Tensor) -> bool:
     """
     if not isinstance(logits, Tensor) or not logits.requires_grad:
         return False
+    # The graph is retained for the backward that follows.
     return torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)[0] is not None
 
 

@@ -22,7 +22,7 @@ from .cost_model import (
 from .task import Work
 from .whole_model import passes
 
-UNCUT_BYTES = 256e6  # bytes that uncut blocks may take together: any machine has them, whatever the size of the model
+UNCUT_BYTES = 256e6  # bytes that uncut blocks may take together: an ordinary machine has them, whatever the model
 MIN_BLOCKS = 12  # blocks of a stack that may have uncut ones: in shorter stacks every boundary is verified
 
 
@@ -87,6 +87,7 @@ def plan_for(work: Work, stack: Stack | None, why: str, memory_budget: float | N
     """The layerwise plan for a stack, or the accumulate plan for None."""
     sizes = measure(work)
     budget = sum_budget(work, sizes, memory_budget)
+    # The minimum over ranks: a plan has to fit on all of them.
     free, host = work.processes.all_reduce_min([available(work.device), float(psutil.virtual_memory().available)])
     if stack is None:
         count = len(passes(dict(work.layers), budget / (2 if work.halves else 1)))
@@ -99,6 +100,7 @@ def plan_for(work: Work, stack: Stack | None, why: str, memory_budget: float | N
     boundaries = boundary_bytes(stack, sizes)
     block_memory = layerwise_memory(work, stack, sizes)
     limit = min(free, memory_budget) if memory_budget else free
+    # On the host only if they do not fit: copies over PCIe are slower than the device's own memory.
     on_host = work.device.type != "cpu" and boundaries + block_memory > limit and boundaries < host
     memory = block_memory + (0 if on_host else boundaries)
     _refuse_too_much(work, sizes, memory, limit, stack)
@@ -133,6 +135,7 @@ def _refuse_too_much(work: Work, sizes: Sizes, memory: float, limit: float, stac
     single = Sizes(**vars(sizes) | {"largest": -(-sizes.largest // sizes.rows), "rows": 1})
     # Boundaries of all samples are stored at the same time, so they do not shrink with the batch size.
     boundaries = boundary_bytes(stack, sizes) if stack is not None else 0.0
+    # The least memory that this strategy can do with: batches of one sample, and one layer's sum per pass.
     least = (
         (layerwise_memory(work, stack, single) + boundaries)
         if stack is not None

@@ -49,7 +49,7 @@ class SignBits:
         count = min(columns.stop, self.shape[1]) - columns.start
         words = slice(columns.start // WORD, columns.start // WORD + words_of(count))
         signs = unpack_words(self.words[rows, words], count, -1.0, 1.0, dtype)
-        if self.nonzero is not None:
+        if self.nonzero is not None:  # zeros were unpacked as -1
             signs = signs * unpack_words(self.nonzero[rows, words], count, 0.0, 1.0, dtype)
         return signs
 

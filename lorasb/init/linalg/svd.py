@@ -64,7 +64,7 @@ def leading_triplets(matrix: Matrix, r: int, seed: int) -> Triplets:
     """
     m, n = matrix.shape
     q = r + OVERSAMPLE
-    if q >= min(m, n):
+    if q >= min(m, n):  # the projection would be no smaller than the matrix
         dense = matrix.unpack() if isinstance(matrix, SignBits) else matrix
         u, s, vt = torch.linalg.svd(dense, full_matrices=False)
     else:
@@ -72,7 +72,7 @@ def leading_triplets(matrix: Matrix, r: int, seed: int) -> Triplets:
         u, vt = (short, long) if m <= n else (long.t(), short.t())
     # Singular vectors are unique up to a common sign of u_k and v_k, which LAPACK and cuSOLVER choose differently.
     signs = torch.sign(u.gather(0, u.abs().argmax(0, keepdim=True)))
-    signs[signs == 0] = 1
+    signs[signs == 0] = 1  # a column of zeros, of a matrix of lower rank
     return Triplets(u * signs, s, vt * signs.t())
 
 
@@ -80,6 +80,7 @@ def signed_core(matrix: Matrix, triplets: Triplets) -> Tensor:
     """Uᵀ M V [q, q] for U, V of `triplets`, without unpacking M at once."""
     m, n = matrix.shape
     short, long = (triplets.u, triplets.vt.t()) if m <= n else (triplets.vt.t(), triplets.u)
+    # Blocks run along the long side, so V or U is sliced, whichever is on that side.
     core = triplets.u.new_zeros(short.shape[1], long.shape[1])
     for columns, block in _wide_blocks(matrix):
         core += short.t() @ block.to(short.dtype) @ long[columns]

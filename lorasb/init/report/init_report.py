@@ -69,6 +69,7 @@ class InitReport:
     def load(cls, path: str | os.PathLike[str]) -> InitReport:
         """Load a file of `save`."""
         values = json.loads(Path(path).read_text(encoding="utf-8"))
+        # `if key in layer`: reports of earlier versions lack newer fields, which have defaults.
         layers = [
             LayerReport(**layer | {key: tuple(layer[key]) for key in TUPLE_FIELDS if key in layer})
             for layer in values.pop("layers")

@@ -27,7 +27,7 @@ def energy_by_layer(report: InitReport, path: Path) -> None:
     axes.set(
         xlabel="adapted layer, from the embeddings to the head",
         ylabel="energy kept (%)",
-        ylim=(0, 112),
+        ylim=(0, 112),  # room for the legend above 100%
         yticks=range(0, 101, 20),
     )
     axes.legend(frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.0))

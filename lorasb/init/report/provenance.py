@@ -141,7 +141,7 @@ def _update_object(digest: Any, value: Any, depth: int) -> None:
     """Add an object: its type, the code of its `forward` and `__call__`, and its attributes of simple types."""
     digest.update(type(value).__qualname__.encode())
     if isinstance(value, nn.Module) and any(True for _ in value.parameters()):
-        return  # a model that the loss refers to: its weights are hashed by `weights_hash`
+        return  # a model: `weights_hash` covers the one that is initialized, and others count by their type only
     for name in ("forward", "__call__"):
         method = getattr(type(value), name, None)
         # torch's own methods are covered by its version.

@@ -41,7 +41,7 @@ def _has_fused_experts(module: nn.Module) -> bool:
 
 
 def _tied_head(model: Any) -> str | None:
-    """Name of the output head if it shares its weight with the input embedding: an adapter would change both."""
+    """Name of the output head if it shares its weight with the input embedding: merging would change both."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(base, "get_output_embeddings"):
         return None
