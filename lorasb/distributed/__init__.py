@@ -1,6 +1,8 @@
-"""Several processes: the process group of an initialization, resuming under FSDP, and factors that ZeRO partitions.
+"""Distributed training: collectives for initialization, resuming under FSDP, and saving under DeepSpeed ZeRO-3.
 
-Uses layers, checkpoints and what is below them.
+Imports from layers, checkpoints and the floors below them.
 """
 
-import peft  # noqa: F401  registers the method before any module of ours that needs it is half-imported
+# Importing PEFT runs our registration hook, which imports modules of this package: it has to run to its end before one
+# of them is half-imported.
+import peft  # noqa: F401

@@ -1,4 +1,4 @@
-"""A and B under DeepSpeed's ZeRO-3, which parts all parameters among processes and leaves frozen ones out of files."""
+"""Saving A and B under DeepSpeed ZeRO-3, which partitions all parameters and omits frozen ones from checkpoints."""
 
 from __future__ import annotations
 
@@ -10,54 +10,61 @@ from torch import Tensor, nn
 from ..constants import FROZEN_FACTORS
 from ..layers.linear import LoRASBLinear
 
-# What the first process keeps on its host for the adapter's files, as gathering takes all processes and a save one.
-_kept: WeakKeyDictionary[nn.Module, dict[str, dict[str, Tensor]]] = WeakKeyDictionary()
+# Copies of A and B in host memory of the rank that saves. Gathering a partitioned parameter is a collective, but a
+# state dict is built on one rank only, so the copies are made beforehand. Weak keys: copies are freed with their layer.
+_factor_copies: WeakKeyDictionary[nn.Module, dict[str, dict[str, Tensor]]] = WeakKeyDictionary()
 
 
-def is_parted(parameter: Tensor) -> bool:
-    """Whether this process holds only its part, and the parameter itself is empty."""
+def is_partitioned(parameter: Tensor) -> bool:
+    """True if ZeRO-3 has partitioned the parameter, so that this rank sees an empty tensor."""
+    # DeepSpeed tags every parameter that it manages with `ds_id`; while one is gathered, its numel is the full one.
     return hasattr(parameter, "ds_id") and parameter.numel() == 0
 
 
 def keep_factors(layers: Mapping[str, LoRASBLinear], name: str, first: bool) -> None:
-    """Gather A and B, layer by layer, for the files to come; every process calls this.
+    """Gather A and B and copy them to host memory for later saves; a collective that every rank has to call.
 
     Args:
-        layers: all that have the adapter.
-        name: the adapter's.
-        first: whether this is the process that saves.
+        layers: layers that have the adapter, by name, in the same order on every rank.
+        name: adapter name.
+        first: True on the rank that saves.
     """
     for layer in layers.values():
-        frozen = {part: getattr(layer, part)[name] for part in FROZEN_FACTORS}
-        if any(is_parted(p) for p in frozen.values()):
+        frozen = {factor: getattr(layer, factor)[name] for factor in FROZEN_FACTORS}
+        if any(is_partitioned(p) for p in frozen.values()):
             import deepspeed
 
+            # One layer at a time: no rank ever holds the gathered factors of all layers on its GPU.
             with deepspeed.zero.GatheredParameters(list(frozen.values())):
                 if first:
-                    whole = {part: p.detach().cpu().clone() for part, p in frozen.items()}
-                    _kept.setdefault(layer, {})[name] = whole
+                    # `clone`: on a CPU run `cpu()` is no copy, and ZeRO frees the storage when the block is left.
+                    gathered = {factor: p.detach().cpu().clone() for factor, p in frozen.items()}
+                    _factor_copies.setdefault(layer, {})[name] = gathered
 
 
 def with_kept_factors(tensors: dict[str, Tensor], model: nn.Module, name: str) -> dict[str, Tensor]:
-    """An adapter's tensors with the A and B that ZeRO-3 left out, after each R.
+    """Add the A and B that ZeRO-3 omitted to an adapter's state dict.
+
+    Every R in `tensors` names a layer; its A and B come from the copies of `keep_factors`, or from the parameters
+    themselves where ZeRO-3 has them gathered.
 
     Raises:
-        ValueError: they are parted and were not kept.
+        ValueError: A and B are partitioned and `keep_factors` was not called.
     """
-    found = dict(tensors)
+    complete = dict(tensors)
     for key in tensors:
-        prefix, middle, _ = key.partition(".lorasb_R")
-        layer = model.get_submodule(prefix) if middle else None
+        prefix, separator, _ = key.partition(".lorasb_R")
+        layer = model.get_submodule(prefix) if separator else None
         if not isinstance(layer, LoRASBLinear):
             continue
-        for part in FROZEN_FACTORS:
-            other = key.replace(".lorasb_R", f".{part}")
-            own = getattr(layer, part)[name]
-            if hasattr(own, "ds_id"):
-                if is_parted(own) and name not in _kept.get(layer, {}):
+        for factor in FROZEN_FACTORS:
+            parameter = getattr(layer, factor)[name]
+            if hasattr(parameter, "ds_id"):  # without ZeRO the state dict has A and B already
+                if is_partitioned(parameter) and name not in _factor_copies.get(layer, {}):
                     raise ValueError(
                         f"A and B of {prefix} are parted among processes (ZeRO-3), and saving gathers only what is "
                         "trained: keep lorasb.InitCallback() among the Trainer's callbacks, which gathers them"
                     )
-                found[other] = _kept[layer][name][part] if is_parted(own) else own.detach()
-    return found
+                value = _factor_copies[layer][name][factor] if is_partitioned(parameter) else parameter.detach()
+                complete[key.replace(".lorasb_R", f".{factor}")] = value
+    return complete

@@ -1,4 +1,4 @@
-"""A and B of a run that resumes under FSDP: its state holds R alone, and the adapter saved beside it has them."""
+"""Restoring A and B when a run resumes under FSDP, whose checkpoint holds R only, from the adapter beside it."""
 
 from __future__ import annotations
 
@@ -13,66 +13,69 @@ from ..constants import WEIGHTS_NAME
 from ..layers.linear import LoRASBLinear
 from .process_group import Processes
 
-Parts = dict[str, dict[str, Tensor]]  # layer name -> factor -> its value
+Factors = dict[str, dict[str, Tensor]]  # layer name -> factor name -> value
 
 
 def restore_factors(layers: dict[str, LoRASBLinear], name: str, folders: Iterable[Path]) -> bool:
-    """Put A and B of the first saved adapter that has the layers' R into the layers.
+    """Load A and B from the first saved adapter whose R equals the layers' R.
 
-    Every process calls this; the first one reads, as it does of FSDP's own files.
+    A collective that every rank has to call; rank 0 reads the files and broadcasts.
 
     Args:
-        layers: all that have the adapter, by their names in the base model.
-        name: the adapter's.
-        folders: checkpoints that may be the one that R came from.
+        layers: layers that have the adapter, by their names in the base model.
+        name: adapter name.
+        folders: checkpoint folders that R may have been loaded from, in order of preference.
 
     Returns:
-        Whether there was one. If not, the layers are as they were.
+        True if a matching adapter was found. If not, the layers are unchanged.
 
     Raises:
-        ValueError: its files are damaged or do not fit, or it has NaN or Inf entries.
-        RuntimeError: in the other processes then.
+        ValueError: on rank 0, files that are damaged or do not fit, or NaN or Inf entries.
+        RuntimeError: on the other ranks where rank 0 raised.
     """
-    processes, found, error = Processes(), None, None
-    cores = {layer: _whole(module.lorasb_R[name]) for layer, module in layers.items()}
+    processes, saved, error = Processes(), None, None
+    # Before the files are read, and on every rank: gathering a sharded R is a collective.
+    cores = {layer: _full_tensor(module.lorasb_R[name]) for layer, module in layers.items()}
     try:
-        found = _read(layers, name, cores, folders) if processes.rank == 0 else None
+        saved = _read_matching(layers, name, cores, folders) if processes.rank == 0 else None
     except (ValueError, OSError) as caught:
         error = caught
-    processes.agree(error, "resuming")
-    if not processes.gather(int(found is not None))[0]:
+    processes.raise_on_every_rank(error, "resuming")
+    if not processes.all_gather(int(saved is not None))[0]:
         return False
     for layer, module in layers.items():
-        mine = found[layer] if found else {}
-        b, a = (_sent(processes, mine.get(part), module, part, name) for part in ("lorasb_B", "lorasb_A"))
+        values = saved[layer] if saved else {}  # empty on every rank but the first
+        b, a = (_broadcast(processes, values.get(f), module, f, name) for f in ("lorasb_B", "lorasb_A"))
         module.set_factors(name, b, cores[layer], a)
     return True
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    """The value of a parameter, which FSDP2 may have sharded: every process asks for it then."""
+def _full_tensor(parameter: Tensor) -> Tensor:
+    """The unsharded value of a parameter; a collective where FSDP2 has made it a DTensor."""
     value: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
     return value.detach()
 
 
-def _read(
+def _read_matching(
     layers: dict[str, LoRASBLinear], name: str, cores: dict[str, Tensor], folders: Iterable[Path]
-) -> Parts | None:
-    """The factors in the first folder whose R is `cores`, checked."""
+) -> Factors | None:
+    """Factors from the first folder whose R equals `cores`, with shapes and finiteness checked."""
     for checkpoint in folders:
-        folder = checkpoint if name == "default" else checkpoint / name  # where PEFT puts an adapter of another name
+        folder = checkpoint if name == "default" else checkpoint / name  # PEFT saves other names in a subfolder
         if not (folder / WEIGHTS_NAME).is_file():
             continue
         tensors = read_tensors(folder)
-        found = group_by_layer(tensors)
-        if all(layer in found and torch.equal(found[layer]["lorasb_R"], core.cpu()) for layer, core in cores.items()):
+        saved = group_by_layer(tensors)
+        # Bitwise equality of R identifies the adapter: A and B of another run would give a wrong model silently.
+        if all(layer in saved and torch.equal(saved[layer]["lorasb_R"], core.cpu()) for layer, core in cores.items()):
             check_tensors(tensors, {layer: module.shapes(name) for layer, module in layers.items()})
-            return found
+            return saved
     return None
 
 
-def _sent(processes: Processes, mine: Tensor | None, layer: LoRASBLinear, part: str, name: str) -> Tensor:
-    """A factor from the process that read it."""
-    dtype = getattr(layer, part)[name].dtype
-    blank = torch.empty(layer.shapes(name)[part], dtype=dtype)
-    return processes.from_owner(blank if mine is None else mine.to(dtype), 0)
+def _broadcast(processes: Processes, value: Tensor | None, layer: LoRASBLinear, factor: str, name: str) -> Tensor:
+    """One factor, broadcast from rank 0, which read it; the other ranks pass None."""
+    # A broadcast needs one dtype and shape on all ranks, and the file may have been saved in another dtype.
+    dtype = getattr(layer, factor)[name].dtype
+    buffer = torch.empty(layer.shapes(name)[factor], dtype=dtype) if value is None else value.to(dtype)
+    return processes.broadcast(buffer, 0)

@@ -1,4 +1,4 @@
-"""Several processes: sums over all of them, one owner a layer, and errors that all of them raise."""
+"""Collectives over torch.distributed's default group that are no-ops in a single process, and errors on every rank."""
 
 from __future__ import annotations
 
@@ -12,110 +12,129 @@ from torch import Tensor, nn
 
 
 class Processes:
-    """The processes of torch.distributed's default group, or this one alone."""
+    """torch.distributed's default group, or a single process where none is initialized.
+
+    All methods that communicate are collectives: every rank has to call them, in the same order.
+
+    Attributes:
+        rank: 0 ... world_size - 1.
+        world_size: number of processes.
+    """
 
     def __init__(self) -> None:
-        together = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if together else 0
-        self.size = dist.get_world_size() if together else 1
+        initialized = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if initialized else 0
+        self.world_size = dist.get_world_size() if initialized else 1
 
     @property
-    def several(self) -> bool:
-        """Whether there is anybody else."""
-        return self.size > 1
+    def is_distributed(self) -> bool:
+        """True if world_size > 1."""
+        return self.world_size > 1
 
     def _device(self) -> torch.device:
+        """The device that the backend communicates from: NCCL takes CUDA tensors only, gloo takes them on the CPU."""
         return (
             torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
         )
 
-    def _somewhere(self, tensor: Tensor) -> Tensor:
-        """The tensor where this group's backend can take it."""
-        wanted = self._device()
-        return tensor if tensor.device.type == wanted.type else tensor.to(wanted)
+    def _to_group_device(self, tensor: Tensor) -> Tensor:
+        device = self._device()
+        return tensor if tensor.device.type == device.type else tensor.to(device)
 
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """Σ over processes, the same bits everywhere."""
-        if not self.several:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Σ over ranks, bitwise equal on every rank. May overwrite `tensor`."""
+        if not self.is_distributed:
             return tensor
-        moved = self._somewhere(tensor).contiguous()
-        dist.all_reduce(moved)
-        return moved.to(tensor.device)
+        buffer = self._to_group_device(tensor).contiguous()
+        dist.all_reduce(buffer)
+        return buffer.to(tensor.device)
 
-    def gather(self, value: int) -> list[int]:
-        """Everybody's number, by rank."""
-        if not self.several:
+    def all_gather(self, value: int) -> list[int]:
+        """The value of every rank, by rank."""
+        if not self.is_distributed:
             return [value]
-        mine = torch.tensor([value], device=self._device())
-        every = [torch.zeros_like(mine) for _ in range(self.size)]
-        dist.all_gather(every, mine)
-        return [int(number) for number in every]
+        local = torch.tensor([value], device=self._device())
+        gathered = [torch.zeros_like(local) for _ in range(self.world_size)]
+        dist.all_gather(gathered, local)
+        return [int(number) for number in gathered]
 
-    def largest(self, values: list[float]) -> list[float]:
-        """Of each number, the largest that a process has: what is decided by it is decided alike."""
-        if not self.several:
+    def all_reduce_max(self, values: list[float]) -> list[float]:
+        """Elementwise maximum over ranks, so that decisions based on it are the same on every rank."""
+        if not self.is_distributed:
             return values
-        mine = torch.tensor(values, dtype=torch.float64, device=self._device())
-        dist.all_reduce(mine, dist.ReduceOp.MAX)
-        return mine.tolist()
+        # fp64: byte counts have to stay exact, and in fp32 they would not beyond 2^24.
+        reduced = torch.tensor(values, dtype=torch.float64, device=self._device())
+        dist.all_reduce(reduced, dist.ReduceOp.MAX)
+        return reduced.tolist()
 
-    def smallest(self, values: list[float]) -> list[float]:
-        """Of each number, the smallest that a process has."""
-        return [-value for value in self.largest([-value for value in values])]
+    def all_reduce_min(self, values: list[float]) -> list[float]:
+        """Elementwise minimum over ranks."""
+        return [-value for value in self.all_reduce_max([-value for value in values])]
 
-    def gather_bytes(self, mine: bytes) -> bytes:
-        """Everybody's bytes of one length, one after another."""
-        if not self.several:
-            return mine
-        sent = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(self._device())
-        every = [torch.zeros_like(sent) for _ in range(self.size)]
-        dist.all_gather(every, sent)
-        return b"".join(bytes(part.cpu().numpy()) for part in every)
+    def all_gather_bytes(self, data: bytes) -> bytes:
+        """The bytes of all ranks, concatenated by rank; the length has to be the same on every rank."""
+        if not self.is_distributed:
+            return data
+        local = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device())
+        gathered = [torch.zeros_like(local) for _ in range(self.world_size)]
+        dist.all_gather(gathered, local)
+        return b"".join(bytes(part.cpu().numpy()) for part in gathered)
 
-    def from_owner(self, tensor: Tensor, owner: int) -> Tensor:
-        """The owner's tensor; everybody passes one of the same shape and dtype."""
-        if not self.several:
+    def broadcast(self, tensor: Tensor, owner: int) -> Tensor:
+        """Rank `owner`'s tensor; every rank passes one of the same shape and dtype. May overwrite `tensor`."""
+        if not self.is_distributed:
             return tensor
-        moved = self._somewhere(tensor).contiguous()
-        dist.broadcast(moved, owner)
-        return moved.to(tensor.device)
+        buffer = self._to_group_device(tensor).contiguous()
+        dist.broadcast(buffer, owner)
+        return buffer.to(tensor.device)
 
-    def any_batch(self, mine: dict[str, Any] | None) -> dict[str, Any] | None:
-        """A batch of tensors of the first process that has one: what shapes it has goes as JSON."""
-        have = self.gather(int(mine is not None))
-        if not any(have):
+    def broadcast_any_batch(self, batch: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The tensors of a batch from the lowest rank that has one; None if no rank has."""
+        has_batch = self.all_gather(int(batch is not None))
+        if not any(has_batch):
             return None
-        owner = have.index(1)
-        tensors = {name: t for name, t in (mine or {}).items() if isinstance(t, Tensor)}
-        about = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()}
-        text = json.dumps(about).encode()
-        size = self.gather(len(text))[owner]
+        owner = has_batch.index(1)
+        tensors = {name: t for name, t in (batch or {}).items() if isinstance(t, Tensor)}
+        # Receivers have to allocate buffers first: names, shapes and dtypes go ahead as JSON, padded or cut to the
+        # owner's length, because a broadcast needs the same shape on every rank.
+        specs = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()}
+        text = json.dumps(specs).encode()
+        size = self.all_gather(len(text))[owner]
         header = torch.frombuffer(bytearray(text.ljust(size)[:size]), dtype=torch.uint8)
-        about = json.loads(bytes(self.from_owner(header, owner).numpy()))
-        blank = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in about.items()}
-        source = tensors if self.rank == owner else blank
-        return {name: self.from_owner(source[name].cpu(), owner) for name in about}
+        specs = json.loads(bytes(self.broadcast(header, owner).numpy()))
+        buffers = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (shape, dtype) in specs.items()}
+        source = tensors if self.rank == owner else buffers
+        return {name: self.broadcast(source[name].cpu(), owner) for name in specs}
 
-    def agree(self, error: BaseException | None, doing: str = "initialization") -> None:
-        """Raise one's own error, or say that another process met one at what all are `doing`: nobody goes on alone.
+    def raise_on_every_rank(self, error: BaseException | None, doing: str = "initialization") -> None:
+        """Raise `error` where there is one, and a RuntimeError on the ranks that have none.
+
+        To be called where a rank may fail between collectives: a rank that went on alone would wait in the next one
+        for ranks that have left.
+
+        Args:
+            error: this rank's error, or None.
+            doing: the operation, for the message on the other ranks.
 
         Raises:
-            RuntimeError: another process failed.
+            RuntimeError: another rank failed.
         """
-        if self.several:
-            failed = [rank for rank, bad in enumerate(self.gather(int(error is not None))) if bad]
+        if self.is_distributed:
+            failed = [rank for rank, bad in enumerate(self.all_gather(int(error is not None))) if bad]
             if failed and error is None:
                 raise RuntimeError(f"{doing} failed on rank {failed[0]}, which shows why: nothing was changed")
         if error is not None:
             raise error
 
-    def common_hash(self, mine: str) -> str:
-        """One hash of everybody's."""
-        return hashlib.sha256(self.gather_bytes(bytes.fromhex(mine))).hexdigest() if self.several else mine
+    def common_hash(self, digest: str) -> str:
+        """SHA-256 over the hex digests of all ranks; a single process's own digest unchanged."""
+        if not self.is_distributed:
+            return digest
+        return hashlib.sha256(self.all_gather_bytes(bytes.fromhex(digest))).hexdigest()
 
 
 def sharded(model: nn.Module) -> bool:
-    """Whether parameters are DTensors, whose forwards all processes have to make together."""
+    """True if a parameter is a DTensor (FSDP2): a forward then all-gathers, so every rank has to run the same ones."""
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Initialization: gradients of the targets, their signs, a truncated SVD, and A, R, B in place."""
+"""LoRA-SB initialization: ΣG of every target, the truncated SVD of its sign, and A, R and B written into the layers."""
 
 from .initialization import initialize
 from .linalg.sign_bits import SignBits

@@ -1,4 +1,4 @@
-"""`lorasb.initialize`: from a patched model and some batches to A, R and B in place."""
+"""`lorasb.initialize`: checks its arguments, runs `pipeline` and reports what each layer's factors capture."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .gradients.task import Layers
 from .pipeline import Options, Outcome, from_gradients, from_weights
 from .report.init_report import InitReport
 from .report.provenance import provenance
-from .report.skipped_modules import left_alone
+from .report.skipped_modules import skipped_modules
 
 UPDATES = ("adamw", "sgd")
 STRATEGIES = ("auto", "layerwise", "accumulate")
-LONGEST_START = 4.0  # in AdamW's steps of R; measured, docs/choosing.md
+LONGEST_START = 4.0  # default of `longest_start`, in AdamW steps of R; measured, docs/choosing.md
 
 
 def initialize(
@@ -46,61 +46,62 @@ def initialize(
     adapter_name: str | None = None,
     progress: bool = True,
 ) -> InitReport:
-    """Fill A, R and B from the first step that full fine-tuning would take (paper, Eq. 6-8).
+    """Initialize A, R and B from the first step of full fine-tuning (paper, Eq. 6-8).
 
     With G = Σ_i ∇W L(x_i) over samples and ΔW = −η·sign(G) = U Σ Vᵀ: B = U_r, A = V_rᵀ, R = Σ_r / s. L(x_i) is the
     mean over sample i's own labeled tokens, so the result does not depend on how samples are batched. No base weight
-    ever requires a gradient; sums are fp32. Under torch.distributed every process passes the batches of its own share.
+    ever requires a gradient; sums are fp32. Under torch.distributed every rank passes the batches of its own share.
 
-    ΔW [out, in] moves every weight by η, R [r, r] has r² entries: where η is R's rate, ‖Σ_r‖ is the length of many
-    steps of R, which training would first have to take back. So η is shortened, layer by layer, until
-    ‖Σ_r‖ ≤ longest_start·η·r, the length of so many of AdamW's steps of R. A, B and R's direction stay as they are.
+    ΔW [out, in] moves every weight by η, but R [r, r] has only r² entries: if η is R's learning rate too, ‖Σ_r‖ is as
+    long as many AdamW steps of R (η·r each), which training would have to undo first. So ΔW is scaled down per layer
+    until ‖Σ_r‖ ≤ longest_start·η·r. A, B and the direction of R do not change.
 
     Args:
         model: a patched model.
         batches: a DataLoader (samples are drawn from its data set by `seed`), a list of dicts of tensors (drawn
             likewise), or any iterable of dicts (taken in order). Not needed for the data-free inits of the config, nor
-            where `cache` is there.
-        lr: η of the simulated step, the rate of R's first one; `lorasb.first_step_lr` gives the one of a schedule.
-        num_samples: how many, over all processes; None takes min(available, max(32, n/1000)), or all of an iterable
-            without a size.
+            if the file `cache` exists.
+        lr: η of the simulated step, the learning rate of R's first step; `lorasb.first_step_lr` computes it from a
+            schedule.
+        num_samples: number of samples over all ranks; None takes min(available, max(32, n/1000)), or all of an
+            iterable without a size.
         update: "adamw" (signs) or "sgd" (ΔW = −η·G/n, the mean gradient itself, Theorem 6).
-        longest_start: the start's length at most, in AdamW's steps of R at the rate `lr`; 0 for R = 0, None for the
-            whole step, as the paper has it. SGD's step is as long as R's own and stays whole.
-        strategy: "layerwise" computes one block at a time, from the last to the first; "accumulate" passes through the
-            whole model, as often as `memory_budget` asks for; "auto" takes the first where the model is a stack of
+        longest_start: maximum length of the start, in AdamW steps of R at the rate `lr`; 0 for R = 0, None for the
+            full step, as in the paper. SGD's step is as long as R's own and is not reduced.
+        strategy: "layerwise" computes one block at a time, from the last to the first; "accumulate" makes as many
+            passes through the whole model as `memory_budget` requires; "auto" is "layerwise" if the model is a stack of
             blocks. The sums are the same.
-        blocks: name of the list of blocks ("model.layers"), where the one found is not the right one.
+        blocks: name of the list of blocks ("model.layers"), if the wrong one is detected.
         memory_budget: bytes on top of the model (or "6GB"); None allows what a training step of 32 samples needs.
-        loss_fn: `loss_fn(model, batch)`, where the model's own `.loss` will not do. It counts times the batch's rows.
-        seed: of the samples drawn and of the SVD. The global random state does not move.
-        cache: a file for the signs of all layers. If it is there, no backward is needed, at any rank; if a run is cut
-            off, the next goes on from the blocks that were finished.
-        stability: also measure how much the subspaces of two halves of the samples overlap; takes twice the memory
-            for sums and three times the factoring.
-        adapter_name: which adapter; the active one unless given.
+        loss_fn: `loss_fn(model, batch)`, to replace the model's own `.loss`. It is weighted by the batch's rows.
+        seed: seed of the sample draw and of the SVD. The global random state is not touched.
+        cache: file for the signs of all layers. If it exists, no backward is needed, at any rank r; after an
+            interrupted run, the next one resumes from the finished blocks.
+        stability: also measure the overlap of the subspaces of two halves of the samples; takes twice the memory for
+            sums and three times the factoring.
+        adapter_name: name of the adapter; the active one if None.
         progress: show an estimate and a progress bar (on rank 0).
 
     Returns:
-        An `InitReport`: what each layer keeps, singular values, times.
+        An `InitReport`: captured energy, singular values and time by layer.
 
     Raises:
-        ValueError: bad arguments, no samples, no loss, a gradient that is zero or not finite, too little memory, a
-            cache of something else: the model stays as it is.
+        ValueError: bad arguments, no samples, no loss, a gradient that is zero or not finite, too little memory, or a
+            cache that does not fit; the model is unchanged.
     """
     started = time.perf_counter()
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = getattr(model, "_orig_mod", model)  # unwrap torch.compile's OptimizedModule
     name, layers = _unmerged_layers(model, adapter_name)
     config: LoRASBConfig = cast(Any, model).peft_config[name]
     _check(update, strategy, cache, longest_start)
     notice(model)
-    if config.init == "update":
+    if config.init == "update":  # the data-free inits ignore batches and lr
         if lr is None or not 0 < lr < float("inf") or (batches is None and not _exists(cache)):
             raise ValueError("init='update' takes batches and lr > 0: initialize(model, loader, lr=...)")
-        limit = longest_start if update == "adamw" else None  # SGD's step is R's own (Theorem 6)
+        limit = longest_start if update == "adamw" else None  # a step of SGD is as long as one of R (Theorem 6)
         budget, recipe = parse_size(memory_budget), Recipe(name, lr, update, seed, limit)
         options = Options(recipe, num_samples, strategy, blocks, budget, loss_fn, cache, stability, progress)
-        # hooks that end a pass half-way would have a compiled model compiled anew at every block
+        # The hooks cut the forward at every block, and each cut would be a graph break and a recompilation.
         with Staging(name) as staging, torch.compiler.set_stance("force_eager"):
             outcome = from_gradients(model, layers, batches, options, staging)
         report = _recorded(
@@ -115,10 +116,18 @@ def initialize(
 def without_data(
     model: nn.Module, config: LoRASBConfig, name: str, layers: Layers, seed: int = 0, progress: bool = True
 ) -> InitReport:
-    """The data-free inits, which patching does by itself: A, R and B of the adapter `name` by `seed`.
+    """The data-free inits ("lora-xs", "kaiming"), which patching calls itself.
+
+    Args:
+        model: a patched model.
+        config: the adapter's config; its `init` is the method, and its `init_provenance` is set.
+        name: adapter name.
+        layers: layers to initialize, by name.
+        seed: seed of the SVD and of random matrices.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: a weight has NaN or Inf entries; the layers stay as they are.
+        ValueError: a weight has NaN or Inf entries; the layers are unchanged.
     """
     started = time.perf_counter()
     outcome = from_weights(layers, config.init, name, seed, progress)
@@ -136,7 +145,7 @@ def _recorded(
     started: float,
     longest_start: float | None,
 ) -> InitReport:
-    """The report; most of it is kept in the config, and so in the adapter's file."""
+    """Make the report, and store its provenance in the config, which is saved with the adapter."""
     report = InitReport(
         init=config.init,
         update=update,
@@ -148,7 +157,7 @@ def _recorded(
         layers=outcome.layers,
         strategy=outcome.strategy,
         why=outcome.why,
-        left=left_alone(model),
+        left=skipped_modules(model),
         longest_start=longest_start,
     )
     config.init_provenance = provenance(report, outcome.data_hash)
@@ -156,6 +165,7 @@ def _recorded(
 
 
 def _warn_if_frozen(layers: Layers, name: str) -> None:
+    # PEFT freezes every adapter but the active one; R of an inactive adapter is meant to be frozen.
     active = any(name in layer.active_adapters for layer in layers.values())
     if active and not any(layer.lorasb_R[name].requires_grad for layer in layers.values()):
         warnings.warn(

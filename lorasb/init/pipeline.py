@@ -1,4 +1,7 @@
-"""One initialization from start to end: samples, plan, sums, factors, cache, report."""
+"""One initialization from samples to factors: selects samples, plans, sums gradients, factors, caches and reports.
+
+`initialization` is the public function above; `gradients` and `factors` do the work below.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from ..distributed.process_group import Processes, sharded
 from ..layers.linear import LoRASBLinear
 from ..layers.offloading import weight_present
 from .factors.factorize import Recipe
-from .factors.layer_writer import Filling
+from .factors.layer_writer import LayerWriter
 from .factors.methods import Factors, kaiming, lora_xs
 from .factors.sign_cache import Cache, CachedGradient
 from .factors.transaction import Staging
-from .gradients.executor import Strategy
-from .gradients.frozen_model import undisturbed
+from .gradients.executor import Executor
+from .gradients.frozen_model import frozen_base
 from .gradients.loss import LossFn, labeled_rows, unlabeled
 from .gradients.plan import Plan, make_plan
 from .gradients.task import Layers, Piece, Work, in_halves
@@ -29,12 +32,12 @@ from .report.init_report import LayerReport
 from .report.provenance import cache_key
 from .sampling import Batch, batch_size, collect, select, take_rows
 
-SECONDS = 2.0  # what takes less needs no progress bar
+PROGRESS_DELAY = 2.0  # seconds before a progress bar appears
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `initialize` was asked for, beside the model and the samples."""
+    """Arguments of `initialize` other than the model and the batches."""
 
     recipe: Recipe
     num_samples: int | None = None
@@ -49,7 +52,7 @@ class Options:
 
 @dataclass
 class Outcome:
-    """What an initialization found."""
+    """Results of an initialization: what its report and the adapter's provenance are made from."""
 
     layers: list[LayerReport] = field(default_factory=list)
     num_samples: int = 0
@@ -60,41 +63,50 @@ class Outcome:
 
 
 def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Options, staging: Staging) -> Outcome:
-    """Factors from the gradients of the samples, or from a cache of their signs."""
+    """Write factors from the gradients of the samples, or from a cache of their signs.
+
+    A collective: every rank calls it with the batches of its own share.
+    """
     processes = Processes()
     pieces, seen, data_hash = _samples(model, batches, options, processes)
-    recipe = _of_the_mean(options, pieces, processes) if options.recipe.update == "sgd" else options.recipe
-    filling = Filling(layers, recipe, processes, staging, options.stability)
+    recipe = _mean_recipe(options, pieces, processes) if options.recipe.update == "sgd" else options.recipe
+    writer = LayerWriter(layers, recipe, processes, staging, options.stability)
     if options.cache is not None:
+        # Before any forward: a cache of other data or weights is refused at once.
         first, seed = next(iter(layers.values())), options.recipe.seed
         key = cache_key(model, first, options.recipe.update, seed, seen, data_hash, options.loss_fn)
-        filling.cache = Cache(options.cache, key, batches is not None)
-        found = filling.cache.load(list(layers))
-        if found is not None and options.stability:
+        writer.cache = Cache(options.cache, key, batches is not None)
+        cached = writer.cache.load(list(layers))
+        if cached is not None and options.stability:
             raise ValueError("stability compares halves of the samples, and a cache keeps their sum: leave cache out")
-        if found is not None:
-            return _from_cache(model, filling, filling.cache, found)
+        if cached is not None:
+            return _from_cache(model, writer, writer.cache, cached)
     work = Work(model, layers, pieces, options.loss_fn, processes, options.stability, options.recipe.update == "sgd")
-    with undisturbed(model):
-        strategy = _carry_out(work, filling, options)
-        filling.stand_in(model, [name for name in layers if name not in filling.reports])
-    loss, labeled = processes.add_up(torch.tensor([work.loss, work.labeled], dtype=torch.float64)).tolist()
+    with frozen_base(model):
+        executor = _execute_plan(work, writer, options)
+        writer.write_fallbacks(model, [name for name in layers if name not in writer.reports])
+    # fp64, as counts of samples and sums of losses are reduced in one tensor.
+    loss, labeled = processes.all_reduce_sum(torch.tensor([work.loss, work.labeled], dtype=torch.float64)).tolist()
     loss /= labeled
-    outcome = Outcome(_in_order(filling), seen, data_hash, loss, strategy.plan.strategy, strategy.plan.why)
-    if filling.cache is not None:
-        _finish(filling.cache, outcome, processes)
+    outcome = Outcome(_reports(writer), seen, data_hash, loss, executor.plan.strategy, executor.plan.why)
+    if writer.cache is not None:
+        _finish(writer.cache, outcome, processes)
     return outcome
 
 
-def _of_the_mean(options: Options, pieces: list[Piece], processes: Processes) -> Recipe:
-    """A step along the mean of n gradients is one of η/n along their sum; signs do not know the difference."""
+def _mean_recipe(options: Options, pieces: list[Piece], processes: Processes) -> Recipe:
+    """The recipe with η/n for η: a step of η along the mean of n gradients is one of η/n along their sum.
+
+    Needed for SGD only, as sign(G) is scale-invariant.
+    """
+    # With a loss_fn, labels have no meaning that is known here: every row counts.
     rows = labeled_rows if options.loss_fn is None else batch_size
     own = sum(rows(piece.batch) for piece in pieces if piece.counts)
-    return replace(options.recipe, lr=options.recipe.lr / max(1, sum(processes.gather(own))))
+    return replace(options.recipe, lr=options.recipe.lr / max(1, sum(processes.all_gather(own))))
 
 
 def _finish(cache: Cache, outcome: Outcome, processes: Processes) -> None:
-    """Write the cache, on rank 0; all of them meet what goes wrong."""
+    """Write the cache on rank 0; errors are raised on every rank."""
     error: Exception | None = None
     facts: dict[str, Any] = {"loss": outcome.loss, "num_samples": outcome.num_samples, "data": outcome.data_hash}
     facts["not_reached"] = [layer.name for layer in outcome.layers if layer.fallback]
@@ -103,33 +115,35 @@ def _finish(cache: Cache, outcome: Outcome, processes: Processes) -> None:
             cache.finish(facts | {"strategy": outcome.strategy})
     except Exception as caught:
         error = caught
-    processes.agree(error)
+    processes.raise_on_every_rank(error)
 
 
 def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: bool) -> Outcome:
-    """The data-free inits: LoRA-XS's and Kaiming's, written once all are found.
+    """Write the data-free inits, LoRA-XS or Kaiming; layers are written after all of them are factored.
 
     Raises:
         ValueError: a weight has NaN or Inf entries.
     """
-    recipe, found = Recipe(adapter, 1.0, "none", seed), {}
-    bar = tqdm(layers.items(), desc="factoring", unit="layer", disable=not progress, leave=False, delay=SECONDS)
+    recipe, results = Recipe(adapter, 1.0, "none", seed), {}
+    bar = tqdm(layers.items(), desc="factoring", unit="layer", disable=not progress, leave=False, delay=PROGRESS_DELAY)
     for name, layer in bar:
         started, shape = time.perf_counter(), (layer.out_features, layer.in_features)
-        factors = _of_weight(name, layer, init, recipe)
+        factors = _factors_of_weight(name, layer, init, recipe)
         sigma = tuple(float(value) for value in factors.sigma)
         seconds = time.perf_counter() - started
-        found[name] = factors, LayerReport(name, shape, layer.r[adapter], None, None, sigma, 0, seconds)
+        results[name] = factors, LayerReport(name, shape, layer.r[adapter], None, None, sigma, 0, seconds)
+    # After the loop: a weight with NaN in the last layer leaves the first layer unchanged, too.
     with Staging(adapter) as staging:
-        for name, (factors, _) in found.items():
+        for name, (factors, _) in results.items():
             staging.write(layers[name], factors)
-    return Outcome([report for _, report in found.values()])
+    return Outcome([report for _, report in results.values()])
 
 
 @torch.no_grad()
-def _of_weight(name: str, layer: LoRASBLinear, init: str, recipe: Recipe) -> Factors:
+def _factors_of_weight(name: str, layer: LoRASBLinear, init: str, recipe: Recipe) -> Factors:
     """One layer's factors from its weight W [out, in], or from a random matrix of its shape."""
     r, seed = layer.r[recipe.adapter], recipe.seed_of(name)
+    # accelerate keeps offloaded weights on the meta device outside of their layer's forward.
     with weight_present(layer.get_base_layer()), full_precision():
         weight = layer.dense_weight().detach().float()
         if not torch.isfinite(weight).all():
@@ -145,69 +159,78 @@ def _of_weight(name: str, layer: LoRASBLinear, init: str, recipe: Recipe) -> Fac
 def _samples(
     model: nn.Module, batches: Any, options: Options, processes: Processes
 ) -> tuple[list[Piece], int, str | None]:
-    """Micro-batches of this process, the number of samples of all, and a hash of them."""
+    """Micro-batches of this rank, the number of samples over all ranks, and the hash of all samples."""
     if batches is None:
         return [], 0, None
     samples = select(batches, options.num_samples, options.recipe.seed, processes)
-    found, mine = collect(samples, processes)
-    seen = sum(processes.gather(mine.seen))
-    if options.loss_fn is None and not any(processes.gather(int(any(not unlabeled(batch) for batch in found)))):
+    batches, selected = collect(samples, processes)
+    seen = sum(processes.all_gather(selected.seen))
+    # Over all ranks: one rank's share without labels is no error.
+    if options.loss_fn is None and not any(processes.all_gather(int(any(not unlabeled(batch) for batch in batches)))):
         raise ValueError("no sample has a labeled token: every label of these batches is -100")
-    pieces = list(in_halves(found)) if options.stability else [Piece(batch) for batch in found]
-    if processes.several and sharded(model):
-        pieces = _in_step(pieces, processes)
-    return pieces, seen, processes.common_hash(mine.data_hash)
+    pieces = list(in_halves(batches)) if options.stability else [Piece(batch) for batch in batches]
+    if processes.is_distributed and sharded(model):
+        pieces = _equally_many(pieces, processes)
+    return pieces, seen, processes.common_hash(selected.data_hash)
 
 
-def _in_step(pieces: list[Piece], processes: Processes) -> list[Piece]:
-    """Equally many single samples for every process, as all of them have to take part in every forward."""
+def _equally_many(pieces: list[Piece], processes: Processes) -> list[Piece]:
+    """As many single-sample pieces on every rank: each forward of a sharded model all-gathers its parameters.
+
+    Ranks with fewer samples run pieces that do not count. Samples without a label are dropped first, because they make
+    no backward, and FSDP2 communicates in the backward too.
+    """
     single = [
         Piece(take_rows(piece.batch, torch.tensor([i])), piece.first_half)
         for piece in pieces
         for i in range(batch_size(piece.batch))
     ]
     single = [piece for piece in single if not unlabeled(piece.batch)]
-    filler: Batch | None = processes.any_batch(single[0].batch if single else None)
-    count = max(processes.gather(len(single)))
+    # A rank with an empty share has no batch to run: it borrows one.
+    filler: Batch | None = processes.broadcast_any_batch(single[0].batch if single else None)
+    count = max(processes.all_gather(len(single)))
     return single + [Piece(filler, counts=False) for _ in range(count - len(single))] if filler is not None else single
 
 
-def _carry_out(work: Work, filling: Filling, options: Options) -> Strategy:
-    """Sums, layer by layer or pass by pass, into factors."""
+def _execute_plan(work: Work, writer: LayerWriter, options: Options) -> Executor:
+    """Take sums, block by block or pass by pass, and factor each before the next ones are taken."""
     show = options.progress and work.processes.rank == 0
     plan = _plan(work, options)
-    if filling.cache is not None:
-        filling.cache.course = [plan.stack.course if plan.stack is not None else "", sorted(work.layers), work.halves]
-    if show:
+    if writer.cache is not None:
+        # A run may resume only if it goes through the same blocks and targets in the same way.
+        writer.cache.course = [plan.stack.course if plan.stack is not None else "", sorted(work.layers), work.halves]
+    if show:  # before the work, as the estimate may be a reason to interrupt it
         tqdm.write(f"lorasb: {plan}")
-    strategy = Strategy(work, plan, options.strategy == "layerwise", options.memory_budget, show)
-    keeper = filling.cache if not work.processes.several else None
-    for sums in strategy.sums(keeper):
-        strategy.done.update(filling.take(sums))
-    filling.take_finished()
-    return strategy
+    executor = Executor(work, plan, options.strategy == "layerwise", options.memory_budget, show)
+    # Gradients at a block boundary differ by rank, and only rank 0 writes the cache: no resuming across ranks.
+    progress = writer.cache if not work.processes.is_distributed else None
+    for sums in executor.sums(progress):
+        executor.done.update(writer.write_sums(sums))
+    writer.write_resumed()
+    return executor
 
 
 def _plan(work: Work, options: Options) -> Plan:
-    """A plan, or what every process says where one has not the memory."""
+    """Make a plan; a rank that has not the memory raises its error, and the other ranks one that names it."""
     plan, error = None, None
     try:
         plan = make_plan(work, options.strategy, options.blocks, options.memory_budget)
     except Exception as caught:
         error = caught
-    work.processes.agree(error)
-    if plan is None:
+    work.processes.raise_on_every_rank(error)
+    if plan is None:  # not reached; narrows the type
         raise RuntimeError("no plan")
     return plan
 
 
-def _from_cache(model: nn.Module, filling: Filling, cache: Cache, found: dict[str, CachedGradient]) -> Outcome:
-    filling.take_cached(found)
-    filling.stand_in(model, [name for name in filling.layers if name not in found])
+def _from_cache(model: nn.Module, writer: LayerWriter, cache: Cache, gradients: dict[str, CachedGradient]) -> Outcome:
+    writer.write_cached(gradients)
+    writer.write_fallbacks(model, [name for name in writer.layers if name not in gradients])
     facts = cache.facts
     why = f"signs from {cache.path}, no backward"
-    return Outcome(_in_order(filling), facts["num_samples"], facts["data"], facts["loss"], "cache", why)
+    return Outcome(_reports(writer), facts["num_samples"], facts["data"], facts["loss"], "cache", why)
 
 
-def _in_order(filling: Filling) -> list[LayerReport]:
-    return [filling.reports[name] for name in filling.layers if name in filling.reports]
+def _reports(writer: LayerWriter) -> list[LayerReport]:
+    """Reports in the model's order; layers are factored from the last to the first."""
+    return [writer.reports[name] for name in writer.layers if name in writer.reports]

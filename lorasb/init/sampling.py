@@ -1,4 +1,7 @@
-"""Which samples initialization sees: drawn by seed where the data can be indexed, in order where it cannot."""
+"""Sample selection for initialization: a seeded draw where the data can be indexed, the iteration order elsewhere.
+
+Under torch.distributed each rank selects from its own share, and counts are over all ranks.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,27 @@ from torch.utils.data import DistributedSampler, RandomSampler, SequentialSample
 from ..distributed.process_group import Processes
 
 Batch = dict[str, Any]
-SHARE = 1000  # the paper takes 1/1000 of the data set (appendix I)
-LEAST = 32
+DATA_SET_DIVISOR = 1000  # the paper takes 1/1000 of the data set (appendix I)
+MIN_SAMPLES = 32  # the default never takes fewer, unless the data set has fewer
 
 
 @dataclass
 class Samples:
-    """Batches to iterate over once, and what was seen: the number of samples and a hash of their tensors.
+    """Batches to iterate over once, counted and hashed on the way.
 
-    `several`: other processes have shares of their own, so that an empty or short one is no error.
+    Attributes:
+        batches: the source.
+        limit: number of samples after which iteration stops, where they could not be drawn beforehand; None for all.
+        exact: True if fewer samples than `limit` are an error.
+        is_distributed: True if other ranks have shares of their own, so that an empty or short share is no error here
+            (`collect` checks the sum over ranks).
+        seen: number of samples yielded so far.
     """
 
     batches: Iterable[Batch]
-    limit: int | None = None  # take this many in order, where the data could not be drawn beforehand
-    exact: bool = True  # whether fewer than `limit` is an error
-    several: bool = False
+    limit: int | None = None
+    exact: bool = True
+    is_distributed: bool = False
     seen: int = 0
     _hash: Any = field(default_factory=hashlib.sha256)
 
@@ -47,68 +56,78 @@ class Samples:
             self.seen += rows
             self._update_hash(batch)
             yield dict(batch)
+            # Before the next batch is fetched: a stream may be endless, or costly.
             if self.limit is not None and self.seen >= self.limit:
                 break
-        if not self.several:
+        if not self.is_distributed:
             self.check_enough(self.seen)
 
     def _update_hash(self, batch: Mapping[str, Any]) -> None:
-        for name in sorted(batch):
+        for name in sorted(batch):  # a collator may order its keys differently from run to run
             if isinstance(batch[name], Tensor):
                 self._hash.update(name.encode())
+                # `uint8`: numpy has no bfloat16
                 self._hash.update(batch[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
-    def check_enough(self, found: int) -> None:
-        """Raise a ValueError where there is nothing, or less than was asked for."""
-        if found == 0:
+    def check_enough(self, available: int) -> None:
+        """Check a number of samples against `limit`.
+
+        Raises:
+            ValueError: no samples, or fewer than asked for.
+        """
+        if available == 0:
             raise ValueError("expected at least one sample to initialize from, got none: the batches are empty")
-        if self.exact and self.limit is not None and found < self.limit:
-            raise ValueError(_too_few(self.limit, found))
+        if self.exact and self.limit is not None and available < self.limit:
+            raise ValueError(_too_few(self.limit, available))
 
     @property
     def data_hash(self) -> str:
-        """SHA-256 of the samples' tensors, in the order seen."""
+        """SHA-256 of the samples' tensors, in the order yielded."""
         return str(self._hash.hexdigest())
 
 
 def select(batches: Any, num_samples: int | None, seed: int, processes: Processes | None = None) -> Samples:
-    """Choose samples from a DataLoader (by its data set), a list of batches (by their rows) or any iterable (in order).
+    """Select samples from a DataLoader (by its data set), a list of batches (by their rows) or any iterable (in order).
 
     Args:
-        batches: a DataLoader, a list of dicts of tensors, or an iterable of such dicts. A DataLoader with a sampler of
-            its own (a subset, a rank's share) is taken in its order.
-        num_samples: how many; None means min(available, max(32, n/1000)), or all of an iterable without a size.
-            Both count all processes, each of which passes the batches of its own share.
-        seed: seed of the drawing. The global random state is not touched.
-        processes: who else there is.
+        batches: a DataLoader, a list of dicts of tensors, or an iterable of such dicts. A DataLoader with a
+            custom sampler (a subset, a rank's share) is taken in its order.
+        num_samples: number of samples; None means min(available, max(32, n/1000)), or all of an iterable without a
+            size. Both count all ranks, each of which passes the batches of its own share.
+        seed: seed of the draw. The global random state is not touched.
+        processes: the process group; the default group if None.
 
     Raises:
         ValueError: fewer samples than asked for (both numbers are named), or none.
-        TypeError: a batch that is no mapping.
+        TypeError: a batch that is not a mapping.
     """
     processes = processes or Processes()
+    # All ranks have to draw, or all take their own order: the branch is chosen by counts that every rank knows.
     count, error = -1, None
     try:
         count = _countable(batches, num_samples)
     except (TypeError, ValueError) as caught:
         error = caught
-    processes.agree(error)
-    counts = processes.gather(count)
-    if min(counts) >= 0:  # everybody's samples can be drawn from
+    processes.raise_on_every_rank(error)
+    counts = processes.all_gather(count)
+    if min(counts) >= 0:
         chosen = _draw(counts, num_samples, seed, processes.rank)
         drawn = _drawn_from_dataset(batches, chosen) if _can_draw(batches) else _drawn_from_list(batches, chosen)
-        return Samples(drawn, several=processes.several)
-    lengths = processes.gather(_length(batches))
+        return Samples(drawn, is_distributed=processes.is_distributed)
+    # In iteration order: a default count has to be known beforehand, so it needs the length of every rank's share.
+    lengths = processes.all_gather(_length(batches))
     exact = num_samples is not None or min(lengths) < 0
     limit = num_samples if exact else _default_count(sum(lengths))
-    return Samples(without_repeats(batches), limit=limit, exact=exact, several=processes.several)
+    return Samples(without_repeats(batches), limit=limit, exact=exact, is_distributed=processes.is_distributed)
 
 
 def _length(batches: Any) -> int:
-    """How many samples come in a process's own order; -1 where nobody knows."""
+    """Number of samples in this rank's iteration order; -1 if unknown."""
     total: Any = getattr(batches, "total_dataset_length", None)
     sharded: Any = getattr(batches, "batch_sampler", None)
     if total is not None and hasattr(sharded, "num_processes"):
+        # accelerate's loaders have no sampler of their own: this is the rank's share after padding by `even_batches`,
+        # at most the whole data set.
         share = -(-int(total) // int(batches.total_batch_size)) * int(batches.total_batch_size) // sharded.num_processes
         return min(int(total), share)
     sampler = getattr(batches, "sampler", None)
@@ -116,9 +135,10 @@ def _length(batches: Any) -> int:
 
 
 def _countable(batches: Any, num_samples: int | None) -> int:
-    """How many samples there are to draw from; -1 where they have to be taken in order."""
+    """Number of samples that can be indexed and drawn; -1 if they have to be taken in order."""
     if num_samples is not None and num_samples <= 0:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}")
+    # A dict and a str are iterable, but as a single batch and a path they are mistakes.
     if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(
             f"expected an iterable of batches (a DataLoader, a list of dicts), got {type(batches).__name__}"
@@ -133,12 +153,12 @@ def _countable(batches: Any, num_samples: int | None) -> int:
 
 
 def collect(samples: Samples, processes: Processes) -> tuple[list[Batch], Samples]:
-    """All batches, so that they can be gone through again, and what was seen of them.
+    """Load all batches of this rank into a list, and return them with their `Samples` (count and hash).
 
-    Of several processes, each one takes its part of the number wanted.
+    Where all ranks together have more than `samples.limit`, every rank is cut to its quota.
 
     Raises:
-        ValueError: fewer samples than asked for over all processes, or none.
+        ValueError: fewer samples than asked for over all ranks, or none.
     """
     error: Exception | None = None
     batches: list[Batch] = []
@@ -146,60 +166,75 @@ def collect(samples: Samples, processes: Processes) -> tuple[list[Batch], Sample
         batches = list(samples)
     except Exception as caught:
         error = caught
-    processes.agree(error)
-    counts = processes.gather(samples.seen)
-    samples.check_enough(sum(counts))
+    processes.raise_on_every_rank(error)
+    counts = processes.all_gather(samples.seen)
+    samples.check_enough(sum(counts))  # the same sum, and so the same error, on every rank
     if samples.limit is None or sum(counts) <= samples.limit:
         return batches, samples
-    mine = Samples(batches, limit=_quotas(counts, samples.limit)[processes.rank], exact=False, several=True)
-    return list(mine), mine
+    # A new pass over the batches: the hash has to cover the samples within the quota only.
+    quota = _quotas(counts, samples.limit)[processes.rank]
+    within_quota = Samples(batches, limit=quota, exact=False, is_distributed=True)
+    return list(within_quota), within_quota
 
 
-def _quotas(counts: list[int], wanted: int) -> list[int]:
-    """How many each process contributes: equally many, and those who have more fill up for those who have less."""
+def _quotas(counts: list[int], total: int) -> list[int]:
+    """Samples that each rank contributes to `total`: equal shares; ranks with more make up for those with less."""
     quotas = [0] * len(counts)
-    while sum(quotas) < wanted:
+    while sum(quotas) < total:
         for rank, count in enumerate(counts):
-            if quotas[rank] < count and sum(quotas) < wanted:
+            if quotas[rank] < count and sum(quotas) < total:
                 quotas[rank] += 1
     return quotas
 
 
 def without_repeats(loader: Any) -> Iterable[Batch]:
-    """A rank's batches without the samples that were appended to make all shares equally long.
+    """A rank's batches without the duplicates that were appended to make all shares equally long.
 
-    torch's DistributedSampler and accelerate's loaders (`even_batches`) both take some samples twice.
+    torch's DistributedSampler and accelerate's loaders (`even_batches`) both repeat samples; these would count twice in
+    ΣG.
     """
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
-        real = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
-        return Samples(loader, limit=real, exact=False, several=True) if real else []
+        # The rank's indices are rank, rank + num_replicas, ...; the duplicates come after the last of them.
+        unpadded = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+        return Samples(loader, limit=unpadded, exact=False, is_distributed=True) if unpadded else []
     sharded = getattr(loader, "batch_sampler", None)
     if not hasattr(loader, "total_dataset_length") or not getattr(sharded, "even_batches", False):
         return loader
-    return _real_rows(loader, sharded)
+    return _without_wrapped_rows(loader, sharded)
 
 
-def _real_rows(loader: Any, sharded: Any) -> Iterator[Batch]:
-    """accelerate's order: in every round, process after process takes a batch; the last round may wrap around."""
+def _without_wrapped_rows(loader: Any, sharded: Any) -> Iterator[Batch]:
+    """Drop the rows of an accelerate loader that `even_batches` took from the start of the data set again.
+
+    In round k, rank p gets the rows from k·total_batch_size + p·size on, so a row is a repeat if its position is not
+    below the length of the data set.
+    """
     size, count = loader.total_batch_size // sharded.num_processes, loader.total_dataset_length
     for round_, batch in enumerate(loader):
         start = round_ * loader.total_batch_size + sharded.process_index * size
-        real = min(batch_size(batch), max(0, count - start))
-        if real:
-            yield take_rows(batch, torch.arange(real)) if real < batch_size(batch) else batch
+        rows = min(batch_size(batch), max(0, count - start))
+        if rows:
+            yield take_rows(batch, torch.arange(rows)) if rows < batch_size(batch) else batch
 
 
 def _can_draw(loader: Any) -> bool:
-    """Whether a loader stands for its whole data set: another sampler chose a part of it, and that choice is kept."""
-    dataset, plain = getattr(loader, "dataset", None), (SequentialSampler, RandomSampler)
+    """True if samples may be drawn from a loader's whole data set.
+
+    Any sampler but torch's sequential and random ones is a selection by the caller (a subset, weights, a rank's share),
+    which a draw from the data set would undo.
+    """
+    dataset, whole_data_set = getattr(loader, "dataset", None), (SequentialSampler, RandomSampler)
     indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     return (
-        indexed and getattr(loader, "batch_size", None) is not None and type(getattr(loader, "sampler", None)) in plain
+        indexed
+        and getattr(loader, "batch_size", None) is not None
+        and type(getattr(loader, "sampler", None)) in whole_data_set
     )
 
 
 def _drawn_from_dataset(loader: Any, chosen: list[int]) -> Iterator[Batch]:
+    # Not through the loader: its workers and its random sampler would advance the global random state.
     size = loader.batch_size
     return (
         loader.collate_fn([loader.dataset[i] for i in chosen[start : start + size]])
@@ -208,15 +243,17 @@ def _drawn_from_dataset(loader: Any, chosen: list[int]) -> Iterator[Batch]:
 
 
 def _drawn_from_list(batches: list[Any] | tuple[Any, ...], chosen: list[int]) -> Iterator[Batch]:
-    owner = [(b, row) for b, batch in enumerate(batches) for row in range(batch_size(batch))]
+    # Rows of one batch stay together, in order: padded to one length, they may not fit into a batch with others.
+    positions = [(b, row) for b, batch in enumerate(batches) for row in range(batch_size(batch))]
     rows: dict[int, list[int]] = {}
     for i in chosen:
-        rows.setdefault(owner[i][0], []).append(owner[i][1])
+        b, row = positions[i]
+        rows.setdefault(b, []).append(row)
     return (take_rows(batches[b], torch.tensor(sorted(rows[b]))) for b in sorted(rows))
 
 
 def draw(available: int, num_samples: int | None, seed: int) -> list[int]:
-    """Numbers of the samples drawn from `available` ones, the same in every process.
+    """Indices of the samples drawn from `available` ones, the same on every rank.
 
     Raises:
         ValueError: fewer than asked for, or none.
@@ -225,25 +262,26 @@ def draw(available: int, num_samples: int | None, seed: int) -> list[int]:
 
 
 def _draw(counts: list[int], num_samples: int | None, seed: int, rank: int) -> list[int]:
-    """Numbers drawn from everybody's samples, as far as they are this process's own."""
+    """Draw from the samples of all ranks, which count one after another; returns this rank's, as indices of its own."""
     available = sum(counts)
     if available == 0:
         raise ValueError("expected at least one sample to initialize from, got none: the data set is empty")
-    wanted = num_samples if num_samples is not None else _default_count(available)
-    if wanted > available:
-        raise ValueError(_too_few(wanted, available))
-    drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted]
+    count = num_samples if num_samples is not None else _default_count(available)
+    if count > available:
+        raise ValueError(_too_few(count, available))
+    # The same permutation on every rank, so no communication is needed to split it.
+    drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
     drawn = drawn - sum(counts[:rank])
     return drawn[(drawn >= 0) & (drawn < counts[rank])].tolist()
 
 
 def _default_count(available: int) -> int:
-    return min(available, max(LEAST, math.ceil(available / SHARE)))
+    return min(available, max(MIN_SAMPLES, math.ceil(available / DATA_SET_DIVISOR)))
 
 
-def _too_few(wanted: int, available: int) -> str:
+def _too_few(num_samples: int, available: int) -> str:
     return (
-        f"num_samples={wanted}, but the batches hold {available} samples: pass more data, a smaller num_samples, "
+        f"num_samples={num_samples}, but the batches hold {available} samples: pass more data, a smaller num_samples, "
         "or leave num_samples out to take what there is"
     )
 
@@ -256,11 +294,12 @@ def _check_batch(batch: Any) -> None:
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:
-    """Samples in a batch: the first dimension that its tensors share.
+    """Number of samples in a batch: the first dimension, which its tensors share. 0-D tensors do not count.
 
     Raises:
         ValueError: no tensor, or tensors of different lengths.
     """
+    # A set, so that a mask or a label of another length is noticed.
     sizes = {value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0}
     if len(sizes) != 1:
         raise ValueError(f"expected the tensors of a batch to share their first dimension, got {sorted(sizes)}")
@@ -268,7 +307,7 @@ def batch_size(batch: Mapping[str, Any]) -> int:
 
 
 def take_rows(batch: Mapping[str, Any], rows: Tensor) -> Batch:
-    """Some samples of a batch."""
+    """The samples of a batch at the indices `rows`; 0-D tensors and other values are passed on unchanged."""
     return {
         name: value.index_select(0, rows.to(value.device)) if isinstance(value, Tensor) and value.dim() > 0 else value
         for name, value in batch.items()

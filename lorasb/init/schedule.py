@@ -6,17 +6,17 @@ import math
 
 
 def first_step_lr(lr: float, warmup_steps: float = 0, total_steps: int | None = None) -> float:
-    """η = peak lr / max(1, warm-up steps): the rate of the first step that moves, as the published code takes it.
+    """η = peak lr / max(1, warm-up steps): the rate of the first step that moves, as in the published code.
 
-    A schedule's very first rate is 0 during a warm-up, which would initialize R to nothing.
+    During a warm-up the rate of step 0 is 0, which would initialize R to zero.
 
     Args:
         lr: the schedule's peak learning rate.
-        warmup_steps: number of warm-up steps, or below 1 their share of `total_steps`.
-        total_steps: optimizer steps of the whole run; needed only for a share.
+        warmup_steps: number of warm-up steps, or, below 1, their fraction of `total_steps`.
+        total_steps: optimizer steps of the whole run; needed only for a fraction.
 
     Raises:
-        ValueError: a rate that is not positive, negative warm-up, or a share without total_steps.
+        ValueError: a rate that is not positive, negative warm-up, or a fraction without total_steps.
     """
     if not lr > 0:
         raise ValueError(f"expected a positive learning rate, got {lr!r}")
@@ -25,5 +25,5 @@ def first_step_lr(lr: float, warmup_steps: float = 0, total_steps: int | None = 
     if 0 < warmup_steps < 1:
         if total_steps is None:
             raise ValueError(f"warmup_steps={warmup_steps!r} is a share of the run: give total_steps too")
-        warmup_steps = math.ceil(warmup_steps * total_steps)  # as transformers counts it
+        warmup_steps = math.ceil(warmup_steps * total_steps)  # rounded up, as in TrainingArguments.get_warmup_steps
     return lr / max(1.0, float(warmup_steps))

@@ -72,7 +72,8 @@ def targets(said: str | None) -> str | list[str]:
 def _share(items: list[Any]) -> list[Any]:
     """This process's part of a list: the parts of all, one after another, are the list."""
     processes = Processes()
-    return items[len(items) * processes.rank // processes.size : len(items) * (processes.rank + 1) // processes.size]
+    rank, world_size = processes.rank, processes.world_size
+    return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
 
 
 def save_start(run: Run, report: InitReport | None, folder: Path) -> None:

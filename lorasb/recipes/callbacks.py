@@ -42,7 +42,7 @@ class Saving(TrainerCallback):
         now = time.perf_counter()
         self.longest = max(self.longest, now - self.begun)
         due = now - self.saved + self.longest > LOST if self.every is None else state.global_step % self.every == 0
-        due = bool(self.processes.largest([float(due)])[0])
+        due = bool(self.processes.all_reduce_max([float(due)])[0])
         stopped = self.stop.agreed(self.processes)
         if due or stopped or state.global_step >= state.max_steps:
             control.should_save, self.saved = True, now

@@ -91,11 +91,11 @@ def _shared(
     The bar counts units, of which each batch has its size.
     """
     processes = Processes()
-    mine = range(processes.rank, len(chunks), processes.size)
+    mine = range(processes.rank, len(chunks), processes.world_size)
     hidden = processes.rank > 0 or not title
     with tqdm(total=sum(sizes[k] for k in mine), desc=title, unit=unit, leave=False, disable=hidden) as bar:
         every = gather_json([judge(chunks[k], bar) for k in mine], processes)
-    return [(numbers, every[k % processes.size][k // processes.size]) for k, numbers in enumerate(chunks)]
+    return [(numbers, every[k % processes.world_size][k // processes.world_size]) for k, numbers in enumerate(chunks)]
 
 
 def example_losses(model: nn.Module, batch: dict[str, Any]) -> list[float]:

@@ -42,7 +42,7 @@ def run_finetune(settings: Settings) -> Result:
         facts = {
             "dtype": precision.name,
             "device": device(),
-            "processes": processes.size,
+            "processes": processes.world_size,
             "examples": digest(*examples),
         }
         identity, folder = identity_of(settings, **facts), RunFolder(settings.output)
@@ -54,7 +54,7 @@ def run_finetune(settings: Settings) -> Result:
         first = processes.rank == 0
         if first:
             folder.begin(state, settings, identity)
-        processes.gather(0)  # nobody reads what an earlier run left
+        processes.all_gather(0)  # nobody reads what an earlier run left
         before = folder.before() or run.evaluate("held-out problems, before")
         if first:
             folder.save_before(before)
@@ -66,7 +66,7 @@ def run_finetune(settings: Settings) -> Result:
         if first:
             results.save(run, result, trained.history)
             folder.end()
-        processes.gather(0)  # the others leave once the files are there
+        processes.all_gather(0)  # the others leave once the files are there
     return result
 
 
@@ -77,7 +77,7 @@ def _look(folder: RunFolder, settings: Settings, identity: dict[str, Any], proce
         state = folder.look(settings, identity) if processes.rank == 0 else None
     except ValueError as caught:
         error = caught
-    processes.agree(error, "looking for an earlier run")
+    processes.raise_on_every_rank(error, "looking for an earlier run")
     found = State(**launch.gather_json(state.__dict__ if state else None, processes)[0])
     for line in found.lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -50,9 +50,9 @@ def _begin() -> Processes:
 
 def gather_json(value: Any, processes: Processes) -> list[Any]:
     """Everybody's value, by rank."""
-    if not processes.several:
+    if not processes.is_distributed:
         return [value]
     text = json.dumps(value).encode()
-    width = max(processes.gather(len(text)))
-    every = processes.gather_bytes(text.ljust(width))
+    width = max(processes.all_gather(len(text)))
+    every = processes.all_gather_bytes(text.ljust(width))
     return [json.loads(every[start : start + width]) for start in range(0, len(every), width)]

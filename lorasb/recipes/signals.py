@@ -51,7 +51,7 @@ class Stop:
 
     def agreed(self, processes: Processes) -> bool:
         """Whether any process was asked to end; all of them call this after the same step."""
-        self.requested = int(processes.largest([float(self.requested)])[0])
+        self.requested = int(processes.all_reduce_max([float(self.requested)])[0])
         return self.requested > 0
 
     def end(self) -> None:

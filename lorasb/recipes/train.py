@@ -59,12 +59,12 @@ def train(run: Run, folder: Path, identity: dict[str, Any], checkpoint: str | No
         _checkpoint_activations(run.model.get_base_model())
     trainer = _RunTrainer(
         model=run.model,
-        args=arguments(run, folder, processes.size),
+        args=arguments(run, folder, processes.world_size),
         train_dataset=Listed(run.rows),
         data_collator=collate,
     )
     trainer.order, trainer.identity, trainer.spent = order, identity, mark.seconds if mark else 0.0
-    _put_callbacks(trainer, run, stop, settings.gradient_accumulation * processes.size)
+    _put_callbacks(trainer, run, stop, settings.gradient_accumulation * processes.world_size)
     console.print(announcement(run), highlight=False)
     stop.steps = True
     trainer.begun = time.perf_counter()
@@ -140,7 +140,7 @@ class _RunTrainer(Trainer):
         except Exception as caught:  # torch and safetensors have errors of their own for a full disk
             error = caught
         try:
-            Processes().agree(error, "saving a checkpoint")
+            Processes().raise_on_every_rank(error, "saving a checkpoint")
             if first:
                 share(folder)
                 checkpoints.complete(folder, self.elapsed(), self.identity)

@@ -113,9 +113,9 @@ def _batches(loader: Any, size: int, num_samples: int | None, seed: int) -> tupl
         if num_samples is None:
             raise ValueError("the trainer's data set is a stream: say how many samples, InitCallback(num_samples=64)")
         first = [item for item, _ in zip(dataset, range(num_samples), strict=False)]
-        return _collated(first[processes.rank :: processes.size], collate, size), num_samples
+        return _collated(first[processes.rank :: processes.world_size], collate, size), num_samples
     chosen = draw(len(dataset), num_samples, seed)
-    mine = chosen[processes.rank :: processes.size]
+    mine = chosen[processes.rank :: processes.world_size]
     return _collated((dataset[i] for i in mine), collate, size), len(chosen)
 
 

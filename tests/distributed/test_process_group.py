@@ -127,6 +127,6 @@ def test_repeats_of_accelerates_loaders_are_dropped(size: int, count: int, ranks
     for rank in range(ranks):
         share = prepare_data_loader(loader, num_processes=ranks, process_index=rank, put_on_device=False)
         samples = select(share, None, seed=0)
-        samples.several = True
+        samples.is_distributed = True
         seen += [int(value) for batch in samples for value in batch["x"]]
     assert sorted(seen) == list(range(count))

@@ -42,7 +42,7 @@ def no_backward(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("a backward was taken")
 
-    monkeypatch.setattr(execution, "_carry_out", fail)
+    monkeypatch.setattr(execution, "_execute_plan", fail)
 
 
 @pytest.mark.parametrize("r", [2, 4, 16])

@@ -67,7 +67,7 @@ def test_the_last_blocks_of_a_long_stack_go_together_where_memory_allows(
 
     got, why, calls = start(memory_budget=budget)
     assert ("together" in why) == together
-    monkeypatch.setattr(init_budget, "LEAST_BLOCKS", 100)
+    monkeypatch.setattr(init_budget, "MIN_BLOCKS", 100)
     want, plain, all_calls = start()
     assert "together" not in plain
     assert all(torch.equal(value, want[name]) for name, value in got.items())
@@ -180,7 +180,7 @@ def test_boundaries_may_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
         moved.append(boundary.double())
         return boundary.clone()
 
-    monkeypatch.setattr(strategy, "_as_is", keep)
+    monkeypatch.setattr(strategy, "_keep_on_device", keep)
     got, _ = library_sums("llama", singles("llama"), strategy="layerwise")
     want = autograd_sums("llama", singles("llama"))
     assert len(moved) >= 6  # a boundary a block, and what blocks share beside them

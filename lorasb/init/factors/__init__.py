@@ -1,1 +1,1 @@
-"""Gradients to factors: the truncated SVD of a layer's sign, what is written into layers, undone, or cached."""
+"""From ΣG to A, R and B: the truncated SVD of sign(ΣG), writing into layers with rollback, and the cache of signs."""

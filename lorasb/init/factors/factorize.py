@@ -1,4 +1,4 @@
-"""One layer's gradient to its factors, and what they keep of it."""
+"""From one layer's gradient to its factors, and the energy that they capture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .methods import Factors, first_step, start_share
 
 
 class Gradient(Protocol):
-    """What is known of a layer's ΣG: everything, or what a cache kept."""
+    """G = ΣG of a layer, as `factor` needs it: a `LayerSum` with all values, or a `CachedGradient` with signs only."""
 
     @property
     def squares(self) -> float:
@@ -26,7 +26,7 @@ class Gradient(Protocol):
 
     @property
     def zeros(self) -> int:
-        """Exact zeros."""
+        """Number of entries that are exactly zero."""
 
     def signs(self) -> SignBits:
         """sign(G)."""
@@ -35,15 +35,23 @@ class Gradient(Protocol):
         """G [out, in]."""
 
     def curve(self, u: Tensor, vt: Tensor) -> Tensor:
-        """For k = 1, 2, ...: ‖U_kᵀ G V_k‖²."""
+        """‖U_kᵀ G V_k‖² for k = 1, 2, ..., with U [out, q] and Vᵀ [q, in]."""
 
     def half_signs(self) -> tuple[SignBits, SignBits] | None:
-        """Signs over each half of the samples."""
+        """Signs of the sums over each half of the samples; None if halves were not summed."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How gradients become factors: of which adapter, η, the update rule, the seed of the SVDs, the longest start."""
+    """How gradients become factors.
+
+    Attributes:
+        adapter: adapter name.
+        lr: η of the simulated step.
+        update: "adamw" (factor sign(G)), "sgd" (factor G) or "none" (data-free).
+        seed: seed of the SVDs.
+        longest: see `longest_start` of `initialize`.
+    """
 
     adapter: str
     lr: float
@@ -52,21 +60,24 @@ class Recipe:
     longest: float | None = None
 
     def seed_of(self, name: str) -> int:
-        """A layer's own seed, whichever other layers there are."""
+        """A layer's own seed, which does not depend on the other layers or their order."""
+        # crc32 and not `hash`, which is salted differently in every process.
         return self.seed + zlib.crc32(name.encode())
 
 
 @torch.no_grad()
 def factor(name: str, gradient: Gradient, layer: LoRASBLinear, recipe: Recipe) -> tuple[Factors, Measurements]:
-    """A layer's B, R and A from its gradient (Eq. 6-8), and what they keep of it."""
+    """A layer's B, R and A from its gradient (Eq. 6-8), and the energy of it that they capture."""
     started, r, seed = time.perf_counter(), layer.r[recipe.adapter], recipe.seed_of(name)
     signs = gradient.signs()
     with full_precision():
         triplets = leading_triplets(signs if recipe.update == "adamw" else gradient.value(), r, seed)
-        share = start_share(triplets.first(r).s, recipe.longest)
-        factors = first_step(triplets, r, share * recipe.lr, layer.scaling[recipe.adapter])
-        of_sign = triplets.s.square().cumsum(0) if recipe.update == "adamw" else energies(signed_core(signs, triplets))
-        of_gradient = _up_to(gradient.curve(triplets.u, triplets.vt), len(triplets.s))
+        start = start_share(triplets.first(r).s, recipe.longest)
+        factors = first_step(triplets, r, start * recipe.lr, layer.scaling[recipe.adapter])
+        # If sign(G) itself was factored, Uᵀ sign(G) V is diag(S), and its energies need no other product.
+        from_svd = recipe.update == "adamw"
+        sign_energies = triplets.s.square().cumsum(0) if from_svd else energies(signed_core(signs, triplets))
+        gradient_energies = _padded(gradient.curve(triplets.u, triplets.vt), len(triplets.s))
         overlap = stability(gradient.half_signs(), r, seed)
     scalars = Scalars(
         squares=gradient.squares,
@@ -74,31 +85,32 @@ def factor(name: str, gradient: Gradient, layer: LoRASBLinear, recipe: Recipe) -
         zeros=gradient.zeros,
         seconds=time.perf_counter() - started,
         stability=overlap,
-        start=share,
+        start=start,
     )
-    return factors, Measurements(triplets.s.double().cpu(), of_sign.double().cpu(), of_gradient, scalars)
+    return factors, Measurements(triplets.s.double().cpu(), sign_energies.double().cpu(), gradient_energies, scalars)
 
 
-def _up_to(known: Tensor, count: int) -> Tensor:
-    """The first `count` of what is known, in fp64; NaN after its end."""
-    filled = torch.full((count,), float("nan"), dtype=torch.float64)
-    known = known[:count]
-    filled[: len(known)] = known.double().cpu()
-    return filled
+def _padded(curve: Tensor, count: int) -> Tensor:
+    """The first `count` values in fp64 on the CPU, padded with NaN: a cache was measured up to its own rank only."""
+    padded = torch.full((count,), float("nan"), dtype=torch.float64)
+    curve = curve[:count]
+    padded[: len(curve)] = curve.double().cpu()
+    return padded
 
 
 def count_triplets(layer: LoRASBLinear, adapter: str) -> int:
-    """How many triplets are measured of a layer."""
+    """Number of singular triplets that the SVD of a layer returns: q = r + 32, at most min(m, n)."""
     return min(layer.r[adapter] + OVERSAMPLE, layer.in_features, layer.out_features)
 
 
 def stability(halves: tuple[SignBits, SignBits] | None, r: int, seed: int) -> float:
-    """How much the rank-r subspaces of two halves of the samples overlap: 1 for the same, about r/n for unrelated ones.
+    """Overlap of the rank-r subspaces of two halves of the samples: 1 if equal, about r/n if unrelated.
 
-    The mean of ‖U₁ᵀU₂‖²/r and ‖V₁ᵀV₂‖²/r; NaN where halves were not asked for.
+    The mean of ‖U₁ᵀU₂‖²/r and ‖V₁ᵀV₂‖²/r; NaN if halves were not summed.
     """
     if halves is None:
         return float("nan")
     first, second = (truncated_svd(half, r, seed) for half in halves)
+    # Squared cosines of the principal angles, averaged over column and row space.
     left = (first.u.t() @ second.u).square().sum()
     return float((left + (first.vt @ second.vt.t()).square().sum()) / (2 * r))

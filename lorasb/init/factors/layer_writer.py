@@ -1,4 +1,4 @@
-"""From sums to layers: checked, added up over processes, factored by one owner each, written, kept in a cache."""
+"""From ΣG to layers: reduce and check the sums, factor each layer on one rank, broadcast, write and cache."""
 
 from __future__ import annotations
 
@@ -23,12 +23,18 @@ from .transaction import Staging
 
 
 @dataclass
-class Filling:
-    """Layers on their way from gradients to factors.
+class LayerWriter:
+    """Factors gradients and writes A, R and B into the layers, the same bits on every rank.
 
     Attributes:
-        reports: of the layers that are through.
-        called: layers that ran in a forward.
+        layers: all targets, by name.
+        recipe: how gradients become factors.
+        processes: the process group.
+        staging: the transaction that factors are written in.
+        halves: True if sums over the first half of the samples are reduced too.
+        cache: receives the signs of every layer on rank 0, if set.
+        reports: by name, of the layers that are written.
+        called: names of layers that ran in a forward, on any rank.
     """
 
     layers: Layers
@@ -40,97 +46,110 @@ class Filling:
     reports: dict[str, LayerReport] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
 
-    def take(self, found: GradientSums) -> list[str]:
-        """Use up the sums of a block or a pass; returns the names of its layers that are through."""
-        names = list(found.layers)
-        reached = self.processes.add_up(torch.tensor([[n in found.sums, n in found.called] for n in names]).int())
+    def write_sums(self, sums: GradientSums) -> list[str]:
+        """Write the layers of a block or a pass, and free their sums; returns the names of those that backward reached.
+
+        A layer counts as reached if backward reached it on any rank: experts may run on one rank only.
+        """
+        names = list(sums.layers)
+        reached = self.processes.all_reduce_sum(torch.tensor([[n in sums.sums, n in sums.called] for n in names]).int())
         self.called |= {name for name, (_, ran) in zip(names, reached.tolist(), strict=True) if ran}
-        through = [name for name, (some, _) in zip(names, reached.tolist(), strict=True) if some]
-        gradients: dict[str, Gradient] = {name: self._whole(name, found.sums.pop(name, None)) for name in through}
-        self._fill(gradients)
-        return through
+        with_sum = [name for name, (has_sum, _) in zip(names, reached.tolist(), strict=True) if has_sum]
+        # `pop`: `sums` gives up its references, so that a sum is freed when `_factor_and_write` deletes it.
+        gradients: dict[str, Gradient] = {name: self._reduced(name, sums.sums.pop(name, None)) for name in with_sum}
+        self._factor_and_write(gradients)
+        return with_sum
 
-    def take_cached(self, gradients: dict[str, CachedGradient]) -> None:
-        """Factor from signs that a cache kept."""
+    def write_cached(self, gradients: dict[str, CachedGradient]) -> None:
+        """Write layers from the signs of a cache, one at a time: unpacked signs take 32 times the memory."""
         for name, gradient in gradients.items():
-            self._fill({name: gradient})
+            self._factor_and_write({name: gradient})
 
-    def take_finished(self) -> None:
-        """Factor the blocks that an interrupted run had finished."""
-        found = self.cache.layers if self.cache is not None else {}
-        self.take_cached({name: layer for name, layer in found.items() if name not in self.reports})
+    def write_resumed(self) -> None:
+        """Write the layers of blocks that an interrupted run had finished, which took no backward in this run."""
+        cached_layers = self.cache.layers if self.cache is not None else {}
+        self.write_cached({name: layer for name, layer in cached_layers.items() if name not in self.reports})
 
-    def _whole(self, name: str, found: LayerSum | None) -> LayerSum:
-        """The sum over all processes, checked.
+    def _reduced(self, name: str, local: LayerSum | None) -> LayerSum:
+        """ΣG of a layer over all ranks, checked; `local` is None if no sample of this rank reached the layer.
 
         Raises:
-            ValueError: NaN, Inf or nothing but zeros.
+            ValueError: NaN, Inf or only zeros.
         """
-        layer, mine = self.layers[name], found or LayerSum(self.halves)
-        if self.processes.several:
-            nothing = _nothing(layer)
-            total, half = found.value() if found is not None else nothing, mine.half
-            mine.merge(self.processes.add_up(total))
+        layer, layer_sum = self.layers[name], local or LayerSum(self.halves)
+        if self.processes.is_distributed:
+            # Reduced in fp32 before the sign is taken: sign(ΣG) is not the sum of the ranks' signs.
+            zeros = _zero_sum(layer)
+            total, half = local.value() if local is not None else zeros, layer_sum.half
+            layer_sum.merge(self.processes.all_reduce_sum(total))
             if self.halves:
-                mine.half = self.processes.add_up(half if half is not None else nothing)
-        if not mine.finite:
+                layer_sum.half = self.processes.all_reduce_sum(half if half is not None else zeros)
+        if not layer_sum.finite:
             raise ValueError(
                 f"the gradient of layer {name!r} has NaN or Inf entries: check the data, or load the model in fp32 or "
                 "bf16. Nothing was changed"
             )
-        if mine.zeros == layer.in_features * layer.out_features:
+        if layer_sum.zeros == layer.in_features * layer.out_features:
             raise ValueError(
                 f"the gradient of layer {name!r} is zero: the loss does not depend on it. Nothing was changed"
             )
-        return mine
+        return layer_sum
 
-    def _fill(self, gradients: dict[str, Gradient]) -> None:
-        """Factor, each layer by its owner, and write everywhere."""
-        own: dict[str, tuple[Factors, Measurements]] = {}
+    def _factor_and_write(self, gradients: dict[str, Gradient]) -> None:
+        """Factor each layer on its owner rank, and write it on every rank; empties `gradients` on the way.
+
+        One rank computes and broadcasts because the last bits of the SVD's QR depend on the number of threads, and
+        because ranks then share the work.
+        """
+        results: dict[str, tuple[Factors, Measurements]] = {}
         error: Exception | None = None
-        owners = {name: i % self.processes.size for i, name in enumerate(gradients)}
+        # Round-robin over the layers of one block or pass: the same assignment on every rank, without communication.
+        owners = {name: i % self.processes.world_size for i, name in enumerate(gradients)}
         try:
             for name, owner in owners.items():
                 if owner == self.processes.rank:
-                    own[name] = factor(name, gradients[name], self.layers[name], self.recipe)
-                elif self.cache is None or self.processes.rank != 0:
-                    gradients[name] = LayerSum()  # somebody else's: let go of it
+                    results[name] = factor(name, gradients[name], self.layers[name], self.recipe)
+                elif self.cache is None or self.processes.rank != 0:  # rank 0 needs all sums for the cache
+                    gradients[name] = LayerSum()  # frees the sum of a layer that another rank owns
         except Exception as caught:
             error = caught
-        self.processes.agree(error)
+        # Before the broadcasts below, in which a rank that failed would be missing.
+        self.processes.raise_on_every_rank(error)
         for name, owner in owners.items():
-            factors, measured = self._from_owner(name, own.get(name), owner)
+            factors, measured = self._broadcast_factors(name, results.get(name), owner)
             self.staging.write(self.layers[name], factors)
             if self.cache is not None and self.processes.rank == 0 and not isinstance(gradients[name], CachedGradient):
-                self.cache.add(name, cached(gradients[name], measured.of_gradient))
+                self.cache.add(name, cached(gradients[name], measured.gradient_energies))
             self.reports[name] = measured.report(name, self.layers[name], self.recipe.adapter)
-            del gradients[name]
+            del gradients[name]  # the sum is freed before the next layer's factors arrive
 
-    def _from_owner(
-        self, name: str, own: tuple[Factors, Measurements] | None, owner: int
+    def _broadcast_factors(
+        self, name: str, result: tuple[Factors, Measurements] | None, owner: int
     ) -> tuple[Factors, Measurements]:
-        """A layer's factors and measurements on every process."""
-        if own is not None and not self.processes.several:
-            return own
+        """A layer's factors and measurements from its owner; the other ranks pass None."""
+        if result is not None and not self.processes.is_distributed:
+            return result
         layer = self.layers[name]
+        # Receivers know all shapes from the layer, so nothing but values has to be sent.
         r, q = layer.r[self.recipe.adapter], count_triplets(layer, self.recipe.adapter)
         device = next(layer.lorasb_R.parameters()).device
-        if own is not None:
-            factors, packed = own[0], own[1].to_tensor()
-        else:  # places for what the owner sends
+        if result is not None:
+            factors, packed = result[0], result[1].to_tensor()
+        else:  # receive buffers
             m, n = layer.out_features, layer.in_features
             factors = Factors(*(torch.empty(shape, device=device) for shape in ((m, r), (r, r), (r, n), (r,))))
             packed = torch.empty(Measurements.size(q), dtype=torch.float64)
-        factors = Factors(*(self.processes.from_owner(part.float(), owner) for part in factors))
-        return factors, Measurements.from_tensor(self.processes.from_owner(packed, owner))
+        # `float`: the factors of an fp64 model are fp64, and the buffers are fp32
+        factors = Factors(*(self.processes.broadcast(tensor.float(), owner) for tensor in factors))
+        return factors, Measurements.from_tensor(self.processes.broadcast(packed, owner))
 
-    def stand_in(self, model: nn.Module, names: list[str]) -> None:
-        """Layers that no sample reached: the leading subspace of their weight and R = 0, as their first step is zero.
+    def write_fallbacks(self, model: nn.Module, names: list[str]) -> None:
+        """Write layers that no sample reached: the leading subspace of their weight and R = 0, as their step is zero.
 
-        Only where the samples took another way inside the same block (experts that were not routed to).
+        Accepted only if other layers of the same block were reached (experts that no token was routed to).
 
         Raises:
-            ValueError: the loss does not depend on a layer, or its whole block was passed by.
+            ValueError: the loss does not depend on a layer, or its whole block did not run.
         """
         for name in names:
             if name in self.called:
@@ -142,6 +161,7 @@ class Filling:
                     f"layer {name!r} was never reached by the loss of these batches: leave it out with "
                     "exclude_modules, or pass batches that use it"
                 )
+        # After all checks, so that an initialization that fails does not warn.
         if names:
             warnings.warn(
                 f"{len(names)} layers were not reached by these samples and start from their weight's subspace with "
@@ -160,16 +180,17 @@ class Filling:
             self.reports[name] = LayerReport(name, shape, r, None, None, sigma, 0, 0.0, fallback="weight")
 
     def _block_ran(self, model: nn.Module, name: str) -> bool:
+        """True if another target of the layer's block was reached; False if the model is no stack of blocks."""
         try:
             stack = find_stack(model, self.layers)
         except NotAStackError:
             return False
         block = next((targets for targets in stack.targets if name in targets), {})
-        return any(other in self.reports for other in block)
+        return any(target in self.reports for target in block)
 
 
-def _nothing(layer: LoRASBLinear) -> Tensor:
-    """The sum of a process that had no sample for a layer."""
+def _zero_sum(layer: LoRASBLinear) -> Tensor:
+    """ΣG [out, in] of a rank on which no sample reached the layer, in the dtype of the sums of the other ranks."""
     dtype = torch.float64 if layer.base_dtype == torch.float64 else torch.float32
     device = next(layer.lorasb_R.parameters()).device
     return torch.zeros(layer.out_features, layer.in_features, device=device, dtype=dtype)

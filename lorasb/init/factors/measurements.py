@@ -1,4 +1,4 @@
-"""What the factoring of one layer measured: sent between processes as one fp64 tensor, and told as a report."""
+"""Measurements of one layer's SVD: sent between ranks as one fp64 tensor, and turned into a `LayerReport`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..report.layer_report import LayerReport
 
 
 class Scalars(NamedTuple):
-    """Numbers of one layer.
+    """Scalar measurements of one layer, in the order of the packed tensor.
 
     Attributes:
         squares: ‖ΣG‖².
         sign_squares: ‖sign(ΣG)‖², the number of its nonzero entries.
-        zeros: exact zeros of ΣG.
-        seconds: of the factoring.
-        stability: overlap of the subspaces of two halves of the samples; NaN where it was not asked for.
-        start: the share of η that the first step was taken with.
+        zeros: number of entries of ΣG that are exactly zero.
+        seconds: duration of the SVD and the measurements.
+        stability: overlap of the subspaces of two halves of the samples; NaN if not measured.
+        start: factor on η of the first step (`longest_start`).
     """
 
     squares: float
@@ -35,49 +35,50 @@ class Scalars(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurements:
-    """Of one layer, at the q leading triplets of the matrix that was factored.
+    """Measurements of one layer at the q leading singular triplets of the matrix that was factored.
 
     Attributes:
         sigma: singular values [q].
-        of_sign: ‖U_kᵀ sign(ΣG) V_k‖² for k = 1 ... q [q].
-        of_gradient: ‖U_kᵀ ΣG V_k‖² [q]; NaN from the rank on up to which a cache knows it.
-        scalars: the other numbers.
+        sign_energies: ‖U_kᵀ sign(ΣG) V_k‖² for k = 1 ... q [q].
+        gradient_energies: ‖U_kᵀ ΣG V_k‖² for k = 1 ... q [q]; NaN beyond the rank that a cache was measured at.
+        scalars: the scalar measurements.
     """
 
     sigma: Tensor
-    of_sign: Tensor
-    of_gradient: Tensor
+    sign_energies: Tensor
+    gradient_energies: Tensor
     scalars: Scalars
 
     @staticmethod
     def size(q: int) -> int:
-        """Entries of `to_tensor` at q triplets."""
+        """Number of entries of `to_tensor` at q triplets."""
         return 3 * q + len(Scalars._fields)
 
     def to_tensor(self) -> Tensor:
-        """All of it as one fp64 tensor on the CPU, for other processes."""
-        curves = (self.sigma, self.of_sign, self.of_gradient)
+        """Pack into one fp64 tensor [size(q)] on the CPU, so that a broadcast takes one call."""
+        curves = (self.sigma, self.sign_energies, self.gradient_energies)
         return torch.cat([*(curve.double().cpu() for curve in curves), torch.tensor(self.scalars, dtype=torch.float64)])
 
     @classmethod
     def from_tensor(cls, packed: Tensor) -> Measurements:
-        """Read what `to_tensor` made."""
+        """Unpack `to_tensor`."""
         q = (len(packed) - len(Scalars._fields)) // 3
-        sigma, of_sign, of_gradient = packed[: 3 * q].view(3, q)
-        return cls(sigma, of_sign, of_gradient, Scalars(*packed[3 * q :].tolist()))
+        sigma, sign_energies, gradient_energies = packed[: 3 * q].view(3, q)
+        return cls(sigma, sign_energies, gradient_energies, Scalars(*packed[3 * q :].tolist()))
 
     def report(self, name: str, layer: LoRASBLinear, adapter: str) -> LayerReport:
-        """The layer's report: energies as shares of the squared norms."""
+        """The layer's report, with energies as fractions of the squared Frobenius norms."""
         r, scalars = layer.r[adapter], self.scalars
         sigma = tuple(map(_rounded, self.sigma.tolist()))
-        curve_sign = tuple(_rounded(value / max(scalars.sign_squares, 1.0)) for value in self.of_sign.tolist())
-        known = [value for value in self.of_gradient.tolist() if not math.isnan(value)]
-        curve_grad = tuple(_rounded(value / scalars.squares) for value in known)
+        curve_sign = tuple(_rounded(value / max(scalars.sign_squares, 1.0)) for value in self.sign_energies.tolist())
+        measured = [value for value in self.gradient_energies.tolist() if not math.isnan(value)]
+        curve_grad = tuple(_rounded(value / scalars.squares) for value in measured)
         return LayerReport(
             name=name,
             shape=(layer.out_features, layer.in_features),
             rank=r,
             energy_sign=curve_sign[r - 1],
+            # a cache made at a smaller rank has no energy at this one
             energy_grad=curve_grad[r - 1] if len(curve_grad) >= r else None,
             singular_values=sigma[:r],
             zeros=int(scalars.zeros),
@@ -91,5 +92,5 @@ class Measurements:
 
 
 def _rounded(value: float) -> float:
-    """Eight digits are more than a report needs."""
+    """Eight significant digits, to keep the JSON short: fp32 has fewer."""
     return float(f"{value:.8g}")

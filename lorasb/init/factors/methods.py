@@ -1,4 +1,4 @@
-"""From a matrix to B, R, A: the paper's recipe, and the two baselines it is compared with."""
+"""From a matrix to B, R and A: LoRA-SB's first step, and the LoRA-XS and Kaiming baselines of the paper."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ class Factors(NamedTuple):
 def first_step(triplets: Triplets, r: int, lr: float, scaling: float) -> Factors:
     """From the SVD of sign(G) (AdamW) or G (SGD, Theorem 6) to the first step of full fine-tuning (Eq. 6-8).
 
-    ΔW = −η·sign(G), or −η·G, = U Σ Vᵀ: B = U_r, A = V_rᵀ, R = Σ_r / s, so s·B R A is the best rank-r part of ΔW. The
-    minus goes into B.
+    ΔW = −η·sign(G), or −η·G, = U Σ Vᵀ: B = U_r, A = V_rᵀ, R = Σ_r / s, so s·B R A is the best rank-r approximation of
+    ΔW.
 
     Args:
-        triplets: of sign(G) or G.
-        r, scaling: rank and s.
+        triplets: U [out, q], S [q] and Vᵀ [q, in] of sign(G) or G.
+        r: rank.
         lr: η.
+        scaling: s.
     """
     u, s, vt = triplets.first(r)
+    # The minus of the descent goes into B, so that R keeps a positive diagonal.
     return Factors(-u, torch.diag(s * (lr / scaling)), vt, s)
 
 
 def start_share(sigma: Tensor, longest: float | None) -> float:
-    """What of η the first step is taken with: 1, or longest·r / ‖Σ_r‖ where that is less.
+    """The factor on η of the first step: min(1, longest·r / ‖Σ_r‖).
 
-    AdamW moves R by η·r in a step at the rate η (every entry by η); the first step moves it by η·‖Σ_r‖, where s = 1.
+    A step of AdamW at the rate η moves each of R's r² entries by about η, R by η·r in Frobenius norm; the first step
+    moves it by η·‖Σ_r‖ (at s = 1).
     """
     return 1.0 if longest is None else min(1.0, longest * len(sigma) / float(sigma.norm()))
 
@@ -52,15 +55,16 @@ def subspace_of_weight(weight: Tensor, r: int, seed: int) -> Factors:
 
 
 def lora_xs(weight: Tensor, r: int, seed: int) -> Factors:
-    """LoRA-XS's own recipe: B = U_r Σ_r and A = V_rᵀ of W, R ~ N(0, (1e-5)²)."""
+    """LoRA-XS's recipe: B = U_r Σ_r and A = V_rᵀ of W, R ~ N(0, (1e-5)²)."""
     u, s, vt = truncated_svd(weight, r, seed)
+    # Drawn on the CPU, where a seed gives the same numbers whatever device the layer is on.
     core = torch.randn(r, r, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype) * XS_NOISE
     return Factors(u * s, core.to(weight.device), vt, s)
 
 
 def kaiming(weight: Tensor, r: int, scaling: float, seed: int) -> Factors:
     """Truncated SVD of a Kaiming-uniform random matrix of W's shape (Table 5)."""
-    bound = math.sqrt(6.0 / weight.shape[1])
+    bound = math.sqrt(6.0 / weight.shape[1])  # as nn.init.kaiming_uniform_ with a=0 and fan_in
     noise = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype)
     u, s, vt = truncated_svd(((2.0 * noise - 1.0) * bound).to(weight.device), r, seed)
     return Factors(u, torch.diag(s / scaling), vt, s)

@@ -1,7 +1,8 @@
-"""Signs of all layers on disk, so that another rank needs no backward; and an interrupted run's finished blocks.
+"""The signs of all layers on disk: another rank r needs no backward, and an interrupted run resumes.
 
-One safetensors file: the words of every layer, the energies of G that the first pass measured, and a key. Beside it, a
-folder with `.partial` added to its name while a layerwise run is under way.
+One safetensors file holds the packed signs of every layer, the energies of G measured when it was made, and a key that
+identifies model, data and versions. While a layerwise run is in progress, a folder beside it (`.partial` appended to
+its name) holds the finished blocks.
 """
 
 from __future__ import annotations
@@ -23,14 +24,21 @@ from ...utils.atomic_files import replacing, safetensors_header, write_json
 from ..gradients.block_recorder import Traversal
 from ..linalg.sign_bits import NONZERO, WORDS, SignBits
 
-FORMAT = "lorasb signs 1"
+FORMAT = "lorasb signs 1"  # in the header; to be raised if the layout changes
 CURVE = "curve"
-OF_THE_DATA = ("num_samples", "data", "loss_fn")  # not compared where no batches are given
+DATA_FIELDS = ("num_samples", "data", "loss_fn")  # of the key; not compared if no batches are given
 
 
 @dataclass(frozen=True)
 class CachedGradient:
-    """A layer's signs, and what was measured of G while it existed."""
+    """A layer's signs, and the measurements of G that need its values.
+
+    Attributes:
+        bits: sign(G).
+        squares: ‖G‖².
+        zeros: number of entries of G that are exactly zero.
+        energies: ‖U_kᵀ G V_k‖² for k = 1, 2, ..., up to the rank that the cache was made at.
+    """
 
     bits: SignBits
     squares: float
@@ -42,7 +50,7 @@ class CachedGradient:
         return self.bits
 
     def value(self) -> Tensor:
-        """A cache has no values.
+        """Not available: a cache has no values.
 
         Raises:
             ValueError: always.
@@ -50,33 +58,34 @@ class CachedGradient:
         raise ValueError("update='sgd' needs the gradient itself, and a cache keeps its signs only: leave cache out")
 
     def curve(self, u: Tensor, vt: Tensor) -> Tensor:
-        """The energies of the first pass, as far as its rank went."""
+        """The stored energies; `u` and `vt` are not needed, as they span the subspaces that these were measured in."""
         return self.energies
 
     def half_signs(self) -> None:
-        """Not kept."""
+        """Not cached."""
         return
 
 
 class Cache:
-    """The cache at a path: what is there, and what is being made.
+    """The cache of one initialization: loads a finished file, or collects layers to write one.
 
     Args:
-        path: of the safetensors file.
-        key: what the signs depend on, by field.
-        data: whether the key says which data there is.
+        path: the safetensors file.
+        key: fields that the signs depend on; see `cache_key`.
+        data: True if the key describes batches, which are then compared.
     """
 
     def __init__(self, path: str | os.PathLike[str], key: Mapping[str, Any], data: bool) -> None:
+        # Through JSON, so that the key equals one read from a file (tuples become lists).
         self.path, self.key, self.data = Path(path), json.loads(json.dumps(dict(key))), data
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.facts: dict[str, Any] = {}
-        self.course: list[Any] = []  # of a layerwise run: blocks, targets and whether halves are compared
-        self._found: dict[str, CachedGradient] = {}
-        self._pending: list[str] = []
+        self.course: list[Any] = []  # blocks, targets and `halves` of a layerwise run: resuming needs the same
+        self._layers: dict[str, CachedGradient] = {}
+        self._unsaved: list[str] = []  # layers of the current block
 
     def load(self, names: list[str]) -> dict[str, CachedGradient] | None:
-        """The layers of a finished cache, or None where there is no file.
+        """The layers of a finished cache, or None if there is no file.
 
         Raises:
             ValueError: the file is damaged, made from something else (the field is named), or lacks a layer.
@@ -85,79 +94,88 @@ class Cache:
             raise ValueError(f"expected a file for cache=, got the folder {self.path}: name a file in it")
         if not self.path.exists():
             return None
-        found, key, self.facts = read(self.path)
+        layers, key, self.facts = read(self.path)
         self._compare(key, self.path)
-        missing = [name for name in names if name not in found and name not in self.facts["not_reached"]]
+        # Layers that no sample reached have no signs, and are no reason to refuse the cache.
+        missing = [name for name in names if name not in layers and name not in self.facts["not_reached"]]
         if missing:
             raise ValueError(
                 f"the cache {self.path} has no layer {missing[0]!r} ({len(missing)} are missing): it was made "
                 "for fewer target_modules. Choose another cache=, or delete the file to make it again"
             )
-        return {name: found[name] for name in names if name in found}
+        return {name: layers[name] for name in names if name in layers}
 
     def add(self, name: str, gradient: CachedGradient) -> None:
-        """Take in a layer."""
-        self._found[name] = gradient
-        self._pending.append(name)
+        """Add a layer, of the block that is in progress."""
+        self._layers[name] = gradient
+        self._unsaved.append(name)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
-        """Write the file, atomically, and remove what was partial."""
-        write(self.path, self._found, self.key, facts)
+        """Write the file atomically, then remove the `.partial` folder."""
+        write(self.path, self._layers, self.key, facts)
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def resume(self, traversals: list[Traversal]) -> int | None:
-        """Take in the finished blocks of an interrupted run; see `layerwise.Progress`.
+        """Load the finished blocks of an interrupted run; see `layerwise.Progress.resume`.
 
         Raises:
-            ValueError: the interrupted run was another one.
+            ValueError: the interrupted run had another key or another order of blocks.
         """
         boundary = self.partial / "boundary.safetensors"
         if not boundary.exists():
             return None
-        mine = self.key | {"blocks, targets and halves": self.course}
-        self._compare(json.loads((self.partial / "key.json").read_text(encoding="utf-8")), self.partial, mine)
-        safetensors_header(boundary)
+        key = self.key | {"blocks, targets and halves": self.course}
+        self._compare(json.loads((self.partial / "key.json").read_text(encoding="utf-8")), self.partial, key)
+        safetensors_header(boundary)  # raises if the file is truncated
         with safe_open(str(boundary), "pt") as file:
             block = int(file.metadata()["block"])
             gradients = [file.get_tensor(str(k)) for k in range(len(traversals))]
         for path in sorted(self.partial.glob("block-*.safetensors")):
+            # A block whose boundary was not written in time is computed again, and its file overwritten.
             if int(path.stem.partition("-")[2]) > block:
-                self._found |= read(path)[0]
+                self._layers |= read(path)[0]
+        # Traversals were recorded again by this run; only their gradients come from the file.
         for traversal, gradient in zip(traversals, gradients, strict=True):
             if traversal.gradient is not None:
                 traversal.gradient = gradient.to(traversal.gradient.device)
         return block
 
     def finished(self, block: int, traversals: list[Traversal]) -> None:
-        """Write a block's signs, then the gradients at its input: only then does the block count as finished."""
+        """Write a block's signs, then the gradients at its input.
+
+        The boundary file is the commit: it is replaced atomically and names the next block, so a run that is
+        interrupted between the two writes resumes at this block.
+        """
         write_json(self.partial / "key.json", self.key | {"blocks, targets and halves": self.course})
-        layers = {name: self._found[name] for name in self._pending}
+        layers = {name: self._layers[name] for name in self._unsaved}
         write(self.partial / f"block-{block:05d}.safetensors", layers, self.key, {})
-        self._pending = []
+        self._unsaved = []
+        # `contiguous`: safetensors refuses views.
         gradients = {str(k): t.gradient.cpu().contiguous() for k, t in enumerate(traversals) if t.gradient is not None}
         with replacing(self.partial / "boundary.safetensors") as temporary:
             save_file(gradients, str(temporary), metadata={"block": str(block - 1)})
 
     @property
     def layers(self) -> dict[str, CachedGradient]:
-        """What is there so far."""
-        return self._found
+        """The layers added or loaded so far."""
+        return self._layers
 
     def _compare(self, other: Mapping[str, Any], where: Path, key: Mapping[str, Any] | None = None) -> None:
+        """Raise a ValueError that names the first field in which a stored key differs from `key` (or `self.key`)."""
         key = key or self.key
         for field in dict.fromkeys([*key, *other]):
-            if not self.data and field in OF_THE_DATA:
+            if not self.data and field in DATA_FIELDS:
                 continue
-            mine, theirs = key.get(field), other.get(field)
-            if mine != theirs:
+            expected, stored = key.get(field), other.get(field)
+            if expected != stored:
                 raise ValueError(
-                    f"the cache {where} does not fit: its {field} is {_shown(theirs)}, expected {_shown(mine)}. "
+                    f"the cache {where} does not fit: its {field} is {_short(stored)}, expected {_short(expected)}. "
                     "Choose another cache=, or delete it to make it again"
                 )
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, CachedGradient], dict[str, Any], dict[str, Any]]:
-    """Layers, key and facts of a cache file.
+    """Layers (by name), key and facts (loss, number of samples, ...) of a cache file.
 
     Raises:
         ValueError: another kind of file, or a truncated one.
@@ -165,14 +183,15 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, CachedGradient], dict[
     metadata = safetensors_header(path).get("__metadata__") or {}
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no cache of lorasb's initialization: expected {FORMAT!r} in its header")
-    about = json.loads(metadata["layers"])
-    found = {}
+    scalars = json.loads(metadata["layers"])
+    layers = {}
     with safe_open(str(path), "pt") as file:
-        for name, facts in about.items():
-            nonzero = file.get_tensor(f"{name}:{NONZERO}") if facts["zeros"] else None
-            bits = SignBits(file.get_tensor(f"{name}:{WORDS}"), tuple(facts["shape"]), nonzero)
-            found[name] = CachedGradient(bits, facts["squares"], facts["zeros"], file.get_tensor(f"{name}:{CURVE}"))
-    return found, json.loads(metadata["key"]), json.loads(metadata["facts"])
+        for name, values in scalars.items():
+            # Written only if G had zeros; without them all entries are nonzero.
+            nonzero = file.get_tensor(f"{name}:{NONZERO}") if values["zeros"] else None
+            bits = SignBits(file.get_tensor(f"{name}:{WORDS}"), tuple(values["shape"]), nonzero)
+            layers[name] = CachedGradient(bits, values["squares"], values["zeros"], file.get_tensor(f"{name}:{CURVE}"))
+    return layers, json.loads(metadata["key"]), json.loads(metadata["facts"])
 
 
 def write(
@@ -181,17 +200,17 @@ def write(
     key: Mapping[str, Any],
     facts: Mapping[str, Any],
 ) -> None:
-    """Write a cache file, atomically."""
+    """Write a cache file atomically."""
     tensors: dict[str, Tensor] = {}
-    about = {}
+    scalars = {}
     for name, layer in layers.items():
         tensors[f"{name}:{WORDS}"], tensors[f"{name}:{CURVE}"] = layer.bits.words, layer.energies
         if layer.bits.nonzero is not None:
             tensors[f"{name}:{NONZERO}"] = layer.bits.nonzero
-        about[name] = {"shape": layer.bits.shape, "squares": layer.squares, "zeros": layer.zeros}
+        scalars[name] = {"shape": layer.bits.shape, "squares": layer.squares, "zeros": layer.zeros}
     metadata = {
         "format": FORMAT,
-        "layers": json.dumps(about),
+        "layers": json.dumps(scalars),
         "key": json.dumps(dict(key)),
         "facts": json.dumps(dict(facts)),
     }
@@ -199,12 +218,12 @@ def write(
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, str(temporary), metadata=metadata)
 
 
-def cached(gradient: Any, of_grad: Tensor) -> CachedGradient:
-    """What a cache keeps of a sum: signs on the host, and the energies just measured."""
-    known = of_grad[~of_grad.isnan()].to(torch.float64)
-    return CachedGradient(gradient.signs().to("cpu"), gradient.squares, gradient.zeros, known)
+def cached(gradient: Any, energies: Tensor) -> CachedGradient:
+    """The cache entry of a sum: its signs in host memory, and the energies just measured, without NaN padding."""
+    measured = energies[~energies.isnan()].to(torch.float64)
+    return CachedGradient(gradient.signs().to("cpu"), gradient.squares, gradient.zeros, measured)
 
 
-def _shown(value: Any) -> str:
+def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""Factors go into the layers as they are found; if the run does not finish, the layers get back what they had."""
+"""Writing factors into layers as a transaction: an exception restores the previous A, R and B of all layers."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from .methods import Factors
 
 
 class Staging:
-    """A context manager: leaving it by an exception undoes every `write`.
+    """A context manager that rolls back every `write` if it is left by an exception.
 
-    Layers that were not initialized hold zeros, which are not kept: memory does not grow with the number of layers.
+    Factors of zeros, as uninitialized layers have, are not copied: on the first initialization a rollback takes no
+    memory.
 
     Args:
-        adapter: whose factors are written.
+        adapter: name of the adapter whose factors are written.
     """
 
     def __init__(self, adapter: str) -> None:
         self.adapter = adapter
-        self._before: list[tuple[LoRASBLinear, bool, list[Tensor | None]]] = []
+        # (layer, its `initialized` flag, A, R and B on the host; None for zeros), in the order written
+        self._previous: list[tuple[LoRASBLinear, bool, list[Tensor | None]]] = []
 
     def write(self, layer: LoRASBLinear, factors: Factors) -> None:
-        """Put B, R and A into a layer."""
-        parts = [getattr(layer, part)[self.adapter] for part in FACTORS]
-        kept = [part.detach().to("cpu", copy=True) if bool(part.detach().any()) else None for part in parts]
-        self._before.append((layer, layer.initialized[self.adapter], kept))
+        """Write B, R and A into a layer, and remember its previous ones."""
+        parameters = [getattr(layer, factor)[self.adapter] for factor in FACTORS]
+        # `copy=True`: on a CPU layer `to` would return the parameter itself, which is overwritten below.
+        values = [p.detach().to("cpu", copy=True) if bool(p.detach().any()) else None for p in parameters]
+        self._previous.append((layer, layer.initialized[self.adapter], values))
         layer.set_factors(self.adapter, factors.b, factors.core, factors.a)
 
     def __enter__(self) -> Staging:
@@ -39,8 +42,10 @@ class Staging:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is None:
             return
-        for layer, initialized, kept in reversed(self._before):
-            for name, value in zip(FACTORS, kept, strict=True):
+        # In reverse, so that a layer that was written twice ends with its first values.
+        for layer, initialized, values in reversed(self._previous):
+            for name, value in zip(FACTORS, values, strict=True):
+                # In place: an optimizer that exists already holds these parameters.
                 parameter = getattr(layer, name)[self.adapter]
                 parameter.zero_() if value is None else parameter.copy_(value)
             layer.initialized[self.adapter] = initialized

@@ -1,5 +1,5 @@
-"""Gradients of the targets, summed over the samples: block by block, or in passes over the whole model.
+"""ΣG of the targets over the samples: block by block, or in passes over the whole model.
 
-`plan` chooses and refuses, `executor` carries out, `layerwise` (with `block_recorder`) and `whole_model` take the
-gradients, `accumulator` sums them.
+`plan` chooses a strategy by the estimates of `cost_model`, `executor` runs it, `layerwise` (with `block_recorder`) and
+`whole_model` are the strategies, `accumulator` sums the gradients in hooks.
 """

@@ -1,4 +1,8 @@
-"""Sums of weight gradients from hooks: `dyᵀ x` in fp32, without any weight that requires a gradient."""
+"""Sums of weight gradients from hooks: ΣG += dyᵀ x in fp32, while no weight requires a gradient.
+
+This works where `weight.grad` does not exist (quantized and sharded weights) and never holds the gradients of all
+layers.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +19,18 @@ from ..linalg.svd import energies
 
 
 def _op(name: str) -> Callable[..., Any]:
-    from ... import backends  # noqa: F401  registers them
+    from ... import backends  # noqa: F401  registers the ops of every backend
 
     return backend_op(name, current_backend())
 
 
 class LayerSum:
-    """ΣG [out, in] of one layer: its fp32 sum, or what one call gave: dy and x where they take less room than the sum.
+    """ΣG [out, in] of one layer, in fp32 (fp64 for fp64 models).
+
+    If a single call is all there is, dy and x are kept in place of their product if they take less memory.
 
     Args:
-        halves: keep the sum over the first half of the samples too.
+        halves: sum the first half of the samples separately, too.
     """
 
     def __init__(self, halves: bool = False) -> None:
@@ -32,80 +38,92 @@ class LayerSum:
         self.half: Tensor | None = None
         self.halves = halves
         self._pair: tuple[Tensor, Tensor] | None = None
-        self._closed: tuple[SignBits, Tensor] | None = None  # signs; Σ G², zeros, not finite
+        self._signs: tuple[SignBits, Tensor] | None = None  # with [ΣG², zeros, non-finite entries] fp64
 
     def add(self, dy: Tensor, x: Tensor, last: bool = False, first_half: bool = False) -> None:
-        """G += dyᵀ x for dy [..., out] and x [..., in]; `last` takes the signs in the same go."""
+        """G += dyᵀ x for dy [..., out] and x [..., in].
+
+        Args:
+            dy: gradient of the layer's output.
+            x: the layer's input.
+            last: True for the last call of a layer: the kernel packs the signs in its epilogue, which saves a pass
+                over G.
+            first_half: True if the samples belong to the first half.
+        """
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         if first_half and self.halves:
-            fresh, self.half = self.half is None, _room(self.half, dy, x)
+            fresh, self.half = self.half is None, _sum_buffer(self.half, dy, x)
             _op("gradient_add")(dy, x, self.half, fresh)
-        if last and self.total is None and self._pair is None and _leaner(dy, x):
+        if last and self.total is None and self._pair is None and _pair_is_smaller(dy, x):
             self._pair = dy, x
-            self._close(dy, x, None, True)
+            self._take_signs(dy, x, None, True)
             return
-        self._settle()
-        fresh, self.total = self.total is None, _room(self.total, dy, x)
+        self._multiply_pair()
+        fresh, self.total = self.total is None, _sum_buffer(self.total, dy, x)
         if last:
-            self._close(dy, x, self.total, fresh)
+            self._take_signs(dy, x, self.total, fresh)
         else:
-            self._closed = None
+            self._signs = None  # stale after this addition
             _op("gradient_add")(dy, x, self.total, fresh)
 
-    def _close(self, dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> None:
+    def _take_signs(self, dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> None:
+        """Add dyᵀ x and take the signs of the result; without a `total` only the signs are written."""
         words, nonzero, counts = _op("gradient_signs")(dy, x, total, fresh)
-        counts = counts.cpu()
+        counts = counts.cpu()  # one synchronization per layer, instead of one for each count that is read
         shape = (dy.shape[1], x.shape[1])
-        self._closed = SignBits(words, shape, nonzero if counts[ZEROS] or counts[BAD] else None), counts
+        # Without zeros and NaN the nonzero plane is all ones, and not worth its memory.
+        self._signs = SignBits(words, shape, nonzero if counts[ZEROS] or counts[BAD] else None), counts
 
-    def _settle(self) -> None:
-        """Turn a kept pair into a sum."""
+    def _multiply_pair(self) -> None:
+        """Replace a stored pair (dy, x) by its product."""
         if self._pair is not None:
-            self.total = _room(None, *self._pair)
+            self.total = _sum_buffer(None, *self._pair)
             _op("gradient_add")(*self._pair, self.total, True)
             self._pair = None
 
     def value(self) -> Tensor:
         """G [out, in]."""
-        self._settle()
+        self._multiply_pair()
         if self.total is None:
             raise RuntimeError("nothing was added to this sum")
         return self.total
 
     def merge(self, total: Tensor) -> None:
-        """Take over a sum that several processes made."""
-        self.total, self._pair, self._closed = total, None, None
+        """Replace this sum by the one over all ranks."""
+        self.total, self._pair, self._signs = total, None, None
 
     def signs(self) -> SignBits:
         """sign(G)."""
-        return self._counted()[0]
+        return self._signs_and_counts()[0]
 
     @property
     def squares(self) -> float:
         """‖G‖²."""
-        return float(self._counted()[1][SQUARES])
+        return float(self._signs_and_counts()[1][SQUARES])
 
     @property
     def zeros(self) -> int:
-        """Exact zeros of G."""
-        return int(self._counted()[1][ZEROS])
+        """Number of entries of G that are exactly zero."""
+        return int(self._signs_and_counts()[1][ZEROS])
 
     @property
     def finite(self) -> bool:
-        """Whether no entry is NaN or infinite."""
-        return int(self._counted()[1][BAD]) == 0
+        """True if no entry of G is NaN or infinite."""
+        return int(self._signs_and_counts()[1][BAD]) == 0
 
-    def _counted(self) -> tuple[SignBits, Tensor]:
-        if self._closed is None:
+    def _signs_and_counts(self) -> tuple[SignBits, Tensor]:
+        if self._signs is None:
             total = self.value()
-            self._close(total.new_empty(0, total.shape[0]), total.new_empty(0, total.shape[1]), total, False)
-        if self._closed is None:
+            # The op with no tokens (dy [0, out], x [0, in]) adds nothing and takes the signs of `total`.
+            self._take_signs(total.new_empty(0, total.shape[0]), total.new_empty(0, total.shape[1]), total, False)
+        if self._signs is None:  # not reached; narrows the type
             raise RuntimeError("nothing was added to this sum")
-        return self._closed
+        return self._signs
 
     def curve(self, u: Tensor, vt: Tensor) -> Tensor:
         """‖U_kᵀ G V_k‖² for k = 1 ... q, with U [out, q] and Vᵀ [q, in]."""
         if self._pair is not None:
+            # Uᵀ (dyᵀ x) V = (dy U)ᵀ (x V): thin products only
             dy, x = (part.to(u.dtype) for part in self._pair)
             core = (dy @ u).t() @ (x @ vt.t())
         else:
@@ -114,48 +132,56 @@ class LayerSum:
         return energies(core)
 
     def half_signs(self) -> tuple[SignBits, SignBits] | None:
-        """sign(G) over each half of the samples, where halves were kept and both have any."""
+        """Signs of the sums over each half of the samples; None if halves were not summed, or one half is zero."""
         if self.half is None:
             return None
-        rest = self.value() - self.half
-        return (SignBits.pack(self.half), SignBits.pack(rest)) if rest.any() else None
+        second_half = self.value() - self.half
+        return (SignBits.pack(self.half), SignBits.pack(second_half)) if second_half.any() else None
 
 
-def _room(total: Tensor | None, dy: Tensor, x: Tensor) -> Tensor:
+def _sum_buffer(total: Tensor | None, dy: Tensor, x: Tensor) -> Tensor:
+    """`total`, or an uninitialized buffer [out, in] for it: the ops overwrite it if they are told that it is fresh."""
+    # bf16 has 8 bits of mantissa: a sum over many tokens would stop growing.
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     return total if total is not None else dy.new_empty((dy.shape[1], x.shape[1]), dtype=wide)
 
 
-def _leaner(dy: Tensor, x: Tensor) -> bool:
-    """Whether dy and x take less memory than their fp32 product."""
+def _pair_is_smaller(dy: Tensor, x: Tensor) -> bool:
+    """True if dy and x together take less memory than their fp32 product."""
     return dy.numel() * dy.element_size() + x.numel() * x.element_size() < 4 * dy.shape[1] * x.shape[1]
 
 
 class GradientSums:
-    """Adds up `dyᵀ x` of linear layers while their outputs are differentiated.
+    """Sums dyᵀ x of linear layers whenever a backward reaches their outputs.
 
-    A context manager: hooks are there inside the block only. Outputs that no graph reaches yet are made leaves that
-    require a gradient, so backward arrives at every layer although all weights are frozen.
+    A context manager: hooks are registered inside the block only. With all weights frozen, autograd would build no
+    graph up to the first layer; so an output that requires no gradient is replaced by one that does, and backward
+    reaches every layer.
+
+    Args:
+        layers: the layers, by name.
+        halves: sum the first half of the samples separately, too.
+        active: called at every forward of a layer; a layer is summed only if it returns True.
 
     Attributes:
-        sums: of the layers that backward reached.
-        called: names of the layers that ran, whether backward came back to them or not.
-        elsewhere: names of those that ran when they were not wanted.
-        closing: set it before the last forward: the last sum of a layer takes the signs in the same go.
-        muted: set it for a forward whose gradients do not count.
-        first_half: set it for a forward that belongs to the first half of the samples.
+        sums: sums of the layers that backward reached, by name.
+        called: names of the layers that ran, whether backward reached them or not.
+        called_inactive: names of the layers that ran while `active` was false.
+        closing: to be set before the last forward: the last addition to a layer takes the signs.
+        muted: to be set for a forward whose gradients do not count.
+        first_half: to be set for a forward of samples of the first half.
     """
 
     def __init__(
-        self, layers: Mapping[str, nn.Module], halves: bool = False, wanted: Callable[[], bool] = lambda: True
+        self, layers: Mapping[str, nn.Module], halves: bool = False, active: Callable[[], bool] = lambda: True
     ) -> None:
         self.layers = layers
         self.sums: dict[str, LayerSum] = {}
         self.called: set[str] = set()
-        self.elsewhere: set[str] = set()
+        self.called_inactive: set[str] = set()
         self.closing = self.muted = self.first_half = False
-        self.halves, self._wanted = halves, wanted
-        self._pending: dict[str, int] = {}
+        self.halves, self._active = halves, active
+        self._pending: dict[str, int] = {}  # calls whose backward is still to come
         self._handles: list[Any] = []
 
     def __enter__(self) -> GradientSums:
@@ -167,32 +193,36 @@ class GradientSums:
             handle.remove()
 
     def leave_out(self, names: set[str]) -> None:
-        """Forget layers, as if they had not run."""
+        """Discard layers, as if they had not run."""
         self.called -= names
         for name in names:
             self.sums.pop(name, None)
 
     def totals(self) -> dict[str, Tensor]:
         """ΣG by layer name."""
-        return {name: found.value() for name, found in self.sums.items()}
+        return {name: layer_sum.value() for name, layer_sum in self.sums.items()}
 
     def _hook(self, name: str) -> Any:
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not torch.is_grad_enabled() or inputs[0].numel() == 0:  # experts are often called with no token
+            # No tokens: an expert that nothing was routed to is often called all the same.
+            if not torch.is_grad_enabled() or inputs[0].numel() == 0:
                 return None
-            if not self._wanted():
-                self.elsewhere.add(name)
+            if not self._active():
+                self.called_inactive.add(name)
                 return None
             if not output.requires_grad:
+                # `clone`: a leaf that requires a gradient may not be changed in place, as models do with `+=`.
                 output = output.detach().requires_grad_(True).clone()
-            if self.muted:
+            if self.muted:  # in the graph all the same: under FSDP2 every rank has to run the same backward
                 return output
             self.called.add(name)
             x = inputs[0].detach()
             self._pending[name] = self._pending.get(name, 0) + 1
-            half = self.first_half
+            half = self.first_half  # of this call: the flag may have changed when backward comes
             output.register_hook(lambda dy: self._add(name, dy, x, half))
-            return output.view_as(output)  # what others hook (the loss rescales logits) comes before our hook
+            # Tensor hooks run in the order of registration, so hooks that others register on this output later (the
+            # loss rescales the gradient at the logits) would run after ours. They go onto a view, nearer to the loss.
+            return output.view_as(output)
 
         return forward
 
@@ -201,4 +231,5 @@ class GradientSums:
         self._pending[name] -= 1
         if name not in self.sums:
             self.sums[name] = LayerSum(self.halves)
+        # A layer may run several times in a forward (shared modules): only its last backward completes the sum.
         self.sums[name].add(dy, x, self.closing and self._pending[name] == 0, first_half)

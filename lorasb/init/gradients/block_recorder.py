@@ -1,4 +1,8 @@
-"""Records of a forward through a stack of blocks: every block's input and arguments, and the gradient at the top."""
+"""Recording a forward through a stack of blocks, so that each block can be recomputed and differentiated by itself.
+
+The hooks also verify that the model is a stack: anything but one tensor from block to block raises `NotAStackError`, as
+the recomputed gradients would be wrong without notice.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,21 @@ from torch import Tensor, nn
 from .block_stack import NotAStackError, Stack
 
 HIDDEN = "hidden_states"
-DISTURBED = "something that passes between blocks is changed in place"
-UNCHANGING = -1
-LEFT = "a forward leaves the stack before its last block"
+MODIFIED_IN_PLACE = "something that passes between blocks is changed in place"
+NO_VERSION = -1
+EARLY_EXIT = "a forward leaves the stack before its last block"
 
 
 @dataclass
 class Call:
-    """What a block got beside its hidden states, and under which autocast."""
+    """A block's arguments other than its hidden states, and the autocast state of the call.
+
+    Attributes:
+        args: positional arguments after the hidden states.
+        kwargs: keyword arguments without the hidden states.
+        by_keyword: True if the hidden states were passed by keyword.
+        autocast: device type, and autocast's dtype or None if it was disabled.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -28,10 +39,11 @@ class Call:
     autocast: tuple[str, torch.dtype | None]
 
     def repeat(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output for the same call."""
+        """Recompute the block's output (its hidden states) for the same call."""
+        # Backward runs after the forward's autocast context has ended, so it is entered again.
         kind, dtype = self.autocast
-        args = tuple(_moved(value, hidden.device) for value in self.args)
-        kwargs = {name: _moved(value, hidden.device) for name, value in self.kwargs.items()}
+        args = tuple(_to_device(value, hidden.device) for value in self.args)
+        kwargs = {name: _to_device(value, hidden.device) for name, value in self.kwargs.items()}
         with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
             if self.by_keyword:
                 return _hidden_of(block(*args, **{HIDDEN: hidden}, **kwargs))
@@ -40,61 +52,79 @@ class Call:
 
 @dataclass
 class Traversal:
-    """One forward through the stack: every block's input and call, and the gradient at the last one's output.
+    """One forward through the stack.
 
-    `leaves` are the tensors that pass between blocks, from the first one's input to the last one's output: the graph
-    is cut at each, so that a block's graph goes when the block is done.
+    Attributes:
+        hidden: input of each block, as stored; None once the block is differentiated.
+        calls: other arguments of each block; None likewise.
+        leaves: tensors between blocks, from the first block's input to the last one's output. The graph is cut at each
+            of them, so that no graph is longer than a block.
+        stored: stored copies by id of the argument, so that an argument of many blocks (a mask) is stored once.
+        versions: every tensor that passed between blocks, with its version at that time. The references keep ids from
+            being reused.
+        gradient: gradient at the output of the last block, later at the input of the last block differentiated.
+        first_half: True if the samples belong to the first half.
+        counts: False if its gradients are not to be summed.
     """
 
     hidden: list[Tensor | None] = field(default_factory=list)
     calls: list[Call | None] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
-    kept: dict[int, Tensor] = field(default_factory=dict)  # arguments that blocks share, kept once
-    watched: list[tuple[Tensor, int]] = field(default_factory=list)  # what passed, and its version then
+    stored: dict[int, Tensor] = field(default_factory=dict)
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)
     gradient: Tensor | None = None
     first_half: bool = False
     counts: bool = True
 
-    def pass_on(self, tensor: Tensor) -> Tensor:
-        """Watch a tensor from now on, and hold it; inference tensors have no version, as nobody may change them."""
-        self.watched.append((tensor, UNCHANGING if tensor.is_inference() else tensor._version))
+    def watch(self, tensor: Tensor) -> Tensor:
+        """Record a tensor's version; returns the tensor."""
+        # Inference tensors have no version counter (reading it raises), and cannot change outside of inference mode.
+        self.versions.append((tensor, NO_VERSION if tensor.is_inference() else tensor._version))
         return tensor
 
     @property
-    def disturbed(self) -> bool:
-        """Whether something that passed was changed in place since."""
-        return any(version != UNCHANGING and tensor._version != version for tensor, version in self.watched)
+    def modified_in_place(self) -> bool:
+        """True if a recorded tensor was modified in place since, so that a recomputation would see other values.
+
+        Autograd's own check covers only tensors that it saved for backward.
+        """
+        return any(version != NO_VERSION and tensor._version != version for tensor, version in self.versions)
 
     def release(self, block: int) -> None:
-        """Forget a block's input and call."""
+        """Free a block's input and arguments."""
         self.hidden[block] = self.calls[block] = None
 
 
 class Recorder:
-    """Records every traversal of a stack while the model runs, with a graph from the last block's output on.
+    """Records every traversal of a stack while the model runs; a backward then ends at the last block's output.
 
-    Gradients that come to anything but that output (a loss on hidden states, a router's own loss, another traversal)
-    show that the model is no plain stack.
+    A gradient at any other leaf (from a loss on hidden states, a router's auxiliary loss, another traversal) shows that
+    the model is no plain stack.
 
     Args:
         stack: the blocks and their targets.
-        keep: what becomes of a boundary or an argument: itself, or a copy on the host.
+        store: maps a block's input or argument to what is stored: itself, or a copy on the host.
+
+    Attributes:
+        traversals: finished traversals, in order.
+        above: True while modules run that come after the last block.
     """
 
-    def __init__(self, stack: Stack, keep: Callable[[Tensor], Tensor]) -> None:
-        self.blocks, self.targets, self.keep = stack.blocks, stack.targets, keep
-        self._running: int | None = None
+    def __init__(self, stack: Stack, store: Callable[[Tensor], Tensor]) -> None:
+        self.blocks, self.targets, self.store = stack.blocks, stack.targets, store
+        self._running: int | None = None  # index of the block that is in its forward
         self.traversals: list[Traversal] = []
-        self.above = False  # the stack is behind us
-        self._open: list[Traversal] = []  # of the forwards since the last backward
-        self._passive = False  # the caller wants no gradient of this forward: it is not ours
+        self.above = False
+        self._open: list[Traversal] = []  # traversals since the last backward
+        self._passive = False  # a forward under no_grad, which a loss_fn may run: not recorded
 
     @contextmanager
-    def watching(self) -> Iterator[Recorder]:
-        """Hooks on the blocks, inside the block only."""
+    def hooks(self) -> Iterator[Recorder]:
+        """Register hooks on blocks and targets, and remove them on exit."""
         handles: list[Any] = []
         for i, block in enumerate(self.blocks):
-            # before the hooks of FSDP2, which hand on other tensors than came
+            # Before FSDP2's pre-forward hook, which replaces the inputs by cast or wrapped ones: the identity of the
+            # hidden states is checked below.
             handles.append(block.register_forward_pre_hook(self._before(i), prepend=True, with_kwargs=True))
             handles.append(block.register_forward_hook(self._after(i)))
             for name, layer in self.targets[i].items():
@@ -107,30 +137,31 @@ class Recorder:
 
     @property
     def unfinished(self) -> bool:
-        """Whether the last forward did not come to the last block."""
+        """True if the last forward did not reach the end of the last block."""
         return bool(self._open) and len(self._open[-1].leaves) <= len(self.blocks)
 
     def begin(self) -> None:
-        """Before a forward."""
+        """Reset before a forward."""
         self.above, self._open = False, []
 
     def settle(self, first_half: bool, counts: bool) -> None:
-        """After a backward: keep forwards with a gradient at the top, and drop those that had none.
+        """After a backward: collect the traversals that got a gradient at the last block's output, and drop the others.
 
         Raises:
-            NotAStackError: the loss also depends on what lies between blocks.
+            NotAStackError: the loss depends on tensors between blocks, a tensor was modified in place, or a forward
+                left the stack early.
         """
         for traversal in self._open:
             complete = len(traversal.leaves) > len(self.blocks)
             if not complete and any(leaf.grad is not None for leaf in traversal.leaves):
-                raise NotAStackError(LEFT)
-            if traversal.disturbed:
-                raise NotAStackError(DISTURBED)
+                raise NotAStackError(EARLY_EXIT)
+            if traversal.modified_in_place:
+                raise NotAStackError(MODIFIED_IN_PLACE)
             if any(leaf.grad is not None for leaf in traversal.leaves[:-1]):
                 raise NotAStackError("the loss depends on the hidden states between blocks too")
             traversal.gradient = traversal.leaves[-1].grad if complete else None
             traversal.first_half, traversal.counts = first_half, counts
-            traversal.leaves, traversal.kept, traversal.watched = [], {}, []
+            traversal.leaves, traversal.stored, traversal.versions = [], {}, []  # needed for the checks only
         self.traversals += [traversal for traversal in self._open if traversal.gradient is not None]
         self.begin()
 
@@ -149,54 +180,61 @@ class Recorder:
             traversal = self._open[-1] if self._open else Traversal()
             if len(traversal.calls) != i:
                 raise NotAStackError(f"block {i} runs after block {len(traversal.calls) - 1}, or more than once")
+            # By identity: an operation between blocks makes another tensor, and no recomputation would repeat it.
             if hidden is not traversal.leaves[-1]:
                 raise NotAStackError(f"the input of block {i} is not the output of the block before")
-            self._keep(traversal, hidden, args, kwargs)
+            self._store_call(traversal, hidden, args, kwargs)
             return None
 
         return hook
 
     def _inside(self, i: int, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            # Its sum would lack the gradient from that other call.
             if torch.is_grad_enabled() and self._running != i:
                 raise NotAStackError(f"layer {name!r} also runs outside of its block")
 
         return hook
 
     def _enter(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A new traversal, whose first input is a leaf."""
+        """Begin a traversal; returns block 0's arguments with the hidden states replaced by a leaf."""
+        # A recurrent stack: the gradient at the top of the first traversal would come from the second one.
         if _depends_on(hidden, self._leaves()):
             raise NotAStackError("block 0 runs more than once in a forward, on its own results")
+        # The cut: embeddings below need no gradient, and a gradient that reaches this leaf is noticed in `settle`.
         leaf = hidden.detach().requires_grad_(True)
         self._open.append(Traversal(leaves=[leaf]))
-        self._open[-1].pass_on(leaf)
-        self._keep(self._open[-1], leaf, args, kwargs)
+        self._open[-1].watch(leaf)
+        self._store_call(self._open[-1], leaf, args, kwargs)
         return ((leaf, *args[1:]), kwargs) if args else (args, kwargs | {HIDDEN: leaf})
 
-    def _keep(self, traversal: Traversal, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rest = {name: value for name, value in kwargs.items() if args or name != HIDDEN}
+    def _store_call(self, traversal: Traversal, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Store a block's input and other arguments, which may not depend on earlier blocks."""
+        other_kwargs = {name: value for name, value in kwargs.items() if args or name != HIDDEN}
         leaves, block = self._leaves(), len(traversal.calls)
-        if any(_depends_on(t, leaves) for value in (*args[1:], *rest.values()) for t in _tensors(value)):
+        if any(_depends_on(t, leaves) for value in (*args[1:], *other_kwargs.values()) for t in _tensors(value)):
             raise NotAStackError(f"block {block} takes more from the blocks before than their hidden states")
 
-        def kept(tensor: Tensor) -> Tensor:
-            """The tensor as it is kept, once for all blocks that get it."""
-            if id(tensor) not in traversal.kept:
-                traversal.kept[id(tensor)] = self.keep(traversal.pass_on(tensor).detach())
-            return traversal.kept[id(tensor)]
+        def store_once(tensor: Tensor) -> Tensor:
+            """Store a tensor unless an earlier block of this traversal got it too."""
+            if id(tensor) not in traversal.stored:
+                traversal.stored[id(tensor)] = self.store(traversal.watch(tensor).detach())
+            return traversal.stored[id(tensor)]
 
-        named = {name: _settled(value, kept) for name, value in rest.items()}
-        call = Call(tuple(_settled(value, kept) for value in args[1:]), named, not args, _autocast(hidden))
-        traversal.hidden.append(self.keep(hidden.detach()))
+        named = {name: _stored(value, store_once) for name, value in other_kwargs.items()}
+        call = Call(tuple(_stored(value, store_once) for value in args[1:]), named, not args, _autocast(hidden))
+        traversal.hidden.append(self.store(hidden.detach()))
         traversal.calls.append(call)
 
     def _after(self, i: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if self._passive:
                 return None
+            # Detaching frees this block's graph at once; backward will recompute it.
             leaf = _hidden_of(output).detach().requires_grad_(True)
             self._running = None
-            self._open[-1].leaves.append(self._open[-1].pass_on(leaf))
+            self._open[-1].leaves.append(self._open[-1].watch(leaf))
+            # The head and targets above the stack are summed by `GradientSums` from here on.
             self.above = i == len(self.blocks) - 1
             return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
 
@@ -207,18 +245,21 @@ class Recorder:
 
 
 def _depends_on(tensor: Tensor, leaves: set[int]) -> bool:
-    """Whether a tensor was computed from one of these leaves."""
+    """True if a tensor was computed from one of the leaves, whose ids are given.
+
+    Walks the graph without recursion. The nodes of leaves are `AccumulateGrad`, which have a `variable`.
+    """
     if id(tensor) in leaves or not tensor.requires_grad:
         return id(tensor) in leaves
-    found, seen = [tensor.grad_fn], set()
-    while found:
-        node = found.pop()
+    stack, seen = [tensor.grad_fn], set()
+    while stack:
+        node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if id(getattr(node, "variable", None)) in leaves:
             return True
-        found += [source for source, _ in node.next_functions]
+        stack += [source for source, _ in node.next_functions]
     return False
 
 
@@ -237,22 +278,26 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _settled(value: Any, kept: Callable[[Tensor], Tensor]) -> Any:
-    """An argument as it can be given again: tensors without a graph, nothing that blocks write to."""
+def _stored(value: Any, store: Callable[[Tensor], Tensor]) -> Any:
+    """An argument with its tensors stored, so that it can be passed again.
+
+    Raises:
+        NotAStackError: a mutable container or a KV cache, which blocks may write to.
+    """
     if isinstance(value, Tensor):
-        return kept(value)
+        return store(value)
     if isinstance(value, tuple):
-        return tuple(_settled(item, kept) for item in value)
+        return tuple(_stored(item, store) for item in value)
     if isinstance(value, dict | list) or "Cache" in type(value).__name__:
         raise NotAStackError(f"blocks share a {type(value).__name__} that they may write to")
     return value
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """An argument where its block computes."""
+def _to_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors of an argument, which may be stored on the host."""
     if isinstance(value, Tensor):
         return value.to(device)
-    return tuple(_moved(item, device) for item in value) if isinstance(value, tuple) else value
+    return tuple(_to_device(item, device) for item in value) if isinstance(value, tuple) else value
 
 
 def _autocast(hidden: Tensor) -> tuple[str, torch.dtype | None]:

@@ -1,4 +1,4 @@
-"""The bare base model while gradients are taken, and the model as it was afterwards."""
+"""A context in which the model is its frozen base in evaluation mode, as gradients are taken at the base weights."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from torch import nn
 
 from ...layers.linear import LoRASBLinear
 
-ASKS_FOR_MORE = ("use_cache", "output_hidden_states", "output_attentions")
+EXTRA_OUTPUTS = ("use_cache", "output_hidden_states", "output_attentions")
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no key-value cache, adapters off, nothing requires a gradient; all as it was afterwards."""
+def frozen_base(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, adapters disabled, no KV cache, no parameter requires a gradient; restored on exit."""
+    # The state of each module and parameter, as users may have put some blocks into another mode, or froze some.
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     disabled = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, LoRASBLinear)]
-    settings = _settings(model)
+    settings = _extra_outputs(model)
     try:
         model.eval()
         for parameter, _ in flags:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(False)  # gradients come from hooks: no weight may get a `.grad`
         for layer, _ in disabled:
             layer._disable_adapters = True
         for config, name, _ in settings:
             setattr(config, name, False)
-        with torch.enable_grad():
+        with torch.enable_grad():  # the caller may be under no_grad
             yield
     finally:
         for config, name, value in settings:
@@ -42,7 +43,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _settings(model: nn.Module) -> list[tuple[Any, str, Any]]:
-    """What configs ask for beside the loss and is on: it would corrupt a recomputation, or cost memory for nothing."""
+def _extra_outputs(model: nn.Module) -> list[tuple[Any, str, Any]]:
+    """(config, name, True) of every output beside the loss that is switched on in a config of the model.
+
+    A KV cache would grow at every recomputation of a block, which then attends to its own keys twice; hidden states and
+    attentions only take memory.
+    """
+    # By id: submodules share config objects, and one entry for each is enough.
     configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
-    return [(c, name, True) for c in configs.values() for name in ASKS_FOR_MORE if vars(c).get(name) is True]
+    return [(c, name, True) for c in configs.values() for name in EXTRA_OUTPUTS if vars(c).get(name) is True]

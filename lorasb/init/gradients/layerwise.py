@@ -1,8 +1,8 @@
-"""Layer by layer: sums of one block at a time, from the last to the first.
+"""The layerwise strategy: ΣG of one block at a time, from the last to the first.
 
-One forward a micro-batch records every block's input; the gradient at the last block's output comes from the graph
-above the stack. Then each block is computed again, once for each micro-batch, and differentiated: only its own sums
-exist meanwhile.
+One forward per micro-batch records every block's input, and its backward gives the gradient at the last block's output.
+Then each block is recomputed and differentiated, once per micro-batch, as in activation checkpointing but block by
+block over all samples: only one block's sums exist at a time. Memory for sums is O(1) in the number of blocks.
 """
 
 from __future__ import annotations
@@ -14,58 +14,59 @@ import torch
 from torch import Tensor, nn
 
 from .accumulator import GradientSums
-from .block_recorder import DISTURBED, LEFT, Recorder, Traversal
+from .block_recorder import EARLY_EXIT, MODIFIED_IN_PLACE, Recorder, Traversal
 from .block_stack import NotAStackError, Stack
 from .task import Work
 
 
 class Progress(Protocol):
-    """Finished blocks on disk, from which an interrupted run goes on."""
+    """Persistent progress, from which an interrupted run resumes; implemented by `sign_cache.Cache`."""
 
     def resume(self, traversals: list[Traversal]) -> int | None:
-        """The first block that is still to do, with the gradients at its output put into the traversals."""
+        """Restore the gradients of `traversals`; returns the block to go on with, or None if there is no progress."""
 
     def finished(self, block: int, traversals: list[Traversal]) -> None:
-        """A block is done, and the traversals hold the gradients at its input."""
+        """Save a finished block; `traversals` hold the gradients at its input."""
 
 
 def layerwise(
-    work: Work, stack: Stack, tail: dict[str, nn.Module], keep: Callable[[Tensor], Tensor], progress: Progress | None
+    work: Work, stack: Stack, tail: dict[str, nn.Module], store: Callable[[Tensor], Tensor], progress: Progress | None
 ) -> Iterator[GradientSums]:
-    """Sums of targets, some at a time: those above the stack that the record reached, then block after block.
+    """Sums of targets: first of those above the stack, then block by block from the last to the first.
 
     Args:
         work: model and samples.
         stack: the blocks.
-        tail: targets outside of the stack; sums come of those above it.
-        keep: what becomes of a boundary: itself, or a copy on the host.
-        progress: of an earlier run, and of this one.
+        tail: targets outside of the stack; only those above it are summed.
+        store: maps a block's input to what is stored: itself, or a copy on the host.
+        progress: where finished blocks are saved, and restored from.
 
     Yields:
-        Sums. They are the caller's to use up: nothing here keeps them.
+        Sums of some targets, to which no reference is kept here: the caller frees them.
     """
-    traversals, above = record(work, stack, tail, keep)
+    traversals, above = record(work, stack, tail, store)
     work.expect(len(traversals) * (len(stack.blocks) - stack.lowest))
     yield above
     start = len(stack.blocks) - 1
     resumed = progress.resume(traversals) if progress is not None else None
     for i in range(start, stack.lowest - 1, -1):
-        if resumed is not None and i > resumed:
+        if resumed is not None and i > resumed:  # finished in an earlier run
             for traversal in traversals:
                 traversal.release(i)
                 work.tick()
             continue
         yield block_sums(work, stack, i, traversals)
         if progress is not None:
+            # When the generator resumes, the caller has factored the block and added it to the cache.
             progress.finished(i, traversals)
 
 
 def record(
-    work: Work, stack: Stack, tail: dict[str, nn.Module], keep: Callable[[Tensor], Tensor]
+    work: Work, stack: Stack, tail: dict[str, nn.Module], store: Callable[[Tensor], Tensor]
 ) -> tuple[list[Traversal], GradientSums]:
-    """Every traversal of the stack with the gradient at its top, and the sums of targets above it."""
-    recorder = Recorder(stack, keep)
-    with recorder.watching(), GradientSums(tail, work.halves, lambda: recorder.above) as sums:
+    """Traversals of the stack with the gradients at the last block's output, and the sums of targets above it."""
+    recorder = Recorder(stack, store)
+    with recorder.hooks(), GradientSums(tail, work.halves, lambda: recorder.above) as sums:
         for piece in work.pieces:
             sums.muted, sums.first_half = not piece.counts, piece.first_half
             recorder.begin()
@@ -75,37 +76,45 @@ def record(
                 raise _no_stack(error, recorder) from None
             recorder.settle(piece.first_half, piece.counts)
             work.tick()
-    sums.leave_out(sums.elsewhere)
+    # A target that also ran below or inside the stack got no gradient there: its sum is incomplete, and it is left to
+    # the passes over the whole model.
+    sums.leave_out(sums.called_inactive)
     return recorder.traversals, sums
 
 
 def _no_stack(error: Exception, recorder: Recorder) -> Exception:
-    """The error, or what it says of the model's build where it comes from the record itself."""
+    """The error of a recorded forward, or a NotAStackError if the recording itself caused it."""
     if isinstance(error, NotAStackError):
         return error
+    # Autograd's error for `hidden += ...` on the leaf that a block got as its input.
     if "leaf Variable that requires grad" in str(error):
-        return NotAStackError(DISTURBED)
+        return NotAStackError(MODIFIED_IN_PLACE)
+    # A forward that left the stack early may fail in the checks of its loss, which would blame the batch.
     if recorder.unfinished and isinstance(error, ValueError):
-        return NotAStackError(LEFT)
+        return NotAStackError(EARLY_EXIT)
     return error
 
 
 def block_sums(work: Work, stack: Stack, i: int, traversals: list[Traversal]) -> GradientSums:
-    """Sums of block i's targets; afterwards the traversals hold the gradients at its input."""
+    """Sums of block i's targets; replaces the gradients at its output in `traversals` by those at its input."""
+    # Fillers of sharded models may come last, and add nothing: signs are taken in the last one that counts.
     last = max((k for k, traversal in enumerate(traversals) if traversal.counts), default=-1)
     with GradientSums(stack.targets[i], work.halves) as sums:
         for k, traversal in enumerate(traversals):
             sums.muted, sums.first_half = not traversal.counts, traversal.first_half
-            sums.closing = k == last and not (work.processes.several or work.values)
+            # Signs are taken in the last addition, unless other ranks' sums or the values themselves are needed.
+            sums.closing = k == last and not (work.processes.is_distributed or work.values)
             _differentiate(stack.blocks[i], i, traversal, work.device)
             work.tick()
     return sums
 
 
 def _differentiate(block: nn.Module, i: int, traversal: Traversal, device: torch.device) -> None:
+    """Recompute a block for one traversal and run backward through it; the hooks of its targets sum on the way."""
     stored, call, gradient = traversal.hidden[i], traversal.calls[i], traversal.gradient
     if stored is None or call is None or gradient is None:
         raise RuntimeError(f"block {i} was differentiated already")
+    # A fresh leaf, whose `.grad` is the gradient at the output of the block below.
     hidden = stored.to(gradient.device).detach().requires_grad_(True)
     output = call.repeat(block, hidden)
     torch.autograd.backward(output, gradient.to(output.device))

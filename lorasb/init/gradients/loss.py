@@ -1,4 +1,4 @@
-"""The loss of initialization: each sample's own mean, summed, however the samples are batched."""
+"""The loss of initialization, Σ_i L(x_i) with L(x_i) the mean over sample i's tokens, however samples are batched."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from torch import Tensor, nn
 from ..sampling import batch_size, take_rows
 
 LossFn = Callable[[nn.Module, Mapping[str, Any]], Tensor]
-AGREES = 1e-5  # a model's own loss and ours, recomputed in fp32 from its logits
-AGREES_IN_16_BITS = 8e-3  # the same where the model rounds its loss to 16 bits
-IGNORED = -100
+# Largest relative difference between a model's loss and the one recomputed here in fp32 from its logits: the rounding
+# of a mean over many tokens in fp32, and of a loss in 16 bits (bf16: 2^-7 = 7.8e-3).
+LOSS_TOLERANCE = 1e-5
+LOSS_TOLERANCE_16_BITS = 8e-3
+IGNORED = -100  # transformers' label of tokens that have no loss
 
 
 def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: LossFn | None) -> float:
     """Backward through Σ_i L(x_i) of a batch, with L(x_i) the mean over sample i's own labeled tokens.
 
-    A model's own loss is a mean over all tokens of the batch, which weighs long samples more. The gradient at the
-    logits is rescaled sample by sample where that mean can be recognized; where it cannot, samples go one by one.
-    Samples without a labeled token have no loss and count nothing.
-    With `loss_fn`, the caller's loss counts as it is, times the batch's samples.
+    A model's own loss is a mean over all tokens of the batch, which gives long samples more weight. If that mean can be
+    reproduced from the logits, the gradient at the logits is rescaled per sample; if not, samples are run one by one.
+    Samples without a labeled token have no loss and are skipped. With `loss_fn`, the caller's loss is multiplied by the
+    number of samples and otherwise used as it is.
 
     Returns:
-        The summed loss.
+        Σ_i L(x_i).
 
     Raises:
-        ValueError: no loss (labels are missing), or a loss that is not finite or depends on nothing.
+        ValueError: no loss (labels are missing), or a loss that is not finite or depends on no adapted layer.
     """
     rows = batch_size(batch)
     if loss_fn is not None:
+        # A mean over the batch, as losses usually are, times its rows is a sum over samples.
         loss = _checked(loss_fn(model, batch), batch) * rows
         loss.backward()
         return float(loss.detach())
@@ -42,15 +45,18 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
     if _first_label_only(batch, _field(outputs, "loss")):
         return 0.0
     loss, logits = _checked(_field(outputs, "loss"), batch), _field(outputs, "logits")
-    if rows == 1:
-        del outputs, logits  # the graph does not need them: a large vocabulary's logits are most of the memory here
+    if rows == 1:  # the batch's mean is the sample's own
+        del outputs, logits  # the graph does not need them, and logits of a large vocabulary are most of the memory
         loss.backward()
         return float(loss.detach())
+    # A hook on logits that the loss was not computed from would never run, and leave the gradient unscaled.
     weights = _weights(loss, logits, batch) if _feeds(logits, loss) else None
     if weights is None:
-        del outputs, loss, logits
+        del outputs, loss, logits  # frees this graph before the samples build theirs
         return sum(backward_over_samples(model, take_rows(batch, torch.tensor([i])), None) for i in range(rows))
     scale, total = weights
+    # The gradient of the batch's mean at sample i's logits, times (tokens of the batch) / (tokens of sample i), is the
+    # gradient of L(x_i): one backward does for all samples.
     logits.register_hook(lambda g: (g * scale.view(-1, *(1,) * (g.dim() - 1))).to(g.dtype))
     del outputs, logits
     loss.backward()
@@ -58,7 +64,7 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
 
 
 def labeled_rows(batch: Mapping[str, Any]) -> int:
-    """Samples that have a label."""
+    """Number of samples that have at least one label; all of a batch whose labels are not token or class ids."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return batch_size(batch)
@@ -66,7 +72,10 @@ def labeled_rows(batch: Mapping[str, Any]) -> int:
 
 
 def _first_label_only(batch: Mapping[str, Any], loss: Any) -> bool:
-    """Whether a causal model has nothing to predict: no label after the first place, and a mean over nothing."""
+    """True if a causal model has nothing to predict: it shifts labels by one, and only the first position has any.
+
+    Its loss is then a mean over nothing, NaN, which is no error of the data.
+    """
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 2 or labels.shape[1] < 2:
         return False
@@ -76,15 +85,19 @@ def _first_label_only(batch: Mapping[str, Any], loss: Any) -> bool:
 
 
 def unlabeled(batch: Mapping[str, Any]) -> bool:
-    """Whether every label of a batch is ignored: such samples have no loss, and a mean over nothing is NaN."""
+    """True if every label of a batch is -100: the loss would be a mean over nothing, NaN."""
     labels = batch.get("labels")
     return isinstance(labels, Tensor) and not labels.is_floating_point() and bool((labels == IGNORED).all())
 
 
 def _feeds(logits: Any, loss: Tensor) -> bool:
-    """Whether the loss was computed from these very logits; accelerate's wrappers return copies."""
+    """True if the loss was computed from this very tensor of logits, so that a hook on it has an effect.
+
+    accelerate's wrappers (autocast with fp32 outputs) return converted copies.
+    """
     if not isinstance(logits, Tensor) or not logits.requires_grad:
         return False
+    # The graph is retained for the backward that follows.
     return torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)[0] is not None
 
 
@@ -93,6 +106,11 @@ def _field(outputs: Any, name: str) -> Any:
 
 
 def _checked(loss: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The loss, if it is a finite scalar with a graph.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not isinstance(loss, Tensor):
         raise ValueError(
             f"the model returned no loss for a batch with {', '.join(sorted(batch))}: add labels to the batches, or "
@@ -109,42 +127,49 @@ def _checked(loss: Any, batch: Mapping[str, Any]) -> Tensor:
 
 @torch.no_grad()
 def _weights(loss: Tensor, logits: Any, batch: Mapping[str, Any]) -> tuple[Tensor, float] | None:
-    """Per sample, what turns the batch's mean into its own; and Σ_i L(x_i). None where the loss is not understood."""
+    """(factor per sample from the batch's mean to its own, Σ_i L(x_i)); None if the loss cannot be reproduced."""
     labels = batch.get("labels")
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or logits.shape[0] != labels.shape[0]:
         return None
     for sums, counts in _candidates(logits.float(), labels):
-        total, some = counts.sum(), counts.clamp(min=1)
+        total, per_sample = counts.sum(), counts.clamp(min=1)  # samples without labels have no gradient to scale
         if _close(sums.sum() / total, loss):
-            return total / some, float((sums / some).sum())
+            return total / per_sample, float((sums / per_sample).sum())
     return None
 
 
 def _candidates(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(Σ of losses, number of labeled places) per sample, for each reading of the labels that the shapes allow."""
-    found = []
+    """(Σ of losses, number of labeled positions) per sample, for each loss that shapes and dtypes of the labels allow.
+
+    transformers' losses: causal, masked and sequence-to-sequence LM, classification, regression, multi-label.
+    """
+    candidates = []
     if labels.dtype == torch.long and labels.dim() == 2 and logits.dim() == 3 and logits.shape[:2] == labels.shape:
-        found.append(_cross_entropy(logits[:, :-1], labels[:, 1:]))  # causal: predict the next token
-        found.append(_cross_entropy(logits, labels))  # masked or encoder-decoder: predict the token in place
+        candidates.append(_cross_entropy(logits[:, :-1], labels[:, 1:]))  # causal: predict the next token
+        candidates.append(_cross_entropy(logits, labels))  # masked or encoder-decoder: predict the token in place
     elif labels.dtype == torch.long and labels.dim() == 1 and logits.dim() == 2:
-        found.append(_cross_entropy(logits[:, None], labels[:, None]))
+        candidates.append(_cross_entropy(logits[:, None], labels[:, None]))
     elif labels.is_floating_point():
         values = logits.reshape(logits.shape[0], -1)
         targets = labels.reshape(labels.shape[0], -1).float()
         if values.shape == targets.shape:
-            places = torch.full((len(values),), float(values.shape[1]), device=values.device)
-            found.append(((values - targets).square().sum(1), places))
-            found.append((F.binary_cross_entropy_with_logits(values, targets, reduction="none").sum(1), places))
-    return found
+            counts = torch.full((len(values),), float(values.shape[1]), device=values.device)
+            candidates.append(((values - targets).square().sum(1), counts))
+            candidates.append((F.binary_cross_entropy_with_logits(values, targets, reduction="none").sum(1), counts))
+    return candidates
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Over [samples, places, classes]; flat, as a sum over a strided vocabulary is off by more than a loss may be."""
+    """Σ of losses and number of labels per sample, from logits [samples, positions, classes].
+
+    Flattened to [samples·positions, classes]: cross_entropy takes 3-D inputs with the classes in the middle, and its
+    sum over a large, strided vocabulary was off by more than LOSS_TOLERANCE.
+    """
     flat, labels = logits.reshape(-1, logits.shape[-1]), labels.to(logits.device)
     losses = F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="none").view(labels.shape)
     return losses.sum(1), (labels != IGNORED).sum(1).to(losses.device, losses.dtype)
 
 
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    share = AGREES if theirs.dtype in (torch.float32, torch.float64) else AGREES_IN_16_BITS
-    return bool((ours - theirs.float()).abs() <= share * theirs.float().abs() + 1e-6)
+def _close(recomputed: Tensor, loss: Tensor) -> bool:
+    tolerance = LOSS_TOLERANCE if loss.dtype in (torch.float32, torch.float64) else LOSS_TOLERANCE_16_BITS
+    return bool((recomputed - loss.float()).abs() <= tolerance * loss.float().abs() + 1e-6)

@@ -1,4 +1,4 @@
-"""What every strategy works on: the model, its targets, the samples, and one backward at a time."""
+"""The input of every strategy: model, targets and micro-batches, with one backward per micro-batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ Layers = dict[str, LoRASBLinear]
 
 @dataclass(frozen=True)
 class Piece:
-    """A micro-batch. One that does not `count` keeps step with other processes and adds nothing."""
+    """A micro-batch.
+
+    Attributes:
+        batch: tensors by name.
+        first_half: True if the samples belong to the first half (`stability`).
+        counts: False for a filler that only takes part in the collectives of a sharded model.
+    """
 
     batch: Batch
     first_half: bool = False
@@ -28,14 +34,20 @@ class Piece:
 
 @dataclass
 class Work:
-    """A model and what its gradients are summed over.
+    """A model, its targets and the micro-batches that their gradients are summed over.
 
     Attributes:
-        halves: sums over the first half of the samples are kept beside those over all.
-        values: the sums themselves are needed, not their signs alone.
-        tick: called after every micro-batch of every block or pass.
-        loss, labeled: Σ of losses, and number of samples that have one.
-        expect: called with the number of ticks that are still to come, once it is known.
+        model: the patched model.
+        layers: targets, by name.
+        pieces: micro-batches of this rank.
+        loss_fn: the caller's loss, or None for the model's own.
+        processes: the process group.
+        halves: True if the first half of the samples is summed separately, too.
+        values: True if the values of ΣG are needed (SGD), not only its signs.
+        tick: called after every micro-batch of every block or pass, for progress bars.
+        expect: called with the number of remaining ticks, once it is known.
+        loss: Σ of the samples' losses.
+        labeled: number of samples that have a loss.
     """
 
     model: nn.Module
@@ -52,11 +64,12 @@ class Work:
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its batches."""
+        """The device of the first target, where the batches are moved to."""
+        # R's device: the base weight of an offloaded layer is on the meta device.
         return next(next(iter(self.layers.values())).lorasb_R.parameters()).device
 
     def backward(self, piece: Piece) -> None:
-        """Backward through a micro-batch's summed loss."""
+        """Forward and backward of a micro-batch, with the sum of its samples' losses."""
         loss = backward_over_samples(self.model, to_device(piece.batch, self.device), self.loss_fn)
         if piece.counts:
             self.loss += loss
@@ -64,18 +77,18 @@ class Work:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors there."""
+    """A copy of a batch with its tensors on a device."""
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def in_halves(batches: list[Batch]) -> Iterator[Piece]:
-    """Micro-batches of the two halves of the samples: every batch is cut, single samples alternate."""
-    turn = False
+    """Assign the samples to two halves: every batch is split, and batches of one sample alternate."""
+    first_half = False
     for batch in batches:
         rows = batch_size(batch)
         if rows == 1:
-            turn = not turn
-            yield Piece(batch, turn)
+            first_half = not first_half
+            yield Piece(batch, first_half)
             continue
         yield Piece(take_rows(batch, torch.arange(rows // 2)), True)
         yield Piece(take_rows(batch, torch.arange(rows // 2, rows)), False)

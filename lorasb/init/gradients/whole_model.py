@@ -1,4 +1,4 @@
-"""Through the whole model: as many passes over subsets of the targets as a memory budget asks for."""
+"""The accumulate strategy: passes through the whole model, each with the sums of as many targets as a budget allows."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from .accumulator import GradientSums
 from .task import Work
 
 
-def accumulate(work: Work, layers: dict[str, nn.Module], room: float) -> Iterator[GradientSums]:
-    """Sums of targets, one subset a pass, from the last layer to the first.
+def accumulate(work: Work, layers: dict[str, nn.Module], budget_bytes: float) -> Iterator[GradientSums]:
+    """Sums of targets, one subset per pass, from the last layer to the first.
 
     Args:
         work: model and samples.
-        layers: targets whose sums are wanted.
-        room: bytes that the sums of one pass may take; one layer is always taken.
+        layers: targets to be summed, by name.
+        budget_bytes: bytes that the sums of one pass may take; a pass always takes at least one layer.
 
     Yields:
         Sums of the layers that backward reached.
     """
-    for subset in passes(layers, room / (2 if work.halves else 1)):
+    for subset in passes(layers, budget_bytes / (2 if work.halves else 1)):
         with GradientSums(subset, work.halves) as sums:
             for piece in work.pieces:
                 sums.muted, sums.first_half = not piece.counts, piece.first_half
@@ -30,20 +30,23 @@ def accumulate(work: Work, layers: dict[str, nn.Module], room: float) -> Iterato
         yield sums
 
 
-def passes(layers: dict[str, nn.Module], room: float) -> list[dict[str, nn.Module]]:
-    """Subsets whose fp32 sums fit, in reverse: later layers need less of the graph."""
-    found: list[dict[str, nn.Module]] = []
+def passes(layers: dict[str, nn.Module], budget_bytes: float) -> list[dict[str, nn.Module]]:
+    """Subsets of consecutive layers whose fp32 sums fit into a budget, from the last layer to the first.
+
+    Backward ends at the lowest layer that has a hook, so a pass over late layers is shorter.
+    """
+    subsets: list[dict[str, nn.Module]] = []
     used = 0.0
     for name in reversed(layers):
         size = sum_bytes(layers[name])
-        if not found or used + size > room:
-            found.append({})
+        if not subsets or used + size > budget_bytes:
+            subsets.append({})
             used = 0.0
-        found[-1][name] = layers[name]
+        subsets[-1][name] = layers[name]
         used += size
-    return found
+    return subsets
 
 
 def sum_bytes(layer: nn.Module) -> int:
-    """Bytes of a layer's sum in fp32."""
+    """Bytes of a layer's ΣG [out, in] in fp32."""
     return 4 * layer.in_features * layer.out_features  # type: ignore[operator, return-value]

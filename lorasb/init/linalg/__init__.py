@@ -1,1 +1,1 @@
-"""Linear algebra of the initialization: packed sign matrices and their truncated SVD. Tensors only."""
+"""Linear algebra of the initialization: packed sign matrices and their truncated SVD. Knows tensors, not layers."""

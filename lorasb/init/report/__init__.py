@@ -1,4 +1,4 @@
-"""What an initialization says of itself: energies by layer, suggested ranks, plots, provenance, skipped modules."""
+"""Reports of an initialization: captured energy by layer, suggested ranks, plots, provenance and skipped modules."""
 
 from .init_report import InitReport as InitReport
 from .layer_report import LayerReport as LayerReport

@@ -1,4 +1,4 @@
-"""What an initialization kept, layer by layer: as a table, as JSON, as a picture."""
+"""The report of an initialization: energy captured by layer, as a table, as JSON and as plots."""
 
 from __future__ import annotations
 
@@ -16,16 +16,22 @@ from . import plots
 from .layer_report import LayerReport
 from .rank_allocation import RankSuggestion, suggest
 
-SHOWN_VALUES = 3
-TUPLES = ("shape", "singular_values", "beyond", "curve_sign", "curve_grad")
+SHOWN_VALUES = 3  # leading singular values in a row of the table, before the last one
+TUPLE_FIELDS = (  # of LayerReport, which JSON turns into lists
+    "shape",
+    "singular_values",
+    "beyond",
+    "curve_sign",
+    "curve_grad",
+)
 
 
 @dataclass
 class InitReport:
-    """What `lorasb.initialize` did. Prints as a table; `save`, `load` and `plot` keep it.
+    """The result of `lorasb.initialize`. Prints as a table; has methods `save`, `load`, `plot` and `suggest_ranks`.
 
-    `left` says what was left alone on purpose: a tied head, routers, experts that nobody named. `longest_start` is the
-    limit that `initialize` was given, None where there is none.
+    `left` lists modules that are not adapted by design: a tied head, routers, experts that are not named in
+    `target_parameters`. `longest_start` is the limit passed to `initialize`, or None.
     """
 
     init: str
@@ -43,43 +49,44 @@ class InitReport:
 
     @property
     def energy_sign(self) -> float | None:
-        """Mean over layers of the captured share of sign(ΣG)."""
+        """Mean over layers of the fraction of ‖sign(ΣG)‖² that is captured."""
         return _mean([layer.energy_sign for layer in self.layers])
 
     @property
     def energy_grad(self) -> float | None:
-        """Mean over layers of the captured share of ΣG."""
+        """Mean over layers of the fraction of ‖ΣG‖² that is captured."""
         return _mean([layer.energy_grad for layer in self.layers])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The report as JSON values."""
         return asdict(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON, atomically."""
+        """Write a JSON file atomically."""
         write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InitReport:
-        """Read what `save` wrote."""
+        """Load a file of `save`."""
         values = json.loads(Path(path).read_text(encoding="utf-8"))
+        # `if key in layer`: reports of earlier versions lack newer fields, which have defaults.
         layers = [
-            LayerReport(**layer | {key: tuple(layer[key]) for key in TUPLES if key in layer})
+            LayerReport(**layer | {key: tuple(layer[key]) for key in TUPLE_FIELDS if key in layer})
             for layer in values.pop("layers")
         ]
         return cls(**values, layers=layers)
 
     def __rich__(self) -> Table:
         what = f"{len(self.layers)} layers, {self.num_samples} samples, {self.seconds:.1f} s"
-        kept = f"mean energy kept: sign {_percent(self.energy_sign)}, gradient {_percent(self.energy_grad)}"
+        caption = f"mean energy kept: sign {_percent(self.energy_sign)}, gradient {_percent(self.energy_grad)}"
         if self.why:
-            kept += f"; {self.strategy} ({self.why})"
+            caption += f"; {self.strategy} ({self.why})"
         if self.stability is not None:
-            kept += f"; overlap of two halves of the samples {_percent(self.stability)}"
+            caption += f"; overlap of two halves of the samples {_percent(self.stability)}"
         if self.start is not None and self.start < 1.0:
-            kept += f"; R starts {self.longest_start:g} of its steps away, {_percent(self.start)} of the first step"
-        kept += "".join(f"\nleft alone: {line}" for line in self.left)
-        table = Table(title=f"{self.init} initialization: {what}", caption=kept)
+            caption += f"; R starts {self.longest_start:g} of its steps away, {_percent(self.start)} of the first step"
+        caption += "".join(f"\nleft alone: {line}" for line in self.left)
+        table = Table(title=f"{self.init} initialization: {what}", caption=caption)
         table.add_column("layer", overflow="fold")
         for name in ("shape", "r", "energy of sign(G)", "energy of G", "σ₁ σ₂ σ₃ … σᵣ", "zeros", "ms"):
             table.add_column(name, justify="right")
@@ -88,6 +95,7 @@ class InitReport:
         return table
 
     def __str__(self) -> str:
+        # A console of its own: the default one would print to stdout.
         console = Console(width=120, record=False, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         with console.capture() as capture:
             console.print(self)
@@ -96,12 +104,12 @@ class InitReport:
 
     @property
     def start(self) -> float | None:
-        """Mean over layers of the share of η that the first step was taken with."""
+        """Mean over layers of the factor on η of the first step (`longest_start`)."""
         return _mean([layer.start for layer in self.layers])
 
     @property
     def stability(self) -> float | None:
-        """Mean over layers of the overlap between two halves of the samples, where it was asked for."""
+        """Mean over layers of the subspace overlap between two halves of the samples; None if not measured."""
         return _mean([layer.stability for layer in self.layers])
 
     def suggest_ranks(
@@ -110,12 +118,12 @@ class InitReport:
         """Ranks by layer, for `lorasb.patch(model, rank_pattern=report.suggest_ranks(...).rank_pattern)`.
 
         Args:
-            energy: the least rank of each layer that keeps this share.
-            parameters: the most energy for this many trained parameters, Σ r².
+            energy: fraction in (0, 1]; every layer gets the smallest rank that captures it.
+            parameters: number of trained parameters, Σ r²; ranks maximize the mean energy within it.
             of: energy of the "sign" of ΣG, or of ΣG itself ("grad").
 
         Returns:
-            Ranks, up to what was measured (r + 32), and which layers would need more.
+            Ranks up to the largest that was measured (r + 32), and the layers that would need more.
 
         Raises:
             ValueError: neither or both targets, or a report without energies.
@@ -123,16 +131,16 @@ class InitReport:
         return suggest(self.layers, energy, parameters, of)
 
     def plot(self, path: str | os.PathLike[str], kind: str = "layers") -> None:
-        """Draw a PNG.
+        """Plot to a PNG file.
 
         Args:
-            path: of the file.
-            kind: "layers" (the energy that each layer keeps, of sign(ΣG) and of ΣG), "ranks" (energy against rank) or
+            path: path of the file.
+            kind: "layers" (energy captured by each layer, of sign(ΣG) and of ΣG), "ranks" (energy against rank) or
                 "spectrum" (singular values by kind of layer).
 
         Raises:
             ImportError: matplotlib is missing; the message has the pip command.
-            ValueError: nothing to draw, as these factors came from no gradient, or no such kind.
+            ValueError: an unknown kind, or a data-free init, which has no energies.
         """
         if kind not in PLOTS:
             raise ValueError(f"kind must be one of {', '.join(PLOTS)}, got {kind!r}")

@@ -1,4 +1,4 @@
-"""What an initialization kept of one layer."""
+"""The report of one layer; `InitReport` holds one for each."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. Energies are shares of a squared Frobenius norm that lie in span(B) x span(A).
+    """The report of one layer. Energies are fractions of a squared Frobenius norm within span(B) x span(A).
 
     Attributes:
+        name: name of the layer in the base model.
         shape: (out_features, in_features).
-        energy_sign: share of sign(ΣG); None where no gradient was taken.
-        energy_grad: share of ΣG itself; None likewise.
-        singular_values: the leading r, of the matrix that was factored.
-        zeros: exact zeros in ΣG.
-        seconds: time of the factoring.
-        beyond: up to 32 more singular values, measured on the way.
-        curve_sign, curve_grad: the energies at ranks 1, 2, ... as far as they were measured.
-        stability: overlap of the subspaces from two halves of the samples, where it was asked for.
-        start: what share of η the first step was taken with (`longest_start`); None where no gradient was taken.
-        fallback: what stood in for the gradient of a layer that no sample reached.
+        rank: r.
+        energy_sign: fraction of ‖sign(ΣG)‖²; None if no gradient was taken.
+        energy_grad: fraction of ‖ΣG‖²; None likewise, or if a cache was made at a smaller rank.
+        singular_values: the r leading ones of the matrix that was factored.
+        zeros: number of entries of ΣG that are exactly zero.
+        seconds: duration of the SVD.
+        beyond: up to 32 further singular values, from the oversampling of the SVD.
+        curve_sign: energy_sign at ranks 1, 2, ..., as far as measured.
+        curve_grad: energy_grad at ranks 1, 2, ..., as far as measured.
+        stability: overlap of the subspaces from two halves of the samples; None if not measured.
+        fallback: replacement for the gradient if no sample reached the layer ("weight"), else None.
+        start: factor on η of the first step (`longest_start`); None if no gradient was taken.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Pictures of a report: energy by layer, energy against rank, the spectrum."""
+"""Plots of a report: energy by layer, energy against rank, and the spectrum."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
     from .init_report import InitReport, LayerReport
 
 Path = str | os.PathLike[str]
-KINDS = ((("grad", GRAD, "of the gradient ΣG")), ("sign", SIGN, "of its sign"))
+CURVES = ((("grad", GRAD, "of the gradient ΣG")), ("sign", SIGN, "of its sign"))
 
 
 def energy_by_layer(report: InitReport, path: Path) -> None:
-    """Points: what each layer keeps of sign(ΣG) and of ΣG, in the model's order."""
+    """Scatter plot of the energy of sign(ΣG) and of ΣG that each layer captures, in the model's order."""
     layers = [layer for layer in report.layers if layer.energy_sign is not None]
     figure, axes = canvas()
-    for kind, color, label in KINDS:
+    for kind, color, label in CURVES:
         values = [100 * (getattr(layer, f"energy_{kind}") or 0.0) for layer in layers]
         axes.plot(range(len(layers)), values, "o", markersize=3.5, color=color, alpha=0.85, label=label)
         axes.axhline(sum(values) / len(values), color=color, linewidth=1, linestyle="--")
     axes.set(
         xlabel="adapted layer, from the embeddings to the head",
         ylabel="energy kept (%)",
-        ylim=(0, 112),
+        ylim=(0, 112),  # room for the legend above 100%
         yticks=range(0, 101, 20),
     )
     axes.legend(frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.0))
@@ -36,13 +36,14 @@ def energy_by_layer(report: InitReport, path: Path) -> None:
 
 
 def energy_by_rank(report: InitReport, path: Path) -> None:
-    """Lines: energy kept at every rank that was measured; the median over layers, and the middle half around it."""
+    """Line plot of the energy at every measured rank: the median over layers, with the interquartile range."""
     figure, axes = canvas()
-    for kind, color, label in KINDS:
+    for kind, color, label in CURVES:
         curves = [curve for layer in report.layers if (curve := getattr(layer, f"curve_{kind}"))]
         if not curves:
             continue
         ranks = range(1, max(map(len, curves)) + 1)
+        # Layers were measured up to different ranks: a shorter curve is continued at its last value.
         low, middle, high = zip(*(_quartiles([c[min(k, len(c)) - 1] for c in curves]) for k in ranks), strict=True)
         axes.plot(ranks, middle, color=color, linewidth=2, label=label)
         axes.fill_between(ranks, low, high, color=color, alpha=0.15, linewidth=0)
@@ -56,22 +57,24 @@ def energy_by_rank(report: InitReport, path: Path) -> None:
 
 
 def spectrum(report: InitReport, path: Path) -> None:
-    """Lines: singular values over the largest, by kind of layer (median)."""
+    """Line plot of singular values over the largest one: the median over layers of a kind (q_proj, down_proj, ...)."""
     figure, axes = canvas()
-    kinds: dict[str, list[Sequence[float]]] = {}
+    spectra_by_kind: dict[str, list[Sequence[float]]] = {}
     for layer in report.layers:
         if layer.curve_sign:
             values = (*layer.singular_values, *layer.beyond)
-            kinds.setdefault(layer.name.rpartition(".")[2], []).append([v / (values[0] or 1.0) for v in values])
-    colors = _colors(len(kinds))
-    for (kind, found), color in zip(kinds.items(), colors, strict=True):
-        length = min(map(len, found))
+            spectra_by_kind.setdefault(layer.name.rpartition(".")[2], []).append(
+                [v / (values[0] or 1.0) for v in values]
+            )
+    colors = _colors(len(spectra_by_kind))
+    for (kind, spectra), color in zip(spectra_by_kind.items(), colors, strict=True):
+        length = min(map(len, spectra))
         axes.plot(
             range(1, length + 1),
-            [statistics.median(v[k] for v in found) for k in range(length)],
+            [statistics.median(v[k] for v in spectra) for k in range(length)],
             color=color,
             linewidth=1.5,
-            label=f"{kind} ({len(found)})",
+            label=f"{kind} ({len(spectra)})",
         )
     axes.set(xlabel="index", ylabel="σ over σ₁", yscale="log", xlim=(1, None))
     axes.legend(frameon=False, ncols=2)

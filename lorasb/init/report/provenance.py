@@ -1,4 +1,4 @@
-"""Where an initialization comes from: what is kept with an adapter, and the key of a cache."""
+"""Provenance of an initialization: the record in an adapter's config, and the key of a cache of signs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from ..._version import __version__
 from .init_report import InitReport
 
-PLAIN = (str, int, float, bool, bytes, tuple, type(None))
-DEPTH = 12  # of functions that a loss closes over
-SAME_SIGNS = "0.1.0"  # the first version whose signs are this one's to the bit: caches since then still hold
-VALUES = 64  # of each weight go into the hash of a model
+HASHED_TYPES = (str, int, float, bool, bytes, tuple, type(None))  # of an object's attributes; others are ignored
+MAX_DEPTH = 12  # levels of values that a loss function refers to; ends recursion in cycles
+SIGNS_SINCE = "0.1.0"  # the first version whose signs are bitwise equal to this one's: its caches are still valid
+HASHED_VALUES = 64  # values per weight, evenly spaced, in the hash of a model
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
+    """Versions of the packages that results depend on."""
     return {
         "lorasb": __version__,
         "torch": str(torch.__version__),
@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 
 def provenance(report: InitReport, data_hash: str | None) -> dict[str, Any]:
-    """What an adapter's config keeps of its initialization."""
+    """The record of an initialization that an adapter's config stores (`init_provenance`)."""
     return {
         "init": report.init,
         "update": report.update,
@@ -49,7 +49,10 @@ def provenance(report: InitReport, data_hash: str | None) -> dict[str, Any]:
 def cache_key(
     model: nn.Module, layer: Any, update: str, seed: int, num_samples: int | None, data_hash: str | None, loss_fn: Any
 ) -> dict[str, Any]:
-    """What the signs of a model depend on."""
+    """Everything that the signs of a model depend on, by field; a mismatch is reported by the field's name.
+
+    The rank and η are not among it: any adapter can be initialized from the same signs.
+    """
     return {
         "dtype": str(layer.base_dtype).removeprefix("torch."),
         "base weights": weights_hash(model),
@@ -58,88 +61,95 @@ def cache_key(
         "num_samples": num_samples,
         "data": data_hash,
         "loss_fn": function_hash(loss_fn) if loss_fn is not None else None,
-        "versions": versions() | {"lorasb": SAME_SIGNS},
+        "versions": versions() | {"lorasb": SIGNS_SINCE},
     }
 
 
 @torch.no_grad()
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of 64 values of every weight that is no adapter's, by name: cheap, and another model has another one.
+    """SHA-256 over name, shape, dtype and 64 values of every base weight; no values of offloaded weights.
 
-    Of a weight that is offloaded, its shape alone.
+    A sample of the values tells models apart, without reading all weights.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         if "lorasb_" in name:
             continue
-        found.update(f"{name.replace('.base_layer', '')} {list(weight.shape)} {weight.dtype}".encode())
-        whole = _whole(weight)
-        if whole is not None and whole.numel():
-            flat = whole.reshape(-1)
-            places = torch.linspace(0, flat.numel() - 1, VALUES, dtype=torch.float64).long().to(flat.device)
-            found.update(flat[places].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        # A target's weight is renamed by its adapter; the hash should not depend on which layers are adapted.
+        digest.update(f"{name.replace('.base_layer', '')} {list(weight.shape)} {weight.dtype}".encode())
+        full = _full_tensor(weight)
+        if full is not None and full.numel():
+            flat = full.reshape(-1)
+            # fp64: fp32 cannot represent the indices of large weights
+            indices = torch.linspace(0, flat.numel() - 1, HASHED_VALUES, dtype=torch.float64).long().to(flat.device)
+            digest.update(flat[indices].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-def _whole(weight: Tensor) -> Tensor | None:
+def _full_tensor(weight: Tensor) -> Tensor | None:
+    """The unsharded weight (a collective under FSDP2), or None on the meta device."""
     if weight.is_meta:
         return None
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight.detach()
 
 
 def function_hash(function: Any) -> str:
-    """A function's name, and SHA-256 of its code, its constants and what it closes over.
+    """A function's name, and the start of a SHA-256 of its bytecode, constants, defaults and closure.
 
-    Of partials, the function and its arguments; of other objects, the type and the code of its call.
+    For a partial: of the function and its arguments; for other callables: of the type, the code of its call and its
+    attributes.
     """
-    found = hashlib.sha256()
-    _update(found, function, depth=0)
+    digest = hashlib.sha256()
+    _update(digest, function, depth=0)
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    return f"{name} {found.hexdigest()[:16]}"
+    return f"{name} {digest.hexdigest()[:16]}"
 
 
-def _update(found: Any, value: Any, depth: int) -> None:
-    if depth > DEPTH:
-        found.update(b"deeper")
+def _update(digest: Any, value: Any, depth: int) -> None:
+    """Add a value to a hash such that it is the same in another process: no ids, no addresses, no order of sets."""
+    if depth > MAX_DEPTH:
+        digest.update(b"deeper")
     elif isinstance(value, types.CodeType):
-        found.update(value.co_code + repr((value.co_names, value.co_varnames)).encode())
-        _update(found, value.co_consts, depth + 1)
+        # Bytecode and names only: with line numbers, moving a function would change its hash.
+        digest.update(value.co_code + repr((value.co_names, value.co_varnames)).encode())
+        _update(digest, value.co_consts, depth + 1)
     elif isinstance(value, functools.partial):
-        _update(found, (value.func, value.args, value.keywords), depth + 1)
+        _update(digest, (value.func, value.args, value.keywords), depth + 1)
     elif isinstance(value, types.MethodType):
-        _update(found, (value.__func__, value.__self__), depth + 1)
+        _update(digest, (value.__func__, value.__self__), depth + 1)
     elif isinstance(value, types.FunctionType):
         cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
-        _update(found, (value.__code__, value.__defaults__, value.__kwdefaults__, cells), depth + 1)
+        _update(digest, (value.__code__, value.__defaults__, value.__kwdefaults__, cells), depth + 1)
     elif isinstance(value, set | frozenset):
-        found.update(repr(sorted(map(repr, value))).encode())
+        digest.update(repr(sorted(map(repr, value))).encode())
     elif isinstance(value, dict):
-        _update(found, tuple(sorted(value.items(), key=lambda item: repr(item[0]))), depth + 1)
+        _update(digest, tuple(sorted(value.items(), key=lambda item: repr(item[0]))), depth + 1)
     elif isinstance(value, tuple | list):
-        found.update(f"{type(value).__name__} of {len(value)}".encode())
+        digest.update(f"{type(value).__name__} of {len(value)}".encode())
         for item in value:
-            _update(found, item, depth + 1)
+            _update(digest, item, depth + 1)
     elif isinstance(value, Tensor):
-        found.update(f"{value.dtype} {list(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(f"{value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(value, str | int | float | bool | bytes | None):
-        found.update(repr(value).encode())
+        digest.update(repr(value).encode())
     else:
-        _update_object(found, value, depth)
+        _update_object(digest, value, depth)
 
 
-def _update_object(found: Any, value: Any, depth: int) -> None:
-    """A module's type, forward and what it was set to, and any other object's type, call and attributes."""
-    found.update(type(value).__qualname__.encode())
+def _update_object(digest: Any, value: Any, depth: int) -> None:
+    """Add an object: its type, the code of its `forward` and `__call__`, and its attributes of simple types."""
+    digest.update(type(value).__qualname__.encode())
     if isinstance(value, nn.Module) and any(True for _ in value.parameters()):
-        return  # a model: its weights have their own place in the key, or are not the loss's own
+        return  # a model: `weights_hash` covers the one that is initialized, and others count by their type only
     for name in ("forward", "__call__"):
         method = getattr(type(value), name, None)
+        # torch's own methods are covered by its version.
         if isinstance(method, types.FunctionType) and method.__module__.partition(".")[0] != "torch":
-            _update(found, method, depth + 1)
-    plain = (
-        {key: item for key, item in vars(value).items() if isinstance(item, PLAIN)}
+            _update(digest, method, depth + 1)
+    attributes = (
+        {key: item for key, item in vars(value).items() if isinstance(item, HASHED_TYPES)}
         if hasattr(value, "__dict__")
         else {}
     )
-    _update(found, plain, depth + 1)
+    _update(digest, attributes, depth + 1)

@@ -1,4 +1,4 @@
-"""Which rank each layer needs: for a share of the energy, or for a number of trained parameters."""
+"""Allocating ranks to layers: for a fraction of the energy, or for a number of trained parameters."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class RankSuggestion:
     Attributes:
         rank_pattern: rank by layer name.
         trained_parameters: Σ r².
-        energy: mean over layers of the share that these ranks keep.
-        short: layers that keep less than was asked for at the largest rank that was measured.
+        energy: mean over layers of the fraction that these ranks capture.
+        short: layers that capture less than asked for even at the largest rank that was measured.
     """
 
     rank_pattern: dict[str, int]
@@ -39,20 +39,23 @@ def suggest(layers: Sequence[LayerReport], energy: float | None, parameters: int
     if energy is not None:
         if not 0 < energy <= 1:
             raise ValueError(f"expected an energy target in (0, 1], got {energy!r}")
-        ranks = {name: _least_rank(curve, energy) for name, curve in curves.items()}
+        ranks = {name: _smallest_rank(curve, energy) for name, curve in curves.items()}
     else:
         ranks = _best_ranks(curves, int(parameters or 0))
-    kept = {name: curves[name][r - 1] for name, r in ranks.items()}
-    short = tuple(name for name, share in kept.items() if energy is not None and share < energy)
-    return RankSuggestion(ranks, sum(r * r for r in ranks.values()), sum(kept.values()) / len(kept), short)
+    captured = {name: curves[name][r - 1] for name, r in ranks.items()}
+    short = tuple(name for name, value in captured.items() if energy is not None and value < energy)
+    return RankSuggestion(ranks, sum(r * r for r in ranks.values()), sum(captured.values()) / len(captured), short)
 
 
-def _least_rank(curve: Sequence[float], energy: float) -> int:
-    return next((k for k, share in enumerate(curve, 1) if share >= energy), len(curve))
+def _smallest_rank(curve: Sequence[float], energy: float) -> int:
+    return next((k for k, value in enumerate(curve, 1) if value >= energy), len(curve))
 
 
 def _best_ranks(curves: dict[str, Sequence[float]], parameters: int) -> dict[str, int]:
-    """Greedily: the layer whose next rank gains most energy for its parameters goes first."""
+    """Greedy allocation: the next rank goes to the layer that gains most energy per added parameter.
+
+    Every layer starts at rank 1, and the queue holds one candidate per layer, its next rank.
+    """
     if parameters < len(curves):
         raise ValueError(f"expected at least one parameter for each of {len(curves)} layers, got {parameters}")
     ranks, used = dict.fromkeys(curves, 1), len(curves)
@@ -60,10 +63,10 @@ def _best_ranks(curves: dict[str, Sequence[float]], parameters: int) -> dict[str
     heapq.heapify(queue)
     while queue:
         _, name = heapq.heappop(queue)
-        price = 2 * ranks[name] + 1
-        if used + price > parameters:
-            continue
-        used += price
+        added = 2 * ranks[name] + 1  # (r + 1)² - r²
+        if used + added > parameters:
+            continue  # this layer is done, but one of a smaller rank may still fit
+        used += added
         ranks[name] += 1
         if ranks[name] < len(curves[name]):
             heapq.heappush(queue, (-_gain(curves[name], ranks[name]), name))
@@ -71,5 +74,5 @@ def _best_ranks(curves: dict[str, Sequence[float]], parameters: int) -> dict[str
 
 
 def _gain(curve: Sequence[float], r: int) -> float:
-    """Energy that rank r + 1 adds, for each parameter that it adds."""
+    """Energy gained by rank r + 1 over rank r, per added parameter."""
     return (curve[r] - curve[r - 1]) / (2 * r + 1)
