@@ -188,7 +188,7 @@ class TestStaysAlone:
         x = torch.randn(2, 64)
         part = attention(model)
         y = part.q_proj(x)
-        assert part.q_proj.siblings._held is None
+        assert part.q_proj.siblings._pending is None
         assert torch.equal(y, alone(model).base_model.model.model.layers[0].self_attn.q_proj(x))
 
 
@@ -241,8 +241,8 @@ class TestLifetime:
         model = patched("llama")
         step(model)
         for group in groups(model):
-            assert group._held is None
-            assert group._inside is None
+            assert group._pending is None
+            assert group._context is None
 
     def test_nor_when_the_parent_raises(self) -> None:
         model = prepared(Two(), 16)
@@ -251,8 +251,8 @@ class TestLifetime:
         x = torch.randn(3, 16)
         with pytest.raises(ArithmeticError):
             model.base_model.model(x)
-        assert group._held is None
-        assert group._inside is None
+        assert group._pending is None
+        assert group._context is None
         model.base_model.model.raises = None
         model.base_model.model(x)
         assert groups(model) == [group]
@@ -266,8 +266,8 @@ class TestLifetime:
         model.enable_input_require_grads()
         same(step(model), want)
         for group in groups(model):
-            assert group._held is None
-            assert group._inside is None
+            assert group._pending is None
+            assert group._context is None
         assert [len(group.members) for group in groups(model)] == [3, 2, 3, 2]
 
     def test_a_copied_model_has_groups_of_its_own(self) -> None:
@@ -345,7 +345,7 @@ class TestLifetime:
         with torch.no_grad():
             block.k_proj.lorasb_R["default"].mul_(100.0)
         tolerances.check(block(x), alone(block)(x), tolerances.fp32(16))
-        assert block.q_proj.siblings._held is None
+        assert block.q_proj.siblings._pending is None
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_a_checkpoint_inside_the_parent(self, reentrant: bool) -> None:
