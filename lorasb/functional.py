@@ -1,4 +1,7 @@
-"""`lora_sb_linear`: the adapted linear as a function, with the checks that every backend relies on; dequantization."""
+"""The functional API: adapted linears over dense and quantized weights, groups of them, and dequantization.
+
+Shapes, dtypes and devices are checked here, which every backend relies on; the current backend's op computes.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .backends import cpp  # importing the package registers every backend
+from .backends import cpp  # importing the package registers all backends
 from .backends.eager import linear as eager
 from .constants import MAX_RANK
 from .ops import cpu_fast_path
@@ -31,19 +34,19 @@ def lora_sb_linear(
 ) -> Tensor:
     """y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias (paper, Eq. 3).
 
-    Gradients: with u = x Aᵀ, t = dy B and w = s·t R, dR = s·tᵀ u and dx = dy W + w A. W, A, B and bias are frozen:
-    they get none. Kept for backward: u [M, r], not x.
+    Gradients: with u = x Aᵀ, t = dy B and w = s·t R, dR = s·tᵀ u and dx = dy W + w A. W, A, B and bias are frozen and
+    get no gradients. Saved for backward: u [M, r], where M is the number of rows of x, but not x.
 
     Args:
         x: [..., in], fp64, fp32, bf16 or fp16; one to four dimensions, M = 0 included.
-        weight: W [out, in] in x's dtype, a 4-bit parameter with its `quant_state`, a `QuantizedWeight` that was read
-            from a layer, or None for the adapter's part alone.
+        weight: W [out, in] in x's dtype, a 4-bit parameter with its `quant_state`, a `QuantizedWeight`, or None for the
+            adapter's term alone.
         lora_A: [r, in] in x's dtype.
-        lora_R: [r, r], fp32 whatever x's dtype (fp64 for fp64).
+        lora_R: [r, r], fp32 for any dtype of x (fp64 for fp64).
         lora_B: [out, r] in x's dtype.
         bias: [out] in x's dtype.
         scaling: s.
-        dropout: probability of dropping an element of the adapter's input; the mask is regenerated in backward.
+        dropout: probability of dropping an element of the adapter's input; backward regenerates the mask from a seed.
 
     Under autocast x, W, A, B and bias are cast as `F.linear` would cast them; R is not.
 
@@ -51,8 +54,8 @@ def lora_sb_linear(
         y [..., out] in x's dtype.
 
     Raises:
-        ValueError: shapes, ranks or devices that do not fit together, or x requires grad under inference mode.
-        TypeError: dtypes that do not fit together, or x is not floating point.
+        ValueError: shapes, ranks or devices do not match, or x requires grad under inference mode.
+        TypeError: dtypes do not match, or x is not floating point.
     """
     quantized = of_weight(weight)
     if quantized is not None:
@@ -70,6 +73,7 @@ def _over_dense(
     scaling: float,
     dropout: float,
 ) -> Tensor:
+    # Before the checks and the op, which ask for equal dtypes; the kernels switch autocast off.
     if torch.is_autocast_enabled(x.device.type):
         x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
     _check(x, weight, lora_A, lora_R, lora_B, bias)
@@ -77,6 +81,7 @@ def _over_dense(
     arguments = (x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout, seed)
     backend = current_backend()
     kernels = cpu_fast_path.kernels("linear", backend, *arguments[:6])
+    # Three ways, the cheapest first: torch's own ops, the kernel by an autograd function, the op by the dispatcher.
     if kernels and dropout == 0.0 and _composes(kernels, x, (weight,), (lora_A, lora_B, bias)):
         return cpu_fast_path.composed(*arguments[:7])
     y: Tensor
@@ -87,13 +92,18 @@ def _over_dense(
 def _composes(
     kernels: cpu_fast_path.Kernels, x: Tensor, weights: Sequence[Tensor | None], frozen: Sequence[Tensor | None]
 ) -> bool:
-    """True if torch's own ops are the faster way of a small call, which they are not where the extension serves it."""
-    of_extension = kernels[0] in (cpp.forward, cpp.group_forward) and cpp.serves(x.dtype, *weights)
-    of_torch = kernels[0] in (cpp.forward, cpp.group_forward, eager.forward, eager.group_forward) and not of_extension
-    return of_torch and cpu_fast_path.small(x, (*weights, *frozen))
+    """True if a small call is faster composed of torch's own ops, as far as those would compute it in any case.
+
+    `cpp` computes dense layers by eager torch too, unless the extension serves their dtype and size.
+    """
+    uses_extension = kernels[0] in (cpp.forward, cpp.group_forward) and cpp.serves(x.dtype, *weights)
+    uses_torch = kernels[0] in (cpp.forward, cpp.group_forward, eager.forward, eager.group_forward)
+    return uses_torch and not uses_extension and cpu_fast_path.small(x, (*weights, *frozen))
 
 
 def _seed(dropout: float) -> Tensor | None:
+    """A seed [1] for the dropout mask, drawn from the CPU generator; None without dropout."""
+    # On the CPU for any device of x, so that reading it does not synchronize with a GPU.
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu") if dropout > 0.0 else None
 
 
@@ -107,6 +117,7 @@ def _over_quantized(
     scaling: float,
     dropout: float,
 ) -> Tensor:
+    # Before autocast and the checks, which `serve_quantized` does itself in less time.
     if dropout == 0.0 and not torch.is_grad_enabled() and x.is_cpu:
         y = _served(x, weight, a, core, b, bias, scaling)
         if y is not None:
@@ -115,7 +126,7 @@ def _over_quantized(
         x, a, b, bias = _autocast(x, a, b, bias)
     if weight.shape != (b.shape[0], a.shape[-1]):
         raise ValueError(f"expected a quantized weight [{b.shape[0]}, {a.shape[-1]}], got {list(weight.shape)}")
-    _check(x, None, a, core, b, bias)
+    _check(x, None, a, core, b, bias)  # the packed weight is checked where it is read from a layer
     if weight.device != x.device:
         raise ValueError(
             f"expected the quantized weight on x's device {x.device}, got {weight.device}: move one of the two"
@@ -127,7 +138,7 @@ def _over_quantized(
         y, _ = backend_op("linear_quantized", backend)(*arguments)
     elif torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
         y, _ = cpu_fast_path.LinearQuantized.apply(*arguments, kernels, *quant)
-    else:
+    else:  # no gradient to record: not even the autograd function is needed
         y, _ = kernels[0](*arguments)
     return y
 
@@ -141,9 +152,10 @@ def _served(
     bias: Tensor | None,
     scaling: float,
 ) -> Tensor | None:
-    """y from a backend that has an op for calls without gradients, which leaves Python as soon as it can; else None.
+    """y from the current backend's `serve_quantized`; None if it has none.
 
-    One token's product takes as long as the checks and the choice of a kernel here would.
+    The op checks, casts and computes in one call: for a single token, the checks and the choice of a kernel in Python
+    take as long as the product itself.
     """
     serve = cpu_kernel("serve_quantized", current_backend())
     if serve is None:
@@ -153,40 +165,44 @@ def _served(
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """y = x Wᵀ + bias over a quantized weight, without an adapter; its backward gives dx.
+    """y = x Wᵀ + bias over a quantized weight, without an adapter. Differentiable with respect to x.
 
     Args:
-        x: [..., in].
+        x: [..., in], fp64, fp32, bf16 or fp16.
         weight: W [out, in].
         bias: [out] in x's dtype.
+
+    Returns:
+        y [..., out] in x's dtype.
     """
     if not torch.is_grad_enabled() and x.is_cpu:
         y = _served(x, weight, None, None, None, bias, 1.0)
         if y is not None:
             return y
     out_features, in_features = weight.shape
+    # An adapter of rank 0: its terms are empty sums in forward and in dx.
     a, b = x.new_empty((0, in_features)), x.new_empty((out_features, 0))
     return _over_quantized(x, weight, a, x.new_empty((0, 0), dtype=torch.float32), b, bias, 1.0, 0.0)
 
 
 @torch.no_grad()
 def dequantize(weight: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """W [out, in] from its 4 bits, to the bit what bitsandbytes' `dequantize_4bit` gives; NF4 and FP4 alike.
+    """Dequantize a weight to W [out, in]; NF4 and FP4 bit-equal to bitsandbytes' `dequantize_4bit`.
 
     Args:
         weight: a 4-bit parameter with its `quant_state` (`Linear4bit.weight`), or a `QuantizedWeight` of 4 or 8 bits.
-        dtype: of the result; that of the weight before it was quantized, unless given.
+        dtype: of the result; the dtype that W was quantized from if None.
 
     Raises:
-        TypeError: a dense tensor.
-        ValueError: a packed weight and statistics that do not belong together, or are not finite.
+        TypeError: the weight is a dense tensor.
+        ValueError: the packed weight and its statistics do not belong together, or are not finite.
     """
-    found = of_weight(weight)
-    if found is None:
+    quantized = of_weight(weight)
+    if quantized is None:
         raise TypeError(f"expected a 4-bit parameter with a quant_state, got a {type(weight).__name__} without one")
-    wanted, backend = dtype or found.dtype, current_backend()
-    arguments = (found.tensors, found.layout(wanted), *found.shape, wanted)
-    dense: Tensor = backend_op("dequantize", backend)(*arguments)
+    dtype = dtype or quantized.dtype
+    arguments = (quantized.tensors, quantized.layout(dtype), *quantized.shape, dtype)
+    dense: Tensor = backend_op("dequantize", current_backend())(*arguments)
     return dense
 
 
@@ -201,41 +217,42 @@ def lora_sb_linear_group(
 ) -> list[Tensor]:
     """y_i = x W_iᵀ + s_i·x A_iᵀ R_iᵀ B_iᵀ + bias_i for linears that read the same x.
 
-    One pass over x forward and one write of dx backward, where single calls read x and add a dx for each. Arguments
-    as for `lora_sb_linear`, one of each for every member; no biases is none for any, no scalings is 1 for all.
+    One pass over x in forward and one write of dx in backward, where separate calls read x and add to dx once per
+    member. Arguments are as for `lora_sb_linear`, with one entry per member; empty `biases` mean no bias for any
+    member, empty `scalings` mean s = 1 for all.
 
     Returns:
-        y_i [..., out_i].
+        The y_i [..., out_i].
 
     Raises:
-        ValueError: shapes, devices or numbers of members that do not fit together, or ranks that differ.
-        TypeError: dtypes that do not fit together.
+        ValueError: shapes, devices or numbers of entries do not match, or ranks differ.
+        TypeError: dtypes do not match.
     """
     scalings = list(scalings) or [1.0] * len(weights)
     _check_lengths(weights, lora_A, lora_R, lora_B, scalings, biases or weights)
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type):  # x together with the rest, so that it is cast only once
         count = len(weights)
         x, *casted = _autocast(x, *weights, *lora_A, *lora_B, *biases)
         weights, lora_A, lora_B, biases = (casted[i * count : (i + 1) * count] for i in range(4))
     for i in range(len(weights)):
         _check(x, weights[i], lora_A[i], lora_R[i], lora_B[i], biases[i] if biases else None)
-    lists = [list(part) for part in (weights, lora_A, lora_R, lora_B, biases)]
-    tensors = [tensor for part in lists for tensor in part]
+    lists = [list(tensors) for tensors in (weights, lora_A, lora_R, lora_B, biases)]
+    flat = [tensor for tensors in lists for tensor in tensors]
     backend = current_backend()
-    kernels = cpu_fast_path.kernels("linear_group", backend, x, *tensors)
+    kernels = cpu_fast_path.kernels("linear_group", backend, x, *flat)
     if kernels and _composes(kernels, x, weights, (*lora_A, *lora_B, *biases)):
-        each: list[Any] = list(biases) or [None] * len(weights)
-        members = zip(weights, lora_A, lora_R, lora_B, each, scalings, strict=True)
+        bias_or_none: list[Any] = list(biases) or [None] * len(weights)
+        members = zip(weights, lora_A, lora_R, lora_B, bias_or_none, scalings, strict=True)
         return [cpu_fast_path.composed(x, *member) for member in members]
     if kernels:
-        found = cpu_fast_path.LinearGroup.apply(x, scalings, kernels, *tensors)
+        outputs = cpu_fast_path.LinearGroup.apply(x, scalings, kernels, *flat)
     else:
-        found = backend_op("linear_group", backend)(x, *lists, scalings)
-    return list(found[: len(weights)])
+        outputs = backend_op("linear_group", backend)(x, *lists, scalings)
+    return list(outputs[: len(weights)])  # the u_i follow, which only backward uses
 
 
 def _check_lengths(*members: Sequence[Any]) -> None:
-    lengths = [len(each) for each in members]
+    lengths = [len(entries) for entries in members]
     if len(set(lengths)) != 1 or not lengths[0]:
         raise ValueError(f"expected one of each argument for every member, got {lengths} of them")
     ranks = [a.shape[0] for a in members[1]]
@@ -244,6 +261,7 @@ def _check_lengths(*members: Sequence[Any]) -> None:
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as autocast casts the arguments of `F.linear`, which leaves fp64 alone."""
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others)
@@ -265,10 +283,10 @@ def _check(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor,
         raise ValueError(f"expected weight [{features_out}, {features_in}], got {_shape(weight)}")
     if bias is not None and bias.shape != (features_out,):
         raise ValueError(f"expected bias [{features_out}], got {_shape(bias)}")
-    _check_kinds(x, {"weight": weight, "lora_A": a, "lora_B": b, "bias": bias}, core)
+    _check_dtypes_and_devices(x, {"weight": weight, "lora_A": a, "lora_B": b, "bias": bias}, core)
 
 
-def _check_kinds(x: Tensor, others: dict[str, Tensor | None], core: Tensor) -> None:
+def _check_dtypes_and_devices(x: Tensor, others: dict[str, Tensor | None], core: Tensor) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"expected x in fp64, fp32, bf16 or fp16, got {x.dtype}")
     if x.requires_grad and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
@@ -282,7 +300,7 @@ def _check_kinds(x: Tensor, others: dict[str, Tensor | None], core: Tensor) -> N
             raise TypeError(f"expected {name} in x's dtype {dtype}, got {tensor.dtype}: cast one of the two")
     if not core.is_floating_point():
         raise TypeError(f"expected lora_R in fp32, got {core.dtype}")
-    others["lora_R"] = core
+    others["lora_R"] = core  # after the dtypes, as R may differ in its dtype but not in its device
     for name, tensor in others.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(f"expected {name} on x's device {device}, got {tensor.device}: move one of the two")
@@ -296,7 +314,7 @@ _RENAMED = {"quantised_linear": "quantized_linear", "dequantize_nf4": "dequantiz
 
 
 def __getattr__(name: str) -> Any:
-    """Former names."""
+    """Former names of functions, with a deprecation warning."""
     if name not in _RENAMED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warn_renamed(f"{__name__}.{name}", f"{__name__}.{_RENAMED[name]}")

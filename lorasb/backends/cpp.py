@@ -1,9 +1,10 @@
-"""The C++ kernels: loaded where they were built, for CPU tensors. Without them eager torch computes, and says so once.
+"""The C++ backend: loads the compiled extension, if this build has one, for CPU tensors; else eager torch computes.
 
-The extension registers its own kernels with the dispatcher, under the ops of `cpp` and of `auto`; what is told here is
-where they are, so that small calls reach them directly. Dense layers are the BLAS's products as eager composes them,
-but for 16 bits where the processor does not multiply them: the extension widens W a panel at a time, as torch takes
-several times as long forward and a hundred times as long backward. On AVX2 it serves large weights in fp32, too.
+The extension registers its kernels for quantized weights with the dispatcher itself, under the ops of `cpp` and of
+`auto`; here they are recorded in `ops.registry`, so that small calls reach them directly. Dense layers use the BLAS, as
+eager composes it, with two exceptions. In 16 bits on processors without such products, the extension widens W to fp32
+panel by panel: torch takes three to five times as long as in fp32 forward and about a hundred times backward. On AVX2,
+the extension also computes large weights in fp32.
 """
 
 from __future__ import annotations
@@ -22,24 +23,25 @@ from torch import Tensor
 from ..ops.registry import backend_op, register_backend, register_loaded
 from .eager import linear as eager
 
-DISABLE = "LORASB_NO_CSRC"
-CAP = "LORASB_MAX_CPU_ISA"
+DISABLE = "LORASB_NO_CSRC"  # environment variable: 1 runs without the extension
+CAP = "LORASB_MAX_CPU_ISA"  # environment variable, read by the extension: the best instruction set to use
 CAPS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LARGE_WEIGHT = 1 << 21  # elements from which on the extension's product in fp32 is faster (two Zen 3 cores)
+LARGE_WEIGHT = 1 << 21  # elements of W; from here on the extension is faster in fp32 (measured on two Zen 3 cores)
+# Ops whose kernels the extension registers itself.
 OPS = ("linear_quantized", "linear_quantized_backward", "dequantize", "gradient_add", "gradient_signs")
 _reason: str | None = "not loaded yet"
 
 
 def library() -> Path | None:
-    """The extension's file, if there is one for this Python."""
+    """Path of the extension built for this Python; None if there is none."""
     folder = Path(__file__).parents[1]
-    found = (folder / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-    return next((path for path in found if path.is_file()), None)
+    candidates = (folder / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def missing() -> str | None:
-    """Why the C++ kernels cannot run, or None where they can."""
+    """The reason why the C++ kernels cannot run; None if they can."""
     return _reason
 
 
@@ -50,26 +52,26 @@ def instruction_set() -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Those that this processor has, the best first."""
+    """The instruction sets that this processor has, best first."""
     names: list[str] = torch.ops.lorasb_csrc.instruction_sets()
     return names
 
 
 def use_instruction_set(name: str) -> None:
-    """Run the kernels of one instruction set, "" for the best.
+    """Use the kernels of one instruction set; "" for the best available.
 
     Raises:
-        ValueError: this processor has not got it.
+        ValueError: this processor does not have it.
     """
     torch.ops.lorasb_csrc.use_instruction_set(name)
     _multiplies.cache_clear()
 
 
 def serves(dtype: torch.dtype, *weights: Tensor | None) -> bool:
-    """True if dense layers of these weights are the extension's on a CPU.
+    """True if the extension computes dense layers of this dtype and these weights on a CPU.
 
-    Those are 16 bits that the processor does not multiply, and large weights in fp32 on AVX2, where two threads of the
-    BLAS were slower.
+    It does so in 16-bit dtypes that the processor does not multiply, and for large fp32 weights on AVX2, where the BLAS
+    was slower with two threads.
     """
     if not _multiplies(dtype) or dtype != torch.float32:
         return _multiplies(dtype)
@@ -78,48 +80,51 @@ def serves(dtype: torch.dtype, *weights: Tensor | None) -> bool:
 
 @lru_cache
 def _multiplies(dtype: torch.dtype) -> bool:
-    """True if the extension's product is the one for a dtype, by the instruction set that runs; asked in every call."""
+    """True if the extension computes products of a dtype on the instruction set in use. Cached, as every call asks."""
     return _reason is None and dtype in DTYPES and bool(torch.ops.lorasb_csrc.serves(dtype))
 
 
-def _served(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The extension's kernel of that name where it serves the call, else torch's products; both take the same.
+def _extension_or_eager(name: str, eager_kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that calls the extension's kernel `name` if it serves the call, else eager's, with equal arguments.
 
-    An op's first arguments are x and W, or lists with one of each for every member of a group.
+    The first arguments are x (or dy) and W; lists of them for a group.
     """
 
     def call(x: Tensor | list[Tensor], weight: Tensor | list[Tensor] | None, *others: Any) -> Any:
         dtype = (x[0] if isinstance(x, list) else x).dtype
         served = serves(dtype, *(weight if isinstance(weight, list) else [weight]))
-        return (getattr(torch.ops.lorasb_csrc, name).default if served else plain)(x, weight, *others)
+        # Looked up in the call: the ops do not exist before the extension is loaded, or without it.
+        return (getattr(torch.ops.lorasb_csrc, name).default if served else eager_kernel)(x, weight, *others)
 
     return call
 
 
-forward = _served("dense_linear", eager.forward)
-group_forward = _served("dense_group", eager.group_forward)
+forward = _extension_or_eager("dense_linear", eager.forward)
+group_forward = _extension_or_eager("dense_group", eager.group_forward)
 KERNELS = (
     ("linear", forward),
-    ("linear_backward", _served("dense_linear_backward", eager.backward)),
+    ("linear_backward", _extension_or_eager("dense_linear_backward", eager.backward)),
     ("linear_group", group_forward),
-    ("linear_group_backward", _served("dense_group_backward", eager.group_backward)),
+    ("linear_group_backward", _extension_or_eager("dense_group_backward", eager.group_backward)),
 )
 
 
 def register() -> None:
-    """Load the extension, which registers its kernels for the CPU."""
+    """Load the extension, which registers its kernels for the CPU, and register the dense ones."""
     global _reason
     _reason = _load()
-    _multiplies.cache_clear()
+    _multiplies.cache_clear()  # a call before this may have cached False
     if _reason is not None:
         logging.getLogger("lorasb").info("C++ kernels: %s; eager torch computes on the CPU", _reason)
     if _reason is None:
         register_backend("cpp", KERNELS, ("CPU",))
+    # The registry has defined these ops, with or without an extension; `missing` decides whether they are recorded.
     kernels = {op: _below_autograd(backend_op(op, "cpp")) for op in OPS}
     register_loaded("cpp", kernels | {"serve_quantized": backend_op("serve_quantized", "cpp")}, missing)
 
 
 def _load() -> str | None:
+    """Load the extension; the reason if that is not possible."""
     if os.environ.get(DISABLE) == "1":
         return f"{DISABLE}=1 leaves them out"
     cap = os.environ.get(CAP) or CAPS[0]
@@ -138,7 +143,7 @@ def _load() -> str | None:
 
 
 def _below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The op's kernel, without its derivative: callers bring their own."""
+    """The op called below the autograd key: direct callers have an autograd function of their own around it."""
 
     def call(*arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():

@@ -1,4 +1,4 @@
-"""Adapter files: reading, checking and sharing them, the model card, the base's fingerprint.
+"""Adapter files: validation and reading, factors shared by checkpoints, the model card, the base model's fingerprint.
 
-Works on tensors, paths and dictionaries; knows no module, layer or PEFT class. Uses utils and constants.
+Works on tensors, paths and dictionaries, without modules or PEFT classes. Imports utils and constants alone.
 """

@@ -1,4 +1,4 @@
-"""What an adapter file must hold: checks with messages, and reading one without a model."""
+"""Validation of adapter files, with messages that name the fault, and reading one without a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..utils.atomic_files import safetensors_header
 from ..utils.dtypes import FLOATS, WIDE
-from .shared_factors import DIGEST, joined, missing
+from .shared_factors import DIGEST, join_factors, missing_factors_error
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -23,58 +23,66 @@ def check_tensors(tensors: dict[str, Tensor], layers: dict[str, Shapes]) -> None
     """Check that a state dict holds exactly the factors of `layers` (layer name -> factor -> shape).
 
     Raises:
-        ValueError: a factor is missing, unexpected, of another shape or no floating-point number.
+        ValueError: a factor is missing or unexpected, or has another shape or dtype or values that are not finite.
     """
-    found = group_by_layer(tensors)
-    if not found and any(".lora_A" in key for key in tensors):
+    factors = group_by_layer(tensors)
+    # PEFT loads what matches and reports the rest in a warning: without these checks, a model would run with zeros.
+    if not factors and any(".lora_A" in key for key in tensors):
         raise ValueError(
             "this file holds a plain LoRA (lora_A, lora_B) but its configuration says LORASB: it has no R. "
             "Load it with peft_type LORA, or point at the LoRA-SB adapter it was exported from"
         )
     for name, shapes in layers.items():
-        for part, shape in shapes.items():
-            tensor = found.get(name, {}).get(part)
+        for factor, shape in shapes.items():
+            tensor = factors.get(name, {}).get(factor)
             if tensor is None:
                 raise ValueError(
-                    f"the adapter file has no {part} for layer {name!r}: it belongs to another model or was cut short. "
-                    f"It holds {len(found)} layers, this model has {len(layers)}"
+                    f"the adapter file has no {factor} for layer {name!r}: it belongs to another model or was cut "
+                    f"short. It holds {len(factors)} layers, this model has {len(layers)}"
                 )
             if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(
-                    f"{part} of layer {name!r} is {list(tensor.shape)} in the adapter file, expected {list(shape)}: "
+                    f"{factor} of layer {name!r} is {list(tensor.shape)} in the adapter file, expected {list(shape)}: "
                     "the file belongs to another base model, or its adapter_config.json was changed"
                 )
-            _check_values(name, part, tensor)
-    extra = sorted(set(found) - set(layers))
+            _check_values(name, factor, tensor)
+    extra = sorted(set(factors) - set(layers))
     if extra:
         raise ValueError(f"the adapter file has layers that this model does not adapt: {', '.join(extra[:3])}, ...")
 
 
-def _check_values(name: str, part: str, tensor: Tensor) -> None:
-    allowed = WIDE if part == "lorasb_R" else FLOATS
+def _check_values(name: str, factor: str, tensor: Tensor) -> None:
+    allowed = WIDE if factor == "lorasb_R" else FLOATS  # a 16-bit R has lost the precision that training gave it
     if tensor.dtype not in allowed:
         expected = ", ".join(str(dtype) for dtype in allowed)
-        raise ValueError(f"{part} of layer {name!r} is {tensor.dtype} in the adapter file, expected one of {expected}")
+        raise ValueError(
+            f"{factor} of layer {name!r} is {tensor.dtype} in the adapter file, expected one of {expected}"
+        )
     if not torch.isfinite(tensor).all():
-        raise ValueError(f"{part} of layer {name!r} has NaN or Inf values in the adapter file: its training had failed")
+        raise ValueError(
+            f"{factor} of layer {name!r} has NaN or Inf values in the adapter file: its training had failed"
+        )
 
 
 def group_by_layer(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """layer name -> {"lorasb_A": ..., "lorasb_R": ..., "lorasb_B": ...}; other entries are left out."""
+    """layer name -> {"lorasb_A": ..., "lorasb_R": ..., "lorasb_B": ...}; other entries are omitted.
+
+    Keys may have PEFT's prefix, and an adapter name behind the factor's.
+    """
     layers: dict[str, dict[str, Any]] = {}
     for key, value in tensors.items():
-        for part in FACTORS:
-            name, found, _ = key.removeprefix(PEFT_PREFIX).rpartition(f".{part}")
-            if found:
-                layers.setdefault(name, {})[part] = value
+        for factor in FACTORS:
+            name, separator, _ = key.removeprefix(PEFT_PREFIX).rpartition(f".{factor}")
+            if separator:
+                layers.setdefault(name, {})[factor] = value
     return layers
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The adapter_config.json of a LoRA-SB adapter folder.
+    """The contents of adapter_config.json in the folder of a LoRA-SB adapter.
 
     Raises:
-        ValueError: there is none, or it is another method's.
+        ValueError: the file is missing, is not JSON, or belongs to another method.
     """
     file = Path(path) / CONFIG_NAME
     if not file.is_file():
@@ -89,21 +97,23 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of an adapter folder, after a check that the file is whole.
+    """The tensors of an adapter folder, after a check that the file is not truncated.
 
     Raises:
-        ValueError: no weights, truncated weights, or no LoRA-SB factors in them.
+        ValueError: the weights are missing, truncated, or hold no LoRA-SB factors or not all of a layer's.
     """
     file = Path(path) / WEIGHTS_NAME
     if not file.is_file():
         raise ValueError(f"expected {WEIGHTS_NAME} in {path}, found none")
-    safetensors_header(file)
-    tensors = joined(load_file(str(file)), Path(path))
+    safetensors_header(file)  # raises for a truncated file, with a better message than safetensors' own
+    tensors = join_factors(load_file(str(file)), Path(path))
     if DIGEST in tensors:
-        raise missing(path)
-    for name, parts in group_by_layer(tensors).items():
-        if set(parts) != set(FACTORS):
-            raise ValueError(f"layer {name!r} has {', '.join(sorted(parts))} in {file}, expected {', '.join(FACTORS)}")
+        raise missing_factors_error(path)
+    for name, factors in group_by_layer(tensors).items():
+        if set(factors) != set(FACTORS):
+            raise ValueError(
+                f"layer {name!r} has {', '.join(sorted(factors))} in {file}, expected {', '.join(FACTORS)}"
+            )
     if not group_by_layer(tensors):
         raise ValueError(f"{file} holds no LoRA-SB factors ({', '.join(FACTORS)})")
     return tensors

@@ -1,4 +1,4 @@
-"""A few values of the base model, kept with an adapter: enough to tell its base from any other."""
+"""A fingerprint of the base model, saved with an adapter: a few sampled weights that identify the base."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-VALUES = 16
-TOLERANCE = 2.0**-8  # rounding a weight to bf16 moves it by at most 2^-9 of its size
-SMALLEST = 2.0**-24  # the step of fp16 near zero
+VALUES = 16  # per sampled layer
+TOLERANCE = 2.0**-8  # relative; rounding to bf16 changes a weight by at most 2^-9 of it
+SMALLEST = 2.0**-24  # absolute; the spacing of fp16 numbers near zero
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, str] | None:
-    """Sixteen values of the first, middle and last weight, by layer name; None where they cannot be read."""
+    """Sixteen values of the first, middle and last weight, by layer name; None if one of them cannot be read."""
     names = list(weights)
     chosen = {names[i]: weights[names[i]] for i in (0, len(names) // 2, len(names) - 1)} if names else {}
     if not chosen or not all(_readable(weight) for weight in chosen.values()):
@@ -22,9 +22,10 @@ def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, str] | None:
 
 
 def difference(weights: Mapping[str, Tensor], expected: Mapping[str, str]) -> str | None:
-    """What tells these weights from those whose fingerprint is `expected`; None where they agree or are unreadable.
+    """How these weights differ from those of the fingerprint `expected`, in words; None if they agree.
 
-    A base in another precision is the same base: values may differ by a rounding to bf16.
+    Values may differ by a rounding to bf16, as the same base may be loaded in another precision. Weights that cannot be
+    read count as equal.
     """
     for name, text in expected.items():
         values, weight = [float(value) for value in text.split()], weights.get(name)
@@ -32,13 +33,16 @@ def difference(weights: Mapping[str, Tensor], expected: Mapping[str, str]) -> st
             return f"it has no adapted layer {name!r}"
         if not _readable(weight):
             return None
-        off = sum(abs(a - b) > TOLERANCE * abs(b) + SMALLEST for a, b in zip(_sample(weight), values, strict=True))
-        if off:
-            return f"{off} of {len(values)} sampled weights of {name!r} differ"
+        num_different = sum(
+            abs(a - b) > TOLERANCE * abs(b) + SMALLEST for a, b in zip(_sample(weight), values, strict=True)
+        )
+        if num_different:
+            return f"{num_different} of {len(values)} sampled weights of {name!r} differ"
     return None
 
 
 def _readable(weight: Tensor) -> bool:
+    """True for a plain dense tensor with values: not quantized, sharded, offloaded or empty (ZeRO-3)."""
     if hasattr(weight, "quant_state"):
         return False
     return not weight.is_meta and type(weight.data) is Tensor and weight.is_floating_point() and weight.numel() > 0
@@ -46,6 +50,7 @@ def _readable(weight: Tensor) -> bool:
 
 @torch.no_grad()
 def _sample(weight: Tensor) -> list[float]:
+    """Evenly spaced values of the flattened weight, its first and last included."""
     flat = weight.detach().reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, VALUES, dtype=torch.float64).long().to(flat.device)
     values: list[float] = flat[index].double().tolist()

@@ -1,4 +1,4 @@
-"""The part of a model card that only we know: base, rank, data, seed, η, samples and versions of an adapter."""
+"""Our section of an adapter's model card: base model, rank, data, seed, learning rate η, samples and versions."""
 
 from __future__ import annotations
 
@@ -9,46 +9,49 @@ from typing import Any
 from ..utils.atomic_files import write_text
 
 METHODS = {"update": "LoRA-SB", "lora-xs": "LoRA-XS", "kaiming": "LoRA-SB's layer from a random matrix"}
+# The form that PEFT writes when it saves, up to its list of framework versions.
 TEMPLATE = re.compile(r"# Model Card for Model ID.*?(?=### Framework versions|\Z)", flags=re.DOTALL)
 START, END = "<!-- lorasb: start -->", "<!-- lorasb: end -->"
 
 
 def update_card(folder: Path, config: dict[str, Any], scaling: float) -> None:
-    """Put or replace our section in the README.md of an adapter folder; makes the file where there is none."""
+    """Insert or replace our section in the README.md of an adapter folder; creates the file if it is missing."""
     file = folder / "README.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else "---\nlibrary_name: peft\n---\n"
-    text = TEMPLATE.sub("", text)  # PEFT's form: forty times "More Information Needed"
+    text = TEMPLATE.sub("", text)  # has only "[More Information Needed]" in it
     section = f"{START}\n{_section(config, scaling)}\n{END}"
     if START in text:
+        # A function, as backslashes in a replacement string would be escapes.
         text = re.sub(f"{START}.*?{END}", lambda _: section, text, flags=re.DOTALL)
     else:
-        front = re.match(r"---\n.*?\n---\n", text, flags=re.DOTALL)
-        cut = front.end() if front else 0
-        text = f"{text[:cut]}\n{section}\n\n{text[cut:].lstrip()}"
+        front_matter = re.match(r"---\n.*?\n---\n", text, flags=re.DOTALL)  # YAML, which has to stay at the top
+        start = front_matter.end() if front_matter else 0
+        text = f"{text[:start]}\n{section}\n\n{text[start:].lstrip()}"
     write_text(file, text)
 
 
 def short(value: Any) -> str:
-    """A value as people read it: floats to four digits."""
+    """A value as text; floats with four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _section(config: dict[str, Any], scaling: float) -> str:
-    facts = config.get("init_provenance") or {}
-    versions = ", ".join(f"{name} {version}" for name, version in sorted((facts.get("versions") or {}).items()))
+    """The section's Markdown, from an adapter's configuration; rows without a value are omitted."""
+    provenance = config.get("init_provenance") or {}
+    versions = ", ".join(f"{name} {version}" for name, version in sorted((provenance.get("versions") or {}).items()))
     rows = {
         "base model": config.get("base_model_name_or_path"),
         "method": METHODS.get(str(config.get("init")), "LoRA-SB") + ": W = W0 + s·B·R·A, with R trained",
         "also trained, and saved whole": ", ".join(config.get("modules_to_save") or []),
         "rank": config.get("r"),
         "scaling s": scaling,
-        "data": facts.get("data"),
-        "init": facts.get("init"),
-        "init samples": facts.get("num_samples"),
-        "init data, SHA-256": facts.get("data_sha256"),
-        "seed": facts.get("seed"),
-        "η of the simulated step": facts.get("lr"),
-        "update rule": facts.get("update"),
+        "data": provenance.get("data"),
+        "init": provenance.get("init"),
+        "init samples": provenance.get("num_samples"),
+        "init data, SHA-256": provenance.get("data_sha256"),
+        "seed": provenance.get("seed"),
+        "η of the simulated step": provenance.get("lr"),
+        "update rule": provenance.get("update"),
         "versions": versions,
     }
     table = "\n".join(f"| {name} | {short(value)} |" for name, value in rows.items() if value not in (None, ""))

@@ -1,8 +1,8 @@
-"""Checkpoints of one run share A and B, which never change: each holds R, and a link to the one file of factors.
+"""Sharing of A and B, which never change, between the checkpoints of a run: each stores R and a link to the factors.
 
-A folder is whole by itself: `lorasb_factors.safetensors` lies in it, as a hard link where the file system has them, so
-that any checkpoint may be deleted, copied or loaded alone. `adapter_model.safetensors` has R, what was trained whole,
-and the digest of the factors that it belongs to.
+Every checkpoint folder is complete: it has `lorasb_factors.safetensors`, as a hard link where the file system supports
+them, so that any checkpoint may be deleted, copied or loaded alone. `adapter_model.safetensors` holds R, modules that
+are trained in full, and the digest of the factors that R belongs to.
 """
 
 from __future__ import annotations
@@ -20,48 +20,51 @@ from torch import Tensor
 from ..constants import FACTORS_NAME, FROZEN_FACTORS, PEFT_PREFIX, WEIGHTS_NAME
 from ..utils.atomic_files import replacing, safetensors_header
 
-DIGEST = "lorasb_factors_digest"  # uint8 [32] among R's
+DIGEST = "lorasb_factors_digest"  # key in adapter_model.safetensors: SHA-256 of the factors, uint8 [32]
 
 
 def share(folder: Path) -> None:
-    """Split the adapters saved in a checkpoint's folder, and in its subfolders, into R and shared factors.
+    """Split the adapters saved in a checkpoint's folder and its subfolders into R and shared factors.
 
-    What is on the disk is whole at every moment: the factors are there before the file that points to them.
+    An interruption leaves a valid checkpoint: the factors are written before the weights file that refers to them
+    replaces the complete one.
     """
-    for weights in sorted(folder.rglob(WEIGHTS_NAME)):
+    for weights in sorted(folder.rglob(WEIGHTS_NAME)):  # PEFT saves adapters other than "default" in subfolders
         tensors = load_file(str(weights))
         factors = {key: value for key, value in tensors.items() if is_factor(key)}
         if not factors:
             continue
-        found = digest(factors)
-        _put(weights.with_name(FACTORS_NAME), factors, found.hex(), folder)
-        rest = {key: value for key, value in tensors.items() if key not in factors}
-        rest[DIGEST] = torch.tensor(list(found), dtype=torch.uint8)
+        factors_digest = digest(factors)
+        _link_or_write(weights.with_name(FACTORS_NAME), factors, factors_digest.hex(), folder)
+        other_tensors = {key: value for key, value in tensors.items() if key not in factors}
+        other_tensors[DIGEST] = torch.tensor(list(factors_digest), dtype=torch.uint8)
         with replacing(weights) as temporary:
-            save_file(rest, str(temporary), metadata={"format": "pt"})
+            save_file(other_tensors, str(temporary), metadata={"format": "pt"})
 
 
-def joined(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """An adapter's tensors with the factors that they belong to; as they are where `folder` has not got them.
+def join_factors(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """An adapter's tensors with the factors that they refer to; unchanged if `folder` does not have these.
 
     Raises:
         ValueError: the folder's factors are damaged.
     """
     file = folder / FACTORS_NAME
-    wanted = wanted_digest(tensors)
-    if wanted is None or not file.is_file() or _digest_of(file) != wanted.hex():
+    expected = referenced_digest(tensors)
+    # The header's digest is compared first, which costs no hashing. A file of another run is no error here: the model
+    # may have the right factors already.
+    if expected is None or not file.is_file() or _recorded_digest(file) != expected.hex():
         return tensors
     factors = load_file(str(file))
-    if digest(factors) != wanted:
+    if digest(factors) != expected:
         raise ValueError(f"{file} is damaged: its A and B are not what the checkpoint was made with")
     device = tensors[DIGEST].device
-    rest = {key: value for key, value in tensors.items() if key != DIGEST}
-    return rest | {key: value.to(device) for key, value in factors.items()}
+    other_tensors = {key: value for key, value in tensors.items() if key != DIGEST}
+    return other_tensors | {key: value.to(device) for key, value in factors.items()}
 
 
-def missing(place: object = None) -> ValueError:
-    """The error where the factors are not to be had."""
-    where = f" in {place}" if place else ""
+def missing_factors_error(folder: object = None) -> ValueError:
+    """The error for a checkpoint whose factors were not found; to be raised by the caller."""
+    where = f" in {folder}" if folder else ""
     return ValueError(
         f"this checkpoint holds R alone, and its {FACTORS_NAME} (A and B) was not found{where}: load the folder with "
         "PeftModel.from_pretrained or load_adapter of a PeftModel, with the file of any checkpoint of its run in it"
@@ -69,43 +72,45 @@ def missing(place: object = None) -> ValueError:
 
 
 def is_factor(key: str) -> bool:
-    """Whether a tensor's name is that of an A or a B."""
+    """True if a tensor's key is that of an A or a B."""
     return any(f".{factor}" in key for factor in FROZEN_FACTORS)
 
 
-def wanted_digest(tensors: dict[str, Tensor]) -> bytes | None:
-    """The digest of the factors that these tensors belong to; None where they are whole."""
+def referenced_digest(tensors: dict[str, Tensor]) -> bytes | None:
+    """The digest of the factors that a checkpoint's tensors refer to; None if they are complete."""
     return bytes(tensors[DIGEST].tolist()) if DIGEST in tensors else None
 
 
 def digest(factors: dict[str, Tensor]) -> bytes:
-    """SHA-256 over names from the layer on, dtypes, shapes and bits."""
-    total = hashlib.sha256()
+    """SHA-256 over keys without PEFT's prefix, dtypes, shapes and bits."""
+    sha256 = hashlib.sha256()
+    # Without the prefix, so that a file's tensors and those of a model's layers have the same digest.
     for key in sorted(factors):
         value = factors[key].detach().cpu().contiguous()
-        total.update(f"{key.removeprefix(PEFT_PREFIX)} {value.dtype} {list(value.shape)}".encode())
-        total.update(value.view(torch.uint8).numpy().data)
-    return total.digest()
+        sha256.update(f"{key.removeprefix(PEFT_PREFIX)} {value.dtype} {list(value.shape)}".encode())
+        sha256.update(value.view(torch.uint8).numpy().data)  # as bytes: numpy has no bf16
+    return sha256.digest()
 
 
-def _put(target: Path, factors: dict[str, Tensor], hexadecimal: str, checkpoint: Path) -> None:
-    """The factors as a link to another checkpoint's, or as a file of their own."""
-    inside = target.relative_to(checkpoint)
-    others = (other / inside for other in sorted(checkpoint.parent.iterdir()) if other.is_dir() and other != checkpoint)
-    same = next((other for other in others if other.is_file() and _digest_of(other) == hexadecimal), None)
+def _link_or_write(target: Path, factors: dict[str, Tensor], hexadecimal: str, checkpoint: Path) -> None:
+    """Create the factors' file: a hard link to that of a sibling checkpoint with this digest, or a new file."""
+    relative = target.relative_to(checkpoint)
+    siblings = (folder for folder in sorted(checkpoint.parent.iterdir()) if folder.is_dir() and folder != checkpoint)
+    files = (sibling / relative for sibling in siblings)
+    same = next((file for file in files if file.is_file() and _recorded_digest(file) == hexadecimal), None)
     with replacing(target) as temporary:
         if same is None:
             save_file(factors, str(temporary), metadata={"format": "pt", "digest": hexadecimal})
             return
-        temporary.unlink()
+        temporary.unlink()  # os.link does not overwrite
         try:
             os.link(same, temporary)
         except OSError:  # another file system, or one without links
             shutil.copyfile(same, temporary)
 
 
-def _digest_of(file: Path) -> str | None:
-    """What a file of factors says that it holds; None where it is no whole file."""
+def _recorded_digest(file: Path) -> str | None:
+    """The digest that a factors file has in its header; None if the file is truncated or unreadable."""
     try:
         safetensors_header(file)
         with safe_open(str(file), framework="pt") as reader:

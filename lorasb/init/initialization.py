@@ -13,7 +13,7 @@ from torch import nn
 from ..layers.lookup import adapted_layers, any_merged
 from ..tuner.config import LoRASBConfig
 from ..utils.byte_sizes import parse_size
-from ..utils.precision import notice
+from ..utils.precision import warn_if_slow
 from .factors.factorize import Recipe
 from .factors.transaction import Staging
 from .gradients.loss import LossFn
@@ -94,7 +94,7 @@ def initialize(
     name, layers = _unmerged_layers(model, adapter_name)
     config: LoRASBConfig = cast(Any, model).peft_config[name]
     _check(update, strategy, cache, longest_start)
-    notice(model)
+    warn_if_slow(model)
     if config.init == "update":  # the data-free inits ignore batches and lr
         if lr is None or not 0 < lr < float("inf") or (batches is None and not _exists(cache)):
             raise ValueError("init='update' takes batches and lr > 0: initialize(model, loader, lr=...)")

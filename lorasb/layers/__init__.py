@@ -1,6 +1,8 @@
-"""`LoRASBLinear` and its parts: base weight, merging, groups of layers that read one x, 4-bit layers, experts.
+"""The adapter layers: `LoRASBLinear` over a frozen base, groups of layers that share an input, 4-bit layers, experts.
 
-Uses functional, checkpoints, quantization and what is below them; knows neither tuner nor initialization.
+Imports functional, checkpoints, quantization and what is below them; never tuner or init.
 """
 
-import peft  # noqa: F401  registers the method before any module of ours that needs it is half-imported
+# Importing peft runs our registration hook, which imports modules of this package. Done here, before any of them has
+# started to import, it cannot meet one that is only half imported.
+import peft  # noqa: F401

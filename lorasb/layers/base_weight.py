@@ -1,4 +1,7 @@
-"""`FrozenBase`: the frozen layer under the adapters, dense or quantized: its storage, its dtypes, its own result."""
+"""`FrozenBase`: access to the frozen linear under the adapters, dense or quantized: weight, dtypes, device and forward.
+
+`LoRASBLinear` inherits from it and adds the adapters.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,12 @@ from ..utils.deprecation import renamed_method
 from ..utils.dtypes import HALVES
 
 
-class Reading(NamedTuple):
-    """What was read of a quantized base, and what the parameter was then: a write or a move makes it stale."""
+class CachedWeight(NamedTuple):
+    """A `QuantizedWeight` read from the base layer, and the state of the parameter that it was read from.
+
+    All three of identity, version and pointer are compared, as each misses a kind of change: assigning a new parameter
+    may reuse the address, in-place ops bump the version alone, and `parameter.data = ...` changes the pointer alone.
+    """
 
     parameter: Any
     version: int
@@ -26,69 +33,77 @@ class Reading(NamedTuple):
 
 
 @dataclass
-class SetAside:
-    """The quantized layer while a merged, dense one stands in its place; in a holder, it is no submodule."""
+class ReplacedBase:
+    """The quantized base layer while a merged dense one replaces it.
+
+    A plain object around the module keeps `nn.Module.__setattr__` from registering it as a second submodule, which
+    would put its weight into state dicts and parameter counts.
+    """
 
     layer: nn.Module | None = None
 
 
 class FrozenBase(nn.Module, BaseTunerLayer):
-    """A frozen linear layer, read where it lies; W [out, in], or [in, out] with `fan_in_fan_out`.
+    """A frozen linear layer whose weight is read from its own storage; W [out, in], or [in, out] if `fan_in_fan_out`.
 
     Args:
-        base_layer: the linear; dense, or in 4 or 8 bits.
+        base_layer: the linear layer; dense, or quantized to 4 or 8 bits.
         fan_in_fan_out: the weight is stored transposed, as in `transformers.Conv1D`.
-        octet_dtype: what an 8-bit base computes in; its bias's dtype, or fp16, if None.
+        octet_dtype: compute dtype of an 8-bit base; the dtype of its bias, or fp16 without one, if None.
 
     Attributes:
-        in_features, out_features: of W.
+        in_features, out_features: dimensions of W.
     """
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool, octet_dtype: torch.dtype | None) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.training = base_layer.training
+        self.training = base_layer.training  # a new module would be in training mode inside a model in eval mode
         self.fan_in_fan_out, self.octet_dtype = fan_in_fan_out, octet_dtype
-        self._reading: Reading | None = None
-        self._set_aside = SetAside()
-        keep_unpacked(base_layer)
+        self._cached_weight: CachedWeight | None = None
+        self._replaced = ReplacedBase()
+        keep_unpacked(base_layer)  # before any evaluation: the repacking is not always reversible
         weight = self.quantized()
         out_features, in_features = weight.shape if weight is not None else self.dense_weight().shape
         self.in_features, self.out_features = int(in_features), int(out_features)
 
     def quantized(self) -> QuantizedWeight | None:
-        """What the base layer stores, if it is quantized; read once, and again when it was replaced or written to."""
-        base = self._modules["base_layer"]  # nn.Module's own way there takes longer than a small product
-        if base is None or type(base) is nn.Linear or not is_quantized(base):
+        """The storage of a quantized base layer, None if it is dense; cached until the parameter changes."""
+        # This runs in every forward: `nn.Module.__getattr__` takes longer than a small matrix product.
+        base = self._modules["base_layer"]
+        if base is None or type(base) is nn.Linear or not is_quantized(base):  # by type first: the common, cheap case
             return None
-        reading, parameter = self._reading, base._parameters["weight"]
-        if reading is not None:
-            if torch.compiler.is_compiling():  # `_apply` keeps it up to date; a graph has no pointers
-                return reading.weight
-            fresh = reading.parameter is parameter and reading.version == parameter._version
-            if fresh and reading.pointer == parameter.data_ptr():  # type: ignore[union-attr]
-                return reading.weight
+        cached, parameter = self._cached_weight, base._parameters["weight"]
+        if cached is not None:
+            # Fake tensors have no data_ptr, and reading it would break the graph; `_apply` refreshes the cache.
+            if torch.compiler.is_compiling():
+                return cached.weight
+            fresh = cached.parameter is parameter and cached.version == parameter._version
+            if fresh and cached.pointer == parameter.data_ptr():  # type: ignore[union-attr]
+                return cached.weight
         weight = of_module(base)
         if weight is not None:
-            self._reading = Reading(parameter, parameter._version, parameter.data_ptr(), weight)  # type: ignore[union-attr]
+            version, pointer = parameter._version, parameter.data_ptr()  # type: ignore[union-attr]
+            self._cached_weight = CachedWeight(parameter, version, pointer, weight)
         return weight
 
     quantised = renamed_method("quantised", "quantized")
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenBase:
-        """Moves and casts: what was read of a quantized base is read again."""
+        """Move or cast the layer, and read a quantized base again."""
         super()._apply(fn, recurse)
-        if self._reading is not None and not self.base_layer.weight.is_meta:
-            self._reading = None
+        # Read at once, not at the next forward: a compiled forward returns the cache without checking it.
+        if self._cached_weight is not None and not self.base_layer.weight.is_meta:
+            self._cached_weight = None
             self.quantized()
         return self
 
     def base_weight(self) -> Tensor:
-        """The base layer's weight as it is stored."""
+        """The base layer's weight parameter, in its stored layout: packed if quantized, [in, out] if transposed."""
         return cast(Tensor, self.get_base_layer().weight)
 
     def dense_weight(self) -> Tensor:
-        """W [out, in]: the base layer's weight, or a view of it; of a quantized one, what its bits stand for."""
+        """W [out, in]: the base layer's weight or a transposed view of it, dequantized if it is quantized."""
         quantized = self.quantized()
         if quantized is not None:
             return dequantize(quantized)
@@ -96,28 +111,29 @@ class FrozenBase(nn.Module, BaseTunerLayer):
         return weight.t() if self.fan_in_fan_out else weight
 
     def set_base_weight(self, weight: Tensor) -> None:
-        """Put merged values in the base weight's place; over a quantized base, a dense layer that has them."""
+        """Set the base weight to merged values; a quantized base layer is replaced by a dense one that holds them."""
         if self.quantized() is None:
-            self.base_weight().data = weight
+            self.base_weight().data = weight  # the parameter object stays, with whatever refers to it
             return
-        self._set_aside.layer = self.base_layer
+        self._replaced.layer = self.base_layer
         bias = cast("Tensor | None", self.get_base_layer().bias)
+        # On meta nothing is allocated or drawn from the random generator: both parameters are assigned below.
         dense = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
         dense.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             dense.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
         self.base_layer = dense.train(self.training)
 
-    def take_back(self) -> bool:
-        """Put a quantized base back that `set_base_weight` had set aside; False where there is none."""
-        if self._set_aside.layer is None:
+    def restore_quantized_base(self) -> bool:
+        """Undo `set_base_weight` over a quantized base; False if no base layer was replaced."""
+        if self._replaced.layer is None:
             return False
-        self.base_layer, self._set_aside.layer = self._set_aside.layer, None
+        self.base_layer, self._replaced.layer = self._replaced.layer, None
         return True
 
     @property
     def base_dtype(self) -> torch.dtype:
-        """The dtype that the base computes in, which A and B have too."""
+        """The dtype that the base computes in; also the dtype of A and B."""
         return self._dtype_of(self.quantized())
 
     def _dtype_of(self, quantized: QuantizedWeight | None) -> torch.dtype:
@@ -129,52 +145,57 @@ class FrozenBase(nn.Module, BaseTunerLayer):
 
     @property
     def core_dtype(self) -> torch.dtype:
-        """R's dtype: fp32 under a 16-bit base, else the base's."""
+        """The dtype of R: fp32 for a 16-bit base, where small updates would round to nothing, else the base's."""
         dtype = self.base_dtype
         return torch.float32 if dtype in HALVES else dtype
 
     @property
     def execution_device(self) -> torch.device:
-        """Where the base runs; an offloaded weight lies on `meta` between forwards, and its hook knows better."""
+        """The device that the base runs on.
+
+        accelerate keeps offloaded weights on `meta` between forwards; the hook that loads them names the device.
+        """
         hook = getattr(self.base_layer, "_hf_hook", None)
         device = getattr(hook, "execution_device", None)
         weight = self.base_weight()
         return torch.device(device) if weight.is_meta and device is not None else weight.device
 
     def base_must_run(self) -> bool:
-        """True if reading the weight would bypass something: offloading or sharding hooks, or another forward."""
+        """True if the base layer's own forward has to run, as reading its weight would bypass hooks or patches."""
         base = self.base_layer
+        # Conv1D (fan_in_fan_out) and quantized layers have forwards of their own, whose results we compute ourselves.
         plain = type(base).forward is nn.Linear.forward or self.fan_in_fan_out or is_quantized(base)
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         return (
             not plain
             or bool(hooked)
-            or "forward" in vars(base)
+            or "forward" in vars(base)  # accelerate and others patch the instance's forward
             or "_hf_hook" in vars(base)
-            or hasattr(base._parameters.get("weight"), "ds_id")  # DeepSpeed ZeRO-3 partitions it
+            or hasattr(base._parameters.get("weight"), "ds_id")  # partitioned by DeepSpeed ZeRO-3 between forwards
         )
 
     def on_base_dtype(self, x: Tensor, quantized: QuantizedWeight | None = None) -> Tensor:
-        """Cast x to the base's dtype, as PEFT's layers do, where autocast does not rule."""
+        """x in the base's dtype, as PEFT's layers cast it; unchanged under autocast, which chooses the dtype itself."""
         if torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
             return x
         dtype = self._dtype_of(quantized or self.quantized())
         return x if x.dtype == dtype else self._cast_input_dtype(x, dtype)
 
     def bias_like(self, x: Tensor) -> Tensor | None:
-        """The bias in x's dtype: a quantized layer's own may be in another."""
+        """The bias in x's dtype; a quantized layer may store it in another."""
         bias = cast("Tensor | None", self.base_layer.bias)
         return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
     def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's own result. A quantized one is computed from its storage, without its module's forward."""
+        """y of the base layer alone. A quantized one is computed from its storage, without its module's forward."""
         quantized = None if args or kwargs or self.base_must_run() else self.quantized()
-        merged_dense = self._set_aside.layer is not None  # in the dtype that the quantized layer computed in
+        # Merged into a quantized base, the dense layer has the quantized layer's compute dtype: x is cast for it, too.
+        merged_dense = self._replaced.layer is not None
         if quantized is None and not merged_dense:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
-        given, x = x.dtype, self.on_base_dtype(x, quantized)
+        input_dtype, x = x.dtype, self.on_base_dtype(x, quantized)
         if quantized is None:
             y = cast(Tensor, self.base_layer(x, *args, **kwargs))
         else:
             y = quantized_linear(x, quantized, self.bias_like(x))
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(given)
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(input_dtype)

@@ -1,4 +1,4 @@
-"""Theorem 3: the gradient of R whose effect on W is closest to the full gradient, whatever the factors."""
+"""Theorem 3 as a function: the equivalent gradient of R, for factors that need not be orthonormal."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def equivalent_gradient(layer: LoRASBLinear, adapter_name: str | None = None) ->
 
     Args:
         layer: a layer whose R has a gradient.
-        adapter_name: which adapter; the first active one unless given.
+        adapter_name: name of the adapter; the first active one if None.
 
     Returns:
-        [r, r] in R's dtype. Where the layer was made with `equivalent_gradient=True`, R's gradient is this already.
+        [r, r] in R's dtype. If the layer was made with `equivalent_gradient=True`, this is R's gradient as it is.
 
     Raises:
         ValueError: R has no gradient yet.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import quantized_linear
-from ..quantization.quant_state import BYTES, QuantState, seen_as
+from ..quantization.quant_state import STORAGE_DTYPES, QuantState, view_as_storage
 from ..quantization.quantized_weight import QuantizedWeight, of_state
 from ..utils.deprecation import renamed_method
 
@@ -17,10 +17,10 @@ class Linear4bit(nn.Linear):
     """y = x Wᵀ + bias with W [out, in] frozen in 4 bits. Made by `lorasb.quantize`; bitsandbytes loads its files.
 
     Args:
-        packed: W's nibbles, [ceil(out·in / 2), 1] uint8; or those bytes seen as another dtype (`seen_as`).
-        quant_state: W's statistics.
+        packed: W's nibbles [ceil(out·in / 2), 1], uint8; or the same bytes viewed as another dtype (`view_as_storage`).
+        quant_state: scales, table, block size, shape and dtype of W.
         bias: [out], or None.
-        compute_dtype: what products are taken in; x's unless given.
+        compute_dtype: dtype of the matrix product; x's dtype if None.
 
     Forward: x [..., in] -> y [..., out] in x's dtype.
     """
@@ -28,22 +28,24 @@ class Linear4bit(nn.Linear):
     def __init__(
         self, packed: Tensor, quant_state: QuantState, bias: Tensor | None, compute_dtype: torch.dtype | None = None
     ) -> None:
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate and draw a dense weight
         shape = quant_state.shape or (0, 0)
         self.out_features, self.in_features = int(shape[0]), int(shape[1])
         self.quant_state, self.compute_dtype = quant_state, compute_dtype
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self._read: tuple[Any, QuantizedWeight] | None = None
+        self._cached_weight: tuple[Any, QuantizedWeight] | None = None
 
     def quantized(self) -> QuantizedWeight:
-        """The storage, checked once."""
-        if self._read is not None and torch.compiler.is_compiling():  # a graph has no pointers
-            return self._read[1]
+        """The checked storage; cached until the weight or the statistics change."""
+        # Fake tensors have no data_ptr, and reading it would break the graph; `_apply` refreshes the cache.
+        if self._cached_weight is not None and torch.compiler.is_compiling():
+            return self._cached_weight[1]
+        # The pointer changes with `weight.data = ...`, the version with in-place ops.
         key = (self.weight.data_ptr(), self.weight._version, id(self.quant_state))
-        if self._read is None or self._read[0] != key:
-            self._read = key, of_state(self.weight, self.quant_state)
-        return self._read[1]
+        if self._cached_weight is None or self._cached_weight[0] != key:
+            self._cached_weight = key, of_state(self.weight, self.quant_state)
+        return self._cached_weight[1]
 
     quantised = renamed_method("quantised", "quantized")
 
@@ -54,9 +56,11 @@ class Linear4bit(nn.Linear):
         return quantized_linear(x.to(dtype), self.quantized(), bias).to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
-        """Moves to another device take the statistics along; a change of dtype changes the bias alone."""
+        """Move the packed weight and its statistics; a cast to another dtype changes the bias alone."""
         packed = self.weight
-        if packed.is_floating_point() and type(packed.data) is Tensor:  # bytes, whatever they are seen as
+        if packed.is_floating_point() and type(packed.data) is Tensor:
+            # Packed bytes viewed as floats: `fn` may be a cast, which would convert their values. It gets them as
+            # uint8, which casts leave alone. A DTensor of FSDP2 goes through as it is.
             self._parameters["weight"] = None
             super()._apply(fn, recurse)
             moved = fn(packed.data.view(torch.uint8))
@@ -64,19 +68,20 @@ class Linear4bit(nn.Linear):
             self._parameters["weight"] = cast("nn.Parameter", packed)
         else:
             super()._apply(fn, recurse)
-        if self.weight.device != self.quant_state.absmax.device:
+        if self.weight.device != self.quant_state.absmax.device:  # no parameters or buffers: not reached by `_apply`
             self.quant_state = self.quant_state.to(self.weight.device)
-        if self._read is not None and not self.weight.is_meta:
+        if self._cached_weight is not None and not self.weight.is_meta:  # a compiled forward does not check the cache
             self.quantized()
         return self
 
     def _sharded(self) -> bool:
-        """Whether FSDP2 has shared the packed bytes out; every process has all statistics, which are no parameters."""
+        """True if FSDP2 has sharded the packed weight. Statistics are no parameters: every rank has all of them."""
         return hasattr(self.weight, "device_mesh")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._sharded():  # a checkpoint of an adapter's training holds nothing of the base
+        # Sharded state dicts are made for checkpoints of adapter training, which hold nothing of the base.
+        if self._sharded():
             return
         for name, tensor in self.quant_state.as_tensors().items():
             destination[f"{prefix}weight.{name}"] = tensor
@@ -92,18 +97,19 @@ class Linear4bit(nn.Linear):
         errors: list[str],
     ) -> None:
         start = f"{prefix}weight."
-        found = {key[len(start) :]: value for key, value in state_dict.items() if key.startswith(start)}
+        statistics = {key[len(start) :]: value for key, value in state_dict.items() if key.startswith(start)}
         name = f"{prefix}weight"
-        if name in state_dict and state_dict[name].dtype != self.weight.dtype and self.weight.dtype in BYTES:
-            state_dict[name] = seen_as(state_dict[name], self.weight.dtype)
+        # The file may store the same bytes under another dtype; copy_ would convert values instead of bits.
+        if name in state_dict and state_dict[name].dtype != self.weight.dtype and self.weight.dtype in STORAGE_DTYPES:
+            state_dict[name] = view_as_storage(state_dict[name], self.weight.dtype)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         unexpected[:] = [key for key in unexpected if not key.startswith(start)]
-        if found:
+        if statistics:
             try:
-                state = QuantState.of_tensors(found).to(self.weight.device)
-                of_state(self.weight, state)
+                state = QuantState.of_tensors(statistics).to(self.weight.device)
+                of_state(self.weight, state)  # raises if the statistics do not belong to the weight
             except ValueError as error:
-                errors.append(f"{prefix}weight: {error}")
+                errors.append(f"{prefix}weight: {error}")  # load_state_dict raises for all errors together
                 return
             self.quant_state = state
         elif strict and not self._sharded():

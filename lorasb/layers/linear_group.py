@@ -1,7 +1,7 @@
-"""Layers that read the same x (q/k/v, gate/up) as one call: the first computes all, the others take their results.
+"""Groups of layers that read the same x (q/k/v, gate/up): the first one called computes all, the others take theirs.
 
-Nothing in the model's own code changes. Who belongs together is recognized by name; that they do get the very same
-tensor is checked at every call, and a layer that does not is computed alone and leaves its group. No result outlives
+The model's own code is not changed. Groups are formed by the layers' names; every call checks that a member gets the
+very same tensor, and a layer that does not is computed alone and leaves its group. Results are dropped at the end of
 the forward of the module that holds the layers.
 """
 
@@ -21,6 +21,7 @@ from ..functional import lora_sb_linear_group
 if TYPE_CHECKING:
     from .linear import LoRASBLinear
 
+# Children of one module that read the same input, in the architectures that transformers and diffusers have.
 NAMES = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -39,36 +40,40 @@ class Pending:
     """Results that members have not taken yet.
 
     Attributes:
-        x: what all of them read.
-        state: what must not have changed when another member comes for its result.
-        results: y by the member's place in the group.
+        x: the input of all members.
+        state: `Siblings._state` at the time of the computation; results are valid while it is unchanged.
+        results: y [..., out] by the member's index in the group.
     """
 
     x: Tensor
     state: tuple[Any, ...]
     results: dict[int, Tensor]
 
-    def holds(self, place: int, x: Tensor, state: tuple[Any, ...]) -> bool:
-        """True if a member's result is there, and was computed from this very x in this very state."""
-        return place in self.results and x is self.x and state == self.state
+    def holds(self, index: int, x: Tensor, state: tuple[Any, ...]) -> bool:
+        """True if a member's result is pending and was computed from this very x in this state."""
+        return index in self.results and x is self.x and state == self.state
 
 
 class Siblings:
     """Layers of one parent that are expected to read the same x.
 
-    Their results belong to one autograd node: to go backward through them one after another, keep the graph
-    (`retain_graph=True`) or take the groups apart with `dissolve(model)`.
+    Their results belong to one autograd node: to call backward on them one after another, keep the graph
+    (`retain_graph=True`) or dissolve the groups with `dissolve(model)`.
 
     Args:
-        parent: the module that holds them; only inside its forward are results kept. It is referred to weakly.
-        names: two or more children of the same `in_features`.
+        parent: the module that holds the layers; results are kept only inside its forward. Referenced weakly.
+        names: two or more children with the same `in_features`.
     """
 
     def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
         self.names = tuple(names)
+        # Weak, as the parent's hooks refer to the group: a cycle would keep a deleted model's memory until the garbage
+        # collector runs.
         self._parent: weakref.ref[nn.Module] | None = weakref.ref(parent)
-        self._inside: tuple[Any, ...] | None = None  # who runs the parent's forward
-        self._held: Pending | None = None
+        self._context: tuple[Any, ...] | None = None  # of the parent's forward in progress; None outside of one
+        self._pending: Pending | None = None
+        # Ids, not handles, so that a deepcopied group can remove the copies of its hooks. `always_call` drops the
+        # results of a forward that raised, too.
         self._hooks = (
             parent.register_forward_pre_hook(self._parent_begins).id,
             parent.register_forward_hook(self._parent_ends, always_call=True).id,
@@ -78,42 +83,44 @@ class Siblings:
 
     @property
     def members(self) -> list[LoRASBLinear]:
-        """The layers, as they are now."""
+        """The layers that are children of the parent now; a child may have been replaced since."""
         parent = self._parent() if self._parent is not None else None
         children: list[Any] = [parent._modules.get(name) for name in self.names] if parent is not None else []
         return [child for child in children if hasattr(child, "siblings")]
 
     def take(self, layer: LoRASBLinear, x: Tensor) -> Tensor | None:
-        """y of one member, computed with the others' or waiting since then; None: it is to be computed alone."""
-        if torch.compiler.is_compiling() or x.is_inference() or self._inside != _here():
+        """y of one member, from the pending results or computed with the others'; None: compute it alone."""
+        # A compiled graph cannot carry results from one layer to another, and inference tensors have no version.
+        if torch.compiler.is_compiling() or x.is_inference() or self._context != _execution_context():
             return None
-        members, pending = self.members, self._held
-        place = next((i for i, member in enumerate(members) if member is layer), None)
-        if place is None:
+        members, pending = self.members, self._pending
+        index = next((i for i, member in enumerate(members) if member is layer), None)
+        if index is None:
             return None
-        if pending is not None and place in pending.results:
-            if pending.holds(place, x, self._state(members, x)):
-                return pending.results.pop(place)
+        if pending is not None and index in pending.results:
+            if pending.holds(index, x, self._state(members, x)):
+                return pending.results.pop(index)
+            # This layer got another x, or the state changed: separate those that have not taken their results.
             self._split(pending.results)
             return layer.siblings.take(layer, x) if layer.siblings is not None else None
         if pending is not None and x is pending.x:
-            return None  # the others belong together, and this one does not
-        self.clear()
-        wanted = kind(layer, x)
-        together = [i for i, member in enumerate(members) if kind(member, x) == wanted] if wanted is not None else []
-        if len(together) < 2:
+            return None  # differs from the others in rank, dtype, hooks ...: they were computed without it
+        self.clear()  # results for another x, which the parent called its members with before
+        key = group_key(layer, x)
+        indices = [i for i, member in enumerate(members) if group_key(member, x) == key] if key is not None else []
+        if len(indices) < 2:
             return None
-        results = dict(zip(together, _compute([members[i] for i in together], x), strict=True))
-        y = results.pop(place)
-        self._held = Pending(x, self._state(members, x), results)
+        results = dict(zip(indices, _compute([members[i] for i in indices], x), strict=True))
+        y = results.pop(index)
+        self._pending = Pending(x, self._state(members, x), results)
         return y
 
     def clear(self) -> None:
-        """Forget every result."""
-        self._held = None
+        """Drop all pending results."""
+        self._pending = None
 
     def dissolve(self) -> None:
-        """Let every member go, and the parent."""
+        """Detach the members and remove the hooks from the parent."""
         self.clear()
         for member in self.members:
             member.siblings = None
@@ -127,60 +134,70 @@ class Siblings:
 
     @staticmethod
     def _state(members: list[LoRASBLinear], x: Tensor) -> tuple[Any, ...]:
-        """What must not have changed between the first member's call and another's."""
+        """State that must not change between the first member's call and another's.
+
+        Versions show in-place writes to x or R (an optimizer step); results computed on another CUDA stream may not be
+        ready on this one.
+        """
         autocast = torch.is_autocast_enabled(x.device.type)
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-        each = [
+        adapter_states = [
             (*m.active_adapters, m.disable_adapters, *(core._version for core in m.lorasb_R.values())) for m in members
         ]
-        return x._version, torch.is_grad_enabled(), autocast, stream, *each
+        return x._version, torch.is_grad_enabled(), autocast, stream, *adapter_states
 
-    def _split(self, waiting: dict[int, Tensor]) -> None:
-        """Part those that read x from those that did not; two or more of a kind stay together."""
-        parent, inside = self._parent, self._inside
+    def _split(self, untaken: dict[int, Tensor]) -> None:
+        """Separate members that took their results from those that did not; two or more form a new group."""
+        parent, context = self._parent, self._context
         groups: tuple[list[str], list[str]] = ([], [])
         for i, name in enumerate(self.names):
-            groups[i in waiting].append(name)
+            groups[i in untaken].append(name)
         self.dissolve()
         for names in groups:
             if len(names) > 1 and parent is not None and (module := parent()) is not None:
-                Siblings(module, names)._inside = inside
+                Siblings(module, names)._context = context  # inside the parent's forward: its pre-hook has run
 
     def _parent_begins(self, parent: nn.Module, arguments: Any) -> None:
         if not torch.compiler.is_compiling():
             self.clear()
-            self._inside = _here()
+            self._context = _execution_context()
 
     def _parent_ends(self, parent: nn.Module, arguments: Any, result: Any) -> None:
-        """Drop what was not taken; after a forward that ended as it should, that means that it never will be."""
+        """Drop untaken results. `result` is None after an exception: only a complete forward shows who shares x."""
         if torch.compiler.is_compiling():
             return
-        self._inside, pending = None, self._held
+        self._context, pending = None, self._pending
         self.clear()
         if pending is not None and pending.results and result is not None:
             self._split(pending.results)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Siblings | None:
-        """With its parent a group is copied; a layer that is copied alone has none."""
+        """A copy for the copied parent; None if a layer is copied without its parent."""
         parent = memo.get(id(self._parent())) if self._parent is not None else None
         if parent is None:
             return None
+        # Not by __init__: the parent's hook dictionaries are copied as well, under the same ids.
         memo[id(self)] = new = object.__new__(Siblings)
         new.names, new._hooks, new._parent = self.names, self._hooks, weakref.ref(parent)
-        new._inside = new._held = None
+        new._context = new._pending = None
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        """A pickled group is none: its layers compute alone."""
-        return {"names": (), "_hooks": self._hooks, "_parent": None, "_inside": None, "_held": None}
+        """An empty group, as weak references do not pickle: unpickled layers are computed alone."""
+        return {"names": (), "_hooks": self._hooks, "_parent": None, "_context": None, "_pending": None}
 
 
-def _here() -> tuple[Any, ...]:
-    """This thread, and what catches saved tensors: a checkpoint inside the parent's forward is another place."""
+def _execution_context() -> tuple[Any, ...]:
+    """The thread and the innermost saved-tensor hooks.
+
+    Gradient checkpointing around some of the layers installs hooks of its own. A result must not cross into or out of
+    a checkpointed region, which recomputes its layers in backward without the others.
+    """
     return threading.get_ident(), torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _compute(members: list[LoRASBLinear], x: Tensor) -> list[Tensor]:
+    """y_i [..., out_i] of members with equal `group_key`."""
     name = members[0].active_adapters[0]
     return lora_sb_linear_group(
         members[0].on_base_dtype(x),
@@ -193,20 +210,22 @@ def _compute(members: list[LoRASBLinear], x: Tensor) -> list[Tensor]:
     )
 
 
-def kind(layer: LoRASBLinear, x: Tensor) -> tuple[Any, ...] | None:
-    """What layers must have in common to be computed together on x; None: this one is to be computed alone."""
+def group_key(layer: LoRASBLinear, x: Tensor) -> tuple[Any, ...] | None:
+    """A key that is equal for layers which can be computed together on x; None: compute this one alone."""
     names = layer.active_adapters
     if len(names) != 1 or names[0] not in layer.lorasb_R or layer.disable_adapters or layer.merged:
         return None
     name = names[0]
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    if layer.quantized() is not None:  # each multiplies its own panels
+    if layer.quantized() is not None:  # the group op takes dense weights
         return None
+    # Hooks have to see their own layer run; a patched or offloaded base has to run its own forward.
     if layer.fan_in_fan_out or any(hooks) or hasattr(layer, "_hf_hook") or layer.base_must_run():
         return None
     if layer.equivalent[name] or (layer.training and layer.lora_dropout[name] > 0.0):
         return None
     core, weight = layer.lorasb_R[name], layer.weight
+    # The layer's own forward raises the error for an adapter that is trained before it is initialized.
     if torch.is_grad_enabled() and core.requires_grad and not layer.is_initialized(name):
         return None
     if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] != layer.in_features or weight.device != x.device:
@@ -215,14 +234,14 @@ def kind(layer: LoRASBLinear, x: Tensor) -> tuple[Any, ...] | None:
 
 
 def form(model: nn.Module) -> None:
-    """Find the siblings of a model anew."""
+    """Form the groups of a model, in place of any that it has."""
     dissolve(model)
     for parent, names in list(_candidates(model)):
         Siblings(parent, names)
 
 
 def dissolve(model: nn.Module) -> None:
-    """Take every group of a model apart."""
+    """Dissolve all groups of a model."""
     for module in model.modules():
         siblings = getattr(module, "siblings", None)
         if isinstance(siblings, Siblings):
@@ -230,11 +249,12 @@ def dissolve(model: nn.Module) -> None:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
+    """Parents with the names of two or more adapted children of one name pattern and one `in_features`."""
     for parent in model.modules():
         for names in NAMES:
-            together: dict[int, list[str]] = {}
+            by_in_features: dict[int, list[str]] = {}  # cross-attention's k and v may read a wider input than its q
             for name in names:
                 child: Any = parent._modules.get(name)
                 if hasattr(child, "siblings"):
-                    together.setdefault(child.in_features, []).append(name)
-            yield from ((parent, members) for members in together.values() if len(members) > 1)
+                    by_in_features.setdefault(child.in_features, []).append(name)
+            yield from ((parent, members) for members in by_in_features.values() if len(members) > 1)

@@ -1,4 +1,4 @@
-"""Finding LoRA-SB layers and adapters in a model."""
+"""Look up the LoRA-SB layers of a model, by adapter name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .linear import LoRASBLinear
 
 
 def layers_with(model: nn.Module, adapter_name: str) -> dict[str, LoRASBLinear]:
-    """The layers that have an adapter, by their names in the base model."""
+    """The layers that have the adapter, by their names in the base model (without PEFT's prefix)."""
     return {
         name.removeprefix(PEFT_PREFIX): module
         for name, module in model.named_modules()
@@ -18,7 +18,7 @@ def layers_with(model: nn.Module, adapter_name: str) -> dict[str, LoRASBLinear]:
 
 
 def any_merged(model: nn.Module) -> bool:
-    """Whether an adapter is merged into a base weight anywhere."""
+    """True if any layer has an adapter merged into its base weight."""
     return any(module.merged for module in model.modules() if isinstance(module, LoRASBLinear))
 
 
@@ -28,13 +28,13 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[s
     Raises:
         ValueError: no LoRA-SB layers, or none with that adapter.
     """
-    every = [module for module in model.modules() if isinstance(module, LoRASBLinear)]
-    if not every:
+    all_layers = [module for module in model.modules() if isinstance(module, LoRASBLinear)]
+    if not all_layers:
         raise ValueError("expected a model with LoRA-SB layers: call model = lorasb.patch(model) first")
-    active = every[0].active_adapters
+    active = all_layers[0].active_adapters
     name = adapter_name or (active[0] if active else "")
     layers = layers_with(model, name)
     if not layers:
-        known = sorted({known for module in every for known in module.lorasb_R})
-        raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(known) or 'none'}")
+        adapters = sorted({adapter for layer in all_layers for adapter in layer.lorasb_R})
+        raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(adapters) or 'none'}")
     return name, layers

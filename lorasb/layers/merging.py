@@ -1,4 +1,4 @@
-"""The sum of a base weight and adapters' deltas, rounded once."""
+"""Merging arithmetic: the sum of a base weight and adapters' deltas, rounded to the weight's dtype once."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 
 def merged(weight: Tensor, deltas: Sequence[Tensor], names: Sequence[str], sign: float = 1.0) -> Tensor:
-    """W + sign·Σ deltas at the deltas' own precision, in W's dtype.
+    """W + sign·Σ deltas, summed in the deltas' dtype and returned in W's.
 
     Args:
-        weight: W as it is stored.
-        deltas: of the same shape, fp32 or wider.
-        names: of the adapters, for the error.
-        sign: 1 to merge, -1 to take out.
+        weight: W in its stored layout, [out, in] or [in, out].
+        deltas: s·B R A of each adapter, in the same layout, fp32 or wider.
+        names: of the adapters, for the error message.
+        sign: 1 to merge, -1 to unmerge.
 
     Raises:
         ValueError: the result is not finite.
     """
     total = weight
     for delta in deltas:
-        total = total + sign * delta
+        total = total + sign * delta  # type promotion widens a 16-bit W to the delta's fp32
     result = total.to(weight.dtype)
     if not torch.isfinite(result).all():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Weights that accelerate has offloaded: brought back for a product by the hooks that took them."""
+"""Access to weights that accelerate has offloaded, through the hooks that load them around a module's forward."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def brought_back(containers: list[nn.Module], name: str) -> Iterator[list[Tensor]]:
-    """The factors of an adapter on the device where they run; they go again afterwards.
+def factors_on_device(containers: list[nn.Module], name: str) -> Iterator[list[Tensor]]:
+    """The factors of an offloaded adapter on their execution device; offloaded again afterwards.
 
-    accelerate brings a module's parameters around its forward, and a container of parameters has none.
+    accelerate's hooks load a module's parameters around its forward, but a `ParameterDict` has no forward to wrap: the
+    hooks are called here.
 
     Raises:
-        RuntimeError: R is to be trained, and what is brought back is a copy; or nothing knows where the factors are.
+        RuntimeError: R requires a gradient, which would go to the temporary copy; or the factors have no values at all.
     """
     if torch.is_grad_enabled() and any(c._parameters[name].requires_grad for c in containers):  # type: ignore[union-attr]
         raise RuntimeError(
@@ -38,7 +39,7 @@ def brought_back(containers: list[nn.Module], name: str) -> Iterator[list[Tensor
 
 @contextmanager
 def weight_present(base: nn.Module) -> Iterator[None]:
-    """A base layer with its weight on the device where it runs; an offloaded one goes again afterwards."""
+    """Inside, an offloaded weight of a base layer is on its execution device; other weights are not touched."""
     hook: Any = getattr(base, "_hf_hook", None)
     if hook is None or not base._parameters["weight"].is_meta:  # type: ignore[union-attr]
         yield
@@ -50,7 +51,7 @@ def weight_present(base: nn.Module) -> Iterator[None]:
         hook.post_forward(base, None)
 
 
-def within_reach(base: nn.Module) -> bool:
-    """Whether a base layer's weight has values, here or where accelerate has offloaded it."""
+def has_weight_values(base: nn.Module) -> bool:
+    """True if a base layer's weight has values, on a device or where accelerate has offloaded it."""
     weight = base._parameters.get("weight")
     return weight is not None and (not weight.is_meta or getattr(base, "_hf_hook", None) is not None)

@@ -1,4 +1,4 @@
-"""Theorem 3's closed form on R's gradient, as an autograd function over tensors."""
+"""Theorem 3's closed form: an autograd function that applies it to R's gradient, and a cache of its two matrices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class EquivalentGradient(torch.autograd.Function):
-    """The identity, with backward g -> left g right."""
+    """The identity on R, whose backward maps g to left·g·right (all [r, r])."""
 
     @staticmethod
     def forward(ctx: Any, core: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ class EquivalentGradient(torch.autograd.Function):
 
 
 class Preconditioner:
-    """(BᵀB)⁻¹/s² and (AAᵀ)⁻¹ [r, r] of Theorem 3, computed once for each value of A and B."""
+    """(BᵀB)⁻¹/s² and (AAᵀ)⁻¹ [r, r] of Theorem 3, cached until A, B or s changes."""
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] | None = None
@@ -31,7 +31,11 @@ class Preconditioner:
 
     @torch.no_grad()
     def matrices(self, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The two, in R's dtype, for A [r, in] and B [out, r]."""
+        """(BᵀB)⁻¹/s² and (AAᵀ)⁻¹ [r, r] in `dtype`, for A [r, in] and B [out, r].
+
+        Computed in fp64, as forming the Gram matrix squares the factors' condition number.
+        """
+        # Pointers show that a parameter was replaced or moved, versions that it was written to in place.
         key = (a.data_ptr(), a._version, b.data_ptr(), b._version, scaling)
         if self._matrices is None or self._key != key:
             wide_a, wide_b = a.double(), b.double()

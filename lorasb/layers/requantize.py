@@ -1,4 +1,4 @@
-"""Back to 4 bits after a merge: the same kind, block and nesting as before, and how much that rounds away."""
+"""Requantization after a merge: the same type, block size and nesting as before, with the rounding error reported."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ from .linear4bit import Linear4bit
 
 @dataclass(frozen=True)
 class Requantized:
-    """How the layers of a model were quantized, by name."""
+    """The quantized weights that a model had before a merge, by layer name."""
 
     layers: dict[str, QuantizedWeight]
 
     @classmethod
     def of(cls, model: nn.Module) -> Requantized:
-        """The 4-bit layers of a patched model.
+        """Collect the 4-bit base layers of a patched model.
 
         Raises:
-            ValueError: there are none.
+            ValueError: the model has none under an adapter.
         """
-        found = {}
+        layers = {}
         for name, layer in model.named_modules():
             weight = layer.quantized() if isinstance(layer, LoRASBLinear) else None
             if weight is not None and weight.kind in KINDS:
-                found[name] = weight
-        if not found:
+                layers[name] = weight
+        if not layers:
             raise ValueError("requantize=True puts 4-bit layers back into 4 bits: this model has none under an adapter")
-        return cls(found)
+        return cls(layers)
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
-        """Quantize those layers of the merged model again, and set `model.requantization_errors`."""
+        """Quantize those layers of the merged model again.
+
+        Sets `model.requantization_errors`: layer name -> ‖W₄ − W‖ / ‖W‖ (Frobenius), W being the merged weight.
+        """
         errors = {}
         for name, old in self.layers.items():
             layer = model.get_submodule(name)
@@ -47,8 +50,8 @@ class Requantized:
                 continue
             dense = layer.weight.detach()
             packed, state = quantize_4bit(dense, old.kind, old.block, old.nested)
-            wide, error = dense.float(), dequantize(of_state(packed, state), torch.float32)
-            errors[name] = float((error - wide).norm() / wide.norm().clamp_min(1e-30))
+            wide, rounded = dense.float(), dequantize(of_state(packed, state), torch.float32)
+            errors[name] = float((rounded - wide).norm() / wide.norm().clamp_min(1e-30))  # an all-zero W has error 0
             bias = None if layer.bias is None else layer.bias.detach()
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, Linear4bit(packed, state, bias).train(layer.training))

@@ -1,7 +1,7 @@
-"""Whose row is it: from the names of a batch's rows to those of what a layer gets, or a refusal.
+"""`Rows`: the adapter name of each row of a batch, and its mapping to the rows of a layer's input.
 
-A layer may get the batch's rows [B, ...], or all their tokens in one list [B·T, in], row after row. Others reorder or
-choose tokens, and a number of rows that is right by chance says nothing.
+A layer may get the batch's rows [B, ...] or their tokens flattened [B·T, in]. Other layers reorder or select tokens,
+where a matching number of rows would be a coincidence: the mapping is None wherever it cannot be known.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TOKENS_FIRST = ("fsmt", "led", "longformer", "xlnet")  # families whose layers get [T, B, in]
+TOKENS_FIRST = ("fsmt", "led", "longformer", "xlnet")  # `config.model_type` of models whose layers get [T, B, in]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Which adapter each of n rows asks for.
+    """The adapter name of each of n rows.
 
     Args:
         names: the distinct names.
-        index: [n], of int64 on the CPU: the place of each row's name among them.
+        index: [n], int64 on the CPU: each row's index into `names`.
     """
 
     names: tuple[str, ...]
@@ -30,50 +30,54 @@ class Rows:
 
     @classmethod
     def of(cls, names: Sequence[str]) -> Rows:
-        """From a name for each row."""
+        """Rows from a list with one name per row."""
         distinct = tuple(sorted(set(names)))
         return cls(distinct, torch.tensor([distinct.index(name) for name in names], dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def each(self) -> list[str]:
-        """A name for each row."""
+    def to_list(self) -> list[str]:
+        """One name per row."""
         return [self.names[i] for i in self.index.tolist()]
 
-    def taken(self, places: Tensor) -> Rows:
-        """Those of the rows at `places`."""
-        return Rows(self.names, self.index[places.to(self.index.device)])
+    def select(self, rows: Tensor) -> Rows:
+        """The names of a subset of the rows, in the order of the indices `rows` [k]."""
+        return Rows(self.names, self.index[rows.to(self.index.device)])
 
-    def repeated(self, times: int) -> Rows:
-        """Each row's name `times` times in turn: for its tokens in one list."""
-        return Rows(self.names, self.index.repeat_interleave(times))
+    def repeat_interleave(self, repeats: int) -> Rows:
+        """Each row's name `repeats` times in turn, as for flattened tokens or for beams."""
+        return Rows(self.names, self.index.repeat_interleave(repeats))
 
-    def as_many(self, count: int) -> Rows:
-        """The one name that all rows have, for `count` of whatever."""
+    def expand(self, count: int) -> Rows:
+        """`count` rows with the name of the first, where all rows have the same."""
         return Rows(self.names, self.index[:1].expand(count))
 
 
 def chooses_tokens(name: str) -> bool:
-    """Whether a module's name says that it is an expert, which gets the tokens that were routed to it."""
-    return any(re.search("expert", part) and "shared" not in part for part in name.split("."))
+    """True if a module's name is that of a routed expert, which gets a selection of the tokens.
+
+    Shared experts get all tokens.
+    """
+    return any(re.search("expert", component) and "shared" not in component for component in name.split("."))
 
 
 def rows_of(x: Tensor, rows: Rows, outer: torch.Size | None, tokens_first: bool) -> Rows | None:
-    """The names for the rows of x [n, ..., in]; None where there is no telling whose they are.
+    """The names for the rows of a layer's input x [n, ..., in]; None if the mapping is ambiguous.
 
     Args:
-        x: what a layer gets.
+        x: the layer's input.
         rows: of the batch.
-        outer: the shape [B, T, ...] of what the nearest module around the layer got, if it was of that kind.
+        outer: [B, T], leading shape of the hidden states that the nearest enclosing module got, if known.
         tokens_first: the model is of a family whose layers may get [T, B, in].
     """
-    if len(rows.names) == 1:
+    if len(rows.names) == 1:  # any selection or order of tokens has the same name
         fits = x.dim() == 2 or tokens_first or len(x) % len(rows) == 0
-        return rows.as_many(len(x)) if fits else None
+        return rows.expand(len(x)) if fits else None
     if x.dim() > 2:
+        # With B = T, [B, T, in] and [T, B, in] have the same shape; strides of a transpose give the latter away.
         unclear = x.shape[0] == x.shape[1] and (tokens_first or x.stride(0) < x.stride(1))
         return rows if len(x) == len(rows) and not unclear else None
-    if outer is not None and outer[0] == len(rows) and len(x) == outer[0] * outer[1]:
-        return rows.repeated(outer[1])
+    if outer is not None and outer[0] == len(rows) and len(x) == outer[0] * outer[1]:  # flattened to [B·T, in]
+        return rows.repeat_interleave(outer[1])
     return rows if len(x) == len(rows) else None

@@ -1,9 +1,9 @@
-"""Experts whose weights are 3-D parameters: opened into a linear layer for each, which an adapter can take.
+"""Unfuses experts whose weights are 3-D parameters into one linear layer per expert, which an adapter can wrap.
 
-    gate_up_proj [E, 2·I, H], down_proj [E, H, I]:  y_t = Σ_e p_te · D_e (act(g)·u),  [g, u] = G_e x_t
+    gate_up_proj G [E, 2·I, H], down_proj D [E, H, I]:  y_t = Σ_e p_te · D_e (act(g)·u),  [g, u] = G_e x_t
 
-Each expert gets its own A, R and B, filled from the tokens that were routed to it. The weights are views of the
-parameters, so that opening costs no memory.
+Each expert gets its own A, R and B, initialized from the tokens that are routed to it. The linears' weights are views
+of the 3-D parameters, so that unfusing allocates nothing.
 """
 
 from __future__ import annotations
@@ -18,47 +18,53 @@ from torch import Tensor, nn
 
 from .token_rows import Rows
 
-NAMES = ("gate_up_proj", "down_proj")  # in the order in which the parameters are registered
+NAMES = ("gate_up_proj", "down_proj")  # of the 3-D parameters, in the order of their registration
 
 
 class OpenExperts(nn.Module):
-    """Experts with a linear layer for each: `gate_up_proj.0`, ..., `down_proj.0`, ...
+    """Experts with a linear layer each: `gate_up_proj.0`, ..., `down_proj.0`, ...
 
     Args:
-        whole: transformers' experts, which `closed` gives back.
+        fused: transformers' experts module, which `closed` returns again.
 
-    Forward: x [T, H], the chosen experts [T, k] and their weights [T, k] -> y [T, H].
+    Forward: x [T, H], indices of the top-k experts [T, k] and their routing weights [T, k] -> y [T, H].
     """
 
-    def __init__(self, whole: nn.Module) -> None:
+    def __init__(self, fused: nn.Module) -> None:
         super().__init__()
-        self.num_experts = len(getattr(whole, NAMES[0]))
-        self.act_fn: Any = whole.act_fn
-        self._whole = [whole]  # not a child: its parameters are the experts' own
-        self.training = whole.training
+        self.num_experts = len(getattr(fused, NAMES[0]))
+        self.act_fn: Any = fused.act_fn
+        # In a list, so that it is no submodule: its parameters share memory with the linears' and would count twice.
+        self._fused = [fused]
+        self.training = fused.training
         for name in NAMES:
-            weights = getattr(whole, name).detach()
+            weights = getattr(fused, name).detach()
             setattr(self, name, nn.ModuleList(_linear(weight) for weight in weights))
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, adapter_names: Rows | None = None
     ) -> Tensor:
-        """y [T, H], the experts' results weighted and added up; `adapter_names` says what each token asks for."""
-        chosen = top_k_index.reshape(-1)
-        order = chosen.argsort(stable=True)
+        """y [T, H], the sum of the experts' results by routing weight; `adapter_names` has one name per token."""
+        # Sort the T·k (token, expert) pairs by expert, so that each expert's tokens are contiguous. The stable sort
+        # keeps them in the order of the batch, which fixes the order of the sums.
+        expert_of_pair = top_k_index.reshape(-1)
+        order = expert_of_pair.argsort(stable=True)
         tokens = order // top_k_index.shape[-1]
-        counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
-        own = counts[: self.num_experts]  # another process's experts have the next number
-        tokens, order = tokens[: sum(own)], order[: sum(own)]
+        # Under expert parallelism, pairs of other ranks' experts have the index num_experts: they sort last, are cut.
+        counts = torch.bincount(expert_of_pair, minlength=self.num_experts).tolist()[: self.num_experts]
+        tokens, order = tokens[: sum(counts)], order[: sum(counts)]
         y = torch.zeros_like(hidden_states)
-        everyone = self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
-        taken = [e for e, count in enumerate(own) if count or everyone]  # ranks reduce the gradients of the same Rs
-        if not taken:
+        # In distributed training experts without tokens run too (on 0 rows): every rank has to have a gradient for
+        # the same Rs, or the ranks' all-reduces would not match.
+        run_all = self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
+        experts = [e for e, count in enumerate(counts) if count or run_all]
+        if not experts:
             return y
-        counts = [own[e] for e in taken]
-        parts, places = hidden_states[tokens].split(counts), tokens.split(counts)
-        names = [None if adapter_names is None else adapter_names.taken(place) for place in places]
-        results = torch.cat([self._expert(*each) for each in zip(taken, parts, names, strict=True)])
+        counts = [counts[e] for e in experts]
+        inputs, token_indices = hidden_states[tokens].split(counts), tokens.split(counts)
+        names = [None if adapter_names is None else adapter_names.select(indices) for indices in token_indices]
+        calls = zip(experts, inputs, names, strict=True)
+        results = torch.cat([self._expert(e, x, rows) for e, x, rows in calls])
         weighted = results * top_k_weights.reshape(-1)[order, None]
         return y.index_add(0, tokens, weighted.to(y.dtype))
 
@@ -67,17 +73,17 @@ class OpenExperts(nn.Module):
         return _call(self.down_proj[e], self.act_fn(gate) * up, rows)  # type: ignore[index,arg-type]
 
     def _apply(self, fn: Any, recurse: bool = True) -> OpenExperts:
-        """Moves take the linears along; the parameters that they were views of are let go."""
+        """Move or cast the linears, and release the 3-D parameters if the weights no longer are views of them."""
         super()._apply(fn, recurse)
         if not self._aliased():
             for name in NAMES:
-                self._whole[0]._parameters[name] = None
+                self._fused[0]._parameters[name] = None
         return self
 
     def _aliased(self) -> bool:
-        """Whether every linear is still a view of its parameter."""
+        """True if every linear's weight is still a view of its 3-D parameter."""
         for name in NAMES:
-            parameter: Any = self._whole[0]._parameters[name]
+            parameter: Any = self._fused[0]._parameters[name]
             if parameter is None or parameter.is_meta:
                 return False
             for e, layer in enumerate(getattr(self, name)):
@@ -86,80 +92,84 @@ class OpenExperts(nn.Module):
         return True
 
     def closed(self) -> nn.Module:
-        """transformers' own module, with the weights as they are now."""
-        whole = self._whole[0]
+        """transformers' own module with the linears' current weights."""
+        fused = self._fused[0]
         if not self._aliased():
             for name in NAMES:
                 weights = torch.stack([layer.weight.detach() for layer in getattr(self, name)])
-                whole._parameters[name] = nn.Parameter(weights, requires_grad=False)
-        return whole.train(self.training)
+                fused._parameters[name] = nn.Parameter(weights, requires_grad=False)
+        return fused.train(self.training)
 
 
 def _call(layer: nn.Module, x: Tensor, rows: Rows | None) -> Tensor:
-    """A linear's result; one that has adapters gets the names, too."""
-    given = {} if rows is None or type(layer) is nn.Linear else {"adapter_names": rows}
-    result: Tensor = layer(x, **given)
+    """A linear's result; a layer with adapters gets the adapter names as well."""
+    options = {} if rows is None or type(layer) is nn.Linear else {"adapter_names": rows}
+    result: Tensor = layer(x, **options)
     return result
 
 
 def _linear(weight: Tensor) -> nn.Linear:
+    """A linear layer over an existing weight [out, in], without a bias."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
 
 
 def open_targets(model: nn.Module, target_parameters: list[str]) -> list[str]:
-    """Open the experts that have a parameter of one of these names (matched by suffix); returns what matched.
+    """Unfuse the experts that have a parameter of one of these names (matched by suffix).
+
+    Returns:
+        Full names of the matching parameters.
 
     Raises:
-        ValueError: a name that no parameter has.
+        ValueError: no parameter has one of the names.
         TypeError: experts of another layout.
     """
     matched: dict[str, bool] = dict.fromkeys(target_parameters, False)
-    found: list[str] = []
-    for path, module in list(model.named_modules()):
+    parameter_names: list[str] = []
+    for path, module in list(model.named_modules()):  # a list, as modules are replaced in the loop
         names = NAMES if isinstance(module, OpenExperts) else [n for n, _ in module.named_parameters(recurse=False)]
-        wanted = [f"{path}.{name}" for name in names if is_target(f"{path}.{name}", target_parameters)]
-        for full in wanted:
+        targets = [f"{path}.{name}" for name in names if is_target(f"{path}.{name}", target_parameters)]
+        for full in targets:
             matched |= {target: True for target in target_parameters if is_target(full, [target])}
-        if wanted and not isinstance(module, OpenExperts):
-            _check(path, module, wanted)
+        if targets and not isinstance(module, OpenExperts):
+            _check(path, module, targets)
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, OpenExperts(module))
-        found += wanted
-    missing = [target for target, there in matched.items() if not there]
+        parameter_names += targets
+    missing = [target for target, is_matched in matched.items() if not is_matched]
     if missing:
         raise ValueError(
             f"target_parameters: no parameter is called {', '.join(missing)}. Experts have "
             "'mlp.experts.gate_up_proj' and 'mlp.experts.down_proj'; plain linears belong into target_modules"
         )
-    return found
+    return parameter_names
 
 
 def is_target(name: str, target_parameters: list[str]) -> bool:
-    """Whether a parameter's name is one of these, or ends with one."""
+    """True if a parameter's name is one of the targets or ends with a dot and one."""
     return any(name == target or name.endswith(f".{target}") for target in target_parameters)
 
 
 def parameter_of(name: str) -> str | None:
-    """The parameter that an expert's linear `...gate_up_proj.3` is a part of; None for another layer's name."""
+    """The name of the 3-D parameter that an expert's linear `...gate_up_proj.3` is a slice of; None for other names."""
     match = re.fullmatch(rf"(.*\.(?:{'|'.join(NAMES)}))\.\d+", name)
     return match.group(1) if match else None
 
 
 def close(model: nn.Module) -> None:
-    """Put transformers' own modules back where no adapter is left."""
+    """Restore transformers' own modules where no expert has an adapter."""
     for path, module in list(model.named_modules()):
         if isinstance(module, OpenExperts) and all(type(m) is nn.Linear for n in NAMES for m in getattr(module, n)):
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, module.closed())
 
 
-def _check(path: str, module: nn.Module, wanted: list[str]) -> None:
+def _check(path: str, module: nn.Module, targets: list[str]) -> None:
     kind = type(module).__name__
-    if [name for name, _ in module.named_parameters(recurse=False)] != list(NAMES) or not _computes_alike(module):
+    if [name for name, _ in module.named_parameters(recurse=False)] != list(NAMES) or not _has_known_forward(module):
         raise TypeError(
-            f"target_parameters: {wanted[0]} belongs to a {kind}, whose experts are laid out or computed in another "
+            f"target_parameters: {targets[0]} belongs to a {kind}, whose experts are laid out or computed in another "
             f"way than Mixtral's and Qwen3-MoE's, the ones that lorasb opens. Leave {path} out of target_parameters"
         )
     for name in NAMES:
@@ -168,14 +178,17 @@ def _check(path: str, module: nn.Module, wanted: list[str]) -> None:
             raise TypeError(f"expected {path}.{name} [experts, out, in] in 16 or 32 bits, got {list(weights.shape)}")
 
 
-def _computes_alike(module: nn.Module) -> bool:
-    """Whether a class's forward is Mixtral's or Qwen3-MoE's, instruction for instruction: many families share it."""
+def _has_known_forward(module: nn.Module) -> bool:
+    """True if the class's forward has the bytecode of Mixtral's or Qwen3-MoE's.
+
+    transformers generates a copy of it for many model families, under other class names.
+    """
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
     def code(kind: Any) -> tuple[Any, ...]:
-        found = inspect.unwrap(kind.forward).__code__
-        return found.co_code, found.co_names, found.co_consts[1:]
+        compiled = inspect.unwrap(kind.forward).__code__
+        return compiled.co_code, compiled.co_names, compiled.co_consts[1:]  # the first constant is the docstring
 
-    own = code(type(module))
-    return not getattr(module, "is_transposed", False) and own in (code(MixtralExperts), code(Qwen3MoeExperts))
+    module_code = code(type(module))
+    return not getattr(module, "is_transposed", False) and module_code in (code(MixtralExperts), code(Qwen3MoeExperts))

@@ -1,7 +1,8 @@
-"""Calls that go straight to the kernel which the dispatcher would choose: on the CPU, and on plain tensors only.
+"""Direct calls of the kernel that the dispatcher would choose, for plain tensors on the CPU.
 
-Two trips through the dispatcher and back into Python cost as much time as a small layer's adapter. What is kept and
-what autograd calls are the op's own; whatever traces, transforms or wraps tensors meets the op.
+Two passes through the dispatcher and back into Python take as long as a small layer's adapter. The autograd functions
+here share `save` and `derivative` with the ops, so both ways compute the same; tracing, functorch transforms, tensor
+subclasses and dispatch modes always get the op itself.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from torch.nn.functional import linear
 from . import linear as linear_op
 from . import linear_group, linear_quantized, registry
 
-SMALL_BYTES = 6 * 2**20  # of x: between 4096 features x 512 tokens in bf16 and in fp32, where the two cross (measured)
+# Bytes of x below which torch's own ops are faster than our autograd function. Measured with 4096 features and 512
+# tokens: bf16 (4 MiB) is below the crossover, fp32 (8 MiB) above.
+SMALL_BYTES = 6 * 2**20
 _PLAIN = (Tensor, torch.nn.Parameter)
-Kernels = tuple[Callable[..., Any], Callable[..., Any]]
+Kernels = tuple[Callable[..., Any], Callable[..., Any]]  # forward, backward
 
 
 def kernels(op: str, backend: str, *tensors: Tensor | None) -> Kernels | None:
-    """The op's forward and backward on the CPU, where nothing needs to see the op itself; else None."""
-    for tensor in tensors:
+    """The op's forward and backward kernels on the CPU; None if something has to intercept the op itself."""
+    for tensor in tensors:  # by exact type: subclasses (DTensor, FakeTensor) intercept ops in __torch_dispatch__
         if tensor is not None and (type(tensor) not in _PLAIN or not tensor.is_cpu):
             return None
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
@@ -38,13 +41,16 @@ def kernels(op: str, backend: str, *tensors: Tensor | None) -> Kernels | None:
 
 
 def small(x: Tensor, frozen: Iterable[Tensor | None]) -> bool:
-    """Whether a call is better composed of torch's own ops: without gradients, or where Python's part in a backward of
-    our own costs more than the pass over dx that it saves."""
-    if x.dtype == torch.float16:  # fp16 would overflow in dR
+    """True if a call is faster composed of torch's own ops than by our autograd function.
+
+    That is so without gradients, and for a small x, where the Python overhead of our backward takes longer than the
+    pass over dx that it saves. False wherever torch's autograd would compute something else than the op's.
+    """
+    if x.dtype == torch.float16:  # dR sums over all tokens in x's dtype, which overflows in fp16
         return False
-    if torch.is_autocast_enabled("cpu"):  # it would cast R's product too
+    if torch.is_autocast_enabled("cpu"):  # autocast would cast the product with R, too
         return False
-    if any(tensor is not None and tensor.requires_grad for tensor in frozen):  # W, A, B and bias get no gradients
+    if any(tensor is not None and tensor.requires_grad for tensor in frozen):  # the op gives W, A, B, bias no gradients
         return False
     return not torch.is_grad_enabled() or x.numel() * x.element_size() < SMALL_BYTES
 
@@ -52,16 +58,20 @@ def small(x: Tensor, frozen: Iterable[Tensor | None]) -> bool:
 def composed(
     x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None, scaling: float
 ) -> Tensor:
-    """y = x Wᵀ + bias, then s·x Aᵀ Rᵀ Bᵀ accumulated onto it; autograd keeps u and not x, as W and A are frozen."""
+    """y = x Wᵀ + bias, then s·x Aᵀ Rᵀ Bᵀ accumulated onto it.
+
+    autograd saves u = x Aᵀ [M, r] for dR but not x, which only gradients of W and A would need.
+    """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     scaled = core if scaling == 1.0 else core * scaling
     v = linear(linear(rows, a), scaled.to(x.dtype))
+    # In place: linear saves its inputs and not its result, so overwriting that does not invalidate the graph.
     y = linear(v, b, bias) if weight is None else linear(rows, weight, bias).addmm_(v, b.t())
     return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[0])
 
 
 class Linear(torch.autograd.Function):
-    """`lorasb::linear` without the dispatcher: the op's arguments, then its two kernels."""
+    """`lorasb::linear` without the dispatcher. Arguments: the op's, then (forward kernel, backward kernel)."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -73,11 +83,15 @@ class Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*linear_op.derivative(ctx.kernel)(ctx, dy, du), None)
+        return (*linear_op.derivative(ctx.kernel)(ctx, dy, du), None)  # None for the pair of kernels
 
 
 class LinearQuantized(torch.autograd.Function):
-    """`lorasb::linear_quantized` without the dispatcher: the op's arguments, its two kernels, the list's tensors."""
+    """`lorasb::linear_quantized` without the dispatcher.
+
+    Arguments: the op's (`quant` is the second), the pair of kernels, then the tensors of `quant` once more: an autograd
+    function sees only tensors that are arguments themselves, not those inside of lists.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -89,12 +103,16 @@ class LinearQuantized(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Any, ...]:
-        found = linear_quantized.derivative(ctx.kernel)(ctx, dy, du)
-        return found[0], None, *found[2:], None, *found[1]
+        dx, dquant, *others = linear_quantized.derivative(ctx.kernel)(ctx, dy, du)
+        return dx, None, *others, None, *dquant
 
 
 class LinearGroup(torch.autograd.Function):
-    """`lorasb::linear_group` without the dispatcher: x, the scalings, the two kernels, then every list's tensors."""
+    """`lorasb::linear_group` without the dispatcher.
+
+    Arguments: x, the scalings, the pair of kernels, then the tensors of all lists, flattened in the order of the op's
+    arguments: weights, A, R, B, biases (which may be none).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scalings: list[float], kernels: Kernels, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -109,5 +127,5 @@ class LinearGroup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         dx, dcores = linear_group.gradients(ctx.kernel, ctx, grads)
-        nothing = [None] * len(dcores)
-        return (dx, None, None, *nothing, *nothing, *dcores, *nothing, *[None] * ctx.biases)
+        no_grads = [None] * len(dcores)
+        return (dx, None, None, *no_grads, *no_grads, *dcores, *no_grads, *[None] * ctx.biases)

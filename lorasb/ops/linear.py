@@ -1,6 +1,8 @@
-"""The adapted linear as a torch op: schema, shapes and autograd, once for all backends.
+"""The adapted linear as a torch op: schema, fake kernel and autograd formula, shared by all backends.
 
-y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias
+    y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias        x [..., n], W [m, n], A [r, n], R [r, r], B [m, r], bias [m]
+
+With M rows in x, the op returns y [..., m] and u = x Aᵀ [M, r], which its backward takes.
 """
 
 from __future__ import annotations
@@ -56,18 +58,19 @@ def _backward_fake(
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep u [M, r], never x [M, n]: R's gradient needs no more, and x's needs none of them."""
+    """Save u [M, r] for backward, never x [M, n]: dR = s·tᵀ u with t = dy B, and dx depends on neither."""
     _, weight, a, core, b, _, scaling, dropout, seed = inputs
     u = output[1]
     ctx.mark_non_differentiable(u)
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # dy may be None; u's gradient always is, and no zeros are allocated for it
     need_dcore = ctx.needs_input_grad[3]
+    # An empty u in place of one that is not needed frees its memory and keeps the number of saved tensors fixed.
     ctx.save_for_backward(weight, a, core, b, u if need_dcore else u.new_empty((0, a.shape[0])), seed)
     ctx.scaling, ctx.dropout = scaling, dropout
 
 
 def derivative(op: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """What autograd calls, by a backend's backward."""
+    """The function that autograd calls, which calls a backend's backward op."""
 
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         need_dx, need_dcore = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
@@ -75,6 +78,7 @@ def derivative(op: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...
             return (None,) * 9
         weight, a, core, b, u, seed = ctx.saved_tensors
         dx, dcore = op(dy, weight, a, core, b, u, ctx.scaling, ctx.dropout, seed, need_dx, need_dcore)
+        # One per argument of the forward op: x, weight, a, core, b, bias, scaling, dropout, seed.
         return (dx if need_dx else None, None, None, dcore if need_dcore else None, *(None,) * 5)
 
     return backward

@@ -1,8 +1,9 @@
-"""Several adapted linears that read the same x, as one op: one pass over x forward, one write of dx backward.
+"""Adapted linears that read the same x, as one torch op: one pass over x in forward, one write of dx in backward.
 
     y_i = x W_iᵀ + s_i·x A_iᵀ R_iᵀ B_iᵀ + bias_i
 
-All of one rank and dtype, without dropout, and all with a bias or none.
+All members have the same rank and dtype, no dropout, and either all of them a bias or none. The op returns the y_i
+[..., m_i], then the u_i = x A_iᵀ [M, r].
 """
 
 from __future__ import annotations
@@ -54,29 +55,30 @@ def _backward_fake(
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    """Keep the u_i [M, r] and never x."""
+    """Save the u_i [M, r] for backward, and never x."""
     x, weights, a, cores, b, biases, scalings = inputs
     us = output[len(a) :]
     ctx.mark_non_differentiable(*us)
     ctx.set_materialize_grads(False)
+    # ctx.needs_input_grad has one entry per argument of the function, and lists are flattened in `cpu_fast_path` only.
     ctx.need_dx, ctx.need_dcores = x.requires_grad, [core.requires_grad for core in cores]
-    kept = us if any(ctx.need_dcores) else [u.new_empty((0, u.shape[1])) for u in us]
-    ctx.save_for_backward(*weights, *a, *cores, *b, *kept)
+    saved_us = us if any(ctx.need_dcores) else [u.new_empty((0, u.shape[1])) for u in us]
+    ctx.save_for_backward(*weights, *a, *cores, *b, *saved_us)
     ctx.scalings, ctx.biases = list(scalings), len(biases)
 
 
 def gradients(op: Callable[..., Any], ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Any]]:
-    """dx and the dR_i, from the gradients of the y_i; an output that nobody used has none."""
+    """dx and the dR_i, from the gradients of the y_i; None stands for an output that the loss does not use."""
     count = len(ctx.scalings)
     dcores: list[Tensor | None] = [None] * count
     members = [i for i in range(count) if grads[i] is not None]
     if not members or not (ctx.need_dx or any(ctx.need_dcores)):
         return None, dcores
     saved = ctx.saved_tensors
-    parts = [[saved[part * count + i] for i in members] for part in range(5)]
+    lists = [[saved[k * count + i] for i in members] for k in range(5)]  # weights, a, cores, b, us
     dys, scalings = [grads[i] for i in members], [ctx.scalings[i] for i in members]
-    dx, *found = op(dys, *parts, scalings, ctx.need_dx, any(ctx.need_dcores))
-    for i, dcore in zip(members, found, strict=True):
+    dx, *member_dcores = op(dys, *lists, scalings, ctx.need_dx, any(ctx.need_dcores))
+    for i, dcore in zip(members, member_dcores, strict=True):
         dcores[i] = dcore if ctx.need_dcores[i] else None
     return dx if ctx.need_dx else None, dcores
 
@@ -84,8 +86,8 @@ def gradients(op: Callable[..., Any], ctx: Any, grads: Sequence[Tensor | None]) 
 def _derivative(op: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
     def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         dx, dcores = gradients(op, ctx, grads)
-        nothing = [None] * len(dcores)
-        return dx, nothing, nothing, dcores, nothing, [None] * ctx.biases, None
+        no_grads = [None] * len(dcores)
+        return dx, no_grads, no_grads, dcores, no_grads, [None] * ctx.biases, None
 
     return backward
 

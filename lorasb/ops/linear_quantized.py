@@ -3,11 +3,11 @@
     y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias        W [m, n] in 4 or 8 bits
 
 `quant` holds the weight's tensors: [bytes, absmax, table], nested [bytes, absmax8, table, absmax2, table2, offset], or
-for 8 bits [codes, row scales]; `layout` is [block, nested block, rounding], where rounding names the dtype that W is
-rounded to before x's: 0 none, 1 bf16, 2 fp16. Backward dequantizes again: no dense W outlives a call.
+for 8 bits [codes, row scales]. `layout` is [block, nested block, rounding]; rounding is the dtype that W is rounded to
+before it is cast to x's: 0 none, 1 bf16, 2 fp16. Backward dequantizes again, so no dense W outlives a call.
 
-`serve_quantized` is y alone for calls that record no gradient, in a backend that has it: it takes the storage's own
-layout, casts as autocast says and checks everything itself.
+`serve_quantized` returns y alone, for calls that record no gradient. Not all backends have it. It takes
+`QuantizedWeight.storage_layout`, casts as autocast asks and checks its arguments itself.
 """
 
 from __future__ import annotations
@@ -91,27 +91,29 @@ def _serve_fake(
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the packed weight, which is there anyway, and u [M, r]; never x and never a dense W."""
+    """Save u [M, r] and the packed weight, which costs nothing as the layer holds it; never x, never a dense W."""
     x, quant, layout, a, core, b, _, scaling, dropout, seed = inputs
     u = output[1]
     ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
+    # Not ctx.needs_input_grad, whose indices differ between the op and `cpu_fast_path.LinearQuantized`.
     ctx.need_dx, ctx.need_dcore = x.requires_grad, core.requires_grad
     ctx.save_for_backward(a, core, b, u if ctx.need_dcore else u.new_empty((0, a.shape[0])), seed, *quant)
     ctx.layout, ctx.scaling, ctx.dropout = list(layout), scaling, dropout
 
 
 def derivative(op: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
-    """What autograd calls, by a backend's backward."""
+    """The function that autograd calls, which calls a backend's backward op."""
 
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         need_dx, need_dcore = ctx.need_dx, ctx.need_dcore
         a, core, b, u, seed, *quant = ctx.saved_tensors
-        nothing = [None] * len(quant)
+        no_grads = [None] * len(quant)
         if dy is None or not (need_dx or need_dcore):
-            return None, nothing, *(None,) * 8
+            return None, no_grads, *(None,) * 8
         dx, dcore = op(dy, quant, ctx.layout, a, core, b, u, ctx.scaling, ctx.dropout, seed, need_dx, need_dcore)
-        return dx if need_dx else None, nothing, None, None, dcore if need_dcore else None, *(None,) * 5
+        # One per argument: x, quant, layout, a, core, b, bias, scaling, dropout, seed.
+        return dx if need_dx else None, no_grads, None, None, dcore if need_dcore else None, *(None,) * 5
 
     return backward
 

@@ -1,8 +1,8 @@
-"""Ops and backends: an op is defined once for all backends, each backend registers its kernels, one is in force.
+"""Registry of ops and backends: definitions of ops, registration of kernels, and the current backend.
 
-Every backend has an op of its own beside the one that `auto` uses, so that PyTorch's dispatcher does the choosing:
-`lorasb::linear` runs what is registered for x's device (eager where nothing else is), `lorasb::linear_eager` runs
-eager and nothing else. A backend that registers no kernel raises; only `auto` falls back.
+Each op is defined once per backend and once for `auto`, so that PyTorch's dispatcher makes the choice: `lorasb::linear`
+runs the kernel registered for x's device (eager if there is no other), `lorasb::linear_eager` runs eager alone. The op
+of a backend without a kernel for it raises; only `auto` falls back.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ BACKENDS = ("auto", "eager", "cpp", "triton")
 ENVIRONMENT_VARIABLE = "LORASB_BACKEND"
 
 library = torch.library.Library("lorasb", "DEF")
-_on_cpu: dict[str, Callable[..., Any]] = {}  # what the dispatcher chooses for CPU tensors, by op
-_current: ContextVar[str] = ContextVar("lorasb_backend", default="")  # of `backend`; empty: the environment decides
-_latest = ""  # the same for torch.compile, which traces no ContextVar and guards a global: any thread's latest choice
-_from_environment = ""  # LORASB_BACKEND, once it was read
+_cpu_kernels: dict[str, Callable[..., Any]] = {}  # by op: the kernel that the dispatcher chooses for CPU tensors
+_current: ContextVar[str] = ContextVar("lorasb_backend", default="")  # set by `backend`; empty: use LORASB_BACKEND
+# The same for torch.compile, which cannot trace a ContextVar but guards on globals: the latest choice of any thread.
+_latest = ""
+_from_environment = ""  # value of LORASB_BACKEND, once read
+# By backend: returns the reason why it cannot run here, or None. Registration replaces Triton's entry.
 _missing: dict[str, Callable[[], str | None]] = {
     "triton": lambda: "this build of lorasb has no Triton kernels",
 }
@@ -45,32 +47,35 @@ def define(
     backward: Callable[[Callable[..., Any]], Callable[..., Any]],
     setup: Callable[..., None],
 ) -> None:
-    """Define an op and its backward once for every backend.
+    """Define an op and its backward op for `auto` and every backend.
 
     Args:
-        name: of the op; its derivative is name_backward.
-        schemas: of the two.
-        fakes: shapes of their results.
-        backward: from a backend's backward op to the function that autograd calls.
-        setup: what autograd keeps.
+        name: of the op; its backward op is {name}_backward.
+        schemas: of the op and its backward op.
+        fakes: their fake kernels, which return empty tensors of the results' shapes.
+        backward: returns the function that autograd calls, given a backend's backward op.
+        setup: `setup_context` of the autograd formula: saves tensors for backward.
     """
     for owner in BACKENDS:
         for op, schema, fake in zip((name, f"{name}_backward"), schemas, fakes, strict=True):
             library.define(op_name(op, owner) + schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"lorasb::{op_name(op, owner)}", fake, lib=library)
+        # A forward op's formula calls the same backend's backward op, whatever backend is current at that time.
         function = backward(backend_op(f"{name}_backward", owner))
         torch.library.register_autograd(f"lorasb::{op_name(name, owner)}", function, setup_context=setup, lib=library)
-        torch.library.register_autograd(f"lorasb::{op_name(f'{name}_backward', owner)}", _no_second, lib=library)
+        # The ops have no second derivative; a formula that raises gives double backward a clear error.
+        second_order = _raise_second_derivative
+        torch.library.register_autograd(f"lorasb::{op_name(f'{name}_backward', owner)}", second_order, lib=library)
 
 
 def define_plain(name: str, schema: str, fake: Callable[..., Any]) -> None:
-    """Define an op without a derivative, once for every backend."""
+    """Define an op without a derivative for `auto` and every backend."""
     for owner in BACKENDS:
         library.define(op_name(name, owner) + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"lorasb::{op_name(name, owner)}", fake, lib=library)
 
 
-def _no_second(ctx: Any, *_: Any) -> None:
+def _raise_second_derivative(ctx: Any, *_: Any) -> None:
     raise RuntimeError("LoRA-SB's linear has no second derivative: call backward or autograd.grad once")
 
 
@@ -86,56 +91,58 @@ def register_backend(
 
     Args:
         name: of the backend.
-        kernels: pairs of an op ("linear", "linear_backward", ...) and what computes it.
-        keys: dispatch keys ("CPU", "CUDA", ...) at which they compute the backend's own ops.
-        auto: what computes the ops of `auto`, where that is something else.
-        auto_keys: dispatch keys for those, where they are others.
-        missing: called to ask why the backend cannot run here; None, or a result of None, where it can.
+        kernels: pairs of an op ("linear", "linear_backward", ...) and its kernel.
+        keys: dispatch keys ("CPU", "CUDA", ...) to register the backend's own ops for.
+        auto: kernels for the ops of `auto`; the same as `kernels` if None.
+        auto_keys: dispatch keys for those; the same as `keys` if None.
+        missing: returns the reason why the backend cannot run here, or None if it can; None if it always can.
     """
-    for owner, pairs, where in (
+    for owner, pairs, dispatch_keys in (
         (name, kernels, keys),
         ("auto", auto or kernels, keys if auto_keys is None else auto_keys),
     ):
         for op, kernel in pairs:
-            for key in where:
+            for key in dispatch_keys:
                 library.impl(op_name(op, owner), kernel, key)
-            if "CPU" in where or ("CompositeExplicitAutograd" in where and op_name(op, owner) not in _on_cpu):
-                _on_cpu[op_name(op, owner)] = kernel
+            # The dispatcher's own precedence: a kernel for CPU goes before one for all devices, in either order.
+            composite = "CompositeExplicitAutograd" in dispatch_keys
+            if "CPU" in dispatch_keys or (composite and op_name(op, owner) not in _cpu_kernels):
+                _cpu_kernels[op_name(op, owner)] = kernel
     _missing[name] = missing or (lambda: None)
 
 
 def register_loaded(name: str, kernels: dict[str, Callable[..., Any]], missing: Callable[[], str | None]) -> None:
-    """Tell of kernels that a loaded library has registered for the CPU, under the backend's ops and those of `auto`.
+    """Record kernels that a loaded library has registered for the CPU, under the backend's ops and those of `auto`.
 
     Args:
         name: of the backend.
-        kernels: how to call each, by op.
-        missing: as in `register_backend`; where it gives a reason, nothing was registered.
+        kernels: a callable for each op.
+        missing: as in `register_backend`; if it returns a reason, nothing is recorded.
     """
     _missing[name] = missing
     if missing() is None:
         for op, kernel in kernels.items():
-            _on_cpu[op_name(op, name)] = _on_cpu[op_name(op, "auto")] = kernel
+            _cpu_kernels[op_name(op, name)] = _cpu_kernels[op_name(op, "auto")] = kernel
 
 
 def cpu_kernel(op: str, backend: str) -> Callable[..., Any] | None:
-    """What the dispatcher chooses for CPU tensors, if anything."""
-    return _on_cpu.get(op_name(op, backend))
+    """The kernel that the dispatcher chooses for CPU tensors; None if there is none."""
+    return _cpu_kernels.get(op_name(op, backend))
 
 
 def unavailable(name: str) -> str | None:
-    """Why a backend cannot run here, or None where it can."""
+    """The reason why a backend cannot run here; None if it can."""
     return _missing[name]() if name in _missing else None
 
 
 def current_backend() -> str:
-    """The backend in force: of the innermost `backend(...)`, else of LORASB_BACKEND at the first call, else "auto"."""
+    """The current backend: that of the innermost `backend(...)`, else LORASB_BACKEND at the first call, else "auto"."""
     chosen = _latest if torch.compiler.is_compiling() else _current.get()
     return chosen or _from_environment or _read_environment()
 
 
 def _read_environment() -> str:
-    """Read LORASB_BACKEND, once: looking it up in every call would be a fifth of a small layer's time."""
+    """Read LORASB_BACKEND once: a look-up in every call would take a fifth of a small layer's time."""
     global _from_environment
     _from_environment = _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
     return _from_environment
@@ -152,21 +159,21 @@ def _checked(name: str) -> str:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the layers inside the block on one backend, backward included, wherever that backward runs.
+    """Run the layers inside the block on one backend; their backward uses it too, even outside of the block.
 
-    The choice belongs to the thread (or asyncio task) that made it: others are not disturbed. On a GPU autograd runs
-    backward in threads of its own; a backward knows its forward's backend, but a forward that gradient checkpointing
-    repeats there takes what LORASB_BACKEND says.
+    The choice is local to the thread or asyncio task that makes it. On a GPU, autograd runs backward in its own
+    threads: a backward uses its forward's backend, but a forward that gradient checkpointing recomputes there uses
+    LORASB_BACKEND.
 
     Args:
-        name: "auto" (the fastest that this device has), or "eager", "cpp" or "triton", which never fall back.
+        name: "auto" (the fastest one available for the device), or "eager", "cpp" or "triton", which never fall back.
 
     Raises:
-        ValueError: no such backend.
+        ValueError: unknown backend.
         RuntimeError: the backend is not available here; the message says why.
     """
     global _latest
-    token = _current.set(_checked(name))
+    token = _current.set(_checked(name))  # raises before anything is changed
     _latest = name
     try:
         yield

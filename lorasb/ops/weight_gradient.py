@@ -1,8 +1,8 @@
-"""Sums of weight gradients as torch ops: `dyᵀ x` added up in fp32, and the sum's signs, 32 a word.
+"""Weight gradients as torch ops: accumulation of `dyᵀ x` in fp32, and the signs of the sum, packed 32 per word.
 
     G [m, n] += dyᵀ x        dy [M, m], x [M, n]
 
-The order of the sum over tokens and over calls is fixed, so results repeat bit for bit.
+Initialization calls them. The summation order over tokens and calls is fixed, so results are reproducible bit for bit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .registry import define_plain
 
 ADD = "(Tensor dy, Tensor x, Tensor(a!) total, bool fresh) -> ()"
 SIGNS = "(Tensor dy, Tensor x, Tensor(a!)? total, bool fresh) -> (Tensor, Tensor, Tensor)"
-SQUARES, ZEROS, BAD = 0, 1, 2  # places in what `gradient_signs` counts
+SQUARES, ZEROS, BAD = 0, 1, 2  # indices into the third result of `gradient_signs`: Σ G², zeros, NaN or Inf entries
 
 
 def _add_fake(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:

@@ -1,4 +1,4 @@
-"""bitsandbytes' own layout for its CPU kernel: kept away, or converted back where that loses nothing."""
+"""bitsandbytes' packed layout for its CPU kernel: prevents the repacking, or reverts it where that is lossless."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from typing import Any
 import torch
 from torch import nn
 
-REPACKED_ROWS = 32  # bitsandbytes interleaves so many rows for its CPU kernel
+REPACKED_ROWS = 32  # rows that bitsandbytes interleaves for its CPU kernel: `block_n` of its conversion
 
 
 @torch.no_grad()
 def unpack_repacked(weight: Any, state: Any) -> None:
-    """Undo what one evaluation by bitsandbytes does to a weight on CPUs with bf16 instructions, in place.
+    """Revert, in place, the repacking that bitsandbytes does in an evaluation on CPUs with bf16 instructions.
 
-    It interleaves the nibbles of 32 rows, which is undone exactly, and rounds the scales to bf16, which loses nothing
-    only where they were bf16 numbers: the largest of a block of bf16 weights is one, a nested scale is not.
+    bitsandbytes interleaves the nibbles of 32 rows, which can be reverted, and rounds the scales to bf16. Rounding is
+    lossless only for scales that are bf16 numbers: the largest element of a block of bf16 weights is one, a scale
+    computed from nested statistics is not.
+
+    Args:
+        weight: the packed parameter.
+        state: bitsandbytes' QuantState, with the `original_*` attributes that the repacking left.
 
     Raises:
         ValueError: the scales were rounded; the model has to be loaded again.
@@ -29,20 +34,23 @@ def unpack_repacked(weight: Any, state: Any) -> None:
             "undone: load the model again, and patch it before the first evaluation"
         )
     rows, columns = (int(size) for size in state.shape)
-    mixed = weight.data.reshape(-1, REPACKED_ROWS)
-    nibbles = torch.cat((mixed & 15, mixed >> 4), dim=-1)
+    # A line of 32 bytes has 64 nibbles of 32 rows and two columns, [32 rows, 2]: the first 32 are the low nibbles of
+    # its bytes, the others the high ones.
+    interleaved = weight.data.reshape(-1, REPACKED_ROWS)
+    nibbles = torch.cat((interleaved & 15, interleaved >> 4), dim=-1)
     nibbles = nibbles.view(rows // REPACKED_ROWS, columns // 2, REPACKED_ROWS, 2).transpose(1, 2).reshape(-1, 2)
-    octets = ((nibbles[:, 0] << 4) | nibbles[:, 1]).view(torch.uint8)
+    packed = ((nibbles[:, 0] << 4) | nibbles[:, 1]).view(torch.uint8)
     storage = getattr(state, "original_storage_type", None)
-    octets = octets if storage is None else octets.view(storage)
-    weight.data = octets.reshape(state.original_qshape)
+    packed = packed if storage is None else packed.view(storage)
+    weight.data = packed.reshape(state.original_qshape)
+    # The repacked scales are [columns / block, rows].
     state.absmax = state.absmax.t().contiguous().float().reshape(-1)
     state.dtype, state.nested, state.state2 = state.original_dtype, False, None
     state.packing_format_for_cpu = False
 
 
 def keep_unpacked(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking any 4-bit weight of a model at its next evaluation on a CPU."""
+    """Switch off bitsandbytes' repacking for all 4-bit layers of a model, before an evaluation on a CPU does it."""
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # bitsandbytes' own switch
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # read in `Linear4bit.forward`

@@ -1,4 +1,4 @@
-"""`QuantState`: the statistics of a packed weight under the names that bitsandbytes gives them, and its file format."""
+"""`QuantState`: the statistics of a 4-bit weight with bitsandbytes' attribute names and state-dict format."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BYTES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)  # what packed bytes may be seen as
-KEY = "quant_state.bitsandbytes__"
+STORAGE_DTYPES = (
+    torch.uint8,
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+)  # dtypes that packed bytes may be viewed as
+KEY = "quant_state.bitsandbytes__"  # of the JSON entry in a state dict; "nf4" or "fp4" follows
 
 
 @dataclass
 class QuantState:
-    """Statistics of a packed weight, with the names that bitsandbytes gives them.
+    """Statistics of a packed 4-bit weight; attributes are named as in bitsandbytes.
 
     Attributes:
-        absmax: scale of each block [blocks]: fp32, or uint8 where `state2` has scales of scales.
-        code: the table [16].
-        shape, dtype: of the weight before.
-        offset: what nested scales are relative to.
+        absmax: scale of each block [blocks], fp32; with nested statistics uint8 codes, which `state2` decodes.
+        code: table of the values that the nibbles stand for [16].
+        blocksize: number of elements that share a scale.
+        quant_type: "nf4" or "fp4"; None for `state2`.
+        shape, dtype: of W before quantization.
+        offset: mean of the scales, subtracted before they were quantized; None without nested statistics.
+        state2: statistics of the quantized scales; None without nested statistics.
     """
 
     absmax: Tensor
@@ -35,49 +43,50 @@ class QuantState:
 
     @property
     def nested(self) -> bool:
-        """Whether the scales are quantized themselves."""
+        """True if the scales are quantized themselves (double quantization)."""
         return self.state2 is not None
 
     def to(self, device: torch.device | str) -> QuantState:
-        """The same on another device."""
+        """A copy on another device."""
         offset = None if self.offset is None else self.offset.to(device)
         state2 = None if self.state2 is None else self.state2.to(device)
         absmax, code = self.absmax.to(device), self.code.to(device)
         return QuantState(absmax, code, self.blocksize, self.quant_type, self.shape, self.dtype, offset, state2)
 
     def as_tensors(self) -> dict[str, Tensor]:
-        """As bitsandbytes writes them into a state dict."""
-        facts: dict[str, Any] = {"quant_type": self.quant_type, "blocksize": self.blocksize}
-        facts |= {"dtype": _name(self.dtype), "shape": list(self.shape or ())}
-        found = {"absmax": self.absmax, "quant_map": self.code}
+        """The entries of a state dict, as bitsandbytes writes them: tensors, and metadata as JSON in a uint8 tensor."""
+        metadata: dict[str, Any] = {"quant_type": self.quant_type, "blocksize": self.blocksize}
+        metadata |= {"dtype": _name(self.dtype), "shape": list(self.shape or ())}
+        tensors = {"absmax": self.absmax, "quant_map": self.code}
         if self.state2 is not None and self.offset is not None:
-            found |= {"nested_absmax": self.state2.absmax, "nested_quant_map": self.state2.code.clone()}
-            facts |= {"nested_blocksize": self.state2.blocksize, "nested_dtype": _name(self.state2.dtype)}
-            facts["nested_offset"] = self.offset.item()
-        octets = json.dumps(facts).encode()
-        return found | {f"{KEY}{self.quant_type}": torch.tensor(list(octets), dtype=torch.uint8)}
+            # A copy of the table, which is cached and shared by all layers: safetensors refuses shared memory.
+            tensors |= {"nested_absmax": self.state2.absmax, "nested_quant_map": self.state2.code.clone()}
+            metadata |= {"nested_blocksize": self.state2.blocksize, "nested_dtype": _name(self.state2.dtype)}
+            metadata["nested_offset"] = self.offset.item()
+        encoded = json.dumps(metadata).encode()
+        return tensors | {f"{KEY}{self.quant_type}": torch.tensor(list(encoded), dtype=torch.uint8)}
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> QuantState:
-        """From what a state dict has.
+        """The state from the entries of a state dict, without the weight's prefix.
 
         Raises:
-            ValueError: tensors are missing.
+            ValueError: entries are missing.
         """
         keys = [key for key in tensors if key.startswith(KEY)]
         if len(keys) != 1 or not {"absmax", "quant_map"} <= set(tensors):
             raise ValueError(f"expected absmax, quant_map and {KEY}nf4 of a 4-bit weight, got {sorted(tensors)}")
-        facts = json.loads(bytes(tensors[keys[0]].cpu().tolist()).decode())
+        metadata = json.loads(bytes(tensors[keys[0]].cpu().tolist()).decode())
         offset, state2 = None, None
         if "nested_absmax" in tensors:
-            offset = torch.tensor(float(facts["nested_offset"]))
-            state2 = cls(tensors["nested_absmax"], tensors["nested_quant_map"], facts["nested_blocksize"])
-        shape, dtype = torch.Size(facts["shape"]), getattr(torch, facts["dtype"])
+            offset = torch.tensor(float(metadata["nested_offset"]))
+            state2 = cls(tensors["nested_absmax"], tensors["nested_quant_map"], metadata["nested_blocksize"])
+        shape, dtype = torch.Size(metadata["shape"]), getattr(torch, metadata["dtype"])
         return cls(
             tensors["absmax"],
             tensors["quant_map"],
-            facts["blocksize"],
-            facts["quant_type"],
+            metadata["blocksize"],
+            metadata["quant_type"],
             shape,
             dtype,
             offset,
@@ -89,8 +98,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def seen_as(packed: Tensor, storage: torch.dtype) -> Tensor:
-    """Packed bytes [n, 1] under another dtype, padded to whole numbers of it."""
+def view_as_storage(packed: Tensor, storage: torch.dtype) -> Tensor:
+    """Packed bytes [n, 1] viewed as another dtype, zero-padded to a multiple of its size.
+
+    bitsandbytes' `quant_storage`: FSDP groups parameters of one dtype only, so packed weights take the model's.
+    """
     octets = packed.reshape(-1).view(torch.uint8)
     octets = nn.functional.pad(octets, (0, -len(octets) % storage.itemsize))
     return octets.view(storage)[:, None]

@@ -1,8 +1,8 @@
-"""What a quantized layer stores, read from bitsandbytes' modules or from our own without importing bitsandbytes.
+"""`QuantizedWeight`: the storage of a quantized layer, read from bitsandbytes' modules or our own and checked.
 
-4 bits: two nibbles a byte, the high one first, row by row over the whole of W; `W = dtype(table[nibble]·absmax[i //
-block])` in fp32. With nested statistics `absmax = table2[absmax8]·absmax2 + offset`. 8 bits: `W = codes·scale[row] /
-127`.
+4 bits: two nibbles per byte, high nibble first, over W flattened by rows; with i the flat index,
+`W[i] = table[nibble[i]]·absmax[i // block]`, computed in fp32 and rounded to W's dtype. With nested statistics,
+`absmax = table2[absmax8]·absmax2 + offset`. 8 bits: `W = codes·scale[row] / 127`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..utils.dtypes import QUANTIZABLE
 from .bitsandbytes import unpack_repacked
 
-BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # block sizes that bitsandbytes has
 KINDS = ("nf4", "fp4")
-ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # codes in the ops' `layout`
 DEVICES = ("cpu", "cuda", "meta")
 INT8, FOUR_BIT, FOUR_BIT_NESTED = "int8", "4bit", "4bit nested"  # layouts of a weight's tensors
 
@@ -59,9 +59,10 @@ class QuantizedWeight:
     Attributes:
         tensors: [bytes, absmax, table], nested [bytes, absmax8, table, absmax2, table2, offset], or [codes, scales].
         shape: (out, in).
-        dtype: what W was quantized from, and is dequantized to.
+        dtype: of W before quantization, and after dequantization.
         kind: "nf4", "fp4" or "int8".
-        block: elements that share a scale; block2: blocks that share a nested one.
+        block: number of elements that share a scale; 0 for int8, which has one per row.
+        block2: number of blocks that share a nested scale.
     """
 
     tensors: list[Tensor]
@@ -73,12 +74,12 @@ class QuantizedWeight:
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of the packed weight and its statistics."""
         return self.tensors[0].device
 
     @property
     def nested(self) -> bool:
-        """Whether the statistics are quantized themselves."""
+        """True if the scales are quantized themselves (double quantization)."""
         return QuantizedTensors.of(self.tensors).kind == FOUR_BIT_NESTED
 
     @property
@@ -88,28 +89,33 @@ class QuantizedWeight:
 
     @property
     def storage_layout(self) -> list[int]:
-        """[block, block2, rounding] whatever a product is taken in."""
+        """[block, block2, rounding] for `serve_quantized`, which is independent of the dtype of the product."""
         return [self.block, self.block2, ROUNDING[self.dtype]]
 
     def layout(self, dtype: torch.dtype) -> list[int]:
-        """[block, block2, rounding] for a product in `dtype`; W is rounded to its own dtype first."""
-        same = self.dtype in (dtype, torch.float32)
-        return [self.block, self.block2, 0 if same else ROUNDING[self.dtype]]
+        """[block, block2, rounding] for a product in `dtype`.
+
+        bitsandbytes dequantizes to W's own dtype and casts from there. A rounding to that dtype is needed only if it is
+        neither fp32, in which W is computed anyway, nor the dtype that it is cast to.
+        """
+        needs_no_rounding = self.dtype in (dtype, torch.float32)
+        return [self.block, self.block2, 0 if needs_no_rounding else ROUNDING[self.dtype]]
 
 
 def of_module(module: nn.Module) -> QuantizedWeight | None:
-    """What a linear layer stores, if it is quantized; None for a dense one.
+    """The storage of a quantized linear layer; None for a dense one.
 
-    A base that bitsandbytes repacked for its CPU kernel is converted back first, in place, where that loses nothing.
+    A weight that bitsandbytes repacked for its CPU kernel is first unpacked, in place, if that is lossless.
 
     Raises:
-        ValueError: a storage that is not whole, not finite, or cannot be converted back; the message says why.
-        TypeError: a layer that holds 16-bit weights and quantizes them at every call.
+        ValueError: the storage is incomplete, not finite, or cannot be unpacked; the message says why.
+        TypeError: the layer holds 16-bit weights and quantizes them in every call.
     """
     weight: Any = module._parameters.get("weight")
     if weight is None:
         return None
     if hasattr(weight, "quant_state") or hasattr(module, "quant_state"):
+        # Modules hold the state as well: a parameter that FSDP or a conversion has replaced loses its attributes.
         state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
         if state is None:
             raise ValueError("this 4-bit layer has not been quantized yet: move it to its device, model.to('cpu')")
@@ -117,12 +123,12 @@ def of_module(module: nn.Module) -> QuantizedWeight | None:
             unpack_repacked(weight, state)
         return of_state(weight, state)
     if type(module).__name__ == "Linear8bitLt" or weight.dtype == torch.int8:
-        return _octets(module, weight)
+        return _int8_weight(module, weight)
     return None
 
 
 def of_weight(weight: Any) -> QuantizedWeight | None:
-    """The same from a 4-bit parameter with its `quant_state`; a `QuantizedWeight` is itself, a dense tensor None."""
+    """The storage of a 4-bit parameter with a `quant_state`; a `QuantizedWeight` as it is; None for a dense tensor."""
     if isinstance(weight, QuantizedWeight) or weight is None:
         return weight
     state = getattr(weight, "quant_state", None)
@@ -134,14 +140,15 @@ def of_weight(weight: Any) -> QuantizedWeight | None:
 
 
 def of_state(packed: Tensor, state: Any) -> QuantizedWeight:
-    """A packed tensor and bitsandbytes' QuantState, or ours.
+    """The storage from a packed tensor and bitsandbytes' QuantState, or ours.
 
     Raises:
-        ValueError: they do not belong together, or hold what no quantizer writes.
+        ValueError: the two do not belong together, or hold values that no quantizer writes.
     """
+    # A plain tensor instead of bitsandbytes' Params4bit: the direct calls on the CPU take no subclasses.
     octets = packed.detach().as_subclass(Tensor).contiguous()
     octets = (octets if octets.dtype == torch.uint8 else octets.view(torch.uint8)).reshape(-1)
-    if packed.is_floating_point():  # bytes seen as another dtype are padded to whole numbers of it
+    if packed.is_floating_point():  # bytes viewed as a wider dtype are padded to a multiple of its size
         octets = octets[: -(-math.prod(state.shape) // 2)]
     tensors = [octets, state.absmax.reshape(-1), state.code]
     block2 = 256
@@ -165,10 +172,10 @@ def _check(tensors: list[Tensor], shape: tuple[int, ...], state: Any, block2: in
     if tensors[0].device.type not in DEVICES:
         raise ValueError(f"4-bit weights run on a CPU or a CUDA GPU, got one on {tensors[0].device}: model.to('cpu')")
     count = math.prod(shape)
-    blocks = -(-count // state.blocksize)
-    wanted = [-(-count // 2), blocks, 16, -(-blocks // block2), 256, 1]
+    blocks = -(-count // state.blocksize)  # blocks run over the flattened W, across the ends of rows
+    lengths = [-(-count // 2), blocks, 16, -(-blocks // block2), 256, 1]
     names = ("bytes", "scales", "table entries", "nested scales", "nested table entries", "offsets")
-    for tensor, length, name in zip(tensors, wanted, names, strict=False):
+    for tensor, length, name in zip(tensors, lengths, names, strict=False):  # 3 tensors, or 6 if nested
         if tensor.numel() != length:
             raise ValueError(
                 f"expected {length} {name} for a weight {list(shape)} in blocks of {state.blocksize}, got "
@@ -182,40 +189,42 @@ def _check(tensors: list[Tensor], shape: tuple[int, ...], state: Any, block2: in
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all entries are finite: NaN and Inf show in the least or the largest, in one pass without a mask."""
+    """True if all entries are finite. aminmax propagates NaN, so one pass without a mask is enough."""
     return tensor.numel() == 0 or all(math.isfinite(end) for end in torch.stack(torch.aminmax(tensor)).tolist())
 
 
-def _octets(module: nn.Module, weight: Any) -> QuantizedWeight:
+def _int8_weight(module: nn.Module, weight: Any) -> QuantizedWeight:
+    """The storage of a `Linear8bitLt`, or of any layer with int8 codes and row scales `SCB`."""
     state: Any = getattr(module, "state", None)
     if weight.dtype != torch.int8:
         raise TypeError(
             "this Linear8bitLt holds 16-bit weights (has_fp16_weights=True, or not on its device yet): quantize it "
             "first, with has_fp16_weights=False and model.to(device)"
         )
-    scales = getattr(weight, "SCB", None)
+    scales = getattr(weight, "SCB", None)  # bitsandbytes moves it to the module's state in the first forward
     scales = getattr(state, "SCB", None) if scales is None else scales
     if scales is None or scales.numel() != weight.shape[0]:
-        found = "none" if scales is None else scales.numel()
+        count = "none" if scales is None else scales.numel()
         raise ValueError(
-            f"expected {weight.shape[0]} row scales (SCB) of an 8-bit weight, got {found}: load the model anew"
+            f"expected {weight.shape[0]} row scales (SCB) of an 8-bit weight, got {count}: load the model anew"
         )
     if not scales.is_meta and not torch.isfinite(scales).all():
         raise ValueError("the row scales (SCB) of an 8-bit weight hold NaN or Inf: its file is damaged")
     codes = weight.detach().as_subclass(Tensor).contiguous()
+    # 8-bit storage does not record W's dtype; bitsandbytes multiplies in fp16.
     dtype = module.bias.dtype if isinstance(module.bias, Tensor) else torch.float16
     tensors = [codes, scales.detach().float().reshape(-1).to(codes.device)]
     return QuantizedWeight(tensors, (codes.shape[0], codes.shape[1]), dtype, "int8")
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a linear layer stores 4 or 8 bits, without looking at what is in it."""
+    """True if a linear layer is quantized to 4 or 8 bits; its storage is not checked."""
     weight = module._parameters.get("weight")
-    named = type(module).__name__ == "Linear8bitLt"
-    return weight is not None and (hasattr(weight, "quant_state") or hasattr(module, "quant_state") or named)
+    is_8bit = type(module).__name__ == "Linear8bitLt"
+    return weight is not None and (hasattr(weight, "quant_state") or hasattr(module, "quant_state") or is_8bit)
 
 
-def compute_dtype(module: nn.Module, found: QuantizedWeight) -> torch.dtype:
-    """The dtype that a quantized layer multiplies in: what it was told, else what W was quantized from."""
-    told = getattr(module, "compute_dtype", None)
-    return told if isinstance(told, torch.dtype) else found.dtype
+def compute_dtype(module: nn.Module, weight: QuantizedWeight) -> torch.dtype:
+    """The dtype that a quantized layer multiplies in: its `compute_dtype` if set, else W's before quantization."""
+    dtype = getattr(module, "compute_dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else weight.dtype

@@ -1,4 +1,8 @@
-"""The quantizer: a weight in 4 bits, to the bit as bitsandbytes quantizes it, without bitsandbytes."""
+"""4-bit quantization of a weight, bit-equal to bitsandbytes' and without it.
+
+Bit-equality fixes the arithmetic here: what is a multiplication by a reciprocal and what a division, and which of two
+equally near table entries is chosen, follows bitsandbytes' kernels.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +16,41 @@ from .quant_state import QuantState
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
        -0.18477343022833334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
+# By nibble: sign, two bits of exponent, one of mantissa; `code` divides by the largest, 12.
 FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0)
-NESTED_BLOCK = 256
-GRID = 65536  # bitsandbytes rounds a scale to this grid before it looks up the nearest of 256 entries
-CHUNK = 1 << 22  # elements quantized at a time
+NESTED_BLOCK = 256  # scales that share a scale, as in bitsandbytes
+GRID = 65536  # bitsandbytes' CPU kernel rounds a value in [-1, 1] to this grid, and looks up the nearest entry by it
+CHUNK = 1 << 22  # elements quantized at a time, which bounds temporaries to a few times 16 MB
 
 
 @torch.no_grad()
 def quantize_4bit(
     weight: Tensor, kind: str = "nf4", blocksize: int = 64, nested: bool = False
 ) -> tuple[Tensor, QuantState]:
-    """W as bytes [ceil(W's elements / 2), 1] and statistics, bit-equal to bitsandbytes' `quantize_4bit` on this device.
+    """Quantize W to 4 bits, bit-equal to bitsandbytes' `quantize_4bit` on the weight's device.
 
-    Each block is divided by its largest absolute value; each element becomes the nearest entry of the table.
+    Each block is divided by its largest absolute value; each element becomes the index of the nearest table entry.
+
+    Args:
+        weight: W [out, in], fp32, bf16 or fp16.
+        kind: "nf4" or "fp4".
+        blocksize: number of elements that share a scale.
+        nested: quantize the scales, too.
+
+    Returns:
+        Packed nibbles [ceil(out·in / 2), 1], uint8, and the statistics.
     """
     table = code(kind).to(weight.device)
-    order = torch.argsort(table)
+    order = torch.argsort(table)  # FP4's table is not sorted by value; NF4's is
+    # Midpoints between neighbors: bucketize by them gives the nearest entry, and the lower one in a tie.
     bounds = (table[order[:-1]] + table[order[1:]]) / 2
     flat, count = weight.reshape(-1), weight.numel()
     absmax = torch.empty(-(-count // blocksize), dtype=torch.float32, device=weight.device)
     packed = torch.empty(-(-count // 2), dtype=torch.uint8, device=weight.device)
-    step = CHUNK // blocksize * blocksize
+    step = CHUNK // blocksize * blocksize  # whole blocks, and even: a chunk starts at a byte
     for first in range(0, count, step):
-        part = flat[first : first + step].float()
-        scaled, largest = _scale(part, blocksize)
+        chunk = flat[first : first + step].float()
+        scaled, largest = _scale(chunk, blocksize)
         absmax[first // blocksize : first // blocksize + len(largest)] = largest
         nearest = torch.bucketize(scaled, bounds, out_int32=True)
         nibbles = nearest.to(torch.uint8) if kind == "nf4" else order[nearest].to(torch.uint8)
@@ -45,47 +60,53 @@ def quantize_4bit(
     return packed[:, None], _nest(state) if nested else state
 
 
-def _scale(part: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """The part over its blocks' largest values, and these; a last, shorter block is divided, the others multiplied."""
-    full = len(part) // block * block
-    whole, rest = part[:full].view(-1, block), part[full:]
-    absmax = whole.abs().amax(-1)
-    scaled = (whole * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1).reshape(-1)
-    if not len(rest):
+def _scale(chunk: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Elements [n] divided by their blocks' absmax, and the absmax [ceil(n / block)].
+
+    As in bitsandbytes, full blocks are multiplied by the reciprocal and a last, partial block is divided; the results
+    may differ in the last bit. The divisor is at least 1e-38, for blocks of zeros.
+    """
+    full = len(chunk) // block * block
+    blocks, partial = chunk[:full].view(-1, block), chunk[full:]
+    absmax = blocks.abs().amax(-1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1).reshape(-1)
+    if not len(partial):
         return scaled, absmax
-    largest = rest.abs().max().clamp(min=1e-38)
-    return torch.cat((scaled, (rest / largest).clamp(-1, 1))), torch.cat((absmax, largest[None]))
+    largest = partial.abs().max().clamp(min=1e-38)
+    return torch.cat((scaled, (partial / largest).clamp(-1, 1))), torch.cat((absmax, largest[None]))
 
 
 def _zero(kind: str) -> int:
-    """The nibble of an exact zero, which fills up the last byte."""
+    """The nibble of an exact zero, which pads the last byte of an odd number of elements."""
     return 7 if kind == "nf4" else 0
 
 
 def _nest(state: QuantState) -> QuantState:
-    """The scales in 8 bits, relative to their mean, in blocks of 256."""
+    """Quantize the scales to 8 bits, relative to their mean, in blocks of 256."""
     offset = state.absmax.mean()
     relative, table = state.absmax - offset, dynamic_map().to(state.absmax.device)
     blocks = -(-len(relative) // NESTED_BLOCK)
     padded = torch.nn.functional.pad(relative, (0, blocks * NESTED_BLOCK - len(relative))).view(blocks, NESTED_BLOCK)
     largest = padded.abs().amax(-1)
     scaled = padded * (1.0 / largest)[:, None]
+    # A block of zeros, which was divided by zero above, has the code 0, as in bitsandbytes.
     octets = torch.where(largest[:, None] == 0, 0, _nearest(scaled, table)).to(torch.uint8).view(-1)[: len(relative)]
+    # `quant_type` stays None: these codes index an 8-bit table, not a 4-bit one.
     state2 = QuantState(largest, table, NESTED_BLOCK)
     return QuantState(octets, state.code, state.blocksize, state.quant_type, state.shape, state.dtype, offset, state2)
 
 
 def _nearest(values: Tensor, table: Tensor) -> Tensor:
-    """Places in the table: on a CPU by way of bitsandbytes' grid, on a GPU the nearest entry."""
+    """Indices of the nearest table entries, as bitsandbytes finds them: by its grid on a CPU, exactly on a GPU."""
     if values.is_cuda:
         return torch.bucketize(values.clamp(-1, 1), (table[:-1] + table[1:]) / 2, out_int32=True)
-    place = ((values.clamp(-1, 1) + 1.0) * 0.5 * (GRID - 1) + 0.5).nan_to_num().int()
-    return _grid().to(values.device)[place.long()]
+    index = ((values.clamp(-1, 1) + 1.0) * 0.5 * (GRID - 1) + 0.5).nan_to_num().int()
+    return _grid().to(values.device)[index.long()]
 
 
 @lru_cache(maxsize=1)
 def _grid() -> Tensor:
-    """The nearest entry of the dynamic table for every place of the grid; of two equally near the lower."""
+    """Index of the nearest entry of the dynamic map for every grid point [GRID]; the lower one in a tie."""
     table = dynamic_map()
     values = torch.arange(GRID, dtype=torch.float32) / (GRID - 1) * 2.0 - 1.0
     right = torch.searchsorted(table, values).clamp(1, len(table) - 1)
@@ -95,14 +116,14 @@ def _grid() -> Tensor:
 
 @lru_cache(maxsize=2)
 def code(kind: str) -> Tensor:
-    """The sixteen values of NF4 (QLoRA, appendix E) or of FP4 (sign, two bits of exponent, one of mantissa)."""
+    """The table [16] of NF4 (QLoRA, appendix E) or FP4, scaled to a largest absolute value of 1."""
     table = torch.tensor(NF4 if kind == "nf4" else FP4)
     return table / table.abs().max()
 
 
 @lru_cache(maxsize=1)
 def dynamic_map() -> Tensor:
-    """The 256 values of the dynamic 8-bit type: a decimal exponent, and what bits are left for a fraction."""
+    """The 256 values of bitsandbytes' dynamic 8-bit type: sign, decimal exponent, and a fraction in the bits left."""
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..distributed.process_group import Processes
 from ..ops.registry import current_backend
-from ..utils.precision import resolve, slow_line
+from ..utils.precision import resolve, slowdown_message
 from . import launch, results
 from .adapter import adapt, load_adapter, load_report, save_start
 from .console import console, errors
@@ -87,7 +87,7 @@ def _look(folder: RunFolder, settings: Settings, identity: dict[str, Any], proce
 def _warn(settings: Settings, processes: Processes) -> None:
     """One line where a 16-bit dtype was asked for that this CPU has no products for."""
     if settings.dtype != "auto" and device() == "cpu" and processes.rank == 0:
-        line = slow_line(settings.dtype)
+        line = slowdown_message(settings.dtype)
         if line is not None:
             errors.print(f"[bold yellow]lorasb:[/] {line}", highlight=False)
 

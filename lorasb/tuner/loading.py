@@ -18,7 +18,7 @@ import peft.utils.save_and_load
 from torch import Tensor
 
 from ..checkpoints import shared_factors
-from ..checkpoints.shared_factors import DIGEST, joined
+from ..checkpoints.shared_factors import DIGEST, join_factors
 from ..constants import FACTORS_NAME, FROZEN_FACTORS, PEFT_PREFIX
 from ..layers.linear import LoRASBLinear
 
@@ -42,7 +42,7 @@ def _joining(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[s
         if DIGEST not in tensors:
             return tensors
         folder = _folder(str(model_id), options)
-        return tensors if folder is None else joined(tensors, folder)
+        return tensors if folder is None else join_factors(tensors, folder)
 
     load.joins_factors = True  # type: ignore[attr-defined]
     return load
@@ -66,7 +66,7 @@ def _folder(model_id: str, options: dict[str, Any]) -> Path | None:
 
 def with_factors(tensors: dict[str, Tensor], adapter_name: str, layers: dict[str, LoRASBLinear]) -> dict[str, Tensor]:
     """A checkpoint's tensors with its A and B, where they were not beside it and the model has them."""
-    wanted = shared_factors.wanted_digest(tensors)
+    wanted = shared_factors.referenced_digest(tensors)
     if wanted is None:
         return tensors
     own = {
@@ -75,7 +75,7 @@ def with_factors(tensors: dict[str, Tensor], adapter_name: str, layers: dict[str
         for part in FROZEN_FACTORS
     }
     if shared_factors.digest(own) != wanted:
-        raise shared_factors.missing()
+        raise shared_factors.missing_factors_error()
     prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
     rest = {key: value for key, value in tensors.items() if key != shared_factors.DIGEST}
     return rest | {f"{prefix}{key}": value for key, value in own.items()}

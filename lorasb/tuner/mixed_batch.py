@@ -39,7 +39,7 @@ def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) 
     _check(model, names)
     encoder, unclear, shapes = _encoder(model), _beside_the_text(model), dict[str, torch.Size]()
     rows, family = Rows.of(names), getattr(getattr(model, "config", None), "model_type", None)
-    beams = rows.repeated(num_beams)
+    beams = rows.repeat_interleave(num_beams)
     layers = _layers(model)
     around = {name.rsplit(".", i)[0] for name in layers for i in range(1, name.count(".") + 1)}
     with ExitStack() as hooks:
@@ -125,7 +125,7 @@ class _Adding:
                 f"{list(x.shape)}, and which of the batch's rows these belong to cannot be told. Give a name for each "
                 "row of the batch; where that is so, run one adapter at a time: model.set_adapter(name)"
             )
-        names: Any = found.each() if isinstance(module, AuxiliaryTrainingWrapper) else found
+        names: Any = found.to_list() if isinstance(module, AuxiliaryTrainingWrapper) else found
         return args, kwargs | {"adapter_names": names}
 
     def _outer(self) -> torch.Size | None:

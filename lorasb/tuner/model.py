@@ -20,7 +20,7 @@ from ..distributed.deepspeed_zero import with_kept_factors
 from ..layers import linear_group, unfused_experts
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import any_merged, layers_with
-from ..layers.offloading import within_reach
+from ..layers.offloading import has_weight_values
 from ..layers.requantize import Requantized
 from ..quantization.bitsandbytes import keep_unpacked
 from . import loading
@@ -288,7 +288,8 @@ def _ready_at_once(model: nn.Module, config: LoRASBConfig, adapter_name: str, la
     if config.init == "update" or config.from_file or any_merged(model):
         return False
     return all(
-        within_reach(layer.get_base_layer()) and not layer.lorasb_A[adapter_name].is_meta for layer in layers.values()
+        has_weight_values(layer.get_base_layer()) and not layer.lorasb_A[adapter_name].is_meta
+        for layer in layers.values()
     )
 
 

@@ -60,7 +60,7 @@ def patch(
     if config.task_type is None:
         config.task_type = infer_task_type(model)
     adapted = peft.get_peft_model(model, config, adapter_name=adapter_name)
-    precision.notice(adapted)
+    precision.warn_if_slow(adapted)
     return adapted
 
 

@@ -1,1 +1,1 @@
-"""Small tools without torch models: files, sizes, plots, precision. They use nothing else of the package."""
+"""Helpers without models or layers: files, sizes, plots, bit packing, precision. They import nothing else of lorasb."""

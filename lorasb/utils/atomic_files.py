@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, and a look at a safetensors header without loading tensors."""
+"""Atomic writes of files and folders, and validation of a safetensors header without loading tensors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-MAX_HEADER_BYTES = 100_000_000  # the limit the safetensors format sets itself
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it over `path` if the block succeeds, remove it if it does not."""
+    """Yield a temporary path beside `path`; rename it over `path` if the block succeeds, else remove it.
+
+    The temporary file is in the same folder, so that the rename stays within a file system and is atomic.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
@@ -27,7 +30,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -35,10 +38,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; put it in `path`'s place if the block succeeds, else remove it.
+    """Yield a temporary folder beside `path`; replace `path` by it if the block succeeds, else remove it.
 
     Raises:
-        OSError: also where safetensors has an error of its own for a file that cannot be written.
+        OSError: a file cannot be written, also where safetensors raises an error of its own.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +49,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o755)
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)  # os.replace takes the place of empty folders only
         os.replace(temporary, target)
     except SafetensorError as error:
         raise OSError(f"{target} cannot be written: {error}") from error
@@ -72,11 +75,12 @@ def safetensors_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         name -> {"dtype", "shape", "data_offsets"} (and `__metadata__` where the file has one).
 
     Raises:
-        ValueError: the file is no safetensors file, or it is truncated; both lengths are named.
+        ValueError: the file is not a safetensors file, or it is truncated; the message has both lengths.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        prefix = file.read(8)
+        prefix = file.read(8)  # the header's length, uint64 little-endian; the JSON header and the tensors follow
+        # Too short a file counts as a header over the limit, which is not read.
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
         try:
             header = json.loads(file.read(length)) if length <= MAX_HEADER_BYTES else None
@@ -85,6 +89,7 @@ def safetensors_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise ValueError(f"{path} is not a safetensors file, or its header is cut off ({size} bytes): save it again")
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    # Tensors are contiguous in the format, so the largest end offset is the length of the data.
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The folder of what lorasb keeps for a user: converted models, tables of tuned kernels."""
+"""The cache folder of lorasb, for converted models and tables of tuned kernels."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ CACHE_VARIABLE = "LORASB_CACHE"
 
 
 def cache_dir() -> Path:
-    """$LORASB_CACHE, else ~/.cache/lorasb. Looked up at every call, so that a change of the variable is seen."""
+    """$LORASB_CACHE, or ~/.cache/lorasb if it is not set. Read in every call, so that changes take effect."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "lorasb")

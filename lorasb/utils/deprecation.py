@@ -1,4 +1,4 @@
-"""Former names of public functions: they work, and say once a call site what to write instead."""
+"""Deprecation of renamed public functions: former names keep working, with a DeprecationWarning that names the new."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-REMOVED_IN = "0.4"
+REMOVED_IN = "0.4"  # version of lorasb
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Give the DeprecationWarning of a former name."""
+    """Issue the DeprecationWarning for a former name; `stacklevel` has to point to the line that uses it."""
     message = f"{old} is now {new}, and its former name goes with lorasb {REMOVED_IN}: write {new}"
     warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
 
 
 def renamed_method(old: str, new: str) -> Callable[..., Any]:
-    """A method under its former name."""
+    """A method `old` that warns and calls `new`."""
 
     def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        # By name on the instance, so that overrides of the new method are called.
         warn_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
         return getattr(self, new)(*arguments, **options)
 

@@ -1,4 +1,4 @@
-"""What all pictures share: matplotlib at first use, the colors, and files that are whole or not there."""
+"""Shared parts of all plots: import of matplotlib at first use, colors, and atomic writing of the PNG."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Any
 
 from .atomic_files import replacing
 
+# Text; secondary lines; series of sign(G); series of the gradient G.
 INK, MUTED, SIGN, GRAD = "#1b1b1b", "#8a8a8a", "#3568b8", "#d9822b"
 
 
 def canvas() -> tuple[Any, Any]:
-    """A figure of README width and its axes.
+    """A figure of the README's width, and its axes.
 
     Raises:
-        ImportError: matplotlib is missing; the message has the pip command.
+        ImportError: matplotlib is not installed; the message has the pip command.
     """
     try:
         import matplotlib
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'lorasb[demo]'") from error
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # draws into files; other backends may need a display
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=(9, 4.2), layout="constrained")
@@ -34,4 +35,4 @@ def save(figure: Any, axes: Any, title: str, path: str | os.PathLike[str]) -> No
     axes.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=140, format="png")
-    plt.close(figure)
+    plt.close(figure)  # pyplot keeps figures alive until they are closed

@@ -1,4 +1,4 @@
-"""Which floating dtype a device multiplies natively, and what another one costs there."""
+"""The floating-point dtype that a device multiplies natively, and the slowdown of other dtypes on it."""
 
 from __future__ import annotations
 
@@ -15,32 +15,34 @@ import torch
 from torch import nn
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+# Environment variables that limit the instruction sets of oneDNN, of ATen and of our extension.
 CAPS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "LORASB_MAX_CPU_ISA")
-# The instruction sets of oneDNN and of ATen that have no bf16 product.
+# Values of the first two that leave no instructions for bf16 products.
 ONEDNN_BELOW = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 ATEN_BELOW = ("default", "avx2")
-# The shape [tokens, in, out] of the product that is timed: without bf16 products it takes about 0.1 s.
+# Shape [tokens, in, out] of the product that `slowdown` times: about 0.1 s without bf16 instructions.
 TIMED = (128, 512, 512)
-AMPERE = (8, 0)
+NOTABLE_SLOWDOWN = 1.5  # times fp32's time, from which on `slowdown_message` has something to say
+AMPERE = (8, 0)  # the first compute capability with bf16 products
 
-_told: set[torch.dtype] = set()
+_warned_dtypes: set[torch.dtype] = set()
 
 
 @dataclass(frozen=True)
 class Precision:
-    """A dtype by its torch name, and in words why it is the one for a device."""
+    """A dtype by its torch name, and the reason in words why it suits a device."""
 
     name: str
     reason: str
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype itself."""
+        """The torch dtype."""
         return DTYPES[self.name]
 
 
 def native(device: str = "cpu") -> Precision:
-    """bfloat16 where `device` ("cpu" or "cuda") multiplies it natively, else float32, with the reason."""
+    """bfloat16 if `device` ("cpu" or "cuda") multiplies it natively, else float32; with the reason."""
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         if (major, minor) >= AMPERE:
@@ -49,11 +51,12 @@ def native(device: str = "cpu") -> Precision:
     capped = _cap(os.environ)
     if capped is not None:
         return Precision("float32", capped)
-    return _of_processor(_flags(), platform.machine())
+    return _from_cpu_flags(_flags(), platform.machine())
 
 
 def _cap(environment: Mapping[str, str]) -> str | None:
-    """The variable that keeps torch from bf16 products, in words; None where none does."""
+    """The environment variable that keeps torch from bf16 products, in words; None if there is none."""
+    # DNNL_MAX_CPU_ISA is oneDNN's former name of the variable, which it still reads.
     onednn = environment.get("ONEDNN_MAX_CPU_ISA", environment.get("DNNL_MAX_CPU_ISA", "")).upper()
     if onednn in ONEDNN_BELOW:
         return f"ONEDNN_MAX_CPU_ISA={onednn} leaves no bfloat16 products"
@@ -63,56 +66,58 @@ def _cap(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def _of_processor(flags: frozenset[str], machine: str) -> Precision:
-    """By the processor's flags, as far as torch takes them up."""
+def _from_cpu_flags(flags: frozenset[str], machine: str) -> Precision:
+    """The dtype by the processor's flags, as far as torch uses the instructions."""
     if machine in ("aarch64", "arm64"):
         if "bf16" in flags:
             return Precision("bfloat16", "the processor has Arm's bf16 instructions")
         return Precision("float32", "the processor's flags have no bf16")
-    for flag, known in (("amx_bf16", "_is_amx_tile_supported"), ("avx512_bf16", "_is_avx512_bf16_supported")):
-        usable = getattr(torch.cpu, known, None)
-        if flag in flags and usable is not None and usable():
+    # torch asks the system as well as the processor: a kernel or hypervisor may not allow AMX tiles.
+    for flag, query in (("amx_bf16", "_is_amx_tile_supported"), ("avx512_bf16", "_is_avx512_bf16_supported")):
+        is_supported = getattr(torch.cpu, query, None)
+        if flag in flags and is_supported is not None and is_supported():
             return Precision("bfloat16", f"the processor has {flag}, and torch uses it")
     return Precision("float32", "the processor has no bfloat16 products that torch uses (avx512_bf16, amx_bf16)")
 
 
 def _flags() -> frozenset[str]:
-    """The processor's flags, as Linux tells them; none elsewhere."""
+    """The processor's flags, from Linux' /proc/cpuinfo (x86: flags, Arm: Features); empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return frozenset()
-    found = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
-    return frozenset(next(found, "").split())
+    flags = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(flags, "").split())  # those of the first core
 
 
 def processor_class() -> str:
-    """The widest products of this CPU, and the caps that are set: what times on it are to be compared by."""
+    """The widest matrix instructions of this CPU and the caps in effect; only times of one class are comparable."""
     flags, machine = _flags(), platform.machine()
-    known = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bf16", "avx512f": "AVX-512", "avx2": "AVX2"}
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bf16", "avx512f": "AVX-512", "avx2": "AVX2"}
     if machine in ("aarch64", "arm64"):
-        known = {"bf16": "Arm with bf16", "asimd": "Arm"}
-    widest = next((name for flag, name in known.items() if flag in flags), machine)
+        names = {"bf16": "Arm with bf16", "asimd": "Arm"}
+    widest = next((name for flag, name in names.items() if flag in flags), machine)
     return ", ".join([widest, *(f"{name}={os.environ[name]}" for name in CAPS if os.environ.get(name))])
 
 
-def resolve(wanted: str, device: str) -> Precision:
-    """The dtype for "auto", or the one wanted by name, which is tried.
+def resolve(name: str, device: str) -> Precision:
+    """The device's native dtype for "auto", else the dtype of that name, after a trial product in it.
 
     Raises:
-        ValueError: the device cannot multiply the dtype; the message says what to take.
+        ValueError: the device cannot multiply the dtype; the message says what to use instead.
     """
     best = native(device)
-    if wanted == "auto":
+    if name == "auto":
         return best
-    error = _trial(DTYPES[wanted], device)
+    error = _trial(DTYPES[name], device)
     if error is not None:
-        raise ValueError(f"--dtype {wanted}: this {device} cannot compute in it ({error}); take --dtype auto")
-    return Precision(wanted, "asked for")
+        raise ValueError(f"--dtype {name}: this {device} cannot compute in it ({error}); take --dtype auto")
+    return Precision(name, "asked for")
 
 
 def _trial(dtype: torch.dtype, device: str) -> str | None:
-    """Why a product in `dtype` fails on a device; None where it works."""
+    """The reason why a product in `dtype` fails on a device; None if it works."""
+    # Older GPUs emulate bf16: the product would not fail, but be slow.
     if device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() < AMPERE:
         return "its compute capability is below 8.0"
     try:
@@ -124,15 +129,16 @@ def _trial(dtype: torch.dtype, device: str) -> str | None:
 
 @functools.cache
 def slowdown(dtype: torch.dtype) -> float:
-    """How many times float32's time torch takes in `dtype` on this CPU: f+b of a frozen linear layer, timed once."""
-    _seconds(dtype, (8, 64, 64))  # libraries are loaded here, and by the first of the products in float32
-    reference = min(_seconds(torch.float32, TIMED) for _ in range(3))
+    """Time of a frozen linear's forward and backward in `dtype` on this CPU, relative to float32's; timed once."""
+    _seconds(dtype, (8, 64, 64))  # warm-up: the first product of a dtype loads libraries
+    reference = min(_seconds(torch.float32, TIMED) for _ in range(3))  # its first run is a warm-up, too
     return _seconds(dtype, TIMED) / reference
 
 
 def _seconds(dtype: torch.dtype, shape: tuple[int, int, int], device: str = "cpu") -> float:
-    """Seconds of one forward and backward to x; the random state is not touched."""
+    """Seconds of one forward and backward to x."""
     tokens, n, m = shape
+    # enable_grad, as callers may be under no_grad; constants, so that the random state is not touched.
     with torch.enable_grad():
         x = torch.full((tokens, n), 0.5, dtype=dtype, device=device, requires_grad=True)
         weight = torch.full((m, n), 0.5, dtype=dtype, device=device)
@@ -142,12 +148,12 @@ def _seconds(dtype: torch.dtype, shape: tuple[int, int, int], device: str = "cpu
     return time.perf_counter() - started
 
 
-def slow_line(name: str) -> str | None:
-    """One line, with a ratio timed now, where `name` is a 16-bit dtype that this CPU has no products for; else None."""
+def slowdown_message(name: str) -> str | None:
+    """One line with the measured slowdown, if `name` is a 16-bit dtype that this CPU does not multiply; else None."""
     if name == "float32" or (name == "bfloat16" and native().name == "bfloat16"):
         return None
     ratio = slowdown(DTYPES[name])
-    if ratio < 1.5:
+    if ratio < NOTABLE_SLOWDOWN:
         return None
     return (
         f"{name} on this CPU: torch takes {ratio:.0f}x the time of float32 for forward and backward of a linear layer "
@@ -155,16 +161,17 @@ def slow_line(name: str) -> str | None:
     )
 
 
-def notice(model: nn.Module) -> None:
-    """Log, once a process and dtype, what a model's 16-bit weights cost on this CPU. Nothing is changed.
+def warn_if_slow(model: nn.Module) -> None:
+    """Log a warning, once per process and dtype, if the model's 16-bit weights are slow on this CPU.
 
-    Models on other devices, the meta device among them, and in other dtypes are not looked into further.
+    The first 16-bit parameter on the CPU decides. Models on other devices (meta included) or in other dtypes are not
+    timed.
     """
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.dtype in (torch.bfloat16, torch.float16):
-            if parameter.dtype not in _told:
-                _told.add(parameter.dtype)
-                line = slow_line(str(parameter.dtype).removeprefix("torch."))
-                if line is not None:
-                    logging.getLogger("lorasb").warning(line)
+            if parameter.dtype not in _warned_dtypes:
+                _warned_dtypes.add(parameter.dtype)
+                message = slowdown_message(str(parameter.dtype).removeprefix("torch."))
+                if message is not None:
+                    logging.getLogger("lorasb").warning(message)
             return

@@ -43,7 +43,7 @@ def test_moved_experts_are_closed_with_the_weights_as_they_are() -> None:
     state = copy.deepcopy(model.state_dict())
     open_targets(model, EXPERTS)
     model.to(torch.float64)
-    assert model.get_submodule("model.layers.0.mlp.experts")._whole[0].gate_up_proj is None
+    assert model.get_submodule("model.layers.0.mlp.experts")._fused[0].gate_up_proj is None
     close(model)
     for name, value in model.state_dict().items():
         assert value.dtype == torch.float64

@@ -21,7 +21,7 @@ def no_caps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def silent_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has said nothing yet, on a CPU where torch's 16-bit products take forty times as long."""
-    monkeypatch.setattr(precision, "_told", set())
+    monkeypatch.setattr(precision, "_warned_dtypes", set())
     monkeypatch.setattr(precision, "slowdown", lambda dtype: 40.0)
     monkeypatch.setattr(precision, "native", lambda device="cpu": precision.Precision("float32", "a test"))
 
@@ -137,5 +137,5 @@ def test_where_there_is_nothing_to_say(caplog: pytest.LogCaptureFixture, monkeyp
         with torch.device("meta"):
             lorasb.patch(make("llama", dtype=torch.bfloat16), r=4)
     monkeypatch.setattr(precision, "native", lambda device="cpu": precision.Precision("bfloat16", "a test"))
-    precision.notice(make("llama", dtype=torch.bfloat16))
+    precision.warn_if_slow(make("llama", dtype=torch.bfloat16))
     assert not [record for record in caplog.records if "float32" in record.message]

@@ -1,4 +1,4 @@
-"""The eager backend: every op composed of torch's own, on any device and in any dtype. The others fall back to it."""
+"""The eager backend: every op composed of torch's own, for any device and dtype. `auto` falls back to it."""
 
 from . import linear, linear_quantized, weight_gradient
 

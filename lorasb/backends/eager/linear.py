@@ -1,7 +1,7 @@
-"""Plain torch, for every device: the fallback, and the reference of speed for the kernels.
+"""The adapted linear in plain torch, for every device: the fallback of the other backends and their speed baseline.
 
-The adapter's small product accumulates onto the base GEMM's result (`beta=1`), both ways, where the plain chain writes
-both and adds them into a third.
+In forward and backward, the adapter's small product accumulates onto the base GEMM's result (addmm with beta = 1). A
+plain chain of linears writes both products and adds them into a third tensor.
 """
 
 from __future__ import annotations
@@ -18,61 +18,77 @@ from ...ops.registry import register_backend
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Autocast off, where it is on: casts were made before the op."""
+    """Autocast off, if it is on for the tensor's device: the arguments were cast before the op."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-_masks = threading.local()  # set while a call stands in for the kernels
+_dropout = threading.local()  # `philox` is set while eager computes in place of a Triton kernel
 
 
 @contextmanager
 def kernel_masks() -> Iterator[None]:
-    """Inside, dropout keeps what the kernels would keep: one direction may have been theirs."""
-    _masks.of_kernels = True
+    """Inside, dropout uses the Triton kernels' mask, for a fallback in one direction whose other one ran a kernel."""
+    _dropout.philox = True
     try:
         yield
     finally:
-        _masks.of_kernels = False
+        _dropout.philox = False
 
 
 def philox_mask(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> Tensor:
-    """The kernels' mask [M, n]: Philox-4x32-10 of the seed at counter (column, row, 0, 0), as a number in [0, 1)."""
+    """The Triton kernels' mask [M, n]: True where a number in [0, 1) is at least `dropout`.
+
+    The number is Philox-4x32-10 of the seed at counter (column, row, 0, 0), with the constants and the conversion to
+    fp32 of `tl.rand`. Words of 32 bits are held in int64.
+    """
     low = 0xFFFFFFFF
     c0 = torch.arange(shape[1], device=device)[None].expand(shape).clone()
     c1 = torch.arange(shape[0], device=device)[:, None].expand(shape).clone()
     c2 = c3 = torch.zeros(shape, dtype=torch.int64, device=device)
     k0, k1 = seed & low, (seed >> 32) & low
     for _ in range(10):
-        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wrapped to 64 bits, whose upper half the shift brings down
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # int64 wraps, but keeps all 64 bits; `>> 32` is the high word
         c0, c1, c2, c3 = ((b >> 32) & low) ^ c1 ^ k0, b & low, ((a >> 32) & low) ^ c3 ^ k1, a & low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    signed = torch.where(c0 > 0x7FFFFFFF, low - c0, c0)  # -x - 1 of a negative 32-bit number
+    signed = torch.where(c0 > 0x7FFFFFFF, low - c0, c0)  # -x - 1 if the word is a negative int32
     return signed.to(torch.float32) * 4.6566127342e-10 >= dropout
 
 
 def keep_mask(shape: torch.Size, dropout: float, seed: Tensor, device: torch.device) -> Tensor:
-    """The elements that dropout keeps, from a seed: the same mask in forward and backward, and none is stored."""
-    if getattr(_masks, "of_kernels", False):
+    """Mask [M, n] of the elements that dropout keeps. Backward regenerates it from the seed, so it is not stored."""
+    if getattr(_dropout, "philox", False):
         return philox_mask(shape, dropout, int(seed), device)
+    # A generator of its own: the global random state advances by the draw of the seed alone.
     generator = torch.Generator(device=device).manual_seed(int(seed))
     return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1.0 - dropout, generator=generator)
 
 
 def times_core(left: Tensor, core: Tensor, scale: float) -> Tensor:
-    """`left @ (scale · core)`, the scaled core rounded to left's dtype: its product is rounded to that in any case."""
+    """`left @ (scale · core)` in left's dtype.
+
+    The scaled core is rounded to left's dtype first, as the GEMM takes one dtype and would round its result to it.
+    """
     return left @ (core if scale == 1.0 else core * scale).to(left.dtype)
 
 
 def core_gradient(t: Tensor, u: Tensor, core: Tensor, scale: float) -> Tensor:
-    """dR = s·tᵀ u: summed in fp32, and for bf16 rounded to it once, as the plain chain's is; fp16 would overflow."""
-    half = t.dtype == torch.bfloat16
-    dcore = (t.t() @ u).to(core.dtype) if half else t.to(core.dtype).t() @ u.to(core.dtype)
+    """dR = s·tᵀ u [r, r] in R's dtype.
+
+    In bf16 the GEMM sums in fp32 and rounds its result once, as autograd would. In fp16 that result, a sum over all
+    tokens, could overflow: t and u [M, r] are widened instead.
+    """
+    in_bf16 = t.dtype == torch.bfloat16
+    dcore = (t.t() @ u).to(core.dtype) if in_bf16 else t.to(core.dtype).t() @ u.to(core.dtype)
     return dcore if scale == 1.0 else dcore.mul_(scale)
 
 
 def shaped(rows: Tensor, like: Tensor) -> Tensor:
-    """Rows [M, n] in the leading shape of `like`; no view to autograd, so that callers may write into it in place."""
+    """Rows [M, n] reshaped to the leading dimensions of `like`.
+
+    `_unsafe_view` shares the memory but is no view to autograd. A real view of a custom op's result could not be
+    modified in place by callers.
+    """
     return torch.ops.aten._unsafe_view.default(rows, (*like.shape[:-1], rows.shape[1]))
 
 
@@ -97,7 +113,7 @@ def forward(
         v = times_core(u, core.t(), scale)
         if weight is None:
             y = v @ b.t() if bias is None else torch.addmm(bias, v, b.t())
-        else:
+        else:  # the base's product first: the small one accumulates onto it in place
             y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
             y.addmm_(v, b.t())
     return shaped(y, x), u
@@ -116,10 +132,10 @@ def backward(
     need_dx: bool,
     need_dcore: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty."""
+    """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; a gradient that is not needed is an empty tensor."""
     with no_autocast(dy):
         rows = dy.reshape(-1, dy.shape[-1])
-        scale = scaling if seed is None else scaling / (1.0 - dropout)
+        scale = scaling if seed is None else scaling / (1.0 - dropout)  # inverted dropout: no scaling in evaluation
         t = rows @ b
         dx, dcore = dy.new_empty((0,)), core.new_empty((0,))
         if need_dcore:
@@ -127,6 +143,7 @@ def backward(
         if need_dx:
             w = times_core(t, core, scale)
             if seed is not None:
+                # The mask applies to the adapter's part alone, so that is computed first here.
                 dx = w @ a
                 dx.mul_(keep_mask(dx.shape, dropout, seed, dx.device))
                 dx = dx if weight is None else dx.addmm_(rows, weight)
@@ -145,9 +162,9 @@ def group_forward(
     biases: list[Tensor],
     scalings: list[float],
 ) -> list[Tensor]:
-    """The members one after another: y_i [..., m_i], then u_i [M, r]."""
-    each: list[Tensor | None] = list(biases) or [None] * len(a)
-    members = zip(weights, a, cores, b, each, scalings, strict=True)
+    """The y_i [..., m_i], then the u_i [M, r], computed member by member."""
+    bias_or_none: list[Tensor | None] = list(biases) or [None] * len(a)
+    members = zip(weights, a, cores, b, bias_or_none, scalings, strict=True)
     results = [forward(x, w, a_i, core, b_i, bias, s, 0.0, None) for w, a_i, core, b_i, bias, s in members]
     return [y for y, _ in results] + [u for _, u in results]
 
@@ -163,7 +180,10 @@ def group_backward(
     need_dx: bool,
     need_dcore: bool,
 ) -> list[Tensor]:
-    """dx = Σ_i dy_i W_i + (s_i·t_i R_i) A_i in one tensor, where autograd would add one a member; then dR_i."""
+    """dx = Σ_i dy_i W_i + (s_i·t_i R_i) A_i, then the dR_i.
+
+    All terms accumulate in one dx, where autograd would write a dx for each member and add them up.
+    """
     dx, dcores = dys[0].new_empty((0,)), []
     with no_autocast(dx):
         for i, (dy, weight, factor, core, scale) in enumerate(zip(dys, weights, a, cores, scalings, strict=True)):
@@ -186,5 +206,5 @@ KERNELS = (
 
 
 def register() -> None:
-    """Register for every device, below autograd."""
+    """Register for every device; CompositeExplicitAutograd leaves autograd to the ops' own formulas."""
     register_backend("eager", KERNELS, ("CompositeExplicitAutograd",))

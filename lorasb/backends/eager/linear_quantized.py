@@ -1,4 +1,4 @@
-"""Quantized weights in plain torch: dequantize for the length of a product, then what the dense op does."""
+"""The adapted linear over quantized weights in plain torch: dequantizes W for a call and runs the dense kernel."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ...quantization.quantized_weight import FOUR_BIT, INT8, QuantizedTensors
 from . import linear as eager
 
 CHUNK = 1 << 20  # elements dequantized at a time: 4 MB in fp32
-ROUNDINGS = (None, torch.bfloat16, torch.float16)
-PER_OCTET = 7.874015718698502e-3  # 1 / 127
+ROUNDINGS = (None, torch.bfloat16, torch.float16)  # by the code in `layout`
+INT8_SCALE = 7.874015718698502e-3  # 1 / 127, with the digits of bitsandbytes' constant
 
 
 def linear(
@@ -45,27 +45,28 @@ def linear_backward(
     need_dx: bool,
     need_dcore: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty."""
+    """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; a gradient that is not needed is an empty tensor."""
     weight = dequantize(quant, layout, b.shape[0], a.shape[1], dy.dtype) if need_dx else None
     return eager.backward(dy, weight, a, core, b, u, scaling, dropout, seed, need_dx, need_dcore)
 
 
 def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """W [rows, columns]: table[nibble]·absmax in fp32, rounded once; some blocks at a time."""
+    """W [rows, columns]: table[nibble]·absmax in fp32, rounded as `layout` says; a few blocks at a time."""
     rounding = ROUNDINGS[layout[2]]
     if QuantizedTensors.of(quant).kind == INT8:
         codes, scales = quant
-        wide = codes.view(rows, columns).float() * scales.view(-1, 1) * PER_OCTET
+        wide = codes.view(rows, columns).float() * scales.view(-1, 1) * INT8_SCALE
         return wide.to(rounding).to(dtype) if rounding is not None else wide.to(dtype)
     octets, table, block = quant[0], quant[2], layout[0]
-    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), 1)  # by byte: its high nibble's, its low one's
+    # [256, 2]: the values of a byte's high and low nibble, so that one look-up decodes both.
+    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), 1)
     scales, count = block_scales(quant, layout), rows * columns
     out = torch.empty(count, dtype=dtype, device=octets.device)
-    step = max(block, CHUNK // block * block)
+    step = max(block, CHUNK // block * block)  # whole blocks, which start at a byte
     for first in range(0, count, step):
         last = min(first + step, count)
         values = torch.nn.functional.embedding(octets[first // 2 : (last + 1) // 2].int(), pairs).flatten()
-        values = torch.nn.functional.pad(values, (0, -len(values) % block)).view(-1, block)
+        values = torch.nn.functional.pad(values, (0, -len(values) % block)).view(-1, block)  # the last may be partial
         scale = scales[first // block : first // block + len(values)]
         wide = (values * scale[:, None]).flatten()[: last - first]
         out[first:last] = wide if rounding is None else wide.to(rounding)
@@ -73,7 +74,10 @@ def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, 
 
 
 def block_scales(quant: list[Tensor], layout: list[int]) -> Tensor:
-    """One fp32 scale a block: absmax, or table2[absmax8]·absmax2 + offset, multiplied and then added."""
+    """The fp32 scale of each block: absmax, or table2[absmax8]·absmax2 + offset.
+
+    Product and sum are rounded separately, as in bitsandbytes; a fused multiply-add would differ in the last bit.
+    """
     if QuantizedTensors.of(quant).kind == FOUR_BIT:
         return quant[1]
     _, octets, _, absmax, table, offset = quant
@@ -83,7 +87,7 @@ def block_scales(quant: list[Tensor], layout: list[int]) -> Tensor:
 
 
 def register() -> None:
-    """Register for every device, below autograd."""
+    """Register for every device; CompositeExplicitAutograd leaves autograd to the ops' own formulas."""
     kernels = (
         ("linear_quantized", linear),
         ("linear_quantized_backward", linear_backward),

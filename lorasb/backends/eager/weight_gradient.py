@@ -1,4 +1,4 @@
-"""Gradient sums in plain torch: some rows of G at a time, so that nothing beside G has its size."""
+"""Weight-gradient accumulation in plain torch, by blocks of rows of G: no temporary has the size of G."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ...ops.registry import register_backend
 from ...utils.bit_packing import pack_words, words_of
 from .linear import no_autocast
 
-BLOCK = 1 << 18  # elements of G at a time: 1 MB in fp32
+BLOCK = 1 << 18  # elements of G per block of rows: 1 MB in fp32
 
 
 def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
-    """total [m, n] (+)= dyᵀ x, in total's dtype."""
+    """total [m, n] += dyᵀ x, in total's dtype; with `fresh`, total = dyᵀ x and its former contents are ignored."""
     with no_autocast(x):
         left, right = dy.to(total.dtype), x.to(total.dtype)
         for rows in _row_blocks(total.shape):
@@ -23,9 +23,12 @@ def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
 
 
 def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The signs of total + dyᵀ x and its nonzero places as words [m, ceil(n/32)]; and Σ G², zeros, not finite.
+    """Signs and statistics of G = total + dyᵀ x (of dyᵀ x alone if `fresh`).
 
-    total gets the sum; without one, the sum exists some rows at a time.
+    `total` [m, n] is overwritten with G; without it, G exists only block by block.
+
+    Returns:
+        The bits G > 0 and G != 0, as words [m, ceil(n / 32)] int32; and [Σ G², zeros, NaN or Inf entries] in fp64.
     """
     wide = total.dtype if total is not None else torch.float64 if x.dtype == torch.float64 else torch.float32
     words = x.new_empty((dy.shape[1], words_of(x.shape[1])), dtype=torch.int32)
@@ -33,29 +36,32 @@ def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> 
     with no_autocast(x):
         left, right = dy.to(wide), x.to(wide)
         for rows in _row_blocks((dy.shape[1], x.shape[1])):
-            part = _sum_rows(left, right, total, rows, fresh)
-            words[rows], nonzero[rows] = pack_words(part > 0), pack_words(part != 0)
-            counts += torch.stack((_squares(part), (part == 0).sum(), (~part.isfinite()).sum())).double()
+            block = _sum_rows(left, right, total, rows, fresh)
+            words[rows], nonzero[rows] = pack_words(block > 0), pack_words(block != 0)
+            counts += torch.stack((_squares(block), (block == 0).sum(), (~block.isfinite()).sum())).double()
     return words, nonzero, counts
 
 
 def _row_blocks(shape: tuple[int, ...] | torch.Size) -> Iterator[slice]:
+    """Slices of rows with about BLOCK elements each, and at least 32 rows for an efficient product."""
     step = max(32, BLOCK // max(1, shape[1]))
     return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
 def _sum_rows(left: Tensor, right: Tensor, total: Tensor | None, rows: slice, fresh: bool) -> Tensor:
-    part = left[:, rows].t() @ right if len(left) else None
+    """Some rows of G; a view of `total`, which is updated, if it is given."""
+    product = left[:, rows].t() @ right if len(left) else None  # None for a batch without tokens
     if total is None:
-        return part if part is not None else left.new_zeros((left[:, rows].shape[1], right.shape[1]))
+        return product if product is not None else left.new_zeros((left[:, rows].shape[1], right.shape[1]))
     block = total[rows]
     if fresh:
-        return block.zero_() if part is None else block.copy_(part)
-    return block if part is None else block.add_(part)
+        return block.zero_() if product is None else block.copy_(product)
+    return block if product is None else block.add_(product)
 
 
-def _squares(part: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(part, dtype=torch.float64).square()
+def _squares(block: Tensor) -> Tensor:
+    """Σ G² of a block, summed in fp64 without an fp64 copy of it."""
+    return torch.linalg.vector_norm(block, dtype=torch.float64).square()
 
 
 def register() -> None:
