@@ -28,6 +28,7 @@ def signature(name: str, item: Any) -> str:
         inherited = {field.name for field in dataclasses.fields(item.__mro__[1])}
         own = (field.name for field in dataclasses.fields(item) if field.name not in inherited)
         return f"{name}(\n    " + ",\n    ".join(own) + ",\n)"
+    # annotations are strings in the sources; their quotes are dropped
     text = f"{name}{inspect.signature(item)}".replace("'", "")
     text = re.sub(r"<factory>", "...", text)
     if len(text) <= 100:

@@ -38,7 +38,7 @@ def examine() -> Table:
     """A table of what lorasb can use on this machine."""
     table = Table(title=f"lorasb {__version__}", show_header=False)
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in PACKAGES:
+    for package in PACKAGES:  # from metadata: nothing is imported
         table.add_row(package, _version(package))
     for name in BACKENDS[1:]:  # without eager, which is always available
         reason = unavailable(name)

@@ -44,6 +44,7 @@ def costs(summary: dict[str, Any]) -> Table:
     base_bytes, config = summary["base_bytes"], summary["config"]
     table.add_row("adapter file", f"{size / 1e6:.1f} MB ({size / base_bytes:.0%} of the model)")
     if config["method"] != "lora":
+        # the adapter file also has A and B, which checkpoints of one run share
         table.add_row("R alone", f"{4e-6 * summary['trainable_params']:.1f} MB in fp32")
     table.add_row("computed in", f"{summary['dtype']} ({summary['machine']})")
     table.add_row("initialization", f"{summary['init_seconds']:.1f} s")
@@ -74,6 +75,7 @@ def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[
 
 def energies(report: InitReport) -> Table:
     """An init report by kind of layer (q_proj, ...): share of the energy of sign(G) and of G that rank r keeps."""
+    # why: the reason for the strategy that "auto" chose
     caption = f"{report.strategy}: {report.why}" if report.why else None
     if report.stability is not None:
         caption = f"{caption}; overlap of two halves of the samples {report.stability:.0%}"
@@ -96,9 +98,11 @@ def energies(report: InitReport) -> Table:
 
 def ranks(suggestion: RankSuggestion) -> Table:
     """Suggested ranks by kind of layer."""
-    kept = f"keeps {suggestion.energy:.1%} of sign(G) with {suggestion.trained_parameters:,} trained parameters"
+    energy = f"keeps {suggestion.energy:.1%} of sign(G) with {suggestion.trained_parameters:,} trained parameters"
     note = f"; {len(suggestion.short)} layers need a higher rank than was measured" if suggestion.short else ""
-    table = Table(title=f"suggested ranks: {kept}", caption=f"in ranks.json, for LoRASBConfig(rank_pattern=...){note}")
+    table = Table(
+        title=f"suggested ranks: {energy}", caption=f"in ranks.json, for LoRASBConfig(rank_pattern=...){note}"
+    )
     for name, justify in (
         ("layers", "left"),
         ("number", "right"),
@@ -122,6 +126,7 @@ def cache(layers: dict[str, CachedGradient], key: dict[str, Any], facts: dict[st
     properties = {
         "layers": len(layers),
         "signs": f"{entries:,}, of which {sum(layer.zeros for layer in layers.values()):,} are zero",
+        # 4 bytes per entry of an fp32 gradient
         "file": f"{size / 1e6:.1f} MB, {4 * entries / size:.1f} times less than the gradients in fp32",
         "energies of G measured up to rank": max((len(layer.energies) for layer in layers.values()), default=0),
         **{name: value for name, value in facts.items() if name not in key and value},

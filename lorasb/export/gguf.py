@@ -51,6 +51,7 @@ def write_gguf(tensors: dict[str, Tensor], alpha: float, config: Any, path: Path
     if kind not in ARCHITECTURES:
         raise ValueError(f"no GGUF adapter for model type {kind!r}: expected one of {', '.join(sorted(ARCHITECTURES))}")
     architecture, permuted = ARCHITECTURES[kind]
+    # the gguf package maps its enum to names; this is the way back
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     with replacing(path) as temporary:
@@ -58,6 +59,7 @@ def write_gguf(tensors: dict[str, Tensor], alpha: float, config: Any, path: Path
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+        # An error below leaves no file: `replacing` renames the temporary file only at the end of the block.
         for key, tensor in sorted(tensors.items()):
             match = FACTOR.match(key)
             if match is None:
@@ -87,6 +89,7 @@ def _permute_rows(layer: str, b: Tensor, config: Any) -> Tensor:
     }.get(layer.rpartition(".")[2])
     if heads is None:
         return b
+    # [heads, 2, half, r] -> [heads, half, 2, r]: row i of the first half is followed by row i of the second
     return b.reshape(heads, 2, -1, b.shape[1]).transpose(1, 2).reshape(b.shape)
 
 

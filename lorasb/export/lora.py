@@ -76,6 +76,7 @@ def export_lora(
     if format == "gguf":
         return _write_gguf(model, config, written, rank, folder, quiet)
     with replacing(folder / WEIGHTS_NAME) as temporary:
+        # safetensors refuses tensors that are not contiguous, as padded and stacked ones may be
         save_file({k: v.contiguous() for k, v in written.items()}, str(temporary), metadata={"format": "pt"})
     write_json(folder / CONFIG_NAME, _lora_config(config, rank))
     command = serve_command(config.get("base_model_name_or_path"), folder, rank)
@@ -148,6 +149,7 @@ def _fuse_experts(
     groups: dict[str, list[str]] = {}
     for name in factors:
         groups.setdefault(parameter_of(name) or "", []).append(name)
+    # "...experts.gate_up_proj.3" is expert 3 of the parameter gate_up_proj of the module experts
     for module in {group.rpartition(".")[0] for group in groups if group}:
         name_in_peft = module
         for parameter in [f"{module}.{name}" for name in reversed(NAMES) if f"{module}.{name}" in groups]:

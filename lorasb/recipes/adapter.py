@@ -36,6 +36,7 @@ def adapt(run: Run, **options: Any) -> tuple[Any, float]:
     }
     if settings.method == "lora":
         r = settings.r or LORA_RANK
+        # alpha = r gives PEFT's scaling alpha / r = 1, as s is for LoRA-SB by default
         config = peft.LoraConfig(r=r, lora_alpha=r, task_type="CAUSAL_LM", **common)
         run.model = peft.get_peft_model(run.model, config)
         return None, 0.0

@@ -51,7 +51,7 @@ class Saving(TrainerCallback):
         stopped = self.stop.agreed(self.processes)
         if due or stopped or state.global_step >= state.max_steps:
             control.should_save, self.last_saved = True, now
-        if stopped:
+        if stopped:  # after a save, so that the run resumes from this very step
             control.should_training_stop = True
 
 
@@ -78,6 +78,7 @@ class Planning(TrainerCallback):
         """Record a step's time; after the last timed step, print the estimate."""
         if self.estimate is not None:
             return
+        # global_step has been incremented by now, and counts over all epochs
         epoch, number = divmod(state.global_step - 1, len(self.steps))
         rows_of_step = self.order.order(epoch)[number]
         self.times.append((time.perf_counter() - self.started, self._tokens(rows_of_step)))

@@ -40,6 +40,7 @@ def read_config(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(str(name).replace("-", "_"), known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise ValueError(f"--config {path}: there is no setting {name!r}: {hint}")
+    # a null line (`eval_data:`) means the default, as an option that is left out does
     given = {name: value for name, value in loaded.items() if value is not None}
     return {name: typed(value, known[name], f"--config {path}: {name}") for name, value in given.items()}
 

@@ -111,7 +111,7 @@ def estimate(times: list[tuple[float, int]], left: int, longest: int, memory: tu
 
 def padded_tokens(rows: Sequence[int], lengths: Sequence[int], parts: int) -> int:
     """Tokens with padding of a step's rows in `parts` micro-batches, each padded to its longest row."""
-    size = max(1, -(-len(rows) // parts))
+    size = max(1, -(-len(rows) // parts))  # rows per micro-batch, rounded up
     sizes = [lengths[i] for i in rows]
     micro_batches = (sizes[i : i + size] for i in range(0, len(sizes), size))
     return sum(len(micro_batch) * max(micro_batch) for micro_batch in micro_batches)

@@ -43,6 +43,7 @@ def evaluate(
     mode = model.training
     model.eval()
     longest_row = max(len(ids) + ANSWER_MARGIN for ids in encoded)
+    # Generation keeps no activations, so its batches may be larger than those of the loss.
     chunks = _chunks(encoded, max(batch_size, TOKENS_PER_BATCH // longest_row))
     answer_by_index: dict[int, str] = {}
 
@@ -70,6 +71,7 @@ def mean_loss(
     chunks = _chunks(encoded, batch_size)
 
     def batch_losses(indices: list[int], bar: Any) -> list[float]:
+        """The losses of one batch; advances the bar."""
         losses = example_losses(model, collate([encoded[i] for i in indices]))
         bar.update(1)
         return losses
@@ -98,6 +100,7 @@ def _map_over_ranks(
     hidden = processes.rank > 0 or not title
     with tqdm(total=sum(sizes[k] for k in own_batches), desc=title, unit=unit, leave=False, disable=hidden) as bar:
         results_by_rank = gather_json([function(chunks[k], bar) for k in own_batches], processes)
+    # batch k is the (k // world_size)-th result of rank k % world_size
     return [(indices, results_by_rank[k % processes.size][k // processes.size]) for k, indices in enumerate(chunks)]
 
 
@@ -107,6 +110,7 @@ def example_losses(model: nn.Module, batch: dict[str, Any]) -> list[float]:
     device = next(model.parameters()).device
     labels = batch.pop("labels")[:, 1:].to(device)
     logits = model(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}).logits[:, :-1]
+    # fp32: bf16 logits would round each token's loss; [batch, vocabulary, tokens] is cross_entropy's layout
     losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
     return (losses.sum(1) / (labels != -100).sum(1)).tolist()
 

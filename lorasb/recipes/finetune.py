@@ -33,7 +33,7 @@ def run_finetune(settings: Settings) -> Result:
     """
     settings.check()
     current_backend()  # raises for an unusable LORASB_BACKEND now, before any work
-    from .train import check_report, train
+    from .train import check_report, train  # loads transformers.Trainer: only once the settings are checked
 
     check_report(settings)
     with launch.joined() as processes, Stop(GO_ON) as stop:
@@ -45,6 +45,7 @@ def run_finetune(settings: Settings) -> Result:
             "processes": processes.size,
             "examples": digest(*examples),
         }
+        # What `auto` and the generators came to is part of the identity: a resumed run must find the same.
         identity, folder = identity_of(settings, **facts), RunFolder(settings.output)
         state = _look_up_state(folder, settings, identity, processes)
         if state.kind == FINISHED:
@@ -74,6 +75,7 @@ def _look_up_state(folder: RunFolder, settings: Settings, identity: dict[str, An
     """How far the run in the folder came, as rank 0 reads it; its errors are raised on every rank."""
     state, error = None, None
     try:
+        # rank 0 alone reads: on other hosts the folder may be another one
         state = folder.look(settings, identity) if processes.rank == 0 else None
     except ValueError as caught:
         error = caught

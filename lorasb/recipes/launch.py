@@ -35,6 +35,7 @@ def joined() -> Iterator[Processes]:
 def _begin() -> Processes:
     """Initialize the process group if WORLD_SIZE > 1."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # accelerate launch announces the engine to its processes in these variables
         for variable, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
             if os.environ.get(variable, "").lower() in ("1", "true"):
                 raise ValueError(

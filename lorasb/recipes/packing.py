@@ -52,6 +52,7 @@ class PackCollator:
             ids.append([t for e in row for t in (*e.prompt, *e.completion)] + [self.pad] * fill)
             # the first token has no label: the logit before it belongs to the example before
             labels.append([t for e in row for t in (IGNORED, *e.labels[1:])] + [IGNORED] * fill)
+            # padding counts from 0 again: to attention it is one more example, without labels
             positions.append([i for e in row for i in range(len(e))] + list(range(fill)))
         return {
             "input_ids": torch.tensor(ids),

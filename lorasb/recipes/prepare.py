@@ -37,6 +37,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Number of optimizer steps of the whole run."""
+        # epochs may be a fraction; an epoch's last step may be smaller than the others
         return max(1, math.ceil(-(-len(self.rows) // self.settings.batch_size) * self.settings.epochs))
 
     @property
@@ -82,6 +83,7 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=precision.dtype)
     except OSError as error:
         raise ValueError(f"cannot load --model {settings.model!r}, expected a folder or hub id: {error}") from None
+    # Llama's tokenizer has no padding token; padding is masked, so any token serves.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.to(device())

@@ -77,6 +77,7 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
     from .plots import plot_loss
 
     settings, folder, summary = run.settings, Path(run.settings.output), result.summary
+    # An interrupted save leaves the former folder in place: `replacing_folder` renames a complete one over it.
     with replacing_folder(folder / "adapter") as target:
         run.model.save_pretrained(str(target))
     summary["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size

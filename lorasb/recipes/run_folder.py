@@ -103,6 +103,7 @@ class RunFolder:
             (self.folder / SUMMARY_NAME).unlink(missing_ok=True)
         for broken in state.cut_off:
             shutil.rmtree(broken, ignore_errors=True)
+        # After the clean-up: run.json claims the folder, so nothing of another run may be left when it appears.
         write_json(self.checkpoints / "run.json", identity)
         write_config(self.folder / CONFIG_NAME, settings)
 
@@ -119,6 +120,7 @@ class RunFolder:
         """Save the initialized adapter, atomically."""
         with replacing_folder(self.start) as folder:
             save(folder)
+            # its presence says that start/ is complete, see `start_seconds`
             write_json(folder / "seconds.json", {"seconds": seconds})
 
     def start_seconds(self) -> float | None:

@@ -32,7 +32,7 @@ class Stop:
 
     def __init__(self, line: str) -> None:
         self.line, self.steps = line, False
-        self.requested = 0
+        self.requested = 0  # number of the signal that asked for a stop; 0 if none
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -51,6 +51,7 @@ class Stop:
 
     def agreed(self, processes: Processes) -> bool:
         """True if any rank got a signal; collective, called by every rank after the same step."""
+        # A signal may reach one rank only, and a rank that stopped alone would leave the others in a collective
         self.requested = int(processes.largest([float(self.requested)])[0])
         return self.requested > 0
 

@@ -145,7 +145,7 @@ class _RunTrainer(Trainer):
             # The error is raised on every rank: the others would wait forever in the next collective.
             Processes().agree(error, "saving a checkpoint")
             if writes:
-                share(folder)
+                share(folder)  # before the mark, which lists the files and their sizes
                 checkpoints.complete(folder, self.elapsed(), self.identity)
         except Exception as caught:
             if writes:
@@ -158,6 +158,7 @@ class _RunTrainer(Trainer):
 
 def _put_callbacks(trainer: _RunTrainer, run: Run, stop: Stop, parts: int) -> None:
     """Replace the Trainer's printing by a progress bar, and add the callbacks of a run."""
+    # Trainer adds either of the two, depending on disable_tqdm.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     judging = Judging(run, run.settings.eval_steps) if run.settings.eval_steps else None

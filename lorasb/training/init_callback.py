@@ -129,13 +129,14 @@ def _batches(loader: Any, batch_size: int, num_samples: int | None, seed: int) -
         return _collated(head[processes.rank :: processes.size], collate, batch_size), num_samples
     chosen = draw(len(dataset), num_samples, seed)
     own_indices = chosen[processes.rank :: processes.size]
+    # a generator: samples are read batch by batch
     return _collated((dataset[i] for i in own_indices), collate, batch_size), len(chosen)
 
 
 def _collated(items: Iterable[Any], collate: Any, batch_size: int) -> Iterator[dict[str, Any]]:
     remaining = iter(items)
     while batch := list(itertools.islice(remaining, batch_size)):
-        yield dict(collate(batch))
+        yield dict(collate(batch))  # a BatchEncoding becomes a plain dict
 
 
 def _refuse_copies(optimizer: Any, layers: dict[str, LoRASBLinear], name: str) -> None:
@@ -147,6 +148,7 @@ def _refuse_copies(optimizer: Any, layers: dict[str, LoRASBLinear], name: str) -
         return
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [layer for layer, module in layers.items() if id(module.lorasb_R[name]) not in optimized]
+    # Frozen parameters are not given to the optimizer: say that first, as "copies" would be the wrong reason.
     if not any(module.lorasb_R[name].requires_grad for module in layers.values()):
         raise ValueError(
             f"no R of adapter {name!r} requires a gradient, so nothing would train: model.set_adapter({name!r})"
@@ -164,7 +166,7 @@ def _rng_untouched() -> Iterator[None]:
     """Restore the global RNG states: collators may draw (random masking), and training must draw as without this."""
     state = random.getstate()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # the CPU generator; collators do not draw on GPUs
             yield
     finally:
         random.setstate(state)

@@ -31,6 +31,7 @@ def parameter_groups(
     Raises:
         ValueError: nothing requires a gradient.
     """
+    # by id: parameters compare elementwise
     core_ids = {
         id(core)
         for module in model.modules()

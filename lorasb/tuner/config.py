@@ -23,7 +23,7 @@ DEFAULT_RANK = 64
 INITS = ("update", "lora-xs", "kaiming")
 ALL_LINEAR = "all-linear"
 GLUE_ALPHA = 16.0  # LoRA-XS fixes alpha at 16 on GLUE and at r elsewhere (paper, appendix I)
-NOT_SAVED = ("init_seed", "check_base")  # meaningless once the adapter is initialized
+NOT_SAVED = ("init_seed", "check_base")  # of no use to whoever loads the adapter
 # Fields that patching overwrites with the values they resolve to for one model.
 RESOLVED = (
     "r",

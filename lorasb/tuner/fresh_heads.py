@@ -134,8 +134,8 @@ def _randomly_initialized(model: nn.Module, output: nn.Module | None) -> Iterato
         if not is_quantized(module) and not any(hasattr(module, attribute) for attribute in replaced)
     }
     unmarked = [n for n, m in plain.items() if not getattr(m.weight, LOADED, False)]
-    # Without any mark on most linears the model was not loaded by transformers (built from a config, or by hand), and
-    # a missing mark says nothing.
+    # If half of the linears or more lack the mark, transformers did not load the model (it was built from a config, or
+    # by hand), and a missing mark says nothing.
     if 0 < len(unmarked) < len(plain) / 2:
         yield from unmarked
 

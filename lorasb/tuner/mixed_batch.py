@@ -43,7 +43,7 @@ def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) 
     beams = rows.repeated(num_beams)  # generate() repeats each row num_beams times in turn, as `repeated` does
     layers = _layers(model)
     ancestors = {name.rsplit(".", i)[0] for name in layers for i in range(1, name.count(".") + 1)}
-    with ExitStack() as hooks:
+    with ExitStack() as hooks:  # removes every hook, also when a forward raises
         for name, module in model.named_modules():
             hook: Any = None
             if name in layers:
@@ -72,6 +72,7 @@ def _check(model: nn.Module, names: Sequence[str]) -> None:
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that take adapter names; unfused experts pass names on to the linears inside them."""
+    # the trailing dot: "experts." is no prefix of "experts_norm"
     opened = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, OpenExperts))
     kinds = (LoRASBLinear, AuxiliaryTrainingWrapper, OpenExperts)
     return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and not n.startswith(opened)}
@@ -121,6 +122,7 @@ class _NamePasser:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # The layer's input, however the caller passed it: `layer(x)` or `layer(hidden_states=x)`.
         x = args[0] if args else next(iter(kwargs.values()))
         ambiguous = self.ambiguous and not isinstance(module, OpenExperts)
         # With one name for all rows the mapping does not matter; with several, never guess from a matching row count.

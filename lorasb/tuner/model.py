@@ -74,9 +74,10 @@ class LoRASBModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check every target, then replace them all; takes the arguments of PEFT's method."""
         config = cast(LoRASBConfig, self.peft_config[adapter_name])
+        # Everything below may fail halfway through the model: the block undoes what was done.
         with unchanged_on_error(model):
             self._refuse_duplicates(model, adapter_name)
-            config.start_over()
+            config.start_over()  # before any field is resolved
             config.base_fingerprint = config.base_fingerprint if config.check_base else None
             config.task_type = config.task_type or infer_task_type(model)
             keep_unpacked(model)  # before any forward: a repacked 4-bit weight cannot be dequantized
@@ -131,7 +132,7 @@ class LoRASBModel(BaseTuner):
         combination_type: str = "auto",
         svd_rank: int | None = None,
     ) -> dict[str, float]:
-        """Add an adapter that is the weighted sum of others; returns errors as `weighted_adapter.combine` does."""
+        """Add the weighted sum of adapters as a new one; see `weighted_adapter.combine`, whose errors it returns."""
         return combine(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
     @staticmethod
@@ -224,7 +225,7 @@ class LoRASBModel(BaseTuner):
     ) -> Any:
         if merge:
             self._check_finite(adapter_names)
-        linear_group.dissolve(self.model)  # a group's layers would outlive the unloading
+        linear_group.dissolve(self.model)  # its pre-hooks would stay on the plain model
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unfused_experts.close(model)
         return model
@@ -259,7 +260,7 @@ class LoRASBModel(BaseTuner):
             names = [n for n in requested if n in module.lorasb_R and n not in module.merged_adapters]
             if names:
                 try:
-                    module.merged_weight(names)
+                    module.merged_weight(names)  # one layer's W at a time; dropped at once
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
 

@@ -58,9 +58,8 @@ def patch(
         check_fields(fields)
         config = LoRASBConfig(**fields)
     config = copy.deepcopy(config)  # patching resolves fields (ranks, targets) for this model alone
-    if config.task_type is None:
+    if config.task_type is None:  # PEFT chooses its wrapper class (PeftModelForCausalLM, ...) by it
         config.task_type = infer_task_type(model)
-    # PEFT chooses its wrapper class (PeftModelForCausalLM, ...) by the task type, so it is set before
     adapted = peft.get_peft_model(model, config, adapter_name=adapter_name)
     precision.notice(adapted)
     return adapted
@@ -73,6 +72,6 @@ def check_fields(fields: dict[str, Any]) -> None:
     known = field_names()
     for name in fields:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)  # similarity in [0, 1]; 0.6 by default
             hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(sorted(known))}"
             raise TypeError(f"LoRASBConfig has no field {name!r}: {hint}")

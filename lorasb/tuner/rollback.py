@@ -24,8 +24,9 @@ def discard(model: Any, adapter_name: str) -> None:
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 module.delete_adapter(adapter_name, new_active_adapters=None)
         return
+    # The only adapter: the model becomes what it was before `lorasb.patch`.
     linear_group.dissolve(model)
-    for parent in list(model.modules()):
+    for parent in list(model.modules()):  # lists: children are replaced while iterating
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRASBLinear):
                 setattr(parent, name, child.base_layer)

@@ -24,6 +24,7 @@ def rank_for(config: LoRASBConfig, name: str) -> int:
 
 
 def _pattern_rank(config: LoRASBConfig, name: str) -> int | None:
+    # as PEFT matches patterns: the key is a whole suffix of the name, after a dot or at its start
     matching = (rank for key, rank in config.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
     return next(matching, None)
 

@@ -27,6 +27,7 @@ def infer_task_type(model: Any) -> str | None:
             return task
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and name.endswith("Generation"):
         return "SEQ_2_SEQ_LM"
+    # bare encoders and decoders, BertModel or LlamaModel; other libraries' models have no config
     if name.endswith("Model") and hasattr(model, "config"):
         return "FEATURE_EXTRACTION"
     return None

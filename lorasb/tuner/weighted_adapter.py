@@ -122,6 +122,7 @@ def _check_ranks(combined: dict[str, Combined]) -> None:
 def _share_factors(layers: dict[str, LoRASBLinear], adapters: Sequence[str]) -> bool:
     """True if all adapters have bitwise the same A and B in every layer."""
     for layer in layers.values():
+        # adapters with different targets cannot be added by R alone
         if any(name not in layer.lorasb_R for name in adapters):
             return False
         for factors in (layer.lorasb_A, layer.lorasb_B):
