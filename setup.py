@@ -1,7 +1,7 @@
-"""Packages and where they lie, and the C++ extension; everything else is in pyproject.toml.
+"""Package folders and the C++ extension; everything else is in pyproject.toml.
 
-The extension is built against the torch that is installed, so build without isolation. Without a compiler or torch, or
-with LORASB_NO_CSRC=1, lorasb is installed without it and computes in eager torch.
+The extension is built against the installed torch, so build without isolation. Without a compiler or torch, or with
+LORASB_NO_CSRC=1, lorasb is installed without it and computes in eager torch.
 """
 
 import os
@@ -15,7 +15,7 @@ SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 
 
 def extension():
-    """Keyword arguments for `setup`: the extension and how it is built, or nothing."""
+    """Keyword arguments of `setup` that build the extension; empty where it cannot be built."""
     if os.environ.get("LORASB_NO_CSRC") == "1":
         return {}
     try:
@@ -25,20 +25,21 @@ def extension():
         return {}
 
     class BuildOrLeaveOut(BuildExtension):
-        """A build that fails costs speed, not the installation."""
+        """Installs lorasb without the extension if compiling it fails: that costs speed only."""
 
         def run(self):
-            """Build, or say why not."""
+            """Build, or print why that failed."""
             try:
                 super().run()
             except Exception as error:
                 print(f"lorasb: built without its C++ extension ({error}); eager torch computes instead")
-                self.extensions = []
+                self.extensions = []  # or setuptools would look for the file to install
 
+    # -ffp-contract=off: with fused multiply-adds, dequantized values would not be bit-equal to bitsandbytes'
     flags = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     flags += os.environ.get("LORASB_CXXFLAGS", "").split()
-    # Compiled with OpenMP and not linked with it: the functions are found in the runtime that torch has loaded, so that
-    # there is one pool of threads, torch's.
+    # Compiled with OpenMP but not linked to it: symbols resolve to the runtime that torch has loaded, so that there is
+    # one thread pool, torch's.
     threads = ["-fopenmp"] if platform.system() == "Linux" else []
     module = CppExtension(
         "lorasb._C",
@@ -48,13 +49,14 @@ def extension():
         extra_link_args=os.environ.get("LORASB_LDFLAGS", "").split(),
         depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
     )
-    parallel = shutil.which("ninja") is not None  # the files side by side; torch warns where it looks for ninja in vain
+    parallel = shutil.which("ninja") is not None  # compiles files in parallel; torch warns if use_ninja finds none
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrLeaveOut.with_options(use_ninja=parallel)}}
 
 
 # lorasb/py.typed needs no line below: setuptools puts it into the wheel by itself.
 setup(
     packages=[*find_packages(include=["lorasb", "lorasb.*"]), "lorasb.kernels", "lorasb.kernels.tables"],
+    # kernels/ is at the top level of the repository and installed as lorasb.kernels
     package_dir={"lorasb.kernels": "kernels/fused"},
     package_data={"lorasb.kernels.tables": ["*.json"]},
     **extension(),

@@ -1,8 +1,9 @@
-"""The floors of the package: `python -m docs.floors` draws docs/floors.svg from the imports as they are.
+"""The layers of the package: `python -m docs.floors` draws docs/floors.svg from the actual imports.
 
-Every import, at any depth, runs down: a file uses its own room and the floors below, never one above or beside. Imports
-under `TYPE_CHECKING` are not followed. `tests/repo/test_floors.py` holds both rules, and that no files import each
-other in a cycle.
+The package is a stack of floors, each with one or more folders (modules beside the folders count to one of them). A
+file may import from its own folder and from lower floors, at any depth of its code; never from a higher floor or from
+another folder of its floor. Imports under `TYPE_CHECKING` do not count. `tests/repo/test_floors.py` checks this, and
+that no files import each other in a cycle.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "lorasb"
-FACE = "lorasb/__init__"
+FACE = "lorasb/__init__"  # the public names, drawn as a folder of their own
+# from the top to the bottom
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("recipes",),
@@ -31,42 +33,44 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("utils",),
     ("constants",),
 )
-BESIDE = {"__init__": FACE, "_peft_registration": FACE, "__main__": "cli", "_version": "constants"}
-EVERYWHERE = ("utils", "constants")  # their lines would hide the others
-LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+# modules beside the folders -> the folder they count to
+FOLDER_OF_MODULE = {"__init__": FACE, "_peft_registration": FACE, "__main__": "cli", "_version": "constants"}
+EVERYWHERE = ("utils", "constants")  # imported from every floor: their arrows are not drawn
+LEVEL = {folder: level for level, folders in enumerate(FLOORS) for folder in folders}
 
 
 def files(root: Path = ROOT) -> dict[str, Path]:
-    """Every module of the package by name; `kernels/fused` is installed as `lorasb.kernels`."""
+    """Module name -> file, of the whole package; `kernels/fused` is installed as `lorasb.kernels`."""
     paths = [*sorted((root / PACKAGE).rglob("*.py")), *sorted((root / "kernels" / "fused").rglob("*.py"))]
     return {module_name(path, root): path for path in paths}
 
 
 def module_name(path: Path, root: Path = ROOT) -> str:
-    """The name that a file is imported by."""
+    """The dotted name that a file is imported by."""
     parts = path.relative_to(root).with_suffix("").parts
     parts = (PACKAGE, "kernels", *parts[2:]) if parts[0] == "kernels" else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room_of(module: str) -> str:
-    """The room of a module: a folder of the package, or a file beside the folders."""
+def folder_of(module: str) -> str:
+    """The top-level folder of a module, or the one that a module beside the folders counts to."""
     parts = module.split(".")
-    room = parts[1] if len(parts) > 1 else "__init__"
-    return BESIDE.get(room, room)
+    folder = parts[1] if len(parts) > 1 else "__init__"
+    return FOLDER_OF_MODULE.get(folder, folder)
 
 
 def imports(path: Path, name: str, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
-    """(line, module) of everything of the package that a file imports, at any depth, `TYPE_CHECKING` apart."""
+    """(line, module) of every import of the package's modules in a file, without those under `TYPE_CHECKING`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    typed = {id(inner) for node in ast.walk(tree) if _is_typing_block(node) for inner in _body(node)}
+    type_checking_only = {id(inner) for node in ast.walk(tree) if _is_typing_block(node) for inner in _body(node)}
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(tree):
-        if id(node) in typed:
+        if id(node) in type_checking_only:
             continue
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            # a relative import of level k starts k - 1 packages above the file's own
             base = (
                 ".".join([*package[: len(package) - node.level + 1], node.module or ""]) if node.level else node.module
             )
@@ -74,6 +78,7 @@ def imports(path: Path, name: str, known: dict[str, Path]) -> Iterator[tuple[int
         else:
             continue
         for target in targets:
+            # `from x import y`: y is a module of x, or a name in it
             module = target if target in known else target.rpartition(".")[0]
             if module in known and module != name:
                 yield node.lineno, module
@@ -95,86 +100,89 @@ def graph(root: Path = ROOT) -> dict[str, dict[str, int]]:
 
 
 def upward(edges: dict[str, dict[str, int]]) -> list[str]:
-    """Imports that run up, or to another room of the same floor."""
-    wrong = []
+    """Imports of a higher floor, or of another folder on the same floor, as messages."""
+    violations = []
     for name, targets in edges.items():
         for target, line in targets.items():
-            here, there = room_of(name), room_of(target)
-            if here != there and LEVEL[here] >= LEVEL[there]:
-                wrong.append(f"{name}:{line} ({here}) imports {target} ({there})")
-    return wrong
+            source_folder, target_folder = folder_of(name), folder_of(target)
+            if source_folder != target_folder and LEVEL[source_folder] >= LEVEL[target_folder]:
+                violations.append(f"{name}:{line} ({source_folder}) imports {target} ({target_folder})")
+    return violations
 
 
 def cycles(edges: dict[str, dict[str, int]]) -> list[list[str]]:
-    """Groups of files that import each other. A package's `__init__`, which gathers its modules, is no member."""
+    """Groups of files that import each other (strongly connected components), without packages' `__init__`.
+
+    An `__init__` that re-exports its modules would be in a cycle with each of them.
+    """
     known = files()
-    ahead = {name: set() if known[name].name == "__init__.py" else set(targets) for name, targets in edges.items()}
-    reach = {name: _reachable(name, ahead) for name in ahead}
+    targets_of = {name: set() if known[name].name == "__init__.py" else set(targets) for name, targets in edges.items()}
+    reach = {name: _reachable(name, targets_of) for name in targets_of}
     groups = {
-        frozenset(other for other in reach[name] if name in reach[other]) for name in ahead if name in reach[name]
+        frozenset(other for other in reach[name] if name in reach[other]) for name in targets_of if name in reach[name]
     }
     return sorted(sorted(group) for group in groups)
 
 
-def _reachable(start: str, ahead: dict[str, set[str]]) -> set[str]:
+def _reachable(start: str, targets_of: dict[str, set[str]]) -> set[str]:
     seen: set[str] = set()
-    todo = [start]
-    while todo:
-        for module in ahead.get(todo.pop(), ()):
+    pending = [start]
+    while pending:
+        for module in targets_of.get(pending.pop(), ()):
             if module not in seen:
                 seen.add(module)
-                todo.append(module)
+                pending.append(module)
     return seen
 
 
-def room_edges(edges: dict[str, dict[str, int]]) -> dict[tuple[str, str], int]:
-    """(room, room below) -> number of imports between their files."""
+def folder_edges(edges: dict[str, dict[str, int]]) -> dict[tuple[str, str], int]:
+    """(folder, folder below) -> number of imports between their files."""
     counts: dict[tuple[str, str], int] = {}
     for name, targets in edges.items():
         for target in targets:
-            pair = room_of(name), room_of(target)
+            pair = folder_of(name), folder_of(target)
             if pair[0] != pair[1]:
                 counts[pair] = counts.get(pair, 0) + 1
     return counts
 
 
-WIDTH, HEIGHT, GAP, BOX = 900, 50, 22, 190
+WIDTH, HEIGHT, GAP, BOX = 900, 50, 22, 190  # pixels: of the picture, a row, between rows, of a folder
 FILLED = 'fill="#eef3fb" stroke="#34568b"'
 
 
 def draw(edges: dict[str, dict[str, int]]) -> str:
-    """An SVG: a row a floor, an arrow for each pair of rooms, its width by the number of imports."""
-    sizes = {room: sum(room_of(name) == room for name in edges) for room in LEVEL}
+    """The SVG: one row per floor, one arrow per pair of folders, its width by the number of imports."""
+    sizes = {folder: sum(folder_of(name) == folder for name in edges) for folder in LEVEL}
     places = {}
-    for level, rooms in enumerate(FLOORS):
-        for i, room in enumerate(rooms):
-            x = WIDTH / 2 + (i - (len(rooms) - 1) / 2) * (BOX + 60)
-            places[room] = x, 20 + level * (HEIGHT + GAP)
+    for level, folders in enumerate(FLOORS):
+        for i, folder in enumerate(folders):
+            x = WIDTH / 2 + (i - (len(folders) - 1) / 2) * (BOX + 60)
+            places[folder] = x, 20 + level * (HEIGHT + GAP)
     total = 20 + len(FLOORS) * (HEIGHT + GAP)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{total}" font-family="sans-serif">',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
-    for (source, target), count in sorted(room_edges(edges).items()):
+    for (source, target), count in sorted(folder_edges(edges).items()):
         if target in EVERYWHERE:
             continue
         lines.append(_arrow(places[source], places[target], LEVEL[target] - LEVEL[source], count))
-    for room, (x, y) in places.items():
-        many = f"{sizes[room]} files" if sizes[room] > 1 else "1 file"
-        many += ", used from every floor" if room in EVERYWHERE else ""
+    for folder, (x, y) in places.items():
+        label = f"{sizes[folder]} files" if sizes[folder] > 1 else "1 file"
+        label += ", used from every floor" if folder in EVERYWHERE else ""
         lines.append(
             f'<rect x="{x - BOX / 2:.0f}" y="{y}" width="{BOX}" height="{HEIGHT}" rx="6" {FILLED}/>'
-            f'<text x="{x:.0f}" y="{y + 22}" text-anchor="middle" font-size="16">{room}</text>'
-            f'<text x="{x:.0f}" y="{y + 40}" text-anchor="middle" font-size="12" fill="#666">{many}</text>'
+            f'<text x="{x:.0f}" y="{y + 22}" text-anchor="middle" font-size="16">{folder}</text>'
+            f'<text x="{x:.0f}" y="{y + 40}" text-anchor="middle" font-size="12" fill="#666">{label}</text>'
         )
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
 def _arrow(start: tuple[float, float], end: tuple[float, float], floors: int, count: int) -> str:
-    """Straight to the next floor; round the side to those further down, alternately left and right."""
+    """A line to the next floor, or a curve around the folders between: left or right by the number of floors."""
     (x1, y1), (x2, y2) = start, end
-    thick = min(5.0, 0.8 + count / 8)
-    style = f'fill="none" stroke="#34568b" stroke-opacity="0.35" stroke-width="{thick:.1f}"'
+    width = min(5.0, 0.8 + count / 8)
+    style = f'fill="none" stroke="#34568b" stroke-opacity="0.35" stroke-width="{width:.1f}"'
     if floors == 1:
         return f'<path d="M{x1:.0f} {y1 + HEIGHT} L{x2:.0f} {y2}" {style}/>'
     side = 1 if floors % 2 else -1
@@ -186,15 +194,15 @@ def _arrow(start: tuple[float, float], end: tuple[float, float], floors: int, co
 
 
 def main() -> None:
-    """Write the picture; name what is wrong with the imports."""
+    """Write the picture and print imports that break the rules; exits with 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "floors.svg")
     options = parser.parse_args()
     edges = graph()
     options.output.write_text(draw(edges), encoding="utf-8")
-    wrong = [*upward(edges), *(" <-> ".join(group) for group in cycles(edges))]
-    print("\n".join(wrong) or f"{len(edges)} files on {len(FLOORS)} floors: no import runs up, no cycle")
-    raise SystemExit(bool(wrong))
+    violations = [*upward(edges), *(" <-> ".join(group) for group in cycles(edges))]
+    print("\n".join(violations) or f"{len(edges)} files on {len(FLOORS)} floors: no import runs up, no cycle")
+    raise SystemExit(bool(violations))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes docs/api.md from the docstrings of what is public: python docs/make_api.py."""
+"""Writes docs/api.md from the public docstrings: `python docs/make_api.py`. A test compares the page with the code."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ Everything that is public, from its docstring. `python docs/make_api.py` writes 
 
 
 def signature(name: str, item: Any) -> str:
-    """`name(arguments)`, one argument a line where it would be long."""
+    """`name(arguments)`, with one argument per line if it is longer than 100 characters."""
     if not callable(item):
         return name
-    if item is lorasb.LoRASBConfig:  # the rest is the installed PEFT's
+    if item is lorasb.LoRASBConfig:  # inherited fields depend on the installed PEFT
         inherited = {field.name for field in dataclasses.fields(item.__mro__[1])}
         own = (field.name for field in dataclasses.fields(item) if field.name not in inherited)
         return f"{name}(\n    " + ",\n    ".join(own) + ",\n)"
+    # annotations are strings in the sources; their quotes are dropped
     text = f"{name}{inspect.signature(item)}".replace("'", "")
     text = re.sub(r"<factory>", "...", text)
     if len(text) <= 100:
@@ -37,27 +38,27 @@ def signature(name: str, item: Any) -> str:
 
 
 def entry(name: str, item: Any) -> str:
-    """One name's section."""
+    """The section of one public name."""
     lines = [f"## `{name}`", ""]
     if inspect.isclass(item) and dataclasses.is_dataclass(item) and "Config" not in item.__name__:
         lines += ["A dataclass.", ""]
     elif callable(item):
         lines += ["```text", signature(name, item), "```", ""]
     doc = inspect.getdoc(item) or ""
-    first, _, rest = doc.partition("\n\n")
+    first, _, details = doc.partition("\n\n")
     lines += [first, ""]
-    if rest.strip():
-        lines += ["```text", rest.strip(), "```", ""]
+    if details.strip():
+        lines += ["```text", details.strip(), "```", ""]
     return "\n".join(lines)
 
 
 def page() -> str:
-    """The whole page."""
+    """The text of docs/api.md."""
     names = [(f"lorasb.{name}", getattr(lorasb, name)) for name in sorted(lorasb.__all__)]
     names = [(name, item) for name, item in names if callable(item)]
     names += [(f"lorasb.functional.{name}", getattr(lorasb.functional, name)) for name in FUNCTIONAL]
     contents = "\n".join(f"- [{name}](#{re.sub(r'[^a-z0-9_]', '', name.lower())})" for name, _ in names)
-    text = "\n".join([HEAD, contents, "", *(entry(*one) for one in names)])
+    text = "\n".join([HEAD, contents, "", *(entry(*pair) for pair in names)])
     return textwrap.dedent(text).rstrip() + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Writes settings.md from the list of settings: `python docs/make_settings.py`. A test holds the page to it."""
+"""Writes docs/settings.md from `recipes.settings`: `python docs/make_settings.py`. A test compares the two."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lorasb.recipes.settings import Settings, listed, option, shown_default
 
 
 def page() -> str:
-    """docs/settings.md."""
+    """The text of docs/settings.md."""
     lines = [
         "# Settings of `lorasb finetune`",
         "",
@@ -19,16 +19,17 @@ def page() -> str:
         "`lorasb init`'s, too. This page is written by `python docs/make_settings.py`.",
     ]
     group = ""
-    for one, kind in listed(Settings):
-        if one.metadata["group"] != group:
-            group = one.metadata["group"]
+    for setting, kind in listed(Settings):
+        if setting.metadata["group"] != group:
+            group = setting.metadata["group"]
             lines += ["", f"## {group.capitalize()}", "", "| option | value | default | |", "|---|---|---|---|"]
-        mark = " \\*" if one.metadata["init"] else ""
-        lines.append(f"| `{option(one.name)}`{mark} | {_words(kind)} | {shown_default(one)} | {one.metadata['help']} |")
+        mark = " \\*" if setting.metadata["init"] else ""
+        cells = f"`{option(setting.name)}`{mark}", _type_name(kind), shown_default(setting), setting.metadata["help"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _words(kind: Any) -> str:
+def _type_name(kind: Any) -> str:
     names = {str: "text", int: "whole number", float: "number", bool: "on or off"}
     return names.get(kind, "names and ranks")
 

@@ -1,7 +1,7 @@
 """LoRA-SB adapters for Hugging Face models: `W = W0 + s·B·R·A` with B and A frozen and only R [r, r] trained.
 
-`import lorasb` is light: it imports no peft, transformers, triton or bitsandbytes and touches no device. What needs
-them is imported at first use, and the PEFT method is registered as soon as somebody imports peft.
+`import lorasb` is light: it imports neither torch nor peft, transformers, triton or bitsandbytes, and uses no device.
+Public names are imported at first use, and the PEFT method is registered as soon as peft is imported.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ __all__ = [
     "quantize",
 ]
 
-_HOMES = {
+# public name -> the module that defines it
+_MODULE_OF = {
     "InitCallback": "training.init_callback",
     "InitReport": "init",
     "Linear4bit": "layers.linear4bit",
@@ -61,13 +62,13 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home at first use."""
+    """Import a public name from the module that defines it, at first use (PEP 562)."""
     if name == "functional":
         return importlib.import_module(".functional", __name__)
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'lorasb' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value  # later look-ups find it without this function
     return value
 
 

@@ -1,4 +1,7 @@
-"""The `lorasb` command."""
+"""The `lorasb` command: its subcommands, and how errors become one line and an exit code.
+
+Imports of torch and transformers wait until a command runs, so that `lorasb --help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def _finetune(values: dict[str, Any]) -> None:
 
     settings = Settings(**values)
     result = run_finetune(settings)
-    if console.quiet:  # another process has it all
+    if console.quiet:  # not rank 0, which prints the same tables
         return
     if result.report is not None:
         console.print(tables.energies(result.report))
@@ -44,10 +47,12 @@ def _init(values: dict[str, Any]) -> None:
     from ..recipes.initialize import run_init
     from . import tables
 
-    own = {one.name for one, _ in listed(InitSettings)}
-    settings = Settings(**{"output": INIT_OUTPUT} | {name: value for name, value in values.items() if name not in own})
-    asked = InitSettings(settings, **{name: value for name, value in values.items() if name in own})
-    report, suggestion = run_init(asked)
+    # `lorasb init` has options of two dataclasses: a run's settings, and those of initialization.
+    init_names = {setting.name for setting, _ in listed(InitSettings)}
+    shared = {name: value for name, value in values.items() if name not in init_names}
+    settings = Settings(**{"output": INIT_OUTPUT} | shared)
+    init_settings = InitSettings(settings, **{name: value for name, value in values.items() if name in init_names})
+    report, suggestion = run_init(init_settings)
     console.print(tables.energies(report))
     if suggestion is not None:
         console.print(tables.ranks(suggestion))
@@ -119,18 +124,18 @@ def tune(
 
 
 def main() -> None:
-    """Run the command; what a user can mend is one line, not a traceback."""
+    """Run the command; print errors that a user can fix as one line, without a traceback."""
     from ..recipes.console import errors
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports kernels that no command here uses
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's business, not the user's
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing kernels that no command uses
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # raised by PEFT's calls
     from ..recipes.signals import StoppedError
 
     try:
         app()
     except StoppedError as stopped:
         errors.print(f"[bold yellow]lorasb:[/] {escape(str(stopped))}", highlight=False)
-        raise SystemExit(stopped.code) from None
+        raise SystemExit(stopped.code) from None  # 128 + signal number, as shells report it
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         errors.print(f"[bold red]lorasb:[/] {escape(str(error))}", highlight=False)
         raise SystemExit(1) from None

@@ -1,4 +1,4 @@
-"""`lorasb doctor`: versions, backends and why one is missing, GPU, threads."""
+"""`lorasb doctor`: versions, backends and why one is unavailable, GPU, threads, and the dtype of `--dtype auto`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platform
 import torch
 from rich.table import Table
 
-from .. import backends  # noqa: F401  registers what can run
+from .. import backends  # noqa: F401  registers the backends
 from .._version import __version__
 from ..backends import cpp
 from ..ops.registry import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
@@ -35,12 +35,12 @@ PACKAGES = (
 
 
 def examine() -> Table:
-    """What this machine has, as a table."""
+    """A table of what lorasb can use on this machine."""
     table = Table(title=f"lorasb {__version__}", show_header=False)
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in PACKAGES:
+    for package in PACKAGES:  # from metadata: nothing is imported
         table.add_row(package, _version(package))
-    for name in BACKENDS[1:]:
+    for name in BACKENDS[1:]:  # without eager, which is always available
         reason = unavailable(name)
         table.add_row(f"backend {name}", f"not available: {reason}" if reason else "available")
     table.add_row("C++ kernels", _kernels())
@@ -49,7 +49,7 @@ def examine() -> Table:
     table.add_row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores, {_isa()}")
     best = native("cuda" if torch.cuda.is_available() else "cpu")
     table.add_row("--dtype auto", f"{best.name}: {best.reason}")
-    for name in CAPS:
+    for name in CAPS:  # environment variables that limit the instruction sets of lorasb, torch and oneDNN
         table.add_row(name, os.environ.get(name) or "not set: no cap")
     table.add_row(EMBEDDED, _embedded())
     return table

@@ -1,4 +1,4 @@
-"""Settings as a command's options: every one of the list, and --config for a file of them."""
+"""Makes a command's options from dataclasses of settings, and adds --config for a YAML file of them."""
 
 from __future__ import annotations
 
@@ -14,41 +14,46 @@ from ..recipes.settings import listed, option, shown_default
 
 
 def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: dict[str, Any]) -> Callable[..., None]:
-    """A command's function with an option for each setting, and --config; `run` gets what was given and no more.
+    """A typer command with an option for each setting, and --config; `run` gets only the settings that were given.
 
     Args:
-        run: called with a dictionary of values: the file's, then those of the command line over them.
-        lists: dataclasses of settings, each with whether only the settings of `lorasb init` are meant.
-        defaults: other defaults than the lists', by name.
+        run: called with a dictionary of values; options on the command line override the file's.
+        lists: dataclasses of settings, each with True if only the settings of `lorasb init` become options.
+        defaults: defaults that differ from the dataclasses', by name.
     """
-    parameters, chosen = [], [(one, kind, init) for cls, init in lists for one, kind in listed(cls)]
-    for one, kind, init in chosen:
-        if init and not one.metadata["init"]:
+    parameters, settings = [], [(setting, kind, init) for cls, init in lists for setting, kind in listed(cls)]
+    for setting, kind, init in settings:
+        init_help = setting.metadata["init"]  # "": no option of `lorasb init`; "same": has the help text of a run's
+        if init and not init_help:
             continue
-        says = one.metadata["init"] if init and one.metadata["init"] != "same" else one.metadata["help"]
-        parameters.append(_parameter(one, kind, says, defaults.get(one.name)))
+        help_text = init_help if init and init_help != "same" else setting.metadata["help"]
+        parameters.append(_parameter(setting, kind, help_text, defaults.get(setting.name)))
     text = typer.Option(help="YAML file of settings; options go before it.")
     parameters.append(_plain("config", Annotated[Optional[str], text]))  # noqa: UP045  typer reads it at run time
-    known = {parameter.name: kind for parameter in parameters for one, kind, _ in chosen if one.name == parameter.name}
+    optional = {parameter.name for parameter in parameters}
+    types = {setting.name: kind for setting, kind, _ in settings if setting.name in optional}
 
     def call(**given: Any) -> None:
         file = given.pop("config")
-        values = read_config(file, known) if file else {}
+        values = read_config(file, types) if file else {}
         named = {name: value for name, value in given.items() if value is not None}
-        run(values | {name: typed(value, known[name], option(name)) for name, value in named.items()})
+        run(values | {name: typed(value, types[name], option(name)) for name, value in named.items()})
 
+    # typer reads a function's signature and annotations to find its options; both are made here.
     call.__doc__ = run.__doc__
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
 
 
-def _parameter(one: Field[Any], kind: Any, says: str, default: Any) -> inspect.Parameter:
-    """None stands for an option that was not given; the default that it has then is shown."""
-    shown = shown_default(one) if default is None else str(default)
-    basic = kind if kind in (str, int, float, bool) else str
-    names = (option(one.name), *one.metadata.get("also", ())) if "also" in one.metadata else ()
-    return _plain(one.name, Annotated[Optional[basic], typer.Option(*names, help=says, show_default=shown)])  # noqa: UP045
+def _parameter(setting: Field[Any], kind: Any, help_text: str, default: Any) -> inspect.Parameter:
+    """A keyword parameter whose default is None (option not given); the help shows the setting's real default."""
+    shown = shown_default(setting) if default is None else str(default)
+    # typer knows no dictionaries: rank_pattern arrives as text and is parsed by `typed`
+    option_type = kind if kind in (str, int, float, bool) else str
+    names = (option(setting.name), *setting.metadata.get("also", ())) if "also" in setting.metadata else ()
+    typer_option = typer.Option(*names, help=help_text, show_default=shown)
+    return _plain(setting.name, Annotated[Optional[option_type], typer_option])  # noqa: UP045
 
 
 def _plain(name: str, annotation: Any) -> inspect.Parameter:

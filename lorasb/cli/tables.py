@@ -1,4 +1,4 @@
-"""Tables for people: a run's before and after, an adapter's layers, what this machine can run."""
+"""The tables that commands print: results of a run, an initialization report, an adapter or a cache of signs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..init import InitReport, RankSuggestion
 from ..init.factors.sign_cache import CachedGradient
 from ..recipes.tasks import Example
 
-SHOWN = 3
-WIDTH = 44
+EXAMPLES_SHOWN = 3
+COLUMN_WIDTH = 44  # characters
 
 
 def before_and_after(summary: dict[str, Any]) -> Table:
-    """Held-out loss and accuracy before and after, and what the run cost."""
+    """Held-out loss and accuracy before and after training."""
     config = summary["config"]
     table = Table(title=f"{config['method']}, r={summary['rank']}: {summary['eval_examples']} held-out problems")
     for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
@@ -34,16 +34,17 @@ def before_and_after(summary: dict[str, Any]) -> Table:
 
 
 def costs(summary: dict[str, Any]) -> Table:
-    """What was trained and what it took."""
+    """Trained parameters, file sizes, time and memory of a run."""
     table = Table(show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
-    share = summary["trainable_params"] / summary["base_params"]
+    fraction = summary["trainable_params"] / summary["base_params"]
     size = summary["adapter_bytes"]
-    table.add_row("trained parameters", f"{summary['trainable_params']:,} ({share:.2%} of the model)")
-    whole, config = summary["base_bytes"], summary["config"]
-    table.add_row("adapter file", f"{size / 1e6:.1f} MB ({size / whole:.0%} of the model)")
+    table.add_row("trained parameters", f"{summary['trainable_params']:,} ({fraction:.2%} of the model)")
+    base_bytes, config = summary["base_bytes"], summary["config"]
+    table.add_row("adapter file", f"{size / 1e6:.1f} MB ({size / base_bytes:.0%} of the model)")
     if config["method"] != "lora":
+        # the adapter file also has A and B, which checkpoints of one run share
         table.add_row("R alone", f"{4e-6 * summary['trainable_params']:.1f} MB in fp32")
     table.add_row("computed in", f"{summary['dtype']} ({summary['machine']})")
     table.add_row("initialization", f"{summary['init_seconds']:.1f} s")
@@ -57,11 +58,11 @@ def costs(summary: dict[str, Any]) -> Table:
 
 
 def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str]) -> Table:
-    """Three problems with the answers before and after, the right one beside them."""
-    table = Table(title=f"{min(SHOWN, len(examples))} of the held-out problems", show_lines=True)
+    """The first held-out problems with the right answer, and the model's before and after training."""
+    table = Table(title=f"{min(EXAMPLES_SHOWN, len(examples))} of the held-out problems", show_lines=True)
     for name in ("problem", "right answer", "before", "after"):
-        table.add_column(name, overflow="fold", max_width=WIDTH)
-    for example, old, new in list(zip(examples, before, after, strict=True))[:SHOWN]:
+        table.add_column(name, overflow="fold", max_width=COLUMN_WIDTH)
+    for example, old, new in list(zip(examples, before, after, strict=True))[:EXAMPLES_SHOWN]:
         right = new == example.completion.strip()
         table.add_row(
             Text(_short(example.prompt, 200)),
@@ -73,7 +74,8 @@ def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[
 
 
 def energies(report: InitReport) -> Table:
-    """A report by kind of layer: what each kind keeps, from least to most."""
+    """An init report by kind of layer (q_proj, ...): share of the energy of sign(G) and of G that rank r keeps."""
+    # why: the reason for the strategy that "auto" chose
     caption = f"{report.strategy}: {report.why}" if report.why else None
     if report.stability is not None:
         caption = f"{caption}; overlap of two halves of the samples {report.stability:.0%}"
@@ -96,9 +98,11 @@ def energies(report: InitReport) -> Table:
 
 def ranks(suggestion: RankSuggestion) -> Table:
     """Suggested ranks by kind of layer."""
-    kept = f"keeps {suggestion.energy:.1%} of sign(G) with {suggestion.trained_parameters:,} trained parameters"
-    short = f"; {len(suggestion.short)} layers need a higher rank than was measured" if suggestion.short else ""
-    table = Table(title=f"suggested ranks: {kept}", caption=f"in ranks.json, for LoRASBConfig(rank_pattern=...){short}")
+    energy = f"keeps {suggestion.energy:.1%} of sign(G) with {suggestion.trained_parameters:,} trained parameters"
+    note = f"; {len(suggestion.short)} layers need a higher rank than was measured" if suggestion.short else ""
+    table = Table(
+        title=f"suggested ranks: {energy}", caption=f"in ranks.json, for LoRASBConfig(rank_pattern=...){note}"
+    )
     for name, justify in (
         ("layers", "left"),
         ("number", "right"),
@@ -110,25 +114,26 @@ def ranks(suggestion: RankSuggestion) -> Table:
     kinds: dict[str, list[int]] = {}
     for name, rank in suggestion.rank_pattern.items():
         kinds.setdefault(name.rpartition(".")[2], []).append(rank)
-    for kind, found in kinds.items():
-        table.add_row(kind, str(len(found)), str(min(found)), f"{statistics.median(found):g}", str(max(found)))
+    for kind, values in kinds.items():
+        table.add_row(kind, str(len(values)), str(min(values)), f"{statistics.median(values):g}", str(max(values)))
     return table
 
 
 def cache(layers: dict[str, CachedGradient], key: dict[str, Any], facts: dict[str, Any], size: int) -> RenderableType:
-    """What `lorasb inspect` shows of a cache of signs."""
+    """What `lorasb inspect` shows for a cache of signs."""
     entries = sum(layer.bits.shape[0] * layer.bits.shape[1] for layer in layers.values())
     table = Table(show_header=False, title="signs of the first full step, for any rank")
-    rows = {
+    properties = {
         "layers": len(layers),
         "signs": f"{entries:,}, of which {sum(layer.zeros for layer in layers.values()):,} are zero",
+        # 4 bytes per entry of an fp32 gradient
         "file": f"{size / 1e6:.1f} MB, {4 * entries / size:.1f} times less than the gradients in fp32",
         "energies of G measured up to rank": max((len(layer.energies) for layer in layers.values()), default=0),
         **{name: value for name, value in facts.items() if name not in key and value},
         **{name: value for name, value in key.items() if name != "versions" and value is not None},
         **{f"made with {name}": value for name, value in key["versions"].items()},
     }
-    for name, value in rows.items():
+    for name, value in properties.items():
         table.add_row(name, short(value))
     kinds = Table(title="by kind of layer")
     for name in ("layers", "number", "shape", "‖G‖ (median)", "zeros"):
@@ -144,10 +149,10 @@ def cache(layers: dict[str, CachedGradient], key: dict[str, Any], facts: dict[st
 
 
 def adapter(config: dict[str, Any], layers: dict[str, dict[str, Any]], size: int) -> RenderableType:
-    """What `lorasb inspect` shows of a saved adapter."""
-    facts = Table(show_header=False, title="LoRA-SB adapter")
+    """What `lorasb inspect` shows for a saved adapter."""
+    table = Table(show_header=False, title="LoRA-SB adapter")
     provenance = config.get("init_provenance") or {}
-    rows = {
+    properties = {
         "base model": config.get("base_model_name_or_path"),
         "rank": config.get("r"),
         "scaling s": config.get("scaling"),
@@ -158,23 +163,24 @@ def adapter(config: dict[str, Any], layers: dict[str, dict[str, Any]], size: int
         **{f"init: {key}": value for key, value in provenance.items() if key != "versions"},
         **{f"made with {key}": value for key, value in (provenance.get("versions") or {}).items()},
     }
-    for name, value in rows.items():
+    for name, value in properties.items():
         if value is not None:
-            facts.add_row(name, short(value))
-    return Group(facts, _spread(layers))
+            table.add_row(name, short(value))
+    return Group(table, _cores_by_kind(layers))
 
 
-def _spread(layers: dict[str, dict[str, Any]]) -> Table:
+def _cores_by_kind(layers: dict[str, dict[str, Any]]) -> Table:
+    """Norm and largest singular value of R by kind of layer."""
     table = Table(title="R by kind of layer")
     table.add_column("layers")
     for name in ("number", "A", "R", "B", "‖R‖ (median)", "σ₁(R) (largest)"):
         table.add_column(name, justify="right")
     kinds: dict[str, list[dict[str, Any]]] = {}
-    for name, parts in layers.items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(parts)
+    for name, factors in layers.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(factors)
     for kind, members in kinds.items():
-        norms = [float(p["lorasb_R"].float().norm()) for p in members]
-        largest = max(float(torch.linalg.matrix_norm(p["lorasb_R"].double(), ord=2)) for p in members)
+        norms = [float(m["lorasb_R"].float().norm()) for m in members]
+        largest = max(float(torch.linalg.matrix_norm(m["lorasb_R"].double(), ord=2)) for m in members)
         shapes = [" x ".join(map(str, members[0][f"lorasb_{part}"].shape)) for part in "ARB"]
         table.add_row(kind, str(len(members)), *shapes, f"{statistics.median(norms):.3g}", f"{largest:.3g}")
     return table

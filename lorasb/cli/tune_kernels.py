@@ -1,4 +1,7 @@
-"""`lorasb bench tune`: time the kernels' paths and blocks on this GPU, once, and write the user's table."""
+"""`lorasb bench tune`: times kernel paths and block sizes on this GPU, and writes the user's table.
+
+Nothing is timed in a training step: layers look their plan up in the tables (`lorasb.kernels.plan`).
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ from ..utils.precision import native
 
 Timer = Callable[[Callable[[], object]], float]
 OPS = ("forward", "backward")
+# Candidates beside the table's own choice. Configs that need more registers or shared memory than this GPU has do not
+# compile, and are skipped.
 PREPS = (PrepConfig(32, 64, 4, 3), PrepConfig(64, 64, 4, 3), PrepConfig(64, 32, 4, 4), PrepConfig(128, 32, 8, 3))
 GEMMS = (
     GemmConfig(128, 128, 32, 8, 8, 4, 128),
@@ -32,12 +37,13 @@ GEMMS = (
     GemmConfig(64, 128, 64, 8, 4, 3),
     GemmConfig(64, 64, 32, 8, 4, 4),
 )
+# For up to DECODE_ROWS tokens: the smallest block of rows that a tensor-core product has.
 DECODE_GEMMS = (GemmConfig(16, 64, 64, 1, 4, 3), GemmConfig(16, 32, 128, 1, 4, 4), GemmConfig(16, 128, 64, 1, 4, 4))
 
 
 @dataclass(frozen=True)
-class Found:
-    """The best plan for a shape, and its time over the table's choice before."""
+class TunedShape:
+    """The fastest plan of a shape, and the times of the table's former choice and of this plan."""
 
     shape: Shape
     best: Plan
@@ -48,30 +54,31 @@ class Found:
 def shapes_of(
     layers: Sequence[tuple[int, tuple[int, ...]]], r: int, tokens: Sequence[int], dtype: str
 ) -> Iterator[Shape]:
-    """A shape for each layer or group (in, outs), each bucket of tokens and each direction."""
+    """One shape per layer or group (in, outs), bucket of tokens, and direction."""
+    # dict.fromkeys drops duplicates and keeps the order: a model repeats the same layer in every block
     for n, ms in dict.fromkeys(layers):
         for M in dict.fromkeys(plan.bucket(count) for count in tokens):
             yield from (Shape(op, dtype, M, n, sum(ms), r, len(ms)) for op in OPS)
 
 
 def layers_of(model: nn.Module) -> list[tuple[int, tuple[int, ...]]]:
-    """(in, outs) of every linear and of every group that reads the same x."""
+    """(in, outs) of every linear, and of every group of linears that reads the same x (q/k/v, gate/up)."""
     from ..layers.linear_group import NAMES
 
-    found: dict[tuple[int, tuple[int, ...]], None] = {}
+    sizes: dict[tuple[int, tuple[int, ...]], None] = {}
     for parent in model.modules():
         children = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
         for child in children.values():
-            found[(child.in_features, (child.out_features,))] = None
+            sizes[(child.in_features, (child.out_features,))] = None
         for names in NAMES:
             members = [children[name] for name in names if name in children]
             if len(members) > 1 and len({m.in_features for m in members}) == 1:
-                found[(members[0].in_features, tuple(m.out_features for m in members))] = None
-    return list(found)
+                sizes[(members[0].in_features, tuple(m.out_features for m in members))] = None
+    return list(sizes)
 
 
 def candidates(shape: Shape, chosen: Plan) -> Iterator[Plan]:
-    """What the table takes now, then every other path and blocks."""
+    """The table's current plan, then plans with another path, GEMM blocks or prep blocks."""
     yield chosen
     yield Plan("addmm" if chosen.path == "fused" else "fused", chosen.prep, chosen.gemm)
     gemms = DECODE_GEMMS if shape.M <= DECODE_ROWS else GEMMS
@@ -80,33 +87,33 @@ def candidates(shape: Shape, chosen: Plan) -> Iterator[Plan]:
         yield from (Plan(chosen.path, prep, chosen.gemm) for prep in PREPS if prep != chosen.prep)
 
 
-def tune(shapes: Sequence[Shape], arch: str, sms: int, device: str, timer: Timer) -> list[Found]:
-    """Time every candidate of every shape; those that do not compile here are left out.
+def tune(shapes: Sequence[Shape], arch: str, sms: int, device: str, timer: Timer) -> list[TunedShape]:
+    """Time every candidate of every shape; candidates that do not compile or run are skipped.
 
     Args:
-        shapes: what to time.
-        arch: architecture whose table is the start, "sm_86".
-        sms: its multiprocessors.
-        device: where to run.
-        timer: from a call to its time, in any unit.
+        shapes: shapes to time.
+        arch: architecture whose table has the current plans, such as "sm_86".
+        sms: number of the GPU's multiprocessors.
+        device: device to run on.
+        timer: returns the time of a call, in any unit.
     """
-    found = []
+    tuned = []
     for shape in shapes:
         chosen = plan.choose(shape, arch, sms)
         times: dict[Plan, float] = {}
         for candidate in candidates(shape, chosen):
             try:
                 times[candidate] = timer(_call(shape, candidate, device))
-            except Exception:  # blocks, or a shape, that this GPU has no room for
+            except Exception:  # Triton's OutOfResources, or the shape does not fit into memory
                 continue
         if times:
             best = min(times, key=times.__getitem__)
-            found.append(Found(shape, best, times.get(chosen, float("inf")), times[best]))
-    return found
+            tuned.append(TunedShape(shape, best, times.get(chosen, float("inf")), times[best]))
+    return tuned
 
 
 def _call(shape: Shape, chosen: Plan, device: str) -> Callable[[], object]:
-    """One forward or backward of this shape by this plan."""
+    """A function that runs one forward or backward of this shape with this plan, on random tensors made here, once."""
     dtype = next(kind for kind, name in plan.DTYPES.items() if name == shape.dtype)
 
     def normal(*size: int, kind: torch.dtype = dtype) -> Tensor:
@@ -128,36 +135,38 @@ def _call(shape: Shape, chosen: Plan, device: str) -> Callable[[], object]:
 
 
 def gpu_timer(call: Callable[[], object]) -> float:
-    """Median milliseconds by CUDA events, after a warm-up."""
+    """Median time of a call in ms, by CUDA events: 10 ms of warm-up, then about 50 ms of repetitions."""
     from triton.testing import do_bench
 
     return float(do_bench(call, warmup=10, rep=50, return_mode="median"))
 
 
-def write(found: Sequence[Found], arch: str, sms: int, gpu: str) -> Path:
-    """Write a user's table: these rules, then what was there for other shapes. The next call of a layer reads it."""
-    plan.forget()
+def write(tuned: Sequence[TunedShape], arch: str, sms: int, gpu: str) -> Path:
+    """Write the user's table: new rules, then the table's rules for other shapes. A layer's next call reads it."""
+    plan.forget()  # plans are cached: read the table as it is on disk
     path = cache_dir() / "kernels" / f"{arch}.json"
-    rules = [_rule(one, sms) for one in found]
-    fresh = [rule["if"] for rule in rules]
-    if plan.user_rules(arch):  # a table that is broken is written anew
-        rules += [rule for rule in json.loads(path.read_text(encoding="utf-8"))["rules"] if rule.get("if") not in fresh]
+    rules = [_rule(result, sms) for result in tuned]
+    new_conditions = [rule["if"] for rule in rules]
+    if plan.user_rules(arch):  # () for a broken table, which is overwritten
+        old_rules = json.loads(path.read_text(encoding="utf-8"))["rules"]
+        rules += [rule for rule in old_rules if rule.get("if") not in new_conditions]
     path.parent.mkdir(parents=True, exist_ok=True)
     table = {"arch": arch, "gpu": gpu, "measured": True, "torch": torch.__version__, "rules": rules}
     write_text(path, json.dumps(table, indent=1) + "\n")
-    plan.forget()
+    plan.forget()  # and let the next call read the new one
     return path
 
 
-def _rule(found: Found, sms: int) -> dict[str, Any]:
-    s, low = found.shape, found.shape.M // 2 + 1
+def _rule(tuned: TunedShape, sms: int) -> dict[str, Any]:
+    # M is a power of two (`plan.bucket`); the rule covers the bucket (M / 2, M].
+    s, low = tuned.shape, tuned.shape.M // 2 + 1
     conditions = {"op": s.op, "dtype": s.dtype, "M": [low, s.M], "n": s.n, "m": s.m, "r": s.r, "members": s.members}
-    gemm = {k: v for k, v in asdict(found.best.gemm).items() if v is not None}
-    return {"if": {**conditions, "sms": sms}, "path": found.best.path, "prep": asdict(found.best.prep), "gemm": gemm}
+    gemm = {k: v for k, v in asdict(tuned.best.gemm).items() if v is not None}
+    return {"if": {**conditions, "sms": sms}, "path": tuned.best.path, "prep": asdict(tuned.best.prep), "gemm": gemm}
 
 
 def tune_model(model: str, r: int, tokens: Sequence[int], dtype: str) -> Table:
-    """Tune for the layers of a model on the first GPU, write the table, and show what changed.
+    """Tune the kernels for a model's layers on the first GPU, write the table, and return a summary to print.
 
     Raises:
         RuntimeError: there is no CUDA GPU, or no triton.
@@ -171,14 +180,14 @@ def tune_model(model: str, r: int, tokens: Sequence[int], dtype: str) -> Table:
         raise ValueError(f"unknown dtype {dtype!r}: expected one of auto, {', '.join(plan.DTYPES.values())}")
     properties = torch.cuda.get_device_properties(0)
     arch, sms = f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
-    shapes = list(shapes_of(layers_of(_skeleton(model)), r, tokens, dtype))
-    found = tune(shapes, arch, sms, "cuda", gpu_timer)
-    path = write(found, arch, sms, properties.name)
-    return _view(found, f"{properties.name}: {len(found)} shapes in {path}")
+    shapes = list(shapes_of(layers_of(_without_weights(model)), r, tokens, dtype))
+    tuned = tune(shapes, arch, sms, "cuda", gpu_timer)
+    path = write(tuned, arch, sms, properties.name)
+    return _summary(tuned, f"{properties.name}: {len(tuned)} shapes in {path}")
 
 
-def _skeleton(model: str) -> nn.Module:
-    """The model without weights: its layers' sizes are all that is needed."""
+def _without_weights(model: str) -> nn.Module:
+    """The model on the meta device: the sizes of its layers are known, and no weights are allocated or downloaded."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ..recipes.bundled_model import resolve_model
@@ -188,13 +197,13 @@ def _skeleton(model: str) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _view(found: Sequence[Found], title: str) -> Table:
-    view = Table(title=title)
+def _summary(tuned: Sequence[TunedShape], title: str) -> Table:
+    table = Table(title=title)
     for name in ("op", "tokens", "in", "out", "members", "path", "blocks", "before ms", "after ms"):
-        view.add_column(name, justify="right")
-    for one in found:
-        s, g = one.shape, one.best.gemm
-        blocks = f"{g.block_m}x{g.block_n}x{g.block_k}" if one.best.path == "fused" else "cuBLAS"
-        numbers = (f"{one.before:.3f}", f"{one.after:.3f}")
-        view.add_row(s.op, str(s.M), str(s.n), str(s.m), str(s.members), one.best.path, blocks, *numbers)
-    return view
+        table.add_column(name, justify="right")
+    for result in tuned:
+        s, g = result.shape, result.best.gemm
+        blocks = f"{g.block_m}x{g.block_n}x{g.block_k}" if result.best.path == "fused" else "cuBLAS"
+        numbers = (f"{result.before:.3f}", f"{result.after:.3f}")
+        table.add_row(s.op, str(s.M), str(s.n), str(s.m), str(s.members), result.best.path, blocks, *numbers)
+    return table

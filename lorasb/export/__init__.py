@@ -1,3 +1,3 @@
-"""An adapter for others: as a plain LoRA of PEFT (`lora`), or for llama.cpp (`gguf`). Uses checkpoints and tuner."""
+"""Export of adapters: as a plain LoRA for PEFT and vLLM (`lora`), or for llama.cpp (`gguf`)."""
 
 from .lora import export_lora as export_lora

@@ -1,7 +1,7 @@
 """A plain LoRA as a GGUF file for llama.cpp: `llama-cli -m base.gguf --lora adapter.gguf`.
 
-llama.cpp names tensors its own way and turns the rows of q and k of Llama's layout, for rotary embeddings of
-neighboring pairs: B's rows turn with them, A's columns stay.
+llama.cpp has its own tensor names. For Llama's layout it also permutes the rows of q and k, as its rotary embedding
+rotates neighboring pairs where transformers' rotates the two halves of a head: the rows of B are permuted alike.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..utils.atomic_files import replacing
 
-# transformers' model types, what llama.cpp calls their architecture, and whether it turns the rows of q and k
+# transformers' model type -> (llama.cpp's architecture, True if it permutes the rows of q and k)
 ARCHITECTURES = {
     "llama": ("llama", True),
     "mistral": ("llama", True),
@@ -34,14 +34,14 @@ def write_gguf(tensors: dict[str, Tensor], alpha: float, config: Any, path: Path
     """Write lora_A [r, in] and lora_B [out, r] of every layer into one GGUF file.
 
     Args:
-        tensors: an exported adapter's, under PEFT's names.
-        alpha: lora_alpha; with alpha = r the file's scale is 1.
+        tensors: tensors of an exported adapter, under PEFT's names.
+        alpha: lora_alpha; llama.cpp scales by alpha / r.
         config: the base model's configuration.
-        path: of the file.
+        path: file to write.
 
     Raises:
         ImportError: the `gguf` package is not installed.
-        ValueError: an architecture or a layer that llama.cpp has no name for, or modules that were trained whole.
+        ValueError: llama.cpp has no name for the architecture or a layer, or modules were trained in full.
     """
     try:
         import gguf
@@ -50,7 +50,8 @@ def write_gguf(tensors: dict[str, Tensor], alpha: float, config: Any, path: Path
     kind = getattr(config, "model_type", None)
     if kind not in ARCHITECTURES:
         raise ValueError(f"no GGUF adapter for model type {kind!r}: expected one of {', '.join(sorted(ARCHITECTURES))}")
-    architecture, turned = ARCHITECTURES[kind]
+    architecture, permuted = ARCHITECTURES[kind]
+    # the gguf package maps its enum to names; this is the way back
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     with replacing(path) as temporary:
@@ -58,6 +59,7 @@ def write_gguf(tensors: dict[str, Tensor], alpha: float, config: Any, path: Path
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+        # An error below leaves no file: `replacing` renames the temporary file only at the end of the block.
         for key, tensor in sorted(tensors.items()):
             match = FACTOR.match(key)
             if match is None:
@@ -65,12 +67,13 @@ def write_gguf(tensors: dict[str, Tensor], alpha: float, config: Any, path: Path
                     f"{key} is no factor of a linear layer: GGUF adapters hold those alone, merge the model"
                 )
             layer, factor = match.groups()
-            found = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
-            if found is None:
+            # llama.cpp reads lora_a and lora_b under the base tensor's name
+            tensor_name = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
+            if tensor_name is None:
                 raise ValueError(f"llama.cpp has no tensor for layer {layer!r} of a {architecture} model")
-            if factor == "lora_B" and turned:
-                tensor = _turned(layer, tensor, config)
-            writer.add_tensor(f"{found}.{factor.lower()}", tensor.float().contiguous().numpy())
+            if factor == "lora_B" and permuted:
+                tensor = _permute_rows(layer, tensor, config)
+            writer.add_tensor(f"{tensor_name}.{factor.lower()}", tensor.float().contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -78,26 +81,27 @@ def write_gguf(tensors: dict[str, Tensor], alpha: float, config: Any, path: Path
     return path
 
 
-def _turned(layer: str, b: Tensor, config: Any) -> Tensor:
-    """B [out, r] of q and k with each head's two halves interleaved; of other layers as it is."""
+def _permute_rows(layer: str, b: Tensor, config: Any) -> Tensor:
+    """B [out, r] of q and k with the two halves of each head interleaved; B of other layers unchanged."""
     heads = {
         "q_proj": config.num_attention_heads,
         "k_proj": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
     }.get(layer.rpartition(".")[2])
     if heads is None:
         return b
+    # [heads, 2, half, r] -> [heads, half, 2, r]: row i of the first half is followed by row i of the second
     return b.reshape(heads, 2, -1, b.shape[1]).transpose(1, 2).reshape(b.shape)
 
 
 def base_config(model: Any, name: str | None) -> Any:
-    """The base's configuration, from the model or from the folder that the adapter says it is in.
+    """The base's configuration, from the model or from the base model's folder that the adapter names.
 
     Raises:
-        ValueError: neither has one.
+        ValueError: neither the model nor the folder has one.
     """
-    own = getattr(model, "config", None) if isinstance(model, torch.nn.Module) else None
-    if own is not None and not isinstance(own, dict):
-        return own
+    model_config = getattr(model, "config", None) if isinstance(model, torch.nn.Module) else None
+    if model_config is not None and not isinstance(model_config, dict):
+        return model_config
     file = Path(name or "") / "config.json"
     if not name or not file.is_file():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""LoRA-SB to plain LoRA, exactly: A stays, B becomes s·B·R. Stock PEFT, vLLM and llama.cpp read it without lorasb."""
+"""Exact export to plain LoRA: A stays, B becomes s·B·R. Stock PEFT, vLLM and llama.cpp read it without lorasb."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from ..layers.unfused_experts import NAMES, parameter_of
 from ..tuner.config import LoRASBConfig
 from ..utils.atomic_files import replacing, write_json, write_text
 
+# The values that vLLM accepts for --max-lora-rank; its default is 16.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 FORMATS = ("peft", "gguf")
-COPIED = (
+COPIED_FIELDS = (
     "base_model_name_or_path",
     "revision",
     "task_type",
@@ -43,13 +44,13 @@ def export_lora(
     format: str = "peft",
     quiet: bool = False,
 ) -> Path:
-    """Write an adapter as a plain LoRA: `lora_A = A`, `lora_B = s·B·R`, zero-padded to one rank r = lora_alpha.
+    """Write an adapter as a plain LoRA: `lora_A = A`, `lora_B = s·B·R`, zero-padded to a common rank r = lora_alpha.
 
     Args:
         model: a patched model, or the folder of a saved adapter.
         path: the folder to write: adapter_config.json, adapter_model.safetensors, README.md; or adapter.gguf.
-        adapter_name: which adapter of the model; the active one unless given.
-        dtype: of the written tensors; fp32 loses nothing.
+        adapter_name: which adapter of the model; the active one by default.
+        dtype: dtype of the written tensors; fp32 keeps R's precision.
         format: "peft" for PEFT and vLLM, or "gguf" for llama.cpp, in fp32 (`gguf_export.ARCHITECTURES`).
         quiet: do not print the serving command.
 
@@ -57,22 +58,25 @@ def export_lora(
         The folder, or the GGUF file.
 
     Raises:
-        ValueError: not a LoRA-SB adapter, not initialized, merged, or values that are not finite in `dtype`.
+        ValueError: not a LoRA-SB adapter, an uninitialized or merged one, or values that are not finite in `dtype`.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     config, tensors, scalings = _read(model, adapter_name) if isinstance(model, nn.Module) else _read_folder(model)
     layers = adapter_file.group_by_layer(tensors)
-    rank = max(parts["lorasb_R"].shape[0] for parts in layers.values())
+    # One rank for all layers: vLLM ignores rank_pattern, and llama.cpp scales by lora_alpha / rank of each tensor.
+    rank = max(factors["lorasb_R"].shape[0] for factors in layers.values())
+    # Modules that were trained in full go along as they are.
     written = {key: value for key, value in tensors.items() if not any(f".{p}" in key for p in FACTORS)}
-    factors = {name: _factors(parts, scalings[name], rank) for name, parts in layers.items()}
-    for name, (a, b) in _experts_joined(factors, config.get("target_parameters")).items():
+    lora_factors = {name: _lora_factors(factors, scalings[name], rank) for name, factors in layers.items()}
+    for name, (a, b) in _fuse_experts(lora_factors, config.get("target_parameters")).items():
         written[f"{PEFT_PREFIX}{name}.lora_A.weight"] = _cast(a, dtype, name)
         written[f"{PEFT_PREFIX}{name}.lora_B.weight"] = _cast(b, dtype, name)
     folder = Path(path)
     if format == "gguf":
         return _write_gguf(model, config, written, rank, folder, quiet)
     with replacing(folder / WEIGHTS_NAME) as temporary:
+        # safetensors refuses tensors that are not contiguous, as padded and stacked ones may be
         save_file({k: v.contiguous() for k, v in written.items()}, str(temporary), metadata={"format": "pt"})
     write_json(folder / CONFIG_NAME, _lora_config(config, rank))
     command = serve_command(config.get("base_model_name_or_path"), folder, rank)
@@ -95,7 +99,7 @@ def _write_gguf(
 
 
 def serve_command(base: str | None, folder: Path, rank: int) -> str:
-    """The vLLM command for an exported adapter: `--max-lora-rank` is the smallest that vLLM takes and that fits."""
+    """The vLLM command for an exported adapter, with the smallest `--max-lora-rank` that vLLM accepts and that fits."""
     fitting = next((choice for choice in VLLM_RANKS if choice >= rank), None)
     if fitting is None:
         return f"(rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}: merge the adapter instead)"
@@ -120,24 +124,24 @@ def _read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
     values, tensors = adapter_file.read_config(path), adapter_file.read_tensors(path)
     config = LoRASBConfig.from_pretrained(str(path))
     layers = adapter_file.group_by_layer(tensors)
-    return values, tensors, {n: config.scaling_for(parts["lorasb_R"].shape[0]) for n, parts in layers.items()}
+    return values, tensors, {n: config.scaling_for(factors["lorasb_R"].shape[0]) for n, factors in layers.items()}
 
 
-def _factors(parts: dict[str, Tensor], scaling: float, rank: int) -> tuple[Tensor, Tensor]:
-    """A [rank, in] and s·B·R [out, rank], computed in fp64 once and zero-padded."""
-    core = parts["lorasb_R"].double() * scaling
-    b = parts["lorasb_B"].double() @ core
-    missing = rank - core.shape[0]
-    return nn.functional.pad(parts["lorasb_A"].double(), (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
+def _lora_factors(factors: dict[str, Tensor], scaling: float, rank: int) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and s·B·R [out, rank], computed in fp64 (one rounding, at the end) and zero-padded."""
+    core = factors["lorasb_R"].double() * scaling
+    b = factors["lorasb_B"].double() @ core
+    padding = rank - core.shape[0]
+    return nn.functional.pad(factors["lorasb_A"].double(), (0, 0, 0, padding)), nn.functional.pad(b, (0, padding))
 
 
-def _experts_joined(
+def _fuse_experts(
     factors: dict[str, tuple[Tensor, Tensor]], target_parameters: list[str] | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Experts' factors as PEFT has them: A [E·r, in] expert by expert, B [out, r·E] with the expert counted fastest.
+    """The factors of experts in PEFT's layout: A [E·r, in], expert by expert, and B [out, r·E], the expert fastest.
 
-    PEFT wraps a module once for each of its parameters: the last one's factors carry the module's name, an earlier
-    one's lie under `base_layer`.
+    PEFT wraps a module once per parameter: the factors of the last parameter have the module's name, those of an
+    earlier one are under `base_layer`.
     """
     joined = {name: pair for name, pair in factors.items() if parameter_of(name) is None}
     if not target_parameters:
@@ -145,33 +149,34 @@ def _experts_joined(
     groups: dict[str, list[str]] = {}
     for name in factors:
         groups.setdefault(parameter_of(name) or "", []).append(name)
+    # "...experts.gate_up_proj.3" is expert 3 of the parameter gate_up_proj of the module experts
     for module in {group.rpartition(".")[0] for group in groups if group}:
-        place = module
+        name_in_peft = module
         for parameter in [f"{module}.{name}" for name in reversed(NAMES) if f"{module}.{name}" in groups]:
             members = sorted(groups[parameter], key=lambda name: int(name.rpartition(".")[2]))
             a = torch.cat([factors[name][0] for name in members])
-            joined[place] = a, torch.stack([factors[name][1] for name in members], -1).flatten(1)
-            place += ".base_layer"
+            joined[name_in_peft] = a, torch.stack([factors[name][1] for name in members], -1).flatten(1)
+            name_in_peft += ".base_layer"
     return joined
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    cast = tensor.to(dtype)
-    if not torch.isfinite(cast).all():
+    converted = tensor.to(dtype)
+    if not torch.isfinite(converted).all():  # fp16 overflows above 65504
         raise ValueError(f"layer {name!r} has values that are not finite in {dtype}: nothing was written")
-    return cast
+    return converted
 
 
 def _lora_config(config: dict[str, Any], rank: int) -> dict[str, Any]:
-    values = {key: config.get(key) for key in COPIED}
-    sets = {key: sorted(value) for key, value in values.items() if isinstance(value, set)}
+    values = {key: config.get(key) for key in COPIED_FIELDS}
+    sorted_sets = {key: sorted(value) for key, value in values.items() if isinstance(value, set)}
     return {
         **values,
-        **sets,
+        **sorted_sets,
         "fan_in_fan_out": config.get("fan_in_fan_out", False),
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": rank,
+        "lora_alpha": rank,  # PEFT's scaling alpha / r is then 1: s is in lora_B
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,

@@ -1,4 +1,4 @@
-"""What a command or a benchmark runs: settings, data, tokenization, evaluation, one resumable training run.
+"""What commands and benchmarks run: settings, data, tokenization, evaluation, and a resumable training run.
 
-Everything here may use the whole library below; nothing here knows of command-line options.
+It may use the whole library; options and tables of the command line are in `lorasb.cli`.
 """

@@ -1,4 +1,4 @@
-"""The adapter of a run: put in and initialized, or put back as it was initialized before."""
+"""A run's adapter: added and initialized, or loaded as an earlier start of the run initialized it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ REPORT_NAME = "report.json"
 
 
 def adapt(run: Run, **options: Any) -> tuple[Any, float]:
-    """Put the adapter in and initialize it; returns the report (None for plain LoRA) and the seconds it took.
+    """Add the adapter and initialize it; returns the report (None for plain LoRA) and the time in seconds.
 
-    Of several processes each passes its part of the examples, one after another, so that the samples drawn are those
-    of one process. `options` go to `lorasb.initialize`.
+    Each rank passes a contiguous share of the examples, and the shares in rank order are the whole list, so that the
+    drawn samples are those of a single process. `options` go to `lorasb.initialize`.
     """
     import peft
 
@@ -36,13 +36,14 @@ def adapt(run: Run, **options: Any) -> tuple[Any, float]:
     }
     if settings.method == "lora":
         r = settings.r or LORA_RANK
+        # alpha = r gives PEFT's scaling alpha / r = 1, as s is for LoRA-SB by default
         config = peft.LoraConfig(r=r, lora_alpha=r, task_type="CAUSAL_LM", **common)
         run.model = peft.get_peft_model(run.model, config)
         return None, 0.0
     init = "lora-xs" if settings.method == "lora-xs" else "update"
     run.model = lorasb.patch(run.model, r=settings.r, init=init, init_seed=settings.seed, **common)
-    if init == "lora-xs":  # initialized by now: it needs no data
-        return _described(run, run.model.base_model.init_reports["default"]), time.perf_counter() - started
+    if init == "lora-xs":  # `patch` has initialized it: the SVD of W needs no data
+        return _with_provenance(run, run.model.base_model.init_reports["default"]), time.perf_counter() - started
     loader: Any = torch.utils.data.DataLoader(
         Listed(_share(run.train_ids)),
         batch_size=settings.batch_size,
@@ -51,26 +52,26 @@ def adapt(run: Run, **options: Any) -> tuple[Any, float]:
     eta = lorasb.first_step_lr(settings.lr, run.warmup_steps)
     options |= {"num_samples": settings.samples, "update": settings.update, "seed": settings.seed}
     report = lorasb.initialize(run.model, loader, lr=eta, **options)
-    return _described(run, report), time.perf_counter() - started
+    return _with_provenance(run, report), time.perf_counter() - started
 
 
-def _described(run: Run, report: InitReport) -> InitReport:
-    """The report, after the adapter's configuration was given the name of its data."""
+def _with_provenance(run: Run, report: InitReport) -> InitReport:
+    """The report; also writes a description of the data into the adapter's provenance."""
     config = run.model.peft_config["default"]
     config.init_provenance["data"] = describe_data(run.settings, len(run.train_ids))
     return report
 
 
-def targets(said: str | None) -> str | list[str]:
-    """PEFT's target_modules: "all-linear", a list of names, or a regular expression."""
-    if said is None or said == "all-linear":
+def targets(value: str | None) -> str | list[str]:
+    """`--target-modules` as PEFT's target_modules: "all-linear", a list of names, or a regular expression."""
+    if value is None or value == "all-linear":
         return "all-linear"
-    names = [name.strip() for name in said.split(",")]
-    return names if all(re.fullmatch(r"[\w.]+", name) for name in names) else said
+    names = [name.strip() for name in value.split(",")]
+    return names if all(re.fullmatch(r"[\w.]+", name) for name in names) else value
 
 
 def _share(items: list[Any]) -> list[Any]:
-    """This process's part of a list: the parts of all, one after another, are the list."""
+    """This rank's contiguous share of a list; shares differ by at most one item."""
     processes = Processes()
     rank, world_size = processes.rank, processes.world_size
     return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
@@ -84,7 +85,7 @@ def save_start(run: Run, report: InitReport | None, folder: Path) -> None:
 
 
 def load_adapter(run: Run, folder: Path) -> None:
-    """Put a saved adapter into the run's base model, to be trained on."""
+    """Load a saved adapter into the run's base model, for training."""
     import peft
 
     import lorasb  # noqa: F401  registers the method
@@ -93,6 +94,6 @@ def load_adapter(run: Run, folder: Path) -> None:
 
 
 def load_report(folder: Path) -> InitReport | None:
-    """The report of an initialization, where there was one."""
+    """The saved report of an initialization; None if there is none (plain LoRA)."""
     file = folder / REPORT_NAME
     return InitReport.load(file) if file.is_file() else None

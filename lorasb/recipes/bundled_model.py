@@ -1,4 +1,4 @@
-"""The model that comes with a PyPI package, so that a first run needs no hub: SmolLM2-135M-Instruct."""
+"""SmolLM2-135M-Instruct from a PyPI package, converted once, so that a first run needs no access to the Hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def embedded_folder() -> Path | None:
-    """The package's folder, without importing it; None where it is not installed."""
+    """The package's folder, found without importing it; None if it is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     locations = list(spec.submodule_search_locations or []) if spec else []
     return Path(locations[0]) if locations and Path(locations[0], GGUF).is_file() else None
@@ -28,8 +28,8 @@ def embedded_folder() -> Path | None:
 def resolve_model(name: str) -> str:
     """A folder or hub id for `from_pretrained`: the embedded model's converted folder, or `name` itself.
 
-    The embedded GGUF is converted once, to bf16 safetensors in the cache folder. A conversion that is cut off leaves
-    nothing behind, and of several processes that convert at once the first to end is kept.
+    The embedded GGUF is converted once, to bf16 safetensors in the cache folder. An interrupted
+    conversion leaves nothing behind; if several processes convert at once, the first to finish wins.
 
     Raises:
         FileNotFoundError: the package that carries the model is missing; the message has the pip command.
@@ -50,9 +50,10 @@ def resolve_model(name: str) -> str:
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{EMBEDDED}."))
     try:
         _convert(source, temporary)
+        # Atomic. It raises an OSError if the target is there and not empty: another process was first.
         os.replace(temporary, target)
     except OSError:
-        if not (target / "config.json").is_file():  # else another process was first
+        if not (target / "config.json").is_file():
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -67,8 +68,10 @@ def _convert(source: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF, quantization_config=quantization, dtype=torch.bfloat16
     )
+    # Or the saved config would claim that the dense weights are quantized.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    # from_pretrained has set this to the package's folder, which means nothing on another machine.
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(target)

@@ -1,4 +1,4 @@
-"""Callbacks around a run's steps: when it saves and stops, what it says of itself, and its progress bar."""
+"""Trainer callbacks of a run: when to save and stop, time estimate, held-out loss, row order, progress bar."""
 
 from __future__ import annotations
 
@@ -16,120 +16,127 @@ from .estimate import Estimate, estimate, estimated, padded_tokens, peak_memory
 from .prepare import Run
 from .signals import Stop
 
-LOST = 600.0  # seconds of training that may be lost at most, with --save-steps auto
-TIMED = 2  # steps
+MAX_LOST_SECONDS = 600.0  # of training between checkpoints, with --save-steps auto (documented in its help)
+TIMED_STEPS = 2  # the first step also loads libraries and allocates; the fastest of these counts
 
 
 class Saving(TrainerCallback):
-    """Saves as often as `--save-steps` asks, at the last step, and where the user ends the run; all processes alike."""
+    """Saves as `--save-steps` asks, at the last step, and when the user stops the run; the same on every rank."""
 
     def __init__(self, save_steps: str, stop: Stop) -> None:
-        self.every = None if save_steps == "auto" else int(save_steps)
+        self.save_steps = None if save_steps == "auto" else int(save_steps)
         self.stop, self.processes = stop, Processes()
-        self.saved = self.begun = time.perf_counter()
-        self.longest = 0.0
+        self.last_saved = self.step_started = time.perf_counter()
+        self.longest_step = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The clock starts."""
-        self.saved = time.perf_counter()
+        """Start the clock."""
+        self.last_saved = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step begins."""
-        self.begun = time.perf_counter()
+        self.step_started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Decide, now that a step is done."""
+        """Decide whether to save and whether to stop."""
         now = time.perf_counter()
-        self.longest = max(self.longest, now - self.begun)
-        due = now - self.saved + self.longest > LOST if self.every is None else state.global_step % self.every == 0
+        self.longest_step = max(self.longest_step, now - self.step_started)
+        if self.save_steps is None:
+            # the next step may take as long as the longest, and would be lost too
+            due = now - self.last_saved + self.longest_step > MAX_LOST_SECONDS
+        else:
+            due = state.global_step % self.save_steps == 0
+        # Clocks differ between ranks, and saving is collective: if it is due on one rank, all save.
         due = bool(self.processes.all_reduce_max([float(due)])[0])
         stopped = self.stop.agreed(self.processes)
         if due or stopped or state.global_step >= state.max_steps:
-            control.should_save, self.saved = True, now
-        if stopped:
+            control.should_save, self.last_saved = True, now
+        if stopped:  # after a save, so that the run resumes from this very step
             control.should_training_stop = True
 
 
 class Planning(TrainerCallback):
-    """Times the first steps, and says then how long the rest takes."""
+    """Times the first steps, then prints an estimate of time and memory for the run."""
 
     def __init__(self, run: Run, order: ByLength, parts: int) -> None:
         self.run, self.order, self.parts = run, order, parts
         self.steps: list[list[int]] = []
         self.times: list[tuple[float, int]] = []
-        self.before, self.begun = 0, 0.0
+        self.memory_before, self.started = 0, 0.0
         self.estimate: Estimate | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Lay out the steps of an epoch: those of the others are about as long."""
+        """Compute the steps of the first epoch, which stand for those of later epochs; note the memory in use."""
         self.steps = self.order.order(0)
-        self.before = min(psutil.Process().memory_info().rss, peak_memory())
+        self.memory_before = min(psutil.Process().memory_info().rss, peak_memory())
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step begins."""
-        self.begun = time.perf_counter()
+        self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note a timed step; after the last of them the estimate is said."""
+        """Record a step's time; after the last timed step, print the estimate."""
         if self.estimate is not None:
             return
+        # global_step has been incremented by now, and counts over all epochs
         epoch, number = divmod(state.global_step - 1, len(self.steps))
-        done = self.order.order(epoch)[number]
-        self.times.append((time.perf_counter() - self.begun, self._tokens(done)))
-        left = state.max_steps - state.global_step
-        if len(self.times) < TIMED and left:
+        rows_of_step = self.order.order(epoch)[number]
+        self.times.append((time.perf_counter() - self.started, self._tokens(rows_of_step)))
+        remaining_steps = state.max_steps - state.global_step
+        if len(self.times) < TIMED_STEPS and remaining_steps:
             return
-        every = [self._tokens(rows) for rows in self.steps]
-        tokens = round(sum(every) / len(every) * left)
-        self.estimate = estimate(self.times, tokens, max(every), (self.before, peak_memory()))
-        if left:
+        tokens_by_step = [self._tokens(rows) for rows in self.steps]
+        tokens = round(sum(tokens_by_step) / len(tokens_by_step) * remaining_steps)
+        self.estimate = estimate(self.times, tokens, max(tokens_by_step), (self.memory_before, peak_memory()))
+        if remaining_steps:
             for line in estimated(self.run, self.estimate):
                 if not console.quiet:
-                    tqdm.write(line)
+                    tqdm.write(line)  # print() would break the progress bar
 
     def _tokens(self, rows: list[int]) -> int:
         return padded_tokens(rows, self.order.lengths, self.parts)
 
 
 class Judging(TrainerCallback):
-    """Takes the held-out loss every so many steps, into the trainer's log."""
+    """Logs the held-out loss every `eval_steps` steps."""
 
-    def __init__(self, run: Run, every: int) -> None:
-        self.run, self.every = run, every
+    def __init__(self, run: Run, eval_steps: int) -> None:
+        self.run, self.eval_steps = run, eval_steps
         self.trainer: Any = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate where it is time to."""
-        if state.global_step % self.every == 0:
-            wanted = control.should_log  # logging takes it back, and the step's own loss is still to come
+        """Evaluate and log, if this step is due."""
+        if state.global_step % self.eval_steps == 0:
+            # Trainer.log resets should_log, and the Trainer has yet to log this step's training loss.
+            should_log = control.should_log
             self.trainer.log({"eval_loss": self.run.held_out_loss()})
-            control.should_log = wanted
+            control.should_log = should_log
 
 
 class Ordering(TrainerCallback):
-    """Gives every epoch its order: accelerate's loaders do not reach the sampler where steps are skipped."""
+    """Sets the sampler's epoch: on resume, accelerate's loader that skips batches does not pass set_epoch on to it."""
 
     def __init__(self, order: ByLength) -> None:
         self.order = order
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the order of the epoch that begins."""
+        """Use the order of the epoch that begins."""
         self.order.set_epoch(int(state.epoch or 0))
 
 
 class Bar(TrainerCallback):
-    """The progress bar of the first process, in place of the dictionaries that Trainer prints at every step."""
+    """A progress bar on rank 0, instead of the dictionaries that Trainer prints at every step."""
 
     def __init__(self) -> None:
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin where the run is."""
+        """Open the bar at the run's current step."""
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One more."""
+        """Advance by one step."""
         if self.bar is not None:
             self.bar.update(1)
 
@@ -141,6 +148,6 @@ class Bar(TrainerCallback):
                 self.bar.set_postfix(shown, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the bar where it ended."""
+        """Close the bar and leave it on the screen."""
         if self.bar is not None:
             self.bar.close()

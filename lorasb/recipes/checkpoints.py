@@ -1,4 +1,4 @@
-"""A run's checkpoints: which are whole, whose they are, and which are kept."""
+"""A run's checkpoint folders: marking them complete, checking that they are, and removing old ones."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from typing import Any
 
 from ..utils.atomic_files import write_json
 
-MARK = "complete.json"  # written last: a folder without it, or whose files are not as it says, was cut off
-KEPT = 2
+# Written last: a folder without it, or with files of other sizes than it lists, was interrupted while being written.
+MARK = "complete.json"
+KEPT = 2  # the last one, and the one before in case the last gets damaged
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What is written once a checkpoint is whole."""
+    """The content of complete.json, which marks a checkpoint as complete."""
 
     step: int
-    seconds: float  # of training until then
-    identity: dict[str, Any]
+    seconds: float  # training time up to this step, over all starts
+    identity: dict[str, Any]  # of the run, see `run_folder.identity_of`
     files: dict[str, int]  # name -> bytes
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint's folder is named after; -1 for other folders."""
+    """The step in the name of a checkpoint folder; -1 for other folders."""
     number = folder.name.removeprefix("checkpoint-")
     return int(number) if number.isdigit() and folder.is_dir() else -1
 
 
 def complete(folder: Path, seconds: float, identity: dict[str, Any]) -> None:
-    """Say that a checkpoint is whole, and remove all before it but the one before."""
+    """Mark a checkpoint as complete, then remove complete checkpoints older than the last two."""
     files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     mark = Mark(step_of(folder), seconds, identity, {name: size for name, size in files.items() if name != MARK})
     write_json(folder / MARK, mark.__dict__)
@@ -40,7 +41,7 @@ def complete(folder: Path, seconds: float, identity: dict[str, Any]) -> None:
 
 
 def read(folder: Path) -> Mark | None:
-    """A checkpoint's mark; None where the checkpoint was cut off while it was written."""
+    """A checkpoint's mark; None if the checkpoint is incomplete."""
     try:
         mark = Mark(**json.loads((folder / MARK).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -50,12 +51,12 @@ def read(folder: Path) -> Mark | None:
 
 
 def whole(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder."""
-    return [one for one in folder.glob("checkpoint-*") if step_of(one) >= 0 and read(one) is not None]
+    """The complete checkpoints in a folder."""
+    return [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0 and read(path) is not None]
 
 
 def last(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The last whole checkpoint, and those after it that were cut off."""
-    found = sorted((one for one in folder.glob("checkpoint-*") if step_of(one) >= 0), key=step_of)
-    best = max((one for one in found if read(one) is not None), key=step_of, default=None)
-    return best, [one for one in found if read(one) is None]
+    """The last complete checkpoint (None if there is none), and all incomplete ones."""
+    folders = sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+    best = max((path for path in folders if read(path) is not None), key=step_of, default=None)
+    return best, [path for path in folders if read(path) is None]

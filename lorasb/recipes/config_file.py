@@ -1,4 +1,4 @@
-"""Settings as YAML files: read by `--config`, and written beside a run's results so that it can be repeated."""
+"""YAML files of settings: read by `--config`, and written beside a run's results so that it can be repeated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..utils.atomic_files import write_text
 from .settings import InitSettings, listed
 
 CONFIG_NAME = "config.yaml"
-NOT_WRITTEN = ("resume",)  # how this start began is nothing to repeat
+NOT_WRITTEN = ("resume",)  # applies to one start of a run, not to a repetition
 
 
 def read_config(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
@@ -19,56 +19,58 @@ def read_config(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         path: the file.
-        known: name -> type of every setting there is.
+        known: setting's name -> type, for all settings of the command.
 
     Raises:
-        ValueError: no such file, no mapping of settings, a name that is not known (the nearest is named), or a value
-            of another type.
+        ValueError: no such file, not a mapping, an unknown name (the message has the nearest), or a value of another
+            type.
     """
     import yaml
 
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--config {path}: expected a YAML file of settings ({error.strerror or error})") from None
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path}: this is no YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"--config {path}: expected lines like `lr: 0.002`, got {type(found).__name__}")
-    for name in found:
+    if not isinstance(loaded, dict):
+        raise ValueError(f"--config {path}: expected lines like `lr: 0.002`, got {type(loaded).__name__}")
+    for name in loaded:
         if name not in known:
             near = difflib.get_close_matches(str(name).replace("-", "_"), known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise ValueError(f"--config {path}: there is no setting {name!r}: {hint}")
-    given = {name: value for name, value in found.items() if value is not None}
+    # a null line (`eval_data:`) means the default, as an option that is left out does
+    given = {name: value for name, value in loaded.items() if value is not None}
     return {name: typed(value, known[name], f"--config {path}: {name}") for name, value in given.items()}
 
 
 def typed(value: Any, kind: Any, where: str) -> Any:
-    """A value as its setting has it.
+    """Convert a value from YAML or the command line to its setting's type.
 
     Raises:
-        ValueError: it is of another type; `where` says which setting.
+        ValueError: it has another type; `where` names the setting in the message.
     """
     if kind not in (str, int, float, bool):
         return _ranks(value, where)
     if kind is bool and isinstance(value, bool):
         return value
+    # bool is a subclass of int, so every branch for numbers excludes it
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML takes 2e-3 for text
+            return float(value)  # YAML 1.1 reads 2e-3, without a dot, as text
         except ValueError:
             pass
     if kind is str and isinstance(value, str | int) and not isinstance(value, bool):
         return str(value)
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
-    raise ValueError(f"{where} expects {wanted}, got {value!r}")
+    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+    raise ValueError(f"{where} expects {expected}, got {value!r}")
 
 
 def _ranks(value: Any, where: str) -> dict[str, int]:
-    """Ranks by name of layer from a mapping, from JSON or from name=rank,name=rank."""
+    """Ranks by layer name, from a mapping, JSON, or name=rank,name=rank."""
     try:
         if isinstance(value, str):
             pairs = (part.partition("=") for part in value.split(","))
@@ -81,14 +83,14 @@ def _ranks(value: Any, where: str) -> dict[str, int]:
 
 
 def write_config(path: Path, *lists: Any) -> None:
-    """Write settings as YAML that `--config` reads, atomically: of `lorasb init` where its own are among them."""
+    """Write settings as YAML for `--config`, atomically; with InitSettings, only settings that `lorasb init` has."""
     import yaml
 
     of_init = any(isinstance(settings, InitSettings) for settings in lists)
     values = {
-        one.name: getattr(settings, one.name)
+        setting.name: getattr(settings, setting.name)
         for settings in lists
-        for one, _ in listed(type(settings))
-        if one.name not in NOT_WRITTEN and (one.metadata["init"] or not of_init)
+        for setting, _ in listed(type(settings))
+        if setting.name not in NOT_WRITTEN and (setting.metadata["init"] or not of_init)
     }
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -1,4 +1,4 @@
-"""One console for all commands, and errors a user can act on."""
+"""The console of all commands (quiet on ranks other than 0), and one for errors on stderr."""
 
 from __future__ import annotations
 

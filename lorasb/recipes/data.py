@@ -1,4 +1,4 @@
-"""The examples of a run: which are trained on, which are held out, and what says that they are the same ones."""
+"""A run's training and held-out examples, and a digest that identifies them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples; no held-out prompt is in the training set.
 
     Raises:
-        ValueError: files without examples, or nothing left to train on.
+        ValueError: a file without examples, or no example left to train on.
     """
     if settings.data is None:
         held_out = generate(settings.task, settings.eval_examples, HELD_OUT_SEED + settings.seed)
@@ -29,24 +29,26 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
     if settings.eval_data is not None:
         held_out = read_jsonl(settings.eval_data)[: settings.eval_examples]
     else:
+        # By the seed alone, so that a resumed run holds out the same examples.
         order = torch.randperm(len(train_examples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-        share = max(1, min(settings.eval_examples, len(train_examples) // 10))
-        held_out = [train_examples[i] for i in order[:share]]
+        held_out_count = max(1, min(settings.eval_examples, len(train_examples) // 10))
+        held_out = [train_examples[i] for i in order[:held_out_count]]
+    # By prompt, not by position: duplicates of a held-out prompt must not be trained on either.
     prompts = {(example.prompt, example.messages) for example in held_out}
-    left = [example for example in train_examples if (example.prompt, example.messages) not in prompts]
-    if not left:
+    remaining = [example for example in train_examples if (example.prompt, example.messages) not in prompts]
+    if not remaining:
         raise ValueError(f"{settings.data} holds no example that is not held out: pass more, or --eval-data of its own")
-    return left, held_out
+    return remaining, held_out
 
 
 def digest(*parts: Sequence[Example]) -> str:
-    """SHA-256 over examples in their order."""
+    """SHA-256 over lists of examples, in order."""
     text = json.dumps([[astuple(example) for example in part] for part in parts])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def describe_data(settings: Settings, count: int) -> str:
-    """Where the training examples come from, and how many they are."""
+    """The source and number of the training examples, as text."""
     if settings.data is not None:
         return f"{Path(settings.data).name}, {count} examples"
     return f"reasoning-gym {settings.task}, {count} generated examples"

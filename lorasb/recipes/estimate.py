@@ -1,4 +1,4 @@
-"""What a run is about to do, and what that takes by two timed steps."""
+"""The line before training, and the estimate of time and memory from a run's first steps."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .packing import row_length
 from .prepare import Run, device
 from .settings import Settings
 
-LONG = 30 * 60  # seconds: a run that takes longer is told what costs most
+LONG_RUN = 30 * 60  # seconds; longer runs get a hint which setting costs most
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of the training that is left, and the most bytes that the process holds."""
+    """Seconds of training that remain, and the process's peak memory in bytes."""
 
     seconds: float
     memory: int
 
 
 def announcement(run: Run) -> str:
-    """The line before training."""
+    """The line printed before training."""
     settings = run.settings
     rows = "rows" if settings.packing else "examples"
     where = torch.cuda.get_device_name() if device() == "cuda" else "CPU"
@@ -36,35 +36,37 @@ def announcement(run: Run) -> str:
 
 
 def estimated(run: Run, estimate: Estimate) -> list[str]:
-    """The announcement with the estimate, and for a long run the setting that costs most."""
+    """The announcement with the estimate, and for a long run the setting whose change saves most."""
     lines = [
         f"{announcement(run)}: about {duration(estimate.seconds)} and {estimate.memory / 1e9:.1f} GB, "
         "by the first steps"
     ]
-    if estimate.seconds > LONG:
+    if estimate.seconds > LONG_RUN:
         name, saved = costliest(run, estimate.seconds)
         lines.append(f"That is long, and {name} would save about {duration(saved)} of it")
     return lines
 
 
 def costliest(run: Run, seconds: float) -> tuple[str, float]:
-    """The change of one setting that saves most, and the seconds that it saves."""
+    """The change of one setting that saves most time, and the seconds that it saves."""
     settings, defaults = run.settings, Settings()
-    found = [(f"{_fewer(settings)} (half of the steps)", seconds / 2)]
+    options = [(f"{_fewer(settings)} (half of the steps)", seconds / 2)]
     name = run.precision.name
     if device() == "cpu" and name != "float32" and name != native().name:
-        found.append(("--dtype auto (float32 here)", seconds * (1 - 1 / max(1.0, slowdown(DTYPES[name])))))
+        options.append(("--dtype auto (float32 here)", seconds * (1 - 1 / max(1.0, slowdown(DTYPES[name])))))
     if settings.epochs > 1:
-        found.append(("--epochs 1", seconds * (1 - 1 / settings.epochs)))
+        options.append(("--epochs 1", seconds * (1 - 1 / settings.epochs)))
     if settings.data is None and settings.train_examples > defaults.train_examples:
-        share = defaults.train_examples / settings.train_examples
-        found.append((f"--train-examples {defaults.train_examples}", seconds * (1 - share)))
+        fraction_of_examples = defaults.train_examples / settings.train_examples
+        options.append((f"--train-examples {defaults.train_examples}", seconds * (1 - fraction_of_examples)))
     if settings.gradient_checkpointing:
-        found.append(("--no-gradient-checkpointing", seconds / 4))  # a forward of what is two, and its backward
+        # Two forwards and a backward, which costs about two forwards, instead of one and a backward.
+        options.append(("--no-gradient-checkpointing", seconds / 4))
+    # Time is taken as proportional to tokens, which ignores that attention is quadratic in the length.
     lengths, half = [row_length(row) for row in run.rows], settings.max_length // 2
-    short = sum(min(length, half) for length in lengths) / sum(lengths)
-    found.append((f"--max-length {half}", seconds * (1 - short)))
-    return max(found, key=lambda one: one[1])
+    fraction = sum(min(length, half) for length in lengths) / sum(lengths)
+    options.append((f"--max-length {half}", seconds * (1 - fraction)))
+    return max(options, key=lambda option: option[1])
 
 
 def _fewer(settings: Settings) -> str:
@@ -74,7 +76,7 @@ def _fewer(settings: Settings) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Seconds as readable text."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 2 * 3600:
@@ -83,29 +85,33 @@ def duration(seconds: float) -> str:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held on its device."""
+    """The process's peak memory in bytes: allocated by torch on a GPU, resident on the CPU."""
     if device() == "cuda":
         return int(torch.cuda.max_memory_allocated())
+    # ru_maxrss is in KiB on Linux
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def estimate(times: list[tuple[float, int]], left: int, longest: int, memory: tuple[int, int]) -> Estimate:
-    """From steps that were timed to those that are left.
+    """Extrapolate from timed steps to the remaining ones.
 
     Args:
-        times: of each timed step its seconds, and the tokens it computed, padding included.
-        left: tokens of the steps that are left.
-        longest: tokens of the largest step of all.
-        memory: bytes held before the timed steps, and at most since then.
+        times: (seconds, tokens with padding) of each timed step.
+        left: tokens of the remaining steps.
+        longest: tokens of the largest step.
+        memory: bytes in use before the timed steps, and the peak since then.
     """
-    rate = min(seconds / max(1, tokens) for seconds, tokens in times)  # the first step has to load what others find
+    # Seconds per token; the minimum, as the first step also loads libraries and allocates memory.
+    rate = min(seconds / max(1, tokens) for seconds, tokens in times)
     before, peak = memory
+    # Activations grow with the tokens of a step; weights and optimizer state are in `before` and in the peak.
     grown = max(0, peak - before) * longest / max(1, max(tokens for _, tokens in times))
     return Estimate(rate * left, int(max(peak, before + grown)))
 
 
 def padded_tokens(rows: Sequence[int], lengths: Sequence[int], parts: int) -> int:
-    """Tokens that a step's rows make in so many parts, each padded to its longest."""
-    size = max(1, -(-len(rows) // parts))
+    """Tokens with padding of a step's rows in `parts` micro-batches, each padded to its longest row."""
+    size = max(1, -(-len(rows) // parts))  # rows per micro-batch, rounded up
     sizes = [lengths[i] for i in rows]
-    return sum(len(part) * max(part) for part in (sizes[i : i + size] for i in range(0, len(sizes), size)))
+    micro_batches = (sizes[i : i + size] for i in range(0, len(sizes), size))
+    return sum(len(micro_batch) * max(micro_batch) for micro_batch in micro_batches)

@@ -1,4 +1,4 @@
-"""Held-out loss and exact match of greedy answers."""
+"""Held-out evaluation: mean loss, and exact match of greedily decoded answers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from .launch import gather_json
 from .tasks import Example
 from .tokenization import Collator, Encoded, positions
 
-MARGIN = 4  # tokens that an answer may be longer than the longest right one
-ANSWERED = 8192  # tokens that are kept at once: a token more of many answers takes little longer than one of a few
+ANSWER_MARGIN = 4  # tokens that a generated answer may be longer than the longest right one
+# Tokens per generation batch: a decoding step takes little longer for many rows than for a few.
+TOKENS_PER_BATCH = 8192
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss over examples (nats a token, each example's own mean), share of exact answers, and the answers."""
+    """Mean over examples of the loss in nats per token, share of exactly right answers, and the answers."""
 
     loss: float
     accuracy: float
@@ -37,83 +38,93 @@ def evaluate(
     batch_size: int,
     title: str,
 ) -> Evaluation:
-    """Evaluate a model on examples; the model's mode is put back. Several processes take a part of the batches each."""
+    """Evaluate a model on examples, split over ranks by batches; restores the model's train or eval mode."""
     loss = mean_loss(model, tokenizer.pad_token_id, encoded, batch_size, f"{title}: loss")
     mode = model.training
     model.eval()
-    chunks = _chunks(encoded, max(batch_size, ANSWERED // max(len(one) + MARGIN for one in encoded)))
-    found: dict[int, str] = {}
+    longest_row = max(len(ids) + ANSWER_MARGIN for ids in encoded)
+    # Generation keeps no activations, so its batches may be larger than those of the loss.
+    chunks = _chunks(encoded, max(batch_size, TOKENS_PER_BATCH // longest_row))
+    answer_by_index: dict[int, str] = {}
 
-    def answer(numbers: list[int], bar: Any) -> list[str]:
-        return _answers(model, tokenizer, [encoded[i] for i in numbers], bar)
+    def generate(indices: list[int], bar: Any) -> list[str]:
+        return _answers(model, tokenizer, [encoded[i] for i in indices], bar)
 
-    longest = [_longest_answer([encoded[i] for i in numbers]) for numbers in chunks]
-    for numbers, values in _shared(chunks, answer, longest, f"{title}: answers", "token"):
-        found |= dict(zip(numbers, values, strict=True))
+    token_limits = [_longest_answer([encoded[i] for i in indices]) for indices in chunks]
+    for indices, texts in _map_over_ranks(chunks, generate, token_limits, f"{title}: answers", "token"):
+        answer_by_index |= dict(zip(indices, texts, strict=True))
     model.train(mode)
-    given = tuple(found[i] for i in range(len(encoded)))
-    right = sum(answer == example.completion.strip() for answer, example in zip(given, examples, strict=True))
-    return Evaluation(loss, right / len(examples), given)
+    answers = tuple(answer_by_index[i] for i in range(len(encoded)))
+    right = sum(answer == example.completion.strip() for answer, example in zip(answers, examples, strict=True))
+    return Evaluation(loss, right / len(examples), answers)
 
 
 @torch.no_grad()
 def mean_loss(
     model: nn.Module, pad_token_id: int, encoded: Sequence[Encoded], batch_size: int, title: str = ""
 ) -> float:
-    """The mean loss alone, without answers; with a bar where there is a title."""
+    """The mean loss alone, without generation; shows a progress bar if there is a title."""
     mode = model.training
     model.eval()
+    # The signature of PeftModel.forward lacks logits_to_keep, so the collator looks at the base model's.
     collate = Collator(pad_token_id, getattr(model, "get_base_model", lambda: model)())
     chunks = _chunks(encoded, batch_size)
 
-    def call(numbers: list[int], bar: Any) -> list[float]:
-        losses = example_losses(model, collate([encoded[i] for i in numbers]))
+    def batch_losses(indices: list[int], bar: Any) -> list[float]:
+        """The losses of one batch; advances the bar."""
+        losses = example_losses(model, collate([encoded[i] for i in indices]))
         bar.update(1)
         return losses
 
-    every = _shared(chunks, call, [1] * len(chunks), title, "batch")
-    losses = [loss for _, values in every for loss in values]
+    results = _map_over_ranks(chunks, batch_losses, [1] * len(chunks), title, "batch")
+    losses = [loss for _, losses_of_batch in results for loss in losses_of_batch]
     model.train(mode)
     return sum(losses) / len(losses)
 
 
 def _chunks(encoded: Sequence[Encoded], size: int) -> list[list[int]]:
-    """Numbers of the examples of each batch, by their length."""
+    """Indices of the examples in each batch; batches are sorted by length, to save padding."""
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _shared(
-    chunks: list[list[int]], judge: Any, sizes: list[int], title: str, unit: str
+def _map_over_ranks(
+    chunks: list[list[int]], function: Any, sizes: list[int], title: str, unit: str
 ) -> list[tuple[list[int], list[Any]]]:
-    """Each batch's numbers and what `judge` gives for it, in order; every process judges a part.
+    """(indices, results of `function`) of each batch, in order; rank k computes batches k, k + world_size, ...
 
-    The bar counts units, of which each batch has its size.
+    The progress bar is over `sizes`, the number of units in each batch.
     """
     processes = Processes()
-    mine = range(processes.rank, len(chunks), processes.world_size)
+    own_batches = range(processes.rank, len(chunks), processes.world_size)
     hidden = processes.rank > 0 or not title
-    with tqdm(total=sum(sizes[k] for k in mine), desc=title, unit=unit, leave=False, disable=hidden) as bar:
-        every = gather_json([judge(chunks[k], bar) for k in mine], processes)
-    return [(numbers, every[k % processes.world_size][k // processes.world_size]) for k, numbers in enumerate(chunks)]
+    with tqdm(total=sum(sizes[k] for k in own_batches), desc=title, unit=unit, leave=False, disable=hidden) as bar:
+        results_by_rank = gather_json([function(chunks[k], bar) for k in own_batches], processes)
+    # batch k is the (k // world_size)-th result of rank k % world_size
+    return [
+        (indices, results_by_rank[k % processes.world_size][k // processes.world_size])
+        for k, indices in enumerate(chunks)
+    ]
 
 
 def example_losses(model: nn.Module, batch: dict[str, Any]) -> list[float]:
-    """Each example's mean loss in nats a token; takes the batch's labels."""
+    """Each example's mean loss in nats per token; removes `labels` from the batch."""
+    # Without labels the model computes no loss of its own, whose mean would be over all tokens of the batch.
     device = next(model.parameters()).device
     labels = batch.pop("labels")[:, 1:].to(device)
     logits = model(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}).logits[:, :-1]
+    # fp32: bf16 logits would round each token's loss; [batch, vocabulary, tokens] is cross_entropy's layout
     losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
     return (losses.sum(1) / (labels != -100).sum(1)).tolist()
 
 
 def _longest_answer(chunk: Sequence[Encoded]) -> int:
-    """Tokens that an answer of these may have: the longest right one's, and a margin."""
-    return max(len(e.completion) for e in chunk) + MARGIN
+    """The limit on new tokens for a batch: the length of its longest right answer, and a margin."""
+    return max(len(e.completion) for e in chunk) + ANSWER_MARGIN
 
 
 def _answers(model: nn.Module, tokenizer: Any, chunk: Sequence[Encoded], bar: Any) -> list[str]:
-    """Greedy answers; the bar moves with every token."""
+    """Greedily decoded answers; the bar advances with every token."""
     device = next(model.parameters()).device
     width = max(len(e.prompt) for e in chunk)
     ids = torch.tensor(
@@ -121,17 +132,18 @@ def _answers(model: nn.Module, tokenizer: Any, chunk: Sequence[Encoded], bar: An
     )
     mask = torch.tensor([[0] * (width - len(e.prompt)) + [1] * len(e.prompt) for e in chunk], device=device)
 
-    def moved(tokens: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    # generate() calls stopping criteria once per token; this one advances the bar and never stops.
+    def advance(tokens: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         bar.update(1)
         return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
     output = model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=mask,
-        position_ids=positions(mask),
+        position_ids=positions(mask),  # prompts are padded on the left
         max_new_tokens=_longest_answer(chunk),
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=[moved],
+        stopping_criteria=[advance],
     )
     return [text.strip() for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]

@@ -1,4 +1,4 @@
-"""`lorasb finetune`, from its settings to its results; what was done already is not done again."""
+"""`lorasb finetune`: one run from settings to results, which skips the stages that an earlier start completed."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ GO_ON = "stopped: the same command goes on from here"
 def run_finetune(settings: Settings) -> Result:
     """Fine-tune, evaluate before and after, and write the run's files into `settings.output`.
 
-    The files are those of `results.save`, and config.yaml. A run that was cut off goes on from its last checkpoint to
-    the bits it would have ended in; a finished one gives its results again.
+    The files are those of `results.save`, and config.yaml. An interrupted run resumes from its last checkpoint
+    and ends bitwise as it would have without the interruption; a finished one returns its saved results.
 
     Raises:
-        ValueError: bad settings or data, or a folder with another run in it.
-        OSError: a file cannot be written; what was written before is whole.
-        StoppedError: the user ended the run.
+        ValueError: bad settings or data, or another run is in the folder.
+        OSError: a file cannot be written; files written before are complete.
+        StoppedError: the user stopped the run.
     """
     settings.check()
-    current_backend()  # an unusable LORASB_BACKEND is better met now than after the first evaluation
-    from .train import check_report, train
+    current_backend()  # raises for an unusable LORASB_BACKEND now, before any work
+    from .train import check_report, train  # loads transformers.Trainer: only once the settings are checked
 
     check_report(settings)
     with launch.joined() as processes, Stop(GO_ON) as stop:
@@ -45,60 +45,62 @@ def run_finetune(settings: Settings) -> Result:
             "processes": processes.world_size,
             "examples": digest(*examples),
         }
+        # What `auto` and the generators came to is part of the identity: a resumed run must find the same.
         identity, folder = identity_of(settings, **facts), RunFolder(settings.output)
-        state = _look(folder, settings, identity, processes)
+        state = _look_up_state(folder, settings, identity, processes)
         if state.kind == FINISHED:
             return results.load(folder.folder)
         _warn(settings, processes)
         run = prepare(settings, examples)
-        first = processes.rank == 0
-        if first:
+        is_first_rank = processes.rank == 0
+        if is_first_rank:
             folder.begin(state, settings, identity)
-        processes.all_gather(0)  # nobody reads what an earlier run left
+        processes.all_gather(0)  # barrier: no rank reads the folder before rank 0 has cleared an earlier run's files
         before = folder.before() or run.evaluate("held-out problems, before")
-        if first:
+        if is_first_rank:
             folder.save_before(before)
-        report, seconds = _start(run, folder, first)
+        report, seconds = _start(run, folder, is_first_rank)
         trained = train(run, folder.checkpoints, identity, state.checkpoint, stop)
         after = run.evaluate("held-out problems, after")
         summary = results.summarize(run, before, after, seconds, trained, identity)
         result = Result(summary, run.held_out, before, after, report)
-        if first:
+        if is_first_rank:
             results.save(run, result, trained.history)
             folder.end()
-        processes.all_gather(0)  # the others leave once the files are there
+        processes.all_gather(0)  # barrier: no rank returns before the files are written
     return result
 
 
-def _look(folder: RunFolder, settings: Settings, identity: dict[str, Any], processes: Processes) -> State:
-    """How far the run came, as the first process sees it; all raise where it refuses."""
+def _look_up_state(folder: RunFolder, settings: Settings, identity: dict[str, Any], processes: Processes) -> State:
+    """How far the run in the folder came, as rank 0 reads it; its errors are raised on every rank."""
     state, error = None, None
     try:
+        # rank 0 alone reads: on other hosts the folder may be another one
         state = folder.look(settings, identity) if processes.rank == 0 else None
     except ValueError as caught:
         error = caught
     processes.raise_on_every_rank(error, "looking for an earlier run")
-    found = State(**launch.gather_json(state.__dict__ if state else None, processes)[0])
-    for line in found.lines:
+    shared_state = State(**launch.gather_json(state.__dict__ if state else None, processes)[0])
+    for line in shared_state.lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return found
+    return shared_state
 
 
 def _warn(settings: Settings, processes: Processes) -> None:
-    """One line where a 16-bit dtype was asked for that this CPU has no products for."""
+    """Print a line if a 16-bit dtype was asked for that this CPU has no native products in."""
     if settings.dtype != "auto" and device() == "cpu" and processes.rank == 0:
         line = slowdown_message(settings.dtype)
         if line is not None:
             errors.print(f"[bold yellow]lorasb:[/] {line}", highlight=False)
 
 
-def _start(run: Run, folder: RunFolder, first: bool) -> tuple[Any, float]:
-    """The initialized adapter, made now or before, with its report and the seconds that it took."""
+def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[Any, float]:
+    """Load the initialized adapter, or make and save it; returns its report and the seconds that took."""
     seconds = folder.start_seconds()
     if seconds is not None:
         load_adapter(run, folder.start)
         return load_report(folder.start), seconds
     report, seconds = adapt(run)
-    if first:
+    if is_first_rank:
         folder.save_start(lambda target: save_start(run, report, target), seconds)
     return report, seconds

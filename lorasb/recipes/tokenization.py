@@ -1,4 +1,4 @@
-"""Examples to tensors: completions are learned, and a chat's earlier answers; prompts are not."""
+"""Tokenization and collation. Labels cover completions and, in chats, earlier assistant turns; prompts are masked."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from .tasks import Example
 
-IGNORED = -100
+IGNORED = -100  # ignore_index of torch's cross_entropy
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a prompt and of its completion, end of text included.
+    """Token ids of a prompt and its completion, which ends with the end-of-text token.
 
-    `learned` says of each token of the prompt whether it belongs to an earlier answer of the assistant's; it is empty
-    where none does.
+    `learned` is True for prompt tokens of earlier assistant turns; it is empty if there are none.
     """
 
     prompt: tuple[int, ...]
@@ -32,46 +31,48 @@ class Encoded:
 
     @property
     def labels(self) -> list[int]:
-        """What is to be predicted at each token, IGNORED where nothing is."""
+        """Labels, one per token: the token itself, or IGNORED; the model shifts them."""
         marks = self.learned or (False,) * len(self.prompt)
         return [t if mark else IGNORED for t, mark in zip(self.prompt, marks, strict=True)] + [*self.completion]
 
     @property
     def tail(self) -> int:
-        """Tokens from the first learned one to the end."""
+        """Number of tokens from the first one with a label to the end."""
         return len(self) - self.learned.index(True) if True in self.learned else len(self.completion)
 
 
 def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
-    """Tokenize prompt and completion apart, so that no token straddles them; `messages` through the chat template.
+    """Tokenize prompt and completion separately, so that no token spans both; `messages` use the chat template.
 
-    A prompt that is too long loses its beginning; a completion that is too long loses its end.
+    Beyond `max_length`, a prompt loses its beginning and a completion its end.
 
     Raises:
-        ValueError: messages, and a tokenizer without a chat template.
+        ValueError: messages for a tokenizer without a chat template.
     """
     if example.messages:
         pieces, answer = _conversation(list(example.messages), tokenizer), example.completion
     else:
-        apart = example.prompt[-1:].isspace() or example.completion[:1].isspace()
-        pieces, answer = [(example.prompt, False)], example.completion if apart else " " + example.completion
+        # A space between them goes to the completion, as tokenizers merge it with the word that follows.
+        separated = example.prompt[-1:].isspace() or example.completion[:1].isspace()
+        pieces, answer = [(example.prompt, False)], example.completion if separated else " " + example.completion
     ids: list[int] = []
     learned: list[bool] = []
     for text, mark in pieces:
-        found = tokenizer(text, add_special_tokens=not example.messages)["input_ids"]
-        ids += found
-        learned += [mark] * len(found)
+        # a chat template writes the special tokens (BOS) itself
+        text_ids = tokenizer(text, add_special_tokens=not example.messages)["input_ids"]
+        ids += text_ids
+        learned += [mark] * len(text_ids)
     completion = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id][: max_length - 1]
-    kept = slice(-(max_length - len(completion)), None)
-    marks = tuple(learned[kept]) if any(learned[kept]) else ()
-    return Encoded(tuple(ids[kept]), tuple(completion), marks)
+    last_tokens = slice(-(max_length - len(completion)), None)
+    marks = tuple(learned[last_tokens]) if any(learned[last_tokens]) else ()
+    return Encoded(tuple(ids[last_tokens]), tuple(completion), marks)
 
 
 def _conversation(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, bool]]:
-    """What comes before the last answer, in pieces: the assistant's turns are learned, the others' are not.
+    """The chat before the last answer as (text, learned) pieces; assistant turns are learned.
 
-    Where a template writes a turn otherwise once others follow, the earlier turns cannot be told apart, and none of
-    them is learned.
+    Turn borders are found by rendering growing prefixes of the chat. Some templates render a turn differently once
+    others follow; the prefixes do not match then, and no earlier turn is learned.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
@@ -82,25 +83,26 @@ def _conversation(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[
     def rendered(turns: list[dict[str, str]], generation: bool) -> str:
         return str(tokenizer.apply_chat_template(turns, add_generation_prompt=generation, tokenize=False))
 
-    whole = rendered(messages[:-1], True)
+    full_text = rendered(messages[:-1], True)
     pieces: list[tuple[str, bool]] = []
-    seen = ""
+    rendered_so_far = ""
     for k, message in enumerate(messages[:-1]):
         if message["role"] != "assistant":
             continue
+        # head ends with the generation prompt ("assistant:"), which is given at inference and is not learned
         head, after = rendered(messages[:k], True), rendered(messages[: k + 1], False)
-        if not (head.startswith(seen) and after.startswith(head) and whole.startswith(after)):
-            return [(whole, False)]
-        pieces += [(head[len(seen) :], False), (after[len(head) :], True)]
-        seen = after
-    return [*pieces, (whole[len(seen) :], False)]
+        if not (head.startswith(rendered_so_far) and after.startswith(head) and full_text.startswith(after)):
+            return [(full_text, False)]
+        pieces += [(head[len(rendered_so_far) :], False), (after[len(head) :], True)]
+        rendered_so_far = after
+    return [*pieces, (full_text[len(rendered_so_far) :], False)]
 
 
 class Collator:
-    """Pads on the left, so that completions end together and the head runs on them alone.
+    """Pads on the left, so that completions are aligned at the end of the rows.
 
-    Where the model's forward knows `logits_to_keep`, logits are computed for the longest completion of the batch only:
-    for short answers that saves most of the head's work and memory.
+    If the model's forward takes `logits_to_keep`, logits are computed for the longest completion of the batch only: for
+    short answers that saves most of the head's time and memory.
     """
 
     def __init__(self, pad_token_id: int, model: nn.Module) -> None:
@@ -115,21 +117,23 @@ class Collator:
         labels = [[IGNORED] * (width - len(e)) + e.labels for e in examples]
         mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in examples])
         batch: dict[str, Any] = {"input_ids": torch.tensor(ids), "attention_mask": mask, "labels": torch.tensor(labels)}
+        # Without position_ids, models count positions from the padding.
         if self.positions:
             batch["position_ids"] = positions(mask)
         if self.trims:
+            # one more: the first label is predicted by the logit before it
             keep = min(width, 1 + max(e.tail for e in examples))
             batch |= {"labels": batch["labels"][:, -keep:], "logits_to_keep": keep}
         return batch
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Positions [batch, tokens] that count from the first token which is no padding."""
+    """Position ids [batch, tokens] that start at 0 at the first token after the padding."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def with_progress(call: Callable[[Example], Encoded], examples: Iterable[Example], title: str) -> list[Encoded]:
-    """Encode examples, with a bar where that takes more than two seconds."""
+    """Encode examples, with a progress bar after two seconds."""
     from tqdm.auto import tqdm
 
     return [call(example) for example in tqdm(examples, desc=title, unit="example", delay=2, leave=False)]

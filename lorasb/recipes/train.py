@@ -1,4 +1,4 @@
-"""The training of a run by `transformers.Trainer`, from its start or from a checkpoint."""
+"""Trains a run with `transformers.Trainer`, from the start or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ STATE_NAME = "trainer_state.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """The trainer's log, and the seconds of training over all starts."""
+    """The trainer's log history, and the seconds of training over all starts of the run."""
 
     history: list[dict[str, Any]]
     seconds: float
 
 
 def train(run: Run, folder: Path, identity: dict[str, Any], checkpoint: str | None, stop: Stop) -> Trained:
-    """Train, with checkpoints in `folder`, and go on from `checkpoint` where there is one.
+    """Train with checkpoints in `folder`, resuming from `checkpoint` if given.
 
     Raises:
-        StoppedError: the user asked for an end, and a checkpoint was written.
-        OSError: a checkpoint cannot be written; those before it are whole.
+        StoppedError: the user stopped the run; a checkpoint was written.
+        OSError: a checkpoint cannot be written; earlier ones are complete.
     """
     mark = checkpoints.read(Path(checkpoint)) if checkpoint else None
+    # Interrupted after the last step, before the results: only the weights and the log are needed.
     if checkpoint and mark is not None and mark.step >= run.steps:
         _load(run, Path(checkpoint))
         state = json.loads((Path(checkpoint) / STATE_NAME).read_text(encoding="utf-8"))
@@ -63,30 +64,30 @@ def train(run: Run, folder: Path, identity: dict[str, Any], checkpoint: str | No
         train_dataset=Listed(run.rows),
         data_collator=collate,
     )
-    trainer.order, trainer.identity, trainer.spent = order, identity, mark.seconds if mark else 0.0
+    trainer.order, trainer.identity, trainer.earlier_seconds = order, identity, mark.seconds if mark else 0.0
     _put_callbacks(trainer, run, stop, settings.gradient_accumulation * processes.world_size)
     console.print(announcement(run), highlight=False)
     stop.steps = True
-    trainer.begun = time.perf_counter()
+    trainer.train_started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     stop.end()
     return Trained(trainer.state.log_history, trainer.elapsed())
 
 
 def arguments(run: Run, folder: Path, processes: int) -> TrainingArguments:
-    """The trainer's arguments; saving is decided by `course.Saving`."""
+    """The trainer's arguments; `callbacks.Saving` decides when to save."""
     settings = run.settings
-    parts = settings.gradient_accumulation * processes
-    if settings.batch_size % parts:
+    micro_batches = settings.gradient_accumulation * processes
+    if settings.batch_size % micro_batches:
         raise ValueError(
             f"--batch-size {settings.batch_size} cannot be parted in {settings.gradient_accumulation} accumulations on "
-            f"{processes} processes: take a multiple of {parts}"
+            f"{processes} processes: take a multiple of {micro_batches}"
         )
     if settings.report_to == "tensorboard":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(settings.output) / "tensorboard"))
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=settings.batch_size // parts,
+        per_device_train_batch_size=settings.batch_size // micro_batches,
         gradient_accumulation_steps=settings.gradient_accumulation,
         max_steps=run.steps,
         learning_rate=settings.lr,
@@ -96,19 +97,19 @@ def arguments(run: Run, folder: Path, processes: int) -> TrainingArguments:
         max_grad_norm=1.0,
         logging_steps=1,
         logging_strategy="steps",
-        save_strategy="no",
+        save_strategy="no",  # `callbacks.Saving` sets control.should_save
         report_to=settings.report_to,
-        remove_unused_columns=False,
+        remove_unused_columns=False,  # the data set has `Encoded` items, not columns
         seed=settings.seed,
         use_cpu=device() == "cpu",
         dataloader_pin_memory=device() == "cuda",
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=False,  # every R takes part in every forward: skip DDP's search
         disable_tqdm=False,
     )
 
 
 def check_report(settings: Settings) -> None:
-    """Raise an ImportError where the package that `--report-to` asks for is missing."""
+    """Raise an ImportError if the package for `--report-to` is not installed."""
     if settings.report_to != "none" and importlib.util.find_spec(settings.report_to) is None:
         raise ImportError(
             f"--report-to {settings.report_to} needs a package that is not installed: pip install {settings.report_to}"
@@ -116,36 +117,38 @@ def check_report(settings: Settings) -> None:
 
 
 class _RunTrainer(Trainer):
-    """A trainer with an order of its own, whose checkpoints share A and B and say that they are whole."""
+    """A Trainer with `ByLength` order, whose checkpoints share A and B and are marked when complete."""
 
     order: ByLength
     identity: dict[str, Any]
-    spent: float  # seconds of training before this start
-    begun: float
+    earlier_seconds: float  # seconds of training in earlier starts of the run
+    train_started: float  # time.perf_counter() when this start's training began
 
     def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
         return self.order
 
     def elapsed(self) -> float:
         """Seconds of training so far, over all starts."""
-        return self.spent + time.perf_counter() - self.begun
+        return self.earlier_seconds + time.perf_counter() - self.train_started
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        first, error = self.args.should_save, None
-        if first:
+        writes, error = self.args.should_save, None
+        if writes:
+            # The folder is written again after a resume from before it: it must not count as complete meanwhile.
             (folder / checkpoints.MARK).unlink(missing_ok=True)
         try:
             super()._save_checkpoint(model, trial)
-        except Exception as caught:  # torch and safetensors have errors of their own for a full disk
+        except Exception as caught:  # a full disk: torch and safetensors raise types of their own
             error = caught
         try:
+            # The error is raised on every rank: the others would wait forever in the next collective.
             Processes().raise_on_every_rank(error, "saving a checkpoint")
-            if first:
-                share(folder)
+            if writes:
+                share(folder)  # before the mark, which lists the files and their sizes
                 checkpoints.complete(folder, self.elapsed(), self.identity)
         except Exception as caught:
-            if first:
+            if writes:
                 shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
                 f"the checkpoint {folder} cannot be written: {' '.join(str(caught).split())}. Those before it are "
@@ -154,6 +157,8 @@ class _RunTrainer(Trainer):
 
 
 def _put_callbacks(trainer: _RunTrainer, run: Run, stop: Stop, parts: int) -> None:
+    """Replace the Trainer's printing by a progress bar, and add the callbacks of a run."""
+    # Trainer adds either of the two, depending on disable_tqdm.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     judging = Judging(run, run.settings.eval_steps) if run.settings.eval_steps else None
@@ -170,14 +175,15 @@ def _put_callbacks(trainer: _RunTrainer, run: Run, stop: Stop, parts: int) -> No
 
 
 def _checkpoint_activations(base: Any) -> None:
-    """Let the model compute its activations again in backward, by the name that this transformers has for it."""
-    kept = {"use_reentrant": False}
+    """Enable activation checkpointing, by the method's name in the installed transformers."""
+    # The reentrant variant needs an input that requires a gradient, and the embeddings of a frozen base do not.
+    options = {"use_reentrant": False}
     if hasattr(base, "activation_checkpointing_enable"):
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs=kept)
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kept)
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _load(run: Run, checkpoint: Path) -> None:
-    """Put the adapter of a checkpoint in place of the one that is there."""
+    """Load a checkpoint's adapter over the current one."""
     run.model.load_adapter(str(checkpoint), "default", is_trainable=True)

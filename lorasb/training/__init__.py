@@ -1,1 +1,1 @@
-"""Inside a training run: initialization from the Trainer's own data, and parameter groups for an optimizer."""
+"""Training-loop integration: initialization from the Trainer's data, and parameter groups for optimizers."""

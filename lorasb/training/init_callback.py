@@ -1,4 +1,4 @@
-"""`lorasb.InitCallback`: initialization inside a `transformers.Trainer`, from its own data and schedule."""
+"""`lorasb.InitCallback`: initializes an adapter inside a `transformers.Trainer`, from its data and schedule."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from ..layers.lookup import adapted_layers
 class InitCallback(TrainerCallback):
     """Runs `lorasb.initialize` when training begins: `Trainer(..., callbacks=[lorasb.InitCallback()])`.
 
-    Samples are drawn from the trainer's data set by a seed of its own and collated as the trainer collates, so that
-    the order of training stays what it would have been. η is the peak learning rate over the number of warm-up steps
-    (at least 1): a schedule's very first rate is 0. Nothing happens where the adapter is initialized already. Where
-    training resumes from a checkpoint, A, B and R come from it: FSDP loads R alone, and the callback A and B.
+    Samples are drawn from the trainer's data set with a separate seed and collated by the trainer's collator; the order
+    of training does not change. η is the peak learning rate divided by the number of warm-up steps (at least 1), as a
+    schedule's very first rate is 0. An adapter that is initialized already is left alone. If training resumes from a
+    checkpoint, A, B and R come from it; under FSDP, which loads R alone, the callback loads A and B.
 
     Args:
-        num_samples: how many, over all processes; None takes min(n, max(32, n/1000)).
-        seed: of the drawing and of the SVD; the trainer's `seed` unless given.
-        lr: η, where it is not to come from the trainer's arguments.
+        num_samples: number of samples over all processes; None takes min(n, max(32, n/1000)).
+        seed: for sampling and the SVD; the trainer's `seed` by default.
+        lr: η, instead of the one derived from the trainer's arguments.
         share_factors: let the run's checkpoints share one file of A and B, which never change: each further checkpoint
-            adds R and the optimizer's state. Every folder still loads by itself (`shared_factors`).
-        options: of `lorasb.initialize` (`longest_start=`, `cache=`, `loss_fn=`, ...).
+            adds R and the optimizer's state. Every checkpoint folder can still be loaded alone (`shared_factors`).
+        options: options of `lorasb.initialize` (`longest_start=`, `cache=`, `loss_fn=`, ...).
 
     Attributes:
-        report: the `InitReport`, once training has begun; None where nothing was done.
+        report: the `InitReport`, once training has begun; None if no initialization ran.
 
     Raises:
-        ValueError: the optimizer holds copies of R, which would overwrite what initialization writes; or training
-            resumes, and the A and B that belong to R are nowhere.
+        ValueError: the optimizer holds copies of R, which would overwrite the initialized R; or training resumes,
+            and the A and B that belong to R are not found.
     """
 
     def __init__(
@@ -61,9 +61,10 @@ class InitCallback(TrainerCallback):
         self.report: InitReport | None = None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer after it has written a checkpoint."""
+        """Split a written checkpoint into R and the shared factor file."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         uploading = args.push_to_hub and "checkpoint" in str(getattr(args.hub_strategy, "value", args.hub_strategy))
+        # An upload to the Hub reads the folder in the background while this would rewrite its files.
         if self.share_factors and state.is_world_process_zero and folder.is_dir() and not uploading:
             share(folder)
 
@@ -77,15 +78,19 @@ class InitCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Called by the trainer, after it has loaded a checkpoint and before its first step."""
+        """Initialize, or restore A and B; the trainer has loaded a checkpoint by now and made no step."""
         name, layers = adapted_layers(model, self.options.get("adapter_name"))
         initialized = all(layer.is_initialized(name) for layer in layers.values())
+        # Resumed. FSDP's checkpoints have trainable parameters alone, so R is in place and A and B are those of a new
+        # patch, even if a data-free init has filled them.
         if state.global_step > 0 and (sharded(model) or not initialized):
             _restore(args, state, name, layers, needed=not initialized)
+        # Under ZeRO-3 gathering is collective and saving is not, so A and B are gathered here; no-op otherwise.
         keep_factors(layers, name, first=state.is_world_process_zero)
         if state.global_step > 0 or initialized:
             return
         _refuse_copies(optimizer, layers, name)
+        # The schedule multiplies by step / warm-up steps: the first step with a rate above 0 has peak / warm-up steps.
         lr = self.lr or first_step_lr(args.learning_rate, args.get_warmup_steps(state.max_steps))
         seed = args.seed if self.seed is None else self.seed
         options = {"progress": not args.disable_tqdm} | self.options
@@ -95,9 +100,13 @@ class InitCallback(TrainerCallback):
 
 
 def _restore(args: Any, state: Any, name: str, layers: dict[str, LoRASBLinear], needed: bool) -> None:
-    """Load A and B from where the checkpoint may lie that training resumes from: the trainer does not tell."""
-    said = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
-    folders = [*said, Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+    """Load A and B from the checkpoint that training resumes from.
+
+    Callbacks do not get its folder: `trainer.train(resume_from_checkpoint=...)` does not set `args`. So the folder in
+    `args` and this step's checkpoint in the output folder are tried.
+    """
+    named = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
+    folders = [*named, Path(args.output_dir) / f"checkpoint-{state.global_step}"]
     if not restore_factors(layers, name, folders) and needed:
         raise ValueError(
             "training resumes, and R alone was loaded: expected an adapter that has this R, with its A and B, in "
@@ -106,31 +115,40 @@ def _restore(args: Any, state: Any, name: str, layers: dict[str, LoRASBLinear], 
         )
 
 
-def _batches(loader: Any, size: int, num_samples: int | None, seed: int) -> tuple[Iterator[dict[str, Any]], int]:
-    """This process's share of the samples drawn, or of the first that a stream has; and their number over all."""
+def _batches(loader: Any, batch_size: int, num_samples: int | None, seed: int) -> tuple[Iterator[dict[str, Any]], int]:
+    """Batches of this process's share of the samples, and the number of samples over all processes.
+
+    Samples are drawn at random from a map-style data set; of a stream, the first `num_samples` are taken.
+    """
     dataset, processes, collate = loader.dataset, Processes(), loader.collate_fn
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         if num_samples is None:
             raise ValueError("the trainer's data set is a stream: say how many samples, InitCallback(num_samples=64)")
-        first = [item for item, _ in zip(dataset, range(num_samples), strict=False)]
-        return _collated(first[processes.rank :: processes.world_size], collate, size), num_samples
+        # Every process reads the same head of the stream and takes every size-th item.
+        head = [item for item, _ in zip(dataset, range(num_samples), strict=False)]
+        return _collated(head[processes.rank :: processes.world_size], collate, batch_size), num_samples
     chosen = draw(len(dataset), num_samples, seed)
-    mine = chosen[processes.rank :: processes.world_size]
-    return _collated((dataset[i] for i in mine), collate, size), len(chosen)
+    own_indices = chosen[processes.rank :: processes.world_size]
+    # a generator: samples are read batch by batch
+    return _collated((dataset[i] for i in own_indices), collate, batch_size), len(chosen)
 
 
-def _collated(items: Iterable[Any], collate: Any, size: int) -> Iterator[dict[str, Any]]:
-    left = iter(items)
-    while batch := list(itertools.islice(left, size)):
-        yield dict(collate(batch))
+def _collated(items: Iterable[Any], collate: Any, batch_size: int) -> Iterator[dict[str, Any]]:
+    remaining = iter(items)
+    while batch := list(itertools.islice(remaining, batch_size)):
+        yield dict(collate(batch))  # a BatchEncoding becomes a plain dict
 
 
 def _refuse_copies(optimizer: Any, layers: dict[str, LoRASBLinear], name: str) -> None:
-    """Raise where the optimizer does not step R itself: what it holds would be written over the new R."""
+    """Raise if the optimizer holds copies of R: its next step would write them over the initialized R.
+
+    Optimizers with fp32 master weights and DeepSpeed's partitions are made before `on_train_begin`, from the old R.
+    """
     if optimizer is None:
         return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [layer for layer, module in layers.items() if id(module.lorasb_R[name]) not in held]
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [layer for layer, module in layers.items() if id(module.lorasb_R[name]) not in optimized]
+    # Frozen parameters are not given to the optimizer: say that first, as "copies" would be the wrong reason.
     if not any(module.lorasb_R[name].requires_grad for module in layers.values()):
         raise ValueError(
             f"no R of adapter {name!r} requires a gradient, so nothing would train: model.set_adapter({name!r})"
@@ -145,10 +163,10 @@ def _refuse_copies(optimizer: Any, layers: dict[str, LoRASBLinear], name: str) -
 
 @contextmanager
 def _rng_untouched() -> Iterator[None]:
-    """Collators may draw (random masking): what training draws afterwards stays the same."""
+    """Restore the global RNG states: collators may draw (random masking), and training must draw as without this."""
     state = random.getstate()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # the CPU generator; collators do not draw on GPUs
             yield
     finally:
         random.setstate(state)

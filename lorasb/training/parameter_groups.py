@@ -1,4 +1,4 @@
-"""Parameter groups for optimizers: R apart from modules that are trained whole."""
+"""Parameter groups for optimizers: R in one, modules that are trained in full in others."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..layers.linear import LoRASBLinear
 def parameter_groups(
     model: nn.Module, lr: float, *, other_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """What a model trains, as groups for `torch.optim.AdamW(lorasb.parameter_groups(model, lr=1e-3))`.
+    """The trainable parameters of a model, as groups for `torch.optim.AdamW(lorasb.parameter_groups(model, lr=1e-3))`.
 
     R moves inside a fixed subspace and starts at the first step of full fine-tuning, so its learning rate is 10 to 40
-    times that of full fine-tuning (the paper's: 1e-4 to 2e-3, Tables 11 and 12). Modules that are trained whole, as
-    classification heads are, may want another.
+    times that of full fine-tuning (the paper's: 1e-4 to 2e-3, Tables 11 and 12). Modules that are trained in full, such
+    as classification heads, may need another.
 
     Args:
         model: a patched model.
-        lr: of R.
-        other_lr: of everything else that requires a gradient; `lr` unless given.
-        weight_decay: of what is no R and has two dimensions or more. R itself is not decayed: that would pull the
-            update back towards zero, not a weight.
+        lr: learning rate of R.
+        other_lr: learning rate of every other parameter that requires a gradient; `lr` by default.
+        weight_decay: for parameters other than R of two or more dimensions. R is not decayed: that would pull the
+            update, not a weight, towards zero.
 
     Returns:
         Up to three groups named "lorasb_R", "other" and "other, not decayed", none of them empty.
@@ -31,24 +31,25 @@ def parameter_groups(
     Raises:
         ValueError: nothing requires a gradient.
     """
-    cores = {
+    # by id: parameters compare elementwise
+    core_ids = {
         id(core)
         for module in model.modules()
         if isinstance(module, LoRASBLinear)
         for core in module.lorasb_R.parameters()
     }
     trained = [p for p in model.parameters() if p.requires_grad]
-    others = [p for p in trained if id(p) not in cores]
+    others = [p for p in trained if id(p) not in core_ids]
     if not trained:
         raise ValueError(
             "no parameter requires a gradient: patch the model (lorasb.patch), or make an adapter active for training "
             "(model.set_adapter(name), PeftModel.from_pretrained(..., is_trainable=True))"
         )
-    rest = lr if other_lr is None else other_lr
+    lr_of_others = lr if other_lr is None else other_lr
     groups = (
-        ("lorasb_R", [p for p in trained if id(p) in cores], lr, 0.0),
-        ("other", [p for p in others if p.dim() >= 2], rest, weight_decay),
-        ("other, not decayed", [p for p in others if p.dim() < 2], rest, 0.0),
+        ("lorasb_R", [p for p in trained if id(p) in core_ids], lr, 0.0),
+        ("other", [p for p in others if p.dim() >= 2], lr_of_others, weight_decay),
+        ("other, not decayed", [p for p in others if p.dim() < 2], lr_of_others, 0.0),
     )
     return [
         {"name": name, "params": params, "lr": rate, "weight_decay": decay}

@@ -1,6 +1,6 @@
-"""What PEFT sees: configuration, tuner model, targets, `patch`, loading, several adapters.
+"""The PEFT side of LoRA-SB: config, tuner model, target selection, `patch`, loading, several adapters per model.
 
-Uses layers and what is below them. `lorasb._peft_registration` makes PEFT know it.
+Builds on `layers`; `lorasb._peft_registration` registers it with PEFT.
 """
 
-import peft  # noqa: F401  registers the method before any module of ours that needs it is half-imported
+import peft  # noqa: F401  registers the method first, so that no module below is half-imported then

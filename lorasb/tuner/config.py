@@ -1,4 +1,7 @@
-"""`LoRASBConfig`: what is adapted, at which rank, and how A, R and B are initialized."""
+"""`LoRASBConfig`: which layers are adapted, at which rank, and how A, R and B are initialized.
+
+It is saved beside the weights as adapter_config.json, in PEFT's layout.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ DEFAULT_RANK = 64
 INITS = ("update", "lora-xs", "kaiming")
 ALL_LINEAR = "all-linear"
 GLUE_ALPHA = 16.0  # LoRA-XS fixes alpha at 16 on GLUE and at r elsewhere (paper, appendix I)
-FOR_THIS_PROCESS = ("init_seed", "check_base")  # of no use to who loads the adapter
+NOT_SAVED = ("init_seed", "check_base")  # of no use to whoever loads the adapter
+# Fields that patching overwrites with the values they resolve to for one model.
 RESOLVED = (
     "r",
     "rank_pattern",
@@ -32,6 +36,7 @@ RESOLVED = (
 )
 
 
+# `__post_init__` looks up PeftType(PEFT_NAME), also where the config is imported before the method is registered.
 extend_peft_types()
 
 
@@ -42,10 +47,11 @@ class LoRASBConfig(PeftConfig):
     Args:
         r: rank. `None` means 64, capped at a smaller layer's min(in_features, out_features); an explicit rank above
             that is an error which names the layer.
-        target_modules: names (matched by suffix), a regex, or "all-linear" (heads, poolers and whatever else
-            the base's checkpoint does not bring, which are trained whole, and output embeddings are left out).
+        target_modules: names (matched by suffix), a regex, or "all-linear", which leaves out output embeddings and
+            modules that are missing from the base's checkpoint (heads, poolers): those are trained in full.
         target_parameters: names (matched by suffix) of experts' 3-D weights, "mlp.experts.gate_up_proj" and
-            "mlp.experts.down_proj" of Mixtral, Qwen3-MoE and families that compute alike: an A, R and B each expert.
+            "mlp.experts.down_proj" of Mixtral, Qwen3-MoE and models with the same expert computation: every expert
+            gets its own A, R and B.
         exclude_modules: names or a regex of modules to leave alone.
         layers_to_transform: indices of the blocks to adapt; `layers_pattern` names the list they index.
         rank_pattern: name or regex -> rank, for layers that differ from `r`.
@@ -53,15 +59,15 @@ class LoRASBConfig(PeftConfig):
         scaling: s. LoRA-SB needs no tuning here: its equivalent gradient does not depend on s (Theorem 5).
         init: "update" (LoRA-SB, Eq. 6-8), "lora-xs" (SVD of W) or "kaiming" (SVD of a random matrix, Table 5). The
             last two need no data: the adapter is initialized when the model is patched.
-        init_seed: of the data-free inits when a model is patched; `lorasb.initialize(model, seed=...)` takes another.
-        lora_alpha: only for init="lora-xs", whose scaling is alpha/r: r for language models and 16 for
-            classification unless given.
+        init_seed: seed of a data-free init when a model is patched; `lorasb.initialize(model, seed=...)` has its own.
+        lora_alpha: only for init="lora-xs", whose scaling is alpha/r. Defaults to r for language models and to 16
+            for classification.
         equivalent_gradient: replace R's gradient by Theorem 3's closed form. Needed only where the factors are not
             orthonormal; with LoRA-SB's own it changes nothing but s.
-        modules_to_save: modules that are trained and saved whole. What a checkpoint of the base does not bring, such as
-            a classification head, joins them by itself.
+        modules_to_save: modules that are trained and saved in full. Modules that are missing from the base's
+            checkpoint, such as a classification head, are added automatically.
         init_provenance: written by `lorasb.initialize`: data, seed, learning rate, samples, versions.
-        base_fingerprint: written when a model is patched: values that tell this base model from another.
+        base_fingerprint: written when a model is patched: sampled weights that identify the base model.
         check_base: compare the base model with the fingerprint of a loaded adapter, and write one when a model is
             patched. `PeftModel.from_pretrained(base, folder, check_base=False)` loads an adapter on another base.
 
@@ -91,6 +97,7 @@ class LoRASBConfig(PeftConfig):
         super().__post_init__()
         self._weights_follow = False
         self.peft_type = PeftType(PEFT_NAME)
+        # Names are sets, as in PEFT's LoraConfig; JSON has no sets, so a loaded config arrives with lists.
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -109,6 +116,7 @@ class LoRASBConfig(PeftConfig):
         ranks = {"r": self.r} if self.r is not None else {}
         ranks.update({f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()})
         for name, rank in ranks.items():
+            # bool is a subclass of int: r=True would pass as rank 1
             if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
                 raise ValueError(f"{name} must be a positive integer, got {rank!r}")
             if rank > MAX_RANK:
@@ -144,53 +152,57 @@ class LoRASBConfig(PeftConfig):
 
     @property
     def from_file(self) -> bool:
-        """Whether this describes an adapter that exists: its weights come from a file or from other adapters."""
+        """True if the adapter exists already: its weights come from a file or from other adapters."""
         return self._weights_follow or self.init_provenance is not None
 
     def weights_follow(self) -> LoRASBConfig:
-        """Say that A, R and B of the next adapter made from this are written by the caller: nothing is initialized."""
+        """Mark that the caller writes A, R and B of the next adapter made from this config: no init runs."""
         self._weights_follow = True
         return self
 
     def start_over(self) -> None:
-        """Before a model is patched: put back what was asked for, so that one configuration serves several models."""
+        """Restore the fields that patching another model has resolved, so that one config serves several models."""
+        # Without this, ranks capped for a small model, or its target names, would be explicit requests for the next.
         for name, value in getattr(self, "_asked", {}).items():
             setattr(self, name, value)
         self._asked = {name: copy.copy(getattr(self, name)) for name in RESOLVED}
 
     def scaling_for(self, r: int) -> float:
-        """The factor s of a layer of rank `r`."""
+        """The scaling s of a layer of rank `r`."""
         if self.init != "lora-xs":
             return self.scaling
+        # task_type is a TaskType member or a plain string; str() of the member is "TaskType.SEQ_CLS"
         classification = str(self.task_type or "").rpartition(".")[2] in ("SEQ_CLS", "TOKEN_CLS")
         alpha = self.lora_alpha if self.lora_alpha is not None else (GLUE_ALPHA if classification else float(r))
         return self.scaling * alpha / r
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json and our part of the model card into `save_directory`, each atomically."""
+        """Write adapter_config.json and the LoRA-SB section of the model card, each atomically."""
         if os.path.isfile(save_directory):
             raise ValueError(f"expected a folder to save into, got the file {save_directory}")
-        values = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
+        config_dict = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
+        # PEFT passes the base's class for adapters without a task type; AutoPeftModel loads the base by it
         if kwargs.get("auto_mapping_dict") is not None:
-            values["auto_mapping"] = kwargs["auto_mapping_dict"]
-        for name in FOR_THIS_PROCESS:
-            values.pop(name)
+            config_dict["auto_mapping"] = kwargs["auto_mapping_dict"]
+        for name in NOT_SAVED:
+            config_dict.pop(name)
         weights = Path(save_directory) / WEIGHTS_NAME
         if weights.is_file():
-            weights.chmod(0o644)  # safetensors renames a private temporary file into place
-        write_json(Path(save_directory) / CONFIG_NAME, values)
-        update_card(Path(save_directory), values, self.scaling_for(self.r or DEFAULT_RANK))
+            weights.chmod(0o644)  # safetensors renames a temporary file of mode 0600 into place
+        write_json(Path(save_directory) / CONFIG_NAME, config_dict)
+        update_card(Path(save_directory), config_dict, self.scaling_for(self.r or DEFAULT_RANK))
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> LoRASBConfig:
-        """Read a configuration; where the weights lie beside it, check first that their file is whole.
+        """Read a configuration; if the weights are in the same folder, first check that their file is not truncated.
 
         Raises:
             ValueError: no configuration there, or a truncated weights file.
         """
         weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
+        # PEFT reads the config before it patches the model, so a truncated file is refused with the model untouched
         if weights.is_file():
             safetensors_header(weights)
         config: LoRASBConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -199,4 +211,4 @@ class LoRASBConfig(PeftConfig):
 
 def field_names() -> set[str]:
     """The names that `LoRASBConfig` and `lorasb.patch` accept."""
-    return {item.name for item in fields(LoRASBConfig)}
+    return {config_field.name for config_field in fields(LoRASBConfig)}

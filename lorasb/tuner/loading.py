@@ -1,7 +1,7 @@
-"""PEFT's reading of an adapter's file, with the A and B that a run's checkpoints share put to it.
+"""Loading of checkpoints that hold R alone: A and B are added from the factor file that the run's checkpoints share.
 
-PEFT tells a method what the file holds, but not where it lies, and the factors lie beside it. So the function that
-reads it is wrapped, once, where PEFT calls it. Files of other methods pass through.
+PEFT hands a method the tensors of an adapter file, but not its folder, which has the factor file. So PEFT's own
+`load_peft_weights` is wrapped, once, wherever PEFT calls it. Files of other methods are returned as they are.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from ..checkpoints.shared_factors import DIGEST, join_factors
 from ..constants import FACTORS_NAME, FROZEN_FACTORS, PEFT_PREFIX
 from ..layers.linear import LoRASBLinear
 
-NAME = "load_peft_weights"
-HOMES = (peft.utils.save_and_load, peft.utils, peft.peft_model, peft)
+LOADER = "load_peft_weights"
+# Every module that PEFT imports the function into by name; patching the defining module alone would miss its callers.
+MODULES_WITH_LOADER = (peft.utils.save_and_load, peft.utils, peft.peft_model, peft)
 
 
 def install() -> None:
-    """Wrap the function in every module that has it; a second time does nothing."""
-    for home in HOMES:
-        original = getattr(home, NAME)
+    """Wrap the function in every module that has it; idempotent."""
+    for module in MODULES_WITH_LOADER:
+        original = getattr(module, LOADER)
         if not hasattr(original, "joins_factors"):
-            setattr(home, NAME, _joining(original))
+            setattr(module, LOADER, _with_shared_factors(original))
 
 
-def _joining(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+def _with_shared_factors(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
     @functools.wraps(original)
     def load(model_id: Any, *arguments: Any, **options: Any) -> dict[str, Tensor]:
-        """PEFT's own, then A and B from beside the file."""
+        """PEFT's function, with A and B added from the file's folder."""
         tensors = original(model_id, *arguments, **options)
-        if DIGEST not in tensors:
+        if DIGEST not in tensors:  # a complete adapter, or another method's
             return tensors
         folder = _folder(str(model_id), options)
         return tensors if folder is None else join_factors(tensors, folder)
@@ -49,33 +50,39 @@ def _joining(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[s
 
 
 def _folder(model_id: str, options: dict[str, Any]) -> Path | None:
-    """The folder that has the factors: the adapter's own, or where the Hub's file was put."""
+    """The folder with the factor file: the adapter's, or the local cache of the Hub's; None if there is none."""
     folder = Path(model_id, options.get("subfolder") or "")
     if folder.is_dir():
         return folder
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    known = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
+    supported = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
     try:
-        found = hf_hub_download(model_id, FACTORS_NAME, **{k: v for k, v in options.items() if k in known})
+        factor_file = hf_hub_download(model_id, FACTORS_NAME, **{k: v for k, v in options.items() if k in supported})
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError):
-        return None
-    return Path(found).parent
+        return None  # not an error yet: `with_factors` tries the A and B that the model has
+    return Path(factor_file).parent
 
 
 def with_factors(tensors: dict[str, Tensor], adapter_name: str, layers: dict[str, LoRASBLinear]) -> dict[str, Tensor]:
-    """A checkpoint's tensors with its A and B, where they were not beside it and the model has them."""
-    wanted = shared_factors.referenced_digest(tensors)
-    if wanted is None:
+    """A checkpoint's tensors with A and B from the model, where the checkpoint's folder has no factor file.
+
+    Raises:
+        ValueError: the model's A and B are not those that the checkpoint's R belongs to.
+    """
+    expected_digest = shared_factors.referenced_digest(tensors)
+    if expected_digest is None:
         return tensors
-    own = {
+    model_factors = {
         f"{name}.{part}": getattr(layer, part)[adapter_name].detach()
         for name, layer in layers.items()
         for part in FROZEN_FACTORS
     }
-    if shared_factors.digest(own) != wanted:
+    # R is meaningless with other factors, so the digest decides, not the shapes.
+    if shared_factors.digest(model_factors) != expected_digest:
         raise shared_factors.missing_factors_error()
+    # transformers' load_adapter strips PEFT's prefix before this; A and B must be named as R is.
     prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
-    rest = {key: value for key, value in tensors.items() if key != shared_factors.DIGEST}
-    return rest | {f"{prefix}{key}": value for key, value in own.items()}
+    other_tensors = {key: value for key, value in tensors.items() if key != shared_factors.DIGEST}
+    return other_tensors | {f"{prefix}{key}": value for key, value in model_factors.items()}

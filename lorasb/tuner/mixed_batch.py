@@ -1,7 +1,7 @@
-"""An adapter for each row of a batch: `model(**batch, adapter_names=["one", "__base__", "two"])`, as PEFT's LoRA does.
+"""One adapter per batch row: `model(**batch, adapter_names=["one", "__base__", "two"])`, as in PEFT's LoRA.
 
-The names travel to every layer as a keyword argument of its forward, put there by hooks that last for one call. Where a
-layer gets tokens and not rows, the module around it that got [B, T, ...] says how many tokens a row has.
+Forward pre-hooks, removed after the call, pass the names to every layer as a keyword argument. Where a layer gets
+flattened tokens [B·T, in], the shape [B, T] recorded at the nearest enclosing module maps tokens back to rows.
 """
 
 from __future__ import annotations
@@ -19,37 +19,43 @@ from ..layers.linear import LoRASBLinear
 from ..layers.token_rows import TOKENS_FIRST, Rows, chooses_tokens, rows_of
 from ..layers.unfused_experts import OpenExperts
 
-TOWERS = ("vision_config", "audio_config")  # beside a text_config: rows of pictures or sounds are not the text's
+# Sub-configs of multimodal models, beside text_config: a row of an image or audio tower is not a row of the text.
+TOWER_CONFIGS = ("vision_config", "audio_config")
 
 
 @contextmanager
 def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) -> Iterator[None]:
-    """Give each row of the next forwards its adapter; `__base__` is none.
+    """Apply one adapter per row in the forwards of this block; `__base__` stands for no adapter.
 
     Args:
         model: with LoRA-SB layers, in evaluation mode.
-        names: an adapter's name for each row of the input.
-        num_beams: rows that generation makes of each, in a decoder.
+        names: one adapter name per row of the input.
+        num_beams: beams that generation expands each row into, in the decoder.
 
     Raises:
-        ValueError: the model trains, or a name that no layer has; in a forward, a layer whose input cannot be told
-            apart into the batch's rows, where rows ask for different adapters.
-        TypeError: names that are no list.
+        ValueError: the model is in training mode, or a name is unknown; in a forward, a layer's input cannot be
+            mapped to the batch's rows, and rows ask for different adapters.
+        TypeError: `names` is not a list.
     """
     _check(model, names)
-    encoder, unclear, shapes = _encoder(model), _beside_the_text(model), dict[str, torch.Size]()
-    rows, family = Rows.of(names), getattr(getattr(model, "config", None), "model_type", None)
-    beams = rows.repeat_interleave(num_beams)
+    encoder, outside_text, shapes = _encoder(model), _outside_text_model(model), dict[str, torch.Size]()
+    rows, model_type = Rows.of(names), getattr(getattr(model, "config", None), "model_type", None)
+    beams = rows.repeat_interleave(
+        num_beams
+    )  # generate() repeats each row num_beams times in turn, as `repeat_interleave` does
     layers = _layers(model)
-    around = {name.rsplit(".", i)[0] for name in layers for i in range(1, name.count(".") + 1)}
-    with ExitStack() as hooks:
+    ancestors = {name.rsplit(".", i)[0] for name in layers for i in range(1, name.count(".") + 1)}
+    with ExitStack() as hooks:  # removes every hook, also when a forward raises
         for name, module in model.named_modules():
             hook: Any = None
             if name in layers:
-                own = rows if module in encoder else beams
-                hook = _Adding(name, own, shapes, family in TOKENS_FIRST, module in unclear or chooses_tokens(name))
-            elif name in around and not hasattr(module, "get_input_embeddings"):  # those get more than hidden states
-                hook = _Noting(name, shapes)
+                layer_rows = rows if module in encoder else beams
+                hook = _NamePasser(
+                    name, layer_rows, shapes, model_type in TOKENS_FIRST, module in outside_text or chooses_tokens(name)
+                )
+            # a whole model (it has get_input_embeddings) may get other floating-point inputs before hidden states
+            elif name in ancestors and not hasattr(module, "get_input_embeddings"):
+                hook = _ShapeRecorder(name, shapes)
             if hook is not None:
                 hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
@@ -67,31 +73,32 @@ def _check(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """What takes names, by its own name; opened experts hand them to their linears themselves."""
+    """Modules that take adapter names; unfused experts pass names on to the linears inside them."""
+    # the trailing dot: "experts." is no prefix of "experts_norm"
     opened = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, OpenExperts))
     kinds = (LoRASBLinear, AuxiliaryTrainingWrapper, OpenExperts)
     return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and not n.startswith(opened)}
 
 
 def _encoder(model: nn.Module) -> set[nn.Module]:
-    """The modules of an encoder, which generation runs before it makes beams."""
-    find: Any = getattr(model, "get_encoder", lambda: None)
-    encoder = find()
+    """The modules of an encoder: generation runs it once per row, before rows are repeated for beams."""
+    get_encoder: Any = getattr(model, "get_encoder", lambda: None)
+    encoder = get_encoder()
     return set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else set()
 
 
-def _beside_the_text(model: Any) -> set[nn.Module]:
-    """The modules of a language model's other inputs: a row may have several pictures, or none."""
+def _outside_text_model(model: Any) -> set[nn.Module]:
+    """Modules outside the text model of a multimodal one: a batch row may have several images, or none."""
     config = getattr(model, "config", None)
-    if not hasattr(config, "text_config") or not any(hasattr(config, name) for name in TOWERS):
+    if not hasattr(config, "text_config") or not any(hasattr(config, name) for name in TOWER_CONFIGS):
         return set()
-    parts = [model.get_decoder() if hasattr(model, "get_decoder") else model, model.get_output_embeddings()]
-    text = {module for part in parts if isinstance(part, nn.Module) for module in part.modules()}
+    text_models = [model.get_decoder() if hasattr(model, "get_decoder") else model, model.get_output_embeddings()]
+    text = {module for part in text_models if isinstance(part, nn.Module) for module in part.modules()}
     return set(model.modules()) - text
 
 
-class _Noting:
-    """Keeps the shape [B, T] of the hidden states that a module gets."""
+class _ShapeRecorder:
+    """Pre-hook that records the shape [B, T] of a module's hidden states [B, T, hidden]."""
 
     def __init__(self, name: str, shapes: dict[str, torch.Size]) -> None:
         self.name, self.shapes = name, shapes
@@ -102,34 +109,39 @@ class _Noting:
         if first is not None and first.dim() == 3:
             self.shapes[self.name] = first.shape[:2]
         else:
-            self.shapes.pop(self.name, None)
+            self.shapes.pop(self.name, None)  # a shape of an earlier call must not be taken for this one's
 
 
-class _Adding:
-    """Gives a layer the names for what it gets, or refuses."""
+class _NamePasser:
+    """Pre-hook that passes a layer the adapter names of its input's rows, or raises if they are unknown."""
 
-    def __init__(self, name: str, rows: Rows, shapes: dict[str, torch.Size], tokens_first: bool, unclear: bool) -> None:
+    def __init__(
+        self, name: str, rows: Rows, shapes: dict[str, torch.Size], tokens_first: bool, ambiguous: bool
+    ) -> None:
         self.name, self.rows, self.shapes = name, rows, shapes
-        self.tokens_first, self.unclear = tokens_first, unclear
+        self.tokens_first, self.ambiguous = tokens_first, ambiguous
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # The layer's input, however the caller passed it: `layer(x)` or `layer(hidden_states=x)`.
         x = args[0] if args else next(iter(kwargs.values()))
-        unclear = self.unclear and not isinstance(module, OpenExperts)
-        refused = unclear and len(self.rows.names) > 1
-        found = None if refused else rows_of(x, self.rows, self._outer(), self.tokens_first or unclear)
-        if found is None:
+        ambiguous = self.ambiguous and not isinstance(module, OpenExperts)
+        # With one name for all rows the mapping does not matter; with several, never guess from a matching row count.
+        refused = ambiguous and len(self.rows.names) > 1
+        input_rows = None if refused else rows_of(x, self.rows, self._outer_shape(), self.tokens_first or ambiguous)
+        if input_rows is None:
             raise ValueError(
                 f"expected adapter_names for each of {len(x)} rows, got {len(self.rows)}: layer {self.name!r} gets "
                 f"{list(x.shape)}, and which of the batch's rows these belong to cannot be told. Give a name for each "
                 "row of the batch; where that is so, run one adapter at a time: model.set_adapter(name)"
             )
-        names: Any = found.to_list() if isinstance(module, AuxiliaryTrainingWrapper) else found
+        # PEFT's wrappers of modules_to_save take a list of names; LoRA-SB layers take `Rows`.
+        names: Any = input_rows.to_list() if isinstance(module, AuxiliaryTrainingWrapper) else input_rows
         return args, kwargs | {"adapter_names": names}
 
-    def _outer(self) -> torch.Size | None:
-        """What the nearest module around the layer got that got [B, T, ...]."""
+    def _outer_shape(self) -> torch.Size | None:
+        """The shape [B, T] recorded at the nearest enclosing module that got hidden states."""
         name = self.name
         while "." in name:
             name = name.rpartition(".")[0]

@@ -1,4 +1,7 @@
-"""LoRA-SB as a PEFT method: which modules are replaced, how adapters are saved, loaded, merged, and registered."""
+"""`LoRASBModel`, the PEFT tuner: replaces target modules, and saves, loads, merges and registers adapters.
+
+It overrides hooks of PEFT's `BaseTuner`; the neighbors have the parts: `targets`, `fresh_heads`, `rollback`, `loading`.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ from .rollback import discard, unchanged_on_error
 from .targets import (
     base_of,
     check_supported,
-    chosen,
+    filter_all_linear,
     inside_tuner,
     rank_for,
     refuse_tied_head,
@@ -52,65 +55,71 @@ class LoRASBModel(BaseTuner):
         adapter_name: which of them to inject.
 
     Raises:
-        ValueError: no target, a rank that a layer cannot have, another base model than the adapter's. The model is
-            left as it was.
-        TypeError: a target that is no plain linear layer.
+        ValueError: no target, a rank that a layer cannot have, or not the base model of a loaded adapter. The model
+            is left as it was.
+        TypeError: a target is not a plain linear layer.
     """
 
     prefix: str = "lorasb_"
     tuner_layer_cls = LoRASBLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's declaration
-    init_without_data: InitWithoutData  # given by `register`: initialization stands above the tuner
+    init_without_data: InitWithoutData  # set by `register`: `tuner` must not import `init`
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        # PEFT's own version looks None up in a table by model type, which LoRA-SB does not have
         if peft_config.target_modules is None:
             peft_config.target_modules = ALL_LINEAR
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Check every target, then replace; PEFT's arguments."""
+        """Check every target, then replace them all; takes the arguments of PEFT's method."""
         config = cast(LoRASBConfig, self.peft_config[adapter_name])
+        # Everything below may fail halfway through the model: the block undoes what was done.
         with unchanged_on_error(model):
             self._refuse_duplicates(model, adapter_name)
-            config.start_over()
+            config.start_over()  # before any field is resolved
             config.base_fingerprint = config.base_fingerprint if config.check_base else None
             config.task_type = config.task_type or infer_task_type(model)
-            keep_unpacked(model)
+            keep_unpacked(model)  # before any forward: a repacked 4-bit weight cannot be dequantized
             save_heads(model, config)
+            # Experts must be nn.Linear modules before `_plan` looks for targets by name.
             if config.target_parameters:
                 unfused_experts.open_targets(model, config.target_parameters)
             self._plan(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = layers_with(model, adapter_name)
+            # W is read while it is the base's own: with an adapter merged in, the values would identify nothing.
             if config.check_base and config.base_fingerprint is None and not any_merged(model):
                 config.base_fingerprint = fingerprint({name: layer.base_weight() for name, layer in layers.items()})
-            if kwargs.get("state_dict") is None and _ready_at_once(model, config, adapter_name, layers):
+            # With a state dict (PEFT's injection by its keys) the values follow, and an init would be overwritten.
+            if kwargs.get("state_dict") is None and _can_initialize_now(model, config, adapter_name, layers):
                 self._initialize(model, config, adapter_name, layers)
-            linear_group.form(model)
+            linear_group.form(model)  # last: a group refers to the layers that were put in
 
     def _initialize(
         self, model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]
     ) -> None:
-        """Run an init that needs no data; its report stays at the tuner, by adapter name."""
+        """Run an init that needs no data; the tuner's `init_reports` has its report by adapter name."""
+        # __dict__: BaseTuner.__getattr__ forwards a missing attribute to the wrapped model
         reports: dict[str, Any] = self.__dict__.setdefault("init_reports", {})
         reports[adapter_name] = self.init_without_data(model, config, adapter_name, layers, config.init_seed)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        """PEFT's matching of target_modules, and the experts of target_parameters."""
-        found = BaseTuner._check_target_module_exists(peft_config, key)
+        """PEFT's matching of target_modules, extended to the experts of target_parameters."""
+        peft_match = BaseTuner._check_target_module_exists(peft_config, key)
         parameter = unfused_experts.parameter_of(key) if peft_config.target_parameters else None
-        if parameter is None or isinstance(found, _ExcludedModule):
-            return found
-        return found or unfused_experts.is_target(parameter, peft_config.target_parameters)
+        if parameter is None or isinstance(peft_match, _ExcludedModule):
+            return peft_match
+        return peft_match or unfused_experts.is_target(parameter, peft_config.target_parameters)
 
     def _inject_parameters(self, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
-        """Experts were opened before, and each is a linear layer like another."""
+        """Replaces PEFT's wrapping of 3-D parameters: `inject_adapter` has unfused the experts into linears."""
         return unfused_experts.open_targets(model, peft_config.target_parameters)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's hook around a forward, with `adapter_names` where the caller gave them."""
+        """PEFT enters this context around every forward and generate; handles `adapter_names` if given."""
         names = kwargs.get("adapter_names")
         with nullcontext() if names is None else adapters_by_row(self.model, names, kwargs.get("num_beams") or 1):
             yield
@@ -123,7 +132,7 @@ class LoRASBModel(BaseTuner):
         combination_type: str = "auto",
         svd_rank: int | None = None,
     ) -> dict[str, float]:
-        """Add an adapter that is the weighted sum of others; see `combining.combine`, whose errors it returns."""
+        """Add the weighted sum of adapters as a new one; see `weighted_adapter.combine`, whose errors it returns."""
         return combine(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
     @staticmethod
@@ -135,15 +144,17 @@ class LoRASBModel(BaseTuner):
             )
 
     def _plan(self, model: nn.Module, config: LoRASBConfig) -> None:
-        """Resolve the targets and their ranks before anything is changed."""
+        """Resolve targets and ranks, and raise on everything that would make replacing fail."""
         self._prepare_adapter_config(config, self.get_model_config(model))
-        everything = config.target_modules == ALL_LINEAR
+        # PEFT replaces "all-linear" by a set of full names, so the question must be asked before.
+        all_linear = config.target_modules == ALL_LINEAR
         _maybe_include_all_linear_layers(config, model)
-        if everything:
-            config.target_modules = chosen(model, config)
+        if all_linear:
+            config.target_modules = filter_all_linear(model, config)
         targets = {
             name: module
             for name, module in model.named_modules()
+            # modules inside a tuner layer (base_layer) belong to an earlier adapter; the layer itself is the target
             if name and self._check_target_module_exists(config, name) and not inside_tuner(model, name)
         }
         for name, module in targets.items():
@@ -178,28 +189,30 @@ class LoRASBModel(BaseTuner):
             "lora_dropout": peft_config.lora_dropout,
             "equivalent_gradient": peft_config.equivalent_gradient,
         }
-        if isinstance(target, LoRASBLinear):
+        if isinstance(target, LoRASBLinear):  # a further adapter on a patched layer
             target.add_adapter(adapter_name, **options, inference_mode=peft_config.inference_mode)
             return
+        # GPT-2's Conv1D stores W as [in, out]
         transposed, dtype = isinstance(target, Conv1D), getattr(self.model, "dtype", None)
         dtype = dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
         layer = LoRASBLinear(target, adapter_name, fan_in_fan_out=transposed, octet_dtype=dtype, **options)
+        # PEFT: an adapter that is added but not active does not train, as in LoraModel
         if adapter_name not in self.active_adapters:
             layer.lorasb_R.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Set the child and nothing else: PEFT's own version reads `.weight` of whole classification heads."""
+        """Set the child and nothing else: PEFT's version reads `.weight`, which a classification head may lack."""
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """A and B keep the base's dtype, R is fp32; PEFT's own version would turn A and B into trained fp32."""
+        """Keep A and B in the base's dtype and R in fp32; PEFT's version makes A and B trainable fp32 copies."""
         for module in self.model.modules():
             if isinstance(module, LoRASBLinear):
                 module.settle_dtypes(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge into the base weights: all layers, or none where one would not be finite."""
+        """Merge into the base weights: all layers, or none if one would get values that are not finite."""
         self._check_finite(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -212,7 +225,7 @@ class LoRASBModel(BaseTuner):
     ) -> Any:
         if merge:
             self._check_finite(adapter_names)
-        linear_group.dissolve(self.model)
+        linear_group.dissolve(self.model)  # its pre-hooks would stay on the plain model
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unfused_experts.close(model)
         return model
@@ -224,29 +237,30 @@ class LoRASBModel(BaseTuner):
         adapter_names: list[str] | None = None,
         requantize: bool = False,
     ) -> nn.Module:
-        """Merge the adapters and give the plain model back; layers that were quantized are dense then.
+        """Merge the adapters and return the plain model; layers that were quantized become dense.
 
         Args:
             progressbar, safe_merge, adapter_names: as for PEFT's other methods.
-            requantize: put layers that had 4 bits into 4 bits again, of the same kind. That rounds the adapter's part
-                too: `model.requantization_errors` has ‖W4 − W‖ / ‖W‖ by layer, and a log line says the worst.
+            requantize: quantize layers that had 4 bits again, in the same format. That rounds the adapter's update too:
+                `model.requantization_errors` has ‖W4 − W‖ / ‖W‖ by layer, and a log line names the worst.
         """
-        before = Requantized.of(self.model) if requantize else None
+        # The formats must be noted before merging, which replaces the quantized layers.
+        quantized_layers = Requantized.of(self.model) if requantize else None
         model: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
-        if before is not None:
-            before.restore(model)
+        if quantized_layers is not None:
+            quantized_layers.restore(model)
         return model
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:
-        """Try the merge of every layer before any is changed."""
+        """Raise if the merged weight of any layer would not be finite, before any layer is changed."""
         for name, module in self.model.named_modules():
             if not isinstance(module, LoRASBLinear):
                 continue
-            wanted = adapter_names if adapter_names is not None else module.active_adapters
-            names = [n for n in wanted if n in module.lorasb_R and n not in module.merged_adapters]
+            requested = adapter_names if adapter_names is not None else module.active_adapters
+            names = [n for n in requested if n in module.lorasb_R and n not in module.merged_adapters]
             if names:
                 try:
-                    module.merged_weight(names)
+                    module.merged_weight(names)  # one layer's W at a time; dropped at once
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
 
@@ -265,8 +279,8 @@ class LoRASBModel(BaseTuner):
                     f"adapter {adapter_name!r} has not been initialized ({name}): there is nothing to save. Call "
                     "lorasb.initialize(model, dataloader, lr=...), or name others in selected_adapters"
                 )
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return with_kept_factors(found, model, adapter_name)
+        saved_tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return with_kept_factors(saved_tensors, model, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -278,15 +292,19 @@ class LoRASBModel(BaseTuner):
             adapter_file.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
         except ValueError:
             if not any(layer.is_initialized(adapter_name) for layer in layers.values()):
-                discard(model, adapter_name)  # it was made for this file; one that holds something stays
+                # PEFT injected the adapter for this file only; one that was initialized before stays
+                discard(model, adapter_name)
             raise
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def _ready_at_once(model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]) -> bool:
-    """Whether an adapter is filled when it is made: a data-free init, unmerged values of W, and no file to follow."""
+def _can_initialize_now(
+    model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]
+) -> bool:
+    """True if the init is data-free, W is at hand and has no adapter merged in, and no saved weights follow."""
     if config.init == "update" or config.from_file or any_merged(model):
         return False
+    # Meta tensors have no values: PEFT's low_cpu_mem_usage makes such adapters, to be loaded afterwards.
     return all(
         has_weight_values(layer.get_base_layer()) and not layer.lorasb_A[adapter_name].is_meta
         for layer in layers.values()
@@ -294,13 +312,15 @@ def _ready_at_once(model: nn.Module, config: LoRASBConfig, adapter_name: str, la
 
 
 def register(init_without_data: InitWithoutData) -> None:
-    """Make PEFT know LoRA-SB. Once is enough; more does nothing.
+    """Register LoRA-SB with PEFT; idempotent.
 
     Args:
-        init_without_data: called as (model, config, adapter_name, layers, seed) where an adapter is made whose init
-            needs no data; what it returns is kept in the tuner's `init_reports`.
+        init_without_data: called as (model, config, adapter_name, layers, seed) when an adapter with a data-free init
+            is injected; its return value goes into the tuner's `init_reports`.
     """
+    # staticmethod: as a plain function on the class it would be bound and get the tuner as its first argument
     LoRASBModel.init_without_data = staticmethod(init_without_data)
+    # register_peft_method raises for a method that is registered already
     if PeftType(PEFT_NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="lorasb", config_cls=LoRASBConfig, model_cls=LoRASBModel, prefix=LoRASBModel.prefix)
     loading.install()

@@ -1,4 +1,4 @@
-"""`lorasb.patch`: swap a model's linear layers for `LoRASBLinear`. What is heavy is imported when it is called."""
+"""`lorasb.patch`: replace a model's linear layers by `LoRASBLinear`. Imports peft and torch only when called."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def patch(
     """Adapt a model: its target linears become `LoRASBLinear`, everything else is frozen.
 
     The same as `peft.get_peft_model(model, LoRASBConfig(...))`, with the task type inferred from the model's class.
-    The model is changed in place and left as it was if anything is wrong. No dtype is changed; where this CPU has no
-    products in the model's, a log line says once what that costs.
+    The model is changed in place, and left as it was if an error is raised. No dtype is changed; if this CPU has no
+    native products in the model's dtype, one log line says what that costs.
 
     Args:
         model: a transformers model, or any module with `nn.Linear` layers.
@@ -46,6 +46,7 @@ def patch(
             "expected a model without adapters, got a peft.PeftModel. Add another adapter with "
             "model.add_adapter(name, LoRASBConfig(...)), or start from model.unload()"
         )
+    # _orig_mod: the wrapper of torch.compile(model); _compiled_call_impl: model.compile(), in place
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError(
             "expected a model that is not compiled yet, as layers are replaced: torch.compile(lorasb.patch(model)). "
@@ -56,8 +57,8 @@ def patch(
     if config is None:
         check_fields(fields)
         config = LoRASBConfig(**fields)
-    config = copy.deepcopy(config)
-    if config.task_type is None:
+    config = copy.deepcopy(config)  # patching resolves fields (ranks, targets) for this model alone
+    if config.task_type is None:  # PEFT chooses its wrapper class (PeftModelForCausalLM, ...) by it
         config.task_type = infer_task_type(model)
     adapted = peft.get_peft_model(model, config, adapter_name=adapter_name)
     precision.warn_if_slow(adapted)
@@ -65,12 +66,12 @@ def patch(
 
 
 def check_fields(fields: dict[str, Any]) -> None:
-    """Raise a TypeError which names the nearest field for each name that `LoRASBConfig` does not have."""
+    """Raise a TypeError for a name that is no field of `LoRASBConfig`; it names the nearest field."""
     from .config import field_names
 
     known = field_names()
     for name in fields:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)  # similarity in [0, 1]; 0.6 by default
             hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(sorted(known))}"
             raise TypeError(f"LoRASBConfig has no field {name!r}: {hint}")

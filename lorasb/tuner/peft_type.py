@@ -1,4 +1,4 @@
-"""LORASB in PEFT's enum of methods: its registry refuses names that are not in it."""
+"""Adds LORASB to `PeftType`, PEFT's enum of methods."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from ..constants import PEFT_NAME
 
 
 def extend_peft_types() -> None:
-    """Add LORASB to PEFT's enum of methods: its registry refuses names that are not in it."""
+    """Add LORASB to `PeftType`: `register_peft_method` refuses a name that is not a member."""
     if PEFT_NAME in PeftType.__members__:
         return
+    # An enum with members cannot be subclassed or extended, so the member is made the way EnumMeta makes one: a str
+    # itself, entered into the tables for iteration, for look-up by name and for look-up by value.
     member: Any = str.__new__(PeftType, PEFT_NAME)
     member._name_ = member._value_ = PEFT_NAME
     member._sort_order_ = len(PeftType.__members__)

@@ -1,4 +1,4 @@
-"""A failed patch leaves the model as it was: modules, trainability and adapters are put back."""
+"""Restores modules, requires_grad flags and adapters of a model when patching or loading fails."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..layers.linear import LoRASBLinear
 
 
 def discard(model: Any, adapter_name: str) -> None:
-    """Take an adapter out again: everywhere, or layers and all where it was the only one."""
-    others = {name for layer in model.modules() if isinstance(layer, LoRASBLinear) for name in layer.lorasb_R}
-    if others != {adapter_name}:
+    """Remove an adapter; if it is the model's only one, put the original modules back in place of the wrappers."""
+    adapter_names = {name for layer in model.modules() if isinstance(layer, LoRASBLinear) for name in layer.lorasb_R}
+    if adapter_names != {adapter_name}:
         model.peft_config.pop(adapter_name, None)
         for module in model.modules():
             if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R:
@@ -24,8 +24,9 @@ def discard(model: Any, adapter_name: str) -> None:
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 module.delete_adapter(adapter_name, new_active_adapters=None)
         return
+    # The only adapter: the model becomes what it was before `lorasb.patch`.
     linear_group.dissolve(model)
-    for parent in list(model.modules()):
+    for parent in list(model.modules()):  # lists: children are replaced while iterating
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRASBLinear):
                 setattr(parent, name, child.base_layer)
@@ -36,14 +37,16 @@ def discard(model: Any, adapter_name: str) -> None:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Put modules, trainability and the PEFT attributes back if the block raises."""
+    """Restore modules, requires_grad flags and the layers' adapters if the block raises."""
+    # Only references are kept: injection replaces modules and sets flags, and copies no weights.
     children = [(parent, dict(parent._modules)) for parent in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     adapters = [(m, set(m.lorasb_R), m._active_adapter) for m in model.modules() if isinstance(m, LoRASBLinear)]
     try:
         yield
-    except BaseException:
+    except BaseException:  # Ctrl-C in the middle of a patch, too
         for parent, modules in children:
+            # clear() drops children that the block added, which update() alone would leave in place
             parent._modules.clear()
             parent._modules.update(modules)
         for layer, names, active in adapters:

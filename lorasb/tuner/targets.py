@@ -1,4 +1,4 @@
-"""Which modules are adapted, at which rank: what a config says, checked against the model."""
+"""Target selection: resolves and checks a config's target modules and ranks against the model."""
 
 from __future__ import annotations
 
@@ -14,59 +14,68 @@ from ..quantization.quantized_weight import is_quantized, of_module
 from ..utils.dtypes import FLOATS
 from .config import DEFAULT_RANK, LoRASBConfig
 
-OWN_WEIGHT_READERS = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
+# nn.MultiheadAttention's out_proj: its weight goes to a functional call, so a layer in its place would never run.
+LINEARS_NOT_CALLED = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
 
 
 def rank_for(config: LoRASBConfig, name: str) -> int:
-    """The rank of the layer `name`: its entry in rank_pattern (name or regex, matched at the end), else r."""
+    """The rank of the layer `name`: its entry in rank_pattern (name or regex, matched as a suffix), else r."""
     return _pattern_rank(config, name) or config.r or DEFAULT_RANK
 
 
 def _pattern_rank(config: LoRASBConfig, name: str) -> int | None:
+    # as PEFT matches patterns: the key is a whole suffix of the name, after a dot or at its start
     matching = (rank for key, rank in config.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
     return next(matching, None)
 
 
 def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
-    """Write the default rank into the config, with the layers too small for it; check explicit ones."""
-    default = config.r is None
+    """Write the default rank into the config, capped for small layers in rank_pattern; check explicit ranks.
+
+    Raises:
+        ValueError: an explicit rank is above a layer's min(in_features, out_features).
+    """
+    uses_default = config.r is None
     capped = {}
     for name, module in targets.items():
         limit = min(features_of(base_of(module)))
         if rank_for(config, name) <= limit:
             continue
-        if not default or _pattern_rank(config, name) is not None:
+        if not uses_default or _pattern_rank(config, name) is not None:
             raise ValueError(
                 f"rank {rank_for(config, name)} is more than layer {name!r} allows: min(in_features, out_features) = "
                 f"{limit}. Lower r, or give this layer its own: rank_pattern={{{name.rpartition('.')[2]!r}: {limit}}}"
             )
-        capped[re.escape(name)] = limit
+        capped[re.escape(name)] = limit  # escaped: keys of rank_pattern are regexes
     config.r, config.rank_pattern = config.r or DEFAULT_RANK, config.rank_pattern | capped
 
 
-def chosen(model: nn.Module, config: LoRASBConfig) -> set[str]:
-    """What "all-linear" leaves after layers_to_transform, which PEFT applies to short names only, and heads."""
+def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
+    """The names of "all-linear" without experts, linears that are never called, and blocks that are not selected.
+
+    PEFT expands "all-linear" to full names, for which it ignores layers_to_transform.
+    """
     names = {
         n
         for n in config.target_modules or ()
-        if not isinstance(model.get_submodule(n), OWN_WEIGHT_READERS) and unfused_experts.parameter_of(n) is None
+        if not isinstance(model.get_submodule(n), LINEARS_NOT_CALLED) and unfused_experts.parameter_of(n) is None
     }
     if config.layers_to_transform is None:
         return names
-    wanted = config.layers_to_transform
-    wanted = [wanted] if isinstance(wanted, int) else list(wanted)
-    patterns = config.layers_pattern or r"[^.]*"
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = {n: re.match(rf"(?:^|.*?\.)(?:{'|'.join(patterns)})\.(\d+)\.", n) for n in names}
-    return {name for name, match in found.items() if match and int(match.group(1)) in wanted}
+    block_indices = config.layers_to_transform
+    block_indices = [block_indices] if isinstance(block_indices, int) else list(block_indices)
+    list_names = config.layers_pattern or r"[^.]*"
+    list_names = [list_names] if isinstance(list_names, str) else list_names
+    index_matches = {n: re.match(rf"(?:^|.*?\.)(?:{'|'.join(list_names)})\.(\d+)\.", n) for n in names}
+    return {name for name, match in index_matches.items() if match and int(match.group(1)) in block_indices}
 
 
 def refuse_tied_head(model: Any, targets: dict[str, nn.Module]) -> None:
-    """A head that shares the embedding's weight cannot be adapted: merging would move the embedding too."""
+    """Raise a ValueError for a head tied to the input embedding: merging would change the embedding too."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    shared = getattr(embedding, "weight", None)
+    embedding_weight = getattr(embedding, "weight", None)
     for name, module in targets.items():
-        if shared is not None and base_of(module).weight is shared:
+        if embedding_weight is not None and base_of(module).weight is embedding_weight:
             raise ValueError(
                 f"target {name!r} shares its weight with the input embedding: leave it out of target_modules, or load "
                 "the model with tie_word_embeddings=False"
@@ -74,22 +83,24 @@ def refuse_tied_head(model: Any, targets: dict[str, nn.Module]) -> None:
 
 
 def base_of(module: nn.Module) -> Any:
+    """The original linear of a module that a tuner layer may wrap."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def features_of(base: Any) -> tuple[int, int]:
-    """(out, in), either way round: a packed weight's own shape tells nothing."""
+    """(out, in), or (in, out) for Conv1D. A packed 4-bit weight is stored as [m·n/2, 1], so its layer is asked."""
     shape = (base.out_features, base.in_features) if is_quantized(base) else base.weight.shape
     return int(shape[0]), int(shape[1])
 
 
 def inside_tuner(model: nn.Module, name: str) -> bool:
+    """True if an ancestor of the module `name` is a tuner layer."""
     parts = name.split(".")
     return any(isinstance(model.get_submodule(".".join(parts[:i])), BaseTunerLayer) for i in range(1, len(parts)))
 
 
 def check_supported(name: str, module: nn.Module) -> None:
-    """Raise a TypeError or ValueError that names a target which cannot be adapted, and says what can."""
+    """Raise a TypeError or ValueError for a target that cannot be adapted; the message says which types can."""
     base = base_of(module)
     if is_quantized(base):
         try:
@@ -98,12 +109,13 @@ def check_supported(name: str, module: nn.Module) -> None:
             raise type(error)(f"target {name!r}: {error}") from None
         return
     weight = getattr(base, "weight", None)
-    if isinstance(base, OWN_WEIGHT_READERS):
+    if isinstance(base, LINEARS_NOT_CALLED):
         raise TypeError(
             f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it: "
             "name it in exclude_modules"
         )
     if isinstance(base, nn.Linear | Conv1D) and weight is not None:
+        # An exact Tensor: subclasses (DTensor, quantized tensors) have storage of their own behind this interface.
         if weight.dim() == 2 and weight.dtype in FLOATS and type(weight.data) is Tensor:
             return
         raise TypeError(

@@ -1,11 +1,11 @@
-"""PEFT's task type of a model, by its class."""
+"""Infers PEFT's task type from a model's class name."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
-TASKS = {
+TASK_BY_SUFFIX = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
     "ForSequenceClassification": "SEQ_CLS",
@@ -15,18 +15,19 @@ TASKS = {
 
 
 def infer_task_type(model: Any) -> str | None:
-    """PEFT's task type for a transformers model; None where there is no telling.
+    """PEFT's task type for a transformers model; None if its class name fits none.
 
-    PEFT's wrappers for a task pass `input_ids`, so a model of sounds or pictures has none.
+    PEFT's task-specific wrappers pass `input_ids`, so audio and vision models get None and the generic wrapper.
     """
     if "input_ids" not in inspect.signature(model.forward).parameters:
         return None
     name = type(model).__name__
-    for ending, task in TASKS.items():
-        if name.endswith(ending):
+    for suffix, task in TASK_BY_SUFFIX.items():
+        if name.endswith(suffix):
             return task
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and name.endswith("Generation"):
         return "SEQ_2_SEQ_LM"
+    # bare encoders and decoders, BertModel or LlamaModel; other libraries' models have no config
     if name.endswith("Model") and hasattr(model, "config"):
         return "FEATURE_EXTRACTION"
     return None

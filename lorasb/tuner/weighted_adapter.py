@@ -1,7 +1,8 @@
-"""A new adapter from others with weights: exact where they share A and B, else the best of a rank.
+"""Weighted sum of adapters as a new adapter: exact if they share A and B, else the best approximation of a rank.
 
-ΔW = Σ_i w_i s_i B_i R_i A_i. With one A and one B this is s·B (Σ_i w_i s_i / s · R_i) A: only R's are added. Otherwise
-the factors are stacked, and the sum's truncated SVD, which needs no matrix of W's size, gives the new B, R and A.
+ΔW = Σ_i w_i s_i B_i R_i A_i. With shared A and B this is s·B (Σ_i w_i s_i / s · R_i) A, so only the R's are added.
+Otherwise the factors are stacked, and the truncated SVD of the sum, computed without a matrix of W's size, gives the
+new B, R and A.
 """
 
 from __future__ import annotations
@@ -37,23 +38,23 @@ class Combined:
 def combine(
     tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, kind: str, rank: int | None
 ) -> dict[str, float]:
-    """Add the adapter `adapter_name` = Σ weights · adapters to a model; the active adapter stays.
+    """Add the adapter `adapter_name` = Σ weights · adapters to a model; the active adapter stays active.
 
     Args:
         tuner: the `LoRASBModel`.
         adapters: names of initialized adapters.
-        weights: one for each, of any sign.
-        adapter_name: of the new one.
-        kind: "linear" adds R's, exactly, and demands shared A and B; "svd" keeps the best of `rank`; "cat" keeps all
-            ranks, exactly; "auto" is "linear" where it can be and else "svd".
-        rank: of "svd"; the largest of the adapters' unless given.
+        weights: one per adapter, of any sign.
+        adapter_name: name of the new adapter.
+        kind: "linear" adds R's, exactly, and requires shared A and B; "svd" gives the best approximation of `rank`;
+            "cat" is exact, at the sum of the ranks; "auto" is "linear" for shared A and B, else "svd".
+        rank: for "svd"; the largest of the adapters' ranks by default.
 
     Returns:
-        The relative error of ΔW by layer before its A and B are rounded to the base's dtype; zeros where it is exact.
+        The relative error of ΔW by layer, before A and B are rounded to the base's dtype; 0 where it is exact.
 
     Raises:
-        ValueError: unknown, uninitialized or merged adapters, a name that is taken, other numbers of weights, heads
-            that were trained with the adapters, or "linear" over adapters that share no factors.
+        ValueError: unknown, uninitialized or merged adapters, a name in use, a wrong number of weights, heads that
+            were trained with the adapters, or "linear" for adapters that do not share A and B.
     """
     layers = _check(tuner, adapters, weights, adapter_name, kind)
     if rank is not None and rank < 1:
@@ -64,24 +65,24 @@ def combine(
             f"adapters {', '.join(adapters)} do not share A and B, so adding their R's means nothing: use "
             'combination_type="svd" for the best adapter of one rank, or "cat" for an exact one of a higher rank'
         )
-    found = {}
+    combined = {}
     for name, layer in layers.items():
-        parts = [(w, n) for w, n in zip(weights, adapters, strict=True) if n in layer.lorasb_R]
+        weighted_names = [(w, n) for w, n in zip(weights, adapters, strict=True) if n in layer.lorasb_R]
         if shared and kind in ("auto", "linear"):
-            found[name] = _added(layer, parts)
+            combined[name] = _sum_cores(layer, weighted_names)
         else:
-            largest = max(layer.r[n] for _, n in parts)
-            found[name] = _truncated(layer, parts, None if kind == "cat" else rank or largest)
-    _check_ranks(found)
-    _insert(tuner, adapters[0], adapter_name, layers, found)
-    worst = max(found.values(), key=lambda one: one.error)
+            largest = max(layer.r[n] for _, n in weighted_names)
+            combined[name] = _truncated_svd(layer, weighted_names, None if kind == "cat" else rank or largest)
+    _check_ranks(combined)
+    _insert(tuner, adapters[0], adapter_name, layers, combined)
+    worst = max(combined.values(), key=lambda layer_result: layer_result.error)
     logging.getLogger("lorasb").info(
         "adapter %r: %d layers combined, largest relative error of their updates %.2e",
         adapter_name,
-        len(found),
+        len(combined),
         worst.error,
     )
-    return {name: one.error for name, one in found.items()}
+    return {name: layer_result.error for name, layer_result in combined.items()}
 
 
 def _check(
@@ -97,30 +98,31 @@ def _check(
         raise ValueError("an adapter is merged into the weights: call model.unmerge_adapter() first")
     layers: dict[str, LoRASBLinear] = {}
     for name in adapters:
-        found = layers_with(tuner.model, name)
-        if not found:
+        adapter_layers = layers_with(tuner.model, name)
+        if not adapter_layers:
             raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(tuner.peft_config)}")
         if tuner.peft_config[name].modules_to_save:
             raise ValueError(f"adapter {name!r} has trained whole modules, which cannot be added: modules_to_save")
-        for place, layer in found.items():
+        for path, layer in adapter_layers.items():
             if not layer.is_initialized(name):
-                raise ValueError(f"adapter {name!r} has not been initialized ({place}): call lorasb.initialize first")
-        layers |= found
+                raise ValueError(f"adapter {name!r} has not been initialized ({path}): call lorasb.initialize first")
+        layers |= adapter_layers
     return layers
 
 
-def _check_ranks(found: dict[str, Combined]) -> None:
-    for name, one in found.items():
-        if len(one.core) > MAX_RANK:
+def _check_ranks(combined: dict[str, Combined]) -> None:
+    for name, factors in combined.items():
+        if len(factors.core) > MAX_RANK:
             raise ValueError(
-                f"the sum has rank {len(one.core)} in layer {name!r}, more than {MAX_RANK}: use "
+                f"the sum has rank {len(factors.core)} in layer {name!r}, more than {MAX_RANK}: use "
                 f'combination_type="svd" with svd_rank={MAX_RANK} or less'
             )
 
 
 def _share_factors(layers: dict[str, LoRASBLinear], adapters: Sequence[str]) -> bool:
-    """Whether all have the same A and B, bit by bit, in every layer."""
+    """True if all adapters have bitwise the same A and B in every layer."""
     for layer in layers.values():
+        # adapters with different targets cannot be added by R alone
         if any(name not in layer.lorasb_R for name in adapters):
             return False
         for factors in (layer.lorasb_A, layer.lorasb_B):
@@ -129,42 +131,50 @@ def _share_factors(layers: dict[str, LoRASBLinear], adapters: Sequence[str]) -> 
     return True
 
 
-def _added(layer: LoRASBLinear, parts: list[tuple[float, str]]) -> Combined:
-    first = parts[0][1]
-    total = sum(weight * layer.scaling[name] * layer.lorasb_R[name].double() for weight, name in parts)
+def _sum_cores(layer: LoRASBLinear, weighted_names: list[tuple[float, str]]) -> Combined:
+    """Σ w s R over shared A and B, in fp64: exact up to one rounding of R to fp32."""
+    first = weighted_names[0][1]
+    total = sum(weight * layer.scaling[name] * layer.lorasb_R[name].double() for weight, name in weighted_names)
     return Combined(layer.lorasb_B[first], cast(Tensor, total), layer.lorasb_A[first], 0.0)
 
 
-def _truncated(layer: LoRASBLinear, parts: list[tuple[float, str]], rank: int | None) -> Combined:
-    """The SVD of Σ w s B R A through QR of the stacked factors, in fp64."""
-    b = torch.cat([layer.lorasb_B[name].double() for _, name in parts], 1)
-    a = torch.cat([layer.lorasb_A[name].double() for _, name in parts], 0)
-    cores = [weight * layer.scaling[name] * layer.lorasb_R[name].double() for weight, name in parts]
+def _truncated_svd(layer: LoRASBLinear, weighted_names: list[tuple[float, str]], rank: int | None) -> Combined:
+    """The truncated SVD of Σ w s B R A, in fp64.
+
+    QR of the stacked B [out, Σr] and Aᵀ [in, Σr] leaves a core of [Σr, Σr], whose SVD is that of the sum. The new
+    factors are orthonormal, as LoRA-SB's own are.
+    """
+    b = torch.cat([layer.lorasb_B[name].double() for _, name in weighted_names], 1)
+    a = torch.cat([layer.lorasb_A[name].double() for _, name in weighted_names], 0)
+    cores = [weight * layer.scaling[name] * layer.lorasb_R[name].double() for weight, name in weighted_names]
     left, upper = torch.linalg.qr(b)
     right, lower = torch.linalg.qr(a.t())
     u, s, vt = torch.linalg.svd(upper @ torch.block_diag(*cores) @ lower.t())
-    kept = min(len(s), rank or len(s))
-    error = float(s[kept:].norm() / s.norm()) if s.norm() > 0 else 0.0
-    return Combined(left @ u[:, :kept], torch.diag(s[:kept]), vt[:kept] @ right.t(), error)
+    new_rank = min(len(s), rank or len(s))
+    # Eckart-Young: the dropped singular values are the error in the Frobenius norm.
+    error = float(s[new_rank:].norm() / s.norm()) if s.norm() > 0 else 0.0
+    return Combined(left @ u[:, :new_rank], torch.diag(s[:new_rank]), vt[:new_rank] @ right.t(), error)
 
 
 def _insert(
-    tuner: Any, like: str, adapter_name: str, layers: dict[str, LoRASBLinear], found: dict[str, Combined]
+    tuner: Any, template: str, adapter_name: str, layers: dict[str, LoRASBLinear], combined: dict[str, Combined]
 ) -> None:
-    config = copy.deepcopy(tuner.peft_config[like]).weights_follow()
-    config.__dict__.pop("_asked", None)  # what is set here is what is asked for
-    ranks = {name: one.core.shape[0] for name, one in found.items()}
+    config = copy.deepcopy(tuner.peft_config[template]).weights_follow()
+    config.__dict__.pop("_asked", None)  # or `start_over` would restore the template's ranks and targets
+    ranks = {name: factors.core.shape[0] for name, factors in combined.items()}
     config.r = max(ranks.values())
     config.rank_pattern = {re.escape(name): rank for name, rank in ranks.items() if rank != config.r}
+    # Layers are named in full and every rank is set, so the template's selections must not filter them again.
     config.target_modules, config.inference_mode = set(layers), True
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    active = list(tuner.active_adapters)
+    active = list(tuner.active_adapters)  # injection may change which adapters are active
     tuner.peft_config[adapter_name] = config
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
-        for name, one in found.items():
+        for name, factors in combined.items():
             layer = layers[name]
-            layer.set_factors(adapter_name, one.b, one.core / layer.scaling[adapter_name], one.a)
+            # the core includes every s_i; the layer multiplies by its own s again
+            layer.set_factors(adapter_name, factors.b, factors.core / layer.scaling[adapter_name], factors.a)
     except Exception:
         tuner.peft_config.pop(adapter_name, None)
         for layer in layers.values():

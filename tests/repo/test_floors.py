@@ -56,7 +56,7 @@ def test_no_files_import_each_other() -> None:
 
 
 def test_every_room_is_on_a_floor() -> None:
-    assert {floors.room_of(name) for name in MODULES} == set(floors.LEVEL)
+    assert {floors.folder_of(name) for name in MODULES} == set(floors.LEVEL)
 
 
 def test_what_is_wrong_is_found() -> None:
