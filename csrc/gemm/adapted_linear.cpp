@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "ops/operands.h"
+#include "gemm/dropout.h"
 
 namespace lorasb {
 namespace {

@@ -4,6 +4,7 @@
 
 #include "gemm/adapted_linear.h"
 #include "gemm/bf16_gemm.h"
+#include "gemm/dropout.h"
 #include "gemm/panel_gemm.h"
 #include "gemm/quantized_weight.h"
 #include "gemm/small_m.h"

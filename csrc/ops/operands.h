@@ -1,8 +1,7 @@
-// What the ops over dense and quantized weights share: their operands' checks, and how rows and masks are made of them.
+// What the ops over dense and quantized weights share: their operands' checks, and how rows are made of them.
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
@@ -23,11 +22,6 @@ inline at::Tensor shaped(const at::Tensor& rows, const at::Tensor& like) {
   std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
   shape.back() = rows.size(1);
   return at::_unsafe_view(rows, shape);
-}
-
-inline at::Tensor keep_mask(at::IntArrayRef shape, double dropout, const at::Tensor& seed) {
-  const auto generator = at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(seed.item<int64_t>()));
-  return at::empty(shape, at::TensorOptions().dtype(at::kBool)).bernoulli_(1.0 - dropout, generator);
 }
 
 inline void check_dtype(const at::Tensor& x) {
