@@ -1,4 +1,5 @@
-// What the extension adds to torch: kernels for the ops that lorasb defines in Python, and what it tells of itself.
+// What the extension adds to torch: kernels for the ops that lorasb defines in Python, in the namespace `lorasb`, and
+// ops of its own in `lorasb_csrc`: the choice of an instruction set, and dense layers.
 #include <torch/library.h>
 
 #include "cpu/dispatch.h"
@@ -10,22 +11,23 @@
 namespace lorasb {
 namespace {
 
-void use(const std::string& name) {
+void use_or_raise(const std::string& name) {
   TORCH_CHECK_VALUE(use_instruction_set(name), "this processor has no instruction set '", name, "', expected one of ",
                     instruction_sets());
 }
 
-std::string used() { return kernels().name; }
+std::string name_in_use() { return kernels().name; }
 
 }  // namespace
 }  // namespace lorasb
 
 TORCH_LIBRARY(lorasb_csrc, m) {
   m.def("instruction_sets() -> str[]", [] { return lorasb::instruction_sets(); });
-  m.def("use_instruction_set(str name) -> ()", [](const std::string& name) { lorasb::use(name); });
-  m.def("instruction_set() -> str", [] { return lorasb::used(); });
+  m.def("use_instruction_set(str name) -> ()", [](const std::string& name) { lorasb::use_or_raise(name); });
+  m.def("instruction_set() -> str", [] { return lorasb::name_in_use(); });
   m.def("serves(ScalarType dtype) -> bool", [](at::ScalarType dtype) { return lorasb::serves(dtype); });
-  // Of lorasb::linear and lorasb::linear_group, for tensors in a dtype that is served.
+  // The backend calls these for lorasb::linear and lorasb::linear_group where `serves` says so. Forward returns y and
+  // u = x Aᵀ, backward dx and dR; a group returns them flat.
   m.def(
       "dense_linear(Tensor x, Tensor? weight, Tensor a, Tensor core, Tensor b, Tensor? bias, float scaling, "
       "float dropout, Tensor? seed) -> (Tensor, Tensor)");
@@ -48,6 +50,7 @@ TORCH_LIBRARY_IMPL(lorasb_csrc, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(lorasb, CPU, m) {
+  // The ops of the backend `auto`, whose names have no suffix, and those of `cpp`.
   for (const std::string owner : {"", "_cpp"}) {
     m.impl(("linear_quantized" + owner).c_str(), TORCH_FN(lorasb::linear));
     m.impl(("linear_quantized_backward" + owner).c_str(), TORCH_FN(lorasb::linear_backward));

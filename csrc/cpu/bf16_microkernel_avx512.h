@@ -1,118 +1,134 @@
-// Products of tiles and strips on AVX-512 with bf16; included inside a target region.
-#include "cpu/bf16_packing_avx512.h"
+// The micro-kernel of the blocked product on AVX-512 with bf16; included inside a target region.
+//
+// A tile is 8 tokens by 32 columns of C: 16 accumulators, two vectors of W and a broadcast pair of x. One step
+// multiplies 16 pairs of k; each sum is one chain over the pairs in order.
 
 namespace lorasb {
 namespace {
 
-// One step of a tile against one of a strip.
+constexpr int kBf16Mr = 8;                        // tokens of a tile
+constexpr int kTokenStep = kBf16KStep * kBf16Mr;  // bf16 of one step of a micro-panel of tokens
+
+// One step of a micro-panel of tokens against one of W.
 template <int kRows>
-inline void add_step(const uint16_t* tile, const uint16_t* strip, __m512 (*found)[2]) {
+inline void add_step(const uint16_t* tokens, const uint16_t* weight, __m512 (*acc)[2]) {
 #pragma GCC unroll 4
-  for (int p = 0; p < kStripDepth / 2; ++p) {
-    const __m512bh first = as_bf16(_mm512_loadu_si512(strip + p * kPairWords));
-    const __m512bh second = as_bf16(_mm512_loadu_si512(strip + p * kPairWords + 32));
+  for (int p = 0; p < kBf16KStep / 2; ++p) {
+    const __m512bh first = as_bf16(_mm512_loadu_si512(weight + p * kPairSize));
+    const __m512bh second = as_bf16(_mm512_loadu_si512(weight + p * kPairSize + 32));
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       int pair;
-      __builtin_memcpy(&pair, tile + i * kStripDepth + 2 * p, 4);
+      __builtin_memcpy(&pair, tokens + i * kBf16KStep + 2 * p, 4);
       const __m512bh xs = as_bf16(_mm512_set1_epi32(pair));
-      found[i][0] = _mm512_dpbf16_ps(found[i][0], xs, first);
-      found[i][1] = _mm512_dpbf16_ps(found[i][1], xs, second);
+      acc[i][0] = _mm512_dpbf16_ps(acc[i][0], xs, first);
+      acc[i][1] = _mm512_dpbf16_ps(acc[i][1], xs, second);
     }
   }
 }
 
 template <int kRows>
-void multiply_rows(const uint16_t* tile, const uint16_t* strip, int64_t steps, bool fresh, float* sums,
-                   int64_t stride) {
-  __m512 found[kRows][2];
+void bf16_micro_kernel_rows(const uint16_t* tokens, PackedPanel weight, bool overwrite, MutableMatrixView c) {
+  __m512 acc[kRows][2];
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < 2; ++v) {
-      found[i][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * stride + 16 * v);
+      acc[i][v] = overwrite ? _mm512_setzero_ps() : _mm512_loadu_ps(c.data + i * c.ld + 16 * v);
     }
   }
-  for (int64_t s = 0; s < steps; ++s, tile += kTileWords, strip += kStepWords) add_step<kRows>(tile, strip, found);
+  for (int64_t s = 0; s < weight.steps; ++s, tokens += kTokenStep, weight.data += kStepSize) {
+    add_step<kRows>(tokens, weight.data, acc);
+  }
   for (int i = 0; i < kRows; ++i) {
-    for (int v = 0; v < 2; ++v) _mm512_storeu_ps(sums + i * stride + 16 * v, found[i][v]);
+    for (int v = 0; v < 2; ++v) _mm512_storeu_ps(c.data + i * c.ld + 16 * v, acc[i][v]);
   }
 }
 
-void multiply_strip(const uint16_t* tile, int64_t rows, const uint16_t* strip, int64_t steps, bool fresh, float* sums,
-                    int64_t stride) {
-  using Multiply = void (*)(const uint16_t*, const uint16_t*, int64_t, bool, float*, int64_t);
-  static constexpr Multiply kBy[kTileTokens] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>, multiply_rows<4>,
-                                                multiply_rows<5>, multiply_rows<6>, multiply_rows<7>, multiply_rows<8>};
-  kBy[rows - 1](tile, strip, steps, fresh, sums, stride);
+void bf16_micro_kernel(const uint16_t* tokens, int64_t rows, PackedPanel weight, bool overwrite, MutableMatrixView c) {
+  using MicroKernel = void (*)(const uint16_t*, PackedPanel, bool, MutableMatrixView);
+  static constexpr MicroKernel kByRows[kBf16Mr] = {
+      bf16_micro_kernel_rows<1>, bf16_micro_kernel_rows<2>, bf16_micro_kernel_rows<3>, bf16_micro_kernel_rows<4>,
+      bf16_micro_kernel_rows<5>, bf16_micro_kernel_rows<6>, bf16_micro_kernel_rows<7>, bf16_micro_kernel_rows<8>};
+  kByRows[rows - 1](tokens, weight, overwrite, c);
 }
 
-// The same over plain strips: each run of steps has a scale for every lane.
+// The same over an unscaled micro-panel: the sums of a block start at zero, and are multiplied by its scales as they
+// are added to the tile. Two sets of accumulators are in registers.
 template <int kRows>
-void multiply_scaled_rows(const uint16_t* tile, const uint16_t* strip, int64_t steps, int64_t run, const float* scales,
-                          bool fresh, float* sums, int64_t stride) {
-  __m512 found[kRows][2];
+void unscaled_micro_kernel_rows(const uint16_t* tokens, const UnscaledPanel& weight, bool overwrite,
+                                MutableMatrixView c) {
+  __m512 acc[kRows][2];
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < 2; ++v) {
-      found[i][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * stride + 16 * v);
+      acc[i][v] = overwrite ? _mm512_setzero_ps() : _mm512_loadu_ps(c.data + i * c.ld + 16 * v);
     }
   }
-  for (int64_t begin = 0; begin < steps; begin += run, scales += kStripLanes) {
-    __m512 part[kRows][2];
-    for (int i = 0; i < kRows; ++i) part[i][0] = part[i][1] = _mm512_setzero_ps();
-    for (int64_t s = 0; s < run; ++s, tile += kTileWords, strip += kStepWords) add_step<kRows>(tile, strip, part);
+  const uint16_t* panel = weight.panel.data;
+  const float* scales = weight.scales;
+  const int64_t steps = weight.panel.steps, steps_per_scale = weight.steps_per_scale;
+  for (int64_t begin = 0; begin < steps; begin += steps_per_scale, scales += kBf16Nr) {
+    __m512 block[kRows][2];
+    for (int i = 0; i < kRows; ++i) block[i][0] = block[i][1] = _mm512_setzero_ps();
+    for (int64_t s = 0; s < steps_per_scale; ++s, tokens += kTokenStep, panel += kStepSize) {
+      add_step<kRows>(tokens, panel, block);
+    }
     for (int i = 0; i < kRows; ++i) {
       for (int v = 0; v < 2; ++v) {
-        found[i][v] = _mm512_fmadd_ps(part[i][v], _mm512_loadu_ps(scales + 16 * v), found[i][v]);
+        acc[i][v] = _mm512_fmadd_ps(block[i][v], _mm512_loadu_ps(scales + 16 * v), acc[i][v]);
       }
     }
   }
   for (int i = 0; i < kRows; ++i) {
-    for (int v = 0; v < 2; ++v) _mm512_storeu_ps(sums + i * stride + 16 * v, found[i][v]);
+    for (int v = 0; v < 2; ++v) _mm512_storeu_ps(c.data + i * c.ld + 16 * v, acc[i][v]);
   }
 }
 
-void multiply_scaled(const uint16_t* tile, int64_t rows, const uint16_t* strip, int64_t steps, int64_t run,
-                     const float* scales, bool fresh, float* sums, int64_t stride) {
-  using Multiply = void (*)(const uint16_t*, const uint16_t*, int64_t, int64_t, const float*, bool, float*, int64_t);
-  static constexpr Multiply kBy[6] = {multiply_scaled_rows<1>, multiply_scaled_rows<2>, multiply_scaled_rows<3>,
-                                      multiply_scaled_rows<4>, multiply_scaled_rows<5>, multiply_scaled_rows<6>};
-  const int64_t part = rows <= 6 ? rows : 4;  // the sums of more do not fit into registers
+void unscaled_micro_kernel(const uint16_t* tokens, int64_t rows, const UnscaledPanel& weight, bool overwrite,
+                           MutableMatrixView c) {
+  using MicroKernel = void (*)(const uint16_t*, const UnscaledPanel&, bool, MutableMatrixView);
+  static constexpr MicroKernel kByRows[6] = {unscaled_micro_kernel_rows<1>, unscaled_micro_kernel_rows<2>,
+                                             unscaled_micro_kernel_rows<3>, unscaled_micro_kernel_rows<4>,
+                                             unscaled_micro_kernel_rows<5>, unscaled_micro_kernel_rows<6>};
+  const int64_t part = rows <= 6 ? rows : 4;  // both sets of accumulators of more do not fit into registers
   for (int64_t i = 0; i < rows; i += part) {
-    const int64_t taken = rows - i < part ? rows - i : part;
-    kBy[taken - 1](tile + i * kStripDepth, strip, steps, run, scales, fresh, sums + i * stride, stride);
+    const int64_t count = rows - i < part ? rows - i : part;
+    kByRows[count - 1](tokens + i * kBf16KStep, weight, overwrite, {c.data + i * c.ld, c.ld});
   }
 }
 
-void finish_strip(const float* sums, int64_t stride, int64_t rows, int64_t count, bool apart, const uint16_t* bias,
-                  bool add, uint16_t* y, int64_t y_stride) {
-  const __mmask32 there = first_of_32(count);
+void store_bf16(MatrixView sums, int64_t rows, int64_t columns, const Epilogue& epilogue, MutableBf16View y) {
+  const __mmask32 valid = first_of_32(columns);
   for (int64_t i = 0; i < rows; ++i) {
-    __m512 low = _mm512_loadu_ps(sums + i * stride), high = _mm512_loadu_ps(sums + i * stride + 16);
-    if (apart) V::interleave(low, high, low, high);
-    const uint16_t* more = add ? y + i * y_stride : bias;
-    if (more != nullptr) {
-      const __m512i others = _mm512_maskz_loadu_epi16(there, more);
-      low = _mm512_add_ps(low, widened(_mm512_castsi512_si256(others)));
-      high = _mm512_add_ps(high, widened(_mm512_extracti64x4_epi64(others, 1)));
+    __m512 low = _mm512_loadu_ps(sums.data + i * sums.ld), high = _mm512_loadu_ps(sums.data + i * sums.ld + 16);
+    if (epilogue.split_columns) V::interleave(low, high, low, high);
+    const uint16_t* added = epilogue.accumulate ? y.data + i * y.ld : epilogue.bias;
+    if (added != nullptr) {
+      const __m512i values = _mm512_maskz_loadu_epi16(valid, added);
+      low = _mm512_add_ps(low, widened(_mm512_castsi512_si256(values)));
+      high = _mm512_add_ps(high, widened(_mm512_extracti64x4_epi64(values, 1)));
     }
-    _mm512_mask_storeu_epi16(y + i * y_stride, there, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    _mm512_mask_storeu_epi16(y.data + i * y.ld, valid, (__m512i)_mm512_cvtne2ps_pbh(high, low));
   }
 }
 
-const StripKernels& strip_kernels() {
-  static const StripKernels kernels = {kTileTokens,
-                                       64,
-                                       {4, kStripChunk},
-                                       nullptr,
-                                       nullptr,
-                                       token_tiles,
-                                       strips_of_rows,
-                                       strips_of_columns,
-                                       dense_strips_of_rows,
-                                       dense_strips_of_columns,
-                                       plain_strips_of_rows,
-                                       multiply_strip,
-                                       multiply_scaled,
-                                       finish_strip};
+const Bf16GemmKernels& bf16_gemm_kernels() {
+  static const Bf16GemmKernels kernels = [] {
+    Bf16GemmKernels k;
+    k.mr = kBf16Mr;
+    k.max_unscaled_tokens = 64;
+    k.block = {4, kBf16MaxKc};  // 128 KiB of a second-level cache
+    k.begin = nullptr;
+    k.end = nullptr;
+    k.pack_tokens = pack_bf16_tokens;
+    k.pack_transposed = pack_bf16_transposed;
+    k.pack = pack_bf16;
+    k.pack_transposed_unscaled = pack_bf16_transposed_unscaled;
+    k.pack_dense_transposed = pack_bf16_dense_transposed;
+    k.pack_dense = pack_bf16_dense;
+    k.micro_kernel = bf16_micro_kernel;
+    k.unscaled_micro_kernel = unscaled_micro_kernel;
+    k.store = store_bf16;
+    return k;
+  }();
   return kernels;
 }
 

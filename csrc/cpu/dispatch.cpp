@@ -13,10 +13,11 @@
 namespace lorasb {
 namespace {
 
-// LORASB_MAX_CPU_ISA leaves out what is better than it names: to try what a lesser processor does, and for tests.
+// Values of LORASB_MAX_CPU_ISA, the best first. It leaves out every instruction set that is better than the one it
+// names: for tests, and to see what a lesser processor does.
 const char* const kCaps[] = {"amx", "avx512_bf16", "avx512", "avx2", "portable"};
 
-// How many instruction sets, the best first, the cap leaves out.
+// How many of kCaps the variable leaves out.
 int capped() {
   const char* cap = std::getenv(kCapVariable);
   if (cap == nullptr || *cap == '\0') return 0;
@@ -28,54 +29,55 @@ int capped() {
 }
 
 std::vector<const Kernels*> available() {
-  std::vector<const Kernels*> found;
+  std::vector<const Kernels*> tables;
 #ifdef LORASB_X86
   const int cap = capped();
   __builtin_cpu_init();
+  // Each set is used whole: a processor with AVX-512F alone gets AVX2, since the kernels need BW, VL and DQ, too.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #ifdef LORASB_AMX
-  if (cap < 1 && avx512 && __builtin_cpu_supports("avx512bf16") && has_matrix_tiles() && may_use_tiles()) {
-    found.push_back(&amx_kernels());
+  if (cap < 1 && avx512 && __builtin_cpu_supports("avx512bf16") && has_amx() && amx_permitted()) {
+    tables.push_back(&amx_kernels());
   }
 #endif
-  if (cap < 2 && avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16_kernels());
-  if (cap < 3 && avx512) found.push_back(&avx512_kernels());
-  if (cap < 4 && avx2) found.push_back(&avx2_kernels());
+  if (cap < 2 && avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16_kernels());
+  if (cap < 3 && avx512) tables.push_back(&avx512_kernels());
+  if (cap < 4 && avx2) tables.push_back(&avx2_kernels());
 #endif
-  found.push_back(&portable_kernels());
-  return found;
+  tables.push_back(&portable_kernels());
+  return tables;
 }
 
 const std::vector<const Kernels*>& all() {
-  static const std::vector<const Kernels*> found = available();
-  return found;
+  static const std::vector<const Kernels*> tables = available();
+  return tables;
 }
 
-std::atomic<const Kernels*> chosen{nullptr};
+std::atomic<const Kernels*> chosen{nullptr};  // null: the best one
 
 }  // namespace
 
 const Kernels& kernels() {
-  const Kernels* found = chosen.load(std::memory_order_relaxed);
-  return found != nullptr ? *found : *all().front();
+  const Kernels* table = chosen.load(std::memory_order_relaxed);
+  return table != nullptr ? *table : *all().front();
 }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const Kernels* each : all()) names.emplace_back(each->name);
+  for (const Kernels* table : all()) names.emplace_back(table->name);
   return names;
 }
 
-bool has_matrix_tiles() {
+bool has_amx() {
 #ifdef LORASB_X86
-  static const bool found = [] {
-    constexpr unsigned kAmxBf16 = 1u << 22;
+  static const bool amx = [] {
+    constexpr unsigned kAmxBf16 = 1u << 22;  // CPUID leaf 7, EDX
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAmxBf16) != 0;
   }();
-  return found;
+  return amx;
 #else
   return false;
 #endif
@@ -84,7 +86,7 @@ bool has_matrix_tiles() {
 bool multiplies_fp16() {
 #ifdef LORASB_X86
   static const bool native = [] {
-    constexpr unsigned kAvx512Fp16 = 1u << 23;
+    constexpr unsigned kAvx512Fp16 = 1u << 23;  // CPUID leaf 7, EDX
     unsigned a = 0, b = 0, c = 0, d = 0;
     return capped() == 0 && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAvx512Fp16) != 0;
   }();
@@ -95,9 +97,9 @@ bool multiplies_fp16() {
 }
 
 bool use_instruction_set(const std::string& name) {
-  for (const Kernels* each : all()) {
-    if (name.empty() || name == each->name) {
-      chosen.store(name.empty() ? nullptr : each, std::memory_order_relaxed);
+  for (const Kernels* table : all()) {
+    if (name.empty() || name == table->name) {
+      chosen.store(name.empty() ? nullptr : table, std::memory_order_relaxed);
       return true;
     }
   }

@@ -1,4 +1,4 @@
-// Which kernels run: the best that this processor has, or what was asked for.
+// Which kernels run: the best that this processor has, or those that were asked for.
 #pragma once
 
 #include <string>
@@ -10,18 +10,19 @@ namespace lorasb {
 
 constexpr const char* kCapVariable = "LORASB_MAX_CPU_ISA";
 
+// The table in force, for the whole process.
 const Kernels& kernels();
 
 // Names of the instruction sets that this processor has, the best first.
 std::vector<std::string> instruction_sets();
 
-// Whether the processor multiplies tiles of bf16 (AMX).
-bool has_matrix_tiles();
+// True if the processor has AMX for bf16, whatever LORASB_MAX_CPU_ISA says: the BLAS uses it in any case.
+bool has_amx();
 
-// Whether the processor multiplies fp16 (AVX512-FP16), and torch with it.
+// True if the processor multiplies fp16 (AVX512-FP16), and torch with it; false under a cap.
 bool multiplies_fp16();
 
-// Use one of them, or with "" the best again; false where there is none of that name.
+// Uses one of them, or with "" the best again; false where there is none of that name.
 bool use_instruction_set(const std::string& name);
 
 }  // namespace lorasb

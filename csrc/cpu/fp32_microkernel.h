@@ -1,53 +1,59 @@
-// What an instruction set brings to products in fp32 of any number of tokens: packing, the micro-kernel, and the direct
-// products of a few tokens.
+// What an instruction set brings to products in fp32: packing, the micro-kernel, and the direct products of few tokens.
+// The loops around them are in gemm/fp32_gemm.cpp.
+//
+// BLIS terms: C [m, n] = A [m, k] B [k, n], where A holds tokens and B is Wᵀ or W. The micro-kernel multiplies a
+// micro-panel of tokens [kc, mr] by a micro-panel of the weight [kc, nr] and keeps mr x nr sums in registers:
+//
+//   tokens   x[0,0] x[1,0] .. x[mr-1,0] | x[0,1] x[1,1] .. x[mr-1,1] | ..   element [i, k] at k * mr + i
+//   weight   b[0,0] b[0,1] .. b[0,nr-1] | b[1,0] b[1,1] .. b[1,nr-1] | ..   element [k, j] at k * nr + j
+//
+// Both are read with stride one. Rows and columns beyond the matrix are zero, so that the micro-kernel needs no masks.
 #pragma once
 
 #include <cstdint>
 
-namespace lorasb {
+#include "cpu/matrix_view.h"
 
-// A dense matrix's element type.
-enum class Element : int { f32 = 0, bf16 = 1, f16 = 2 };
+namespace lorasb {
 
 constexpr int kFewRows = 4;  // rows of x that a direct product takes at once
 
-// Terms as in BLIS: the micro-kernel multiplies a micro-panel of tokens [depth, mr] by one of lanes [depth, nr] and
-// keeps mr x nr sums in registers. Lanes are rows of W forward and columns of W backward.
-struct GemmKernels {
+struct Fp32GemmKernels {
+  // nr is two registers wide; mr * 2 accumulators, two registers of the weight and a broadcast token fill the
+  // registers.
   int mr, nr;
 
-  // `count` elements of a dense matrix in fp32.
-  void (*widen)(const void* from, Element element, int64_t count, float* to);
+  // `count` elements of any type to fp32.
+  void (*widen)(const void* src, Element element, int64_t count, float* dst);
 
-  // sums [rows, nr] = (fresh) or += tokensᵀ · lanes, for up to mr rows. `ld` is the sums' leading dimension.
-  void (*multiply)(const float* tokens, const float* lanes, int64_t depth, int64_t rows, bool fresh, float* sums,
-                   int64_t ld);
+  // `count` sums to any element type, rounded to nearest even.
+  void (*narrow)(const float* src, Element element, int64_t count, void* dst);
 
-  // Micro-panel of lanes [depth, nr] from `rows` rows [rows, depth] whose leading dimension is `ld`; zero beyond them.
-  void (*transpose_lanes)(const float* from, int64_t ld, int64_t rows, int64_t depth, float* to);
+  // c [rows, nr] = or += tokensᵀ · weight over kc, for up to mr rows; `overwrite` is BLAS's beta = 0. All nr columns
+  // are stored, so that c has room for them also at the right edge of the result.
+  void (*micro_kernel)(const float* tokens, const float* weight, int64_t kc, int64_t rows, bool overwrite,
+                       MutableMatrixView c);
 
-  void (*transpose_bf16_lanes)(const uint16_t* from, int64_t ld, int64_t rows, int64_t depth, float* to);
+  // Micro-panel [kc, nr] of the weight from `rows` rows of kc elements each: W's rows as columns of the result.
+  void (*pack_transposed)(MatrixView src, int64_t rows, int64_t kc, float* panel);
 
-  // Micro-panel of tokens [depth, mr] from `rows` rows likewise.
-  void (*transpose_tokens)(const float* from, int64_t ld, int64_t rows, int64_t depth, float* to);
+  // The same from bf16, without a copy in fp32 between.
+  void (*pack_transposed_bf16)(Bf16View src, int64_t rows, int64_t kc, float* panel);
 
-  // `count` elements of one row as row k of micro-panels of lanes: nr of them to `to`, the next nr to `to + apart`, and
-  // so on; zero up to a whole number of nr.
-  void (*spread_lanes)(const void* from, Element element, int64_t count, float* to, int64_t apart);
+  // Micro-panel [kc, mr] of tokens from `rows` rows of kc elements each.
+  void (*pack_tokens)(MatrixView src, int64_t rows, int64_t kc, float* panel);
 
-  // y [count] in an element type from sums, rounded to nearest even.
-  void (*narrow)(const float* from, Element element, int64_t count, void* to);
+  // `count` elements of one row of W as row k of micro-panels: nr of them to `dst`, the next nr to dst + panel_stride,
+  // and so on; zero up to a whole number of nr.
+  void (*pack_row)(const void* src, Element element, int64_t count, float* dst, int64_t panel_stride);
 
-  // sums [rows, stride] (+)= x [rows, x_stride] D[row] for rows [low, high) of a dense D [.., columns], leading
-  // dimension ld: element [i, row]. Up to kFewRows rows of x; D is read once.
-  void (*dot_rows)(const float* x, int64_t x_stride, int64_t rows, const void* d, Element element, int64_t ld,
-                   int64_t columns, int64_t low, int64_t high, bool add, float* sums, int64_t stride);
+  // y [rows, ..] += x [rows, columns] D[d_rows, :columns]ᵀ: column r of y takes row r of D. Up to kFewRows rows of x;
+  // D is read once.
+  void (*dot_rows)(MatrixView x, int64_t rows, DenseView d, int64_t columns, Range d_rows, MutableMatrixView y);
 
-  // sums [rows, stride] += c [rows, c_stride] D[low:high, first:first + width]. Up to kFewRows rows of c.
-  void (*add_rows)(const float* c, int64_t c_stride, int64_t rows, const void* d, Element element, int64_t ld,
-                   int64_t low, int64_t high, int64_t first, int64_t width, float* sums, int64_t stride);
+  // y [rows, columns] += c [rows, ..] D[d_rows, d_columns]: row r of D is multiplied by column r of c, and y begins at
+  // the first of d_columns. Up to kFewRows rows of c.
+  void (*add_rows)(MatrixView c, int64_t rows, DenseView d, Range d_rows, Range d_columns, MutableMatrixView y);
 };
-
-inline int64_t size_of(Element element) { return element == Element::f32 ? 4 : 2; }
 
 }  // namespace lorasb

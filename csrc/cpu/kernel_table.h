@@ -1,77 +1,89 @@
-// What an instruction set brings: one table of functions for each, chosen at run time.
+// What an instruction set brings: one table of functions for each, chosen at run time (cpu/dispatch.h).
+//
+// Kernels work on plain pointers and allocate nothing. All sums are in fp32, each in an order that depends on shapes
+// alone: not on threads, and not on where a thread's part begins.
 #pragma once
 
 #include <cstdint>
 
 #include "cpu/bf16_microkernel.h"
 #include "cpu/fp32_microkernel.h"
+#include "cpu/matrix_view.h"
 #include "cpu/packed_weight.h"
 
 namespace lorasb {
 
-constexpr int kDirectRows = 4;  // rows of x that a direct product takes at once
-constexpr int kDotRows = 8;     // and that `dot_bf16` takes
+constexpr int kDirectRows = 4;     // rows of x that `dot` and the dense products in bf16 take at once
+constexpr int kDotRows = 8;        // rows of x that `dot_bf16` takes at once
+constexpr int kDenseTaps = 4;      // rows of a dense matrix that are read at once
+constexpr int kOuterColumns = 64;  // columns of G that a panel of x covers
+constexpr int kOuterRows = 6;      // rows of G in a tile of `outer_bf16`
+
+// Rows of x in fp32 with even columns apart from odd ones, as a byte of W yields them: row i at even + i * ld.
+struct SplitRows {
+  const float *even, *odd;
+  int64_t ld;
+};
+
+// dyᵀ x as an outer product over pairs of tokens in bf16: `left` is dy [pairs, m, 2], `right` is x as panels of
+// kOuterColumns columns, [pairs, kOuterColumns, 2] each. An odd number of tokens is padded with zeros.
+struct OuterOperands {
+  const uint16_t *left, *right;
+  int64_t m, n, pairs;
+};
+
+struct SignCounts {
+  double squares = 0.0;  // Σ x²
+  int64_t zeros = 0, not_finite = 0;
+};
 
 struct Kernels {
   const char* name = nullptr;
 
   // Elements [first, first + count) of W, in fp32, bf16 or fp16; bit-equal to bitsandbytes.
-  void (*decode_f32)(const Packed& w, int64_t first, int64_t count, float* out) = nullptr;
-  void (*decode_bf16)(const Packed& w, int64_t first, int64_t count, uint16_t* out) = nullptr;
-  void (*decode_f16)(const Packed& w, int64_t first, int64_t count, uint16_t* out) = nullptr;
-  // The same past the caches, for what does not fit into them: `out` and `first` are whole lines. Null where there is
-  // no such thing.
-  void (*stream_bf16)(const Packed& w, int64_t first, int64_t count, uint16_t* out) = nullptr;
+  void (*decode_f32)(const Packed& w, int64_t first, int64_t count, float* dst) = nullptr;
+  void (*decode_bf16)(const Packed& w, int64_t first, int64_t count, uint16_t* dst) = nullptr;
+  void (*decode_f16)(const Packed& w, int64_t first, int64_t count, uint16_t* dst) = nullptr;
+  // The same with non-temporal stores, for results that no cache holds: `dst` and `first` are whole cache lines. Null
+  // where there is no such kernel.
+  void (*stream_bf16)(const Packed& w, int64_t first, int64_t count, uint16_t* dst) = nullptr;
 
-  // y [rows, stride of y] = x W[low:high]ᵀ for up to kDirectRows rows of x, in fp32. `even` and `odd` hold the columns
-  // of x apart, rows of half_stride(columns). W has whole blocks.
-  void (*dot)(const Packed& w, const float* even, const float* odd, int64_t rows, int64_t low, int64_t high, float* y,
-              int64_t stride) = nullptr;
+  // y [rows, ..] = x W[w_rows]ᵀ for up to kDirectRows rows of x: column r of y takes row r of W. W has whole blocks.
+  void (*dot)(const Packed& w, SplitRows x, int64_t rows, Range w_rows, MutableMatrixView y) = nullptr;
 
-  // sums [rows, width] = dy [rows, stride of dy] W[:, first:first + width], in fp32; width is a multiple of the block.
-  // The sums lie apart by column: width / 2 even ones, then the odd ones.
-  void (*dot_transposed)(const Packed& w, const float* dy, int64_t stride, int64_t rows, int64_t first, int64_t width,
-                         float* sums) = nullptr;
+  // sums [rows, columns.size()] = dy [rows, ..] W[:, columns]; `columns` are whole blocks. In each row of the sums the
+  // even columns come first, then the odd ones.
+  void (*dot_transposed)(const Packed& w, MatrixView dy, int64_t rows, Range columns, float* sums) = nullptr;
 
-  // The same as `dot` for up to kDotRows rows in bf16, where the processor multiplies it; null elsewhere. `streams` is
-  // what `arrange_bf16` makes of x.
-  int few_tokens = kDotRows;  // for more, strips are faster
+  // As `dot` for up to kDotRows rows in bf16, where the processor multiplies it; null elsewhere. `streams` is what
+  // `arrange_bf16` makes of x, rows of stream_stride(columns).
+  int max_few_tokens = kDotRows;  // for more, the blocked product is faster
   void (*arrange_bf16)(const uint16_t* x, int64_t columns, uint16_t* streams) = nullptr;
-  void (*dot_bf16)(const Packed& w, const uint16_t* streams, int64_t rows, int64_t low, int64_t high, float* y,
-                   int64_t stride) = nullptr;
+  void (*dot_bf16)(const Packed& w, const uint16_t* streams, int64_t rows, Range w_rows, MutableMatrixView y) = nullptr;
 
   // The adapter's thin products for up to kDirectRows rows in bf16; null where bf16 is not multiplied.
-  // y [rows, stride of y] (+)= x [rows, stride of x] D[low:high]ᵀ for a dense D [.., columns] in one piece.
-  void (*dense_dot_bf16)(const uint16_t* x, int64_t x_stride, int64_t rows, const uint16_t* d, int64_t columns,
-                         int64_t low, int64_t high, float* y, int64_t stride, bool add) = nullptr;
-  // sums [rows, width] += c [rows, stride of c] D[low:high, first:first + width] for a dense D [.., columns].
-  void (*dense_add_bf16)(const float* c, int64_t stride, int64_t rows, const uint16_t* d, int64_t columns, int64_t low,
-                         int64_t high, int64_t first, int64_t width, float* sums) = nullptr;
+  // y [rows, ..] = or += x [rows, columns] D[d_rows]ᵀ: column r of y takes row r of D.
+  void (*dense_dot_bf16)(Bf16View x, int64_t rows, Bf16View d, int64_t columns, Range d_rows, bool accumulate,
+                         MutableMatrixView y) = nullptr;
+  // sums [rows, d_columns.size()] += c [rows, ..] D[d_rows, d_columns].
+  void (*dense_add_bf16)(MatrixView c, int64_t rows, Bf16View d, Range d_rows, Range d_columns, float* sums) = nullptr;
 
-  // Rows [low, high) of G [m, n] fp32 (+)= dyᵀ x over `pairs` pairs of tokens, in bf16; null where bf16 is not
-  // multiplied. `left` is dy as [pairs, m, 2]; `right` is x as panels of kOuterColumns columns, [pairs, kOuterColumns,
-  // 2] each.
-  void (*outer_bf16)(const uint16_t* left, const uint16_t* right, int64_t m, int64_t n, int64_t pairs, int64_t low,
-                     int64_t high, float* total, bool fresh) = nullptr;
+  // Rows `rows` of G [m, n] in fp32 = or += dyᵀ x; null where bf16 is not multiplied. `total` is G's first element.
+  void (*outer_bf16)(const OuterOperands& operands, Range rows, bool overwrite, float* total) = nullptr;
 
-  // Booleans of a matrix's row, 32 a word: bit j of a word is x[32 * word + j] > 0 (and != 0). Returns Σ x² in fp64 and
-  // counts zeros and entries that are not finite.
-  double (*pack_signs)(const float* x, int64_t count, uint32_t* positive, uint32_t* nonzero, int64_t* zeros,
-                       int64_t* bad) = nullptr;
+  // Booleans of a matrix's row, 32 a word: bit j of a word is x[32 * word + j] > 0 (and != 0).
+  SignCounts (*pack_signs)(const float* x, int64_t count, uint32_t* positive, uint32_t* nonzero) = nullptr;
 
-  const StripKernels* strips = nullptr;  // null where bf16 is not multiplied
-  const GemmKernels* gemm = nullptr;     // never null
-  bool gemm_beats_blas = false;          // our fp32 product against panels for the BLAS, where that was measured
+  const Bf16GemmKernels* bf16_gemm = nullptr;  // null where bf16 is not multiplied
+  const Fp32GemmKernels* fp32_gemm = nullptr;  // never null
+  bool fp32_gemm_beats_blas = false;  // the blocked product against panels for the BLAS, where that was measured
 };
 
-constexpr int kDenseTaps = 4;      // rows of a dense matrix that are read at once
-constexpr int kOuterColumns = 64;  // columns of G that a panel of x covers
-
-// Strides of rows that are read side by side: never a multiple of 4096 bytes, which would put all of them into the same
-// few lines of a first-level cache.
+// Leading dimensions of rows that are read side by side: never a multiple of 4096 bytes, which would map all of them to
+// the same few sets of a first-level cache.
 inline int64_t half_stride(int64_t columns) { return columns / 2 + 16; }
-// Of one row of x in bf16: whole steps of 128 columns, the last padded with zeros, and then up to half of those 4096
-// bytes and a line more, so that eight rows' equal columns take half of the cache each and none the same lines.
+// Of one row of x in bf16: whole steps of 128 columns, the last padded with zeros, and then up to 2112 bytes (half of
+// 4096 and a line) past a multiple of 4096, so that eight rows' equal columns share no set.
 inline int64_t stream_stride(int64_t columns) {
   const int64_t whole = (columns + 127) / 128 * 128;
   return whole + ((1024 + 32 - whole) % 2048 + 2048) % 2048;
@@ -86,7 +98,8 @@ const Kernels& avx512_bf16_kernels();
 #if defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
 #define LORASB_AMX 1
 const Kernels& amx_kernels();
-bool may_use_tiles();  // whether the system lets this process use a tile's registers
+// Linux gives a process the 8 KiB of AMX state only on request: true if it did.
+bool amx_permitted();
 #endif
 #endif
 

@@ -1,4 +1,14 @@
-// AMX: products of 16 x 32 tiles in bf16 (Sapphire Rapids and newer). Everything else is AVX-512's.
+// AMX: products of 16 x 32 tiles in bf16 (Sapphire Rapids and newer). Packing and everything else is AVX-512's.
+//
+// A tile register is 16 rows of 64 bytes. The micro-kernel's tile of C, up to 32 tokens by 32 columns, is four of them:
+//
+//                          W columns 0-15 (tmm6)   W columns 16-31 (tmm7)
+//   tokens 0-15   (tmm4)   tmm0                    tmm1
+//   tokens 16-31  (tmm5)   tmm2                    tmm3
+//
+// A step of 32 elements of k is one TDPBF16PS for each of the four; its operands are a step of the packed micro-panels
+// (cpu/bf16_microkernel.h), read in place. Rows of tokens that do not exist are multiplied as well; their sums land in
+// rows of the scratch sums that nobody reads.
 #include "cpu/kernel_table.h"
 
 #ifdef LORASB_AMX
@@ -13,26 +23,28 @@ LORASB_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c
 namespace lorasb {
 namespace {
 
-constexpr int kTokens = 32;                            // rows of x in a tile: two registers' rows
-constexpr int kHalfWords = 16 * kStripDepth;           // bf16 of a register of tokens
-constexpr int kTileWords = kTokens * kStripDepth;      // of one step of a tile
-constexpr int kStepWords = kStripDepth * kStripLanes;  // of one step of a strip
-constexpr int kTokenBytes = kStripDepth * 2, kPairBytes = kStripLanes * 4;
+constexpr int kAmxMr = 32;                       // tokens of a tile of C: the rows of two registers
+constexpr int kHalfTokens = 16 * kBf16KStep;     // bf16 of one register of tokens
+constexpr int kTokenStep = kAmxMr * kBf16KStep;  // of one step of a micro-panel of tokens
+constexpr int kStepSize = kBf16KStep * kBf16Nr;  // of one step of a micro-panel of W
+constexpr int kTokenBytes = kBf16KStep * 2;      // from one token to the next
+constexpr int kPairBytes = kBf16Nr * 4;          // from one pair of k to the next
 
-// Registers 0 to 3 hold sums, 4 and 5 tokens, 6 and 7 weights: each 16 rows of 64 bytes.
-struct alignas(64) Layout {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
+// The operand of LDTILECFG: all eight registers have 16 rows of 64 bytes.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
 void begin_tiles() {
-  const Layout layout;
-  _tile_loadconfig(&layout);
+  const TileConfig config;
+  _tile_loadconfig(&config);
 }
 
 void end_tiles() { _tile_release(); }
 
+// kTwo: more than 16 tokens, so that all four registers of sums are in use.
 template <bool kTwo>
 inline void clear_sums() {
   _tile_zero(0);
@@ -44,33 +56,33 @@ inline void clear_sums() {
 }
 
 template <bool kTwo>
-inline void load_sums(const float* from, int64_t stride) {
-  _tile_loadd(0, from, stride * 4);
-  _tile_loadd(1, from + 16, stride * 4);
+inline void load_sums(MutableMatrixView c) {
+  _tile_loadd(0, c.data, c.ld * 4);
+  _tile_loadd(1, c.data + 16, c.ld * 4);
   if constexpr (kTwo) {
-    _tile_loadd(2, from + 16 * stride, stride * 4);
-    _tile_loadd(3, from + 16 * stride + 16, stride * 4);
+    _tile_loadd(2, c.data + 16 * c.ld, c.ld * 4);
+    _tile_loadd(3, c.data + 16 * c.ld + 16, c.ld * 4);
   }
 }
 
 template <bool kTwo>
-inline void store_sums(float* to, int64_t stride) {
-  _tile_stored(0, to, stride * 4);
-  _tile_stored(1, to + 16, stride * 4);
+inline void store_sums(MutableMatrixView c) {
+  _tile_stored(0, c.data, c.ld * 4);
+  _tile_stored(1, c.data + 16, c.ld * 4);
   if constexpr (kTwo) {
-    _tile_stored(2, to + 16 * stride, stride * 4);
-    _tile_stored(3, to + 16 * stride + 16, stride * 4);
+    _tile_stored(2, c.data + 16 * c.ld, c.ld * 4);
+    _tile_stored(3, c.data + 16 * c.ld + 16, c.ld * 4);
   }
 }
 
-// One step of a tile against one of a strip.
+// One step of a micro-panel of tokens against one of W. Loads stand between products, so that they overlap.
 template <bool kTwo>
-inline void add_step(const uint16_t* tile, const uint16_t* strip) {
-  _tile_loadd(6, strip, kPairBytes);
-  _tile_loadd(4, tile, kTokenBytes);
-  _tile_loadd(7, strip + 32, kPairBytes);
+inline void add_step(const uint16_t* tokens, const uint16_t* weight) {
+  _tile_loadd(6, weight, kPairBytes);
+  _tile_loadd(4, tokens, kTokenBytes);
+  _tile_loadd(7, weight + 32, kPairBytes);
   _tile_dpbf16ps(0, 4, 6);
-  if constexpr (kTwo) _tile_loadd(5, tile + kHalfWords, kTokenBytes);
+  if constexpr (kTwo) _tile_loadd(5, tokens + kHalfTokens, kTokenBytes);
   _tile_dpbf16ps(1, 4, 7);
   if constexpr (kTwo) {
     _tile_dpbf16ps(2, 5, 6);
@@ -79,81 +91,84 @@ inline void add_step(const uint16_t* tile, const uint16_t* strip) {
 }
 
 template <bool kTwo>
-inline void multiply_rows(const uint16_t* tile, const uint16_t* strip, int64_t steps, bool fresh, float* sums,
-                          int64_t stride) {
-  if (fresh) {
+inline void micro_kernel_rows(const uint16_t* tokens, PackedPanel weight, bool overwrite, MutableMatrixView c) {
+  if (overwrite) {
     clear_sums<kTwo>();
   } else {
-    load_sums<kTwo>(sums, stride);
+    load_sums<kTwo>(c);
   }
-  for (int64_t s = 0; s < steps; ++s) add_step<kTwo>(tile + s * kTileWords, strip + s * kStepWords);
-  store_sums<kTwo>(sums, stride);
+  for (int64_t s = 0; s < weight.steps; ++s) add_step<kTwo>(tokens + s * kTokenStep, weight.data + s * kStepSize);
+  store_sums<kTwo>(c);
 }
 
-void multiply_tiles(const uint16_t* tile, int64_t rows, const uint16_t* strip, int64_t steps, bool fresh, float* sums,
-                    int64_t stride) {
-  const auto multiply = rows > 16 ? multiply_rows<true> : multiply_rows<false>;
-  multiply(tile, strip, steps, fresh, sums, stride);
+void amx_micro_kernel(const uint16_t* tokens, int64_t rows, PackedPanel weight, bool overwrite, MutableMatrixView c) {
+  const auto kernel = rows > 16 ? micro_kernel_rows<true> : micro_kernel_rows<false>;
+  kernel(tokens, weight, overwrite, c);
 }
 
-// sums [rows, kStripLanes] = (fresh) or += part * scales.
-inline void add_scaled(const float* part, int64_t rows, const float* scales, bool fresh, float* sums, int64_t stride) {
+// c [rows, kBf16Nr] = or += block * scales, for the sums of one block.
+inline void add_scaled(const float* block, int64_t rows, const float* scales, bool overwrite, MutableMatrixView c) {
   const __m512 low = _mm512_loadu_ps(scales), high = _mm512_loadu_ps(scales + 16);
-  for (int64_t i = 0; i < rows; ++i, part += kStripLanes, sums += stride) {
-    const __m512 first = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums);
-    const __m512 second = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + 16);
-    _mm512_storeu_ps(sums, _mm512_fmadd_ps(_mm512_loadu_ps(part), low, first));
-    _mm512_storeu_ps(sums + 16, _mm512_fmadd_ps(_mm512_loadu_ps(part + 16), high, second));
+  for (int64_t i = 0; i < rows; ++i, block += kBf16Nr, c.data += c.ld) {
+    const __m512 first = overwrite ? _mm512_setzero_ps() : _mm512_loadu_ps(c.data);
+    const __m512 second = overwrite ? _mm512_setzero_ps() : _mm512_loadu_ps(c.data + 16);
+    _mm512_storeu_ps(c.data, _mm512_fmadd_ps(_mm512_loadu_ps(block), low, first));
+    _mm512_storeu_ps(c.data + 16, _mm512_fmadd_ps(_mm512_loadu_ps(block + 16), high, second));
   }
 }
 
+// Tile registers have no product with a vector: the sums of a block go through memory, where its scales are applied.
 template <bool kTwo>
-inline void multiply_scaled_rows(const uint16_t* tile, int64_t rows, const uint16_t* strip, int64_t steps, int64_t run,
-                                 const float* scales, bool fresh, float* sums, int64_t stride) {
-  alignas(64) float part[2][kTokens * kStripLanes];  // in turns, so that a store is over before it is read
-  for (int64_t begin = 0, turn = 0; begin < steps; begin += run, ++turn) {
+inline void unscaled_micro_kernel_rows(const uint16_t* tokens, int64_t rows, const UnscaledPanel& weight,
+                                       bool overwrite, MutableMatrixView c) {
+  const int64_t steps = weight.panel.steps, steps_per_scale = weight.steps_per_scale;
+  const float* scales = weight.scales;
+  alignas(64) float sums[2][kAmxMr * kBf16Nr];  // used in turn, so that a store has finished before it is read
+  for (int64_t begin = 0, block = 0; begin < steps; begin += steps_per_scale, ++block) {
     clear_sums<kTwo>();
-    for (int64_t s = begin; s < begin + run; ++s) add_step<kTwo>(tile + s * kTileWords, strip + s * kStepWords);
-    store_sums<kTwo>(part[turn & 1], kStripLanes);
-    if (turn > 0) {
-      add_scaled(part[(turn - 1) & 1], rows, scales + (turn - 1) * kStripLanes, fresh && turn == 1, sums, stride);
+    for (int64_t s = begin; s < begin + steps_per_scale; ++s) {
+      add_step<kTwo>(tokens + s * kTokenStep, weight.panel.data + s * kStepSize);
+    }
+    store_sums<kTwo>({sums[block & 1], kBf16Nr});
+    if (block > 0) {
+      add_scaled(sums[(block - 1) & 1], rows, scales + (block - 1) * kBf16Nr, overwrite && block == 1, c);
     }
   }
-  const int64_t last = steps / run - 1;
-  add_scaled(part[last & 1], rows, scales + last * kStripLanes, fresh && last == 0, sums, stride);
+  const int64_t last = steps / steps_per_scale - 1;
+  add_scaled(sums[last & 1], rows, scales + last * kBf16Nr, overwrite && last == 0, c);
 }
 
-void multiply_scaled_tiles(const uint16_t* tile, int64_t rows, const uint16_t* strip, int64_t steps, int64_t run,
-                           const float* scales, bool fresh, float* sums, int64_t stride) {
-  const auto multiply = rows > 16 ? multiply_scaled_rows<true> : multiply_scaled_rows<false>;
-  multiply(tile, rows, strip, steps, run, scales, fresh, sums, stride);
+void amx_unscaled_micro_kernel(const uint16_t* tokens, int64_t rows, const UnscaledPanel& weight, bool overwrite,
+                               MutableMatrixView c) {
+  const auto kernel = rows > 16 ? unscaled_micro_kernel_rows<true> : unscaled_micro_kernel_rows<false>;
+  kernel(tokens, rows, weight, overwrite, c);
 }
 
 }  // namespace
 
-bool may_use_tiles() {
-  constexpr long kAskForState = 0x1023, kTileData = 18;  // arch_prctl: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool allowed = syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
-  return allowed;
+bool amx_permitted() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
 }
 
 const Kernels& amx_kernels() {
-  static const StripKernels strips = [] {
-    StripKernels k = *avx512_bf16_kernels().strips;
-    k.tile_tokens = kTokens;
-    k.plain_tokens = 32;  // measured at 4096 x 4096
-    k.wide = {6, 256};
+  static const Bf16GemmKernels bf16_gemm = [] {
+    Bf16GemmKernels k = *avx512_bf16_kernels().bf16_gemm;
+    k.mr = kAmxMr;
+    k.max_unscaled_tokens = 32;  // measured at 4096 x 4096
+    k.block = {6, 256};          // 96 KiB of a second-level cache
     k.begin = begin_tiles;
     k.end = end_tiles;
-    k.multiply = multiply_tiles;
-    k.multiply_scaled = multiply_scaled_tiles;
+    k.micro_kernel = amx_micro_kernel;
+    k.unscaled_micro_kernel = amx_unscaled_micro_kernel;
     return k;
   }();
   static const Kernels kernels = [] {
     Kernels k = avx512_bf16_kernels();
     k.name = "AMX";
-    k.strips = &strips;
-    k.few_tokens = 2;  // for more, tiles are faster
+    k.bf16_gemm = &bf16_gemm;
+    k.max_few_tokens = 2;  // for more, the blocked product by tiles is faster
     return k;
   }();
   return kernels;

@@ -1,4 +1,4 @@
-// AVX-512 without bf16 instructions (Skylake and newer).
+// AVX-512 without bf16 instructions (Skylake and newer): 32 registers of 16 lanes. bf16 is widened to fp32, as on AVX2.
 #include "cpu/kernel_table.h"
 
 #ifdef LORASB_X86

@@ -1,4 +1,5 @@
-// C++ alone, for any processor; the compiler makes vectors of the loops where it can.
+// C++ alone, for any processor; the compiler makes vectors of the loops where it can. Conversions are those of
+// vector_kernels.h, which needs V first: hence the definitions after it.
 #include "cpu/kernel_table.h"
 
 namespace lorasb {
@@ -19,13 +20,13 @@ struct V {
     return result;
   }
   static reg zero() { return set1(0.0f); }
-  static reg load(const float* from) {
+  static reg load(const float* src) {
     reg result;
-    for (int i = 0; i < width; ++i) result.lane[i] = from[i];
+    for (int i = 0; i < width; ++i) result.lane[i] = src[i];
     return result;
   }
-  static void store(float* to, const reg& value) {
-    for (int i = 0; i < width; ++i) to[i] = value.lane[i];
+  static void store(float* dst, const reg& value) {
+    for (int i = 0; i < width; ++i) dst[i] = value.lane[i];
   }
   static reg mul(const reg& a, const reg& b) {
     reg result;
@@ -37,7 +38,9 @@ struct V {
     for (int i = 0; i < width; ++i) result.lane[i] = a.lane[i] + b.lane[i];
     return result;
   }
+  // Two roundings: without the instruction, std::fma is a call of many cycles for each lane.
   static reg fma(const reg& a, const reg& b, const reg& c) { return add(mul(a, b), c); }
+  // The tree by which AVX2 sums its eight lanes.
   static float sum(const reg& a) {
     return ((a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6])) + ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]));
   }
@@ -52,16 +55,16 @@ struct V {
   static void interleave_f16(const reg& high, const reg& low, uint16_t* out);
   static reg round_bf16(const reg& a);
   static reg round_f16(const reg& a);
-  static reg load_bf16(const uint16_t* from);
-  static reg load_f16(const uint16_t* from);
-  static void store_bf16(uint16_t* to, const reg& a);
-  static void store_f16(uint16_t* to, const reg& a);
-  static void transpose8(const float* from, int64_t ld, int64_t rows, float* to, int64_t to_ld) {
+  static reg load_bf16(const uint16_t* src);
+  static reg load_f16(const uint16_t* src);
+  static void store_bf16(uint16_t* dst, const reg& a);
+  static void store_f16(uint16_t* dst, const reg& a);
+  static void transpose8(MatrixView src, int64_t rows, MutableMatrixView dst) {
     for (int64_t j = 0; j < 8; ++j) {
-      for (int64_t i = 0; i < 8; ++i) to[j * to_ld + i] = i < rows ? from[i * ld + j] : 0.0f;
+      for (int64_t i = 0; i < 8; ++i) dst.data[j * dst.ld + i] = i < rows ? src.data[i * src.ld + j] : 0.0f;
     }
   }
-  static void transpose16_bf16(const uint16_t* from, int64_t ld, int64_t rows, float* to, int64_t to_ld);
+  static void transpose16_bf16(Bf16View src, int64_t rows, MutableMatrixView dst);
 };
 
 }  // namespace
@@ -108,30 +111,30 @@ V::reg V::round_f16(const reg& a) {
   return result;
 }
 
-V::reg V::load_bf16(const uint16_t* from) {
+V::reg V::load_bf16(const uint16_t* src) {
   reg result;
-  for (int i = 0; i < width; ++i) result.lane[i] = from_bf16(from[i]);
+  for (int i = 0; i < width; ++i) result.lane[i] = from_bf16(src[i]);
   return result;
 }
 
-void V::transpose16_bf16(const uint16_t* from, int64_t ld, int64_t rows, float* to, int64_t to_ld) {
+void V::transpose16_bf16(Bf16View src, int64_t rows, MutableMatrixView dst) {
   for (int64_t j = 0; j < 16; ++j) {
-    for (int64_t i = 0; i < 8; ++i) to[j * to_ld + i] = i < rows ? from_bf16(from[i * ld + j]) : 0.0f;
+    for (int64_t i = 0; i < 8; ++i) dst.data[j * dst.ld + i] = i < rows ? from_bf16(src.data[i * src.ld + j]) : 0.0f;
   }
 }
 
-V::reg V::load_f16(const uint16_t* from) {
+V::reg V::load_f16(const uint16_t* src) {
   reg result;
-  for (int i = 0; i < width; ++i) result.lane[i] = from_f16(from[i]);
+  for (int i = 0; i < width; ++i) result.lane[i] = from_f16(src[i]);
   return result;
 }
 
-void V::store_bf16(uint16_t* to, const reg& a) {
-  for (int i = 0; i < width; ++i) to[i] = to_bf16(a.lane[i]);
+void V::store_bf16(uint16_t* dst, const reg& a) {
+  for (int i = 0; i < width; ++i) dst[i] = to_bf16(a.lane[i]);
 }
 
-void V::store_f16(uint16_t* to, const reg& a) {
-  for (int i = 0; i < width; ++i) to[i] = to_f16(a.lane[i]);
+void V::store_f16(uint16_t* dst, const reg& a) {
+  for (int i = 0; i < width; ++i) dst[i] = to_f16(a.lane[i]);
 }
 
 }  // namespace

@@ -16,21 +16,22 @@
 namespace lorasb {
 namespace {
 
-constexpr size_t kMostKept = size_t{64} << 20;
+constexpr size_t kMaxSpare = size_t{64} << 20;  // bytes that may stay allocated without a user
 
 size_t whole_pages(size_t size) { return (size + kHugePage - 1) / kHugePage * kHugePage; }
 
-// Fresh from the system where that is possible: what the allocator has at hand lies in small pages already.
+// From the system itself where that is possible: memory that the allocator reuses is backed by small pages already.
+// mmap aligns to 4 KiB only, so that one huge page more is mapped and what lies outside the aligned part is unmapped.
 void* huge_pages(size_t size) {
 #ifdef __linux__
-  const size_t more = size + kHugePage;
-  char* found = static_cast<char*>(mmap(nullptr, more, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  TORCH_CHECK(found != MAP_FAILED, "no memory for ", size, " bytes of a weight");
-  const size_t before = (kHugePage - reinterpret_cast<size_t>(found) % kHugePage) % kHugePage;
-  if (before > 0) munmap(found, before);
-  if (before < kHugePage) munmap(found + before + size, kHugePage - before);
-  want_huge_pages(found + before, size);
-  return found + before;
+  const size_t mapped = size + kHugePage;
+  char* base = static_cast<char*>(mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  TORCH_CHECK(base != MAP_FAILED, "no memory for ", size, " bytes of a weight");
+  const size_t before = (kHugePage - reinterpret_cast<size_t>(base) % kHugePage) % kHugePage;
+  if (before > 0) munmap(base, before);
+  if (before < kHugePage) munmap(base + before + size, kHugePage - before);
+  want_huge_pages(base + before, size);
+  return base + before;
 #else
   void* memory = std::aligned_alloc(kHugePage, size);
   TORCH_CHECK(memory != nullptr, "no memory for ", size, " bytes of a weight");
@@ -46,18 +47,19 @@ void free_pages(void* memory, size_t size) {
 #endif
 }
 
-// One piece of memory without a user.
-std::mutex guard;
+// One allocation without a user, shared by all threads.
+std::mutex spare_mutex;
 void* spare = nullptr;
 size_t spare_size = 0;
 
 }  // namespace
 
 size_t last_cache_size() {
-  constexpr size_t kShare = size_t{32} << 20;  // a virtual machine may report all of a cache that it shares with others
+  // A virtual machine may report all of a socket's cache, which it shares with others.
+  constexpr size_t kShare = size_t{32} << 20;
 #if defined(__linux__) && defined(_SC_LEVEL3_CACHE_SIZE)
-  static const long found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (found > 0) return std::min(static_cast<size_t>(found), kShare);
+  static const long reported = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (reported > 0) return std::min(static_cast<size_t>(reported), kShare);
 #endif
   return kShare;
 }
@@ -70,35 +72,35 @@ void want_huge_pages(void* memory, size_t size) {
 #endif
 }
 
-void* kept_room(size_t size, Keeps keeps) {
-  struct Kept {
+void* thread_scratch(size_t size, Scratch use) {
+  struct Allocation {
     void* memory = nullptr;
     size_t size = 0;
-    ~Kept() { free_pages(memory, size); }
+    ~Allocation() { free_pages(memory, size); }
   };
-  thread_local std::array<Kept, 2> all;
-  Kept& kept = all[static_cast<size_t>(keeps)];
-  if (kept.size < size) {
-    free_pages(std::exchange(kept.memory, nullptr), std::exchange(kept.size, 0));
-    kept.memory = huge_pages(whole_pages(size));
-    kept.size = whole_pages(size);
+  thread_local std::array<Allocation, 2> allocations;
+  Allocation& scratch = allocations[static_cast<size_t>(use)];
+  if (scratch.size < size) {  // it grows and never shrinks; the old contents are not needed
+    free_pages(std::exchange(scratch.memory, nullptr), std::exchange(scratch.size, 0));
+    scratch.memory = huge_pages(whole_pages(size));
+    scratch.size = whole_pages(size);
   }
-  return kept.memory;
+  return scratch.memory;
 }
 
-void* lent_room(size_t size) {
+void* borrow_pages(size_t size) {
   size = whole_pages(size);
   {
-    const std::lock_guard<std::mutex> lock(guard);
+    const std::lock_guard<std::mutex> lock(spare_mutex);
     if (spare != nullptr && spare_size == size) return std::exchange(spare, nullptr);
   }
   return huge_pages(size);
 }
 
-void return_room(void* memory, size_t size) {
+void return_pages(void* memory, size_t size) {
   size = whole_pages(size);
-  if (size <= kMostKept) {
-    const std::lock_guard<std::mutex> lock(guard);
+  if (size <= kMaxSpare) {  // it becomes the spare one, and the former spare one is freed
+    const std::lock_guard<std::mutex> lock(spare_mutex);
     std::swap(spare, memory);
     std::swap(spare_size, size);
   }

@@ -1,4 +1,8 @@
-// Memory that a thread keeps for what it works on, in huge pages where the system has them.
+// Scratch memory that is reused, in huge pages where the system has them.
+//
+// A kernel that streams through fresh memory pays a page fault for every 4 KiB, which takes longer than writing them.
+// Blocks of a weight and packed tokens therefore lie in memory that each thread keeps until it ends; results as large
+// as a whole weight are borrowed from one spare allocation of the process.
 #pragma once
 
 #include <cstddef>
@@ -7,21 +11,22 @@ namespace lorasb {
 
 constexpr size_t kHugePage = size_t{2} << 20;  // bytes
 
-// Bytes of the last-level cache that one may count on; what this much is written at once is not in it when it is read.
+// Bytes of last-level cache that one may count on; more than this is no longer in it by the time that it is read.
 size_t last_cache_size();
 
-// Fresh memory of many pages costs more to be given than to be written: ask for it in huge ones.
+// Asks for huge pages behind `memory`, as far as it covers whole ones.
 void want_huge_pages(void* memory, size_t size);
 
-// What a thread keeps memory for: a weight's pieces at work, and tokens in another order.
-enum class Keeps : int { pieces = 0, tokens = 1 };
+// One allocation per thread and use: both may be in use at once.
+enum class Scratch : int { weight_block = 0, packed_tokens = 1 };
 
-// At least `size` bytes, aligned to a page; whatever was in them is gone, and so they are at this thread's next call.
-void* kept_room(size_t size, Keeps keeps = Keeps::pieces);
+// At least `size` bytes of this thread, aligned to a huge page. Contents are undefined; the pointer is invalid after
+// this thread's next call for the same use.
+void* thread_scratch(size_t size, Scratch use);
 
-// Memory for a tensor, in huge pages, that goes back with `return_room`. What the last one left, if it is no more than
-// 64 MiB, is kept and used again: the system takes longer to give pages than a kernel to fill them.
-void* lent_room(size_t size);
-void return_room(void* memory, size_t size);
+// Memory for a result's tensor, in huge pages, until return_pages. The allocation that was returned last is kept and
+// used again if it has the same size and at most 64 MiB.
+void* borrow_pages(size_t size);
+void return_pages(void* memory, size_t size);
 
 }  // namespace lorasb

@@ -1,5 +1,6 @@
 // LORASB_TARGET_BEGIN("avx2,fma") ... LORASB_TARGET_END: functions between the two are compiled for that instruction
-// set, whatever the rest of the build is for.
+// set, whatever the rest of the build is for, so that one binary has them all. Includes of the standard library belong
+// before the region: its inline functions would be compiled for that set and might be linked into other code.
 #pragma once
 
 #define LORASB_PRAGMA(text) _Pragma(#text)

@@ -1,15 +1,22 @@
 // Kernels in terms of a vector type V, which the including file defines for its instruction set. Everything is local to
 // the including file: a function compiled for one instruction set must not be linked into another's code.
 //
-// V has `reg`, `width`, `zero`, `set1`, `load`, `store`, `fma`, `sum` (over lanes) and
-//   look_up(bytes, table, high, low)   the values of both nibbles of `width` bytes
+// V has `reg`, `width` (fp32 lanes), `table`, and these functions:
+//   zero set1 load store mul add fma   of fp32 lanes; `portable` computes fma as a product and a sum, both rounded
+//   sum(reg)                           over lanes, as a tree whose shape belongs to the instruction set
+//   load_table(values)                 the 16 entries of a table
+//   look_up(bytes, table, high, low)   the entries of both nibbles of `width` bytes
 //   interleave_f32/bf16/f16(high, low, out)   high[0], low[0], high[1], ... in the output's dtype
-//   round_bf16/round_f16(reg)   rounded, still in fp32
+//   round_bf16/round_f16(reg)          rounded to nearest even, still in fp32
+//
+// Results differ between instruction sets in the last bits, since the number of lanes is part of the order of a sum.
+// Decoding does not differ: it has no sums. The build has -ffp-contract=off, so that the compiler fuses no product
+// and sum on its own: only V::fma does, and scalar tails round like the loops that they end.
 
 namespace lorasb {
 namespace {
 
-constexpr float kPerOctet = 7.874015718698502e-3f;     // 1 / 127
+constexpr float kPerCode = 7.874015718698502e-3f;      // 1 / 127, of 8-bit codes
 constexpr float kSmallest = 1e-30f, kLargest = 1e30f;  // scales whose products are normal numbers, in bf16 too
 
 inline float bits_to_float(uint32_t bits) {
@@ -24,6 +31,7 @@ inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
+// Round to nearest even; the carry of the addition goes on into the exponent, and overflow gives infinity.
 inline uint16_t to_bf16(float value) {
   const uint32_t bits = float_to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
@@ -57,6 +65,7 @@ inline float rounded(float value, Rounding rounding) {
   return rounding == Rounding::fp16 ? from_f16(to_f16(value)) : value;
 }
 
+// The types that `decode` writes.
 struct F32 {
   using type = float;
   static type cast(float value) { return value; }
@@ -75,12 +84,15 @@ struct F16 {
   static void interleave(V::reg high, V::reg low, type* out) { V::interleave_f16(high, low, out); }
 };
 
+// With such a scale vectors round as scalars do. Others take the scalar path: the bf16 conversions of AVX-512 take
+// subnormals for zero, and those by integer additions do not know what is not finite.
 inline bool is_ordinary(float scale) {
-  const float size = scale < 0 ? -scale : scale;
-  return size > kSmallest && size < kLargest;
+  const float magnitude = scale < 0 ? -scale : scale;
+  return magnitude > kSmallest && magnitude < kLargest;
 }
 
-// `count` elements from an even place on, all of one block.
+// `count` elements of one block. Vectors need an even `first`, a whole byte; decode_blocks sees to that. Whole vectors
+// of bytes are read, none past the end: a vector holds as many bytes as it yields pairs of elements.
 template <typename T, Rounding kRounding>
 inline void decode_run(const Packed& w, const typename V::table& table, int64_t first, int64_t count, float scale,
                        typename T::type* out) {
@@ -109,6 +121,7 @@ inline void decode_run(const Packed& w, const typename V::table& table, int64_t 
   }
 }
 
+// Elements [first, first + count), cut where blocks end: each piece has one scale.
 template <typename T, Rounding kRounding>
 inline void decode_blocks(const Packed& w, int64_t first, int64_t count, typename T::type* out) {
   const typename V::table table = V::load_table(w.table);
@@ -116,23 +129,23 @@ inline void decode_blocks(const Packed& w, int64_t first, int64_t count, typenam
   for (int64_t i = first; i < end;) {
     const int64_t b = i / w.block;
     int64_t stop = (b + 1) * w.block;
-    if (i % 2 != 0) stop = i + 1;  // up to a whole byte
+    if (i % 2 != 0) stop = i + 1;  // the low nibble of a byte alone; blocks are even, so the next piece begins a byte
     if (stop > end) stop = end;
     decode_run<T, kRounding>(w, table, i, stop - i, w.scale(b), out + (i - first));
     i = stop;
   }
 }
 
-// Row by row: a division for each element would take longer than all the rest.
+// 8 bits. Row by row: a division for each element would take longer than all the rest.
 template <typename T>
-void decode_octets(const Packed& w, int64_t first, int64_t count, typename T::type* out) {
+void decode_codes(const Packed& w, int64_t first, int64_t count, typename T::type* out) {
   for (int64_t done = 0; done < count;) {
     const int64_t place = first + done, row = place / w.columns;
     const int64_t row_end = (row + 1) * w.columns - first, end = row_end < count ? row_end : count;
     const float scale = w.scales[row];
     const int8_t* codes = w.codes + first;
     for (int64_t i = done; i < end; ++i) {
-      out[i] = T::cast(rounded(static_cast<float>(codes[i]) * scale * kPerOctet, w.rounding));
+      out[i] = T::cast(rounded(static_cast<float>(codes[i]) * scale * kPerCode, w.rounding));
     }
     done = end;
   }
@@ -141,7 +154,7 @@ void decode_octets(const Packed& w, int64_t first, int64_t count, typename T::ty
 template <typename T>
 void decode(const Packed& w, int64_t first, int64_t count, typename T::type* out) {
   if (w.codes != nullptr) {
-    decode_octets<T>(w, first, count, out);
+    decode_codes<T>(w, first, count, out);
   } else if (w.rounding == Rounding::bf16) {
     decode_blocks<T, Rounding::bf16>(w, first, count, out);
   } else if (w.rounding == Rounding::fp16) {
@@ -151,66 +164,72 @@ void decode(const Packed& w, int64_t first, int64_t count, typename T::type* out
   }
 }
 
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// Calls kernel(Constant<rows>()) for 1 to 4 rows: accumulators of so many rows are registers only if their number is
+// known to the compiler.
+template <typename F>
+inline void by_rows(int64_t rows, const F& kernel) {
+  if (rows == 1) return kernel(Constant<1>());
+  if (rows == 2) return kernel(Constant<2>());
+  if (rows == 3) return kernel(Constant<3>());
+  return kernel(Constant<4>());
+}
+
+// Sums of a block are taken without its scale, which is applied once to them. Within a block even and odd columns have
+// sums of their own: two chains of FMAs side by side.
 template <int kRows>
-void dot_rows(const Packed& w, const float* even, const float* odd, int64_t low, int64_t high, float* y,
-              int64_t stride) {
+void dot_rows(const Packed& w, SplitRows x, Range w_rows, MutableMatrixView y) {
   const typename V::table table = V::load_table(w.table);
   const int64_t half = w.columns / 2, step = w.block / 2, blocks = w.columns / w.block;
-  const int64_t apart = half_stride(w.columns);
-  for (int64_t r = low; r < high; ++r) {
+  for (int64_t r = w_rows.begin; r < w_rows.end; ++r) {
     typename V::reg total[kRows];
     for (int i = 0; i < kRows; ++i) total[i] = V::zero();
     for (int64_t b = 0; b < blocks; ++b) {
-      typename V::reg part[kRows], other[kRows];
-      for (int i = 0; i < kRows; ++i) part[i] = other[i] = V::zero();
+      typename V::reg even[kRows], odd[kRows];
+      for (int i = 0; i < kRows; ++i) even[i] = odd[i] = V::zero();
       for (int64_t j = b * step; j < (b + 1) * step; j += V::width) {
         typename V::reg values[2];
         V::look_up(w.bytes + r * half + j, table, values[0], values[1]);
         for (int i = 0; i < kRows; ++i) {
-          part[i] = V::fma(values[0], V::load(even + i * apart + j), part[i]);
-          other[i] = V::fma(values[1], V::load(odd + i * apart + j), other[i]);
+          even[i] = V::fma(values[0], V::load(x.even + i * x.ld + j), even[i]);
+          odd[i] = V::fma(values[1], V::load(x.odd + i * x.ld + j), odd[i]);
         }
       }
-      const auto factor = V::set1(w.scale(r * blocks + b));
-      for (int i = 0; i < kRows; ++i) total[i] = V::fma(V::add(part[i], other[i]), factor, total[i]);
+      const auto scale = V::set1(w.scale(r * blocks + b));
+      for (int i = 0; i < kRows; ++i) total[i] = V::fma(V::add(even[i], odd[i]), scale, total[i]);
     }
-    for (int i = 0; i < kRows; ++i) y[i * stride + r] = V::sum(total[i]);
+    for (int i = 0; i < kRows; ++i) y.data[i * y.ld + r] = V::sum(total[i]);
   }
 }
 
-void dot(const Packed& w, const float* even, const float* odd, int64_t rows, int64_t low, int64_t high, float* y,
-         int64_t stride) {
-  switch (rows) {
-    case 1:
-      return dot_rows<1>(w, even, odd, low, high, y, stride);
-    case 2:
-      return dot_rows<2>(w, even, odd, low, high, y, stride);
-    case 3:
-      return dot_rows<3>(w, even, odd, low, high, y, stride);
-    default:
-      return dot_rows<4>(w, even, odd, low, high, y, stride);
-  }
+void dot(const Packed& w, SplitRows x, int64_t rows, Range w_rows, MutableMatrixView y) {
+  by_rows(rows, [&](auto count) { dot_rows<decltype(count)::value>(w, x, w_rows, y); });
 }
 
-constexpr int kRowsFetched = 16;  // of W, ahead of those at work: a row's piece is too short for the processor to guess
+// Rows of W that are prefetched ahead of those at work: a row's piece is too short for the hardware prefetcher.
+constexpr int kRowsFetched = 16;
 
-// kTaps rows of W at a time: the sums are loaded and stored once for all of them.
+// kTaps rows of W from r on at a time: the sums are loaded and stored once for all of them.
 template <int kRows, int kTaps>
-inline void add_rows(const Packed& w, const typename V::table& table, const float* dy, int64_t stride, int64_t r,
-                     int64_t first, int64_t width, float* sums) {
-  const int64_t half = w.columns / 2, step = w.block / 2, blocks = w.columns / w.block;
-  for (int64_t b = first / w.block; b < (first + width) / w.block; ++b) {
+inline void add_rows(const Packed& w, const typename V::table& table, MatrixView dy, int64_t r, Range columns,
+                     float* sums) {
+  const int64_t half = w.columns / 2, step = w.block / 2, blocks = w.columns / w.block, width = columns.size();
+  for (int64_t b = columns.begin / w.block; b < columns.end / w.block; ++b) {
     typename V::reg factors[kRows][kTaps];
     for (int t = 0; t < kTaps; ++t) {
       __builtin_prefetch(w.bytes + (r + t + kRowsFetched) * half + b * step);
       const float scale = w.scale((r + t) * blocks + b);
-      for (int i = 0; i < kRows; ++i) factors[i][t] = V::set1(dy[i * stride + r + t] * scale);
+      for (int i = 0; i < kRows; ++i) factors[i][t] = V::set1(dy.data[i * dy.ld + r + t] * scale);
     }
     for (int64_t j = b * step; j < (b + 1) * step; j += V::width) {
       typename V::reg high[kTaps], low[kTaps];
       for (int t = 0; t < kTaps; ++t) V::look_up(w.bytes + (r + t) * half + j, table, high[t], low[t]);
       for (int i = 0; i < kRows; ++i) {
-        float* even = sums + i * width + (j - first / 2);
+        float* even = sums + i * width + (j - columns.begin / 2);
         float* odd = even + width / 2;
         auto a = V::load(even), c = V::load(odd);
         for (int t = 0; t < kTaps; ++t) {
@@ -224,52 +243,43 @@ inline void add_rows(const Packed& w, const typename V::table& table, const floa
   }
 }
 
+// The order of a sum over W's rows is that of the rows, whatever kTaps is: each tap is an FMA onto the same sum.
 template <int kRows>
-void dot_transposed_rows(const Packed& w, const float* dy, int64_t stride, int64_t first, int64_t width, float* sums) {
+void dot_transposed_rows(const Packed& w, MatrixView dy, Range columns, float* sums) {
   constexpr int kTaps = kRows == 1 ? 8 : 4;
   const typename V::table table = V::load_table(w.table);
-  for (int64_t i = 0; i < kRows * width; ++i) sums[i] = 0.0f;
+  for (int64_t i = 0; i < kRows * columns.size(); ++i) sums[i] = 0.0f;
   int64_t r = 0;
-  for (; r + kTaps <= w.rows; r += kTaps) add_rows<kRows, kTaps>(w, table, dy, stride, r, first, width, sums);
-  for (; r < w.rows; ++r) add_rows<kRows, 1>(w, table, dy, stride, r, first, width, sums);
+  for (; r + kTaps <= w.rows; r += kTaps) add_rows<kRows, kTaps>(w, table, dy, r, columns, sums);
+  for (; r < w.rows; ++r) add_rows<kRows, 1>(w, table, dy, r, columns, sums);
 }
 
-void dot_transposed(const Packed& w, const float* dy, int64_t stride, int64_t rows, int64_t first, int64_t width,
-                    float* sums) {
-  switch (rows) {
-    case 1:
-      return dot_transposed_rows<1>(w, dy, stride, first, width, sums);
-    case 2:
-      return dot_transposed_rows<2>(w, dy, stride, first, width, sums);
-    case 3:
-      return dot_transposed_rows<3>(w, dy, stride, first, width, sums);
-    default:
-      return dot_transposed_rows<4>(w, dy, stride, first, width, sums);
-  }
+void dot_transposed(const Packed& w, MatrixView dy, int64_t rows, Range columns, float* sums) {
+  by_rows(rows, [&](auto count) { dot_transposed_rows<decltype(count)::value>(w, dy, columns, sums); });
 }
 
-double pack_signs(const float* x, int64_t count, uint32_t* positive, uint32_t* nonzero, int64_t* zeros, int64_t* bad) {
-  double squares = 0.0;
+SignCounts pack_signs(const float* x, int64_t count, uint32_t* positive, uint32_t* nonzero) {
+  SignCounts counts;
   for (int64_t start = 0; start < count; start += 32) {
     const int64_t end = start + 32 < count ? start + 32 : count;
     uint32_t above = 0, other = 0;
-    double part = 0.0;
+    double squares = 0.0;
     for (int64_t j = start; j < end; ++j) {
       const uint32_t bit = 1u << (j - start);
       above |= x[j] > 0.0f ? bit : 0u;
       other |= x[j] != 0.0f ? bit : 0u;
-      *zeros += x[j] == 0.0f;
-      *bad += (float_to_bits(x[j]) & 0x7f800000u) == 0x7f800000u;
-      part += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+      counts.zeros += x[j] == 0.0f;
+      counts.not_finite += (float_to_bits(x[j]) & 0x7f800000u) == 0x7f800000u;  // all bits of the exponent
+      squares += static_cast<double>(x[j]) * static_cast<double>(x[j]);
     }
     positive[start / 32] = above;
     nonzero[start / 32] = other;
-    squares += part;
+    counts.squares += squares;
   }
-  return squares;
+  return counts;
 }
 
-const GemmKernels& gemm_kernels();  // gemm_vector.h
+const Fp32GemmKernels& fp32_gemm_kernels();  // fp32_vector_kernels.h
 
 // What every instruction set has; the richer ones add to it.
 inline Kernels common_kernels(const char* name) {
@@ -281,7 +291,7 @@ inline Kernels common_kernels(const char* name) {
   k.dot = dot;
   k.dot_transposed = dot_transposed;
   k.pack_signs = pack_signs;
-  k.gemm = &gemm_kernels();
+  k.fp32_gemm = &fp32_gemm_kernels();
   return k;
 }
 

@@ -11,187 +11,208 @@ namespace lorasb {
 namespace {
 
 // Measured on two Zen 4 cores at 4096 x 4096.
-constexpr int64_t kTokensAtOnce = 512;      // their sums stay in a second-level cache
-constexpr int64_t kTokensBesideTiles = 32;  // where the processor has matrix tiles, the BLAS uses them for more
+constexpr int64_t kMc = 512;                 // tokens whose sums stay in a second-level cache
+constexpr int64_t kMaxTokensBesideAmx = 32;  // where the BLAS has AMX and these kernels do not use it
 
-constexpr Shape kNarrow = {1, kStripChunk / 2};  // plain strips: 16 KiB for a first-level cache
+constexpr BlockShape kUnscaledBlock = {1, kBf16MaxKc / 2};  // 16 KiB, for a first-level cache
 
-int64_t tile_tokens() { return kernels().strips->tile_tokens; }
-Shape wide() { return kernels().strips->wide; }
+// Packed tokens in scratch memory: fresh pages take longer than filling them. Less is cheap to allocate, and more
+// should not stay allocated.
+constexpr int64_t kMinScratch = int64_t{1} << 18, kMaxScratch = int64_t{16} << 20;
 
-// One term of a sum: tokens [M, depth] in tiles, and the strips that they meet.
+const Bf16GemmKernels& gemm() { return *kernels().bf16_gemm; }
+
+// One term of the sum: packed tokens [m, k], and how the part of B that they meet is packed.
 struct Term {
-  at::Tensor tiles;
-  int64_t depth;  // whole steps
-  std::function<void(const Piece&, uint16_t* out, float* scales)> decode;
-  int64_t run = 0;  // elements that share a scale, where strips are plain
+  at::Tensor tokens;  // [k / kc] blocks of [panels][steps][mr][32]
+  int64_t k;          // whole steps
+  std::function<void(const PanelBlock&, uint16_t* panels, float* scales)> pack;
+  int64_t elements_per_scale = 0;  // 0: micro-panels have their scales
 };
 
-struct Result {
-  int64_t tokens, lanes;
-  bool apart, add;
-  const uint16_t* bias;
+// C [m, n], its leading dimension being n.
+struct Output {
+  int64_t m, n;
+  Epilogue epilogue;
   uint16_t* y;
-  Shape shape;
+  BlockShape block;
 };
 
-// Memory for tiles: fresh pages take longer than filling them, so what is large and not too large is kept.
-at::Tensor tile_room(at::IntArrayRef shape, const at::TensorOptions& options) {
-  constexpr int64_t kLeast = int64_t{1} << 18, kMost = int64_t{16} << 20;
+at::Tensor allocate_tokens(at::IntArrayRef shape, const at::TensorOptions& options, bool use_scratch) {
   const int64_t size = c10::multiply_integers(shape) * static_cast<int64_t>(sizeof(uint16_t));
-  if (size < kLeast || size > kMost) return at::empty(shape, options);
-  return at::from_blob(kept_room(size, Keeps::tokens), shape, options);
+  if (!use_scratch || size < kMinScratch || size > kMaxScratch) return at::empty(shape, options);
+  return at::from_blob(thread_scratch(size, Scratch::packed_tokens), shape, options);
 }
 
-at::Tensor tiles_of(const at::Tensor& x, int apart, const Shape& shape, bool kept) {
-  const int64_t tokens = tile_tokens(), M = x.size(0), steps = ceil_div(x.size(1), kStripDepth),
-                tiles = ceil_div(M, tokens);
-  const std::vector<int64_t> sizes = {tiles, steps, tokens, kStripDepth};
-  at::Tensor found = kept ? tile_room(sizes, x.options()) : at::empty(sizes, x.options());
-  uint16_t* to = mutable_bits(found);
-  const uint16_t* from = bits(x);
-  at::parallel_for(0, tiles, grain(tokens * x.size(1)), [&](int64_t low, int64_t high) {
-    kernels().strips->tiles(from, x.stride(0), M, x.size(1), tokens, apart, shape.depth / kStripDepth, low, high, to);
-  });
-  return found;
+// `use_scratch`: at most one term of a sum can lie in the thread's scratch memory.
+at::Tensor pack_tokens(const at::Tensor& x, int pair_distance, const BlockShape& block, bool use_scratch) {
+  const int mr = gemm().mr;
+  const int64_t m = x.size(0), k = x.size(1), panels = ceil_div(m, mr);
+  at::Tensor packed = allocate_tokens({panels, ceil_div(k, kBf16KStep), mr, kBf16KStep}, x.options(), use_scratch);
+  const Bf16Matrix src{bits(x), x.stride(0), m, k};
+  const TokenLayout layout{mr, pair_distance, block.kc / kBf16KStep};
+  uint16_t* dst = mutable_bits(packed);
+  at::parallel_for(0, panels, grain(mr * k),
+                   [&](int64_t low, int64_t high) { gemm().pack_tokens(src, layout, {low, high}, dst); });
+  return packed;
 }
 
-// `kept`: the tiles lie in memory that the thread keeps, which is one term's.
-Term term(const at::Tensor& x, int apart, const Shape& shape, bool kept, decltype(Term::decode) decode) {
-  return {tiles_of(x, apart, shape, kept), ceil_div(x.size(1), kStripDepth) * kStripDepth, std::move(decode)};
+Term make_term(const at::Tensor& x, int pair_distance, const BlockShape& block, bool use_scratch,
+               decltype(Term::pack) pack) {
+  return {pack_tokens(x, pair_distance, block, use_scratch), ceil_div(x.size(1), kBf16KStep) * kBf16KStep,
+          std::move(pack)};
 }
 
-// What a thread works in.
-struct Room {
-  uint16_t* strips;
+// A thread's scratch memory: a block of micro-panels, their scales where these are apart, and sums [mc, nc]. Sums have
+// whole micro-panels of tokens, since AMX stores all of a register's rows.
+struct Workspace {
+  uint16_t* panels;
   float *scales, *sums;
 
-  Room(const Shape& shape, int64_t tokens) {
-    const int64_t of_strips = shape.strips * shape.apart() * sizeof(uint16_t);
-    const int64_t of_scales = kStripChunk * sizeof(float);
-    char* room = static_cast<char*>(kept_room(of_strips + of_scales + tokens * shape.width() * sizeof(float)));
-    strips = reinterpret_cast<uint16_t*>(room);
-    scales = reinterpret_cast<float*>(room + of_strips);
-    sums = reinterpret_cast<float*>(room + of_strips + of_scales);
+  Workspace(const BlockShape& block, int64_t mc) {
+    const int64_t panel_bytes = block.panels * block.panel_stride() * sizeof(uint16_t);
+    const int64_t scale_bytes = kBf16MaxKc * sizeof(float);  // [kc / 32, 32] at most
+    const int64_t size = panel_bytes + scale_bytes + mc * block.nc() * sizeof(float);
+    char* memory = static_cast<char*>(thread_scratch(size, Scratch::weight_block));
+    panels = reinterpret_cast<uint16_t*>(memory);
+    scales = reinterpret_cast<float*>(memory + panel_bytes);
+    sums = reinterpret_cast<float*>(memory + panel_bytes + scale_bytes);
   }
 };
 
-// Tokens [low, high) of `count` strips from `lane` on.
-void sum_block(const std::vector<Term>& terms, const Result& result, int64_t low, int64_t high, int64_t lane,
-               int64_t count, const Room& room) {
-  const StripKernels& k = *kernels().strips;
-  const int64_t at_once = k.tile_tokens, apart = result.shape.apart(), width = result.shape.width();
-  bool fresh = true;
+// A piece of C: rows `tokens`, and so many micro-panels of columns from n0 on.
+struct Piece {
+  Range tokens;
+  int64_t n0, panels;
+};
+
+// One term's block of B, packed, against all tokens of the piece.
+void multiply_block(const Term& term, const Piece& piece, const BlockShape& block, int64_t k0, bool overwrite,
+                    const Workspace& work) {
+  const Bf16GemmKernels& kernel = gemm();
+  const int64_t mr = kernel.mr, nc = block.nc(), padded_tokens = term.tokens.size(0) * mr;
+  const int64_t kc = std::min(block.kc, term.k - k0), steps = kc / kBf16KStep;
+  const int64_t steps_per_scale = std::min(term.elements_per_scale, kc) / kBf16KStep;
+  const uint16_t* packed = bits(term.tokens) + k0 * padded_tokens;
+  term.pack({piece.n0, piece.panels, k0, kc, block.panel_stride()}, work.panels, work.scales);
+  for (int64_t i = piece.tokens.begin; i < piece.tokens.end; i += mr) {
+    const int64_t rows = std::min(mr, piece.tokens.end - i);
+    float* sums = work.sums + (i - piece.tokens.begin) * nc;
+    for (int64_t p = 0; p < piece.panels; ++p) {
+      const PackedPanel panel{work.panels + p * block.panel_stride(), steps};
+      const MutableMatrixView tile{sums + p * kBf16Nr, nc};
+      if (steps_per_scale > 0) {
+        kernel.unscaled_micro_kernel(packed + i * kc, rows, {panel, steps_per_scale, work.scales}, overwrite, tile);
+      } else {
+        kernel.micro_kernel(packed + i * kc, rows, panel, overwrite, tile);
+      }
+    }
+  }
+}
+
+void compute_piece(const std::vector<Term>& terms, const Output& out, const Piece& piece, const Workspace& work) {
+  bool overwrite = true;
   for (const Term& term : terms) {
-    const uint16_t* tiles = bits(term.tiles);
-    const int64_t padded = term.tiles.size(0) * at_once;  // tokens
-    for (int64_t first = 0; first < term.depth; first += result.shape.depth, fresh = false) {
-      const int64_t depth = std::min(result.shape.depth, term.depth - first), steps = depth / kStripDepth;
-      const int64_t run = std::min(term.run, depth) / kStripDepth;
-      term.decode({lane, count, first, depth, apart}, room.strips, room.scales);
-      for (int64_t t = low; t < high; t += at_once) {
-        const int64_t rows = std::min(at_once, high - t);
-        const uint16_t* tile = tiles + (first * padded + t * depth);
-        float* sums = room.sums + (t - low) * width;
-        for (int64_t s = 0; s < count; ++s) {
-          if (run > 0) {
-            k.multiply_scaled(tile, rows, room.strips, steps, run, room.scales, fresh, sums, width);
-          } else {
-            k.multiply(tile, rows, room.strips + s * apart, steps, fresh, sums + s * kStripLanes, width);
-          }
-        }
-      }
+    for (int64_t k0 = 0; k0 < term.k; k0 += out.block.kc, overwrite = false) {
+      multiply_block(term, piece, out.block, k0, overwrite, work);
     }
   }
-  for (int64_t s = 0; s < count; ++s) {
-    const int64_t place = lane + s * kStripLanes;
-    k.finish(room.sums + s * kStripLanes, width, high - low, result.lanes - place, result.apart,
-             result.bias == nullptr ? nullptr : result.bias + place, result.add, result.y + low * result.lanes + place,
-             result.lanes);
+  const int64_t low = piece.tokens.begin;
+  for (int64_t p = 0; p < piece.panels; ++p) {
+    const int64_t column = piece.n0 + p * kBf16Nr;
+    Epilogue epilogue = out.epilogue;
+    if (epilogue.bias != nullptr) epilogue.bias += column;
+    gemm().store({work.sums + p * kBf16Nr, out.block.nc()}, piece.tokens.size(), out.n - column, epilogue,
+                 {out.y + low * out.n + column, out.n});
   }
 }
 
-void sum(const std::vector<Term>& terms, const Result& result) {
-  const Shape shape = result.shape;
-  const int64_t strips = ceil_div(result.lanes, kStripLanes), blocks = ceil_div(result.tokens, kTokensAtOnce);
-  const int64_t tokens = ceil_div(ceil_div(result.tokens, blocks), tile_tokens()) * tile_tokens();
-  at::parallel_for(0, strips, grain(kStripLanes * terms.front().depth), [&](int64_t begin, int64_t end) {
-    const Room room(shape, tokens);
-    if (kernels().strips->begin != nullptr) kernels().strips->begin();
-    for (int64_t low = 0; low < result.tokens; low += tokens) {
-      const int64_t high = std::min(low + tokens, result.tokens);
-      for (int64_t s = begin; s < end; s += shape.strips) {
-        sum_block(terms, result, low, high, s * kStripLanes, std::min(shape.strips, end - s), room);
+void compute(const std::vector<Term>& terms, const Output& out) {
+  const int64_t mr = gemm().mr, panels = ceil_div(out.n, kBf16Nr), blocks = ceil_div(out.m, kMc);
+  const int64_t mc = ceil_div(ceil_div(out.m, blocks), mr) * mr;
+  at::parallel_for(0, panels, grain(kBf16Nr * terms.front().k), [&](int64_t begin, int64_t end) {
+    const Workspace work(out.block, mc);
+    if (gemm().begin != nullptr) gemm().begin();
+    for (int64_t low = 0; low < out.m; low += mc) {
+      const Range tokens{low, std::min(low + mc, out.m)};
+      for (int64_t p = begin; p < end; p += out.block.panels) {
+        compute_piece(terms, out, {tokens, p * kBf16Nr, std::min(out.block.panels, end - p)}, work);
       }
     }
-    if (kernels().strips->end != nullptr) kernels().strips->end();
+    if (gemm().end != nullptr) gemm().end();
   });
 }
 
-Term weight_rows(const Packed& w, const at::Tensor& x) {
-  return term(x, 8, wide(), true,
-              [&w](const Piece& piece, uint16_t* out, float*) { kernels().strips->of_rows(w, piece, out); });
-}
-
-Term plain_weight_rows(const Packed& w, const at::Tensor& x) {
-  Term found = term(x, 4, kNarrow, true, [&w](const Piece& piece, uint16_t* out, float* scales) {
-    kernels().strips->of_rows_plain(w, piece, out, scales);
+// Pair distances are those of the packing functions: cpu/bf16_microkernel.h.
+Term weight_transposed(const Packed& w, const at::Tensor& x) {
+  return make_term(x, 8, gemm().block, true, [&w](const PanelBlock& block, uint16_t* panels, float*) {
+    gemm().pack_transposed(w, block, panels);
   });
-  found.run = w.block;
-  return found;
 }
 
-Term weight_columns(const Packed& w, const at::Tensor& dy) {
-  return term(dy, 1, wide(), true,
-              [&w](const Piece& piece, uint16_t* out, float*) { kernels().strips->of_columns(w, piece, out); });
+Term weight_transposed_unscaled(const Packed& w, const at::Tensor& x) {
+  Term term = make_term(x, 4, kUnscaledBlock, true, [&w](const PanelBlock& block, uint16_t* panels, float* scales) {
+    gemm().pack_transposed_unscaled(w, block, panels, scales);
+  });
+  term.elements_per_scale = w.block;
+  return term;
 }
+
+Term weight(const Packed& w, const at::Tensor& dy) {
+  return make_term(dy, 1, gemm().block, true,
+                   [&w](const PanelBlock& block, uint16_t* panels, float*) { gemm().pack(w, block, panels); });
+}
+
+Bf16Matrix contiguous_matrix(const at::Tensor& d) { return {bits(d), d.size(1), d.size(0), d.size(1)}; }
 
 }  // namespace
 
-bool takes_strips(const Packed& w, at::ScalarType dtype, int64_t M) {
-  return kernels().strips != nullptr && dtype == at::kBFloat16 && M > 0 && w.rows > 0 && w.columns > 0 &&
+bool bf16_gemm_supported(const Packed& w, at::ScalarType dtype, int64_t M) {
+  // Two roundings, to fp16 and to bf16, are not what rounding a table does.
+  return kernels().bf16_gemm != nullptr && dtype == at::kBFloat16 && M > 0 && w.rows > 0 && w.columns > 0 &&
          w.whole_blocks() && w.rounding != Rounding::fp16 &&
-         (M <= kTokensBesideTiles || kernels().strips->begin != nullptr || !has_matrix_tiles());
+         (M <= kMaxTokensBesideAmx || gemm().begin != nullptr || !has_amx());
 }
 
-at::Tensor strips_product(const Packed& w, const at::Tensor& x, const at::Tensor& v, const at::Tensor& b,
-                          const std::optional<at::Tensor>& bias) {
-  const bool plain = x.size(0) <= kernels().strips->plain_tokens;
-  const Shape shape = plain ? kNarrow : wide();
+at::Tensor bf16_gemm(const Packed& w, const at::Tensor& x, const at::Tensor& v, const at::Tensor& b,
+                     const std::optional<at::Tensor>& bias) {
+  const bool unscaled = x.size(0) <= gemm().max_unscaled_tokens;
+  const BlockShape block = unscaled ? kUnscaledBlock : gemm().block;
   std::vector<Term> terms;
-  terms.push_back(plain ? plain_weight_rows(w, x) : weight_rows(w, x));
+  terms.push_back(unscaled ? weight_transposed_unscaled(w, x) : weight_transposed(w, x));
   const at::Tensor factor = b.contiguous(), rows = v.contiguous();
-  const uint16_t* d = bits(factor);
-  if (b.size(1) > 0) {
-    terms.push_back(term(rows, 1, shape, false, [&](const Piece& piece, uint16_t* out, float*) {
-      kernels().strips->of_dense_rows(d, b.size(0), b.size(1), piece, out);
+  const Bf16Matrix d = contiguous_matrix(factor);
+  if (d.columns > 0) {
+    terms.push_back(make_term(rows, 1, block, false, [&d](const PanelBlock& part, uint16_t* panels, float*) {
+      gemm().pack_dense_transposed(d, part, panels);
     }));
   }
   at::Tensor y = at::empty({x.size(0), w.rows}, x.options());
-  const at::Tensor offset = bias.has_value() ? bias->contiguous() : at::Tensor();
-  sum(terms, {x.size(0), w.rows, false, false, bias.has_value() ? bits(offset) : nullptr, mutable_bits(y), shape});
+  const at::Tensor bias_row = bias.has_value() ? bias->contiguous() : at::Tensor();
+  const Epilogue epilogue{false, bias.has_value() ? bits(bias_row) : nullptr, false};
+  compute(terms, {x.size(0), w.rows, epilogue, mutable_bits(y), block});
   return y;
 }
 
-at::Tensor strips_product_transposed(const Packed& w, const at::Tensor& dy, const at::Tensor& c, const at::Tensor& a) {
+at::Tensor bf16_gemm_transposed(const Packed& w, const at::Tensor& dy, const at::Tensor& c, const at::Tensor& a) {
   std::vector<Term> terms;
-  terms.push_back(weight_columns(w, dy));
+  terms.push_back(weight(w, dy));
   const at::Tensor factor = a.contiguous(), rows = c.contiguous();
-  const uint16_t* d = bits(factor);
-  if (a.size(0) > 0) {
-    terms.push_back(term(rows, 1, wide(), false, [&](const Piece& piece, uint16_t* out, float*) {
-      kernels().strips->of_dense_columns(d, a.size(0), a.size(1), piece, out);
+  const Bf16Matrix d = contiguous_matrix(factor);
+  if (d.rows > 0) {
+    terms.push_back(make_term(rows, 1, gemm().block, false, [&d](const PanelBlock& part, uint16_t* panels, float*) {
+      gemm().pack_dense(d, part, panels);
     }));
   }
   at::Tensor dx = at::empty({dy.size(0), w.columns}, dy.options());
-  sum(terms, {dy.size(0), w.columns, true, false, nullptr, mutable_bits(dx), wide()});
+  compute(terms, {dy.size(0), w.columns, {true, nullptr, false}, mutable_bits(dx), gemm().block});
   return dx;
 }
 
-void add_strips_product_transposed(const Packed& w, const at::Tensor& dy, at::Tensor& dx) {
+void bf16_gemm_transposed_add(const Packed& w, const at::Tensor& dy, at::Tensor& dx) {
   std::vector<Term> terms;
-  terms.push_back(weight_columns(w, dy));
-  sum(terms, {dy.size(0), w.columns, true, true, nullptr, mutable_bits(dx), wide()});
+  terms.push_back(weight(w, dy));
+  compute(terms, {dy.size(0), w.columns, {true, nullptr, true}, mutable_bits(dx), gemm().block});
 }
 
 }  // namespace lorasb

@@ -1,5 +1,27 @@
-// Products of many tokens in bf16 with a quantized weight: our own blocked product, over strips of W decoded into
-// cache.
+// The blocked product in bf16 of many tokens with a quantized weight, base and adapter in one sum:
+//
+//   y = x Wᵀ + v Bᵀ + bias        dx = dy W + c A
+//
+// W is decoded to bf16, a block at a time, into micro-panels that stay in cache; each is multiplied by all tokens
+// before the next one is decoded. AVX512-BF16 or AMX multiplies, sums are in fp32, and y is rounded once.
+//
+// BLIS terms: C [m, n] = A [m, k] B [k, n] with tokens as A. Tokens are packed once before the product.
+//
+//   for each range of n                                a thread's own micro-panels of B
+//     for i in steps of mc                             up to 512 tokens: their sums [mc, nc] stay in cache
+//       for j in steps of nc                           128 columns (AMX: 192)
+//         for each term                                W, then the adapter's factor
+//           for k0 in steps of kc                      512 (AMX: 256)
+//             decode B [kc, nc] into micro-panels
+//             for ii in steps of mr                    8 tokens (AMX: 32)
+//               for jj in steps of nr                  32: micro-kernel, mr x nr sums in registers
+//         y = sums + bias, rounded
+//
+// The layouts of micro-panels are in cpu/bf16_microkernel.h. Up to max_unscaled_tokens y takes
+// half of the decoding: micro-panels hold rounded entries of the table without their scales, one micro-panel at a time
+// (nc = 32, kc = 256), and the scales are applied to the sums of each block. dx has no such path.
+//
+// Threading: columns of C are cut, never k or a sum, and kc is a constant: bits do not depend on the number of threads.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,17 +32,17 @@
 
 namespace lorasb {
 
-// Whether the functions below take M tokens in this dtype.
-bool takes_strips(const Packed& w, at::ScalarType dtype, int64_t M);
+// True if the functions below take M tokens in this dtype.
+bool bf16_gemm_supported(const Packed& w, at::ScalarType dtype, int64_t M);
 
-// y [M, m] = x [M, n] Wᵀ + v [M, r] B [m, r]ᵀ + bias, one sum in fp32.
-at::Tensor strips_product(const Packed& w, const at::Tensor& x, const at::Tensor& v, const at::Tensor& b,
-                          const std::optional<at::Tensor>& bias);
+// y [M, m] = x [M, n] Wᵀ + v [M, r] B [m, r]ᵀ + bias.
+at::Tensor bf16_gemm(const Packed& w, const at::Tensor& x, const at::Tensor& v, const at::Tensor& b,
+                     const std::optional<at::Tensor>& bias);
 
-// dx [M, n] = dy [M, m] W + c [M, r] A [r, n], one sum in fp32.
-at::Tensor strips_product_transposed(const Packed& w, const at::Tensor& dy, const at::Tensor& c, const at::Tensor& a);
+// dx [M, n] = dy [M, m] W + c [M, r] A [r, n].
+at::Tensor bf16_gemm_transposed(const Packed& w, const at::Tensor& dy, const at::Tensor& c, const at::Tensor& a);
 
-// dx [M, n] += dy [M, m] W.
-void add_strips_product_transposed(const Packed& w, const at::Tensor& dy, at::Tensor& dx);
+// dx [M, n] += dy [M, m] W, added in fp32 and rounded once.
+void bf16_gemm_transposed_add(const Packed& w, const at::Tensor& dy, at::Tensor& dx);
 
 }  // namespace lorasb

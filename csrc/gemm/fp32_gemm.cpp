@@ -12,59 +12,76 @@
 namespace lorasb {
 namespace {
 
-// Measured on two Zen 3 cores: a panel of lanes and its sums stay in a second-level cache of 256 KiB, and a micro-panel
+// Measured on two Zen 3 cores: a packed panel and its sums stay in a second-level cache of 256 KiB, and a micro-panel
 // of each kind in a first-level one.
-constexpr int64_t kDepth = 256;      // elements of a sum in a panel
-constexpr int64_t kLanes = 64;       // lanes of a panel
-constexpr int64_t kWideLanes = 128;  // where tokens, and so their sums, are few: whole cache lines of 4-bit rows
-constexpr int64_t kFewTokens = 128;
-constexpr int64_t kTokens = 512;                    // tokens whose sums are open at once
-constexpr int64_t kThinTokens = 48;                 // and at least so many where lanes are few
-constexpr int64_t kTokenBytes = int64_t{32} << 20;  // of tokens in fp32 that are packed at once
-constexpr int64_t kSmallWork = int64_t{1} << 18;    // products that are not worth a second thread
-constexpr int64_t kPartRows = 256;                  // rows of W whose sums are added on their own, in order
+constexpr int64_t kKc = 256;
+constexpr int64_t kNc = 64;
+constexpr int64_t kWideNc = 128;     // where tokens, and so their sums, are few: whole cache lines of 4-bit rows
+constexpr int64_t kFewTokens = 128;  // up to these kWideNc applies
+constexpr int64_t kMc = 512;         // tokens whose sums are open at once
+constexpr int64_t kMinMc = 48;       // and at least so many where columns are few
+constexpr int64_t kPackedBytes = int64_t{32} << 20;  // of tokens in fp32 that are packed at once
+constexpr int64_t kSmallWork = int64_t{1} << 18;     // multiplications that are not worth a second thread
+constexpr int64_t kMinScratch = int64_t{1} << 18;    // bytes of packed tokens; less is cheap to allocate
 
-const GemmKernels& gemm() { return *kernels().gemm; }
+// Leading dimension of rows of kc elements that are read side by side: 1 KiB and 32 bytes, so that they do not fall
+// into the same sets of a first-level cache.
+constexpr int64_t kRowStride = kKc + 8;
+
+const Fp32GemmKernels& gemm() { return *kernels().fp32_gemm; }
 
 Element element_of(at::ScalarType dtype) {
   if (dtype == at::kBFloat16) return Element::bf16;
   return dtype == at::kHalf ? Element::f16 : Element::f32;
 }
 
-// Elements [first, first + count) of row `row`, in fp32.
-void widen_run(const Weight& w, int64_t row, int64_t first, int64_t count, float* to) {
+DenseView view_of(const at::Tensor& dense) {
+  return {dense.const_data_ptr(), element_of(dense.scalar_type()), dense.stride(0)};
+}
+
+const char* element_at(const DenseView& d, int64_t row, int64_t column) {
+  return static_cast<const char*>(d.data) + (row * d.ld + column) * size_of(d.element);
+}
+
+// The part of B that is packed at a time: rows [k0, k0 + kc), columns [n0, n0 + nc); nc is whole micro-panels and may
+// end beyond B.
+struct PanelShape {
+  int64_t k0, kc, n0, nc;
+};
+
+// Elements [first, first + count) of a row of W, in fp32.
+void widen_run(const Weight& w, int64_t row, int64_t first, int64_t count, float* dst) {
   if (w.packed != nullptr) {
-    kernels().decode_f32(*w.packed, row * w.columns + first, count, to);
+    kernels().decode_f32(*w.packed, row * w.columns + first, count, dst);
     return;
   }
-  const Element element = element_of(w.dense.scalar_type());
-  const auto* from = static_cast<const char*>(w.dense.const_data_ptr());
-  gemm().widen(from + (row * w.dense.stride(0) + first) * size_of(element), element, count, to);
+  const DenseView d = view_of(w.dense);
+  gemm().widen(element_at(d, row, first), d.element, count, dst);
 }
 
-// Elements [first, first + depth) of the sums of `lanes` lanes from `lane` on, as micro-panels [.., depth, nr].
-void pack_rows(const Weight& w, int64_t lane, int64_t lanes, int64_t first, int64_t depth, float* rows, float* to) {
-  const int64_t nr = gemm().nr, stride = kDepth + 8;  // rows that are read side by side: not in the same cache lines
-  for (int64_t s = 0; s < lanes; s += nr) {
-    const int64_t there = std::max<int64_t>(0, std::min(nr, w.rows - lane - s));
+// B = Wᵀ: nr rows of W, widened into `rows` [nr, kRowStride], are one micro-panel.
+void pack_transposed(const Weight& w, const PanelShape& shape, float* rows, float* panel) {
+  const int64_t nr = gemm().nr, kc = shape.kc;
+  for (int64_t j = 0; j < shape.nc; j += nr, panel += nr * kc) {
+    const int64_t row = shape.n0 + j, count = std::max<int64_t>(0, std::min(nr, w.rows - row));
     if (w.packed == nullptr && w.dense.scalar_type() == at::kBFloat16) {
-      const auto* from = static_cast<const uint16_t*>(w.dense.const_data_ptr()) + first;
-      const int64_t ld = w.dense.stride(0);
-      gemm().transpose_bf16_lanes(from + (lane + s) * ld, ld, there, depth, to + s * depth);
+      const auto* src = static_cast<const uint16_t*>(w.dense.const_data_ptr()) + row * w.dense.stride(0) + shape.k0;
+      gemm().pack_transposed_bf16({src, w.dense.stride(0)}, count, kc, panel);
       continue;
     }
-    for (int64_t i = 0; i < there; ++i) widen_run(w, lane + s + i, first, depth, rows + i * stride);
-    gemm().transpose_lanes(rows, stride, there, depth, to + s * depth);
+    for (int64_t i = 0; i < count; ++i) widen_run(w, row + i, shape.k0, kc, rows + i * kRowStride);
+    gemm().pack_transposed({rows, kRowStride}, count, kc, panel);
   }
 }
 
-// What decoding elements [first, first + count) will read.
-void prefetch(const Packed& w, int64_t first, int64_t count) {
-  const char* from = w.codes != nullptr ? reinterpret_cast<const char*>(w.codes + first)
-                                        : reinterpret_cast<const char*>(w.bytes + first / 2);
-  const int64_t bytes = w.codes != nullptr ? count : (count + 1) / 2;
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
-  if (w.codes != nullptr) return;
+void prefetch_bytes(const void* src, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(src) + line);
+}
+
+// What decoding elements [first, first + count) will read: codes, and the first scale.
+void prefetch_elements(const Packed& w, int64_t first, int64_t count) {
+  if (w.codes != nullptr) return prefetch_bytes(w.codes + first, count);
+  prefetch_bytes(w.bytes + first / 2, (count + 1) / 2);
   const int64_t block = first / w.block;
   if (w.absmax != nullptr) {
     __builtin_prefetch(w.absmax + block);
@@ -73,228 +90,220 @@ void prefetch(const Packed& w, int64_t first, int64_t count) {
   }
 }
 
-void pack_columns(const Weight& w, int64_t lane, int64_t lanes, int64_t first, int64_t depth, float* row, float* to) {
-  constexpr int64_t kAhead = 16;  // rows: a row's piece is too short for the processor to guess the next one
-  const int64_t nr = gemm().nr, there = std::min(lanes, w.columns - lane), apart = nr * depth;
+// B = W: a piece of a row of W is row k of all micro-panels. `row` has room for nc elements.
+void pack_plain(const Weight& w, const PanelShape& shape, float* row, float* panel) {
+  constexpr int64_t kAhead = 16;  // rows: a row's piece is too short for the hardware prefetcher
+  const int64_t nr = gemm().nr, count = std::min(shape.nc, w.columns - shape.n0), panel_stride = nr * shape.kc;
   if (w.packed != nullptr) {
-    for (int64_t k = 0; k < depth; ++k) {
-      if (k + kAhead < depth) prefetch(*w.packed, (first + k + kAhead) * w.columns + lane, there);
-      kernels().decode_f32(*w.packed, (first + k) * w.columns + lane, there, row);
-      gemm().spread_lanes(row, Element::f32, there, to + k * nr, apart);
+    for (int64_t k = 0; k < shape.kc; ++k) {
+      const int64_t first = (shape.k0 + k) * w.columns + shape.n0;
+      if (k + kAhead < shape.kc) prefetch_elements(*w.packed, first + kAhead * w.columns, count);
+      kernels().decode_f32(*w.packed, first, count, row);
+      gemm().pack_row(row, Element::f32, count, panel + k * nr, panel_stride);
     }
     return;
   }
-  const Element element = element_of(w.dense.scalar_type());
-  const int64_t ld = w.dense.stride(0) * size_of(element), bytes = there * size_of(element);
-  const char* from = static_cast<const char*>(w.dense.const_data_ptr()) + first * ld + lane * size_of(element);
-  for (int64_t k = 0; k < depth; ++k, from += ld) {
-    if (k + kAhead < depth) {
-      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + kAhead * ld + line);
+  const DenseView d = view_of(w.dense);
+  for (int64_t k = 0; k < shape.kc; ++k) {
+    if (k + kAhead < shape.kc) {
+      prefetch_bytes(element_at(d, shape.k0 + k + kAhead, shape.n0), count * size_of(d.element));
     }
-    gemm().spread_lanes(from, element, there, to + k * nr, apart);
+    gemm().pack_row(element_at(d, shape.k0 + k, shape.n0), d.element, count, panel + k * nr, panel_stride);
   }
 }
 
-// What a product is cut into: pieces of so many tokens and lanes, each of one thread and over the whole reduction.
-struct Cut {
-  int64_t tokens, lanes;
+// The size of a piece of C.
+struct TileShape {
+  int64_t mc, nc;  // whole micro-panels
 };
 
-Cut cut_of(int64_t tokens, int64_t width, int64_t threads) {
-  const GemmKernels& k = gemm();
-  const int64_t strips = ceil_div(width, k.nr);
-  const int64_t most = std::max<int64_t>(1, (tokens <= kFewTokens ? kWideLanes : kLanes) / k.nr);
+// A piece is large enough to stay in cache, and pieces are enough for all threads.
+TileShape choose_tile(int64_t tokens, int64_t n, int64_t threads) {
+  const Fp32GemmKernels& k = gemm();
+  const int64_t panels = ceil_div(n, k.nr);
+  const int64_t max_panels = std::max<int64_t>(1, (tokens <= kFewTokens ? kWideNc : kNc) / k.nr);
   const auto whole = [&](int64_t count) { return ceil_div(count, k.mr) * k.mr; };
-  if (tokens > kThinTokens && strips < 2 * threads * most) {  // few lanes: cut the tokens, and share a panel widely
-    const int64_t parts = std::max<int64_t>(1, std::min(2 * threads, tokens / kThinTokens));
-    return {whole(std::min(kTokens, ceil_div(tokens, parts))), std::min(2 * most, strips) * k.nr};
+  if (tokens > kMinMc && panels < 2 * threads * max_panels) {  // few columns: cut the tokens, and use a panel longer
+    const int64_t parts = std::max<int64_t>(1, std::min(2 * threads, tokens / kMinMc));
+    return {whole(std::min(kMc, ceil_div(tokens, parts))), std::min(2 * max_panels, panels) * k.nr};
   }
-  int64_t best = 1, least = ceil_div(strips, threads);
-  for (int64_t each = 2; each <= most; ++each) {  // the longest thread's strips
-    const int64_t longest = ceil_div(ceil_div(strips, each), threads) * each;
-    if (longest <= least) {
+  int64_t best = 1, shortest = ceil_div(panels, threads);
+  for (int64_t each = 2; each <= max_panels; ++each) {  // micro-panels of the thread that has most of them
+    const int64_t longest = ceil_div(ceil_div(panels, each), threads) * each;
+    if (longest <= shortest) {
       best = each;
-      least = longest;
+      shortest = longest;
     }
   }
-  const int64_t blocks = ceil_div(tokens, kTokens);
+  const int64_t blocks = ceil_div(tokens, kMc);
   return {whole(ceil_div(tokens, blocks)), best * k.nr};
 }
 
-// What a thread works in.
+// A thread's scratch memory: rows of W in fp32 before they are packed, the packed panel, and the sums [mc, nc].
 struct Workspace {
   float *rows, *panel, *sums;
 
-  explicit Workspace(const Cut& cut) {
-    const int64_t of_rows = std::max<int64_t>(gemm().nr * (kDepth + 8), cut.lanes), of_panel = cut.lanes * kDepth;
-    rows = static_cast<float*>(kept_room((of_rows + of_panel + cut.tokens * cut.lanes) * sizeof(float)));
-    panel = rows + of_rows;
-    sums = panel + of_panel;
+  explicit Workspace(const TileShape& tile) {
+    const int64_t row_count = std::max<int64_t>(gemm().nr * kRowStride, tile.nc), panel_count = tile.nc * kKc;
+    const int64_t count = row_count + panel_count + tile.mc * tile.nc;
+    rows = static_cast<float*>(thread_scratch(count * sizeof(float), Scratch::weight_block));
+    panel = rows + row_count;
+    sums = panel + panel_count;
   }
 };
 
 struct Output {
   char* y;
   Element element;
-  int64_t width;
-  const float* start;    // or null
-  int64_t start_stride;  // 0 for a vector
+  int64_t n;
+  MatrixView start;  // null for none; ld is 0 for a vector
 };
 
-// Tokens [low, high) of `lanes` lanes from `lane` on.
-void multiply_piece(const std::vector<Term>& terms, int64_t low, int64_t high, int64_t lane, int64_t lanes,
-                    const Workspace& room) {
-  const GemmKernels& k = gemm();
-  bool fresh = true;
+// A piece of C: rows `tokens`, columns [n0, n0 + nc).
+struct Piece {
+  Range tokens;
+  int64_t n0, nc;
+};
+
+void multiply_piece(const std::vector<Term>& terms, const Piece& piece, const Workspace& work) {
+  const Fp32GemmKernels& k = gemm();
+  const int64_t nc = piece.nc;
+  bool overwrite = true;
   for (const Term& term : terms) {
-    const float* tokens = term.x->panels.const_data_ptr<float>();
-    const int64_t padded = ceil_div(term.x->tokens, k.mr) * k.mr;
-    const auto pack = term.w->lanes == Weight::Lanes::rows ? pack_rows : pack_columns;
-    for (int64_t first = 0; first < term.x->depth; first += kDepth, fresh = false) {
-      const int64_t depth = std::min(kDepth, term.x->depth - first);
-      pack(*term.w, lane, lanes, first, depth, room.rows, room.panel);
-      for (int64_t t = low; t < high; t += k.mr) {
-        const float* tile = tokens + first * padded + t * depth;
-        for (int64_t s = 0; s < lanes; s += k.nr) {
-          k.multiply(tile, room.panel + s * depth, depth, std::min<int64_t>(k.mr, high - t), fresh,
-                     room.sums + (t - low) * lanes + s, lanes);
+    const float* packed_x = term.x->panels.const_data_ptr<float>();
+    const int64_t padded_tokens = ceil_div(term.x->tokens, k.mr) * k.mr;
+    const auto pack = term.w->transposed ? pack_transposed : pack_plain;
+    for (int64_t k0 = 0; k0 < term.x->k; k0 += kKc, overwrite = false) {
+      const int64_t kc = std::min(kKc, term.x->k - k0);
+      pack(*term.w, {k0, kc, piece.n0, nc}, work.rows, work.panel);
+      for (int64_t i = piece.tokens.begin; i < piece.tokens.end; i += k.mr) {
+        const float* tokens = packed_x + k0 * padded_tokens + i * kc;
+        const int64_t rows = std::min<int64_t>(k.mr, piece.tokens.end - i);
+        float* sums = work.sums + (i - piece.tokens.begin) * nc;
+        for (int64_t j = 0; j < nc; j += k.nr) {
+          k.micro_kernel(tokens, work.panel + j * kc, kc, rows, overwrite, {sums + j, nc});
         }
       }
     }
   }
-  if (fresh) std::fill(room.sums, room.sums + (high - low) * lanes, 0.0f);
+  if (overwrite) std::fill(work.sums, work.sums + piece.tokens.size() * nc, 0.0f);  // k = 0
 }
 
-void store_piece(const Output& out, int64_t low, int64_t high, int64_t lane, int64_t lanes, float* sums) {
-  const int64_t count = std::min(lanes, out.width - lane);
-  for (int64_t t = low; t < high; ++t) {
-    float* row = sums + (t - low) * lanes;
-    if (out.start != nullptr) {
-      const float* start = out.start + t * out.start_stride + lane;
-      for (int64_t j = 0; j < count; ++j) row[j] += start[j];
+void store_piece(const Output& out, const Piece& piece, float* sums) {
+  const int64_t count = std::min(piece.nc, out.n - piece.n0);
+  for (int64_t t = piece.tokens.begin; t < piece.tokens.end; ++t, sums += piece.nc) {
+    if (out.start.data != nullptr) {
+      const float* start = out.start.data + t * out.start.ld + piece.n0;
+      for (int64_t j = 0; j < count; ++j) sums[j] += start[j];
     }
-    gemm().narrow(row, out.element, count, out.y + (t * out.width + lane) * size_of(out.element));
+    gemm().narrow(sums, out.element, count, out.y + (t * out.n + piece.n0) * size_of(out.element));
   }
 }
 
-at::Tensor panels_room(int64_t count, const at::Tensor& like, bool keep) {
+at::Tensor allocate_panels(int64_t count, const at::Tensor& like, bool use_scratch) {
   const at::TensorOptions options = like.options().dtype(at::kFloat);
-  if (!keep || count * 4 < (int64_t{1} << 18)) return at::empty({count}, options);
-  return at::from_blob(kept_room(count * sizeof(float), Keeps::tokens), {count}, options);
+  const int64_t size = count * static_cast<int64_t>(sizeof(float));
+  if (!use_scratch || size < kMinScratch) return at::empty({count}, options);
+  return at::from_blob(thread_scratch(size, Scratch::packed_tokens), {count}, options);
 }
 
-Weight dense_weight(const at::Tensor& dense, Weight::Lanes lanes) {
-  const auto other = lanes == Weight::Lanes::rows ? Weight::Lanes::columns : Weight::Lanes::rows;
-  if (dense.stride(1) != 1 && dense.stride(0) == 1 && dense.size(0) > 1) {  // stored the other way round
-    return {dense.t(), nullptr, dense.size(1), dense.size(0), other};
+Weight dense_weight(const at::Tensor& dense, bool transposed) {
+  if (dense.stride(1) != 1 && dense.stride(0) == 1 && dense.size(0) > 1) {  // stored column by column: take Wᵀ
+    return {dense.t(), nullptr, dense.size(1), dense.size(0), !transposed};
   }
   const at::Tensor rows = dense.stride(1) == 1 || dense.size(1) == 1 ? dense : dense.contiguous();
-  return {rows, nullptr, dense.size(0), dense.size(1), lanes};
+  return {rows, nullptr, dense.size(0), dense.size(1), transposed};
 }
 
 }  // namespace
 
-Weight weight_rows(const at::Tensor& dense) { return dense_weight(dense, Weight::Lanes::rows); }
-Weight weight_columns(const at::Tensor& dense) { return dense_weight(dense, Weight::Lanes::columns); }
-Weight weight_rows(const Packed& w) { return {at::Tensor(), &w, w.rows, w.columns, Weight::Lanes::rows}; }
-Weight weight_columns(const Packed& w) { return {at::Tensor(), &w, w.rows, w.columns, Weight::Lanes::columns}; }
+Weight transposed_weight(const at::Tensor& dense) { return dense_weight(dense, true); }
+Weight transposed_weight(const Packed& w) { return {at::Tensor(), &w, w.rows, w.columns, true}; }
+Weight plain_weight(const at::Tensor& dense) { return dense_weight(dense, false); }
+Weight plain_weight(const Packed& w) { return {at::Tensor(), &w, w.rows, w.columns, false}; }
 
-int64_t tokens_at_once(int64_t depth) {
-  return std::max(kTokens, kTokenBytes / 4 / std::max<int64_t>(1, depth) / kTokens * kTokens);
-}
+int64_t max_packed_tokens(int64_t k) { return std::max(kMc, kPackedBytes / 4 / std::max<int64_t>(1, k) / kMc * kMc); }
 
-TokenPanels pack_tokens(const at::Tensor& x, bool keep) {
-  const GemmKernels& k = gemm();
-  const int64_t tokens = x.size(0), depth = x.size(1), tiles = ceil_div(tokens, k.mr);
-  TokenPanels packed{panels_room(tiles * k.mr * depth, x, keep), tokens, depth};
-  const Element element = element_of(x.scalar_type());
-  const auto* from = static_cast<const char*>(x.const_data_ptr());
-  float* to = packed.panels.mutable_data_ptr<float>();
-  at::parallel_for(0, tiles, grain(k.mr * depth), [&](int64_t begin, int64_t end) {
-    std::vector<float> rows(k.mr * (kDepth + 8));
-    for (int64_t first = 0; first < depth; first += kDepth) {
-      const int64_t count = std::min(kDepth, depth - first);
-      for (int64_t tile = begin; tile < end; ++tile) {
-        const int64_t there = std::min<int64_t>(k.mr, tokens - tile * k.mr);
-        for (int64_t i = 0; i < there; ++i) {
-          k.widen(from + ((tile * k.mr + i) * x.stride(0) + first) * size_of(element), element, count,
-                  rows.data() + i * (kDepth + 8));
+PackedTokens pack_tokens(const at::Tensor& x, bool use_scratch) {
+  const Fp32GemmKernels& kernel = gemm();
+  const int64_t mr = kernel.mr, tokens = x.size(0), k = x.size(1), panels = ceil_div(tokens, mr);
+  PackedTokens packed{allocate_panels(panels * mr * k, x, use_scratch), tokens, k};
+  const DenseView src = view_of(x);
+  float* dst = packed.panels.mutable_data_ptr<float>();
+  at::parallel_for(0, panels, grain(mr * k), [&](int64_t begin, int64_t end) {
+    std::vector<float> rows(mr * kRowStride);
+    for (int64_t k0 = 0; k0 < k; k0 += kKc) {
+      const int64_t kc = std::min(kKc, k - k0);
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t count = std::min(mr, tokens - panel * mr);
+        for (int64_t i = 0; i < count; ++i) {
+          kernel.widen(element_at(src, panel * mr + i, k0), src.element, kc, rows.data() + i * kRowStride);
         }
-        k.transpose_tokens(rows.data(), kDepth + 8, there, count, to + first * tiles * k.mr + tile * k.mr * count);
+        kernel.pack_tokens({rows.data(), kRowStride}, count, kc, dst + k0 * panels * mr + panel * mr * kc);
       }
     }
   });
   return packed;
 }
 
-at::Tensor product(const std::vector<Term>& terms, at::ScalarType dtype, const std::optional<at::Tensor>& start) {
-  const int64_t tokens = terms.front().x->tokens, width = terms.front().w->width();
-  at::Tensor y = at::empty({tokens, width}, terms.front().x->panels.options().dtype(dtype));
-  if (tokens == 0 || width == 0) return y;
-  const at::Tensor first = start.has_value() ? start->to(at::kFloat).contiguous() : at::Tensor();
-  const Output out{static_cast<char*>(y.mutable_data_ptr()), element_of(dtype), width,
-                   start.has_value() ? first.const_data_ptr<float>() : nullptr,
-                   start.has_value() && first.dim() == 2 ? width : 0};
-  int64_t work = 0;
-  for (const Term& term : terms) work += term.x->depth * tokens * width;
-  const int64_t threads = work < kSmallWork ? 1 : at::get_num_threads();
-  const Cut cut = cut_of(tokens, width, threads);
-  const int64_t across = ceil_div(width, cut.lanes), pieces = across * ceil_div(tokens, cut.tokens);
+at::Tensor fp32_gemm(const std::vector<Term>& terms, at::ScalarType dtype, const std::optional<at::Tensor>& start) {
+  const int64_t tokens = terms.front().x->tokens, n = terms.front().w->n();
+  at::Tensor y = at::empty({tokens, n}, terms.front().x->panels.options().dtype(dtype));
+  if (tokens == 0 || n == 0) return y;
+  const at::Tensor initial = start.has_value() ? start->to(at::kFloat).contiguous() : at::Tensor();
+  Output out{static_cast<char*>(y.mutable_data_ptr()), element_of(dtype), n, {nullptr, 0}};
+  if (start.has_value()) out.start = {initial.const_data_ptr<float>(), initial.dim() == 2 ? n : 0};
+  int64_t multiplications = 0;
+  for (const Term& term : terms) multiplications += term.x->k * tokens * n;
+  const int64_t threads = multiplications < kSmallWork ? 1 : at::get_num_threads();
+  const TileShape tile = choose_tile(tokens, n, threads);
+  const int64_t across = ceil_div(n, tile.nc), pieces = across * ceil_div(tokens, tile.mc);
   std::atomic<int64_t> next{0};  // a thread whose core is busy with something else takes fewer pieces
   at::parallel_for(0, std::min(threads, pieces), 1, [&](int64_t, int64_t) {
-    const Workspace room(cut);
-    for (int64_t piece = next++; piece < pieces; piece = next++) {
-      const int64_t low = piece / across * cut.tokens, lane = piece % across * cut.lanes;
-      const int64_t high = std::min(low + cut.tokens, tokens);
-      const int64_t lanes = std::min(cut.lanes, ceil_div(width - lane, gemm().nr) * gemm().nr);
-      multiply_piece(terms, low, high, lane, lanes, room);
-      store_piece(out, low, high, lane, lanes, room.sums);
+    const Workspace work(tile);
+    for (int64_t index = next++; index < pieces; index = next++) {
+      const int64_t low = index / across * tile.mc, n0 = index % across * tile.nc;
+      const int64_t nc = std::min(tile.nc, ceil_div(n - n0, gemm().nr) * gemm().nr);
+      const Piece piece{{low, std::min(low + tile.mc, tokens)}, n0, nc};
+      multiply_piece(terms, piece, work);
+      store_piece(out, piece, work.sums);
     }
   });
   return y;
 }
 
-at::Tensor few_rows(const at::Tensor& x, const Weight& w) {
+at::Tensor multiply_few_tokens(const at::Tensor& x, const Weight& w) {
   const at::TensorOptions options = x.options().dtype(at::kFloat);
-  return add_few_rows(x, w, at::zeros({x.size(0), w.width()}, options));
+  return add_few_tokens(x, w, at::zeros({x.size(0), w.n()}, options));
 }
 
-at::Tensor add_few_rows(const at::Tensor& x, const Weight& w, at::Tensor sums) {
-  const at::Tensor wide = x.to(at::kFloat).contiguous();
-  const float* from = wide.const_data_ptr<float>();
-  float* to = sums.mutable_data_ptr<float>();
-  const int64_t tokens = x.size(0), ld = w.dense.stride(0);
+at::Tensor add_few_tokens(const at::Tensor& x, const Weight& w, at::Tensor sums) {
+  const int64_t tokens = x.size(0);
   if (tokens == 0) return sums;
-  const Element element = element_of(w.dense.scalar_type());
-  const void* d = w.dense.const_data_ptr();
-  if (w.lanes == Weight::Lanes::rows) {
-    over_rows(w.rows, w.columns, 16, [&](int64_t low, int64_t high) {
-      gemm().dot_rows(from, w.columns, tokens, d, element, ld, w.columns, low, high, true, to, w.rows);
-    });
+  const at::Tensor x_fp32 = x.to(at::kFloat).contiguous();
+  const MatrixView src{x_fp32.const_data_ptr<float>(), w.k()};
+  const MutableMatrixView dst{sums.mutable_data_ptr<float>(), w.n()};
+  const DenseView d = view_of(w.dense);
+  if (w.transposed) {
+    over_rows(w.rows, w.columns, 16,
+              [&](int64_t low, int64_t high) { gemm().dot_rows(src, tokens, d, w.columns, {low, high}, dst); });
     return sums;
   }
-  // Columns as lanes: a thread has columns of its own where there are enough of them, else rows whose parts are added.
+  // B = W: a thread has columns of its own where there are enough of them, else rows whose partial sums are added. The
+  // choice does not look at the number of threads, as the two sum in different orders.
   constexpr int64_t kWidth = 512;
   if (w.columns >= kWidth || w.rows <= kPartRows) {
     at::parallel_for(0, ceil_div(w.columns, kWidth), grain(kWidth * w.rows), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
-        const int64_t first = c * kWidth, count = std::min(kWidth, w.columns - first);
-        gemm().add_rows(from, w.rows, tokens, d, element, ld, 0, w.rows, first, count, to + first, w.columns);
+        const Range columns{c * kWidth, std::min((c + 1) * kWidth, w.columns)};
+        gemm().add_rows(src, tokens, d, {0, w.rows}, columns, {dst.data + columns.begin, dst.ld});
       }
     });
     return sums;
   }
-  const int64_t parts = ceil_div(w.rows, kPartRows);
-  at::Tensor partial = at::zeros({parts, tokens, w.columns}, sums.options());
-  float* part = partial.mutable_data_ptr<float>();
-  at::parallel_for(0, parts, grain(kPartRows * w.columns), [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t low = p * kPartRows, high = std::min(low + kPartRows, w.rows);
-      gemm().add_rows(from, w.rows, tokens, d, element, ld, low, high, 0, w.columns, part + p * tokens * w.columns,
-                      w.columns);
-    }
+  add_row_parts(w.rows, sums, [&](Range rows, float* part) {
+    gemm().add_rows(src, tokens, d, rows, {0, w.columns}, {part, w.columns});
   });
-  for (int64_t p = 0; p < parts; ++p) sums.add_(partial[p]);
   return sums;
 }
 

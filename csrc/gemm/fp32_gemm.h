@@ -1,4 +1,26 @@
-// Products of many tokens in fp32, W widened or decoded a panel at a time: y = Σ over terms of X_t W_tᵀ, or X_t W_t.
+// The blocked product in fp32, for 16 bits that the processor does not multiply and for fp32 where it beats the BLAS:
+// y = Σ over terms of X_t W_tᵀ, or of X_t W_t. W is dense in fp32, bf16 or fp16, or quantized; a packed panel of it is
+// widened or decoded into cache.
+//
+// BLIS terms: C [m, n] += A [m, k] B [k, n]. A is X (m tokens), B is Wᵀ or W, k is what is summed over.
+//
+//   for each piece of C, mc x nc, taken by whichever thread is free
+//     for each term                                 base and adapter: one sum
+//       for k0 in steps of kc                       256
+//         pack B [kc, nc] into micro-panels         in a second-level cache, by the thread that uses it
+//         for i0 in steps of mr                     a micro-panel of A, packed once before the product
+//           for j0 in steps of nr                   micro-kernel: mr x nr sums in registers
+//     C = sums + start, rounded
+//
+// Layouts, with M and n rounded up to whole micro-panels (zero beyond the matrix):
+//
+//   packed A   [k / kc] blocks of [m / mr][kc][mr]      element [i, k]: block k / kc, panel i / mr, k % kc, i % mr
+//   packed B   [nc / nr][kc][nr]                        element [k, j]: panel j / nr, k, j % nr
+//   sums       [mc][nc]                                 row-major, leading dimension nc
+//
+// Threading: a piece has all of k, so that one thread computes each element of C: over terms in order, over k in order,
+// in one chain of FMAs. Neither the pieces' sizes, which depend on the number of threads, nor who takes a piece changes
+// bits.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -11,49 +33,48 @@
 
 namespace lorasb {
 
-// W of a product, in any storage. Its lanes are what a result has columns for: W's rows in X Wᵀ, W's columns in X W.
+// W [rows, columns] as B of a product, in any storage: B = Wᵀ or B = W.
 struct Weight {
-  enum class Lanes { rows, columns };
-
-  at::Tensor dense;  // [rows, columns], elements of a row in one piece; undefined where packed
+  at::Tensor dense;  // [rows, columns], elements of a row contiguous; undefined where W is quantized
   const Packed* packed = nullptr;
   int64_t rows, columns;
-  Lanes lanes;
+  bool transposed;
 
-  // The lanes' number, and the length of their sums.
-  int64_t width() const { return lanes == Lanes::rows ? rows : columns; }
-  int64_t depth() const { return lanes == Lanes::rows ? columns : rows; }
+  int64_t n() const { return transposed ? rows : columns; }
+  int64_t k() const { return transposed ? columns : rows; }
 };
 
-// X Wᵀ and X W. A dense W [m, n] in fp32, bf16 or fp16 may lie in either order.
-Weight weight_rows(const at::Tensor& dense);
-Weight weight_columns(const at::Tensor& dense);
-Weight weight_rows(const Packed& w);
-Weight weight_columns(const Packed& w);
+// B = Wᵀ, in y = x Wᵀ, and B = W, in dx = dy W. A dense W may be stored in either order.
+Weight transposed_weight(const at::Tensor& dense);
+Weight transposed_weight(const Packed& w);
+Weight plain_weight(const at::Tensor& dense);
+Weight plain_weight(const Packed& w);
 
-// X [M, depth] in fp32, as micro-panels of tokens. One at a time in a thread may lie in memory that the thread keeps.
-struct TokenPanels {
-  at::Tensor panels;  // [chunks of the depth][tiles][their depth][mr]
-  int64_t tokens, depth;
+// X [tokens, k] in fp32 as micro-panels.
+struct PackedTokens {
+  at::Tensor panels;
+  int64_t tokens, k;
 };
 
-TokenPanels pack_tokens(const at::Tensor& x, bool keep = false);
+// `use_scratch`: the panels lie in this thread's scratch memory until its next call with it, so that one operand at a
+// time can have it.
+PackedTokens pack_tokens(const at::Tensor& x, bool use_scratch = false);
 
 struct Term {
-  const TokenPanels* x;
+  const PackedTokens* x;
   const Weight* w;
 };
 
-// y [M, width] in a dtype: the sum of the terms, each in fp32 and in one order whatever the number of threads, onto
-// `start` ([width], such as a bias, or [M, width] in fp32).
-at::Tensor product(const std::vector<Term>& terms, at::ScalarType dtype,
-                   const std::optional<at::Tensor>& start = std::nullopt);
+// y [tokens, n] in a dtype: the sum of the terms plus `start` ([n], such as a bias, or [tokens, n] in fp32).
+at::Tensor fp32_gemm(const std::vector<Term>& terms, at::ScalarType dtype,
+                     const std::optional<at::Tensor>& start = std::nullopt);
 
-// Tokens that are packed at once: more are taken part by part, so that their copy in fp32 stays small.
-int64_t tokens_at_once(int64_t depth);
+// Tokens that are packed at once: a caller takes more of them part by part, so that their copy in fp32 stays small.
+int64_t max_packed_tokens(int64_t k);
 
-// The same for up to kFewRows tokens, by a walk over the rows of a dense W: W is read once and nothing is packed.
-at::Tensor few_rows(const at::Tensor& x, const Weight& w);
-at::Tensor add_few_rows(const at::Tensor& x, const Weight& w, at::Tensor sums);
+// The same product in fp32 for up to kFewRows tokens and a dense W, which is read once and as it lies: nothing is
+// packed. add_few_tokens adds to `sums` and returns it.
+at::Tensor multiply_few_tokens(const at::Tensor& x, const Weight& w);
+at::Tensor add_few_tokens(const at::Tensor& x, const Weight& w, at::Tensor sums);
 
 }  // namespace lorasb

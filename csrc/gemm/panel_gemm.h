@@ -1,4 +1,17 @@
-// Products with a quantized weight that never exists as a whole.
+// Products with a quantized weight where no blocked product of our own applies: fp64, shapes without whole blocks, and
+// dtypes that the BLAS multiplies faster.
+//
+//   up to 8 tokens, whole blocks    W is looked up straight into fp32 sums and read once (Kernels::dot, dot_transposed)
+//   otherwise                       panels of W are dequantized into scratch memory and handed to the BLAS
+//
+// A panel is 4 MiB: rows [low, high) of W for y = x Wᵀ, columns [first, first + width) for dx = dy W, in both cases all
+// of k. Every element of the result is one product of the BLAS, added to what was there:
+//
+//   for each panel      y[:, low:high] += x · dequantize(W[low:high, :])ᵀ
+//                       dx[:, first:first + width] += dy · dequantize(W[:, first:first + width])
+//
+// Threading: at::parallel_for decodes a panel, and the BLAS has its own threads. Decoding has no sums; the direct
+// products sum each element of the result in one task. What the BLAS does with threads is its own.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,13 +20,13 @@
 
 namespace lorasb {
 
-// y [M, m] += x [M, n] Wᵀ. Both have rows in one piece and one dtype, fp32, bf16 or fp64.
-void add_product(const Packed& w, const at::Tensor& x, at::Tensor& y);
+// y [M, m] += x [M, n] Wᵀ. Both are contiguous and of one dtype: fp32, bf16 or fp64.
+void panel_gemm_add(const Packed& w, const at::Tensor& x, at::Tensor& y);
 
 // dx [M, n] += dy [M, m] W.
-void add_product_transposed(const Packed& w, const at::Tensor& dy, at::Tensor& dx);
+void panel_gemm_transposed_add(const Packed& w, const at::Tensor& dy, at::Tensor& dx);
 
-// Whether M tokens in a dtype are multiplied by our own product in fp32 (gemm.h) and not by the two above.
-bool takes_panels(const Packed& w, at::ScalarType dtype, int64_t M);
+// True if M tokens in a dtype are multiplied by the blocked product in fp32 (fp32_gemm.h), and not by the two above.
+bool takes_fp32_gemm(const Packed& w, at::ScalarType dtype, int64_t M);
 
 }  // namespace lorasb

@@ -11,7 +11,6 @@
 namespace lorasb {
 namespace {
 
-constexpr int64_t kChunk = 1 << 15;  // elements that one task decodes
 void check_tensor(const at::Tensor& tensor, const char* name, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(tensor.device().is_cpu(), "expected ", name, " on the CPU, got it on ", tensor.device(),
                     ": move the weight and its statistics together, with model.to(...)");
@@ -24,15 +23,16 @@ void check_length(const at::Tensor& tensor, const char* name, int64_t length) {
                     ": the packed weight, its statistics and its shape do not belong together");
 }
 
-// Of 4096 factors between 1 and 2 these leave the least error in the table's entries when they are rounded to bf16:
-// 6e-4 in NF4's, where 1 leaves 1.1e-3, and none in FP4's.
-float balance_of(const float* table) {
+// The factor by which a table is multiplied before its entries are rounded to bf16. Of 4096 factors between 1 and 2
+// these leave the least error: 6e-4 in NF4's entries, where 1 leaves 1.1e-3, and none in FP4's.
+float choose_balance(const float* table) {
   float best = 1.0f, least = std::numeric_limits<float>::infinity();
   for (const float factor : {1.0f, 1.43701171875f, 1.0078125f}) {
     float error = 0.0f;
     for (int i = 0; i < 16; ++i) {
-      const float value = factor * table[i], miss = (static_cast<float>(at::BFloat16(value)) - value) / factor;
-      error += miss * miss;
+      const float value = factor * table[i], rounded = static_cast<float>(at::BFloat16(value));
+      const float difference = (rounded - value) / factor;
+      error += difference * difference;
     }
     if (error < least) {
       least = error;
@@ -59,7 +59,7 @@ void unpack_nested(at::TensorList tensors, int64_t block2, int64_t blocks, Packe
   w.shift2 = (block2 & (block2 - 1)) == 0 ? __builtin_ctzll(static_cast<unsigned long long>(block2)) : -1;
 }
 
-Packed unpack_octets(at::TensorList tensors, Packed w) {
+Packed unpack_codes(at::TensorList tensors, Packed w) {
   check_tensor(tensors[0], "the weight", at::kChar);
   check_tensor(tensors[1], "its row scales", at::kFloat);
   check_length(tensors[0], "the weight", w.rows * w.columns);
@@ -76,14 +76,16 @@ Packed unpack(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int6
                     "expected 2, 3 or 6 tensors of a quantized weight, got ", tensors.size());
   TORCH_CHECK_VALUE(layout.size() == 3, "expected [block, nested block, rounding], got ", layout);
   TORCH_CHECK_VALUE(layout[2] >= 0 && layout[2] <= 2, "expected a rounding of 0, 1 or 2, got ", layout[2]);
+  // 2^46 elements: sizes in bytes and numbers of elements cannot overflow.
   TORCH_CHECK_VALUE(rows >= 0 && columns >= 0 && (columns == 0 || rows <= (int64_t{1} << 46) / columns),
                     "expected a weight of a possible shape, got [", rows, ", ", columns, "]");
   Packed w;
   w.rows = rows;
   w.columns = columns;
   w.rounding = static_cast<Rounding>(layout[2]);
-  if (tensors.size() == 2) return unpack_octets(tensors, w);
+  if (tensors.size() == 2) return unpack_codes(tensors, w);
   w.block = layout[0];
+  // Even blocks begin at whole bytes.
   TORCH_CHECK_VALUE(w.block >= 2 && w.block % 2 == 0, "expected an even block size, got ", w.block);
   const int64_t blocks = ceil_div(rows * columns, w.block);
   check_tensor(tensors[0], "the packed weight", at::kByte);
@@ -93,7 +95,7 @@ Packed unpack(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int6
   check_length(tensors[2], "the table", 16);
   w.bytes = tensors[0].const_data_ptr<uint8_t>();
   w.table = tensors[2].const_data_ptr<float>();
-  w.balance = balance_of(w.table);
+  w.balance = choose_balance(w.table);
   if (tensors.size() == 6) {
     unpack_nested(tensors, layout[1], blocks, w);
   } else {
@@ -103,39 +105,39 @@ Packed unpack(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int6
   return w;
 }
 
-void decode_panel(const Packed& w, int64_t low, int64_t high, int64_t first, int64_t width, at::Tensor& out) {
+void decode_panel(const Packed& w, Range rows, Range columns, at::Tensor& panel) {
   const Kernels& k = kernels();
-  const auto decode = [&](int64_t place, int64_t count, int64_t target) {
-    if (out.scalar_type() == at::kFloat) {
-      k.decode_f32(w, place, count, out.mutable_data_ptr<float>() + target);
-    } else if (out.scalar_type() == at::kBFloat16) {
-      k.decode_bf16(w, place, count, reinterpret_cast<uint16_t*>(out.mutable_data_ptr<at::BFloat16>()) + target);
+  const auto decode = [&](int64_t first, int64_t count, int64_t offset) {
+    if (panel.scalar_type() == at::kFloat) {
+      k.decode_f32(w, first, count, panel.mutable_data_ptr<float>() + offset);
+    } else if (panel.scalar_type() == at::kBFloat16) {
+      k.decode_bf16(w, first, count, mutable_bits(panel) + offset);
     } else {
-      k.decode_f16(w, place, count, reinterpret_cast<uint16_t*>(out.mutable_data_ptr<at::Half>()) + target);
+      k.decode_f16(w, first, count, reinterpret_cast<uint16_t*>(panel.mutable_data_ptr<at::Half>()) + offset);
     }
   };
-  if (width == w.columns) {  // one run of elements; tasks begin at even places
-    const int64_t start = low * w.columns, count = (high - low) * width;
-    at::parallel_for(0, ceil_div(count, kChunk), 1, [&](int64_t from, int64_t to) {
-      const int64_t end = std::min(to * kChunk, count);
-      decode(start + from * kChunk, end - from * kChunk, from * kChunk);
+  const int64_t width = columns.size();
+  if (width == w.columns) {  // one run of elements; tasks begin at even ones, as kTaskElements is even
+    const int64_t start = rows.begin * width, count = rows.size() * width;
+    at::parallel_for(0, ceil_div(count, kTaskElements), 1, [&](int64_t begin, int64_t end) {
+      const int64_t low = begin * kTaskElements, high = std::min(end * kTaskElements, count);
+      decode(start + low, high - low, low);
     });
     return;
   }
-  const int64_t grain = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, width));
-  at::parallel_for(low, high, grain, [&](int64_t from, int64_t to) {
-    for (int64_t r = from; r < to; ++r) decode(r * w.columns + first, width, (r - low) * width);
+  at::parallel_for(rows.begin, rows.end, grain(width), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) decode(r * w.columns + columns.begin, width, (r - rows.begin) * width);
   });
 }
 
 namespace {
 
-// Memory for a whole weight: many pages are used again.
-at::Tensor fresh(int64_t rows, int64_t columns, const at::TensorOptions& options) {
+// A whole weight: fresh pages would take longer than decoding into them.
+at::Tensor allocate_weight(int64_t rows, int64_t columns, const at::TensorOptions& options) {
   const size_t size = rows * columns * options.dtype().itemsize();
   if (size < kHugePage) return at::empty({rows, columns}, options);
-  void* memory = lent_room(size);
-  return at::from_blob(memory, {rows, columns}, [size](void* lent) { return_room(lent, size); }, options);
+  void* memory = borrow_pages(size);
+  return at::from_blob(memory, {rows, columns}, [size](void* pages) { return_pages(pages, size); }, options);
 }
 
 }  // namespace
@@ -145,16 +147,18 @@ at::Tensor dequantize(at::TensorList tensors, at::IntArrayRef layout, int64_t ro
   const Packed w = unpack(tensors, layout, rows, columns);
   const bool direct = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
   TORCH_CHECK_TYPE(direct || dtype == at::kDouble, "expected fp64, fp32, bf16 or fp16 to dequantize to, got ", dtype);
-  at::Tensor out = fresh(rows, columns, tensors[0].options().dtype(direct ? dtype : at::kFloat));
+  at::Tensor out = allocate_weight(rows, columns, tensors[0].options().dtype(direct ? dtype : at::kFloat));
   if (dtype == at::kBFloat16 && kernels().stream_bf16 != nullptr && out.nbytes() >= last_cache_size()) {
-    uint16_t* to = mutable_bits(out);
+    // Pages are aligned and tasks whole cache lines, which non-temporal stores need.
+    uint16_t* dst = mutable_bits(out);
     const int64_t count = rows * columns;
-    at::parallel_for(0, ceil_div(count, kChunk), 1, [&](int64_t from, int64_t until) {
-      kernels().stream_bf16(w, from * kChunk, std::min(until * kChunk, count) - from * kChunk, to + from * kChunk);
+    at::parallel_for(0, ceil_div(count, kTaskElements), 1, [&](int64_t begin, int64_t end) {
+      const int64_t low = begin * kTaskElements, high = std::min(end * kTaskElements, count);
+      kernels().stream_bf16(w, low, high - low, dst + low);
     });
     return out;
   }
-  decode_panel(w, 0, rows, 0, columns, out);
+  decode_panel(w, {0, rows}, {0, columns}, out);
   return direct ? out : out.to(dtype);
 }
 

@@ -9,110 +9,113 @@
 namespace lorasb {
 namespace {
 
-constexpr int64_t kWidth = 512;       // columns of dx at a time
-constexpr int64_t kPartRows = 256;    // rows of B whose part of t is added on its own, in order
-constexpr int64_t kBackwardRows = 2;  // of dy: for more, strips are faster
+constexpr int64_t kWidth = 512;            // columns of dx at a time
+constexpr int64_t kMaxBackwardTokens = 2;  // for more, the blocked product is faster
 
-// x [M, n] in bf16 in the order in which look-ups yield the elements of a row of W; rows of stream_stride(n).
-at::Tensor arranged(const Packed& w, const at::Tensor& x) {
+// x [M, n] in the order in which look-ups yield the elements of a row of W; rows of stream_stride(n).
+at::Tensor arrange(const Packed& w, const at::Tensor& x) {
   at::Tensor streams = at::empty({x.size(0), stream_stride(w.columns)}, x.options());
-  uint16_t* target = mutable_bits(streams);
+  uint16_t* dst = mutable_bits(streams);
   at::parallel_for(0, x.size(0), grain(w.columns), [&](int64_t low, int64_t high) {
     for (int64_t i = low; i < high; ++i) {
-      kernels().arrange_bf16(bits(x) + i * w.columns, w.columns, target + i * streams.size(1));
+      kernels().arrange_bf16(bits(x) + i * w.columns, w.columns, dst + i * streams.size(1));
     }
   });
   return streams;
 }
 
-// y [M, stride of y] (+)= x [M, n] D[low:high]ᵀ for a dense D.
-void thin_rows(const uint16_t* x, int64_t M, const uint16_t* d, int64_t n, int64_t low, int64_t high, float* y,
-               int64_t stride, bool add) {
+// y [M, ..] = or += x [M, columns] D[d_rows]ᵀ for a contiguous D [.., columns].
+void thin_product(Bf16View x, int64_t M, const uint16_t* d, int64_t columns, Range d_rows, bool accumulate,
+                  MutableMatrixView y) {
   for (int64_t i = 0; i < M; i += kDirectRows) {
     const int64_t rows = std::min<int64_t>(kDirectRows, M - i);
-    kernels().dense_dot_bf16(x + i * n, n, rows, d, n, low, high, y + i * stride, stride, add);
+    kernels().dense_dot_bf16({x.data + i * x.ld, x.ld}, rows, {d, columns}, columns, d_rows, accumulate,
+                             {y.data + i * y.ld, y.ld});
   }
 }
 
-// Sums [M, columns] + bias in bf16.
-void round_rows(const float* sums, int64_t stride, int64_t M, int64_t columns, const uint16_t* bias, uint16_t* y,
-                int64_t y_stride) {
-  for (int64_t j = 0; j < columns; j += kStripLanes) {
-    kernels().strips->finish(sums + j, stride, M, columns - j, false, bias == nullptr ? nullptr : bias + j, false,
-                             y + j, y_stride);
+// y [M, columns] in bf16 = sums + bias.
+void round_rows(MatrixView sums, int64_t M, int64_t columns, const uint16_t* bias, MutableBf16View y) {
+  for (int64_t j = 0; j < columns; j += kBf16Nr) {
+    const Epilogue epilogue{false, bias == nullptr ? nullptr : bias + j, false};
+    kernels().bf16_gemm->store({sums.data + j, sums.ld}, M, columns - j, epilogue, {y.data + j, y.ld});
   }
 }
 
-// Memory for so many sums, and for what a vector reads beyond the last.
-std::unique_ptr<float[]> room_for(int64_t count) { return std::unique_ptr<float[]>(new float[count + kStripLanes]); }
+// Uninitialized. `round_rows` loads whole vectors, past the last sum.
+std::unique_ptr<float[]> allocate_sums(int64_t count) { return std::unique_ptr<float[]>(new float[count + kBf16Nr]); }
+
+// t [M, r] = dy B in fp32.
+at::Tensor multiply_by_b(MatrixView dy, int64_t M, const at::Tensor& b, const at::TensorOptions& options) {
+  const int64_t r = b.size(1);
+  at::Tensor t = at::zeros({M, r}, options);
+  if (r == 0) return t;
+  add_row_parts(b.size(0), t,
+                [&](Range rows, float* part) { kernels().dense_add_bf16(dy, M, {bits(b), r}, rows, {0, r}, part); });
+  return t;
+}
 
 }  // namespace
 
-bool takes_few_tokens(const Packed& w, const at::Tensor& x, bool backward) {
-  const int64_t M = x.size(0);
-  return kernels().dot_bf16 != nullptr && x.scalar_type() == at::kBFloat16 && M > 0 &&
-         M <= (backward ? kBackwardRows : kernels().few_tokens) && w.rows > 0 && w.columns > 0 && w.whole_blocks();
+bool small_m_supported(const Packed& w, const at::Tensor& x, bool backward) {
+  const int64_t M = x.size(0), max_tokens = backward ? kMaxBackwardTokens : kernels().max_few_tokens;
+  return kernels().dot_bf16 != nullptr && x.scalar_type() == at::kBFloat16 && M > 0 && M <= max_tokens && w.rows > 0 &&
+         w.columns > 0 && w.whole_blocks();
 }
 
-std::tuple<at::Tensor, at::Tensor> few_tokens(const Packed& w, const at::Tensor& x, const at::Tensor& a,
-                                              const at::Tensor& core, const at::Tensor& b,
-                                              const std::optional<at::Tensor>& bias) {
+std::tuple<at::Tensor, at::Tensor> small_m_forward(const Packed& w, const at::Tensor& x, const at::Tensor& a,
+                                                   const at::Tensor& core, const at::Tensor& b,
+                                                   const std::optional<at::Tensor>& bias) {
   const int64_t M = x.size(0), m = w.rows, n = w.columns, r = a.size(0);
-  const at::Tensor streams = arranged(w, x), first = a.contiguous(), middle = core.contiguous(), last = b.contiguous();
+  const at::Tensor streams = arrange(w, x), a_rows = a.contiguous(), core_rows = core.contiguous(),
+                   b_rows = b.contiguous();
   at::Tensor u = at::empty({M, r}, x.options()), y = at::empty({M, m}, x.options());
-  const auto sums = room_for(M * std::max(m, r));
+  const auto sums = allocate_sums(M * std::max(m, r));
+  const MutableMatrixView thin_sums{sums.get(), r}, y_sums{sums.get(), m};
   const std::unique_ptr<uint16_t[]> v(new uint16_t[M * r]);
-  over_rows(r, n, 4,
-            [&](int64_t low, int64_t high) { thin_rows(bits(x), M, bits(first), n, low, high, sums.get(), r, false); });
-  round_rows(sums.get(), r, M, r, nullptr, mutable_bits(u), r);
-  thin_rows(bits(u), M, bits(middle), r, 0, r, sums.get(), r, false);
-  round_rows(sums.get(), r, M, r, nullptr, v.get(), r);
-  const at::Tensor offset = bias.has_value() ? bias->contiguous() : at::Tensor();
-  uint16_t* to = mutable_bits(y);
-  over_rows(m, n, kStripLanes, [&](int64_t low, int64_t high) {
-    kernels().dot_bf16(w, bits(streams), M, low, high, sums.get(), m);
-    if (r > 0) thin_rows(v.get(), M, bits(last), r, low, high, sums.get(), m, true);
-    round_rows(sums.get() + low, m, M, high - low, bias.has_value() ? bits(offset) + low : nullptr, to + low, m);
+  over_rows(r, n, 4, [&](int64_t low, int64_t high) {
+    thin_product({bits(x), n}, M, bits(a_rows), n, {low, high}, false, thin_sums);
+  });
+  round_rows({sums.get(), r}, M, r, nullptr, {mutable_bits(u), r});
+  thin_product({bits(u), r}, M, bits(core_rows), r, {0, r}, false, thin_sums);
+  round_rows({sums.get(), r}, M, r, nullptr, {v.get(), r});
+  const at::Tensor bias_row = bias.has_value() ? bias->contiguous() : at::Tensor();
+  uint16_t* dst = mutable_bits(y);
+  // Steps of 32 rows, whole vectors of sums: only the last one loads past its own, and those are masked.
+  over_rows(m, n, kBf16Nr, [&](int64_t low, int64_t high) {
+    kernels().dot_bf16(w, bits(streams), M, {low, high}, y_sums);
+    if (r > 0) thin_product({v.get(), r}, M, bits(b_rows), r, {low, high}, true, y_sums);
+    round_rows({sums.get() + low, m}, M, high - low, bias.has_value() ? bits(bias_row) + low : nullptr, {dst + low, m});
   });
   return {y, u};
 }
 
-std::tuple<at::Tensor, at::Tensor> few_tokens_backward(const Packed& w, const at::Tensor& dy, const at::Tensor& a,
-                                                       const at::Tensor& core, const at::Tensor& b, bool need_dx) {
+std::tuple<at::Tensor, at::Tensor> small_m_backward(const Packed& w, const at::Tensor& dy, const at::Tensor& a,
+                                                    const at::Tensor& core, const at::Tensor& b, bool need_dx) {
   const int64_t M = dy.size(0), m = w.rows, n = w.columns, r = a.size(0);
-  const at::Tensor wide = dy.to(at::kFloat), factor = b.contiguous(), other = a.contiguous();
-  const float* from = wide.const_data_ptr<float>();
-  at::Tensor t = at::zeros({M, r}, wide.options());
-  if (r > 0) {
-    const int64_t parts = (m + kPartRows - 1) / kPartRows;
-    at::Tensor room = at::zeros({parts, M, r}, wide.options());
-    float* to = room.mutable_data_ptr<float>();
-    at::parallel_for(0, parts, grain(kPartRows * r), [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        const int64_t low = p * kPartRows, high = std::min(low + kPartRows, m);
-        kernels().dense_add_bf16(from, m, M, bits(factor), r, low, high, 0, r, to + p * M * r);
-      }
-    });
-    for (int64_t p = 0; p < parts; ++p) t.add_(room[p]);
-  }
+  const at::Tensor dy_fp32 = dy.to(at::kFloat), b_rows = b.contiguous(), a_rows = a.contiguous();
+  const MatrixView dy_rows{dy_fp32.const_data_ptr<float>(), m};
+  const at::Tensor t = multiply_by_b(dy_rows, M, b_rows, dy_fp32.options());
   at::Tensor dx = at::empty({need_dx ? M : 0, n}, dy.options());
   if (!need_dx) return {dx, t};
   const at::Tensor c = at::mm(t, core.to(at::kFloat));
-  uint16_t* target = mutable_bits(dx);
-  const int64_t width = std::max(w.block, kWidth / w.block * w.block), chunks = (n + width - 1) / width;
-  at::parallel_for(0, chunks, grain(width * m), [&](int64_t begin, int64_t end) {
-    std::vector<float> apart(M * width), natural(M * width);
+  const MatrixView c_rows{c.const_data_ptr<float>(), r};
+  auto* dst = reinterpret_cast<at::BFloat16*>(mutable_bits(dx));
+  const int64_t width = std::max(w.block, kWidth / w.block * w.block);  // whole blocks
+  at::parallel_for(0, ceil_div(n, width), grain(width * m), [&](int64_t begin, int64_t end) {
+    std::vector<float> base(M * width), adapter(M * width);  // the base's even columns come first
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t first = chunk * width, count = std::min(width, n - first), half = count / 2;
-      std::fill(natural.begin(), natural.end(), 0.0f);
-      kernels().dense_add_bf16(c.const_data_ptr<float>(), r, M, bits(other), n, 0, r, first, count, natural.data());
-      kernels().dot_transposed(w, from, m, M, first, count, apart.data());
+      const Range columns{chunk * width, std::min((chunk + 1) * width, n)};
+      const int64_t count = columns.size(), half = count / 2;
+      std::fill(adapter.begin(), adapter.end(), 0.0f);
+      kernels().dense_add_bf16(c_rows, M, {bits(a_rows), n}, {0, r}, columns, adapter.data());
+      kernels().dot_transposed(w, dy_rows, M, columns, base.data());
       for (int64_t i = 0; i < M; ++i) {
-        const float *even = apart.data() + i * count, *odd = even + half, *rest = natural.data() + i * count;
-        at::BFloat16* to = reinterpret_cast<at::BFloat16*>(target) + i * n + first;
+        const float *even = base.data() + i * count, *odd = even + half, *added = adapter.data() + i * count;
+        at::BFloat16* row = dst + i * n + columns.begin;
         for (int64_t j = 0; j < half; ++j) {
-          to[2 * j] = even[j] + rest[2 * j];
-          to[2 * j + 1] = odd[j] + rest[2 * j + 1];
+          row[2 * j] = even[j] + added[2 * j];
+          row[2 * j + 1] = odd[j] + added[2 * j + 1];
         }
       }
     }

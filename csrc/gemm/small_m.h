@@ -1,24 +1,38 @@
-// The whole op for a few tokens in bf16, where memory and the start of threads are what counts.
+// The whole adapted linear for a few tokens in bf16 with a quantized weight (AVX512-BF16 and AMX). With one to eight
+// tokens the time is that of reading W from memory and of starting threads, so that
+//
+//   forward    y = x Wᵀ + v Bᵀ + bias        two parallel loops: u = x Aᵀ over rows of A; y over rows of W, base,
+//   adapter
+//                                            and bias in one pass, sums in fp32 that are rounded once
+//   backward   dx = dy W + (t core) A        two parallel loops: t = dy B over parts of rows of B; dx over columns of W
+//
+// W is looked up straight into products: no micro-panel is worth packing. Forward walks over 16 rows of W at a time,
+// and x is arranged once in the order in which look-ups yield a row's elements (cpu/bf16_small_m_avx512.h). Backward
+// walks over all rows of W for some 512 columns, whose even and odd sums [2][width / 2] stay in a first-level cache.
+//
+// Threading: a task has rows of W (forward) or columns of W (backward) of its own, and so whole sums. t, which has few
+// columns, is summed over parts of 256 rows whose sums are added in order (add_row_parts).
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <optional>
+#include <tuple>
 
 #include "cpu/packed_weight.h"
 
 namespace lorasb {
 
-// Whether the functions below take x, or dy.
-bool takes_few_tokens(const Packed& w, const at::Tensor& x, bool backward);
+// True if the functions below take x, or dy.
+bool small_m_supported(const Packed& w, const at::Tensor& x, bool backward);
 
-// y [M, m] = x [M, n] Wᵀ + v Bᵀ + bias and u = x Aᵀ [M, r], with v = u core ᵀ.
-std::tuple<at::Tensor, at::Tensor> few_tokens(const Packed& w, const at::Tensor& x, const at::Tensor& a,
-                                              const at::Tensor& core, const at::Tensor& b,
-                                              const std::optional<at::Tensor>& bias);
+// y [M, m] = x [M, n] Wᵀ + v Bᵀ + bias and u = x Aᵀ [M, r], with v = u coreᵀ.
+std::tuple<at::Tensor, at::Tensor> small_m_forward(const Packed& w, const at::Tensor& x, const at::Tensor& a,
+                                                   const at::Tensor& core, const at::Tensor& b,
+                                                   const std::optional<at::Tensor>& bias);
 
-// dx [M, n] = dy [M, m] W + (t core) A, and t = dy B [M, r] in fp32.
-std::tuple<at::Tensor, at::Tensor> few_tokens_backward(const Packed& w, const at::Tensor& dy, const at::Tensor& a,
-                                                       const at::Tensor& core, const at::Tensor& b, bool need_dx);
+// dx [M, n] = dy [M, m] W + (t core) A, and t = dy B [M, r] in fp32; dx has no rows if it is not needed.
+std::tuple<at::Tensor, at::Tensor> small_m_backward(const Packed& w, const at::Tensor& dy, const at::Tensor& a,
+                                                    const at::Tensor& core, const at::Tensor& b, bool need_dx);
 
 }  // namespace lorasb

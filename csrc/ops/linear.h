@@ -1,6 +1,6 @@
 // The adapted linear over a dense weight where torch's own products are slow: 16 bits on processors that do not
-// multiply them, whose W is widened to fp32 a panel at a time, and fp32 where ours was measured faster. All sums are in
-// fp32.
+// multiply them, where W is widened to fp32 a packed panel at a time, and fp32 where the blocked product was measured
+// to be faster than the BLAS. All sums are in fp32.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -11,8 +11,8 @@
 
 namespace lorasb {
 
-// Whether products in a dtype are ours: of 16 bits false where the processor multiplies them natively, and torch with
-// it.
+// True if these ops compute in a dtype. False for 16 bits where the processor multiplies them, and torch with it; the
+// ops below do not ask, so that tests reach them everywhere.
 bool serves(at::ScalarType dtype);
 
 // y [..., m] and u = x Aᵀ [M, r]; arguments and results as of lorasb::linear.

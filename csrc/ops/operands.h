@@ -1,8 +1,9 @@
-// What the ops over dense and quantized weights share: their operands' checks, and how rows and masks are made of them.
+// What the ops over dense and quantized weights share: checks of their operands, and rows of tokens.
+//
+// Checks raise ValueError and TypeError with what was expected and what came; below ops/ nothing is checked.
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
@@ -11,23 +12,21 @@
 
 namespace lorasb {
 
-// Casts were made and the graph is recorded before the op.
-struct Plain {
+// For the time of an op: torch's calls inside it are neither recorded by autograd, which has the op itself, nor cast by
+// autocast, which has cast the op's operands.
+struct BelowAutograd {
   at::AutoDispatchBelowAutograd below_autograd;
   c10::impl::ExcludeDispatchKeyGuard without_autocast{c10::autocast_dispatch_keyset};
 };
 
+// x [..., n] as contiguous rows [M, n].
 inline at::Tensor rows_of(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}).contiguous(); }
 
+// Rows [M, m] in the leading shape of x or dy: [..., m].
 inline at::Tensor shaped(const at::Tensor& rows, const at::Tensor& like) {
   std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
   shape.back() = rows.size(1);
   return at::_unsafe_view(rows, shape);
-}
-
-inline at::Tensor keep_mask(at::IntArrayRef shape, double dropout, const at::Tensor& seed) {
-  const auto generator = at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(seed.item<int64_t>()));
-  return at::empty(shape, at::TensorOptions().dtype(at::kBool)).bernoulli_(1.0 - dropout, generator);
 }
 
 inline void check_dtype(const at::Tensor& x) {
