@@ -26,7 +26,7 @@ from ..layers.lookup import any_merged, layers_with
 from ..layers.offloading import has_weight_values
 from ..layers.requantize import Requantized
 from ..quantization.bitsandbytes import keep_unpacked
-from . import loading
+from . import fused_experts, loading
 from .config import ALL_LINEAR, LoRASBConfig
 from .fresh_heads import save_heads
 from .mixed_batch import adapters_by_row
@@ -84,7 +84,7 @@ class LoRASBModel(BaseTuner):
             save_heads(model, config)
             # Experts must be nn.Linear modules before `_plan` looks for targets by name.
             if config.target_parameters:
-                unfused_experts.open_targets(model, config.target_parameters)
+                fused_experts.open_targets(model, config.target_parameters)
             self._plan(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = layers_with(model, adapter_name)
@@ -115,7 +115,7 @@ class LoRASBModel(BaseTuner):
 
     def _inject_parameters(self, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
         """Replaces PEFT's wrapping of 3-D parameters: `inject_adapter` has unfused the experts into linears."""
-        return unfused_experts.open_targets(model, peft_config.target_parameters)
+        return fused_experts.open_targets(model, peft_config.target_parameters)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
