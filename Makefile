@@ -6,7 +6,7 @@ STAMP := $(VENV)/.lorasb-installed
 CSRC := $(shell find csrc -name "*.cpp" -o -name "*.h")
 RUN ?= runs/demo
 
-.PHONY: install demo test test-all coverage lint format sanitize bench bench-methods bench-gpu bench-cpu bench-init bench-4bit bench-kernels clean
+.PHONY: install demo test test-ptx test-all coverage lint format sanitize bench bench-methods bench-gpu bench-cpu bench-init bench-4bit bench-kernels clean
 
 install: $(STAMP)
 
@@ -28,12 +28,22 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loa
 
 test: install
 	$(PYTEST)
+	$(PYTEST) --ptx sm_86 tests/kernels/test_compiled.py
+	$(PYTEST) --ptx sm_90 tests/kernels/test_compiled.py
+
+# The kernel tests on compiled code, every instruction executed and checked: make test-ptx ARCH=sm_90. Minutes.
+ARCH ?= sm_86
+KERNEL_TESTS = tests/kernels/test_compiled.py tests/kernels/test_linear.py tests/kernels/test_linear_quantized.py \
+  tests/kernels/test_dropout.py tests/kernels/test_weight_gradient.py
+test-ptx: install
+	$(PYTEST) --ptx $(ARCH) $(KERNEL_TESTS)
 
 # Those that make test leaves out, too: every configuration of every kernel compiled, four ranks, 4-bit shards that are
 # killed, fifty prompts through llama.cpp.
 test-all: install
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed>=0.17"
 	LORASB_GGUF_PROMPTS=50 $(PYTEST) -m "long or not long"
+	for arch in sm_80 sm_86 sm_89 sm_90 sm_120; do $(MAKE) test-ptx ARCH=$$arch || exit 1; done
 
 # How many of lorasb's statements the suite runs; the last line of the table is the total. Not watched are processes that
 # tests start (ranks, compilers, fresh interpreters), so the tests that do little else are left out, as are those of

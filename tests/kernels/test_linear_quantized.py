@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_cases import DTYPES
 from reference import make_case
 from storages import bits_of, exact, octets, storage
 from tolerances import EXACT, HALF_FEW, check, fp32
@@ -14,8 +15,6 @@ from lorasb.functional import dequantize, lora_sb_linear
 from lorasb.kernels import plan
 from lorasb.kernels.launcher import observed
 from lorasb.quantization.quantized_weight import QuantizedWeight
-
-DTYPES = (torch.float32, torch.float16)
 
 
 def run(

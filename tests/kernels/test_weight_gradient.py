@@ -6,6 +6,7 @@ import pytest
 import tolerances
 import torch
 from gradients import factors
+from kernel_cases import DTYPES
 from models import batches_for, make
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from lorasb.utils.bit_packing import unpack_words
 
 SHAPES = [(1, 1, 1), (5, 3, 7), (63, 59, 123), (64, 64, 128), (70, 65, 130), (33, 128, 256), (0, 40, 40), (7, 0, 4)]
 BACKENDS = ["eager", "triton"]
-DTYPES = [torch.float32, torch.float16]
 
 
 def case(M: int, m: int, n: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

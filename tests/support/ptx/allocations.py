@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,9 +31,9 @@ class Fresh:
 
 
 class Tracker:
-    """Storages that were made empty since `clear`.
+    """Storages that the kernels' own host code made empty since `clear`: what kernels alone write.
 
-    What torch writes is seen by its values: a byte that has changed was written.
+    What torch writes into them is seen by its values: a byte that has changed was written.
     """
 
     def __init__(self) -> None:
@@ -43,8 +45,10 @@ class Tracker:
 
     def made(self, tensor: torch.Tensor) -> torch.Tensor:
         """Note a tensor that was made empty."""
+        if type(tensor) is not torch.Tensor or tensor.device.type != "cpu":  # what traces has no memory
+            return tensor
         storage = tensor.untyped_storage()
-        if tensor.device.type == "cpu" and storage.nbytes():
+        if storage.nbytes():
             content = _bytes(storage)
             self._fresh[storage.data_ptr()] = Fresh(storage, content, np.zeros(len(content), bool))
         return tensor
@@ -77,16 +81,17 @@ class Tracker:
 
     def _noting(self, original: Any) -> Any:
         def make(*arguments: Any, **options: Any) -> Any:
-            return self.made(original(*arguments, **options))
+            tensor = original(*arguments, **options)
+            caller = str(sys._getframe(1).f_globals.get("__name__", ""))
+            return self.made(tensor) if caller.startswith(HOST_CODE) else tensor
 
         return make
 
 
+HOST_CODE = ("lorasb.kernels", "lorasb.backends.triton")
 MAKERS = ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"))
 
 
 def _bytes(storage: Any) -> Array:
-    import ctypes
-
     raw = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
     return np.frombuffer(raw, np.uint8).copy()
