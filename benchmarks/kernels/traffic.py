@@ -76,9 +76,8 @@ def _extended(launch: Launch) -> Traffic:
     tiles = (launch.grid - a["core_programs"]) // splits
     segments = [*a["Ks"], *([R] * members if a["BACKWARD"] else [R])]
     partial = tiles * splits * BLOCK_M * BLOCK_N * 4 if splits > 1 else 0
-    loaded = (
-        tiles * (BLOCK_M + BLOCK_N) * sum(segments) * size + partial + (tiles * BLOCK_N * size if a["HAS_BIAS"] else 0)
-    )
+    biases = cdiv(M, BLOCK_M) * sum(a["Ns"]) * size if a["HAS_BIAS"] else 0
+    loaded = tiles * (BLOCK_M + BLOCK_N) * sum(segments) * size + partial + biases
     stored = (M * sum(a["Ns"]) * size if tiles else 0) + partial
     flops = 2 * tiles * BLOCK_M * BLOCK_N * sum(cdiv(k, BLOCK_K) * BLOCK_K for k in segments)
     compulsory = 0

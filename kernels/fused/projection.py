@@ -169,8 +169,8 @@ def times_core(
             block = tl.load(block, mask=(i < ranks.R)[:, None] & (j < ranks.R)[None, :], other=0.0).to(tl.float32)
             if PRECISION == "tf32" and source.dtype.element_ty.primitive_bitwidth < 32:
                 high = (block.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-                acc = tl.dot(lefts[p], high, acc, input_precision=PRECISION)
                 acc = tl.dot(lefts[p], block - high, acc, input_precision=PRECISION)
+                acc = tl.dot(lefts[p], high, acc, input_precision=PRECISION)
             else:
                 acc = tl.dot(lefts[p], block, acc, input_precision=PRECISION)
         # the masks make columns [R, R_PADDED) zero: nothing uninitialized is left in v or w

@@ -161,6 +161,7 @@ def test_wgmma_needs_a_barrier_a_fence_and_a_wait() -> None:
     good.fences += 1
     good.use(addresses, 2, "here")
     good.products.commit()
+    good.barrier()
     with pytest.raises(KernelError, match="a wgmma still reads"):
         good.write(np.zeros(1, np.int64), np.ones((1, 1), np.uint32), 4, warp, "here")
     with pytest.raises(KernelError, match="wgmma is still in flight"):
