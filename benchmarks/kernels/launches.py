@@ -12,6 +12,8 @@ from lorasb.kernels.linear_quantized import forward as forward_quantized
 from lorasb.kernels.plan import DTYPES, Plan, Shape, bucket, choice
 from lorasb.kernels.weight_gradient import gradient_add, gradient_signs
 
+SEED = 1 << 40  # of dropout: the library draws 63 bits, which a kernel takes as an i64
+
 
 def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A tensor without memory."""
@@ -50,10 +52,10 @@ def record(
     with observed(dry=True) as launches:
         if op == "forward":
             biases = [empty(m, dtype=dtype) if bias else None for m in ms]
-            forward(empty(M, n, dtype=dtype), layers, biases, plan, Mask(dropout, 1))
+            forward(empty(M, n, dtype=dtype), layers, biases, plan, Mask(dropout, SEED))
         else:
             us = [empty(M, r, dtype=dtype) for _ in ms]
-            backward([empty(M, m, dtype=dtype) for m in ms], layers, us, plan, True, True, Mask(dropout, 1))
+            backward([empty(M, m, dtype=dtype) for m in ms], layers, us, plan, True, True, Mask(dropout, SEED))
     return launches
 
 

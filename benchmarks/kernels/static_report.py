@@ -174,7 +174,7 @@ def rows(archs: list[str], workers: int | None = None, brief: bool = False) -> l
     unique: dict[str, tuple[Job, int]] = {}
     for job in jobs(archs, brief):
         for place, launch in enumerate(_launches(job)):
-            unique.setdefault(f"{job.arch} {_key(launch)}", (job, place))
+            unique.setdefault(f"{job.arch} {launch_key(launch)}", (job, place))
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         return list(pool.map(_row, unique.values(), chunksize=4))
 
@@ -221,7 +221,7 @@ def config_name(launch: Launch) -> str:
     if launch.name == "dequantize":
         return f"{a['BLOCK_BYTES']} w{o['num_warps']}"
     cap = f" cap {o['maxnreg']}" if "maxnreg" in o else ""
-    return f"{blocks} s{a['SPLITS']} w{o['num_warps']} p{o['num_stages']}{cap}"
+    return f"{blocks} s{a['splits']} w{o['num_warps']} p{o['num_stages']}{cap}"
 
 
 def compile_launch(launch: Launch, capability: int) -> tuple[int, int, int, str]:
@@ -283,7 +283,8 @@ def _divisible(item: Any, plain: bool) -> bool:
     return isinstance(item, torch.Tensor) or (isinstance(item, int) and not plain and item % 16 == 0)
 
 
-def _key(launch: Launch) -> str:
+def launch_key(launch: Launch) -> str:
+    """What Triton compiles a launch for: launches with one key share a kernel."""
     signature, constants, attributes = specialization(launch)
     return f"{launch.name} {signature} {constants} {attributes} {launch.options}"
 

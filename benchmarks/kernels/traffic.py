@@ -45,7 +45,7 @@ def _prep(launch: Launch) -> Traffic:
     a = launch.arguments
     forward = launch.name == "prep_forward"
     members, M, R, R_PADDED = len(a["factors"]), a["M"], a["R"], a["R_PADDED"]
-    BLOCK_M, BLOCK_K, splits = a["BLOCK_M"], a["BLOCK_K"], a["SPLITS"]
+    BLOCK_M, BLOCK_K, splits = a["BLOCK_M"], a["BLOCK_K"], a["splits"]
     thin, lengths = (a["v"], [a["K"]]) if forward else (a["w"], list(a["Ks"]))
     size, core_size = thin.element_size(), a["cores"][0].element_size()
     blocks = cdiv(M, BLOCK_M)
@@ -71,7 +71,7 @@ def _prep(launch: Launch) -> Traffic:
 
 def _extended(launch: Launch) -> Traffic:
     a = launch.arguments
-    M, R, BLOCK_M, BLOCK_N, BLOCK_K, splits = a["M"], a["R"], a["BLOCK_M"], a["BLOCK_N"], a["BLOCK_K"], a["SPLITS"]
+    M, R, BLOCK_M, BLOCK_N, BLOCK_K, splits = a["M"], a["R"], a["BLOCK_M"], a["BLOCK_N"], a["BLOCK_K"], a["splits"]
     size, members = a["v"].element_size(), len(a["factors"])
     tiles = (launch.grid - a["core_programs"]) // splits
     segments = [*a["Ks"], *([R] * members if a["BACKWARD"] else [R])]
@@ -96,7 +96,7 @@ def _core(launch: Launch) -> Traffic:
     a = launch.arguments
     if not a["core_programs"]:
         return Traffic(0, 0, 0, 0)
-    M, R, BLOCK_R, chunks, size = a["M"], a["R"], a["CORE_BLOCK_R"], a["CORE_CHUNKS"], a["t"].element_size()
+    M, R, BLOCK_R, chunks, size = a["M"], a["R"], a["CORE_BLOCK_R"], a["core_chunks"], a["t"].element_size()
     side, members = cdiv(a["R_PADDED"], BLOCK_R), len(a["dcores"])
     partial = a["core_programs"] * BLOCK_R * BLOCK_R * 4 if chunks > 1 else 0
     result = _bytes(*a["dcores"])

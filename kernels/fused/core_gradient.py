@@ -16,10 +16,10 @@ from .device_functions import arrives_last, block_offsets, ordered_sum, pick
 
 
 class CoreBlocks(NamedTuple):
-    """Rows of a chunk, chunks of a tile, side of a tile, rows of a step."""
+    """Rows of a chunk, whether a tile has several chunks, side of a tile, rows of a step."""
 
     CHUNK_M: tl.constexpr
-    CHUNKS: tl.constexpr
+    SPLIT: tl.constexpr
     BLOCK_R: tl.constexpr
     BLOCK_M: tl.constexpr
 
@@ -39,14 +39,14 @@ def core_gradient(
 ):
     """One tile of dR_i = s_i·t_iᵀ u_i, over one of the chunks of rows; the last chunk to finish adds them up in order.
 
-    operands: (t, us, dcores); workspace: (partial, counters); strides: (stride_t, stride_u).
+    operands: (t, us, dcores); workspace: (partial, counters, chunks); strides: (stride_t, stride_u).
     The grid's fastest index is the chunk, then the tile, then the member. A slot is a tile of a member.
     """
     t, us, dcores = operands
-    partial, counters = workspace
+    partial, counters, chunks = workspace
     stride_t, stride_u = strides
     SIDE: tl.constexpr = (R_PADDED + blocks.BLOCK_R - 1) // blocks.BLOCK_R  # tiles along each dimension of dR
-    slot, chunk = pid // blocks.CHUNKS, pid % blocks.CHUNKS
+    slot, chunk = (pid // chunks, pid % chunks) if blocks.SPLIT else (pid, 0)
     member, tile = slot // (SIDE * SIDE), slot % (SIDE * SIDE)
     i = tile // SIDE * blocks.BLOCK_R + tl.arange(0, blocks.BLOCK_R)
     j = tile % SIDE * blocks.BLOCK_R + tl.arange(0, blocks.BLOCK_R)
@@ -66,13 +66,13 @@ def core_gradient(
         )
         acc = tl.dot(lhs.T, rhs, acc, input_precision=PRECISION)
     last = True
-    if blocks.CHUNKS > 1:
+    if blocks.SPLIT:
         offsets = block_offsets(blocks.BLOCK_R, blocks.BLOCK_R)
-        chunk_sums = partial + slot * blocks.CHUNKS * blocks.BLOCK_R * blocks.BLOCK_R
+        chunk_sums = partial + slot * chunks * blocks.BLOCK_R * blocks.BLOCK_R
         tl.store(chunk_sums + chunk * blocks.BLOCK_R * blocks.BLOCK_R + offsets, acc)
-        last = arrives_last(counters, slot, blocks.CHUNKS)
+        last = arrives_last(counters, slot, chunks)
         if last:
-            acc = ordered_sum(chunk_sums, offsets, blocks.BLOCK_R * blocks.BLOCK_R, blocks.CHUNKS, acc)
+            acc = ordered_sum(chunk_sums, offsets, blocks.BLOCK_R * blocks.BLOCK_R, chunks, acc)
     if last:
         inside = (i[:, None] < R) & (j[None, :] < R)
         tl.store(pick(dcores, member) + i[:, None] * R + j[None, :], acc * pick(scales, member), mask=inside)

@@ -108,7 +108,7 @@ def dequantize(
     dequantize_bytes(tl.program_id(0), weight, out, ELEMENTS, storage, BLOCK_BYTES)
 
 
-@triton.jit(do_not_specialize=["M", "seed", "threshold", "prep_programs"])
+@triton.jit(do_not_specialize=["M", "splits", "seed", "threshold", "prep_programs"])
 def prep_forward_quantized(
     # inputs
     x,
@@ -120,6 +120,7 @@ def prep_forward_quantized(
     # workspace
     partial,
     counters,
+    splits,
     # quantized weight and its dequantized values
     packed,
     absmax,
@@ -156,7 +157,7 @@ def prep_forward_quantized(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     # blocks and flags of the storage
     QUANT_BLOCK: tl.constexpr,
     NESTED_BLOCK: tl.constexpr,
@@ -172,14 +173,14 @@ def prep_forward_quantized(
         forward_rows(
             pid,
             (x, factors, cores, us, v),
-            (partial, counters),
+            (partial, counters, splits),
             (M, K),
             (stride_x, stride_factor, stride_v),
             scales,
             (seed, threshold),
             PrepFlags(EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION),
             Ranks(R, R_BLOCKS, R_PADDED),
-            PrepBlocks(BLOCK_M, BLOCK_K, BLOCK_J, SPLITS),
+            PrepBlocks(BLOCK_M, BLOCK_K, BLOCK_J, SPLIT),
             DROPOUT,
         )
     else:
@@ -188,7 +189,7 @@ def prep_forward_quantized(
         dequantize_bytes(pid - prep_programs, weight, scratch, ELEMENTS, storage, BLOCK_BYTES)
 
 
-@triton.jit(do_not_specialize=["M", "prep_programs"])
+@triton.jit(do_not_specialize=["M", "splits", "prep_programs"])
 def prep_backward_quantized(
     # inputs
     dys,
@@ -200,6 +201,7 @@ def prep_backward_quantized(
     # workspace
     partial,
     counters,
+    splits,
     # quantized weight and its dequantized values
     packed,
     absmax,
@@ -234,7 +236,7 @@ def prep_backward_quantized(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     # blocks and flags of the storage
     QUANT_BLOCK: tl.constexpr,
     NESTED_BLOCK: tl.constexpr,
@@ -247,13 +249,13 @@ def prep_backward_quantized(
         backward_rows(
             pid,
             (dys, factors, cores, t, w),
-            (partial, counters),
+            (partial, counters, splits),
             (M, Ks),
             (stride_dy, stride_factor, stride_w),
             scales,
             PrepFlags(EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION),
             Ranks(R, R_BLOCKS, R_PADDED),
-            PrepBlocks(BLOCK_M, BLOCK_K, BLOCK_J, SPLITS),
+            PrepBlocks(BLOCK_M, BLOCK_K, BLOCK_J, SPLIT),
             NEED_DX,
         )
     else:

@@ -31,28 +31,28 @@ def block_offsets(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def arrives_last(counters, slot, COUNT: tl.constexpr):
-    """True in the last of the COUNT programs that call this for a slot; stores made before are visible to that one.
+def arrives_last(counters, slot, count):
+    """True in the last of the `count` programs that call this for a slot; stores made before are visible to that one.
 
     The barrier orders the stores of all threads of this program before the increment (release); the increment orders
     those of the other programs before this one's loads (acquire). The last program leaves the counter at zero: nobody
     else touches it any more, and the next launch finds what it needs without a memset between them.
     """
     tl.debug_barrier()
-    last = tl.atomic_add(counters + slot, 1, sem="acq_rel") == COUNT - 1
+    last = tl.atomic_add(counters + slot, 1, sem="acq_rel") == count - 1
     if last:
         tl.store(counters + slot, 0)
     return last
 
 
 @triton.jit
-def ordered_sum(partial, offsets, size, COUNT: tl.constexpr, like):
-    """Σ_i partial[i·size + offsets] for i = 0, 1, ... COUNT - 1, in this order; `like` gives shape and dtype.
+def ordered_sum(partial, offsets, size, count, like):
+    """Σ_i partial[i·size + offsets] for i = 0, 1, ... count - 1, in this order; `like` gives shape and dtype.
 
     The loads bypass L1 (.cg): its lines are not coherent with what other multiprocessors stored.
     """
     total = tl.zeros_like(like)
-    for i in tl.range(0, COUNT, loop_unroll_factor=1):  # unrolled, it would keep COUNT blocks in registers
+    for i in range(0, count):  # a run-time count: the compiler does not unroll it, and one kernel serves all counts
         total += tl.load(partial + i * size + offsets, cache_modifier=".cg")
     return total
 

@@ -23,7 +23,7 @@ dimension is contiguous.
     t                unused                             t_i [M, R_PADDED], side by side
     us               unused                             u_i [M, R], contiguous
     dcores           unused                             dR_i [R, R], contiguous
-  workspace          partial: fp32 blocks of the core gradient (if CORE_CHUNKS > 1), then of the tiles (if SPLITS > 1)
+  workspace          partial: fp32 blocks of the core gradient (if CORE_SPLIT), then of the tiles (if SPLIT)
                      counters: int32, one a tile of either kind, zero between launches
   sizes              M rows; Ns: N_i, or (N,); Ks: (K,), or K_i; no weight is a K of 0
                      core_programs: programs of the core gradient, 0 if there is none
@@ -35,8 +35,8 @@ dimension is contiguous.
                      PRECISION: of tl.dot, "tf32" or "ieee"
   rank               R; R_PADDED: columns of a member in v, w and t
   blocks             BLOCK_M x BLOCK_N of an output a program, BLOCK_K of the reduction a step
-                     GROUP_M: row blocks that share a sweep over the columns; SPLITS: programs that share a tile
-  blocks of dR       CORE_CHUNK_M rows a program, CORE_CHUNKS programs a tile
+                     GROUP_M: row blocks that share a sweep over the columns; SPLIT: `splits` programs share a tile
+  blocks of dR       CORE_CHUNK_M rows a program; CORE_SPLIT: `core_chunks` programs share a tile
                      CORE_BLOCK_R x CORE_BLOCK_R of dR a tile, CORE_BLOCK_M rows a step
 
 One kernel serves both directions, as both are the same loop; BACKWARD is a constant, so that neither contains the code
@@ -73,7 +73,7 @@ class GemmBlocks(NamedTuple):
     BLOCK_N: tl.constexpr
     BLOCK_K: tl.constexpr
     GROUP_M: tl.constexpr
-    SPLITS: tl.constexpr
+    SPLIT: tl.constexpr
 
 
 @triton.jit
@@ -186,15 +186,16 @@ def output_tile(
     R: tl.constexpr,
     R_PADDED: tl.constexpr,
 ):
-    """One [BLOCK_M, BLOCK_N] tile of an output, or one of SPLITS ranges of its reduction.
+    """One [BLOCK_M, BLOCK_N] tile of an output, or one of `splits` ranges of its reduction.
 
     base: (xs, weights, Ks, stride_x, stride_w); adapter: (v, factors, stride_v, stride_factor); outputs: (ys, biases,
-    Ns, stride_y); workspace: (partial, counters); dropout: (seed, threshold).
+    Ns, stride_y); workspace: (partial, counters, splits); dropout: (seed, threshold).
     """
     ys, biases, Ns, stride_y = outputs
-    partial, counters = workspace
+    partial, counters, splits = workspace
     seed, threshold = dropout
-    row, column, member, slot = tile_coordinates(pid // blocks.SPLITS, M, Ns, blocks)
+    tile, split = (pid // splits, pid % splits) if blocks.SPLIT else (pid, 0)
+    row, column, member, slot = tile_coordinates(tile, M, Ns, blocks)
     N = pick(Ns, member)
     rm, rn = row * blocks.BLOCK_M + tl.arange(0, blocks.BLOCK_M), column * blocks.BLOCK_N + tl.arange(0, blocks.BLOCK_N)
     # Rows and columns past the end are clamped to 0, not masked: that costs no registers, and they are not stored. The
@@ -222,18 +223,18 @@ def output_tile(
         acc = accumulate(acc, base_operands, 0, base_steps, m, n, K_MAJOR, EVEN_K, PRECISION, BLOCK_K)
     else:
         operands = chain(base_operands, adapter_operands)
-        steps_a_split = tl.cdiv(steps, blocks.SPLITS)
-        low = pid % blocks.SPLITS * steps_a_split
+        steps_a_split = tl.cdiv(steps, splits) if blocks.SPLIT else steps
+        low = split * steps_a_split
         high = min(low + steps_a_split, steps)
         acc = accumulate(acc, operands, low, high, m, n, K_MAJOR, EVEN_K, PRECISION, BLOCK_K)
     last = True
-    if blocks.SPLITS > 1:
+    if blocks.SPLIT:
         offsets = block_offsets(blocks.BLOCK_M, blocks.BLOCK_N)
-        split_sums = partial + slot.to(tl.int64) * blocks.SPLITS * blocks.BLOCK_M * blocks.BLOCK_N
-        tl.store(split_sums + pid % blocks.SPLITS * blocks.BLOCK_M * blocks.BLOCK_N + offsets, acc)
-        last = arrives_last(counters, slot, blocks.SPLITS)
+        split_sums = partial + slot.to(tl.int64) * splits * blocks.BLOCK_M * blocks.BLOCK_N
+        tl.store(split_sums + split * blocks.BLOCK_M * blocks.BLOCK_N + offsets, acc)
+        last = arrives_last(counters, slot, splits)
         if last:
-            acc = ordered_sum(split_sums, offsets, blocks.BLOCK_M * blocks.BLOCK_N, blocks.SPLITS, acc)
+            acc = ordered_sum(split_sums, offsets, blocks.BLOCK_M * blocks.BLOCK_N, splits, acc)
     if last:  # epilogue: the bias in fp32 once all splits are added, then the one rounding to the output's dtype
         if flags.HAS_BIAS:
             # masked: the hints on n would let a vector of it read past the end of the bias
@@ -243,7 +244,7 @@ def output_tile(
         tl.store(y + row_offsets[:, None] + rn[None, :], acc.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "core_programs", "seed", "threshold"])
+@triton.jit(do_not_specialize=["M", "splits", "core_programs", "core_chunks", "seed", "threshold"])
 def extended_gemm(
     # base operands, adapter operands, outputs
     xs,
@@ -258,11 +259,13 @@ def extended_gemm(
     dcores,
     partial,
     counters,
+    splits,
     # sizes
     M,
     Ns,
     Ks,
     core_programs,
+    core_chunks,
     # strides
     stride_x,
     stride_w,
@@ -289,16 +292,16 @@ def extended_gemm(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     # blocks of the core gradient
     CORE_CHUNK_M: tl.constexpr,
-    CORE_CHUNKS: tl.constexpr,
+    CORE_SPLIT: tl.constexpr,
     CORE_BLOCK_R: tl.constexpr,
     CORE_BLOCK_M: tl.constexpr,
 ):
     """y_i = [x|v_i] [W_i|B_i]ᵀ + bias_i (forward), or dx = Σ_i [dy_i|w_i] [W_i;A_i] and dR_i = s_i·t_iᵀ u_i (backward).
 
-    Grid: core_programs programs of dR, then SPLITS programs for each output tile; the splits of a tile are neighbors.
+    Grid: core_programs programs of dR, then `splits` programs for each output tile; the splits of a tile are neighbors.
     """
     pid = tl.program_id(0)
     is_tile = True
@@ -308,17 +311,17 @@ def extended_gemm(
             core_gradient(
                 pid,
                 (t, us, dcores),
-                (partial, counters),
+                (partial, counters, core_chunks),
                 M,
                 (stride_v, stride_u),
                 scales,
-                CoreBlocks(CORE_CHUNK_M, CORE_CHUNKS, CORE_BLOCK_R, CORE_BLOCK_M),
+                CoreBlocks(CORE_CHUNK_M, CORE_SPLIT, CORE_BLOCK_R, CORE_BLOCK_M),
                 R,
                 R_PADDED,
                 PRECISION,
             )
-        if SPLITS > 1:  # the core gradient's part of the workspace comes first
-            counters += core_programs // CORE_CHUNKS
+        if SPLIT:  # the core gradient's part of the workspace comes first
+            counters += core_programs // core_chunks
             partial += core_programs * CORE_BLOCK_R * CORE_BLOCK_R
     if is_tile:
         output_tile(
@@ -326,11 +329,11 @@ def extended_gemm(
             (xs, weights, Ks, stride_x, stride_w),
             (v, factors, stride_v, stride_factor),
             (ys, biases, Ns, stride_y),
-            (partial, counters),
+            (partial, counters, splits),
             (seed, threshold),
             M,
             GemmFlags(BACKWARD, HAS_BIAS, DROPOUT, EVEN_K, WIDE, PRECISION),
-            GemmBlocks(BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLITS),
+            GemmBlocks(BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT),
             R,
             R_PADDED,
         )

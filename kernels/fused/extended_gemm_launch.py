@@ -49,8 +49,10 @@ def forward_call(
         HAS_BIAS=has_bias,
         DROPOUT=False,
         EVEN_K=even,
-        SPLITS=splits,
-        CORE_CHUNKS=1,
+        splits=splits,
+        SPLIT=splits > 1,
+        core_chunks=1,
+        CORE_SPLIT=False,
     )
     return KernelCall(extended_gemm, tiles * splits, arguments | _common_arguments(arguments, members, config)), config
 
@@ -100,8 +102,10 @@ def backward_call(
         HAS_BIAS=False,
         DROPOUT=dropout,
         EVEN_K=even,
-        SPLITS=splits,
-        CORE_CHUNKS=chunks,
+        splits=splits,
+        SPLIT=splits > 1,
+        core_chunks=chunks,
+        CORE_SPLIT=chunks > 1,
     )
     grid = core_tiles * chunks + tiles * splits
     return KernelCall(extended_gemm, grid, arguments | _common_arguments(arguments, members, config)), config

@@ -9,14 +9,14 @@ Arguments of `quantized_gemm`; strides are of rows, in elements, and the last di
                      bias [N], or None                  bias: None
   output             y [M, N]                           y: dx [M, K]
   quantized weight   packed ... nested_offset: W [N, K] with K even, see dequantize_4bit
-  workspace          partial: fp32 tiles of each split, used if SPLITS > 1
+  workspace          partial: fp32 tiles of each split, used if SPLIT
                      counters: int32, one a tile, zero between launches
   sizes              M rows, W's N and K
   strides            stride_x, stride_v, stride_factor, stride_y
   flags              BACKWARD; WIDE: offsets need 64 bits; PRECISION: of tl.dot, "tf32" or "ieee"
   rank               R
   blocks             BLOCK_M x BLOCK_N of y a program, BLOCK_K of the reduction a step
-                     SPLITS: programs that share a tile
+                     SPLIT: `splits` programs share a tile
   storage            QUANT_BLOCK, NESTED_BLOCK, ROUNDING: see dequantize_4bit
 """
 
@@ -46,7 +46,7 @@ def weight_tile(rows, pairs, weight, N, K, storage, WIDE: tl.constexpr):
     return tl.where(tl.interleave(inside, inside), tl.interleave(high, low), 0.0)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "splits"])
 def quantized_gemm(
     # operands, output
     x,
@@ -64,6 +64,7 @@ def quantized_gemm(
     # workspace
     partial,
     counters,
+    splits,
     # sizes
     M,
     N,
@@ -82,7 +83,7 @@ def quantized_gemm(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     # blocks and flags of the storage
     QUANT_BLOCK: tl.constexpr,
     NESTED_BLOCK: tl.constexpr,
@@ -90,13 +91,15 @@ def quantized_gemm(
 ):
     """y [M, N] = x Wᵀ + v Bᵀ + bias forward, dx [M, K] = dy W + w A backward, over W [N, K] in 4 bits.
 
-    Grid: SPLITS programs for each tile. The adapter's steps come first, in the first split.
+    Grid: `splits` programs for each tile. The adapter's steps come first, in the first split.
     """
     pid = tl.program_id(0)
     weight = (packed, absmax, codebook, nested_absmax, nested_codebook, nested_offset)
     storage = Storage(QUANT_BLOCK, NESTED_BLOCK, ROUNDING)
     length, columns = (N, K) if BACKWARD else (K, N)
-    tile, split, across = pid // SPLITS, pid % SPLITS, tl.cdiv(columns, BLOCK_N)
+    tile = pid // splits
+    split = pid - tile * splits
+    across = tl.cdiv(columns, BLOCK_N)
     rm, rn = tile // across * BLOCK_M + tl.arange(0, BLOCK_M), tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
     m, n = tl.where(rm < M, rm, 0), tl.where(rn < columns, rn, 0)
     if WIDE:
@@ -105,7 +108,7 @@ def quantized_gemm(
     if split == 0:
         adapter, steps = ((v,), (factor,), (stride_v,), (stride_factor,), (R,)), tl.cdiv(R, BLOCK_K)
         acc = accumulate(acc, adapter, 0, steps, m, n, not BACKWARD, False, PRECISION, BLOCK_K)
-    steps_a_split = tl.cdiv(tl.cdiv(length, BLOCK_K), SPLITS)
+    steps_a_split = tl.cdiv(tl.cdiv(length, BLOCK_K), splits)
     for step in range(split * steps_a_split, min(split * steps_a_split + steps_a_split, tl.cdiv(length, BLOCK_K))):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         lhs = tl.load(x + (m * stride_x)[:, None] + k[None, :], mask=(k < length)[None, :], other=0.0)
@@ -119,13 +122,13 @@ def quantized_gemm(
             rhs = weight_tile(rn, pairs, weight, N, K, storage, WIDE)
             acc = tl.dot(lhs, rhs.to(x.dtype.element_ty).T, acc, input_precision=PRECISION)
     last = True
-    if SPLITS > 1:
+    if SPLIT:
         offsets = block_offsets(BLOCK_M, BLOCK_N)
-        split_sums = partial + tile.to(tl.int64) * SPLITS * BLOCK_M * BLOCK_N
+        split_sums = partial + tile.to(tl.int64) * splits * BLOCK_M * BLOCK_N
         tl.store(split_sums + split * BLOCK_M * BLOCK_N + offsets, acc)
-        last = arrives_last(counters, tile, SPLITS)
+        last = arrives_last(counters, tile, splits)
         if last:
-            acc = ordered_sum(split_sums, offsets, BLOCK_M * BLOCK_N, SPLITS, acc)
+            acc = ordered_sum(split_sums, offsets, BLOCK_M * BLOCK_N, splits, acc)
     if last:
         if bias is not None:
             acc += tl.load(bias + n)[None, :].to(tl.float32)

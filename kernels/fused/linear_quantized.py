@@ -172,7 +172,8 @@ def _gemm(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        SPLITS=splits,
+        splits=splits,
+        SPLIT=splits > 1,
     )
     launch(quantized_gemm, tiles * splits, arguments, config, exact=True)
     return y

@@ -13,8 +13,8 @@ marked *; strides are of rows, in elements, and the last dimension is contiguous
              cores: R_i [R, R], contiguous             cores: likewise
   outputs    us: u_i [M, R], contiguous                t: t_i [M, R_PADDED], side by side
              v: v_i [M, R_PADDED], side by side        w: w_i likewise, with t's strides, if NEED_DX
-  workspace  partial: fp32 sums of each split, used if SPLITS > 1
-             counters: int32, one a row block (backward: and member), zero between launches
+  workspace  partial: fp32 sums of each split, used if SPLIT
+             counters: int32, one a row block (backward: and member), zero between launches; splits: how many
   sizes      M, K                                      M, Ks: K_i
   strides    stride_x, stride_factor*, stride_v        stride_dy*, stride_factor*, stride_w (of t, too)
   scalars    scales: s_i; seed, threshold: of dropout  scales
@@ -24,7 +24,7 @@ marked *; strides are of rows, in elements, and the last dimension is contiguous
              PRECISION: of products with x (dy), CORE_PRECISION: of those with R_i, "tf32" or "ieee"
   ranks      R; R_BLOCKS: the powers of two that cover it; R_PADDED: their sum
   blocks     BLOCK_M x BLOCK_K of x a step; BLOCK_J: columns of v (w) a step of the product with R_i
-             SPLITS: programs that share a row block's reduction
+             SPLIT: `splits` programs share a row block's reduction
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ def forward_rows(
 ):
     """One program of `prep_forward`; arguments: the kernel's, a tuple a group, in the kernel's order."""
     x, factors, cores, us, v = operands
-    partial, counters = workspace
+    partial, counters, splits = workspace
     M, K = sizes
     stride_x, stride_factor, stride_v = strides
-    row, split = pid // blocks.SPLITS, pid % blocks.SPLITS
+    row = pid // splits
+    split = pid - row * splits
     rm = row * blocks.BLOCK_M + tl.arange(0, blocks.BLOCK_M)
     row_mask = rm < M
     # clamped, as in extended_gemm
@@ -67,12 +68,12 @@ def forward_rows(
         for j in tl.static_range(len(ranks.R_BLOCKS)):
             columns = columns + (factors[i] + block_ranks(ranks.R_BLOCKS, j) * stride_factor[i],)
             outputs = outputs + (us[i] + block_ranks(ranks.R_BLOCKS, j),)
-    k_a_split = tl.cdiv(tl.cdiv(K, blocks.BLOCK_K), blocks.SPLITS) * blocks.BLOCK_K
+    k_a_split = tl.cdiv(tl.cdiv(K, blocks.BLOCK_K), splits) * blocks.BLOCK_K
     row_offsets = m * stride_x
     reduction = (split * k_a_split, min(split * k_a_split + k_a_split, K), K)
     sums = project(x, row_offsets, columns, 1, reduction, rm, dropout, flags, ranks, blocks, DROPOUT)
     SIZE: tl.constexpr = blocks.BLOCK_M * ranks.R_PADDED * len(us)
-    slot_workspace = (partial + row.to(tl.int64) * blocks.SPLITS * SIZE, counters)
+    slot_workspace = (partial + (row * splits).to(tl.int64) * SIZE, counters, splits)
     if store_sums(sums, outputs, rm * ranks.R, row_mask, slot_workspace, row, split, ranks, blocks, SIZE):
         for member in range(len(us)):
             source, target = pick(us, member) + rm * ranks.R, v + rm * stride_v + member * ranks.R_PADDED
@@ -80,7 +81,7 @@ def forward_rows(
             times_core(source, target, core, scale, row_mask, ranks, blocks, True, flags.CORE_PRECISION)
 
 
-@triton.jit(do_not_specialize=["M", "seed", "threshold"])
+@triton.jit(do_not_specialize=["M", "splits", "seed", "threshold"])
 def prep_forward(
     # inputs
     x,
@@ -92,6 +93,7 @@ def prep_forward(
     # workspace
     partial,
     counters,
+    splits,
     # sizes
     M,
     K,
@@ -118,20 +120,20 @@ def prep_forward(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """u_i = x A_iᵀ and v_i = s_i·u_i R_iᵀ of all members. Grid: SPLITS programs a row block."""
+    """u_i = x A_iᵀ and v_i = s_i·u_i R_iᵀ of all members. Grid: `splits` programs a row block."""
     forward_rows(
         tl.program_id(0),
         (x, factors, cores, us, v),
-        (partial, counters),
+        (partial, counters, splits),
         (M, K),
         (stride_x, stride_factor, stride_v),
         scales,
         (seed, threshold),
         PrepFlags(EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION),
         Ranks(R, R_BLOCKS, R_PADDED),
-        PrepBlocks(BLOCK_M, BLOCK_K, BLOCK_J, SPLITS),
+        PrepBlocks(BLOCK_M, BLOCK_K, BLOCK_J, SPLIT),
         DROPOUT,
     )
 
@@ -151,10 +153,11 @@ def backward_rows(
 ):
     """One program of `prep_backward`; arguments: the kernel's, a tuple a group, in the kernel's order."""
     dys, factors, cores, t, w = operands
-    partial, counters = workspace
+    partial, counters, splits = workspace
     M, Ks = sizes
     stride_dy, stride_factor, stride_w = strides
-    slot, split = pid // blocks.SPLITS, pid % blocks.SPLITS
+    slot = pid // splits
+    split = pid - slot * splits
     row, member = slot // len(factors), slot % len(factors)
     rm = row * blocks.BLOCK_M + tl.arange(0, blocks.BLOCK_M)
     row_mask = rm < M
@@ -170,13 +173,13 @@ def backward_rows(
             columns + (factor + block_ranks(ranks.R_BLOCKS, j),),
             outputs + (t + block_ranks(ranks.R_BLOCKS, j),),
         )
-    k_a_split = tl.cdiv(tl.cdiv(K, blocks.BLOCK_K), blocks.SPLITS) * blocks.BLOCK_K
+    k_a_split = tl.cdiv(tl.cdiv(K, blocks.BLOCK_K), splits) * blocks.BLOCK_K
     dy, row_offsets = pick(dys, member), m * pick(stride_dy, member)
     reduction = (split * k_a_split, min(split * k_a_split + k_a_split, K), K)
     # the mask is on x, not on dy: the extended GEMM applies it to dx
     sums = project(dy, row_offsets, columns, stride_k, reduction, rm, (0, 0.0), flags, ranks, blocks, False)
     SIZE: tl.constexpr = blocks.BLOCK_M * ranks.R_PADDED
-    slot_workspace = (partial + slot.to(tl.int64) * blocks.SPLITS * SIZE, counters)
+    slot_workspace = (partial + slot.to(tl.int64) * splits * SIZE, counters, splits)
     if store_sums(sums, outputs, offsets, row_mask, slot_workspace, slot, split, ranks, blocks, SIZE):
         if NEED_DX:
             source, target = t + offsets, w + offsets
@@ -184,7 +187,7 @@ def backward_rows(
             times_core(source, target, core, scale, row_mask, ranks, blocks, False, flags.CORE_PRECISION)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "splits"])
 def prep_backward(
     # inputs
     dys,
@@ -196,6 +199,7 @@ def prep_backward(
     # workspace
     partial,
     counters,
+    splits,
     # sizes
     M,
     Ks,
@@ -220,18 +224,18 @@ def prep_backward(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """t_i = dy_i B_i and w_i = s_i·t_i R_i, one member a program. Grid: SPLITS programs a row block and member."""
+    """t_i = dy_i B_i and w_i = s_i·t_i R_i, one member a program. Grid: `splits` programs a row block and member."""
     backward_rows(
         tl.program_id(0),
         (dys, factors, cores, t, w),
-        (partial, counters),
+        (partial, counters, splits),
         (M, Ks),
         (stride_dy, stride_factor, stride_w),
         scales,
         PrepFlags(EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION),
         Ranks(R, R_BLOCKS, R_PADDED),
-        PrepBlocks(BLOCK_M, BLOCK_K, BLOCK_J, SPLITS),
+        PrepBlocks(BLOCK_M, BLOCK_K, BLOCK_J, SPLIT),
         NEED_DX,
     )

@@ -40,7 +40,8 @@ def forward_call(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan:
         DROPOUT=mask.dropout > 0.0,
         EVEN_K=K % config.block_k == 0,
         WIDE=needs_int64(x, v, *factors),
-        SPLITS=splits,
+        splits=splits,
+        SPLIT=splits > 1,
     )
     return KernelCall(prep_forward, row_blocks * splits, arguments | _common_arguments(members, plan, x.dtype))
 
@@ -69,7 +70,8 @@ def backward_call(
         NEED_DX=need_dx,
         EVEN_K=all(k % config.block_k == 0 for k in Ks),
         WIDE=needs_int64(t, *dys, *factors),
-        SPLITS=splits,
+        splits=splits,
+        SPLIT=splits > 1,
     )
     return KernelCall(prep_backward, slots * splits, arguments | _common_arguments(members, plan, t.dtype))
 

@@ -38,7 +38,7 @@ class PrepBlocks(NamedTuple):
     BLOCK_M: tl.constexpr
     BLOCK_K: tl.constexpr
     BLOCK_J: tl.constexpr
-    SPLITS: tl.constexpr
+    SPLIT: tl.constexpr
 
 
 @triton.jit
@@ -109,25 +109,25 @@ def store_sums(
 ):
     """Add the sums of all splits and store them at `outputs` (columns) + m (rows); True in the program that did.
 
-    workspace: (partial of this slot, counters); SIZE: elements of one split's sums.
+    workspace: (partial of this slot, counters, splits); SIZE: elements of one split's sums.
     """
-    partial, counters = workspace
+    partial, counters, splits = workspace
     last = True
-    if blocks.SPLITS > 1:
+    if blocks.SPLIT:
         offset = 0
         for i in tl.static_range(len(sums)):
             split_sums = partial + split * SIZE + offset
             tl.store(split_sums + block_offsets(blocks.BLOCK_M, ranks.R_BLOCKS[i % len(ranks.R_BLOCKS)]), sums[i])
             offset += blocks.BLOCK_M * ranks.R_BLOCKS[i % len(ranks.R_BLOCKS)]
-        last = arrives_last(counters, slot, blocks.SPLITS)
+        last = arrives_last(counters, slot, splits)
     if last:
         offset = 0
         for i in tl.static_range(len(sums)):
             total = sums[i]
-            if blocks.SPLITS > 1:
+            if blocks.SPLIT:
                 first_sums = partial + offset
                 block = block_offsets(blocks.BLOCK_M, ranks.R_BLOCKS[i % len(ranks.R_BLOCKS)])
-                total = ordered_sum(first_sums, block, SIZE, blocks.SPLITS, total)
+                total = ordered_sum(first_sums, block, SIZE, splits, total)
             output = outputs[i][None, :] + m[:, None]
             inside = row_mask[:, None] & (block_ranks(ranks.R_BLOCKS, i % len(ranks.R_BLOCKS)) < ranks.R)[None, :]
             tl.store(output, total.to(output.dtype.element_ty), mask=inside)

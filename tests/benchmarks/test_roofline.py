@@ -14,7 +14,7 @@ import reference
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from benchmarks.kernels import launches, roofline
+from benchmarks.kernels import launches, recompilations, roofline
 from benchmarks.kernels.traffic import traffic
 from lorasb.kernels import linear as launch
 from lorasb.kernels import plan
@@ -128,3 +128,9 @@ def test_the_command_prints_its_assumptions(tmp_path: Path) -> None:
     for word in ("Assumptions", "no GPU was measured", "fused", "grouped", "extended_gemm", "768"):
         assert word in done.stdout
     assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90"])
+def test_a_block_compiles_few_kernels_whatever_the_tokens(arch: str) -> None:
+    """Each is a second or three in the middle of a training: numbers of splits and of tokens are no constants."""
+    assert sum(recompilations.count(arch).values()) <= 48

@@ -44,7 +44,7 @@ def test_forward_and_gradients(shape: str, dtype: torch.dtype) -> None:
     check_case(case, results)
     assert [one.name for one in launches] == ["prep_forward", "extended_gemm", "prep_backward", "extended_gemm"]
     if shape == "long reduction":
-        assert max(one.arguments["SPLITS"] for one in launches) > 1
+        assert max(one.arguments["splits"] for one in launches) > 1
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -59,8 +59,8 @@ def test_the_order_of_programs_does_not_matter(request: pytest.FixtureRequest, m
     case = make_case((5,), 512, 48, 16, torch.bfloat16)
     with observed() as launches:
         check_case(case, run_kernels(case))
-    assert max(one.arguments["SPLITS"] for one in launches) > 1
-    assert all(not one.arguments["counters"].any() for one in launches if one.arguments["SPLITS"] > 1)
+    assert max(one.arguments["splits"] for one in launches) > 1
+    assert all(not one.arguments["counters"].any() for one in launches if one.arguments["splits"] > 1)
 
 
 def test_dropout_follows_its_mask() -> None:

@@ -218,7 +218,7 @@ def test_many_rows_reduce_dR_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     case = reference.make_case((150,), 64, 48, 40, torch.float32)
     with observed() as launches:
         results = run(case)
-    assert launches[3].arguments["CORE_CHUNKS"] == 3
+    assert launches[3].arguments["core_chunks"] == 3
     check_case(case, results)
 
 

@@ -1,0 +1,62 @@
+"""How many kernels a block of Mistral-7B compiles as its number of tokens goes from 1 to 32768: counted, none compiled.
+
+    python -m benchmarks.kernels.recompilations [--arch sm_86] [--json]
+
+Triton compiles a kernel anew for every set of constants, and for every divisibility by 16 of its integers. Each takes a
+second or three, in the middle of somebody's training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.kernels.launches import plan_for, record
+from benchmarks.kernels.static_report import ARCHS, launch_key
+
+RANK = 96
+SIBLINGS = ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))  # (in, outs)
+TOKENS = sorted(
+    {*range(1, 33), *(2**i + d for i in range(5, 16) for d in (-1, 0, 1, 2**i // 2)), 100, 700, 6000, 20000}
+)
+
+
+def count(arch: str) -> dict[str, int]:
+    """Kernel and direction -> how many versions of it the tokens need."""
+    keys: dict[str, set[str]] = {}
+    for M in TOKENS:
+        for n, ms in SIBLINGS:
+            for op in ("forward", "backward"):
+                plan = plan_for(op, torch.bfloat16, M, n, ms, RANK, arch, ARCHS[arch].sms)
+                for launch in record(op, plan, torch.bfloat16, M, n, ms, RANK):
+                    keys.setdefault(f"{launch.name}, {op}", set()).add(launch_key(launch))
+    return {name: len(versions) for name, versions in keys.items()}
+
+
+def main() -> None:
+    """Count, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", choices=list(ARCHS), action="append")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    counted = {arch: count(arch) for arch in options.arch or ARCHS}
+    if options.json:
+        print(json.dumps(counted, indent=1))
+        return
+    table = Table(title=f"Kernels compiled for a block of Mistral-7B, r={RANK}, bf16, 1 to 32768 tokens")
+    names = sorted(Counter(name for kernels in counted.values() for name in kernels))
+    for column in ("", *counted):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in names:
+        table.add_row(name, *(str(kernels.get(name, 0)) for kernels in counted.values()))
+    table.add_row("all", *(str(sum(kernels.values())) for kernels in counted.values()))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
