@@ -1,35 +1,66 @@
-"""Counters of the programs that share a sum (split-K), reused by every launch without a memset.
-
-A counter is zero whenever no kernel runs: the last program to increment it resets it (`arrives_last`). Launches of one
-stream do not overlap, so that one tensor serves them all.
-"""
+"""Counters of arriving programs: zero whenever no kernel runs, because the last program to arrive resets its own."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-_counters: dict[torch.device, Tensor] = {}
+SIDE_STREAMS, SIDE_COUNTERS = 16, 16384  # of a device: 1 MB
+
+
+@dataclass
+class Bank:
+    """Counters of one device.
+
+    Attributes:
+        own: of the default stream; grows.
+        side: [SIDE_STREAMS, SIDE_COUNTERS] for other streams, made with `own` and never again.
+        rows: stream -> its row of `side`.
+    """
+
+    own: Tensor
+    side: Tensor
+    rows: dict[int, int] = field(default_factory=dict)
+
+
+_banks: dict[torch.device, Bank] = {}
 
 
 def counters(device: torch.device, count: int) -> Tensor:
-    """At least `count` zeros, int32, that no other stream uses.
+    """At least `count` zeros, int32, that no other stream uses at the same time.
 
-    Cached for the default stream. Another stream gets zeros of its own at every call: it may belong to a graph that is
-    being captured, or warmed up in a memory pool which nothing else may live in.
+    They are allocated on the default stream alone: another stream may be warming up a graph in a memory pool that
+    nothing else may live in. A stream beside it gets a row that was allocated then, and zeros of its own at every call
+    only before the default stream has been used, when rows run out, or where it is being captured: a replay must not
+    share counters with what runs beside it.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing() or _on_side_stream(device):
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
-    if device not in _counters or _counters[device].numel() < count:
-        # at least 4096, and twice what is asked for: growth reallocates a logarithmic number of times
-        _counters[device] = torch.zeros(max(4096, 2 * count), dtype=torch.int32, device=device)
-    return _counters[device]
+    stream, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    bank = _banks.get(device)
+    if stream == default:
+        if bank is None or bank.own.numel() < count:
+            bank = _banks[device] = _bank(device, count, bank)
+        return bank.own
+    if bank is None or count > SIDE_COUNTERS:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    if stream.cuda_stream not in bank.rows:
+        if len(bank.rows) == SIDE_STREAMS:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        stream.wait_stream(default)  # the row was zeroed there
+        bank.rows[stream.cuda_stream] = len(bank.rows)
+    return bank.side[bank.rows[stream.cuda_stream]]
 
 
-def _on_side_stream(device: torch.device) -> bool:
-    return torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
+def _bank(device: torch.device, count: int, former: Bank | None) -> Bank:
+    own = torch.zeros(max(4096, 2 * count), dtype=torch.int32, device=device)
+    if former is not None:
+        return Bank(own, former.side, former.rows)
+    return Bank(own, torch.zeros((SIDE_STREAMS, SIDE_COUNTERS), dtype=torch.int32, device=device))
 
 
 def forget() -> None:
     """Drop every counter: after a launch failed, one may be left above zero."""
-    _counters.clear()
+    _banks.clear()

@@ -56,6 +56,27 @@ def test_auto_computes_in_eager_and_says_why_once(monkeypatch: pytest.MonkeyPatc
         assert torch.equal(auto(*arguments())[0], y)
 
 
+def test_a_failure_stays_with_its_kernel_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another shape, and another kernel, are tried all the same: they may well run."""
+    auto = fused.or_eager(fused.forward, eager.forward)
+    with monkeypatch.context() as patch:
+        break_kernels(patch)
+        with pytest.warns(RuntimeWarning, match=r"for calls like this one \(forward, 24 features, torch\.float32\)"):
+            auto(*arguments())
+    taken: list[str] = []
+    real = launch.launch
+    monkeypatch.setattr(launch, "launch", lambda *a, **k: (taken.append("kernel"), real(*a, **k)))
+    auto(*arguments())
+    assert not taken  # the same call: eager, without a try
+    x, *rest = arguments()
+    auto(torch.cat((x, x)), *rest)  # other rows of the same power of two are the same plan; these are more
+    assert len(taken) == 2
+    dy, u = torch.randn(20, 16), torch.randn(20, 4)
+    _, weight, a, core, b, *_ = arguments()
+    fused.or_eager(fused.backward, eager.backward)(dy, weight, a, core, b, u, 0.7, 0.0, None, True, True)
+    assert len(taken) == 4
+
+
 def test_auto_takes_the_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     auto = fused.or_eager(fused.forward, eager.forward)
     assert torch.equal(auto(*arguments())[0], fused.forward(*arguments())[0])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import DTYPES
+from kernel_cases import DTYPES, few_of
 from reference import make_case
 from storages import bits_of, exact, octets, storage
-from tolerances import EXACT, HALF_FEW, check, fp32
+from tolerances import EXACT, check, fp32
 from torch import Tensor
 
 import lorasb
@@ -84,7 +84,7 @@ def test_is_the_dense_layer(
     y.backward(case.dy)
     for got, want, length in zip(found, (y.detach(), x.grad, core.grad), (n, m, max(1, rows)), strict=True):
         scale = want.abs().max().clamp_min(1.0) if want.numel() else 1.0
-        check(got.double() / scale, want / scale, fp32(length) if dtype == torch.float32 else HALF_FEW)
+        check(got.double() / scale, want / scale, fp32(length) if dtype == torch.float32 else few_of(dtype))
 
 
 def test_odd_features_and_8_bits_take_the_scratch_or_torch(way: str) -> None:

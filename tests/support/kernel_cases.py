@@ -53,8 +53,12 @@ def check(results: Sequence[Tensor], wanted: list[Tensor], plain: list[Tensor], 
         elif result.numel() >= tolerances.POOL:
             tolerances.check_half(result, chain, want)
         else:
-            few = tolerances.BF16_FEW if plain[0].dtype == torch.bfloat16 else tolerances.HALF_FEW
-            tolerances.check(result, want, few)
+            tolerances.check(result, want, few_of(plain[0].dtype))
+
+
+def few_of(dtype: torch.dtype) -> tolerances.Tolerance:
+    """The bound of 16-bit results that are too few to compare their noise."""
+    return tolerances.BF16_FEW if dtype == torch.bfloat16 else tolerances.HALF_FEW
 
 
 def check_case(case: reference.Case, results: Sequence[Tensor]) -> None:

@@ -10,7 +10,7 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..eager import linear as eager
 
 INTERPRET = "TRITON_INTERPRET"
 SMALLEST_CAPABILITY = (8, 0)  # bf16 and TF32 in tensor cores; the tables start at sm_80
-_broken: list[str] = []  # why `auto` no longer takes the kernels
+_broken: dict[tuple[Any, ...], str] = {}  # kernel and shapes -> why `auto` no longer takes it for them
 
 
 class CaptureError(RuntimeError):
@@ -139,13 +139,13 @@ def or_eager(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[
     def call(*arguments: Any) -> Any:
         if not _suits(arguments[0][0] if isinstance(arguments[0], list) else arguments[0]):
             return plain(*arguments)
-        if not _broken:
+        if not _broken or call_key(kernel, arguments) not in _broken:
             try:
                 return kernel(*arguments)
             except (torch.OutOfMemoryError, CaptureError):
                 raise
             except Exception as error:
-                _give_up(error)
+                _give_up(call_key(kernel, arguments), error)
         with eager.kernel_masks():
             return plain(*arguments)
 
@@ -279,15 +279,28 @@ def _suits(x: Tensor) -> bool:
     )
 
 
-def _give_up(error: Exception) -> None:
-    """Warn once, and use eager torch from now on: a launch that failed may leave a counter above zero."""
+def call_key(kernel: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """What a failure is remembered by: the kernel, and dtypes and shapes, with the number of rows as plans see it."""
+    from lorasb.kernels import plan
+
+    tensors = [t for value in arguments for t in (value if isinstance(value, list) else [value])]
+    tensors = [t for t in tensors if isinstance(t, Tensor)]
+    first = tensors[0]
+    rows = math.prod(first.shape[:-1])
+    shapes = [tuple(t.shape[1:]) if t.dim() == 2 and t.shape[0] == rows else tuple(t.shape) for t in tensors[1:]]
+    return kernel.__module__, kernel.__name__, first.dtype, first.shape[-1], plan.bucket(rows), *shapes
+
+
+def _give_up(key: tuple[Any, ...], error: Exception) -> None:
+    """Warn, and leave this kernel alone for such calls from now on: others may well run."""
     from lorasb.kernels import workspace
 
     workspace.forget()
-    _broken.append(f"{type(error).__name__}: {error}")
+    _broken[key] = f"{type(error).__name__}: {error}"
     warnings.warn(
-        f"lorasb's fused kernels do not run here ({_broken[0]}): eager torch computes instead, from now on. "
-        "lorasb.backend('triton') raises the error itself",
+        f"lorasb's fused kernels do not run here ({_broken[key]}): eager torch computes instead, from now on, "
+        f"for calls like this one ({key[1]}, {key[3]} features, {key[2]}). lorasb.backend('triton') raises the error "
+        "itself",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -79,9 +79,8 @@ def install(arch: str) -> Executor:
     choose = plan.choose
 
     def fused(shape: Any, name: str, sms: int) -> Any:
-        """The tables' blocks, on the path that has kernels to execute, as the interpreter's default is."""
-        chosen = choose(shape, name, sms)
-        return replace(chosen, path="fused", weights="inline" if shape.M <= plan.DECODE_ROWS else "scratch")
+        """The tables' choice, on the path that has kernels to execute, as the interpreter's default is."""
+        return replace(choose(shape, name, sms), path="fused")
 
     plan.choose = fused  # type: ignore[assignment]
     return executor
