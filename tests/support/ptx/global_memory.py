@@ -81,6 +81,7 @@ class GlobalMemory:
         self.write_warp = np.zeros(size // GRANULE, np.int32)
         self.allocations: list[Allocation] = []
         self.clocks = Clocks()
+        self.counters: set[int] = set()  # addresses that atomics went to
         self._starts: list[int] = []
         self._top = RED_ZONE
 
@@ -134,14 +135,18 @@ class GlobalMemory:
         self.bytes.view(words.dtype)[places] = words
         self.initialized.view(words.dtype)[places] = int.from_bytes(b"\x01" * step, "little")
 
-    def atomic_add(self, addresses: Array, values: Array, program: int, clock: int, where: str) -> Array:
-        """`atom.acq_rel.gpu.global.add.u32`, thread by thread; the former values."""
+    def atomic_add(
+        self, addresses: Array, values: Array, program: int, clock: int, where: str, ordered: bool = True
+    ) -> Array:
+        """`atom.global.gpu.add.u32`, thread by thread; the former values. `ordered`: acq_rel, else relaxed."""
         self._find(addresses, 4, "atomic", where)
         words, former = self.bytes.view(np.uint32), np.zeros(len(addresses), np.uint32)
         for i, address in enumerate(addresses.tolist()):
             former[i] = words[address // 4]
             words[address // 4] += values[i]
-            self.clocks.pass_through(address, program, clock)
+            self.counters.add(address)
+            if ordered:
+                self.clocks.pass_through(address, program, clock)
             self.writer[address // GRANULE : (address + 4) // GRANULE] = NOBODY  # atomics are ordered by themselves
         return former
 

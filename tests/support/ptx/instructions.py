@@ -137,15 +137,18 @@ def _store(block: ThreadBlock, instruction: Instruction, active: Array | None) -
 
 
 def _atomic(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
-    """atom.global.gpu.acq_rel.add.u32, the only one that orders programs here."""
-    if instruction.parts[1:] != ("global", "gpu", "acq_rel", "add", "u32"):
+    """atom.global.gpu.ORDER.add.u32: acq_rel orders programs, relaxed does not."""
+    order = instruction.parts[3] if len(instruction.parts) == 6 else ""
+    if order not in ("acq_rel", "relaxed") or instruction.parts != ("atom", "global", "gpu", order, "add", "u32"):
         raise KernelError(f"the interpreter does not know {instruction.opcode}: {instruction.text}")
     target, address, value = instruction.operands
     threads = block.chosen(active)
     former = np.zeros(block.threads, np.uint32)
     values = block.get(value, np.uint32)[threads]
     addresses = block.addresses(address, np.uint64, threads)
-    former[threads] = block.memory.atomic_add(addresses, values, block.place.program, block.shared.clock, block.where)
+    former[threads] = block.memory.atomic_add(
+        addresses, values, block.place.program, block.shared.clock, block.where, ordered=order == "acq_rel"
+    )
     block.put(target, former, active)
 
 

@@ -191,7 +191,7 @@ def _written(memory: GlobalMemory, places: dict[int, int]) -> list[int]:
 
 def _check_counters(memory: GlobalMemory, name: str) -> None:
     words = memory.bytes.view(np.uint32)
-    left = [address for address in memory.clocks.published if words[address // 4]]
+    left = [address for address in memory.counters if words[address // 4]]
     if left:
         raise KernelError(
             f"{name} leaves {len(left)} of its arrival counters above zero: the next launch would begin wrongly"
