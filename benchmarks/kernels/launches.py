@@ -31,9 +31,11 @@ def members(n: int, ms: tuple[int, ...], r: int, dtype: torch.dtype) -> Members:
     )
 
 
-def plan_for(op: str, dtype: torch.dtype, M: int, n: int, ms: tuple[int, ...], r: int, arch: str, sms: int) -> Plan:
+def plan_for(
+    op: str, dtype: torch.dtype, M: int, n: int, ms: tuple[int, ...], r: int, arch: str, sms: int, quant: str = "none"
+) -> Plan:
     """What the library would choose."""
-    return choice(Shape(op, DTYPES[dtype], bucket(M), n, sum(ms), r, len(ms)), arch, sms)
+    return choice(Shape(op, DTYPES[dtype], bucket(M), n, sum(ms), r, len(ms), quant), arch, sms)
 
 
 def record(

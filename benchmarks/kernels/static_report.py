@@ -3,7 +3,8 @@
     python -m benchmarks.kernels.static_report [--json] [--arch sm_86] [--output FILE]
 
 Every kernel in bf16, fp16 and fp32, with every configuration of the shipped tables, compiled ahead of time for sm_80,
-sm_86, sm_89 and sm_90. What is compiled is what the launchers launch: calls recorded on tensors without memory.
+sm_86, sm_89, sm_90, sm_100 and sm_120. What is compiled is what the launchers launch: calls recorded on tensors without
+memory.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ ARCHS = {
     "sm_86": Arch(84, 99 * 1024, 100 * 1024, 48, 16),
     "sm_89": Arch(128, 99 * 1024, 100 * 1024, 48, 24),
     "sm_90": Arch(132, 227 * 1024, 228 * 1024, 64, 32),
+    "sm_100": Arch(148, 227 * 1024, 228 * 1024, 64, 32),
+    "sm_120": Arch(170, 99 * 1024, 100 * 1024, 48, 24),
 }
 
 
@@ -160,13 +163,13 @@ def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
             for variant in GRADIENTS if bf16 and not brief else GRADIENTS[-1:]:
                 yield Job("gradient", variant, dtype, arch, _plan("forward", variant, dtype, arch))
             for variant in QUANTIZED if bf16 and not brief else (QUANTIZED[0], QUANTIZED[-1]):
-                plan = _plan("forward", variant, dtype, arch)
+                plan = _plan("forward", variant, dtype, arch, "4bit")
                 weights = "scratch" if variant.label.endswith("scratch") else "inline"
                 yield Job("quantized", variant, dtype, arch, Plan(plan.path, plan.prep, plan.gemm, weights))
 
 
-def _plan(op: str, variant: Variant, dtype: torch.dtype, arch: str) -> Plan:
-    return plan_for(op, dtype, variant.M, variant.n, variant.ms, variant.r, arch, ARCHS[arch].sms)
+def _plan(op: str, variant: Variant, dtype: torch.dtype, arch: str, quant: str = "none") -> Plan:
+    return plan_for(op, dtype, variant.M, variant.n, variant.ms, variant.r, arch, ARCHS[arch].sms, quant)
 
 
 def rows(archs: list[str], workers: int | None = None, brief: bool = False) -> list[Row]:

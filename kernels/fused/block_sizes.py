@@ -1,4 +1,8 @@
-"""Block sizes, and how a shape is split: plain data and arithmetic, no triton."""
+"""Block sizes, and how a shape is split: plain data and arithmetic, no triton.
+
+Which blocks the low-rank products and the extended GEMM take is chosen by `plan`, from `tables/` (one JSON file an
+architecture) or its defaults; those of the other kernels stand here.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +59,7 @@ class GemmConfig:
 # Of the gradient accumulator: here block_m x block_n is a tile of G [N, K], and block_k is tokens a step. Masks, and
 # products in fp32, take registers: the last two have smaller tiles over more warps, which compile without a spill.
 GRADIENT = GemmConfig(block_m=64, block_n=128, block_k=32, group=8, warps=4, stages=3)
-NARROW_GRADIENT = GemmConfig(block_m=64, block_n=64, block_k=32, group=8, warps=8, stages=2)
+NARROW_GRADIENT = GemmConfig(block_m=64, block_n=64, block_k=32, group=8, warps=4, stages=3)
 FP32_GRADIENT = GemmConfig(block_m=64, block_n=64, block_k=16, group=8, warps=8, stages=2)
 
 

@@ -146,7 +146,7 @@ class TestTables:
     SHAPE = plan.Shape("forward", "bf16", 2048, 4096, 4096, 96)
 
     def test_every_shipped_table_is_read(self) -> None:
-        assert plan.shipped_archs() == ("sm_80", "sm_86", "sm_89", "sm_90")
+        assert plan.shipped_archs() == ("sm_100", "sm_120", "sm_80", "sm_86", "sm_89", "sm_90")
         for arch in plan.shipped_archs():
             table = json.loads((plan.TABLES / f"{arch}.json").read_text())
             assert table["arch"] == arch

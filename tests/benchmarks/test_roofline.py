@@ -132,7 +132,7 @@ def test_the_command_prints_its_assumptions(tmp_path: Path) -> None:
     assert (tmp_path / "chart.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
 def test_a_block_compiles_few_kernels_whatever_the_tokens(arch: str) -> None:
     """Each is a second or three in the middle of a training: numbers of splits and of tokens are no constants."""
     command = [sys.executable, "-m", "benchmarks.kernels.recompilations", "--arch", arch, "--json"]

@@ -126,7 +126,15 @@ def test_dropout_masks_are_the_dense_kernels_own(way: str) -> None:
 
 
 def test_the_tables_choose_by_tokens() -> None:
-    for arch, limit in (("sm_80", 256), ("sm_86", 256), ("sm_89", 256), ("sm_90", 64), ("sm_120", 16)):
+    for arch, limit in (
+        ("sm_80", 256),
+        ("sm_86", 256),
+        ("sm_89", 256),
+        ("sm_90", 64),
+        ("sm_100", 64),
+        ("sm_120", 256),
+        ("sm_75", 16),
+    ):
         for M, weights in ((1, "inline"), (limit, "inline"), (2 * limit, "scratch")):
             shape = plan.Shape("forward", "bf16", M, 4096, 4096, 96, 1, "4bit")
             assert plan.choose(shape, arch, 100).weights == weights

@@ -20,7 +20,14 @@ import pytest
 from lorasb.kernels import plan
 
 ROOT = Path(__file__).parents[2]
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+}
 Row = dict[str, Any]
 QUANTIZED = (
     "prep_forward_quantized",

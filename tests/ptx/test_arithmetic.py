@@ -200,6 +200,18 @@ def test_floats_are_rounded_once(opcode: str, given_bits: tuple[list[int], ...])
         assert got == exact or (exact == 0 and got in (0, 0x80000000)), [hex(bits) for bits in operands]
 
 
+@given(given_bits=vectors(float_bits, 6))
+@settings(max_examples=10, deadline=None)
+def test_pairs_are_computed_like_two_numbers(given_bits: tuple[list[int], ...]) -> None:
+    columns = [np.array(bits, np.uint32) for bits in given_bits]
+    pairs = [np.stack(columns[i : i + 2], 1).copy().view(np.uint64)[:, 0] for i in (0, 2, 4)]
+    for opcode, count in (("add.rn", 2), ("mul.rn", 2), ("fma.rn", 3)):
+        found = evaluate(f"{opcode}.f32x2", *pairs[:count]).view(np.uint32).reshape(32, 2)
+        for half in range(2):
+            alone = evaluate(f"{opcode}.f32", *columns[half : 2 * count : 2])
+            assert np.array_equal(found[:, half], alone)
+
+
 def test_a_double_rounding_is_none() -> None:
     """a·b + c where fp64 rounds to the middle between two fp32 numbers, which the exact value is not."""
     a = np.full(32, 0x3F800001, np.uint32)  # 1 + 2^-23

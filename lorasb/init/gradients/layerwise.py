@@ -104,12 +104,12 @@ def block_sums(work: Work, stack: Stack, i: int, traversals: list[Traversal]) ->
             sums.muted, sums.first_half = not traversal.counts, traversal.first_half
             # Signs are taken in the last addition, unless other ranks' sums or the values themselves are needed.
             sums.closing = k == last and not (work.processes.is_distributed or work.values)
-            _differentiate(stack.blocks[i], i, traversal, work.device)
+            _recompute_and_differentiate(stack.blocks[i], i, traversal, work.device)
             work.tick()
     return sums
 
 
-def _differentiate(block: nn.Module, i: int, traversal: Traversal, device: torch.device) -> None:
+def _recompute_and_differentiate(block: nn.Module, i: int, traversal: Traversal, device: torch.device) -> None:
     """Recompute a block for one traversal and run backward through it; the hooks of its targets sum on the way."""
     stored, call, gradient = traversal.hidden[i], traversal.calls[i], traversal.gradient
     if stored is None or call is None or gradient is None:

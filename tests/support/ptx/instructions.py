@@ -9,7 +9,7 @@ import numpy as np
 
 from . import arithmetic, formats, tensor_cores
 from .faults import KernelError
-from .formats import BITS, TYPES, Array
+from .formats import BITS, Array
 from .program import Address, Instruction
 from .shared_memory import words_of
 
@@ -25,7 +25,7 @@ def _move(block: ThreadBlock, instruction: Instruction, active: Array | None) ->
     if instruction.kind == "pred":
         block.put(target, block.predicate(source).copy(), active)
         return
-    dtype = TYPES[instruction.kind]
+    dtype = block.dtype_of(instruction)
     if isinstance(target, tuple):
         half = BITS[np.dtype(dtype).itemsize // len(target)]
         pieces = np.ascontiguousarray(block.get(source, dtype)).view(half).reshape(block.threads, -1)
@@ -43,7 +43,7 @@ def _move(block: ThreadBlock, instruction: Instruction, active: Array | None) ->
 def _set_predicate(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
     """setp: a comparison, with another predicate where `.and` or `.or` says so."""
     target, a, b, *others = instruction.operands
-    dtype, operation = TYPES[instruction.kind], instruction.parts[1]
+    dtype, operation = block.dtype_of(instruction), instruction.parts[1]
     with np.errstate(all="ignore"):
         result = arithmetic.compare(operation, dtype, block.get(a, dtype), block.get(b, dtype))
     if instruction.parts[2] == "and":
@@ -55,7 +55,7 @@ def _set_predicate(block: ThreadBlock, instruction: Instruction, active: Array |
 
 def _select(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
     target, a, b, condition = instruction.operands
-    dtype = TYPES[instruction.kind]
+    dtype = block.dtype_of(instruction)
     block.put(target, np.where(block.predicate(condition), block.get(a, dtype), block.get(b, dtype)), active)
 
 
@@ -83,7 +83,7 @@ def _load(block: ThreadBlock, instruction: Instruction, active: Array | None) ->
     targets, source = _vector(instruction.operands[0]), instruction.operands[1]
     if not isinstance(source, Address):
         raise KernelError(f"ld without an address at {block.where}")
-    dtype, space = TYPES[instruction.kind], instruction.parts[1]
+    dtype, space = block.dtype_of(instruction), instruction.parts[1]
     if space == "param":
         block.put(targets[0], _parameter(block, source, dtype), active)
         return
@@ -125,7 +125,7 @@ def _store(block: ThreadBlock, instruction: Instruction, active: Array | None) -
     target, sources = instruction.operands[0], _vector(instruction.operands[1])
     if not isinstance(target, Address):
         raise KernelError(f"st without an address at {block.where}")
-    dtype, threads = TYPES[instruction.kind], block.chosen(active)
+    dtype, threads = block.dtype_of(instruction), block.chosen(active)
     values = np.stack([block.get(source, dtype) for source in sources], 1)[threads]
     size, warps = np.dtype(dtype).itemsize * len(sources), block.warps[threads]
     if instruction.parts[1].startswith("shared"):

@@ -161,6 +161,12 @@ class ThreadBlock:
             return value.view(wanted)
         return value.astype(BITS[wanted.itemsize]).view(wanted)
 
+    def dtype_of(self, instruction: Instruction) -> Any:
+        """The numpy dtype of an instruction's last modifier."""
+        if instruction.kind not in TYPES:
+            raise KernelError(f"the interpreter does not know {instruction.opcode}: {instruction.text}")
+        return TYPES[instruction.kind]
+
     def _constant(self, name: str, dtype: Any) -> Any:
         if name == DYNAMIC_SHARED:
             return dtype(0)
@@ -219,7 +225,13 @@ class ThreadBlock:
             values = [self.predicate(source) for source in sources]
             self.put(target, FUNCTIONS[parts[0]](parts, bool, *values), active)
             return
-        dtype = TYPES[parts[-1]]
+        if parts[-1] == "f32x2":
+            self._packed_arithmetic(instruction, active)
+            return
+        if parts[-2:] in (("f32", "bf16"), ("f32", "f16")):
+            self._mixed_arithmetic(instruction, active)
+            return
+        dtype = self.dtype_of(instruction)
         kinds = [dtype] * len(sources)
         for i in arithmetic.COUNTS.get(parts[0], ()):
             kinds[i] = np.uint32
@@ -227,4 +239,21 @@ class ThreadBlock:
             kinds[2] = formats.WIDER[dtype]
         with np.errstate(all="ignore"):
             result = FUNCTIONS[parts[0]](parts, dtype, *map(self.get, sources, kinds))
+        self.put(target, result, active)
+
+    def _packed_arithmetic(self, instruction: Instruction, active: Array | None) -> None:
+        """Two fp32 in each 64-bit register, as Blackwell computes them: add, sub, mul, fma."""
+        target, *sources = instruction.operands
+        pairs = [np.ascontiguousarray(self.get(source, np.uint64)).view(np.float32) for source in sources]
+        with np.errstate(all="ignore"):
+            result = FUNCTIONS[instruction.parts[0]](instruction.parts, np.float32, *pairs)
+        self.put(target, np.ascontiguousarray(result).view(np.uint64), active)
+
+    def _mixed_arithmetic(self, instruction: Instruction, active: Array | None) -> None:
+        """fp32 from 16-bit operands and a last one in fp32, as Blackwell computes it: add.f32.bf16, fma.f32.f16."""
+        target, *sources, last = instruction.operands
+        widen = formats.from_bf16 if instruction.kind == "bf16" else formats.from_f16
+        values = [*(widen(self.get(source, np.uint16)) for source in sources), self.get(last, np.float32)]
+        with np.errstate(all="ignore"):
+            result = FUNCTIONS[instruction.parts[0]](instruction.parts, np.float32, *values)
         self.put(target, result, active)
