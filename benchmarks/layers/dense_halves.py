@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.common.timing import measure, provenance
-from benchmarks.quantized.cpu import RANK, ours, row
+from benchmarks.quantized.ways import RANK, ours, row
 from lorasb.backends import cpp
 from lorasb.utils.atomic_files import write_json
 

@@ -27,7 +27,7 @@ from benchmarks.common.timing import (
     saved_bytes,
     use_dtype,
 )
-from benchmarks.quantized.cpu import PEFT_RANK, RANK
+from benchmarks.quantized.ways import PEFT_RANK, RANK
 from lorasb.utils.atomic_files import write_json
 
 OURS, PEFT = f"LoRA-SB, r={RANK}", f"PEFT LoRA, r={PEFT_RANK}"
