@@ -330,7 +330,7 @@ def main() -> None:
     """Compile and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--arch", action="append", choices=list(ARCHS), help="all four unless given")
+    parser.add_argument("--arch", action="append", choices=list(ARCHS), help="all six unless given")
     parser.add_argument(
         "--brief", action="store_true", help="one representative configuration a kernel and architecture"
     )

@@ -178,7 +178,7 @@ def forget() -> None:
 
 
 def default_prep(shape: Shape) -> PrepConfig:
-    """Blocks that compile without spilling on sm_80 to sm_120.
+    """Blocks that compile without spilling on sm_80 to sm_90, for what has no table.
 
     What takes registers are fp32 sums, block_m x (padded ranks of all members), and in fp32 the operands: more ranks or
     members take fewer columns of x a step, or fewer rows.
@@ -192,7 +192,7 @@ def default_prep(shape: Shape) -> PrepConfig:
 
 
 def default_gemm(shape: Shape) -> GemmConfig:
-    """Blocks that compile without spilling on sm_80 to sm_120; two programs a multiprocessor in 16 bits."""
+    """Blocks that compile without spilling on sm_80 to sm_90; two programs a multiprocessor in 16 bits."""
     if shape.M <= DECODE_ROWS:
         return GemmConfig(16, 64, 64, 1, 4, 3)
     if shape.dtype == "fp32":

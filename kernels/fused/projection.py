@@ -13,6 +13,10 @@ import triton.language as tl
 
 from .device_functions import arrives_last, block_offsets, keep_mask, ordered_sum
 
+# Source rows of up to so many ranks stay in registers while the core's columns pass; more are read in blocks of 64 for
+# each block of columns (they are in L1): [32, 256] in fp32 takes 128 registers of each thread as an operand of the MMA.
+MAX_HELD_RANKS = tl.constexpr(128)
+
 
 class PrepFlags(NamedTuple):
     """Flags of the thin products, see low_rank."""
@@ -137,6 +141,29 @@ def store_sums(
 
 
 @triton.jit
+def source_columns(source, i, row_mask, ranks):
+    """Ranks i of the source's rows in fp32, [BLOCK_M, len(i)]."""
+    block = tl.load(source[:, None] + i[None, :], mask=row_mask[:, None] & (i < ranks.R)[None, :], other=0.0)
+    return block.to(tl.float32)
+
+
+@triton.jit
+def add_core_block(
+    left, core, i, j, acc, NARROW: tl.constexpr, ranks, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """acc + left · core[i, j] (or core[j, i]); NARROW: left has 16 bits, see `times_core`."""
+    block = core + (i[:, None] + (j * ranks.R)[None, :] if TRANSPOSED else (i * ranks.R)[:, None] + j[None, :])
+    block = tl.load(block, mask=(i < ranks.R)[:, None] & (j < ranks.R)[None, :], other=0.0).to(tl.float32)
+    if PRECISION == "tf32" and NARROW:
+        high = (block.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        acc = tl.dot(left, block - high, acc, input_precision=PRECISION)
+        acc = tl.dot(left, high, acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(left, block, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def times_core(
     source,
     target,
@@ -155,23 +182,23 @@ def times_core(
     every entry of the core (v by 3.5e-4, measured on random cores of rank 96), so that the core is taken as the sum
     of what they read and of what is left. The source has no more bits than they read.
     """
+    NARROW: tl.constexpr = source.dtype.element_ty.primitive_bitwidth < 32
+    HELD: tl.constexpr = ranks.R_PADDED <= MAX_HELD_RANKS
     lefts = ()
-    for p in tl.static_range(len(ranks.R_BLOCKS)):
-        i = block_ranks(ranks.R_BLOCKS, p)
-        left = tl.load(source[:, None] + i[None, :], mask=row_mask[:, None] & (i < ranks.R)[None, :], other=0.0)
-        lefts = lefts + (left.to(tl.float32),)
+    if HELD:
+        for p in tl.static_range(len(ranks.R_BLOCKS)):
+            lefts = lefts + (source_columns(source, block_ranks(ranks.R_BLOCKS, p), row_mask, ranks),)
     for column in tl.range(0, ranks.R_PADDED, blocks.BLOCK_J, num_stages=2):
         j = column + tl.arange(0, blocks.BLOCK_J)
         acc = tl.zeros((blocks.BLOCK_M, blocks.BLOCK_J), tl.float32)
-        for p in tl.static_range(len(ranks.R_BLOCKS)):
-            i = block_ranks(ranks.R_BLOCKS, p)
-            block = core + (i[:, None] + (j * ranks.R)[None, :] if TRANSPOSED else (i * ranks.R)[:, None] + j[None, :])
-            block = tl.load(block, mask=(i < ranks.R)[:, None] & (j < ranks.R)[None, :], other=0.0).to(tl.float32)
-            if PRECISION == "tf32" and source.dtype.element_ty.primitive_bitwidth < 32:
-                high = (block.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-                acc = tl.dot(lefts[p], block - high, acc, input_precision=PRECISION)
-                acc = tl.dot(lefts[p], high, acc, input_precision=PRECISION)
-            else:
-                acc = tl.dot(lefts[p], block, acc, input_precision=PRECISION)
+        if HELD:
+            for p in tl.static_range(len(ranks.R_BLOCKS)):
+                i = block_ranks(ranks.R_BLOCKS, p)
+                acc = add_core_block(lefts[p], core, i, j, acc, NARROW, ranks, TRANSPOSED, PRECISION)
+        else:
+            for start in range(0, ranks.R_PADDED, 64):
+                i = start + tl.arange(0, 64)
+                left = source_columns(source, i, row_mask, ranks)
+                acc = add_core_block(left, core, i, j, acc, NARROW, ranks, TRANSPOSED, PRECISION)
         # the masks make columns [R, R_PADDED) zero: nothing uninitialized is left in v or w
         tl.store(target[:, None] + j[None, :], (acc * scale).to(target.dtype.element_ty), mask=row_mask[:, None])

@@ -33,6 +33,7 @@ SHAPES = {
     "aligned": (64, 128, 128, 64),
     "ragged, two blocks of rows": (70, 100, 130, 24),
     "long reduction": (20, 1024, 64, 16),
+    "ranks read in blocks": (20, 160, 144, 144),
 }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ptx.formats import TYPES
+from ptx.formats import TYPES, immediate
 from ptx_bench import evaluate
 
 WIDTH = {"s16": 16, "u16": 16, "b16": 16, "s32": 32, "u32": 32, "b32": 32, "s64": 64, "u64": 64, "b64": 64}
@@ -22,6 +22,14 @@ FLOAT_EDGES = (
 )  # fmt: skip
 bits32 = st.one_of(st.sampled_from(EDGES_32), st.integers(0, 2**32 - 1))
 float_bits = st.one_of(st.sampled_from(FLOAT_EDGES), st.integers(0, 2**32 - 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [("-1", "u32", 0xFFFFFFFF), ("0x7701U", "b32", 0x7701), ("7U", "u64", 7), ("-3", "s16", -3)],
+)
+def test_literals(text: str, kind: str, value: int) -> None:
+    assert immediate(text, TYPES[kind]) == value
 
 
 def vectors(strategy: Any, count: int) -> Any:

@@ -19,13 +19,13 @@ TF32 = np.uint32(0xFFFFE000)  # sign, exponent and 10 bits of the fraction
 
 
 def immediate(text: str, dtype: Any) -> Any:
-    """A literal operand: decimal, hexadecimal, or the bits of a float (0f3F800000)."""
+    """A literal operand: decimal, hexadecimal, with or without a U, or the bits of a float (0f3F800000)."""
     if text[:2] in ("0f", "0F"):
         return np.uint32(int(text[2:], 16)).view(np.float32)
     if text[:2] in ("0d", "0D"):
         return np.uint64(int(text[2:], 16)).view(np.float64)
     size = np.dtype(dtype).itemsize
-    return BITS[size](int(text, 0) % (1 << 8 * size)).view(dtype)
+    return BITS[size](int(text.removesuffix("U"), 0) % (1 << 8 * size)).view(dtype)
 
 
 def from_bf16(bits: Array) -> Array:
