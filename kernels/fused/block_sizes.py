@@ -7,6 +7,7 @@ architecture) or its defaults; those of the other kernels stand here.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 DECODE_ROWS = 16  # one block of rows for tl.dot, whose sides are 16 at least: reading the weight is all that counts
 MAX_GROUP_RANKS = 384  # padded ranks of a group in one prep program: their fp32 sums are all in registers
@@ -89,6 +90,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@lru_cache
 def rank_blocks(r: int) -> tuple[int, ...]:
     """One or two powers of two, 16 at least, whose sum covers r with the least padding: 96 = 64 + 32."""
     powers = [2**i for i in range(4, 9)]  # tl.dot takes 16 at least; r is 256 at most

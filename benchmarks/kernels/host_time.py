@@ -1,0 +1,191 @@
+"""What a launch costs the host: Python's time of a layer's and a group's forward and backward. No GPU needed.
+
+    python -m benchmarks.kernels.host_time [--arch sm_86] [--calls 200] [--json]
+
+CUDA is stubbed out: kernels are compiled and specialized, and the driver's launch does nothing; tensors lie on the CPU.
+Beside them, on tensors so small that arithmetic is nothing, the chain of plain torch ops that the kernels replace.
+Microseconds of CPU time of one thread, medians over rounds in turns, and ratios within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.profiler import ProfilerActivity, profile
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from benchmarks.common.timing import provenance
+from benchmarks.kernels.static_report import ARCHS
+
+M, FEATURES, RANK, ROUNDS, SCALE = 64, 256, 96, 9, 0.7
+Call = Callable[[], Any]
+
+
+class StubDriver:
+    """As much of Triton's driver as a launch asks for; launching does nothing."""
+
+    def __init__(self, arch: str) -> None:
+        self.target = GPUTarget("cuda", int(arch[3:]), 32)
+        limits = {
+            "max_shared_mem": ARCHS[arch].shared_limit,
+            "multiprocessor_count": ARCHS[arch].sms,
+            "warpSize": 32,
+        }
+        self.utils = SimpleNamespace(
+            load_binary=lambda *_: (1, 1, 100, 0, 1024), get_device_properties=lambda _: limits, unload_module=id
+        )
+        self.launcher_cls = lambda *_: lambda *_: None
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def adapted_calls() -> dict[str, Call]:
+    """Forward and backward through the kernels: one layer, and a group of three."""
+    from lorasb.functional import lora_sb_linear, lora_sb_linear_group
+
+    def tensors(*shape: int) -> list[Tensor]:
+        return [torch.randn(*shape).bfloat16() for _ in range(3)]
+
+    (x, *_), W, dy = tensors(M, FEATURES), tensors(FEATURES, FEATURES), tensors(M, FEATURES)
+    A, B = tensors(RANK, FEATURES), tensors(FEATURES, RANK)
+    R = [torch.randn(RANK, RANK).requires_grad_() for _ in range(3)]
+    x.requires_grad_()
+
+    def layer() -> None:
+        torch.autograd.grad(lora_sb_linear(x, W[0], A[0], R[0], B[0], None, SCALE), (x, R[0]), dy[0])
+
+    def group() -> None:
+        ys = lora_sb_linear_group(x, W, A, R, B, scalings=[SCALE] * 3)
+        torch.autograd.grad(ys, (x, *R), dy)
+
+    return {"ours, a layer": layer, "ours, a group of 3": group}
+
+
+def chain_calls() -> dict[str, Call]:
+    """The same by plain torch ops, one layer or three that read the same x, over tiny tensors."""
+    x, dy = (torch.randn(1, 8).bfloat16() for _ in range(2))
+    W, A, B = (torch.randn(*shape).bfloat16() for shape in ((8, 8), (4, 8), (8, 4)))
+    R = [torch.randn(4, 4).requires_grad_() for _ in range(3)]
+    x.requires_grad_()
+
+    def one(core: Tensor) -> Tensor:
+        return linear(x, W) + SCALE * linear(linear(linear(x, A), core.to(x.dtype)), B)
+
+    def layer() -> None:
+        torch.autograd.grad(one(R[0]), (x, R[0]), dy)
+
+    def group() -> None:
+        torch.autograd.grad([one(core) for core in R], (x, *R), [dy] * 3)
+
+    return {"plain ops, a layer": layer, "plain ops, 3 layers": group}
+
+
+def microseconds(calls: dict[str, Call], count: int) -> dict[str, list[float]]:
+    """CPU time of each call, a mean over `count` of them, for every round; ways take turns."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call(), call()  # compiles, fills caches
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            start = time.process_time()
+            for _ in range(count):
+                call()
+            found[name].append((time.process_time() - start) / count * 1e6)
+    return found
+
+
+def measure(arch: str, count: int) -> dict[str, dict[str, float]]:
+    """Every way: µs, its ratio to the same work by plain ops, and how many tensors it allocates."""
+    import lorasb
+    from lorasb.backends.triton import linear as backend
+
+    driver.set_active(StubDriver(arch))
+    torch.set_num_threads(1)
+
+    def device(_: torch.device) -> tuple[str, int]:  # a Mock would take longer than what is measured
+        return arch, ARCHS[arch].sms
+
+    def allowed() -> bool:
+        return True
+
+    calls = adapted_calls() | chain_calls()
+    plain = dict(zip(list(calls)[:2], list(calls)[2:], strict=True))
+    with (
+        mock.patch.object(backend, "_device", device),
+        mock.patch.object(backend, "interpreting", allowed),
+        lorasb.backend("triton"),
+    ):
+        times = microseconds(calls, count)
+        allocations = {name: _allocations(call) for name, call in calls.items()}
+    found = {}
+    for name, us in times.items():
+        ratios = sorted(a / b for a, b in zip(us, times[plain.get(name, name)], strict=True))
+        found[name] = {
+            "us": statistics.median(us),
+            "ratio": statistics.median(ratios),
+            "ratio_p20": ratios[len(ratios) // 5],
+            "ratio_p80": ratios[-1 - len(ratios) // 5],
+            "allocations": allocations[name],
+        }
+    return found
+
+
+def _allocations(call: Call) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    results = profiler.profiler.kineto_results  # the raw events: averages give an allocation to the op around it
+    return sum(event.name() == "[memory]" and event.nbytes() > 0 for event in results.events())
+
+
+def view(arch: str, found: dict[str, dict[str, float]]) -> Table:
+    """For people."""
+    table = Table(title=f"Host time of forward and backward, {arch}, CUDA stubbed out: CPU time of one thread")
+    for column in ("", "µs", "over plain ops (20th-80th percentile)", "tensors allocated"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in found.items():
+        ratio = f"{row['ratio']:.2f} ({row['ratio_p20']:.2f}-{row['ratio_p80']:.2f})"
+        table.add_row(name, f"{row['us']:.0f}", ratio, f"{row['allocations']:.0f}")
+    return table
+
+
+def main() -> None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", choices=list(ARCHS), default="sm_86")
+    parser.add_argument("--calls", type=int, default=200, help="a round")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    found = measure(options.arch, options.calls)
+    if options.json:
+        print(json.dumps({"arch": options.arch, "rows": found} | provenance(), indent=1))
+    else:
+        Console(width=120).print(view(options.arch, found))
+
+
+if __name__ == "__main__":
+    main()
