@@ -15,12 +15,22 @@ pytest.register_assert_rewrite("finetune_runs", "linear_groups", "quantized_mode
 
 HERE = Path(__file__).parent
 LONGEST = (
-    "kernels/test_static_report.py", "distributed/test_training.py", "cli/test_commands.py",
-    "distributed/test_process_group.py", "export/test_gguf.py", "repo/test_imports.py", "kernels/test_linear.py",
-    "training/test_training_stacks.py", "layers/test_linear_group.py", "ops/test_linear.py",
-    "ops/test_linear_quantized.py", "tuner/test_fresh_heads.py", "recipes/test_finetune.py",
-    "recipes/test_checkpoints.py", "recipes/test_bundled_model.py",
-)  # fmt: skip
+    "kernels/test_static_report.py",
+    "distributed/test_training.py",
+    "cli/test_commands.py",
+    "distributed/test_process_group.py",
+    "export/test_gguf.py",
+    "repo/test_imports.py",
+    "kernels/test_linear.py",
+    "training/test_training_stacks.py",
+    "layers/test_linear_group.py",
+    "ops/test_linear.py",
+    "ops/test_linear_quantized.py",
+    "tuner/test_fresh_heads.py",
+    "recipes/test_finetune.py",
+    "recipes/test_checkpoints.py",
+    "recipes/test_bundled_model.py",
+)
 
 
 @pytest.fixture(autouse=True)

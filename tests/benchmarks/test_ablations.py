@@ -42,9 +42,15 @@ def started(**options: Any) -> Any:
     """A model with LoRA-SB by a cell's options."""
     torch.manual_seed(0)
     problem = Problem(
-        Net(), list(range(64)), lambda rows: batches(1)[0], lambda *_: (0.0, 0.0), lambda *_: 0.0,
-        ["first", "second"], [], None,  # type: ignore[arg-type]
-    )  # fmt: skip
+        Net(),
+        list(range(64)),
+        lambda rows: batches(1)[0],
+        lambda *_: (0.0, 0.0),
+        lambda *_: 0.0,
+        ["first", "second"],
+        [],
+        None,  # type: ignore[arg-type]
+    )
     cell = Cell("chain_sum", "test", "LoRA-SB", R, ETA * WARMUP, 0, "x", tuple(sorted(options.items())))
     return problem, cell, put_in(problem, METHODS["LoRA-SB"], cell, batches, WARMUP)[0]
 
@@ -107,8 +113,10 @@ def test_a_second_svd_keeps_what_was_learnt() -> None:
 
 def test_shares_of_energy_are_those_of_the_projection() -> None:
     model = started()[2]
-    found = {name.removeprefix("base_model.model."): torch.randn(layer.out_features, layer.in_features)
-             for name, layer in starts.layers(model).items()}  # fmt: skip
+    found = {
+        name.removeprefix("base_model.model."): torch.randn(layer.out_features, layer.in_features)
+        for name, layer in starts.layers(model).items()
+    }
     of_grad, _ = energy.shares(model, found)
     expected = []
     for name, layer in starts.layers(model).items():

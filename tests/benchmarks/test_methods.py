@@ -21,7 +21,15 @@ TASK = TASKS["chain_sum"]
 
 
 def row(cell: Cell, loss: float) -> dict[str, object]:
-    return {**cell.described(), "loss": loss, "score": 1 - loss, "adapter_params": 9, "seconds": 2, "init_seconds": 1, "peak_rss_mb": 3}  # fmt: skip
+    return {
+        **cell.described(),
+        "loss": loss,
+        "score": 1 - loss,
+        "adapter_params": 9,
+        "seconds": 2,
+        "init_seconds": 1,
+        "peak_rss_mb": 3,
+    }
 
 
 def swept(path: Path, method: str, losses: dict[float, float]) -> None:

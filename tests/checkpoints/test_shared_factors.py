@@ -30,9 +30,19 @@ def trainer(
     **more: object,
 ) -> transformers.Trainer:
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, warmup_steps=1, save_strategy="steps",
-        save_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, **more,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        warmup_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **more,
+    )
     model = lorasb.patch(make("llama"), r=4) if model is None else model
     return transformers.Trainer(
         model,

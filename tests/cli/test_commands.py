@@ -38,8 +38,28 @@ def lorasb(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def finetune(tiny: Path, data: Path, output: Path, *more: object, way: Any = lorasb) -> Any:
-    return way("finetune", "--model", tiny, "--data", data, "--output", output, "--r", 8, "--epochs", 2, "--batch-size", 4,
-                  "--samples", 8, "--dtype", "float32", "--lr", 5e-3, *more)  # fmt: skip
+    return way(
+        "finetune",
+        "--model",
+        tiny,
+        "--data",
+        data,
+        "--output",
+        output,
+        "--r",
+        8,
+        "--epochs",
+        2,
+        "--batch-size",
+        4,
+        "--samples",
+        8,
+        "--dtype",
+        "float32",
+        "--lr",
+        5e-3,
+        *more,
+    )
 
 
 @pytest.mark.parametrize("method", ["lora-sb", "lora-xs", "lora"])
@@ -54,8 +74,16 @@ def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, metho
         wanted |= {"energy.png"}
     assert names == wanted
     summary = json.loads((tmp_path / "summary.json").read_text())
-    for key in ("eval_loss_before", "eval_loss_after", "eval_accuracy_before", "eval_accuracy_after", "init_seconds",
-                "train_seconds", "tokens_per_second", "peak_rss_mb"):  # fmt: skip
+    for key in (
+        "eval_loss_before",
+        "eval_loss_after",
+        "eval_accuracy_before",
+        "eval_accuracy_after",
+        "init_seconds",
+        "train_seconds",
+        "tokens_per_second",
+        "peak_rss_mb",
+    ):
         assert isinstance(summary[key], float), key
     assert summary["dtype"] == "float32"
     assert summary["eval_loss_after"] < summary["eval_loss_before"]

@@ -23,8 +23,24 @@ def call(*arguments: object) -> Any:
 
 
 def init(model: Path, examples: Path, output: Path, *more: object) -> Any:
-    return call("init", "--model", model, "--data", examples, "--output", output, "--r", 8, "--batch-size", 4,
-                "--samples", 8, "--dtype", "float32", *more)  # fmt: skip
+    return call(
+        "init",
+        "--model",
+        model,
+        "--data",
+        examples,
+        "--output",
+        output,
+        "--r",
+        8,
+        "--batch-size",
+        4,
+        "--samples",
+        8,
+        "--dtype",
+        "float32",
+        *more,
+    )
 
 
 def test_it_writes_an_adapter_a_report_and_pictures(tiny: Path, data: Path, tmp_path: Path) -> None:

@@ -16,13 +16,37 @@ from lorasb.recipes.settings import InitSettings, Settings, listed
 
 KNOWN = {one.name: kind for one, kind in listed(Settings)}
 OTHER = {
-    "model": "folder", "dtype": "float32", "bits": 4, "task": "gcd", "data": "a.jsonl", "eval_data": "b.jsonl",
-    "train_examples": 7, "eval_examples": 8, "max_length": 9, "packing": True, "method": "lora-xs", "r": 3,
-    "target_modules": "q_proj,v_proj", "rank_pattern": {"down_proj": 2}, "samples": 5, "update": "sgd", "lr": 1e-5,
-    "epochs": 2.5, "batch_size": 6, "gradient_accumulation": 2, "gradient_checkpointing": True, "scheduler": "cosine",
-    "warmup": 0.2, "weight_decay": 0.01, "seed": 11, "eval_steps": 12, "save_steps": "13", "resume": "never",
-    "report_to": "wandb", "output": "elsewhere",
-}  # fmt: skip
+    "model": "folder",
+    "dtype": "float32",
+    "bits": 4,
+    "task": "gcd",
+    "data": "a.jsonl",
+    "eval_data": "b.jsonl",
+    "train_examples": 7,
+    "eval_examples": 8,
+    "max_length": 9,
+    "packing": True,
+    "method": "lora-xs",
+    "r": 3,
+    "target_modules": "q_proj,v_proj",
+    "rank_pattern": {"down_proj": 2},
+    "samples": 5,
+    "update": "sgd",
+    "lr": 1e-5,
+    "epochs": 2.5,
+    "batch_size": 6,
+    "gradient_accumulation": 2,
+    "gradient_checkpointing": True,
+    "scheduler": "cosine",
+    "warmup": 0.2,
+    "weight_decay": 0.01,
+    "seed": 11,
+    "eval_steps": 12,
+    "save_steps": "13",
+    "resume": "never",
+    "report_to": "wandb",
+    "output": "elsewhere",
+}
 
 
 def call(*arguments: str) -> dict[str, Any]:

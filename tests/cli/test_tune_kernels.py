@@ -83,8 +83,13 @@ def test_a_second_run_keeps_the_other_shapes() -> None:
 
 def test_layers_of_a_model() -> None:
     assert tune.layers_of(make("llama").model.layers[0]) == [
-        (64, (64,)), (64, (32,)), (64, (64, 32, 32)), (64, (96,)), (96, (64,)), (64, (96, 96)),
-    ]  # fmt: skip
+        (64, (64,)),
+        (64, (32,)),
+        (64, (64, 32, 32)),
+        (64, (96,)),
+        (96, (64,)),
+        (64, (96, 96)),
+    ]
 
 
 def test_the_command_says_what_it_needs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,9 +34,17 @@ def test_an_encoder_decoder_is_a_stack_and_a_pass() -> None:
 def test_the_router_of_a_mixture_has_a_loss_of_its_own() -> None:
     """transformers catches router logits by hooks: a gradient comes to hidden states that no block returns."""
     config = transformers.MixtralConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=99, num_local_experts=4, pad_token_id=0, output_router_logits=True, router_aux_loss_coef=0.5,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=99,
+        num_local_experts=4,
+        pad_token_id=0,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+    )
     batches = [text(1, 8, seed) for seed in range(2)]
     for aux in (True, False):
         config.output_router_logits = aux
@@ -135,9 +143,11 @@ def test_what_is_no_plain_stack_is_noticed(kind: str) -> None:
     for batch in batches:
         x = {"x": batch["x"].clone(), "labels": batch["labels"]}
         (plain(**x)["loss"] * 2).backward()
-    got, report = library_sums(lorasb.patch(Chain(kind), r=3, target_modules=["proj", "stem", "head"]), [
-        {key: value.clone() for key, value in batch.items()} for batch in batches
-    ], loss_fn=loss_of)  # fmt: skip
+    got, report = library_sums(
+        lorasb.patch(Chain(kind), r=3, target_modules=["proj", "stem", "head"]),
+        [{key: value.clone() for key, value in batch.items()} for batch in batches],
+        loss_fn=loss_of,
+    )
     for name, gradient in got.items():
         want, scale = plain.get_submodule(name).weight.grad, gradient.abs().max()
         if kind in (

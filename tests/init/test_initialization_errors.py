@@ -24,8 +24,14 @@ def ignored() -> list[Batch]:
 
 
 BAD_CALLS = {
-    "no labels": (lambda: {"batches": unlabeled()}, "the model returned no loss .*: add labels to the batches, or pass loss_fn"),
-    "only ignored labels": (lambda: {"batches": ignored()}, "no sample has a labeled token: every label of these batches is -100"),
+    "no labels": (
+        lambda: {"batches": unlabeled()},
+        "the model returned no loss .*: add labels to the batches, or pass loss_fn",
+    ),
+    "only ignored labels": (
+        lambda: {"batches": ignored()},
+        "no sample has a labeled token: every label of these batches is -100",
+    ),
     "lr infinite": (lambda: {"lr": float("inf")}, "init='update' takes batches and lr > 0"),
     "no batches": (lambda: {"batches": None}, "init='update' takes batches and lr > 0"),
     "empty batches": (lambda: {"batches": []}, "expected at least one sample"),
@@ -37,15 +43,26 @@ BAD_CALLS = {
     "no samples": (lambda: {"num_samples": 0}, "expected num_samples >= 1, got 0"),
     "adapter": (lambda: {"adapter_name": "other"}, "no layer has an adapter 'other': the model has default"),
     "loss without a graph": (lambda: {"loss_fn": lambda m, b: torch.ones(())}, "does not depend on any adapted layer"),
-    "loss per sample": (lambda: {"loss_fn": lambda m, b: m(**b).logits[:, 0, 0]}, r"expected one loss, got a tensor \[2\]"),
+    "loss per sample": (
+        lambda: {"loss_fn": lambda m, b: m(**b).logits[:, 0, 0]},
+        r"expected one loss, got a tensor \[2\]",
+    ),
     "layers not reached": (
-        lambda: {"loss_fn": lambda m, b: m.get_base_model().model.layers[0](
-            m.get_base_model().model.embed_tokens(b["input_ids"]),
-            position_embeddings=m.get_base_model().model.rotary_emb(torch.zeros(1, 1, 64), torch.arange(12)[None]),
-        ).mean()},
+        lambda: {
+            "loss_fn": lambda m, b: (
+                m.get_base_model()
+                .model.layers[0](
+                    m.get_base_model().model.embed_tokens(b["input_ids"]),
+                    position_embeddings=m.get_base_model().model.rotary_emb(
+                        torch.zeros(1, 1, 64), torch.arange(12)[None]
+                    ),
+                )
+                .mean()
+            )
+        },
         "layer 'model.layers.1.self_attn.q_proj' was never reached",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)

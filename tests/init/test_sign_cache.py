@@ -187,8 +187,10 @@ def test_an_interrupted_run_goes_on_from_the_blocks_it_finished(
     assert not path.exists()
     assert not any(value.any() for value in factors(model).values())
     assert sorted(p.name for p in (tmp_path / "signs.safetensors.partial").iterdir()) == [
-        "block-00001.safetensors", "boundary.safetensors", "key.json",
-    ]  # fmt: skip
+        "block-00001.safetensors",
+        "boundary.safetensors",
+        "key.json",
+    ]
 
     monkeypatch.undo()
     differentiated: list[int] = []

@@ -229,9 +229,15 @@ def test_an_initialized_adapter_gets_its_factors_back(monkeypatch: pytest.Monkey
 def test_no_more_than_one_blocks_sums_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     """And boundaries go as blocks are done: memory does not grow with the number of layers."""
     config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=99, pad_token_id=0, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=99,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     model = lorasb.patch(transformers.LlamaForCausalLM(config), r=3)
     alive: set[int] = set()

@@ -19,7 +19,11 @@ def test_files_of_ours_load_into_bitsandbytes_and_theirs_into_ours() -> None:
         dense = nn.Linear(128, 64)
         ours = lorasb.quantize(nn.Sequential(copy.deepcopy(dense)), nested=nested)[0]
         written = ours.state_dict()
-        theirs = bnb.nn.Params4bit.from_prequantized(written["weight"], {k.removeprefix("weight."): v for k, v in written.items() if k.startswith("weight.")}, device="cpu")  # fmt: skip
+        theirs = bnb.nn.Params4bit.from_prequantized(
+            written["weight"],
+            {k.removeprefix("weight."): v for k, v in written.items() if k.startswith("weight.")},
+            device="cpu",
+        )
         assert torch.equal(
             bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state), dequantize(ours.quantized())
         )

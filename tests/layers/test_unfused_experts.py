@@ -128,9 +128,14 @@ def test_other_layouts_and_names_are_refused_and_the_model_stays() -> None:
 
 def test_families_that_compute_like_mixtral_are_opened() -> None:
     config = transformers.Qwen2MoeConfig(
-        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
-        shared_expert_intermediate_size=32, pad_token_id=0, **SIZES,
-    )  # fmt: skip
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=32,
+        pad_token_id=0,
+        **SIZES,
+    )
     model = lorasb.patch(
         transformers.Qwen2MoeForCausalLM(config), r=4, exclude_modules=["shared_expert_gate"], target_parameters=EXPERTS
     )

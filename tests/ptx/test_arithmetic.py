@@ -17,8 +17,8 @@ from ptx_bench import evaluate
 WIDTH = {"s16": 16, "u16": 16, "b16": 16, "s32": 32, "u32": 32, "b32": 32, "s64": 64, "u64": 64, "b64": 64}
 EDGES_32 = (0, 1, 2, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFFFF, 0xFFFFFFFE)
 FLOAT_EDGES = (
-    0x00000000, 0x80000000, 0x00000001, 0x807FFFFF, 0x00800000, 0x3F800000, 0x3F800001, 0x7F7FFFFF, 0x7F800000,
-    0xFF800000, 0x7FC00000, 0x7F800001, 0x33800000, 0x3F7FFFFF, 0x4B800000, 0x34000000, 0x477FE000, 0x477FF000, 0x38800000,
+    0x00000000, 0x80000000, 0x00000001, 0x807FFFFF, 0x00800000, 0x3F800000, 0x3F800001, 0x7F7FFFFF, 0x7F800000, 0xFF800000,
+    0x7FC00000, 0x7F800001, 0x33800000, 0x3F7FFFFF, 0x4B800000, 0x34000000, 0x477FE000, 0x477FF000, 0x38800000,
 )  # fmt: skip
 bits32 = st.one_of(st.sampled_from(EDGES_32), st.integers(0, 2**32 - 1))
 float_bits = st.one_of(st.sampled_from(FLOAT_EDGES), st.integers(0, 2**32 - 1))
@@ -121,8 +121,12 @@ def test_division_goes_toward_zero(kind: str, given_bits: tuple[list[int], list[
 @settings(max_examples=15, deadline=None)
 def test_shifts_beyond_the_width_move_everything_out(kind: str, operation: str, data: st.DataObject) -> None:
     bits = WIDTH[kind]
-    values, counts = data.draw(st.tuples(st.lists(st.integers(0, 2**bits - 1), min_size=32, max_size=32),
-                                         st.lists(st.integers(0, 70), min_size=32, max_size=32)))  # fmt: skip
+    values, counts = data.draw(
+        st.tuples(
+            st.lists(st.integers(0, 2**bits - 1), min_size=32, max_size=32),
+            st.lists(st.integers(0, 70), min_size=32, max_size=32),
+        )
+    )
     found = evaluate(f"{operation}.{kind}", np.array(values, TYPES[f"u{bits}"]), np.array(counts, np.uint32))
     want = [
         (x << n if operation == "shl" else number(kind, x) >> n) % 2**bits for x, n in zip(values, counts, strict=True)
@@ -131,8 +135,13 @@ def test_shifts_beyond_the_width_move_everything_out(kind: str, operation: str, 
 
 
 @pytest.mark.parametrize("kind", ["s32", "u32"])
-@given(given_values=st.tuples(st.lists(bits32, min_size=32, max_size=32), st.lists(st.integers(0, 31), min_size=32, max_size=32),
-                              st.lists(st.integers(0, 32), min_size=32, max_size=32)))  # fmt: skip
+@given(
+    given_values=st.tuples(
+        st.lists(bits32, min_size=32, max_size=32),
+        st.lists(st.integers(0, 31), min_size=32, max_size=32),
+        st.lists(st.integers(0, 32), min_size=32, max_size=32),
+    )
+)
 @settings(max_examples=20, deadline=None)
 def test_bit_fields(kind: str, given_values: tuple[list[int], list[int], list[int]]) -> None:
     found = evaluate(f"bfe.{kind}", *(np.array(values, np.uint32) for values in given_values))
@@ -233,8 +242,14 @@ def test_a_double_rounding_is_none() -> None:
     assert evaluate("fma.rn.f32", one, middle, one)[0] == 0x3F800000  # a tie goes to even
 
 
-COMPARED = {"lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
-            "eq": lambda a, b: a == b, "ne": lambda a, b: a != b}  # fmt: skip
+COMPARED = {
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a != b,
+}
 
 
 @pytest.mark.parametrize("operation", COMPARED)
@@ -288,12 +303,21 @@ def test_tf32_is_rounded_away_from_zero_at_ties(given_bits: list[int]) -> None:
         assert got == lower + (0x2000 if x & 0x1000 else 0)
 
 
-@pytest.mark.parametrize(("opcode", "of", "to"), [
-    ("cvt.u32.u16", np.uint16, np.uint32), ("cvt.s64.s32", np.uint32, np.int64), ("cvt.u64.u32", np.uint32, np.uint64),
-    ("cvt.u32.u64", np.uint64, np.uint32), ("cvt.u16.u32", np.uint32, np.uint16), ("cvt.rn.f32.s32", np.uint32, np.float32),
-    ("cvt.rn.f32.u32", np.uint32, np.float32), ("cvt.f32.f16", np.uint16, np.float32), ("cvt.f32.bf16", np.uint16, np.float32),
-    ("cvt.rzi.s32.f32", np.float32, np.int32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("opcode", "of", "to"),
+    [
+        ("cvt.u32.u16", np.uint16, np.uint32),
+        ("cvt.s64.s32", np.uint32, np.int64),
+        ("cvt.u64.u32", np.uint32, np.uint64),
+        ("cvt.u32.u64", np.uint64, np.uint32),
+        ("cvt.u16.u32", np.uint32, np.uint16),
+        ("cvt.rn.f32.s32", np.uint32, np.float32),
+        ("cvt.rn.f32.u32", np.uint32, np.float32),
+        ("cvt.f32.f16", np.uint16, np.float32),
+        ("cvt.f32.bf16", np.uint16, np.float32),
+        ("cvt.rzi.s32.f32", np.float32, np.int32),
+    ],
+)
 def test_other_conversions(opcode: str, of: Any, to: Any) -> None:
     g = np.random.default_rng(0)
     bits = np.dtype(of).itemsize * 8
@@ -305,15 +329,17 @@ def test_other_conversions(opcode: str, of: Any, to: Any) -> None:
     found = evaluate(opcode, a, result=to)
     integers = [int(x) for x in a.tolist()] if of is not np.float32 else []
     want = {
-        "cvt.u32.u16": lambda: integers, "cvt.u64.u32": lambda: integers,
+        "cvt.u32.u16": lambda: integers,
+        "cvt.u64.u32": lambda: integers,
         "cvt.s64.s32": lambda: [signed(x, 32) for x in integers],
-        "cvt.u32.u64": lambda: [x % 2**32 for x in integers], "cvt.u16.u32": lambda: [x % 2**16 for x in integers],
+        "cvt.u32.u64": lambda: [x % 2**32 for x in integers],
+        "cvt.u16.u32": lambda: [x % 2**16 for x in integers],
         "cvt.rn.f32.s32": lambda: [value_of(nearest(Fraction(signed(x, 32)))) for x in integers],
         "cvt.rn.f32.u32": lambda: [value_of(nearest(Fraction(x))) for x in integers],
         "cvt.f32.f16": lambda: [struct.unpack("<e", x.to_bytes(2, "little"))[0] for x in integers],
         "cvt.f32.bf16": lambda: [value_of(x << 16) for x in integers],
         "cvt.rzi.s32.f32": lambda: [max(-(2**31), min(2**31 - 1, math.trunc(float(x)))) for x in a],
-    }[opcode]()  # fmt: skip
+    }[opcode]()
     np.testing.assert_array_equal(found, np.array(want, to))
 
 

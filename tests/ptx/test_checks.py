@@ -30,14 +30,18 @@ def test_a_kernel_without_a_fault_copies() -> None:
     assert run(assemble(COPY, 2), [WORDS, OUT])[1][:32].tolist() == list(range(32))
 
 
-@pytest.mark.parametrize(("body", "message"), [
-    (COPY.replace("[%rd9]", "[%rd9+256]"), r"global read out of bounds, 128 bytes past the end"),
-    (COPY.replace("[%rd8]", "[%rd8+132]"), r"global write out of bounds, 4 bytes past the end"),
-    (COPY.replace("[%rd9]", "[%rd9+-4]"), "global read out of bounds"),
-    (COPY.replace("[%rd9]", "[%rd9+2]"), "misaligned global read of 4 bytes"),
-    (COPY.replace("mad.wide.u32 %rd8, %r0, 4, %rd2", "mov.b64 %rd8, %rd2"), "two threads store to one address"),
-    (COPY.replace("%r1;", "%r7;"), "read of %r7 before it was written"),
-], ids=["past the end", "write past the end", "before the start", "misaligned", "two stores", "register"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (COPY.replace("[%rd9]", "[%rd9+256]"), r"global read out of bounds, 128 bytes past the end"),
+        (COPY.replace("[%rd8]", "[%rd8+132]"), r"global write out of bounds, 4 bytes past the end"),
+        (COPY.replace("[%rd9]", "[%rd9+-4]"), "global read out of bounds"),
+        (COPY.replace("[%rd9]", "[%rd9+2]"), "misaligned global read of 4 bytes"),
+        (COPY.replace("mad.wide.u32 %rd8, %r0, 4, %rd2", "mov.b64 %rd8, %rd2"), "two threads store to one address"),
+        (COPY.replace("%r1;", "%r7;"), "read of %r7 before it was written"),
+    ],
+    ids=["past the end", "write past the end", "before the start", "misaligned", "two stores", "register"],
+)
 def test_global_accesses(body: str, message: str) -> None:
     fails(assemble(body, 2), [WORDS, OUT], message)
 
@@ -88,18 +92,23 @@ def test_global_stores_of_a_block_need_a_barrier_too() -> None:
 
 
 def test_shared_bounds_and_alignment() -> None:
-    for body, message in (("mov.b32 %r4, 64;\nst.shared.b32 [%r4+4096], %r0;", "shared write out of bounds"),
-                          ("mov.b32 %r4, 2;\nst.shared.b32 [%r4], %r0;", "misaligned shared write")):  # fmt: skip
+    for body, message in (
+        ("mov.b32 %r4, 64;\nst.shared.b32 [%r4+4096], %r0;", "shared write out of bounds"),
+        ("mov.b32 %r4, 2;\nst.shared.b32 [%r4], %r0;", "misaligned shared write"),
+    ):
         fails(Program.parse(_text(body)), [], message, shared=4096)
 
 
-@pytest.mark.parametrize(("wait", "message"), [
-    ("cp.async.wait_group 0;\nbar.sync 0;\n", None),
-    ("bar.sync 0;\n", "bytes that a cp.async is still writing"),
-    ("cp.async.wait_group 1;\nbar.sync 0;\n", "bytes that a cp.async is still writing"),
-    ("cp.async.wait_group 0;\n", "read of what another warp wrote since the last barrier"),
-    ("", "bytes that a cp.async is still writing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wait", "message"),
+    [
+        ("cp.async.wait_group 0;\nbar.sync 0;\n", None),
+        ("bar.sync 0;\n", "bytes that a cp.async is still writing"),
+        ("cp.async.wait_group 1;\nbar.sync 0;\n", "bytes that a cp.async is still writing"),
+        ("cp.async.wait_group 0;\n", "read of what another warp wrote since the last barrier"),
+        ("", "bytes that a cp.async is still writing"),
+    ],
+)
 def test_asynchronous_copies_are_waited_for(wait: str, message: str | None) -> None:
     """Every thread reads what the other warp's thread has copied."""
     read = "xor.b32 %r5, %r2, 512;\nld.shared.b32 %r1, [%r5];\nmad.wide.u32 %rd8, %r0, 4, %rd2;\nst.global.b32 [%rd8], %r1;"
@@ -217,12 +226,18 @@ def test_an_endless_loop_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     fails(assemble("$LOOP:\nbra.uni $LOOP;", 0), [], "more than 1000 steps: an endless loop")
 
 
-@pytest.mark.parametrize(("text", "check"), [
-    ("@!%p3 ld.global.cg.v2.b32 { %r1, %r2 }, [ %rd4 + 16 ]", lambda i: i.guard == ("%p3", True) and i.operands == (("%r1", "%r2"), ("%rd4", 16))),
-    ("mov.b64 %rd1, {%r1, %r2}", lambda i: i.operands == ("%rd1", ("%r1", "%r2"))),
-    ("st.global.b32 [%rd2+-8], 0f3F800000", lambda i: i.operands == (("%rd2", -8), "0f3F800000")),
-    ("bra.uni $L__BB0_3", lambda i: i.operands == ("$L__BB0_3",) and i.guard is None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "check"),
+    [
+        (
+            "@!%p3 ld.global.cg.v2.b32 { %r1, %r2 }, [ %rd4 + 16 ]",
+            lambda i: i.guard == ("%p3", True) and i.operands == (("%r1", "%r2"), ("%rd4", 16)),
+        ),
+        ("mov.b64 %rd1, {%r1, %r2}", lambda i: i.operands == ("%rd1", ("%r1", "%r2"))),
+        ("st.global.b32 [%rd2+-8], 0f3F800000", lambda i: i.operands == (("%rd2", -8), "0f3F800000")),
+        ("bra.uni $L__BB0_3", lambda i: i.operands == ("$L__BB0_3",) and i.guard is None),
+    ],
+)
 def test_instructions_are_parsed(text: str, check: Callable[..., bool]) -> None:
     assert check(parse_instruction(text))
 

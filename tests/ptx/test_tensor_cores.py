@@ -103,9 +103,15 @@ st.global.v4.b32 [%rd8], {%r4, %r5, %r6, %r7};
         assert found[lane, k] == low | high << 16
 
 
-@pytest.mark.parametrize(("kind", "lane", "source"), [("idx", "5", lambda t: 5), ("bfly", "3", lambda t: t ^ 3),
-                                                     ("down", "4", lambda t: t + 4 if t + 4 < 32 else t),
-                                                     ("up", "4", lambda t: t - 4 if t >= 4 else t)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "lane", "source"),
+    [
+        ("idx", "5", lambda t: 5),
+        ("bfly", "3", lambda t: t ^ 3),
+        ("down", "4", lambda t: t + 4 if t + 4 < 32 else t),
+        ("up", "4", lambda t: t - 4 if t >= 4 else t),
+    ],
+)
 def test_shuffles(kind: str, lane: str, source: Any) -> None:
     clamp = "0" if kind == "up" else "31"
     body = f"shl.b32 %r1, %r0, 3;\nshfl.sync.{kind}.b32 %r2, %r1, {lane}, {clamp}, -1;\nmad.wide.u32 %rd8, %r0, 4, %rd1;\nst.global.b32 [%rd8], %r2;"

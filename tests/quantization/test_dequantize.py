@@ -40,7 +40,13 @@ def test_is_the_definition_to_the_bit(kernel: str, stored: torch.dtype, dtype: t
                     if m * n == 0 and nested:
                         continue
                     weight = storage(m, n, kind, block, nested, stored)
-                    assert torch.equal(bits_of(dequantize(weight, dtype)), bits_of(exact(weight, dtype))), (kind, block, nested, m, n)  # fmt: skip
+                    assert torch.equal(bits_of(dequantize(weight, dtype)), bits_of(exact(weight, dtype))), (
+                        kind,
+                        block,
+                        nested,
+                        m,
+                        n,
+                    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,7 +69,9 @@ def test_is_bitsandbytes_own(kernel: str, kind: str, dtype: torch.dtype) -> None
         for nested in (False, True):
             for m, n in ((64, block), (7, 2 * block)):
                 weight = torch.randn(m, n, generator=g).to(dtype)
-                packed, state = bnb.functional.quantize_4bit(weight, blocksize=block, quant_type=kind, compress_statistics=nested)  # fmt: skip
+                packed, state = bnb.functional.quantize_4bit(
+                    weight, blocksize=block, quant_type=kind, compress_statistics=nested
+                )
                 parameter = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
                 assert torch.equal(dequantize(parameter), bnb.functional.dequantize_4bit(packed, state))
 
@@ -99,7 +107,9 @@ def test_our_quantizer_is_bitsandbytes_own(dtype: torch.dtype, kind: str, nested
     for block in BLOCKS:
         for m, n in ((1, 1), (59, 123), (64, 64), (256, 512)):
             weight = (torch.randn(m, n, generator=g) * 0.05).to(dtype)
-            packed, state = bnb.functional.quantize_4bit(weight, blocksize=block, quant_type=kind, compress_statistics=nested)  # fmt: skip
+            packed, state = bnb.functional.quantize_4bit(
+                weight, blocksize=block, quant_type=kind, compress_statistics=nested
+            )
             ours, found = quantize_4bit(weight, kind, block, nested)
             assert torch.equal(ours, packed)
             assert torch.equal(found.absmax, state.absmax)

@@ -78,7 +78,16 @@ def test_a_resumed_trainer_ends_in_the_same_factors(kind: str, tmp_path: Path) -
             return {name: value[0] for name, value in text(1, 12, i).items()}
 
     model = initialized(kind)
-    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, save_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, learning_rate=1e-2)  # fmt: skip
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        save_steps=2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        learning_rate=1e-2,
+    )
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Rows())
     trainer.train()
     done = factors(model)

@@ -14,9 +14,16 @@ from lorasb.recipes.settings import Settings
 @pytest.fixture(scope="session")
 def base(tiny: Path, data: Path) -> Settings:
     return Settings(
-        model=str(tiny), data=str(data), r=8, epochs=2.0, batch_size=4, samples=8, dtype="float32", lr=5e-3,
+        model=str(tiny),
+        data=str(data),
+        r=8,
+        epochs=2.0,
+        batch_size=4,
+        samples=8,
+        dtype="float32",
+        lr=5e-3,
         save_steps="3",
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")

@@ -51,9 +51,16 @@ def test_dropout_masks_and_the_other_options_go_on_too(base: Settings, tiny: Pat
     config = json.loads((noisy / "config.json").read_text())
     write_json(noisy / "config.json", config | {"attention_dropout": 0.3})
     settings = replace(
-        base, model=str(noisy), gradient_accumulation=2, gradient_checkpointing=True, weight_decay=0.1,
-        scheduler="cosine", eval_steps=4, target_modules="q_proj,down_proj", rank_pattern={"down_proj": 4},
-    )  # fmt: skip
+        base,
+        model=str(noisy),
+        gradient_accumulation=2,
+        gradient_checkpointing=True,
+        weight_decay=0.1,
+        scheduler="cosine",
+        eval_steps=4,
+        target_modules="q_proj,down_proj",
+        rank_pattern={"down_proj": 4},
+    )
     run_finetune(replace(settings, output=str(tmp_path / "a")))
     stop_after(8, settings, tmp_path / "b")  # in the second epoch
     run_finetune(replace(settings, output=str(tmp_path / "b")))

@@ -18,10 +18,34 @@ from lorasb.recipes.settings import Settings
 def test_two_processes_train_what_one_does(tiny: Path, data: Path, whole: Path, tmp_path: Path) -> None:
     """The same command under torchrun: the same samples, steps and losses; only rank 0 prints and writes."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lorasb"]
-    options = ["finetune", "--model", tiny, "--data", data, "--output", tmp_path, "--rank", "8", "--epochs", "2",
-               "--batch-size", "4", "--samples", "8", "--dtype", "float32", "--lr", "5e-3"]  # fmt: skip
-    done = subprocess.run([*command, *map(str, options)], capture_output=True, text=True, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    options = [
+        "finetune",
+        "--model",
+        tiny,
+        "--data",
+        data,
+        "--output",
+        tmp_path,
+        "--rank",
+        "8",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "4",
+        "--samples",
+        "8",
+        "--dtype",
+        "float32",
+        "--lr",
+        "5e-3",
+    ]
+    done = subprocess.run(
+        [*command, *map(str, options)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
     assert done.stdout.count("exact answers") == done.stdout.count("computed in") == 1
     ours, alone = summary(tmp_path), summary(whole)

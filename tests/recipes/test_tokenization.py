@@ -16,9 +16,11 @@ CHATML = (
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 CHAT = (
-    {"role": "user", "content": "copy red"}, {"role": "assistant", "content": "red"},
-    {"role": "user", "content": "copy two"}, {"role": "assistant", "content": "two"},
-)  # fmt: skip
+    {"role": "user", "content": "copy red"},
+    {"role": "assistant", "content": "red"},
+    {"role": "user", "content": "copy two"},
+    {"role": "assistant", "content": "two"},
+)
 
 
 class TestChats:

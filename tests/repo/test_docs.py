@@ -23,7 +23,14 @@ def test_every_block_runs(page: Path, tmp_path: Path) -> None:
     script = tmp_path / f"{page.stem}.py"
     script.write_text(blocks(page), encoding="utf-8")
     batches = batches_for("llama")
-    given = {"model": make("llama"), "fresh": lambda: make("llama"), "data": Rows(), "dataloader": batches, "batch": batches[0], "folder": str(tmp_path)}  # fmt: skip
+    given = {
+        "model": make("llama"),
+        "fresh": lambda: make("llama"),
+        "data": Rows(),
+        "dataloader": batches,
+        "batch": batches[0],
+        "folder": str(tmp_path),
+    }
     runpy.run_path(str(script), init_globals=given)
 
 

@@ -52,9 +52,15 @@ def bert() -> nn.Module:
 
 def opt(**more: object) -> nn.Module:
     config = transformers.OPTConfig(
-        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=99, word_embed_proj_dim=32,
-        max_position_embeddings=64, **more
-    )  # fmt: skip
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=99,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
+        **more,
+    )
     return transformers.OPTForCausalLM(config)
 
 

@@ -39,8 +39,12 @@ def to_bitsandbytes(layer: nn.Linear, kind: str) -> nn.Module:
         new = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, bias=bias, has_fp16_weights=False)
         new.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
     else:
-        new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=bias, quant_type=kind[:3], compress_statistics="nested" in kind)  # fmt: skip
-        new.weight = bnb.nn.Params4bit(layer.weight.data.clone(), quant_type=kind[:3], compress_statistics="nested" in kind)  # fmt: skip
+        new = bnb.nn.Linear4bit(
+            layer.in_features, layer.out_features, bias=bias, quant_type=kind[:3], compress_statistics="nested" in kind
+        )
+        new.weight = bnb.nn.Params4bit(
+            layer.weight.data.clone(), quant_type=kind[:3], compress_statistics="nested" in kind
+        )
     if bias:
         new.bias = nn.Parameter(layer.bias.data.clone(), requires_grad=False)
     return new.to("cpu")

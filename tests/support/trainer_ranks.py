@@ -86,10 +86,22 @@ def run(folder: Path, options: argparse.Namespace, kill: int = 0) -> None:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     momentum = "momentum=0.9"  # plain SGD keeps no state, and torch loads none back under FSDP2, on whatever device
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=4 // size, max_steps=STEPS, learning_rate=0.05,
-        optim="sgd", optim_args=momentum, lr_scheduler_type="constant", save_steps=2, logging_steps=1, report_to="none",
-        use_cpu=True, disable_tqdm=True, seed=3, dataloader_pin_memory=False, max_grad_norm=0.0,
-    )  # fmt: skip
+        output_dir=str(folder),
+        per_device_train_batch_size=4 // size,
+        max_steps=STEPS,
+        learning_rate=0.05,
+        optim="sgd",
+        optim_args=momentum,
+        lr_scheduler_type="constant",
+        save_steps=2,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=3,
+        dataloader_pin_memory=False,
+        max_grad_norm=0.0,
+    )
     init = lorasb.InitCallback(num_samples=8, lr=1e-2)
     if options.first:
         share = range(arguments.process_index, 8, arguments.world_size)  # asking for it starts the processes' group

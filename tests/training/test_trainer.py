@@ -18,9 +18,19 @@ ROWS = [{key: value[0] for key, value in text(1, 12, seed).items()} for seed in 
 
 def trainer_for(model: Any, folder: Path, **options: Any) -> transformers.Trainer:
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=3, max_steps=4, learning_rate=1e-2, save_steps=2, logging_steps=1,
-        report_to="none", use_cpu=True, disable_tqdm=True, seed=3, dataloader_pin_memory=False, **options,
-    )  # fmt: skip
+        output_dir=str(folder),
+        per_device_train_batch_size=3,
+        max_steps=4,
+        learning_rate=1e-2,
+        save_steps=2,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=3,
+        dataloader_pin_memory=False,
+        **options,
+    )
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=ROWS)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer

@@ -21,9 +21,14 @@ ROWS = [{key: value[0] for key, value in text(1, 12, seed).items()} for seed in 
 
 def arguments(folder: Path, kind: Any = transformers.TrainingArguments, **options: Any) -> Any:
     return kind(
-        output_dir=str(folder), report_to="none", use_cpu=True, disable_tqdm=True, seed=3, dataloader_pin_memory=False,
+        output_dir=str(folder),
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=3,
+        dataloader_pin_memory=False,
         **{"max_steps": 3, "save_strategy": "no", "learning_rate": 1e-2, "bf16": False} | options,
-    )  # fmt: skip
+    )
 
 
 def trained(folder: Path, size: int = 4, **options: Any) -> dict[str, Tensor]:
@@ -59,9 +64,17 @@ def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path: Path) -> None:
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     model = lorasb.patch(make("llama"), r=4)
     given = arguments(
-        tmp_path, per_device_train_batch_size=3, eval_strategy="steps", eval_steps=1, save_strategy="steps",
-        save_steps=1, max_steps=6, load_best_model_at_end=True, lr_scheduler_type="constant", learning_rate=3.0,
-    )  # fmt: skip
+        tmp_path,
+        per_device_train_batch_size=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=6,
+        load_best_model_at_end=True,
+        lr_scheduler_type="constant",
+        learning_rate=3.0,
+    )
     callbacks = [lorasb.InitCallback(lr=2e-2)]
     trainer = transformers.Trainer(
         model=model, args=given, train_dataset=ROWS, eval_dataset=ROWS[:4], callbacks=callbacks
@@ -82,12 +95,14 @@ def test_trl_patches_initializes_trains_and_saves(tmp_path: Path) -> None:
     init = lorasb.InitCallback(num_samples=8)
     trainer = trl.SFTTrainer(
         model=make("llama"),
-        args=arguments(tmp_path, trl.SFTConfig, per_device_train_batch_size=3, dataset_kwargs={"skip_prepare_dataset": True}),
+        args=arguments(
+            tmp_path, trl.SFTConfig, per_device_train_batch_size=3, dataset_kwargs={"skip_prepare_dataset": True}
+        ),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer(),
         peft_config=lorasb.LoRASBConfig(r=4, task_type="CAUSAL_LM"),
         callbacks=[init],
-    )  # fmt: skip
+    )
     trainer.remove_callback(transformers.PrinterCallback)
     before = logits(make("llama"))
     trainer.train()

@@ -61,7 +61,9 @@ def test_nothing_that_requires_a_gradient(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no parameter requires a gradient.*set_adapter"):
         lorasb.parameter_groups(model, lr=1e-3)
     frozen = lorasb.patch(make("llama"), r=4).requires_grad_(False)
-    arguments = transformers.TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)  # fmt: skip
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
+    )
     trainer = transformers.Trainer(frozen, arguments, train_dataset=Rows(), callbacks=[lorasb.InitCallback()])
     with pytest.raises(ValueError, match=r"nothing would train: model\.set_adapter\('default'\)"):
         trainer.train()

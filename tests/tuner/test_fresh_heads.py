@@ -74,10 +74,16 @@ def test_fresh_heads_under_other_names_are_never_adapted(kind: str) -> None:
 
 
 TASKS = [
-    "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE",
-    "AUDIO_CLASSIFICATION", "AUDIO_FRAME_CLASSIFICATION", "AUDIO_XVECTOR", "IMAGE_CLASSIFICATION",
+    "SEQUENCE_CLASSIFICATION",
+    "TOKEN_CLASSIFICATION",
+    "QUESTION_ANSWERING",
+    "MULTIPLE_CHOICE",
+    "AUDIO_CLASSIFICATION",
+    "AUDIO_FRAME_CLASSIFICATION",
+    "AUDIO_XVECTOR",
+    "IMAGE_CLASSIFICATION",
     "VIDEO_CLASSIFICATION",
-]  # fmt: skip
+]
 LAYERS = ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"]
 SMALL = {**dict.fromkeys(LAYERS, 1), "num_labels": 3, "image_size": 64, "num_frames": 4}
 NOT_HERE = (ImportError, TypeError, ValueError, AttributeError, KeyError, NotImplementedError)
@@ -202,9 +208,17 @@ def test_what_transformers_had_to_make_up_is_known(brought: bool, tmp_path: Path
 
 def test_parts_that_the_base_model_is_given() -> None:
     config = transformers.PerceiverConfig(
-        num_latents=4, d_latents=16, d_model=32, num_blocks=1, num_self_attends_per_block=1, num_labels=3,
-        num_self_attention_heads=2, num_cross_attention_heads=2, vocab_size=99, max_position_embeddings=16,
-    )  # fmt: skip
+        num_latents=4,
+        d_latents=16,
+        d_model=32,
+        num_blocks=1,
+        num_self_attends_per_block=1,
+        num_labels=3,
+        num_self_attention_heads=2,
+        num_cross_attention_heads=2,
+        vocab_size=99,
+        max_position_embeddings=16,
+    )
     model = lorasb.patch(transformers.PerceiverForSequenceClassification(config), r=4)
     assert model.peft_config["default"].modules_to_save[-1] == "perceiver.decoder"
     for layer in model.modules():

@@ -67,16 +67,28 @@ def test_patch_is_get_peft_model() -> None:
 
 
 BAD_PATCHES = {
-    "r too large": ({"r": 33}, ValueError, r"rank 33 is more than layer 'model\.layers\.0\.self_attn\.k_proj' allows: .*= 32"
-                    r".*rank_pattern=\{'k_proj': 32\}"),
-    "rank_pattern too large": ({"r": 4, "rank_pattern": {"v_proj": 40}}, ValueError, r"rank 40 is more than layer .*v_proj"),
+    "r too large": (
+        {"r": 33},
+        ValueError,
+        r"rank 33 is more than layer 'model\.layers\.0\.self_attn\.k_proj' allows: .*= 32"
+        r".*rank_pattern=\{'k_proj': 32\}",
+    ),
+    "rank_pattern too large": (
+        {"r": 4, "rank_pattern": {"v_proj": 40}},
+        ValueError,
+        r"rank 40 is more than layer .*v_proj",
+    ),
     "r zero": ({"r": 0}, ValueError, "r must be a positive integer, got 0"),
     "r negative": ({"r": -3}, ValueError, "r must be a positive integer, got -3"),
     "r above the kernels' limit": ({"r": 257}, ValueError, "r must be at most 256, got 257"),
     "r float": ({"r": 8.0}, ValueError, r"r must be a positive integer, got 8\.0"),
     "rank_pattern zero": ({"rank_pattern": {"q_proj": 0}}, ValueError, r"rank_pattern\['q_proj'\] must be a positive"),
     "no target": ({"target_modules": ["qq_proj"]}, ValueError, r"qq_proj.* not found in the base model"),
-    "all excluded": ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, ValueError, "No modules were targeted"),
+    "all excluded": (
+        {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
+        ValueError,
+        "No modules were targeted",
+    ),
     "unknown field": ({"rank": 8}, TypeError, "LoRASBConfig has no field 'rank': did you mean"),
     "unrelated field": ({"zzz": 8}, TypeError, "LoRASBConfig has no field 'zzz': known fields: .*target_modules"),
     "init": ({"init": "pissa"}, ValueError, "init must be one of update, lora-xs, kaiming, got 'pissa'"),
@@ -84,12 +96,20 @@ BAD_PATCHES = {
     "scaling": ({"scaling": 0.0}, ValueError, "scaling must be finite and not zero"),
     "alpha": ({"lora_alpha": 16}, ValueError, "lora_alpha belongs to init='lora-xs'"),
     "pattern alone": ({"layers_pattern": "layers"}, ValueError, "give layers_to_transform too"),
-    "layer zero with regex": ({"target_modules": ".*q_proj", "layers_to_transform": 0}, ValueError, "select the layers in the regex"),
+    "layer zero with regex": (
+        {"target_modules": ".*q_proj", "layers_to_transform": 0},
+        ValueError,
+        "select the layers in the regex",
+    ),
     "scaling text": ({"scaling": "2"}, ValueError, "scaling must be finite and not zero"),
-    "layers with regex": ({"target_modules": ".*q_proj", "layers_to_transform": [1]}, ValueError, "select the layers in the regex"),
+    "layers with regex": (
+        {"target_modules": ".*q_proj", "layers_to_transform": [1]},
+        ValueError,
+        "select the layers in the regex",
+    ),
     "an embedding": ({"target_modules": ["embed_tokens"]}, TypeError, "is a Embedding: expected nn.Linear"),
     "task type": ({"task_type": "CHESS"}, ValueError, "Invalid task type"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_PATCHES)

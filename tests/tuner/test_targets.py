@@ -38,9 +38,11 @@ TARGETS = {
     "exclude regex": ({"target_modules": ["q_proj"], "exclude_modules": r".*layers\.0.*"}, {"self_attn.q_proj"}, {1}),
     "layers": ({"target_modules": ["o_proj"], "layers_to_transform": [1]}, {"self_attn.o_proj"}, {1}),
     "layer": (
-        {"target_modules": ["o_proj"], "layers_to_transform": 0, "layers_pattern": "layers"}, {"self_attn.o_proj"}, {0}
+        {"target_modules": ["o_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+        {"self_attn.o_proj"},
+        {0},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -83,7 +85,11 @@ PAPER = {
     "mistral": (
         transformers.MistralForCausalLM,
         transformers.MistralConfig(
-            hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
         ),
         "all-linear",
         {32: 229_376, 64: 917_504, 96: 2_064_384},
@@ -91,8 +97,13 @@ PAPER = {
     "gemma2": (
         transformers.Gemma2ForCausalLM,
         transformers.Gemma2Config(
-            hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8,
-            head_dim=256, vocab_size=256_000,
+            hidden_size=3584,
+            intermediate_size=14336,
+            num_hidden_layers=42,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=256,
+            vocab_size=256_000,
         ),
         "all-linear",
         {32: 301_056, 64: 1_204_224, 96: 2_709_504},
@@ -100,7 +111,11 @@ PAPER = {
     "llama": (
         transformers.LlamaForCausalLM,
         transformers.LlamaConfig(
-            hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
+            hidden_size=3072,
+            intermediate_size=8192,
+            num_hidden_layers=28,
+            num_attention_heads=24,
+            num_key_value_heads=8,
             vocab_size=128_256,
         ),
         "all-linear",
@@ -114,7 +129,7 @@ PAPER = {
         ["query", "key", "value", "attention.output.dense"],
         {8: 6_144, 16: 24_576, 24: 55_296},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -17,9 +17,17 @@ from .formats import FLOATS, WIDER, Array
 
 Parts = tuple[str, ...]
 COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
-}  # fmt: skip
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "lo": np.less,
+    "ls": np.less_equal,
+    "hi": np.greater,
+    "hs": np.greater_equal,
+}
 
 
 def is_float(dtype: Any) -> bool:
@@ -168,8 +176,10 @@ def _saturated(values: Array, dtype: Any) -> Array:
 
 BINARY: dict[str, Callable[[Array, Array], Array]] = {"add": np.add, "sub": np.subtract}
 LOGIC: dict[str, Callable[[Array, Array], Array]] = {
-    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-}  # fmt: skip
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}
 EXTREMES = {"min": (np.fmin, np.minimum), "max": (np.fmax, np.maximum)}  # of floats: a NaN gives way to a number
 
 
@@ -205,10 +215,25 @@ def absolute(parts: Parts, dtype: Any, a: Array) -> Array:
 
 Function = Callable[..., Array]
 FUNCTIONS: dict[str, Function] = {
-    "add": add_or_subtract, "sub": add_or_subtract, "mul": multiply, "mad": multiply_add, "fma": fused,
-    "div": divide, "rem": remainder, "min": extreme, "max": extreme, "and": logic, "or": logic, "xor": logic,
-    "not": invert, "neg": negate, "abs": absolute, "shl": shift_left, "shr": shift_right, "bfe": extract_field,
+    "add": add_or_subtract,
+    "sub": add_or_subtract,
+    "mul": multiply,
+    "mad": multiply_add,
+    "fma": fused,
+    "div": divide,
+    "rem": remainder,
+    "min": extreme,
+    "max": extreme,
+    "and": logic,
+    "or": logic,
+    "xor": logic,
+    "not": invert,
+    "neg": negate,
+    "abs": absolute,
+    "shl": shift_left,
+    "shr": shift_right,
+    "bfe": extract_field,
     "prmt": permute_bytes,
-}  # fmt: skip
+}
 COUNTS = {"shl": (1,), "shr": (1,), "bfe": (1, 2)}  # operands that are u32 whatever the type
 WIDE_ADDEND = ("mad", "wide")

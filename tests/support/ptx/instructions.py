@@ -303,8 +303,22 @@ def _descriptor(
 
 Handler = Callable[[Any, Instruction, Array | None], None]
 HANDLERS: dict[str, Handler] = {
-    "mov": _move, "setp": _set_predicate, "selp": _select, "cvt": _convert, "cvta": _move, "ld": _load, "st": _store,
-    "atom": _atomic, "bar": _barrier, "barrier": _barrier, "cp": _copy, "fence": _fence, "membar": _fence,
-    "shfl": _shuffle, "ldmatrix": _load_matrices, "stmatrix": _store_matrices, "mma": _multiply_matrices,
+    "mov": _move,
+    "setp": _set_predicate,
+    "selp": _select,
+    "cvt": _convert,
+    "cvta": _move,
+    "ld": _load,
+    "st": _store,
+    "atom": _atomic,
+    "bar": _barrier,
+    "barrier": _barrier,
+    "cp": _copy,
+    "fence": _fence,
+    "membar": _fence,
+    "shfl": _shuffle,
+    "ldmatrix": _load_matrices,
+    "stmatrix": _store_matrices,
+    "mma": _multiply_matrices,
     "wgmma": _multiply_warpgroups,
-}  # fmt: skip
+}

@@ -147,8 +147,13 @@ class ThreadBlock:
         name = str(operand)
         if name[0] != "%":
             return np.full(self.threads, self._constant(name, dtype))
-        special = {"%tid.x": self.lanes, "%ctaid.x": self.place.program, "%nctaid.x": self.place.grid,
-                   "%ntid.x": self.threads, "%laneid": self.lanes % WARP}  # fmt: skip
+        special = {
+            "%tid.x": self.lanes,
+            "%ctaid.x": self.place.program,
+            "%nctaid.x": self.place.grid,
+            "%ntid.x": self.threads,
+            "%laneid": self.lanes % WARP,
+        }
         value = self.registers.get(name)
         if value is None:
             if name not in special:
