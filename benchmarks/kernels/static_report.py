@@ -256,7 +256,8 @@ def ctas_per_sm(arch: Arch, registers: int, shared: int, warps: int) -> int:
 def mma_share(sass: str) -> tuple[int, float]:
     """Number of MMA instructions, and their share of the innermost loop that holds most of them."""
     code = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
-    is_mma = [bool(re.search(r"\b(HMMA|HGMMA|IMMA)\b", text)) for _, text in code]
+    # by architecture: mma up to sm_90 and on sm_120, wgmma on sm_90, tcgen05 on sm_100, and integers
+    is_mma = [bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA|IMMA)\b", text)) for _, text in code]
     place = {address: i for i, (address, _) in enumerate(code)}
     loops = []
     for i, (address, text) in enumerate(code):
