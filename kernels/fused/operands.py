@@ -55,6 +55,11 @@ class Mask:
     dropout: float = 0.0
     seed: int = 0
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of a kernel that masks x."""
+        return dict(seed=self.seed, threshold=self.dropout, DROPOUT=self.dropout > 0.0)
+
 
 def unit_rows(matrix: Tensor) -> Tensor:
     """The matrix with a contiguous last dimension, which every kernel presumes; copied only if need be."""
