@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ Call = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Stats:
-    """Percentiles of one call's times in milliseconds, and of its ratio to the first call of the same round."""
+    """Percentiles of one call's times, in their unit, and of its ratio to another call of the same round."""
 
     p20: float
     p50: float
@@ -36,7 +37,7 @@ class Stats:
 
 
 def measure(calls: dict[str, Call], device: str, seconds: float, least: int = 10) -> dict[str, Stats]:
-    """Time every call once a round, in random order, for about `seconds`; call(i) is to use the i-th set of inputs.
+    """Time every call once a round, in random order, for about `seconds`: milliseconds. call(i) uses the i-th inputs.
 
     On a GPU by CUDA events around each call, its kernels launched ahead. The first tenth of the rounds is left out.
     """
@@ -52,7 +53,7 @@ def measure(calls: dict[str, Call], device: str, seconds: float, least: int = 10
         rounds += 1
     skip = rounds // 10
     first = times[next(iter(calls))][skip:]
-    return {name: _stats(found[skip:], first) for name, found in times.items()}
+    return {name: stats_of(found[skip:], first) for name, found in times.items()}
 
 
 def _once(call: Call, i: int, device: str) -> float:
@@ -69,7 +70,8 @@ def _once(call: Call, i: int, device: str) -> float:
     return float(begin.elapsed_time(end))
 
 
-def _stats(times: list[float], first: list[float]) -> Stats:
+def stats_of(times: list[float], first: list[float]) -> Stats:
+    """Percentiles of times by round, and of their ratios to another call's times in the same rounds."""
     ratios = [a / b for a, b in zip(times, first, strict=True)]
     p20, p50, p80 = (_percentile(times, p) for p in (20, 50, 80))
     ratio, low, high = (_percentile(ratios, p) for p in (50, 20, 80))
@@ -88,14 +90,16 @@ def peak_bytes(call: Call, device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         call(0)
         return torch.cuda.max_memory_allocated() - before
+    return max(accumulate(cpu_allocations(lambda: call(0)), initial=0))
+
+
+def cpu_allocations(call: Callable[[], Any]) -> list[int]:
+    """Bytes of every tensor that a call allocates on the CPU, and minus those of every one it frees, in order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call(0)
-    events = profile.profiler.kineto_results.events()
-    held, peak = 0, 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+        call()
+    # the raw events: averages give an allocation to the op around it
+    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def saved_bytes(forward: Callable[[], Any], parameters: set[int]) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -27,11 +26,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.profiler import ProfilerActivity, profile
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from benchmarks.common.timing import provenance
+from benchmarks.common.timing import cpu_allocations, provenance, stats_of
 from benchmarks.kernels.static_report import ARCHS
 
 M, FEATURES, RANK, ROUNDS, SCALE = 64, 256, 96, 9, 0.7
@@ -140,25 +138,18 @@ def measure(arch: str, count: int) -> dict[str, dict[str, float]]:
         lorasb.backend("triton"),
     ):
         times = microseconds(calls, count)
-        allocations = {name: _allocations(call) for name, call in calls.items()}
+        allocations = {name: sum(size > 0 for size in cpu_allocations(call)) for name, call in calls.items()}
     found = {}
     for name, us in times.items():
-        ratios = sorted(a / b for a, b in zip(us, times[plain.get(name, name)], strict=True))
+        stats = stats_of(us, times[plain.get(name, name)])
         found[name] = {
-            "us": statistics.median(us),
-            "ratio": statistics.median(ratios),
-            "ratio_p20": ratios[len(ratios) // 5],
-            "ratio_p80": ratios[-1 - len(ratios) // 5],
+            "us": stats.p50,
+            "ratio": stats.ratio,
+            "ratio_p20": stats.ratio_p20,
+            "ratio_p80": stats.ratio_p80,
             "allocations": allocations[name],
         }
     return found
-
-
-def _allocations(call: Call) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    results = profiler.profiler.kineto_results  # the raw events: averages give an allocation to the op around it
-    return sum(event.name() == "[memory]" and event.nbytes() > 0 for event in results.events())
 
 
 def view(arch: str, found: dict[str, dict[str, float]]) -> Table:
