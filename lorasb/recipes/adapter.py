@@ -79,9 +79,18 @@ def _share(items: list[Any]) -> list[Any]:
 
 def save_start(run: Run, report: InitReport | None, folder: Path) -> None:
     """Write the initialized adapter and its report."""
-    run.model.save_pretrained(str(folder))
+    save_adapter(run, folder)
     if report is not None:
         report.save(folder / REPORT_NAME)
+
+
+def save_adapter(run: Run, folder: Path) -> None:
+    """Write the adapter as PEFT does, and the same bytes in every process."""
+    config = run.model.peft_config["default"]
+    for name, value in list(vars(config).items()):
+        if isinstance(value, set):  # PEFT writes sets in an order that depends on the process and on their history
+            setattr(config, name, sorted(value))
+    run.model.save_pretrained(str(folder))
 
 
 def load_adapter(run: Run, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..init import InitReport, RankSuggestion
 from ..utils.atomic_files import write_json
-from .adapter import adapt
+from .adapter import adapt, save_adapter
 from .config_file import CONFIG_NAME, write_config
 from .console import console
 from .prepare import Run, prepare
@@ -48,7 +48,7 @@ def _check_targets(settings: InitSettings) -> None:
 
 def _save(run: Run, report: Any, suggestion: RankSuggestion | None, settings: InitSettings) -> None:
     folder = Path(run.settings.output)
-    run.model.save_pretrained(str(folder / "adapter"))
+    save_adapter(run, folder / "adapter")
     report.save(folder / "report.json")
     for name, kind in PLOTS.items():
         report.plot(folder / name, kind)

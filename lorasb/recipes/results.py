@@ -16,7 +16,7 @@ from torch import nn
 from ..init import InitReport
 from ..utils.atomic_files import replacing_folder, write_json
 from ..utils.precision import processor_class
-from .adapter import REPORT_NAME, load_report
+from .adapter import REPORT_NAME, load_report, save_adapter
 from .data import describe_data
 from .evaluation import Evaluation
 from .prepare import Run, device
@@ -79,7 +79,7 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
     settings, folder, summary = run.settings, Path(run.settings.output), result.summary
     # An interrupted save leaves the former folder in place: `replacing_folder` renames a complete one over it.
     with replacing_folder(folder / "adapter") as target:
-        run.model.save_pretrained(str(target))
+        save_adapter(run, target)
     summary["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     if result.report is not None:
         with replacing_folder(folder / "lora") as target:
