@@ -27,8 +27,6 @@ def adapt(run: Run, **options: Any) -> tuple[Any, float]:
     """
     import peft
 
-    import lorasb
-
     settings, started = run.settings, time.perf_counter()
     common: dict[str, Any] = {
         "target_modules": targets(settings.target_modules),
@@ -40,10 +38,18 @@ def adapt(run: Run, **options: Any) -> tuple[Any, float]:
         config = peft.LoraConfig(r=r, lora_alpha=r, task_type="CAUSAL_LM", **common)
         run.model = peft.get_peft_model(run.model, config)
         return None, 0.0
+    return _with_provenance(run, _patch_and_initialize(run, common, options)), time.perf_counter() - started
+
+
+def _patch_and_initialize(run: Run, common: dict[str, Any], options: dict[str, Any]) -> InitReport:
+    """Add the adapter of LoRA-SB or LoRA-XS; returns the report of its initialization."""
+    import lorasb
+
+    settings = run.settings
     init = "lora-xs" if settings.method == "lora-xs" else "update"
     run.model = lorasb.patch(run.model, r=settings.r, init=init, init_seed=settings.seed, **common)
     if init == "lora-xs":  # `patch` has initialized it: the SVD of W needs no data
-        return _with_provenance(run, run.model.base_model.init_reports["default"]), time.perf_counter() - started
+        return run.model.base_model.init_reports["default"]
     loader: Any = torch.utils.data.DataLoader(
         Listed(_share(run.train_ids)),
         batch_size=settings.batch_size,
@@ -51,8 +57,7 @@ def adapt(run: Run, **options: Any) -> tuple[Any, float]:
     )
     eta = lorasb.first_step_lr(settings.lr, run.warmup_steps)
     options |= {"num_samples": settings.samples, "update": settings.update, "seed": settings.seed}
-    report = lorasb.initialize(run.model, loader, lr=eta, **options)
-    return _with_provenance(run, report), time.perf_counter() - started
+    return lorasb.initialize(run.model, loader, lr=eta, **options)
 
 
 def _with_provenance(run: Run, report: InitReport) -> InitReport:

@@ -37,8 +37,13 @@ def resolve_model(name: str) -> str:
     if name != EMBEDDED:
         return name
     target = cache_dir() / EMBEDDED
-    if (target / "config.json").is_file():
-        return str(target)
+    if not (target / "config.json").is_file():
+        _convert_into(target)
+    return str(target)
+
+
+def _convert_into(target: Path) -> None:
+    """Convert the embedded model into the folder `target`, atomically."""
     source = embedded_folder()
     if source is None:
         raise FileNotFoundError(
@@ -57,7 +62,6 @@ def resolve_model(name: str) -> str:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return str(target)
 
 
 def _convert(source: Path, target: Path) -> None:

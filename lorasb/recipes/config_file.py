@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .settings import InitSettings, listed
 
 CONFIG_NAME = "config.yaml"
 NOT_WRITTEN = ("resume",)  # applies to one start of a run, not to a repetition
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 def read_config(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
@@ -25,16 +27,7 @@ def read_config(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
         ValueError: no such file, not a mapping, an unknown name (the message has the nearest), or a value of another
             type.
     """
-    import yaml
-
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--config {path}: expected a YAML file of settings ({error.strerror or error})") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: this is no YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(loaded, dict):
-        raise ValueError(f"--config {path}: expected lines like `lr: 0.002`, got {type(loaded).__name__}")
+    loaded = _mapping(path)
     for name in loaded:
         if name not in known:
             near = difflib.get_close_matches(str(name).replace("-", "_"), known, n=1, cutoff=0.4)
@@ -45,13 +38,28 @@ def read_config(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
     return {name: typed(value, known[name], f"--config {path}: {name}") for name, value in given.items()}
 
 
+def _mapping(path: str | Path) -> dict[Any, Any]:
+    """The mapping that a YAML file holds."""
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path}: expected a YAML file of settings ({error.strerror or error})") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: this is no YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"--config {path}: expected lines like `lr: 0.002`, got {type(loaded).__name__}")
+    return loaded
+
+
 def typed(value: Any, kind: Any, where: str) -> Any:
     """Convert a value from YAML or the command line to its setting's type.
 
     Raises:
         ValueError: it has another type; `where` names the setting in the message.
     """
-    if kind not in (str, int, float, bool):
+    if kind not in EXPECTED:
         return _ranks(value, where)
     if kind is bool and isinstance(value, bool):
         return value
@@ -59,14 +67,11 @@ def typed(value: Any, kind: Any, where: str) -> Any:
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
+        with suppress(ValueError):
             return float(value)  # YAML 1.1 reads 2e-3, without a dot, as text
-        except ValueError:
-            pass
     if kind is str and isinstance(value, str | int) and not isinstance(value, bool):
         return str(value)
-    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
-    raise ValueError(f"{where} expects {expected}, got {value!r}")
+    raise ValueError(f"{where} expects {EXPECTED[kind]}, got {value!r}")
 
 
 def _ranks(value: Any, where: str) -> dict[str, int]:

@@ -26,19 +26,23 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
         held_out = generate(settings.task, settings.eval_examples, HELD_OUT_SEED + settings.seed)
         return generate(settings.task, settings.train_examples, settings.seed, exclude=held_out), held_out
     train_examples = read_jsonl(settings.data)
-    if settings.eval_data is not None:
-        held_out = read_jsonl(settings.eval_data)[: settings.eval_examples]
-    else:
-        # By the seed alone, so that a resumed run holds out the same examples.
-        order = torch.randperm(len(train_examples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-        held_out_count = max(1, min(settings.eval_examples, len(train_examples) // 10))
-        held_out = [train_examples[i] for i in order[:held_out_count]]
+    held_out = _held_out(settings, train_examples)
     # By prompt, not by position: duplicates of a held-out prompt must not be trained on either.
     prompts = {(example.prompt, example.messages) for example in held_out}
     remaining = [example for example in train_examples if (example.prompt, example.messages) not in prompts]
     if not remaining:
         raise ValueError(f"{settings.data} holds no example that is not held out: pass more, or --eval-data of its own")
     return remaining, held_out
+
+
+def _held_out(settings: Settings, train_examples: list[Example]) -> list[Example]:
+    """The examples of `--eval-data`, or else up to a tenth of the training file's, drawn at random."""
+    if settings.eval_data is not None:
+        return read_jsonl(settings.eval_data)[: settings.eval_examples]
+    # By the seed alone, so that a resumed run holds out the same examples.
+    order = torch.randperm(len(train_examples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    count = max(1, min(settings.eval_examples, len(train_examples) // 10))
+    return [train_examples[i] for i in order[:count]]
 
 
 def digest(*parts: Sequence[Example]) -> str:

@@ -42,6 +42,16 @@ def evaluate(
     loss = mean_loss(model, tokenizer.pad_token_id, encoded, batch_size, f"{title}: loss")
     mode = model.training
     model.eval()
+    answers = _all_answers(model, tokenizer, encoded, batch_size, f"{title}: answers")
+    model.train(mode)
+    right = sum(answer == example.completion.strip() for answer, example in zip(answers, examples, strict=True))
+    return Evaluation(loss, right / len(examples), answers)
+
+
+def _all_answers(
+    model: nn.Module, tokenizer: Any, encoded: Sequence[Encoded], batch_size: int, title: str
+) -> tuple[str, ...]:
+    """The model's answer to each example, in the examples' order."""
     longest_row = max(len(ids) + ANSWER_MARGIN for ids in encoded)
     # Generation keeps no activations, so its batches may be larger than those of the loss.
     chunks = _chunks(encoded, max(batch_size, TOKENS_PER_BATCH // longest_row))
@@ -51,12 +61,9 @@ def evaluate(
         return _answers(model, tokenizer, [encoded[i] for i in indices], bar)
 
     token_limits = [_longest_answer([encoded[i] for i in indices]) for indices in chunks]
-    for indices, texts in _map_over_ranks(chunks, generate, token_limits, f"{title}: answers", "token"):
+    for indices, texts in _map_over_ranks(chunks, generate, token_limits, title, "token"):
         answer_by_index |= dict(zip(indices, texts, strict=True))
-    model.train(mode)
-    answers = tuple(answer_by_index[i] for i in range(len(encoded)))
-    right = sum(answer == example.completion.strip() for answer, example in zip(answers, examples, strict=True))
-    return Evaluation(loss, right / len(examples), answers)
+    return tuple(answer_by_index[i] for i in range(len(encoded)))
 
 
 @torch.no_grad()
@@ -125,12 +132,7 @@ def _longest_answer(chunk: Sequence[Encoded]) -> int:
 
 def _answers(model: nn.Module, tokenizer: Any, chunk: Sequence[Encoded], bar: Any) -> list[str]:
     """Greedily decoded answers; the bar advances with every token."""
-    device = next(model.parameters()).device
-    width = max(len(e.prompt) for e in chunk)
-    ids = torch.tensor(
-        [[tokenizer.pad_token_id] * (width - len(e.prompt)) + list(e.prompt) for e in chunk], device=device
-    )
-    mask = torch.tensor([[0] * (width - len(e.prompt)) + [1] * len(e.prompt) for e in chunk], device=device)
+    ids, mask = _padded_prompts(chunk, tokenizer.pad_token_id, next(model.parameters()).device)
 
     # generate() calls stopping criteria once per token; this one advances the bar and never stops.
     def advance(tokens: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -140,10 +142,18 @@ def _answers(model: nn.Module, tokenizer: Any, chunk: Sequence[Encoded], bar: An
     output = model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=mask,
-        position_ids=positions(mask),  # prompts are padded on the left
+        position_ids=positions(mask),
         max_new_tokens=_longest_answer(chunk),
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=[advance],
     )
-    return [text.strip() for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
+    return [text.strip() for text in tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)]
+
+
+def _padded_prompts(chunk: Sequence[Encoded], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of the prompts, padded on the left."""
+    width = max(len(e.prompt) for e in chunk)
+    ids = [[pad] * (width - len(e.prompt)) + list(e.prompt) for e in chunk]
+    mask = [[0] * (width - len(e.prompt)) + [1] * len(e.prompt) for e in chunk]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

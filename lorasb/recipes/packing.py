@@ -69,15 +69,10 @@ def check_model(model: nn.Module) -> None:
     Raises:
         ValueError: the model attends across packed examples, or takes no position_ids.
     """
-    device, mode = next(model.parameters()).device, model.training
+    mode = model.training
     model.eval()
-    first, second = Encoded((5, 6, 7), (8, 9)), Encoded((9, 8), (7, 6, 5))
     try:
-        batch = PackCollator(0)([(first, second)])
-        ids, position_ids = batch["input_ids"].to(device), batch["position_ids"].to(device)
-        packed_logits = model(input_ids=ids, position_ids=position_ids, use_cache=False).logits[0, len(first) :].float()
-        second_ids = torch.tensor([[*second.prompt, *second.completion]], device=device)
-        single_logits = model(input_ids=second_ids).logits[0].float()
+        packed_logits, single_logits = _packed_and_single_logits(model)
     except TypeError as error:
         raise ValueError(f"--packing: this model takes no position_ids ({error}): train without it") from None
     finally:
@@ -87,3 +82,14 @@ def check_model(model: nn.Module) -> None:
             f"--packing: in a {type(model).__name__} packed examples see one another, as its attention does not follow "
             "position_ids: train without it"
         )
+
+
+def _packed_and_single_logits(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of an example that follows another one in its row, and of the example alone."""
+    device = next(model.parameters()).device
+    first, second = Encoded((5, 6, 7), (8, 9)), Encoded((9, 8), (7, 6, 5))
+    batch = PackCollator(0)([(first, second)])
+    ids, position_ids = batch["input_ids"].to(device), batch["position_ids"].to(device)
+    packed_logits = model(input_ids=ids, position_ids=position_ids, use_cache=False).logits[0, len(first) :].float()
+    second_ids = torch.tensor([[*second.prompt, *second.completion]], device=device)
+    return packed_logits, model(input_ids=second_ids).logits[0].float()

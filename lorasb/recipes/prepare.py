@@ -72,15 +72,26 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
     Raises:
         ValueError: bad settings or data, a model that cannot be loaded, or a dtype that the device lacks.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import set_seed
 
     set_seed(settings.seed)  # LoRA's random A, dropout, and weights that transformers initializes
     precision = resolve(settings.dtype, device())
     train_examples, held_out = examples or load_examples(settings)
+    tokenizer, model = _load(settings, precision.dtype)
+    encode_one = partial(encode, tokenizer=tokenizer, max_length=settings.max_length)
+    train_ids, held_out_ids = (with_progress(encode_one, part, "tokens") for part in (train_examples, held_out))
+    rows = _packed(model, train_ids, settings.max_length) if settings.packing else train_ids
+    return Run(settings, precision, tokenizer, model, train_examples, held_out, train_ids, held_out_ids, rows)
+
+
+def _load(settings: Settings, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The tokenizer, and the model on its device, quantized if asked for."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     folder = resolve_model(settings.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=precision.dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except OSError as error:
         raise ValueError(f"cannot load --model {settings.model!r}, expected a folder or hub id: {error}") from None
     # Llama's tokenizer has no padding token; padding is masked, so any token serves.
@@ -92,15 +103,15 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
 
         lorasb.quantize(model, "nf4", nested=True)
     contiguous_head(model)
-    encode_one = partial(encode, tokenizer=tokenizer, max_length=settings.max_length)
-    train_ids, held_out_ids = (with_progress(encode_one, part, "tokens") for part in (train_examples, held_out))
-    rows: Sequence[Any] = train_ids
-    if settings.packing:
-        from .packing import check_model, pack
+    return tokenizer, model
 
-        check_model(model)
-        rows = pack(train_ids, settings.max_length)
-    return Run(settings, precision, tokenizer, model, train_examples, held_out, train_ids, held_out_ids, rows)
+
+def _packed(model: nn.Module, encoded: list[Encoded], length: int) -> Sequence[Any]:
+    """Rows of several examples each, once the model is known to keep them apart."""
+    from .packing import check_model, pack
+
+    check_model(model)
+    return pack(encoded, length)
 
 
 def contiguous_head(model: nn.Module) -> None:

@@ -73,7 +73,6 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
     Files: adapter/, lora/ (the exact plain LoRA), report.json, loss.png, energy.png, answers.json, summary.json. With
     method="lora" there is no export (it is a LoRA already) and no report.
     """
-    from ..export.lora import export_lora
     from .plots import plot_loss
 
     settings, folder, summary = run.settings, Path(run.settings.output), result.summary
@@ -82,16 +81,22 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
         save_adapter(run, target)
     summary["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     if result.report is not None:
-        with replacing_folder(folder / "lora") as target:
-            export_lora(run.model, target, quiet=True)
-        result.report.save(folder / REPORT_NAME)
-        if result.report.energy_sign is not None:
-            result.report.plot(folder / "energy.png")
+        _save_export_and_report(run, result.report, folder)
     data = describe_data(settings, len(run.train_ids))
     title = f"{settings.method}, r={summary['rank']}: {data}, lr {settings.lr:g}"
     plot_loss(history, summary["eval_loss_before"], summary["eval_loss_after"], folder / "loss.png", title)
     write_json(folder / ANSWERS_NAME, _answers(result))
     write_json(folder / SUMMARY_NAME, summary)  # last: a summary says that the run is finished
+
+
+def _save_export_and_report(run: Run, report: InitReport, folder: Path) -> None:
+    from ..export.lora import export_lora
+
+    with replacing_folder(folder / "lora") as target:
+        export_lora(run.model, target, quiet=True)
+    report.save(folder / REPORT_NAME)
+    if report.energy_sign is not None:
+        report.plot(folder / "energy.png")
 
 
 def _answers(result: Result) -> list[dict[str, str]]:

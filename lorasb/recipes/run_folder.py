@@ -52,21 +52,24 @@ class RunFolder:
             return State(NEW)
         running = _read(self.checkpoints / "run.json")
         if settings.resume != "auto":
-            mark = self._read_checkpoint(Path(settings.resume), identity)
-            if running is not None:
-                self._check_same(running, identity)
-            return State(UNFINISHED, settings.resume, [f"going on from {settings.resume}, step {mark.step}"])
+            return self._look_at_checkpoint(settings.resume, running, identity)
         # A summary beside the run.json of another run: the folder was reused, and that run is unfinished.
         finished = (_read(self.folder / SUMMARY_NAME) or {}).get("identity")
         if finished is not None and running in (None, finished):
             self._check_same(finished, identity)
-            return State(
-                FINISHED,
-                None,
-                [f"the run in {self.folder} is finished: these are its results (--resume never runs it anew)"],
-            )
-        if running is None:
-            return State(NEW)
+            line = f"the run in {self.folder} is finished: these are its results (--resume never runs it anew)"
+            return State(FINISHED, None, [line])
+        return State(NEW) if running is None else self._look_at_last(running, identity)
+
+    def _look_at_checkpoint(self, checkpoint: str, running: dict[str, Any] | None, identity: dict[str, Any]) -> State:
+        """The run goes on from this checkpoint, which the user named."""
+        mark = self._read_checkpoint(Path(checkpoint), identity)
+        if running is not None:
+            self._check_same(running, identity)
+        return State(UNFINISHED, checkpoint, [f"going on from {checkpoint}, step {mark.step}"])
+
+    def _look_at_last(self, running: dict[str, Any], identity: dict[str, Any]) -> State:
+        """The run goes on from its last whole checkpoint, or from its start."""
         self._check_same(running, identity)
         best, broken = checkpoints.last(self.checkpoints)
         lines = [f"{path} was cut off while it was written, and is left out" for path in broken]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,25 +48,30 @@ def generate(task: str, count: int, seed: int, exclude: Sequence[Example] = ()) 
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}, or give --data a JSONL file")
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise ImportError("generated tasks need reasoning-gym: pip install 'lorasb[demo]'") from error
     seen = {example.prompt for example in exclude}
     examples: list[Example] = []
     for attempt in range(MAX_ROUNDS):
         # seed + attempt * count: the next round starts where this one's items end
-        dataset = reasoning_gym.create_dataset(task, size=count, seed=seed + attempt * count, **TASKS[task].options)
-        for item in dataset:
-            prompt = item["question"].strip()
-            if TASKS[task].question_only:
-                prompt = prompt.rpartition("\n\n")[2]
-            if prompt not in seen and len(examples) < count:
-                seen.add(prompt)
-                examples.append(Example(prompt, str(item["answer"]).strip()))
+        for example in _draw(task, count, seed + attempt * count):
+            if example.prompt not in seen and len(examples) < count:
+                seen.add(example.prompt)
+                examples.append(example)
         if len(examples) == count:
             return examples
     raise ValueError(f"task {task!r} gave {len(examples)} distinct prompts, {count} were asked for: ask for fewer")
+
+
+def _draw(task: str, count: int, seed: int) -> Iterator[Example]:
+    """`count` items of a data set, whose prompts may repeat."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ImportError("generated tasks need reasoning-gym: pip install 'lorasb[demo]'") from error
+    for item in reasoning_gym.create_dataset(task, size=count, seed=seed, **TASKS[task].options):
+        prompt = item["question"].strip()
+        if TASKS[task].question_only:
+            prompt = prompt.rpartition("\n\n")[2]
+        yield Example(prompt, str(item["answer"]).strip())
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
@@ -82,16 +87,19 @@ def read_jsonl(path: str | Path) -> list[Example]:
     # Not splitlines(): it also splits at U+2028 and others, which may be unescaped in JSON strings.
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
-            try:
-                examples.append(_example(json.loads(line)))
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
-                    f"{file}, line {number}: expected an object with prompt and completion, or messages ending with "
-                    f"the assistant's ({error})"
-                ) from None
+            examples.append(_read_line(line, f"{file}, line {number}"))
     if not examples:
         raise ValueError(f"{file} holds no examples")
     return examples
+
+
+def _read_line(line: str, where: str) -> Example:
+    try:
+        return _example(json.loads(line))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{where}: expected an object with prompt and completion, or messages ending with the assistant's ({error})"
+        ) from None
 
 
 def _example(values: Any) -> Example:

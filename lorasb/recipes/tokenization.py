@@ -49,12 +49,7 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
     Raises:
         ValueError: messages for a tokenizer without a chat template.
     """
-    if example.messages:
-        pieces, answer = _conversation(list(example.messages), tokenizer), example.completion
-    else:
-        # A space between them goes to the completion, as tokenizers merge it with the word that follows.
-        separated = example.prompt[-1:].isspace() or example.completion[:1].isspace()
-        pieces, answer = [(example.prompt, False)], example.completion if separated else " " + example.completion
+    pieces, answer = _pieces(example, tokenizer)
     ids: list[int] = []
     learned: list[bool] = []
     for text, mark in pieces:
@@ -68,34 +63,47 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
     return Encoded(tuple(ids[last_tokens]), tuple(completion), marks)
 
 
+def _pieces(example: Example, tokenizer: Any) -> tuple[list[tuple[str, bool]], str]:
+    """The prompt as (text, learned) pieces, and the completion."""
+    if example.messages:
+        return _conversation(list(example.messages), tokenizer), example.completion
+    # A space between them goes to the completion, as tokenizers merge it with the word that follows.
+    separated = example.prompt[-1:].isspace() or example.completion[:1].isspace()
+    return [(example.prompt, False)], example.completion if separated else " " + example.completion
+
+
 def _conversation(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, bool]]:
     """The chat before the last answer as (text, learned) pieces; assistant turns are learned.
 
     Turn borders are found by rendering growing prefixes of the chat. Some templates render a turn differently once
     others follow; the prefixes do not match then, and no earlier turn is learned.
     """
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
-            "the data has messages, and this model's tokenizer has no chat template: give prompt and completion, or "
-            "a --model whose tokenizer has one"
-        )
-
-    def rendered(turns: list[dict[str, str]], generation: bool) -> str:
-        return str(tokenizer.apply_chat_template(turns, add_generation_prompt=generation, tokenize=False))
-
-    full_text = rendered(messages[:-1], True)
+    _check_chat_template(tokenizer)
+    full_text = _rendered(tokenizer, messages[:-1], True)
     pieces: list[tuple[str, bool]] = []
     rendered_so_far = ""
     for k, message in enumerate(messages[:-1]):
         if message["role"] != "assistant":
             continue
         # head ends with the generation prompt ("assistant:"), which is given at inference and is not learned
-        head, after = rendered(messages[:k], True), rendered(messages[: k + 1], False)
+        head, after = _rendered(tokenizer, messages[:k], True), _rendered(tokenizer, messages[: k + 1], False)
         if not (head.startswith(rendered_so_far) and after.startswith(head) and full_text.startswith(after)):
             return [(full_text, False)]
         pieces += [(head[len(rendered_so_far) :], False), (after[len(head) :], True)]
         rendered_so_far = after
     return [*pieces, (full_text[len(rendered_so_far) :], False)]
+
+
+def _check_chat_template(tokenizer: Any) -> None:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "the data has messages, and this model's tokenizer has no chat template: give prompt and completion, or "
+            "a --model whose tokenizer has one"
+        )
+
+
+def _rendered(tokenizer: Any, turns: list[dict[str, str]], generation: bool) -> str:
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=generation, tokenize=False))
 
 
 class Collator:

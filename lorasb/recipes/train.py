@@ -48,9 +48,25 @@ def train(run: Run, folder: Path, identity: dict[str, Any], checkpoint: str | No
     mark = checkpoints.read(Path(checkpoint)) if checkpoint else None
     # Interrupted after the last step, before the results: only the weights and the log are needed.
     if checkpoint and mark is not None and mark.step >= run.steps:
-        _load(run, Path(checkpoint))
-        state = json.loads((Path(checkpoint) / STATE_NAME).read_text(encoding="utf-8"))
-        return Trained(state["log_history"], mark.seconds)
+        return _already_trained(run, Path(checkpoint), mark.seconds)
+    trainer = _trainer(run, folder, identity, mark.seconds if mark else 0.0, stop)
+    console.print(announcement(run), highlight=False)
+    stop.steps = True
+    trainer.train_started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    stop.end()
+    return Trained(trainer.state.log_history, trainer.elapsed())
+
+
+def _already_trained(run: Run, checkpoint: Path, seconds: float) -> Trained:
+    """Load a checkpoint's adapter over the current one, and read its log."""
+    run.model.load_adapter(str(checkpoint), "default", is_trainable=True)
+    state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+    return Trained(state["log_history"], seconds)
+
+
+def _trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: float, stop: Stop) -> _RunTrainer:
+    """A trainer of the run's rows, with its callbacks."""
     settings, processes = run.settings, Processes()
     order = ByLength([row_length(row) for row in run.rows], settings.batch_size, settings.seed)
     collate: Any = Collator(run.tokenizer.pad_token_id, run.model.get_base_model())
@@ -64,14 +80,9 @@ def train(run: Run, folder: Path, identity: dict[str, Any], checkpoint: str | No
         train_dataset=Listed(run.rows),
         data_collator=collate,
     )
-    trainer.order, trainer.identity, trainer.earlier_seconds = order, identity, mark.seconds if mark else 0.0
+    trainer.order, trainer.identity, trainer.earlier_seconds = order, identity, earlier_seconds
     _put_callbacks(trainer, run, stop, settings.gradient_accumulation * processes.world_size)
-    console.print(announcement(run), highlight=False)
-    stop.steps = True
-    trainer.train_started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    stop.end()
-    return Trained(trainer.state.log_history, trainer.elapsed())
+    return trainer
 
 
 def arguments(run: Run, folder: Path, processes: int) -> TrainingArguments:
@@ -150,10 +161,14 @@ class _RunTrainer(Trainer):
         except Exception as caught:
             if writes:
                 shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(
-                f"the checkpoint {folder} cannot be written: {' '.join(str(caught).split())}. Those before it are "
-                "whole: make room and start the same command again"
-            ) from caught
+            raise _cannot_be_written(folder, caught) from caught
+
+
+def _cannot_be_written(folder: Path, error: Exception) -> OSError:
+    return OSError(
+        f"the checkpoint {folder} cannot be written: {' '.join(str(error).split())}. Those before it are "
+        "whole: make room and start the same command again"
+    )
 
 
 def _put_callbacks(trainer: _RunTrainer, run: Run, stop: Stop, parts: int) -> None:
@@ -182,8 +197,3 @@ def _checkpoint_activations(base: Any) -> None:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def _load(run: Run, checkpoint: Path) -> None:
-    """Load a checkpoint's adapter over the current one."""
-    run.model.load_adapter(str(checkpoint), "default", is_trainable=True)
