@@ -160,13 +160,7 @@ def collect(samples: Samples, processes: Processes) -> tuple[list[Batch], Sample
     Raises:
         ValueError: fewer samples than asked for over all ranks, or none.
     """
-    error: Exception | None = None
-    batches: list[Batch] = []
-    try:
-        batches = list(samples)
-    except Exception as caught:
-        error = caught
-    processes.raise_on_every_rank(error)
+    batches = _all_batches(samples, processes)
     counts = processes.all_gather(samples.seen)
     samples.check_enough(sum(counts))  # the same sum, and so the same error, on every rank
     if samples.limit is None or sum(counts) <= samples.limit:
@@ -175,6 +169,18 @@ def collect(samples: Samples, processes: Processes) -> tuple[list[Batch], Sample
     quota = _quotas(counts, samples.limit)[processes.rank]
     within_quota = Samples(batches, limit=quota, exact=False, is_distributed=True)
     return list(within_quota), within_quota
+
+
+def _all_batches(samples: Samples, processes: Processes) -> list[Batch]:
+    """This rank's batches; an error on one rank is raised on every rank."""
+    error: Exception | None = None
+    batches: list[Batch] = []
+    try:
+        batches = list(samples)
+    except Exception as caught:
+        error = caught
+    processes.raise_on_every_rank(error)
+    return batches
 
 
 def _quotas(counts: list[int], total: int) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...layers.linear import LoRASBLinear
 from ..linalg.sign_bits import SignBits
-from ..linalg.svd import OVERSAMPLE, energies, full_precision, leading_triplets, signed_core, truncated_svd
+from ..linalg.svd import OVERSAMPLE, Triplets, energies, full_precision, leading_triplets, signed_core, truncated_svd
 from .measurements import Measurements, Scalars
 from .methods import Factors, first_step, start_share
 
@@ -74,9 +74,7 @@ def factor(name: str, gradient: Gradient, layer: LoRASBLinear, recipe: Recipe) -
         triplets = leading_triplets(signs if recipe.update == "adamw" else gradient.value(), r, seed)
         start = start_share(triplets.first(r).s, recipe.longest)
         factors = first_step(triplets, r, start * recipe.lr, layer.scaling[recipe.adapter])
-        # If sign(G) itself was factored, Uᵀ sign(G) V is diag(S), and its energies need no other product.
-        from_svd = recipe.update == "adamw"
-        sign_energies = triplets.s.square().cumsum(0) if from_svd else energies(signed_core(signs, triplets))
+        sign_energies = _sign_energies(signs, triplets, recipe.update)
         gradient_energies = _padded(gradient.curve(triplets.u, triplets.vt), len(triplets.s))
         overlap = stability(gradient.half_signs(), r, seed)
     scalars = Scalars(
@@ -88,6 +86,14 @@ def factor(name: str, gradient: Gradient, layer: LoRASBLinear, recipe: Recipe) -
         start=start,
     )
     return factors, Measurements(triplets.s.double().cpu(), sign_energies.double().cpu(), gradient_energies, scalars)
+
+
+def _sign_energies(signs: SignBits, triplets: Triplets, update: str) -> Tensor:
+    """‖U_kᵀ sign(G) V_k‖² for k = 1, 2, ..., up to the number of triplets."""
+    # If sign(G) itself was factored, Uᵀ sign(G) V is diag(S), and its energies need no other product.
+    if update == "adamw":
+        return triplets.s.square().cumsum(0)
+    return energies(signed_core(signs, triplets))
 
 
 def _padded(curve: Tensor, count: int) -> Tensor:

@@ -84,15 +84,7 @@ class LayerWriter:
             layer_sum.merge(self.processes.all_reduce_sum(total))
             if self.halves:
                 layer_sum.half = self.processes.all_reduce_sum(half if half is not None else zeros)
-        if not layer_sum.finite:
-            raise ValueError(
-                f"the gradient of layer {name!r} has NaN or Inf entries: check the data, or load the model in fp32 or "
-                "bf16. Nothing was changed"
-            )
-        if layer_sum.zeros == layer.in_features * layer.out_features:
-            raise ValueError(
-                f"the gradient of layer {name!r} is zero: the loss does not depend on it. Nothing was changed"
-            )
+        _check_sum(name, layer, layer_sum)
         return layer_sum
 
     def _factor_and_write(self, gradients: dict[str, Gradient]) -> None:
@@ -101,10 +93,23 @@ class LayerWriter:
         One rank computes and broadcasts because the last bits of the SVD's QR depend on the number of threads, and
         because ranks then share the work.
         """
-        results: dict[str, tuple[Factors, Measurements]] = {}
-        error: Exception | None = None
         # Round-robin over the layers of one block or pass: the same assignment on every rank, without communication.
         owners = {name: i % self.processes.world_size for i, name in enumerate(gradients)}
+        results = self._factor_own(gradients, owners)
+        for name, owner in owners.items():
+            factors, measured = self._broadcast_factors(name, results.get(name), owner)
+            self.staging.write(self.layers[name], factors)
+            if self.cache is not None and self.processes.rank == 0 and not isinstance(gradients[name], CachedGradient):
+                self.cache.add(name, cached(gradients[name], measured.gradient_energies))
+            self.reports[name] = measured.report(name, self.layers[name], self.recipe.adapter)
+            del gradients[name]  # the sum is freed before the next layer's factors arrive
+
+    def _factor_own(
+        self, gradients: dict[str, Gradient], owners: dict[str, int]
+    ) -> dict[str, tuple[Factors, Measurements]]:
+        """Factor the layers that this rank owns; an error is raised on every rank."""
+        results: dict[str, tuple[Factors, Measurements]] = {}
+        error: Exception | None = None
         try:
             for name, owner in owners.items():
                 if owner == self.processes.rank:
@@ -113,15 +118,9 @@ class LayerWriter:
                     gradients[name] = LayerSum()  # frees the sum of a layer that another rank owns
         except Exception as caught:
             error = caught
-        # Before the broadcasts below, in which a rank that failed would be missing.
+        # Before the broadcasts that follow, in which a rank that failed would be missing.
         self.processes.raise_on_every_rank(error)
-        for name, owner in owners.items():
-            factors, measured = self._broadcast_factors(name, results.get(name), owner)
-            self.staging.write(self.layers[name], factors)
-            if self.cache is not None and self.processes.rank == 0 and not isinstance(gradients[name], CachedGradient):
-                self.cache.add(name, cached(gradients[name], measured.gradient_energies))
-            self.reports[name] = measured.report(name, self.layers[name], self.recipe.adapter)
-            del gradients[name]  # the sum is freed before the next layer's factors arrive
+        return results
 
     def _broadcast_factors(
         self, name: str, result: tuple[Factors, Measurements] | None, owner: int
@@ -152,15 +151,7 @@ class LayerWriter:
             ValueError: the loss does not depend on a layer, or its whole block did not run.
         """
         for name in names:
-            if name in self.called:
-                raise ValueError(
-                    f"layer {name!r} ran, but the loss does not depend on it: leave it out with exclude_modules"
-                )
-            if not self._block_ran(model, name):
-                raise ValueError(
-                    f"layer {name!r} was never reached by the loss of these batches: leave it out with "
-                    "exclude_modules, or pass batches that use it"
-                )
+            self._check_fallback(model, name)
         # After all checks, so that an initialization that fails does not warn.
         if names:
             warnings.warn(
@@ -170,14 +161,28 @@ class LayerWriter:
                 stacklevel=4,
             )
         for name in names:
-            layer = self.layers[name]
-            weight, r = layer.dense_weight().detach().float(), layer.r[self.recipe.adapter]
-            with full_precision():
-                factors = subspace_of_weight(weight, r, self.recipe.seed_of(name))
-            self.staging.write(layer, factors)
-            shape = (layer.out_features, layer.in_features)
-            sigma = tuple(float(value) for value in factors.sigma)
-            self.reports[name] = LayerReport(name, shape, r, None, None, sigma, 0, 0.0, fallback="weight")
+            self._write_fallback(name)
+
+    def _check_fallback(self, model: nn.Module, name: str) -> None:
+        if name in self.called:
+            raise ValueError(
+                f"layer {name!r} ran, but the loss does not depend on it: leave it out with exclude_modules"
+            )
+        if not self._block_ran(model, name):
+            raise ValueError(
+                f"layer {name!r} was never reached by the loss of these batches: leave it out with "
+                "exclude_modules, or pass batches that use it"
+            )
+
+    def _write_fallback(self, name: str) -> None:
+        layer = self.layers[name]
+        weight, r = layer.dense_weight().detach().float(), layer.r[self.recipe.adapter]
+        with full_precision():
+            factors = subspace_of_weight(weight, r, self.recipe.seed_of(name))
+        self.staging.write(layer, factors)
+        shape = (layer.out_features, layer.in_features)
+        sigma = tuple(float(value) for value in factors.sigma)
+        self.reports[name] = LayerReport(name, shape, r, None, None, sigma, 0, 0.0, fallback="weight")
 
     def _block_ran(self, model: nn.Module, name: str) -> bool:
         """True if another target of the layer's block was reached; False if the model is no stack of blocks."""
@@ -187,6 +192,16 @@ class LayerWriter:
             return False
         block = next((targets for targets in stack.targets if name in targets), {})
         return any(target in self.reports for target in block)
+
+
+def _check_sum(name: str, layer: LoRASBLinear, layer_sum: LayerSum) -> None:
+    if not layer_sum.finite:
+        raise ValueError(
+            f"the gradient of layer {name!r} has NaN or Inf entries: check the data, or load the model in fp32 or "
+            "bf16. Nothing was changed"
+        )
+    if layer_sum.zeros == layer.in_features * layer.out_features:
+        raise ValueError(f"the gradient of layer {name!r} is zero: the loss does not depend on it. Nothing was changed")
 
 
 def _zero_sum(layer: LoRASBLinear) -> Tensor:

@@ -126,19 +126,20 @@ class Cache:
             return None
         key = self.key | {"blocks, targets and halves": self.course}
         self._compare(json.loads((self.partial / "key.json").read_text(encoding="utf-8")), self.partial, key)
-        safetensors_header(boundary)  # raises if the file is truncated
-        with safe_open(str(boundary), "pt") as file:
-            block = int(file.metadata()["block"])
-            gradients = [file.get_tensor(str(k)) for k in range(len(traversals))]
-        for path in sorted(self.partial.glob("block-*.safetensors")):
-            # A block whose boundary was not written in time is computed again, and its file overwritten.
-            if int(path.stem.partition("-")[2]) > block:
-                self._layers |= read(path)[0]
+        block, gradients = _read_boundary(boundary, len(traversals))
+        self._load_blocks(block)
         # Traversals were recorded again by this run; only their gradients come from the file.
         for traversal, gradient in zip(traversals, gradients, strict=True):
             if traversal.gradient is not None:
                 traversal.gradient = gradient.to(traversal.gradient.device)
         return block
+
+    def _load_blocks(self, block: int) -> None:
+        """Load the layers of the blocks above `block`, whose boundaries were written."""
+        for path in sorted(self.partial.glob("block-*.safetensors")):
+            # A block whose boundary was not written in time is computed again, and its file overwritten.
+            if int(path.stem.partition("-")[2]) > block:
+                self._layers |= read(path)[0]
 
     def finished(self, block: int, traversals: list[Traversal]) -> None:
         """Write a block's signs, then the gradients at its input.
@@ -201,13 +202,10 @@ def write(
     facts: Mapping[str, Any],
 ) -> None:
     """Write a cache file atomically."""
-    tensors: dict[str, Tensor] = {}
-    scalars = {}
-    for name, layer in layers.items():
-        tensors[f"{name}:{WORDS}"], tensors[f"{name}:{CURVE}"] = layer.bits.words, layer.energies
-        if layer.bits.nonzero is not None:
-            tensors[f"{name}:{NONZERO}"] = layer.bits.nonzero
-        scalars[name] = {"shape": layer.bits.shape, "squares": layer.squares, "zeros": layer.zeros}
+    scalars = {
+        name: {"shape": layer.bits.shape, "squares": layer.squares, "zeros": layer.zeros}
+        for name, layer in layers.items()
+    }
     metadata = {
         "format": FORMAT,
         "layers": json.dumps(scalars),
@@ -215,13 +213,30 @@ def write(
         "facts": json.dumps(dict(facts)),
     }
     with replacing(path) as temporary:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, str(temporary), metadata=metadata)
+        save_file(_tensors(layers), str(temporary), metadata=metadata)
+
+
+def _tensors(layers: Mapping[str, CachedGradient]) -> dict[str, Tensor]:
+    """The cache file's tensors, in host memory."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[f"{name}:{WORDS}"], tensors[f"{name}:{CURVE}"] = layer.bits.words, layer.energies
+        if layer.bits.nonzero is not None:
+            tensors[f"{name}:{NONZERO}"] = layer.bits.nonzero
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def cached(gradient: Any, energies: Tensor) -> CachedGradient:
     """The cache entry of a sum: its signs in host memory, and the energies just measured, without NaN padding."""
     measured = energies[~energies.isnan()].to(torch.float64)
     return CachedGradient(gradient.signs().to("cpu"), gradient.squares, gradient.zeros, measured)
+
+
+def _read_boundary(path: Path, count: int) -> tuple[int, list[Tensor]]:
+    """The block that was finished last, and the gradients at its input, one for each traversal."""
+    safetensors_header(path)  # raises if the file is truncated
+    with safe_open(str(path), "pt") as file:
+        return int(file.metadata()["block"]), [file.get_tensor(str(k)) for k in range(count)]
 
 
 def _short(value: Any) -> str:

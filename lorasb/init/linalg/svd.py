@@ -107,12 +107,17 @@ def _randomized(matrix: Matrix, q: int, seed: int) -> tuple[Tensor, Tensor, Tens
     # QR in every iteration: without it all columns would converge to the leading singular vector.
     for _ in range(ITERATIONS + 1):
         basis = torch.linalg.qr(gram @ basis if gram is not None else _gram_times(matrix, basis)).Q
-    projected = basis.new_empty(q, length)
     # Rayleigh-Ritz: the SVD of the small projection Qᵀ W [q, l] gives singular values and both bases.
+    left, s, vt = torch.linalg.svd(_projected(matrix, basis, length), full_matrices=False)
+    return basis @ left, s, vt
+
+
+def _projected(matrix: Matrix, basis: Tensor, length: int) -> Tensor:
+    """Qᵀ W [q, l], a block of columns at a time."""
+    projected = basis.new_empty(basis.shape[1], length)
     for columns, block in _wide_blocks(matrix):
         projected[:, columns] = basis.t() @ block
-    left, s, vt = torch.linalg.svd(projected, full_matrices=False)
-    return basis @ left, s, vt
+    return projected
 
 
 def _gram_is_cheaper(short: int, length: int, q: int) -> bool:

@@ -59,13 +59,7 @@ def energy_by_rank(report: InitReport, path: Path) -> None:
 def spectrum(report: InitReport, path: Path) -> None:
     """Line plot of singular values over the largest one: the median over layers of a kind (q_proj, down_proj, ...)."""
     figure, axes = canvas()
-    spectra_by_kind: dict[str, list[Sequence[float]]] = {}
-    for layer in report.layers:
-        if layer.curve_sign:
-            values = (*layer.singular_values, *layer.beyond)
-            spectra_by_kind.setdefault(layer.name.rpartition(".")[2], []).append(
-                [v / (values[0] or 1.0) for v in values]
-            )
+    spectra_by_kind = _spectra_by_kind(report)
     colors = _colors(len(spectra_by_kind))
     for (kind, spectra), color in zip(spectra_by_kind.items(), colors, strict=True):
         length = min(map(len, spectra))
@@ -80,6 +74,16 @@ def spectrum(report: InitReport, path: Path) -> None:
     axes.legend(frameon=False, ncols=2)
     what = "sign(ΣG)" if report.update == "adamw" else "ΣG"
     save(figure, axes, f"Singular values of {what} by kind of layer (median)", path)
+
+
+def _spectra_by_kind(report: InitReport) -> dict[str, list[Sequence[float]]]:
+    """Every layer's singular values over its largest one."""
+    spectra: dict[str, list[Sequence[float]]] = {}
+    for layer in report.layers:
+        if layer.curve_sign:
+            values = (*layer.singular_values, *layer.beyond)
+            spectra.setdefault(layer.name.rpartition(".")[2], []).append([v / (values[0] or 1.0) for v in values])
+    return spectra
 
 
 def _quartiles(values: list[float]) -> tuple[float, float, float]:
