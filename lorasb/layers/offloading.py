@@ -20,6 +20,18 @@ def factors_on_device(containers: list[nn.Module], name: str) -> Iterator[list[T
     Raises:
         RuntimeError: R requires a gradient, which would go to the temporary copy; or the factors have no values at all.
     """
+    hooks = _hooks_of(containers, name)
+    try:
+        for hook, container in zip(hooks, containers, strict=True):
+            hook.pre_forward(container)
+        yield [c._parameters[name] for c in containers]  # type: ignore[misc]
+    finally:
+        for hook, container in zip(hooks, containers, strict=True):
+            hook.post_forward(container, None)
+
+
+def _hooks_of(containers: list[nn.Module], name: str) -> list[Any]:
+    """accelerate's hook of each container."""
     if torch.is_grad_enabled() and any(c._parameters[name].requires_grad for c in containers):  # type: ignore[union-attr]
         raise RuntimeError(
             f"adapter {name!r} was offloaded with its base and cannot train so: offload the base model first, then "
@@ -28,13 +40,7 @@ def factors_on_device(containers: list[nn.Module], name: str) -> Iterator[list[T
     hooks: list[Any] = [getattr(container, "_hf_hook", None) for container in containers]
     if None in hooks:
         raise RuntimeError(f"adapter {name!r} lies on the meta device: load a saved adapter, or move the model")
-    try:
-        for hook, container in zip(hooks, containers, strict=True):
-            hook.pre_forward(container)
-        yield [c._parameters[name] for c in containers]  # type: ignore[misc]
-    finally:
-        for hook, container in zip(hooks, containers, strict=True):
-            hook.post_forward(container, None)
+    return hooks
 
 
 @contextmanager

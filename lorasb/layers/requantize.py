@@ -46,15 +46,8 @@ class Requantized:
         errors = {}
         for name, old in self.layers.items():
             layer = model.get_submodule(name)
-            if not isinstance(layer, nn.Linear):
-                continue
-            dense = layer.weight.detach()
-            packed, state = quantize_4bit(dense, old.kind, old.block, old.nested)
-            wide, rounded = dense.float(), dequantize(of_state(packed, state), torch.float32)
-            errors[name] = float((rounded - wide).norm() / wide.norm().clamp_min(1e-30))  # an all-zero W has error 0
-            bias = None if layer.bias is None else layer.bias.detach()
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Linear4bit(packed, state, bias).train(layer.training))
+            if isinstance(layer, nn.Linear):
+                errors[name] = _requantize(model, name, layer, old)
         model.requantization_errors = errors  # type: ignore[assignment]
         worst = max(errors, key=errors.__getitem__)
         logging.getLogger("lorasb").warning(
@@ -64,3 +57,14 @@ class Requantized:
             errors[worst],
             worst,
         )
+
+
+def _requantize(model: nn.Module, name: str, layer: nn.Linear, old: QuantizedWeight) -> float:
+    """Replace one layer of the model by a 4-bit one; returns ‖W₄ − W‖ / ‖W‖."""
+    dense = layer.weight.detach()
+    packed, state = quantize_4bit(dense, old.kind, old.block, old.nested)
+    wide, rounded = dense.float(), dequantize(of_state(packed, state), torch.float32)
+    bias = None if layer.bias is None else layer.bias.detach()
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, Linear4bit(packed, state, bias).train(layer.training))
+    return float((rounded - wide).norm() / wide.norm().clamp_min(1e-30))  # an all-zero W has error 0

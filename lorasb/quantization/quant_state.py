@@ -73,25 +73,22 @@ class QuantState:
         Raises:
             ValueError: entries are missing.
         """
-        keys = [key for key in tensors if key.startswith(KEY)]
-        if len(keys) != 1 or not {"absmax", "quant_map"} <= set(tensors):
-            raise ValueError(f"expected absmax, quant_map and {KEY}nf4 of a 4-bit weight, got {sorted(tensors)}")
-        metadata = json.loads(bytes(tensors[keys[0]].cpu().tolist()).decode())
+        metadata = _metadata(tensors)
         offset, state2 = None, None
         if "nested_absmax" in tensors:
             offset = torch.tensor(float(metadata["nested_offset"]))
             state2 = cls(tensors["nested_absmax"], tensors["nested_quant_map"], metadata["nested_blocksize"])
+        absmax, code = tensors["absmax"], tensors["quant_map"]
         shape, dtype = torch.Size(metadata["shape"]), getattr(torch, metadata["dtype"])
-        return cls(
-            tensors["absmax"],
-            tensors["quant_map"],
-            metadata["blocksize"],
-            metadata["quant_type"],
-            shape,
-            dtype,
-            offset,
-            state2,
-        )
+        return cls(absmax, code, metadata["blocksize"], metadata["quant_type"], shape, dtype, offset, state2)
+
+
+def _metadata(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The JSON entry of a state dict, once the others that it needs are there."""
+    keys = [key for key in tensors if key.startswith(KEY)]
+    if len(keys) != 1 or not {"absmax", "quant_map"} <= set(tensors):
+        raise ValueError(f"expected absmax, quant_map and {KEY}nf4 of a 4-bit weight, got {sorted(tensors)}")
+    return json.loads(bytes(tensors[keys[0]].cpu().tolist()).decode())
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -115,16 +115,21 @@ def of_module(module: nn.Module) -> QuantizedWeight | None:
     if weight is None:
         return None
     if hasattr(weight, "quant_state") or hasattr(module, "quant_state"):
-        # Modules hold the state as well: a parameter that FSDP or a conversion has replaced loses its attributes.
-        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
-        if state is None:
-            raise ValueError("this 4-bit layer has not been quantized yet: move it to its device, model.to('cpu')")
-        if getattr(state, "packing_format_for_cpu", False):
-            unpack_repacked(weight, state)
-        return of_state(weight, state)
+        return of_state(weight, _unpacked_state(module, weight))
     if type(module).__name__ == "Linear8bitLt" or weight.dtype == torch.int8:
         return _int8_weight(module, weight)
     return None
+
+
+def _unpacked_state(module: nn.Module, weight: Any) -> Any:
+    """The state of a 4-bit weight, which is unpacked in place if bitsandbytes has repacked it."""
+    # Modules hold the state as well: a parameter that FSDP or a conversion has replaced loses its attributes.
+    state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+    if state is None:
+        raise ValueError("this 4-bit layer has not been quantized yet: move it to its device, model.to('cpu')")
+    if getattr(state, "packing_format_for_cpu", False):
+        unpack_repacked(weight, state)
+    return state
 
 
 def of_weight(weight: Any) -> QuantizedWeight | None:
@@ -145,11 +150,7 @@ def of_state(packed: Tensor, state: Any) -> QuantizedWeight:
     Raises:
         ValueError: the two do not belong together, or hold values that no quantizer writes.
     """
-    # A plain tensor instead of bitsandbytes' Params4bit: the direct calls on the CPU take no subclasses.
-    octets = packed.detach().as_subclass(Tensor).contiguous()
-    octets = (octets if octets.dtype == torch.uint8 else octets.view(torch.uint8)).reshape(-1)
-    if packed.is_floating_point():  # bytes viewed as a wider dtype are padded to a multiple of its size
-        octets = octets[: -(-math.prod(state.shape) // 2)]
+    octets = _octets(packed, state)
     tensors = [octets, state.absmax.reshape(-1), state.code]
     block2 = 256
     if state.state2 is not None:
@@ -162,6 +163,16 @@ def of_state(packed: Tensor, state: Any) -> QuantizedWeight:
     return QuantizedWeight(tensors, (shape[0], shape[1]), state.dtype, state.quant_type, block, block2)
 
 
+def _octets(packed: Tensor, state: Any) -> Tensor:
+    """The bytes of a packed tensor [m·n/2], two elements each."""
+    # A plain tensor instead of bitsandbytes' Params4bit: the direct calls on the CPU take no subclasses.
+    octets = packed.detach().as_subclass(Tensor).contiguous()
+    octets = (octets if octets.dtype == torch.uint8 else octets.view(torch.uint8)).reshape(-1)
+    if packed.is_floating_point():  # bytes viewed as a wider dtype are padded to a multiple of its size
+        octets = octets[: -(-math.prod(state.shape) // 2)]
+    return octets
+
+
 def _check(tensors: list[Tensor], shape: tuple[int, ...], state: Any, block2: int) -> None:
     if state.quant_type not in KINDS:
         raise ValueError(f"expected a 4-bit weight of type {' or '.join(KINDS)}, got {state.quant_type!r}")
@@ -171,10 +182,19 @@ def _check(tensors: list[Tensor], shape: tuple[int, ...], state: Any, block2: in
         raise ValueError(f"expected a weight [out, in] in fp32, bf16 or fp16, got {list(shape)} in {state.dtype}")
     if tensors[0].device.type not in DEVICES:
         raise ValueError(f"4-bit weights run on a CPU or a CUDA GPU, got one on {tensors[0].device}: model.to('cpu')")
+    names = ("bytes", "scales", "table entries", "nested scales", "nested table entries", "offsets")
+    _check_lengths(tensors, names, shape, state, block2)
+    for tensor, name in zip(tensors[1:], names[1:], strict=False):
+        if tensor.is_floating_point() and not tensor.is_meta and not _is_finite(tensor):
+            raise ValueError(f"the quantized weight's {name} hold NaN or Inf: its file is damaged")
+
+
+def _check_lengths(
+    tensors: list[Tensor], names: tuple[str, ...], shape: tuple[int, ...], state: Any, block2: int
+) -> None:
     count = math.prod(shape)
     blocks = -(-count // state.blocksize)  # blocks run over the flattened W, across the ends of rows
     lengths = [-(-count // 2), blocks, 16, -(-blocks // block2), 256, 1]
-    names = ("bytes", "scales", "table entries", "nested scales", "nested table entries", "offsets")
     for tensor, length, name in zip(tensors, lengths, names, strict=False):  # 3 tensors, or 6 if nested
         if tensor.numel() != length:
             raise ValueError(
@@ -183,9 +203,6 @@ def _check(tensors: list[Tensor], shape: tuple[int, ...], state: Any, block2: in
             )
         if tensor.device != tensors[0].device:
             raise ValueError(f"the weight is on {tensors[0].device}, its statistics on {tensor.device}: model.to(...)")
-    for tensor, name in zip(tensors[1:], names[1:], strict=False):
-        if tensor.is_floating_point() and not tensor.is_meta and not _is_finite(tensor):
-            raise ValueError(f"the quantized weight's {name} hold NaN or Inf: its file is damaged")
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -195,12 +212,22 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _int8_weight(module: nn.Module, weight: Any) -> QuantizedWeight:
     """The storage of a `Linear8bitLt`, or of any layer with int8 codes and row scales `SCB`."""
-    state: Any = getattr(module, "state", None)
     if weight.dtype != torch.int8:
         raise TypeError(
             "this Linear8bitLt holds 16-bit weights (has_fp16_weights=True, or not on its device yet): quantize it "
             "first, with has_fp16_weights=False and model.to(device)"
         )
+    scales = _row_scales(module, weight)
+    codes = weight.detach().as_subclass(Tensor).contiguous()
+    # 8-bit storage does not record W's dtype; bitsandbytes multiplies in fp16.
+    dtype = module.bias.dtype if isinstance(module.bias, Tensor) else torch.float16
+    tensors = [codes, scales.detach().float().reshape(-1).to(codes.device)]
+    return QuantizedWeight(tensors, (codes.shape[0], codes.shape[1]), dtype, "int8")
+
+
+def _row_scales(module: nn.Module, weight: Any) -> Tensor:
+    """The row scales `SCB` of int8 codes [out]."""
+    state: Any = getattr(module, "state", None)
     scales = getattr(weight, "SCB", None)  # bitsandbytes moves it to the module's state in the first forward
     scales = getattr(state, "SCB", None) if scales is None else scales
     if scales is None or scales.numel() != weight.shape[0]:
@@ -210,11 +237,7 @@ def _int8_weight(module: nn.Module, weight: Any) -> QuantizedWeight:
         )
     if not scales.is_meta and not torch.isfinite(scales).all():
         raise ValueError("the row scales (SCB) of an 8-bit weight hold NaN or Inf: its file is damaged")
-    codes = weight.detach().as_subclass(Tensor).contiguous()
-    # 8-bit storage does not record W's dtype; bitsandbytes multiplies in fp16.
-    dtype = module.bias.dtype if isinstance(module.bias, Tensor) else torch.float16
-    tensors = [codes, scales.detach().float().reshape(-1).to(codes.device)]
-    return QuantizedWeight(tensors, (codes.shape[0], codes.shape[1]), dtype, "int8")
+    return scales
 
 
 def is_quantized(module: nn.Module) -> bool:
