@@ -32,6 +32,14 @@ def check_tensors(tensors: dict[str, Tensor], layers: dict[str, Shapes]) -> None
             "this file holds a plain LoRA (lora_A, lora_B) but its configuration says LORASB: it has no R. "
             "Load it with peft_type LORA, or point at the LoRA-SB adapter it was exported from"
         )
+    _check_factors(factors, layers)
+    extra = sorted(set(factors) - set(layers))
+    if extra:
+        raise ValueError(f"the adapter file has layers that this model does not adapt: {', '.join(extra[:3])}, ...")
+
+
+def _check_factors(factors: dict[str, dict[str, Tensor]], layers: dict[str, Shapes]) -> None:
+    """Check that every factor of `layers` is there, with its shape and values."""
     for name, shapes in layers.items():
         for factor, shape in shapes.items():
             tensor = factors.get(name, {}).get(factor)
@@ -46,9 +54,6 @@ def check_tensors(tensors: dict[str, Tensor], layers: dict[str, Shapes]) -> None
                     "the file belongs to another base model, or its adapter_config.json was changed"
                 )
             _check_values(name, factor, tensor)
-    extra = sorted(set(factors) - set(layers))
-    if extra:
-        raise ValueError(f"the adapter file has layers that this model does not adapt: {', '.join(extra[:3])}, ...")
 
 
 def _check_values(name: str, factor: str, tensor: Tensor) -> None:
@@ -109,11 +114,10 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     tensors = join_factors(load_file(str(file)), Path(path))
     if DIGEST in tensors:
         raise missing_factors_error(path)
-    for name, factors in group_by_layer(tensors).items():
+    layers, expected = group_by_layer(tensors), ", ".join(FACTORS)
+    for name, factors in layers.items():
         if set(factors) != set(FACTORS):
-            raise ValueError(
-                f"layer {name!r} has {', '.join(sorted(factors))} in {file}, expected {', '.join(FACTORS)}"
-            )
-    if not group_by_layer(tensors):
-        raise ValueError(f"{file} holds no LoRA-SB factors ({', '.join(FACTORS)})")
+            raise ValueError(f"layer {name!r} has {', '.join(sorted(factors))} in {file}, expected {expected}")
+    if not layers:
+        raise ValueError(f"{file} holds no LoRA-SB factors ({expected})")
     return tensors

@@ -37,9 +37,20 @@ def short(value: Any) -> str:
 
 def _section(config: dict[str, Any], scaling: float) -> str:
     """The section's Markdown, from an adapter's configuration; rows without a value are omitted."""
+    rows = _rows(config, scaling)
+    table = "\n".join(f"| {name} | {short(value)} |" for name, value in rows.items() if value not in (None, ""))
+    return (
+        f"# A LoRA-SB adapter\n\n| | |\n|---|---|\n{table}\n\n"
+        "Load it with `import lorasb` and `peft.PeftModel.from_pretrained(base, folder)`, or turn it into a plain LoRA "
+        "that needs no lorasb: `lorasb export FOLDER`."
+    )
+
+
+def _rows(config: dict[str, Any], scaling: float) -> dict[str, Any]:
+    """The table's rows, label -> value; None or "" where the configuration does not say."""
     provenance = config.get("init_provenance") or {}
     versions = ", ".join(f"{name} {version}" for name, version in sorted((provenance.get("versions") or {}).items()))
-    rows = {
+    return {
         "base model": config.get("base_model_name_or_path"),
         "method": METHODS.get(str(config.get("init")), "LoRA-SB") + ": W = W0 + s·B·R·A, with R trained",
         "also trained, and saved whole": ", ".join(config.get("modules_to_save") or []),
@@ -54,9 +65,3 @@ def _section(config: dict[str, Any], scaling: float) -> str:
         "update rule": provenance.get("update"),
         "versions": versions,
     }
-    table = "\n".join(f"| {name} | {short(value)} |" for name, value in rows.items() if value not in (None, ""))
-    return (
-        f"# A LoRA-SB adapter\n\n| | |\n|---|---|\n{table}\n\n"
-        "Load it with `import lorasb` and `peft.PeftModel.from_pretrained(base, folder)`, or turn it into a plain LoRA "
-        "that needs no lorasb: `lorasb export FOLDER`."
-    )

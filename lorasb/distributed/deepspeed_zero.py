@@ -58,13 +58,19 @@ def with_kept_factors(tensors: dict[str, Tensor], model: nn.Module, name: str) -
         if not isinstance(layer, LoRASBLinear):
             continue
         for factor in FROZEN_FACTORS:
-            parameter = getattr(layer, factor)[name]
-            if hasattr(parameter, "ds_id"):  # without ZeRO the state dict has A and B already
-                if is_partitioned(parameter) and name not in _factor_copies.get(layer, {}):
-                    raise ValueError(
-                        f"A and B of {prefix} are parted among processes (ZeRO-3), and saving gathers only what is "
-                        "trained: keep lorasb.InitCallback() among the Trainer's callbacks, which gathers them"
-                    )
-                value = _factor_copies[layer][name][factor] if is_partitioned(parameter) else parameter.detach()
-                complete[key.replace(".lorasb_R", f".{factor}")] = value
+            if hasattr(getattr(layer, factor)[name], "ds_id"):  # without ZeRO the state dict has A and B already
+                complete[key.replace(".lorasb_R", f".{factor}")] = _value(layer, prefix, factor, name)
     return complete
+
+
+def _value(layer: LoRASBLinear, path: str, factor: str, name: str) -> Tensor:
+    """A factor's values: the kept copy of a partitioned one, or the parameter itself."""
+    parameter: Tensor = getattr(layer, factor)[name]
+    if not is_partitioned(parameter):
+        return parameter.detach()
+    if name not in _factor_copies.get(layer, {}):
+        raise ValueError(
+            f"A and B of {path} are parted among processes (ZeRO-3), and saving gathers only what is "
+            "trained: keep lorasb.InitCallback() among the Trainer's callbacks, which gathers them"
+        )
+    return _factor_copies[layer][name][factor]

@@ -74,11 +74,7 @@ def with_factors(tensors: dict[str, Tensor], adapter_name: str, layers: dict[str
     expected_digest = shared_factors.referenced_digest(tensors)
     if expected_digest is None:
         return tensors
-    model_factors = {
-        f"{name}.{part}": getattr(layer, part)[adapter_name].detach()
-        for name, layer in layers.items()
-        for part in FROZEN_FACTORS
-    }
+    model_factors = _frozen_factors(layers, adapter_name)
     # R is meaningless with other factors, so the digest decides, not the shapes.
     if shared_factors.digest(model_factors) != expected_digest:
         raise shared_factors.missing_factors_error()
@@ -86,3 +82,12 @@ def with_factors(tensors: dict[str, Tensor], adapter_name: str, layers: dict[str
     prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
     other_tensors = {key: value for key, value in tensors.items() if key != shared_factors.DIGEST}
     return other_tensors | {f"{prefix}{key}": value for key, value in model_factors.items()}
+
+
+def _frozen_factors(layers: dict[str, LoRASBLinear], adapter_name: str) -> dict[str, Tensor]:
+    """The model's A and B, under the names that they have in a checkpoint."""
+    return {
+        f"{name}.{part}": getattr(layer, part)[adapter_name].detach()
+        for name, layer in layers.items()
+        for part in FROZEN_FACTORS
+    }

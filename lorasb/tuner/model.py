@@ -161,16 +161,7 @@ class LoRASBModel(BaseTuner):
             check_supported(name, module)
         refuse_tied_head(model, targets)
         resolve_ranks(config, targets)
-        if config.base_fingerprint and not any_merged(model):
-            reason = difference(
-                {name: base_of(module).weight for name, module in targets.items()}, config.base_fingerprint
-            )
-            if reason:
-                raise ValueError(
-                    f"this adapter was made on {config.base_model_name_or_path or 'another base model'}, and this base "
-                    f"is another one: {reason}. Load the adapter's own base; if you mean it: "
-                    "PeftModel.from_pretrained(base, folder, check_base=False)"
-                )
+        _check_base(model, config, targets)
 
     def _create_and_replace(
         self,
@@ -296,6 +287,20 @@ class LoRASBModel(BaseTuner):
                 discard(model, adapter_name)
             raise
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _check_base(model: nn.Module, config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
+    """Raise if the targets' weights are not those that the adapter was made on."""
+    if not config.base_fingerprint or any_merged(model):
+        return
+    weights = {name: base_of(module).weight for name, module in targets.items()}
+    reason = difference(weights, config.base_fingerprint)
+    if reason:
+        raise ValueError(
+            f"this adapter was made on {config.base_model_name_or_path or 'another base model'}, and this base "
+            f"is another one: {reason}. Load the adapter's own base; if you mean it: "
+            "PeftModel.from_pretrained(base, folder, check_base=False)"
+        )
 
 
 def _can_initialize_now(

@@ -103,10 +103,7 @@ def check_supported(name: str, module: nn.Module) -> None:
     """Raise a TypeError or ValueError for a target that cannot be adapted; the message says which types can."""
     base = base_of(module)
     if is_quantized(base):
-        try:
-            of_module(base)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"target {name!r}: {error}") from None
+        _check_quantized(name, base)
         return
     weight = getattr(base, "weight", None)
     if isinstance(base, LINEARS_NOT_CALLED):
@@ -115,14 +112,25 @@ def check_supported(name: str, module: nn.Module) -> None:
             "name it in exclude_modules"
         )
     if isinstance(base, nn.Linear | Conv1D) and weight is not None:
-        # An exact Tensor: subclasses (DTensor, quantized tensors) have storage of their own behind this interface.
-        if weight.dim() == 2 and weight.dtype in FLOATS and type(weight.data) is Tensor:
-            return
-        raise TypeError(
-            f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: expected "
-            "fp32, bf16 or fp16, or a layer that bitsandbytes or lorasb.quantize quantized"
-        )
+        _check_weight(name, base, weight)
+        return
     raise TypeError(
         f"target {name!r} is a {type(base).__name__}: expected nn.Linear (or transformers' Conv1D). "
         "Narrow target_modules, or name it in exclude_modules"
     )
+
+
+def _check_quantized(name: str, base: nn.Module) -> None:
+    try:
+        of_module(base)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"target {name!r}: {error}") from None
+
+
+def _check_weight(name: str, base: nn.Module, weight: Tensor) -> None:
+    # An exact Tensor: subclasses (DTensor, quantized tensors) have storage of their own behind this interface.
+    if weight.dim() != 2 or weight.dtype not in FLOATS or type(weight.data) is not Tensor:
+        raise TypeError(
+            f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: expected "
+            "fp32, bf16 or fp16, or a layer that bitsandbytes or lorasb.quantize quantized"
+        )

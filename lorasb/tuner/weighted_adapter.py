@@ -98,15 +98,20 @@ def _check(
         raise ValueError("an adapter is merged into the weights: call model.unmerge_adapter() first")
     layers: dict[str, LoRASBLinear] = {}
     for name in adapters:
-        adapter_layers = layers_with(tuner.model, name)
-        if not adapter_layers:
-            raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(tuner.peft_config)}")
-        if tuner.peft_config[name].modules_to_save:
-            raise ValueError(f"adapter {name!r} has trained whole modules, which cannot be added: modules_to_save")
-        for path, layer in adapter_layers.items():
-            if not layer.is_initialized(name):
-                raise ValueError(f"adapter {name!r} has not been initialized ({path}): call lorasb.initialize first")
-        layers |= adapter_layers
+        layers |= _initialized_layers(tuner, name)
+    return layers
+
+
+def _initialized_layers(tuner: Any, name: str) -> dict[str, LoRASBLinear]:
+    """The layers of one adapter, which have to be initialized."""
+    layers = layers_with(tuner.model, name)
+    if not layers:
+        raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(tuner.peft_config)}")
+    if tuner.peft_config[name].modules_to_save:
+        raise ValueError(f"adapter {name!r} has trained whole modules, which cannot be added: modules_to_save")
+    for path, layer in layers.items():
+        if not layer.is_initialized(name):
+            raise ValueError(f"adapter {name!r} has not been initialized ({path}): call lorasb.initialize first")
     return layers
 
 
@@ -159,16 +164,8 @@ def _truncated_svd(layer: LoRASBLinear, weighted_names: list[tuple[float, str]],
 def _insert(
     tuner: Any, template: str, adapter_name: str, layers: dict[str, LoRASBLinear], combined: dict[str, Combined]
 ) -> None:
-    config = copy.deepcopy(tuner.peft_config[template]).weights_follow()
-    config.__dict__.pop("_asked", None)  # or `start_over` would restore the template's ranks and targets
-    ranks = {name: factors.core.shape[0] for name, factors in combined.items()}
-    config.r = max(ranks.values())
-    config.rank_pattern = {re.escape(name): rank for name, rank in ranks.items() if rank != config.r}
-    # Layers are named in full and every rank is set, so the template's selections must not filter them again.
-    config.target_modules, config.inference_mode = set(layers), True
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     active = list(tuner.active_adapters)  # injection may change which adapters are active
-    tuner.peft_config[adapter_name] = config
+    tuner.peft_config[adapter_name] = _config_like(tuner.peft_config[template], combined)
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
         for name, factors in combined.items():
@@ -182,3 +179,16 @@ def _insert(
                 layer.delete_adapter(adapter_name)
         raise
     tuner.set_adapter(active)
+
+
+def _config_like(template: Any, combined: dict[str, Combined]) -> Any:
+    """A copy of the template's config, for the combined layers and their ranks."""
+    config = copy.deepcopy(template).weights_follow()
+    config.__dict__.pop("_asked", None)  # or `start_over` would restore the template's ranks and targets
+    ranks = {name: factors.core.shape[0] for name, factors in combined.items()}
+    config.r = max(ranks.values())
+    config.rank_pattern = {re.escape(name): rank for name, rank in ranks.items() if rank != config.r}
+    # Layers are named in full and every rank is set, so the template's selections must not filter them again.
+    config.target_modules, config.inference_mode = set(combined), True
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return config

@@ -78,22 +78,32 @@ def safetensors_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the file is not a safetensors file, or it is truncated; the message has both lengths.
     """
     size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        prefix = file.read(8)  # the header's length, uint64 little-endian; the JSON header and the tensors follow
-        # Too short a file counts as a header over the limit, which is not read.
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
-        try:
-            header = json.loads(file.read(length)) if length <= MAX_HEADER_BYTES else None
-        except ValueError:
-            header = None
+    length, header = _length_and_header(path)
     if not isinstance(header, dict):
         raise ValueError(f"{path} is not a safetensors file, or its header is cut off ({size} bytes): save it again")
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    # Tensors are contiguous in the format, so the largest end offset is the length of the data.
-    expected = 8 + length + max(ends, default=0)
+    expected = 8 + length + _data_length(header)
     if size != expected:
         raise ValueError(
             f"{path} is truncated or damaged: its header promises {expected} bytes, the file has {size}. "
             "Copy it again from its source, or save the adapter again with model.save_pretrained(...)"
         )
     return header
+
+
+def _length_and_header(path: str | os.PathLike[str]) -> tuple[int, Any]:
+    """The length of a file's header in bytes, and what the header holds; None if it cannot be read."""
+    with open(path, "rb") as file:
+        prefix = file.read(8)  # the header's length, uint64 little-endian; the JSON header and the tensors follow
+        # Too short a file counts as a header over the limit, which is not read.
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
+        try:
+            return length, json.loads(file.read(length)) if length <= MAX_HEADER_BYTES else None
+        except ValueError:
+            return length, None
+
+
+def _data_length(header: dict[str, Any]) -> int:
+    """Bytes of all tensors."""
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    # Tensors are contiguous in the format, so the largest end offset is the length of the data.
+    return max(ends, default=0)
