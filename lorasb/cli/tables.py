@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Group, RenderableType
@@ -16,6 +16,7 @@ from ..init import InitReport, RankSuggestion
 from ..init.factors.sign_cache import CachedGradient
 from ..recipes.tasks import Example
 
+T = TypeVar("T")
 EXAMPLES_SHOWN = 3
 COLUMN_WIDTH = 44  # characters
 
@@ -38,14 +39,8 @@ def costs(summary: dict[str, Any]) -> Table:
     table = Table(show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
-    fraction = summary["trainable_params"] / summary["base_params"]
-    size = summary["adapter_bytes"]
-    table.add_row("trained parameters", f"{summary['trainable_params']:,} ({fraction:.2%} of the model)")
-    base_bytes, config = summary["base_bytes"], summary["config"]
-    table.add_row("adapter file", f"{size / 1e6:.1f} MB ({size / base_bytes:.0%} of the model)")
-    if config["method"] != "lora":
-        # the adapter file also has A and B, which checkpoints of one run share
-        table.add_row("R alone", f"{4e-6 * summary['trainable_params']:.1f} MB in fp32")
+    for name, size in _sizes(summary):
+        table.add_row(name, size)
     table.add_row("computed in", f"{summary['dtype']} ({summary['machine']})")
     table.add_row("initialization", f"{summary['init_seconds']:.1f} s")
     table.add_row(
@@ -55,6 +50,16 @@ def costs(summary: dict[str, Any]) -> Table:
     )
     table.add_row("peak memory", f"{summary['peak_rss_mb'] / 1000:.1f} GB")
     return table
+
+
+def _sizes(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Trained parameters and file sizes, as rows."""
+    trained, size = summary["trainable_params"], summary["adapter_bytes"]
+    yield "trained parameters", f"{trained:,} ({trained / summary['base_params']:.2%} of the model)"
+    yield "adapter file", f"{size / 1e6:.1f} MB ({size / summary['base_bytes']:.0%} of the model)"
+    if summary["config"]["method"] != "lora":
+        # the adapter file also has A and B, which checkpoints of one run share
+        yield "R alone", f"{4e-6 * trained:.1f} MB in fp32"
 
 
 def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str]) -> Table:
@@ -84,10 +89,7 @@ def energies(report: InitReport) -> Table:
     table.add_column("layers")
     for name in ("number", "r", "energy of sign(G)", "energy of G", "least of G"):
         table.add_column(name, justify="right")
-    kinds: dict[str, list[Any]] = {}
-    for layer in report.layers:
-        kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
-    for kind, layers in kinds.items():
+    for kind, layers in _by_kind((layer.name, layer) for layer in report.layers).items():
         ranks = "/".join(map(str, sorted({layer.rank for layer in layers})))
         grads = [layer.energy_grad for layer in layers if layer.energy_grad is not None]
         signs = [layer.energy_sign for layer in layers if layer.energy_sign is not None]
@@ -103,18 +105,9 @@ def ranks(suggestion: RankSuggestion) -> Table:
     table = Table(
         title=f"suggested ranks: {energy}", caption=f"in ranks.json, for LoRASBConfig(rank_pattern=...){note}"
     )
-    for name, justify in (
-        ("layers", "left"),
-        ("number", "right"),
-        ("least r", "right"),
-        ("median", "right"),
-        ("largest", "right"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    kinds: dict[str, list[int]] = {}
-    for name, rank in suggestion.rank_pattern.items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(rank)
-    for kind, values in kinds.items():
+    for name in ("layers", "number", "least r", "median", "largest"):
+        table.add_column(name, justify="left" if name == "layers" else "right")
+    for kind, values in _by_kind(suggestion.rank_pattern.items()).items():
         table.add_row(kind, str(len(values)), str(min(values)), f"{statistics.median(values):g}", str(max(values)))
     return table
 
@@ -135,17 +128,19 @@ def cache(layers: dict[str, CachedGradient], key: dict[str, Any], facts: dict[st
     }
     for name, value in properties.items():
         table.add_row(name, short(value))
-    kinds = Table(title="by kind of layer")
+    return Group(table, _signs_by_kind(layers))
+
+
+def _signs_by_kind(layers: dict[str, CachedGradient]) -> Table:
+    """Shape, norm of G and number of zeros by kind of layer."""
+    table = Table(title="by kind of layer")
     for name in ("layers", "number", "shape", "‖G‖ (median)", "zeros"):
-        kinds.add_column(name, justify="left" if name == "layers" else "right")
-    groups: dict[str, list[CachedGradient]] = {}
-    for name, layer in layers.items():
-        groups.setdefault(name.rpartition(".")[2], []).append(layer)
-    for kind, members in groups.items():
+        table.add_column(name, justify="left" if name == "layers" else "right")
+    for kind, members in _by_kind(layers.items()).items():
         norm = statistics.median(member.squares**0.5 for member in members)
         shape = " x ".join(map(str, members[0].bits.shape))
-        kinds.add_row(kind, str(len(members)), shape, f"{norm:.3g}", str(sum(member.zeros for member in members)))
-    return Group(table, kinds)
+        table.add_row(kind, str(len(members)), shape, f"{norm:.3g}", str(sum(member.zeros for member in members)))
+    return table
 
 
 def adapter(config: dict[str, Any], layers: dict[str, dict[str, Any]], size: int) -> RenderableType:
@@ -175,15 +170,20 @@ def _cores_by_kind(layers: dict[str, dict[str, Any]]) -> Table:
     table.add_column("layers")
     for name in ("number", "A", "R", "B", "‖R‖ (median)", "σ₁(R) (largest)"):
         table.add_column(name, justify="right")
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for name, factors in layers.items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(factors)
-    for kind, members in kinds.items():
+    for kind, members in _by_kind(layers.items()).items():
         norms = [float(m["lorasb_R"].float().norm()) for m in members]
         largest = max(float(torch.linalg.matrix_norm(m["lorasb_R"].double(), ord=2)) for m in members)
         shapes = [" x ".join(map(str, members[0][f"lorasb_{part}"].shape)) for part in "ARB"]
         table.add_row(kind, str(len(members)), *shapes, f"{statistics.median(norms):.3g}", f"{largest:.3g}")
     return table
+
+
+def _by_kind(layers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    """What belongs to each kind of layer (q_proj, ...), from pairs of a layer's name and what belongs to it."""
+    kinds: dict[str, list[T]] = {}
+    for name, value in layers:
+        kinds.setdefault(name.rpartition(".")[2], []).append(value)
+    return kinds
 
 
 def _short(text: str, limit: int = 120) -> str:

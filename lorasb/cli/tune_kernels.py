@@ -100,16 +100,22 @@ def tune(shapes: Sequence[Shape], arch: str, sms: int, device: str, timer: Timer
     tuned = []
     for shape in shapes:
         chosen = plan.choose(shape, arch, sms)
-        times: dict[Plan, float] = {}
-        for candidate in candidates(shape, chosen):
-            try:
-                times[candidate] = timer(_call(shape, candidate, device))
-            except Exception:  # Triton's OutOfResources, or the shape does not fit into memory
-                continue
+        times = _times(shape, chosen, device, timer)
         if times:
             best = min(times, key=times.__getitem__)
             tuned.append(TunedShape(shape, best, times.get(chosen, float("inf")), times[best]))
     return tuned
+
+
+def _times(shape: Shape, chosen: Plan, device: str, timer: Timer) -> dict[Plan, float]:
+    """The time of each candidate that compiles and runs."""
+    times: dict[Plan, float] = {}
+    for candidate in candidates(shape, chosen):
+        try:
+            times[candidate] = timer(_call(shape, candidate, device))
+        except Exception:  # Triton's OutOfResources, or the shape does not fit into memory
+            continue
+    return times
 
 
 def _call(shape: Shape, chosen: Plan, device: str) -> Callable[[], object]:
