@@ -67,21 +67,22 @@ def imports(path: Path, name: str, known: dict[str, Path]) -> Iterator[tuple[int
     for node in ast.walk(tree):
         if id(node) in type_checking_only:
             continue
-        if isinstance(node, ast.Import):
-            targets = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            # a relative import of level k starts k - 1 packages above the file's own
-            base = (
-                ".".join([*package[: len(package) - node.level + 1], node.module or ""]) if node.level else node.module
-            )
-            targets = [f"{(base or '').rstrip('.')}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for target in targets:
+        for target in _targets(node, package):
             # `from x import y`: y is a module of x, or a name in it
             module = target if target in known else target.rpartition(".")[0]
             if module in known and module != name:
                 yield node.lineno, module
+
+
+def _targets(node: ast.AST, package: list[str]) -> list[str]:
+    """The full names that an import statement of a file in `package` names; none of another node."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    # a relative import of level k starts k - 1 packages above the file's own
+    base = ".".join([*package[: len(package) - node.level + 1], node.module or ""]) if node.level else node.module
+    return [f"{(base or '').rstrip('.')}.{alias.name}" for alias in node.names]
 
 
 def _is_typing_block(node: ast.AST) -> bool:
@@ -152,12 +153,7 @@ FILLED = 'fill="#eef3fb" stroke="#34568b"'
 
 def draw(edges: dict[str, dict[str, int]]) -> str:
     """The SVG: one row per floor, one arrow per pair of folders, its width by the number of imports."""
-    sizes = {folder: sum(folder_of(name) == folder for name in edges) for folder in LEVEL}
-    places = {}
-    for level, folders in enumerate(FLOORS):
-        for i, folder in enumerate(folders):
-            x = WIDTH / 2 + (i - (len(folders) - 1) / 2) * (BOX + 60)
-            places[folder] = x, 20 + level * (HEIGHT + GAP)
+    places = _places()
     total = 20 + len(FLOORS) * (HEIGHT + GAP)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{total}" font-family="sans-serif">',
@@ -167,15 +163,31 @@ def draw(edges: dict[str, dict[str, int]]) -> str:
         if target in EVERYWHERE:
             continue
         lines.append(_arrow(places[source], places[target], LEVEL[target] - LEVEL[source], count))
-    for folder, (x, y) in places.items():
-        label = f"{sizes[folder]} files" if sizes[folder] > 1 else "1 file"
-        label += ", used from every floor" if folder in EVERYWHERE else ""
-        lines.append(
-            f'<rect x="{x - BOX / 2:.0f}" y="{y}" width="{BOX}" height="{HEIGHT}" rx="6" {FILLED}/>'
-            f'<text x="{x:.0f}" y="{y + 22}" text-anchor="middle" font-size="16">{folder}</text>'
-            f'<text x="{x:.0f}" y="{y + 40}" text-anchor="middle" font-size="12" fill="#666">{label}</text>'
-        )
+    for folder, place in places.items():
+        lines.append(_box(folder, place, sum(folder_of(name) == folder for name in edges)))
     return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def _places() -> dict[str, tuple[float, int]]:
+    """Where each folder's box is: the middle of its upper edge."""
+    places = {}
+    for level, folders in enumerate(FLOORS):
+        for i, folder in enumerate(folders):
+            x = WIDTH / 2 + (i - (len(folders) - 1) / 2) * (BOX + 60)
+            places[folder] = x, 20 + level * (HEIGHT + GAP)
+    return places
+
+
+def _box(folder: str, place: tuple[float, int], size: int) -> str:
+    """A folder's box, with its name and its number of files."""
+    x, y = place
+    label = f"{size} files" if size > 1 else "1 file"
+    label += ", used from every floor" if folder in EVERYWHERE else ""
+    return (
+        f'<rect x="{x - BOX / 2:.0f}" y="{y}" width="{BOX}" height="{HEIGHT}" rx="6" {FILLED}/>'
+        f'<text x="{x:.0f}" y="{y + 22}" text-anchor="middle" font-size="16">{folder}</text>'
+        f'<text x="{x:.0f}" y="{y + 40}" text-anchor="middle" font-size="12" fill="#666">{label}</text>'
+    )
 
 
 def _arrow(start: tuple[float, float], end: tuple[float, float], floors: int, count: int) -> str:

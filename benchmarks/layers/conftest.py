@@ -58,15 +58,19 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Problem
                 "peak_bytes": peak_bytes(timed[name], problem.device),
                 "saved_bytes": saved_bytes(partial(forward, problem.xs[0]), problem.parameters()),
             }
-        benchmark.extra_info.update(
-            n=problem.n,
-            ms=list(problem.ms),
-            r=problem.r,
-            M=problem.M,
-            direction=direction,
-            dtype=str(problem.dtype).removeprefix("torch."),
-            variants=found,
-        )
+        benchmark.extra_info.update(**case_of(problem, direction), variants=found)
         benchmark.pedantic(timed["ours"], args=(0,), rounds=3)
 
     return run
+
+
+def case_of(problem: Problem, direction: str) -> dict[str, Any]:
+    """What the JSON says of a problem."""
+    return {
+        "n": problem.n,
+        "ms": list(problem.ms),
+        "r": problem.r,
+        "M": problem.M,
+        "direction": direction,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+    }

@@ -54,16 +54,20 @@ def read(paths: list[Path]) -> tuple[dict[str, Any], list[Row]]:
             raise ValueError(f"{path} was measured on another machine than {paths[0]}: report them apart")
         machine = run["machine_info"]
         for case in run["benchmarks"]:
-            info = case["extra_info"]
-            shape = {
-                "n": info["n"],
-                "m": "+".join(map(str, info["ms"])),
-                **{k: info[k] for k in ("r", "M", "dtype", "direction")},
-            }
-            rows += [{**shape, "variant": name, **stats} for name, stats in info["variants"].items()]
+            rows += _variants(case["extra_info"])
     if not rows:
         raise ValueError(f"no results in {', '.join(map(str, paths))}: run make bench-gpu or make bench-cpu first")
     return machine, rows
+
+
+def _variants(info: dict[str, Any]) -> list[Row]:
+    """A row for each variant of a case."""
+    shape = {
+        "n": info["n"],
+        "m": "+".join(map(str, info["ms"])),
+        **{k: info[k] for k in ("r", "M", "dtype", "direction")},
+    }
+    return [{**shape, "variant": name, **stats} for name, stats in info["variants"].items()]
 
 
 def by_case(rows: list[Row]) -> Iterator[tuple[Row, dict[str, Row]]]:

@@ -117,15 +117,7 @@ def _gradients(problem: Problem, config: Any, batches: Batches) -> None:
 def optimizer(model: nn.Module, method: Method, task: Task, cell: Cell, head: Sequence[str]) -> Any:
     """AdamW without weight decay, or LoRA-Pro's; a head has its own rate."""
     if method.name == "LoRA-Pro":
-        try:
-            from lora_pro import LoRAProAdamW
-        except ImportError as error:
-            raise ImportError("LoRA-Pro needs its optimizer: pip install --no-deps lora-pro-adamw") from error
-
-        pro = LoRAProAdamW(model, lr=cell.lr, weight_decay=0.0)
-        if head:  # all that is no LoRA is its first group
-            pro.param_groups[0]["lr"] = task.head_lr or cell.lr
-        return pro
+        return _lora_pro(model, cell.lr, (task.head_lr or cell.lr) if head else None)
     heads: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -135,3 +127,16 @@ def optimizer(model: nn.Module, method: Method, task: Task, cell: Cell, head: Se
     if heads:
         groups.append({"params": heads, "lr": task.head_lr or cell.lr})
     return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def _lora_pro(model: nn.Module, lr: float, head_lr: float | None) -> Any:
+    """LoRA-Pro's AdamW; `head_lr` is the rate of a head, None without one."""
+    try:
+        from lora_pro import LoRAProAdamW
+    except ImportError as error:
+        raise ImportError("LoRA-Pro needs its optimizer: pip install --no-deps lora-pro-adamw") from error
+
+    pro = LoRAProAdamW(model, lr=lr, weight_decay=0.0)
+    if head_lr is not None:  # all that is no LoRA is its first group
+        pro.param_groups[0]["lr"] = head_lr
+    return pro

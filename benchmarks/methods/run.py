@@ -134,14 +134,19 @@ def train(model: Any, problem: Problem, task: Task, cell: Cell, warmup: int) -> 
         share = min((step + 1) / max(1, warmup), (task.steps - step) / max(1, task.steps - warmup))
         for group, peak in zip(opt.param_groups, peaks, strict=True):
             group["lr"] = peak * share
-        with torch.autocast("cpu", torch.bfloat16, enabled=wide):
-            loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, CLIP)
-        opt.step()
-        opt.zero_grad()
-        losses.append(float(loss.detach()))
+        losses.append(_step(model, batch, opt, trained, wide))
     return losses
+
+
+def _step(model: Any, batch: Batch, opt: Any, trained: list[torch.nn.Parameter], wide: bool) -> float:
+    """One step of the optimizer, under autocast if `wide`; the loss before it."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=wide):
+        loss = model(**batch).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trained, CLIP)
+    opt.step()
+    opt.zero_grad()
+    return float(loss.detach())
 
 
 def main() -> None:

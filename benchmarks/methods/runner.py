@@ -61,9 +61,7 @@ def run_all(wanted: Wanted, options: argparse.Namespace, console: Console) -> No
     failed: set[Cell] = set()
     with ThreadPoolExecutor(options.workers) as pool:
         while True:
-            there = rows.read(options.output / ROWS)
-            busy = set(running.values()) | failed
-            ready = [cell for cell in rows.missing(wanted(there), there) if cell not in busy]
+            ready = _ready(wanted, options.output, set(running.values()) | failed)
             while ready and len(running) < options.workers and time.monotonic() < end:
                 cell = ready.pop(0)
                 running[pool.submit(start, cell, options)] = cell
@@ -72,13 +70,24 @@ def run_all(wanted: Wanted, options: argparse.Namespace, console: Console) -> No
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 cell = running.pop(future)
                 try:
-                    row, *others = future.result()
-                    for other in others:
-                        rows.append_spare(options.output / SPARE, other)
-                    keep(row, options.output, console)
+                    _keep_all(future.result(), options.output, console)
                 except RuntimeError as error:
                     failed.add(cell)
                     console.print(str(error), markup=False)
+
+
+def _ready(wanted: Wanted, output: Path, busy: set[Cell]) -> list[Cell]:
+    """Cells that should be there, are not, and may be started."""
+    there = rows.read(output / ROWS)
+    return [cell for cell in rows.missing(wanted(there), there) if cell not in busy]
+
+
+def _keep_all(found: list[dict[str, Any]], output: Path, console: Console) -> None:
+    """Write a run's row, and the spare one that a run of the sweep may have."""
+    row, *others = found
+    for other in others:
+        rows.append_spare(output / SPARE, other)
+    keep(row, output, console)
 
 
 def keep(row: dict[str, Any], output: Path, console: Console) -> None:

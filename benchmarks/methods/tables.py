@@ -100,16 +100,20 @@ def summary(rows: Sequence[Row]) -> Iterator[Table]:
         for column in ("method", "r", "lr", "seeds", "trained", task.metric, "loss", "init s", "train s", "peak MB"):
             view.add_column(column, justify="left" if column == "method" else "right")
         for line in found:
-            cells = (plus_minus(*found) for found in (line.score, line.loss))
-            view.add_row(
-                line.method,
-                str(line.r or "-"),
-                f"{line.lr:g}",
-                str(len(line.scores)),
-                f"{line.params:,}",
-                *cells,
-                f"{line.init_seconds:.1f}",
-                f"{line.seconds:.0f}",
-                f"{line.memory:.0f}",
-            )
+            view.add_row(*_cells(line))
         yield view
+
+
+def _cells(line: Line) -> list[str]:
+    return [
+        line.method,
+        str(line.r or "-"),
+        f"{line.lr:g}",
+        str(len(line.scores)),
+        f"{line.params:,}",
+        plus_minus(*line.score),
+        plus_minus(*line.loss),
+        f"{line.init_seconds:.1f}",
+        f"{line.seconds:.0f}",
+        f"{line.memory:.0f}",
+    ]

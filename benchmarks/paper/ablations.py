@@ -200,28 +200,27 @@ def summary(ablation: Ablation, there: Sequence[Row]) -> list[dict[str, Any]]:
     lines = []
     for variant, plain in ablation.pairs:
         mine, theirs = results(variant, there), results(plain, there)
-        if not mine or not mine.keys() & theirs.keys():
-            continue
-        loss, score = (spread([float(row[name]) for row in mine.values()]) for name in ("loss", "score"))
-        over = spread(
-            [float(row["loss"]) - float(theirs[s]["loss"]) for s, row in mine.items() if s in theirs] or [0.0]
-        )
-        lines.append(
-            {
-                "variant": variant.label,
-                "against": plain.label,
-                "r": variant.r,
-                "lr": variant.lr,
-                "seeds": len(mine),
-                "loss": loss[0],
-                "loss_sd": loss[1],
-                "over": over[0],
-                "over_sd": over[1],
-                "score": score[0],
-                "score_sd": score[1],
-            }
-        )
+        if mine and mine.keys() & theirs.keys():
+            lines.append(_line(variant, plain, mine, theirs))
     return lines
+
+
+def _line(variant: Variant, plain: Variant, mine: dict[int, Row], theirs: dict[int, Row]) -> dict[str, Any]:
+    loss, score = (spread([float(row[name]) for row in mine.values()]) for name in ("loss", "score"))
+    over = spread([float(row["loss"]) - float(theirs[s]["loss"]) for s, row in mine.items() if s in theirs] or [0.0])
+    return {
+        "variant": variant.label,
+        "against": plain.label,
+        "r": variant.r,
+        "lr": variant.lr,
+        "seeds": len(mine),
+        "loss": loss[0],
+        "loss_sd": loss[1],
+        "over": over[0],
+        "over_sd": over[1],
+        "score": score[0],
+        "score_sd": score[1],
+    }
 
 
 def view(ablation: Ablation, lines: Sequence[Mapping[str, Any]]) -> Table:

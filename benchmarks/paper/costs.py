@@ -183,25 +183,26 @@ def rows() -> list[dict[str, Any]]:
     for model in MODELS:
         with torch.device("meta"):
             layers = linears(model.build())
-        for line in model.lines:
-            trained, macs = count(layers, model.targets, line.method, line.r)
-            ours, theirs = macs / model.unit, line.macs
-            found.append(
-                {
-                    "model": model.name,
-                    "method": line.method,
-                    "r": line.r,
-                    "trained": trained,
-                    "macs": macs,
-                    "flops": 2 * macs,
-                    "paper_macs": line.macs * model.unit,
-                    "paper_flops": line.flops * model.unit,
-                    "ratio": round(ours / theirs, 4),
-                    "within_a_digit": abs(ours - theirs) <= 0.0101,
-                    "note": model.note,
-                }
-            )
+        found += [_row(model, layers, line) for line in model.lines]
     return found
+
+
+def _row(model: Model, layers: dict[str, tuple[int, int]], line: Published) -> dict[str, Any]:
+    trained, macs = count(layers, model.targets, line.method, line.r)
+    ours, theirs = macs / model.unit, line.macs
+    return {
+        "model": model.name,
+        "method": line.method,
+        "r": line.r,
+        "trained": trained,
+        "macs": macs,
+        "flops": 2 * macs,
+        "paper_macs": line.macs * model.unit,
+        "paper_flops": line.flops * model.unit,
+        "ratio": round(ours / theirs, 4),
+        "within_a_digit": abs(ours - theirs) <= 0.0101,
+        "note": model.note,
+    }
 
 
 def view(found: list[dict[str, Any]]) -> Table:
@@ -210,25 +211,29 @@ def view(found: list[dict[str, Any]]) -> Table:
     for name in ("model", "method", "r", "trained", "MACs", "paper's", "ratio", "FLOPs", "paper's"):
         table.add_column(name, justify="left" if name in ("model", "method") else "right")
     for row in found:
-        unit, letter = (GIGA, "G") if row["macs"] < TERA / 2 else (TERA, "T")
-        ours, theirs, flops, their_flops = (
-            f"{row[name] / unit:.2f} {letter}" for name in ("macs", "paper_macs", "flops", "paper_flops")
-        )
-        mark = "" if row["within_a_digit"] else " *"
-        table.add_row(
-            row["model"],
-            row["method"],
-            str(row["r"]),
-            f"{row['trained']:,}",
-            ours,
-            theirs + mark,
-            f"{row['ratio']:.3f}",
-            flops,
-            their_flops,
-        )
+        table.add_row(*_cells(row))
     notes = {row["model"]: row["note"] for row in found if row["note"] and not row["within_a_digit"]}
     table.caption = "\n".join(f"* {name}: {note}" for name, note in notes.items()) or None
     return table
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    unit, letter = (GIGA, "G") if row["macs"] < TERA / 2 else (TERA, "T")
+    ours, theirs, flops, their_flops = (
+        f"{row[name] / unit:.2f} {letter}" for name in ("macs", "paper_macs", "flops", "paper_flops")
+    )
+    mark = "" if row["within_a_digit"] else " *"
+    return [
+        row["model"],
+        row["method"],
+        str(row["r"]),
+        f"{row['trained']:,}",
+        ours,
+        theirs + mark,
+        f"{row['ratio']:.3f}",
+        flops,
+        their_flops,
+    ]
 
 
 def main(output: Path, folder: Path | None = None) -> None:

@@ -179,19 +179,10 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
     colors = dict(zip(TASK.ranks, (SIGN, INK, GRAD), strict=True))
     for one, (key, what) in zip(axes, (("energy_grad", "G"), ("energy_sign", "sign(G)")), strict=True):
         for line in lines:
-            marker = next(mark for start, (mark, _) in KINDS.items() if line["start"].startswith(start))
-            error = line["loss_sd"] or None  # one seed has none
-            one.errorbar(
-                100 * line[key], line["loss"], error, fmt=marker, color=colors[line["r"]], ms=7, capsize=3, alpha=0.8
-            )
+            _point(one, line, key, colors[line["r"]])
         one.set_xlabel(f"energy of {what} that the subspace keeps (%), {REFERENCE} unseen samples")
         plain_log(one.yaxis)
-    for r, color in colors.items():
-        axes[0].plot([], [], "o", color=color, label=f"r = {r}")
-    for marker, label in KINDS.values():
-        axes[1].plot([], [], marker, color=INK, label=label)
-    for one in axes:
-        one.legend(frameon=False, fontsize=8, loc="upper right")
+    _legends(axes, colors)
     axes[0].set_ylabel("held-out loss after training (nats per token)")
     figure.suptitle(
         f"{TASK.name}: energy captured against the loss reached "
@@ -199,6 +190,22 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
         fontsize=10,
     )
     save_panels(figure, axes, path)
+
+
+def _point(panel: Any, line: Mapping[str, Any], key: str, color: str) -> None:
+    marker = next(mark for start, (mark, _) in KINDS.items() if line["start"].startswith(start))
+    error = line["loss_sd"] or None  # one seed has none
+    panel.errorbar(100 * line[key], line["loss"], error, fmt=marker, color=color, ms=7, capsize=3, alpha=0.8)
+
+
+def _legends(axes: Sequence[Any], colors: Mapping[int, str]) -> None:
+    """Of ranks in the first panel, of starts in the second."""
+    for r, color in colors.items():
+        axes[0].plot([], [], "o", color=color, label=f"r = {r}")
+    for marker, label in KINDS.values():
+        axes[1].plot([], [], marker, color=INK, label=label)
+    for one in axes:
+        one.legend(frameon=False, fontsize=8, loc="upper right")
 
 
 def main(options: argparse.Namespace) -> None:

@@ -49,24 +49,25 @@ def lines(there: Sequence[Row]) -> list[dict[str, Any]]:
     found = []
     for task in TASKS.values():
         ours, theirs = (least(task, method, there) for method in ("LoRA-SB", "LoRA-XS"))
-        if not ours or not theirs:
-            continue
-        samples = PAPER[task.name]
-        overhead, epoch = ours["init"] - theirs["init"], ours["train"] / (task.steps * task.batch) * samples
-        found.append(
-            {
-                "task": task.name,
-                "r": task.ranks[-1],
-                "init_seconds": ours["init"],
-                "init_seconds_lora_xs": theirs["init"],
-                "train_seconds": ours["train"],
-                "share_of_run": overhead / ours["train"],
-                "epoch_samples": samples,
-                "epoch_seconds": epoch,
-                "share_of_epoch": overhead * max(1.0, samples / 32_000) / epoch,
-            }
-        )
+        if ours and theirs:
+            found.append(_line(task, ours, theirs))
     return found
+
+
+def _line(task: Task, ours: dict[str, float], theirs: dict[str, float]) -> dict[str, Any]:
+    samples = PAPER[task.name]
+    overhead, epoch = ours["init"] - theirs["init"], ours["train"] / (task.steps * task.batch) * samples
+    return {
+        "task": task.name,
+        "r": task.ranks[-1],
+        "init_seconds": ours["init"],
+        "init_seconds_lora_xs": theirs["init"],
+        "train_seconds": ours["train"],
+        "share_of_run": overhead / ours["train"],
+        "epoch_samples": samples,
+        "epoch_seconds": epoch,
+        "share_of_epoch": overhead * max(1.0, samples / 32_000) / epoch,
+    }
 
 
 def shown(line: Mapping[str, Any]) -> list[str]:

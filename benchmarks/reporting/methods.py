@@ -75,13 +75,17 @@ def one_task(rows: Sequence[Row], task: Task) -> list[str]:
     out = [f"### {task.name}", "", about, ""]
     out += [*table(head, (_row(line, task) for line in lines(rows, task.name))), "", where_rows(mine), ""]
     xs, others = against_xs(rows, task.name), against_others(rows, task.name)
-    if both := [*xs, *others, *against_xs(rows, task.name, SGD), *against_others(rows, task.name, SGD)]:
-        out += [
-            "By one standard deviation of the difference of two runs (± below; three seeds each, so that of ten such"
-        ]
-        out += ["verdicts one or two come by chance):", ""]
-        out += [sentence(verdict) for verdict in both] + [""]
-    return out + why_not(rows, task, xs, others)
+    both = [*xs, *others, *against_xs(rows, task.name, SGD), *against_others(rows, task.name, SGD)]
+    return out + _sentences(both) + why_not(rows, task, xs, others)
+
+
+def _sentences(verdicts: Sequence[Verdict]) -> list[str]:
+    """The verdicts under a line that says what they go by; nothing without any."""
+    if not verdicts:
+        return []
+    out = ["By one standard deviation of the difference of two runs (± below; three seeds each, so that of ten such"]
+    out += ["verdicts one or two come by chance):", ""]
+    return out + [sentence(verdict) for verdict in verdicts] + [""]
 
 
 def _row(line: Line, task: Task) -> list[str]:
@@ -157,21 +161,19 @@ def floors(found: dict[str, Any]) -> Iterator[str]:
     yield "0.25 on ARC-Easy. Losses are of the same task's first test examples."
     yield ""
     head = ["task", "r", "lr", "examples", "n", "answers before", "after", "loss before", "after"]
-    yield from table(
-        head,
-        (
-            [
-                row["task"],
-                str(row["r"]),
-                f"{row['lr']:g}",
-                str(row["examples"]),
-                str(row["n"]),
-                f"{row['before']:.3f}",
-                f"{row['after']:.3f}",
-                f"{row['loss_before']:.3f}",
-                f"{row['loss_after']:.3f}",
-            ]
-            for row in found["rows"]
-        ),
-    )
+    yield from table(head, (_floor(row) for row in found["rows"]))
     yield from ("", where(found), "")
+
+
+def _floor(row: dict[str, Any]) -> list[str]:
+    return [
+        row["task"],
+        str(row["r"]),
+        f"{row['lr']:g}",
+        str(row["examples"]),
+        str(row["n"]),
+        f"{row['before']:.3f}",
+        f"{row['after']:.3f}",
+        f"{row['loss_before']:.3f}",
+        f"{row['loss_after']:.3f}",
+    ]

@@ -108,26 +108,23 @@ def costs(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     yield from ("### Table 8: parameters, MACs and FLOPs of four architectures (`costs`)", "")
     yield from ("Counted on the meta device, 256 tokens, billions; * apart by more than the last digit.", "")
     head = ["model", "method", "r", "trained", "MACs", "published", "FLOPs", "published"]
-    yield from table(
-        head,
-        (
-            [
-                row["model"],
-                row["method"],
-                row["r"],
-                f"{int(row['trained']):,}",
-                f"{float(row['macs']) / 1e9:,.2f}",
-                f"{float(row['paper_macs']) / 1e9:,.2f}{'' if row['within_a_digit'] == 'True' else ' *'}",
-                f"{float(row['flops']) / 1e9:,.2f}",
-                f"{float(row['paper_flops']) / 1e9:,.2f}",
-            ]
-            for row in found
-        ),
-        left=2,
-    )
+    yield from table(head, (_cost(row) for row in found), left=2)
     yield ""
     for model, note in dict.fromkeys((row["model"], row["note"]) for row in found if row["note"]):
         yield f"- {model}: {note}."
+
+
+def _cost(row: Row) -> list[str]:
+    return [
+        row["model"],
+        row["method"],
+        row["r"],
+        f"{int(row['trained']):,}",
+        f"{float(row['macs']) / 1e9:,.2f}",
+        f"{float(row['paper_macs']) / 1e9:,.2f}{'' if row['within_a_digit'] == 'True' else ' *'}",
+        f"{float(row['flops']) / 1e9:,.2f}",
+        f"{float(row['paper_flops']) / 1e9:,.2f}",
+    ]
 
 
 def theorem(rows: Sequence[Row], folder: Path) -> Iterator[str]:
@@ -136,21 +133,24 @@ def theorem(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     if not found:
         return
     yield from ("### Theorem 5: training does not depend on s (`scale`)", "")
-    lines = []
+    about = (
+        f"{TASKS['cola'].name}, r={scale.R}, {scale.STEPS} steps of {scale.BATCH}, fp32; loss of the last step by s:"
+    )
+    yield from (about, "")
+    yield from table(["", *(f"s = {s:g}" for s in scale.SCALES), "largest difference of any step"], _by_way(found))
+    yield from ("", where_rows(found))
+    yield from picture("Training loss for s = 0.1, 1 and 10", "results/scale.png")
+
+
+def _by_way(found: Sequence[Row]) -> Iterator[list[str]]:
+    """A line a way: the last step's loss by s, and how far apart the losses of any step are."""
     for way in dict.fromkeys(row["way"] for row in found):
         losses: dict[str, list[float]] = {}
         for row in found:
             if row["way"] == way:
                 losses.setdefault(row["s"], []).append(float(row["loss"]))
         apart = max(max(step) - min(step) for step in zip(*losses.values(), strict=True))
-        lines.append([way, *(f"{values[-1]:.5f}" for values in losses.values()), f"{apart:.1e}"])
-    about = (
-        f"{TASKS['cola'].name}, r={scale.R}, {scale.STEPS} steps of {scale.BATCH}, fp32; loss of the last step by s:"
-    )
-    yield from (about, "")
-    yield from table(["", *(f"s = {s:g}" for s in scale.SCALES), "largest difference of any step"], lines)
-    yield from ("", where_rows(found))
-    yield from picture("Training loss for s = 0.1, 1 and 10", "results/scale.png")
+        yield [way, *(f"{values[-1]:.5f}" for values in losses.values()), f"{apart:.1e}"]
 
 
 def step_lengths(rows: Sequence[Row], folder: Path) -> Iterator[str]:
@@ -173,23 +173,21 @@ def energy(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     yield from ("### Energy captured against the loss reached (`energy`)", "")
     head = ["start", "r", "lr", "seeds", "energy of G", "energy of sign(G)", "loss"]
     order = sorted(found, key=lambda row: (int(row["r"]), float(row["loss"])))
-    yield from table(
-        head,
-        (
-            [
-                row["start"],
-                row["r"],
-                f"{float(row['lr']):g}",
-                row["seeds"],
-                f"{float(row['energy_grad']):.1%}",
-                f"{float(row['energy_sign']):.1%}",
-                loss_of(row),
-            ]
-            for row in order
-        ),
-    )
+    yield from table(head, (_energy(row) for row in order))
     yield from ("", where_rows(found), "", *_by_matrix(found), *_by_loss_of_energy(found))
     yield from picture("Energy of unseen samples' gradient in the subspace against the loss", "results/energy.png")
+
+
+def _energy(row: Row) -> list[str]:
+    return [
+        row["start"],
+        row["r"],
+        f"{float(row['lr']):g}",
+        row["seeds"],
+        f"{float(row['energy_grad']):.1%}",
+        f"{float(row['energy_sign']):.1%}",
+        loss_of(row),
+    ]
 
 
 def _by_matrix(found: Sequence[Row]) -> Iterator[str]:

@@ -16,6 +16,10 @@ from benchmarks.reporting.verdicts import compare, lines
 from lorasb.init.initialization import LONGEST_START
 
 CHAIN = TASKS["chain_sum"]
+SUBSPACES_TELL = (  # what it tells that one subspace is ahead of another at every rank
+    (" G is ahead of its sign at both.", "G", "sign(G)"),
+    (" LoRA-XS owes its loss to Σ, not to W's subspace alone.", "W with its Σ", "W without"),
+)
 STARTS_OF_IT = {WHOLE: "with the whole first step as its start", SGD: 'with `update="sgd"`'}
 
 
@@ -39,14 +43,7 @@ def subspaces(rows: Sequence[Row]) -> Iterator[str]:
     for r, of in zip(SUBSPACES, by_rank, strict=True):
         ordered = sorted(of.items(), key=lambda item: item[1]["loss"])
         parts.append(f"r={r}: " + ", ".join(f"{n} {plus_minus(v['loss'], v['loss_sd'])}" for n, v in ordered))
-    told = "".join(
-        text
-        for text, less, more in (
-            (" G is ahead of its sign at both.", "G", "sign(G)"),
-            (" LoRA-XS owes its loss to Σ, not to W's subspace alone.", "W with its Σ", "W without"),
-        )
-        if all(_apart(of[less], of[more]) for of in by_rank)
-    )
+    told = "".join(text for text, less, more in SUBSPACES_TELL if all(_apart(of[less], of[more]) for of in by_rank))
     yield (
         f"Factors of which matrix, each at the best of the rates tried for it, least loss first ({CHAIN.name}, "
         f"validation, `subspace` below): {'; '.join(parts)}.{told}"

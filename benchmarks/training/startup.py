@@ -76,6 +76,17 @@ def patching(make: Callable[[], Any], rounds: int) -> list[float]:
     return found
 
 
+def view(rows: dict[str, list[float]], ratio: float) -> Table:
+    """For people."""
+    table = Table(title="seconds, median (least - most)")
+    table.add_column("what")
+    table.add_column("s", justify="right")
+    for name, values in rows.items():
+        table.add_row(name, f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
+    table.caption = f"with lorasb over torch alone: {ratio:.3f}x"
+    return table
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,14 +98,8 @@ def main() -> None:
     rows = {f"import {name}": values for name, values in imports(options.rounds).items()}
     rows["patch SmolLM2, 30 blocks"] = patching(smollm, 3)
     rows["patch Mistral-7B on the meta device"] = patching(mistral, 3)
-    table = Table(title="seconds, median (least - most)")
-    table.add_column("what")
-    table.add_column("s", justify="right")
-    for name, values in rows.items():
-        table.add_row(name, f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
     first, second = (statistics.median(rows[f"import {name}"]) for name in IMPORTS)
-    table.caption = f"with lorasb over torch alone: {second / first:.3f}x"
-    Console(width=110).print(table)
+    Console(width=110).print(view(rows, second / first))
     if options.output:
         found = {**provenance(), "ratio": second / first, "seconds": rows}
         write_json(options.output / "startup-cpu.json", found)
