@@ -25,4 +25,6 @@ PTX = os.environ.get(PTX_VARIABLE, "")
 # before a kernel is defined: interpreted on the CPU, or compiled and executed by tests/support/ptx
 os.environ["TRITON_INTERPRET"] = "0" if PTX else os.environ.get("TRITON_INTERPRET", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# tests fork: the child of a process whose OpenMP has threads waits for them for ever
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
