@@ -26,14 +26,15 @@ demo: install
 # Two processes of one thread each: a file's tests stay together, and the longest files come first (tests/conftest.py).
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+COMPILED_TESTS = tests/kernels/test_compiled.py tests/kernels/test_prepared_linear.py
 test: install
 	$(PYTEST)
-	$(PYTEST) --ptx sm_86 tests/kernels/test_compiled.py
-	$(PYTEST) --ptx sm_90 tests/kernels/test_compiled.py
+	$(PYTEST) --ptx sm_86 $(COMPILED_TESTS)
+	$(PYTEST) --ptx sm_90 $(COMPILED_TESTS)
 
 # The kernel tests on compiled code, every instruction executed and checked: make test-ptx ARCH=sm_90. Minutes.
 ARCH ?= sm_86
-KERNEL_TESTS = tests/kernels/test_mutations.py tests/kernels/test_compiled.py tests/kernels/test_linear.py tests/kernels/test_linear_quantized.py \
+KERNEL_TESTS = $(COMPILED_TESTS) tests/kernels/test_mutations.py tests/kernels/test_linear.py tests/kernels/test_linear_quantized.py \
   tests/kernels/test_dropout.py tests/kernels/test_weight_gradient.py
 test-ptx: install
 	$(PYTEST) --ptx $(ARCH) $(KERNEL_TESTS)

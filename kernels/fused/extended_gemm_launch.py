@@ -16,7 +16,7 @@ from .plan import Plan
 
 def forward_call(
     x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor, ys: list[Tensor], plan: Plan
-) -> tuple[KernelCall, GemmConfig]:
+) -> KernelCall:
     """y_i = x W_iᵀ + v_i B_iᵀ + bias_i of all members."""
     M, Ns = x.shape[0], tuple(y.shape[1] for y in ys)
     weights, Ks = _weights(members, x)
@@ -52,7 +52,8 @@ def forward_call(
         core_chunks=1,
         CORE_SPLIT=False,
     )
-    return KernelCall(extended_gemm, tiles * splits, arguments | _common_arguments(arguments, members, config)), config
+    arguments |= _common_arguments(arguments, members, config)
+    return KernelCall(extended_gemm, tiles * splits, arguments, config)
 
 
 def backward_call(
@@ -65,10 +66,10 @@ def backward_call(
     dcores: list[Tensor],
     plan: Plan,
     mask: Mask,
-) -> tuple[KernelCall, GemmConfig]:
+) -> KernelCall:
     """dx = Σ_i dy_i W_i + w_i A_i unless it is None, and dR_i = s_i·t_iᵀ u_i into `dcores` unless that is empty."""
     M, r, dropout = t.shape[0], members.r, mask.dropout > 0.0
-    weights, Ks = _weights(members, *dys)
+    weights, Ks = _weights(members, *dys) if dx is not None else (tuple(dys), tuple(dy.shape[1] for dy in dys))
     even, config = _fitted_config(plan, Ks, r, dropout)
     tiles = cdiv(M, config.block_m) * cdiv(dx.shape[1], config.block_n) if dx is not None else 0
     # with dropout the two terms have K loops of their own, which are not split
@@ -103,8 +104,8 @@ def backward_call(
         core_chunks=chunks,
         CORE_SPLIT=chunks > 1,
     )
-    grid = core_tiles * chunks + tiles * splits
-    return KernelCall(extended_gemm, grid, arguments | _common_arguments(arguments, members, config)), config
+    arguments |= _common_arguments(arguments, members, config)
+    return KernelCall(extended_gemm, core_tiles * chunks + tiles * splits, arguments, config)
 
 
 def _common_arguments(arguments: dict[str, Any], members: Members, config: GemmConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from .block_sizes import GemmConfig, PrepConfig
@@ -14,11 +15,27 @@ _dry = 0  # how many dry `observed` blocks are open; above zero nothing is launc
 
 
 class KernelCall(NamedTuple):
-    """A kernel, its number of programs and its arguments by name: what `launch` takes, without the blocks' config."""
+    """What `launch` takes: a kernel, its number of programs, its arguments by name and the blocks' config.
+
+    `exact` keeps products and sums apart, each rounded: no FMA.
+    """
 
     kernel: Any
     grid: int
     arguments: dict[str, Any]
+    config: PrepConfig | GemmConfig
+    exact: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's."""
+        options: dict[str, Any] = {"num_warps": self.config.warps, "num_stages": self.config.stages}
+        if is_compiled(self.kernel):
+            if isinstance(self.config, GemmConfig) and self.config.registers:
+                options["maxnreg"] = self.config.registers
+            # said either way: Triton's own default differs between versions, and it warns where it is taken
+            options["enable_fp_fusion"] = not self.exact
+        return options
 
 
 @dataclass(frozen=True)
@@ -50,16 +67,26 @@ def observed(dry: bool = False) -> Iterator[list[Launch]]:
         _observers.remove(launches.append)
 
 
-def launch(
-    kernel: Any, grid: int, arguments: dict[str, Any], config: PrepConfig | GemmConfig, exact: bool = False
-) -> None:
-    """Launch a kernel over `grid` programs; `exact` keeps products and sums apart, each rounded: no FMA."""
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    compiled = hasattr(kernel, "device_caches")  # the interpreter takes no compiler options
-    if compiled and isinstance(config, GemmConfig) and config.registers:
-        options["maxnreg"] = config.registers
-    if compiled:  # said either way: Triton's own default differs between versions, and it warns where it is taken
-        options["enable_fp_fusion"] = not exact
+def is_compiled(kernel: Any) -> bool:
+    """True if Triton compiles this kernel; its interpreter runs it otherwise, and takes no compiler options."""
+    return hasattr(kernel, "device_caches")
+
+
+def is_watched() -> bool:
+    """True if somebody is told of every launch: an `observed` block of any thread, or a profiler's hook in Triton."""
+    return bool(_observers) or bool(_launch_hooks().calls)
+
+
+@cache
+def _launch_hooks() -> Any:
+    from triton import knobs
+
+    return knobs.runtime.launch_enter_hook
+
+
+def launch(call: KernelCall) -> None:
+    """Launch a kernel."""
+    kernel, grid, arguments, options = call.kernel, call.grid, call.arguments, call.options
     for observer in _observers:
         observer(Launch(kernel, grid, arguments, options))
     if not _dry:

@@ -1,6 +1,7 @@
 """The adapted linear, forward and backward, of a layer or a group: two launches a direction, whatever the members.
 
 `fused`: the thin products (prep), then the extended GEMM. `addmm`: prep, then cuBLAS twice, the second onto the first.
+`repeated` makes the same calls from launches that it has prepared.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from . import extended_gemm_launch, low_rank_launch
 from .block_sizes import prep_members
-from .launcher import launch
+from .launcher import KernelCall, launch
 from .operands import Mask, Members, on_device, unit_rows
 from .plan import Plan
 
@@ -31,28 +32,41 @@ def forward(
         plan: path and blocks.
         mask: dropout of the adapter's x.
     """
-    M, width, step = x.shape[0], members.width, prep_members(members.r, len(members.a))
+    M = x.shape[0]
     us = [x.new_empty((M, members.r)) for _ in members.a]
     if M == 0:
         return [x.new_empty((0, b.shape[0])) for b in members.b], us
-    v = x.new_empty((M, width * len(us)))
+    v = x.new_empty((M, members.width * len(us)))
     with on_device(x):
-        for i in range(0, len(us), step):  # one launch, unless the group's ranks do not fit the registers
-            some = slice(i, i + step)
-            call = low_rank_launch.forward_call(x, members.select(some), us[some], v[:, i * width :], plan, mask)
-            launch(*call, plan.prep)
+        for call in prep_calls(x, members, us, v, plan, mask):
+            launch(call)
         return after_prep(x, members, biases, v, plan, mask), us
+
+
+def prep_calls(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: Plan, mask: Mask) -> list[KernelCall]:
+    """u_i and v_i: one call, unless the group's ranks do not fit the registers."""
+    step = prep_members(members.r, len(members.a))
+    some = [slice(i, i + step) for i in range(0, len(us), step)]
+    vs = [v[:, part.start * members.width :] for part in some]
+    return [
+        low_rank_launch.forward_call(x, members.select(part), us[part], v_part, plan, mask)
+        for part, v_part in zip(some, vs, strict=True)
+    ]
 
 
 def after_prep(
     x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor, plan: Plan, mask: Mask
 ) -> list[Tensor]:
     """y_i = x W_iᵀ + v_i B_iᵀ + bias_i."""
-    if _is_fused(plan, members, mask):
+    if is_fused(plan, members, mask):
         ys = [x.new_empty((x.shape[0], b.shape[0])) for b in members.b]
-        call, config = extended_gemm_launch.forward_call(x, members, biases, v, ys, plan)
-        launch(*call, config)
+        launch(extended_gemm_launch.forward_call(x, members, biases, v, ys, plan))
         return ys
+    return addmm(x, members, biases, v)
+
+
+def addmm(x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor) -> list[Tensor]:
+    """y_i by cuBLAS: the adapter's product first; the base GEMM accumulates onto it."""
     vs = [v[:, i * members.width : i * members.width + members.r] for i in range(len(members.a))]
     return [_addmm(x, *operands) for operands in zip(vs, members.weights, members.b, biases, strict=True)]
 
@@ -71,15 +85,15 @@ def backward(
     dys = [unit_rows(dy) for dy in dys]
     dcores = [core.new_empty(core.shape) for core in members.cores] if need_dcore else []
     if M == 0:
-        return _empty_dx(dys, members) if need_dx else None, [dcore.zero_() for dcore in dcores]
+        return empty_dx(dys, members) if need_dx else None, [dcore.zero_() for dcore in dcores]
     t = dys[0].new_empty((M, members.width * len(dys)))
     w = torch.empty_like(t) if need_dx else t  # a dummy: without NEED_DX nothing is stored in it
     with on_device(t):
-        launch(*low_rank_launch.backward_call(dys, members, t, w, plan, need_dx), plan.prep)
+        launch(low_rank_launch.backward_call(dys, members, t, w, plan, need_dx))
         if need_dx:
             return after_prep_backward(dys, members, us, t, w, dcores, plan, mask), dcores
         if need_dcore:
-            extended_backward(dys, members, us, t, w, None, dcores, plan, mask)
+            launch(extended_gemm_launch.backward_call(dys, members, us, t, w, None, dcores, plan, mask))
     return None, dcores
 
 
@@ -93,36 +107,31 @@ def after_prep_backward(
     plan: Plan,
     mask: Mask,
 ) -> Tensor:
-    """dx = Σ_i dy_i W_i + w_i A_i, and dR_i into `dcores`, if they are wanted."""
-    dx, is_fused = _empty_dx(dys, members), _is_fused(plan, members, mask)
-    if is_fused or dcores:
-        extended_backward(dys, members, us, t, w, dx if is_fused else None, dcores, plan, mask)
-    if not is_fused:
-        _addmm_backward(dys, members, w, dx)
+    """dx = Σ_i dy_i W_i + w_i A_i, and dR_i into `dcores`, if they are wanted: one launch, dR's programs first."""
+    dx, fused = empty_dx(dys, members), is_fused(plan, members, mask)
+    if fused or dcores:
+        written = dx if fused else None
+        launch(extended_gemm_launch.backward_call(dys, members, us, t, w, written, dcores, plan, mask))
+    if not fused:
+        addmm_backward(dys, members, w, dx)
     return dx
 
 
-def extended_backward(
-    dys: Sequence[Tensor],
-    members: Members,
-    us: Sequence[Tensor],
-    t: Tensor,
-    w: Tensor,
-    dx: Tensor | None,
-    dcores: list[Tensor],
-    plan: Plan,
-    mask: Mask,
-) -> None:
-    """dx, unless another path writes it, and dR, if it is needed: one launch, in which dR's programs come first."""
-    call, config = extended_gemm_launch.backward_call(dys, members, us, t, w, dx, dcores, plan, mask)
-    launch(*call, config)
+def addmm_backward(dys: Sequence[Tensor], members: Members, w: Tensor, dx: Tensor) -> None:
+    """dx = Σ_i w_i A_i + dy_i W_i by cuBLAS, in place."""
+    for i, (dy, weight, a) in enumerate(zip(dys, members.weights, members.a, strict=True)):
+        w_i = w[:, i * members.width : i * members.width + members.r]
+        dx = torch.mm(w_i, a, out=dx) if i == 0 else dx.addmm_(w_i, a)
+        if weight is not None:
+            dx.addmm_(dy, weight)
 
 
-def _empty_dx(dys: Sequence[Tensor], members: Members) -> Tensor:
+def empty_dx(dys: Sequence[Tensor], members: Members) -> Tensor:
+    """dx [M, n], not yet written."""
     return dys[0].new_empty((dys[0].shape[0], members.a[0].shape[1]))
 
 
-def _is_fused(plan: Plan, members: Members, mask: Mask) -> bool:
+def is_fused(plan: Plan, members: Members, mask: Mask) -> bool:
     """True if the extended GEMM runs; with dropout always, as only the kernels know the mask."""
     if mask.dropout > 0.0:
         return True
@@ -131,15 +140,5 @@ def _is_fused(plan: Plan, members: Members, mask: Mask) -> bool:
 
 
 def _addmm(x: Tensor, v: Tensor, weight: Tensor | None, b: Tensor, bias: Tensor | None) -> Tensor:
-    """The adapter's product first; the base GEMM accumulates onto it."""
     y = v @ b.t() if bias is None else torch.addmm(bias, v, b.t())
     return y if weight is None else y.addmm_(x, weight.t())
-
-
-def _addmm_backward(dys: Sequence[Tensor], members: Members, w: Tensor, dx: Tensor) -> None:
-    """dx = Σ_i w_i A_i + dy_i W_i, in place."""
-    for i, (dy, weight, a) in enumerate(zip(dys, members.weights, members.a, strict=True)):
-        w_i = w[:, i * members.width : i * members.width + members.r]
-        dx = torch.mm(w_i, a, out=dx) if i == 0 else dx.addmm_(w_i, a)
-        if weight is not None:
-            dx.addmm_(dy, weight)

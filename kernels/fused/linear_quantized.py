@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import extended_gemm_launch, low_rank_launch
 from . import linear as dense
-from . import low_rank_launch
 from .block_sizes import DEQUANTIZE_BYTES, cdiv, dequantize_config, gemm_splits, quantized_config
 from .dequantize_4bit import dequantize, prep_backward_quantized, prep_forward_quantized
 from .gemm_4bit import quantized_gemm
@@ -75,9 +75,10 @@ def dequantized(weight: Quantized, dtype: torch.dtype) -> Tensor:
     """W [m, n]."""
     out = torch.empty((weight.m, weight.n), dtype=dtype, device=weight.packed.device)
     if out.numel():
+        grid = cdiv(out.numel(), 2 * DEQUANTIZE_BYTES)
         arguments = weight.arguments() | dict(out=out, ELEMENTS=out.numel(), BLOCK_BYTES=DEQUANTIZE_BYTES)
         with on_device(out):
-            launch(dequantize, cdiv(out.numel(), 2 * DEQUANTIZE_BYTES), arguments, dequantize_config(), exact=True)
+            launch(KernelCall(dequantize, grid, arguments, dequantize_config(), exact=True))
     return out
 
 
@@ -92,7 +93,7 @@ def forward(
     v = x.new_empty((M, members.width))
     with on_device(x):
         if weight.is_inline(plan, mask):
-            launch(*low_rank_launch.forward_call(x, members, [u], v, plan, mask), plan.prep)
+            launch(low_rank_launch.forward_call(x, members, [u], v, plan, mask))
             return _gemm(x, weight, v, members, bias, x.new_empty((M, weight.m)), False), u
         scratch = x.new_empty((weight.m, weight.n))  # W for the length of this call; backward dequantizes again
         prep = low_rank_launch.forward_call(x, members, [u], v, plan, mask)
@@ -121,9 +122,9 @@ def backward(
     with on_device(dy):
         prep = low_rank_launch.backward_call([dy], members, t, w, plan, True)
         if weight.is_inline(plan, mask):
-            launch(*prep, plan.prep)
+            launch(prep)
             if dcores:
-                dense.extended_backward([dy], members, [u], t, w, None, dcores, plan, mask)
+                launch(extended_gemm_launch.backward_call([dy], members, [u], t, w, None, dcores, plan, mask))
             dx = _gemm(dy, weight, w, members, None, dy.new_empty((M, weight.n)), True)
         else:
             scratch = dy.new_empty((weight.m, weight.n))
@@ -138,7 +139,7 @@ def _launch_prep_and_dequantize(prep: KernelCall, weight: Quantized, scratch: Te
     storage = dict(scratch=scratch, ELEMENTS=scratch.numel(), prep_programs=prep.grid, BLOCK_BYTES=DEQUANTIZE_BYTES)
     arguments = prep.arguments | weight.arguments() | storage
     grid = prep.grid + cdiv(scratch.numel(), 2 * DEQUANTIZE_BYTES)
-    launch(kernel, grid, arguments, plan.prep, exact=True)
+    launch(KernelCall(kernel, grid, arguments, plan.prep, exact=True))
 
 
 def _gemm(
@@ -175,5 +176,5 @@ def _gemm(
         splits=splits,
         SPLIT=splits > 1,
     )
-    launch(quantized_gemm, tiles * splits, arguments, config, exact=True)
+    launch(KernelCall(quantized_gemm, tiles * splits, arguments, config, exact=True))
     return y

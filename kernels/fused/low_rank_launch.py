@@ -41,7 +41,8 @@ def forward_call(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan:
         splits=splits,
         SPLIT=splits > 1,
     )
-    return KernelCall(prep_forward, row_blocks * splits, arguments | _common_arguments(members, plan, x.dtype))
+    arguments |= _common_arguments(members, plan, x.dtype)
+    return KernelCall(prep_forward, row_blocks * splits, arguments, config)
 
 
 def backward_call(
@@ -71,7 +72,8 @@ def backward_call(
         splits=splits,
         SPLIT=splits > 1,
     )
-    return KernelCall(prep_backward, slots * splits, arguments | _common_arguments(members, plan, t.dtype))
+    arguments |= _common_arguments(members, plan, t.dtype)
+    return KernelCall(prep_backward, slots * splits, arguments, config)
 
 
 def _common_arguments(members: Members, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:

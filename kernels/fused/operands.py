@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +15,7 @@ from .workspace import counters
 INT32_LIMIT = 2**31
 
 
-@dataclass(frozen=True)
-class Members:
+class Members(NamedTuple):
     """Layers that read the same x [M, n]: weights W_i [m_i, n], A_i [r, n], R_i [r, r], B_i [m_i, r], scales s_i.
 
     All of one rank and dtype, and all with a weight or all without.
@@ -43,13 +41,17 @@ class Members:
         """Some of the members."""
         return Members(*(field[indices] for field in (self.weights, self.a, self.cores, self.b, self.scales)))
 
+    def map(self, function: Callable[[Any], Any]) -> Members:
+        """The members with a function of each tensor in its place; it gets None for a missing weight."""
+        lists = ([function(t) for t in field] for field in (self.weights, self.a, self.cores, self.b))
+        return Members(*lists, self.scales)
+
     def with_weight(self, weight: Tensor | None) -> Members:
         """The same adapter, of one layer, over another weight."""
         return Members([weight], self.a, self.cores, self.b, self.scales)
 
 
-@dataclass(frozen=True)
-class Mask:
+class Mask(NamedTuple):
     """Dropout on the adapter's x: a function of the seed and an element's position, so that nothing is stored."""
 
     dropout: float = 0.0
@@ -81,7 +83,12 @@ def needs_int64(*tensors: Tensor, elements: int = 0) -> bool:
 
 def precision(dtype: torch.dtype) -> str:
     """tl.dot's precision for operands of x's dtype; fp32 stays fp32 unless torch was told that TF32 will do."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and fp32_precision() == "tf32" else "ieee"
+
+
+def fp32_precision() -> str:
+    """What torch was told about products in fp32: "tf32", "ieee" or "none"."""
+    return str(torch.backends.cuda.matmul.fp32_precision)
 
 
 def core_precision(dtype: torch.dtype) -> str:

@@ -25,6 +25,7 @@ PATHS = ("fused", "addmm")
 WEIGHTS = ("inline", "scratch")
 INTERPRETER = "interpreter"  # the architecture of CPU tensors under TRITON_INTERPRET=1
 _user_tables: Callable[[], Path] | None = None
+generation = 0  # how often the tables were forgotten; a plan holds as long as it has not changed
 # the names of dtypes in tables, and the dtypes that the kernels have
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -173,6 +174,8 @@ def user_table(arch: str) -> Path | None:
 
 def forget() -> None:
     """Read the tables again at the next choice."""
+    global generation
+    generation += 1
     for cached in (choice, shipped_rules, user_rules):
         cached.cache_clear()
 

@@ -11,7 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -41,17 +41,9 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [..., out] and u = x Aᵀ [M, r]."""
-    from lorasb.kernels import linear as kernels
-
-    rows = rows_of(x)
-    (y,), (u,) = kernels.forward(
-        rows,
-        members=members_of(weight, a, core, b, scaling, dropout),
-        biases=[bias],
-        plan=plan_of("forward", rows, [b], a),
-        mask=mask_of(dropout, seed),
-    )
-    return eager.shaped(y, x), u
+    members = members_of(weight, a, core, b, scaling, dropout)
+    (y,), (u,) = _forward(x, members, [bias], mask_of(dropout, seed))
+    return y, u
 
 
 def backward(
@@ -68,19 +60,9 @@ def backward(
     need_dcore: bool,
 ) -> tuple[Tensor, Tensor]:
     """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; what is not needed is returned empty."""
-    from lorasb.kernels import linear as kernels
-
-    rows = rows_of(dy)
-    dx, dcores = kernels.backward(
-        [rows],
-        members=members_of(weight, a, core, b, scaling, dropout),
-        us=[u],
-        plan=plan_of("backward", rows, [b], a),
-        need_dx=need_dx,
-        need_dcore=need_dcore,
-        mask=mask_of(dropout, seed),
-    )
-    return eager.shaped(dx, dy) if dx is not None else dy.new_empty((0,)), dcores[0] if dcores else core.new_empty((0,))
+    members = members_of(weight, a, core, b, scaling, dropout)
+    dx, (dcore,) = _backward([dy], members, [u], need_dx, need_dcore, mask_of(dropout, seed))
+    return dx, dcore
 
 
 def group_forward(
@@ -93,17 +75,9 @@ def group_forward(
     scalings: list[float],
 ) -> list[Tensor]:
     """y_i [..., m_i] of every member, then u_i [M, r]: one pass over x and one grouped extended GEMM."""
-    from lorasb.kernels import linear as kernels
-
-    rows = rows_of(x)
-    bias_of_member: list[Tensor | None] = list(biases) or [None] * len(a)
-    ys, us = kernels.forward(
-        rows,
-        members=kernels.Members(weights, a, cores, b, scalings),
-        biases=bias_of_member,
-        plan=plan_of("forward", rows, b, a[0]),
-    )
-    return [*(eager.shaped(y, x) for y in ys), *us]
+    members = _kernels().Members(weights, a, cores, b, scalings)
+    ys, us = _forward(x, members, list(biases) or [None] * len(a), mask_of())
+    return [*ys, *us]
 
 
 def group_backward(
@@ -118,19 +92,47 @@ def group_backward(
     need_dcore: bool,
 ) -> list[Tensor]:
     """dx = Σ_i dy_i W_i + (s_i·t_i R_i) A_i, written once, and dR_i."""
-    from lorasb.kernels import linear as kernels
+    members = _kernels().Members(weights, a, cores, b, scalings)
+    dx, dcores = _backward(dys, members, us, need_dx, need_dcore, mask_of())
+    return [dx, *dcores]
 
-    rows = [rows_of(dy) for dy in dys]
-    dx, dcores = kernels.backward(
-        rows,
-        members=kernels.Members(weights, a, cores, b, scalings),
-        us=us,
-        plan=plan_of("backward", rows[0], b, a[0]),
-        need_dx=need_dx,
-        need_dcore=need_dcore,
+
+def _forward(x: Tensor, members: Any, biases: list[Any], mask: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """y_i [..., m_i] and u_i [M, r], by prepared launches where they can be repeated."""
+    found = _kernels().forward(
+        x, members, biases, lambda: plan_of("forward", rows_of(x), members.b, members.a[0]), mask
     )
-    empty = [core.new_empty((0,)) for core in cores]
-    return [eager.shaped(dx, dys[0]) if dx is not None else dys[0].new_empty((0,)), *(dcores or empty)]
+    if found is None:
+        from lorasb.kernels import linear as kernels
+
+        rows = rows_of(x)
+        plan = plan_of("forward", rows, members.b, members.a[0])
+        found = kernels.forward(rows, members, biases, plan, mask)
+    ys, us = found
+    return [y if y.dim() == x.dim() else eager.shaped(y, x) for y in ys], us
+
+
+def _backward(
+    dys: list[Tensor], members: Any, us: list[Tensor], need_dx: bool, need_dcore: bool, mask: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """dx [..., n] and dR_i, empty where they are not needed."""
+    like = dys[0]
+    plan = partial(_plan, "backward", like, members)
+    found = _kernels().backward(dys, members, us, plan, need_dx, need_dcore, mask)
+    if found is None:
+        from lorasb.kernels import linear as kernels
+
+        found = kernels.backward([rows_of(dy) for dy in dys], members, us, plan(), need_dx, need_dcore, mask)
+    dx, dcores = found
+    if dx is None:
+        dx = like.new_empty((0,))
+    elif dx.dim() != like.dim():
+        dx = eager.shaped(dx, like)
+    return dx, dcores or [core.new_empty((0,)) for core in members.cores]
+
+
+def _plan(op: str, x: Tensor, members: Any) -> Any:
+    return plan_of(op, rows_of(x), members.b, members.a[0])
 
 
 def or_eager(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -199,21 +201,34 @@ def rows_of(x: Tensor) -> Tensor:
 
 def members_of(weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, scaling: float, dropout: float = 0.0) -> Any:
     """One layer as a group; its scale holds dropout's factor 1 / (1 - p), so that the kernels multiply once."""
-    from lorasb.kernels.linear import Members
-
-    return Members([weight], [a], [core], [b], [scaling / (1.0 - dropout)])
+    return _kernels().Members([weight], [a], [core], [b], [scaling / (1.0 - dropout)])
 
 
-def mask_of(dropout: float, seed: Tensor | None) -> Any:
+@cache
+def _kernels() -> Any:
+    """Imported at the first call, as they import triton; kept, as an import statement costs a microsecond a time."""
+    from lorasb.kernels import prepared_linear
+
+    return prepared_linear
+
+
+@cache
+def _no_mask() -> Any:
+    from lorasb.kernels.operands import Mask
+
+    return Mask()
+
+
+def mask_of(dropout: float = 0.0, seed: Tensor | None = None) -> Any:
     """The mask's probability and its seed as a number.
 
     Raises:
         CaptureError: a CUDA graph is being captured, which would repeat one mask for ever.
     """
-    from lorasb.kernels.linear import Mask
-
     if seed is None:
-        return Mask()
+        return _no_mask()
+    from lorasb.kernels.operands import Mask
+
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise CaptureError(
             "lora_dropout under CUDA graph capture would repeat one mask at every replay: set lora_dropout=0, or call "
@@ -272,11 +287,14 @@ def _device(device: torch.device) -> tuple[str, int]:
 
 def _suits(x: Tensor) -> bool:
     """True if `auto` tries the kernels: CUDA since sm_80, and a dtype that they have (uint8: a weight in 4 bits)."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.uint8):
-        return False
-    return not x.is_cuda or (
-        torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= SMALLEST_CAPABILITY
-    )
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8) and _is_capable(x.device)
+
+
+@cache
+def _is_capable(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= SMALLEST_CAPABILITY
 
 
 def call_key(kernel: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, ...]:
@@ -293,9 +311,10 @@ def call_key(kernel: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any,
 
 def _give_up(key: tuple[Any, ...], error: Exception) -> None:
     """Warn, and leave this kernel alone for such calls from now on: others may well run."""
-    from lorasb.kernels import workspace
+    from lorasb.kernels import prepared_linear, workspace
 
     workspace.forget()
+    prepared_linear.forget()
     _broken[key] = f"{type(error).__name__}: {error}"
     warnings.warn(
         f"lorasb's fused kernels do not run here ({_broken[key]}): eager torch computes instead, from now on, "

@@ -43,6 +43,15 @@ class Executor:
         self.programs += report.programs
         self.counts.update(report.counts)
 
+    def bind(self, launch: Any) -> Any:
+        """In place of `lorasb.kernels.prepared_launch.bind`: a prepared launch, executed with the tensors it is given."""
+        call = launch.call
+
+        def raw(stream: int, values: tuple[Any, ...], tensors: Any) -> None:
+            self.run(call.kernel, call.grid, launch.arguments(tensors, values[-1]), call.options)
+
+        return raw
+
     def compile(self, launch: Any) -> Compiled:
         """The kernel of a launch; Triton keeps what it compiled."""
         compiled = compile_launch(launch, self.driver)
@@ -69,11 +78,13 @@ def install(arch: str) -> Executor:
     from dataclasses import replace
 
     from lorasb.backends.triton import linear as backend
-    from lorasb.kernels import launcher, plan
+    from lorasb.kernels import launcher, plan, prepared_launch
     from lorasb.ops import registry
 
     executor = Executor(arch)
+    prepared_launch.driver.set_active(executor.driver)  # and stays so: without a card there is no other
     launcher.run = executor.run  # type: ignore[attr-defined]
+    prepared_launch.bind = executor.bind  # type: ignore[attr-defined]
     backend._device = lambda device: (arch, MULTIPROCESSORS[arch])  # type: ignore[assignment]
     registry._missing["triton"] = lambda: None
     choose = plan.choose

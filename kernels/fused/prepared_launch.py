@@ -1,0 +1,222 @@
+"""Launches prepared once for a kind of call, and repeated with other tensors of the same shapes.
+
+Triton's own launch binds some fifty arguments by name, specializes each and looks the kernel up: 17 µs of Python (Zen
+5), four times a layer. All of it depends on shapes, strides, dtypes and alignments alone, and so do our launchers. So a
+kind of call is made on `meta` tensors first; of each launch its compiled kernel is kept, and which of the call's
+tensors each pointer is. A repetition takes addresses and hands them to the compiled kernel's own launcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime import driver
+
+from . import workspace
+from .block_sizes import cdiv
+from .launcher import KernelCall
+
+ALIGNMENT = 16  # bytes; Triton compiles other kernels for pointers that are less aligned
+SCRATCH_ALIGNMENT = 256  # bytes between tensors of the scratch, as torch's allocator has
+PARTIAL, COUNTERS, DUMMIES = "partial", "counters", ("partial", "counters", "dcores")  # argument names
+Raw = Callable[[int, "tuple[Any, ...]", "Sequence[Tensor]"], None]  # of stream, (*addresses, seed) and tensors
+
+
+class NotPreparedError(ValueError):
+    """A call that has to be made the ordinary way every time."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a pointer comes from: bytes after the start of one of the call's tensors.
+
+    Attributes:
+        index: of the tensor.
+        offset: in bytes.
+        like: the argument on `meta`, of the same shape, strides and dtype.
+    """
+
+    index: int
+    offset: int
+    like: Tensor
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The argument."""
+        tensor, size = tensors[self.index], self.like.element_size()
+        start = (tensor.storage_offset() * tensor.element_size() + self.offset) // size
+        found = torch.empty(0, dtype=self.like.dtype, device=tensor.device)
+        return found.set_(tensor.untyped_storage(), start, self.like.shape, self.like.stride())  # type: ignore[call-overload, no-any-return]
+
+
+@dataclass(frozen=True)
+class PreparedLaunch:
+    """One launch.
+
+    Attributes:
+        call: as it was made on `meta`.
+        places: by name, of arguments that are tensors or tuples of tensors.
+        constants: all other arguments but the seed.
+        take: all arguments in their order, from (*addresses, seed, *constants).
+    """
+
+    call: KernelCall
+    places: dict[str, Any]
+    constants: tuple[Any, ...]
+    take: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+
+    def arguments(self, tensors: Sequence[Tensor], seed: int) -> dict[str, Any]:
+        """The arguments by name, as an ordinary launch has them."""
+        found = dict(self.call.arguments)
+        for name, place in self.places.items():
+            found[name] = place.of(tensors) if isinstance(place, Place) else tuple(one.of(tensors) for one in place)
+        return found | ({"seed": seed} if "seed" in found else {})
+
+
+class Prepared:
+    """The launches of one kind of call.
+
+    Args:
+        calls: made on `meta`.
+        tensors: the call's tensors on `meta`, each with a storage of its own, in the order that `repeat` takes.
+        inner: tensors that only these launches read and write; `repeat` allocates them, and the workspaces.
+
+    Raises:
+        NotPreparedError: an argument is none of these, but a copy that a launcher made.
+    """
+
+    def __init__(self, calls: Sequence[KernelCall], tensors: Sequence[Tensor], inner: Sequence[Tensor] = ()) -> None:
+        self._origins = {_storage(tensor): (i, 0) for i, tensor in enumerate(tensors)}
+        self._scratch_size = self._allocate(len(tensors), tensors[0].element_size(), calls, inner)
+        self._count = max((0, *(_elements(call, COUNTERS) for call in calls)))
+        self._counters = len(tensors) + (self._scratch_size > 0)  # index
+        placed = [self._places(call) for call in calls]
+        self._derived = sorted({(p.index, p.offset) for places in placed for p in _flat(places.values()) if p.offset})
+        self.launches = [self._launch(call, places) for call, places in zip(calls, placed, strict=True)]
+        self._own_zeros: Tensor | None = None
+        self._raw: list[Raw] = []
+
+    def repeat(self, tensors: list[Tensor], seed: int = 0) -> bool:
+        """Launch with these tensors; False, and nothing was launched, if one of them is less aligned."""
+        like = tensors[0]
+        stream = driver.active.get_current_stream(like.get_device())
+        if self._scratch_size:
+            tensors.append(like.new_empty(self._scratch_size))
+        if self._count:
+            tensors.append(self._zeros(like, stream))
+        addresses, bits = [tensor.data_ptr() for tensor in tensors], 0
+        for address in addresses:
+            bits |= address
+        if bits % ALIGNMENT:
+            return False
+        for index, offset in self._derived:  # addresses within a tensor, after those of the tensors
+            addresses.append(addresses[index] + offset)
+        values = (*addresses, seed)
+        for raw in self._raw or self._bind():
+            raw(stream, values, tensors)
+        return True
+
+    def _zeros(self, like: Tensor, stream: int) -> Tensor:
+        """Counters; on the default stream (0) those of this kind, which every launch leaves at zero."""
+        if stream or (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return workspace.counters(like.device, self._count)
+        if self._own_zeros is None:
+            self._own_zeros = torch.zeros(self._count, dtype=torch.int32, device=like.device)
+        return self._own_zeros
+
+    def _bind(self) -> list[Raw]:
+        self._raw = [bind(launch) for launch in self.launches]
+        return self._raw
+
+    def _allocate(self, index: int, itemsize: int, calls: Sequence[KernelCall], inner: Sequence[Tensor]) -> int:
+        """Lay out the scratch: the inner tensors, then one workspace for all launches, which run one after another.
+
+        Returns its size in elements of `itemsize` bytes.
+        """
+        size = 0
+        for tensor in inner:
+            self._origins[_storage(tensor)] = (index, size)
+            size += cdiv(tensor.numel() * tensor.element_size(), SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+        for call in calls:
+            self._origins[_storage(call.arguments[PARTIAL])] = (index, size)
+        return (size + 4 * max((0, *(_elements(call, PARTIAL) for call in calls)))) // itemsize
+
+    def _places(self, call: KernelCall) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in call.arguments.items():
+            if isinstance(value, Tensor):
+                found[name] = self._place(call, name, value)
+            elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+                found[name] = tuple(self._place(call, name, one) for one in value)
+        return found
+
+    def _place(self, call: KernelCall, name: str, tensor: Tensor) -> Place:
+        if _elements(call, PARTIAL) == 0 and _storage(tensor) == _storage(call.arguments[PARTIAL]):
+            return Place(0, 0, tensor)  # a dummy, neither read nor written: any address will do
+        index, start = self._origins.get(_storage(tensor), (self._counters if name == COUNTERS else -1, 0))
+        offset = start + tensor.storage_offset() * tensor.element_size()
+        if index < 0 or offset % ALIGNMENT:
+            raise NotPreparedError(f"{name} of {call.kernel.__name__} is a copy, or not aligned")
+        return Place(index, offset, tensor)
+
+    def _launch(self, call: KernelCall, places: dict[str, Any]) -> PreparedLaunch:
+        seed = self._first_derived + len(self._derived)
+        constants: list[Any] = []
+        indices: list[int | slice] = []
+        for parameter in call.kernel.params:
+            name = parameter.name
+            if name in places:
+                indices.append(self._position(places[name]))
+            else:
+                indices.append(seed if name == "seed" else seed + 1 + len(constants))
+                constants += [] if name == "seed" else [call.arguments[name]]
+        return PreparedLaunch(call, places, tuple(constants), itemgetter(*indices))
+
+    def _position(self, place: Place | tuple[Place, ...]) -> int | slice:
+        """Where an address stands in (*addresses, seed, *constants); of a tuple, a slice."""
+        if isinstance(place, Place):
+            if not place.offset:
+                return place.index
+            return self._first_derived + self._derived.index((place.index, place.offset))
+        first, *others = (self._position(one) for one in place)
+        if [first, *others] != list(range(first, first + len(place))):
+            raise NotPreparedError("the tensors of one argument do not stand together")
+        return slice(first, first + len(place))
+
+    @property
+    def _first_derived(self) -> int:
+        return self._counters + (self._count > 0)
+
+
+def bind(launch: PreparedLaunch) -> Raw:
+    """Compile a launch's kernel, or find it where Triton keeps it, and load it onto the current device.
+
+    A module global, so that tests can execute compiled kernels elsewhere than on a card.
+    """
+    call, take, constants = launch.call, launch.take, launch.constants
+    compiled = call.kernel.run(grid=(call.grid,), warmup=True, **call.arguments, **call.options)
+    run, function, metadata, grid = compiled.run, compiled.function, compiled.packed_metadata, call.grid
+
+    def raw(stream: int, values: tuple[Any, ...], _: Sequence[Tensor]) -> None:
+        run(grid, 1, 1, stream, function, metadata, None, None, None, *take(values + constants))
+
+    raw.compiled = compiled  # type: ignore[attr-defined]  # which unloads itself where nothing refers to it
+    return raw
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Place]:
+    for value in values:
+        yield from (value,) if isinstance(value, Place) else value
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _elements(call: KernelCall, name: str) -> int:
+    """Of a workspace; 0 where sums are not split and a dummy stands for it."""
+    return call.arguments[name].numel() if call.arguments[PARTIAL].numel() > 1 else 0

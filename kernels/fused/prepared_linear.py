@@ -1,0 +1,247 @@
+"""`linear`'s forward and backward from launches prepared once for a kind of call: shapes, strides, dtypes and scales.
+
+What takes the ordinary way of `linear`: kernels that are interpreted or watched, another current device, pointers that
+are not aligned to 16 bytes, and operands that a kernel could only take as copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import extended_gemm_launch, launcher, linear, low_rank_launch
+from . import plan as plan_tables
+from .extended_gemm import extended_gemm
+from .operands import INT32_LIMIT, Mask, Members, fp32_precision, on_device
+from .plan import Plan
+from .prepared_launch import NotPreparedError, Prepared
+
+MOST_KINDS = 4096  # some KB each; every number of tokens is a kind
+Biases = Sequence[Tensor | None]
+_kinds: dict[tuple[Any, ...], Any] = {}
+
+
+def forward(
+    x: Tensor, members: Members, biases: Biases, plan: Callable[[], Plan], mask: Mask
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """y_i [..., m_i], or [M, m_i] where cuBLAS writes them, and u_i [M, r]; None if `linear.forward` has to be called.
+
+    Args:
+        x: [..., n].
+        members, biases, mask: as of `linear.forward`.
+        plan: called for a new kind of call alone.
+    """
+    if not (_is_ready(x) and _has_rows(x)):
+        return None
+    tensors = (x, *members.weights, *members.a, *members.cores, *members.b, *biases)
+    key = (x.get_device(), *_key(members, mask, tensors))
+    kind = _kinds.get(key) or _remember(key, Forward(x, members, biases, plan(), mask))
+    result: tuple[list[Tensor], list[Tensor]] | None = kind(x, members, biases, mask)
+    return result
+
+
+def backward(
+    dys: Sequence[Tensor],
+    members: Members,
+    us: Sequence[Tensor],
+    plan: Callable[[], Plan],
+    need_dx: bool,
+    need_dcore: bool,
+    mask: Mask,
+) -> tuple[Tensor | None, list[Tensor]] | None:
+    """dx [..., n], or [M, n] where cuBLAS writes it, and dR_i [r, r]; None if `linear.backward` has to be called."""
+    if not (_is_ready(dys[0]) and all(map(_has_rows, dys))):
+        return None
+    tensors = (*dys, *members.weights, *members.a, *members.cores, *members.b, *us)
+    key = (dys[0].get_device(), need_dx, need_dcore, *_key(members, mask, tensors))
+    kind = _kinds.get(key) or _remember(key, Backward(dys, members, us, plan(), need_dx, need_dcore, mask))
+    result: tuple[Tensor | None, list[Tensor]] | None = kind(dys, members, us, mask)
+    return result
+
+
+def _remember(key: tuple[Any, ...], kind: Any) -> Any:
+    if len(_kinds) >= MOST_KINDS:
+        _kinds.clear()
+    _kinds[key] = kind
+    return kind
+
+
+class Forward:
+    """One kind of forward: its plan, the shapes of what it allocates, and its launches."""
+
+    def __init__(self, x: Tensor, members: Members, biases: Biases, plan: Plan, mask: Mask) -> None:
+        rows, self.count = _rows(x), len(members.a)
+        self.plan, self.is_fused = plan, linear.is_fused(plan, members, mask)
+        self.u_shape, self.v_shape = (len(rows), members.r), (len(rows), members.width * self.count)
+        self.y_shapes = [(*x.shape[:-1], b.shape[0]) for b in members.b] if self.is_fused else []
+        meta = _on_meta(rows), members.map(_on_meta), [_on_meta(bias) for bias in biases]
+        with on_device(x):
+            self.prepared = _or_none(lambda: self._prepare(*meta, mask))
+
+    def __call__(
+        self, x: Tensor, members: Members, biases: Biases, mask: Mask
+    ) -> tuple[list[Tensor], list[Tensor]] | None:
+        """y_i and u_i."""
+        if self.prepared is None:
+            return None
+        us, ys = self._allocate(x)
+        vs = [] if self.is_fused else [x.new_empty(self.v_shape)]
+        if not self.prepared.repeat([*self._tensors(x, members, biases, us, ys), *vs], mask.seed):
+            return None
+        return ys or linear.addmm(_rows(x), members, biases, vs[0]), us
+
+    def _allocate(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """u_i, and y_i unless cuBLAS allocates them."""
+        return [x.new_empty(self.u_shape) for _ in range(self.count)], [x.new_empty(shape) for shape in self.y_shapes]
+
+    def _tensors(self, x: Tensor, members: Members, biases: Biases, us: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
+        """What the launches read and write beside v; members of one argument stand together."""
+        if not self.is_fused:
+            return [x, *members.a, *members.cores, *us]
+        others = [t for t in (*members.weights, *biases) if t is not None]
+        return [x, *members.a, *members.cores, *us, *members.b, *others, *ys]
+
+    def _prepare(self, x: Tensor, members: Members, biases: Biases, mask: Mask) -> Prepared:
+        (us, ys), v = self._allocate(x), x.new_empty(self.v_shape)
+        tensors = self._tensors(x, members, biases, us, ys)
+        ys = [_rows(y) for y in ys]
+        calls = linear.prep_calls(x, members, us, v, self.plan, mask)
+        if not self.is_fused:  # cuBLAS reads v
+            return Prepared(calls, [*tensors, v])
+        calls.append(extended_gemm_launch.forward_call(x, members, biases, v, ys, self.plan))
+        return Prepared(calls, tensors, inner=[v])
+
+
+class Backward:
+    """One kind of backward: its plan, the shapes of what it allocates, and its launches."""
+
+    def __init__(
+        self,
+        dys: Sequence[Tensor],
+        members: Members,
+        us: Sequence[Tensor],
+        plan: Plan,
+        need_dx: bool,
+        need_dcore: bool,
+        mask: Mask,
+    ) -> None:
+        rows = [_rows(dy) for dy in dys]
+        self.plan, self.need_dx, self.need_dcore = plan, need_dx, need_dcore
+        self.is_fused = need_dx and linear.is_fused(plan, members, mask)
+        self.t_shape = (len(rows[0]), members.width * len(dys))
+        self.dx_shape = (
+            (*dys[0].shape[:-1], members.a[0].shape[1]) if self.is_fused else (len(rows[0]), members.a[0].shape[1])
+        )
+        meta = [_on_meta(dy) for dy in rows], members.map(_on_meta), [_on_meta(u) for u in us]
+        with on_device(dys[0]):
+            self.prepared = _or_none(lambda: self._prepare(*meta, mask))
+
+    def __call__(
+        self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], mask: Mask
+    ) -> tuple[Tensor | None, list[Tensor]] | None:
+        """dx and dR_i."""
+        if self.prepared is None:
+            return None
+        dx, dcores = self._allocate(dys, members)
+        ws = [dys[0].new_empty(self.t_shape)] if self._has_addmm else []
+        if not self.prepared.repeat([*self._tensors(dys, members, us, dx, dcores), *ws], mask.seed):
+            return None
+        if dx is not None and ws:
+            linear.addmm_backward([_rows(dy) for dy in dys], members, ws[0], dx)
+        return dx, dcores
+
+    @property
+    def _has_addmm(self) -> bool:
+        """True if cuBLAS computes dx, and reads w."""
+        return self.need_dx and not self.is_fused
+
+    def _allocate(self, dys: Sequence[Tensor], members: Members) -> tuple[Tensor | None, list[Tensor]]:
+        """dx and dR_i."""
+        dcores = [core.new_empty(core.shape) for core in members.cores] if self.need_dcore else []
+        return dys[0].new_empty(self.dx_shape) if self.need_dx else None, dcores
+
+    def _tensors(
+        self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], dx: Tensor | None, dcores: list[Tensor]
+    ) -> list[Tensor]:
+        """What the launches read and write beside t and w; members of one argument stand together."""
+        tensors = [*dys, *members.b, *members.cores]
+        if self.is_fused or dcores:
+            tensors += members.a
+        if dcores:
+            tensors += us
+            tensors += dcores
+        if self.is_fused and dx is not None:
+            tensors += [weight for weight in members.weights if weight is not None]
+            tensors.append(dx)
+        return tensors
+
+    def _prepare(self, dys: list[Tensor], members: Members, us: list[Tensor], mask: Mask) -> Prepared:
+        dx, dcores = self._allocate(dys, members)
+        t = dys[0].new_empty(self.t_shape)
+        w = torch.empty_like(t) if self.need_dx else t
+        tensors = self._tensors(dys, members, us, dx, dcores)
+        calls = [low_rank_launch.backward_call(dys, members, t, w, self.plan, self.need_dx)]
+        if self.is_fused or dcores:
+            written = _rows(dx) if self.is_fused and dx is not None else None
+            gemm = extended_gemm_launch.backward_call(dys, members, us, t, w, written, dcores, self.plan, mask)
+            calls.append(gemm)
+        if self._has_addmm:
+            return Prepared(calls, [*tensors, w], inner=[t])
+        return Prepared(calls, tensors, inner=[t, w] if self.need_dx else [t])
+
+
+def forget() -> None:
+    """Prepare every kind anew at its next call."""
+    _kinds.clear()
+
+
+def _is_ready(x: Tensor) -> bool:
+    """True if a launch on x's device can be repeated now."""
+    if not launcher.is_compiled(extended_gemm) or launcher.is_watched():
+        return False
+    return not x.is_cuda or x.get_device() == torch.cuda.current_device()
+
+
+def _has_rows(x: Tensor) -> bool:
+    """True for a nonempty x [..., n] whose rows stand one after another."""
+    return x.numel() > 0 and (x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as [M, n], a view."""
+    return x if x.dim() == 2 else x.view(-1, x.shape[-1])
+
+
+def _key(members: Members, mask: Mask, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """What a call's launches depend on."""
+    first = tensors[0]
+    wide_seed = mask.seed >= INT32_LIMIT  # Triton takes integers by their size
+    product = fp32_precision() if first is not None and first.dtype == torch.float32 else ""
+    return (
+        plan_tables.generation,
+        product,
+        mask.dropout,
+        wide_seed,
+        *members.scales,
+        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
+    )
+
+
+def _on_meta(tensor: Any) -> Any:
+    """A tensor of the same kind without memory; None for None."""
+    return (
+        None
+        if tensor is None
+        else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    )
+
+
+def _or_none(prepare: Callable[[], Prepared]) -> Prepared | None:
+    """None for calls that have to be made the ordinary way every time."""
+    try:
+        return prepare()
+    except NotPreparedError:
+        return None

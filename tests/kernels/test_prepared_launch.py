@@ -1,0 +1,122 @@
+"""A prepared launch hands every argument of its kernel the address, the seed or the number that belongs there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorasb.kernels import prepared_launch
+from lorasb.kernels.block_sizes import PrepConfig
+from lorasb.kernels.launcher import KernelCall
+from lorasb.kernels.prepared_launch import NotPreparedError, Prepared, PreparedLaunch
+
+CONFIG = PrepConfig(16, 16, 4, 1)
+NAMES = ("x", "factors", "v", "M", "partial", "counters", "seed", "dcores", "SPLIT")
+
+
+def kernel(*names: str) -> Any:
+    """As much of a kernel as preparing asks for."""
+    return SimpleNamespace(params=[SimpleNamespace(name=name) for name in names], __name__="kernel")
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The arguments of every launch."""
+    found: list[tuple[Any, ...]] = []
+
+    def bind(launch: PreparedLaunch) -> Any:
+        def raw(stream: int, values: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
+            found.append(launch.take(values + launch.constants))
+
+        return raw
+
+    monkeypatch.setattr(prepared_launch, "bind", bind)
+    monkeypatch.setattr(
+        prepared_launch, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda _: 0))
+    )
+    return found
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def prepared(split: bool) -> Prepared:
+    """A kernel of x [4, 8], two factors, the second half of v [8, 16], sums, counters, a seed and numbers."""
+    x, factors, v = meta(4, 8), [meta(8, 8), meta(8, 8)], meta(8, 16)
+    partial = meta(100 if split else 1)
+    counters = meta(3, dtype=torch.int32) if split else partial.view(torch.int32)
+    values = (x, tuple(factors), v[4:], 4, partial, counters, 0, (partial,), split)
+    call = KernelCall(kernel(*NAMES), 2, dict(zip(NAMES, values, strict=True)), CONFIG)
+    return Prepared([call], [x, *factors], inner=[v])
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_every_argument_gets_what_is_its(split: bool, taken: list[tuple[Any, ...]]) -> None:
+    known = prepared(split)
+    for seed in (5, 2**62 + 1):  # once more, with other tensors
+        tensors = [torch.zeros(4, 8), torch.zeros(8, 8), torch.zeros(8, 8)]
+        given = list(tensors)
+        assert known.repeat(given, seed)
+        x, factors, v, M, partial, counters, told, dcores, is_split = taken.pop()
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        assert (x, list(factors), M, told, is_split) == (addresses[0], addresses[1:], 4, seed, split)
+        scratch = given[3]
+        assert v == scratch.data_ptr() + 4 * 16 * 4
+        if split:
+            assert partial == dcores[0] == scratch.data_ptr() + 8 * 16 * 4
+            assert scratch.numel() == 8 * 16 + 100
+            assert counters == given[4].data_ptr()
+            assert given[4].dtype == torch.int32
+            assert not given[4].any()
+            assert given[4].numel() == 3
+        else:  # dummies, which no program touches
+            assert {partial, counters, *dcores} == {addresses[0]}
+
+
+def test_counters_are_allocated_once_a_kind(taken: list[tuple[Any, ...]]) -> None:
+    known, pointers = prepared(True), set()
+    for _ in range(3):
+        known.repeat([torch.zeros(4, 8), torch.zeros(8, 8), torch.zeros(8, 8)])
+        pointers.add(taken[-1][NAMES.index("counters")])
+    assert len(pointers) == 1
+
+
+def test_tensors_that_are_less_aligned_launch_nothing(taken: list[tuple[Any, ...]]) -> None:
+    shifted = torch.zeros(33)[1:].view(4, 8)
+    assert not prepared(False).repeat([shifted, torch.zeros(8, 8), torch.zeros(8, 8)])
+    assert not taken
+
+
+def test_arguments_by_name_are_views_of_the_tensors(taken: list[tuple[Any, ...]]) -> None:
+    known = prepared(True)
+    tensors = [torch.randn(4, 8), torch.randn(8, 8), torch.randn(8, 8)]
+    known.repeat(tensors, 7)
+    found = known.launches[0].arguments(tensors, 7)
+    assert torch.equal(found["x"], tensors[0])
+    assert torch.equal(found["factors"][1], tensors[2])
+    assert found["v"].shape == (4, 16)
+    assert found["v"].untyped_storage().data_ptr() == tensors[3].untyped_storage().data_ptr()
+    assert found["seed"] == 7
+
+
+def test_a_copy_is_not_prepared() -> None:
+    """What a launcher copied (rows that were not contiguous) would be missed by a repetition."""
+    x, stray, dummy = meta(4, 8), meta(4, 8), meta(1)
+    arguments = {"x": x, "v": stray, "partial": dummy, "counters": dummy}
+    call = KernelCall(kernel(*arguments), 1, arguments, CONFIG)
+    with pytest.raises(NotPreparedError, match="v of kernel is a copy"):
+        Prepared([call], [x])
+
+
+def test_tensors_of_one_argument_have_to_stand_together() -> None:
+    a, b, c, dummy = meta(4, 8), meta(4, 8), meta(4, 8), meta(1)
+    arguments = {"xs": (a, c), "partial": dummy, "counters": dummy}
+    call = KernelCall(kernel(*arguments), 1, arguments, CONFIG)
+    with pytest.raises(NotPreparedError, match="stand together"):
+        Prepared([call], [a, b, c])

@@ -1,0 +1,143 @@
+"""Prepared launches of the adapted linear: the bits of ordinary ones, on compiled kernels (`--ptx`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import environment
+import pytest
+import torch
+from calls import run_kernels
+from kernel_cases import check_case, group_cases, run_group
+from reference import Case, make_case
+from torch import Tensor
+
+import lorasb
+from lorasb.backends.triton import linear as backend
+from lorasb.functional import lora_sb_linear
+from lorasb.kernels import linear, plan, prepared_linear
+from lorasb.kernels.launcher import observed
+
+pytestmark = pytest.mark.skipif(not environment.PTX, reason="executes compiled kernels: pytest --ptx sm_86")
+SHAPES = {
+    "decode": (3, 128, 80, 16),
+    "aligned": (64, 128, 128, 64),
+    "ragged": (70, 100, 136, 24),
+    "long": (20, 1024, 64, 16),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_prepared() -> Iterator[None]:
+    prepared_linear.forget()
+    yield
+    prepared_linear.forget()
+
+
+def same_bits(call: Callable[[], Any], patch: pytest.MonkeyPatch) -> Any:
+    """The results of a call by prepared launches, and of one that repeats them, which are those of ordinary launches."""
+    torch.manual_seed(3)
+    with observed():  # who watches launches gets ordinary ones
+        wanted = call()
+    assert not prepared_linear._kinds
+    with patch.context() as inner:
+        for way in (linear.forward, linear.backward):
+            inner.setattr(linear, way.__name__, lambda *_: pytest.fail("an ordinary launch"))
+        for _ in range(2):
+            torch.manual_seed(3)
+            results = call()
+            for result, want in zip(results, wanted, strict=True):
+                assert torch.equal(result, want)
+    assert prepared_linear._kinds
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_layer(shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    M, n, m, r = SHAPES[shape]
+    case = make_case((M,), n, m, r, dtype, bias=shape == "aligned")
+    check_case(case, same_bits(lambda: run_kernels(case), monkeypatch))
+    others = make_case((M,), n, m, r, dtype, bias=shape == "aligned", seed=9)
+    check_case(others, run_kernels(others))  # a repetition with other tensors
+    assert len(prepared_linear._kinds) == 2  # one forward, one backward
+
+
+def test_more_dimensions_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case((2, 3, 4), 64, 48, 8, torch.bfloat16)
+    check_case(case, same_bits(lambda: run_kernels(case), monkeypatch))
+    prepared_linear.forget()
+    same_bits(lambda: run_kernels(case, dropout=0.4), monkeypatch)
+    masks = [run_kernels(case, dropout=0.4)[0] for _ in range(2)]
+    assert not torch.equal(*masks)  # each call has a seed of its own
+
+
+def test_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = group_cases(20, 64, (48, 32, 40), 24, torch.bfloat16)
+    same_bits(lambda: run_group(cases), monkeypatch)
+
+
+def test_cublas_beside_prepared_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = backend.plan_of
+    monkeypatch.setattr(backend, "plan_of", lambda *given: replace(choose(*given), path="addmm"))
+    case = make_case((2, 35), 96, 80, 24, torch.bfloat16)
+    same_bits(lambda: run_kernels(case), monkeypatch)
+    prepared_linear.forget()
+    cases = group_cases(20, 64, (48, 32, 40), 24, torch.bfloat16)
+    same_bits(lambda: run_group(cases), monkeypatch)
+
+
+@pytest.mark.parametrize("needed", ["dx", "dR"])
+def test_one_gradient_alone(needed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case((20,), 64, 48, 8, torch.bfloat16)
+
+    def call() -> list[Tensor]:
+        x, core = case.x.clone().requires_grad_(needed == "dx"), case.core.clone().requires_grad_(needed == "dR")
+        with lorasb.backend("triton"):
+            y = lora_sb_linear(x, case.weight, case.a, core, case.b, case.bias, case.scaling)
+        return list(torch.autograd.grad(y, x if needed == "dx" else core, case.dy))
+
+    same_bits(call, monkeypatch)
+
+
+def test_without_a_base_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case((20,), 64, 48, 8, torch.bfloat16, bias=False)
+    case.weight = None  # type: ignore[assignment]
+    same_bits(lambda: run_kernels(case), monkeypatch)
+
+
+def test_what_cannot_be_repeated_is_launched_the_ordinary_way() -> None:
+    case = make_case((20,), 64, 48, 8, torch.bfloat16)
+    wanted = run_kernels(case)
+    shifted = torch.empty(20 * 64 + 1, dtype=torch.bfloat16)[1:].view(20, 64).copy_(case.x)
+    for x in (shifted, torch.empty(64, 20, dtype=torch.bfloat16).t().copy_(case.x)):  # not aligned; no rows
+        for result, want in zip(run_kernels(case, x=x.detach()), wanted, strict=True):
+            assert torch.equal(result, want)
+    turned = replace(case, core=case.core.t().contiguous().t())  # the kernels take a copy of it
+    check_case(turned, run_kernels(turned))
+    check_case(turned, run_kernels(turned))
+
+
+def test_a_gradient_that_is_one_number_is_no_matrix_of_rows() -> None:
+    case = make_case((20,), 64, 48, 8, torch.bfloat16)
+    case.dy = torch.ones(()).to(torch.bfloat16).expand(20, 48)
+    check_case(case, run_kernels(case))
+
+
+def test_new_tables_prepare_anew() -> None:
+    case = make_case((20,), 64, 48, 8, torch.bfloat16)
+    run_kernels(case)
+    before = len(prepared_linear._kinds)
+    plan.forget()
+    run_kernels(case)
+    assert len(prepared_linear._kinds) == 2 * before
+
+
+def test_kinds_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared_linear, "MOST_KINDS", 2)
+    for M in (1, 2, 3):
+        case: Case = make_case((M,), 32, 32, 8, torch.bfloat16)
+        check_case(case, run_kernels(case))
+        assert len(prepared_linear._kinds) <= 2
