@@ -14,8 +14,8 @@ from torch import Tensor
 from .backends import cpp  # importing the package registers all backends
 from .backends.eager import linear as eager
 from .constants import MAX_RANK
-from .ops import cpu_fast_path
-from .ops.registry import backend_op, cpu_kernel, current_backend
+from .ops import fast_path
+from .ops.registry import backend_op, current_backend, direct_kernel
 from .quantization.quantized_weight import QuantizedWeight, of_weight
 from .utils.deprecation import warn_renamed
 from .utils.dtypes import FLOATS
@@ -74,23 +74,25 @@ def _over_dense(
     dropout: float,
 ) -> Tensor:
     # Before the checks and the op, which ask for equal dtypes; the kernels switch autocast off.
-    if torch.is_autocast_enabled(x.device.type):
+    if _is_autocast(x):
         x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
     _check(x, weight, lora_A, lora_R, lora_B, bias)
     seed = _seed(dropout)
     arguments = (x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout, seed)
     backend = current_backend()
-    kernels = cpu_fast_path.kernels("linear", backend, *arguments[:6])
+    kernels = fast_path.kernels("linear", backend, *arguments[:6])
     # Three ways, the cheapest first: torch's own ops, the kernel by an autograd function, the op by the dispatcher.
     if kernels and dropout == 0.0 and _composes(kernels, x, (weight,), (lora_A, lora_B, bias)):
-        return cpu_fast_path.composed(*arguments[:7])
+        return fast_path.composed(*arguments[:7])
+    if kernels:
+        return fast_path.linear(*arguments, kernels)
     y: Tensor
-    y, _ = cpu_fast_path.Linear.apply(*arguments, kernels) if kernels else backend_op("linear", backend)(*arguments)
+    y, _ = backend_op("linear", backend)(*arguments)
     return y
 
 
 def _composes(
-    kernels: cpu_fast_path.Kernels, x: Tensor, weights: Sequence[Tensor | None], frozen: Sequence[Tensor | None]
+    kernels: fast_path.Kernels, x: Tensor, weights: Sequence[Tensor | None], frozen: Sequence[Tensor | None]
 ) -> bool:
     """True if a small call is faster composed of torch's own ops, as far as those would compute it in any case.
 
@@ -98,7 +100,7 @@ def _composes(
     """
     uses_extension = kernels[0] in (cpp.forward, cpp.group_forward) and cpp.serves(x.dtype, *weights)
     uses_torch = kernels[0] in (cpp.forward, cpp.group_forward, eager.forward, eager.group_forward)
-    return uses_torch and not uses_extension and cpu_fast_path.small(x, (*weights, *frozen))
+    return x.is_cpu and uses_torch and not uses_extension and fast_path.small(x, (*weights, *frozen))
 
 
 def _seed(dropout: float) -> Tensor | None:
@@ -122,7 +124,7 @@ def _over_quantized(
         y = _served(x, weight, a, core, b, bias, scaling)
         if y is not None:
             return y
-    if torch.is_autocast_enabled(x.device.type):
+    if _is_autocast(x):
         x, a, b, bias = _autocast(x, a, b, bias)
     if weight.shape != (b.shape[0], a.shape[-1]):
         raise ValueError(f"expected a quantized weight [{b.shape[0]}, {a.shape[-1]}], got {list(weight.shape)}")
@@ -133,14 +135,11 @@ def _over_quantized(
         )
     backend, quant, layout = current_backend(), weight.tensors, weight.layout(x.dtype)
     arguments = (x, quant, layout, a, core, b, bias, scaling, dropout, _seed(dropout))
-    kernels = cpu_fast_path.kernels("linear_quantized", backend, x, a, core, b, bias, *quant)
-    if kernels is None:
-        y, _ = backend_op("linear_quantized", backend)(*arguments)
-    elif torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
-        y, _ = cpu_fast_path.LinearQuantized.apply(*arguments, kernels, *quant)
-    else:  # no gradient to record: not even the autograd function is needed
-        y, _ = kernels[0](*arguments)
-    return y
+    kernels = fast_path.kernels("linear_quantized", backend, x, a, core, b, bias, *quant)
+    if kernels:
+        return fast_path.linear_quantized(*arguments, kernels)
+    result: tuple[Tensor, Tensor] = backend_op("linear_quantized", backend)(*arguments)
+    return result[0]
 
 
 def _served(
@@ -157,7 +156,7 @@ def _served(
     The op checks, casts and computes in one call: for a single token, the checks and the choice of a kernel in Python
     take as long as the product itself.
     """
-    serve = cpu_kernel("serve_quantized", current_backend())
+    serve = direct_kernel("serve_quantized", current_backend())
     if serve is None:
         return None
     y: Tensor = serve(x, weight.tensors, weight.storage_layout, *weight.shape, a, core, b, bias, scaling)
@@ -230,7 +229,7 @@ def lora_sb_linear_group(
     """
     scalings = list(scalings) or [1.0] * len(weights)
     _check_lengths(weights, lora_A, lora_R, lora_B, scalings, biases or weights)
-    if torch.is_autocast_enabled(x.device.type):  # x together with the rest, so that it is cast only once
+    if _is_autocast(x):  # x together with the rest, so that it is cast only once
         count = len(weights)
         x, *casted = _autocast(x, *weights, *lora_A, *lora_B, *biases)
         weights, lora_A, lora_B, biases = (casted[i * count : (i + 1) * count] for i in range(4))
@@ -239,15 +238,14 @@ def lora_sb_linear_group(
     lists = [list(tensors) for tensors in (weights, lora_A, lora_R, lora_B, biases)]
     flat = [tensor for tensors in lists for tensor in tensors]
     backend = current_backend()
-    kernels = cpu_fast_path.kernels("linear_group", backend, x, *flat)
+    kernels = fast_path.kernels("linear_group", backend, x, *flat)
     if kernels and _composes(kernels, x, weights, (*lora_A, *lora_B, *biases)):
         bias_or_none: list[Any] = list(biases) or [None] * len(weights)
         members = zip(weights, lora_A, lora_R, lora_B, bias_or_none, scalings, strict=True)
-        return [cpu_fast_path.composed(x, *member) for member in members]
+        return [fast_path.composed(x, *member) for member in members]
     if kernels:
-        outputs = cpu_fast_path.LinearGroup.apply(x, scalings, kernels, *flat)
-    else:
-        outputs = backend_op("linear_group", backend)(x, *lists, scalings)
+        return list(fast_path.linear_group(x, lists, scalings, kernels))
+    outputs = backend_op("linear_group", backend)(x, *lists, scalings)
     return list(outputs[: len(weights)])  # the u_i follow, which only backward uses
 
 
@@ -258,6 +256,11 @@ def _check_lengths(*members: Sequence[Any]) -> None:
     ranks = [a.shape[0] for a in members[1]]
     if len(set(ranks)) != 1:
         raise ValueError(f"expected one rank for all members, got {ranks}")
+
+
+def _is_autocast(x: Tensor) -> bool:
+    """True if autocast is on for x's device."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
@@ -274,8 +277,8 @@ def _check(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor,
             f"expected lora_A [r, in], lora_R [r, r] and lora_B [out, r] with r <= {MAX_RANK}, "
             f"got {_shape(a)}, {_shape(core)} and {_shape(b)}"
         )
-    r, features_in, features_out = a.shape[0], a.shape[1], b.shape[0]
-    if b.shape[1] != r or core.shape != (r, r):
+    (r, features_in), (features_out, columns) = a.shape, b.shape
+    if columns != r or core.shape != (r, r):
         raise ValueError(f"ranks differ: lora_A {_shape(a)}, lora_R {_shape(core)}, lora_B {_shape(b)}")
     if x.dim() < 1 or x.shape[-1] != features_in:
         raise ValueError(f"expected x [..., {features_in}] (in_features of lora_A), got {_shape(x)}")
@@ -283,26 +286,28 @@ def _check(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor,
         raise ValueError(f"expected weight [{features_out}, {features_in}], got {_shape(weight)}")
     if bias is not None and bias.shape != (features_out,):
         raise ValueError(f"expected bias [{features_out}], got {_shape(bias)}")
-    _check_dtypes_and_devices(x, {"weight": weight, "lora_A": a, "lora_B": b, "bias": bias}, core)
-
-
-def _check_dtypes_and_devices(x: Tensor, others: dict[str, Tensor | None], core: Tensor) -> None:
-    if x.dtype not in FLOATS:
-        raise TypeError(f"expected x in fp64, fp32, bf16 or fp16, got {x.dtype}")
     if x.requires_grad and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         raise ValueError(
             "expected x without requires_grad under torch.inference_mode(), which records no gradient: use "
             "torch.no_grad() or pass x.detach()"
         )
+    _check_dtypes_and_devices(x, weight, a, core, b, bias)
+
+
+def _check_dtypes_and_devices(
+    x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None
+) -> None:
     dtype, device = x.dtype, x.device
-    for name, tensor in others.items():
-        if tensor is not None and tensor.dtype != dtype:
-            raise TypeError(f"expected {name} in x's dtype {dtype}, got {tensor.dtype}: cast one of the two")
+    if dtype not in FLOATS:
+        raise TypeError(f"expected x in fp64, fp32, bf16 or fp16, got {dtype}")
     if not core.is_floating_point():
         raise TypeError(f"expected lora_R in fp32, got {core.dtype}")
-    others["lora_R"] = core  # after the dtypes, as R may differ in its dtype but not in its device
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != device:
+    for name, tensor in (("weight", weight), ("lora_A", a), ("lora_B", b), ("bias", bias), ("lora_R", core)):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype and tensor is not core:
+            raise TypeError(f"expected {name} in x's dtype {dtype}, got {tensor.dtype}: cast one of the two")
+        if tensor.device != device:
             raise ValueError(f"expected {name} on x's device {device}, got {tensor.device}: move one of the two")
 
 

@@ -1,7 +1,7 @@
 """The torch ops: schema, fake kernel and autograd formula of each, shared by all backends, and the choice of backend.
 
 `registry` defines ops and selects backends; `linear`, `linear_group`, `linear_quantized` and `weight_gradient` are the
-ops; `cpu_fast_path` calls their kernels without the dispatcher. Imports quantization and utils.
+ops; `fast_path` calls their kernels without the dispatcher. Imports quantization and utils.
 """
 
 from . import linear as linear

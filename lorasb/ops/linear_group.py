@@ -60,7 +60,7 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     us = output[len(a) :]
     ctx.mark_non_differentiable(*us)
     ctx.set_materialize_grads(False)
-    # ctx.needs_input_grad has one entry per argument of the function, and lists are flattened in `cpu_fast_path` only.
+    # Not ctx.needs_input_grad, which has one entry for each list.
     ctx.need_dx, ctx.need_dcores = x.requires_grad, [core.requires_grad for core in cores]
     saved_us = us if any(ctx.need_dcores) else [u.new_empty((0, u.shape[1])) for u in us]
     ctx.save_for_backward(*weights, *a, *cores, *b, *saved_us)

@@ -96,7 +96,6 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> No
     u = output[1]
     ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
-    # Not ctx.needs_input_grad, whose indices differ between the op and `cpu_fast_path.LinearQuantized`.
     ctx.need_dx, ctx.need_dcore = x.requires_grad, core.requires_grad
     ctx.save_for_backward(a, core, b, u if ctx.need_dcore else u.new_empty((0, a.shape[0])), seed, *quant)
     ctx.layout, ctx.scaling, ctx.dropout = list(layout), scaling, dropout

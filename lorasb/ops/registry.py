@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ BACKENDS = ("auto", "eager", "cpp", "triton")
 ENVIRONMENT_VARIABLE = "LORASB_BACKEND"
 
 library = torch.library.Library("lorasb", "DEF")
-_cpu_kernels: dict[str, Callable[..., Any]] = {}  # by op: the kernel that the dispatcher chooses for CPU tensors
+DIRECT = ("CPU", "CUDA")  # dispatch keys of devices whose kernels are called directly where nothing intercepts an op
+# By such a key, then by op: the kernel that the dispatcher chooses for plain tensors there.
+_kernels: dict[str, dict[str, Callable[..., Any]]] = {key: {} for key in DIRECT}
 _current: ContextVar[str] = ContextVar("lorasb_backend", default="")  # set by `backend`; empty: use LORASB_BACKEND
 # The same for torch.compile, which cannot trace a ContextVar but guards on globals: the latest choice of any thread.
 _latest = ""
@@ -104,11 +107,16 @@ def register_backend(
         for op, kernel in pairs:
             for key in dispatch_keys:
                 library.impl(op_name(op, owner), kernel, key)
-            # The dispatcher's own precedence: a kernel for CPU goes before one for all devices, in either order.
-            composite = "CompositeExplicitAutograd" in dispatch_keys
-            if "CPU" in dispatch_keys or (composite and op_name(op, owner) not in _cpu_kernels):
-                _cpu_kernels[op_name(op, owner)] = kernel
+            _record(op_name(op, owner), kernel, dispatch_keys)
     _missing[name] = missing or (lambda: None)
+
+
+def _record(op: str, kernel: Callable[..., Any], keys: Sequence[str]) -> None:
+    """The dispatcher's own precedence: a kernel for a device goes before one for all devices, in either order."""
+    direct_kernels.cache_clear()
+    for device, kernels in _kernels.items():
+        if device in keys or ("CompositeExplicitAutograd" in keys and op not in kernels):
+            kernels[op] = kernel
 
 
 def register_loaded(name: str, kernels: dict[str, Callable[..., Any]], missing: Callable[[], str | None]) -> None:
@@ -122,12 +130,20 @@ def register_loaded(name: str, kernels: dict[str, Callable[..., Any]], missing: 
     _missing[name] = missing
     if missing() is None:
         for op, kernel in kernels.items():
-            _cpu_kernels[op_name(op, name)] = _cpu_kernels[op_name(op, "auto")] = kernel
+            _kernels["CPU"][op_name(op, name)] = _kernels["CPU"][op_name(op, "auto")] = kernel
+        direct_kernels.cache_clear()
 
 
-def cpu_kernel(op: str, backend: str) -> Callable[..., Any] | None:
-    """The kernel that the dispatcher chooses for CPU tensors; None if there is none."""
-    return _cpu_kernels.get(op_name(op, backend))
+def direct_kernel(op: str, backend: str, key: str = "CPU") -> Callable[..., Any] | None:
+    """The kernel that the dispatcher chooses for plain tensors of a device in `DIRECT`; None if there is none."""
+    return _kernels[key].get(op_name(op, backend))
+
+
+@cache
+def direct_kernels(op: str, backend: str, key: str) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """An op's kernel and its backward op's, as `direct_kernel`; None if one of them is missing."""
+    forward, backward = direct_kernel(op, backend, key), direct_kernel(f"{op}_backward", backend, key)
+    return (forward, backward) if forward is not None and backward is not None else None
 
 
 def unavailable(name: str) -> str | None:

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 from lorasb.backends import cpp
 from lorasb.functional import lora_sb_linear
-from lorasb.ops import cpu_fast_path as direct
+from lorasb.ops import fast_path as direct
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

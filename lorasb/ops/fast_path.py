@@ -1,0 +1,216 @@
+"""Direct calls of the kernels that the dispatcher would choose, for plain tensors on the CPU or a GPU.
+
+Two passes through the dispatcher and back into Python take as long as a small layer's adapter. The autograd functions
+here call the same kernels as the ops' formulas, so both ways compute the same; tracing, functorch transforms, tensor
+subclasses and dispatch modes always get the op itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from . import registry
+from .linear_group import gradients
+
+# Bytes of x below which torch's own ops are faster than our autograd function. Measured with 4096 features and 512
+# tokens: bf16 (4 MiB) is below the crossover, fp32 (8 MiB) above.
+SMALL_BYTES = 6 * 2**20
+_PLAIN = (Tensor, torch.nn.Parameter)
+Kernels = tuple[Callable[..., Any], Callable[..., Any]]  # forward, backward
+
+
+def kernels(op: str, backend: str, x: Tensor, *others: Tensor | None) -> Kernels | None:
+    """The op's forward and backward kernels for x's device; None if something has to intercept the op itself."""
+    on_cpu = x.is_cpu
+    if not (on_cpu or x.is_cuda) or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return None
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return None
+    if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return None
+    for tensor in (x, *others):  # by exact type: subclasses (DTensor, FakeTensor) intercept ops in __torch_dispatch__
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_cpu != on_cpu):
+            return None
+    return registry.direct_kernels(op, backend, "CPU" if on_cpu else "CUDA")
+
+
+def small(x: Tensor, frozen: Iterable[Tensor | None]) -> bool:
+    """True if a call is faster composed of torch's own ops than by our autograd function.
+
+    That is so without gradients, and for a small x, where the Python overhead of our backward takes longer than the
+    pass over dx that it saves. False wherever torch's autograd would compute something else than the op's.
+    """
+    if x.dtype == torch.float16:  # dR sums over all tokens in x's dtype, which overflows in fp16
+        return False
+    if torch.is_autocast_enabled("cpu"):  # autocast would cast the product with R, too
+        return False
+    if any(tensor is not None and tensor.requires_grad for tensor in frozen):  # the op gives W, A, B, bias no gradients
+        return False
+    return not torch.is_grad_enabled() or x.numel() * x.element_size() < SMALL_BYTES
+
+
+def composed(
+    x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None, scaling: float
+) -> Tensor:
+    """y = x Wᵀ + bias, then s·x Aᵀ Rᵀ Bᵀ accumulated onto it.
+
+    autograd saves u = x Aᵀ [M, r] for dR but not x, which only gradients of W and A would need.
+    """
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    scaled = core if scaling == 1.0 else core * scaling
+    v = functional.linear(functional.linear(rows, a), scaled.to(x.dtype))
+    # In place: linear saves its inputs and not its result, so overwriting that does not invalidate the graph.
+    y = functional.linear(v, b, bias) if weight is None else functional.linear(rows, weight, bias).addmm_(v, b.t())
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[0])
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's `once_differentiable`, which costs nothing where no second derivative is recorded."""
+    refused = once_differentiable(backward)
+
+    def call(ctx: Any, *grads: Tensor | None) -> Any:
+        return refused(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return call
+
+
+class Linear(torch.autograd.Function):
+    """Arguments: the op's tensors, then (scaling, dropout, seed, kernels)."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, (scaling, dropout, seed, (forward, kernel)) = arguments
+        y: Tensor
+        y, u = forward(*tensors, scaling, dropout, seed)
+        _, weight, a, core, b, _ = tensors
+        need_dx, _, _, need_dcore, *_ = ctx.needs_input_grad
+        # u [M, r] for dR, and never x [M, n]; an empty u in place of one that is not needed frees its memory
+        ctx.save_for_backward(weight, a, core, b, u if need_dcore else u.new_empty((0, a.shape[0])))
+        ctx.backward_call = kernel, (scaling, dropout, seed, need_dx, need_dcore)
+        return y
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        kernel, options = ctx.backward_call
+        *_, need_dx, need_dcore = options
+        if not (need_dx or need_dcore):  # of the frozen tensors alone a gradient is asked for, and they get none
+            return (None,) * 7
+        dx, dcore = kernel(dy, *ctx.saved_tensors, *options)
+        return dx if need_dx else None, None, None, dcore if need_dcore else None, None, None, None
+
+
+class LinearQuantized(torch.autograd.Function):
+    """Arguments: x, A, R, B, bias, (quant, layout, scaling, dropout, seed, kernels), and the tensors of `quant`.
+
+    An autograd function sees only tensors that are arguments themselves, not those inside of lists.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, a, core, b, bias, (quant, layout, scaling, dropout, seed, (forward, kernel)) = arguments[:6]
+        y: Tensor
+        y, u = forward(x, quant, layout, a, core, b, bias, scaling, dropout, seed)
+        need_dx, _, need_dcore, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(a, core, b, u if need_dcore else u.new_empty((0, a.shape[0])), *quant)
+        ctx.backward_call = kernel, list(layout), (scaling, dropout, seed, need_dx, need_dcore)
+        return y
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        kernel, layout, options = ctx.backward_call
+        a, core, b, u, *quant = ctx.saved_tensors
+        dx, dcore = kernel(dy, quant, layout, a, core, b, u, *options)
+        *_, need_dx, need_dcore = options
+        return dx if need_dx else None, None, dcore if need_dcore else None, *[None] * (3 + len(quant))
+
+
+class LinearGroup(torch.autograd.Function):
+    """Arguments: x, (scalings, kernels), then weights, A, R, B and biases (which may be none), one after another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, options: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.scalings, (forward, ctx.kernel) = options
+        count = len(ctx.scalings)
+        weights, a, cores, b, biases = (list(tensors[i : i + count]) for i in range(0, 5 * count, count))
+        output = forward(x, weights, a, cores, b, biases, ctx.scalings)
+        ys, us = output[:count], output[count:]
+        ctx.need_dx, ctx.need_dcores = ctx.needs_input_grad[0], ctx.needs_input_grad[2 + 2 * count : 2 + 3 * count]
+        us = us if any(ctx.need_dcores) else [u.new_empty((0, u.shape[1])) for u in us]
+        ctx.save_for_backward(*weights, *a, *cores, *b, *us)
+        ctx.biases = len(biases)
+        ctx.set_materialize_grads(False)  # None for a y that the loss does not use
+        return tuple(ys)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        dx, dcores = gradients(ctx.kernel, ctx, grads)
+        no_grads = [None] * len(dcores)
+        return (dx, None, *no_grads, *no_grads, *dcores, *no_grads, *[None] * ctx.biases)
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Past `Function.apply`, which prepares for functorch: `kernels` has seen that no transform is active."""
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    kernels: Kernels,
+) -> Tensor:
+    """y of `lorasb::linear`."""
+    y: Tensor
+    if torch.is_grad_enabled():
+        y = _apply(Linear, x, weight, a, core, b, bias, (scaling, dropout, seed, kernels))
+    else:
+        y, _ = kernels[0](x, weight, a, core, b, bias, scaling, dropout, seed)
+    return y
+
+
+def linear_quantized(
+    x: Tensor,
+    quant: list[Tensor],
+    layout: list[int],
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    kernels: Kernels,
+) -> Tensor:
+    """y of `lorasb::linear_quantized`."""
+    y: Tensor
+    if torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
+        y = _apply(LinearQuantized, x, a, core, b, bias, (quant, layout, scaling, dropout, seed, kernels), *quant)
+    else:
+        y, _ = kernels[0](x, quant, layout, a, core, b, bias, scaling, dropout, seed)
+    return y
+
+
+def linear_group(
+    x: Tensor, lists: Sequence[Sequence[Tensor]], scalings: list[float], kernels: Kernels
+) -> Sequence[Tensor]:
+    """y_i of `lorasb::linear_group`; `lists`: weights, A, R, B and biases."""
+    if torch.is_grad_enabled():
+        ys: Sequence[Tensor] = _apply(LinearGroup, x, (scalings, kernels), *[t for tensors in lists for t in tensors])
+        return ys
+    outputs = kernels[0](x, *lists, scalings)
+    return list(outputs[: len(scalings)])
