@@ -46,70 +46,55 @@ def initialize(
     adapter_name: str | None = None,
     progress: bool = True,
 ) -> InitReport:
-    """Initialize A, R and B from the first step of full fine-tuning (paper, Eq. 6-8).
+    """Initialize A, R and B from the first step of full fine-tuning (paper, Eq. 6-8; docs/method.md says more).
 
-    With G = Σ_i ∇W L(x_i) over samples and ΔW = −η·sign(G) = U Σ Vᵀ: B = U_r, A = V_rᵀ, R = Σ_r / s. L(x_i) is the
-    mean over sample i's own labeled tokens, so the result does not depend on how samples are batched. No base weight
-    ever requires a gradient; sums are fp32. Under torch.distributed every rank passes the batches of its own share.
-
-    ΔW [out, in] moves every weight by η, but R [r, r] has only r² entries: if η is R's learning rate too, ‖Σ_r‖ is as
-    long as many AdamW steps of R (η·r each), which training would have to undo first. So ΔW is scaled down per layer
-    until ‖Σ_r‖ ≤ longest_start·η·r. A, B and the direction of R do not change.
+    With G = Σ_i ∇W L(x_i), L the mean over a sample's labeled tokens, and ΔW = −η·sign(G) = U Σ Vᵀ: B = U_r [out, r],
+    A = V_rᵀ [r, in], R = Σ_r / s [r, r], scaled down to ‖Σ_r‖ ≤ longest_start·η·r. Sums are fp32 and need no `.grad`.
 
     Args:
         model: a patched model.
-        batches: a DataLoader (samples are drawn from its data set by `seed`), a list of dicts of tensors (drawn
-            likewise), or any iterable of dicts (taken in order). Not needed for the data-free inits of the config, nor
-            if the file `cache` exists.
-        lr: η of the simulated step, the learning rate of R's first step; `lorasb.first_step_lr` computes it from a
-            schedule.
-        num_samples: number of samples over all ranks; None takes min(available, max(32, n/1000)), or all of an
-            iterable without a size.
+        batches: a DataLoader or a list (drawn from by `seed`), or an iterable of dicts (in order); of a rank, its own.
+        lr: η, the learning rate of R's first step: `lorasb.first_step_lr` computes it from a schedule.
+        num_samples: over all ranks; None for min(available, max(32, n/1000)), or all of an iterable without a size.
         update: "adamw" (signs) or "sgd" (ΔW = −η·G/n, the mean gradient itself, Theorem 6).
-        longest_start: maximum length of the start, in AdamW steps of R at the rate `lr`; 0 for R = 0, None for the
-            full step, as in the paper. SGD's step is as long as R's own and is not reduced.
-        strategy: "layerwise" computes one block at a time, from the last to the first; "accumulate" makes as many
-            passes through the whole model as `memory_budget` requires; "auto" is "layerwise" if the model is a stack of
-            blocks. The sums are the same.
+        longest_start: in AdamW steps of R at the rate η; 0 for R = 0, None for the paper's full step. Not of "sgd".
+        strategy: "layerwise" (a block at a time), "accumulate" (passes through the whole model) or "auto"; equal sums.
         blocks: name of the list of blocks ("model.layers"), if the wrong one is detected.
         memory_budget: bytes on top of the model (or "6GB"); None allows what a training step of 32 samples needs.
-        loss_fn: `loss_fn(model, batch)`, to replace the model's own `.loss`. It is weighted by the batch's rows.
-        seed: seed of the sample draw and of the SVD. The global random state is not touched.
-        cache: file for the signs of all layers. If it exists, no backward is needed, at any rank r; after an
-            interrupted run, the next one resumes from the finished blocks.
-        stability: also measure the overlap of the subspaces of two halves of the samples; takes twice the memory for
-            sums and three times the factoring.
+        loss_fn: `loss_fn(model, batch)`, in place of the model's own `.loss`; weighted by the batch's rows.
+        seed: of the draw and of the SVD; the global random state is not touched.
+        cache: file for all layers' signs: where it exists no backward runs, whatever r; cut-off runs go on from it.
+        stability: also measure how far the subspaces of two halves of the samples overlap; twice the memory for sums.
         adapter_name: name of the adapter; the active one if None.
         progress: show an estimate and a progress bar (on rank 0).
 
-    Returns:
-        An `InitReport`: captured energy, singular values and time by layer.
-
     Raises:
-        ValueError: bad arguments, no samples, no loss, a gradient that is zero or not finite, too little memory, or a
-            cache that does not fit; the model is unchanged.
+        ValueError: bad arguments, samples, loss, gradient or cache, or too little memory; the model is unchanged.
     """
-    started = time.perf_counter()
     model = getattr(model, "_orig_mod", model)  # unwrap torch.compile's OptimizedModule
     name, layers = _unmerged_layers(model, adapter_name)
-    config: LoRASBConfig = cast(Any, model).peft_config[name]
     _check(update, strategy, cache, longest_start)
+    # a step of SGD is as long as one of R (Theorem 6)
+    recipe = Recipe(name, lr or 0.0, update, seed, longest_start if update == "adamw" else None)
+    bytes_allowed = parse_size(memory_budget)
+    options = Options(recipe, num_samples, strategy, blocks, bytes_allowed, loss_fn, cache, stability, progress)
+    return _initialize(model, layers, batches, options)
+
+
+def _initialize(model: nn.Module, layers: Layers, batches: Any, options: Options) -> InitReport:
+    recipe, started = options.recipe, time.perf_counter()
+    config: LoRASBConfig = cast(Any, model).peft_config[recipe.adapter]
     warn_if_slow(model)
-    if config.init == "update":  # the data-free inits ignore batches and lr
-        if lr is None or not 0 < lr < float("inf") or (batches is None and not _exists(cache)):
+    if config.init == "update":
+        if not 0 < recipe.lr < float("inf") or (batches is None and not _exists(options.cache)):
             raise ValueError("init='update' takes batches and lr > 0: initialize(model, loader, lr=...)")
-        limit = longest_start if update == "adamw" else None  # a step of SGD is as long as one of R (Theorem 6)
-        budget, recipe = parse_size(memory_budget), Recipe(name, lr, update, seed, limit)
-        options = Options(recipe, num_samples, strategy, blocks, budget, loss_fn, cache, stability, progress)
         # The hooks cut the forward at every block, and each cut would be a graph break and a recompilation.
-        with Staging(name) as staging, torch.compiler.set_stance("force_eager"):
+        with Staging(recipe.adapter) as staging, torch.compiler.set_stance("force_eager"):
             outcome = from_gradients(model, layers, batches, options, staging)
-        report = _recorded(
-            model, config, outcome, update=update, lr=lr, seed=seed, started=started, longest_start=limit
-        )
-    else:
-        report = without_data(model, config, name, layers, seed, progress)
-    _warn_if_frozen(layers, name)
+        report = _recorded(model, config, outcome, recipe, started)
+    else:  # the data-free inits ignore batches and lr
+        report = without_data(model, config, recipe.adapter, layers, recipe.seed, options.progress)
+    _warn_if_frozen(layers, recipe.adapter)
     return report
 
 
@@ -131,34 +116,24 @@ def without_data(
     """
     started = time.perf_counter()
     outcome = from_weights(layers, config.init, name, seed, progress)
-    return _recorded(model, config, outcome, update="none", lr=None, seed=seed, started=started, longest_start=None)
+    return _recorded(model, config, outcome, Recipe(name, 0.0, "none", seed), started)
 
 
-def _recorded(
-    model: nn.Module,
-    config: LoRASBConfig,
-    outcome: Outcome,
-    *,
-    update: str,
-    lr: float | None,
-    seed: int,
-    started: float,
-    longest_start: float | None,
-) -> InitReport:
+def _recorded(model: nn.Module, config: LoRASBConfig, outcome: Outcome, recipe: Recipe, started: float) -> InitReport:
     """Make the report, and store its provenance in the config, which is saved with the adapter."""
     report = InitReport(
         init=config.init,
-        update=update,
-        lr=lr,
+        update=recipe.update,
+        lr=recipe.lr or None,
         num_samples=outcome.num_samples,
-        seed=seed,
+        seed=recipe.seed,
         loss=outcome.loss,
         seconds=time.perf_counter() - started,
         layers=outcome.layers,
         strategy=outcome.strategy,
         why=outcome.why,
         left=skipped_modules(model),
-        longest_start=longest_start,
+        longest_start=recipe.longest,
     )
     config.init_provenance = provenance(report, outcome.data_hash)
     return report
