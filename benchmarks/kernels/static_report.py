@@ -115,6 +115,8 @@ def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
                 for op in ("forward", "backward"):
                     plan = _plan(op, variant, dtype, arch)
                     yield Job(op, variant, dtype, arch, Plan("fused", plan.prep, plan.gemm))
+                    if variant.dropout:  # the masked term is a kernel of its own beside cuBLAS
+                        yield Job(op, variant, dtype, arch, Plan("addmm", plan.prep, plan.gemm))
             for variant in GRADIENTS if bf16 and not brief else GRADIENTS[-1:]:
                 yield Job("gradient", variant, dtype, arch, _plan("forward", variant, dtype, arch))
             for variant in QUANTIZED if bf16 and not brief else (QUANTIZED[0], QUANTIZED[-1]):

@@ -58,11 +58,14 @@ def ordered_sum(partial, offsets, size, count, like):
 
 
 @triton.jit
-def keep_mask(seed, threshold, rows, columns):
-    """Which elements [rows, columns] of x dropout keeps, by Philox on (column, row) as the counter.
+def keep_mask(seed, threshold, rows, first, COLUMNS: tl.constexpr):
+    """Which elements [rows, first + COLUMNS] of x dropout keeps: those whose 32 random bits are `threshold` or more.
 
-    A function of the seed and the element's position alone: forward and backward, whatever their blocks, generate the
-    same mask and nothing is stored.
+    Philox at counter (column // 4, row) gives the words of four columns, of which `first` is a multiple. A function of
+    the seed and the element's position alone: forward and backward, whatever their blocks, generate the same mask and
+    nothing is stored.
     """
-    bits = tl.philox(seed, columns[None, :].to(tl.uint32), rows[:, None].to(tl.uint32), 0, 0)[0]
-    return tl.uint_to_uniform_float(bits) >= threshold
+    quads = (first // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, quads[None, :], rows[:, None].to(tl.uint32), 0, 0)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return words >= threshold.to(tl.uint32, bitcast=True)

@@ -30,7 +30,9 @@ dimension is contiguous.
   strides            stride_x*, stride_w*, stride_v (of t, too), stride_factor*, stride_y*, stride_u
   scalars            scales: s_i, for dR; seed, threshold: of dropout
   flags              BACKWARD, HAS_BIAS, DROPOUT
+                     ADD: with DROPOUT, add the adapter's masked term to what is in dx, and leave the base out
                      EVEN_K: every K and R is a multiple of BLOCK_K, so that no load is masked
+                     EVEN_N: backward, N is a multiple of 16: a vector of columns lies on one side of the end
                      WIDE: offsets need 64 bits
                      PRECISION: of tl.dot, "tf32" or "ieee"
   rank               R; R_PADDED: columns of a member in v, w and t
@@ -61,7 +63,9 @@ class GemmFlags(NamedTuple):
     BACKWARD: tl.constexpr
     HAS_BIAS: tl.constexpr
     DROPOUT: tl.constexpr
+    ADD: tl.constexpr
     EVEN_K: tl.constexpr
+    EVEN_N: tl.constexpr
     WIDE: tl.constexpr
     PRECISION: tl.constexpr
 
@@ -199,10 +203,12 @@ def output_tile(
     N = pick(Ns, member)
     rm, rn = row * blocks.BLOCK_M + tl.arange(0, blocks.BLOCK_M), column * blocks.BLOCK_N + tl.arange(0, blocks.BLOCK_N)
     # Rows and columns past the end are clamped to 0, not masked: that costs no registers, and they are not stored. The
-    # select hides that a block is contiguous and aligned; the hints say so again, for loads as vectors. Where they are
-    # false, past the end, it does not matter what is loaded.
+    # select hides that a block is contiguous and aligned; the hints say so again, for loads as vectors. They are false
+    # past the end, where it does not matter what is loaded, as long as no vector of columns straddles the end.
     m = tl.max_contiguous(tl.multiple_of(tl.where(rm < M, rm, 0), blocks.BLOCK_M), blocks.BLOCK_M)
-    n = tl.max_contiguous(tl.multiple_of(tl.where(rn < N, rn, 0), blocks.BLOCK_N), blocks.BLOCK_N)
+    n = tl.where(rn < N, rn, 0)
+    if flags.EVEN_N:
+        n = tl.max_contiguous(tl.multiple_of(n, blocks.BLOCK_N), blocks.BLOCK_N)
     if flags.WIDE:
         m, n = m.to(tl.int64), n.to(tl.int64)
     Ks = base[2]
@@ -219,8 +225,9 @@ def output_tile(
     if flags.DROPOUT:  # the mask is on the adapter's term alone, dx = dy W + mask ∘ (w A), so that this one comes first
         adapter_steps = steps - base_steps
         acc = accumulate(acc, adapter_operands, 0, adapter_steps, m, n, K_MAJOR, EVEN_K, PRECISION, BLOCK_K)
-        acc = tl.where(keep_mask(seed, threshold, rm, rn), acc, 0.0)
-        acc = accumulate(acc, base_operands, 0, base_steps, m, n, K_MAJOR, EVEN_K, PRECISION, BLOCK_K)
+        acc = tl.where(keep_mask(seed, threshold, rm, column * blocks.BLOCK_N, blocks.BLOCK_N), acc, 0.0)
+        if not flags.ADD:
+            acc = accumulate(acc, base_operands, 0, base_steps, m, n, K_MAJOR, EVEN_K, PRECISION, BLOCK_K)
     else:
         operands = chain(base_operands, adapter_operands)
         steps_a_split = tl.cdiv(steps, splits) if blocks.SPLIT else steps
@@ -240,8 +247,11 @@ def output_tile(
             # masked: the hints on n would let a vector of it read past the end of the bias
             acc += tl.load(pick(biases, member) + rn, mask=rn < N, other=0.0)[None, :].to(tl.float32)
         y, row_offsets = pick(ys, member), (rm.to(tl.int64) if flags.WIDE else rm) * pick(stride_y, member)
+        y += row_offsets[:, None] + rn[None, :]
         inside = (rm[:, None] < M) & (rn[None, :] < N)
-        tl.store(y + row_offsets[:, None] + rn[None, :], acc.to(y.dtype.element_ty), mask=inside)
+        if flags.ADD:
+            acc += tl.load(y, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y, acc.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "splits", "core_programs", "core_chunks", "seed", "threshold"])
@@ -281,7 +291,9 @@ def extended_gemm(
     BACKWARD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
+    ADD: tl.constexpr,
     EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     # rank
@@ -332,7 +344,7 @@ def extended_gemm(
             (partial, counters, splits),
             (seed, threshold),
             M,
-            GemmFlags(BACKWARD, HAS_BIAS, DROPOUT, EVEN_K, WIDE, PRECISION),
+            GemmFlags(BACKWARD, HAS_BIAS, DROPOUT, ADD, EVEN_K, EVEN_N, WIDE, PRECISION),
             GemmBlocks(BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT),
             R,
             R_PADDED,

@@ -13,6 +13,8 @@ from .launcher import KernelCall
 from .operands import Mask, Members, allocate_workspace, needs_int64, precision, unit_rows
 from .plan import Plan
 
+VECTOR = 16  # elements: the longest vector that is loaded, and more
+
 
 def forward_call(
     x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor, ys: list[Tensor], plan: Plan
@@ -46,7 +48,9 @@ def forward_call(
         BACKWARD=False,
         HAS_BIAS=has_bias,
         **Mask().arguments,
+        ADD=False,
         EVEN_K=even,
+        EVEN_N=True,  # columns of y are rows of W and B
         splits=splits,
         SPLIT=splits > 1,
         core_chunks=1,
@@ -66,10 +70,15 @@ def backward_call(
     dcores: list[Tensor],
     plan: Plan,
     mask: Mask,
+    add: bool = False,
 ) -> KernelCall:
-    """dx = Σ_i dy_i W_i + w_i A_i unless it is None, and dR_i = s_i·t_iᵀ u_i into `dcores` unless that is empty."""
+    """dx = Σ_i dy_i W_i + w_i A_i unless it is None, and dR_i = s_i·t_iᵀ u_i into `dcores` unless that is empty.
+
+    `add`: of a layer with dropout, dx += mask ∘ (w A), for a dx that holds dy W already.
+    """
     M, r, dropout = t.shape[0], members.r, mask.dropout > 0.0
-    weights, Ks = _weights(members, *dys) if dx is not None else (tuple(dys), tuple(dy.shape[1] for dy in dys))
+    reads_weights = dx is not None and not add
+    weights, Ks = _weights(members, *dys) if reads_weights else (tuple(dys), tuple(dy.shape[1] for dy in dys))
     even, config = _fitted_config(plan, Ks, r, dropout)
     tiles = cdiv(M, config.block_m) * cdiv(dx.shape[1], config.block_n) if dx is not None else 0
     # with dropout the two terms have K loops of their own, which are not split
@@ -98,7 +107,9 @@ def backward_call(
         BACKWARD=True,
         HAS_BIAS=False,
         **mask.arguments,
+        ADD=add,
         EVEN_K=even,
+        EVEN_N=output.shape[1] % VECTOR == 0,
         splits=splits,
         SPLIT=splits > 1,
         core_chunks=chunks,

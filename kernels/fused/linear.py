@@ -40,7 +40,7 @@ def forward(
     with on_device(x):
         for call in prep_calls(x, members, us, v, plan, mask):
             launch(call)
-        return after_prep(x, members, biases, v, plan, mask), us
+        return after_prep(x, members, biases, v, plan), us
 
 
 def prep_calls(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: Plan, mask: Mask) -> list[KernelCall]:
@@ -54,11 +54,9 @@ def prep_calls(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: P
     ]
 
 
-def after_prep(
-    x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor, plan: Plan, mask: Mask
-) -> list[Tensor]:
+def after_prep(x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor, plan: Plan) -> list[Tensor]:
     """y_i = x W_iᵀ + v_i B_iᵀ + bias_i."""
-    if is_fused(plan, members, mask):
+    if is_fused(plan, members):
         ys = [x.new_empty((x.shape[0], b.shape[0])) for b in members.b]
         launch(extended_gemm_launch.forward_call(x, members, biases, v, ys, plan))
         return ys
@@ -109,21 +107,30 @@ def after_prep_backward(
 ) -> Tensor:
     """dx = Σ_i dy_i W_i + w_i A_i, and dR_i into `dcores`, if they are wanted: one launch, dR's programs first."""
     dx, fused = empty_dx(dys, members), is_fused(plan, members, mask)
-    if fused or dcores:
-        written = dx if fused else None
-        launch(extended_gemm_launch.backward_call(dys, members, us, t, w, written, dcores, plan, mask))
+    adds = mask.dropout > 0.0 and not fused
     if not fused:
-        addmm_backward(dys, members, w, dx)
+        addmm_backward(dys, members, None if adds else w, dx)
+    if fused or adds or dcores:
+        written = dx if fused or adds else None
+        launch(extended_gemm_launch.backward_call(dys, members, us, t, w, written, dcores, plan, mask, adds))
     return dx
 
 
-def addmm_backward(dys: Sequence[Tensor], members: Members, w: Tensor, dx: Tensor) -> None:
-    """dx = Σ_i w_i A_i + dy_i W_i by cuBLAS, in place."""
-    for i, (dy, weight, a) in enumerate(zip(dys, members.weights, members.a, strict=True)):
-        w_i = w[:, i * members.width : i * members.width + members.r]
-        dx = torch.mm(w_i, a, out=dx) if i == 0 else dx.addmm_(w_i, a)
-        if weight is not None:
-            dx.addmm_(dy, weight)
+def addmm_backward(dys: Sequence[Tensor], members: Members, w: Tensor | None, dx: Tensor) -> None:
+    """dx = Σ_i w_i A_i + dy_i W_i by cuBLAS, in place; without w, the base's part alone."""
+    terms = [] if w is None else _adapter_terms(w, members)
+    terms += [(dy, weight) for dy, weight in zip(dys, members.weights, strict=True) if weight is not None]
+    torch.mm(*terms[0], out=dx)
+    for left, right in terms[1:]:
+        dx.addmm_(left, right)
+
+
+def _adapter_terms(w: Tensor, members: Members) -> list[tuple[Tensor, Tensor]]:
+    """w_i and A_i; of a group all in one product, so that dx is written once for them: a copy of A is far smaller."""
+    r, width = members.r, members.width
+    if r == width and len(members.a) > 1:
+        return [(w, torch.cat(list(members.a)))]
+    return [(w[:, i * width : i * width + r], a) for i, a in enumerate(members.a)]
 
 
 def empty_dx(dys: Sequence[Tensor], members: Members) -> Tensor:
@@ -131,9 +138,9 @@ def empty_dx(dys: Sequence[Tensor], members: Members) -> Tensor:
     return dys[0].new_empty((dys[0].shape[0], members.a[0].shape[1]))
 
 
-def is_fused(plan: Plan, members: Members, mask: Mask) -> bool:
-    """True if the extended GEMM runs; with dropout always, as only the kernels know the mask."""
-    if mask.dropout > 0.0:
+def is_fused(plan: Plan, members: Members, mask: Mask = NO_DROPOUT) -> bool:
+    """True if the extended GEMM computes y, or dx: masked, of a layer without a base, nothing else could."""
+    if mask.dropout > 0.0 and members.weights[0] is None:
         return True
     # a weight that is stored transposed would have to be copied; cuBLAS reads it as it is
     return plan.path == "fused" and all(w is None or w.stride(-1) == 1 for w in members.weights)

@@ -97,8 +97,8 @@ def forward(
             return _gemm(x, weight, v, members, bias, x.new_empty((M, weight.m)), False), u
         scratch = x.new_empty((weight.m, weight.n))  # W for the length of this call; backward dequantizes again
         prep = low_rank_launch.forward_call(x, members, [u], v, plan, mask)
-        _launch_prep_and_dequantize(prep, weight, scratch, plan)
-        (y,) = dense.after_prep(x, members.with_weight(scratch), [bias], v, plan, mask)
+        _launch_prep_and_dequantize(prep, weight, scratch)
+        (y,) = dense.after_prep(x, members.with_weight(scratch), [bias], v, plan)
     return y, u
 
 
@@ -128,18 +128,18 @@ def backward(
             dx = _gemm(dy, weight, w, members, None, dy.new_empty((M, weight.n)), True)
         else:
             scratch = dy.new_empty((weight.m, weight.n))
-            _launch_prep_and_dequantize(prep, weight, scratch, plan)
+            _launch_prep_and_dequantize(prep, weight, scratch)
             dx = dense.after_prep_backward([dy], members.with_weight(scratch), [u], t, w, dcores, plan, mask)
     return dx, dcores[0] if dcores else None
 
 
-def _launch_prep_and_dequantize(prep: KernelCall, weight: Quantized, scratch: Tensor, plan: Plan) -> None:
+def _launch_prep_and_dequantize(prep: KernelCall, weight: Quantized, scratch: Tensor) -> None:
     """The thin products of a call, and W into the scratch, in one launch."""
     kernel = prep_forward_quantized if prep.kernel is prep_forward else prep_backward_quantized
     storage = dict(scratch=scratch, ELEMENTS=scratch.numel(), prep_programs=prep.grid, BLOCK_BYTES=DEQUANTIZE_BYTES)
     arguments = prep.arguments | weight.arguments() | storage
     grid = prep.grid + cdiv(scratch.numel(), 2 * DEQUANTIZE_BYTES)
-    launch(KernelCall(kernel, grid, arguments, plan.prep, exact=True))
+    launch(KernelCall(kernel, grid, arguments, prep.config, exact=True))
 
 
 def _gemm(

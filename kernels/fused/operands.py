@@ -58,9 +58,15 @@ class Mask(NamedTuple):
     seed: int = 0
 
     @property
+    def threshold(self) -> int:
+        """An element is kept if its 32 random bits are at least this, which is passed as the int32 of the same bits."""
+        bits = int(self.dropout * 2**32)
+        return bits - 2**32 if bits >= 2**31 else bits
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """Of a kernel that masks x."""
-        return dict(seed=self.seed, threshold=self.dropout, DROPOUT=self.dropout > 0.0)
+        return dict(seed=self.seed, threshold=self.threshold, DROPOUT=self.dropout > 0.0)
 
 
 def unit_rows(matrix: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ are not aligned to 16 bytes, and operands that a kernel could only take as copie
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .prepared_launch import NotPreparedError, Prepared
 
 MOST_KINDS = 4096  # some KB each; every number of tokens is a kind
 Biases = Sequence[Tensor | None]
+T = TypeVar("T")
 _kinds: dict[tuple[Any, ...], Any] = {}
 
 
@@ -74,7 +75,7 @@ class Forward:
 
     def __init__(self, x: Tensor, members: Members, biases: Biases, plan: Plan, mask: Mask) -> None:
         rows, self.count = _rows(x), len(members.a)
-        self.plan, self.is_fused = plan, linear.is_fused(plan, members, mask)
+        self.plan, self.is_fused = plan, linear.is_fused(plan, members)
         self.u_shape, self.v_shape = (len(rows), members.r), (len(rows), members.width * self.count)
         self.y_shapes = [(*x.shape[:-1], b.shape[0]) for b in members.b] if self.is_fused else []
         meta = _on_meta(rows), members.map(_on_meta), [_on_meta(bias) for bias in biases]
@@ -116,7 +117,12 @@ class Forward:
 
 
 class Backward:
-    """One kind of backward: its plan, the shapes of what it allocates, and its launches."""
+    """One kind of backward: its plan, the shapes of what it allocates, and its launches.
+
+    Attributes:
+        before: launches before cuBLAS writes dx, if it does: the thin products, and dR.
+        after: the launch after it that adds the adapter's masked term to dx, and computes dR; None without dropout.
+    """
 
     def __init__(
         self,
@@ -131,32 +137,30 @@ class Backward:
         rows = [_rows(dy) for dy in dys]
         self.plan, self.need_dx, self.need_dcore = plan, need_dx, need_dcore
         self.is_fused = need_dx and linear.is_fused(plan, members, mask)
+        self.has_addmm = need_dx and not self.is_fused  # cuBLAS computes dx, and reads w unless that is masked
+        self.adds_masked = self.has_addmm and mask.dropout > 0.0
         self.t_shape = (len(rows[0]), members.width * len(dys))
-        self.dx_shape = (
-            (*dys[0].shape[:-1], members.a[0].shape[1]) if self.is_fused else (len(rows[0]), members.a[0].shape[1])
-        )
+        leading = rows[0].shape[:1] if self.has_addmm else dys[0].shape[:-1]  # cuBLAS writes a matrix
+        self.dx_shape = (*leading, members.a[0].shape[1])
         meta = [_on_meta(dy) for dy in rows], members.map(_on_meta), [_on_meta(u) for u in us]
         with on_device(dys[0]):
-            self.prepared = _or_none(lambda: self._prepare(*meta, mask))
+            self.before, self.after = _or_none(lambda: self._prepare(*meta, mask)) or (None, None)
 
     def __call__(
         self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], mask: Mask
     ) -> tuple[Tensor | None, list[Tensor]] | None:
         """dx and dR_i."""
-        if self.prepared is None:
+        if self.before is None:
             return None
         dx, dcores = self._allocate(dys, members)
-        ws = [dys[0].new_empty(self.t_shape)] if self._has_addmm else []
-        if not self.prepared.repeat([*self._tensors(dys, members, us, dx, dcores), *ws], mask.seed):
+        tw = [dys[0].new_empty(self.t_shape) for _ in range(self.has_addmm + self.adds_masked)]  # w, or w and t
+        if not self.before.repeat([*self._tensors(dys, members, us, dx, dcores), *tw], mask.seed):
             return None
-        if dx is not None and ws:
-            linear.addmm_backward([_rows(dy) for dy in dys], members, ws[0], dx)
+        if dx is not None and self.has_addmm:
+            linear.addmm_backward([_rows(dy) for dy in dys], members, None if self.adds_masked else tw[0], dx)
+        if dx is not None and self.after is not None:
+            self.after.repeat([*self._gemm_tensors(dys, members, us, dx, dcores), *tw], mask.seed)
         return dx, dcores
-
-    @property
-    def _has_addmm(self) -> bool:
-        """True if cuBLAS computes dx, and reads w."""
-        return self.need_dx and not self.is_fused
 
     def _allocate(self, dys: Sequence[Tensor], members: Members) -> tuple[Tensor | None, list[Tensor]]:
         """dx and dR_i."""
@@ -166,8 +170,10 @@ class Backward:
     def _tensors(
         self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], dx: Tensor | None, dcores: list[Tensor]
     ) -> list[Tensor]:
-        """What the launches read and write beside t and w; members of one argument stand together."""
+        """What the first launches read and write beside t and w; members of one argument stand together."""
         tensors = [*dys, *members.b, *members.cores]
+        if self.adds_masked:
+            return tensors
         if self.is_fused or dcores:
             tensors += members.a
         if dcores:
@@ -178,19 +184,30 @@ class Backward:
             tensors.append(dx)
         return tensors
 
-    def _prepare(self, dys: list[Tensor], members: Members, us: list[Tensor], mask: Mask) -> Prepared:
+    def _gemm_tensors(
+        self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], dx: Tensor, dcores: list[Tensor]
+    ) -> list[Tensor]:
+        """What the last launch reads and writes beside t and w."""
+        return [*dys, *members.a, *(us if dcores else ()), *dcores, dx]
+
+    def _prepare(
+        self, dys: list[Tensor], members: Members, us: list[Tensor], mask: Mask
+    ) -> tuple[Prepared, Prepared | None]:
         dx, dcores = self._allocate(dys, members)
         t = dys[0].new_empty(self.t_shape)
         w = torch.empty_like(t) if self.need_dx else t
         tensors = self._tensors(dys, members, us, dx, dcores)
         calls = [low_rank_launch.backward_call(dys, members, t, w, self.plan, self.need_dx)]
+        if self.adds_masked and dx is not None:
+            gemm = extended_gemm_launch.backward_call(dys, members, us, t, w, dx, dcores, self.plan, mask, add=True)
+            after = Prepared([gemm], [*self._gemm_tensors(dys, members, us, dx, dcores), w, t])
+            return Prepared(calls, [*tensors, w, t]), after
         if self.is_fused or dcores:
             written = _rows(dx) if self.is_fused and dx is not None else None
-            gemm = extended_gemm_launch.backward_call(dys, members, us, t, w, written, dcores, self.plan, mask)
-            calls.append(gemm)
-        if self._has_addmm:
-            return Prepared(calls, [*tensors, w], inner=[t])
-        return Prepared(calls, tensors, inner=[t, w] if self.need_dx else [t])
+            calls.append(extended_gemm_launch.backward_call(dys, members, us, t, w, written, dcores, self.plan, mask))
+        if self.has_addmm:
+            return Prepared(calls, [*tensors, w], inner=[t]), None
+        return Prepared(calls, tensors, inner=[t, w] if self.need_dx else [t]), None
 
 
 def forget() -> None:
@@ -239,7 +256,7 @@ def _on_meta(tensor: Any) -> Any:
     )
 
 
-def _or_none(prepare: Callable[[], Prepared]) -> Prepared | None:
+def _or_none(prepare: Callable[[], T]) -> T | None:
     """None for calls that have to be made the ordinary way every time."""
     try:
         return prepare()

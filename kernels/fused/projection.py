@@ -83,7 +83,7 @@ def project(
         else:
             x_block = tl.load(x + row_offsets[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
         if DROPOUT:
-            x_block = tl.where(keep_mask(seed, threshold, rows, k), x_block, 0.0)
+            x_block = tl.where(keep_mask(seed, threshold, rows, start, blocks.BLOCK_K), x_block, 0.0)
         # one x_block for all members' factors; tuples are immutable, so that the sums are a new one
         updated = ()
         for i in tl.static_range(len(factors)):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import reference
 import tolerances
 import torch
 from calls import run_kernels as run
 from torch import Tensor
 
+from lorasb.backends.eager import linear as eager
+from lorasb.backends.triton import linear as backend
 from lorasb.kernels import linear as launch
 from lorasb.kernels import plan
+from lorasb.kernels.launcher import observed
 
 
 class TestDropout:
@@ -28,6 +34,47 @@ class TestDropout:
         want_dx = exact.dy @ exact.weight + mask * (exact.scaling * t @ exact.core @ exact.a)
         tolerances.check(dx, want_dx, tolerances.fp32(80))
         tolerances.check(dcore, exact.scaling * t.t() @ u, tolerances.fp32(80))
+
+    def test_beside_cublas_the_masked_term_is_added_to_the_bases(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = reference.make_case((40,), 70, 64, 8, torch.float32)
+        results, choose = [], backend.plan_of
+        for path in ("fused", "addmm"):
+            with monkeypatch.context() as patch:
+                patch.setattr(backend, "plan_of", lambda *given, path=path: replace(choose(*given), path=path))
+                torch.manual_seed(5)
+                with observed() as launches:
+                    results.append(run(case, dropout=0.4))
+            assert [one.name for one in launches] == [
+                "prep_forward",
+                *["extended_gemm"] * (path == "fused"),  # in forward, cuBLAS has no mask to know
+                "prep_backward",
+                "extended_gemm",
+            ]
+            assert launches[-1].arguments["ADD"] == (path == "addmm")
+        for fused, added in zip(*results, strict=True):
+            tolerances.check(added, fused.double(), tolerances.fp32(80))
+
+    def test_without_a_base_the_masked_term_is_all_there_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = reference.make_case((40,), 70, 64, 8, torch.float32, bias=False)
+        choose = backend.plan_of
+        monkeypatch.setattr(backend, "plan_of", lambda *given: replace(choose(*given), path="addmm"))
+        results = []
+        for weight in (case.weight, None):
+            case.weight = weight  # type: ignore[assignment]
+            torch.manual_seed(5)
+            results.append(run(case, dropout=0.4))
+        (y, dx, dcore), (y_alone, dx_alone, dcore_alone) = results
+        weight = reference.make_case((40,), 70, 64, 8, torch.float32, bias=False).weight
+        tolerances.check(y_alone + case.x @ weight.t(), y.double(), tolerances.fp32(80))
+        tolerances.check(dx_alone + case.dy @ weight, dx.double(), tolerances.fp32(80))
+        assert torch.equal(dcore, dcore_alone)
+
+    @pytest.mark.parametrize("n", [1, 3, 4, 66, 100])
+    def test_eager_torch_knows_the_mask(self, n: int) -> None:
+        case = reference.make_case((20,), n, 8, 4, torch.float32)
+        for dropout in (0.05, 0.5, 0.95):
+            want = eager.philox_mask(case.x.shape, dropout, 2**40 + n, case.x.device)
+            assert torch.equal(mask_of(case, 2**40 + n, dropout), want)
 
     def test_the_mask_keeps_its_share_and_differs_by_seed(self) -> None:
         case = reference.make_case((300,), 100, 8, 4, torch.float32)

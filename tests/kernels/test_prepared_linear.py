@@ -10,7 +10,7 @@ import environment
 import pytest
 import torch
 from calls import run_kernels
-from kernel_cases import check_case, group_cases, run_group
+from kernel_cases import check_case, check_group, group_cases, run_group
 from reference import Case, make_case
 from torch import Tensor
 
@@ -85,8 +85,11 @@ def test_cublas_beside_prepared_launches(monkeypatch: pytest.MonkeyPatch) -> Non
     case = make_case((2, 35), 96, 80, 24, torch.bfloat16)
     same_bits(lambda: run_kernels(case), monkeypatch)
     prepared_linear.forget()
-    cases = group_cases(20, 64, (48, 32, 40), 24, torch.bfloat16)
-    same_bits(lambda: run_group(cases), monkeypatch)
+    same_bits(lambda: run_kernels(case, dropout=0.3), monkeypatch)
+    for r in (24, 64):  # with padding between the members' ranks, and without
+        prepared_linear.forget()
+        cases = group_cases(20, 96, (80, 64, 72), r, torch.bfloat16)
+        check_group(cases, same_bits(lambda cases=cases: run_group(cases), monkeypatch))
 
 
 @pytest.mark.parametrize("needed", ["dx", "dR"])

@@ -37,22 +37,22 @@ def kernel_masks() -> Iterator[None]:
 
 
 def philox_mask(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> Tensor:
-    """The Triton kernels' mask [M, n]: True where a number in [0, 1) is at least `dropout`.
+    """The Triton kernels' mask [M, n]: True where 32 random bits are at least dropout·2³².
 
-    The number is Philox-4x32-10 of the seed at counter (column, row, 0, 0), with the constants and the conversion to
-    fp32 of `tl.rand`. Words of 32 bits are held in int64.
+    They are the words of Philox-4x32-10: those of counter (column // 4, row, 0, 0) are for four columns. Words of 32
+    bits are held in int64.
     """
-    low = 0xFFFFFFFF
-    c0 = torch.arange(shape[1], device=device)[None].expand(shape).clone()
-    c1 = torch.arange(shape[0], device=device)[:, None].expand(shape).clone()
-    c2 = c3 = torch.zeros(shape, dtype=torch.int64, device=device)
+    low, (M, n) = 0xFFFFFFFF, shape
+    c0 = torch.arange(-(-n // 4), device=device).expand(M, -1)
+    c1 = torch.arange(M, device=device)[:, None].expand(c0.shape)
+    c2 = c3 = torch.zeros_like(c0)
     k0, k1 = seed & low, (seed >> 32) & low
     for _ in range(10):
         a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # int64 wraps, but keeps all 64 bits; `>> 32` is the high word
         c0, c1, c2, c3 = ((b >> 32) & low) ^ c1 ^ k0, b & low, ((a >> 32) & low) ^ c3 ^ k1, a & low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    signed = torch.where(c0 > 0x7FFFFFFF, low - c0, c0)  # -x - 1 if the word is a negative int32
-    return signed.to(torch.float32) * 4.6566127342e-10 >= dropout
+    words = torch.stack((c0, c1, c2, c3), -1).view(M, -1)[:, :n]
+    return words >= int(dropout * 2**32)
 
 
 def keep_mask(shape: torch.Size, dropout: float, seed: Tensor, device: torch.device) -> Tensor:
