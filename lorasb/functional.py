@@ -98,8 +98,8 @@ def _composes(
 
     `cpp` computes dense layers by eager torch too, unless the extension serves their dtype and size.
     """
-    uses_extension = kernels[0] in (cpp.forward, cpp.group_forward) and cpp.serves(x.dtype, *weights)
-    uses_torch = kernels[0] in (cpp.forward, cpp.group_forward, eager.forward, eager.group_forward)
+    uses_extension = kernels.forward in (cpp.forward, cpp.group_forward) and cpp.serves(x.dtype, *weights)
+    uses_torch = kernels.forward in (cpp.forward, cpp.group_forward, eager.forward, eager.group_forward)
     return x.is_cpu and uses_torch and not uses_extension and fast_path.small(x, (*weights, *frozen))
 
 

@@ -28,13 +28,13 @@ def forward_call(
     partial, counters = allocate_workspace(x, tiles * splits * config.block_m * config.block_n, tiles, splits)
     has_bias = any(bias is not None for bias in biases)
     # HAS_BIAS holds for all members: one without a bias gets zeros
-    filled = [x.new_zeros(N) if bias is None else bias for bias, N in zip(biases, Ns, strict=True)] if has_bias else ys
+    filled = [x.new_zeros(N) if bias is None else bias.contiguous() for bias, N in zip(biases, Ns, strict=True)]
     arguments = dict(
         xs=(x,),
         weights=weights,
         v=v,
         factors=tuple(unit_rows(b) for b in members.b),
-        biases=tuple(filled),
+        biases=tuple(filled if has_bias else ys),
         ys=tuple(ys),
         t=v,  # dummies, down to dcores: forward has no core gradient
         us=(v,),

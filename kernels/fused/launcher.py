@@ -74,14 +74,16 @@ def is_compiled(kernel: Any) -> bool:
 
 def is_watched() -> bool:
     """True if somebody is told of every launch: an `observed` block of any thread, or a profiler's hook in Triton."""
-    return bool(_observers) or bool(_launch_hooks().calls)
+    runtime = _triton_runtime()
+    return bool(_observers or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 @cache
-def _launch_hooks() -> Any:
+def _triton_runtime() -> Any:
+    """Where Triton has its hooks."""
     from triton import knobs
 
-    return knobs.runtime.launch_enter_hook
+    return knobs.runtime
 
 
 def launch(call: KernelCall) -> None:

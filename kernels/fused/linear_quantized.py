@@ -155,7 +155,7 @@ def _gemm(
         x=x,
         v=v,
         factor=factor,
-        bias=bias,
+        bias=None if bias is None else bias.contiguous(),
         y=y,
         partial=partial,
         counters=counters,

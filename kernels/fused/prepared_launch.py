@@ -60,7 +60,7 @@ class PreparedLaunch:
     Attributes:
         call: as it was made on `meta`.
         places: by name, of arguments that are tensors or tuples of tensors.
-        constants: all other arguments but the seed.
+        constants: all other arguments but the seed of dropout.
         take: all arguments in their order, from (*addresses, seed, *constants).
     """
 
@@ -74,7 +74,7 @@ class PreparedLaunch:
         found = dict(self.call.arguments)
         for name, place in self.places.items():
             found[name] = place.of(tensors) if isinstance(place, Place) else tuple(one.of(tensors) for one in place)
-        return found | ({"seed": seed} if "seed" in found else {})
+        return found | ({"seed": seed} if _takes_seed(self.call) else {})
 
 
 class Prepared:
@@ -125,7 +125,7 @@ class Prepared:
         if stream or (like.is_cuda and torch.cuda.is_current_stream_capturing()):
             return workspace.counters(like.device, self._count)
         if self._own_zeros is None:
-            self._own_zeros = torch.zeros(self._count, dtype=torch.int32, device=like.device)
+            self._own_zeros = workspace.counters(like.device, self._count)  # gives side streams theirs, too
         return self._own_zeros
 
     def _bind(self) -> list[Raw]:
@@ -171,9 +171,11 @@ class Prepared:
             name = parameter.name
             if name in places:
                 indices.append(self._position(places[name]))
+            elif name == "seed" and _takes_seed(call):
+                indices.append(seed)
             else:
-                indices.append(seed if name == "seed" else seed + 1 + len(constants))
-                constants += [] if name == "seed" else [call.arguments[name]]
+                indices.append(seed + 1 + len(constants))
+                constants.append(call.arguments[name])
         return PreparedLaunch(call, places, tuple(constants), itemgetter(*indices))
 
     def _position(self, place: Place | tuple[Place, ...]) -> int | slice:
@@ -199,6 +201,7 @@ def bind(launch: PreparedLaunch) -> Raw:
     """
     call, take, constants = launch.call, launch.take, launch.constants
     compiled = call.kernel.run(grid=(call.grid,), warmup=True, **call.arguments, **call.options)
+    compiled = compiled.result() if hasattr(compiled, "result") else compiled  # Triton's asynchronous compilation
     run, function, metadata, grid = compiled.run, compiled.function, compiled.packed_metadata, call.grid
 
     def raw(stream: int, values: tuple[Any, ...], _: Sequence[Tensor]) -> None:
@@ -206,6 +209,11 @@ def bind(launch: PreparedLaunch) -> Raw:
 
     raw.compiled = compiled  # type: ignore[attr-defined]  # which unloads itself where nothing refers to it
     return raw
+
+
+def _takes_seed(call: KernelCall) -> bool:
+    """Without dropout a seed is a number like others, and compiled as the 0 that it is: 32 bits wide."""
+    return bool(call.arguments.get("DROPOUT"))
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Place]:

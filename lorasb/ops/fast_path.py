@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from . import registry
 from .linear_group import gradients
+from .registry import NO_SECOND_DERIVATIVE, Kernels
 
 # Bytes of x below which torch's own ops are faster than our autograd function. Measured with 4096 features and 512
 # tokens: bf16 (4 MiB) is below the crossover, fp32 (8 MiB) above.
 SMALL_BYTES = 6 * 2**20
 _PLAIN = (Tensor, torch.nn.Parameter)
-Kernels = tuple[Callable[..., Any], Callable[..., Any]]  # forward, backward
 
 
 def kernels(op: str, backend: str, x: Tensor, *others: Tensor | None) -> Kernels | None:
@@ -71,13 +70,26 @@ def composed(
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's `once_differentiable`, which costs nothing where no second derivative is recorded."""
-    refused = once_differentiable(backward)
+    """A backward that has no derivative itself: where one would be recorded, its results raise when it is asked for.
+
+    Not torch's `once_differentiable`, whose results are plain constants if the incoming gradient is one (of `y.sum()`),
+    and which switches grad mode off, where nothing has switched it on.
+    """
 
     def call(ctx: Any, *grads: Tensor | None) -> Any:
-        return refused(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        poison: Any = torch._C._functions.DelayedError(NO_SECOND_DERIVATIVE.encode(), len(results))
+        return poison(*(None if t is None else t.detach().requires_grad_(True) for t in results))
 
     return call
+
+
+def _backward_of(kernels: Kernels) -> Callable[..., Any]:
+    """The backward kernel; under a functorch transform (`is_grads_batched=True`) the op, which has rules for it."""
+    return kernels.backward_op if torch._C._are_functorch_transforms_active() else kernels.backward
 
 
 class Linear(torch.autograd.Function):
@@ -85,25 +97,26 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, (scaling, dropout, seed, (forward, kernel)) = arguments
+        *tensors, (scaling, dropout, seed, ctx.kernels) = arguments
         y: Tensor
-        y, u = forward(*tensors, scaling, dropout, seed)
+        y, u = ctx.kernels.forward(*tensors, scaling, dropout, seed)
         _, weight, a, core, b, _ = tensors
-        need_dx, _, _, need_dcore, *_ = ctx.needs_input_grad
+        ctx.need_dx, _, _, ctx.need_dcore, *_ = ctx.needs_input_grad
+        ctx.set_materialize_grads(False)  # dy may be None
         # u [M, r] for dR, and never x [M, n]; an empty u in place of one that is not needed frees its memory
-        ctx.save_for_backward(weight, a, core, b, u if need_dcore else u.new_empty((0, a.shape[0])))
-        ctx.backward_call = kernel, (scaling, dropout, seed, need_dx, need_dcore)
+        ctx.save_for_backward(weight, a, core, b, u if ctx.need_dcore else u.new_empty((0, a.shape[0])), seed)
+        ctx.scaling, ctx.dropout = scaling, dropout
         return y
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        kernel, options = ctx.backward_call
-        *_, need_dx, need_dcore = options
-        if not (need_dx or need_dcore):  # of the frozen tensors alone a gradient is asked for, and they get none
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None or not (ctx.need_dx or ctx.need_dcore):  # of frozen tensors alone a gradient is asked for
             return (None,) * 7
-        dx, dcore = kernel(dy, *ctx.saved_tensors, *options)
-        return dx if need_dx else None, None, None, dcore if need_dcore else None, None, None, None
+        weight, a, core, b, u, seed = ctx.saved_tensors
+        flags = ctx.scaling, ctx.dropout, seed, ctx.need_dx, ctx.need_dcore
+        dx, dcore = _backward_of(ctx.kernels)(dy, weight, a, core, b, u, *flags)
+        return dx if ctx.need_dx else None, None, None, dcore if ctx.need_dcore else None, None, None, None
 
 
 class LinearQuantized(torch.autograd.Function):
@@ -114,22 +127,25 @@ class LinearQuantized(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, a, core, b, bias, (quant, layout, scaling, dropout, seed, (forward, kernel)) = arguments[:6]
+        x, a, core, b, bias, (quant, layout, scaling, dropout, seed, ctx.kernels) = arguments[:6]
         y: Tensor
-        y, u = forward(x, quant, layout, a, core, b, bias, scaling, dropout, seed)
-        need_dx, _, need_dcore, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(a, core, b, u if need_dcore else u.new_empty((0, a.shape[0])), *quant)
-        ctx.backward_call = kernel, list(layout), (scaling, dropout, seed, need_dx, need_dcore)
+        y, u = ctx.kernels.forward(x, quant, layout, a, core, b, bias, scaling, dropout, seed)
+        ctx.need_dx, _, ctx.need_dcore, *_ = ctx.needs_input_grad
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a, core, b, u if ctx.need_dcore else u.new_empty((0, a.shape[0])), seed, *quant)
+        ctx.layout, ctx.scaling, ctx.dropout = list(layout), scaling, dropout
         return y
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        kernel, layout, options = ctx.backward_call
-        a, core, b, u, *quant = ctx.saved_tensors
-        dx, dcore = kernel(dy, quant, layout, a, core, b, u, *options)
-        *_, need_dx, need_dcore = options
-        return dx if need_dx else None, None, dcore if need_dcore else None, *[None] * (3 + len(quant))
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        a, core, b, u, seed, *quant = ctx.saved_tensors
+        no_grads = (None,) * (3 + len(quant))
+        if dy is None or not (ctx.need_dx or ctx.need_dcore):
+            return None, None, None, *no_grads
+        flags = ctx.scaling, ctx.dropout, seed, ctx.need_dx, ctx.need_dcore
+        dx, dcore = _backward_of(ctx.kernels)(dy, quant, ctx.layout, a, core, b, u, *flags)
+        return dx if ctx.need_dx else None, None, dcore if ctx.need_dcore else None, *no_grads
 
 
 class LinearGroup(torch.autograd.Function):
@@ -137,10 +153,10 @@ class LinearGroup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, options: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.scalings, (forward, ctx.kernel) = options
+        ctx.scalings, ctx.kernels = options
         count = len(ctx.scalings)
         weights, a, cores, b, biases = (list(tensors[i : i + count]) for i in range(0, 5 * count, count))
-        output = forward(x, weights, a, cores, b, biases, ctx.scalings)
+        output = ctx.kernels.forward(x, weights, a, cores, b, biases, ctx.scalings)
         ys, us = output[:count], output[count:]
         ctx.need_dx, ctx.need_dcores = ctx.needs_input_grad[0], ctx.needs_input_grad[2 + 2 * count : 2 + 3 * count]
         us = us if any(ctx.need_dcores) else [u.new_empty((0, u.shape[1])) for u in us]
@@ -152,7 +168,7 @@ class LinearGroup(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        dx, dcores = gradients(ctx.kernel, ctx, grads)
+        dx, dcores = gradients(_backward_of(ctx.kernels), ctx, grads)
         no_grads = [None] * len(dcores)
         return (dx, None, *no_grads, *no_grads, *dcores, *no_grads, *[None] * ctx.biases)
 
@@ -179,7 +195,7 @@ def linear(
     if torch.is_grad_enabled():
         y = _apply(Linear, x, weight, a, core, b, bias, (scaling, dropout, seed, kernels))
     else:
-        y, _ = kernels[0](x, weight, a, core, b, bias, scaling, dropout, seed)
+        y, _ = kernels.forward(x, weight, a, core, b, bias, scaling, dropout, seed)
     return y
 
 
@@ -198,10 +214,10 @@ def linear_quantized(
 ) -> Tensor:
     """y of `lorasb::linear_quantized`."""
     y: Tensor
-    if torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
+    if torch.is_grad_enabled():
         y = _apply(LinearQuantized, x, a, core, b, bias, (quant, layout, scaling, dropout, seed, kernels), *quant)
     else:
-        y, _ = kernels[0](x, quant, layout, a, core, b, bias, scaling, dropout, seed)
+        y, _ = kernels.forward(x, quant, layout, a, core, b, bias, scaling, dropout, seed)
     return y
 
 
@@ -212,5 +228,5 @@ def linear_group(
     if torch.is_grad_enabled():
         ys: Sequence[Tensor] = _apply(LinearGroup, x, (scalings, kernels), *[t for tensors in lists for t in tensors])
         return ys
-    outputs = kernels[0](x, *lists, scalings)
+    outputs = kernels.forward(x, *lists, scalings)
     return list(outputs[: len(scalings)])

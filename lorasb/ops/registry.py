@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 BACKENDS = ("auto", "eager", "cpp", "triton")
 ENVIRONMENT_VARIABLE = "LORASB_BACKEND"
+
+NO_SECOND_DERIVATIVE = "LoRA-SB's linear has no second derivative: call backward or autograd.grad once"
 
 library = torch.library.Library("lorasb", "DEF")
 DIRECT = ("CPU", "CUDA")  # dispatch keys of devices whose kernels are called directly where nothing intercepts an op
@@ -79,7 +81,7 @@ def define_plain(name: str, schema: str, fake: Callable[..., Any]) -> None:
 
 
 def _raise_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("LoRA-SB's linear has no second derivative: call backward or autograd.grad once")
+    raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def register_backend(
@@ -139,11 +141,21 @@ def direct_kernel(op: str, backend: str, key: str = "CPU") -> Callable[..., Any]
     return _kernels[key].get(op_name(op, backend))
 
 
+class Kernels(NamedTuple):
+    """An op's kernel, its backward op's, and that op itself."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    backward_op: Callable[..., Any]
+
+
 @cache
-def direct_kernels(op: str, backend: str, key: str) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """An op's kernel and its backward op's, as `direct_kernel`; None if one of them is missing."""
+def direct_kernels(op: str, backend: str, key: str) -> Kernels | None:
+    """An op's kernels, as `direct_kernel`; None if one of them is missing."""
     forward, backward = direct_kernel(op, backend, key), direct_kernel(f"{op}_backward", backend, key)
-    return (forward, backward) if forward is not None and backward is not None else None
+    if forward is None or backward is None:
+        return None
+    return Kernels(forward, backward, backend_op(f"{op}_backward", backend))
 
 
 def unavailable(name: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import environment
+import numpy as np
 import pytest
 import reference
 import tolerances
@@ -301,3 +302,15 @@ def test_mixed_ranks_are_no_group() -> None:
         lora_sb_linear_group(cases[0].x, *([getattr(c, n) for c in cases] for n in ("weight", "a", "core", "b")))
     with pytest.raises(ValueError, match="expected one of each argument for every member"):
         lora_sb_linear_group(cases[0].x, [cases[0].weight], [], [], [])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_bias_with_gaps_and_a_scaling_of_numpys(count: int) -> None:
+    cases = group_cases(20, 64, (48, 32)[:count], 8, torch.float32)
+    for case in cases:
+        case.bias = torch.stack([case.bias, torch.full_like(case.bias, 99.0)], 1)[:, 0]
+        case.scaling = np.float32(0.5)  # type: ignore[assignment]
+    results = run_group(cases) if count > 1 else run(cases[0])
+    for case in cases:
+        case.scaling = 0.5
+    check_group(cases, results) if count > 1 else check_case(cases[0], results)

@@ -16,7 +16,7 @@ from lorasb.kernels.launcher import KernelCall
 from lorasb.kernels.prepared_launch import NotPreparedError, Prepared, PreparedLaunch
 
 CONFIG = PrepConfig(16, 16, 4, 1)
-NAMES = ("x", "factors", "v", "M", "partial", "counters", "seed", "dcores", "SPLIT")
+NAMES = ("x", "factors", "v", "M", "partial", "counters", "seed", "dcores", "DROPOUT")
 
 
 def kernel(*names: str) -> Any:
@@ -46,12 +46,12 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def prepared(split: bool) -> Prepared:
+def prepared(split: bool, dropout: bool = True) -> Prepared:
     """A kernel of x [4, 8], two factors, the second half of v [8, 16], sums, counters, a seed and numbers."""
     x, factors, v = meta(4, 8), [meta(8, 8), meta(8, 8)], meta(8, 16)
     partial = meta(100 if split else 1)
     counters = meta(3, dtype=torch.int32) if split else partial.view(torch.int32)
-    values = (x, tuple(factors), v[4:], 4, partial, counters, 0, (partial,), split)
+    values = (x, tuple(factors), v[4:], 4, partial, counters, 0, (partial,), dropout)
     call = KernelCall(kernel(*NAMES), 2, dict(zip(NAMES, values, strict=True)), CONFIG)
     return Prepared([call], [x, *factors], inner=[v])
 
@@ -63,9 +63,9 @@ def test_every_argument_gets_what_is_its(split: bool, taken: list[tuple[Any, ...
         tensors = [torch.zeros(4, 8), torch.zeros(8, 8), torch.zeros(8, 8)]
         given = list(tensors)
         assert known.repeat(given, seed)
-        x, factors, v, M, partial, counters, told, dcores, is_split = taken.pop()
+        x, factors, v, M, partial, counters, told, dcores, _ = taken.pop()
         addresses = [tensor.data_ptr() for tensor in tensors]
-        assert (x, list(factors), M, told, is_split) == (addresses[0], addresses[1:], 4, seed, split)
+        assert (x, list(factors), M, told) == (addresses[0], addresses[1:], 4, seed)
         scratch = given[3]
         assert v == scratch.data_ptr() + 4 * 16 * 4
         if split:
@@ -77,6 +77,12 @@ def test_every_argument_gets_what_is_its(split: bool, taken: list[tuple[Any, ...
             assert given[4].numel() == 3
         else:  # dummies, which no program touches
             assert {partial, counters, *dcores} == {addresses[0]}
+
+
+def test_without_dropout_a_seed_stays_the_number_that_was_compiled(taken: list[tuple[Any, ...]]) -> None:
+    known = prepared(False, dropout=False)
+    known.repeat([torch.zeros(4, 8), torch.zeros(8, 8), torch.zeros(8, 8)], 2**62)
+    assert taken[0][NAMES.index("seed")] == 0
 
 
 def test_counters_are_allocated_once_a_kind(taken: list[tuple[Any, ...]]) -> None:

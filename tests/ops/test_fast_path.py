@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import reference
+import storages
 import torch
 from calls import run
 from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
+import lorasb
 from lorasb.backends import cpp
 from lorasb.functional import lora_sb_linear
 from lorasb.ops import fast_path as direct
@@ -41,6 +45,76 @@ def test_a_second_derivative_is_refused_as_by_the_op(monkeypatch: pytest.MonkeyP
         with pytest.raises(RuntimeError, match=r"no second derivative|differentiate twice"):
             dx.sum().backward()
         monkeypatch.setattr(direct, "kernels", lambda *_: None)
+
+
+def test_a_second_derivative_through_a_constant_gradient_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of y.sum() is a constant, yet dx depends on R: silence would be a wrong number."""
+    monkeypatch.setattr(direct, "SMALL_BYTES", 0)
+    case = reference.make_case((5,), 24, 20, 4, torch.float32)
+    for _ in range(2):
+        x, core = case.x.clone().requires_grad_(True), case.core.clone().requires_grad_(True)
+        (dx,) = torch.autograd.grad(lora_sb_linear(x, case.weight, case.a, core, case.b).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            dx.square().sum().backward()
+        monkeypatch.setattr(direct, "kernels", lambda *_: None)
+
+
+def test_many_gradients_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "SMALL_BYTES", 0)
+    case = reference.make_case((5,), 24, 20, 4, torch.float32)
+    x = case.x.clone().requires_grad_(True)
+    y = lora_sb_linear(x, case.weight, case.a, case.core, case.b)
+    dys = torch.stack([case.dy, 2 * case.dy])
+    (batched,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+    (single,) = torch.autograd.grad(y, x, case.dy)
+    assert torch.allclose(batched[0], single)
+    assert torch.allclose(batched[1], 2 * single)
+
+
+def test_a_gradient_that_is_not_there_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "SMALL_BYTES", 0)
+
+    class Absorb(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, y: torch.Tensor) -> torch.Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: object, dy: torch.Tensor) -> None:
+            return None
+
+    case = reference.make_case((5,), 24, 20, 4, torch.float32)
+    core = case.core.clone().requires_grad_(True)
+    Absorb.apply(lora_sb_linear(case.x, case.weight, case.a, core, case.b)).sum().backward()
+    assert core.grad is None
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_frozen_tensors_of_a_quantized_layer_get_no_gradients(backend: str) -> None:
+    weight, case = storages.octets(20, 24, torch.float32), reference.make_case((5,), 24, 20, 4, torch.float32)
+    assert case.bias is not None
+    a, bias = case.a.clone().requires_grad_(True), case.bias.clone().requires_grad_(True)
+    with lorasb.backend(backend):
+        y = lora_sb_linear(case.x, weight, a, case.core, case.b, bias)
+    assert y.requires_grad
+    y.sum().backward()
+    assert a.grad is None
+    assert bias.grad is None
+
+
+def test_a_checkpoint_recomputes_what_a_mode_saw_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op and the fast path save as many tensors, the seed of dropout among them."""
+    monkeypatch.setattr(direct, "SMALL_BYTES", 0)
+    case = reference.make_case((5,), 24, 20, 4, torch.float32)
+    x = case.x.clone().requires_grad_(True)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return lora_sb_linear(x, case.weight, case.a, case.core, case.b, dropout=0.5)
+
+    with FlopCounterMode(display=False):
+        y = checkpoint(call, x, use_reentrant=False)
+    y.sum().backward()
+    assert x.grad is not None
 
 
 def test_transforms_and_modes_meet_the_op() -> None:

@@ -75,7 +75,7 @@ def group_forward(
     scalings: list[float],
 ) -> list[Tensor]:
     """y_i [..., m_i] of every member, then u_i [M, r]: one pass over x and one grouped extended GEMM."""
-    members = _kernels().Members(weights, a, cores, b, scalings)
+    members = _kernels().Members(weights, a, cores, b, list(map(float, scalings)))
     ys, us = _forward(x, members, list(biases) or [None] * len(a), mask_of())
     return [*ys, *us]
 
@@ -92,7 +92,7 @@ def group_backward(
     need_dcore: bool,
 ) -> list[Tensor]:
     """dx = Σ_i dy_i W_i + (s_i·t_i R_i) A_i, written once, and dR_i."""
-    members = _kernels().Members(weights, a, cores, b, scalings)
+    members = _kernels().Members(weights, a, cores, b, list(map(float, scalings)))
     dx, dcores = _backward(dys, members, us, need_dx, need_dcore, mask_of())
     return [dx, *dcores]
 
@@ -201,7 +201,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def members_of(weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, scaling: float, dropout: float = 0.0) -> Any:
     """One layer as a group; its scale holds dropout's factor 1 / (1 - p), so that the kernels multiply once."""
-    return _kernels().Members([weight], [a], [core], [b], [scaling / (1.0 - dropout)])
+    return _kernels().Members([weight], [a], [core], [b], [float(scaling) / (1.0 - dropout)])
 
 
 @cache

@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any
 
 from .allocations import Tracker
+from .faults import KernelError
 from .launch import Compiled, FakeDriver, compile_launch, execute, orders_of
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_120": 170}
@@ -46,9 +47,13 @@ class Executor:
     def bind(self, launch: Any) -> Any:
         """In place of `lorasb.kernels.prepared_launch.bind`: a prepared launch, executed with the tensors it is given."""
         call = launch.call
+        recorded = specialized(call.kernel, call.arguments, call.options)
 
         def raw(stream: int, values: tuple[Any, ...], tensors: Any) -> None:
-            self.run(call.kernel, call.grid, launch.arguments(tensors, values[-1]), call.options)
+            arguments = launch.arguments(tensors, values[-1])
+            if specialized(call.kernel, arguments, call.options) != recorded:
+                raise KernelError(f"{call.kernel.__name__} is compiled for other arguments than it was prepared with")
+            self.run(call.kernel, call.grid, arguments, call.options)
 
         return raw
 
@@ -65,6 +70,12 @@ class Executor:
             f"executed as compiled for {self.arch}: {self.launches} launches of {len(self.kernels)} kernels, "
             f"{self.programs} programs, {steps:,} instructions of {len(self.counts)} kinds"
         )
+
+
+def specialized(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> list[Any]:
+    """What Triton compiles a kernel for: a type for each argument, and what is known of its value."""
+    *_, binder = kernel.device_caches[0]
+    return list(binder(**arguments, **options)[1])
 
 
 def install(arch: str) -> Executor:
