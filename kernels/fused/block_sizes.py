@@ -11,8 +11,9 @@ from functools import lru_cache
 
 DECODE_ROWS = 16  # one block of rows for tl.dot, whose sides are 16 at least: reading the weight is all that counts
 MAX_GROUP_RANKS = 384  # padded ranks of a group in one prep program: their fp32 sums are all in registers
-# of dR: side of a tile, rows a step, rows a program
-CORE_BLOCK, CORE_STEP, CORE_CHUNK = 32, 64, 2048
+# of dR: side of a tile, rows a step, rows a program. 8192 rows at rank 96 are 144 programs of eight steps; in chunks of
+# 2048 rows they would be 36 programs of 32, on the 84 multiprocessors of an A6000.
+CORE_BLOCK, CORE_STEP, CORE_CHUNK = 32, 64, 512
 DEQUANTIZE_BYTES = 1024  # packed bytes of a 4-bit weight a program: 2048 elements
 
 
