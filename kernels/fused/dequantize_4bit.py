@@ -53,18 +53,21 @@ def block_scales(block, inside, absmax, nested, NESTED_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def unpack(byte, scale, codebook, ROUNDING: tl.constexpr):
-    """Both elements of each byte in fp32, high nibble first, rounded to the dtype that the weight had.
+def rounded(values, ROUNDING: tl.constexpr):
+    """Values in fp32, rounded to the dtype that the weight had."""
+    if ROUNDING == 1:
+        values = values.to(tl.bfloat16).to(tl.float32)
+    if ROUNDING == 2:
+        values = values.to(tl.float16).to(tl.float32)
+    return values
 
-    The two share a scale, as QUANT_BLOCK is even.
-    """
+
+@triton.jit
+def unpack(byte, scale, codebook, ROUNDING: tl.constexpr):
+    """Both elements of each byte in fp32, high nibble first; they share a scale, as QUANT_BLOCK is even."""
     high = tl.load(codebook + (byte >> 4).to(tl.int32)) * scale
     low = tl.load(codebook + (byte & 15).to(tl.int32)) * scale
-    if ROUNDING == 1:
-        high, low = high.to(tl.bfloat16).to(tl.float32), low.to(tl.bfloat16).to(tl.float32)
-    if ROUNDING == 2:
-        high, low = high.to(tl.float16).to(tl.float32), low.to(tl.float16).to(tl.float32)
-    return high, low
+    return rounded(high, ROUNDING), rounded(low, ROUNDING)
 
 
 @triton.jit

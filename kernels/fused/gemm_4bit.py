@@ -1,5 +1,10 @@
 """A GEMM over a 4-bit weight that dequantizes in its K loop, for few rows: no dense W is written or read.
 
+Decoding is integer work that the tensor cores wait for, so it is kept short: where blocks of scales allow, a row of a
+tile has one scale, and the sixteen values of the codebook are looked up in shared memory. On sm_86 a weight takes 9 to
+11 instructions in bf16 (`benchmarks.kernels.static_report` compiles the kernels), and 23 to 32 with a scale a byte and
+the codebook in global memory.
+
 Arguments of `quantized_gemm`; strides are of rows, in elements, and the last dimension is contiguous.
 
                      forward                            backward
@@ -14,6 +19,7 @@ Arguments of `quantized_gemm`; strides are of rows, in elements, and the last di
   sizes              M rows, W's N and K
   strides            stride_x, stride_v, stride_factor, stride_y
   flags              BACKWARD; WIDE: offsets need 64 bits; PRECISION: of tl.dot, "tf32" or "ieee"
+                     ONE_SCALE: the columns of a tile of W share a block of scales, row by row, and none is past K
   rank               R
   blocks             BLOCK_M x BLOCK_N of y a program, BLOCK_K of the reduction a step
                      SPLIT: `splits` programs share a tile
@@ -25,25 +31,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dequantize_4bit import Storage, block_scales, unpack
+from .dequantize_4bit import Storage, block_scales, rounded, unpack
 from .device_functions import arrives_last, block_offsets, ordered_sum
 from .extended_gemm import accumulate
 
 
 @triton.jit
-def weight_tile(rows, pairs, weight, N, K, storage, WIDE: tl.constexpr):
-    """W [rows, 2·pairs] in fp32, of W [N, K] with K even; elements outside are 0.
+def weight_tile(rows, first, weight, N, K, storage, WIDE: tl.constexpr, ONE_SCALE: tl.constexpr, COLUMNS: tl.constexpr):
+    """W [rows, first + COLUMNS] in fp32, of W [N, K] with K even; columns from K on are 0, rows from N on finite.
 
     A pair is a packed byte: with K even, none straddles two rows. weight: as in `dequantize_bytes`.
     """
     packed, absmax, codebook, nested_absmax, nested_codebook, nested_offset = weight
     nested = (nested_absmax, nested_codebook, nested_offset)
-    inside = (rows < N)[:, None] & (2 * pairs < K)[None, :]
-    offsets = (rows.to(tl.int64) if WIDE else rows)[:, None] * (K // 2) + pairs[None, :]
-    scale = block_scales(2 * offsets // storage.QUANT_BLOCK, inside, absmax, nested, storage.NESTED_BLOCK)
-    high, low = unpack(tl.load(packed + offsets, mask=inside, other=0), scale, codebook, storage.ROUNDING)
-    # a masked byte is 0 and decodes to codebook[0], which is not 0
-    return tl.where(tl.interleave(inside, inside), tl.interleave(high, low), 0.0)
+    row = tl.where(rows < N, rows, 0)
+    if WIDE:
+        row = row.to(tl.int64)
+    pairs = first // 2 + tl.arange(0, COLUMNS // 2)
+    offsets = (row * (K // 2))[:, None] + pairs[None, :]
+    if ONE_SCALE:
+        blocks = row * (K // storage.QUANT_BLOCK) + first // storage.QUANT_BLOCK
+        scale = block_scales(blocks, rows < N, absmax, nested, storage.NESTED_BLOCK)[:, None]
+        byte = tl.load(packed + offsets)
+        nibbles = tl.interleave(byte >> 4, byte & 15).to(tl.int32)
+        values = tl.gather(tl.load(codebook + tl.arange(0, 16)), tl.reshape(nibbles, (nibbles.numel,)), 0)
+        tile = rounded(tl.reshape(values, nibbles.shape) * scale, storage.ROUNDING)
+    else:
+        inside = (rows < N)[:, None] & (2 * pairs < K)[None, :]
+        scale = block_scales(2 * offsets // storage.QUANT_BLOCK, inside, absmax, nested, storage.NESTED_BLOCK)
+        high, low = unpack(tl.load(packed + offsets, mask=inside, other=0), scale, codebook, storage.ROUNDING)
+        # a masked byte is 0 and decodes to codebook[0], which is not 0
+        tile = tl.where(tl.interleave(inside, inside), tl.interleave(high, low), 0.0)
+    return tile
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
@@ -77,6 +96,7 @@ def quantized_gemm(
     # flags
     BACKWARD: tl.constexpr,
     WIDE: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     # rank and blocks
     R: tl.constexpr,
@@ -114,12 +134,11 @@ def quantized_gemm(
         lhs = tl.load(x + (m * stride_x)[:, None] + k[None, :], mask=(k < length)[None, :], other=0.0)
         # a tile of W has the packed dimension K last: across the output backward, along the reduction forward
         if BACKWARD:
-            pairs = tile % across * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-            rhs = weight_tile(k, pairs, weight, N, K, storage, WIDE)
+            first = tile % across * BLOCK_N
+            rhs = weight_tile(k, first, weight, N, K, storage, WIDE, ONE_SCALE, BLOCK_N)
             acc = tl.dot(lhs, rhs.to(x.dtype.element_ty), acc, input_precision=PRECISION)
         else:
-            pairs = step * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-            rhs = weight_tile(rn, pairs, weight, N, K, storage, WIDE)
+            rhs = weight_tile(rn, step * BLOCK_K, weight, N, K, storage, WIDE, ONE_SCALE, BLOCK_K)
             acc = tl.dot(lhs, rhs.to(x.dtype.element_ty).T, acc, input_precision=PRECISION)
     last = True
     if SPLIT:

@@ -168,6 +168,8 @@ def _gemm(
         stride_y=y.stride(0),
         BACKWARD=is_backward,
         WIDE=needs_int64(x, y, factor, v, elements=weight.m * weight.n),
+        ONE_SCALE=weight.n % weight.block == 0
+        and weight.block % (config.block_n if is_backward else config.block_k) == 0,
         PRECISION=precision(x.dtype),
         R=members.r,
         BLOCK_M=config.block_m,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_cases import DTYPES, few_of
@@ -70,6 +72,8 @@ def test_dequantization_is_exact(kind: str, nested: bool, dtype: torch.dtype) ->
         (5, 70, 96, 3, 32, True),
         (17, 96, 64, 17, 64, False),
         (40, 50, 130, 16, 64, True),
+        (5, 70, 128, 3, 64, True),
+        (3, 66, 256, 8, 128, False),
         (0, 16, 64, 4, 64, False),
     ],
 )
@@ -143,3 +147,25 @@ def test_the_tables_choose_by_tokens() -> None:
 def test_a_table_with_another_way_is_refused() -> None:
     with pytest.raises(ValueError, match="inline or scratch"):
         plan.Rule.from_json({"weights": "whole"})
+
+
+@pytest.mark.parametrize(
+    ("n", "block", "shared"), [(128, 64, True), (256, 128, True), (128, 32, True), (96, 64, False), (128, 4096, False)]
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_rows_of_a_tile_have_one_scale_each_where_blocks_allow(
+    n: int, block: int, shared: bool, nested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways decode to the same bits: y of the unit vectors is W."""
+    chosen = plan.choose
+    monkeypatch.setattr(plan, "choose", lambda *given: replace(chosen(*given), weights="inline"))
+    plan.forget()
+    weight = storage(70, n, block=block, nested=nested, dtype=torch.float16)
+    x, none = torch.eye(n, dtype=torch.float16), torch.zeros(0, dtype=torch.float32)
+    with lorasb.backend("triton"), observed() as launches:
+        a, b = none.new_zeros((1, n)).half(), none.new_zeros((70, 1)).half()
+        y = lora_sb_linear(x, weight, a, none.new_zeros((1, 1)), b)
+    (gemm,) = (one for one in launches if one.name == "quantized_gemm")
+    assert gemm.arguments["ONE_SCALE"] == shared
+    assert torch.equal(y.t(), exact(weight, torch.float16))
+    plan.forget()
