@@ -103,10 +103,10 @@ def _composes(
     return x.is_cpu and uses_torch and not uses_extension and fast_path.small(x, (*weights, *frozen))
 
 
-def _seed(dropout: float) -> Tensor | None:
-    """A seed [1] for the dropout mask, drawn from the CPU generator; None without dropout."""
+def _seed(dropout: float, count: int = 1) -> Tensor | None:
+    """Seeds [count] for dropout masks, drawn from the CPU generator; None without dropout."""
     # On the CPU for any device of x, so that reading it does not synchronize with a GPU.
-    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu") if dropout > 0.0 else None
+    return torch.randint(2**63 - 1, (count,), dtype=torch.int64, device="cpu") if dropout > 0.0 else None
 
 
 def _over_quantized(
@@ -213,12 +213,15 @@ def lora_sb_linear_group(
     lora_B: Sequence[Tensor],
     biases: Sequence[Tensor] = (),
     scalings: Sequence[float] = (),
+    *,
+    dropout: float = 0.0,
 ) -> list[Tensor]:
     """y_i = x W_iᵀ + s_i·x A_iᵀ R_iᵀ B_iᵀ + bias_i for linears that read the same x.
 
     One pass over x in forward and one write of dx in backward, where separate calls read x and add to dx once per
     member. Arguments are as for `lora_sb_linear`, with one entry per member; empty `biases` mean no bias for any
-    member, empty `scalings` mean s = 1 for all.
+    member, empty `scalings` mean s = 1 for all. `dropout` is that of all members, each with a mask of its own, which
+    separate calls in the same order would draw too.
 
     Returns:
         The y_i [..., out_i].
@@ -239,13 +242,14 @@ def lora_sb_linear_group(
     flat = [tensor for tensors in lists for tensor in tensors]
     backend = current_backend()
     kernels = fast_path.kernels("linear_group", backend, x, *flat)
-    if kernels and _composes(kernels, x, weights, (*lora_A, *lora_B, *biases)):
+    seeds = _seed(dropout, len(weights))
+    if kernels and seeds is None and _composes(kernels, x, weights, (*lora_A, *lora_B, *biases)):
         bias_or_none: list[Any] = list(biases) or [None] * len(weights)
         members = zip(weights, lora_A, lora_R, lora_B, bias_or_none, scalings, strict=True)
         return [fast_path.composed(x, *member) for member in members]
     if kernels:
-        return list(fast_path.linear_group(x, lists, scalings, kernels))
-    outputs = backend_op("linear_group", backend)(x, *lists, scalings)
+        return list(fast_path.linear_group(x, lists, scalings, dropout, seeds, kernels))
+    outputs = backend_op("linear_group", backend)(x, *lists, scalings, dropout, seeds)
     return list(outputs[: len(weights)])  # the u_i follow, which only backward uses
 
 

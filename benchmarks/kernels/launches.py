@@ -50,14 +50,14 @@ def record(
     dropout: float = 0.0,
 ) -> list[Launch]:
     """The launches of one forward, or of one backward with dx and dR."""
-    layers = members(n, ms, r, dtype)
+    layers, mask = members(n, ms, r, dtype), Mask(dropout, (SEED,) * len(ms)) if dropout else Mask()
     with observed(dry=True) as launches:
         if op == "forward":
             biases = [empty(m, dtype=dtype) if bias else None for m in ms]
-            forward(empty(M, n, dtype=dtype), layers, biases, plan, Mask(dropout, SEED))
+            forward(empty(M, n, dtype=dtype), layers, biases, plan, mask)
         else:
             us = [empty(M, r, dtype=dtype) for _ in ms]
-            backward([empty(M, m, dtype=dtype) for m in ms], layers, us, plan, True, True, Mask(dropout, SEED))
+            backward([empty(M, m, dtype=dtype) for m in ms], layers, us, plan, True, True, mask)
     return launches
 
 

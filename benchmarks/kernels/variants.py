@@ -34,6 +34,7 @@ BF16_VARIANTS = (
     Variant("bias, r=16", 2048, 1024, (1024,), 16, bias=True),
     Variant("ragged", 2047, 4100, (4100,), 90),
     Variant("dropout", 2048, 4096, (4096,), 96, dropout=0.05),
+    Variant("dropout, group of 3", 2048, 4096, QKV, 96, dropout=0.05),
 )
 GRADIENTS = (
     Variant("gradient", 2048, 4096, (4096,), 96),

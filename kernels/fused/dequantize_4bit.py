@@ -111,7 +111,7 @@ def dequantize(
     dequantize_bytes(tl.program_id(0), weight, out, ELEMENTS, storage, BLOCK_BYTES)
 
 
-@triton.jit(do_not_specialize=["M", "splits", "seed", "threshold", "prep_programs"])
+@triton.jit(do_not_specialize=["M", "splits", "seeds", "threshold", "prep_programs"])
 def prep_forward_quantized(
     # inputs
     x,
@@ -143,7 +143,7 @@ def prep_forward_quantized(
     stride_v,
     # scalars
     scales,
-    seed,
+    seeds,
     threshold,
     # flags
     DROPOUT: tl.constexpr,
@@ -180,7 +180,7 @@ def prep_forward_quantized(
             (M, K),
             (stride_x, stride_factor, stride_v),
             scales,
-            (seed, threshold),
+            (seeds, threshold),
             PrepFlags(EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION),
             Ranks(R, R_BLOCKS, R_PADDED),
             PrepBlocks(BLOCK_M, BLOCK_K, BLOCK_J, SPLIT),

@@ -28,9 +28,9 @@ dimension is contiguous.
   sizes              M rows; Ns: N_i, or (N,); Ks: (K,), or K_i; no weight is a K of 0
                      core_programs: programs of the core gradient, 0 if there is none
   strides            stride_x*, stride_w*, stride_v (of t, too), stride_factor*, stride_y*, stride_u
-  scalars            scales: s_i, for dR; seed, threshold: of dropout
+  scalars            scales: s_i, for dR; of dropout: seeds*, and threshold
   flags              BACKWARD, HAS_BIAS, DROPOUT
-                     ADD: with DROPOUT, add the adapter's masked term to what is in dx, and leave the base out
+                     ADD: with DROPOUT, add the adapters' masked terms to what is in dx, and leave the base out
                      EVEN_K: every K and R is a multiple of BLOCK_K, so that no load is masked
                      EVEN_N: backward, N is a multiple of 16: a vector of columns lies on one side of the end
                      WIDE: offsets need 64 bits
@@ -193,11 +193,11 @@ def output_tile(
     """One [BLOCK_M, BLOCK_N] tile of an output, or one of `splits` ranges of its reduction.
 
     base: (xs, weights, Ks, stride_x, stride_w); adapter: (v, factors, stride_v, stride_factor); outputs: (ys, biases,
-    Ns, stride_y); workspace: (partial, counters, splits); dropout: (seed, threshold).
+    Ns, stride_y); workspace: (partial, counters, splits); dropout: (seeds, threshold).
     """
     ys, biases, Ns, stride_y = outputs
     partial, counters, splits = workspace
-    seed, threshold = dropout
+    seeds, threshold = dropout
     tile, split = (pid // splits, pid % splits) if blocks.SPLIT else (pid, 0)
     row, column, member, slot = tile_coordinates(tile, M, Ns, blocks)
     N = pick(Ns, member)
@@ -222,10 +222,15 @@ def output_tile(
     EVEN_K: tl.constexpr = flags.EVEN_K
     PRECISION: tl.constexpr = flags.PRECISION
     BLOCK_K: tl.constexpr = blocks.BLOCK_K
-    if flags.DROPOUT:  # the mask is on the adapter's term alone, dx = dy W + mask ∘ (w A), so that this one comes first
-        adapter_steps = steps - base_steps
-        acc = accumulate(acc, adapter_operands, 0, adapter_steps, m, n, K_MAJOR, EVEN_K, PRECISION, BLOCK_K)
-        acc = tl.where(keep_mask(seed, threshold, rm, column * blocks.BLOCK_N, blocks.BLOCK_N), acc, 0.0)
+    if flags.DROPOUT:  # the masks are on the adapters' terms alone, dx = Σ_i dy_i W_i + mask_i ∘ (w_i A_i)
+        lefts, rights, left_strides, right_strides, _ = adapter_operands
+        rank_steps = tl.cdiv(R, blocks.BLOCK_K)
+        for i in tl.static_range(len(lefts)):
+            term = tl.zeros_like(acc)
+            operands = ((lefts[i],), (rights[i],), (left_strides[i],), (right_strides[i],), (R,))
+            term = accumulate(term, operands, 0, rank_steps, m, n, K_MAJOR, EVEN_K, PRECISION, BLOCK_K)
+            mask = keep_mask(seeds[i], threshold, rm, column * blocks.BLOCK_N, blocks.BLOCK_N)
+            acc += tl.where(mask, term, 0.0)
         if not flags.ADD:
             acc = accumulate(acc, base_operands, 0, base_steps, m, n, K_MAJOR, EVEN_K, PRECISION, BLOCK_K)
     else:
@@ -254,7 +259,7 @@ def output_tile(
         tl.store(y, acc.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "splits", "core_programs", "core_chunks", "seed", "threshold"])
+@triton.jit(do_not_specialize=["M", "splits", "core_programs", "core_chunks", "seeds", "threshold"])
 def extended_gemm(
     # base operands, adapter operands, outputs
     xs,
@@ -285,7 +290,7 @@ def extended_gemm(
     stride_u,
     # scalars
     scales,
-    seed,
+    seeds,
     threshold,
     # flags
     BACKWARD: tl.constexpr,
@@ -342,7 +347,7 @@ def extended_gemm(
             (v, factors, stride_v, stride_factor),
             (ys, biases, Ns, stride_y),
             (partial, counters, splits),
-            (seed, threshold),
+            (seeds, threshold),
             M,
             GemmFlags(BACKWARD, HAS_BIAS, DROPOUT, ADD, EVEN_K, EVEN_N, WIDE, PRECISION),
             GemmBlocks(BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT),

@@ -30,7 +30,7 @@ def forward(
         members: the layers; with dropout, s_i is to hold the factor 1 / (1 - p).
         biases: [m_i] or None, for each member.
         plan: path and blocks.
-        mask: dropout of the adapter's x.
+        mask: dropout of the adapters' x.
     """
     M = x.shape[0]
     us = [x.new_empty((M, members.r)) for _ in members.a]
@@ -49,7 +49,7 @@ def prep_calls(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: P
     some = [slice(i, i + step) for i in range(0, len(us), step)]
     vs = [v[:, part.start * members.width :] for part in some]
     return [
-        low_rank_launch.forward_call(x, members.select(part), us[part], v_part, plan, mask)
+        low_rank_launch.forward_call(x, members.select(part), us[part], v_part, plan, mask.select(part))
         for part, v_part in zip(some, vs, strict=True)
     ]
 

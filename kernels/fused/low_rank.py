@@ -17,7 +17,8 @@ marked *; strides are of rows, in elements, and the last dimension is contiguous
              counters: int32, one a row block (backward: and member), zero between launches; splits: how many
   sizes      M, K                                      M, Ks: K_i
   strides    stride_x, stride_factor*, stride_v        stride_dy*, stride_factor*, stride_w (of t, too)
-  scalars    scales: s_i; seed, threshold: of dropout  scales
+  scalars    scales: s_i; of dropout: seeds, one a     scales
+             member, and threshold
   flags      DROPOUT: mask x                           NEED_DX: w is wanted
              EVEN_R: R = R_PADDED; EVEN_K: every K is a multiple of BLOCK_K; together: no load of a factor is masked
              WIDE: offsets need 64 bits
@@ -81,7 +82,7 @@ def forward_rows(
             times_core(source, target, core, scale, row_mask, ranks, blocks, True, flags.CORE_PRECISION)
 
 
-@triton.jit(do_not_specialize=["M", "splits", "seed", "threshold"])
+@triton.jit(do_not_specialize=["M", "splits", "seeds", "threshold"])
 def prep_forward(
     # inputs
     x,
@@ -103,7 +104,7 @@ def prep_forward(
     stride_v,
     # scalars
     scales,
-    seed,
+    seeds,
     threshold,
     # flags
     DROPOUT: tl.constexpr,
@@ -130,7 +131,7 @@ def prep_forward(
         (M, K),
         (stride_x, stride_factor, stride_v),
         scales,
-        (seed, threshold),
+        (seeds, threshold),
         PrepFlags(EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION),
         Ranks(R, R_BLOCKS, R_PADDED),
         PrepBlocks(BLOCK_M, BLOCK_K, BLOCK_J, SPLIT),
@@ -177,7 +178,7 @@ def backward_rows(
     dy, row_offsets = pick(dys, member), m * pick(stride_dy, member)
     reduction = (split * k_a_split, min(split * k_a_split + k_a_split, K), K)
     # the mask is on x, not on dy: the extended GEMM applies it to dx
-    sums = project(dy, row_offsets, columns, stride_k, reduction, rm, (0, 0.0), flags, ranks, blocks, False)
+    sums = project(dy, row_offsets, columns, stride_k, reduction, rm, ((0,), 0), flags, ranks, blocks, False)
     SIZE: tl.constexpr = blocks.BLOCK_M * ranks.R_PADDED
     slot_workspace = (partial + slot.to(tl.int64) * splits * SIZE, counters, splits)
     if store_sums(sums, outputs, offsets, row_mask, slot_workspace, slot, split, ranks, blocks, SIZE):

@@ -52,10 +52,10 @@ class Members(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """Dropout on the adapter's x: a function of the seed and an element's position, so that nothing is stored."""
+    """Dropout on the adapters' x: a function of a member's seed and an element's position; nothing is stored."""
 
     dropout: float = 0.0
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
 
     @property
     def threshold(self) -> int:
@@ -66,7 +66,11 @@ class Mask(NamedTuple):
     @property
     def arguments(self) -> dict[str, Any]:
         """Of a kernel that masks x."""
-        return dict(seed=self.seed, threshold=self.threshold, DROPOUT=self.dropout > 0.0)
+        return dict(seeds=self.seeds, threshold=self.threshold, DROPOUT=self.dropout > 0.0)
+
+    def select(self, indices: slice) -> Mask:
+        """Of some of the members."""
+        return Mask(self.dropout, self.seeds[indices]) if self.dropout > 0.0 else self
 
 
 def unit_rows(matrix: Tensor) -> Tensor:

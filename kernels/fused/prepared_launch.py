@@ -24,7 +24,7 @@ from .launcher import KernelCall
 ALIGNMENT = 16  # bytes; Triton compiles other kernels for pointers that are less aligned
 SCRATCH_ALIGNMENT = 256  # bytes between tensors of the scratch, as torch's allocator has
 PARTIAL, COUNTERS, DUMMIES = "partial", "counters", ("partial", "counters", "dcores")  # argument names
-Raw = Callable[[int, "tuple[Any, ...]", "Sequence[Tensor]"], None]  # of stream, (*addresses, seed) and tensors
+Raw = Callable[[int, "tuple[Any, ...]", "Sequence[Tensor]"], None]  # of stream, (*addresses, seeds) and tensors
 
 
 class NotPreparedError(ValueError):
@@ -60,8 +60,8 @@ class PreparedLaunch:
     Attributes:
         call: as it was made on `meta`.
         places: by name, of arguments that are tensors or tuples of tensors.
-        constants: all other arguments but the seed of dropout.
-        take: all arguments in their order, from (*addresses, seed, *constants).
+        constants: all other arguments but the seeds of dropout.
+        take: all arguments in their order, from (*addresses, seeds, *constants).
     """
 
     call: KernelCall
@@ -69,12 +69,12 @@ class PreparedLaunch:
     constants: tuple[Any, ...]
     take: Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
-    def arguments(self, tensors: Sequence[Tensor], seed: int) -> dict[str, Any]:
+    def arguments(self, tensors: Sequence[Tensor], seeds: tuple[int, ...]) -> dict[str, Any]:
         """The arguments by name, as an ordinary launch has them."""
         found = dict(self.call.arguments)
         for name, place in self.places.items():
             found[name] = place.of(tensors) if isinstance(place, Place) else tuple(one.of(tensors) for one in place)
-        return found | ({"seed": seed} if _takes_seed(self.call) else {})
+        return found | ({"seeds": seeds} if _takes_seeds(self.call) else {})
 
 
 class Prepared:
@@ -100,7 +100,7 @@ class Prepared:
         self._own_zeros: Tensor | None = None
         self._raw: list[Raw] = []
 
-    def repeat(self, tensors: list[Tensor], seed: int = 0) -> bool:
+    def repeat(self, tensors: list[Tensor], seeds: tuple[int, ...] = (0,)) -> bool:
         """Launch with these tensors; False, and nothing was launched, if one of them is less aligned."""
         like = tensors[0]
         stream = driver.active.get_current_stream(like.get_device())
@@ -115,7 +115,7 @@ class Prepared:
             return False
         for index, offset in self._derived:  # addresses within a tensor, after those of the tensors
             addresses.append(addresses[index] + offset)
-        values = (*addresses, seed)
+        values = (*addresses, seeds)
         for raw in self._raw or self._bind():
             raw(stream, values, tensors)
         return True
@@ -164,22 +164,22 @@ class Prepared:
         return Place(index, offset, tensor)
 
     def _launch(self, call: KernelCall, places: dict[str, Any]) -> PreparedLaunch:
-        seed = self._first_derived + len(self._derived)
+        seeds = self._first_derived + len(self._derived)
         constants: list[Any] = []
         indices: list[int | slice] = []
         for parameter in call.kernel.params:
             name = parameter.name
             if name in places:
                 indices.append(self._position(places[name]))
-            elif name == "seed" and _takes_seed(call):
-                indices.append(seed)
+            elif name == "seeds" and _takes_seeds(call):
+                indices.append(seeds)
             else:
-                indices.append(seed + 1 + len(constants))
+                indices.append(seeds + 1 + len(constants))
                 constants.append(call.arguments[name])
         return PreparedLaunch(call, places, tuple(constants), itemgetter(*indices))
 
     def _position(self, place: Place | tuple[Place, ...]) -> int | slice:
-        """Where an address stands in (*addresses, seed, *constants); of a tuple, a slice."""
+        """Where an address stands in (*addresses, seeds, *constants); of a tuple, a slice."""
         if isinstance(place, Place):
             if not place.offset:
                 return place.index
@@ -211,8 +211,8 @@ def bind(launch: PreparedLaunch) -> Raw:
     return raw
 
 
-def _takes_seed(call: KernelCall) -> bool:
-    """Without dropout a seed is a number like others, and compiled as the 0 that it is: 32 bits wide."""
+def _takes_seeds(call: KernelCall) -> bool:
+    """Without dropout they are a constant like others, and compiled as the 0 that it is: 32 bits wide."""
     return bool(call.arguments.get("DROPOUT"))
 
 

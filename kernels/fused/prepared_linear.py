@@ -90,7 +90,7 @@ class Forward:
             return None
         us, ys = self._allocate(x)
         vs = [] if self.is_fused else [x.new_empty(self.v_shape)]
-        if not self.prepared.repeat([*self._tensors(x, members, biases, us, ys), *vs], mask.seed):
+        if not self.prepared.repeat([*self._tensors(x, members, biases, us, ys), *vs], mask.seeds):
             return None
         return ys or linear.addmm(_rows(x), members, biases, vs[0]), us
 
@@ -143,6 +143,8 @@ class Backward:
         leading = rows[0].shape[:1] if self.has_addmm else dys[0].shape[:-1]  # cuBLAS writes a matrix
         self.dx_shape = (*leading, members.a[0].shape[1])
         meta = [_on_meta(dy) for dy in rows], members.map(_on_meta), [_on_meta(u) for u in us]
+        self.before: Prepared | None = None
+        self.after: Prepared | None = None
         with on_device(dys[0]):
             self.before, self.after = _or_none(lambda: self._prepare(*meta, mask)) or (None, None)
 
@@ -154,12 +156,12 @@ class Backward:
             return None
         dx, dcores = self._allocate(dys, members)
         tw = [dys[0].new_empty(self.t_shape) for _ in range(self.has_addmm + self.adds_masked)]  # w, or w and t
-        if not self.before.repeat([*self._tensors(dys, members, us, dx, dcores), *tw], mask.seed):
+        if not self.before.repeat([*self._tensors(dys, members, us, dx, dcores), *tw], mask.seeds):
             return None
         if dx is not None and self.has_addmm:
             linear.addmm_backward([_rows(dy) for dy in dys], members, None if self.adds_masked else tw[0], dx)
         if dx is not None and self.after is not None:
-            self.after.repeat([*self._gemm_tensors(dys, members, us, dx, dcores), *tw], mask.seed)
+            self.after.repeat([*self._gemm_tensors(dys, members, us, dx, dcores), *tw], mask.seeds)
         return dx, dcores
 
     def _allocate(self, dys: Sequence[Tensor], members: Members) -> tuple[Tensor | None, list[Tensor]]:
@@ -235,13 +237,13 @@ def _rows(x: Tensor) -> Tensor:
 def _key(members: Members, mask: Mask, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """What a call's launches depend on."""
     first = tensors[0]
-    wide_seed = mask.seed >= INT32_LIMIT  # Triton takes integers by their size
+    wide_seeds = tuple(seed >= INT32_LIMIT for seed in mask.seeds)  # Triton takes integers by their size
     product = fp32_precision() if first is not None and first.dtype == torch.float32 else ""
     return (
         plan_tables.generation,
         product,
         mask.dropout,
-        wide_seed,
+        wide_seeds,
         *members.scales,
         *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
     )

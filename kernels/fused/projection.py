@@ -68,10 +68,11 @@ def project(
     """Σ_k x[m, k]·factor[k, rank] over a range of k: a tuple of fp32 sums [BLOCK_M, ranks of the block].
 
     row_offsets: of x's rows [BLOCK_M]; factors: pointers to k = 0 [ranks of the block], for each member and rank block;
-    stride_k: from k to k + 1; reduction: (low, high, K); rows: row numbers, for the mask; dropout: (seed, threshold).
+    stride_k: from k to k + 1; reduction: (low, high, K); rows: row numbers, for the masks; dropout: (seeds, threshold),
+    a mask for each member.
     """
     low, high, K = reduction
-    seed, threshold = dropout
+    seeds, threshold = dropout
     rk = tl.arange(0, blocks.BLOCK_K)
     sums = ()
     for i in tl.static_range(len(factors)):
@@ -82,18 +83,20 @@ def project(
             x_block = tl.load(x + row_offsets[:, None] + k[None, :])
         else:
             x_block = tl.load(x + row_offsets[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
-        if DROPOUT:
-            x_block = tl.where(keep_mask(seed, threshold, rows, start, blocks.BLOCK_K), x_block, 0.0)
         # one x_block for all members' factors; tuples are immutable, so that the sums are a new one
         updated = ()
+        kept = x_block
         for i in tl.static_range(len(factors)):
+            if DROPOUT and i % len(ranks.R_BLOCKS) == 0:
+                mask = keep_mask(seeds[i // len(ranks.R_BLOCKS)], threshold, rows, start, blocks.BLOCK_K)
+                kept = tl.where(mask, x_block, 0.0)
             factor = factors[i][None, :] + (k * stride_k)[:, None]
             if flags.EVEN_R and flags.EVEN_K:
                 factor = tl.load(factor)
             else:
                 inside = (block_ranks(ranks.R_BLOCKS, i % len(ranks.R_BLOCKS)) < ranks.R)[None, :] & (k < K)[:, None]
                 factor = tl.load(factor, mask=inside, other=0.0)
-            updated = updated + (tl.dot(x_block, factor, sums[i], input_precision=flags.PRECISION),)
+            updated = updated + (tl.dot(kept, factor, sums[i], input_precision=flags.PRECISION),)
         sums = updated
     return sums
 

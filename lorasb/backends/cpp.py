@@ -13,7 +13,7 @@ import importlib.machinery
 import logging
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,35 @@ def _extension_or_eager(name: str, eager_kernel: Callable[..., Any]) -> Callable
 
 
 forward = _extension_or_eager("dense_linear", eager.forward)
-group_forward = _extension_or_eager("dense_group", eager.group_forward)
+backward = _extension_or_eager("dense_linear_backward", eager.backward)
+_group = _extension_or_eager("dense_group", partial(eager.group_forward, dropout=0.0, seeds=None))
+_group_backward = _extension_or_eager("dense_group_backward", eager.group_backward_without_dropout)
+
+
+def group_forward(x: Tensor, weights: list[Tensor], *others: Any) -> Any:
+    """The y_i, then the u_i. With dropout member by member: the extension's group knows no masks."""
+    *lists, biases, scalings, dropout, seeds = others
+    if seeds is None:
+        return _group(x, weights, *lists, biases, scalings)
+    members = zip(weights, *lists, list(biases) or [None] * len(weights), scalings, strict=True)
+    results = [forward(x, *member, dropout, eager.seed_of(seeds, i)) for i, member in enumerate(members)]
+    return [y for y, _ in results] + [u for _, u in results]
+
+
+def group_backward(dys: list[Tensor], weights: list[Tensor], *others: Any) -> Any:
+    """dx, then the dR_i; with dropout member by member."""
+    *lists, dropout, seeds, need_dx, need_dcore = others
+    if seeds is None:
+        return _group_backward(dys, weights, *lists, need_dx, need_dcore)
+    given: Any = (*lists, dropout, seeds, need_dx, need_dcore)
+    return eager.apart(backward, dys, weights, *given)
+
+
 KERNELS = (
     ("linear", forward),
-    ("linear_backward", _extension_or_eager("dense_linear_backward", eager.backward)),
+    ("linear_backward", backward),
     ("linear_group", group_forward),
-    ("linear_group_backward", _extension_or_eager("dense_group_backward", eager.group_backward)),
+    ("linear_group_backward", group_backward),
 )
 
 

@@ -207,6 +207,7 @@ def _compute(members: list[LoRASBLinear], x: Tensor) -> list[Tensor]:
         [member.lorasb_B[name] for member in members],
         [member.bias for member in members if member.bias is not None],
         [member.scaling[name] for member in members],
+        dropout=members[0].lora_dropout[name] if members[0].training else 0.0,
     )
 
 
@@ -222,7 +223,7 @@ def group_key(layer: LoRASBLinear, x: Tensor) -> tuple[Any, ...] | None:
     # Hooks have to see their own layer run; a patched or offloaded base has to run its own forward.
     if layer.fan_in_fan_out or any(hooks) or hasattr(layer, "_hf_hook") or layer.base_must_run():
         return None
-    if layer.equivalent[name] or (layer.training and layer.lora_dropout[name] > 0.0):
+    if layer.equivalent[name]:
         return None
     core, weight = layer.lorasb_R[name], layer.weight
     # The layer's own forward raises the error for an adapter that is trained before it is initialized.
@@ -230,7 +231,8 @@ def group_key(layer: LoRASBLinear, x: Tensor) -> tuple[Any, ...] | None:
         return None
     if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] != layer.in_features or weight.device != x.device:
         return None
-    return name, layer.r[name], weight.dtype, core.dtype, layer.bias is None, layer.training
+    dropout = layer.lora_dropout[name] if layer.training else 0.0
+    return name, layer.r[name], weight.dtype, core.dtype, layer.bias is None, layer.training, dropout
 
 
 def form(model: nn.Module) -> None:

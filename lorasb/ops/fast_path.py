@@ -149,18 +149,18 @@ class LinearQuantized(torch.autograd.Function):
 
 
 class LinearGroup(torch.autograd.Function):
-    """Arguments: x, (scalings, kernels), then weights, A, R, B and biases (which may be none), one after another."""
+    """Arguments: x, (scalings, dropout, seeds, kernels), then weights, A, R, B and biases (which may be none)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, options: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.scalings, ctx.kernels = options
+        ctx.scalings, ctx.dropout, seeds, ctx.kernels = options
         count = len(ctx.scalings)
         weights, a, cores, b, biases = (list(tensors[i : i + count]) for i in range(0, 5 * count, count))
-        output = ctx.kernels.forward(x, weights, a, cores, b, biases, ctx.scalings)
+        output = ctx.kernels.forward(x, weights, a, cores, b, biases, ctx.scalings, ctx.dropout, seeds)
         ys, us = output[:count], output[count:]
         ctx.need_dx, ctx.need_dcores = ctx.needs_input_grad[0], ctx.needs_input_grad[2 + 2 * count : 2 + 3 * count]
         us = us if any(ctx.need_dcores) else [u.new_empty((0, u.shape[1])) for u in us]
-        ctx.save_for_backward(*weights, *a, *cores, *b, *us)
+        ctx.save_for_backward(*weights, *a, *cores, *b, *us, seeds)
         ctx.biases = len(biases)
         ctx.set_materialize_grads(False)  # None for a y that the loss does not use
         return tuple(ys)
@@ -222,11 +222,18 @@ def linear_quantized(
 
 
 def linear_group(
-    x: Tensor, lists: Sequence[Sequence[Tensor]], scalings: list[float], kernels: Kernels
+    x: Tensor,
+    lists: Sequence[Sequence[Tensor]],
+    scalings: list[float],
+    dropout: float,
+    seeds: Tensor | None,
+    kernels: Kernels,
 ) -> Sequence[Tensor]:
     """y_i of `lorasb::linear_group`; `lists`: weights, A, R, B and biases."""
     if torch.is_grad_enabled():
-        ys: Sequence[Tensor] = _apply(LinearGroup, x, (scalings, kernels), *[t for tensors in lists for t in tensors])
+        ys: Sequence[Tensor] = _apply(
+            LinearGroup, x, (scalings, dropout, seeds, kernels), *[t for tensors in lists for t in tensors]
+        )
         return ys
-    outputs = kernels.forward(x, *lists, scalings)
+    outputs = kernels.forward(x, *lists, scalings, dropout, seeds)
     return list(outputs[: len(scalings)])

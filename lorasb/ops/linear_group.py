@@ -2,8 +2,9 @@
 
     y_i = x W_iᵀ + s_i·x A_iᵀ R_iᵀ B_iᵀ + bias_i
 
-All members have the same rank and dtype, no dropout, and either all of them a bias or none. The op returns the y_i
-[..., m_i], then the u_i = x A_iᵀ [M, r].
+All members have the same rank, dtype and dropout, and either all of them a bias or none. With dropout each has a seed
+and a mask of its own: `seeds` [members], int64, on the CPU. The op returns the y_i [..., m_i], then the u_i = x A_iᵀ
+[M, r].
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from torch import Tensor
 from .registry import define
 
 _FORWARD = (
-    "(Tensor x, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] biases, float[] scalings) "
-    "-> Tensor[]"
+    "(Tensor x, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] biases, float[] scalings, "
+    "float dropout, Tensor? seeds) -> Tensor[]"
 )
 _BACKWARD = (
     "(Tensor[] dys, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] us, float[] scalings, "
-    "bool need_dx, bool need_dcore) -> Tensor[]"
+    "float dropout, Tensor? seeds, bool need_dx, bool need_dcore) -> Tensor[]"
 )
 
 
@@ -33,6 +34,8 @@ def _forward_fake(
     b: list[Tensor],
     biases: list[Tensor],
     scalings: list[float],
+    dropout: float,
+    seeds: Tensor | None,
 ) -> list[Tensor]:
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     ys = [x.new_empty((*x.shape[:-1], factor.shape[0])) for factor in b]
@@ -47,6 +50,8 @@ def _backward_fake(
     b: list[Tensor],
     us: list[Tensor],
     scalings: list[float],
+    dropout: float,
+    seeds: Tensor | None,
     need_dx: bool,
     need_dcore: bool,
 ) -> list[Tensor]:
@@ -56,14 +61,14 @@ def _backward_fake(
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Save the u_i [M, r] for backward, and never x."""
-    x, weights, a, cores, b, biases, scalings = inputs
+    x, weights, a, cores, b, biases, scalings, ctx.dropout, seeds = inputs
     us = output[len(a) :]
     ctx.mark_non_differentiable(*us)
     ctx.set_materialize_grads(False)
     # Not ctx.needs_input_grad, which has one entry for each list.
     ctx.need_dx, ctx.need_dcores = x.requires_grad, [core.requires_grad for core in cores]
     saved_us = us if any(ctx.need_dcores) else [u.new_empty((0, u.shape[1])) for u in us]
-    ctx.save_for_backward(*weights, *a, *cores, *b, *saved_us)
+    ctx.save_for_backward(*weights, *a, *cores, *b, *saved_us, seeds)
     ctx.scalings, ctx.biases = list(scalings), len(biases)
 
 
@@ -74,10 +79,11 @@ def gradients(op: Callable[..., Any], ctx: Any, grads: Sequence[Tensor | None]) 
     members = [i for i in range(count) if grads[i] is not None]
     if not members or not (ctx.need_dx or any(ctx.need_dcores)):
         return None, dcores
-    saved = ctx.saved_tensors
+    *saved, seeds = ctx.saved_tensors
     lists = [[saved[k * count + i] for i in members] for k in range(5)]  # weights, a, cores, b, us
     dys, scalings = [grads[i] for i in members], [ctx.scalings[i] for i in members]
-    dx, *member_dcores = op(dys, *lists, scalings, ctx.need_dx, any(ctx.need_dcores))
+    seeds = None if seeds is None else seeds[members]
+    dx, *member_dcores = op(dys, *lists, scalings, ctx.dropout, seeds, ctx.need_dx, any(ctx.need_dcores))
     for i, dcore in zip(members, member_dcores, strict=True):
         dcores[i] = dcore if ctx.need_dcores[i] else None
     return dx if ctx.need_dx else None, dcores
@@ -87,7 +93,7 @@ def _derivative(op: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
     def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         dx, dcores = gradients(op, ctx, grads)
         no_grads = [None] * len(dcores)
-        return dx, no_grads, no_grads, dcores, no_grads, [None] * ctx.biases, None
+        return dx, no_grads, no_grads, dcores, no_grads, [None] * ctx.biases, None, None, None
 
     return backward
 

@@ -184,7 +184,8 @@ def test_opcheck(kernel: str) -> None:
     arguments = (x, case.weight, case.a, core, case.b, case.bias, case.scaling, 0.0, None)
     torch.library.opcheck(torch.ops.lorasb.linear_cpp.default, arguments)
     group = ([case.weight] * 2, [case.a] * 2, [core] * 2, [case.b] * 2, [case.bias] * 2, [1.0, 0.5])
-    torch.library.opcheck(torch.ops.lorasb.linear_group_cpp.default, (x, *group))
+    for dropout, seeds in ((0.0, None), (0.5, torch.tensor([3, 4]))):
+        torch.library.opcheck(torch.ops.lorasb.linear_group_cpp.default, (x, *group, dropout, seeds))
 
 
 BAD = {

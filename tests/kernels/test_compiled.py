@@ -89,7 +89,7 @@ def _mask(case: reference.Case, seed: int, dropout: float) -> Tensor:
     eye = torch.eye(n, dtype=case.x.dtype)
     members = launch.Members([None], [eye], [eye.float()], [eye], [1.0])
     chosen = plan.choose(plan.Shape("forward", "bf16", M, n, n, n), environment.PTX, 1)
-    _, (u,) = launch.forward(torch.ones_like(case.x), members, [None], chosen, launch.Mask(dropout, seed))
+    _, (u,) = launch.forward(torch.ones_like(case.x), members, [None], chosen, launch.Mask(dropout, (seed,)))
     return u == 1.0
 
 

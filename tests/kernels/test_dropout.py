@@ -9,6 +9,7 @@ import reference
 import tolerances
 import torch
 from calls import run_kernels as run
+from kernel_cases import group_cases, run_group
 from torch import Tensor
 
 from lorasb.backends.eager import linear as eager
@@ -69,6 +70,25 @@ class TestDropout:
         tolerances.check(dx_alone + case.dy @ weight, dx.double(), tolerances.fp32(80))
         assert torch.equal(dcore, dcore_alone)
 
+    @pytest.mark.parametrize("path", ["fused", "addmm"])
+    @pytest.mark.parametrize("r", [8, 16])
+    def test_members_of_a_group_have_the_masks_of_separate_calls(
+        self, path: str, r: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        choose = backend.plan_of
+        monkeypatch.setattr(backend, "plan_of", lambda *given: replace(choose(*given), path=path))
+        cases = group_cases(40, 70, (48, 32, 64), r, torch.float32)
+        torch.manual_seed(5)
+        with observed() as launches:
+            *ys, dx, first, second, third = run_group(cases, dropout=0.4)
+        assert len(launches) == (4 if path == "fused" else 3)
+        torch.manual_seed(5)
+        apart = [run(case, dropout=0.4) for case in cases]
+        for y, dcore, (want_y, _, want_dcore) in zip(ys, (first, second, third), apart, strict=True):
+            tolerances.check(y, want_y.double(), tolerances.fp32(80))
+            tolerances.check(dcore, want_dcore.double(), tolerances.fp32(80))
+        tolerances.check(dx, sum(one[1].double() for one in apart), tolerances.fp32(150))
+
     @pytest.mark.parametrize("n", [1, 3, 4, 66, 100])
     def test_eager_torch_knows_the_mask(self, n: int) -> None:
         case = reference.make_case((20,), n, 8, 4, torch.float32)
@@ -100,5 +120,5 @@ def mask_of(case: reference.Case, seed: int, dropout: float) -> Tensor:
     members = launch.Members([None], [torch.eye(n)], [torch.eye(n)], [torch.eye(n)], [1.0])
     shape = plan.Shape("forward", "fp32", M, n, n, n)
     chosen = plan.choose(shape, plan.INTERPRETER, 1)
-    _, (u,) = launch.forward(torch.ones(M, n), members, [None], chosen, launch.Mask(dropout, seed))
+    _, (u,) = launch.forward(torch.ones(M, n), members, [None], chosen, launch.Mask(dropout, (seed,)))
     return u == 1.0

@@ -254,7 +254,8 @@ def test_opcheck(op: str) -> None:
     c, x = cases[0], cases[0].x.requires_grad_(True)
     single = (x, c.weight, c.a, c.core, c.b, c.bias, c.scaling, 0.0, None)
     lists = [[getattr(case, name) for case in cases] for name in ("weight", "a", "core", "b", "bias", "scaling")]
-    torch.library.opcheck(getattr(torch.ops.lorasb, f"{op}_triton").default, single if op == "linear" else (x, *lists))
+    group = (x, *lists, 0.3, torch.tensor([2**40, 2**41]))
+    torch.library.opcheck(getattr(torch.ops.lorasb, f"{op}_triton").default, single if op == "linear" else group)
 
 
 BAD_INPUT = {

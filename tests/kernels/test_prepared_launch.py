@@ -16,7 +16,7 @@ from lorasb.kernels.launcher import KernelCall
 from lorasb.kernels.prepared_launch import NotPreparedError, Prepared, PreparedLaunch
 
 CONFIG = PrepConfig(16, 16, 4, 1)
-NAMES = ("x", "factors", "v", "M", "partial", "counters", "seed", "dcores", "DROPOUT")
+NAMES = ("x", "factors", "v", "M", "partial", "counters", "seeds", "dcores", "DROPOUT")
 
 
 def kernel(*names: str) -> Any:
@@ -51,7 +51,7 @@ def prepared(split: bool, dropout: bool = True) -> Prepared:
     x, factors, v = meta(4, 8), [meta(8, 8), meta(8, 8)], meta(8, 16)
     partial = meta(100 if split else 1)
     counters = meta(3, dtype=torch.int32) if split else partial.view(torch.int32)
-    values = (x, tuple(factors), v[4:], 4, partial, counters, 0, (partial,), dropout)
+    values = (x, tuple(factors), v[4:], 4, partial, counters, (0,), (partial,), dropout)
     call = KernelCall(kernel(*NAMES), 2, dict(zip(NAMES, values, strict=True)), CONFIG)
     return Prepared([call], [x, *factors], inner=[v])
 
@@ -59,13 +59,13 @@ def prepared(split: bool, dropout: bool = True) -> Prepared:
 @pytest.mark.parametrize("split", [True, False])
 def test_every_argument_gets_what_is_its(split: bool, taken: list[tuple[Any, ...]]) -> None:
     known = prepared(split)
-    for seed in (5, 2**62 + 1):  # once more, with other tensors
+    for seeds in ((5,), (2**62 + 1,)):  # once more, with other tensors
         tensors = [torch.zeros(4, 8), torch.zeros(8, 8), torch.zeros(8, 8)]
         given = list(tensors)
-        assert known.repeat(given, seed)
+        assert known.repeat(given, seeds)
         x, factors, v, M, partial, counters, told, dcores, _ = taken.pop()
         addresses = [tensor.data_ptr() for tensor in tensors]
-        assert (x, list(factors), M, told) == (addresses[0], addresses[1:], 4, seed)
+        assert (x, list(factors), M, told) == (addresses[0], addresses[1:], 4, seeds)
         scratch = given[3]
         assert v == scratch.data_ptr() + 4 * 16 * 4
         if split:
@@ -81,8 +81,8 @@ def test_every_argument_gets_what_is_its(split: bool, taken: list[tuple[Any, ...
 
 def test_without_dropout_a_seed_stays_the_number_that_was_compiled(taken: list[tuple[Any, ...]]) -> None:
     known = prepared(False, dropout=False)
-    known.repeat([torch.zeros(4, 8), torch.zeros(8, 8), torch.zeros(8, 8)], 2**62)
-    assert taken[0][NAMES.index("seed")] == 0
+    known.repeat([torch.zeros(4, 8), torch.zeros(8, 8), torch.zeros(8, 8)], (2**62,))
+    assert taken[0][NAMES.index("seeds")] == (0,)
 
 
 def test_counters_are_allocated_once_a_kind(taken: list[tuple[Any, ...]]) -> None:
@@ -102,13 +102,13 @@ def test_tensors_that_are_less_aligned_launch_nothing(taken: list[tuple[Any, ...
 def test_arguments_by_name_are_views_of_the_tensors(taken: list[tuple[Any, ...]]) -> None:
     known = prepared(True)
     tensors = [torch.randn(4, 8), torch.randn(8, 8), torch.randn(8, 8)]
-    known.repeat(tensors, 7)
-    found = known.launches[0].arguments(tensors, 7)
+    known.repeat(tensors, (7,))
+    found = known.launches[0].arguments(tensors, (7,))
     assert torch.equal(found["x"], tensors[0])
     assert torch.equal(found["factors"][1], tensors[2])
     assert found["v"].shape == (4, 16)
     assert found["v"].untyped_storage().data_ptr() == tensors[3].untyped_storage().data_ptr()
-    assert found["seed"] == 7
+    assert found["seeds"] == (7,)
 
 
 def test_a_copy_is_not_prepared() -> None:

@@ -77,6 +77,8 @@ def test_more_dimensions_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = group_cases(20, 64, (48, 32, 40), 24, torch.bfloat16)
     same_bits(lambda: run_group(cases), monkeypatch)
+    prepared_linear.forget()
+    same_bits(lambda: run_group(cases, dropout=0.3), monkeypatch)
 
 
 def test_cublas_beside_prepared_launches(monkeypatch: pytest.MonkeyPatch) -> None:

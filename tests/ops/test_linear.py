@@ -9,8 +9,10 @@ import torch
 from calls import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import group_cases, run_group
 from torch import Tensor
 
+import lorasb
 from lorasb.backends import cpp
 from lorasb.functional import lora_sb_linear
 from lorasb.ops import fast_path as direct
@@ -219,6 +221,21 @@ def test_dropout_is_an_unbiased_mask_on_the_adapter_alone() -> None:
     assert with_dropout.std(0).min() > 0
     standard_error = with_dropout.std(0) / 2000**0.5
     assert ((with_dropout.mean(0) - without[0]).abs() < 5 * standard_error).all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_groups_masks_are_those_of_separate_calls(backend: str, dtype: torch.dtype) -> None:
+    cases = group_cases(30, 24, (20, 16, 12), 4, dtype)
+    torch.manual_seed(5)
+    *ys, dx, first, second, third = run_group(cases, backend, dropout=0.4)
+    torch.manual_seed(5)
+    with lorasb.backend(backend):
+        apart = [run(case, dropout=0.4) for case in cases]
+    for y, dcore, (want_y, _, want_dcore) in zip(ys, (first, second, third), apart, strict=True):
+        assert torch.equal(y, want_y)
+        assert torch.equal(dcore, want_dcore)
+    assert torch.equal(dx, apart[0][1] + apart[1][1] + apart[2][1])
 
 
 def test_dropout_follows_the_global_seed() -> None:

@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if environment.PTX e
 Results = list[Tensor]
 
 
-def run_group(cases: list[reference.Case], backend: str = "triton") -> Results:
+def run_group(cases: list[reference.Case], backend: str = "triton", dropout: float = 0.0) -> Results:
     """Every y, dx, and every dR, of layers that read the first case's x."""
     x = cases[0].x.clone().requires_grad_(True)
     cores = [case.core.clone().requires_grad_(True) for case in cases]
@@ -31,6 +31,7 @@ def run_group(cases: list[reference.Case], backend: str = "triton") -> Results:
             [c.b for c in cases],
             [c.bias for c in cases if c.bias is not None],
             [c.scaling for c in cases],
+            dropout=dropout,
         )
         torch.autograd.backward(ys, [c.dy for c in cases])
     return [*(y.detach() for y in ys), x.grad, *(core.grad for core in cores)]

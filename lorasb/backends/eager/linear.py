@@ -7,7 +7,7 @@ plain chain of linears writes both products and adds them into a third tensor.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -161,11 +161,16 @@ def group_forward(
     b: list[Tensor],
     biases: list[Tensor],
     scalings: list[float],
+    dropout: float,
+    seeds: Tensor | None,
 ) -> list[Tensor]:
     """The y_i [..., m_i], then the u_i [M, r], computed member by member."""
-    bias_or_none: list[Tensor | None] = list(biases) or [None] * len(a)
+    bias_or_none: list[Any] = list(biases) or [None] * len(a)
     members = zip(weights, a, cores, b, bias_or_none, scalings, strict=True)
-    results = [forward(x, w, a_i, core, b_i, bias, s, 0.0, None) for w, a_i, core, b_i, bias, s in members]
+    results = [
+        forward(x, w, a_i, core, b_i, bias, s, dropout, seed_of(seeds, i))
+        for i, (w, a_i, core, b_i, bias, s) in enumerate(members)
+    ]
     return [y for y, _ in results] + [u for _, u in results]
 
 
@@ -177,13 +182,33 @@ def group_backward(
     b: list[Tensor],
     us: list[Tensor],
     scalings: list[float],
+    dropout: float,
+    seeds: Tensor | None,
     need_dx: bool,
     need_dcore: bool,
 ) -> list[Tensor]:
     """dx = Σ_i dy_i W_i + (s_i·t_i R_i) A_i, then the dR_i.
 
-    All terms accumulate in one dx, where autograd would write a dx for each member and add them up.
+    All terms accumulate in one dx, where autograd would write a dx for each member and add them up. With dropout each
+    member has a mask, and is computed alone.
     """
+    if seeds is not None:
+        return apart(backward, dys, weights, a, cores, b, us, scalings, dropout, seeds, need_dx, need_dcore)
+    return group_backward_without_dropout(dys, weights, a, cores, b, us, scalings, need_dx, need_dcore)
+
+
+def group_backward_without_dropout(
+    dys: list[Tensor],
+    weights: list[Tensor],
+    a: list[Tensor],
+    cores: list[Tensor],
+    b: list[Tensor],
+    us: list[Tensor],
+    scalings: list[float],
+    need_dx: bool,
+    need_dcore: bool,
+) -> list[Tensor]:
+    """As `group_backward`."""
     dx, dcores = dys[0].new_empty((0,)), []
     with no_autocast(dx):
         for i, (dy, weight, factor, core, scale) in enumerate(zip(dys, weights, a, cores, scalings, strict=True)):
@@ -195,6 +220,34 @@ def group_backward(
                 dx = rows @ weight if i == 0 else dx.addmm_(rows, weight)
                 dx.addmm_(w, factor)
     return [shaped(dx, dys[0]) if need_dx else dx, *dcores]
+
+
+def apart(
+    backward: Callable[..., tuple[Tensor, Tensor]],
+    dys: list[Tensor],
+    weights: list[Tensor],
+    a: list[Tensor],
+    cores: list[Tensor],
+    b: list[Tensor],
+    us: list[Tensor],
+    scalings: list[float],
+    dropout: float,
+    seeds: Tensor,
+    need_dx: bool,
+    need_dcore: bool,
+) -> list[Tensor]:
+    """The sum of the members' dx, then the dR_i, by a single layer's backward."""
+    members: Any = zip(dys, weights, a, cores, b, us, scalings, strict=True)
+    results = [backward(*member, dropout, seed_of(seeds, i), need_dx, need_dcore) for i, member in enumerate(members)]
+    dx, *others = (dx for dx, _ in results)
+    for other in others:
+        dx = dx.add_(other) if need_dx else dx
+    return [dx, *(dcore for _, dcore in results)]
+
+
+def seed_of(seeds: Tensor | None, i: int) -> Tensor | None:
+    """A member's seed [1]."""
+    return None if seeds is None else seeds[i : i + 1]
 
 
 KERNELS = (

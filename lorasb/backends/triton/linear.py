@@ -73,10 +73,12 @@ def group_forward(
     b: list[Tensor],
     biases: list[Tensor],
     scalings: list[float],
+    dropout: float,
+    seeds: Tensor | None,
 ) -> list[Tensor]:
     """y_i [..., m_i] of every member, then u_i [M, r]: one pass over x and one grouped extended GEMM."""
-    members = _kernels().Members(weights, a, cores, b, list(map(float, scalings)))
-    ys, us = _forward(x, members, list(biases) or [None] * len(a), mask_of())
+    members = _group_of(weights, a, cores, b, scalings, dropout)
+    ys, us = _forward(x, members, list(biases) or [None] * len(a), mask_of(dropout, seeds))
     return [*ys, *us]
 
 
@@ -88,12 +90,14 @@ def group_backward(
     b: list[Tensor],
     us: list[Tensor],
     scalings: list[float],
+    dropout: float,
+    seeds: Tensor | None,
     need_dx: bool,
     need_dcore: bool,
 ) -> list[Tensor]:
     """dx = Σ_i dy_i W_i + (s_i·t_i R_i) A_i, written once, and dR_i."""
-    members = _kernels().Members(weights, a, cores, b, list(map(float, scalings)))
-    dx, dcores = _backward(dys, members, us, need_dx, need_dcore, mask_of())
+    members = _group_of(weights, a, cores, b, scalings, dropout)
+    dx, dcores = _backward(dys, members, us, need_dx, need_dcore, mask_of(dropout, seeds))
     return [dx, *dcores]
 
 
@@ -204,6 +208,17 @@ def members_of(weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, scalin
     return _kernels().Members([weight], [a], [core], [b], [float(scaling) / (1.0 - dropout)])
 
 
+def _group_of(
+    weights: list[Tensor],
+    a: list[Tensor],
+    cores: list[Tensor],
+    b: list[Tensor],
+    scalings: list[float],
+    dropout: float,
+) -> Any:
+    return _kernels().Members(weights, a, cores, b, [float(s) / (1.0 - dropout) for s in scalings])
+
+
 @cache
 def _kernels() -> Any:
     """Imported at the first call, as they import triton; kept, as an import statement costs a microsecond a time."""
@@ -219,13 +234,13 @@ def _no_mask() -> Any:
     return Mask()
 
 
-def mask_of(dropout: float = 0.0, seed: Tensor | None = None) -> Any:
-    """The mask's probability and its seed as a number.
+def mask_of(dropout: float, seeds: Tensor | None) -> Any:
+    """The masks' probability, and their seeds as numbers.
 
     Raises:
         CaptureError: a CUDA graph is being captured, which would repeat one mask for ever.
     """
-    if seed is None:
+    if seeds is None:
         return _no_mask()
     from lorasb.kernels.operands import Mask
 
@@ -234,7 +249,7 @@ def mask_of(dropout: float = 0.0, seed: Tensor | None = None) -> Any:
             "lora_dropout under CUDA graph capture would repeat one mask at every replay: set lora_dropout=0, or call "
             "model.eval(), before capturing"
         )
-    return Mask(dropout, int(seed))
+    return Mask(dropout, tuple(seeds.tolist()))
 
 
 def plan_of(op: str, rows: Tensor, b: list[Tensor], a: Tensor, quant: str = "none") -> Any:
