@@ -52,6 +52,12 @@ def block_ranks(R_BLOCKS: tl.constexpr, block: tl.constexpr):
 
 
 @triton.jit
+def zero_sums(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A function of its own: a tuple's item is a constant as an argument, but in a shape only since Triton 3.7."""
+    return tl.zeros((ROWS, COLUMNS), tl.float32)
+
+
+@triton.jit
 def project(
     x,
     row_offsets,
@@ -76,7 +82,7 @@ def project(
     rk = tl.arange(0, blocks.BLOCK_K)
     sums = ()
     for i in tl.static_range(len(factors)):
-        sums = sums + (tl.zeros((blocks.BLOCK_M, ranks.R_BLOCKS[i % len(ranks.R_BLOCKS)]), tl.float32),)
+        sums = sums + (zero_sums(blocks.BLOCK_M, ranks.R_BLOCKS[i % len(ranks.R_BLOCKS)]),)
     for start in range(low, high, blocks.BLOCK_K):
         k = start + rk
         if flags.EVEN_K:
