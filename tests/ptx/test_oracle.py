@@ -1,0 +1,94 @@
+"""An oracle beside the interpreter: `sentryward` proves a kernel free of races in every schedule of a fixed launch.
+
+It knows no branches on data, so that sums which are split (the last program to arrive adds) are left to the
+interpreter, nor wgmma, nor the lookup of a codebook in shared memory; and two threads that store one value at one place,
+as Triton's reductions in `grad_sign` do, are a race to it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sentryward", reason="pip install sentryward proves kernels free of races")
+pytestmark = pytest.mark.long
+ROOT = Path(__file__).parents[2]
+BAR = re.compile(r"\n\s*bar\.sync\s+0;")
+
+# in a process of its own: kernels are compiled only where Triton does not interpret them
+COMPILE = """
+import sys, json, torch, triton
+from pathlib import Path
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from benchmarks.kernels.launches import record
+from benchmarks.kernels.static_report import specialization
+from lorasb.kernels.block_sizes import GemmConfig, PrepConfig
+from lorasb.kernels.plan import Plan
+folder, arch = Path(sys.argv[1]), int(sys.argv[2])
+for stages in (1, 3):
+    plan = Plan("fused", PrepConfig(16, 32, 4, stages), GemmConfig(16, 32, 32, 1, 4, stages))
+    for op in ("forward", "backward"):
+        *_, launch = record(op, plan, torch.bfloat16, 16, 128, (64,), 16)
+        signature, constants, attributes = specialization(launch)
+        source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+        values = []
+        for parameter in launch.kernel.params:
+            kind, value = signature[parameter.name], launch.arguments[parameter.name]
+            for one, member in zip(kind, value) if isinstance(kind, tuple) else [(kind, value)]:
+                values += [] if one == "constexpr" else [None if isinstance(member, torch.Tensor) else member]
+        name = f"{op}-{stages}"
+        (folder / f"{name}.ptx").write_text(kernel.asm["ptx"])
+        facts = {"grid": launch.grid, "shared": kernel.metadata.shared, "values": values}
+        (folder / f"{name}.json").write_text(json.dumps(facts))
+"""
+
+
+@pytest.fixture(scope="module", params=[86, 90, 100])
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(f"sm_{request.param}")
+    command = [sys.executable, "-c", COMPILE, str(folder), str(request.param)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def verdict(folder: Path, name: str, ptx: str) -> str:
+    """What the oracle says of a kernel at its launch."""
+    from sentryward import verify
+
+    facts = json.loads((folder / f"{name}.json").read_text())
+    kinds = re.findall(r"\.param \.(\w+)(?: \.ptr \.global \.align \d+)? \w+", ptx)
+    arguments = [
+        {"parameter": i, "type": kind, "value": value}
+        for i, (kind, value) in enumerate(zip(kinds, facts["values"], strict=False))  # and two of Triton's own
+        if value is not None
+    ]
+    launch = {
+        "grid_dim": [facts["grid"], 1, 1],
+        "block_dim": [128, 1, 1],
+        "cluster_dim": [1, 1, 1],
+        "dynamic_shared_bytes": facts["shared"],
+    }
+    (folder / "kernel.ptx").write_text(ptx)
+    configuration = {"schema": "spverify.kernel-input/v1", "launch": launch, "arguments": arguments}
+    (folder / "input.json").write_text(json.dumps(configuration))
+    return str(verify(folder / "kernel.ptx", input=folder / "input.json", timeout_seconds=120)["result"])
+
+
+@pytest.mark.parametrize("name", ["forward-1", "forward-3", "backward-1", "backward-3"])
+def test_no_schedule_of_the_extended_gemm_has_a_race(name: str, kernels: Path) -> None:
+    assert verdict(kernels, name, (kernels / f"{name}.ptx").read_text()) == "race_free"
+
+
+def test_it_finds_the_race_that_a_barrier_prevents(kernels: Path) -> None:
+    ptx = (kernels / "forward-1.ptx").read_text()
+    assert BAR.search(ptx)
+    assert verdict(kernels, "forward-1", BAR.sub("\n", ptx)) == "potential_race"
