@@ -1,10 +1,11 @@
-"""What the compiler makes of every kernel: registers, spills, shared memory, occupancy, MMA share. No GPU needed.
+"""What the compiler makes of every kernel: registers, spills, shared memory, occupancy, instructions. No GPU needed.
 
     python -m benchmarks.kernels.static_report [--json] [--arch sm_86] [--output FILE]
 
 Every kernel in bf16, fp16 and fp32, with every configuration of the shipped tables, compiled ahead of time for sm_80,
 sm_86, sm_89, sm_90, sm_100 and sm_120. What is compiled is what the launchers launch: calls recorded on tensors without
-memory.
+memory. `loop` is the number of instructions of a step of the innermost loop that holds most MMAs; `a weight`, of a GEMM
+over 4 bits, is what a thread executes of it for each weight that it decodes.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ class Row:
     ctas_per_sm: int
     mma: int
     mma_share: float
+    loop: int
+    a_weight: float | None
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def _row(item: tuple[Job, int]) -> Row:
     launch = _launches(job)[place]
     arch = ARCHS[job.arch]
     registers, stack, shared, sass = compile_launch(launch, int(job.arch[3:]))
-    mma, share = mma_share(sass)
+    mma, share, loop = mma_loop(sass)
     programs = ctas_per_sm(arch, registers, shared, launch.options["num_warps"])
     backward = " backward" if launch.arguments.get("BACKWARD") else ""
     return Row(
@@ -168,7 +171,17 @@ def _row(item: tuple[Job, int]) -> Row:
         ctas_per_sm=programs,
         mma=mma,
         mma_share=share,
+        loop=loop,
+        a_weight=_instructions_a_weight(launch, loop),
     )
+
+
+def _instructions_a_weight(launch: Launch, loop: int) -> float | None:
+    """Of a step that decodes BLOCK_N x BLOCK_K weights in 4 bits."""
+    if launch.name != "quantized_gemm":
+        return None
+    threads = 32 * launch.options["num_warps"]
+    return round(loop * threads / (launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_K"]), 1)
 
 
 def config_name(launch: Launch) -> str:
@@ -255,8 +268,8 @@ def ctas_per_sm(arch: Arch, registers: int, shared: int, warps: int) -> int:
     return min(by_registers, arch.shared // (shared + 1024), arch.warps // warps, arch.programs)
 
 
-def mma_share(sass: str) -> tuple[int, float]:
-    """Number of MMA instructions, and their share of the innermost loop that holds most of them."""
+def mma_loop(sass: str) -> tuple[int, float, int]:
+    """Number of MMA instructions, their share of the innermost loop that holds most of them, and that loop's length."""
     code = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
     # by architecture: mma up to sm_90 and on sm_120, wgmma on sm_90, tcgen05 on sm_100, and integers
     is_mma = [bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA|IMMA)\b", text)) for _, text in code]
@@ -270,8 +283,9 @@ def mma_share(sass: str) -> tuple[int, float]:
         a for a in loops if sum(is_mma[slice(*a)]) and not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)
     ]
     best = max(inner, key=lambda span: sum(is_mma[slice(*span)]), default=None)
-    share = sum(is_mma[slice(*best)]) / (best[1] - best[0]) if best else 0.0
-    return sum(is_mma), round(share, 3)
+    length = best[1] - best[0] if best else 0
+    share = sum(is_mma[slice(*best)]) / length if best else 0.0
+    return sum(is_mma), round(share, 3), length
 
 
 def table(found: list[Row]) -> Table:
@@ -280,7 +294,8 @@ def table(found: list[Row]) -> Table:
     for name in Row.__dataclass_fields__:
         view.add_column(name.replace("_", " "), justify="left" if name in ("kernel", "variant", "config") else "right")
     for row in found:
-        view.add_row(*(str(v) for v in asdict(row).values()), style="red" if row.stack_bytes else None)
+        values = ("" if value is None else str(value) for value in asdict(row).values())
+        view.add_row(*values, style="red" if row.stack_bytes else None)
     return view
 
 

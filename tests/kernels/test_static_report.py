@@ -91,6 +91,13 @@ def test_tensor_cores_are_used(rows: list[Row]) -> None:
     assert names([row for row in halves if row["mma"] == 0 or row["mma_share"] == 0.0]) == []
 
 
+def test_a_weight_in_4_bits_is_decoded_in_ten_instructions(rows: list[Row]) -> None:
+    decode = [row for row in rows if (row["variant"], row["arch"], row["dtype"]) == ("4 bits, decode", "sm_86", "bf16")]
+    gemms = [row for row in decode if row["kernel"].startswith("quantized_gemm")]
+    assert {row["kernel"] for row in gemms} == {"quantized_gemm", "quantized_gemm backward"}
+    assert names([row for row in gemms if row["a_weight"] > 10]) == []
+
+
 KERNELS = ("prep_forward", "prep_backward", "extended_gemm", "extended_gemm backward", "grad_sign", *QUANTIZED)
 
 
