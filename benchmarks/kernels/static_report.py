@@ -4,8 +4,8 @@
 
 Every kernel in bf16, fp16 and fp32, with every configuration of the shipped tables, compiled ahead of time for sm_80,
 sm_86, sm_89, sm_90, sm_100 and sm_120. What is compiled is what the launchers launch: calls recorded on tensors without
-memory. `loop` is the number of instructions of a step of the innermost loop that holds most MMAs; `a weight`, of a GEMM
-over 4 bits, is what a thread executes of it for each weight that it decodes.
+memory. `loop` is the number of instructions of the longest loop; `a weight`, of a GEMM over 4 bits, is what a thread
+executes of it for each weight that it decodes.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def ctas_per_sm(arch: Arch, registers: int, shared: int, warps: int) -> int:
 
 
 def mma_loop(sass: str) -> tuple[int, float, int]:
-    """Number of MMA instructions, their share of the innermost loop that holds most of them, and that loop's length."""
+    """Number of MMA instructions, their share of the innermost loop that holds most of them, and the longest loop."""
     code = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
     # by architecture: mma up to sm_90 and on sm_120, wgmma on sm_90, tcgen05 on sm_100, and integers
     is_mma = [bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA|IMMA)\b", text)) for _, text in code]
@@ -283,9 +283,8 @@ def mma_loop(sass: str) -> tuple[int, float, int]:
         a for a in loops if sum(is_mma[slice(*a)]) and not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)
     ]
     best = max(inner, key=lambda span: sum(is_mma[slice(*span)]), default=None)
-    length = best[1] - best[0] if best else 0
-    share = sum(is_mma[slice(*best)]) / length if best else 0.0
-    return sum(is_mma), round(share, 3), length
+    share = sum(is_mma[slice(*best)]) / (best[1] - best[0]) if best else 0.0
+    return sum(is_mma), round(share, 3), max((end - start for start, end in loops), default=0)
 
 
 def table(found: list[Row]) -> Table:

@@ -48,12 +48,13 @@ class GemmConfig:
     def fitted(self, even: bool, dropout: bool) -> GemmConfig:
         """The same without spills: uneven lengths (masks) and dropout (two K loops) take more registers.
 
-        So the cap on registers goes, dropout takes tiles of 64 x 64 at most, and masked tiles of 128 x 128 take eight
-        warps. tests/kernels/test_static_report.py holds the results to zero spills.
+        So the cap on registers goes, dropout takes tiles of 64 x 64 and three stages at most, and masked tiles of 128 x
+        128 take eight warps. tests/kernels/test_static_report.py holds the results to zero spills.
         """
         config = self if even and not dropout else replace(self, registers=None)
         if dropout:
-            return replace(config, block_m=min(64, self.block_m), block_n=min(64, self.block_n))
+            sides = {"block_m": min(64, self.block_m), "block_n": min(64, self.block_n)}
+            return replace(config, **sides, stages=min(3, self.stages))
         wide = self.block_m * self.block_n >= 128 * 128
         return config if even or not wide else replace(config, warps=max(8, self.warps))
 
