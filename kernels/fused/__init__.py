@@ -2,7 +2,7 @@
 
 Entry points: `linear` (dense weights), `linear_quantized` (4 bits) and `weight_gradient`. Kernels: `low_rank` with
 `projection`, `extended_gemm` with `core_gradient`, `dequantize_4bit`, `gemm_4bit`, `gradient_signs`; `device_functions`
-is what they share. From tensors to launches: `low_rank_launch`, `extended_gemm_launch`, `operands`, `workspace` and
-`launcher`; `prepared_linear` repeats a dense layer's from what `prepared_launch` keeps of them. Path and blocks of a
-call: `plan` and `block_sizes`. Importing this package imports none of them.
+and `reduction` are what they share. From tensors to launches: `low_rank_launch`, `extended_gemm_launch`, `operands`,
+`workspace` and `launcher`; `prepared_linear` repeats a dense layer's from what `prepared_launch` keeps of them. Path
+and blocks of a call: `plan` and `block_sizes`. Importing this package imports none of them.
 """

@@ -55,6 +55,7 @@ import triton.language as tl
 
 from .core_gradient import CoreBlocks, core_gradient
 from .device_functions import arrives_last, block_offsets, keep_mask, ordered_sum, pick
+from .reduction import accumulate, chain
 
 
 class GemmFlags(NamedTuple):
@@ -78,51 +79,6 @@ class GemmBlocks(NamedTuple):
     BLOCK_K: tl.constexpr
     GROUP_M: tl.constexpr
     SPLIT: tl.constexpr
-
-
-@triton.jit
-def accumulate(
-    acc,
-    operands,
-    low,
-    high,
-    m,
-    n,
-    K_MAJOR: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """acc + Σ_i left_i right_i, over steps [low, high) of reductions that are chained one after another.
-
-    operands: tuples (lefts, rights, left strides, right strides, lengths). left_i [rows m, length_i]; right_i is
-    [columns n, length_i] if K_MAJOR, else [length_i, columns n]. Every length is rounded up to whole steps, so that no
-    step straddles two operands. A chain of selects moves the pointers on: one loop, one software pipeline.
-    """
-    lefts, rights, left_strides, right_strides, lengths = operands
-    rk = tl.arange(0, BLOCK_K)
-    for step in range(low, high):
-        left, right, length, first, edge = lefts[0], rights[0], lengths[0], 0, 0
-        left_stride, right_stride = left_strides[0], right_strides[0]
-        for i in tl.static_range(1, len(lefts)):
-            edge += tl.cdiv(lengths[i - 1], BLOCK_K)
-            reached = step >= edge
-            left, right = tl.where(reached, lefts[i], left), tl.where(reached, rights[i], right)
-            left_stride = tl.where(reached, left_strides[i], left_stride)
-            right_stride = tl.where(reached, right_strides[i], right_stride)
-            first, length = tl.where(reached, edge, first), tl.where(reached, lengths[i], length)
-        k = (step - first) * BLOCK_K + rk
-        left += (m * left_stride)[:, None] + k[None, :]
-        wide_k = k.to(n.dtype)  # rows of W are counted by n forward and by k backward: either may need 64 bits
-        right += (n * right_stride)[:, None] + k[None, :] if K_MAJOR else (wide_k * right_stride)[:, None] + n[None, :]
-        if EVEN_K:
-            lhs, rhs = tl.load(left), tl.load(right)
-        else:
-            inside = k < length
-            lhs = tl.load(left, mask=inside[None, :], other=0.0)
-            rhs = tl.load(right, mask=inside[None, :] if K_MAJOR else inside[:, None], other=0.0)
-        acc = tl.dot(lhs, rhs.T if K_MAJOR else rhs, acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit
@@ -160,20 +116,6 @@ def tile_operands(base, adapter, member, BACKWARD: tl.constexpr, R: tl.constexpr
         left, factor = (v + member * R_PADDED,), (pick(factors, member),)
         adapter_operands = (left, factor, (stride_v,), (pick(stride_factor, member),), (R,))
     return base_operands, adapter_operands
-
-
-@triton.jit
-def chain(first, second):
-    """The operands of two chained reductions as one: the base's steps, then the adapter's."""
-    lefts, rights, left_strides, right_strides, lengths = first
-    more_lefts, more_rights, more_left_strides, more_right_strides, more_lengths = second
-    return (
-        lefts + more_lefts,
-        rights + more_rights,
-        left_strides + more_left_strides,
-        right_strides + more_right_strides,
-        lengths + more_lengths,
-    )
 
 
 @triton.jit

@@ -50,11 +50,8 @@ def forward_call(
         **Mask().arguments,
         ADD=False,
         EVEN_K=even,
-        EVEN_N=True,  # columns of y are rows of W and B
         splits=splits,
-        SPLIT=splits > 1,
         core_chunks=1,
-        CORE_SPLIT=False,
     )
     arguments |= _common_arguments(arguments, members, config)
     return KernelCall(extended_gemm, tiles * splits, arguments, config)
@@ -70,19 +67,13 @@ def backward_call(
     dcores: list[Tensor],
     plan: Plan,
     mask: Mask,
-    add: bool = False,
+    add: bool = False,  # with dropout: dx holds Σ_i dy_i W_i, and Σ_i mask_i ∘ (w_i A_i) is added to it
 ) -> KernelCall:
-    """dx = Σ_i dy_i W_i + w_i A_i unless it is None, and dR_i = s_i·t_iᵀ u_i into `dcores` unless that is empty.
-
-    `add`: of a layer with dropout, dx += mask ∘ (w A), for a dx that holds dy W already.
-    """
-    M, r, dropout = t.shape[0], members.r, mask.dropout > 0.0
-    reads_weights = dx is not None and not add
-    weights, Ks = _weights(members, *dys) if reads_weights else (tuple(dys), tuple(dy.shape[1] for dy in dys))
-    even, config = _fitted_config(plan, Ks, r, dropout)
-    tiles = cdiv(M, config.block_m) * cdiv(dx.shape[1], config.block_n) if dx is not None else 0
-    # with dropout the two terms have K loops of their own, which are not split
-    splits = 1 if dropout or not tiles else gemm_splits(tiles, _steps((*Ks, *(r for _ in Ks)), config), M)
+    """dx = Σ_i dy_i W_i + w_i A_i unless it is None, and dR_i = s_i·t_iᵀ u_i into `dcores` unless that is empty."""
+    M, dropout = t.shape[0], mask.dropout > 0.0
+    weights, Ks = _weights(members if dx is not None and not add else None, *dys)
+    even, config = _fitted_config(plan, Ks, members.r, dropout)
+    tiles, splits = _tiles_of_dx(dx, Ks, members.r, config, dropout)
     chunks, core_tiles = core_chunks(M), len(dcores) * cdiv(members.width, CORE_BLOCK) ** 2
     size = core_tiles * chunks * CORE_BLOCK**2 + (tiles * splits * config.block_m * config.block_n if splits > 1 else 0)
     partial, counters = allocate_workspace(t, size, core_tiles + tiles, max(splits, chunks))
@@ -109,14 +100,20 @@ def backward_call(
         **mask.arguments,
         ADD=add,
         EVEN_K=even,
-        EVEN_N=output.shape[1] % VECTOR == 0,
         splits=splits,
-        SPLIT=splits > 1,
         core_chunks=chunks,
-        CORE_SPLIT=chunks > 1,
     )
     arguments |= _common_arguments(arguments, members, config)
     return KernelCall(extended_gemm, core_tiles * chunks + tiles * splits, arguments, config)
+
+
+def _tiles_of_dx(dx: Tensor | None, Ks: Sequence[int], r: int, config: GemmConfig, dropout: bool) -> tuple[int, int]:
+    """How many tiles dx has, and how many programs share one; with dropout its terms have K loops of their own: one."""
+    if dx is None:
+        return 0, 1
+    M, N = dx.shape
+    tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
+    return tiles, 1 if dropout or not tiles else gemm_splits(tiles, _steps((*Ks, *(r for _ in Ks)), config), M)
 
 
 def _common_arguments(arguments: dict[str, Any], members: Members, config: GemmConfig) -> dict[str, Any]:
@@ -130,6 +127,10 @@ def _common_arguments(arguments: dict[str, Any], members: Members, config: GemmC
         stride_y=tuple(y.stride(0) for y in ys),
         stride_u=members.r,
         scales=tuple(members.scales),
+        SPLIT=arguments["splits"] > 1,
+        CORE_SPLIT=arguments["core_chunks"] > 1,
+        # forward, columns of y are rows of W and B
+        EVEN_N=not arguments["BACKWARD"] or arguments["Ns"][0] % VECTOR == 0,
         WIDE=needs_int64(*xs, *ys, *weights, *factors, v),
         PRECISION=precision(v.dtype),
         R=members.r,
@@ -144,8 +145,13 @@ def _common_arguments(arguments: dict[str, Any], members: Members, config: GemmC
     )
 
 
-def _weights(members: Members, *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The weights with contiguous rows, and the lengths of the base reductions: 0 for the dummy of a missing weight."""
+def _weights(members: Members | None, *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The weights with contiguous rows, and the lengths of the base reductions: 0 for the dummy of a missing weight.
+
+    Without members, dummies for what no program reads.
+    """
+    if members is None:
+        return inputs, tuple(x.shape[1] for x in inputs)
     if members.weights[0] is None:
         return tuple(inputs[0] for _ in members.weights), tuple(0 for _ in inputs)
     return tuple(unit_rows(w) for w in members.weights if w is not None), tuple(x.shape[1] for x in inputs)

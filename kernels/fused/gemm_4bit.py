@@ -33,7 +33,7 @@ import triton.language as tl
 
 from .dequantize_4bit import Storage, block_scales, rounded, unpack
 from .device_functions import arrives_last, block_offsets, ordered_sum
-from .extended_gemm import accumulate
+from .reduction import accumulate
 
 
 @triton.jit

@@ -74,8 +74,7 @@ def initialize(
     model = getattr(model, "_orig_mod", model)  # unwrap torch.compile's OptimizedModule
     name, layers = _unmerged_layers(model, adapter_name)
     _check(update, strategy, cache, longest_start)
-    # a step of SGD is as long as one of R (Theorem 6)
-    recipe = Recipe(name, lr or 0.0, update, seed, longest_start if update == "adamw" else None)
+    recipe = Recipe(name, lr or 0.0, update, seed, longest_start if update == "adamw" else None)  # Theorem 6
     bytes_allowed = parse_size(memory_budget)
     options = Options(recipe, num_samples, strategy, blocks, bytes_allowed, loss_fn, cache, stability, progress)
     return _initialize(model, layers, batches, options)

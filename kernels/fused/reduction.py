@@ -1,0 +1,65 @@
+"""Device functions of a GEMM's K loop: one loop over several reductions, chained one after another."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def accumulate(
+    acc,
+    operands,
+    low,
+    high,
+    m,
+    n,
+    K_MAJOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + Σ_i left_i right_i, over steps [low, high) of reductions that are chained one after another.
+
+    operands: tuples (lefts, rights, left strides, right strides, lengths). left_i [rows m, length_i]; right_i is
+    [columns n, length_i] if K_MAJOR, else [length_i, columns n]. Every length is rounded up to whole steps, so that no
+    step straddles two operands. A chain of selects moves the pointers on: one loop, one software pipeline.
+    """
+    lefts, rights, left_strides, right_strides, lengths = operands
+    rk = tl.arange(0, BLOCK_K)
+    for step in range(low, high):
+        left, right, length, first, edge = lefts[0], rights[0], lengths[0], 0, 0
+        left_stride, right_stride = left_strides[0], right_strides[0]
+        for i in tl.static_range(1, len(lefts)):
+            edge += tl.cdiv(lengths[i - 1], BLOCK_K)
+            reached = step >= edge
+            left, right = tl.where(reached, lefts[i], left), tl.where(reached, rights[i], right)
+            left_stride = tl.where(reached, left_strides[i], left_stride)
+            right_stride = tl.where(reached, right_strides[i], right_stride)
+            first, length = tl.where(reached, edge, first), tl.where(reached, lengths[i], length)
+        k = (step - first) * BLOCK_K + rk
+        left += (m * left_stride)[:, None] + k[None, :]
+        wide_k = k.to(n.dtype)  # rows of W are counted by n forward and by k backward: either may need 64 bits
+        right += (n * right_stride)[:, None] + k[None, :] if K_MAJOR else (wide_k * right_stride)[:, None] + n[None, :]
+        if EVEN_K:
+            lhs, rhs = tl.load(left), tl.load(right)
+        else:
+            inside = k < length
+            lhs = tl.load(left, mask=inside[None, :], other=0.0)
+            rhs = tl.load(right, mask=inside[None, :] if K_MAJOR else inside[:, None], other=0.0)
+        acc = tl.dot(lhs, rhs.T if K_MAJOR else rhs, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def chain(first, second):
+    """The operands of two chained reductions as one: the base's steps, then the adapter's."""
+    lefts, rights, left_strides, right_strides, lengths = first
+    more_lefts, more_rights, more_left_strides, more_right_strides, more_lengths = second
+    return (
+        lefts + more_lefts,
+        rights + more_rights,
+        left_strides + more_left_strides,
+        right_strides + more_right_strides,
+        lengths + more_lengths,
+    )
