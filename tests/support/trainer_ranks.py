@@ -119,4 +119,8 @@ def run(folder: Path, options: argparse.Namespace, kill: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:  # gloo's threads would abort the interpreter's exit now and then
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
