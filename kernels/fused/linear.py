@@ -1,7 +1,7 @@
 """The adapted linear, forward and backward, of a layer or a group: two launches a direction, whatever the members.
 
 `fused`: the thin products (prep), then the extended GEMM. `addmm`: prep, then cuBLAS twice, the second onto the first.
-`repeated` makes the same calls from launches that it has prepared.
+`prepared_linear` makes the same calls from launches that it has prepared.
 """
 
 from __future__ import annotations

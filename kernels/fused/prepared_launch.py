@@ -23,7 +23,7 @@ from .launcher import KernelCall
 
 ALIGNMENT = 16  # bytes; Triton compiles other kernels for pointers that are less aligned
 SCRATCH_ALIGNMENT = 256  # bytes between tensors of the scratch, as torch's allocator has
-PARTIAL, COUNTERS, DUMMIES = "partial", "counters", ("partial", "counters", "dcores")  # argument names
+PARTIAL, COUNTERS = "partial", "counters"  # names of the arguments that launchers allocate themselves
 Raw = Callable[[int, "tuple[Any, ...]", "Sequence[Tensor]"], None]  # of stream, (*addresses, seeds) and tensors
 
 

@@ -156,12 +156,13 @@ class Backward:
             return None
         dx, dcores = self._allocate(dys, members)
         tw = [dys[0].new_empty(self.t_shape) for _ in range(self.has_addmm + self.adds_masked)]  # w, or w and t
-        if not self.before.repeat([*self._tensors(dys, members, us, dx, dcores), *tw], mask.seeds):
+        tensors = [*self._tensors(dys, members, us, dx, dcores), *tw]
+        if not self.before.repeat([*tensors], mask.seeds):
             return None
         if dx is not None and self.has_addmm:
             linear.addmm_backward([_rows(dy) for dy in dys], members, None if self.adds_masked else tw[0], dx)
-        if dx is not None and self.after is not None:
-            self.after.repeat([*self._gemm_tensors(dys, members, us, dx, dcores), *tw], mask.seeds)
+        if self.after is not None:  # of the same tensors, whose alignment is known
+            self.after.repeat(tensors, mask.seeds)
         return dx, dcores
 
     def _allocate(self, dys: Sequence[Tensor], members: Members) -> tuple[Tensor | None, list[Tensor]]:
@@ -172,25 +173,18 @@ class Backward:
     def _tensors(
         self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], dx: Tensor | None, dcores: list[Tensor]
     ) -> list[Tensor]:
-        """What the first launches read and write beside t and w; members of one argument stand together."""
+        """What the launches read and write beside t and w; members of one argument stand together."""
         tensors = [*dys, *members.b, *members.cores]
-        if self.adds_masked:
-            return tensors
-        if self.is_fused or dcores:
+        if self.is_fused or self.adds_masked or dcores:
             tensors += members.a
         if dcores:
             tensors += us
             tensors += dcores
-        if self.is_fused and dx is not None:
+        if self.is_fused:
             tensors += [weight for weight in members.weights if weight is not None]
+        if dx is not None and (self.is_fused or self.adds_masked):
             tensors.append(dx)
         return tensors
-
-    def _gemm_tensors(
-        self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], dx: Tensor, dcores: list[Tensor]
-    ) -> list[Tensor]:
-        """What the last launch reads and writes beside t and w."""
-        return [*dys, *members.a, *(us if dcores else ()), *dcores, dx]
 
     def _prepare(
         self, dys: list[Tensor], members: Members, us: list[Tensor], mask: Mask
@@ -202,8 +196,7 @@ class Backward:
         calls = [low_rank_launch.backward_call(dys, members, t, w, self.plan, self.need_dx)]
         if self.adds_masked and dx is not None:
             gemm = extended_gemm_launch.backward_call(dys, members, us, t, w, dx, dcores, self.plan, mask, add=True)
-            after = Prepared([gemm], [*self._gemm_tensors(dys, members, us, dx, dcores), w, t])
-            return Prepared(calls, [*tensors, w, t]), after
+            return Prepared(calls, [*tensors, w, t]), Prepared([gemm], [*tensors, w, t])
         if self.is_fused or dcores:
             written = _rows(dx) if self.is_fused and dx is not None else None
             calls.append(extended_gemm_launch.backward_call(dys, members, us, t, w, written, dcores, self.plan, mask))

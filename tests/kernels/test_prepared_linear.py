@@ -125,6 +125,19 @@ def test_what_cannot_be_repeated_is_launched_the_ordinary_way() -> None:
     check_case(turned, run_kernels(turned))
 
 
+def test_nothing_is_launched_before_all_pointers_are_known_to_be_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A is read after cuBLAS alone, where dropout's masked term is added to its dx."""
+    choose = backend.plan_of
+    monkeypatch.setattr(backend, "plan_of", lambda *given: replace(choose(*given), path="addmm"))
+    case, results = make_case((20,), 64, 48, 8, torch.bfloat16), []
+    shifted = torch.empty(8 * 64 + 1, dtype=torch.bfloat16)[1:].view(8, 64).copy_(case.a)
+    for a in (case.a, shifted):
+        torch.manual_seed(3)
+        results.append(run_kernels(replace(case, a=a), dropout=0.3))
+    for result, want in zip(*results, strict=True):
+        assert torch.equal(result, want)
+
+
 def test_a_gradient_that_is_one_number_is_no_matrix_of_rows() -> None:
     case = make_case((20,), 64, 48, 8, torch.bfloat16)
     case.dy = torch.ones(()).to(torch.bfloat16).expand(20, 48)
