@@ -26,7 +26,7 @@ demo: install
 # Two processes of one thread each: a file's tests stay together, and the longest files come first (tests/conftest.py).
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-COMPILED_TESTS = tests/kernels/test_compiled.py tests/kernels/test_prepared_linear.py
+COMPILED_TESTS = tests/kernels/test_compiled.py tests/kernels/test_prepared_linear.py tests/kernels/test_executed_work.py
 test: install
 	$(PYTEST)
 	$(PYTEST) --ptx sm_86 $(COMPILED_TESTS)

@@ -1,61 +1,40 @@
-"""What a block of adapted linears costs on a GPU, on paper: bytes and FLOPs of every launch against the bare base.
+"""What a block of adapted linears costs on a GPU, on paper: the work of every launch against the bare base.
 
     python -m benchmarks.kernels.roofline [--gpu a6000] [--model mistral-7b] [--r 96] [--tokens 512,2048,8192]
-                                          [--output PNG]
+                                          [--output PNG] [--json FILE]
 
-Bytes and FLOPs of our kernels are counted from the launches that the library makes (benchmarks.kernels.traffic); those
-of the others from the operations that they consist of.
+The launches are those that the library makes, and their work is counted by executing their compiled code
+(benchmarks.kernels.executed_work); that of cuBLAS and of plain torch from the operations that they consist of. Minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_INTERPRET", "0")  # kernels are compiled
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.shapes import MODELS, Group
+from benchmarks.kernels.executed_work import launch_work
+from benchmarks.kernels.gpus import GPUS, MODEL, SECTOR_BYTES, Demand, Gpu
 from benchmarks.kernels.launches import plan_for, record
-from benchmarks.kernels.traffic import Traffic, traffic
+from benchmarks.kernels.traffic import traffic
 from lorasb.kernels.launcher import Launch
 from lorasb.kernels.plan import Plan
 from lorasb.utils.plotting import canvas, save
 
-BF16 = 2
+BF16, THIN = 2, 256
 OPS = ("forward", "backward")
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Peaks: dense bf16 FLOP/s with fp32 sums, DRAM and L2 bytes/s, multiprocessors."""
-
-    name: str
-    arch: str
-    sms: int
-    flops: float
-    dram: float
-    l2: float
-
-
-GPUS = {
-    "a6000": Gpu("RTX A6000", "sm_86", 84, 154.8e12, 768e9, 2.5e12),
-    "a100": Gpu("A100 80GB", "sm_80", 108, 312e12, 2039e9, 5.0e12),
-    "4090": Gpu("RTX 4090", "sm_89", 128, 165.2e12, 1008e9, 5.0e12),
-    "h100": Gpu("H100 SXM", "sm_90", 132, 989e12, 3350e9, 5.5e12),
-}
-GEMM_EFFICIENCY, DRAM_EFFICIENCY, LAUNCH = 0.75, 0.85, 3e-6
-ASSUMPTIONS = f"""Assumptions (no GPU was measured for this table):
- - a launch takes the longest of: its FLOPs at {GEMM_EFFICIENCY:.0%} of the dense bf16 peak, its operands and results
-   once at {DRAM_EFFICIENCY:.0%} of the DRAM peak, for thin products and elementwise work the bytes its
-   programs ask for at the L2 peak (a big product's share of the peak has that in it); plus {LAUNCH * 1e6:.0f} us;
- - the bare base, cuBLAS and our extended GEMM reach the same share of the peak; launches do not overlap;
- - every intermediate of the eager chain goes through DRAM; its scaling is applied to the [M, out] product, as PEFT
-   does;
- - wave quantization, clocks under load and Python's time are left out;
- - without groups autograd adds the dx of siblings (in the bare model too)."""
+LAUNCH_COLUMNS = ("linears", "kernel", "grid", "blocks", "tensor", "issue", "shared", "L2", "DRAM", "us", "limit")
 
 
 @dataclass(frozen=True)
@@ -71,28 +50,32 @@ class Cost:
         return self.forward + self.backward
 
 
-def seconds(t: Traffic, gpu: Gpu) -> float:
-    """Time of one launch under the assumptions."""
-    compute = t.flops / (gpu.flops * GEMM_EFFICIENCY)
-    through_l2 = (t.loaded + t.stored) / gpu.l2 if t.thin else 0.0
-    return max(compute, t.compulsory / (gpu.dram * DRAM_EFFICIENCY), through_l2) + LAUNCH
-
-
-def gemm(M: int, K: int, N: int, accumulate: bool = False) -> Traffic:
-    """[M, K] · [K, N], tiles of 128 x 128; `accumulate` reads the result too."""
-    elements = M * K + K * N + M * N * (2 if accumulate else 1)
-    tiles = -(-M // 128) * -(-N // 128)
-    return Traffic(
-        2 * M * K * N, tiles * (min(M, 128) + min(N, 128)) * K * BF16, M * N * BF16, elements * BF16, min(K, N) <= 256
+def demand(launch: Launch, arch: str) -> Demand:
+    """Of one of our launches, executed."""
+    work = launch_work(launch, arch)
+    return Demand(
+        flops=work.tensor_flops + 2 * work.tf32_flops,
+        issue_slots=work.issue_slots,
+        shared_wavefronts=work.shared_wavefronts,
+        l2=work.global_sectors * SECTOR_BYTES,
+        dram=traffic(launch).compulsory,
     )
 
 
-def elementwise(count: int, reads: int) -> Traffic:
+def gemm(M: int, K: int, N: int, accumulate: bool = False) -> Demand:
+    """cuBLAS: [M, K] · [K, N], tiles of 128 x 128; `accumulate` reads the result too."""
+    elements = M * K + K * N + M * N * (2 if accumulate else 1)
+    tiles = -(-M // 128) * -(-N // 128)
+    asked = tiles * (min(M, 128) + min(N, 128)) * K * BF16 + M * N * BF16
+    return Demand(flops=2 * M * K * N, l2=asked if min(K, N) <= THIN else 0, dram=elements * BF16)
+
+
+def elementwise(count: int, reads: int) -> Demand:
     """`reads` tensors in, one out."""
-    return Traffic(0, count * reads * BF16, count * BF16, count * (reads + 1) * BF16)
+    return Demand(l2=count * (reads + 1) * BF16, dram=count * (reads + 1) * BF16)
 
 
-def base(group: Group, M: int, r: int) -> dict[str, list[Traffic]]:
+def base(group: Group, M: int, r: int) -> dict[str, list[Demand]]:
     """The frozen linears alone, and autograd's additions of their dx."""
     adds = [elementwise(M * group.n, 2)] * (len(group.ms) - 1)
     return {
@@ -101,7 +84,7 @@ def base(group: Group, M: int, r: int) -> dict[str, list[Traffic]]:
     }
 
 
-def eager(group: Group, M: int, r: int) -> dict[str, list[Traffic]]:
+def eager(group: Group, M: int, r: int) -> dict[str, list[Demand]]:
     """y = x Wᵀ + s·((x Aᵀ) Rᵀ) Bᵀ as anybody would write it, differentiated by autograd."""
     bare, n = base(group, M, r), group.n
     for m in group.ms:
@@ -111,26 +94,29 @@ def eager(group: Group, M: int, r: int) -> dict[str, list[Traffic]]:
     return bare
 
 
-def addmm(group: Group, M: int, r: int, gpu: Gpu) -> dict[str, list[Traffic]]:
-    """Our prep, then two cuBLAS products, the second onto the first; dR in a launch of its own."""
-    found: dict[str, list[Traffic]] = {op: [] for op in OPS}
-    for m in group.ms:
-        for op in OPS:
-            launches = calls(op, group.n, (m,), r, M, gpu.arch, gpu.sms, "addmm")
-            found[op] += [traffic(launch) for launch in launches]
-        found["forward"] += [gemm(M, r, m), gemm(M, group.n, m, accumulate=True)]
-        found["backward"] += [gemm(M, r, group.n), gemm(M, m, group.n, accumulate=True)]
-    found["backward"] += [elementwise(M * group.n, 2)] * (len(group.ms) - 1)
-    return found
+def parts_of(group: Group, grouped: bool) -> list[tuple[int, ...]]:
+    """Output widths that share a call: of all members, or of one at a time."""
+    return [group.ms] if grouped else [(m,) for m in group.ms]
 
 
-def fused(group: Group, M: int, r: int, gpu: Gpu, grouped: bool) -> dict[str, list[Traffic]]:
-    """Our two launches a direction, for each linear or for the group."""
-    parts = [group.ms] if grouped else [(m,) for m in group.ms]
-    found = {
-        op: [traffic(one) for ms in parts for one in calls(op, group.n, ms, r, M, gpu.arch, gpu.sms, "fused")]
-        for op in OPS
-    }
+def ours(group: Group, ms: tuple[int, ...], r: int, M: int, gpu: Gpu, op: str, path: str) -> list[Demand]:
+    """One call of the library on one path: our launches, and cuBLAS's products beside them on "addmm"."""
+    demands = [demand(one, gpu.arch) for one in calls(op, group.n, ms, r, M, gpu.arch, gpu.sms, path)]
+    if path == "fused":
+        return demands
+    if op == "forward":
+        return demands + [one for m in ms for one in (gemm(M, r, m), gemm(M, group.n, m, accumulate=True))]
+    return [*demands, gemm(M, r * len(ms), group.n), *(gemm(M, m, group.n, accumulate=True) for m in ms)]
+
+
+def adapted(group: Group, M: int, r: int, gpu: Gpu, grouped: bool, path: str | None) -> dict[str, list[Demand]]:
+    """The library's calls, for each linear or for the group, on one path; None: on the one that its tables choose."""
+    parts = parts_of(group, grouped)
+    found: dict[str, list[Demand]] = {op: [] for op in OPS}
+    for op in OPS:
+        for ms in parts:
+            chosen = path or plan_for(op, torch.bfloat16, M, group.n, ms, r, gpu.arch, gpu.sms).path
+            found[op] += ours(group, ms, r, M, gpu, op, chosen)
     found["backward"] += [elementwise(M * group.n, 2)] * (len(parts) - 1)
     return found
 
@@ -145,7 +131,7 @@ def fused_calls(model: str, r: int, M: int, arch: str, sms: int, grouped: bool) 
     """Every launch of one block."""
     found: dict[str, list[Launch]] = {op: [] for op in OPS}
     for group in MODELS[model]:
-        for ms in [group.ms] if grouped else [(m,) for m in group.ms]:
+        for ms in parts_of(group, grouped):
             for op in OPS:
                 found[op] += calls(op, group.n, ms, r, M, arch, sms, "fused")
     return found
@@ -156,94 +142,125 @@ def costs(groups: tuple[Group, ...], r: int, M: int, gpu: Gpu) -> dict[str, Cost
     variants = {
         "bare": lambda g: base(g, M, r),
         "eager": lambda g: eager(g, M, r),
-        "addmm": lambda g: addmm(g, M, r, gpu),
-        "fused": lambda g: fused(g, M, r, gpu, False),
-        "grouped": lambda g: fused(g, M, r, gpu, True),
+        "addmm": lambda g: adapted(g, M, r, gpu, False, "addmm"),
+        "fused": lambda g: adapted(g, M, r, gpu, False, "fused"),
+        "addmm, grouped": lambda g: adapted(g, M, r, gpu, True, "addmm"),
+        "fused, grouped": lambda g: adapted(g, M, r, gpu, True, "fused"),
+        "as chosen": lambda g: adapted(g, M, r, gpu, True, None),
     }
     found = {}
     for name, variant in variants.items():
-        times = {op: sum(seconds(t, gpu) for g in groups for t in variant(g)[op]) for op in OPS}
+        times = {op: sum(one.seconds(gpu) for g in groups for one in variant(g)[op]) for op in OPS}
         found[name] = Cost(times["forward"], times["backward"])
     return found
 
 
-def overheads(model: str, r: int, M: int, gpu: Gpu) -> dict[str, Cost]:
-    """Time of one block over the bare base's, by variant."""
-    found = costs(MODELS[model], r, M, gpu)
-    bare = found["bare"]
-    return {name: Cost(cost.forward / bare.forward, cost.backward / bare.backward) for name, cost in found.items()}
-
-
-def launch_table(model: str, r: int, M: int, gpu: Gpu) -> Table:
-    """Every launch of the grouped kernels."""
-    view = Table(title=f"Launches of one block, fused + grouped: {model}, r={r}, {M} tokens, {gpu.name}")
-    for name in ("linears", "kernel", "grid", "blocks", "GFLOP", "MB asked for", "MB stored", "MB at least", "us"):
-        view.add_column(name, justify="left" if name in ("linears", "kernel") else "right")
+def launch_rows(model: str, r: int, M: int, gpu: Gpu) -> Iterator[dict[str, Any]]:
+    """Every launch of the grouped kernels: microseconds of each pipe, and which is the limit."""
     for group in MODELS[model]:
         for op in OPS:
             for one in calls(op, group.n, group.ms, r, M, gpu.arch, gpu.sms, "fused"):
-                t, a = traffic(one), one.arguments
-                blocks = "x".join(str(a[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in a)
-                numbers = (t.flops / 1e9, t.loaded / 1e6, t.stored / 1e6, t.compulsory / 1e6, seconds(t, gpu) * 1e6)
-                label = one.name + (" (dx, dR)" if a.get("BACKWARD") else "")
-                view.add_row("/".join(group.names), label, str(one.grid), blocks, *(f"{x:.1f}" for x in numbers))
+                a, asked = one.arguments, demand(one, gpu.arch)
+                yield {
+                    "tokens": M,
+                    "linears": "/".join(group.names),
+                    "kernel": one.name + (" (dx, dR)" if a.get("BACKWARD") else ""),
+                    "grid": one.grid,
+                    "blocks": "x".join(str(a[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in a),
+                    **{pipe: round(1e6 * seconds, 2) for pipe, seconds in asked.pipes(gpu).items()},
+                    "us": round(1e6 * asked.seconds(gpu), 2),
+                    "limit": asked.limit(gpu),
+                }
+
+
+def launch_table(rows: list[dict[str, Any]], title: str) -> Table:
+    """The rows of one number of tokens, for people."""
+    view = Table(title=title)
+    for name in LAUNCH_COLUMNS:
+        view.add_column(name, justify="left" if name in ("linears", "kernel", "limit") else "right")
+    for row in rows:
+        view.add_row(*(f"{row[c]:.1f}" if isinstance(row[c], float) else str(row[c]) for c in LAUNCH_COLUMNS))
     return view
 
 
-def overhead_table(model: str, r: int, tokens: list[int], gpu: Gpu) -> Table:
-    """Overhead over the bare base, and the gain over the eager chain."""
-    view = Table(title=f"One block of {model} over its bare linears, r={r}, {gpu.name}")
-    for name in ("tokens", "variant", "forward", "backward", "f+b", "eager / this"):
-        view.add_column(name, justify="left" if name == "variant" else "right")
+def overhead_rows(model: str, r: int, tokens: list[int], gpu: Gpu) -> Iterator[dict[str, Any]]:
+    """Ratios to the bare base, and the gain over the eager chain, of each variant."""
     for M in tokens:
         found = costs(MODELS[model], r, M, gpu)
         bare = found.pop("bare")
         for name, cost in found.items():
-            ratios = (cost.forward / bare.forward, cost.backward / bare.backward, cost.total / bare.total)
-            gain = found["eager"].total / cost.total
-            view.add_row(str(M), name, *(f"{100 * (x - 1):+.1f}%" for x in ratios), f"{gain:.2f}x")
+            yield {
+                "tokens": M,
+                "variant": name,
+                "forward": round(cost.forward / bare.forward, 4),
+                "backward": round(cost.backward / bare.backward, 4),
+                "f+b": round(cost.total / bare.total, 4),
+                "eager / this": round(found["eager"].total / cost.total, 4),
+            }
+
+
+def overhead_table(rows: list[dict[str, Any]], title: str) -> Table:
+    """Overhead over the bare base, and the gain over the eager chain."""
+    view = Table(title=title)
+    for name in rows[0]:
+        view.add_column(name, justify="left" if name == "variant" else "right")
+    for row in rows:
+        ratios = (f"{100 * (row[name] - 1):+.1f}%" for name in (*OPS, "f+b"))
+        view.add_row(str(row["tokens"]), row["variant"], *ratios, f"{row['eager / this']:.2f}x")
     return view
 
 
-def chart(model: str, r: int, tokens: list[int], gpu: Gpu, path: Path) -> None:
+def chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Bars of f+b over the bare base."""
     figure, axes = canvas()
-    names = ("eager", "addmm", "fused", "grouped")
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    tokens = list(dict.fromkeys(row["tokens"] for row in rows))
     for i, name in enumerate(names):
-        heights = []
-        for M in tokens:
-            found = costs(MODELS[model], r, M, gpu)
-            heights.append(100 * (found[name].total / found["bare"].total - 1))
-        places = [j + 0.2 * (i - 1.5) for j in range(len(tokens))]
-        bars = axes.bar(places, heights, 0.18, label=name)
-        axes.bar_label(bars, fmt="%.0f%%", fontsize=8)
+        heights = [100 * (row["f+b"] - 1) for row in rows if row["variant"] == name]
+        places = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j in range(len(tokens))]
+        bars = axes.bar(places, heights, 0.72 / len(names), label=name)
+        axes.bar_label(bars, fmt="%.0f%%", fontsize=7)
     axes.set_xticks(range(len(tokens)), [f"{M} tokens" for M in tokens])
     axes.set_ylabel("f+b over the bare linears (%)")
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(figure, axes, f"On paper, not measured: one block of {model}, r={r}, {gpu.name}", path)
+    save(figure, axes, title, path)
 
 
-def main() -> None:
-    """Print the tables and draw the chart."""
+def options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", choices=list(GPUS), default="a6000")
     parser.add_argument("--model", choices=list(MODELS), default="mistral-7b")
     parser.add_argument("--r", type=int, default=96)
     parser.add_argument("--tokens", default="512,2048,8192", help="comma-separated")
     parser.add_argument("--output", type=Path, help="where to draw the chart; roofline-GPU-MODEL.png unless given")
-    options = parser.parse_args()
-    tokens, gpu = [int(M) for M in options.tokens.split(",")], GPUS[options.gpu]
-    console = Console(width=140)
+    parser.add_argument("--json", type=Path, help="write the rows of both tables to a file too")
+    chosen = parser.parse_args()
+    if os.environ["TRITON_INTERPRET"] != "0":
+        parser.error("the roofline executes compiled kernels: unset TRITON_INTERPRET")
+    return chosen
+
+
+def main() -> None:
+    """Print the tables and draw the chart."""
+    chosen = options()
+    tokens, gpu, console = [int(M) for M in chosen.tokens.split(",")], GPUS[chosen.gpu], Console(width=140)
+    what = f"{chosen.model}, r={chosen.r}, {gpu.name}"
+    launches = []
     for M in tokens:
-        console.print(launch_table(options.model, options.r, M, gpu))
-    console.print(overhead_table(options.model, options.r, tokens, gpu))
-    console.print(
-        f"{gpu.name}: {gpu.flops / 1e12:.0f} TFLOP/s, {gpu.dram / 1e9:.0f} GB/s DRAM, {gpu.l2 / 1e12:.1f} TB/s L2"
-    )
-    console.print(ASSUMPTIONS, highlight=False)
-    path = options.output or Path(f"roofline-{options.gpu}-{options.model}.png")
-    chart(options.model, options.r, tokens, gpu, path)
+        rows = list(launch_rows(chosen.model, chosen.r, M, gpu))
+        console.print(launch_table(rows, f"Launches of one block, fused + grouped, us a pipe: {what}, {M} tokens"))
+        launches += rows
+    overheads = list(overhead_rows(chosen.model, chosen.r, tokens, gpu))
+    console.print(overhead_table(overheads, f"One block over its bare linears: {what}"))
+    console.print(MODEL, highlight=False)
+    if chosen.json:
+        record = {"gpu": gpu.name, "model": chosen.model, "r": chosen.r, "how": MODEL.splitlines()}
+        text = json.dumps(record | {"overheads": overheads, "launches": launches}, indent=1)
+        chosen.json.write_text(text + "\n", encoding="utf-8")
+    path = chosen.output or Path(f"roofline-{chosen.gpu}-{chosen.model}.png")
+    chart(overheads, f"On paper, not measured: one block of {what}", path)
     console.print(f"chart: {path}")
 
 

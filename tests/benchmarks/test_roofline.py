@@ -16,7 +16,8 @@ import reference
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from benchmarks.kernels import launches, roofline
+from benchmarks.kernels import executed_work, launches, roofline
+from benchmarks.kernels.gpus import BUSY, DRAM_BUSY, GPUS, LAUNCH, Demand
 from benchmarks.kernels.traffic import traffic
 from lorasb.kernels import linear as launch
 from lorasb.kernels import plan
@@ -106,30 +107,60 @@ def test_a_block_launches_what_the_roofline_says(model: str) -> None:
             assert len(calls[op]) == 2 * members
 
 
-def test_overheads_are_in_order() -> None:
+def test_a_launch_takes_as_long_as_its_busiest_pipe() -> None:
+    gpu = GPUS["a6000"]
+    bound = {
+        "tensor": Demand(flops=gpu.flops, l2=1.0),
+        "issue": Demand(issue_slots=4 * gpu.sms * gpu.clock, flops=gpu.flops / 2),
+        "shared": Demand(shared_wavefronts=gpu.sms * gpu.clock, issue_slots=gpu.sms * gpu.clock),
+        "L2": Demand(l2=gpu.l2, dram=gpu.dram / 2),
+        "DRAM": Demand(dram=gpu.dram),
+    }
+    for name, demand in bound.items():
+        assert demand.limit(gpu) == name
+        assert demand.seconds(gpu) == pytest.approx(max(demand.pipes(gpu).values()) + LAUNCH)
+        assert demand.pipes(gpu)[name] == pytest.approx({"L2": 1.0, "DRAM": 1 / DRAM_BUSY}.get(name, 1 / BUSY))
+    assert Demand(flops=1.0).limit(gpu) == "launch"
+
+
+def test_a_kernel_that_is_not_counted_is_refused() -> None:
+    recorded = launches.record_gradient(torch.bfloat16, 64, 64, 64)[0]
+    with pytest.raises(ValueError, match="expected prep_forward, prep_backward or extended_gemm, got grad_sign"):
+        list(executed_work.shares(recorded))
+
+
+def roofline_of(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.kernels.roofline", *arguments]
+    return subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+def test_interpreted_kernels_are_refused() -> None:
+    done = roofline_of(TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "unset TRITON_INTERPRET" in done.stderr
+
+
+@pytest.mark.long
+def test_the_command_prints_and_writes_what_it_executed(tmp_path: Path) -> None:
     """No adapter can cost less than its FLOPs, and fusing cannot cost more than the chain."""
-    result = roofline.overheads("mistral-7b", 96, 2048, roofline.GPUS["a6000"])
-    assert result["eager"].total > result["addmm"].total > result["fused"].total > result["grouped"].total
-    assert result["fused"].forward > 1.0
-
-
-def test_the_command_prints_its_assumptions(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.kernels.roofline",
-        "--gpu",
-        "a6000",
-        "--tokens",
-        "512,2048",
-        "--output",
-        str(tmp_path / "chart.png"),
-    ]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    chart, rows = tmp_path / "chart.png", tmp_path / "rows.json"
+    model = ("--model", "llama-3.2-3b", "--tokens", "2048")
+    done = roofline_of(*model, "--output", str(chart), "--json", str(rows), TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr[-2000:]
-    for word in ("Assumptions", "no GPU was measured", "fused", "grouped", "extended_gemm", "768"):
+    for word in ("The model", "no GPU was measured", "fused", "grouped", "extended_gemm", "tensor", "limit"):
         assert word in done.stdout
-    assert (tmp_path / "chart.png").stat().st_size > 10_000
+    assert chart.stat().st_size > 10_000
+    found = json.loads(rows.read_text())
+    total = {row["variant"]: row["f+b"] for row in found["overheads"]}
+    assert total["eager"] > total["addmm"] > total["fused"] > total["fused, grouped"] > 1.0
+    assert total["as chosen"] <= min(total[name] for name in total if name != "as chosen") * 1.02
+    assert len(found["launches"]) == 16
+    for row in found["launches"]:
+        pipes = {name: row[name] for name in ("tensor", "issue", "shared", "L2", "DRAM")}
+        assert row["limit"] == max(pipes, key=lambda name: pipes[name])
+        assert min(pipes.values()) > 0
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])

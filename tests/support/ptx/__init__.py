@@ -10,6 +10,7 @@ the order in which a tensor core adds up inside one instruction.
 - `global_memory` and `shared_memory` hold bytes and check accesses.
 - `tensor_cores` has mma, ldmatrix, stmatrix and wgmma.
 - `thread_block` runs one program, `launch` a grid of them over tensors.
+- `work` counts what a program asks of a card, `metered` that of a launch of any size from a few of its programs.
 - `plugin` lets the kernel tests run on it: `pytest --ptx sm_86`.
 """
 

@@ -86,6 +86,7 @@ class ThreadBlock:
         self.counts[instruction.opcode] += 1
         here = None if self._places is None else self._places == at
         active = self._guarded(instruction, here)
+        self._issued(instruction, active)
         head = instruction.parts[0]
         if head in ("bra", "ret", "exit"):
             target = len(self.program.instructions) if head != "bra" else self._label(instruction)
@@ -93,6 +94,9 @@ class ThreadBlock:
         if active is None or active.any():
             self._execute(instruction, head, active)
         return self._advance(here, at)
+
+    def _issued(self, instruction: Instruction, active: Array | None) -> None:
+        """An instruction that the active threads (None: all) execute; for subclasses that count."""
 
     def _execute(self, instruction: Instruction, head: str, active: Array | None) -> None:
         if head in FUNCTIONS:

@@ -1,0 +1,116 @@
+"""What a launch asks of a card, counted by executing its compiled code for a few programs (tests/support/ptx).
+
+Programs that share a tile, or a row block, are neighbors in the grid and take all parts of its work, the adding up of
+their sums included; the first tile stands for all, whole ones and those at an edge. A long reduction is executed at
+two short lengths and continued as a line: each step of it executes the same instructions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
+
+from ptx.launch import FakeDriver, compile_launch
+from ptx.metered import work_of
+from ptx.work import Work
+
+from benchmarks.kernels.static_report import launch_key
+from lorasb.kernels.block_sizes import cdiv
+from lorasb.kernels.launcher import Launch
+
+SHORT = 6, 8  # steps of a program's reduction: more than any software pipeline has stages
+
+_known: dict[str, Work] = {}
+
+
+@dataclass(frozen=True)
+class Share:
+    """Neighboring programs that stand for `times` as many: for every tile, row block or tile of dR."""
+
+    programs: range
+    times: float
+
+
+def launch_work(launch: Launch, arch: str) -> Work:
+    """The work of a whole grid of `prep_forward`, `prep_backward` or `extended_gemm` on "sm_86"."""
+    key = f"{arch} {launch.grid} {launch_key(launch)} {_numbers(launch)}"
+    if key not in _known:
+        _known[key] = sum((_counted(launch, share, arch) for share in shares(launch)), Work())
+    return _known[key]
+
+
+def shares(launch: Launch) -> Iterator[Share]:
+    """A grid as the programs that are executed for all."""
+    a = launch.arguments
+    if launch.name == "prep_forward":
+        yield Share(range(a["splits"]), launch.grid / a["splits"])
+    elif launch.name == "prep_backward":
+        row = a["splits"] * len(a["factors"])  # a row block's members, whose reductions differ in length
+        yield Share(range(row), launch.grid / row)
+    elif launch.name == "extended_gemm":
+        core = a["core_programs"]
+        if core:
+            yield Share(range(a["core_chunks"]), core / a["core_chunks"])
+        if launch.grid > core:
+            yield Share(range(core, core + a["splits"]), (launch.grid - core) / a["splits"])
+    else:
+        raise ValueError(f"expected prep_forward, prep_backward or extended_gemm, got {launch.name}")
+
+
+def _counted(launch: Launch, share: Share, arch: str) -> Work:
+    """Executed as it is, or where that is long, at two lengths of its reduction."""
+    compiled, steps = compile_launch(launch, _driver(arch)), _steps(launch)
+    is_core = share.programs.start < launch.arguments.get("core_programs", 0)
+    if is_core or steps <= sum(SHORT):
+        return work_of(launch, compiled, share.programs) * share.times
+    short, longer = (work_of(_shortened(launch, n), compiled, share.programs) for n in SHORT)
+    a_step = (longer + short * -1.0) * (1.0 / (SHORT[1] - SHORT[0]))
+    return (longer + a_step * (steps - SHORT[1])) * share.times
+
+
+def _lengths(launch: Launch) -> tuple[int, ...]:
+    a = launch.arguments
+    return (a["K"],) if launch.name == "prep_forward" else tuple(a["Ks"])
+
+
+def _steps(launch: Launch) -> float:
+    """Steps of the base's reduction that each of the programs which share it takes, on average."""
+    a = launch.arguments
+    steps = sum(cdiv(length, a["BLOCK_K"]) for length in _lengths(launch))
+    if launch.name == "prep_backward":  # each member's programs take its own
+        steps /= len(a["factors"])
+    return steps / a["splits"]
+
+
+def _shortened(launch: Launch, steps: int) -> Launch:
+    """The launch with so many steps of the base's reduction a program, and the strides that it has."""
+    a, members = launch.arguments, len(_lengths(launch))
+    total = steps * a["splits"]
+    if launch.name == "extended_gemm":  # one chain: the members' share of it is the same
+        short = tuple(a["BLOCK_K"] * (total // members + (i < total % members)) for i in range(members))
+    else:
+        short = (a["BLOCK_K"] * total,) * members
+    changed = {"K": short[0]} if launch.name == "prep_forward" else {"Ks": short}
+    return replace(launch, arguments=a | changed)
+
+
+def _numbers(launch: Launch) -> str:
+    """The sizes, strides and counts of a launch; a seed decides what is kept, not how long that takes."""
+    return str({k: v for k, v in launch.arguments.items() if not _has_tensors(v) and k != "seeds"})
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value[0] if isinstance(value, tuple) and value else value, torch.Tensor)
+
+
+@cache
+def _driver(arch: str) -> FakeDriver:
+    return FakeDriver(int(arch[3:]))

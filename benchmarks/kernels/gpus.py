@@ -1,0 +1,88 @@
+"""Cards as a roofline sees them: what each pipe of a card does in a second, and how long a launch keeps each busy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PHASE_BYTES, SECTOR_BYTES, SCHEDULERS = 128, 32, 4
+BUSY, DRAM_BUSY, LAUNCH = 0.75, 0.85, 3e-6
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peaks.
+
+    Attributes:
+        name: of the card. arch: "sm_86".
+        sms: multiprocessors. clock: their Hz, at which `flops` is reached.
+        flops: dense bf16 FLOP/s with fp32 sums; tf32 has half of it.
+        dram, l2: bytes/s.
+    """
+
+    name: str
+    arch: str
+    sms: int
+    clock: float
+    flops: float
+    dram: float
+    l2: float
+
+
+GPUS = {
+    "a6000": Gpu("RTX A6000", "sm_86", 84, 1.80e9, 154.8e12, 768e9, 2.5e12),
+    "a100": Gpu("A100 80GB", "sm_80", 108, 1.41e9, 312e12, 2039e9, 5.0e12),
+    "4090": Gpu("RTX 4090", "sm_89", 128, 2.52e9, 165.2e12, 1008e9, 5.0e12),
+    "h100": Gpu("H100 SXM", "sm_90", 132, 1.83e9, 989e12, 3350e9, 5.5e12),
+}
+MODEL = f"""The model (no GPU was measured for this table):
+ - a launch takes as long as its busiest pipe, and {LAUNCH * 1e6:.0f} us: tensor cores, issue slots ({SCHEDULERS} a
+   cycle and multiprocessor) and shared memory ({PHASE_BYTES} bytes a cycle and multiprocessor) at {BUSY:.0%} of their
+   peak, L2 at its peak, DRAM at {DRAM_BUSY:.0%} of its peak;
+ - of our launches, tensor operations, issue slots, shared-memory wavefronts (bank conflicts included) and global
+   sectors are counted from the compiled code as it is executed: one tile for all tiles, and every sector a miss in
+   L1. Issue slots are PTX's instructions without moves, 64-bit integers as two: ptxas's own loops have from 1.0 to
+   1.3 times as many (`loop` of benchmarks.kernels.static_report);
+ - DRAM moves the operands and results of a launch once;
+ - cuBLAS, for the bare base too, is bound by tensor cores or DRAM, thin products (256 or less on a side) by L2
+   besides, in tiles of 128 x 128; launches do not overlap;
+ - every intermediate of the eager chain goes through DRAM; its scaling is applied to the [M, out] product, as PEFT
+   does;
+ - wave quantization, latencies, clocks under load and Python's time are left out;
+ - without groups autograd adds the dx of siblings (in the bare model too)."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a launch asks of the pipes.
+
+    Attributes:
+        flops: of 16-bit matrix products, those of tf32 twice. issue_slots, shared_wavefronts: see `ptx.work`.
+        l2, dram: bytes.
+    """
+
+    flops: float = 0
+    issue_slots: float = 0
+    shared_wavefronts: float = 0
+    l2: float = 0
+    dram: float = 0
+
+    def pipes(self, gpu: Gpu) -> dict[str, float]:
+        """Seconds that each pipe is busy, by its name."""
+        cycles = gpu.sms * gpu.clock * BUSY
+        return {
+            "tensor": self.flops / (gpu.flops * BUSY),
+            "issue": self.issue_slots / (SCHEDULERS * cycles),
+            "shared": self.shared_wavefronts / cycles,
+            "L2": self.l2 / gpu.l2,
+            "DRAM": self.dram / (gpu.dram * DRAM_BUSY),
+        }
+
+    def limit(self, gpu: Gpu) -> str:
+        """The pipe that is busy longest; "launch" where that is shorter than a launch."""
+        pipes = self.pipes(gpu)
+        busiest = max(pipes, key=lambda name: pipes[name])
+        return busiest if pipes[busiest] > LAUNCH else "launch"
+
+    def seconds(self, gpu: Gpu) -> float:
+        """Time of the launch."""
+        return max(self.pipes(gpu).values()) + LAUNCH

@@ -1,0 +1,72 @@
+"""What is counted of compiled launches: against arithmetic on their tilings, and a few programs against all of them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import environment
+import pytest
+import torch
+from ptx.launch import compile_launch
+from ptx.metered import work_of
+from ptx.work import Work
+
+from benchmarks.kernels.executed_work import launch_work
+from benchmarks.kernels.launches import plan_for, record
+from benchmarks.kernels.traffic import traffic
+from lorasb.kernels.launcher import Launch
+from lorasb.kernels.plan import Plan
+
+pytestmark = pytest.mark.skipif(not environment.PTX, reason="executes compiled kernels: pytest --ptx sm_86")
+SHAPES = {"one layer, split": (256, 512, (128,), 64), "two members": (128, 256, (256, 128), 32)}
+
+
+def recorded(shape: str, op: str, arch: str) -> list[Launch]:
+    M, n, ms, r = SHAPES[shape]
+    chosen = plan_for(op, torch.bfloat16, M, n, ms, r, arch, 84)
+    return record(op, Plan("fused", chosen.prep, chosen.gemm), torch.bfloat16, M, n, ms, r)
+
+
+@pytest.mark.parametrize("op", ["forward", "backward"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_launch_does_what_its_tiling_says(shape: str, op: str, request: pytest.FixtureRequest) -> None:
+    """All programs, executed: 16-bit products exactly, bytes up to what warps read twice; and a few programs for all.
+
+    Products with R are of two tf32 parts, of which sm_90 takes one twice; each warp reads R for itself.
+    """
+    executor = request.config.ptx_executor  # type: ignore[attr-defined]
+    for launch in recorded(shape, op, executor.arch):
+        every = work_of(launch, compile_launch(launch, executor.driver), range(launch.grid))
+        told, with_core = traffic(launch), core_flops(launch)
+        assert every.tensor_flops == told.flops - with_core
+        assert 2 * with_core <= every.tf32_flops <= 3 * with_core
+        read_twice = 1.4 if with_core else 1.1
+        assert 1.0 <= 32 * every.global_sectors / (told.loaded + told.stored) <= read_twice
+        assert every.issue_slots > every.shared_wavefronts / 4 > 0
+        assert close(launch_work(launch, executor.arch), every, 0.03)
+
+
+def core_flops(launch: Launch) -> int:
+    """Of the products with R in a prep kernel."""
+    a = launch.arguments
+    if not launch.name.startswith("prep"):
+        return 0
+    rows = launch.grid // (a["splits"] * (1 if launch.name == "prep_forward" else len(a["factors"]))) * a["BLOCK_M"]
+    return int(2 * rows * a["R_PADDED"] ** 2 * len(a["factors"]))
+
+
+def close(a: Work, b: Work, bound: float) -> bool:
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(Work)]
+    return all(abs(x - y) <= bound * y for x, y in pairs)
+
+
+def test_a_long_reduction_is_continued_as_a_line(request: pytest.FixtureRequest) -> None:
+    """Executed whole, and at two short lengths."""
+    executor = request.config.ptx_executor  # type: ignore[attr-defined]
+    M, n, m, r = 32, 2048, 64, 32
+    chosen = plan_for("forward", torch.bfloat16, M, n, (m,), r, executor.arch, 84)
+    launches = record("forward", Plan("fused", chosen.prep, chosen.gemm), torch.bfloat16, M, n, (m,), r)
+    gemm = next(one for one in launches if one.name == "extended_gemm")
+    gemm = Launch(gemm.kernel, 1, gemm.arguments | {"splits": 1, "SPLIT": False}, gemm.options)
+    every = work_of(gemm, compile_launch(gemm, executor.driver), range(1))
+    assert close(launch_work(gemm, executor.arch), every, 1e-9)

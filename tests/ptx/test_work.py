@@ -1,0 +1,105 @@
+"""What is counted of an access and of an instruction, against definitions lane by lane."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ptx.program import parse_instruction
+from ptx.work import Work, matrix_flops, sectors, slots, wavefronts
+
+WARP = 32
+
+
+def passes_by_hand(addresses: list[int], size: int) -> int:
+    """One warp's wavefronts: 128 bytes of lanes at a time, as often as the busiest bank has different words."""
+    total, lanes = 0, min(WARP, 128 // size)
+    for first in range(0, len(addresses), lanes):
+        banks: dict[int, set[int]] = {}
+        for address in addresses[first : first + lanes]:
+            for byte in range(address, address + size):
+                banks.setdefault(byte // 4 % 32, set()).add(byte // 4)
+        total += max(len(words) for words in banks.values())
+    return total
+
+
+@given(
+    size=st.sampled_from([2, 4, 8, 16]),
+    places=st.lists(st.integers(0, 500), min_size=1, max_size=WARP),
+    warps=st.integers(1, 3),
+)
+def test_wavefronts_and_sectors_are_those_of_the_definition(size: int, places: list[int], warps: int) -> None:
+    addresses = np.array([size * (place + 3 * warp) for warp in range(warps) for place in places])
+    of = np.repeat(np.arange(warps, dtype=np.int32), len(places))
+    by_warp = [addresses[of == warp].tolist() for warp in range(warps)]
+    assert wavefronts(addresses, size, of) == sum(passes_by_hand(one, size) for one in by_warp)
+    touched = [{byte // 32 for address in one for byte in range(address, address + size)} for one in by_warp]
+    assert sectors(addresses, size, of) == sum(map(len, touched))
+
+
+@pytest.mark.parametrize(
+    ("stride", "size", "expected"),
+    [(4, 4, 1), (8, 4, 2), (128, 4, 32), (0, 4, 1), (16, 16, 4), (144, 16, 4), (128, 16, 32), (2, 2, 1)],
+)
+def test_strides_that_everybody_knows(stride: int, size: int, expected: int) -> None:
+    addresses = np.arange(WARP) * stride
+    assert wavefronts(addresses, size, np.zeros(WARP, np.int32)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("add.s32 %r1, %r2, %r3", 1),
+        ("add.s64 %rd1, %rd2, %rd3", 2),
+        ("mad.wide.u32 %rd1, %r2, 4, %rd3", 1),
+        ("mov.b32 %r1, %r2", 0),
+        ("ld.param.b64 %rd1, [kernel_param_0]", 0),
+        ("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1]", 1),
+        ("fma.rn.f32 %f1, %f2, %f3, %f4", 1),
+    ],
+)
+def test_issue_slots(text: str, expected: int) -> None:
+    assert slots(parse_instruction(text)) == expected
+
+
+def test_guarded_warps_do_not_issue() -> None:
+    work, active = Work(), np.zeros(128, bool)
+    active[[0, 5, 70]] = True
+    work.issue(parse_instruction("@%p1 add.s32 %r1, %r2, %r3"), active, 128)
+    assert work.issue_slots == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "flops", "tf32", "passes"),
+    [
+        (
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f1, %f2, %f3, %f4}",
+            8 * 4096,
+            0,
+            0,
+        ),
+        (
+            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f1, %f2, %f3, %f4}",
+            0,
+            8 * 2048,
+            0,
+        ),
+        (
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1, %f2}, %rd1, %rd2, %p1, 1, 1, 0, 0",
+            2 * 2 * 64 * 128 * 16,
+            0,
+            2 * (64 + 128) * 16 * 2 / 128,
+        ),
+    ],
+)
+def test_matrix_instructions_of_eight_warps(text: str, flops: int, tf32: int, passes: float) -> None:
+    work = Work()
+    work.issue(parse_instruction(text), None, 256)
+    assert (work.tensor_flops, work.tf32_flops, work.shared_wavefronts, work.issue_slots) == (flops, tf32, passes, 8)
+
+
+def test_work_adds_and_repeats() -> None:
+    one = Work(1, 2, 3, 4, 5)
+    assert one + one == one * 2 == Work(2, 4, 6, 8, 10)
+    assert matrix_flops("m16n8k16") == 4096

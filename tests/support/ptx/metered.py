@@ -1,0 +1,105 @@
+"""What one launch would ask of a card, counted from its compiled code: a few programs are executed for all.
+
+Programs of a launch that share a row block or a tile do the same work as those of any other, up to the edges; they are
+executed with the launch's own arguments, over memory that has addresses and no bytes, so that a launch of any size can
+be counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .formats import BITS, Array
+from .global_memory import ALIGNMENT, Clocks
+from .launch import Compiled, flattened, parsed
+from .program import Instruction, Program
+from .shared_memory import SharedMemory
+from .thread_block import Place, ThreadBlock
+from .work import Work
+
+
+class MeteredShared(SharedMemory):
+    """Shared memory that counts its wavefronts."""
+
+    def __init__(self, size: int, work: Work) -> None:
+        super().__init__(size)
+        self.work = work
+
+    def read(self, addresses: Array, size: int, warps: Array, dtype: Any, where: str) -> Array:
+        """As ever, and counted."""
+        self.work.touch_shared(addresses, size, warps)
+        return super().read(addresses, size, warps, dtype, where)
+
+    def write(self, addresses: Array, values: Array, size: int, warps: Array, where: str) -> None:
+        """As ever, and counted."""
+        self.work.touch_shared(addresses, size, warps)
+        super().write(addresses, values, size, warps, where)
+
+    def start_copy(self, addresses: Array, words: Array, size: int, warps: Array, where: str) -> None:
+        """As ever, and counted."""
+        self.work.touch_shared(addresses, size, warps)
+        super().start_copy(addresses, words, size, warps, where)
+
+
+class AddressSpace:
+    """Global memory without bytes: reads give zeros, writes are forgotten, counters count."""
+
+    def __init__(self, work: Work) -> None:
+        self.work, self.clocks = work, Clocks()
+        self.counters: dict[int, int] = {}
+
+    def read(self, addresses: Array, size: int, warps: Array, *_: Any) -> Array:
+        """Zeros, as `GlobalMemory.read` shapes them."""
+        self.work.touch_global(addresses, size, warps)
+        step = min(4, size)
+        return np.zeros((len(addresses), size // step), BITS[step])
+
+    def write(self, addresses: Array, words: Array, size: int, warps: Array, *_: Any) -> None:
+        """Nothing is kept."""
+        self.work.touch_global(addresses, size, warps)
+
+    def atomic_add(self, addresses: Array, values: Array, *_: Any, **__: Any) -> Array:
+        """The former values."""
+        former = np.zeros(len(addresses), np.uint32)
+        for i, address in enumerate(addresses.tolist()):
+            former[i] = self.counters.get(address, 0)
+            self.counters[address] = int(former[i]) + int(values[i])
+        return former
+
+
+class MeteredBlock(ThreadBlock):
+    """A thread block that counts."""
+
+    def __init__(
+        self, program: Program, memory: Any, shared: int, values: dict[str, int | float], place: Place, work: Work
+    ) -> None:
+        super().__init__(program, memory, shared, values, place)
+        self.work, self.shared = work, MeteredShared(shared, work)
+
+    def _issued(self, instruction: Instruction, active: Array | None) -> None:
+        self.work.issue(instruction, active, self.threads)
+
+
+def work_of(launch: Any, compiled: Compiled, programs: Sequence[int]) -> Work:
+    """What these programs of a launch ask for, executed in this order. Its tensors may lie on `meta`."""
+    program, work = parsed(compiled.ptx), Work()
+    memory, values = AddressSpace(work), _values(launch, compiled, program)
+    for i in programs:
+        MeteredBlock(program, memory, compiled.shared, values, Place(i, launch.grid), work).run()
+    return work
+
+
+def _values(launch: Any, compiled: Compiled, program: Program) -> dict[str, int | float]:
+    """A value for each parameter: tensors lie one after another."""
+    values: dict[str, int | float] = {}
+    top = ALIGNMENT
+    for parameter, value in zip(program.parameters, [*flattened(launch, compiled.signature), 0, 0], strict=True):
+        if isinstance(value, torch.Tensor):
+            size, value = value.numel() * value.element_size(), top
+            top += -(-size // ALIGNMENT + 1) * -ALIGNMENT
+        values[parameter.name] = float(value) if parameter.kind == "f32" else int(value)
+    return values

@@ -1,0 +1,114 @@
+"""What a program asks of a multiprocessor: issue slots, tensor operations, shared-memory wavefronts, global sectors.
+
+Counted of each instruction as it is executed, from the addresses that its threads really compute.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from .formats import Array
+from .program import Instruction
+
+WARP = 32
+BANKS, BANK_BYTES = 32, 4
+SECTOR = 32  # bytes of global memory that move at once
+PHASE_BYTES = BANKS * BANK_BYTES  # a warp's access to shared memory moves so many at most in one pass
+FREE = ("mov", "cvta")  # ptxas renames registers instead
+WIDE_INTEGERS = {"add": 2, "sub": 2, "mul": 4, "mad": 4, "shl": 2, "shr": 2, "setp": 2, "selp": 2, "and": 2, "or": 2}
+
+
+@dataclass
+class Work:
+    """Of one or more programs; add them with `+`, repeat them with `*`.
+
+    Attributes:
+        issue_slots: instructions that a warp's scheduler issues.
+        tensor_flops: multiplications and additions of matrix instructions on 16-bit operands.
+        tf32_flops: those on 32-bit ones.
+        shared_wavefronts: passes of 128 bytes through shared memory, more where threads meet in a bank.
+        global_sectors: pieces of 32 bytes that loads, stores and copies ask for.
+    """
+
+    issue_slots: float = 0
+    tensor_flops: float = 0
+    tf32_flops: float = 0
+    shared_wavefronts: float = 0
+    global_sectors: float = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(getattr(self, f.name) * times for f in fields(Work)))
+
+    def issue(self, instruction: Instruction, active: Array | None, threads: int) -> None:
+        """An instruction, by the warps that have a thread in it."""
+        warps = threads // WARP if active is None else int(active.reshape(-1, WARP).any(1).sum())
+        self.issue_slots += warps * slots(instruction)
+        head = instruction.parts[0]
+        if head == "mma":
+            self._multiply(matrix_flops(instruction.parts[3]) * warps, instruction.parts[7])
+        elif head == "wgmma" and instruction.parts[1] == "mma_async":
+            # 64 rows of A a warpgroup of 4 warps; both operands pass through shared memory's data path
+            shape, kind = instruction.parts[4], instruction.parts[6]
+            self._multiply(matrix_flops(shape) * warps / 4, kind)
+            columns, depth = (int(number) for number in re.findall(r"n(\d+)k(\d+)", shape)[0])
+            rows = columns if isinstance(instruction.operands[1], tuple) else columns + 64
+            self.shared_wavefronts += warps / 4 * rows * depth * (4 if kind == "tf32" else 2) / PHASE_BYTES
+
+    def _multiply(self, flops: float, kind: str) -> None:
+        if kind == "tf32":
+            self.tf32_flops += flops
+        else:
+            self.tensor_flops += flops
+
+    def touch_shared(self, addresses: Array, size: int, warps: Array) -> None:
+        """Shared memory read or written: `size` bytes at each address [n] by threads of these warps [n]."""
+        self.shared_wavefronts += wavefronts(addresses, size, warps)
+
+    def touch_global(self, addresses: Array, size: int, warps: Array) -> None:
+        """Global memory read, written or copied, likewise."""
+        self.global_sectors += sectors(addresses, size, warps)
+
+
+def slots(instruction: Instruction) -> int:
+    """Issue slots of an instruction: none for what ptxas does by naming, more for integers of 64 bits."""
+    parts = instruction.parts
+    if parts[0] in FREE or parts[:2] == ("ld", "param"):
+        return 0
+    if parts[-1] in ("s64", "u64", "b64") and parts[0] in WIDE_INTEGERS:
+        return 1 if "wide" in parts else WIDE_INTEGERS[parts[0]]
+    return 1
+
+
+def matrix_flops(shape: str) -> int:
+    """Of one `m16n8k16`."""
+    m, n, k = (int(number) for number in re.fullmatch(r"m(\d+)n(\d+)k(\d+)", shape).groups())  # type: ignore[union-attr]
+    return 2 * m * n * k
+
+
+def wavefronts(addresses: Array, size: int, warps: Array) -> int:
+    """Passes through shared memory's 32 banks.
+
+    A pass serves as many lanes as ask for 128 bytes together (all of a warp at 4 bytes, a quarter at 16), and repeats
+    for each further word that they want of one bank. Lanes that want the same word share it.
+    """
+    lanes = PHASE_BYTES // max(size, BANK_BYTES)
+    place = np.arange(len(addresses)) - np.searchsorted(warps, warps)  # among the warp's own; warps are in order
+    phases = (warps.astype(np.int64) * WARP + place // lanes) << 32
+    words = (addresses // BANK_BYTES)[:, None] + np.arange(max(1, size // BANK_BYTES))
+    wanted = np.unique(phases[:, None] | words)  # each word of a phase once
+    phase, bank = np.unique(wanted >> 32, return_inverse=True)[1], wanted % BANKS
+    conflicts = np.bincount(phase * BANKS + bank, minlength=(int(phase.max()) + 1) * BANKS)
+    return int(conflicts.reshape(-1, BANKS).max(1).sum())
+
+
+def sectors(addresses: Array, size: int, warps: Array) -> int:
+    """Pieces of 32 bytes that the lanes of each warp touch; lanes of one warp share them."""
+    pieces = (addresses // SECTOR)[:, None] + np.arange(max(1, size // SECTOR))[None, :]
+    keys = warps.astype(np.int64)[:, None] << np.int64(48) | pieces.astype(np.int64)
+    return len(np.unique(keys))
