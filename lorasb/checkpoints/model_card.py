@@ -8,7 +8,13 @@ from typing import Any
 
 from ..utils.atomic_files import write_text
 
-METHODS = {"update": "LoRA-SB", "lora-xs": "LoRA-XS", "kaiming": "LoRA-SB's layer from a random matrix"}
+METHODS = {
+    "update": "LoRA-SB",
+    "lora-xs": "LoRA-XS",
+    "lora-xs-output": "LoRA-XS with Σ on the output's side",
+    "kaiming": "LoRA-SB's layer from a random matrix",
+    "random": "LoRA-SB's layer in a random subspace",
+}
 # The form that PEFT writes when it saves, up to its list of framework versions.
 TEMPLATE = re.compile(r"# Model Card for Model ID.*?(?=### Framework versions|\Z)", flags=re.DOTALL)
 START, END = "<!-- lorasb: start -->", "<!-- lorasb: end -->"

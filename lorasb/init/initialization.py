@@ -100,7 +100,7 @@ def _initialize(model: nn.Module, layers: Layers, batches: Any, options: Options
 def without_data(
     model: nn.Module, config: LoRASBConfig, name: str, layers: Layers, seed: int = 0, progress: bool = True
 ) -> InitReport:
-    """The data-free inits ("lora-xs", "kaiming"), which patching calls itself.
+    """The data-free inits ("lora-xs", "kaiming", "random"), which patching calls itself.
 
     Args:
         model: a patched model.

@@ -19,7 +19,7 @@ from ..layers.linear import LoRASBLinear
 from ..layers.offloading import weight_present
 from .factors.factorize import Recipe
 from .factors.layer_writer import LayerWriter
-from .factors.methods import Factors, kaiming, lora_xs
+from .factors.methods import Factors, kaiming, lora_xs, random_subspace
 from .factors.sign_cache import Cache, CachedGradient
 from .factors.transaction import Staging
 from .gradients.executor import Executor
@@ -119,7 +119,7 @@ def _finish(cache: Cache, outcome: Outcome, processes: Processes) -> None:
 
 
 def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: bool) -> Outcome:
-    """Write the data-free inits, LoRA-XS or Kaiming; layers are written after all of them are factored.
+    """Write the data-free inits, LoRA-XS, Kaiming or random; layers are written after all of them are factored.
 
     Raises:
         ValueError: a weight has NaN or Inf entries.
@@ -143,6 +143,8 @@ def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: b
 def _factors_of_weight(name: str, layer: LoRASBLinear, init: str, recipe: Recipe) -> Factors:
     """One layer's factors from its weight W [out, in], or from a random matrix of its shape."""
     r, seed = layer.r[recipe.adapter], recipe.seed_of(name)
+    if init == "random":
+        return random_subspace((layer.out_features, layer.in_features), r, seed)
     # accelerate keeps offloaded weights on the meta device outside of their layer's forward.
     with weight_present(layer.get_base_layer()), full_precision():
         weight = layer.dense_weight().detach().float()
@@ -151,8 +153,8 @@ def _factors_of_weight(name: str, layer: LoRASBLinear, init: str, recipe: Recipe
                 f"the weight of layer {name!r} has NaN or Inf entries: load the base model again, or name the layer in "
                 "exclude_modules"
             )
-        if init == "lora-xs":
-            return lora_xs(weight, r, seed)
+        if init.startswith("lora-xs"):
+            return lora_xs(weight, r, seed, "output" if init == "lora-xs-output" else "input")
         return kaiming(weight, r, layer.scaling[recipe.adapter], seed)
 
 

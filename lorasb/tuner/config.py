@@ -20,7 +20,7 @@ from ..utils.atomic_files import safetensors_header, write_json
 from .peft_type import extend_peft_types
 
 DEFAULT_RANK = 64
-INITS = ("update", "lora-xs", "kaiming")
+INITS = ("update", "lora-xs", "lora-xs-output", "kaiming", "random")
 ALL_LINEAR = "all-linear"
 GLUE_ALPHA = 16.0  # LoRA-XS fixes alpha at 16 on GLUE and at r elsewhere (paper, appendix I)
 NOT_SAVED = ("init_seed", "check_base")  # of no use to whoever loads the adapter
@@ -57,11 +57,12 @@ class LoRASBConfig(PeftConfig):
         rank_pattern: name or regex -> rank, for layers that differ from `r`.
         lora_dropout: probability of dropping an element of the adapter's input.
         scaling: s. LoRA-SB needs no tuning here: its equivalent gradient does not depend on s (Theorem 5).
-        init: "update" (LoRA-SB, Eq. 6-8), "lora-xs" (SVD of W) or "kaiming" (SVD of a random matrix, Table 5). The
-            last two need no data: the adapter is initialized when the model is patched.
+        init: "update" (LoRA-SB, Eq. 6-8), "lora-xs" (SVD of W, Σ in A as its authors have it), "lora-xs-output" (Σ in
+            B), "kaiming" (SVD of a random matrix, Table 5) or "random" (orthonormal A and B, R = 0: the control). All
+            but the first need no data: the adapter is initialized when the model is patched.
         init_seed: seed of a data-free init when a model is patched; `lorasb.initialize(model, seed=...)` has its own.
-        lora_alpha: only for init="lora-xs", whose scaling is alpha/r. Defaults to r for language models and to 16
-            for classification.
+        lora_alpha: only for init="lora-xs" and "lora-xs-output", whose scaling is alpha/r. Defaults to r for language
+            models and to 16 for classification.
         equivalent_gradient: replace R's gradient by Theorem 3's closed form. Needed only where the factors are not
             orthonormal; with LoRA-SB's own it changes nothing but s.
         modules_to_save: modules that are trained and saved in full. Modules that are missing from the base's
@@ -131,7 +132,7 @@ class LoRASBConfig(PeftConfig):
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout!r}")
         if not isinstance(self.scaling, int | float) or not 0.0 < abs(self.scaling) < float("inf"):
             raise ValueError(f"scaling must be finite and not zero, got {self.scaling!r}")
-        if self.lora_alpha is not None and self.init != "lora-xs":
+        if self.lora_alpha is not None and not self.init.startswith("lora-xs"):
             raise ValueError(
                 f"lora_alpha belongs to init='lora-xs' (its scaling is alpha/r), got init={self.init!r}: "
                 "LoRA-SB needs no alpha; use scaling=... if you must"
@@ -169,7 +170,7 @@ class LoRASBConfig(PeftConfig):
 
     def scaling_for(self, r: int) -> float:
         """The scaling s of a layer of rank `r`."""
-        if self.init != "lora-xs":
+        if not self.init.startswith("lora-xs"):
             return self.scaling
         # task_type is a TaskType member or a plain string; str() of the member is "TaskType.SEQ_CLS"
         classification = str(self.task_type or "").rpartition(".")[2] in ("SEQ_CLS", "TOKEN_CLS")

@@ -1,4 +1,4 @@
-"""From a matrix to B, R and A: LoRA-SB's first step, and the LoRA-XS and Kaiming baselines of the paper."""
+"""From a matrix to B, R and A: LoRA-SB's first step, and baselines without data: LoRA-XS, Kaiming, random."""
 
 from __future__ import annotations
 
@@ -54,12 +54,33 @@ def subspace_of_weight(weight: Tensor, r: int, seed: int) -> Factors:
     return Factors(u, torch.zeros(r, r, dtype=u.dtype, device=u.device), vt, s)
 
 
-def lora_xs(weight: Tensor, r: int, seed: int) -> Factors:
-    """LoRA-XS's recipe: B = U_r Σ_r and A = V_rᵀ of W, R ~ N(0, (1e-5)²)."""
+def lora_xs(weight: Tensor, r: int, seed: int, sigma_on: str = "input") -> Factors:
+    """LoRA-XS's recipe: from the SVD U Σ Vᵀ of W, R ~ N(0, (1e-5)²).
+
+    AdamW is not invariant to the side of Σ: R's steps are longer in W's leading directions, of the input or the output.
+
+    Args:
+        weight: W [out, in].
+        r: rank.
+        seed: of R, and of the SVD's random start.
+        sigma_on: "input", A = Σ_r V_rᵀ and B = U_r, as the authors' code has it (it factors Wᵀ, and gives U Σ to
+            `lora_A`), or "output", A = V_rᵀ and B = U_r Σ_r.
+    """
     u, s, vt = truncated_svd(weight, r, seed)
     # Drawn on the CPU, where a seed gives the same numbers whatever device the layer is on.
     core = torch.randn(r, r, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype) * XS_NOISE
-    return Factors(u * s, core.to(weight.device), vt, s)
+    b, a = (u, s[:, None] * vt) if sigma_on == "input" else (u * s, vt)
+    return Factors(b, core.to(weight.device), a, s)
+
+
+def random_subspace(shape: tuple[int, int], r: int, seed: int, dtype: torch.dtype = torch.float32) -> Factors:
+    """Orthonormal B [out, r] and A [r, in] that know nothing of W or of the data, and R = 0: what chance gives.
+
+    Uniform over the subspaces: Q of the QR of a Gaussian matrix, drawn on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    b, a = (torch.linalg.qr(torch.randn(side, r, generator=generator, dtype=dtype)).Q for side in shape)
+    return Factors(b, torch.zeros(r, r, dtype=dtype), a.t().contiguous(), torch.zeros(r, dtype=dtype))
 
 
 def kaiming(weight: Tensor, r: int, scaling: float, seed: int) -> Factors:
