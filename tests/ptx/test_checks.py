@@ -26,6 +26,18 @@ def fails(program: Program, arrays: list[np.ndarray], message: str, **options: o
         run(program, arrays, **options)  # type: ignore[arg-type]
 
 
+def test_a_register_is_read_after_it_is_written() -> None:
+    fails(assemble("add.s32 %r1, %r9, 1;\nmov.u32 %r9, 1;\n" + STORE, 1), [OUT], "read of %r9 before it was written")
+
+
+def test_a_half_that_is_never_written_is_undefined_and_shows() -> None:
+    """LLVM packs what it needs with nothing: the other half's result is right, and the undefined one is all ones."""
+    low, both = "mov.u32 %r2, 7;\nmov.b64 %rd7, {%r2, %r3};\n", "mov.b64 {%r1, %r4}, %rd7;\n"
+    assert run(assemble(low + both + STORE, 1), [OUT])[0][:32].tolist() == [7] * 32
+    high = both.replace("%r1, %r4", "%r4, %r1")
+    assert run(assemble(low + high + STORE, 1), [OUT])[0][:32].tolist() == [2**32 - 1] * 32
+
+
 def test_a_kernel_without_a_fault_copies() -> None:
     assert run(assemble(COPY, 2), [WORDS, OUT])[1][:32].tolist() == list(range(32))
 

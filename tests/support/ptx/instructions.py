@@ -34,7 +34,7 @@ def _move(block: ThreadBlock, instruction: Instruction, active: Array | None) ->
         return
     if isinstance(source, tuple):
         half = BITS[np.dtype(dtype).itemsize // len(source)]
-        joined = np.stack([block.get(name, half) for name in source], 1).copy().view(dtype)[:, 0]
+        joined = np.stack([block.packed(name, half) for name in source], 1).copy().view(dtype)[:, 0]
         block.put(target, joined, active)
         return
     block.put(target, block.get(source, dtype), active)

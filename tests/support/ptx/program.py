@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -75,6 +76,13 @@ class Program:
     threads: int
     places: dict[str, int] = field(default_factory=dict)
 
+    @cached_property
+    def targets(self) -> frozenset[str]:
+        """Registers that some instruction writes, or may: first operands, a vector's members, both of `%r1|%p1`."""
+        firsts = (i.operands[0] for i in self.instructions if i.operands)
+        names = (name for first in firsts if not isinstance(first, Address) for name in _members(first))
+        return frozenset(part for name in names for part in name.split("|"))
+
     @classmethod
     def parse(cls, ptx: str) -> Program:
         """The one entry of a module.
@@ -93,6 +101,10 @@ class Program:
         instructions, labels = _instructions(body)
         places = {parameter.name: parameter.place for parameter in parameters}
         return cls(name, instructions, labels, parameters, int(threads[1]), places)
+
+
+def _members(operand: str | tuple[str, ...]) -> tuple[str, ...]:
+    return operand if isinstance(operand, tuple) else (operand,)
 
 
 def _parameters(signature: str) -> list[Parameter]:

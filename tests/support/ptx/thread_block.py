@@ -170,6 +170,13 @@ class ThreadBlock:
             return value.view(wanted)
         return value.astype(BITS[wanted.itemsize]).view(wanted)
 
+    def packed(self, operand: Any, dtype: Any) -> Array:
+        """A member of a register that is put together. LLVM packs a value with a register that nobody ever writes where
+        the other half is not looked at: that is all ones, a NaN, which would show in a result."""
+        if str(operand) in self.registers or str(operand) in self.program.targets:
+            return self.get(operand, dtype)
+        return np.full(self.threads, np.iinfo(dtype).max, dtype)
+
     def dtype_of(self, instruction: Instruction) -> Any:
         """The numpy dtype of an instruction's last modifier."""
         if instruction.kind not in TYPES:
