@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 SEEDS = (0, 1, 2)
@@ -61,6 +61,7 @@ class Task:
         by_score: whether the sweep goes by the score, where the loss would mislead: full fine-tuning's best
             Matthews correlation comes after its cross-entropy has begun to rise.
         longest: examples of more tokens are left out of all splits: a batch costs what its longest does.
+        targets: a regular expression of the adapted modules, where it is not the problem's own.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Task:
     by_score: bool = False
     data: str | None = None  # prefix of files in the data folder; generated where there is none
     longest: int | None = None
+    targets: str | None = None
 
     @property
     def model(self) -> str:
@@ -118,6 +120,24 @@ TASKS = {
         ),
     )
 }
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "chain_sum": {"batch": 8, "validation": 400, "test": 1000},
+    "word_sequence_reversal": {"batch": 8, "validation": 400, "test": 1000},
+    "gsm8k": {"examples": 600, "steps": 75, "validation": 200, "test": 1000},
+    # the modules that the authors adapt: at r = 8 in RoBERTa-large they are the paper's 6,144 numbers
+    "cola": {"steps": 450, "targets": r".*(self\.(query|value)|output\.dense)"},
+}
+BY_LOSS = {
+    f"{name} by loss": replace(TASKS[name], metric="held-out loss", higher_is_better=False, by_score=False, **sizes)
+    for name, sizes in SIZES.items()
+}
+
+
+def task_named(name: str) -> Task:
+    """A task of the comparison, or the same by loss on a thousand examples ("cola by loss")."""
+    return BY_LOSS[name] if name in BY_LOSS else TASKS[name]
 
 
 @dataclass(frozen=True)

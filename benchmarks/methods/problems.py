@@ -172,7 +172,7 @@ def _cola(task: Task, folder: Path | None) -> Problem:
     def judge(tuned: nn.Module, split: str) -> tuple[float, float]:
         return _classify(tuned, collate, held[split])
 
-    targets = r".*attention\.(self\.(query|key|value)|output\.dense)"
+    targets = task.targets or r".*attention\.(self\.(query|key|value)|output\.dense)"
 
     def loss(tuned: nn.Module, split: str) -> float:
         return judge(tuned, split)[0]

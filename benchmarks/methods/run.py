@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.common.timing import commit, dtype_name, machine_name, measured_dtype
 from benchmarks.methods.adapters import begin_again, optimizer, put_in, settings
-from benchmarks.methods.grid import FULL, METHODS, SEEDS, SWEEP_SEED, TASKS, WARMUP, Cell, Task
+from benchmarks.methods.grid import FULL, METHODS, SEEDS, SWEEP_SEED, WARMUP, Cell, Task, task_named
 from benchmarks.methods.problems import Batch, Problem, load
 
 CLIP = 1.0
@@ -31,7 +31,7 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
     fp32. Where it is bf16, full fine-tuning keeps its weights in fp32 under autocast, since a step of 1e-5 would be
     lost on bf16 weights; the others train fp32 adapters.
     """
-    version, task, method = commit(), TASKS[cell.task], METHODS[cell.method]
+    version, task, method = commit(), task_named(cell.task), METHODS[cell.method]
     task = replace(task, steps=settings(cell).get("steps", task.steps))
     dtype = measured_dtype() if method.family != FULL and task.name != "cola" else torch.float32
     problem = load(task, folder, dtype)

@@ -29,6 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """What all that runs cells may be told."""
     parser.add_argument("--data-dir", type=Path, help="folder of cola.*.jsonl and gsm8k.*.jsonl")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.set_defaults(rows=ROWS)
     parser.add_argument("--minutes", type=float, default=600, help="start no run after so many")
     parser.add_argument("--workers", type=int, default=2)
     dtype_option(parser)
@@ -61,7 +62,7 @@ def run_all(wanted: Wanted, options: argparse.Namespace, console: Console) -> No
     failed: set[Cell] = set()
     with ThreadPoolExecutor(options.workers) as pool:
         while True:
-            ready = _ready(wanted, options.output, set(running.values()) | failed)
+            ready = _ready(wanted, options.output / options.rows, set(running.values()) | failed)
             while ready and len(running) < options.workers and time.monotonic() < end:
                 cell = ready.pop(0)
                 running[pool.submit(start, cell, options)] = cell
@@ -70,29 +71,30 @@ def run_all(wanted: Wanted, options: argparse.Namespace, console: Console) -> No
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 cell = running.pop(future)
                 try:
-                    _keep_all(future.result(), options.output, console)
+                    _keep_all(future.result(), options.output / options.rows, console)
                 except RuntimeError as error:
                     failed.add(cell)
                     console.print(str(error), markup=False)
 
 
-def _ready(wanted: Wanted, output: Path, busy: set[Cell]) -> list[Cell]:
-    """Cells that should be there, are not, and may be started."""
-    there = rows.read(output / ROWS)
+def _ready(wanted: Wanted, path: Path, busy: set[Cell]) -> list[Cell]:
+    """Cells that should be in a file of rows, are not, and may be started."""
+    there = rows.read(path)
     return [cell for cell in rows.missing(wanted(there), there) if cell not in busy]
 
 
-def _keep_all(found: list[dict[str, Any]], output: Path, console: Console) -> None:
+def _keep_all(found: list[dict[str, Any]], path: Path, console: Console) -> None:
     """Write a run's row, and the spare one that a run of the sweep may have."""
     row, *others = found
     for other in others:
-        rows.append_spare(output / SPARE, other)
-    keep(row, output, console)
+        rows.append_spare(path.parent / SPARE, other)
+    keep(row, path, console)
 
 
-def keep(row: dict[str, Any], output: Path, console: Console) -> None:
+def keep(row: dict[str, Any], path: Path, console: Console) -> None:
     """Write what a run found."""
-    rows.append(output / ROWS, row)
-    rows.append_curve(output / CURVES, row)
+    rows.append(path, row)
+    if path.name == ROWS:
+        rows.append_curve(path.parent / CURVES, row)
     name = " ".join(str(row[key]) for key in KEY)
     console.print(f"{name}: loss {row['loss']}, score {row['score']}, {row['seconds']} s")

@@ -23,7 +23,7 @@ from .report.init_report import InitReport
 from .report.provenance import provenance
 from .report.skipped_modules import skipped_modules
 
-UPDATES = ("adamw", "sgd")
+UPDATES = ("adamw", "sgd", "per-sample")
 STRATEGIES = ("auto", "layerwise", "accumulate")
 LONGEST_START = 4.0  # default of `longest_start`, in AdamW steps of R; measured, docs/choosing.md
 
@@ -56,7 +56,8 @@ def initialize(
         batches: a DataLoader or a list (drawn from by `seed`), or an iterable of dicts (in order); of a rank, its own.
         lr: η, the learning rate of R's first step: `lorasb.first_step_lr` computes it from a schedule.
         num_samples: over all ranks; None for min(available, max(32, n/1000)), or all of an iterable without a size.
-        update: "adamw" (signs) or "sgd" (ΔW = −η·G/n, the mean gradient itself, Theorem 6).
+        update: "adamw" (signs), "sgd" (ΔW = −η·G/n, the mean gradient itself, Theorem 6) or "per-sample" (B and A lead
+            Σ_i g_i g_iᵀ and Σ_i g_iᵀ g_i over the samples' own gradients; R is AdamW's first step, projected).
         longest_start: in AdamW steps of R at the rate η; 0 for R = 0, None for the paper's full step. Not of "sgd".
         strategy: "layerwise" (a block at a time), "accumulate" (passes through the whole model) or "auto"; equal sums.
         blocks: name of the list of blocks ("model.layers"), if the wrong one is detected.
@@ -74,7 +75,7 @@ def initialize(
     model = getattr(model, "_orig_mod", model)  # unwrap torch.compile's OptimizedModule
     name, layers = _unmerged_layers(model, adapter_name)
     _check(update, strategy, cache, longest_start)
-    recipe = Recipe(name, lr or 0.0, update, seed, longest_start if update == "adamw" else None)  # Theorem 6
+    recipe = Recipe(name, lr or 0.0, update, seed, longest_start if update != "sgd" else None)  # Theorem 6
     bytes_allowed = parse_size(memory_budget)
     options = Options(recipe, num_samples, strategy, blocks, bytes_allowed, loss_fn, cache, stability, progress)
     return _initialize(model, layers, batches, options)
@@ -154,8 +155,9 @@ def _check(update: str, strategy: str, cache: Any, longest_start: float | None) 
         raise ValueError(f"update must be one of {', '.join(UPDATES)}, got {update!r}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    if update == "sgd" and cache is not None:
-        raise ValueError("update='sgd' needs the gradient itself, and a cache keeps its signs only: leave cache out")
+    if update != "adamw" and cache is not None:
+        needs = "the gradient itself" if update == "sgd" else "each sample's gradient"
+        raise ValueError(f"update={update!r} needs {needs}, and a cache keeps its signs only: leave cache out")
     if longest_start is not None and not longest_start >= 0:
         raise ValueError(f"longest_start is a number of steps of R >= 0, or None for no limit, got {longest_start!r}")
 

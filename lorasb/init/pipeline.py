@@ -82,6 +82,8 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Opti
         if cached is not None:
             return _from_cache(model, writer, writer.cache, cached)
     work = Work(model, layers, pieces, options.loss_fn, processes, options.stability, options.recipe.update == "sgd")
+    if recipe.update == "per-sample":
+        work.sketches = writer.sketch
     with frozen_base(model):
         executor = _execute_plan(work, writer, options)
         writer.write_fallbacks(model, [name for name in layers if name not in writer.reports])

@@ -96,7 +96,9 @@ def test_a_failed_run_is_told_and_the_others_are_kept(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(runner, "start", start)
     console = Console(record=True)
-    runner.run_all(lambda there: cells, argparse.Namespace(output=tmp_path, minutes=1, workers=2), console)
+    runner.run_all(
+        lambda there: cells, argparse.Namespace(rows="methods.csv", output=tmp_path, minutes=1, workers=2), console
+    )
     assert {found["lr"] for found in rows.read(tmp_path / runner.ROWS)} == {str(cells[0].lr), str(cells[2].lr)}
     assert "out of memory" in console.export_text()
 
@@ -112,10 +114,10 @@ def test_a_run_of_the_sweep_is_not_run_again_for_the_test_split(
         ran.append(cell)
         splits = ("validation", "test") if run.twice(cell) else (cell.split,)
         found = [{**row(replace(cell, split=split), 100 * cell.lr), "losses": [1.0]} for split in splits]
-        return argparse.Namespace(returncode=0, stdout="said\n" + json.dumps(found), stderr="")
+        return argparse.Namespace(rows="methods.csv", returncode=0, stdout="said\n" + json.dumps(found), stderr="")
 
     monkeypatch.setattr(runner.subprocess, "run", process)
-    options = argparse.Namespace(output=tmp_path, minutes=1, workers=1, data_dir=None, threads=1)
+    options = argparse.Namespace(rows="methods.csv", output=tmp_path, minutes=1, workers=1, data_dir=None, threads=1)
 
     def wanted(there: list[dict[str, str]]) -> list[Cell]:
         method = METHODS["LoRA"]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ...layers.linear import LoRASBLinear
+from ..linalg.moment_sketch import MomentSketch
 from ..linalg.sign_bits import SignBits
 from ..linalg.svd import OVERSAMPLE, Triplets, energies, full_precision, leading_triplets, signed_core, truncated_svd
 from .measurements import Measurements, Scalars
-from .methods import Factors, first_step, start_share
+from .methods import Factors, first_step, projected_step, start_share
 
 
 class Gradient(Protocol):
@@ -37,6 +38,10 @@ class Gradient(Protocol):
     def curve(self, u: Tensor, vt: Tensor) -> Tensor:
         """‖U_kᵀ G V_k‖² for k = 1, 2, ..., with U [out, q] and Vᵀ [q, in]."""
 
+    @property
+    def sketch(self) -> MomentSketch | None:
+        """Second moments of the samples' own gradients, if they were summed."""
+
     def half_signs(self) -> tuple[SignBits, SignBits] | None:
         """Signs of the sums over each half of the samples; None if halves were not summed."""
 
@@ -48,7 +53,7 @@ class Recipe:
     Attributes:
         adapter: adapter name.
         lr: η of the simulated step.
-        update: "adamw" (factor sign(G)), "sgd" (factor G) or "none" (data-free).
+        update: "adamw" (factor sign(G)), "sgd" (factor G), "per-sample" (second moments) or "none" (data-free).
         seed: seed of the SVDs.
         longest: see `longest_start` of `initialize`.
     """
@@ -71,10 +76,16 @@ def factor(name: str, gradient: Gradient, layer: LoRASBLinear, recipe: Recipe) -
     started, r, seed = time.perf_counter(), layer.r[recipe.adapter], recipe.seed_of(name)
     signs = gradient.signs()
     with full_precision():
-        triplets = leading_triplets(signs if recipe.update == "adamw" else gradient.value(), r, seed)
-        start = start_share(triplets.first(r).s, recipe.longest)
-        factors = first_step(triplets, r, start * recipe.lr, layer.scaling[recipe.adapter])
-        sign_energies = _sign_energies(signs, triplets, recipe.update)
+        triplets = _triplets(gradient, signs, r, recipe.update, seed)
+        if recipe.update == "per-sample":
+            core = signed_core(signs, triplets)
+            start = start_share(float(core[:r, :r].norm()), r, recipe.longest)
+            factors = projected_step(triplets, core, r, start * recipe.lr, layer.scaling[recipe.adapter])
+            sign_energies = energies(core)
+        else:
+            start = start_share(float(triplets.s[:r].norm()), r, recipe.longest)
+            factors = first_step(triplets, r, start * recipe.lr, layer.scaling[recipe.adapter])
+            sign_energies = _sign_energies(signs, triplets, recipe.update)
         gradient_energies = _padded(gradient.curve(triplets.u, triplets.vt), len(triplets.s))
         overlap = stability(gradient.half_signs(), r, seed)
     scalars = Scalars(
@@ -86,6 +97,15 @@ def factor(name: str, gradient: Gradient, layer: LoRASBLinear, recipe: Recipe) -
         start=start,
     )
     return factors, Measurements(triplets.s.double().cpu(), sign_energies.double().cpu(), gradient_energies, scalars)
+
+
+def _triplets(gradient: Gradient, signs: SignBits, r: int, update: str, seed: int) -> Triplets:
+    """The subspaces that B and A come from."""
+    if update != "per-sample":
+        return leading_triplets(signs if update == "adamw" else gradient.value(), r, seed)
+    if gradient.sketch is None:
+        raise RuntimeError("update='per-sample' without second moments")
+    return gradient.sketch.triplets()
 
 
 def _sign_energies(signs: SignBits, triplets: Triplets, update: str) -> Tensor:

@@ -13,6 +13,7 @@ from ...layers.linear import LoRASBLinear
 from ..gradients.accumulator import GradientSums, LayerSum
 from ..gradients.block_stack import NotAStackError, find_stack
 from ..gradients.task import Layers
+from ..linalg.moment_sketch import MomentSketch
 from ..linalg.svd import full_precision
 from ..report.layer_report import LayerReport
 from .factorize import Gradient, Recipe, count_triplets, factor
@@ -45,6 +46,12 @@ class LayerWriter:
     cache: Cache | None = None
     reports: dict[str, LayerReport] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
+
+    def sketch(self, name: str) -> MomentSketch:
+        """An empty sketch of the second moments of a layer's gradients; the same start on every rank."""
+        layer, recipe = self.layers[name], self.recipe
+        shape = (layer.out_features, layer.in_features)
+        return MomentSketch(shape, layer.r[recipe.adapter], recipe.seed_of(name))
 
     def write_sums(self, sums: GradientSums) -> list[str]:
         """Write the layers of a block or a pass, and free their sums; returns the names of those that backward reached.
@@ -82,6 +89,9 @@ class LayerWriter:
             zeros = _zero_sum(layer)
             total, half = local.value() if local is not None else zeros, layer_sum.half
             layer_sum.merge(self.processes.all_reduce_sum(total))
+            if self.recipe.update == "per-sample":
+                layer_sum.sketch = (layer_sum.sketch or self.sketch(name)).to(total.device)
+                layer_sum.sketch.sums = [self.processes.all_reduce_sum(part) for part in layer_sum.sketch.sums]
             if self.halves:
                 layer_sum.half = self.processes.all_reduce_sum(half if half is not None else zeros)
         _check_sum(name, layer, layer_sum)

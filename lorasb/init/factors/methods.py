@@ -39,13 +39,27 @@ def first_step(triplets: Triplets, r: int, lr: float, scaling: float) -> Factors
     return Factors(-u, torch.diag(s * (lr / scaling)), vt, s)
 
 
-def start_share(sigma: Tensor, longest: float | None) -> float:
-    """The factor on η of the first step: min(1, longest·r / ‖Σ_r‖).
+def projected_step(triplets: Triplets, core: Tensor, r: int, lr: float, scaling: float) -> Factors:
+    """The part of AdamW's first step that lies in subspaces which come from elsewhere: R = −η·Uᵀ sign(G) V / s.
+
+    Args:
+        triplets: orthonormal U [out, q] and Vᵀ [q, in], and the values [q] that they are ordered by.
+        core: Uᵀ sign(G) V [q, q].
+        r: rank.
+        lr: η.
+        scaling: s.
+    """
+    u, s, vt = triplets.first(r)
+    return Factors(u, core[:r, :r] * (-lr / scaling), vt, s)
+
+
+def start_share(norm: float, r: int, longest: float | None) -> float:
+    """The factor on η of the first step: min(1, longest·r / norm).
 
     A step of AdamW at the rate η moves each of R's r² entries by about η, R by η·r in Frobenius norm; the first step
-    moves it by η·‖Σ_r‖ (at s = 1).
+    moves it by η·norm (at s = 1), ‖Σ_r‖ or that of the projected step.
     """
-    return 1.0 if longest is None else min(1.0, longest * len(sigma) / float(sigma.norm()))
+    return 1.0 if longest is None or norm == 0.0 else min(1.0, longest * r / norm)
 
 
 def subspace_of_weight(weight: Tensor, r: int, seed: int) -> Factors:

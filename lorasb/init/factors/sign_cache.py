@@ -44,6 +44,7 @@ class CachedGradient:
     squares: float
     zeros: int
     energies: Tensor
+    sketch: None = None  # second moments are not cached
 
     def signs(self) -> SignBits:
         """sign(G)."""

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from ...ops.registry import backend_op, current_backend
 from ...ops.weight_gradient import BAD, SQUARES, ZEROS
+from ..linalg.moment_sketch import MomentSketch
 from ..linalg.sign_bits import SignBits
 from ..linalg.svd import energies
+
+Sketches = Callable[[str], MomentSketch]  # an empty one for a layer, by its name
 
 
 def _op(name: str) -> Callable[..., Any]:
@@ -31,12 +34,13 @@ class LayerSum:
 
     Args:
         halves: sum the first half of the samples separately, too.
+        sketch: takes the second moments of the samples' own gradients, too.
     """
 
-    def __init__(self, halves: bool = False) -> None:
+    def __init__(self, halves: bool = False, sketch: MomentSketch | None = None) -> None:
         self.total: Tensor | None = None
         self.half: Tensor | None = None
-        self.halves = halves
+        self.halves, self.sketch = halves, sketch
         self._pair: tuple[Tensor, Tensor] | None = None
         self._signs: tuple[SignBits, Tensor] | None = None  # with [ΣG², zeros, non-finite entries] fp64
 
@@ -50,6 +54,8 @@ class LayerSum:
                 over G.
             first_half: True if the samples belong to the first half.
         """
+        if self.sketch is not None:
+            self.sketch.add(dy, x)
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         if first_half and self.halves:
             fresh, self.half = self.half is None, _sum_buffer(self.half, dy, x)
@@ -162,6 +168,7 @@ class GradientSums:
         layers: the layers, by name.
         halves: sum the first half of the samples separately, too.
         active: called at every forward of a layer; a layer is summed only if it returns True.
+        sketches: makes a layer's empty `MomentSketch`; None if second moments are not wanted.
 
     Attributes:
         sums: sums of the layers that backward reached, by name.
@@ -173,14 +180,18 @@ class GradientSums:
     """
 
     def __init__(
-        self, layers: Mapping[str, nn.Module], halves: bool = False, active: Callable[[], bool] = lambda: True
+        self,
+        layers: Mapping[str, nn.Module],
+        halves: bool = False,
+        active: Callable[[], bool] = lambda: True,
+        sketches: Sketches | None = None,
     ) -> None:
         self.layers = layers
         self.sums: dict[str, LayerSum] = {}
         self.called: set[str] = set()
         self.called_inactive: set[str] = set()
         self.closing = self.muted = self.first_half = False
-        self.halves, self._active = halves, active
+        self.halves, self._active, self._sketches = halves, active, sketches
         self._pending: dict[str, int] = {}  # calls whose backward is still to come
         self._handles: list[Any] = []
 
@@ -230,6 +241,6 @@ class GradientSums:
     def _add(self, name: str, dy: Tensor, x: Tensor, first_half: bool) -> None:
         self._pending[name] -= 1
         if name not in self.sums:
-            self.sums[name] = LayerSum(self.halves)
+            self.sums[name] = LayerSum(self.halves, self._sketches(name) if self._sketches is not None else None)
         # A layer may run several times in a forward (shared modules): only its last backward completes the sum.
         self.sums[name].add(dy, x, self.closing and self._pending[name] == 0, first_half)

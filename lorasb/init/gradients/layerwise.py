@@ -66,7 +66,7 @@ def record(
 ) -> tuple[list[Traversal], GradientSums]:
     """Traversals of the stack with the gradients at the last block's output, and the sums of targets above it."""
     recorder = Recorder(stack, store)
-    with recorder.hooks(), GradientSums(tail, work.halves, lambda: recorder.above) as sums:
+    with recorder.hooks(), GradientSums(tail, work.halves, lambda: recorder.above, work.sketches) as sums:
         for piece in work.pieces:
             sums.muted, sums.first_half = not piece.counts, piece.first_half
             recorder.begin()
@@ -99,7 +99,7 @@ def block_sums(work: Work, stack: Stack, i: int, traversals: list[Traversal]) ->
     """Sums of block i's targets; replaces the gradients at its output in `traversals` by those at its input."""
     # Fillers of sharded models may come last, and add nothing: signs are taken in the last one that counts.
     last = max((k for k, traversal in enumerate(traversals) if traversal.counts), default=-1)
-    with GradientSums(stack.targets[i], work.halves) as sums:
+    with GradientSums(stack.targets[i], work.halves, sketches=work.sketches) as sums:
         for k, traversal in enumerate(traversals):
             sums.muted, sums.first_half = not traversal.counts, traversal.first_half
             # Signs are taken in the last addition, unless other ranks' sums or the values themselves are needed.

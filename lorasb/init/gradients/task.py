@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...distributed.process_group import Processes
 from ...layers.linear import LoRASBLinear
+from ..linalg.moment_sketch import MomentSketch
 from ..sampling import Batch, batch_size, take_rows
 from .loss import LossFn, backward_over_samples, labeled_rows
 
@@ -44,6 +45,7 @@ class Work:
         processes: the process group.
         halves: True if the first half of the samples is summed separately, too.
         values: True if the values of ΣG are needed (SGD), not only its signs.
+        sketches: makes a layer's empty sketch of second moments, if they are wanted.
         tick: called after every micro-batch of every block or pass, for progress bars.
         expect: called with the number of remaining ticks, once it is known.
         loss: Σ of the samples' losses.
@@ -57,6 +59,7 @@ class Work:
     processes: Processes
     halves: bool = False
     values: bool = False
+    sketches: Callable[[str], MomentSketch] | None = None
     tick: Callable[[], Any] = field(default=lambda: None)
     expect: Callable[[int], Any] = field(default=lambda remaining: None)
     loss: float = 0.0

@@ -22,7 +22,7 @@ def accumulate(work: Work, layers: dict[str, nn.Module], budget_bytes: float) ->
         Sums of the layers that backward reached.
     """
     for subset in passes(layers, budget_bytes / (2 if work.halves else 1)):
-        with GradientSums(subset, work.halves) as sums:
+        with GradientSums(subset, work.halves, sketches=work.sketches) as sums:
             for piece in work.pieces:
                 sums.muted, sums.first_half = not piece.counts, piece.first_half
                 work.backward(piece)

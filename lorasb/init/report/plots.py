@@ -72,7 +72,7 @@ def spectrum(report: InitReport, path: Path) -> None:
         )
     axes.set(xlabel="index", ylabel="σ over σ₁", yscale="log", xlim=(1, None))
     axes.legend(frameon=False, ncols=2)
-    what = "sign(ΣG)" if report.update == "adamw" else "ΣG"
+    what = {"adamw": "sign(ΣG)", "sgd": "ΣG"}.get(report.update, "the samples' gradients")
     save(figure, axes, f"Singular values of {what} by kind of layer (median)", path)
 
 

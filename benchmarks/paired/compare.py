@@ -1,0 +1,73 @@
+"""Two entries over the same seeds: the mean difference of their losses, with the interval of a paired t-test."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.common.csv_files import Row
+from benchmarks.paired.grid import best_rate, entries, swept
+
+# two-sided 95% quantiles of Student's t, by degrees of freedom
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Loss of `entry` less that of `other`, at the same rank and seeds: below zero is better.
+
+    Attributes:
+        mean: over seeds. half: half the width of the 95% interval; infinite for one seed.
+        seeds: how many. base: mean loss of `other`.
+    """
+
+    task: str
+    r: int
+    entry: str
+    other: str
+    mean: float
+    half: float
+    seeds: int
+    base: float
+
+    @property
+    def verdict(self) -> str:
+        """By the interval: "better", "worse", or "tie" where it holds zero."""
+        if self.mean + self.half < 0:
+            return "better"
+        return "worse" if self.mean - self.half > 0 else "tie"
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.half:.4f} ({self.verdict})"
+
+
+def final_losses(rows: Sequence[Row], task: str, entry: str, r: int) -> dict[int, float]:
+    """Test loss by seed, at the best rate of the sweep."""
+    rate = best_rate(entries()[entry], r, swept(rows, task, entry, r))
+    return {
+        int(row["seed"]): float(row["loss"])
+        for row in rows
+        if (row["task"], row["variant"], row["r"], row["split"]) == (task, entry, str(r), "test")
+        and float(row["lr"]) == rate
+    }
+
+
+def difference(rows: Sequence[Row], task: str, r: int, entry: str, other: str) -> Difference | None:
+    """Of the seeds that both have; None where there are none."""
+    mine, theirs = (final_losses(rows, task, name, r) for name in (entry, other))
+    shared = sorted(mine.keys() & theirs.keys())
+    if not shared:
+        return None
+    pairs = [mine[seed] - theirs[seed] for seed in shared]
+    base = statistics.fmean(theirs[seed] for seed in shared)
+    return Difference(task, r, entry, other, statistics.fmean(pairs), half_width(pairs), len(shared), base)
+
+
+def half_width(pairs: Sequence[float]) -> float:
+    """Half the 95% interval of the mean of differences."""
+    freedom = len(pairs) - 1
+    if freedom == 0:
+        return math.inf
+    return T95[min(freedom, len(T95)) - 1] * statistics.stdev(pairs) / math.sqrt(len(pairs))

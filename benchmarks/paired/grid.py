@@ -1,0 +1,106 @@
+"""What is compared in pairs: tasks judged by loss on a thousand examples, entries, ranks, rates and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.common.csv_files import Row
+from benchmarks.methods.grid import Cell
+
+SEEDS = tuple(range(8))
+SWEEP_SEED = 100  # rates are chosen on another seed and another split than what is compared
+RANKS = (2, 4, 8, 16, 64)
+CHOOSING, HELD_BACK = ("chain_sum", "gsm8k"), ("word_sequence_reversal", "cola")  # recipes were chosen on the first
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A start, an optimizer and the rates that are tried.
+
+    Attributes:
+        name: in rows and tables.
+        method: of `benchmarks.methods.grid.METHODS`, which it is a variant of.
+        options: of `benchmarks.methods.adapters`.
+        rate: peak rate at r = 16; the ladder has it times powers of two.
+        falls: the rate at rank r is `rate`·(16/r)^falls: AdamW's step of R grows with √r in spectral norm.
+    """
+
+    name: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    rate: float = 4e-3
+    falls: float = 0.5
+
+    def rates(self, r: int) -> tuple[float, ...]:
+        """Three, around the rule's; more where the best is at an end."""
+        return tuple(self.at(r, power) for power in (-1, 0, 1))
+
+    def at(self, r: int, power: int) -> float:
+        """The rule's rate at rank r, times two to a power, to three digits."""
+        return float(f"{self.rate * (16 / r) ** self.falls * 2.0**power:.3g}")
+
+    def cell(self, task: str, split: str, r: int, lr: float, seed: int) -> Cell:
+        """A run."""
+        return Cell(task, split, self.method, r, lr, seed, self.name, tuple(sorted(self.options.items())))
+
+
+def entries() -> dict[str, Entry]:
+    """By name; the first is what the library does unless told otherwise."""
+    found = (
+        Entry("sign", "LoRA-SB"),
+        Entry("random", "LoRA-SB", {"init": "random"}),
+        Entry("LoRA-XS", "LoRA-SB", {"init": "lora-xs"}, rate=2e-3, falls=1.0),
+        Entry("LoRA-XS, output", "LoRA-SB", {"init": "lora-xs-output"}, rate=2e-3, falls=1.0),
+        Entry("per-sample", "LoRA-SB", {"update": "per-sample"}),
+    )
+    return {entry.name: entry for entry in found}
+
+
+def swept(rows: Sequence[Row], task: str, entry: str, r: int) -> dict[float, float]:
+    """Validation loss by rate."""
+    return {
+        float(row["lr"]): float(row["loss"])
+        for row in rows
+        if (row["task"], row["variant"], row["r"], row["split"]) == (task, entry, str(r), "validation")
+        and row["seed"] == str(SWEEP_SEED)
+    }
+
+
+def rates_to_try(entry: Entry, r: int, tried: dict[float, float]) -> tuple[float, ...]:
+    """The three around the rule's, then outward for as long as the best is the last one tried; none at the end."""
+    missing = tuple(lr for lr in entry.rates(r) if lr not in tried)
+    if missing:
+        return missing
+    powers = sorted(power for power in range(-6, 7) if entry.at(r, power) in tried)
+    best = min(powers, key=lambda power: tried[entry.at(r, power)])
+    beyond = best - 1 if best == powers[0] else best + 1 if best == powers[-1] else None
+    return () if beyond is None or abs(beyond) > 4 else (entry.at(r, beyond),)
+
+
+def best_rate(entry: Entry, r: int, tried: dict[float, float]) -> float | None:
+    """The rate of the least validation loss; None before all were tried."""
+    return None if rates_to_try(entry, r, tried) else min(tried, key=lambda lr: tried[lr])
+
+
+def wanted(
+    tasks: Sequence[str], names: Sequence[str], ranks: Sequence[int], seeds: Sequence[int], rows: Sequence[Row]
+) -> list[Cell]:
+    """Sweeps first, and the seeds of what has been swept."""
+    return [
+        cell
+        for task in tasks
+        for r in ranks
+        for name in names
+        for cell in _cells(f"{task} by loss", entries()[name], r, seeds, rows)
+    ]
+
+
+def _cells(task: str, entry: Entry, r: int, seeds: Sequence[int], rows: Sequence[Row]) -> Iterator[Cell]:
+    tried = swept(rows, task, entry.name, r)
+    for lr in rates_to_try(entry, r, tried):
+        yield entry.cell(task, "validation", r, lr, SWEEP_SEED)
+    rate = best_rate(entry, r, tried)
+    if rate is not None:
+        yield from (entry.cell(task, "test", r, rate, seed) for seed in seeds)

@@ -1,0 +1,103 @@
+"""Pairs of runs: rates by rule and outward, seeds at the best of them, and intervals of paired differences."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+
+from benchmarks.methods.grid import task_named
+from benchmarks.paired import grid
+from benchmarks.paired.compare import Difference, difference, final_losses, half_width
+from benchmarks.paired.grid import Entry, best_rate, entries, rates_to_try, wanted
+
+TASK = "chain_sum by loss"
+
+
+def row(entry: str, r: int, lr: float, seed: int, loss: float, split: str = "test") -> dict[str, str]:
+    values = {"task": TASK, "variant": entry, "r": r, "lr": lr, "seed": seed, "loss": loss, "split": split}
+    return {name: str(value) for name, value in values.items()}
+
+
+def swept(entry: str, r: int, best: int = 0) -> list[dict[str, str]]:
+    """Three rates and, where the best is an end, two more."""
+    one = entries()[entry]
+    powers = (-1, 0, 1) if best == 0 else (-1, 0, 1, 2 * best)
+    losses = {power: 0.3 + 0.01 * abs(power - best) for power in powers}
+    return [row(entry, r, one.at(r, p), grid.SWEEP_SEED, loss, "validation") for p, loss in losses.items()]
+
+
+def test_every_task_judges_a_thousand_examples_by_loss() -> None:
+    for name in (*grid.CHOOSING, *grid.HELD_BACK):
+        task = task_named(f"{name} by loss")
+        assert task.test >= 1000
+        assert not task.higher_is_better
+        assert task.name == name
+    assert len(grid.SEEDS) >= 8
+    assert grid.SWEEP_SEED not in grid.SEEDS
+
+
+@pytest.mark.parametrize(
+    ("falls", "r", "expected"), [(0.5, 64, 2e-3), (0.5, 4, 8e-3), (1.0, 64, 1e-3), (1.0, 16, 4e-3)]
+)
+def test_rates_follow_the_rank(falls: float, r: int, expected: float) -> None:
+    entry = Entry("an entry", "LoRA-SB", falls=falls)
+    assert entry.rates(r) == pytest.approx((expected / 2, expected, 2 * expected))
+
+
+def test_a_sweep_goes_outward_while_the_best_is_at_its_end() -> None:
+    entry = entries()["sign"]
+    low, middle, high = entry.rates(16)
+    assert rates_to_try(entry, 16, {}) == (low, middle, high)
+    assert rates_to_try(entry, 16, {low: 0.3, high: 0.3}) == (middle,)
+    assert rates_to_try(entry, 16, {low: 0.4, middle: 0.3, high: 0.4}) == ()
+    assert rates_to_try(entry, 16, {low: 0.4, middle: 0.3, high: 0.2}) == (entry.at(16, 2),)
+    assert rates_to_try(entry, 16, {low: 0.2, middle: 0.3, high: 0.4}) == (entry.at(16, -2),)
+    assert best_rate(entry, 16, {low: 0.4, middle: 0.3, high: 0.4}) == middle
+    assert best_rate(entry, 16, {low: 0.2, middle: 0.3, high: 0.4}) is None
+
+
+def test_seeds_wait_for_the_sweep() -> None:
+    asked = wanted(["chain_sum"], ["sign"], [16], [0, 1], [])
+    assert {cell.split for cell in asked} == {"validation"}
+    asked = wanted(["chain_sum"], ["sign"], [16], [0, 1], swept("sign", 16))
+    assert [(cell.split, cell.seed, cell.lr) for cell in asked] == [("test", 0, 4e-3), ("test", 1, 4e-3)]
+    assert {cell.variant for cell in asked} == {"sign"}
+
+
+def test_the_interval_is_that_of_a_paired_t_test() -> None:
+    """Eight pairs: t of seven degrees of freedom, 2.365."""
+    mine = [0.30, 0.31, 0.29, 0.33, 0.28, 0.30, 0.32, 0.29]
+    theirs = [0.32, 0.32, 0.32, 0.34, 0.31, 0.31, 0.33, 0.32]
+    rows = [*swept("random", 16), *swept("sign", 16)]
+    for name, losses in (("random", mine), ("sign", theirs)):
+        rows += [row(name, 16, 4e-3, seed, loss) for seed, loss in enumerate(losses)]
+    found = difference(rows, TASK, 16, "random", "sign")
+    pairs = [a - b for a, b in zip(mine, theirs, strict=True)]
+    assert found is not None
+    assert found.mean == pytest.approx(statistics.fmean(pairs))
+    assert found.half == pytest.approx(2.365 * statistics.stdev(pairs) / math.sqrt(8))
+    assert (found.verdict, found.seeds) == ("better", 8)
+
+
+def test_only_seeds_that_both_have_count_and_only_at_the_best_rate() -> None:
+    rows = [*swept("random", 16), *swept("sign", 16)]
+    rows += [row("random", 16, 4e-3, seed, 0.3) for seed in (0, 1, 2)] + [row("random", 16, 8e-3, 3, 0.1)]
+    rows += [row("sign", 16, 4e-3, seed, 0.3) for seed in (1, 2, 3)]
+    assert sorted(final_losses(rows, TASK, "random", 16)) == [0, 1, 2]
+    found = difference(rows, TASK, 16, "random", "sign")
+    assert found is not None
+    assert (found.seeds, found.mean, found.verdict) == (2, 0.0, "tie")
+    assert difference(rows, TASK, 4, "random", "sign") is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "verdict"), [(-0.02, 0.01, "better"), (0.02, 0.01, "worse"), (0.005, 0.01, "tie")]
+)
+def test_verdicts_are_the_intervals(mean: float, half: float, verdict: str) -> None:
+    assert Difference(TASK, 16, "a", "b", mean, half, 8, 0.3).verdict == verdict
+
+
+def test_one_seed_says_nothing() -> None:
+    assert half_width([0.1]) == math.inf

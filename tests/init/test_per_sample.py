@@ -1,0 +1,121 @@
+"""update="per-sample": subspaces from the second moments of every sample's own gradient, sketched in one pass."""
+
+from __future__ import annotations
+
+import pytest
+import tolerances
+import torch
+from gradients import factors
+from models import batches_for, make
+from torch import Tensor
+
+import lorasb
+from lorasb.init.linalg.moment_sketch import MomentSketch, leading_eigenvectors
+from lorasb.layers.linear import LoRASBLinear
+
+
+def sample_gradients(family: str) -> dict[str, list[Tensor]]:
+    """Each sample's ∇W L by plain autograd, in fp64."""
+    model = make(family).double()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    found: dict[str, list[Tensor]] = {}
+    for batch in batches_for(family):
+        for i in range(len(batch["input_ids"])):
+            model.zero_grad(set_to_none=True)
+            model(**{key: value[i : i + 1] for key, value in batch.items()}).loss.backward()
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None and parameter.dim() == 2:
+                    found.setdefault(name.removesuffix(".weight"), []).append(parameter.grad)
+    return found
+
+
+def kept(moment: Tensor, basis: Tensor) -> float:
+    """Share of a moment's trace that a basis [n, r] keeps, over the most that any r columns keep."""
+    best = torch.linalg.eigvalsh(moment).flip(0)[: basis.shape[1]].sum()
+    return float((basis.t() @ moment @ basis).trace() / best)
+
+
+@pytest.mark.parametrize("strategy", ["layerwise", "accumulate"])
+def test_factors_lead_the_moments_of_all_samples(strategy: str) -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    report = lorasb.initialize(
+        model, batches_for("llama"), lr=1e-3, update="per-sample", strategy=strategy, progress=False
+    )
+    assert report.update == "per-sample"
+    gradients = sample_gradients("llama")
+    for name, module in model.named_modules():
+        if not isinstance(module, LoRASBLinear):
+            continue
+        own = gradients[name.removeprefix("base_model.model.")]
+        a, core, b = (getattr(module, f"lorasb_{part}")["default"].detach().double() for part in "ARB")
+        for basis, moment in ((b, sum(g @ g.t() for g in own)), (a.t(), sum(g.t() @ g for g in own))):
+            tolerances.check(basis.t() @ basis, torch.eye(4), tolerances.ORTHONORMAL)
+            assert kept(moment, basis) > 0.99  # 36 columns of 64 stand for all, see the sketch's own test below
+        step = -1e-3 * (b.t() @ sum(own).sign() @ a.t())
+        share = min(1.0, 4.0 * 4 * 1e-3 / float(step.norm()))
+        tolerances.check(core, step * share, tolerances.FACTORS)
+
+
+def test_the_strategies_and_a_second_run_agree_to_the_bit() -> None:
+    """One sketch a layer, whatever else is differentiated at the same time."""
+    results = []
+    for strategy in ("layerwise", "layerwise", "accumulate"):
+        model = lorasb.patch(make("llama"), r=4)
+        options = {"lr": 1e-3, "update": "per-sample", "strategy": strategy, "progress": False}
+        lorasb.initialize(model, batches_for("llama"), **options)
+        results.append(factors(model))
+    for other in results[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in results[0].items())
+
+
+def test_a_sketch_of_few_columns_keeps_what_the_eigenvectors_keep() -> None:
+    """36 columns of 300 and 200; a spectrum as real gradients have it, falling like 1/k."""
+    generator = torch.Generator().manual_seed(0)
+    sketch, gradients = MomentSketch((300, 200), 4, seed=1), []
+    mix = [torch.randn(side, side, generator=generator) / torch.arange(1, side + 1) for side in (300, 200)]
+    for _ in range(12):
+        dy, x = (torch.randn(2, 7, len(m), generator=generator) @ m.t() for m in mix)
+        sketch.add(dy, x)
+        gradients += [(left.t() @ right).double() for left, right in zip(dy, x, strict=True)]
+    u, s, vt = sketch.triplets().first(4)
+    assert kept(sum(g @ g.t() for g in gradients), u.double()) > 0.99
+    assert kept(sum(g.t() @ g for g in gradients), vt.t().double()) > 0.99
+    assert (s.diff() <= 0).all()
+
+
+def test_moments_of_low_rank_are_completed() -> None:
+    """One token: every g has rank 1, and B and A are orthonormal all the same."""
+    sketch = MomentSketch((64, 48), 8, seed=0)
+    dy, x = torch.randn(1, 1, 64), torch.randn(1, 1, 48)
+    sketch.add(dy, x)
+    u, _, vt = sketch.triplets().first(8)
+    tolerances.check(u.t() @ u, torch.eye(8), tolerances.ORTHONORMAL)
+    tolerances.check(vt @ vt.t(), torch.eye(8), tolerances.ORTHONORMAL)
+    assert abs(float(u[:, 0] @ dy[0, 0] / dy.norm())) > 1 - 1e-5
+    assert abs(float(vt[0] @ x[0, 0] / x.norm())) > 1 - 1e-5
+
+
+def test_the_eigenvectors_of_a_full_sketch_are_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(20, 20, generator=generator, dtype=torch.float64)
+    moment, start = root @ root.t(), torch.randn(20, 20, generator=generator, dtype=torch.float64)
+    basis, values = leading_eigenvectors((moment @ start).float(), start.float())
+    want = torch.linalg.eigvalsh(moment).flip(0)
+    tolerances.check(values / want[0], want / want[0], tolerances.FACTORS)
+    assert kept(moment, basis[:, :5].double()) > 1 - 1e-5
+
+
+def test_rows_without_samples_count_as_one() -> None:
+    """[tokens, features], as OPT's fc1 and experts get them."""
+    dy, x = torch.randn(6, 10), torch.randn(6, 8)
+    flat, one = (MomentSketch((10, 8), 2, seed=0) for _ in range(2))
+    flat.add(dy, x)
+    one.add(dy[None], x[None])
+    assert all(torch.equal(a, b) for a, b in zip(flat.sums, one.sums, strict=True))
+
+
+def test_a_cache_is_refused() -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    with pytest.raises(ValueError, match=r"update='per-sample' needs each sample's gradient.*leave cache out"):
+        lorasb.initialize(model, batches_for("llama"), lr=1e-3, update="per-sample", cache="signs", progress=False)
