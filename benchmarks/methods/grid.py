@@ -150,7 +150,7 @@ class Method:
 
 
 SGD = "LoRA-SB (sgd)"  # factors from the mean gradient instead of its sign
-WHOLE = "LoRA-SB (whole step)"  # R starts with all of the first step, as the paper has it
+WHOLE = "LoRA-SB (whole step)"  # R starts with all of the first step, as the paper's text has it
 METHODS = {
     method.name: method
     for method in (
@@ -161,7 +161,7 @@ METHODS = {
         Method("DoRA", LOW, {"use_dora": True}),
         Method("LoRA-GA", LOW, {"init_lora_weights": "lora_ga"}),
         Method("LoRA-Pro", LOW),
-        Method("LoRA-XS", CORE, {"init": "lora-xs"}),
+        Method("LoRA-XS", CORE, {"init": "lora-xs-output"}),  # Σ in B; benchmarks.paired has its authors' too
         Method("LoRA-SB", CORE),
         Method(SGD, CORE, {"update": "sgd"}),
         Method(WHOLE, CORE, {"longest_start": None}),

@@ -53,7 +53,8 @@ def entries() -> dict[str, Entry]:
         Entry("random", "LoRA-SB", {"init": "random"}),
         Entry("LoRA-XS", "LoRA-SB", {"init": "lora-xs"}, rate=2e-3, falls=1.0),
         Entry("LoRA-XS, output", "LoRA-SB", {"init": "lora-xs-output"}, rate=2e-3, falls=1.0),
-        Entry("per-sample", "LoRA-SB", {"update": "per-sample"}),
+        Entry("sign, R = 0", "LoRA-SB", {"longest_start": 0.0}),
+        Entry("per-sample", "LoRA-SB", {"update": "per-sample", "longest_start": 0.0}),
     )
     return {entry.name: entry for entry in found}
 

@@ -28,7 +28,10 @@ LoRA, rsLoRA, PiSSA, DoRA and LoRA-GA are those of PEFT, LoRA-Pro is `lora-pro-a
 all. PEFT's LoRA-GA scales its factors differently from the authors' code. On language models the base is bf16: PEFT
 computes its adapters in fp32, LoRA-SB and LoRA-XS keep A and B in bf16 and R in fp32, and full fine-tuning keeps fp32
 weights and trains under autocast. `LoRA-SB (sgd)` is LoRA-SB with `update="sgd"`: factors from the mean gradient, not
-from its sign; `LoRA-SB (whole step)` is LoRA-SB with `longest_start=None`, the paper's start."""
+from its sign; `LoRA-SB (whole step)` is LoRA-SB with `longest_start=None`, the start of the paper's text. The
+paper's code has a shorter one: its η is divided by batches of the estimation, 10 times more than steps of training on
+Mistral-7B (`first_step_lr(rule="published")`), so that a limit of 4 steps about restores its start there. LoRA-XS has
+its Σ in B here; its authors have it in A (`python -m benchmarks.paired` has both)."""
 LINEARS = "all linear layers"
 ADAPTED = {"cola": "an encoder of 22.7M parameters, its self-attention and a new head, fp32"}  # others: LINEARS
 HEAD = ("method", "r", "best lr", "seeds", "trained", "loss", "init s", "train s", "peak MB")

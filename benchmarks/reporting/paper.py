@@ -191,18 +191,18 @@ def _energy(row: Row) -> list[str]:
 
 
 def _by_matrix(found: Sequence[Row]) -> Iterator[str]:
-    """A line a rank: energy and loss of factors of W, of sign(G) and of G; and how often the most energy did best."""
+    """A line a rank: energy and loss of factors of W, of sign(G) and of G, and which ended best."""
     by_start = {row["start"]: row for row in found}
-    best = []
     for r in TASKS["chain_sum"].ranks:
         rows = [by_start[start] for name in ("LoRA-XS", "LoRA-SB", SGD) if (start := f"{name}, r={r}") in by_start]
         if len(rows) == 3:
             energies, losses = ([float(row[name]) for row in rows] for name in ("energy_grad", "loss"))
-            best.append(energies.index(max(energies)) == losses.index(min(losses)))
             kept, ends = ", ".join(f"{e:.1%}" for e in energies), ", ".join(f"{loss:.3f}" for loss in losses)
-            yield f"- r={r}: factors of W, sign(G) and G keep {kept} of G's energy and end at losses of {ends}."
-    if best:
-        yield f"- Of these, those that keep the most end at the least loss at {sum(best)} of {len(best)} ranks."
+            least = energies[losses.index(min(losses))]
+            yield (
+                f"- r={r}: factors of W, sign(G) and G keep {kept} of G's energy and end at losses of {ends}: those "
+                f"that keep {least:.1%} end best."
+            )
 
 
 def _by_loss_of_energy(found: Sequence[Row]) -> Iterator[str]:

@@ -62,7 +62,9 @@ def alone() -> Any:
     return lorasb.initialize(lorasb.patch(make("llama"), r=4), SAMPLES, lr=1e-3, progress=False)
 
 
-@pytest.mark.parametrize("case", [*ALL, "stability", "stability empty", "sgd", "some", "stream"])
+@pytest.mark.parametrize(
+    "case", [*ALL, "stability", "stability empty", "sgd", "per-sample", "per-sample empty", "some", "stream"]
+)
 def test_ranks_agree_to_the_bit(found: Found, case: str) -> None:
     first, second = found[case]["digests"]
     assert first == second
@@ -77,6 +79,15 @@ def test_two_processes_find_what_one_finds(found: Found, case: str, alone: Any) 
         mine = torch.tensor(case_found[kind], dtype=torch.float64)
         theirs = torch.tensor([getattr(layer, kind) for layer in alone.layers], dtype=torch.float64)
         tolerances.check(mine, theirs, tolerances.RANKS)
+
+
+@pytest.mark.parametrize("case", ["per-sample", "per-sample empty"])
+def test_second_moments_are_summed_over_ranks(found: Found, case: str) -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    report = lorasb.initialize(model, SAMPLES, lr=1e-3, update="per-sample", progress=False)
+    mine = torch.tensor(found[case]["energy_grad"], dtype=torch.float64)
+    theirs = torch.tensor([layer.energy_grad for layer in report.layers], dtype=torch.float64)
+    tolerances.check(mine, theirs, tolerances.RANKS)
 
 
 def test_signs_are_one_processes(folder: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ BAD_CALLS = {
     "empty batches": (lambda: {"batches": []}, "expected at least one sample"),
     "no lr": (lambda: {"lr": None}, "init='update' takes batches and lr > 0"),
     "lr zero": (lambda: {"lr": 0.0}, "init='update' takes batches and lr > 0"),
-    "update": (lambda: {"update": "lion"}, "update must be one of adamw, sgd, got 'lion'"),
+    "update": (lambda: {"update": "lion"}, "update must be one of adamw, sgd, per-sample, got 'lion'"),
     "strategy": (lambda: {"strategy": "fast"}, "strategy must be one of .*, got 'fast'"),
     "too many samples": (lambda: {"num_samples": 99}, "num_samples=99, but the batches hold 6 samples"),
     "no samples": (lambda: {"num_samples": 0}, "expected num_samples >= 1, got 0"),

@@ -111,6 +111,8 @@ def main() -> None:
         "accumulate": lambda: run(even, strategy="accumulate"),
         "stability": lambda: run(even, stability=True),
         "sgd": lambda: run(even, update="sgd"),
+        "per-sample": lambda: run(uneven, update="per-sample"),
+        "per-sample empty": lambda: run(iter(SAMPLES) if rank == 0 else iter([]), update="per-sample"),  # type: ignore[arg-type]
         "some": lambda: run(uneven, num_samples=3),
         "stream": lambda: run(iter(uneven), num_samples=3),  # type: ignore[arg-type]
         "cached": lambda: run(even, cache=cache),
