@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.shapes import MODELS, Group
+from benchmarks.common.timing import provenance
 from benchmarks.kernels.executed_work import launch_work
 from benchmarks.kernels.gpus import GPUS, MODEL, SECTOR_BYTES, Demand, Gpu
 from benchmarks.kernels.launches import plan_for, record
@@ -256,7 +257,7 @@ def main() -> None:
     console.print(overhead_table(overheads, f"One block over its bare linears: {what}"))
     console.print(MODEL, highlight=False)
     if chosen.json:
-        record = {"gpu": gpu.name, "model": chosen.model, "r": chosen.r, "how": MODEL.splitlines()}
+        record = provenance() | {"gpu": gpu.name, "model": chosen.model, "r": chosen.r, "how": MODEL.splitlines()}
         text = json.dumps(record | {"overheads": overheads, "launches": launches}, indent=1)
         chosen.json.write_text(text + "\n", encoding="utf-8")
     path = chosen.output or Path(f"roofline-{chosen.gpu}-{chosen.model}.png")
