@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("recipes",),
     (FACE,),
-    ("training",),
+    ("training", "optim"),
     ("init", "export"),
     ("tuner",),
     ("distributed",),

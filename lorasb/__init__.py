@@ -38,6 +38,7 @@ __all__ = [
     "first_step_lr",
     "functional",
     "initialize",
+    "optim",
     "parameter_groups",
     "patch",
     "quantize",
@@ -63,8 +64,8 @@ _MODULE_OF = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name from the module that defines it, at first use (PEP 562)."""
-    if name == "functional":
-        return importlib.import_module(".functional", __name__)
+    if name in ("functional", "optim"):
+        return importlib.import_module(f".{name}", __name__)
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'lorasb' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -115,7 +115,7 @@ def _gradients(problem: Problem, config: Any, batches: Batches) -> None:
 
 
 def optimizer(model: nn.Module, method: Method, task: Task, cell: Cell, head: Sequence[str]) -> Any:
-    """AdamW without weight decay, or LoRA-Pro's; a head has its own rate."""
+    """AdamW without weight decay, Muon for R, or LoRA-Pro's AdamW; a head has its own rate."""
     if method.name == "LoRA-Pro":
         return _lora_pro(model, cell.lr, (task.head_lr or cell.lr) if head else None)
     heads: list[nn.Parameter] = []
@@ -126,6 +126,10 @@ def optimizer(model: nn.Module, method: Method, task: Task, cell: Cell, head: Se
     groups: list[dict[str, Any]] = [{"params": others, "lr": cell.lr}]
     if heads:
         groups.append({"params": heads, "lr": task.head_lr or cell.lr})
+    if settings(cell).get("optimizer") == "muon":
+        groups[0]["algorithm"] = "muon"
+        groups[1:] = [{**group, "algorithm": "adamw"} for group in groups[1:]]
+        return lorasb.optim.Muon(groups)
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 

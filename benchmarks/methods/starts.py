@@ -54,6 +54,13 @@ def flat(model: Any) -> None:
         layer.set_factors(ADAPTER, torch.nn.functional.normalize(b.float(), dim=0), core, a)
 
 
+def unit(model: Any) -> None:
+    """LoRA-XS's A = Σ Vᵀ with Σ at a root mean square of one, so that a rate means the same in every layer; R = 0."""
+    for layer in layers(model).values():
+        b, core, a = (factor.float() for factor in factors(layer))
+        layer.set_factors(ADAPTER, b, torch.zeros_like(core), a / a.square().sum(1).mean().sqrt())
+
+
 def noised(model: Any, cache: Path, eta: float, sigma: float, seed: int) -> None:
     """Truncated SVD of ΔW + N(0, σ²) instead of ΔW (Table 5), from the signs in `cache`."""
     signs, _, _ = read(cache)
@@ -69,7 +76,7 @@ def _key(signs: dict[str, Any], name: str) -> str:
     return next(key for key in signs if name == key or name.endswith("." + key))
 
 
-STARTS = {"skewed": skewed, "weighted": weighted, "flat": flat}
+STARTS = {"skewed": skewed, "weighted": weighted, "flat": flat, "unit": unit}
 
 
 def change(model: Any, options: dict[str, Any], eta: float, seed: int, cache: Path | None) -> None:

@@ -55,6 +55,8 @@ def entries() -> dict[str, Entry]:
         Entry("LoRA-XS, output", "LoRA-SB", {"init": "lora-xs-output"}, rate=2e-3, falls=1.0),
         Entry("sign, R = 0", "LoRA-SB", {"longest_start": 0.0}),
         Entry("per-sample", "LoRA-SB", {"update": "per-sample", "longest_start": 0.0}),
+        Entry("random, Muon", "LoRA-SB", {"init": "random", "optimizer": "muon"}, rate=2e-2, falls=0.0),
+        Entry("W, Muon", "LoRA-SB", {"init": "lora-xs", "unit": True, "optimizer": "muon"}, rate=2e-2, falls=0.0),
     )
     return {entry.name: entry for entry in found}
 

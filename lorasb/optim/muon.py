@@ -1,0 +1,135 @@
+"""`lorasb.optim.Muon`: orthogonalized momentum for every R, AdamW for whatever else is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from .newton_schulz import orthogonalize
+
+MUON, ADAMW = "muon", "adamw"
+CORE_GROUP = "lorasb_R"  # the name that `lorasb.parameter_groups` gives to the group of all R
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): R ← R − lr·U Vᵀ, for the SVD U Σ Vᵀ of R's momentum.
+
+    As A and B are orthonormal, W moves by a matrix whose singular values are all about lr (times s), whatever the rank:
+    one rate serves all ranks. The same rule in `torch.optim.Muon` takes matrices one at a time, in bf16 and without a
+    head; here all R of one size are orthogonalized together, and groups that are no R take AdamW's steps, so that a
+    Trainer has one optimizer: `Trainer(..., optimizers=(lorasb.optim.Muon(groups), None))`.
+
+    Args:
+        params: groups of `lorasb.parameter_groups(model, lr=..., other_lr=...)`, or matrices alone. A group named
+            "lorasb_R", and one without a name, takes Muon's steps; others take AdamW's. A group's `algorithm` ("muon",
+            "adamw") says otherwise.
+        lr: of groups that name none: the spectral norm of a step of R.
+        momentum: μ of Nesterov's momentum, b ← μ·b + g and g + μ·b.
+        weight_decay: of groups that name none, decoupled.
+
+    Raises:
+        ValueError: a rate, momentum or decay out of range, an unknown algorithm, or Muon for what is no matrix.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 2e-2,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if not lr >= 0:
+            raise ValueError(f"expected lr >= 0, got {lr!r}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"expected momentum in [0, 1), got {momentum!r}")
+        if not weight_decay >= 0:
+            raise ValueError(f"expected weight_decay >= 0, got {weight_decay!r}")
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, after a check that its algorithm can take its parameters."""
+        group = dict(param_group)
+        group.setdefault("algorithm", MUON if group.get("name", CORE_GROUP) == CORE_GROUP else ADAMW)
+        parameters = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        group["params"] = parameters
+        if group["algorithm"] == ADAMW:
+            group = {name: value for name, value in _adamw().defaults.items() if name not in self.defaults} | group
+        elif group["algorithm"] != MUON:
+            raise ValueError(f"expected a group's algorithm to be {MUON} or {ADAMW}, got {group['algorithm']!r}")
+        else:
+            for parameter in parameters:
+                if parameter.dim() != 2:
+                    raise ValueError(
+                        f"Muon steps matrices, got a parameter of shape {list(parameter.shape)}: leave it to AdamW, "
+                        "lorasb.optim.Muon(lorasb.parameter_groups(model, lr=2e-2, other_lr=1e-3))"
+                    )
+        super().add_param_group(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of every group; the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["algorithm"] == MUON:
+                self._step_matrices(group)
+        others = [group for group in self.param_groups if group["algorithm"] == ADAMW]
+        if others:
+            _adamw_step(others, self.state)
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        """Matrices of one size and device together: many small products are slow one at a time."""
+        alike: dict[tuple[Any, ...], list[Tensor]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                alike.setdefault((parameter.shape, parameter.device, parameter.dtype), []).append(parameter)
+        for parameters in alike.values():
+            momenta = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
+            steps = orthogonalize(torch.stack([_whole(momentum) for momentum in momenta]))
+            for parameter, step in zip(parameters, steps.to(parameters[0].dtype), strict=True):
+                if group["weight_decay"]:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(_shared_like(step, parameter), alpha=-group["lr"])
+
+    def _momentum(self, parameter: Tensor, mu: float) -> Tensor:
+        """Nesterov's momentum after this step's gradient."""
+        state, gradient = self.state[parameter], parameter.grad
+        if gradient is None:  # not reached; narrows the type
+            raise RuntimeError("no gradient")
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer: Tensor = state["momentum_buffer"].mul_(mu).add_(gradient)
+        return gradient.add(buffer, alpha=mu)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor, gathered from all ranks if it is shared out (FSDP2)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _shared_like(step: Tensor, parameter: Tensor) -> Tensor:
+    """A step that every rank has, shared out as the parameter is; no communication."""
+    if not isinstance(parameter, DTensor):
+        return step
+    mesh = parameter.device_mesh
+    same_everywhere = DTensor.from_local(step, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return same_everywhere.redistribute(placements=parameter.placements)
+
+
+def _adamw() -> torch.optim.AdamW:
+    """torch's, with a parameter that never has a gradient."""
+    return torch.optim.AdamW([torch.nn.Parameter(torch.zeros(()))])
+
+
+def _adamw_step(groups: list[dict[str, Any]], state: Any) -> None:
+    """torch's AdamW on groups and a state that are not its own."""
+    adamw = _adamw()
+    adamw.param_groups, adamw.state = groups, state
+    adamw.step()
