@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.common.timing import commit, dtype_name, machine_name, measured_dtype
 from benchmarks.methods.adapters import begin_again, optimizer, put_in, settings
-from benchmarks.methods.grid import FULL, METHODS, SEEDS, SWEEP_SEED, WARMUP, Cell, Task, task_named
+from benchmarks.methods.grid import BY_LOSS, FULL, METHODS, SEEDS, SWEEP_SEED, WARMUP, Cell, Task, task_named
 from benchmarks.methods.problems import Batch, Problem, load
 
 CLIP = 1.0
@@ -36,7 +36,8 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
     dtype = measured_dtype() if method.family != FULL and task.name != "cola" else torch.float32
     problem = load(task, folder, dtype)
     splits = ("validation", "test") if twice(cell) else (cell.split,)
-    before = {split: problem.loss(problem.model, split) for split in splits}
+    # the same for every run of a task: where runs are many it is not taken anew
+    before = {} if cell.task in BY_LOSS else {split: problem.loss(problem.model, split) for split in splits}
     warmup = round(WARMUP * task.steps)
     model, init_seconds, report = put_in(problem, method, cell, lambda n: drawn(problem, task, cell.seed, n), warmup)
     started = time.perf_counter()
@@ -65,7 +66,7 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
             **cell.described(),
             "split": split,
             **same,
-            "loss_before": round(before[split], 5),
+            "loss_before": round(before[split], 5) if split in before else "",
             "loss": round(judged[split][0], 5),
             "score": round(judged[split][1], 5),
         }
