@@ -125,7 +125,11 @@ class Settings:
         None, "Samples for the initialization.", group="adapter", init="same", positive=True, shown="max(32, n/1000)"
     )
     update: str = setting(
-        "adamw", "First step of AdamW (the gradient's sign) or of sgd.", group="adapter", init="same", choices=UPDATES
+        "adamw",
+        "First step of AdamW (the gradient's sign) or of sgd, or per-sample moments.",
+        group="adapter",
+        init="same",
+        choices=UPDATES,
     )
     lr: float = setting(
         2e-3, "Peak learning rate.", group="training", positive=True, init="Peak learning rate of the training to come."

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 import lorasb
 
-WAYS = ("ddp", "fsdp", "fsdp bf16", "fsdp 4-bit", "fsdp experts")
+WAYS = ("ddp", "fsdp", "fsdp bf16", "fsdp 4-bit", "fsdp experts", "ddp muon", "fsdp muon")
 ROWS = [text(1, 12, seed) for seed in range(8)]
 STEPS = 3
 
@@ -37,7 +37,7 @@ def shard(model: Any, way: str) -> nn.Module:
     """As `way` says, over the processes there are."""
     if not dist.is_initialized():
         return model
-    if way == "ddp":
+    if way.startswith("ddp"):
         return model  # wrapped after the initialization, as Trainer does
     for block in model.get_base_model().model.layers:
         fully_shard(block)
@@ -72,8 +72,9 @@ def train(way: str, rank: int, size: int) -> dict[str, Any]:
     lorasb.initialize(model, ROWS[rank::size], lr=1e-2, progress=False)
     start = cores(model)
     model.train()
-    run: Any = nn.parallel.DistributedDataParallel(model) if way == "ddp" and size > 1 else model
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    run: Any = nn.parallel.DistributedDataParallel(model) if way.startswith("ddp") and size > 1 else model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = lorasb.optim.Muon(trained, lr=0.02) if "muon" in way else torch.optim.SGD(trained, lr=0.1)
     losses = []
     for step in range(STEPS):
         rows = [ROWS[(step * 4 + i) % 8] for i in range(4)][rank::size]
