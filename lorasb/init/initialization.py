@@ -56,7 +56,7 @@ def initialize(
         batches: a DataLoader or a list (drawn from by `seed`), or an iterable of dicts (in order); of a rank, its own.
         lr: η, the learning rate of R's first step: `lorasb.first_step_lr` computes it from a schedule.
         num_samples: over all ranks; None for min(available, max(32, n/1000)), or all of an iterable without a size.
-        update: "adamw" (signs), "sgd" (the mean gradient, Theorem 6) or "per-sample" (second moments, docs/choosing.md).
+        update: "adamw" (signs), "sgd" (the mean gradient, Theorem 6) or "per-sample" (moments, docs/choosing.md).
         longest_start: in AdamW steps of R at the rate η; 0 for R = 0, None for the full step of the text. Not of "sgd".
         strategy: "layerwise" (a block at a time), "accumulate" (passes through the whole model) or "auto"; equal sums.
         blocks: name of the list of blocks ("model.layers"), if the wrong one is detected.
