@@ -24,14 +24,15 @@ class Entry:
         method: of `benchmarks.methods.grid.METHODS`, which it is a variant of.
         options: of `benchmarks.methods.adapters`.
         rate: peak rate at r = 16; the ladder has it times powers of two.
-        falls: the rate at rank r is `rate`·(16/r)^falls: AdamW's step of R grows with √r in spectral norm.
+        falls: the rate at rank r is `rate`·(16/r)^falls. A step of AdamW whose signs agree has a spectral norm of r
+            times the rate, one of Muon the rate.
     """
 
     name: str
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     rate: float = 4e-3
-    falls: float = 0.5
+    falls: float = 1.0
 
     def rates(self, r: int) -> tuple[float, ...]:
         """Three, around the rule's; more where the best is at an end."""
@@ -51,8 +52,8 @@ def entries() -> dict[str, Entry]:
     found = (
         Entry("sign", "LoRA-SB"),
         Entry("random", "LoRA-SB", {"init": "random"}),
-        Entry("LoRA-XS", "LoRA-SB", {"init": "lora-xs"}, rate=2e-3, falls=1.0),
-        Entry("LoRA-XS, output", "LoRA-SB", {"init": "lora-xs-output"}, rate=2e-3, falls=1.0),
+        Entry("LoRA-XS", "LoRA-SB", {"init": "lora-xs"}, rate=2e-3),
+        Entry("LoRA-XS, output", "LoRA-SB", {"init": "lora-xs-output"}, rate=2e-3),
         Entry("sign, R = 0", "LoRA-SB", {"longest_start": 0.0}),
         Entry("per-sample", "LoRA-SB", {"update": "per-sample", "longest_start": 0.0}),
         Entry("random, Muon", "LoRA-SB", {"init": "random", "optimizer": "muon"}, rate=2e-2, falls=0.0),

@@ -39,7 +39,7 @@ def test_every_task_judges_a_thousand_examples_by_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("falls", "r", "expected"), [(0.5, 64, 2e-3), (0.5, 4, 8e-3), (1.0, 64, 1e-3), (1.0, 16, 4e-3)]
+    ("falls", "r", "expected"), [(0.5, 64, 2e-3), (0.5, 4, 8e-3), (1.0, 64, 1e-3), (0.0, 64, 4e-3)]
 )
 def test_rates_follow_the_rank(falls: float, r: int, expected: float) -> None:
     entry = Entry("an entry", "LoRA-SB", falls=falls)
