@@ -19,14 +19,14 @@ from benchmarks.common.csv_files import Row
 from benchmarks.common.timing import use_dtype
 from benchmarks.methods import rows, runner
 from benchmarks.paired.compare import difference, final_losses
-from benchmarks.paired.grid import CHOOSING, HELD_BACK, RANKS, SEEDS, entries, wanted
+from benchmarks.paired.grid import RANKS, SEEDS, TASKS, entries, wanted
 
 ROWS = "paired.csv"
 
 
 def tables(there: Sequence[Row], other: str) -> Iterator[Table]:
     """A table a task: every entry's mean loss, and its difference to another entry over the same seeds."""
-    for task in (*CHOOSING, *HELD_BACK):
+    for task in TASKS:
         name = f"{task} by loss"
         view = Table(title=f"{task}: loss on held-out examples, and less that of {other} (95% interval)")
         for column in ("r", "entry", "rate", "seeds", "loss", f"less {other}"):
@@ -50,8 +50,7 @@ def _is(row: Row, task: str, entry: str, r: int) -> bool:
 def main() -> None:
     """Run the grid, or show what it found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tasks = (*CHOOSING, *HELD_BACK)
-    parser.add_argument("--task", nargs="+", choices=tasks, default=list(tasks))
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--entry", nargs="+", choices=list(entries()), default=list(entries()))
     parser.add_argument("--r", nargs="+", type=int, default=list(RANKS))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))

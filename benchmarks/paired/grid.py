@@ -13,6 +13,7 @@ SEEDS = tuple(range(8))
 SWEEP_SEED = 100  # rates are chosen on another seed and another split than what is compared
 RANKS = (2, 4, 8, 16, 64)
 CHOOSING, HELD_BACK = ("chain_sum", "gsm8k"), ("word_sequence_reversal", "cola")  # recipes were chosen on the first
+TASKS = (*CHOOSING, *HELD_BACK)
 
 
 @dataclass(frozen=True)

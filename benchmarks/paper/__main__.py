@@ -12,12 +12,14 @@
     update       sign(G) against G itself
     subspace     orthonormal factors of sign(G), of G and of W
     lengths      how many of R's steps the first step of full fine-tuning is long
+    lasting      how long the first gradient's subspace holds the gradient
     start        how far from zero R starts
     again        a second SVD in the middle of training
     cola         CoLA's length of training
     energy       energy captured against the loss reached
 
-Those from `starts` to `cola` but `lengths` train what is not in methods.csv yet; curves, overhead and energy read it.
+Those from `starts` to `cola` but `lengths` and `lasting` train what is not in methods.csv yet; curves, overhead and
+energy read it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from functools import partial
 
 from benchmarks.common.timing import use_dtype
 from benchmarks.methods import runner
-from benchmarks.paper import ablations, costs, curves, energy, lengths, overhead, scale
+from benchmarks.paper import ablations, costs, curves, energy, lasting, lengths, overhead, scale
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "costs": lambda options: costs.main(options.output, options.data_dir),
@@ -37,6 +39,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "overhead": overhead.main,
     **{name: partial(ablations.main, name) for name in ablations.ABLATIONS},
     "lengths": lambda options: lengths.main(options.output),
+    "lasting": lambda options: lasting.main(options.output),
     "energy": energy.main,
 }
 

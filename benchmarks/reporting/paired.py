@@ -1,0 +1,74 @@
+"""Starts and optimizers in pairs of runs, with the intervals of their differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.common.csv_files import Row, read_csv
+from benchmarks.methods.grid import task_named
+from benchmarks.paired.compare import difference, final_losses
+from benchmarks.paired.grid import RANKS, SEEDS, TASKS, entries
+from benchmarks.paper import lasting
+from benchmarks.reporting.markdown import picture, table, where_rows
+
+FILE, PLAIN = "paired.csv", "sign"
+INTRODUCTION = f"""\
+Two entries of a task see the same batches in the same order, seed by seed, and are judged by loss on at least 1,000
+held-out examples. `{PLAIN}` is the library as it is. Rates are chosen by one more seed on the validation split: three
+around a rule's, then outward for as long as the best is the last one tried. Beside each mean stands the mean difference
+of the same seeds, with the 95% interval of a paired t-test: a tie where the interval holds zero.
+`python -m benchmarks.paired --data-dir DATA` runs what is missing; what has not been run is not in the tables."""
+
+
+def section(results: Path) -> list[str]:
+    """All tasks that have rows, and how long subspaces last."""
+    rows = read_csv(results / FILE)
+    parts = [part for task in TASKS for part in one_task(rows, task)]
+    out = ["## Starts and optimizers in pairs", "", INTRODUCTION, "", *parts] if parts else []
+    return [*out, *how_long(results)]
+
+
+def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
+    """A row a rank and entry."""
+    name, size = f"{task} by loss", task_named(f"{task} by loss")
+    others = [entry for entry in entries() if entry != PLAIN]
+    body = []
+    for r in RANKS:
+        for entry in entries():
+            losses = final_losses(rows, name, entry, r)
+            if losses:
+                mine = [row for row in rows if _is(row, name, entry, r)]
+                found = difference(rows, name, r, entry, PLAIN) if entry in others else None
+                mean = sum(losses.values()) / len(losses)
+                cells = [str(r), entry, mine[0]["lr"], str(len(losses)), mine[0]["adapter_params"], f"{mean:.4f}"]
+                body.append([*cells, str(found or "")])
+    if not body:
+        return
+    yield from (f"### {task}, by loss", "")
+    yield from (
+        f"{size.model}; {size.steps} steps of {size.batch}; {size.test} examples; up to {len(SEEDS)} seeds.",
+        "",
+    )
+    yield from table(["r", "entry", "rate", "seeds", "trained", "loss", f"less {PLAIN}"], body)
+    yield from ("", where_rows([row for row in rows if row["task"] == name and row["split"] == "test"]), "")
+
+
+def _is(row: Row, task: str, entry: str, r: int) -> bool:
+    return (row["task"], row["variant"], row["r"], row["split"]) == (task, entry, str(r), "test")
+
+
+def how_long(results: Path) -> Iterator[str]:
+    """The energy that each start's subspace keeps over the steps of training."""
+    lines = read_csv(results / lasting.FILE)
+    if not lines:
+        return
+    yield from ("### How long a subspace holds the gradient (`lasting`)", "")
+    yield from (
+        "Subspaces are made at W0 from 32 samples; G is that of 32 others, before and during full fine-tuning of "
+        "SmolLM2-135M; ‖UᵀGV‖²/‖G‖², all layers together.",
+        "",
+    )
+    yield from table(list(lasting.HEAD), lasting.shown(lines))
+    yield from ("", where_rows(lines))
+    yield from picture("Energy of the gradient in each start's subspace, by steps of training", "results/lasting.png")
