@@ -42,6 +42,8 @@ def _core(problem: Problem, cell: Cell, batches: Batches, warmup: int) -> tuple[
         task_type=problem.task_type,
         init=options.get("init", "update"),
         init_seed=cell.seed,
+        # a scaling of 1 where the rate already follows the rank; LoRA-XS's own on classification is 16/r
+        lora_alpha=float(cell.r) if options.get("alpha_is_rank") else None,
     )
     model: Any = lorasb.patch(problem.model, config)
     with tempfile.TemporaryDirectory() as folder:

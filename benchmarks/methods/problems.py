@@ -91,7 +91,12 @@ def examples(task: Task, folder: Path | None, tokenizer: Any) -> dict[str, list[
     for part in (train, held):
         random.Random(SPLIT_SEED).shuffle(part)
     validation = train[task.examples : task.examples + task.validation]
-    return {"train": train[: task.examples], "validation": validation, "test": held[: task.test]}
+    parts = {"train": train[: task.examples], "validation": validation, "test": held[: task.test]}
+    asked = {"train": task.examples, "validation": task.validation, "test": task.test}
+    if short := [name for name, count in asked.items() if len(parts[name]) < count]:
+        counts = ", ".join(f"{len(parts[name])} of {asked[name]} {name}" for name in short)
+        raise ValueError(f"{task.name} has too few examples of at most {task.longest} tokens: {counts}")
+    return parts
 
 
 def _short(found: list[Example], tokenizer: Any, longest: int | None) -> list[Example]:

@@ -19,7 +19,7 @@ from benchmarks.common.csv_files import Row
 from benchmarks.common.timing import use_dtype
 from benchmarks.methods import rows, runner
 from benchmarks.paired.compare import difference, final_losses
-from benchmarks.paired.grid import RANKS, SEEDS, TASKS, entries, wanted
+from benchmarks.paired.grid import RANKS, SEEDS, TASKS, entries, shown_rate, wanted
 
 ROWS = "paired.csv"
 
@@ -36,15 +36,11 @@ def tables(there: Sequence[Row], other: str) -> Iterator[Table]:
                 losses = final_losses(there, name, entry, r)
                 if losses:
                     found = difference(there, name, r, entry, other) if entry != other else None
-                    rate = next(row["lr"] for row in there if _is(row, name, entry, r))
+                    rate = shown_rate(entries()[entry], r, there, name)
                     mean = sum(losses.values()) / len(losses)
                     view.add_row(str(r), entry, rate, str(len(losses)), f"{mean:.4f}", str(found or ""))
         if view.row_count:
             yield view
-
-
-def _is(row: Row, task: str, entry: str, r: int) -> bool:
-    return (row["task"], row["variant"], row["r"], row["split"]) == (task, entry, str(r), "test")
 
 
 def main() -> None:

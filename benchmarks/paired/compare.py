@@ -34,7 +34,9 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """By the interval: "better", "worse", or "tie" where it holds zero."""
+        """By the interval: "better", "worse", or "tie" where it holds zero; "diverged" where a loss is not finite."""
+        if not math.isfinite(self.mean):
+            return "diverged"
         if self.mean + self.half < 0:
             return "better"
         return "worse" if self.mean - self.half > 0 else "tie"
@@ -68,6 +70,6 @@ def difference(rows: Sequence[Row], task: str, r: int, entry: str, other: str) -
 def half_width(pairs: Sequence[float]) -> float:
     """Half the 95% interval of the mean of differences."""
     freedom = len(pairs) - 1
-    if freedom == 0:
+    if freedom == 0 or not all(map(math.isfinite, pairs)):
         return math.inf
     return T95[min(freedom, len(T95)) - 1] * statistics.stdev(pairs) / math.sqrt(len(pairs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from benchmarks.methods.grid import Cell
 SEEDS = tuple(range(8))
 SWEEP_SEED = 100  # rates are chosen on another seed and another split than what is compared
 RANKS = (2, 4, 8, 16, 64)
+FARTHEST = 4  # from the rule's rate, in powers of two
 CHOOSING, HELD_BACK = ("chain_sum", "gsm8k"), ("word_sequence_reversal", "cola")  # recipes were chosen on the first
 TASKS = (*CHOOSING, *HELD_BACK)
 
@@ -53,12 +55,18 @@ def entries() -> dict[str, Entry]:
     found = (
         Entry("sign", "LoRA-SB"),
         Entry("random", "LoRA-SB", {"init": "random"}),
-        Entry("LoRA-XS", "LoRA-SB", {"init": "lora-xs"}, rate=2e-3),
-        Entry("LoRA-XS, output", "LoRA-SB", {"init": "lora-xs-output"}, rate=2e-3),
+        Entry("LoRA-XS", "LoRA-SB", {"init": "lora-xs", "alpha_is_rank": True}, rate=2e-3),
+        Entry("LoRA-XS, output", "LoRA-SB", {"init": "lora-xs-output", "alpha_is_rank": True}, rate=2e-3),
         Entry("sign, R = 0", "LoRA-SB", {"longest_start": 0.0}),
         Entry("per-sample", "LoRA-SB", {"update": "per-sample", "longest_start": 0.0}),
         Entry("random, Muon", "LoRA-SB", {"init": "random", "optimizer": "muon"}, rate=2e-2, falls=0.0),
-        Entry("W, Muon", "LoRA-SB", {"init": "lora-xs", "unit": True, "optimizer": "muon"}, rate=2e-2, falls=0.0),
+        Entry(
+            "W, Muon",
+            "LoRA-SB",
+            {"init": "lora-xs", "alpha_is_rank": True, "unit": True, "optimizer": "muon"},
+            rate=2e-2,
+            falls=0.0,
+        ),
     )
     return {entry.name: entry for entry in found}
 
@@ -78,15 +86,33 @@ def rates_to_try(entry: Entry, r: int, tried: dict[float, float]) -> tuple[float
     missing = tuple(lr for lr in entry.rates(r) if lr not in tried)
     if missing:
         return missing
-    powers = sorted(power for power in range(-6, 7) if entry.at(r, power) in tried)
-    best = min(powers, key=lambda power: tried[entry.at(r, power)])
+    powers, best = _ladder(entry, r, tried)
     beyond = best - 1 if best == powers[0] else best + 1 if best == powers[-1] else None
-    return () if beyond is None or abs(beyond) > 4 else (entry.at(r, beyond),)
+    return () if beyond is None or abs(beyond) > FARTHEST else (entry.at(r, beyond),)
+
+
+def _ladder(entry: Entry, r: int, tried: dict[float, float]) -> tuple[list[int], int]:
+    """The powers that were tried, and the best of them; a run that diverged comes last."""
+    powers = [power for power in range(-FARTHEST, FARTHEST + 1) if entry.at(r, power) in tried]
+    losses = {power: tried[entry.at(r, power)] for power in powers}
+    return powers, min(powers, key=lambda power: (not math.isfinite(losses[power]), losses[power]))
 
 
 def best_rate(entry: Entry, r: int, tried: dict[float, float]) -> float | None:
     """The rate of the least validation loss; None before all were tried."""
-    return None if rates_to_try(entry, r, tried) else min(tried, key=lambda lr: tried[lr])
+    return None if rates_to_try(entry, r, tried) else entry.at(r, _ladder(entry, r, tried)[1])
+
+
+def is_last_tried(entry: Entry, r: int, tried: dict[float, float]) -> bool:
+    """Whether the ladder ended before the loss rose again."""
+    powers, best = _ladder(entry, r, tried)
+    return best in (powers[0], powers[-1])
+
+
+def shown_rate(entry: Entry, r: int, rows: Sequence[Row], task: str) -> str:
+    """The best rate, for tables."""
+    tried = swept(rows, task, entry.name, r)
+    return f"{best_rate(entry, r, tried):g}" + (" (last tried)" if is_last_tried(entry, r, tried) else "")
 
 
 def wanted(

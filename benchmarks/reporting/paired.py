@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.methods.grid import task_named
 from benchmarks.paired.compare import difference, final_losses
-from benchmarks.paired.grid import RANKS, SEEDS, TASKS, entries
+from benchmarks.paired.grid import RANKS, SEEDS, TASKS, entries, shown_rate
 from benchmarks.paper import lasting
 from benchmarks.reporting.markdown import picture, table, where_rows
 
@@ -32,17 +32,7 @@ def section(results: Path) -> list[str]:
 def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
     """A row a rank and entry."""
     name, size = f"{task} by loss", task_named(f"{task} by loss")
-    others = [entry for entry in entries() if entry != PLAIN]
-    body = []
-    for r in RANKS:
-        for entry in entries():
-            losses = final_losses(rows, name, entry, r)
-            if losses:
-                mine = [row for row in rows if _is(row, name, entry, r)]
-                found = difference(rows, name, r, entry, PLAIN) if entry in others else None
-                mean = sum(losses.values()) / len(losses)
-                cells = [str(r), entry, mine[0]["lr"], str(len(losses)), mine[0]["adapter_params"], f"{mean:.4f}"]
-                body.append([*cells, str(found or "")])
+    body = [_cells(rows, name, entry, r) for r in RANKS for entry in entries() if final_losses(rows, name, entry, r)]
     if not body:
         return
     yield from (f"### {task}, by loss", "")
@@ -52,6 +42,15 @@ def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
     )
     yield from table(["r", "entry", "rate", "seeds", "trained", "loss", f"less {PLAIN}"], body)
     yield from ("", where_rows([row for row in rows if row["task"] == name and row["split"] == "test"]), "")
+
+
+def _cells(rows: Sequence[Row], task: str, entry: str, r: int) -> list[str]:
+    """Rank, entry, rate, seeds, trained parameters, mean loss, and the difference to the plain entry."""
+    losses = final_losses(rows, task, entry, r)
+    rate, trained = shown_rate(entries()[entry], r, rows, task), next(row for row in rows if _is(row, task, entry, r))
+    found = difference(rows, task, r, entry, PLAIN) if entry != PLAIN else None
+    mean = sum(losses.values()) / len(losses)
+    return [str(r), entry, rate, str(len(losses)), trained["adapter_params"], f"{mean:.4f}", str(found or "")]
 
 
 def _is(row: Row, task: str, entry: str, r: int) -> bool:

@@ -73,7 +73,7 @@ def initialize(
     """
     model = getattr(model, "_orig_mod", model)  # unwrap torch.compile's OptimizedModule
     name, layers = _unmerged_layers(model, adapter_name)
-    _check(update, strategy, cache, longest_start)
+    _check(update, strategy, cache, longest_start, stability)
     recipe = Recipe(name, lr or 0.0, update, seed, longest_start if update != "sgd" else None)  # Theorem 6
     bytes_allowed = parse_size(memory_budget)
     options = Options(recipe, num_samples, strategy, blocks, bytes_allowed, loss_fn, cache, stability, progress)
@@ -149,7 +149,7 @@ def _warn_if_frozen(layers: Layers, name: str) -> None:
         )
 
 
-def _check(update: str, strategy: str, cache: Any, longest_start: float | None) -> None:
+def _check(update: str, strategy: str, cache: Any, longest_start: float | None, stability: bool) -> None:
     if update not in UPDATES:
         raise ValueError(f"update must be one of {', '.join(UPDATES)}, got {update!r}")
     if strategy not in STRATEGIES:
@@ -157,6 +157,8 @@ def _check(update: str, strategy: str, cache: Any, longest_start: float | None) 
     if update != "adamw" and cache is not None:
         needs = "the gradient itself" if update == "sgd" else "each sample's gradient"
         raise ValueError(f"update={update!r} needs {needs}, and a cache keeps its signs only: leave cache out")
+    if update == "per-sample" and stability:
+        raise ValueError("stability compares subspaces of sign(G), and update='per-sample' has others: leave it out")
     if longest_start is not None and not longest_start >= 0:
         raise ValueError(f"longest_start is a number of steps of R >= 0, or None for no limit, got {longest_start!r}")
 

@@ -83,7 +83,7 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Opti
             return _from_cache(model, writer, writer.cache, cached)
     work = Work(model, layers, pieces, options.loss_fn, processes, options.stability, options.recipe.update == "sgd")
     if recipe.update == "per-sample":
-        work.sketches = writer.sketch
+        work.sketches, work.sketch_rank = writer.sketch, max(layer.r[recipe.adapter] for layer in layers.values())
     with frozen_base(model):
         executor = _execute_plan(work, writer, options)
         writer.write_fallbacks(model, [name for name in layers if name not in writer.reports])

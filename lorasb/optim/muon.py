@@ -53,21 +53,30 @@ class Muon(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, after a check that its algorithm can take its parameters."""
         group = dict(param_group)
-        group.setdefault("algorithm", MUON if group.get("name", CORE_GROUP) == CORE_GROUP else ADAMW)
-        parameters = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        group["params"] = parameters
-        if group["algorithm"] == ADAMW:
-            group = {name: value for name, value in _adamw().defaults.items() if name not in self.defaults} | group
-        elif group["algorithm"] != MUON:
-            raise ValueError(f"expected a group's algorithm to be {MUON} or {ADAMW}, got {group['algorithm']!r}")
-        else:
-            for parameter in parameters:
-                if parameter.dim() != 2:
-                    raise ValueError(
-                        f"Muon steps matrices, got a parameter of shape {list(parameter.shape)}: leave it to AdamW, "
-                        "lorasb.optim.Muon(lorasb.parameter_groups(model, lr=2e-2, other_lr=1e-3))"
-                    )
+        self._complete(group)
         super().add_param_group(group)
+        shapes = [list(parameter.shape) for parameter in self.param_groups[-1]["params"]]
+        wrong = next((shape for shape in shapes if len(shape) != 2), None)
+        if group["algorithm"] == MUON and wrong is not None:
+            self.param_groups.pop()
+            raise ValueError(
+                f"Muon steps matrices, got a parameter of shape {wrong}: leave it to AdamW, "
+                "lorasb.optim.Muon(lorasb.parameter_groups(model, lr=2e-2, other_lr=1e-3))"
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Groups of a state that another optimizer saved get what they lack."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            self._complete(group)
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Set a group's algorithm if it has none, and AdamW's own options."""
+        algorithm = group.setdefault("algorithm", MUON if group.get("name", CORE_GROUP) == CORE_GROUP else ADAMW)
+        if algorithm not in (MUON, ADAMW):
+            raise ValueError(f"expected a group's algorithm to be {MUON} or {ADAMW}, got {algorithm!r}")
+        for name, value in ((_adamw().defaults if algorithm == ADAMW else {}) | self.defaults).items():
+            group.setdefault(name, value)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -129,7 +138,7 @@ def _adamw() -> torch.optim.AdamW:
 
 
 def _adamw_step(groups: list[dict[str, Any]], state: Any) -> None:
-    """torch's AdamW on groups and a state that are not its own."""
+    """torch's AdamW on groups and a state that are not its own. Hooks on all optimizers' steps see this step, too."""
     adamw = _adamw()
     adamw.param_groups, adamw.state = groups, state
     adamw.step()

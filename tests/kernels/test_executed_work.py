@@ -11,7 +11,7 @@ from ptx.launch import compile_launch
 from ptx.metered import work_of
 from ptx.work import Work
 
-from benchmarks.kernels.executed_work import launch_work
+from benchmarks.kernels.executed_work import launch_work, shares
 from benchmarks.kernels.launches import plan_for, record
 from benchmarks.kernels.traffic import traffic
 from lorasb.kernels.launcher import Launch
@@ -58,6 +58,19 @@ def core_flops(launch: Launch) -> int:
 def close(a: Work, b: Work, bound: float) -> bool:
     pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(Work)]
     return all(abs(x - y) <= bound * y for x, y in pairs)
+
+
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_lines_are_what_executing_all_of_it_gives(op: str, request: pytest.FixtureRequest) -> None:
+    """Of a group on a large grid: each share executed whole, and continued from two short lengths."""
+    executor = request.config.ptx_executor  # type: ignore[attr-defined]
+    M, n, ms, r = 2048, 1024, (1024, 512), 32
+    chosen = plan_for(op, torch.bfloat16, M, n, ms, r, executor.arch, 84)
+    for launch in record(op, Plan("fused", chosen.prep, chosen.gemm), torch.bfloat16, M, n, ms, r):
+        compiled, whole = compile_launch(launch, executor.driver), Work()
+        for share in shares(launch):
+            whole += work_of(launch, compiled, share.programs) * share.times
+        assert close(launch_work(launch, executor.arch), whole, 1e-6)
 
 
 def test_a_long_reduction_is_continued_as_a_line(request: pytest.FixtureRequest) -> None:

@@ -63,7 +63,7 @@ def test_issue_slots(text: str, expected: int) -> None:
     assert slots(parse_instruction(text)) == expected
 
 
-def test_guarded_warps_do_not_issue() -> None:
+def test_warps_that_are_elsewhere_do_not_issue() -> None:
     work, active = Work(), np.zeros(128, bool)
     active[[0, 5, 70]] = True
     work.issue(parse_instruction("@%p1 add.s32 %r1, %r2, %r3"), active, 128)

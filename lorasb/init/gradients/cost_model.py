@@ -56,8 +56,8 @@ class Sizes:
 
 def block_bytes(work: Work, stack: Stack, sizes: Sizes) -> float:
     """Bytes of the largest block's sums and its activations of one micro-batch."""
-    sums = max(sum(sum_bytes(layer) for layer in block.values()) for block in stack.targets) * (2 if work.halves else 1)
-    return sums + sizes.largest * sizes.activations / len(stack.blocks)
+    largest = max(sum(sum_bytes(layer, work.sketch_rank) for layer in block.values()) for block in stack.targets)
+    return largest * (2 if work.halves else 1) + sizes.largest * sizes.activations / len(stack.blocks)
 
 
 def sum_budget(work: Work, sizes: Sizes, memory_budget: float | None) -> float:
@@ -124,8 +124,8 @@ def layerwise_memory(work: Work, stack: Stack, sizes: Sizes) -> float:
 
 def accumulate_memory(work: Work, sizes: Sizes, budget_bytes: float) -> float:
     """Peak bytes: sums of one pass, at most `budget_bytes` unless one layer takes more, and activations."""
-    all_sums = sum(sum_bytes(layer) for layer in work.layers.values()) * (2 if work.halves else 1)
-    largest = max(sum_bytes(layer) for layer in work.layers.values())
+    all_sums = sum(sum_bytes(layer, work.sketch_rank) for layer in work.layers.values()) * (2 if work.halves else 1)
+    largest = max(sum_bytes(layer, work.sketch_rank) for layer in work.layers.values())
     return (
         min(all_sums, max(budget_bytes, largest))
         + sizes.largest * (sizes.activations + sizes.head)

@@ -98,7 +98,8 @@ class Executor:
         # Sums outside of the stack (the head's) are all taken in the first backward: as many as fit, from the last one
         # on, as only those above the stack are reached. The others are left to the passes.
         for name in reversed(outside):
-            if sum(map(sum_bytes, above.values())) + sum_bytes(outside[name]) <= self.plan.sum_budget:
+            taken = sum(sum_bytes(layer, self.work.sketch_rank) for layer in (*above.values(), outside[name]))
+            if taken <= self.plan.sum_budget:
                 above[name] = outside[name]
         yield from layerwise(work, stack, above, _to_host if self.plan.on_host else _keep_on_device, saved)
 
@@ -108,7 +109,7 @@ class Executor:
         remaining: dict[str, nn.Module] = {n: m for n, m in self.work.layers.items() if n not in self.done | inside}
         if not remaining:
             return
-        count = len(passes(remaining, self.plan.sum_budget / (2 if self.work.halves else 1)))
+        count = len(passes(remaining, self.plan.sum_budget / (2 if self.work.halves else 1), self.work.sketch_rank))
         bar.set_description(f"{len(remaining)} layers in {count} passes" if count > 1 else "first-step gradients")
         bar.reset(total=count * len(self.work.pieces))
         yield from accumulate(self.work, remaining, self.plan.sum_budget)

@@ -90,7 +90,7 @@ def plan_for(work: Work, stack: Stack | None, why: str, memory_budget: float | N
     # The minimum over ranks: a plan has to fit on all of them.
     free, host = work.processes.all_reduce_min([available(work.device), float(psutil.virtual_memory().available)])
     if stack is None:
-        count = len(passes(dict(work.layers), budget / (2 if work.halves else 1)))
+        count = len(passes(dict(work.layers), budget / (2 if work.halves else 1), work.sketch_rank))
         memory = accumulate_memory(work, sizes, budget)
         _refuse_too_much(work, sizes, memory, free, None)
         # 6 operations per weight and token: forward, gradient of the input, gradient of the weight

@@ -46,6 +46,7 @@ class Work:
         halves: True if the first half of the samples is summed separately, too.
         values: True if the values of ΣG are needed (SGD), not only its signs.
         sketches: makes a layer's empty sketch of second moments, if they are wanted.
+        sketch_rank: the largest rank that sketches are for; 0 without any.
         tick: called after every micro-batch of every block or pass, for progress bars.
         expect: called with the number of remaining ticks, once it is known.
         loss: Σ of the samples' losses.
@@ -60,6 +61,7 @@ class Work:
     halves: bool = False
     values: bool = False
     sketches: Callable[[str], MomentSketch] | None = None
+    sketch_rank: int = 0
     tick: Callable[[], Any] = field(default=lambda: None)
     expect: Callable[[int], Any] = field(default=lambda remaining: None)
     loss: float = 0.0

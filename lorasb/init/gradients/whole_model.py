@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..linalg.moment_sketch import sketch_bytes
 from .accumulator import GradientSums
 from .task import Work
 
@@ -21,7 +22,7 @@ def accumulate(work: Work, layers: dict[str, nn.Module], budget_bytes: float) ->
     Yields:
         Sums of the layers that backward reached.
     """
-    for subset in passes(layers, budget_bytes / (2 if work.halves else 1)):
+    for subset in passes(layers, budget_bytes / (2 if work.halves else 1), work.sketch_rank):
         with GradientSums(subset, work.halves, sketches=work.sketches) as sums:
             for piece in work.pieces:
                 sums.muted, sums.first_half = not piece.counts, piece.first_half
@@ -30,7 +31,7 @@ def accumulate(work: Work, layers: dict[str, nn.Module], budget_bytes: float) ->
         yield sums
 
 
-def passes(layers: dict[str, nn.Module], budget_bytes: float) -> list[dict[str, nn.Module]]:
+def passes(layers: dict[str, nn.Module], budget_bytes: float, sketch_rank: int = 0) -> list[dict[str, nn.Module]]:
     """Subsets of consecutive layers whose fp32 sums fit into a budget, from the last layer to the first.
 
     Backward ends at the lowest layer that has a hook, so a pass over late layers is shorter.
@@ -38,7 +39,7 @@ def passes(layers: dict[str, nn.Module], budget_bytes: float) -> list[dict[str, 
     subsets: list[dict[str, nn.Module]] = []
     used = 0.0
     for name in reversed(layers):
-        size = sum_bytes(layers[name])
+        size = sum_bytes(layers[name], sketch_rank)
         if not subsets or used + size > budget_bytes:
             subsets.append({})
             used = 0.0
@@ -47,6 +48,7 @@ def passes(layers: dict[str, nn.Module], budget_bytes: float) -> list[dict[str, 
     return subsets
 
 
-def sum_bytes(layer: nn.Module) -> int:
-    """Bytes of a layer's ΣG [out, in] in fp32."""
-    return 4 * layer.in_features * layer.out_features  # type: ignore[operator, return-value]
+def sum_bytes(layer: nn.Module, sketch_rank: int = 0) -> int:
+    """Bytes of a layer's ΣG [out, in] in fp32, and of its sketches of second moments for a rank, if that is not 0."""
+    size: int = 4 * layer.in_features * layer.out_features  # type: ignore[operator, assignment]
+    return size + (sketch_bytes((layer.out_features, layer.in_features), sketch_rank) if sketch_rank else 0)  # type: ignore[arg-type]

@@ -14,6 +14,11 @@ from torch import Tensor
 from .svd import OVERSAMPLE, Triplets
 
 
+def sketch_bytes(shape: tuple[int, int], r: int) -> int:
+    """Bytes of the sketch of a layer: two sums and two starts, in fp32."""
+    return 2 * 4 * sum(shape) * min(r + OVERSAMPLE, *shape)
+
+
 class MomentSketch:
     """Sums of g_i g_iᵀ Ω [out, q] and g_iᵀ g_i Ω' [in, q] over samples, in fp32.
 
@@ -26,8 +31,8 @@ class MomentSketch:
     def __init__(self, shape: tuple[int, int], r: int, seed: int) -> None:
         self.q = min(r + OVERSAMPLE, *shape)
         generator = torch.Generator().manual_seed(seed)
-        self._starts = [torch.randn(side, self.q, generator=generator) for side in shape]
-        self.sums = [torch.zeros(side, self.q) for side in shape]
+        self._starts = [torch.randn(side, self.q, generator=generator, dtype=torch.float32) for side in shape]
+        self.sums = [torch.zeros(side, self.q, dtype=torch.float32) for side in shape]
 
     def to(self, device: torch.device) -> MomentSketch:
         """Move to a device, in place."""
@@ -41,7 +46,7 @@ class MomentSketch:
         """Add samples: dy [b, ..., out] and x [b, ..., in], one sample a row of the first dimension.
 
         Of two dimensions alone, [tokens, out], all tokens count as one sample: modules that get flattened rows (OPT's
-        fc1, experts) do not know where one sample ends.
+        fc1, experts) do not know where one sample ends. A layer that runs twice in a forward adds two samples.
         """
         self.to(dy.device)
         samples = dy.shape[0] if dy.dim() > 2 else 1

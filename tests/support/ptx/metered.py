@@ -80,8 +80,8 @@ class MeteredBlock(ThreadBlock):
         super().__init__(program, memory, shared, values, place)
         self.work, self.shared = work, MeteredShared(shared, work)
 
-    def _issued(self, instruction: Instruction, active: Array | None) -> None:
-        self.work.issue(instruction, active, self.threads)
+    def _issued(self, instruction: Instruction, here: Array | None) -> None:
+        self.work.issue(instruction, here, self.threads)
 
 
 def work_of(launch: Any, compiled: Compiled, programs: Sequence[int]) -> Work:
@@ -100,6 +100,6 @@ def _values(launch: Any, compiled: Compiled, program: Program) -> dict[str, int 
     for parameter, value in zip(program.parameters, [*flattened(launch, compiled.signature), 0, 0], strict=True):
         if isinstance(value, torch.Tensor):
             size, value = value.numel() * value.element_size(), top
-            top += -(-size // ALIGNMENT + 1) * -ALIGNMENT
+            top += (-(-size // ALIGNMENT) + 1) * ALIGNMENT
         values[parameter.name] = float(value) if parameter.kind == "f32" else int(value)
     return values

@@ -86,7 +86,7 @@ class ThreadBlock:
         self.counts[instruction.opcode] += 1
         here = None if self._places is None else self._places == at
         active = self._guarded(instruction, here)
-        self._issued(instruction, active)
+        self._issued(instruction, here)
         head = instruction.parts[0]
         if head in ("bra", "ret", "exit"):
             target = len(self.program.instructions) if head != "bra" else self._label(instruction)
@@ -95,8 +95,8 @@ class ThreadBlock:
             self._execute(instruction, head, active)
         return self._advance(here, at)
 
-    def _issued(self, instruction: Instruction, active: Array | None) -> None:
-        """An instruction that the active threads (None: all) execute; for subclasses that count."""
+    def _issued(self, instruction: Instruction, here: Array | None) -> None:
+        """An instruction that some threads (None: all) are at, whatever its guard says; for subclasses that count."""
 
     def _execute(self, instruction: Instruction, head: str, active: Array | None) -> None:
         if head in FUNCTIONS:

@@ -45,9 +45,9 @@ class Work:
     def __mul__(self, times: float) -> Work:
         return Work(*(getattr(self, f.name) * times for f in fields(Work)))
 
-    def issue(self, instruction: Instruction, active: Array | None, threads: int) -> None:
-        """An instruction, by the warps that have a thread in it."""
-        warps = threads // WARP if active is None else int(active.reshape(-1, WARP).any(1).sum())
+    def issue(self, instruction: Instruction, here: Array | None, threads: int) -> None:
+        """An instruction, by the warps that have a thread at it; a guard that is false takes the slot all the same."""
+        warps = threads // WARP if here is None else int(here.reshape(-1, WARP).any(1).sum())
         self.issue_slots += warps * slots(instruction)
         head = instruction.parts[0]
         if head == "mma":
@@ -95,7 +95,8 @@ def wavefronts(addresses: Array, size: int, warps: Array) -> int:
     """Passes through shared memory's 32 banks.
 
     A pass serves as many lanes as ask for 128 bytes together (all of a warp at 4 bytes, a quarter at 16), and repeats
-    for each further word that they want of one bank. Lanes that want the same word share it.
+    for each further word that they want of one bank. Lanes that want the same word share it. Lanes that are masked off
+    are not told apart from those that are not there: of a masked access the passes are the fewest that may be.
     """
     lanes = PHASE_BYTES // max(size, BANK_BYTES)
     place = np.arange(len(addresses)) - np.searchsorted(warps, warps)  # among the warp's own; warps are in order
