@@ -129,7 +129,7 @@ BAD_CALLS = {
     "inspect nothing": (["inspect", "nowhere"], "expected an adapter folder with adapter_config.json"),
     "method": (["finetune", "--method", "magic"], "--method must be one of lora-sb, lora-xs, lora, got 'magic'"),
     "dtype": (["finetune", "--dtype", "int4"], "--dtype must be one of auto, bfloat16, float32, float16, got 'int4'"),
-    "update": (["finetune", "--update", "lion"], "--update must be one of adamw, sgd, got 'lion'"),
+    "update": (["finetune", "--update", "lion"], "--update must be one of adamw, sgd, per-sample, got 'lion'"),
     "rank": (["finetune", "--r", "0"], "--r must be positive, got 0"),
     "task": (["finetune", "--task", "chess"], "unknown task 'chess': expected one of word_sequence_reversal"),
     "model": (

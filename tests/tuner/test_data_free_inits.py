@@ -18,7 +18,7 @@ import lorasb
 import lorasb.init.pipeline
 from lorasb.layers.linear import LoRASBLinear
 
-INITS = ["lora-xs", "kaiming"]
+INITS = ["lora-xs", "lora-xs-output", "kaiming", "random"]
 
 
 def again(model: nn.Module, seed: int = 0, **options: Any) -> dict[str, torch.Tensor]:
@@ -46,8 +46,8 @@ def no_svd(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("an init was run")
 
-    monkeypatch.setattr(lorasb.init.pipeline, "lora_xs", refuse)
-    monkeypatch.setattr(lorasb.init.pipeline, "kaiming", refuse)
+    for name in ("lora_xs", "kaiming", "random_subspace"):
+        monkeypatch.setattr(lorasb.init.pipeline, name, refuse)
 
 
 @pytest.mark.parametrize("init", INITS)

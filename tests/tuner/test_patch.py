@@ -91,7 +91,11 @@ BAD_PATCHES = {
     ),
     "unknown field": ({"rank": 8}, TypeError, "LoRASBConfig has no field 'rank': did you mean"),
     "unrelated field": ({"zzz": 8}, TypeError, "LoRASBConfig has no field 'zzz': known fields: .*target_modules"),
-    "init": ({"init": "pissa"}, ValueError, "init must be one of update, lora-xs, kaiming, got 'pissa'"),
+    "init": (
+        {"init": "pissa"},
+        ValueError,
+        "init must be one of update, lora-xs, lora-xs-output, kaiming, random, got 'pissa'",
+    ),
     "dropout": ({"lora_dropout": 1.0}, ValueError, r"lora_dropout must lie in \[0, 1\), got 1\.0"),
     "scaling": ({"scaling": 0.0}, ValueError, "scaling must be finite and not zero"),
     "alpha": ({"lora_alpha": 16}, ValueError, "lora_alpha belongs to init='lora-xs'"),
