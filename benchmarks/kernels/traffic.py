@@ -22,14 +22,12 @@ class Traffic:
         loaded: bytes that its programs ask for.
         stored: bytes that they write.
         compulsory: bytes of its operands and results, each counted once: what DRAM must move at least.
-        thin: no big matrix product, whose share of the peak has the traffic through L2 in it.
     """
 
     flops: int
     loaded: int
     stored: int
     compulsory: int
-    thin: bool = True
 
 
 def traffic(launch: Launch) -> Traffic:
@@ -87,8 +85,7 @@ def _extended(launch: Launch) -> Traffic:
         compulsory = _bytes(*inputs, *weights, *a["factors"], *(a["biases"] if a["HAS_BIAS"] else ()), *a["ys"])
         compulsory += M * R * members * size
     core = _core(launch)
-    thin = not (tiles and sum(a["Ks"]))
-    return Traffic(flops + core.flops, loaded + core.loaded, stored + core.stored, compulsory + core.compulsory, thin)
+    return Traffic(flops + core.flops, loaded + core.loaded, stored + core.stored, compulsory + core.compulsory)
 
 
 def _core(launch: Launch) -> Traffic:

@@ -132,14 +132,19 @@ def train(model: Any, problem: Problem, task: Task, cell: Cell, warmup: int) -> 
         if again and step == again:
             begin_again(model, problem, cell, lambda n: drawn(problem, task, cell.seed + 1, n), warmup)
             opt.state.clear()
-        share = min((step + 1) / max(1, warmup), (task.steps - step) / max(1, task.steps - warmup))
+        share = rate_share(step, task.steps, warmup)
         for group, peak in zip(opt.param_groups, peaks, strict=True):
             group["lr"] = peak * share
-        losses.append(_step(model, batch, opt, trained, wide))
+        losses.append(train_step(model, batch, opt, trained, wide))
     return losses
 
 
-def _step(model: Any, batch: Batch, opt: Any, trained: list[torch.nn.Parameter], wide: bool) -> float:
+def rate_share(step: int, steps: int, warmup: int) -> float:
+    """The schedule: what a step has of the peak rate, up over the warm-up and down to zero in a line."""
+    return min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
+
+
+def train_step(model: Any, batch: Batch, opt: Any, trained: list[torch.nn.Parameter], wide: bool) -> float:
     """One step of the optimizer, under autocast if `wide`; the loss before it."""
     with torch.autocast("cpu", torch.bfloat16, enabled=wide):
         loss = model(**batch).loss

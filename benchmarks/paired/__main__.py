@@ -18,27 +18,18 @@ from rich.table import Table
 from benchmarks.common.csv_files import Row
 from benchmarks.common.timing import use_dtype
 from benchmarks.methods import rows, runner
-from benchmarks.paired.compare import difference, final_losses
-from benchmarks.paired.grid import RANKS, SEEDS, TASKS, entries, shown_rate, wanted
-
-ROWS = "paired.csv"
+from benchmarks.paired.compare import head, lines
+from benchmarks.paired.grid import RANKS, ROWS, SEEDS, TASKS, entries, wanted
 
 
 def tables(there: Sequence[Row], other: str) -> Iterator[Table]:
     """A table a task: every entry's mean loss, and its difference to another entry over the same seeds."""
     for task in TASKS:
-        name = f"{task} by loss"
         view = Table(title=f"{task}: loss on held-out examples, and less that of {other} (95% interval)")
-        for column in ("r", "entry", "rate", "seeds", "loss", f"less {other}"):
+        for column in head(other):
             view.add_column(column, justify="left" if column == "entry" else "right")
-        for r in RANKS:
-            for entry in entries():
-                losses = final_losses(there, name, entry, r)
-                if losses:
-                    found = difference(there, name, r, entry, other) if entry != other else None
-                    rate = shown_rate(entries()[entry], r, there, name)
-                    mean = sum(losses.values()) / len(losses)
-                    view.add_row(str(r), entry, rate, str(len(losses)), f"{mean:.4f}", str(found or ""))
+        for line in lines(there, f"{task} by loss", other):
+            view.add_row(*line)
         if view.row_count:
             yield view
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.common.csv_files import Row
-from benchmarks.paired.grid import best_rate, entries, swept
+from benchmarks.paired.grid import RANKS, best_rate, entries, rows_of, shown_rate, swept
 
 # two-sided 95% quantiles of Student's t, by degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -48,12 +48,8 @@ class Difference:
 def final_losses(rows: Sequence[Row], task: str, entry: str, r: int) -> dict[int, float]:
     """Test loss by seed, at the best rate of the sweep."""
     rate = best_rate(entries()[entry], r, swept(rows, task, entry, r))
-    return {
-        int(row["seed"]): float(row["loss"])
-        for row in rows
-        if (row["task"], row["variant"], row["r"], row["split"]) == (task, entry, str(r), "test")
-        and float(row["lr"]) == rate
-    }
+    found = rows_of(rows, task, entry, r, "test")
+    return {int(row["seed"]): float(row["loss"]) for row in found if float(row["lr"]) == rate}
 
 
 def difference(rows: Sequence[Row], task: str, r: int, entry: str, other: str) -> Difference | None:
@@ -73,3 +69,20 @@ def half_width(pairs: Sequence[float]) -> float:
     if freedom == 0 or not all(map(math.isfinite, pairs)):
         return math.inf
     return T95[min(freedom, len(T95)) - 1] * statistics.stdev(pairs) / math.sqrt(len(pairs))
+
+
+def head(other: str) -> list[str]:
+    """Of the table that `lines` has the body of."""
+    return ["r", "entry", "rate", "seeds", "trained", "loss", f"less {other}"]
+
+
+def lines(rows: Sequence[Row], task: str, other: str) -> Iterator[list[str]]:
+    """A row a rank and entry that has test runs: its mean loss, and the difference to `other` over the same seeds."""
+    for r in RANKS:
+        for entry in entries():
+            losses = final_losses(rows, task, entry, r)
+            if losses:
+                found = difference(rows, task, r, entry, other) if entry != other else None
+                trained = rows_of(rows, task, entry, r, "test")[0]["adapter_params"]
+                rate, mean = shown_rate(entries()[entry], r, rows, task), sum(losses.values()) / len(losses)
+                yield [str(r), entry, rate, str(len(losses)), trained, f"{mean:.4f}", str(found or "")]

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.common.csv_files import Row
 from benchmarks.methods.grid import Cell
 
+ROWS = "paired.csv"  # beside the other results
 SEEDS = tuple(range(8))
 SWEEP_SEED = 100  # rates are chosen on another seed and another split than what is compared
 RANKS = (2, 4, 8, 16, 64)
@@ -71,14 +72,16 @@ def entries() -> dict[str, Entry]:
     return {entry.name: entry for entry in found}
 
 
+def rows_of(rows: Sequence[Row], task: str, entry: str, r: int, split: str) -> list[Row]:
+    """The runs of an entry at a rank, of all rates and seeds."""
+    wanted = task, entry, str(r), split
+    return [row for row in rows if (row["task"], row["variant"], row["r"], row["split"]) == wanted]
+
+
 def swept(rows: Sequence[Row], task: str, entry: str, r: int) -> dict[float, float]:
     """Validation loss by rate."""
-    return {
-        float(row["lr"]): float(row["loss"])
-        for row in rows
-        if (row["task"], row["variant"], row["r"], row["split"]) == (task, entry, str(r), "validation")
-        and row["seed"] == str(SWEEP_SEED)
-    }
+    found = rows_of(rows, task, entry, r, "validation")
+    return {float(row["lr"]): float(row["loss"]) for row in found if row["seed"] == str(SWEEP_SEED)}
 
 
 def rates_to_try(entry: Entry, r: int, tried: dict[float, float]) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ from benchmarks.common.timing import measured_dtype, provenance_columns
 from benchmarks.methods.adapters import optimizer
 from benchmarks.methods.grid import METHODS, WARMUP, Cell, task_named
 from benchmarks.methods.problems import Batch, Problem, load
-from benchmarks.methods.run import CLIP, batches, drawn
+from benchmarks.methods.run import batches, drawn, rate_share, train_step
 from lorasb.init.factors.methods import random_subspace
 from lorasb.init.gradients.accumulator import GradientSums, LayerSum
 from lorasb.init.gradients.loss import backward_over_samples
@@ -116,18 +116,12 @@ def trained(problem: Problem) -> Iterator[tuple[int, float]]:
     """Full fine-tuning, as the comparison has it; yields the steps to look at, and the loss before each."""
     cell, warmup = Cell(TASK.name, "validation", "full", 0, RATE, SEED), round(WARMUP * TASK.steps)
     steps = optimizer(problem.model, METHODS["full"], TASK, cell, [])
-    loss = float("nan")
+    loss, wide = float("nan"), measured_dtype() == torch.bfloat16
     for step, batch in enumerate(batches(problem, TASK, SEED)):
         if step in STEPS:
             yield step, loss
-        steps.param_groups[0]["lr"] = RATE * min((step + 1) / warmup, (TASK.steps - step) / (TASK.steps - warmup))
-        with torch.autocast("cpu", torch.bfloat16, enabled=measured_dtype() == torch.bfloat16):
-            found = problem.model(**batch).loss
-        found.backward()
-        torch.nn.utils.clip_grad_norm_(problem.model.parameters(), CLIP)
-        steps.step()
-        steps.zero_grad()
-        loss = float(found.detach())
+        steps.param_groups[0]["lr"] = RATE * rate_share(step, TASK.steps, warmup)
+        loss = train_step(problem.model, batch, steps, list(problem.model.parameters()), wide)
     yield TASK.steps, loss
 
 

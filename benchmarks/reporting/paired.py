@@ -7,12 +7,12 @@ from pathlib import Path
 
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.methods.grid import task_named
-from benchmarks.paired.compare import difference, final_losses
-from benchmarks.paired.grid import RANKS, SEEDS, TASKS, entries, shown_rate
+from benchmarks.paired.compare import head, lines
+from benchmarks.paired.grid import ROWS, SEEDS, TASKS
 from benchmarks.paper import lasting
 from benchmarks.reporting.markdown import picture, table, where_rows
 
-FILE, PLAIN = "paired.csv", "sign"
+PLAIN = "sign"
 INTRODUCTION = f"""\
 Two entries of a task see the same batches in the same order, seed by seed, and are judged by loss on at least 1,000
 held-out examples. `{PLAIN}` is the library as it is. Rates are chosen by one more seed on the validation split: three
@@ -23,7 +23,7 @@ of the same seeds, with the 95% interval of a paired t-test: a tie where the int
 
 def section(results: Path) -> list[str]:
     """All tasks that have rows, and how long subspaces last."""
-    rows = read_csv(results / FILE)
+    rows = read_csv(results / ROWS)
     parts = [part for task in TASKS for part in one_task(rows, task)]
     out = ["## Starts and optimizers in pairs", "", INTRODUCTION, "", *parts] if parts else []
     return [*out, *how_long(results)]
@@ -32,7 +32,7 @@ def section(results: Path) -> list[str]:
 def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
     """A row a rank and entry."""
     name, size = f"{task} by loss", task_named(f"{task} by loss")
-    body = [_cells(rows, name, entry, r) for r in RANKS for entry in entries() if final_losses(rows, name, entry, r)]
+    body = list(lines(rows, name, PLAIN))
     if not body:
         return
     yield from (f"### {task}, by loss", "")
@@ -40,27 +40,14 @@ def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
         f"{size.model}; {size.steps} steps of {size.batch}; {size.test} examples; up to {len(SEEDS)} seeds.",
         "",
     )
-    yield from table(["r", "entry", "rate", "seeds", "trained", "loss", f"less {PLAIN}"], body)
+    yield from table(head(PLAIN), body)
     yield from ("", where_rows([row for row in rows if row["task"] == name and row["split"] == "test"]), "")
-
-
-def _cells(rows: Sequence[Row], task: str, entry: str, r: int) -> list[str]:
-    """Rank, entry, rate, seeds, trained parameters, mean loss, and the difference to the plain entry."""
-    losses = final_losses(rows, task, entry, r)
-    rate, trained = shown_rate(entries()[entry], r, rows, task), next(row for row in rows if _is(row, task, entry, r))
-    found = difference(rows, task, r, entry, PLAIN) if entry != PLAIN else None
-    mean = sum(losses.values()) / len(losses)
-    return [str(r), entry, rate, str(len(losses)), trained["adapter_params"], f"{mean:.4f}", str(found or "")]
-
-
-def _is(row: Row, task: str, entry: str, r: int) -> bool:
-    return (row["task"], row["variant"], row["r"], row["split"]) == (task, entry, str(r), "test")
 
 
 def how_long(results: Path) -> Iterator[str]:
     """The energy that each start's subspace keeps over the steps of training."""
-    lines = read_csv(results / lasting.FILE)
-    if not lines:
+    found = read_csv(results / lasting.FILE)
+    if not found:
         return
     yield from ("### How long a subspace holds the gradient (`lasting`)", "")
     yield from (
@@ -68,6 +55,6 @@ def how_long(results: Path) -> Iterator[str]:
         "SmolLM2-135M; ‖UᵀGV‖²/‖G‖², all layers together.",
         "",
     )
-    yield from table(list(lasting.HEAD), lasting.shown(lines))
-    yield from ("", where_rows(lines))
+    yield from table(list(lasting.HEAD), lasting.shown(found))
+    yield from ("", where_rows(found))
     yield from picture("Energy of the gradient in each start's subspace, by steps of training", "results/lasting.png")

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from .formats import Array
+from .instructions import WARP
 from .program import Instruction
 
-WARP = 32
 BANKS, BANK_BYTES = 32, 4
 SECTOR = 32  # bytes of global memory that move at once
 PHASE_BYTES = BANKS * BANK_BYTES  # a warp's access to shared memory moves so many at most in one pass
