@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 import lorasb
 from benchmarks.methods import starts
+from benchmarks.methods.gradients import take_again, weigh_by_spread
 from benchmarks.methods.grid import CORE, METHODS, Cell, Method, Task
 from benchmarks.methods.problems import Batch, Problem
 
@@ -46,6 +48,11 @@ def _core(problem: Problem, cell: Cell, batches: Batches, warmup: int) -> tuple[
         lora_alpha=float(cell.r) if options.get("alpha_is_rank") else None,
     )
     model: Any = lorasb.patch(problem.model, config)
+    if options.get("ranks_by_energy"):
+        energies = begin(model, problem, cell, batches, eta)
+        budget = sum(layer.r[starts.ADAPTER] ** 2 for layer in starts.layers(model).values())
+        ranks = energies.suggest_ranks(parameters=budget, of="grad").rank_pattern
+        model = lorasb.patch(model.unload(), replace(config, rank_pattern=ranks))
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "signs" if "noise" in options else None
         if config.init == "update":
@@ -53,6 +60,8 @@ def _core(problem: Problem, cell: Cell, batches: Batches, warmup: int) -> tuple[
         else:  # done while patching
             report = model.base_model.init_reports[starts.ADAPTER]
         starts.change(model, options, eta, cell.seed, cache)
+    if options.get("by_spread"):
+        weigh_by_spread(model, batches(sample_count(problem, options)), eta)
     return model, report
 
 
@@ -64,7 +73,7 @@ def settings(cell: Cell) -> dict[str, Any]:
 def begin(model: Any, problem: Problem, cell: Cell, batches: Batches, eta: float, cache: Path | None = None) -> Any:
     """Initialize by a cell's options."""
     options = settings(cell)
-    count = options.get("samples") or min(len(problem.train), max(32, -(-len(problem.train) // 1000)))
+    count = sample_count(problem, options)
     return lorasb.initialize(
         model,
         batches(count),
@@ -77,12 +86,32 @@ def begin(model: Any, problem: Problem, cell: Cell, batches: Batches, eta: float
     )
 
 
+def sample_count(problem: Problem, options: dict[str, Any]) -> int:
+    """As many as the library takes, unless a cell's options say otherwise."""
+    return options.get("samples") or min(len(problem.train), max(32, -(-len(problem.train) // 1000)))
+
+
 def begin_again(model: Any, problem: Problem, cell: Cell, batches: Batches, warmup: int) -> None:
     """A second SVD in the middle of training: what was learned goes into the base weights, and R starts anew."""
     for layer in starts.layers(model).values():
         layer.base_weight().data = layer.merged_weight([starts.ADAPTER])
     begin(model, problem, cell, batches, lorasb.first_step_lr(cell.lr, warmup))
     model.train()
+
+
+def refresh(model: Any, problem: Problem, cell: Cell, batches: Batches, opt: Any) -> list[nn.Parameter]:
+    """Subspaces of the gradient where training has come to, kept beside what was learned; moments begin anew.
+
+    Returns:
+        What trains from here on.
+    """
+    options = settings(cell)
+    found = take_again(
+        model, cell.r, cell.seed, batches(options.get("later_samples") or sample_count(problem, options))
+    )
+    opt.param_groups[0]["params"] = found
+    opt.state.clear()
+    return found
 
 
 def _lora(problem: Problem, method: Method, cell: Cell, batches: Batches) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.timing import commit, dtype_name, machine_name, measured_dtype
-from benchmarks.methods.adapters import begin_again, optimizer, put_in, settings
+from benchmarks.methods.adapters import begin_again, optimizer, put_in, refresh, sample_count, settings
 from benchmarks.methods.grid import BY_LOSS, FULL, METHODS, SEEDS, SWEEP_SEED, WARMUP, Cell, Task, task_named
 from benchmarks.methods.problems import Batch, Problem, load
 
@@ -126,9 +126,13 @@ def train(model: Any, problem: Problem, task: Task, cell: Cell, warmup: int) -> 
     wide = method.family == FULL and task.name != "cola" and measured_dtype() == torch.bfloat16
     torch.manual_seed(cell.seed)  # dropout
     model.train()
-    losses = []
-    again = round(dict(cell.options).get("again", 0) * task.steps)
+    losses, options = [], settings(cell)
+    again, later = (round(options.get(name, 0) * task.steps) for name in ("again", "refresh"))
+    if options.get("seeded"):
+        seed_moments(model, drawn(problem, task, cell.seed, sample_count(problem, options)), opt, trained)
     for step, batch in enumerate(batches(problem, task, cell.seed)):
+        if later and step == later:
+            trained = refresh(model, problem, cell, lambda n: drawn(problem, task, cell.seed + 1, n), opt)
         if again and step == again:
             begin_again(model, problem, cell, lambda n: drawn(problem, task, cell.seed + 1, n), warmup)
             opt.state.clear()
@@ -137,6 +141,14 @@ def train(model: Any, problem: Problem, task: Task, cell: Cell, warmup: int) -> 
             group["lr"] = peak * share
         losses.append(train_step(model, batch, opt, trained, wide))
     return losses
+
+
+def seed_moments(model: Any, samples: list[Batch], opt: Any, trained: list[torch.nn.Parameter]) -> None:
+    """AdamW's moments from the initialization's samples, as steps at a rate of zero leave them."""
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    for batch in samples:
+        train_step(model, batch, opt, trained, wide=False)
 
 
 def rate_share(step: int, steps: int, warmup: int) -> float:

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.common.csv_files import Row, write_csv
 from benchmarks.common.timing import measured_dtype, provenance_columns
 from benchmarks.methods.adapters import optimizer
+from benchmarks.methods.gradients import summed
 from benchmarks.methods.grid import METHODS, WARMUP, Cell, task_named
-from benchmarks.methods.problems import Batch, Problem, load
+from benchmarks.methods.problems import Problem, load
 from benchmarks.methods.run import batches, drawn, rate_share, train_step
 from lorasb.init.factors.methods import random_subspace
 from lorasb.init.gradients.accumulator import GradientSums, LayerSum
-from lorasb.init.gradients.loss import backward_over_samples
 from lorasb.init.linalg.moment_sketch import MomentSketch
 from lorasb.init.linalg.svd import truncated_svd
 from lorasb.utils.plotting import GRAD, INK, MUTED, SIGN, save
@@ -42,22 +42,6 @@ def linears(problem: Problem) -> dict[str, Any]:
     """The layers that an adapter would have."""
     named = problem.model.named_modules()
     return {name: module for name, module in named if name.split(".")[-1] in problem.targets}
-
-
-def summed(
-    problem: Problem, layers: Mapping[str, nn.Module], samples: list[Batch], sketches: Any = None
-) -> GradientSums:
-    """ΣG of every layer, no weight's `.grad` touched; evaluation mode, as the initialization has it."""
-    model = problem.model
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
-    with GradientSums(layers, sketches=sketches) as sums:
-        for batch in samples:
-            backward_over_samples(model, batch, None)
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    model.train()
-    return sums
 
 
 def bases_of(weight: Tensor, layer_sum: LayerSum, seed: int) -> Bases:
@@ -97,7 +81,7 @@ def measure() -> list[dict[str, Any]]:
     samples = drawn(problem, TASK, SEED, SAMPLES)
 
     def with_moments() -> GradientSums:
-        return summed(problem, layers, samples, lambda name: MomentSketch(shapes[name], max(RANKS), places[name]))
+        return summed(problem.model, layers, samples, lambda name: MomentSketch(shapes[name], max(RANKS), places[name]))
 
     first = with_moments()
     bases = {name: bases_of(layers[name].weight.detach(), one, places[name]) for name, one in first.sums.items()}
@@ -106,7 +90,7 @@ def measure() -> list[dict[str, Any]]:
         if step == LATER:
             for name, one in with_moments().sums.items():
                 bases[name][AGAIN] = leading(one)
-        totals = summed(problem, layers, others).totals()
+        totals = summed(problem.model, layers, others).totals()
         lines += [{"task": TASK.name, "step": step, "loss": loss, **line} for line in energies(totals, bases)]
         Console().print(f"step {step}: loss {loss:.3f}")
     return lines

@@ -120,6 +120,9 @@ def test_rates_beside_the_ladder_do_not_count() -> None:
 
 def test_a_table_says_where_a_ladder_ended() -> None:
     entry = entries()["sign"]
-    rising = [row("sign", 16, entry.at(16, p), grid.SWEEP_SEED, 0.5 - 0.01 * p, "validation") for p in range(-1, 5)]
-    assert grid.shown_rate(entry, 16, rising, TASK) == f"{entry.at(16, 4):g} (last tried)"
+    rising = [
+        row("sign", 16, entry.at(16, p), grid.SWEEP_SEED, 0.5 - 0.01 * p, "validation")
+        for p in range(-1, grid.FARTHEST + 1)
+    ]
+    assert grid.shown_rate(entry, 16, rising, TASK) == f"{entry.at(16, grid.FARTHEST):g} (last tried)"
     assert grid.shown_rate(entry, 16, swept("sign", 16), TASK) == "0.004"
