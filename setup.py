@@ -58,6 +58,6 @@ setup(
     packages=[*find_packages(include=["lorasb", "lorasb.*"]), "lorasb.kernels", "lorasb.kernels.tables"],
     # kernels/ is at the top level of the repository and installed as lorasb.kernels
     package_dir={"lorasb.kernels": "kernels/fused"},
-    package_data={"lorasb.kernels.tables": ["*.json"]},
+    package_data={"lorasb.kernels.tables": ["*.json"], "lorasb.recipes": ["presets/*.yaml"]},
     **extension(),
 )

@@ -9,15 +9,17 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from ..recipes import preset
 from ..recipes.config_file import read_config, typed
 from ..recipes.settings import listed, option, shown_default
 
 
 def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: dict[str, Any]) -> Callable[..., None]:
-    """A typer command with an option for each setting, and --config; `run` gets only the settings that were given.
+    """A typer command with an option for each setting, --config and, for a run, --preset.
 
     Args:
-        run: called with a dictionary of values; options on the command line override the file's.
+        run: called with a dictionary of the values that were given: options go before the file of --config, and that
+            goes before the preset.
         lists: dataclasses of settings, each with True if only the settings of `lorasb init` become options.
         defaults: defaults that differ from the dataclasses', by name.
     """
@@ -30,12 +32,17 @@ def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: 
         parameters.append(_parameter(setting, kind, help_text, defaults.get(setting.name)))
     text = typer.Option(help="YAML file of settings; options go before it.")
     parameters.append(_plain("config", Annotated[Optional[str], text]))  # noqa: UP045  typer reads it at run time
+    with_presets = not any(init for _, init in lists)  # `lorasb init` has fewer settings than a preset
+    if with_presets:
+        text = typer.Option(help=f"Settings of one of the paper's tables: {', '.join(preset.names())}.")
+        parameters.append(_plain("preset", Annotated[Optional[str], text]))  # noqa: UP045
     optional = {parameter.name for parameter in parameters}
     types = {setting.name: kind for setting, kind, _ in settings if setting.name in optional}
 
     def call(**given: Any) -> None:
-        file = given.pop("config")
-        values = read_config(file, types) if file else {}
+        file, name = given.pop("config"), given.pop("preset", None)
+        values = read_config(preset.find(name), types) if name else {}
+        values |= read_config(file, types) if file else {}
         named = {name: value for name, value in given.items() if value is not None}
         run(values | {name: typed(value, types[name], option(name)) for name, value in named.items()})
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from ..checkpoints.model_card import short
 from ..init import InitReport, RankSuggestion
 from ..init.factors.sign_cache import CachedGradient
+from ..recipes.scoring import is_right
 from ..recipes.tasks import Example
 
 T = TypeVar("T")
@@ -28,10 +29,19 @@ def before_and_after(summary: dict[str, Any]) -> Table:
     for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     loss = summary["eval_loss_before"], summary["eval_loss_after"]
-    right = summary["eval_accuracy_before"], summary["eval_accuracy_after"]
     table.add_row("loss (nats per token)", f"{loss[0]:.3f}", f"{loss[1]:.3f}", f"{loss[1] / loss[0]:.2g}x")
-    table.add_row("exact answers", f"{right[0]:.0%}", f"{right[1]:.0%}", f"{100 * (right[1] - right[0]):+.0f} points")
+    for label, old, new in _accuracies(summary):
+        table.add_row(label, f"{old:.0%}", f"{new:.0%}", f"{100 * (new - old):+.0f} points")
     return table
+
+
+def _accuracies(summary: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
+    """Share of right answers before and after, over all and by set."""
+    label = "exact answers" if summary["eval_scores"] == ["exact"] else "right answers"
+    yield label, summary["eval_accuracy_before"], summary["eval_accuracy_after"]
+    by_set = summary["eval_accuracy_by_set"]
+    for source in by_set["before"]:
+        yield f"{label}, {source}", by_set["before"][source], by_set["after"][source]
 
 
 def costs(summary: dict[str, Any]) -> Table:
@@ -68,7 +78,7 @@ def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[
     for name in ("problem", "right answer", "before", "after"):
         table.add_column(name, overflow="fold", max_width=COLUMN_WIDTH)
     for example, old, new in list(zip(examples, before, after, strict=True))[:EXAMPLES_SHOWN]:
-        right = new == example.completion.strip()
+        right = is_right(new, example.completion, example.score)
         table.add_row(
             Text(_short(example.prompt, 200)),
             Text(example.completion),

@@ -31,6 +31,7 @@ def adapt(run: Run, **options: Any) -> tuple[Any, float]:
     common: dict[str, Any] = {
         "target_modules": targets(settings.target_modules),
         "rank_pattern": settings.rank_pattern or {},
+        "lora_dropout": settings.lora_dropout,
     }
     if settings.method == "lora":
         r = settings.r or LORA_RANK

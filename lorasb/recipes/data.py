@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from .named_data import read_data
 from .settings import Settings
-from .tasks import HELD_OUT_SEED, Example, generate, read_jsonl
+from .tasks import HELD_OUT_SEED, Example, generate
 from .tokenization import Encoded
 
 
@@ -25,7 +26,7 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
     if settings.data is None:
         held_out = generate(settings.task, settings.eval_examples, HELD_OUT_SEED + settings.seed)
         return generate(settings.task, settings.train_examples, settings.seed, exclude=held_out), held_out
-    train_examples = read_jsonl(settings.data)
+    train_examples = read_data(settings.data, settings.score)
     held_out = _held_out(settings, train_examples)
     # By prompt, not by position: duplicates of a held-out prompt must not be trained on either.
     prompts = {(example.prompt, example.messages) for example in held_out}
@@ -36,9 +37,10 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
 
 
 def _held_out(settings: Settings, train_examples: list[Example]) -> list[Example]:
-    """The examples of `--eval-data`, or else up to a tenth of the training file's, drawn at random."""
+    """The examples of `--eval-data`, the first of each set, or else up to a tenth of the training set's at random."""
     if settings.eval_data is not None:
-        return read_jsonl(settings.eval_data)[: settings.eval_examples]
+        parts = (read_data(name.strip(), settings.score) for name in settings.eval_data.split(","))
+        return [example for part in parts for example in part[: settings.eval_examples]]
     # By the seed alone, so that a resumed run holds out the same examples.
     order = torch.randperm(len(train_examples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     count = max(1, min(settings.eval_examples, len(train_examples) // 10))

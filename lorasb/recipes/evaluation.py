@@ -1,4 +1,4 @@
-"""Held-out evaluation: mean loss, and exact match of greedily decoded answers."""
+"""Held-out evaluation: mean loss, and the share of greedily decoded answers that are right."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..distributed.process_group import Processes
 from .launch import gather_json
+from .scoring import is_right
 from .tasks import Example
 from .tokenization import Collator, Encoded, positions
 
@@ -22,7 +23,7 @@ TOKENS_PER_BATCH = 8192
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean over examples of the loss in nats per token, share of exactly right answers, and the answers."""
+    """Mean over examples of the loss in nats per token, share of right answers, and the answers."""
 
     loss: float
     accuracy: float
@@ -37,30 +38,47 @@ def evaluate(
     encoded: Sequence[Encoded],
     batch_size: int,
     title: str,
+    max_new_tokens: int | None = None,
 ) -> Evaluation:
-    """Evaluate a model on examples, split over ranks by batches; restores the model's train or eval mode."""
+    """Evaluate a model on examples, split over ranks by batches; restores the model's train or eval mode.
+
+    Answers end after `max_new_tokens`, or, without a limit, 4 tokens after the longest right answer of their batch.
+    """
     loss = mean_loss(model, tokenizer.pad_token_id, encoded, batch_size, f"{title}: loss")
     mode = model.training
     model.eval()
-    answers = _all_answers(model, tokenizer, encoded, batch_size, f"{title}: answers")
+    answers = _all_answers(model, tokenizer, encoded, batch_size, f"{title}: answers", max_new_tokens)
     model.train(mode)
-    right = sum(answer == example.completion.strip() for answer, example in zip(answers, examples, strict=True))
+    right = sum(judge(examples, answers))
     return Evaluation(loss, right / len(examples), answers)
 
 
+def judge(examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
+    """Whether each answer is right, by its example's score."""
+    return [is_right(a, e.completion, e.score) for e, a in zip(examples, answers, strict=True)]
+
+
+def accuracy_by_source(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
+    """Share of right answers of each data set, where there are several."""
+    right: dict[str, list[bool]] = {}
+    for example, mark in zip(examples, judge(examples, answers), strict=True):
+        right.setdefault(example.source, []).append(mark)
+    return {source: sum(marks) / len(marks) for source, marks in right.items()} if len(right) > 1 else {}
+
+
 def _all_answers(
-    model: nn.Module, tokenizer: Any, encoded: Sequence[Encoded], batch_size: int, title: str
+    model: nn.Module, tokenizer: Any, encoded: Sequence[Encoded], batch_size: int, title: str, limit: int | None
 ) -> tuple[str, ...]:
     """The model's answer to each example, in the examples' order."""
-    longest_row = max(len(ids) + ANSWER_MARGIN for ids in encoded)
+    longest_row = max(len(ids.prompt) + _token_limit([ids], limit) for ids in encoded)
     # Generation keeps no activations, so its batches may be larger than those of the loss.
     chunks = _chunks(encoded, max(batch_size, TOKENS_PER_BATCH // longest_row))
     answer_by_index: dict[int, str] = {}
 
     def generate(indices: list[int], bar: Any) -> list[str]:
-        return _answers(model, tokenizer, [encoded[i] for i in indices], bar)
+        return _answers(model, tokenizer, [encoded[i] for i in indices], bar, limit)
 
-    token_limits = [_longest_answer([encoded[i] for i in indices]) for indices in chunks]
+    token_limits = [_token_limit([encoded[i] for i in indices], limit) for indices in chunks]
     for indices, texts in _map_over_ranks(chunks, generate, token_limits, title, "token"):
         answer_by_index |= dict(zip(indices, texts, strict=True))
     return tuple(answer_by_index[i] for i in range(len(encoded)))
@@ -125,12 +143,12 @@ def example_losses(model: nn.Module, batch: dict[str, Any]) -> list[float]:
     return (losses.sum(1) / (labels != -100).sum(1)).tolist()
 
 
-def _longest_answer(chunk: Sequence[Encoded]) -> int:
-    """The limit on new tokens for a batch: the length of its longest right answer, and a margin."""
-    return max(len(e.completion) for e in chunk) + ANSWER_MARGIN
+def _token_limit(chunk: Sequence[Encoded], limit: int | None) -> int:
+    """The limit on new tokens for a batch: the one given, or the length of its longest right answer and a margin."""
+    return limit or max(len(e.completion) for e in chunk) + ANSWER_MARGIN
 
 
-def _answers(model: nn.Module, tokenizer: Any, chunk: Sequence[Encoded], bar: Any) -> list[str]:
+def _answers(model: nn.Module, tokenizer: Any, chunk: Sequence[Encoded], bar: Any, limit: int | None) -> list[str]:
     """Greedily decoded answers; the bar advances with every token."""
     ids, mask = _padded_prompts(chunk, tokenizer.pad_token_id, next(model.parameters()).device)
 
@@ -143,7 +161,7 @@ def _answers(model: nn.Module, tokenizer: Any, chunk: Sequence[Encoded], bar: An
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions(mask),
-        max_new_tokens=_longest_answer(chunk),
+        max_new_tokens=_token_limit(chunk, limit),
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=[advance],

@@ -54,7 +54,8 @@ class Run:
         """Held-out loss, accuracy and answers of the current model."""
         # twice the training batch: no activations are kept for backward
         batch = 2 * self.settings.batch_size
-        return evaluate(self.model, self.tokenizer, self.held_out, self.held_out_ids, batch, title)
+        limit = self.settings.max_new_tokens
+        return evaluate(self.model, self.tokenizer, self.held_out, self.held_out_ids, batch, title, limit)
 
     def held_out_loss(self) -> float:
         """The held-out loss alone."""

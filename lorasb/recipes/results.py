@@ -18,7 +18,7 @@ from ..utils.atomic_files import replacing_folder, write_json
 from ..utils.precision import processor_class
 from .adapter import REPORT_NAME, load_report, save_adapter
 from .data import describe_data
-from .evaluation import Evaluation
+from .evaluation import Evaluation, accuracy_by_source
 from .prepare import Run, device
 from .run_folder import SUMMARY_NAME
 from .tasks import Example
@@ -47,6 +47,11 @@ def summarize(
         "eval_loss_after": after.loss,
         "eval_accuracy_before": before.accuracy,
         "eval_accuracy_after": after.accuracy,
+        "eval_accuracy_by_set": {
+            "before": accuracy_by_source(run.held_out, before.answers),
+            "after": accuracy_by_source(run.held_out, after.answers),
+        },
+        "eval_scores": sorted({example.score for example in run.held_out}),
         "eval_examples": len(run.held_out),
         "trainable_params": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "base_params": base_parameters(run.model),
@@ -101,7 +106,17 @@ def _save_export_and_report(run: Run, report: InitReport, folder: Path) -> None:
 
 def _answers(result: Result) -> list[dict[str, str]]:
     rows = zip(result.examples, result.before.answers, result.after.answers, strict=True)
-    return [{"prompt": e.prompt, "completion": e.completion, "before": old, "after": new} for e, old, new in rows]
+    return [
+        {
+            "prompt": e.prompt,
+            "completion": e.completion,
+            "source": e.source,
+            "score": e.score,
+            "before": old,
+            "after": new,
+        }
+        for e, old, new in rows
+    ]
 
 
 def load(folder: Path) -> Result:
@@ -113,7 +128,8 @@ def load(folder: Path) -> Result:
     try:
         summary = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
         rows = json.loads((folder / ANSWERS_NAME).read_text(encoding="utf-8"))
-        examples = [Example(row["prompt"], row["completion"]) for row in rows]
+        known = ("prompt", "completion", "source", "score")
+        examples = [Example(**{name: row[name] for name in known if name in row}) for row in rows]
         evaluations = [
             Evaluation(summary[f"eval_loss_{at}"], summary[f"eval_accuracy_{at}"], tuple(row[at] for row in rows))
             for at in ("before", "after")

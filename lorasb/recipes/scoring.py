@@ -1,0 +1,89 @@
+"""Whether a generated answer is right: as a text, by its final number, by its boxed expression or by its choice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+ANSWER_MARKS = ("The answer is:", "####")  # of MetaMathQA and GSM8K; the last one in a text counts
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?|[-+]?\.\d+")
+CHOICE = re.compile(r"\b(?:true|false|(?:answer|solution|ending|option)\s?[1-5])\b")
+BOXED = "\\boxed{"
+# Forms of one expression: sizes, spaces and units say nothing of its value.
+SAME = (
+    *((name, "") for name in ("\\left", "\\right", "\\!", "\\,", "\\ ", "\\$", "$", "\\%", "%", "^\\circ")),
+    ("dfrac", "frac"),
+    ("tfrac", "frac"),
+    (" ", ""),
+)
+
+
+def is_right(answer: str, completion: str, score: str) -> bool:
+    """Whether an answer says what the right completion says.
+
+    Args:
+        answer: generated text.
+        completion: right text.
+        score: one of `SCORES`.
+    """
+    find = SCORES[score]
+    expected = find(completion)
+    return expected is not None and find(answer) == expected
+
+
+def final_number(text: str) -> Fraction | None:
+    """The first number after the last mark ("The answer is:", "####"); None without a mark or a number."""
+    marked = _after_mark(text)
+    found = NUMBER.search(marked) if marked is not None else None
+    if found is None:
+        return None
+    try:
+        return Fraction(found.group().replace(",", ""))
+    except ZeroDivisionError:
+        return None
+
+
+def expression(text: str) -> str | None:
+    r"""The last \boxed{...}, or what follows the last mark up to a full stop, in one form; None without either."""
+    boxed = _last_boxed(text)
+    marked = _after_mark(text)
+    if boxed is None and marked is None:
+        return None
+    found = boxed if boxed is not None else str(marked).split(".\n")[0].strip().removesuffix(".")
+    found = re.sub(r"\\(?:text|mbox)\{[^}]*\}", "", found)  # units
+    for old, new in SAME:
+        found = found.replace(old, new)
+    return re.sub(r"(?<![\d.])0(?=\.\d)", "", found)  # 0.5 and .5
+
+
+def choice(text: str) -> str | None:
+    """The first "true", "false", "answer1", "solution1", "ending1" or "option1", whatever its case."""
+    found = CHOICE.search(text.lower())
+    return found.group().replace(" ", "") if found else None
+
+
+def _after_mark(text: str) -> str | None:
+    ends = [at + len(mark) for mark in ANSWER_MARKS if (at := text.rfind(mark)) >= 0]
+    return text[max(ends) :] if ends else None
+
+
+def _last_boxed(text: str) -> str | None:
+    """What the braces of the last box hold, which may have braces in them."""
+    start = text.rfind(BOXED)
+    if start < 0:
+        return None
+    depth = 1
+    for i in range(start + len(BOXED), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[start + len(BOXED) : i]
+    return None
+
+
+SCORES: dict[str, Callable[[str], object]] = {
+    "exact": str.strip,
+    "number": final_number,
+    "boxed": expression,
+    "choice": choice,
+}

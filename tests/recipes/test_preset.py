@@ -1,0 +1,66 @@
+"""Presets: each is a whole run's settings, those of the paper's Table 11, and an option or a file goes before them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from parsed_options import call
+
+from lorasb.cli import options
+from lorasb.recipes import preset
+from lorasb.recipes.config_file import read_config
+from lorasb.recipes.named_data import NAMED
+from lorasb.recipes.settings import Settings, listed
+
+KNOWN = {one.name: kind for one, kind in listed(Settings)}
+# Table 11: batch size, accumulation, length, epochs, dropout, learning rate, schedule, warm-up
+TABLE_11 = {
+    "metamath-mistral-7b": (32, 32, 512, 1, 0.0, 1e-4, "cosine", 0.02),
+    "metamath-gemma-2-9b": (32, 32, 512, 1, 0.0, 1e-4, "cosine", 0.02),
+    "commonsense-llama-3.2-3b": (144, 24, 256, 2, 0.05, 2e-3, "linear", 0.02),
+}
+
+
+def test_every_table_has_its_presets() -> None:
+    assert set(preset.names()) == set(TABLE_11)
+
+
+@pytest.mark.parametrize("name", preset.names())
+def test_a_preset_is_a_run(name: str) -> None:
+    settings = Settings(**call("--preset", name))
+    settings.check()
+    assert settings.output == f"runs/{name}"
+    assert {settings.data, *(settings.eval_data or "gsm8k").split(",")} <= set(NAMED)
+
+
+@pytest.mark.parametrize("name", TABLE_11)
+def test_a_preset_has_the_papers_settings(name: str) -> None:
+    one = Settings(**call("--preset", name))
+    found = one.batch_size, one.gradient_accumulation, one.max_length, one.epochs, one.lora_dropout, one.lr
+    assert (*found, one.scheduler, one.warmup) == TABLE_11[name]
+
+
+def test_options_go_before_the_file_and_the_file_before_the_preset(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("r: 8\nseed: 4\n")
+    found = call("--preset", "metamath-mistral-7b", "--config", str(tmp_path / "a.yaml"), "--seed", "5")
+    expected = read_config(preset.find("metamath-mistral-7b"), KNOWN) | {"r": 8, "seed": 5}
+    assert found == expected
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(
+        ValueError, match=r"--preset 'metamath-mistral': there is no such preset: did you mean 'metamath-m"
+    ):
+        preset.find("metamath-mistral")
+    with pytest.raises(ValueError, match=r"known are commonsense-llama-3\.2-3b, "):
+        preset.find("qqq")
+
+
+def test_presets_are_not_for_init() -> None:
+    import inspect
+
+    from lorasb.recipes.settings import InitSettings
+
+    made = options.command(print, [(Settings, True), (InitSettings, False)], {})
+    assert "preset" not in inspect.signature(made).parameters

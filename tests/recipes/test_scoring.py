@@ -1,0 +1,81 @@
+"""Judging answers: the final number, the boxed expression, the choice, and texts that hold none."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorasb.recipes.scoring import SCORES, choice, expression, final_number, is_right
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("2 + 2 = 4. The answer is: 4", Fraction(4)),
+        ("so 3\n#### 1,234", Fraction(1234)),
+        ("The answer is: -7/2 dollars", Fraction(-7, 2)),
+        ("The answer is: $.50", Fraction(1, 2)),
+        ("The answer is: 3.0", Fraction(3)),
+        ("The answer is: 5\nno: #### 6", Fraction(6)),  # the last mark
+        ("The answer is: 1/0", None),
+        ("the answer may be 4", None),  # no mark
+        ("The answer is: four", None),
+        ("", None),
+    ],
+)
+def test_the_final_number_comes_after_the_last_mark(text: str, number: Fraction | None) -> None:
+    assert final_number(text) == number
+
+
+@given(st.fractions(max_denominator=1000), st.text(alphabet="abc \n", max_size=20))
+def test_any_fraction_is_found_again(value: Fraction, before: str) -> None:
+    assert final_number(f"{before}The answer is: {value}.") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (r"thus \boxed{\frac{1}{2}} and so \boxed{\dfrac{3}{4}}", r"\frac{3}{4}"),
+        (r"The answer is: \left( 1, 2 \right).", "(1,2)"),
+        (r"$\boxed{0.5\text{ cm}}$", ".5"),
+        (r"\boxed{10.05}", "10.05"),
+        (r"The answer is: 4.\nMore", r"4.\nMore"),
+        ("The answer is: 4.\nMore", "4"),
+        (r"\boxed{1", None),  # never closed
+        ("nothing", None),
+    ],
+)
+def test_a_boxed_expression_is_read_in_one_form(text: str, found: str | None) -> None:
+    assert expression(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("the correct answer is Answer2, not answer1", "answer2"),
+        ("the correct answer is true", "true"),
+        ("Solution 1", "solution1"),
+        ("untrue", None),
+        ("answer7", None),
+    ],
+)
+def test_the_first_choice_counts(text: str, found: str | None) -> None:
+    assert choice(text) == found
+
+
+def test_an_answer_is_right_by_its_score_alone() -> None:
+    assert is_right(" yes ", "yes", "exact")
+    assert not is_right("Yes", "yes", "exact")
+    assert is_right("I add. The answer is: 18", "She has 18.\n#### 18", "number")
+    assert not is_right("18", "#### 18", "number")
+    assert is_right(r"The answer is: \dfrac{1}{2}", r"It is $\boxed{\frac{1}{2}}$.", "boxed")
+    assert is_right("answer2", "the correct answer is answer2", "choice")
+
+
+@pytest.mark.parametrize("score", [name for name in SCORES if name != "exact"])
+def test_nothing_is_not_equal_to_nothing(score: str) -> None:
+    """A right text without a number must not make every answer right."""
+    assert not is_right("who knows", "nobody knows", score)
