@@ -116,5 +116,6 @@ def test_wheel_has_every_module(tmp_path: Path) -> None:
     )
     wanted = {floors.module_name(path) for path in FILES if path.name == "__init__.py"}
     assert set(found[:-2]) == wanted | {"lorasb.kernels.tables"}
-    assert found[-2:] == ["{'lorasb.kernels': 'kernels/fused'}", "{'lorasb.kernels.tables': ['*.json']}"]
+    data = "{'lorasb.kernels.tables': ['*.json'], 'lorasb.recipes': ['presets/*.yaml']}"
+    assert found[-2:] == ["{'lorasb.kernels': 'kernels/fused'}", data]
     assert not (ROOT / "kernels" / "__init__.py").exists(), "a top-level `kernels` would hide another package"
