@@ -24,7 +24,7 @@ app.add_typer(bench, name="bench")
 
 
 def _finetune(values: dict[str, Any]) -> None:
-    """Fine-tune a causal language model and show what it learned on held-out problems."""
+    """Fine-tune a language model, or a classifier, and show what it learned on held-out problems."""
     from ..recipes.console import console
     from ..recipes.finetune import run_finetune
     from . import tables

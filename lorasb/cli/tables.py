@@ -14,12 +14,18 @@ from rich.text import Text
 from ..checkpoints.model_card import short
 from ..init import InitReport, RankSuggestion
 from ..init.factors.sign_cache import CachedGradient
-from ..recipes.scoring import is_right
+from ..recipes.scoring import LABEL_SCORES, is_right
 from ..recipes.tasks import Example
 
 T = TypeVar("T")
 EXAMPLES_SHOWN = 3
 COLUMN_WIDTH = 44  # characters
+SCORE_NAMES = {
+    "exact": "exact answers",
+    "label": "right labels",
+    "matthews": "Matthews correlation",
+    "pearson": "Pearson correlation",
+}
 
 
 def before_and_after(summary: dict[str, Any]) -> Table:
@@ -29,15 +35,20 @@ def before_and_after(summary: dict[str, Any]) -> Table:
     for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     loss = summary["eval_loss_before"], summary["eval_loss_after"]
-    table.add_row("loss (nats per token)", f"{loss[0]:.3f}", f"{loss[1]:.3f}", f"{loss[1] / loss[0]:.2g}x")
+    unit = "" if set(summary["eval_scores"]) & set(LABEL_SCORES) else " (nats per token)"
+    table.add_row(f"loss{unit}", f"{loss[0]:.3f}", f"{loss[1]:.3f}", f"{loss[1] / loss[0]:.2g}x")
     for label, old, new in _accuracies(summary):
-        table.add_row(label, f"{old:.0%}", f"{new:.0%}", f"{100 * (new - old):+.0f} points")
+        if "correlation" in label:
+            table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
+        else:
+            table.add_row(label, f"{old:.0%}", f"{new:.0%}", f"{100 * (new - old):+.0f} points")
     return table
 
 
 def _accuracies(summary: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
-    """Share of right answers before and after, over all and by set."""
-    label = "exact answers" if summary["eval_scores"] == ["exact"] else "right answers"
+    """Score before and after, over all and by set."""
+    scores = summary["eval_scores"]
+    label = SCORE_NAMES.get(scores[0], "right answers") if len(scores) == 1 else "right answers"
     yield label, summary["eval_accuracy_before"], summary["eval_accuracy_after"]
     by_set = summary["eval_accuracy_by_set"]
     for source in by_set["before"]:

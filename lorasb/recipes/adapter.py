@@ -13,7 +13,6 @@ from ..distributed.process_group import Processes
 from ..init import InitReport
 from .data import Listed, describe_data
 from .prepare import Run
-from .tokenization import Collator
 
 LORA_RANK = 32  # the rank that the paper compares with
 REPORT_NAME = "report.json"
@@ -36,7 +35,7 @@ def adapt(run: Run, **options: Any) -> tuple[Any, float]:
     if settings.method == "lora":
         r = settings.r or LORA_RANK
         # alpha = r gives PEFT's scaling alpha / r = 1, as s is for LoRA-SB by default
-        config = peft.LoraConfig(r=r, lora_alpha=r, task_type="CAUSAL_LM", **common)
+        config = peft.LoraConfig(r=r, lora_alpha=r, task_type=run.problem.task_type, **common)
         run.model = peft.get_peft_model(run.model, config)
         return None, 0.0
     return _with_provenance(run, _patch_and_initialize(run, common, options)), time.perf_counter() - started
@@ -54,7 +53,7 @@ def _patch_and_initialize(run: Run, common: dict[str, Any], options: dict[str, A
     loader: Any = torch.utils.data.DataLoader(
         Listed(_share(run.train_ids)),
         batch_size=settings.batch_size,
-        collate_fn=Collator(run.tokenizer.pad_token_id, run.model.get_base_model()),
+        collate_fn=run.problem.collator(run.tokenizer, run.model.get_base_model()),
     )
     eta = lorasb.first_step_lr(settings.lr, run.warmup_steps)
     options |= {"num_samples": settings.samples, "update": settings.update, "seed": settings.seed}
@@ -96,6 +95,8 @@ def save_adapter(run: Run, folder: Path) -> None:
     for name, value in list(vars(config).items()):
         if isinstance(value, set):  # PEFT writes sets in an order that depends on the process and on their history
             setattr(config, name, sorted(value))
+    if config.modules_to_save:  # PEFT adds the names of heads each time that it loads an adapter
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     run.model.save_pretrained(str(folder))
 
 

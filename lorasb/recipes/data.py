@@ -14,7 +14,6 @@ import torch
 from .named_data import read_data
 from .settings import Settings
 from .tasks import HELD_OUT_SEED, Example, generate
-from .tokenization import Encoded
 
 
 def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
@@ -29,8 +28,8 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
     train_examples = read_data(settings.data, settings.score)
     held_out = _held_out(settings, train_examples)
     # By prompt, not by position: duplicates of a held-out prompt must not be trained on either.
-    prompts = {(example.prompt, example.messages) for example in held_out}
-    remaining = [example for example in train_examples if (example.prompt, example.messages) not in prompts]
+    prompts = {(example.prompt, example.pair, example.messages) for example in held_out}
+    remaining = [e for e in train_examples if (e.prompt, e.pair, e.messages) not in prompts]
     if not remaining:
         raise ValueError(f"{settings.data} holds no example that is not held out: pass more, or --eval-data of its own")
     return remaining, held_out
@@ -39,7 +38,7 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
 def _held_out(settings: Settings, train_examples: list[Example]) -> list[Example]:
     """The examples of `--eval-data`, the first of each set, or else up to a tenth of the training set's at random."""
     if settings.eval_data is not None:
-        parts = (read_data(name.strip(), settings.score) for name in settings.eval_data.split(","))
+        parts = (read_data(name.strip(), settings.score, held_out=True) for name in settings.eval_data.split(","))
         return [example for part in parts for example in part[: settings.eval_examples]]
     # By the seed alone, so that a resumed run holds out the same examples.
     order = torch.randperm(len(train_examples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
@@ -63,7 +62,7 @@ def describe_data(settings: Settings, count: int) -> str:
 class Listed(torch.utils.data.Dataset[Any]):
     """A list as a map-style data set."""
 
-    def __init__(self, items: Sequence[Encoded]) -> None:
+    def __init__(self, items: Sequence[Any]) -> None:
         self.items = items
 
     def __len__(self) -> int:

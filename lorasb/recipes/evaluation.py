@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..distributed.process_group import Processes
 from .launch import gather_json
-from .scoring import is_right
+from .scoring import CORRELATIONS, is_right
 from .tasks import Example
 from .tokenization import Collator, Encoded, positions
 
@@ -23,11 +23,24 @@ TOKENS_PER_BATCH = 8192
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean over examples of the loss in nats per token, share of right answers, and the answers."""
+    """Mean over examples of the loss (of a language model: nats per token), the score, and the answers.
+
+    `accuracy` is the share of right answers, or the correlation that the examples' score names.
+    """
 
     loss: float
     accuracy: float
     answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Examples, as text and encoded, how many make a batch, and the limit on new tokens (None: see `evaluate`)."""
+
+    examples: Sequence[Example]
+    encoded: Sequence[Any]
+    batch_size: int
+    limit: int | None = None
 
 
 @torch.no_grad()
@@ -49,21 +62,27 @@ def evaluate(
     model.eval()
     answers = _all_answers(model, tokenizer, encoded, batch_size, f"{title}: answers", max_new_tokens)
     model.train(mode)
-    right = sum(judge(examples, answers))
-    return Evaluation(loss, right / len(examples), answers)
+    return Evaluation(loss, score_of(examples, answers), answers)
 
 
-def judge(examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
-    """Whether each answer is right, by its example's score."""
-    return [is_right(a, e.completion, e.score) for e, a in zip(examples, answers, strict=True)]
+def score_of(examples: Sequence[Example], answers: Sequence[str]) -> float:
+    """The share of right answers, or the correlation that the examples' score names."""
+    scores = {example.score for example in examples}
+    pairs = [(answer, example.completion) for example, answer in zip(examples, answers, strict=True)]
+    if len(scores) == 1 and (score := scores.pop()) in CORRELATIONS:
+        return CORRELATIONS[score](pairs)
+    right = [is_right(*pair, e.score) for pair, e in zip(pairs, examples, strict=True)]
+    return sum(right) / len(right)
 
 
-def accuracy_by_source(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
-    """Share of right answers of each data set, where there are several."""
-    right: dict[str, list[bool]] = {}
-    for example, mark in zip(examples, judge(examples, answers), strict=True):
-        right.setdefault(example.source, []).append(mark)
-    return {source: sum(marks) / len(marks) for source, marks in right.items()} if len(right) > 1 else {}
+def score_by_source(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
+    """The score of each data set, where there are several."""
+    parts: dict[str, list[int]] = {}
+    for i, example in enumerate(examples):
+        parts.setdefault(example.source, []).append(i)
+    if len(parts) < 2:
+        return {}
+    return {source: score_of([examples[i] for i in part], [answers[i] for i in part]) for source, part in parts.items()}
 
 
 def _all_answers(
@@ -72,14 +91,14 @@ def _all_answers(
     """The model's answer to each example, in the examples' order."""
     longest_row = max(len(ids.prompt) + _token_limit([ids], limit) for ids in encoded)
     # Generation keeps no activations, so its batches may be larger than those of the loss.
-    chunks = _chunks(encoded, max(batch_size, TOKENS_PER_BATCH // longest_row))
+    chunks = batches_by_length(encoded, max(batch_size, TOKENS_PER_BATCH // longest_row))
     answer_by_index: dict[int, str] = {}
 
     def generate(indices: list[int], bar: Any) -> list[str]:
         return _answers(model, tokenizer, [encoded[i] for i in indices], bar, limit)
 
     token_limits = [_token_limit([encoded[i] for i in indices], limit) for indices in chunks]
-    for indices, texts in _map_over_ranks(chunks, generate, token_limits, title, "token"):
+    for indices, texts in map_over_ranks(chunks, generate, token_limits, title, "token"):
         answer_by_index |= dict(zip(indices, texts, strict=True))
     return tuple(answer_by_index[i] for i in range(len(encoded)))
 
@@ -93,7 +112,7 @@ def mean_loss(
     model.eval()
     # The signature of PeftModel.forward lacks logits_to_keep, so the collator looks at the base model's.
     collate = Collator(pad_token_id, getattr(model, "get_base_model", lambda: model)())
-    chunks = _chunks(encoded, batch_size)
+    chunks = batches_by_length(encoded, batch_size)
 
     def batch_losses(indices: list[int], bar: Any) -> list[float]:
         """The losses of one batch; advances the bar."""
@@ -101,19 +120,19 @@ def mean_loss(
         bar.update(1)
         return losses
 
-    results = _map_over_ranks(chunks, batch_losses, [1] * len(chunks), title, "batch")
+    results = map_over_ranks(chunks, batch_losses, [1] * len(chunks), title, "batch")
     losses = [loss for _, losses_of_batch in results for loss in losses_of_batch]
     model.train(mode)
     return sum(losses) / len(losses)
 
 
-def _chunks(encoded: Sequence[Encoded], size: int) -> list[list[int]]:
+def batches_by_length(encoded: Sequence[Any], size: int) -> list[list[int]]:
     """Indices of the examples in each batch; batches are sorted by length, to save padding."""
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _map_over_ranks(
+def map_over_ranks(
     chunks: list[list[int]], function: Any, sizes: list[int], title: str, unit: str
 ) -> list[tuple[list[int], list[Any]]]:
     """(indices, results of `function`) of each batch, in order; rank k computes batches k, k + world_size, ...

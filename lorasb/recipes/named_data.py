@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .tasks import Example, read_jsonl
+from .tasks import Example, labeled, read_jsonl
 
 INSTRUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -38,16 +38,18 @@ class Source:
 
     Attributes:
         path: its id.
-        split: as `datasets.load_dataset` takes it.
         example: from a row to an Example.
         score: how its answers are judged, see `scoring`.
+        train: its training split, as `datasets.load_dataset` takes it.
+        held_out: its held-out split; None if it has none.
         configs: its configurations, one after another.
     """
 
     path: str
-    split: str
     example: Callable[[Row], Example]
     score: str
+    train: str = "train"
+    held_out: str | None = "test"
     configs: tuple[str | None, ...] = (None,)
 
 
@@ -69,34 +71,55 @@ def _math(row: Row) -> Example:
     return Example(INSTRUCTION.format(instruction=row["problem"]) + STEP_BY_STEP, row["solution"])
 
 
+def _glue(task: str, first: str, second: str | None = None, score: str = "label") -> Source:
+    """A task of GLUE, whose held-out labels are those of its validation split."""
+
+    def example(row: Row) -> Example:
+        return labeled(row[first], row["label"], row[second] if second else "")
+
+    return Source("nyu-mll/glue", example, score, held_out="validation", configs=(task,))
+
+
 NAMED = {
-    "metamathqa": Source("meta-math/MetaMathQA", "train[:50000]", _metamath, "number"),
-    "gsm8k": Source("openai/gsm8k", "test", _gsm8k, "number", ("main",)),
-    "math": Source("EleutherAI/hendrycks_math", "test", _math, "boxed", MATH_SUBJECTS),
-    "commonsense170k": Source("zwhe99/commonsense_170k", "train", instructed, "choice"),
+    "metamathqa": Source("meta-math/MetaMathQA", _metamath, "number", train="train[:50000]", held_out=None),
+    "gsm8k": Source("openai/gsm8k", _gsm8k, "number", configs=("main",)),
+    "math": Source("EleutherAI/hendrycks_math", _math, "boxed", configs=MATH_SUBJECTS),
+    "commonsense170k": Source("zwhe99/commonsense_170k", instructed, "choice", held_out=None),
+    "cola": _glue("cola", "sentence", score="matthews"),
+    "rte": _glue("rte", "sentence1", "sentence2"),
+    "mrpc": _glue("mrpc", "sentence1", "sentence2"),
+    "sst2": _glue("sst2", "sentence"),
+    "qnli": _glue("qnli", "question", "sentence"),
+    "stsb": _glue("stsb", "sentence1", "sentence2", score="pearson"),
 }
 
 
-def read_data(name: str, score: str) -> list[Example]:
+def read_data(name: str, score: str, held_out: bool = False) -> list[Example]:
     """The examples of a JSONL file, of a JSON list in Alpaca's form, or of a named data set.
 
     Args:
         name: path or name; a file goes before a data set of the same name.
-        score: how answers to a file's examples are judged; a named data set has its own.
+        score: how answers to a file's examples are judged; a named data set has its own, and labels are compared.
+        held_out: read the held-out split of a named data set.
 
     Raises:
-        ValueError: no such file or name, or an invalid line.
+        ValueError: no such file or name, a name without a held-out split, or an invalid line.
         ImportError: the package `datasets` is missing; the message has the pip command.
         OSError: a named data set cannot be read from the hub.
     """
     path = Path(name)
     if path.is_file():
         examples = list(_records(path)) if path.suffix == ".json" else read_jsonl(path)
+        if score == "exact":  # the default; labels have one of their own
+            return [replace(example, source=path.stem) for example in examples]
         return [replace(example, source=path.stem, score=score) for example in examples]
     if name not in NAMED:
         raise ValueError(f"expected a JSONL file, found none at {path}; data sets by name are {', '.join(NAMED)}")
     source = NAMED[name]
-    return [replace(source.example(row), source=name, score=source.score) for row in _rows(name, source)]
+    split = source.held_out if held_out else source.train
+    if split is None:
+        raise ValueError(f"{name} has no held-out split: name another set, or leave --eval-data out")
+    return [replace(source.example(row), source=name, score=source.score) for row in _rows(name, source, split)]
 
 
 def _records(path: Path) -> Iterator[Example]:
@@ -112,7 +135,7 @@ def _records(path: Path) -> Iterator[Example]:
         ) from None
 
 
-def _rows(name: str, source: Source) -> Iterable[Row]:
+def _rows(name: str, source: Source, split: str) -> Iterable[Row]:
     try:
         import datasets
     except ImportError as error:
@@ -120,7 +143,7 @@ def _rows(name: str, source: Source) -> Iterable[Row]:
             f"{name} is read from the hub as {source.path}: pip install datasets, or pass a JSONL file instead"
         ) from error
     try:
-        parts = (datasets.load_dataset(source.path, config, split=source.split) for config in source.configs)
+        parts = (datasets.load_dataset(source.path, config, split=split) for config in source.configs)
         return [row for part in parts for row in part]
     except Exception as error:  # the hub, the network and the cache raise types of their own
         raise OSError(

@@ -32,7 +32,7 @@ def pack(examples: Sequence[Encoded], length: int) -> list[Pack]:
 
 def row_length(row: Any) -> int:
     """Number of tokens of an example or a pack."""
-    return len(row) if isinstance(row, Encoded) else sum(map(len, row))
+    return sum(map(len, row)) if isinstance(row, tuple) else len(row)
 
 
 class PackCollator:

@@ -14,10 +14,11 @@ from torch import nn
 from ..utils.precision import Precision, resolve
 from .bundled_model import resolve_model
 from .data import load_examples
-from .evaluation import Evaluation, evaluate, mean_loss
+from .evaluation import Evaluation, HeldOut
+from .problem import Problem, problem_of
 from .settings import Settings
 from .tasks import Example
-from .tokenization import Encoded, encode, with_progress
+from .tokenization import with_progress
 
 
 @dataclass
@@ -26,12 +27,13 @@ class Run:
 
     settings: Settings
     precision: Precision
+    problem: Problem
     tokenizer: Any
     model: Any
     train: list[Example]
     held_out: list[Example]
-    train_ids: list[Encoded]
-    held_out_ids: list[Encoded]
+    train_ids: list[Any]
+    held_out_ids: list[Any]
     rows: Sequence[Any]  # training rows: encoded examples, or packs of them
 
     @property
@@ -52,14 +54,16 @@ class Run:
 
     def evaluate(self, title: str) -> Evaluation:
         """Held-out loss, accuracy and answers of the current model."""
-        # twice the training batch: no activations are kept for backward
-        batch = 2 * self.settings.batch_size
-        limit = self.settings.max_new_tokens
-        return evaluate(self.model, self.tokenizer, self.held_out, self.held_out_ids, batch, title, limit)
+        return self.problem.evaluate(self.model, self.tokenizer, self._held_out(), title)
 
     def held_out_loss(self) -> float:
         """The held-out loss alone."""
-        return mean_loss(self.model, self.tokenizer.pad_token_id, self.held_out_ids, 2 * self.settings.batch_size)
+        return self.problem.mean_loss(self.model, self.tokenizer, self._held_out())
+
+    def _held_out(self) -> HeldOut:
+        # twice the training batch: no activations are kept for backward
+        batch = 2 * self.settings.batch_size
+        return HeldOut(self.held_out, self.held_out_ids, batch, self.settings.max_new_tokens)
 
 
 def device() -> str:
@@ -78,21 +82,22 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
     set_seed(settings.seed)  # LoRA's random A, dropout, and weights that transformers initializes
     precision = resolve(settings.dtype, device())
     train_examples, held_out = examples or load_examples(settings)
-    tokenizer, model = _load(settings, precision.dtype)
-    encode_one = partial(encode, tokenizer=tokenizer, max_length=settings.max_length)
+    problem = problem_of(train_examples, held_out, settings.packing)
+    tokenizer, model = _load(settings, problem, precision.dtype)
+    encode_one = partial(problem.encode, tokenizer=tokenizer, max_length=settings.max_length)
     train_ids, held_out_ids = (with_progress(encode_one, part, "tokens") for part in (train_examples, held_out))
     rows = _packed(model, train_ids, settings.max_length) if settings.packing else train_ids
-    return Run(settings, precision, tokenizer, model, train_examples, held_out, train_ids, held_out_ids, rows)
+    return Run(settings, precision, problem, tokenizer, model, train_examples, held_out, train_ids, held_out_ids, rows)
 
 
-def _load(settings: Settings, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Any, Any]:
     """The tokenizer, and the model on its device, quantized if asked for."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = resolve_model(settings.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = problem.load_model(folder, dtype)
     except OSError as error:
         raise ValueError(f"cannot load --model {settings.model!r}, expected a folder or hub id: {error}") from None
     # Llama's tokenizer has no padding token; padding is masked, so any token serves.
@@ -107,7 +112,7 @@ def _load(settings: Settings, dtype: torch.dtype) -> tuple[Any, Any]:
     return tokenizer, model
 
 
-def _packed(model: nn.Module, encoded: list[Encoded], length: int) -> Sequence[Any]:
+def _packed(model: nn.Module, encoded: list[Any], length: int) -> Sequence[Any]:
     """Rows of several examples each, once the model is known to keep them apart."""
     from .packing import check_model, pack
 

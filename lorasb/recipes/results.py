@@ -18,7 +18,7 @@ from ..utils.atomic_files import replacing_folder, write_json
 from ..utils.precision import processor_class
 from .adapter import REPORT_NAME, load_report, save_adapter
 from .data import describe_data
-from .evaluation import Evaluation, accuracy_by_source
+from .evaluation import Evaluation, score_by_source
 from .prepare import Run, device
 from .run_folder import SUMMARY_NAME
 from .tasks import Example
@@ -48,8 +48,8 @@ def summarize(
         "eval_accuracy_before": before.accuracy,
         "eval_accuracy_after": after.accuracy,
         "eval_accuracy_by_set": {
-            "before": accuracy_by_source(run.held_out, before.answers),
-            "after": accuracy_by_source(run.held_out, after.answers),
+            "before": score_by_source(run.held_out, before.answers),
+            "after": score_by_source(run.held_out, after.answers),
         },
         "eval_scores": sorted({example.score for example in run.held_out}),
         "eval_examples": len(run.held_out),

@@ -1,9 +1,11 @@
-"""Whether a generated answer is right: as a text, by its final number, by its boxed expression or by its choice."""
+"""Whether an answer is right (by its text, final number, boxed expression or choice), and correlations of labels."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 ANSWER_MARKS = ("The answer is:", "####")  # of MetaMathQA and GSM8K; the last one in a text counts
@@ -81,9 +83,32 @@ def _last_boxed(text: str) -> str | None:
     return None
 
 
+def matthews(pairs: Sequence[tuple[str, str]]) -> float:
+    """Matthews correlation of predicted and right labels, of any number of classes; 0 where either is constant."""
+    classes = sorted({label for pair in pairs for label in pair})
+    guessed, right = ([pair[side] for pair in pairs] for side in (0, 1))
+    count, hits = len(pairs), sum(guess == label for guess, label in pairs)
+    covariance = hits * count - sum(guessed.count(c) * right.count(c) for c in classes)
+    spreads = [count**2 - sum(side.count(c) ** 2 for c in classes) for side in (guessed, right)]
+    return covariance / math.sqrt(spreads[0] * spreads[1]) if all(spreads) else 0.0
+
+
+def pearson(pairs: Sequence[tuple[str, str]]) -> float:
+    """Pearson correlation of predicted and right numbers; 0 where either is constant."""
+    try:
+        return statistics.correlation(*zip(*((float(guess), float(value)) for guess, value in pairs), strict=True))
+    except statistics.StatisticsError:
+        return 0.0
+
+
 SCORES: dict[str, Callable[[str], object]] = {
     "exact": str.strip,
     "number": final_number,
     "boxed": expression,
     "choice": choice,
+    "label": str.strip,
+    "matthews": str.strip,
+    "pearson": str.strip,
 }
+CORRELATIONS = {"matthews": matthews, "pearson": pearson}
+LABEL_SCORES = ("label", *CORRELATIONS)

@@ -90,7 +90,7 @@ class Settings:
     )
     data: str | None = setting(
         None,
-        "JSONL of prompt/completion or messages, JSON of instruction/output, or a name (docs/quickstart.md).",
+        "JSONL of prompt/completion, messages or text/label, Alpaca's JSON, or a name (docs/quickstart.md).",
         group="data",
         init="same",
     )

@@ -30,16 +30,27 @@ TASKS = {
 }
 
 
+Label = str | int | float
+
+
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its completion; or a chat in `messages`, whose last message is the completion.
+    """A prompt and its completion; a chat in `messages`, whose last message is the completion; or a text and its label.
 
-    `source` names the data set that it is from, and `score` how an answer is judged, see `scoring`.
+    Attributes:
+        prompt, completion: of a labeled example, the text and the label as text.
+        messages: role and content of each.
+        pair: a second text beside the prompt, of labeled examples.
+        label: class, or value (a float); None for language modeling.
+        source: name of the data set.
+        score: how an answer is judged, see `scoring`.
     """
 
     prompt: str
     completion: str
     messages: tuple[dict[str, str], ...] = ()
+    pair: str = ""
+    label: Label | None = None
     source: str = ""
     score: str = "exact"
 
@@ -80,7 +91,7 @@ def _draw(task: str, count: int, seed: int) -> Iterator[Example]:
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
-    """Read examples: one JSON object per line, with `prompt` and `completion`, or `messages` (role, content).
+    """Read examples: one JSON object per line, with `prompt` and `completion`, `messages`, or `text` and `label`.
 
     Raises:
         ValueError: no such file, no examples, or an invalid line; the message has its number.
@@ -103,16 +114,30 @@ def _read_line(line: str, where: str) -> Example:
         return _example(json.loads(line))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{where}: expected an object with prompt and completion, or messages ending with the assistant's ({error})"
+            f"{where}: expected an object with prompt and completion, messages ending with the assistant's, or text "
+            f"and label ({error})"
         ) from None
 
 
 def _example(values: Any) -> Example:
     if not isinstance(values, dict):
         raise TypeError(f"got {type(values).__name__}")
+    if "label" in values:
+        return labeled(str(values["text"]), values["label"], str(values.get("text_pair") or ""))
     if "messages" not in values:
         return Example(str(values["prompt"]), str(values["completion"]))
     messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in values["messages"]]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError("the last message is not the assistant's")
     return Example(messages[-2]["content"], messages[-1]["content"], tuple(messages))
+
+
+def labeled(text: str, label: Any, pair: str = "") -> Example:
+    """A text, or a pair of texts, with its label.
+
+    Raises:
+        TypeError: the label is no text and no number.
+    """
+    if isinstance(label, bool) or not isinstance(label, str | int | float):
+        raise TypeError(f"a label is a text or a number, got {label!r}")
+    return Example(text, str(label), pair=pair, label=label, score="label")

@@ -140,7 +140,7 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def with_progress(call: Callable[[Example], Encoded], examples: Iterable[Example], title: str) -> list[Encoded]:
+def with_progress(call: Callable[[Example], Any], examples: Iterable[Example], title: str) -> list[Any]:
     """Encode examples, with a progress bar after two seconds."""
     from tqdm.auto import tqdm
 

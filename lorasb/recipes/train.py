@@ -25,7 +25,6 @@ from .packing import PackCollator, row_length
 from .prepare import Run, device
 from .settings import Settings
 from .signals import Stop
-from .tokenization import Collator
 
 STATE_NAME = "trainer_state.json"
 
@@ -69,7 +68,7 @@ def _trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: 
     """A trainer of the run's rows, with its callbacks."""
     settings, processes = run.settings, Processes()
     order = ByLength([row_length(row) for row in run.rows], settings.batch_size, settings.seed)
-    collate: Any = Collator(run.tokenizer.pad_token_id, run.model.get_base_model())
+    collate: Any = run.problem.collator(run.tokenizer, run.model.get_base_model())
     if settings.packing:
         collate = PackCollator(run.tokenizer.pad_token_id)
     if settings.gradient_checkpointing:
@@ -110,7 +109,7 @@ def arguments(run: Run, folder: Path, processes: int) -> TrainingArguments:
         logging_strategy="steps",
         save_strategy="no",  # `callbacks.Saving` sets control.should_save
         report_to=settings.report_to,
-        remove_unused_columns=False,  # the data set has `Encoded` items, not columns
+        remove_unused_columns=False,  # the data set has encoded examples, not columns
         seed=settings.seed,
         use_cpu=device() == "cpu",
         dataloader_pin_memory=device() == "cuda",

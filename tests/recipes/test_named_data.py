@@ -24,6 +24,14 @@ ROWS = {
     },
     "openai/gsm8k": {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
     "EleutherAI/hendrycks_math": {"problem": "Half?", "solution": r"\boxed{\frac{1}{2}}", "level": "Level 1"},
+    "nyu-mll/glue": {
+        "sentence": "It rains.",
+        "question": "Does it?",
+        "sentence1": "It rains.",
+        "sentence2": "It pours.",
+        "label": 1,
+        "idx": 0,
+    },
     "zwhe99/commonsense_170k": {
         "instruction": "Is ice cold?",
         "input": "",
@@ -52,7 +60,8 @@ def test_a_named_set_has_prompts_answers_and_its_own_score(hub: list[Any], name:
     assert {example.source for example in examples} == {name}
     assert {example.score for example in examples} == {NAMED[name].score}
     for example in examples:
-        assert "### Instruction:" in example.prompt
+        assert (example.label is not None) == (NAMED[name].path == "nyu-mll/glue")
+        assert ("### Instruction:" in example.prompt) == (example.label is None)
         assert "### Input:" not in example.prompt  # Alpaca's other form is for rows that have one
         assert is_right(example.completion, example.completion, example.score)
     assert {path for path, _, _ in hub} == {NAMED[name].path}
@@ -60,9 +69,18 @@ def test_a_named_set_has_prompts_answers_and_its_own_score(hub: list[Any], name:
 
 def test_the_papers_share_of_metamath_and_all_subjects_of_math(hub: list[Any]) -> None:
     read_data("metamathqa", "exact")
-    assert len(read_data("math", "exact")) == len(MATH_SUBJECTS)
+    assert len(read_data("math", "exact", held_out=True)) == len(MATH_SUBJECTS)
     assert hub[0] == ("meta-math/MetaMathQA", None, "train[:50000]")
-    assert [config for _, config, _ in hub[1:]] == list(MATH_SUBJECTS)
+    assert hub[1:] == [("EleutherAI/hendrycks_math", subject, "test") for subject in MATH_SUBJECTS]
+
+
+def test_what_is_held_out_has_a_split_of_its_own(hub: list[Any]) -> None:
+    read_data("gsm8k", "exact")
+    read_data("gsm8k", "exact", held_out=True)
+    read_data("cola", "exact", held_out=True)
+    assert [split for _, _, split in hub] == ["train", "test", "validation"]
+    with pytest.raises(ValueError, match="metamathqa has no held-out split: name another set"):
+        read_data("metamathqa", "exact", held_out=True)
 
 
 def test_several_held_out_sets_each_give_so_many(hub: list[Any], data: Path) -> None:

@@ -18,7 +18,10 @@ from lorasb.recipes.settings import DTYPES, SCHEDULERS, UPDATES, Settings
         ({"save_steps": "0"}, "--save-steps must be auto or a positive number"),
         ({"warmup": 1.0}, r"--warmup is a share in \[0, 1\), got 1.0"),
         ({"lora_dropout": 1.0}, r"--lora-dropout is a share in \[0, 1\), got 1.0"),
-        ({"score": "luck"}, "--score must be one of exact, number, boxed, choice, got 'luck'"),
+        (
+            {"score": "luck"},
+            "--score must be one of exact, number, boxed, choice, label, matthews, pearson, got 'luck'",
+        ),
         ({"bits": 8}, "--bits must be 4 or 16, got 8"),
         ({"weight_decay": -1.0}, "--weight-decay must not be negative"),
         ({"rank_pattern": {"q": 0}}, "--rank-pattern must have positive ranks"),

@@ -1,0 +1,160 @@
+"""Classification and regression of texts: a label an example, a head of the model, mean loss and predicted labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..tuner.fresh_heads import missing_from_checkpoint
+from .evaluation import Evaluation, HeldOut, batches_by_length, map_over_ranks, score_of
+from .tasks import Example, Label
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """What a tokenizer made of a text or a pair of texts, and the class's index or the value to be learned."""
+
+    inputs: dict[str, list[int]]
+    target: int | float
+
+    def __len__(self) -> int:
+        return len(self.inputs["input_ids"])
+
+
+class TextCollator:
+    """Pads on the right and adds `labels`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        # other inputs (attention_mask, token_type_ids) are padded by zeros
+        self.pads = {"input_ids": tokenizer.pad_token_id}
+
+    def __call__(self, examples: list[EncodedText]) -> dict[str, Any]:
+        width = max(map(len, examples))
+        batch: dict[str, Any] = {
+            name: torch.tensor([e.inputs[name] + [self.pads.get(name, 0)] * (width - len(e)) for e in examples])
+            for name in examples[0].inputs
+        }
+        return batch | {"labels": torch.tensor([e.target for e in examples])}
+
+
+class Classification:
+    """One of `classes`, or a number where there are none.
+
+    Attributes:
+        classes: the labels in order; their indices are what the model learns. Empty for regression.
+    """
+
+    task_type = "SEQ_CLS"
+
+    def __init__(self, classes: Sequence[Label]) -> None:
+        self.classes = tuple(classes)
+        self.index = {label: i for i, label in enumerate(self.classes)}
+
+    @classmethod
+    def of(cls, train: Sequence[Example], held_out: Sequence[Example]) -> Classification:
+        """The problem that labels make: numbers of which any has a point (2.5) are values, others are classes.
+
+        Raises:
+            ValueError: one class only, or a held-out class that is never trained.
+        """
+        labels = {example.label for example in train if example.label is not None}
+        if all(isinstance(label, int | float) for label in labels) and any(isinstance(v, float) for v in labels):
+            return cls(())
+        classes = sorted(labels, key=lambda label: (isinstance(label, str), label))
+        unknown = {str(e.label) for e in held_out} - {str(label) for label in classes}
+        if unknown:
+            raise ValueError(f"the held-out label {min(unknown)} is none of the training labels: {_shown(classes)}")
+        if len(classes) < 2:
+            raise ValueError(f"every training example has the label {classes[0]}: there is nothing to tell apart")
+        return cls(classes)
+
+    def load_model(self, folder: str, dtype: Any) -> Any:
+        """A model with a head of as many outputs as there are classes, or one."""
+        from transformers import AutoModelForSequenceClassification
+
+        names = {i: str(label) for i, label in enumerate(self.classes)} or {0: "value"}
+        kind = "single_label_classification" if self.classes else "regression"
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=dtype,
+            num_labels=len(names),
+            id2label=names,
+            label2id={name: i for i, name in names.items()},
+            problem_type=kind,
+        )
+        widen_heads(model)
+        return model
+
+    def encode(self, example: Example, tokenizer: Any, max_length: int) -> EncodedText:
+        """A text or a pair, cut at `max_length` tokens, and its target."""
+        inputs = tokenizer(example.prompt, example.pair or None, truncation=True, max_length=max_length)
+        label: Any = example.label
+        return EncodedText(dict(inputs), self.index[label] if self.classes else float(label))
+
+    def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[Any]], dict[str, Any]]:
+        """See `TextCollator`. Decoders read a row's last token, which they find by the padding token."""
+        config: Any = model.config
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id
+        return TextCollator(tokenizer)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, tokenizer: Any, held_out: HeldOut, title: str) -> Evaluation:
+        """Mean loss (cross-entropy in nats, or squared error), score, and predicted labels."""
+        losses, answers = self._predict(model, tokenizer, held_out, title)
+        return Evaluation(sum(losses) / len(losses), score_of(held_out.examples, answers), tuple(answers))
+
+    def mean_loss(self, model: nn.Module, tokenizer: Any, held_out: HeldOut) -> float:
+        """The mean loss alone."""
+        losses, _ = self._predict(model, tokenizer, held_out, "")
+        return sum(losses) / len(losses)
+
+    @torch.no_grad()
+    def _predict(
+        self, model: nn.Module, tokenizer: Any, held_out: HeldOut, title: str
+    ) -> tuple[list[float], list[str]]:
+        """Loss and predicted label of each example, in order; restores the model's train or eval mode."""
+        encoded = held_out.encoded
+        mode, device = model.training, next(model.parameters()).device
+        model.eval()
+        collate = self.collator(tokenizer, getattr(model, "get_base_model", lambda: model)())
+        chunks = batches_by_length(encoded, held_out.batch_size)
+
+        def predict(indices: list[int], bar: Any) -> list[tuple[float, str]]:
+            batch = {name: value.to(device) for name, value in collate([encoded[i] for i in indices]).items()}
+            targets = batch.pop("labels")
+            bar.update(1)
+            return self._judge(model(**batch).logits.float(), targets)
+
+        results = map_over_ranks(chunks, predict, [1] * len(chunks), title, "batch")
+        model.train(mode)
+        by_index = {i: one for indices, ones in results for i, one in zip(indices, ones, strict=True)}
+        pairs = [by_index[i] for i in range(len(encoded))]
+        return [loss for loss, _ in pairs], [answer for _, answer in pairs]
+
+    def _judge(self, logits: torch.Tensor, targets: torch.Tensor) -> list[tuple[float, str]]:
+        """Loss and answer of each row of logits [batch, classes], or [batch, 1]."""
+        if not self.classes:
+            values = logits[:, 0]
+            return list(zip((values - targets).square().tolist(), map(str, values.tolist()), strict=True))
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").tolist()
+        return list(zip(losses, (str(self.classes[i]) for i in logits.argmax(1).tolist()), strict=True))
+
+
+def widen_heads(model: Any) -> None:
+    """Put the modules that the checkpoint lacks into fp32: they are trained whole, and a step is lost on 16 bits."""
+    for name in missing_from_checkpoint(model):
+        module = model.get_submodule(name).float()
+        module.register_forward_pre_hook(_to_fp32)
+
+
+def _to_fp32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.float() if isinstance(value, torch.Tensor) else value for value in inputs)
+
+
+def _shown(classes: Sequence[Label]) -> str:
+    return ", ".join(map(str, classes[:8])) + (", ..." if len(classes) > 8 else "")

@@ -1,0 +1,175 @@
+"""Runs over texts with labels: classes, pairs and values; resumed to the same bits; loaded again by PEFT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from finetune_runs import assert_same, stop_after
+from safetensors.torch import load_file
+
+from lorasb.recipes.classification import Classification, EncodedText, TextCollator
+from lorasb.recipes.finetune import run_finetune
+from lorasb.recipes.problem import LanguageModeling, problem_of
+from lorasb.recipes.scoring import matthews, pearson
+from lorasb.recipes.settings import Settings
+from lorasb.recipes.tasks import Example, labeled, read_jsonl
+
+COLORS, ANIMALS = ("red", "blue", "green"), ("cat", "dog", "tree")
+
+
+def written(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def kinds(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Colors and others, behind a word that says nothing."""
+    words = [(number, word) for number in ("one", "two", "three", "four") for word in COLORS + ANIMALS]
+    rows = [{"text": f"{number} {word}", "label": "color" if word in COLORS else "other"} for number, word in words]
+    folder = tmp_path_factory.mktemp("kinds")
+    return replace(base, data=written(folder / "kinds.jsonl", rows), epochs=6.0, lr=3e-2)
+
+
+def test_classes_are_learned_and_the_folder_loads_again(kinds: Settings, tmp_path: Path) -> None:
+    result = run_finetune(replace(kinds, output=str(tmp_path)))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["eval_scores"] == ["label"]
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    assert set(result.after.answers) <= {"color", "other"}
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(kinds.model, num_labels=2)
+    again = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    again.config.pad_token_id = 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(kinds.model)
+    for example, answer in zip(result.examples, result.after.answers, strict=True):
+        with torch.no_grad():
+            found = again(**tokenizer(example.prompt, return_tensors="pt")).logits.argmax().item()
+        assert ("color", "other")[found] == answer
+
+
+@pytest.mark.parametrize("method", ["lora-sb", "lora"])
+def test_a_stopped_run_goes_on_to_the_same_bits(kinds: Settings, tmp_path: Path, method: str) -> None:
+    """The head is trained whole, and its start is random."""
+    settings = replace(kinds, method=method, epochs=2.0)
+    stop_after(4, settings, tmp_path / "stopped")
+    run_finetune(replace(settings, output=str(tmp_path / "stopped")))
+    run_finetune(replace(settings, output=str(tmp_path / "whole")))
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_values_are_learned_by_their_squared_error(base: Settings, tmp_path: Path) -> None:
+    words = ("one", "two", "three", "four")
+    rows = [
+        {"text": a, "text_pair": b, "label": float(i - j)} for i, a in enumerate(words) for j, b in enumerate(words)
+    ] * 2
+    data = written(tmp_path / "gaps.jsonl", rows)
+    settings = replace(base, data=data, eval_data=data, score="pearson", epochs=1.0, output=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="holds no example that is not held out"):
+        run_finetune(settings)
+    held_out = written(tmp_path / "held.jsonl", [{"text": "one two", "text_pair": "two", "label": 0.5}] * 2)
+    result = run_finetune(replace(settings, eval_data=held_out))
+    assert all(float(answer) == float(answer) for answer in result.after.answers)
+    assert result.summary["eval_accuracy_after"] == 0.0  # two equal values have no correlation
+    expected = sum((float(answer) - 0.5) ** 2 for answer in result.after.answers) / 2
+    assert result.after.loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_encoder_takes_pairs(base: Settings, tiny: Path, tmp_path: Path) -> None:
+    """BERT: token types, padding on the right, and a pooler that its checkpoint lacks."""
+    config = transformers.BertConfig(
+        vocab_size=108,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=32,
+    )
+    folder = tmp_path / "bert"
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    rows = [{"text": f"{a} cat", "text_pair": b, "label": int(a == b)} for a in COLORS for b in COLORS]
+    data = written(tmp_path / "pairs.jsonl", rows * 3 + [{"text": "red dog", "text_pair": "red", "label": 1}] * 2)
+    settings = replace(
+        base, model=str(folder), data=data, r=4, epochs=1.0, target_modules=r".*(query|value|output\.dense)"
+    )
+    result = run_finetune(replace(settings, score="matthews", output=str(tmp_path / "run")))
+    assert result.summary["eval_scores"] == ["matthews"]
+    assert result.summary["trainable_params"] > 2 * 4 * 16  # R of four layers a block, and the head
+
+
+def test_padding_changes_no_prediction() -> None:
+    class Pads:
+        pad_token_id = 7
+
+    collate = TextCollator(Pads())
+    batch = collate(
+        [
+            EncodedText({"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1]}, 0),
+            EncodedText({"input_ids": [4], "attention_mask": [1]}, 1),
+        ]
+    )
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 7, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [(["b", "a"], ("a", "b")), ([2, 0, 1], (0, 1, 2)), ([1, 0.5], ()), ([1, "a"], (1, "a"))],
+)
+def test_labels_make_the_problem(labels: list[Any], classes: tuple[Any, ...]) -> None:
+    examples = [labeled(f"text {label}", label) for label in labels]
+    assert Classification.of(examples, examples[:1]).classes == classes
+
+
+def test_what_cannot_be_learned_is_said() -> None:
+    one, two, plain = labeled("a", "x"), labeled("b", "y"), Example("p", "c")
+    for train, held_out, packing, message in (
+        ([one, two], [plain], False, "2 of 3 examples have a label: give all of them one"),
+        ([one, one], [one], False, "every training example has the label x"),
+        ([one, two], [labeled("c", "z")], False, "the held-out label z is none of the training labels: x, y"),
+        ([one, two], [one], True, "--packing puts several examples into a row"),
+        ([plain], [replace(plain, score="pearson")], False, "--score pearson judges labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            problem_of(train, held_out, packing)
+    assert isinstance(problem_of([plain], [plain], True), LanguageModeling)
+
+
+def test_a_label_that_is_none_is_named_with_its_line(tmp_path: Path) -> None:
+    for row in ({"text": "a", "label": True}, {"text": "a", "label": None}, {"label": 1}):
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 1: expected an object with .*text and label"):
+            read_jsonl(written(tmp_path / "a.jsonl", [row]))
+
+
+def test_correlations_are_their_definitions() -> None:
+    draw = np.random.default_rng(0)
+    guessed, right = draw.integers(0, 2, (2, 200))
+    pairs = [(str(g), str(r)) for g, r in zip(guessed, right, strict=True)]
+    expected = np.corrcoef(guessed, right)[0, 1]
+    assert matthews(pairs) == pytest.approx(expected)
+    assert pearson(pairs) == pytest.approx(expected)
+    three = [(str(g), str(r)) for g, r in draw.integers(0, 3, (100, 2))]
+    # Gorodkin's R_K: the correlation of the one-hot matrices
+    x, y = (
+        np.array([[label == str(c) for c in range(3)] for label in side], float) for side in zip(*three, strict=True)
+    )
+    x, y = x - x.mean(0), y - y.mean(0)
+    assert matthews(three) == pytest.approx((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()))
+    assert matthews([("a", "a"), ("a", "b")]) == pearson([("1", "1"), ("1", "2")]) == 0.0
+
+
+def test_a_head_is_trained_in_fp32_over_a_base_in_16_bits(kinds: Settings, tmp_path: Path) -> None:
+    result = run_finetune(replace(kinds, dtype="bfloat16", epochs=1.0, output=str(tmp_path)))
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for name, value in saved.items() if "score" in name} == {torch.float32}
+    assert result.summary["dtype"] == "bfloat16"
