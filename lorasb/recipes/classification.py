@@ -125,6 +125,7 @@ class Classification:
         chunks = batches_by_length(encoded, held_out.batch_size)
 
         def predict(indices: list[int], bar: Any) -> list[tuple[float, str]]:
+            """Loss and answer of each example of a batch; advances the bar."""
             batch = {name: value.to(device) for name, value in collate([encoded[i] for i in indices]).items()}
             targets = batch.pop("labels")
             bar.update(1)
