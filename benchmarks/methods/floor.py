@@ -26,9 +26,9 @@ from benchmarks.methods.grid import METHODS, TASKS, WARMUP, Cell, Task
 from benchmarks.methods.problems import MAX_LENGTH, files, load
 from benchmarks.methods.run import drawn, train
 from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
-from lorasb.recipes.evaluation import evaluate, example_losses
-from lorasb.recipes.tasks import Example, read_jsonl
-from lorasb.recipes.tokenization import Collator, encode
+from lorasb.recipes.examples.tasks import Example, read_jsonl
+from lorasb.recipes.examples.tokenization import Collator, encode
+from lorasb.recipes.problems.evaluation import evaluate, example_losses
 from lorasb.utils.atomic_files import write_json
 
 LR, BATCH, CHOICES = 1e-3, 16, 5

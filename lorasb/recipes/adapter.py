@@ -11,7 +11,7 @@ import torch
 
 from ..distributed.process_group import Processes
 from ..init import InitReport
-from .data import Listed, describe_data
+from .examples.data import Listed, describe_data
 from .prepare import Run
 
 LORA_RANK = 32  # the rank that the paper compares with

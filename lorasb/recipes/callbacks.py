@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from ..distributed.process_group import Processes
-from .batch_order import ByLength
 from .console import console
 from .estimate import Estimate, estimate, estimated, padded_tokens, peak_memory
+from .examples.batch_order import ByLength
 from .prepare import Run
 from .signals import Stop
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..utils.precision import DTYPES, native, slowdown
-from .packing import row_length
+from .examples.packing import row_length
 from .prepare import Run, device
 from .settings import Settings
 

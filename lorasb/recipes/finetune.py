@@ -10,7 +10,7 @@ from ..utils.precision import resolve, slowdown_message
 from . import launch, results
 from .adapter import adapt, load_adapter, load_report, save_start
 from .console import console, errors
-from .data import digest, load_examples
+from .examples.data import digest, load_examples
 from .prepare import Run, device, prepare
 from .results import Result
 from .run_folder import FINISHED, RunFolder, State, identity_of

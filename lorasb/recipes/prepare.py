@@ -13,12 +13,12 @@ from torch import nn
 
 from ..utils.precision import Precision, resolve
 from .bundled_model import resolve_model
-from .data import load_examples
-from .evaluation import Evaluation, HeldOut
-from .problem import Problem, problem_of
+from .examples.data import load_examples
+from .examples.tasks import Example
+from .examples.tokenization import with_progress
+from .problems.evaluation import Evaluation, HeldOut
+from .problems.problem import Problem, problem_of
 from .settings import Settings
-from .tasks import Example
-from .tokenization import with_progress
 
 
 @dataclass
@@ -114,7 +114,7 @@ def _load(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Any
 
 def _packed(model: nn.Module, encoded: list[Any], length: int) -> Sequence[Any]:
     """Rows of several examples each, once the model is known to keep them apart."""
-    from .packing import check_model, pack
+    from .examples.packing import check_model, pack
 
     check_model(model)
     return pack(encoded, length)

@@ -17,11 +17,11 @@ from ..init import InitReport
 from ..utils.atomic_files import replacing_folder, write_json
 from ..utils.precision import processor_class
 from .adapter import REPORT_NAME, load_report, save_adapter
-from .data import describe_data
-from .evaluation import Evaluation, score_by_source
+from .examples.data import describe_data
+from .examples.tasks import Example
 from .prepare import Run, device
+from .problems.evaluation import Evaluation, score_by_source
 from .run_folder import SUMMARY_NAME
-from .tasks import Example
 from .train import Trained
 
 ANSWERS_NAME = "answers.json"

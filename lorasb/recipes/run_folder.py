@@ -17,7 +17,7 @@ from typing import Any
 from ..utils.atomic_files import replacing_folder, write_json
 from . import checkpoints
 from .config_file import CONFIG_NAME, write_config
-from .evaluation import Evaluation
+from .problems.evaluation import Evaluation
 from .settings import Settings, listed, option
 
 NEW, UNFINISHED, FINISHED = "new", "unfinished", "finished"

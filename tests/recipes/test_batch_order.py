@@ -7,7 +7,7 @@ import random
 import torch
 
 from lorasb.recipes import estimate
-from lorasb.recipes.batch_order import ByLength
+from lorasb.recipes.examples.batch_order import ByLength
 
 
 class TestOrder:

@@ -16,12 +16,12 @@ import transformers
 from finetune_runs import assert_same, stop_after
 from safetensors.torch import load_file
 
-from lorasb.recipes.classification import Classification, EncodedText, TextCollator
+from lorasb.recipes.examples.tasks import Example, labeled, read_jsonl
 from lorasb.recipes.finetune import run_finetune
-from lorasb.recipes.problem import LanguageModeling, problem_of
-from lorasb.recipes.scoring import matthews, pearson
+from lorasb.recipes.problems.classification import Classification, EncodedText, TextCollator
+from lorasb.recipes.problems.problem import LanguageModeling, problem_of
+from lorasb.recipes.problems.scoring import matthews, pearson
 from lorasb.recipes.settings import Settings
-from lorasb.recipes.tasks import Example, labeled, read_jsonl
 
 COLORS, ANIMALS = ("red", "blue", "green"), ("cat", "dog", "tree")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasb.recipes.data import load_examples
+from lorasb.recipes.examples.data import load_examples
 from lorasb.recipes.finetune import run_finetune
 from lorasb.recipes.settings import Settings
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lorasb.recipes import estimate
+from lorasb.recipes.examples.tokenization import Encoded
 from lorasb.recipes.settings import Settings
-from lorasb.recipes.tokenization import Encoded
 from lorasb.utils.precision import Precision
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from lorasb.recipes.data import load_examples
-from lorasb.recipes.named_data import MATH_SUBJECTS, NAMED, read_data
-from lorasb.recipes.scoring import is_right
+from lorasb.recipes.examples.data import load_examples
+from lorasb.recipes.examples.named_data import MATH_SUBJECTS, NAMED, read_data
+from lorasb.recipes.problems.scoring import is_right
 from lorasb.recipes.settings import Settings
 
 ROWS = {

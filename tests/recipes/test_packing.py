@@ -9,8 +9,8 @@ import models
 import pytest
 import torch
 
-from lorasb.recipes import packing
-from lorasb.recipes.tokenization import Collator, Encoded
+from lorasb.recipes.examples import packing
+from lorasb.recipes.examples.tokenization import Collator, Encoded
 
 
 class TestPacks:

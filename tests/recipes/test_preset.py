@@ -10,7 +10,7 @@ from parsed_options import call
 from lorasb.cli import options
 from lorasb.recipes import preset
 from lorasb.recipes.config_file import read_config
-from lorasb.recipes.named_data import NAMED
+from lorasb.recipes.examples.named_data import NAMED
 from lorasb.recipes.settings import Settings, listed
 
 KNOWN = {one.name: kind for one, kind in listed(Settings)}

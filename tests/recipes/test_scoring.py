@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasb.recipes.scoring import SCORES, choice, expression, final_number, is_right
+from lorasb.recipes.problems.scoring import SCORES, choice, expression, final_number, is_right
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasb.recipes import tasks
+from lorasb.recipes.examples import tasks
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)

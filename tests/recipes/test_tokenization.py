@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import transformers
 
-from lorasb.recipes.tasks import Example
-from lorasb.recipes.tokenization import IGNORED, Collator, Encoded, encode
+from lorasb.recipes.examples.tasks import Example
+from lorasb.recipes.examples.tokenization import IGNORED, Collator, Encoded, encode
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|> {% endfor %}"

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..distributed.process_group import Processes
-from .launch import gather_json
+from ...distributed.process_group import Processes
+from ..examples.tasks import Example
+from ..examples.tokenization import Collator, Encoded, positions
+from ..launch import gather_json
 from .scoring import CORRELATIONS, is_right
-from .tasks import Example
-from .tokenization import Collator, Encoded, positions
 
 ANSWER_MARGIN = 4  # tokens that a generated answer may be longer than the longest right one
 # Tokens per generation batch: a decoding step takes little longer for many rows than for a few.

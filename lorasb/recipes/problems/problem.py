@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ..examples.tasks import Example
+from ..examples.tokenization import Collator, encode
 from .classification import Classification
 from .evaluation import Evaluation, HeldOut, evaluate, mean_loss
 from .scoring import LABEL_SCORES
-from .tasks import Example
-from .tokenization import Collator, encode
 
 
 class Problem(Protocol):

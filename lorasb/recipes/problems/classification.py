@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..tuner.fresh_heads import missing_from_checkpoint
+from ...tuner.fresh_heads import missing_from_checkpoint
+from ..examples.tasks import Example, Label
 from .evaluation import Evaluation, HeldOut, batches_by_length, map_over_ranks, score_of
-from .tasks import Example, Label
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from ..settings import Settings
 from .named_data import read_data
-from .settings import Settings
 from .tasks import HELD_OUT_SEED, Example, generate
 
 

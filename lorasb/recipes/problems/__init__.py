@@ -1,0 +1,1 @@
+"""What examples make of a run, language modeling or classification, and how its answers are judged."""
