@@ -47,6 +47,18 @@ def weighted(model: Any) -> None:
         layer.set_factors(ADAPTER, b.float() @ core.float() / largest, torch.eye(len(core)) * largest, a)
 
 
+def rotated(model: Any) -> None:
+    """The same subspaces and first step in random bases: B Q, A turned by P, QᵀRPᵀ. AdamW is not invariant to it.
+
+    In its own singular vectors' basis a gradient is diagonal, and AdamW steps as far in the r² − r other entries.
+    """
+    for i, layer in enumerate(layers(model).values()):
+        b, core, a = (factor.float() for factor in factors(layer))
+        draw = torch.Generator().manual_seed(i)
+        left, right = (torch.linalg.qr(torch.randn(core.shape, generator=draw)).Q for _ in range(2))
+        layer.set_factors(ADAPTER, b @ left, left.t() @ core @ right.t(), right @ a)
+
+
 def flat(model: Any) -> None:
     """B's columns at length one: LoRA-XS with B = U in place of U Σ."""
     for layer in layers(model).values():
@@ -76,7 +88,7 @@ def _key(signs: dict[str, Any], name: str) -> str:
     return next(key for key in signs if name == key or name.endswith("." + key))
 
 
-STARTS = {"skewed": skewed, "weighted": weighted, "flat": flat, "unit": unit}
+STARTS = {"skewed": skewed, "weighted": weighted, "flat": flat, "unit": unit, "rotated": rotated}
 
 
 def change(model: Any, options: dict[str, Any], eta: float, seed: int, cache: Path | None) -> None:

@@ -53,8 +53,8 @@ def final_losses(rows: Sequence[Row], task: str, entry: str, r: int) -> dict[int
 
 
 def difference(rows: Sequence[Row], task: str, r: int, entry: str, other: str) -> Difference | None:
-    """Of the seeds that both have; None where there are none."""
-    mine, theirs = (final_losses(rows, task, name, r) for name in (entry, other))
+    """Of the seeds that both have; None where there are none. `other` may have a rank of its own."""
+    mine, theirs = (final_losses(rows, task, name, entries()[name].rank(r)) for name in (entry, other))
     shared = sorted(mine.keys() & theirs.keys())
     if not shared:
         return None
@@ -78,11 +78,12 @@ def head(other: str) -> list[str]:
 
 def lines(rows: Sequence[Row], task: str, other: str) -> Iterator[list[str]]:
     """A row a rank and entry that has test runs: its mean loss, and the difference to `other` over the same seeds."""
-    for r in RANKS:
-        for entry in entries():
-            losses = final_losses(rows, task, entry, r)
-            if losses:
-                found = difference(rows, task, r, entry, other) if entry != other else None
-                trained = rows_of(rows, task, entry, r, "test")[0]["adapter_params"]
-                rate, mean = shown_rate(entries()[entry], r, rows, task), sum(losses.values()) / len(losses)
-                yield [str(r), entry, rate, str(len(losses)), trained, f"{mean:.4f}", str(found or "")]
+    fixed = {entry.only for entry in entries().values() if entry.only}
+    for r in sorted({*RANKS, *fixed}):
+        for name, entry in entries().items():
+            losses = final_losses(rows, task, name, r)
+            if losses and entry.rank(r) == r:
+                found = difference(rows, task, r, name, other) if name != other else None
+                trained = rows_of(rows, task, name, r, "test")[0]["adapter_params"]
+                rate, mean = shown_rate(entry, r, rows, task), sum(losses.values()) / len(losses)
+                yield [str(r), name, rate, str(len(losses)), trained, f"{mean:.4f}", str(found or "")]

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.common.csv_files import Row
 from benchmarks.methods.grid import Cell
 
+LORA = "LoRA r=32"  # what everybody uses; ten times the parameters of r = 64 here
 ROWS = "paired.csv"  # beside the other results
 SEEDS = tuple(range(8))
 SWEEP_SEED = 100  # rates are chosen on another seed and another split than what is compared
@@ -30,6 +31,7 @@ class Entry:
         rate: peak rate at r = 16; the ladder has it times powers of two.
         falls: the rate at rank r is `rate`·(16/r)^falls. A step of AdamW whose signs agree has a spectral norm of r
             times the rate, one whose signs do not 2√r times, one of Muon the rate; 1.5 was found on chain_sum.
+        only: the rank that it has, whatever the others'; None for all.
     """
 
     name: str
@@ -37,6 +39,11 @@ class Entry:
     options: dict[str, Any] = field(default_factory=dict)
     rate: float = 4e-3
     falls: float = 1.5
+    only: int | None = None
+
+    def rank(self, r: int) -> int:
+        """The rank that it is run at, in a comparison at rank r."""
+        return self.only or r
 
     def rates(self, r: int) -> tuple[float, ...]:
         """Three, around the rule's; more where the best is at an end."""
@@ -60,6 +67,7 @@ def entries() -> dict[str, Entry]:
         Entry("LoRA-XS, output", "LoRA-SB", {"init": "lora-xs-output", "alpha_is_rank": True}, rate=2e-3),
         Entry("sign, R = 0", "LoRA-SB", {"longest_start": 0.0}),
         Entry("per-sample", "LoRA-SB", {"update": "per-sample", "longest_start": 0.0}),
+        Entry("sign, rotated", "LoRA-SB", {"rotated": True}),
         Entry("sign, later", "LoRA-SB", {"refresh": 0.1, "later_samples": 64}),
         Entry("sign, seeded", "LoRA-SB", {"seeded": True}),
         Entry("by spread", "LoRA-SB", {"init": "random", "by_spread": True}),
@@ -72,6 +80,7 @@ def entries() -> dict[str, Entry]:
             rate=2e-2,
             falls=0.0,
         ),
+        Entry(LORA, "LoRA", rate=2e-3, falls=0.0, only=32),
     )
     return {entry.name: entry for entry in found}
 
@@ -131,7 +140,7 @@ def wanted(
         for task in tasks
         for r in ranks
         for name in names
-        for cell in _cells(f"{task} by loss", entries()[name], r, seeds, rows)
+        for cell in _cells(f"{task} by loss", entries()[name], entries()[name].rank(r), seeds, rows)
     ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.methods.grid import task_named
 from benchmarks.paired.compare import head, lines
-from benchmarks.paired.grid import ROWS, SEEDS, TASKS
+from benchmarks.paired.grid import LORA, ROWS, SEEDS, TASKS
 from benchmarks.paper import lasting
 from benchmarks.reporting.markdown import picture, table, where_rows
 
@@ -41,6 +41,9 @@ def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
         "",
     )
     yield from table(head(PLAIN), body)
+    against = [line for line in lines(rows, name, LORA) if line[-1]]
+    if against:
+        yield from ("", f"Against {LORA}:", "", *table(head(LORA), against))
     yield from ("", where_rows([row for row in rows if row["task"] == name and row["split"] == "test"]), "")
 
 

@@ -117,6 +117,16 @@ def test_seeded_moments_are_those_of_steps_that_moved_nothing() -> None:
     assert all(float(opt.state[p]["exp_avg_sq"].max()) > 0 for p in trained)
 
 
+def test_rotation_changes_the_basis_and_no_step() -> None:
+    plain, turned = (put(problem(), cell(**options)) for options in ({}, {"rotated": True}))
+    b, core, a = (factor.double() for factor in starts.factors(q_proj(turned)))
+    expected = [factor.double() for factor in starts.factors(q_proj(plain))]
+    assert torch.allclose(b @ core @ a, expected[0] @ expected[1] @ expected[2], atol=1e-7)
+    assert torch.allclose(b.t() @ b, torch.eye(R, dtype=torch.float64), atol=1e-5)
+    assert torch.allclose(a @ a.t(), torch.eye(R, dtype=torch.float64), atol=1e-5)
+    assert float((core - core.diag().diag()).norm()) > 0.1 * float(core.norm())
+
+
 def test_ranks_by_energy_spend_the_same_budget() -> None:
     one = problem()
     model = put(one, cell(ranks_by_energy=True))

@@ -126,3 +126,19 @@ def test_a_table_says_where_a_ladder_ended() -> None:
     ]
     assert grid.shown_rate(entry, 16, rising, TASK) == f"{entry.at(16, grid.FARTHEST):g} (last tried)"
     assert grid.shown_rate(entry, 16, swept("sign", 16), TASK) == "0.004"
+
+
+def test_an_entry_of_its_own_rank_is_held_against_every_rank() -> None:
+    lora = entries()[grid.LORA]
+    asked = wanted(["chain_sum"], [grid.LORA], [4, 64], [0], [])
+    assert {cell.r for cell in asked} == {32}
+    rows = [
+        *swept("sign", 16),
+        *(row(grid.LORA, 32, lora.at(32, p), grid.SWEEP_SEED, abs(p) + 0.3, "validation") for p in (-1, 0, 1)),
+    ]
+    rows += [row("sign", 16, 4e-3, seed, 0.3) for seed in (0, 1)] + [
+        row(grid.LORA, 32, 2e-3, seed, 0.25) for seed in (0, 1)
+    ]
+    found = difference(rows, TASK, 16, "sign", grid.LORA)
+    assert found is not None
+    assert (found.seeds, round(found.mean, 9), found.base) == (2, 0.05, 0.25)
