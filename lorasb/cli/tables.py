@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -52,7 +53,8 @@ def _accuracies(summary: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
     yield label, summary["eval_accuracy_before"], summary["eval_accuracy_after"]
     by_set = summary["eval_accuracy_by_set"]
     for source in by_set["before"]:
-        yield f"{label}, {source}", by_set["before"][source], by_set["after"][source]
+        name = "/".join(Path(source).parts[-2:])  # several files may have one name
+        yield f"{label}, {name}", by_set["before"][source], by_set["after"][source]
 
 
 def costs(summary: dict[str, Any]) -> Table:

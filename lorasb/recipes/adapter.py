@@ -35,7 +35,8 @@ def adapt(run: Run, **options: Any) -> tuple[Any, float]:
     if settings.method == "lora":
         r = settings.r or LORA_RANK
         # alpha = r gives PEFT's scaling alpha / r = 1, as s is for LoRA-SB by default
-        config = peft.LoraConfig(r=r, lora_alpha=r, task_type=run.problem.task_type, **common)
+        heads = run.problem.heads(run.model) or None  # PEFT knows those of some names only
+        config = peft.LoraConfig(r=r, lora_alpha=r, task_type=run.problem.task_type, modules_to_save=heads, **common)
         run.model = peft.get_peft_model(run.model, config)
         return None, 0.0
     return _with_provenance(run, _patch_and_initialize(run, common, options)), time.perf_counter() - started

@@ -33,10 +33,15 @@ def run_finetune(settings: Settings) -> Result:
     """
     settings.check()
     current_backend()  # raises for an unusable LORASB_BACKEND now, before any work
-    from .train import check_report, train  # loads transformers.Trainer: only once the settings are checked
+    from .train import (  # loads transformers.Trainer: only once the settings are checked
+        check_batch,
+        check_report,
+        train,
+    )
 
     check_report(settings)
     with launch.joined() as processes, Stop(GO_ON) as stop:
+        check_batch(settings, processes.world_size)
         precision = resolve(settings.dtype, device())
         examples = load_examples(settings)
         facts = {

@@ -18,7 +18,10 @@ from .examples.tasks import Example
 from .examples.tokenization import with_progress
 from .problems.evaluation import Evaluation, HeldOut
 from .problems.problem import Problem, problem_of
+from .problems.scoring import REASONED
 from .settings import Settings
+
+REASONING_TOKENS = 512  # of answers whose end is judged, which may be longer than the right one
 
 
 @dataclass
@@ -61,9 +64,12 @@ class Run:
         return self.problem.mean_loss(self.model, self.tokenizer, self._held_out())
 
     def _held_out(self) -> HeldOut:
-        # twice the training batch: no activations are kept for backward
-        batch = 2 * self.settings.batch_size
-        return HeldOut(self.held_out, self.held_out_ids, batch, self.settings.max_new_tokens)
+        settings = self.settings
+        # twice what is computed at once in training: no activations are kept for backward
+        batch = max(1, 2 * settings.batch_size // settings.gradient_accumulation)
+        reasoned = any(example.score in REASONED for example in self.held_out)
+        limit = settings.max_new_tokens or (REASONING_TOKENS if reasoned else None)
+        return HeldOut(self.held_out, self.held_out_ids, batch, limit)
 
 
 def device() -> str:
@@ -82,10 +88,11 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
     set_seed(settings.seed)  # LoRA's random A, dropout, and weights that transformers initializes
     precision = resolve(settings.dtype, device())
     train_examples, held_out = examples or load_examples(settings)
-    problem = problem_of(train_examples, held_out, settings.packing)
+    problem = problem_of(train_examples, held_out, settings)
     tokenizer, model = _load(settings, problem, precision.dtype)
     encode_one = partial(problem.encode, tokenizer=tokenizer, max_length=settings.max_length)
-    train_ids, held_out_ids = (with_progress(encode_one, part, "tokens") for part in (train_examples, held_out))
+    train_ids = with_progress(encode_one, train_examples, "tokens")
+    held_out_ids = with_progress(partial(encode_one, held_out=True), held_out, "tokens")
     rows = _packed(model, train_ids, settings.max_length) if settings.packing else train_ids
     return Run(settings, precision, problem, tokenizer, model, train_examples, held_out, train_ids, held_out_ids, rows)
 
@@ -107,7 +114,8 @@ def _load(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Any
     if settings.bits == 4:
         import lorasb
 
-        lorasb.quantize(model, "nf4", nested=True)
+        heads = [n for head in problem.heads(model) for n, _ in model.get_submodule(head).named_modules(prefix=head)]
+        lorasb.quantize(model, "nf4", nested=True, exclude=["lm_head", *heads])
     contiguous_head(model)
     return tokenizer, model
 

@@ -79,6 +79,8 @@ def _trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: 
         train_dataset=Listed(run.rows),
         data_collator=collate,
     )
+    if run.problem.takes_loss_arguments is not None:
+        trainer.model_accepts_loss_kwargs = run.problem.takes_loss_arguments
     trainer.order, trainer.identity, trainer.earlier_seconds = order, identity, earlier_seconds
     _put_callbacks(trainer, run, stop, settings.gradient_accumulation * processes.world_size)
     return trainer
@@ -88,11 +90,7 @@ def arguments(run: Run, folder: Path, processes: int) -> TrainingArguments:
     """The trainer's arguments; `callbacks.Saving` decides when to save."""
     settings = run.settings
     micro_batches = settings.gradient_accumulation * processes
-    if settings.batch_size % micro_batches:
-        raise ValueError(
-            f"--batch-size {settings.batch_size} cannot be parted in {settings.gradient_accumulation} accumulations on "
-            f"{processes} processes: take a multiple of {micro_batches}"
-        )
+    check_batch(settings, processes)
     if settings.report_to == "tensorboard":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(settings.output) / "tensorboard"))
     return TrainingArguments(
@@ -116,6 +114,16 @@ def arguments(run: Run, folder: Path, processes: int) -> TrainingArguments:
         ddp_find_unused_parameters=False,  # every R takes part in every forward: skip DDP's search
         disable_tqdm=False,
     )
+
+
+def check_batch(settings: Settings, processes: int) -> None:
+    """Raise a ValueError if a step's examples cannot be parted equally."""
+    parts = settings.gradient_accumulation * processes
+    if settings.batch_size % parts:
+        raise ValueError(
+            f"--batch-size {settings.batch_size} cannot be parted in {settings.gradient_accumulation} accumulations on "
+            f"{processes} processes: take a multiple of {parts}, or a lower --gradient-accumulation"
+        )
 
 
 def check_report(settings: Settings) -> None:

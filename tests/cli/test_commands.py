@@ -100,19 +100,21 @@ def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, metho
 def test_several_held_out_sets_are_told_apart(tiny: Path, data: Path, tmp_path: Path) -> None:
     """Two sets, judged by choice, answers of at most two tokens."""
     lines = [{"prompt": f"copy {word}", "completion": word} for word in ("true", "false", "red")]
+    files = {name: tmp_path / name / "test.jsonl" for name in ("sure", "other")}
     for name, part in (("sure", lines[:2]), ("other", lines[2:])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
-    sets = ",".join(str(tmp_path / f"{name}.jsonl") for name in ("sure", "other"))
+        files[name].parent.mkdir()
+        files[name].write_text("".join(json.dumps(line) + "\n" for line in part))
+    sets = ",".join(map(str, files.values()))
     more = ["--eval-data", sets, "--score", "choice", "--max-new-tokens", "2", "--lora-dropout", "0.1"]
     done = finetune(tiny, data, tmp_path / "run", *more)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["eval_examples"] == 3
-    assert summary["eval_accuracy_by_set"]["after"]["other"] == 0.0  # "red" is no choice
-    assert set(summary["eval_accuracy_by_set"]["before"]) == {"sure", "other"}
-    assert "right answers, sure" in done.stdout
+    assert summary["eval_accuracy_by_set"]["after"][str(files["other"])] == 0.0  # "red" is no choice
+    assert set(summary["eval_accuracy_by_set"]["before"]) == {str(file) for file in files.values()}
+    assert "sure/test.jsonl" in done.stdout
     again = finetune(tiny, data, tmp_path / "run", *more)  # finished: from its files
-    assert "right answers, other" in again.stdout
+    assert "other/test.jsonl" in again.stdout
 
 
 def test_the_same_seed_gives_the_same_adapter(tiny: Path, data: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
+import tolerances
 import torch
 import transformers
 from finetune_runs import assert_same, stop_after
@@ -72,7 +73,7 @@ def test_values_are_learned_by_their_squared_error(base: Settings, tmp_path: Pat
         {"text": a, "text_pair": b, "label": float(i - j)} for i, a in enumerate(words) for j, b in enumerate(words)
     ] * 2
     data = written(tmp_path / "gaps.jsonl", rows)
-    settings = replace(base, data=data, eval_data=data, score="pearson", epochs=1.0, output=str(tmp_path / "run"))
+    settings = replace(base, data=data, eval_data=data, epochs=1.0, output=str(tmp_path / "run"))
     with pytest.raises(ValueError, match="holds no example that is not held out"):
         run_finetune(settings)
     held_out = written(tmp_path / "held.jsonl", [{"text": "one two", "text_pair": "two", "label": 0.5}] * 2)
@@ -103,7 +104,8 @@ def test_an_encoder_takes_pairs(base: Settings, tiny: Path, tmp_path: Path) -> N
     )
     result = run_finetune(replace(settings, score="matthews", output=str(tmp_path / "run")))
     assert result.summary["eval_scores"] == ["matthews"]
-    assert result.summary["trainable_params"] > 2 * 4 * 16  # R of four layers a block, and the head
+    pooler_and_head = 32 * 32 + 32 + 2 * 32 + 2
+    assert result.summary["trainable_params"] == 2 * 4 * 4 * 4 + pooler_and_head
 
 
 def test_padding_changes_no_prediction() -> None:
@@ -122,27 +124,92 @@ def test_padding_changes_no_prediction() -> None:
     assert batch["labels"].tolist() == [0, 1]
 
 
+def test_a_decoder_reads_the_last_token_whatever_the_padding(tiny: Path) -> None:
+    """Its config may name another token for padding than the tokenizer has."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=2).eval()
+    model.config.pad_token_id = 5
+
+    class Pads:
+        pad_token_id = 7
+
+    rows = [EncodedText({"input_ids": ids, "attention_mask": [1] * len(ids)}, 0) for ids in ([9, 8, 10], [11])]
+    collate = Classification(("a", "b")).collator(Pads(), model)
+    with torch.no_grad():
+        together = model(**collate(rows)).logits
+        alone = torch.cat([model(**collate([row])).logits for row in rows])
+    tolerances.check(together, alone, tolerances.fp32(64))
+
+
 @pytest.mark.parametrize(
     ("labels", "classes"),
-    [(["b", "a"], ("a", "b")), ([2, 0, 1], (0, 1, 2)), ([1, 0.5], ()), ([1, "a"], (1, "a"))],
+    [
+        (["b", "a"], ("a", "b")),
+        ([2, 0, 10], ("0", "2", "10")),
+        ([1, 0.5], ()),
+        ([1, "a"], ("1", "a")),
+        ([1, "1", 2], ("1", "2")),
+    ],
 )
-def test_labels_make_the_problem(labels: list[Any], classes: tuple[Any, ...]) -> None:
+def test_labels_make_the_problem(labels: list[Any], classes: tuple[str, ...]) -> None:
     examples = [labeled(f"text {label}", label) for label in labels]
-    assert Classification.of(examples, examples[:1]).classes == classes
+    score = "pearson" if not classes else "label"
+    assert Classification.of(examples, [replace(examples[0], score=score)]).classes == classes
 
 
 def test_what_cannot_be_learned_is_said() -> None:
-    one, two, plain = labeled("a", "x"), labeled("b", "y"), Example("p", "c")
-    for train, held_out, packing, message in (
-        ([one, two], [plain], False, "2 of 3 examples have a label: give all of them one"),
-        ([one, one], [one], False, "every training example has the label x"),
-        ([one, two], [labeled("c", "z")], False, "the held-out label z is none of the training labels: x, y"),
-        ([one, two], [one], True, "--packing puts several examples into a row"),
-        ([plain], [replace(plain, score="pearson")], False, "--score pearson judges labels"),
+    one, two, plain, value = labeled("a", "x"), labeled("b", "y"), Example("p", "c"), labeled("v", 0.5)
+    with_file = Settings(eval_data="held_out.jsonl")
+    for train, held_out, settings, message in (
+        ([one, two], [plain], Settings(), "2 of 3 examples have a label: give all of them one"),
+        ([one, one], [one], with_file, "every training example has the label x"),
+        ([one, two], [labeled("c", "z")], with_file, "the held-out label z is none of the training labels: x, y"),
+        ([one, two], [one], Settings(packing=True), "--packing puts several examples into a row"),
+        ([plain], [replace(plain, score="pearson")], Settings(), "--score pearson does not judge texts"),
+        ([one, two], [replace(one, score="boxed")], Settings(), "--score boxed does not judge labels"),
+        (
+            [one, two],
+            [replace(one, score="pearson")],
+            Settings(),
+            "--score pearson takes numbers, and the labels are x, y",
+        ),
+        (
+            [value],
+            [replace(value, score="label")],
+            Settings(),
+            "--score label counts equal labels, and these are values",
+        ),
+        (
+            [value],
+            [replace(one, score="pearson")],
+            with_file,
+            "the training labels are numbers, and a held-out one is 'x'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
-            problem_of(train, held_out, packing)
-    assert isinstance(problem_of([plain], [plain], True), LanguageModeling)
+            problem_of(train, held_out, settings)
+    assert isinstance(problem_of([plain], [plain], Settings(packing=True)), LanguageModeling)
+
+
+def test_a_class_that_was_drawn_to_be_held_out_is_learned_of() -> None:
+    found = problem_of([labeled("a", "x"), labeled("b", "y")], [labeled("c", "z")], Settings())
+    assert isinstance(found, Classification)
+    assert found.classes == ("x", "y", "z")
+
+
+def test_accumulation_changes_no_loss(kinds: Settings, tmp_path: Path) -> None:
+    """The model's loss is a mean over its batch, which Trainer has to divide by the number of parts."""
+    losses = []
+    for parts in (1, 2):
+        settings = replace(kinds, epochs=1.0, gradient_accumulation=parts, output=str(tmp_path / str(parts)))
+        losses.append(torch.tensor(run_finetune(settings).summary["train_losses"], dtype=torch.float64))
+    assert torch.allclose(*losses, rtol=1e-3)
+
+
+def test_a_head_is_never_quantized(kinds: Settings, tmp_path: Path) -> None:
+    run_finetune(replace(kinds, bits=4, epochs=1.0, output=str(tmp_path)))
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tuple(value.shape) for name, value in saved.items() if "score" in name} == {(2, 64)}
 
 
 def test_a_label_that_is_none_is_named_with_its_line(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_what_is_held_out_has_a_split_of_its_own(hub: list[Any]) -> None:
 
 def test_several_held_out_sets_each_give_so_many(hub: list[Any], data: Path) -> None:
     train, held_out = load_examples(Settings(data="metamathqa", eval_data=f"gsm8k, {data}", eval_examples=2))
-    assert [example.source for example in held_out] == ["gsm8k", data.stem, data.stem]
+    assert [example.source for example in held_out] == ["gsm8k", str(data), str(data)]
     assert [example.score for example in held_out] == ["number", "exact", "exact"]
     assert len(train) == 1
 
@@ -102,10 +102,10 @@ def test_a_json_list_has_instructions_and_inputs(tmp_path: Path) -> None:
     file.write_text(json.dumps([{"instruction": "Translate", "input": "Haus", "output": "house", "answer": "x"}]))
     (example,) = read_data(str(file), "choice")
     assert "### Input:\nHaus\n" in example.prompt
-    assert (example.completion, example.source, example.score) == ("house", "boolq", "choice")
+    assert (example.completion, example.source, example.score) == ("house", str(file), "choice")
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '[{"instruction": "a"}]', "[1]", "{"])
+@pytest.mark.parametrize("text", ["[]", "{}", '[{"instruction": "a"}]', "[1]"])
 def test_json_that_is_no_list_of_instructions_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=r"a\.json: expected a JSON list of objects with instruction and output"):
@@ -134,3 +134,46 @@ def test_a_missing_package_has_its_command(monkeypatch: pytest.MonkeyPatch) -> N
         ImportError, match="metamathqa is read from the hub as meta-math/MetaMathQA: pip install datasets"
     ):
         read_data("metamathqa", "exact")
+
+
+def test_json_lines_in_a_json_file_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
+    assert [example.completion for example in read_data(str(tmp_path / "a.json"), "exact")] == ["b", "d"]
+
+
+def test_what_is_held_out_is_drawn_from_all_of_a_set(tmp_path: Path) -> None:
+    """A set in order of its subjects must not be judged by the first of them."""
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": "x"}) + "\n" for i in range(40)))
+    found = [
+        load_examples(Settings(eval_data=str(file), data=str(file), eval_examples=8, seed=s))[1] for s in (0, 0, 1)
+    ]
+    assert found[0] == found[1] != found[2]
+    assert found[0] != read_data(str(file), "exact")[:8]
+
+
+def test_chats_are_held_out_by_their_messages(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i % 10}"}, {"role": "assistant", "content": "a"}]}
+        for i in range(20)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, held_out = load_examples(Settings(data=str(tmp_path / "chat.jsonl")))
+    assert not {e.prompt for e in train} & {e.prompt for e in held_out}
+    assert len(train) == 20 - 2 * len({e.prompt for e in held_out})
+
+
+@pytest.mark.parametrize(
+    ("labels", "score"), [([0, 1], "label"), (["a", "b"], "label"), ([0.5, 1], "pearson"), ([0.5, "a"], "label")]
+)
+def test_labels_have_a_score_of_their_own(tmp_path: Path, labels: list[Any], score: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": "t", "label": label}) + "\n" for label in labels))
+    assert {example.score for example in read_data(str(file), "exact")} == {score}
+    assert {example.score for example in read_data(str(file), "matthews")} == {"matthews"}
+
+
+def test_prompts_with_a_label_column_stay_prompts(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b", "label": 1}\n')
+    (example,) = read_data(str(tmp_path / "a.jsonl"), "exact")
+    assert (example.completion, example.label, example.score) == ("b", None, "exact")

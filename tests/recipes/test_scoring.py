@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasb.recipes.problems.scoring import SCORES, choice, expression, final_number, is_right
+from lorasb.recipes.problems.scoring import LABEL_SCORES, SCORES, choice, expression, final_number, is_right
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,9 @@ from lorasb.recipes.problems.scoring import SCORES, choice, expression, final_nu
         ("The answer is: 1/0", None),
         ("the answer may be 4", None),  # no mark
         ("The answer is: four", None),
+        ("The answer is: 1,234.", Fraction(1234)),
+        ("The answer is: -$3", Fraction(-3)),
+        ("The answer is: - 3", Fraction(-3)),
         ("", None),
     ],
 )
@@ -38,10 +41,24 @@ def test_any_fraction_is_found_again(value: Fraction, before: str) -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        (r"thus \boxed{\frac{1}{2}} and so \boxed{\dfrac{3}{4}}", r"\frac{3}{4}"),
+        (r"thus \boxed{\frac{1}{2}} and so \boxed{\dfrac{3}{4}}", "3/4"),
         (r"The answer is: \left( 1, 2 \right).", "(1,2)"),
-        (r"$\boxed{0.5\text{ cm}}$", ".5"),
-        (r"\boxed{10.05}", "10.05"),
+        (r"$\boxed{0.5\text{ cm}}$", "1/2"),
+        (r"\boxed{10.05}", "201/20"),
+        (r"\boxed{\text{odd}}", "odd"),
+        (r"\boxed{\text{(B)}}", "(B)"),
+        ("The answer is: .", None),
+        (r"\boxed{\text{ cm}}", None),
+        (r"\boxed{\frac12}", "1/2"),
+        (r"The answer is: 1/2", "1/2"),
+        (r"\boxed{-\frac{3}{4}}", "-3/4"),
+        (r"\boxed{90^{\circ}}", "90"),
+        (r"\boxed{10,\!000}", "10000"),
+        (r"\boxed{5.00}", "5"),
+        (r"\boxed{x = 5}", "5"),
+        (r"\boxed{2\sqrt3}", r"2\sqrt{3}"),
+        (r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+        (r"\boxed{a \leftarrow b}", r"a\leftarrowb"),
         (r"The answer is: 4.\nMore", r"4.\nMore"),
         ("The answer is: 4.\nMore", "4"),
         (r"\boxed{1", None),  # never closed
@@ -75,7 +92,11 @@ def test_an_answer_is_right_by_its_score_alone() -> None:
     assert is_right("answer2", "the correct answer is answer2", "choice")
 
 
-@pytest.mark.parametrize("score", [name for name in SCORES if name != "exact"])
+def test_a_model_that_goes_on_is_judged_by_its_own_answer() -> None:
+    assert is_right("The answer is: 18\n\n### Instruction: more\n### Response: #### 7", "#### 18", "number")
+
+
+@pytest.mark.parametrize("score", [name for name in SCORES if name not in ("exact", *LABEL_SCORES)])
 def test_nothing_is_not_equal_to_nothing(score: str) -> None:
     """A right text without a number must not make every answer right."""
     assert not is_right("who knows", "nobody knows", score)

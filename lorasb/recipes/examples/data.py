@@ -28,22 +28,32 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
     train_examples = read_data(settings.data, settings.score)
     held_out = _held_out(settings, train_examples)
     # By prompt, not by position: duplicates of a held-out prompt must not be trained on either.
-    prompts = {(example.prompt, example.pair, example.messages) for example in held_out}
-    remaining = [e for e in train_examples if (e.prompt, e.pair, e.messages) not in prompts]
+    prompts = {_prompt(example) for example in held_out}
+    remaining = [example for example in train_examples if _prompt(example) not in prompts]
     if not remaining:
         raise ValueError(f"{settings.data} holds no example that is not held out: pass more, or --eval-data of its own")
     return remaining, held_out
 
 
+def _prompt(example: Example) -> str:
+    """What identifies an example's question; `messages` are dictionaries, which have no hash."""
+    return json.dumps([example.prompt, example.pair, example.messages])
+
+
 def _held_out(settings: Settings, train_examples: list[Example]) -> list[Example]:
-    """The examples of `--eval-data`, the first of each set, or else up to a tenth of the training set's at random."""
+    """Examples of each set of `--eval-data`, or else up to a tenth of the training set's; drawn at random."""
     if settings.eval_data is not None:
         parts = (read_data(name.strip(), settings.score, held_out=True) for name in settings.eval_data.split(","))
-        return [example for part in parts for example in part[: settings.eval_examples]]
-    # By the seed alone, so that a resumed run holds out the same examples.
-    order = torch.randperm(len(train_examples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    count = max(1, min(settings.eval_examples, len(train_examples) // 10))
-    return [train_examples[i] for i in order[:count]]
+        return [example for part in parts for example in _drawn(part, settings.eval_examples, settings.seed)]
+    return _drawn(train_examples, max(1, min(settings.eval_examples, len(train_examples) // 10)), settings.seed)
+
+
+def _drawn(examples: list[Example], count: int, seed: int) -> list[Example]:
+    """`count` of the examples, or all of them in their order. By the seed alone: a resumed run holds out the same."""
+    if len(examples) <= count:
+        return examples
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [examples[i] for i in order[:count]]
 
 
 def digest(*parts: Sequence[Example]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def _glue(task: str, first: str, second: str | None = None, score: str = "label"
 
 
 NAMED = {
-    "metamathqa": Source("meta-math/MetaMathQA", _metamath, "number", train="train[:50000]", held_out=None),
+    "metamathqa": Source("meta-math/MetaMathQA", _metamath, "boxed", train="train[:50000]", held_out=None),
     "gsm8k": Source("openai/gsm8k", _gsm8k, "number", configs=("main",)),
     "math": Source("EleutherAI/hendrycks_math", _math, "boxed", configs=MATH_SUBJECTS),
     "commonsense170k": Source("zwhe99/commonsense_170k", instructed, "choice", held_out=None),
@@ -109,10 +109,9 @@ def read_data(name: str, score: str, held_out: bool = False) -> list[Example]:
     """
     path = Path(name)
     if path.is_file():
-        examples = list(_records(path)) if path.suffix == ".json" else read_jsonl(path)
-        if score == "exact":  # the default; labels have one of their own
-            return [replace(example, source=path.stem) for example in examples]
-        return [replace(example, source=path.stem, score=score) for example in examples]
+        examples = _records(path) if path.suffix == ".json" else read_jsonl(path)
+        score = _score_of_labels(examples) if score == "exact" else score
+        return [replace(example, source=name, score=score) for example in examples]
     if name not in NAMED:
         raise ValueError(f"expected a JSONL file, found none at {path}; data sets by name are {', '.join(NAMED)}")
     source = NAMED[name]
@@ -122,13 +121,26 @@ def read_data(name: str, score: str, held_out: bool = False) -> list[Example]:
     return [replace(source.example(row), source=name, score=source.score) for row in _rows(name, source, split)]
 
 
-def _records(path: Path) -> Iterator[Example]:
+def _score_of_labels(examples: list[Example]) -> str:
+    """The default score of a file: equal texts or labels, or for values (2.5) their correlation."""
+    labels = [example.label for example in examples]
+    if None in labels:
+        return "exact"
+    numbers = all(isinstance(label, int | float) for label in labels)
+    return "pearson" if numbers and any(isinstance(label, float) for label in labels) else "label"
+
+
+def _records(path: Path) -> list[Example]:
+    """Alpaca's JSON list; JSON Lines in a file of this name do as well."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return read_jsonl(path)
+    try:
         if not isinstance(rows, list) or not rows:
-            raise ValueError("no list of objects")
-        yield from [instructed(row) for row in rows]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise TypeError(f"got {type(rows).__name__}" if rows else "it is empty")
+        return [instructed(row) for row in rows]
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path}: expected a JSON list of objects with instruction and output ({error}), or a .jsonl file of "
             "prompt and completion"

@@ -122,7 +122,7 @@ def _read_line(line: str, where: str) -> Example:
 def _example(values: Any) -> Example:
     if not isinstance(values, dict):
         raise TypeError(f"got {type(values).__name__}")
-    if "label" in values:
+    if "label" in values and "text" in values:
         return labeled(str(values["text"]), values["label"], str(values.get("text_pair") or ""))
     if "messages" not in values:
         return Example(str(values["prompt"]), str(values["completion"]))

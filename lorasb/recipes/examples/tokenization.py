@@ -41,10 +41,11 @@ class Encoded:
         return len(self) - self.learned.index(True) if True in self.learned else len(self.completion)
 
 
-def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
+def encode(example: Example, tokenizer: Any, max_length: int, whole_prompt: bool = False) -> Encoded:
     """Tokenize prompt and completion separately, so that no token spans both; `messages` use the chat template.
 
-    Beyond `max_length`, a prompt loses its beginning and a completion its end.
+    Beyond `max_length` a prompt loses its beginning, or, with `whole_prompt`, the completion its end: a held-out
+    question must not lose its beginning to a long right answer.
 
     Raises:
         ValueError: messages for a tokenizer without a chat template.
@@ -57,7 +58,9 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
         text_ids = tokenizer(text, add_special_tokens=not example.messages)["input_ids"]
         ids += text_ids
         learned += [mark] * len(text_ids)
-    completion = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id][: max_length - 1]
+    completion = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    limit = max(1, max_length - len(ids)) if whole_prompt else max_length - 1
+    completion = completion[:limit]
     last_tokens = slice(-(max_length - len(completion)), None)
     marks = tuple(learned[last_tokens]) if any(learned[last_tokens]) else ()
     return Encoded(tuple(ids[last_tokens]), tuple(completion), marks)

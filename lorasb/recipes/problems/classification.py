@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...tuner.fresh_heads import missing_from_checkpoint
-from ..examples.tasks import Example, Label
+from ..examples.tasks import Example
 from .evaluation import Evaluation, HeldOut, batches_by_length, map_over_ranks, score_of
 
 
@@ -49,8 +49,10 @@ class Classification:
     """
 
     task_type = "SEQ_CLS"
+    # Its forward takes **kwargs and passes them to no loss, which is a mean over a batch: Trainer has to divide it.
+    takes_loss_arguments: bool | None = False
 
-    def __init__(self, classes: Sequence[Label]) -> None:
+    def __init__(self, classes: Sequence[str]) -> None:
         self.classes = tuple(classes)
         self.index = {label: i for i, label in enumerate(self.classes)}
 
@@ -59,24 +61,37 @@ class Classification:
         """The problem that labels make: numbers of which any has a point (2.5) are values, others are classes.
 
         Raises:
-            ValueError: one class only, or a held-out class that is never trained.
+            ValueError: one class only, a held-out class that is never trained, or a score that needs numbers.
         """
-        labels = {example.label for example in train if example.label is not None}
+        labels = [example.label for example in train if example.label is not None]
         if all(isinstance(label, int | float) for label in labels) and any(isinstance(v, float) for v in labels):
-            return cls(())
-        classes = sorted(labels, key=lambda label: (isinstance(label, str), label))
-        unknown = {str(e.label) for e in held_out} - {str(label) for label in classes}
-        if unknown:
-            raise ValueError(f"the held-out label {min(unknown)} is none of the training labels: {_shown(classes)}")
+            return cls._of_values(held_out)
+        classes = sorted({str(label) for label in labels}, key=_numbers_first)
+        for example in held_out:
+            if example.completion not in classes:
+                raise ValueError(
+                    f"the held-out label {example.completion} is none of the training labels: {_shown(classes)}"
+                )
         if len(classes) < 2:
             raise ValueError(f"every training example has the label {classes[0]}: there is nothing to tell apart")
+        if any(_number(label) is None for label in classes) and any(e.score == "pearson" for e in held_out):
+            raise ValueError(f"--score pearson takes numbers, and the labels are {_shown(classes)}: label or matthews")
         return cls(classes)
+
+    @classmethod
+    def _of_values(cls, held_out: Sequence[Example]) -> Classification:
+        for example in held_out:
+            if _number(example.completion) is None:
+                raise ValueError(f"the training labels are numbers, and a held-out one is {example.completion!r}")
+            if example.score != "pearson":
+                raise ValueError(f"--score {example.score} counts equal labels, and these are values: --score pearson")
+        return cls(())
 
     def load_model(self, folder: str, dtype: Any) -> Any:
         """A model with a head of as many outputs as there are classes, or one."""
         from transformers import AutoModelForSequenceClassification
 
-        names = {i: str(label) for i, label in enumerate(self.classes)} or {0: "value"}
+        names = dict(enumerate(self.classes)) or {0: "value"}
         kind = "single_label_classification" if self.classes else "regression"
         model = AutoModelForSequenceClassification.from_pretrained(
             folder,
@@ -86,20 +101,24 @@ class Classification:
             label2id={name: i for i, name in names.items()},
             problem_type=kind,
         )
-        widen_heads(model)
+        for name in self.heads(model):  # a step of training is lost on weights of 16 bits
+            model.get_submodule(name).float().register_forward_pre_hook(_to_fp32)
         return model
 
-    def encode(self, example: Example, tokenizer: Any, max_length: int) -> EncodedText:
+    def heads(self, model: Any) -> list[str]:
+        """The head, and a pooler that the checkpoint lacks."""
+        return missing_from_checkpoint(model)
+
+    def encode(self, example: Example, tokenizer: Any, max_length: int, held_out: bool = False) -> EncodedText:
         """A text or a pair, cut at `max_length` tokens, and its target."""
         inputs = tokenizer(example.prompt, example.pair or None, truncation=True, max_length=max_length)
-        label: Any = example.label
+        label = example.completion
         return EncodedText(dict(inputs), self.index[label] if self.classes else float(label))
 
     def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[Any]], dict[str, Any]]:
         """See `TextCollator`. Decoders read a row's last token, which they find by the padding token."""
         config: Any = model.config
-        if config.pad_token_id is None:
-            config.pad_token_id = tokenizer.pad_token_id
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
         return TextCollator(tokenizer)
 
     @torch.no_grad()
@@ -143,19 +162,25 @@ class Classification:
             values = logits[:, 0]
             return list(zip((values - targets).square().tolist(), map(str, values.tolist()), strict=True))
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").tolist()
-        return list(zip(losses, (str(self.classes[i]) for i in logits.argmax(1).tolist()), strict=True))
-
-
-def widen_heads(model: Any) -> None:
-    """Put the modules that the checkpoint lacks into fp32: they are trained whole, and a step is lost on 16 bits."""
-    for name in missing_from_checkpoint(model):
-        module = model.get_submodule(name).float()
-        module.register_forward_pre_hook(_to_fp32)
+        return list(zip(losses, (self.classes[i] for i in logits.argmax(1).tolist()), strict=True))
 
 
 def _to_fp32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(value.float() if isinstance(value, torch.Tensor) else value for value in inputs)
 
 
-def _shown(classes: Sequence[Label]) -> str:
-    return ", ".join(map(str, classes[:8])) + (", ..." if len(classes) > 8 else "")
+def _number(label: str) -> float | None:
+    try:
+        return float(label)
+    except ValueError:
+        return None
+
+
+def _numbers_first(label: str) -> tuple[bool, float, str]:
+    """The order of classes: numbers by value, then texts."""
+    value = _number(label)
+    return value is None, value or 0.0, label
+
+
+def _shown(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")

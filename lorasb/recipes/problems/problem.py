@@ -9,9 +9,10 @@ from torch import nn
 
 from ..examples.tasks import Example
 from ..examples.tokenization import Collator, encode
+from ..settings import Settings
 from .classification import Classification
 from .evaluation import Evaluation, HeldOut, evaluate, mean_loss
-from .scoring import LABEL_SCORES
+from .scoring import LABEL_SCORES, SCORES
 
 
 class Problem(Protocol):
@@ -19,10 +20,15 @@ class Problem(Protocol):
 
     task_type: str  # PEFT's
 
+    takes_loss_arguments: bool | None  # of the model's forward, for Trainer; None if Trainer's own look is right
+
     def load_model(self, folder: str, dtype: Any) -> Any:
         """The model of a folder or hub id."""
 
-    def encode(self, example: Example, tokenizer: Any, max_length: int) -> Any:
+    def heads(self, model: Any) -> list[str]:
+        """Modules of the model that the checkpoint lacks: trained whole and saved, in fp32, never quantized."""
+
+    def encode(self, example: Example, tokenizer: Any, max_length: int, held_out: bool = False) -> Any:
         """An example's tokens; `len` of it counts them."""
 
     def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[Any]], dict[str, Any]]:
@@ -39,6 +45,11 @@ class LanguageModeling:
     """Completions of prompts, and the assistant's turns of chats."""
 
     task_type = "CAUSAL_LM"
+    takes_loss_arguments: bool | None = None
+
+    def heads(self, model: Any) -> list[str]:
+        """None: the output embeddings come with the checkpoint."""
+        return []
 
     def load_model(self, folder: str, dtype: Any) -> Any:
         """A causal language model."""
@@ -46,9 +57,9 @@ class LanguageModeling:
 
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
-    def encode(self, example: Example, tokenizer: Any, max_length: int) -> Any:
+    def encode(self, example: Example, tokenizer: Any, max_length: int, held_out: bool = False) -> Any:
         """See `tokenization.encode`."""
-        return encode(example, tokenizer, max_length)
+        return encode(example, tokenizer, max_length, whole_prompt=held_out)
 
     def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[Any]], dict[str, Any]]:
         """See `tokenization.Collator`."""
@@ -64,24 +75,26 @@ class LanguageModeling:
         return mean_loss(model, tokenizer.pad_token_id, held_out.encoded, held_out.batch_size)
 
 
-def problem_of(train: Sequence[Example], held_out: Sequence[Example], packing: bool) -> Problem:
+def problem_of(train: Sequence[Example], held_out: Sequence[Example], settings: Settings) -> Problem:
     """The kind of run that examples ask for.
 
     Raises:
-        ValueError: labels in a part of the examples only, labels that cannot be learned, scores that need labels, or
-            packing of examples with labels.
+        ValueError: labels in a part of the examples only, labels that cannot be learned, scores that do not go with
+            them, or packing of examples with labels.
     """
     labeled = sum(example.label is not None for example in [*train, *held_out])
-    if not labeled:
-        scores = {example.score for example in held_out} & set(LABEL_SCORES)
-        if scores:
-            raise ValueError(f"--score {scores.pop()} judges labels, and these examples have none: text and label")
-        return LanguageModeling()
-    if labeled < len(train) + len(held_out):
+    if labeled not in (0, len(train) + len(held_out)):
         raise ValueError(
             f"{labeled} of {len(train) + len(held_out)} examples have a label: give all of them one (text and label), "
             "or none (prompt and completion)"
         )
-    if packing:
+    wrong = sorted({e.score for e in held_out if (e.score in LABEL_SCORES) != bool(labeled)})
+    if wrong:
+        kind, fitting = ("labels", LABEL_SCORES) if labeled else ("texts", [s for s in SCORES if s not in LABEL_SCORES])
+        raise ValueError(f"--score {wrong[0]} does not judge {kind}, which the examples have: {', '.join(fitting)} do")
+    if not labeled:
+        return LanguageModeling()
+    if settings.packing:
         raise ValueError("--packing puts several examples into a row, and a row has one label: leave it out")
-    return Classification.of(train, held_out)
+    # A class whose only examples were drawn to be held out is no mistake; one of another file's is.
+    return Classification.of([*train, *held_out] if settings.eval_data is None else train, held_out)

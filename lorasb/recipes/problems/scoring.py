@@ -9,15 +9,26 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 ANSWER_MARKS = ("The answer is:", "####")  # of MetaMathQA and GSM8K; the last one in a text counts
-NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?|[-+]?\.\d+")
+NEXT_PROMPT = "### Instruction"  # a base model that does not stop goes on with a prompt of its own
+NUMBER = re.compile(r"[-+]?\s?\$?(?:\d[\d,]*(?:\.\d+)?(?:/\d+)?|\.\d+)")
 CHOICE = re.compile(r"\b(?:true|false|(?:answer|solution|ending|option)\s?[1-5])\b")
 BOXED = "\\boxed{"
-# Forms of one expression: sizes, spaces and units say nothing of its value.
-SAME = (
-    *((name, "") for name in ("\\left", "\\right", "\\!", "\\,", "\\ ", "\\$", "$", "\\%", "%", "^\\circ")),
-    ("dfrac", "frac"),
-    ("tfrac", "frac"),
-    (" ", ""),
+# Forms of one expression, in this order: units and sizes say nothing of its value.
+SAME_FORM = tuple(
+    (re.compile(pattern), form)
+    for pattern, form in (
+        (r"\\(?:text|mbox)\{\s[^}]*\}", ""),  # units begin with a space
+        (r"\\(?:text|mbox|textbf|mathrm)\{([^}]*)\}", r"\1"),
+        (r",\\!", ""),  # 10,\!000
+        (r"(?<!\\)\\(?:left|right)(?![a-z])|(?<!\\)\\[!,;: $%]|[$%]", ""),
+        (r"\^\{?\\circ\}?", ""),
+        (r"\s", ""),
+        (r"\\[dt]frac", r"\\frac"),
+        (r"\\frac(\d)(\d)", r"\\frac{\1}{\2}"),
+        (r"\\sqrt(\w)", r"\\sqrt{\1}"),
+        (r"^[a-zA-Z]=", ""),  # x=5
+        (r"^(-?)\\frac\{(-?\d+)\}\{(\d+)\}$", r"\1\2/\3"),
+    )
 )
 
 
@@ -31,7 +42,7 @@ def is_right(answer: str, completion: str, score: str) -> bool:
     """
     find = SCORES[score]
     expected = find(completion)
-    return expected is not None and find(answer) == expected
+    return expected is not None and find(answer.split(NEXT_PROMPT)[0]) == expected
 
 
 def final_number(text: str) -> Fraction | None:
@@ -40,10 +51,7 @@ def final_number(text: str) -> Fraction | None:
     found = NUMBER.search(marked) if marked is not None else None
     if found is None:
         return None
-    try:
-        return Fraction(found.group().replace(",", ""))
-    except ZeroDivisionError:
-        return None
+    return _fraction(re.sub(r"[,$\s]", "", found.group()))
 
 
 def expression(text: str) -> str | None:
@@ -53,10 +61,18 @@ def expression(text: str) -> str | None:
     if boxed is None and marked is None:
         return None
     found = boxed if boxed is not None else str(marked).split(".\n")[0].strip().removesuffix(".")
-    found = re.sub(r"\\(?:text|mbox)\{[^}]*\}", "", found)  # units
-    for old, new in SAME:
-        found = found.replace(old, new)
-    return re.sub(r"(?<![\d.])0(?=\.\d)", "", found)  # 0.5 and .5
+    for pattern, form in SAME_FORM:
+        found = pattern.sub(form, found)
+    number = _fraction(found)
+    return str(number) if number is not None else found or None
+
+
+def _fraction(text: str) -> Fraction | None:
+    """5, 5.00, .5 and 1/2 as a number; None for anything else."""
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        return None
 
 
 def choice(text: str) -> str | None:
@@ -112,3 +128,4 @@ SCORES: dict[str, Callable[[str], object]] = {
 }
 CORRELATIONS = {"matthews": matthews, "pearson": pearson}
 LABEL_SCORES = ("label", *CORRELATIONS)
+REASONED = ("number", "boxed")  # judged by the end of an answer
