@@ -36,6 +36,7 @@ COLUMNS = (
     "version",
     "machine",
     "date",
+    "found_lr",  # by trials, where a run finds its own rate
 )
 
 

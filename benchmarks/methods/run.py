@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import resource
@@ -19,6 +20,7 @@ from benchmarks.common.timing import commit, dtype_name, machine_name, measured_
 from benchmarks.methods.adapters import begin_again, optimizer, put_in, refresh, sample_count, settings
 from benchmarks.methods.grid import BY_LOSS, FULL, METHODS, SEEDS, SWEEP_SEED, WARMUP, Cell, Task, task_named
 from benchmarks.methods.problems import Batch, Problem, load
+from lorasb.training.rate_trials import JUDGED, STEPS, find_lr
 
 CLIP = 1.0
 
@@ -40,8 +42,10 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
     before = {} if cell.task in BY_LOSS else {split: problem.loss(problem.model, split) for split in splits}
     warmup = round(WARMUP * task.steps)
     model, init_seconds, report = put_in(problem, method, cell, lambda n: drawn(problem, task, cell.seed, n), warmup)
-    started = time.perf_counter()
-    losses = train(model, problem, task, cell, warmup)
+    started, found_lr = time.perf_counter(), None
+    if settings(cell).get("trials"):
+        found_lr = find_rate(model, problem, task, cell)
+    losses = train(model, problem, task, replace(cell, lr=found_lr or cell.lr), warmup)
     seconds = time.perf_counter() - started
     judged = {split: problem.judge(model, split) for split in splits}
     heads = [name for name, _ in model.named_parameters() if any(part in name.split(".") for part in problem.head)]
@@ -60,6 +64,7 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
         "machine": machine_name(dtype_name(dtype)),
         "date": time.strftime("%Y-%m-%d"),
         "losses": losses,
+        "found_lr": "" if found_lr is None else found_lr,
     }
     return [
         {
@@ -141,6 +146,16 @@ def train(model: Any, problem: Problem, task: Task, cell: Cell, warmup: int) -> 
             group["lr"] = peak * share
         losses.append(train_step(model, batch, opt, trained, wide))
     return losses
+
+
+def find_rate(model: Any, problem: Problem, task: Task, cell: Cell) -> float:
+    """The rate that `lorasb.find_lr` finds on the run's own first batches."""
+    own = itertools.islice(batches(problem, task, cell.seed), STEPS + JUDGED)
+
+    def make(parameters: list[torch.nn.Parameter], rate: float) -> Any:
+        return optimizer(model, METHODS[cell.method], task, replace(cell, lr=rate), problem.head)
+
+    return find_lr(model, own, cell.lr, optimizer=make, progress=False).lr
 
 
 def seed_moments(model: Any, samples: list[Batch], opt: Any, trained: list[torch.nn.Parameter]) -> None:

@@ -32,6 +32,7 @@ class Entry:
         falls: the rate at rank r is `rate`·(16/r)^falls. A step of AdamW whose signs agree has a spectral norm of r
             times the rate, one whose signs do not 2√r times, one of Muon the rate; 1.5 was found on chain_sum.
         only: the rank that it has, whatever the others'; None for all.
+        swept: whether the best rate of a sweep is taken, or the rule's as it is.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Entry:
     rate: float = 4e-3
     falls: float = 1.5
     only: int | None = None
+    swept: bool = True
 
     def rank(self, r: int) -> int:
         """The rank that it is run at, in a comparison at rank r."""
@@ -62,6 +64,8 @@ def entries() -> dict[str, Entry]:
     """By name; the first is what the library does unless told otherwise."""
     found = (
         Entry("sign", "LoRA-SB"),
+        Entry("sign, 2e-3", "LoRA-SB", rate=2e-3, falls=0.0, swept=False),
+        Entry("sign, rate found", "LoRA-SB", {"trials": True}, rate=2e-3, falls=0.0, swept=False),
         Entry("random", "LoRA-SB", {"init": "random"}),
         Entry("LoRA-XS", "LoRA-SB", {"init": "lora-xs", "alpha_is_rank": True}, rate=2e-3),
         Entry("LoRA-XS, output", "LoRA-SB", {"init": "lora-xs-output", "alpha_is_rank": True}, rate=2e-3),
@@ -99,6 +103,8 @@ def swept(rows: Sequence[Row], task: str, entry: str, r: int) -> dict[float, flo
 
 def rates_to_try(entry: Entry, r: int, tried: dict[float, float]) -> tuple[float, ...]:
     """The three around the rule's, then outward for as long as the best is the last one tried; none at the end."""
+    if not entry.swept:
+        return ()
     missing = tuple(lr for lr in entry.rates(r) if lr not in tried)
     if missing:
         return missing
@@ -115,7 +121,9 @@ def _ladder(entry: Entry, r: int, tried: dict[float, float]) -> tuple[list[int],
 
 
 def best_rate(entry: Entry, r: int, tried: dict[float, float]) -> float | None:
-    """The rate of the least validation loss; None before all were tried."""
+    """The rate of the least validation loss, or the only one; None before all were tried."""
+    if not entry.swept:
+        return entry.at(r, 0)
     return None if rates_to_try(entry, r, tried) else entry.at(r, _ladder(entry, r, tried)[1])
 
 
@@ -126,7 +134,10 @@ def is_last_tried(entry: Entry, r: int, tried: dict[float, float]) -> bool:
 
 
 def shown_rate(entry: Entry, r: int, rows: Sequence[Row], task: str) -> str:
-    """The best rate, for tables."""
+    """The best rate, for tables, or those that runs found."""
+    if not entry.swept:
+        found = {float(row["found_lr"]) for row in rows_of(rows, task, entry.name, r, "test") if row["found_lr"]}
+        return f"{min(found):g} to {max(found):g}" if len(found) > 1 else f"{next(iter(found), entry.at(r, 0)):g}"
     tried = swept(rows, task, entry.name, r)
     return f"{best_rate(entry, r, tried):g}" + (" (last tried)" if is_last_tried(entry, r, tried) else "")
 

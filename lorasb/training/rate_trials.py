@@ -1,0 +1,198 @@
+"""`lorasb.find_lr`: the learning rate of R by short trials from the same start; the model is as it was afterwards."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..layers.lookup import adapted_layers
+
+STEPS = 12  # of a trial: loss after 15% of a run of 75 ranks rates as its end does, within a factor of two (measured)
+RAMP = 2 / 3  # share of a trial's steps over which the rate rises, as it does in a warm-up
+JUDGED = 4  # batches that are not trained on in a trial
+FARTHEST = 5  # doublings or halvings of the rate that is tried first
+CLIP = 1.0  # norm of gradients, transformers' default
+
+
+@dataclass(frozen=True)
+class RateTrials:
+    """What trials found.
+
+    Attributes:
+        lr: the rate of the least loss.
+        losses: rate -> mean loss after its trial, on batches that no trial trains on; infinite if it diverged.
+        steps: of each trial.
+    """
+
+    lr: float
+    losses: dict[float, float]
+    steps: int
+
+    def __str__(self) -> str:
+        tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in sorted(self.losses.items()))
+        return f"learning rate {self.lr:g}, by trials of {self.steps} steps ({tried})"
+
+
+def find_lr(
+    model: nn.Module,
+    batches: Iterable[dict[str, Any]],
+    lr: float,
+    *,
+    steps: int = STEPS,
+    judged: int = JUDGED,
+    optimizer: Callable[[list[nn.Parameter], float], torch.optim.Optimizer] | None = None,
+    adapter_name: str | None = None,
+    progress: bool = True,
+) -> RateTrials:
+    """Try learning rates for a few steps each, and put R's start to the best one's length.
+
+    At one rank, the best rates of two tasks are up to 32 times apart (REPORT.md): no rule over ranks can follow. A
+    trial trains all that requires a gradient, always on the same batches; then everything is restored to the bit:
+    parameters, random states, train or eval mode. Rates go from `lr` by factors of two, up for as long as the loss
+    falls, else down. An initialization's R is proportional to its η, so R's start is scaled with the rate that is tried.
+
+    Args:
+        model: a patched and initialized model.
+        batches: training batches with labels; the first `judged` judge, `steps` more are trained on.
+        lr: the rate to try first, whose η the initialization had.
+        steps: of a trial.
+        judged: number of batches whose mean loss decides.
+        optimizer: from parameters and a rate; AdamW without weight decay if None.
+        adapter_name: name of the adapter; the active one if None.
+        progress: show a progress bar.
+
+    Returns:
+        The best rate, and every loss. R is left at its start times best rate over `lr`.
+
+    Raises:
+        ValueError: too few batches, or a rate or a number of steps that is not positive; the model is unchanged.
+    """
+    model = getattr(model, "_orig_mod", model)  # unwrap torch.compile's OptimizedModule
+    name, layers = adapted_layers(model, adapter_name)
+    held = list(islice(iter(batches), steps + judged)) if steps > 0 and judged > 0 else []
+    _check(lr, steps, judged, len(held))
+    make = optimizer or (lambda parameters, rate: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0))
+    cores = [layer.lorasb_R[name] for layer in layers.values()]
+    trial = _Trial(model, cores, held[judged:], held[:judged], make, lr)
+    with tqdm(desc="learning rate", unit="step", disable=not progress, leave=False) as bar:
+        losses = _search(lr, lambda rate: trial.loss(rate, bar))
+    best = min(losses, key=lambda rate: losses[rate])
+    with torch.no_grad():
+        for core in cores:
+            core.mul_(best / lr)
+    return RateTrials(best, losses, steps)
+
+
+def _check(lr: float, steps: int, judged: int, batches: int) -> None:
+    if not 0 < lr < math.inf:
+        raise ValueError(f"expected a positive learning rate to try first, got {lr!r}")
+    if steps < 1 or judged < 1:
+        raise ValueError(f"expected at least one step and one judged batch, got steps={steps}, judged={judged}")
+    if batches < steps + judged:
+        raise ValueError(
+            f"trials of {steps} steps take {steps + judged} batches ({judged} of them to judge), and there are "
+            f"{batches}: pass more, or steps={max(1, batches - judged)}"
+        )
+
+
+def _search(first: float, loss: Callable[[float], float]) -> dict[float, float]:
+    """Loss by rate: `first`, then upward while it falls; downward if the first step up was no better."""
+    losses = {first: loss(first)}
+    for factor in (2.0, 0.5):
+        best = first
+        for _ in range(FARTHEST):
+            losses[best * factor] = loss(best * factor)
+            if not losses[best * factor] < losses[best]:
+                break
+            best *= factor
+        if best != first:
+            break
+    return losses
+
+
+class _Trial:
+    """Trains from the start of a model at a rate, judges, and restores.
+
+    Args:
+        model: the model. cores: its R's.
+        train, judge: batches.
+        make: an optimizer from parameters and a rate.
+        first: the rate that R's start belongs to.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cores: list[Tensor],
+        train: list[dict[str, Any]],
+        judge: list[dict[str, Any]],
+        make: Callable[[list[nn.Parameter], float], torch.optim.Optimizer],
+        first: float,
+    ) -> None:
+        self.model, self.cores, self.train, self.judge, self.make, self.first = model, cores, train, judge, make, first
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+
+    def loss(self, rate: float, bar: Any) -> float:
+        """The mean judged loss after a trial at a rate."""
+        with _restored(self.model, self.trained):
+            with torch.no_grad():
+                for core in self.cores:
+                    core.mul_(rate / self.first)
+            self._steps(self.make(self.trained, rate), bar)
+            return self._judged()
+
+    def _steps(self, optimizer: torch.optim.Optimizer, bar: Any) -> None:
+        self.model.train()
+        ramp = max(1, round(RAMP * len(self.train)))
+        peaks = [group["lr"] for group in optimizer.param_groups]  # a head may have a rate of its own
+        for step, batch in enumerate(self.train):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * min(1.0, (step + 1) / ramp)
+            self.model(**_on_device(batch, self.trained[0].device)).loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update(1)
+
+    @torch.no_grad()
+    def _judged(self) -> float:
+        self.model.eval()
+        device = self.trained[0].device
+        losses = [float(self.model(**_on_device(batch, device)).loss) for batch in self.judge]
+        mean = sum(losses) / len(losses)
+        return mean if math.isfinite(mean) else math.inf
+
+
+def _on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+@contextmanager
+def _restored(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
+    """Put parameters, their gradients, random states and modes back on exit."""
+    values = [parameter.detach().clone() for parameter in trained]
+    gradients = [parameter.grad for parameter in trained]
+    modes = [(module, module.training) for module in model.modules()]
+    state, devices = random.getstate(), sorted({p.device.index for p in trained if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):  # dropout
+            for parameter in trained:
+                parameter.grad = None
+            yield
+    finally:
+        random.setstate(state)
+        with torch.no_grad():
+            for parameter, value, gradient in zip(trained, values, gradients, strict=True):
+                parameter.copy_(value)
+                parameter.grad = gradient
+        for module, mode in modes:
+            module.training = mode
