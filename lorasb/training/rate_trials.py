@@ -58,7 +58,7 @@ def find_lr(
     At one rank, the best rates of two tasks are up to 32 times apart (REPORT.md): no rule over ranks can follow. A
     trial trains all that requires a gradient, always on the same batches; then everything is restored to the bit:
     parameters, random states, train or eval mode. Rates go from `lr` by factors of two, up for as long as the loss
-    falls, else down. An initialization's R is proportional to its η, so R's start is scaled with the rate that is tried.
+    falls, else down. An initialization's R is proportional to its η, so R's start is scaled with the rate.
 
     Args:
         model: a patched and initialized model.
