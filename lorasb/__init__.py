@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .layers.quantize import quantize
     from .training.init_callback import InitCallback
     from .training.parameter_groups import parameter_groups
+    from .training.rate_trials import RateTrials, find_lr
     from .tuner.config import LoRASBConfig
     from .tuner.patch import patch
 
@@ -31,10 +32,12 @@ __all__ = [
     "Linear4bit",
     "LoRASBConfig",
     "LoRASBLinear",
+    "RateTrials",
     "__version__",
     "backend",
     "equivalent_gradient",
     "export_lora",
+    "find_lr",
     "first_step_lr",
     "functional",
     "initialize",
@@ -51,9 +54,11 @@ _MODULE_OF = {
     "Linear4bit": "layers.linear4bit",
     "LoRASBConfig": "tuner.config",
     "LoRASBLinear": "layers.linear",
+    "RateTrials": "training.rate_trials",
     "backend": "backends",
     "equivalent_gradient": "layers.equivalent_gradient",
     "export_lora": "export",
+    "find_lr": "training.rate_trials",
     "first_step_lr": "init",
     "initialize": "init",
     "parameter_groups": "training.parameter_groups",

@@ -12,8 +12,9 @@ from .adapter import adapt, load_adapter, load_report, save_start
 from .console import console, errors
 from .examples.data import digest, load_examples
 from .prepare import Run, device, prepare
+from .rate import find_rate
 from .results import Result
-from .run_folder import FINISHED, RunFolder, State, identity_of
+from .run_folder import FINISHED, RunFolder, Start, State, identity_of
 from .settings import Settings
 from .signals import Stop
 
@@ -101,11 +102,14 @@ def _warn(settings: Settings, processes: Processes) -> None:
 
 def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[Any, float]:
     """Load the initialized adapter, or make and save it; returns its report and the seconds that took."""
-    seconds = folder.start_seconds()
-    if seconds is not None:
+    earlier = folder.load_start()
+    if earlier is not None:
+        run.lr = earlier.lr
         load_adapter(run, folder.start)
-        return load_report(folder.start), seconds
+        return load_report(folder.start), earlier.seconds
     report, seconds = adapt(run)
+    if run.settings.find_lr:
+        run.lr = find_rate(run).lr
     if is_first_rank:
-        folder.save_start(lambda target: save_start(run, report, target), seconds)
+        folder.save_start(lambda target: save_start(run, report, target), Start(seconds, run.lr))
     return report, seconds

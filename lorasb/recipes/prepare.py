@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,6 +38,7 @@ class Run:
     train_ids: list[Any]
     held_out_ids: list[Any]
     rows: Sequence[Any]  # training rows: encoded examples, or packs of them
+    lr: float  # peak learning rate: of the settings, or found by trials
 
     @property
     def steps(self) -> int:
@@ -62,6 +63,14 @@ class Run:
     def held_out_loss(self) -> float:
         """The held-out loss alone."""
         return self.problem.mean_loss(self.model, self.tokenizer, self._held_out())
+
+    def collator(self) -> Callable[[list[Any]], dict[str, Any]]:
+        """From training rows to a batch."""
+        if self.settings.packing:
+            from .examples.packing import PackCollator
+
+            return PackCollator(self.tokenizer.pad_token_id)
+        return self.problem.collator(self.tokenizer, self.model.get_base_model())
 
     def _held_out(self) -> HeldOut:
         settings = self.settings
@@ -94,7 +103,8 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
     train_ids = with_progress(encode_one, train_examples, "tokens")
     held_out_ids = with_progress(partial(encode_one, held_out=True), held_out, "tokens")
     rows = _packed(model, train_ids, settings.max_length) if settings.packing else train_ids
-    return Run(settings, precision, problem, tokenizer, model, train_examples, held_out, train_ids, held_out_ids, rows)
+    encoded = train_examples, held_out, train_ids, held_out_ids, rows
+    return Run(settings, precision, problem, tokenizer, model, *encoded, settings.lr)
 
 
 def _load(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -137,3 +147,13 @@ def contiguous_head(model: nn.Module) -> None:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
         head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+
+
+def checkpoint_activations(base: Any) -> None:
+    """Enable activation checkpointing, by the method's name in the installed transformers."""
+    # The reentrant variant needs an input that requires a gradient, and the embeddings of a frozen base do not.
+    options = {"use_reentrant": False}
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

@@ -61,6 +61,7 @@ def summarize(
         "train_steps": run.steps,
         "tokens_per_second": run.tokens / trained.seconds,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "lr": run.lr,
         "rank": run.model.peft_config["default"].r,
         "dtype": run.precision.name,
         "dtype_reason": run.precision.reason,
@@ -88,7 +89,7 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
     if result.report is not None:
         _save_export_and_report(run, result.report, folder)
     data = describe_data(settings, len(run.train_ids))
-    title = f"{settings.method}, r={summary['rank']}: {data}, lr {settings.lr:g}"
+    title = f"{settings.method}, r={summary['rank']}: {data}, lr {run.lr:g}"
     plot_loss(history, summary["eval_loss_before"], summary["eval_loss_after"], folder / "loss.png", title)
     write_json(folder / ANSWERS_NAME, _answers(result))
     write_json(folder / SUMMARY_NAME, summary)  # last: a summary says that the run is finished

@@ -34,6 +34,14 @@ class State:
     cut_off: list[str] = field(default_factory=list)  # incomplete checkpoints
 
 
+@dataclass(frozen=True)
+class Start:
+    """Seconds that the initialization took, and the learning rate that its R belongs to."""
+
+    seconds: float
+    lr: float
+
+
 class RunFolder:
     """The files of an unfinished run."""
 
@@ -119,17 +127,17 @@ class RunFolder:
         """Save the evaluation before training, so that a resumed run skips it."""
         write_json(self.checkpoints / "before.json", asdict(before))
 
-    def save_start(self, save: Callable[[Path], None], seconds: float) -> None:
+    def save_start(self, save: Callable[[Path], None], start: Start) -> None:
         """Save the initialized adapter, atomically."""
         with replacing_folder(self.start) as folder:
             save(folder)
-            # its presence says that start/ is complete, see `start_seconds`
-            write_json(folder / "seconds.json", {"seconds": seconds})
+            # its presence says that start/ is complete, see `load_start`
+            write_json(folder / "start.json", asdict(start))
 
-    def start_seconds(self) -> float | None:
-        """Seconds that the initialization took; None if it was not completed."""
-        values = _read(self.start / "seconds.json")
-        return None if values is None else float(values["seconds"])
+    def load_start(self) -> Start | None:
+        """What the initialization came to; None if it was not completed."""
+        values = _read(self.start / "start.json")
+        return None if values is None else Start(**values)
 
     def end(self) -> None:
         """Remove the files of an unfinished run, once the results are written."""

@@ -154,6 +154,9 @@ class Settings:
     lr: float = setting(
         2e-3, "Peak learning rate.", group="training", positive=True, init="Peak learning rate of the training to come."
     )
+    find_lr: bool = setting(
+        False, "Find the rate from --lr on, by trials of 12 steps on the training data.", group="training"
+    )
     epochs: float = setting(
         1.0,
         "Passes over the training examples.",

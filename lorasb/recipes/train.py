@@ -21,8 +21,8 @@ from .console import console
 from .estimate import announcement
 from .examples.batch_order import ByLength
 from .examples.data import Listed
-from .examples.packing import PackCollator, row_length
-from .prepare import Run, device
+from .examples.packing import row_length
+from .prepare import Run, checkpoint_activations, device
 from .settings import Settings
 from .signals import Stop
 
@@ -68,11 +68,9 @@ def _trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: 
     """A trainer of the run's rows, with its callbacks."""
     settings, processes = run.settings, Processes()
     order = ByLength([row_length(row) for row in run.rows], settings.batch_size, settings.seed)
-    collate: Any = run.problem.collator(run.tokenizer, run.model.get_base_model())
-    if settings.packing:
-        collate = PackCollator(run.tokenizer.pad_token_id)
+    collate: Any = run.collator()
     if settings.gradient_checkpointing:
-        _checkpoint_activations(run.model.get_base_model())
+        checkpoint_activations(run.model.get_base_model())
     trainer = _RunTrainer(
         model=run.model,
         args=arguments(run, folder, processes.world_size),
@@ -98,7 +96,7 @@ def arguments(run: Run, folder: Path, processes: int) -> TrainingArguments:
         per_device_train_batch_size=settings.batch_size // micro_batches,
         gradient_accumulation_steps=settings.gradient_accumulation,
         max_steps=run.steps,
-        learning_rate=settings.lr,
+        learning_rate=run.lr,
         warmup_steps=run.warmup_steps,
         lr_scheduler_type=settings.scheduler,
         weight_decay=settings.weight_decay,
@@ -194,13 +192,3 @@ def _put_callbacks(trainer: _RunTrainer, run: Run, stop: Stop, parts: int) -> No
         Saving(run.settings.save_steps, stop),
     ):
         trainer.add_callback(callback)
-
-
-def _checkpoint_activations(base: Any) -> None:
-    """Enable activation checkpointing, by the method's name in the installed transformers."""
-    # The reentrant variant needs an input that requires a gradient, and the embeddings of a frozen base do not.
-    options = {"use_reentrant": False}
-    if hasattr(base, "activation_checkpointing_enable"):
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

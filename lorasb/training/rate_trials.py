@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..layers.lookup import adapted_layers
+from ..distributed.process_group import Processes
 
 STEPS = 12  # of a trial: loss after 15% of a run of 75 ranks rates as its end does, within a factor of two (measured)
 RAMP = 2 / 3  # share of a trial's steps over which the rate rises, as it does in a warm-up
 JUDGED = 4  # batches that are not trained on in a trial
 FARTHEST = 5  # doublings or halvings of the rate that is tried first
 CLIP = 1.0  # norm of gradients, transformers' default
+MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def find_lr(
     *,
     steps: int = STEPS,
     judged: int = JUDGED,
-    optimizer: Callable[[list[nn.Parameter], float], torch.optim.Optimizer] | None = None,
-    adapter_name: str | None = None,
+    accumulation: int = 1,
+    optimizer: MakeOptimizer | None = None,
     progress: bool = True,
 ) -> RateTrials:
     """Try learning rates for a few steps each, and put R's start to the best one's length.
@@ -61,46 +62,53 @@ def find_lr(
     falls, else down. An initialization's R is proportional to its η, so R's start is scaled with the rate.
 
     Args:
-        model: a patched and initialized model.
-        batches: training batches with labels; the first `judged` judge, `steps` more are trained on.
+        model: a patched and initialized model, or any other whose trained parameters require a gradient.
+        batches: training batches with labels; the first `judged` judge, the others are trained on. Of a rank, its own.
         lr: the rate to try first, whose η the initialization had.
         steps: of a trial.
         judged: number of batches whose mean loss decides.
+        accumulation: batches a step.
         optimizer: from parameters and a rate; AdamW without weight decay if None.
-        adapter_name: name of the adapter; the active one if None.
-        progress: show a progress bar.
+        progress: show a progress bar (on rank 0).
 
     Returns:
         The best rate, and every loss. R is left at its start times best rate over `lr`.
 
     Raises:
-        ValueError: too few batches, or a rate or a number of steps that is not positive; the model is unchanged.
+        ValueError: too few batches, or a rate or a number that is not positive; the model is unchanged.
     """
     model = getattr(model, "_orig_mod", model)  # unwrap torch.compile's OptimizedModule
-    name, layers = adapted_layers(model, adapter_name)
-    held = list(islice(iter(batches), steps + judged)) if steps > 0 and judged > 0 else []
-    _check(lr, steps, judged, len(held))
-    make = optimizer or (lambda parameters, rate: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0))
-    cores = [layer.lorasb_R[name] for layer in layers.values()]
-    trial = _Trial(model, cores, held[judged:], held[:judged], make, lr)
-    with tqdm(desc="learning rate", unit="step", disable=not progress, leave=False) as bar:
+    _check(lr, steps, judged, accumulation)
+    held = list(islice(iter(batches), steps * accumulation + judged))
+    _check_count(len(held), steps, judged, accumulation)
+    train = [held[i : i + accumulation] for i in range(judged, len(held), accumulation)]
+    trial = _Trial(model, train, held[:judged], optimizer or _adamw, lr)
+    hidden = not progress or Processes().rank > 0
+    with tqdm(desc="learning rate", unit="step", disable=hidden, leave=False) as bar:
         losses = _search(lr, lambda rate: trial.loss(rate, bar))
     best = min(losses, key=lambda rate: losses[rate])
-    with torch.no_grad():
-        for core in cores:
-            core.mul_(best / lr)
+    trial.scale_start(best)
     return RateTrials(best, losses, steps)
 
 
-def _check(lr: float, steps: int, judged: int, batches: int) -> None:
+def _adamw(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+
+
+def _check(lr: float, steps: int, judged: int, accumulation: int) -> None:
     if not 0 < lr < math.inf:
         raise ValueError(f"expected a positive learning rate to try first, got {lr!r}")
-    if steps < 1 or judged < 1:
-        raise ValueError(f"expected at least one step and one judged batch, got steps={steps}, judged={judged}")
-    if batches < steps + judged:
+    for name, value in (("steps", steps), ("judged", judged), ("accumulation", accumulation)):
+        if value < 1:
+            raise ValueError(f"expected {name} of at least 1, got {value!r}")
+
+
+def _check_count(batches: int, steps: int, judged: int, accumulation: int) -> None:
+    wanted = steps * accumulation + judged
+    if batches < wanted:
         raise ValueError(
-            f"trials of {steps} steps take {steps + judged} batches ({judged} of them to judge), and there are "
-            f"{batches}: pass more, or steps={max(1, batches - judged)}"
+            f"trials of {steps} steps take {wanted} batches ({judged} of them to judge), and there are {batches}: pass "
+            f"more, or steps={max(1, (batches - judged) // accumulation)}"
         )
 
 
@@ -123,8 +131,9 @@ class _Trial:
     """Trains from the start of a model at a rate, judges, and restores.
 
     Args:
-        model: the model. cores: its R's.
-        train, judge: batches.
+        model: the model.
+        train: the batches of each step.
+        judge: batches.
         make: an optimizer from parameters and a rate.
         first: the rate that R's start belongs to.
     """
@@ -132,21 +141,28 @@ class _Trial:
     def __init__(
         self,
         model: nn.Module,
-        cores: list[Tensor],
-        train: list[dict[str, Any]],
+        train: list[list[dict[str, Any]]],
         judge: list[dict[str, Any]],
-        make: Callable[[list[nn.Parameter], float], torch.optim.Optimizer],
+        make: MakeOptimizer,
         first: float,
     ) -> None:
-        self.model, self.cores, self.train, self.judge, self.make, self.first = model, cores, train, judge, make, first
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.model, self.train, self.judge, self.make, self.first = model, train, judge, make, first
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("no parameter requires a gradient: model.set_adapter(name), or lorasb.patch(model)")
+        self.trained = [parameter for _, parameter in named]
+        self.cores = [parameter for name, parameter in named if "lorasb_R" in name]
+
+    @torch.no_grad()
+    def scale_start(self, rate: float) -> None:
+        """R's start as an initialization for this rate has it."""
+        for core in self.cores:
+            core.mul_(rate / self.first)
 
     def loss(self, rate: float, bar: Any) -> float:
         """The mean judged loss after a trial at a rate."""
         with _restored(self.model, self.trained):
-            with torch.no_grad():
-                for core in self.cores:
-                    core.mul_(rate / self.first)
+            self.scale_start(rate)
             self._steps(self.make(self.trained, rate), bar)
             return self._judged()
 
@@ -154,10 +170,11 @@ class _Trial:
         self.model.train()
         ramp = max(1, round(RAMP * len(self.train)))
         peaks = [group["lr"] for group in optimizer.param_groups]  # a head may have a rate of its own
-        for step, batch in enumerate(self.train):
+        for step, batches in enumerate(self.train):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * min(1.0, (step + 1) / ramp)
-            self.model(**_on_device(batch, self.trained[0].device)).loss.backward()
+            for batch in batches:
+                (self._loss(batch) / len(batches)).backward()
             torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
             optimizer.step()
             optimizer.zero_grad()
@@ -165,11 +182,15 @@ class _Trial:
 
     @torch.no_grad()
     def _judged(self) -> float:
+        """The mean over all ranks' batches; infinite if it is no number."""
         self.model.eval()
-        device = self.trained[0].device
-        losses = [float(self.model(**_on_device(batch, device)).loss) for batch in self.judge]
-        mean = sum(losses) / len(losses)
+        losses = torch.stack([self._loss(batch).double() for batch in self.judge])
+        mean = float(Processes().all_reduce_sum(losses.mean().cpu().reshape(1))) / Processes().world_size
         return mean if math.isfinite(mean) else math.inf
+
+    def _loss(self, batch: dict[str, Any]) -> Tensor:
+        loss: Tensor = self.model(**_on_device(batch, self.trained[0].device)).loss
+        return loss
 
 
 def _on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

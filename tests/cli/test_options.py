@@ -35,6 +35,7 @@ OTHER = {
     "samples": 5,
     "update": "sgd",
     "lr": 1e-5,
+    "find_lr": True,
     "epochs": 2.5,
     "batch_size": 6,
     "gradient_accumulation": 2,

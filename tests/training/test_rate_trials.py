@@ -1,0 +1,174 @@
+"""Trials of learning rates: what they train is what an independent loop trains, and nothing of them stays."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import make, text
+from torch import Tensor, nn
+
+import lorasb
+from lorasb.training.rate_trials import CLIP, FARTHEST, RAMP, _search
+
+
+def batches(count: int) -> list[dict[str, Tensor]]:
+    data = text(2 * count, 12, seed=5)
+    return [{key: value[2 * i : 2 * i + 2] for key, value in data.items()} for i in range(count)]
+
+
+def patched(dropout: float = 0.0) -> Any:
+    torch.manual_seed(0)
+    model = lorasb.patch(make("llama").double(), r=4, lora_dropout=dropout)
+    lorasb.initialize(model, batches(4), lr=1e-3, progress=False)
+    return model
+
+
+def cores(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def by_hand(model: Any, lr: float, first: float, steps: int, judged: int) -> float:
+    """A trial as a plain loop on a copy."""
+    model = copy.deepcopy(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    held = batches(steps + judged)
+    with torch.no_grad():
+        for p in trained:
+            p *= lr / first
+    opt = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    for k, batch in enumerate(held[judged:]):
+        opt.param_groups[0]["lr"] = lr * min(1.0, (k + 1) / round(RAMP * steps))
+        opt.zero_grad()
+        model.train()(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        opt.step()
+    with torch.no_grad():
+        return sum(float(model.eval()(**batch).loss) for batch in held[:judged]) / judged
+
+
+def test_a_trial_is_a_plain_training_loop() -> None:
+    model = patched()
+    expected = {rate: by_hand(model, rate, 1e-3, 6, 2) for rate in (1e-3, 2e-3, 4e-3)}
+    found = lorasb.find_lr(model, batches(8), 1e-3, steps=6, judged=2, progress=False)
+    assert {1e-3, 2e-3} <= found.losses.keys()
+    for rate in expected.keys() & found.losses.keys():
+        assert found.losses[rate] == pytest.approx(expected[rate], rel=1e-9)
+    assert found.losses[found.lr] == min(found.losses.values())
+
+
+def test_nothing_of_the_trials_stays_but_the_length_of_the_start() -> None:
+    model = patched(dropout=0.3)
+    model.train()
+    some = next(module for module in model.modules() if isinstance(module, nn.Linear))
+    some.eval()
+    first = next(p for p in model.parameters() if p.requires_grad)
+    first.grad = torch.ones_like(first)
+    before, state, modes = cores(model), torch.get_rng_state(), [m.training for m in model.modules()]
+    random.seed(3)
+    python_state = random.getstate()
+    found = lorasb.find_lr(model, batches(8), 1e-3, steps=6, judged=2, progress=False)
+    for name, value in cores(model).items():
+        assert torch.equal(value, before[name] * (found.lr / 1e-3)), name
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == python_state
+    assert [m.training for m in model.modules()] == modes
+    assert first.grad is not None
+    assert bool((first.grad == 1).all())
+    again = lorasb.find_lr(patched(dropout=0.3), batches(8), 1e-3, steps=6, judged=2, progress=False)
+    assert again == found  # the same masks in every trial
+
+
+def test_the_best_rate_is_the_start_of_an_initialization_for_it() -> None:
+    """R is proportional to η: scaled, or initialized for the rate, is the same."""
+    model = patched()
+    found = lorasb.find_lr(model, batches(8), 1e-3, steps=6, judged=2, progress=False)
+    torch.manual_seed(0)
+    other = lorasb.patch(make("llama").double(), r=4)
+    lorasb.initialize(other, batches(4), lr=found.lr, progress=False)
+    for name, value in cores(model).items():
+        assert torch.allclose(value, cores(other)[name], rtol=1e-5, atol=0)
+
+
+def test_accumulated_batches_are_one_step() -> None:
+    """Batches of equal tokens: two of two rows give the mean gradient of one of four."""
+    data = text(4 * 6, 12, seed=5)
+    whole = [{key: value[4 * i : 4 * i + 4] for key, value in data.items()} for i in range(6)]
+    halves = [{key: value[2 * i : 2 * i + 2] for key, value in data.items()} for i in range(12)]
+    one = lorasb.find_lr(patched(), whole, 1e-3, steps=4, judged=2, progress=False)
+    two = lorasb.find_lr(patched(), [*whole[:2], *halves[4:]], 1e-3, steps=4, judged=2, accumulation=2, progress=False)
+    for rate in one.losses.keys() & two.losses.keys():
+        assert two.losses[rate] == pytest.approx(one.losses[rate], rel=1e-6)
+
+
+def test_a_rate_that_diverges_is_never_taken() -> None:
+    model, calls = patched(), []
+
+    def explode(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        calls.append(rate)
+        return torch.optim.SGD(parameters, lr=1e30 if rate > 1e-3 else rate)
+
+    found = lorasb.find_lr(model, batches(8), 1e-3, steps=6, judged=2, optimizer=explode, progress=False)
+    assert found.losses[2e-3] == math.inf
+    assert found.lr <= 1e-3
+    assert all(torch.isfinite(value).all() for value in cores(model).values())
+
+
+@given(best=st.integers(-9, 9), slope=st.floats(0.01, 1.0))
+def test_the_search_finds_the_least_of_a_valley(best: int, slope: float) -> None:
+    losses = _search(1.0, lambda rate: slope * abs(math.log2(rate) - best))
+    assert math.log2(min(losses, key=lambda rate: losses[rate])) == max(-FARTHEST, min(FARTHEST, best))
+    assert len(losses) <= FARTHEST + 3
+
+
+def test_a_head_keeps_its_own_rate() -> None:
+    seen: list[tuple[float, ...]] = []
+
+    class Watching(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            seen.append(tuple(group["lr"] for group in self.param_groups))
+
+    def two_groups(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        return Watching([{"params": parameters[:1], "lr": 0.5}, {"params": parameters[1:], "lr": rate}])
+
+    lorasb.find_lr(patched(), batches(5), 1e-3, steps=3, judged=2, optimizer=two_groups, progress=False)
+    assert seen[:3] == [(0.25, 5e-4), (0.5, 1e-3), (0.5, 1e-3)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": 0.0}, "expected a positive learning rate to try first, got 0.0"),
+        ({"lr": math.inf}, "expected a positive learning rate"),
+        ({"steps": 0}, "expected steps of at least 1, got 0"),
+        ({"judged": 0}, "expected judged of at least 1, got 0"),
+        ({"accumulation": 0}, "expected accumulation of at least 1, got 0"),
+        (
+            {"steps": 9},
+            "trials of 9 steps take 11 batches .2 of them to judge., and there are 8: pass more, or steps=6",
+        ),
+    ],
+)
+def test_what_cannot_be_tried_is_said_and_changes_nothing(arguments: dict[str, Any], message: str) -> None:
+    model = patched()
+    before = cores(model)
+    options: dict[str, Any] = {"lr": 1e-3, "steps": 6, "judged": 2} | arguments
+    with pytest.raises(ValueError, match=message):
+        lorasb.find_lr(model, batches(8), progress=False, **options)
+    assert all(torch.equal(value, before[name]) for name, value in cores(model).items())
+
+
+def test_a_model_that_trains_nothing_is_named() -> None:
+    with pytest.raises(ValueError, match=r"no parameter requires a gradient: model\.set_adapter"):
+        lorasb.find_lr(make("llama").requires_grad_(False), batches(8), 1e-3, steps=6, judged=2, progress=False)
+
+
+def test_the_result_says_what_was_tried() -> None:
+    found = lorasb.RateTrials(2e-3, {1e-3: 0.5, 2e-3: 0.25}, 12)
+    assert str(found) == "learning rate 0.002, by trials of 12 steps (0.001: 0.500, 0.002: 0.250)"
