@@ -75,7 +75,8 @@ def find_lr(
         The best rate, and every loss. R is left at its start times best rate over `lr`.
 
     Raises:
-        ValueError: too few batches, or a rate or a number that is not positive; the model is unchanged.
+        ValueError: too few batches or none with labels, or a rate or a number that is not positive; the model is
+            unchanged.
     """
     model = getattr(model, "_orig_mod", model)  # unwrap torch.compile's OptimizedModule
     _check(lr, steps, judged, accumulation)
@@ -189,7 +190,9 @@ class _Trial:
         return mean if math.isfinite(mean) else math.inf
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
-        loss: Tensor = self.model(**_on_device(batch, self.trained[0].device)).loss
+        loss: Tensor | None = self.model(**_on_device(batch, self.trained[0].device)).loss
+        if loss is None:
+            raise ValueError(f"the model gives no loss: batches need labels, and have {', '.join(batch)}")
         return loss
 
 

@@ -164,6 +164,15 @@ def test_what_cannot_be_tried_is_said_and_changes_nothing(arguments: dict[str, A
     assert all(torch.equal(value, before[name]) for name, value in cores(model).items())
 
 
+def test_batches_without_labels_are_named_and_change_nothing() -> None:
+    model = patched()
+    before = cores(model)
+    bare = [{"input_ids": batch["input_ids"]} for batch in batches(8)]
+    with pytest.raises(ValueError, match="the model gives no loss: batches need labels, and have input_ids"):
+        lorasb.find_lr(model, bare, 1e-3, steps=6, judged=2, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in cores(model).items())
+
+
 def test_a_model_that_trains_nothing_is_named() -> None:
     with pytest.raises(ValueError, match=r"no parameter requires a gradient: model\.set_adapter"):
         lorasb.find_lr(make("llama").requires_grad_(False), batches(8), 1e-3, steps=6, judged=2, progress=False)
