@@ -15,6 +15,7 @@ from models import make, text
 from torch import Tensor, nn
 
 import lorasb
+from lorasb.training import rate_trials
 from lorasb.training.rate_trials import CLIP, FARTHEST, RAMP, _search
 
 
@@ -125,6 +126,22 @@ def test_the_search_finds_the_least_of_a_valley(best: int, slope: float) -> None
     losses = _search(1.0, lambda rate: slope * abs(math.log2(rate) - best))
     assert math.log2(min(losses, key=lambda rate: losses[rate])) == max(-FARTHEST, min(FARTHEST, best))
     assert len(losses) <= FARTHEST + 3
+
+
+def test_ranks_decide_by_the_mean_of_their_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rank's loss is 3 whatever the rate."""
+    alone = lorasb.find_lr(patched(), batches(8), 1e-3, steps=6, judged=2, progress=False)
+
+    class Two:
+        rank, world_size = 1, 2
+
+        def all_reduce_sum(self, value: Tensor) -> Tensor:
+            return value + 3.0
+
+    monkeypatch.setattr(rate_trials, "Processes", Two)
+    found = lorasb.find_lr(patched(), batches(8), 1e-3, steps=6, judged=2, progress=False)
+    assert found.lr == alone.lr
+    assert found.losses == {rate: pytest.approx((loss + 3.0) / 2) for rate, loss in alone.losses.items()}
 
 
 def test_a_head_keeps_its_own_rate() -> None:
