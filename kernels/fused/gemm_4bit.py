@@ -1,9 +1,9 @@
 """A GEMM over a 4-bit weight that dequantizes in its K loop, for few rows: no dense W is written or read.
 
 Decoding is integer work that the tensor cores wait for, so it is kept short: where blocks of scales allow, a row of a
-tile has one scale, and the sixteen values of the codebook are looked up in shared memory. On sm_86 a weight takes 9 to
-11 instructions in bf16 (`benchmarks.kernels.static_report` compiles the kernels), and 23 to 32 with a scale a byte and
-the codebook in global memory.
+tile has one scale, and the sixteen values of the codebook are looked up in shared memory. On sm_86 a weight takes 7 to
+10 instructions in bf16 (`benchmarks.kernels.static_report` compiles the kernels), 9 to 11 if nibbles are taken out of
+bytes instead of words, and 23 to 32 with a scale a byte and the codebook in global memory.
 
 Arguments of `quantized_gemm`; strides are of rows, in elements, and the last dimension is contiguous.
 
@@ -19,7 +19,8 @@ Arguments of `quantized_gemm`; strides are of rows, in elements, and the last di
   sizes              M rows, W's N and K
   strides            stride_x, stride_v, stride_factor, stride_y
   flags              BACKWARD; WIDE: offsets need 64 bits; PRECISION: of tl.dot, "tf32" or "ieee"
-                     ONE_SCALE: the columns of a tile of W share a block of scales, row by row, and none is past K
+                     ONE_SCALE: the columns of a tile of W share a block of scales, row by row, none is past K, and W is
+                     aligned to words of four bytes
   rank               R
   blocks             BLOCK_M x BLOCK_N of y a program, BLOCK_K of the reduction a step
                      SPLIT: `splits` programs share a tile
@@ -34,6 +35,13 @@ import triton.language as tl
 from .dequantize_4bit import Storage, block_scales, rounded, unpack
 from .device_functions import arrives_last, block_offsets, ordered_sum
 from .reduction import accumulate
+
+
+@triton.jit
+def low_nibbles(word):
+    """The low nibbles of a word's bytes, from the lowest byte up: [.., 4·words] of [.., words] int32."""
+    ends = tl.interleave(word & 15, (word >> 16) & 15)
+    return tl.interleave(ends, tl.interleave((word >> 8) & 15, (word >> 24) & 15))
 
 
 @triton.jit
@@ -52,8 +60,16 @@ def weight_tile(rows, first, weight, N, K, storage, WIDE: tl.constexpr, ONE_SCAL
     if ONE_SCALE:
         blocks = row * (K // storage.QUANT_BLOCK) + first // storage.QUANT_BLOCK
         scale = block_scales(blocks, rows < N, absmax, nested, storage.NESTED_BLOCK)[:, None]
-        byte = tl.load(packed + offsets)
-        nibbles = tl.interleave(byte >> 4, byte & 15).to(tl.int32)
+        if nested_absmax is not None:
+            # A sum over one column changes nothing but what Triton sees: a tile that comes from loads of 8 bits, as
+            # absmax, is laid out for products of 8 bits, and x is not read by ldmatrix (2 instructions a weight more).
+            scale = tl.sum(scale, 1)[:, None]
+        # by words: a nibble takes one shift and one mask of a register, where one of a byte takes twice as many
+        words = packed.to(tl.pointer_type(tl.int32)) + (row * (K // 8))[:, None]
+        word = tl.load(words + (first // 8 + tl.arange(0, COLUMNS // 8))[None, :])
+        # the high nibble of a byte comes first
+        even = low_nibbles(word >> 4)
+        nibbles = tl.interleave(even, low_nibbles(word))
         values = tl.gather(tl.load(codebook + tl.arange(0, 16)), tl.reshape(nibbles, (nibbles.numel,)), 0)
         tile = rounded(tl.reshape(values, nibbles.shape) * scale, storage.ROUNDING)
     else:

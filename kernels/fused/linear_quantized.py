@@ -168,8 +168,7 @@ def _gemm(
         stride_y=y.stride(0),
         BACKWARD=is_backward,
         WIDE=needs_int64(x, y, factor, v, elements=weight.m * weight.n),
-        ONE_SCALE=weight.n % weight.block == 0
-        and weight.block % (config.block_n if is_backward else config.block_k) == 0,
+        ONE_SCALE=_has_one_scale(weight, config.block_n if is_backward else config.block_k),
         PRECISION=precision(x.dtype),
         R=members.r,
         BLOCK_M=config.block_m,
@@ -180,3 +179,8 @@ def _gemm(
     )
     launch(KernelCall(quantized_gemm, tiles * splits, arguments, config, exact=True))
     return y
+
+
+def _has_one_scale(weight: Quantized, columns: int) -> bool:
+    """Whether `columns` of a row share a scale and can be read in words of four bytes."""
+    return weight.n % weight.block == 0 and weight.block % columns == 0 and weight.packed.data_ptr() % 4 == 0

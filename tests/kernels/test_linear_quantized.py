@@ -150,17 +150,29 @@ def test_a_table_with_another_way_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "block", "shared"), [(128, 64, True), (256, 128, True), (128, 32, True), (96, 64, False), (128, 4096, False)]
+    ("n", "block", "byte", "shared"),
+    [
+        (128, 64, 0, True),
+        (256, 128, 4, True),
+        (128, 32, 0, True),
+        (96, 64, 0, False),
+        (128, 4096, 0, False),
+        (128, 64, 1, False),  # tiles are read in words
+        (128, 64, 6, False),
+    ],
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_rows_of_a_tile_have_one_scale_each_where_blocks_allow(
-    n: int, block: int, shared: bool, nested: bool, monkeypatch: pytest.MonkeyPatch
+    n: int, block: int, byte: int, shared: bool, nested: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both ways decode to the same bits: y of the unit vectors is W."""
+    """Both ways decode to the same bits, wherever the first byte lies: y of the unit vectors is W."""
     chosen = plan.choose
     monkeypatch.setattr(plan, "choose", lambda *given: replace(chosen(*given), weights="inline"))
     plan.forget()
     weight = storage(70, n, block=block, nested=nested, dtype=torch.float16)
+    codes = weight.tensors[0]
+    moved = codes.new_empty(codes.numel() + byte)[byte:].view(codes.shape).copy_(codes)
+    weight = QuantizedWeight([moved, *weight.tensors[1:]], weight.shape, weight.dtype, weight.kind, weight.block)
     x, none = torch.eye(n, dtype=torch.float16), torch.zeros(0, dtype=torch.float32)
     with lorasb.backend("triton"), observed() as launches:
         a, b = none.new_zeros((1, n)).half(), none.new_zeros((70, 1)).half()
