@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.common.csv_files import Row
 from benchmarks.methods.grid import Cell
 
+FIXED, FOUND = "sign, 2e-3", "sign, rate found"  # the default rate, and the one that `lorasb.find_lr` finds from it
 LORA = "LoRA r=32"  # what everybody uses; ten times the parameters of r = 64 here
 ROWS = "paired.csv"  # beside the other results
 SEEDS = tuple(range(8))
@@ -64,8 +65,8 @@ def entries() -> dict[str, Entry]:
     """By name; the first is what the library does unless told otherwise."""
     found = (
         Entry("sign", "LoRA-SB"),
-        Entry("sign, 2e-3", "LoRA-SB", rate=2e-3, falls=0.0, swept=False),
-        Entry("sign, rate found", "LoRA-SB", {"trials": True}, rate=2e-3, falls=0.0, swept=False),
+        Entry(FIXED, "LoRA-SB", rate=2e-3, falls=0.0, swept=False),
+        Entry(FOUND, "LoRA-SB", {"trials": True}, rate=2e-3, falls=0.0, swept=False),
         Entry("random", "LoRA-SB", {"init": "random"}),
         Entry("LoRA-XS", "LoRA-SB", {"init": "lora-xs", "alpha_is_rank": True}, rate=2e-3),
         Entry("LoRA-XS, output", "LoRA-SB", {"init": "lora-xs-output", "alpha_is_rank": True}, rate=2e-3),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.methods.grid import task_named
-from benchmarks.paired.compare import head, lines
-from benchmarks.paired.grid import LORA, ROWS, SEEDS, TASKS
+from benchmarks.paired.compare import difference, head, lines
+from benchmarks.paired.grid import FIXED, FOUND, LORA, RANKS, ROWS, SEEDS, TASKS, entries, shown_rate
 from benchmarks.paper import lasting
 from benchmarks.reporting.markdown import picture, table, where_rows
 
@@ -26,7 +26,7 @@ def section(results: Path) -> list[str]:
     rows = read_csv(results / ROWS)
     parts = [part for task in TASKS for part in one_task(rows, task)]
     out = ["## Starts and optimizers in pairs", "", INTRODUCTION, "", *parts] if parts else []
-    return [*out, *how_long(results)]
+    return [*out, *rates(rows), *how_long(results)]
 
 
 def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
@@ -45,6 +45,29 @@ def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
     if against:
         yield from ("", f"Against {LORA}:", "", *table(head(LORA), against))
     yield from ("", where_rows([row for row in rows if row["task"] == name and row["split"] == "test"]), "")
+
+
+def rates(rows: Sequence[Row]) -> Iterator[str]:
+    """The rate that trials find, against the default one and the best of a sweep, over the seeds that both have."""
+    body = []
+    for task in TASKS:
+        for r in RANKS:
+            fixed, swept = (difference(rows, f"{task} by loss", r, FOUND, other) for other in (FIXED, PLAIN))
+            if fixed is not None:
+                found = shown_rate(entries()[FOUND], r, rows, f"{task} by loss")
+                best = "" if swept is None else f"{swept.base:.4f}"
+                line = [task, str(r), f"{fixed.base:.4f}", f"{fixed.base + fixed.mean:.4f}", found, str(fixed)]
+                body.append([*line, best, "" if swept is None else str(swept)])
+    if body:
+        yield from ("### Learning rates found by trials (`lorasb.find_lr`)", "")
+        yield from (
+            f"The default start at the rate 2e-3 (`{FIXED}`), at the rate that trials of 12 steps find from there on the "
+            f"run's own first batches (`{FOUND}`), and at the best rate of a sweep of whole runs (`{PLAIN}`).",
+            "",
+        )
+        columns = ["task", "r", "loss at 2e-3", "at the found rate", "found", "less that at 2e-3"]
+        yield from table([*columns, "at the best of a sweep", "less that"], body)
+        yield ""
 
 
 def how_long(results: Path) -> Iterator[str]:

@@ -11,12 +11,22 @@ from benchmarks.methods.grid import task_named
 from benchmarks.paired import grid
 from benchmarks.paired.compare import Difference, difference, final_losses, half_width
 from benchmarks.paired.grid import Entry, best_rate, entries, rates_to_try, wanted
+from benchmarks.reporting import paired
 
 TASK = "chain_sum by loss"
 
 
 def row(entry: str, r: int, lr: float, seed: int, loss: float, split: str = "test") -> dict[str, str]:
-    values = {"task": TASK, "variant": entry, "r": r, "lr": lr, "seed": seed, "loss": loss, "split": split}
+    values = {
+        "task": TASK,
+        "variant": entry,
+        "r": r,
+        "lr": lr,
+        "seed": seed,
+        "loss": loss,
+        "split": split,
+        "found_lr": "",
+    }
     return {name: str(value) for name, value in values.items()}
 
 
@@ -142,3 +152,26 @@ def test_an_entry_of_its_own_rank_is_held_against_every_rank() -> None:
     found = difference(rows, TASK, 16, "sign", grid.LORA)
     assert found is not None
     assert (found.seeds, round(found.mean, 9), found.base) == (2, 0.05, 0.25)
+
+
+def test_found_rates_are_held_against_the_default_one_and_the_best() -> None:
+    rows = [*swept("sign", 16), *(row("sign", 16, 4e-3, seed, 0.30) for seed in (0, 1))]
+    rows += [row(grid.FIXED, 16, 2e-3, seed, 0.40) for seed in (0, 1)]
+    rows += [row(grid.FOUND, 16, 2e-3, seed, 0.32) | {"found_lr": str(rate)} for seed, rate in ((0, 4e-3), (1, 8e-3))]
+    (line,) = [text for text in paired.rates(rows) if text.startswith("| chain_sum")]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        "chain_sum",
+        "16",
+        "0.4000",
+        "0.3200",
+        "0.004 to 0.008",
+        "-0.0800 ± 0.0000 (better)",
+        "0.3000",
+        "+0.0200 ± 0.0000 (worse)",
+    ]
+    assert list(paired.rates(swept("sign", 16))) == []
+
+
+def test_a_rate_that_is_not_swept_is_never_tried_on_the_validation_split() -> None:
+    asked = wanted(["chain_sum"], [grid.FOUND, grid.FIXED], [4, 64], [0], [])
+    assert {(cell.split, cell.lr) for cell in asked} == {("test", 2e-3)}
