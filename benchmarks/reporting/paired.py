@@ -61,8 +61,8 @@ def rates(rows: Sequence[Row]) -> Iterator[str]:
     if body:
         yield from ("### Learning rates found by trials (`lorasb.find_lr`)", "")
         yield from (
-            f"The default start at the rate 2e-3 (`{FIXED}`), at the rate that trials of 12 steps find from there on the "
-            f"run's own first batches (`{FOUND}`), and at the best rate of a sweep of whole runs (`{PLAIN}`).",
+            f"The default start at the rate 2e-3 (`{FIXED}`), at the rate that trials of 12 steps find from there on "
+            f"the run's own first batches (`{FOUND}`), and at the best rate of a sweep of whole runs (`{PLAIN}`).",
             "",
         )
         columns = ["task", "r", "loss at 2e-3", "at the found rate", "found", "less that at 2e-3"]
