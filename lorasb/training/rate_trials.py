@@ -56,7 +56,7 @@ def find_lr(
 ) -> RateTrials:
     """Try learning rates for a few steps each, and put R's start to the best one's length.
 
-    At one rank, the best rates of two tasks are up to 16 times apart (REPORT.md): no rule over ranks can follow. A
+    At one rank, the best rates of two tasks are up to 8 times apart (REPORT.md): no rule over ranks can follow. A
     trial trains all that requires a gradient, always on the same batches; then everything is restored to the bit:
     parameters, random states, train or eval mode. Rates go from `lr` by factors of two, up for as long as the loss
     falls, else down. An initialization's R is proportional to its η, so R's start is scaled with the rate.
