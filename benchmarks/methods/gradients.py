@@ -23,7 +23,7 @@ LATER = "later"  # the adapter beside the first one, whose R stays as it was
 def summed(model: Any, layers: Mapping[str, nn.Module], samples: Sequence[Batch], sketches: Any = None) -> GradientSums:
     """ΣG of every layer at the model's weights, adapters included; no `.grad` is touched.
 
-    In evaluation mode, as an initialization has it; modes and flags are put back.
+    In evaluation mode, as an initialization has it; then the model is in training mode, with the flags that it had.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)

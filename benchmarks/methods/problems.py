@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks.methods.grid import Task
 from lorasb.recipes.examples.tasks import HELD_OUT_SEED, Example, generate, read_jsonl
 from lorasb.recipes.examples.tokenization import Collator, Encoded, encode
+from lorasb.recipes.problems import scoring
 from lorasb.recipes.problems.evaluation import evaluate, example_losses
 
 MAX_LENGTH = 320
@@ -203,6 +204,5 @@ def _classify(model: nn.Module, collate: Callable[[Sequence[Any]], Batch], rows:
 
 def matthews(guesses: Tensor, labels: Tensor) -> float:
     """Matthews correlation of two 0/1 vectors; 0 where either is constant."""
-    x, y = guesses.double() - guesses.double().mean(), labels.double() - labels.double().mean()
-    norm = (x.square().sum() * y.square().sum()).sqrt()
-    return float((x * y).sum() / norm) if norm > 0 else 0.0
+    pairs = zip(guesses.long().tolist(), labels.long().tolist(), strict=True)
+    return scoring.matthews([(str(guess), str(label)) for guess, label in pairs])

@@ -42,9 +42,8 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
     before = {} if cell.task in BY_LOSS else {split: problem.loss(problem.model, split) for split in splits}
     warmup = round(WARMUP * task.steps)
     model, init_seconds, report = put_in(problem, method, cell, lambda n: drawn(problem, task, cell.seed, n), warmup)
-    started, found_lr = time.perf_counter(), None
-    if settings(cell).get("trials"):
-        found_lr = find_rate(model, problem, task, cell)
+    started = time.perf_counter()
+    found_lr = find_rate(model, problem, task, cell) if settings(cell).get("trials") else None
     losses = train(model, problem, task, replace(cell, lr=found_lr or cell.lr), warmup)
     seconds = time.perf_counter() - started
     judged = {split: problem.judge(model, split) for split in splits}
@@ -64,7 +63,7 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
         "machine": machine_name(dtype_name(dtype)),
         "date": time.strftime("%Y-%m-%d"),
         "losses": losses,
-        "found_lr": "" if found_lr is None else found_lr,
+        "found_lr": found_lr or "",
     }
     return [
         {

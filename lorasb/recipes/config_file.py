@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,17 @@ def read_config(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
     loaded = _mapping(path)
     for name in loaded:
         if name not in known:
-            near = difflib.get_close_matches(str(name).replace("-", "_"), known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            hint = nearest(str(name).replace("-", "_"), known)
             raise ValueError(f"--config {path}: there is no setting {name!r}: {hint}")
     # a null line (`eval_data:`) means the default, as an option that is left out does
     given = {name: value for name, value in loaded.items() if value is not None}
     return {name: typed(value, known[name], f"--config {path}: {name}") for name, value in given.items()}
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """For error messages: the known name nearest to one that is not, or all of them."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
 
 
 def _mapping(path: str | Path) -> dict[Any, Any]:

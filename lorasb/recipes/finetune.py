@@ -34,15 +34,11 @@ def run_finetune(settings: Settings) -> Result:
     """
     settings.check()
     current_backend()  # raises for an unusable LORASB_BACKEND now, before any work
-    from .train import (  # loads transformers.Trainer: only once the settings are checked
-        check_batch,
-        check_report,
-        train,
-    )
+    from .train import check_report, train  # loads transformers.Trainer: only once the settings are checked
 
     check_report(settings)
     with launch.joined() as processes, Stop(GO_ON) as stop:
-        check_batch(settings, processes.world_size)
+        settings.check_processes(processes.world_size)
         precision = resolve(settings.dtype, device())
         examples = load_examples(settings)
         facts = {

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers.quantize import LEFT_OUT
 from ..utils.precision import Precision, resolve
 from .bundled_model import resolve_model
+from .examples.batch_order import ByLength
 from .examples.data import load_examples
+from .examples.packing import PackCollator, row_length
 from .examples.tasks import Example
 from .examples.tokenization import with_progress
 from .problems.evaluation import Evaluation, HeldOut
@@ -64,11 +67,13 @@ class Run:
         """The held-out loss alone."""
         return self.problem.mean_loss(self.model, self.tokenizer, self._held_out())
 
+    def order(self) -> ByLength:
+        """The order of the training rows."""
+        return ByLength([row_length(row) for row in self.rows], self.settings.batch_size, self.settings.seed)
+
     def collator(self) -> Callable[[list[Any]], dict[str, Any]]:
         """From training rows to a batch."""
         if self.settings.packing:
-            from .examples.packing import PackCollator
-
             return PackCollator(self.tokenizer.pad_token_id)
         return self.problem.collator(self.tokenizer, self.model.get_base_model())
 
@@ -125,7 +130,7 @@ def _load(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Any
         import lorasb
 
         heads = [n for head in problem.heads(model) for n, _ in model.get_submodule(head).named_modules(prefix=head)]
-        lorasb.quantize(model, "nf4", nested=True, exclude=["lm_head", *heads])
+        lorasb.quantize(model, "nf4", nested=True, exclude=[*LEFT_OUT, *heads])
     contiguous_head(model)
     return tokenizer, model
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
+
+from .config_file import nearest
 
 FOLDER = Path(__file__).with_name("presets")
 
@@ -21,7 +22,5 @@ def find(name: str) -> Path:
     """
     known = names()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        raise ValueError(f"--preset {name!r}: there is no such preset: {hint}")
+        raise ValueError(f"--preset {name!r}: there is no such preset: {nearest(name, known)}")
     return FOLDER / f"{name}.yaml"

@@ -8,8 +8,6 @@ from typing import Any
 
 from ..training.rate_trials import RateTrials, find_lr
 from .console import console
-from .examples.batch_order import ByLength
-from .examples.packing import row_length
 from .prepare import Run, checkpoint_activations
 
 
@@ -27,7 +25,7 @@ def batches(run: Run) -> Iterator[dict[str, Any]]:
     """The run's batches in its order, over and over, in the parts that a step is computed in."""
     settings, collate = run.settings, run.collator()
     size = settings.batch_size // settings.gradient_accumulation
-    order = ByLength([row_length(row) for row in run.rows], settings.batch_size, settings.seed)
+    order = run.order()
     for epoch in itertools.count():
         for step in order.order(epoch):
             for start in range(0, len(step), size):

@@ -216,6 +216,15 @@ class Settings:
                 f"{self.gradient_accumulation} equal parts: take a multiple of it"
             )
 
+    def check_processes(self, processes: int) -> None:
+        """Raise a ValueError if a step's examples cannot be parted equally among processes and accumulations."""
+        parts = self.gradient_accumulation * processes
+        if self.batch_size % parts:
+            raise ValueError(
+                f"--batch-size {self.batch_size} cannot be parted in {self.gradient_accumulation} accumulations on "
+                f"{processes} processes: take a multiple of {parts}, or a lower --gradient-accumulation"
+            )
+
     def deciding(self) -> dict[str, Any]:
         """The settings that determine the result: two runs that agree in them end bitwise equal."""
         return {name: value for name, value in asdict(self).items() if name not in WITHOUT_EFFECT_ON_RESULT}

@@ -21,7 +21,6 @@ from .console import console
 from .estimate import announcement
 from .examples.batch_order import ByLength
 from .examples.data import Listed
-from .examples.packing import row_length
 from .prepare import Run, checkpoint_activations, device
 from .settings import Settings
 from .signals import Stop
@@ -67,19 +66,17 @@ def _already_trained(run: Run, checkpoint: Path, seconds: float) -> Trained:
 def _trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: float, stop: Stop) -> _RunTrainer:
     """A trainer of the run's rows, with its callbacks."""
     settings, processes = run.settings, Processes()
-    order = ByLength([row_length(row) for row in run.rows], settings.batch_size, settings.seed)
-    collate: Any = run.collator()
     if settings.gradient_checkpointing:
         checkpoint_activations(run.model.get_base_model())
     trainer = _RunTrainer(
         model=run.model,
         args=arguments(run, folder, processes.world_size),
         train_dataset=Listed(run.rows),
-        data_collator=collate,
+        data_collator=run.collator(),
     )
     if run.problem.takes_loss_arguments is not None:
         trainer.model_accepts_loss_kwargs = run.problem.takes_loss_arguments
-    trainer.order, trainer.identity, trainer.earlier_seconds = order, identity, earlier_seconds
+    trainer.order, trainer.identity, trainer.earlier_seconds = run.order(), identity, earlier_seconds
     _put_callbacks(trainer, run, stop, settings.gradient_accumulation * processes.world_size)
     return trainer
 
@@ -88,7 +85,6 @@ def arguments(run: Run, folder: Path, processes: int) -> TrainingArguments:
     """The trainer's arguments; `callbacks.Saving` decides when to save."""
     settings = run.settings
     micro_batches = settings.gradient_accumulation * processes
-    check_batch(settings, processes)
     if settings.report_to == "tensorboard":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(settings.output) / "tensorboard"))
     return TrainingArguments(
@@ -112,16 +108,6 @@ def arguments(run: Run, folder: Path, processes: int) -> TrainingArguments:
         ddp_find_unused_parameters=False,  # every R takes part in every forward: skip DDP's search
         disable_tqdm=False,
     )
-
-
-def check_batch(settings: Settings, processes: int) -> None:
-    """Raise a ValueError if a step's examples cannot be parted equally."""
-    parts = settings.gradient_accumulation * processes
-    if settings.batch_size % parts:
-        raise ValueError(
-            f"--batch-size {settings.batch_size} cannot be parted in {settings.gradient_accumulation} accumulations on "
-            f"{processes} processes: take a multiple of {parts}, or a lower --gradient-accumulation"
-        )
 
 
 def check_report(settings: Settings) -> None:

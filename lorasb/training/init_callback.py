@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
@@ -21,6 +18,7 @@ from ..init import InitReport, first_step_lr, initialize
 from ..init.sampling import draw
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import adapted_layers
+from ..utils.random_state import rng_untouched
 
 
 class InitCallback(TrainerCallback):
@@ -94,7 +92,8 @@ class InitCallback(TrainerCallback):
         lr = self.lr or first_step_lr(args.learning_rate, args.get_warmup_steps(state.max_steps))
         seed = args.seed if self.seed is None else self.seed
         options = {"progress": not args.disable_tqdm} | self.options
-        with _rng_untouched():
+        # collators may draw (random masking, on the CPU), and training must draw as without this
+        with rng_untouched():
             batches, count = _batches(train_dataloader, args.per_device_train_batch_size, self.num_samples, seed)
             self.report = initialize(model, batches, lr=lr, seed=seed, num_samples=count, **options)
 
@@ -159,14 +158,3 @@ def _refuse_copies(optimizer: Any, layers: dict[str, LoRASBLinear], name: str) -
             "in another precision, or partitions (DeepSpeed's), would overwrite it. Call lorasb.initialize(...) before "
             "making the Trainer; the callback may stay"
         )
-
-
-@contextmanager
-def _rng_untouched() -> Iterator[None]:
-    """Restore the global RNG states: collators may draw (random masking), and training must draw as without this."""
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):  # the CPU generator; collators do not draw on GPUs
-            yield
-    finally:
-        random.setstate(state)

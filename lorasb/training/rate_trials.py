@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..distributed.process_group import Processes
+from ..init.gradients.task import to_device
+from ..utils.random_state import rng_untouched
 
 STEPS = 12  # of a trial: loss after 15% of a run of 75 ranks rates as its end does, within a factor of two (measured)
 RAMP = 2 / 3  # share of a trial's steps over which the rate rises, as it does in a warm-up
@@ -190,14 +191,10 @@ class _Trial:
         return mean if math.isfinite(mean) else math.inf
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
-        loss: Tensor | None = self.model(**_on_device(batch, self.trained[0].device)).loss
+        loss: Tensor | None = self.model(**to_device(batch, self.trained[0].device)).loss
         if loss is None:
             raise ValueError(f"the model gives no loss: batches need labels, and have {', '.join(batch)}")
         return loss
-
-
-def _on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 @contextmanager
@@ -206,14 +203,13 @@ def _restored(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
     values = [parameter.detach().clone() for parameter in trained]
     gradients = [parameter.grad for parameter in trained]
     modes = [(module, module.training) for module in model.modules()]
-    state, devices = random.getstate(), sorted({p.device.index for p in trained if p.device.type == "cuda"})
+    devices = sorted({p.device.index for p in trained if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices):  # dropout
+        with rng_untouched(devices):  # dropout
             for parameter in trained:
                 parameter.grad = None
             yield
     finally:
-        random.setstate(state)
         with torch.no_grad():
             for parameter, value, gradient in zip(trained, values, gradients, strict=True):
                 parameter.copy_(value)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...init.gradients.task import to_device
 from ...tuner.fresh_heads import missing_from_checkpoint
 from ..examples.tasks import Example
 from .evaluation import Evaluation, HeldOut, batches_by_length, map_over_ranks, score_of
@@ -121,7 +122,6 @@ class Classification:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id
         return TextCollator(tokenizer)
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, tokenizer: Any, held_out: HeldOut, title: str) -> Evaluation:
         """Mean loss (cross-entropy in nats, or squared error), score, and predicted labels."""
         losses, answers = self._predict(model, tokenizer, held_out, title)
@@ -145,7 +145,7 @@ class Classification:
 
         def predict(indices: list[int], bar: Any) -> list[tuple[float, str]]:
             """Loss and answer of each example of a batch; advances the bar."""
-            batch = {name: value.to(device) for name, value in collate([encoded[i] for i in indices]).items()}
+            batch = to_device(collate([encoded[i] for i in indices]), device)
             targets = batch.pop("labels")
             bar.update(1)
             return self._judge(model(**batch).logits.float(), targets)

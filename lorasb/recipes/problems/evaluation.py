@@ -11,6 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...distributed.process_group import Processes
+from ...init.gradients.task import to_device
 from ..examples.tasks import Example
 from ..examples.tokenization import Collator, Encoded, positions
 from ..launch import gather_json
@@ -156,7 +157,7 @@ def example_losses(model: nn.Module, batch: dict[str, Any]) -> list[float]:
     # Without labels the model computes no loss of its own, whose mean would be over all tokens of the batch.
     device = next(model.parameters()).device
     labels = batch.pop("labels")[:, 1:].to(device)
-    logits = model(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}).logits[:, :-1]
+    logits = model(**to_device(batch, device)).logits[:, :-1]
     # fp32: bf16 logits would round each token's loss; [batch, vocabulary, tokens] is cross_entropy's layout
     losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
     return (losses.sum(1) / (labels != -100).sum(1)).tolist()
