@@ -5,6 +5,7 @@ Shapes, dtypes and devices are checked here, which every backend relies on; the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -13,12 +14,10 @@ from torch import Tensor
 
 from .backends import cpp  # importing the package registers all backends
 from .backends.eager import linear as eager
-from .constants import MAX_RANK
-from .ops import fast_path
+from .ops import fast_path, operand_checks
 from .ops.registry import backend_op, current_backend, direct_kernel
 from .quantization.quantized_weight import QuantizedWeight, of_weight
 from .utils.deprecation import warn_renamed
-from .utils.dtypes import FLOATS
 
 
 def lora_sb_linear(
@@ -76,11 +75,11 @@ def _over_dense(
     # Before the checks and the op, which ask for equal dtypes; the kernels switch autocast off.
     if _is_autocast(x):
         x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
-    _check(x, weight, lora_A, lora_R, lora_B, bias)
-    seed = _seed(dropout)
-    arguments = (x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout, seed)
+    tensors = (x, weight, lora_A, lora_R, lora_B, bias)
+    plain = operand_checks.pass_linear(*tensors)
+    arguments = (*tensors, scaling, dropout, _seed(dropout))
     backend = current_backend()
-    kernels = fast_path.kernels("linear", backend, *arguments[:6])
+    kernels = _kernels("linear", backend, plain, tensors)
     # Three ways, the cheapest first: torch's own ops, the kernel by an autograd function, the op by the dispatcher.
     if kernels and dropout == 0.0 and _composes(kernels, x, (weight,), (lora_A, lora_B, bias)):
         return fast_path.composed(*arguments[:7])
@@ -89,6 +88,11 @@ def _over_dense(
     y: Tensor
     y, _ = backend_op("linear", backend)(*arguments)
     return y
+
+
+def _kernels(op: str, backend: str, plain: bool, tensors: Sequence[Any]) -> fast_path.Kernels | None:
+    """Of tensors that `operand_checks` has found to be plain, or that are looked at here."""
+    return fast_path.plain_kernels(op, backend, tensors[0]) if plain else fast_path.kernels(op, backend, *tensors)
 
 
 def _composes(
@@ -128,7 +132,7 @@ def _over_quantized(
         x, a, b, bias = _autocast(x, a, b, bias)
     if weight.shape != (b.shape[0], a.shape[-1]):
         raise ValueError(f"expected a quantized weight [{b.shape[0]}, {a.shape[-1]}], got {list(weight.shape)}")
-    _check(x, None, a, core, b, bias)  # the packed weight is checked where it is read from a layer
+    operand_checks.pass_linear(x, None, a, core, b, bias)  # the packed weight is checked where it is read from a layer
     if weight.device != x.device:
         raise ValueError(
             f"expected the quantized weight on x's device {x.device}, got {weight.device}: move one of the two"
@@ -231,17 +235,15 @@ def lora_sb_linear_group(
         TypeError: dtypes do not match.
     """
     scalings = list(scalings) or [1.0] * len(weights)
-    _check_lengths(weights, lora_A, lora_R, lora_B, scalings, biases or weights)
     if _is_autocast(x):  # x together with the rest, so that it is cast only once
+        operand_checks.same_lengths(weights, lora_A, lora_R, lora_B, biases or weights)
         count = len(weights)
         x, *casted = _autocast(x, *weights, *lora_A, *lora_B, *biases)
         weights, lora_A, lora_B, biases = (casted[i * count : (i + 1) * count] for i in range(4))
-    for i in range(len(weights)):
-        _check(x, weights[i], lora_A[i], lora_R[i], lora_B[i], biases[i] if biases else None)
     lists = [list(tensors) for tensors in (weights, lora_A, lora_R, lora_B, biases)]
-    flat = [tensor for tensors in lists for tensor in tensors]
+    plain = operand_checks.pass_group(x, scalings, *lists)
     backend = current_backend()
-    kernels = fast_path.kernels("linear_group", backend, x, *flat)
+    kernels = _kernels("linear_group", backend, plain, [x, *itertools.chain(*lists)])
     seeds = _seed(dropout, len(weights))
     if kernels and seeds is None and _composes(kernels, x, weights, (*lora_A, *lora_B, *biases)):
         bias_or_none: list[Any] = list(biases) or [None] * len(weights)
@@ -251,15 +253,6 @@ def lora_sb_linear_group(
         return list(fast_path.linear_group(x, lists, scalings, dropout, seeds, kernels))
     outputs = backend_op("linear_group", backend)(x, *lists, scalings, dropout, seeds)
     return list(outputs[: len(weights)])  # the u_i follow, which only backward uses
-
-
-def _check_lengths(*members: Sequence[Any]) -> None:
-    lengths = [len(entries) for entries in members]
-    if len(set(lengths)) != 1 or not lengths[0]:
-        raise ValueError(f"expected one of each argument for every member, got {lengths} of them")
-    ranks = [a.shape[0] for a in members[1]]
-    if len(set(ranks)) != 1:
-        raise ValueError(f"expected one rank for all members, got {ranks}")
 
 
 def _is_autocast(x: Tensor) -> bool:
@@ -273,50 +266,6 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others)
     )
-
-
-def _check(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None) -> None:
-    if a.dim() != 2 or b.dim() != 2 or core.dim() != 2 or a.shape[0] > MAX_RANK:
-        raise ValueError(
-            f"expected lora_A [r, in], lora_R [r, r] and lora_B [out, r] with r <= {MAX_RANK}, "
-            f"got {_shape(a)}, {_shape(core)} and {_shape(b)}"
-        )
-    (r, features_in), (features_out, columns) = a.shape, b.shape
-    if columns != r or core.shape != (r, r):
-        raise ValueError(f"ranks differ: lora_A {_shape(a)}, lora_R {_shape(core)}, lora_B {_shape(b)}")
-    if x.dim() < 1 or x.shape[-1] != features_in:
-        raise ValueError(f"expected x [..., {features_in}] (in_features of lora_A), got {_shape(x)}")
-    if weight is not None and weight.shape != (features_out, features_in):
-        raise ValueError(f"expected weight [{features_out}, {features_in}], got {_shape(weight)}")
-    if bias is not None and bias.shape != (features_out,):
-        raise ValueError(f"expected bias [{features_out}], got {_shape(bias)}")
-    if x.requires_grad and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        raise ValueError(
-            "expected x without requires_grad under torch.inference_mode(), which records no gradient: use "
-            "torch.no_grad() or pass x.detach()"
-        )
-    _check_dtypes_and_devices(x, weight, a, core, b, bias)
-
-
-def _check_dtypes_and_devices(
-    x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None
-) -> None:
-    dtype, device = x.dtype, x.device
-    if dtype not in FLOATS:
-        raise TypeError(f"expected x in fp64, fp32, bf16 or fp16, got {dtype}")
-    if not core.is_floating_point():
-        raise TypeError(f"expected lora_R in fp32, got {core.dtype}")
-    for name, tensor in (("weight", weight), ("lora_A", a), ("lora_B", b), ("bias", bias), ("lora_R", core)):
-        if tensor is None:
-            continue
-        if tensor.dtype != dtype and tensor is not core:
-            raise TypeError(f"expected {name} in x's dtype {dtype}, got {tensor.dtype}: cast one of the two")
-        if tensor.device != device:
-            raise ValueError(f"expected {name} on x's device {device}, got {tensor.device}: move one of the two")
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
 
 
 _RENAMED = {"quantised_linear": "quantized_linear", "dequantize_nf4": "dequantize"}

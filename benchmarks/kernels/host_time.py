@@ -4,6 +4,7 @@
 
 CUDA is stubbed out: kernels are compiled and specialized, and the driver's launch does nothing; tensors lie on the CPU.
 Beside them, on tensors so small that arithmetic is nothing, the chain of plain torch ops that the kernels replace.
+Without lorasb's C++ extension (LORASB_NO_CSRC=1) every call describes and allocates its tensors in Python.
 Microseconds of CPU time of one thread, medians over rounds in turns, and ratios within a round.
 """
 
@@ -174,7 +175,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     found = measure(options.arch, options.calls)
     if options.json:
-        print(json.dumps({"arch": options.arch, "rows": found} | provenance(), indent=1))
+        from lorasb.backends import cpp
+
+        extension = cpp.missing() is None  # has the functions that every call makes
+        print(json.dumps({"arch": options.arch, "extension": extension, "rows": found} | provenance(), indent=1))
     else:
         Console(width=120).print(view(options.arch, found))
 

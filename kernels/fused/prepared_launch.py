@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from . import workspace
+from .allocation import allocate
 from .block_sizes import cdiv
 from .launcher import KernelCall
 
@@ -105,7 +106,7 @@ class Prepared:
         like = tensors[0]
         stream = driver.active.get_current_stream(like.get_device())
         if self._scratch_size:
-            tensors.append(like.new_empty(self._scratch_size))
+            tensors += allocate(like, ((self._scratch_size,),))
         if self._count:
             tensors.append(self._zeros(like, stream))
         addresses, bits = [tensor.data_ptr() for tensor in tensors], 0

@@ -6,7 +6,7 @@ are not aligned to 16 bytes, and operands that a kernel could only take as copie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import extended_gemm_launch, launcher, linear, low_rank_launch
 from . import plan as plan_tables
+from .allocation import allocate
 from .extended_gemm import extended_gemm
 from .operands import INT32_LIMIT, Mask, Members, fp32_precision, on_device
 from .plan import Plan
@@ -26,7 +27,7 @@ _kinds: dict[tuple[Any, ...], Any] = {}
 
 
 def forward(
-    x: Tensor, members: Members, biases: Biases, plan: Callable[[], Plan], mask: Mask
+    x: Tensor, members: Members, biases: Biases, plan: Callable[[], Plan], mask: Mask, signature: Hashable
 ) -> tuple[list[Tensor], list[Tensor]] | None:
     """y_i [..., m_i], or [M, m_i] where cuBLAS writes them, and u_i [M, r]; None if `linear.forward` has to be called.
 
@@ -34,12 +35,16 @@ def forward(
         x: [..., n].
         members, biases, mask: as of `linear.forward`.
         plan: called for a new kind of call alone.
+        signature: equal for calls whose tensors differ in their values alone; None where that is not known.
     """
-    if not (_is_ready(x) and _has_rows(x)):
+    if signature is None or not _is_ready(x):
         return None
-    tensors = (x, *members.weights, *members.a, *members.cores, *members.b, *biases)
-    key = (x.get_device(), *_key(members, mask, tensors))
-    kind = _kinds.get(key) or _remember(key, Forward(x, members, biases, plan(), mask))
+    key = (signature, *_key(x, members, mask))
+    kind = _kinds.get(key)
+    if kind is None:
+        if not _has_rows(x):
+            return None
+        kind = _remember(key, Forward(x, members, biases, plan(), mask))
     result: tuple[list[Tensor], list[Tensor]] | None = kind(x, members, biases, mask)
     return result
 
@@ -52,13 +57,17 @@ def backward(
     need_dx: bool,
     need_dcore: bool,
     mask: Mask,
+    signature: Hashable,
 ) -> tuple[Tensor | None, list[Tensor]] | None:
     """dx [..., n], or [M, n] where cuBLAS writes it, and dR_i [r, r]; None if `linear.backward` has to be called."""
-    if not (_is_ready(dys[0]) and all(map(_has_rows, dys))):
+    if signature is None or not _is_ready(dys[0]):
         return None
-    tensors = (*dys, *members.weights, *members.a, *members.cores, *members.b, *us)
-    key = (dys[0].get_device(), need_dx, need_dcore, *_key(members, mask, tensors))
-    kind = _kinds.get(key) or _remember(key, Backward(dys, members, us, plan(), need_dx, need_dcore, mask))
+    key = (signature, need_dx, need_dcore, *_key(dys[0], members, mask))
+    kind = _kinds.get(key)
+    if kind is None:
+        if not all(map(_has_rows, dys)):
+            return None
+        kind = _remember(key, Backward(dys, members, us, plan(), need_dx, need_dcore, mask))
     result: tuple[Tensor | None, list[Tensor]] | None = kind(dys, members, us, mask)
     return result
 
@@ -76,8 +85,9 @@ class Forward:
     def __init__(self, x: Tensor, members: Members, biases: Biases, plan: Plan, mask: Mask) -> None:
         rows, self.count = _rows(x), len(members.a)
         self.plan, self.is_fused = plan, linear.is_fused(plan, members)
-        self.u_shape, self.v_shape = (len(rows), members.r), (len(rows), members.width * self.count)
-        self.y_shapes = [(*x.shape[:-1], b.shape[0]) for b in members.b] if self.is_fused else []
+        self.v_shape = len(rows), members.width * self.count
+        y_shapes = [(*x.shape[:-1], b.shape[0]) for b in members.b] if self.is_fused else []
+        self.shapes = [(len(rows), members.r)] * self.count + y_shapes
         meta = _on_meta(rows), members.map(_on_meta), [_on_meta(bias) for bias in biases]
         with on_device(x):
             self.prepared = _or_none(lambda: self._prepare(*meta, mask))
@@ -96,7 +106,8 @@ class Forward:
 
     def _allocate(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """u_i, and y_i unless cuBLAS allocates them."""
-        return [x.new_empty(self.u_shape) for _ in range(self.count)], [x.new_empty(shape) for shape in self.y_shapes]
+        found = allocate(x, self.shapes)
+        return found[: self.count], found[self.count :]
 
     def _tensors(self, x: Tensor, members: Members, biases: Biases, us: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
         """What the launches read and write beside v; members of one argument stand together."""
@@ -141,7 +152,8 @@ class Backward:
         self.adds_masked = self.has_addmm and mask.dropout > 0.0
         self.t_shape = (len(rows[0]), members.width * len(dys))
         leading = rows[0].shape[:1] if self.has_addmm else dys[0].shape[:-1]  # cuBLAS writes a matrix
-        self.dx_shape = (*leading, members.a[0].shape[1])
+        self.dx_shapes = [(*leading, members.a[0].shape[1])]
+        self.core_shapes = [core.shape for core in members.cores]
         meta = [_on_meta(dy) for dy in rows], members.map(_on_meta), [_on_meta(u) for u in us]
         self.before: Prepared | None = None
         self.after: Prepared | None = None
@@ -155,7 +167,7 @@ class Backward:
         if self.before is None:
             return None
         dx, dcores = self._allocate(dys, members)
-        tw = [dys[0].new_empty(self.t_shape) for _ in range(self.has_addmm + self.adds_masked)]  # w, or w and t
+        tw = allocate(dys[0], [self.t_shape] * (self.has_addmm + self.adds_masked))  # w, or w and t
         tensors = [*self._tensors(dys, members, us, dx, dcores), *tw]
         if not self.before.repeat([*tensors], mask.seeds):
             return None
@@ -167,8 +179,8 @@ class Backward:
 
     def _allocate(self, dys: Sequence[Tensor], members: Members) -> tuple[Tensor | None, list[Tensor]]:
         """dx and dR_i."""
-        dcores = [core.new_empty(core.shape) for core in members.cores] if self.need_dcore else []
-        return dys[0].new_empty(self.dx_shape) if self.need_dx else None, dcores
+        dcores = allocate(members.cores[0], self.core_shapes) if self.need_dcore else []
+        return allocate(dys[0], self.dx_shapes)[0] if self.need_dx else None, dcores
 
     def _tensors(
         self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], dx: Tensor | None, dcores: list[Tensor]
@@ -227,19 +239,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.view(-1, x.shape[-1])
 
 
-def _key(members: Members, mask: Mask, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """What a call's launches depend on."""
-    first = tensors[0]
-    wide_seeds = tuple(seed >= INT32_LIMIT for seed in mask.seeds)  # Triton takes integers by their size
-    product = fp32_precision() if first is not None and first.dtype == torch.float32 else ""
-    return (
-        plan_tables.generation,
-        product,
-        mask.dropout,
-        wide_seeds,
-        *members.scales,
-        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
-    )
+def _key(x: Tensor, members: Members, mask: Mask) -> tuple[Any, ...]:
+    """What a call's launches depend on beside its signature."""
+    wide_seeds = tuple([seed >= INT32_LIMIT for seed in mask.seeds]) if mask.dropout else ()  # other kernels in Triton
+    product = fp32_precision() if x.dtype == torch.float32 else ""
+    return plan_tables.generation, product, mask.dropout, wide_seeds, *members.scales
 
 
 def _on_meta(tensor: Any) -> Any:

@@ -9,6 +9,7 @@ the extension also computes large weights in fp32.
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import signatures
 from ..ops.registry import backend_op, register_backend, register_loaded
 from .eager import linear as eager
 
@@ -31,6 +33,7 @@ LARGE_WEIGHT = 1 << 21  # elements of W; from here on the extension is faster in
 # Ops whose kernels the extension registers itself.
 OPS = ("linear_quantized", "linear_quantized_backward", "dequantize", "gradient_add", "gradient_signs")
 _reason: str | None = "not loaded yet"
+extension: Any = None  # the module, once loaded; beside its kernels it has functions that Python calls directly
 
 
 def library() -> Path | None:
@@ -148,6 +151,7 @@ def register() -> None:
 
 def _load() -> str | None:
     """Load the extension; the reason if that is not possible."""
+    global extension
     if os.environ.get(DISABLE) == "1":
         return f"{DISABLE}=1 leaves them out"
     cap = os.environ.get(CAP) or CAPS[0]
@@ -159,9 +163,10 @@ def _load() -> str | None:
             "this build of lorasb has no C++ extension: install it where a C++ compiler is, with --no-build-isolation"
         )
     try:
-        torch.ops.load_library(path)
-    except OSError as error:
+        extension = importlib.import_module("lorasb._C")  # registers its ops
+    except ImportError as error:
         return f"{path.name} does not load, it was built for another torch ({error}): install lorasb again"
+    signatures.use(extension.signature, extension.metadata)
     return None
 
 

@@ -17,26 +17,29 @@ from torch.nn import functional
 from . import registry
 from .linear_group import gradients
 from .registry import NO_SECOND_DERIVATIVE, Kernels
+from .signatures import PLAIN, is_intercepted
 
 # Bytes of x below which torch's own ops are faster than our autograd function. Measured with 4096 features and 512
 # tokens: bf16 (4 MiB) is below the crossover, fp32 (8 MiB) above.
 SMALL_BYTES = 6 * 2**20
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def kernels(op: str, backend: str, x: Tensor, *others: Tensor | None) -> Kernels | None:
     """The op's forward and backward kernels for x's device; None if something has to intercept the op itself."""
+    if torch.compiler.is_compiling() or is_intercepted() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return None
     on_cpu = x.is_cpu
-    if not (on_cpu or x.is_cuda) or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return None
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return None
-    if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return None
     for tensor in (x, *others):  # by exact type: subclasses (DTensor, FakeTensor) intercept ops in __torch_dispatch__
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_cpu != on_cpu):
+        if tensor is not None and (type(tensor) not in PLAIN or tensor.is_cpu != on_cpu):
             return None
-    return registry.direct_kernels(op, backend, "CPU" if on_cpu else "CUDA")
+    return plain_kernels(op, backend, x)
+
+
+def plain_kernels(op: str, backend: str, x: Tensor) -> Kernels | None:
+    """The same where `signatures.of` has found x and all else plain, and their devices have been compared."""
+    if not (x.is_cpu or x.is_cuda):
+        return None
+    return registry.direct_kernels(op, backend, "CPU" if x.is_cpu else "CUDA")
 
 
 def small(x: Tensor, frozen: Iterable[Tensor | None]) -> bool:

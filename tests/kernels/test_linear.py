@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import environment
 import numpy as np
 import pytest
@@ -46,6 +48,16 @@ def test_groups_match_reference_in_four_launches(
         results = run_group(cases)
     check_group(cases, results)
     assert len(launches) == 4
+
+
+def test_tensors_that_torch_negates_lazily() -> None:
+    """They have the other sign in memory, as the imaginary part of a conjugate has."""
+    case = reference.make_case((9,), 64, 48, 8, torch.float32)
+    negated = [torch._neg_view(-t) for t in (case.x, case.dy)]
+    assert all(t.is_neg() for t in negated)
+    results = run(replace(case, dy=negated[1]), x=negated[0].detach())
+    for result, want in zip(results, run(case), strict=True):
+        assert torch.equal(result, want)
 
 
 def test_a_group_too_wide_for_one_pass_is_prepared_in_several() -> None:

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops import signatures
 from ...ops.registry import register_backend
+from .. import cpp
 from ..eager import linear as eager
 
 INTERPRET = "TRITON_INTERPRET"
@@ -103,15 +105,13 @@ def group_backward(
 
 def _forward(x: Tensor, members: Any, biases: list[Any], mask: Any) -> tuple[list[Tensor], list[Tensor]]:
     """y_i [..., m_i] and u_i [M, r], by prepared launches where they can be repeated."""
-    found = _kernels().forward(
-        x, members, biases, lambda: plan_of("forward", rows_of(x), members.b, members.a[0]), mask
-    )
+    plan = partial(_plan, "forward", x, members)
+    signature = signatures.metadata(x, biases, *members[:4])
+    found = _kernels().forward(x, members, biases, plan, mask, signature)
     if found is None:
         from lorasb.kernels import linear as kernels
 
-        rows = rows_of(x)
-        plan = plan_of("forward", rows, members.b, members.a[0])
-        found = kernels.forward(rows, members, biases, plan, mask)
+        found = kernels.forward(rows_of(x), members, biases, plan(), mask)
     ys, us = found
     return [y if y.dim() == x.dim() else eager.shaped(y, x) for y in ys], us
 
@@ -122,7 +122,8 @@ def _backward(
     """dx [..., n] and dR_i, empty where they are not needed."""
     like = dys[0]
     plan = partial(_plan, "backward", like, members)
-    found = _kernels().backward(dys, members, us, plan, need_dx, need_dcore, mask)
+    signature = signatures.metadata(dys, us, *members[:4])
+    found = _kernels().backward(dys, members, us, plan, need_dx, need_dcore, mask, signature)
     if found is None:
         from lorasb.kernels import linear as kernels
 
@@ -197,7 +198,8 @@ def register_pairs(pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any]
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x as [M, n] with a contiguous last dimension."""
+    """x as [M, n] with a contiguous last dimension, and its values in memory as they are."""
+    x = x.resolve_neg()  # the imaginary part of a conjugate is negated when torch reads it, and has another sign here
     # reshape(-1, 0) is ambiguous
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((math.prod(x.shape[:-1]), 0))
     return rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -222,8 +224,10 @@ def _group_of(
 @cache
 def _kernels() -> Any:
     """Imported at the first call, as they import triton; kept, as an import statement costs a microsecond a time."""
-    from lorasb.kernels import prepared_linear
+    from lorasb.kernels import allocation, prepared_linear
 
+    if cpp.extension is not None:
+        allocation.use(cpp.extension.allocate)
     return prepared_linear
 
 

@@ -1,0 +1,38 @@
+// The Python module lorasb._C: functions that Python calls without the dispatcher, whose passage takes longer than
+// they. The ops are torch's to call: bindings.cpp.
+#include <Python.h>
+
+#include "python/allocate.h"
+#include "python/signature.h"
+
+namespace {
+
+// Python's own type of such functions is cast to that of all others.
+PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef functions[] = {
+    {"metadata", fast(lorasb::metadata), METH_FASTCALL,
+     "metadata(*operands) -> bytes | None: dtype, device, shape and strides of tensors, of lists of them and of None; "
+     "None where one of them is no plain strided tensor."},
+    {"signature", fast(lorasb::signature), METH_FASTCALL,
+     "signature(*operands) -> bytes | None: their metadata; None, too, where something intercepts ops."},
+    {"allocate", fast(lorasb::allocate), METH_FASTCALL,
+     "allocate(like, shapes) -> list[Tensor]: not filled, of the dtype and on the device of `like`."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                      "_C",
+                      "What Python calls without the dispatcher.",
+                      -1,
+                      functions,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

@@ -1,0 +1,116 @@
+"""What a call's operands have to be; a call whose signature has passed is not checked again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..constants import MAX_RANK
+from ..utils.dtypes import FLOATS
+from . import signatures
+
+_linears, _groups = signatures.Known(), signatures.Known()
+
+
+def pass_linear(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None) -> bool:
+    """Check a call of a linear, unless one of the same signature has passed.
+
+    Returns:
+        Whether all operands are plain tensors on one device, for `fast_path.kernels`.
+
+    Raises:
+        ValueError: shapes, ranks or devices do not match, or x requires grad under inference mode.
+        TypeError: dtypes do not match, or x is not floating point.
+    """
+    if torch.compiler.is_compiling():  # which takes the checks apart, and knows no signatures
+        check_linear(x, weight, a, core, b, bias)
+        return False
+    signature = signatures.of(x, weight, a, core, b, bias)
+    if not _linears.has(signature):
+        check_linear(x, weight, a, core, b, bias)
+        _linears.add(signature)
+    _check_inference(x)
+    return signature is not None
+
+
+def pass_group(
+    x: Tensor,
+    scalings: Sequence[float],
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    cores: Sequence[Tensor],
+    b: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> bool:
+    """Check a call of a group; `biases` may be none. Returns and raises as `pass_linear` and `same_lengths`."""
+    compiling = torch.compiler.is_compiling()
+    signature = None if compiling else signatures.of(x, weights, a, cores, b, biases)
+    if not _groups.has(signature) or len(scalings) != len(weights):
+        same_lengths(weights, a, cores, b, scalings, biases or weights)
+        for i in range(len(weights)):
+            check_linear(x, weights[i], a[i], cores[i], b[i], biases[i] if biases else None)
+        _groups.add(signature)
+    if not compiling:
+        _check_inference(x)
+    return signature is not None
+
+
+def _check_inference(x: Tensor) -> None:
+    if x.requires_grad and torch.is_inference_mode_enabled():
+        raise ValueError(
+            "expected x without requires_grad under torch.inference_mode(), which records no gradient: use "
+            "torch.no_grad() or pass x.detach()"
+        )
+
+
+def same_lengths(*members: Sequence[Any]) -> None:
+    """Raise unless all lists have as many entries, and the A_i, the second, one rank."""
+    lengths = [len(entries) for entries in members]
+    if len(set(lengths)) != 1 or not lengths[0]:
+        raise ValueError(f"expected one of each argument for every member, got {lengths} of them")
+    ranks = [a.shape[0] for a in members[1]]
+    if len(set(ranks)) != 1:
+        raise ValueError(f"expected one rank for all members, got {ranks}")
+
+
+def check_linear(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    """Raise where shapes, ranks, dtypes or devices do not match."""
+    if a.dim() != 2 or b.dim() != 2 or core.dim() != 2 or a.shape[0] > MAX_RANK:
+        raise ValueError(
+            f"expected lora_A [r, in], lora_R [r, r] and lora_B [out, r] with r <= {MAX_RANK}, "
+            f"got {_shape(a)}, {_shape(core)} and {_shape(b)}"
+        )
+    (r, features_in), (features_out, columns) = a.shape, b.shape
+    if columns != r or core.shape != (r, r):
+        raise ValueError(f"ranks differ: lora_A {_shape(a)}, lora_R {_shape(core)}, lora_B {_shape(b)}")
+    if x.dim() < 1 or x.shape[-1] != features_in:
+        raise ValueError(f"expected x [..., {features_in}] (in_features of lora_A), got {_shape(x)}")
+    if weight is not None and weight.shape != (features_out, features_in):
+        raise ValueError(f"expected weight [{features_out}, {features_in}], got {_shape(weight)}")
+    if bias is not None and bias.shape != (features_out,):
+        raise ValueError(f"expected bias [{features_out}], got {_shape(bias)}")
+    _check_dtypes_and_devices(x, weight, a, core, b, bias)
+
+
+def _check_dtypes_and_devices(
+    x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None
+) -> None:
+    dtype, device = x.dtype, x.device
+    if dtype not in FLOATS:
+        raise TypeError(f"expected x in fp64, fp32, bf16 or fp16, got {dtype}")
+    if not core.is_floating_point():
+        raise TypeError(f"expected lora_R in fp32, got {core.dtype}")
+    for name, tensor in (("weight", weight), ("lora_A", a), ("lora_B", b), ("bias", bias), ("lora_R", core)):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype and tensor is not core:
+            raise TypeError(f"expected {name} in x's dtype {dtype}, got {tensor.dtype}: cast one of the two")
+        if tensor.device != device:
+            raise ValueError(f"expected {name} on x's device {device}, got {tensor.device}: move one of the two")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))

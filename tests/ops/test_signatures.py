@@ -1,0 +1,165 @@
+"""Signatures of calls: equal where checks and kernels are the same, from Python and from the extension alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lorasb.backends import cpp
+from lorasb.functional import lora_sb_linear, lora_sb_linear_group
+from lorasb.ops import operand_checks, signatures
+
+needs_extension = pytest.mark.skipif(cpp.extension is None, reason="this build has no C++ extension")
+Signature = Callable[..., Any]
+
+
+@pytest.fixture(params=["python", pytest.param("extension", marks=needs_extension)])
+def ways(request: pytest.FixtureRequest) -> tuple[Signature, Signature]:
+    """`of` and `metadata`."""
+    if request.param == "python":
+        return signatures.of_in_python, signatures.metadata_in_python
+    return cpp.extension.signature, cpp.extension.metadata
+
+
+def tensors() -> st.SearchStrategy[Tensor]:
+    """Of few kinds, so that two are often alike."""
+
+    def build(dtype: torch.dtype, shape: tuple[int, ...], turned: bool, parameter: bool, start: int) -> Tensor:
+        storage = torch.zeros(64, dtype=dtype)[start:]
+        found = storage[: torch.Size(shape).numel()].view(shape)
+        found = found.t() if turned and len(shape) == 2 else found
+        return torch.nn.Parameter(found, requires_grad=False) if parameter else found
+
+    shapes = st.sampled_from([(), (2,), (1, 2), (2, 1), (2, 3), (3, 2), (2, 3, 2)])
+    dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+    return st.builds(build, dtypes, shapes, st.booleans(), st.booleans(), st.integers(0, 2))
+
+
+OPERANDS = st.lists(st.one_of(st.none(), tensors(), st.lists(st.one_of(st.none(), tensors()), max_size=2)), max_size=3)
+
+
+@needs_extension
+@given(OPERANDS, OPERANDS)
+def test_the_extension_tells_apart_what_python_tells_apart(one: list[Any], other: list[Any]) -> None:
+    alike = signatures.metadata_in_python(*one) == signatures.metadata_in_python(*other)
+    assert (cpp.extension.metadata(*one) == cpp.extension.metadata(*other)) == alike
+    assert cpp.extension.metadata(*one) == cpp.extension.metadata(*one)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize(
+    "kind", ["sparse", "negated", "number", "nested list", "fake", "nested tensor", "subclass"], ids=str
+)
+def test_what_is_no_plain_tensor_has_no_signature(kind: str, ways: tuple[Signature, Signature]) -> None:
+    class Other(Tensor):
+        pass
+
+    plain = torch.ones(2, 2)
+    with FakeTensorMode():
+        fake = torch.ones(2, 2)
+    operand = {
+        "sparse": plain.to_sparse(),
+        "negated": torch.complex(plain, plain).conj().imag,
+        "number": 3,
+        "nested list": [plain, [3]],
+        "fake": fake,
+        "nested tensor": torch.nested.nested_tensor([plain, plain], layout=torch.strided),
+        "subclass": plain.as_subclass(Other),
+    }[kind]
+    for way in ways:
+        assert way(plain, operand) is None
+        assert way(plain, [plain], None) is not None
+
+
+def test_nothing_is_known_where_ops_are_intercepted(ways: tuple[Signature, Signature]) -> None:
+    of, metadata = ways
+    x, seen = torch.ones(2, 2), []
+
+    def look(y: Tensor) -> Tensor:
+        seen.append(of(x))
+        return y.sum()
+
+    with FlopCounterMode(display=False):
+        look(x)
+    with torch.device("cpu"):  # a mode of __torch_function__
+        look(x)
+    torch.func.grad(look)(x)
+    torch.jit.trace(look, (x,), check_trace=False)
+    assert seen == [None] * 4
+    assert of(x) == of(x + 1) == metadata(x)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has passed yet."""
+    for name in ("_linears", "_groups"):
+        monkeypatch.setattr(operand_checks, name, signatures.Known())
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_call_is_checked_once_a_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Any] = []
+    check = operand_checks.check_linear
+    monkeypatch.setattr(operand_checks, "check_linear", lambda *given: (checked.append(given), check(*given)))
+    case = reference.make_case((5,), 24, 20, 4, torch.float32)
+    for _ in range(3):
+        lora_sb_linear(case.x.clone(), case.weight, case.a, case.core.clone(), case.b)
+    assert len(checked) == 1
+    lora_sb_linear(case.x[:4], case.weight, case.a, case.core, case.b)
+    assert len(checked) == 2
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_bad_call_is_refused_after_good_ones_and_again() -> None:
+    case = reference.make_case((5,), 24, 20, 4, torch.float32)
+    for _ in range(2):
+        lora_sb_linear(case.x, case.weight, case.a, case.core, case.b)
+        with pytest.raises(TypeError, match="in x's dtype"):
+            lora_sb_linear(case.x, case.weight.half(), case.a, case.core, case.b)
+        with pytest.raises(ValueError, match="expected x"):
+            lora_sb_linear(case.x[:, :20], case.weight, case.a, case.core, case.b)
+        with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+            lora_sb_linear(case.x.detach().requires_grad_(), case.weight, case.a, case.core, case.b)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_known_group_still_needs_a_scale_for_every_member() -> None:
+    case = reference.make_case((5,), 24, 20, 4, torch.float32)
+    lists = [[tensor] * 2 for tensor in (case.weight, case.a, case.core, case.b)]
+    for _ in range(2):
+        lora_sb_linear_group(case.x, *lists, scalings=[1.0, 2.0])
+        with pytest.raises(ValueError, match="one of each argument"):
+            lora_sb_linear_group(case.x, *lists, scalings=[1.0])
+
+
+def test_signatures_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signatures, "MOST", 2)
+    known = signatures.Known()
+    for i in range(5):
+        known.add(i)
+        assert known.has(i)
+    assert sum(map(known.has, range(5))) <= 2
+    known.add(None)
+    assert not known.has(None)
+
+
+@needs_extension
+def test_tensors_by_one_call() -> None:
+    like = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    found = cpp.extension.allocate(like, [(2, 3), (0, 4), torch.Size((5,)), ()])
+    assert [tuple(tensor.shape) for tensor in found] == [(2, 3), (0, 4), (5,), ()]
+    assert all(t.dtype == like.dtype and t.device == like.device and not t.requires_grad for t in found)
+    assert cpp.extension.allocate(like.to("meta"), [(2, 3)])[0].is_meta
+    assert cpp.extension.allocate(like, ()) == []
+    for bad, error in ((([2],), TypeError), ((("a",),), TypeError), (((-1,),), RuntimeError), (3, TypeError)):
+        with pytest.raises(error):
+            cpp.extension.allocate(like, bad)
