@@ -4,8 +4,8 @@
 
 Every kernel in bf16, fp16 and fp32, with every configuration of the shipped tables, compiled ahead of time for sm_80,
 sm_86, sm_89, sm_90, sm_100 and sm_120. What is compiled is what the launchers launch: calls recorded on tensors without
-memory. `loop` is the number of instructions of the longest loop; `a weight`, of a GEMM over 4 bits, is what a thread
-executes of it for each weight that it decodes.
+memory. `loop` is the number of instructions of the longest loop, `masked step` that of a step over x with dropout;
+`a weight`, of a GEMM over 4 bits, is what a thread executes of its loop for each weight that it decodes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.kernels.launches import plan_for, record, record_gradient, record_quantized
-from benchmarks.kernels.variants import BF16_VARIANTS, GRADIENTS, QUANTIZED, VARIANTS, Variant
+from benchmarks.kernels.variants import BF16_VARIANTS, DROPOUT, GRADIENTS, QUANTIZED, VARIANTS, Variant
 from lorasb.kernels.block_sizes import cdiv
 from lorasb.kernels.launcher import Launch
 from lorasb.kernels.plan import DTYPES, Plan
@@ -89,6 +89,7 @@ class Row:
     mma_share: float
     loop: int
     a_weight: float | None
+    masked_step: int | None
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,15 @@ def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
 
     With `brief`, one representative a kernel and architecture, in bf16: what the tables choose for a layer of 4096 x
     4096 at r = 96 and 2048 tokens, for a sum of gradients with ragged edges, and for weights in 4 bits read inline and
-    by a scratch. sm_86, whose shared memory is the smallest, adds groups of layers.
+    by a scratch. sm_86, whose shared memory is the smallest, adds groups of layers and dropout.
     """
     for arch in archs:
         for dtype in DTYPES:
             if brief and dtype != torch.bfloat16:
                 continue
             bf16, main = dtype == torch.bfloat16, arch == MAIN and dtype == torch.bfloat16
-            for variant in VARIANTS[: 3 if main else 1] if brief else BF16_VARIANTS if bf16 else VARIANTS:
+            some = (*VARIANTS[:3], DROPOUT) if main else VARIANTS[:1]
+            for variant in some if brief else BF16_VARIANTS if bf16 else VARIANTS:
                 for op in ("forward", "backward"):
                     plan = _plan(op, variant, dtype, arch)
                     yield Job(op, variant, dtype, arch, Plan("fused", plan.prep, plan.gemm))
@@ -173,6 +175,7 @@ def _row(item: tuple[Job, int]) -> Row:
         mma_share=share,
         loop=loop,
         a_weight=_instructions_a_weight(launch, loop),
+        masked_step=_masked_step(sass) if launch.name == "prep_forward" and launch.arguments["DROPOUT"] else None,
     )
 
 
@@ -182,6 +185,12 @@ def _instructions_a_weight(launch: Launch, loop: int) -> float | None:
         return None
     threads = 32 * launch.options["num_warps"]
     return round(loop * threads / (launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_K"]), 1)
+
+
+def _masked_step(sass: str) -> int:
+    """Instructions of the loop that draws a mask, by Philox: it has by far the most products of whole words."""
+    code = instructions(sass)
+    return max((sum("WIDE.U32" in text for _, text in code[low:high]), high - low) for low, high in loops_of(code))[1]
 
 
 def config_name(launch: Launch) -> str:
@@ -268,17 +277,28 @@ def ctas_per_sm(arch: Arch, registers: int, shared: int, warps: int) -> int:
     return min(by_registers, arch.shared // (shared + 1024), arch.warps // warps, arch.programs)
 
 
-def mma_loop(sass: str) -> tuple[int, float, int]:
-    """Number of MMA instructions, their share of the innermost loop that holds most of them, and the longest loop."""
-    code = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
-    # by architecture: mma up to sm_90 and on sm_120, wgmma on sm_90, tcgen05 on sm_100, and integers
-    is_mma = [bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA|IMMA)\b", text)) for _, text in code]
+def instructions(sass: str) -> list[tuple[int, str]]:
+    """Addresses and texts."""
+    return [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+
+
+def loops_of(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
+    """Where loops begin and end: at a branch to somewhere before it."""
     place = {address: i for i, (address, _) in enumerate(code)}
     loops = []
     for i, (address, text) in enumerate(code):
         target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if target and int(target[1], 16) < address and int(target[1], 16) in place:
             loops.append((place[int(target[1], 16)], i + 1))
+    return loops
+
+
+def mma_loop(sass: str) -> tuple[int, float, int]:
+    """Number of MMA instructions, their share of the innermost loop that holds most of them, and the longest loop."""
+    code = instructions(sass)
+    # by architecture: mma up to sm_90 and on sm_120, wgmma on sm_90, tcgen05 on sm_100, and integers
+    is_mma = [bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA|IMMA)\b", text)) for _, text in code]
+    loops = loops_of(code)
     inner = [
         a for a in loops if sum(is_mma[slice(*a)]) and not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)
     ]

@@ -28,12 +28,13 @@ VARIANTS = (
     Variant("decode", 16, 4096, (4096,), 96),
     Variant("decode, group of 3", 16, 4096, QKV, 96),
 )
+DROPOUT = Variant("dropout", 2048, 4096, (4096,), 96, dropout=0.05)
 BF16_VARIANTS = (
     *VARIANTS,
     Variant("many rows", 8192, 4096, (4096,), 96),
     Variant("bias, r=16", 2048, 1024, (1024,), 16, bias=True),
     Variant("ragged", 2047, 4100, (4100,), 90),
-    Variant("dropout", 2048, 4096, (4096,), 96, dropout=0.05),
+    DROPOUT,
     Variant("dropout, group of 3", 2048, 4096, QKV, 96, dropout=0.05),
 )
 GRADIENTS = (

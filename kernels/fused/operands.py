@@ -52,15 +52,18 @@ class Members(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """Dropout on the adapters' x: a function of a member's seed and an element's position; nothing is stored."""
+    """Dropout on the adapters' x: a function of a member's seed and an element's position; nothing is stored.
+
+    `dropout` is a multiple of 2^-16.
+    """
 
     dropout: float = 0.0
     seeds: tuple[int, ...] = (0,)
 
     @property
     def threshold(self) -> int:
-        """An element is kept if its 32 random bits are at least this, which is passed as the int32 of the same bits."""
-        bits = int(self.dropout * 2**32)
+        """An element is kept if its 16 random bits are at least this one's upper ones; an int32 of unsigned bits."""
+        bits = round(self.dropout * 2**16) << 16
         return bits - 2**32 if bits >= 2**31 else bits
 
     @property

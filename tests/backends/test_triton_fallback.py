@@ -122,7 +122,7 @@ def test_eager_knows_the_kernels_mask(seed: int) -> None:
     x = torch.ones(33, 16)
     members = launch.Members([None], [torch.eye(16)], [torch.eye(16)], [torch.eye(16)], [1.0])
     chosen = plan.choose(plan.Shape("forward", "fp32", 33, 16, 16, 16), plan.INTERPRETER, 1)
-    _, (u,) = launch.forward(x, members, [None], chosen, launch.Mask(0.3, (seed,)))
+    _, (u,) = launch.forward(x, members, [None], chosen, launch.Mask(eager.kernel_dropout(0.3), (seed,)))
     assert torch.equal(u == 1.0, eager.philox_mask(x.shape, 0.3, seed, x.device))
 
 

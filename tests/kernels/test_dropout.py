@@ -27,7 +27,7 @@ class TestDropout:
         exact = case.double()
         torch.manual_seed(5)
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)  # as the call drew it
-        mask = mask_of(case, int(seed), 0.4).double() / 0.6
+        mask = mask_of(case, int(seed), 0.4).double() / (1 - eager.kernel_dropout(0.4))
         u, t = (exact.x * mask) @ exact.a.t(), exact.dy @ exact.b
         tolerances.check(
             y, exact.x @ exact.weight.t() + exact.scaling * u @ exact.core.t() @ exact.b.t(), tolerances.fp32(80)
@@ -89,12 +89,20 @@ class TestDropout:
             tolerances.check(dcore, want_dcore.double(), tolerances.fp32(80))
         tolerances.check(dx, sum(one[1].double() for one in apart), tolerances.fp32(150))
 
-    @pytest.mark.parametrize("n", [1, 3, 4, 66, 100])
+    @pytest.mark.parametrize("n", [1, 3, 8, 66, 100])
     def test_eager_torch_knows_the_mask(self, n: int) -> None:
         case = reference.make_case((20,), n, 8, 4, torch.float32)
-        for dropout in (0.05, 0.5, 0.95):
+        for dropout in (1e-9, 0.05, 0.5, 0.95, 1 - 1e-9):
             want = eager.philox_mask(case.x.shape, dropout, 2**40 + n, case.x.device)
             assert torch.equal(mask_of(case, 2**40 + n, dropout), want)
+
+    def test_the_words_are_philox(self) -> None:
+        """Random123's known answer for counter 0 and key 0: 6627e8d5 e169c58d bc57ac4c 9b00dbd8."""
+        case = reference.make_case((1,), 8, 8, 4, torch.float32)
+        halves = 0xE8D5, 0x6627, 0xC58D, 0xE169, 0xAC4C, 0xBC57, 0xDBD8, 0x9B00
+        for threshold in (*halves, *(half + 1 for half in halves)):
+            mask = mask_of(case, 0, threshold / 2**16)
+            assert mask.tolist() == [[half >= threshold for half in halves]]
 
     def test_the_mask_keeps_its_share_and_differs_by_seed(self) -> None:
         case = reference.make_case((300,), 100, 8, 4, torch.float32)
@@ -102,6 +110,24 @@ class TestDropout:
         for mask in masks:
             assert abs(mask.float().mean() - 0.7) < 5 * (0.21 / mask.numel()) ** 0.5
         assert (masks[0] != masks[1]).float().mean() > 0.3
+
+    def test_elements_are_dropped_independently(self) -> None:
+        """Of the eight columns that one counter serves, and of counters beside each other."""
+        kept = mask_of(reference.make_case((4000,), 64, 8, 4, torch.float32), 3, 0.3).double() - 0.7
+        products = kept.t() @ kept / (len(kept) * 0.21)
+        assert (products - torch.eye(64)).abs().max() < 5.5 * len(kept) ** -0.5
+        assert (kept[1:] * kept[:-1]).mean().abs() / 0.21 < 5 * (63 * len(kept)) ** -0.5
+
+    @pytest.mark.parametrize("dropout", [1e-9, 1e-5, 0.05, 0.9, 1 - 1e-9])
+    def test_the_scale_is_that_of_the_share_that_is_kept(self, dropout: float) -> None:
+        known = eager.kernel_dropout(dropout)
+        assert 0 < known < 1
+        assert abs(known - dropout) <= 2**-16
+        a = torch.eye(4)
+        assert backend.members_of(None, a, a, a, 0.7, dropout).scales[0] * (1 - known) == pytest.approx(0.7)
+        words = torch.arange(2**16)
+        threshold = (launch.Mask(known).threshold & 0xFFFFFFFF) >> 16
+        assert (words >= threshold).double().mean() == 1 - known
 
     def test_it_follows_the_global_seed(self) -> None:
         case = reference.make_case((20,), 40, 24, 4, torch.float32)
@@ -120,5 +146,7 @@ def mask_of(case: reference.Case, seed: int, dropout: float) -> Tensor:
     members = launch.Members([None], [torch.eye(n)], [torch.eye(n)], [torch.eye(n)], [1.0])
     shape = plan.Shape("forward", "fp32", M, n, n, n)
     chosen = plan.choose(shape, plan.INTERPRETER, 1)
-    _, (u,) = launch.forward(torch.ones(M, n), members, [None], chosen, launch.Mask(dropout, (seed,)))
+    _, (u,) = launch.forward(
+        torch.ones(M, n), members, [None], chosen, launch.Mask(eager.kernel_dropout(dropout), (seed,))
+    )
     return u == 1.0

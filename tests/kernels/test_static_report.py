@@ -1,7 +1,7 @@
 """Every kernel, compiled for every architecture: no spill, no more memory than there is.
 
 `make test` compiles one representative configuration a kernel and architecture (`benchmarks.kernels.static_report.jobs` says
-which: bf16, and on sm_86, whose shared memory is the smallest, groups of layers too); `make test-all` compiles every
+which: bf16, and on sm_86, whose shared memory is the smallest, groups of layers and dropout too); `make test-all` compiles every
 shipped configuration in every dtype, with ragged shapes, dropout, biases and other ranks. The gates are the same.
 """
 
@@ -96,6 +96,13 @@ def test_a_weight_in_4_bits_is_decoded_in_ten_instructions(rows: list[Row]) -> N
     gemms = [row for row in decode if row["kernel"].startswith("quantized_gemm")]
     assert {row["kernel"] for row in gemms} == {"quantized_gemm", "quantized_gemm backward"}
     assert names([row for row in gemms if row["a_weight"] > 10]) == []
+
+
+def test_a_masked_step_takes_at_most_500_instructions(rows: list[Row]) -> None:
+    """Of 64 x 64 elements of x and 96 ranks on sm_86."""
+    masked = [row for row in rows if row["masked_step"] and (row["variant"], row["arch"]) == ("dropout", "sm_86")]
+    assert masked
+    assert names([row for row in masked if not 100 < row["masked_step"] <= 500]) == []
 
 
 KERNELS = ("prep_forward", "prep_backward", "extended_gemm", "extended_gemm backward", "grad_sign", *QUANTIZED)

@@ -36,14 +36,19 @@ def kernel_masks() -> Iterator[None]:
         _dropout.philox = False
 
 
-def philox_mask(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> Tensor:
-    """The Triton kernels' mask [M, n]: True where 32 random bits are at least dropout·2³².
+def kernel_dropout(dropout: float) -> float:
+    """The probability that the kernels' masks have: the nearest multiple of 2^-16 that is neither 0 nor 1."""
+    return min(max(round(dropout * 2**16), 1), 2**16 - 1) / 2**16
 
-    They are the words of Philox-4x32-10: those of counter (column // 4, row, 0, 0) are for four columns. Words of 32
-    bits are held in int64.
+
+def philox_mask(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> Tensor:
+    """The Triton kernels' mask [M, n]: True where 16 random bits are at least dropout·2^16.
+
+    They are half words of Philox-4x32-10, the lower half of a word first; counter (column // 8, row, 0, 0) serves eight
+    columns. Words of 32 bits are held in int64.
     """
     low, (M, n) = 0xFFFFFFFF, shape
-    c0 = torch.arange(-(-n // 4), device=device).expand(M, -1)
+    c0 = torch.arange(-(-n // 8), device=device).expand(M, -1)
     c1 = torch.arange(M, device=device)[:, None].expand(c0.shape)
     c2 = c3 = torch.zeros_like(c0)
     k0, k1 = seed & low, (seed >> 32) & low
@@ -51,8 +56,14 @@ def philox_mask(shape: torch.Size, dropout: float, seed: int, device: torch.devi
         a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # int64 wraps, but keeps all 64 bits; `>> 32` is the high word
         c0, c1, c2, c3 = ((b >> 32) & low) ^ c1 ^ k0, b & low, ((a >> 32) & low) ^ c3 ^ k1, a & low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    words = torch.stack((c0, c1, c2, c3), -1).view(M, -1)[:, :n]
-    return words >= int(dropout * 2**32)
+    words = torch.stack((c0, c1, c2, c3), -1)
+    halves = torch.stack((words & 0xFFFF, words >> 16), -1).view(M, -1)[:, :n]
+    return halves >= kernel_dropout(dropout) * 2**16
+
+
+def _kept(dropout: float) -> float:
+    """The share of x that dropout keeps."""
+    return 1.0 - (kernel_dropout(dropout) if getattr(_dropout, "philox", False) else dropout)
 
 
 def keep_mask(shape: torch.Size, dropout: float, seed: Tensor, device: torch.device) -> Tensor:
@@ -109,7 +120,7 @@ def forward(
         if seed is None:
             u, scale = rows @ a.t(), scaling
         else:
-            u, scale = (rows * keep_mask(rows.shape, dropout, seed, x.device)) @ a.t(), scaling / (1.0 - dropout)
+            u, scale = (rows * keep_mask(rows.shape, dropout, seed, x.device)) @ a.t(), scaling / _kept(dropout)
         v = times_core(u, core.t(), scale)
         if weight is None:
             y = v @ b.t() if bias is None else torch.addmm(bias, v, b.t())
@@ -135,7 +146,7 @@ def backward(
     """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; a gradient that is not needed is an empty tensor."""
     with no_autocast(dy):
         rows = dy.reshape(-1, dy.shape[-1])
-        scale = scaling if seed is None else scaling / (1.0 - dropout)  # inverted dropout: no scaling in evaluation
+        scale = scaling if seed is None else scaling / _kept(dropout)  # inverted dropout: no scaling in evaluation
         t = rows @ b
         dx, dcore = dy.new_empty((0,)), core.new_empty((0,))
         if need_dcore:

@@ -207,7 +207,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def members_of(weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, scaling: float, dropout: float = 0.0) -> Any:
     """One layer as a group; its scale holds dropout's factor 1 / (1 - p), so that the kernels multiply once."""
-    return _kernels().Members([weight], [a], [core], [b], [float(scaling) / (1.0 - dropout)])
+    return _kernels().Members([weight], [a], [core], [b], _scales([scaling], dropout))
 
 
 def _group_of(
@@ -218,7 +218,12 @@ def _group_of(
     scalings: list[float],
     dropout: float,
 ) -> Any:
-    return _kernels().Members(weights, a, cores, b, [float(s) / (1.0 - dropout) for s in scalings])
+    return _kernels().Members(weights, a, cores, b, _scales(scalings, dropout))
+
+
+def _scales(scalings: Sequence[float], dropout: float) -> list[float]:
+    kept = 1.0 - eager.kernel_dropout(dropout) if dropout > 0.0 else 1.0
+    return [float(scaling) / kept for scaling in scalings]
 
 
 @cache
@@ -253,7 +258,7 @@ def mask_of(dropout: float, seeds: Tensor | None) -> Any:
             "lora_dropout under CUDA graph capture would repeat one mask at every replay: set lora_dropout=0, or call "
             "model.eval(), before capturing"
         )
-    return Mask(dropout, tuple(seeds.tolist()))
+    return Mask(eager.kernel_dropout(dropout), tuple(seeds.tolist()))
 
 
 def plan_of(op: str, rows: Tensor, b: list[Tensor], a: Tensor, quant: str = "none") -> Any:
