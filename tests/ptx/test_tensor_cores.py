@@ -193,3 +193,51 @@ def test_wgmma_needs_a_barrier_a_fence_and_a_wait() -> None:
 def test_descriptors_that_are_not_known() -> None:
     with pytest.raises(KernelError, match="without swizzle"):
         tensor_cores.Descriptor.decode(0, "here")
+
+
+PRODUCT = """
+    shl.b32 %r1, %r0, 3;
+    st.shared.v2.b32 [%r1], {{%r0, %r0}};
+    bar.sync 0;
+    fence.proxy.async.shared::cta;
+    mov.b32 %r2, 0;
+    mov.b32 %r3, 0;
+    mov.b32 %r4, 0;
+    mov.b32 %r5, 0;
+    mov.b64 %rd9, {descriptor};
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%f1, %f2, %f3, %f4}}, {{%r2, %r3, %r4, %r5}}, %rd9, 0, 1, 1, 0;
+    wgmma.commit_group.sync.aligned;
+    {between}
+    wgmma.wait_group.sync.aligned 0;
+    mov.b32 %r6, %f1;
+    mov.b32 %r2, 1;
+"""
+
+
+@pytest.mark.parametrize(
+    ("between", "message"),
+    [
+        ("mov.b32 %r7, %r2;", ""),  # an operand may be read
+        ("mov.b32 %r6, %f1;", "read of %f1, which a wgmma in flight adds to"),
+        ("mov.b32 %f4, 0;", "write of %f4, which a wgmma in flight uses"),
+        ("mov.b32 %r5, 1;", "write of %r5, which a wgmma in flight uses"),
+        ("wgmma.wait_group.sync.aligned 1;\nmov.b32 %r6, %f1;", "read of %f1"),
+    ],
+    ids=["operand read", "sum read", "sum written", "operand written", "weak wait"],
+)
+def test_registers_of_a_wgmma_in_flight(between: str, message: str) -> None:
+    program = assemble(PRODUCT.format(descriptor=descriptor(0, 128, 256, 32), between=between), 0, threads=128)
+    if message:
+        with pytest.raises(KernelError, match=message):
+            run(program, [])
+    else:
+        run(program, [])
+
+
+def test_a_wgmma_adds_to_sums_of_another_in_flight() -> None:
+    again = next(line for line in PRODUCT.splitlines() if "mma_async" in line).replace("%rd9, 0,", "%rd9, 1,")
+    body = PRODUCT.format(
+        descriptor=descriptor(0, 128, 256, 32), between=again.format() + "\nwgmma.commit_group.sync.aligned;"
+    )
+    run(assemble(body, 0, threads=128), [])

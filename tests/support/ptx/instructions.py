@@ -262,14 +262,20 @@ def _multiply_warpgroups(block: ThreadBlock, instruction: Instruction, active: A
         return
     if kind == "commit_group":
         block.shared.products.commit()
+        block.fragments.commit()
         return
     if kind == "wait_group":
-        block.shared.wait_for_products(int(str(instruction.operands[0]), 0))
+        pending = int(str(instruction.operands[0]), 0)
+        block.shared.wait_for_products(pending)
+        block.fragments.wait(pending)
         return
     block.all_threads(active)
     targets, a, b, scale, *flags = instruction.operands
     columns, depth = (int(number) for number in instruction.parts[4].split("n")[1].split("k"))
     accumulates = bool(block.predicate(scale)[0])
+    names = [str(name) for name in _vector(targets)]
+    in_flight = block.fragments.sums.intersection(names)
+    block.fragments.sums -= in_flight  # sums are added to in the order of the instructions
     former = np.zeros((block.threads, len(_vector(targets))), np.float32)
     if accumulates:
         former = np.stack([block.get(name, np.float32) for name in _vector(targets)], 1)
@@ -288,8 +294,9 @@ def _multiply_warpgroups(block: ThreadBlock, instruction: Instruction, active: A
         with np.errstate(all="ignore"):
             product = left.astype(np.float64) @ right.astype(np.float64).T
         result[threads] = tensor_cores.warpgroup_result(product, former[threads])
-    for i, name in enumerate(_vector(targets)):
+    for i, name in enumerate(names):
         block.put(name, result[:, i], None)
+    block.fragments.use(names, [str(name) for name in a] if isinstance(a, tuple) else [])
 
 
 def _descriptor(

@@ -7,6 +7,7 @@ divides them, the threads that are farthest back go on until all meet again, as 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from .formats import BITS, TYPES, Array
 from .global_memory import GlobalMemory
 from .instructions import HANDLERS, WARP
 from .program import Instruction, Program
-from .shared_memory import SharedMemory
+from .shared_memory import Pipeline, SharedMemory
 
 STEPS = 10**7  # more are an endless loop
 DYNAMIC_SHARED = "global_smem"  # Triton's name of the block's shared memory, which begins at 0
@@ -31,6 +32,40 @@ class Place:
 
     program: int
     grid: int
+
+
+class Fragments:
+    """Registers of wgmma in flight: sums that it writes, and operands that it reads, until a wait.
+
+    Only another wgmma may add to sums before they are there.
+    """
+
+    def __init__(self) -> None:
+        self.sums: set[str] = set()
+        self.operands: set[str] = set()
+        self._products = Pipeline()
+
+    def use(self, sums: Sequence[str], operands: Sequence[str]) -> None:
+        """A wgmma begins."""
+        self._products.open.append((sums, operands))
+        self.sums.update(sums)
+        self.operands.update(operands)
+
+    @property
+    def groups(self) -> list[list[tuple[Sequence[str], Sequence[str]]]]:
+        """Sums and operands of the products of each group in flight."""
+        return self._products.groups
+
+    def commit(self) -> None:
+        """Close the open group."""
+        self._products.commit()
+
+    def wait(self, pending: int) -> None:
+        """wgmma.wait_group: what is left is that of the last groups."""
+        self._products.wait(pending)
+        left = [product for group in (*self._products.groups, self._products.open) for product in group]
+        self.sums = {name for sums, _ in left for name in sums}
+        self.operands = {name for _, operands in left for name in operands}
 
 
 class ThreadBlock:
@@ -55,6 +90,7 @@ class ThreadBlock:
         self.lanes = np.arange(self.threads)
         self.warps = (self.lanes // WARP).astype(np.int32)
         self.shared = SharedMemory(shared)
+        self.fragments = Fragments()
         self.registers: dict[str, Array] = {}
         self.counts: Counter[str] = Counter()
         self._at: Instruction | None = None
@@ -159,6 +195,8 @@ class ThreadBlock:
             "%laneid": self.lanes % WARP,
         }
         value = self.registers.get(name)
+        if name in self.fragments.sums:
+            raise KernelError(f"read of {name}, which a wgmma in flight adds to, at {self.where}")
         if value is None:
             if name not in special:
                 raise KernelError(f"read of {name} before it was written, at {self.where}")
@@ -206,6 +244,8 @@ class ThreadBlock:
         name = str(operand)
         if name == "_":
             return
+        if name in self.fragments.sums or name in self.fragments.operands:
+            raise KernelError(f"write of {name}, which a wgmma in flight uses, at {self.where}")
         if value.dtype != bool:
             value = np.ascontiguousarray(value)
             value = value.view(BITS[value.dtype.itemsize])
