@@ -45,7 +45,8 @@ test-ptx: install
 test-all: install
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed>=0.17"
 	LORASB_GGUF_PROMPTS=50 $(PYTEST) -m "long or not long"
-	for arch in sm_80 sm_86 sm_89 sm_90 sm_120; do $(MAKE) test-ptx ARCH=$$arch || exit 1; done
+	for arch in sm_80 sm_86 sm_89 sm_90 sm_120; do \
+	  $(MAKE) test-ptx ARCH=$$arch && $(PYTEST) --ptx $$arch -m long tests/kernels/test_every_kernel.py || exit 1; done
 
 # How many of lorasb's statements the suite runs; the last line of the table is the total. Not watched are processes that
 # tests start (ranks, compilers, fresh interpreters), so the tests that do little else are left out, as are those of

@@ -138,13 +138,14 @@ def rows(archs: list[str], workers: int | None = None, brief: bool = False) -> l
     """Compile everything, or for `brief` one representative a kernel and architecture; equal kernels once."""
     unique: dict[str, tuple[Job, int]] = {}
     for job in jobs(archs, brief):
-        for place, launch in enumerate(_launches(job)):
+        for place, launch in enumerate(launches_of(job)):
             unique.setdefault(f"{job.arch} {launch_key(launch)}", (job, place))
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         return list(pool.map(_row, unique.values(), chunksize=4))
 
 
-def _launches(job: Job) -> list[Launch]:
+def launches_of(job: Job) -> list[Launch]:
+    """Recorded on tensors without memory."""
     v = job.variant
     if job.launch_of == "gradient":
         return record_gradient(job.dtype, v.M, v.n, v.ms[0])
@@ -155,7 +156,7 @@ def _launches(job: Job) -> list[Launch]:
 
 def _row(item: tuple[Job, int]) -> Row:
     job, place = item
-    launch = _launches(job)[place]
+    launch = launches_of(job)[place]
     arch = ARCHS[job.arch]
     registers, stack, shared, sass = compile_launch(launch, int(job.arch[3:]))
     mma, share, loop = mma_loop(sass)

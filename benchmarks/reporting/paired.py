@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.methods.grid import task_named
 from benchmarks.paired.compare import difference, head, lines
+from benchmarks.paired.decision import RIVALS, RULE, Standing, standings
 from benchmarks.paired.grid import FIXED, FOUND, LORA, RANKS, ROWS, SEEDS, TASKS, entries, shown_rate
 from benchmarks.paper import lasting
 from benchmarks.reporting.markdown import picture, table, where_rows
@@ -26,7 +27,7 @@ def section(results: Path) -> list[str]:
     rows = read_csv(results / ROWS)
     parts = [part for task in TASKS for part in one_task(rows, task)]
     out = ["## Starts and optimizers in pairs", "", INTRODUCTION, "", *parts] if parts else []
-    return [*out, *rates(rows), *how_long(results)]
+    return [*out, *rates(rows), *what_wins(rows), *how_long(results)]
 
 
 def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
@@ -68,6 +69,32 @@ def rates(rows: Sequence[Row]) -> Iterator[str]:
         columns = ["task", "r", "loss at 2e-3", "at the found rate", "found", "less that at 2e-3"]
         yield from table([*columns, "at the best of a sweep", "less that"], body)
         yield ""
+
+
+def what_wins(rows: Sequence[Row]) -> Iterator[str]:
+    """How far each entry comes towards being the default."""
+    found = list(standings(rows))
+    if not found:
+        return
+    yield from ("### What wins", "", RULE, "")
+    yield "Tasks and ranks on which an entry is better / level / worse by the interval, of those that have been run:"
+    yield ""
+    body = [[one.entry, *(tally(one, other) for other in (*RIVALS, LORA)), str(one.level)] for one in found]
+    yield from table(["entry", *(f"against {name}" for name in (*RIVALS, LORA)), "tasks level with LoRA"], body)
+    winners = [f"`{one.entry}`" for one in found if one.wins]
+    yield ""
+    if winners:
+        yield f"The rule holds for {', '.join(winners)}."
+    else:
+        yield "The rule holds for none, so that the default stays as it is; what is better on some tasks is an option."
+    yield ""
+
+
+def tally(one: Standing, other: str) -> str:
+    """Better / level / worse; nothing where none has been run."""
+    counts = one.counts(other)
+    lost = counts["worse"] + counts["diverged"]
+    return f"{counts['better']} / {counts['tie']} / {lost}" if counts.total() else ""
 
 
 def how_long(results: Path) -> Iterator[str]:
