@@ -47,12 +47,10 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
     losses = train(model, problem, task, replace(cell, lr=found_lr or cell.lr), warmup)
     seconds = time.perf_counter() - started
     judged = {split: problem.judge(model, split) for split in splits}
-    heads = [name for name, _ in model.named_parameters() if any(part in name.split(".") for part in problem.head)]
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     same = {
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
-        "adapter_params": sum(trained.values()) - sum(trained.get(name, 0) for name in heads),
+        "adapter_params": trained_beside_heads(model, problem),
         "init_seconds": round(init_seconds, 2),
         "seconds": round(seconds, 1),
         "steps": task.steps,
@@ -76,6 +74,12 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
         }
         for split in splits
     ]
+
+
+def trained_beside_heads(model: Any, problem: Problem) -> int:
+    """Parameters that are trained; not those of a task's own head, which every method trains."""
+    trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return sum(n for name, n in trained.items() if not any(part in name.split(".") for part in problem.head))
 
 
 def twice(cell: Cell) -> bool:
