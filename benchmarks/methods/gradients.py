@@ -60,7 +60,12 @@ def weigh_by_spread(model: Any, samples: Sequence[Batch], eta: float) -> None:
 def rows(batch: Batch) -> list[Batch]:
     """Batches of one sample each."""
     count = len(next(iter(batch.values())))
-    return [{name: value[i : i + 1] for name, value in batch.items()} for i in range(count)]
+
+    def row(value: Any, i: int) -> Any:
+        """Of a tensor; numbers, such as how many logits are needed, are the batch's."""
+        return value[i : i + 1] if isinstance(value, Tensor) else value
+
+    return [{name: row(value, i) for name, value in batch.items()} for i in range(count)]
 
 
 def take_again(model: Any, r: int, seed: int, samples: Sequence[Batch]) -> list[nn.Parameter]:

@@ -134,3 +134,11 @@ def test_ranks_by_energy_spend_the_same_budget() -> None:
     assert len(set(ranks)) > 1
     assert sum(r * r for r in ranks) <= len(ranks) * R * R
     assert isinstance(next(iter(starts.layers(model).values())), lorasb.LoRASBLinear)
+
+
+def test_a_batch_is_cut_into_rows_and_keeps_its_numbers() -> None:
+    batch = {"input_ids": torch.arange(6).view(2, 3), "logits_to_keep": 2}
+    first, second = rows(batch)
+    assert first["input_ids"].tolist() == [[0, 1, 2]]
+    assert second["input_ids"].tolist() == [[3, 4, 5]]
+    assert first["logits_to_keep"] == second["logits_to_keep"] == 2
