@@ -53,7 +53,8 @@ def lora_sb_linear(
         y [..., out] in x's dtype.
 
     Raises:
-        ValueError: shapes, ranks or devices do not match, or x requires grad under inference mode.
+        ValueError: shapes, ranks or devices do not match, dropout is not in [0, 1), or x requires grad under inference
+            mode.
         TypeError: dtypes do not match, or x is not floating point.
     """
     quantized = of_weight(weight)
@@ -109,6 +110,8 @@ def _composes(
 
 def _seed(dropout: float, count: int = 1) -> Tensor | None:
     """Seeds [count] for dropout masks, drawn from the CPU generator; None without dropout."""
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"expected dropout in [0, 1), the probability that an element is dropped, got {dropout}")
     # On the CPU for any device of x, so that reading it does not synchronize with a GPU.
     return torch.randint(2**63 - 1, (count,), dtype=torch.int64, device="cpu") if dropout > 0.0 else None
 

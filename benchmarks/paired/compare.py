@@ -34,9 +34,12 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """By the interval: "better", "worse", or "tie" where it holds zero; "diverged" where a loss is not finite."""
-        if not math.isfinite(self.mean):
+        """By the interval: "better", "worse", or "tie" where it holds zero; "diverged" where the entry's loss is not
+        finite, and "better" where only the other's is not."""
+        if math.isnan(self.mean) or self.mean == math.inf:
             return "diverged"
+        if self.mean == -math.inf:
+            return "better"
         if self.mean + self.half < 0:
             return "better"
         return "worse" if self.mean - self.half > 0 else "tie"
@@ -49,7 +52,8 @@ def final_losses(rows: Sequence[Row], task: str, entry: str, r: int) -> dict[int
     """Test loss by seed, at the best rate of the sweep."""
     rate = best_rate(entries()[entry], r, swept(rows, task, entry, r))
     found = rows_of(rows, task, entry, r, "test")
-    return {int(row["seed"]): float(row["loss"]) for row in found if float(row["lr"]) == rate}
+    losses = {int(row["seed"]): float(row["loss"]) for row in found if float(row["lr"]) == rate}
+    return {seed: loss if math.isfinite(loss) else math.inf for seed, loss in losses.items()}
 
 
 def difference(rows: Sequence[Row], task: str, r: int, entry: str, other: str) -> Difference | None:

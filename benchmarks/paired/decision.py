@@ -15,8 +15,10 @@ TASKS_TO_WIN, RANKS_TO_WIN, LEVEL_TASKS = 3, 2, 2
 LEVEL = 0.02  # of LoRA's loss: an interval inside of it is level with LoRA
 RULE = (
     f"An entry becomes the default if it is better than each of {', '.join(f'`{name}`' for name in RIVALS)} at the "
-    f"same rank on {TASKS_TO_WIN} tasks at {RANKS_TO_WIN} ranks, worse than none of them anywhere, and within "
-    f"{LEVEL:.0%} of `{LORA}`'s loss, the whole interval, on {LEVEL_TASKS} tasks."
+    f"same rank on {TASKS_TO_WIN} tasks at {RANKS_TO_WIN} ranks, worse than none of them anywhere, and on "
+    f"{LEVEL_TASKS} tasks, at some rank, no more than {LEVEL:.0%} above the loss of `{LORA}`, the whole interval. "
+    "What has not been run, or for one seed alone, counts neither way; a loss that is not finite is worse than one "
+    "that is."
 )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.methods.grid import task_named
 from benchmarks.paired.compare import difference, head, lines
-from benchmarks.paired.decision import RIVALS, RULE, Standing, standings
+from benchmarks.paired.decision import LEVEL, RIVALS, RULE, Standing, standings
 from benchmarks.paired.grid import FIXED, FOUND, LORA, RANKS, ROWS, SEEDS, TASKS, entries, shown_rate
 from benchmarks.paper import lasting
 from benchmarks.reporting.markdown import picture, table, where_rows
@@ -77,10 +77,12 @@ def what_wins(rows: Sequence[Row]) -> Iterator[str]:
     if not found:
         return
     yield from ("### What wins", "", RULE, "")
-    yield "Tasks and ranks on which an entry is better / level / worse by the interval, of those that have been run:"
+    yield "Tasks and ranks on which an entry is better / tied / worse by the interval, of those that have been run:"
     yield ""
     body = [[one.entry, *(tally(one, other) for other in (*RIVALS, LORA)), str(one.level)] for one in found]
-    yield from table(["entry", *(f"against {name}" for name in (*RIVALS, LORA)), "tasks level with LoRA"], body)
+    yield from table(
+        ["entry", *(f"against {name}" for name in (*RIVALS, LORA)), f"tasks within {LEVEL:.0%} of LoRA"], body
+    )
     winners = [f"`{one.entry}`" for one in found if one.wins]
     yield ""
     if winners:
@@ -91,7 +93,7 @@ def what_wins(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def tally(one: Standing, other: str) -> str:
-    """Better / level / worse; nothing where none has been run."""
+    """Better / tied / worse; nothing where none has been run."""
     counts = one.counts(other)
     lost = counts["worse"] + counts["diverged"]
     return f"{counts['better']} / {counts['tie']} / {lost}" if counts.total() else ""

@@ -5,13 +5,18 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <vector>
 
 namespace lorasb {
 namespace {
 
-c10::SmallVector<int64_t, 5> sizes_of(PyObject* shape) {
+using Shape = c10::SmallVector<int64_t, 5>;
+
+Shape shape_of(PyObject* shape) {
   TORCH_CHECK_TYPE(PyTuple_Check(shape), "expected shapes as tuples, got ", Py_TYPE(shape)->tp_name);
-  c10::SmallVector<int64_t, 5> sizes;
+  Shape sizes;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(shape); ++i) {
     const int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
     if (size == -1 && PyErr_Occurred()) throw python_error();
@@ -28,12 +33,19 @@ PyObject* allocate(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       count == 2 && THPVariable_Check(arguments[0]) && (PyList_Check(arguments[1]) || PyTuple_Check(arguments[1])),
       "expected allocate(tensor, shapes)");
   const at::TensorOptions options = THPVariable_Unpack(arguments[0]).options();
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Py_ssize_t length = PySequence_Fast_GET_SIZE(arguments[1]);
+  std::vector<Shape> shapes;
+  for (Py_ssize_t i = 0; i < length; ++i) shapes.push_back(shape_of(PySequence_Fast_GET_ITEM(arguments[1], i)));
+  std::vector<at::Tensor> tensors;
+  {
+    const pybind11::gil_scoped_release no_gil;  // an allocation may wait for a card
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    for (const Shape& shape : shapes) tensors.push_back(at::empty(shape, options));
+  }
   THPObjectPtr found(PyList_New(length));
   if (!found) throw python_error();
   for (Py_ssize_t i = 0; i < length; ++i) {
-    PyObject* tensor = THPVariable_Wrap(at::empty(sizes_of(PySequence_Fast_GET_ITEM(arguments[1], i)), options));
+    PyObject* tensor = THPVariable_Wrap(tensors[i]);
     if (tensor == nullptr) throw python_error();
     PyList_SET_ITEM(found.get(), i, tensor);
   }

@@ -7,7 +7,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 namespace lorasb {
@@ -34,7 +33,7 @@ class Words {
 
 constexpr uint64_t kNone = 1, kList = 2, kTensor = 3;
 
-// The kind of a word group and three bytes of it.
+// The kind of a group of words, and four bytes of it.
 uint64_t tag(uint64_t kind, uint64_t a = 0, uint64_t b = 0, uint64_t c = 0, uint64_t d = 0) {
   return kind | a << 8 | b << 16 | c << 24 | d << 32;
 }
@@ -54,19 +53,6 @@ bool is_plain(const at::Tensor& tensor) {
               c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor}));
 }
 
-bool add_operand(PyObject* operand, Words& words);
-
-bool add_list(PyObject* list, Words& words) {
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(list);
-  words.add(tag(kList));
-  words.add(static_cast<uint64_t>(count));
-  PyObject** items = PySequence_Fast_ITEMS(list);
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    if (!add_operand(items[i], words)) return false;
-  }
-  return true;
-}
-
 bool add_tensor(PyObject* operand, Words& words) {
   const at::Tensor& tensor = THPVariable_Unpack(operand);
   if (!tensor.defined() || !is_plain(tensor)) return false;
@@ -78,13 +64,28 @@ bool add_tensor(PyObject* operand, Words& words) {
   return true;
 }
 
-bool add_operand(PyObject* operand, Words& words) {
+bool add_one(PyObject* operand, Words& words) {
   if (operand == Py_None) {
     words.add(tag(kNone));
     return true;
   }
-  if (PyList_CheckExact(operand) || PyTuple_CheckExact(operand)) return add_list(operand, words);
   return THPVariable_CheckTypeExact(Py_TYPE(operand)) && add_tensor(operand, words);
+}
+
+bool add_list(PyObject* list, Words& words) {
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(list);
+  words.add(tag(kList));
+  words.add(static_cast<uint64_t>(count));
+  PyObject** items = PySequence_Fast_ITEMS(list);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!add_one(items[i], words)) return false;
+  }
+  return true;
+}
+
+bool add_operand(PyObject* operand, Words& words) {
+  if (PyList_CheckExact(operand) || PyTuple_CheckExact(operand)) return add_list(operand, words);
+  return add_one(operand, words);
 }
 
 }  // namespace

@@ -241,7 +241,9 @@ def _rows(x: Tensor) -> Tensor:
 
 def _key(x: Tensor, members: Members, mask: Mask) -> tuple[Any, ...]:
     """What a call's launches depend on beside its signature."""
-    wide_seeds = tuple([seed >= INT32_LIMIT for seed in mask.seeds]) if mask.dropout else ()  # other kernels in Triton
+    wide_seeds = (
+        tuple([not -INT32_LIMIT <= seed < INT32_LIMIT for seed in mask.seeds]) if mask.dropout else ()
+    )  # other kernels in Triton
     product = fp32_precision() if x.dtype == torch.float32 else ""
     return plan_tables.generation, product, mask.dropout, wide_seeds, *members.scales
 

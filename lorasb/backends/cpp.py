@@ -163,10 +163,11 @@ def _load() -> str | None:
             "this build of lorasb has no C++ extension: install it where a C++ compiler is, with --no-build-isolation"
         )
     try:
-        extension = importlib.import_module("lorasb._C")  # registers its ops
-    except ImportError as error:
-        return f"{path.name} does not load, it was built for another torch ({error}): install lorasb again"
-    signatures.use(extension.signature, extension.metadata)
+        loaded = importlib.import_module("lorasb._C")  # registers its ops
+        signatures.use(loaded.signature, loaded.metadata)
+    except (ImportError, AttributeError) as error:
+        return f"{path.name} does not load, it was built for another torch or lorasb ({error}): install lorasb again"
+    extension = loaded
     return None
 
 

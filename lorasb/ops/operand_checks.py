@@ -46,16 +46,22 @@ def pass_group(
     biases: Sequence[Tensor],
 ) -> bool:
     """Check a call of a group; `biases` may be none. Returns and raises as `pass_linear` and `same_lengths`."""
-    compiling = torch.compiler.is_compiling()
-    signature = None if compiling else signatures.of(x, weights, a, cores, b, biases)
+    if torch.compiler.is_compiling():  # which would guard on all signatures that are known
+        _check_group(x, scalings, weights, a, cores, b, biases)
+        return False
+    signature = signatures.of(x, weights, a, cores, b, biases)
     if not _groups.has(signature) or len(scalings) != len(weights):
-        same_lengths(weights, a, cores, b, scalings, biases or weights)
-        for i in range(len(weights)):
-            check_linear(x, weights[i], a[i], cores[i], b[i], biases[i] if biases else None)
+        _check_group(x, scalings, weights, a, cores, b, biases)
         _groups.add(signature)
-    if not compiling:
-        _check_inference(x)
+    _check_inference(x)
     return signature is not None
+
+
+def _check_group(x: Tensor, scalings: Sequence[float], *lists: Sequence[Tensor]) -> None:
+    weights, a, cores, b, biases = lists
+    same_lengths(weights, a, cores, b, scalings, biases or weights)
+    for i in range(len(weights)):
+        check_linear(x, weights[i], a[i], cores[i], b[i], biases[i] if biases else None)
 
 
 def _check_inference(x: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 PLAIN = (Tensor, torch.nn.Parameter)
-MOST = 1 << 14  # signatures that are kept, a few hundred bytes each; every number of tokens makes one a layer shape
+MOST = 1 << 12  # signatures that are kept, of up to 4 KB each; every number of tokens makes one a layer shape
 
 
 def is_intercepted() -> bool:
@@ -23,20 +23,28 @@ def metadata_in_python(*operands: Any) -> tuple[Hashable, ...] | None:
     """Dtype, device, shape and strides of tensors, of lists of them and of None.
 
     Returns:
-        None where an operand is no plain strided tensor: a subclass, a sparse or a lazily negated one.
+        None where an operand is anything else: a subclass, a sparse or a lazily negated tensor, a list of lists.
     """
     found: list[Hashable] = []
     for operand in operands:
-        kind = type(operand)
-        if operand is None:
-            found.append(None)
-        elif kind in PLAIN and operand.layout is torch.strided and not (operand.is_neg() or operand.is_nested):
-            found += operand.dtype, operand.device, operand.shape, operand.stride()
-        elif kind not in (list, tuple) or (inner := metadata_in_python(*operand)) is None:
-            return None
-        else:
+        if type(operand) in (list, tuple):
+            if any(type(one) in (list, tuple) for one in operand) or (inner := metadata_in_python(*operand)) is None:
+                return None
             found.append(inner)
+        elif operand is None:
+            found.append(None)
+        elif type(operand) in PLAIN and operand.layout is torch.strided and not _has_a_key_of_its_own(operand):
+            found += operand.dtype, operand.device, operand.shape, operand.stride()
+        else:
+            return None
     return tuple(found)
+
+
+def _has_a_key_of_its_own(tensor: Tensor) -> bool:
+    """True if the dispatcher does something else for it before a kernel: negates, unwraps, fills with zeros."""
+    if tensor.is_neg() or tensor.is_nested or tensor._is_zerotensor() or tensor.is_conj():
+        return True
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
 
 
 metadata: Callable[..., Hashable] = metadata_in_python  # or the extension's, ten times as fast
@@ -74,7 +82,8 @@ class Known:
 
     def add(self, signature: Hashable) -> None:
         """Remember it, unless it is None."""
+        if signature is None:
+            return
         if len(self._signatures) >= MOST:
             self._signatures.clear()
-        if signature is not None:
-            self._signatures.add(signature)
+        self._signatures.add(signature)

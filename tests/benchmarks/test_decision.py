@@ -46,6 +46,12 @@ def test_one_loss_is_too_many() -> None:
         assert not one.wins
 
 
+def test_a_rival_that_diverges_is_beaten() -> None:
+    one = standing()
+    one.against["random"] = [replace(d, mean=float("-inf")) for d in one.against["random"]]
+    assert one.wins
+
+
 def test_it_has_to_be_level_with_lora_with_the_whole_interval() -> None:
     close, near, better = (Difference(TASKS[0], 16, "new", LORA, mean, 0.004, 8, 0.5) for mean in (0.005, 0.008, -0.3))
     assert [is_level(one) for one in (close, near, better)] == [True, False, True]

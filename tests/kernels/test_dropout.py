@@ -113,7 +113,7 @@ class TestDropout:
 
     def test_elements_are_dropped_independently(self) -> None:
         """Of the eight columns that one counter serves, and of counters beside each other."""
-        kept = mask_of(reference.make_case((4000,), 64, 8, 4, torch.float32), 3, 0.3).double() - 0.7
+        kept = eager.philox_mask(torch.Size((4000, 64)), 0.3, 3, torch.device("cpu")).double() - 0.7  # the kernels'
         products = kept.t() @ kept / (len(kept) * 0.21)
         assert (products - torch.eye(64)).abs().max() < 5.5 * len(kept) ** -0.5
         assert (kept[1:] * kept[:-1]).mean().abs() / 0.21 < 5 * (63 * len(kept)) ** -0.5
@@ -128,6 +128,14 @@ class TestDropout:
         words = torch.arange(2**16)
         threshold = (launch.Mask(known).threshold & 0xFFFFFFFF) >> 16
         assert (words >= threshold).double().mean() == 1 - known
+
+    def test_none_is_none_whatever_the_seed(self) -> None:
+        """As in eager: an op may be called with a seed and a probability of 0."""
+        case, seed = reference.make_case((300,), 64, 8, 4, torch.float32), torch.tensor([5])
+        ops = (backend.forward, eager.forward)
+        (y, u), (want, want_u) = (op(case.x, None, case.a, case.core, case.b, None, 0.7, 0.0, seed) for op in ops)
+        tolerances.check(y, want.double(), tolerances.fp32(80))
+        tolerances.check(u, want_u.double(), tolerances.fp32(80))
 
     def test_it_follows_the_global_seed(self) -> None:
         case = reference.make_case((20,), 40, 24, 4, torch.float32)

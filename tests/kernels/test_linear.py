@@ -50,12 +50,14 @@ def test_groups_match_reference_in_four_launches(
     assert len(launches) == 4
 
 
-def test_tensors_that_torch_negates_lazily() -> None:
+@pytest.mark.parametrize("name", ["x", "dy", "weight", "a", "core", "b", "bias"])
+def test_tensors_that_torch_negates_lazily(name: str) -> None:
     """They have the other sign in memory, as the imaginary part of a conjugate has."""
     case = reference.make_case((9,), 64, 48, 8, torch.float32)
-    negated = [torch._neg_view(-t) for t in (case.x, case.dy)]
-    assert all(t.is_neg() for t in negated)
-    results = run(replace(case, dy=negated[1]), x=negated[0].detach())
+    negated = torch._neg_view(-getattr(case, name))
+    assert negated.is_neg()
+    x = negated.detach() if name == "x" else None
+    results = run(case if name == "x" else replace(case, **{name: negated}), x=x)
     for result, want in zip(results, run(case), strict=True):
         assert torch.equal(result, want)
 

@@ -341,3 +341,14 @@ def test_bad_input(name: str) -> None:
     given_ = {"x": c.x, "weight": c.weight, "lora_A": c.a, "lora_R": c.core, "lora_B": c.b, "bias": c.bias}
     with pytest.raises(kind, match=message):
         lora_sb_linear(**{**given_, **change(c)})
+
+
+@pytest.mark.parametrize("dropout", [1.0, 1.5, -0.1, float("nan")])
+def test_a_probability_that_is_none_is_refused(dropout: float) -> None:
+    case = reference.make_case((5,), 24, 20, 4, torch.float32)
+    with pytest.raises(ValueError, match=r"expected dropout in \[0, 1\)"):
+        lora_sb_linear(case.x, case.weight, case.a, case.core, case.b, dropout=dropout)
+    with pytest.raises(ValueError, match=r"expected dropout in \[0, 1\)"):
+        lorasb.functional.lora_sb_linear_group(
+            case.x, *[[t] for t in (case.weight, case.a, case.core, case.b)], dropout=dropout
+        )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+import torch._dynamo.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -57,7 +58,9 @@ def test_the_extension_tells_apart_what_python_tells_apart(one: list[Any], other
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 @pytest.mark.parametrize(
-    "kind", ["sparse", "negated", "number", "nested list", "fake", "nested tensor", "subclass"], ids=str
+    "kind",
+    ["sparse", "negated", "number", "nested list", "fake", "nested tensor", "subclass", "zeros", "leaked"],
+    ids=str,
 )
 def test_what_is_no_plain_tensor_has_no_signature(kind: str, ways: tuple[Signature, Signature]) -> None:
     class Other(Tensor):
@@ -70,14 +73,29 @@ def test_what_is_no_plain_tensor_has_no_signature(kind: str, ways: tuple[Signatu
         "sparse": plain.to_sparse(),
         "negated": torch.complex(plain, plain).conj().imag,
         "number": 3,
-        "nested list": [plain, [3]],
+        "nested list": [plain, [plain]],
         "fake": fake,
         "nested tensor": torch.nested.nested_tensor([plain, plain], layout=torch.strided),
         "subclass": plain.as_subclass(Other),
+        "zeros": torch._efficientzerotensor(2, 2),
+        "leaked": leaked(plain),
     }[kind]
     for way in ways:
         assert way(plain, operand) is None
         assert way(plain, [plain], None) is not None
+
+
+def leaked(x: Tensor) -> Tensor:
+    """A wrapper of torch.func that outlives its transform."""
+    kept: list[Tensor] = []
+    torch.func.vmap(lambda y: kept.append(y) or y)(x)
+    return kept[0]
+
+
+def test_a_list_of_itself_has_none_either(ways: tuple[Signature, Signature]) -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    assert [way(endless) for way in ways] == [None, None]
 
 
 def test_nothing_is_known_where_ops_are_intercepted(ways: tuple[Signature, Signature]) -> None:
@@ -141,6 +159,24 @@ def test_a_known_group_still_needs_a_scale_for_every_member() -> None:
             lora_sb_linear_group(case.x, *lists, scalings=[1.0])
 
 
+@pytest.mark.usefixtures("fresh")
+def test_compiled_calls_do_not_depend_on_what_is_known() -> None:
+    case = reference.make_case((5,), 24, 20, 4, torch.float32)
+
+    def call(x: Tensor) -> Tensor:
+        one = lora_sb_linear(x, case.weight, case.a, case.core, case.b)
+        lists = [[tensor] * 2 for tensor in (case.weight, case.a, case.core, case.b)]
+        return one + sum(lora_sb_linear_group(x, *lists))
+
+    call(case.x)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(call, backend=counter, fullgraph=True)
+    for rows in range(1, 4):
+        compiled(case.x)
+        call(case.x[:rows])  # an eager call of a new signature
+    assert counter.frame_count == 1
+
+
 def test_signatures_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signatures, "MOST", 2)
     known = signatures.Known()
@@ -150,6 +186,7 @@ def test_signatures_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(map(known.has, range(5))) <= 2
     known.add(None)
     assert not known.has(None)
+    assert known.has(4)
 
 
 @needs_extension

@@ -37,7 +37,9 @@ def kernel_masks() -> Iterator[None]:
 
 
 def kernel_dropout(dropout: float) -> float:
-    """The probability that the kernels' masks have: the nearest multiple of 2^-16 that is neither 0 nor 1."""
+    """The probability that the kernels' masks have: the nearest multiple of 2^-16, and 0 or 1 for nothing else."""
+    if not 0.0 < dropout < 1.0:
+        return dropout
     return min(max(round(dropout * 2**16), 1), 2**16 - 1) / 2**16
 
 

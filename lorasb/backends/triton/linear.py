@@ -111,7 +111,8 @@ def _forward(x: Tensor, members: Any, biases: list[Any], mask: Any) -> tuple[lis
     if found is None:
         from lorasb.kernels import linear as kernels
 
-        found = kernels.forward(rows_of(x), members, biases, plan(), mask)
+        given = [None if bias is None else bias.resolve_neg() for bias in biases]
+        found = kernels.forward(rows_of(x), resolved(members), given, plan(), mask)
     ys, us = found
     return [y if y.dim() == x.dim() else eager.shaped(y, x) for y in ys], us
 
@@ -127,7 +128,8 @@ def _backward(
     if found is None:
         from lorasb.kernels import linear as kernels
 
-        found = kernels.backward([rows_of(dy) for dy in dys], members, us, plan(), need_dx, need_dcore, mask)
+        rows = [rows_of(dy) for dy in dys]
+        found = kernels.backward(rows, resolved(members), us, plan(), need_dx, need_dcore, mask)
     dx, dcores = found
     if dx is None:
         dx = like.new_empty((0,))
@@ -198,11 +200,16 @@ def register_pairs(pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any]
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x as [M, n] with a contiguous last dimension, and its values in memory as they are."""
-    x = x.resolve_neg()  # the imaginary part of a conjugate is negated when torch reads it, and has another sign here
+    """x as [M, n] with a contiguous last dimension, and with the signs in memory that it has."""
+    x = x.resolve_neg()
     # reshape(-1, 0) is ambiguous
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((math.prod(x.shape[:-1]), 0))
     return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def resolved(members: Any) -> Any:
+    """With the signs in memory: torch negates lazily, when it reads (the imaginary part of a conjugate)."""
+    return members.map(lambda tensor: None if tensor is None else tensor.resolve_neg())
 
 
 def members_of(weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, scaling: float, dropout: float = 0.0) -> Any:
@@ -249,7 +256,7 @@ def mask_of(dropout: float, seeds: Tensor | None) -> Any:
     Raises:
         CaptureError: a CUDA graph is being captured, which would repeat one mask for ever.
     """
-    if seeds is None:
+    if seeds is None or dropout <= 0.0:
         return _no_mask()
     from lorasb.kernels.operands import Mask
 

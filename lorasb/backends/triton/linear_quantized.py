@@ -40,8 +40,8 @@ def linear(
     y, u = kernels.forward(
         rows,
         weight=_weight(quant, layout, b.shape[0], a.shape[1]),
-        members=triton.members_of(None, a, core, b, scaling, dropout),
-        bias=bias,
+        members=triton.resolved(triton.members_of(None, a, core, b, scaling, dropout)),
+        bias=None if bias is None else bias.resolve_neg(),
         plan=triton.plan_of("forward", rows, [b], a, quant="4bit"),
         mask=triton.mask_of(dropout, seed),
     )
@@ -72,7 +72,7 @@ def linear_backward(
     dx, dcore = kernels.backward(
         rows,
         weight=_weight(quant, layout, b.shape[0], a.shape[1]),
-        members=triton.members_of(None, a, core, b, scaling, dropout),
+        members=triton.resolved(triton.members_of(None, a, core, b, scaling, dropout)),
         u=u,
         plan=triton.plan_of("backward", rows, [b], a, quant="4bit"),
         need_dx=need_dx,
