@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ def is_intercepted() -> bool:
     return torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
 
 
-def metadata_in_python(*operands: Any) -> tuple[Hashable, ...] | None:
+def metadata_in_python(*operands: Any) -> Hashable:
     """Dtype, device, shape and strides of tensors, of lists of them and of None.
 
     Returns:
@@ -27,32 +27,41 @@ def metadata_in_python(*operands: Any) -> tuple[Hashable, ...] | None:
     """
     found: list[Hashable] = []
     for operand in operands:
-        if type(operand) in (list, tuple):
-            if any(type(one) in (list, tuple) for one in operand) or (inner := metadata_in_python(*operand)) is None:
-                return None
-            found.append(inner)
-        elif operand is None:
+        is_list = type(operand) in (list, tuple)
+        inner = _described(operand if is_list else (operand,))
+        if inner is None:
+            return None
+        found += (inner,) if is_list else inner
+    return tuple(found)
+
+
+def _described(tensors: Sequence[Any]) -> tuple[Hashable, ...] | None:
+    found: list[Hashable] = []
+    for tensor in tensors:
+        if tensor is None:
             found.append(None)
-        elif type(operand) in PLAIN and operand.layout is torch.strided and not _has_a_key_of_its_own(operand):
-            found += operand.dtype, operand.device, operand.shape, operand.stride()
+        elif type(tensor) in PLAIN and tensor.layout is torch.strided and not (tensor.is_neg() or tensor.is_nested):
+            found += tensor.dtype, tensor.device, tensor.shape, tensor.stride()
         else:
             return None
     return tuple(found)
 
 
-def _has_a_key_of_its_own(tensor: Tensor) -> bool:
-    """True if the dispatcher does something else for it before a kernel: negates, unwraps, fills with zeros."""
-    if tensor.is_neg() or tensor.is_nested or tensor._is_zerotensor() or tensor.is_conj():
-        return True
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
-
-
 metadata: Callable[..., Hashable] = metadata_in_python  # or the extension's, ten times as fast
 
 
-def of_in_python(*operands: Any) -> Hashable:
-    """The metadata of a call's operands; None, too, where something intercepts ops."""
-    return None if is_intercepted() else metadata_in_python(*operands)
+def of_in_python(x: Any, *others: Any) -> Hashable:
+    """The metadata of a call's operands; None, too, where something intercepts ops, or x meets more than kernels."""
+    if is_intercepted() or (type(x) in PLAIN and _has_a_key_of_its_own(x)):
+        return None
+    return metadata_in_python(x, *others)
+
+
+def _has_a_key_of_its_own(tensor: Tensor) -> bool:
+    """True if the dispatcher unwraps it or fills it with zeros before a kernel."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return tensor._is_zerotensor() or torch._is_functional_tensor(tensor)
 
 
 of: Callable[..., Hashable] = of_in_python
