@@ -21,14 +21,11 @@ from ...ops import signatures
 from ...ops.registry import register_backend
 from .. import cpp
 from ..eager import linear as eager
+from .masks import CaptureError, mask_of
 
 INTERPRET = "TRITON_INTERPRET"
 SMALLEST_CAPABILITY = (8, 0)  # bf16 and TF32 in tensor cores; the tables start at sm_80
 _broken: dict[tuple[Any, ...], str] = {}  # kernel and shapes -> why `auto` no longer takes it for them
-
-
-class CaptureError(RuntimeError):
-    """What cannot be captured in a CUDA graph."""
 
 
 def forward(
@@ -241,31 +238,6 @@ def _kernels() -> Any:
     if cpp.extension is not None:
         allocation.use(cpp.extension.allocate)
     return prepared_linear
-
-
-@cache
-def _no_mask() -> Any:
-    from lorasb.kernels.operands import Mask
-
-    return Mask()
-
-
-def mask_of(dropout: float, seeds: Tensor | None) -> Any:
-    """The masks' probability, and their seeds as numbers.
-
-    Raises:
-        CaptureError: a CUDA graph is being captured, which would repeat one mask for ever.
-    """
-    if seeds is None or dropout <= 0.0:
-        return _no_mask()
-    from lorasb.kernels.operands import Mask
-
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise CaptureError(
-            "lora_dropout under CUDA graph capture would repeat one mask at every replay: set lora_dropout=0, or call "
-            "model.eval(), before capturing"
-        )
-    return Mask(eager.kernel_dropout(dropout), tuple(seeds.tolist()))
 
 
 def plan_of(op: str, rows: Tensor, b: list[Tensor], a: Tensor, quant: str = "none") -> Any:

@@ -16,6 +16,7 @@ from ..eager import linear as eager
 from ..eager import linear_quantized as eager_quantized
 from . import linear as triton
 from .linear import check_call, register_pairs
+from .masks import mask_of
 
 
 def linear(
@@ -43,7 +44,7 @@ def linear(
         members=triton.resolved(triton.members_of(None, a, core, b, scaling, dropout)),
         bias=None if bias is None else bias.resolve_neg(),
         plan=triton.plan_of("forward", rows, [b], a, quant="4bit"),
-        mask=triton.mask_of(dropout, seed),
+        mask=mask_of(dropout, seed),
     )
     return eager.shaped(y, x), u
 
@@ -77,7 +78,7 @@ def linear_backward(
         plan=triton.plan_of("backward", rows, [b], a, quant="4bit"),
         need_dx=need_dx,
         need_dcore=need_dcore,
-        mask=triton.mask_of(dropout, seed),
+        mask=mask_of(dropout, seed),
     )
     return (
         eager.shaped(dx, dy) if dx is not None else dy.new_empty((0,)),
