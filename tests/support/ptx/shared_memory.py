@@ -32,6 +32,13 @@ class Copy:
     places: Array
     words: Array
 
+    @property
+    def granules(self) -> Array:
+        """All that each lane writes, [lanes, granules]."""
+        step = self.words.dtype.itemsize // GRANULE
+        found: Array = (self.places[:, :, None] * step + np.arange(step)).reshape(len(self.places), -1)
+        return found
+
 
 @dataclass
 class Pipeline:
@@ -110,10 +117,8 @@ class SharedMemory:
         """cp.async.wait_group: their bytes are there, for the warps that issued them."""
         for copy in self.copies.wait(pending):
             self.bytes.view(copy.words.dtype)[copy.places] = copy.words
-            step = copy.words.dtype.itemsize // GRANULE
-            granules = (copy.places[:, :, None] * step + np.arange(step)).reshape(len(copy.places), -1)
-            np.subtract.at(self.in_flight, granules, 1)
-            self._written(granules, copy.warps)
+            np.subtract.at(self.in_flight, copy.granules, 1)
+            self._written(copy.granules, copy.warps)
 
     def use(self, addresses: Array, size: int, where: str) -> None:
         """A wgmma begins to read the bytes at these addresses."""
