@@ -129,10 +129,22 @@ SIZES: dict[str, dict[str, Any]] = {
     # the modules that the authors adapt: at r = 8 in RoBERTa-large they are the paper's 6,144 numbers
     "cola": {"steps": 450, "targets": r".*(self\.(query|value)|output\.dense)"},
 }
-BY_LOSS = {
-    f"{name} by loss": replace(TASKS[name], metric="held-out loss", higher_is_better=False, by_score=False, **sizes)
-    for name, sizes in SIZES.items()
+LENGTHS = (300, 1200)  # steps, each on examples of its own
+LONGER: dict[str, tuple[str, dict[str, Any]]] = {  # the task that each is a longer run of
+    f"{name}, {steps} steps": (name, {"steps": steps, "examples": steps * SIZES[name]["batch"]})
+    for name in ("chain_sum", "word_sequence_reversal")
+    for steps in LENGTHS
 }
+LONGER["cola, 30 epochs"] = ("cola", {"steps": 30 * (TASKS["cola"].examples // TASKS["cola"].batch)})
+
+
+def _by_loss(name: str, **sizes: Any) -> Task:
+    judged = {"metric": "held-out loss", "higher_is_better": False, "by_score": False}
+    return replace(TASKS[name], **{**judged, **SIZES[name], **sizes})
+
+
+BY_LOSS = {f"{name} by loss": _by_loss(name) for name in SIZES}
+BY_LOSS |= {f"{longer} by loss": _by_loss(name, **sizes) for longer, (name, sizes) in LONGER.items()}
 
 
 def task_named(name: str) -> Task:

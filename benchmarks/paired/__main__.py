@@ -4,7 +4,8 @@
     python -m benchmarks.paired --table
 
 All entries of a task see the same batches in the same order, by seed. Rates are chosen on the validation split by a
-seed that is not compared. Rows go to benchmarks/results/paired.csv as runs finish, and what is there is not run again.
+seed that is not compared. Longer runs ("chain_sum, 300 steps", which --task has to name) take the rates of the short
+ones. Rows go to benchmarks/results/paired.csv as runs finish, and what is there is not run again.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from rich.table import Table
 from benchmarks.common.csv_files import Row
 from benchmarks.common.timing import use_dtype
 from benchmarks.methods import rows, runner
+from benchmarks.methods.grid import LONGER
 from benchmarks.paired.compare import head, lines
 from benchmarks.paired.grid import RANKS, ROWS, SEEDS, TASKS, entries, wanted
 
 
 def tables(there: Sequence[Row], other: str) -> Iterator[Table]:
     """A table a task: every entry's mean loss, and its difference to another entry over the same seeds."""
-    for task in TASKS:
+    for task in (*TASKS, *LONGER):
         view = Table(title=f"{task}: loss on held-out examples, and less that of {other} (95% interval)")
         for column in head(other):
             view.add_column(column, justify="left" if column == "entry" else "right")
@@ -37,7 +39,7 @@ def tables(there: Sequence[Row], other: str) -> Iterator[Table]:
 def main() -> None:
     """Run the grid, or show what it found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--task", nargs="+", choices=(*TASKS, *LONGER), default=list(TASKS))
     parser.add_argument("--entry", nargs="+", choices=list(entries()), default=list(entries()))
     parser.add_argument("--r", nargs="+", type=int, default=list(RANKS))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))

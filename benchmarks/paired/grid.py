@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.common.csv_files import Row
-from benchmarks.methods.grid import Cell
+from benchmarks.methods.grid import LONGER, Cell
 
 FIXED, FOUND = "sign, 2e-3", "sign, rate found"  # the default rate, and the one that `lorasb.find_lr` finds from it
 LORA = "LoRA r=32"  # what everybody uses; ten times the parameters of r = 64 here
@@ -96,9 +96,14 @@ def rows_of(rows: Sequence[Row], task: str, entry: str, r: int, split: str) -> l
     return [row for row in rows if (row["task"], row["variant"], row["r"], row["split"]) == wanted]
 
 
+def sweep_of(task: str) -> str:
+    """Where a task's rates are chosen: a longer run takes those of the short one."""
+    return f"{base} by loss" if (base := LONGER.get(task.removesuffix(" by loss"), ("",))[0]) else task
+
+
 def swept(rows: Sequence[Row], task: str, entry: str, r: int) -> dict[float, float]:
     """Validation loss by rate."""
-    found = rows_of(rows, task, entry, r, "validation")
+    found = rows_of(rows, sweep_of(task), entry, r, "validation")
     return {float(row["lr"]): float(row["loss"]) for row in found if row["seed"] == str(SWEEP_SEED)}
 
 
@@ -159,7 +164,7 @@ def wanted(
 def _cells(task: str, entry: Entry, r: int, seeds: Sequence[int], rows: Sequence[Row]) -> Iterator[Cell]:
     tried = swept(rows, task, entry.name, r)
     for lr in rates_to_try(entry, r, tried):
-        yield entry.cell(task, "validation", r, lr, SWEEP_SEED)
+        yield entry.cell(sweep_of(task), "validation", r, lr, SWEEP_SEED)
     rate = best_rate(entry, r, tried)
     if rate is not None:
         yield from (entry.cell(task, "test", r, rate, seed) for seed in seeds)

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.common.csv_files import Row, read_csv
-from benchmarks.methods.grid import task_named
+from benchmarks.methods.grid import LONGER, task_named
 from benchmarks.paired.compare import difference, head, lines
 from benchmarks.paired.decision import LEVEL, RIVALS, RULE, Standing, standings
-from benchmarks.paired.grid import FIXED, FOUND, LORA, RANKS, ROWS, SEEDS, TASKS, entries, shown_rate
+from benchmarks.paired.grid import FIXED, FOUND, LORA, RANKS, ROWS, SEEDS, TASKS, entries, shown_rate, sweep_of
 from benchmarks.paper import lasting
 from benchmarks.reporting.markdown import picture, table, where_rows
 
@@ -25,7 +25,7 @@ of the same seeds, with the 95% interval of a paired t-test: a tie where the int
 def section(results: Path) -> list[str]:
     """All tasks that have rows, and how long subspaces last."""
     rows = read_csv(results / ROWS)
-    parts = [part for task in TASKS for part in one_task(rows, task)]
+    parts = [part for task in (*TASKS, *LONGER) for part in one_task(rows, task)]
     out = ["## Starts and optimizers in pairs", "", INTRODUCTION, "", *parts] if parts else []
     return [*out, *rates(rows), *what_wins(rows), *how_long(results)]
 
@@ -37,10 +37,9 @@ def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
     if not body:
         return
     yield from (f"### {task}, by loss", "")
-    yield from (
-        f"{size.model}; {size.steps} steps of {size.batch}; {size.test} examples; up to {len(SEEDS)} seeds.",
-        "",
-    )
+    chosen = f" Rates are those of {sweep_of(name)}." if sweep_of(name) != name else ""
+    of_one = f"{size.model}; {size.steps} steps of {size.batch}; {size.test} examples; up to {len(SEEDS)} seeds."
+    yield from (of_one + chosen, "")
     yield from table(head(PLAIN), body)
     against = [line for line in lines(rows, name, LORA) if line[-1]]
     if against:

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from benchmarks.methods.grid import task_named
+from benchmarks.methods.grid import LONGER, task_named
 from benchmarks.paired import grid
 from benchmarks.paired.compare import Difference, difference, final_losses, half_width
 from benchmarks.paired.grid import Entry, best_rate, entries, rates_to_try, wanted
@@ -74,6 +74,18 @@ def test_seeds_wait_for_the_sweep() -> None:
     asked = wanted(["chain_sum"], ["sign"], [16], [0, 1], swept("sign", 16))
     assert [(cell.split, cell.seed, cell.lr) for cell in asked] == [("test", 0, 4e-3), ("test", 1, 4e-3)]
     assert {cell.variant for cell in asked} == {"sign"}
+
+
+def test_longer_runs_take_the_short_sweep_and_examples_that_no_step_has_seen() -> None:
+    for name, (short, _) in LONGER.items():
+        longer, base = task_named(f"{name} by loss"), task_named(f"{short} by loss")
+        assert (longer.batch, longer.test, longer.targets) == (base.batch, base.test, base.targets)
+        assert longer.steps > base.steps
+        assert "epochs" in name or longer.examples == longer.steps * longer.batch
+    asked = wanted(["chain_sum, 300 steps"], ["sign"], [16], [0], [])
+    assert {(cell.task, cell.split) for cell in asked} == {(TASK, "validation")}
+    (asked_now,) = wanted(["chain_sum, 300 steps"], ["sign"], [16], [0], swept("sign", 16))
+    assert (asked_now.task, asked_now.split, asked_now.lr) == ("chain_sum, 300 steps by loss", "test", 4e-3)
 
 
 def test_the_interval_is_that_of_a_paired_t_test() -> None:
