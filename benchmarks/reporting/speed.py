@@ -11,7 +11,7 @@ from benchmarks.layers import suite_report
 from benchmarks.quantized import readme_table as four_bits_table
 from benchmarks.reporting.markdown import picture, read_json, table, where
 from benchmarks.training import initialization as initialization
-from benchmarks.training import step
+from benchmarks.training import opaque_bases, step
 
 INTRODUCTION = """\
 `make bench` measures all of this on a CPU within twenty minutes; ratios are medians of rounds in which each way has its
@@ -21,7 +21,7 @@ turn, with the 20th and 80th percentile where a range is given. Below 1 is less 
 def section(folder: Path) -> list[str]:
     """Every file of results that is there."""
     out = ["## Speed and memory", "", INTRODUCTION, ""]
-    for part in (layers, four_bits, starts, training_step, startup, gpus):
+    for part in (layers, four_bits, starts, training_step, other_quantizers, startup, gpus):
         out += [*part(folder), ""]
     return out
 
@@ -106,6 +106,17 @@ def training_step(folder: Path) -> Iterator[str]:
         counts = (f"{way['trained']:,}" for way in (theirs, ours))
         lines.append(["trained parameters", *counts, f"{ours['trained'] / theirs['trained']:.3f}x"])
         yield from table(["", step.PEFT, step.OURS, "ratio"], lines)
+
+
+def other_quantizers(folder: Path) -> Iterator[str]:
+    """A step over layers that compute by themselves."""
+    if found := read_json(folder / opaque_bases.FILE):
+        yield from ("### A training step over other quantizers' layers, on a CPU", "", where(found), "")
+        dtype = found["machine"].get("dtype", "bf16")
+        yield f"SmolLM2-135M, {dtype}, 4 x 128 tokens, AdamW; {step.OURS} over {step.PEFT}:"
+        yield ""
+        lines = [[base, *opaque_bases.cells(ways)] for base, ways in found["bases"].items()]
+        yield from table(["base", *opaque_bases.HEAD], lines)
 
 
 def startup(folder: Path) -> Iterator[str]:

@@ -9,6 +9,7 @@ bytes of the optimizer's state, trained parameters.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,25 @@ from lorasb.utils.atomic_files import write_json
 OURS, PEFT = f"LoRA-SB, r={RANK}", f"PEFT LoRA, r={PEFT_RANK}"
 
 
-def model_of(way: str) -> Any:
-    """SmolLM2 with an adapter."""
+def as_loaded(model: Any) -> Any:
+    """The base as transformers loads it."""
+    return model
+
+
+def model_of(way: str, convert: Callable[[Any], Any] = as_loaded) -> Any:
+    """SmolLM2, its base converted, with an adapter on all linear layers of its blocks."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     import lorasb
     from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
 
-    model: Any = AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=measured_dtype())
+    model = convert(AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=measured_dtype()))
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     if way == PEFT:
-        lora = LoraConfig(r=PEFT_RANK, lora_alpha=PEFT_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        lora = LoraConfig(r=PEFT_RANK, lora_alpha=PEFT_RANK, target_modules=targets, task_type="CAUSAL_LM")
         return get_peft_model(model, lora).train()
-    adapted: Any = lorasb.patch(model, r=RANK)
+    adapted: Any = lorasb.patch(model, r=RANK, target_modules=targets)
     batch = {"input_ids": torch.arange(64).view(4, 16), "labels": torch.arange(64).view(4, 16)}
     lorasb.initialize(adapted, [batch], lr=1e-4, progress=False)
     return adapted.train()
@@ -54,8 +61,8 @@ def model_of(way: str) -> Any:
 class Training:
     """One model, its optimizer and a batch."""
 
-    def __init__(self, way: str) -> None:
-        self.model = model_of(way)
+    def __init__(self, way: str, convert: Callable[[Any], Any] = as_loaded) -> None:
+        self.model = model_of(way, convert)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
         self.ids = torch.randint(3, 49000, (4, 128), generator=torch.Generator().manual_seed(0))

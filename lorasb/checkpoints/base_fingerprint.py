@@ -21,17 +21,17 @@ def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, str] | None:
     return {name: " ".join(f"{value:.7g}" for value in _sample(weight)) for name, weight in chosen.items()}
 
 
-def difference(weights: Mapping[str, Tensor], expected: Mapping[str, str]) -> str | None:
+def difference(weights: Mapping[str, Tensor | None], expected: Mapping[str, str]) -> str | None:
     """How these weights differ from those of the fingerprint `expected`, in words; None if they agree.
 
     Values may differ by a rounding to bf16, as the same base may be loaded in another precision. Weights that cannot be
     read count as equal.
     """
     for name, text in expected.items():
-        values, weight = [float(value) for value in text.split()], weights.get(name)
-        if weight is None:
+        if name not in weights:
             return f"it has no adapted layer {name!r}"
-        if not _readable(weight):
+        values, weight = [float(value) for value in text.split()], weights[name]
+        if weight is None or not _readable(weight):
             return None
         num_different = sum(
             abs(a - b) > TOLERANCE * abs(b) + SMALLEST for a, b in zip(_sample(weight), values, strict=True)

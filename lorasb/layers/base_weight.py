@@ -1,10 +1,12 @@
-"""`FrozenBase`: access to the frozen linear under the adapters, dense or quantized: weight, dtypes, device and forward.
+"""`FrozenBase`: access to the frozen linear under the adapters: weight, dtypes, device and forward.
 
+The linear is dense, quantized (in storage that our kernels read) or opaque (another quantizer's, which is called).
 `LoRASBLinear` inherits from it and adds the adapters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +19,8 @@ from ..quantization.bitsandbytes import keep_unpacked
 from ..quantization.quantized_weight import QuantizedWeight, compute_dtype, is_quantized, of_module
 from ..utils.deprecation import renamed_method
 from ..utils.dtypes import HALVES
+from . import opaque_base
+from .opaque_base import OpaqueBase
 
 
 class CachedWeight(NamedTuple):
@@ -34,7 +38,7 @@ class CachedWeight(NamedTuple):
 
 @dataclass
 class ReplacedBase:
-    """The quantized base layer while a merged dense one replaces it.
+    """The quantized or opaque base layer while a merged dense one replaces it.
 
     A plain object around the module keeps `nn.Module.__setattr__` from registering it as a second submodule, which
     would put its weight into state dicts and parameter counts.
@@ -44,18 +48,26 @@ class ReplacedBase:
 
 
 class FrozenBase(nn.Module, BaseTunerLayer):
-    """A frozen linear layer whose weight is read from its own storage; W [out, in], or [in, out] if `fan_in_fan_out`.
+    """A frozen linear layer, W [out, in], or [in, out] if `fan_in_fan_out`.
 
     Args:
-        base_layer: the linear layer; dense, or quantized to 4 or 8 bits.
+        base_layer: the linear layer; dense, quantized to 4 or 8 bits, or opaque.
         fan_in_fan_out: the weight is stored transposed, as in `transformers.Conv1D`.
-        octet_dtype: compute dtype of an 8-bit base; the dtype of its bias, or fp16 without one, if None.
+        octet_dtype: compute dtype of storage that does not record it (8 bits; the dtype of its bias, or fp16 without
+            one, if None).
+        resolver_options: of PEFT's resolver of quantized layers: `get_quantization_kwargs(model)`.
 
     Attributes:
         in_features, out_features: dimensions of W.
     """
 
-    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool, octet_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        fan_in_fan_out: bool,
+        octet_dtype: torch.dtype | None,
+        resolver_options: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.training = base_layer.training  # a new module would be in training mode inside a model in eval mode
@@ -63,12 +75,17 @@ class FrozenBase(nn.Module, BaseTunerLayer):
         self._cached_weight: CachedWeight | None = None
         self._replaced = ReplacedBase()
         keep_unpacked(base_layer)  # before any evaluation: the repacking is not always reversible
-        weight = self.quantized()
-        out_features, in_features = weight.shape if weight is not None else self.dense_weight().shape
+        self._opaque = opaque_base.find(base_layer, octet_dtype, resolver_options)
+        known = self._opaque or self.quantized()
+        out_features, in_features = known.shape if known is not None else self.dense_weight().shape
         self.in_features, self.out_features = int(in_features), int(out_features)
 
+    def opaque(self) -> OpaqueBase | None:
+        """What is known of an opaque base layer; None for others, and while a merged dense layer replaces it."""
+        return self._opaque if self._replaced.layer is None else None
+
     def quantized(self) -> QuantizedWeight | None:
-        """The storage of a quantized base layer, None if it is dense; cached until the parameter changes."""
+        """The storage of a quantized base layer, None for others; cached until the parameter changes."""
         # This runs in every forward: `nn.Module.__getattr__` takes longer than a small matrix product.
         base = self._modules["base_layer"]
         if base is None or type(base) is nn.Linear or not is_quantized(base):  # by type first: the common, cheap case
@@ -99,24 +116,35 @@ class FrozenBase(nn.Module, BaseTunerLayer):
         return self
 
     def base_weight(self) -> Tensor:
-        """The base layer's weight parameter, in its stored layout: packed if quantized, [in, out] if transposed."""
-        return cast(Tensor, self.get_base_layer().weight)
+        """The base layer's weight parameter, in its stored layout: packed if quantized, [in, out] if transposed.
+
+        Of an opaque layer without a parameter of that name, some tensor of its storage.
+        """
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        return weight if isinstance(weight, Tensor) else opaque_base.first_tensor(base)
 
     def dense_weight(self) -> Tensor:
-        """W [out, in]: the base layer's weight or a transposed view of it, dequantized if it is quantized."""
-        quantized = self.quantized()
+        """W [out, in]: the base layer's weight or a transposed view of it, dequantized if it is quantized.
+
+        Raises:
+            ValueError: the base layer is opaque, and its format has no way to W.
+        """
+        quantized, opaque = self.quantized(), self.opaque()
         if quantized is not None:
             return dequantize(quantized)
+        if opaque is not None:
+            return opaque.dequantize(self.base_layer)
         weight = self.base_weight()
         return weight.t() if self.fan_in_fan_out else weight
 
     def set_base_weight(self, weight: Tensor) -> None:
-        """Set the base weight to merged values; a quantized base layer is replaced by a dense one that holds them."""
-        if self.quantized() is None:
+        """Set the base weight to merged values; a layer that is not dense is replaced by a dense one with them."""
+        if self.quantized() is None and self.opaque() is None:
             self.base_weight().data = weight  # the parameter object stays, with whatever refers to it
             return
         self._replaced.layer = self.base_layer
-        bias = cast("Tensor | None", self.get_base_layer().bias)
+        bias: Tensor | None = getattr(self.base_layer, "bias", None)
         # On meta nothing is allocated or drawn from the random generator: both parameters are assigned below.
         dense = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
         dense.weight = nn.Parameter(weight, requires_grad=False)
@@ -124,8 +152,8 @@ class FrozenBase(nn.Module, BaseTunerLayer):
             dense.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
         self.base_layer = dense.train(self.training)
 
-    def restore_quantized_base(self) -> bool:
-        """Undo `set_base_weight` over a quantized base; False if no base layer was replaced."""
+    def restore_replaced_base(self) -> bool:
+        """Undo `set_base_weight` over a quantized or opaque base; False if no base layer was replaced."""
         if self._replaced.layer is None:
             return False
         self.base_layer, self._replaced.layer = self._replaced.layer, None
@@ -138,7 +166,8 @@ class FrozenBase(nn.Module, BaseTunerLayer):
 
     def _dtype_of(self, quantized: QuantizedWeight | None) -> torch.dtype:
         if quantized is None:
-            return self.base_weight().dtype
+            opaque = self.opaque()
+            return self.base_weight().dtype if opaque is None else opaque.dtype
         if quantized.kind == "int8" and self.octet_dtype is not None:
             return self.octet_dtype
         return compute_dtype(self.base_layer, quantized)
@@ -163,6 +192,8 @@ class FrozenBase(nn.Module, BaseTunerLayer):
     def base_must_run(self) -> bool:
         """True if the base layer's own forward has to run, as reading its weight would bypass hooks or patches."""
         base = self.base_layer
+        if self.opaque() is not None:
+            return True
         # Conv1D (fan_in_fan_out) and quantized layers have forwards of their own, whose results we compute ourselves.
         plain = type(base).forward is nn.Linear.forward or self.fan_in_fan_out or is_quantized(base)
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks

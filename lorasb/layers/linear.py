@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -41,7 +41,8 @@ class LoRASBLinear(FrozenBase):
     Args:
         base_layer: the frozen linear, `weight` [out, in] (or [in, out] with `fan_in_fan_out`); dense, or in 4 or 8 bits
             (bitsandbytes' `Linear4bit` and `Linear8bitLt`, or ours). A quantized base is computed from its storage,
-            not by its own forward, which in bitsandbytes would repack the weight on a CPU.
+            not by its own forward, which in bitsandbytes would repack the weight on a CPU. Any other linear is opaque:
+            its own forward runs, with the adapter beside it.
         adapter_name: name of the first adapter.
         r: rank of the adapter.
         scaling: s.
@@ -50,6 +51,7 @@ class LoRASBLinear(FrozenBase):
         fan_in_fan_out: the weight is stored transposed, as in `transformers.Conv1D`.
         octet_dtype: compute dtype of an 8-bit base, which its storage does not record; the dtype of its bias, or fp16
             without one, if None.
+        resolver_options: of PEFT's resolver of quantized layers: `get_quantization_kwargs(model)`.
 
     Forward: x [..., in] -> y [..., out], in x's dtype.
 
@@ -71,8 +73,9 @@ class LoRASBLinear(FrozenBase):
         equivalent_gradient: bool = False,
         fan_in_fan_out: bool = False,
         octet_dtype: torch.dtype | None = None,
+        resolver_options: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(base_layer, fan_in_fan_out, octet_dtype)
+        super().__init__(base_layer, fan_in_fan_out, octet_dtype, resolver_options)
         self.lorasb_A, self.lorasb_R, self.lorasb_B = FrozenFactors(), Cores(), FrozenFactors()
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
@@ -236,19 +239,22 @@ class LoRASBLinear(FrozenBase):
         """The base weight plus sign times the adapters' deltas, summed in R's dtype.
 
         Raises:
-            ValueError: the result is not finite.
+            ValueError: the result is not finite, or the base layer is opaque without a way to W.
         """
-        quantized = self.quantized()
-        weight = self.base_weight().detach() if quantized is None else dequantize(quantized, self.base_dtype)
+        quantized, opaque = self.quantized(), self.opaque()
+        if opaque is not None:
+            weight = opaque.dequantize(self.base_layer)
+        else:
+            weight = self.base_weight().detach() if quantized is None else dequantize(quantized, self.base_dtype)
         return merging.merged(weight, [self.get_delta_weight(name) for name in adapter_names], adapter_names, sign)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add s·B R A to the base weight.
 
-        A quantized base layer is replaced by a dense one in its compute dtype, until `unmerge`.
+        A quantized or opaque base layer is replaced by a dense one in its compute dtype, until `unmerge`.
 
         Raises:
-            ValueError: the result is not finite, with `safe_merge` and without.
+            ValueError: the result is not finite, with `safe_merge` and without; or the base layer gives no W.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lorasb_R]
         if names:
@@ -260,7 +266,7 @@ class LoRASBLinear(FrozenBase):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if not self.restore_quantized_base():
+        if not self.restore_replaced_base():
             self.base_weight().data = self.merged_weight(self.merged_adapters, sign=-1.0)
         self.merged_adapters.clear()
 

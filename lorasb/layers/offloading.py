@@ -47,7 +47,8 @@ def _hooks_of(containers: list[nn.Module], name: str) -> list[Any]:
 def weight_present(base: nn.Module) -> Iterator[None]:
     """Inside, an offloaded weight of a base layer is on its execution device; other weights are not touched."""
     hook: Any = getattr(base, "_hf_hook", None)
-    if hook is None or not base._parameters["weight"].is_meta:  # type: ignore[union-attr]
+    weight = base._parameters.get("weight")
+    if hook is None or weight is None or not weight.is_meta:
         yield
         return
     hook.pre_forward(base)
@@ -58,6 +59,8 @@ def weight_present(base: nn.Module) -> Iterator[None]:
 
 
 def has_weight_values(base: nn.Module) -> bool:
-    """True if a base layer's weight has values, on a device or where accelerate has offloaded it."""
+    """True if a base layer's storage has values, on a device or where accelerate has offloaded it."""
     weight = base._parameters.get("weight")
-    return weight is not None and (not weight.is_meta or getattr(base, "_hf_hook", None) is not None)
+    storage = [*base.parameters(), *base.buffers()] if weight is None else [weight]
+    offloaded = getattr(base, "_hf_hook", None) is not None
+    return bool(storage) and (offloaded or not any(tensor.is_meta for tensor in storage))

@@ -1,4 +1,4 @@
-"""Requantization after a merge: the same type, block size and nesting as before, with the rounding error reported."""
+"""Requantization after a merge: the format that a layer had before, with the rounding error reported."""
 
 from __future__ import annotations
 
@@ -6,42 +6,60 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..functional import dequantize
 from ..quantization.quantized_weight import KINDS, QuantizedWeight, of_state
 from ..quantization.quantizer import quantize_4bit
 from .linear import LoRASBLinear
 from .linear4bit import Linear4bit
+from .opaque_base import OpaqueBase
+
+
+@dataclass(frozen=True)
+class OpaqueLayer:
+    """Another quantizer's layer, and what is known of its format."""
+
+    layer: nn.Module
+    opaque: OpaqueBase
 
 
 @dataclass(frozen=True)
 class Requantized:
-    """The quantized weights that a model had before a merge, by layer name."""
+    """The quantized weights, or other quantizers' layers, that a model had before a merge, by layer name."""
 
-    layers: dict[str, QuantizedWeight]
+    layers: dict[str, QuantizedWeight | OpaqueLayer]
 
     @classmethod
     def of(cls, model: nn.Module) -> Requantized:
-        """Collect the 4-bit base layers of a patched model.
+        """Collect the 4-bit and opaque base layers of a patched model.
 
         Raises:
-            ValueError: the model has none under an adapter.
+            ValueError: the model has none under an adapter, or one of a format that cannot be quantized again.
         """
-        layers = {}
+        layers: dict[str, QuantizedWeight | OpaqueLayer] = {}
         for name, layer in model.named_modules():
-            weight = layer.quantized() if isinstance(layer, LoRASBLinear) else None
+            if not isinstance(layer, LoRASBLinear):
+                continue
+            weight, opaque = layer.quantized(), layer.opaque()
             if weight is not None and weight.kind in KINDS:
                 layers[name] = weight
+            if opaque is not None and not opaque.requantizes:
+                raise ValueError(
+                    f"requantize=True: the {opaque.name} layer {name!r} cannot be quantized again, merge without it"
+                )
+            if opaque is not None:
+                layers[name] = OpaqueLayer(layer.base_layer, opaque)
         if not layers:
-            raise ValueError("requantize=True puts 4-bit layers back into 4 bits: this model has none under an adapter")
+            raise ValueError("requantize=True puts back quantized layers: this model has none under an adapter")
         return cls(layers)
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
         """Quantize those layers of the merged model again.
 
-        Sets `model.requantization_errors`: layer name -> ‖W₄ − W‖ / ‖W‖ (Frobenius), W being the merged weight.
+        Sets `model.requantization_errors`: layer name -> ‖Q − W‖ / ‖W‖ (Frobenius), Q being W, the merged weight,
+        after quantization.
         """
         errors = {}
         for name, old in self.layers.items():
@@ -59,12 +77,22 @@ class Requantized:
         )
 
 
-def _requantize(model: nn.Module, name: str, layer: nn.Linear, old: QuantizedWeight) -> float:
-    """Replace one layer of the model by a 4-bit one; returns ‖W₄ − W‖ / ‖W‖."""
-    dense = layer.weight.detach()
-    packed, state = quantize_4bit(dense, old.kind, old.block, old.nested)
-    wide, rounded = dense.float(), dequantize(of_state(packed, state), torch.float32)
-    bias = None if layer.bias is None else layer.bias.detach()
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, Linear4bit(packed, state, bias).train(layer.training))
+def _requantize(model: nn.Module, name: str, layer: nn.Linear, old: QuantizedWeight | OpaqueLayer) -> float:
+    """Replace one layer of the model by a quantized one; returns ‖Q − W‖ / ‖W‖."""
+    wide = layer.weight.detach().float()
+    new, rounded = _through_quantizer(layer, old) if isinstance(old, OpaqueLayer) else _in_four_bits(layer, old)
+    model.set_submodule(name, new)
     return float((rounded - wide).norm() / wide.norm().clamp_min(1e-30))  # an all-zero W has error 0
+
+
+def _in_four_bits(layer: nn.Linear, old: QuantizedWeight) -> tuple[nn.Module, Tensor]:
+    """A 4-bit layer of the same kind, and its values."""
+    packed, state = quantize_4bit(layer.weight.detach(), old.kind, old.block, old.nested)
+    bias = None if layer.bias is None else layer.bias.detach()
+    return Linear4bit(packed, state, bias).train(layer.training), dequantize(of_state(packed, state), torch.float32)
+
+
+def _through_quantizer(layer: nn.Linear, old: OpaqueLayer) -> tuple[nn.Module, Tensor]:
+    """A layer of the other quantizer, and its values."""
+    new = old.opaque.requantize(old.layer, layer.weight.detach())
+    return new.train(layer.training), old.opaque.dequantize(new).float()

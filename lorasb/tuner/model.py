@@ -13,6 +13,7 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.peft_types import PeftType, register_peft_method
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -33,6 +34,7 @@ from .mixed_batch import adapters_by_row
 from .rollback import discard, unchanged_on_error
 from .targets import (
     base_of,
+    check_opaque,
     check_supported,
     filter_all_linear,
     inside_tuner,
@@ -160,6 +162,7 @@ class LoRASBModel(BaseTuner):
         for name, module in targets.items():
             check_supported(name, module)
         refuse_tied_head(model, targets)
+        check_opaque(targets, _float_dtype(model), trained=not config.inference_mode)
         resolve_ranks(config, targets)
         _check_base(model, config, targets)
 
@@ -183,10 +186,14 @@ class LoRASBModel(BaseTuner):
         if isinstance(target, LoRASBLinear):  # a further adapter on a patched layer
             target.add_adapter(adapter_name, **options, inference_mode=peft_config.inference_mode)
             return
-        # GPT-2's Conv1D stores W as [in, out]
-        transposed, dtype = isinstance(target, Conv1D), getattr(self.model, "dtype", None)
-        dtype = dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
-        layer = LoRASBLinear(target, adapter_name, fan_in_fan_out=transposed, octet_dtype=dtype, **options)
+        layer = LoRASBLinear(
+            target,
+            adapter_name,
+            fan_in_fan_out=isinstance(target, Conv1D),  # GPT-2's, which stores W as [in, out]
+            octet_dtype=_float_dtype(self.model),
+            resolver_options=get_quantization_kwargs(self.model),
+            **options,
+        )
         # PEFT: an adapter that is added but not active does not train, as in LoraModel
         if adapter_name not in self.active_adapters:
             layer.lorasb_R.requires_grad_(False)
@@ -289,11 +296,17 @@ class LoRASBModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
+def _float_dtype(model: Any) -> torch.dtype | None:
+    """The model's dtype, if it has one and that is a float's."""
+    dtype = getattr(model, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+
+
 def _check_base(model: nn.Module, config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
     """Raise if the targets' weights are not those that the adapter was made on."""
     if not config.base_fingerprint or any_merged(model):
         return
-    weights = {name: base_of(module).weight for name, module in targets.items()}
+    weights = {name: getattr(base_of(module), "weight", None) for name, module in targets.items()}
     reason = difference(weights, config.base_fingerprint)
     if reason:
         raise ValueError(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..layers import unfused_experts
+from ..layers import opaque_base, unfused_experts
+from ..layers.linearity import check_linear
+from ..layers.offloading import has_weight_values
 from ..quantization.quantized_weight import is_quantized, of_module
 from ..utils.dtypes import FLOATS
 from .config import DEFAULT_RANK, LoRASBConfig
@@ -53,12 +56,17 @@ def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
 def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
     """The names of "all-linear" without experts, linears that are never called, and blocks that are not selected.
 
-    PEFT expands "all-linear" to full names, for which it ignores layers_to_transform.
+    PEFT expands "all-linear" to full names, for which it ignores layers_to_transform, and leaves out quantizers' layers
+    that do not derive from nn.Linear.
     """
+    quantized = _quantizers_layers(model)
+    inside = tuple(f"{name}." for name in quantized)  # such as the original that HQQ may keep
     names = {
         n
-        for n in config.target_modules or ()
-        if not isinstance(model.get_submodule(n), LINEARS_NOT_CALLED) and unfused_experts.parameter_of(n) is None
+        for n in {*(config.target_modules or ()), *quantized}
+        if not isinstance(model.get_submodule(n), LINEARS_NOT_CALLED)
+        and unfused_experts.parameter_of(n) is None
+        and not n.startswith(inside)
     }
     if config.layers_to_transform is None:
         return names
@@ -70,12 +78,24 @@ def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
     return {name for name, match in index_matches.items() if match and int(match.group(1)) in block_indices}
 
 
+def _quantizers_layers(model: Any) -> set[str]:
+    """Names of layers in a known format that are no nn.Linear; like PEFT's, without the output head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found = set()
+    for name, module in model.named_modules():
+        candidate = hasattr(module, "in_features") and not isinstance(module, nn.Linear | BaseTunerLayer)
+        if name and candidate and module is not head and not inside_tuner(model, name):
+            opaque = opaque_base.find(module)
+            found.update([name] if opaque is not None and opaque.known else [])
+    return found
+
+
 def refuse_tied_head(model: Any, targets: dict[str, nn.Module]) -> None:
     """Raise a ValueError for a head tied to the input embedding: merging would change the embedding too."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     embedding_weight = getattr(embedding, "weight", None)
     for name, module in targets.items():
-        if embedding_weight is not None and base_of(module).weight is embedding_weight:
+        if embedding_weight is not None and getattr(base_of(module), "weight", None) is embedding_weight:
             raise ValueError(
                 f"target {name!r} shares its weight with the input embedding: leave it out of target_modules, or load "
                 "the model with tie_word_embeddings=False"
@@ -89,6 +109,9 @@ def base_of(module: nn.Module) -> Any:
 
 def features_of(base: Any) -> tuple[int, int]:
     """(out, in), or (in, out) for Conv1D. A packed 4-bit weight is stored as [m·n/2, 1], so its layer is asked."""
+    opaque = opaque_base.find(base)
+    if opaque is not None:
+        return opaque.shape
     shape = (base.out_features, base.in_features) if is_quantized(base) else base.weight.shape
     return int(shape[0]), int(shape[1])
 
@@ -105,19 +128,37 @@ def check_supported(name: str, module: nn.Module) -> None:
     if is_quantized(base):
         _check_quantized(name, base)
         return
-    weight = getattr(base, "weight", None)
     if isinstance(base, LINEARS_NOT_CALLED):
         raise TypeError(
             f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it: "
             "name it in exclude_modules"
         )
+    if opaque_base.find(base) is not None:
+        return
+    weight = getattr(base, "weight", None)
     if isinstance(base, nn.Linear | Conv1D) and weight is not None:
         _check_weight(name, base, weight)
         return
     raise TypeError(
-        f"target {name!r} is a {type(base).__name__}: expected nn.Linear (or transformers' Conv1D). "
-        "Narrow target_modules, or name it in exclude_modules"
+        f"target {name!r} is a {type(base).__name__}: expected nn.Linear, transformers' Conv1D or a module with "
+        "in_features, out_features and a linear forward. Narrow target_modules, or name it in exclude_modules"
     )
+
+
+def check_opaque(targets: dict[str, nn.Module], default_dtype: torch.dtype | None, trained: bool) -> None:
+    """Probe one opaque base of each class and kind of storage; those without values are taken as they are.
+
+    Raises:
+        TypeError: one is not linear, or gives no gradient of its input though the adapter is `trained`.
+    """
+    probed = set()
+    for name, module in targets.items():
+        base = base_of(module)
+        opaque = opaque_base.find(base, default_dtype)
+        kind = type(base), type(getattr(base, "weight", None))
+        if opaque is not None and kind not in probed and has_weight_values(base):
+            check_linear(name, base, opaque, trained)
+            probed.add(kind)
 
 
 def _check_quantized(name: str, base: nn.Module) -> None:
@@ -132,5 +173,5 @@ def _check_weight(name: str, base: nn.Module, weight: Tensor) -> None:
     if weight.dim() != 2 or weight.dtype not in FLOATS or type(weight.data) is not Tensor:
         raise TypeError(
             f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: expected "
-            "fp32, bf16 or fp16, or a layer that bitsandbytes or lorasb.quantize quantized"
+            "fp32, bf16 or fp16, a layer that bitsandbytes or lorasb.quantize quantized, or another quantizer's"
         )

@@ -35,6 +35,8 @@ ORTHONORMAL = Tolerance(0.0, 1e-5, "columns after fp32 QR and SVD")
 ROUNDED_FACTORS = Tolerance(0.0, 2**-7, "orthonormal rows rounded to bf16, 2^-9 an entry")
 ENERGY = 0.999  # captured energy over the optimum's
 PROCESS_SUMS = Tolerance(1e-3, 2e-5, "a model of two blocks whose fp32 sums were taken in another order")
+SAME_STEP = 0.99  # cosine of two steps -sign(G), cut to r = 4, whose sums were taken in another order
+FOUR_BITS = 0.15  # relative error of a weight rounded to 4 bits in groups of 32
 SIGN_MISMATCH = 1e-4  # share of signs that rounding may turn where a sum is taken in another order
 RANKS = Tolerance(0.0, 1e-6, "energies of the same sums, taken in another order and by another number of threads")
 PROCESS = Tolerance(0.0, 1e-6, "the same fp32 sums on another schedule")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..._version import __version__
 from .init_report import InitReport
@@ -77,8 +78,7 @@ def weights_hash(model: nn.Module) -> str:
             continue
         # A target's weight is renamed by its adapter; the hash should not depend on which layers are adapted.
         digest.update(f"{name.replace('.base_layer', '')} {list(weight.shape)} {weight.dtype}".encode())
-        full = _full_tensor(weight)
-        if full is not None and full.numel():
+        for full in _plain_tensors(weight):
             flat = full.reshape(-1)
             # fp64: fp32 cannot represent the indices of large weights
             indices = torch.linspace(0, flat.numel() - 1, HASHED_VALUES, dtype=torch.float64).long().to(flat.device)
@@ -86,11 +86,20 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _full_tensor(weight: Tensor) -> Tensor | None:
-    """The unsharded weight (a collective under FSDP2), or None on the meta device."""
+def _plain_tensors(weight: Any) -> list[Tensor]:
+    """The unsharded weight (a collective under FSDP2), or the tensors that a quantizer's weight is made of.
+
+    None on the meta device, and none that are empty.
+    """
     if weight.is_meta:
-        return None
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight.detach()
+        return []
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
+    if is_traceable_wrapper_subclass(weight.data):
+        parts = [getattr(weight.data, name) for name in weight.data.__tensor_flatten__()[0]]
+    else:
+        parts = [weight.detach()]
+    return [part for part in parts if part.numel()]
 
 
 def function_hash(function: Any) -> str:

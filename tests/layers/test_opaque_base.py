@@ -1,0 +1,375 @@
+"""Linears of other quantizers under adapters: called, differentiated, initialized, saved, merged; W is never copied."""
+
+from __future__ import annotations
+
+import gc
+import re
+import weakref
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from models import Rows, llama
+from opaque_models import (
+    KINDS,
+    Scaled,
+    adapted,
+    batches,
+    dense_twin,
+    initialized,
+    opaque_model,
+    patched,
+    stand_in,
+    torchao_int4_config,
+    values,
+)
+from tolerances import EXACT, EXPORT, FOUR_BITS, MERGE, PROCESS_SUMS, SAME_STEP, check
+from torch import nn
+
+import lorasb
+from lorasb.layers import opaque_base
+from lorasb.layers.linear import LoRASBLinear
+
+GIVE_W = [kind for kind in KINDS if kind != "unknown"]
+REQUANTIZE = ("hqq", "quanto")  # torchao, too, if transformers has loaded the model: a test of its own
+
+
+def factors(model: nn.Module) -> list[torch.Tensor]:
+    return [part["default"].detach() for m in adapted(model).values() for part in (m.lorasb_A, m.lorasb_R, m.lorasb_B)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_is_its_dense_twin_in_forward_and_gradients(kind: str) -> None:
+    model, twin = patched(kind), lorasb.patch(dense_twin(opaque_model(kind)), r=4)
+    lorasb.initialize(twin, batches(), lr=1e-2, progress=False)
+    for layer, other in zip(adapted(model).values(), adapted(twin).values(), strict=True):
+        layer.set_factors("default", other.lorasb_B["default"], other.lorasb_R["default"], other.lorasb_A["default"])
+    results = []
+    for each in (model, twin):
+        each.train()
+        loss = each(**batches()[0]).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in each.parameters() if p.requires_grad)])
+    assert len(results[0]) == 15  # the loss and seven layers of two blocks
+    for one, other in zip(*results, strict=True):
+        check(one, other, PROCESS_SUMS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_strategies_give_the_factors_of_the_dense_twin(kind: str) -> None:
+    """Steps are compared as a whole: singular vectors may turn by their last bits."""
+    one, other = (initialized(kind, strategy=strategy) for strategy in ("layerwise", "accumulate"))
+    for first, second in zip(factors(one), factors(other), strict=True):
+        check(first, second, EXACT)
+    twin = lorasb.patch(dense_twin(opaque_model(kind)), r=4)
+    lorasb.initialize(twin, batches(), lr=1e-2, progress=False)
+    for layer, dense in zip(adapted(one).values(), adapted(twin).values(), strict=True):
+        mine, theirs = layer.get_delta_weight("default"), dense.get_delta_weight("default")
+        assert torch.nn.functional.cosine_similarity(mine.flatten(), theirs.flatten(), dim=0) > SAME_STEP
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_lowers_the_loss_and_leaves_the_storage(kind: str) -> None:
+    model = initialized(kind)
+    before = {name: values(layer.base_layer, torch.float32) for name, layer in adapted(model).items()}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        f"{n}.lorasb_R.default" for n in before
+    }
+    optimizer, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2), []
+    for _ in range(6):
+        loss = model.train()(**batches()[0]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    for name, layer in adapted(model.eval()).items():
+        check(values(layer.base_layer, torch.float32), before[name], EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_16_bit_models_compute_in_16_bits_with_r_in_fp32(kind: str) -> None:
+    model = patched(kind, torch.bfloat16)
+    for layer in adapted(model).values():
+        dtypes = [part["default"].dtype for part in (layer.lorasb_A, layer.lorasb_R, layer.lorasb_B)]
+        assert dtypes == [torch.bfloat16, torch.float32, torch.bfloat16]
+    lorasb.initialize(model, batches(), lr=1e-2, progress=False)
+    y = model(**batches()[0])
+    assert y.logits.dtype == torch.bfloat16
+    y.loss.backward()
+    assert all(p.grad.norm() > 0 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trainer_initializes_and_resumes_to_the_same_bits(kind: str, tmp_path: Path) -> None:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        save_steps=2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        learning_rate=1e-2,
+    )
+    done = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        model = patched(kind)
+        callback = lorasb.InitCallback(num_samples=4)
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+        done.append(factors(model))
+    for first, second in zip(*done, strict=True):
+        check(first, second, EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_saved_loaded_and_exported(kind: str, tmp_path: Path) -> None:
+    model = initialized(kind).eval()
+    want = model(**batches()[0]).logits
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(opaque_model(kind), tmp_path / "adapter").eval()
+    check(again(**batches()[0]).logits, want, EXACT)
+    lorasb.export_lora(model, tmp_path / "lora", quiet=True)
+    plain = peft.PeftModel.from_pretrained(dense_twin(opaque_model(kind)), tmp_path / "lora").eval()
+    check(plain(**batches()[0]).logits, want, EXPORT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_choose_their_adapters(kind: str) -> None:
+    model = initialized(kind).eval()
+    batch = batches()[0]
+    batch.pop("labels")
+    with torch.no_grad():
+        mixed = model(**batch, adapter_names=["default", "__base__"]).logits
+        with model.disable_adapter():
+            base = model(**batch).logits
+        check(mixed[0], model(**batch).logits[0], PROCESS_SUMS)
+        check(mixed[1], base[1], PROCESS_SUMS)
+        assert (mixed[0] - base[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", GIVE_W)
+def test_merging_gives_dense_layers_and_unmerging_the_layers_back(kind: str) -> None:
+    model = initialized(kind).eval()
+    want, bases = model(**batches()[0]).logits, [layer.base_layer for layer in adapted(model).values()]
+    model.merge_adapter()
+    check(model(**batches()[0]).logits, want, MERGE)
+    model.unmerge_adapter()
+    assert [layer.base_layer for layer in adapted(model).values()] == bases
+    check(model(**batches()[0]).logits, want, EXACT)
+    merged = model.merge_and_unload()
+    assert {type(m) for m in merged.modules() if hasattr(m, "in_features")} == {nn.Linear}
+    check(merged(**batches()[0]).logits, want, MERGE)
+
+
+@pytest.mark.parametrize("kind", REQUANTIZE)
+def test_requantizing_gives_the_same_format_and_reports_its_error(kind: str) -> None:
+    model = initialized(kind).eval()
+    merged_weights = {name: layer.merged_weight(["default"]) for name, layer in adapted(model).items()}
+    kinds = {name: type(layer.base_layer) for name, layer in adapted(model).items()}
+    plain: Any = model.merge_and_unload(requantize=True)
+    for name, want in merged_weights.items():
+        name = name.removeprefix("base_model.model.")
+        layer = plain.get_submodule(name)
+        assert type(layer) is kinds["base_model.model." + name]
+        relative = float((values(layer, torch.float32) - want).norm() / want.norm())
+        assert plain.requantization_errors[name] == pytest.approx(relative, rel=1e-3)
+        assert 0 < relative < FOUR_BITS
+    assert not any(p.requires_grad for p in plain.get_submodule("model.layers").parameters())
+
+
+def test_torchao_is_quantized_again_where_the_model_says_how() -> None:
+    """transformers keeps the configuration; PEFT's resolver hands it on."""
+    model: Any = opaque_model("torchao int4")
+    model.hf_quantizer = type(
+        "Quantizer", (), {"quantization_config": transformers.TorchAoConfig(torchao_int4_config())}
+    )
+    adapter = lorasb.patch(model, r=4, init="random")
+    assert all(layer.opaque().requantizes for layer in adapted(adapter).values())
+    plain = adapter.merge_and_unload(requantize=True)
+    weight = plain.model.layers[0].mlp.up_proj.weight
+    assert type(weight) is type(opaque_model("torchao int4").model.layers[0].mlp.up_proj.weight)
+    assert max(plain.requantization_errors.values()) < FOUR_BITS
+
+
+def test_torchao_without_its_configuration_merges_but_is_not_quantized_again() -> None:
+    model = initialized("torchao int8")
+    with pytest.raises(ValueError, match=r"torchao layer .* cannot be quantized again"):
+        model.merge_and_unload(requantize=True)
+    assert len(adapted(model)) == 14
+
+
+def test_what_gives_no_weight_refuses_to_merge_and_says_what_to_do() -> None:
+    model = initialized("unknown").eval()
+    want = model(**batches()[0]).logits
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"Scaled layers do not give it .*lorasb\.export_lora"):
+            merge()
+    check(model(**batches()[0]).logits, want, EXACT)
+    with pytest.raises(ValueError, match=r"init='update' and init='random' do not read W"):
+        patched("unknown", init="lora-xs")
+
+
+@pytest.mark.parametrize("kind", GIVE_W)
+def test_inits_without_data_read_the_dequantized_weight(kind: str) -> None:
+    for name, layer in adapted(patched(kind, init="lora-xs")).items():
+        weight = values(layer.base_layer, torch.float32)
+        u, s, vt = torch.linalg.svd(weight)
+        best = u[:, :4] @ torch.diag(s[:4]) @ vt[:4]
+        b, a = layer.lorasb_B["default"], layer.lorasb_A["default"]
+        check((b @ a).detach(), best, PROCESS_SUMS)
+        assert name
+
+
+@pytest.mark.parametrize("kind", ["torchao int8", "torchao int4", "hqq", "quanto"])
+def test_all_linear_finds_the_layers_and_not_what_is_inside(kind: str) -> None:
+    assert len(adapted(lorasb.patch(opaque_model(kind), r=4, check_base=False))) == 14
+
+
+def test_what_hqq_keeps_of_the_original_is_no_target() -> None:
+    hqq = pytest.importorskip("hqq.core.quantize")
+    model: Any = llama()
+    for name, layer in list(model.model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            config = hqq.BaseQuantizeConfig(nbits=4, group_size=32)
+            kept = hqq.HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu", del_orig=False)
+            model.model.set_submodule(name, kept)
+    assert not any("linear_layer" in name for name in adapted(lorasb.patch(model, r=4)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_weight_is_copied(kind: str) -> None:
+    """After a training step nothing of W's size is alive that was not before, and dense weights are not cached."""
+    model = initialized(kind)
+    layer = next(iter(adapted(model).values()))
+    model.train()(**batches()[0]).loss.backward()
+    gc.collect()
+    sizes = {layer.in_features * layer.out_features}
+    own = {id(t) for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+    grads = {id(p.grad) for p in model.parameters() if p.grad is not None}
+    floats = [
+        t
+        for t in gc.get_objects()
+        if type(t) is torch.Tensor and t.is_floating_point() and t.numel() in sizes and t.shape == (64, 64)
+    ]
+    assert all(id(t) in own | grads for t in floats)
+
+
+STAND_INS = (
+    ("aqlm", "QuantizedLinear", "is_aqlm_available", "aqlm"),
+    ("eetq", "EetqLinear", "is_eetq_available", "eetq"),
+    ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear", "is_gptqmodel_available", "GPTQ"),
+    (
+        "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules",
+        "PatchedLinear",
+        "is_inc_available",
+        "inc",
+    ),
+)
+
+
+@pytest.mark.parametrize(("module", "class_name", "available", "name"), STAND_INS)
+def test_formats_that_need_a_gpu_are_known_by_pefts_resolver(
+    monkeypatch: pytest.MonkeyPatch, module: str, class_name: str, available: str, name: str
+) -> None:
+    """A stand-in with the class's name in the package's place: all of PEFT's own code runs, but no kernel of theirs."""
+    kind = stand_in(monkeypatch, module, class_name, available)
+    model: Any = llama()
+    for path, layer in list(model.model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            model.model.set_submodule(path, kind(layer))
+    adapter = lorasb.patch(model, r=4)  # all of them, by their format
+    assert {layer.opaque().name for layer in adapted(adapter).values()} == {name}
+    lorasb.initialize(adapter, batches(), lr=1e-2, progress=False)
+    adapter.train()(**batches()[0]).loss.backward()
+    with pytest.raises(ValueError, match=f"{name} layers do not give it"):
+        adapter.merge_and_unload()
+
+
+class Bent(Scaled):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.gelu(super().forward(x))
+
+
+class Cut(Scaled):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.detach())
+
+
+class Broken(Scaled):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such kernel")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Bent, r"'proj' is a Bent, and 2x does not give twice what x gives"),
+        (Cut, r"'proj', a Cut layer, has no gradient of its input"),
+        (Broken, r"'proj' is a Broken that failed on x \[3, in\] \(no such kernel\), or name it in exclude_modules"),
+    ],
+)
+def test_one_probe_finds_what_cannot_be_adapted(kind: type[nn.Module], message: str) -> None:
+    model = nn.Sequential()
+    model.proj = kind(nn.Linear(8, 6, bias=False))
+    state = torch.get_rng_state()
+    with pytest.raises(TypeError, match=message):
+        lorasb.patch(model, r=2, target_modules=["proj"], init="random")
+    assert type(model.proj) is kind
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_a_gradient_an_adapter_can_still_be_served() -> None:
+    model = nn.Sequential()
+    model.proj = Cut(nn.Linear(8, 6, bias=False))
+    adapter = lorasb.patch(model, r=2, target_modules=["proj"], init="random", inference_mode=True)
+    assert isinstance(adapter.base_model.model.proj, LoRASBLinear)
+
+
+def test_a_missing_package_is_named() -> None:
+    kind = type("EetqLinear", (Broken,), {})
+    model = nn.Sequential()
+    model.proj = kind(nn.Linear(8, 6, bias=False))
+    with pytest.raises(TypeError, match="pip install eetq"):
+        lorasb.patch(model, r=2, target_modules=["proj"])
+
+
+def test_affine_is_linear_and_dense_layers_are_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Affine(Scaled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 3
+
+    model = nn.Sequential()
+    model.proj = Affine(nn.Linear(8, 6, bias=False))
+    assert lorasb.patch(model, r=2, target_modules=["proj"], init="random")
+    asked = []
+    monkeypatch.setattr(opaque_base, "resolve_quantization_backend", lambda *_, **__: asked.append(1))
+    lorasb.patch(llama(), r=4)
+    assert not asked
+
+
+def test_a_resolver_that_finds_a_package_too_old_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_old() -> bool:
+        raise ImportError("torchao 0.1 is too old, only versions above 0.16 are supported")
+
+    monkeypatch.setattr(peft.utils.quantization_utils, "is_torchao_available", too_old)
+    model = nn.Sequential()
+    model.proj = Scaled(nn.Linear(8, 6, bias=False))
+    with pytest.raises(ImportError, match=re.escape("torchao 0.1 is too old")):
+        lorasb.patch(model, r=2, target_modules=["proj"])
+    assert type(model.proj) is Scaled
+
+
+def test_a_merged_base_is_released_when_the_model_is_unloaded() -> None:
+    pytest.importorskip("optimum.quanto")
+    model = initialized("quanto")
+    layer = weakref.ref(next(iter(adapted(model).values())).base_layer)
+    plain = model.merge_and_unload()
+    del model
+    gc.collect()
+    assert layer() is None
+    assert plain is not None

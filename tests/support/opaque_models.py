@@ -1,0 +1,155 @@
+"""Tiny models whose linears are another quantizer's, and modules that stand in for quantizers which need a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import peft.utils.quantization_utils
+import pytest
+import torch
+from models import llama, text
+from torch import Tensor, nn
+
+import lorasb
+from lorasb.layers.linear import LoRASBLinear
+
+GROUP = 32  # weights that share a scale, in formats that have groups
+
+
+class Scaled(nn.Module):
+    """A linear of nobody's: int8 codes and a scale a row; it has no parameter, and no `weight`."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        scales = layer.weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("codes", (layer.weight / scales).round().to(torch.int8))
+        self.register_buffer("scales", scales.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, (self.codes * self.scales).to(x.dtype))
+
+
+def to_torchao_int8(layer: nn.Linear) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+    return layer
+
+
+def to_torchao_int4(layer: nn.Linear) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(layer, torchao_int4_config())
+    return layer
+
+
+def torchao_int4_config() -> Any:
+    quantization, groups = (importlib.import_module(f"torchao.quantization{part}") for part in ("", ".granularity"))
+    return quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups.PerGroup(GROUP))
+
+
+def to_hqq(layer: nn.Linear) -> nn.Module:
+    hqq = pytest.importorskip("hqq.core.quantize")
+    config = hqq.BaseQuantizeConfig(nbits=4, group_size=GROUP)
+    return hqq.HQQLinear(layer, config, compute_dtype=layer.weight.dtype, device="cpu")
+
+
+def to_quanto(layer: nn.Linear) -> nn.Module:
+    quanto = pytest.importorskip("optimum.quanto")
+    new = quanto.QLinear.from_module(layer, weights=quanto.qint4)
+    new.freeze()
+    return new
+
+
+def to_gptq(layer: nn.Linear) -> nn.Module:
+    """As the package packs it, with the nearest codes; its kernel in torch runs on a CPU."""
+    kernel = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch").TorchLinear
+    scales = layer.weight.detach().view(layer.out_features, -1, GROUP).abs().amax(-1) / 7
+    zeros = torch.full_like(scales, 8)
+    new = kernel(
+        4,
+        GROUP,
+        sym=True,
+        desc_act=False,
+        in_features=layer.in_features,
+        out_features=layer.out_features,
+        bias=layer.bias is not None,
+    )
+    new.pack(layer, scales, zeros, (torch.arange(layer.in_features) // GROUP).int())
+    new.post_init()
+    return new
+
+
+KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "torchao int8": to_torchao_int8,
+    "torchao int4": to_torchao_int4,
+    "hqq": to_hqq,
+    "quanto": to_quanto,
+    "gptq": to_gptq,  # skipped where its package is not installed, which needs a newer torch than we do
+    "unknown": Scaled,
+}
+NAMES = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"  # "all-linear" has no modules of nobody's
+
+
+def opaque_model(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A tiny Llama with opaque linears, in evaluation mode; its dimensions are multiples of `GROUP`."""
+    torch.manual_seed(0)
+    model = llama().to(dtype)
+    for name, layer in list(model.model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            model.model.set_submodule(name, KINDS[kind](layer))
+    return model.eval()
+
+
+def patched(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """An opaque model with an adapter."""
+    return lorasb.patch(opaque_model(kind, dtype), **{"r": 4, "target_modules": NAMES, "check_base": False} | options)
+
+
+def initialized(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """The same, initialized."""
+    model = patched(kind, dtype)
+    lorasb.initialize(model, batches(), lr=1e-2, progress=False, **options)
+    return model
+
+
+def batches(count: int = 3) -> list[dict[str, Tensor]]:
+    return [text(2, 12, seed) for seed in range(count)]
+
+
+def adapted(model: nn.Module) -> dict[str, LoRASBLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRASBLinear)}
+
+
+@torch.no_grad()
+def values(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """W [out, in] of an opaque linear without a bias: what it makes of the unit vectors."""
+    return layer(torch.eye(layer.in_features, dtype=dtype)).t().contiguous()
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """The same function with dense linears."""
+    dtype = next(model.parameters()).dtype
+    for name, layer in list(model.model.named_modules()):
+        features = getattr(layer, "in_features", None)
+        if features is not None:
+            dense = nn.Linear(features, layer.out_features, bias=False)
+            dense.weight.data = values(layer, dtype)
+            model.model.set_submodule(name, dense)
+    return model.eval()
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, class_name: str, available: str) -> type[nn.Module]:
+    """A class by a quantizer's name, in a module by its package's; PEFT's resolver takes the package for installed."""
+    kind = type(class_name, (Scaled,), {"__module__": module})
+    parts = module.split(".")
+    for i in range(1, len(parts) + 1):
+        name = ".".join(parts[:i])
+        if name not in sys.modules:
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setattr(sys.modules[module], class_name, kind, raising=False)
+    monkeypatch.setattr(peft.utils.quantization_utils, available, lambda: True)
+    return kind
