@@ -21,6 +21,7 @@ from ..utils.atomic_files import replacing, write_json, write_text
 # The values that vLLM accepts for --max-lora-rank; its default is 16.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 FORMATS = ("peft", "gguf")
+BIASES = {"all": "all", "lorasb_only": "lora_only", "lora_only": "lora_only"}  # PEFT's names of our fields' values
 COPIED_FIELDS = (
     "base_model_name_or_path",
     "revision",
@@ -109,6 +110,12 @@ def serve_command(base: str | None, folder: Path, rank: int) -> str:
 
 def _read(model: nn.Module, adapter_name: str | None) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
     name, layers = adapted_layers(model, adapter_name)
+    fresh = [layer for layer, module in layers.items() if not module.is_initialized(name)]
+    if fresh:
+        raise ValueError(
+            f"adapter {name!r} has not been initialized ({fresh[0]}): there is nothing to export. Call "
+            "lorasb.initialize(model, dataloader, lr=...)"
+        )
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     config = cast(Any, model).peft_config[name].to_dict()
     config["base_model_name_or_path"] = config["base_model_name_or_path"] or _base_name(model)
@@ -178,7 +185,7 @@ def _lora_config(config: dict[str, Any], rank: int) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": rank,  # PEFT's scaling alpha / r is then 1: s is in lora_B
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": BIASES.get(config.get("bias", "none"), "none"),
         "inference_mode": True,
         "init_lora_weights": True,
     }

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..layers.lookup import adapted_layers, any_merged
-from ..tuner.config import LoRASBConfig
+from ..tuner.config import LoRASBConfig, WrittenHere
 from ..utils.byte_sizes import parse_size
 from ..utils.precision import warn_if_slow
 from .factors.factorize import Recipe
@@ -134,7 +134,7 @@ def _recorded(model: nn.Module, config: LoRASBConfig, outcome: Outcome, recipe: 
         left=skipped_modules(model),
         longest_start=recipe.longest,
     )
-    config.init_provenance = provenance(report, outcome.data_hash)
+    config.init_provenance = WrittenHere(provenance(report, outcome.data_hash))
     return report
 
 

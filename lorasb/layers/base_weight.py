@@ -74,6 +74,7 @@ class FrozenBase(nn.Module, BaseTunerLayer):
         self.fan_in_fan_out, self.octet_dtype = fan_in_fan_out, octet_dtype
         self._cached_weight: CachedWeight | None = None
         self._replaced = ReplacedBase()
+        self.trains_bias = False  # our ops do not differentiate the bias: the base's own forward does
         keep_unpacked(base_layer)  # before any evaluation: the repacking is not always reversible
         self._opaque = opaque_base.find(base_layer, octet_dtype, resolver_options)
         known = self._opaque or self.quantized()
@@ -192,7 +193,7 @@ class FrozenBase(nn.Module, BaseTunerLayer):
     def base_must_run(self) -> bool:
         """True if the base layer's own forward has to run, as reading its weight would bypass hooks or patches."""
         base = self.base_layer
-        if self.opaque() is not None:
+        if self.trains_bias or self.opaque() is not None:
             return True
         # Conv1D (fan_in_fan_out) and quantized layers have forwards of their own, whose results we compute ourselves.
         plain = type(base).forward is nn.Linear.forward or self.fan_in_fan_out or is_quantized(base)

@@ -19,6 +19,7 @@ from .base_weight import FrozenBase
 from .offloading import factors_on_device
 from .parameter_dicts import LOADED, Cores, FrozenFactors, shard_like
 from .preconditioner import EquivalentGradient, Preconditioner
+from .scales import Scales
 from .token_rows import Rows
 
 
@@ -32,7 +33,7 @@ class Group(Protocol):
         """y of one member; None if the layer has to be computed alone."""
 
 
-class LoRASBLinear(FrozenBase):
+class LoRASBLinear(FrozenBase, Scales):
     """y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias, with W, A and B frozen and R trained (paper, Eq. 3 and 8).
 
     With orthonormal A and B, the plain gradient of R is the one whose effect on W is closest to full fine-tuning
@@ -61,7 +62,16 @@ class LoRASBLinear(FrozenBase):
 
     # PEFT sets requires_grad on everything in `adapter_layer_names`: only R is listed, as A and B stay frozen.
     adapter_layer_names = ("lorasb_R",)
-    other_param_names = ("lorasb_A", "lorasb_B", "r", "scaling", "lora_dropout", "equivalent", "initialized")
+    other_param_names = (
+        "lorasb_A",
+        "lorasb_B",
+        "r",
+        "scaling",
+        "first_scaling",
+        "lora_dropout",
+        "equivalent",
+        "initialized",
+    )
 
     def __init__(
         self,
@@ -79,6 +89,7 @@ class LoRASBLinear(FrozenBase):
         self.lorasb_A, self.lorasb_R, self.lorasb_B = FrozenFactors(), Cores(), FrozenFactors()
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
+        self.first_scaling: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
         self.equivalent: dict[str, bool] = {}
         self.initialized: dict[str, bool] = {}
@@ -86,6 +97,7 @@ class LoRASBLinear(FrozenBase):
         self.siblings: Group | None = None  # set by `linear_group.form` once the model is patched
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` switches it off
         self._active_adapter: str | list[str] = adapter_name
         self.add_adapter(adapter_name, r, scaling, lora_dropout, equivalent_gradient)
 
@@ -108,7 +120,8 @@ class LoRASBLinear(FrozenBase):
         if adapter_name in self.lorasb_R:
             raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
         device, dtype, core_dtype = self.execution_device, self.base_dtype, self.core_dtype
-        self.r[adapter_name], self.scaling[adapter_name] = r, scaling
+        self.r[adapter_name] = r
+        self.scaling[adapter_name] = self.first_scaling[adapter_name] = scaling
         self.lora_dropout[adapter_name], self.equivalent[adapter_name] = lora_dropout, equivalent_gradient
         self.initialized[adapter_name] = False
         self.lorasb_A[adapter_name] = nn.Parameter(torch.zeros(r, self.in_features, device=device, dtype=dtype))
@@ -215,11 +228,11 @@ class LoRASBLinear(FrozenBase):
         return cached.matrices(a, b, self.scaling[name], self.lorasb_R[name].dtype)
 
     def is_initialized(self, name: str) -> bool:
-        """True if an adapter was initialized or loaded."""
-        if self.initialized[name]:
-            return True
+        """True if an adapter was initialized, or loaded from one that was."""
         # transformers' loader assigns parameters past `_load_from_state_dict`, and marks each one that it loaded.
-        return all(getattr(getattr(self, factor)[name], LOADED, False) for factor in FACTORS)
+        if not self.initialized[name] and all(getattr(getattr(self, f)[name], LOADED, False) for f in FACTORS):
+            self.initialized[name] = _has_values(self.lorasb_A[name])
+        return self.initialized[name]
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """The shapes of an adapter's factors, keyed by their names in a state dict."""
@@ -290,11 +303,13 @@ class LoRASBLinear(FrozenBase):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name in self.lorasb_R:
-            pairs = [(state_dict.get(f"{prefix}{factor}.{name}"), getattr(self, factor)[name]) for factor in FACTORS]
+            pairs: list[Any] = [
+                (state_dict.get(f"{prefix}{factor}.{name}"), getattr(self, factor)[name]) for factor in FACTORS
+            ]
             # torch fills in keys that a checkpoint lacks (with FSDP: A and B) with the layer's own parameters. Only a
             # tensor that is another object came from the checkpoint.
             if all(loaded is not None and loaded is not parameter for loaded, parameter in pairs):
-                self.initialized[name] = True
+                self.initialized[name] = _has_values(pairs[FACTORS.index("lorasb_A")][0])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True for every adapter: it equals a plain LoRA with factors A and s·B·R."""
@@ -306,6 +321,13 @@ class LoRASBLinear(FrozenBase):
 
     def __repr__(self) -> str:
         return "lorasb." + super().__repr__()
+
+
+def _has_values(a: Tensor) -> bool:
+    """False for the zeros of an adapter that was saved before it was initialized."""
+    a = a.detach()
+    a = a.to_local() if hasattr(a, "to_local") else a  # a DTensor's own shard
+    return a.is_meta or a.numel() == 0 or bool(a.any())
 
 
 def _guard_uninitialized(core: Tensor, name: str, training: bool) -> Tensor:

@@ -26,7 +26,8 @@ def merged(weight: Tensor, deltas: Sequence[Tensor], names: Sequence[str], sign:
     result = total.to(weight.dtype)
     if not torch.isfinite(result).all():
         raise ValueError(
-            f"merging adapters {list(names)} gives weights that are not finite in {weight.dtype}; the weights were "
-            "left as they are. Check the adapter's training, or merge into a wider dtype"
+            f"NaNs detected in the merged weights. The adapter {' and '.join(names)} seems to be broken: merging gives "
+            f"weights that are not finite in {weight.dtype}; the weights were left as they are. Check the adapter's "
+            "training, or merge into a wider dtype"
         )
     return result

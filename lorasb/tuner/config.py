@@ -22,6 +22,7 @@ from .peft_type import extend_peft_types
 DEFAULT_RANK = 64
 INITS = ("update", "lora-xs", "lora-xs-output", "kaiming", "random")
 ALL_LINEAR = "all-linear"
+BIASES = ("none", "all", "lorasb_only", "lora_only")  # the last is PEFT's name for the same, so that configs carry over
 GLUE_ALPHA = 16.0  # LoRA-XS fixes alpha at 16 on GLUE and at r elsewhere (paper, appendix I)
 NOT_SAVED = ("init_seed", "check_base")  # of no use to whoever loads the adapter
 # Fields that patching overwrites with the values they resolve to for one model.
@@ -34,6 +35,13 @@ RESOLVED = (
     "base_fingerprint",
     "init_provenance",
 )
+
+
+class WrittenHere(dict[str, Any]):
+    """A field that patching or an initialization wrote in this process.
+
+    `dataclasses.replace` and `copy` hand it on, and what they give is a request for a new adapter, not a saved one.
+    """
 
 
 # `__post_init__` looks up PeftType(PEFT_NAME), also where the config is imported before the method is registered.
@@ -56,6 +64,8 @@ class LoRASBConfig(PeftConfig):
         layers_to_transform: indices of the blocks to adapt; `layers_pattern` names the list they index.
         rank_pattern: name or regex -> rank, for layers that differ from `r`.
         lora_dropout: probability of dropping an element of the adapter's input.
+        bias: which of the base's biases are trained and saved too: "none", "all" or "lorasb_only", those of the adapted
+            layers. With trained biases a disabled adapter is not the base model.
         scaling: s. LoRA-SB needs no tuning here: its equivalent gradient does not depend on s (Theorem 5).
         init: "update" (LoRA-SB, Eq. 6-8), "lora-xs" (SVD of W, Σ in A as its authors have it), "lora-xs-output" (Σ in
             B), "kaiming" (SVD of a random matrix, Table 5) or "random" (orthonormal A and B, R = 0: the control). All
@@ -67,6 +77,10 @@ class LoRASBConfig(PeftConfig):
             orthonormal; with LoRA-SB's own it changes nothing but s.
         modules_to_save: modules that are trained and saved in full. Modules that are missing from the base's
             checkpoint, such as a classification head, are added automatically.
+        trainable_token_indices: rows of the input embedding that are trained beside the adapter, or rows by the name of
+            an embedding, as in PEFT's LoraConfig.
+        ensure_weight_tying: let a head that is tied to the input embedding follow what is trained of it through
+            `modules_to_save` or `trainable_token_indices`, as in PEFT's LoraConfig.
         init_provenance: written by `lorasb.initialize`: data, seed, learning rate, samples, versions.
         base_fingerprint: written when a model is patched: sampled weights that identify the base model.
         check_base: compare the base model with the fingerprint of a loaded adapter, and write one when a model is
@@ -84,12 +98,15 @@ class LoRASBConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     lora_dropout: float = 0.0
+    bias: str = "none"
     scaling: float = 1.0
     init: str = "update"
     init_seed: int = 0
     lora_alpha: float | None = None
     equivalent_gradient: bool = False
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     init_provenance: dict[str, Any] | None = None
     base_fingerprint: dict[str, str] | None = None
     check_base: bool = True
@@ -128,6 +145,8 @@ class LoRASBConfig(PeftConfig):
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
         if isinstance(self.init_seed, bool) or not isinstance(self.init_seed, int) or self.init_seed < 0:
             raise ValueError(f"init_seed must be an integer >= 0, got {self.init_seed!r}")
+        if self.bias not in BIASES:
+            raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout!r}")
         if not isinstance(self.scaling, int | float) or not 0.0 < abs(self.scaling) < float("inf"):
@@ -154,7 +173,8 @@ class LoRASBConfig(PeftConfig):
     @property
     def from_file(self) -> bool:
         """True if the adapter exists already: its weights come from a file or from other adapters."""
-        return self._weights_follow or self.init_provenance is not None
+        provenance = self.init_provenance
+        return self._weights_follow or (provenance is not None and not isinstance(provenance, WrittenHere))
 
     def weights_follow(self) -> LoRASBConfig:
         """Mark that the caller writes A, R and B of the next adapter made from this config: no init runs."""
@@ -166,6 +186,9 @@ class LoRASBConfig(PeftConfig):
         # Without this, ranks capped for a small model, or its target names, would be explicit requests for the next.
         for name, value in getattr(self, "_asked", {}).items():
             setattr(self, name, value)
+        if not self._weights_follow:
+            for name in ("init_provenance", "base_fingerprint"):
+                setattr(self, name, None if isinstance(getattr(self, name), WrittenHere) else getattr(self, name))
         self._asked = {name: copy.copy(getattr(self, name)) for name in RESOLVED}
 
     def scaling_for(self, r: int) -> float:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -83,8 +83,18 @@ def _poolers(model: nn.Module) -> Iterator[str]:
 
 
 def _all_loaded(module: nn.Module) -> bool:
-    """True if transformers marked every parameter of the module as loaded from the checkpoint."""
-    return all(getattr(parameter, LOADED, False) for parameter in module.parameters())
+    """True if transformers marked every parameter of the module as loaded from the checkpoint.
+
+    Those of an earlier adapter inside of it do not count.
+    """
+    adapted = [name for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)]
+    inside = tuple(f"{name}." if name else "" for name in adapted)
+    base = tuple(f"{prefix}base_layer." for prefix in inside)
+    return all(
+        getattr(parameter, LOADED, False)
+        for name, parameter in module.named_parameters()
+        if not name.startswith(inside) or name.startswith(base)
+    )
 
 
 def _names_to_save(model: nn.Module, name: str, module: nn.Module) -> Iterator[str]:

@@ -5,12 +5,13 @@ It overrides hooks of PEFT's `BaseTuner`; the neighbors have the parts: `targets
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
-import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.peft_types import PeftType, register_peft_method
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -18,32 +19,33 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints import adapter_file
-from ..checkpoints.base_fingerprint import difference, fingerprint
+from ..checkpoints.base_fingerprint import fingerprint
 from ..constants import PEFT_NAME
 from ..distributed.deepspeed_zero import with_kept_factors
 from ..layers import linear_group, unfused_experts
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import any_merged, layers_with
-from ..layers.offloading import has_weight_values
 from ..layers.requantize import Requantized
 from ..quantization.bitsandbytes import keep_unpacked
 from . import fused_experts, loading
-from .config import ALL_LINEAR, LoRASBConfig
+from .base_model import can_initialize_now, check_base, float_dtype
+from .config import ALL_LINEAR, LoRASBConfig, WrittenHere
 from .fresh_heads import save_heads
 from .mixed_batch import adapters_by_row
 from .rollback import discard, unchanged_on_error
 from .targets import (
-    base_of,
     check_opaque,
     check_supported,
     filter_all_linear,
     inside_tuner,
+    layers_named_in,
     rank_for,
     refuse_tied_head,
     resolve_ranks,
+    without_wrapper,
 )
 from .task_type import infer_task_type
-from .weighted_adapter import combine
+from .weighted_adapter import Options, combine
 
 InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, LoRASBLinear], int], Any]
 
@@ -87,14 +89,15 @@ class LoRASBModel(BaseTuner):
             # Experts must be nn.Linear modules before `_plan` looks for targets by name.
             if config.target_parameters:
                 fused_experts.open_targets(model, config.target_parameters)
-            self._plan(model, config)
+            self._plan(model, config, kwargs.get("state_dict"))
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = layers_with(model, adapter_name)
             # W is read while it is the base's own: with an adapter merged in, the values would identify nothing.
             if config.check_base and config.base_fingerprint is None and not any_merged(model):
-                config.base_fingerprint = fingerprint({name: layer.base_weight() for name, layer in layers.items()})
+                sampled = fingerprint({name: layer.base_weight() for name, layer in layers.items()})
+                config.base_fingerprint = None if sampled is None else WrittenHere(sampled)
             # With a state dict (PEFT's injection by its keys) the values follow, and an init would be overwritten.
-            if kwargs.get("state_dict") is None and _can_initialize_now(model, config, adapter_name, layers):
+            if kwargs.get("state_dict") is None and can_initialize_now(model, config, adapter_name, layers):
                 self._initialize(model, config, adapter_name, layers)
             linear_group.form(model)  # last: a group refers to the layers that were put in
 
@@ -133,9 +136,25 @@ class LoRASBModel(BaseTuner):
         adapter_name: str,
         combination_type: str = "auto",
         svd_rank: int | None = None,
+        **options: Any,
     ) -> dict[str, float]:
-        """Add the weighted sum of adapters as a new one; see `weighted_adapter.combine`, whose errors it returns."""
-        return combine(self, adapters, weights, adapter_name, combination_type, svd_rank)
+        """Add the weighted sum of adapters as a new one; see `weighted_adapter.combine`, whose errors it returns.
+
+        `options` are PEFT's: `density`, `majority_sign_method`, `svd_clamp`, `svd_full_matrices`, `svd_driver`.
+        """
+        return combine(self, adapters, weights, adapter_name, Options(combination_type, svd_rank, **options))
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """PEFT's, by `bias`; layers whose bias trains then let their base compute, which differentiates it."""
+        super()._mark_only_adapters_as_trainable(model)
+        for layer in model.modules():
+            if isinstance(layer, LoRASBLinear):
+                bias = getattr(layer.get_base_layer(), "bias", None)
+                layer.trains_bias = bias is not None and bias.requires_grad
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """With `ensure_weight_tying`: the input embedding is saved, and modules tied to it follow; LoRA's own code."""
+        LoraModel._add_modules_to_save_to_tie(cast(Any, self), peft_config, tied_weight_keys)
 
     @staticmethod
     def _refuse_duplicates(model: nn.Module, adapter_name: str) -> None:
@@ -145,8 +164,11 @@ class LoRASBModel(BaseTuner):
                 "model.add_adapter(another_name, LoRASBConfig(...)) for one more, or model.unload() to start again"
             )
 
-    def _plan(self, model: nn.Module, config: LoRASBConfig) -> None:
-        """Resolve targets and ranks, and raise on everything that would make replacing fail."""
+    def _plan(self, model: nn.Module, config: LoRASBConfig, state_dict: dict[str, Tensor] | None) -> None:
+        """Resolve targets and ranks, and raise on everything that would make replacing fail.
+
+        With a `state_dict` its layers are the targets, at the ranks that they have there.
+        """
         self._prepare_adapter_config(config, self.get_model_config(model))
         # PEFT replaces "all-linear" by a set of full names, so the question must be asked before.
         all_linear = config.target_modules == ALL_LINEAR
@@ -157,14 +179,19 @@ class LoRASBModel(BaseTuner):
             name: module
             for name, module in model.named_modules()
             # modules inside a tuner layer (base_layer) belong to an earlier adapter; the layer itself is the target
-            if name and self._check_target_module_exists(config, name) and not inside_tuner(model, name)
+            if name and self._is_target(config, name, state_dict) and not inside_tuner(model, name)
         }
         for name, module in targets.items():
             check_supported(name, module)
         refuse_tied_head(model, targets)
-        check_opaque(targets, _float_dtype(model), trained=not config.inference_mode)
-        resolve_ranks(config, targets)
-        _check_base(model, config, targets)
+        check_opaque(targets, float_dtype(model), trained=not config.inference_mode)
+        resolve_ranks(config, targets, state_dict or {})
+        check_base(model, config, targets)
+
+    def _is_target(self, config: LoRASBConfig, name: str, state_dict: dict[str, Tensor] | None) -> Any:
+        if state_dict is None:
+            return self._check_target_module_exists(config, name)
+        return without_wrapper(name) in layers_named_in(state_dict)
 
     def _create_and_replace(
         self,
@@ -190,7 +217,7 @@ class LoRASBModel(BaseTuner):
             target,
             adapter_name,
             fan_in_fan_out=isinstance(target, Conv1D),  # GPT-2's, which stores W as [in, out]
-            octet_dtype=_float_dtype(self.model),
+            octet_dtype=float_dtype(self.model),
             resolver_options=get_quantization_kwargs(self.model),
             **options,
         )
@@ -271,12 +298,14 @@ class LoRASBModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        for name, layer in layers_with(model, adapter_name).items():
-            if not layer.is_initialized(adapter_name):
-                raise ValueError(
-                    f"adapter {adapter_name!r} has not been initialized ({name}): there is nothing to save. Call "
-                    "lorasb.initialize(model, dataloader, lr=...), or name others in selected_adapters"
-                )
+        fresh = [n for n, layer in layers_with(model, adapter_name).items() if not layer.is_initialized(adapter_name)]
+        if fresh:
+            warnings.warn(
+                f"adapter {adapter_name!r} has not been initialized ({fresh[0]}): its A, R and B are zeros, and it has "
+                "to be initialized where it is loaded. Call lorasb.initialize(model, dataloader, lr=...) first, or "
+                "name others in selected_adapters",
+                stacklevel=3,
+            )
         saved_tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return with_kept_factors(saved_tensors, model, adapter_name)
 
@@ -294,39 +323,6 @@ class LoRASBModel(BaseTuner):
                 discard(model, adapter_name)
             raise
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-
-def _float_dtype(model: Any) -> torch.dtype | None:
-    """The model's dtype, if it has one and that is a float's."""
-    dtype = getattr(model, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
-
-
-def _check_base(model: nn.Module, config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
-    """Raise if the targets' weights are not those that the adapter was made on."""
-    if not config.base_fingerprint or any_merged(model):
-        return
-    weights = {name: getattr(base_of(module), "weight", None) for name, module in targets.items()}
-    reason = difference(weights, config.base_fingerprint)
-    if reason:
-        raise ValueError(
-            f"this adapter was made on {config.base_model_name_or_path or 'another base model'}, and this base "
-            f"is another one: {reason}. Load the adapter's own base; if you mean it: "
-            "PeftModel.from_pretrained(base, folder, check_base=False)"
-        )
-
-
-def _can_initialize_now(
-    model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]
-) -> bool:
-    """True if the init is data-free, W is at hand and has no adapter merged in, and no saved weights follow."""
-    if config.init == "update" or config.from_file or any_merged(model):
-        return False
-    # Meta tensors have no values: PEFT's low_cpu_mem_usage makes such adapters, to be loaded afterwards.
-    return all(
-        has_weight_values(layer.get_base_layer()) and not layer.lorasb_A[adapter_name].is_meta
-        for layer in layers.values()
-    )
 
 
 def register(init_without_data: InitWithoutData) -> None:

@@ -18,7 +18,20 @@ from ..utils.dtypes import FLOATS
 from .config import DEFAULT_RANK, LoRASBConfig
 
 # nn.MultiheadAttention's out_proj: its weight goes to a functional call, so a layer in its place would never run.
+CORE = ".lorasb_R"  # in the keys of a state dict
+
 LINEARS_NOT_CALLED = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
+
+
+def without_wrapper(name: str) -> str:
+    """A module's name without what torch.compile puts into those below a compiled module."""
+    return name.replace("_orig_mod.", "")
+
+
+def layers_named_in(state_dict: dict[str, Any]) -> dict[str, int]:
+    """Layers that a state dict has an R of, and its rank."""
+    cores = {key.rsplit(CORE, 1)[0]: value for key, value in state_dict.items() if CORE in key}
+    return {without_wrapper(name): len(value) for name, value in cores.items()}
 
 
 def rank_for(config: LoRASBConfig, name: str) -> int:
@@ -28,18 +41,22 @@ def rank_for(config: LoRASBConfig, name: str) -> int:
 
 def _pattern_rank(config: LoRASBConfig, name: str) -> int | None:
     # as PEFT matches patterns: the key is a whole suffix of the name, after a dot or at its start
+    name = without_wrapper(name)
     matching = (rank for key, rank in config.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
     return next(matching, None)
 
 
-def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
+def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module], state_dict: dict[str, Any]) -> None:
     """Write the default rank into the config, capped for small layers in rank_pattern; check explicit ranks.
+
+    Where a `state_dict` says which layers are adapted, the default rank of each is the one that it has there.
 
     Raises:
         ValueError: an explicit rank is above a layer's min(in_features, out_features).
     """
-    uses_default = config.r is None
-    capped = {}
+    uses_default, capped = config.r is None, {}
+    if uses_default and state_dict and not config.rank_pattern:
+        config.rank_pattern = {re.escape(name): rank for name, rank in layers_named_in(state_dict).items()}
     for name, module in targets.items():
         limit = min(features_of(base_of(module)))
         if rank_for(config, name) <= limit:
@@ -49,7 +66,7 @@ def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
                 f"rank {rank_for(config, name)} is more than layer {name!r} allows: min(in_features, out_features) = "
                 f"{limit}. Lower r, or give this layer its own: rank_pattern={{{name.rpartition('.')[2]!r}: {limit}}}"
             )
-        capped[re.escape(name)] = limit  # escaped: keys of rank_pattern are regexes
+        capped[re.escape(without_wrapper(name))] = limit  # escaped: keys of rank_pattern are regexes
     config.r, config.rank_pattern = config.r or DEFAULT_RANK, config.rank_pattern | capped
 
 

@@ -2,7 +2,8 @@
 
 ΔW = Σ_i w_i s_i B_i R_i A_i. With shared A and B this is s·B (Σ_i w_i s_i / s · R_i) A, so only the R's are added.
 Otherwise the factors are stacked, and the truncated SVD of the sum, computed without a matrix of W's size, gives the
-new B, R and A.
+new B, R and A. TIES, DARE and pruning by magnitude (`pruned_sums`) act on the R's of adapters that share A and B, and
+on the updates of W, a layer at a time, where they do not or where "_svd" asks for it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,54 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
 from ..constants import MAX_RANK
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import any_merged, layers_with
+from .pruned_sums import PRUNING, SVD, Decomposition, Pruning, pruned_update
 
-KINDS = ("auto", "linear", "svd", "cat")
+KINDS = ("auto", "linear", "svd", "cat", *PRUNING, *(f"{kind}{SVD}" for kind in PRUNING))
+
+
+@dataclass(frozen=True)
+class Options:
+    """How adapters are added; the names are PEFT's.
+
+    Attributes:
+        combination_type: "linear" adds the R's of adapters that share A and B, exactly; "svd" gives the best
+            approximation of `svd_rank`; "cat" is exact, at the sum of the ranks; "auto" is "linear" for shared A and B,
+            else "svd"; the others prune first. "linear" and the pruning kinds are theirs of "_svd" for adapters that do
+            not share A and B.
+        svd_rank: the largest of the adapters' ranks by default.
+        svd_clamp, svd_full_matrices, svd_driver: of the SVD of an update of W [out, in].
+        density: share of entries that stay, of the pruning kinds.
+        majority_sign_method: how TIES elects signs, "total" or "frequency".
+    """
+
+    combination_type: str = "auto"
+    svd_rank: int | None = None
+    svd_clamp: float | None = None
+    svd_full_matrices: bool = False
+    svd_driver: str | None = None
+    density: float | None = None
+    majority_sign_method: str = "total"
+
+    def pruning(self) -> Pruning | None:
+        """What is pruned before the sum, if anything.
+
+        Raises:
+            ValueError: a kind that is not known, or a density or method that is none.
+        """
+        if self.combination_type not in KINDS:
+            raise ValueError(f"combination_type must be one of {', '.join(KINDS)}, got {self.combination_type!r}")
+        kind = self.combination_type.removesuffix(SVD)
+        if kind not in PRUNING:
+            return None
+        pruning = Pruning(kind, cast(float, self.density), self.majority_sign_method)
+        pruning.check()
+        return pruning
 
 
 @dataclass(frozen=True)
@@ -36,45 +78,35 @@ class Combined:
 
 @torch.no_grad()
 def combine(
-    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, kind: str, rank: int | None
+    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, options: Options
 ) -> dict[str, float]:
     """Add the adapter `adapter_name` = Σ weights · adapters to a model; the active adapter stays active.
 
     Args:
         tuner: the `LoRASBModel`.
-        adapters: names of initialized adapters.
+        adapters: names of initialized adapters. Modules that one of them has trained in full go along.
         weights: one per adapter, of any sign.
         adapter_name: name of the new adapter.
-        kind: "linear" adds R's, exactly, and requires shared A and B; "svd" gives the best approximation of `rank`;
-            "cat" is exact, at the sum of the ranks; "auto" is "linear" for shared A and B, else "svd".
-        rank: for "svd"; the largest of the adapters' ranks by default.
+        options: how they are added.
 
     Returns:
         The relative error of ΔW by layer, before A and B are rounded to the base's dtype; 0 where it is exact.
 
     Raises:
-        ValueError: unknown, uninitialized or merged adapters, a name in use, a wrong number of weights, heads that
-            were trained with the adapters, or "linear" for adapters that do not share A and B.
+        ValueError: unknown, uninitialized or merged adapters, a name in use, a wrong number of weights, several
+            adapters with modules that were trained in full, or options that cannot be.
     """
-    layers = _check(tuner, adapters, weights, adapter_name, kind)
-    if rank is not None and rank < 1:
-        raise ValueError(f"svd_rank must be positive, got {rank}")
+    pruning = options.pruning()
+    layers = _check(tuner, adapters, weights, adapter_name)
+    if options.svd_rank is not None and options.svd_rank < 1:
+        raise ValueError(f"svd_rank must be positive, got {options.svd_rank}")
     shared = _share_factors(layers, adapters)
-    if kind == "linear" and not shared:
-        raise ValueError(
-            f"adapters {', '.join(adapters)} do not share A and B, so adding their R's means nothing: use "
-            'combination_type="svd" for the best adapter of one rank, or "cat" for an exact one of a higher rank'
-        )
     combined = {}
     for name, layer in layers.items():
         weighted_names = [(w, n) for w, n in zip(weights, adapters, strict=True) if n in layer.lorasb_R]
-        if shared and kind in ("auto", "linear"):
-            combined[name] = _sum_cores(layer, weighted_names)
-        else:
-            largest = max(layer.r[n] for _, n in weighted_names)
-            combined[name] = _truncated_svd(layer, weighted_names, None if kind == "cat" else rank or largest)
+        combined[name] = _combined(layer, weighted_names, options, pruning, shared)
     _check_ranks(combined)
-    _insert(tuner, adapters[0], adapter_name, layers, combined)
+    _insert(tuner, adapters, adapter_name, layers, combined)
     worst = max(combined.values(), key=lambda layer_result: layer_result.error)
     logging.getLogger("lorasb").info(
         "adapter %r: %d layers combined, largest relative error of their updates %.2e",
@@ -85,11 +117,25 @@ def combine(
     return {name: layer_result.error for name, layer_result in combined.items()}
 
 
-def _check(
-    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, kind: str
-) -> dict[str, LoRASBLinear]:
-    if kind not in KINDS:
-        raise ValueError(f"combination_type must be one of {', '.join(KINDS)}, got {kind!r}")
+def _combined(
+    layer: LoRASBLinear,
+    weighted_names: list[tuple[float, str]],
+    options: Options,
+    pruning: Pruning | None,
+    shared: bool,
+) -> Combined:
+    """One layer's new factors, by the way that the options ask for and that its adapters allow."""
+    kind = options.combination_type
+    rank = options.svd_rank or max(layer.r[name] for _, name in weighted_names)
+    if shared and not kind.endswith("svd") and kind != "cat":
+        return _sum_cores(layer, weighted_names, pruning)
+    if pruning is not None or options.svd_clamp is not None:
+        decomposition = Decomposition(options.svd_clamp, options.svd_full_matrices, options.svd_driver)
+        return _of_update(layer, weighted_names, pruning, decomposition, rank)
+    return _truncated_svd(layer, weighted_names, None if kind == "cat" else rank)
+
+
+def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> dict[str, LoRASBLinear]:
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"expected a weight for each adapter, got {len(adapters)} adapters and {len(weights)} weights")
     if adapter_name in tuner.peft_config:
@@ -99,6 +145,12 @@ def _check(
     layers: dict[str, LoRASBLinear] = {}
     for name in adapters:
         layers |= _initialized_layers(tuner, name)
+    with_modules = [name for name in dict.fromkeys(adapters) if tuner.peft_config[name].modules_to_save]
+    if len(with_modules) > 1:
+        raise ValueError(
+            f"adapters {', '.join(map(repr, with_modules))} have trained whole modules (modules_to_save), which cannot "
+            "be added: at most one of the adapters may have some, and the new one takes them over"
+        )
     return layers
 
 
@@ -107,8 +159,6 @@ def _initialized_layers(tuner: Any, name: str) -> dict[str, LoRASBLinear]:
     layers = layers_with(tuner.model, name)
     if not layers:
         raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(tuner.peft_config)}")
-    if tuner.peft_config[name].modules_to_save:
-        raise ValueError(f"adapter {name!r} has trained whole modules, which cannot be added: modules_to_save")
     for path, layer in layers.items():
         if not layer.is_initialized(name):
             raise ValueError(f"adapter {name!r} has not been initialized ({path}): call lorasb.initialize first")
@@ -136,11 +186,29 @@ def _share_factors(layers: dict[str, LoRASBLinear], adapters: Sequence[str]) -> 
     return True
 
 
-def _sum_cores(layer: LoRASBLinear, weighted_names: list[tuple[float, str]]) -> Combined:
-    """Σ w s R over shared A and B, in fp64: exact up to one rounding of R to fp32."""
-    first = weighted_names[0][1]
-    total = sum(weight * layer.scaling[name] * layer.lorasb_R[name].double() for weight, name in weighted_names)
-    return Combined(layer.lorasb_B[first], cast(Tensor, total), layer.lorasb_A[first], 0.0)
+def _sum_cores(layer: LoRASBLinear, weighted_names: list[tuple[float, str]], pruning: Pruning | None) -> Combined:
+    """Σ w s R over shared A and B, in fp64: exact up to one rounding of R to fp32, if nothing is pruned."""
+    weights, names = zip(*weighted_names, strict=True)
+    cores = [layer.scaling[name] * layer.lorasb_R[name].double() for name in names]
+    return Combined(layer.lorasb_B[names[0]], pruned_update(cores, weights, pruning), layer.lorasb_A[names[0]], 0.0)
+
+
+def _of_update(
+    layer: LoRASBLinear,
+    weighted_names: list[tuple[float, str]],
+    pruning: Pruning | None,
+    decomposition: Decomposition,
+    rank: int,
+) -> Combined:
+    """The best factors of a rank for the layer's update [out, in], in fp32; pruned updates have full rank."""
+    weights, names = zip(*weighted_names, strict=True)
+    updates = [layer.get_delta_weight(name).float() for name in names]
+    update = pruned_update([u.t() if layer.fan_in_fan_out else u for u in updates], weights, pruning)
+    left, right = decomposition.factors(update, rank)
+    error = float((update - left @ right).norm() / update.norm().clamp_min(1e-30))
+    b, upper = torch.linalg.qr(left.double())  # orthonormal, as LoRA-SB's own are; clamped ones were not
+    a, lower = torch.linalg.qr(right.double().t())
+    return Combined(b, upper @ lower.t(), a.t(), error)
 
 
 def _truncated_svd(layer: LoRASBLinear, weighted_names: list[tuple[float, str]], rank: int | None) -> Combined:
@@ -162,16 +230,23 @@ def _truncated_svd(layer: LoRASBLinear, weighted_names: list[tuple[float, str]],
 
 
 def _insert(
-    tuner: Any, template: str, adapter_name: str, layers: dict[str, LoRASBLinear], combined: dict[str, Combined]
+    tuner: Any,
+    adapters: Sequence[str],
+    adapter_name: str,
+    layers: dict[str, LoRASBLinear],
+    combined: dict[str, Combined],
 ) -> None:
     active = list(tuner.active_adapters)  # injection may change which adapters are active
-    tuner.peft_config[adapter_name] = _config_like(tuner.peft_config[template], combined)
+    with_modules = next((name for name in adapters if tuner.peft_config[name].modules_to_save), None)
+    tuner.peft_config[adapter_name] = _config_like(tuner.peft_config[with_modules or adapters[0]], combined)
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
         for name, factors in combined.items():
             layer = layers[name]
             # the core includes every s_i; the layer multiplies by its own s again
             layer.set_factors(adapter_name, factors.b, factors.core / layer.scaling[adapter_name], factors.a)
+        if with_modules is not None:
+            _take_modules_over(tuner.model, with_modules, adapter_name)
     except Exception:
         tuner.peft_config.pop(adapter_name, None)
         for layer in layers.values():
@@ -179,6 +254,15 @@ def _insert(
                 layer.delete_adapter(adapter_name)
         raise
     tuner.set_adapter(active)
+
+
+def _take_modules_over(model: torch.nn.Module, old: str, new: str) -> None:
+    """Give the new adapter a copy of the modules that an old one has trained in full."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and old in module.modules_to_save:
+            module.update(new)
+            module.modules_to_save[new].load_state_dict(module.modules_to_save[old].state_dict())
+            module.modules_to_save[new].requires_grad_(False)
 
 
 def _config_like(template: Any, combined: dict[str, Combined]) -> Any:

@@ -101,11 +101,18 @@ def test_the_file_holds_the_factors_and_nothing_else(saved: Path) -> None:
     assert config["init_provenance"]["num_samples"] == 6
 
 
-def test_an_uninitialized_adapter_is_not_saved(tmp_path: Path) -> None:
+def test_an_uninitialized_adapter_is_saved_with_a_warning_and_loaded_as_one(tmp_path: Path) -> None:
     model = lorasb.patch(make("llama"), r=4)
-    with pytest.raises(ValueError, match=r"has not been initialized .*there is nothing to save.*selected_adapters"):
+    with pytest.warns(UserWarning, match=r"'default' has not been initialized .*lorasb\.initialize.*selected_adapters"):
+        tensors = peft.get_peft_model_state_dict(model)
+    assert len(tensors) == 3 * 14
+    with pytest.warns(UserWarning, match="has to be initialized where it is loaded"):
         model.save_pretrained(tmp_path)
-    assert not (tmp_path / WEIGHTS).exists()
+    again = peft.PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=True)
+    with pytest.raises(RuntimeError, match="has not been initialized: its A, B and R are zero"):
+        again.train()(**batches_for("llama")[0])
+    lorasb.initialize(again, batches_for("llama"), lr=1e-2, progress=False)
+    again.train()(**batches_for("llama")[0]).loss.backward()
 
 
 def drop_one(tensors: dict[str, Tensor]) -> None:

@@ -69,16 +69,130 @@ def test_a_first_adapter_that_leaves_layers_out_adds_nothing_there() -> None:
         tolerances.check(layer.get_delta_weight("sum"), update(layer, names), tolerances.EXPORT)
 
 
+def test_linear_of_adapters_that_share_nothing_is_the_best_of_a_rank() -> None:
+    model = two(target_modules=["q_proj", "up_proj"])
+    errors = model.add_weighted_adapter(["default", "second"], [1.0, 0.5], "sum", "linear")
+    best = model.add_weighted_adapter(["default", "second"], [1.0, 0.5], "best", "svd")
+    assert errors == best
+    assert max(errors.values()) > 0
+    for layer in layers(model).values():
+        tolerances.check(layer.get_delta_weight("sum"), layer.get_delta_weight("best"), tolerances.EXACT)
+
+
+def trimmed(tensor: Tensor, density: float) -> Tensor:
+    """The largest entries by size, a share of them; the others are zero. Of equal ones topk says which."""
+    kept = tensor.abs().flatten().topk(int(density * tensor.numel())).indices
+    mask = torch.zeros(tensor.numel(), dtype=torch.bool)
+    mask[kept] = True
+    return torch.where(mask.view_as(tensor), tensor, 0.0)
+
+
+def elected(tensors: list[Tensor], weights: list[float]) -> Tensor:
+    """TIES: per entry, the mean of the weighted values whose sign is that of their plain sum."""
+    stacked = torch.stack(tensors)
+    agree = stacked.sign() == stacked.sum(0).sign()
+    total = sum(weight * value * mask for weight, value, mask in zip(weights, tensors, agree, strict=True))
+    return total / agree.sum(0).clamp(min=1)
+
+
+@pytest.mark.parametrize("kind", ["ties", "magnitude_prune"])
+def test_pruning_acts_on_the_cores_of_adapters_that_share_factors(kind: str) -> None:
+    model, weights = two(shared=True), [0.7, -0.4]
+    errors = model.add_weighted_adapter(["default", "second"], weights, "sum", kind, density=0.5)
+    assert set(errors.values()) == {0.0}
+    for layer in layers(model).values():
+        cores = [trimmed(layer.scaling[n] * layer.lorasb_R[n].double(), 0.5) for n in ("default", "second")]
+        linear = sum(weight * core for weight, core in zip(weights, cores, strict=True))
+        want = elected(cores, weights) if kind == "ties" else linear
+        tolerances.check(layer.scaling["sum"] * layer.lorasb_R["sum"].detach(), want.detach(), tolerances.EXPORT)
+        assert torch.equal(layer.lorasb_A["sum"], layer.lorasb_A["default"])
+
+
+@pytest.mark.parametrize("kind", ["ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd"])
+def test_pruned_updates_of_w_are_cut_to_a_rank_and_the_error_is_told(kind: str) -> None:
+    model, weights = two(target_modules=["q_proj", "up_proj"]), [1.0, 0.5]
+    errors = model.add_weighted_adapter(["default", "second"], weights, "sum", kind, svd_rank=5, density=0.3)
+    for name, layer in layers(model).items():
+        names = [n for n in ("default", "second") if n in layer.lorasb_R]
+        updates = [trimmed(layer.get_delta_weight(n), 0.3).double() for n in names]
+        linear = sum(weight * one for weight, one in zip(weights, updates, strict=False))
+        exact = elected(updates, weights[: len(names)]) if kind.startswith("ties") else linear
+        singular = torch.linalg.svdvals(exact)
+        best = float(singular[5:].norm() / singular.norm())
+        found = float((layer.get_delta_weight("sum").double() - exact).norm() / exact.norm())
+        assert layer.r["sum"] == 5
+        assert abs(found - best) < tolerances.EXPORT.atol
+        assert abs(errors[name.removeprefix("base_model.model.")] - best) < tolerances.EXPORT.atol
+
+
+@pytest.mark.parametrize("kind", ["dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_dare_drops_at_random_and_rescales(kind: str, shared: bool) -> None:
+    """By torch's global state, as in PEFT: the same seed gives the same adapter, density 1 drops nothing."""
+    sums = []
+    for _ in range(2):
+        model = two(shared=shared)
+        torch.manual_seed(1)
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", kind, density=0.5)
+        with pytest.warns(UserWarning, match="no pruning will be performed"):
+            model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "all", kind, 8, density=1.0)
+        sums.append([layer.get_delta_weight("sum") for layer in layers(model).values()])
+        for layer in layers(model).values():
+            exact = update(layer, {"default": 1.0, "second": 1.0})
+            if kind.startswith("dare_linear") and layer.r["all"] == 8:
+                tolerances.check(layer.get_delta_weight("all"), exact, tolerances.EXPORT)
+            assert (layer.get_delta_weight("sum").double() - exact).norm() > 0.1 * exact.norm()
+    for first, second in zip(*sums, strict=True):
+        tolerances.check(first, second, tolerances.EXACT)
+
+
+def test_clamped_factors_stay_orthonormal() -> None:
+    model = two()
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", "svd", svd_clamp=0.9)
+    for layer in layers(model).values():
+        b, rank = layer.lorasb_B["sum"].detach(), layer.r["sum"]
+        tolerances.check(b.t() @ b, torch.eye(rank), tolerances.ORTHONORMAL)
+
+
+def test_one_adapter_may_have_modules_that_it_trained_and_they_go_along() -> None:
+    model = patched("llama", modules_to_save=["model.norm"])
+    model.add_adapter("second", lorasb.LoRASBConfig(r=3))
+    lorasb.initialize(model, batches_for("llama")[1:], lr=5e-2, adapter_name="second", progress=False)
+    head = model.base_model.model.model.norm
+    with torch.no_grad():
+        head.modules_to_save["default"].weight += 1
+    model.add_weighted_adapter(["second", "default"], [1.0, 1.0], "sum", "svd")
+    assert torch.equal(head.modules_to_save["sum"].weight, head.modules_to_save["default"].weight)
+    assert head.modules_to_save["sum"].weight is not head.modules_to_save["default"].weight
+    model.add_adapter("third", lorasb.LoRASBConfig(r=2, modules_to_save=["model.norm"], init="random"))
+    with pytest.raises(ValueError, match=r"'default', 'third' have trained whole modules"):
+        model.add_weighted_adapter(["default", "third"], [1.0, 1.0], "other")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 1.5}, r"ties takes density in \[0, 1\].*got 1.5"),
+        ({"density": 0.5, "majority_sign_method": "most"}, "'total' or 'frequency', got 'most'"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, object], message: str) -> None:
+    model = two(shared=True)
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", "ties", **options)
+    assert set(model.peft_config) == {"default", "second"}
+
+
 def test_what_cannot_be_combined_is_refused() -> None:
     model = two()
     with pytest.raises(ValueError, match="svd_rank must be positive"):
         model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", "svd", -1)
     for arguments, message in (
-        ((["default", "second"], [1.0, 1.0], "sum", "linear"), "do not share A and B"),
         ((["default", "second"], [1.0], "sum"), "a weight for each adapter"),
         ((["default", "nobody"], [1.0, 1.0], "sum"), "no layer has an adapter 'nobody'"),
         ((["default", "second"], [1.0, 1.0], "second"), "has an adapter 'second' already"),
-        ((["default", "second"], [1.0, 1.0], "sum", "ties"), "combination_type must be one of auto, linear, svd, cat"),
+        ((["default", "second"], [1.0, 1.0], "sum", "tied"), "combination_type must be one of auto, linear, svd, cat"),
+        ((["default", "second"], [1.0, 1.0], "sum", "ties"), "ties takes density in"),
     ):
         with pytest.raises(ValueError, match=message):
             model.add_weighted_adapter(*arguments)

@@ -1,0 +1,48 @@
+"""The base model that an adapter meets: its dtype, whether it is the adapter's own, and whether W is at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoints.base_fingerprint import difference
+from ..layers.linear import LoRASBLinear
+from ..layers.lookup import any_merged
+from ..layers.offloading import has_weight_values
+from .config import LoRASBConfig
+from .targets import base_of
+
+
+def float_dtype(model: Any) -> torch.dtype | None:
+    """The model's dtype, if it has one and that is a float's."""
+    dtype = getattr(model, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+
+
+def check_base(model: nn.Module, config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
+    """Raise if the targets' weights are not those that the adapter was made on."""
+    if not config.base_fingerprint or any_merged(model):
+        return
+    weights = {name: getattr(base_of(module), "weight", None) for name, module in targets.items()}
+    reason = difference(weights, config.base_fingerprint)
+    if reason:
+        raise ValueError(
+            f"this adapter was made on {config.base_model_name_or_path or 'another base model'}, and this base "
+            f"is another one: {reason}. Load the adapter's own base; if you mean it: "
+            "PeftModel.from_pretrained(base, folder, check_base=False)"
+        )
+
+
+def can_initialize_now(
+    model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]
+) -> bool:
+    """True if the init is data-free, W is at hand and has no adapter merged in, and no saved weights follow."""
+    if config.init == "update" or config.from_file or any_merged(model):
+        return False
+    # Meta tensors have no values: PEFT's low_cpu_mem_usage makes such adapters, to be loaded afterwards.
+    return all(
+        has_weight_values(layer.get_base_layer()) and not layer.lorasb_A[adapter_name].is_meta
+        for layer in layers.values()
+    )

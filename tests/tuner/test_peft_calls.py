@@ -1,0 +1,175 @@
+"""Calls of PEFT's that every tuner answers: biases, token rows, injection by a state dict, compiled models, copies of configs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models import batches_for, llama, logits, make
+from peft.helpers import disable_input_dtype_casting
+from tolerances import EXACT, EXPORT, check
+from torch import nn
+
+import lorasb
+from lorasb.layers.linear import LoRASBLinear
+
+
+class Mlp(nn.Module):
+    """Layers of two sizes, with biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(10, 20), nn.Linear(20, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(x).tanh()).tanh())
+
+
+def layers_of(model: nn.Module) -> dict[str, LoRASBLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRASBLinear)}
+
+
+def trained(model: nn.Module) -> set[str]:
+    names = (name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad)
+    return {name for name in names if "lorasb_R" not in name}
+
+
+@pytest.mark.parametrize(
+    ("bias", "expected"),
+    [
+        ("none", set()),
+        ("all", {"first.base_layer.bias", "second.base_layer.bias", "head.bias"}),
+        ("lorasb_only", {"first.base_layer.bias", "second.base_layer.bias"}),
+        ("lora_only", {"first.base_layer.bias", "second.base_layer.bias"}),
+    ],
+)
+def test_biases_are_trained_saved_loaded_and_exported(bias: str, expected: set[str], tmp_path: Path) -> None:
+    model = lorasb.patch(Mlp(), r=2, target_modules=["first", "second"], init="kaiming", bias=bias)
+    assert trained(model) == expected
+    x = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
+    model.train()(x).square().sum().backward()
+    assert all(p.grad.norm() > 0 for p in model.parameters() if p.requires_grad)
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    want = model.eval()(x)
+    model.save_pretrained(tmp_path / "adapter")
+    check(peft.PeftModel.from_pretrained(Mlp(), tmp_path / "adapter").eval()(x), want, EXACT)
+    lorasb.export_lora(model, tmp_path / "lora", quiet=True)
+    check(peft.PeftModel.from_pretrained(Mlp(), tmp_path / "lora").eval()(x), want, EXPORT)
+
+
+def test_gradients_of_biases_are_those_of_the_sum() -> None:
+    """d loss / d bias is the sum of d loss / d y over tokens, and R's gradient is what it is with a frozen bias."""
+    x = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
+    grads = {}
+    for bias in ("none", "lorasb_only"):
+        model = lorasb.patch(Mlp(), r=2, target_modules=["first"], init="kaiming", bias=bias)
+        layer: Any = model.base_model.model.first
+        seen = []
+        layer.register_forward_hook(lambda _module, _x, y, seen=seen: y.register_hook(seen.append) and None)
+        model.train()(x).square().sum().backward()
+        grads[bias] = layer.lorasb_R["default"].grad
+        if bias != "none":
+            check(layer.base_layer.bias.grad, seen[0].sum(0), EXPORT)
+    check(grads["none"], grads["lorasb_only"], EXPORT)
+
+
+def test_an_unknown_bias_is_refused() -> None:
+    with pytest.raises(ValueError, match="bias must be one of none, all, lorasb_only, lora_only, got 'some'"):
+        lorasb.LoRASBConfig(bias="some")
+
+
+def test_rows_of_the_embedding_train_beside_the_adapter(tmp_path: Path) -> None:
+    model = lorasb.patch(llama(), r=4, init="kaiming", trainable_token_indices=[3, 7])
+    assert any("token_adapter" in name for name in trained(model))
+    batch = batches_for("llama")[0]
+    model.train()(**batch).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    want = logits(model.eval())
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = llama()
+    torch.manual_seed(0)
+    again.load_state_dict({k.replace("base_model.model.", ""): v for k, v in base_state(model).items()}, strict=False)
+    check(logits(peft.PeftModel.from_pretrained(again, tmp_path, check_base=False).eval()), want, EXACT)
+
+
+def base_state(model: Any) -> dict[str, torch.Tensor]:
+    return peft.get_base_model_state_dict(model)
+
+
+def test_a_tied_head_follows_the_embedding_that_is_saved() -> None:
+    model = lorasb.patch(llama(), r=4, init="random", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    base: Any = model.base_model.model
+    embedding = base.model.embed_tokens.modules_to_save["default"].weight
+    assert base.lm_head.modules_to_save["default"].weight is embedding
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_injection_by_a_state_dict_caps_and_takes_ranks(prefix: str) -> None:
+    """PEFT passes a state dict where a checkpoint has lost its config; names may be those of a compiled model."""
+    saved = peft.get_peft_model_state_dict(lorasb.patch(Mlp(), r=3, target_modules=["first", "second"], init="random"))
+    state = {prefix + key.removeprefix("base_model.model."): value for key, value in saved.items()}
+    config = lorasb.LoRASBConfig(target_modules=["first"])
+    with pytest.warns(RuntimeWarning, match=r"additional target modules: \['second'\]"):
+        model = peft.inject_adapter_in_model(config, Mlp(), state_dict=state)
+    assert {name: layer.r["default"] for name, layer in layers_of(model).items()} == {"first": 3, "second": 3}
+    plain = peft.inject_adapter_in_model(lorasb.LoRASBConfig(target_modules=["first", "second"]), Mlp())
+    assert {name: layer.r["default"] for name, layer in layers_of(plain).items()} == {"first": 10, "second": 6}
+
+
+def test_a_compiled_model_gets_the_ranks_of_its_layers() -> None:
+    compiled = torch.compile(Mlp(), backend="eager")
+    config = lorasb.LoRASBConfig(target_modules=["first", "second"], rank_pattern={"second": 2}, init="random")
+    model = peft.inject_adapter_in_model(config, compiled)
+    assert sorted(layer.r["default"] for layer in layers_of(model).values()) == [2, 10]
+
+
+def test_input_casting_can_be_switched_off() -> None:
+    model = lorasb.patch(Mlp().to(torch.bfloat16), r=2, target_modules=["first"], init="random")
+    layer: Any = model.base_model.model.first
+    x = torch.randn(3, 10)
+    assert layer.on_base_dtype(x).dtype == torch.bfloat16
+    with disable_input_dtype_casting(model):
+        assert layer.on_base_dtype(x).dtype == torch.float32
+    assert layer.on_base_dtype(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: dataclasses.replace(config, r=2)])
+def test_a_copy_of_a_models_config_makes_a_new_adapter(copied: Any) -> None:
+    """The provenance in it is the first adapter's: the second one is initialized all the same."""
+    model = lorasb.patch(Mlp(), r=2, target_modules=["first", "second"], init="random")
+    assert model.peft_config["default"].init_provenance is not None
+    model.add_adapter("second", copied(model.peft_config["default"]))
+    assert all(layer.is_initialized("second") for layer in layers_of(model).values())
+
+
+def test_a_second_adapter_does_not_take_an_adapted_pooler_for_a_fresh_one() -> None:
+    model = lorasb.patch(make("bert"), r=2, init="random")
+    before = set(model.peft_config["default"].modules_to_save or [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_adapter("second", lorasb.LoRASBConfig(r=2, init="random"))
+    assert set(model.peft_config["second"].modules_to_save or []) == before
+
+
+@pytest.mark.parametrize("switch", ["set_scale", "scale_layer"])
+def test_scales_are_pefts(switch: str) -> None:
+    model = lorasb.patch(Mlp(), r=2, target_modules=["first"], init="kaiming", scaling=0.5).eval()
+    layer: Any = model.base_model.model.first
+    x = torch.randn(4, 10)
+    with torch.no_grad():
+        base, once = layer.base_layer(x), layer(x)
+        if switch == "set_scale":
+            layer.set_scale("default", 3.0)
+        else:
+            layer.scale_layer(3.0)
+        check(layer(x) - base, 3 * (once - base), EXPORT)
+        layer.unscale_layer(3.0) if switch == "scale_layer" else layer.unscale_layer()
+        check(layer(x), once, EXACT)
