@@ -76,8 +76,9 @@ class FrozenBase(nn.Module, BaseTunerLayer):
         self._replaced = ReplacedBase()
         self.trains_bias = False  # our ops do not differentiate the bias: the base's own forward does
         keep_unpacked(base_layer)  # before any evaluation: the repacking is not always reversible
-        self._opaque = opaque_base.find(base_layer, octet_dtype, resolver_options)
-        known = self._opaque or self.quantized()
+        unfolding = getattr(self, "unfolding", None)  # of a `LoRASBWeight`
+        self._opaque = None if unfolding else opaque_base.find(base_layer, octet_dtype, resolver_options)
+        known = unfolding or self._opaque or self.quantized()
         out_features, in_features = known.shape if known is not None else self.dense_weight().shape
         self.in_features, self.out_features = int(in_features), int(out_features)
 

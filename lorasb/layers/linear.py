@@ -16,9 +16,10 @@ from ..functional import dequantize, lora_sb_linear
 from ..quantization.quantized_weight import QuantizedWeight
 from . import merging
 from .base_weight import FrozenBase
+from .initialized import guarded_core, has_values
 from .offloading import factors_on_device
 from .parameter_dicts import LOADED, Cores, FrozenFactors, shard_like
-from .preconditioner import EquivalentGradient, Preconditioner
+from .preconditioner import Preconditioner
 from .scales import Scales
 from .token_rows import Rows
 
@@ -212,14 +213,8 @@ class LoRASBLinear(FrozenBase, Scales):
         # transformers' loader reads adapter_model.safetensors alone, so a checkpoint with shared factors gets R only.
         if not self.initialized[name] and getattr(core, LOADED, False) and not getattr(a, LOADED, False):
             raise missing_factors_error()
-        scaling = self.scaling[name]
-        if torch.is_grad_enabled() and core.requires_grad and not self.is_initialized(name):
-            core = _guard_uninitialized(core, name, self.training)
-        # Not before initialization: A and B are zero then, and AAᵀ and BᵀB singular.
-        if self.equivalent[name] and torch.is_grad_enabled() and self.is_initialized(name):
-            core = EquivalentGradient.apply(core, *self.preconditioner(name))
-        dropout = self.lora_dropout[name] if self.training else 0.0
-        return lora_sb_linear(x, weight, a, core, b, bias, scaling, dropout=dropout)
+        core, dropout = guarded_core(self, name), self.lora_dropout[name] if self.training else 0.0
+        return lora_sb_linear(x, weight, a, core, b, bias, self.scaling[name], dropout=dropout)
 
     def preconditioner(self, name: str) -> tuple[Tensor, Tensor]:
         """(BᵀB)⁻¹/s² and (AAᵀ)⁻¹ [r, r] of an adapter (Theorem 3), in R's dtype."""
@@ -231,7 +226,7 @@ class LoRASBLinear(FrozenBase, Scales):
         """True if an adapter was initialized, or loaded from one that was."""
         # transformers' loader assigns parameters past `_load_from_state_dict`, and marks each one that it loaded.
         if not self.initialized[name] and all(getattr(getattr(self, f)[name], LOADED, False) for f in FACTORS):
-            self.initialized[name] = _has_values(self.lorasb_A[name])
+            self.initialized[name] = has_values(self.lorasb_A[name])
         return self.initialized[name]
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
@@ -309,7 +304,7 @@ class LoRASBLinear(FrozenBase, Scales):
             # torch fills in keys that a checkpoint lacks (with FSDP: A and B) with the layer's own parameters. Only a
             # tensor that is another object came from the checkpoint.
             if all(loaded is not None and loaded is not parameter for loaded, parameter in pairs):
-                self.initialized[name] = _has_values(pairs[FACTORS.index("lorasb_A")][0])
+                self.initialized[name] = has_values(pairs[FACTORS.index("lorasb_A")][0])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True for every adapter: it equals a plain LoRA with factors A and s·B·R."""
@@ -321,30 +316,3 @@ class LoRASBLinear(FrozenBase, Scales):
 
     def __repr__(self) -> str:
         return "lorasb." + super().__repr__()
-
-
-def _has_values(a: Tensor) -> bool:
-    """False for the zeros of an adapter that was saved before it was initialized."""
-    a = a.detach()
-    a = a.to_local() if hasattr(a, "to_local") else a  # a DTensor's own shard
-    return a.is_meta or a.numel() == 0 or bool(a.any())
-
-
-def _guard_uninitialized(core: Tensor, name: str, training: bool) -> Tensor:
-    """Raise in training mode; in evaluation mode return a view of R whose gradient hook raises.
-
-    Evaluating an uninitialized adapter is legitimate and gives the base's result, with gradients enabled or not.
-    """
-    error = RuntimeError(
-        f"adapter {name!r} has not been initialized: its A, B and R are zero and would learn nothing. "
-        "Call lorasb.initialize(model, dataloader, lr=...) before training, or load a saved adapter"
-    )
-    if training:
-        raise error
-
-    def raise_error(_: Tensor) -> None:
-        raise error
-
-    core = core.view_as(core)  # a hook on the parameter itself would outlive this forward and collect with each one
-    core.register_hook(raise_error)
-    return core

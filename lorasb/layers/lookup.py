@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..constants import PEFT_PREFIX
 from .linear import LoRASBLinear
+from .weight_adapter import LoRASBWeight
 
 
 def layers_with(model: nn.Module, adapter_name: str) -> dict[str, LoRASBLinear]:
@@ -15,6 +18,13 @@ def layers_with(model: nn.Module, adapter_name: str) -> dict[str, LoRASBLinear]:
         for name, module in model.named_modules()
         if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R
     }
+
+
+def layer_kinds(layers: dict[str, LoRASBLinear]) -> dict[str, list[Any]] | None:
+    """Kind, parameter, groups and shape of the layers that adapt no linear's weight; None without any."""
+    weights = {name: layer for name, layer in layers.items() if isinstance(layer, LoRASBWeight)}
+    found = {n: m.unfolding.described(getattr(m.get_base_layer(), "groups", 1)) for n, m in weights.items()}
+    return found or None
 
 
 def any_merged(model: nn.Module) -> bool:

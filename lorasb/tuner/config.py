@@ -82,6 +82,7 @@ class LoRASBConfig(PeftConfig):
         ensure_weight_tying: let a head that is tied to the input embedding follow what is trained of it through
             `modules_to_save` or `trainable_token_indices`, as in PEFT's LoraConfig.
         init_provenance: written by `lorasb.initialize`: data, seed, learning rate, samples, versions.
+        layer_kinds: written when a model is patched: kind and shape of adapted parameters that are no linear's weight.
         base_fingerprint: written when a model is patched: sampled weights that identify the base model.
         check_base: compare the base model with the fingerprint of a loaded adapter, and write one when a model is
             patched. `PeftModel.from_pretrained(base, folder, check_base=False)` loads an adapter on another base.
@@ -108,6 +109,7 @@ class LoRASBConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
     init_provenance: dict[str, Any] | None = None
+    layer_kinds: dict[str, list[Any]] | None = None
     base_fingerprint: dict[str, str] | None = None
     check_base: bool = True
 

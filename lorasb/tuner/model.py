@@ -24,8 +24,9 @@ from ..constants import PEFT_NAME
 from ..distributed.deepspeed_zero import with_kept_factors
 from ..layers import linear_group, unfused_experts
 from ..layers.linear import LoRASBLinear
-from ..layers.lookup import any_merged, layers_with
+from ..layers.lookup import any_merged, layer_kinds, layers_with
 from ..layers.requantize import Requantized
+from ..layers.weight_adapter import adapt_weights
 from ..quantization.bitsandbytes import keep_unpacked
 from . import fused_experts, loading
 from .base_model import can_initialize_now, check_base, float_dtype
@@ -92,6 +93,7 @@ class LoRASBModel(BaseTuner):
             self._plan(model, config, kwargs.get("state_dict"))
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = layers_with(model, adapter_name)
+            config.layer_kinds = layer_kinds(layers)
             # W is read while it is the base's own: with an adapter merged in, the values would identify nothing.
             if config.check_base and config.base_fingerprint is None and not any_merged(model):
                 sampled = fingerprint({name: layer.base_weight() for name, layer in layers.items()})
@@ -213,7 +215,7 @@ class LoRASBModel(BaseTuner):
         if isinstance(target, LoRASBLinear):  # a further adapter on a patched layer
             target.add_adapter(adapter_name, **options, inference_mode=peft_config.inference_mode)
             return
-        layer = LoRASBLinear(
+        layer = adapt_weights(target, adapter_name, **options) or LoRASBLinear(
             target,
             adapter_name,
             fan_in_fan_out=isinstance(target, Conv1D),  # GPT-2's, which stores W as [in, out]
@@ -223,7 +225,9 @@ class LoRASBModel(BaseTuner):
         )
         # PEFT: an adapter that is added but not active does not train, as in LoraModel
         if adapter_name not in self.active_adapters:
-            layer.lorasb_R.requires_grad_(False)
+            for one in layer.modules():
+                if isinstance(one, LoRASBLinear):
+                    one.lorasb_R.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

@@ -29,7 +29,7 @@ def discard(model: Any, adapter_name: str) -> None:
     for parent in list(model.modules()):  # lists: children are replaced while iterating
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRASBLinear):
-                setattr(parent, name, child.base_layer)
+                setattr(parent, name, child.get_base_layer())
             elif isinstance(child, AuxiliaryTrainingWrapper):
                 setattr(parent, name, child.original_module)
     unfused_experts.close(model)

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..layers import opaque_base, unfused_experts
 from ..layers.linearity import check_linear
 from ..layers.offloading import has_weight_values
+from ..layers.unfolding import unfoldings
 from ..quantization.quantized_weight import is_quantized, of_module
 from ..utils.dtypes import FLOATS
 from .config import DEFAULT_RANK, LoRASBConfig
@@ -112,7 +113,9 @@ def refuse_tied_head(model: Any, targets: dict[str, nn.Module]) -> None:
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     embedding_weight = getattr(embedding, "weight", None)
     for name, module in targets.items():
-        if embedding_weight is not None and getattr(base_of(module), "weight", None) is embedding_weight:
+        base = base_of(module)
+        tied = embedding_weight is not None and getattr(base, "weight", None) is embedding_weight
+        if tied and embedding is not None and base is not base_of(embedding):
             raise ValueError(
                 f"target {name!r} shares its weight with the input embedding: leave it out of target_modules, or load "
                 "the model with tie_word_embeddings=False"
@@ -125,7 +128,12 @@ def base_of(module: nn.Module) -> Any:
 
 
 def features_of(base: Any) -> tuple[int, int]:
-    """(out, in), or (in, out) for Conv1D. A packed 4-bit weight is stored as [m·n/2, 1], so its layer is asked."""
+    """(out, in), or (in, out) for Conv1D; of a module with several, the smallest.
+
+    A packed 4-bit weight is stored as [m·n/2, 1], so its layer is asked.
+    """
+    if unfolded := unfoldings(base):
+        return min((one.shape for one in unfolded), key=min)
     opaque = opaque_base.find(base)
     if opaque is not None:
         return opaque.shape
@@ -148,17 +156,18 @@ def check_supported(name: str, module: nn.Module) -> None:
     if isinstance(base, LINEARS_NOT_CALLED):
         raise TypeError(
             f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it: "
-            "name it in exclude_modules"
+            "name it in exclude_modules, or adapt the attention itself"
         )
-    if opaque_base.find(base) is not None:
+    if unfoldings(base) or opaque_base.find(base) is not None:
         return
     weight = getattr(base, "weight", None)
     if isinstance(base, nn.Linear | Conv1D) and weight is not None:
         _check_weight(name, base, weight)
         return
     raise TypeError(
-        f"target {name!r} is a {type(base).__name__}: expected nn.Linear, transformers' Conv1D or a module with "
-        "in_features, out_features and a linear forward. Narrow target_modules, or name it in exclude_modules"
+        f"target {name!r} is a {type(base).__name__}: expected nn.Linear, transformers' Conv1D, nn.Embedding, "
+        "nn.Conv1d to 3d, nn.MultiheadAttention with one width, or a module with in_features, out_features and a "
+        "linear forward. Narrow target_modules, or name it in exclude_modules"
     )
 
 

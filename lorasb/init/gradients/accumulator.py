@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...layers.weight_adapter import LoRASBWeight, Tap
 from ...ops.registry import backend_op, current_backend
 from ...ops.weight_gradient import BAD, SQUARES, ZEROS
 from ..linalg.moment_sketch import MomentSketch
@@ -71,6 +72,27 @@ class LayerSum:
         else:
             self._signs = None  # stale after this addition
             _op("gradient_add")(dy, x, self.total, fresh)
+
+    def add_gradient(self, gradient: Tensor, first_half: bool = False) -> None:
+        """G += a gradient [out, in] that the layer itself has computed, fp32 or wider.
+
+        Raises:
+            ValueError: second moments are wanted, which need the samples' dy and x.
+        """
+        if self.sketch is not None:
+            raise ValueError(
+                "update='per-sample' needs dy and x of linear layers, and a target is an embedding, a convolution or "
+                "attention: name it in exclude_modules, or take another update"
+            )
+        self._multiply_pair()
+        self._signs = None
+        self.total = (
+            gradient.clone(memory_format=torch.contiguous_format) if self.total is None else self.total.add_(gradient)
+        )
+        if first_half and self.halves:
+            self.half = (
+                gradient.clone(memory_format=torch.contiguous_format) if self.half is None else self.half.add_(gradient)
+            )
 
     def _take_signs(self, dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> None:
         """Add dyᵀ x and take the signs of the result; without a `total` only the signs are written."""
@@ -145,6 +167,11 @@ class LayerSum:
         return (SignBits.pack(self.half), SignBits.pack(second_half)) if second_half.any() else None
 
 
+def _added(total: Tensor | None, gradient: Tensor) -> Tensor:
+    """The sum with a gradient added, in place; a copy of the gradient where there is none yet."""
+    return gradient.clone(memory_format=torch.contiguous_format) if total is None else total.add_(gradient)
+
+
 def _sum_buffer(total: Tensor | None, dy: Tensor, x: Tensor) -> Tensor:
     """`total`, or an uninitialized buffer [out, in] for it: the ops overwrite it if they are told that it is fresh."""
     # bf16 has 8 bits of mantissa: a sum over many tokens would stop growing.
@@ -196,12 +223,19 @@ class GradientSums:
         self._handles: list[Any] = []
 
     def __enter__(self) -> GradientSums:
-        self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
+        for name, layer in self.layers.items():
+            if isinstance(layer, LoRASBWeight):
+                layer.tap = self._tap(name, layer)
+            else:
+                self._handles.append(layer.register_forward_hook(self._hook(name)))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        for layer in self.layers.values():
+            if isinstance(layer, LoRASBWeight):
+                layer.tap = None
 
     def leave_out(self, names: set[str]) -> None:
         """Discard layers, as if they had not run."""
@@ -237,10 +271,36 @@ class GradientSums:
 
         return forward
 
+    def _tap(self, name: str, layer: LoRASBWeight) -> Tap:
+        """For layers whose weight's gradient is not dyᵀ x: the weight goes through here on its way into the module."""
+
+        def through(weight: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return weight
+            if not self._active():
+                self.called_inactive.add(name)
+                return weight
+            tapped = weight.detach().requires_grad_(True).view_as(weight)
+            if self.muted:
+                return tapped
+            self.called.add(name)
+            half = self.first_half
+            tapped.register_hook(lambda gradient: self._add_own(name, layer, gradient, half))
+            return tapped
+
+        return through
+
+    @torch.no_grad()
+    def _add_own(self, name: str, layer: LoRASBWeight, gradient: Tensor, first_half: bool) -> None:
+        self._sum_of(name).add_gradient(layer.matrix_gradient(gradient), first_half)
+
+    def _sum_of(self, name: str) -> LayerSum:
+        if name not in self.sums:
+            self.sums[name] = LayerSum(self.halves, self._sketches(name) if self._sketches is not None else None)
+        return self.sums[name]
+
     @torch.no_grad()
     def _add(self, name: str, dy: Tensor, x: Tensor, first_half: bool) -> None:
         self._pending[name] -= 1
-        if name not in self.sums:
-            self.sums[name] = LayerSum(self.halves, self._sketches(name) if self._sketches is not None else None)
         # A layer may run several times in a forward (shared modules): only its last backward completes the sum.
-        self.sums[name].add(dy, x, self.closing and self._pending[name] == 0, first_half)
+        self._sum_of(name).add(dy, x, self.closing and self._pending[name] == 0, first_half)

@@ -1,0 +1,220 @@
+"""`LoRASBWeight`: an adapter of a parameter that is no linear's weight: of an embedding, a convolution, attention.
+
+W + s·B R A takes the parameter's place while the module computes; an embedding looks its rows up in A instead. The
+matrix W [out, in] is the parameter unfolded (`unfolding`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .initialized import guarded_core
+from .linear import LoRASBLinear
+from .token_rows import Rows
+from .unfolding import ATTENTION, CONVOLUTION, EMBEDDING, Unfolding, unfoldings
+
+Tap = Callable[[Tensor], Tensor]
+
+
+class LoRASBWeight(LoRASBLinear):
+    """A module whose parameter W [out, in], unfolded, is W + s·B R A; B and A are frozen, R is trained.
+
+    Args:
+        base_layer: the module, or a `LoRASBWeight` of another of its parameters.
+        adapter_name: name of the first adapter.
+        unfolding: which parameter, and how it is a matrix.
+        options: of `LoRASBLinear`: `r`, `scaling`, `lora_dropout` (of a convolution's x), `equivalent_gradient`.
+
+    Attributes:
+        nested: whether another `LoRASBWeight` of the same module is around this one.
+        tap: set while an initialization sums gradients: W goes through it on its way into the module.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, unfolding: Unfolding, **options: Any) -> None:
+        self.__dict__["unfolding"] = unfolding  # read while the base class is made, which has no attributes before
+        self.__dict__["tap"] = None
+        super().__init__(base_layer, adapter_name, **options)
+        self.nested = False
+        if isinstance(base_layer, LoRASBWeight):
+            base_layer.nested = True
+
+    unfolding: Unfolding
+    tap: Tap | None
+
+    def add_adapter(self, adapter_name: str, *args: Any, **options: Any) -> None:
+        """Add an adapter, to the other parameters of the module too."""
+        super().add_adapter(adapter_name, *args, **options)
+        inner = self.base_layer
+        if isinstance(inner, LoRASBWeight) and adapter_name not in inner.lorasb_R:
+            inner.add_adapter(adapter_name, *args, **options)
+
+    def base_weight(self) -> Tensor:
+        """The parameter, in its stored layout."""
+        return self.get_base_layer().get_parameter(self.unfolding.path)
+
+    def dense_weight(self) -> Tensor:
+        """W [out, in], a view of the parameter."""
+        return self.unfolding.matrix(self.base_weight())
+
+    def base_must_run(self) -> bool:
+        """True: the weight is read by the module's own forward."""
+        return True
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s·B R A in R's dtype, in the parameter's layout."""
+        return self.unfolding.folded(super().get_delta_weight(adapter))
+
+    def matrix_gradient(self, gradient: Tensor) -> Tensor:
+        """dL/dW [out, in] from the parameter's gradient, fp32 or wider."""
+        matrix = self.unfolding.matrix(gradient)
+        return matrix if matrix.dtype == torch.float64 else matrix.float()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output with W + s·B R A of the active adapters."""
+        rows = kwargs.pop("adapter_names", None)
+        if rows is not None:
+            return self._by_rows(rows, *args, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        return self._with(self._names(), *args, **kwargs)
+
+    def _names(self) -> list[str]:
+        off = self.disable_adapters or self.merged
+        return [] if off else [name for name in self.active_adapters if name in self.lorasb_R]
+
+    def _with(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
+        """The module's output with some adapters."""
+        if not names and self.tap is None:
+            return self.base_layer(*args, **kwargs)
+        if self.training and self.unfolding.kind == CONVOLUTION and any(self.lora_dropout[n] > 0 for n in names):
+            return self._convolved_beside(names, *args)
+        return functional_call(self.base_layer, {self._path(): self._weight(names)}, args, kwargs)
+
+    def _path(self) -> str:
+        """The parameter's name below `base_layer`, which may adapt another parameter of the module."""
+        depth, inner = 0, self.base_layer
+        while isinstance(inner, LoRASBWeight):
+            depth, inner = depth + 1, inner.base_layer
+        return "base_layer." * depth + self.unfolding.path
+
+    def _weight(self, names: list[str]) -> Tensor:
+        weight = self.base_weight()
+        if self.tap is not None:
+            weight = self.tap(weight)
+        for name in names:
+            weight = weight + self._delta(name).to(weight.dtype)
+        return weight
+
+    def _delta(self, name: str) -> Tensor:
+        """s·B R A with R's graph, in the parameter's layout."""
+        core = guarded_core(self, name)
+        b, a = self.lorasb_B[name].to(core.dtype), self.lorasb_A[name].to(core.dtype)
+        return self.unfolding.folded(b @ core @ a * self.scaling[name])
+
+    def _convolved_beside(self, names: list[str], x: Tensor) -> Tensor:
+        """base(x) + conv(dropout(x), s·B R A)."""
+        base: Any = self.get_base_layer()
+        y: Tensor = self.base_layer(x)
+        for name in names:
+            dropped = nn.functional.dropout(x, self.lora_dropout[name], self.training)
+            y = y + base._conv_forward(dropped, self._delta(name).to(x.dtype), None)
+        return y
+
+    def _by_rows(self, rows: Rows | Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output with a choice of adapter for each row of x."""
+        rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+        if self.unfolding.kind == ATTENTION:
+            raise ValueError("adapter_names choose adapters by the rows of one input, and attention has three")
+        if len(rows) != len(x):
+            raise ValueError(f"expected adapter_names for each of {len(x)} rows, got {len(rows)}")
+        if self.merged:
+            raise ValueError("adapter_names need unmerged weights: call model.unmerge_adapter() first")
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        for i, name in enumerate(rows.names):
+            if self.disable_adapters or name not in self.lorasb_R:
+                continue
+            indices = (rows.index == i).nonzero().flatten().to(x.device)
+            y = y.index_copy(0, indices, self._with([name], x[indices], *args, **kwargs).to(y.dtype))
+        return y
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add s·B R A to the parameter, and to the module's other adapted ones."""
+        inner = self.base_layer
+        if isinstance(inner, LoRASBWeight):
+            inner.merge(safe_merge, adapter_names)
+        merged_by_outer = self.nested and not self._left(adapter_names)  # PEFT's loop comes here after it
+        wanted = [] if merged_by_outer else check_adapters_to_merge(self, adapter_names)
+        names = [name for name in wanted or [] if name in self.lorasb_R]
+        if names:
+            self.set_base_weight(self.merged_weight(names))
+            self.merged_adapters.extend(names)
+
+    def _left(self, names: list[str] | None) -> bool:
+        """True if an adapter is not merged yet."""
+        return any(name not in self.merged_adapters for name in names or self.active_adapters)
+
+    def unmerge(self) -> None:
+        """Subtract what was merged, here and in the module's other adapted parameters."""
+        inner = self.base_layer
+        if isinstance(inner, LoRASBWeight):
+            inner.unmerge()
+        if self.merged or not self.nested:
+            super().unmerge()
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the module itself: neighbors of attention ask for its own."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") and name != "_qkv_same_embed_dim":
+                raise
+            if name == "_qkv_same_embed_dim":  # False keeps TransformerEncoderLayer off its kernel, which reads weights
+                return False
+            return getattr(self._modules["base_layer"], name)
+
+
+class LoRASBEmbedding(LoRASBWeight):
+    """An embedding with rows W[:, id] + s·B R A[:, id]: A [r, num_embeddings], B [dim, r]."""
+
+    def _with(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
+        if self.tap is not None:
+            return super()._with(names, *args, **kwargs)
+        y: Tensor = self.base_layer(*args, **kwargs)
+        ids = cast(Tensor, args[0] if args else kwargs["input"])
+        factor = getattr(self.get_base_layer(), "embed_scale", 1.0)  # of Gemma's, which scales what it looks up
+        for name in names:
+            core = guarded_core(self, name)
+            found = nn.functional.embedding(ids, self.lorasb_A[name].t()).to(core.dtype)
+            delta = found @ core.t() @ self.lorasb_B[name].to(core.dtype).t() * self.scaling[name]
+            y = y + (delta * factor).to(y.dtype)
+        return y
+
+    def set_base_weight(self, weight: Tensor) -> None:
+        """Give the embedding a parameter of its own: a head that is tied to it keeps the old one."""
+        base: Any = self.get_base_layer()
+        self.__dict__.setdefault("_own", base.weight)
+        base.weight = nn.Parameter(weight, requires_grad=False)
+
+    def restore_replaced_base(self) -> bool:
+        """Put the embedding's own parameter back."""
+        own = self.__dict__.pop("_own", None)
+        if own is None:
+            return False
+        cast(Any, self.get_base_layer()).weight = own
+        return True
+
+
+def adapt_weights(module: nn.Module, adapter_name: str, **options: Any) -> LoRASBWeight | None:
+    """The module with adapters of its parameters; None for one of another kind."""
+    layer = module
+    for unfolding in unfoldings(module):
+        kind = LoRASBEmbedding if unfolding.kind == EMBEDDING else LoRASBWeight
+        layer = kind(layer, adapter_name, unfolding, **options)
+    return layer if isinstance(layer, LoRASBWeight) else None
