@@ -17,7 +17,7 @@ from ..layers.lookup import adapted_layers
 from ..layers.unfused_experts import NAMES, parameter_of
 from ..tuner.config import LoRASBConfig
 from ..utils.atomic_files import replacing, write_json, write_text
-from .lora_layout import in_pefts_layout
+from .lora_layout import in_pefts_layout, refuse_slices
 
 # The values that vLLM accepts for --max-lora-rank; its default is 16.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -72,6 +72,7 @@ def export_lora(
     written = {key: value for key, value in tensors.items() if not any(f".{p}" in key for p in FACTORS)}
     lora_factors = {name: _lora_factors(factors, scalings[name], rank) for name, factors in layers.items()}
     kinds = config.get("layer_kinds") or {}
+    refuse_slices(kinds)
     for name, (a, b) in _fuse_experts(lora_factors, config.get("target_parameters")).items():
         for key, tensor in in_pefts_layout(name, _cast(a, dtype, name), _cast(b, dtype, name), kinds.get(name)).items():
             written[f"{PEFT_PREFIX}{key}"] = tensor

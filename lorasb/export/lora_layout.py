@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ..layers.unfolding import CONVOLUTION, EMBEDDING
+from ..layers.unfolding import CONVOLUTION, EMBEDDING, SLICE
+
+
+def refuse_slices(kinds: Mapping[str, Sequence[Any]]) -> None:
+    """Raise a ValueError for adapters of a parameter's matrices, by the config's `layer_kinds`."""
+    name = next((name for name, kind in kinds.items() if kind[0] == SLICE), None)
+    if name is not None:
+        raise ValueError(
+            f"{name!r} is a matrix of a parameter whose module computes it in a layout of its own, which a plain LoRA "
+            "does not know: merge the adapter (model.merge_and_unload())"
+        )
 
 
 def in_pefts_layout(name: str, a: Tensor, b: Tensor, kind: Sequence[Any] | None) -> dict[str, Tensor]:

@@ -275,7 +275,7 @@ class LoRASBLinear(FrozenBase, Scales):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if not self.restore_replaced_base():
-            self.base_weight().data = self.merged_weight(self.merged_adapters, sign=-1.0)
+            self.set_base_weight(self.merged_weight(self.merged_adapters, sign=-1.0))
         self.merged_adapters.clear()
 
     def settle_dtypes(self, adapter_name: str) -> None:

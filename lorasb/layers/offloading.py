@@ -60,7 +60,7 @@ def weight_present(base: nn.Module) -> Iterator[None]:
 
 def has_weight_values(base: nn.Module) -> bool:
     """True if a base layer's storage has values, on a device or where accelerate has offloaded it."""
-    weight = base._parameters.get("weight")
-    storage = [*base.parameters(), *base.buffers()] if weight is None else [weight]
+    weight = getattr(base, "weight", None)
+    storage = [weight] if isinstance(weight, Tensor) else [*base.parameters(), *base.buffers()]
     offloaded = getattr(base, "_hf_hook", None) is not None
     return bool(storage) and (offloaded or not any(tensor.is_meta for tensor in storage))

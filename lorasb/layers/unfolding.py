@@ -1,4 +1,4 @@
-"""Modules whose parameter is seen as a matrix W [out, in]: embeddings, convolutions, nn.MultiheadAttention.
+"""Modules whose parameter is seen as a matrix W [out, in]: embeddings, convolutions, attention, slices of parameters.
 
 An embedding is a linear of one-hot rows: its weight [num, dim] is Wᵀ. A convolution's weight [out, in/groups, k...] is
 W with in = in/groups·k, as PEFT's LoRA unfolds it. Attention has W of q, k and v together, [3·dim, dim], and that of
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-EMBEDDING, CONVOLUTION, ATTENTION = "embedding", "convolution", "attention"
+from .parameter_slice import ParameterSlice
+
+EMBEDDING, CONVOLUTION, ATTENTION, SLICE = "embedding", "convolution", "attention", "parameter"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -57,6 +59,8 @@ def unfoldings(module: nn.Module) -> list[Unfolding]:
     Attention whose keys or values have widths of their own keeps three matrices, and is none of these.
     """
     weight: Any = getattr(module, "weight", None)
+    if isinstance(module, ParameterSlice):
+        return [Unfolding(SLICE, "weight", tuple(weight.shape))]
     if isinstance(module, nn.Embedding):
         return [Unfolding(EMBEDDING, "weight", tuple(weight.shape))]
     if isinstance(module, CONVOLUTIONS):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import open_parameters
 from .token_rows import Rows
 
 NAMES = ("gate_up_proj", "down_proj")  # of the 3-D parameters, in the order of their registration
@@ -123,6 +124,12 @@ def is_target(name: str, target_parameters: list[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in target_parameters)
 
 
+def is_slice_of_target(name: str, target_parameters: list[str]) -> bool:
+    """True if a module's name is that of a target's matrix: `...gate_up_proj.3`."""
+    parameter, _, index = name.rpartition(".")
+    return index.isdecimal() and is_target(parameter, target_parameters)
+
+
 def parameter_of(name: str) -> str | None:
     """The name of the 3-D parameter that an expert's linear `...gate_up_proj.3` is a slice of; None for other names."""
     match = re.fullmatch(rf"(.*\.(?:{'|'.join(NAMES)}))\.\d+", name)
@@ -130,7 +137,8 @@ def parameter_of(name: str) -> str | None:
 
 
 def close(model: nn.Module) -> None:
-    """Restore transformers' own modules where no expert has an adapter."""
+    """Restore transformers' own modules where no expert and no parameter has an adapter."""
+    open_parameters.close(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, OpenExperts) and all(type(m) is nn.Linear for n in NAMES for m in getattr(module, n)):
             parent, _, child = path.rpartition(".")

@@ -56,7 +56,15 @@ class LoRASBWeight(LoRASBLinear):
 
     def base_weight(self) -> Tensor:
         """The parameter, in its stored layout."""
-        return self.get_base_layer().get_parameter(self.unfolding.path)
+        found: Any = self.get_base_layer()
+        for part in self.unfolding.path.split("."):  # not get_parameter: FSDP leaves views in the parameters' place
+            found = getattr(found, part)
+        return cast(Tensor, found)
+
+    @torch.no_grad()
+    def set_base_weight(self, weight: Tensor) -> None:
+        """Write merged values into the parameter's memory, which may be a slice of another's."""
+        self.base_weight().copy_(weight)
 
     def dense_weight(self) -> Tensor:
         """W [out, in], a view of the parameter."""
@@ -84,6 +92,17 @@ class LoRASBWeight(LoRASBLinear):
         if self.disable_adapters and self.merged:
             self.unmerge()
         return self._with(self._names(), *args, **kwargs)
+
+    @property
+    def in_use(self) -> bool:
+        """True if the module has to compute with another weight than its own."""
+        return self.tap is not None or bool(self._names())
+
+    def current_weight(self) -> Tensor:
+        """W + s·B R A of the active adapters, in the parameter's layout."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        return self._weight(self._names())
 
     def _names(self) -> list[str]:
         off = self.disable_adapters or self.merged

@@ -55,11 +55,12 @@ class LoRASBConfig(PeftConfig):
     Args:
         r: rank. `None` means 64, capped at a smaller layer's min(in_features, out_features); an explicit rank above
             that is an error which names the layer.
-        target_modules: names (matched by suffix), a regex, or "all-linear", which leaves out output embeddings and
-            modules that are missing from the base's checkpoint (heads, poolers): those are trained in full.
-        target_parameters: names (matched by suffix) of experts' 3-D weights, "mlp.experts.gate_up_proj" and
-            "mlp.experts.down_proj" of Mixtral, Qwen3-MoE and models with the same expert computation: every expert
-            gets its own A, R and B.
+        target_modules: names (matched by suffix) of linears, embeddings, convolutions or attention; a regex; or
+            "all-linear", which leaves out output embeddings and modules that are missing from the base's checkpoint
+            (heads, poolers): those are trained in full.
+        target_parameters: names (matched by suffix) of parameters, such as experts' 3-D weights: every matrix of one
+            gets its own A, R and B. Experts that are computed as Mixtral's and Qwen3-MoE's are opened into linears,
+            others are computed with the sum of weights.
         exclude_modules: names or a regex of modules to leave alone.
         layers_to_transform: indices of the blocks to adapt; `layers_pattern` names the list they index.
         rank_pattern: name or regex -> rank, for layers that differ from `r`.

@@ -1,4 +1,4 @@
-"""Which 3-D experts can be unfused, by their transformers class, and unfusing those that a config targets."""
+"""Opens the parameters that a config targets: Mixtral's kind of experts into linears, all others where they are."""
 
 from __future__ import annotations
 
@@ -7,30 +7,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers.open_parameters import OpenParameters
 from ..layers.unfused_experts import NAMES, OpenExperts, is_target
 
 
 def open_targets(model: nn.Module, target_parameters: list[str]) -> list[str]:
-    """Unfuse the experts that have a parameter of one of these names (matched by suffix).
+    """Open the parameters of these names (matched by suffix).
 
     Returns:
         Full names of the matching parameters.
 
     Raises:
         ValueError: no parameter has one of the names.
-        TypeError: experts of another layout.
+        TypeError: a parameter that is no matrix, nor several.
     """
     matched: dict[str, bool] = dict.fromkeys(target_parameters, False)
     parameter_names: list[str] = []
     for path, module in list(model.named_modules()):  # a list, as modules are replaced in the loop
-        names = NAMES if isinstance(module, OpenExperts) else [n for n, _ in module.named_parameters(recurse=False)]
-        targets = [f"{path}.{name}" for name in names if is_target(f"{path}.{name}", target_parameters)]
+        targets = [f"{path}.{name}" for name in _names(module) if is_target(f"{path}.{name}", target_parameters)]
         for full in targets:
             matched |= {target: True for target in target_parameters if is_target(full, [target])}
-        if targets and not isinstance(module, OpenExperts):
-            _check(path, module, targets)
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, OpenExperts(module))
+        if targets:
+            _open(model, path, module, [full.removeprefix(f"{path}.") for full in targets])
         parameter_names += targets
     missing = [target for target, is_matched in matched.items() if not is_matched]
     if missing:
@@ -41,17 +39,43 @@ def open_targets(model: nn.Module, target_parameters: list[str]) -> list[str]:
     return parameter_names
 
 
-def _check(path: str, module: nn.Module, targets: list[str]) -> None:
-    kind = type(module).__name__
-    if [name for name, _ in module.named_parameters(recurse=False)] != list(NAMES) or not _has_known_forward(module):
+def _names(module: nn.Module) -> list[str]:
+    """The parameters that may be opened, of a module as it is or one that an earlier adapter has opened."""
+    if isinstance(module, OpenExperts):
+        return list(NAMES)
+    inner = module.base_layer if isinstance(module, OpenParameters) else module
+    return [name for name, _ in inner.named_parameters(recurse=False)]
+
+
+def _open(model: nn.Module, path: str, module: nn.Module, names: list[str]) -> None:
+    """Put a module with open parameters in the place of one."""
+    if isinstance(module, OpenExperts):
+        return
+    inner: nn.Module = module.base_layer if isinstance(module, OpenParameters) else module
+    for name in names:
+        _check(f"{path}.{name}", inner.get_parameter(name))
+    if isinstance(module, OpenParameters):
+        module.open(names)
+    else:
+        model.set_submodule(path, OpenExperts(module) if _is_mixtral_like(module) else OpenParameters(module, names))
+
+
+def _check(name: str, parameter: Tensor) -> None:
+    if parameter.dim() not in (2, 3) or not parameter.is_floating_point() or type(parameter.data) is not Tensor:
         raise TypeError(
-            f"target_parameters: {targets[0]} belongs to a {kind}, whose experts are laid out or computed in another "
-            f"way than Mixtral's and Qwen3-MoE's, the ones that lorasb opens. Leave {path} out of target_parameters"
+            f"target_parameters: expected a matrix [a, b] or matrices [experts, a, b] in 16 or 32 bits, {name} is "
+            f"{list(parameter.shape)} in {parameter.dtype}"
         )
-    for name in NAMES:
-        weights = getattr(module, name)
-        if weights.dim() != 3 or not weights.is_floating_point() or type(weights.data) is not Tensor:
-            raise TypeError(f"expected {path}.{name} [experts, out, in] in 16 or 32 bits, got {list(weights.shape)}")
+
+
+def _is_mixtral_like(module: nn.Module) -> bool:
+    """True for experts with two 3-D weights and no more, that are computed as Mixtral's and Qwen3-MoE's are."""
+    parameters = dict(module.named_parameters(recurse=False))
+    return (
+        list(parameters) == list(NAMES)
+        and all(p.dim() == 3 for p in parameters.values())
+        and _has_known_forward(module)
+    )
 
 
 def _has_known_forward(module: nn.Module) -> bool:

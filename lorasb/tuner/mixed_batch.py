@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..constants import BASE_ROW
 from ..layers.linear import LoRASBLinear
+from ..layers.open_parameters import OpenParameters
 from ..layers.token_rows import TOKENS_FIRST, Rows, chooses_tokens, rows_of
 from ..layers.unfused_experts import OpenExperts
 
@@ -70,6 +71,12 @@ def _check(model: nn.Module, names: Sequence[str]) -> None:
     unknown = sorted(set(names) - known - {BASE_ROW})
     if unknown:
         raise ValueError(f"no layer has an adapter {', '.join(map(repr, unknown))}: the model has {sorted(known)}")
+    opened = [name for name, module in model.named_modules() if isinstance(module, OpenParameters)]
+    if opened:
+        raise ValueError(
+            f"adapter_names: the parameters of {opened[0]!r} are adapted for all rows at once (target_parameters): run "
+            "the rows of each adapter as a batch of their own"
+        )
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -115,10 +115,10 @@ class LoRASBModel(BaseTuner):
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         """PEFT's matching of target_modules, extended to the experts of target_parameters."""
         peft_match = BaseTuner._check_target_module_exists(peft_config, key)
-        parameter = unfused_experts.parameter_of(key) if peft_config.target_parameters else None
-        if parameter is None or isinstance(peft_match, _ExcludedModule):
+        targets = peft_config.target_parameters
+        if not targets or isinstance(peft_match, _ExcludedModule):
             return peft_match
-        return peft_match or unfused_experts.is_target(parameter, peft_config.target_parameters)
+        return peft_match or unfused_experts.is_slice_of_target(key, targets)
 
     def _inject_parameters(self, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
         """Replaces PEFT's wrapping of 3-D parameters: `inject_adapter` has unfused the experts into linears."""

@@ -111,7 +111,7 @@ BAD_PATCHES = {
         ValueError,
         "select the layers in the regex",
     ),
-    "an embedding": ({"target_modules": ["embed_tokens"]}, TypeError, "is a Embedding: expected nn.Linear"),
+    "a norm": ({"target_modules": ["input_layernorm"]}, TypeError, "is a LlamaRMSNorm: expected nn.Linear"),
     "task type": ({"task_type": "CHESS"}, ValueError, "Invalid task type"),
 }
 

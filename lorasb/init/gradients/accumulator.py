@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...layers.unfolding import SLICE
 from ...layers.weight_adapter import LoRASBWeight, Tap
 from ...ops.registry import backend_op, current_backend
 from ...ops.weight_gradient import BAD, SQUARES, ZEROS
@@ -283,7 +284,9 @@ class GradientSums:
             tapped = weight.detach().requires_grad_(True).view_as(weight)
             if self.muted:
                 return tapped
-            self.called.add(name)
+            # All experts of a parameter go through, and those that no token was routed to have not run.
+            if layer.unfolding.kind != SLICE:
+                self.called.add(name)
             half = self.first_half
             tapped.register_hook(lambda gradient: self._add_own(name, layer, gradient, half))
             return tapped
@@ -292,6 +295,9 @@ class GradientSums:
 
     @torch.no_grad()
     def _add_own(self, name: str, layer: LoRASBWeight, gradient: Tensor, first_half: bool) -> None:
+        if layer.unfolding.kind == SLICE and not gradient.any():
+            return
+        self.called.add(name)
         self._sum_of(name).add_gradient(layer.matrix_gradient(gradient), first_half)
 
     def _sum_of(self, name: str) -> LayerSum:

@@ -1,0 +1,205 @@
+"""Parameters of any module under adapters: GPT-OSS's and Llama-4's experts, weights without a linear."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from families import SIZES
+from models import text
+from tolerances import ENERGY, EXACT, FP64, MERGE, check
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import lorasb
+from lorasb.layers.linear import LoRASBLinear
+
+SHAPE = SIZES | {"num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2, "num_local_experts": 4}
+
+
+def gpt_oss() -> Any:
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(**SHAPE, max_position_embeddings=4096 * 32, pad_token_id=0)
+    config._experts_implementation = "eager"  # grouped products are not there in fp64
+    return transformers.GptOssForCausalLM(config).eval()
+
+
+def llama4() -> Any:
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(**SHAPE, intermediate_size_mlp=64, pad_token_id=0)
+    return transformers.Llama4ForCausalLM(config).eval()
+
+
+MODELS = {"gpt-oss": (gpt_oss, "mlp.experts"), "llama4": (llama4, "feed_forward.experts")}
+
+
+def targets(where: str) -> list[str]:
+    return [f"{where}.gate_up_proj", f"{where}.down_proj"]
+
+
+def patched(kind: str, **options: Any) -> Any:
+    make, where = MODELS[kind]
+    return lorasb.patch(make(), r=3, target_modules=["q_proj"], target_parameters=targets(where), **options)
+
+
+def slices(model: nn.Module) -> dict[str, LoRASBLinear]:
+    found = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}
+    return {name: layer for name, layer in found.items() if "experts" in name}
+
+
+def logits(model: nn.Module) -> Tensor:
+    return model(**text(4, 12, 0)).logits
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_expert_has_an_adapter_of_its_own(kind: str) -> None:
+    layers = slices(patched(kind, init="random"))
+    assert len(layers) == 2 * 2 * 4  # two blocks, two parameters, four experts
+    assert f"model.layers.1.{MODELS[kind][1]}.down_proj.3" in layers
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_output_and_gradients_are_those_of_the_sum_of_weights(kind: str) -> None:
+    model = patched(kind, init="kaiming").double()
+    plain = MODELS[kind][0]().double()
+    weights = {name: p.detach() for name, p in plain.named_parameters()}
+    cores = {}
+    for name, layer in {n: m for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}.items():
+        parameter, _, index = name.removeprefix("base_model.model.").rpartition(".")
+        b, a = layer.lorasb_B["default"].double(), layer.lorasb_A["default"].double()
+        delta = layer.scaling["default"] * b @ layer.lorasb_R["default"] @ a
+        cores[name] = layer.lorasb_R["default"]
+        if "experts" in name:
+            whole = torch.zeros_like(weights[parameter])
+            mask = torch.zeros(len(whole), 1, 1, dtype=torch.float64)
+            mask[int(index)] = 1
+            weights[parameter] = weights[parameter] + mask * delta
+        else:
+            weights[f"{parameter}.{index}.weight"] = weights[f"{parameter}.{index}.weight"] + delta
+    want = functional_call(plain, weights, (), text(4, 12, 0))
+    check(logits(model), want.logits, FP64)
+    want.loss.backward()
+    expected = {name: core.grad.clone() for name, core in cores.items()}
+    model.zero_grad()
+    model(**text(4, 12, 0)).loss.backward()
+    assert sum(bool(core.grad.norm() > 0) for core in cores.values()) > len(cores) // 2
+    for name, core in cores.items():
+        check(core.grad, expected[name], FP64)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("strategy", ["layerwise", "accumulate"])
+def test_each_expert_starts_with_its_own_first_step(kind: str, strategy: str) -> None:
+    model = patched(kind)
+    batches = [text(4, 12, seed) for seed in range(2)]
+    report = lorasb.initialize(model, batches, lr=1e-2, strategy=strategy, progress=False)
+    assert report.strategy == strategy
+    plain = MODELS[kind][0]()
+    for batch in batches:
+        for row in range(4):
+            plain(**{name: value[row : row + 1] for name, value in batch.items()}).loss.backward()
+    parameters = dict(plain.named_parameters())
+    for name, layer in slices(model).items():
+        parameter, _, index = name.rpartition(".")
+        gradient = parameters[parameter].grad[int(index)]
+        if not gradient.any():  # no token came to this expert
+            continue
+        step = -gradient.sign()
+        b, a = layer.lorasb_B["default"].detach(), layer.lorasb_A["default"].detach()
+        kept, best = (b.t() @ step @ a.t()).square().sum(), torch.linalg.svdvals(step)[:3].square().sum()
+        assert kept > ENERGY * best, name
+
+
+def test_an_expert_without_tokens_takes_the_subspace_of_its_weight() -> None:
+    model = patched("llama4")
+    for name, module in model.named_modules():
+        if name.endswith("router"):
+            with torch.no_grad():
+                module.weight.zero_()  # a tie, which goes to the first experts
+    with pytest.warns(UserWarning, match=r"experts"):
+        report = lorasb.initialize(model, [text(4, 12, 0)], lr=1e-2, progress=False)
+    fallbacks = [layer.name for layer in report.layers if layer.fallback]
+    assert fallbacks
+    assert all("experts" in name for name in fallbacks)
+    assert all(layer.is_initialized("default") for layer in slices(model).values())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_merging_saving_and_unloading(kind: str, tmp_path: Path) -> None:
+    make: Callable[[], Any] = MODELS[kind][0]
+    model = patched(kind, init="kaiming").eval()
+    want, base = logits(model), logits(make())
+    assert (want - base).abs().max() > 1e-2
+    with model.disable_adapter():
+        check(logits(model), base, EXACT)
+    model.save_pretrained(tmp_path)
+    check(logits(peft.PeftModel.from_pretrained(make(), tmp_path).eval()), want, EXACT)
+    model.merge_adapter()
+    check(logits(model), want, MERGE)
+    model.unmerge_adapter()
+    check(logits(model), want, MERGE)
+    plain = copy.deepcopy(model).merge_and_unload()
+    check(logits(plain), want, MERGE)
+    assert list(plain.state_dict()) == list(make().state_dict())
+    assert [type(m) for m in model.unload().modules()] == [type(m) for m in make().modules()]
+
+
+def test_a_second_adapter_opens_further_parameters() -> None:
+    model = lorasb.patch(
+        gpt_oss(), r=3, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"], init="kaiming"
+    )
+    first = logits(model)
+    config = lorasb.LoRASBConfig(
+        r=2, target_modules=["q_proj"], target_parameters=targets("mlp.experts"), init="kaiming"
+    )
+    model.add_adapter("second", config)
+    check(logits(model), first, EXACT)
+    model.set_adapter("second")
+    assert (logits(model) - first).abs().max() > 1e-2
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    check(logits(model), first, EXACT)
+
+
+class Bare(nn.Module):
+    """A weight that no linear has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.odd = nn.Parameter(torch.randn(5, 8)), nn.Parameter(torch.randn(2, 2, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.t()
+
+
+def test_a_matrix_without_a_linear_is_adapted_where_it_is() -> None:
+    net = nn.Sequential()
+    net.bare = Bare()
+    model = lorasb.patch(net, r=2, target_modules=[], target_parameters=["bare.weight"], init="kaiming").eval()
+    x = torch.randn(3, 8)
+    layer: Any = model.base_model.model.bare
+    (one,) = layer.slices("weight")
+    check(model(x), x @ (net.bare.base_layer.weight + one.get_delta_weight("default")).t(), MERGE)
+
+
+def test_what_cannot_be_adapted_is_refused(tmp_path: Path) -> None:
+    net = nn.Sequential()
+    net.bare = Bare()
+    before = dict(net.named_modules())
+    with pytest.raises(TypeError, match=r"expected a matrix .*bare\.odd is \[2, 2, 2, 2\]"):
+        lorasb.patch(net, r=2, target_modules=[], target_parameters=["bare.odd"])
+    assert dict(net.named_modules()) == before
+    model = patched("gpt-oss", init="kaiming").eval()
+    with pytest.raises(ValueError, match=r"merge the adapter \(model\.merge_and_unload\(\)\)"):
+        lorasb.export_lora(model, tmp_path)
+    batch = text(2, 12, 0)
+    batch.pop("labels")
+    with pytest.raises(ValueError, match="adapted for all rows at once"):
+        model(**batch, adapter_names=["default", "__base__"])
