@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.dtypes import HALVES
 from .preconditioner import EquivalentGradient
 
 
@@ -28,6 +29,8 @@ def guarded_core(layer: Any, name: str) -> Tensor:
         RuntimeError: the adapter would be trained before it is initialized.
     """
     core: Tensor = layer._modules["lorasb_R"]._parameters[name]
+    if core.dtype in HALVES:  # asked for; the products take fp32 or wider, and the gradient is rounded to R's dtype
+        core = core.float()
     if not torch.is_grad_enabled():
         return core
     initialized = layer.is_initialized(name)

@@ -14,6 +14,7 @@ from ..checkpoints.shared_factors import missing_factors_error
 from ..constants import FACTORS
 from ..functional import dequantize, lora_sb_linear
 from ..quantization.quantized_weight import QuantizedWeight
+from ..utils.dtypes import HALVES
 from . import merging
 from .base_weight import FrozenBase
 from .initialized import guarded_core, has_values
@@ -50,6 +51,7 @@ class LoRASBLinear(FrozenBase, Scales):
         scaling: s.
         lora_dropout: probability of dropping an element of x on the adapter's path.
         equivalent_gradient: apply Theorem 3's closed form to R's gradient.
+        wide_factors: keep A and B in fp32 over a base in 16 bits, and compute the adapter in it.
         fan_in_fan_out: the weight is stored transposed, as in `transformers.Conv1D`.
         octet_dtype: compute dtype of an 8-bit base, which its storage does not record; the dtype of its bias, or fp16
             without one, if None.
@@ -71,6 +73,7 @@ class LoRASBLinear(FrozenBase, Scales):
         "first_scaling",
         "lora_dropout",
         "equivalent",
+        "wide_factors",
         "initialized",
     )
 
@@ -82,6 +85,7 @@ class LoRASBLinear(FrozenBase, Scales):
         scaling: float = 1.0,
         lora_dropout: float = 0.0,
         equivalent_gradient: bool = False,
+        wide_factors: bool = False,
         fan_in_fan_out: bool = False,
         octet_dtype: torch.dtype | None = None,
         resolver_options: Mapping[str, Any] | None = None,
@@ -93,6 +97,7 @@ class LoRASBLinear(FrozenBase, Scales):
         self.first_scaling: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
         self.equivalent: dict[str, bool] = {}
+        self.wide_factors: dict[str, bool] = {}
         self.initialized: dict[str, bool] = {}
         self._preconditioners: dict[str, Preconditioner] = {}
         self.siblings: Group | None = None  # set by `linear_group.form` once the model is patched
@@ -100,7 +105,8 @@ class LoRASBLinear(FrozenBase, Scales):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` switches it off
         self._active_adapter: str | list[str] = adapter_name
-        self.add_adapter(adapter_name, r, scaling, lora_dropout, equivalent_gradient)
+        options = {"equivalent_gradient": equivalent_gradient, "wide_factors": wide_factors}
+        self.add_adapter(adapter_name, r, scaling, lora_dropout, **options)
 
     def add_adapter(
         self,
@@ -110,8 +116,11 @@ class LoRASBLinear(FrozenBase, Scales):
         lora_dropout: float = 0.0,
         equivalent_gradient: bool = False,
         inference_mode: bool = False,
+        wide_factors: bool = False,
     ) -> None:
         """Add an adapter of rank `r`: A [r, in] and B [out, r] in the base's dtype, R [r, r] in fp32, all zero.
+
+        With `wide_factors` A and B are in fp32, too, and the adapter computes in it, beside the base.
 
         Raises:
             ValueError: r exceeds min(in_features, out_features), or the adapter name is taken.
@@ -120,8 +129,8 @@ class LoRASBLinear(FrozenBase, Scales):
             raise ValueError(f"expected 0 < r <= min(in, out) = {min(self.in_features, self.out_features)}, got {r}")
         if adapter_name in self.lorasb_R:
             raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
-        device, dtype, core_dtype = self.execution_device, self.base_dtype, self.core_dtype
-        self.r[adapter_name] = r
+        self.r[adapter_name], self.wide_factors[adapter_name] = r, wide_factors
+        device, dtype, core_dtype = self.execution_device, self.factor_dtype_of(adapter_name), self.core_dtype
         self.scaling[adapter_name] = self.first_scaling[adapter_name] = scaling
         self.lora_dropout[adapter_name], self.equivalent[adapter_name] = lora_dropout, equivalent_gradient
         self.initialized[adapter_name] = False
@@ -156,7 +165,7 @@ class LoRASBLinear(FrozenBase, Scales):
         names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lorasb_R]
         if not names:
             return self.base_forward(x, *args, **kwargs)
-        if args or kwargs or self.base_must_run():
+        if args or kwargs or self.base_must_run() or any(self.wide_factors[name] for name in names):
             return self._unfused_forward(x, names, *args, **kwargs)
         return self._fused_forward(x, names)
 
@@ -214,6 +223,8 @@ class LoRASBLinear(FrozenBase, Scales):
         if not self.initialized[name] and getattr(core, LOADED, False) and not getattr(a, LOADED, False):
             raise missing_factors_error()
         core, dropout = guarded_core(self, name), self.lora_dropout[name] if self.training else 0.0
+        if weight is None and x.dtype != a.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(a.dtype)  # fp32 factors beside a base in 16 bits
         return lora_sb_linear(x, weight, a, core, b, bias, self.scaling[name], dropout=dropout)
 
     def preconditioner(self, name: str) -> tuple[Tensor, Tensor]:
@@ -239,6 +250,7 @@ class LoRASBLinear(FrozenBase, Scales):
         """s·B R A [out, in] in R's dtype; transposed if the base weight is."""
         # B and A are widened: a product in 16 bits would round the delta before it is added to the weight.
         core = self.lorasb_R[adapter]
+        core = core.float() if core.dtype in HALVES else core
         b, a = self.lorasb_B[adapter].to(core.dtype), self.lorasb_A[adapter].to(core.dtype)
         delta = b @ core @ a * self.scaling[adapter]
         return delta.t() if self.fan_in_fan_out else delta
@@ -278,18 +290,31 @@ class LoRASBLinear(FrozenBase, Scales):
             self.set_base_weight(self.merged_weight(self.merged_adapters, sign=-1.0))
         self.merged_adapters.clear()
 
-    def settle_dtypes(self, adapter_name: str) -> None:
-        """Move an adapter to the base's device, with A and B frozen in the base's dtype and R in fp32."""
+    def settle_dtypes(self, adapter_name: str, wide_core: bool | None = None) -> None:
+        """Move an adapter to the base's device, with A and B frozen in the dtype that they were asked in.
+
+        Args:
+            adapter_name: of the adapter.
+            wide_core: True for R in fp32 or wider, False for R in the base's dtype (`autocast_adapter_dtype`), None to
+                leave that as it is.
+        """
         if adapter_name not in self.lorasb_R:
             return
-        base, core = self.base_dtype, self.core_dtype
-        for factors, dtype in ((self.lorasb_A, base), (self.lorasb_B, base), (self.lorasb_R, core)):
+        if wide_core is not None:
+            (self.lorasb_R.in_halves.discard if wide_core else self.lorasb_R.in_halves.add)(adapter_name)
+        narrow = adapter_name in self.lorasb_R.in_halves
+        frozen, core = self.factor_dtype_of(adapter_name), self.base_dtype if narrow else self.core_dtype
+        for factors, dtype in ((self.lorasb_A, frozen), (self.lorasb_B, frozen), (self.lorasb_R, core)):
             old = factors[adapter_name]
             device = old.device if old.device.type == "meta" else self.execution_device
             if (old.dtype, old.device) != (dtype, device):
                 new = nn.Parameter(old.detach().to(device, dtype), requires_grad=old.requires_grad)
                 new.__dict__.update(old.__dict__)  # attributes set from outside, as transformers' loaded flag
                 factors[adapter_name] = new
+
+    def factor_dtype_of(self, adapter_name: str) -> torch.dtype:
+        """The dtype of an adapter's A and B: the base's, or fp32 (`wide_factors`)."""
+        return self.core_dtype if self.wide_factors.get(adapter_name, False) else self.base_dtype
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT calls this after loading; its own version would cast R to 16 bits and unfreeze A and B."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import lora_sb_linear_group
+from ..utils.dtypes import HALVES
 
 if TYPE_CHECKING:
     from .linear import LoRASBLinear
@@ -226,6 +227,8 @@ def group_key(layer: LoRASBLinear, x: Tensor) -> tuple[Any, ...] | None:
     if layer.equivalent[name]:
         return None
     core, weight = layer.lorasb_R[name], layer.weight
+    if layer.wide_factors[name] or core.dtype in HALVES:
+        return None
     # The layer's own forward raises the error for an adapter that is trained before it is initialized.
     if torch.is_grad_enabled() and core.requires_grad and not layer.is_initialized(name):
         return None

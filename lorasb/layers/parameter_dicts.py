@@ -26,10 +26,18 @@ class FrozenFactors(nn.ParameterDict):
 
 
 class Cores(nn.ParameterDict):
-    """R by adapter name, never in 16 bits, where small updates would round to nothing."""
+    """R by adapter name, not in 16 bits, where small updates would round to nothing, unless that was asked for.
+
+    Attributes:
+        in_halves: names of adapters whose R may have 16 bits: PEFT's `autocast_adapter_dtype=False`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_halves: set[str] = set()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Parameter) and value.dtype in HALVES:
+        if isinstance(value, nn.Parameter) and value.dtype in HALVES and name not in self.in_halves:
             loaded = getattr(value, LOADED, False)  # the new parameter has to carry the mark
             value = nn.Parameter(value.detach().float(), requires_grad=value.requires_grad)
             if loaded:

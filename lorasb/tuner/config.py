@@ -76,6 +76,8 @@ class LoRASBConfig(PeftConfig):
             models and to 16 for classification.
         equivalent_gradient: replace R's gradient by Theorem 3's closed form. Needed only where the factors are not
             orthonormal; with LoRA-SB's own it changes nothing but s.
+        wide_factors: keep A and B in fp32 over a base in 16 bits, and compute the adapter in fp32 beside it, as PEFT's
+            LoRA does, for more memory and time.
         modules_to_save: modules that are trained and saved in full. Modules that are missing from the base's
             checkpoint, such as a classification head, are added automatically.
         trainable_token_indices: rows of the input embedding that are trained beside the adapter, or rows by the name of
@@ -106,6 +108,7 @@ class LoRASBConfig(PeftConfig):
     init_seed: int = 0
     lora_alpha: float | None = None
     equivalent_gradient: bool = False
+    wide_factors: bool = False
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False

@@ -28,6 +28,7 @@ from ..layers.lookup import any_merged, layer_kinds, layers_with
 from ..layers.requantize import Requantized
 from ..layers.weight_adapter import adapt_weights
 from ..quantization.bitsandbytes import keep_unpacked
+from ..utils.dtypes import HALVES
 from . import fused_experts, loading
 from .base_model import can_initialize_now, check_base, float_dtype
 from .config import ALL_LINEAR, LoRASBConfig, WrittenHere
@@ -35,6 +36,7 @@ from .fresh_heads import save_heads
 from .mixed_batch import adapters_by_row
 from .rollback import discard, unchanged_on_error
 from .targets import (
+    CORE,
     check_opaque,
     check_supported,
     filter_all_linear,
@@ -211,6 +213,7 @@ class LoRASBModel(BaseTuner):
             "scaling": peft_config.scaling_for(rank),
             "lora_dropout": peft_config.lora_dropout,
             "equivalent_gradient": peft_config.equivalent_gradient,
+            "wide_factors": peft_config.wide_factors,
         }
         if isinstance(target, LoRASBLinear):  # a further adapter on a patched layer
             target.add_adapter(adapter_name, **options, inference_mode=peft_config.inference_mode)
@@ -235,10 +238,10 @@ class LoRASBModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Keep A and B in the base's dtype and R in fp32; PEFT's version makes A and B trainable fp32 copies."""
+        """R in fp32, or in the base's dtype; PEFT's version makes A and B trainable fp32 copies."""
         for module in self.model.modules():
             if isinstance(module, LoRASBLinear):
-                module.settle_dtypes(adapter_name)
+                module.settle_dtypes(adapter_name, wide_core=autocast_adapter_dtype)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights: all layers, or none if one would get values that are not finite."""
@@ -311,7 +314,9 @@ class LoRASBModel(BaseTuner):
                 stacklevel=3,
             )
         saved_tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return with_kept_factors(saved_tensors, model, adapter_name)
+        # R that trains in 16 bits on request is written in fp32, without a loss: what is loaded has fp32 anyway
+        wide = {k: v.float() if CORE in k and v.dtype in HALVES else v for k, v in saved_tensors.items()}
+        return with_kept_factors(wide, model, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

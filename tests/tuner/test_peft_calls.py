@@ -10,10 +10,11 @@ from typing import Any
 
 import peft
 import pytest
+import tolerances
 import torch
 from models import batches_for, llama, logits, make
 from peft.helpers import disable_input_dtype_casting
-from tolerances import EXACT, EXPORT, check
+from tolerances import EXACT, EXPORT, MERGE, check
 from torch import nn
 
 import lorasb
@@ -157,6 +158,48 @@ def test_a_second_adapter_does_not_take_an_adapted_pooler_for_a_fresh_one() -> N
         warnings.simplefilter("ignore")
         model.add_adapter("second", lorasb.LoRASBConfig(r=2, init="random"))
     assert set(model.peft_config["second"].modules_to_save or []) == before
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_adapter_dtype_says_what_r_is_in(autocast: bool, base: torch.dtype, tmp_path: Path) -> None:
+    """PEFT's meaning: fp32, or the base's own dtype; the file has fp32 either way."""
+    config = lorasb.LoRASBConfig(r=2, target_modules=["first", "second"], init="kaiming")
+    model = peft.get_peft_model(Mlp().to(base), config, autocast_adapter_dtype=autocast)
+    model.add_adapter("other", config, autocast_adapter_dtype=autocast)
+    want = torch.float32 if autocast else base
+    for layer in layers_of(model).values():
+        assert {layer.lorasb_R[name].dtype for name in ("default", "other")} == {want}
+        assert {layer.lorasb_A["default"].dtype, layer.lorasb_B["default"].dtype} == {base}
+    x = torch.randn(5, 10, generator=torch.Generator().manual_seed(0)).to(base)
+    model.train()(x).float().square().sum().backward()
+    assert all(p.grad.dtype == want and p.grad.norm() > 0 for p in model.parameters() if p.requires_grad)
+    after = model.eval()(x)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(Mlp().to(base), tmp_path, autocast_adapter_dtype=autocast).eval()
+    assert {layer.lorasb_R["default"].dtype for layer in layers_of(again).values()} == {want}
+    check(again(x), after, EXACT)
+    check(model.merge_and_unload()(x), after, tolerances.BF16_FEW if base != torch.float32 else MERGE)
+
+
+def test_factors_are_kept_in_fp32_on_request(tmp_path: Path) -> None:
+    """The adapter then computes in fp32 beside the base, which is nearer to fp64 than with factors in bf16."""
+    errors, x = {}, torch.randn(64, 10, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for wide in (False, True):
+        model = lorasb.patch(Mlp().to(torch.bfloat16), r=2, target_modules=["first"], init="kaiming", wide_factors=wide)
+        layer: Any = model.base_model.model.first
+        dtype = torch.float32 if wide else torch.bfloat16
+        assert {layer.lorasb_A["default"].dtype, layer.lorasb_B["default"].dtype} == {dtype}
+        whole = lorasb.patch(Mlp().double(), r=2, target_modules=["first"], init="kaiming").base_model.model.first
+        update = layer._adapter_forward(x, "default").detach().double()
+        errors[wide] = float((update - x.double() @ whole.get_delta_weight("default").t()).norm())
+    assert errors[True] < errors[False] / 10
+    assert layer(x).dtype == torch.bfloat16
+    model.train()(x).float().sum().backward()
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(Mlp().to(torch.bfloat16), tmp_path).eval()
+    check(again(x), model.eval()(x), EXACT)
+    assert again.base_model.model.first.lorasb_A["default"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("switch", ["set_scale", "scale_layer"])
