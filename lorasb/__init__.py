@@ -15,6 +15,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .backends import backend
     from .export.lora import export_lora
+    from .export.weight_sync import adapter_delta, lora_of
     from .init import InitReport, first_step_lr, initialize
     from .layers.equivalent_gradient import equivalent_gradient
     from .layers.linear import LoRASBLinear
@@ -34,6 +35,7 @@ __all__ = [
     "LoRASBLinear",
     "RateTrials",
     "__version__",
+    "adapter_delta",
     "backend",
     "equivalent_gradient",
     "export_lora",
@@ -41,6 +43,7 @@ __all__ = [
     "first_step_lr",
     "functional",
     "initialize",
+    "lora_of",
     "optim",
     "parameter_groups",
     "patch",
@@ -58,6 +61,8 @@ _MODULE_OF = {
     "backend": "backends",
     "equivalent_gradient": "layers.equivalent_gradient",
     "export_lora": "export",
+    "adapter_delta": "export",
+    "lora_of": "export",
     "find_lr": "training.rate_trials",
     "first_step_lr": "init",
     "initialize": "init",

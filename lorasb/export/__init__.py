@@ -1,3 +1,5 @@
-"""Export of adapters: as a plain LoRA for PEFT and vLLM (`lora`), or for llama.cpp (`gguf`)."""
+"""Export of adapters: as a plain LoRA for PEFT and vLLM (`lora`), for llama.cpp (`gguf`), or step by step for RL."""
 
 from .lora import export_lora as export_lora
+from .weight_sync import adapter_delta as adapter_delta
+from .weight_sync import lora_of as lora_of

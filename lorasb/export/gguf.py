@@ -105,7 +105,7 @@ def base_config(model: Any, name: str | None) -> Any:
     file = Path(name or "") / "config.json"
     if not name or not file.is_file():
         raise ValueError(
-            f"a GGUF adapter needs its base's configuration, and there is none in {name or 'no folder'!r}: export from "
+            f"this format needs its base's configuration, and there is none in {name or 'no folder'!r}: export from "
             "the patched model"
         )
     return SimpleNamespace(**json.loads(file.read_text(encoding="utf-8")))

@@ -18,10 +18,11 @@ from ..layers.unfused_experts import NAMES, parameter_of
 from ..tuner.config import LoRASBConfig
 from ..utils.atomic_files import replacing, write_json, write_text
 from .lora_layout import in_pefts_layout, refuse_slices
+from .vllm_experts import per_expert, target_modules
 
 # The values that vLLM accepts for --max-lora-rank; its default is 16.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-FORMATS = ("peft", "gguf")
+FORMATS = ("peft", "vllm", "gguf")
 BIASES = {"all": "all", "lorasb_only": "lora_only", "lora_only": "lora_only"}  # PEFT's names of our fields' values
 COPIED_FIELDS = (
     "base_model_name_or_path",
@@ -53,7 +54,8 @@ def export_lora(
         path: the folder to write: adapter_config.json, adapter_model.safetensors, README.md; or adapter.gguf.
         adapter_name: which adapter of the model; the active one by default.
         dtype: dtype of the written tensors; fp32 keeps R's precision.
-        format: "peft" for PEFT and vLLM, or "gguf" for llama.cpp, in fp32 (`gguf_export.ARCHITECTURES`).
+        format: "peft" for PEFT, and for vLLM where no experts are adapted; "vllm" with a linear for each expert, at a
+            rank that vLLM takes; or "gguf" for llama.cpp, in fp32 (`gguf_export.ARCHITECTURES`).
         quiet: do not print the serving command.
 
     Returns:
@@ -68,12 +70,18 @@ def export_lora(
     layers = adapter_file.group_by_layer(tensors)
     # One rank for all layers: vLLM ignores rank_pattern, and llama.cpp scales by lora_alpha / rank of each tensor.
     rank = max(factors["lorasb_R"].shape[0] for factors in layers.values())
+    rank = _vllm_rank(rank) if format == "vllm" else rank
     # Modules that were trained in full go along as they are.
     written = {key: value for key, value in tensors.items() if not any(f".{p}" in key for p in FACTORS)}
     lora_factors = {name: _lora_factors(factors, scalings[name], rank) for name, factors in layers.items()}
     kinds = config.get("layer_kinds") or {}
     refuse_slices(kinds)
-    for name, (a, b) in _fuse_experts(lora_factors, config.get("target_parameters")).items():
+    if format == "vllm":
+        named = per_expert(lora_factors, _model_type(model, config))
+        config |= {"target_modules": target_modules(named), "target_parameters": None}
+    else:
+        named = _fuse_experts(lora_factors, config.get("target_parameters"))
+    for name, (a, b) in named.items():
         for key, tensor in in_pefts_layout(name, _cast(a, dtype, name), _cast(b, dtype, name), kinds.get(name)).items():
             written[f"{PEFT_PREFIX}{key}"] = tensor
     folder = Path(path)
@@ -88,6 +96,25 @@ def export_lora(
     if not quiet:
         print(f"plain LoRA of rank {rank} in {folder}. Serve it with:\n  {command}")
     return folder
+
+
+def _vllm_rank(rank: int) -> int:
+    """The smallest rank that vLLM takes and that fits.
+
+    Raises:
+        ValueError: there is none.
+    """
+    fitting = next((choice for choice in VLLM_RANKS if choice >= rank), None)
+    if fitting is None:
+        raise ValueError(f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}: merge the adapter instead")
+    return fitting
+
+
+def _model_type(model: Any, config: dict[str, Any]) -> str | None:
+    from .gguf import base_config
+
+    kind: str | None = getattr(base_config(model, config.get("base_model_name_or_path")), "model_type", None)
+    return kind
 
 
 def _write_gguf(

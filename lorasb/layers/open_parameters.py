@@ -46,12 +46,17 @@ class OpenParameters(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with the adapters of its parameters."""
+        for layer in self._adapted():
+            layer.unmerge_if_disabled()
         weights = {name: self._weight(name) for name in self.opened if self._in_use(name)}
         return functional_call(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
 
     def slices(self, name: str) -> list[nn.Module]:
         """The matrices of a parameter, with or without adapters."""
         return list(cast(nn.ModuleList, self._modules[name]))
+
+    def _adapted(self) -> list[LoRASBWeight]:
+        return [one for name in self.opened for one in self.slices(name) if isinstance(one, LoRASBWeight)]
 
     def _in_use(self, name: str) -> bool:
         return any(isinstance(one, LoRASBWeight) and one.in_use for one in self.slices(name))
@@ -68,8 +73,7 @@ class OpenParameters(nn.Module):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The module without adapters, merged first if so asked; PEFT calls it in place of `merge`."""
-        layers = [one for name in self.opened for one in self.slices(name) if isinstance(one, LoRASBWeight)]
-        for layer in layers if merge else ():
+        for layer in self._adapted() if merge else ():
             layer.merge(safe_merge, adapter_names)
         return self.base_layer
 

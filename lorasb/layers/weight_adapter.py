@@ -89,8 +89,7 @@ class LoRASBWeight(LoRASBLinear):
         rows = kwargs.pop("adapter_names", None)
         if rows is not None:
             return self._by_rows(rows, *args, **kwargs)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+        self.unmerge_if_disabled()
         return self._with(self._names(), *args, **kwargs)
 
     @property
@@ -100,9 +99,12 @@ class LoRASBWeight(LoRASBLinear):
 
     def current_weight(self) -> Tensor:
         """W + s·B R A of the active adapters, in the parameter's layout."""
+        return self._weight(self._names())
+
+    def unmerge_if_disabled(self) -> None:
+        """As PEFT's layers do in a forward: without adapters the module has to compute with its own weight."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        return self._weight(self._names())
 
     def _names(self) -> list[str]:
         off = self.disable_adapters or self.merged
@@ -114,7 +116,25 @@ class LoRASBWeight(LoRASBLinear):
             return self.base_layer(*args, **kwargs)
         if self.training and self.unfolding.kind == CONVOLUTION and any(self.lora_dropout[n] > 0 for n in names):
             return self._convolved_beside(names, *args)
+        if not isinstance(self.base_weight(), nn.Parameter):
+            return self._with_view(self._weight(names), *args, **kwargs)
         return functional_call(self.base_layer, {self._path(): self._weight(names)}, args, kwargs)
+
+    def _with_view(self, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The same where FSDP1 keeps plain views in the place of parameters, which `functional_call` does not know."""
+        owner: Any = self.get_base_layer()
+        *path, name = self.unfolding.path.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        places: list[dict[str, Any]] = [place for place in (owner._parameters, vars(owner)) if name in place]
+        views = [place[name] for place in places]  # FSDP1 has it in both
+        for place in places:
+            place[name] = weight
+        try:
+            return self.base_layer(*args, **kwargs)
+        finally:
+            for place, view in zip(places, views, strict=True):
+                place[name] = view
 
     def _path(self) -> str:
         """The parameter's name below `base_layer`, which may adapt another parameter of the module."""

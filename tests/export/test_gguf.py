@@ -152,7 +152,7 @@ def test_what_has_no_gguf(tmp_path: Path) -> None:
     for family, message in (("gpt2", "no GGUF adapter for model type 'gpt2'"), ("roberta", "no GGUF adapter")):
         with pytest.raises(ValueError, match=message):
             lorasb.export_lora(patched(family), tmp_path, format="gguf", quiet=True)
-    with pytest.raises(ValueError, match="format must be one of peft, gguf"):
+    with pytest.raises(ValueError, match="format must be one of peft, vllm, gguf"):
         lorasb.export_lora(patched(), tmp_path, format="onnx", quiet=True)
     model = copy.deepcopy(patched())
     model.save_pretrained(tmp_path / "adapter")

@@ -142,6 +142,9 @@ def test_merging_saving_and_unloading(kind: str, tmp_path: Path) -> None:
     check(logits(peft.PeftModel.from_pretrained(make(), tmp_path).eval()), want, EXACT)
     model.merge_adapter()
     check(logits(model), want, MERGE)
+    with model.disable_adapter():
+        check(logits(model), base, MERGE)
+    model.merge_adapter()
     model.unmerge_adapter()
     check(logits(model), want, MERGE)
     plain = copy.deepcopy(model).merge_and_unload()

@@ -185,6 +185,19 @@ def test_rows_choose_adapters_of_embeddings_and_convolutions() -> None:
         attention(x, x, x, adapter_names=["default"] * 6)
 
 
+def test_fsdp1s_views_are_replaced_too() -> None:
+    """It keeps plain tensors in the parameters' place, twice: in `_parameters` and as attributes."""
+    model, ids = patched().eval(), batch()["ids"]
+    want = model(ids)
+    owners = [layer.get_base_layer() for name, layer in adapted(model).items() if name in ("conv", "image")]
+    for owner in owners:
+        view = owner.weight.detach()
+        owner._parameters["weight"] = view
+        vars(owner)["weight"] = view
+    check(model(ids), want, EXACT)
+    assert all(type(owner.weight) is Tensor and owner.weight is owner._parameters["weight"] for owner in owners)
+
+
 def test_dropout_of_a_convolution_drops_its_input_on_the_adapters_path() -> None:
     """With R's path alone, dropped inputs scale by 1 / (1 - p): the mean over many masks is the result without."""
     model = lorasb.patch(Net(), r=3, target_modules=["conv"], init="kaiming", lora_dropout=0.5)

@@ -275,7 +275,7 @@ class GradientSums:
     def _tap(self, name: str, layer: LoRASBWeight) -> Tap:
         """For layers whose weight's gradient is not dyᵀ x: the weight goes through here on its way into the module."""
 
-        def through(weight: Tensor) -> Tensor:
+        def hook(weight: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 return weight
             if not self._active():
@@ -291,7 +291,7 @@ class GradientSums:
             tapped.register_hook(lambda gradient: self._add_own(name, layer, gradient, half))
             return tapped
 
-        return through
+        return hook
 
     @torch.no_grad()
     def _add_own(self, name: str, layer: LoRASBWeight, gradient: Tensor, first_half: bool) -> None:

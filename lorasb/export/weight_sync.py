@@ -1,0 +1,95 @@
+"""Adapter-only synchronization, for RL: the basis (A and s·B) once, R after every step; the base is never touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..constants import PEFT_PREFIX
+from ..layers.lookup import adapted_layers, layer_kinds
+from .lora_layout import in_pefts_layout, refuse_slices
+
+PARTS = ("lora", "basis", "core")
+
+
+@torch.no_grad()
+def adapter_delta(
+    model: nn.Module, part: str = "lora", *, adapter_name: str | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """An adapter's tensors for a process that serves the same base: no weight is merged, none of the base is sent.
+
+    A trainer sends `adapter_delta(model, "basis")` once and `adapter_delta(model, "core")` after every step: 4·r² bytes
+    a layer, 3.7 MB for the 224 linears of a 7B Llama at r = 64. The other side makes the plain LoRA of the two with
+    `lora_of`. A and B never change, so that is all.
+
+    Args:
+        model: a patched model.
+        part: "lora" (lora_A = A, lora_B = s·B·R, by PEFT's names), "basis" (A [r, in] and s·B [out, r]) or "core" (R).
+        adapter_name: which adapter; the active one by default.
+        dtype: of the tensors; that of the factors by default, and fp32 for "lora".
+
+    Returns:
+        Tensors by name, on the model's device; those of "basis" and "core" are the adapter's own where no dtype or
+        scale changes them: copy them before the next step if they are kept.
+
+    Raises:
+        ValueError: an unknown part, or an adapter that is not initialized.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
+    model = getattr(model, "_orig_mod", model)
+    name, layers = adapted_layers(model, adapter_name)
+    fresh = [path for path, layer in layers.items() if not layer.is_initialized(name)]
+    if fresh:
+        raise ValueError(f"adapter {name!r} has not been initialized ({fresh[0]}): call lorasb.initialize first")
+    if part == "core":
+        return {path: _in(layer.lorasb_R[name].detach(), dtype) for path, layer in layers.items()}
+    basis: dict[str, Tensor] = {}
+    for path, layer in layers.items():
+        a, b, s = layer.lorasb_A[name].detach(), layer.lorasb_B[name].detach(), layer.scaling[name]
+        basis[f"{path}.A"], basis[f"{path}.B"] = _in(a, dtype), _in(b if s == 1.0 else b.float() * s, dtype)
+    if part == "basis":
+        return basis
+    core = {path: layer.lorasb_R[name].detach() for path, layer in layers.items()}
+    return lora_of(basis, core, kinds=layer_kinds(layers), dtype=dtype or torch.float32)
+
+
+@torch.no_grad()
+def lora_of(
+    basis: Mapping[str, Tensor],
+    core: Mapping[str, Tensor],
+    *,
+    kinds: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """The plain LoRA of a basis and R's, as `adapter_delta(model)` gives it where both come from: lora_alpha = r.
+
+    Args:
+        basis: of `adapter_delta(model, "basis")`.
+        core: of `adapter_delta(model, "core")`.
+        kinds: `layer_kinds` of the adapter's config, if it has embeddings or convolutions.
+        dtype: of the result; products are fp32.
+
+    Raises:
+        ValueError: the two do not have the same layers.
+    """
+    names = {key[: -len(".A")] for key in basis if key.endswith(".A")}
+    if names != set(core):
+        odd = sorted(names ^ set(core))
+        raise ValueError(
+            f"expected R of every layer of the basis, and no other: {', '.join(odd[:3])} has one of the two"
+        )
+    refuse_slices(kinds or {})
+    tensors: dict[str, Tensor] = {}
+    for name, r in core.items():
+        a, b = basis[f"{name}.A"].float(), basis[f"{name}.B"].float() @ r.float()
+        found = in_pefts_layout(name, a.to(dtype), b.to(dtype), (kinds or {}).get(name))
+        tensors.update({f"{PEFT_PREFIX}{key}": value for key, value in found.items()})
+    return tensors
+
+
+def _in(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype)

@@ -1,0 +1,92 @@
+"""Adapter-only synchronization: the basis once, R after every step, and the plain LoRA on the other side."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models import batches_for, logits, make, patched
+from safetensors.torch import load_file
+from tolerances import EXACT, EXPORT, check
+from unfolded_models import Net, batch
+
+import lorasb
+
+SCALED = {"scaling": 0.5, "rank_pattern": {"k_proj": 2}}
+
+
+def served(tensors: dict[str, torch.Tensor], model: Any) -> torch.Tensor:
+    """Logits of stock PEFT with these tensors in a plain LoRA, layer by layer at its own rank."""
+    ranks = {
+        key.split(".lora_A")[0].removeprefix("base_model.model."): len(v)
+        for key, v in tensors.items()
+        if "lora_A" in key
+    }
+    config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)
+    plain = peft.get_peft_model(make("llama"), config)
+    found = peft.set_peft_model_state_dict(plain, tensors)
+    assert not found.unexpected_keys
+    return logits(plain.eval())
+
+
+def test_the_other_side_computes_what_the_trainer_does_after_every_step() -> None:
+    model = patched("llama", **SCALED)
+    base = {name: p.clone() for name, p in model.named_parameters() if "lorasb_R" not in name}
+    basis = {name: value.clone() for name, value in lorasb.adapter_delta(model, "basis").items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        model.train()(**batches_for("llama")[0]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        core = lorasb.adapter_delta(model, "core")
+        tensors = lorasb.lora_of(basis, core)
+        check(served(tensors, model), logits(model.eval()), EXPORT)
+        whole = lorasb.adapter_delta(model)
+        assert whole.keys() == tensors.keys()
+        for name, value in whole.items():
+            check(value, tensors[name], EXACT)
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
+
+
+def test_the_whole_is_what_the_export_writes(tmp_path: Path) -> None:
+    model = patched("llama", scaling=0.5)
+    lorasb.export_lora(model, tmp_path, quiet=True)
+    written, sent = load_file(tmp_path / "adapter_model.safetensors"), lorasb.adapter_delta(model)
+    assert written.keys() == sent.keys()
+    for name, value in written.items():
+        check(sent[name], value, EXPORT)
+
+
+def test_a_step_of_a_7b_model_is_less_than_4_mb() -> None:
+    """R alone, fp32 at the default rank: 7 linears in each of 32 blocks. Here at the ranks of a small model."""
+    core = lorasb.adapter_delta(patched("llama", r=4), "core")
+    assert sum(value.numel() * value.element_size() for value in core.values()) == 14 * 4 * 4 * 4
+    assert 224 * 64 * 64 * 4 <= 4 * 2**20
+    half = lorasb.adapter_delta(patched("llama", r=4), "core", dtype=torch.bfloat16)
+    assert {value.dtype for value in half.values()} == {torch.bfloat16}
+
+
+def test_embeddings_and_convolutions_have_pefts_names() -> None:
+    model = lorasb.patch(Net(), r=3, target_modules=["embed", "conv", "image", "head"], init="kaiming").eval()
+    plain = peft.get_peft_model(
+        Net(), peft.LoraConfig(r=3, lora_alpha=3, target_modules=["embed", "conv", "image", "head"])
+    )
+    assert not peft.set_peft_model_state_dict(plain, lorasb.adapter_delta(model)).unexpected_keys
+    check(plain.eval()(batch()["ids"]), model(batch()["ids"]), EXPORT)
+
+
+def test_what_cannot_be_sent_is_refused() -> None:
+    model = patched("llama")
+    with pytest.raises(ValueError, match="part must be one of lora, basis, core, got 'all'"):
+        lorasb.adapter_delta(model, "all")
+    with pytest.raises(ValueError, match="has not been initialized"):
+        lorasb.adapter_delta(lorasb.patch(make("llama"), r=4))
+    core = lorasb.adapter_delta(model, "core")
+    core.pop(next(iter(core)))
+    with pytest.raises(ValueError, match="expected R of every layer of the basis"):
+        lorasb.lora_of(lorasb.adapter_delta(model, "basis"), core)
+    assert math.isfinite(float(logits(model).sum()))
