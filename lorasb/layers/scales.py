@@ -16,6 +16,10 @@ class Scales(BaseTunerLayer):
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.first_scaling[adapter]
 
+    def set_scale_as_made(self, adapter: str, scaling: float) -> None:
+        """Set an adapter's s, as if it had been made with it."""
+        self.scaling[adapter] = self.first_scaling[adapter] = scaling
+
     def scale_layer(self, scale: float) -> None:
         """Multiply the s of every active adapter."""
         for name in self._active_here():

@@ -29,7 +29,7 @@ from ..layers.requantize import Requantized
 from ..layers.weight_adapter import adapt_weights
 from ..quantization.bitsandbytes import keep_unpacked
 from ..utils.dtypes import HALVES
-from . import fused_experts, loading
+from . import fused_experts, hotswap, loading
 from .base_model import can_initialize_now, check_base, float_dtype
 from .config import ALL_LINEAR, LoRASBConfig, WrittenHere
 from .fresh_heads import save_heads
@@ -347,3 +347,4 @@ def register(init_without_data: InitWithoutData) -> None:
     if PeftType(PEFT_NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="lorasb", config_cls=LoRASBConfig, model_cls=LoRASBModel, prefix=LoRASBModel.prefix)
     loading.install()
+    hotswap.install()

@@ -1,0 +1,89 @@
+"""`peft.utils.hotswap.hotswap_adapter` for LoRA-SB: another adapter's values into the parameters of a loaded one.
+
+PEFT's function knows LoRA's tensors only. It is wrapped once; adapters of other methods go to it as before. Parameters
+stay the same objects, so that a compiled model is not compiled again.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import peft.utils.hotswap
+import torch
+from peft.config import PeftConfig
+
+from ..checkpoints import adapter_file
+from ..checkpoints.base_fingerprint import difference
+from ..constants import FACTORS, PEFT_NAME
+from ..layers.lookup import layers_with
+from . import loading
+from .config import LoRASBConfig
+
+HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token")
+
+
+def install() -> None:
+    """Wrap PEFT's function; idempotent."""
+    original = peft.utils.hotswap.hotswap_adapter
+    if not hasattr(original, "knows_lorasb"):
+        peft.utils.hotswap.hotswap_adapter = _for_both(original)
+
+
+def _for_both(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def call(
+        model: Any, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kw: Any
+    ) -> None:
+        """PEFT's function, and ours for adapters of LoRA-SB."""
+        hub = {name: kw.get(name) for name in HUB_OPTIONS}
+        if PeftConfig._get_peft_type(model_name_or_path, **hub) == PEFT_NAME:
+            swap(model, model_name_or_path, adapter_name, torch_device, **kw)
+        else:
+            original(model, model_name_or_path, adapter_name, torch_device, **kw)
+
+    call.knows_lorasb = True  # type: ignore[attr-defined]
+    return call
+
+
+@torch.no_grad()
+def swap(
+    model: Any, path: str | os.PathLike[str], adapter_name: str, torch_device: str | None = None, **options: Any
+) -> None:
+    """Write a saved adapter's A, B and R into those of a loaded one, in place.
+
+    Args:
+        model: a `PeftModel`, compiled or not.
+        path: folder or name of the other adapter.
+        adapter_name: the loaded adapter, which keeps its name.
+        torch_device: where the file is read to.
+        options: PEFT's for loading (`subfolder`, `revision`, ...).
+
+    Raises:
+        ValueError: the adapter is merged, or the other one has other layers, ranks or another base. Nothing is changed.
+    """
+    model = getattr(model, "_orig_mod", model)
+    config = LoRASBConfig.from_pretrained(str(path), **options)
+    layers = layers_with(model, adapter_name)
+    if not layers:
+        raise ValueError(f"no layer has an adapter {adapter_name!r}: load one first, which the other one replaces")
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(f"adapter {adapter_name!r} is merged into the weights: call model.unmerge_adapter() first")
+    weights = {name: getattr(layer.get_base_layer(), "weight", None) for name, layer in layers.items()}
+    reason = difference(weights, config.base_fingerprint) if config.check_base and config.base_fingerprint else None
+    if reason:
+        raise ValueError(f"{path} was made on another base model: {reason}. Hotswapping replaces adapters of one base")
+    tensors = peft.utils.load_peft_weights(str(path), device=torch_device, **options)
+    tensors = loading.with_factors(tensors, adapter_name, layers)
+    try:
+        adapter_file.check_tensors(tensors, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
+    except ValueError as error:
+        raise ValueError(
+            f"{path} does not fit the loaded adapter {adapter_name!r}, which it would replace: {error}"
+        ) from None
+    for name, factors in adapter_file.group_by_layer(tensors).items():
+        a, core, b = (factors[part] for part in FACTORS)
+        layers[name].set_factors(adapter_name, b, core, a)
+        layers[name].set_scale_as_made(adapter_name, config.scaling_for(len(core)))
