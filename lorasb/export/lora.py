@@ -74,28 +74,40 @@ def export_lora(
     # Modules that were trained in full go along as they are.
     written = {key: value for key, value in tensors.items() if not any(f".{p}" in key for p in FACTORS)}
     lora_factors = {name: _lora_factors(factors, scalings[name], rank) for name, factors in layers.items()}
-    kinds = config.get("layer_kinds") or {}
-    refuse_slices(kinds)
     if format == "vllm":
         named = per_expert(lora_factors, _model_type(model, config))
         config |= {"target_modules": target_modules(named), "target_parameters": None}
     else:
         named = _fuse_experts(lora_factors, config.get("target_parameters"))
-    for name, (a, b) in named.items():
-        for key, tensor in in_pefts_layout(name, _cast(a, dtype, name), _cast(b, dtype, name), kinds.get(name)).items():
-            written[f"{PEFT_PREFIX}{key}"] = tensor
+    written |= _entries(named, config.get("layer_kinds") or {}, dtype)
     folder = Path(path)
     if format == "gguf":
         return _write_gguf(model, config, written, rank, folder, quiet)
+    return _write_peft(config, written, rank, folder, quiet)
+
+
+def _write_peft(config: dict[str, Any], tensors: dict[str, Tensor], rank: int, folder: Path, quiet: bool) -> Path:
     with replacing(folder / WEIGHTS_NAME) as temporary:
         # safetensors refuses tensors that are not contiguous, as padded and stacked ones may be
-        save_file({k: v.contiguous() for k, v in written.items()}, str(temporary), metadata={"format": "pt"})
+        save_file({k: v.contiguous() for k, v in tensors.items()}, str(temporary), metadata={"format": "pt"})
     write_json(folder / CONFIG_NAME, _lora_config(config, rank))
     command = serve_command(config.get("base_model_name_or_path"), folder, rank)
     write_text(folder / "README.md", _card(config, rank, command))
     if not quiet:
         print(f"plain LoRA of rank {rank} in {folder}. Serve it with:\n  {command}")
     return folder
+
+
+def _entries(
+    factors: dict[str, tuple[Tensor, Tensor]], kinds: dict[str, list[Any]], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The state dict entries of all layers' lora_A and lora_B."""
+    refuse_slices(kinds)
+    entries: dict[str, Tensor] = {}
+    for name, (a, b) in factors.items():
+        found = in_pefts_layout(name, _cast(a, dtype, name), _cast(b, dtype, name), kinds.get(name))
+        entries.update({f"{PEFT_PREFIX}{key}": tensor for key, tensor in found.items()})
+    return entries
 
 
 def _vllm_rank(rank: int) -> int:

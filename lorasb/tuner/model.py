@@ -228,9 +228,8 @@ class LoRASBModel(BaseTuner):
         )
         # PEFT: an adapter that is added but not active does not train, as in LoraModel
         if adapter_name not in self.active_adapters:
-            for one in layer.modules():
-                if isinstance(one, LoRASBLinear):
-                    one.lorasb_R.requires_grad_(False)
+            for one in (m for m in layer.modules() if isinstance(m, LoRASBLinear)):
+                one.lorasb_R.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import transformers
 from models import Rows, llama
 from opaque_models import (
     KINDS,
-    Scaled,
     adapted,
     batches,
     dense_twin,
@@ -30,8 +28,6 @@ from tolerances import EXACT, EXPORT, FOUR_BITS, MERGE, PROCESS_SUMS, SAME_STEP,
 from torch import nn
 
 import lorasb
-from lorasb.layers import opaque_base
-from lorasb.layers.linear import LoRASBLinear
 
 GIVE_W = [kind for kind in KINDS if kind != "unknown"]
 REQUANTIZE = ("hqq", "quanto")  # torchao, too, if transformers has loaded the model: a test of its own
@@ -288,80 +284,6 @@ def test_formats_that_need_a_gpu_are_known_by_pefts_resolver(
     adapter.train()(**batches()[0]).loss.backward()
     with pytest.raises(ValueError, match=f"{name} layers do not give it"):
         adapter.merge_and_unload()
-
-
-class Bent(Scaled):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.gelu(super().forward(x))
-
-
-class Cut(Scaled):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.detach())
-
-
-class Broken(Scaled):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("no such kernel")
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        (Bent, r"'proj' is a Bent, and 2x does not give twice what x gives"),
-        (Cut, r"'proj', a Cut layer, has no gradient of its input"),
-        (Broken, r"'proj' is a Broken that failed on x \[3, in\] \(no such kernel\), or name it in exclude_modules"),
-    ],
-)
-def test_one_probe_finds_what_cannot_be_adapted(kind: type[nn.Module], message: str) -> None:
-    model = nn.Sequential()
-    model.proj = kind(nn.Linear(8, 6, bias=False))
-    state = torch.get_rng_state()
-    with pytest.raises(TypeError, match=message):
-        lorasb.patch(model, r=2, target_modules=["proj"], init="random")
-    assert type(model.proj) is kind
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_without_a_gradient_an_adapter_can_still_be_served() -> None:
-    model = nn.Sequential()
-    model.proj = Cut(nn.Linear(8, 6, bias=False))
-    adapter = lorasb.patch(model, r=2, target_modules=["proj"], init="random", inference_mode=True)
-    assert isinstance(adapter.base_model.model.proj, LoRASBLinear)
-
-
-def test_a_missing_package_is_named() -> None:
-    kind = type("EetqLinear", (Broken,), {})
-    model = nn.Sequential()
-    model.proj = kind(nn.Linear(8, 6, bias=False))
-    with pytest.raises(TypeError, match="pip install eetq"):
-        lorasb.patch(model, r=2, target_modules=["proj"])
-
-
-def test_affine_is_linear_and_dense_layers_are_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Affine(Scaled):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) + 3
-
-    model = nn.Sequential()
-    model.proj = Affine(nn.Linear(8, 6, bias=False))
-    assert lorasb.patch(model, r=2, target_modules=["proj"], init="random")
-    asked = []
-    monkeypatch.setattr(opaque_base, "resolve_quantization_backend", lambda *_, **__: asked.append(1))
-    lorasb.patch(llama(), r=4)
-    assert not asked
-
-
-def test_a_resolver_that_finds_a_package_too_old_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_old() -> bool:
-        raise ImportError("torchao 0.1 is too old, only versions above 0.16 are supported")
-
-    monkeypatch.setattr(peft.utils.quantization_utils, "is_torchao_available", too_old)
-    model = nn.Sequential()
-    model.proj = Scaled(nn.Linear(8, 6, bias=False))
-    with pytest.raises(ImportError, match=re.escape("torchao 0.1 is too old")):
-        lorasb.patch(model, r=2, target_modules=["proj"])
-    assert type(model.proj) is Scaled
 
 
 def test_a_merged_base_is_released_when_the_model_is_unloaded() -> None:
