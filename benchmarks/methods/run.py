@@ -42,6 +42,8 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
     before = {} if cell.task in BY_LOSS else {split: problem.loss(problem.model, split) for split in splits}
     warmup = round(WARMUP * task.steps)
     model, init_seconds, report = put_in(problem, method, cell, lambda n: drawn(problem, task, cell.seed, n), warmup)
+    if settings(cell).get("four_bits"):  # where training begins, with what the start makes of the rounding
+        before = {split: problem.loss(model, split) for split in splits}
     started = time.perf_counter()
     found_lr = find_rate(model, problem, task, cell) if settings(cell).get("trials") else None
     losses = train(model, problem, task, replace(cell, lr=found_lr or cell.lr), warmup)

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import lorasb
+from lorasb.constants import PEFT_PREFIX
+from lorasb.functional import dequantize
 from lorasb.init.factors.sign_cache import read
 from lorasb.init.linalg.svd import truncated_svd
 from lorasb.layers.linear import LoRASBLinear
@@ -100,3 +103,21 @@ def change(model: Any, options: dict[str, Any], eta: float, seed: int, cache: Pa
     for name, start in STARTS.items():
         if options.get(name):
             start(model)
+
+
+@torch.no_grad()
+def corrected(model: Any, errors: dict[str, Tensor]) -> None:
+    """R plus Bᵀ(W − Q)Aᵀ/s: of what 4 bits have lost of W, the best that the subspaces can hold."""
+    for name, layer in layers(model).items():
+        b, core, a = (factor.float() for factor in factors(layer))
+        error = errors[name.removeprefix(PEFT_PREFIX)].float()
+        layer.set_factors(ADAPTER, b, core + b.t() @ error @ a.t() / layer.scaling[ADAPTER], a)
+
+
+@torch.no_grad()
+def quantized(model: Any, names: Any) -> dict[str, Tensor]:
+    """The model's linears in NF4, in place; W − Q of those in `names`, by their names."""
+    weights = {name: m.weight.detach().clone() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    lorasb.quantize(model)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, lorasb.Linear4bit)}
+    return {n: weights[n].float() - dequantize(m.quantized()).float() for n, m in linears.items() if n.endswith(names)}

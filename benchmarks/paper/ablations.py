@@ -185,6 +185,15 @@ ABLATIONS = {
         "A second SVD in the middle of training",
         _against(Variant("one SVD"), Variant("again at 25% of the steps", {"again": 0.25})),
     ),
+    "rounding": Ablation(
+        "rounding",
+        "Correcting 4-bit rounding inside the subspace",
+        _against(
+            Variant("NF4", {"four_bits": True}),
+            Variant("NF4, R corrected", {"four_bits": True, "corrected": True}),
+            Variant("bf16"),
+        ),
+    ),
     "cola": Ablation("cola", "CoLA: twice the steps", tuple(_cola())),
 }
 

@@ -29,7 +29,7 @@ def section(rows: Sequence[Row], folder: Path) -> list[str]:
     ):
         out += [*part(rows, folder), ""]
     out += ["## What the paper does not ask", ""]
-    for part in (step_lengths, *(_ablation(name) for name in ("start", "update", "subspace", "again", "cola")), energy):
+    for part in (step_lengths, *(_ablation(name) for name in ("start", "update", "subspace", "again", "rounding", "cola")), energy):
         out += [*part(rows, folder), ""]
     return out
 
@@ -62,6 +62,8 @@ def _ablation(name: str) -> Callable[[Sequence[Row], Path], Iterator[str]]:
         yield from ("", where_rows(mine))
         if name in NOTES:
             yield from ("", NOTES[name])
+        if name == "rounding":
+            yield from ("", begun(ablation, rows))
         yield from picture(ablation.title, f"results/{ablation.file}.png")
 
     return part
@@ -75,9 +77,21 @@ NOTES = {
     "subspace": "Rates are the best of each one's sweep by one seed; for W with B = U those beside it stand here too. "
     "LoRA-XS's own B is U Σ of W: its steps are longer in W's leading directions. AdamW's steps have one length "
     "whatever the gradient, and where factors have less of it a higher rate does best.",
+    "rounding": "R corrected: R starts with Bᵀ(W − Q)Aᵀ/s more, of what NF4 has lost of W the best that the subspaces can "
+    "hold (`starts.corrected`).",
     "again": "What R has learned is rounded into the bf16 base, AdamW's moments start anew, and a second first step is "
     "taken from 32 other samples at η of the schedule's peak; there is no second warm-up.",
 }
+
+
+def begun(ablation: Ablation, rows: Sequence[Row]) -> str:
+    """The losses where training begins, of the variants that differ there."""
+    means = {
+        variant.label: statistics.fmean(float(row["loss_before"]) for row in found)
+        for variant in ablation.variants
+        if variant.options and (found := list(results(variant, rows).values()))
+    }
+    return f"Loss where training begins: {', '.join(f'{label} {mean:.4f}' for label, mean in means.items())}."
 
 
 def _variant(line: Mapping[str, Any]) -> list[str]:
