@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.methods import runner
 from benchmarks.methods.grid import SGD, TASKS, WARMUP
 from benchmarks.paper import curves, lengths, overhead, scale
-from benchmarks.paper.ablations import ABLATIONS, COUNTS, LR, NOISES, render, results
+from benchmarks.paper.ablations import ABLATIONS, COUNTS, LR, NOISES, Ablation, render, results
 from benchmarks.paper.energy import loss_of
 from benchmarks.reporting.markdown import picture, table, where_rows
 from lorasb.init import first_step_lr
@@ -29,7 +30,11 @@ def section(rows: Sequence[Row], folder: Path) -> list[str]:
     ):
         out += [*part(rows, folder), ""]
     out += ["## What the paper does not ask", ""]
-    for part in (step_lengths, *(_ablation(name) for name in ("start", "update", "subspace", "again", "rounding", "cola")), energy):
+    for part in (
+        step_lengths,
+        *(_ablation(name) for name in ("start", "update", "subspace", "again", "rounding", "cola")),
+        energy,
+    ):
         out += [*part(rows, folder), ""]
     return out
 
@@ -77,8 +82,8 @@ NOTES = {
     "subspace": "Rates are the best of each one's sweep by one seed; for W with B = U those beside it stand here too. "
     "LoRA-XS's own B is U Σ of W: its steps are longer in W's leading directions. AdamW's steps have one length "
     "whatever the gradient, and where factors have less of it a higher rate does best.",
-    "rounding": "R corrected: R starts with Bᵀ(W − Q)Aᵀ/s more, of what NF4 has lost of W the best that the subspaces can "
-    "hold (`starts.corrected`).",
+    "rounding": "R corrected: R starts with Bᵀ(W − Q)Aᵀ/s more, of what NF4 has lost of W the best that the subspaces "
+    "can hold (`starts.corrected`).",
     "again": "What R has learned is rounded into the bf16 base, AdamW's moments start anew, and a second first step is "
     "taken from 32 other samples at η of the schedule's peak; there is no second warm-up.",
 }
