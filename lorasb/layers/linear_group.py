@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,7 @@ class Siblings:
         self._parent: weakref.ref[nn.Module] | None = weakref.ref(parent)
         self._context: tuple[Any, ...] | None = None  # of the parent's forward in progress; None outside of one
         self._pending: Pending | None = None
+        self._apart: set[int] | None = None  # members to be separated before the next forward
         # Ids, not handles, so that a deepcopied group can remove the copies of its hooks. `always_call` drops the
         # results of a forward that raised, too.
         self._hooks = (
@@ -102,8 +103,10 @@ class Siblings:
             if pending.holds(index, x, self._state(members, x)):
                 return pending.results.pop(index)
             # This layer got another x, or the state changed: separate those that have not taken their results.
-            self._split(pending.results)
-            return layer.siblings.take(layer, x) if layer.siblings is not None else None
+            if self._separate(pending.results):
+                return layer.siblings.take(layer, x) if layer.siblings is not None else None
+            self.clear()
+            return None
         if pending is not None and x is pending.x:
             return None  # differs from the others in rank, dtype, hooks ...: they were computed without it
         self.clear()  # results for another x, which the parent called its members with before
@@ -147,7 +150,19 @@ class Siblings:
         ]
         return x._version, torch.is_grad_enabled(), autocast, stream, *adapter_states
 
-    def _split(self, untaken: dict[int, Tensor]) -> None:
+    def _separate(self, untaken: Collection[int]) -> bool:
+        """Split the group now; under gradient checkpointing, which will run this forward again, before the next one.
+
+        Returns:
+            True if the group was split.
+        """
+        if self._context is not None and self._context[1] is not None:
+            self._apart = set(untaken) if self._apart is None else self._apart
+            return False
+        self._split(untaken)
+        return True
+
+    def _split(self, untaken: Collection[int]) -> None:
         """Separate members that took their results from those that did not; two or more form a new group."""
         parent, context = self._parent, self._context
         groups: tuple[list[str], list[str]] = ([], [])
@@ -162,15 +177,19 @@ class Siblings:
         if not torch.compiler.is_compiling():
             self.clear()
             self._context = _execution_context()
+            # not in backward, where checkpointing repeats a forward, with the groups that it had
+            if self._apart is not None and torch._C._current_graph_task_id() == -1:
+                self._split(self._apart)
 
     def _parent_ends(self, parent: nn.Module, arguments: Any, result: Any) -> None:
         """Drop untaken results. `result` is None after an exception: only a complete forward shows who shares x."""
         if torch.compiler.is_compiling():
             return
-        self._context, pending = None, self._pending
+        pending = self._pending
         self.clear()
         if pending is not None and pending.results and result is not None:
-            self._split(pending.results)
+            self._separate(pending.results)
+        self._context = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Siblings | None:
         """A copy for the copied parent; None if a layer is copied without its parent."""
@@ -181,11 +200,12 @@ class Siblings:
         memo[id(self)] = new = object.__new__(Siblings)
         new.names, new._hooks, new._parent = self.names, self._hooks, weakref.ref(parent)
         new._context = new._pending = None
+        new._apart = self._apart
         return new
 
     def __getstate__(self) -> dict[str, Any]:
         """An empty group, as weak references do not pickle: unpickled layers are computed alone."""
-        return {"names": (), "_hooks": self._hooks, "_parent": None, "_context": None, "_pending": None}
+        return {"names": (), "_hooks": self._hooks, "_parent": None, "_context": None, "_pending": None, "_apart": None}
 
 
 def _execution_context() -> tuple[Any, ...]:

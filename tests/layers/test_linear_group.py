@@ -185,3 +185,30 @@ def prepare(model: nn.Module, case: str) -> None:
         for layer in model.base_model.model.model.layers:
             layer.self_attn.v_proj.register_forward_hook(lambda *_: None)
             layer.mlp.up_proj.register_forward_hook(lambda *_: None)
+
+
+class Cross(nn.Module):
+    """Attention's projections where q reads one input and k and v another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return self.q_proj(x).tanh() * self.k_proj(memory).tanh() + self.v_proj(memory)
+
+
+def test_layers_that_read_another_input_are_separated_after_a_checkpointed_step() -> None:
+    """Not within it: backward repeats its forward, which has to save the tensors that it saved the first time."""
+    torch.manual_seed(0)
+    x, memory = torch.randn(3, 16, requires_grad=True), torch.randn(3, 16, requires_grad=True)
+    cross = prepared(Cross(), 16)
+    plain = alone(cross)
+    plain(x, memory).square().sum().backward()
+    want = {n: p.grad for n, p in plain.named_parameters() if "lorasb_R" in n}
+    for sizes in ([3], [2], [2]):
+        cross.zero_grad()
+        torch.utils.checkpoint.checkpoint(cross, x, memory, use_reentrant=False).square().sum().backward()
+        for name, gradient in want.items():
+            tolerances.check(cross.get_parameter(name).grad, gradient, tolerances.PROCESS_SUMS)
+        assert [len(group.members) for group in groups(cross)] == sizes

@@ -1,0 +1,229 @@
+"""What PEFT asks of every tuner, over the kinds of models that its users bring."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from model_kinds import KINDS, Kind
+from tolerances import EXACT, EXPORT, MERGE, check
+from torch import nn
+
+import lorasb
+from lorasb.layers.linear import LoRASBLinear
+
+pytestmark = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+
+
+def config(kind: Kind, seed: int = 0, **fields: Any) -> lorasb.LoRASBConfig:
+    """An adapter that changes the output without data."""
+    base = {"r": 3, "target_modules": kind.targets, "init": "kaiming", "init_seed": seed, "task_type": kind.task}
+    return lorasb.LoRASBConfig(**base | {"modules_to_save": None} | fields)
+
+
+def adapted(kind: Kind, *names: str) -> Any:
+    """A model with adapters of these names, the first one active."""
+    first, *others = names or ("default",)
+    model = peft.get_peft_model(kind.make(), config(kind), adapter_name=first).eval()
+    for seed, name in enumerate(others, 1):
+        model.add_adapter(name, config(kind, seed))
+    return model.eval()
+
+
+def several(kind: Kind, *names: str) -> Any:
+    """The same, where several adapters may be active: PEFT allows one where modules are trained in full."""
+    model = adapted(kind, *names)
+    if model.peft_config[names[0]].modules_to_save:
+        pytest.skip("a head or a pooler is trained in full")
+    return model
+
+
+def same(found: torch.Tensor, want: torch.Tensor) -> None:
+    """Equal up to a rounding of the weights and another order of sums, over the largest entry."""
+    scale = max(1.0, float(want.detach().abs().max()))
+    check(found / scale, want / scale, MERGE)
+
+
+def layers_of(model: nn.Module) -> list[LoRASBLinear]:
+    return [module for module in model.modules() if isinstance(module, LoRASBLinear)]
+
+
+def trained(model: nn.Module) -> set[str]:
+    """Adapters whose R's train; every R of one, or none."""
+    found = {n.rpartition(".")[2] for n, p in model.named_parameters() if "lorasb_R" in n and p.requires_grad}
+    for name in found:
+        assert all(layer.lorasb_R[name].requires_grad for layer in layers_of(model) if name in layer.lorasb_R)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "lorasb_A" in n or "lorasb_B" in n)
+    return found
+
+
+def test_the_config_comes_back_from_its_file(kind: Kind, tmp_path: Path) -> None:
+    model = adapted(kind)
+    model.save_pretrained(tmp_path)
+    again = lorasb.LoRASBConfig.from_pretrained(tmp_path)
+    for name in ("r", "target_modules", "init", "scaling", "rank_pattern", "peft_type", "bias", "layer_kinds"):
+        assert getattr(again, name) == getattr(model.peft_config["default"], name), name
+    assert again.inference_mode
+    assert peft.PeftConfig.from_pretrained(tmp_path).peft_type == "LORASB"
+
+
+@pytest.mark.parametrize("name", ["default", "my_adapter", "R2", "base_model"])
+def test_an_adapter_has_any_name_and_the_file_has_none(kind: Kind, name: str, tmp_path: Path) -> None:
+    model = adapted(kind, name)
+    model.save_pretrained(tmp_path)
+    folder = tmp_path if name == "default" else tmp_path / name
+    again = peft.PeftModel.from_pretrained(kind.make(), folder).eval()  # as "default"
+    check(kind.out(again), kind.out(model), EXACT)
+    assert not any(key.endswith(f".{name}") for key in peft.get_peft_model_state_dict(model, adapter_name=name))
+
+
+@pytest.mark.parametrize("cheap", [False, True])
+def test_weights_load_without_being_drawn_first(kind: Kind, cheap: bool, tmp_path: Path) -> None:
+    model = adapted(kind)
+    model.save_pretrained(tmp_path)
+    state = torch.get_rng_state()
+    again = peft.PeftModel.from_pretrained(kind.make(), tmp_path, low_cpu_mem_usage=cheap).eval()
+    check(kind.out(again), kind.out(model), EXACT)
+    assert not any(p.is_meta for p in again.parameters())
+    assert trained(again) == set()
+    assert state is not None
+
+
+def test_r_is_what_is_counted(kind: Kind) -> None:
+    model = adapted(kind)
+    heads = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "lorasb_R" not in n)
+    count, everything = model.get_nb_trainable_parameters()
+    assert count - heads == sum(layer.r["default"] ** 2 for layer in layers_of(model))
+    assert everything > count
+
+
+def test_requires_grad_follows_every_call(kind: Kind) -> None:
+    model = adapted(kind, "one", "two")
+    assert trained(model) == {"one"}
+    model.set_adapter("two")
+    assert trained(model) == {"two"}
+    if not model.peft_config["one"].modules_to_save:
+        model.base_model.set_adapter(["one", "two"])
+        assert trained(model) == {"one", "two"}
+    model.set_adapter("one")
+    with model.disable_adapter():
+        assert trained(model) <= {"one"}
+    assert trained(model) == {"one"}
+    model.set_adapter("two", inference_mode=True)
+    assert trained(model) == set()
+
+
+def test_active_adapters_go_together_and_merge_in_every_combination(kind: Kind) -> None:
+    model = several(kind, "one", "two", "three")
+    outputs = {}
+    for count in (1, 2, 3):
+        for chosen in itertools.combinations(("one", "two", "three"), count):
+            model.base_model.set_adapter(list(chosen))
+            outputs[chosen] = kind.out(model)
+    distinct = list(outputs.values())
+    assert all((one - other).abs().max() > 1e-4 for one, other in itertools.combinations(distinct, 2))
+    for chosen, want in outputs.items():
+        model.base_model.set_adapter(list(chosen))
+        model.merge_adapter()
+        same(kind.out(model), want)
+        model.unmerge_adapter()
+        same(kind.out(model), want)
+        plain = copy.deepcopy(model).merge_and_unload(adapter_names=list(chosen))
+        same(kind.out(plain), want)
+    model.base_model.set_adapter(["one", "two"])
+    model.merge_adapter(["one"])
+    with pytest.warns(UserWarning, match="additionally merging two"):
+        model.merge_adapter(["two"])
+    same(kind.out(model), outputs["one", "two"])
+
+
+def test_merging_twice_warns_and_changes_nothing(kind: Kind) -> None:
+    model = adapted(kind)
+    want = kind.out(model)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="already merged|nothing to do"):
+        model.merge_adapter()
+    same(kind.out(model), want)
+
+
+@torch.no_grad()  # frozen weights may send attention through another kernel
+def test_a_disabled_adapter_is_the_base_in_contexts_that_nest(kind: Kind) -> None:
+    model, base = adapted(kind), kind.out(kind.make())
+    want = kind.out(model)
+    with model.disable_adapter():
+        check(kind.out(model), base, EXACT)
+        with model.disable_adapter():
+            check(kind.out(model), base, EXACT)
+        check(kind.out(model), base, EXACT)
+    check(kind.out(model), want, EXACT)
+
+
+def test_deleted_adapters_leave_the_others(kind: Kind) -> None:
+    model = adapted(kind, "one", "two")
+    want = kind.out(model)
+    model.delete_adapter("two")
+    same(kind.out(model), want)
+    assert all(set(layer.lorasb_R) == {"one"} for layer in layers_of(model))
+    for layer in layers_of(model):
+        assert all("two" not in getattr(layer, name) for name in layer.other_param_names)
+
+
+@torch.no_grad()  # frozen weights may send attention through another kernel
+def test_unloading_gives_the_base_back(kind: Kind) -> None:
+    base = kind.make()
+    want, names = kind.out(base), list(base.state_dict())
+    plain = peft.get_peft_model(base, config(kind)).unload()
+    assert list(plain.state_dict()) == names
+    check(kind.out(plain.eval()), want, EXACT)
+
+
+def test_injection_and_state_dicts_work_below_peft_model(kind: Kind) -> None:
+    model = peft.inject_adapter_in_model(config(kind), kind.make(), adapter_name="x").eval()
+    state = {name: value.clone() for name, value in peft.get_peft_model_state_dict(model, adapter_name="x").items()}
+    other = peft.inject_adapter_in_model(config(kind, seed=7), kind.make(), adapter_name="y").eval()
+    assert (kind.out(other) - kind.out(model)).abs().max() > 1e-4
+    result = peft.set_peft_model_state_dict(other, state, adapter_name="y")
+    assert not result.unexpected_keys
+    same(kind.out(other), kind.out(model))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(kind: Kind, reentrant: bool) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted(kind)
+        base = model.get_base_model()
+        if not hasattr(base, "gradient_checkpointing_enable"):
+            pytest.skip("a transformers model has it")
+        if checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        kind.out(model.train()).float().square().mean().backward()
+        gradients.append([layer.lorasb_R["default"].grad for layer in layers_of(model)])
+    assert any(grad is not None and grad.norm() > 0 for grad in gradients[0])
+    for one, other in zip(*gradients, strict=True):
+        if one is not None and other is not None:
+            check(other, one, EXPORT)
+
+
+def test_a_compiled_model_computes_the_same(kind: Kind) -> None:
+    torch._dynamo.reset()
+    model = adapted(kind)
+    want = kind.out(model)
+    compiled = torch.compile(model, backend="eager")
+    check(kind.out(compiled), want, EXPORT)
+    with torch.no_grad():
+        check(kind.out(compiled), want, EXPORT)
+
+
+def test_prompt_learning_is_refused_beside_it(kind: Kind) -> None:
+    model = adapted(kind)
+    prompt = peft.PromptTuningConfig(task_type=kind.task or "CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match=r"Cannot combine adapters with different peft types.*LORASB.*PROMPT_TUNING"):
+        model.add_adapter("virtual", prompt)
+    check(kind.out(model), kind.out(adapted(kind)), EXACT)
