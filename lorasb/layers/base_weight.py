@@ -194,7 +194,7 @@ class FrozenBase(nn.Module, BaseTunerLayer):
     def base_must_run(self) -> bool:
         """True if the base layer's own forward has to run, as reading its weight would bypass hooks or patches."""
         base = self.base_layer
-        if self.trains_bias or self.opaque() is not None:
+        if self.trains_bias or (self._opaque is not None and self._replaced.layer is None):
             return True
         # Conv1D (fan_in_fan_out) and quantized layers have forwards of their own, whose results we compute ourselves.
         plain = type(base).forward is nn.Linear.forward or self.fan_in_fan_out or is_quantized(base)

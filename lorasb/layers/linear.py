@@ -130,6 +130,7 @@ class LoRASBLinear(FrozenBase, Scales):
         if adapter_name in self.lorasb_R:
             raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
         self.r[adapter_name], self.wide_factors[adapter_name] = r, wide_factors
+        self.any_wide = any(self.wide_factors.values())  # asked in every forward
         device, dtype, core_dtype = self.execution_device, self.factor_dtype_of(adapter_name), self.core_dtype
         self.scaling[adapter_name] = self.first_scaling[adapter_name] = scaling
         self.lora_dropout[adapter_name], self.equivalent[adapter_name] = lora_dropout, equivalent_gradient
@@ -165,7 +166,7 @@ class LoRASBLinear(FrozenBase, Scales):
         names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lorasb_R]
         if not names:
             return self.base_forward(x, *args, **kwargs)
-        if args or kwargs or self.base_must_run() or any(self.wide_factors[name] for name in names):
+        if args or kwargs or self.any_wide or self.base_must_run():
             return self._unfused_forward(x, names, *args, **kwargs)
         return self._fused_forward(x, names)
 
