@@ -78,7 +78,7 @@ def export_lora(
         named = per_expert(lora_factors, _model_type(model, config))
         config |= {"target_modules": target_modules(named), "target_parameters": None}
     else:
-        named = _fuse_experts(lora_factors, config.get("target_parameters"))
+        named = fuse_experts(lora_factors)
     written |= _entries(named, config.get("layer_kinds") or {}, dtype)
     folder = Path(path)
     if format == "gguf":
@@ -184,17 +184,13 @@ def _lora_factors(factors: dict[str, Tensor], scaling: float, rank: int) -> tupl
     return nn.functional.pad(factors["lorasb_A"].double(), (0, 0, 0, padding)), nn.functional.pad(b, (0, padding))
 
 
-def _fuse_experts(
-    factors: dict[str, tuple[Tensor, Tensor]], target_parameters: list[str] | None
-) -> dict[str, tuple[Tensor, Tensor]]:
+def fuse_experts(factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
     """The factors of experts in PEFT's layout: A [E·r, in], expert by expert, and B [out, r·E], the expert fastest.
 
     PEFT wraps a module once per parameter: the factors of the last parameter have the module's name, those of an
     earlier one are under `base_layer`.
     """
     joined = {name: pair for name, pair in factors.items() if parameter_of(name) is None}
-    if not target_parameters:
-        return joined
     groups: dict[str, list[str]] = {}
     for name in factors:
         groups.setdefault(parameter_of(name) or "", []).append(name)

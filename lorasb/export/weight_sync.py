@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..constants import PEFT_PREFIX
 from ..layers.lookup import adapted_layers, layer_kinds
+from .lora import fuse_experts
 from .lora_layout import in_pefts_layout, refuse_slices
 
 PARTS = ("lora", "basis", "core")
@@ -84,8 +85,8 @@ def lora_of(
         )
     refuse_slices(kinds or {})
     tensors: dict[str, Tensor] = {}
-    for name, r in core.items():
-        a, b = basis[f"{name}.A"].float(), basis[f"{name}.B"].float() @ r.float()
+    pairs = {n: (basis[f"{n}.A"].float(), basis[f"{n}.B"].float() @ r.float()) for n, r in core.items()}
+    for name, (a, b) in fuse_experts(pairs).items():
         found = in_pefts_layout(name, a.to(dtype), b.to(dtype), (kinds or {}).get(name))
         tensors.update({f"{PEFT_PREFIX}{key}": value for key, value in found.items()})
     return tensors

@@ -256,6 +256,10 @@ class LoRASBLinear(FrozenBase, Scales):
         delta = b @ core @ a * self.scaling[adapter]
         return delta.t() if self.fan_in_fan_out else delta
 
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """W [out, in] of a tensor in the base weight's layout."""
+        return weight.t() if self.fan_in_fan_out else weight
+
     def merged_weight(self, adapter_names: list[str], sign: float = 1.0) -> Tensor:
         """The base weight plus sign times the adapters' deltas, summed in R's dtype.
 

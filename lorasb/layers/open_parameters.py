@@ -30,7 +30,6 @@ class OpenParameters(nn.Module):
     def __init__(self, base_layer: nn.Module, names: list[str]) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.opened = tuple(names)
         self.training = base_layer.training
         for name in names:
             parameter = base_layer.get_parameter(name)
@@ -38,11 +37,15 @@ class OpenParameters(nn.Module):
             # not add_module, which asks `hasattr` first: attributes of the module itself answer there
             self._modules[name] = nn.ModuleList(ParameterSlice(base_layer, name, index) for index in indices)
 
+    @property
+    def opened(self) -> tuple[str, ...]:
+        """Names of the parameters that have slices."""
+        return tuple(name for name in self._modules if name != "base_layer")
+
     def open(self, names: list[str]) -> None:
         """Open further parameters of the module."""
         for name in [name for name in names if name not in self.opened]:
             self._modules[name] = OpenParameters(self.base_layer, [name])._modules[name]
-            self.opened = (*self.opened, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with the adapters of its parameters."""

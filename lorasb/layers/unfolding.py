@@ -17,6 +17,7 @@ from .parameter_slice import ParameterSlice
 
 EMBEDDING, CONVOLUTION, ATTENTION, SLICE = "embedding", "convolution", "attention", "parameter"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+KINDS_WITH_WEIGHT = (nn.Embedding, *CONVOLUTIONS)
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,19 @@ class Unfolding:
 def unfoldings(module: nn.Module) -> list[Unfolding]:
     """The parameters of a module that are adapted, innermost first; none for modules of other kinds.
 
-    Attention whose keys or values have widths of their own keeps three matrices, and is none of these.
+    None of these: attention whose keys or values have widths of their own, as it keeps three matrices; weights that
+    are computed in every forward (weight_norm, spectral_norm); embeddings that rescale what they look up (max_norm).
     """
-    weight: Any = getattr(module, "weight", None)
     if isinstance(module, ParameterSlice):
-        return [Unfolding(SLICE, "weight", tuple(weight.shape))]
+        return [Unfolding(SLICE, "weight", tuple(module.weight.shape))]
+    weight: Any = module._parameters.get("weight")
+    if isinstance(module, KINDS_WITH_WEIGHT) and (weight is None or getattr(module, "max_norm", None) is not None):
+        return []
     if isinstance(module, nn.Embedding):
         return [Unfolding(EMBEDDING, "weight", tuple(weight.shape))]
     if isinstance(module, CONVOLUTIONS):
         return [Unfolding(CONVOLUTION, "weight", tuple(weight.shape))]
-    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+    if isinstance(module, nn.MultiheadAttention) and module._parameters.get("in_proj_weight") is not None:
         paths = {"out_proj.weight": module.out_proj.weight, "in_proj_weight": module.in_proj_weight}
         return [Unfolding(ATTENTION, path, tuple(weight.shape)) for path, weight in paths.items()]
     return []

@@ -70,6 +70,10 @@ class LoRASBWeight(LoRASBLinear):
         """W [out, in], a view of the parameter."""
         return self.unfolding.matrix(self.base_weight())
 
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """W [out, in] of a tensor in the parameter's layout."""
+        return self.unfolding.matrix(weight)
+
     def base_must_run(self) -> bool:
         """True: the weight is read by the module's own forward."""
         return True
@@ -114,8 +118,9 @@ class LoRASBWeight(LoRASBLinear):
         """The module's output with some adapters."""
         if not names and self.tap is None:
             return self.base_layer(*args, **kwargs)
-        if self.training and self.unfolding.kind == CONVOLUTION and any(self.lora_dropout[n] > 0 for n in names):
-            return self._convolved_beside(names, *args)
+        self._refuse_offloaded(names)
+        if self.unfolding.kind == CONVOLUTION and self.tap is None:
+            return self._convolved_beside(names, *args, **kwargs)
         if not isinstance(self.base_weight(), nn.Parameter):
             return self._with_view(self._weight(names), *args, **kwargs)
         return functional_call(self.base_layer, {self._path(): self._weight(names)}, args, kwargs)
@@ -126,8 +131,11 @@ class LoRASBWeight(LoRASBLinear):
         *path, name = self.unfolding.path.split(".")
         for part in path:
             owner = getattr(owner, part)
+        # FSDP1 has it in both
         places: list[dict[str, Any]] = [place for place in (owner._parameters, vars(owner)) if name in place]
-        views = [place[name] for place in places]  # FSDP1 has it in both
+        views = [place[name] for place in places]
+        if not places:
+            raise RuntimeError(f"the weight of a {type(owner).__name__} is computed: an adapter cannot replace it")
         for place in places:
             place[name] = weight
         try:
@@ -157,17 +165,25 @@ class LoRASBWeight(LoRASBLinear):
         b, a = self.lorasb_B[name].to(core.dtype), self.lorasb_A[name].to(core.dtype)
         return self.unfolding.folded(b @ core @ a * self.scaling[name])
 
-    def _convolved_beside(self, names: list[str], x: Tensor) -> Tensor:
-        """base(x) + conv(dropout(x), s·B R A)."""
-        base: Any = self.get_base_layer()
+    def _refuse_offloaded(self, names: list[str]) -> None:
+        if self.base_weight().is_meta or any(self.lorasb_A[name].is_meta for name in names):
+            raise RuntimeError(
+                f"a {type(self.get_base_layer()).__name__} under an adapter cannot be offloaded, as its weight is read "
+                "beside its own forward: keep it on its device, or name it in exclude_modules"
+            )
+
+    def _convolved_beside(self, names: list[str], input: Tensor) -> Tensor:
+        """base(x) + conv(dropout(x), s·B R A): in 16 bits W + s·B R A would round small updates away."""
+        base, x = self.get_base_layer(), input
         y: Tensor = self.base_layer(x)
         for name in names:
             dropped = nn.functional.dropout(x, self.lora_dropout[name], self.training)
-            y = y + base._conv_forward(dropped, self._delta(name).to(x.dtype), None)
+            y = y + cast(Any, base)._conv_forward(dropped, self._delta(name).to(x.dtype), None)
         return y
 
-    def _by_rows(self, rows: Rows | Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _by_rows(self, rows: Rows | Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """The output with a choice of adapter for each row of x."""
+        x, *args = args or (kwargs.pop("input"),)  # type: ignore[assignment]
         rows = rows if isinstance(rows, Rows) else Rows.of(rows)
         if self.unfolding.kind == ATTENTION:
             raise ValueError("adapter_names choose adapters by the rows of one input, and attention has three")
@@ -223,17 +239,29 @@ class LoRASBEmbedding(LoRASBWeight):
     """An embedding with rows W[:, id] + s·B R A[:, id]: A [r, num_embeddings], B [dim, r]."""
 
     def _with(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
-        if self.tap is not None:
-            return super()._with(names, *args, **kwargs)
+        base = self.get_base_layer()
+        plain = type(base).forward is nn.Embedding.forward or hasattr(base, "embed_scale")
+        if self.tap is not None or not plain:  # others do not look up what they are given: positions, of a mask
+            return self._looked_up(names, *args, **kwargs)
+        self._refuse_offloaded(names)
         y: Tensor = self.base_layer(*args, **kwargs)
         ids = cast(Tensor, args[0] if args else kwargs["input"])
-        factor = getattr(self.get_base_layer(), "embed_scale", 1.0)  # of Gemma's, which scales what it looks up
+        factor = getattr(base, "embed_scale", 1.0)  # of Gemma's, which scales what it looks up
         for name in names:
             core = guarded_core(self, name)
             found = nn.functional.embedding(ids, self.lorasb_A[name].t()).to(core.dtype)
             delta = found @ core.t() @ self.lorasb_B[name].to(core.dtype).t() * self.scaling[name]
             y = y + (delta * factor).to(y.dtype)
         return y
+
+    def _looked_up(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
+        """By the embedding's own forward, with dense gradients: a sparse one does not pass through a view."""
+        base: Any = self.get_base_layer()
+        sparse, base.sparse = base.sparse, False
+        try:
+            return super()._with(names, *args, **kwargs)
+        finally:
+            base.sparse = sparse
 
     def set_base_weight(self, weight: Tensor) -> None:
         """Give the embedding a parameter of its own: a head that is tied to it keeps the old one."""

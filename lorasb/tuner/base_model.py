@@ -1,4 +1,4 @@
-"""The base model that an adapter meets: its dtype, whether it is the adapter's own, and whether W is at hand."""
+"""The model that an adapter meets: its dtype and adapters, whether it is the adapter's own, whether W is at hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from ..checkpoints.base_fingerprint import difference
 from ..layers.linear import LoRASBLinear
-from ..layers.lookup import any_merged
+from ..layers.lookup import any_merged, layers_with
 from ..layers.offloading import has_weight_values
 from .config import LoRASBConfig
 from .targets import base_of
@@ -46,3 +46,12 @@ def can_initialize_now(
         has_weight_values(layer.get_base_layer()) and not layer.lorasb_A[adapter_name].is_meta
         for layer in layers.values()
     )
+
+
+def refuse_duplicates(model: nn.Module, adapter_name: str) -> None:
+    """Raise a ValueError if the model has an adapter of this name."""
+    for name in layers_with(model, adapter_name):
+        raise ValueError(
+            f"{name} has an adapter {adapter_name!r} already: the model is patched. Use "
+            "model.add_adapter(another_name, LoRASBConfig(...)) for one more, or model.unload() to start again"
+        )

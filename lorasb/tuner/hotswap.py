@@ -22,6 +22,7 @@ from ..layers.lookup import layers_with
 from . import loading
 from .config import LoRASBConfig
 
+DESCRIBING = ("scaling", "lora_alpha", "init", "init_provenance", "base_fingerprint", "equivalent_gradient")
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token")
 
 
@@ -83,7 +84,15 @@ def swap(
         raise ValueError(
             f"{path} does not fit the loaded adapter {adapter_name!r}, which it would replace: {error}"
         ) from None
+    others = [key for key in tensors if not any(f".{part}" in key for part in FACTORS)]
+    if others:
+        raise ValueError(
+            f"{path} has more than A, R and B ({others[0]}, ...): modules, biases or token rows that were trained in "
+            "full are not swapped. Load it beside the other: model.load_adapter(path, another_name)"
+        )
     for name, factors in adapter_file.group_by_layer(tensors).items():
         a, core, b = (factors[part] for part in FACTORS)
         layers[name].set_factors(adapter_name, b, core, a)
         layers[name].set_scale_as_made(adapter_name, config.scaling_for(len(core)))
+    for field in DESCRIBING:  # what is saved from here on is the other adapter
+        setattr(model.peft_config[adapter_name], field, getattr(config, field))

@@ -30,7 +30,7 @@ from ..layers.weight_adapter import adapt_weights
 from ..quantization.bitsandbytes import keep_unpacked
 from ..utils.dtypes import HALVES
 from . import fused_experts, hotswap, loading
-from .base_model import can_initialize_now, check_base, float_dtype
+from .base_model import can_initialize_now, check_base, float_dtype, refuse_duplicates
 from .config import ALL_LINEAR, LoRASBConfig, WrittenHere
 from .fresh_heads import save_heads
 from .mixed_batch import adapters_by_row
@@ -43,6 +43,7 @@ from .targets import (
     inside_tuner,
     layers_named_in,
     rank_for,
+    refuse_half_of_an_embedding,
     refuse_tied_head,
     resolve_ranks,
     without_wrapper,
@@ -83,7 +84,7 @@ class LoRASBModel(BaseTuner):
         config = cast(LoRASBConfig, self.peft_config[adapter_name])
         # Everything below may fail halfway through the model: the block undoes what was done.
         with unchanged_on_error(model):
-            self._refuse_duplicates(model, adapter_name)
+            refuse_duplicates(model, adapter_name)
             config.start_over()  # before any field is resolved
             config.base_fingerprint = config.base_fingerprint if config.check_base else None
             config.task_type = config.task_type or infer_task_type(model)
@@ -160,14 +161,6 @@ class LoRASBModel(BaseTuner):
         """With `ensure_weight_tying`: the input embedding is saved, and modules tied to it follow; LoRA's own code."""
         LoraModel._add_modules_to_save_to_tie(cast(Any, self), peft_config, tied_weight_keys)
 
-    @staticmethod
-    def _refuse_duplicates(model: nn.Module, adapter_name: str) -> None:
-        for name in layers_with(model, adapter_name):
-            raise ValueError(
-                f"{name} has an adapter {adapter_name!r} already: the model is patched. Use "
-                "model.add_adapter(another_name, LoRASBConfig(...)) for one more, or model.unload() to start again"
-            )
-
     def _plan(self, model: nn.Module, config: LoRASBConfig, state_dict: dict[str, Tensor] | None) -> None:
         """Resolve targets and ranks, and raise on everything that would make replacing fail.
 
@@ -188,6 +181,7 @@ class LoRASBModel(BaseTuner):
         for name, module in targets.items():
             check_supported(name, module)
         refuse_tied_head(model, targets)
+        refuse_half_of_an_embedding(model, targets)
         check_opaque(targets, float_dtype(model), trained=not config.inference_mode)
         resolve_ranks(config, targets, state_dict or {})
         check_base(model, config, targets)
@@ -233,7 +227,13 @@ class LoRASBModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Set the child and nothing else: PEFT's version reads `.weight`, which a classification head may lack."""
+        """Set the child, wherever the model has it: T5's embedding is a child of three modules.
+
+        And nothing else: PEFT's version reads `.weight`, which a classification head may lack.
+        """
+        for owner in list(self.model.modules()):
+            for name in [name for name, module in owner._modules.items() if module is child]:
+                owner._modules[name] = new_module
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

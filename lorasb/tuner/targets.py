@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..layers import opaque_base, unfused_experts
 from ..layers.linearity import check_linear
 from ..layers.offloading import has_weight_values
-from ..layers.unfolding import unfoldings
+from ..layers.unfolding import KINDS_WITH_WEIGHT, unfoldings
 from ..quantization.quantized_weight import is_quantized, of_module
 from ..utils.dtypes import FLOATS
 from .config import DEFAULT_RANK, LoRASBConfig
@@ -110,7 +110,10 @@ def _quantizers_layers(model: Any) -> set[str]:
 
 def refuse_tied_head(model: Any, targets: dict[str, nn.Module]) -> None:
     """Raise a ValueError for a head tied to the input embedding: merging would change the embedding too."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    try:
+        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except NotImplementedError:  # transformers' models of sound have none
+        embedding = None
     embedding_weight = getattr(embedding, "weight", None)
     for name, module in targets.items():
         base = base_of(module)
@@ -120,6 +123,23 @@ def refuse_tied_head(model: Any, targets: dict[str, nn.Module]) -> None:
                 f"target {name!r} shares its weight with the input embedding: leave it out of target_modules, or load "
                 "the model with tie_word_embeddings=False"
             )
+
+
+def refuse_half_of_an_embedding(model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    """Raise a ValueError for an embedding whose weight another one looks up, too, without being a target (T5's)."""
+    adapted = {id(base_of(module).weight): name for name, module in targets.items() if _is_embedding(base_of(module))}
+    for name, module in model.named_modules() if adapted else ():
+        if _is_embedding(module) and name not in targets and not inside_tuner(model, name):
+            tied = adapted.get(id(module.weight))
+            if tied is not None:
+                raise ValueError(
+                    f"target {tied!r} shares its weight with the embedding {name!r}, which would go on without the "
+                    "adapter: name both in target_modules, or only those that are called"
+                )
+
+
+def _is_embedding(module: Any) -> bool:
+    return isinstance(module, nn.Embedding)
 
 
 def base_of(module: nn.Module) -> Any:
@@ -160,6 +180,12 @@ def check_supported(name: str, module: nn.Module) -> None:
         )
     if unfoldings(base) or opaque_base.find(base) is not None:
         return
+    if isinstance(base, KINDS_WITH_WEIGHT):
+        raise TypeError(
+            f"target {name!r} is a {type(base).__name__} whose weight is computed in every forward (weight_norm, "
+            "spectral_norm, max_norm): remove that (torch.nn.utils.parametrize.remove_parametrizations), or name it in "
+            "exclude_modules"
+        )
     weight = getattr(base, "weight", None)
     if isinstance(base, nn.Linear | Conv1D) and weight is not None:
         _check_weight(name, base, weight)

@@ -145,6 +145,11 @@ def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapte
     layers: dict[str, LoRASBLinear] = {}
     for name in adapters:
         layers |= _initialized_layers(tuner, name)
+    with_rows = [name for name in adapters if tuner.peft_config[name].trainable_token_indices]
+    if with_rows:
+        raise ValueError(
+            f"adapter {with_rows[0]!r} has trained rows of an embedding, which cannot be added: trainable_token_indices"
+        )
     with_modules = [name for name in dict.fromkeys(adapters) if tuner.peft_config[name].modules_to_save]
     if len(with_modules) > 1:
         raise ValueError(
@@ -203,7 +208,7 @@ def _of_update(
     """The best factors of a rank for the layer's update [out, in], in fp32; pruned updates have full rank."""
     weights, names = zip(*weighted_names, strict=True)
     updates = [layer.get_delta_weight(name).float() for name in names]
-    update = pruned_update([u.t() if layer.fan_in_fan_out else u for u in updates], weights, pruning)
+    update = pruned_update([layer.as_matrix(u) for u in updates], weights, pruning)
     left, right = decomposition.factors(update, rank)
     error = float((update - left @ right).norm() / update.norm().clamp_min(1e-30))
     b, upper = torch.linalg.qr(left.double())  # orthonormal, as LoRA-SB's own are; clamped ones were not

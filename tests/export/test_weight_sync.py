@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from families import EXPERTS
 from models import batches_for, logits, make, patched
 from safetensors.torch import load_file
 from tolerances import EXACT, EXPORT, check
@@ -77,6 +78,15 @@ def test_embeddings_and_convolutions_have_pefts_names() -> None:
     )
     assert not peft.set_peft_model_state_dict(plain, lorasb.adapter_delta(model)).unexpected_keys
     check(plain.eval()(batch()["ids"]), model(batch()["ids"]), EXPORT)
+
+
+def test_experts_have_the_names_that_the_export_writes(tmp_path: Path) -> None:
+    model = lorasb.patch(make("mixtral"), r=3, target_modules=["q_proj"], target_parameters=EXPERTS, init="kaiming")
+    lorasb.export_lora(model, tmp_path, quiet=True)
+    written, sent = load_file(tmp_path / "adapter_model.safetensors"), lorasb.adapter_delta(model)
+    assert written.keys() == sent.keys()
+    for name, value in written.items():
+        check(sent[name], value, EXPORT)
 
 
 def test_what_cannot_be_sent_is_refused() -> None:

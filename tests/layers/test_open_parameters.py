@@ -170,6 +170,17 @@ def test_a_second_adapter_opens_further_parameters() -> None:
     check(logits(model), first, EXACT)
 
 
+def test_a_failed_second_adapter_leaves_the_first() -> None:
+    model = lorasb.patch(
+        gpt_oss(), r=3, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"], init="kaiming"
+    )
+    want = logits(model)
+    wrong = lorasb.LoRASBConfig(r=99, target_modules=[], target_parameters=targets("mlp.experts"), init="kaiming")
+    with pytest.raises(ValueError, match="rank 99 is more than layer"):
+        model.add_adapter("second", wrong)
+    check(logits(model), want, EXACT)
+
+
 class Bare(nn.Module):
     """A weight that no linear has."""
 

@@ -39,6 +39,21 @@ def test_a_swapped_adapter_is_the_other_one_in_the_same_parameters(saved: Path) 
     check(logits(model), logits(loaded(saved / "first")), EXACT)
 
 
+def test_what_was_swapped_in_is_what_is_saved(saved: Path, tmp_path: Path) -> None:
+    model = loaded(saved / "first")
+    hotswap_adapter(model, str(saved / "second"), adapter_name="default", torch_device="cpu")
+    model.save_pretrained(tmp_path / "again")
+    check(logits(loaded(tmp_path / "again")), logits(loaded(saved / "second")), EXACT)
+
+
+def test_what_was_trained_in_full_is_not_swapped_silently(tmp_path: Path) -> None:
+    for name in "ab":
+        lorasb.patch(make("bert"), r=3, init="random").save_pretrained(tmp_path / name)
+    model = peft.PeftModel.from_pretrained(make("bert"), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"more than A, R and B .*load_adapter"):
+        hotswap_adapter(model, str(tmp_path / "b"), adapter_name="default", torch_device="cpu")
+
+
 def test_a_compiled_model_is_swapped_without_compiling_again(saved: Path, tmp_path: Path) -> None:
     model = loaded(saved / "first")
     second = patched("llama")

@@ -11,6 +11,7 @@ import torch
 from models import batches_for, logits, make, patched
 from torch import Tensor
 from two_adapters import layers, two
+from unfolded_models import Net
 
 import lorasb
 from lorasb.layers.linear import LoRASBLinear
@@ -144,6 +145,24 @@ def test_dare_drops_at_random_and_rescales(kind: str, shared: bool) -> None:
             assert (layer.get_delta_weight("sum").double() - exact).norm() > 0.1 * exact.norm()
     for first, second in zip(*sums, strict=True):
         tolerances.check(first, second, tolerances.EXACT)
+
+
+@pytest.mark.parametrize("kind", ["ties_svd", "magnitude_prune_svd", "svd", "cat"])
+def test_embeddings_and_convolutions_are_added_as_matrices(kind: str) -> None:
+    targets = ["embed", "conv", "image", "head"]
+    model = lorasb.patch(Net(), r=3, target_modules=targets, init="kaiming")
+    model.add_adapter("second", lorasb.LoRASBConfig(r=2, target_modules=targets, init="kaiming", init_seed=1))
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", kind, 5, density=0.9)
+    for layer in layers(model).values():
+        exact = update(layer, {"default": 1.0, "second": 1.0})
+        error = float((layer.get_delta_weight("sum").double() - exact).norm() / exact.norm())
+        assert error < (tolerances.EXPORT.atol if kind in ("svd", "cat") else 1.0)
+
+
+def test_trained_rows_of_an_embedding_are_refused() -> None:
+    model = patched("llama", trainable_token_indices=[3, 4])
+    with pytest.raises(ValueError, match="has trained rows of an embedding, which cannot be added"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
 
 
 def test_clamped_factors_stay_orthonormal() -> None:
