@@ -199,6 +199,26 @@ def test_torchao_without_its_configuration_merges_but_is_not_quantized_again() -
     assert len(adapted(model)) == 14
 
 
+def test_torchao_with_int8_activations_is_served_and_merged_but_not_trained() -> None:
+    """Its product has no gradient of x."""
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        model: Any = llama().eval()
+        quantization.quantize_(model.model, quantization.Int8DynamicActivationInt8WeightConfig())
+        return model
+
+    with pytest.raises(TypeError, match=r"a torchao layer, has no gradient of its input"):
+        lorasb.patch(base(), r=4, init="random")
+    model = lorasb.patch(base(), r=4, init="kaiming", inference_mode=True)
+    with torch.no_grad():
+        want, plain = model(**batches()[0]).logits, base()(**batches()[0]).logits
+        assert (want - plain).abs().max() > 1e-3
+        merged = model.merge_and_unload()(**batches()[0]).logits
+    assert (merged - want).norm() < FOUR_BITS * (want - plain).norm()  # activations are no longer rounded
+
+
 def test_what_gives_no_weight_refuses_to_merge_and_says_what_to_do() -> None:
     model = initialized("unknown").eval()
     want = model(**batches()[0]).logits

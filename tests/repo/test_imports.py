@@ -100,3 +100,17 @@ def test_unknown_names_raise() -> None:
 
 def test_a_backend_may_be_chosen_before_anything_else_is_imported(outputs: dict[str, tuple[int, str]]) -> None:
     assert output(outputs, BACKEND) == "triton"
+
+
+@pytest.mark.long
+def test_any_module_may_be_imported_first() -> None:
+    """Whichever it is, PEFT's registration meets no module that is half imported."""
+    root = Path(__file__).parents[2]
+    files = [
+        p.relative_to(root).with_suffix("") for p in sorted((root / "lorasb").rglob("*.py")) if p.stem != "__main__"
+    ]
+    modules = [".".join(file.parts).removesuffix(".__init__") for file in files]
+    codes = [f"import {name}\n{KNOWN}" for name in modules]
+    found = json.loads(python(str(root / "tests" / "support" / "fresh_imports.py"), given=json.dumps(codes)))
+    assert len(found) == len(modules) > 150
+    assert {name: text for name, (status, text) in zip(modules, found, strict=True) if status} == {}
