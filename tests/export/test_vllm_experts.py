@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from families import EXPERTS, SIZES
-from models import batches_for, make, patched
+from models import make, patched
 from safetensors.torch import load_file
 from tolerances import EXPORT, check
 
@@ -77,4 +77,3 @@ def test_a_dense_model_has_the_usual_names_at_a_rank_of_vllms(tmp_path: Path) ->
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
     assert one.keys() == other.keys()
     assert {len(value) for key, value in one.items() if "lora_A" in key} == {8}
-    assert batches_for("llama")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +62,11 @@ def test_the_whole_is_what_the_export_writes(tmp_path: Path) -> None:
 
 
 def test_a_step_of_a_7b_model_is_less_than_4_mb() -> None:
-    """R alone, fp32 at the default rank: 7 linears in each of 32 blocks. Here at the ranks of a small model."""
+    """R alone: 4·r² bytes of each linear, here of two blocks at r = 4, there of 32 blocks at r = 64."""
     core = lorasb.adapter_delta(patched("llama", r=4), "core")
-    assert sum(value.numel() * value.element_size() for value in core.values()) == 14 * 4 * 4 * 4
-    assert 224 * 64 * 64 * 4 <= 4 * 2**20
+    size = sum(value.numel() * value.element_size() for value in core.values())
+    assert size == 14 * 4 * 4**2
+    assert size * 32 / 2 * (64 / 4) ** 2 <= 4 * 2**20
     half = lorasb.adapter_delta(patched("llama", r=4), "core", dtype=torch.bfloat16)
     assert {value.dtype for value in half.values()} == {torch.bfloat16}
 
@@ -99,4 +99,3 @@ def test_what_cannot_be_sent_is_refused() -> None:
     core.pop(next(iter(core)))
     with pytest.raises(ValueError, match="expected R of every layer of the basis"):
         lorasb.lora_of(lorasb.adapter_delta(model, "basis"), core)
-    assert math.isfinite(float(logits(model).sum()))

@@ -232,13 +232,12 @@ def test_what_gives_no_weight_refuses_to_merge_and_says_what_to_do() -> None:
 
 @pytest.mark.parametrize("kind", GIVE_W)
 def test_inits_without_data_read_the_dequantized_weight(kind: str) -> None:
-    for name, layer in adapted(patched(kind, init="lora-xs")).items():
+    for layer in adapted(patched(kind, init="lora-xs")).values():
         weight = values(layer.base_layer, torch.float32)
         u, s, vt = torch.linalg.svd(weight)
         best = u[:, :4] @ torch.diag(s[:4]) @ vt[:4]
         b, a = layer.lorasb_B["default"], layer.lorasb_A["default"]
         check((b @ a).detach(), best, PROCESS_SUMS)
-        assert name
 
 
 @pytest.mark.parametrize("kind", ["torchao int8", "torchao int4", "hqq", "quanto"])
@@ -314,4 +313,4 @@ def test_a_merged_base_is_released_when_the_model_is_unloaded() -> None:
     del model
     gc.collect()
     assert layer() is None
-    assert plain is not None
+    del plain

@@ -83,15 +83,13 @@ def test_an_adapter_has_any_name_and_the_file_has_none(kind: Kind, name: str, tm
 
 
 @pytest.mark.parametrize("cheap", [False, True])
-def test_weights_load_without_being_drawn_first(kind: Kind, cheap: bool, tmp_path: Path) -> None:
+def test_weights_load_with_and_without_being_made_first(kind: Kind, cheap: bool, tmp_path: Path) -> None:
     model = adapted(kind)
     model.save_pretrained(tmp_path)
-    state = torch.get_rng_state()
     again = peft.PeftModel.from_pretrained(kind.make(), tmp_path, low_cpu_mem_usage=cheap).eval()
     check(kind.out(again), kind.out(model), EXACT)
     assert not any(p.is_meta for p in again.parameters())
     assert trained(again) == set()
-    assert state is not None
 
 
 def test_r_is_what_is_counted(kind: Kind) -> None:
