@@ -35,6 +35,7 @@ from .config import ALL_LINEAR, LoRASBConfig, WrittenHere
 from .fresh_heads import save_heads
 from .mixed_batch import adapters_by_row
 from .rollback import discard, unchanged_on_error
+from .shared_modules import Place, places_known
 from .targets import (
     CORE,
     check_opaque,
@@ -72,6 +73,7 @@ class LoRASBModel(BaseTuner):
     tuner_layer_cls = LoRASBLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's declaration
     init_without_data: InitWithoutData  # set by `register`: `tuner` must not import `init`
+    shared: dict[nn.Module, list[Place]] = {}  # noqa: RUF012  set by `places_known` while modules are replaced
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         # PEFT's own version looks None up in a table by model type, which LoRA-SB does not have
@@ -94,7 +96,8 @@ class LoRASBModel(BaseTuner):
             if config.target_parameters:
                 fused_experts.open_targets(model, config.target_parameters)
             self._plan(model, config, kwargs.get("state_dict"))
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with places_known(self):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = layers_with(model, adapter_name)
             config.layer_kinds = layer_kinds(layers)
             # W is read while it is the base's own: with an adapter merged in, the values would identify nothing.
@@ -227,13 +230,9 @@ class LoRASBModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Set the child, wherever the model has it: T5's embedding is a child of three modules.
-
-        And nothing else: PEFT's version reads `.weight`, which a classification head may lack.
-        """
-        for owner in list(self.model.modules()):
-            for name in [name for name, module in owner._modules.items() if module is child]:
-                owner._modules[name] = new_module
+        """Set the child in all of its places; PEFT's version also reads `.weight`, which a head may lack."""
+        for owner, name in self.shared.get(child, ()):
+            owner._modules[name] = new_module
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -257,7 +256,8 @@ class LoRASBModel(BaseTuner):
         if merge:
             self._check_finite(adapter_names)
         linear_group.dissolve(self.model)  # its pre-hooks would stay on the plain model
-        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        with places_known(self):
+            model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unfused_experts.close(model)
         return model
 
