@@ -116,10 +116,10 @@ def _vllm_rank(rank: int) -> int:
     Raises:
         ValueError: there is none.
     """
-    fitting = next((choice for choice in VLLM_RANKS if choice >= rank), None)
-    if fitting is None:
-        raise ValueError(f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}: merge the adapter instead")
-    return fitting
+    for choice in VLLM_RANKS:
+        if choice >= rank:
+            return choice
+    raise ValueError(f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}: merge the adapter instead")
 
 
 def _model_type(model: Any, config: dict[str, Any]) -> str | None:
@@ -143,9 +143,10 @@ def _write_gguf(
 
 def serve_command(base: str | None, folder: Path, rank: int) -> str:
     """The vLLM command for an exported adapter, with the smallest `--max-lora-rank` that vLLM accepts and that fits."""
-    fitting = next((choice for choice in VLLM_RANKS if choice >= rank), None)
-    if fitting is None:
-        return f"(rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}: merge the adapter instead)"
+    try:
+        fitting = _vllm_rank(rank)
+    except ValueError as error:  # stock PEFT still reads the folder
+        return f"({error})"
     name = base or "BASE_MODEL"
     return f"vllm serve {name} --enable-lora --max-lora-rank {fitting} --lora-modules adapter={folder}"
 

@@ -68,7 +68,7 @@ class LoRASBWeight(LoRASBLinear):
 
     def dense_weight(self) -> Tensor:
         """W [out, in], a view of the parameter."""
-        return self.unfolding.matrix(self.base_weight())
+        return self.as_matrix(self.base_weight())
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """W [out, in] of a tensor in the parameter's layout."""
@@ -85,7 +85,7 @@ class LoRASBWeight(LoRASBLinear):
 
     def matrix_gradient(self, gradient: Tensor) -> Tensor:
         """dL/dW [out, in] from the parameter's gradient, fp32 or wider."""
-        matrix = self.unfolding.matrix(gradient)
+        matrix = self.as_matrix(gradient)
         return matrix if matrix.dtype == torch.float64 else matrix.float()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +131,7 @@ class LoRASBWeight(LoRASBLinear):
         *path, name = self.unfolding.path.split(".")
         for part in path:
             owner = getattr(owner, part)
-        # FSDP1 has it in both
+        # FSDP1 may have the view as an attribute and among the parameters: every place that has it gets the weight
         places: list[dict[str, Any]] = [place for place in (owner._parameters, vars(owner)) if name in place]
         views = [place[name] for place in places]
         if not places:
@@ -228,10 +228,10 @@ class LoRASBWeight(LoRASBLinear):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") and name != "_qkv_same_embed_dim":
-                raise
             if name == "_qkv_same_embed_dim":  # False keeps TransformerEncoderLayer off its kernel, which reads weights
                 return False
+            if name.startswith("_"):
+                raise
             return getattr(self._modules["base_layer"], name)
 
 
@@ -255,7 +255,10 @@ class LoRASBEmbedding(LoRASBWeight):
         return y
 
     def _looked_up(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
-        """By the embedding's own forward, with dense gradients: a sparse one does not pass through a view."""
+        """The output of the embedding's own forward with the whole weight, and with dense gradients.
+
+        A sparse gradient does not pass through the weight's view.
+        """
         base: Any = self.get_base_layer()
         sparse, base.sparse = base.sparse, False
         try:

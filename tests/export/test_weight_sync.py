@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -19,7 +18,7 @@ import lorasb
 SCALED = {"scaling": 0.5, "rank_pattern": {"k_proj": 2}}
 
 
-def served(tensors: dict[str, torch.Tensor], model: Any) -> torch.Tensor:
+def served(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits of stock PEFT with these tensors in a plain LoRA, layer by layer at its own rank."""
     ranks = {
         key.split(".lora_A")[0].removeprefix("base_model.model."): len(v)
@@ -44,7 +43,7 @@ def test_the_other_side_computes_what_the_trainer_does_after_every_step() -> Non
         optimizer.zero_grad()
         core = lorasb.adapter_delta(model, "core")
         tensors = lorasb.lora_of(basis, core)
-        check(served(tensors, model), logits(model.eval()), EXPORT)
+        check(served(tensors), logits(model.eval()), EXPORT)
         whole = lorasb.adapter_delta(model)
         assert whole.keys() == tensors.keys()
         for name, value in whole.items():

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import Rows, llama
+from models import Rows, four_steps, llama, loss_and_gradients
 from opaque_models import (
     KINDS,
     adapted,
@@ -43,12 +43,7 @@ def test_a_model_is_its_dense_twin_in_forward_and_gradients(kind: str) -> None:
     lorasb.initialize(twin, batches(), lr=1e-2, progress=False)
     for layer, other in zip(adapted(model).values(), adapted(twin).values(), strict=True):
         layer.set_factors("default", other.lorasb_B["default"], other.lorasb_R["default"], other.lorasb_A["default"])
-    results = []
-    for each in (model, twin):
-        each.train()
-        loss = each(**batches()[0]).loss
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in each.parameters() if p.requires_grad)])
+    results = [loss_and_gradients(each, batches()[0]) for each in (model, twin)]
     assert len(results[0]) == 15  # the loss and seven layers of two blocks
     for one, other in zip(*results, strict=True):
         check(one, other, PROCESS_SUMS)
@@ -101,16 +96,7 @@ def test_16_bit_models_compute_in_16_bits_with_r_in_fp32(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trainer_initializes_and_resumes_to_the_same_bits(kind: str, tmp_path: Path) -> None:
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        save_steps=2,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        learning_rate=1e-2,
-    )
+    arguments = four_steps(tmp_path)
     done = []
     for resume in (None, str(tmp_path / "checkpoint-2")):
         model = patched(kind)

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import text
+from models import four_steps, loss_and_gradients, text
 from quantized_models import KINDS, batches, dense_twin, factors, initialized, quantized
 from tolerances import EXACT, EXPORT, MERGE, PROCESS_SUMS, check
 from torch import nn
@@ -27,12 +27,7 @@ def test_a_model_is_its_dequantized_twin_in_forward_and_gradients(kind: str) -> 
         *([m for m in each.modules() if isinstance(m, LoRASBLinear)] for each in (model, twin)), strict=True
     ):
         layer.set_factors("default", other.lorasb_B["default"], other.lorasb_R["default"], other.lorasb_A["default"])
-    results = []
-    for each in (model, twin):
-        each.train()
-        loss = each(**batches()[0]).loss
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in each.parameters() if p.requires_grad)])
+    results = [loss_and_gradients(each, batches()[0]) for each in (model, twin)]
     for one, other in zip(*results, strict=True):
         check(one, other, PROCESS_SUMS)
 
@@ -78,16 +73,7 @@ def test_a_resumed_trainer_ends_in_the_same_factors(kind: str, tmp_path: Path) -
             return {name: value[0] for name, value in text(1, 12, i).items()}
 
     model = initialized(kind)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        save_steps=2,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        learning_rate=1e-2,
-    )
+    arguments = four_steps(tmp_path)
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Rows())
     trainer.train()
     done = factors(model)

@@ -11,7 +11,7 @@ from typing import Any
 import peft.utils.quantization_utils
 import pytest
 import torch
-from models import llama, text
+from models import Batch, batches_for, llama
 from torch import Tensor, nn
 
 import lorasb
@@ -116,8 +116,8 @@ def initialized(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -
     return model
 
 
-def batches(count: int = 3) -> list[dict[str, Tensor]]:
-    return [text(2, 12, seed) for seed in range(count)]
+def batches(count: int = 3) -> list[Batch]:
+    return batches_for("llama", count)
 
 
 def adapted(model: nn.Module) -> dict[str, LoRASBLinear]:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import llama, text
+from models import Batch, batches_for, llama
 from storages import exact
 from torch import nn
 
@@ -64,8 +64,8 @@ def dense_twin(model: nn.Module) -> nn.Module:
     return twin
 
 
-def batches(count: int = 3) -> list[dict[str, torch.Tensor]]:
-    return [text(2, 12, seed) for seed in range(count)]
+def batches(count: int = 3) -> list[Batch]:
+    return batches_for("llama", count)
 
 
 def factors(model: nn.Module) -> list[torch.Tensor]:

@@ -87,13 +87,9 @@ class LayerSum:
             )
         self._multiply_pair()
         self._signs = None
-        self.total = (
-            gradient.clone(memory_format=torch.contiguous_format) if self.total is None else self.total.add_(gradient)
-        )
+        self.total = _added(self.total, gradient)
         if first_half and self.halves:
-            self.half = (
-                gradient.clone(memory_format=torch.contiguous_format) if self.half is None else self.half.add_(gradient)
-            )
+            self.half = _added(self.half, gradient)
 
     def _take_signs(self, dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> None:
         """Add dyᵀ x and take the signs of the result; without a `total` only the signs are written."""
