@@ -17,6 +17,7 @@ METHODS = {
 }
 # The form that PEFT writes when it saves, up to its list of framework versions.
 TEMPLATE = re.compile(r"# Model Card for Model ID.*?(?=### Framework versions|\Z)", flags=re.DOTALL)
+TAG = "lora-sb"
 START, END = "<!-- lorasb: start -->", "<!-- lorasb: end -->"
 
 
@@ -24,7 +25,7 @@ def update_card(folder: Path, config: dict[str, Any], scaling: float) -> None:
     """Insert or replace our section in the README.md of an adapter folder; creates the file if it is missing."""
     file = folder / "README.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else "---\nlibrary_name: peft\n---\n"
-    text = TEMPLATE.sub("", text)  # has only "[More Information Needed]" in it
+    text = _with_tag(TEMPLATE.sub("", text))  # the form has only "[More Information Needed]" in it
     section = f"{START}\n{_section(config, scaling)}\n{END}"
     if START in text:
         # A function, as backslashes in a replacement string would be escapes.
@@ -34,6 +35,16 @@ def update_card(folder: Path, config: dict[str, Any], scaling: float) -> None:
         start = front_matter.end() if front_matter else 0
         text = f"{text[:start]}\n{section}\n\n{text[start:].lstrip()}"
     write_text(file, text)
+
+
+def _with_tag(text: str) -> str:
+    """The card with our tag in its front matter, by which hubs find adapters of a method."""
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(text, ignore_metadata_errors=True)
+    data: Any = card.data
+    data.tags = sorted({*(data.tags or ()), TAG})
+    return str(card.content)
 
 
 def short(value: Any) -> str:

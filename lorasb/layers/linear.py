@@ -22,7 +22,7 @@ from .offloading import factors_on_device
 from .parameter_dicts import LOADED, Cores, FrozenFactors, shard_like
 from .preconditioner import Preconditioner
 from .scales import Scales
-from .token_rows import Rows
+from .token_rows import MERGED_ROWS, Rows, other_length
 
 
 class Group(Protocol):
@@ -195,9 +195,9 @@ class LoRASBLinear(FrozenBase, Scales):
         """y [..., out] with a choice of adapter for each row of x."""
         rows = rows if isinstance(rows, Rows) else Rows.of(rows)
         if len(rows) != len(x):
-            raise ValueError(f"expected adapter_names for each of {len(x)} rows, got {len(rows)}")
+            raise ValueError(other_length(len(x), len(rows)))
         if self.merged:
-            raise ValueError("adapter_names need unmerged weights: call model.unmerge_adapter() first")
+            raise ValueError(MERGED_ROWS)
         y = self.base_forward(x, *args, **kwargs)
         for i, name in enumerate(rows.names):
             if self.disable_adapters or name not in self.lorasb_R:  # `__base__`, or an adapter of other layers

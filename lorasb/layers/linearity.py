@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..quantization.formats import PACKAGES
+from ..utils.dtypes import FLOATS
+from .offloading import has_weight_values
 from .opaque_base import OpaqueBase, first_tensor
 
 # Of the norm. Activations rounded to 8 bits, one scale for all rows, give 1e-2; a GELU gives 0.3 and more.
@@ -49,10 +51,32 @@ def check_linear(name: str, layer: nn.Module, opaque: OpaqueBase, trained: bool 
         )
 
 
+def has_own_result(layer: nn.Module) -> bool:
+    """True for a dense nn.Linear whose class computes something else with its weight: Llama 4's router gives scores.
+
+    A class whose forward takes other arguments than x, or that has no values yet, is taken for a linear.
+    """
+    if type(layer).forward is nn.Linear.forward or not isinstance(layer, nn.Linear) or not has_weight_values(layer):
+        return False
+    weight = layer.weight
+    if weight.dtype not in FLOATS or type(weight.data) is not Tensor:  # another quantizer's: its format is known
+        return False
+    try:
+        with torch.no_grad():
+            y = layer(_probe(layer.in_features, weight.device, weight.dtype))
+    except Exception:
+        return False
+    return not isinstance(y, Tensor) or y.shape != (3, layer.out_features) or not _is_linear(y.double())
+
+
 def _rows(opaque: OpaqueBase, device: torch.device) -> Tensor:
+    return _probe(opaque.shape[1], device, opaque.dtype)
+
+
+def _probe(in_features: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[0, x, 2x] for a random x; the global random state is not touched."""
-    x = torch.randn(opaque.shape[1], generator=torch.Generator().manual_seed(0))
-    return torch.stack((torch.zeros_like(x), x, 2 * x)).to(device, opaque.dtype)
+    x = torch.randn(in_features, generator=torch.Generator().manual_seed(0))
+    return torch.stack((torch.zeros_like(x), x, 2 * x)).to(device, dtype)
 
 
 def _is_linear(y: Tensor) -> bool:

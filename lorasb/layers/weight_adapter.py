@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from .initialized import guarded_core
 from .linear import LoRASBLinear
-from .token_rows import Rows
+from .token_rows import MERGED_ROWS, Rows, other_length
 from .unfolding import ATTENTION, CONVOLUTION, EMBEDDING, Unfolding, unfoldings
 
 Tap = Callable[[Tensor], Tensor]
@@ -188,9 +188,9 @@ class LoRASBWeight(LoRASBLinear):
         if self.unfolding.kind == ATTENTION:
             raise ValueError("adapter_names choose adapters by the rows of one input, and attention has three")
         if len(rows) != len(x):
-            raise ValueError(f"expected adapter_names for each of {len(x)} rows, got {len(rows)}")
+            raise ValueError(other_length(len(x), len(rows)))
         if self.merged:
-            raise ValueError("adapter_names need unmerged weights: call model.unmerge_adapter() first")
+            raise ValueError(MERGED_ROWS)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         for i, name in enumerate(rows.names):
             if self.disable_adapters or name not in self.lorasb_R:

@@ -5,10 +5,59 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
 from ..layers.open_parameters import OpenParameters
 from ..layers.unfused_experts import NAMES, OpenExperts, is_target
+from .config import ALL_LINEAR, LoRASBConfig
+
+# What the linears of one expert were called before transformers fused those of all experts into one parameter.
+ONCE_CALLED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+
+
+def open_all(model: nn.Module, config: LoRASBConfig, by_old_names: bool) -> None:
+    """Open what `target_parameters` name, and experts that `target_modules` name in the old way."""
+    if by_old_names:
+        _target_by_old_names(model, config)
+    if config.target_parameters:
+        open_targets(model, config.target_parameters)
+
+
+def _target_by_old_names(model: nn.Module, config: LoRASBConfig) -> None:
+    """Add to `target_parameters` the experts whose linears `target_modules` name as older checkpoints did.
+
+    Raises:
+        ValueError: only a part of a fused parameter is named.
+    """
+    if config.target_modules == ALL_LINEAR or not config.target_modules:
+        return
+    added = [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name, parts in ONCE_CALLED.items()
+        if _has_experts(module, name) and any(_names_all(config, f"{path}.0", name, part) for part in parts)
+    ]
+    if added:
+        config.target_parameters = sorted({*(config.target_parameters or ()), *added})
+
+
+def _has_experts(module: nn.Module, name: str) -> bool:
+    """True if a parameter of the module has a matrix for each expert, or had, and is open now."""
+    parameter = module._parameters.get(name)
+    return isinstance(module, OpenExperts) or (parameter is not None and parameter.dim() == 3)
+
+
+def _names_all(config: LoRASBConfig, expert: str, fused: str, parts: tuple[str, ...]) -> bool:
+    matched = {part: BaseTuner._check_target_module_exists(config, f"{expert}.{part}") for part in parts}
+    named = [part for part, match in matched.items() if match and not isinstance(match, _ExcludedModule)]
+    if named and len(named) < len(parts):
+        missing = ", ".join(part for part in parts if part not in named)
+        raise ValueError(
+            f"Cannot convert PEFT target(s) {', '.join(named)} without also targeting {missing} because they are fused "
+            f"into {fused}."
+        )
+    return bool(named)
 
 
 def open_targets(model: nn.Module, target_parameters: list[str]) -> list[str]:
@@ -24,7 +73,8 @@ def open_targets(model: nn.Module, target_parameters: list[str]) -> list[str]:
     matched: dict[str, bool] = dict.fromkeys(target_parameters, False)
     parameter_names: list[str] = []
     for path, module in list(model.named_modules()):  # a list, as modules are replaced in the loop
-        targets = [f"{path}.{name}" for name in _names(module) if is_target(f"{path}.{name}", target_parameters)]
+        full_names = [f"{path}.{name}".removeprefix(".") for name in _names(module)]
+        targets = [full for full in full_names if is_target(full, target_parameters)]
         for full in targets:
             matched |= {target: True for target in target_parameters if is_target(full, [target])}
         if targets:
@@ -51,6 +101,11 @@ def _open(model: nn.Module, path: str, module: nn.Module, names: list[str]) -> N
     """Put a module with open parameters in the place of one."""
     if isinstance(module, OpenExperts):
         return
+    if not path:
+        raise ValueError(
+            f"Targeting an nn.Parameter on the top-level module is not supported (parameter {names[0]!r}). Put the "
+            "model into a module of its own, or name a parameter of a submodule"
+        )
     inner: nn.Module = module.base_layer if isinstance(module, OpenParameters) else module
     for name in names:
         _check(f"{path}.{name}", inner.get_parameter(name))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..constants import BASE_ROW
 from ..layers.linear import LoRASBLinear
 from ..layers.open_parameters import OpenParameters
-from ..layers.token_rows import TOKENS_FIRST, Rows, chooses_tokens, rows_of
+from ..layers.token_rows import TOKENS_FIRST, Rows, chooses_tokens, other_length, rows_of
 from ..layers.unfused_experts import OpenExperts
 
 # Sub-configs of multimodal models, beside text_config: a row of an image or audio tower is not a row of the text.
@@ -34,19 +34,19 @@ def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) 
         num_beams: beams that generation expands each row into, in the decoder.
 
     Raises:
-        ValueError: the model is in training mode, or a name is unknown; in a forward, a layer's input cannot be
-            mapped to the batch's rows, and rows ask for different adapters.
+        ValueError: the model is in training mode, a name is unknown, or there is not one for each row; in a forward, a
+            layer's input cannot be mapped to the batch's rows, and rows ask for different adapters.
         TypeError: `names` is not a list.
     """
     _check(model, names)
     encoder, outside_text, shapes = _encoder(model), _outside_text_model(model), dict[str, torch.Size]()
     rows, model_type = Rows.of(names), getattr(getattr(model, "config", None), "model_type", None)
-    beams = rows.repeat_interleave(
-        num_beams
-    )  # generate() repeats each row num_beams times in turn, as `repeat_interleave` does
+    beams = rows.repeat_interleave(num_beams)  # as generate() repeats each row, num_beams times in turn
     layers = _layers(model)
     ancestors = {name.rsplit(".", i)[0] for name in layers for i in range(1, name.count(".") + 1)}
     with ExitStack() as hooks:  # removes every hook, also when a forward raises
+        checker = _LengthChecker(len(rows), num_beams)
+        hooks.callback(model.register_forward_pre_hook(checker, with_kwargs=True).remove)
         for name, module in model.named_modules():
             hook: Any = None
             if name in layers:
@@ -66,11 +66,17 @@ def _check(model: nn.Module, names: Sequence[str]) -> None:
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"expected adapter_names as a list, a name for each row, got {names!r}")
     if model.training:
-        raise ValueError("adapter_names are for evaluation: call model.eval(), or train one adapter at a time")
+        raise ValueError(
+            "Cannot pass `adapter_names` when the model is in training mode. Call model.eval(), or train one adapter "
+            "at a time"
+        )
     known = {name for layer in model.modules() if isinstance(layer, LoRASBLinear) for name in layer.lorasb_R}
     unknown = sorted(set(names) - known - {BASE_ROW})
     if unknown:
-        raise ValueError(f"no layer has an adapter {', '.join(map(repr, unknown))}: the model has {sorted(known)}")
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model has "
+            f"{', '.join(sorted(known))}"
+        )
     opened = [name for name, module in model.named_modules() if isinstance(module, OpenParameters)]
     if opened:
         raise ValueError(
@@ -102,6 +108,22 @@ def _outside_text_model(model: Any) -> set[nn.Module]:
     text_models = [model.get_decoder() if hasattr(model, "get_decoder") else model, model.get_output_embeddings()]
     text = {module for part in text_models if isinstance(part, nn.Module) for module in part.modules()}
     return set(model.modules()) - text
+
+
+class _LengthChecker:
+    """Pre-hook of the whole model that raises where a batch's rows and the names differ in number."""
+
+    def __init__(self, rows: int, num_beams: int) -> None:
+        self.rows, self.num_beams = rows, num_beams
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")]
+        first = next((x for x in (*named, *args[:1]) if isinstance(x, Tensor)), None)
+        if first is None:
+            tensors = [x for x in kwargs.values() if isinstance(x, Tensor)]
+            first = tensors[0] if len(tensors) == 1 else None  # of several, which are by row cannot be told
+        if first is not None and first.dim() > 0 and len(first) not in (self.rows, self.rows * self.num_beams):
+            raise ValueError(other_length(len(first), self.rows))
 
 
 class _ShapeRecorder:

@@ -93,8 +93,7 @@ class LoRASBModel(BaseTuner):
             keep_unpacked(model)  # before any forward: a repacked 4-bit weight cannot be dequantized
             save_heads(model, config)
             # Experts must be nn.Linear modules before `_plan` looks for targets by name.
-            if config.target_parameters:
-                fused_experts.open_targets(model, config.target_parameters)
+            fused_experts.open_all(model, config, by_old_names=kwargs.get("state_dict") is None)
             self._plan(model, config, kwargs.get("state_dict"))
             with places_known(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -124,6 +123,8 @@ class LoRASBModel(BaseTuner):
         targets = peft_config.target_parameters
         if not targets or isinstance(peft_match, _ExcludedModule):
             return peft_match
+        if unfused_experts.is_target(key, targets):  # the list of a parameter's matrices, by the parameter's name
+            return False
         return peft_match or unfused_experts.is_slice_of_target(key, targets)
 
     def _inject_parameters(self, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:

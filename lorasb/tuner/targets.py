@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..layers import opaque_base, unfused_experts
-from ..layers.linearity import check_linear
+from ..layers.linearity import check_linear, has_own_result
 from ..layers.offloading import has_weight_values
+from ..layers.open_parameters import OpenParameters
 from ..layers.unfolding import KINDS_WITH_WEIGHT, unfoldings
 from ..quantization.quantized_weight import is_quantized, of_module
 from ..utils.dtypes import FLOATS
@@ -74,6 +75,8 @@ def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module], state_dic
 def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
     """The names of "all-linear" without experts, linears that are never called, and blocks that are not selected.
 
+    Nor routers of a linear's class (Llama 4's), or linears of which `target_parameters` name the weight.
+
     PEFT expands "all-linear" to full names, for which it ignores layers_to_transform, and leaves out quantizers' layers
     that do not derive from nn.Linear.
     """
@@ -85,6 +88,8 @@ def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
         if not isinstance(model.get_submodule(n), LINEARS_NOT_CALLED)
         and unfused_experts.parameter_of(n) is None
         and not n.startswith(inside)
+        and not has_own_result(model.get_submodule(n))
+        and not _is_opened(model, n)
     }
     if config.layers_to_transform is None:
         return names
@@ -94,6 +99,12 @@ def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
     list_names = [list_names] if isinstance(list_names, str) else list_names
     index_matches = {n: re.match(rf"(?:^|.*?\.)(?:{'|'.join(list_names)})\.(\d+)\.", n) for n in names}
     return {name for name, match in index_matches.items() if match and int(match.group(1)) in block_indices}
+
+
+def _is_opened(model: nn.Module, name: str) -> bool:
+    """True for a linear inside the module that stands in its place as its weight is a target itself."""
+    parent, _, child = name.rpartition(".")
+    return child == "base_layer" and isinstance(model.get_submodule(parent), OpenParameters)
 
 
 def _quantizers_layers(model: Any) -> set[str]:
@@ -178,6 +189,11 @@ def check_supported(name: str, module: nn.Module) -> None:
             f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it: "
             "name it in exclude_modules, or adapt the attention itself"
         )
+    if isinstance(base, OpenParameters):
+        raise ValueError(
+            f"target {name!r} is named by target_modules, and a parameter of it by target_parameters: name it in one "
+            "of them"
+        )
     if unfoldings(base) or opaque_base.find(base) is not None:
         return
     if isinstance(base, KINDS_WITH_WEIGHT):
@@ -189,6 +205,11 @@ def check_supported(name: str, module: nn.Module) -> None:
     weight = getattr(base, "weight", None)
     if isinstance(base, nn.Linear | Conv1D) and weight is not None:
         _check_weight(name, base, weight)
+        if has_own_result(base):
+            raise TypeError(
+                f"target {name!r} is a {type(base).__name__}, an nn.Linear whose forward gives something else than "
+                f"x Wᵀ: name it in exclude_modules, or adapt its weight: target_parameters=['{name}.weight']"
+            )
         return
     raise TypeError(
         f"target {name!r} is a {type(base).__name__}: expected nn.Linear, transformers' Conv1D, nn.Embedding, "

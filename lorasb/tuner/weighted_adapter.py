@@ -153,8 +153,9 @@ def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapte
     with_modules = [name for name in dict.fromkeys(adapters) if tuner.peft_config[name].modules_to_save]
     if len(with_modules) > 1:
         raise ValueError(
-            f"adapters {', '.join(map(repr, with_modules))} have trained whole modules (modules_to_save), which cannot "
-            "be added: at most one of the adapters may have some, and the new one takes them over"
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{len(with_modules) - 1} such instance(s). Adapters {', '.join(map(repr, with_modules))} have some: at "
+            "most one may, and the new one takes them over"
         )
     return layers
 

@@ -33,6 +33,7 @@ def test_the_model_card_states_where_the_adapter_comes_from(tmp_path: Path) -> N
         assert value in card
     assert card.count("# A LoRA-SB adapter") == 1
     assert card.startswith("---\n")
+    assert "\n- lora-sb\n" in card.partition("\n---\n")[0]  # a tag, in the front matter
 
 
 def test_the_card_of_a_baseline_says_so(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import llama
 from opaque_models import Scaled
+from tolerances import EXACT, check
 from torch import nn
 
 import lorasb
@@ -76,6 +77,16 @@ def test_affine_is_linear_and_dense_layers_are_not_probed(monkeypatch: pytest.Mo
     monkeypatch.setattr(opaque_base, "resolve_quantization_backend", lambda *_, **__: asked.append(1))
     lorasb.patch(llama(), r=4)
     assert not asked
+
+
+def test_an_opaque_base_is_compiled_with_its_adapter() -> None:
+    model = nn.Sequential(Scaled(nn.Linear(8, 6, bias=False)))
+    adapted = lorasb.patch(model, r=2, target_modules=["0"], init="random")
+    adapted.base_model.model[0].lorasb_R["default"].data.copy_(torch.eye(2))
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
+    check(compiled(x), adapted(x), EXACT)
+    assert not torch.equal(adapted(x), model[0].base_layer(x))
 
 
 def test_a_resolver_that_finds_a_package_too_old_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,3 +217,42 @@ def test_what_cannot_be_adapted_is_refused(tmp_path: Path) -> None:
     batch.pop("labels")
     with pytest.raises(ValueError, match="adapted for all rows at once"):
         model(**batch, adapter_names=["default", "__base__"])
+
+
+class Chained(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8, 8))
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x @ self.scale))
+
+
+def test_a_linears_weight_by_name_is_not_adapted_as_a_linear_too() -> None:
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    model = lorasb.patch(Chained(), r=2, init="random", target_parameters=["first.weight"])
+    adapted = [name for name, m in model.base_model.model.named_modules() if isinstance(m, LoRASBLinear)]
+    assert adapted == ["first.weight.0", "second"]
+    before = model(x)
+    for name in adapted:
+        layer = model.base_model.model.get_submodule(name)
+        layer.lorasb_R["default"].data.copy_(torch.eye(2))
+    after = model(x)
+    assert not torch.allclose(before, after)
+    model.merge_adapter()
+    check(model(x), after, MERGE)
+    with pytest.raises(ValueError, match=r"'first' is named by target_modules, and a parameter of it by target_param"):
+        lorasb.patch(Chained(), r=2, target_modules=["first"], target_parameters=["first.weight"])
+    with pytest.raises(ValueError, match=r"top-level module is not supported \(parameter 'scale'\)"):
+        lorasb.patch(Chained(), r=2, target_modules=["first"], target_parameters=["scale"])
+
+
+def test_all_linear_leaves_a_router_alone_that_has_a_linears_class() -> None:
+    model = lorasb.patch(llama4(), r=3, target_parameters=targets("feed_forward.experts"))
+    named = [n for n, m in model.named_modules() if isinstance(m, LoRASBLinear)]
+    assert any(n.endswith("q_proj") for n in named)
+    assert not any("router" in n for n in named)
+    assert torch.isfinite(model(**text(4, 12, 0)).loss)
+    with pytest.raises(TypeError, match=r"router' is a Llama4Router, an nn.Linear whose forward gives something else"):
+        lorasb.patch(llama4(), r=3, target_modules=["router"])

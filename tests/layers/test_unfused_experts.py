@@ -11,6 +11,7 @@ import torch
 import transformers
 from families import EXPERTS, SIZES
 from models import batches_for, logits, make
+from peft import PeftModel
 from torch import Tensor, nn
 
 import lorasb
@@ -153,3 +154,38 @@ def test_the_report_says_what_is_left_alone() -> None:
     report = lorasb.initialize(tied, batches_for("llama"), lr=2e-2, progress=False)
     assert report.left == ["lm_head: shares its weight with the input embedding"]
     assert "left alone: lm_head" in str(report)
+
+
+def names_of(model: nn.Module) -> set[str]:
+    return {name.rpartition(".experts.")[2].partition(".")[0] for name in expert_layers(model)}
+
+
+@pytest.mark.parametrize(
+    ("targets", "opened"),
+    [
+        (["q_proj", "gate_proj", "up_proj", "down_proj"], {"gate_up_proj", "down_proj"}),
+        (["w1", "w2", "w3"], {"gate_up_proj", "down_proj"}),
+        (r".*\.(q_proj|gate_proj|up_proj)", {"gate_up_proj"}),
+        (["q_proj"], set()),
+    ],
+)
+def test_target_modules_may_name_experts_as_older_checkpoints_did(
+    targets: list[str] | str, opened: set[str], tmp_path: Path
+) -> None:
+    model = lorasb.patch(make("qwen3_moe"), r=3, target_modules=targets, init="random")
+    assert names_of(model) == opened
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make("qwen3_moe"), tmp_path)
+    assert expert_layers(again).keys() == expert_layers(model).keys()
+
+
+def test_half_of_a_fused_parameter_is_refused_by_its_name() -> None:
+    model = make("qwen3_moe")
+    modules = dict(model.named_modules())
+    with pytest.raises(
+        ValueError, match="up_proj without also targeting gate_proj because they are fused into gate_up"
+    ):
+        lorasb.patch(model, r=3, target_modules=["q_proj", "up_proj"])
+    assert dict(model.named_modules()) == modules
+    without = lorasb.patch(model, r=3, target_modules=["q_proj", "up_proj"], exclude_modules=r".*experts.*")
+    assert not names_of(without)

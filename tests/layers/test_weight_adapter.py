@@ -268,3 +268,18 @@ def test_attention_with_widths_of_its_own_is_refused() -> None:
     assert unfoldings(net.attention) == []
     with pytest.raises(TypeError, match=r"'attention' is a MultiheadAttention: expected .*with one width"):
         lorasb.patch(net, r=2, target_modules=["attention"])
+
+
+def test_a_compiled_network_is_one_graph_and_computes_the_same() -> None:
+    model = patched()
+    for layer in adapted(model).values():
+        layer.lorasb_R["default"].data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+
+    def step(run: Any) -> list[Tensor]:
+        model.zero_grad()
+        value = loss(run, batch())
+        value.backward()
+        return [value.detach(), *(layer.lorasb_R["default"].grad.clone() for layer in adapted(model).values())]
+
+    for one, other in zip(step(torch.compile(model, fullgraph=True, backend="aot_eager")), step(model), strict=True):
+        check(one, other, EXACT)

@@ -184,7 +184,7 @@ def test_one_adapter_may_have_modules_that_it_trained_and_they_go_along() -> Non
     assert torch.equal(head.modules_to_save["sum"].weight, head.modules_to_save["default"].weight)
     assert head.modules_to_save["sum"].weight is not head.modules_to_save["default"].weight
     model.add_adapter("third", lorasb.LoRASBConfig(r=2, modules_to_save=["model.norm"], init="random"))
-    with pytest.raises(ValueError, match=r"'default', 'third' have trained whole modules"):
+    with pytest.raises(ValueError, match=r"found 1 such instance\(s\)\. Adapters 'default', 'third' have some"):
         model.add_weighted_adapter(["default", "third"], [1.0, 1.0], "other")
 
 
