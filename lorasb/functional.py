@@ -19,6 +19,8 @@ from .ops.registry import backend_op, current_backend, direct_kernel
 from .quantization.quantized_weight import QuantizedWeight, of_weight
 from .utils.deprecation import warn_renamed
 
+NO_LAYOUT = [0, 0, 0]  # of a dense weight; not [], which torch takes for a list of tensors
+
 
 def lora_sb_linear(
     x: Tensor,
@@ -30,8 +32,9 @@ def lora_sb_linear(
     scaling: float = 1.0,
     *,
     dropout: float = 0.0,
+    index: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias (paper, Eq. 3).
+    """y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias (paper, Eq. 3), or with an R of its own for each row of a batch.
 
     Gradients: with u = x Aᵀ, t = dy B and w = s·t R, dR = s·tᵀ u and dx = dy W + w A. W, A, B and bias are frozen and
     get no gradients. Saved for backward: u [M, r], where M is the number of rows of x, but not x.
@@ -46,6 +49,8 @@ def lora_sb_linear(
         bias: [out] in x's dtype.
         scaling: s.
         dropout: probability of dropping an element of the adapter's input; backward regenerates the mask from a seed.
+        index: [n], int64 on the CPU or a list. lora_R is then [K, r, r], and row x[i] of x [n, ..., in] is computed
+            with lora_R[index[i]]; -1 is the base alone. dR_k sums over its own rows in their order.
 
     Under autocast x, W, A, B and bias are cast as `F.linear` would cast them; R is not.
 
@@ -56,8 +61,11 @@ def lora_sb_linear(
         ValueError: shapes, ranks or devices do not match, dropout is not in [0, 1), or x requires grad under inference
             mode.
         TypeError: dtypes do not match, or x is not floating point.
+        IndexError: an entry of `index` is no adapter's.
     """
     quantized = of_weight(weight)
+    if index is not None:
+        return _by_rows(x, quantized or weight, lora_A, lora_R, lora_B, bias, scaling, dropout, index)
     if quantized is not None:
         return _over_quantized(x, quantized, lora_A, lora_R, lora_B, bias, scaling, dropout)
     return _over_dense(x, cast("Tensor | None", weight), lora_A, lora_R, lora_B, bias, scaling, dropout)
@@ -189,6 +197,41 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     # An adapter of rank 0: its terms are empty sums in forward and in dx.
     a, b = x.new_empty((0, in_features)), x.new_empty((out_features, 0))
     return _over_quantized(x, weight, a, x.new_empty((0, 0), dtype=torch.float32), b, bias, 1.0, 0.0)
+
+
+def _by_rows(
+    x: Tensor,
+    weight: Any,
+    a: Tensor,
+    cores: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+    index: Tensor | Sequence[int],
+) -> Tensor:
+    quantized = weight if isinstance(weight, QuantizedWeight) else None
+    dense = None if quantized is not None else weight
+    if dropout != 0.0:
+        raise ValueError(f"expected dropout 0 with an index of rows, got {dropout}: it draws one mask for one adapter")
+    if _is_autocast(x):
+        x, dense, a, b, bias = _autocast(x, dense, a, b, bias)
+    index = operand_checks.check_rows(x, dense, a, cores, b, bias, index)
+    if quantized is not None and (quantized.shape != (b.shape[0], a.shape[1]) or quantized.device != x.device):
+        raise ValueError(
+            f"expected a quantized weight [{b.shape[0]}, {a.shape[1]}] on {x.device}, got {list(quantized.shape)} on "
+            f"{quantized.device}"
+        )
+    quant, layout = (list(quantized.tensors), quantized.layout(x.dtype)) if quantized is not None else ([], NO_LAYOUT)
+    arguments = (x, dense, quant, layout, a, cores, b, bias, index, scaling)
+    backend = current_backend()
+    kernels = fast_path.kernels("linear_rows", backend, x, dense, a, cores, b, bias, *quant)
+    if kernels and not torch.is_grad_enabled():
+        with torch._C._AutoDispatchBelowAutograd():
+            served: Tensor = kernels.forward(*arguments)[0]
+        return served
+    y: Tensor = backend_op("linear_rows", backend)(*arguments)[0]
+    return y
 
 
 @torch.no_grad()

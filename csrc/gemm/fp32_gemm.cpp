@@ -30,11 +30,6 @@ constexpr int64_t kRowStride = kKc + 8;
 
 const Fp32GemmKernels& gemm() { return *kernels().fp32_gemm; }
 
-Element element_of(at::ScalarType dtype) {
-  if (dtype == at::kBFloat16) return Element::bf16;
-  return dtype == at::kHalf ? Element::f16 : Element::f32;
-}
-
 DenseView view_of(const at::Tensor& dense) {
   return {dense.const_data_ptr(), element_of(dense.scalar_type()), dense.stride(0)};
 }

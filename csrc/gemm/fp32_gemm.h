@@ -33,6 +33,11 @@
 
 namespace lorasb {
 
+inline Element element_of(at::ScalarType dtype) {
+  if (dtype == at::kBFloat16) return Element::bf16;
+  return dtype == at::kHalf ? Element::f16 : Element::f32;
+}
+
 // W [rows, columns] as B of a product, in any storage: B = Wᵀ or B = W.
 struct Weight {
   at::Tensor dense;  // [rows, columns], elements of a row contiguous; undefined where W is quantized

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..ops import signatures
 from ..ops.registry import backend_op, register_backend, register_loaded
 from .eager import linear as eager
+from .eager import linear_rows as eager_rows
 
 DISABLE = "LORASB_NO_CSRC"  # environment variable: 1 runs without the extension
 CAP = "LORASB_MAX_CPU_ISA"  # environment variable, read by the extension: the best instruction set to use
@@ -127,11 +128,63 @@ def group_backward(dys: list[Tensor], weights: list[Tensor], *others: Any) -> An
     return eager.apart(backward, dys, weights, *given)
 
 
+def _times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transposed: bool) -> Tensor:
+    if torch.float64 in (left.dtype, cores.dtype):
+        return eager_rows.times_cores(left, cores, index, scale, transposed)
+    if cores.stride(2) != 1 or cores.stride(1) != cores.shape[2]:
+        cores = cores.contiguous()
+    product: Tensor = torch.ops.lorasb_csrc.times_cores(left, cores, index, scale, not transposed)
+    return product
+
+
+def _thin(rows: Tensor, factor: Tensor) -> Tensor:
+    """In fp32, as torch would take long in rows' dtype."""
+    plain = factor.stride(-1) != 1  # Bᵀ and Aᵀ as views
+    product: Tensor = torch.ops.lorasb_csrc.thin_product(rows, factor.t() if plain else factor, plain)
+    return product
+
+
+def _extended(
+    rows: Tensor, weight: Tensor | None, quant: eager_rows.Quant, v: Tensor, b: Tensor, bias: Tensor | None
+) -> Tensor:
+    if rows.dtype == torch.float64 or (weight is not None and not serves(rows.dtype, weight)):
+        return eager_rows.extended(rows, weight, quant, v, b, bias)
+    shape = b.shape[0], rows.shape[1]
+    y: Tensor = torch.ops.lorasb_csrc.extended_product(rows, weight, *quant, *shape, v, b, bias, False)
+    return y
+
+
+def _extended_transposed(rows: Tensor, weight: Tensor | None, quant: eager_rows.Quant, w: Tensor, a: Tensor) -> Tensor:
+    if rows.dtype == torch.float64 or (weight is not None and not serves(rows.dtype, weight)):
+        return eager_rows.extended_transposed(rows, weight, quant, w, a)
+    shape = rows.shape[1], a.shape[1]
+    dx: Tensor = torch.ops.lorasb_csrc.extended_product(rows, weight, *quant, *shape, w, a, None, True)
+    return dx
+
+
+def _products(dtype: torch.dtype) -> eager_rows.Products:
+    """torch's thin products, except in 16 bits that the processor does not multiply."""
+    widened = dtype != torch.float32 and serves(dtype)
+    return eager_rows.Products(_thin if widened else eager_rows.thin, _times_cores, _extended, _extended_transposed)
+
+
+def rows_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """y and u of `linear_rows`."""
+    return eager_rows.compute(_products(x.dtype), x, *arguments)
+
+
+def rows_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """dx and dR_k of `linear_rows`."""
+    return eager_rows.differentiate(_products(dy.dtype), dy, *arguments)
+
+
 KERNELS = (
     ("linear", forward),
     ("linear_backward", backward),
     ("linear_group", group_forward),
     ("linear_group_backward", group_backward),
+    ("linear_rows", rows_forward),
+    ("linear_rows_backward", rows_backward),
 )
 
 

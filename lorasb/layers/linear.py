@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -15,14 +15,14 @@ from ..constants import FACTORS
 from ..functional import dequantize, lora_sb_linear
 from ..quantization.quantized_weight import QuantizedWeight
 from ..utils.dtypes import HALVES
-from . import merging
+from . import merging, row_cores
 from .base_weight import FrozenBase
 from .initialized import guarded_core, has_values
 from .offloading import factors_on_device
 from .parameter_dicts import LOADED, Cores, FrozenFactors, shard_like
 from .preconditioner import Preconditioner
+from .row_cores import StoredCores
 from .scales import Scales
-from .token_rows import MERGED_ROWS, Rows, other_length
 
 
 class Group(Protocol):
@@ -101,6 +101,7 @@ class LoRASBLinear(FrozenBase, Scales):
         self.initialized: dict[str, bool] = {}
         self._preconditioners: dict[str, Preconditioner] = {}
         self.siblings: Group | None = None  # set by `linear_group.form` once the model is patched
+        self.stored_cores: StoredCores | None = None  # set by a bank of adapters
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` switches it off
@@ -160,7 +161,7 @@ class LoRASBLinear(FrozenBase, Scales):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]. Arguments other than `adapter_names` are passed to the base layer's forward."""
         if "adapter_names" in kwargs:
-            return self._mixed_batch_forward(x, kwargs.pop("adapter_names"), *args, **kwargs)
+            return row_cores.forward(self, x, kwargs.pop("adapter_names"), *args, **kwargs)
         if self.disable_adapters and self.merged:  # as in PEFT: the base's own result needs the base's own weight
             self.unmerge()
         names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lorasb_R]
@@ -177,40 +178,21 @@ class LoRASBLinear(FrozenBase, Scales):
         y = self.siblings.take(self, x) if quantized is None and self.siblings is not None else None
         x = self.on_base_dtype(x, quantized)
         if y is None and quantized is None:
-            y = self._adapter_forward(x, names[0], self.dense_weight(), self.bias)
+            y = self.adapter_forward(x, names[0], self.dense_weight(), self.bias)
         elif y is None:
-            y = self._adapter_forward(x, names[0], quantized, self.bias_like(x))
+            y = self.adapter_forward(x, names[0], quantized, self.bias_like(x))
         for name in names[1:]:
-            y = y + self._adapter_forward(x, name)
+            y = y + self.adapter_forward(x, name)
         return y if y.dtype == dtype or torch.is_autocast_enabled(x.device.type) else y.to(dtype)
 
     def _unfused_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """y if the base layer's module has to run by itself, because of its hooks or extra arguments."""
         y = self.base_forward(x, *args, **kwargs)
         for name in names:
-            y = y + self._adapter_forward(self.on_base_dtype(x), name).to(y.dtype)
+            y = y + self.adapter_forward(self.on_base_dtype(x), name).to(y.dtype)
         return y
 
-    def _mixed_batch_forward(self, x: Tensor, rows: Rows | Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        """y [..., out] with a choice of adapter for each row of x."""
-        rows = rows if isinstance(rows, Rows) else Rows.of(rows)
-        if len(rows) != len(x):
-            raise ValueError(other_length(len(x), len(rows)))
-        if self.merged:
-            raise ValueError(MERGED_ROWS)
-        y = self.base_forward(x, *args, **kwargs)
-        for i, name in enumerate(rows.names):
-            if self.disable_adapters or name not in self.lorasb_R:  # `__base__`, or an adapter of other layers
-                continue
-            indices = (rows.index == i).nonzero().flatten().to(x.device)
-            if len(indices) == len(x):
-                y = y + self._adapter_forward(self.on_base_dtype(x), name).to(y.dtype)
-            elif len(indices):
-                delta = self._adapter_forward(self.on_base_dtype(x[indices]), name)
-                y = y.index_add(0, indices, delta.to(y.dtype))
-        return y
-
-    def _adapter_forward(
+    def adapter_forward(
         self, x: Tensor, name: str, weight: Tensor | QuantizedWeight | None = None, bias: Tensor | None = None
     ) -> Tensor:
         """s·x Aᵀ Rᵀ Bᵀ of one adapter [..., out], plus the base's product if its weight is given."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,10 +36,12 @@ class Rows:
     Args:
         names: the distinct names.
         index: [n], int64 on the CPU: each row's index into `names`.
+        slots: [names], int64: where a bank has each of them, or -1; None without a bank.
     """
 
     names: tuple[str, ...]
     index: Tensor
+    slots: Tensor | None = None
 
     @classmethod
     def of(cls, names: Sequence[str]) -> Rows:
@@ -56,15 +58,15 @@ class Rows:
 
     def select(self, rows: Tensor) -> Rows:
         """The names of a subset of the rows, in the order of the indices `rows` [k]."""
-        return Rows(self.names, self.index[rows.to(self.index.device)])
+        return replace(self, index=self.index[rows.to(self.index.device)])
 
     def repeat_interleave(self, repeats: int) -> Rows:
         """Each row's name `repeats` times in turn, as for flattened tokens or for beams."""
-        return Rows(self.names, self.index.repeat_interleave(repeats))
+        return replace(self, index=self.index.repeat_interleave(repeats))
 
     def expand(self, count: int) -> Rows:
         """`count` rows with the name of the first, where all rows have the same."""
-        return Rows(self.names, self.index[:1].expand(count))
+        return replace(self, index=self.index[:1].expand(count))
 
 
 def chooses_tokens(name: str) -> bool:

@@ -101,6 +101,39 @@ def check_linear(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: T
     _check_dtypes_and_devices(x, weight, a, core, b, bias)
 
 
+def check_rows(
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    cores: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    index: Tensor | Sequence[int],
+) -> Tensor:
+    """Check a call with an R for each row; its range is checked where it is used, so that compiled calls are, too.
+
+    Returns:
+        index [n], int64.
+
+    Raises:
+        ValueError, TypeError: as `check_linear`, and where the index is not one number for each row of x.
+    """
+    if not isinstance(index, Tensor):
+        index = torch.tensor(list(index), dtype=torch.int64)
+    if cores.dim() != 3:
+        raise ValueError(f"expected lora_R [K, r, r] with an index of rows, got {_shape(cores)}")
+    if index.dim() != 1 or index.dtype != torch.int64 or not index.is_cpu:
+        raise TypeError(
+            f"expected index [n] in int64 on the CPU, got {_shape(index)} in {index.dtype} on {index.device}"
+        )
+    if x.dim() < 2 or len(index) != x.shape[0]:
+        raise ValueError(f"expected an index for each of the rows of x [n, ..., in], got {len(index)} for {_shape(x)}")
+    # one R of the stack, or of an empty one its shape
+    check_linear(x, weight, a, cores[0] if len(cores) else cores.new_empty(cores.shape[1:]), b, bias)
+    _check_inference(x)
+    return index
+
+
 def _check_dtypes_and_devices(
     x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None
 ) -> None:

@@ -191,7 +191,7 @@ def test_factors_are_kept_in_fp32_on_request(tmp_path: Path) -> None:
         dtype = torch.float32 if wide else torch.bfloat16
         assert {layer.lorasb_A["default"].dtype, layer.lorasb_B["default"].dtype} == {dtype}
         whole = lorasb.patch(Mlp().double(), r=2, target_modules=["first"], init="kaiming").base_model.model.first
-        update = layer._adapter_forward(x, "default").detach().double()
+        update = layer.adapter_forward(x, "default").detach().double()
         errors[wide] = float((update - x.double() @ whole.get_delta_weight("default").t()).norm())
     assert errors[True] < errors[False] / 10
     assert layer(x).dtype == torch.bfloat16

@@ -1,0 +1,159 @@
+#include "ops/linear_rows.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+#include "gemm/bf16_gemm.h"
+#include "gemm/fp32_gemm.h"
+#include "gemm/panel_gemm.h"
+#include "gemm/quantized_weight.h"
+#include "gemm/small_m.h"
+#include "ops/operands.h"
+
+namespace lorasb {
+namespace {
+
+template <typename Stored>
+Weight as_weight(const Stored& stored, bool plain) {
+  return plain ? plain_weight(stored) : transposed_weight(stored);
+}
+
+// Sums of X_t W_t over terms, in a dtype; more tokens than are packed at once part by part, as in adapted_linear.
+at::Tensor sum_of_products(const std::vector<std::pair<at::Tensor, Weight>>& terms, at::ScalarType dtype,
+                           const std::optional<at::Tensor>& bias) {
+  const auto& [x, w] = terms.front();
+  const int64_t tokens = x.size(0);
+  const bool few = tokens <= kFewRows && w.packed == nullptr;
+  if (few) {
+    at::Tensor sums = at::zeros({tokens, w.n()}, x.options().dtype(at::kFloat));
+    for (const auto& [left, right] : terms) add_few_tokens(left, right, sums);
+    if (bias.has_value()) sums.add_(*bias);
+    return sums.to(dtype);
+  }
+  const int64_t most = max_packed_tokens(w.k());
+  std::vector<at::Tensor> parts;
+  for (int64_t low = 0; low == 0 || low < tokens; low += most) {
+    const int64_t count = std::min(most, tokens - low);
+    std::vector<PackedTokens> packed;
+    std::vector<Term> operands;
+    packed.reserve(terms.size());  // operands refer to its elements: they must not move
+    for (const auto& [left, right] : terms) {
+      packed.push_back(pack_tokens(left.narrow(0, low, count), packed.empty()));  // one operand at a time in scratch
+      operands.push_back({&packed.back(), &right});
+    }
+    parts.push_back(fp32_gemm(operands, dtype, bias));
+  }
+  return parts.size() == 1 ? parts.front() : at::cat(parts);
+}
+
+// In 16 bits that are multiplied, or fp32: small_m and bf16_gemm where they take the call, else panels.
+at::Tensor over_panels(const Packed& w, const at::Tensor& x, const at::Tensor& v, const at::Tensor& factor,
+                       const std::optional<at::Tensor>& bias, bool plain) {
+  const at::Tensor like_x = v.to(x.scalar_type());
+  if (small_m_supported(w, x, plain)) {
+    const at::Tensor none_a = x.new_empty({0, w.columns}), none_b = x.new_empty({w.rows, 0});
+    const at::Tensor none = x.new_empty({0, 0});
+    at::Tensor y = plain ? std::get<0>(small_m_backward(w, x, none_a, none.to(at::kFloat), none_b, true))
+                         : std::get<0>(small_m_forward(w, x, none_a, none, none_b, bias));
+    return y.addmm_(like_x, plain ? factor : factor.t());
+  }
+  if (bf16_gemm_supported(w, x.scalar_type(), x.size(0))) {
+    return plain ? bf16_gemm_transposed(w, x, like_x, factor) : bf16_gemm(w, x, like_x, factor, bias);
+  }
+  if (plain) {
+    at::Tensor dx = at::mm(like_x, factor);
+    panel_gemm_transposed_add(w, x, dx);
+    return dx;
+  }
+  at::Tensor y = bias.has_value() ? at::addmm(*bias, like_x, factor.t()) : at::mm(like_x, factor.t());
+  panel_gemm_add(w, x, y);
+  return y;
+}
+
+void check_cores(const at::Tensor& left, const at::Tensor& cores, const at::Tensor& index) {
+  TORCH_CHECK_VALUE(left.dim() == 2 && cores.dim() == 3 && cores.size(1) == left.size(1) &&
+                        cores.size(2) == left.size(1) && index.dim() == 1,
+                    "expected left [M, r], cores [K, r, r] and index [n], got ", left.sizes(), ", ", cores.sizes(),
+                    " and ", index.sizes());
+  TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "expected index in int64, got ", index.scalar_type());
+  TORCH_CHECK_VALUE(index.size(0) > 0 ? left.size(0) % index.size(0) == 0 : left.size(0) == 0,
+                    "expected as many tokens of each of ", index.size(0), " rows, got ", left.size(0));
+  const auto dtype = cores.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+                   "expected cores in fp32, bf16 or fp16, got ", dtype);
+  TORCH_CHECK_VALUE(cores.stride(2) == 1 && cores.stride(1) == cores.size(2),
+                    "expected each R contiguous, got strides ", cores.strides());
+}
+
+// As the kernels read without looking: the last line before them.
+void check_range(const at::Tensor& index, int64_t count) {
+  const int64_t* values = index.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < index.size(0); ++i) {
+    TORCH_CHECK_INDEX(values[i] >= -1 && values[i] < count, "expected index in [-1, ", count, "), got ", values[i]);
+  }
+}
+
+}  // namespace
+
+at::Tensor thin_product(const at::Tensor& x, const at::Tensor& factor, bool plain) {
+  const BelowAutograd below_autograd;
+  return sum_of_products({{x, as_weight(factor, plain)}}, at::kFloat, std::nullopt);
+}
+
+at::Tensor times_cores(const at::Tensor& left, const at::Tensor& cores, const at::Tensor& index, double scale,
+                       bool plain) {
+  const BelowAutograd below_autograd;
+  check_cores(left, cores, index);
+  const int64_t n = index.size(0), r = left.size(1), tokens = n > 0 ? left.size(0) / n : 0;
+  const at::Tensor rows = left.to(at::kFloat).contiguous(), order = index.contiguous();
+  check_range(order, cores.size(0));
+  at::Tensor sums = at::zeros({left.size(0), r}, rows.options());
+  const float* src = rows.const_data_ptr<float>();
+  float* dst = sums.mutable_data_ptr<float>();
+  const int64_t* ks = order.const_data_ptr<int64_t>();
+  const Element element = element_of(cores.scalar_type());
+  const char* data = static_cast<const char*>(cores.const_data_ptr());
+  const int64_t bytes = cores.stride(0) * size_of(element);  // from one R to the next: a bank has gaps between them
+  const Fp32GemmKernels& gemm = *kernels().fp32_gemm;
+  at::parallel_for(0, n, grain(tokens * r * r), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (ks[i] < 0) continue;
+      const DenseView core{data + ks[i] * bytes, element, r};
+      for (int64_t low = i * tokens; low < (i + 1) * tokens; low += kFewRows) {
+        const int64_t count = std::min<int64_t>(kFewRows, (i + 1) * tokens - low);
+        if (plain) {
+          gemm.add_rows({src + low * r, r}, count, core, {0, r}, {0, r}, {dst + low * r, r});
+        } else {
+          gemm.dot_rows({src + low * r, r}, count, core, r, {0, r}, {dst + low * r, r});
+        }
+      }
+    }
+  });
+  if (scale != 1.0) sums.mul_(scale);
+  return sums.to(left.scalar_type());
+}
+
+at::Tensor extended_product(const at::Tensor& x, const std::optional<at::Tensor>& weight, at::TensorList quant,
+                            at::IntArrayRef layout, int64_t rows, int64_t columns, const at::Tensor& v,
+                            const at::Tensor& factor, const std::optional<at::Tensor>& bias, bool plain) {
+  const BelowAutograd below_autograd;
+  const at::Tensor tokens = x.contiguous();
+  const auto dtype = x.scalar_type();
+  if (weight.has_value()) {
+    return sum_of_products({{tokens, as_weight(*weight, plain)}, {v, as_weight(factor, plain)}}, dtype, bias);
+  }
+  const Packed w = unpack(quant, layout, rows, columns);
+  if (takes_fp32_gemm(w, dtype, x.size(0))) {
+    return sum_of_products({{tokens, as_weight(w, plain)}, {v, as_weight(factor, plain)}}, dtype, bias);
+  }
+  if (dtype != at::kHalf) return over_panels(w, tokens, v, factor, bias, plain);
+  const std::optional<at::Tensor> wide_bias =
+      bias.has_value() ? std::optional<at::Tensor>(bias->to(at::kFloat)) : std::nullopt;
+  return extended_product(tokens.to(at::kFloat), weight, quant, layout, rows, columns, v, factor.to(at::kFloat),
+                          wide_bias, plain)
+      .to(at::kHalf);
+}
+
+}  // namespace lorasb

@@ -1,0 +1,30 @@
+// The parts of lorasb::linear_rows, where each row of a batch has an R of its own and A and B are shared:
+//
+//   forward    u = x Aᵀ,  v_i = s·u_i R_kᵀ    y  = x Wᵀ + v Bᵀ + bias        with k = index[i]
+//   backward   t = dy B,  c_i = s·t_i R_k     dx = dy W + c A
+//
+// The op itself is composed of them in Python (backends/eager/linear_rows.py). y and dx are one sum wherever the op
+// with one R computes them as one.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+
+namespace lorasb {
+
+// x [M, k] times the rows of a factor [n, k], in fp32; `plain`: times a factor [k, n].
+at::Tensor thin_product(const at::Tensor& x, const at::Tensor& factor, bool plain);
+
+// left [n * tokens, r] in any dtype but fp64, cores [K, r, r] in fp32, bf16 or fp16, each R contiguous, index [n] in
+// [-1, K), int64. left_i · s·R_kᵀ, or left_i · s·R_k if `plain`, in left's dtype from sums in fp32; zero where k = -1.
+at::Tensor times_cores(const at::Tensor& left, const at::Tensor& cores, const at::Tensor& index, double scale,
+                       bool plain);
+
+// x [M, columns] Wᵀ + v Bᵀ + bias, W [rows, columns] dense or quantized (`quant`, `layout`, as of unpack), v [M, r] in
+// fp32 or x's dtype, factor B [rows, r]. `plain`: x [M, rows] W + v A with A [r, columns], and no bias.
+at::Tensor extended_product(const at::Tensor& x, const std::optional<at::Tensor>& weight, at::TensorList quant,
+                            at::IntArrayRef layout, int64_t rows, int64_t columns, const at::Tensor& v,
+                            const at::Tensor& factor, const std::optional<at::Tensor>& bias, bool plain);
+
+}  // namespace lorasb

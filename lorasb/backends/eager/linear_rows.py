@@ -1,0 +1,157 @@
+"""The adapted linear with an R for each row, in plain torch; other backends give products of their own.
+
+R of each row is gathered, [n, r, r], and multiplied in one batched product. The base's product and the thin ones are
+those of a single adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...ops.linear_rows import check_index
+from ...ops.registry import register_backend
+from .linear import core_gradient, no_autocast, shaped
+from .linear_quantized import dequantize
+
+Quant = tuple[list[Tensor], list[int]]
+
+
+class Products(NamedTuple):
+    """How a backend multiplies.
+
+    Attributes:
+        thin: (rows [M, k], factor [m, k]) -> their product [M, m], in rows' dtype or wider.
+        cores: (left [M, r], cores [K, r, r], index [n], scale, transposed) -> s·left_i R_kᵀ, or s·left_i R_k.
+        extended: (rows [M, in], W or None, quant, v [M, r], B [out, r], bias) -> x Wᵀ + v Bᵀ + bias.
+        extended_transposed: (rows [M, out], W or None, quant, w [M, r], A [r, in], out) -> dy W + w A.
+    """
+
+    thin: Callable[[Tensor, Tensor], Tensor]
+    cores: Callable[[Tensor, Tensor, Tensor, float, bool], Tensor]
+    extended: Callable[..., Tensor]
+    extended_transposed: Callable[..., Tensor]
+
+
+def thin(rows: Tensor, factor: Tensor) -> Tensor:
+    """The product with the rows of a factor."""
+    return rows @ factor.t()
+
+
+def extended(rows: Tensor, weight: Tensor | None, quant: Quant, v: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + v Bᵀ + bias, W dense or dequantized for this call; the adapter's part accumulates onto the base's."""
+    dense = weight if weight is not None else dequantize(*quant, b.shape[0], rows.shape[1], rows.dtype)
+    y = rows @ dense.t() if bias is None else torch.addmm(bias, rows, dense.t())
+    return y.addmm_(v, b.t())
+
+
+def extended_transposed(rows: Tensor, weight: Tensor | None, quant: Quant, w: Tensor, a: Tensor) -> Tensor:
+    """dy W + w A."""
+    dense = weight if weight is not None else dequantize(*quant, rows.shape[1], a.shape[1], rows.dtype)
+    return (rows @ dense).addmm_(w, a)
+
+
+def times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transposed: bool) -> Tensor:
+    """s·left_i R_kᵀ of every row, or s·left_i R_k; zero where k = -1. The scaled R is rounded to left's dtype first."""
+    if len(index) == 0 or len(left) == 0:
+        return torch.zeros_like(left)
+    chosen = cores.index_select(0, index.clamp(min=0).to(cores.device))
+    chosen = (chosen if scale == 1.0 else chosen * scale).to(left.dtype)
+    product = torch.bmm(left.view(len(index), -1, left.shape[1]), chosen.mT if transposed else chosen)
+    if bool((index < 0).any()):
+        product[(index < 0).to(left.device)] = 0.0
+    return product.view_as(left)
+
+
+def core_gradients(t: Tensor, u: Tensor, cores: Tensor, index: Tensor, scale: float) -> Tensor:
+    """dR_k = s·t_kᵀ u_k [K, r, r] in R's dtype, over the rows of k in their order, as if k had been the only one."""
+    gradients = torch.zeros_like(cores)
+    if len(index) == 0:
+        return gradients
+    t_rows, u_rows = (tensor.view(len(index), -1, tensor.shape[1]) for tensor in (t, u))
+    for k in index.unique().tolist():
+        if k >= 0:
+            mine = (index == k).nonzero().flatten().to(t.device)
+            t_k, u_k = (tensor.index_select(0, mine).flatten(0, 1) for tensor in (t_rows, u_rows))
+            gradients[k] = core_gradient(t_k, u_k, cores, scale)
+    return gradients
+
+
+EAGER = Products(thin, times_cores, extended, extended_transposed)
+
+
+def compute(
+    products: Products,
+    x: Tensor,
+    weight: Tensor | None,
+    quant: list[Tensor],
+    layout: list[int],
+    a: Tensor,
+    cores: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """y [..., out] and u = x Aᵀ [M, r].
+
+    Raises:
+        IndexError: an entry of the index is no adapter.
+    """
+    check_index(index, len(cores))
+    with no_autocast(x):
+        rows = x.reshape(-1, x.shape[-1])
+        u = products.thin(rows, a)
+        v = products.cores(u, cores, index, scaling, True)
+        if weight is None and not quant:
+            y = products.thin(v, b).to(x.dtype)
+            y = y if bias is None else y.add_(bias)
+        else:
+            y = products.extended(rows, weight, (quant, layout), v, b, bias)
+    return shaped(y, x), u.to(x.dtype)
+
+
+def differentiate(
+    products: Products,
+    dy: Tensor,
+    weight: Tensor | None,
+    quant: list[Tensor],
+    layout: list[int],
+    a: Tensor,
+    cores: Tensor,
+    b: Tensor,
+    u: Tensor,
+    index: Tensor,
+    scaling: float,
+    need_dx: bool,
+    need_dcores: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx = dy W + (s·t_i R_k) A with t = dy B, and dR_k; a gradient that is not needed is an empty tensor."""
+    dx, dcores = dy.new_empty((0,)), cores.new_empty((0,))
+    with no_autocast(dy):
+        rows = dy.reshape(-1, dy.shape[-1])
+        t = products.thin(rows, b.t())
+        if need_dcores:
+            dcores = core_gradients(t, u, cores, index, scaling)
+        if need_dx:
+            w = products.cores(t, cores, index, scaling, False)
+            if weight is None and not quant:
+                dx = products.thin(w, a.t()).to(dy.dtype)
+            else:
+                dx = products.extended_transposed(rows, weight, (quant, layout), w, a)
+            dx = shaped(dx, dy)
+    return dx, dcores
+
+
+forward, backward = partial(compute, EAGER), partial(differentiate, EAGER)
+
+
+def register() -> None:
+    """Register for every device; CompositeExplicitAutograd leaves autograd to the op's own formula."""
+    register_backend(
+        "eager", (("linear_rows", forward), ("linear_rows_backward", backward)), ("CompositeExplicitAutograd",)
+    )
