@@ -8,6 +8,7 @@ are trained in full, and the digest of the factors that R belongs to.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..constants import FACTORS_NAME, FROZEN_FACTORS, PEFT_PREFIX, WEIGHTS_NAME
+from ..constants import CONFIG_NAME, FACTORS_NAME, FROZEN_FACTORS, PEFT_PREFIX, WEIGHTS_NAME
 from ..utils.atomic_files import replacing, safetensors_header
 
 DIGEST = "lorasb_factors_digest"  # key in adapter_model.safetensors: SHA-256 of the factors, uint8 [32]
@@ -48,18 +49,45 @@ def join_factors(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the folder's factors are damaged.
     """
-    file = folder / FACTORS_NAME
     expected = referenced_digest(tensors)
-    # The header's digest is compared first, which costs no hashing. A file of another run is no error here: the model
-    # may have the right factors already.
-    if expected is None or not file.is_file() or _recorded_digest(file) != expected.hex():
+    factors = None if expected is None else _beside(folder, expected)
+    if factors is None:
         return tensors
-    factors = load_file(str(file))
-    if digest(factors) != expected:
-        raise ValueError(f"{file} is damaged: its A and B are not what the checkpoint was made with")
     device = tensors[DIGEST].device
     other_tensors = {key: value for key, value in tensors.items() if key != DIGEST}
     return other_tensors | {key: value.to(device) for key, value in factors.items()}
+
+
+def _beside(folder: Path, expected: bytes) -> dict[str, Tensor] | None:
+    """A and B of a digest: of the folder's factors file, or of the adapter that it stands on in a folder nearby."""
+    file = folder / FACTORS_NAME
+    # The header's digest is compared first, which costs no hashing. A file of another run is no error here: the model
+    # may have the right factors already.
+    if file.is_file() and _recorded_digest(file) == expected.hex():
+        factors = load_file(str(file))
+        if digest(factors) != expected:
+            raise ValueError(f"{file} is damaged: its A and B are not what the checkpoint was made with")
+        return factors
+    name = _basis_name(folder)
+    for place in (folder.parent, folder.parent / name, folder / name) if name else ():
+        file = place / WEIGHTS_NAME
+        if file.is_file():
+            with safe_open(str(file), framework="pt") as reader:
+                factors = {key: reader.get_tensor(key) for key in reader.keys() if is_factor(key)}  # noqa: SIM118
+            if factors and digest(factors) == expected:
+                return factors
+    return None
+
+
+def _basis_name(folder: Path) -> str | None:
+    """The adapter whose A and B an adapter's folder refers to."""
+    file = folder / CONFIG_NAME
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:  # whoever reads the configuration itself says so
+        return None
+    name = config.get("basis") if isinstance(config, dict) else None
+    return name if isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name else None
 
 
 def missing_factors_error(folder: object = None) -> ValueError:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..layers.lookup import adapted_layers, any_merged
+from ..layers.lookup import adapted_layers, any_merged, refuse_shared_basis
 from ..tuner.config import LoRASBConfig, WrittenHere
 from ..utils.byte_sizes import parse_size
 from ..utils.precision import warn_if_slow
@@ -171,4 +171,5 @@ def _unmerged_layers(model: nn.Module, adapter_name: str | None) -> tuple[str, L
     name, layers = adapted_layers(model, adapter_name)
     if any_merged(model):
         raise ValueError("expected unmerged weights, as gradients are taken at the base: call model.unmerge_adapter()")
+    refuse_shared_basis(layers, name)
     return name, layers

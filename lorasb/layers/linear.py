@@ -75,6 +75,7 @@ class LoRASBLinear(FrozenBase, Scales):
         "equivalent",
         "wide_factors",
         "initialized",
+        "basis",
     )
 
     def __init__(
@@ -99,6 +100,7 @@ class LoRASBLinear(FrozenBase, Scales):
         self.equivalent: dict[str, bool] = {}
         self.wide_factors: dict[str, bool] = {}
         self.initialized: dict[str, bool] = {}
+        self.basis: dict[str, str] = {}  # of adapters that have another one's A and B: its name
         self._preconditioners: dict[str, Preconditioner] = {}
         self.siblings: Group | None = None  # set by `linear_group.form` once the model is patched
         self.stored_cores: StoredCores | None = None  # set by a bank of adapters
@@ -106,8 +108,7 @@ class LoRASBLinear(FrozenBase, Scales):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` switches it off
         self._active_adapter: str | list[str] = adapter_name
-        options = {"equivalent_gradient": equivalent_gradient, "wide_factors": wide_factors}
-        self.add_adapter(adapter_name, r, scaling, lora_dropout, **options)
+        self.add_adapter(adapter_name, r, scaling, lora_dropout, equivalent_gradient, wide_factors=wide_factors)
 
     def add_adapter(
         self,
@@ -118,10 +119,13 @@ class LoRASBLinear(FrozenBase, Scales):
         equivalent_gradient: bool = False,
         inference_mode: bool = False,
         wide_factors: bool = False,
+        basis: str | None = None,
+        start_at: str | None = None,
     ) -> None:
         """Add an adapter of rank `r`: A [r, in] and B [out, r] in the base's dtype, R [r, r] in fp32, all zero.
 
-        With `wide_factors` A and B are in fp32, too, and the adapter computes in it, beside the base.
+        With `wide_factors` A and B are in fp32, too, and the adapter computes in it, beside the base. With `basis` they
+        are the tensors of another adapter, and R starts at zero, or at a copy of that of the adapter `start_at`.
 
         Raises:
             ValueError: r exceeds min(in_features, out_features), or the adapter name is taken.
@@ -139,8 +143,19 @@ class LoRASBLinear(FrozenBase, Scales):
         self.lorasb_A[adapter_name] = nn.Parameter(torch.zeros(r, self.in_features, device=device, dtype=dtype))
         self.lorasb_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=dtype))
         self.lorasb_R[adapter_name] = nn.Parameter(torch.zeros(r, r, device=device, dtype=core_dtype))
+        if basis is not None:
+            self.stand_on(adapter_name, basis)
+        if start_at is not None:
+            self.lorasb_R[adapter_name].data.copy_(self.lorasb_R[start_at].detach())
         # The new R requires gradients only if its adapter is active.
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def stand_on(self, adapter_name: str, basis: str) -> None:
+        """Give an adapter the A and B of another one: the same tensors, as neither is trained."""
+        self.basis[adapter_name], self.initialized[adapter_name] = basis, self.is_initialized(basis)
+        self.wide_factors[adapter_name] = self.wide_factors[basis]
+        for factors in (self.lorasb_A, self.lorasb_B):
+            factors[adapter_name] = factors[basis]
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, b: Tensor, core: Tensor, a: Tensor) -> None:
@@ -298,6 +313,10 @@ class LoRASBLinear(FrozenBase, Scales):
                 new = nn.Parameter(old.detach().to(device, dtype), requires_grad=old.requires_grad)
                 new.__dict__.update(old.__dict__)  # attributes set from outside, as transformers' loaded flag
                 factors[adapter_name] = new
+        # a loader or a change of dtype puts tensors of its own into the place of those that are shared
+        for name, basis in self.basis.items():
+            if adapter_name in (name, basis) and self.lorasb_A[name] is not self.lorasb_A[basis]:
+                self.stand_on(name, basis)
 
     def factor_dtype_of(self, adapter_name: str) -> torch.dtype:
         """The dtype of an adapter's A and B: the base's, or fp32 (`wide_factors`)."""

@@ -48,3 +48,25 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[s
         adapters = sorted({adapter for layer in all_layers for adapter in layer.lorasb_R})
         raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(adapters) or 'none'}")
     return name, layers
+
+
+def standing_on(model: nn.Module, adapter_name: str) -> list[str]:
+    """The adapters that have an adapter's A and B."""
+    layers = [module for module in model.modules() if isinstance(module, LoRASBLinear)]
+    return sorted({name for layer in layers for name, basis in layer.basis.items() if basis == adapter_name})
+
+
+def refuse_shared_basis(layers: dict[str, LoRASBLinear], adapter_name: str) -> None:
+    """Raise a ValueError where new A and B would be those of other adapters, too."""
+    for layer in layers.values():
+        if adapter_name in layer.basis:
+            raise ValueError(
+                f"adapter {adapter_name!r} has the A and B of {layer.basis[adapter_name]!r}, which new ones would "
+                "replace there, too: make an adapter with factors of its own, without basis=..."
+            )
+        others = [name for name, basis in layer.basis.items() if basis == adapter_name]
+        if others:
+            raise ValueError(
+                f"adapter {adapter_name!r} is the basis of {', '.join(others[:3])}, whose R would mean nothing on "
+                "other A and B: delete those first, or use an adapter of another name"
+            )

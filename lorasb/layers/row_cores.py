@@ -71,8 +71,8 @@ def _parts(layer: LoRASBLinear, rows: Rows) -> tuple[list[RowCores], list[str]]:
     if layer.disable_adapters:
         return [], []
     names = [name for name in rows.names if name in layer.lorasb_R]
-    bank = layer.stored_cores if rows.slots is not None else None
-    parts = [] if bank is None else [of_bank(layer, bank, rows)]
+    bank, places = layer.stored_cores, rows.places
+    parts = [] if bank is None or places is None else [of_bank(layer, bank, places)]
     if len(names) > 1 and on_one_basis(layer, names):
         return [*parts, of_adapters(layer, names, rows)], []
     return parts, names
@@ -124,10 +124,7 @@ def of_adapters(layer: LoRASBLinear, names: list[str], rows: Rows) -> RowCores:
     return RowCores(layer.lorasb_A[first], layer.lorasb_B[first], cores, places[rows.index], layer.scaling[first])
 
 
-def of_bank(layer: LoRASBLinear, bank: StoredCores, rows: Rows) -> RowCores:
-    """The R's of a bank, as they lie; `rows` has slots."""
-    assert rows.slots is not None
+def of_bank(layer: LoRASBLinear, bank: StoredCores, places: Tensor) -> RowCores:
+    """The R's of a bank, as they lie; `places` [n]: each row's slot, or -1."""
     basis = bank.basis
-    return RowCores(
-        layer.lorasb_A[basis], layer.lorasb_B[basis], bank.stack(), rows.slots[rows.index], layer.scaling[basis]
-    )
+    return RowCores(layer.lorasb_A[basis], layer.lorasb_B[basis], bank.stack(), places, layer.scaling[basis])

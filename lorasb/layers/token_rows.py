@@ -52,6 +52,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def places(self) -> Tensor | None:
+        """[n]: each row's slot in the bank, or -1; None without a bank."""
+        return None if self.slots is None else self.slots[self.index]
+
     def to_list(self) -> list[str]:
         """One name per row."""
         return [self.names[i] for i in self.index.tolist()]

@@ -38,8 +38,8 @@ def check_base(model: nn.Module, config: LoRASBConfig, targets: dict[str, nn.Mod
 def can_initialize_now(
     model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]
 ) -> bool:
-    """True if the init is data-free, W is at hand and has no adapter merged in, and no saved weights follow."""
-    if config.init == "update" or config.from_file or any_merged(model):
+    """True if the init is data-free, W is at hand and neither saved weights nor another adapter's A and B follow."""
+    if config.init == "update" or config.basis or config.from_file or any_merged(model):
         return False
     # Meta tensors have no values: PEFT's low_cpu_mem_usage makes such adapters, to be loaded afterwards.
     return all(
@@ -55,3 +55,17 @@ def refuse_duplicates(model: nn.Module, adapter_name: str) -> None:
             f"{name} has an adapter {adapter_name!r} already: the model is patched. Use "
             "model.add_adapter(another_name, LoRASBConfig(...)) for one more, or model.unload() to start again"
         )
+
+
+def check_finite(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Raise if the merged weight of any layer would not be finite, before any layer is changed."""
+    for name, module in model.named_modules():
+        if not isinstance(module, LoRASBLinear):
+            continue
+        requested = adapter_names if adapter_names is not None else module.active_adapters
+        names = [n for n in requested if n in module.lorasb_R and n not in module.merged_adapters]
+        if names:
+            try:
+                module.merged_weight(names)  # one layer's W at a time; dropped at once
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None

@@ -23,6 +23,7 @@ DEFAULT_RANK = 64
 INITS = ("update", "lora-xs", "lora-xs-output", "kaiming", "random")
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lorasb_only", "lora_only")  # the last is PEFT's name for the same, so that configs carry over
+STARTS = ("zero", "same")  # of R, for an adapter on another one's basis
 GLUE_ALPHA = 16.0  # LoRA-XS fixes alpha at 16 on GLUE and at r elsewhere (paper, appendix I)
 NOT_SAVED = ("init_seed", "check_base")  # of no use to whoever loads the adapter
 # Fields that patching overwrites with the values they resolve to for one model.
@@ -65,6 +66,9 @@ class LoRASBConfig(PeftConfig):
         layers_to_transform: indices of the blocks to adapt; `layers_pattern` names the list they index.
         rank_pattern: name or regex -> rank, for layers that differ from `r`.
         lora_dropout: probability of dropping an element of the adapter's input.
+        basis: name of an adapter of the model, whose A and B this one has: the same tensors. R is all that it has for
+            itself, and all that is saved, with the digest of A and B. Layers, ranks and s are the basis's.
+        basis_start: R of an adapter on a basis: "zero", or "same", a copy of the basis's.
         bias: which of the base's biases are trained and saved too: "none", "all" or "lorasb_only", those of the adapted
             layers. With trained biases a disabled adapter is not the base model.
         scaling: s. LoRA-SB needs no tuning here: its equivalent gradient does not depend on s (Theorem 5).
@@ -102,6 +106,8 @@ class LoRASBConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     lora_dropout: float = 0.0
+    basis: str | None = None
+    basis_start: str = "zero"
     bias: str = "none"
     scaling: float = 1.0
     init: str = "update"
@@ -151,6 +157,8 @@ class LoRASBConfig(PeftConfig):
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
         if isinstance(self.init_seed, bool) or not isinstance(self.init_seed, int) or self.init_seed < 0:
             raise ValueError(f"init_seed must be an integer >= 0, got {self.init_seed!r}")
+        if self.basis_start not in STARTS:
+            raise ValueError(f"basis_start must be one of {', '.join(STARTS)}, got {self.basis_start!r}")
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
         if not 0.0 <= self.lora_dropout < 1.0:

@@ -18,7 +18,7 @@ from peft.config import PeftConfig
 from ..checkpoints import adapter_file
 from ..checkpoints.base_fingerprint import difference
 from ..constants import FACTORS, PEFT_NAME
-from ..layers.lookup import layers_with
+from ..layers.lookup import layers_with, refuse_shared_basis
 from . import loading
 from .config import LoRASBConfig
 
@@ -72,12 +72,13 @@ def swap(
         raise ValueError(f"no layer has an adapter {adapter_name!r}: load one first, which the other one replaces")
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"adapter {adapter_name!r} is merged into the weights: call model.unmerge_adapter() first")
+    refuse_shared_basis(layers, adapter_name)
     weights = {name: getattr(layer.get_base_layer(), "weight", None) for name, layer in layers.items()}
     reason = difference(weights, config.base_fingerprint) if config.check_base and config.base_fingerprint else None
     if reason:
         raise ValueError(f"{path} was made on another base model: {reason}. Hotswapping replaces adapters of one base")
     tensors = peft.utils.load_peft_weights(str(path), device=torch_device, **options)
-    tensors = loading.with_factors(tensors, adapter_name, layers)
+    tensors = loading.with_factors(tensors, adapter_name, layers, config)
     try:
         adapter_file.check_tensors(tensors, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
     except ValueError as error:

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from ..checkpoints import shared_factors
 from ..checkpoints.shared_factors import DIGEST, join_factors
-from ..constants import FACTORS_NAME, FROZEN_FACTORS, PEFT_PREFIX
+from ..constants import FACTORS_NAME, PEFT_PREFIX
 from ..layers.linear import LoRASBLinear
+from . import basis
+from .config import LoRASBConfig
 
 LOADER = "load_peft_weights"
 # Every module that PEFT imports the function into by name; patching the defining module alone would miss its callers.
@@ -43,7 +45,8 @@ def _with_shared_factors(original: Callable[..., dict[str, Tensor]]) -> Callable
         if DIGEST not in tensors:  # a complete adapter, or another method's
             return tensors
         folder = _folder(str(model_id), options)
-        return tensors if folder is None else join_factors(tensors, folder)
+        # the digest stays, as the model may have these very tensors
+        return tensors if folder is None else join_factors(tensors, folder) | {DIGEST: tensors[DIGEST]}
 
     load.joins_factors = True  # type: ignore[attr-defined]
     return load
@@ -65,29 +68,37 @@ def _folder(model_id: str, options: dict[str, Any]) -> Path | None:
     return Path(factor_file).parent
 
 
-def with_factors(tensors: dict[str, Tensor], adapter_name: str, layers: dict[str, LoRASBLinear]) -> dict[str, Tensor]:
-    """A checkpoint's tensors with A and B from the model, where the checkpoint's folder has no factor file.
+def with_factors(
+    tensors: dict[str, Tensor], adapter_name: str, layers: dict[str, LoRASBLinear], config: LoRASBConfig
+) -> dict[str, Tensor]:
+    """A file's tensors with the A and B that its R belongs to, of the model where it has them.
 
     Raises:
-        ValueError: the model's A and B are not those that the checkpoint's R belongs to.
+        ValueError: neither the model nor the file's folder has them.
     """
     expected_digest = shared_factors.referenced_digest(tensors)
     if expected_digest is None:
         return tensors
-    model_factors = _frozen_factors(layers, adapter_name)
     # R is meaningless with other factors, so the digest decides, not the shapes.
-    if shared_factors.digest(model_factors) != expected_digest:
-        raise shared_factors.missing_factors_error()
+    found = basis.with_digest(layers, expected_digest, first=adapter_name)
+    others = {key: value for key, value in tensors.items() if key != DIGEST}
+    if found is None and any(shared_factors.is_factor(key) for key in others):  # from the folder
+        config.basis = None
+        return others
+    if found is None:
+        raise _other_basis(adapter_name, config) if config.basis else shared_factors.missing_factors_error()
+    if found != adapter_name:
+        basis.stand_on(layers, adapter_name, found)
+        config.basis = found
     # transformers' load_adapter strips PEFT's prefix before this; A and B must be named as R is.
     prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
-    other_tensors = {key: value for key, value in tensors.items() if key != shared_factors.DIGEST}
-    return other_tensors | {f"{prefix}{key}": value for key, value in model_factors.items()}
+    own = {key: value for key, value in others.items() if not shared_factors.is_factor(key)}
+    return own | {f"{prefix}{key}": value for key, value in basis.frozen_factors(layers, found).items()}
 
 
-def _frozen_factors(layers: dict[str, LoRASBLinear], adapter_name: str) -> dict[str, Tensor]:
-    """The model's A and B, under the names that they have in a checkpoint."""
-    return {
-        f"{name}.{part}": getattr(layer, part)[adapter_name].detach()
-        for name, layer in layers.items()
-        for part in FROZEN_FACTORS
-    }
+def _other_basis(adapter_name: str, config: LoRASBConfig) -> ValueError:
+    return ValueError(
+        f"adapter {adapter_name!r} holds R alone, and was trained on a basis {config.basis!r} that neither this model "
+        "nor the adapter's folder has: load the adapter that it stands on first (model.load_adapter(folder, "
+        f"{config.basis!r})). One of that name with other A and B is not it"
+    )

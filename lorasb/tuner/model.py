@@ -29,8 +29,8 @@ from ..layers.requantize import Requantized
 from ..layers.weight_adapter import adapt_weights
 from ..quantization.bitsandbytes import keep_unpacked
 from ..utils.dtypes import HALVES
-from . import fused_experts, hotswap, loading
-from .base_model import can_initialize_now, check_base, float_dtype, refuse_duplicates
+from . import basis, fused_experts, hotswap, loading
+from .base_model import can_initialize_now, check_base, check_finite, float_dtype, refuse_duplicates
 from .config import ALL_LINEAR, LoRASBConfig, WrittenHere
 from .fresh_heads import save_heads
 from .mixed_batch import adapters_by_row
@@ -170,6 +170,7 @@ class LoRASBModel(BaseTuner):
 
         With a `state_dict` its layers are the targets, at the ranks that they have there.
         """
+        basis.resolve(model, config)
         self._prepare_adapter_config(config, self.get_model_config(model))
         # PEFT replaces "all-linear" by a set of full names, so the question must be asked before.
         all_linear = config.target_modules == ALL_LINEAR
@@ -214,6 +215,7 @@ class LoRASBModel(BaseTuner):
             "wide_factors": peft_config.wide_factors,
         }
         if isinstance(target, LoRASBLinear):  # a further adapter on a patched layer
+            options |= basis.options_for(target, peft_config)
             target.add_adapter(adapter_name, **options, inference_mode=peft_config.inference_mode)
             return
         layer = adapt_weights(target, adapter_name, **options) or LoRASBLinear(
@@ -244,7 +246,7 @@ class LoRASBModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights: all layers, or none if one would get values that are not finite."""
-        self._check_finite(adapter_names)
+        check_finite(self.model, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -255,7 +257,7 @@ class LoRASBModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            self._check_finite(adapter_names)
+            check_finite(self.model, adapter_names)
         linear_group.dissolve(self.model)  # its pre-hooks would stay on the plain model
         with places_known(self):
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
@@ -283,18 +285,10 @@ class LoRASBModel(BaseTuner):
             quantized_layers.restore(model)
         return model
 
-    def _check_finite(self, adapter_names: list[str] | None) -> None:
-        """Raise if the merged weight of any layer would not be finite, before any layer is changed."""
-        for name, module in self.model.named_modules():
-            if not isinstance(module, LoRASBLinear):
-                continue
-            requested = adapter_names if adapter_names is not None else module.active_adapters
-            names = [n for n in requested if n in module.lorasb_R and n not in module.merged_adapters]
-            if names:
-                try:
-                    module.merged_weight(names)  # one layer's W at a time; dropped at once
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter that is not the basis of others."""
+        basis.refuse_deletion(self.model, adapter_name)
+        super().delete_adapter(adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -305,7 +299,8 @@ class LoRASBModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        fresh = [n for n, layer in layers_with(model, adapter_name).items() if not layer.is_initialized(adapter_name)]
+        layers = layers_with(model, adapter_name)
+        fresh = [name for name, layer in layers.items() if not layer.is_initialized(adapter_name)]
         if fresh:
             warnings.warn(
                 f"adapter {adapter_name!r} has not been initialized ({fresh[0]}): its A, R and B are zeros, and it has "
@@ -316,7 +311,7 @@ class LoRASBModel(BaseTuner):
         saved_tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # R that trains in 16 bits on request is written in fp32, without a loss: what is loaded has fp32 anyway
         wide = {k: v.float() if CORE in k and v.dtype in HALVES else v for k, v in saved_tensors.items()}
-        return with_kept_factors(wide, model, adapter_name)
+        return basis.without_factors(with_kept_factors(wide, model, adapter_name), layers, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -324,7 +319,7 @@ class LoRASBModel(BaseTuner):
     ) -> dict[str, Tensor]:
         layers = layers_with(model, adapter_name)
         try:
-            state_dict = loading.with_factors(state_dict, adapter_name, layers)
+            state_dict = loading.with_factors(state_dict, adapter_name, layers, config)
             adapter_file.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
         except ValueError:
             if not any(layer.is_initialized(adapter_name) for layer in layers.values()):

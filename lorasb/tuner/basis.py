@@ -1,0 +1,112 @@
+"""Adapters on a basis: A and B are another adapter's own tensors, and R is all that an adapter has for itself."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import shared_factors
+from ..constants import FROZEN_FACTORS
+from ..layers.linear import LoRASBLinear
+from ..layers.lookup import layers_with, standing_on
+from .config import LoRASBConfig
+
+
+def resolve(model: nn.Module, config: LoRASBConfig) -> None:
+    """Write the layers and ranks of the basis into the config of an adapter that is to stand on it.
+
+    One that comes from a file may do without: its A and B are found later, beside the file or in the model.
+
+    Raises:
+        ValueError: the model has no such adapter, it was not initialized, or another rank is asked for.
+    """
+    layers = layers_with(model, config.basis) if config.basis else {}
+    if not layers:
+        if config.basis and not config.from_file:
+            known = sorted({n for m in model.modules() if isinstance(m, LoRASBLinear) for n in m.lorasb_R})
+            raise ValueError(
+                f"basis={config.basis!r} is no adapter of this model, which has {', '.join(known) or 'none'}: make and "
+                "initialize that one first"
+            )
+        return
+    ranks = {name: layer.r[str(config.basis)] for name, layer in layers.items()}
+    if config.r is not None and not config.from_file and config.r != max(ranks.values()):
+        raise ValueError(
+            f"an adapter on {config.basis!r} has its rank, {max(ranks.values())}, got r={config.r}: leave r out"
+        )
+    fresh = [name for name, layer in layers.items() if not layer.is_initialized(str(config.basis))]
+    if fresh and not config.from_file:
+        raise ValueError(
+            f"basis {config.basis!r} has not been initialized ({fresh[0]}): call lorasb.initialize(model, dataloader, "
+            f"adapter_name={config.basis!r}, lr=...) first"
+        )
+    config.target_modules, config.target_parameters = set(layers), None
+    config.r = max(ranks.values())
+    config.rank_pattern = {re.escape(name): rank for name, rank in ranks.items() if rank != config.r}
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
+def refuse_deletion(model: nn.Module, adapter_name: str) -> None:
+    """Raise a ValueError for an adapter whose A and B others have."""
+    others = standing_on(model, adapter_name)
+    if others:
+        raise ValueError(
+            f"adapter {adapter_name!r} is the basis of {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}: "
+            "delete those first"
+        )
+
+
+def without_factors(
+    tensors: dict[str, Tensor], layers: dict[str, LoRASBLinear], adapter_name: str
+) -> dict[str, Tensor]:
+    """An adapter's tensors for a file: R, and the digest of A and B in the place of those of another adapter."""
+    if not any(adapter_name in layer.basis for layer in layers.values()):
+        return tensors
+    digest = shared_factors.digest(frozen_factors(layers, adapter_name))
+    own = {key: value for key, value in tensors.items() if not shared_factors.is_factor(key)}
+    return own | {shared_factors.DIGEST: torch.tensor(list(digest), dtype=torch.uint8)}
+
+
+def frozen_factors(layers: dict[str, LoRASBLinear], adapter_name: str) -> dict[str, Tensor]:
+    """An adapter's A and B in the model, under the names that they have in a file."""
+    return {
+        f"{name}.{part}": getattr(layer, part)[adapter_name].detach()
+        for name, layer in layers.items()
+        for part in FROZEN_FACTORS
+    }
+
+
+def with_digest(layers: dict[str, LoRASBLinear], digest: bytes, first: str) -> str | None:
+    """The adapter of all these layers whose A and B have a digest; `first` is asked first."""
+    candidates = dict.fromkeys((first, *(name for layer in layers.values() for name in layer.lorasb_R)))
+    seen: set[tuple[int, ...]] = set()
+    for name in candidates:
+        if not all(name in layer.lorasb_R for layer in layers.values()):
+            continue
+        factors = frozen_factors(layers, name)
+        key = tuple(value.data_ptr() for value in factors.values())
+        if key not in seen and shared_factors.digest(factors) == digest:
+            return name
+        seen.add(key)
+    return None
+
+
+def stand_on(layers: dict[str, LoRASBLinear], adapter_name: str, basis: str) -> None:
+    """Give an adapter the A and B of another one in place of its own."""
+    for layer in layers.values():
+        layer.stand_on(adapter_name, layer.basis.get(basis, basis))
+
+
+def options_for(layer: Any, config: LoRASBConfig) -> dict[str, Any]:
+    """Arguments of `add_adapter` for an adapter that stands on one of the layer's; none for others."""
+    if not config.basis or config.basis not in layer.lorasb_R:
+        return {}
+    basis = layer.basis.get(config.basis, config.basis)
+    return {
+        "basis": basis,
+        "start_at": config.basis if config.basis_start == "same" else None,
+        "scaling": layer.scaling[basis],
+    }
