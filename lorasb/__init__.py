@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from .training.init_callback import InitCallback
     from .training.parameter_groups import parameter_groups
     from .training.rate_trials import RateTrials, find_lr
+    from .tuner.adapter_bank import AdapterBank
     from .tuner.config import LoRASBConfig
     from .tuner.patch import patch
 
 __all__ = [
+    "AdapterBank",
     "InitCallback",
     "InitReport",
     "Linear4bit",
@@ -52,6 +54,7 @@ __all__ = [
 
 # public name -> the module that defines it
 _MODULE_OF = {
+    "AdapterBank": "tuner.adapter_bank",
     "InitCallback": "training.init_callback",
     "InitReport": "init",
     "Linear4bit": "layers.linear4bit",

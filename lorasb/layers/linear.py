@@ -65,6 +65,7 @@ class LoRASBLinear(FrozenBase, Scales):
 
     # PEFT sets requires_grad on everything in `adapter_layer_names`: only R is listed, as A and B stay frozen.
     adapter_layer_names = ("lorasb_R",)
+    trains_rows = True  # rows of a batch may be those of several adapters in training, too
     other_param_names = (
         "lorasb_A",
         "lorasb_B",

@@ -24,6 +24,7 @@ class StoredCores(Protocol):
     """R's of many adapters on the basis of one of the layer's: a layer's part of an `AdapterBank`."""
 
     basis: str
+    bank: Any
 
     def stack(self) -> Tensor:
         """[capacity, r, r], by slot."""
@@ -114,6 +115,12 @@ def on_one_basis(layer: LoRASBLinear, names: list[str]) -> bool:
         and not (layer.training and layer.lora_dropout[name])
         for name in names
     )
+
+
+def trains_by_row(layer: LoRASBLinear, names: list[str]) -> bool:
+    """True if rows may have these adapters while they are trained: one call has their gradients apart."""
+    mine = [name for name in names if name in layer.lorasb_R]
+    return not mine or (layer.trains_rows and on_one_basis(layer, mine))
 
 
 def of_adapters(layer: LoRASBLinear, names: list[str], rows: Rows) -> RowCores:

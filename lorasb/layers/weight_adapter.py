@@ -36,6 +36,8 @@ class LoRASBWeight(LoRASBLinear):
         tap: set while an initialization sums gradients: W goes through it on its way into the module.
     """
 
+    trains_rows = False
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, unfolding: Unfolding, **options: Any) -> None:
         self.__dict__["unfolding"] = unfolding  # read while the base class is made, which has no attributes before
         self.__dict__["tap"] = None

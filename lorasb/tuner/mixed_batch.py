@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from ..constants import BASE_ROW
 from ..layers.linear import LoRASBLinear
 from ..layers.open_parameters import OpenParameters
+from ..layers.row_cores import trains_by_row
 from ..layers.token_rows import TOKENS_FIRST, Rows, chooses_tokens, other_length, rows_of
 from ..layers.unfused_experts import OpenExperts
+from .adapter_bank import AdapterBank
 
 # Sub-configs of multimodal models, beside text_config: a row of an image or audio tower is not a row of the text.
 TOWER_CONFIGS = ("vision_config", "audio_config")
@@ -38,13 +41,16 @@ def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) 
             layer's input cannot be mapped to the batch's rows, and rows ask for different adapters.
         TypeError: `names` is not a list.
     """
-    _check(model, names)
+    bank = _bank(model)
+    _check(model, names, bank)
     encoder, outside_text, shapes = _encoder(model), _outside_text_model(model), dict[str, torch.Size]()
     rows, model_type = Rows.of(names), getattr(getattr(model, "config", None), "model_type", None)
     beams = rows.repeat_interleave(num_beams)  # as generate() repeats each row, num_beams times in turn
     layers = _layers(model)
     ancestors = {name.rsplit(".", i)[0] for name in layers for i in range(1, name.count(".") + 1)}
     with ExitStack() as hooks:  # removes every hook, also when a forward raises
+        if bank is not None:
+            rows, beams = hooks.enter_context(_with_slots(bank, rows)), hooks.enter_context(_with_slots(bank, beams))
         checker = _LengthChecker(len(rows), num_beams)
         hooks.callback(model.register_forward_pre_hook(checker, with_kwargs=True).remove)
         for name, module in model.named_modules():
@@ -62,20 +68,38 @@ def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) 
         yield
 
 
-def _check(model: nn.Module, names: Sequence[str]) -> None:
+def _bank(model: nn.Module) -> AdapterBank | None:
+    """The bank of adapters that the model's layers read from."""
+    layers = (module for module in model.modules() if isinstance(module, LoRASBLinear))
+    stored: Any = next((layer.stored_cores for layer in layers if layer.stored_cores is not None), None)
+    return None if stored is None else stored.bank
+
+
+@contextmanager
+def _with_slots(bank: AdapterBank, rows: Rows) -> Iterator[Rows]:
+    """Rows that know where the bank has their adapters, which stay there inside the block."""
+    banked = [name if name in bank else BASE_ROW for name in rows.names]
+    with bank.serving(banked) as slots:
+        yield replace(rows, slots=torch.tensor(slots))
+
+
+def _check(model: nn.Module, names: Sequence[str], bank: AdapterBank | None) -> None:
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"expected adapter_names as a list, a name for each row, got {names!r}")
-    if model.training:
-        raise ValueError(
-            "Cannot pass `adapter_names` when the model is in training mode. Call model.eval(), or train one adapter "
-            "at a time"
-        )
-    known = {name for layer in model.modules() if isinstance(layer, LoRASBLinear) for name in layer.lorasb_R}
-    unknown = sorted(set(names) - known - {BASE_ROW})
+    layers = [module for module in model.modules() if isinstance(module, LoRASBLinear)]
+    known = {name for layer in layers for name in layer.lorasb_R}
+    distinct = sorted(set(names) - {BASE_ROW})
+    unknown = [name for name in distinct if name not in known and (bank is None or name not in bank)]
     if unknown:
+        in_bank = "" if bank is None else f", and its bank {len(bank)} others"
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model has "
-            f"{', '.join(sorted(known))}"
+            f"{', '.join(sorted(known))}{in_bank}"
+        )
+    if model.training and not all(trains_by_row(layer, distinct) for layer in layers):
+        raise ValueError(
+            "Cannot pass `adapter_names` when the model is in training mode. Call model.eval(), or train adapters on "
+            "one basis (LoRASBConfig(basis=...), without dropout), which a batch may have together"
         )
     opened = [name for name, module in model.named_modules() if isinstance(module, OpenParameters)]
     if opened:

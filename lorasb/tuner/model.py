@@ -88,6 +88,7 @@ class LoRASBModel(BaseTuner):
         with unchanged_on_error(model):
             refuse_duplicates(model, adapter_name)
             config.start_over()  # before any field is resolved
+            config.awaits_weights = config.from_file
             config.base_fingerprint = config.base_fingerprint if config.check_base else None
             config.task_type = config.task_type or infer_task_type(model)
             keep_unpacked(model)  # before any forward: a repacked 4-bit weight cannot be dequantized
@@ -322,10 +323,11 @@ class LoRASBModel(BaseTuner):
             state_dict = loading.with_factors(state_dict, adapter_name, layers, config)
             adapter_file.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
         except ValueError:
-            if not any(layer.is_initialized(adapter_name) for layer in layers.values()):
-                # PEFT injected the adapter for this file only; one that was initialized before stays
+            # PEFT injected the adapter for this file only; one that was there before stays
+            if config.awaits_weights or not any(layer.is_initialized(adapter_name) for layer in layers.values()):
                 discard(model, adapter_name)
             raise
+        config.awaits_weights = False
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

@@ -1,0 +1,381 @@
+"""`AdapterBank`: the R's of many adapters on one basis, which come and go by name and serve in one batch.
+
+    bank = lorasb.AdapterBank(model)                # on the A and B of adapter "default"
+    bank.load("adapters/")                          # a folder for each
+    model.generate(**batch, adapter_names=["ada", "grace", "__base__"])
+
+All R's of an adapter lie side by side, a row of one tensor [capacity, Σ r²]; a layer's stack [capacity, r, r] is a view
+of its columns. So an adapter is added by one copy, removed by none, and takes Σ r² numbers and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..checkpoints import shared_factors
+from ..checkpoints.adapter_file import group_by_layer, read_config
+from ..constants import BASE_ROW, WEIGHTS_NAME
+from ..layers.linear import LoRASBLinear
+from ..layers.lookup import adapted_layers, layers_with
+from ..layers.weight_adapter import LoRASBWeight
+from ..utils.atomic_files import safetensors_header
+from ..utils.dtypes import FLOATS
+from . import basis as bases
+
+BLOCK = 64  # adapters that capacity grows by
+
+
+class Columns(NamedTuple):
+    """Where a layer's R lies in a row of the bank: from `first` on, r² numbers."""
+
+    first: int
+    r: int
+
+
+@dataclass
+class LoadReport:
+    """What `AdapterBank.load` found.
+
+    Attributes:
+        loaded: names of adapters that are in the bank now.
+        failed: name -> why it is not.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+class LayerCores:
+    """A layer's part of a bank, which the layer holds (`row_cores.StoredCores`)."""
+
+    def __init__(self, bank: AdapterBank, columns: Columns) -> None:
+        self.bank, self.basis = bank, bank.basis
+        self._columns = slice(columns.first, columns.first + columns.r**2)
+        self._shape = columns.r, columns.r
+
+    def stack(self) -> Tensor:
+        """[capacity, r, r], a view."""
+        return self.bank.storage[:, self._columns].unflatten(1, self._shape)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerCores | None:
+        """A part of the copied model's bank; None for a layer that is copied without its model."""
+        bank = copy.deepcopy(self.bank, memo)
+        if bank is None:
+            return None
+        new = object.__new__(LayerCores)
+        vars(new).update(vars(self) | {"bank": bank})
+        return new
+
+
+class AdapterBank:
+    """R's of many adapters on the A and B of one, resident on the model's device or waiting in host memory.
+
+    Methods may be called from several threads: a batch in progress keeps its adapters where they are.
+
+    Args:
+        model: with the adapter `basis`, initialized.
+        basis: whose A and B all adapters of the bank have.
+        dtype: of the R's: fp32, or bf16 or fp16 for half the memory (a rounding of 2^-9 or 2^-12 of each entry).
+        block: adapters that capacity grows by.
+        resident: at most so many are on the device at a time, and the others, least recently used first, wait in host
+            memory; None for all.
+
+    Raises:
+        ValueError: no such adapter, it is not initialized, its layers lie on several devices, or the model has a bank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        basis: str = "default",
+        *,
+        dtype: torch.dtype = torch.float32,
+        block: int = BLOCK,
+        resident: int | None = None,
+    ) -> None:
+        _, found = adapted_layers(model, basis)
+        layers = {name: layer for name, layer in found.items() if not isinstance(layer, LoRASBWeight)}
+        _check(layers, found, basis, dtype, block, resident)
+        self.basis, self.block, self.resident = basis, block, resident
+        self._model = weakref.ref(model)  # the layers refer to the bank
+        self.columns: dict[str, Columns] = {}
+        size = 0
+        for name, layer in layers.items():
+            self.columns[name] = Columns(size, layer.r[basis])
+            size += layer.r[basis] ** 2
+        device = next(iter(layers.values())).execution_device
+        self.storage = torch.zeros((0, size), dtype=dtype, device=device)
+        self.digest = shared_factors.digest(bases.frozen_factors(layers, basis))
+        self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
+        self._free: list[int] = []
+        self._waiting: dict[str, Tensor] = {}
+        self._in_use: Counter[str] = Counter()
+        self._lock = threading.RLock()
+        for name, layer in layers.items():
+            layer.stored_cores = LayerCores(self, self.columns[name])
+
+    @property
+    def layers(self) -> dict[str, LoRASBLinear]:
+        """The model's layers that read from the bank, by name."""
+        model = self._model()
+        found = {} if model is None else layers_with(model, self.basis)
+        return {name: layer for name, layer in found.items() if name in self.columns}
+
+    @property
+    def names(self) -> list[str]:
+        """All adapters, in memory of the device or the host."""
+        with self._lock:
+            return sorted((*self._slots, *self._waiting))
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of one adapter."""
+        return self.storage.shape[1] * self.storage.element_size()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._slots or name in self._waiting
+
+    def __len__(self) -> int:
+        return len(self._slots) + len(self._waiting)
+
+    def add(self, name: str, cores: Mapping[str, Tensor] | str | None = None) -> None:
+        """Add an adapter, or replace it.
+
+        Args:
+            name: which `adapter_names` call it by.
+            cores: R [r, r] by the layer's name; or the name of an adapter of the model on the same A and B, whose R's
+                are copied; None for R = 0.
+
+        Raises:
+            ValueError: the model has an adapter of this name, or a layer's R is missing, of another shape or not
+                finite.
+        """
+        self._check_name(name)
+        if isinstance(cores, str):
+            cores = self._of_model(cores)
+        row = torch.zeros(self.storage.shape[1], dtype=self.storage.dtype) if cores is None else self._row(name, cores)
+        self._put(name, row)
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter.
+
+        Raises:
+            KeyError: there is none of this name.
+            RuntimeError: a batch in progress uses it.
+        """
+        with self._lock:
+            if self._in_use[name]:
+                raise RuntimeError(f"adapter {name!r} serves a batch at the moment: remove it afterwards")
+            if name in self._slots:
+                self._free.append(self._slots.pop(name))
+            elif self._waiting.pop(name, None) is None:
+                raise KeyError(self._unknown([name]))
+
+    def cores(self, name: str) -> dict[str, Tensor]:
+        """An adapter's R [r, r] by layer, copies in host memory."""
+        with self._lock:
+            if name not in self:
+                raise KeyError(self._unknown([name]))
+            row = self.storage[self._slots[name]] if name in self._slots else self._waiting[name]
+            row = row.detach().cpu().clone()
+        return {layer: row[c.first : c.first + c.r**2].view(c.r, c.r) for layer, c in self.columns.items()}
+
+    def load(self, *folders: str | Path) -> LoadReport:
+        """Add adapters from folders: of an adapter each, by its name, or of folders of adapters.
+
+        A file that is cut short, or whose adapter stands on other A and B, is left out and named in the report.
+        """
+        report, found = LoadReport(), [path for folder in folders for path in _adapters_in(Path(folder))]
+        with self._lock:
+            wanted = len(self) + len(found)
+            self._reserve(wanted if self.resident is None else min(wanted, self.resident))
+        for path in found:
+            try:
+                self._check_name(path.name)
+                self._put(path.name, self._row(path.name, self._read(path)))
+                report.loaded.append(path.name)
+            except (ValueError, OSError) as error:
+                report.failed[path.name] = str(error)
+        return report
+
+    @contextmanager
+    def serving(self, names: Sequence[str]) -> Iterator[list[int]]:
+        """Slots of adapters, which stay where they are inside the block; -1 for `__base__`.
+
+        Raises:
+            KeyError: there is none of a name.
+            ValueError: more adapters at a time than may be resident.
+        """
+        distinct = list(dict.fromkeys(name for name in names if name != BASE_ROW))
+        with self._lock:
+            unknown = [name for name in distinct if name not in self]
+            if unknown:
+                raise KeyError(self._unknown(unknown))
+            self._in_use.update(distinct)
+            try:
+                for name in distinct:
+                    self._make_resident(name)
+            except BaseException:
+                self._in_use.subtract(distinct)
+                raise
+            slots = [-1 if name == BASE_ROW else self._slots[name] for name in names]
+        try:
+            yield slots
+        finally:
+            with self._lock:
+                self._in_use.subtract(distinct)
+
+    def detach(self) -> None:
+        """Take the bank off the model."""
+        for layer in self.layers.values():
+            layer.stored_cores = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterBank | None:
+        """The copied model's bank; None if a layer is copied without its model."""
+        model = memo.get(id(self._model()))
+        if model is None:
+            return None
+        memo[id(self)] = new = object.__new__(AdapterBank)
+        with self._lock:
+            kept = {name: value for name, value in vars(self).items() if name not in ("_lock", "_model", "_in_use")}
+            vars(new).update({name: copy.deepcopy(value, memo) for name, value in kept.items()})
+        new._model, new._lock, new._in_use = weakref.ref(model), threading.RLock(), Counter()
+        return new
+
+    def _put(self, name: str, row: Tensor) -> None:
+        with self._lock:
+            if name in self._slots:
+                self.storage[self._slots[name]] = row.to(self.storage.device)
+            elif self.resident is not None and len(self._slots) >= self.resident:
+                self._waiting[name] = row
+            else:
+                self._fill(name, row)
+
+    def _make_resident(self, name: str) -> None:
+        """Mark an adapter as used last, on the device."""
+        if name not in self._slots:
+            if self.resident is not None and len(self._slots) >= self.resident:
+                self._evict()
+            self._fill(name, self._waiting[name])
+            del self._waiting[name]
+        self._slots.move_to_end(name)
+
+    def _evict(self) -> None:
+        """Move the least recently used adapter that no batch needs to host memory."""
+        name = next((name for name in self._slots if not self._in_use[name]), None)
+        if name is None:
+            raise ValueError(
+                f"expected at most {self.resident} adapters at a time, as many as may be resident: give the bank "
+                "resident=... of the largest batch"
+            )
+        slot = self._slots.pop(name)
+        self._waiting[name] = self.storage[slot].detach().cpu().clone()
+        self._free.append(slot)
+
+    def _fill(self, name: str, row: Tensor) -> None:
+        """Write an adapter into a free slot."""
+        if not self._free:
+            self._reserve(len(self.storage) + self.block)
+        slot = self._free.pop()
+        self.storage[slot] = row.to(self.storage.device)
+        self._slots[name] = slot
+
+    def _reserve(self, capacity: int) -> None:
+        """Room for so many adapters, in whole blocks; those that are there keep their slots."""
+        old = len(self.storage)
+        capacity = -(-capacity // self.block) * self.block
+        if capacity <= old:
+            return
+        larger = self.storage.new_empty((capacity, self.storage.shape[1]))
+        larger[:old] = self.storage
+        larger[old:] = 0.0
+        self.storage = larger  # a batch in progress goes on with the old one, whose rows are the same
+        self._free = [*range(capacity - 1, old - 1, -1), *self._free]
+
+    def _row(self, name: str, cores: Mapping[str, Tensor]) -> Tensor:
+        """R's of all layers side by side, in host memory and the bank's dtype."""
+        row = torch.empty(self.storage.shape[1], dtype=self.storage.dtype)
+        for layer, (first, r) in self.columns.items():
+            core = cores.get(layer)
+            if core is None or core.shape != (r, r) or core.dtype not in FLOATS:
+                got = "nothing" if core is None else f"{list(core.shape)} in {core.dtype}"
+                raise ValueError(f"adapter {name!r}: expected R [{r}, {r}] of layer {layer!r}, got {got}")
+            row[first : first + r * r] = core.detach().flatten()
+        if not torch.isfinite(row).all():
+            raise ValueError(f"adapter {name!r} has NaN or Inf values: its training had failed")
+        return row
+
+    def _of_model(self, adapter: str) -> dict[str, Tensor]:
+        layers = self.layers
+        for layer in layers.values():
+            if adapter not in layer.lorasb_R or layer.lorasb_A[adapter] is not layer.lorasb_A[self.basis]:
+                raise ValueError(f"expected an adapter of the model on the A and B of {self.basis!r}, got {adapter!r}")
+        return {name: layer.lorasb_R[adapter] for name, layer in layers.items()}
+
+    def _read(self, folder: Path) -> dict[str, Tensor]:
+        """R's of an adapter's folder, after a check of the A and B that they belong to."""
+        read_config(folder)
+        file = folder / WEIGHTS_NAME
+        if not file.is_file():
+            raise ValueError(f"expected {WEIGHTS_NAME} in {folder}, found none")
+        safetensors_header(file)  # raises for a truncated file
+        tensors = load_file(str(file))
+        digest = shared_factors.referenced_digest(tensors)
+        if digest is None:
+            digest = shared_factors.digest({k: v for k, v in tensors.items() if shared_factors.is_factor(k)})
+        if digest != self.digest:
+            raise ValueError(f"{folder} stands on other A and B than adapter {self.basis!r} has")
+        return {layer: parts["lorasb_R"] for layer, parts in group_by_layer(tensors).items() if "lorasb_R" in parts}
+
+    def _check_name(self, name: str) -> None:
+        if name == BASE_ROW or name in getattr(self._model(), "peft_config", ()):
+            raise ValueError(f"the model has an adapter {name!r} itself: choose another name for the bank's")
+
+    def _unknown(self, names: Sequence[str]) -> str:
+        shown = ", ".join(map(repr, names[:3]))
+        return f"no adapter {shown} in the bank, which has {len(self)}: bank.load(folder) or bank.add(name)"
+
+
+def _adapters_in(folder: Path) -> list[Path]:
+    """The adapter's folder itself, or those in it."""
+    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return [folder] if (folder / WEIGHTS_NAME).is_file() or not inside else inside
+
+
+def _check(
+    layers: dict[str, LoRASBLinear],
+    found: dict[str, Any],
+    basis: str,
+    dtype: torch.dtype,
+    block: int,
+    resident: int | None,
+) -> None:
+    others = [name for name in found if name not in layers]
+    if others:
+        raise ValueError(
+            f"a bank serves linears, and adapter {basis!r} adapts {others[0]!r}: name it in exclude_modules"
+        )
+    fresh = [name for name, layer in layers.items() if not layer.is_initialized(basis)]
+    if fresh:
+        raise ValueError(f"adapter {basis!r} has not been initialized ({fresh[0]}): call lorasb.initialize first")
+    devices = {layer.execution_device for layer in layers.values()}
+    if len(devices) > 1:
+        raise ValueError(f"expected all layers on one device, got {', '.join(map(str, sorted(devices, key=str)))}")
+    if any(layer.stored_cores is not None for layer in layers.values()):
+        raise ValueError("the model has a bank: use that one, or bank.detach() first")
+    if dtype not in FLOATS or dtype == torch.float64:
+        raise TypeError(f"expected dtype fp32, bf16 or fp16, got {dtype}")
+    if block < 1 or (resident is not None and resident < 1):
+        raise ValueError(f"expected block and resident of 1 or more, got {block} and {resident}")

@@ -1,0 +1,261 @@
+"""A bank of adapters: the same results as the model's own adapters, names that come and go, files, threads, memory."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from basis_models import a_layer, base, saved, with_basis, with_users
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import batches_for
+from peft import PeftModel
+from quantized_models import quantized
+from tolerances import BF16_FEW, EXACT, MERGE, check
+from torch import Tensor
+
+import lorasb
+from lorasb.layers.lookup import layers_with
+
+NAMES = ("ada", "emmy", "grace")
+
+
+def batch() -> dict[str, Tensor]:
+    return {name: value for name, value in batches_for("llama")[0].items() if name != "labels"}
+
+
+def out(model: Any, *names: str) -> Tensor:
+    with torch.no_grad():
+        return model(**batch(), adapter_names=list(names)).logits
+
+
+def moved_to_bank(model: Any, **options: Any) -> lorasb.AdapterBank:
+    """A bank with copies of the model's adapters on the basis, which leave the model."""
+    cores = {
+        name: {n: layer.lorasb_R[name].detach() for n, layer in layers_with(model, name).items()} for name in NAMES
+    }
+    model.set_adapter("default")
+    for name in NAMES:
+        model.delete_adapter(name)
+    bank = lorasb.AdapterBank(model, **options)
+    for name in NAMES:
+        bank.add(name, cores[name])
+    return bank
+
+
+def test_rows_are_those_of_the_models_own_adapters_to_the_bit() -> None:
+    model = with_users(*NAMES)
+    pairs = [("ada", "grace"), ("emmy", "__base__"), ("grace", "grace"), ("__base__", "ada"), ("default", "emmy")]
+    wanted = [out(model, *pair) for pair in pairs]
+    moved_to_bank(model)
+    for pair, want in zip(pairs, wanted, strict=True):
+        check(out(model, *pair), want, MERGE)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_is_that_of_each_alone(beams: int) -> None:
+    model = with_users(*NAMES)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "num_beams": beams}
+    alone = []
+    for row, name in enumerate(("grace", "ada")):
+        model.set_adapter(name)
+        alone.append(model.generate(**{k: v[row : row + 1] for k, v in batch().items()}, **options))
+    moved_to_bank(model, block=1)
+    mixed = model.generate(**batch(), adapter_names=["grace", "ada"], **options)
+    assert torch.equal(mixed, torch.cat(alone))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantized_base_serves_rows_too(kind: str) -> None:
+    model = lorasb.patch(quantized(kind), r=4, init="random").eval()
+    bank = lorasb.AdapterBank(model)
+    g = torch.Generator().manual_seed(0)
+    for name in ("ada", "grace"):
+        bank.add(name, {n: torch.randn(c.r, c.r, generator=g) * 0.3 for n, c in bank.columns.items()})
+    mixed = out(model, "ada", "grace")
+    for row, name in enumerate(("ada", "grace")):
+        for n, core in bank.cores(name).items():
+            bank.layers[n].lorasb_R["default"].data.copy_(core)
+        with torch.no_grad():
+            check(mixed[row], model(**batch()).logits[row], MERGE)
+    assert not torch.equal(mixed[0], out(model, "__base__", "grace")[0])
+
+
+def test_loading_reads_folders_and_names_what_is_wrong(tmp_path: Path) -> None:
+    model = saved(tmp_path / "good", *NAMES)
+    want = out(model, "ada", "grace")
+    for broken in ("cut", "poor"):
+        (tmp_path / "good" / broken).mkdir()
+    whole = (tmp_path / "good" / "ada" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "good" / "cut" / "adapter_model.safetensors").write_bytes(whole[:-8])
+    (tmp_path / "good" / "cut" / "adapter_config.json").write_text(
+        (tmp_path / "good" / "ada" / "adapter_config.json").read_text()
+    )
+    with_basis(init_seed=9).save_pretrained(tmp_path / "good" / "other")
+    served = PeftModel.from_pretrained(base(), tmp_path / "good").eval()
+    bank = lorasb.AdapterBank(served)
+    report = bank.load(*(tmp_path / "good" / name for name in (*NAMES, "cut", "poor", "other")))
+    assert report.loaded == list(NAMES)
+    assert set(report.failed) == {"cut", "poor", "other"}
+    assert "stands on other A and B than adapter 'default' has" in report.failed["other"]
+    check(out(served, "ada", "grace"), want, MERGE)
+
+
+def test_a_folder_of_folders_is_loaded_by_their_names(tmp_path: Path) -> None:
+    model = saved(tmp_path, *NAMES)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / name).unlink()
+    for name in NAMES:
+        model.delete_adapter(name)
+    bank = lorasb.AdapterBank(model, dtype=torch.bfloat16)
+    assert bank.load(tmp_path).loaded == list(NAMES)
+    assert bank.names == list(NAMES)
+
+
+def test_memory_is_r_squared_times_layers_and_grows_by_blocks() -> None:
+    model = with_basis()
+    bank = lorasb.AdapterBank(model, block=4)
+    r = [layer.r["default"] for layer in layers_with(model, "default").values()]
+    assert bank.adapter_bytes == 4 * sum(rank**2 for rank in r)
+    for i in range(5):
+        bank.add(f"user-{i}")
+    assert bank.storage.nbytes == 8 * bank.adapter_bytes
+    for i in range(5):
+        bank.remove(f"user-{i}")
+    bank.add("another")
+    assert bank.storage.nbytes == 8 * bank.adapter_bytes
+    assert len(bank) == 1
+
+
+def test_those_used_least_recently_wait_in_host_memory_and_come_back() -> None:
+    model = with_users(*NAMES)
+    wanted = {pair: out(model, *pair) for pair in (("ada", "emmy"), ("grace", "ada"), ("emmy", "grace"))}
+    bank = moved_to_bank(model, block=1, resident=2)
+    for pair in (*wanted, *reversed(wanted)):
+        check(out(model, *pair), wanted[pair], MERGE)
+        assert len(bank.storage) == 2
+        assert len(bank) == 3
+    with (
+        pytest.raises(ValueError, match="expected at most 2 adapters at a time, as many as may be resident"),
+        bank.serving(NAMES),
+    ):
+        pass
+    check(out(model, "ada", "emmy"), wanted["ada", "emmy"], MERGE)  # the failed call keeps nothing
+
+
+@given(
+    steps=st.lists(st.tuples(st.sampled_from(["add", "remove", "serve"]), st.integers(0, 5)), max_size=30),
+    resident=st.sampled_from([None, 1, 3]),
+)
+@settings(max_examples=30, deadline=None)
+def test_any_order_of_coming_and_going_keeps_every_adapters_values(
+    steps: list[tuple[str, int]], resident: int | None
+) -> None:
+    bank = lorasb.AdapterBank(with_basis(), block=2, resident=resident)
+    expected: dict[str, float] = {}
+    for step, (kind, i) in enumerate(steps):
+        name = f"user-{i}"
+        if kind == "add":
+            bank.add(name, {n: torch.full((c.r, c.r), float(step)) for n, c in bank.columns.items()})
+            expected[name] = float(step)
+        elif name not in expected:
+            with pytest.raises(KeyError, match=f"no adapter '{name}' in the bank"):
+                bank.remove(name)
+        elif kind == "remove":
+            bank.remove(name)
+            del expected[name]
+        else:
+            with bank.serving([name, "__base__"]) as (slot, none):
+                assert none == -1
+                assert bank.storage[slot].eq(expected[name]).all()
+    assert bank.names == sorted(expected)
+    for name, value in expected.items():
+        assert all(core.eq(value).all() for core in bank.cores(name).values())
+
+
+def test_threads_serve_while_others_add() -> None:
+    model = with_users(*NAMES)
+    want = out(model, "ada", "grace")
+    bank = moved_to_bank(model, block=1, resident=8)
+    errors: list[BaseException] = []
+
+    def come_and_go() -> None:
+        try:
+            for i in range(200):
+                bank.add(f"user-{i}")
+                if i >= 4:
+                    bank.remove(f"user-{i - 4}")
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    while thread.is_alive():
+        check(out(model, "ada", "grace"), want, MERGE)
+    thread.join()
+    assert not errors
+    with bank.serving(["ada"]), pytest.raises(RuntimeError, match="'ada' serves a batch at the moment"):
+        bank.remove("ada")
+
+
+def test_halves_take_half_the_memory() -> None:
+    model = with_users(*NAMES)
+    want = out(model, "ada", "grace")
+    bank = moved_to_bank(model, dtype=torch.bfloat16)
+    check(out(model, "ada", "grace"), want, BF16_FEW)
+    assert bank.adapter_bytes == 2 * sum(c.r**2 for c in bank.columns.values())
+
+
+def test_an_adapter_of_the_model_is_copied_and_saved_ones_are_what_they_were() -> None:
+    model = with_users("ada")
+    want = out(model, "ada", "ada")
+    bank = lorasb.AdapterBank(model)
+    bank.add("copy", "ada")
+    check(out(model, "copy", "copy"), want, MERGE)
+    bank.detach()
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): copy\. The model has ada, default"):
+        out(model, "copy", "copy")
+
+
+def test_names_and_values_that_cannot_be_are_refused() -> None:
+    model = with_users("ada")
+    bank = lorasb.AdapterBank(model)
+    name = next(iter(bank.columns))
+    whole = {n: torch.zeros(c.r, c.r) for n, c in bank.columns.items()}
+    for cores, message in (
+        ({}, rf"expected R \[4, 4\] of layer '{name}', got nothing"),
+        (whole | {name: torch.zeros(3, 3)}, r"got \[3, 3\] in torch\.float32"),
+        (whole | {name: torch.full((4, 4), float("nan"))}, "NaN or Inf values"),
+        ("nobody", "expected an adapter of the model on the A and B of 'default', got 'nobody'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bank.add("new", cores)
+        assert "new" not in bank
+    with pytest.raises(ValueError, match="the model has an adapter 'ada' itself"):
+        bank.add("ada")
+    with pytest.raises(
+        ValueError, match=r"non-existing adapter\(s\): nobody\. The model has ada, default, and its bank 0"
+    ):
+        out(model, "nobody", "ada")
+    with pytest.raises(ValueError, match=r"bank\.detach\(\) first"):
+        lorasb.AdapterBank(model)
+    with pytest.raises(ValueError, match="has not been initialized"):
+        lorasb.AdapterBank(lorasb.patch(base(), r=4))
+    with pytest.raises(TypeError, match="expected dtype fp32, bf16 or fp16"):
+        lorasb.AdapterBank(with_basis(), dtype=torch.float64)
+    with pytest.raises(ValueError, match="expected block and resident of 1 or more"):
+        lorasb.AdapterBank(with_basis(), resident=0)
+
+
+def test_a_copied_model_keeps_its_bank() -> None:
+    model = with_users(*NAMES)
+    want = out(model, "ada", "grace")
+    moved_to_bank(model)
+    again = copy.deepcopy(model)
+    check(out(again, "ada", "grace"), want, MERGE)
+    assert a_layer(again).stored_cores.bank is not a_layer(model).stored_cores.bank
+    check(out(model, "ada", "grace"), out(again, "ada", "grace"), EXACT)

@@ -1,0 +1,192 @@
+"""Adapters on another's A and B: the same tensors, R alone in files, found again by digest, refused where they differ."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from basis_models import a_layer, base, fill, saved, with_basis, with_users
+from models import batches_for, logits
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from tolerances import EXACT, EXPORT, FP64, MERGE, check
+
+import lorasb
+from lorasb.layers.lookup import layers_with
+
+
+def users(model: Any, *names: str) -> list[torch.Tensor]:
+    found = []
+    for name in names:
+        model.set_adapter(name)
+        found.append(logits(model.eval()))
+    return found
+
+
+def test_a_and_b_are_the_same_tensors_and_r_starts_at_zero_or_at_the_basis() -> None:
+    model = with_basis()
+    before = sum(p.numel() for p in model.parameters())
+    model.add_adapter("zero", lorasb.LoRASBConfig(basis="default"))
+    model.add_adapter("same", lorasb.LoRASBConfig(basis="default", basis_start="same"))
+    for layer in layers_with(model, "zero").values():
+        for name in ("zero", "same"):
+            assert layer.lorasb_A[name] is layer.lorasb_A["default"]
+            assert layer.lorasb_B[name] is layer.lorasb_B["default"]
+        assert not layer.lorasb_R["zero"].any()
+        assert torch.equal(layer.lorasb_R["same"], layer.lorasb_R["default"])
+    r = [layer.r["default"] for layer in layers_with(model, "default").values()]
+    assert sum(p.numel() for p in model.parameters()) == before + 2 * sum(rank**2 for rank in r)
+
+
+def test_training_one_moves_no_other() -> None:
+    model = with_users("ada", "grace").train()
+    model.set_adapter("ada")
+    before = {name: a_layer(model).lorasb_R[name].clone() for name in ("default", "ada", "grace")}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**batches_for("llama")[0]).loss.backward()
+    optimizer.step()
+    moved = [name for name, core in before.items() if not torch.equal(core, a_layer(model).lorasb_R[name])]
+    assert moved == ["ada"]
+
+
+def test_files_hold_r_and_the_digest_and_come_back_in_any_order(tmp_path: Path) -> None:
+    model = saved(tmp_path, "ada", "grace")
+    wanted = users(model, "ada", "grace")
+    own = load_file(str(tmp_path / "ada" / "adapter_model.safetensors"))
+    cores = {key for key in own if "lorasb_R" in key}
+    assert len(cores) == len(layers_with(model, "ada"))
+    assert set(own) - cores == {"lorasb_factors_digest"}
+    # the basis first: its tensors are shared
+    again = PeftModel.from_pretrained(base(), tmp_path)
+    for name in ("ada", "grace"):
+        again.load_adapter(tmp_path / name, name)
+        assert a_layer(again).lorasb_A[name] is a_layer(again).lorasb_A["default"]
+    for one, other in zip(users(again, "ada", "grace"), wanted, strict=True):
+        check(one, other, EXACT)
+    # an adapter alone finds its basis beside it, and the next one the same in the model
+    alone = PeftModel.from_pretrained(base(), tmp_path / "grace", adapter_name="first")
+    alone.load_adapter(tmp_path / "ada", "second")
+    assert a_layer(alone, "first").lorasb_A["second"] is a_layer(alone, "first").lorasb_A["first"]
+    for one, other in zip(users(alone, "second", "first"), wanted, strict=True):
+        check(one, other, EXACT)
+    alone.save_pretrained(tmp_path / "again")
+    third = PeftModel.from_pretrained(base(), tmp_path / "again" / "first")
+    check(logits(third.eval()), wanted[1], EXACT)
+
+
+def test_auto_model_and_a_sibling_folder(tmp_path: Path) -> None:
+    model = saved(tmp_path / "all", "ada")
+    base().save_pretrained(tmp_path / "base")
+    shutil.copytree(tmp_path / "all" / "ada", tmp_path / "apart" / "ada")
+    shutil.copytree(tmp_path / "all", tmp_path / "apart" / "default", ignore=shutil.ignore_patterns("ada"))
+    file = tmp_path / "apart" / "ada" / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}
+    file.write_text(json.dumps(config))
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "apart" / "ada")
+    check(logits(again.eval()), users(model, "ada")[0], EXACT)
+
+
+def test_another_basis_is_refused_and_the_model_stays(tmp_path: Path) -> None:
+    saved(tmp_path, "ada")
+    shutil.copytree(tmp_path / "ada", tmp_path / "alone" / "ada")
+    model = with_basis(init_seed=7)
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"'ada' holds R alone, and was trained on a basis 'default' that neither"):
+        model.load_adapter(tmp_path / "alone" / "ada", "ada")
+    assert "ada" not in a_layer(model).lorasb_R
+    check(logits(model), before, EXACT)
+
+
+def test_merging_exporting_and_adding_up() -> None:
+    model = with_users("ada", "grace")
+    alone = users(model, "ada")[0]
+    model.merge_adapter(["ada"])
+    check(logits(model), alone, MERGE)
+    model.unmerge_adapter()
+    errors = model.add_weighted_adapter(["ada", "grace"], [0.5, 2.0], "sum", combination_type="linear")
+    assert max(errors.values()) == 0.0
+    layer = a_layer(model)
+    check(layer.lorasb_R["sum"], 0.5 * layer.lorasb_R["ada"] + 2.0 * layer.lorasb_R["grace"], EXPORT)
+
+
+def test_the_basis_of_others_is_neither_deleted_nor_initialized(tmp_path: Path) -> None:
+    model = with_users("ada")
+    with pytest.raises(ValueError, match="'default' is the basis of ada: delete those first"):
+        model.delete_adapter("default")
+    with pytest.raises(ValueError, match="'default' is the basis of ada, whose R would mean nothing"):
+        lorasb.initialize(model, batches_for("llama"), adapter_name="default", lr=1e-3)
+    with pytest.raises(ValueError, match="'ada' has the A and B of 'default', which new ones would replace"):
+        lorasb.initialize(model, batches_for("llama"), adapter_name="ada", lr=1e-3)
+    model.delete_adapter("ada")
+    model.delete_adapter("default")
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no such adapter": ({"basis": "nobody"}, "basis='nobody' is no adapter of this model, which has default"),
+    "another rank": ({"basis": "default", "r": 3}, "has its rank, 4, got r=3"),
+    "a start": ({"basis": "default", "basis_start": "one"}, "basis_start must be one of zero, same"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_is_refused(name: str) -> None:
+    fields, message = BAD[name]
+    model = with_basis()
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("ada", lorasb.LoRASBConfig(**fields))
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_basis_that_was_not_initialized_is_refused() -> None:
+    model = lorasb.patch(base(), r=4)
+    with pytest.raises(ValueError, match=r"basis 'default' has not been initialized .* adapter_name='default'"):
+        model.add_adapter("ada", lorasb.LoRASBConfig(basis="default"))
+
+
+@pytest.mark.parametrize("change", ["double", "deepcopy"])
+def test_sharing_outlives_casts_and_copies(change: str) -> None:
+    model = with_users("ada")
+    model = model.double() if change == "double" else copy.deepcopy(model)
+    layer = a_layer(model)
+    assert layer.lorasb_A["ada"] is layer.lorasb_A["default"]
+    assert layer.lorasb_A["ada"].dtype == (torch.float64 if change == "double" else torch.float32)
+
+
+@pytest.mark.parametrize("index", [["ada", "grace"], ["grace", "__base__"], ["ada", "default"]])
+def test_rows_of_a_batch_train_as_each_would_alone(index: list[str]) -> None:
+    """One pass over a batch of several adapters gives each its gradient and no other."""
+    model = with_users("ada", "grace").double().train()
+    model.base_model.set_adapter(["ada", "grace", "default"])
+    batch = batches_for("llama")[0]
+    out = model(**{k: v for k, v in batch.items() if k != "labels"}, adapter_names=index).logits
+    g = torch.Generator().manual_seed(0)
+    weights = torch.randn(out.shape, generator=g, dtype=out.dtype)
+    (out * weights).sum().backward()
+    together = {name: a_layer(model).lorasb_R[name].grad for name in ("ada", "grace", "default")}
+    model.zero_grad()
+    for row, name in enumerate(index):
+        alone = {k: v[row : row + 1] for k, v in batch.items() if k != "labels"}
+        if name == "__base__":
+            continue
+        model.set_adapter(name)
+        layer = a_layer(model)
+        layer.lorasb_R[name].grad = None
+        (model(**alone).logits * weights[row : row + 1]).sum().backward()
+        check(together[name], layer.lorasb_R[name].grad, FP64)
+    for name in set(together) - set(index):
+        assert together[name] is None or not together[name].any()
+
+
+def test_rows_in_training_need_one_basis_and_no_dropout() -> None:
+    model = with_users("ada")
+    model.add_adapter("own", lorasb.LoRASBConfig(r=4, init="kaiming", init_seed=5))
+    fill(model, "own", 9)
+    model.train()
+    with pytest.raises(ValueError, match=r"training mode\. Call model\.eval\(\), or train adapters on one basis"):
+        model(**batches_for("llama")[0], adapter_names=["ada", "own"])
+    assert torch.isfinite(model(**batches_for("llama")[0], adapter_names=["ada", "default"]).loss)
