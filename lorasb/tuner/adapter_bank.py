@@ -261,6 +261,7 @@ class AdapterBank:
             elif self.resident is not None and len(self._slots) >= self.resident:
                 self._waiting[name] = row
             else:
+                self._waiting.pop(name, None)
                 self._fill(name, row)
 
     def _make_resident(self, name: str) -> None:

@@ -202,7 +202,7 @@ def test_what_rows_cannot_ask_for_is_refused() -> None:
             model(**batches_for("llama")[0], adapter_names=names)
         assert not any(layer._forward_pre_hooks for layer in layers(model).values())
     with pytest.raises(ValueError, match=r"training mode\. Call model\.eval\(\)"):
-        model.train()(**batches_for("llama")[0], adapter_names=["default", "default"])
+        model.train()(**batches_for("llama")[0], adapter_names=["default", "second"])
     model.eval().merge_adapter()
     with pytest.raises(ValueError, match=r"model\.unmerge_adapter\(\)"):
         model(**batches_for("llama")[0], adapter_names=["default", "default"])
