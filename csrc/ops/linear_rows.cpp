@@ -87,6 +87,12 @@ void check_cores(const at::Tensor& left, const at::Tensor& cores, const at::Tens
                     "expected each R contiguous, got strides ", cores.strides());
 }
 
+// R's of a bank lie megabytes apart, each too short for the hardware to see a stream: the next one is asked for while
+// one is multiplied.
+void fetch(const char* core, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(core + line);
+}
+
 // As the kernels read without looking: the last line before them.
 void check_range(const at::Tensor& index, int64_t count) {
   const int64_t* values = index.const_data_ptr<int64_t>();
@@ -119,6 +125,7 @@ at::Tensor times_cores(const at::Tensor& left, const at::Tensor& cores, const at
   const Fp32GemmKernels& gemm = *kernels().fp32_gemm;
   at::parallel_for(0, n, grain(tokens * r * r), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
+      if (i + 1 < end && ks[i + 1] >= 0) fetch(data + ks[i + 1] * bytes, r * r * size_of(element));
       if (ks[i] < 0) continue;
       const DenseView core{data + ks[i] * bytes, element, r};
       for (int64_t low = i * tokens; low < (i + 1) * tokens; low += kFewRows) {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,11 +38,13 @@ class Rows:
         names: the distinct names.
         index: [n], int64 on the CPU: each row's index into `names`.
         slots: [names], int64: where a bank has each of them, or -1; None without a bank.
+        basis: the adapter whose A and B those of the bank have, and whose trained modules serve them, too.
     """
 
     names: tuple[str, ...]
     index: Tensor
     slots: Tensor | None = None
+    basis: str = ""
 
     @classmethod
     def of(cls, names: Sequence[str]) -> Rows:
@@ -52,14 +55,23 @@ class Rows:
     def __len__(self) -> int:
         return len(self.index)
 
-    @property
+    # Cached, as every layer asks: a batch has one `Rows` for all of them.
+    @cached_property
     def places(self) -> Tensor | None:
         """[n]: each row's slot in the bank, or -1; None without a bank."""
         return None if self.slots is None else self.slots[self.index]
 
+    @cached_property
+    def others(self) -> tuple[str, ...]:
+        """Names that no bank has."""
+        if self.slots is None:
+            return self.names
+        return tuple(name for name, slot in zip(self.names, self.slots.tolist(), strict=True) if slot < 0)
+
     def to_list(self) -> list[str]:
-        """One name per row."""
-        return [self.names[i] for i in self.index.tolist()]
+        """One name per row, of adapters of the model: of those in a bank their basis."""
+        others = set(self.others)
+        return [name if name in others else self.basis for name in (self.names[i] for i in self.index.tolist())]
 
     def select(self, rows: Tensor) -> Rows:
         """The names of a subset of the rows, in the order of the indices `rows` [k]."""

@@ -12,7 +12,7 @@ from ..constants import MAX_RANK
 from ..utils.dtypes import FLOATS
 from . import signatures
 
-_linears, _groups = signatures.Known(), signatures.Known()
+_linears, _groups, _rows = signatures.Known(), signatures.Known(), signatures.Known()
 
 
 def pass_linear(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None) -> bool:
@@ -120,6 +120,18 @@ def check_rows(
     """
     if not isinstance(index, Tensor):
         index = torch.tensor(list(index), dtype=torch.int64)
+    signature = None if torch.compiler.is_compiling() else signatures.of(x, weight, a, cores, b, bias, index)
+    if signature is None or not _rows.has(signature):
+        _check_rows(x, weight, a, cores, b, bias, index)
+        if signature is not None:
+            _rows.add(signature)
+    _check_inference(x)
+    return index
+
+
+def _check_rows(
+    x: Tensor, weight: Tensor | None, a: Tensor, cores: Tensor, b: Tensor, bias: Tensor | None, index: Tensor
+) -> None:
     if cores.dim() != 3:
         raise ValueError(f"expected lora_R [K, r, r] with an index of rows, got {_shape(cores)}")
     if index.dim() != 1 or index.dtype != torch.int64 or not index.is_cpu:
@@ -130,8 +142,6 @@ def check_rows(
         raise ValueError(f"expected an index for each of the rows of x [n, ..., in], got {len(index)} for {_shape(x)}")
     # one R of the stack, or of an empty one its shape
     check_linear(x, weight, a, cores[0] if len(cores) else cores.new_empty(cores.shape[1:]), b, bias)
-    _check_inference(x)
-    return index
 
 
 def _check_dtypes_and_devices(

@@ -80,7 +80,7 @@ def _with_slots(bank: AdapterBank, rows: Rows) -> Iterator[Rows]:
     """Rows that know where the bank has their adapters, which stay there inside the block."""
     banked = [name if name in bank else BASE_ROW for name in rows.names]
     with bank.serving(banked) as slots:
-        yield replace(rows, slots=torch.tensor(slots))
+        yield replace(rows, slots=torch.tensor(slots), basis=bank.basis)
 
 
 def _check(model: nn.Module, names: Sequence[str], bank: AdapterBank | None) -> None:
@@ -182,7 +182,8 @@ class _NamePasser:
         ambiguous = self.ambiguous and not isinstance(module, OpenExperts)
         # With one name for all rows the mapping does not matter; with several, never guess from a matching row count.
         refused = ambiguous and len(self.rows.names) > 1
-        input_rows = None if refused else rows_of(x, self.rows, self._outer_shape(), self.tokens_first or ambiguous)
+        outer = self._outer_shape() if x.dim() <= 2 else None  # asked for flattened tokens alone
+        input_rows = None if refused else rows_of(x, self.rows, outer, self.tokens_first or ambiguous)
         if input_rows is None:
             raise ValueError(
                 f"expected adapter_names for each of {len(x)} rows, got {len(self.rows)}: layer {self.name!r} gets "

@@ -1,0 +1,222 @@
+"""Sixty-four adapters in one batch against one for all: decoding, and what adapters take in memory and time.
+
+    python -m benchmarks.serving.many_adapters [--seconds 60] [--output benchmarks/results]
+
+SmolLM2-135M, all linear layers, LoRA-SB r=64 on one basis and PEFT's LoRA r=32; --dtype is auto. A step decodes one
+token of each of 64 rows after 16 of a prompt, with the names of adapters set once for all steps, as generation does.
+Files of adapters lie in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import lorasb
+from benchmarks.common.timing import dtype_name, dtype_option, measure, measured_dtype, provenance, use_dtype
+from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+from lorasb.utils.atomic_files import write_json
+
+FILE = "many-adapters-cpu.json"
+ROWS, PROMPT, RANK, PEFT_RANK, MANY = 64, 16, 64, 32, 1000
+ONE, BATCH, OF_MANY, PEFT = "one adapter", "64 adapters", "64 of 1000 adapters", "PEFT LoRA r=32, 64 adapters"
+ONE_4BIT, BATCH_4BIT = "4 bits, one adapter", "4 bits, 64 adapters"
+HEAD = ("", "step (p20 to p80)", "tokens/s", "time, over one adapter's")
+
+
+def base() -> Any:
+    """The embedded model."""
+    return AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=measured_dtype()).eval()
+
+
+def ours(four_bits: bool = False) -> Any:
+    """With a basis whose R is not zero."""
+    model = base()
+    model = lorasb.patch(lorasb.quantize(model) if four_bits else model, r=RANK, init="random").eval()
+    for name, parameter in model.named_parameters():
+        if "lorasb_R" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    return model
+
+
+def theirs(count: int) -> Any:
+    """PEFT's LoRA, an adapter for each row."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=PEFT_RANK, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(base(), config, adapter_name="user-0").eval()
+    for i in range(1, count):
+        model.add_adapter(f"user-{i}", config)
+    return model
+
+
+def random_cores(bank: lorasb.AdapterBank, seed: int) -> dict[str, torch.Tensor]:
+    """R's of an adapter."""
+    g = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(c.r, c.r, generator=g) * 0.01 for name, c in bank.columns.items()}
+
+
+class Steps:
+    """Steps of one token a row, from a cache that every step is cut back to.
+
+    Names of adapters are set around sixteen of them, as a generation of sixteen tokens has them.
+
+    Args:
+        model: a PeftModel.
+        names: an adapter for each row; None for the active one.
+    """
+
+    COUNT = 16
+
+    def __init__(self, model: Any, names: Sequence[str] | None) -> None:
+        self.model, self.names, self.cache = model, names, DynamicCache()
+        g = torch.Generator().manual_seed(0)
+        self.prompt = torch.randint(5, 1000, (ROWS, PROMPT), generator=g)
+        self.token = torch.randint(5, 1000, (ROWS, 1), generator=g)
+        with self._named():
+            self._forward(self.prompt)
+
+    def _named(self) -> AbstractContextManager[Any]:
+        if self.names is None:
+            return nullcontext()
+        hooks: AbstractContextManager[Any] = self.model.base_model._enable_peft_forward_hooks(
+            adapter_names=list(self.names)
+        )
+        return hooks
+
+    def _forward(self, ids: torch.Tensor) -> None:
+        with torch.inference_mode():
+            self.model.get_base_model()(input_ids=ids, past_key_values=self.cache, use_cache=True)
+
+    def __call__(self, _: int) -> None:
+        with self._named():
+            for _ in range(self.COUNT):
+                self._forward(self.token)
+                self.cache.crop(-1)
+
+
+def users(count: int) -> list[str]:
+    """Names of adapters."""
+    return [f"user-{i}" for i in range(count)]
+
+
+def decoding(seconds: float) -> dict[str, Any]:
+    """Times of a step, in turns."""
+    model, quantized = ours(), ours(four_bits=True)
+    bank, bank_4bit = (lorasb.AdapterBank(one, dtype=torch.bfloat16) for one in (model, quantized))
+    for i, name in enumerate(users(ROWS)):
+        bank.add(name, random_cores(bank, i))
+        bank_4bit.add(name, random_cores(bank_4bit, i))
+    peft_model = theirs(ROWS)
+    ways = {
+        ONE: Steps(model, None),
+        BATCH: Steps(model, users(ROWS)),
+        PEFT: Steps(peft_model, users(ROWS)),
+        ONE_4BIT: Steps(quantized, None),
+        BATCH_4BIT: Steps(quantized, users(ROWS)),
+    }
+    found = {name: asdict(stats) for name, stats in measure(dict(ways), "cpu", seconds, least=8).items()}
+    del peft_model, ways[PEFT], quantized
+    for i in range(ROWS, MANY):
+        bank.add(f"user-{i}", random_cores(bank, i % ROWS))
+    spread = [f"user-{i * (MANY // ROWS)}" for i in range(ROWS)]
+    again = measure({ONE: ways[ONE], OF_MANY: Steps(model, spread)}, "cpu", seconds / 3, least=8)
+    return found | {OF_MANY: asdict(again[OF_MANY])}
+
+
+def costs() -> dict[str, float]:
+    """Bytes of an adapter, and times to load, add and remove one."""
+    model = ours()
+    bank = lorasb.AdapterBank(model)
+    model.add_adapter("user", lorasb.LoRASBConfig(basis="default"))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, selected_adapters=["user"])
+        for i in range(MANY):
+            _linked(Path(folder, "user"), Path(folder, "all", f"user-{i}"))
+        start = time.perf_counter()
+        report = bank.load(Path(folder, "all"))
+        loading = time.perf_counter() - start
+    assert len(report.loaded) == MANY, report.failed
+    cores = random_cores(bank, 0)
+    bank.remove("user-0")
+    adding, removing = [], []
+    for _ in range(50):
+        start = time.perf_counter()
+        bank.add("new", cores)
+        adding.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        bank.remove("new")
+        removing.append(time.perf_counter() - start)
+    numbers = sum(c.r**2 for c in bank.columns.values())
+    return {
+        "adapter_bytes": bank.storage.nbytes / len(bank.storage),
+        "bytes_of_its_numbers": numbers * bank.storage.element_size(),
+        "load_seconds": loading,
+        "add_ms": 1e3 * sorted(adding)[25],
+        "remove_ms": 1e3 * sorted(removing)[25],
+    }
+
+
+def _linked(source: Path, target: Path) -> None:
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        os.link(file, target / file.name)
+
+
+def rows(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Lines of a table, for people and the report."""
+    times = found["decoding"]
+    for name, one in times.items():
+        ratio = one["p50"] / times[ONE_4BIT]["p50"] if name == BATCH_4BIT else one["ratio"]  # of the same run
+        step = one["p50"] / Steps.COUNT
+        spread = f"{step:.0f} ms ({one['p20'] / Steps.COUNT:.0f} to {one['p80'] / Steps.COUNT:.0f})"
+        yield [name, spread, f"{1e3 * ROWS / step:.0f}", f"{ratio:.2f}"]
+
+
+def sentences(found: dict[str, Any]) -> Iterator[str]:
+    """What an adapter costs."""
+    cost = found["costs"]
+    yield (
+        f"An adapter takes {cost['adapter_bytes'] / 1e6:.2f} MB, "
+        f"{cost['adapter_bytes'] / cost['bytes_of_its_numbers']:.3f} of its numbers' bytes; {MANY} are loaded in "
+        f"{cost['load_seconds']:.1f} s, one is added in {cost['add_ms']:.2f} ms and removed in "
+        f"{cost['remove_ms']:.3f} ms."
+    )
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of decoding")
+    parser.add_argument("--output", type=Path, help=f"folder of {FILE}")
+    dtype_option(parser)
+    options = parser.parse_args()
+    use_dtype(options.dtype)
+    torch.manual_seed(0)
+    found = {"costs": costs(), "decoding": decoding(options.seconds)}
+    table = Table(title=f"decoding {ROWS} rows with SmolLM2-135M, {dtype_name()}")
+    for name in HEAD:
+        table.add_column(name, justify="right" if name else "left")
+    for row in rows(found):
+        table.add_row(*row)
+    console = Console(width=120)
+    console.print(table)
+    console.print(*sentences(found))
+    if options.output:
+        write_json(options.output / FILE, {**provenance(), **found})
+
+
+if __name__ == "__main__":
+    main()
