@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from .training.init_callback import InitCallback
     from .training.parameter_groups import parameter_groups
     from .training.rate_trials import RateTrials, find_lr
+    from .training.several_adapters import adapter_losses, adapter_parameter_groups, clip_by_adapter
     from .tuner.adapter_bank import AdapterBank
     from .tuner.config import LoRASBConfig
+    from .tuner.joint_basis import project, share_basis
     from .tuner.patch import patch
 
 __all__ = [
@@ -38,7 +40,10 @@ __all__ = [
     "RateTrials",
     "__version__",
     "adapter_delta",
+    "adapter_losses",
+    "adapter_parameter_groups",
     "backend",
+    "clip_by_adapter",
     "equivalent_gradient",
     "export_lora",
     "find_lr",
@@ -49,12 +54,17 @@ __all__ = [
     "optim",
     "parameter_groups",
     "patch",
+    "project",
     "quantize",
+    "share_basis",
 ]
 
 # public name -> the module that defines it
 _MODULE_OF = {
     "AdapterBank": "tuner.adapter_bank",
+    "adapter_losses": "training.several_adapters",
+    "adapter_parameter_groups": "training.several_adapters",
+    "clip_by_adapter": "training.several_adapters",
     "InitCallback": "training.init_callback",
     "InitReport": "init",
     "Linear4bit": "layers.linear4bit",
@@ -71,6 +81,8 @@ _MODULE_OF = {
     "initialize": "init",
     "parameter_groups": "training.parameter_groups",
     "patch": "tuner.patch",
+    "project": "tuner.joint_basis",
+    "share_basis": "tuner.joint_basis",
     "quantize": "layers.quantize",
 }
 

@@ -6,5 +6,6 @@ from .report.init_report import InitReport
 from .report.layer_report import LayerReport
 from .report.rank_allocation import RankSuggestion
 from .schedule import first_step_lr
+from .several_tasks import TasksReport
 
-__all__ = ["InitReport", "LayerReport", "RankSuggestion", "SignBits", "first_step_lr", "initialize"]
+__all__ = ["InitReport", "LayerReport", "RankSuggestion", "SignBits", "TasksReport", "first_step_lr", "initialize"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from .pipeline import Options, Outcome, from_gradients, from_weights
 from .report.init_report import InitReport
 from .report.provenance import provenance
 from .report.skipped_modules import skipped_modules
+from .several_tasks import initialize_tasks
 
 UPDATES = ("adamw", "sgd", "per-sample")
 STRATEGIES = ("auto", "layerwise", "accumulate")
@@ -54,6 +56,8 @@ def initialize(
     Args:
         model: a patched model.
         batches: a DataLoader or a list (drawn from by `seed`), or an iterable of dicts (in order); of a rank, its own.
+            Several by name ({"math": loader, "code": loader}) make an adapter for each, all on one basis, which is the
+            adapter itself with R = 0; a `TasksReport` then says what it keeps of each one's first step.
         lr: η, the learning rate of R's first step: `lorasb.first_step_lr` computes it from a schedule.
         num_samples: over all ranks; None for min(available, max(32, n/1000)), or all of an iterable without a size.
         update: "adamw" (signs), "sgd" (the mean gradient, Theorem 6) or "per-sample" (moments, docs/choosing.md).
@@ -72,12 +76,20 @@ def initialize(
         ValueError: bad arguments, samples, loss, gradient or cache, or too little memory; the model is unchanged.
     """
     model = getattr(model, "_orig_mod", model)  # unwrap torch.compile's OptimizedModule
-    name, layers = _unmerged_layers(model, adapter_name)
     _check(update, strategy, cache, longest_start, stability)
-    recipe = Recipe(name, lr or 0.0, update, seed, longest_start if update != "sgd" else None)  # Theorem 6
+    if isinstance(batches, Mapping) and cache is not None:
+        raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
     bytes_allowed = parse_size(memory_budget)
-    options = Options(recipe, num_samples, strategy, blocks, bytes_allowed, loss_fn, cache, stability, progress)
-    return _initialize(model, layers, batches, options)
+
+    def one(batches: Any, adapter_name: str | None) -> InitReport:
+        name, layers = _unmerged_layers(model, adapter_name)
+        recipe = Recipe(name, lr or 0.0, update, seed, longest_start if update != "sgd" else None)  # Theorem 6
+        options = Options(recipe, num_samples, strategy, blocks, bytes_allowed, loss_fn, cache, stability, progress)
+        return _initialize(model, layers, batches, options)
+
+    if isinstance(batches, Mapping):
+        return cast(Any, initialize_tasks(model, batches, adapter_name, one))
+    return one(batches, adapter_name)
 
 
 def _initialize(model: nn.Module, layers: Layers, batches: Any, options: Options) -> InitReport:

@@ -1,0 +1,86 @@
+"""Initialization for several tasks: an adapter of each, all on one basis that keeps most of their first steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..layers.lookup import adapted_layers
+from ..tuner.config import LoRASBConfig
+from ..tuner.joint_basis import KeptShares, share_basis
+from .report.init_report import InitReport
+
+
+@dataclass
+class TasksReport:
+    """What `lorasb.initialize` made of several tasks.
+
+    Attributes:
+        tasks: task -> the report of its own initialization, before the basis was shared.
+        shares: what the basis keeps of each task's first step, by layer and overall, against 1 for a basis of its own.
+    """
+
+    tasks: dict[str, InitReport]
+    shares: KeptShares
+
+    def __str__(self) -> str:
+        lines = (f"{task}: {share:.1%} of its first step" for task, share in self.shares.overall.items())
+        return "the shared basis keeps\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def initialize_tasks(
+    model: Any,
+    tasks: Mapping[str, Any],
+    adapter_name: str | None,
+    initialize: Callable[..., InitReport],
+) -> TasksReport:
+    """Initialize an adapter for each task, give all of them one basis, and each its R on it.
+
+    Args:
+        model: a patched model, whose adapter becomes the basis, with R = 0.
+        tasks: adapter name -> batches.
+        adapter_name: of the basis; the active adapter if None.
+        initialize: (batches, adapter name) -> report, for one of them.
+
+    Raises:
+        ValueError: fewer than two tasks, or the model has an adapter of a task's name; as of one task's initialization,
+            which leaves the model as it was.
+    """
+    basis, layers = adapted_layers(model, adapter_name)
+    taken = [task for task in tasks if task in model.peft_config]
+    if len(tasks) < 2 or taken:
+        found = f"an adapter {taken[0]!r} is there already" if taken else f"got {len(tasks)}"
+        raise ValueError(f"expected two tasks or more, with names that no adapter has: {found}")
+    config: LoRASBConfig = model.peft_config[basis]
+    reports: dict[str, InitReport] = {}
+    try:
+        for task, batches in tasks.items():
+            model.add_adapter(task, _like(config, layers, basis))
+            reports[task] = initialize(batches, task)
+    except BaseException:
+        for task in (one for one in tasks if one in model.peft_config):
+            model.delete_adapter(task)
+        raise
+    # the adapter that was there gives its name to the new basis; by another one first, as a name is free only then
+    model.set_adapter(next(iter(tasks)))
+    model.delete_adapter(basis)
+    shares = share_basis(model, list(tasks), basis)
+    model.set_adapter(basis)
+    return TasksReport(reports, shares)
+
+
+def _like(config: LoRASBConfig, layers: Mapping[str, nn.Module], basis: str) -> LoRASBConfig:
+    """A new adapter on the layers of another one, at its ranks."""
+    return LoRASBConfig(
+        r=config.r,
+        rank_pattern=dict(config.rank_pattern),
+        target_modules=set(layers),
+        init=config.init,
+        scaling=config.scaling,
+        lora_dropout=config.lora_dropout,
+        wide_factors=config.wide_factors,
+        init_seed=config.init_seed,
+    )

@@ -1,0 +1,266 @@
+"""One basis for several adapters: A and B that keep most of all of their updates, and each one's R on it.
+
+With Δ_k = s·B_k R_k A_k of adapter k, scaled to ‖Δ_k‖ = 1 so that none outweighs the others, the basis maximizes
+Σ_k ‖Bᵀ Δ_k Aᵀ‖². A starts as the leading directions of Σ Δ_kᵀ Δ_k, and both are improved in turn, each given the other
+(higher-order orthogonal iteration), in the coordinates of the adapters' own factors: nothing of W's size is formed.
+R_k = Bᵀ Δ_k Aᵀ / s is the best R on a basis.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..constants import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME
+from ..layers.linear import LoRASBLinear
+from ..layers.lookup import layers_with
+from .basis import refuse_deletion
+from .config import LoRASBConfig
+
+ROUNDS = 8  # of improving B and A in turn, none of which keeps less than the one before
+MOST_LOST = 0.1  # share of an update's energy that `project` may lose unless it is asked to lose more
+
+
+class Update(NamedTuple):
+    """Δ [out, in] = left · core · right, with orthonormal columns of `left` and rows of `right`, in fp64."""
+
+    left: Tensor
+    core: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, b: Tensor, core: Tensor, a: Tensor) -> Update:
+        """From any factors B [out, r], core [r, r] and A [r, in]."""
+        left, upper = torch.linalg.qr(b.double())
+        right, lower = torch.linalg.qr(a.double().t())
+        return cls(left, upper @ core.double() @ lower.t(), right.t())
+
+    @property
+    def energy(self) -> float:
+        """‖Δ‖²."""
+        return float(self.core.square().sum())
+
+    def on(self, b: Tensor, a: Tensor) -> Tensor:
+        """Bᵀ Δ Aᵀ [r, r]."""
+        return (b.t() @ self.left) @ self.core @ (self.right @ a.t())
+
+
+@dataclass
+class KeptShares:
+    """What a basis keeps of the updates' energy.
+
+    Attributes:
+        by_layer: adapter -> layer -> ‖Bᵀ Δ Aᵀ‖² / ‖Δ‖²; 1 for an update that is zero.
+        overall: adapter -> the same over all layers together.
+    """
+
+    by_layer: dict[str, dict[str, float]] = field(default_factory=dict)
+    overall: dict[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def share_basis(model: Any, adapters: Sequence[str], name: str, r: int | None = None) -> KeptShares:
+    """Add an adapter whose A and B serve several others, and move these onto them.
+
+    Args:
+        model: a PeftModel with the adapters, all initialized, of the same layers.
+        adapters: two or more; each gets the R that is its best on the new basis.
+        name: of the new adapter, which starts at R = 0 itself.
+        r: rank of the basis; the adapters' largest by default.
+
+    Returns:
+        What each adapter keeps; what it loses is gone, so that one may look before (`joint_factors`).
+
+    Raises:
+        ValueError: fewer than two adapters, one is unknown or not initialized, or others stand on one of them.
+    """
+    layers = _layers_of_all(model, adapters)
+    found = {layer: [_update_of(module, adapter) for adapter in adapters] for layer, module in layers.items()}
+    ranks = {layer: _rank(module, adapters, r) for layer, module in layers.items()}
+    factors = {layer: joint_factors(updates, ranks[layer]) for layer, updates in found.items()}
+    _add(model, name, layers, ranks, factors)
+    energies: dict[str, list[tuple[float, float]]] = {adapter: [] for adapter in adapters}
+    shares = KeptShares({adapter: {} for adapter in adapters})
+    cores: dict[str, dict[str, Tensor]] = {adapter: {} for adapter in adapters}
+    for layer, module in layers.items():
+        b, a = module.lorasb_B[name].double(), module.lorasb_A[name].double()  # as rounded to the base's dtype
+        for adapter, update in zip(adapters, found[layer], strict=True):
+            core = update.on(b, a)
+            cores[adapter][layer] = core / module.scaling[name]
+            kept = float(core.square().sum()), update.energy
+            energies[adapter].append(kept)
+            shares.by_layer[adapter][layer] = _share([kept])
+    shares.overall = {adapter: _share(kept) for adapter, kept in energies.items()}
+    active = list(model.active_adapters)
+    model.set_adapter(name)  # PEFT warns where the active one is deleted
+    for adapter in adapters:
+        model.delete_adapter(adapter)
+        _add_on(model, adapter, name, cores[adapter])
+    model.base_model.set_adapter([one for one in active if one in model.peft_config] or [name])
+    return shares
+
+
+def joint_factors(updates: Sequence[Update], r: int) -> tuple[Tensor, Tensor]:
+    """B [out, r] and A [r, in], orthonormal, that keep most of several updates, each scaled to unit norm."""
+    left = torch.linalg.qr(torch.cat([one.left for one in updates], 1)).Q
+    right = torch.linalg.qr(torch.cat([one.right for one in updates], 0).t()).Q
+    inner = torch.stack([one.on(left, right.t()) / max(one.energy, 1e-300) ** 0.5 for one in updates])
+    a = _leading(inner.mT @ inner, r)
+    for _ in range(ROUNDS):
+        b = _leading((inner @ a) @ (inner @ a).mT, r)
+        a = _leading((inner.mT @ b) @ (inner.mT @ b).mT, r)
+    return _completed(left @ b, r), _completed(right @ a, r).t()
+
+
+def _leading(moments: Tensor, r: int) -> Tensor:
+    """The leading eigenvectors [m, r] of the sum of symmetric matrices [K, m, m]."""
+    vectors = torch.linalg.eigh(moments.sum(0)).eigenvectors
+    return vectors[:, -r:].flip(1)
+
+
+def _completed(columns: Tensor, r: int) -> Tensor:
+    """Orthonormal columns [n, r]; where the updates span fewer directions, any others."""
+    missing = r - columns.shape[1]
+    if missing <= 0:
+        return columns
+    g = torch.Generator().manual_seed(0)
+    more = torch.randn(columns.shape[0], missing, generator=g, dtype=columns.dtype).to(columns.device)
+    return torch.linalg.qr(torch.cat((columns, more), 1)).Q
+
+
+@torch.no_grad()
+def project(model: Any, lora: str | Path, name: str, basis: str = "default", most_lost: float = MOST_LOST) -> float:
+    """Add an existing plain LoRA as an adapter on a basis, and return the share of its energy that is lost.
+
+    Args:
+        model: a PeftModel with the adapter `basis`.
+        lora: folder of a PEFT LoRA adapter of linear layers.
+        name: of the new adapter.
+        basis: whose A and B it is to stand on.
+        most_lost: share of ‖Δ‖² of all layers together that may be lost; what the LoRA adapts and the basis does not
+            is lost, too.
+
+    Raises:
+        ValueError: no LoRA there, of other shapes, or more than `most_lost` would be lost. The model stays as it was.
+    """
+    layers = layers_with(model, basis)
+    updates = _lora_updates(Path(lora))
+    cores, kept = {}, []
+    for layer, update in updates.items():
+        module = layers.get(layer)
+        core = None if module is None else _on_layer(module, basis, update, layer, lora)
+        if module is not None and core is not None:
+            cores[layer] = core / module.scaling[basis]
+        kept.append((0.0 if core is None else float(core.square().sum()), update.energy))
+    lost = 1.0 - _share(kept)
+    if lost > most_lost:
+        raise ValueError(
+            f"{lora} would lose {lost:.1%} of its energy on the basis {basis!r}, more than {most_lost:.1%}: make a "
+            "basis of several adapters (lorasb.share_basis), or pass most_lost="
+            f"{min(1.0, lost + 0.01):.2f} if that is meant"
+        )
+    _add_on(model, name, basis, cores)
+    return lost
+
+
+def _on_layer(module: LoRASBLinear, basis: str, update: Update, layer: str, lora: Any) -> Tensor:
+    shape = update.left.shape[0], update.right.shape[1]
+    if shape != (module.out_features, module.in_features):
+        raise ValueError(
+            f"{lora} has an update {list(shape)} of layer {layer!r}, which is [{module.out_features}, "
+            f"{module.in_features}]: it belongs to another base model"
+        )
+    return update.on(module.lorasb_B[basis].double(), module.lorasb_A[basis].double())
+
+
+def _lora_updates(folder: Path) -> dict[str, Update]:
+    """s·B A of every layer of a plain LoRA."""
+    config_file, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    if not config_file.is_file() or not weights.is_file():
+        raise ValueError(f"expected a LoRA adapter with {CONFIG_NAME} and {WEIGHTS_NAME} in {folder}, found none")
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
+        raise ValueError(f"expected a plain LoRA in {folder}, got {kind}")
+    tensors = load_file(str(weights))
+    found = {}
+    for key, a in tensors.items():
+        name, separator, _ = key.removeprefix(PEFT_PREFIX).rpartition(".lora_A")
+        b = tensors.get(key.replace(".lora_A", ".lora_B"))
+        if separator and b is not None and a.dim() == 2:
+            found[name] = Update.of(b, torch.eye(len(a), dtype=torch.float64) * _lora_scale(config, name, len(a)), a)
+    if not found:
+        raise ValueError(f"{weights} holds no lora_A and lora_B of linear layers")
+    return found
+
+
+def _lora_scale(config: dict[str, Any], name: str, rank: int) -> float:
+    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+    alpha = next((value for key, value in patterns.items() if name.endswith(key)), config["lora_alpha"])
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _update_of(layer: LoRASBLinear, adapter: str) -> Update:
+    core = layer.lorasb_R[adapter].double() * layer.scaling[adapter]
+    return Update.of(layer.lorasb_B[adapter], core, layer.lorasb_A[adapter])
+
+
+def _share(kept: Sequence[tuple[float, float]]) -> float:
+    total = sum(energy for _, energy in kept)
+    return sum(share for share, _ in kept) / total if total > 0 else 1.0
+
+
+def _rank(layer: LoRASBLinear, adapters: Sequence[str], r: int | None) -> int:
+    wanted = r if r is not None else max(layer.r[adapter] for adapter in adapters)
+    return min(wanted, layer.in_features, layer.out_features)
+
+
+def _layers_of_all(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoRASBLinear]:
+    if len(set(adapters)) < 2:
+        raise ValueError(f"expected two adapters or more to share a basis, got {list(adapters)}")
+    layers = layers_with(model, adapters[0])
+    for adapter in adapters:
+        mine = layers_with(model, adapter)
+        if not mine or mine.keys() != layers.keys():
+            raise ValueError(
+                f"expected adapters of the same layers, {adapter!r} has {len(mine)}, {adapters[0]!r} {len(layers)}"
+            )
+        fresh = [name for name, layer in mine.items() if not layer.is_initialized(adapter)]
+        if fresh:
+            raise ValueError(f"adapter {adapter!r} has not been initialized ({fresh[0]}): call lorasb.initialize first")
+        refuse_deletion(model, adapter)
+    return layers
+
+
+def _add(
+    model: Any,
+    name: str,
+    layers: dict[str, LoRASBLinear],
+    ranks: dict[str, int],
+    factors: dict[str, tuple[Tensor, Tensor]],
+) -> None:
+    """The new basis as an adapter with R = 0."""
+    largest = max(ranks.values())
+    pattern = {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest}
+    config = LoRASBConfig(r=largest, rank_pattern=pattern, target_modules=set(layers), init="update")
+    model.add_adapter(name, config.weights_follow())
+    for layer, module in layers.items():
+        b, a = factors[layer]
+        core = torch.zeros(ranks[layer], ranks[layer])
+        module.set_factors(name, b.to(module.base_dtype), core, a.to(module.base_dtype))
+
+
+def _add_on(model: Any, name: str, basis: str, cores: dict[str, Tensor]) -> None:
+    """An adapter on a basis with these R's; zero where there is none."""
+    model.add_adapter(name, LoRASBConfig(basis=basis))
+    for layer, module in layers_with(model, name).items():
+        if layer in cores:
+            module.lorasb_R[name].data.copy_(cores[layer])

@@ -1,0 +1,166 @@
+"""One basis for several adapters: what it keeps against plain SVDs in fp64, projection of LoRAs, and refusals."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from basis_models import a_layer, base, fill, with_basis
+from models import batches_for, logits
+from peft import LoraConfig, get_peft_model
+from tolerances import EXPORT, FP64, MERGE, ORTHONORMAL, RANKS, check
+from torch import Tensor
+
+import lorasb
+from lorasb.layers.lookup import layers_with
+from lorasb.tuner.joint_basis import Update, joint_factors
+
+
+def two(rank: int = 4) -> Any:
+    model = with_basis(r=rank, adapter_name="ada")
+    model.add_adapter("grace", lorasb.LoRASBConfig(r=rank, init="kaiming", init_seed=5))
+    for seed, name in enumerate(("ada", "grace")):
+        fill(model, name, seed)
+    return model
+
+
+def deltas(model: Any, name: str) -> dict[str, Tensor]:
+    return {layer: module.get_delta_weight(name).double() for layer, module in layers_with(model, name).items()}
+
+
+def outputs(model: Any, name: str) -> Tensor:
+    model.set_adapter(name)
+    with torch.no_grad():
+        return logits(model.eval())
+
+
+def test_a_basis_of_twice_the_rank_keeps_everything() -> None:
+    model = two()
+    wanted = {name: outputs(model, name) for name in ("ada", "grace")}
+    shares = lorasb.share_basis(model, ["ada", "grace"], "both", r=8)
+    for share in shares.overall.values():
+        check(torch.tensor(share), torch.tensor(1.0), RANKS)
+    for name, want in wanted.items():
+        check(outputs(model, name), want, MERGE)
+        assert a_layer(model, "both").lorasb_A[name] is a_layer(model, "both").lorasb_A["both"]
+    assert not a_layer(model, "both").lorasb_R["both"].any()
+
+
+def test_each_r_is_the_projection_and_the_shares_are_what_it_keeps() -> None:
+    model = two()
+    before = {name: deltas(model, name) for name in ("ada", "grace")}
+    shares = lorasb.share_basis(model, ["ada", "grace"], "both")
+    for name in ("ada", "grace"):
+        kept = total = 0.0
+        for layer, module in layers_with(model, name).items():
+            b, a = module.lorasb_B[name].double(), module.lorasb_A[name].double()
+            check(b.t() @ b, torch.eye(4, dtype=torch.float64), ORTHONORMAL)
+            want = b @ (b.t() @ before[name][layer] @ a.t()) @ a
+            check(module.get_delta_weight(name), want, EXPORT)
+            share = float(want.square().sum() / before[name][layer].square().sum())
+            assert abs(share - shares.by_layer[name][layer]) < 1e-5
+            kept, total = kept + float(want.square().sum()), total + float(before[name][layer].square().sum())
+        assert abs(kept / total - shares.overall[name]) < 1e-5
+        assert 0.2 < shares.overall[name] < 0.95  # half of the directions of two adapters that have none in common
+
+
+@pytest.mark.parametrize("r", [1, 3, 6])
+def test_the_joint_factors_keep_no_less_than_either_and_than_one_pass(r: int) -> None:
+    g = torch.Generator().manual_seed(r)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    updates = [Update.of(normal(20, 6), normal(6, 6), normal(6, 16)) for _ in range(3)]
+    dense = [one.left @ one.core @ one.right / one.energy**0.5 for one in updates]
+
+    def kept(b: Tensor, a: Tensor) -> float:
+        return sum(float((b.t() @ delta @ a.t()).square().sum()) for delta in dense)
+
+    b, a = joint_factors(updates, r)
+    check(b.t() @ b, torch.eye(r, dtype=torch.float64), FP64)
+    check(a @ a.t(), torch.eye(r, dtype=torch.float64), FP64)
+    one_pass = kept(torch.linalg.svd(torch.cat(dense, 1)).U[:, :r], torch.linalg.svd(torch.cat(dense, 0)).Vh[:r])
+    assert kept(b, a) >= one_pass - 1e-12
+    for delta in dense:
+        u, _, vh = torch.linalg.svd(delta)
+        assert kept(b, a) >= kept(u[:, :r], vh[:r]) - 1e-12
+    # a stationary point: neither factor can be improved given the other
+    best_b = torch.linalg.svd(torch.cat([delta @ a.t() for delta in dense], 1)).U[:, :r]
+    assert kept(best_b, a) <= kept(b, a) + 1e-3
+
+
+def test_updates_of_few_directions_are_completed_to_the_rank() -> None:
+    update = Update.of(torch.ones(6, 1), torch.ones(1, 1), torch.ones(1, 5))
+    b, a = joint_factors([update, update], 4)
+    check(b.t() @ b, torch.eye(4, dtype=torch.float64), FP64)
+    check(a @ a.t(), torch.eye(4, dtype=torch.float64), FP64)
+    check(update.on(b, a).square().sum(), torch.tensor(update.energy), FP64)
+
+
+def lora(folder: Path, source: Any = None, **options: Any) -> Tensor:
+    """A LoRA with random factors, or one that another adapter was exported to; its output."""
+    torch.manual_seed(1)
+    model = get_peft_model(base(), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", **options))
+    for parameter in (p for n, p in model.named_parameters() if "lora_" in n):
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return logits(model.eval())
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}])
+def test_a_lora_in_the_basis_is_projected_without_a_loss(tmp_path: Path, options: dict[str, Any]) -> None:
+    """On a basis of its own directions."""
+    want = lora(tmp_path / "lora", **options)
+    model = with_basis()
+    from lorasb.tuner.joint_basis import _lora_updates
+
+    for layer, update in _lora_updates(tmp_path / "lora").items():
+        layers_with(model, "default")[layer].set_factors("default", update.left, torch.zeros(4, 4), update.right)
+    lost = lorasb.project(model, tmp_path / "lora", "mine")
+    assert lost < 1e-6
+    check(outputs(model, "mine"), want, MERGE)
+
+
+def test_a_lora_that_would_lose_too_much_is_refused_unless_that_is_meant(tmp_path: Path) -> None:
+    lora(tmp_path / "lora")
+    model = with_basis()
+    with pytest.raises(ValueError, match=r"would lose 9\d\.\d% of its energy on the basis 'default', more than 10\.0%"):
+        lorasb.project(model, tmp_path / "lora", "mine")
+    assert list(model.peft_config) == ["default"]
+    lost = lorasb.project(model, tmp_path / "lora", "mine", most_lost=1.0)
+    assert 0.9 < lost < 1.0
+    assert torch.isfinite(outputs(model, "mine")).all()
+
+
+def test_an_exported_adapter_comes_back_as_it_was(tmp_path: Path) -> None:
+    model = two()
+    want = outputs(model, "ada")
+    lorasb.export_lora(model, tmp_path / "lora", adapter_name="ada")
+    assert lorasb.project(model, tmp_path / "lora", "again", basis="ada") < 1e-6
+    check(outputs(model, "again"), want, MERGE)
+
+
+def test_what_cannot_share_is_refused(tmp_path: Path) -> None:
+    model = two()
+    with pytest.raises(ValueError, match="expected two adapters or more to share a basis"):
+        lorasb.share_basis(model, ["ada", "ada"], "both")
+    with pytest.raises(ValueError, match="'nobody' has 0, 'ada' 14"):
+        lorasb.share_basis(model, ["ada", "nobody"], "both")
+    fresh = copy.deepcopy(model)
+    fresh.add_adapter("new", lorasb.LoRASBConfig(r=4))
+    with pytest.raises(ValueError, match="'new' has not been initialized"):
+        lorasb.share_basis(fresh, ["ada", "new"], "both")
+    with pytest.raises(ValueError, match=r"expected a LoRA adapter with adapter_config\.json"):
+        lorasb.project(model, tmp_path, "mine", basis="ada")
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"expected a plain LoRA in .*, got LORASB"):
+        lorasb.project(model, tmp_path / "saved" / "ada", "mine", basis="ada")
+    model.add_adapter("user", lorasb.LoRASBConfig(basis="ada"))
+    with pytest.raises(ValueError, match="'ada' is the basis of user: delete those first"):
+        lorasb.share_basis(model, ["ada", "grace"], "both")
+    assert set(model.peft_config) == {"ada", "grace", "user"}
+    assert batches_for("llama")
