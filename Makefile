@@ -107,6 +107,7 @@ bench: install $(QUANTIZERS)/.installed
 	$(MAKE) bench-init ROUNDS=2
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.training.step --seconds 40 --output $(RESULTS)
 	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(abspath $(QUANTIZERS)) $(BIN)/python -m benchmarks.training.opaque_bases --seconds 20 --output $(RESULTS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.serving.many_adapters --seconds 40 --output $(RESULTS)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.training.startup --output $(RESULTS)
 	$(BIN)/python -m benchmarks.reporting --readme README.md
 

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.layers import suite_report
 from benchmarks.quantized import readme_table as four_bits_table
 from benchmarks.reporting.markdown import picture, read_json, table, where
+from benchmarks.serving import many_adapters
 from benchmarks.training import initialization as initialization
 from benchmarks.training import opaque_bases, step
 
@@ -21,7 +22,7 @@ turn, with the 20th and 80th percentile where a range is given. Below 1 is less 
 def section(folder: Path) -> list[str]:
     """Every file of results that is there."""
     out = ["## Speed and memory", "", INTRODUCTION, ""]
-    for part in (layers, four_bits, starts, training_step, other_quantizers, startup, gpus):
+    for part in (layers, four_bits, starts, training_step, other_quantizers, many, startup, gpus):
         out += [*part(folder), ""]
     return out
 
@@ -117,6 +118,18 @@ def other_quantizers(folder: Path) -> Iterator[str]:
         yield ""
         lines = [[base, *opaque_bases.cells(ways)] for base, ways in found["bases"].items()]
         yield from table(["base", *opaque_bases.HEAD], lines)
+
+
+def many(folder: Path) -> Iterator[str]:
+    """Adapters on one basis."""
+    if found := read_json(folder / many_adapters.FILE):
+        yield from ("### Many adapters on one basis, on a CPU", "", where(found), "")
+        dtype = found["machine"].get("dtype", "bf16")
+        yield f"SmolLM2-135M, {dtype}, r={many_adapters.RANK}; a step decodes one token of {many_adapters.ROWS} rows:"
+        yield ""
+        yield from table(list(many_adapters.HEAD), many_adapters.rows(found))
+        for sentence in many_adapters.sentences(found):
+            yield from ("", sentence)
 
 
 def startup(folder: Path) -> Iterator[str]:

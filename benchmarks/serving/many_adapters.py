@@ -32,6 +32,8 @@ from lorasb.utils.atomic_files import write_json
 FILE = "many-adapters-cpu.json"
 ROWS, PROMPT, RANK, PEFT_RANK, MANY = 64, 16, 64, 32, 1000
 ONE, BATCH, OF_MANY, PEFT = "one adapter", "64 adapters", "64 of 1000 adapters", "PEFT LoRA r=32, 64 adapters"
+TRAINED, TOKENS = 16, 128
+APART, TOGETHER = "16 adapters, a batch of one row each", "16 adapters in one batch of 16 rows"
 ONE_4BIT, BATCH_4BIT = "4 bits, one adapter", "4 bits, 64 adapters"
 HEAD = ("", "step (p20 to p80)", "tokens/s", "time, over one adapter's")
 
@@ -136,6 +138,40 @@ def decoding(seconds: float) -> dict[str, Any]:
     return found | {OF_MANY: asdict(again[OF_MANY])}
 
 
+class Training:
+    """A step of AdamW of several adapters: of a row each, in one batch or one batch after the other."""
+
+    def __init__(self, model: Any, together: bool) -> None:
+        self.model, self.together = model.train(), together
+        names = users(TRAINED)
+        self.optimizer = torch.optim.AdamW(lorasb.adapter_parameter_groups(model, names, 1e-4))
+        self.names = names
+        self.ids = torch.randint(3, 49000, (TRAINED, TOKENS), generator=torch.Generator().manual_seed(0))
+
+    def _step(self, rows: slice) -> None:
+        self.optimizer.zero_grad()
+        names, ids = self.names[rows], self.ids[rows]
+        logits = self.model(input_ids=ids, adapter_names=names).logits
+        torch.stack(list(lorasb.adapter_losses(logits, ids, names).values())).sum().backward()
+        self.optimizer.step()
+
+    def __call__(self, _: int) -> None:
+        if self.together:
+            self._step(slice(TRAINED))
+            return
+        for i in range(TRAINED):
+            self._step(slice(i, i + 1))
+
+
+def training(seconds: float) -> dict[str, Any]:
+    """Times of a step of sixteen adapters, in turns."""
+    model = ours()
+    for name in users(TRAINED):
+        model.add_adapter(name, lorasb.LoRASBConfig(basis="default"))
+    ways = {APART: Training(model, together=False), TOGETHER: Training(model, together=True)}
+    return {name: asdict(stats) for name, stats in measure(dict(ways), "cpu", seconds, least=6).items()}
+
+
 def costs() -> dict[str, float]:
     """Bytes of an adapter, and times to load, add and remove one."""
     model = ours()
@@ -194,6 +230,11 @@ def sentences(found: dict[str, Any]) -> Iterator[str]:
         f"{cost['load_seconds']:.1f} s, one is added in {cost['add_ms']:.2f} ms and removed in "
         f"{cost['remove_ms']:.3f} ms."
     )
+    apart, together = (found["training"][name]["p50"] for name in (APART, TOGETHER))
+    yield (
+        f"A training step of {TRAINED} adapters, {TOKENS} tokens of each, takes {together:.0f} ms in one batch and "
+        f"{apart:.0f} ms one after the other: {apart / together:.1f} times the tokens per second."
+    )
 
 
 def main() -> None:
@@ -205,7 +246,11 @@ def main() -> None:
     options = parser.parse_args()
     use_dtype(options.dtype)
     torch.manual_seed(0)
-    found = {"costs": costs(), "decoding": decoding(options.seconds)}
+    found = {
+        "costs": costs(),
+        "training": training(options.seconds / 3),
+        "decoding": decoding(options.seconds),
+    }
     table = Table(title=f"decoding {ROWS} rows with SmolLM2-135M, {dtype_name()}")
     for name in HEAD:
         table.add_column(name, justify="right" if name else "left")
