@@ -32,8 +32,8 @@ from lorasb.utils.atomic_files import write_json
 FILE = "many-adapters-cpu.json"
 ROWS, PROMPT, RANK, PEFT_RANK, MANY = 64, 16, 64, 32, 1000
 ONE, BATCH, OF_MANY, PEFT = "one adapter", "64 adapters", "64 of 1000 adapters", "PEFT LoRA r=32, 64 adapters"
-TRAINED, TOKENS = 16, 128
-APART, TOGETHER = "16 adapters, a batch of one row each", "16 adapters in one batch of 16 rows"
+TRAINED, TOKENS = 16, (16, 128)  # adapters, and tokens of a row
+APART, TOGETHER, ALONE = "one after the other", "in one batch", "one adapter, the same batch"
 ONE_4BIT, BATCH_4BIT = "4 bits, one adapter", "4 bits, 64 adapters"
 HEAD = ("", "step (p20 to p80)", "tokens/s", "time, over one adapter's")
 
@@ -139,14 +139,14 @@ def decoding(seconds: float) -> dict[str, Any]:
 
 
 class Training:
-    """A step of AdamW of several adapters: of a row each, in one batch or one batch after the other."""
+    """A step of AdamW of several adapters: of a row each, in one batch, one batch after the other, or all of one."""
 
-    def __init__(self, model: Any, together: bool) -> None:
-        self.model, self.together = model.train(), together
-        names = users(TRAINED)
-        self.optimizer = torch.optim.AdamW(lorasb.adapter_parameter_groups(model, names, 1e-4))
-        self.names = names
-        self.ids = torch.randint(3, 49000, (TRAINED, TOKENS), generator=torch.Generator().manual_seed(0))
+    def __init__(self, model: Any, way: str, tokens: int) -> None:
+        self.model, self.way = model.train(), way
+        self.names = [users(1)[0]] * TRAINED if way == ALONE else users(TRAINED)
+        self.groups = lorasb.adapter_parameter_groups(model, users(TRAINED), 1e-4)
+        self.optimizer = torch.optim.AdamW(self.groups)
+        self.ids = torch.randint(3, 49000, (TRAINED, tokens), generator=torch.Generator().manual_seed(0))
 
     def _step(self, rows: slice) -> None:
         self.optimizer.zero_grad()
@@ -156,20 +156,23 @@ class Training:
         self.optimizer.step()
 
     def __call__(self, _: int) -> None:
-        if self.together:
-            self._step(slice(TRAINED))
-            return
-        for i in range(TRAINED):
+        for i in range(TRAINED) if self.way == APART else ():
             self._step(slice(i, i + 1))
+        if self.way != APART:
+            self._step(slice(TRAINED))
 
 
 def training(seconds: float) -> dict[str, Any]:
-    """Times of a step of sixteen adapters, in turns."""
+    """Times of a step of sixteen adapters, in turns, by the number of tokens."""
     model = ours()
     for name in users(TRAINED):
         model.add_adapter(name, lorasb.LoRASBConfig(basis="default"))
-    ways = {APART: Training(model, together=False), TOGETHER: Training(model, together=True)}
-    return {name: asdict(stats) for name, stats in measure(dict(ways), "cpu", seconds, least=6).items()}
+    found = {}
+    for tokens in TOKENS:
+        ways = {way: Training(model, way, tokens) for way in (APART, TOGETHER, ALONE)}
+        stats = measure(dict(ways), "cpu", seconds / len(TOKENS), least=4)
+        found[str(tokens)] = {name: asdict(one) for name, one in stats.items()}
+    return found
 
 
 def costs() -> dict[str, float]:
@@ -230,11 +233,13 @@ def sentences(found: dict[str, Any]) -> Iterator[str]:
         f"{cost['load_seconds']:.1f} s, one is added in {cost['add_ms']:.2f} ms and removed in "
         f"{cost['remove_ms']:.3f} ms."
     )
-    apart, together = (found["training"][name]["p50"] for name in (APART, TOGETHER))
-    yield (
-        f"A training step of {TRAINED} adapters, {TOKENS} tokens of each, takes {together:.0f} ms in one batch and "
-        f"{apart:.0f} ms one after the other: {apart / together:.1f} times the tokens per second."
-    )
+    for tokens, times in found["training"].items():
+        apart, together, alone = (times[name]["p50"] for name in (APART, TOGETHER, ALONE))
+        yield (
+            f"A training step of {TRAINED} adapters, {tokens} tokens of each, takes {together:.0f} ms in one batch and "
+            f"{apart:.0f} ms one after the other, {apart / together:.1f} times as long; the same batch of one adapter "
+            f"takes {alone:.0f} ms."
+        )
 
 
 def main() -> None:
@@ -248,7 +253,7 @@ def main() -> None:
     torch.manual_seed(0)
     found = {
         "costs": costs(),
-        "training": training(options.seconds / 3),
+        "training": training(options.seconds / 2),
         "decoding": decoding(options.seconds),
     }
     table = Table(title=f"decoding {ROWS} rows with SmolLM2-135M, {dtype_name()}")
