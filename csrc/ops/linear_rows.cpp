@@ -97,7 +97,8 @@ void fetch(const char* core, int64_t bytes) {
 void check_range(const at::Tensor& index, int64_t count) {
   const int64_t* values = index.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < index.size(0); ++i) {
-    TORCH_CHECK_INDEX(values[i] >= -1 && values[i] < count, "expected index in [-1, ", count, "), got ", values[i]);
+    TORCH_CHECK_INDEX(values[i] >= -1 && values[i] < count, "expected index in [-1, ", count, "), one of ", count,
+                      " adapters or -1 for none, got ", values[i]);
   }
 }
 

@@ -7,7 +7,7 @@ B are those of one adapter for the whole batch: only v_i = s·u_i R_kᵀ differs
 
 W is `weight`, or quantized (`quant`, `layout`, as in `linear_quantized`), or none of them: the adapter's part alone.
 The op returns y and u [M, r], M tokens. `index` is int64 on the CPU, for any device of x, so that a wrong one is an
-error before anything runs. dR_k sums over its own rows in their order, with no atomics.
+error before any R is read. dR_k sums over its own rows in their order, with no atomics.
 """
 
 from __future__ import annotations

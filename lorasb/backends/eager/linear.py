@@ -86,13 +86,13 @@ def times_core(left: Tensor, core: Tensor, scale: float) -> Tensor:
 
 
 def core_gradient(t: Tensor, u: Tensor, core: Tensor, scale: float) -> Tensor:
-    """dR = s·tᵀ u [r, r] in R's dtype.
+    """dR = s·tᵀ u [r, r] in R's dtype, or of several R's at once, t and u [K, M, r].
 
     In bf16 the GEMM sums in fp32 and rounds its result once, as autograd would. In fp16 that result, a sum over all
     tokens, could overflow: t and u [M, r] are widened instead.
     """
     in_bf16 = t.dtype == torch.bfloat16
-    dcore = (t.t() @ u).to(core.dtype) if in_bf16 else t.to(core.dtype).t() @ u.to(core.dtype)
+    dcore = (t.mT @ u).to(core.dtype) if in_bf16 else t.to(core.dtype).mT @ u.to(core.dtype)
     return dcore if scale == 1.0 else dcore.mul_(scale)
 
 

@@ -57,7 +57,8 @@ def extended_transposed(rows: Tensor, weight: Tensor | None, quant: Quant, w: Te
 
 def times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transposed: bool) -> Tensor:
     """s·left_i R_kᵀ of every row, or s·left_i R_k; zero where k = -1. The scaled R is rounded to left's dtype first."""
-    if len(index) == 0 or len(left) == 0:
+    check_index(index, len(cores))
+    if len(index) == 0 or len(left) == 0 or len(cores) == 0:
         return torch.zeros_like(left)
     chosen = cores.index_select(0, index.clamp(min=0).to(cores.device))
     chosen = (chosen if scale == 1.0 else chosen * scale).to(left.dtype)
@@ -70,14 +71,18 @@ def times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transp
 def core_gradients(t: Tensor, u: Tensor, cores: Tensor, index: Tensor, scale: float) -> Tensor:
     """dR_k = s·t_kᵀ u_k [K, r, r] in R's dtype, over the rows of k in their order, as if k had been the only one."""
     gradients = torch.zeros_like(cores)
-    if len(index) == 0:
+    order = index.argsort(stable=True)[int((index < 0).sum()) :]  # rows by adapter, those of none left out
+    if len(order) == 0:
         return gradients
-    t_rows, u_rows = (tensor.view(len(index), -1, tensor.shape[1]) for tensor in (t, u))
-    for k in index.unique().tolist():
-        if k >= 0:
-            mine = (index == k).nonzero().flatten().to(t.device)
-            t_k, u_k = (tensor.index_select(0, mine).flatten(0, 1) for tensor in (t_rows, u_rows))
-            gradients[k] = core_gradient(t_k, u_k, cores, scale)
+    present, counts = index[order].unique_consecutive(return_counts=True)
+    rows = order.to(t.device)
+    t_rows, u_rows = (one.view(len(index), -1, one.shape[1]).index_select(0, rows) for one in (t, u))
+    if bool((counts == counts[0]).all()):  # one batched product, where each adapter has as many rows
+        t_rows, u_rows = (one.reshape(len(present), -1, one.shape[2]) for one in (t_rows, u_rows))
+        gradients[present.to(t.device)] = core_gradient(t_rows, u_rows, cores, scale)
+        return gradients
+    for k, t_k, u_k in zip(present.tolist(), t_rows.split(counts.tolist()), u_rows.split(counts.tolist()), strict=True):
+        gradients[k] = core_gradient(t_k.flatten(0, 1), u_k.flatten(0, 1), cores, scale)
     return gradients
 
 
@@ -102,7 +107,6 @@ def compute(
     Raises:
         IndexError: an entry of the index is no adapter.
     """
-    check_index(index, len(cores))
     with no_autocast(x):
         rows = x.reshape(-1, x.shape[-1])
         u = products.thin(rows, a)
