@@ -130,6 +130,7 @@ def many(folder: Path) -> Iterator[str]:
         yield from table(list(many_adapters.HEAD), many_adapters.rows(found))
         for sentence in many_adapters.sentences(found):
             yield from ("", sentence)
+        yield from picture("Memory by number of adapters, and tokens per second", f"results/{many_adapters.PICTURE}")
 
 
 def startup(folder: Path) -> Iterator[str]:

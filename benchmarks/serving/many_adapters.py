@@ -26,10 +26,11 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import lorasb
 from benchmarks.common.timing import dtype_name, dtype_option, measure, measured_dtype, provenance, use_dtype
+from benchmarks.serving.picture import draw
 from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
 from lorasb.utils.atomic_files import write_json
 
-FILE = "many-adapters-cpu.json"
+FILE, PICTURE = "many-adapters-cpu.json", "many-adapters.png"
 ROWS, PROMPT, RANK, PEFT_RANK, MANY = 64, 16, 64, 32, 1000
 ONE, BATCH, OF_MANY, PEFT = "one adapter", "64 adapters", "64 of 1000 adapters", "PEFT LoRA r=32, 64 adapters"
 TRAINED, TOKENS = 16, (16, 128)  # adapters, and tokens of a row
@@ -199,7 +200,9 @@ def costs() -> dict[str, float]:
         bank.remove("new")
         removing.append(time.perf_counter() - start)
     numbers = sum(c.r**2 for c in bank.columns.values())
+    lora = sum(PEFT_RANK * (layer.in_features + layer.out_features) for layer in bank.layers.values())
     return {
+        "lora_bytes": 4 * lora,  # PEFT keeps its factors in fp32
         "adapter_bytes": bank.storage.nbytes / len(bank.storage),
         "bytes_of_its_numbers": numbers * bank.storage.element_size(),
         "load_seconds": loading,
@@ -242,6 +245,18 @@ def sentences(found: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def draw_found(found: dict[str, Any], path: Path) -> None:
+    """The picture of what was measured."""
+    cost, times = found["costs"], found["decoding"]
+    sizes = {
+        f"LoRA, r={PEFT_RANK}, fp32": cost["lora_bytes"],
+        f"R alone, r={RANK}, fp32": cost["adapter_bytes"],
+        f"R alone, r={RANK}, bf16": cost["adapter_bytes"] / 2,
+    }
+    tokens = {name: 1e3 * ROWS * Steps.COUNT / times[name]["p50"] for name in (PEFT, BATCH, OF_MANY, ONE)}
+    draw(sizes, tokens, path)
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -266,6 +281,7 @@ def main() -> None:
     console.print(*sentences(found))
     if options.output:
         write_json(options.output / FILE, {**provenance(), **found})
+        draw_found(found, options.output / PICTURE)
 
 
 if __name__ == "__main__":

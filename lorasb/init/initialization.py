@@ -82,6 +82,7 @@ def initialize(
     bytes_allowed = parse_size(memory_budget)
 
     def one(batches: Any, adapter_name: str | None) -> InitReport:
+        """Initialize one adapter."""
         name, layers = _unmerged_layers(model, adapter_name)
         recipe = Recipe(name, lr or 0.0, update, seed, longest_start if update != "sgd" else None)  # Theorem 6
         options = Options(recipe, num_samples, strategy, blocks, bytes_allowed, loss_fn, cache, stability, progress)
