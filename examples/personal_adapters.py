@@ -44,8 +44,7 @@ for step in range(steps):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    if step in (0, steps - 1):
-        print(f"step {step}: mean loss {loss.item() / len(people):.3f}")
+    print(f"step {step}: mean loss {loss.item() / len(people):.3f}")
 
 with tempfile.TemporaryDirectory() as saved:
     model.save_pretrained(saved, selected_adapters=people)
