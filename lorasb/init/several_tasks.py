@@ -10,7 +10,7 @@ from torch import nn
 
 from ..layers.lookup import adapted_layers
 from ..tuner.config import LoRASBConfig
-from ..tuner.joint_basis import KeptShares, share_basis
+from ..tuner.joint_basis import KeptShares, share_into
 from .report.init_report import InitReport
 
 
@@ -56,19 +56,18 @@ def initialize_tasks(
         raise ValueError(f"expected two tasks or more, with names that no adapter has: {found}")
     config: LoRASBConfig = model.peft_config[basis]
     reports: dict[str, InitReport] = {}
+    active = list(model.active_adapters)
     try:
         for task, batches in tasks.items():
             model.add_adapter(task, _like(config, layers, basis))
             reports[task] = initialize(batches, task)
+        shares = share_into(model, list(tasks), basis)
     except BaseException:
+        model.base_model.set_adapter(active)
         for task in (one for one in tasks if one in model.peft_config):
             model.delete_adapter(task)
         raise
-    # the adapter that was there gives its name to the new basis; by another one first, as a name is free only then
-    model.set_adapter(next(iter(tasks)))
-    model.delete_adapter(basis)
-    shares = share_basis(model, list(tasks), basis)
-    model.set_adapter(basis)
+    model.base_model.set_adapter(active)
     return TasksReport(reports, shares)
 
 
@@ -82,5 +81,7 @@ def _like(config: LoRASBConfig, layers: Mapping[str, nn.Module], basis: str) -> 
         scaling=config.scaling,
         lora_dropout=config.lora_dropout,
         wide_factors=config.wide_factors,
+        equivalent_gradient=config.equivalent_gradient,
+        lora_alpha=config.lora_alpha,
         init_seed=config.init_seed,
     )

@@ -17,6 +17,7 @@ from ..quantization.quantized_weight import QuantizedWeight
 from ..utils.dtypes import HALVES
 from . import merging, row_cores
 from .base_weight import FrozenBase
+from .bases import Bases
 from .initialized import guarded_core, has_values
 from .offloading import factors_on_device
 from .parameter_dicts import LOADED, Cores, FrozenFactors, shard_like
@@ -35,7 +36,7 @@ class Group(Protocol):
         """y of one member; None if the layer has to be computed alone."""
 
 
-class LoRASBLinear(FrozenBase, Scales):
+class LoRASBLinear(Bases, FrozenBase, Scales):
     """y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias, with W, A and B frozen and R trained (paper, Eq. 3 and 8).
 
     With orthonormal A and B, the plain gradient of R is the one whose effect on W is closest to full fine-tuning
@@ -101,7 +102,7 @@ class LoRASBLinear(FrozenBase, Scales):
         self.equivalent: dict[str, bool] = {}
         self.wide_factors: dict[str, bool] = {}
         self.initialized: dict[str, bool] = {}
-        self.basis: dict[str, str] = {}  # of adapters that have another one's A and B: its name
+        self.basis: dict[str, str] = {}
         self._preconditioners: dict[str, Preconditioner] = {}
         self.siblings: Group | None = None  # set by `linear_group.form` once the model is patched
         self.stored_cores: StoredCores | None = None  # set by a bank of adapters
@@ -150,13 +151,6 @@ class LoRASBLinear(FrozenBase, Scales):
             self.lorasb_R[adapter_name].data.copy_(self.lorasb_R[start_at].detach())
         # The new R requires gradients only if its adapter is active.
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-
-    def stand_on(self, adapter_name: str, basis: str) -> None:
-        """Give an adapter the A and B of another one: the same tensors, as neither is trained."""
-        self.basis[adapter_name], self.initialized[adapter_name] = basis, self.is_initialized(basis)
-        self.wide_factors[adapter_name] = self.wide_factors[basis]
-        for factors in (self.lorasb_A, self.lorasb_B):
-            factors[adapter_name] = factors[basis]
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, b: Tensor, core: Tensor, a: Tensor) -> None:
@@ -314,10 +308,7 @@ class LoRASBLinear(FrozenBase, Scales):
                 new = nn.Parameter(old.detach().to(device, dtype), requires_grad=old.requires_grad)
                 new.__dict__.update(old.__dict__)  # attributes set from outside, as transformers' loaded flag
                 factors[adapter_name] = new
-        # a loader or a change of dtype puts tensors of its own into the place of those that are shared
-        for name, basis in self.basis.items():
-            if adapter_name in (name, basis) and self.lorasb_A[name] is not self.lorasb_A[basis]:
-                self.stand_on(name, basis)
+        self.share_again(adapter_name)
 
     def factor_dtype_of(self, adapter_name: str) -> torch.dtype:
         """The dtype of an adapter's A and B: the base's, or fp32 (`wide_factors`)."""

@@ -65,6 +65,7 @@ def refuse_shared_basis(layers: dict[str, LoRASBLinear], adapter_name: str) -> N
                 "replace there, too: make an adapter with factors of its own, without basis=..."
             )
         others = [name for name, basis in layer.basis.items() if basis == adapter_name]
+        others += ["the model's bank"] if layer.serves_bank(adapter_name) else []
         if others:
             raise ValueError(
                 f"adapter {adapter_name!r} is the basis of {', '.join(others[:3])}, whose R would mean nothing on "

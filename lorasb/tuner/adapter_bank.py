@@ -22,18 +22,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..checkpoints import shared_factors
-from ..checkpoints.adapter_file import group_by_layer, read_config
-from ..constants import BASE_ROW, WEIGHTS_NAME
+from ..constants import BASE_ROW
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import adapted_layers, layers_with
 from ..layers.weight_adapter import LoRASBWeight
 from ..utils import huge_pages
-from ..utils.atomic_files import safetensors_header
 from ..utils.dtypes import FLOATS
+from . import bank_files
 from . import basis as bases
 
 BLOCK = 64  # adapters that capacity grows by
@@ -66,15 +65,15 @@ class LayerCores:
         self.bank, self.basis = bank, bank.basis
         self._columns = slice(columns.first, columns.first + columns.r**2)
         self._shape = columns.r, columns.r
-        self._whole: Tensor | None = None
-        self._view: Any = None
+        self._seen: tuple[Tensor | None, Any] = (None, None)  # storage and its view, replaced together
 
     def stack(self) -> Tensor:
         """[capacity, r, r], a view; made again where the bank has grown."""
-        whole = self.bank.storage
-        if whole is not self._whole:
-            self._whole, self._view = whole, whole[:, self._columns].unflatten(1, self._shape)
-        return self._view
+        whole, (seen, view) = self.bank.storage, self._seen
+        if whole is not seen:
+            view = whole[:, self._columns].unflatten(1, self._shape)
+            self._seen = whole, view
+        return cast(Tensor, view)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerCores | None:
         """A part of the copied model's bank; None for a layer that is copied without its model."""
@@ -82,7 +81,7 @@ class LayerCores:
         if bank is None:
             return None
         new = object.__new__(LayerCores)
-        vars(new).update(vars(self) | {"bank": bank, "_whole": None})
+        vars(new).update(vars(self) | {"bank": bank, "_seen": (None, None)})
         return new
 
 
@@ -112,6 +111,7 @@ class AdapterBank:
         block: int = BLOCK,
         resident: int | None = None,
     ) -> None:
+        model = getattr(model, "_orig_mod", model)  # of torch.compile: names in files are without it
         _, found = adapted_layers(model, basis)
         layers = {name: layer for name, layer in found.items() if not isinstance(layer, LoRASBWeight)}
         _check(layers, found, basis, dtype, block, resident)
@@ -123,7 +123,8 @@ class AdapterBank:
             self.columns[name] = Columns(size, layer.r[basis])
             size += layer.r[basis] ** 2
         device = next(iter(layers.values())).execution_device
-        self.storage = torch.zeros((0, size), dtype=dtype, device=device)
+        with torch.inference_mode(False):
+            self.storage = torch.zeros((0, size), dtype=dtype, device=device)
         self.digest = shared_factors.digest(bases.frozen_factors(layers, basis))
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._free: list[int] = []
@@ -152,7 +153,8 @@ class AdapterBank:
         return self.storage.shape[1] * self.storage.element_size()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._slots or name in self._waiting
+        with self._lock:
+            return name in self._slots or name in self._waiting
 
     def __len__(self) -> int:
         return len(self._slots) + len(self._waiting)
@@ -204,16 +206,16 @@ class AdapterBank:
 
         A file that is cut short, or whose adapter stands on other A and B, is left out and named in the report.
         """
-        report, found = LoadReport(), [path for folder in folders for path in _adapters_in(Path(folder))]
+        report, found = LoadReport(), [path for folder in folders for path in bank_files.adapters_in(Path(folder))]
         with self._lock:
             wanted = len(self) + len(found)
             self._reserve(wanted if self.resident is None else min(wanted, self.resident))
         for path in found:
             try:
                 self._check_name(path.name)
-                self._put(path.name, self._row(path.name, self._read(path)))
+                self._put(path.name, self._row(path.name, self._cores_of(path)))
                 report.loaded.append(path.name)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, SafetensorError) as error:
                 report.failed[path.name] = str(error)
         return report
 
@@ -262,7 +264,7 @@ class AdapterBank:
         return new
 
     def _put(self, name: str, row: Tensor) -> None:
-        with self._lock:
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             if name in self._slots:
                 self.storage[self._slots[name]] = row.to(self.storage.device)
             elif self.resident is not None and len(self._slots) >= self.resident:
@@ -271,6 +273,8 @@ class AdapterBank:
                 self._waiting.pop(name, None)
                 self._fill(name, row)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _make_resident(self, name: str) -> None:
         """Mark an adapter as used last, on the device."""
         if name not in self._slots:
@@ -300,6 +304,8 @@ class AdapterBank:
         self.storage[slot] = row.to(self.storage.device)
         self._slots[name] = slot
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _reserve(self, capacity: int) -> None:
         """Room for so many adapters, in whole blocks; those that are there keep their slots."""
         old = len(self.storage)
@@ -332,20 +338,8 @@ class AdapterBank:
                 raise ValueError(f"expected an adapter of the model on the A and B of {self.basis!r}, got {adapter!r}")
         return {name: layer.lorasb_R[adapter] for name, layer in layers.items()}
 
-    def _read(self, folder: Path) -> dict[str, Tensor]:
-        """R's of an adapter's folder, after a check of the A and B that they belong to."""
-        read_config(folder)
-        file = folder / WEIGHTS_NAME
-        if not file.is_file():
-            raise ValueError(f"expected {WEIGHTS_NAME} in {folder}, found none")
-        safetensors_header(file)  # raises for a truncated file
-        tensors = load_file(str(file))
-        digest = shared_factors.referenced_digest(tensors)
-        if digest is None:
-            digest = shared_factors.digest({k: v for k, v in tensors.items() if shared_factors.is_factor(k)})
-        if digest != self.digest:
-            raise ValueError(f"{folder} stands on other A and B than adapter {self.basis!r} has")
-        return {layer: parts["lorasb_R"] for layer, parts in group_by_layer(tensors).items() if "lorasb_R" in parts}
+    def _cores_of(self, folder: Path) -> dict[str, Tensor]:
+        return bank_files.cores_of(folder, self.digest, {n: one.scaling[self.basis] for n, one in self.layers.items()})
 
     def _check_name(self, name: str) -> None:
         if name == BASE_ROW or name in getattr(self._model(), "peft_config", ()):
@@ -354,12 +348,6 @@ class AdapterBank:
     def _unknown(self, names: Sequence[str]) -> str:
         shown = ", ".join(map(repr, names[:3]))
         return f"no adapter {shown} in the bank, which has {len(self)}: bank.load(folder) or bank.add(name)"
-
-
-def _adapters_in(folder: Path) -> list[Path]:
-    """The adapter's folder itself, or those in it."""
-    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    return [folder] if (folder / WEIGHTS_NAME).is_file() or not inside else inside
 
 
 def _check(

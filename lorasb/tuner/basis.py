@@ -2,56 +2,68 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoints import shared_factors
+from ..checkpoints.adapter_file import group_by_layer
 from ..constants import FROZEN_FACTORS
 from ..layers.linear import LoRASBLinear
-from ..layers.lookup import layers_with, standing_on
+from ..layers.lookup import layers_with, refuse_shared_basis, standing_on
 from .config import LoRASBConfig
 
+# What R means beside A and B, which a file of R alone has to say, too.
+COPIED = ("init", "lora_alpha", "scaling", "wide_factors", "task_type", "target_parameters")
 
-def resolve(model: nn.Module, config: LoRASBConfig) -> None:
-    """Write the layers and ranks of the basis into the config of an adapter that is to stand on it.
 
-    One that comes from a file may do without: its A and B are found later, beside the file or in the model.
+def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, Any]) -> None:
+    """Write the layers, ranks and scaling of the basis into the config of an adapter that is to stand on it.
+
+    One that comes from a file has them, and stands on A and B once their digest has been found (`loading`).
 
     Raises:
         ValueError: the model has no such adapter, it was not initialized, or another rank is asked for.
     """
-    layers = layers_with(model, config.basis) if config.basis else {}
-    if not layers:
-        if config.basis and not config.from_file:
-            known = sorted({n for m in model.modules() if isinstance(m, LoRASBLinear) for n in m.lorasb_R})
-            raise ValueError(
-                f"basis={config.basis!r} is no adapter of this model, which has {', '.join(known) or 'none'}: make and "
-                "initialize that one first"
-            )
+    if not config.basis or config.from_file:
         return
-    ranks = {name: layer.r[str(config.basis)] for name, layer in layers.items()}
-    if config.r is not None and not config.from_file and config.r != max(ranks.values()):
+    layers = layers_with(model, config.basis)
+    if not layers:
+        known = sorted({n for m in model.modules() if isinstance(m, LoRASBLinear) for n in m.lorasb_R})
+        raise ValueError(
+            f"basis={config.basis!r} is no adapter of this model, which has {', '.join(known) or 'none'}: make and "
+            "initialize that one first"
+        )
+    ranks = {name: layer.r[config.basis] for name, layer in layers.items()}
+    if config.r is not None and config.r != max(ranks.values()):
         raise ValueError(
             f"an adapter on {config.basis!r} has its rank, {max(ranks.values())}, got r={config.r}: leave r out"
         )
-    fresh = [name for name, layer in layers.items() if not layer.is_initialized(str(config.basis))]
-    if fresh and not config.from_file:
+    fresh = [name for name, layer in layers.items() if not layer.is_initialized(config.basis)]
+    if fresh:
         raise ValueError(
             f"basis {config.basis!r} has not been initialized ({fresh[0]}): call lorasb.initialize(model, dataloader, "
             f"adapter_name={config.basis!r}, lr=...) first"
         )
-    config.target_modules, config.target_parameters = set(layers), None
+    for field in COPIED if config.basis in configs else ():
+        setattr(config, field, copy.deepcopy(getattr(configs[config.basis], field)))
+    config.target_modules = set(layers)
     config.r = max(ranks.values())
     config.rank_pattern = {re.escape(name): rank for name, rank in ranks.items() if rank != config.r}
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.start_at = config.basis if config.basis_start == "same" else None
+    config.basis = next(iter(layers.values())).basis.get(config.basis, config.basis)  # whose the tensors are
 
 
 def refuse_deletion(model: nn.Module, adapter_name: str) -> None:
     """Raise a ValueError for an adapter whose A and B others have."""
     others = standing_on(model, adapter_name)
+    if any(layer.serves_bank(adapter_name) for layer in layers_with(model, adapter_name).values()):
+        raise ValueError(f"adapter {adapter_name!r} is the basis of the model's bank: call bank.detach() first")
     if others:
         raise ValueError(
             f"adapter {adapter_name!r} is the basis of {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}: "
@@ -65,7 +77,14 @@ def without_factors(
     """An adapter's tensors for a file: R, and the digest of A and B in the place of those of another adapter."""
     if not any(adapter_name in layer.basis for layer in layers.values()):
         return tensors
-    digest = shared_factors.digest(frozen_factors(layers, adapter_name))
+    # of the tensors that were gathered to be saved, as those of the layers may be shards
+    given = {
+        f"{name}.{part}": value
+        for name, parts in group_by_layer(tensors).items()
+        for part, value in parts.items()
+        if part in FROZEN_FACTORS
+    }
+    digest = shared_factors.digest(given if given else frozen_factors(layers, adapter_name))
     own = {key: value for key, value in tensors.items() if not shared_factors.is_factor(key)}
     return own | {shared_factors.DIGEST: torch.tensor(list(digest), dtype=torch.uint8)}
 
@@ -100,13 +119,35 @@ def stand_on(layers: dict[str, LoRASBLinear], adapter_name: str, basis: str) -> 
         layer.stand_on(adapter_name, layer.basis.get(basis, basis))
 
 
+def make_room(layers: dict[str, LoRASBLinear], adapter_name: str, tensors: dict[str, Tensor]) -> bool:
+    """Let a file's own A and B be written: an adapter on a basis leaves it.
+
+    Returns:
+        True if it left one.
+
+    Raises:
+        ValueError: others stand on these A and B, which the file's would replace by other ones.
+    """
+    shared = adapter_name in {name for layer in layers.values() for pair in layer.basis.items() for name in pair}
+    if not shared and not any(layer.serves_bank(adapter_name) for layer in layers.values()):
+        return False
+    new = {
+        f"{name}.{part}": value
+        for name, parts in group_by_layer(tensors).items()
+        for part, value in parts.items()
+        if part in FROZEN_FACTORS
+    }
+    if shared_factors.digest(new) == shared_factors.digest(frozen_factors(layers, adapter_name)):
+        return False
+    leaves = any(adapter_name in layer.basis for layer in layers.values())
+    for layer in layers.values():
+        layer.leave_basis(adapter_name)
+    refuse_shared_basis(layers, adapter_name)
+    return leaves
+
+
 def options_for(layer: Any, config: LoRASBConfig) -> dict[str, Any]:
     """Arguments of `add_adapter` for an adapter that stands on one of the layer's; none for others."""
-    if not config.basis or config.basis not in layer.lorasb_R:
+    if not config.basis or config.from_file or config.basis not in layer.lorasb_R:
         return {}
-    basis = layer.basis.get(config.basis, config.basis)
-    return {
-        "basis": basis,
-        "start_at": config.basis if config.basis_start == "same" else None,
-        "scaling": layer.scaling[basis],
-    }
+    return {"basis": config.basis, "start_at": config.start_at, "scaling": layer.scaling[config.basis]}

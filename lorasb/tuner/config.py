@@ -126,6 +126,7 @@ class LoRASBConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._weights_follow = False
+        self.start_at: str | None = None  # whose R an adapter on a basis starts at a copy of
         self.awaits_weights = False  # between the injection of an adapter and the loading of its file
         self.peft_type = PeftType(PEFT_NAME)
         # Names are sets, as in PEFT's LoraConfig; JSON has no sets, so a loaded config arrives with lists.

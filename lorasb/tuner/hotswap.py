@@ -78,7 +78,7 @@ def swap(
     if reason:
         raise ValueError(f"{path} was made on another base model: {reason}. Hotswapping replaces adapters of one base")
     tensors = peft.utils.load_peft_weights(str(path), device=torch_device, **options)
-    tensors = loading.with_factors(tensors, adapter_name, layers, config)
+    tensors = loading.with_factors(tensors, adapter_name, layers, config, share=False)
     try:
         adapter_file.check_tensors(tensors, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
     except ValueError as error:

@@ -8,6 +8,7 @@ R_k = Bᵀ Δ_k Aᵀ / s is the best R on a basis.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -87,24 +89,40 @@ def share_basis(model: Any, adapters: Sequence[str], name: str, r: int | None = 
     ranks = {layer: _rank(module, adapters, r) for layer, module in layers.items()}
     factors = {layer: joint_factors(updates, ranks[layer]) for layer, updates in found.items()}
     _add(model, name, layers, ranks, factors)
+    return move_onto(model, adapters, name, found)
+
+
+@torch.no_grad()
+def share_into(model: Any, adapters: Sequence[str], name: str) -> KeptShares:
+    """The same into an adapter that is there, at its ranks; its R becomes zero."""
+    layers = _layers_of_all(model, adapters)
+    found = {layer: [_update_of(module, adapter) for adapter in adapters] for layer, module in layers.items()}
+    for layer, updates in found.items():
+        module, (b, a) = layers[layer], joint_factors(updates, layers[layer].r[name])
+        zero = torch.zeros(module.r[name], module.r[name])
+        module.set_factors(name, b.to(module.lorasb_B[name].dtype), zero, a.to(module.lorasb_A[name].dtype))
+    return move_onto(model, adapters, name, found)
+
+
+def move_onto(model: Any, adapters: Sequence[str], name: str, found: Mapping[str, Sequence[Update]]) -> KeptShares:
+    """Give adapters the A and B of another one in place of their own, and R by projection; all else of them stays."""
+    layers = layers_with(model, name)
     energies: dict[str, list[tuple[float, float]]] = {adapter: [] for adapter in adapters}
     shares = KeptShares({adapter: {} for adapter in adapters})
-    cores: dict[str, dict[str, Tensor]] = {adapter: {} for adapter in adapters}
     for layer, module in layers.items():
-        b, a = module.lorasb_B[name].double(), module.lorasb_A[name].double()  # as rounded to the base's dtype
+        b, a = module.lorasb_B[name].double(), module.lorasb_A[name].double()  # as rounded to their dtype
         for adapter, update in zip(adapters, found[layer], strict=True):
             core = update.on(b, a)
-            cores[adapter][layer] = core / module.scaling[name]
             kept = float(core.square().sum()), update.energy
             energies[adapter].append(kept)
             shares.by_layer[adapter][layer] = _share([kept])
+            module.move_to_basis(adapter, name, core / module.scaling[name])
     shares.overall = {adapter: _share(kept) for adapter, kept in energies.items()}
-    active = list(model.active_adapters)
-    model.set_adapter(name)  # PEFT warns where the active one is deleted
     for adapter in adapters:
-        model.delete_adapter(adapter)
-        _add_on(model, adapter, name, cores[adapter])
-    model.base_model.set_adapter([one for one in active if one in model.peft_config] or [name])
+        config, of_basis = model.peft_config[adapter], model.peft_config[name]
+        for name_of_field in ("init", "lora_alpha", "scaling", "wide_factors", "r", "rank_pattern"):
+            setattr(config, name_of_field, copy.deepcopy(getattr(of_basis, name_of_field)))
+        config.basis = name
     return shares
 
 
@@ -197,14 +215,16 @@ def _lora_updates(folder: Path) -> dict[str, Update]:
         b = tensors.get(key.replace(".lora_A", ".lora_B"))
         if separator and b is not None and a.dim() == 2:
             found[name] = Update.of(b, torch.eye(len(a), dtype=torch.float64) * _lora_scale(config, name, len(a)), a)
-    if not found:
-        raise ValueError(f"{weights} holds no lora_A and lora_B of linear layers")
+    others = [key for key in tensors if key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] not in found]
+    if not found or others:
+        what = f"{others[0]}, ..." if others else "none of them"
+        raise ValueError(f"expected lora_A and lora_B of linear layers and nothing else in {weights}, got {what}")
     return found
 
 
 def _lora_scale(config: dict[str, Any], name: str, rank: int) -> float:
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    alpha = next((value for key, value in patterns.items() if name.endswith(key)), config["lora_alpha"])
+    alpha = patterns.get(get_pattern_key(list(patterns), name), config["lora_alpha"])
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 

@@ -69,31 +69,50 @@ def _folder(model_id: str, options: dict[str, Any]) -> Path | None:
 
 
 def with_factors(
-    tensors: dict[str, Tensor], adapter_name: str, layers: dict[str, LoRASBLinear], config: LoRASBConfig
+    tensors: dict[str, Tensor],
+    adapter_name: str,
+    layers: dict[str, LoRASBLinear],
+    config: LoRASBConfig,
+    share: bool = True,
 ) -> dict[str, Tensor]:
     """A file's tensors with the A and B that its R belongs to, of the model where it has them.
 
+    With `share` the adapter is to be loaded: it has the model's own A and B, or leaves those for the file's.
+
     Raises:
-        ValueError: neither the model nor the file's folder has them.
+        ValueError: neither the model nor the file's folder has them, or others stand on those that they would replace.
     """
     expected_digest = shared_factors.referenced_digest(tensors)
     if expected_digest is None:
+        _make_room(tensors, adapter_name, layers, config, share)
         return tensors
     # R is meaningless with other factors, so the digest decides, not the shapes.
     found = basis.with_digest(layers, expected_digest, first=adapter_name)
     others = {key: value for key, value in tensors.items() if key != DIGEST}
     if found is None and any(shared_factors.is_factor(key) for key in others):  # from the folder
+        _make_room(others, adapter_name, layers, config, share)
         config.basis = None
         return others
     if found is None:
         raise _other_basis(adapter_name, config) if config.basis else shared_factors.missing_factors_error()
-    if found != adapter_name:
+    if found != adapter_name and share:
         basis.stand_on(layers, adapter_name, found)
-        config.basis = found
+        config.basis = next(iter(layers.values())).basis[adapter_name]
     # transformers' load_adapter strips PEFT's prefix before this; A and B must be named as R is.
     prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
     own = {key: value for key, value in others.items() if not shared_factors.is_factor(key)}
     return own | {f"{prefix}{key}": value for key, value in basis.frozen_factors(layers, found).items()}
+
+
+def _make_room(
+    tensors: dict[str, Tensor],
+    adapter_name: str,
+    layers: dict[str, LoRASBLinear],
+    config: LoRASBConfig,
+    share: bool,
+) -> None:
+    if share and layers and basis.make_room(layers, adapter_name, tensors):
+        config.basis = None
 
 
 def _other_basis(adapter_name: str, config: LoRASBConfig) -> ValueError:

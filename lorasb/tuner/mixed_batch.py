@@ -77,10 +77,13 @@ def _bank(model: nn.Module) -> AdapterBank | None:
 
 @contextmanager
 def _with_slots(bank: AdapterBank, rows: Rows) -> Iterator[Rows]:
-    """Rows that know where the bank has their adapters, which stay there inside the block."""
-    banked = [name if name in bank else BASE_ROW for name in rows.names]
-    with bank.serving(banked) as slots:
-        yield replace(rows, slots=torch.tensor(slots), basis=bank.basis)
+    """Rows that know where the bank has their adapters, which stay there inside the block.
+
+    Names that the model has itself are not the bank's; any other one is, or was removed meanwhile: a KeyError.
+    """
+    own = {name for layer in bank.layers.values() for name in layer.lorasb_R}
+    with bank.serving([BASE_ROW if name in own else name for name in rows.names]) as slots:
+        yield replace(rows, slots=torch.tensor(slots, dtype=torch.int64), basis=bank.basis)
 
 
 def _check(model: nn.Module, names: Sequence[str], bank: AdapterBank | None) -> None:
@@ -95,6 +98,14 @@ def _check(model: nn.Module, names: Sequence[str], bank: AdapterBank | None) -> 
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model has "
             f"{', '.join(sorted(known))}{in_bank}"
+        )
+    twice = [name for name in distinct if bank is not None and name in known and name in bank]
+    if twice:
+        raise ValueError(f"both the model and its bank have an adapter {twice[0]!r}: bank.remove({twice[0]!r})")
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            "expected no gradient checkpointing with `adapter_names` in training, as backward repeats the forward "
+            "without them: model.gradient_checkpointing_disable()"
         )
     if model.training and not all(trains_by_row(layer, distinct) for layer in layers):
         raise ValueError(

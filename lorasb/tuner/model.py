@@ -94,7 +94,8 @@ class LoRASBModel(BaseTuner):
             keep_unpacked(model)  # before any forward: a repacked 4-bit weight cannot be dequantized
             save_heads(model, config)
             # Experts must be nn.Linear modules before `_plan` looks for targets by name.
-            fused_experts.open_all(model, config, by_old_names=kwargs.get("state_dict") is None)
+            known = config.from_file or kwargs.get("state_dict") is not None
+            fused_experts.open_all(model, config, by_old_names=not known)
             self._plan(model, config, kwargs.get("state_dict"))
             with places_known(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -171,7 +172,7 @@ class LoRASBModel(BaseTuner):
 
         With a `state_dict` its layers are the targets, at the ranks that they have there.
         """
-        basis.resolve(model, config)
+        basis.resolve(model, config, self.peft_config)
         self._prepare_adapter_config(config, self.get_model_config(model))
         # PEFT replaces "all-linear" by a set of full names, so the question must be asked before.
         all_linear = config.target_modules == ALL_LINEAR

@@ -281,4 +281,5 @@ def _config_like(template: Any, combined: dict[str, Combined]) -> Any:
     # Layers are named in full and every rank is set, so the template's selections must not filter them again.
     config.target_modules, config.inference_mode = set(combined), True
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.basis, config.basis_start = None, "zero"  # the sum has factors of its own
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,14 @@ def test_half_of_a_fused_parameter_is_refused_by_its_name() -> None:
     assert dict(model.named_modules()) == modules
     without = lorasb.patch(model, r=3, target_modules=["q_proj", "up_proj"], exclude_modules=r".*experts.*")
     assert not names_of(without)
+
+
+def test_an_older_file_whose_names_match_experts_adapts_what_it_has(tmp_path: Path) -> None:
+    """Names of linears did not reach experts before: its layers are those that were saved."""
+    lorasb.patch(make("qwen3_moe"), r=3, target_modules=["q_proj"], init="random").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"target_modules": ["q_proj", "gate_proj", "up_proj"]}))
+    again = PeftModel.from_pretrained(make("qwen3_moe"), tmp_path)
+    assert layers_with(again, "default")
+    assert not expert_layers(again)

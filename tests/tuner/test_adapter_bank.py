@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import batches_for
 from peft import PeftModel
+from peft.utils.hotswap import hotswap_adapter
 from quantized_models import quantized
+from safetensors.torch import load_file, save_file
 from tolerances import BF16_FEW, EXACT, MERGE, check
 from torch import Tensor
 
 import lorasb
 from lorasb.layers.lookup import layers_with
+from lorasb.tuner import mixed_batch
 
 NAMES = ("ada", "emmy", "grace")
 
@@ -101,7 +105,7 @@ def test_loading_reads_folders_and_names_what_is_wrong(tmp_path: Path) -> None:
     report = bank.load(*(tmp_path / "good" / name for name in (*NAMES, "cut", "poor", "other")))
     assert report.loaded == list(NAMES)
     assert set(report.failed) == {"cut", "poor", "other"}
-    assert "stands on other A and B than adapter 'default' has" in report.failed["other"]
+    assert "stands on other A and B than the bank's" in report.failed["other"]
     check(out(served, "ada", "grace"), want, MERGE)
 
 
@@ -259,3 +263,75 @@ def test_a_copied_model_keeps_its_bank() -> None:
     check(out(again, "ada", "grace"), want, MERGE)
     assert a_layer(again).stored_cores.bank is not a_layer(model).stored_cores.bank
     check(out(model, "ada", "grace"), out(again, "ada", "grace"), EXACT)
+
+
+def test_the_basis_of_a_bank_is_neither_deleted_nor_replaced(tmp_path: Path) -> None:
+    model = with_users(*NAMES)
+    want = out(model, "ada", "grace")
+    moved_to_bank(model)
+    with_basis(init_seed=9).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the basis of the model's bank: call bank\.detach\(\) first"):
+        model.delete_adapter("default")
+    for act in (
+        lambda: model.load_adapter(tmp_path, "default"),
+        lambda: hotswap_adapter(model, str(tmp_path), "default"),
+        lambda: lorasb.initialize(model, batches_for("llama"), lr=1e-3, progress=False),
+    ):
+        with pytest.raises(ValueError, match="'default' is the basis of the model's bank, whose R would mean nothing"):
+            act()
+    check(out(model, "ada", "grace"), want, MERGE)
+
+
+def test_files_with_more_than_r_are_left_out_and_another_scaling_is_taken_along(tmp_path: Path) -> None:
+    model = with_users("ada")
+    model.save_pretrained(tmp_path)
+    want = out(model, "ada", "ada")
+    config = json.loads((tmp_path / "ada" / "adapter_config.json").read_text())
+    (tmp_path / "ada" / "adapter_config.json").write_text(json.dumps(config | {"scaling": 3.0}))
+    (tmp_path / "more").mkdir()
+    tensors = load_file(str(tmp_path / "ada" / "adapter_model.safetensors")) | {"score.weight": torch.ones(2)}
+    save_file(tensors, str(tmp_path / "more" / "adapter_model.safetensors"))
+    (tmp_path / "more" / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "adapter_config.json").write_text(json.dumps(config))
+    header = b'{"a":{"dtype":"X32","shape":[1],"data_offsets":[0,4]}}'
+    (tmp_path / "odd" / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    model.set_adapter("default")
+    model.delete_adapter("ada")
+    bank = lorasb.AdapterBank(model)
+    report = bank.load(tmp_path)  # of a saved model: its further adapters
+    assert report.loaded == ["ada"]
+    assert set(report.failed) == {"more", "odd"}
+    assert "has more than R (score.weight, ...)" in report.failed["more"]
+    for n, core in bank.cores("ada").items():
+        bank.layers[n].lorasb_R["default"].data.copy_(core / 3)
+    check(out(model, "default", "default"), want, MERGE)
+
+
+def test_one_that_is_removed_between_check_and_forward_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_users(*NAMES)
+    bank = moved_to_bank(model)
+    real = mixed_batch._check
+    monkeypatch.setattr(mixed_batch, "_check", lambda *given: (real(*given), bank.remove("ada")))
+    with pytest.raises(KeyError, match="no adapter 'ada' in the bank"):
+        out(model, "ada", "grace")
+
+
+def test_a_name_of_both_the_model_and_the_bank_is_refused() -> None:
+    model = with_users(*NAMES)
+    bank = moved_to_bank(model)
+    model.add_adapter("ada", lorasb.LoRASBConfig(basis="default"))
+    with pytest.raises(ValueError, match=r"both the model and its bank have an adapter 'ada': bank\.remove\('ada'\)"):
+        out(model, "ada", "grace")
+    bank.remove("ada")
+    assert torch.isfinite(out(model, "ada", "grace")).all()
+
+
+def test_a_bank_grows_in_inference_mode_and_outside() -> None:
+    with torch.inference_mode():
+        bank = lorasb.AdapterBank(with_basis(), block=1)
+        bank.add("ada")
+    bank.add("ada", {n: torch.ones(c.r, c.r) for n, c in bank.columns.items()})
+    bank.add("grace")
+    assert all(core.eq(1).all() for core in bank.cores("ada").values())
+    assert lorasb.AdapterBank(torch.compile(with_basis(), backend="eager")).layers

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from basis_models import a_layer, base, fill, saved, with_basis, with_users
-from models import batches_for, logits
+from models import batches_for, logits, make
 from peft import AutoPeftModelForCausalLM, PeftModel
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from tolerances import EXACT, EXPORT, FP64, MERGE, check
 
@@ -190,3 +191,96 @@ def test_rows_in_training_need_one_basis_and_no_dropout() -> None:
     with pytest.raises(ValueError, match=r"training mode\. Call model\.eval\(\), or train adapters on one basis"):
         model(**batches_for("llama")[0], adapter_names=["ada", "own"])
     assert torch.isfinite(model(**batches_for("llama")[0], adapter_names=["ada", "default"]).loss)
+
+
+def moved(model: Any, before: dict[str, torch.Tensor]) -> dict[str, bool]:
+    return {name: not torch.equal(users(model, name)[0], want) for name, want in before.items()}
+
+
+@pytest.mark.parametrize("kind", ["svd", "ties", "cat", "linear"])
+def test_a_sum_has_factors_of_its_own_and_leaves_the_basis(kind: str) -> None:
+    model = with_users("ada", "grace")
+    before = {name: users(model, name)[0] for name in ("default", "ada", "grace")}
+    options = {"density": 0.5} if kind == "ties" else {}
+    model.add_weighted_adapter(["ada", "grace"], [0.5, 0.7], "sum", combination_type=kind, **options)
+    assert "sum" not in a_layer(model).basis
+    assert not any(moved(model, before).values())
+
+
+@pytest.mark.parametrize("fields", [{"scaling": 3.0}, {"init": "lora-xs", "lora_alpha": 32}, {"wide_factors": True}])
+def test_an_adapter_alone_has_the_scaling_of_its_basis(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = with_users("ada", **fields)
+    want = users(model, "ada")[0]
+    model.save_pretrained(tmp_path)
+    alone = PeftModel.from_pretrained(base(), tmp_path / "ada")
+    check(logits(alone.eval()), want, EXACT)
+
+
+def test_loading_beside_another_adapter_of_the_basis_s_name_leaves_that_one(tmp_path: Path) -> None:
+    want = users(saved(tmp_path, "ada"), "ada")[0]
+    for rank in (4, 2):
+        model = with_basis(init="random", r=rank)
+        fill(model, "default", 7)
+        before = {"default": users(model, "default")[0]}
+        model.load_adapter(tmp_path / "ada", "ada")
+        assert not any(moved(model, before).values())
+        check(users(model, "ada")[0], want, EXACT)
+        assert not a_layer(model).basis
+
+
+def test_a_file_with_other_factors_does_not_overwrite_shared_ones(tmp_path: Path) -> None:
+    other = with_basis(init_seed=9)
+    fill(other, "default", 8)
+    other.save_pretrained(tmp_path)
+    want = users(other, "default")[0]
+    model = with_users("ada", "grace")
+    before = {name: users(model, name)[0] for name in ("default", "grace")}
+    with pytest.raises(ValueError, match="'default' is the basis of ada, grace, whose R would mean nothing"):
+        model.load_adapter(tmp_path, "default")
+    assert not any(moved(model, before).values())
+    model.load_adapter(tmp_path, "ada")  # which leaves the basis
+    check(users(model, "ada")[0], want, EXACT)
+    assert "ada" not in a_layer(model).basis
+    assert not any(moved(model, before).values())
+
+
+def test_a_basis_of_a_basis_is_found_by_its_root(tmp_path: Path) -> None:
+    model = with_users("ada")
+    model.add_adapter("second", lorasb.LoRASBConfig(basis="ada", basis_start="same"))
+    assert model.peft_config["second"].basis == "default"
+    want = users(model, "ada")[0]
+    check(users(model, "second")[0], want, EXACT)
+    model.save_pretrained(tmp_path)
+    check(logits(PeftModel.from_pretrained(base(), tmp_path / "second").eval()), want, EXACT)
+
+
+def test_experts_on_a_basis_are_loaded_alone(tmp_path: Path) -> None:
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = lorasb.patch(make("qwen3_moe"), r=2, init="kaiming", target_parameters=targets).eval()
+    model.add_adapter("ada", lorasb.LoRASBConfig(basis="default"))
+    fill(model, "ada", 1)
+    model.save_pretrained(tmp_path)
+    model.set_adapter("ada")
+    alone = PeftModel.from_pretrained(make("qwen3_moe"), tmp_path / "ada").eval()
+    check(logits(alone, "qwen3_moe"), logits(model, "qwen3_moe"), EXACT)
+
+
+def test_hotswapping_an_adapter_on_a_basis_copies_its_factors(tmp_path: Path) -> None:
+    model = saved(tmp_path, "ada")
+    want = users(model, "ada")[0]
+    model.add_adapter("own", lorasb.LoRASBConfig(r=4, init="kaiming", init_seed=5))
+    parameter = a_layer(model).lorasb_A["own"]
+    hotswap_adapter(model, str(tmp_path / "ada"), "own")
+    check(users(model, "own")[0], want, EXACT)
+    assert a_layer(model).lorasb_A["own"] is parameter
+    assert "own" not in a_layer(model).basis
+    with pytest.raises(ValueError, match="'default' is the basis of ada"):
+        hotswap_adapter(model, str(tmp_path), "default")
+
+
+def test_rows_in_training_refuse_gradient_checkpointing() -> None:
+    model = with_users("ada", "grace")
+    model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(ValueError, match=r"gradient_checkpointing_disable\(\)"):
+        model(**batches_for("llama")[0], adapter_names=["ada", "grace"])

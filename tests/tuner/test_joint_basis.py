@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from basis_models import a_layer, base, fill, with_basis
-from models import batches_for, logits
+from models import batches_for, logits, make
 from peft import LoraConfig, get_peft_model
 from tolerances import EXPORT, FP64, MERGE, ORTHONORMAL, RANKS, check
 from torch import Tensor
 
 import lorasb
 from lorasb.layers.lookup import layers_with
-from lorasb.tuner.joint_basis import Update, joint_factors
+from lorasb.tuner.joint_basis import Update, _lora_updates, joint_factors
 
 
 def two(rank: int = 4) -> Any:
@@ -116,8 +116,6 @@ def test_a_lora_in_the_basis_is_projected_without_a_loss(tmp_path: Path, options
     """On a basis of its own directions."""
     want = lora(tmp_path / "lora", **options)
     model = with_basis()
-    from lorasb.tuner.joint_basis import _lora_updates
-
     for layer, update in _lora_updates(tmp_path / "lora").items():
         layers_with(model, "default")[layer].set_factors("default", update.left, torch.zeros(4, 4), update.right)
     lost = lorasb.project(model, tmp_path / "lora", "mine")
@@ -164,3 +162,31 @@ def test_what_cannot_share_is_refused(tmp_path: Path) -> None:
         lorasb.share_basis(model, ["ada", "grace"], "both")
     assert set(model.peft_config) == {"ada", "grace", "user"}
     assert batches_for("llama")
+
+
+def test_all_else_of_the_adapters_stays() -> None:
+    model = lorasb.patch(make("bert"), r=4, init="kaiming", lora_dropout=0.1, adapter_name="ada")
+    model.add_adapter("grace", lorasb.LoRASBConfig(r=4, init="kaiming", init_seed=5, lora_dropout=0.2))
+    heads = {n: p for n, p in model.named_parameters() if "modules_to_save.ada" in n}
+    assert heads
+    for parameter in heads.values():
+        parameter.data.fill_(7.0)
+    model.set_adapter("ada")
+    lorasb.share_basis(model, ["ada", "grace"], "both")
+    assert all(bool(p.eq(7.0).all()) for n, p in model.named_parameters() if "modules_to_save.ada" in n)
+    assert [a_layer(model, "ada").lora_dropout[name] for name in ("ada", "grace")] == [0.1, 0.2]
+    assert model.active_adapters == ["ada"]
+    assert model.active_adapter == "ada"
+
+
+def test_patterns_of_alpha_are_pefts_and_other_tensors_are_refused(tmp_path: Path) -> None:
+    lora(tmp_path / "lora", alpha_pattern={"self_attn.(q|k)_proj": 12})
+    model = with_basis()
+    scales = {name: float(u.core.norm()) for name, u in _lora_updates(tmp_path / "lora").items()}
+    lora(tmp_path / "plain")
+    plain = {name: float(u.core.norm()) for name, u in _lora_updates(tmp_path / "plain").items()}
+    for name, norm in scales.items():
+        assert norm == pytest.approx(plain[name] * (2 if name.endswith(("q_proj", "k_proj")) else 1))
+    lora(tmp_path / "head", modules_to_save=["norm"])
+    with pytest.raises(ValueError, match=r"linear layers and nothing else in .*norm"):
+        lorasb.project(model, tmp_path / "head", "mine", most_lost=1.0)
