@@ -78,15 +78,20 @@ def without_factors(
     if not any(adapter_name in layer.basis for layer in layers.values()):
         return tensors
     # of the tensors that were gathered to be saved, as those of the layers may be shards
-    given = {
+    given = _factors_in(tensors)
+    digest = shared_factors.digest(given if given else frozen_factors(layers, adapter_name))
+    own = {key: value for key, value in tensors.items() if not shared_factors.is_factor(key)}
+    return own | {shared_factors.DIGEST: torch.tensor(list(digest), dtype=torch.uint8)}
+
+
+def _factors_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A and B of a file's tensors, under the names that digests are of."""
+    return {
         f"{name}.{part}": value
         for name, parts in group_by_layer(tensors).items()
         for part, value in parts.items()
         if part in FROZEN_FACTORS
     }
-    digest = shared_factors.digest(given if given else frozen_factors(layers, adapter_name))
-    own = {key: value for key, value in tensors.items() if not shared_factors.is_factor(key)}
-    return own | {shared_factors.DIGEST: torch.tensor(list(digest), dtype=torch.uint8)}
 
 
 def frozen_factors(layers: dict[str, LoRASBLinear], adapter_name: str) -> dict[str, Tensor]:
@@ -131,12 +136,7 @@ def make_room(layers: dict[str, LoRASBLinear], adapter_name: str, tensors: dict[
     shared = adapter_name in {name for layer in layers.values() for pair in layer.basis.items() for name in pair}
     if not shared and not any(layer.serves_bank(adapter_name) for layer in layers.values()):
         return False
-    new = {
-        f"{name}.{part}": value
-        for name, parts in group_by_layer(tensors).items()
-        for part, value in parts.items()
-        if part in FROZEN_FACTORS
-    }
+    new = _factors_in(tensors)
     if shared_factors.digest(new) == shared_factors.digest(frozen_factors(layers, adapter_name)):
         return False
     leaves = any(adapter_name in layer.basis for layer in layers.values())
