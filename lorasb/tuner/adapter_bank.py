@@ -17,9 +17,8 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -34,55 +33,10 @@ from ..utils import huge_pages
 from ..utils.dtypes import FLOATS
 from . import bank_files
 from . import basis as bases
+from .bank_files import LoadReport
+from .layer_cores import Columns, LayerCores
 
 BLOCK = 64  # adapters that capacity grows by
-
-
-class Columns(NamedTuple):
-    """Where a layer's R lies in a row of the bank: from `first` on, r² numbers."""
-
-    first: int
-    r: int
-
-
-@dataclass
-class LoadReport:
-    """What `AdapterBank.load` found.
-
-    Attributes:
-        loaded: names of adapters that are in the bank now.
-        failed: name -> why it is not.
-    """
-
-    loaded: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-
-
-class LayerCores:
-    """A layer's part of a bank, which the layer holds (`row_cores.StoredCores`)."""
-
-    def __init__(self, bank: AdapterBank, columns: Columns) -> None:
-        self.bank, self.basis = bank, bank.basis
-        self._columns = slice(columns.first, columns.first + columns.r**2)
-        self._shape = columns.r, columns.r
-        self._seen: tuple[Tensor | None, Any] = (None, None)  # storage and its view, replaced together
-
-    def stack(self) -> Tensor:
-        """[capacity, r, r], a view; made again where the bank has grown."""
-        whole, (seen, view) = self.bank.storage, self._seen
-        if whole is not seen:
-            view = whole[:, self._columns].unflatten(1, self._shape)
-            self._seen = whole, view
-        return cast(Tensor, view)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerCores | None:
-        """A part of the copied model's bank; None for a layer that is copied without its model."""
-        bank = copy.deepcopy(self.bank, memo)
-        if bank is None:
-            return None
-        new = object.__new__(LayerCores)
-        vars(new).update(vars(self) | {"bank": bank, "_seen": (None, None)})
-        return new
 
 
 class AdapterBank:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -14,6 +15,19 @@ from ..checkpoints.shared_factors import DIGEST
 from ..constants import FACTORS, WEIGHTS_NAME
 from ..utils.atomic_files import safetensors_header
 from .config import LoRASBConfig
+
+
+@dataclass
+class LoadReport:
+    """What `AdapterBank.load` found.
+
+    Attributes:
+        loaded: names of adapters that are in the bank now.
+        failed: name -> why it is not.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def adapters_in(folder: Path) -> list[Path]:
