@@ -14,12 +14,13 @@ from basis_models import a_layer, base, saved, with_basis, with_users
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import batches_for
+from opaque_models import Scaled
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from quantized_models import quantized
 from safetensors.torch import load_file, save_file
 from tolerances import BF16_FEW, EXACT, MERGE, check
-from torch import Tensor
+from torch import Tensor, nn
 
 import lorasb
 from lorasb.layers.lookup import layers_with
@@ -73,9 +74,20 @@ def test_generation_is_that_of_each_alone(beams: int) -> None:
     assert torch.equal(mixed, torch.cat(alone))
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def opaque() -> nn.Module:
+    """A base whose linears compute by themselves."""
+    model: Any = base()
+    for name, layer in list(model.model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            model.model.set_submodule(name, Scaled(layer))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "opaque"])
 def test_a_quantized_base_serves_rows_too(kind: str) -> None:
-    model = lorasb.patch(quantized(kind), r=4, init="random").eval()
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = opaque() if kind == "opaque" else quantized(kind)
+    model = lorasb.patch(model, r=4, init="random", target_modules=targets).eval()
     bank = lorasb.AdapterBank(model)
     g = torch.Generator().manual_seed(0)
     for name in ("ada", "grace"):
