@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import adapter_file
 from ..constants import CONFIG_NAME, FACTORS, PEFT_PREFIX, WEIGHTS_NAME
-from ..layers.lookup import adapted_layers
+from ..layers.lookup import adapted_layers, uninitialized
 from ..layers.unfused_experts import NAMES, parameter_of
 from ..tuner.config import LoRASBConfig
 from ..utils.atomic_files import replacing, write_json, write_text
@@ -153,7 +153,7 @@ def serve_command(base: str | None, folder: Path, rank: int) -> str:
 
 def _read(model: nn.Module, adapter_name: str | None) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
     name, layers = adapted_layers(model, adapter_name)
-    fresh = [layer for layer, module in layers.items() if not module.is_initialized(name)]
+    fresh = uninitialized(layers, name)
     if fresh:
         raise ValueError(
             f"adapter {name!r} has not been initialized ({fresh[0]}): there is nothing to export. Call "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..constants import PEFT_PREFIX
-from ..layers.lookup import adapted_layers, layer_kinds
+from ..layers.lookup import adapted_layers, layer_kinds, uninitialized
 from .lora import fuse_experts
 from .lora_layout import in_pefts_layout, refuse_slices
 
@@ -43,7 +43,7 @@ def adapter_delta(
         raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
     model = getattr(model, "_orig_mod", model)
     name, layers = adapted_layers(model, adapter_name)
-    fresh = [path for path, layer in layers.items() if not layer.is_initialized(name)]
+    fresh = uninitialized(layers, name)
     if fresh:
         raise ValueError(f"adapter {name!r} has not been initialized ({fresh[0]}): call lorasb.initialize first")
     if part == "core":

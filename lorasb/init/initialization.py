@@ -6,6 +6,8 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -79,18 +81,20 @@ def initialize(
     _check(update, strategy, cache, longest_start, stability)
     if isinstance(batches, Mapping) and cache is not None:
         raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
+    recipe = Recipe(
+        adapter_name or "", lr or 0.0, update, seed, longest_start if update != "sgd" else None
+    )  # Theorem 6
     bytes_allowed = parse_size(memory_budget)
-
-    def one(batches: Any, adapter_name: str | None) -> InitReport:
-        """Initialize one adapter."""
-        name, layers = _unmerged_layers(model, adapter_name)
-        recipe = Recipe(name, lr or 0.0, update, seed, longest_start if update != "sgd" else None)  # Theorem 6
-        options = Options(recipe, num_samples, strategy, blocks, bytes_allowed, loss_fn, cache, stability, progress)
-        return _initialize(model, layers, batches, options)
-
+    options = Options(recipe, num_samples, strategy, blocks, bytes_allowed, loss_fn, cache, stability, progress)
+    one = partial(_initialize_one, model, options)
     if isinstance(batches, Mapping):
         return cast(Any, initialize_tasks(model, batches, adapter_name, one))
     return one(batches, adapter_name)
+
+
+def _initialize_one(model: nn.Module, options: Options, batches: Any, adapter_name: str | None) -> InitReport:
+    name, layers = _unmerged_layers(model, adapter_name)
+    return _initialize(model, layers, batches, replace(options, recipe=replace(options.recipe, adapter=name)))
 
 
 def _initialize(model: nn.Module, layers: Layers, batches: Any, options: Options) -> InitReport:

@@ -50,6 +50,11 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[s
     return name, layers
 
 
+def uninitialized(layers: dict[str, LoRASBLinear], adapter_name: str) -> list[str]:
+    """Names of layers whose adapter has not been initialized."""
+    return [name for name, layer in layers.items() if not layer.is_initialized(adapter_name)]
+
+
 def standing_on(model: nn.Module, adapter_name: str) -> list[str]:
     """The adapters that have an adapter's A and B."""
     layers = [module for module in model.modules() if isinstance(module, LoRASBLinear)]

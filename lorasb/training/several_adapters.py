@@ -46,10 +46,10 @@ def adapter_losses(logits: Tensor, labels: Tensor, adapter_names: Sequence[str])
     by_token = by_token.view(targets.shape)
     found = {}
     for name in dict.fromkeys(adapter_names):
-        rows = torch.tensor([i for i, one in enumerate(adapter_names) if one == name], device=labels.device)
-        count = (targets[rows] != IGNORED).sum()
         if name == BASE_ROW:
             continue
+        rows = torch.tensor([i for i, one in enumerate(adapter_names) if one == name], device=labels.device)
+        count = (targets[rows] != IGNORED).sum()
         if not count:
             raise ValueError(f"adapter {name!r} has no labeled token in this batch: its labels are all {IGNORED}")
         found[name] = by_token[rows].sum() / count

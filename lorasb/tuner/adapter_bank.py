@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..checkpoints import shared_factors
 from ..constants import BASE_ROW
 from ..layers.linear import LoRASBLinear
-from ..layers.lookup import adapted_layers, layers_with
+from ..layers.lookup import adapted_layers, layers_with, uninitialized
 from ..layers.weight_adapter import LoRASBWeight
 from ..utils import huge_pages
 from ..utils.dtypes import FLOATS
@@ -317,7 +317,7 @@ def _check(
         raise ValueError(
             f"a bank serves linears, and adapter {basis!r} adapts {others[0]!r}: name it in exclude_modules"
         )
-    fresh = [name for name, layer in layers.items() if not layer.is_initialized(basis)]
+    fresh = uninitialized(layers, basis)
     if fresh:
         raise ValueError(f"adapter {basis!r} has not been initialized ({fresh[0]}): call lorasb.initialize first")
     devices = {layer.execution_device for layer in layers.values()}

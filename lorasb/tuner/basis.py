@@ -14,7 +14,7 @@ from ..checkpoints import shared_factors
 from ..checkpoints.adapter_file import group_by_layer
 from ..constants import FROZEN_FACTORS
 from ..layers.linear import LoRASBLinear
-from ..layers.lookup import layers_with, refuse_shared_basis, standing_on
+from ..layers.lookup import layers_with, refuse_shared_basis, standing_on, uninitialized
 from .config import LoRASBConfig
 
 # What R means beside A and B, which a file of R alone has to say, too.
@@ -43,7 +43,7 @@ def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, Any]) 
         raise ValueError(
             f"an adapter on {config.basis!r} has its rank, {max(ranks.values())}, got r={config.r}: leave r out"
         )
-    fresh = [name for name, layer in layers.items() if not layer.is_initialized(config.basis)]
+    fresh = uninitialized(layers, config.basis)
     if fresh:
         raise ValueError(
             f"basis {config.basis!r} has not been initialized ({fresh[0]}): call lorasb.initialize(model, dataloader, "

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..constants import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.linear import LoRASBLinear
-from ..layers.lookup import layers_with
+from ..layers.lookup import layers_with, uninitialized
 from .basis import refuse_deletion
 from .config import LoRASBConfig
 
@@ -85,26 +85,43 @@ def share_basis(model: Any, adapters: Sequence[str], name: str, r: int | None = 
         ValueError: fewer than two adapters, one is unknown or not initialized, or others stand on one of them.
     """
     layers = _layers_of_all(model, adapters)
-    found = {layer: [_update_of(module, adapter) for adapter in adapters] for layer, module in layers.items()}
     ranks = {layer: _rank(module, adapters, r) for layer, module in layers.items()}
-    factors = {layer: joint_factors(updates, ranks[layer]) for layer, updates in found.items()}
-    _add(model, name, layers, ranks, factors)
-    return move_onto(model, adapters, name, found)
+    found, factors = _joined(layers, adapters, ranks)  # all that may fail, before the model is changed
+    _add(model, name, layers, ranks)
+    return _settle(model, adapters, name, found, factors)
 
 
 @torch.no_grad()
 def share_into(model: Any, adapters: Sequence[str], name: str) -> KeptShares:
     """The same into an adapter that is there, at its ranks; its R becomes zero."""
     layers = _layers_of_all(model, adapters)
+    found, factors = _joined(layers, adapters, {layer: module.r[name] for layer, module in layers.items()})
+    return _settle(model, adapters, name, found, factors)
+
+
+def _joined(
+    layers: Mapping[str, LoRASBLinear], adapters: Sequence[str], ranks: Mapping[str, int]
+) -> tuple[dict[str, list[Update]], dict[str, tuple[Tensor, Tensor]]]:
+    """The adapters' updates by layer, and the B and A that they share."""
     found = {layer: [_update_of(module, adapter) for adapter in adapters] for layer, module in layers.items()}
-    for layer, updates in found.items():
-        module, (b, a) = layers[layer], joint_factors(updates, layers[layer].r[name])
-        zero = torch.zeros(module.r[name], module.r[name])
-        module.set_factors(name, b.to(module.lorasb_B[name].dtype), zero, a.to(module.lorasb_A[name].dtype))
-    return move_onto(model, adapters, name, found)
+    return found, {layer: joint_factors(updates, ranks[layer]) for layer, updates in found.items()}
 
 
-def move_onto(model: Any, adapters: Sequence[str], name: str, found: Mapping[str, Sequence[Update]]) -> KeptShares:
+def _settle(
+    model: Any,
+    adapters: Sequence[str],
+    name: str,
+    found: Mapping[str, Sequence[Update]],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+) -> KeptShares:
+    """Give an adapter B, A and R = 0, and others the same B and A."""
+    for layer, module in layers_with(model, name).items():
+        b, a = factors[layer]
+        module.set_factors(name, b, torch.zeros(module.r[name], module.r[name]), a)
+    return _move_onto(model, adapters, name, found)
+
+
+def _move_onto(model: Any, adapters: Sequence[str], name: str, found: Mapping[str, Sequence[Update]]) -> KeptShares:
     """Give adapters the A and B of another one in place of their own, and R by projection; all else of them stays."""
     layers = layers_with(model, name)
     energies: dict[str, list[tuple[float, float]]] = {adapter: [] for adapter in adapters}
@@ -253,29 +270,19 @@ def _layers_of_all(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoRAS
             raise ValueError(
                 f"expected adapters of the same layers, {adapter!r} has {len(mine)}, {adapters[0]!r} {len(layers)}"
             )
-        fresh = [name for name, layer in mine.items() if not layer.is_initialized(adapter)]
+        fresh = uninitialized(mine, adapter)
         if fresh:
             raise ValueError(f"adapter {adapter!r} has not been initialized ({fresh[0]}): call lorasb.initialize first")
         refuse_deletion(model, adapter)
     return layers
 
 
-def _add(
-    model: Any,
-    name: str,
-    layers: dict[str, LoRASBLinear],
-    ranks: dict[str, int],
-    factors: dict[str, tuple[Tensor, Tensor]],
-) -> None:
-    """The new basis as an adapter with R = 0."""
+def _add(model: Any, name: str, layers: Mapping[str, LoRASBLinear], ranks: Mapping[str, int]) -> None:
+    """An adapter of these layers and ranks, whose factors follow."""
     largest = max(ranks.values())
     pattern = {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest}
     config = LoRASBConfig(r=largest, rank_pattern=pattern, target_modules=set(layers), init="update")
     model.add_adapter(name, config.weights_follow())
-    for layer, module in layers.items():
-        b, a = factors[layer]
-        core = torch.zeros(ranks[layer], ranks[layer])
-        module.set_factors(name, b.to(module.base_dtype), core, a.to(module.base_dtype))
 
 
 def _add_on(model: Any, name: str, basis: str, cores: dict[str, Tensor]) -> None:

@@ -32,25 +32,25 @@ def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) 
     """Apply one adapter per row in the forwards of this block; `__base__` stands for no adapter.
 
     Args:
-        model: with LoRA-SB layers, in evaluation mode.
+        model: with LoRA-SB layers; in training mode only for adapters on one basis.
         names: one adapter name per row of the input.
         num_beams: beams that generation expands each row into, in the decoder.
 
     Raises:
-        ValueError: the model is in training mode, a name is unknown, or there is not one for each row; in a forward, a
-            layer's input cannot be mapped to the batch's rows, and rows ask for different adapters.
+        ValueError: a name is unknown, there is not one for each row, or the adapters do not train together; in a
+            forward, a layer's input cannot be mapped to the batch's rows, and rows ask for different adapters.
         TypeError: `names` is not a list.
     """
     bank = _bank(model)
-    _check(model, names, bank)
+    known = _check(model, names, bank)
     encoder, outside_text, shapes = _encoder(model), _outside_text_model(model), dict[str, torch.Size]()
     rows, model_type = Rows.of(names), getattr(getattr(model, "config", None), "model_type", None)
-    beams = rows.repeat_interleave(num_beams)  # as generate() repeats each row, num_beams times in turn
     layers = _layers(model)
     ancestors = {name.rsplit(".", i)[0] for name in layers for i in range(1, name.count(".") + 1)}
     with ExitStack() as hooks:  # removes every hook, also when a forward raises
         if bank is not None:
-            rows, beams = hooks.enter_context(_with_slots(bank, rows)), hooks.enter_context(_with_slots(bank, beams))
+            rows = hooks.enter_context(_with_slots(bank, rows, known))
+        beams = rows.repeat_interleave(num_beams)  # as generate() repeats each row, num_beams times in turn
         checker = _LengthChecker(len(rows), num_beams)
         hooks.callback(model.register_forward_pre_hook(checker, with_kwargs=True).remove)
         for name, module in model.named_modules():
@@ -76,17 +76,17 @@ def _bank(model: nn.Module) -> AdapterBank | None:
 
 
 @contextmanager
-def _with_slots(bank: AdapterBank, rows: Rows) -> Iterator[Rows]:
+def _with_slots(bank: AdapterBank, rows: Rows, known: set[str]) -> Iterator[Rows]:
     """Rows that know where the bank has their adapters, which stay there inside the block.
 
-    Names that the model has itself are not the bank's; any other one is, or was removed meanwhile: a KeyError.
+    Names `known` to the model itself are not the bank's; any other one is, or was removed meanwhile: a KeyError.
     """
-    own = {name for layer in bank.layers.values() for name in layer.lorasb_R}
-    with bank.serving([BASE_ROW if name in own else name for name in rows.names]) as slots:
+    with bank.serving([BASE_ROW if name in known else name for name in rows.names]) as slots:
         yield replace(rows, slots=torch.tensor(slots, dtype=torch.int64), basis=bank.basis)
 
 
-def _check(model: nn.Module, names: Sequence[str], bank: AdapterBank | None) -> None:
+def _check(model: nn.Module, names: Sequence[str], bank: AdapterBank | None) -> set[str]:
+    """Raise where rows cannot have these adapters; the names that the model has itself."""
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"expected adapter_names as a list, a name for each row, got {names!r}")
     layers = [module for module in model.modules() if isinstance(module, LoRASBLinear)]
@@ -118,6 +118,7 @@ def _check(model: nn.Module, names: Sequence[str], bank: AdapterBank | None) -> 
             f"adapter_names: the parameters of {opened[0]!r} are adapted for all rows at once (target_parameters): run "
             "the rows of each adapter as a batch of their own"
         )
+    return known
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -24,7 +24,7 @@ from ..constants import PEFT_NAME
 from ..distributed.deepspeed_zero import with_kept_factors
 from ..layers import linear_group, unfused_experts
 from ..layers.linear import LoRASBLinear
-from ..layers.lookup import any_merged, layer_kinds, layers_with
+from ..layers.lookup import any_merged, layer_kinds, layers_with, uninitialized
 from ..layers.requantize import Requantized
 from ..layers.weight_adapter import adapt_weights
 from ..quantization.bitsandbytes import keep_unpacked
@@ -302,7 +302,7 @@ class LoRASBModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         layers = layers_with(model, adapter_name)
-        fresh = [name for name, layer in layers.items() if not layer.is_initialized(adapter_name)]
+        fresh = uninitialized(layers, adapter_name)
         if fresh:
             warnings.warn(
                 f"adapter {adapter_name!r} has not been initialized ({fresh[0]}): its A, R and B are zeros, and it has "

@@ -324,7 +324,7 @@ def test_one_that_is_removed_between_check_and_forward_is_an_error(monkeypatch: 
     model = with_users(*NAMES)
     bank = moved_to_bank(model)
     real = mixed_batch._check
-    monkeypatch.setattr(mixed_batch, "_check", lambda *given: (real(*given), bank.remove("ada")))
+    monkeypatch.setattr(mixed_batch, "_check", lambda *given: (real(*given), bank.remove("ada"))[0])
     with pytest.raises(KeyError, match="no adapter 'ada' in the bank"):
         out(model, "ada", "grace")
 
