@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.lookup import adapted_layers
+from ..layers.lookup import adapted_layers, refuse_shared_basis
 from ..tuner.config import LoRASBConfig
 from ..tuner.joint_basis import KeptShares, share_into
 from .report.init_report import InitReport
@@ -46,10 +46,11 @@ def initialize_tasks(
         initialize: (batches, adapter name) -> report, for one of them.
 
     Raises:
-        ValueError: fewer than two tasks, or the model has an adapter of a task's name; as of one task's initialization,
-            which leaves the model as it was.
+        ValueError: fewer than two tasks, the model has an adapter of a task's name, or others stand on the adapter;
+            as of one task's initialization, which leaves the model as it was.
     """
     basis, layers = adapted_layers(model, adapter_name)
+    refuse_shared_basis(layers, basis)  # before any task's gradients are taken
     taken = [task for task in tasks if task in model.peft_config]
     if len(tasks) < 2 or taken:
         found = f"an adapter {taken[0]!r} is there already" if taken else f"got {len(tasks)}"
@@ -59,7 +60,7 @@ def initialize_tasks(
     active = list(model.active_adapters)
     try:
         for task, batches in tasks.items():
-            model.add_adapter(task, _like(config, layers, basis))
+            model.add_adapter(task, _like(config, layers))
             reports[task] = initialize(batches, task)
         shares = share_into(model, list(tasks), basis)
     except BaseException:
@@ -71,7 +72,7 @@ def initialize_tasks(
     return TasksReport(reports, shares)
 
 
-def _like(config: LoRASBConfig, layers: Mapping[str, nn.Module], basis: str) -> LoRASBConfig:
+def _like(config: LoRASBConfig, layers: Mapping[str, nn.Module]) -> LoRASBConfig:
     """A new adapter on the layers of another one, at its ranks."""
     return LoRASBConfig(
         r=config.r,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from basis_models import a_layer, base
+from basis_models import a_layer, base, with_users
 from models import batches_for
 from tolerances import EXPORT, check
 
@@ -68,5 +68,11 @@ def test_what_cannot_be_is_refused_and_leaves_the_model() -> None:
         lorasb.initialize(model, tasks(), progress=False)
     with pytest.raises(ValueError):  # noqa: PT011  of the second task, whatever it says
         lorasb.initialize(model, tasks() | {"code": []}, lr=1e-3, progress=False)
+    based = with_users("ada")
+    core, factor = a_layer(based).lorasb_R["ada"].clone(), a_layer(based).lorasb_A["ada"].clone()
+    with pytest.raises(ValueError, match="'default' is the basis of ada, whose R would mean nothing"):
+        lorasb.initialize(based, tasks(), lr=1e-3, adapter_name="default", progress=False)
+    assert torch.equal(core, a_layer(based).lorasb_R["ada"])
+    assert torch.equal(factor, a_layer(based).lorasb_A["ada"])
     assert list(model.peft_config) == ["default"]
     assert not a_layer(model).initialized["default"]
