@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .training.init_callback import InitCallback
     from .training.parameter_groups import parameter_groups
     from .training.rate_trials import RateTrials, find_lr
+    from .training.rows_callback import AdapterRowsCallback, AdapterRowsCollator
     from .training.several_adapters import adapter_losses, adapter_parameter_groups, clip_by_adapter
     from .tuner.adapter_bank import AdapterBank
     from .tuner.config import LoRASBConfig
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterBank",
+    "AdapterRowsCallback",
+    "AdapterRowsCollator",
     "InitCallback",
     "InitReport",
     "Linear4bit",
@@ -62,6 +65,8 @@ __all__ = [
 # public name -> the module that defines it
 _MODULE_OF = {
     "AdapterBank": "tuner.adapter_bank",
+    "AdapterRowsCallback": "training.rows_callback",
+    "AdapterRowsCollator": "training.rows_callback",
     "adapter_losses": "training.several_adapters",
     "adapter_parameter_groups": "training.several_adapters",
     "clip_by_adapter": "training.several_adapters",

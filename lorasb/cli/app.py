@@ -37,6 +37,8 @@ def _finetune(values: dict[str, Any]) -> None:
         console.print(tables.energies(result.report))
     console.print(tables.answers(result.examples, result.before.answers, result.after.answers))
     console.print(tables.before_and_after(result.summary))
+    if result.summary.get("adapters"):
+        console.print(tables.adapters(result.summary))
     console.print(tables.costs(result.summary))
     console.print(_files(settings.output))
 

@@ -20,6 +20,7 @@ from ..recipes.problems.scoring import LABEL_SCORES, is_right
 
 T = TypeVar("T")
 EXAMPLES_SHOWN = 3
+ADAPTERS_SHOWN = 10
 COLUMN_WIDTH = 44  # characters
 SCORE_NAMES = {
     "exact": "exact answers",
@@ -57,6 +58,20 @@ def _accuracies(summary: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
         yield f"{label}, {name}", by_set["before"][source], by_set["after"][source]
 
 
+def adapters(summary: dict[str, Any]) -> Table:
+    """The first adapters of a run that trained several: their examples, and their held-out scores."""
+    found = summary["adapters"]
+    more = f"; {len(found) - ADAPTERS_SHOWN} more in summary.json" if len(found) > ADAPTERS_SHOWN else ""
+    table = Table(title=f"{len(found)} adapters on one basis", caption=f"right answers of each one's own{more}")
+    for name in ("adapter", "examples", "held out", "before", "after"):
+        table.add_column(name, justify="left" if name == "adapter" else "right")
+    # those that have scores first
+    for name, facts in sorted(found.items(), key=lambda item: not item[1]["eval_examples"])[:ADAPTERS_SHOWN]:
+        scores = [f"{facts[at]:.0%}" if at in facts else "—" for at in ("before", "after")]
+        table.add_row(name, str(facts["train_examples"]), str(facts["eval_examples"]), *scores)
+    return table
+
+
 def costs(summary: dict[str, Any]) -> Table:
     """Trained parameters, file sizes, time and memory of a run."""
     table = Table(show_header=False)
@@ -80,7 +95,10 @@ def _sizes(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     trained, size = summary["trainable_params"], summary["adapter_bytes"]
     yield "trained parameters", f"{trained:,} ({trained / summary['base_params']:.2%} of the model)"
     yield "adapter file", f"{size / 1e6:.1f} MB ({size / summary['base_bytes']:.0%} of the model)"
-    if summary["config"]["method"] != "lora":
+    several = len(summary.get("adapters", ()))
+    if several:
+        yield "R of one adapter", f"{4e-3 * trained / several:.0f} KB in fp32"
+    elif summary["config"]["method"] != "lora":
         # the adapter file also has A and B, which checkpoints of one run share
         yield "R alone", f"{4e-6 * trained:.1f} MB in fp32"
 

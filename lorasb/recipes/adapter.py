@@ -92,12 +92,12 @@ def save_start(run: Run, report: InitReport | None, folder: Path) -> None:
 
 def save_adapter(run: Run, folder: Path) -> None:
     """Write the adapter as PEFT does, and the same bytes in every process."""
-    config = run.model.peft_config["default"]
-    for name, value in list(vars(config).items()):
-        if isinstance(value, set):  # PEFT writes sets in an order that depends on the process and on their history
-            setattr(config, name, sorted(value))
-    if config.modules_to_save:  # PEFT adds the names of heads each time that it loads an adapter
-        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
+    for config in run.model.peft_config.values():
+        for name, value in list(vars(config).items()):
+            if isinstance(value, set):  # PEFT writes sets in an order that depends on the process and on their history
+                setattr(config, name, sorted(value))
+        if config.modules_to_save:  # PEFT adds the names of heads each time that it loads an adapter
+            config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     run.model.save_pretrained(str(folder))
 
 

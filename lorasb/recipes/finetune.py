@@ -98,14 +98,18 @@ def _warn(settings: Settings, processes: Processes) -> None:
 
 def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[Any, float]:
     """Load the initialized adapter, or make and save it; returns its report and the seconds that took."""
+    from .user_adapters import add_adapters, load_adapters
+
     earlier = folder.load_start()
     if earlier is not None:
         run.lr = earlier.lr
         load_adapter(run, folder.start)
+        load_adapters(run, folder.start)
         return load_report(folder.start), earlier.seconds
     report, seconds = adapt(run)
     if run.settings.find_lr:
         run.lr = find_rate(run).lr
+    add_adapters(run)
     if is_first_rank:
         folder.save_start(lambda target: save_start(run, report, target), Start(seconds, run.lr))
     return report, seconds

@@ -18,7 +18,7 @@ from .examples.batch_order import ByLength
 from .examples.data import load_examples
 from .examples.packing import PackCollator, row_length
 from .examples.tasks import Example
-from .examples.tokenization import with_progress
+from .examples.tokenization import Collator, with_progress
 from .problems.evaluation import Evaluation, HeldOut
 from .problems.problem import Problem, problem_of
 from .problems.scoring import REASONED
@@ -59,6 +59,11 @@ class Run:
         """Number of training tokens over all epochs, without padding."""
         return round(sum(map(len, self.train_ids)) * self.settings.epochs)
 
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that have examples of their own; none without `--adapter-column`."""
+        return sorted({example.adapter for example in [*self.train, *self.held_out]} - {""})
+
     def evaluate(self, title: str) -> Evaluation:
         """Held-out loss, accuracy and answers of the current model."""
         return self.problem.evaluate(self.model, self.tokenizer, self._held_out(), title)
@@ -72,7 +77,13 @@ class Run:
         return ByLength([row_length(row) for row in self.rows], self.settings.batch_size, self.settings.seed)
 
     def collator(self) -> Callable[[list[Any]], dict[str, Any]]:
-        """From training rows to a batch."""
+        """From training rows to a batch; with adapters of their own, the rows' names are in it."""
+        if self.adapters:
+            return Collator(self.tokenizer.pad_token_id, self.model.get_base_model(), by_adapter=True)
+        return self.unnamed_collator()
+
+    def unnamed_collator(self) -> Callable[[list[Any]], dict[str, Any]]:
+        """From training rows to a batch for one adapter."""
         if self.settings.packing:
             return PackCollator(self.tokenizer.pad_token_id)
         return self.problem.collator(self.tokenizer, self.model.get_base_model())

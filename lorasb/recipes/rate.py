@@ -23,7 +23,7 @@ def find_rate(run: Run) -> RateTrials:
 
 def batches(run: Run) -> Iterator[dict[str, Any]]:
     """The run's batches in its order, over and over, in the parts that a step is computed in."""
-    settings, collate = run.settings, run.collator()
+    settings, collate = run.settings, run.unnamed_collator()
     size = settings.batch_size // settings.gradient_accumulation
     order = run.order()
     for epoch in itertools.count():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..constants import WEIGHTS_NAME
 from ..init import InitReport
 from ..utils.atomic_files import replacing_folder, write_json
 from ..utils.precision import processor_class
@@ -23,6 +24,7 @@ from .prepare import Run, device
 from .problems.evaluation import Evaluation, score_by_source
 from .run_folder import SUMMARY_NAME
 from .train import Trained
+from .user_adapters import by_adapter
 
 ANSWERS_NAME = "answers.json"
 
@@ -51,6 +53,7 @@ def summarize(
             "before": score_by_source(run.held_out, before.answers),
             "after": score_by_source(run.held_out, after.answers),
         },
+        "adapters": by_adapter(run, before.answers, after.answers),
         "eval_scores": sorted({example.score for example in run.held_out}),
         "eval_examples": len(run.held_out),
         "trainable_params": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
@@ -77,7 +80,8 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
     """Write the run's files; the summary gets the adapter's size and is written last.
 
     Files: adapter/, lora/ (the exact plain LoRA), report.json, loss.png, energy.png, answers.json, summary.json. With
-    method="lora" there is no export (it is a LoRA already) and no report.
+    method="lora" there is no export (it is a LoRA already) and no report. With `--adapter-column`, adapter/ has the
+    basis and a folder for each adapter, and nothing is exported: a LoRA of each would be larger by far.
     """
     from .plots import plot_loss
 
@@ -85,7 +89,7 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
     # An interrupted save leaves the former folder in place: `replacing_folder` renames a complete one over it.
     with replacing_folder(folder / "adapter") as target:
         save_adapter(run, target)
-    summary["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    summary["adapter_bytes"] = (folder / "adapter" / WEIGHTS_NAME).stat().st_size
     if result.report is not None:
         _save_export_and_report(run, result.report, folder)
     data = describe_data(settings, len(run.train_ids))
@@ -98,8 +102,9 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
 def _save_export_and_report(run: Run, report: InitReport, folder: Path) -> None:
     from ..export.lora import export_lora
 
-    with replacing_folder(folder / "lora") as target:
-        export_lora(run.model, target, quiet=True)
+    if not run.adapters:
+        with replacing_folder(folder / "lora") as target:
+            export_lora(run.model, target, quiet=True)
     report.save(folder / REPORT_NAME)
     if report.energy_sign is not None:
         report.plot(folder / "energy.png")
@@ -113,6 +118,7 @@ def _answers(result: Result) -> list[dict[str, str]]:
             "completion": e.completion,
             "source": e.source,
             "score": e.score,
+            **({"adapter": e.adapter} if e.adapter else {}),
             "before": old,
             "after": new,
         }
@@ -129,7 +135,7 @@ def load(folder: Path) -> Result:
     try:
         summary = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
         rows = json.loads((folder / ANSWERS_NAME).read_text(encoding="utf-8"))
-        known = ("prompt", "completion", "source", "score")
+        known = ("prompt", "completion", "source", "score", "adapter")
         examples = [Example(**{name: row[name] for name in known if name in row}) for row in rows]
         evaluations = [
             Evaluation(summary[f"eval_loss_{at}"], summary[f"eval_accuracy_{at}"], tuple(row[at] for row in rows))

@@ -97,6 +97,11 @@ class Settings:
     eval_data: str | None = setting(
         None, "Held-out examples, the same; several comma-separated.", group="data", shown="a tenth of --data"
     )
+    adapter_column: str | None = setting(
+        None,
+        "Entry of each example of --data that names its adapter: one for each name, on one basis, trained together.",
+        group="data",
+    )
     train_examples: int = setting(2000, "Generated training examples.", group="data", init="same", positive=True)
     eval_examples: int = setting(100, "Held-out examples of each set.", group="data", positive=True)
     score: str = setting(
@@ -215,6 +220,8 @@ class Settings:
                 f"--batch-size {self.batch_size} cannot be parted in --gradient-accumulation "
                 f"{self.gradient_accumulation} equal parts: take a multiple of it"
             )
+        if self.adapter_column is not None:
+            _check_adapters(self)
 
     def check_processes(self, processes: int) -> None:
         """Raise a ValueError if a step's examples cannot be parted equally among processes and accumulations."""
@@ -228,6 +235,24 @@ class Settings:
     def deciding(self) -> dict[str, Any]:
         """The settings that determine the result: two runs that agree in them end bitwise equal."""
         return {name: value for name, value in asdict(self).items() if name not in WITHOUT_EFFECT_ON_RESULT}
+
+
+def _check_adapters(settings: Settings) -> None:
+    """Raise a ValueError for what adapters that are trained together cannot have."""
+    if settings.data is None:
+        raise ValueError("--adapter-column names an entry of the examples of --data, which is not given: name a file")
+    refused = {
+        "--method lora": settings.method == "lora",
+        "--lora-dropout": settings.lora_dropout > 0,
+        "--packing": settings.packing,
+        "--gradient-checkpointing": settings.gradient_checkpointing,
+    }
+    found = next((name for name, on in refused.items() if on), None)
+    if found is not None:
+        raise ValueError(
+            f"--adapter-column trains the rows of a batch as those of different adapters, and {found} does not go with "
+            "that: leave one of them out"
+        )
 
 
 @dataclass(frozen=True)

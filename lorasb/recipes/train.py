@@ -15,6 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 
 from ..checkpoints.shared_factors import share
 from ..distributed.process_group import Processes
+from ..training.rows_callback import AdapterRowsCallback
 from . import checkpoints
 from .callbacks import Bar, Judging, Ordering, Planning, Saving
 from .console import console
@@ -24,6 +25,7 @@ from .examples.data import Listed
 from .prepare import Run, checkpoint_activations, device
 from .settings import Settings
 from .signals import Stop
+from .user_adapters import load_adapters, optimizer
 
 STATE_NAME = "trainer_state.json"
 
@@ -59,6 +61,7 @@ def train(run: Run, folder: Path, identity: dict[str, Any], checkpoint: str | No
 def _already_trained(run: Run, checkpoint: Path, seconds: float) -> Trained:
     """Load a checkpoint's adapter over the current one, and read its log."""
     run.model.load_adapter(str(checkpoint), "default", is_trainable=True)
+    load_adapters(run, checkpoint)
     state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
     return Trained(state["log_history"], seconds)
 
@@ -68,11 +71,14 @@ def _trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: 
     settings, processes = run.settings, Processes()
     if settings.gradient_checkpointing:
         checkpoint_activations(run.model.get_base_model())
+    args = arguments(run, folder, processes.world_size)
     trainer = _RunTrainer(
         model=run.model,
-        args=arguments(run, folder, processes.world_size),
+        args=args,
         train_dataset=Listed(run.rows),
         data_collator=run.collator(),
+        optimizers=(optimizer(run, args) if run.adapters else None, None),
+        callbacks=[AdapterRowsCallback()] if run.adapters else [],
     )
     if run.problem.takes_loss_arguments is not None:
         trainer.model_accepts_loss_kwargs = run.problem.takes_loss_arguments
@@ -105,7 +111,8 @@ def arguments(run: Run, folder: Path, processes: int) -> TrainingArguments:
         seed=settings.seed,
         use_cpu=device() == "cpu",
         dataloader_pin_memory=device() == "cuda",
-        ddp_find_unused_parameters=False,  # every R takes part in every forward: skip DDP's search
+        # every R takes part in every forward, and DDP need not search, but for those of adapters without rows
+        ddp_find_unused_parameters=bool(run.adapters),
         disable_tqdm=False,
     )
 

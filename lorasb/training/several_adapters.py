@@ -38,12 +38,7 @@ def adapter_losses(logits: Tensor, labels: Tensor, adapter_names: Sequence[str])
             f"expected logits [n, T, V], labels [n, T] and n names, got {list(logits.shape)}, {list(labels.shape)} and "
             f"{len(adapter_names)}"
         )
-    targets = labels[:, 1:]
-    # flat: over a transposed view of the vocabulary torch takes several times as long
-    wide = logits[:, :-1].flatten(0, 1)
-    wide = wide if wide.dtype == torch.float64 else wide.float()
-    by_token = functional.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="none")
-    by_token = by_token.view(targets.shape)
+    targets, by_token = labels[:, 1:], token_losses(logits, labels)
     found = {}
     for name in dict.fromkeys(adapter_names):
         if name == BASE_ROW:
@@ -54,6 +49,21 @@ def adapter_losses(logits: Tensor, labels: Tensor, adapter_names: Sequence[str])
             raise ValueError(f"adapter {name!r} has no labeled token in this batch: its labels are all {IGNORED}")
         found[name] = by_token[rows].sum() / count
     return found
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """[n, T - 1]: the loss of each label after the first, 0 where none is counted.
+
+    Args:
+        logits: [n, T, V].
+        labels: [n, T].
+    """
+    targets = labels[:, 1:]
+    # flat: over a transposed view of the vocabulary torch takes several times as long
+    wide = logits[:, :-1].flatten(0, 1)
+    wide = wide if wide.dtype == torch.float64 else wide.float()
+    by_token = functional.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return by_token.view(targets.shape)
 
 
 def adapter_parameter_groups(

@@ -21,6 +21,7 @@ OTHER = {
     "task": "gcd",
     "data": "a.jsonl",
     "eval_data": "b.jsonl",
+    "adapter_column": "user",
     "train_examples": 7,
     "eval_examples": 8,
     "score": "number",

@@ -25,7 +25,7 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
     if settings.data is None:
         held_out = generate(settings.task, settings.eval_examples, HELD_OUT_SEED + settings.seed)
         return generate(settings.task, settings.train_examples, settings.seed, exclude=held_out), held_out
-    train_examples = read_data(settings.data, settings.score)
+    train_examples = read_data(settings.data, settings.score, adapter_column=settings.adapter_column)
     held_out = _held_out(settings, train_examples)
     # By prompt, not by position: duplicates of a held-out prompt must not be trained on either.
     prompts = {_prompt(example) for example in held_out}
@@ -37,13 +37,14 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
 
 def _prompt(example: Example) -> str:
     """What identifies an example's question; `messages` are dictionaries, which have no hash."""
-    return json.dumps([example.prompt, example.pair, example.messages])
+    return json.dumps([example.prompt, example.pair, example.messages, example.adapter])
 
 
 def _held_out(settings: Settings, train_examples: list[Example]) -> list[Example]:
     """Examples of each set of `--eval-data`, or else up to a tenth of the training set's; drawn at random."""
     if settings.eval_data is not None:
-        parts = (read_data(name.strip(), settings.score, held_out=True) for name in settings.eval_data.split(","))
+        column = settings.adapter_column
+        parts = (read_data(name.strip(), settings.score, True, column) for name in settings.eval_data.split(","))
         return [example for part in parts for example in _drawn(part, settings.eval_examples, settings.seed)]
     return _drawn(train_examples, max(1, min(settings.eval_examples, len(train_examples) // 10)), settings.seed)
 

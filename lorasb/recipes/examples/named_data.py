@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .tasks import Example, labeled, read_jsonl
+from .tasks import BadAdapterError, Example, labeled, read_jsonl, with_adapter
 
 INSTRUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -94,13 +94,14 @@ NAMED = {
 }
 
 
-def read_data(name: str, score: str, held_out: bool = False) -> list[Example]:
+def read_data(name: str, score: str, held_out: bool = False, adapter_column: str | None = None) -> list[Example]:
     """The examples of a JSONL file, of a JSON list in Alpaca's form, or of a named data set.
 
     Args:
         name: path or name; a file goes before a data set of the same name.
         score: how answers to a file's examples are judged; a named data set has its own, and labels are compared.
         held_out: read the held-out split of a named data set.
+        adapter_column: entry of each row with the name of its adapter.
 
     Raises:
         ValueError: no such file or name, a name without a held-out split, or an invalid line.
@@ -109,7 +110,7 @@ def read_data(name: str, score: str, held_out: bool = False) -> list[Example]:
     """
     path = Path(name)
     if path.is_file():
-        examples = _records(path) if path.suffix == ".json" else read_jsonl(path)
+        examples = _records(path, adapter_column) if path.suffix == ".json" else read_jsonl(path, adapter_column)
         score = _score_of_labels(examples) if score == "exact" else score
         return [replace(example, source=name, score=score) for example in examples]
     if name not in NAMED:
@@ -118,7 +119,10 @@ def read_data(name: str, score: str, held_out: bool = False) -> list[Example]:
     split = source.held_out if held_out else source.train
     if split is None:
         raise ValueError(f"{name} has no held-out split: name another set, or leave --eval-data out")
-    return [replace(source.example(row), source=name, score=source.score) for row in _rows(name, source, split)]
+    return [
+        replace(with_adapter(source.example(row), row, adapter_column, name), source=name, score=source.score)
+        for row in _rows(name, source, split)
+    ]
 
 
 def _score_of_labels(examples: list[Example]) -> str:
@@ -130,16 +134,18 @@ def _score_of_labels(examples: list[Example]) -> str:
     return "pearson" if numbers and any(isinstance(label, float) for label in labels) else "label"
 
 
-def _records(path: Path) -> list[Example]:
+def _records(path: Path, adapter_column: str | None) -> list[Example]:
     """Alpaca's JSON list; JSON Lines in a file of this name do as well."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        return read_jsonl(path)
+        return read_jsonl(path, adapter_column)
     try:
         if not isinstance(rows, list) or not rows:
             raise TypeError(f"got {type(rows).__name__}" if rows else "it is empty")
-        return [instructed(row) for row in rows]
+        return [with_adapter(instructed(row), row, adapter_column, str(path)) for row in rows]
+    except BadAdapterError:
+        raise
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path}: expected a JSON list of objects with instruction and output ({error}), or a .jsonl file of "

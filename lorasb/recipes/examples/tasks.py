@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...constants import BASE_ROW
+
 # reasoning-gym draws item i of a data set from seed + i, so the held-out set needs a seed far from the training set's.
 HELD_OUT_SEED = 10_000_000
+# A name is a folder, and a part of parameters' names, which have no dots.
+ADAPTER_NAME, TAKEN_NAMES = r"[\w@+-]+", ("default", BASE_ROW)
 MAX_ROUNDS = 20  # draws of `count` items before a task is taken to be too small
 
 
@@ -44,6 +49,7 @@ class Example:
         label: class, or value (a float); None for language modeling.
         source: name of the data set.
         score: how an answer is judged, see `scoring`.
+        adapter: whose example it is, where each adapter has its own (`--adapter-column`).
     """
 
     prompt: str
@@ -53,6 +59,7 @@ class Example:
     label: Label | None = None
     source: str = ""
     score: str = "exact"
+    adapter: str = ""
 
 
 def generate(task: str, count: int, seed: int, exclude: Sequence[Example] = ()) -> list[Example]:
@@ -90,8 +97,12 @@ def _draw(task: str, count: int, seed: int) -> Iterator[Example]:
         yield Example(prompt, str(item["answer"]).strip())
 
 
-def read_jsonl(path: str | Path) -> list[Example]:
+def read_jsonl(path: str | Path, adapter_column: str | None = None) -> list[Example]:
     """Read examples: one JSON object per line, with `prompt` and `completion`, `messages`, or `text` and `label`.
+
+    Args:
+        path: the file.
+        adapter_column: further entry of each object, the name of its adapter.
 
     Raises:
         ValueError: no such file, no examples, or an invalid line; the message has its number.
@@ -103,15 +114,18 @@ def read_jsonl(path: str | Path) -> list[Example]:
     # Not splitlines(): it also splits at U+2028 and others, which may be unescaped in JSON strings.
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
-            examples.append(_read_line(line, f"{file}, line {number}"))
+            examples.append(_read_line(line, f"{file}, line {number}", adapter_column))
     if not examples:
         raise ValueError(f"{file} holds no examples")
     return examples
 
 
-def _read_line(line: str, where: str) -> Example:
+def _read_line(line: str, where: str, adapter_column: str | None) -> Example:
     try:
-        return _example(json.loads(line))
+        values = json.loads(line)
+        return with_adapter(_example(values), values, adapter_column, where)
+    except BadAdapterError:
+        raise
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{where}: expected an object with prompt and completion, messages ending with the assistant's, or text "
@@ -130,6 +144,29 @@ def _example(values: Any) -> Example:
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError("the last message is not the assistant's")
     return Example(messages[-2]["content"], messages[-1]["content"], tuple(messages))
+
+
+class BadAdapterError(ValueError):
+    """An example's entry for its adapter is missing, or cannot name one."""
+
+
+def with_adapter(example: Example, values: dict[str, Any], column: str | None, where: str) -> Example:
+    """The example as that of the adapter that a column names.
+
+    Raises:
+        BadAdapterError: no such column, or its value cannot name an adapter's folder and parameters.
+    """
+    if column is None:
+        return example
+    if column not in values:
+        raise BadAdapterError(f"{where}: --adapter-column {column} is not there, got {', '.join(values)}")
+    name = str(values[column])
+    if name in TAKEN_NAMES or not re.fullmatch(ADAPTER_NAME, name):
+        raise BadAdapterError(
+            f"{where}: expected an adapter's name in {column}, of letters, digits, - and _ and other than "
+            f"{' and '.join(TAKEN_NAMES)}, got {name!r}"
+        )
+    return replace(example, adapter=name)
 
 
 def labeled(text: str, label: Any, pair: str = "") -> Example:

@@ -19,12 +19,14 @@ IGNORED = -100  # ignore_index of torch's cross_entropy
 class Encoded:
     """Token ids of a prompt and its completion, which ends with the end-of-text token.
 
-    `learned` is True for prompt tokens of earlier assistant turns; it is empty if there are none.
+    `learned` is True for prompt tokens of earlier assistant turns; it is empty if there are none. `adapter` is the
+    example's.
     """
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
     learned: tuple[bool, ...] = ()
+    adapter: str = ""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
@@ -63,7 +65,7 @@ def encode(example: Example, tokenizer: Any, max_length: int, whole_prompt: bool
     completion = completion[:limit]
     last_tokens = slice(-(max_length - len(completion)), None)
     marks = tuple(learned[last_tokens]) if any(learned[last_tokens]) else ()
-    return Encoded(tuple(ids[last_tokens]), tuple(completion), marks)
+    return Encoded(tuple(ids[last_tokens]), tuple(completion), marks, example.adapter)
 
 
 def _pieces(example: Example, tokenizer: Any) -> tuple[list[tuple[str, bool]], str]:
@@ -114,10 +116,15 @@ class Collator:
 
     If the model's forward takes `logits_to_keep`, logits are computed for the longest completion of the batch only: for
     short answers that saves most of the head's time and memory.
+
+    Args:
+        pad_token_id: of the padding.
+        model: the base model.
+        by_adapter: name each row's adapter in the batch, too.
     """
 
-    def __init__(self, pad_token_id: int, model: nn.Module) -> None:
-        self.pad = pad_token_id
+    def __init__(self, pad_token_id: int, model: nn.Module, by_adapter: bool = False) -> None:
+        self.pad, self.by_adapter = pad_token_id, by_adapter
         names = inspect.signature(model.forward).parameters
         self.trims = "logits_to_keep" in names
         self.positions = "position_ids" in names
@@ -128,6 +135,8 @@ class Collator:
         labels = [[IGNORED] * (width - len(e)) + e.labels for e in examples]
         mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in examples])
         batch: dict[str, Any] = {"input_ids": torch.tensor(ids), "attention_mask": mask, "labels": torch.tensor(labels)}
+        if self.by_adapter:
+            batch["adapter_names"] = [example.adapter for example in examples]
         # Without position_ids, models count positions from the padding.
         if self.positions:
             batch["position_ids"] = positions(mask)

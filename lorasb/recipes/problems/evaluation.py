@@ -117,7 +117,8 @@ def mean_loss(
 
     def batch_losses(indices: list[int], bar: Any) -> list[float]:
         """The losses of one batch; advances the bar."""
-        losses = example_losses(model, collate([encoded[i] for i in indices]))
+        rows = [encoded[i] for i in indices]
+        losses = example_losses(model, collate(rows) | adapters_of(model, rows))
         bar.update(1)
         return losses
 
@@ -125,6 +126,12 @@ def mean_loss(
     losses = [loss for _, losses_of_batch in results for loss in losses_of_batch]
     model.train(mode)
     return sum(losses) / len(losses)
+
+
+def adapters_of(model: Any, rows: Sequence[Encoded]) -> dict[str, list[str]]:
+    """The rows' `adapter_names`, for a model that has adapters of these names; nothing for any other."""
+    names = [row.adapter for row in rows]
+    return {"adapter_names": names} if set(names) <= set(getattr(model, "peft_config", ())) else {}
 
 
 def batches_by_length(encoded: Sequence[Any], size: int) -> list[list[int]]:
@@ -185,6 +192,7 @@ def _answers(model: nn.Module, tokenizer: Any, chunk: Sequence[Encoded], bar: An
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=[advance],
+        **adapters_of(model, chunk),
     )
     return [text.strip() for text in tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)]
 

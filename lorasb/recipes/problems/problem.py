@@ -80,7 +80,7 @@ def problem_of(train: Sequence[Example], held_out: Sequence[Example], settings: 
 
     Raises:
         ValueError: labels in a part of the examples only, labels that cannot be learned, scores that do not go with
-            them, or packing of examples with labels.
+            them, or packing or several adapters for examples with labels.
     """
     labeled = sum(example.label is not None for example in [*train, *held_out])
     if labeled not in (0, len(train) + len(held_out)):
@@ -94,6 +94,8 @@ def problem_of(train: Sequence[Example], held_out: Sequence[Example], settings: 
         raise ValueError(f"--score {wrong[0]} does not judge {kind}, which the examples have: {', '.join(fitting)} do")
     if not labeled:
         return LanguageModeling()
+    if settings.adapter_column is not None:
+        raise ValueError("--adapter-column trains language models: a classifier's head is one for all adapters")
     if settings.packing:
         raise ValueError("--packing puts several examples into a row, and a row has one label: leave it out")
     # A class whose only examples were drawn to be held out is no mistake; one of another file's is.

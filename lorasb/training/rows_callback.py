@@ -1,0 +1,178 @@
+"""Training of several adapters by `transformers.Trainer`: each on its own rows of a batch, as if it were alone.
+
+    trainer = Trainer(
+        model,
+        TrainingArguments(..., remove_unused_columns=False),
+        data_collator=lorasb.AdapterRowsCollator(collator, column="user"),
+        optimizers=(torch.optim.AdamW(lorasb.adapter_parameter_groups(model, names, lr=2e-3)), None),
+        callbacks=[lorasb.AdapterRowsCallback()],
+    )
+
+In place of the model's loss, a mean over all tokens, backward starts from the sum over tokens. Before the optimizer's
+step each adapter's gradient is divided by the number of its own tokens in the step, over all parts of a gradient
+accumulation and all processes, and clipped by its own norm.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from ..constants import BASE_ROW
+from ..distributed.process_group import Processes
+from .several_adapters import IGNORED, clip_by_adapter, token_losses
+
+NAMES = "adapter_names"  # of a batch's rows, as `PeftModel.forward` takes them
+
+
+class AdapterRowsCollator:
+    """A collator whose batches have `adapter_names`, from a column of the examples.
+
+    Args:
+        collate: from examples without the column to a batch.
+        column: has an adapter's name, or `__base__`.
+
+    Raises:
+        ValueError: in a call, an example has no such column.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Mapping[str, Any]], column: str = NAMES) -> None:
+        self.collate, self.column = collate, column
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        without = next((example for example in examples if self.column not in example), None)
+        if without is not None:
+            raise ValueError(
+                f"expected a column {self.column!r} in every example, got {', '.join(without) or 'none'}: Trainer "
+                "keeps it with TrainingArguments(remove_unused_columns=False)"
+            )
+        rest = [{name: value for name, value in one.items() if name != self.column} for one in examples]
+        return {**self.collate(rest), NAMES: [str(example[self.column]) for example in examples]}
+
+
+class AdapterRowsCallback(TrainerCallback):
+    """Trains the adapters that the optimizer's groups name, each on its own rows: see the head of this file.
+
+    The trainer's `max_grad_norm` is that of each adapter. The loss that is logged is the mean over the tokens of all
+    rows. An adapter without tokens in a step makes none: its moments stay, and it does not decay. A checkpoint has the
+    basis and a folder for each adapter, and training resumes from it as from any other.
+
+    Raises:
+        ValueError: when training begins, the optimizer has not the groups of `adapter_parameter_groups`, or gradients
+            are not those of one plain backward (fp16 with loss scaling, DeepSpeed, FSDP).
+    """
+
+    def __init__(self) -> None:
+        self.max_norm = 0.0
+        self._labeled: list[tuple[Sequence[str], Tensor]] = []  # a step's batches: whose rows, and their tokens
+        self._batch: tuple[Sequence[str], Tensor, Any] | None = None  # of the forward that runs
+        self._hooks: list[Any] = []
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Take the loss over; the trainer has loaded a checkpoint by now, which leaves one adapter to train."""
+        _check(args)
+        groups = _groups(optimizer)
+        for parameter in (parameter for group in groups for parameter in group["params"]):
+            parameter.requires_grad_(True)
+        if args.max_grad_norm:  # 0 after a run that an error ended
+            self.max_norm, args.max_grad_norm = args.max_grad_norm, 0.0  # or the trainer would clip all of them as one
+        self._remove_hooks()
+        self._labeled.clear()
+        self._hooks = [
+            model.register_forward_pre_hook(self._take_labels, with_kwargs=True),
+            model.register_forward_hook(self._put_loss),
+        ]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Make each adapter's gradient that of the mean over its tokens, and clip it."""
+        groups, processes = _groups(optimizer), Processes()
+        counts = _by_name(self._labeled, [group["name"] for group in groups], processes)
+        self._labeled.clear()
+        for group, count in zip(groups, counts, strict=True):
+            for parameter in group["params"]:
+                if not count:
+                    parameter.grad = None  # zeros would still move it, by its moments
+                elif parameter.grad is not None:
+                    parameter.grad.mul_(processes.world_size / count)  # DDP has averaged over processes
+        if self.max_norm:
+            clip_by_adapter(groups, self.max_norm)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the model's loss and the trainer's clipping back."""
+        args.max_grad_norm, self.max_norm = self.max_norm, 0.0
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _take_labels(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Keep the labels from the model, which would compute a loss of its own over all logits."""
+        self._batch = None
+        if module.training and NAMES in kwargs and kwargs.get("labels") is not None:
+            labels = kwargs["labels"]
+            self._batch = kwargs[NAMES], labels, kwargs.get("num_items_in_batch")
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")}
+        elif module.training:
+            raise ValueError(
+                f"expected a batch with {NAMES} and labels, got {', '.join(kwargs)}: "
+                "Trainer(data_collator=lorasb.AdapterRowsCollator(collator, column=...)) names the rows"
+            )
+        return args, kwargs
+
+    def _put_loss(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        """The model's output with the loss that training needs."""
+        if self._batch is None:
+            return None
+        (names, labels, items), self._batch = self._batch, None
+        rows = torch.tensor([name != BASE_ROW for name in names], device=labels.device)
+        losses = token_losses(output.logits, labels) * rows[:, None]
+        counted = (labels[:, 1:] != IGNORED).sum(1) * rows
+        self._labeled.append((names, counted))
+        total = losses.sum()
+        mean = (total / (counted.sum() if items is None else items)).detach()
+        # Shown is the mean; the gradient is the sum's, whatever the trainer divides the loss by.
+        loss = mean + (total - total.detach())
+        loss.register_hook(torch.ones_like)
+        output["loss"] = loss
+        return output
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    """The optimizer's groups, one an adapter."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    if not groups or any("name" not in group for group in groups):
+        raise ValueError(
+            "AdapterRowsCallback: expected an optimizer with a group for each adapter, got "
+            f"{len(groups)} without names: Trainer(optimizers=(torch.optim.AdamW("
+            "lorasb.adapter_parameter_groups(model, names, lr=...)), None))"
+        )
+    return list(groups)
+
+
+def _check(args: Any) -> None:
+    """Raise where gradients cannot be divided adapter by adapter."""
+    found = [name for name, on in (("fp16=True", args.fp16), ("deepspeed", args.deepspeed), ("fsdp", args.fsdp)) if on]
+    if found:
+        raise ValueError(
+            f"AdapterRowsCallback: expected training in fp32 or bf16, by one process or DDP, got {found[0]}: the "
+            "gradients of adapters cannot be told apart there. Leave it out"
+        )
+
+
+def _by_name(labeled: Sequence[tuple[Sequence[str], Tensor]], names: Sequence[str], processes: Processes) -> list[int]:
+    """Labeled tokens of each adapter in a step, over all processes."""
+    counts = Counter[str]()
+    for owners, tokens in labeled:
+        for owner, count in zip(owners, tokens.tolist(), strict=True):
+            counts[owner] += count
+    by_name = torch.tensor([counts[name] for name in names], dtype=torch.int64)
+    return [int(count) for count in processes.all_reduce_sum(by_name)]
