@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import nn
 import lorasb
 from benchmarks.methods import starts
 from benchmarks.methods.gradients import take_again, weigh_by_spread
-from benchmarks.methods.grid import CORE, METHODS, Cell, Method, Task
-from benchmarks.methods.problems import Batch, Problem
+from benchmarks.methods.grid import BY_SCORE, CORE, METHODS, SHARING, Cell, Method, Task, task_named
+from benchmarks.methods.problems import Batch, Problem, batches_of
 
 Batches = Callable[[int], list[Batch]]  # so many samples, drawn for the initialization, in batches
 LORA_GA_SAMPLES = 32  # as many as LoRA-SB takes
@@ -56,7 +57,9 @@ def _core(problem: Problem, cell: Cell, batches: Batches, warmup: int) -> tuple[
         model = lorasb.patch(model.unload(), replace(config, rank_pattern=ranks))
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "signs" if "noise" in options else None
-        if config.init == "update":
+        if options.get("joint"):
+            report = _joint(model, problem, cell, eta)
+        elif config.init == "update":
             report = begin(model, problem, cell, batches, eta, cache)
         else:  # done while patching
             report = model.base_model.init_reports[starts.ADAPTER]
@@ -66,6 +69,20 @@ def _core(problem: Problem, cell: Cell, batches: Batches, warmup: int) -> tuple[
     if options.get("by_spread"):
         weigh_by_spread(model, batches(sample_count(problem, options)), eta)
     return model, report
+
+
+def _joint(model: Any, problem: Problem, cell: Cell, eta: float) -> Any:
+    """An adapter of each task that may share a basis; that of the cell's own is left active.
+
+    Returns:
+        Its share of the first step's energy, as `energy_sign`.
+    """
+    count = sample_count(problem, settings(cell))
+    tasks = {name: batches_of(BY_SCORE[f"{name} by score"], count, cell.seed) for name in SHARING}
+    report: Any = lorasb.initialize(model, tasks, lr=eta, num_samples=count, seed=cell.seed, progress=False)
+    own = task_named(cell.task).name
+    model.set_adapter(own)
+    return SimpleNamespace(energy_sign=report.shares.overall[own])
 
 
 def settings(cell: Cell) -> dict[str, Any]:

@@ -147,9 +147,16 @@ BY_LOSS = {f"{name} by loss": _by_loss(name) for name in SIZES}
 BY_LOSS |= {f"{longer} by loss": _by_loss(name, **sizes) for longer, (name, sizes) in LONGER.items()}
 
 
+# Tasks of one model that may share a basis, by the score of generated answers and by loss.
+SHARING = ("word_sequence_reversal", "chain_sum", "leg_counting", "gcd")
+BY_SCORE = {
+    f"{name} by score": Task(name, "exact match", True, 600, 75, 8, 200, 200, 32, (64,), LM_RATES) for name in SHARING
+}
+
+
 def task_named(name: str) -> Task:
-    """A task of the comparison, or the same by loss on a thousand examples ("cola by loss")."""
-    return BY_LOSS[name] if name in BY_LOSS else TASKS[name]
+    """A task of the comparison, the same by loss on a thousand examples ("cola by loss"), or one "by score"."""
+    return {**TASKS, **BY_LOSS, **BY_SCORE}[name]
 
 
 @dataclass(frozen=True)

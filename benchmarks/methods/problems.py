@@ -131,6 +131,22 @@ def _language(task: Task, folder: Path | None, dtype: torch.dtype) -> Problem:
     return Problem(model, coded["train"], collate, judge, loss, LINEARS, [], "CAUSAL_LM")
 
 
+def batches_of(task: Task, count: int, seed: int) -> list[Batch]:
+    """Samples of a generated task's training examples, for an initialization."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+
+    source = resolve_model(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    collate = Collator(tokenizer.pad_token_id, model)
+    drawn = random.Random(1000 + seed).sample(generated(task)["train"], count)
+    coded = [encode(example, tokenizer, MAX_LENGTH) for example in drawn]
+    return [collate(coded[i : i + task.batch]) for i in range(0, count, task.batch)]
+
+
 @torch.no_grad()
 def _mean_loss(model: nn.Module, collate: Collator, coded: list[Encoded], batch: int) -> float:
     """Nats a token, each example's own mean, over examples."""

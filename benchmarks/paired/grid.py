@@ -157,11 +157,12 @@ def wanted(
         for task in tasks
         for r in ranks
         for name in names
-        for cell in _cells(f"{task} by loss", entries()[name], entries()[name].rank(r), seeds, rows)
+        for cell in cells(f"{task} by loss", entries()[name], entries()[name].rank(r), seeds, rows)
     ]
 
 
-def _cells(task: str, entry: Entry, r: int, seeds: Sequence[int], rows: Sequence[Row]) -> Iterator[Cell]:
+def cells(task: str, entry: Entry, r: int, seeds: Sequence[int], rows: Sequence[Row]) -> Iterator[Cell]:
+    """The rates of an entry's sweep that are to be tried next, or its seeds at the best rate."""
     tried = swept(rows, task, entry.name, r)
     for lr in rates_to_try(entry, r, tried):
         yield entry.cell(sweep_of(task), "validation", r, lr, SWEEP_SEED)

@@ -1,0 +1,96 @@
+"""Four tasks of one model: an adapter of each on a basis of its own, and on one basis for all four.
+
+    python -m benchmarks.serving.joint_basis [--r 4 16 64] [--workers 2]
+    python -m benchmarks.serving.joint_basis --table
+
+Both see the same batches in the same order, by seed, start from as many samples of their task, and train at the same
+rate: the best for adapters of their own, by the loss on the validation split, on a seed that is not compared. Rows go
+to benchmarks/results/joint-basis.csv as runs finish, and what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common.csv_files import Row
+from benchmarks.common.timing import use_dtype
+from benchmarks.methods import rows, runner
+from benchmarks.methods.grid import BY_SCORE, SEEDS, Cell
+from benchmarks.paired.compare import half_width
+from benchmarks.paired.grid import Entry, best_rate, cells, rows_of, swept
+
+FILE = "joint-basis.csv"
+RANKS = (16, 64, 4)
+OWN, JOINT = Entry("own basis", "LoRA-SB"), Entry("joint basis", "LoRA-SB", {"joint": True})
+HEAD = ("task", "r", "seeds", "loss, own", "loss, joint", "joint less own", "score, own", "score, joint", "kept")
+
+
+def wanted(ranks: Sequence[int], there: Sequence[Row]) -> list[Cell]:
+    """Sweeps first, and the seeds of what has been swept."""
+    found: list[Cell] = []
+    for r in ranks:
+        for task in BY_SCORE:
+            found += cells(task, OWN, r, SEEDS, there)
+            rate = best_rate(OWN, r, swept(there, task, OWN.name, r))
+            if rate is not None:
+                found += [JOINT.cell(task, "test", r, rate, seed) for seed in SEEDS]
+    return found
+
+
+def finals(there: Sequence[Row], task: str, entry: Entry, r: int) -> dict[str, Row]:
+    """Test rows by seed, at the rate that is best on own bases."""
+    rate = best_rate(OWN, r, swept(there, task, OWN.name, r))
+    return {row["seed"]: row for row in rows_of(there, task, entry.name, r, "test") if float(row["lr"]) == rate}
+
+
+def lines(there: Sequence[Row]) -> Iterator[list[str]]:
+    """A row a task and rank: both losses and scores with deviations over seeds, the paired difference with its 95%
+    interval, and what the joint basis keeps of the task's first step."""
+    for task in BY_SCORE:
+        for r in sorted({int(row["r"]) for row in there}):
+            own, joint = (finals(there, task, entry, r) for entry in (OWN, JOINT))
+            seeds = sorted(own.keys() & joint.keys())
+            if not seeds:
+                continue
+            pairs = [float(joint[seed]["loss"]) - float(own[seed]["loss"]) for seed in seeds]
+            losses = [_spread([float(found[seed]["loss"]) for seed in seeds], ".4f") for found in (own, joint)]
+            scores = [_spread([float(found[seed]["score"]) for seed in seeds], ".1%") for found in (own, joint)]
+            kept = statistics.fmean(float(joint[seed]["energy"]) for seed in seeds)
+            difference = f"{statistics.fmean(pairs):+.4f} ± {half_width(pairs):.4f}"
+            yield [
+                task.removesuffix(" by score"), str(r), str(len(seeds)), *losses, difference, *scores, f"{kept:.0%}"
+            ]  # fmt: skip
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):{form}} ± {deviation:{form}}"
+
+
+def main() -> None:
+    """Run what is missing, and show what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--r", nargs="+", type=int, default=list(RANKS))
+    runner.arguments(parser)
+    parser.add_argument("--table", action="store_true", help="print what is there and run nothing")
+    parser.set_defaults(rows=FILE)
+    options = parser.parse_args()
+    use_dtype(options.dtype)
+    console = Console(width=140)
+    if not options.table:
+        runner.run_all(lambda there: wanted(options.r, there), options, console)
+    view = Table(title="Four tasks: adapters on one basis against each on its own (± deviation; difference: 95%)")
+    for column in HEAD:
+        view.add_column(column, justify="left" if column == "task" else "right")
+    for line in lines(rows.read(options.output / FILE)):
+        view.add_row(*line)
+    console.print(view)
+
+
+if __name__ == "__main__":
+    main()
