@@ -245,7 +245,6 @@ def _check_adapters(settings: Settings) -> None:
         "--method lora": settings.method == "lora",
         "--lora-dropout": settings.lora_dropout > 0,
         "--packing": settings.packing,
-        "--gradient-checkpointing": settings.gradient_checkpointing,
     }
     found = next((name for name, on in refused.items() if on), None)
     if found is not None:

@@ -6,6 +6,8 @@ flattened tokens [B·T, in], the shape [B, T] recorded at the nearest enclosing 
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -18,10 +20,11 @@ from torch import Tensor, nn
 from ..constants import BASE_ROW
 from ..layers.linear import LoRASBLinear
 from ..layers.open_parameters import OpenParameters
-from ..layers.row_cores import trains_by_row
+from ..layers.row_cores import on_one_basis, trains_by_row
 from ..layers.token_rows import TOKENS_FIRST, Rows, chooses_tokens, other_length, rows_of
 from ..layers.unfused_experts import OpenExperts
 from .adapter_bank import AdapterBank
+from .recomputed_rows import Hook, installed
 
 # Sub-configs of multimodal models, beside text_config: a row of an image or audio tower is not a row of the text.
 TOWER_CONFIGS = ("vision_config", "audio_config")
@@ -43,29 +46,30 @@ def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) 
     """
     bank = _bank(model)
     known = _check(model, names, bank)
+    rows = Rows.of(names)
+    with ExitStack() as stack:
+        if bank is not None:
+            rows = stack.enter_context(_with_slots(bank, rows, known))
+        checker = _LengthChecker(len(rows), num_beams)
+        stack.enter_context(installed(model, [(model, checker), *_hooks(model, rows, num_beams)]))
+        yield
+
+
+def _hooks(model: nn.Module, rows: Rows, num_beams: int) -> Iterator[Hook]:
+    """What passes names to layers, and what records shapes around them."""
     encoder, outside_text, shapes = _encoder(model), _outside_text_model(model), dict[str, torch.Size]()
-    rows, model_type = Rows.of(names), getattr(getattr(model, "config", None), "model_type", None)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
     layers = _layers(model)
     ancestors = {name.rsplit(".", i)[0] for name in layers for i in range(1, name.count(".") + 1)}
-    with ExitStack() as hooks:  # removes every hook, also when a forward raises
-        if bank is not None:
-            rows = hooks.enter_context(_with_slots(bank, rows, known))
-        beams = rows.repeat_interleave(num_beams)  # as generate() repeats each row, num_beams times in turn
-        checker = _LengthChecker(len(rows), num_beams)
-        hooks.callback(model.register_forward_pre_hook(checker, with_kwargs=True).remove)
-        for name, module in model.named_modules():
-            hook: Any = None
-            if name in layers:
-                layer_rows = rows if module in encoder else beams
-                hook = _NamePasser(
-                    name, layer_rows, shapes, model_type in TOKENS_FIRST, module in outside_text or chooses_tokens(name)
-                )
-            # a whole model (it has get_input_embeddings) may get other floating-point inputs before hidden states
-            elif name in ancestors and not hasattr(module, "get_input_embeddings"):
-                hook = _ShapeRecorder(name, shapes)
-            if hook is not None:
-                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield
+    beams = rows.repeat_interleave(num_beams)  # as generate() repeats each row, num_beams times in turn
+    for name, module in model.named_modules():
+        if name in layers:
+            layer_rows = rows if module in encoder else beams
+            ambiguous = module in outside_text or chooses_tokens(name)
+            yield module, _NamePasser(name, layer_rows, shapes, model_type in TOKENS_FIRST, ambiguous)
+        # a whole model (it has get_input_embeddings) may get other floating-point inputs before hidden states
+        elif name in ancestors and not hasattr(module, "get_input_embeddings"):
+            yield module, _ShapeRecorder(name, shapes)
 
 
 def _bank(model: nn.Module) -> AdapterBank | None:
@@ -102,16 +106,22 @@ def _check(model: nn.Module, names: Sequence[str], bank: AdapterBank | None) -> 
     twice = [name for name in distinct if bank is not None and name in known and name in bank]
     if twice:
         raise ValueError(f"both the model and its bank have an adapter {twice[0]!r}: bank.remove({twice[0]!r})")
-    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if (
+        model.training
+        and bank is not None
+        and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    ):
         raise ValueError(
-            "expected no gradient checkpointing with `adapter_names` in training, as backward repeats the forward "
-            "without them: model.gradient_checkpointing_disable()"
+            "expected no gradient checkpointing with `adapter_names` of a bank in training, as its adapters may be "
+            "others by the time that backward repeats the forward: model.gradient_checkpointing_disable()"
         )
     if model.training and not all(trains_by_row(layer, distinct) for layer in layers):
         raise ValueError(
             "Cannot pass `adapter_names` when the model is in training mode. Call model.eval(), or train adapters on "
             "one basis (LoRASBConfig(basis=...), without dropout), which a batch may have together"
         )
+    if _one_by_one(layers, distinct):
+        _say_one_by_one()
     opened = [name for name, module in model.named_modules() if isinstance(module, OpenParameters)]
     if opened:
         raise ValueError(
@@ -119,6 +129,23 @@ def _check(model: nn.Module, names: Sequence[str], bank: AdapterBank | None) -> 
             "the rows of each adapter as a batch of their own"
         )
     return known
+
+
+def _one_by_one(layers: Sequence[LoRASBLinear], names: Sequence[str]) -> bool:
+    """True if no single pass computes the adapters, by the first layer that has several of them."""
+    for layer in layers:
+        mine = [name for name in names if name in layer.lorasb_R]
+        if len(mine) > 1:
+            return not on_one_basis(layer, mine)
+    return False
+
+
+@functools.cache  # once a process, and not for every batch of a server
+def _say_one_by_one() -> None:
+    logging.getLogger("lorasb").warning(
+        "the batch's rows are computed one adapter after the other, as its adapters have no A and B in common: those "
+        "on one basis (LoRASBConfig(basis=...), lorasb.share_basis) take one pass together"
+    )
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:

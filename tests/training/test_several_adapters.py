@@ -61,6 +61,23 @@ def test_together_is_as_alone() -> None:
             check(one, other, FP64)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_activations_have_their_rows_adapters(reentrant: bool) -> None:
+    kept, recomputed = with_users(*NAMES), with_users(*NAMES)
+    recomputed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        recomputed.enable_input_require_grads()
+    calls = []
+    a_layer(recomputed).register_forward_hook(lambda *_: calls.append(1))
+    for model in (kept, recomputed):
+        train(model, NAMES)
+    assert len(calls) == 12  # twice a step
+    for name in NAMES:
+        assert all(map(torch.equal, cores(kept, name), cores(recomputed, name)))
+    left = [[len(module._forward_pre_hooks) for module in model.modules()] for model in (kept, recomputed)]
+    assert left[0] == left[1]
+
+
 def test_a_loss_is_the_models_own_over_the_rows_of_an_adapter() -> None:
     model = with_users(*NAMES)
     batch, owners = rows(0)

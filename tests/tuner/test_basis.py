@@ -278,8 +278,11 @@ def test_hotswapping_an_adapter_on_a_basis_copies_its_factors(tmp_path: Path) ->
         hotswap_adapter(model, str(tmp_path), "default")
 
 
-def test_rows_in_training_refuse_gradient_checkpointing() -> None:
-    model = with_users("ada", "grace")
+def test_rows_of_a_bank_refuse_gradient_checkpointing_in_training() -> None:
+    model = with_basis()
+    bank = lorasb.AdapterBank(model)
+    for name in ("ada", "grace"):
+        bank.add(name)
     model.gradient_checkpointing_enable()
     model.train()
     with pytest.raises(ValueError, match=r"gradient_checkpointing_disable\(\)"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from two_adapters import layers, two
 
 import lorasb
+from lorasb.tuner import mixed_batch
 
 
 def by_row(model: nn.Module, names: list[str], family: str = "llama") -> Tensor:
@@ -38,6 +39,22 @@ def test_each_row_gets_its_adapter(family: str) -> None:
         tolerances.check(mixed[i], alone(model, name, len(names), family)[i], tolerances.MERGE)
     assert (mixed[0] - alone(model, "__base__", len(names), family)[0]).abs().max() > 1e-3
     assert not any(layer._forward_pre_hooks for layer in layers(model).values())
+
+
+def test_a_batch_without_a_common_basis_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    mixed_batch._say_one_by_one.cache_clear()
+    model = two("llama")
+    for _ in range(2):
+        by_row(model, ["second", "default"])
+    assert [record.message for record in caplog.records if "one adapter after the other" in record.message] == [
+        caplog.records[-1].message
+    ]
+    mixed_batch._say_one_by_one.cache_clear()
+    caplog.clear()
+    by_row(model, ["second", "__base__"])
+    model.add_adapter("on it", lorasb.LoRASBConfig(basis="default"))
+    by_row(model, ["default", "on it"])
+    assert not caplog.records
 
 
 def with_two(base: nn.Module, **fields: object) -> nn.Module:
