@@ -9,6 +9,9 @@ from lorasb.kernels.linear import Mask, Members, backward, forward
 from lorasb.kernels.linear_quantized import Quantized, dequantized
 from lorasb.kernels.linear_quantized import backward as backward_quantized
 from lorasb.kernels.linear_quantized import forward as forward_quantized
+from lorasb.kernels.linear_rows import RowCores
+from lorasb.kernels.linear_rows import backward as backward_rows
+from lorasb.kernels.linear_rows import forward as forward_rows
 from lorasb.kernels.plan import DTYPES, Plan, Shape, bucket, choice
 from lorasb.kernels.weight_gradient import gradient_add, gradient_signs
 
@@ -73,6 +76,17 @@ def record_gradient(dtype: torch.dtype, M: int, n: int, m: int) -> list[Launch]:
             gradient_add(dy, x, total, False)
             gradient_signs(dy, x, None, True)
     return launches
+
+
+def record_rows(plan: Plan, dtype: torch.dtype, n: int, m: int, r: int, rows: int, tokens: int) -> list[Launch]:
+    """The launches of one forward and backward of rows with an R each that are not those of one R."""
+    layer, M = members(n, (m,), r, dtype), rows * tokens
+    of_rows = RowCores(empty(rows, r, r), torch.arange(rows), 1.0)
+    with observed(dry=True) as launches:
+        forward_rows(empty(M, n, dtype=dtype), layer, None, of_rows, plan)
+        _, t = backward_rows(empty(M, m, dtype=dtype), layer, empty(M, r, dtype=dtype), of_rows, plan, True)
+        of_rows.gradients(t, empty(M, r, dtype=dtype))
+    return [one for one in launches if one.name in ("times_row_cores", "row_core_gradients")]
 
 
 def quantized_weight(m: int, n: int, nested: bool) -> Quantized:

@@ -32,8 +32,17 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.kernels.launches import plan_for, record, record_gradient, record_quantized
-from benchmarks.kernels.variants import BF16_VARIANTS, DROPOUT, GRADIENTS, QUANTIZED, VARIANTS, Variant
+from benchmarks.kernels.launches import plan_for, record, record_gradient, record_quantized, record_rows
+from benchmarks.kernels.variants import (
+    BATCH_ROWS,
+    BF16_VARIANTS,
+    DROPOUT,
+    GRADIENTS,
+    QUANTIZED,
+    ROWS,
+    VARIANTS,
+    Variant,
+)
 from lorasb.kernels.block_sizes import cdiv
 from lorasb.kernels.launcher import Launch
 from lorasb.kernels.plan import DTYPES, Plan
@@ -124,6 +133,8 @@ def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
                         yield Job(op, variant, dtype, arch, Plan("addmm", plan.prep, plan.gemm))
             for variant in GRADIENTS if bf16 and not brief else GRADIENTS[-1:]:
                 yield Job("gradient", variant, dtype, arch, _plan("forward", variant, dtype, arch))
+            for variant in ROWS if bf16 and not brief else ROWS[:1]:
+                yield Job("rows", variant, dtype, arch, _plan("forward", variant, dtype, arch))
             for variant in QUANTIZED if bf16 and not brief else (QUANTIZED[0], QUANTIZED[-1]):
                 plan = _plan("forward", variant, dtype, arch, "4bit")
                 weights = "scratch" if variant.label.endswith("scratch") else "inline"
@@ -149,6 +160,8 @@ def launches_of(job: Job) -> list[Launch]:
     v = job.variant
     if job.launch_of == "gradient":
         return record_gradient(job.dtype, v.M, v.n, v.ms[0])
+    if job.launch_of == "rows":
+        return record_rows(job.plan, job.dtype, v.n, v.ms[0], v.r, BATCH_ROWS, v.M // BATCH_ROWS)
     if job.launch_of == "quantized":
         return record_quantized(job.plan, job.dtype, v.M, v.n, v.ms[0], v.r, v.bias)
     return record(job.launch_of, job.plan, job.dtype, v.M, v.n, v.ms, v.r, v.bias, v.dropout)
@@ -203,6 +216,8 @@ def config_name(launch: Launch) -> str:
         return f"{blocks} w{o['num_warps']} p{o['num_stages']} {kind.strip()}"
     if launch.name == "dequantize":
         return f"{a['BLOCK_BYTES']} w{o['num_warps']}"
+    if launch.name in ("times_row_cores", "row_core_gradients"):
+        return f"{a['BLOCK_M']} w{o['num_warps']} p{o['num_stages']}"
     cap = f" cap {o['maxnreg']}" if "maxnreg" in o else ""
     return f"{blocks} s{a['splits']} w{o['num_warps']} p{o['num_stages']}{cap}"
 

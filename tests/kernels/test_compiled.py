@@ -56,6 +56,25 @@ def test_a_group(dtype: torch.dtype) -> None:
     check_group(cases, run_group(cases))
 
 
+@pytest.mark.parametrize(("tokens", "r"), [(1, 16), (19, 40), (3, 144)])
+def test_rows_with_an_r_each(tokens: int, r: int) -> None:
+    index = [1, 0, -1, 1, 2]
+    case = make_case((len(index), tokens), 160, 144, r, torch.bfloat16)
+    g = torch.Generator().manual_seed(0)
+    cores = torch.stack([case.core * torch.randn(r, r, generator=g) for _ in range(3)])
+    found = _by_row(case, cores, index, "triton")
+    for got, want in zip(found, _by_row(case.double(), cores.double(), index, "eager"), strict=True):
+        scale = want.abs().max()
+        tolerances.check(got / scale, want / scale, tolerances.BF16_FEW)
+
+
+def _by_row(case: reference.Case, cores: Tensor, index: list[int], backend: str) -> tuple[Tensor, ...]:
+    x, cores = case.x.clone().requires_grad_(), cores.clone().requires_grad_()
+    with lorasb.backend(backend):
+        y = lora_sb_linear(x, case.weight, case.a, cores, case.b, case.bias, case.scaling, index=index)
+    return (y.detach(), *torch.autograd.grad(y, (x, cores), case.dy))
+
+
 def test_the_order_of_programs_does_not_matter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Split sums, in as many orders as there are programs: each in turn comes last. The executor compares the bits."""
     monkeypatch.setattr(request.config.ptx_executor, "every_last", True)  # type: ignore[attr-defined]

@@ -16,11 +16,13 @@ from lorasb.kernels.launcher import observed
 INDEX = [1, 0, -1, 1, 2]
 
 
-def results(case: reference.Case, cores: torch.Tensor, backend: str, weight: object = None) -> tuple[torch.Tensor, ...]:
+def results(
+    case: reference.Case, cores: torch.Tensor, backend: str, weight: object = None, index: list[int] = INDEX
+) -> tuple[torch.Tensor, ...]:
     x, cores = case.x.clone().requires_grad_(True), cores.clone().requires_grad_(True)
     with lorasb.backend(backend):
         given = case.weight if weight is None else weight
-        y = lora_sb_linear(x, given, case.a, cores, case.b, case.bias, case.scaling, index=INDEX)
+        y = lora_sb_linear(x, given, case.a, cores, case.b, case.bias, case.scaling, index=index)
         dx, dcores = torch.autograd.grad(y, (x, cores), case.dy)
     return y.detach(), dx, dcores
 
@@ -36,9 +38,79 @@ def test_rows_are_eagers_with_the_extended_gemm_as_it_is(tokens: int, n: int, m:
     case, cores = make(tokens, n, m, r)
     with observed() as launches:
         found = results(case, cores, "triton")
-    assert [one.name for one in launches] == ["prep_forward", "extended_gemm", "prep_backward", "extended_gemm"]
+    assert [one.name for one in launches] == [
+        "prep_forward",
+        "times_row_cores",
+        "extended_gemm",
+        "prep_backward",
+        "times_row_cores",
+        "extended_gemm",
+        "row_core_gradients",
+    ]
     for result, want in zip(found, results(case.double(), cores.double(), "eager"), strict=True):
         tolerances.check(result, want, tolerances.fp32(n + m + r))
+
+
+@pytest.mark.parametrize("r", [16, 40, 144])
+def test_cores_of_a_bank_are_read_where_they_lie(r: int) -> None:
+    """Columns of a wider storage, in bf16: as the same R's in fp32, to the bit."""
+    case, cores = make(5, 160, 144, r)
+    stored = torch.randn(3, 7 + r * r).bfloat16()
+    view = stored[:, 7:].unflatten(1, (r, r))
+    view.copy_(cores)
+    with torch.no_grad(), lorasb.backend("triton"), observed() as launches:
+        arguments = case.x, case.weight, case.a
+        rest = case.b, case.bias, case.scaling
+        found = lora_sb_linear(*arguments, view, *rest, index=INDEX)
+        want = lora_sb_linear(*arguments, view.float(), *rest, index=INDEX)
+    assert torch.equal(found, want)
+    given = next(one.arguments["cores"] for one in launches if one.name == "times_row_cores")
+    assert given.data_ptr() == view.data_ptr()
+
+
+def test_rows_of_no_adapter_are_the_base_whatever_the_cores_hold() -> None:
+    case, cores = make(3, 64, 48, 16)
+    cores[0] = float("nan")
+    with torch.no_grad(), lorasb.backend("triton"):
+        y = lora_sb_linear(
+            case.x, case.weight, case.a, cores, case.b, case.bias, case.scaling, index=[-1, 1, -1, 2, -1]
+        )
+    tolerances.check(
+        y[[0, 2, 4]], torch.nn.functional.linear(case.x, case.weight, case.bias)[[0, 2, 4]], tolerances.fp32(64)
+    )
+    assert y.isfinite().all()
+
+
+def test_a_gradient_does_not_depend_on_the_rows_of_others() -> None:
+    """To the bit, whoever they belong to and whatever they hold, and it repeats."""
+    case, cores = make(7, 64, 48, 24)
+    want = results(case, cores, "triton")[2][1]
+    assert torch.equal(results(case, cores, "triton")[2][1], want)
+    for i, owner in enumerate(INDEX):
+        if owner != 1:
+            case.x[i], case.dy[i] = torch.randn(7, 64), torch.randn(7, 48)
+    assert torch.equal(results(case, cores, "triton", index=[1, 2, 2, 1, -1])[2][1], want)
+
+
+def test_an_index_that_was_written_to_is_read_again() -> None:
+    case, cores = make(2, 64, 48, 16)
+    index = torch.tensor(INDEX)
+
+    def both() -> list[torch.Tensor]:
+        found = []
+        for backend in ("triton", "eager"):
+            with torch.no_grad(), lorasb.backend(backend):
+                found.append(lora_sb_linear(case.x, case.weight, case.a, cores, case.b, index=index))
+        return found
+
+    before, _ = both()
+    index.copy_(torch.tensor([0, 1, 2, -1, 0]))
+    after, want = both()
+    assert not torch.equal(after, before)
+    tolerances.check(after, want, tolerances.fp32(64 + 48 + 16))
+    with torch.inference_mode():
+        index = torch.tensor(INDEX)
+        assert all(map(torch.equal, both(), (before, _)))
 
 
 def test_a_quantized_base() -> None:

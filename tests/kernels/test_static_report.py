@@ -105,7 +105,8 @@ def test_a_masked_step_takes_at_most_500_instructions(rows: list[Row]) -> None:
     assert names([row for row in masked if not 100 < row["masked_step"] <= 500]) == []
 
 
-KERNELS = ("prep_forward", "prep_backward", "extended_gemm", "extended_gemm backward", "grad_sign", *QUANTIZED)
+ROWS = ("times_row_cores", "row_core_gradients")
+KERNELS = ("prep_forward", "prep_backward", "extended_gemm", "extended_gemm backward", "grad_sign", *ROWS, *QUANTIZED)
 
 
 def there(found: list[Row], arch: str) -> set[tuple[str, str]]:

@@ -1,0 +1,106 @@
+"""From tensors to calls of `times_row_cores` and `row_core_gradients`."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .block_sizes import CORE_BLOCK, PrepConfig, cdiv, rank_blocks
+from .launcher import KernelCall, launch
+from .operands import core_precision, on_device, precision, unit_rows
+from .row_cores import row_core_gradients, times_row_cores
+
+SHORT, LONG = PrepConfig(16, 0, 4, 2), PrepConfig(32, 0, 4, 2)  # a token a row, as in decoding, or a sequence
+STEP = 32  # tokens of a step of dR
+
+_copies: MutableMapping[Tensor, tuple[int, Tensor]] = WeakIdKeyDictionary()  # an entry lives as long as its index
+
+
+def times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transposed: bool, out: Tensor) -> Tensor:
+    """out [M, padded r] = s·left_i R_kᵀ (or R_k) of every row, zero where k = -1.
+
+    Args:
+        left: [M, r], of x's dtype.
+        cores: [K, r, r], of any floating-point dtype, K's stride whatever it is.
+        index: [n], int64 on the CPU, in [-1, K).
+        scale: s.
+        transposed: R_kᵀ.
+        out: of left's dtype, its columns the rank, padded.
+    """
+    if len(left) == 0 or len(cores) == 0:
+        return out.zero_()
+    r, tokens = cores.shape[1], len(left) // len(index)
+    left, cores = unit_rows(left), _whole(cores)
+    config = SHORT if tokens <= SHORT.block_m else LONG
+    arguments = dict(
+        source=left,
+        cores=cores,
+        places=_int32(index, left.device),
+        target=out,
+        tokens=tokens,
+        stride_source=left.stride(0),
+        stride_core=cores.stride(0),
+        stride_target=out.stride(0),
+        scale=scale,
+        TRANSPOSED=transposed,
+        CORE_PRECISION=core_precision(left.dtype),
+        R=r,
+        R_BLOCKS=rank_blocks(r),
+        R_PADDED=out.shape[1],
+        BLOCK_M=config.block_m,
+        BLOCK_J=32 if out.shape[1] % 32 == 0 else 16,
+    )
+    with on_device(left):
+        launch(KernelCall(times_row_cores, len(index) * cdiv(tokens, config.block_m), arguments, config))
+    return out
+
+
+def core_gradients(t: Tensor, u: Tensor, cores: Tensor, index: Tensor, scale: float) -> Tensor:
+    """dR_k = s·Σ t_iᵀ u_i [K, r, r] in R's dtype, over the rows of k in their order; zero for adapters without rows."""
+    gradients = torch.zeros_like(cores, memory_format=torch.contiguous_format)
+    order = index.argsort(stable=True)[int((index < 0).sum()) :]  # rows by adapter, those of none left out
+    if len(order) == 0 or len(t) == 0:
+        return gradients
+    present, counts = index[order].unique_consecutive(return_counts=True)
+    starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    r, width = cores.shape[1], sum(rank_blocks(cores.shape[1]))
+    t, u = unit_rows(t), unit_rows(u)
+    arguments = dict(
+        t=t,
+        u=u,
+        order=_int32(order, t.device),
+        starts=_int32(starts, t.device),
+        adapters=_int32(present, t.device),
+        dcores=gradients,
+        tokens=len(t) // len(index),
+        stride_t=t.stride(0),
+        stride_u=u.stride(0),
+        scale=scale,
+        PRECISION=precision(t.dtype),
+        R=r,
+        R_PADDED=width,
+        BLOCK_R=CORE_BLOCK,
+        BLOCK_M=STEP,
+    )
+    with on_device(t):
+        launch(KernelCall(row_core_gradients, len(present) * cdiv(width, CORE_BLOCK) ** 2, arguments, LONG))
+    return gradients
+
+
+def _whole(cores: Tensor) -> Tensor:
+    """The R's with contiguous entries, each where it is; copied only if need be."""
+    return cores if cores.stride()[1:] == (cores.shape[2], 1) else cores.contiguous()
+
+
+def _int32(index: Tensor, device: torch.device) -> Tensor:
+    """The index on the device: copied once for all layers of a step, which have the same tensor of it."""
+    if index.is_inference():  # has no version that would tell of writes
+        return index.to(device, torch.int32)
+    version, known = _copies.get(index, (-1, None))
+    if known is None or known.device != device or version != index._version:
+        known = index.to(device, torch.int32)
+        _copies[index] = index._version, known
+    return known
