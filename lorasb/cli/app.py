@@ -70,6 +70,35 @@ app.command("init")(command(_init, [(Settings, True), (InitSettings, False)], {"
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder or hub id; its config alone is read.")],
+    gpu: Annotated[str | None, typer.Option(help="a6000, 4090, h100 ...; this machine unless given.")] = None,
+    r: Annotated[int | None, typer.Option("--r", "--rank", help="Rank.", show_default="64")] = None,
+    batch: Annotated[int, typer.Option(help="Rows of a step that are computed at once.", min=1)] = 4,
+    seq: Annotated[int, typer.Option(help="Tokens of a row.", min=2)] = 512,
+    bits: Annotated[int, typer.Option(help="Bits of the base's linear weights: 16 or 4.")] = 16,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again in backward.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the memory and time that a run will take, whether it fits, and what to change."""
+    import json
+
+    from ..recipes.console import console
+    from ..recipes.planning import gpus, planner
+    from . import plan_table
+
+    if bits not in (4, 16):
+        raise ValueError(f"--bits must be 4 or 16, got {bits}")
+    card = gpus.find(gpu) if gpu else None
+    found = planner.plan(planner.Request(model, r, batch, seq, bits, gradient_checkpointing, card))
+    better = [] if found.fits else list(planner.changes(found))
+    if as_json:
+        print(json.dumps(found.to_json() | {"changes": {change: one.needed for change, one in better}}, indent=1))
+    else:
+        console.print(plan_table.shown(found, better))
+
+
+@app.command()
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter, or a cache of `lorasb init --cache`.")],
 ) -> None:

@@ -1,4 +1,4 @@
-"""`lorasb doctor`: versions, backends and why one is unavailable, GPU, threads, and the dtype of `--dtype auto`."""
+"""`lorasb doctor`: versions, backends, GPU, threads and dtype; why what is missing is, and what the machine is good for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 
 import torch
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from .. import backends  # noqa: F401  registers the backends
@@ -14,6 +15,7 @@ from .._version import __version__
 from ..backends import cpp
 from ..ops.registry import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
 from ..recipes.bundled_model import EMBEDDED, embedded_folder
+from ..recipes.planning.machine import prospects
 from ..utils.cache_dir import cache_dir
 from ..utils.precision import CAPS, native
 
@@ -34,8 +36,12 @@ PACKAGES = (
 )
 
 
-def examine() -> Table:
-    """A table of what lorasb can use on this machine."""
+def examine() -> RenderableType:
+    """A table of what lorasb can use on this machine, and what that is good for."""
+    return Group(_table(), prospects())
+
+
+def _table() -> Table:
     table = Table(title=f"lorasb {__version__}", show_header=False)
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in PACKAGES:  # from metadata: nothing is imported

@@ -143,6 +143,7 @@ def test_doctor() -> None:
     assert shown.returncode == 0, shown.stderr
     for text in ("torch", "peft", "backend eager", "available", "threads", "GPU", "--dtype auto", "LORASB_MAX_CPU_ISA"):
         assert text in shown.stdout
+    assert " ".join(shown.stdout.split()).endswith("lorasb plan MODEL says what one of them takes.")
 
 
 BAD_CALLS = {

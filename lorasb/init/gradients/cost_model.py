@@ -178,8 +178,13 @@ def _speed(work: Work, layer: LoRASBLinear, sizes: Sizes, dtype: torch.dtype | N
     """Floating point operations per second of x Wᵀ with the tokens of a micro-batch, limited to [16, 512]."""
     tokens, m, n = max(16, min(512, sizes.largest)), layer.out_features, layer.in_features
     kind = dtype or layer.base_dtype
-    x = torch.zeros(tokens, n, dtype=kind, device=work.device)
-    w = torch.zeros(m, n, dtype=kind, device=work.device)
+    return product_speed(tokens, m, n, kind, work.device)
+
+
+def product_speed(tokens: int, m: int, n: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Measured floating point operations per second of x [tokens, n] times W [m, n] transposed."""
+    x = torch.zeros(tokens, n, dtype=dtype, device=device)
+    w = torch.zeros(m, n, dtype=dtype, device=device)
     best = float("inf")  # of three: the first one includes warm-up
     for _ in range(3):
         started = time.perf_counter()

@@ -1,0 +1,164 @@
+"""`lorasb plan` against what runs take: the peak memory of training steps on the CPU, of three models.
+
+    python -m benchmarks.training.planned [--json] [--output FILE]
+
+Each model trains three steps in a process of its own, whose resident memory is read from the kernel (VmHWM), less that
+before the model is made. Twice: with glibc told to return freed memory at once, so that resident is what is alive,
+against the plan's live bytes; and as it is, against the plan with what allocators hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common.timing import commit, machine_name
+from lorasb.recipes.bundled_model import EMBEDDED
+from lorasb.recipes.planning.planner import Plan, Request, plan
+
+BATCH, SEQ, STEPS = 2, 512, 3
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "GPT-2 medium": {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 1024, "n_layer": 24, "n_head": 16,
+    },
+    "Qwen2.5-0.5B": {
+        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "intermediate_size": 4864,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+FILE = "planned-cpu.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Bytes of a model's training steps: as planned and as measured, alive and with what glibc holds."""
+
+    model: str
+    checkpointing: bool
+    planned_alive: int
+    alive: int
+    planned: int
+    resident: int
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """Planned over measured, of both."""
+        return self.planned_alive / self.alive, self.planned / self.resident
+
+
+def measure(folder: str, checkpointing: bool, gives_back: bool) -> int:
+    """The peak resident bytes of a process beyond those before it made the model."""
+    environment = os.environ | (GIVES_BACK if gives_back else {})
+    command = [sys.executable, "-m", __spec__.name, "--child", folder, *(["--checkpointing"] if checkpointing else [])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return int(done.stdout.splitlines()[-1])
+
+
+def child(folder: str, checkpointing: bool) -> int:
+    """Train a few steps, and read the kernel's count."""
+    import transformers
+
+    import lorasb
+    from lorasb.recipes.bundled_model import resolve_model
+    from lorasb.recipes.prepare import checkpoint_activations
+
+    config = transformers.AutoConfig.from_pretrained(resolve_model(folder))
+    kind = getattr(transformers, config.architectures[0])  # imported before memory is counted
+    torch.nn.Linear(64, 64).bfloat16()(torch.ones(32, 64, dtype=torch.bfloat16)).sum().backward()
+    before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")
+    model = lorasb.patch(kind._from_config(config, dtype=torch.bfloat16), init="random")
+    if checkpointing:
+        checkpoint_activations(model.get_base_model())
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    ids = torch.randint(0, config.vocab_size, (BATCH, SEQ))
+    model.train()
+    Path("/proc/self/clear_refs").write_text("5")  # not what making and patching took
+    for _ in range(STEPS):
+        model(input_ids=ids, labels=ids)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return peak - before
+
+
+def alive(found: Plan) -> int:
+    """What a plan counts without what allocators hold."""
+    return found.step - found.reserve - found.context
+
+
+def compare(name: str, folder: str, checkpointing: bool) -> Found:
+    """A model's plan and measurements."""
+    expected = plan(Request(folder, batch=BATCH, seq=SEQ, checkpointing=checkpointing))
+    peaks = [measure(folder, checkpointing, gives_back) for gives_back in (True, False)]
+    return Found(name, checkpointing, alive(expected), peaks[0], expected.step, peaks[1])
+
+
+def view(found: list[Found]) -> Table:
+    """The table."""
+    table = Table(title=f"Peak of training steps of {BATCH} x {SEQ} tokens, bf16, beyond the process itself")
+    for name in ("model", "alive, planned", "measured", "ratio", "resident, planned", "measured", "ratio"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for one in found:
+        title = one.model + (", checkpointing" if one.checkpointing else "")
+        sizes = [f"{size / 1e6:.0f} MB" for size in (one.planned_alive, one.alive, one.planned, one.resident)]
+        live, resident = (f"{ratio:.2f}" for ratio in one.ratios)
+        table.add_row(title, *sizes[:2], live, *sizes[2:], resident)
+    return table
+
+
+def main() -> None:
+    """Compare, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--output", type=Path, help="write the JSON to a file, too")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(child(options.child, options.checkpointing))
+        return
+    found = []
+    with tempfile.TemporaryDirectory() as root:
+        folders = {"SmolLM2-135M": EMBEDDED}
+        for name, config in CONFIGS.items():
+            folder = Path(root, name)
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps(config))
+            folders[name] = str(folder)
+        for name, where in folders.items():
+            found += [compare(name, where, checkpointing) for checkpointing in (False, True)]
+    values = {
+        "version": commit(),
+        "machine": machine_name("bfloat16"),
+        "date": time.strftime("%Y-%m-%d"),
+        "runs": [asdict(one) for one in found],
+    }
+    if options.output:
+        options.output.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    if options.json:
+        print(json.dumps(values, indent=1))
+    else:
+        Console(width=140).print(view(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""What a run needs, against what a card or this machine has, and the first changes that would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from ...distributed.process_group import Processes
+from ...init.gradients.block_stack import NotAStackError, find_stack
+from ...init.gradients.cost_model import (
+    EFFICIENCY,
+    Sizes,
+    accumulate_memory,
+    boundary_bytes,
+    layerwise_memory,
+    product_speed,
+)
+from ...init.gradients.task import Work
+from ...layers.lookup import adapted_layers
+from ...layers.quantize import LEFT_OUT
+from ..bundled_model import resolve_model
+from .fake_step import StepBytes, count_step
+from .gpus import Card
+
+NF4_NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: its code, its share of a scale, and of the scale's own
+CODEBOOKS = 4 * (16 + 256 + 1)  # bytes of each weight's own, whatever its size
+CONTEXT = 500e6  # bytes that CUDA, its libraries and compiled kernels take on a card
+RESERVE = 0.1  # share that allocators hold beyond live tensors; glibc's held 12% after steps of SmolLM2 (Zen 5)
+SAMPLES = 32  # of the initialization, unless there are more than 32,000 examples
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run that is planned.
+
+    Attributes:
+        model: folder or hub id; its config alone is read.
+        r: rank; None for the library's default.
+        batch, seq: rows of a step that are computed at once, and tokens of each.
+        bits: 16, or 4 for a base in NF4 with nested scales.
+        checkpointing: whether activations are computed again in backward.
+        card: None for this machine's memory.
+    """
+
+    model: str
+    r: int | None = None
+    batch: int = 4
+    seq: int = 512
+    bits: int = 16
+    checkpointing: bool = False
+    card: Card | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes that a run needs, by what holds them, and seconds.
+
+    Attributes:
+        base: the base model, quantized if asked for.
+        factors, cores: A and B, and R.
+        optimizer: R's gradients and AdamW's moments.
+        saved: activations that the forward leaves for backward, logits included.
+        temporary: what else is alive at a step's worst moment.
+        scratch: on a card, one dequantized weight, where the base has 4 bits.
+        context: the process itself.
+        reserve: what allocators hold beyond live tensors.
+        initialization: peak of the initialization, with the base and the adapter.
+        step: peak of a training step.
+        available: the card's bytes, or this machine's.
+        trained: trained parameters.
+        flops: of a step.
+        seconds: of a step: on a card at its own peak, which no step reaches; on this machine at the speed of a product
+            of the model's own size, which is measured.
+    """
+
+    request: Request
+    base: int
+    factors: int
+    cores: int
+    optimizer: int
+    saved: int
+    temporary: int
+    scratch: int
+    context: int
+    reserve: int
+    initialization: int
+    available: int
+    trained: int
+    flops: float
+    seconds: float
+
+    @property
+    def step(self) -> int:
+        """Peak bytes of a training step, with what allocators hold."""
+        live = self.base + self.factors + self.cores + self.optimizer + self.saved + self.temporary + self.scratch
+        return live + self.reserve + self.context
+
+    @property
+    def needed(self) -> int:
+        """The larger of the two peaks."""
+        return max(self.step, self.initialization)
+
+    @property
+    def fits(self) -> bool:
+        """True if both are below what is available."""
+        return self.needed <= self.available
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        values = asdict(self)
+        return values | {"step": self.step, "needed": self.needed, "fits": self.fits}
+
+
+def plan(request: Request) -> Plan:
+    """What a run needs.
+
+    Raises:
+        ValueError: no config can be read, or the model is not one that this can run on tokens.
+    """
+    model = _patched(request)
+    work = Work(model, adapted_layers(model)[1], [], None, Processes())
+    quantized = _quantizable(model) if request.bits == 4 else []
+    flops, (start, boundaries) = _flops(work, request), _initialization(work, request)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    counted = _counted(model, request)
+    dense = [weight.numel() * weight.element_size() for weight in quantized]
+    packed = sum(round(weight.numel() * NF4_NESTED) + CODEBOOKS for weight in quantized)
+    base = counted.base - sum(dense) + packed
+    static = counted.base + counted.factors + counted.cores
+    # AdamW's state is there from the second step on, at that one's worst moment
+    temporary = counted.peak - static - counted.saved
+    available, context = psutil.virtual_memory().total, 0
+    if request.card is not None:
+        available, context = request.card.memory, round(CONTEXT)
+    initialization = base + counted.factors + counted.cores + round(start) + context
+    if request.card is None or initialization + boundaries <= available:  # else they go to the host
+        initialization += round(boundaries)
+    return Plan(
+        request=request,
+        base=base,
+        factors=counted.factors,
+        cores=counted.cores,
+        optimizer=counted.optimizer,
+        saved=counted.saved,
+        temporary=temporary,
+        scratch=max(dense, default=0) if request.card else 0,
+        context=context,
+        reserve=round(RESERVE * (counted.saved + temporary + counted.optimizer)),
+        initialization=initialization,
+        available=available,
+        trained=trained,
+        flops=flops,
+        seconds=flops / (request.card.flops if request.card else speed(work, request) * EFFICIENCY),
+    )
+
+
+def changes(refused: Plan) -> Iterator[tuple[str, Plan]]:
+    """Changes that make a run fit, the mildest first: each alone, then together, then with fewer tokens at once."""
+    request = refused.request
+    smaller = replace(request, checkpointing=True, bits=4)
+    tried = [replace(request, checkpointing=True), replace(request, bits=4), smaller]
+    while smaller.batch > 1:
+        smaller = replace(smaller, batch=smaller.batch // 2)
+        tried.append(smaller)
+    while smaller.seq > 256:
+        smaller = replace(smaller, seq=smaller.seq // 2)
+        tried.append(smaller)
+    for other in dict.fromkeys(tried):
+        if other != request and (found := plan(other)).fits:
+            yield _difference(request, other), found
+            return
+
+
+def _difference(request: Request, other: Request) -> str:
+    """The options that differ, as they are typed."""
+    parts = []
+    if other.bits != request.bits:
+        parts.append(f"--bits {other.bits}")
+    if other.checkpointing and not request.checkpointing:
+        parts.append("--gradient-checkpointing")
+    for name in ("batch", "seq"):
+        if getattr(other, name) != getattr(request, name):
+            parts.append(f"--{name} {getattr(other, name)}")
+    return " ".join(parts)
+
+
+def _patched(request: Request) -> Any:
+    """The patched model on the meta device."""
+    import lorasb
+
+    model = _on_meta(request.model)
+    try:
+        return lorasb.patch(model, r=request.r)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{request.model} cannot be patched: {error}") from None
+
+
+def _on_meta(name: str) -> nn.Module:
+    """A model in 16 bits without memory, of the class that its checkpoint names."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(resolve_model(name))
+    except (OSError, ValueError, KeyError) as error:
+        first = " ".join(str(error).split("\n")[0].split())
+        raise ValueError(f"cannot read the config of {name!r}, expected a folder or hub id: {first}") from None
+    named = [getattr(transformers, one, None) for one in config.architectures or ()]
+    kind = next((one for one in named if one is not None), None)
+    try:
+        with torch.device("meta"):
+            make = kind._from_config if kind is not None else transformers.AutoModelForCausalLM.from_config
+            model: nn.Module = make(config, dtype=torch.bfloat16)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name}: no language model can be made of a {config.model_type} config: {error}") from None
+    return model
+
+
+def _counted(model: nn.Module, request: Request) -> StepBytes:
+    try:
+        return count_step(model, request.batch, request.seq, request.checkpointing)
+    except (RuntimeError, TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+        first = " ".join(str(error).split("\n")[0].split())
+        raise ValueError(
+            f"{request.model}: a step of {request.batch} x {request.seq} tokens cannot be computed from tokens and "
+            f"labels alone ({first})"
+        ) from None
+
+
+def _quantizable(model: Any) -> list[torch.Tensor]:
+    """The weights that `lorasb.quantize` would put into 4 bits."""
+    head = model.get_base_model().get_output_embeddings()
+    layers = {id(m.get_base_layer()): m.get_base_layer() for _, m in model.named_modules() if hasattr(m, "lorasb_R")}
+    names = {id(m): n for n, m in model.named_modules()}
+    return [
+        layer.weight
+        for key, layer in layers.items()
+        if type(layer) is nn.Linear and layer is not head and names[key].split(".")[-2] not in LEFT_OUT
+    ]
+
+
+def _flops(work: Work, request: Request) -> float:
+    """Operations of a step: 2 a weight and token in forward, 2 in backward for dx, none for dW, and attention's."""
+    tokens = request.batch * request.seq
+    config = getattr(work.model, "config", None)
+    text = config.get_text_config() if config is not None else None
+    width, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
+    weights = sum(layer.in_features * layer.out_features for layer in work.layers.values())
+    weights += getattr(text, "vocab_size", 0) * width
+    passes = 4 + (2 if request.checkpointing else 0)
+    attention = (passes // 2 + 1) * 2 * tokens * request.seq * width * layers
+    return float(passes * weights * tokens + attention)
+
+
+def speed(work: Work, request: Request) -> float:
+    """Operations a second of a product in bf16 on this machine, with the tokens of a step and a layer's weight."""
+    layer, tokens = next(iter(work.layers.values())), max(16, min(2048, request.batch * request.seq))
+    return product_speed(tokens, layer.out_features, layer.in_features, torch.bfloat16, torch.device("cpu"))
+
+
+def _initialization(work: Work, request: Request) -> tuple[float, float]:
+    """Peak bytes of the initialization in micro-batches of the step's size, and those of the blocks' inputs."""
+    config = work.model.config.get_text_config()  # type: ignore[union-attr, operator]
+    itemsize, width = 2, getattr(config, "hidden_size", next(iter(work.layers.values())).in_features)
+    linears = sum(layer.in_features + layer.out_features for layer in work.layers.values())
+    sizes = Sizes(
+        tokens=SAMPLES * request.seq,
+        largest=request.batch * request.seq,
+        samples=SAMPLES,
+        rows=request.batch,
+        width=width,
+        itemsize=itemsize,
+        activations=linears * itemsize * 1.5,
+        head=getattr(config, "vocab_size", 0) * (2 * itemsize + 8),
+        masks=0.0,
+    )
+    try:
+        stack = find_stack(work.model, work.layers)
+    except NotAStackError:
+        return accumulate_memory(work, sizes, 0.0), 0.0
+    return layerwise_memory(work, stack, sizes), boundary_bytes(stack, sizes)

@@ -1,0 +1,199 @@
+"""`lorasb plan`: what fake tensors count is what real ones take, and bad input gets one line."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+import lorasb
+from lorasb.cli.app import app
+from lorasb.recipes.planning import gpus, machine, planner
+from lorasb.recipes.planning.fake_step import count_step
+from lorasb.recipes.planning.live_bytes import LiveBytes
+from lorasb.recipes.planning.planner import Request, plan
+from lorasb.recipes.prepare import checkpoint_activations
+from lorasb.utils.precision import Precision
+
+BATCH, SEQ = 3, 40
+CONFIGS: dict[str, Any] = {
+    "llama": transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+    ),
+    "gpt2": transformers.GPT2Config(
+        n_embd=64, n_layer=2, n_head=4, vocab_size=300, architectures=["GPT2LMHeadModel"], resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0
+    ),
+}  # fmt: skip
+
+
+def folder_of(config: Any, folder: Path) -> str:
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def made(config: Any) -> Any:
+    return getattr(transformers, config.architectures[0])._from_config(config, dtype=torch.bfloat16)
+
+
+def real_step(config: Any, checkpointing: bool) -> tuple[int, int]:
+    """Bytes that a forward leaves, and the peak of a step beyond the model, of real tensors."""
+    with LiveBytes() as live:
+        model: Any = lorasb.patch(made(config), r=8, init="random").train()
+        if checkpointing:
+            checkpoint_activations(model.get_base_model())
+            model.config.use_cache = False
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        ids = torch.zeros(BATCH, SEQ, dtype=torch.int64)
+        gc.collect()
+        model_bytes = live.peak = live.now
+        loss = model(input_ids=ids, labels=ids)["loss"]
+        saved = live.now - model_bytes
+        loss.backward()
+        optimizer.step()
+    return saved, live.peak - model_bytes
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_fake_step_counts_what_a_real_one_takes(family: str, checkpointing: bool) -> None:
+    config = CONFIGS[family]
+    with torch.device("meta"):
+        model = made(config)
+    found = count_step(lorasb.patch(model, r=8), BATCH, SEQ, checkpointing)
+    saved, peak = real_step(config, checkpointing)
+    assert found.saved == pytest.approx(saved, rel=0.05)
+    assert found.peak - found.base - found.factors - found.cores == pytest.approx(peak, rel=0.05)
+
+
+def test_live_bytes_follow_tensors_that_come_and_go() -> None:
+    with LiveBytes() as live:
+        one = torch.zeros(100, dtype=torch.float32)
+        view = one[10:]
+        assert live.now == 400
+        two = one + 1
+        assert (live.now, live.peak) == (800, 800)
+        del two
+        assert (live.now, live.peak) == (400, 800)
+        del one
+        assert live.now == 400  # the view has it
+        del view
+        assert live.now == 0
+
+
+def test_a_plan_adds_up(tmp_path: Path) -> None:
+    request = Request(folder_of(CONFIGS["llama"], tmp_path), r=8, batch=BATCH, seq=SEQ)
+    found = plan(request)
+    model: Any = lorasb.patch(made(CONFIGS["llama"]), r=8, init="random")
+    sizes = {n: p.numel() * p.element_size() for n, p in model.named_parameters()}
+    base = sum(size for name, size in sizes.items() if "lorasb" not in name)
+    assert base <= found.base <= base + 1000  # rotary frequencies are a buffer
+    assert found.cores == sum(size for name, size in sizes.items() if "lorasb_R" in name) == 4 * found.trained
+    assert found.factors == sum(size for name, size in sizes.items() if "lorasb_A" in name or "lorasb_B" in name)
+    assert found.optimizer >= 3 * found.cores
+    assert found.fits
+    assert found.seconds > 0
+
+
+def test_four_bits_and_a_card(tmp_path: Path) -> None:
+    folder = folder_of(CONFIGS["llama"], tmp_path)
+    dense, packed = (
+        plan(Request(folder, r=8, batch=1, seq=SEQ, bits=bits, card=gpus.find("a6000"))) for bits in (16, 4)
+    )
+    model: Any = lorasb.quantize(made(CONFIGS["llama"]), nested=True)
+    weights = [m.quantized() for m in model.modules() if isinstance(m, lorasb.Linear4bit)]
+    saved = sum(2 * math.prod(weight.shape) - weight.nbytes for weight in weights)
+    assert dense.base - packed.base == pytest.approx(saved, rel=0.05)
+    assert packed.scratch == 2 * 160 * 64
+    assert dense.context == packed.context > 0
+
+
+def test_what_does_not_fit_is_told_what_does(tmp_path: Path) -> None:
+    wide = replace_config(CONFIGS["llama"], hidden_size=512, intermediate_size=2048, vocab_size=4096)
+    request = Request(folder_of(wide, tmp_path), r=8, batch=8, seq=256, card=gpus.find("a6000"))
+    whole = plan(request)
+    for share in (0.95, 0.7):
+        tight = replace(whole.request.card, memory=int(planner.CONTEXT + share * (whole.needed - planner.CONTEXT)))
+        refused = plan(replace(request, card=tight))
+        assert not refused.fits
+        ((change, better),) = planner.changes(refused)
+        assert better.fits
+        assert change.startswith("--")
+    hopeless = plan(replace(request, card=replace(whole.request.card, memory=1000)))
+    assert not list(planner.changes(hopeless))
+
+
+def replace_config(config: Any, **fields: Any) -> Any:
+    return type(config)(**config.to_dict() | fields)
+
+
+@pytest.mark.parametrize("name", ["a6000", "RTX A6000", "NVIDIA RTX A6000", "A6000 48GB".removesuffix(" 48GB")])
+def test_cards_are_found_however_they_are_written(name: str) -> None:
+    assert gpus.find(name).memory == 48 * 2**30
+
+
+def test_the_two_sizes_of_a_card() -> None:
+    assert gpus.find("A100").memory < gpus.find("a100-80gb").memory
+
+
+@pytest.mark.parametrize(
+    ("speed", "memory", "billions"), [(4e11, 24e9, "0.7"), (4e14, 24e9, "3"), (2.2e10, 24e9, "0.04")]
+)
+def test_a_machine_is_good_for_what_time_and_memory_allow(
+    monkeypatch: pytest.MonkeyPatch, speed: float, memory: float, billions: str
+) -> None:
+    monkeypatch.setattr(machine, "product_speed", lambda *given: speed)
+    monkeypatch.setattr(machine, "native", lambda device: Precision("float32", "a test"))
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
+    assert f"up to about {billions} billion parameters on a million tokens" in machine.prospects()
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
+    folder = folder_of(CONFIGS["llama"], tmp_path)
+    shown = run(folder, "--r", "8", "--batch", "2", "--seq", "16", "--gpu", "4090")
+    assert "peak of a training step" in shown.output
+    assert "It fits" in shown.output
+    values = json.loads(run(folder, "--r", "8", "--batch", "2", "--seq", "16", "--json").output)
+    assert values["fits"] is True
+    assert values["needed"] == max(values["step"], values["initialization"])
+    assert values["changes"] == {}
+
+
+def test_bad_input_gets_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--gpu 'a7000' is not known: did you mean a6000"):
+        gpus.find("a7000")
+    with pytest.raises(ValueError, match=r"cannot read the config of .*, expected a folder or hub id"):
+        plan(Request(str(tmp_path / "nothing")))
+    no_linears = transformers.ResNetConfig(architectures=["ResNetModel"])
+    with pytest.raises(ValueError, match=r"cannot be patched|no language model|cannot be computed"):
+        plan(Request(folder_of(no_linears, tmp_path / "resnet")))
+    with pytest.raises(ValueError, match="--bits must be 4 or 16, got 8"):
+        raise run(folder_of(CONFIGS["llama"], tmp_path / "llama"), "--bits", "8").exception
+    images = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        architectures=["ViTForImageClassification"],
+    )
+    with pytest.raises(ValueError, match="a step of 1 x 64 tokens cannot be computed"):
+        plan(Request(folder_of(images, tmp_path / "images"), r=8, batch=1, seq=64))
