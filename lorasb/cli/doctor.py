@@ -1,4 +1,4 @@
-"""`lorasb doctor`: versions, backends, GPU, threads and dtype; why what is missing is, and what the machine is good for."""
+"""`lorasb doctor`: versions, backends, GPU, threads, dtype; why one is missing, and what the machine is good for."""
 
 from __future__ import annotations
 

@@ -1,29 +1,72 @@
-"""Every example runs, on a tiny model."""
+"""Every example runs, on a tiny model, and says what it printed on the real one."""
 
 from __future__ import annotations
 
+import ast
+import os
 import runpy
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from tiny_run import make_tiny
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+FOLDER = Path(__file__).parents[2] / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.py"))
+# What each prints, of a tiny model too.
+PRINTED = {
+    "export": ["plain LoRA of rank 16", "LoraModel gives the same logits within"],
+    "four_bits_cpu": ["MB in 4", "step 0: loss", "tokens a second"],
+    "personal_adapters": ["step 0: mean loss", "20 adapters, ", "of 40 answers right"],
+    "several_processes": ["1 process(es); the norm of a layer's R is"],
+    "trainer": ["numbers were trained", "Reverse: parrot red dog ->"],
+    "trl_sft": ["What color is milk?"],
+}
 
 
-def test_each_is_short_and_says_what_it_prints() -> None:
-    assert EXAMPLES
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def test_each_is_short_and_its_docstring_has_the_command_and_the_output() -> None:
+    assert {example.stem for example in EXAMPLES} == set(PRINTED)
     for example in EXAMPLES:
-        assert len(example.read_text().splitlines()) <= 60, example.name
+        text = example.read_text()
+        assert len(text.splitlines()) <= 60, example.name
+        said = ast.get_docstring(ast.parse(text)) or ""
+        assert f"python examples/{example.name}" in said, example.name
+        assert len(said.splitlines()) >= 5, example.name
 
 
-def test_personal_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    example = next(example for example in EXAMPLES if example.stem == "personal_adapters")
-    monkeypatch.setattr(sys, "argv", [example.name, "3", str(make_tiny(tmp_path))])
-    runpy.run_path(str(example))
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
+def test_it_runs(
+    example: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [example.name, "3", str(tiny)])
+    with warnings.catch_warnings():  # of pinned memory without a GPU, and of what TRL prepares
+        warnings.simplefilter("ignore")
+        runpy.run_path(str(example), run_name="__main__")
     printed = capsys.readouterr().out
-    assert "step 0: mean loss" in printed
-    assert "step 2: mean loss" in printed
-    assert "20 adapters, " in printed
-    assert "of 40 answers right" in printed
+    for text in PRINTED[example.stem]:
+        assert text in printed
+
+
+@pytest.mark.long
+def test_two_processes_end_where_one_does(tiny: Path, tmp_path: Path) -> None:
+    example = str(FOLDER / "several_processes.py")
+    norms = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", *launcher, example, "3", str(tiny)],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        norms.append(float(done.stdout.strip().rpartition(" ")[2]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
