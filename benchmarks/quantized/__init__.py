@@ -1,1 +1,1 @@
-"""4-bit bases on a CPU against bitsandbytes: speed, loss, and the README's table."""
+"""4-bit bases on a CPU against bitsandbytes: speed, loss, and the documentation's table."""

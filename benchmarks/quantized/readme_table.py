@@ -1,4 +1,4 @@
-"""The README's table of 4-bit bases, from the committed results.
+"""docs/four-bits.md's table of 4-bit bases, from the committed results.
 
 python -m benchmarks.quantized.readme_table [benchmarks/results/four-bits-cpu.json]
 """
@@ -15,7 +15,7 @@ DENSE, DENSE_BEFORE = "PEFT, dense, r=32", "PEFT on bf16, r=32"  # the name that
 QLORA, BARE, OURS = "Linear4bit + LoRA r=32", "dense, bare", "ours, r=96"
 MORE = (2, 4, 8, 16, 32, 64, 128, 512)
 
-# row, case, against, ours, what the README calls it
+# row, case, against, ours, what the page calls it
 LINES = (
     (
         "dequantize",

@@ -35,7 +35,7 @@ def compose(results: Path) -> str:
 
 
 def into_readme(readme: str, results: Path) -> str:
-    """The README with the table of the methods as the results give it."""
+    """A page with the table of the methods as the results give it."""
     before, rest = readme.split(OPEN)
     after = rest.split(CLOSE)[1]
     table = "\n".join(methods.headline(methods_rows.read(results / runner.ROWS)))
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=runner.RESULTS)
     parser.add_argument("--output", type=Path, default=runner.RESULTS.parent, help="folder of REPORT.md")
-    parser.add_argument("--readme", type=Path, help="a README whose table of the methods is brought up to date too")
+    parser.add_argument("--readme", type=Path, help="a page whose table of the methods to update too: docs/evidence.md")
     options = parser.parse_args()
     write_text(options.output / "REPORT.md", compose(options.results))
     print(options.output / "REPORT.md")

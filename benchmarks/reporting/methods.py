@@ -136,7 +136,7 @@ def _than(verdict: Verdict) -> str:
 
 
 def headline(rows: Sequence[Row]) -> list[str]:
-    """What a README has room for: a line a task, each method at its largest rank."""
+    """What a page has room for: a line a task, each method at its largest rank."""
     names = {"LoRA-SB": "LoRA-SB", SGD: '`update="sgd"`', "LoRA-XS": "LoRA-XS", "LoRA": "LoRA", "full": "full"}
     found = {task: {line.method: line for line in lines(rows, task)} for task in TASKS}  # the largest rank is the last
     shown = [name for name in names if any(name in of for of in found.values())]

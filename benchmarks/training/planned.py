@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.timing import commit, machine_name
+from benchmarks.reporting.markdown import table as markdown
 from lorasb.recipes.bundled_model import EMBEDDED
 from lorasb.recipes.planning.planner import Plan, Request, plan
 
@@ -112,17 +113,30 @@ def compare(name: str, folder: str, checkpointing: bool) -> Found:
     return Found(name, checkpointing, alive(expected), peaks[0], expected.step, peaks[1])
 
 
+HEAD = ("model", "alive, planned", "measured", "ratio", "resident, planned", "measured", "ratio")
+
+
+def line(one: Found) -> list[str]:
+    """A model's row."""
+    title = one.model + (", checkpointing" if one.checkpointing else "")
+    sizes = [f"{size / 1e6:.0f} MB" for size in (one.planned_alive, one.alive, one.planned, one.resident)]
+    live, resident = (f"{ratio:.2f}" for ratio in one.ratios)
+    return [title, *sizes[:2], live, *sizes[2:], resident]
+
+
 def view(found: list[Found]) -> Table:
     """The table."""
     table = Table(title=f"Peak of training steps of {BATCH} x {SEQ} tokens, bf16, beyond the process itself")
-    for name in ("model", "alive, planned", "measured", "ratio", "resident, planned", "measured", "ratio"):
+    for name in HEAD:
         table.add_column(name, justify="left" if name == "model" else "right")
     for one in found:
-        title = one.model + (", checkpointing" if one.checkpointing else "")
-        sizes = [f"{size / 1e6:.0f} MB" for size in (one.planned_alive, one.alive, one.planned, one.resident)]
-        live, resident = (f"{ratio:.2f}" for ratio in one.ratios)
-        table.add_row(title, *sizes[:2], live, *sizes[2:], resident)
+        table.add_row(*line(one))
     return table
+
+
+def page(results: dict[str, Any]) -> list[str]:
+    """The same as lines of Markdown, from a file of results."""
+    return list(markdown(list(HEAD), (line(Found(**run)) for run in results["runs"])))
 
 
 def main() -> None:

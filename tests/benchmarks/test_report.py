@@ -15,6 +15,7 @@ from benchmarks.methods.grid import METHODS, TASKS, Cell
 from benchmarks.quantized import readme_table as four_bits_table
 from benchmarks.reporting import __main__ as report
 from benchmarks.reporting import verdicts
+from benchmarks.training import planned
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 TASK = TASKS["chain_sum"]
@@ -105,13 +106,13 @@ def test_the_committed_page_is_what_the_committed_results_give(tmp_path: Path) -
     assert report.compose(tmp_path / "results") == (RESULTS.parent / "REPORT.md").read_text(encoding="utf-8")
 
 
-def test_the_readmes_table_is_the_reports() -> None:
-    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
+def test_the_evidences_table_is_the_reports() -> None:
+    readme = (RESULTS.parents[1] / "docs" / "evidence.md").read_text(encoding="utf-8")
     assert report.into_readme(readme, RESULTS) == readme
 
 
-def test_the_readmes_four_bit_table_is_the_results() -> None:
-    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+def test_the_four_bit_table_is_the_results() -> None:
+    readme = (RESULTS.parents[1] / "docs" / "four-bits.md").read_text(encoding="utf-8").splitlines()
     found = json.loads((RESULTS / "four-bits-cpu.json").read_text(encoding="utf-8"))
     assert [line for line in four_bits_table.table(found)[2:] if line not in readme] == []
 
@@ -131,3 +132,11 @@ def test_every_file_of_results_says_where_and_when() -> None:
     for path in RESULTS.glob("*.json"):
         found = json.loads(path.read_text(encoding="utf-8"))
         assert found.get("machine") or found.get("machine_info"), path
+
+
+def test_the_planners_table_is_the_results() -> None:
+    page = (RESULTS.parents[1] / "docs" / "planner.md").read_text(encoding="utf-8").splitlines()
+    found = json.loads((RESULTS / planned.FILE).read_text(encoding="utf-8"))
+    assert [line for line in planned.page(found) if line not in page] == []
+    ratios = [ratio for run in found["runs"] for ratio in planned.Found(**run).ratios]
+    assert all(0.9 < ratio < 1.1 for ratio in ratios)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 from tiny_run import make_tiny
+from typer.testing import CliRunner
+
+from lorasb.cli.app import app
 
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
@@ -70,3 +74,14 @@ def test_two_processes_end_where_one_does(tiny: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-2000:]
         norms.append(float(done.stdout.strip().rpartition(" ")[2]))
     assert norms[0] == pytest.approx(norms[1], rel=1e-2)
+
+
+def test_what_the_demo_says_comes_next_are_commands_that_parse_and_files_that_are_there() -> None:
+    makefile = (FOLDER.parent / "Makefile").read_text()
+    commands = re.findall(r'@echo "  \$\(BIN\)/lorasb ([^#"]+)', makefile)
+    assert len(commands) == 3
+    for command in commands:
+        name, *arguments = command.replace("$(RUN)", "runs/demo").split()
+        assert CliRunner().invoke(app, [name, *arguments, "--help"]).exit_code == 0, command
+        for argument in arguments:
+            assert not argument.endswith(".jsonl") or (FOLDER.parent / argument).is_file()

@@ -1,0 +1,52 @@
+"""Hooks of the documentation site: pages link to files of the repository as GitHub shows them, and the site must too.
+
+The report and the pictures that it and the pages show lie in benchmarks/: they become pages and files of the site. Any
+other file of the repository becomes a link to where the repository is.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+REPORT = "benchmarks/REPORT.md"
+LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the report, the README as the home page, and pictures from benchmarks/results."""
+    added = {"report.md": ROOT / REPORT, "index.md": ROOT / "README.md"}
+    added |= {f"results/{picture.name}": picture for picture in (ROOT / "benchmarks" / "results").glob("*.png")}
+    for name, source in added.items():
+        files.append(File.generated(config, name, abs_src_path=str(source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Rewrite links of a page, which are relative to where its file lies in the repository."""
+    here = {"report.md": "benchmarks", "index.md": ""}.get(page.file.src_uri, "docs")
+
+    def rewritten(match: re.Match[str]) -> str:
+        return match[1] + _target(posixpath.normpath(posixpath.join(here, match[2])), config["repo_url"])
+
+    return LINK.sub(rewritten, markdown)
+
+
+def _target(path: str, repository: str) -> str:
+    """Where a file of the repository is found from a page of the site."""
+    if path == REPORT:
+        return "report.md"
+    if path == "docs/api.md":
+        return "reference.md"
+    if path.startswith("benchmarks/results/") and path.endswith(".png"):
+        return f"results/{posixpath.basename(path)}"
+    inside = path.removeprefix("docs/")
+    if path.startswith("docs/") and path.endswith((".md", ".png", ".svg")):
+        return inside
+    kind = "tree" if (ROOT / path).is_dir() else "blob"
+    return f"{repository}/{kind}/main/{path}"

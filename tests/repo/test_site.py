@@ -1,0 +1,160 @@
+"""The documentation site builds without a warning, every link and picture resolves, and a browser shows every page."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urldefrag, urljoin, urlparse
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WORDS = 1200  # of the README, at most
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "WARNING" not in done.stderr
+    return folder
+
+
+class Page(HTMLParser):
+    """What a page links to, what it can be linked at, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.anchors |= {value for name in ("id", "name") if (value := found.get(name))}
+        link = found.get("href") if tag in ("a", "link") else found.get("src")
+        if link:
+            self.links.append(link)
+
+
+def pages(site: Path) -> dict[str, Page]:
+    """By path below the site's root."""
+    files = (file for file in site.rglob("*.html") if file.name != "404.html")
+    return {str(file.relative_to(site)): Page(file.read_text(encoding="utf-8")) for file in files}
+
+
+def test_the_readme_is_read_in_a_few_minutes() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= WORDS
+
+
+def test_every_link_inside_the_site_resolves(site: Path) -> None:
+    found = pages(site)
+    assert len(found) > 20
+    broken = []
+    for name, page in found.items():
+        for link in page.links:
+            if urlparse(link).scheme or link.startswith(("//", "data:")):
+                continue
+            path, anchor = urldefrag(urljoin(f"/{name}", unquote(link)))
+            target = path.lstrip("/") + ("index.html" if path.endswith("/") else "")
+            file = site / target
+            if not file.is_file() or (anchor and target in found and anchor not in found[target].anchors):
+                broken.append(f"{name}: {link}")
+    assert broken == []
+
+
+def test_links_into_the_repository_lead_to_files_that_are_there(site: Path) -> None:
+    start = re.compile(r"https://github.com/lorasb/lorasb/(?:blob|tree)/main/([^#]+)")
+    named = {match[1] for page in pages(site).values() for link in page.links if (match := start.match(link))}
+    assert named
+    assert sorted(path for path in named if not (ROOT / path).exists()) == []
+
+
+def test_every_public_name_is_in_the_reference(site: Path) -> None:
+    import lorasb
+
+    anchors = pages(site)["reference/index.html"].anchors
+    known = {name for name in lorasb.__all__ if name not in ("__version__", "functional", "optim")}
+    missing = [name for name in known if not any(anchor.endswith(f".{name}") for anchor in anchors)]
+    assert missing == []
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *given: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def address(site: Path) -> Iterator[str]:
+    handler = functools.partial(Quiet, directory=str(site))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+        pytest.skip("needs Debian's chromium and chromium-driver, which make test-all installs")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def errors_of(browser: Any) -> list[str]:
+    """What the console says, but for pictures from elsewhere that this machine cannot reach."""
+    entries = browser.get_log("browser")
+    return [e["message"] for e in entries if e["level"] == "SEVERE" and "127.0.0.1" in e["message"]]
+
+
+@pytest.mark.long
+def test_a_browser_loads_every_page_and_search_finds_words(site: Path, address: str, browser: Any) -> None:
+    for name in pages(site):
+        browser.get(f"{address}/{name}")
+        assert errors_of(browser) == [], name
+        assert browser.find_element("css selector", "h1").text, name
+        broken = browser.execute_script(
+            "return [...document.images].filter(i => i.src.includes('127.0.0.1') && i.complete && !i.naturalWidth).map(i => i.src)"
+        )
+        assert broken == [], name
+    browser.get(address)
+    box = browser.find_element("css selector", "input.md-search__input")
+    browser.execute_script("document.querySelector('#__search').click()")
+    box.send_keys("resume")
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 20).until(lambda d: d.find_elements("css selector", ".md-search-result__link"))
+    assert browser.find_elements("css selector", ".md-search-result__link")
+    assert errors_of(browser) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_page_is_wider_than_its_window(site: Path, address: str, browser: Any, width: int) -> None:
+    browser.set_window_size(width, 900)
+    for name in pages(site):
+        browser.get(f"{address}/{name}")
+        wide, window = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+        assert wide <= window + 1, name
