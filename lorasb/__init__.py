@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .training.init_callback import InitCallback
     from .training.parameter_groups import parameter_groups
     from .training.rate_trials import RateTrials, find_lr
+    from .training.reinforcement import policy_loss, preference_loss, reward_batches
     from .training.rows_callback import AdapterRowsCallback, AdapterRowsCollator
     from .training.several_adapters import adapter_losses, adapter_parameter_groups, clip_by_adapter
     from .tuner.adapter_bank import AdapterBank
@@ -57,8 +58,11 @@ __all__ = [
     "optim",
     "parameter_groups",
     "patch",
+    "policy_loss",
+    "preference_loss",
     "project",
     "quantize",
+    "reward_batches",
     "share_basis",
 ]
 
@@ -86,6 +90,9 @@ _MODULE_OF = {
     "initialize": "init",
     "parameter_groups": "training.parameter_groups",
     "patch": "tuner.patch",
+    "policy_loss": "training.reinforcement",
+    "preference_loss": "training.reinforcement",
+    "reward_batches": "training.reinforcement",
     "project": "tuner.joint_basis",
     "share_basis": "tuner.joint_basis",
     "quantize": "layers.quantize",

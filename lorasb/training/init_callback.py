@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class InitCallback(TrainerCallback):
         num_samples: number of samples over all processes; None takes min(n, max(32, n/1000)).
         seed: for sampling and the SVD; the trainer's `seed` by default.
         lr: η, instead of the one derived from the trainer's arguments.
+        samples: batches instead of the trainer's own data, or a function that makes them of the model when training
+            begins: for reinforcement learning, whose data has prompts and no labels.
         share_factors: let the run's checkpoints share one file of A and B, which never change: each further checkpoint
             adds R and the optimizer's state. Every checkpoint folder can still be loaded alone (`shared_factors`).
         options: options of `lorasb.initialize` (`longest_start=`, `cache=`, `loss_fn=`, ...).
@@ -51,10 +53,12 @@ class InitCallback(TrainerCallback):
         *,
         seed: int | None = None,
         lr: float | None = None,
+        samples: Iterable[Any] | Callable[[Any], Iterable[Any]] | None = None,
         share_factors: bool = True,
         **options: Any,
     ) -> None:
         self.num_samples, self.seed, self.lr, self.options = num_samples, seed, lr, options
+        self.samples = samples
         self.share_factors = share_factors
         self.report: InitReport | None = None
 
@@ -94,7 +98,13 @@ class InitCallback(TrainerCallback):
         options = {"progress": not args.disable_tqdm} | self.options
         # collators may draw (random masking, on the CPU), and training must draw as without this
         with rng_untouched():
-            batches, count = _batches(train_dataloader, args.per_device_train_batch_size, self.num_samples, seed)
+            batches: Any
+            count: int | None
+            if self.samples is None:
+                batches, count = _batches(train_dataloader, args.per_device_train_batch_size, self.num_samples, seed)
+            else:
+                batches = self.samples(model) if callable(self.samples) else self.samples
+                count = self.num_samples
             self.report = initialize(model, batches, lr=lr, seed=seed, num_samples=count, **options)
 
 
@@ -135,7 +145,15 @@ def _batches(loader: Any, batch_size: int, num_samples: int | None, seed: int) -
 def _collated(items: Iterable[Any], collate: Any, batch_size: int) -> Iterator[dict[str, Any]]:
     remaining = iter(items)
     while batch := list(itertools.islice(remaining, batch_size)):
-        yield dict(collate(batch))  # a BatchEncoding becomes a plain dict
+        collated = collate(batch)
+        if not isinstance(collated, Mapping):
+            raise ValueError(
+                f"the trainer's batches are no batches of tokens with labels, but {type(collated).__name__}s, as "
+                "GRPO's prompts are: InitCallback(samples=batches) takes those of examples, or "
+                "InitCallback(samples=lambda model: lorasb.reward_batches(model, tokenizer, prompts, reward), "
+                "loss_fn=lorasb.policy_loss) those of rewards"
+            )
+        yield dict(collated)  # a BatchEncoding becomes a plain dict
 
 
 def _refuse_copies(optimizer: Any, layers: dict[str, LoRASBLinear], name: str) -> None:

@@ -25,6 +25,7 @@ HALF_FEW = Tolerance(2e-2, 2e-2, "16-bit results too few to compare noise: 2^-11
 BF16_FEW = Tolerance(1.6e-1, 1.6e-1, "the same in bf16: 2^-8 an element")
 FP64 = Tolerance(1e-10, 1e-10, "fp64 sums in another order")
 FP32_NORMS = Tolerance(0.0, 1e-7, "the same through transformers' norms, which round to fp32 (2^-24) inside fp64")
+FP32_LOGITS = Tolerance(1e-4, 1e-5, "gradients through logits that a loss takes in fp32, over their largest entry")
 MERGE = Tolerance(0.0, 1e-5, "one rounding of fp32 weights of size one, summed over a forward")
 EXPORT = Tolerance(0.0, 1e-5, "A and s·B·R instead of A, R and B: another order of the same fp32 products")
 EXACT = Tolerance(0.0, 0.0, "the same bits go the same way")

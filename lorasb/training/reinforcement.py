@@ -1,0 +1,174 @@
+"""Starts for reinforcement learning: the first step that GRPO or DPO would take with all weights, for `initialize`.
+
+    batches = lorasb.reward_batches(model, tokenizer, prompts, reward)
+    lorasb.initialize(model, batches, lr=eta, loss_fn=lorasb.policy_loss)
+
+`policy_loss` has the gradient of GRPO's objective where the policy is the one that sampled; `preference_loss` that of
+DPO's where the policy is the reference, up to β/2, which no sign(G) depends on.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..utils.random_state import rng_untouched
+
+Reward = Callable[..., Sequence[float]]  # (prompts=, completions=) -> a number for each completion
+SMALLEST_SPREAD = 1e-4  # added to a group's standard deviation, as GRPO does
+
+
+class RewardError(ValueError):
+    """A reward function failed, or returned what is no reward."""
+
+
+def checked_rewards(reward: Reward, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    """The rewards of completions.
+
+    Args:
+        reward: called as `reward(prompts=..., completions=..., **columns)`.
+        prompts: one for each completion.
+        completions: texts, or chats of one message.
+        columns: further entries of the examples, one for each completion.
+
+    Raises:
+        RewardError: it raised, returned another number of values than completions, or one that is not finite.
+    """
+    name = getattr(reward, "__name__", type(reward).__name__)
+    try:
+        found = list(reward(prompts=prompts, completions=completions, **columns))
+        values = [float(value) for value in found]
+    except RewardError:
+        raise
+    except Exception as error:  # the caller's own code
+        raise RewardError(f"reward {name} failed: {type(error).__name__}: {error}") from error
+    if len(values) != len(completions):
+        raise RewardError(
+            f"reward {name}: expected {len(completions)} numbers, one for each completion, got {len(values)}"
+        )
+    wrong = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
+    if wrong is not None:
+        raise RewardError(f"reward {name}: expected finite numbers, got {values[wrong]} for {completions[wrong]!r}")
+    return values
+
+
+def advantages(rewards: Sequence[float], generations: int) -> list[float]:
+    """(reward − mean) / standard deviation, within groups of `generations` rewards that follow one another."""
+    found: list[float] = []
+    for start in range(0, len(rewards), generations):
+        group = rewards[start : start + generations]
+        mean, spread = statistics.fmean(group), statistics.stdev(group) if len(group) > 1 else 0.0
+        found += [(value - mean) / (spread + SMALLEST_SPREAD) for value in group]
+    return found
+
+
+@torch.no_grad()
+def reward_batches(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    reward: Reward,
+    *,
+    generations: int = 8,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[dict[str, Tensor]]:
+    """Sample completions, and batches for `policy_loss`: one a prompt, without those whose completions are all as good.
+
+    Args:
+        model: that samples; an adapter that is not initialized leaves the base as it is.
+        tokenizer: the model's.
+        prompts: texts.
+        reward: see `checked_rewards`.
+        generations: completions of a prompt, two at least.
+        max_new_tokens: of a completion, at most.
+        temperature: of sampling.
+        seed: of sampling; the global random state stays as it was.
+
+    Returns:
+        For each prompt `input_ids`, `attention_mask` and `completion_mask` [generations, T], and `advantages`.
+
+    Raises:
+        RewardError: as `checked_rewards`; or no prompt's completions differ in reward.
+    """
+    training = model.training
+    model.eval()
+    batches = []
+    with rng_untouched():
+        torch.manual_seed(seed)
+        for prompt in prompts:
+            ids, mask = _sampled(model, tokenizer, prompt, generations, max_new_tokens, temperature)
+            tokens = [row[-len(kept) :][kept] for row, kept in zip(ids, mask.bool(), strict=True)]
+            values = checked_rewards(reward, [prompt] * generations, tokenizer.batch_decode(tokens, True))
+            if max(values) > min(values):
+                batches.append(_batch(ids, mask, advantages(values, generations)))
+    model.train(training)
+    if not batches:
+        raise RewardError(
+            f"none of {len(prompts)} prompts has completions of different rewards among {generations}: a first step on "
+            "rewards would be zero. Start from examples instead, or sample more (generations, temperature)"
+        )
+    return batches
+
+
+def _batch(ids: Tensor, mask: Tensor, weights: Sequence[float]) -> dict[str, Tensor]:
+    """A batch for `policy_loss`, from whole rows, the mask over their completions, and advantages."""
+    prompt = len(ids[0]) - len(mask[0])
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.cat((mask.new_ones(len(mask), prompt), mask), 1),
+        "completion_mask": torch.cat((mask.new_zeros(len(mask), prompt), mask), 1),
+        "advantages": torch.tensor(weights, device=ids.device),
+    }
+
+
+def _sampled(
+    model: Any, tokenizer: Any, prompt: str, generations: int, max_new_tokens: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Ids [generations, T] of the prompt and completions, and a mask over the completions, up to their end."""
+    device = next(model.parameters()).device
+    given = {name: value.to(device) for name, value in tokenizer([prompt] * generations, return_tensors="pt").items()}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    options = {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature, "pad_token_id": pad}
+    ids = model.generate(input_ids=given["input_ids"], attention_mask=given["attention_mask"], **options)
+    completion = ids[:, given["input_ids"].shape[1] :]
+    ended = (completion == tokenizer.eos_token_id).cumsum(1)
+    return ids, ((ended == 0) | ((ended == 1) & (completion == tokenizer.eos_token_id))).long()
+
+
+def policy_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """−mean over completions of advantage · mean over tokens of log π: GRPO's loss has this gradient at its first step.
+
+    Args:
+        model: the policy.
+        batch: of `reward_batches`.
+    """
+    sums, counts = _log_probabilities(model, batch)
+    return -(batch["advantages"] * sums / counts).mean()
+
+
+def preference_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """−mean of log π(chosen) − log π(rejected): DPO's loss has this gradient, times β/2, where π is the reference.
+
+    Args:
+        model: the policy.
+        batch: as TRL collates preferences: `input_ids`, `attention_mask` and `completion_mask` [2n, T], the chosen
+            first.
+    """
+    sums, _ = _log_probabilities(model, batch)
+    chosen, rejected = sums.chunk(2)
+    return (rejected - chosen).mean()
+
+
+def _log_probabilities(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Σ log π of each row's completion, and its number of tokens, both [n]."""
+    ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
+    logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1]
+    flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    return -(flat.view(mask.shape) * mask).sum(1), mask.sum(1).clamp(min=1)

@@ -1,0 +1,204 @@
+"""Starts on rewards and preferences have GRPO's and DPO's own gradients, in TRL's trainers and by hand."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tolerances
+import torch
+import transformers
+from datasets import Dataset
+from tiny_run import make_tiny
+from torch import Tensor, nn
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+import lorasb
+from lorasb.layers.lookup import layers_with
+from lorasb.training.reinforcement import RewardError, advantages, checked_rewards
+
+WORDS = ["one", "two", "red", "cat"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tokenizer(folder: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+
+def fresh(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def length(completions: list[str], **given: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def options(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+    }
+
+
+def grpo(model: Any, tokenizer: Any, folder: Path, **given: Any) -> GRPOTrainer:
+    sizes = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6, "beta": 0.04}
+    return GRPOTrainer(
+        model,
+        reward_funcs=length,
+        args=GRPOConfig(**options(folder), **sizes),
+        train_dataset=Dataset.from_list([{"prompt": f"copy {word}"} for word in WORDS * 4]),
+        processing_class=tokenizer,
+        **given,
+    )
+
+
+def quietly(trainer: Any) -> Any:
+    with warnings.catch_warnings():  # of pinned memory, and of what TRL casts
+        warnings.simplefilter("ignore")
+        return trainer.train()
+
+
+def examples(tokenizer: Any) -> list[dict[str, Tensor]]:
+    ids = [tokenizer(f"copy {word} {word}", return_tensors="pt")["input_ids"] for word in WORDS]
+    return [{"input_ids": one, "labels": one} for one in ids]
+
+
+@pytest.mark.parametrize("start", ["examples", "rewards", "zero"])
+def test_grpo_takes_the_config_and_a_start(start: str, folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    prompts = [f"copy {word}" for word in WORDS]
+    callback = {
+        "examples": lorasb.InitCallback(samples=examples(tokenizer)),
+        "rewards": lorasb.InitCallback(
+            samples=lambda model: lorasb.reward_batches(model, tokenizer, prompts, length, max_new_tokens=6),
+            loss_fn=lorasb.policy_loss,
+        ),
+        "zero": lorasb.InitCallback(samples=examples(tokenizer), longest_start=0.0),
+    }[start]
+    trainer = grpo(fresh(folder), tokenizer, tmp_path, peft_config=lorasb.LoRASBConfig(r=8), callbacks=[callback])
+    quietly(trainer)
+    assert trainer.ref_model is None  # the reference is the model without the adapter
+    assert callback.report is not None
+    cores = [layer.lorasb_R["default"] for layer in layers_with(trainer.model, "default").values()]
+    assert all(bool(core.any()) for core in cores)
+    # the first step's KL to the reference: that of a start, or none
+    first = next(entry["kl"] for entry in trainer.state.log_history if "kl" in entry)
+    assert (first < 1e-6) == (start == "zero")
+
+
+def test_dpo_takes_the_config_and_its_own_data(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    callback = lorasb.InitCallback(loss_fn=lorasb.preference_loss)
+    trainer = DPOTrainer(
+        fresh(folder),
+        args=DPOConfig(**options(tmp_path), per_device_train_batch_size=4),
+        train_dataset=Dataset.from_list(
+            [{"prompt": f"copy {w}", "chosen": " one", "rejected": " two"} for w in WORDS * 2]
+        ),
+        processing_class=tokenizer,
+        peft_config=lorasb.LoRASBConfig(r=8),
+        callbacks=[callback],
+    )
+    quietly(trainer)
+    assert callback.report is not None
+    margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
+    assert margins[0] > 0  # the start is a step towards the chosen
+
+
+def gradient(model: nn.Module, loss: Tensor) -> Tensor:
+    model.zero_grad()
+    loss.backward()
+    return next(m for m in model.modules() if isinstance(m, nn.Linear)).weight.grad.clone()
+
+
+def test_the_preference_gradient_is_dpos(folder: Path) -> None:
+    rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [10]} for _ in range(3)]
+    batch = DataCollatorForPreference(pad_token_id=0)(rows)
+    model, reference, beta = fresh(folder).double(), fresh(folder).double(), 0.1
+
+    def summed(one: nn.Module) -> Tensor:
+        logits = one(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        found = logits.log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+        return (found * batch["completion_mask"][:, 1:]).sum(1)
+
+    (chosen, rejected), (old_chosen, old_rejected) = summed(model).chunk(2), summed(reference).detach().chunk(2)
+    dpo = -torch.nn.functional.logsigmoid(beta * ((chosen - old_chosen) - (rejected - old_rejected))).mean()
+    want = gradient(model, dpo)
+    got = gradient(model, lorasb.preference_loss(model, batch))
+    tolerances.check(beta / 2 * got / want.abs().max(), want / want.abs().max(), tolerances.FP32_LOGITS)
+
+
+def test_the_policy_gradient_is_grpos(folder: Path, tokenizer: Any) -> None:
+    model = fresh(folder).double()
+    (batch, *_) = lorasb.reward_batches(model, tokenizer, ["copy red"], length, generations=4, max_new_tokens=5)
+    ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
+    logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1]
+    per_token = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    ratio = (per_token - per_token.detach()).exp()  # 1, with the gradient of log π
+    clipped = torch.minimum(ratio * batch["advantages"][:, None], ratio.clamp(0.8, 1.2) * batch["advantages"][:, None])
+    want = gradient(model, -((clipped * mask).sum(1) / mask.sum(1)).mean())
+    got = gradient(model, lorasb.policy_loss(model, batch))
+    tolerances.check(got / want.abs().max(), want / want.abs().max(), tolerances.FP32_LOGITS)
+
+
+def test_completions_end_at_their_end_and_sampling_leaves_the_random_state(folder: Path, tokenizer: Any) -> None:
+    model = lorasb.patch(fresh(folder), r=4)
+    state = torch.get_rng_state()
+    first = lorasb.reward_batches(model, tokenizer, ["copy red", "one"], length, max_new_tokens=6, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    again = lorasb.reward_batches(model, tokenizer, ["copy red", "one"], length, max_new_tokens=6, seed=1)
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(first, again, strict=True) for key in a)
+    for batch in first:
+        assert batch["advantages"].mean().abs() < 1e-6
+        for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True):
+            ends = (ids[mask.bool()] == tokenizer.eos_token_id).nonzero().flatten().tolist()
+            assert ends in ([], [int(mask.sum()) - 1])
+
+
+def test_advantages_are_of_a_group() -> None:
+    found = advantages([1.0, 0.0, 5.0, 5.0], 2)
+    assert found[0] == pytest.approx(-found[1])
+    assert found[2:] == [0.0, 0.0]
+
+
+REWARDS: dict[str, tuple[Any, str]] = {
+    "raises": (lambda **given: 1 / 0, "failed: ZeroDivisionError: division by zero"),
+    "NaN": (lambda **given: [1.0, float("nan")], "expected finite numbers, got nan for 'b'"),
+    "too few": (lambda **given: [1.0], "expected 2 numbers, one for each completion, got 1"),
+    "no list": (lambda **given: 1.0, "failed: TypeError: 'float' object is not iterable"),
+    "no numbers": (lambda **given: ["yes", "no"], "failed: ValueError: could not convert"),
+}
+
+
+@pytest.mark.parametrize("kind", REWARDS)
+def test_bad_rewards_are_told_in_a_line(kind: str) -> None:
+    reward, message = REWARDS[kind]
+    with pytest.raises(RewardError, match=message):
+        checked_rewards(reward, ["p", "p"], ["a", "b"])
+
+
+def test_rewards_that_never_differ_are_refused(folder: Path, tokenizer: Any) -> None:
+    with pytest.raises(RewardError, match="none of 1 prompts has completions of different rewards among 4"):
+        lorasb.reward_batches(
+            fresh(folder), tokenizer, ["one"], lambda completions, **_: [0.0] * len(completions), generations=4
+        )
+
+
+def test_prompts_alone_are_no_samples(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    config, callback = lorasb.LoRASBConfig(r=8), lorasb.InitCallback()
+    trainer = grpo(fresh(folder), tokenizer, tmp_path, peft_config=config, callbacks=[callback])
+    with pytest.raises(ValueError, match=r"but lists, as GRPO's prompts are: InitCallback\(samples=batches\)"):
+        quietly(trainer)
