@@ -14,6 +14,7 @@ from ..init import InitReport
 from .examples.data import Listed, describe_data
 from .prepare import Run
 
+REWARD_SAMPLES = 32  # prompts of a start on rewards
 LORA_RANK = 32  # the rank that the paper compares with
 REPORT_NAME = "report.json"
 
@@ -58,7 +59,31 @@ def _patch_and_initialize(run: Run, common: dict[str, Any], options: dict[str, A
     )
     eta = lorasb.first_step_lr(settings.lr, run.warmup_steps)
     options |= {"num_samples": settings.samples, "update": settings.update, "seed": settings.seed}
+    if settings.rl is not None and settings.rl_start == "zero":
+        options["longest_start"] = 0.0
+    if settings.rl is not None and settings.rl_start == "rewards":
+        loader, options["loss_fn"], options["num_samples"] = _rewarded(run), lorasb.policy_loss, None
     return lorasb.initialize(run.model, loader, lr=eta, **options)
+
+
+def _rewarded(run: Run) -> list[dict[str, torch.Tensor]]:
+    """Completions of some prompts, sampled and judged, as many as the initialization takes samples."""
+    import lorasb
+
+    from .reinforce import longest_completion
+    from .rewards import judge_of
+
+    settings, judge = run.settings, judge_of(run.settings)
+    count = min(len(run.train), settings.samples or REWARD_SAMPLES)
+    examples = {example.prompt: example for example in run.train[:count]}
+
+    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+        """Of the run's own judge."""
+        return judge(completions, [examples[prompt] for prompt in prompts])
+
+    sizes = {"generations": settings.generations, "max_new_tokens": longest_completion(run)}
+    given: dict[str, Any] = {"temperature": settings.temperature, "seed": settings.seed, **sizes}
+    return lorasb.reward_batches(run.model, run.tokenizer, list(examples), reward, **given)
 
 
 def _with_provenance(run: Run, report: InitReport) -> InitReport:

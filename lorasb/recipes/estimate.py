@@ -29,6 +29,12 @@ def announcement(run: Run) -> str:
     settings = run.settings
     rows = "rows" if settings.packing else "examples"
     where = torch.cuda.get_device_name() if device() == "cuda" else "CPU"
+    if settings.rl is not None:
+        prompts = settings.batch_size // settings.generations
+        return (
+            f"GRPO on the {where} in {run.precision.name}: {run.steps:,} steps of {prompts} prompts, "
+            f"{settings.generations} completions each"
+        )
     return (
         f"Training on the {where} in {run.precision.name}: {run.steps:,} steps of {settings.batch_size} {rows}, "
         f"{run.tokens:,} tokens"

@@ -37,6 +37,7 @@ def run_finetune(settings: Settings) -> Result:
     from .train import check_report, train  # loads transformers.Trainer: only once the settings are checked
 
     check_report(settings)
+    make = _reinforcement(settings) if settings.rl is not None else None
     with launch.joined() as processes, Stop(GO_ON) as stop:
         settings.check_processes(processes.world_size)
         precision = resolve(settings.dtype, device())
@@ -62,7 +63,7 @@ def run_finetune(settings: Settings) -> Result:
         if is_first_rank:
             folder.save_before(before)
         report, seconds = _start(run, folder, is_first_rank)
-        trained = train(run, folder.checkpoints, identity, state.checkpoint, stop)
+        trained = train(run, folder.checkpoints, identity, state.checkpoint, stop, make)
         after = run.evaluate("held-out problems, after")
         summary = results.summarize(run, before, after, seconds, trained, identity)
         result = Result(summary, run.held_out, before, after, report)
@@ -71,6 +72,14 @@ def run_finetune(settings: Settings) -> Result:
             folder.end()
         processes.all_gather(0)  # barrier: no rank returns before the files are written
     return result
+
+
+def _reinforcement(settings: Settings) -> Any:
+    """What makes GRPO's trainer, once it is known that there is a reward."""
+    from . import reinforce
+
+    reinforce.check(settings)
+    return reinforce.trainer
 
 
 def _look_up_state(folder: RunFolder, settings: Settings, identity: dict[str, Any], processes: Processes) -> State:

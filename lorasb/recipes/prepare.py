@@ -46,8 +46,10 @@ class Run:
     @property
     def steps(self) -> int:
         """Number of optimizer steps of the whole run."""
+        settings = self.settings
+        rows = settings.batch_size if settings.rl is None else settings.batch_size // settings.generations
         # epochs may be a fraction; an epoch's last step may be smaller than the others
-        return max(1, math.ceil(-(-len(self.rows) // self.settings.batch_size) * self.settings.epochs))
+        return max(1, math.ceil(-(-len(self.rows) // rows) * settings.epochs))
 
     @property
     def warmup_steps(self) -> int:

@@ -62,7 +62,7 @@ def summarize(
         "init_seconds": init_seconds,
         "train_seconds": trained.seconds,
         "train_steps": run.steps,
-        "tokens_per_second": run.tokens / trained.seconds,
+        "tokens_per_second": _tokens(run, trained) / trained.seconds,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "lr": run.lr,
         "rank": run.model.peft_config["default"].r,
@@ -70,10 +70,17 @@ def summarize(
         "dtype_reason": run.precision.reason,
         "machine": torch.cuda.get_device_name() if device() == "cuda" else f"CPU, {processor_class()}",
         "train_losses": [entry["loss"] for entry in trained.history if "loss" in entry],
+        "rewards": [float(entry["reward"]) for entry in trained.history if "reward" in entry],
         "eval_losses": [[entry["step"], entry["eval_loss"]] for entry in trained.history if "eval_loss" in entry],
         "config": asdict(run.settings),
         "identity": identity,
     }
+
+
+def _tokens(run: Run, trained: Trained) -> float:
+    """Training tokens: those of the examples, or with `--rl` those that were sampled and their prompts."""
+    sampled = [entry["num_tokens"] for entry in trained.history if "num_tokens" in entry]
+    return float(sampled[-1]) if sampled else run.tokens
 
 
 def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:

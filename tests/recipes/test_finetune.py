@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from finetune_runs import STEPS, At, add, assert_same, die, killed, stop_after, summary
 
-from lorasb.recipes import adapter, train
+from lorasb.recipes import adapter, marked_checkpoints
 from lorasb.recipes.finetune import run_finetune
 from lorasb.recipes.settings import Settings
 from lorasb.utils import precision
@@ -28,7 +28,7 @@ def test_kill_9_at_random_moments_ends_in_the_same_bits(base: Settings, whole: P
         return lambda patch: add(patch, At(step, die))
 
     def amid_a_checkpoint(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(train, "share", lambda folder: die())
+        patch.setattr(marked_checkpoints, "share", lambda folder: die())
 
     def before_training(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(adapter.InitReport, "save", lambda report, path: die())

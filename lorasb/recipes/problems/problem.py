@@ -96,6 +96,8 @@ def problem_of(train: Sequence[Example], held_out: Sequence[Example], settings: 
         return LanguageModeling()
     if settings.adapter_column is not None:
         raise ValueError("--adapter-column trains language models: a classifier's head is one for all adapters")
+    if settings.rl is not None:
+        raise ValueError("--rl trains language models by what they answer, and the examples have labels: leave it out")
     if settings.packing:
         raise ValueError("--packing puts several examples into a row, and a row has one label: leave it out")
     # A class whose only examples were drawn to be held out is no mistake; one of another file's is.

@@ -1,0 +1,59 @@
+"""Reinforcement learning with TRL's GRPOTrainer: r² numbers a layer are trained, and the reference is the base itself.
+
+python examples/grpo.py [STEPS [MODEL]]
+"""
+
+import sys
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
+
+import lorasb
+from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+
+steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+folder = sys.argv[2] if len(sys.argv) > 2 else resolve_model(EMBEDDED)
+tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+prompts = [f"The {a} and the {b}" for a in ("cat", "dog", "king", "sea") for b in ("moon", "road", "child", "bird")]
+
+
+def reward(completions: list[str], **columns: object) -> list[float]:
+    """The share of letters that are vowels: a model learns to sing."""
+    return [sum(letter in "aeiou" for letter in text.lower()) / max(1, len(text)) for text in completions]
+
+
+trainer = GRPOTrainer(
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+    reward_funcs=reward,
+    args=GRPOConfig(
+        "runs/grpo",
+        max_steps=steps,
+        per_device_train_batch_size=16,
+        num_generations=8,
+        max_completion_length=16,
+        learning_rate=5e-2,
+        beta=0.0,
+        logging_steps=max(1, steps // 4),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+    ),
+    train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+    processing_class=tokenizer,
+    peft_config=lorasb.LoRASBConfig(r=8),
+    callbacks=[
+        lorasb.InitCallback(  # A, B and R from the first step on rewards that full fine-tuning would take
+            samples=lambda model: lorasb.reward_batches(model, tokenizer, prompts[::4], reward, max_new_tokens=16),
+            loss_fn=lorasb.policy_loss,
+        )
+    ],
+)
+trainer.train()
+rewards = [entry["rewards/reward/mean"] for entry in trainer.state.log_history if "rewards/reward/mean" in entry]
+print(f"mean reward {float(rewards[0]):.3f} -> {float(rewards[-1]):.3f}")
+print(f"{sum(p.numel() for p in trainer.model.parameters() if p.requires_grad):,} numbers were trained")

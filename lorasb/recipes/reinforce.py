@@ -1,0 +1,90 @@
+"""`lorasb finetune --rl`: a run by TRL's GRPOTrainer, with the checkpoints, callbacks and results of any other."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, ProgressCallback
+
+from ..distributed.process_group import Processes
+from .callbacks import Bar, Judging, Saving
+from .examples.tasks import Example
+from .marked_checkpoints import MarkedCheckpoints
+from .prepare import Run, checkpoint_activations
+from .rewards import Judge, judge_of
+from .settings import Settings
+from .signals import Stop
+from .train import argument_values
+
+MARGIN = 4  # tokens that a completion may be longer than the longest right one
+
+
+def check(settings: Settings) -> None:
+    """Raise an ImportError without TRL, and a ValueError where `--rl` names no reward."""
+    if importlib.util.find_spec("trl") is None:
+        raise ImportError("--rl trains with TRL: pip install trl")
+    judge_of(settings)
+
+
+def longest_completion(run: Run) -> int:
+    """Tokens of a sampled completion, at most."""
+    return run.settings.max_new_tokens or max(len(ids.completion) for ids in run.train_ids) + MARGIN
+
+
+def trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: float, stop: Stop) -> Any:
+    """A GRPO trainer of the run's prompts."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    class RunGRPOTrainer(MarkedCheckpoints, GRPOTrainer):
+        """GRPO with marked checkpoints."""
+
+    settings, processes = run.settings, Processes()
+    if settings.gradient_checkpointing:
+        checkpoint_activations(run.model.get_base_model())
+    values = argument_values(run, folder, processes.world_size)
+    values |= {
+        "num_generations": settings.generations,
+        "max_completion_length": longest_completion(run),
+        "temperature": settings.temperature,
+        "beta": 0.0,
+        "bf16": False,  # weights have the run's own dtype, and autocast would round R's products again
+    }
+    run.tokenizer.padding_side = "left"
+    made = RunGRPOTrainer(
+        model=run.model,
+        reward_funcs=_reward(judge_of(settings), run.train),
+        args=GRPOConfig(**values),
+        train_dataset=Dataset.from_list([_row(i, example) for i, example in enumerate(run.train)]),
+        processing_class=run.tokenizer,
+    )
+    made.identity, made.earlier_seconds = identity, earlier_seconds
+    made.remove_callback(PrinterCallback)
+    made.remove_callback(ProgressCallback)
+    if settings.eval_steps:
+        judging = Judging(run, settings.eval_steps)
+        judging.trainer = made
+        made.add_callback(judging)
+    for callback in (Bar(), Saving(settings.save_steps, stop)):
+        made.add_callback(callback)
+    return made
+
+
+def _row(index: int, example: Example) -> dict[str, Any]:
+    """A prompt, as text or as a chat, and where its example is."""
+    prompt: Any = list(example.messages[:-1]) if example.messages else example.prompt
+    return {"prompt": prompt, "example": index}
+
+
+def _reward(judge: Judge, examples: Sequence[Example]) -> Any:
+    """The reward as TRL calls it."""
+
+    def reward(completions: Sequence[Any], example: Sequence[int], **columns: Any) -> list[float]:
+        """Rewards of completions, which are texts or chats of one message."""
+        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+        return judge(texts, [examples[i] for i in example])
+
+    return reward

@@ -1,0 +1,100 @@
+"""`--rl`: the reward of a completion, by a generated task's verifier, by `--score`, or by a function of yours."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as LateError
+from pathlib import Path
+
+from ..training.reinforcement import RewardError, checked_rewards
+from .examples.tasks import TASKS, Example
+from .problems.scoring import is_right
+from .settings import Settings
+
+SECONDS = 60.0  # that the rewards of a step may take
+Judge = Callable[[Sequence[str], Sequence[Example]], list[float]]  # completions and their examples
+
+
+def judge_of(settings: Settings) -> Judge:
+    """How completions are judged.
+
+    Raises:
+        ValueError: `--rl` names no reward; a file or a function of it is not there.
+    """
+    if settings.rl == "exact":
+        return _exact
+    if settings.rl == "verifier":
+        return _verifier(settings.task)
+    path, _, name = (settings.rl or "").rpartition(":")
+    file = Path(path)
+    if not path or not file.is_file():
+        raise ValueError(
+            f"--rl must be verifier, exact or FILE.py:FUNCTION, got {settings.rl!r}"
+            + (f", and there is no file {path}" if path else "")
+        )
+    return _function(file, name)
+
+
+def _exact(completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
+    """1 for a right answer, else 0."""
+    pairs = zip(completions, examples, strict=True)
+    return [float(is_right(text.strip(), example.completion, example.score)) for text, example in pairs]
+
+
+def _verifier(task: str) -> Judge:
+    """reasoning-gym's own, which gives a part of 1 for a part of the answer."""
+    import reasoning_gym
+
+    data = reasoning_gym.create_dataset(task, size=1, seed=0, **TASKS[task].options)
+
+    def verifier(prompts: Sequence[str], completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        """Scores of answers."""
+        entries = ({"question": e.prompt, "answer": e.completion, "metadata": {}} for e in examples)
+        return [data.score_answer(text.strip(), entry) for text, entry in zip(completions, entries, strict=True)]
+
+    return _checked(verifier)
+
+
+def _function(file: Path, name: str) -> Judge:
+    """A function of the caller's file, `name(prompts=, completions=, answers=)`."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--rl {file}:{name}: expected a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the caller's own code
+        raise ValueError(f"--rl {file}:{name}: the file cannot be imported: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = ", ".join(sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))) or "none"
+        raise ValueError(f"--rl {file}:{name}: the file has no function {name!r}; it has {known}")
+
+    def answered(prompts: Sequence[str], completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        """The function, with the right answers beside the completions."""
+        return list(function(prompts=prompts, completions=completions, answers=[e.completion for e in examples]))
+
+    answered.__name__ = f"{file.name}:{name}"
+    return _checked(answered)
+
+
+def _checked(reward: Callable[..., Sequence[float]]) -> Judge:
+    """A reward whose errors, values and time are checked."""
+
+    def judge(completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        """Rewards of completions."""
+        prompts = [example.prompt for example in examples]
+        pool = ThreadPoolExecutor(1)
+        try:
+            waiting = pool.submit(checked_rewards, reward, prompts, completions, examples=examples)
+            return waiting.result(SECONDS)
+        except LateError:
+            raise RewardError(
+                f"reward {reward.__name__} took longer than {SECONDS:g} s for {len(completions)} completions"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    return judge
