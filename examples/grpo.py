@@ -1,6 +1,8 @@
 """Reinforcement learning with TRL's GRPOTrainer: r² numbers a layer are trained, and the reference is the base itself.
 
 python examples/grpo.py [STEPS [MODEL]]
+
+mean reward 0.366 -> 0.500, by 13,440 trained numbers
 """
 
 import sys
@@ -39,7 +41,6 @@ trainer = GRPOTrainer(
         logging_steps=max(1, steps // 4),
         save_strategy="no",
         report_to="none",
-        disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
     ),
@@ -55,5 +56,5 @@ trainer = GRPOTrainer(
 )
 trainer.train()
 rewards = [entry["rewards/reward/mean"] for entry in trainer.state.log_history if "rewards/reward/mean" in entry]
-print(f"mean reward {float(rewards[0]):.3f} -> {float(rewards[-1]):.3f}")
-print(f"{sum(p.numel() for p in trainer.model.parameters() if p.requires_grad):,} numbers were trained")
+trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+print(f"mean reward {float(rewards[0]):.3f} -> {float(rewards[-1]):.3f}, by {trained:,} trained numbers")

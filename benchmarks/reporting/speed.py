@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.csv_files import read_csv
 from benchmarks.layers import suite_report
 from benchmarks.quantized import readme_table as four_bits_table
-from benchmarks.reporting.markdown import picture, read_json, table, where
-from benchmarks.serving import many_adapters
-from benchmarks.training import initialization as initialization
-from benchmarks.training import opaque_bases, step
+from benchmarks.reporting.markdown import picture, read_json, table, where, where_rows
+from benchmarks.serving import joint_basis, many_adapters
+from benchmarks.training import initialization, opaque_bases, reinforcement, step
 
 INTRODUCTION = """\
 `make bench` measures all of this on a CPU within twenty minutes; ratios are medians of rounds in which each way has its
@@ -22,7 +22,7 @@ turn, with the 20th and 80th percentile where a range is given. Below 1 is less 
 def section(folder: Path) -> list[str]:
     """Every file of results that is there."""
     out = ["## Speed and memory", "", INTRODUCTION, ""]
-    for part in (layers, four_bits, starts, training_step, other_quantizers, many, startup, gpus):
+    for part in (layers, four_bits, starts, training_step, other_quantizers, many, joint, rewards, startup, gpus):
         out += [*part(folder), ""]
     return out
 
@@ -131,6 +131,27 @@ def many(folder: Path) -> Iterator[str]:
         for sentence in many_adapters.sentences(found):
             yield from ("", sentence)
         yield from picture("Memory by number of adapters, and tokens per second", f"results/{many_adapters.PICTURE}")
+
+
+def joint(folder: Path) -> Iterator[str]:
+    """Four tasks on one basis, and each on its own."""
+    if found := read_csv(folder / joint_basis.FILE):
+        yield from ("### Four tasks on one basis", "")
+        yield "SmolLM2-135M; 75 steps of 8; 200 held-out problems; both at the rate that is best on own bases. Losses and"
+        yield "scores with deviations over seeds, the difference with its 95% interval; *kept*: of the first step's energy."
+        yield ""
+        yield from table(list(joint_basis.HEAD), joint_basis.lines(found))
+        yield from ("", where_rows(found), "")
+
+
+def rewards(folder: Path) -> Iterator[str]:
+    """GRPO by rank, where seeds have been run."""
+    found = read_csv(folder / reinforcement.FILE)
+    body = list(reinforcement.lines(found))
+    if body:
+        yield from ("### Reinforcement learning by rank", "")
+        yield from table(list(reinforcement.HEAD), body)
+        yield from ("", where_rows(found), "")
 
 
 def startup(folder: Path) -> Iterator[str]:

@@ -149,7 +149,7 @@ def wanted(entries: Sequence[Entry], seeds: int, rows: Sequence[Row]) -> Iterato
 
 
 def best_rate(rows: Sequence[Row], entry: Entry) -> float | None:
-    """The rate of the best score of the sweep, and of the larger last reward among equals; None before all were tried."""
+    """The rate of the best score of the sweep, the last reward among equals; None before all were tried."""
     tried = {
         float(row["lr"]): (float(row["after"]), float(row["last_reward"]))
         for row in rows

@@ -91,7 +91,8 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = Path(path) / CONFIG_NAME
     if not file.is_file():
-        raise ValueError(f"expected an adapter folder with {CONFIG_NAME}, found none in {path}")
+        inside = next((f" (did you mean {one.parent}?)" for one in sorted(Path(path).glob(f"*/{CONFIG_NAME}"))), "")
+        raise ValueError(f"expected an adapter folder with {CONFIG_NAME}, found none in {path}{inside}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

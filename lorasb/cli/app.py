@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..recipes.settings import INIT_OUTPUT, InitSettings, Settings, listed
+from ..recipes.settings import EMBEDDED, INIT_OUTPUT, InitSettings, Settings, listed
 from .options import command
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune Hugging Face models with LoRA-SB.")
@@ -39,6 +39,8 @@ def _finetune(values: dict[str, Any]) -> None:
     console.print(tables.before_and_after(result.summary))
     if result.summary.get("adapters"):
         console.print(tables.adapters(result.summary))
+    for line in tables.advice(result.summary):
+        console.print(line)
     console.print(tables.costs(result.summary))
     console.print(_files(settings.output))
 
@@ -62,7 +64,10 @@ def _init(values: dict[str, Any]) -> None:
 
 
 def _files(output: str) -> str:
-    return f"In [bold]{escape(output)}[/]: " + ", ".join(sorted(path.name for path in Path(output).iterdir()))
+    """The files of a run, with what the folders among them are."""
+    folders = {"adapter": "adapter (for PEFT)", "lora": "lora (the same as a plain LoRA, for vLLM)"}
+    names = sorted(path.name for path in Path(output).iterdir())
+    return f"In [bold]{escape(output)}[/]: " + ", ".join(folders.get(name, name) for name in names)
 
 
 app.command("finetune")(command(_finetune, [(Settings, False)], {}))
@@ -71,7 +76,8 @@ app.command("init")(command(_init, [(Settings, True), (InitSettings, False)], {"
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="Folder or hub id; its config alone is read.")],
+    name: Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder or hub id; its config is read.")] = None,
+    model: Annotated[str | None, typer.Option(help="The same.", show_default=EMBEDDED)] = None,
     gpu: Annotated[str | None, typer.Option(help="a6000, 4090, h100 ...; this machine unless given.")] = None,
     r: Annotated[int | None, typer.Option("--r", "--rank", help="Rank.", show_default="64")] = None,
     batch: Annotated[int, typer.Option(help="Rows of a step that are computed at once.", min=1)] = 4,
@@ -90,7 +96,8 @@ def plan(
     if bits not in (4, 16):
         raise ValueError(f"--bits must be 4 or 16, got {bits}")
     card = gpus.find(gpu) if gpu else None
-    found = planner.plan(planner.Request(model, r, batch, seq, bits, gradient_checkpointing, card))
+    request = planner.Request(name or model or EMBEDDED, r, batch, seq, bits, gradient_checkpointing, card)
+    found = planner.plan(request)
     better = [] if found.fits else list(planner.changes(found))
     if as_json:
         print(json.dumps(found.to_json() | {"changes": {change: one.needed for change, one in better}}, indent=1))
@@ -122,11 +129,15 @@ def inspect(
 def export(
     adapter: Annotated[Path, typer.Argument(help="Folder of a saved LoRA-SB adapter.")],
     output: Annotated[Path | None, typer.Option(help="Folder to write; ADAPTER-lora unless given.")] = None,
+    format: Annotated[str, typer.Option(help="peft (vLLM too), vllm (experts), or gguf (llama.cpp).")] = "peft",
 ) -> None:
     """Write a saved adapter as an exact plain LoRA, which needs no lorasb."""
     from ..export.lora import export_lora
+    from ..recipes.console import console
 
-    export_lora(adapter, output or adapter.with_name(adapter.name + "-lora"))
+    written = export_lora(adapter, output or adapter.with_name(adapter.name + "-lora"), format=format)
+    if format == "gguf":
+        console.print(f"llama-cli -m BASE.gguf --lora {escape(str(written))}", soft_wrap=True)
 
 
 @app.command()

@@ -30,7 +30,7 @@ def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: 
             continue
         help_text = init_help if init and init_help != "same" else setting.metadata["help"]
         parameters.append(_parameter(setting, kind, help_text, defaults.get(setting.name)))
-    text = typer.Option(help="YAML file of settings; options go before it.")
+    text = typer.Option(help="YAML file of settings; options override it.")
     parameters.append(_plain("config", Annotated[Optional[str], text]))  # noqa: UP045  typer reads it at run time
     with_presets = not any(init for _, init in lists)  # `lorasb init` has fewer settings than a preset
     if with_presets:

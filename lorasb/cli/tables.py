@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..recipes.problems.scoring import LABEL_SCORES, is_right
 T = TypeVar("T")
 EXAMPLES_SHOWN = 3
 ADAPTERS_SHOWN = 10
+FEW_STEPS, ENOUGH_STEPS, GOOD = 20, 60, 0.9  # below, and at, which a small set of examples is learned; a good score
 COLUMN_WIDTH = 44  # characters
 SCORE_NAMES = {
     "exact": "exact answers",
@@ -56,6 +58,14 @@ def _accuracies(summary: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
     for source in by_set["before"]:
         name = "/".join(Path(source).parts[-2:])  # several files may have one name
         yield f"{label}, {name}", by_set["before"][source], by_set["after"][source]
+
+
+def advice(summary: dict[str, Any]) -> Iterator[str]:
+    """What to change where a run was too short to tell anything."""
+    steps, epochs = summary["train_steps"], summary["config"]["epochs"]
+    if steps < FEW_STEPS and summary["eval_accuracy_after"] < GOOD:
+        more = math.ceil(epochs * ENOUGH_STEPS / steps)
+        yield f"{steps} steps are few: --epochs {more} would make about {ENOUGH_STEPS}."
 
 
 def adapters(summary: dict[str, Any]) -> Table:

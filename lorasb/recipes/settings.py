@@ -112,7 +112,7 @@ class Settings:
         choices=tuple(SCORES),
     )
     max_new_tokens: int | None = setting(
-        None, "Tokens of an answer, at most.", group="data", positive=True, shown="the longest right one's and 4"
+        None, "Tokens of an answer, at most.", group="data", positive=True, shown="the longest reference answer and 4"
     )
     max_length: int = setting(512, "Tokens an example, at most.", group="data", init="same", positive=True)
     packing: bool = setting(
@@ -139,7 +139,7 @@ class Settings:
     method: str = setting("lora-sb", "lora-sb, lora-xs or lora (PEFT's).", group="adapter", choices=METHODS)
     r: int | None = setting(
         None,
-        "Rank; or --rank, as torchrun takes --r for its own.",
+        "Rank; --rank under torchrun, which takes --r for its own.",
         group="adapter",
         init="Rank.",
         positive=True,
@@ -174,7 +174,12 @@ class Settings:
         choices=UPDATES,
     )
     lr: float = setting(
-        2e-3, "Peak learning rate.", group="training", positive=True, init="Peak learning rate of the training to come."
+        2e-3,
+        "Peak learning rate.",
+        group="training",
+        positive=True,
+        init="Peak learning rate of the training to come.",
+        also=("--learning-rate",),
     )
     find_lr: bool = setting(
         False, "Find the rate from --lr on, by trials of 12 steps on the training data.", group="training"

@@ -126,7 +126,14 @@ def _read_line(line: str, where: str, adapter_column: str | None) -> Example:
         return with_adapter(_example(values), values, adapter_column, where)
     except BadAdapterError:
         raise
-    except (ValueError, TypeError, KeyError) as error:
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: this is not valid JSON: {error}") from None
+    except KeyError as error:
+        raise ValueError(
+            f"{where}: {error} is missing, got {', '.join(values)}: expected an object with prompt and completion, "
+            "messages ending with the assistant's, or text and label"
+        ) from None
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"{where}: expected an object with prompt and completion, messages ending with the assistant's, or text "
             f"and label ({error})"
