@@ -137,8 +137,8 @@ def joint(folder: Path) -> Iterator[str]:
     """Four tasks on one basis, and each on its own."""
     if found := read_csv(folder / joint_basis.FILE):
         yield from ("### Four tasks on one basis", "")
-        yield "SmolLM2-135M; 75 steps of 8; 200 held-out problems; both at the rate that is best on own bases. Losses and"
-        yield "scores with deviations over seeds, the difference with its 95% interval; *kept*: of the first step's energy."
+        yield "SmolLM2-135M; 75 steps of 8; 200 held-out problems; both at the rate that is best on own bases. Losses"
+        yield "and scores with deviations over seeds, the difference with its 95% interval; *kept*: of the first step."
         yield ""
         yield from table(list(joint_basis.HEAD), joint_basis.lines(found))
         yield from ("", where_rows(found), "")

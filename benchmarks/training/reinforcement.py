@@ -3,10 +3,11 @@
     python -m benchmarks.training.reinforcement [--entry lora-sb-8 ...] [--seeds 3] [--work runs/rl]
     python -m benchmarks.training.reinforcement --table
 
-SmolLM2-135M learns word_sequence_reversal from examples for a moment, the adapter is merged, and from there every entry
-trains by `lorasb finetune --rl exact` with the same prompts, steps and seeds. Rates are chosen by the score on another
-seed: three around the entry's own. Rows go to benchmarks/results/rl.csv as runs finish, and what is there is not run
-again. A sampler in another process needs what was trained after each step: R alone, or LoRA's A and B.
+SmolLM2-135M learns word_sequence_reversal from examples for a moment, the adapter is merged, and from there every
+entry trains by `lorasb finetune --rl exact` with the same prompts, steps and seeds. Rates are chosen by the score on
+another seed: three around the entry's own, a factor of four apart, and outward for as long as the best is the last
+one. Rows go to benchmarks/results/rl.csv as runs finish, and what is there is not run again. A sampler in another
+process needs what was trained after each step: R alone, or LoRA's A and B.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from benchmarks.methods.runner import RESULTS
 FILE = "rl.csv"
 TASK = "word_sequence_reversal"
 SWEEP_SEED = 100
+FARTHEST = 3  # from the entry's rate, in powers of four
 STEPS, BATCH, GENERATIONS, HELD_OUT = 40, 32, 8, 100
 COLUMNS = (
     "entry", "lr", "seed", "before", "after", "first_reward", "last_reward", "trained", "bytes_a_step", "seconds",
@@ -55,21 +57,21 @@ class Entry:
     def name(self) -> str:
         return f"{self.method}-{self.r}" + ("" if self.start == "examples" else f", {self.start}")
 
-    @property
-    def rates(self) -> tuple[float, ...]:
-        return tuple(float(f"{self.rate * factor:.3g}") for factor in (0.25, 1, 4))
+    def at(self, power: int) -> float:
+        """The rate times four to a power, to three digits."""
+        return float(f"{self.rate * 4.0**power:.3g}")
 
 
 ENTRIES = {
     entry.name: entry
     for entry in (
-        Entry("lora-sb", 8, 1e-2),
-        Entry("lora", 32, 1e-3),
-        Entry("lora-sb", 64, 5e-4),
-        Entry("lora-sb", 2, 1e-1),
-        Entry("lora", 1, 2e-3),
-        Entry("lora-sb", 8, 1e-2, "zero"),
-        Entry("lora-sb", 8, 1e-2, "rewards"),
+        Entry("lora-sb", 8, 2.5e-3),
+        Entry("lora", 32, 2.5e-4),
+        Entry("lora-sb", 64, 1.25e-4),
+        Entry("lora-sb", 2, 2e-2),
+        Entry("lora", 1, 5e-4),
+        Entry("lora-sb", 8, 2.5e-3, "zero"),
+        Entry("lora-sb", 8, 2.5e-3, "rewards"),
     )
 }
 
@@ -140,7 +142,7 @@ def wanted(entries: Sequence[Entry], seeds: int, rows: Sequence[Row]) -> Iterato
     """The next runs: sweeps, then seeds at the best rates."""
     there = {(row["entry"], float(row["lr"]), int(row["seed"])) for row in rows}
     for entry in entries:
-        yield from ((entry, lr, SWEEP_SEED) for lr in entry.rates if (entry.name, lr, SWEEP_SEED) not in there)
+        yield from ((entry, lr, SWEEP_SEED) for lr in rates_to_try(entry, swept(rows, entry)))
     for seed in range(seeds):
         for entry in entries:
             rate = best_rate(rows, entry)
@@ -148,14 +150,27 @@ def wanted(entries: Sequence[Entry], seeds: int, rows: Sequence[Row]) -> Iterato
                 yield entry, rate, seed
 
 
+def swept(rows: Sequence[Row], entry: Entry) -> dict[float, tuple[float, float]]:
+    """By rate, the score and the last reward of the sweep."""
+    mine = (row for row in rows if row["entry"] == entry.name and int(row["seed"]) == SWEEP_SEED)
+    return {float(row["lr"]): (float(row["after"]), float(row["last_reward"])) for row in mine}
+
+
+def rates_to_try(entry: Entry, tried: dict[float, tuple[float, float]]) -> list[float]:
+    """The three around the entry's own, then the next beyond a best one that is at an end; none when it is not."""
+    first = [entry.at(power) for power in (0, -1, 1) if entry.at(power) not in tried]
+    if first:
+        return first
+    powers = [power for power in range(-FARTHEST, FARTHEST + 1) if entry.at(power) in tried]
+    best = max(powers, key=lambda power: tried[entry.at(power)])
+    beyond = best - 1 if best == powers[0] else best + 1 if best == powers[-1] else None
+    return [] if beyond is None or abs(beyond) > FARTHEST else [entry.at(beyond)]
+
+
 def best_rate(rows: Sequence[Row], entry: Entry) -> float | None:
     """The rate of the best score of the sweep, the last reward among equals; None before all were tried."""
-    tried = {
-        float(row["lr"]): (float(row["after"]), float(row["last_reward"]))
-        for row in rows
-        if row["entry"] == entry.name and int(row["seed"]) == SWEEP_SEED
-    }
-    return max(tried, key=lambda lr: tried[lr]) if set(tried) >= set(entry.rates) else None
+    tried = swept(rows, entry)
+    return None if rates_to_try(entry, tried) else max(tried, key=lambda lr: tried[lr])
 
 
 def lines(rows: Sequence[Row]) -> Iterator[list[str]]:
