@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorasb.recipes.settings import Settings, listed, option, shown_default
+from lorasb.recipes.setting_rules import option
+from lorasb.recipes.settings import Settings, listed, shown_default
 
 
 def page() -> str:

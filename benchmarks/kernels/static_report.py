@@ -33,16 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.kernels.launches import plan_for, record, record_gradient, record_quantized, record_rows
-from benchmarks.kernels.variants import (
-    BATCH_ROWS,
-    BF16_VARIANTS,
-    DROPOUT,
-    GRADIENTS,
-    QUANTIZED,
-    ROWS,
-    VARIANTS,
-    Variant,
-)
+from benchmarks.kernels.variants import BATCH, BF16_VARIANTS, DROPOUT, GRADIENTS, QUANTIZED, ROWS, VARIANTS, Variant
 from lorasb.kernels.block_sizes import cdiv
 from lorasb.kernels.launcher import Launch
 from lorasb.kernels.plan import DTYPES, Plan
@@ -161,7 +152,7 @@ def launches_of(job: Job) -> list[Launch]:
     if job.launch_of == "gradient":
         return record_gradient(job.dtype, v.M, v.n, v.ms[0])
     if job.launch_of == "rows":
-        return record_rows(job.plan, job.dtype, v.n, v.ms[0], v.r, BATCH_ROWS, v.M // BATCH_ROWS)
+        return record_rows(job.plan, job.dtype, v.n, v.ms[0], v.r, BATCH, v.M // BATCH)
     if job.launch_of == "quantized":
         return record_quantized(job.plan, job.dtype, v.M, v.n, v.ms[0], v.r, v.bias)
     return record(job.launch_of, job.plan, job.dtype, v.M, v.n, v.ms, v.r, v.bias, v.dropout)
@@ -216,7 +207,7 @@ def config_name(launch: Launch) -> str:
         return f"{blocks} w{o['num_warps']} p{o['num_stages']} {kind.strip()}"
     if launch.name == "dequantize":
         return f"{a['BLOCK_BYTES']} w{o['num_warps']}"
-    if launch.name in ("times_row_cores", "row_core_gradients"):
+    if "splits" not in a:
         return f"{a['BLOCK_M']} w{o['num_warps']} p{o['num_stages']}"
     cap = f" cap {o['maxnreg']}" if "maxnreg" in o else ""
     return f"{blocks} s{a['splits']} w{o['num_warps']} p{o['num_stages']}{cap}"

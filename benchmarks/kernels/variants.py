@@ -44,8 +44,8 @@ GRADIENTS = (
     Variant("gradient, ragged", 2047, 4100, (4100,), 96),
 )
 
-BATCH_ROWS = 64
-ROWS = (  # of BATCH_ROWS rows with an R each
+BATCH = 64
+ROWS = (  # of BATCH rows with an R each
     Variant("rows, decode", 64, 4096, (4096,), 96),
     Variant("rows, 512 tokens", 64 * 512, 4096, (4096,), 96),
     Variant("rows, r=256", 64, 4096, (4096,), 256),

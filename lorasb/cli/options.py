@@ -11,7 +11,8 @@ import typer
 
 from ..recipes import preset
 from ..recipes.config_file import read_config, typed
-from ..recipes.settings import listed, option, shown_default
+from ..recipes.setting_rules import option
+from ..recipes.settings import listed, shown_default
 
 
 def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: dict[str, Any]) -> Callable[..., None]:

@@ -12,7 +12,8 @@ from .adapter import adapt, save_adapter
 from .config_file import CONFIG_NAME, write_config
 from .console import console
 from .prepare import Run, prepare
-from .settings import InitSettings, check
+from .setting_rules import check
+from .settings import InitSettings
 
 PLOTS = {"energy.png": "layers", "ranks.png": "ranks", "spectrum.png": "spectrum"}
 

@@ -18,7 +18,8 @@ from ..utils.atomic_files import replacing_folder, write_json
 from . import checkpoints
 from .config_file import CONFIG_NAME, write_config
 from .problems.evaluation import Evaluation
-from .settings import Settings, listed, option
+from .setting_rules import option
+from .settings import Settings, listed
 
 NEW, UNFINISHED, FINISHED = "new", "unfinished", "finished"
 SUMMARY_NAME = "summary.json"

