@@ -11,7 +11,7 @@ import pytest
 from finetune_runs import assert_same, stop_after
 from transformers import Trainer
 
-from lorasb.recipes import checkpoints, train
+from lorasb.recipes import checkpoints, marked_checkpoints
 from lorasb.recipes.finetune import run_finetune
 from lorasb.recipes.settings import Settings
 
@@ -88,7 +88,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(
         if where == "trainer":
             patch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
         elif where == "factors":
-            patch.setattr(train, "share", full)
+            patch.setattr(marked_checkpoints, "share", full)
         else:
             patch.setattr(checkpoints, "write_json", full)
         with pytest.raises(

@@ -16,7 +16,7 @@ def test_data_that_is_empty_or_has_a_broken_line_is_refused(base: Settings, tmp_
     file, output = tmp_path / "data.jsonl", tmp_path / "run"
     for text, message in (
         ("", "holds no examples"),
-        ('{"prompt": "a", "completion": "b"}\n{"prompt"', "line 2: this is not valid JSON"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt"', "line 2: expected an object"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -43,9 +43,7 @@ def test_more_problems_than_there_are_is_refused() -> None:
 )
 def test_lines_that_are_no_examples_are_named(tmp_path: Path, line: str, why: str) -> None:
     (tmp_path / "x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' + line)
-    with pytest.raises(
-        ValueError, match=r"line 2: .*(expected an object with prompt and completion|this is not valid JSON)"
-    ) as caught:
+    with pytest.raises(ValueError, match="line 2: expected an object with prompt and completion") as caught:
         tasks.read_jsonl(tmp_path / "x.jsonl")
     assert why in str(caught.value)
 

@@ -127,17 +127,15 @@ def _read_line(line: str, where: str, adapter_column: str | None) -> Example:
     except BadAdapterError:
         raise
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: this is not valid JSON: {error}") from None
+        why = f"this is no valid JSON: {error}"
     except KeyError as error:
-        raise ValueError(
-            f"{where}: {error} is missing, got {', '.join(values)}: expected an object with prompt and completion, "
-            "messages ending with the assistant's, or text and label"
-        ) from None
+        why = f"{error} is missing, got {', '.join(values)}"
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{where}: expected an object with prompt and completion, messages ending with the assistant's, or text "
-            f"and label ({error})"
-        ) from None
+        why = str(error)
+    raise ValueError(
+        f"{where}: expected an object with prompt and completion, messages ending with the assistant's, or text and "
+        f"label; {why}"
+    )
 
 
 def _example(values: Any) -> Example:
