@@ -33,7 +33,7 @@ demo: install
 	@echo
 	@echo "Next:"
 	@echo "  $(BIN)/lorasb finetune --data examples/names.jsonl --epochs 6 --output runs/names   # your own questions and answers"
-	@echo "  $(BIN)/lorasb export $(RUN)/adapter   # a plain LoRA, for vLLM, PEFT and llama.cpp"
+	@echo "  $(BIN)/lorasb export $(RUN)/adapter --format gguf   # for llama.cpp; for vLLM and PEFT it is in $(RUN)/lora"
 	@echo "  $(BIN)/lorasb plan smollm2-135m --gpu 4090 --seq 2048   # what a run takes on another machine; any folder or hub id"
 
 # The documentation as a site, in build/site; docs-serve shows it and builds it again as pages change.
