@@ -1,6 +1,6 @@
 """Four tasks of one model: an adapter of each on a basis of its own, and on one basis for all four.
 
-    python -m benchmarks.serving.joint_basis [--r 4 16 64] [--workers 2]
+    python -m benchmarks.serving.joint_basis [--r 4 16 64] [--task gcd ...] [--workers 2]
     python -m benchmarks.serving.joint_basis --table
 
 Both see the same batches in the same order, by seed, start from as many samples of their task, and train at the same
@@ -20,7 +20,7 @@ from rich.table import Table
 from benchmarks.common.csv_files import Row
 from benchmarks.common.timing import use_dtype
 from benchmarks.methods import rows, runner
-from benchmarks.methods.grid import BY_SCORE, SEEDS, Cell
+from benchmarks.methods.grid import BY_SCORE, SEEDS, SHARING, Cell
 from benchmarks.paired.compare import half_width
 from benchmarks.paired.grid import Entry, best_rate, cells, rows_of, swept
 
@@ -30,11 +30,11 @@ OWN, JOINT = Entry("own basis", "LoRA-SB"), Entry("joint basis", "LoRA-SB", {"jo
 HEAD = ("task", "r", "seeds", "loss, own", "loss, joint", "joint less own", "score, own", "score, joint", "kept")
 
 
-def wanted(ranks: Sequence[int], there: Sequence[Row]) -> list[Cell]:
+def wanted(ranks: Sequence[int], there: Sequence[Row], tasks: Sequence[str] = tuple(BY_SCORE)) -> list[Cell]:
     """Sweeps first, and the seeds of what has been swept."""
     found: list[Cell] = []
     for r in ranks:
-        for task in BY_SCORE:
+        for task in tasks:
             found += cells(task, OWN, r, SEEDS, there)
             rate = best_rate(OWN, r, swept(there, task, OWN.name, r))
             if rate is not None:
@@ -76,6 +76,7 @@ def main() -> None:
     """Run what is missing, and show what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--r", nargs="+", type=int, default=list(RANKS))
+    parser.add_argument("--task", nargs="+", choices=SHARING, default=list(SHARING))
     runner.arguments(parser)
     parser.add_argument("--table", action="store_true", help="print what is there and run nothing")
     parser.set_defaults(rows=FILE)
@@ -83,7 +84,8 @@ def main() -> None:
     use_dtype(options.dtype)
     console = Console(width=140)
     if not options.table:
-        runner.run_all(lambda there: wanted(options.r, there), options, console)
+        tasks = [f"{name} by score" for name in options.task]
+        runner.run_all(lambda there: wanted(options.r, there, tasks), options, console)
     view = Table(title="Four tasks: adapters on one basis against each on its own (± deviation; difference: 95%)")
     for column in HEAD:
         view.add_column(column, justify="left" if column == "task" else "right")

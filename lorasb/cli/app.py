@@ -133,11 +133,8 @@ def export(
 ) -> None:
     """Write a saved adapter as an exact plain LoRA, which needs no lorasb."""
     from ..export.lora import export_lora
-    from ..recipes.console import console
 
-    written = export_lora(adapter, output or adapter.with_name(adapter.name + "-lora"), format=format)
-    if format == "gguf":
-        console.print(f"llama-cli -m BASE.gguf --lora {escape(str(written))}", soft_wrap=True)
+    export_lora(adapter, output or adapter.with_name(adapter.name + "-lora"), format=format)
 
 
 @app.command()
