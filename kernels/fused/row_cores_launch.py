@@ -16,7 +16,7 @@ from .row_cores import row_core_gradients, times_row_cores
 SHORT, LONG = PrepConfig(16, 0, 4, 2), PrepConfig(32, 0, 4, 2)  # a token a row, as in decoding, or a sequence
 STEP = 32  # tokens of a step of dR
 
-_copies: MutableMapping[Tensor, tuple[int, Tensor]] = WeakIdKeyDictionary()  # an entry lives as long as its index
+_copies: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakIdKeyDictionary()  # as it was read, and its copy
 
 
 def times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transposed: bool, out: Tensor) -> Tensor:
@@ -97,10 +97,8 @@ def _whole(cores: Tensor) -> Tensor:
 
 def _int32(index: Tensor, device: torch.device) -> Tensor:
     """The index on the device: copied once for all layers of a step, which have the same tensor of it."""
-    if index.is_inference():  # has no version that would tell of writes
-        return index.to(device, torch.int32)
-    version, known = _copies.get(index, (-1, None))
-    if known is None or known.device != device or version != index._version:
-        known = index.to(device, torch.int32)
-        _copies[index] = index._version, known
+    seen, known = _copies.get(index, (None, None))
+    if seen is None or known is None or known.device != device or not torch.equal(seen, index):
+        seen, known = index.clone(), index.to(device, torch.int32)
+        _copies[index] = seen, known
     return known

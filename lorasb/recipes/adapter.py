@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,24 +68,25 @@ def _patch_and_initialize(run: Run, common: dict[str, Any], options: dict[str, A
     return lorasb.initialize(run.model, loader, lr=eta, **options)
 
 
-def _rewarded(run: Run) -> list[dict[str, torch.Tensor]]:
+def _rewarded(run: Run) -> Iterator[dict[str, torch.Tensor]]:
     """Completions of some prompts, sampled and judged, as many as the initialization takes samples."""
     import lorasb
 
-    from .reinforce import longest_completion
+    from .reinforce import longest_completion, prompt_of
     from .rewards import judge_of
 
     settings, judge = run.settings, judge_of(run.settings)
-    count = min(len(run.train), settings.samples or REWARD_SAMPLES)
-    examples = {example.prompt: example for example in run.train[:count]}
+    examples = {json.dumps(prompt_of(example)): example for example in run.train}  # each prompt once
+    chosen = list(examples)[: settings.samples or REWARD_SAMPLES]
 
-    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+    def reward(prompts: list[Any], completions: list[str]) -> list[float]:
         """Of the run's own judge."""
-        return judge(completions, [examples[prompt] for prompt in prompts])
+        return judge(completions, [examples[json.dumps(prompt)] for prompt in prompts])
 
     sizes = {"generations": settings.generations, "max_new_tokens": longest_completion(run)}
     given: dict[str, Any] = {"temperature": settings.temperature, "seed": settings.seed, **sizes}
-    return lorasb.reward_batches(run.model, run.tokenizer, list(examples), reward, **given)
+    prompts = [prompt_of(examples[key]) for key in chosen]
+    return iter(lorasb.reward_batches(run.model, run.tokenizer, prompts, reward, **given))
 
 
 def _with_provenance(run: Run, report: InitReport) -> InitReport:

@@ -73,10 +73,14 @@ def trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: f
     return made
 
 
+def prompt_of(example: Example) -> Any:
+    """What is asked: a text, or a chat before its last answer."""
+    return list(example.messages[:-1]) if example.messages else example.prompt
+
+
 def _row(index: int, example: Example) -> dict[str, Any]:
-    """A prompt, as text or as a chat, and where its example is."""
-    prompt: Any = list(example.messages[:-1]) if example.messages else example.prompt
-    return {"prompt": prompt, "example": index}
+    """A prompt, and where its example is."""
+    return {"prompt": prompt_of(example), "example": index}
 
 
 def _reward(judge: Judge, examples: Sequence[Example]) -> Any:

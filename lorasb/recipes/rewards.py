@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import queue
+import sys
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as LateError
 from pathlib import Path
+from typing import Any
 
 from ..training.reinforcement import RewardError, checked_rewards
 from .examples.tasks import TASKS, Example
@@ -59,10 +61,10 @@ def _verifier(task: str) -> Judge:
 
 def _function(file: Path, name: str) -> Judge:
     """A function of the caller's file, `name(prompts=, completions=, answers=)`."""
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    spec = importlib.util.spec_from_file_location(f"lorasb_reward_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise ValueError(f"--rl {file}:{name}: expected a Python file")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the caller's own code
@@ -86,15 +88,25 @@ def _checked(reward: Callable[..., Sequence[float]]) -> Judge:
     def judge(completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """Rewards of completions."""
         prompts = [example.prompt for example in examples]
-        pool = ThreadPoolExecutor(1)
+        done: queue.Queue[Any] = queue.Queue()
+
+        def call() -> None:
+            """Put the rewards, or the error."""
+            try:
+                done.put(checked_rewards(reward, prompts, completions, examples=examples))
+            except RewardError as error:
+                done.put(error)
+
+        # a daemon, as a reward that never returns must not keep the process alive
+        threading.Thread(target=call, daemon=True).start()
         try:
-            waiting = pool.submit(checked_rewards, reward, prompts, completions, examples=examples)
-            return waiting.result(SECONDS)
-        except LateError:
+            found = done.get(timeout=SECONDS)
+        except queue.Empty:
             raise RewardError(
                 f"reward {reward.__name__} took longer than {SECONDS:g} s for {len(completions)} completions"
             ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        if isinstance(found, RewardError):
+            raise found
+        return list(found)
 
     return judge

@@ -67,6 +67,8 @@ def check_reinforcement(settings: Any) -> None:
         )
     if settings.rl == "verifier" and settings.data is not None:
         raise ValueError("--rl verifier is a generated task's own: with --data take --rl exact, or FILE.py:FUNCTION")
+    if settings.rl_start == "rewards" and settings.method != "lora-sb":
+        raise ValueError(f"--rl-start rewards is a start of --method lora-sb, got {settings.method}: leave it out")
     refused = {
         "--packing": settings.packing,
         "--find-lr": settings.find_lr,

@@ -104,7 +104,7 @@ class InitCallback(TrainerCallback):
                 batches, count = _batches(train_dataloader, args.per_device_train_batch_size, self.num_samples, seed)
             else:
                 batches = self.samples(model) if callable(self.samples) else self.samples
-                count = self.num_samples
+                batches, count = iter(batches), self.num_samples  # all, in their order, unless a number is asked for
             self.report = initialize(model, batches, lr=lr, seed=seed, num_samples=count, **options)
 
 

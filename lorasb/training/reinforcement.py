@@ -1,7 +1,7 @@
 """Starts for reinforcement learning: the first step that GRPO or DPO would take with all weights, for `initialize`.
 
     batches = lorasb.reward_batches(model, tokenizer, prompts, reward)
-    lorasb.initialize(model, batches, lr=eta, loss_fn=lorasb.policy_loss)
+    lorasb.initialize(model, iter(batches), lr=eta, loss_fn=lorasb.policy_loss)  # all of them
 
 `policy_loss` has the gradient of GRPO's objective where the policy is the one that sampled; `preference_loss` that of
 DPO's where the policy is the reference, up to β/2, which no sign(G) depends on.
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def advantages(rewards: Sequence[float], generations: int) -> list[float]:
 def reward_batches(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     reward: Reward,
     *,
     generations: int = 8,
@@ -84,7 +85,7 @@ def reward_batches(
     Args:
         model: that samples; an adapter that is not initialized leaves the base as it is.
         tokenizer: the model's.
-        prompts: texts.
+        prompts: texts, or chats: lists of messages with role and content, which end before the answer.
         reward: see `checked_rewards`.
         generations: completions of a prompt, two at least.
         max_new_tokens: of a completion, at most.
@@ -92,7 +93,8 @@ def reward_batches(
         seed: of sampling; the global random state stays as it was.
 
     Returns:
-        For each prompt `input_ids`, `attention_mask` and `completion_mask` [generations, T], and `advantages`.
+        For each prompt `input_ids`, `attention_mask` and `completion_mask` [generations, T], and `advantages`; to be
+        taken whole, `initialize(model, iter(batches), ...)`.
 
     Raises:
         RewardError: as `checked_rewards`; or no prompt's completions differ in reward.
@@ -100,7 +102,7 @@ def reward_batches(
     training = model.training
     model.eval()
     batches = []
-    with rng_untouched():
+    with rng_untouched(), _mode_kept(model, training):
         torch.manual_seed(seed)
         for prompt in prompts:
             ids, mask = _sampled(model, tokenizer, prompt, generations, max_new_tokens, temperature)
@@ -108,13 +110,20 @@ def reward_batches(
             values = checked_rewards(reward, [prompt] * generations, tokenizer.batch_decode(tokens, True))
             if max(values) > min(values):
                 batches.append(_batch(ids, mask, advantages(values, generations)))
-    model.train(training)
     if not batches:
         raise RewardError(
             f"none of {len(prompts)} prompts has completions of different rewards among {generations}: a first step on "
             "rewards would be zero. Start from examples instead, or sample more (generations, temperature)"
         )
     return batches
+
+
+@contextmanager
+def _mode_kept(model: nn.Module, training: bool) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _batch(ids: Tensor, mask: Tensor, weights: Sequence[float]) -> dict[str, Tensor]:
@@ -129,17 +138,24 @@ def _batch(ids: Tensor, mask: Tensor, weights: Sequence[float]) -> dict[str, Ten
 
 
 def _sampled(
-    model: Any, tokenizer: Any, prompt: str, generations: int, max_new_tokens: int, temperature: float
+    model: Any, tokenizer: Any, prompt: Any, generations: int, max_new_tokens: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Ids [generations, T] of the prompt and completions, and a mask over the completions, up to their end."""
     device = next(model.parameters()).device
-    given = {name: value.to(device) for name, value in tokenizer([prompt] * generations, return_tensors="pt").items()}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    options = {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature, "pad_token_id": pad}
+    chat = not isinstance(prompt, str)
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) if chat else prompt
+    given = tokenizer([text] * generations, return_tensors="pt", add_special_tokens=not chat).to(device)
+    end = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    # of the policy itself: a checkpoint's own settings of generation would be another one
+    options = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    options |= {"max_new_tokens": max_new_tokens, "do_sample": True, "pad_token_id": pad, "eos_token_id": end}
     ids = model.generate(input_ids=given["input_ids"], attention_mask=given["attention_mask"], **options)
     completion = ids[:, given["input_ids"].shape[1] :]
-    ended = (completion == tokenizer.eos_token_id).cumsum(1)
-    return ids, ((ended == 0) | ((ended == 1) & (completion == tokenizer.eos_token_id))).long()
+    if end is None:
+        return ids, torch.ones_like(completion)
+    ended = (completion == end).cumsum(1)
+    return ids, ((ended == 0) | ((ended == 1) & (completion == end))).long()
 
 
 def policy_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

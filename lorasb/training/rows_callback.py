@@ -27,6 +27,7 @@ from ..constants import BASE_ROW
 from ..distributed.process_group import Processes
 from .several_adapters import IGNORED, clip_by_adapter, token_losses
 
+HOOKS, NORM = "_rows_callback_hooks", "_rows_callback_norm"  # attributes of the model and the trainer's arguments
 NAMES = "adapter_names"  # of a batch's rows, as `PeftModel.forward` takes them
 
 
@@ -71,7 +72,6 @@ class AdapterRowsCallback(TrainerCallback):
         self.max_norm = 0.0
         self._labeled: list[tuple[Sequence[str], Tensor]] = []  # a step's batches: whose rows, and their tokens
         self._batch: tuple[Sequence[str], Tensor, Any] | None = None  # of the forward that runs
-        self._hooks: list[Any] = []
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -81,14 +81,16 @@ class AdapterRowsCallback(TrainerCallback):
         groups = _groups(optimizer)
         for parameter in (parameter for group in groups for parameter in group["params"]):
             parameter.requires_grad_(True)
-        if args.max_grad_norm:  # 0 after a run that an error ended
-            self.max_norm, args.max_grad_norm = args.max_grad_norm, 0.0  # or the trainer would clip all of them as one
-        self._remove_hooks()
+        # A run that an error ended has given nothing back: what it took is kept with the arguments and the model.
+        self.max_norm = vars(args).setdefault(NORM, args.max_grad_norm)
+        args.max_grad_norm = 0.0  # or the trainer would clip all of them as one
+        for hook in vars(model).pop(HOOKS, ()):
+            hook.remove()
         self._labeled.clear()
-        self._hooks = [
+        vars(model)[HOOKS] = (
             model.register_forward_pre_hook(self._take_labels, with_kwargs=True),
             model.register_forward_hook(self._put_loss),
-        ]
+        )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Make each adapter's gradient that of the mean over its tokens, and clip it."""
@@ -104,15 +106,11 @@ class AdapterRowsCallback(TrainerCallback):
         if self.max_norm:
             clip_by_adapter(groups, self.max_norm)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Give the model's loss and the trainer's clipping back."""
-        args.max_grad_norm, self.max_norm = self.max_norm, 0.0
-        self._remove_hooks()
-
-    def _remove_hooks(self) -> None:
-        for hook in self._hooks:
+        args.max_grad_norm = vars(args).pop(NORM, args.max_grad_norm)
+        for hook in vars(model).pop(HOOKS, ()):
             hook.remove()
-        self._hooks = []
 
     def _take_labels(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keep the labels from the model, which would compute a loss of its own over all logits."""
@@ -133,12 +131,19 @@ class AdapterRowsCallback(TrainerCallback):
         if self._batch is None:
             return None
         (names, labels, items), self._batch = self._batch, None
+        if output.logits.shape[:2] != labels.shape:
+            raise ValueError(
+                f"expected logits for each label, got {list(output.logits.shape)} for labels {list(labels.shape)}: "
+                "AdapterRowsCallback trains causal language models, whose batches have labels for all logits"
+            )
         rows = torch.tensor([name != BASE_ROW for name in names], device=labels.device)
         losses = token_losses(output.logits, labels) * rows[:, None]
         counted = (labels[:, 1:] != IGNORED).sum(1) * rows
         self._labeled.append((names, counted))
         total = losses.sum()
-        mean = (total / (counted.sum() if items is None else items)).detach()
+        if not total.requires_grad:  # rows of the base alone
+            total = total.detach().requires_grad_()
+        mean = (total / (counted.sum().clamp(min=1) if items is None else items)).detach()
         # Shown is the mean; the gradient is the sum's, whatever the trainer divides the loss by.
         loss = mean + (total - total.detach())
         loss.register_hook(torch.ones_like)
@@ -159,12 +164,19 @@ def _groups(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def _check(args: Any) -> None:
-    """Raise where gradients cannot be divided adapter by adapter."""
-    found = [name for name, on in (("fp16=True", args.fp16), ("deepspeed", args.deepspeed), ("fsdp", args.fsdp)) if on]
+    """Raise where gradients cannot be divided adapter by adapter, or the trainer would leave adapters as they are."""
+    asked = {"fp16=True": args.fp16, "deepspeed": args.deepspeed, "fsdp": args.fsdp}
+    asked |= {"label_smoothing_factor": args.label_smoothing_factor}
+    found = [name for name, on in asked.items() if on]
     if found:
         raise ValueError(
             f"AdapterRowsCallback: expected training in fp32 or bf16, by one process or DDP, got {found[0]}: the "
             "gradients of adapters cannot be told apart there. Leave it out"
+        )
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "AdapterRowsCallback: load_best_model_at_end loads the active adapter alone: leave it out, and load the "
+            "folders of the best checkpoint with model.load_adapter"
         )
 
 

@@ -142,6 +142,54 @@ def replace_config(config: Any, **fields: Any) -> Any:
     return type(config)(**config.to_dict() | fields)
 
 
+def test_a_card_without_bf16_is_planned_in_fp32(tmp_path: Path) -> None:
+    folder = folder_of(CONFIGS["llama"], tmp_path)
+    old, new = (plan(Request(folder, r=8, batch=1, seq=SEQ, card=gpus.find(name))) for name in ("t4", "a6000"))
+    assert old.base == pytest.approx(2 * new.base, rel=0.01)
+    assert old.saved > 1.5 * new.saved
+
+
+def test_experts_that_a_token_goes_through_are_counted(tmp_path: Path) -> None:
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 300,
+    }
+    flops = []
+    for used in (1, 4):
+        config = transformers.MixtralConfig(
+            **sizes,
+            intermediate_size=160,
+            num_local_experts=4,
+            num_experts_per_tok=used,
+            architectures=["MixtralForCausalLM"],
+        )
+        flops.append(plan(Request(folder_of(config, tmp_path / str(used)), r=8, batch=1, seq=SEQ)).flops)
+    experts = 3 * 3 * 64 * 160 * 2  # three more, of three matrices, in two layers
+    assert flops[1] - flops[0] == pytest.approx(4 * experts * SEQ)
+
+
+def test_what_a_config_cannot_run_is_told_in_a_line(tmp_path: Path) -> None:
+    short = folder_of(replace_config(CONFIGS["gpt2"], n_positions=16), tmp_path / "short")
+    with pytest.raises(ValueError, match="has 16 learned positions, got --seq 64: take less"):
+        plan(Request(short, r=8, batch=1, seq=64))
+    with pytest.raises(ValueError, match=r"--bits 4: .* has no linear layer that lorasb.quantize would take"):
+        plan(Request(short, r=8, batch=1, seq=16, bits=4))
+    tight = plan(Request(short, r=8, batch=8, seq=16, card=gpus.find("a6000")))
+    small = replace(tight.request.card, memory=int(planner.CONTEXT + 0.8 * (tight.needed - planner.CONTEXT)))
+    refused = plan(replace(tight.request, card=small))
+    assert not any("--bits" in change for change, _ in planner.changes(refused))
+    for number, fields in enumerate(({"hidden_act": "nope"}, {"hidden_size": 65}, {"num_attention_heads": 0})):
+        folder = tmp_path / str(number)
+        CONFIGS["llama"].save_pretrained(folder)
+        values = json.loads((folder / "config.json").read_text()) | fields
+        (folder / "config.json").write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=r"cannot read the config of|no language model can be made of"):
+            plan(Request(str(folder), r=8, batch=1, seq=16))
+
+
 @pytest.mark.parametrize("name", ["a6000", "RTX A6000", "NVIDIA RTX A6000", "A6000 48GB".removesuffix(" 48GB")])
 def test_cards_are_found_however_they_are_written(name: str) -> None:
     assert gpus.find(name).memory == 48 * 2**30

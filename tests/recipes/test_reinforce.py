@@ -24,6 +24,11 @@ from lorasb.recipes.signals import StoppedError
 from lorasb.training.reinforcement import RewardError
 
 LETTERS = """
+from __future__ import annotations
+
+import dataclasses
+
+
 def letters(prompts, completions, answers):
     assert len(prompts) == len(completions) == len(answers)
     return [len(text) for text in completions]
@@ -37,6 +42,11 @@ def late(**given):
 
 def broken(**given):
     return given["nothing"]
+
+
+@dataclasses.dataclass
+class Answer:
+    text: str
 
 
 constant = 3
@@ -133,6 +143,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"generations": 3},
         "--batch-size 8 counts completions with --rl: take a multiple of --generations",
     ),
+    "start of LoRA": ({"method": "lora", "rl_start": "rewards"}, "--rl-start rewards is a start of --method lora-sb"),
     "packing": ({"packing": True}, "--packing does not go with --rl"),
     "start": ({"rl_start": "luck"}, "--rl-start must be one of examples, rewards, zero, got 'luck'"),
 }
@@ -151,7 +162,7 @@ def test_bad_functions_get_one_line(reinforced: Settings, tmp_path: Path, monkey
     def judge(name: str) -> Any:
         return judge_of(replace(reinforced, rl=f"{file}:{name}"))
 
-    with pytest.raises(ValueError, match="the file has no function 'constant'; it has broken, late, letters"):
+    with pytest.raises(ValueError, match="the file has no function 'constant'; it has Answer, broken, late, letters"):
         judge("constant")
     with pytest.raises(RewardError, match=r"reward letters.py:broken failed: KeyError: 'nothing'"):
         judge("broken")(["a"], examples("a"))

@@ -100,6 +100,24 @@ def test_grpo_takes_the_config_and_a_start(start: str, folder: Path, tokenizer: 
     assert (first < 1e-6) == (start == "zero")
 
 
+def test_a_start_on_rewards_takes_all_completions(folder: Path, tokenizer: Any) -> None:
+    model = lorasb.patch(fresh(folder), r=8)
+    chats = [[{"role": "user", "content": f"copy {word}"}] for word in WORDS]
+    batches = lorasb.reward_batches(model, tokenizer, chats, length, max_new_tokens=6)
+    whole = sum(len(batch["input_ids"]) for batch in batches)
+    report = lorasb.initialize(model, iter(batches), lr=1e-3, loss_fn=lorasb.policy_loss, progress=False)
+    assert report.num_samples == whole > 8
+    rendered = tokenizer.apply_chat_template(chats[0], add_generation_prompt=True, tokenize=False)
+    assert batches[0]["input_ids"][0].tolist()[:2] == tokenizer(rendered)["input_ids"][:2]
+
+
+def test_a_reward_that_fails_leaves_the_models_mode(folder: Path, tokenizer: Any) -> None:
+    model = fresh(folder).train()
+    with pytest.raises(RewardError):
+        lorasb.reward_batches(model, tokenizer, ["one"], lambda **given: 1 / 0)
+    assert model.training
+
+
 def test_dpo_takes_the_config_and_its_own_data(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     callback = lorasb.InitCallback(loss_fn=lorasb.preference_loss)
     trainer = DPOTrainer(

@@ -173,6 +173,37 @@ def test_the_loss_and_the_clipping_are_given_back(tmp_path: Path) -> None:
     torch.testing.assert_close(losses["ada"], model(**batch).loss)
 
 
+def test_rows_of_the_base_alone_are_a_step_of_nobody(tmp_path: Path) -> None:
+    model = with_users(*NAMES)
+    before = {name: cores(model, name)[0].clone() for name in NAMES}
+    trainer = trainer_for(model, tmp_path, max_steps=2)
+    trainer.train_dataset = [row | {"user": "__base__"} for row in examples()]
+    trainer.train()
+    assert all(torch.equal(cores(model, name)[0], before[name]) for name in NAMES)
+
+
+class Failing(transformers.TrainerCallback):
+    """Ends training by an error."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise KeyError("boom")
+
+
+def test_after_an_error_another_trainer_trains_and_clips(tmp_path: Path) -> None:
+    model = with_users(*NAMES)
+    failed = trainer_for(model, tmp_path)
+    failed.add_callback(Failing())
+    with pytest.raises(KeyError, match="boom"):
+        failed.train()
+    again = trainer_for(model, tmp_path, max_steps=1)
+    again.args = failed.args
+    again.args.max_steps = 1
+    callback = next(one for one in again.callback_handler.callbacks if isinstance(one, lorasb.AdapterRowsCallback))
+    again.train()
+    assert callback.max_norm == again.args.max_grad_norm == NORM
+    assert not model._forward_pre_hooks
+
+
 def test_evaluation_has_the_models_own_loss(tmp_path: Path) -> None:
     model = with_users(*NAMES)
     trainer = trainer_for(model, tmp_path, max_steps=1)
@@ -218,6 +249,10 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     plain.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(ValueError, match="expected an optimizer with a group for each adapter, got 1 without names"):
         plain.train()
+    steps = {"eval_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+    best = transformers.TrainingArguments(str(tmp_path), **steps, load_best_model_at_end=True, use_cpu=True)
+    with pytest.raises(ValueError, match=r"load_best_model_at_end loads the active adapter alone"):
+        lorasb.AdapterRowsCallback().on_train_begin(best, None, None)
     with pytest.raises(ValueError, match=r"expected training in fp32 or bf16, by one process or DDP, got fsdp"):
         lorasb.AdapterRowsCallback().on_train_begin(
             transformers.TrainingArguments(str(tmp_path), fsdp="full_shard", use_cpu=True), None, None

@@ -16,12 +16,14 @@ class Card:
     Attributes:
         title: its full name.
         memory: bytes.
-        flops: of dense 16-bit products a second, with sums in fp32.
+        flops: of dense products a second: of bf16 with sums in fp32, or of fp32 where there is no bf16.
+        bf16: whether it multiplies bf16, as cards from compute capability 8.0 on do.
     """
 
     title: str
     memory: int
     flops: float
+    bf16: bool = True
 
 
 def _card(title: str, gib: float, teraflops: float) -> Card:
@@ -29,7 +31,7 @@ def _card(title: str, gib: float, teraflops: float) -> Card:
 
 
 CARDS = {
-    "t4": _card("NVIDIA T4", 16, 65),
+    "t4": Card("NVIDIA T4", 16 * GIB, 8.1e12, bf16=False),
     "l4": _card("NVIDIA L4", 24, 121),
     "a10": _card("NVIDIA A10", 24, 125),
     "a30": _card("NVIDIA A30", 24, 165),
@@ -53,7 +55,6 @@ CARDS = {
     "h200": _card("NVIDIA H200", 141, 989),
     "b200": _card("NVIDIA B200", 180, 2250),
 }
-FIRST_WITHOUT = ("t4",)  # compute capability below 8.0: eager torch, no Triton kernels of ours
 
 
 def find(name: str) -> Card:

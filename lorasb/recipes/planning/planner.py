@@ -23,6 +23,7 @@ from ...init.gradients.cost_model import (
 from ...init.gradients.task import Work
 from ...layers.lookup import adapted_layers
 from ...layers.quantize import LEFT_OUT
+from ...utils.precision import native
 from ..bundled_model import resolve_model
 from .fake_step import StepBytes, count_step
 from .gpus import Card
@@ -31,6 +32,8 @@ NF4_NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: its code, its shar
 CODEBOOKS = 4 * (16 + 256 + 1)  # bytes of each weight's own, whatever its size
 CONTEXT = 500e6  # bytes that CUDA, its libraries and compiled kernels take on a card
 RESERVE = 0.1  # share that allocators hold beyond live tensors; glibc's held 12% after steps of SmolLM2 (Zen 5)
+POSITIONS = ("wpe", "position_embeddings", "embed_positions")  # names of tables of learned positions
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names of their number in configs
 SAMPLES = 32  # of the initialization, unless there are more than 32,000 examples
 
 
@@ -124,7 +127,10 @@ def plan(request: Request) -> Plan:
     """
     model = _patched(request)
     work = Work(model, adapted_layers(model)[1], [], None, Processes())
+    _check_positions(model, request)
     quantized = _quantizable(model) if request.bits == 4 else []
+    if request.bits == 4 and not quantized:
+        raise ValueError(f"--bits 4: {request.model} has no linear layer that lorasb.quantize would take")
     flops, (start, boundaries) = _flops(work, request), _initialization(work, request)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     counted = _counted(model, request)
@@ -162,8 +168,9 @@ def plan(request: Request) -> Plan:
 def changes(refused: Plan) -> Iterator[tuple[str, Plan]]:
     """Changes that make a run fit, the mildest first: each alone, then together, then with fewer tokens at once."""
     request = refused.request
-    smaller = replace(request, checkpointing=True, bits=4)
-    tried = [replace(request, checkpointing=True), replace(request, bits=4), smaller]
+    bits = 4 if _quantizable(_patched(request)) else request.bits
+    smaller = replace(request, checkpointing=True, bits=bits)
+    tried = [replace(request, checkpointing=True), replace(request, bits=bits), smaller]
     while smaller.batch > 1:
         smaller = replace(smaller, batch=smaller.batch // 2)
         tried.append(smaller)
@@ -193,20 +200,28 @@ def _patched(request: Request) -> Any:
     """The patched model on the meta device."""
     import lorasb
 
-    model = _on_meta(request.model)
+    model = _on_meta(request.model, dtype_of(request))
     try:
         return lorasb.patch(model, r=request.r)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{request.model} cannot be patched: {error}") from None
 
 
-def _on_meta(name: str) -> nn.Module:
-    """A model in 16 bits without memory, of the class that its checkpoint names."""
+def dtype_of(request: Request) -> torch.dtype:
+    """What `--dtype auto` takes there."""
+    if request.card is not None:
+        return torch.bfloat16 if request.card.bf16 else torch.float32
+    found: torch.dtype = getattr(torch, native("cpu").name)
+    return found
+
+
+def _on_meta(name: str, dtype: torch.dtype) -> nn.Module:
+    """A model without memory, of the class that its checkpoint names."""
     import transformers
 
     try:
         config = transformers.AutoConfig.from_pretrained(resolve_model(name))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what a config may hold that transformers refuses has types of its own
         first = " ".join(str(error).split("\n")[0].split())
         raise ValueError(f"cannot read the config of {name!r}, expected a folder or hub id: {first}") from None
     named = [getattr(transformers, one, None) for one in config.architectures or ()]
@@ -214,9 +229,12 @@ def _on_meta(name: str) -> nn.Module:
     try:
         with torch.device("meta"):
             make = kind._from_config if kind is not None else transformers.AutoModelForCausalLM.from_config
-            model: nn.Module = make(config, dtype=torch.bfloat16)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name}: no language model can be made of a {config.model_type} config: {error}") from None
+            model: nn.Module = make(config, dtype=dtype)
+    except Exception as error:  # likewise
+        kind_of_error = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{name}: no language model can be made of a {config.model_type} config: {kind_of_error}"
+        ) from None
     return model
 
 
@@ -249,17 +267,34 @@ def _flops(work: Work, request: Request) -> float:
     config = getattr(work.model, "config", None)
     text = config.get_text_config() if config is not None else None
     width, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
-    weights = sum(layer.in_features * layer.out_features for layer in work.layers.values())
-    weights += getattr(text, "vocab_size", 0) * width
+    weights = float(sum(layer.in_features * layer.out_features for layer in work.layers.values()))
+    weights += getattr(text, "vocab_size", 0) * width + _expert_weights(work.model, text)
     passes = 4 + (2 if request.checkpointing else 0)
     attention = (passes // 2 + 1) * 2 * tokens * request.seq * width * layers
     return float(passes * weights * tokens + attention)
 
 
+def _expert_weights(model: nn.Module, config: Any) -> float:
+    """Weights of experts whose parameters are 3-D, those that a token goes through."""
+    stacked = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 3 and "lorasb_" not in name)
+    experts = next((n for field in EXPERTS if (n := getattr(config, field, None))), 0)
+    return stacked * getattr(config, "num_experts_per_tok", 1) / experts if experts else 0.0
+
+
+def _check_positions(model: nn.Module, request: Request) -> None:
+    """Raise where a row is longer than a table of learned positions, which fake tensors do not notice."""
+    for name, module in model.named_modules():
+        learned = isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITIONS
+        if learned and request.seq > module.num_embeddings:
+            raise ValueError(
+                f"{request.model} has {module.num_embeddings} learned positions, got --seq {request.seq}: take less"
+            )
+
+
 def speed(work: Work, request: Request) -> float:
-    """Operations a second of a product in bf16 on this machine, with the tokens of a step and a layer's weight."""
+    """Operations a second of a product on this machine, with the tokens of a step and a layer's weight."""
     layer, tokens = next(iter(work.layers.values())), max(16, min(2048, request.batch * request.seq))
-    return product_speed(tokens, layer.out_features, layer.in_features, torch.bfloat16, torch.device("cpu"))
+    return product_speed(tokens, layer.out_features, layer.in_features, dtype_of(request), torch.device("cpu"))
 
 
 def _initialization(work: Work, request: Request) -> tuple[float, float]:
