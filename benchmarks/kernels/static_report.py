@@ -68,7 +68,6 @@ ARCHS = {
     "sm_120": Arch(170, 99 * 1024, 100 * 1024, 48, 24),
 }
 
-
 MAIN = "sm_86"  # the architecture of the benchmark suite: `--brief` adds groups of layers to it
 
 

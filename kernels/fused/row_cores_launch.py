@@ -38,7 +38,7 @@ def times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transp
     arguments = dict(
         source=left,
         cores=cores,
-        places=_int32(index, left.device),
+        places=_places(index, left.device),
         target=out,
         tokens=tokens,
         stride_source=left.stride(0),
@@ -71,9 +71,9 @@ def core_gradients(t: Tensor, u: Tensor, cores: Tensor, index: Tensor, scale: fl
     arguments = dict(
         t=t,
         u=u,
-        order=_int32(order, t.device),
-        starts=_int32(starts, t.device),
-        adapters=_int32(present, t.device),
+        order=order.to(t.device, torch.int32),
+        starts=starts.to(t.device, torch.int32),
+        adapters=present.to(t.device, torch.int32),
         dcores=gradients,
         tokens=len(t) // len(index),
         stride_t=t.stride(0),
@@ -95,7 +95,7 @@ def _whole(cores: Tensor) -> Tensor:
     return cores if cores.stride()[1:] == (cores.shape[2], 1) else cores.contiguous()
 
 
-def _int32(index: Tensor, device: torch.device) -> Tensor:
+def _places(index: Tensor, device: torch.device) -> Tensor:
     """The index on the device: copied once for all layers of a step, which have the same tensor of it."""
     seen, known = _copies.get(index, (None, None))
     if seen is None or known is None or known.device != device or not torch.equal(seen, index):

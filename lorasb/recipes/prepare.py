@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class Run:
         """Number of training tokens over all epochs, without padding."""
         return round(sum(map(len, self.train_ids)) * self.settings.epochs)
 
-    @property
+    @cached_property  # asked for often, and one pass over all examples
     def adapters(self) -> list[str]:
         """Names of the adapters that have examples of their own; none without `--adapter-column`."""
         return sorted({example.adapter for example in [*self.train, *self.held_out]} - {""})

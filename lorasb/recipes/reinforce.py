@@ -14,12 +14,11 @@ from .callbacks import Bar, Judging, Saving
 from .examples.tasks import Example
 from .marked_checkpoints import MarkedCheckpoints
 from .prepare import Run, checkpoint_activations
+from .problems.evaluation import token_limit
 from .rewards import Judge, judge_of
 from .settings import Settings
 from .signals import Stop
 from .train import argument_values
-
-MARGIN = 4  # tokens that a completion may be longer than the longest right one
 
 
 def check(settings: Settings) -> None:
@@ -31,7 +30,7 @@ def check(settings: Settings) -> None:
 
 def longest_completion(run: Run) -> int:
     """Tokens of a sampled completion, at most."""
-    return run.settings.max_new_tokens or max(len(ids.completion) for ids in run.train_ids) + MARGIN
+    return token_limit(run.train_ids, run.settings.max_new_tokens)
 
 
 def trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: float, stop: Stop) -> Any:

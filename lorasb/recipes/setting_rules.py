@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -58,6 +58,11 @@ def wrong_ranks(value: dict[str, int]) -> str | None:
     return None if all(rank > 0 for rank in value.values()) else "must have positive ranks"
 
 
+def first_of(asked: Mapping[str, Any]) -> str | None:
+    """The first name whose value is set; None if none is."""
+    return next((name for name, on in asked.items() if on), None)
+
+
 def check_reinforcement(settings: Any) -> None:
     """Raise a ValueError for what does not go with sampled completions."""
     if settings.generations < 2 or settings.batch_size % settings.generations:
@@ -74,8 +79,7 @@ def check_reinforcement(settings: Any) -> None:
         "--find-lr": settings.find_lr,
         "--adapter-column": settings.adapter_column,
     }
-    found = next((name for name, on in refused.items() if on), None)
-    if found is not None:
+    if found := first_of(refused):
         raise ValueError(f"{found} does not go with --rl, which samples completions of its own: leave one of them out")
 
 
@@ -88,8 +92,7 @@ def check_adapters(settings: Any) -> None:
         "--lora-dropout": settings.lora_dropout > 0,
         "--packing": settings.packing,
     }
-    found = next((name for name, on in refused.items() if on), None)
-    if found is not None:
+    if found := first_of(refused):
         raise ValueError(
             f"--adapter-column trains the rows of a batch as those of different adapters, and {found} does not go with "
             "that: leave one of them out"

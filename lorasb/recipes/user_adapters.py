@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
-from .examples.tasks import Example
 from .prepare import Run
-from .problems.evaluation import score_of
+from .problems.evaluation import score_by
 
 
 def add_adapters(run: Run) -> None:
@@ -45,21 +45,10 @@ def by_adapter(run: Run, before: Sequence[str], after: Sequence[str]) -> dict[st
     """Training examples of each adapter, and the scores of its held-out ones before and after."""
     if not run.adapters:
         return {}
-    trained: dict[str, int] = dict.fromkeys(run.adapters, 0)
-    held_out: dict[str, list[int]] = {name: [] for name in run.adapters}
-    for example in run.train:
-        trained[example.adapter] += 1
-    for i, example in enumerate(run.held_out):
-        held_out[example.adapter].append(i)
+    trained, held_out = (Counter(example.adapter for example in part) for part in (run.train, run.held_out))
+    scores = {at: score_by("adapter", run.held_out, said) for at, said in (("before", before), ("after", after))}
     return {
-        name: {"train_examples": trained[name], "eval_examples": len(rows)}
-        | (_scores(run.held_out, rows, before, after) if rows else {})
-        for name, rows in held_out.items()
+        name: {"train_examples": trained[name], "eval_examples": held_out[name]}
+        | {at: found[name] for at, found in scores.items() if name in found}
+        for name in run.adapters
     }
-
-
-def _scores(
-    examples: Sequence[Example], rows: Sequence[int], before: Sequence[str], after: Sequence[str]
-) -> dict[str, float]:
-    mine = [examples[i] for i in rows]
-    return {at: score_of(mine, [answers[i] for i in rows]) for at, answers in (("before", before), ("after", after))}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.random_state import rng_untouched
+from .several_adapters import IGNORED, token_losses
 
 Reward = Callable[..., Sequence[float]]  # (prompts=, completions=) -> a number for each completion
 SMALLEST_SPREAD = 1e-4  # added to a group's standard deviation, as GRPO does
@@ -184,7 +185,7 @@ def preference_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 def _log_probabilities(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Σ log π of each row's completion, and its number of tokens, both [n]."""
-    ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
-    logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1]
-    flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-    return -(flat.view(mask.shape) * mask).sum(1), mask.sum(1).clamp(min=1)
+    ids, mask = batch["input_ids"], batch["completion_mask"]
+    logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
+    labels = ids.masked_fill(mask == 0, IGNORED)
+    return -token_losses(logits, labels).sum(1), mask[:, 1:].sum(1).clamp(min=1)

@@ -78,19 +78,23 @@ def score_of(examples: Sequence[Example], answers: Sequence[str]) -> float:
 
 def score_by_source(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
     """The score of each data set, where there are several."""
+    scores = score_by("source", examples, answers)
+    return scores if len(scores) > 1 else {}
+
+
+def score_by(field: str, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
+    """The score of the examples that have the same `source`, or the same `adapter`, by that."""
     parts: dict[str, list[int]] = {}
     for i, example in enumerate(examples):
-        parts.setdefault(example.source, []).append(i)
-    if len(parts) < 2:
-        return {}
-    return {source: score_of([examples[i] for i in part], [answers[i] for i in part]) for source, part in parts.items()}
+        parts.setdefault(getattr(example, field), []).append(i)
+    return {name: score_of([examples[i] for i in part], [answers[i] for i in part]) for name, part in parts.items()}
 
 
 def _all_answers(
     model: nn.Module, tokenizer: Any, encoded: Sequence[Encoded], batch_size: int, title: str, limit: int | None
 ) -> tuple[str, ...]:
     """The model's answer to each example, in the examples' order."""
-    longest_row = max(len(ids.prompt) + _token_limit([ids], limit) for ids in encoded)
+    longest_row = max(len(ids.prompt) + token_limit([ids], limit) for ids in encoded)
     # Generation keeps no activations, so its batches may be larger than those of the loss.
     chunks = batches_by_length(encoded, max(batch_size, TOKENS_PER_BATCH // longest_row))
     answer_by_index: dict[int, str] = {}
@@ -98,7 +102,7 @@ def _all_answers(
     def generate(indices: list[int], bar: Any) -> list[str]:
         return _answers(model, tokenizer, [encoded[i] for i in indices], bar, limit)
 
-    token_limits = [_token_limit([encoded[i] for i in indices], limit) for indices in chunks]
+    token_limits = [token_limit([encoded[i] for i in indices], limit) for indices in chunks]
     for indices, texts in map_over_ranks(chunks, generate, token_limits, title, "token"):
         answer_by_index |= dict(zip(indices, texts, strict=True))
     return tuple(answer_by_index[i] for i in range(len(encoded)))
@@ -170,7 +174,7 @@ def example_losses(model: nn.Module, batch: dict[str, Any]) -> list[float]:
     return (losses.sum(1) / (labels != -100).sum(1)).tolist()
 
 
-def _token_limit(chunk: Sequence[Encoded], limit: int | None) -> int:
+def token_limit(chunk: Sequence[Encoded], limit: int | None) -> int:
     """The limit on new tokens for a batch: the one given, or the length of its longest right answer and a margin."""
     return limit or max(len(e.completion) for e in chunk) + ANSWER_MARGIN
 
@@ -188,7 +192,7 @@ def _answers(model: nn.Module, tokenizer: Any, chunk: Sequence[Encoded], bar: An
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions(mask),
-        max_new_tokens=_token_limit(chunk, limit),
+        max_new_tokens=token_limit(chunk, limit),
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=[advance],
