@@ -14,12 +14,10 @@ from torch import Tensor
 
 from .backends import cpp  # importing the package registers all backends
 from .backends.eager import linear as eager
-from .ops import fast_path, operand_checks
+from .ops import autocast, fast_path, operand_checks, row_calls
 from .ops.registry import backend_op, current_backend, direct_kernel
 from .quantization.quantized_weight import QuantizedWeight, of_weight
 from .utils.deprecation import warn_renamed
-
-NO_LAYOUT = [0, 0, 0]  # of a dense weight; not [], which torch takes for a list of tensors
 
 
 def lora_sb_linear(
@@ -65,7 +63,8 @@ def lora_sb_linear(
     """
     quantized = of_weight(weight)
     if index is not None:
-        return _by_rows(x, quantized or weight, lora_A, lora_R, lora_B, bias, scaling, dropout, index)
+        given = quantized or cast("Tensor | None", weight)
+        return row_calls.linear(x, given, lora_A, lora_R, lora_B, bias, scaling, dropout, index)
     if quantized is not None:
         return _over_quantized(x, quantized, lora_A, lora_R, lora_B, bias, scaling, dropout)
     return _over_dense(x, cast("Tensor | None", weight), lora_A, lora_R, lora_B, bias, scaling, dropout)
@@ -82,8 +81,8 @@ def _over_dense(
     dropout: float,
 ) -> Tensor:
     # Before the checks and the op, which ask for equal dtypes; the kernels switch autocast off.
-    if _is_autocast(x):
-        x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
+    if autocast.is_on(x):
+        x, weight, lora_A, lora_B, bias = autocast.cast(x, weight, lora_A, lora_B, bias)
     tensors = (x, weight, lora_A, lora_R, lora_B, bias)
     plain = operand_checks.pass_linear(*tensors)
     arguments = (*tensors, scaling, dropout, _seed(dropout))
@@ -139,8 +138,8 @@ def _over_quantized(
         y = _served(x, weight, a, core, b, bias, scaling)
         if y is not None:
             return y
-    if _is_autocast(x):
-        x, a, b, bias = _autocast(x, a, b, bias)
+    if autocast.is_on(x):
+        x, a, b, bias = autocast.cast(x, a, b, bias)
     if weight.shape != (b.shape[0], a.shape[-1]):
         raise ValueError(f"expected a quantized weight [{b.shape[0]}, {a.shape[-1]}], got {list(weight.shape)}")
     operand_checks.pass_linear(x, None, a, core, b, bias)  # the packed weight is checked where it is read from a layer
@@ -199,41 +198,6 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     return _over_quantized(x, weight, a, x.new_empty((0, 0), dtype=torch.float32), b, bias, 1.0, 0.0)
 
 
-def _by_rows(
-    x: Tensor,
-    weight: Any,
-    a: Tensor,
-    cores: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout: float,
-    index: Tensor | Sequence[int],
-) -> Tensor:
-    quantized = weight if isinstance(weight, QuantizedWeight) else None
-    dense = None if quantized is not None else weight
-    if dropout != 0.0:
-        raise ValueError(f"expected dropout 0 with an index of rows, got {dropout}: it draws one mask for one adapter")
-    if _is_autocast(x):
-        x, dense, a, b, bias = _autocast(x, dense, a, b, bias)
-    index = operand_checks.check_rows(x, dense, a, cores, b, bias, index)
-    if quantized is not None and (quantized.shape != (b.shape[0], a.shape[1]) or quantized.device != x.device):
-        raise ValueError(
-            f"expected a quantized weight [{b.shape[0]}, {a.shape[1]}] on {x.device}, got {list(quantized.shape)} on "
-            f"{quantized.device}"
-        )
-    quant, layout = (list(quantized.tensors), quantized.layout(x.dtype)) if quantized is not None else ([], NO_LAYOUT)
-    arguments = (x, dense, quant, layout, a, cores, b, bias, index, scaling)
-    backend = current_backend()
-    kernels = fast_path.kernels("linear_rows", backend, x, dense, a, cores, b, bias, *quant)
-    if kernels and not torch.is_grad_enabled():
-        with torch._C._AutoDispatchBelowAutograd():
-            served: Tensor = kernels.forward(*arguments)[0]
-        return served
-    y: Tensor = backend_op("linear_rows", backend)(*arguments)[0]
-    return y
-
-
 @torch.no_grad()
 def dequantize(weight: Any, dtype: torch.dtype | None = None) -> Tensor:
     """Dequantize a weight to W [out, in]; NF4 and FP4 bit-equal to bitsandbytes' `dequantize_4bit`.
@@ -265,13 +229,15 @@ def lora_sb_linear_group(
     scalings: Sequence[float] = (),
     *,
     dropout: float = 0.0,
+    index: Tensor | Sequence[int] | None = None,
 ) -> list[Tensor]:
     """y_i = x W_iᵀ + s_i·x A_iᵀ R_iᵀ B_iᵀ + bias_i for linears that read the same x.
 
     One pass over x in forward and one write of dx in backward, where separate calls read x and add to dx once per
     member. Arguments are as for `lora_sb_linear`, with one entry per member; empty `biases` mean no bias for any
     member, empty `scalings` mean s = 1 for all. `dropout` is that of all members, each with a mask of its own, which
-    separate calls in the same order would draw too.
+    separate calls in the same order would draw too. With `index` [n], each lora_R is a stack [K, r, r], and row x[i] of
+    x [n, ..., in] is computed with lora_R_j[index[i]] in every member j.
 
     Returns:
         The y_i [..., out_i].
@@ -279,13 +245,15 @@ def lora_sb_linear_group(
     Raises:
         ValueError: shapes, devices or numbers of entries do not match, or ranks differ.
         TypeError: dtypes do not match.
+        IndexError: an entry of `index` is no adapter's.
     """
     scalings = list(scalings) or [1.0] * len(weights)
-    if _is_autocast(x):  # x together with the rest, so that it is cast only once
+    if index is not None:
+        return row_calls.group(x, weights, lora_A, lora_R, lora_B, biases, scalings, dropout, index)
+    if autocast.is_on(x):
         operand_checks.same_lengths(weights, lora_A, lora_R, lora_B, biases or weights)
-        count = len(weights)
-        x, *casted = _autocast(x, *weights, *lora_A, *lora_B, *biases)
-        weights, lora_A, lora_B, biases = (casted[i * count : (i + 1) * count] for i in range(4))
+        x, cast_lists = autocast.cast_lists(x, [list(weights), list(lora_A), list(lora_B), list(biases)])
+        weights, lora_A, lora_B, biases = cast_lists
     lists = [list(tensors) for tensors in (weights, lora_A, lora_R, lora_B, biases)]
     plain = operand_checks.pass_group(x, scalings, *lists)
     backend = current_backend()
@@ -299,19 +267,6 @@ def lora_sb_linear_group(
         return list(fast_path.linear_group(x, lists, scalings, dropout, seeds, kernels))
     outputs = backend_op("linear_group", backend)(x, *lists, scalings, dropout, seeds)
     return list(outputs[: len(weights)])  # the u_i follow, which only backward uses
-
-
-def _is_autocast(x: Tensor) -> bool:
-    """True if autocast is on for x's device."""
-    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
-
-
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The tensors as autocast casts the arguments of `F.linear`, which leaves fp64 alone."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others)
-    )
 
 
 _RENAMED = {"quantised_linear": "quantized_linear", "dequantize_nf4": "dequantize"}

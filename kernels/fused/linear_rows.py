@@ -1,4 +1,4 @@
-"""The adapted linear with an R for each row: the kernels of one R, and between them v_i = s·u_i R_kᵀ of its own.
+"""Adapted linears with an R for each row: the kernels of one R, and between them v_i = s·u_i R_kᵀ of its own.
 
 What follows the thin products reads v (backward: w) and does not know where it comes from: the extended GEMM runs as it
 is. The R that the thin products' kernels are given is not used.
@@ -6,6 +6,7 @@ is. The R that the thin products' kernels are given is not used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,35 +35,44 @@ class RowCores(NamedTuple):
         return row_cores_launch.core_gradients(t, u, self.cores, self.index, self.scale)
 
 
-def forward(x: Tensor, members: Members, bias: Tensor | None, rows: RowCores, plan: Plan) -> tuple[Tensor, Tensor]:
-    """y = x Wᵀ + v Bᵀ + bias [M, m] with v_i = s·u_i R_kᵀ, and u = x Aᵀ [M, r]; one member."""
-    M = x.shape[0]
-    u = x.new_empty((M, members.r))
+def forward(
+    x: Tensor, members: Members, biases: Sequence[Tensor | None], rows: Sequence[RowCores], plan: Plan
+) -> tuple[list[Tensor], list[Tensor]]:
+    """y_j = x W_jᵀ + v_j B_jᵀ + bias_j [M, m_j] with v_ji = s_j·u_ji R_jkᵀ of each row i, and u_j = x A_jᵀ [M, r]."""
+    M, width = x.shape[0], members.width
+    us = [x.new_empty((M, members.r)) for _ in rows]
     if M == 0:
-        return x.new_empty((0, members.b[0].shape[0])), u
-    v = x.new_empty((M, members.width))
+        return [x.new_empty((0, b.shape[0])) for b in members.b], us
+    v = x.new_empty((M, width * len(us)))
     with on_device(x):
-        for call in prep_calls(x, members, [u], v, plan, NO_DROPOUT):
+        for call in prep_calls(x, members, us, v, plan, NO_DROPOUT):
             launch(call)
-        rows.times(u, True, v)
-        (y,) = after_prep(x, members, [bias], v, plan)
-    return y, u
+        for of_rows, u, out in zip(rows, us, v.split(width, 1), strict=True):
+            of_rows.times(u, True, out)
+        return after_prep(x, members, biases, v, plan), us
 
 
 def backward(
-    dy: Tensor, members: Members, u: Tensor, rows: RowCores, plan: Plan, need_dx: bool
-) -> tuple[Tensor | None, Tensor]:
-    """dx = dy W + w A [M, n] with w_i = s·t_i R_k, and t = dy B [M, r]; one member."""
-    M, r = dy.shape[0], members.r
-    dy = unit_rows(dy)
+    dys: Sequence[Tensor],
+    members: Members,
+    us: Sequence[Tensor],
+    rows: Sequence[RowCores],
+    plan: Plan,
+    need_dx: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """dx = Σ_j dy_j W_j + w_j A_j [M, n] with w_ji = s_j·t_ji R_jk, and t_j = dy_j B_j [M, r]."""
+    M, r, width = dys[0].shape[0], members.r, members.width
+    dys = [unit_rows(dy) for dy in dys]
     if M == 0:
-        return empty_dx([dy], members) if need_dx else None, dy.new_empty((0, r))
-    t = dy.new_empty((M, members.width))
+        return empty_dx(dys, members) if need_dx else None, [dy.new_empty((0, r)) for dy in dys]
+    t = dys[0].new_empty((M, width * len(dys)))
     w = torch.empty_like(t) if need_dx else t  # a dummy, as in `linear.backward`
+    ts = [part[:, :r] for part in t.split(width, 1)]
     dx = None
     with on_device(t):
-        launch(low_rank_launch.backward_call([dy], members, t, w, plan, need_dx))
+        launch(low_rank_launch.backward_call(dys, members, t, w, plan, need_dx))
         if need_dx:
-            rows.times(t[:, :r], False, w)
-            dx = after_prep_backward([dy], members, [u], t, w, [], plan, NO_DROPOUT)
-    return dx, t[:, :r]
+            for of_rows, t_j, out in zip(rows, ts, w.split(width, 1), strict=True):
+                of_rows.times(t_j, False, out)
+            dx = after_prep_backward(dys, members, us, t, w, [], plan, NO_DROPOUT)
+    return dx, ts

@@ -154,12 +154,14 @@ def _extended(
     return y
 
 
-def _extended_transposed(rows: Tensor, weight: Tensor | None, quant: eager_rows.Quant, w: Tensor, a: Tensor) -> Tensor:
+def _extended_transposed(
+    rows: Tensor, weight: Tensor | None, quant: eager_rows.Quant, w: Tensor, a: Tensor, onto: Tensor | None = None
+) -> Tensor:
     if rows.dtype == torch.float64 or (weight is not None and not serves(rows.dtype, weight)):
-        return eager_rows.extended_transposed(rows, weight, quant, w, a)
+        return eager_rows.extended_transposed(rows, weight, quant, w, a, onto)
     shape = rows.shape[1], a.shape[1]
     dx: Tensor = torch.ops.lorasb_csrc.extended_product(rows, weight, *quant, *shape, w, a, None, True)
-    return dx
+    return dx if onto is None else onto.add_(dx)
 
 
 def _products(dtype: torch.dtype) -> eager_rows.Products:
@@ -168,23 +170,12 @@ def _products(dtype: torch.dtype) -> eager_rows.Products:
     return eager_rows.Products(_thin if widened else eager_rows.thin, _times_cores, _extended, _extended_transposed)
 
 
-def rows_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """y and u of `linear_rows`."""
-    return eager_rows.compute(_products(x.dtype), x, *arguments)
-
-
-def rows_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """dx and dR_k of `linear_rows`."""
-    return eager_rows.differentiate(_products(dy.dtype), dy, *arguments)
-
-
-KERNELS = (
+KERNELS: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("linear", forward),
     ("linear_backward", backward),
     ("linear_group", group_forward),
     ("linear_group_backward", group_backward),
-    ("linear_rows", rows_forward),
-    ("linear_rows_backward", rows_backward),
+    *eager_rows.kernels(_products),
 )
 
 

@@ -24,6 +24,7 @@ from .parameter_dicts import LOADED, Cores, FrozenFactors, shard_like
 from .preconditioner import Preconditioner
 from .row_cores import StoredCores
 from .scales import Scales
+from .token_rows import Rows
 
 
 class Group(Protocol):
@@ -32,7 +33,7 @@ class Group(Protocol):
     `linear_group.Siblings` implements it; a protocol, as that module imports this one.
     """
 
-    def take(self, layer: LoRASBLinear, x: Tensor) -> Tensor | None:
+    def take(self, layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> Tensor | None:
         """y of one member; None if the layer has to be computed alone."""
 
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ..functional import lora_sb_linear_group
 from ..utils.dtypes import HALVES
+from . import row_cores
+from .token_rows import Rows
 
 if TYPE_CHECKING:
     from .linear import LoRASBLinear
@@ -42,17 +44,20 @@ class Pending:
 
     Attributes:
         x: the input of all members.
+        rows: the adapters of its rows, where each has one of its own.
         state: `Siblings._state` at the time of the computation; results are valid while it is unchanged.
         results: y [..., out] by the member's index in the group.
     """
 
     x: Tensor
+    rows: Rows | None
     state: tuple[Any, ...]
     results: dict[int, Tensor]
 
-    def holds(self, index: int, x: Tensor, state: tuple[Any, ...]) -> bool:
-        """True if a member's result is pending and was computed from this very x in this state."""
-        return index in self.results and x is self.x and state == self.state
+    def is_for(self, x: Tensor, rows: Rows | None) -> bool:
+        """True if it was computed from this very x, and for these adapters of its rows."""
+        same = rows is self.rows or (rows is not None and self.rows is not None and rows.same_as(self.rows))
+        return x is self.x and same
 
 
 class Siblings:
@@ -90,7 +95,7 @@ class Siblings:
         children: list[Any] = [parent._modules.get(name) for name in self.names] if parent is not None else []
         return [child for child in children if hasattr(child, "siblings")]
 
-    def take(self, layer: LoRASBLinear, x: Tensor) -> Tensor | None:
+    def take(self, layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> Tensor | None:
         """y of one member, from the pending results or computed with the others'; None: compute it alone."""
         # A compiled graph cannot carry results from one layer to another, and inference tensors have no version.
         if torch.compiler.is_compiling() or x.is_inference() or self._context != _execution_context():
@@ -100,23 +105,25 @@ class Siblings:
         if index is None:
             return None
         if pending is not None and index in pending.results:
-            if pending.holds(index, x, self._state(members, x)):
+            if pending.is_for(x, rows) and pending.state == self._state(members, x):
                 return pending.results.pop(index)
             # This layer got another x, or the state changed: separate those that have not taken their results.
             if self._separate(pending.results):
-                return layer.siblings.take(layer, x) if layer.siblings is not None else None
+                return layer.siblings.take(layer, x, rows) if layer.siblings is not None else None
             self.clear()
             return None
-        if pending is not None and x is pending.x:
+        if pending is not None and pending.is_for(x, rows):
             return None  # differs from the others in rank, dtype, hooks ...: they were computed without it
         self.clear()  # results for another x, which the parent called its members with before
-        key = group_key(layer, x)
-        indices = [i for i, member in enumerate(members) if group_key(member, x) == key] if key is not None else []
+        key = group_key(layer, x, rows)
+        if key is None:
+            return None
+        indices = [i for i, member in enumerate(members) if group_key(member, x, rows) == key]
         if len(indices) < 2:
             return None
-        results = dict(zip(indices, _compute([members[i] for i in indices], x), strict=True))
+        results = dict(zip(indices, _compute([members[i] for i in indices], x, rows), strict=True))
         y = results.pop(index)
-        self._pending = Pending(x, self._state(members, x), results)
+        self._pending = Pending(x, rows, self._state(members, x), results)
         return y
 
     def clear(self) -> None:
@@ -217,8 +224,20 @@ def _execution_context() -> tuple[Any, ...]:
     return threading.get_ident(), torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-def _compute(members: list[LoRASBLinear], x: Tensor) -> list[Tensor]:
+def _compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[Tensor]:
     """y_i [..., out_i] of members with equal `group_key`."""
+    if rows is not None:
+        parts = [row_cores.of_rows(member, rows) for member in members]
+        return lora_sb_linear_group(
+            members[0].on_base_dtype(x),
+            [member.base_weight() for member in members],
+            [part.a for part in parts],
+            [part.cores for part in parts],
+            [part.b for part in parts],
+            [member.bias for member in members if member.bias is not None],
+            [part.scaling for part in parts],
+            index=parts[0].places,
+        )
     name = members[0].active_adapters[0]
     return lora_sb_linear_group(
         members[0].on_base_dtype(x),
@@ -232,30 +251,48 @@ def _compute(members: list[LoRASBLinear], x: Tensor) -> list[Tensor]:
     )
 
 
-def group_key(layer: LoRASBLinear, x: Tensor) -> tuple[Any, ...] | None:
+def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple[Any, ...] | None:
     """A key that is equal for layers which can be computed together on x; None: compute this one alone."""
-    names = layer.active_adapters
-    if len(names) != 1 or names[0] not in layer.lorasb_R or layer.disable_adapters or layer.merged:
+    if layer.disable_adapters or layer.merged or layer.quantized() is not None:  # the group op takes dense weights
         return None
-    name = names[0]
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    if layer.quantized() is not None:  # the group op takes dense weights
+    # A patched or offloaded base has to run its own forward.
+    if layer.fan_in_fan_out or _is_watched(layer) or hasattr(layer, "_hf_hook") or layer.base_must_run():
         return None
-    # Hooks have to see their own layer run; a patched or offloaded base has to run its own forward.
-    if layer.fan_in_fan_out or any(hooks) or hasattr(layer, "_hf_hook") or layer.base_must_run():
-        return None
-    if layer.equivalent[name]:
-        return None
-    core, weight = layer.lorasb_R[name], layer.weight
-    if layer.wide_factors[name] or core.dtype in HALVES:
-        return None
-    # The layer's own forward raises the error for an adapter that is trained before it is initialized.
-    if torch.is_grad_enabled() and core.requires_grad and not layer.is_initialized(name):
-        return None
+    weight = layer.weight
     if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] != layer.in_features or weight.device != x.device:
         return None
-    dropout = layer.lora_dropout[name] if layer.training else 0.0
-    return name, layer.r[name], weight.dtype, core.dtype, layer.bias is None, layer.training, dropout
+    adapters = _key_of_active(layer) if rows is None else _key_of_rows(layer, rows)
+    return None if adapters is None else (*adapters, weight.dtype, layer.bias is None, layer.training)
+
+
+def _is_watched(layer: LoRASBLinear) -> bool:
+    """True if hooks have to see their own layer run; those that only say which adapters its rows have do not."""
+    hooks = (layer._forward_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks) or not all(getattr(hook, "names_rows", False) for hook in layer._forward_pre_hooks.values())
+
+
+def _key_of_active(layer: LoRASBLinear) -> tuple[Any, ...] | None:
+    """Of the one active adapter."""
+    names = layer.active_adapters
+    if len(names) != 1 or names[0] not in layer.lorasb_R:
+        return None
+    name, core = names[0], layer.lorasb_R[names[0]]
+    if layer.equivalent[name] or layer.wide_factors[name] or core.dtype in HALVES or not _may_train(layer, name):
+        return None
+    return name, layer.r[name], core.dtype, layer.lora_dropout[name] if layer.training else 0.0
+
+
+def _key_of_rows(layer: LoRASBLinear, rows: Rows) -> tuple[Any, ...] | None:
+    """Of rows whose adapters one call computes."""
+    names = row_cores.in_one_call(layer, rows)
+    if names is None or layer.any_wide or not all(_may_train(layer, name) for name in names):
+        return None
+    return names, *((layer.r[name], layer.lorasb_R[name].dtype) for name in names[:1])
+
+
+def _may_train(layer: LoRASBLinear, name: str) -> bool:
+    """False for an adapter that is trained before it is initialized: the layer's own forward raises the error."""
+    return not (torch.is_grad_enabled() and layer.lorasb_R[name].requires_grad and not layer.is_initialized(name))
 
 
 def form(model: nn.Module) -> None:

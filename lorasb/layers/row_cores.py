@@ -59,13 +59,34 @@ def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: A
         raise ValueError(other_length(len(x), len(rows)))
     if layer.merged:
         raise ValueError(MERGED_ROWS)
+    if in_one_call(layer, rows) is not None and not (args or kwargs or layer.any_wide or layer.base_must_run()):
+        taken = layer.siblings.take(layer, x, rows) if layer.siblings is not None else None
+        if taken is None:
+            return _computed(layer, x, of_rows(layer, rows), fused=True)
+        return taken if torch.is_autocast_enabled(x.device.type) else taken.to(x.dtype)
     parts, names = _parts(layer, rows)
-    if len(parts) == 1 and not names and not (args or kwargs or layer.any_wide or layer.base_must_run()):
-        return _computed(layer, x, parts[0], fused=True)
     y = layer.base_forward(x, *args, **kwargs)
     for part in parts:
         y = y + _computed(layer, x, part).to(y.dtype)
     return _add_one_by_one(layer, y, x, names, rows)
+
+
+def in_one_call(layer: LoRASBLinear, rows: Rows) -> tuple[str, ...] | None:
+    """The adapters of rows that one call computes, of a bank its basis alone; None: they take several."""
+    if layer.disable_adapters:
+        return None
+    names = [name for name in rows.others if name in layer.lorasb_R]
+    if layer.stored_cores is not None and rows.places is not None:
+        return None if names else (layer.stored_cores.basis,)
+    return tuple(names) if len(names) > 1 and on_one_basis(layer, names) else None
+
+
+def of_rows(layer: LoRASBLinear, rows: Rows) -> RowCores:
+    """The operands of that call."""
+    bank, places = layer.stored_cores, rows.places
+    if bank is not None and places is not None:
+        return of_bank(layer, bank, places)
+    return of_adapters(layer, [name for name in rows.others if name in layer.lorasb_R], rows)
 
 
 def _parts(layer: LoRASBLinear, rows: Rows) -> tuple[list[RowCores], list[str]]:

@@ -55,6 +55,12 @@ class Rows:
     def __len__(self) -> int:
         return len(self.index)
 
+    def same_as(self, other: Rows) -> bool:
+        """True if every row has the same name."""
+        if self is other:
+            return True
+        return self.names == other.names and torch.equal(self.index, other.index)
+
     # Cached, as every layer asks: a batch has one `Rows` for all of them.
     @cached_property
     def places(self) -> Tensor | None:

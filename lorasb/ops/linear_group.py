@@ -61,29 +61,52 @@ def _backward_fake(
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Save the u_i [M, r] for backward, and never x."""
-    x, weights, a, cores, b, biases, scalings, ctx.dropout, seeds = inputs
+    *operands, scalings, ctx.dropout, seeds = inputs
+    save_members(ctx, operands, output, scalings, seeds)
+
+
+def save_members(ctx: Any, operands: Sequence[Any], output: list[Tensor], scalings: list[float], last: Any) -> None:
+    """Save all weights, A, cores, B and u, and `last`; `operands` are x, those lists, and biases."""
+    x, weights, a, cores, b, biases = operands
     us = output[len(a) :]
     ctx.mark_non_differentiable(*us)
     ctx.set_materialize_grads(False)
     # Not ctx.needs_input_grad, which has one entry for each list.
     ctx.need_dx, ctx.need_dcores = x.requires_grad, [core.requires_grad for core in cores]
     saved_us = us if any(ctx.need_dcores) else [u.new_empty((0, u.shape[1])) for u in us]
-    ctx.save_for_backward(*weights, *a, *cores, *b, *saved_us, seeds)
+    ctx.save_for_backward(*weights, *a, *cores, *b, *saved_us, last)
     ctx.scalings, ctx.biases = list(scalings), len(biases)
 
 
 def gradients(op: Callable[..., Any], ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Any]]:
-    """dx and the dR_i, from the gradients of the y_i; None stands for an output that the loss does not use."""
+    """dx and the dR_i, from the gradients of the y_i."""
+    *saved, seeds = ctx.saved_tensors
+
+    def call(members: list[int], *lists: Any) -> Any:
+        chosen = None if seeds is None else seeds[members]
+        return op(*lists, ctx.dropout, chosen, ctx.need_dx, any(ctx.need_dcores))
+
+    return of_used_members(ctx, grads, saved, call)
+
+
+def of_used_members(
+    ctx: Any, grads: Sequence[Tensor | None], saved: Sequence[Tensor], call: Callable[..., Any]
+) -> tuple[Tensor | None, list[Any]]:
+    """dx and the dR_i of a group, some of whose outputs the loss does not use.
+
+    Args:
+        ctx: has `scalings`, `need_dx` and `need_dcores`.
+        grads: of the y_i, None for one that is not used.
+        saved: all weights, A, cores, B and u.
+        call: (indices of members, and of them dys, weights, a, cores, b, us, scalings) -> dx, then their dR.
+    """
     count = len(ctx.scalings)
     dcores: list[Tensor | None] = [None] * count
     members = [i for i in range(count) if grads[i] is not None]
     if not members or not (ctx.need_dx or any(ctx.need_dcores)):
         return None, dcores
-    *saved, seeds = ctx.saved_tensors
-    lists = [[saved[k * count + i] for i in members] for k in range(5)]  # weights, a, cores, b, us
-    dys, scalings = [grads[i] for i in members], [ctx.scalings[i] for i in members]
-    seeds = None if seeds is None else seeds[members]
-    dx, *member_dcores = op(dys, *lists, scalings, ctx.dropout, seeds, ctx.need_dx, any(ctx.need_dcores))
+    lists = [[saved[k * count + i] for i in members] for k in range(5)]
+    dx, *member_dcores = call(members, [grads[i] for i in members], *lists, [ctx.scalings[i] for i in members])
     for i, dcore in zip(members, member_dcores, strict=True):
         dcores[i] = dcore if ctx.need_dcores[i] else None
     return dx if ctx.need_dx else None, dcores

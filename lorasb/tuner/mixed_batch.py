@@ -207,6 +207,8 @@ class _ShapeRecorder:
 class _NamePasser:
     """Pre-hook that passes a layer the adapter names of its input's rows, or raises if they are unknown."""
 
+    names_rows = True  # and changes nothing else: `linear_group` asks
+
     def __init__(
         self, name: str, rows: Rows, shapes: dict[str, torch.Size], tokens_first: bool, ambiguous: bool
     ) -> None:

@@ -19,7 +19,7 @@ from storages import bits_of, exact, storage
 from torch import Tensor
 
 import lorasb
-from lorasb.functional import dequantize, lora_sb_linear
+from lorasb.functional import dequantize, lora_sb_linear, lora_sb_linear_group
 from lorasb.kernels import linear as launch
 from lorasb.kernels import plan
 from lorasb.kernels.launcher import observed
@@ -66,6 +66,26 @@ def test_rows_with_an_r_each(tokens: int, r: int) -> None:
     for got, want in zip(found, _by_row(case.double(), cores.double(), index, "eager"), strict=True):
         scale = want.abs().max()
         tolerances.check(got / scale, want / scale, tolerances.BF16_FEW)
+
+
+def test_a_group_of_rows_with_an_r_each() -> None:
+    index = [1, 0, -1, 1, 2]
+    cases = [make_case((len(index), 3), 96, m, 24, torch.bfloat16, seed=m) for m in (80, 48)]
+    for case in cases:
+        case.x = cases[0].x
+        case.core = torch.stack([case.core * scale for scale in (1.0, -2.0, 0.5)])
+    found = _group_by_row(cases, index, "triton")
+    for got, want in zip(found, _group_by_row([case.double() for case in cases], index, "eager"), strict=True):
+        scale = want.abs().max()
+        tolerances.check(got / scale, want / scale, tolerances.BF16_FEW)
+
+
+def _group_by_row(cases: list[reference.Case], index: list[int], backend: str) -> list[Tensor]:
+    x, cores = cases[0].x.clone().requires_grad_(), [case.core.clone().requires_grad_() for case in cases]
+    lists = [[c.weight for c in cases], [c.a for c in cases], cores, [c.b for c in cases], [c.bias for c in cases]]
+    with lorasb.backend(backend):
+        ys = lora_sb_linear_group(x, *lists, [c.scaling for c in cases], index=index)
+    return [*(y.detach() for y in ys), *torch.autograd.grad(ys, (x, *cores), [c.dy for c in cases])]
 
 
 def _by_row(case: reference.Case, cores: Tensor, index: list[int], backend: str) -> tuple[Tensor, ...]:

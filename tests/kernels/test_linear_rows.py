@@ -11,7 +11,7 @@ import torch
 from storages import storage
 
 import lorasb
-from lorasb.functional import lora_sb_linear
+from lorasb.functional import lora_sb_linear, lora_sb_linear_group
 from lorasb.kernels.launcher import observed
 
 INDEX = [1, 0, -1, 1, 2]
@@ -135,3 +135,33 @@ def test_an_index_out_of_range_is_an_error_before_a_launch() -> None:
     ):
         lora_sb_linear(case.x, case.weight, case.a, cores[:2], case.b, index=INDEX)
     assert not launches
+
+
+@pytest.mark.parametrize(("tokens", "r"), [(1, 16), (13, 24), (5, 144)])
+def test_a_group_takes_one_pass_over_x_and_one_extended_gemm(tokens: int, r: int) -> None:
+    shape = (len(INDEX), tokens)
+    cases = [reference.make_case(shape, 160, m, r, torch.float32, scaling=m / 99, seed=m) for m in (148, 150, 144)]
+    cores = [make(tokens, 160, 144, r)[1] * (1 + i) for i in range(3)]
+    with observed() as launches:
+        found = of_group(cases, cores, "triton")
+    forward = ["prep_forward"] * (2 if r == 144 else 1)  # whose sums would not fit the registers together
+    assert [one.name for one in launches if "rows" not in one.name and "row_core" not in one.name] == [
+        *forward,
+        "extended_gemm",
+        "prep_backward",
+        "extended_gemm",
+    ]
+    assert sum(one.name == "times_row_cores" for one in launches) == 6
+    want = of_group([case.double() for case in cases], [stack.double() for stack in cores], "eager")
+    for result, expected in zip(found, want, strict=True):
+        tolerances.check(result, expected, tolerances.fp32(160 + 3 * 150 + r))
+
+
+def of_group(cases: list[reference.Case], cores: list[torch.Tensor], backend: str) -> list[torch.Tensor]:
+    """The y_j, dx and the dR_j of a group that reads the first case's x."""
+    x, cores = cases[0].x.clone().requires_grad_(True), [stack.clone().requires_grad_(True) for stack in cores]
+    lists = [[c.weight for c in cases], [c.a for c in cases], cores, [c.b for c in cases], [c.bias for c in cases]]
+    with lorasb.backend(backend):
+        ys = lora_sb_linear_group(x, *lists, [c.scaling for c in cases], index=INDEX)
+        torch.autograd.backward(ys, [c.dy for c in cases])
+    return [*(y.detach() for y in ys), x.grad, *(stack.grad for stack in cores)]

@@ -7,8 +7,7 @@ those of a single adapter.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +27,8 @@ class Products(NamedTuple):
         thin: (rows [M, k], factor [m, k]) -> their product [M, m], in rows' dtype or wider.
         cores: (left [M, r], cores [K, r, r], index [n], scale, transposed) -> s·left_i R_kᵀ, or s·left_i R_k.
         extended: (rows [M, in], W or None, quant, v [M, r], B [out, r], bias) -> x Wᵀ + v Bᵀ + bias.
-        extended_transposed: (rows [M, out], W or None, quant, w [M, r], A [r, in], out) -> dy W + w A.
+        extended_transposed: (rows [M, out], W or None, quant, w [M, r], A [r, in], onto) -> dy W + w A, added in place
+            to `onto` where that is not None.
     """
 
     thin: Callable[[Tensor, Tensor], Tensor]
@@ -49,10 +49,12 @@ def extended(rows: Tensor, weight: Tensor | None, quant: Quant, v: Tensor, b: Te
     return y.addmm_(v, b.t())
 
 
-def extended_transposed(rows: Tensor, weight: Tensor | None, quant: Quant, w: Tensor, a: Tensor) -> Tensor:
-    """dy W + w A."""
+def extended_transposed(
+    rows: Tensor, weight: Tensor | None, quant: Quant, w: Tensor, a: Tensor, onto: Tensor | None = None
+) -> Tensor:
+    """dy W + w A, or in place `onto` plus that."""
     dense = weight if weight is not None else dequantize(*quant, rows.shape[1], a.shape[1], rows.dtype)
-    return (rows @ dense).addmm_(w, a)
+    return (rows @ dense if onto is None else onto.addmm_(rows, dense)).addmm_(w, a)
 
 
 def times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transposed: bool) -> Tensor:
@@ -86,6 +88,8 @@ def core_gradients(t: Tensor, u: Tensor, cores: Tensor, index: Tensor, scale: fl
     return gradients
 
 
+OPS = ("linear_rows", "linear_rows_backward", "linear_rows_group", "linear_rows_group_backward")
+NO_QUANT: Quant = ([], [0, 0, 0])  # of a dense weight; not [], which torch takes for a list of tensors
 EAGER = Products(thin, times_cores, extended, extended_transposed)
 
 
@@ -151,11 +155,70 @@ def differentiate(
     return dx, dcores
 
 
-forward, backward = partial(compute, EAGER), partial(differentiate, EAGER)
+def compute_group(
+    products: Products,
+    x: Tensor,
+    weights: list[Tensor],
+    a: list[Tensor],
+    cores: list[Tensor],
+    b: list[Tensor],
+    biases: list[Tensor],
+    index: Tensor,
+    scalings: list[float],
+) -> list[Tensor]:
+    """The y_j [..., m_j], then the u_j [M, r], computed member by member."""
+    bias_or_none: list[Any] = list(biases) or [None] * len(a)
+    members = zip(weights, a, cores, b, bias_or_none, scalings, strict=True)
+    results = [
+        compute(products, x, weight, *NO_QUANT, a_j, stack, b_j, bias, index, scaling)
+        for weight, a_j, stack, b_j, bias, scaling in members
+    ]
+    return [y for y, _ in results] + [u for _, u in results]
+
+
+def differentiate_group(
+    products: Products,
+    dys: list[Tensor],
+    weights: list[Tensor],
+    a: list[Tensor],
+    cores: list[Tensor],
+    b: list[Tensor],
+    us: list[Tensor],
+    scalings: list[float],
+    index: Tensor,
+    need_dx: bool,
+    need_dcores: bool,
+) -> list[Tensor]:
+    """dx = Σ_j dy_j W_j + w_j A_j, all terms accumulated in one dx, then the dR_jk."""
+    dx: Tensor | None = None
+    dcores = []
+    with no_autocast(dys[0]):
+        for dy, weight, a_j, stack, b_j, u, scaling in zip(dys, weights, a, cores, b, us, scalings, strict=True):
+            rows = dy.reshape(-1, dy.shape[-1])
+            t = products.thin(rows, b_j.t())
+            dcores.append(core_gradients(t, u, stack, index, scaling) if need_dcores else stack.new_empty((0,)))
+            if need_dx:
+                w = products.cores(t, stack, index, scaling, False)
+                dx = products.extended_transposed(rows, weight, NO_QUANT, w, a_j, dx)
+    return [dys[0].new_empty((0,)) if dx is None else shaped(dx, dys[0]), *dcores]
+
+
+def kernels(of: Callable[[torch.dtype], Products]) -> list[tuple[str, Callable[..., Any]]]:
+    """The ops' kernels, of a backend's products for a dtype."""
+
+    def on(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(first: Tensor | list[Tensor], *given: Any) -> Any:
+            return function(of((first[0] if isinstance(first, list) else first).dtype), first, *given)
+
+        return call
+
+    functions: tuple[Callable[..., Any], ...] = (compute, differentiate, compute_group, differentiate_group)
+    return list(zip(OPS, map(on, functions), strict=True))
+
+
+KERNELS = kernels(lambda dtype: EAGER)
 
 
 def register() -> None:
     """Register for every device; CompositeExplicitAutograd leaves autograd to the op's own formula."""
-    register_backend(
-        "eager", (("linear_rows", forward), ("linear_rows_backward", backward)), ("CompositeExplicitAutograd",)
-    )
+    register_backend("eager", KERNELS, ("CompositeExplicitAutograd",))

@@ -1,0 +1,28 @@
+"""Autocast as `F.linear` meets it: operands are cast before the checks and the ops, which ask for equal dtypes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_on(x: Tensor) -> bool:
+    """True if autocast is on for x's device."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+
+
+def cast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as autocast casts the arguments of `F.linear`, which leaves fp64 alone."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others)
+    )
+
+
+def cast_lists(x: Tensor, lists: list[list[Tensor]]) -> tuple[Tensor, list[list[Tensor]]]:
+    """x and lists of tensors, together, so that x is cast only once."""
+    x, *flat = cast(x, *(tensor for tensors in lists for tensor in tensors))
+    found = iter(flat)
+    return x, [[next(found) for _ in tensors] for tensors in lists]

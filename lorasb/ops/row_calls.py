@@ -1,0 +1,89 @@
+"""Calls of the linears with an R for each row: what is cast, checked and computed, of one layer and of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quantization.quantized_weight import QuantizedWeight
+from . import autocast, fast_path, operand_checks
+from .registry import backend_op, current_backend
+
+NO_LAYOUT = [0, 0, 0]  # of a dense weight; not [], which torch takes for a list of tensors
+
+Index = Tensor | Sequence[int]
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight | None,
+    a: Tensor,
+    cores: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+    index: Index,
+) -> Tensor:
+    """y [..., out] of `lorasb::linear_rows`; arguments and errors as of `functional.lora_sb_linear`."""
+    quantized = weight if isinstance(weight, QuantizedWeight) else None
+    dense: Any = None if quantized is not None else weight
+    _check_dropout(dropout)
+    if autocast.is_on(x):
+        x, dense, a, b, bias = autocast.cast(x, dense, a, b, bias)
+    index = operand_checks.check_rows(x, dense, a, cores, b, bias, index)
+    if quantized is not None and (quantized.shape != (b.shape[0], a.shape[1]) or quantized.device != x.device):
+        raise ValueError(
+            f"expected a quantized weight [{b.shape[0]}, {a.shape[1]}] on {x.device}, got {list(quantized.shape)} on "
+            f"{quantized.device}"
+        )
+    quant, layout = (list(quantized.tensors), quantized.layout(x.dtype)) if quantized is not None else ([], NO_LAYOUT)
+    y: Tensor = _call(
+        "linear_rows",
+        (dense, a, cores, b, bias, *quant),
+        (x, dense, quant, layout, a, cores, b, bias, index, scaling),
+    )[0]
+    return y
+
+
+def group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    cores: Sequence[Tensor],
+    b: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout: float,
+    index: Index,
+) -> list[Tensor]:
+    """The y_j [..., m_j] of `lorasb::linear_rows_group`; the rest as of `functional.lora_sb_linear_group`."""
+    _check_dropout(dropout)
+    operand_checks.same_lengths(weights, a, cores, b, scalings, biases or weights)
+    frozen = [list(weights), list(a), list(b), list(biases)]
+    if autocast.is_on(x):
+        x, frozen = autocast.cast_lists(x, frozen)
+    (weights, a, b, biases), cores = frozen, list(cores)
+    for i, bias in enumerate(biases or [None] * len(weights)):
+        index = operand_checks.check_rows(x, weights[i], a[i], cores[i], b[i], bias, index)
+    tensors = (*weights, *a, *cores, *b, *biases)
+    outputs = _call("linear_rows_group", tensors, (x, weights, a, cores, b, biases, index, list(scalings)))
+    return list(outputs[: len(weights)])  # the u_j follow, which only backward uses
+
+
+def _check_dropout(dropout: float) -> None:
+    if dropout != 0.0:
+        raise ValueError(f"expected dropout 0 with an index of rows, got {dropout}: it draws one mask for one adapter")
+
+
+def _call(op: str, others: Sequence[Tensor | None], arguments: tuple[Any, ...]) -> Any:
+    """The outputs for x and others: of the kernel itself where no gradient is recorded and nothing intercepts."""
+    backend = current_backend()
+    kernels = fast_path.kernels(op, backend, arguments[0], *others) if not torch.is_grad_enabled() else None
+    if kernels is None:
+        return backend_op(op, backend)(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return kernels.forward(*arguments)
