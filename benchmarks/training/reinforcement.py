@@ -3,11 +3,11 @@
     python -m benchmarks.training.reinforcement [--entry lora-sb-8 ...] [--seeds 3] [--work runs/rl]
     python -m benchmarks.training.reinforcement --table
 
-SmolLM2-135M learns word_sequence_reversal from examples for a moment, the adapter is merged, and from there every
-entry trains by `lorasb finetune --rl exact` with the same prompts, steps and seeds. Rates are chosen by the score on
-another seed: three around the entry's own, a factor of four apart, and outward for as long as the best is the last
-one. Rows go to benchmarks/results/rl.csv as runs finish, and what is there is not run again. A sampler in another
-process needs what was trained after each step: R alone, or LoRA's A and B.
+SmolLM2-135M learns chain_sum from examples for a moment, the adapter is merged, and from there every entry trains by
+`lorasb finetune --rl exact` with the same prompts, steps and seeds. Rates are chosen by the score on another seed:
+three around the entry's own, a factor of four apart, and outward for as long as the best is the last one; the other
+starts take the rate of the first. Rows go to benchmarks/results/rl.csv as runs finish, and what is there is not run
+again. A sampler in another process needs what was trained after each step: R alone, or LoRA's A and B.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,11 @@ from benchmarks.common.timing import commit, machine_name
 from benchmarks.methods.runner import RESULTS
 
 FILE = "rl.csv"
-TASK = "word_sequence_reversal"
+TASK = "chain_sum"
 SWEEP_SEED = 100
 FARTHEST = 3  # from the entry's rate, in powers of four
-STEPS, BATCH, GENERATIONS, HELD_OUT = 40, 32, 8, 100
+STEPS, BATCH, GENERATIONS, HELD_OUT = 40, 16, 8, 200
+LONGEST = 5  # tokens of a completion, at most: a sign, three digits and the end
 COLUMNS = (
     "entry", "lr", "seed", "before", "after", "first_reward", "last_reward", "trained", "bytes_a_step", "seconds",
     "version", "machine", "date",
@@ -57,6 +58,11 @@ class Entry:
     def name(self) -> str:
         return f"{self.method}-{self.r}" + ("" if self.start == "examples" else f", {self.start}")
 
+    @property
+    def rated_by(self) -> Entry:
+        """The entry whose sweep its rate comes from: the same one with the first start."""
+        return replace(self, start="examples")
+
     def at(self, power: int) -> float:
         """The rate times four to a power, to three digits."""
         return float(f"{self.rate * 4.0**power:.3g}")
@@ -65,13 +71,13 @@ class Entry:
 ENTRIES = {
     entry.name: entry
     for entry in (
-        Entry("lora-sb", 8, 2.5e-3),
+        Entry("lora-sb", 8, 6.25e-4),
         Entry("lora", 32, 2.5e-4),
-        Entry("lora-sb", 64, 1.25e-4),
-        Entry("lora-sb", 2, 2e-2),
+        Entry("lora-sb", 64, 1e-4),
+        Entry("lora-sb", 2, 2.5e-3),
         Entry("lora", 1, 5e-4),
-        Entry("lora-sb", 8, 2.5e-3, "zero"),
-        Entry("lora-sb", 8, 2.5e-3, "rewards"),
+        Entry("lora-sb", 8, 6.25e-4, "zero"),
+        Entry("lora-sb", 8, 6.25e-4, "rewards"),
     )
 }
 
@@ -80,7 +86,7 @@ def started(work: Path) -> Path:
     """The model that all begin from: a short run from examples, merged; made once."""
     base = work / "base"
     if not (base / "config.json").is_file():
-        options = ["--train-examples", "480", "--r", "64", "--lr", "2e-3", "--eval-examples", "20", "--seed", "7"]
+        options = ["--train-examples", "320", "--r", "64", "--lr", "2e-3", "--eval-examples", "20", "--seed", "7"]
         _lorasb("finetune", "--task", TASK, *options, "--output", work / "examples")
         _merge(work / "examples" / "adapter", base)
     return base
@@ -106,7 +112,7 @@ def run(entry: Entry, lr: float, seed: int, work: Path) -> dict[str, Any]:
     prompts = STEPS * BATCH // GENERATIONS
     given = {
         "--model": started(work), "--task": TASK, "--train-examples": prompts, "--eval-examples": HELD_OUT,
-        "--rl": "exact", "--generations": GENERATIONS, "--batch-size": BATCH, "--rl-start": entry.start,
+        "--rl": "exact", "--generations": GENERATIONS, "--batch-size": BATCH, "--max-new-tokens": LONGEST, "--rl-start": entry.start,
         "--method": entry.method, "--r": entry.r, "--lr": lr, "--seed": seed, "--save-steps": 1000, "--output": output,
     }  # fmt: skip
     began = time.perf_counter()
@@ -141,7 +147,7 @@ def _lorasb(*arguments: Any) -> None:
 def wanted(entries: Sequence[Entry], seeds: int, rows: Sequence[Row]) -> Iterator[tuple[Entry, float, int]]:
     """The next runs: sweeps, then seeds at the best rates."""
     there = {(row["entry"], float(row["lr"]), int(row["seed"])) for row in rows}
-    for entry in entries:
+    for entry in dict.fromkeys(entry.rated_by for entry in entries):
         yield from ((entry, lr, SWEEP_SEED) for lr in rates_to_try(entry, swept(rows, entry)))
     for seed in range(seeds):
         for entry in entries:
@@ -169,6 +175,7 @@ def rates_to_try(entry: Entry, tried: dict[float, tuple[float, float]]) -> list[
 
 def best_rate(rows: Sequence[Row], entry: Entry) -> float | None:
     """The rate of the best score of the sweep, the last reward among equals; None before all were tried."""
+    entry = entry.rated_by
     tried = swept(rows, entry)
     return None if rates_to_try(entry, tried) else max(tried, key=lambda lr: tried[lr])
 

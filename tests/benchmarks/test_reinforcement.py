@@ -16,19 +16,26 @@ def row(lr: float, seed: int, after: float, **more: Any) -> dict[str, str]:
 
 
 def test_rates_go_outward_while_the_best_is_the_last() -> None:
-    assert rates_to_try(ENTRY, {}) == [2.5e-3, 6.25e-4, 1e-2]
-    tried = {6.25e-4: (0.2, 0.1), 2.5e-3: (0.3, 0.2), 1e-2: (0.4, 0.3)}
-    assert rates_to_try(ENTRY, tried) == [4e-2]
-    assert rates_to_try(ENTRY, tried | {4e-2: (0.0, 0.0)}) == []
+    assert rates_to_try(ENTRY, {}) == [6.25e-4, 1.56e-4, 2.5e-3]
+    tried = {1.56e-4: (0.2, 0.1), 6.25e-4: (0.3, 0.2), 2.5e-3: (0.4, 0.3)}
+    assert rates_to_try(ENTRY, tried) == [1e-2]
+    assert rates_to_try(ENTRY, tried | {1e-2: (0.0, 0.0)}) == []
 
 
 def test_sweeps_come_first_and_seeds_at_the_best_rate() -> None:
-    rows = [row(lr, 100, after) for lr, after in ((6.25e-4, 0.2), (2.5e-3, 0.3), (1e-2, 0.0))]
+    rows = [row(lr, 100, after) for lr, after in ((1.56e-4, 0.2), (6.25e-4, 0.3), (2.5e-3, 0.0))]
     assert best_rate(rows[:2], ENTRY) is None
-    assert best_rate(rows, ENTRY) == 2.5e-3
-    assert list(wanted([ENTRY], 2, rows)) == [(ENTRY, 2.5e-3, 0), (ENTRY, 2.5e-3, 1)]
-    rows += [row(2.5e-3, seed, 0.3 + 0.1 * seed) for seed in (0, 1)]
+    assert best_rate(rows, ENTRY) == 6.25e-4
+    assert list(wanted([ENTRY], 2, rows)) == [(ENTRY, 6.25e-4, 0), (ENTRY, 6.25e-4, 1)]
+    rows += [row(6.25e-4, seed, 0.3 + 0.1 * seed) for seed in (0, 1)]
     assert list(wanted([ENTRY], 2, rows)) == []
     (line,) = lines(rows)
-    assert line[:5] == ["lora-sb-8", "13,440", "26.9 KB", "0.0025", "2"]
+    assert line[:5] == ["lora-sb-8", "13,440", "26.9 KB", "0.000625", "2"]
     assert line[6] == "35.0% ± 7.1%"
+
+
+def test_other_starts_take_the_rate_of_the_first() -> None:
+    other = ENTRIES["lora-sb-8, zero"]
+    assert {(entry, lr) for entry, lr, _ in wanted([other], 1, [])} == {(ENTRY, lr) for lr in rates_to_try(ENTRY, {})}
+    rows = [row(lr, 100, after) for lr, after in ((1.56e-4, 0.2), (6.25e-4, 0.3), (2.5e-3, 0.0))]
+    assert list(wanted([other], 1, rows)) == [(other, 6.25e-4, 0)]

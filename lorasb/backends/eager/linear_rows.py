@@ -206,14 +206,14 @@ def differentiate_group(
 def kernels(of: Callable[[torch.dtype], Products]) -> list[tuple[str, Callable[..., Any]]]:
     """The ops' kernels, of a backend's products for a dtype."""
 
-    def on(function: Callable[..., Any]) -> Callable[..., Any]:
+    def _on(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(first: Tensor | list[Tensor], *given: Any) -> Any:
             return function(of((first[0] if isinstance(first, list) else first).dtype), first, *given)
 
         return call
 
     functions: tuple[Callable[..., Any], ...] = (compute, differentiate, compute_group, differentiate_group)
-    return list(zip(OPS, map(on, functions), strict=True))
+    return list(zip(OPS, map(_on, functions), strict=True))
 
 
 KERNELS = kernels(lambda dtype: EAGER)
