@@ -83,7 +83,9 @@ def plan(
     batch: Annotated[int, typer.Option(help="Rows of a step that are computed at once.", min=1)] = 4,
     seq: Annotated[int, typer.Option(help="Tokens of a row.", min=2)] = 512,
     bits: Annotated[int, typer.Option(help="Bits of the base's linear weights: 16 or 4.")] = 16,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again in backward.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations again in backward.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the memory and time that a run will take, whether it fits, and what to change."""

@@ -14,6 +14,8 @@ from ..recipes.config_file import read_config, typed
 from ..recipes.setting_rules import option
 from ..recipes.settings import listed, shown_default
 
+OFF = "no_"  # before the name of a switch
+
 
 def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: dict[str, Any]) -> Callable[..., None]:
     """A typer command with an option for each setting, --config and, for a run, --preset.
@@ -24,24 +26,33 @@ def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: 
         lists: dataclasses of settings, each with True if only the settings of `lorasb init` become options.
         defaults: defaults that differ from the dataclasses', by name.
     """
-    parameters, settings = [], [(setting, kind, init) for cls, init in lists for setting, kind in listed(cls)]
+    parameters: list[inspect.Parameter] = []
+    switches: list[str] = []
+    settings = [(setting, kind, init) for cls, init in lists for setting, kind in listed(cls)]
     for setting, kind, init in settings:
         init_help = setting.metadata["init"]  # "": no option of `lorasb init`; "same": has the help text of a run's
         if init and not init_help:
             continue
         help_text = init_help if init and init_help != "same" else setting.metadata["help"]
         parameters.append(_parameter(setting, kind, help_text, defaults.get(setting.name)))
-    text = typer.Option(help="YAML file of settings; options override it.")
+        switches += [setting.name] if kind is bool else []
+    parameters += [_off(name) for name in switches]
+    text = typer.Option(
+        help="YAML file of settings; options override it, --no-NAME what it switches on.", rich_help_panel="Run"
+    )
     parameters.append(_plain("config", Annotated[Optional[str], text]))  # noqa: UP045  typer reads it at run time
     with_presets = not any(init for _, init in lists)  # `lorasb init` has fewer settings than a preset
     if with_presets:
-        text = typer.Option(help=f"Settings of one of the paper's tables: {', '.join(preset.names())}.")
+        text = typer.Option(
+            help=f"Settings of one of the paper's tables: {', '.join(preset.names())}.", rich_help_panel="Run"
+        )
         parameters.append(_plain("preset", Annotated[Optional[str], text]))  # noqa: UP045
     optional = {parameter.name for parameter in parameters}
     types = {setting.name: kind for setting, kind, _ in settings if setting.name in optional}
 
     def call(**given: Any) -> None:
         file, name = given.pop("config"), given.pop("preset", None)
+        given |= {name: False for name in switches if given.pop(OFF + name, False)}
         values = read_config(preset.find(name), types) if name else {}
         values |= read_config(file, types) if file else {}
         named = {name: value for name, value in given.items() if value is not None}
@@ -59,9 +70,15 @@ def _parameter(setting: Field[Any], kind: Any, help_text: str, default: Any) -> 
     shown = shown_default(setting) if default is None else str(default)
     # typer knows no dictionaries: rank_pattern arrives as text and is parsed by `typed`
     option_type = kind if kind in (str, int, float, bool) else str
-    names = (option(setting.name), *setting.metadata.get("also", ())) if "also" in setting.metadata else ()
-    typer_option = typer.Option(*names, help=help_text, show_default=shown)
+    names = option(setting.name), *setting.metadata.get("also", ())
+    panel = setting.metadata["group"].capitalize()
+    typer_option = typer.Option(*names, help=help_text, show_default=shown, rich_help_panel=panel)
     return _plain(setting.name, Annotated[Optional[option_type], typer_option])  # noqa: UP045
+
+
+def _off(name: str) -> inspect.Parameter:
+    """--no-NAME of a switch: hidden, as its column would take a third of the help's width."""
+    return _plain(OFF + name, Annotated[Optional[bool], typer.Option(option(OFF + name), hidden=True)])  # noqa: UP045
 
 
 def _plain(name: str, annotation: Any) -> inspect.Parameter:

@@ -7,10 +7,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import pytest
 from parsed_options import call
+from typer.testing import CliRunner
 
 from lorasb.cli import options
+from lorasb.cli.app import app
 from lorasb.recipes import config_file
+from lorasb.recipes.setting_rules import option
 from lorasb.recipes.settings import InitSettings, Settings, listed
 
 KNOWN = {one.name: kind for one, kind in listed(Settings)}
@@ -91,6 +95,17 @@ def test_init_takes_its_share_of_the_list() -> None:
     own = {one.name for one, _ in listed(InitSettings)}
     assert own == {"strategy", "memory_budget", "cache", "stability", "energy", "parameters"}
     assert own < names
-    assert names - own - {"config"} == {one.name for one, _ in listed(Settings) if one.metadata["init"]}
+    assert names - own - {"config", "no_stability"} == {one.name for one, _ in listed(Settings) if one.metadata["init"]}
     assert "eval_data" not in names
     assert "run" in get_type_hints(InitSettings)
+
+
+def test_help_has_every_option_whole_in_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    text = CliRunner().invoke(app, ["finetune", "--help"]).output
+    assert "…" not in text
+    for one, _ in listed(Settings):
+        assert f"{option(one.name)}" in text
+    for group in {one.metadata["group"] for one, _ in listed(Settings)}:
+        assert f"─ {group.capitalize()} ─" in text
