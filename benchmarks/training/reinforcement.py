@@ -112,8 +112,9 @@ def run(entry: Entry, lr: float, seed: int, work: Path) -> dict[str, Any]:
     prompts = STEPS * BATCH // GENERATIONS
     given = {
         "--model": started(work), "--task": TASK, "--train-examples": prompts, "--eval-examples": HELD_OUT,
-        "--rl": "exact", "--generations": GENERATIONS, "--batch-size": BATCH, "--max-new-tokens": LONGEST, "--rl-start": entry.start,
-        "--method": entry.method, "--r": entry.r, "--lr": lr, "--seed": seed, "--save-steps": 1000, "--output": output,
+        "--rl": "exact", "--generations": GENERATIONS, "--batch-size": BATCH, "--max-new-tokens": LONGEST,
+        "--rl-start": entry.start, "--method": entry.method, "--r": entry.r, "--lr": lr, "--seed": seed,
+        "--save-steps": 1000, "--output": output,
     }  # fmt: skip
     began = time.perf_counter()
     _lorasb("finetune", *(part for pair in given.items() for part in pair))
