@@ -35,8 +35,7 @@ for row, answer in enumerate(answers):
 
 model = lorasb.patch(model, r=16)
 lorasb.initialize(model, [inputs | {"labels": labels}], lr=1e-2, progress=False)
-for name in people:
-    model.add_adapter(name, lorasb.LoRASBConfig(basis="default"))
+lorasb.add_adapters(model, people)  # on the basis of "default"
 optimizer = torch.optim.AdamW(lorasb.adapter_parameter_groups(model, people, lr=1e-2, weight_decay=0.0))
 for step in range(steps):
     losses = lorasb.adapter_losses(model.train()(**inputs, adapter_names=names).logits, labels, names)

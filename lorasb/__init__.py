@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .training.rows_callback import AdapterRowsCallback, AdapterRowsCollator
     from .training.several_adapters import adapter_losses, adapter_parameter_groups, clip_by_adapter
     from .tuner.adapter_bank import AdapterBank
+    from .tuner.basis_adapters import add_adapters
     from .tuner.config import LoRASBConfig
     from .tuner.joint_basis import project, share_basis
     from .tuner.patch import patch
@@ -46,6 +47,7 @@ __all__ = [
     "adapter_delta",
     "adapter_losses",
     "adapter_parameter_groups",
+    "add_adapters",
     "backend",
     "clip_by_adapter",
     "equivalent_gradient",
@@ -73,6 +75,7 @@ _MODULE_OF = {
     "AdapterRowsCollator": "training.rows_callback",
     "adapter_losses": "training.several_adapters",
     "adapter_parameter_groups": "training.several_adapters",
+    "add_adapters": "tuner.basis_adapters",
     "clip_by_adapter": "training.several_adapters",
     "InitCallback": "training.init_callback",
     "InitReport": "init",

@@ -18,6 +18,8 @@ class Bases:
     r: dict[str, int]
     scaling: dict[str, float]
     first_scaling: dict[str, float]
+    lora_dropout: dict[str, float]
+    equivalent: dict[str, bool]
     _preconditioners: dict[str, Any]
     initialized: dict[str, bool]
     wide_factors: dict[str, bool]
@@ -28,6 +30,27 @@ class Bases:
         self.wide_factors[adapter_name] = self.wide_factors[basis]
         for factors in (self.lorasb_A, self.lorasb_B):
             factors[adapter_name] = factors[basis]
+
+    def copy_adapter(self, adapter_name: str, name: str) -> None:
+        """Add an adapter like another one on a basis: the same A and B, and a copy of R, which does not train yet."""
+        tables: tuple[dict[str, Any], ...] = (
+            self.r,
+            self.scaling,
+            self.first_scaling,
+            self.lora_dropout,
+            self.equivalent,
+            self.wide_factors,
+            self.initialized,
+            self.basis,
+        )
+        for values in tables:
+            if adapter_name in values:
+                values[name] = values[adapter_name]
+        for factors in (self.lorasb_A, self.lorasb_B):
+            factors[name] = factors[adapter_name]
+        if adapter_name in self.lorasb_R.in_halves:
+            self.lorasb_R.in_halves.add(name)
+        self.lorasb_R[name] = nn.Parameter(self.lorasb_R[adapter_name].detach().clone(), requires_grad=False)
 
     def move_to_basis(self, adapter_name: str, basis: str, core: Tensor) -> None:
         """Give an adapter the A, B, rank and s of another one, and an R [r, r]; dropout and all else stays."""

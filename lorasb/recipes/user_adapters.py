@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
+from ..tuner import basis_adapters
 from .prepare import Run
 from .problems.evaluation import score_by
 
@@ -18,17 +19,15 @@ def add_adapters(run: Run) -> None:
     """Add an adapter for each name, on the basis that was initialized with the examples of all: its A, B and start."""
     import lorasb
 
-    for name in run.adapters:
-        run.model.add_adapter(name, lorasb.LoRASBConfig(basis="default", basis_start="same"))
+    lorasb.add_adapters(run.model, run.adapters, basis_start="same")
 
 
 def load_adapters(run: Run, folder: Path) -> None:
     """Load each name's R from its folder beside the basis; these train, and the basis's own R does not."""
     import lorasb
 
-    for name in run.adapters:
-        run.model.load_adapter(str(folder / name), name, is_trainable=True)
     if run.adapters:
+        basis_adapters.load_adapters(run.model, folder, run.adapters)
         lorasb.adapter_parameter_groups(run.model, run.adapters, run.lr)
 
 
