@@ -28,6 +28,7 @@ from .recomputed_rows import Hook, installed
 
 # Sub-configs of multimodal models, beside text_config: a row of an image or audio tower is not a row of the text.
 TOWER_CONFIGS = ("vision_config", "audio_config")
+Modules = dict[str, nn.Module]  # of a model, by name
 
 
 @contextmanager
@@ -44,25 +45,27 @@ def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) 
             forward, a layer's input cannot be mapped to the batch's rows, and rows ask for different adapters.
         TypeError: `names` is not a list.
     """
-    bank = _bank(model)
-    known = _check(model, names, bank)
+    modules = dict(model.named_modules())  # once: the walk takes as long as a small model's layers
+    bank = _bank(modules)
+    known = _check(model, modules, names, bank)
     rows = Rows.of(names)
     with ExitStack() as stack:
         if bank is not None:
             rows = stack.enter_context(_with_slots(bank, rows, known))
         checker = _LengthChecker(len(rows), num_beams)
-        stack.enter_context(installed(model, [(model, checker), *_hooks(model, rows, num_beams)]))
+        hooks: list[Hook] = [(model, checker), *_hooks(model, modules, rows, num_beams)]
+        stack.enter_context(installed(modules.values(), hooks))
         yield
 
 
-def _hooks(model: nn.Module, rows: Rows, num_beams: int) -> Iterator[Hook]:
+def _hooks(model: nn.Module, modules: Modules, rows: Rows, num_beams: int) -> Iterator[Hook]:
     """What passes names to layers, and what records shapes around them."""
     encoder, outside_text, shapes = _encoder(model), _outside_text_model(model), dict[str, torch.Size]()
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    layers = _layers(model)
+    layers = _layers(modules)
     ancestors = {name.rsplit(".", i)[0] for name in layers for i in range(1, name.count(".") + 1)}
     beams = rows.repeat_interleave(num_beams)  # as generate() repeats each row, num_beams times in turn
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if name in layers:
             layer_rows = rows if module in encoder else beams
             ambiguous = module in outside_text or chooses_tokens(name)
@@ -72,9 +75,9 @@ def _hooks(model: nn.Module, rows: Rows, num_beams: int) -> Iterator[Hook]:
             yield module, _ShapeRecorder(name, shapes)
 
 
-def _bank(model: nn.Module) -> AdapterBank | None:
+def _bank(modules: Modules) -> AdapterBank | None:
     """The bank of adapters that the model's layers read from."""
-    layers = (module for module in model.modules() if isinstance(module, LoRASBLinear))
+    layers = (module for module in modules.values() if isinstance(module, LoRASBLinear))
     stored: Any = next((layer.stored_cores for layer in layers if layer.stored_cores is not None), None)
     return None if stored is None else stored.bank
 
@@ -89,11 +92,11 @@ def _with_slots(bank: AdapterBank, rows: Rows, known: set[str]) -> Iterator[Rows
         yield replace(rows, slots=torch.tensor(slots, dtype=torch.int64), basis=bank.basis)
 
 
-def _check(model: nn.Module, names: Sequence[str], bank: AdapterBank | None) -> set[str]:
+def _check(model: nn.Module, modules: Modules, names: Sequence[str], bank: AdapterBank | None) -> set[str]:
     """Raise where rows cannot have these adapters; the names that the model has itself."""
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"expected adapter_names as a list, a name for each row, got {names!r}")
-    layers = [module for module in model.modules() if isinstance(module, LoRASBLinear)]
+    layers = [module for module in modules.values() if isinstance(module, LoRASBLinear)]
     known = {name for layer in layers for name in layer.lorasb_R}
     distinct = sorted(set(names) - {BASE_ROW})
     unknown = [name for name in distinct if name not in known and (bank is None or name not in bank)]
@@ -109,7 +112,7 @@ def _check(model: nn.Module, names: Sequence[str], bank: AdapterBank | None) -> 
     if (
         model.training
         and bank is not None
-        and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        and any(getattr(m, "gradient_checkpointing", False) for m in modules.values())
     ):
         raise ValueError(
             "expected no gradient checkpointing with `adapter_names` of a bank in training, as its adapters may be "
@@ -120,9 +123,9 @@ def _check(model: nn.Module, names: Sequence[str], bank: AdapterBank | None) -> 
             "Cannot pass `adapter_names` when the model is in training mode. Call model.eval(), or train adapters on "
             "one basis (LoRASBConfig(basis=...), without dropout), which a batch may have together"
         )
-    if _one_by_one(layers, distinct):
+    if _one_by_one(layers, [name for name in distinct if name in known]):
         _say_one_by_one()
-    opened = [name for name, module in model.named_modules() if isinstance(module, OpenParameters)]
+    opened = [name for name, module in modules.items() if isinstance(module, OpenParameters)]
     if opened:
         raise ValueError(
             f"adapter_names: the parameters of {opened[0]!r} are adapted for all rows at once (target_parameters): run "
@@ -133,7 +136,7 @@ def _check(model: nn.Module, names: Sequence[str], bank: AdapterBank | None) -> 
 
 def _one_by_one(layers: Sequence[LoRASBLinear], names: Sequence[str]) -> bool:
     """True if no single pass computes the adapters, by the first layer that has several of them."""
-    for layer in layers:
+    for layer in layers if len(names) > 1 else ():
         mine = [name for name in names if name in layer.lorasb_R]
         if len(mine) > 1:
             return not on_one_basis(layer, mine)
@@ -148,12 +151,12 @@ def _say_one_by_one() -> None:
     )
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
+def _layers(modules: Modules) -> Modules:
     """Modules that take adapter names; unfused experts pass names on to the linears inside them."""
     # the trailing dot: "experts." is no prefix of "experts_norm"
-    opened = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, OpenExperts))
+    opened = tuple(f"{name}." for name, module in modules.items() if isinstance(module, OpenExperts))
     kinds = (LoRASBLinear, AuxiliaryTrainingWrapper, OpenExperts)
-    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and not n.startswith(opened)}
+    return {n: m for n, m in modules.items() if isinstance(m, kinds) and not n.startswith(opened)}
 
 
 def _encoder(model: nn.Module) -> set[nn.Module]:

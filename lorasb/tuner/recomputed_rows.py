@@ -6,7 +6,7 @@ hooks are installed that function is replaced by one which installs them again w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,8 +17,13 @@ Hook = tuple[nn.Module, Callable[..., Any]]  # a module, and a forward pre-hook 
 
 
 @contextmanager
-def installed(model: nn.Module, hooks: Sequence[Hook]) -> Iterator[None]:
-    """Have the hooks in the forwards of this block, and where backward computes parts of these again."""
+def installed(modules: Iterable[nn.Module], hooks: Sequence[Hook]) -> Iterator[None]:
+    """Have the hooks in the forwards of this block, and where backward computes parts of these again.
+
+    Args:
+        modules: of the whole model.
+        hooks: to install.
+    """
     inside = True
 
     def with_hooks(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,7 +42,7 @@ def installed(model: nn.Module, hooks: Sequence[Hook]) -> Iterator[None]:
         return call
 
     with ExitStack() as stack:  # undoes everything, also when a forward raises
-        for module in model.modules():
+        for module in modules:
             checkpoint = vars(module).get(FUNCTION)
             if checkpoint is not None:
                 setattr(module, FUNCTION, with_hooks(checkpoint))
