@@ -60,6 +60,19 @@ class Pending:
         return x is self.x and same
 
 
+@dataclass
+class Forward:
+    """A forward of the parent in progress, in one thread.
+
+    Attributes:
+        saving: the innermost saved-tensor hooks when it began.
+        pending: results that were computed in it.
+    """
+
+    saving: Any
+    pending: Pending | None = None
+
+
 class Siblings:
     """Layers of one parent that are expected to read the same x.
 
@@ -76,8 +89,7 @@ class Siblings:
         # Weak, as the parent's hooks refer to the group: a cycle would keep a deleted model's memory until the garbage
         # collector runs.
         self._parent: weakref.ref[nn.Module] | None = weakref.ref(parent)
-        self._context: tuple[Any, ...] | None = None  # of the parent's forward in progress; None outside of one
-        self._pending: Pending | None = None
+        self._forwards: dict[int, Forward] = {}  # of the parent, by thread: each has its own x
         self._apart: set[int] | None = None  # members to be separated before the next forward
         # Ids, not handles, so that a deepcopied group can remove the copies of its hooks. `always_call` drops the
         # results of a forward that raised, too.
@@ -98,9 +110,12 @@ class Siblings:
     def take(self, layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> Tensor | None:
         """y of one member, from the pending results or computed with the others'; None: compute it alone."""
         # A compiled graph cannot carry results from one layer to another, and inference tensors have no version.
-        if torch.compiler.is_compiling() or x.is_inference() or self._context != _execution_context():
+        if torch.compiler.is_compiling() or x.is_inference():
             return None
-        members, pending = self.members, self._pending
+        forward = self._forwards.get(threading.get_ident())
+        if forward is None or forward.saving != _saved_tensor_hooks():
+            return None
+        members, pending = self.members, forward.pending
         index = next((i for i, member in enumerate(members) if member is layer), None)
         if index is None:
             return None
@@ -110,11 +125,11 @@ class Siblings:
             # This layer got another x, or the state changed: separate those that have not taken their results.
             if self._separate(pending.results):
                 return layer.siblings.take(layer, x, rows) if layer.siblings is not None else None
-            self.clear()
+            forward.pending = None
             return None
         if pending is not None and pending.is_for(x, rows):
             return None  # differs from the others in rank, dtype, hooks ...: they were computed without it
-        self.clear()  # results for another x, which the parent called its members with before
+        forward.pending = None  # results for another x, which the parent called its members with before
         key = group_key(layer, x, rows)
         if key is None:
             return None
@@ -123,16 +138,12 @@ class Siblings:
             return None
         results = dict(zip(indices, _compute([members[i] for i in indices], x, rows), strict=True))
         y = results.pop(index)
-        self._pending = Pending(x, rows, self._state(members, x), results)
+        forward.pending = Pending(x, rows, self._state(members, x), results)
         return y
-
-    def clear(self) -> None:
-        """Drop all pending results."""
-        self._pending = None
 
     def dissolve(self) -> None:
         """Detach the members and remove the hooks from the parent."""
-        self.clear()
+        self._forwards = {}
         for member in self.members:
             member.siblings = None
         parent = self._parent() if self._parent is not None else None
@@ -163,7 +174,8 @@ class Siblings:
         Returns:
             True if the group was split.
         """
-        if self._context is not None and self._context[1] is not None:
+        forward = self._forwards.get(threading.get_ident())
+        if forward is not None and forward.saving is not None:
             self._apart = set(untaken) if self._apart is None else self._apart
             return False
         self._split(untaken)
@@ -171,19 +183,20 @@ class Siblings:
 
     def _split(self, untaken: Collection[int]) -> None:
         """Separate members that took their results from those that did not; two or more form a new group."""
-        parent, context = self._parent, self._context
+        parent, forward = self._parent, self._forwards.get(threading.get_ident())
         groups: tuple[list[str], list[str]] = ([], [])
         for i, name in enumerate(self.names):
             groups[i in untaken].append(name)
         self.dissolve()
         for names in groups:
             if len(names) > 1 and parent is not None and (module := parent()) is not None:
-                Siblings(module, names)._context = context  # inside the parent's forward: its pre-hook has run
+                group = Siblings(module, names)
+                if forward is not None:  # inside the parent's forward: its pre-hook has run
+                    group._forwards[threading.get_ident()] = Forward(forward.saving)
 
     def _parent_begins(self, parent: nn.Module, arguments: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.clear()
-            self._context = _execution_context()
+            self._forwards[threading.get_ident()] = Forward(_saved_tensor_hooks())
             # not in backward, where checkpointing repeats a forward, with the groups that it had
             if self._apart is not None and torch._C._current_graph_task_id() == -1:
                 self._split(self._apart)
@@ -192,11 +205,10 @@ class Siblings:
         """Drop untaken results. `result` is None after an exception: only a complete forward shows who shares x."""
         if torch.compiler.is_compiling():
             return
-        pending = self._pending
-        self.clear()
-        if pending is not None and pending.results and result is not None:
-            self._separate(pending.results)
-        self._context = None
+        forward = self._forwards.get(threading.get_ident())
+        if forward is not None and forward.pending is not None and forward.pending.results and result is not None:
+            self._separate(forward.pending.results)
+        self._forwards.pop(threading.get_ident(), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Siblings | None:
         """A copy for the copied parent; None if a layer is copied without its parent."""
@@ -206,22 +218,22 @@ class Siblings:
         # Not by __init__: the parent's hook dictionaries are copied as well, under the same ids.
         memo[id(self)] = new = object.__new__(Siblings)
         new.names, new._hooks, new._parent = self.names, self._hooks, weakref.ref(parent)
-        new._context = new._pending = None
+        new._forwards = {}
         new._apart = self._apart
         return new
 
     def __getstate__(self) -> dict[str, Any]:
         """An empty group, as weak references do not pickle: unpickled layers are computed alone."""
-        return {"names": (), "_hooks": self._hooks, "_parent": None, "_context": None, "_pending": None, "_apart": None}
+        return {"names": (), "_hooks": self._hooks, "_parent": None, "_forwards": {}, "_apart": None}
 
 
-def _execution_context() -> tuple[Any, ...]:
-    """The thread and the innermost saved-tensor hooks.
+def _saved_tensor_hooks() -> Any:
+    """The innermost saved-tensor hooks.
 
     Gradient checkpointing around some of the layers installs hooks of its own. A result must not cross into or out of
     a checkpointed region, which recomputes its layers in backward without the others.
     """
-    return threading.get_ident(), torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[Tensor]:

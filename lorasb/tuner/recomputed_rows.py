@@ -6,10 +6,12 @@ hooks are installed that function is replaced by one which installs them again w
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 FUNCTION = "_gradient_checkpointing_func"
@@ -43,7 +45,7 @@ def installed(modules: Iterable[nn.Module], hooks: Sequence[Hook]) -> Iterator[N
 
     with ExitStack() as stack:  # undoes everything, also when a forward raises
         for module in modules:
-            checkpoint = vars(module).get(FUNCTION)
+            checkpoint = vars(module).get(FUNCTION) if module.training else None  # no other mode checkpoints
             if checkpoint is not None:
                 setattr(module, FUNCTION, with_hooks(checkpoint))
                 stack.callback(setattr, module, FUNCTION, checkpoint)
@@ -56,4 +58,17 @@ def installed(modules: Iterable[nn.Module], hooks: Sequence[Hook]) -> Iterator[N
 
 def _register(hooks: Sequence[Hook], stack: ExitStack) -> None:
     for module, hook in hooks:
-        stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        stack.callback(module.register_forward_pre_hook(_OfThisThread(hook), with_kwargs=True).remove)
+
+
+class _OfThisThread:
+    """A hook for forwards of the thread that makes this: another one has rows of its own, or none."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook, self.owner = hook, threading.get_ident()
+        self.names_rows = getattr(hook, "names_rows", False)  # `linear_group` asks
+
+    def __call__(self, *arguments: Any) -> Any:
+        # a compiled forward has no other threads, and cannot ask
+        mine = torch.compiler.is_compiling() or threading.get_ident() == self.owner
+        return self.hook(*arguments) if mine else None

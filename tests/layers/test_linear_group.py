@@ -166,7 +166,7 @@ class TestStaysAlone:
         x = torch.randn(2, 64)
         part = attention(model)
         y = part.q_proj(x)
-        assert part.q_proj.siblings._pending is None
+        assert not part.q_proj.siblings._forwards
         assert torch.equal(y, alone(model).base_model.model.model.layers[0].self_attn.q_proj(x))
 
 
