@@ -14,6 +14,7 @@ from benchmarks.reporting.markdown import picture, read_json, table, where, wher
 from benchmarks.serving import joint_basis, many_adapters
 from benchmarks.training import initialization, opaque_bases, reinforcement, step
 
+ORDINARY = "avx2"  # folder of results on such a processor
 INTRODUCTION = """\
 `make bench` measures all of this on a CPU within twenty minutes; ratios are medians of rounds in which each way has its
 turn, with the 20th and 80th percentile where a range is given. Below 1 is less than the peer."""
@@ -22,7 +23,8 @@ turn, with the 20th and 80th percentile where a range is given. Below 1 is less 
 def section(folder: Path) -> list[str]:
     """Every file of results that is there."""
     out = ["## Speed and memory", "", INTRODUCTION, ""]
-    for part in (layers, four_bits, starts, training_step, other_quantizers, many, joint, rewards, startup, gpus):
+    parts = layers, four_bits, starts, training_step, other_quantizers, many, joint, rewards, startup, ordinary, gpus
+    for part in parts:
         out += [*part(folder), ""]
     return out
 
@@ -130,7 +132,17 @@ def many(folder: Path) -> Iterator[str]:
         yield from table(list(many_adapters.HEAD), many_adapters.rows(found))
         for sentence in many_adapters.sentences(found):
             yield from ("", sentence)
-        yield from picture("Memory by number of adapters, and tokens per second", f"results/{many_adapters.PICTURE}")
+        if (folder / many_adapters.PICTURE).is_file():
+            name = f"results/{many_adapters.PICTURE}"
+            yield from picture("Memory by number of adapters, and tokens per second", name)
+
+
+def ordinary(folder: Path) -> Iterator[str]:
+    """What was measured again where nothing multiplies 16 bits."""
+    found = [line for part in (four_bits, starts, many) for line in (*part(folder / ORDINARY), "")]
+    if any(found):
+        yield from ("### On a processor without bf16 products", "")
+        yield from (f"#{line}" if line.startswith("### ") else line for line in found)
 
 
 def joint(folder: Path) -> Iterator[str]:

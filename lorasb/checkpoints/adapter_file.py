@@ -32,13 +32,13 @@ def check_tensors(tensors: dict[str, Tensor], layers: dict[str, Shapes]) -> None
             "this file holds a plain LoRA (lora_A, lora_B) but its configuration says LORASB: it has no R. "
             "Load it with peft_type LORA, or point at the LoRA-SB adapter it was exported from"
         )
-    _check_factors(factors, layers)
+    check_factors(factors, layers)
     extra = sorted(set(factors) - set(layers))
     if extra:
         raise ValueError(f"the adapter file has layers that this model does not adapt: {', '.join(extra[:3])}, ...")
 
 
-def _check_factors(factors: dict[str, dict[str, Tensor]], layers: dict[str, Shapes]) -> None:
+def check_factors(factors: dict[str, dict[str, Tensor]], layers: dict[str, Shapes]) -> None:
     """Check that every factor of `layers` is there, with its shape and values."""
     for name, shapes in layers.items():
         for factor, shape in shapes.items():

@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from ..recipes.settings import EMBEDDED, INIT_OUTPUT, InitSettings, Settings, listed
-from .options import command
+from .options import Command, command
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune Hugging Face models with LoRA-SB.")
 
@@ -70,11 +70,11 @@ def _files(output: str) -> str:
     return f"In [bold]{escape(output)}[/]: " + ", ".join(folders.get(name, name) for name in names)
 
 
-app.command("finetune")(command(_finetune, [(Settings, False)], {}))
-app.command("init")(command(_init, [(Settings, True), (InitSettings, False)], {"output": INIT_OUTPUT}))
+app.command("finetune", cls=Command)(command(_finetune, [(Settings, False)], {}))
+app.command("init", cls=Command)(command(_init, [(Settings, True), (InitSettings, False)], {"output": INIT_OUTPUT}))
 
 
-@app.command()
+@app.command(cls=Command)
 def plan(
     name: Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder or hub id; its config is read.")] = None,
     model: Annotated[str | None, typer.Option(help="The same.", show_default=EMBEDDED)] = None,
@@ -84,7 +84,7 @@ def plan(
     seq: Annotated[int, typer.Option(help="Tokens of a row.", min=2)] = 512,
     bits: Annotated[int, typer.Option(help="Bits of the base's linear weights: 16 or 4.")] = 16,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Compute activations again in backward.")
+        bool, typer.Option(help="Compute activations again in backward.", show_default=False)
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

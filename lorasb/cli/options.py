@@ -8,13 +8,28 @@ from dataclasses import Field
 from typing import Annotated, Any, Optional
 
 import typer
+from typer.core import TyperCommand
 
 from ..recipes import preset
 from ..recipes.config_file import read_config, typed
 from ..recipes.setting_rules import option
 from ..recipes.settings import listed, shown_default
 
-OFF = "no_"  # before the name of a switch
+
+class Command(TyperCommand):
+    """A command whose help leaves out the --no-... of switches: their column takes a third of its width."""
+
+    def format_help(self, *arguments: Any) -> None:
+        """Print the help."""
+        switches: list[Any] = [one for one in self.params if getattr(one, "secondary_opts", None)]
+        kept = [one.secondary_opts for one in switches]
+        for one in switches:
+            one.secondary_opts = []
+        try:
+            super().format_help(*arguments)
+        finally:
+            for one, names in zip(switches, kept, strict=True):
+                one.secondary_opts = names
 
 
 def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: dict[str, Any]) -> Callable[..., None]:
@@ -27,7 +42,6 @@ def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: 
         defaults: defaults that differ from the dataclasses', by name.
     """
     parameters: list[inspect.Parameter] = []
-    switches: list[str] = []
     settings = [(setting, kind, init) for cls, init in lists for setting, kind in listed(cls)]
     for setting, kind, init in settings:
         init_help = setting.metadata["init"]  # "": no option of `lorasb init`; "same": has the help text of a run's
@@ -35,8 +49,6 @@ def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: 
             continue
         help_text = init_help if init and init_help != "same" else setting.metadata["help"]
         parameters.append(_parameter(setting, kind, help_text, defaults.get(setting.name)))
-        switches += [setting.name] if kind is bool else []
-    parameters += [_off(name) for name in switches]
     text = typer.Option(
         help="YAML file of settings; options override it, --no-NAME what it switches on.", rich_help_panel="Run"
     )
@@ -52,7 +64,6 @@ def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: 
 
     def call(**given: Any) -> None:
         file, name = given.pop("config"), given.pop("preset", None)
-        given |= {name: False for name in switches if given.pop(OFF + name, False)}
         values = read_config(preset.find(name), types) if name else {}
         values |= read_config(file, types) if file else {}
         named = {name: value for name, value in given.items() if value is not None}
@@ -70,15 +81,11 @@ def _parameter(setting: Field[Any], kind: Any, help_text: str, default: Any) -> 
     shown = shown_default(setting) if default is None else str(default)
     # typer knows no dictionaries: rank_pattern arrives as text and is parsed by `typed`
     option_type = kind if kind in (str, int, float, bool) else str
-    names = option(setting.name), *setting.metadata.get("also", ())
+    name = option(setting.name)
+    names = f"{name}/--no-{name[2:]}" if kind is bool else name, *setting.metadata.get("also", ())
     panel = setting.metadata["group"].capitalize()
     typer_option = typer.Option(*names, help=help_text, show_default=shown, rich_help_panel=panel)
     return _plain(setting.name, Annotated[Optional[option_type], typer_option])  # noqa: UP045
-
-
-def _off(name: str) -> inspect.Parameter:
-    """--no-NAME of a switch: hidden, as its column would take a third of the help's width."""
-    return _plain(OFF + name, Annotated[Optional[bool], typer.Option(option(OFF + name), hidden=True)])  # noqa: UP045
 
 
 def _plain(name: str, annotation: Any) -> inspect.Parameter:

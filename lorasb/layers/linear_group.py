@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import lora_sb_linear_group
-from ..utils.dtypes import HALVES
-from . import row_cores
+from .group_members import compute, group_key
 from .token_rows import Rows
 
 if TYPE_CHECKING:
@@ -123,7 +121,7 @@ class Siblings:
             if pending.is_for(x, rows) and pending.state == self._state(members, x):
                 return pending.results.pop(index)
             # This layer got another x, or the state changed: separate those that have not taken their results.
-            if self._separate(pending.results):
+            if self._separate(pending.results, forward):
                 return layer.siblings.take(layer, x, rows) if layer.siblings is not None else None
             forward.pending = None
             return None
@@ -136,7 +134,7 @@ class Siblings:
         indices = [i for i, member in enumerate(members) if group_key(member, x, rows) == key]
         if len(indices) < 2:
             return None
-        results = dict(zip(indices, _compute([members[i] for i in indices], x, rows), strict=True))
+        results = dict(zip(indices, compute([members[i] for i in indices], x, rows), strict=True))
         y = results.pop(index)
         forward.pending = Pending(x, rows, self._state(members, x), results)
         return y
@@ -164,26 +162,31 @@ class Siblings:
         autocast = torch.is_autocast_enabled(x.device.type)
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
         adapter_states = [
-            (*m.active_adapters, m.disable_adapters, *(core._version for core in m.lorasb_R.values())) for m in members
+            (*m.active_adapters, m.disable_adapters, *(core._version for core in list(m.lorasb_R.values())))
+            for m in members
         ]
         return x._version, torch.is_grad_enabled(), autocast, stream, *adapter_states
 
-    def _separate(self, untaken: Collection[int]) -> bool:
+    def _separate(self, untaken: Collection[int], forward: Forward, ended: bool = False) -> bool:
         """Split the group now; under gradient checkpointing, which will run this forward again, before the next one.
 
         Returns:
             True if the group was split.
         """
-        forward = self._forwards.get(threading.get_ident())
-        if forward is not None and forward.saving is not None:
+        if forward.saving is not None:
             self._apart = set(untaken) if self._apart is None else self._apart
             return False
-        self._split(untaken)
+        self._split(untaken, None if ended else forward)
         return True
 
-    def _split(self, untaken: Collection[int]) -> None:
-        """Separate members that took their results from those that did not; two or more form a new group."""
-        parent, forward = self._parent, self._forwards.get(threading.get_ident())
+    def _split(self, untaken: Collection[int], forward: Forward | None) -> None:
+        """Separate members that took their results from those that did not; two or more form a new group.
+
+        Args:
+            untaken: the latter's indices.
+            forward: of the parent, which the new groups are then in, too; None between forwards.
+        """
+        parent = self._parent
         groups: tuple[list[str], list[str]] = ([], [])
         for i, name in enumerate(self.names):
             groups[i in untaken].append(name)
@@ -191,24 +194,32 @@ class Siblings:
         for names in groups:
             if len(names) > 1 and parent is not None and (module := parent()) is not None:
                 group = Siblings(module, names)
-                if forward is not None:  # inside the parent's forward: its pre-hook has run
+                if forward is not None:  # the parent's pre-hook has run
                     group._forwards[threading.get_ident()] = Forward(forward.saving)
 
     def _parent_begins(self, parent: nn.Module, arguments: Any) -> None:
         if not torch.compiler.is_compiling():
-            self._forwards[threading.get_ident()] = Forward(_saved_tensor_hooks())
+            forward = self._begun()
             # not in backward, where checkpointing repeats a forward, with the groups that it had
             if self._apart is not None and torch._C._current_graph_task_id() == -1:
-                self._split(self._apart)
+                self._split(self._apart, forward)
+
+    def _begun(self) -> Forward:
+        """A forward of this thread. Those that threads were interrupted in end with these: no hook has run then."""
+        thread = threading.get_ident()
+        if self._forwards and thread not in self._forwards:
+            alive = {one.ident for one in threading.enumerate()}
+            self._forwards = {other: forward for other, forward in self._forwards.items() if other in alive}
+        self._forwards[thread] = forward = Forward(_saved_tensor_hooks())
+        return forward
 
     def _parent_ends(self, parent: nn.Module, arguments: Any, result: Any) -> None:
         """Drop untaken results. `result` is None after an exception: only a complete forward shows who shares x."""
         if torch.compiler.is_compiling():
             return
-        forward = self._forwards.get(threading.get_ident())
+        forward = self._forwards.pop(threading.get_ident(), None)
         if forward is not None and forward.pending is not None and forward.pending.results and result is not None:
-            self._separate(forward.pending.results)
-        self._forwards.pop(threading.get_ident(), None)
+            self._separate(forward.pending.results, forward, ended=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Siblings | None:
         """A copy for the copied parent; None if a layer is copied without its parent."""
@@ -234,77 +245,6 @@ def _saved_tensor_hooks() -> Any:
     a checkpointed region, which recomputes its layers in backward without the others.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def _compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[Tensor]:
-    """y_i [..., out_i] of members with equal `group_key`."""
-    if rows is not None:
-        parts = [row_cores.of_rows(member, rows) for member in members]
-        return lora_sb_linear_group(
-            members[0].on_base_dtype(x),
-            [member.base_weight() for member in members],
-            [part.a for part in parts],
-            [part.cores for part in parts],
-            [part.b for part in parts],
-            [member.bias for member in members if member.bias is not None],
-            [part.scaling for part in parts],
-            index=parts[0].places,
-        )
-    name = members[0].active_adapters[0]
-    return lora_sb_linear_group(
-        members[0].on_base_dtype(x),
-        [member.base_weight() for member in members],
-        [member.lorasb_A[name] for member in members],
-        [member.lorasb_R[name] for member in members],
-        [member.lorasb_B[name] for member in members],
-        [member.bias for member in members if member.bias is not None],
-        [member.scaling[name] for member in members],
-        dropout=members[0].lora_dropout[name] if members[0].training else 0.0,
-    )
-
-
-def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple[Any, ...] | None:
-    """A key that is equal for layers which can be computed together on x; None: compute this one alone."""
-    if layer.disable_adapters or layer.merged or layer.quantized() is not None:  # the group op takes dense weights
-        return None
-    # A patched or offloaded base has to run its own forward.
-    if layer.fan_in_fan_out or _is_watched(layer) or hasattr(layer, "_hf_hook") or layer.base_must_run():
-        return None
-    weight = layer.weight
-    if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] != layer.in_features or weight.device != x.device:
-        return None
-    adapters = _key_of_active(layer) if rows is None else _key_of_rows(layer, rows)
-    return None if adapters is None else (*adapters, weight.dtype, layer.bias is None, layer.training)
-
-
-def _is_watched(layer: LoRASBLinear) -> bool:
-    """True if hooks have to see their own layer run; those that only say which adapters its rows have do not."""
-    hooks = (layer._forward_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks) or not all(getattr(hook, "names_rows", False) for hook in layer._forward_pre_hooks.values())
-
-
-def _key_of_active(layer: LoRASBLinear) -> tuple[Any, ...] | None:
-    """Of the one active adapter."""
-    names = layer.active_adapters
-    if len(names) != 1 or names[0] not in layer.lorasb_R:
-        return None
-    name, core = names[0], layer.lorasb_R[names[0]]
-    if layer.equivalent[name] or layer.wide_factors[name] or core.dtype in HALVES or not _may_train(layer, name):
-        return None
-    return name, layer.r[name], core.dtype, layer.lora_dropout[name] if layer.training else 0.0
-
-
-def _key_of_rows(layer: LoRASBLinear, rows: Rows) -> tuple[Any, ...] | None:
-    """Of rows whose adapters one call computes."""
-    names = row_cores.in_one_call(layer, rows)
-    if names is None or layer.any_wide or not all(_may_train(layer, name) for name in names):
-        return None
-    return names, *((layer.r[name], layer.lorasb_R[name].dtype) for name in names[:1])
-
-
-def _may_train(layer: LoRASBLinear, name: str) -> bool:
-    """False for an adapter that is trained before it is initialized: the layer's own forward raises the error."""
-    return not (torch.is_grad_enabled() and layer.lorasb_R[name].requires_grad and not layer.is_initialized(name))
 
 
 def form(model: nn.Module) -> None:

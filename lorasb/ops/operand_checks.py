@@ -120,11 +120,13 @@ def check_rows(
     """
     if not isinstance(index, Tensor):
         index = torch.tensor(list(index), dtype=torch.int64)
-    signature = None if torch.compiler.is_compiling() else signatures.of(x, weight, a, cores, b, bias, index)
-    if signature is None or not _rows.has(signature):
+    if torch.compiler.is_compiling():
         _check_rows(x, weight, a, cores, b, bias, index)
-        if signature is not None:
-            _rows.add(signature)
+        return index
+    signature = signatures.of(x, weight, a, cores, b, bias, index)
+    if not _rows.has(signature):
+        _check_rows(x, weight, a, cores, b, bias, index)
+        _rows.add(signature)
     _check_inference(x)
     return index
 

@@ -12,12 +12,16 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..checkpoints import shared_factors
+from ..checkpoints.adapter_file import check_factors
+from ..constants import BASE_ROW
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import layers_with
 from .bank_files import cores_of
 from .basis import frozen_factors
 from .config import LoRASBConfig
 from .rollback import discard
+
+CORE = "lorasb_R"
 
 
 def add_adapters(
@@ -37,6 +41,8 @@ def add_adapters(
     Raises:
         ValueError: no such basis, or it is not initialized; a name that is taken, given twice, or cannot be one.
     """
+    if isinstance(names, str):
+        raise ValueError(f"expected several names, got the text {names!r}: add_adapters(model, [{names!r}])")
     names = list(names)
     _check(model, names)
     try:
@@ -57,11 +63,19 @@ def add_adapters(
 
 def _check(model: Any, names: Sequence[str]) -> None:
     taken: set[str] = set(getattr(model, "peft_config", {}))
+    stored = (m.stored_cores for m in model.modules() if isinstance(m, LoRASBLinear) and m.stored_cores is not None)
+    bank: Any = next((one.bank for one in stored), ())
     for name in names:
-        if not isinstance(name, str) or not name or "." in name:
-            raise ValueError(f"expected a name without dots for each adapter, got {name!r}")
-        if name in taken:
-            raise ValueError(f"the model has an adapter {name!r} already, or it is named twice: choose another name")
+        # names are entries of a ParameterDict, which cannot be those of its own methods
+        if not isinstance(name, str) or not name or "." in name or name == BASE_ROW or hasattr(nn.ParameterDict, name):
+            raise ValueError(
+                f"expected a name without dots for each adapter, not {BASE_ROW} or a method's of a dictionary, got "
+                f"{name!r}"
+            )
+        if name in taken or name in bank:
+            raise ValueError(
+                f"the model or its bank has an adapter {name!r} already, or it is named twice: choose another name"
+            )
         taken.add(name)
 
 
@@ -83,12 +97,24 @@ def load_adapters(model: Any, folder: Path, names: Sequence[str], *, basis: str 
     """Load the R's of adapters on the basis from their folders in `folder`; those that the model lacks are added.
 
     Raises:
-        ValueError: a file is truncated, has more than R, or belongs to other A and B.
+        ValueError: a file is truncated, has more than R, or belongs to other A and B, which one of the model's adapters
+            may have, too; or an R is missing, of another shape, or not finite. The model is as it was.
     """
     layers = layers_with(model, basis)
+    for name in names:
+        other = (
+            one for one in layers.values() if name in one.lorasb_R and one.lorasb_A[name] is not one.lorasb_A[basis]
+        )
+        if next(other, None) is not None:
+            raise ValueError(f"adapter {name!r} of the model has other A and B than {basis!r}: delete it first")
     digest = shared_factors.digest(frozen_factors(layers, basis))
     scalings = {layer: module.scaling[basis] for layer, module in layers.items()}
     cores = {name: cores_of(folder / name, digest, scalings) for name in names}  # all, before the model changes
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        layer: {CORE: (module.r[basis],) * 2} for layer, module in layers.items()
+    }
+    for found in cores.values():
+        check_factors({layer: {CORE: core} for layer, core in found.items()}, shapes)
     add_adapters(model, [name for name in names if name not in model.peft_config], basis=basis)
     for name, found in cores.items():
         for layer, core in found.items():

@@ -95,7 +95,7 @@ def test_init_takes_its_share_of_the_list() -> None:
     own = {one.name for one, _ in listed(InitSettings)}
     assert own == {"strategy", "memory_budget", "cache", "stability", "energy", "parameters"}
     assert own < names
-    assert names - own - {"config", "no_stability"} == {one.name for one, _ in listed(Settings) if one.metadata["init"]}
+    assert names - own - {"config"} == {one.name for one, _ in listed(Settings) if one.metadata["init"]}
     assert "eval_data" not in names
     assert "run" in get_type_hints(InitSettings)
 
@@ -109,3 +109,14 @@ def test_help_has_every_option_whole_in_eighty_columns(monkeypatch: pytest.Monke
         assert f"{option(one.name)}" in text
     for group in {one.metadata["group"] for one, _ in listed(Settings)}:
         assert f"─ {group.capitalize()} ─" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "want"), [(["--no-packing", "--packing"], True), (["--packing", "--no-packing"], False)]
+)
+def test_the_last_of_a_switch_s_two_options_wins(given: list[str], want: bool) -> None:
+    assert call(*given)["packing"] is want
+    text = CliRunner().invoke(app, ["finetune", "--help"]).output
+    assert "--no-packing" not in text
+    assert "--no-NAME" in text
+    assert call(*given)["packing"] is want  # the help has left the options as they are

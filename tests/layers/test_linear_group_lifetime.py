@@ -190,3 +190,37 @@ def test_memory_kept_for_backward_is_u_alone() -> None:
         part.q_proj(x), part.k_proj(x), part.v_proj(x)
     group._parent_ends(part, (), ())
     assert kept == [(40, 4)] * 3
+
+
+def test_a_forward_that_a_thread_was_interrupted_in_is_forgotten() -> None:
+    """Ctrl-C skips hooks that see every other end of a forward."""
+    model = prepared(Two(), 16)
+    (group,), two, x = groups(model), model.base_model.model, torch.randn(3, 16)
+    two.raises = KeyboardInterrupt
+    with ThreadPoolExecutor(1) as thread, pytest.raises(KeyboardInterrupt):
+        thread.submit(two, x).result()
+    assert len(group._forwards) == 1
+    two.raises = None
+    two(x)
+    assert not group._forwards
+
+
+def test_a_group_that_is_split_at_the_end_of_a_forward_is_outside_of_it() -> None:
+    model = prepared(Skipping(), 16)
+    skipping, x = model.base_model.model, torch.randn(3, 16)
+    skipping(x)
+    (group,) = groups(model)
+    assert not group._forwards
+    skipping.q_proj(x)
+    assert not group._forwards
+
+
+class Skipping(nn.Module):
+    """A parent that never calls one of three siblings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x) + self.v_proj(x)

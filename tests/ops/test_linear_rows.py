@@ -182,6 +182,7 @@ def test_compiles_without_a_graph_break_and_checks_the_index_there_too(dynamic: 
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     index = torch.tensor(INDEX)
     cores = cores.requires_grad_(True)
+    case.x.requires_grad_(True)
     grads = []
     for call in (function, compiled):
         cores.grad = None

@@ -170,6 +170,7 @@ def test_compiles_without_a_graph_break_and_checks_the_index_there_too(dynamic: 
 
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     cores, index = [case.core.requires_grad_(True) for case in cases], torch.tensor(INDEX)
+    cases[0].x.requires_grad_(True)
     found = [torch.autograd.grad(call(cases[0].x, cores, index).sum(), cores) for call in (function, compiled)]
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)

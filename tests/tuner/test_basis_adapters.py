@@ -9,10 +9,12 @@ import pytest
 import torch
 from basis_models import a_layer, fill, with_basis, with_users
 from models import batches_for, patched
+from safetensors.torch import load_file, save_file
 
 import lorasb
 from lorasb.layers.linear import LoRASBLinear
 from lorasb.layers.lookup import layers_with
+from lorasb.layers.parameter_dicts import FrozenFactors
 from lorasb.tuner.basis_adapters import load_adapters
 
 NAMES = ["ada", "emmy", "grace"]
@@ -86,9 +88,11 @@ def test_modules_of_their_own_are_made_by_peft() -> None:
 
 BAD: dict[str, tuple[list[Any], dict[str, Any], str]] = {
     "taken": (["ada", "default"], {}, "has an adapter 'default' already"),
+    "of the rows of nobody": (["__base__"], {}, "expected a name without dots"),
+    "of a dictionary": (["ada", "keys"], {}, "a method's of a dictionary, got 'keys'"),
     "twice": (["ada", "ada"], {}, "or it is named twice"),
     "dots": (["a.b"], {}, "expected a name without dots"),
-    "no text": ([3], {}, "expected a name without dots for each adapter, got 3"),
+    "no text": ([3], {}, "expected a name without dots for each adapter, .* got 3"),
     "no basis": (["ada"], {"basis": "missing"}, "basis='missing' is no adapter of this model"),
 }
 
@@ -101,6 +105,15 @@ def test_bad_names_leave_the_model_as_it_was(name: str) -> None:
     with pytest.raises(ValueError, match=message):
         lorasb.add_adapters(model, names, **options)
     assert state(model) == before
+
+
+def test_a_text_and_names_of_the_bank_are_refused() -> None:
+    model = with_basis()
+    with pytest.raises(ValueError, match="expected several names, got the text 'ab'"):
+        lorasb.add_adapters(model, "ab")
+    lorasb.AdapterBank(model).add("ada")
+    with pytest.raises(ValueError, match="the model or its bank has an adapter 'ada' already"):
+        lorasb.add_adapters(model, NAMES)
 
 
 def test_one_that_fails_takes_the_others_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,3 +142,55 @@ def test_of_none_nothing_and_of_hundreds_one_is_added_by_peft(monkeypatch: pytes
     lorasb.add_adapters(model, [f"user-{i}" for i in range(200)])
     assert calls == ["user-0"]
     assert len(model.peft_config) == 201
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_an_interrupt_in_the_middle_of_a_copy_leaves_nothing(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_basis()
+    before, count = state(model), iter(range(99))
+    real = FrozenFactors.__setattr__
+
+    def fails(self: FrozenFactors, name: str, value: Any) -> None:
+        if name == "grace" and next(count) == at:
+            raise KeyboardInterrupt
+        real(self, name, value)
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(FrozenFactors, "__setattr__", fails)
+        with pytest.raises(KeyboardInterrupt):
+            lorasb.add_adapters(model, NAMES)
+    assert state(model) == before
+    lorasb.add_adapters(model, NAMES)
+
+
+def damaged(folder: Path, kind: str) -> None:
+    """A file of R's that is not what the model needs."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(name for name in tensors if "lorasb_R" in name)
+    value = tensors.pop(key)
+    if kind != "missing":
+        tensors[key] = {"small": value[:1, :1], "other": torch.zeros(3, 3), "nan": value * float("nan")}[kind].clone()
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("missing", "was cut short"), ("small", r"\[1, 1\]"), ("other", r"\[3, 3\]"), ("nan", "finite|NaN")],
+)
+def test_a_damaged_file_is_refused_and_the_model_stays(kind: str, message: str, tmp_path: Path) -> None:
+    with_users(*NAMES).save_pretrained(str(tmp_path))
+    damaged(tmp_path / "grace", kind)
+    model = with_basis()
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        load_adapters(model, tmp_path, NAMES)
+    assert state(model) == before
+
+
+def test_one_of_other_factors_is_not_loaded_over(tmp_path: Path) -> None:
+    with_users(*NAMES).save_pretrained(str(tmp_path))
+    model = with_basis()
+    model.add_adapter("ada", lorasb.LoRASBConfig(r=4, init="random"))
+    with pytest.raises(ValueError, match="adapter 'ada' of the model has other A and B than 'default'"):
+        load_adapters(model, tmp_path, NAMES)

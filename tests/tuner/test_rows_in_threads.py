@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,8 @@ from models import batches_for
 from torch import Tensor
 
 import lorasb
+from lorasb.tuner.mixed_batch import adapters_by_row
+from lorasb.tuner.recomputed_rows import FUNCTION
 
 NAMES = ("ada", "emmy", "grace")
 CALLS: tuple[list[str] | None, ...] = (["ada", "grace"], ["__base__", "emmy"], None, ["grace", "default"])
@@ -60,3 +63,80 @@ def test_generation_in_a_thread_of_its_own() -> None:
         assert torch.equal(call(model, None).logits, plain)
     thread.join()
     assert torch.equal(found[0], want)
+
+
+def test_a_registry_that_changes_under_a_forward_is_no_error() -> None:
+    """Batches that begin and end in other threads, at every few instructions of this one."""
+    model = with_users(*NAMES, target_modules="all-linear")
+    wanted, interval = [call(model, names).logits for names in CALLS], sys.getswitchinterval()
+
+    def serve(i: int) -> bool:
+        return all(torch.equal(call(model, CALLS[i]).logits, wanted[i]) for _ in range(30))
+
+    try:
+        sys.setswitchinterval(1e-5)
+        with ThreadPoolExecutor(len(CALLS)) as threads:
+            assert all(threads.map(serve, range(len(CALLS))))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def loss_of(model: Any, names: list[str]) -> Tensor:
+    return model(**batches_for("llama")[0], adapter_names=names).loss
+
+
+def trained() -> Any:
+    model = with_users(*NAMES).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lorasb_R" in name)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def test_overlapping_blocks_of_a_checkpointed_model_keep_to_their_rows_and_leave_nothing() -> None:
+    model, first, second = trained(), ["ada", "grace"], ["emmy", "emmy"]
+    functions = [vars(m).get(FUNCTION) for m in model.modules()]
+    wanted = []
+    for names in (first, second):
+        loss_of(model, names).backward()
+        wanted.append(gradients(model))
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with adapters_by_row(model, first):
+            entered.set()
+            left.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait()
+    with adapters_by_row(model, second):
+        left.set()
+        thread.join()  # the first block ends inside the second
+        loss = model.get_base_model()(**batches_for("llama")[0]).loss
+    loss.backward()
+    found = gradients(model)
+    assert found.keys() == wanted[1].keys()
+    assert all(torch.equal(found[name], grad) for name, grad in wanted[1].items())
+    assert [vars(m).get(FUNCTION) for m in model.modules()] == functions
+
+
+def test_backward_in_another_thread_has_the_rows_of_the_block_that_it_is_in() -> None:
+    """As autograd's own threads on a GPU, with the block still open."""
+    model, names = trained(), ["ada", "grace"]
+    loss_of(model, names).backward()
+    want = gradients(model)
+    with adapters_by_row(model, names):
+        loss = model.get_base_model()(**batches_for("llama")[0]).loss
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    found = gradients(model)
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], grad) for name, grad in want.items())
