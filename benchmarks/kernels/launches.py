@@ -83,8 +83,8 @@ def record_rows(plan: Plan, dtype: torch.dtype, n: int, m: int, r: int, rows: in
     layer, M = members(n, (m,), r, dtype), rows * tokens
     of_rows = RowCores(empty(rows, r, r), torch.arange(rows), 1.0)
     with observed(dry=True) as launches:
-        forward_rows(empty(M, n, dtype=dtype), layer, None, of_rows, plan)
-        _, t = backward_rows(empty(M, m, dtype=dtype), layer, empty(M, r, dtype=dtype), of_rows, plan, True)
+        forward_rows(empty(M, n, dtype=dtype), layer, [None], [of_rows], plan)
+        _, (t,) = backward_rows([empty(M, m, dtype=dtype)], layer, [empty(M, r, dtype=dtype)], [of_rows], plan, True)
         of_rows.gradients(t, empty(M, r, dtype=dtype))
     return [one for one in launches if one.name in ("times_row_cores", "row_core_gradients")]
 
