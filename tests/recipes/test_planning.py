@@ -47,8 +47,16 @@ def folder_of(config: Any, folder: Path) -> str:
     return str(folder)
 
 
-def made(config: Any) -> Any:
-    return getattr(transformers, config.architectures[0])._from_config(config, dtype=torch.bfloat16)
+def made(config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    return getattr(transformers, config.architectures[0])._from_config(config, dtype=dtype)
+
+
+@pytest.fixture(params=["bfloat16", "float32"])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """What `--dtype auto` takes: on any machine, as if it had bf16 products or none."""
+    monkeypatch.setattr(planner, "native", lambda device: Precision(request.param, "a test"))
+    found: torch.dtype = getattr(torch, request.param)
+    return found
 
 
 def real_step(config: Any, checkpointing: bool) -> tuple[int, int]:
@@ -96,10 +104,10 @@ def test_live_bytes_follow_tensors_that_come_and_go() -> None:
         assert live.now == 0
 
 
-def test_a_plan_adds_up(tmp_path: Path) -> None:
+def test_a_plan_adds_up(dtype: torch.dtype, tmp_path: Path) -> None:
     request = Request(folder_of(CONFIGS["llama"], tmp_path), r=8, batch=BATCH, seq=SEQ)
     found = plan(request)
-    model: Any = lorasb.patch(made(CONFIGS["llama"]), r=8, init="random")
+    model: Any = lorasb.patch(made(CONFIGS["llama"], dtype), r=8, init="random")
     sizes = {n: p.numel() * p.element_size() for n, p in model.named_parameters()}
     base = sum(size for name, size in sizes.items() if "lorasb" not in name)
     assert base <= found.base <= base + 1000  # rotary frequencies are a buffer
@@ -149,7 +157,7 @@ def test_a_card_without_bf16_is_planned_in_fp32(tmp_path: Path) -> None:
     assert old.saved > 1.5 * new.saved
 
 
-def test_experts_that_a_token_goes_through_are_counted(tmp_path: Path) -> None:
+def test_experts_that_a_token_goes_through_are_counted(dtype: torch.dtype, tmp_path: Path) -> None:
     sizes = {
         "hidden_size": 64,
         "num_hidden_layers": 2,

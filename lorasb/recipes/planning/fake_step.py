@@ -7,12 +7,14 @@ it would keep is counted instead of guessed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...layers.linear import LoRASBLinear
 from ..prepare import checkpoint_activations
@@ -53,7 +55,7 @@ def count_step(model: nn.Module, batch: int, seq: int, checkpointing: bool = Fal
     if checkpointing:
         model.config.use_cache = False  # type: ignore[union-attr]  # transformers says so, too
         checkpoint_activations(model.get_base_model())  # type: ignore[operator]
-    with FakeTensorMode(), LiveBytes() as live:
+    with FakeTensorMode(), _GroupedProducts(), LiveBytes() as live:
         base, factors, cores = _become_fake(model)
         model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -65,6 +67,19 @@ def count_step(model: nn.Module, batch: int, seq: int, checkpointing: bool = Fal
         optimizer.step()
         del loss
         return StepBytes(base, factors, cores, live.now - static, saved, live.peak)
+
+
+class _GroupedProducts(TorchDispatchMode):
+    """Experts' grouped products in any dtype, as a CPU computes them: torch's fake ones take bf16 alone."""
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        packet = getattr(func, "overloadpacket", None)
+        if packet is None or packet is not getattr(torch.ops.aten, "_grouped_mm", None):
+            return func(*args, **(kwargs or {}))
+        narrow = [a.bfloat16() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        return func(*narrow, **(kwargs or {})).to(args[0].dtype)
 
 
 def _loss(model: nn.Module, batch: int, seq: int) -> torch.Tensor:
