@@ -19,8 +19,7 @@ class Bases:
     r: dict[str, int]
     scaling: dict[str, float]
     first_scaling: dict[str, float]
-    lora_dropout: dict[str, float]
-    equivalent: dict[str, bool]
+    other_param_names: tuple[str, ...]
     _preconditioners: dict[str, Any]
     initialized: dict[str, bool]
     wide_factors: dict[str, bool]
@@ -34,30 +33,20 @@ class Bases:
 
     def copy_adapter(self, adapter_name: str, name: str) -> None:
         """Add an adapter like another one on a basis: the same A and B, and a copy of R, which does not train yet."""
-        tables = self._tables()
-        dicts = self.lorasb_A, self.lorasb_B, self.lorasb_R
+        tables = [getattr(self, table) for table in self.other_param_names]  # A, B and all but R, by adapter
         try:
             for values in tables:
                 if adapter_name in values:
                     values[name] = values[adapter_name]
-            for factors in dicts[:2]:
-                factors[name] = factors[adapter_name]
             if adapter_name in self.lorasb_R.in_halves:
                 self.lorasb_R.in_halves.add(name)
             self.lorasb_R[name] = nn.Parameter(self.lorasb_R[adapter_name].detach().clone(), requires_grad=False)
         except BaseException:  # Ctrl-C, too
-            for values in tables:
-                values.pop(name, None)
             self.lorasb_R.in_halves.discard(name)
-            for factors in dicts:
-                with suppress(KeyError, AttributeError):  # it may have the key, and not yet the parameter
-                    del factors[name]
+            for values in (*tables, self.lorasb_R):
+                with suppress(KeyError, AttributeError):  # a ParameterDict may have the key, and no parameter yet
+                    del values[name]
             raise
-
-    def _tables(self) -> tuple[dict[str, Any], ...]:
-        """What is known of adapters, by name."""
-        known = self.r, self.scaling, self.first_scaling, self.lora_dropout, self.equivalent
-        return *known, self.wide_factors, self.initialized, self.basis
 
     def move_to_basis(self, adapter_name: str, basis: str, core: Tensor) -> None:
         """Give an adapter the A, B, rank and s of another one, and an R [r, r]; dropout and all else stays."""

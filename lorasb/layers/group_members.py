@@ -18,29 +18,18 @@ if TYPE_CHECKING:
 
 def compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[Tensor]:
     """y_i [..., out_i] of members with equal `group_key`."""
+    options: dict[str, Any]
     if rows is not None:
         parts = [row_cores.of_rows(member, rows) for member in members]
-        return lora_sb_linear_group(
-            members[0].on_base_dtype(x),
-            [member.base_weight() for member in members],
-            [part.a for part in parts],
-            [part.cores for part in parts],
-            [part.b for part in parts],
-            [member.bias for member in members if member.bias is not None],
-            [part.scaling for part in parts],
-            index=parts[0].places,
-        )
-    name = members[0].active_adapters[0]
-    return lora_sb_linear_group(
-        members[0].on_base_dtype(x),
-        [member.base_weight() for member in members],
-        [member.lorasb_A[name] for member in members],
-        [member.lorasb_R[name] for member in members],
-        [member.lorasb_B[name] for member in members],
-        [member.bias for member in members if member.bias is not None],
-        [member.scaling[name] for member in members],
-        dropout=members[0].lora_dropout[name] if members[0].training else 0.0,
-    )
+        adapters = [(part.a, part.cores, part.b, part.scaling) for part in parts]
+        options = {"index": parts[0].places}
+    else:
+        name = members[0].active_adapters[0]
+        adapters = [(m.lorasb_A[name], m.lorasb_R[name], m.lorasb_B[name], m.scaling[name]) for m in members]
+        options = {"dropout": members[0].lora_dropout[name] if members[0].training else 0.0}
+    a, cores, b, scalings = zip(*adapters, strict=True)
+    weights, biases = [m.base_weight() for m in members], [m.bias for m in members if m.bias is not None]
+    return lora_sb_linear_group(members[0].on_base_dtype(x), weights, a, cores, b, biases, scalings, **options)
 
 
 def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple[Any, ...] | None:

@@ -131,7 +131,7 @@ class Siblings:
         key = group_key(layer, x, rows)
         if key is None:
             return None
-        indices = [i for i, member in enumerate(members) if group_key(member, x, rows) == key]
+        indices = [i for i, m in enumerate(members) if m is layer or group_key(m, x, rows) == key]
         if len(indices) < 2:
             return None
         results = dict(zip(indices, compute([members[i] for i in indices], x, rows), strict=True))

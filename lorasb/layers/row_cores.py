@@ -75,7 +75,7 @@ def in_one_call(layer: LoRASBLinear, rows: Rows) -> tuple[str, ...] | None:
     """The adapters of rows that one call computes, of a bank its basis alone; None: they take several."""
     if layer.disable_adapters:
         return None
-    names = [name for name in rows.others if name in layer.lorasb_R]
+    names = _own(layer, rows)
     if layer.stored_cores is not None and rows.places is not None:
         return None if names else (layer.stored_cores.basis,)
     return tuple(names) if len(names) > 1 and on_one_basis(layer, names) else None
@@ -86,14 +86,19 @@ def of_rows(layer: LoRASBLinear, rows: Rows) -> RowCores:
     bank, places = layer.stored_cores, rows.places
     if bank is not None and places is not None:
         return of_bank(layer, bank, places)
-    return of_adapters(layer, [name for name in rows.others if name in layer.lorasb_R], rows)
+    return of_adapters(layer, _own(layer, rows), rows)
+
+
+def _own(layer: LoRASBLinear, rows: Rows) -> list[str]:
+    """The rows' adapters that the layer has itself."""
+    return [name for name in rows.others if name in layer.lorasb_R]
 
 
 def _parts(layer: LoRASBLinear, rows: Rows) -> tuple[list[RowCores], list[str]]:
     """What is computed in one call, for all rows, and adapters that are computed alone."""
     if layer.disable_adapters:
         return [], []
-    names = [name for name in rows.others if name in layer.lorasb_R]
+    names = _own(layer, rows)
     bank, places = layer.stored_cores, rows.places
     parts = [] if bank is None or places is None else [of_bank(layer, bank, places)]
     if len(names) > 1 and on_one_basis(layer, names):

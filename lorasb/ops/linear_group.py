@@ -26,37 +26,22 @@ _BACKWARD = (
 )
 
 
-def _forward_fake(
-    x: Tensor,
-    weights: list[Tensor],
-    a: list[Tensor],
-    cores: list[Tensor],
-    b: list[Tensor],
-    biases: list[Tensor],
-    scalings: list[float],
-    dropout: float,
-    seeds: Tensor | None,
+def forward_fake(
+    x: Tensor, weights: list[Tensor], a: list[Tensor], cores: list[Tensor], b: list[Tensor], *_: Any
 ) -> list[Tensor]:
+    """Empty results of the op, and of one with other arguments after these."""
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     ys = [x.new_empty((*x.shape[:-1], factor.shape[0])) for factor in b]
     return ys + [x.new_empty((rows, factor.shape[0])) for factor in a]
 
 
-def _backward_fake(
-    dys: list[Tensor],
-    weights: list[Tensor],
-    a: list[Tensor],
-    cores: list[Tensor],
-    b: list[Tensor],
-    us: list[Tensor],
-    scalings: list[float],
-    dropout: float,
-    seeds: Tensor | None,
-    need_dx: bool,
-    need_dcore: bool,
+def backward_fake(
+    dys: list[Tensor], weights: list[Tensor], a: list[Tensor], cores: list[Tensor], *others: Any
 ) -> list[Tensor]:
+    """Empty gradients, the last two arguments being whether each kind is needed."""
+    *_, need_dx, need_dcores = others
     dx = dys[0].new_empty((*dys[0].shape[:-1], a[0].shape[1]) if need_dx else (0,))
-    return [dx, *(core.new_empty(core.shape if need_dcore else (0,)) for core in cores)]
+    return [dx, *(core.new_empty(core.shape if need_dcores else (0,)) for core in cores)]
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -121,4 +106,4 @@ def _derivative(op: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
     return backward
 
 
-define("linear_group", (_FORWARD, _BACKWARD), (_forward_fake, _backward_fake), _derivative, save)
+define("linear_group", (_FORWARD, _BACKWARD), (forward_fake, backward_fake), _derivative, save)

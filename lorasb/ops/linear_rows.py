@@ -20,6 +20,9 @@ from torch import Tensor
 
 from .registry import define
 
+# The last two of a dense weight; not [], which torch takes for a list of tensors.
+NO_QUANT: tuple[list[Tensor], list[int]] = ([], [0, 0, 0])
+
 _FORWARD = (
     "(Tensor x, Tensor? weight, Tensor[] quant, int[] layout, Tensor a, Tensor cores, Tensor b, Tensor? bias, "
     "Tensor index, float scaling) -> (Tensor, Tensor)"

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .linear_group import of_used_members, save_members
+from .linear_group import backward_fake, forward_fake, of_used_members, save_members
 from .registry import define
 
 _FORWARD = (
@@ -25,37 +25,6 @@ _BACKWARD = (
     "(Tensor[] dys, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] us, float[] scalings, "
     "Tensor index, bool need_dx, bool need_dcores) -> Tensor[]"
 )
-
-
-def _forward_fake(
-    x: Tensor,
-    weights: list[Tensor],
-    a: list[Tensor],
-    cores: list[Tensor],
-    b: list[Tensor],
-    biases: list[Tensor],
-    index: Tensor,
-    scalings: list[float],
-) -> list[Tensor]:
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    ys = [x.new_empty((*x.shape[:-1], factor.shape[0])) for factor in b]
-    return ys + [x.new_empty((rows, factor.shape[0])) for factor in a]
-
-
-def _backward_fake(
-    dys: list[Tensor],
-    weights: list[Tensor],
-    a: list[Tensor],
-    cores: list[Tensor],
-    b: list[Tensor],
-    us: list[Tensor],
-    scalings: list[float],
-    index: Tensor,
-    need_dx: bool,
-    need_dcores: bool,
-) -> list[Tensor]:
-    dx = dys[0].new_empty((*dys[0].shape[:-1], a[0].shape[1]) if need_dx else (0,))
-    return [dx, *(stack.new_empty(stack.shape if need_dcores else (0,)) for stack in cores)]
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -78,4 +47,4 @@ def _derivative(op: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
     return backward
 
 
-define("linear_rows_group", (_FORWARD, _BACKWARD), (_forward_fake, _backward_fake), _derivative, save)
+define("linear_rows_group", (_FORWARD, _BACKWARD), (forward_fake, backward_fake), _derivative, save)

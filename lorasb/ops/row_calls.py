@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..quantization.quantized_weight import QuantizedWeight
 from . import autocast, fast_path, operand_checks
+from .linear_rows import NO_QUANT
 from .registry import backend_op, current_backend
-
-NO_LAYOUT = [0, 0, 0]  # of a dense weight; not [], which torch takes for a list of tensors
 
 Index = Tensor | Sequence[int]
 
@@ -40,7 +39,7 @@ def linear(
             f"expected a quantized weight [{b.shape[0]}, {a.shape[1]}] on {x.device}, got {list(quantized.shape)} on "
             f"{quantized.device}"
         )
-    quant, layout = (list(quantized.tensors), quantized.layout(x.dtype)) if quantized is not None else ([], NO_LAYOUT)
+    quant, layout = (list(quantized.tensors), quantized.layout(x.dtype)) if quantized is not None else NO_QUANT
     y: Tensor = _call(
         "linear_rows",
         (dense, a, cores, b, bias, *quant),

@@ -15,7 +15,7 @@ import math
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -302,6 +302,13 @@ class AdapterBank:
     def _unknown(self, names: Sequence[str]) -> str:
         shown = ", ".join(map(repr, names[:3]))
         return f"no adapter {shown} in the bank, which has {len(self)}: bank.load(folder) or bank.add(name)"
+
+
+def bank_of(modules: Iterable[nn.Module]) -> AdapterBank | None:
+    """The bank that a model's layers read from, by its modules."""
+    layers = (module for module in modules if isinstance(module, LoRASBLinear))
+    stored: Any = next((layer.stored_cores for layer in layers if layer.stored_cores is not None), None)
+    return None if stored is None else stored.bank
 
 
 def _check(

@@ -16,6 +16,7 @@ from ..checkpoints.adapter_file import check_factors
 from ..constants import BASE_ROW
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import layers_with
+from .adapter_bank import bank_of
 from .bank_files import cores_of
 from .basis import frozen_factors
 from .config import LoRASBConfig
@@ -45,16 +46,18 @@ def add_adapters(
         raise ValueError(f"expected several names, got the text {names!r}: add_adapters(model, [{names!r}])")
     names = list(names)
     _check(model, names)
+    if not names:
+        return
+    first, *others = names
     try:
-        for name in names[:1]:
-            model.add_adapter(name, LoRASBConfig(basis=basis, basis_start=basis_start))
-        by_peft = bool(names) and _has_more_than_cores(model, names[0])
-        layers = list(layers_with(model, names[0]).values()) if names else []
-        for name in names[1:]:
+        model.add_adapter(first, LoRASBConfig(basis=basis, basis_start=basis_start))
+        by_peft = _has_more_than_cores(model, first)
+        layers = list(layers_with(model, first).values())
+        for name in others:
             if by_peft:
                 model.add_adapter(name, LoRASBConfig(basis=basis, basis_start=basis_start))
             else:
-                _copy(model, layers, names[0], name)
+                _copy(model, layers, first, name)
     except BaseException:  # Ctrl-C, too
         for name in set(names) & set(model.peft_config):
             discard(model.base_model, name)
@@ -63,8 +66,7 @@ def add_adapters(
 
 def _check(model: Any, names: Sequence[str]) -> None:
     taken: set[str] = set(getattr(model, "peft_config", {}))
-    stored = (m.stored_cores for m in model.modules() if isinstance(m, LoRASBLinear) and m.stored_cores is not None)
-    bank: Any = next((one.bank for one in stored), ())
+    bank = bank_of(model.modules())
     for name in names:
         # names are entries of a ParameterDict, which cannot be those of its own methods
         if not isinstance(name, str) or not name or "." in name or name == BASE_ROW or hasattr(nn.ParameterDict, name):
@@ -72,7 +74,7 @@ def _check(model: Any, names: Sequence[str]) -> None:
                 f"expected a name without dots for each adapter, not {BASE_ROW} or a method's of a dictionary, got "
                 f"{name!r}"
             )
-        if name in taken or name in bank:
+        if name in taken or (bank is not None and name in bank):
             raise ValueError(
                 f"the model or its bank has an adapter {name!r} already, or it is named twice: choose another name"
             )

@@ -23,7 +23,7 @@ from ..layers.open_parameters import OpenParameters
 from ..layers.row_cores import on_one_basis, trains_by_row
 from ..layers.token_rows import TOKENS_FIRST, Rows, chooses_tokens, other_length, rows_of
 from ..layers.unfused_experts import OpenExperts
-from .adapter_bank import AdapterBank
+from .adapter_bank import AdapterBank, bank_of
 from .recomputed_rows import Hook, installed
 
 # Sub-configs of multimodal models, beside text_config: a row of an image or audio tower is not a row of the text.
@@ -46,7 +46,7 @@ def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) 
         TypeError: `names` is not a list.
     """
     modules = dict(model.named_modules())  # once: the walk takes as long as a small model's layers
-    bank = _bank(modules)
+    bank = bank_of(modules.values())
     known = _check(model, modules, names, bank)
     rows = Rows.of(names)
     with ExitStack() as stack:
@@ -73,13 +73,6 @@ def _hooks(model: nn.Module, modules: Modules, rows: Rows, num_beams: int) -> It
         # a whole model (it has get_input_embeddings) may get other floating-point inputs before hidden states
         elif name in ancestors and not hasattr(module, "get_input_embeddings"):
             yield module, _ShapeRecorder(name, shapes)
-
-
-def _bank(modules: Modules) -> AdapterBank | None:
-    """The bank of adapters that the model's layers read from."""
-    layers = (module for module in modules.values() if isinstance(module, LoRASBLinear))
-    stored: Any = next((layer.stored_cores for layer in layers if layer.stored_cores is not None), None)
-    return None if stored is None else stored.bank
 
 
 @contextmanager

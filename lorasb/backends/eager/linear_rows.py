@@ -7,12 +7,12 @@ those of a single adapter.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ...ops.linear_rows import check_index
+from ...ops.linear_rows import NO_QUANT, check_index
 from ...ops.registry import register_backend
 from .linear import core_gradient, no_autocast, shaped
 from .linear_quantized import dequantize
@@ -89,7 +89,6 @@ def core_gradients(t: Tensor, u: Tensor, cores: Tensor, index: Tensor, scale: fl
 
 
 OPS = ("linear_rows", "linear_rows_backward", "linear_rows_group", "linear_rows_group_backward")
-NO_QUANT: Quant = ([], [0, 0, 0])  # of a dense weight; not [], which torch takes for a list of tensors
 EAGER = Products(thin, times_cores, extended, extended_transposed)
 
 
@@ -137,8 +136,12 @@ def differentiate(
     scaling: float,
     need_dx: bool,
     need_dcores: bool,
+    onto: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx = dy W + (s·t_i R_k) A with t = dy B, and dR_k; a gradient that is not needed is an empty tensor."""
+    """dx = dy W + (s·t_i R_k) A with t = dy B, and dR_k; a gradient that is not needed is an empty tensor.
+
+    Over a dense weight dx is added in place to `onto` [..., in], if that is given.
+    """
     dx, dcores = dy.new_empty((0,)), cores.new_empty((0,))
     with no_autocast(dy):
         rows = dy.reshape(-1, dy.shape[-1])
@@ -150,7 +153,8 @@ def differentiate(
             if weight is None and not quant:
                 dx = products.thin(w, a.t()).to(dy.dtype)
             else:
-                dx = products.extended_transposed(rows, weight, (quant, layout), w, a)
+                sums = None if onto is None else onto.view(-1, a.shape[1])
+                dx = products.extended_transposed(rows, weight, (quant, layout), w, a, sums)
             dx = shaped(dx, dy)
     return dx, dcores
 
@@ -190,17 +194,12 @@ def differentiate_group(
     need_dcores: bool,
 ) -> list[Tensor]:
     """dx = Σ_j dy_j W_j + w_j A_j, all terms accumulated in one dx, then the dR_jk."""
-    dx: Tensor | None = None
-    dcores = []
-    with no_autocast(dys[0]):
-        for dy, weight, a_j, stack, b_j, u, scaling in zip(dys, weights, a, cores, b, us, scalings, strict=True):
-            rows = dy.reshape(-1, dy.shape[-1])
-            t = products.thin(rows, b_j.t())
-            dcores.append(core_gradients(t, u, stack, index, scaling) if need_dcores else stack.new_empty((0,)))
-            if need_dx:
-                w = products.cores(t, stack, index, scaling, False)
-                dx = products.extended_transposed(rows, weight, NO_QUANT, w, a_j, dx)
-    return [dys[0].new_empty((0,)) if dx is None else shaped(dx, dys[0]), *dcores]
+    dx, dcores = None, []
+    for dy, weight, a_j, stack, b_j, u, scaling in zip(dys, weights, a, cores, b, us, scalings, strict=True):
+        given = weight, *NO_QUANT, a_j, stack, b_j, u, index, scaling
+        dx, dcore = differentiate(products, dy, *given, need_dx, need_dcores, dx if need_dx else None)
+        dcores.append(dcore)
+    return [cast(Tensor, dx), *dcores]
 
 
 def kernels(of: Callable[[torch.dtype], Products]) -> list[tuple[str, Callable[..., Any]]]:

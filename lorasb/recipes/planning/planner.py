@@ -211,8 +211,7 @@ def dtype_of(request: Request) -> torch.dtype:
     """What `--dtype auto` takes there."""
     if request.card is not None:
         return torch.bfloat16 if request.card.bf16 else torch.float32
-    found: torch.dtype = getattr(torch, native("cpu").name)
-    return found
+    return native("cpu").dtype
 
 
 def _on_meta(name: str, dtype: torch.dtype) -> nn.Module:
