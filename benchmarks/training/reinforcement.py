@@ -1,13 +1,15 @@
-"""GRPO with few trained numbers: exact answers before and after, by rank, against LoRA; and bytes to a sampler a step.
+"""GRPO with few trained numbers: what is known before and after, by rank, against LoRA; and bytes to a sampler a step.
 
     python -m benchmarks.training.reinforcement [--entry lora-sb-8 ...] [--seeds 3] [--work runs/rl]
     python -m benchmarks.training.reinforcement --table
 
-SmolLM2-135M learns chain_sum from examples for a moment, the adapter is merged, and from there every entry trains by
-`lorasb finetune --rl exact` with the same prompts, steps and seeds. Rates are chosen by the score on another seed:
-three around the entry's own, a factor of four apart, and outward for as long as the best is the last one; the other
-starts take the rate of the first. Rows go to benchmarks/results/rl.csv as runs finish, and what is there is not run
-again. A sampler in another process needs what was trained after each step: R alone, or LoRA's A and B.
+SmolLM2-135M learns sums from 640 examples, the adapter is merged, and from there every entry trains by `lorasb finetune
+--rl exact` with the same prompts, steps and seeds. Two things are measured on 500 held-out sums: the mean probability
+of the right answer, which is what GRPO climbs, and the share of right greedy answers. Rates are chosen by the first on
+another seed: three around the entry's own, a factor of four apart, and outward for as long as the best is the last one;
+the other starts take the rate of the first. Rows go to benchmarks/results/rl.csv as runs finish, and what is there is
+not run again: several processes with entries of their own share the work. A sampler in another process needs what was
+trained after each step: R alone, or LoRA's A and B.
 """
 
 from __future__ import annotations
@@ -31,18 +33,19 @@ from rich.table import Table
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.common.timing import commit, machine_name
 from benchmarks.methods.runner import RESULTS
+from benchmarks.training import sums
 
 FILE = "rl.csv"
-TASK = "chain_sum"
 SWEEP_SEED = 100
 FARTHEST = 3  # from the entry's rate, in powers of four
-STEPS, BATCH, GENERATIONS, HELD_OUT = 40, 16, 8, 200
-LONGEST = 5  # tokens of a completion, at most: a sign, three digits and the end
+STEPS, BATCH, GENERATIONS = 30, 32, 8
+PROMPTS = STEPS * BATCH // GENERATIONS
+LONGEST = 5  # tokens of a completion, at most: a space, three digits and the end
 COLUMNS = (
-    "entry", "lr", "seed", "before", "after", "first_reward", "last_reward", "trained", "bytes_a_step", "seconds",
-    "version", "machine", "date",
+    "entry", "lr", "seed", "chance_before", "chance", "greedy_before", "greedy", "trained", "bytes_a_step",
+    "step_seconds", "version", "machine", "date",
 )  # fmt: skip
-HEAD = ("entry", "trained", "bytes a step", "rate", "seeds", "before", "after", "reward, first", "last", "seconds")
+HEAD = ("entry", "trained", "bytes a step", "rate", "seeds", "chance", "gained", "greedy", "gained", "seconds a step")
 
 
 @dataclass(frozen=True)
@@ -86,51 +89,45 @@ def started(work: Path) -> Path:
     """The model that all begin from: a short run from examples, merged; made once."""
     base = work / "base"
     if not (base / "config.json").is_file():
-        options = ["--train-examples", "320", "--r", "64", "--lr", "2e-3", "--eval-examples", "20", "--seed", "7"]
-        _lorasb("finetune", "--task", TASK, *options, "--output", work / "examples")
-        _merge(work / "examples" / "adapter", base)
+        learned = sums.problems(work, PROMPTS)["learn"]
+        _lorasb("finetune", "--data", learned, *sums.LEARNING, "--output", work / "examples")
+        sums.merge(work / "examples" / "adapter", base)
     return base
 
 
-def _merge(adapter: Path, target: Path) -> None:
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
-
-    source = resolve_model(EMBEDDED)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    AutoTokenizer.from_pretrained(source).save_pretrained(target)
-    merged.to(torch.bfloat16).save_pretrained(target)
+def known_at_first(work: Path) -> list[float]:
+    """What the model that all begin from knows of the held-out sums; measured once."""
+    file = work / "base" / "known.json"
+    if not file.is_file():
+        found = sums.known(*sums.loaded(started(work)), sums.problems(work, PROMPTS)["held_out"])
+        file.write_text(json.dumps(found), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def run(entry: Entry, lr: float, seed: int, work: Path) -> dict[str, Any]:
     """One run, by the command."""
-    output = work / f"{entry.method}-{entry.r}-{entry.start}-{lr:g}-{seed}"
-    prompts = STEPS * BATCH // GENERATIONS
+    output, files = work / f"{entry.method}-{entry.r}-{entry.start}-{lr:g}-{seed}", sums.problems(work, PROMPTS)
     given = {
-        "--model": started(work), "--task": TASK, "--train-examples": prompts, "--eval-examples": HELD_OUT,
+        "--model": started(work), "--data": files["prompts"], "--eval-data": files["held_out"], "--eval-examples": 8,
         "--rl": "exact", "--generations": GENERATIONS, "--batch-size": BATCH, "--max-new-tokens": LONGEST,
         "--rl-start": entry.start, "--method": entry.method, "--r": entry.r, "--lr": lr, "--seed": seed,
         "--save-steps": 1000, "--output": output,
     }  # fmt: skip
-    began = time.perf_counter()
     _lorasb("finetune", *(part for pair in given.items() for part in pair))
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    rewards, trained = summary["rewards"], summary["trainable_params"]
+    before = known_at_first(work)
+    after = sums.known(*sums.loaded(started(work), output / "adapter"), files["held_out"])
     return {
         "entry": entry.name,
         "lr": lr,
         "seed": seed,
-        "before": summary["eval_accuracy_before"],
-        "after": summary["eval_accuracy_after"],
-        "first_reward": round(statistics.fmean(rewards[:5]), 4),
-        "last_reward": round(statistics.fmean(rewards[-5:]), 4),
-        "trained": trained,
-        "bytes_a_step": 2 * trained,  # in bf16, as a sampler has its weights
-        "seconds": round(time.perf_counter() - began, 1),
+        "chance_before": round(before[0], 4),
+        "chance": round(after[0], 4),
+        "greedy_before": before[1],
+        "greedy": after[1],
+        "trained": summary["trainable_params"],
+        "bytes_a_step": 2 * summary["trainable_params"],  # in bf16, as a sampler has its weights
+        "step_seconds": round(summary["train_seconds"] / summary["train_steps"], 2),
         "version": commit(),
         "machine": machine_name(summary["dtype"]),
         "date": time.strftime("%Y-%m-%d"),
@@ -157,13 +154,13 @@ def wanted(entries: Sequence[Entry], seeds: int, rows: Sequence[Row]) -> Iterato
                 yield entry, rate, seed
 
 
-def swept(rows: Sequence[Row], entry: Entry) -> dict[float, tuple[float, float]]:
-    """By rate, the score and the last reward of the sweep."""
+def swept(rows: Sequence[Row], entry: Entry) -> dict[float, float]:
+    """By rate, the mean probability of the right answer after the sweep's run."""
     mine = (row for row in rows if row["entry"] == entry.name and int(row["seed"]) == SWEEP_SEED)
-    return {float(row["lr"]): (float(row["after"]), float(row["last_reward"])) for row in mine}
+    return {float(row["lr"]): float(row["chance"]) for row in mine}
 
 
-def rates_to_try(entry: Entry, tried: dict[float, tuple[float, float]]) -> list[float]:
+def rates_to_try(entry: Entry, tried: dict[float, float]) -> list[float]:
     """The three around the entry's own, then the next beyond a best one that is at an end; none when it is not."""
     first = [entry.at(power) for power in (0, -1, 1) if entry.at(power) not in tried]
     if first:
@@ -175,7 +172,7 @@ def rates_to_try(entry: Entry, tried: dict[float, tuple[float, float]]) -> list[
 
 
 def best_rate(rows: Sequence[Row], entry: Entry) -> float | None:
-    """The rate of the best score of the sweep, the last reward among equals; None before all were tried."""
+    """The best rate of the sweep; None before all were tried."""
     entry = entry.rated_by
     tried = swept(rows, entry)
     return None if rates_to_try(entry, tried) else max(tried, key=lambda lr: tried[lr])
@@ -188,18 +185,29 @@ def lines(rows: Sequence[Row]) -> Iterator[list[str]]:
         mine = [r for r in rows if r["entry"] == entry.name and float(r["lr"]) == rate and int(r["seed"]) < SWEEP_SEED]
         if mine:
             first, size = mine[0], int(mine[0]["bytes_a_step"])
-            means = [_mean(mine, name, form) for name, form in (("before", ".1%"), ("after", ".1%"))]
-            means += [_mean(mine, name, ".3f") for name in ("first_reward", "last_reward")]
+            means = [part for name in ("chance", "greedy") for part in (_mean(mine, name), _gain(mine, name))]
             yield [
                 entry.name, f"{int(first['trained']):,}", f"{size / 1e3:,.1f} KB", f"{rate:g}", str(len(mine)), *means,
-                _mean(mine, "seconds", ".0f"),
+                f"{statistics.median(float(row['step_seconds']) for row in mine):.1f}",
             ]  # fmt: skip
 
 
-def _mean(rows: Sequence[Row], column: str, form: str) -> str:
-    values = [float(row[column]) for row in rows]
-    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{form}}{spread}"
+def _mean(rows: Sequence[Row], column: str) -> str:
+    return f"{statistics.fmean(float(row[column]) for row in rows):.1%}"
+
+
+def _gain(rows: Sequence[Row], column: str) -> str:
+    """Points won since before, with the deviation over seeds."""
+    gains = [100 * (float(row[column]) - float(row[f"{column}_before"])) for row in rows]
+    spread = f" ± {statistics.stdev(gains):.1f}" if len(gains) > 1 else ""
+    return f"{statistics.fmean(gains):+.1f}{spread}"
+
+
+def _title(rows: Sequence[Row]) -> str:
+    before = (
+        f"; before, chance {_mean(rows, 'chance_before')} and greedy {_mean(rows, 'greedy_before')}" if rows else ""
+    )
+    return f"GRPO on sums, {STEPS} steps of {BATCH} completions{before} (points won, ± deviation over seeds)"
 
 
 def main() -> None:
@@ -221,7 +229,7 @@ def main() -> None:
                 writer.writeheader()
             writer.writerow(row)
         print(row, flush=True)
-    view = Table(title=f"GRPO on {TASK}, {STEPS} steps of {BATCH} completions (mean ± deviation over seeds)")
+    view = Table(title=_title(read_csv(path)))
     for column in HEAD:
         view.add_column(column, justify="left" if column == "entry" else "right")
     for line in lines(read_csv(path)):

@@ -50,6 +50,7 @@ def trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: f
         "max_completion_length": longest_completion(run),
         "temperature": settings.temperature,
         "beta": 0.0,
+        "gradient_checkpointing": False,  # TRL's own is True; this run's is set above, by its own setting
         "bf16": False,  # weights have the run's own dtype, and autocast would round R's products again
     }
     run.tokenizer.padding_side = "left"
