@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import environment  # before anything reads it
+import interpreted_language
 import pytest
 import torch
 from tiny_run import make_data, make_tiny
@@ -48,8 +50,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """With --ptx, compiled kernels take the place of interpreted ones."""
+    """With --ptx, compiled kernels take the place of interpreted ones, whose language is replaced once a launch."""
     config.ptx_executor = None  # type: ignore[attr-defined]
+    if os.environ["TRITON_INTERPRET"] == "1":
+        interpreted_language.install()
     if environment.PTX:
         from ptx import plugin
 
