@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from finetune_runs import assert_same
+from transformers import PreTrainedModel
 
 from lorasb.recipes import callbacks, reinforce, rewards
 from lorasb.recipes.examples.tasks import TASKS, Example, generate
@@ -84,6 +85,23 @@ def test_lora_takes_rewards_too(reinforced: Settings) -> None:
     result = run_finetune(replace(reinforced, method="lora", r=1))
     assert result.report is None
     assert len(result.summary["rewards"]) == 6
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_activations_are_recomputed_where_it_was_asked_for(
+    reinforced: Settings, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's own arguments ask for it always."""
+    calls: list[str] = []
+    enable = PreTrainedModel.gradient_checkpointing_enable
+
+    def watched(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        calls.append(type(model).__name__)
+        enable(model, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "gradient_checkpointing_enable", watched)
+    run_finetune(replace(reinforced, gradient_checkpointing=asked, epochs=0.1))
+    assert bool(calls) == asked
 
 
 class InterruptedBar(callbacks.Bar):
