@@ -33,7 +33,9 @@ class _OnceALaunch:
 
     def __call__(self, function: FunctionType) -> Any:
         """The scope of what was replaced for a function."""
-        modules = frozenset(value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core)
+        modules = frozenset(
+            value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core
+        )
         if self.replaced and modules <= self.replaced:
             return None  # a call inside a kernel, whose caller drops the scope
         scope = self.original(function)
