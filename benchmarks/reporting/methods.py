@@ -18,19 +18,20 @@ from benchmarks.reporting.why import explanation
 
 INTRODUCTION = """\
 Every method sees the same examples in the same order, the same schedule (10% warm-up, then linear to zero), AdamW
-without weight decay (LoRA-Pro's own AdamW) and clipping at norm 1. Learning rates: three for each on a validation split
-by one seed, then outward for as long as the least loss (on CoLA: the highest score, as the loss of what overfits rises
-before its score falls) is that of the last one tried; three seeds at the best rate on the test split. `trained` counts
-the adapters alone; times are indicative, as two runs share two cores. `python -m benchmarks.methods --data-dir DATA`
-runs it.
+without weight decay (LoRA-Pro's own AdamW) and clipping at norm 1. Learning rates are searched by one seed on a
+validation split: three for each method, then further ones for as long as the best is at the end of those tried. Best is
+the least loss (on CoLA the highest score, as the loss of a model that overfits rises before its score falls). Three
+seeds at the best rate then run on the test split. `trained` counts the adapters alone. Times are not to be compared
+between rows: two runs share two cores, and runs of one table may be of several processors, which stand under it.
+`python -m benchmarks.methods --data-dir DATA` runs it.
 
 LoRA, rsLoRA, PiSSA, DoRA and LoRA-GA are those of PEFT, LoRA-Pro is `lora-pro-adamw` over PEFT's LoRA; alpha = r for
 all. PEFT's LoRA-GA scales its factors differently from the authors' code. On language models the base is bf16: PEFT
 computes its adapters in fp32, LoRA-SB and LoRA-XS keep A and B in bf16 and R in fp32, and full fine-tuning keeps fp32
 weights and trains under autocast. `LoRA-SB (sgd)` is LoRA-SB with `update="sgd"`: factors from the mean gradient, not
 from its sign; `LoRA-SB (whole step)` is LoRA-SB with `longest_start=None`, the start of the paper's text. The
-paper's code has a shorter one: its η is divided by batches of the estimation, 10 times more than steps of training on
-Mistral-7B (`first_step_lr(rule="published")`), so that a limit of 4 steps about restores its start there. LoRA-XS has
+paper's code starts closer to zero: for η it divides by batches of the estimation in place of training steps, 10 times
+as many on Mistral-7B (`first_step_lr(rule="published")`); a limit of 4 steps gives about that start there. LoRA-XS has
 its Σ in B here; its authors have it in A (`python -m benchmarks.paired` has both)."""
 LINEARS = "all linear layers"
 ADAPTED = {"cola": "an encoder of 22.7M parameters, its self-attention and a new head, fp32"}  # others: LINEARS
@@ -86,8 +87,10 @@ def _sentences(verdicts: Sequence[Verdict]) -> list[str]:
     """The verdicts under a line that says what they go by; nothing without any."""
     if not verdicts:
         return []
-    out = ["By one standard deviation of the difference of two runs (± below; three seeds each, so that of ten such"]
-    out += ["verdicts one or two come by chance):", ""]
+    out = [
+        "Level is a difference of the means within one standard deviation of the difference of two runs (± below). With"
+    ]
+    out += ["three seeds each, one or two of ten such verdicts come by chance:", ""]
     return out + [sentence(verdict) for verdict in verdicts] + [""]
 
 

@@ -161,7 +161,7 @@ def rewards(folder: Path) -> Iterator[str]:
     found = read_csv(folder / reinforcement.FILE)
     body = list(reinforcement.lines(found))
     if body:
-        yield from ("### Reinforcement learning by rank", "")
+        yield from ("### Reinforcement learning by rank", "", f"{reinforcement.title(found)}.", "")
         yield from table(list(reinforcement.HEAD), body)
         yield from ("", where_rows(found), "")
 

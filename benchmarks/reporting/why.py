@@ -18,7 +18,7 @@ from lorasb.init.initialization import LONGEST_START
 CHAIN = TASKS["chain_sum"]
 SUBSPACES_TELL = (  # what it tells that one subspace is ahead of another at every rank
     (" G is ahead of its sign at both.", "G", "sign(G)"),
-    (" LoRA-XS owes its loss to Σ, not to W's subspace alone.", "W with its Σ", "W without"),
+    (" LoRA-XS owes its loss to Σ, not to W's subspace alone.", "W with its Σ", "W without its Σ"),
 )
 STARTS_OF_IT = {WHOLE: "with the whole first step as its start", SGD: 'with `update="sgd"`'}
 
@@ -35,7 +35,7 @@ def explanation(rows: Sequence[Row], task: Task) -> list[str]:
 def subspaces(rows: Sequence[Row]) -> Iterator[str]:
     """G's, sign(G)'s and W's, with LoRA-XS's Σ and without."""
     found = {line["variant"]: line for line in summary(ABLATIONS["subspace"], rows)}
-    names = {"G": "G", "sign(G)": "sign(G)", "W with its Σ": "W, B = U Σ (LoRA-XS)", "W without": "W, B = U"}
+    names = {"G": "G", "sign(G)": "sign(G)", "W with its Σ": "W, B = U Σ (LoRA-XS)", "W without its Σ": "W, B = U"}
     if not found.keys() >= {f"{label}, r={r}" for r in SUBSPACES for label in names.values()}:
         return
     by_rank = [{name: found[f"{label}, r={r}"] for name, label in names.items()} for r in SUBSPACES]
@@ -45,8 +45,8 @@ def subspaces(rows: Sequence[Row]) -> Iterator[str]:
         parts.append(f"r={r}: " + ", ".join(f"{n} {plus_minus(v['loss'], v['loss_sd'])}" for n, v in ordered))
     told = "".join(text for text, less, more in SUBSPACES_TELL if all(_apart(of[less], of[more]) for of in by_rank))
     yield (
-        f"Factors of which matrix, each at the best of the rates tried for it, least loss first ({CHAIN.name}, "
-        f"validation, `subspace` below): {'; '.join(parts)}.{told}"
+        "Loss by the matrix that B and A are of, each at the best of the rates tried for it, least first "
+        f"({CHAIN.name}, validation, `subspace` below): {'; '.join(parts)}.{told}"
     )
 
 
@@ -65,9 +65,9 @@ def beginnings(rows: Sequence[Row]) -> Iterator[str]:
     ]
     if parts:
         yield (
-            "R used to start too far out, and that was ours: with η the rate of R's first step, the whole first step "
-            "of full fine-tuning is many of AdamW's steps of R long (`lengths` below), which "
-            f"training has to take back. `longest_start` now keeps it to {LONGEST_START:g}. Starting with the whole of "
+            "How far R starts: with η the rate of R's first step, the whole first step of full fine-tuning is many of "
+            "AdamW's steps of R long (`lengths` below), and where it points the wrong way training has to undo it. "
+            f"`longest_start` keeps it to {LONGEST_START:g}. Starting with the whole of "
             f"it changes the loss on {CHAIN.name} by {', '.join(parts)} (same seeds and rate; `start` below)."
         )
 
@@ -123,7 +123,8 @@ def own_runs(rows: Sequence[Row], task: Task) -> Iterator[str]:
 def _kept(mine: Line, gradient: Line | None) -> str:
     if gradient is None or not (mine.kept and gradient.kept):
         return ""
-    return f" Its factors keep {mine.kept:.1%} of the energy of the samples' G, the gradient's own {gradient.kept:.1%}."
+    kept = f"{mine.kept:.1%} of the energy of the samples' G, the gradient's own {gradient.kept:.1%}"
+    return f" The sign's factors keep {kept}."
 
 
 def length(rows: Sequence[Row], task: Task) -> Iterator[str]:
@@ -163,6 +164,7 @@ def _elsewhere(rows: Sequence[Row], task: Task) -> str:
         if rate is not None:
             near = {lr: value for lr, value in found.items() if rate / 4.1 <= lr <= 4.1 * rate}
             worst = worst_of(near, key=lambda lr: near[lr])
-            parts.append(f"{method} goes from {found[rate]:.3f} to {near[worst]:.3f} at {worst:g}")
+            parts.append(f"{method} from {found[rate]:.3f} to {near[worst]:.3f} (at {worst:g})")
     name = task.metric if measure == "score" else "loss"
-    return f"Within four times the best rate at r={r}, the {name} of {' and of '.join(parts)}." if parts else ""
+    told = f"Of the rates within a factor of four of the best at r={r} (validation), the worst takes the {name} of"
+    return f"{told} {' and that of '.join(parts)}." if parts else ""

@@ -203,11 +203,12 @@ def _gain(rows: Sequence[Row], column: str) -> str:
     return f"{statistics.fmean(gains):+.1f}{spread}"
 
 
-def _title(rows: Sequence[Row]) -> str:
+def title(rows: Sequence[Row]) -> str:
+    """What was run, and what the model knew that all begin from."""
     before = (
         f"; before, chance {_mean(rows, 'chance_before')} and greedy {_mean(rows, 'greedy_before')}" if rows else ""
     )
-    return f"GRPO on sums, {STEPS} steps of {BATCH} completions{before} (points won, ± deviation over seeds)"
+    return f"GRPO on sums, {STEPS} steps of {BATCH} completions{before} (points gained, ± deviation over seeds)"
 
 
 def main() -> None:
@@ -229,7 +230,7 @@ def main() -> None:
                 writer.writeheader()
             writer.writerow(row)
         print(row, flush=True)
-    view = Table(title=_title(read_csv(path)))
+    view = Table(title=title(read_csv(path)))
     for column in HEAD:
         view.add_column(column, justify="left" if column == "entry" else "right")
     for line in lines(read_csv(path)):

@@ -84,7 +84,8 @@ def test_the_page_says_where_the_ordering_does_not_show(tmp_path: Path) -> None:
     assert "worse than LoRA-XS at equal r in score, r=96" in page
     assert "score, r=16" not in page
     assert "LoRA-SB has a loss of 0.310 ± 0.020, with the whole first step as its start 0.320 ± 0.020 (level)" in page
-    assert 'with `update="sgd"` 0.150 ± 0.020 (better). Its factors keep 40.0% of' in page
+    assert 'with `update="sgd"` 0.150 ± 0.020 (better). The sign' in page
+    assert "The sign's factors keep 40.0% of" in page
     assert "the gradient's own 99.0%" in page
     assert "abc1234; 2026-01-01" in page
     low, core = (TASK.rates[family].start[1] for family in (grid.LOW, grid.CORE))
