@@ -136,7 +136,8 @@ def export(
     """Write a saved adapter as an exact plain LoRA, which needs no lorasb."""
     from ..export.lora import export_lora
 
-    export_lora(adapter, output or adapter.with_name(adapter.name + "-lora"), format=format)
+    whole = adapter.resolve()  # "." has no name
+    export_lora(adapter, output or whole.with_name(whole.name + "-lora"), format=format)
 
 
 @app.command()

@@ -40,7 +40,7 @@ def before_and_after(summary: dict[str, Any]) -> Table:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     loss = summary["eval_loss_before"], summary["eval_loss_after"]
     unit = "" if set(summary["eval_scores"]) & set(LABEL_SCORES) else " (nats per token)"
-    table.add_row(f"loss{unit}", f"{loss[0]:.3f}", f"{loss[1]:.3f}", f"{loss[1] / loss[0]:.2g}x")
+    table.add_row(f"loss{unit}", f"{loss[0]:.3f}", f"{loss[1]:.3f}", f"{loss[1] / loss[0]:.2g}x" if loss[0] else "-")
     for label, old, new in _accuracies(summary):
         if "correlation" in label:
             table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")

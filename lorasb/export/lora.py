@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checkpoints import adapter_file
-from ..constants import CONFIG_NAME, FACTORS, PEFT_PREFIX, WEIGHTS_NAME
+from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.lookup import adapted_layers, uninitialized
 from ..layers.unfused_experts import NAMES, parameter_of
 from ..tuner.config import LoRASBConfig
@@ -55,17 +56,22 @@ def export_lora(
         adapter_name: which adapter of the model; the active one by default.
         dtype: dtype of the written tensors; fp32 keeps R's precision.
         format: "peft" for PEFT, and for vLLM where no experts are adapted; "vllm" with a linear for each expert, at a
-            rank that vLLM takes; or "gguf" for llama.cpp, in fp32 (`gguf_export.ARCHITECTURES`).
+            rank that vLLM takes; or "gguf" for llama.cpp, in fp32 (`lorasb.export.gguf.ARCHITECTURES`).
         quiet: do not print the serving command.
 
     Returns:
         The folder, or the GGUF file.
 
     Raises:
-        ValueError: not a LoRA-SB adapter, an uninitialized or merged one, or values that are not finite in `dtype`.
+        ValueError: not a LoRA-SB adapter, an uninitialized or merged one, or values that are not finite in `dtype`;
+            or a LoRA-SB adapter lies where the LoRA is to be written.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    folder = Path(path)
+    if format != "gguf":
+        _refuse_adapters_folder(folder)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     config, tensors, scalings = _read(model, adapter_name) if isinstance(model, nn.Module) else _read_folder(model)
     layers = adapter_file.group_by_layer(tensors)
     # One rank for all layers: vLLM ignores rank_pattern, and llama.cpp scales by lora_alpha / rank of each tensor.
@@ -80,10 +86,19 @@ def export_lora(
     else:
         named = fuse_experts(lora_factors)
     written |= _entries(named, config.get("layer_kinds") or {}, dtype)
-    folder = Path(path)
     if format == "gguf":
         return _write_gguf(model, config, written, rank, folder, quiet)
     return _write_peft(config, written, rank, folder, quiet)
+
+
+def _refuse_adapters_folder(folder: Path) -> None:
+    """Raise a ValueError if the plain LoRA would take the place of a LoRA-SB adapter, whose R it does not have."""
+    try:
+        kind = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
+    except (OSError, ValueError, AttributeError):
+        return
+    if kind == PEFT_NAME:
+        raise ValueError(f"{folder} has a LoRA-SB adapter, which the plain LoRA would replace: name another folder")
 
 
 def _write_peft(config: dict[str, Any], tensors: dict[str, Tensor], rank: int, folder: Path, quiet: bool) -> Path:

@@ -78,7 +78,7 @@ def initialize(
         ValueError: bad arguments, samples, loss, gradient or cache, or too little memory; the model is unchanged.
     """
     model = getattr(model, "_orig_mod", model)  # unwrap torch.compile's OptimizedModule
-    _check(update, strategy, cache, longest_start, stability)
+    _check(update, strategy, cache, longest_start, stability, loss_fn)
     if isinstance(batches, Mapping) and cache is not None:
         raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
     recipe = Recipe(
@@ -166,7 +166,9 @@ def _warn_if_frozen(layers: Layers, name: str) -> None:
         )
 
 
-def _check(update: str, strategy: str, cache: Any, longest_start: float | None, stability: bool) -> None:
+def _check(
+    update: str, strategy: str, cache: Any, longest_start: float | None, stability: bool, loss_fn: LossFn | None
+) -> None:
     if update not in UPDATES:
         raise ValueError(f"update must be one of {', '.join(UPDATES)}, got {update!r}")
     if strategy not in STRATEGIES:
@@ -174,6 +176,8 @@ def _check(update: str, strategy: str, cache: Any, longest_start: float | None, 
     if update != "adamw" and cache is not None:
         needs = "the gradient itself" if update == "sgd" else "each sample's gradient"
         raise ValueError(f"update={update!r} needs {needs}, and a cache keeps its signs only: leave cache out")
+    if stability and getattr(loss_fn, "of_whole_batches", False):
+        raise ValueError("stability splits batches in halves, and this loss needs whole ones (pairs): leave it out")
     if update == "per-sample" and stability:
         raise ValueError("stability compares subspaces of sign(G), and update='per-sample' has others: leave it out")
     if longest_start is not None and not longest_start >= 0:

@@ -174,6 +174,11 @@ def _samples(
         raise ValueError("no sample has a labeled token: every label of these batches is -100")
     pieces = list(in_halves(batches)) if options.stability else [Piece(batch) for batch in batches]
     if processes.is_distributed and sharded(model):
+        if getattr(options.loss_fn, "of_whole_batches", False):
+            raise ValueError(
+                "a sharded model takes samples one by one, and this loss needs whole batches (pairs): initialize "
+                "before the model is sharded"
+            )
         pieces = _equally_many(pieces, processes)
     return pieces, seen, processes.common_hash(selected.data_hash)
 

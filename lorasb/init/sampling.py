@@ -78,7 +78,7 @@ class Samples:
         if available == 0:
             raise ValueError("expected at least one sample to initialize from, got none: the batches are empty")
         if self.exact and self.limit is not None and available < self.limit:
-            raise ValueError(_too_few(self.limit, available))
+            raise ValueError(too_few(self.limit, available))
 
     @property
     def data_hash(self) -> str:
@@ -274,7 +274,7 @@ def _draw(counts: list[int], num_samples: int | None, seed: int, rank: int) -> l
         raise ValueError("expected at least one sample to initialize from, got none: the data set is empty")
     count = num_samples if num_samples is not None else _default_count(available)
     if count > available:
-        raise ValueError(_too_few(count, available))
+        raise ValueError(too_few(count, available))
     # The same permutation on every rank, so no communication is needed to split it.
     drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
     drawn = drawn - sum(counts[:rank])
@@ -285,7 +285,7 @@ def _default_count(available: int) -> int:
     return min(available, max(MIN_SAMPLES, math.ceil(available / DATA_SET_DIVISOR)))
 
 
-def _too_few(num_samples: int, available: int) -> str:
+def too_few(num_samples: int, available: int) -> str:
     return (
         f"num_samples={num_samples}, but the batches hold {available} samples: pass more data, a smaller num_samples, "
         "or leave num_samples out to take what there is"

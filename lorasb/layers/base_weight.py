@@ -154,6 +154,17 @@ class FrozenBase(nn.Module, BaseTunerLayer):
             dense.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
         self.base_layer = dense.train(self.training)
 
+    def refuse_computed_weight(self) -> None:
+        """Raise a ValueError if the base computes W in every forward, so that merged values would be lost."""
+        base = self.get_base_layer()
+        named = [name.rpartition(".")[2] for name, _ in base.named_parameters(recurse=False)]
+        if hasattr(base, "parametrizations") or {"weight_g", "weight_v", "weight_orig"} & set(named):
+            raise ValueError(
+                f"a {type(base).__name__} computes its weight in every forward (weight_norm, spectral_norm), and "
+                "merged values would be lost: remove that first (torch.nn.utils.parametrize.remove_parametrizations), or keep "
+                "the adapter apart: lorasb.export_lora(model, path)"
+            )
+
     def restore_replaced_base(self) -> bool:
         """Undo `set_base_weight` over a quantized or opaque base; False if no base layer was replaced."""
         if self._replaced.layer is None:

@@ -79,6 +79,7 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
         "wide_factors",
         "initialized",
         "basis",
+        "_preconditioners",
     )
 
     def __init__(
@@ -108,6 +109,7 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
         self.siblings: Group | None = None  # set by `linear_group.form` once the model is patched
         self.stored_cores: StoredCores | None = None  # set by a bank of adapters
         self._disable_adapters = False
+        self._trained_before: list[str] = []  # adapters whose R required a gradient when adapters were disabled
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` switches it off
         self._active_adapter: str | list[str] = adapter_name
@@ -168,6 +170,15 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
         for target, value in pairs:
             target.copy_(shard_like(target, value))
         self.initialized[adapter_name] = True
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As PEFT's; adapters that train together with the active one go on with that, too."""
+        if not enabled and not self._disable_adapters:
+            self._trained_before = [name for name, core in self.lorasb_R.items() if core.requires_grad]
+        super().enable_adapters(enabled)
+        for name in self._trained_before if enabled else ():
+            if name in self.lorasb_R:
+                self.lorasb_R[name].requires_grad_(True)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]. Arguments other than `adapter_names` are passed to the base layer's forward."""
@@ -246,7 +257,8 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
         core = self.lorasb_R[adapter]
         core = core.float() if core.dtype in HALVES else core
         b, a = self.lorasb_B[adapter].to(core.dtype), self.lorasb_A[adapter].to(core.dtype)
-        delta = b @ core @ a * self.scaling[adapter]
+        with torch.autocast(a.device.type, enabled=False):  # a forward under autocast may unmerge
+            delta = b @ core @ a * self.scaling[adapter]
         return delta.t() if self.fan_in_fan_out else delta
 
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -257,9 +269,10 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
         """The base weight plus sign times the adapters' deltas, summed in R's dtype.
 
         Raises:
-            ValueError: the result is not finite, or the base layer is opaque without a way to W.
+            ValueError: the result is not finite, or the base layer is opaque without a way to W, or computes W itself.
         """
         quantized, opaque = self.quantized(), self.opaque()
+        self.refuse_computed_weight()
         if opaque is not None:
             weight = opaque.dequantize(self.base_layer)
         else:

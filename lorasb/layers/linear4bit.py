@@ -62,10 +62,12 @@ class Linear4bit(nn.Linear):
             # Packed bytes viewed as floats: `fn` may be a cast, which would convert their values. It gets them as
             # uint8, which casts leave alone. A DTensor of FSDP2 goes through as it is.
             self._parameters["weight"] = None
-            super()._apply(fn, recurse)
-            moved = fn(packed.data.view(torch.uint8))
-            packed.data = moved.view(packed.dtype)
-            self._parameters["weight"] = cast("nn.Parameter", packed)
+            try:
+                super()._apply(fn, recurse)
+                moved = fn(packed.data.view(torch.uint8))
+                packed.data = moved.view(packed.dtype)
+            finally:  # a GPU may be too small
+                self._parameters["weight"] = cast("nn.Parameter", packed)
         else:
             super()._apply(fn, recurse)
         if self.weight.device != self.quant_state.absmax.device:  # no parameters or buffers: not reached by `_apply`

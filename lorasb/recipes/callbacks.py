@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
-import psutil
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from ..distributed.process_group import Processes
 from .console import console
-from .estimate import Estimate, estimate, estimated, padded_tokens, peak_memory
+from .estimate import Estimate, estimate, estimated, memory_in_use, padded_tokens, peak_memory
 from .examples.batch_order import ByLength
 from .prepare import Run
 from .signals import Stop
@@ -68,7 +68,7 @@ class Planning(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compute the steps of the first epoch, which stand for those of later epochs; note the memory in use."""
         self.steps = self.order.order(0)
-        self.memory_before = min(psutil.Process().memory_info().rss, peak_memory())
+        self.memory_before = memory_in_use()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step begins."""
@@ -113,10 +113,25 @@ class Judging(TrainerCallback):
             control.should_log = should_log
 
 
+class Finite(TrainerCallback):
+    """Ends training at the first loss or gradient that is not finite, before a checkpoint has it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Raise a ValueError for such a value."""
+        for name in ("loss", "grad_norm"):
+            value = float((logs or {}).get(name, 0.0))
+            if not math.isfinite(value):
+                what = "loss" if name == "loss" else "norm of the gradients"
+                raise ValueError(
+                    f"step {state.global_step}: the {what} is {value}, and "
+                    "training ends before that is saved: take a lower --lr or more --warmup, in another --output"
+                )
+
+
 class Ordering(TrainerCallback):
     """Sets the sampler's epoch: on resume, accelerate's loader that skips batches does not pass set_epoch on to it."""
 
-    def __init__(self, order: ByLength) -> None:
+    def __init__(self, order: Any) -> None:
         self.order = order
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

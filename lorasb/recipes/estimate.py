@@ -6,6 +6,7 @@ import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from ..utils.precision import DTYPES, native, slowdown
@@ -96,6 +97,14 @@ def peak_memory() -> int:
         return int(torch.cuda.max_memory_allocated())
     # ru_maxrss is in KiB on Linux
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def memory_in_use() -> int:
+    """The process's memory in bytes now, as `peak_memory` counts it; on a GPU the peak counts from here."""
+    if device() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return int(torch.cuda.memory_allocated())
+    return min(psutil.Process().memory_info().rss, peak_memory())
 
 
 def estimate(times: list[tuple[float, int]], left: int, longest: int, memory: tuple[int, int]) -> Estimate:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..init import InitReport, RankSuggestion
-from ..utils.atomic_files import write_json
+from ..utils import plotting
+from ..utils.atomic_files import replacing_folder, write_json
 from .adapter import adapt, save_adapter
 from .config_file import CONFIG_NAME, write_config
 from .console import console
@@ -15,6 +16,7 @@ from .prepare import Run, prepare
 from .setting_rules import check
 from .settings import InitSettings
 
+RANKS_NAME = "ranks.json"
 PLOTS = {"energy.png": "layers", "ranks.png": "ranks", "spectrum.png": "spectrum"}
 
 
@@ -49,10 +51,13 @@ def _check_targets(settings: InitSettings) -> None:
 
 def _save(run: Run, report: Any, suggestion: RankSuggestion | None, settings: InitSettings) -> None:
     folder = Path(run.settings.output)
-    save_adapter(run, folder / "adapter")
+    with replacing_folder(folder / "adapter") as target:
+        save_adapter(run, target)
     report.save(folder / "report.json")
-    for name, kind in PLOTS.items():
-        report.plot(folder / name, kind)
+    if plotting.installed():
+        for name, kind in PLOTS.items():
+            report.plot(folder / name, kind)
+    (folder / RANKS_NAME).unlink(missing_ok=True)  # of an earlier call
     if suggestion is not None:
-        write_json(folder / "ranks.json", {"rank_pattern": suggestion.rank_pattern})
+        write_json(folder / RANKS_NAME, {"rank_pattern": suggestion.rank_pattern})
     write_config(folder / CONFIG_NAME, settings.run, settings)

@@ -47,9 +47,11 @@ class Run:
     def steps(self) -> int:
         """Number of optimizer steps of the whole run."""
         settings = self.settings
-        rows = settings.batch_size if settings.rl is None else settings.batch_size // settings.generations
-        # epochs may be a fraction; an epoch's last step may be smaller than the others
-        return max(1, math.ceil(-(-len(self.rows) // rows) * settings.epochs))
+        if settings.rl is not None:  # TRL leaves out the prompts that are too few for a step
+            a_pass = len(self.rows) // (settings.batch_size // settings.generations)
+        else:  # an epoch's last step may be smaller than the others
+            a_pass = -(-len(self.rows) // settings.batch_size)
+        return max(1, math.ceil(a_pass * settings.epochs))  # epochs may be a fraction
 
     @property
     def warmup_steps(self) -> int:
@@ -115,6 +117,7 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
     set_seed(settings.seed)  # LoRA's random A, dropout, and weights that transformers initializes
     precision = resolve(settings.dtype, device())
     train_examples, held_out = examples or load_examples(settings)
+    _check_prompts(settings, len(train_examples))
     problem = problem_of(train_examples, held_out, settings)
     tokenizer, model = _load(settings, problem, precision.dtype)
     encode_one = partial(problem.encode, tokenizer=tokenizer, max_length=settings.max_length)
@@ -123,6 +126,15 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
     rows = _packed(model, train_ids, settings.max_length) if settings.packing else train_ids
     encoded = train_examples, held_out, train_ids, held_out_ids, rows
     return Run(settings, precision, problem, tokenizer, model, *encoded, settings.lr)
+
+
+def _check_prompts(settings: Settings, count: int) -> None:
+    """Raise a ValueError for fewer prompts than a step of `--rl` takes, of which TRL would train none."""
+    if settings.rl is not None and count < (prompts := settings.batch_size // settings.generations):
+        raise ValueError(
+            f"--rl takes {prompts} prompts a step (--batch-size over --generations), and there are {count} to train "
+            f"on: take --batch-size {count * settings.generations} or lower"
+        )
 
 
 def _load(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Any, Any]:

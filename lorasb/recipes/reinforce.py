@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback
 
 from ..distributed.process_group import Processes
-from .callbacks import Bar, Judging, Saving
+from .callbacks import Bar, Finite, Judging, Ordering, Saving
 from .examples.tasks import Example
 from .marked_checkpoints import MarkedCheckpoints
 from .prepare import Run, checkpoint_activations
@@ -18,7 +18,7 @@ from .problems.evaluation import token_limit
 from .rewards import Judge, judge_of
 from .settings import Settings
 from .signals import Stop
-from .train import argument_values
+from .train import argument_values, on_one_device
 
 
 def check(settings: Settings) -> None:
@@ -39,8 +39,13 @@ def trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: f
     from trl import GRPOConfig, GRPOTrainer
 
     class RunGRPOTrainer(MarkedCheckpoints, GRPOTrainer):
-        """GRPO with marked checkpoints."""
+        """GRPO with marked checkpoints, and an order of prompts that a resumed run has too."""
 
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            order.sampler = super()._get_train_sampler(dataset)
+            return order.sampler
+
+    order = _PromptOrder(run.settings.seed)
     settings, processes = run.settings, Processes()
     if settings.gradient_checkpointing:
         checkpoint_activations(run.model.get_base_model())
@@ -57,7 +62,7 @@ def trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: f
     made = RunGRPOTrainer(
         model=run.model,
         reward_funcs=_reward(judge_of(settings), run.train),
-        args=GRPOConfig(**values),
+        args=on_one_device(GRPOConfig(**values)),
         train_dataset=Dataset.from_list([_row(i, example) for i, example in enumerate(run.train)]),
         processing_class=run.tokenizer,
     )
@@ -68,9 +73,22 @@ def trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: f
         judging = Judging(run, settings.eval_steps)
         judging.trainer = made
         made.add_callback(judging)
-    for callback in (Bar(), Saving(settings.save_steps, stop)):
+    for callback in (Bar(), Finite(), Ordering(order), Saving(settings.save_steps, stop)):
         made.add_callback(callback)
     return made
+
+
+class _PromptOrder:
+    """The epoch's order of prompts by its number: TRL's sampler draws on from the epoch before, which a resumed run
+    has not passed through."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.sampler: Any = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the order of an epoch; the first one's is TRL's own."""
+        self.sampler.generator.manual_seed(self.seed + epoch)
 
 
 def prompt_of(example: Example) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ from torch import nn
 
 from ..constants import WEIGHTS_NAME
 from ..init import InitReport
+from ..utils import plotting
 from ..utils.atomic_files import replacing_folder, write_json
 from ..utils.precision import processor_class
 from .adapter import REPORT_NAME, load_report, save_adapter
+from .console import console
 from .examples.data import describe_data
 from .examples.tasks import Example
 from .prepare import Run, device
@@ -97,13 +100,24 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
     with replacing_folder(folder / "adapter") as target:
         save_adapter(run, target)
     summary["adapter_bytes"] = (folder / "adapter" / WEIGHTS_NAME).stat().st_size
+    _remove_former(folder)
     if result.report is not None:
         _save_export_and_report(run, result.report, folder)
     data = describe_data(settings, len(run.train_ids))
     title = f"{settings.method}, r={summary['rank']}: {data}, lr {run.lr:g}"
-    plot_loss(history, summary["eval_loss_before"], summary["eval_loss_after"], folder / "loss.png", title)
+    if plotting.installed():
+        plot_loss(history, summary["eval_loss_before"], summary["eval_loss_after"], folder / "loss.png", title)
+    else:
+        console.print("no pictures, as matplotlib is not installed: pip install matplotlib", highlight=False)
     write_json(folder / ANSWERS_NAME, _answers(result))
     write_json(folder / SUMMARY_NAME, summary)  # last: a summary says that the run is finished
+
+
+def _remove_former(folder: Path) -> None:
+    """Remove what a former run in this folder may have had and this one may not."""
+    shutil.rmtree(folder / "lora", ignore_errors=True)
+    for name in (REPORT_NAME, "energy.png", "loss.png"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _save_export_and_report(run: Run, report: InitReport, folder: Path) -> None:
@@ -113,7 +127,7 @@ def _save_export_and_report(run: Run, report: InitReport, folder: Path) -> None:
         with replacing_folder(folder / "lora") as target:
             export_lora(run.model, target, quiet=True)
     report.save(folder / REPORT_NAME)
-    if report.energy_sign is not None:
+    if report.energy_sign is not None and plotting.installed():
         report.plot(folder / "energy.png")
 
 

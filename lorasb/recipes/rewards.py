@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.reinforcement import RewardError, checked_rewards
-from .examples.tasks import TASKS, Example
+from .examples.tasks import Example, data_set
 from .problems.scoring import is_right
 from .settings import Settings
 
@@ -47,9 +47,7 @@ def _exact(completions: Sequence[str], examples: Sequence[Example]) -> list[floa
 
 def _verifier(task: str) -> Judge:
     """reasoning-gym's own, which gives a part of 1 for a part of the answer."""
-    import reasoning_gym
-
-    data = reasoning_gym.create_dataset(task, size=1, seed=0, **TASKS[task].options)
+    data = data_set(task, 1, 0)
 
     def verifier(prompts: Sequence[str], completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """Scores of answers."""

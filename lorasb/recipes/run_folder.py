@@ -23,6 +23,7 @@ from .settings import Settings, listed
 
 NEW, UNFINISHED, FINISHED = "new", "unfinished", "finished"
 SUMMARY_NAME = "summary.json"
+OWN_NAMES = RUN_NAME, BEFORE_NAME, START_NAME = "run.json", "before.json", "start"  # in checkpoints/
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,23 @@ class RunFolder:
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
         self.checkpoints = self.folder / "checkpoints"
-        self.start = self.checkpoints / "start"
+        self.start = self.checkpoints / START_NAME
 
     def look(self, settings: Settings, identity: dict[str, Any]) -> State:
         """How far the run with this identity came, as `--resume` asks; changes nothing.
 
         Raises:
-            ValueError: the folder or the checkpoint belongs to another run, or the checkpoint is incomplete.
+            ValueError: the folder or the checkpoint belongs to another run or program, or cannot be read.
         """
+        self._refuse_foreign()
         if settings.resume == "never":
             return State(NEW)
-        running = _read(self.checkpoints / "run.json")
+        running = _read(self.checkpoints / RUN_NAME)
+        if running is None and (self.checkpoints / RUN_NAME).exists():
+            raise ValueError(
+                f"{self.checkpoints / RUN_NAME} cannot be read, and says whose checkpoints lie there: make it "
+                "readable, or --resume never to start anew"
+            )
         if settings.resume != "auto":
             return self._look_at_checkpoint(settings.resume, running, identity)
         # A summary beside the run.json of another run: the folder was reused, and that run is unfinished.
@@ -69,6 +76,19 @@ class RunFolder:
             line = f"the run in {self.folder} is finished: these are its results (--resume never runs it anew)"
             return State(FINISHED, None, [line])
         return State(NEW) if running is None else self._look_at_last(running, identity)
+
+    def _refuse_foreign(self) -> None:
+        """Raise a ValueError if `checkpoints/` has files that no run of lorasb wrote: a run clears that folder."""
+        if (self.checkpoints / RUN_NAME).exists() or not self.checkpoints.is_dir():
+            return
+        for path in sorted(self.checkpoints.iterdir()):
+            # a run that was killed while it began or ended leaves some of its own files
+            own = path.name in OWN_NAMES or path.name.startswith(".") or checkpoints.read(path) is not None
+            if not own:
+                raise ValueError(
+                    f"{path} is not of lorasb finetune, which clears {self.checkpoints}: take another --output, or "
+                    "move it away"
+                )
 
     def _look_at_checkpoint(self, checkpoint: str, running: dict[str, Any] | None, identity: dict[str, Any]) -> State:
         """The run goes on from this checkpoint, which the user named."""
@@ -111,22 +131,22 @@ class RunFolder:
     def begin(self, state: State, settings: Settings, identity: dict[str, Any]) -> None:
         """Prepare the folder: clear it for a new run, remove incomplete checkpoints, write the run's identity."""
         if state.kind == NEW:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            self._clear()
             (self.folder / SUMMARY_NAME).unlink(missing_ok=True)
         for broken in state.cut_off:
             shutil.rmtree(broken, ignore_errors=True)
         # After the clean-up: run.json claims the folder, so nothing of another run may be left when it appears.
-        write_json(self.checkpoints / "run.json", identity)
+        write_json(self.checkpoints / RUN_NAME, identity)
         write_config(self.folder / CONFIG_NAME, settings)
 
     def before(self) -> Evaluation | None:
         """The saved evaluation before training; None if there is none."""
-        values = _read(self.checkpoints / "before.json")
+        values = _read(self.checkpoints / BEFORE_NAME)
         return None if values is None else Evaluation(values["loss"], values["accuracy"], tuple(values["answers"]))
 
     def save_before(self, before: Evaluation) -> None:
         """Save the evaluation before training, so that a resumed run skips it."""
-        write_json(self.checkpoints / "before.json", asdict(before))
+        write_json(self.checkpoints / BEFORE_NAME, asdict(before))
 
     def save_start(self, save: Callable[[Path], None], start: Start) -> None:
         """Save the initialized adapter, atomically."""
@@ -142,6 +162,12 @@ class RunFolder:
 
     def end(self) -> None:
         """Remove the files of an unfinished run, once the results are written."""
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove `checkpoints/`, last of it run.json: what a kill leaves there is known as a run's."""
+        for path in self.checkpoints.glob("*/"):
+            shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 

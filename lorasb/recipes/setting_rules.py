@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -24,7 +25,7 @@ def check(settings: Any) -> None:
             continue
         if "choices" in rules and value not in rules["choices"]:
             raise ValueError(f"{option(item.name)} must be one of {', '.join(rules['choices'])}, got {value!r}")
-        if rules.get("positive") and not value > 0:
+        if rules.get("positive") and not 0 < value < math.inf:
             raise ValueError(f"{option(item.name)} must be positive, got {value!r}")
         find_problem: Callable[[Any], str | None] | None = rules.get("check")
         problem = find_problem(value) if find_problem else None

@@ -231,6 +231,8 @@ class Settings:
                 f"--batch-size {self.batch_size} cannot be parted in --gradient-accumulation "
                 f"{self.gradient_accumulation} equal parts: take a multiple of it"
             )
+        if self.data is None and self.eval_data is not None:
+            raise ValueError("--eval-data holds out examples beside those of --data, which is not given: name a file")
         if self.adapter_column is not None:
             check_adapters(self)
         if self.rl is not None:

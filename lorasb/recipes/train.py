@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from ..distributed.process_group import Processes
 from ..training.rows_callback import AdapterRowsCallback
 from . import checkpoints
-from .callbacks import Bar, Judging, Ordering, Planning, Saving
+from .callbacks import Bar, Finite, Judging, Ordering, Planning, Saving
 from .console import console
 from .estimate import announcement
 from .examples.batch_order import ByLength
@@ -54,6 +55,9 @@ def train(
         return _already_trained(run, Path(checkpoint), mark.seconds)
     trainer = (make or _trainer)(run, folder, identity, mark.seconds if mark else 0.0, stop)
     console.print(announcement(run), highlight=False)
+    if Processes().world_size == 1 and torch.cuda.device_count() > 1:
+        told = f"one of {torch.cuda.device_count()} GPUs trains: start it by torchrun --nproc-per-node to take more"
+        console.print(told, highlight=False)
     stop.steps = True
     trainer.train_started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -92,7 +96,14 @@ def _trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: 
 
 def arguments(run: Run, folder: Path, processes: int) -> TrainingArguments:
     """The trainer's arguments; `callbacks.Saving` decides when to save."""
-    return TrainingArguments(**argument_values(run, folder, processes))
+    return on_one_device(TrainingArguments(**argument_values(run, folder, processes)))
+
+
+def on_one_device(args: Any) -> Any:
+    """The arguments of a process that trains on one GPU. Without a launcher Trainer would take all of them by
+    DataParallel, with as many times the examples a step."""
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 
 def argument_values(run: Run, folder: Path, processes: int) -> dict[str, Any]:
@@ -113,6 +124,7 @@ def argument_values(run: Run, folder: Path, processes: int) -> dict[str, Any]:
         max_grad_norm=1.0,
         logging_steps=1,
         logging_strategy="steps",
+        logging_nan_inf_filter=False,  # it would log a NaN as 0
         save_strategy="no",  # `callbacks.Saving` sets control.should_save
         report_to=settings.report_to,
         remove_unused_columns=False,  # the data set has encoded examples, not columns
@@ -154,6 +166,7 @@ def _put_callbacks(trainer: _RunTrainer, run: Run, stop: Stop, parts: int) -> No
     for callback in (
         Ordering(trainer.order),
         Bar(),
+        Finite(),
         Planning(run, trainer.order, parts),
         Saving(run.settings.save_steps, stop),
     ):

@@ -15,7 +15,7 @@ from ..distributed.deepspeed_zero import keep_factors
 from ..distributed.fsdp_resume import restore_factors
 from ..distributed.process_group import Processes, sharded
 from ..init import InitReport, first_step_lr, initialize
-from ..init.sampling import draw
+from ..init.sampling import draw, too_few
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import adapted_layers
 from ..utils.random_state import rng_untouched
@@ -99,9 +99,10 @@ class InitCallback(TrainerCallback):
         # collators may draw (random masking, on the CPU), and training must draw as without this
         with rng_untouched():
             batches: Any
-            count: int | None
+            count = None
             if self.samples is None:
-                batches, count = _batches(train_dataloader, args.per_device_train_batch_size, self.num_samples, seed)
+                # drawn already: a limit would count the rows of batches, and those of preferences have two an example
+                batches = _batches(train_dataloader, args.per_device_train_batch_size, self.num_samples, seed)
             else:
                 batches = self.samples(model) if callable(self.samples) else self.samples
                 batches, count = iter(batches), self.num_samples  # all, in their order, unless a number is asked for
@@ -124,10 +125,13 @@ def _restore(args: Any, state: Any, name: str, layers: dict[str, LoRASBLinear], 
         )
 
 
-def _batches(loader: Any, batch_size: int, num_samples: int | None, seed: int) -> tuple[Iterator[dict[str, Any]], int]:
-    """Batches of this process's share of the samples, and the number of samples over all processes.
+def _batches(loader: Any, batch_size: int, num_samples: int | None, seed: int) -> Iterator[dict[str, Any]]:
+    """Batches of this process's share of the samples.
 
     Samples are drawn at random from a map-style data set; of a stream, the first `num_samples` are taken.
+
+    Raises:
+        ValueError: a stream without a number of samples, or with fewer.
     """
     dataset, processes, collate = loader.dataset, Processes(), loader.collate_fn
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
@@ -135,11 +139,13 @@ def _batches(loader: Any, batch_size: int, num_samples: int | None, seed: int) -
             raise ValueError("the trainer's data set is a stream: say how many samples, InitCallback(num_samples=64)")
         # Every process reads the same head of the stream and takes every size-th item.
         head = [item for item, _ in zip(dataset, range(num_samples), strict=False)]
-        return _collated(head[processes.rank :: processes.world_size], collate, batch_size), num_samples
+        if len(head) < num_samples:
+            raise ValueError(too_few(num_samples, len(head)))
+        return _collated(head[processes.rank :: processes.world_size], collate, batch_size)
     chosen = draw(len(dataset), num_samples, seed)
     own_indices = chosen[processes.rank :: processes.world_size]
     # a generator: samples are read batch by batch
-    return _collated((dataset[i] for i in own_indices), collate, batch_size), len(chosen)
+    return _collated((dataset[i] for i in own_indices), collate, batch_size)
 
 
 def _collated(items: Iterable[Any], collate: Any, batch_size: int) -> Iterator[dict[str, Any]]:

@@ -81,7 +81,8 @@ def find_lr(
     """
     model = getattr(model, "_orig_mod", model)  # unwrap torch.compile's OptimizedModule
     _check(lr, steps, judged, accumulation)
-    held = list(islice(iter(batches), steps * accumulation + judged))
+    with rng_untouched():  # a DataLoader draws its order
+        held = list(islice(iter(batches), steps * accumulation + judged))
     _check_count(len(held), steps, judged, accumulation)
     train = [held[i : i + accumulation] for i in range(judged, len(held), accumulation)]
     trial = _Trial(model, train, held[:judged], optimizer or _adamw, lr)
@@ -203,9 +204,8 @@ def _restored(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
     values = [parameter.detach().clone() for parameter in trained]
     gradients = [parameter.grad for parameter in trained]
     modes = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device.index for p in trained if p.device.type == "cuda"})
     try:
-        with rng_untouched(devices):  # dropout
+        with rng_untouched():  # dropout
             for parameter in trained:
                 parameter.grad = None
             yield

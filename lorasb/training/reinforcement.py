@@ -100,10 +100,8 @@ def reward_batches(
     Raises:
         RewardError: as `checked_rewards`; or no prompt's completions differ in reward.
     """
-    training = model.training
-    model.eval()
     batches = []
-    with rng_untouched(), _mode_kept(model, training):
+    with rng_untouched(), _in_eval_mode(model):
         torch.manual_seed(seed)
         for prompt in prompts:
             ids, mask = _sampled(model, tokenizer, prompt, generations, max_new_tokens, temperature)
@@ -120,11 +118,15 @@ def reward_batches(
 
 
 @contextmanager
-def _mode_kept(model: nn.Module, training: bool) -> Iterator[None]:
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and each module in its own afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _batch(ids: Tensor, mask: Tensor, weights: Sequence[float]) -> dict[str, Tensor]:
@@ -181,6 +183,9 @@ def preference_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     sums, _ = _log_probabilities(model, batch)
     chosen, rejected = sums.chunk(2)
     return (rejected - chosen).mean()
+
+
+preference_loss.of_whole_batches = True  # type: ignore[attr-defined]  # a pair's rows are half a batch apart
 
 
 def _log_probabilities(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

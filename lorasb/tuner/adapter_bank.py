@@ -114,7 +114,7 @@ class AdapterBank:
         return len(self._slots) + len(self._waiting)
 
     def add(self, name: str, cores: Mapping[str, Tensor] | str | None = None) -> None:
-        """Add an adapter, or replace it.
+        """Add an adapter, or replace it; `load` replaces, too.
 
         Args:
             name: which `adapter_names` call it by.
@@ -124,6 +124,7 @@ class AdapterBank:
         Raises:
             ValueError: the model has an adapter of this name, or a layer's R is missing, of another shape or not
                 finite.
+            RuntimeError: a batch in progress uses the adapter that would be replaced.
         """
         self._check_name(name)
         if isinstance(cores, str):
@@ -139,12 +140,15 @@ class AdapterBank:
             RuntimeError: a batch in progress uses it.
         """
         with self._lock:
-            if self._in_use[name]:
-                raise RuntimeError(f"adapter {name!r} serves a batch at the moment: remove it afterwards")
+            self._refuse_in_use(name)
             if name in self._slots:
                 self._free.append(self._slots.pop(name))
             elif self._waiting.pop(name, None) is None:
                 raise KeyError(self._unknown([name]))
+
+    def _refuse_in_use(self, name: str) -> None:
+        if self._in_use[name]:
+            raise RuntimeError(f"adapter {name!r} serves a batch at the moment: replace or remove it afterwards")
 
     def cores(self, name: str) -> dict[str, Tensor]:
         """An adapter's R [r, r] by layer, copies in host memory."""
@@ -169,7 +173,7 @@ class AdapterBank:
                 self._check_name(path.name)
                 self._put(path.name, self._row(path.name, self._cores_of(path)))
                 report.loaded.append(path.name)
-            except (ValueError, OSError, SafetensorError) as error:
+            except (ValueError, OSError, RuntimeError, SafetensorError) as error:
                 report.failed[path.name] = str(error)
         return report
 
@@ -219,6 +223,7 @@ class AdapterBank:
 
     def _put(self, name: str, row: Tensor) -> None:
         with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._refuse_in_use(name)
             if name in self._slots:
                 self.storage[self._slots[name]] = row.to(self.storage.device)
             elif self.resident is not None and len(self._slots) >= self.resident:

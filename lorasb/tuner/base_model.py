@@ -10,7 +10,7 @@ from torch import nn
 from ..checkpoints.base_fingerprint import difference
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import any_merged, layers_with
-from ..layers.offloading import has_weight_values
+from ..layers.offloading import has_weight_values, weight_present
 from .config import LoRASBConfig
 from .targets import base_of
 
@@ -66,6 +66,7 @@ def check_finite(model: nn.Module, adapter_names: list[str] | None) -> None:
         names = [n for n in requested if n in module.lorasb_R and n not in module.merged_adapters]
         if names:
             try:
-                module.merged_weight(names)  # one layer's W at a time; dropped at once
+                with weight_present(module.get_base_layer()):
+                    module.merged_weight(names)  # one layer's W at a time; dropped at once
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None

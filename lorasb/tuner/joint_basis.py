@@ -283,6 +283,7 @@ def _add(model: Any, name: str, layers: Mapping[str, LoRASBLinear], ranks: Mappi
     pattern = {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest}
     config = LoRASBConfig(r=largest, rank_pattern=pattern, target_modules=set(layers), init="update")
     model.add_adapter(name, config.weights_follow())
+    model.peft_config[name].awaits_weights = False  # no file is loaded
 
 
 def _add_on(model: Any, name: str, basis: str, cores: dict[str, Tensor]) -> None:

@@ -247,6 +247,7 @@ def _insert(
     tuner.peft_config[adapter_name] = _config_like(tuner.peft_config[with_modules or adapters[0]], combined)
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
+        tuner.peft_config[adapter_name].awaits_weights = False  # no file is loaded
         for name, factors in combined.items():
             layer = layers[name]
             # the core includes every s_i; the layer multiplies by its own s again

@@ -22,6 +22,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it over `path` if the block succeeds, else remove it.
 
     The temporary file is in the same folder, so that the rename stays within a file system and is atomic.
+
+    Raises:
+        OSError: the file cannot be written, also where safetensors raises an error of its own.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +35,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
         os.replace(temporary, target)
+    except SafetensorError as error:
+        raise OSError(f"{target} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -49,12 +54,26 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o755)
-        shutil.rmtree(target, ignore_errors=True)  # os.replace takes the place of empty folders only
-        os.replace(temporary, target)
+        _take_place(temporary, target)
     except SafetensorError as error:
         raise OSError(f"{target} cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(folder: Path, target: Path) -> None:
+    """Rename a folder to `target`; one that is there is set aside first, whole, and back if that fails."""
+    if not target.is_dir():
+        os.replace(folder, target)
+        return
+    former = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.former."))
+    os.replace(target, former)  # os.replace takes the place of empty folders only
+    try:
+        os.replace(folder, target)
+    except BaseException:
+        os.replace(former, target)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

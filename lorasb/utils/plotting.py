@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
@@ -11,6 +12,11 @@ from .atomic_files import replacing
 INK, MUTED, SIGN, GRAD = "#1b1b1b", "#8a8a8a", "#3568b8", "#d9822b"
 
 
+def installed() -> bool:
+    """Whether matplotlib is there; without it a run leaves its pictures out."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def canvas() -> tuple[Any, Any]:
     """A figure of the README's width, and its axes.
 
@@ -18,21 +24,16 @@ def canvas() -> tuple[Any, Any]:
         ImportError: matplotlib is not installed; the message has the pip command.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'lorasb[demo]'") from error
-    matplotlib.use("Agg")  # draws into files; other backends may need a display
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=(9, 4.2), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    return figure, figure.subplots()
 
 
 def save(figure: Any, axes: Any, title: str, path: str | os.PathLike[str]) -> None:
     """Title the figure and write it to `path` as a PNG, atomically."""
-    import matplotlib.pyplot as plt
-
     axes.set_title(title, fontsize=11, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=140, format="png")
-    plt.close(figure)  # pyplot keeps figures alive until they are closed

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...distributed.process_group import Processes
 from ...layers.linear import LoRASBLinear
+from ...layers.offloading import weight_present
 from ..gradients.accumulator import GradientSums, LayerSum
 from ..gradients.block_stack import NotAStackError, find_stack
 from ..gradients.task import Layers
@@ -86,14 +88,14 @@ class LayerWriter:
         layer, layer_sum = self.layers[name], local or LayerSum(self.halves)
         if self.processes.is_distributed:
             # Reduced in fp32 before the sign is taken: sign(ΣG) is not the sum of the ranks' signs.
-            zeros = _zero_sum(layer)
-            total, half = local.value() if local is not None else zeros, layer_sum.half
+            # Zeros of each sum's own: reducing works in place.
+            total, half = local.value() if local is not None else _zero_sum(layer), layer_sum.half
             layer_sum.merge(self.processes.all_reduce_sum(total))
             if self.recipe.update == "per-sample":
                 layer_sum.sketch = (layer_sum.sketch or self.sketch(name)).to(total.device)
                 layer_sum.sketch.sums = [self.processes.all_reduce_sum(part) for part in layer_sum.sketch.sums]
             if self.halves:
-                layer_sum.half = self.processes.all_reduce_sum(half if half is not None else zeros)
+                layer_sum.half = self.processes.all_reduce_sum(half if half is not None else _zero_sum(layer))
         _check_sum(name, layer, layer_sum)
         return layer_sum
 
@@ -186,13 +188,18 @@ class LayerWriter:
 
     def _write_fallback(self, name: str) -> None:
         layer = self.layers[name]
-        weight, r = layer.dense_weight().detach().float(), layer.r[self.recipe.adapter]
-        with full_precision():
-            factors = subspace_of_weight(weight, r, self.recipe.seed_of(name))
+        rank = layer.r[self.recipe.adapter]
+        # accelerate keeps offloaded weights on the meta device, and FSDP2 shards them
+        with weight_present(layer.get_base_layer()), full_precision():
+            weight: Any = layer.dense_weight().detach()
+            weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            factors = subspace_of_weight(weight.float(), rank, self.recipe.seed_of(name))
+        if self.processes.is_distributed:  # one rank's, as the last bits depend on the number of threads
+            factors = Factors(*(self.processes.broadcast(tensor.float(), 0) for tensor in factors))
         self.staging.write(layer, factors)
         shape = (layer.out_features, layer.in_features)
         sigma = tuple(float(value) for value in factors.sigma)
-        self.reports[name] = LayerReport(name, shape, r, None, None, sigma, 0, 0.0, fallback="weight")
+        self.reports[name] = LayerReport(name, shape, rank, None, None, sigma, 0, 0.0, fallback="weight")
 
     def _block_ran(self, model: nn.Module, name: str) -> bool:
         """True if another target of the layer's block was reached; False if the model is no stack of blocks."""

@@ -43,6 +43,9 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
         return 0.0
     outputs = model(**batch)
     if _first_label_only(batch, _field(outputs, "loss")):
+        logits = _field(outputs, "logits")
+        if isinstance(logits, Tensor) and logits.requires_grad:
+            (logits.sum() * 0).backward()  # of zeros: the ranks of a sharded model communicate in backward
         return 0.0
     loss, logits = _checked(_field(outputs, "loss"), batch), _field(outputs, "logits")
     if rows == 1:  # the batch's mean is the sample's own

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .svd import OVERSAMPLE, Triplets
+from .svd import OVERSAMPLE, Triplets, full_precision
 
 
 def sketch_bytes(shape: tuple[int, int], r: int) -> int:
@@ -51,10 +51,11 @@ class MomentSketch:
         self.to(dy.device)
         samples = dy.shape[0] if dy.dim() > 2 else 1
         dy, x = (part.reshape(samples, -1, part.shape[-1]).float() for part in (dy, x))
-        for i, (left, right) in enumerate(((dy, x), (x, dy))):
-            # g gᵀ Ω = dyᵀ (x (xᵀ (dy Ω))), from the right to the left
-            thin = right @ (right.transpose(1, 2) @ (left @ self._starts[i]))
-            self.sums[i].addmm_(left.flatten(0, 1).t(), thin.flatten(0, 1))
+        with full_precision():
+            for i, (left, right) in enumerate(((dy, x), (x, dy))):
+                # g gᵀ Ω = dyᵀ (x (xᵀ (dy Ω))), from the right to the left
+                thin = right @ (right.transpose(1, 2) @ (left @ self._starts[i]))
+                self.sums[i].addmm_(left.flatten(0, 1).t(), thin.flatten(0, 1))
 
     def triplets(self) -> Triplets:
         """Eigenvectors of both moments, by falling eigenvalue: U [out, q], square roots of the first's [q], Vᵀ [q, in].

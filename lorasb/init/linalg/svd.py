@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,9 +37,18 @@ class Triplets(NamedTuple):
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Disable the caller's autocast, which would compute the products of the SVD in 16 bits."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
+    """Compute in fp32 as it is: without the caller's autocast, TF32 or bf16 inside fp32 products."""
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    backends = [one for one in backends if hasattr(one, "fp32_precision")]  # torch 2.9 on
+    kept = [one.fp32_precision for one in backends]
+    try:
+        for one in backends:
+            one.fp32_precision = "ieee"
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        for one, precision in zip(backends, kept, strict=True):
+            one.fp32_precision = precision
 
 
 def truncated_svd(matrix: Matrix, r: int, seed: int) -> Triplets:

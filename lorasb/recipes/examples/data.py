@@ -36,8 +36,8 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
 
 
 def _prompt(example: Example) -> str:
-    """What identifies an example's question; `messages` are dictionaries, which have no hash."""
-    return json.dumps([example.prompt, example.pair, example.messages, example.adapter])
+    """What identifies an example's question, whatever the answer; `messages` are dictionaries, which have no hash."""
+    return json.dumps([example.prompt, example.pair, example.messages[:-1], example.adapter])
 
 
 def _held_out(settings: Settings, train_examples: list[Example]) -> list[Example]:

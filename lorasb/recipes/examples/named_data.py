@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .tasks import BadAdapterError, Example, labeled, read_jsonl, with_adapter
+from .tasks import BadAdapterError, Example, labeled, read_jsonl, text_of, with_adapter
 
 INSTRUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -56,7 +56,8 @@ class Source:
 def instructed(row: Row) -> Example:
     """Alpaca's form: instruction, output and perhaps input."""
     template = WITH_INPUT if row.get("input") else INSTRUCTION
-    return Example(template.format(instruction=row["instruction"], input=row.get("input")), str(row["output"]))
+    question = template.format(instruction=text_of(row, "instruction"), input=row.get("input"))
+    return Example(question, text_of(row, "output"))
 
 
 def _metamath(row: Row) -> Example:

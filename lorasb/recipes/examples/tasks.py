@@ -69,8 +69,6 @@ def generate(task: str, count: int, seed: int, exclude: Sequence[Example] = ()) 
         ValueError: unknown task, or one that has fewer distinct prompts.
         ImportError: reasoning-gym is missing; the message has the pip command.
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}, or give --data a JSONL file")
     seen = {example.prompt for example in exclude}
     examples: list[Example] = []
     for attempt in range(MAX_ROUNDS):
@@ -84,13 +82,25 @@ def generate(task: str, count: int, seed: int, exclude: Sequence[Example] = ()) 
     raise ValueError(f"task {task!r} gave {len(examples)} distinct prompts, {count} were asked for: ask for fewer")
 
 
-def _draw(task: str, count: int, seed: int) -> Iterator[Example]:
-    """`count` items of a data set, whose prompts may repeat."""
+def data_set(task: str, count: int, seed: int) -> Any:
+    """reasoning-gym's data set of a task.
+
+    Raises:
+        ValueError: unknown task.
+        ImportError: reasoning-gym is missing; the message has the pip command.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}, or give --data a JSONL file")
     try:
         import reasoning_gym
     except ImportError as error:
         raise ImportError("generated tasks need reasoning-gym: pip install 'lorasb[demo]'") from error
-    for item in reasoning_gym.create_dataset(task, size=count, seed=seed, **TASKS[task].options):
+    return reasoning_gym.create_dataset(task, size=count, seed=seed, **TASKS[task].options)
+
+
+def _draw(task: str, count: int, seed: int) -> Iterator[Example]:
+    """`count` items of a data set, whose prompts may repeat."""
+    for item in data_set(task, count, seed):
         prompt = item["question"].strip()
         if TASKS[task].question_only:
             prompt = prompt.rpartition("\n\n")[2]
@@ -142,13 +152,26 @@ def _example(values: Any) -> Example:
     if not isinstance(values, dict):
         raise TypeError(f"got {type(values).__name__}")
     if "label" in values and "text" in values:
-        return labeled(str(values["text"]), values["label"], str(values.get("text_pair") or ""))
+        return labeled(text_of(values, "text"), values["label"], str(values.get("text_pair") or ""))
     if "messages" not in values:
-        return Example(str(values["prompt"]), str(values["completion"]))
-    messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in values["messages"]]
+        return Example(text_of(values, "prompt"), text_of(values, "completion"))
+    messages = [{name: text_of(message, name) for name in ("role", "content")} for message in values["messages"]]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError("the last message is not the assistant's")
     return Example(messages[-2]["content"], messages[-1]["content"], tuple(messages))
+
+
+def text_of(values: dict[str, Any], name: str) -> str:
+    """An entry of an example as text; numbers are texts, too.
+
+    Raises:
+        KeyError: there is no such entry.
+        TypeError: anything else, such as null or a list of parts, whose form in Python would be learned.
+    """
+    value = values[name]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError(f"{name} has to be a text, got {str(value)[:60]!r} ({type(value).__name__})")
+    return str(value)
 
 
 class BadAdapterError(ValueError):

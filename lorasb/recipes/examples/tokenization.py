@@ -90,6 +90,8 @@ def _conversation(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[
     for k, message in enumerate(messages[:-1]):
         if message["role"] != "assistant":
             continue
+        if not k:  # templates render no chat without a message: an assistant that opens is not learned
+            continue
         # head ends with the generation prompt ("assistant:"), which is given at inference and is not learned
         head, after = _rendered(tokenizer, messages[:k], True), _rendered(tokenizer, messages[: k + 1], False)
         if not (head.startswith(rendered_so_far) and after.startswith(head) and full_text.startswith(after)):
@@ -108,7 +110,16 @@ def _check_chat_template(tokenizer: Any) -> None:
 
 
 def _rendered(tokenizer: Any, turns: list[dict[str, str]], generation: bool) -> str:
-    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=generation, tokenize=False))
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(turns, add_generation_prompt=generation, tokenize=False))
+    except TemplateError as error:  # templates refuse roles, and orders of them
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise ValueError(
+            f"the tokenizer's chat template refuses a chat ({error}; roles: {roles}; it begins "
+            f"{turns[0]['content'][:60]!r}): change these messages, or take a --model whose template knows them"
+        ) from None
 
 
 class Collator:

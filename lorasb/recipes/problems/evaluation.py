@@ -18,6 +18,8 @@ from ..launch import gather_json
 from .scoring import CORRELATIONS, is_right
 
 ANSWER_MARGIN = 4  # tokens that a generated answer may be longer than the longest right one
+# A checkpoint's own settings of generation would take other tokens than the likeliest.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 # Tokens per generation batch: a decoding step takes little longer for many rows than for a few.
 TOKENS_PER_BATCH = 8192
 
@@ -193,7 +195,7 @@ def _answers(model: nn.Module, tokenizer: Any, chunk: Sequence[Encoded], bar: An
         attention_mask=mask,
         position_ids=positions(mask),
         max_new_tokens=token_limit(chunk, limit),
-        do_sample=False,
+        **GREEDY,
         pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=[advance],
         **adapters_of(model, chunk),
