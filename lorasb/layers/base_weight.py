@@ -161,8 +161,8 @@ class FrozenBase(nn.Module, BaseTunerLayer):
         if hasattr(base, "parametrizations") or {"weight_g", "weight_v", "weight_orig"} & set(named):
             raise ValueError(
                 f"a {type(base).__name__} computes its weight in every forward (weight_norm, spectral_norm), and "
-                "merged values would be lost: remove that first (torch.nn.utils.parametrize.remove_parametrizations), or keep "
-                "the adapter apart: lorasb.export_lora(model, path)"
+                "merged values would be lost: remove that first (torch.nn.utils.parametrize.remove_parametrizations), "
+                "or keep the adapter apart: lorasb.export_lora(model, path)"
             )
 
     def restore_replaced_base(self) -> bool:

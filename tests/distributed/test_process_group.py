@@ -34,6 +34,8 @@ ALL = [
     "sharded accumulate",
     "accumulate empty",
     "accumulate budget",
+    "stability",
+    "stability empty",
 ]
 
 
@@ -62,9 +64,7 @@ def alone() -> Any:
     return lorasb.initialize(lorasb.patch(make("llama"), r=4), SAMPLES, lr=1e-3, progress=False)
 
 
-@pytest.mark.parametrize(
-    "case", [*ALL, "stability", "stability empty", "sgd", "per-sample", "per-sample empty", "some", "stream"]
-)
+@pytest.mark.parametrize("case", [*ALL, "sgd", "per-sample", "per-sample empty", "some", "stream"])
 def test_ranks_agree_to_the_bit(found: Found, case: str) -> None:
     first, second = found[case]["digests"]
     assert first == second

@@ -15,6 +15,7 @@ from models import batches_for, logits, make, patched
 from safetensors.torch import load_file, save_file
 
 import lorasb
+from lorasb.cli import app
 from lorasb.export.lora import serve_command
 
 SMALLER = {"llama": "k_proj", "roberta": "key", "gpt2": "c_proj"}
@@ -127,3 +128,26 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     ):
         lorasb.export_lora(model, tmp_path / "a", dtype=torch.float16)
     assert not (tmp_path / "a").exists()
+
+
+def test_an_export_never_takes_an_adapters_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "adapter"
+    patched().save_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="has a LoRA-SB adapter, which the plain LoRA would replace: name another"):
+        lorasb.export_lora(folder, folder, quiet=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["lorasb", "export", "."])
+    with pytest.raises(SystemExit) as done:
+        app.main()
+    assert not done.value.code
+    assert (tmp_path / "adapter-lora" / "adapter_model.safetensors").is_file()
+
+
+def test_a_compiled_model_is_exported_under_its_own_names(tmp_path: Path) -> None:
+    model = patched()
+    for name, one in (("plain", model), ("compiled", torch.compile(model))):
+        lorasb.export_lora(one, tmp_path / name, quiet=True)
+    plain, compiled = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()

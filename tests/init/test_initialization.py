@@ -133,10 +133,11 @@ def test_the_model_is_left_as_it_was_found() -> None:
     assert not any(m._forward_hooks for m in model.modules() if isinstance(m, LoRASBLinear))
 
 
-def test_under_the_callers_autocast_factors_are_orthonormal() -> None:
+@pytest.mark.parametrize("update", ["adamw", "per-sample"])
+def test_under_the_callers_autocast_factors_are_orthonormal(update: str) -> None:
     model = lorasb.patch(make("llama"), r=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        lorasb.initialize(model, batches_for("llama"), lr=1e-3, progress=False)
+        lorasb.initialize(model, batches_for("llama"), lr=1e-3, update=update, progress=False)
     for name, p in model.named_parameters():
         if "lorasb_A" in name:
             tolerances.check(p @ p.t(), torch.eye(4), tolerances.ORTHONORMAL)

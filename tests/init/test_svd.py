@@ -35,6 +35,18 @@ def test_svd_captures_the_optimal_energy(shape: tuple[int, int], kind: str) -> N
         assert (u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all()
 
 
+def test_factoring_takes_fp32_as_it_is_and_gives_the_callers_choice_back() -> None:
+    chosen = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with svd.full_precision():
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(chosen)
+
+
 def test_svd_of_real_gradients_captures_the_optimal_energy() -> None:
     for name, gradient in autograd_sums("llama", batches_for("llama")).items():
         if gradient.dim() == 2 and min(gradient.shape) > 40 and "embed" not in name:

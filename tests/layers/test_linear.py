@@ -55,6 +55,33 @@ def test_an_uninitialized_layer_is_the_base_and_refuses_to_train() -> None:
         layer(x)
 
 
+def test_what_trained_before_adapters_were_off_trains_again() -> None:
+    layer = make()
+    layer.add_adapter("second", 4)
+    fill(layer, "second", 2)
+    layer.set_adapter(["default"])
+    layer.lorasb_R["second"].requires_grad_(True)  # as adapters that train together do
+    for _ in range(2):
+        layer.enable_adapters(False)
+        assert not any(core.requires_grad for core in layer.lorasb_R.values())
+    layer.enable_adapters(True)
+    assert all(core.requires_grad for core in layer.lorasb_R.values())
+    layer.enable_adapters(False)
+    layer.delete_adapter("second")
+    layer.enable_adapters(True)
+    assert layer.lorasb_R["default"].requires_grad
+
+
+def test_a_deleted_adapter_leaves_no_matrices_of_theorem_3() -> None:
+    layer = make(equivalent_gradient=True)
+    layer(torch.randn(2, 16)).sum().backward()
+    assert "default" in layer._preconditioners
+    layer.add_adapter("second", 4)
+    layer.set_adapter(["second"])
+    layer.delete_adapter("default")
+    assert "default" not in layer._preconditioners
+
+
 def test_a_backward_in_evaluation_mode_is_refused_too() -> None:
     layer = make(initialized=False).eval()
     y = layer(torch.randn(3, 16))

@@ -39,6 +39,18 @@ def test_files_of_ours_load_into_bitsandbytes_and_theirs_into_ours() -> None:
             other.load_state_dict(written)
 
 
+def test_a_move_that_fails_keeps_the_packed_weight() -> None:
+    layer = lorasb.quantize(nn.Sequential(nn.Linear(64, 32)), storage=torch.bfloat16)[0]
+    packed = layer.weight
+
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layer._apply(full)
+    assert layer.weight is packed
+
+
 def test_a_linear_of_4_bits_is_its_dense_twin() -> None:
     layer = lorasb.quantize(nn.Sequential(nn.Linear(96, 40)))[0]
     dense = dequantize(layer.quantized())

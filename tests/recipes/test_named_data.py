@@ -154,7 +154,7 @@ def test_what_is_held_out_is_drawn_from_all_of_a_set(tmp_path: Path) -> None:
 
 def test_chats_are_held_out_by_their_messages(tmp_path: Path) -> None:
     rows = [
-        {"messages": [{"role": "user", "content": f"q{i % 10}"}, {"role": "assistant", "content": "a"}]}
+        {"messages": [{"role": "user", "content": f"q{i % 10}"}, {"role": "assistant", "content": f"a{i}"}]}
         for i in range(20)
     ]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

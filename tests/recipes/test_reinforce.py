@@ -104,18 +104,24 @@ def test_activations_are_recomputed_where_it_was_asked_for(
     assert bool(calls) == asked
 
 
+def test_fewer_prompts_than_a_step_takes_are_refused(reinforced: Settings) -> None:
+    with pytest.raises(ValueError, match=r"--rl takes 32 prompts a step .* and there are 28 to train on"):
+        run_finetune(replace(reinforced, batch_size=128))
+
+
 class InterruptedBar(callbacks.Bar):
-    """Presses Ctrl-C after the third step."""
+    """Presses Ctrl-C after the fifth step, which is in the second epoch."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
-        if state.global_step == 3:
+        if state.global_step == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(
     reinforced: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    reinforced = replace(reinforced, batch_size=24, epochs=1.5)
     run_finetune(replace(reinforced, output=str(tmp_path / "a")))
     with monkeypatch.context() as patch:
         patch.setattr(reinforce, "Bar", InterruptedBar)

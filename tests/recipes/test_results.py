@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,17 @@ from transformers import Trainer
 
 from lorasb.recipes.finetune import run_finetune
 from lorasb.recipes.settings import Settings
+from lorasb.utils import plotting
+
+
+def test_without_matplotlib_a_run_has_no_pictures(
+    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(plotting, "installed", lambda: False)
+    run_finetune(replace(base, output=str(tmp_path)))
+    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".json", ".yaml"}
+    assert "no pictures, as matplotlib is not installed" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_full_disk_at_the_results_loses_no_training(

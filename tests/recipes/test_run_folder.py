@@ -13,7 +13,7 @@ from tiny_run import WORDS
 
 from lorasb.recipes import checkpoints, finetune
 from lorasb.recipes.finetune import run_finetune
-from lorasb.recipes.results import Result
+from lorasb.recipes.results import Result, load
 from lorasb.recipes.settings import Settings
 
 
@@ -52,6 +52,32 @@ def test_other_examples_in_the_same_file_are_refused(base: Settings, data: Path,
     file.write_text(file.read_text() + json.dumps({"prompt": "one more", "completion": WORDS[0]}) + "\n")
     with pytest.raises(ValueError, match="other settings: the examples themselves have changed"):
         run_finetune(replace(base, data=str(file), output=output))
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_checkpoints_of_another_program_are_left_alone(base: Settings, tmp_path: Path, resume: str) -> None:
+    foreign = tmp_path / "checkpoints" / "checkpoint-500" / "model.pt"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("weights")
+    with pytest.raises(ValueError, match=r"checkpoint-500 is not of lorasb finetune, which clears .*another --output"):
+        run_finetune(replace(base, output=str(tmp_path), resume=resume))
+    assert foreign.read_text() == "weights"
+
+
+def test_a_run_json_that_cannot_be_read_clears_nothing(base: Settings, tmp_path: Path) -> None:
+    stop_after(4, base, tmp_path)
+    (tmp_path / "checkpoints" / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json cannot be read, and says whose checkpoints lie there"):
+        run_finetune(replace(base, output=str(tmp_path)))
+    assert len(checkpoints.whole(tmp_path / "checkpoints")) == 2
+
+
+def test_a_run_that_starts_anew_leaves_nothing_of_the_former(base: Settings, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    run_finetune(replace(base, method="lora", output=str(output), resume="never"))
+    assert not {"lora", "report.json", "energy.png"} & {path.name for path in output.iterdir()}
+    assert load(output).report is None
 
 
 def test_settings_that_change_nothing_may_differ(base: Settings, whole: Path) -> None:

@@ -39,6 +39,9 @@ def test_more_problems_than_there_are_is_refused() -> None:
         ("[1]", "got list"),
         ('{"prompt": "a"}', "completion"),
         ('{"messages": []}', "not the assistant's"),
+        ('{"prompt": "a", "completion": null}', "completion has to be a text, got 'None'"),
+        ('{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}', "prompt has to be a text"),
+        ('{"messages": [{"role": "user", "content": [{"text": "a"}]}]}', "content has to be a text"),
     ],
 )
 def test_lines_that_are_no_examples_are_named(tmp_path: Path, line: str, why: str) -> None:

@@ -56,6 +56,18 @@ class TestChats:
         tokenizer = self.tokenizer(tiny, template)
         assert self.learned(tokenizer, encode(Example("copy two", "two", CHAT), tokenizer, 200)) == "two <eos>"
 
+    def test_an_assistant_that_opens_is_not_learned(self, tiny: Any) -> None:
+        tokenizer = self.tokenizer(tiny, CHATML + "{% if not messages %}{{ raise_exception('empty') }}{% endif %}")
+        chat = ({"role": "assistant", "content": "red"}, *CHAT[2:])
+        assert self.learned(tokenizer, encode(Example("copy two", "two", chat), tokenizer, 200)) == "two <eos>"
+
+    def test_a_chat_that_a_template_refuses_is_named(self, tiny: Any) -> None:
+        refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+        tokenizer = self.tokenizer(tiny, refusing)
+        chat = ({"role": "system", "content": "be brief"}, *CHAT)
+        with pytest.raises(ValueError, match=r"refuses a chat \(no system; roles: system, user, .* 'be brief'"):
+            encode(Example("copy two", "two", chat), tokenizer, 200)
+
     def test_a_tokenizer_without_a_template_is_refused(self, tiny: Any) -> None:
         with pytest.raises(ValueError, match="tokenizer has no chat template: give prompt and completion"):
             encode(Example("copy two", "two", CHAT), self.tokenizer(tiny, None), 200)

@@ -198,3 +198,11 @@ def test_a_model_that_trains_nothing_is_named() -> None:
 def test_the_result_says_what_was_tried() -> None:
     found = lorasb.RateTrials(2e-3, {1e-3: 0.5, 2e-3: 0.25}, 12)
     assert str(found) == "learning rate 0.002, by trials of 12 steps (0.001: 0.500, 0.002: 0.250)"
+
+
+def test_a_shuffled_loader_leaves_the_random_state() -> None:
+    rows = [{key: value[0] for key, value in batch.items()} for batch in batches(16)]
+    loader = torch.utils.data.DataLoader(rows, batch_size=1, shuffle=True)
+    model, state = patched(), torch.get_rng_state()
+    lorasb.find_lr(model, loader, lr=1e-3, steps=4, judged=2, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)

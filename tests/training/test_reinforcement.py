@@ -13,6 +13,8 @@ import transformers
 from datasets import Dataset
 from tiny_run import make_tiny
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerState, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -111,11 +113,38 @@ def test_a_start_on_rewards_takes_all_completions(folder: Path, tokenizer: Any) 
     assert batches[0]["input_ids"][0].tolist()[:2] == tokenizer(rendered)["input_ids"][:2]
 
 
-def test_a_reward_that_fails_leaves_the_models_mode(folder: Path, tokenizer: Any) -> None:
+def test_a_reward_that_fails_leaves_every_modules_mode(folder: Path, tokenizer: Any) -> None:
     model = fresh(folder).train()
+    model.model.layers[0].eval()
     with pytest.raises(RewardError):
         lorasb.reward_batches(model, tokenizer, ["one"], lambda **given: 1 / 0)
     assert model.training
+    assert model.model.layers[1].mlp.training
+    assert not model.model.layers[0].mlp.training
+
+
+def test_a_start_on_preferences_takes_every_pair_whole(folder: Path) -> None:
+    """Seven pairs, three at a time: rows are twice as many as examples, and a pair's are half a batch apart."""
+    rows = [{"prompt_ids": [5, 6], "chosen_ids": [7 + i, 8], "rejected_ids": [10 + i]} for i in range(7)]
+    seen: list[int] = []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        seen.append(len(batch["input_ids"]))
+        assert batch["completion_mask"][: seen[-1] // 2].sum() == 2 * (seen[-1] // 2)  # the chosen, two tokens each
+        return lorasb.preference_loss(model, batch)
+
+    model = lorasb.patch(fresh(folder), r=4)
+    collate = DataCollatorForPreference(pad_token_id=0)
+    loader = DataLoader(rows, batch_size=3, collate_fn=collate)
+    callback = lorasb.InitCallback(loss_fn=loss)
+    args = TrainingArguments(
+        str(folder), per_device_train_batch_size=3, warmup_steps=1, use_cpu=True, disable_tqdm=True
+    )
+    callback.on_train_begin(args, TrainerState(max_steps=3), None, model=model, train_dataloader=loader)
+    assert callback.report is not None
+    assert set(seen) == {6, 2}
+    with pytest.raises(ValueError, match="this loss needs whole ones"):
+        lorasb.initialize(model, [], lr=1e-3, stability=True, loss_fn=lorasb.preference_loss)
 
 
 def test_dpo_takes_the_config_and_its_own_data(folder: Path, tokenizer: Any, tmp_path: Path) -> None:

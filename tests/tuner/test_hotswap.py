@@ -39,6 +39,16 @@ def test_a_swapped_adapter_is_the_other_one_in_the_same_parameters(saved: Path) 
     check(logits(model), logits(loaded(saved / "first")), EXACT)
 
 
+def test_theorem_3_comes_with_the_swapped_adapter(saved: Path, tmp_path: Path) -> None:
+    preconditioned = lorasb.patch(make("llama"), r=4, init="lora-xs", equivalent_gradient=True)
+    preconditioned.save_pretrained(tmp_path / "third")
+    model = loaded(saved / "first")
+    hotswap_adapter(model, str(tmp_path / "third"), adapter_name="default", torch_device="cpu")
+    layers = [module for module in model.modules() if isinstance(module, lorasb.LoRASBLinear)]
+    assert model.peft_config["default"].equivalent_gradient
+    assert all(layer.equivalent["default"] for layer in layers)
+
+
 def test_what_was_swapped_in_is_what_is_saved(saved: Path, tmp_path: Path) -> None:
     model = loaded(saved / "first")
     hotswap_adapter(model, str(saved / "second"), adapter_name="default", torch_device="cpu")

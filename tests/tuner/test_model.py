@@ -8,6 +8,7 @@ import peft
 import pytest
 import tolerances
 import torch
+from accelerate import cpu_offload
 from adapters import trained
 from models import batches_for, logits, make, patched
 
@@ -143,3 +144,12 @@ def test_a_merged_quantized_base_takes_what_it_took_before() -> None:
     model.merge_adapter()
     assert layer(x).dtype == before.dtype == torch.float32
     tolerances.check(layer(x) / before.abs().max(), before / before.abs().max(), tolerances.HALF_FEW)
+
+
+def test_an_offloaded_base_is_merged() -> None:
+    want = patched().merge_and_unload()
+    base = make("llama")
+    cpu_offload(base, "cpu")
+    model = lorasb.patch(base, r=4)
+    lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
+    tolerances.check(logits(model.merge_and_unload()), logits(want), tolerances.EXPORT)

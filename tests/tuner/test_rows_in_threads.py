@@ -140,3 +140,14 @@ def test_backward_in_another_thread_has_the_rows_of_the_block_that_it_is_in() ->
     found = gradients(model)
     assert found.keys() == want.keys()
     assert all(torch.equal(found[name], grad) for name, grad in want.items())
+
+
+def test_an_adapter_that_serves_a_batch_is_not_replaced() -> None:
+    model = with_users("ada")
+    bank = lorasb.AdapterBank(model)
+    bank.add("emmy")
+    with bank.serving(["emmy"]):
+        for replaces in (bank.add, bank.remove):
+            with pytest.raises(RuntimeError, match="'emmy' serves a batch at the moment"):
+                replaces("emmy")
+    bank.add("emmy", "ada")

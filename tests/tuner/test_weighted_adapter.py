@@ -21,6 +21,18 @@ def update(layer: LoRASBLinear, weights: dict[str, float]) -> Tensor:
     return sum(weight * layer.get_delta_weight(name).double() for name, weight in weights.items())
 
 
+def test_a_file_that_does_not_fit_leaves_a_sum_as_it_was(tmp_path: Path) -> None:
+    lorasb.patch(make("llama"), r=8, init="lora-xs").save_pretrained(tmp_path)
+    model = two(shared=True)
+    model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum")
+    model.set_adapter("sum")
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"is \[8, 64\] in the adapter file, expected \[4, 64\]"):
+        model.load_adapter(tmp_path, "sum")
+    assert "sum" in model.peft_config
+    tolerances.check(logits(model), before, tolerances.EXACT)
+
+
 @pytest.mark.parametrize("kind", ["auto", "linear"])
 def test_adapters_that_share_factors_are_added_exactly(kind: str, tmp_path: Path) -> None:
     model = two(shared=True)

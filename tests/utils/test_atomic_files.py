@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,24 @@ def test_atomic_writes_keep_the_old_file_on_failure(tmp_path: Path) -> None:
         temporary.write_text(f"{1 / 0}")
     assert json.loads(target.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_a_folder_takes_anothers_place_or_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "folder"
+    for value in ("one", "two"):
+        with files.replacing_folder(target) as folder:
+            (folder / value).write_text(value)
+    assert [path.name for path in target.iterdir()] == ["two"]
+    replace, calls = os.replace, []
+
+    def failing(source: Path, place: Path) -> None:
+        calls.append(place)
+        if len(calls) == 2:  # the new folder's
+            raise OSError("no space")
+        replace(source, place)
+
+    monkeypatch.setattr(files.os, "replace", failing)
+    with pytest.raises(OSError, match="no space"), files.replacing_folder(target) as folder:
+        (folder / "three").write_text("three")
+    assert [path.name for path in target.iterdir()] == ["two"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
