@@ -286,6 +286,7 @@ def _default_count(available: int) -> int:
 
 
 def too_few(num_samples: int, available: int) -> str:
+    """What is said of fewer samples than were asked for."""
     return (
         f"num_samples={num_samples}, but the batches hold {available} samples: pass more data, a smaller num_samples, "
         "or leave num_samples out to take what there is"

@@ -14,7 +14,6 @@ from ..checkpoints.shared_factors import missing_factors_error
 from ..constants import FACTORS
 from ..functional import dequantize, lora_sb_linear
 from ..quantization.quantized_weight import QuantizedWeight
-from ..utils.dtypes import HALVES
 from . import merging, row_cores
 from .base_weight import FrozenBase
 from .bases import Bases
@@ -253,12 +252,8 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s·B R A [out, in] in R's dtype; transposed if the base weight is."""
-        # B and A are widened: a product in 16 bits would round the delta before it is added to the weight.
-        core = self.lorasb_R[adapter]
-        core = core.float() if core.dtype in HALVES else core
-        b, a = self.lorasb_B[adapter].to(core.dtype), self.lorasb_A[adapter].to(core.dtype)
-        with torch.autocast(a.device.type, enabled=False):  # a forward under autocast may unmerge
-            delta = b @ core @ a * self.scaling[adapter]
+        a, core, b = (getattr(self, factor)[adapter] for factor in FACTORS)
+        delta = merging.delta_weight(a, core, b, self.scaling[adapter])
         return delta.t() if self.fan_in_fan_out else delta
 
     def as_matrix(self, weight: Tensor) -> Tensor:

@@ -7,6 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..utils.dtypes import HALVES
+
+
+def delta_weight(a: Tensor, core: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """s·B R A [out, in] in R's dtype, in fp32 at least.
+
+    A and B are widened, as a product in 16 bits would round the delta before it is added to the weight.
+    """
+    core = core.float() if core.dtype in HALVES else core
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # a forward under it may unmerge
+        return b.to(core.dtype) @ core @ a.to(core.dtype) * scaling
+
 
 def merged(weight: Tensor, deltas: Sequence[Tensor], names: Sequence[str], sign: float = 1.0) -> Tensor:
     """W + sign·Σ deltas, summed in the deltas' dtype and returned in W's.

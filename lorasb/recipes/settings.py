@@ -181,7 +181,11 @@ class Settings:
         init="Its passes, for its number of warm-up steps.",
     )
     batch_size: int = setting(
-        16, "Examples a step, over all processes.", group="training", positive=True, init="Samples at once."
+        16,
+        "Examples a step, over all processes.",
+        group="training",
+        positive=True,
+        init="Samples at once, and examples a step of the training that η is for.",
     )
     gradient_accumulation: int = setting(
         1, "Parts that a step's examples are computed in, one after another.", group="training", positive=True
