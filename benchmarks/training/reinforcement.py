@@ -188,8 +188,14 @@ def lines(rows: Sequence[Row]) -> Iterator[list[str]]:
             means = [part for name in ("chance", "greedy") for part in (_mean(mine, name), _gain(mine, name))]
             yield [
                 entry.name, f"{int(first['trained']):,}", f"{size / 1e3:,.1f} KB", f"{rate:g}", str(len(mine)), *means,
-                f"{statistics.median(float(row['step_seconds']) for row in mine):.1f}",
+                _seconds(mine),
             ]  # fmt: skip
+
+
+def _seconds(rows: Sequence[Row]) -> str:
+    """The median, of the runs that nothing held up."""
+    found = [float(row["step_seconds"]) for row in rows if row["step_seconds"]]
+    return f"{statistics.median(found):.1f}" if found else "-"
 
 
 def _mean(rows: Sequence[Row], column: str) -> str:
