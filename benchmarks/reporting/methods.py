@@ -33,6 +33,9 @@ from its sign; `LoRA-SB (whole step)` is LoRA-SB with `longest_start=None`, the 
 paper's code starts closer to zero: for η it divides by batches of the estimation in place of training steps, 10 times
 as many on Mistral-7B (`first_step_lr(rule="published")`); a limit of 4 steps gives about that start there. LoRA-XS has
 its Σ in B here; its authors have it in A (`python -m benchmarks.paired` has both)."""
+VERDICTS = """\
+Level is a difference of the means within one standard deviation of the difference of two runs (± below). With
+three seeds each, one or two of ten such verdicts come by chance:"""
 LINEARS = "all linear layers"
 ADAPTED = {"cola": "an encoder of 22.7M parameters, its self-attention and a new head, fp32"}  # others: LINEARS
 HEAD = ("method", "r", "best lr", "seeds", "trained", "loss", "init s", "train s", "peak MB")
@@ -87,11 +90,7 @@ def _sentences(verdicts: Sequence[Verdict]) -> list[str]:
     """The verdicts under a line that says what they go by; nothing without any."""
     if not verdicts:
         return []
-    out = [
-        "Level is a difference of the means within one standard deviation of the difference of two runs (± below). With"
-    ]
-    out += ["three seeds each, one or two of ten such verdicts come by chance:", ""]
-    return out + [sentence(verdict) for verdict in verdicts] + [""]
+    return [VERDICTS, "", *map(sentence, verdicts), ""]
 
 
 def _row(line: Line, task: Task) -> list[str]:

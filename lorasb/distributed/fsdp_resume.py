@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checkpoints.adapter_file import check_tensors, group_by_layer, read_tensors
 from ..constants import WEIGHTS_NAME
 from ..layers.linear import LoRASBLinear
-from .process_group import Processes
+from .process_group import Processes, full_tensor
 
 Factors = dict[str, dict[str, Tensor]]  # layer name -> factor name -> value
 
@@ -35,7 +35,7 @@ def restore_factors(layers: dict[str, LoRASBLinear], name: str, folders: Iterabl
     """
     processes, saved, error = Processes(), None, None
     # Before the files are read, and on every rank: gathering a sharded R is a collective.
-    cores = {layer: _full_tensor(module.lorasb_R[name]) for layer, module in layers.items()}
+    cores = {layer: full_tensor(module.lorasb_R[name]) for layer, module in layers.items()}
     try:
         saved = _read_matching(layers, name, cores, folders) if processes.rank == 0 else None
     except (ValueError, OSError) as caught:
@@ -48,12 +48,6 @@ def restore_factors(layers: dict[str, LoRASBLinear], name: str, folders: Iterabl
         b, a = (_broadcast(processes, values.get(f), module, f, name) for f in ("lorasb_B", "lorasb_A"))
         module.set_factors(name, b, cores[layer], a)
     return True
-
-
-def _full_tensor(parameter: Tensor) -> Tensor:
-    """The unsharded value of a parameter; a collective where FSDP2 has made it a DTensor."""
-    value: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-    return value.detach()
 
 
 def _read_matching(

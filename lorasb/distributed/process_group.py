@@ -133,6 +133,12 @@ class Processes:
         return hashlib.sha256(self.all_gather_bytes(bytes.fromhex(digest))).hexdigest()
 
 
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The unsharded value of a tensor; a collective where FSDP2 has made it a DTensor."""
+    value: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return value.detach()
+
+
 def sharded(model: nn.Module) -> bool:
     """True if a parameter is a DTensor (FSDP2): a forward then all-gathers, so every rank has to run the same ones."""
     from torch.distributed.tensor import DTensor

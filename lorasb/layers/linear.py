@@ -175,9 +175,8 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
         if not enabled and not self._disable_adapters:
             self._trained_before = [name for name, core in self.lorasb_R.items() if core.requires_grad]
         super().enable_adapters(enabled)
-        for name in self._trained_before if enabled else ():
-            if name in self.lorasb_R:
-                self.lorasb_R[name].requires_grad_(True)
+        for name in {*self._trained_before} & {*self.lorasb_R} if enabled else ():
+            self.lorasb_R[name].requires_grad_(True)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]. Arguments other than `adapter_names` are passed to the base layer's forward."""

@@ -48,7 +48,7 @@ class Run:
         """Number of optimizer steps of the whole run."""
         settings = self.settings
         if settings.rl is not None:  # TRL leaves out the prompts that are too few for a step
-            a_pass = len(self.rows) // (settings.batch_size // settings.generations)
+            a_pass = len(self.rows) // settings.prompts_a_step
         else:  # an epoch's last step may be smaller than the others
             a_pass = -(-len(self.rows) // settings.batch_size)
         return max(1, math.ceil(a_pass * settings.epochs))  # epochs may be a fraction
@@ -130,10 +130,10 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
 
 def _check_prompts(settings: Settings, count: int) -> None:
     """Raise a ValueError for fewer prompts than a step of `--rl` takes, of which TRL would train none."""
-    if settings.rl is not None and count < (prompts := settings.batch_size // settings.generations):
+    if settings.rl is not None and count < settings.prompts_a_step:
         raise ValueError(
-            f"--rl takes {prompts} prompts a step (--batch-size over --generations), and there are {count} to train "
-            f"on: take --batch-size {count * settings.generations} or lower"
+            f"--rl takes {settings.prompts_a_step} prompts a step (--batch-size over --generations), and there are "
+            f"{count} to train on: take --batch-size {count * settings.generations} or lower"
         )
 
 

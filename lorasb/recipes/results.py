@@ -100,24 +100,28 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
     with replacing_folder(folder / "adapter") as target:
         save_adapter(run, target)
     summary["adapter_bytes"] = (folder / "adapter" / WEIGHTS_NAME).stat().st_size
-    _remove_former(folder)
+    pictures = plotting.installed()
     if result.report is not None:
         _save_export_and_report(run, result.report, folder)
     data = describe_data(settings, len(run.train_ids))
     title = f"{settings.method}, r={summary['rank']}: {data}, lr {run.lr:g}"
-    if plotting.installed():
+    if pictures:
         plot_loss(history, summary["eval_loss_before"], summary["eval_loss_after"], folder / "loss.png", title)
     else:
         console.print("no pictures, as matplotlib is not installed: pip install matplotlib", highlight=False)
+    _remove_former(folder, result.report, exported=not run.adapters, pictures=pictures)
     write_json(folder / ANSWERS_NAME, _answers(result))
     write_json(folder / SUMMARY_NAME, summary)  # last: a summary says that the run is finished
 
 
-def _remove_former(folder: Path) -> None:
-    """Remove what a former run in this folder may have had and this one may not."""
-    shutil.rmtree(folder / "lora", ignore_errors=True)
-    for name in (REPORT_NAME, "energy.png", "loss.png"):
+def _remove_former(folder: Path, report: InitReport | None, exported: bool, pictures: bool) -> None:
+    """Remove what a former run in this folder had and this one, which has written its own by now, has not."""
+    made = {"loss.png": pictures, REPORT_NAME: report is not None}
+    made["energy.png"] = pictures and report is not None and report.energy_sign is not None
+    for name in (name for name, there in made.items() if not there):
         (folder / name).unlink(missing_ok=True)
+    if report is None or not exported:
+        shutil.rmtree(folder / "lora", ignore_errors=True)
 
 
 def _save_export_and_report(run: Run, report: InitReport, folder: Path) -> None:

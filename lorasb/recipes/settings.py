@@ -242,6 +242,11 @@ class Settings:
         if self.rl is not None:
             check_reinforcement(self)
 
+    @property
+    def prompts_a_step(self) -> int:
+        """Prompts of a step of `--rl`, whose batch size counts completions."""
+        return self.batch_size // self.generations
+
     def check_processes(self, processes: int) -> None:
         """Raise a ValueError if a step's examples cannot be parted equally among processes and accumulations."""
         parts = self.gradient_accumulation * processes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,23 @@ from transformers import Trainer
 from lorasb.recipes.finetune import run_finetune
 from lorasb.recipes.settings import Settings
 from lorasb.utils import plotting
+
+
+def test_results_that_cannot_be_written_leave_the_former_ones(
+    base: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    before = {path.name: path.read_bytes() for path in (output / "lora").iterdir()}
+
+    def full(*given: Any, **named: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("lorasb.export.lora.export_lora", full)
+    with pytest.raises(OSError, match="no space left"):
+        run_finetune(replace(base, output=str(output), seed=1, resume="never"))
+    assert {path.name: path.read_bytes() for path in (output / "lora").iterdir()} == before
+    assert (output / "energy.png").is_file()
 
 
 def test_without_matplotlib_a_run_has_no_pictures(

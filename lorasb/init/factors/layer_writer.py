@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...distributed.process_group import Processes
+from ...distributed.process_group import Processes, full_tensor
 from ...layers.linear import LoRASBLinear
 from ...layers.offloading import weight_present
 from ..gradients.accumulator import GradientSums, LayerSum
@@ -191,9 +190,8 @@ class LayerWriter:
         rank = layer.r[self.recipe.adapter]
         # accelerate keeps offloaded weights on the meta device, and FSDP2 shards them
         with weight_present(layer.get_base_layer()), full_precision():
-            weight: Any = layer.dense_weight().detach()
-            weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-            factors = subspace_of_weight(weight.float(), rank, self.recipe.seed_of(name))
+            weight = full_tensor(layer.dense_weight()).float()
+            factors = subspace_of_weight(weight, rank, self.recipe.seed_of(name))
         if self.processes.is_distributed:  # one rank's, as the last bits depend on the number of threads
             factors = Factors(*(self.processes.broadcast(tensor.float(), 0) for tensor in factors))
         self.staging.write(layer, factors)
