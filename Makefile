@@ -67,7 +67,7 @@ test-ptx: install
 test-all: install $(QUANTIZERS)/.installed
 	PYTHONPATH=$(abspath $(QUANTIZERS)) $(PYTEST) tests/layers/test_opaque_base.py
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed>=0.17"
-	command -v chromium >/dev/null || (apt-get update -q && apt-get install -y -q chromium chromium-driver)
+	command -v chromium chromedriver | grep -q driver || (apt-get update -q && apt-get install -y -q chromium chromium-driver)
 	LORASB_GGUF_PROMPTS=50 $(PYTEST) -m "long or not long"
 	for arch in sm_80 sm_86 sm_89 sm_90 sm_120; do \
 	  $(MAKE) test-ptx ARCH=$$arch && $(PYTEST) --ptx $$arch -m long tests/kernels/test_every_kernel.py || exit 1; done
