@@ -20,6 +20,10 @@ from ..layers.linear import LoRASBLinear
 from ..layers.lookup import adapted_layers
 from ..utils.random_state import rng_untouched
 
+# DPO's columns under `precompute_ref_log_probs`, a number a pair where all else has two rows; where training starts,
+# the policy is the reference.
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+
 
 class InitCallback(TrainerCallback):
     """Runs `lorasb.initialize` when training begins: `Trainer(..., callbacks=[lorasb.InitCallback()])`.
@@ -159,7 +163,7 @@ def _collated(items: Iterable[Any], collate: Any, batch_size: int) -> Iterator[d
                 "InitCallback(samples=lambda model: lorasb.reward_batches(model, tokenizer, prompts, reward), "
                 "loss_fn=lorasb.policy_loss) those of rewards"
             )
-        yield dict(collated)  # a BatchEncoding becomes a plain dict
+        yield {name: value for name, value in collated.items() if name not in REFERENCE}
 
 
 def _refuse_copies(optimizer: Any, layers: dict[str, LoRASBLinear], name: str) -> None:

@@ -147,11 +147,12 @@ def test_a_start_on_preferences_takes_every_pair_whole(folder: Path) -> None:
         lorasb.initialize(model, [], lr=1e-3, stability=True, loss_fn=lorasb.preference_loss)
 
 
-def test_dpo_takes_the_config_and_its_own_data(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_dpo_takes_the_config_and_its_own_data(folder: Path, tokenizer: Any, tmp_path: Path, precomputed: bool) -> None:
     callback = lorasb.InitCallback(loss_fn=lorasb.preference_loss)
     trainer = DPOTrainer(
         fresh(folder),
-        args=DPOConfig(**options(tmp_path), per_device_train_batch_size=4),
+        args=DPOConfig(**options(tmp_path), per_device_train_batch_size=4, precompute_ref_log_probs=precomputed),
         train_dataset=Dataset.from_list(
             [{"prompt": f"copy {w}", "chosen": " one", "rejected": " two"} for w in WORDS * 2]
         ),
