@@ -41,7 +41,11 @@ TORCH_LIBRARY(lorasb_csrc, m) {
   m.def(
       "dense_group_backward(Tensor[] dys, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] us, "
       "float[] scalings, bool need_dx, bool need_dcore) -> Tensor[]");
-  // Of lorasb::linear_rows: the thin products in fp32, that with each row's own R, and base and adapter in one sum.
+  // Of lorasb::linear_rows: its forward, and for its backward the thin products in fp32, that with each row's own R,
+  // and base and adapter in one sum.
+  m.def(
+      "linear_rows(Tensor x, Tensor? weight, Tensor[] quant, int[] layout, Tensor a, Tensor cores, Tensor b, "
+      "Tensor? bias, Tensor index, float scaling, bool by_torch) -> (Tensor, Tensor)");
   m.def("thin_product(Tensor x, Tensor factor, bool plain) -> Tensor");
   m.def("times_cores(Tensor left, Tensor cores, Tensor index, float scale, bool plain) -> Tensor");
   m.def(
@@ -54,6 +58,7 @@ TORCH_LIBRARY_IMPL(lorasb_csrc, CPU, m) {
   m.impl("dense_linear_backward", TORCH_FN(lorasb::dense_linear_backward));
   m.impl("dense_group", TORCH_FN(lorasb::dense_group));
   m.impl("dense_group_backward", TORCH_FN(lorasb::dense_group_backward));
+  m.impl("linear_rows", TORCH_FN(lorasb::linear_rows));
   m.impl("thin_product", TORCH_FN(lorasb::thin_product));
   m.impl("times_cores", TORCH_FN(lorasb::times_cores));
   m.impl("extended_product", TORCH_FN(lorasb::extended_product));

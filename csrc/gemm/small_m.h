@@ -1,9 +1,8 @@
 // The whole adapted linear for a few tokens in bf16 with a quantized weight (AVX512-BF16 and AMX). With one to eight
 // tokens the time is that of reading W from memory and of starting threads, so that
 //
-//   forward    y = x Wᵀ + v Bᵀ + bias        two parallel loops: u = x Aᵀ over rows of A; y over rows of W, base,
-//   adapter
-//                                            and bias in one pass, sums in fp32 that are rounded once
+//   forward    y = x Wᵀ + v Bᵀ + bias        two parallel loops: u = x Aᵀ over rows of A; y over rows of W: base,
+//                                            adapter and bias in one pass, sums in fp32 that are rounded once
 //   backward   dx = dy W + (t core) A        two parallel loops: t = dy B over parts of rows of B; dx over columns of W
 //
 // W is looked up straight into products: no micro-panel is worth packing. Forward walks over 16 rows of W at a time,

@@ -7,13 +7,6 @@
 namespace lorasb {
 namespace {
 
-void check_weight(const std::optional<at::Tensor>& weight, const at::Tensor& x, int64_t rows, int64_t columns) {
-  if (!weight.has_value()) return;
-  TORCH_CHECK_VALUE(weight->dim() == 2 && weight->size(0) == rows && weight->size(1) == columns, "expected weight [",
-                    rows, ", ", columns, "], got ", weight->sizes());
-  check_like(weight, x, "weight");
-}
-
 // The blocked product has sums in fp32.
 void check_not_double(const at::Tensor& x) {
   TORCH_CHECK_TYPE(x.scalar_type() != at::kDouble, "expected x in fp32, bf16 or fp16, got ", x.scalar_type());

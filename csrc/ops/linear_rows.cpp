@@ -10,6 +10,7 @@
 #include "gemm/panel_gemm.h"
 #include "gemm/quantized_weight.h"
 #include "gemm/small_m.h"
+#include "ops/linear.h"
 #include "ops/operands.h"
 
 namespace lorasb {
@@ -87,6 +88,15 @@ void check_cores(const at::Tensor& left, const at::Tensor& cores, const at::Tens
                     "expected each R contiguous, got strides ", cores.strides());
 }
 
+void check_factors(const at::Tensor& x, const at::Tensor& a, const at::Tensor& b) {
+  check_dtype(x);
+  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(1), "expected A [r, in] and B [out, r], got ",
+                    a.sizes(), " and ", b.sizes());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == a.size(1), "expected [..., ", a.size(1), "], got ", x.sizes());
+  check_like(a, x, "lora_A");
+  check_like(b, x, "lora_B");
+}
+
 // R's of a bank lie megabytes apart, each too short for the hardware to see a stream: the next one is asked for while
 // one is multiplied.
 void fetch(const char* core, int64_t bytes) {
@@ -162,6 +172,36 @@ at::Tensor extended_product(const at::Tensor& x, const std::optional<at::Tensor>
   return extended_product(tokens.to(at::kFloat), weight, quant, layout, rows, columns, v, factor.to(at::kFloat),
                           wide_bias, plain)
       .to(at::kHalf);
+}
+
+std::tuple<at::Tensor, at::Tensor> linear_rows(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                                               at::TensorList quant, at::IntArrayRef layout, const at::Tensor& a,
+                                               const at::Tensor& cores, const at::Tensor& b,
+                                               const std::optional<at::Tensor>& bias, const at::Tensor& index,
+                                               double scaling, bool by_torch) {
+  const BelowAutograd below_autograd;
+  check_factors(x, a, b);
+  check_weight(weight, x, b.size(0), a.size(1));
+  check_bias(bias, x, b.size(0));
+  const auto dtype = x.scalar_type();
+  const bool widened = dtype != at::kFloat && serves(dtype);  // 16 bits that torch would multiply slowly
+  const auto thin = [&](const at::Tensor& left, const at::Tensor& factor) {
+    return widened ? thin_product(left, factor, false) : at::mm(left, factor.t());
+  };
+  const at::Tensor rows = rows_of(x);
+  const at::Tensor u = thin(rows, a);
+  const at::Tensor v = times_cores(u, cores, index, scaling, false);
+  at::Tensor y;
+  if (by_torch) {
+    y = bias.has_value() ? at::addmm(*bias, rows, weight->t()) : at::mm(rows, weight->t());
+    y.addmm_(v, b.t());
+  } else if (weight.has_value() || !quant.empty()) {
+    y = extended_product(rows, weight, quant, layout, b.size(0), a.size(1), v, b, bias, false);
+  } else {
+    y = thin(v, b).to(dtype);
+    if (bias.has_value()) y.add_(*bias);
+  }
+  return {shaped(y, x), u.to(dtype)};
 }
 
 }  // namespace lorasb

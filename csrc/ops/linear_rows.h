@@ -3,13 +3,15 @@
 //   forward    u = x Aᵀ,  v_i = s·u_i R_kᵀ    y  = x Wᵀ + v Bᵀ + bias        with k = index[i]
 //   backward   t = dy B,  c_i = s·t_i R_k     dx = dy W + c A
 //
-// The op itself is composed of them in Python (backends/eager/linear_rows.py). y and dx are one sum wherever the op
-// with one R computes them as one.
+// Forward is one call; composed in Python it takes 20 microseconds a layer more (Zen 3). Backward is composed of these
+// parts in Python (backends/eager/linear_rows.py). y and dx are one sum wherever the op with one R computes them as
+// one.
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <optional>
+#include <tuple>
 
 namespace lorasb {
 
@@ -26,5 +28,13 @@ at::Tensor times_cores(const at::Tensor& left, const at::Tensor& cores, const at
 at::Tensor extended_product(const at::Tensor& x, const std::optional<at::Tensor>& weight, at::TensorList quant,
                             at::IntArrayRef layout, int64_t rows, int64_t columns, const at::Tensor& v,
                             const at::Tensor& factor, const std::optional<at::Tensor>& bias, bool plain);
+
+// y [..., rows of B] and u [M, r] in x's dtype; no weight and no `quant`: the adapter's part alone. `by_torch`: torch
+// multiplies with W, which is dense. x in fp32, bf16 or fp16, and the rest as above.
+std::tuple<at::Tensor, at::Tensor> linear_rows(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                                               at::TensorList quant, at::IntArrayRef layout, const at::Tensor& a,
+                                               const at::Tensor& cores, const at::Tensor& b,
+                                               const std::optional<at::Tensor>& bias, const at::Tensor& index,
+                                               double scaling, bool by_torch);
 
 }  // namespace lorasb

@@ -57,6 +57,13 @@ inline void check_operands(const at::Tensor& x, int64_t features, const at::Tens
   TORCH_CHECK_VALUE(core.device().is_cpu(), "expected lora_R on the CPU, got it on ", core.device());
 }
 
+inline void check_weight(const std::optional<at::Tensor>& weight, const at::Tensor& x, int64_t rows, int64_t columns) {
+  if (!weight.has_value()) return;
+  TORCH_CHECK_VALUE(weight->dim() == 2 && weight->size(0) == rows && weight->size(1) == columns, "expected weight [",
+                    rows, ", ", columns, "], got ", weight->sizes());
+  check_like(weight, x, "weight");
+}
+
 inline void check_bias(const std::optional<at::Tensor>& bias, const at::Tensor& x, int64_t out_features) {
   TORCH_CHECK_VALUE(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == out_features), "expected a bias [",
                     out_features, "], got ", bias.has_value() ? bias->sizes() : at::IntArrayRef());

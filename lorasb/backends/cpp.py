@@ -131,10 +131,13 @@ def group_backward(dys: list[Tensor], weights: list[Tensor], *others: Any) -> An
 def _times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transposed: bool) -> Tensor:
     if torch.float64 in (left.dtype, cores.dtype):
         return eager_rows.times_cores(left, cores, index, scale, transposed)
-    if cores.stride(2) != 1 or cores.stride(1) != cores.shape[2]:
-        cores = cores.contiguous()
-    product: Tensor = torch.ops.lorasb_csrc.times_cores(left, cores, index, scale, not transposed)
+    product: Tensor = torch.ops.lorasb_csrc.times_cores(left, _dense(cores), index, scale, not transposed)
     return product
+
+
+def _dense(cores: Tensor) -> Tensor:
+    """Cores [K, r, r], each R contiguous; a bank's have gaps between them."""
+    return cores if cores.stride(2) == 1 and cores.stride(1) == cores.shape[2] else cores.contiguous()
 
 
 def _thin(rows: Tensor, factor: Tensor) -> Tensor:
@@ -164,10 +167,24 @@ def _extended_transposed(
     return dx if onto is None else onto.add_(dx)
 
 
-def _products(dtype: torch.dtype) -> eager_rows.Products:
+def _rows_forward(
+    x: Tensor, weight: Tensor | None, quant: list[Tensor], layout: list[int], a: Tensor, cores: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:
+    if torch.float64 in (x.dtype, cores.dtype):
+        return eager_rows.compute(_composed(x.dtype), x, weight, quant, layout, a, cores, *others)
+    by_torch = weight is not None and not serves(x.dtype, weight)
+    forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.lorasb_csrc.linear_rows.default
+    return forward(x, weight, quant, layout, a, _dense(cores), *others, by_torch)
+
+
+def _composed(dtype: torch.dtype) -> eager_rows.Products:
     """torch's thin products, except in 16 bits that the processor does not multiply."""
     widened = dtype != torch.float32 and serves(dtype)
     return eager_rows.Products(_thin if widened else eager_rows.thin, _times_cores, _extended, _extended_transposed)
+
+
+def _products(dtype: torch.dtype) -> eager_rows.Products:
+    return _composed(dtype)._replace(forward=_rows_forward)
 
 
 KERNELS: tuple[tuple[str, Callable[..., Any]], ...] = (

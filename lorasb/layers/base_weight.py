@@ -122,6 +122,10 @@ class FrozenBase(nn.Module, BaseTunerLayer):
 
         Of an opaque layer without a parameter of that name, some tensor of its storage.
         """
+        base = self._modules["base_layer"]  # as in `quantized`: every forward asks, and more than once
+        weight = base._parameters.get("weight") if type(base) is nn.Linear else None
+        if weight is not None:
+            return weight
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)
         return weight if isinstance(weight, Tensor) else opaque_base.first_tensor(base)

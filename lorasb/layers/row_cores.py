@@ -55,8 +55,8 @@ def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: A
         ValueError: not one name for each row, or an adapter is merged into the weight.
     """
     rows = rows if isinstance(rows, Rows) else Rows.of(rows)
-    if len(rows) != len(x):
-        raise ValueError(other_length(len(x), len(rows)))
+    if len(rows) != x.shape[0]:
+        raise ValueError(other_length(x.shape[0], len(rows)))
     if layer.merged:
         raise ValueError(MERGED_ROWS)
     if in_one_call(layer, rows) is not None and not (args or kwargs or layer.any_wide or layer.base_must_run()):

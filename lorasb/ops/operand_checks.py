@@ -101,7 +101,7 @@ def check_linear(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: T
     _check_dtypes_and_devices(x, weight, a, core, b, bias)
 
 
-def check_rows(
+def pass_rows(
     x: Tensor,
     weight: Tensor | None,
     a: Tensor,
@@ -109,26 +109,26 @@ def check_rows(
     b: Tensor,
     bias: Tensor | None,
     index: Tensor | Sequence[int],
-) -> Tensor:
+) -> tuple[Tensor, bool]:
     """Check a call with an R for each row; its range is checked where it is used, so that compiled calls are, too.
 
     Returns:
-        index [n], int64.
+        index [n], int64, and whether all operands are plain tensors on one device.
 
     Raises:
-        ValueError, TypeError: as `check_linear`, and where the index is not one number for each row of x.
+        ValueError, TypeError: as `pass_linear`, and where the index is not one number for each row of x.
     """
     if not isinstance(index, Tensor):
         index = torch.tensor(list(index), dtype=torch.int64)
     if torch.compiler.is_compiling():
         _check_rows(x, weight, a, cores, b, bias, index)
-        return index
+        return index, False
     signature = signatures.of(x, weight, a, cores, b, bias, index)
     if not _rows.has(signature):
         _check_rows(x, weight, a, cores, b, bias, index)
         _rows.add(signature)
     _check_inference(x)
-    return index
+    return index, signature is not None
 
 
 def _check_rows(

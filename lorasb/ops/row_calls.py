@@ -33,18 +33,16 @@ def linear(
     _check_dropout(dropout)
     if autocast.is_on(x):
         x, dense, a, b, bias = autocast.cast(x, dense, a, b, bias)
-    index = operand_checks.check_rows(x, dense, a, cores, b, bias, index)
+    index, plain = operand_checks.pass_rows(x, dense, a, cores, b, bias, index)
     if quantized is not None and (quantized.shape != (b.shape[0], a.shape[1]) or quantized.device != x.device):
         raise ValueError(
             f"expected a quantized weight [{b.shape[0]}, {a.shape[1]}] on {x.device}, got {list(quantized.shape)} on "
             f"{quantized.device}"
         )
     quant, layout = (list(quantized.tensors), quantized.layout(x.dtype)) if quantized is not None else NO_QUANT
-    y: Tensor = _call(
-        "linear_rows",
-        (dense, a, cores, b, bias, *quant),
-        (x, dense, quant, layout, a, cores, b, bias, index, scaling),
-    )[0]
+    arguments = x, dense, quant, layout, a, cores, b, bias, index, scaling
+    # what a quantized weight consists of has no part in the signature
+    y: Tensor = _call("linear_rows", plain and not quant, (dense, a, cores, b, bias, *quant), arguments)[0]
     return y
 
 
@@ -66,10 +64,12 @@ def group(
     if autocast.is_on(x):
         x, frozen = autocast.cast_lists(x, frozen)
     (weights, a, b, biases), cores = frozen, list(cores)
+    plain = True
     for i, bias in enumerate(biases or [None] * len(weights)):
-        index = operand_checks.check_rows(x, weights[i], a[i], cores[i], b[i], bias, index)
-    tensors = (*weights, *a, *cores, *b, *biases)
-    outputs = _call("linear_rows_group", tensors, (x, weights, a, cores, b, biases, index, list(scalings)))
+        index, passed = operand_checks.pass_rows(x, weights[i], a[i], cores[i], b[i], bias, index)
+        plain = plain and passed
+    arguments = x, weights, a, cores, b, biases, index, list(scalings)
+    outputs = _call("linear_rows_group", plain, (*weights, *a, *cores, *b, *biases), arguments)
     return list(outputs[: len(weights)])  # the u_j follow, which only backward uses
 
 
@@ -78,10 +78,14 @@ def _check_dropout(dropout: float) -> None:
         raise ValueError(f"expected dropout 0 with an index of rows, got {dropout}: it draws one mask for one adapter")
 
 
-def _call(op: str, others: Sequence[Tensor | None], arguments: tuple[Any, ...]) -> Any:
-    """The outputs for x and others: of the kernel itself where no gradient is recorded and nothing intercepts."""
-    backend = current_backend()
-    kernels = fast_path.kernels(op, backend, arguments[0], *others) if not torch.is_grad_enabled() else None
+def _call(op: str, plain: bool, others: Sequence[Tensor | None], arguments: tuple[Any, ...]) -> Any:
+    """The outputs for x and others: of the kernel itself where no gradient is recorded and nothing intercepts.
+
+    `plain`: whether all of them have been found to be plain tensors on x's device.
+    """
+    backend, x, kernels = current_backend(), arguments[0], None
+    if not torch.is_grad_enabled():
+        kernels = fast_path.plain_kernels(op, backend, x) if plain else fast_path.kernels(op, backend, x, *others)
     if kernels is None:
         return backend_op(op, backend)(*arguments)
     with torch._C._AutoDispatchBelowAutograd():

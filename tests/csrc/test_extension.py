@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from storages import bits_of, exact, storage
 from tolerances import check, fp32
+from torch import Tensor
 
 import lorasb
 from lorasb.backends import cpp
@@ -167,6 +169,8 @@ def _random_call(rng: random.Random) -> tuple[str, tuple]:
         return "dequantize", (quant, layout, m, n, rng.choice([dtype, torch.int32, torch.complex64]))
     if rng.random() < 0.2:
         x = rng.choice([x[:, :-1], x.to(torch.int32), x[..., None], torch.tensor(1.0)])
+    if rng.random() < 0.2:
+        return "linear_rows", _with_rows(rng, x, quant, layout, a, b, bias)
     if rng.random() < 0.3:
         factors = rng.choice([(a, core, b), (None, None, None), (a, None, b)])
         return "serve_quantized", (x, quant, layout, rng.choice([m, m + 1]), n, *factors, bias, 0.5)
@@ -189,6 +193,20 @@ def _random_call(rng: random.Random) -> tuple[str, tuple]:
     )
 
 
+def _with_rows(
+    rng: random.Random, x: Tensor, quant: list[Tensor], layout: list[int], a: Tensor, b: Tensor, bias: Any
+) -> tuple:
+    """Operands of a call with an R for each row, over a quantized or a dense weight or none; some do not fit."""
+    (r, n), m, count = a.shape, b.shape[0], rng.randint(0, 3)
+    cores = torch.randn(count, r, rng.choice([r] * 9 + [r + 1])).to(rng.choice([torch.float32, torch.bfloat16]))
+    index = torch.randint(-1, max(count, 1), (len(x) if x.dim() else 1,))
+    if rng.random() < 0.2:
+        index = rng.choice([index[1:], index - 1, index + 1, index.int(), index[:, None]])
+    weight = rng.choice([None, torch.randn(m, n).to(a.dtype), torch.randn(m + 1, n).to(a.dtype)])
+    quant, layout = (quant, layout) if weight is None and rng.random() < 0.6 else ([], [0, 0, 0])
+    return x, weight, quant, layout, a, cores, b, bias, index, 0.5
+
+
 @built
 def test_ten_thousand_random_calls_end_in_a_result_or_an_error() -> None:
     rng, outcomes, names = random.Random(0), {"result": 0, "error": 0}, cpp.instruction_sets()
@@ -200,7 +218,7 @@ def test_ten_thousand_random_calls_end_in_a_result_or_an_error() -> None:
         try:
             getattr(torch.ops.lorasb, f"{op}_cpp")(*arguments)
             outcomes["result"] += 1
-        except (ValueError, TypeError, RuntimeError):
+        except (ValueError, TypeError, IndexError, RuntimeError):
             outcomes["error"] += 1
     cpp.use_instruction_set("")
     assert min(outcomes.values()) > CASES // 10, outcomes

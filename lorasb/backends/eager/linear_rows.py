@@ -35,6 +35,7 @@ class Products(NamedTuple):
     cores: Callable[[Tensor, Tensor, Tensor, float, bool], Tensor]
     extended: Callable[..., Tensor]
     extended_transposed: Callable[..., Tensor]
+    forward: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 def thin(rows: Tensor, factor: Tensor) -> Tensor:
@@ -110,6 +111,8 @@ def compute(
     Raises:
         IndexError: an entry of the index is no adapter.
     """
+    if products.forward is not None:
+        return products.forward(x, weight, quant, layout, a, cores, b, bias, index, scaling)
     with no_autocast(x):
         rows = x.reshape(-1, x.shape[-1])
         u = products.thin(rows, a)
