@@ -2,9 +2,9 @@
 
     python -m benchmarks.training.planned [--json] [--output FILE]
 
-Each model trains three steps in a process of its own, whose resident memory is read from the kernel (VmHWM), less that
-before the model is made. Twice: with glibc told to return freed memory at once, so that resident is what is alive,
-against the plan's live bytes; and as it is, against the plan with what allocators hold.
+Each model trains three steps in the machine's own dtype, in a process of its own, whose resident memory is read from
+the kernel (VmHWM), less that before the model is made. Twice: with glibc told to return freed memory at once, so that
+resident is what is alive, against the plan's live bytes; and as it is, against the plan with what allocators hold.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common.timing import commit, machine_name
+from benchmarks.common.timing import commit, dtype_name, machine_name
 from benchmarks.reporting.markdown import table as markdown
 from lorasb.recipes.bundled_model import EMBEDDED
-from lorasb.recipes.planning.planner import Plan, Request, plan
+from lorasb.recipes.planning.planner import Plan, Request, dtype_of, plan
 
 BATCH, SEQ, STEPS = 2, 512, 3
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -82,10 +82,11 @@ def child(folder: str, checkpointing: bool) -> int:
 
     config = transformers.AutoConfig.from_pretrained(resolve_model(folder))
     kind = getattr(transformers, config.architectures[0])  # imported before memory is counted
-    torch.nn.Linear(64, 64).bfloat16()(torch.ones(32, 64, dtype=torch.bfloat16)).sum().backward()
+    dtype = dtype_of(Request(folder))  # what `--dtype auto` takes here, as the plan says
+    torch.nn.Linear(64, 64).to(dtype)(torch.ones(32, 64, dtype=dtype)).sum().backward()
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")
-    model = lorasb.patch(kind._from_config(config, dtype=torch.bfloat16), init="random")
+    model = lorasb.patch(kind._from_config(config, dtype=dtype), init="random")
     if checkpointing:
         checkpoint_activations(model.get_base_model())
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
@@ -113,6 +114,11 @@ def compare(name: str, folder: str, checkpointing: bool) -> Found:
     return Found(name, checkpointing, alive(expected), peaks[0], expected.step, peaks[1])
 
 
+def machine() -> str:
+    """This one, and the dtype that is measured in."""
+    return machine_name(dtype_name(dtype_of(Request(EMBEDDED))))
+
+
 HEAD = ("model", "alive, planned", "measured", "ratio", "resident, planned", "measured", "ratio")
 
 
@@ -126,7 +132,7 @@ def line(one: Found) -> list[str]:
 
 def view(found: list[Found]) -> Table:
     """The table."""
-    table = Table(title=f"Peak of training steps of {BATCH} x {SEQ} tokens, bf16, beyond the process itself")
+    table = Table(title=f"Peak of training steps of {BATCH} x {SEQ} tokens beyond the process itself, {machine()}")
     for name in HEAD:
         table.add_column(name, justify="left" if name == "model" else "right")
     for one in found:
@@ -162,7 +168,7 @@ def main() -> None:
             found += [compare(name, where, checkpointing) for checkpointing in (False, True)]
     values = {
         "version": commit(),
-        "machine": machine_name("bfloat16"),
+        "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "runs": [asdict(one) for one in found],
     }
