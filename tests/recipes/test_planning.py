@@ -234,6 +234,13 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
     assert values["changes"] == {}
 
 
+def test_what_glibc_holds_with_checkpointing_is_said(dtype: torch.dtype, tmp_path: Path) -> None:
+    given = folder_of(CONFIGS["llama"], tmp_path), "--r", "8", "--batch", "2", "--seq", "16"
+    assert "MALLOC_" not in run(*given).output
+    assert ("MALLOC_" in run(*given, "--gradient-checkpointing").output) == (dtype == torch.float32)
+    assert "MALLOC_" not in run(*given, "--gradient-checkpointing", "--gpu", "t4").output
+
+
 def test_bad_input_gets_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--gpu 'a7000' is not known: did you mean a6000"):
         gpus.find("a7000")
