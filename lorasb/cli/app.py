@@ -93,12 +93,13 @@ def plan(
 
     from ..recipes.console import console
     from ..recipes.planning import gpus, planner
+    from ..recipes.planning.request import Request
     from . import plan_table
 
     if bits not in (4, 16):
         raise ValueError(f"--bits must be 4 or 16, got {bits}")
     card = gpus.find(gpu) if gpu else None
-    request = planner.Request(name or model or EMBEDDED, r, batch, seq, bits, gradient_checkpointing, card)
+    request = Request(name or model or EMBEDDED, r, batch, seq, bits, gradient_checkpointing, card)
     found = planner.plan(request)
     better = [] if found.fits else list(planner.changes(found))
     if as_json:

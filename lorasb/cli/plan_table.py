@@ -8,7 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ..init.gradients.cost_model import gb
-from ..recipes.planning.planner import SAMPLES, Plan, dtype_of
+from ..recipes.planning.planner import SAMPLES, Plan
+
+HOLES = 0.1  # share of a step's peak that malloc holds, from which a way to have it back is told
 
 
 def shown(found: Plan, better: list[tuple[str, Plan]]) -> RenderableType:
@@ -60,10 +62,10 @@ def _sentences(found: Plan, better: list[tuple[str, Plan]]) -> Iterator[str]:
             yield f"It does with [bold]{change}[/]: {gb(other.needed)}."
         if not better:
             yield "Nothing in its options makes it fit: take a smaller model, or several cards."
-    if found.request.card is None and found.request.checkpointing and dtype_of(found.request).itemsize == 4:
+    if found.request.card is None and found.reserve > HOLES * found.step:
         yield (
-            "With checkpointing in fp32, glibc was seen to hold 19 to 36% more than this peak: "
-            "MALLOC_MMAP_THRESHOLD_=65536 in the environment gives it back, and takes time."
+            f"{gb(found.reserve)} are holes in malloc's heap: MALLOC_MMAP_THRESHOLD_=65536 in the environment gives "
+            "them back, and makes steps slower."
         )
     where = "at the card's peak, which no step reaches" if found.request.card else "by the speed of its products here"
     yield f"A step has {found.flops:.2g} operations: {found.seconds:.2g} s {where}."

@@ -42,7 +42,9 @@ class StepBytes:
     peak: int
 
 
-def count_step(model: nn.Module, batch: int, seq: int, checkpointing: bool = False) -> StepBytes:
+def count_step(
+    model: nn.Module, batch: int, seq: int, checkpointing: bool = False, live: LiveBytes | None = None
+) -> StepBytes:
     """The bytes of a step of a patched model on the meta device, which becomes fake.
 
     Args:
@@ -50,12 +52,13 @@ def count_step(model: nn.Module, batch: int, seq: int, checkpointing: bool = Fal
         batch: rows.
         seq: tokens of a row.
         checkpointing: whether activations are computed again in backward.
+        live: what counts, if the caller has more to ask of it afterwards.
     """
     _mark_initialized(model)
     if checkpointing:
         model.config.use_cache = False  # type: ignore[union-attr]  # transformers says so, too
         checkpoint_activations(model.get_base_model())  # type: ignore[operator]
-    with FakeTensorMode(), _GroupedProducts(), LiveBytes() as live:
+    with FakeTensorMode(), _GroupedProducts(), live or LiveBytes() as live:
         base, factors, cores = _become_fake(model)
         model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

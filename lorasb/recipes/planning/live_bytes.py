@@ -35,14 +35,16 @@ class LiveBytes(TorchDispatchMode):
                 self._count(leaf.untyped_storage())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def _count(self, storage: torch.UntypedStorage) -> bool:
+        """False where it has been counted before."""
         if storage._cdata in self._seen:
-            return
+            return False
         self._seen[storage._cdata] = storage
         size = storage.nbytes()
         self.now += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._free, size)
+        return True
 
     def _free(self, size: int) -> None:
         self.now -= size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,40 +23,18 @@ from ...init.gradients.cost_model import (
 from ...init.gradients.task import Work
 from ...layers.lookup import adapted_layers
 from ...layers.quantize import LEFT_OUT
-from ...utils.precision import native
-from ..bundled_model import resolve_model
 from .fake_step import StepBytes, count_step
-from .gpus import Card
+from .heap_trial import heap_trial
+from .request import Request, dtype_of, patched
 
 NF4_NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: its code, its share of a scale, and of the scale's own
 CODEBOOKS = 4 * (16 + 256 + 1)  # bytes of each weight's own, whatever its size
 CONTEXT = 500e6  # bytes that CUDA, its libraries and compiled kernels take on a card
-RESERVE = 0.1  # share that allocators hold beyond live tensors; glibc's held 12% after steps of SmolLM2 (Zen 5)
+KERNELS = 50e6  # bytes that MKL's and the extension's kernels keep on a CPU: 37 to 64 MB in twelve runs (Zen 3, Zen 5)
+RESERVE = 0.1  # share that allocators hold beyond live tensors, where malloc cannot be asked
 POSITIONS = ("wpe", "position_embeddings", "embed_positions")  # names of tables of learned positions
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names of their number in configs
 SAMPLES = 32  # of the initialization, unless there are more than 32,000 examples
-
-
-@dataclass(frozen=True)
-class Request:
-    """A run that is planned.
-
-    Attributes:
-        model: folder or hub id; its config alone is read.
-        r: rank; None for the library's default.
-        batch, seq: rows of a step that are computed at once, and tokens of each.
-        bits: 16, or 4 for a base in NF4 with nested scales.
-        checkpointing: whether activations are computed again in backward.
-        card: None for this machine's memory.
-    """
-
-    model: str
-    r: int | None = None
-    batch: int = 4
-    seq: int = 512
-    bits: int = 16
-    checkpointing: bool = False
-    card: Card | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +48,7 @@ class Plan:
         saved: activations that the forward leaves for backward, logits included.
         temporary: what else is alive at a step's worst moment.
         scratch: on a card, one dequantized weight, where the base has 4 bits.
-        context: the process itself.
+        context: what CUDA takes on a card, or kernels keep on a CPU.
         reserve: what allocators hold beyond live tensors.
         initialization: peak of the initialization, with the base and the adapter.
         step: peak of a training step.
@@ -125,7 +103,13 @@ def plan(request: Request) -> Plan:
     Raises:
         ValueError: no config can be read, or the model is not one that this can run on tokens.
     """
-    model = _patched(request)
+    with heap_trial(request) as held:
+        return _plan(request, held)
+
+
+def _plan(request: Request, held: Callable[[], int | None]) -> Plan:
+    """`held`: what malloc would hold, which is asked last, as its process runs beside this one."""
+    model = patched(request)
     work = Work(model, adapted_layers(model)[1], [], None, Processes())
     _check_positions(model, request)
     quantized = _quantizable(model) if request.bits == 4 else []
@@ -140,9 +124,12 @@ def plan(request: Request) -> Plan:
     static = counted.base + counted.factors + counted.cores
     # AdamW's state is there from the second step on, at that one's worst moment
     temporary = counted.peak - static - counted.saved
-    available, context = psutil.virtual_memory().total, 0
+    available, context = psutil.virtual_memory().total, round(KERNELS)
     if request.card is not None:
         available, context = request.card.memory, round(CONTEXT)
+    reserve = held()
+    if reserve is None:
+        reserve = round(RESERVE * (counted.saved + temporary + counted.optimizer))
     initialization = base + counted.factors + counted.cores + round(start) + context
     if request.card is None or initialization + boundaries <= available:  # else they go to the host
         initialization += round(boundaries)
@@ -156,7 +143,7 @@ def plan(request: Request) -> Plan:
         temporary=temporary,
         scratch=max(dense, default=0) if request.card else 0,
         context=context,
-        reserve=round(RESERVE * (counted.saved + temporary + counted.optimizer)),
+        reserve=reserve,
         initialization=initialization,
         available=available,
         trained=trained,
@@ -168,7 +155,7 @@ def plan(request: Request) -> Plan:
 def changes(refused: Plan) -> Iterator[tuple[str, Plan]]:
     """Changes that make a run fit, the mildest first: each alone, then together, then with fewer tokens at once."""
     request = refused.request
-    bits = 4 if _quantizable(_patched(request)) else request.bits
+    bits = 4 if _quantizable(patched(request)) else request.bits
     smaller = replace(request, checkpointing=True, bits=bits)
     tried = [replace(request, checkpointing=True), replace(request, bits=bits), smaller]
     while smaller.batch > 1:
@@ -194,47 +181,6 @@ def _difference(request: Request, other: Request) -> str:
         if getattr(other, name) != getattr(request, name):
             parts.append(f"--{name} {getattr(other, name)}")
     return " ".join(parts)
-
-
-def _patched(request: Request) -> Any:
-    """The patched model on the meta device."""
-    import lorasb
-
-    model = _on_meta(request.model, dtype_of(request))
-    try:
-        return lorasb.patch(model, r=request.r)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{request.model} cannot be patched: {error}") from None
-
-
-def dtype_of(request: Request) -> torch.dtype:
-    """What `--dtype auto` takes there."""
-    if request.card is not None:
-        return torch.bfloat16 if request.card.bf16 else torch.float32
-    return native("cpu").dtype
-
-
-def _on_meta(name: str, dtype: torch.dtype) -> nn.Module:
-    """A model without memory, of the class that its checkpoint names."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(resolve_model(name))
-    except Exception as error:  # what a config may hold that transformers refuses has types of its own
-        first = " ".join(str(error).split("\n")[0].split())
-        raise ValueError(f"cannot read the config of {name!r}, expected a folder or hub id: {first}") from None
-    named = [getattr(transformers, one, None) for one in config.architectures or ()]
-    kind = next((one for one in named if one is not None), None)
-    try:
-        with torch.device("meta"):
-            make = kind._from_config if kind is not None else transformers.AutoModelForCausalLM.from_config
-            model: nn.Module = make(config, dtype=dtype)
-    except Exception as error:  # likewise
-        kind_of_error = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{name}: no language model can be made of a {config.model_type} config: {kind_of_error}"
-        ) from None
-    return model
 
 
 def _counted(model: nn.Module, request: Request) -> StepBytes:
