@@ -88,15 +88,6 @@ void check_cores(const at::Tensor& left, const at::Tensor& cores, const at::Tens
                     "expected each R contiguous, got strides ", cores.strides());
 }
 
-void check_factors(const at::Tensor& x, const at::Tensor& a, const at::Tensor& b) {
-  check_dtype(x);
-  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(1), "expected A [r, in] and B [out, r], got ",
-                    a.sizes(), " and ", b.sizes());
-  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == a.size(1), "expected [..., ", a.size(1), "], got ", x.sizes());
-  check_like(a, x, "lora_A");
-  check_like(b, x, "lora_B");
-}
-
 // R's of a bank lie megabytes apart, each too short for the hardware to see a stream: the next one is asked for while
 // one is multiplied.
 void fetch(const char* core, int64_t bytes) {
@@ -180,7 +171,7 @@ std::tuple<at::Tensor, at::Tensor> linear_rows(const at::Tensor& x, const std::o
                                                const std::optional<at::Tensor>& bias, const at::Tensor& index,
                                                double scaling, bool by_torch) {
   const BelowAutograd below_autograd;
-  check_factors(x, a, b);
+  check_factors(x, a.dim() == 2 ? a.size(1) : 0, a, b);
   check_weight(weight, x, b.size(0), a.size(1));
   check_bias(bias, x, b.size(0));
   const auto dtype = x.scalar_type();

@@ -43,16 +43,23 @@ inline void check_like(const std::optional<at::Tensor>& tensor, const at::Tensor
                     tensor->device(), ": move one of the two");
 }
 
+// x [..., features] against A [r, in] and B [out, r], of which features is either side.
+inline void check_factors(const at::Tensor& x, int64_t features, const at::Tensor& a, const at::Tensor& b) {
+  check_dtype(x);
+  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(1), "expected A [r, in] and B [out, r], got ",
+                    a.sizes(), " and ", b.sizes());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == features, "expected [..., ", features, "], got ", x.sizes());
+  check_like(a, x, "lora_A");
+  check_like(b, x, "lora_B");
+}
+
 inline void check_operands(const at::Tensor& x, int64_t features, const at::Tensor& a, const at::Tensor& core,
                            const at::Tensor& b) {
-  check_dtype(x);
   TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && core.dim() == 2 && a.size(0) == b.size(1) &&
                         core.size(0) == a.size(0) && core.size(1) == a.size(0),
                     "expected A [r, in], R [r, r] and B [out, r], got ", a.sizes(), ", ", core.sizes(), ", ",
                     b.sizes());
-  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == features, "expected [..., ", features, "], got ", x.sizes());
-  check_like(a, x, "lora_A");
-  check_like(b, x, "lora_B");
+  check_factors(x, features, a, b);
   TORCH_CHECK_TYPE(core.is_floating_point(), "expected lora_R in fp32, got ", core.scalar_type());
   TORCH_CHECK_VALUE(core.device().is_cpu(), "expected lora_R on the CPU, got it on ", core.device());
 }
