@@ -42,14 +42,8 @@ def run_finetune(settings: Settings) -> Result:
         settings.check_processes(processes.world_size)
         precision = resolve(settings.dtype, device())
         examples = load_examples(settings)
-        facts = {
-            "dtype": precision.name,
-            "device": device(),
-            "processes": processes.world_size,
-            "examples": digest(*examples),
-        }
-        # What `auto` and the generators came to is part of the identity: a resumed run must find the same.
-        identity, folder = identity_of(settings, **facts), RunFolder(settings.output)
+        identity = _identify(settings, precision.name, processes.world_size, digest(*examples))
+        folder = RunFolder(settings.output)
         state = _look_up_state(folder, settings, identity, processes)
         if state.kind == FINISHED:
             return results.load(folder.folder)
@@ -80,6 +74,11 @@ def _reinforcement(settings: Settings) -> Any:
 
     reinforce.check(settings)
     return reinforce.trainer
+
+
+def _identify(settings: Settings, dtype: str, processes: int, examples: str) -> dict[str, Any]:
+    """What `auto` and the generators came to is part of the identity: a resumed run must find the same."""
+    return identity_of(settings, dtype=dtype, device=device(), processes=processes, examples=examples)
 
 
 def _look_up_state(folder: RunFolder, settings: Settings, identity: dict[str, Any], processes: Processes) -> State:

@@ -6,6 +6,7 @@ import pytest
 
 import lorasb
 from lorasb.backends import cpp
+from lorasb.ops import fast_path
 
 KERNELS = ["eager", *cpp.instruction_sets()] if cpp.missing() is None else ["eager"]
 
@@ -21,3 +22,10 @@ def kernel(request: pytest.FixtureRequest):
     with lorasb.backend("cpp"):
         yield request.param
     cpp.use_instruction_set("")
+
+
+@pytest.fixture(params=[True, False], ids=["composed", "function"])
+def composed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways that calls on a CPU take: composed of torch's ops for small x, and a backward of our own."""
+    monkeypatch.setattr(fast_path, "SMALL_BYTES", 2**40 if request.param else 0)
+    return request.param

@@ -24,7 +24,7 @@ def heap_trial(request: Request) -> Iterator[Callable[[], int | None]]:
         waits for it: bytes that malloc would hold beyond the live tensors of the step's peak; None for a run on a
         card, and where it cannot be told.
     """
-    if request.card is not None or not malloc_counts():
+    if request.card is not None or not sys.executable or not malloc_counts():
         yield lambda: None
         return
     given = json.dumps([asdict(request), str(dtype_of(request)).removeprefix("torch.")])
