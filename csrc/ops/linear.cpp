@@ -7,11 +7,6 @@
 namespace lorasb {
 namespace {
 
-// The blocked product has sums in fp32.
-void check_not_double(const at::Tensor& x) {
-  TORCH_CHECK_TYPE(x.scalar_type() != at::kDouble, "expected x in fp32, bf16 or fp16, got ", x.scalar_type());
-}
-
 // Without a weight the op is the adapter's part alone.
 std::optional<Weight> transposed_or_none(const std::optional<at::Tensor>& weight) {
   return weight.has_value() ? std::optional<Weight>(transposed_weight(*weight)) : std::nullopt;

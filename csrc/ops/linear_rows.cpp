@@ -84,8 +84,22 @@ void check_cores(const at::Tensor& left, const at::Tensor& cores, const at::Tens
   const auto dtype = cores.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
                    "expected cores in fp32, bf16 or fp16, got ", dtype);
-  TORCH_CHECK_VALUE(cores.stride(2) == 1 && cores.stride(1) == cores.size(2),
+  const int64_t r = cores.size(2);  // strides of a single element say nothing
+  TORCH_CHECK_VALUE(r <= 1 || (cores.stride(2) == 1 && cores.stride(1) == r),
                     "expected each R contiguous, got strides ", cores.strides());
+}
+
+// x [M, features] by a factor whose sides are [other, features], in memory the other way round if `plain`.
+void check_product(const at::Tensor& x, const at::Tensor& factor, bool plain) {
+  check_dtype(x);
+  check_not_double(x);
+  check_not_double(factor);
+  TORCH_CHECK_VALUE(
+      x.dim() == 2 && factor.dim() == 2 && x.size(1) == factor.size(plain ? 0 : 1),
+      plain ? "expected x [M, k] and a factor [k, n], got " : "expected x [M, k] and a factor [n, k], got ", x.sizes(),
+      " and ", factor.sizes());
+  TORCH_CHECK_VALUE(x.device().is_cpu() && factor.device().is_cpu(), "expected both on the CPU, got ", x.device(),
+                    " and ", factor.device());
 }
 
 // R's of a bank lie megabytes apart, each too short for the hardware to see a stream: the next one is asked for while
@@ -107,7 +121,9 @@ void check_range(const at::Tensor& index, int64_t count) {
 
 at::Tensor thin_product(const at::Tensor& x, const at::Tensor& factor, bool plain) {
   const BelowAutograd below_autograd;
-  return sum_of_products({{x, as_weight(factor, plain)}}, at::kFloat, std::nullopt);
+  check_product(x, factor, plain);
+  // a gradient may be an expanded or transposed view, of which packing reads rows alone
+  return sum_of_products({{x.contiguous(), as_weight(factor.contiguous(), plain)}}, at::kFloat, std::nullopt);
 }
 
 at::Tensor times_cores(const at::Tensor& left, const at::Tensor& cores, const at::Tensor& index, double scale,
@@ -148,6 +164,15 @@ at::Tensor extended_product(const at::Tensor& x, const std::optional<at::Tensor>
                             at::IntArrayRef layout, int64_t rows, int64_t columns, const at::Tensor& v,
                             const at::Tensor& factor, const std::optional<at::Tensor>& bias, bool plain) {
   const BelowAutograd below_autograd;
+  check_product(v, factor, plain);
+  check_dtype(x);
+  check_not_double(x);
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == (plain ? rows : columns) && v.size(0) == x.size(0) &&
+                        factor.size(plain ? 1 : 0) == (plain ? columns : rows),
+                    "expected x [M, ", plain ? rows : columns, "], v [M, r] and a factor to ", plain ? columns : rows,
+                    " features, got ", x.sizes(), ", ", v.sizes(), " and ", factor.sizes());
+  check_weight(weight, x, rows, columns);
+  check_bias(bias, x, rows);
   const at::Tensor tokens = x.contiguous();
   const auto dtype = x.scalar_type();
   if (weight.has_value()) {
@@ -172,8 +197,10 @@ std::tuple<at::Tensor, at::Tensor> linear_rows(const at::Tensor& x, const std::o
                                                double scaling, bool by_torch) {
   const BelowAutograd below_autograd;
   check_factors(x, a.dim() == 2 ? a.size(1) : 0, a, b);
+  check_not_double(x);
   check_weight(weight, x, b.size(0), a.size(1));
   check_bias(bias, x, b.size(0));
+  TORCH_CHECK_VALUE(!by_torch || weight.has_value(), "expected a weight for torch to multiply with, got none");
   const auto dtype = x.scalar_type();
   const bool widened = dtype != at::kFloat && serves(dtype);  // 16 bits that torch would multiply slowly
   const auto thin = [&](const at::Tensor& left, const at::Tensor& factor) {

@@ -35,6 +35,11 @@ inline void check_dtype(const at::Tensor& x) {
                    "expected x in fp64, fp32, bf16 or fp16, got ", dtype);
 }
 
+// The blocked products have sums in fp32.
+inline void check_not_double(const at::Tensor& x) {
+  TORCH_CHECK_TYPE(x.scalar_type() != at::kDouble, "expected x in fp32, bf16 or fp16, got ", x.scalar_type());
+}
+
 inline void check_like(const std::optional<at::Tensor>& tensor, const at::Tensor& x, const char* name) {
   if (!tensor.has_value()) return;
   TORCH_CHECK_TYPE(tensor->scalar_type() == x.scalar_type(), "expected ", name, " in x's dtype ", x.scalar_type(),

@@ -170,7 +170,7 @@ def _random_call(rng: random.Random) -> tuple[str, tuple]:
     if rng.random() < 0.2:
         x = rng.choice([x[:, :-1], x.to(torch.int32), x[..., None], torch.tensor(1.0)])
     if rng.random() < 0.2:
-        return "linear_rows", _with_rows(rng, x, quant, layout, a, b, bias)
+        return _with_rows(rng, x, quant, layout, a, b, bias)
     if rng.random() < 0.3:
         factors = rng.choice([(a, core, b), (None, None, None), (a, None, b)])
         return "serve_quantized", (x, quant, layout, rng.choice([m, m + 1]), n, *factors, bias, 0.5)
@@ -195,8 +195,8 @@ def _random_call(rng: random.Random) -> tuple[str, tuple]:
 
 def _with_rows(
     rng: random.Random, x: Tensor, quant: list[Tensor], layout: list[int], a: Tensor, b: Tensor, bias: Any
-) -> tuple:
-    """Operands of a call with an R for each row, over a quantized or a dense weight or none; some do not fit."""
+) -> tuple[str, tuple]:
+    """A call with an R for each row, or its gradient, over a quantized or a dense weight or none; some do not fit."""
     (r, n), m, count = a.shape, b.shape[0], rng.randint(0, 3)
     cores = torch.randn(count, r, rng.choice([r] * 9 + [r + 1])).to(rng.choice([torch.float32, torch.bfloat16]))
     index = torch.randint(-1, max(count, 1), (len(x) if x.dim() else 1,))
@@ -204,7 +204,35 @@ def _with_rows(
         index = rng.choice([index[1:], index - 1, index + 1, index.int(), index[:, None]])
     weight = rng.choice([None, torch.randn(m, n).to(a.dtype), torch.randn(m + 1, n).to(a.dtype)])
     quant, layout = (quant, layout) if weight is None and rng.random() < 0.6 else ([], [0, 0, 0])
-    return x, weight, quant, layout, a, cores, b, bias, index, 0.5
+    if rng.random() < 0.5:
+        return "linear_rows", (x, weight, quant, layout, a, cores, b, bias, index, 0.5)
+    rows = len(x) if x.dim() else 1
+    dy, u = torch.randn(rows, m).to(a.dtype), torch.randn(rows, r).to(a.dtype)
+    dy = rng.choice([dy, dy, dy, dy.t().contiguous().t(), dy[:, :-1], dy[1:], dy.int()])
+    others = cores, b, u, index, 0.5, rng.random() < 0.8, rng.random() < 0.8
+    return "linear_rows_backward", (dy, weight, quant, layout, a, *others)
+
+
+@built
+def test_parts_of_calls_by_row_check_what_they_read() -> None:
+    parts = torch.ops.lorasb_csrc
+    x, b, v, index = torch.randn(6, 48), torch.randn(48, 8), torch.randn(6, 8), torch.zeros(6, dtype=torch.int64)
+    a, cores, weight = torch.randn(8, 48), torch.randn(1, 8, 8), torch.randn(48, 48)
+    whole = weight, [], [0, 0, 0], a, cores, b, None, index, 1.0
+    for error, call in (
+        ("expected x .M, k. and a factor .k, n.", lambda: parts.thin_product(x[:, :40], b, True)),
+        ("expected x .M, k. and a factor .n, k.", lambda: parts.thin_product(x, b, False)),
+        ("expected x in fp32", lambda: parts.thin_product(x.double(), b, True)),
+        ("expected x .M, 48.", lambda: parts.extended_product(x[:, 1:], weight, [], [], 48, 48, v, b, None, False)),
+        ("expected x .M, 48.", lambda: parts.extended_product(x, weight, [], [], 48, 48, v[1:], b, None, False)),
+        ("expected weight", lambda: parts.extended_product(x, weight[1:], [], [], 48, 48, v, b, None, False)),
+        ("expected x in fp32", lambda: parts.linear_rows(x.double(), None, [], [0, 0, 0], a.double(), cores, b.double(), None, index, 1.0, False)),
+        ("expected a weight", lambda: parts.linear_rows(x, None, *whole[1:], True)),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=error):
+            call()
+    one = torch.randn(1, 1, 3)[:, :, :1]  # a single number, of any strides
+    assert parts.times_cores(torch.ones(6, 1), one, index, 1.0, False).tolist() == [[float(one)]] * 6
 
 
 @built

@@ -82,6 +82,22 @@ def test_halves_are_as_near_as_one_adapter_at_a_time(kernel: str, dtype: torch.d
         tolerances.check_half(result, plain, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("view", ["expanded", "transposed", "strided"])
+def test_a_gradient_that_is_a_view_gives_the_bits_of_its_copy(kernel: str, dtype: torch.dtype, view: str) -> None:
+    case, cores = make(dtype, 3, 61, 47, 8)
+    rows, m = len(INDEX), 47
+    dy = {
+        "expanded": torch.ones((), dtype=dtype).expand(rows, 3, m),
+        "transposed": torch.randn(m, rows * 3).to(dtype).t().unflatten(0, (rows, 3)),
+        "strided": torch.randn(rows, 3, 2 * m).to(dtype)[..., ::2],
+    }[view]
+    found = []
+    for case.dy in (dy, dy.contiguous()):
+        found.append(run(case, cores))
+    assert all(map(torch.equal, *found))
+
+
 def test_gradcheck() -> None:
     case, cores = make(torch.float64)
     inputs = case.x.requires_grad_(True), cores.requires_grad_(True)
