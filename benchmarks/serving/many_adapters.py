@@ -231,7 +231,7 @@ def sentences(found: dict[str, Any]) -> Iterator[str]:
     """What an adapter costs."""
     cost = found["costs"]
     yield (
-        f"An adapter takes {cost['adapter_bytes'] / 1e6:.2f} MB, "
+        f"An adapter in fp32 takes {cost['adapter_bytes'] / 1e6:.2f} MB, "
         f"{cost['adapter_bytes'] / cost['bytes_of_its_numbers']:.3f} of its numbers' bytes; {MANY} are loaded in "
         f"{cost['load_seconds']:.1f} s, one is added in {cost['add_ms']:.2f} ms and removed in "
         f"{cost['remove_ms']:.3f} ms."

@@ -43,7 +43,7 @@ def _rows(found: Plan) -> Iterator[tuple[str, float]]:
         "activations kept for backward": found.saved,
         "temporaries at the worst moment": found.temporary,
         "one dequantized weight": found.scratch,
-        "held by the allocator": found.reserve,
+        "held by the allocator" + ("" if found.asked else ", about"): found.reserve,
         "CUDA context and kernels": found.context,
     }
     return ((name, size) for name, size in rows.items() if size)

@@ -70,6 +70,7 @@ def test_a_refused_tensor_and_another_malloc_leave_it_open(monkeypatch: pytest.M
             mallinfo2=lambda found=info: found,
             posix_memalign=lambda *given, code=refused: code,
             free=lambda address: None,
+            prctl=lambda *given: 0,
         )
         monkeypatch.setattr(held_bytes, "_libc", lambda found=libc: found)
         with HeldBytes() as live:
@@ -98,7 +99,18 @@ def test_a_plan_takes_the_answer_of_its_process(folder: str, monkeypatch: pytest
     monkeypatch.setattr(heap_trial, "_answer", lambda process: answers.append(asked(process)) or answers[-1])
     found = plan(Request(folder, r=8, batch=2, seq=64))
     assert answers == [found.reserve]
+    assert found.asked
     assert 0 < found.reserve < 50e6  # a heap's page of small objects, and holes of a small model
+
+
+@asks_malloc
+def test_files_of_the_current_folder_are_no_modules(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inspect.py").write_text("raise SystemExit(0)\n")
+    monkeypatch.chdir(tmp_path)
+    with heap_trial.heap_trial(Request(folder, r=8, batch=2, seq=64)) as held:
+        assert held() is not None
 
 
 def test_nobody_is_asked_about_a_card(folder: str) -> None:
@@ -109,6 +121,13 @@ def test_nobody_is_asked_about_a_card(folder: str) -> None:
 def test_a_process_that_fails_leaves_it_open(tmp_path: Path) -> None:
     with heap_trial.heap_trial(Request(str(tmp_path / "nothing"))) as held:
         assert held() is None
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "want"), [("7\n", 0, 7), ("", 0, None), ("None\n", 0, None), ("7\n", 1, None)]
+)
+def test_what_a_process_says(said: str, code: int, want: int | None) -> None:
+    assert heap_trial._answer(SimpleNamespace(communicate=lambda: (said, None), returncode=code)) == want  # type: ignore[arg-type]
 
 
 def test_a_plan_that_fails_takes_its_process_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,8 @@ def test_a_card_without_bf16_is_planned_in_fp32(tmp_path: Path) -> None:
     old, new = (plan(Request(folder, r=8, batch=1, seq=SEQ, card=gpus.find(name))) for name in ("t4", "a6000"))
     assert old.base == pytest.approx(2 * new.base, rel=0.01)
     assert old.saved > 1.5 * new.saved
+    started = (found.initialization - found.base - found.factors - found.cores - found.context for found in (old, new))
+    assert next(started) > 1.2 * next(started)
 
 
 def test_experts_that_a_token_goes_through_are_counted(dtype: torch.dtype, tmp_path: Path) -> None:

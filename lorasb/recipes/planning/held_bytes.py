@@ -4,7 +4,8 @@ A step leaves small objects (autograd's nodes, shapes) between the blocks of its
 few bytes to one no longer takes the next layer's tensor. With checkpointing in fp32, where a layer's tensors are below
 the 32 MiB from which malloc maps each on its own, a sixth of a step's memory is such holes (SmolLM2-135M and GPT-2
 medium, 2 x 512 tokens, Zen 3). No formula gives it, so a planned step takes the addresses of its fake tensors from
-malloc and never writes to them: the system gives no memory to addresses that are not written.
+malloc and never writes to them: the system gives no memory to addresses that are not written (but for malloc's own
+words beside each, for which transparent huge pages, where they are on, would give 2 MiB at a time: they are off here).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from .live_bytes import LiveBytes
 
+THP_DISABLE = 41  # of prctl(2)
 ALIGNMENT = 64  # of torch's tensors on a CPU
 NOTICED = 65536  # bytes from which a tensor may move the peak
 FIELDS = (
@@ -33,8 +35,7 @@ class _Info(ctypes.Structure):
 class HeldBytes(LiveBytes):
     """Live bytes, and what malloc takes from the system for them.
 
-    Use it only where `malloc_counts()`, in the main thread (malloc counts the blocks of no other) of a process whose
-    heap has no holes yet.
+    Use it only where `malloc_counts()`, in a process whose heap has no holes yet and where no other thread allocates.
 
     Attributes:
         most: bytes that malloc has had from the system at once since the block began.
@@ -43,6 +44,7 @@ class HeldBytes(LiveBytes):
     def __init__(self) -> None:
         super().__init__()
         self._libc = _libc()
+        self._libc.prctl(THP_DISABLE, 1, 0, 0, 0)
         self._libc.malloc_trim(0)
         self._before = _held(self._libc)
         self.most, self._refused = 0, False

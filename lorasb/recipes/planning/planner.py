@@ -50,6 +50,7 @@ class Plan:
         scratch: on a card, one dequantized weight, where the base has 4 bits.
         context: what CUDA takes on a card, or kernels keep on a CPU.
         reserve: what allocators hold beyond live tensors.
+        asked: whether malloc was asked for that; a tenth of what a step adds to the model, if not.
         initialization: peak of the initialization, with the base and the adapter.
         step: peak of a training step.
         available: the card's bytes, or this machine's.
@@ -69,6 +70,7 @@ class Plan:
     scratch: int
     context: int
     reserve: int
+    asked: bool
     initialization: int
     available: int
     trained: int
@@ -127,9 +129,8 @@ def _plan(request: Request, held: Callable[[], int | None]) -> Plan:
     available, context = psutil.virtual_memory().total, round(KERNELS)
     if request.card is not None:
         available, context = request.card.memory, round(CONTEXT)
-    reserve = held()
-    if reserve is None:
-        reserve = round(RESERVE * (counted.saved + temporary + counted.optimizer))
+    holes = held()
+    reserve = round(RESERVE * (counted.saved + temporary + counted.optimizer)) if holes is None else holes
     initialization = base + counted.factors + counted.cores + round(start) + context
     if request.card is None or initialization + boundaries <= available:  # else they go to the host
         initialization += round(boundaries)
@@ -144,6 +145,7 @@ def _plan(request: Request, held: Callable[[], int | None]) -> Plan:
         scratch=max(dense, default=0) if request.card else 0,
         context=context,
         reserve=reserve,
+        asked=holes is not None,
         initialization=initialization,
         available=available,
         trained=trained,
@@ -245,7 +247,10 @@ def speed(work: Work, request: Request) -> float:
 def _initialization(work: Work, request: Request) -> tuple[float, float]:
     """Peak bytes of the initialization in micro-batches of the step's size, and those of the blocks' inputs."""
     config = work.model.config.get_text_config()  # type: ignore[union-attr, operator]
-    itemsize, width = 2, getattr(config, "hidden_size", next(iter(work.layers.values())).in_features)
+    itemsize, width = (
+        dtype_of(request).itemsize,
+        getattr(config, "hidden_size", next(iter(work.layers.values())).in_features),
+    )
     linears = sum(layer.in_features + layer.out_features for layer in work.layers.values())
     sizes = Sizes(
         tokens=SAMPLES * request.seq,
