@@ -5,8 +5,8 @@
 Each model trains three steps in the machine's own dtype, in a process of its own, whose resident memory is read from
 the kernel (VmHWM), less that before the model is made. Twice: with glibc told to return freed memory at once, so that
 resident is what is alive, against the plan's live bytes; and as it is, against the plan with what allocators hold.
-Where small objects fall between a heap's tensors differs from run to run, and what it holds with them by a tenth: the
-median of several runs is compared.
+Where small objects fall between a heap's tensors differs from run to run, and so does what it holds: the median of
+several runs is compared.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def machine() -> str:
     return machine_name(dtype_name(dtype_of(Request(EMBEDDED))))
 
 
-HEAD = ("model", "alive, planned", "measured", "ratio", "resident, planned", "measured", "of runs", "ratio")
+HEAD = ("model", "alive, planned", "measured", "ratio", "resident, planned", "median", "lowest to highest", "ratio")
 
 
 def line(one: Found) -> list[str]:
