@@ -84,18 +84,24 @@ def test_halves_are_as_near_as_one_adapter_at_a_time(kernel: str, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("view", ["expanded", "transposed", "strided"])
-def test_a_gradient_that_is_a_view_gives_the_bits_of_its_copy(kernel: str, dtype: torch.dtype, view: str) -> None:
-    case, cores = make(dtype, 3, 61, 47, 8)
+def test_a_gradient_that_is_a_view_is_read_as_its_copy(kernel: str, dtype: torch.dtype, view: str) -> None:
+    case, cores = make(dtype, 9, 61, 47, 16)
     rows, m = len(INDEX), 47
-    dy = {
-        "expanded": torch.ones((), dtype=dtype).expand(rows, 3, m),
-        "transposed": torch.randn(m, rows * 3).to(dtype).t().unflatten(0, (rows, 3)),
-        "strided": torch.randn(rows, 3, 2 * m).to(dtype)[..., ::2],
+    torch.manual_seed(0)
+    case.dy = {
+        "expanded": torch.ones((), dtype=dtype).expand(rows, 9, m),
+        "transposed": torch.randn(m, rows * 9).to(dtype).t().unflatten(0, (rows, 9)),
+        "strided": torch.randn(rows, 9, 2 * m).to(dtype)[..., ::2],
     }[view]
-    found = []
-    for case.dy in (dy, dy.contiguous()):
-        found.append(run(case, cores))
-    assert all(map(torch.equal, *found))
+    found = run(case, cores)
+    case.dy = case.dy.contiguous()
+    for result, copied, want in zip(found, run(case, cores), one_by_one(case, cores), strict=True):
+        if kernel != "eager":
+            assert torch.equal(result, copied)
+        elif dtype == torch.float32:  # torch's own products sum in an order that follows strides
+            tolerances.check(result, want, tolerances.fp32(61 + 16))
+        else:
+            tolerances.check_half(result, copied, want)
 
 
 def test_gradcheck() -> None:
