@@ -143,6 +143,6 @@ def test_the_planners_tables_are_the_results(folder: str) -> None:
     assert [line for line in planned.page(found) if line not in page] == []
     alive, resident = zip(*(planned.Found(**run).ratios for run in found["runs"]), strict=True)
     assert all(0.9 < ratio < 1.1 for ratio in alive)
-    # in fp32 with checkpointing glibc keeps blocks that are in no plan
-    kept = [run["checkpointing"] and folder == ORDINARY for run in found["runs"]]
-    assert all(0.9 < ratio < 1.1 for ratio, more in zip(resident, kept, strict=True) if not more)
+    # one of twelve: there the plan, whose holes differ from run to run as a step's do, is 13% too low
+    low = [run["checkpointing"] and run["model"] == "Qwen2.5-0.5B" and folder == ORDINARY for run in found["runs"]]
+    assert all(0.9 < ratio < 1.1 for ratio, known in zip(resident, low, strict=True) if not known)

@@ -2,8 +2,8 @@
 
 A step leaves small objects (autograd's nodes, shapes) between the blocks of its tensors, and a hole that has lost a
 few bytes to one no longer takes the next layer's tensor. With checkpointing in fp32, where a layer's tensors are below
-the 32 MiB from which malloc maps each on its own, a sixth of a step's memory is such holes (SmolLM2-135M and GPT-2
-medium, 2 x 512 tokens, Zen 3). No formula gives it, so a planned step takes the addresses of its fake tensors from
+the 32 MiB from which malloc maps each on its own, an eighth to a fifth of a step's memory is such holes (three
+models, 2 x 512 tokens, Zen 3). No formula gives it, so a planned step takes the addresses of its fake tensors from
 malloc and never writes to them: the system gives no memory to addresses that are not written (but for malloc's own
 words beside each, for which transparent huge pages, where they are on, would give 2 MiB at a time: they are off here).
 """
