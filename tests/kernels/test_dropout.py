@@ -8,6 +8,7 @@ import pytest
 import reference
 import tolerances
 import torch
+from calls import check_dropout_follows_the_global_seed
 from calls import run_kernels as run
 from kernel_cases import group_cases, run_group
 from torch import Tensor
@@ -139,13 +140,7 @@ class TestDropout:
 
     def test_it_follows_the_global_seed(self) -> None:
         case = reference.make_case((20,), 40, 24, 4, torch.float32)
-        results = []
-        for seed in (1, 1, 2):
-            torch.manual_seed(seed)
-            results.append(run(case, dropout=0.5))
-        for first, second, third in zip(*results, strict=True):
-            assert torch.equal(first, second)
-            assert not torch.equal(first, third)
+        check_dropout_follows_the_global_seed(run, case)
 
 
 def mask_of(case: reference.Case, seed: int, dropout: float) -> Tensor:

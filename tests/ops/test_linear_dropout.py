@@ -6,7 +6,7 @@ import pytest
 import reference
 import tolerances
 import torch
-from calls import run
+from calls import check_dropout_follows_the_global_seed, run
 from kernel_cases import group_cases, run_group
 from torch import Tensor
 
@@ -71,13 +71,7 @@ def test_a_groups_masks_are_those_of_separate_calls(backend: str, dtype: torch.d
 
 def test_dropout_follows_the_global_seed() -> None:
     case = reference.make_case((8,), 16, 8, 4, torch.float32)
-    results = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        results.append(run(case, dropout=0.5))
-    for first, second, third in zip(*results, strict=True):
-        assert torch.equal(first, second)
-        assert not torch.equal(first, third)
+    check_dropout_follows_the_global_seed(run, case)
 
 
 @pytest.mark.parametrize("dropout", [1.0, 1.5, -0.1, float("nan")])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import reference
+import torch
 from torch import Tensor
 
 import lorasb
@@ -24,3 +28,14 @@ def run_kernels(case: reference.Case, dropout: float = 0.0, x: Tensor | None = N
     """y, dx and dR by the kernels."""
     with lorasb.backend("triton"):
         return run(case, x, dropout)
+
+
+def check_dropout_follows_the_global_seed(run: Callable[..., Any], case: reference.Case) -> None:
+    """The same seed gives the same y, dx and dR to the bit; another one, others. `run`: one of the two above."""
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(run(case, dropout=0.5))
+    for first, second, third in zip(*results, strict=True):
+        assert torch.equal(first, second)
+        assert not torch.equal(first, third)

@@ -247,10 +247,8 @@ def speed(work: Work, request: Request) -> float:
 def _initialization(work: Work, request: Request) -> tuple[float, float]:
     """Peak bytes of the initialization in micro-batches of the step's size, and those of the blocks' inputs."""
     config = work.model.config.get_text_config()  # type: ignore[union-attr, operator]
-    itemsize, width = (
-        dtype_of(request).itemsize,
-        getattr(config, "hidden_size", next(iter(work.layers.values())).in_features),
-    )
+    itemsize = dtype_of(request).itemsize
+    width = getattr(config, "hidden_size", next(iter(work.layers.values())).in_features)
     linears = sum(layer.in_features + layer.out_features for layer in work.layers.values())
     sizes = Sizes(
         tokens=SAMPLES * request.seq,
