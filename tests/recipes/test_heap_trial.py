@@ -124,7 +124,8 @@ def test_a_process_that_fails_leaves_it_open(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "code", "want"), [("7\n", 0, 7), ("", 0, None), ("None\n", 0, None), ("7\n", 1, None)]
+    ("said", "code", "want"),
+    [("7\n", 0, 7), ("7\nNone\n9\n8\n", 0, 9), ("", 0, None), ("None\n", 0, None), ("7\n", 1, None)],
 )
 def test_what_a_process_says(said: str, code: int, want: int | None) -> None:
     assert heap_trial._answer(SimpleNamespace(communicate=lambda: (said, None), returncode=code)) == want  # type: ignore[arg-type]

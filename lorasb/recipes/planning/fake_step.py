@@ -43,7 +43,12 @@ class StepBytes:
 
 
 def count_step(
-    model: nn.Module, batch: int, seq: int, checkpointing: bool = False, live: LiveBytes | None = None
+    model: nn.Module,
+    batch: int,
+    seq: int,
+    checkpointing: bool = False,
+    live: LiveBytes | None = None,
+    steps: int = 1,
 ) -> StepBytes:
     """The bytes of a step of a patched model on the meta device, which becomes fake.
 
@@ -53,6 +58,7 @@ def count_step(
         seq: tokens of a row.
         checkpointing: whether activations are computed again in backward.
         live: what counts, if the caller has more to ask of it afterwards.
+        steps: how many to run; the peak is that of all, and the rest the last one's.
     """
     _mark_initialized(model)
     if checkpointing:
@@ -64,11 +70,14 @@ def count_step(
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained)
         static = live.now
-        loss = _loss(model, batch, seq)
-        saved = live.now - static
-        loss.backward()
-        optimizer.step()
-        del loss
+        for _ in range(steps):
+            optimizer.zero_grad()
+            before = live.now
+            loss = _loss(model, batch, seq)
+            saved = live.now - before
+            loss.backward()
+            optimizer.step()
+            del loss
         return StepBytes(base, factors, cores, live.now - static, saved, live.peak)
 
 
