@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from ..checkpoints import shared_factors
@@ -54,7 +54,7 @@ def cores_of(folder: Path, digest: bytes, scalings: Mapping[str, float]) -> dict
     if not file.is_file():
         raise ValueError(f"expected {WEIGHTS_NAME} in {folder}, found none")
     safetensors_header(file)  # raises for a truncated file
-    tensors = load_file(str(file))
+    tensors = load(file.read_bytes())  # half the time of a file that is mapped, page by page (SmolLM2 at r = 64, Zen 3)
     factors = {key: value for key, value in tensors.items() if shared_factors.is_factor(key)}
     if (shared_factors.referenced_digest(tensors) or shared_factors.digest(factors)) != digest:
         raise ValueError(f"{folder} stands on other A and B than the bank's, or on the same in another dtype")
