@@ -1,7 +1,8 @@
 """What malloc would hold in planned steps, tried in processes of their own, whose heaps have no holes yet, as a run's.
 
-Where small objects fall differs from process to process, and holes with them: of three models with checkpointing in
-fp32, one trial in six was more than a tenth below runs, and none above them; so the largest of three counts (Zen 3).
+Where small objects fall differs from process to process, and holes with them: of two models with checkpointing in
+fp32, one trial in six was more than a tenth below the median run, and none above it; so the largest of three counts
+(GPT-2 medium and Qwen2.5-0.5B, Zen 3).
 """
 
 from __future__ import annotations
