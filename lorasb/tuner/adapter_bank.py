@@ -287,9 +287,9 @@ class AdapterBank:
                 got = "nothing" if core is None else f"{list(core.shape)} in {core.dtype}"
                 raise ValueError(f"adapter {name!r}: expected R [{r}, {r}] of layer {layer!r}, got {got}")
         # one copy: two hundred small ones take a millisecond, and as many views half of one
-        square = len({c.r for c in self.columns.values()}) == 1
-        parts = cast(list[Tensor], found) if square else [cast(Tensor, core).reshape(-1) for core in found]
-        row = torch.cat(parts).reshape(-1).to("cpu", self.storage.dtype)
+        parts, one_rank = cast(list[Tensor], found), len({c.r for c in self.columns.values()}) == 1
+        joined = torch.cat(parts if one_rank else [core.reshape(-1) for core in parts])
+        row = joined.reshape(-1).to("cpu", self.storage.dtype)
         if not (math.isfinite(row.sum()) or row.isfinite().all()):  # NaN and Inf reach every sum, in one quick pass
             raise ValueError(f"adapter {name!r} has NaN or Inf values: its training had failed")
         return row

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +26,7 @@ def mapping_of(address: int) -> tuple[str, str]:
     raise LookupError(hex(address))
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"), reason="no advice to give")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="the kernel has no huge pages")
 def test_large_memory_is_private_and_asks_for_huge_pages() -> None:
     found = huge_pages.zeros(1024, 2048, torch.float32, CPU)
     permissions, flags = mapping_of(found.data_ptr())

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import get_context
 from random import Random
@@ -50,7 +50,7 @@ def heap_trial(request: Request) -> Iterator[Callable[[], int | None]]:
         try:
             yield lambda: _answer(process)
         finally:
-            with suppress(ProcessLookupError, PermissionError):  # it has ended
+            if process.poll() is None:  # else its number may be another's by now
                 os.killpg(process.pid, signal.SIGKILL)  # with its trials
 
 
