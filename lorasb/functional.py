@@ -108,9 +108,10 @@ def _composes(
 ) -> bool:
     """True if a small call is faster composed of torch's own ops, as far as those would compute it in any case.
 
-    `cpp` computes dense layers by eager torch too, unless the extension serves their dtype and size.
+    `cpp` computes dense layers by eager torch too, unless the extension serves their dtype and size, or few tokens.
     """
-    uses_extension = kernels.forward in (cpp.forward, cpp.group_forward) and cpp.serves(x.dtype, *weights)
+    served = cpp.serves(x.dtype, *weights) or cpp.serves_few(x, *weights)
+    uses_extension = served and kernels.forward in (cpp.forward, cpp.group_forward)
     uses_torch = kernels.forward in (cpp.forward, cpp.group_forward, eager.forward, eager.group_forward)
     return x.is_cpu and uses_torch and not uses_extension and fast_path.small(x, (*weights, *frozen))
 

@@ -55,6 +55,31 @@ void dense_dot_bf16(Bf16View x, int64_t rows, Bf16View d, int64_t columns, Range
   by_rows(rows, [&](auto count) { dense_dot_rows<decltype(count)::value>(x, d, columns, d_rows, accumulate, y); });
 }
 
+// Rows of `multiply_unpacked` are read as they are.
+void arrange_rows_of_tokens(Bf16View x, int64_t count, int64_t columns, uint16_t* dst) {
+  for (int64_t i = 0; i < count; ++i) __builtin_memcpy(dst + i * columns, x.data + i * x.ld, columns * 2);
+}
+
+void multiply_by_dots(const UnpackedTerm* terms, int count, int64_t tokens, Range rows, const uint16_t* bias,
+                      MutableBf16View y) {
+  float sums[kDirectRows * kBf16Nr];
+  for (int64_t r = rows.begin; r < rows.end; r += kBf16Nr) {
+    const int64_t taken = rows.end - r < kBf16Nr ? rows.end - r : kBf16Nr;
+    for (int64_t low = 0; low < tokens; low += kDirectRows) {
+      const int64_t few = tokens - low < kDirectRows ? tokens - low : kDirectRows;
+      for (const UnpackedTerm* term = terms; term < terms + count; ++term) {
+        const int64_t steps = (term->columns + kBf16KStep - 1) / kBf16KStep, panel = low / kUnpackedTokens;
+        const uint16_t* x = term->tokens + panel * steps * kBf16KStep * kUnpackedTokens;
+        dense_dot_bf16({x + low % kUnpackedTokens * term->columns, term->columns}, few,
+                       {term->d.data + r * term->d.ld, term->d.ld}, term->columns, {0, taken}, term > terms,
+                       {sums, kBf16Nr});
+      }
+      store_bf16({sums, kBf16Nr}, few, taken, {false, bias == nullptr ? nullptr : bias + r, false},
+                 {y.data + low * y.ld + r, y.ld});
+    }
+  }
+}
+
 // kTaps rows of D: each tap is one FMA onto the same sum, in the order of rows. `d` and `c` point at the first of them.
 template <int kTaps>
 inline void dense_add_taps(MatrixView c, int64_t rows, Bf16View d, int64_t width, float* sums) {

@@ -18,6 +18,8 @@ constexpr int kDotRows = 8;        // rows of x that `dot_bf16` takes at once
 constexpr int kDenseTaps = 4;      // rows of a dense matrix that are read at once
 constexpr int kOuterColumns = 64;  // columns of G that a panel of x covers
 constexpr int kOuterRows = 6;      // rows of G in a tile of `outer_bf16`
+constexpr int kUnpackedRows = 32;  // rows of D, and tokens of a panel, that `multiply_unpacked` takes at once
+constexpr int kUnpackedTokens = 32;
 
 // Rows of x in fp32 with even columns apart from odd ones, as a byte of W yields them: row i at even + i * ld.
 struct SplitRows {
@@ -30,6 +32,13 @@ struct SplitRows {
 struct OuterOperands {
   const uint16_t *left, *right;
   int64_t m, n, pairs;
+};
+
+// A term of a sum of products in bf16 with a dense D [.., columns] that is read as it lies.
+struct UnpackedTerm {
+  Bf16View d;
+  int64_t columns;
+  const uint16_t* tokens;  // panels of kUnpackedTokens by whole steps of columns, as `arrange_tokens` makes each
 };
 
 struct SignCounts {
@@ -67,6 +76,15 @@ struct Kernels {
                          MutableMatrixView y) = nullptr;
   // sums [rows, d_columns.size()] += c [rows, ..] D[d_rows, d_columns].
   void (*dense_add_bf16)(MatrixView c, int64_t rows, Bf16View d, Range d_rows, Range d_columns, float* sums) = nullptr;
+
+  // Up to this many tokens are faster against a dense W that is read as it lies than by the BLAS, which packs it; 0
+  // where bf16 is not multiplied.
+  int64_t max_unpacked_tokens = 0;
+  // One panel of up to kUnpackedTokens tokens of x [count, columns], in the order that `multiply_unpacked` reads.
+  void (*arrange_tokens)(Bf16View x, int64_t count, int64_t columns, uint16_t* dst) = nullptr;
+  // y [tokens, rows] in bf16 = the sum of x_t D_t[rows]ᵀ over terms + bias, rounded once; y's column r is D's row r.
+  void (*multiply_unpacked)(const UnpackedTerm* terms, int count, int64_t tokens, Range rows, const uint16_t* bias,
+                            MutableBf16View y) = nullptr;
 
   // Rows `rows` of G [m, n] in fp32 = or += dyᵀ x; null where bf16 is not multiplied. `total` is G's first element.
   void (*outer_bf16)(const OuterOperands& operands, Range rows, bool overwrite, float* total) = nullptr;

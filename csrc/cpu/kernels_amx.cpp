@@ -145,6 +145,11 @@ void amx_unscaled_micro_kernel(const uint16_t* tokens, int64_t rows, const Unsca
 }
 
 }  // namespace
+}  // namespace lorasb
+
+#include "cpu/bf16_unpacked_amx.h"
+
+namespace lorasb {
 
 bool amx_permitted() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -168,7 +173,10 @@ const Kernels& amx_kernels() {
     Kernels k = avx512_bf16_kernels();
     k.name = "AMX";
     k.bf16_gemm = &bf16_gemm;
-    k.max_few_tokens = 2;  // for more, the blocked product by tiles is faster
+    k.max_few_tokens = 2;         // for more, the blocked product by tiles is faster
+    k.max_unpacked_tokens = 128;  // measured from 576 x 576 to 11008 x 4096
+    k.arrange_tokens = arrange_pairs_of_tokens;
+    k.multiply_unpacked = multiply_by_tiles;
     return k;
   }();
   return kernels;

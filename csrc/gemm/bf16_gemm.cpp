@@ -167,6 +167,13 @@ Bf16Matrix contiguous_matrix(const at::Tensor& d) { return {bits(d), d.size(1), 
 
 }  // namespace
 
+void round_rows(MatrixView sums, int64_t M, int64_t columns, const uint16_t* bias, MutableBf16View y) {
+  for (int64_t j = 0; j < columns; j += kBf16Nr) {
+    const Epilogue epilogue{false, bias == nullptr ? nullptr : bias + j, false};
+    gemm().store({sums.data + j, sums.ld}, M, columns - j, epilogue, {y.data + j, y.ld});
+  }
+}
+
 bool bf16_gemm_supported(const Packed& w, at::ScalarType dtype, int64_t M) {
   // Two roundings, to fp16 and to bf16, are not what rounding a table does.
   return kernels().bf16_gemm != nullptr && dtype == at::kBFloat16 && M > 0 && w.rows > 0 && w.columns > 0 &&

@@ -28,6 +28,7 @@
 
 #include <optional>
 
+#include "cpu/matrix_view.h"
 #include "cpu/packed_weight.h"
 
 namespace lorasb {
@@ -44,5 +45,8 @@ at::Tensor bf16_gemm_transposed(const Packed& w, const at::Tensor& dy, const at:
 
 // dx [M, n] += dy [M, m] W, added in fp32 and rounded once.
 void bf16_gemm_transposed_add(const Packed& w, const at::Tensor& dy, at::Tensor& dx);
+
+// y [M, columns] in bf16 = sums + bias, where bf16 is multiplied. Reads whole vectors: up to kBf16Nr past the last sum.
+void round_rows(MatrixView sums, int64_t M, int64_t columns, const uint16_t* bias, MutableBf16View y);
 
 }  // namespace lorasb

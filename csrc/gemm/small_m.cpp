@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "gemm/bf16_gemm.h"
 
 namespace lorasb {
 namespace {
@@ -31,14 +32,6 @@ void thin_product(Bf16View x, int64_t M, const uint16_t* d, int64_t columns, Ran
     const int64_t rows = std::min<int64_t>(kDirectRows, M - i);
     kernels().dense_dot_bf16({x.data + i * x.ld, x.ld}, rows, {d, columns}, columns, d_rows, accumulate,
                              {y.data + i * y.ld, y.ld});
-  }
-}
-
-// y [M, columns] in bf16 = sums + bias.
-void round_rows(MatrixView sums, int64_t M, int64_t columns, const uint16_t* bias, MutableBf16View y) {
-  for (int64_t j = 0; j < columns; j += kBf16Nr) {
-    const Epilogue epilogue{false, bias == nullptr ? nullptr : bias + j, false};
-    kernels().bf16_gemm->store({sums.data + j, sums.ld}, M, columns - j, epilogue, {y.data + j, y.ld});
   }
 }
 

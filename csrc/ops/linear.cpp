@@ -1,7 +1,10 @@
 #include "ops/linear.h"
 
+#include <algorithm>
+
 #include "cpu/dispatch.h"
 #include "gemm/adapted_linear.h"
+#include "gemm/unpacked_gemm.h"
 #include "ops/operands.h"
 
 namespace lorasb {
@@ -37,6 +40,8 @@ bool serves(at::ScalarType dtype) {
 #endif
 }
 
+int64_t max_unpacked_tokens() { return kernels().max_unpacked_tokens; }
+
 std::tuple<at::Tensor, at::Tensor> dense_linear(const at::Tensor& x, const std::optional<at::Tensor>& weight,
                                                 const at::Tensor& a, const at::Tensor& core, const at::Tensor& b,
                                                 const std::optional<at::Tensor>& bias, double scaling, double dropout,
@@ -46,8 +51,13 @@ std::tuple<at::Tensor, at::Tensor> dense_linear(const at::Tensor& x, const std::
   check_not_double(x);
   check_weight(weight, x, b.size(0), a.size(1));
   check_bias(bias, x, b.size(0));
+  const at::Tensor rows = rows_of(x);
+  if (weight.has_value() && !seed.has_value() && unpacked_gemm_supported(*weight, rows)) {
+    const auto [y, u] = unpacked_linear(TokenPanels(rows), *weight, a, scaled(core, scaling, at::kBFloat16), b, bias);
+    return {shaped(y, x), u};
+  }
   const Adapter adapter{a, core, b, seed.has_value() ? scaling / (1.0 - dropout) : scaling};
-  const auto [y, u] = adapted_linear(rows_of(x), transposed_or_none(weight), adapter, bias, {dropout, seed});
+  const auto [y, u] = adapted_linear(rows, transposed_or_none(weight), adapter, bias, {dropout, seed});
   return {shaped(y, x), u};
 }
 
@@ -81,8 +91,21 @@ std::vector<at::Tensor> dense_group(const at::Tensor& x, at::TensorList weights,
     check_bias(bias_list.back(), x, b[i].size(0));
     members.push_back({transposed_weight(weights[i]), {a[i], cores[i], b[i], scalings[i]}});
   }
+  const at::Tensor rows = rows_of(x);
+  const bool unpacked = std::all_of(weights.begin(), weights.end(),
+                                    [&](const at::Tensor& w) { return unpacked_gemm_supported(w, rows); });
+  std::vector<std::tuple<at::Tensor, at::Tensor>> results;
+  if (unpacked) {
+    const TokenPanels panels(rows);
+    for (size_t i = 0; i < count; ++i) {
+      const at::Tensor core = scaled(cores[i], scalings[i], at::kBFloat16);
+      results.push_back(unpacked_linear(panels, weights[i], a[i], core, b[i], bias_list[i]));
+    }
+  } else {
+    results = adapted_group(rows, members, bias_list);
+  }
   std::vector<at::Tensor> ys, us;
-  for (const auto& [y, u] : adapted_group(rows_of(x), members, bias_list)) {
+  for (const auto& [y, u] : results) {
     ys.push_back(shaped(y, x));
     us.push_back(u);
   }

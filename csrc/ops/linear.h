@@ -1,6 +1,6 @@
 // The adapted linear over a dense weight where torch's own products are slow: 16 bits on processors that do not
-// multiply them, where W is widened to fp32 a packed panel at a time, and fp32 where the blocked product was measured
-// to be faster than the BLAS. All sums are in fp32.
+// multiply them, where W is widened to fp32 a packed panel at a time; fp32 where the blocked product was measured to be
+// faster than the BLAS; and forward for few tokens in bf16 where the processor multiplies it. All sums are in fp32.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -14,6 +14,9 @@ namespace lorasb {
 // True if these ops compute in a dtype. False for 16 bits where the processor multiplies them, and torch with it; the
 // ops below do not ask, so that tests reach them everywhere.
 bool serves(at::ScalarType dtype);
+
+// Up to so many tokens in bf16 forward reads a contiguous W as it lies, where `serves` says no.
+int64_t max_unpacked_tokens();
 
 // y [..., m] and u = x Aᵀ [M, r]; arguments and results as of lorasb::linear.
 std::tuple<at::Tensor, at::Tensor> dense_linear(const at::Tensor& x, const std::optional<at::Tensor>& weight,

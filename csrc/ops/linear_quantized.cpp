@@ -22,11 +22,6 @@
 namespace lorasb {
 namespace {
 
-// core·scale in x's dtype: its product is rounded to that in any case.
-at::Tensor scaled(const at::Tensor& core, double scale, at::ScalarType dtype) {
-  return (scale == 1.0 ? core : core * scale).to(dtype);
-}
-
 // torch multiplies fp16 on CPUs four times slower than fp32.
 std::optional<at::Tensor> widened(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() ? std::optional<at::Tensor>(tensor->to(at::kFloat)) : std::nullopt;

@@ -10,6 +10,7 @@
 #include "gemm/panel_gemm.h"
 #include "gemm/quantized_weight.h"
 #include "gemm/small_m.h"
+#include "gemm/unpacked_gemm.h"
 #include "ops/linear.h"
 #include "ops/operands.h"
 
@@ -108,6 +109,45 @@ void fetch(const char* core, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(core + line);
 }
 
+// The rows of a batch whose R's are multiplied, one after the other.
+struct RowsOfCores {
+  const int64_t* index;
+  const char* cores;
+  int64_t bytes, size;  // from one R to the next, where a bank has gaps; of one
+
+  // Calls multiply(i, core) for rows [begin, end) that have an R.
+  template <typename F>
+  void each(int64_t begin, int64_t end, const F& multiply) const {
+    for (int64_t i = begin; i < end; ++i) {
+      if (i + 1 < end && index[i + 1] >= 0) fetch(cores + index[i + 1] * bytes, size);
+      if (index[i] >= 0) multiply(i, cores + index[i] * bytes);
+    }
+  }
+};
+
+// left_i · s·R_kᵀ of left and cores in bf16 where the processor multiplies it: sums in fp32, rounded once.
+at::Tensor times_cores_in_bf16(const at::Tensor& left, const RowsOfCores& rows, int64_t n, double scale) {
+  const int64_t r = left.size(1), tokens = n > 0 ? left.size(0) / n : 0;
+  const at::Tensor src = left.contiguous();
+  at::Tensor v = at::zeros(left.sizes(), left.options());
+  uint16_t* dst = mutable_bits(v);
+  at::parallel_for(0, n, grain(tokens * r * r), [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(kDirectRows * r + kBf16Nr);  // `round_rows` reads whole vectors
+    rows.each(begin, end, [&](int64_t i, const char* core) {
+      for (int64_t low = i * tokens; low < (i + 1) * tokens; low += kDirectRows) {
+        const int64_t count = std::min<int64_t>(kDirectRows, (i + 1) * tokens - low);
+        kernels().dense_dot_bf16({bits(src) + low * r, r}, count, {reinterpret_cast<const uint16_t*>(core), r}, r,
+                                 {0, r}, false, {sums.data(), r});
+        if (scale != 1.0) {
+          for (int64_t j = 0; j < count * r; ++j) sums[j] *= static_cast<float>(scale);
+        }
+        round_rows({sums.data(), r}, count, r, nullptr, {dst + low * r, r});
+      }
+    });
+  });
+  return v;
+}
+
 // As the kernels read without looking: the last line before them.
 void check_range(const at::Tensor& index, int64_t count) {
   const int64_t* values = index.const_data_ptr<int64_t>();
@@ -131,21 +171,23 @@ at::Tensor times_cores(const at::Tensor& left, const at::Tensor& cores, const at
   const BelowAutograd below_autograd;
   check_cores(left, cores, index);
   const int64_t n = index.size(0), r = left.size(1), tokens = n > 0 ? left.size(0) / n : 0;
-  const at::Tensor rows = left.to(at::kFloat).contiguous(), order = index.contiguous();
+  const at::Tensor order = index.contiguous();
   check_range(order, cores.size(0));
+  const Element element = element_of(cores.scalar_type());
+  const RowsOfCores of_rows{order.const_data_ptr<int64_t>(), static_cast<const char*>(cores.const_data_ptr()),
+                            cores.stride(0) * size_of(element), r * r * size_of(element)};
+  if (!plain && left.scalar_type() == at::kBFloat16 && element == Element::bf16 &&
+      kernels().dense_dot_bf16 != nullptr) {
+    return times_cores_in_bf16(left, of_rows, n, scale);
+  }
+  const at::Tensor rows = left.to(at::kFloat).contiguous();
   at::Tensor sums = at::zeros({left.size(0), r}, rows.options());
   const float* src = rows.const_data_ptr<float>();
   float* dst = sums.mutable_data_ptr<float>();
-  const int64_t* ks = order.const_data_ptr<int64_t>();
-  const Element element = element_of(cores.scalar_type());
-  const char* data = static_cast<const char*>(cores.const_data_ptr());
-  const int64_t bytes = cores.stride(0) * size_of(element);  // from one R to the next: a bank has gaps between them
   const Fp32GemmKernels& gemm = *kernels().fp32_gemm;
   at::parallel_for(0, n, grain(tokens * r * r), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (i + 1 < end && ks[i + 1] >= 0) fetch(data + ks[i + 1] * bytes, r * r * size_of(element));
-      if (ks[i] < 0) continue;
-      const DenseView core{data + ks[i] * bytes, element, r};
+    of_rows.each(begin, end, [&](int64_t i, const char* data) {
+      const DenseView core{data, element, r};
       for (int64_t low = i * tokens; low < (i + 1) * tokens; low += kFewRows) {
         const int64_t count = std::min<int64_t>(kFewRows, (i + 1) * tokens - low);
         if (plain) {
@@ -154,7 +196,7 @@ at::Tensor times_cores(const at::Tensor& left, const at::Tensor& cores, const at
           gemm.dot_rows({src + low * r, r}, count, core, r, {0, r}, {dst + low * r, r});
         }
       }
-    }
+    });
   });
   if (scale != 1.0) sums.mul_(scale);
   return sums.to(left.scalar_type());
@@ -207,6 +249,13 @@ std::tuple<at::Tensor, at::Tensor> linear_rows(const at::Tensor& x, const std::o
     return widened ? thin_product(left, factor, false) : at::mm(left, factor.t());
   };
   const at::Tensor rows = rows_of(x);
+  if (by_torch && unpacked_gemm_supported(*weight, rows) && a.size(0) > 0) {
+    const at::Tensor a_rows = a.contiguous(), b_rows = b.contiguous();
+    const TokenPanels panels(rows);
+    const at::Tensor u = unpacked_sum({panels.times(a_rows)}, rows.size(0), a.size(0), std::nullopt);
+    const TokenPanels v(times_cores(u, cores, index, scaling, false));
+    return {shaped(unpacked_sum({panels.times(*weight), v.times(b_rows)}, rows.size(0), b.size(0), bias), x), u};
+  }
   const at::Tensor u = thin(rows, a);
   const at::Tensor v = times_cores(u, cores, index, scaling, false);
   at::Tensor y;

@@ -29,6 +29,11 @@ inline at::Tensor shaped(const at::Tensor& rows, const at::Tensor& like) {
   return at::_unsafe_view(rows, shape);
 }
 
+// core·scale in x's dtype: its product is rounded to that in any case.
+inline at::Tensor scaled(const at::Tensor& core, double scale, at::ScalarType dtype) {
+  return (scale == 1.0 ? core : core * scale).to(dtype);
+}
+
 inline void check_dtype(const at::Tensor& x) {
   const auto dtype = x.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,

@@ -2,9 +2,10 @@
 
 The extension registers its kernels for quantized weights with the dispatcher itself, under the ops of `cpp` and of
 `auto`; here they are recorded in `ops.registry`, so that small calls reach them directly. Dense layers use the BLAS, as
-eager composes it, with two exceptions. In 16 bits on processors without such products, the extension widens W to fp32
+eager composes it, with three exceptions. In 16 bits on processors without such products, the extension widens W to fp32
 panel by panel: torch takes three to five times as long as in fp32 forward and about a hundred times backward. On AVX2,
-the extension also computes large weights in fp32.
+the extension also computes large weights in fp32. In bf16 on processors that multiply it, few tokens, as decoding has
+them, are one call forward that reads W as it lies: less time than the BLAS takes for W alone.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def use_instruction_set(name: str) -> None:
         ValueError: this processor does not have it.
     """
     torch.ops.lorasb_csrc.use_instruction_set(name)
-    _multiplies.cache_clear()
+    _forget()
 
 
 def serves(dtype: torch.dtype, *weights: Tensor | None) -> bool:
@@ -82,31 +83,59 @@ def serves(dtype: torch.dtype, *weights: Tensor | None) -> bool:
     return any(weight is not None and weight.numel() >= LARGE_WEIGHT for weight in weights)
 
 
+def serves_few(x: Tensor, *weights: Tensor | None) -> bool:
+    """True if the extension computes forward for as few tokens as x [..., in] has, in bf16 where that is multiplied.
+
+    It reads contiguous W's [out, in] as they lie, in one call; the BLAS packs each again every time, in four.
+    """
+    if x.dtype != torch.bfloat16 or not 0 < x.numel() <= most_tokens() * x.shape[-1]:
+        return False
+    return all(weight is not None and weight.is_contiguous() for weight in weights)
+
+
+@lru_cache
+def most_tokens() -> int:
+    """Tokens up to which that is faster on the instruction set in use; 0 where there is no such product."""
+    return 0 if _reason is not None else int(torch.ops.lorasb_csrc.max_unpacked_tokens())
+
+
 @lru_cache
 def _multiplies(dtype: torch.dtype) -> bool:
     """True if the extension computes products of a dtype on the instruction set in use. Cached, as every call asks."""
     return _reason is None and dtype in DTYPES and bool(torch.ops.lorasb_csrc.serves(dtype))
 
 
-def _extension_or_eager(name: str, eager_kernel: Callable[..., Any]) -> Callable[..., Any]:
+def _forget() -> None:
+    _multiplies.cache_clear()
+    most_tokens.cache_clear()
+
+
+def _extension_or_eager(name: str, eager_kernel: Callable[..., Any], few: bool = False) -> Callable[..., Any]:
     """A kernel that calls the extension's kernel `name` if it serves the call, else eager's, with equal arguments.
 
-    The first arguments are x (or dy) and W; lists of them for a group.
+    The first arguments are x (or dy) and W; lists of them for a group. `few`: it takes few tokens, too (`serves_few`).
     """
 
     def call(x: Tensor | list[Tensor], weight: Tensor | list[Tensor] | None, *others: Any) -> Any:
-        dtype = (x[0] if isinstance(x, list) else x).dtype
-        served = serves(dtype, *(weight if isinstance(weight, list) else [weight]))
+        first = x[0] if isinstance(x, list) else x
+        weights = weight if isinstance(weight, list) else [weight]
+        served = serves(first.dtype, *weights) or (few and serves_few(first, *weights))
         # Looked up in the call: the ops do not exist before the extension is loaded, or without it.
         return (getattr(torch.ops.lorasb_csrc, name).default if served else eager_kernel)(x, weight, *others)
 
     return call
 
 
-forward = _extension_or_eager("dense_linear", eager.forward)
+_forward = _extension_or_eager("dense_linear", eager.forward, few=True)
+_forward_with_dropout = _extension_or_eager("dense_linear", eager.forward)
 backward = _extension_or_eager("dense_linear_backward", eager.backward)
-_group = _extension_or_eager("dense_group", partial(eager.group_forward, dropout=0.0, seeds=None))
+_group = _extension_or_eager("dense_group", partial(eager.group_forward, dropout=0.0, seeds=None), few=True)
 _group_backward = _extension_or_eager("dense_group_backward", eager.group_backward_without_dropout)
+
+
+def forward(x: Tensor, weight: Tensor | None, *others: Any) -> Any:
+    """y and u; few tokens by the extension without dropout alone."""
+    return (_forward if others[-1] is None else _forward_with_dropout)(x, weight, *others)
 
 
 def group_forward(x: Tensor, weights: list[Tensor], *others: Any) -> Any:
@@ -200,7 +229,7 @@ def register() -> None:
     """Load the extension, which registers its kernels for the CPU, and register the dense ones."""
     global _reason
     _reason = _load()
-    _multiplies.cache_clear()  # a call before this may have cached False
+    _forget()  # a call before this may have cached False
     if _reason is not None:
         logging.getLogger("lorasb").info("C++ kernels: %s; eager torch computes on the CPU", _reason)
     if _reason is None:

@@ -1,0 +1,49 @@
+// The adapted linear for few tokens in bf16 over a dense W, where the processor multiplies bf16:
+//
+//   u = x Aᵀ,  v = u coreᵀ,  y = x Wᵀ + v Bᵀ + bias
+//
+// W, A, core and B are read from memory once, as they lie; tokens alone are arranged, x once for A and for W. y is one
+// sum in fp32, rounded once; u and v are rounded to bf16. The BLAS packs W again in every call, and takes four calls:
+// on two cores of a Sapphire Rapids this takes 0.35 to 0.8 of their time for up to 128 tokens, and up to 64 less than
+// W's product alone.
+//
+// Threading: a task has rows of W of its own, and so whole sums.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernel_table.h"
+
+namespace lorasb {
+
+// True if x [M, n] and a dense W [m, n] are taken.
+bool unpacked_gemm_supported(const at::Tensor& w, const at::Tensor& x);
+
+// x [M, n], packed. Refers to nothing of x.
+class TokenPanels {
+ public:
+  explicit TokenPanels(const at::Tensor& x);
+  // A term with a contiguous D [m, n].
+  UnpackedTerm times(const at::Tensor& d) const;
+  int64_t tokens() const { return tokens_; }
+
+ private:
+  int64_t tokens_, columns_;
+  std::unique_ptr<uint16_t[], void (*)(void*)> data_;
+};
+
+// y [M, m] in bf16 = Σ_t x_t D_tᵀ + bias.
+at::Tensor unpacked_sum(const std::vector<UnpackedTerm>& terms, int64_t tokens, int64_t rows,
+                        const std::optional<at::Tensor>& bias);
+
+// y and u [M, r]; core in bf16, with s.
+std::tuple<at::Tensor, at::Tensor> unpacked_linear(const TokenPanels& x, const at::Tensor& w, const at::Tensor& a,
+                                                   const at::Tensor& core, const at::Tensor& b,
+                                                   const std::optional<at::Tensor>& bias);
+
+}  // namespace lorasb

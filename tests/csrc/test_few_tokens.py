@@ -1,0 +1,146 @@
+"""Few tokens in bf16 over a dense W that is read as it lies, on processors that multiply bf16: forward, in one C++ call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import reference
+import torch
+from calls import run
+from tolerances import POOL, check_half
+from torch import Tensor
+
+import lorasb
+from lorasb.backends import cpp
+from lorasb.functional import lora_sb_linear, lora_sb_linear_group
+
+BF16 = torch.bfloat16
+BY_BF16 = ("AMX", "AVX-512 with bf16")  # instruction sets that multiply it
+SETS = [name for name in cpp.instruction_sets() if name in BY_BF16] if cpp.missing() is None else []
+# Halves of a panel of 32, whole panels, and what is left of them; all of them within AMX's bound.
+ROWS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 64, 100)
+SHAPES = ((64, 96, 32), (123, 59, 17), (31, 33, 3), (576, 48, 16))  # n, m, r: whole tiles, and none
+pytestmark = pytest.mark.skipif(not SETS, reason="no C++ extension, or a processor that does not multiply bf16")
+
+
+@pytest.fixture(params=SETS)
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    cpp.use_instruction_set(request.param)
+    try:
+        assert cpp.most_tokens() > 0
+        with lorasb.backend("cpp"):
+            yield request.param
+    finally:
+        cpp.use_instruction_set("")
+
+
+def op(x: Tensor, case: reference.Case) -> Tensor:
+    """y of the extension's op, whatever would be chosen for x."""
+    y: Tensor
+    y, _ = torch.ops.lorasb_csrc.dense_linear(
+        x, case.weight, case.a, case.core, case.b, case.bias, case.scaling, 0.0, None
+    )
+    return y
+
+
+def make(rows: int, n: int, m: int, r: int, **options: Any) -> reference.Case:
+    return reference.make_case((rows,), n, m, r, BF16, **options)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("n", "m", "r"), SHAPES)
+def test_as_near_to_fp64_as_the_plain_chain(kernel: str, rows: int, n: int, m: int, r: int, bias: bool) -> None:
+    if rows > cpp.most_tokens():
+        pytest.skip(f"torch computes {rows} tokens on {kernel}")
+    pools: list[list[tuple[Tensor, ...]]] = [[], [], []]
+    for seed in range(-(-POOL // min(rows * n, rows * m, r * r))):
+        case = make(rows, n, m, r, seed=seed, bias=bias)
+        assert cpp.serves_few(case.x, case.weight)
+        exact = case.double()
+        wanted = (reference.forward(exact), *reference.gradients(exact))
+        for pool, *values in zip(pools, run(case), reference.plain_chain(case), wanted, strict=True):
+            pool.append(tuple(value.reshape(-1) for value in values))
+    for pool in pools:
+        check_half(*(torch.cat(part) for part in zip(*pool, strict=True)))
+
+
+def test_the_result_is_one_sum_that_is_rounded_once(kernel: str) -> None:
+    """Where the base and the adapter nearly cancel, rounding each of them alone would leave little of their sum."""
+    case = make(8, 64, 64, 8)
+    u = (case.x.double() @ case.a.double().t()).to(BF16)
+    v = (u.double() @ (case.scaling * case.core).to(BF16).double().t()).to(BF16)
+    part = v.double() @ case.b.double().t()
+    base = torch.linalg.lstsq(case.x.double(), -part).solution.t().to(BF16)
+    want = case.x.double() @ base.double().t() + part
+    case = reference.Case(case.x, base.contiguous(), case.a, case.core, case.b, None, case.scaling, case.dy)
+    fused, apart = op(case.x, case), (case.x @ case.weight.t()) + part.to(BF16)
+    assert (fused - want).norm() < 0.5 * (apart - want).norm()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_bits_depend_on_neither_threads_nor_other_tokens(kernel: str, threads: int) -> None:
+    case = make(min(100, cpp.most_tokens()), 576, 1000, 24)
+    want, before = op(case.x, case), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(op(case.x, case), want)
+        for count in (1, 3, len(case.x) - 1):
+            assert torch.equal(op(case.x[:count], case), want[:count])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row_or_column(kernel: str, value: float) -> None:
+    case = make(9, 45, 37, 5)
+    want = op(case.x, case)
+    x = case.x.clone()
+    x[4, 44] = value
+    got = op(x, case)
+    others = [i for i in range(9) if i != 4]
+    assert not torch.isfinite(got[4]).any()
+    assert torch.equal(got[others], want[others])
+    case.weight[36, 44] = value
+    got = op(case.x, case)
+    assert not torch.isfinite(got[:, 36]).any()
+    assert torch.equal(got[:, :36], want[:, :36])
+
+
+def test_a_group_and_rows_have_the_same_bits_as_layers_and_adapters_alone(kernel: str) -> None:
+    cases = [make(6, 64, m, 8, seed=m) for m in (64, 32, 32)]
+    x, weights = cases[0].x, [case.weight for case in cases]
+    with torch.no_grad():
+        alone = [lora_sb_linear(x, c.weight, c.a, c.core, c.b, c.bias, c.scaling) for c in cases]
+        members = ([c.a for c in cases], [c.core for c in cases], [c.b for c in cases], [c.bias for c in cases])
+        together = lora_sb_linear_group(x, weights, *members, [c.scaling for c in cases])  # type: ignore[arg-type]
+        for mine, theirs in zip(together, alone, strict=True):
+            assert torch.equal(mine, theirs)
+        case, cores = cases[0], torch.stack([cases[0].core.to(BF16), -2 * cases[0].core.to(BF16)])
+        rows = lora_sb_linear(x, case.weight, case.a, cores, case.b, case.bias, 1.0, index=[0, 1, 0, -1, 1, 1])
+        for i, k in enumerate([0, 1, 0, -1, 1, 1]):
+            core = cores[k] if k >= 0 else torch.zeros_like(cores[0])
+            one = lora_sb_linear(x[i : i + 1], case.weight, case.a, core.float(), case.b, case.bias, 1.0)
+            assert torch.allclose(rows[i : i + 1].double(), one.double(), rtol=2**-7, atol=2**-7)
+
+
+def test_what_is_left_to_torch(kernel: str) -> None:
+    most, weight = cpp.most_tokens(), torch.zeros(32, 64, dtype=BF16)
+    x = torch.zeros(most, 64, dtype=BF16)
+    assert cpp.serves_few(x, weight)
+    assert cpp.serves_few(x.view(1, most, 64), weight, weight)
+    assert not cpp.serves_few(torch.zeros(most + 1, 64, dtype=BF16), weight)
+    assert not cpp.serves_few(x[:0], weight)
+    assert not cpp.serves_few(x, weight, torch.zeros(64, 32, dtype=BF16).t())
+    assert not cpp.serves_few(x, None)
+    assert not cpp.serves_few(x.float(), weight.float())
+
+
+def test_a_weight_that_is_stored_transposed_goes_to_torch(kernel: str) -> None:
+    case = make(6, 64, 40, 8)
+    stored = case.weight.t().contiguous().t()
+    turned = reference.Case(case.x, stored, case.a, case.core, case.b, case.bias, case.scaling, case.dy)
+    for mine, theirs in zip(run(turned), reference.plain_chain(turned), strict=True):
+        assert torch.allclose(mine.double(), theirs.double(), rtol=2**-6, atol=2**-5)
