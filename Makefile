@@ -93,7 +93,7 @@ sanitize: install
 	  LORASB_LDFLAGS="-fsanitize=address,undefined" $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	mkdir -p build/sanitize/lorasb/kernels && cp -r kernels/fused/. build/sanitize/lorasb/kernels/
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=$(abspath build/sanitize) $(BIN)/python -m pytest tests/csrc/test_extension.py tests/quantization/test_dequantize.py tests/ops/test_linear_quantized.py tests/ops/test_linear_quantized_autograd.py tests/ops/test_linear_rows.py \
+	  PYTHONPATH=$(abspath build/sanitize) $(BIN)/python -m pytest tests/csrc/test_extension.py tests/csrc/test_few_tokens.py tests/quantization/test_dequantize.py tests/ops/test_linear_quantized.py tests/ops/test_linear_quantized_autograd.py tests/ops/test_linear_rows.py \
 	  -p no:cacheprovider -k "not bitsandbytes and not threads_are_torchs and not compiles and not opcheck and not mapping and not without_the_extension"
 
 format: install
@@ -121,6 +121,7 @@ bench: install $(QUANTIZERS)/.installed
 	$(MAKE) bench-init ROUNDS=2
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.training.step --seconds 40 --output $(RESULTS)
 	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(abspath $(QUANTIZERS)) $(BIN)/python -m benchmarks.training.opaque_bases --seconds 20 --output $(RESULTS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.serving.decoding --seconds 40 --output $(RESULTS)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.serving.many_adapters --seconds 40 --output $(RESULTS)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.training.startup --output $(RESULTS)
 	$(BIN)/python -m benchmarks.reporting --readme docs/evidence.md

@@ -11,7 +11,7 @@ from benchmarks.common.csv_files import read_csv
 from benchmarks.layers import suite_report
 from benchmarks.quantized import readme_table as four_bits_table
 from benchmarks.reporting.markdown import picture, read_json, table, where, where_rows
-from benchmarks.serving import joint_basis, many_adapters
+from benchmarks.serving import decoding, joint_basis, many_adapters
 from benchmarks.training import initialization, opaque_bases, reinforcement, step
 
 ORDINARY = "avx2"  # folder of results on such a processor
@@ -23,7 +23,8 @@ turn, with the 20th and 80th percentile where a range is given. Below 1 is less 
 def section(folder: Path) -> list[str]:
     """Every file of results that is there."""
     out = ["## Speed and memory", "", INTRODUCTION, ""]
-    parts = layers, four_bits, starts, training_step, other_quantizers, many, joint, rewards, startup, ordinary, gpus
+    of_models = starts, training_step, decoded, other_quantizers, many, joint, rewards, startup
+    parts = layers, four_bits, *of_models, ordinary, gpus
     for part in parts:
         out += [*part(folder), ""]
     return out
@@ -120,6 +121,15 @@ def other_quantizers(folder: Path) -> Iterator[str]:
         yield ""
         lines = [[base, *opaque_bases.cells(ways)] for base, ways in found["bases"].items()]
         yield from table(["base", *opaque_bases.HEAD], lines)
+
+
+def decoded(folder: Path) -> Iterator[str]:
+    """Decoding with an adapter that is not merged."""
+    if found := read_json(folder / decoding.FILE):
+        yield from ("### Decoding with an adapter, on a CPU", "", where(found), "")
+        yield f"SmolLM2-135M, {found['machine']['dtype']}; a step decodes one token of every row:"
+        yield ""
+        yield from table(list(decoding.HEAD), decoding.lines(found))
 
 
 def many(folder: Path) -> Iterator[str]:

@@ -13,8 +13,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,17 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
 import lorasb
 from benchmarks.common.timing import dtype_name, dtype_option, measure, measured_dtype, provenance, use_dtype
+from benchmarks.serving.decoding_steps import ROWS, Steps
 from benchmarks.serving.picture import draw
 from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
 from lorasb.utils.atomic_files import write_json
 
 FILE, PICTURE = "many-adapters-cpu.json", "many-adapters.png"
-ROWS, PROMPT, RANK, PEFT_RANK, MANY = 64, 16, 64, 32, 1000
+RANK, PEFT_RANK, MANY = 64, 32, 1000
 ONE, BATCH, OF_MANY, PEFT = "one adapter", "64 adapters", "64 of 1000 adapters", "PEFT LoRA r=32, 64 adapters"
 TRAINED, TOKENS = 16, (16, 128)  # adapters, and tokens of a row
 APART, TOGETHER, ALONE = "one after the other", "in one batch", "one adapter, the same batch"
@@ -55,7 +55,7 @@ def ours(four_bits: bool = False) -> Any:
 
 
 def theirs(count: int) -> Any:
-    """PEFT's LoRA, an adapter for each row."""
+    """PEFT's LoRA, so many adapters."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=PEFT_RANK, target_modules="all-linear", init_lora_weights=False)
@@ -69,45 +69,6 @@ def random_cores(bank: lorasb.AdapterBank, seed: int) -> dict[str, torch.Tensor]
     """R's of an adapter."""
     g = torch.Generator().manual_seed(seed)
     return {name: torch.randn(c.r, c.r, generator=g) * 0.01 for name, c in bank.columns.items()}
-
-
-class Steps:
-    """Steps of one token a row, from a cache that every step is cut back to.
-
-    Names of adapters are set around sixteen of them, as a generation of sixteen tokens has them.
-
-    Args:
-        model: a PeftModel.
-        names: an adapter for each row; None for the active one.
-    """
-
-    COUNT = 16
-
-    def __init__(self, model: Any, names: Sequence[str] | None) -> None:
-        self.model, self.names, self.cache = model, names, DynamicCache()
-        g = torch.Generator().manual_seed(0)
-        self.prompt = torch.randint(5, 1000, (ROWS, PROMPT), generator=g)
-        self.token = torch.randint(5, 1000, (ROWS, 1), generator=g)
-        with self._named():
-            self._forward(self.prompt)
-
-    def _named(self) -> AbstractContextManager[Any]:
-        if self.names is None:
-            return nullcontext()
-        hooks: AbstractContextManager[Any] = self.model.base_model._enable_peft_forward_hooks(
-            adapter_names=list(self.names)
-        )
-        return hooks
-
-    def _forward(self, ids: torch.Tensor) -> None:
-        with torch.inference_mode():
-            self.model.get_base_model()(input_ids=ids, past_key_values=self.cache, use_cache=True)
-
-    def __call__(self, _: int) -> None:
-        with self._named():
-            for _ in range(self.COUNT):
-                self._forward(self.token)
-                self.cache.crop(-1)
 
 
 def users(count: int) -> list[str]:

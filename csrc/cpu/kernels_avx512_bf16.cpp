@@ -100,7 +100,7 @@ const Kernels& avx512_bf16_kernels() {
     k.dot_bf16 = dot_bf16;
     k.dense_dot_bf16 = dense_dot_bf16;
     k.dense_add_bf16 = dense_add_bf16;
-    k.max_unpacked_tokens = 16;  // measured on two cores of a Sapphire Rapids, without its tiles
+    k.max_unpacked_tokens = 16;  // measured on two cores of an Emerald Rapids, without its tiles
     k.arrange_tokens = arrange_rows_of_tokens;
     k.multiply_unpacked = multiply_by_dots;
     k.outer_bf16 = outer_bf16;
