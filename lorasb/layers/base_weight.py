@@ -208,7 +208,7 @@ class FrozenBase(nn.Module, BaseTunerLayer):
 
     def base_must_run(self) -> bool:
         """True if the base layer's own forward has to run, as reading its weight would bypass hooks or patches."""
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]  # as in `quantized`
         if self.trains_bias or (self._opaque is not None and self._replaced.layer is None):
             return True
         # Conv1D (fan_in_fan_out) and quantized layers have forwards of their own, whose results we compute ourselves.
@@ -224,14 +224,19 @@ class FrozenBase(nn.Module, BaseTunerLayer):
 
     def on_base_dtype(self, x: Tensor, quantized: QuantizedWeight | None = None) -> Tensor:
         """x in the base's dtype, as PEFT's layers cast it; unchanged under autocast, which chooses the dtype itself."""
-        if torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
-            return x
         dtype = self._dtype_of(quantized or self.quantized())
-        return x if x.dtype == dtype else self._cast_input_dtype(x, dtype)
+        if x.dtype == dtype or torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
+            return x
+        return self._cast_input_dtype(x, dtype)
+
+    def base_bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        base: Any = self._modules["base_layer"]  # as in `quantized`: PEFT's property takes as long as a small product
+        return cast("Tensor | None", base._parameters["bias"] if type(base) is nn.Linear else base.bias)
 
     def bias_like(self, x: Tensor) -> Tensor | None:
         """The bias in x's dtype; a quantized layer may store it in another."""
-        bias = cast("Tensor | None", self.base_layer.bias)
+        bias = self.base_bias()
         return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
     def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -184,7 +184,8 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
             return row_cores.forward(self, x, kwargs.pop("adapter_names"), *args, **kwargs)
         if self.disable_adapters and self.merged:  # as in PEFT: the base's own result needs the base's own weight
             self.unmerge()
-        names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lorasb_R]
+        cores = self.lorasb_R._parameters  # a ParameterDict's own look-up takes as long as a small product
+        names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in cores]
         if not names:
             return self.base_forward(x, *args, **kwargs)
         if args or kwargs or self.any_wide or self.base_must_run():
@@ -198,7 +199,7 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
         y = self.siblings.take(self, x) if quantized is None and self.siblings is not None else None
         x = self.on_base_dtype(x, quantized)
         if y is None and quantized is None:
-            y = self.adapter_forward(x, names[0], self.dense_weight(), self.bias)
+            y = self.adapter_forward(x, names[0], self.dense_weight(), self.base_bias())
         elif y is None:
             y = self.adapter_forward(x, names[0], quantized, self.bias_like(x))
         for name in names[1:]:
