@@ -34,6 +34,12 @@ class Standing:
         return Counter(found.verdict for found in self.against[other])
 
     @property
+    def lead(self) -> int:
+        """How many more differences to rivals are better than worse."""
+        counts = sum((self.counts(name) for name in RIVALS), Counter[str]())
+        return counts["better"] - counts["worse"] - counts["diverged"]
+
+    @property
     def level(self) -> int:
         """Tasks on which it is level with LoRA at some rank."""
         return len({found.task for found in self.against[LORA] if is_level(found)})

@@ -88,7 +88,21 @@ def what_wins(rows: Sequence[Row]) -> Iterator[str]:
         yield f"The rule holds for {', '.join(winners)}."
     else:
         yield "The rule holds for none, so that the default stays as it is; what is better on some tasks is an option."
-    yield ""
+    yield from ("", *nearest(max(found, key=lambda one: one.lead)), "")
+
+
+def nearest(one: Standing) -> Iterator[str]:
+    """Every difference of the entry that comes nearest, with its interval; below zero is better."""
+    apart = {(d.task, d.r, other): d for other, found in one.against.items() for d in found}
+    others = (*RIVALS, LORA)
+    body = [
+        [task, str(r), *(str(apart.get((f"{task} by loss", r, other), "")) for other in others)]
+        for task in TASKS
+        for r in RANKS
+        if any((f"{task} by loss", r, other) in apart for other in others)
+    ]
+    yield from (f"`{one.entry}` comes nearest. Its loss less that of each, with 95% intervals:", "")
+    yield from table(["task", "r", *(f"less {other}" for other in others)], body)
 
 
 def tally(one: Standing, other: str) -> str:
