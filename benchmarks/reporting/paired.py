@@ -19,7 +19,8 @@ Two entries of a task see the same batches in the same order, seed by seed, and 
 held-out examples. `{PLAIN}` is the library as it is. Rates are chosen by one more seed on the validation split: three
 around a rule's, then outward for as long as the best is the last one tried. Beside each mean stands the mean difference
 of the same seeds, with the 95% interval of a paired t-test: a tie where the interval holds zero.
-`python -m benchmarks.paired --data-dir DATA` runs what is missing; what has not been run is not in the tables."""
+`python -m benchmarks.paired --data-dir DATA` runs what is missing; what has not been run is not in the tables: the runs
+had sixteen hours of a core, which ended before all tasks had eight seeds, and before ranks 2 and 8."""
 
 
 def section(results: Path) -> list[str]:
