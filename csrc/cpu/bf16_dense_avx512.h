@@ -68,8 +68,7 @@ void multiply_by_dots(const UnpackedTerm* terms, int count, int64_t tokens, Rang
     for (int64_t low = 0; low < tokens; low += kDirectRows) {
       const int64_t few = tokens - low < kDirectRows ? tokens - low : kDirectRows;
       for (const UnpackedTerm* term = terms; term < terms + count; ++term) {
-        const int64_t steps = (term->columns + kBf16KStep - 1) / kBf16KStep, panel = low / kUnpackedTokens;
-        const uint16_t* x = term->tokens + panel * steps * kBf16KStep * kUnpackedTokens;
+        const uint16_t* x = term->tokens + low / kUnpackedTokens * unpacked_panel(term->columns);
         dense_dot_bf16({x + low % kUnpackedTokens * term->columns, term->columns}, few,
                        {term->d.data + r * term->d.ld, term->d.ld}, term->columns, {0, taken}, term > terms,
                        {sums, kBf16Nr});

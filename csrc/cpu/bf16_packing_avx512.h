@@ -12,8 +12,6 @@ constexpr int kStepSize = kBf16KStep * kBf16Nr;  // of one step of a micro-panel
 constexpr int kColumnsAhead = 1024;  // columns of W ahead, where W's rows are columns of C
 constexpr int kRowsAhead = 16;       // rows of W ahead, where W's columns are columns of C
 
-inline __mmask32 first_of_32(int64_t count) { return count >= 32 ? 0xffffffffu : count > 0 ? (1u << count) - 1 : 0u; }
-
 // The permutation of 32 columns that makes neighbors of columns c and c + distance in each 2 * distance of them.
 inline __m512i pairing(int distance) {
   alignas(64) uint16_t column[32];

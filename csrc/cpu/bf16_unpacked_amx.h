@@ -40,14 +40,10 @@ inline void transpose_16(__m512i* r) {
   for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
-inline __m512 widened(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
-
-inline __mmask32 valid_of_32(int64_t count) { return count >= 32 ? 0xffffffffu : (1u << count) - 1; }
-
 // [columns / 32][16 pairs][32 tokens][2], zero beyond x; of a panel with up to 16 tokens only their half is written.
 void arrange_pairs_of_tokens(Bf16View x, int64_t count, int64_t columns, uint16_t* dst) {
   for (int64_t column = 0; column < columns; column += kBf16KStep, dst += kPanelStep) {
-    const __mmask32 valid = valid_of_32(columns - column);
+    const __mmask32 valid = first_of_32(columns - column);
     for (int64_t half = 0; half < count; half += 16) {
       __m512i rows[16];
       for (int64_t i = 0; i < 16; ++i) {
@@ -85,7 +81,7 @@ inline void add_row_steps(Bf16View d, int64_t steps, const uint16_t* tokens, boo
 
 // One step of rows of D, zero beyond them and beyond its columns: nothing past its end is read.
 inline void copy_step(Bf16View d, int64_t rows, int64_t columns, uint16_t* dst) {
-  const __mmask32 valid = valid_of_32(columns);
+  const __mmask32 valid = first_of_32(columns);
   for (int64_t i = 0; i < kUnpackedRows; ++i) {
     const __m512i values = _mm512_maskz_loadu_epi16(i < rows ? valid : 0, d.data + (i < rows ? i : 0) * d.ld);
     _mm512_store_si512(dst + i * kBf16KStep, values);
@@ -103,7 +99,7 @@ inline void sum_rows(const UnpackedTerm* terms, int count, int64_t panel, Range 
   }
   for (const UnpackedTerm* term = terms; term < terms + count; ++term) {
     const int64_t steps = (term->columns + kBf16KStep - 1) / kBf16KStep;
-    const uint16_t* tokens = term->tokens + panel * steps * kPanelStep;
+    const uint16_t* tokens = term->tokens + panel * unpacked_panel(term->columns);
     const Bf16View d{term->d.data + rows.begin * term->d.ld, term->d.ld};
     const int64_t whole = rows.size() == kUnpackedRows ? term->columns / kBf16KStep : 0;
     add_row_steps<kTwo>(d, whole, tokens, panel == 0);
@@ -152,7 +148,7 @@ void multiply_by_tiles(const UnpackedTerm* terms, int count, int64_t tokens, Ran
       const int64_t taken = tokens - low < kUnpackedTokens ? tokens - low : kUnpackedTokens;
       const auto sum = taken > 16 ? sum_rows<true> : sum_rows<false>;
       sum(terms, count, low / kUnpackedTokens, block, sums);
-      store_rows(sums, taken, valid_of_32(block.size()), bias == nullptr ? nullptr : bias + r,
+      store_rows(sums, taken, first_of_32(block.size()), bias == nullptr ? nullptr : bias + r,
                  {y.data + low * y.ld + r, y.ld});
     }
   }

@@ -38,7 +38,7 @@ struct OuterOperands {
 struct UnpackedTerm {
   Bf16View d;
   int64_t columns;
-  const uint16_t* tokens;  // panels of kUnpackedTokens by whole steps of columns, as `arrange_tokens` makes each
+  const uint16_t* tokens;  // panels of `unpacked_panel` elements, as `arrange_tokens` makes each
 };
 
 struct SignCounts {
@@ -105,6 +105,11 @@ inline int64_t half_stride(int64_t columns) { return columns / 2 + 16; }
 inline int64_t stream_stride(int64_t columns) {
   const int64_t whole = (columns + 127) / 128 * 128;
   return whole + ((1024 + 32 - whole) % 2048 + 2048) % 2048;
+}
+
+// Elements of a panel of tokens for `multiply_unpacked`: whole steps of columns.
+inline int64_t unpacked_panel(int64_t columns) {
+  return (columns + kBf16KStep - 1) / kBf16KStep * kBf16KStep * kUnpackedTokens;
 }
 
 const Kernels& portable_kernels();

@@ -147,7 +147,10 @@ void amx_unscaled_micro_kernel(const uint16_t* tokens, int64_t rows, const Unsca
 }  // namespace
 }  // namespace lorasb
 
+// clang-format off
+#include "cpu/bf16_vectors_avx512.h"
 #include "cpu/bf16_unpacked_amx.h"
+// clang-format on
 
 namespace lorasb {
 

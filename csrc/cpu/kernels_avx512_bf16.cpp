@@ -15,16 +15,15 @@
 #define LORASB_HAS_BF16 1
 LORASB_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
 
+// clang-format off
 #include "cpu/vector_avx512.h"
+#include "cpu/bf16_vectors_avx512.h"
+// clang-format on
 
 namespace lorasb {
 namespace {
 
 constexpr int kAhead = 20480;  // bytes between what is read of W and what is prefetched from memory
-
-inline __m512bh as_bf16(__m512i bits) { return (__m512bh)bits; }
-
-inline __m512 widened(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 
 // The table times its balance, rounded to bf16. It is in the register twice, as a look-up among 32 words takes five
 // bits. Rounding the table in place of every weight adds little error: the balance is chosen for that.

@@ -17,8 +17,6 @@ std::unique_ptr<uint16_t[], void (*)(void*)> allocate_lines(int64_t elements) {
   return {static_cast<uint16_t*>(memory), std::free};
 }
 
-int64_t whole_steps(int64_t columns) { return ceil_div(columns, kBf16KStep) * kBf16KStep; }
-
 }  // namespace
 
 bool unpacked_gemm_supported(const at::Tensor& w, const at::Tensor& x) {
@@ -28,7 +26,7 @@ bool unpacked_gemm_supported(const at::Tensor& w, const at::Tensor& x) {
 
 TokenPanels::TokenPanels(const at::Tensor& x) : tokens_(x.size(0)), columns_(x.size(1)), data_(nullptr, std::free) {
   const at::Tensor rows = x.contiguous();
-  const int64_t panels = ceil_div(tokens_, kUnpackedTokens), stride = whole_steps(columns_) * kUnpackedTokens;
+  const int64_t panels = ceil_div(tokens_, kUnpackedTokens), stride = unpacked_panel(columns_);
   data_ = allocate_lines(panels * stride);
   at::parallel_for(0, panels, grain(stride), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
@@ -53,17 +51,20 @@ at::Tensor unpacked_sum(const std::vector<UnpackedTerm>& terms, int64_t tokens, 
 }
 
 std::tuple<at::Tensor, at::Tensor> unpacked_linear(const TokenPanels& x, const at::Tensor& w, const at::Tensor& a,
-                                                   const at::Tensor& core, const at::Tensor& b,
+                                                   const TimesCore& times_core, const at::Tensor& b,
                                                    const std::optional<at::Tensor>& bias) {
   const int64_t M = x.tokens(), r = a.size(0);
-  const at::Tensor a_rows = a.contiguous(), core_rows = core.contiguous(), b_rows = b.contiguous();
-  std::vector<UnpackedTerm> terms{x.times(w)};
-  if (r == 0) return {unpacked_sum(terms, M, w.size(0), bias), at::empty({M, 0}, a.options())};
+  const at::Tensor a_rows = a.contiguous(), b_rows = b.contiguous();
+  if (r == 0) return {unpacked_sum({x.times(w)}, M, w.size(0), bias), at::empty({M, 0}, a.options())};
   const at::Tensor u = unpacked_sum({x.times(a_rows)}, M, r, std::nullopt);
-  const at::Tensor v = unpacked_sum({TokenPanels(u).times(core_rows)}, M, r, std::nullopt);
-  const TokenPanels v_panels(v);
-  terms.push_back(v_panels.times(b_rows));
-  return {unpacked_sum(terms, M, w.size(0), bias), u};
+  const TokenPanels v(times_core(u));
+  return {unpacked_sum({x.times(w), v.times(b_rows)}, M, w.size(0), bias), u};
+}
+
+TimesCore times_unpacked(const at::Tensor& core) {
+  return [core_rows = core.contiguous()](const at::Tensor& u) {
+    return unpacked_sum({TokenPanels(u).times(core_rows)}, u.size(0), u.size(1), std::nullopt);
+  };
 }
 
 }  // namespace lorasb

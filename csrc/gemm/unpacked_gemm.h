@@ -12,6 +12,7 @@
 
 #include <ATen/ATen.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -41,9 +42,15 @@ class TokenPanels {
 at::Tensor unpacked_sum(const std::vector<UnpackedTerm>& terms, int64_t tokens, int64_t rows,
                         const std::optional<at::Tensor>& bias);
 
-// y and u [M, r]; core in bf16, with s.
+// v [M, r] of u [M, r], both in bf16.
+using TimesCore = std::function<at::Tensor(const at::Tensor&)>;
+
+// y and u [M, r].
 std::tuple<at::Tensor, at::Tensor> unpacked_linear(const TokenPanels& x, const at::Tensor& w, const at::Tensor& a,
-                                                   const at::Tensor& core, const at::Tensor& b,
+                                                   const TimesCore& times_core, const at::Tensor& b,
                                                    const std::optional<at::Tensor>& bias);
+
+// v = u coreᵀ; core in bf16, with s.
+TimesCore times_unpacked(const at::Tensor& core);
 
 }  // namespace lorasb

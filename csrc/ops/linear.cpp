@@ -53,7 +53,8 @@ std::tuple<at::Tensor, at::Tensor> dense_linear(const at::Tensor& x, const std::
   check_bias(bias, x, b.size(0));
   const at::Tensor rows = rows_of(x);
   if (weight.has_value() && !seed.has_value() && unpacked_gemm_supported(*weight, rows)) {
-    const auto [y, u] = unpacked_linear(TokenPanels(rows), *weight, a, scaled(core, scaling, at::kBFloat16), b, bias);
+    const auto [y, u] =
+        unpacked_linear(TokenPanels(rows), *weight, a, times_unpacked(scaled(core, scaling, at::kBFloat16)), b, bias);
     return {shaped(y, x), u};
   }
   const Adapter adapter{a, core, b, seed.has_value() ? scaling / (1.0 - dropout) : scaling};
@@ -99,7 +100,7 @@ std::vector<at::Tensor> dense_group(const at::Tensor& x, at::TensorList weights,
     const TokenPanels panels(rows);
     for (size_t i = 0; i < count; ++i) {
       const at::Tensor core = scaled(cores[i], scalings[i], at::kBFloat16);
-      results.push_back(unpacked_linear(panels, weights[i], a[i], core, b[i], bias_list[i]));
+      results.push_back(unpacked_linear(panels, weights[i], a[i], times_unpacked(core), b[i], bias_list[i]));
     }
   } else {
     results = adapted_group(rows, members, bias_list);

@@ -249,12 +249,10 @@ std::tuple<at::Tensor, at::Tensor> linear_rows(const at::Tensor& x, const std::o
     return widened ? thin_product(left, factor, false) : at::mm(left, factor.t());
   };
   const at::Tensor rows = rows_of(x);
-  if (by_torch && unpacked_gemm_supported(*weight, rows) && a.size(0) > 0) {
-    const at::Tensor a_rows = a.contiguous(), b_rows = b.contiguous();
-    const TokenPanels panels(rows);
-    const at::Tensor u = unpacked_sum({panels.times(a_rows)}, rows.size(0), a.size(0), std::nullopt);
-    const TokenPanels v(times_cores(u, cores, index, scaling, false));
-    return {shaped(unpacked_sum({panels.times(*weight), v.times(b_rows)}, rows.size(0), b.size(0), bias), x), u};
+  if (by_torch && unpacked_gemm_supported(*weight, rows)) {
+    const auto times = [&](const at::Tensor& u) { return times_cores(u, cores, index, scaling, false); };
+    const auto [y, u] = unpacked_linear(TokenPanels(rows), *weight, a, times, b, bias);
+    return {shaped(y, x), u};
   }
   const at::Tensor u = thin(rows, a);
   const at::Tensor v = times_cores(u, cores, index, scaling, false);

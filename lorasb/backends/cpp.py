@@ -110,39 +110,39 @@ def _forget() -> None:
     most_tokens.cache_clear()
 
 
-def _extension_or_eager(name: str, eager_kernel: Callable[..., Any], few: bool = False) -> Callable[..., Any]:
+def _extension_or_eager(name: str, eager_kernel: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel that calls the extension's kernel `name` if it serves the call, else eager's, with equal arguments.
 
-    The first arguments are x (or dy) and W; lists of them for a group. `few`: it takes few tokens, too (`serves_few`).
+    The first arguments are x (or dy) and W; lists of them for a group.
     """
 
     def call(x: Tensor | list[Tensor], weight: Tensor | list[Tensor] | None, *others: Any) -> Any:
-        first = x[0] if isinstance(x, list) else x
-        weights = weight if isinstance(weight, list) else [weight]
-        served = serves(first.dtype, *weights) or (few and serves_few(first, *weights))
+        dtype = (x[0] if isinstance(x, list) else x).dtype
+        served = serves(dtype, *(weight if isinstance(weight, list) else [weight]))
         # Looked up in the call: the ops do not exist before the extension is loaded, or without it.
         return (getattr(torch.ops.lorasb_csrc, name).default if served else eager_kernel)(x, weight, *others)
 
     return call
 
 
-_forward = _extension_or_eager("dense_linear", eager.forward, few=True)
-_forward_with_dropout = _extension_or_eager("dense_linear", eager.forward)
+_forward = _extension_or_eager("dense_linear", eager.forward)
 backward = _extension_or_eager("dense_linear_backward", eager.backward)
-_group = _extension_or_eager("dense_group", partial(eager.group_forward, dropout=0.0, seeds=None), few=True)
+_group = _extension_or_eager("dense_group", partial(eager.group_forward, dropout=0.0, seeds=None))
 _group_backward = _extension_or_eager("dense_group_backward", eager.group_backward_without_dropout)
 
 
 def forward(x: Tensor, weight: Tensor | None, *others: Any) -> Any:
-    """y and u; few tokens by the extension without dropout alone."""
-    return (_forward if others[-1] is None else _forward_with_dropout)(x, weight, *others)
+    """y and u; few tokens by the extension, without dropout alone."""
+    few = others[-1] is None and serves_few(x, weight)
+    return (torch.ops.lorasb_csrc.dense_linear.default if few else _forward)(x, weight, *others)
 
 
 def group_forward(x: Tensor, weights: list[Tensor], *others: Any) -> Any:
     """The y_i, then the u_i. With dropout member by member: the extension's group knows no masks."""
     *lists, biases, scalings, dropout, seeds = others
     if seeds is None:
-        return _group(x, weights, *lists, biases, scalings)
+        few = serves_few(x, *weights)
+        return (torch.ops.lorasb_csrc.dense_group.default if few else _group)(x, weights, *lists, biases, scalings)
     members = zip(weights, *lists, list(biases) or [None] * len(weights), scalings, strict=True)
     results = [forward(x, *member, dropout, eager.seed_of(seeds, i)) for i, member in enumerate(members)]
     return [y for y, _ in results] + [u for _, u in results]

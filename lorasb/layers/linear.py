@@ -184,8 +184,7 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
             return row_cores.forward(self, x, kwargs.pop("adapter_names"), *args, **kwargs)
         if self.disable_adapters and self.merged:  # as in PEFT: the base's own result needs the base's own weight
             self.unmerge()
-        cores = self.lorasb_R._parameters  # a ParameterDict's own look-up takes as long as a small product
-        names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in cores]
+        names = [] if self.disable_adapters or self.merged else self._active_here()
         if not names:
             return self.base_forward(x, *args, **kwargs)
         if args or kwargs or self.any_wide or self.base_must_run():

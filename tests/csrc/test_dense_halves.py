@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import reference
 import torch
-from calls import run
-from tolerances import EXACT, HALF_FEW, POOL, check, check_half
+from calls import pooled, run
+from tolerances import EXACT, HALF_FEW, check, check_half
 from torch import Tensor
 
 import lorasb
@@ -32,18 +32,6 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
             yield request.param
     finally:
         cpp.use_instruction_set("")
-
-
-def pooled(rows: int, n: int, m: int, r: int, dtype: torch.dtype, **options: object) -> list[tuple[Tensor, ...]]:
-    """y, dx and dR: ours, the plain chain's in the same dtype, and exact ones; over as many seeds as a comparison needs."""
-    pools: list[list[tuple[Tensor, ...]]] = [[], [], []]
-    for seed in range(-(-POOL // min(rows * n, rows * m, r * r))):
-        case = reference.make_case((rows,), n, m, r, dtype, seed=seed, **options)  # type: ignore[arg-type]
-        exact = case.double()
-        wanted = (reference.forward(exact), *reference.gradients(exact))
-        for pool, *values in zip(pools, run(case), reference.plain_chain(case), wanted, strict=True):
-            pool.append(tuple(value.reshape(-1) for value in values))
-    return [tuple(torch.cat(part) for part in zip(*pool, strict=True)) for pool in pools]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import reference
 import torch
-from calls import run
-from tolerances import POOL, check_half
+from calls import pooled, run
+from tolerances import check_half
 from torch import Tensor
 
 import lorasb
@@ -55,16 +55,10 @@ def make(rows: int, n: int, m: int, r: int, **options: Any) -> reference.Case:
 def test_as_near_to_fp64_as_the_plain_chain(kernel: str, rows: int, n: int, m: int, r: int, bias: bool) -> None:
     if rows > cpp.most_tokens():
         pytest.skip(f"torch computes {rows} tokens on {kernel}")
-    pools: list[list[tuple[Tensor, ...]]] = [[], [], []]
-    for seed in range(-(-POOL // min(rows * n, rows * m, r * r))):
-        case = make(rows, n, m, r, seed=seed, bias=bias)
-        assert cpp.serves_few(case.x, case.weight)
-        exact = case.double()
-        wanted = (reference.forward(exact), *reference.gradients(exact))
-        for pool, *values in zip(pools, run(case), reference.plain_chain(case), wanted, strict=True):
-            pool.append(tuple(value.reshape(-1) for value in values))
-    for pool in pools:
-        check_half(*(torch.cat(part) for part in zip(*pool, strict=True)))
+    case = make(rows, n, m, r)
+    assert cpp.serves_few(case.x, case.weight)
+    for ours, chain, exact in pooled(rows, n, m, r, BF16, bias=bias):
+        check_half(ours, chain, exact)
 
 
 def test_the_result_is_one_sum_that_is_rounded_once(kernel: str) -> None:

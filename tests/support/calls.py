@@ -7,6 +7,7 @@ from typing import Any
 
 import reference
 import torch
+from tolerances import POOL
 from torch import Tensor
 
 import lorasb
@@ -22,6 +23,18 @@ def run(case: reference.Case, x: Tensor | None = None, dropout: float = 0.0) -> 
     assert x.grad is not None
     assert core.grad is not None
     return y.detach(), x.grad, core.grad
+
+
+def pooled(rows: int, n: int, m: int, r: int, dtype: torch.dtype, **options: object) -> list[tuple[Tensor, ...]]:
+    """y, dx and dR: ours, the plain chain's in the same dtype, and exact ones; over as many seeds as a comparison needs."""
+    pools: list[list[tuple[Tensor, ...]]] = [[], [], []]
+    for seed in range(-(-POOL // min(rows * n, rows * m, r * r))):
+        case = reference.make_case((rows,), n, m, r, dtype, seed=seed, **options)  # type: ignore[arg-type]
+        exact = case.double()
+        wanted = (reference.forward(exact), *reference.gradients(exact))
+        for pool, *values in zip(pools, run(case), reference.plain_chain(case), wanted, strict=True):
+            pool.append(tuple(value.reshape(-1) for value in values))
+    return [tuple(torch.cat(part) for part in zip(*pool, strict=True)) for pool in pools]
 
 
 def run_kernels(case: reference.Case, dropout: float = 0.0, x: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
