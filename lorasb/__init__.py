@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .backends import backend
     from .export.lora import export_lora
     from .export.weight_sync import adapter_delta, lora_of
-    from .init import InitReport, first_step_lr, initialize
+    from .init import InitReport, first_step_lr, initialize, refresh
     from .layers.equivalent_gradient import equivalent_gradient
     from .layers.linear import LoRASBLinear
     from .layers.linear4bit import Linear4bit
@@ -64,6 +64,7 @@ __all__ = [
     "preference_loss",
     "project",
     "quantize",
+    "refresh",
     "reward_batches",
     "share_basis",
 ]
@@ -98,6 +99,7 @@ _MODULE_OF = {
     "reward_batches": "training.reinforcement",
     "project": "tuner.joint_basis",
     "share_basis": "tuner.joint_basis",
+    "refresh": "init",
     "quantize": "layers.quantize",
 }
 

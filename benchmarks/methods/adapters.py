@@ -102,7 +102,7 @@ def begin(model: Any, problem: Problem, cell: Cell, batches: Batches, eta: float
         seed=cell.seed,
         progress=False,
         cache=cache,
-        **{name: options[name] for name in ("update", "longest_start") if name in options},
+        **{name: options[name] for name in ("update", "longest_start", "held_back") if name in options},
     )
 
 

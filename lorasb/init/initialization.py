@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..layers.lookup import adapted_layers, any_merged, refuse_shared_basis
+from ..distributed.process_group import sharded
+from ..layers.lookup import adapted_layers, any_merged, layers_with, refuse_shared_basis, uninitialized
 from ..tuner.config import LoRASBConfig, WrittenHere
 from ..utils.byte_sizes import parse_size
 from ..utils.precision import warn_if_slow
@@ -21,6 +22,7 @@ from .factors.factorize import Recipe
 from .factors.transaction import Staging
 from .gradients.loss import LossFn
 from .gradients.task import Layers
+from .held_back import hold_back
 from .pipeline import Options, Outcome, from_gradients, from_weights
 from .report.init_report import InitReport
 from .report.provenance import provenance
@@ -48,6 +50,8 @@ def initialize(
     cache: str | os.PathLike[str] | None = None,
     stability: bool = False,
     adapter_name: str | None = None,
+    beside: Sequence[str] = (),
+    held_back: float = 0.0,
     progress: bool = True,
 ) -> InitReport:
     """Initialize A, R and B from the first step of full fine-tuning (paper, Eq. 6-8; docs/method.md says more).
@@ -72,6 +76,8 @@ def initialize(
         cache: file for all layers' signs: where it exists no backward runs, whatever r; cut-off runs go on from it.
         stability: also measure how far the subspaces of two halves of the samples overlap; twice the memory for sums.
         adapter_name: name of the adapter; the active one if None.
+        beside: other adapters that are part of the model whose gradient is taken; without them it is the base's.
+        held_back: share of every layer's r, the last directions, that is left empty for `lorasb.refresh` to fill.
         progress: show an estimate and a progress bar (on rank 0).
 
     Raises:
@@ -79,14 +85,19 @@ def initialize(
     """
     model = getattr(model, "_orig_mod", model)  # unwrap torch.compile's OptimizedModule
     _check(update, strategy, cache, longest_start, stability, loss_fn)
+    if isinstance(beside, str):
+        raise ValueError(f"beside takes names of adapters, got the text {beside!r}: beside=[{beside!r}]")
     if isinstance(batches, Mapping) and cache is not None:
         raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
-    recipe = Recipe(
-        adapter_name or "", lr or 0.0, update, seed, longest_start if update != "sgd" else None
-    )  # Theorem 6
-    bytes_allowed = parse_size(memory_budget)
-    options = Options(recipe, num_samples, strategy, blocks, bytes_allowed, loss_fn, cache, stability, progress)
-    one = partial(_initialize_one, model, options)
+    if isinstance(batches, Mapping) and held_back:
+        raise ValueError("held_back is of one adapter, and several tasks share a basis: initialize them without it")
+    if not 0.0 <= held_back < 1.0:
+        raise ValueError(f"held_back is a share of the rank, 0 <= held_back < 1, got {held_back!r}")
+    first_step = None if update == "sgd" else longest_start  # Theorem 6: the first step of SGD has no limit
+    recipe = Recipe(adapter_name or "", lr or 0.0, update, seed, first_step)
+    size, others = parse_size(memory_budget), tuple(beside)
+    options = Options(recipe, num_samples, strategy, blocks, size, loss_fn, cache, stability, progress, others)
+    one = partial(_initialize_one, model, replace(options, held_back=held_back))
     if isinstance(batches, Mapping):
         return cast(Any, initialize_tasks(model, batches, adapter_name, one))
     return one(batches, adapter_name)
@@ -94,6 +105,8 @@ def initialize(
 
 def _initialize_one(model: nn.Module, options: Options, batches: Any, adapter_name: str | None) -> InitReport:
     name, layers = _unmerged_layers(model, adapter_name)
+    _check_beside(model, options, name)
+    _check_held_back(model, options.held_back, name, layers)
     return _initialize(model, layers, batches, replace(options, recipe=replace(options.recipe, adapter=name)))
 
 
@@ -110,6 +123,8 @@ def _initialize(model: nn.Module, layers: Layers, batches: Any, options: Options
         report = _recorded(model, config, outcome, recipe, started)
     else:  # the data-free inits ignore batches and lr
         report = without_data(model, config, recipe.adapter, layers, recipe.seed, options.progress)
+    if options.held_back:
+        hold_back(layers, recipe.adapter, options.held_back)
     _warn_if_frozen(layers, recipe.adapter)
     return report
 
@@ -182,6 +197,26 @@ def _check(
         raise ValueError("stability compares subspaces of sign(G), and update='per-sample' has others: leave it out")
     if longest_start is not None and not longest_start >= 0:
         raise ValueError(f"longest_start is a number of steps of R >= 0, or None for no limit, got {longest_start!r}")
+
+
+def _check_beside(model: nn.Module, options: Options, adapter_name: str) -> None:
+    if options.beside and options.cache is not None:
+        raise ValueError(
+            "a cache keeps the signs of the base's own gradient, and beside= asks for another: leave one out"
+        )
+    for name in options.beside:
+        layers = layers_with(model, name)
+        if not layers or uninitialized(layers, name) or name == adapter_name:
+            raise ValueError(f"beside names initialized adapters, others than the one to be initialized, got {name!r}")
+
+
+def _check_held_back(model: nn.Module, share: float, name: str, layers: Layers) -> None:
+    if share and any(layer.equivalent[name] for layer in layers.values()):
+        raise ValueError(
+            "held_back leaves columns of B empty, which equivalent_gradient cannot divide by: leave one out"
+        )
+    if share and sharded(model):
+        raise ValueError("what a sharded model (FSDP, ZeRO-3) holds back cannot be filled later: leave held_back out")
 
 
 def _exists(cache: str | os.PathLike[str] | None) -> bool:

@@ -48,6 +48,8 @@ class Options:
     cache: str | os.PathLike[str] | None = None
     stability: bool = False
     progress: bool = True
+    beside: tuple[str, ...] = ()
+    held_back: float = 0.0
 
 
 @dataclass
@@ -84,7 +86,7 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Opti
     work = Work(model, layers, pieces, options.loss_fn, processes, options.stability, options.recipe.update == "sgd")
     if recipe.update == "per-sample":
         work.sketches, work.sketch_rank = writer.sketch, max(layer.r[recipe.adapter] for layer in layers.values())
-    with frozen_base(model):
+    with frozen_base(model, options.beside):
         executor = _execute_plan(work, writer, options)
         writer.write_fallbacks(model, [name for name in layers if name not in writer.reports])
     # fp64, as counts of samples and sums of losses are reduced in one tensor.

@@ -14,15 +14,20 @@ from ..checkpoints.shared_factors import share
 from ..distributed.deepspeed_zero import keep_factors
 from ..distributed.fsdp_resume import restore_factors
 from ..distributed.process_group import Processes, sharded
-from ..init import InitReport, first_step_lr, initialize
+from ..init import InitReport, first_step_lr, initialize, refresh
+from ..init.gradients.task import Layers
+from ..init.held_back import held
+from ..init.later_gradient import check_refreshable
 from ..init.sampling import draw, too_few
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import adapted_layers
 from ..utils.random_state import rng_untouched
+from .reinforcement import preference_loss
 
 # DPO's columns under `precompute_ref_log_probs`, a number a pair where all else has two rows; where training starts,
 # the policy is the reference.
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+OF_THE_START = ("lr", "longest_start", "held_back")  # options that a refresh has no use for
 
 
 class InitCallback(TrainerCallback):
@@ -33,6 +38,11 @@ class InitCallback(TrainerCallback):
     schedule's very first rate is 0. An adapter that is initialized already is left alone. If training resumes from a
     checkpoint, A, B and R come from it; under FSDP, which loads R alone, the callback loads A and B.
 
+    With `refresh_at=k`, half of the rank is held back, and filled after k steps from the gradient at the weights
+    reached, of other samples (`lorasb.refresh`); R, the optimizer's moments and the schedule go on as they are. A
+    `loss_fn` is asked again then, and has to hold away from the base, too, as `preference_loss` does not. A stream
+    gives the same samples again.
+
     Args:
         num_samples: number of samples over all processes; None takes min(n, max(32, n/1000)).
         seed: for sampling and the SVD; the trainer's `seed` by default.
@@ -41,6 +51,8 @@ class InitCallback(TrainerCallback):
             begins: for reinforcement learning, whose data has prompts and no labels.
         share_factors: let the run's checkpoints share one file of A and B, which never change: each further checkpoint
             adds R and the optimizer's state. Every checkpoint folder can still be loaded alone (`shared_factors`).
+        refresh_at: how many steps to make before what is held back (`held_back=`, 0.5) is filled; None for never.
+        refresh_samples: number of samples then; None for as many as at first.
         options: options of `lorasb.initialize` (`longest_start=`, `cache=`, `loss_fn=`, ...).
 
     Attributes:
@@ -48,7 +60,8 @@ class InitCallback(TrainerCallback):
 
     Raises:
         ValueError: the optimizer holds copies of R, which would overwrite the initialized R; or training resumes,
-            and the A and B that belong to R are not found.
+            and the A and B that belong to R are not found; or `refresh_at` is no step of the run, or cannot be under
+            the other options.
     """
 
     def __init__(
@@ -59,11 +72,16 @@ class InitCallback(TrainerCallback):
         lr: float | None = None,
         samples: Iterable[Any] | Callable[[Any], Iterable[Any]] | None = None,
         share_factors: bool = True,
+        refresh_at: int | None = None,
+        refresh_samples: int | None = None,
         **options: Any,
     ) -> None:
-        self.num_samples, self.seed, self.lr, self.options = num_samples, seed, lr, options
+        _check_refresh(refresh_at, refresh_samples, samples, options)
+        self.num_samples, self.seed, self.lr = num_samples, seed, lr
+        self.options = options if refresh_at is None else {"held_back": 0.5} | options
         self.samples = samples
         self.share_factors = share_factors
+        self.refresh_at, self.refresh_samples = refresh_at, refresh_samples
         self.report: InitReport | None = None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -93,24 +111,89 @@ class InitCallback(TrainerCallback):
             _restore(args, state, name, layers, needed=not initialized)
         # Under ZeRO-3 gathering is collective and saving is not, so A and B are gathered here; no-op otherwise.
         keep_factors(layers, name, first=state.is_world_process_zero)
-        if state.global_step > 0 or initialized:
+        ready = state.global_step > 0 or initialized
+        if self.refresh_at is not None and self.report is None:
+            self._check_run(state, model, train_dataloader, name, layers, ready)
+        if ready:
             return
         _refuse_copies(optimizer, layers, name)
+        self.report = self._with_samples(initialize, args, state, model, train_dataloader, self.num_samples, 0)
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Fill what is held back of the rank, if this step is the one."""
+        if state.global_step != self.refresh_at:
+            return
+        name, layers = adapted_layers(model, self.options.get("adapter_name"))
+        if not any(held(layer, name) for layer in layers.values()):
+            return  # a second run of the same trainer: filled already
+        count = self.num_samples if self.refresh_samples is None else self.refresh_samples
+        self.report = self._with_samples(_refresh, args, state, model, train_dataloader, count, 1)
+
+    def _check_run(self, state: Any, model: Any, loader: Any, name: str, layers: Layers, ready: bool) -> None:
+        """Raise a ValueError for a refresh that this run cannot make."""
+        at, count = self.refresh_at or 0, self.refresh_samples or 0
+        if at >= state.max_steps:
+            last = state.max_steps - 1
+            raise ValueError(f"refresh_at={at} is beyond the run, which has {state.max_steps} steps: 1 to {last}")
+        if ready and state.global_step <= at:
+            check_refreshable(model, name, layers)
+        rows = len(loader.dataset) if self.samples is None and hasattr(loader.dataset, "__len__") else count
+        if count > rows:
+            raise ValueError(too_few(count, rows))
+
+    def _with_samples(
+        self,
+        call: Callable[..., InitReport],
+        args: Any,
+        state: Any,
+        model: Any,
+        loader: Any,
+        count: int | None,
+        draw: int,
+    ) -> InitReport:
+        """`initialize` or `refresh` on this process's samples; each `draw` has others."""
         # The schedule multiplies by step / warm-up steps: the first step with a rate above 0 has peak / warm-up steps.
         lr = self.lr or first_step_lr(args.learning_rate, args.get_warmup_steps(state.max_steps))
-        seed = args.seed if self.seed is None else self.seed
+        seed = (args.seed if self.seed is None else self.seed) + draw
         options = {"progress": not args.disable_tqdm} | self.options
         # collators may draw (random masking, on the CPU), and training must draw as without this
         with rng_untouched():
             batches: Any
-            count = None
             if self.samples is None:
                 # drawn already: a limit would count the rows of batches, and those of preferences have two an example
-                batches = _batches(train_dataloader, args.per_device_train_batch_size, self.num_samples, seed)
+                batches, count = _batches(loader, args.per_device_train_batch_size, count, seed), None
             else:
-                batches = self.samples(model) if callable(self.samples) else self.samples
-                batches, count = iter(batches), self.num_samples  # all, in their order, unless a number is asked for
-            self.report = initialize(model, batches, lr=lr, seed=seed, num_samples=count, **options)
+                batches = iter(self.samples(model) if callable(self.samples) else self.samples)
+                # all, in their order, unless a number is asked for
+            return call(model, batches, **options | {"lr": lr, "seed": seed, "num_samples": count})
+
+
+def _refresh(model: Any, batches: Any, **options: Any) -> InitReport:
+    """`lorasb.refresh` with those of the options that are not about the start."""
+    return refresh(model, batches, **{name: value for name, value in options.items() if name not in OF_THE_START})
+
+
+def _check_refresh(refresh_at: Any, count: Any, samples: Any, options: dict[str, Any]) -> None:
+    """Raise a ValueError for a refresh that no run can make."""
+    if refresh_at is None and count is not None:
+        raise ValueError("refresh_samples says how many samples refresh_at takes: give refresh_at too")
+    for name, value in (("refresh_at", refresh_at), ("refresh_samples", count)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is a whole number from 1 on, of steps or of samples, got {value!r}")
+    if refresh_at is None:
+        return
+    if options.get("cache") is not None:
+        raise ValueError(
+            "refresh_at takes the gradient at other weights than the base's, whose signs a cache keeps: leave cache out"
+        )
+    if isinstance(samples, Iterator):
+        raise ValueError("refresh_at reads samples twice, and these can be read once: pass a list, or a function")
+    if options.get("loss_fn") is preference_loss:
+        raise ValueError(
+            "preference_loss has DPO's gradient at the base alone, where refresh_at takes another: leave it out"
+        )
 
 
 def _restore(args: Any, state: Any, name: str, layers: dict[str, LoRASBLinear], needed: bool) -> None:

@@ -9,13 +9,12 @@ import pytest
 import torch
 import transformers
 from gradients import factors
-from models import make, patched, text
+from models import make, patched
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from trainer_runs import ROWS, train
 
 import lorasb
-
-ROWS = [{key: value[0] for key, value in text(1, 12, seed).items()} for seed in range(12)]
 
 
 class Watched(transformers.TrainerCallback):
@@ -27,33 +26,6 @@ class Watched(transformers.TrainerCallback):
         embeddings.register_forward_pre_hook(
             lambda _, args: self.seen.append(args[0].clone()) if model.training else None
         )
-
-
-def train(
-    model: Any, folder: Path, callbacks: list[Any], data: Any = ROWS, optimizers: Any = None, **options: Any
-) -> Any:
-    arguments = transformers.TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "per_device_train_batch_size": 3,
-            "max_steps": 4,
-            "learning_rate": 1e-2,
-            "save_steps": 2,
-            "logging_steps": 1,
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "seed": 3,
-            "dataloader_pin_memory": False,
-        }
-        | {key: value for key, value in options.items() if key != "resume"}
-    )
-    trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=data, callbacks=callbacks, optimizers=optimizers or (None, None)
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train(resume_from_checkpoint=options.get("resume"))
-    return trainer
 
 
 def test_the_same_as_initializing_by_hand(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""A context in which the model is its frozen base in evaluation mode, as gradients are taken at the base weights."""
+"""A context in which the model is frozen and in evaluation mode, as gradients are taken at the base weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,19 +15,19 @@ EXTRA_OUTPUTS = ("use_cache", "output_hidden_states", "output_attentions")
 
 
 @contextmanager
-def frozen_base(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, adapters disabled, no KV cache, no parameter requires a gradient; restored on exit."""
+def frozen_base(model: nn.Module, beside: Sequence[str] = ()) -> Iterator[None]:
+    """Evaluation mode, adapters disabled but for those named, no KV cache, no gradients; restored on exit."""
     # The state of each module and parameter, as users may have put some blocks into another mode, or froze some.
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    disabled = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, LoRASBLinear)]
+    states = [(m, m._disable_adapters, m._active_adapter) for m in model.modules() if isinstance(m, LoRASBLinear)]
     settings = _extra_outputs(model)
     try:
         model.eval()
         for parameter, _ in flags:
             parameter.requires_grad_(False)  # gradients come from hooks: no weight may get a `.grad`
-        for layer, _ in disabled:
-            layer._disable_adapters = True
+        for layer, _, _ in states:
+            layer._disable_adapters, layer._active_adapter = not beside, list(beside) or layer._active_adapter
         for config, name, _ in settings:
             setattr(config, name, False)
         with torch.enable_grad():  # the caller may be under no_grad
@@ -35,8 +35,8 @@ def frozen_base(model: nn.Module) -> Iterator[None]:
     finally:
         for config, name, value in settings:
             setattr(config, name, value)
-        for layer, state in disabled:
-            layer._disable_adapters = state
+        for layer, off, active in states:
+            layer._disable_adapters, layer._active_adapter = off, active
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for module, mode in modes:

@@ -1,0 +1,261 @@
+"""A part of the rank held back, and filled from the gradient at the weights reached; the model computes what it did."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models import Batch, batches_for, logits, make, patched, text
+from quantized_models import batches as quantized_batches
+from quantized_models import quantized
+from tolerances import FACTORS, FP64, ORTHONORMAL, check
+from torch import Tensor, nn
+from unfolded_models import TARGETS, Net, loss
+from unfolded_models import batch as ids_and_targets
+
+import lorasb
+from lorasb.init.held_back import held
+from lorasb.layers.linear import LoRASBLinear
+from lorasb.layers.lookup import layers_with
+
+FIRST, LATER = batches_for("llama", 3), [text(2, 12, seed) for seed in range(20, 24)]
+
+
+def trained(dtype: torch.dtype = torch.float64, r: int = 4, held_back: float = 0.5, **fields: Any) -> Any:
+    """A patched model with a part of its rank held back, after some steps."""
+    model = lorasb.patch(make("llama", dtype=dtype), r=r, **fields)
+    lorasb.initialize(model, FIRST, lr=2e-2, progress=False, held_back=held_back)
+    optimizer = torch.optim.AdamW(cores(model), lr=3e-2)
+    for batch in FIRST:
+        step(model, optimizer, batch)
+    return model.eval()
+
+
+def step(model: Any, optimizer: Any, batch: Batch) -> None:
+    model.train()
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def cores(model: Any) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def refresh(model: Any, batches: Any = LATER, **options: Any) -> lorasb.InitReport:
+    return lorasb.refresh(model, batches, **{"progress": False} | options)
+
+
+def state(model: Any) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def gradients_at(model: Any, batches: list[Batch]) -> dict[str, Tensor]:
+    """Σ_i ∇W L(x_i) by plain autograd, at dense weights with the adapter merged in."""
+    dense = copy.deepcopy(model).merge_and_unload().requires_grad_(True)
+    for batch in batches:
+        for i in range(len(batch["input_ids"])):
+            dense(**{key: value[i : i + 1] for key, value in batch.items()}).loss.backward()
+    return {n.removesuffix(".weight"): p.grad for n, p in dense.named_parameters() if p.grad is not None}
+
+
+def test_what_is_held_back_stays_empty_in_training() -> None:
+    model = trained()
+    for layer in layers_with(model, "default").values():
+        b, core, a = (getattr(layer, f"lorasb_{name}")["default"] for name in "BRA")
+        assert held(layer, "default") == 2
+        assert core[:2, :2].any()
+        assert not any(part.any() for part in (b[:, 2:], core[2:], core[:, 2:], a[2:]))
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.5, 2), (0.3, 3), (0.9, 1), (0.99, 1)])
+def test_a_share_of_every_rank_is_held_back_and_one_direction_stays(share: float, kept: int) -> None:
+    whole, part = (lorasb.patch(make("llama"), r=4) for _ in range(2))
+    for model, held_back in ((whole, 0.0), (part, share)):
+        lorasb.initialize(model, FIRST, lr=2e-2, progress=False, held_back=held_back)
+    for a, b in zip(layers_with(whole, "default").values(), layers_with(part, "default").values(), strict=True):
+        assert (held(a, "default"), held(b, "default")) == (0, 4 - kept)
+        assert torch.equal(a.lorasb_B["default"][:, :kept], b.lorasb_B["default"][:, :kept])
+
+
+def test_the_model_computes_what_it_did_and_only_empty_columns_changed() -> None:
+    model = trained()
+    before, learned, parameters = logits(model), state(model), list(model.parameters())
+    refresh(model)
+    assert torch.equal(logits(model), before)
+    for name, value in state(model).items():
+        part = (
+            (slice(2), slice(2)) if "lorasb_R" in name else (slice(None), slice(2)) if "lorasb_B" in name else slice(2)
+        )
+        assert torch.equal(
+            value[part] if "lorasb" in name else value, learned[name][part] if "lorasb" in name else learned[name]
+        )
+    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
+    assert set(model.peft_config) == {"default"}
+
+
+@pytest.mark.parametrize("strategy", ["layerwise", "accumulate"])
+def test_new_directions_lead_the_gradient_at_the_weights_reached_outside_of_the_old_ones(strategy: str) -> None:
+    model = trained()
+    sums = gradients_at(model, LATER)
+    refresh(model, strategy=strategy)
+    for name, layer in layers_with(model, "default").items():
+        b, a = layer.lorasb_B["default"].double(), layer.lorasb_A["default"].double()
+        u, s, vt = torch.linalg.svd(sums[name].sign())
+        best = (u[:, :4] * s[:4]) @ vt[:4]
+        for known, new, found in ((b[:, :2], b[:, 2:], best), (a[:2].t(), a[2:].t(), best.t())):
+            outside = found - known @ (known.t() @ found)
+            leading = torch.linalg.svd(outside).U[:, :2]
+            check(new @ new.t(), leading @ leading.t(), FACTORS)
+        check(b.t() @ b, torch.eye(4).double(), ORTHONORMAL)
+        check(a @ a.t(), torch.eye(4).double(), ORTHONORMAL)
+
+
+def test_all_of_r_trains_afterwards_and_moments_go_on() -> None:
+    model = trained()
+    optimizer = torch.optim.AdamW(cores(model), lr=3e-2)
+    step(model, optimizer, FIRST[0])
+    moments = [optimizer.state[core]["exp_avg"].clone() for core in cores(model)]
+    refresh(model)
+    assert all(torch.equal(optimizer.state[c]["exp_avg"], m) for c, m in zip(cores(model), moments, strict=True))
+    step(model, optimizer, LATER[0])
+    assert all(bool((core != 0).all()) for core in cores(model))
+
+
+@pytest.mark.parametrize("update", ["sgd", "per-sample"])
+@pytest.mark.parametrize("init", ["update", "random", "lora-xs"])
+def test_any_start_is_filled_by_any_update(update: str, init: str) -> None:
+    model = trained(init=init)
+    before = logits(model)
+    refresh(model, update=update)
+    check(logits(model), before, FP64)
+    for layer in layers_with(model, "default").values():
+        b, a = layer.lorasb_B["default"], layer.lorasb_A["default"]
+        assert held(layer, "default") == 0
+        check(b[:, :2].t() @ b[:, 2:] / b.norm() ** 2, torch.zeros(2, 2), ORTHONORMAL)
+        check(a[2:].norm() / 2**0.5, a[:2].norm() / 2**0.5, FACTORS)  # a rate means the same for both
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_it_stands_over_quantized_bases(kind: str) -> None:
+    model = lorasb.patch(quantized(kind), r=4)
+    lorasb.initialize(model, quantized_batches(), lr=1e-2, held_back=0.5, progress=False)
+    before = logits(model)
+    refresh(model, quantized_batches())
+    assert torch.equal(logits(model), before)
+    assert all(held(layer, "default") == 0 for layer in layers_with(model, "default").values())
+
+
+def test_parameters_that_are_no_linears_are_filled() -> None:
+    model, options = lorasb.patch(Net(), r=2, target_modules=TARGETS), {"loss_fn": loss, "progress": False}
+    lorasb.initialize(model, [ids_and_targets()], lr=1e-2, held_back=0.5, **options)
+    lorasb.refresh(model, [ids_and_targets(1)], **options)
+    assert {held(layer, "default") for layer in layers_with(model, "default").values()} == {0}
+
+
+def test_other_active_adapters_are_part_of_the_weights() -> None:
+    model = trained()
+    model.add_adapter("other", lorasb.LoRASBConfig(r=4))
+    lorasb.initialize(model, LATER, lr=0.1, adapter_name="other", progress=False)
+    model.base_model.set_adapter(["default", "other"])
+    flags, before = [p.requires_grad for p in model.parameters()], logits(model)
+    twin = copy.deepcopy(model)
+    sums = gradients_at(model, LATER)
+    refresh(model, adapter_name="default")
+    assert torch.equal(logits(model), before)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert model.active_adapters == ["default", "other"]
+    lorasb.initialize(twin, LATER, lr=1.0, adapter_name="other", beside=["default"], progress=False)
+    alone = gradients_at(trained(), LATER)
+    name = next(iter(layers_with(model, "default")))
+    assert not torch.equal(sums[name], alone[name])
+
+
+def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(modules_to_save=["norm"])
+    model.get_submodule("base_model.model.model.norm").requires_grad_(False)  # a head that does not train
+    before, flags = state(model), [p.requires_grad for p in model.parameters()]
+
+    def broken(model: Any, batch: Any) -> Tensor:
+        raise RuntimeError("no loss today")
+
+    with pytest.raises(RuntimeError, match="no loss today"):
+        refresh(model, loss_fn=broken)
+    writes = iter(range(5))
+    written = LoRASBLinear.set_factors
+
+    def interrupted(layer: Any, adapter: str, *factors: Tensor) -> None:
+        if adapter == "default" and next(writes) == 4:
+            raise KeyboardInterrupt
+        written(layer, adapter, *factors)
+
+    monkeypatch.setattr(LoRASBLinear, "set_factors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        refresh(model)
+    assert same(state(model), before)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert (model.active_adapters, set(model.peft_config)) == (["default"], {"default"})
+
+
+def test_it_is_one_adapter_that_is_saved_before_and_after(tmp_path: Path) -> None:
+    model = trained(rank_pattern={"down_proj": 6})
+    for name in ("before", "after"):
+        model.save_pretrained(tmp_path / name)
+        loaded = peft.PeftModel.from_pretrained(make("llama", dtype=torch.float64), tmp_path / name, is_trainable=True)
+        assert torch.equal(logits(loaded.eval()), logits(model))
+        if name == "before":
+            refresh(model)
+            refresh(loaded)
+            assert same(state(loaded), state(model))
+    assert loaded.peft_config["default"].init_provenance["later"]["num_samples"] == 8
+
+
+def test_a_compiled_model_is_refreshed_too() -> None:
+    model = trained()
+    refresh(torch.compile(model, backend="eager"))
+    assert all(held(layer, "default") == 0 for layer in layers_with(model, "default").values())
+
+
+def test_what_cannot_be_held_back_or_filled_is_refused() -> None:
+    model, whole = trained(), patched("llama", 4)
+    with pytest.raises(ValueError, match="nothing of adapter 'default' is held back"):
+        refresh(whole)
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="held_back is a share of the rank"):
+            lorasb.initialize(whole, FIRST, lr=1e-2, held_back=share)
+    with pytest.raises(ValueError, match="several tasks share a basis"):
+        lorasb.initialize(whole, {"a": FIRST, "b": LATER}, lr=1e-2, held_back=0.5)
+    with pytest.raises(ValueError, match="equivalent_gradient cannot divide by"):
+        lorasb.initialize(lorasb.patch(make("llama"), r=4, equivalent_gradient=True), FIRST, lr=1e-2, held_back=0.5)
+    with pytest.raises(ValueError, match="a cache keeps the signs"):
+        refresh(model, cache="signs.safetensors")
+    with pytest.raises(ValueError, match="several tasks share a basis"):
+        refresh(model, {"a": FIRST, "b": LATER})
+    lorasb.add_adapters(model, ["task"])
+    with pytest.raises(ValueError, match="is the basis of task"):
+        refresh(model)
+    model.delete_adapter("task")
+    model.add_adapter("second", lorasb.LoRASBConfig(r=4, init="random"))
+    model.set_adapter("second")
+    with pytest.raises(ValueError, match="is not active"):
+        refresh(model, adapter_name="default")
+
+
+def test_beside_names_other_initialized_adapters() -> None:
+    model = trained()
+    with pytest.raises(ValueError, match="beside takes names"):
+        lorasb.initialize(model, FIRST, lr=1e-2, beside="other")
+    for name in ("other", "default"):
+        with pytest.raises(ValueError, match="beside names initialized adapters"):
+            lorasb.initialize(model, FIRST, lr=1e-2, beside=[name])
+    model.add_adapter("other", lorasb.LoRASBConfig(r=4))
+    with pytest.raises(ValueError, match="beside= asks for another"):
+        lorasb.initialize(model, FIRST, lr=1e-2, adapter_name="other", beside=["default"], cache="signs.safetensors")
