@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -48,11 +49,15 @@ class Difference:
         return f"{self.mean:+.4f} ± {self.half:.4f} ({self.verdict})"
 
 
+def finals(rows: Sequence[Row], task: str, entry: str, r: int) -> list[Row]:
+    """The runs on the test split at the best rate of the sweep, one a seed."""
+    rate = best_rate(entries()[entry], r, swept(rows, task, entry, r))
+    return [row for row in rows_of(rows, task, entry, r, "test") if float(row["lr"]) == rate]
+
+
 def final_losses(rows: Sequence[Row], task: str, entry: str, r: int) -> dict[int, float]:
     """Test loss by seed, at the best rate of the sweep."""
-    rate = best_rate(entries()[entry], r, swept(rows, task, entry, r))
-    found = rows_of(rows, task, entry, r, "test")
-    losses = {int(row["seed"]): float(row["loss"]) for row in found if float(row["lr"]) == rate}
+    losses = {int(row["seed"]): float(row["loss"]) for row in finals(rows, task, entry, r)}
     return {seed: loss if math.isfinite(loss) else math.inf for seed, loss in losses.items()}
 
 
@@ -77,17 +82,26 @@ def half_width(pairs: Sequence[float]) -> float:
 
 def head(other: str) -> list[str]:
     """Of the table that `lines` has the body of."""
-    return ["r", "entry", "rate", "seeds", "trained", "loss", f"less {other}"]
+    return ["r", "entry", "rate", "seeds", "machine", "trained", "loss", f"less {other}"]
+
+
+def machines(rows: Sequence[Row]) -> dict[str, str]:
+    """A letter for every machine, the same in all tables of these rows."""
+    return dict(zip(sorted({row["machine"] for row in rows}), string.ascii_uppercase, strict=False))
 
 
 def lines(rows: Sequence[Row], task: str, other: str) -> Iterator[list[str]]:
-    """A row a rank and entry that has test runs: its mean loss, and the difference to `other` over the same seeds."""
+    """A row a rank and entry that has test runs: the letters of the machines that ran them, its mean loss, and the
+    difference to `other` over the same seeds."""
+    letters = machines(rows)
     fixed = {entry.only for entry in entries().values() if entry.only}
     for r in sorted({*RANKS, *fixed}):
         for name, entry in entries().items():
             losses = final_losses(rows, task, name, r)
             if losses and entry.rank(r) == r:
                 found = difference(rows, task, r, name, other) if name != other else None
-                trained = rows_of(rows, task, name, r, "test")[0]["adapter_params"]
+                runs = finals(rows, task, name, r)
+                where = " ".join(sorted({letters[row["machine"]] for row in runs}))
                 rate, mean = shown_rate(entry, r, rows, task), sum(losses.values()) / len(losses)
-                yield [str(r), name, rate, str(len(losses)), trained, f"{mean:.4f}", str(found or "")]
+                trained = runs[0]["adapter_params"]
+                yield [str(r), name, rate, str(len(losses)), where, trained, f"{mean:.4f}", str(found or "")]

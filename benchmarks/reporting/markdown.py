@@ -38,12 +38,13 @@ def where(found: Mapping[str, Any]) -> str:
     return f"*{place}; {at}, {found.get('date', 'date not recorded')}.*"
 
 
-def where_rows(rows: Sequence[Row]) -> str:
-    """The same of rows that were measured over some time."""
+def where_rows(rows: Sequence[Row], letters: Mapping[str, str] | None = None) -> str:
+    """The same of rows that were measured over some time; machines with the letters that a table has for them."""
     if not rows:
         return "*no row*"
     versions = sorted({row["version"] for row in rows})
     machines = sorted({row["machine"] for row in rows})
+    named = ", ".join(machines) if letters is None else "; ".join(f"{letters[name]}: {name}" for name in machines)
     dates = sorted({row["date"] for row in rows})
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"*{', '.join(machines)}, one thread a run, two at a time; commits {', '.join(versions)}; {span}.*"
+    return f"*{named}, one thread a run, two at a time; commits {', '.join(versions)}; {span}.*"

@@ -7,20 +7,22 @@ from pathlib import Path
 
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.methods.grid import LONGER, task_named
-from benchmarks.paired.compare import difference, head, lines
+from benchmarks.paired.budget import COMPARED, HOURS, LONGER_RANK, bills
+from benchmarks.paired.compare import difference, head, lines, machines
 from benchmarks.paired.decision import LEVEL, RIVALS, RULE, Standing, standings
 from benchmarks.paired.grid import FIXED, FOUND, LORA, RANKS, ROWS, SEEDS, TASKS, entries, shown_rate, sweep_of
 from benchmarks.paper import lasting
 from benchmarks.reporting.markdown import picture, table, where_rows
 
 PLAIN = "sign"
+LORA_XS = "LoRA-XS", "LoRA-XS, output"  # by the side that Σ is on
 INTRODUCTION = f"""\
 Two entries of a task see the same batches in the same order, seed by seed, and are judged by loss on at least 1,000
 held-out examples. `{PLAIN}` is the library as it is. Rates are chosen by one more seed on the validation split: three
 around a rule's, then outward for as long as the best is the last one tried. Beside each mean stands the mean difference
 of the same seeds, with the 95% interval of a paired t-test: a tie where the interval holds zero.
-`python -m benchmarks.paired --data-dir DATA` runs what is missing; what has not been run is not in the tables: the runs
-had sixteen hours of a core, which ended before all tasks had eight seeds, and before ranks 2 and 8."""
+A letter says which machine ran an entry; the line below a table names it. `python -m benchmarks.paired --data-dir DATA`
+runs what is missing; what has not been run is not in the tables, and *What the runs took* says how much that is."""
 
 
 def section(results: Path) -> list[str]:
@@ -28,7 +30,7 @@ def section(results: Path) -> list[str]:
     rows = read_csv(results / ROWS)
     parts = [part for task in (*TASKS, *LONGER) for part in one_task(rows, task)]
     out = ["## Starts and optimizers in pairs", "", INTRODUCTION, "", *parts] if parts else []
-    return [*out, *rates(rows), *what_wins(rows), *how_long(results)]
+    return [*out, *rates(rows), *sides(rows), *what_wins(rows), *what_runs_took(rows), *how_long(results)]
 
 
 def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
@@ -45,7 +47,8 @@ def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
     against = [line for line in lines(rows, name, LORA) if line[-1]]
     if against:
         yield from ("", f"Against {LORA}:", "", *table(head(LORA), against))
-    yield from ("", where_rows([row for row in rows if row["task"] == name and row["split"] == "test"]), "")
+    mine = [row for row in rows if row["task"] == name and row["split"] == "test"]
+    yield from ("", where_rows(mine, machines(rows)), "")
 
 
 def rates(rows: Sequence[Row]) -> Iterator[str]:
@@ -68,6 +71,29 @@ def rates(rows: Sequence[Row]) -> Iterator[str]:
         )
         columns = ["task", "r", "loss at 2e-3", "at the found rate", "found", "less that at 2e-3"]
         yield from table([*columns, "at the best of a sweep", "less that"], body)
+        yield ""
+
+
+def sides(rows: Sequence[Row]) -> Iterator[str]:
+    """LoRA-XS with its Σ in A against Σ in B, over the seeds that both have."""
+    body = []
+    for task in TASKS:
+        for r in RANKS:
+            found = difference(rows, f"{task} by loss", r, *LORA_XS)
+            if found is not None:
+                rate = (shown_rate(entries()[name], r, rows, f"{task} by loss") for name in LORA_XS)
+                losses = f"{found.base + found.mean:.4f}", f"{found.base:.4f}"
+                body.append([task, str(r), str(found.seeds), *rate, *losses, str(found)])
+    if body:
+        yield from ("### Σ of LoRA-XS in A or in B", "")
+        yield from (
+            f"LoRA-XS's authors factor Wᵀ = UΣVᵀ and give UΣ to the input's side, A (`{LORA_XS[0]}` here, "
+            f'`init="lora-xs"`); `{LORA_XS[1]}` (`"lora-xs-output"`) has Σ in B, as LoRA-XS has in *Methods side by '
+            "side*. AdamW's steps of R differ between the two.",
+            "",
+        )
+        columns = ["task", "r", "seeds", "rate, Σ in A", "Σ in B", "loss, Σ in A", "Σ in B", "less Σ in B"]
+        yield from table(columns, body)
         yield ""
 
 
@@ -111,6 +137,33 @@ def tally(one: Standing, other: str) -> str:
     counts = one.counts(other)
     lost = counts["worse"] + counts["diverged"]
     return f"{counts['better']} / {counts['tie']} / {lost}" if counts.total() else ""
+
+
+def what_runs_took(rows: Sequence[Row]) -> Iterator[str]:
+    """Core-hours by task, and those of the runs that are missing."""
+    found = list(bills(rows)) if rows else []
+    if not found:
+        return
+    used, rest = sum(one.hours for one in found), sum(one.rest for one in found)
+    names = ", ".join(f"`{name}`" for name in COMPARED)
+    yield from ("### What the runs took", "")
+    yield from (
+        f"All runs had {HOURS:.0f} hours of a core (eight of two) and took {used:.1f}. Eight seeds of {names} at r = "
+        f"{', '.join(map(str, RANKS))}, and at r = {LONGER_RANK} for the longer runs, are about {rest:.0f} hours "
+        "more at what a run took so far (a longer run that never ran: by its steps). So the runs went to what decides "
+        "the rule first: ranks at which the tasks tell entries apart, all entries with few seeds, then finalists with "
+        "eight.",
+        "",
+    )
+    columns = ["task", "runs", "core-hours", "seconds a run", "runs missing", "core-hours they would take"]
+    yield from table(
+        columns,
+        (
+            [one.task, str(one.runs), f"{one.hours:.2f}", f"{one.seconds:.0f}", str(one.missing), f"{one.rest:.0f}"]
+            for one in found
+        ),
+    )
+    yield ""
 
 
 def how_long(results: Path) -> Iterator[str]:

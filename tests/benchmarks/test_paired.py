@@ -6,36 +6,13 @@ import math
 import statistics
 
 import pytest
+from paired_rows import TASK, row, swept
 
 from benchmarks.methods.grid import LONGER, task_named
 from benchmarks.paired import grid
 from benchmarks.paired.compare import Difference, difference, final_losses, half_width
 from benchmarks.paired.grid import Entry, best_rate, entries, rates_to_try, wanted
 from benchmarks.reporting import paired
-
-TASK = "chain_sum by loss"
-
-
-def row(entry: str, r: int, lr: float, seed: int, loss: float, split: str = "test") -> dict[str, str]:
-    values = {
-        "task": TASK,
-        "variant": entry,
-        "r": r,
-        "lr": lr,
-        "seed": seed,
-        "loss": loss,
-        "split": split,
-        "found_lr": "",
-    }
-    return {name: str(value) for name, value in values.items()}
-
-
-def swept(entry: str, r: int, best: int = 0) -> list[dict[str, str]]:
-    """Three rates and, where the best is an end, two more."""
-    one = entries()[entry]
-    powers = (-1, 0, 1) if best == 0 else (-1, 0, 1, 2 * best)
-    losses = {power: 0.3 + 0.01 * abs(power - best) for power in powers}
-    return [row(entry, r, one.at(r, p), grid.SWEEP_SEED, loss, "validation") for p, loss in losses.items()]
 
 
 def test_every_task_judges_a_thousand_examples_by_loss() -> None:
