@@ -102,6 +102,12 @@ def lines(rows: Sequence[Row], task: str, other: str) -> Iterator[list[str]]:
                 found = difference(rows, task, r, name, other) if name != other else None
                 runs = finals(rows, task, name, r)
                 where = " ".join(sorted({letters[row["machine"]] for row in runs}))
-                rate, mean = shown_rate(entry, r, rows, task), sum(losses.values()) / len(losses)
-                trained = runs[0]["adapter_params"]
-                yield [str(r), name, rate, str(len(losses)), where, trained, f"{mean:.4f}", str(found or "")]
+                rate, trained = shown_rate(entry, r, rows, task), runs[0]["adapter_params"]
+                yield [str(r), name, rate, str(len(losses)), where, trained, shown_loss(losses), str(found or "")]
+
+
+def shown_loss(losses: dict[int, float]) -> str:
+    """The mean over seeds, and those that ended at more than three times the median."""
+    most = 3 * statistics.median(losses.values())
+    apart = [f"seed {seed}: {loss:.4f}" for seed, loss in sorted(losses.items()) if loss > most]
+    return f"{statistics.fmean(losses.values()):.4f}" + (f" ({', '.join(apart)})" if apart else "")

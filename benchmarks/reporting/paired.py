@@ -148,11 +148,11 @@ def what_runs_took(rows: Sequence[Row]) -> Iterator[str]:
     names = ", ".join(f"`{name}`" for name in COMPARED)
     yield from ("### What the runs took", "")
     yield from (
-        f"All runs had {HOURS:.0f} hours of a core (eight of two) and took {used:.1f}. Eight seeds of {names} at r = "
-        f"{', '.join(map(str, RANKS))}, and at r = {LONGER_RANK} for the longer runs, are about {rest:.0f} hours "
-        "more at what a run took so far (a longer run that never ran: by its steps). So the runs went to what decides "
-        "the rule first: ranks at which the tasks tell entries apart, all entries with few seeds, then finalists with "
-        "eight.",
+        f"All runs had {HOURS:.0f} hours of a core (eight of two). Those below took {used:.1f}; runs that were stopped "
+        f"or repeated on another machine, are not in it. Eight seeds of {names} at r = {', '.join(map(str, RANKS))}, "
+        f"and at r = {LONGER_RANK} for the longer runs, are about {rest:.0f} hours more at what a run took so far (a "
+        "longer run that never ran: by its steps). So the runs went to what decides the rule first: ranks at which the "
+        "tasks tell entries apart, all entries with few seeds, then finalists with eight.",
         "",
     )
     columns = ["task", "runs", "core-hours", "seconds a run", "runs missing", "core-hours they would take"]

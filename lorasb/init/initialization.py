@@ -85,14 +85,7 @@ def initialize(
     """
     model = getattr(model, "_orig_mod", model)  # unwrap torch.compile's OptimizedModule
     _check(update, strategy, cache, longest_start, stability, loss_fn)
-    if isinstance(beside, str):
-        raise ValueError(f"beside takes names of adapters, got the text {beside!r}: beside=[{beside!r}]")
-    if isinstance(batches, Mapping) and cache is not None:
-        raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
-    if isinstance(batches, Mapping) and held_back:
-        raise ValueError("held_back is of one adapter, and several tasks share a basis: initialize them without it")
-    if not 0.0 <= held_back < 1.0:
-        raise ValueError(f"held_back is a share of the rank, 0 <= held_back < 1, got {held_back!r}")
+    _check_parts(isinstance(batches, Mapping), cache, beside, held_back)
     first_step = None if update == "sgd" else longest_start  # Theorem 6: the first step of SGD has no limit
     recipe = Recipe(adapter_name or "", lr or 0.0, update, seed, first_step)
     size, others = parse_size(memory_budget), tuple(beside)
@@ -197,6 +190,17 @@ def _check(
         raise ValueError("stability compares subspaces of sign(G), and update='per-sample' has others: leave it out")
     if longest_start is not None and not longest_start >= 0:
         raise ValueError(f"longest_start is a number of steps of R >= 0, or None for no limit, got {longest_start!r}")
+
+
+def _check_parts(several: bool, cache: Any, beside: Sequence[str], held_back: float) -> None:
+    if isinstance(beside, str):
+        raise ValueError(f"beside takes names of adapters, got the text {beside!r}: beside=[{beside!r}]")
+    if not 0.0 <= held_back < 1.0:
+        raise ValueError(f"held_back is a share of the rank, 0 <= held_back < 1, got {held_back!r}")
+    if several and cache is not None:
+        raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
+    if several and held_back:
+        raise ValueError("held_back is of one adapter, and several tasks share a basis: initialize them without it")
 
 
 def _check_beside(model: nn.Module, options: Options, adapter_name: str) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..distributed.process_group import sharded
 from ..layers.linear import LoRASBLinear
-from ..layers.lookup import adapted_layers, refuse_shared_basis
+from ..layers.lookup import adapted_layers, refuse_shared_basis, uninitialized
 from .factors.methods import Factors
 from .factors.transaction import Staging
 from .gradients.task import Layers
@@ -69,6 +69,11 @@ def check_refreshable(model: Any, name: str, layers: Layers) -> None:
             "a sharded model (FSDP, ZeRO-3) cannot be refreshed: train it with all of the rank from the start"
         )
     refuse_shared_basis(layers, name)
+    fresh = uninitialized(layers, name)
+    if fresh:
+        raise ValueError(
+            f"adapter {name!r} has not been initialized ({fresh[0]}): lorasb.initialize(..., held_back=0.5)"
+        )
     first = next(iter(layers.values()))
     if name not in first.active_adapters:
         raise ValueError(

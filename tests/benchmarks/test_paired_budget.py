@@ -7,7 +7,7 @@ from paired_rows import TASK, row, swept
 
 from benchmarks.methods.grid import task_named
 from benchmarks.paired.budget import COMPARED, bills, missing
-from benchmarks.paired.compare import lines, machines
+from benchmarks.paired.compare import lines, machines, shown_loss
 from benchmarks.paired.grid import FIXED, LORA, RANKS, SEEDS
 from benchmarks.reporting import paired
 
@@ -32,7 +32,7 @@ def test_hours_are_the_rows_and_longer_runs_cost_by_their_steps() -> None:
     assert longer.seconds == 100.0 * task_named("chain_sum, 300 steps by loss").steps / task_named(TASK).steps
     assert longer.rest == pytest.approx(ALL * longer.seconds / 3600)
     text = "\n".join(paired.what_runs_took(rows))
-    assert "took 0.1" in text
+    assert "Those below took 0.1" in text
     assert list(paired.what_runs_took([])) == []
 
 
@@ -45,3 +45,8 @@ def test_a_letter_says_which_machine_ran_an_entry() -> None:
     text = "\n".join(paired.one_task([one | {"version": "1", "date": "today"} for one in rows], "chain_sum"))
     assert "A: Z; B: a machine" in text
     assert LORA not in shown
+
+
+def test_a_seed_that_ended_far_off_is_named() -> None:
+    assert shown_loss({0: 0.1, 1: 0.12, 2: 0.11}) == "0.1100"
+    assert shown_loss({0: 0.1, 2: 4.9, 1: 0.1}) == "1.7000 (seed 2: 4.9000)"
