@@ -163,11 +163,13 @@ def test_the_command_prints_and_writes_what_it_executed(tmp_path: Path) -> None:
         assert min(pipes.values()) > 0
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
-def test_a_block_compiles_few_kernels_whatever_the_tokens(arch: str) -> None:
+def test_a_block_compiles_few_kernels_whatever_the_tokens() -> None:
     """Each is a second or three in the middle of a training: numbers of splits and of tokens are no constants."""
-    command = [sys.executable, "-m", "benchmarks.kernels.recompilations", "--arch", arch, "--json"]
+    command = [sys.executable, "-m", "benchmarks.kernels.recompilations", "--json"]
     environment = os.environ | {"TRITON_INTERPRET": "0"}  # interpreted kernels are compiled for nothing
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sum(json.loads(done.stdout)[arch].values()) <= 48
+    counted = json.loads(done.stdout)
+    assert set(counted) == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
+    for kernels in counted.values():
+        assert sum(kernels.values()) <= 48
