@@ -77,7 +77,8 @@ def initialize(
         stability: also measure how far the subspaces of two halves of the samples overlap; twice the memory for sums.
         adapter_name: name of the adapter; the active one if None.
         beside: other adapters that are part of the model whose gradient is taken; without them it is the base's.
-        held_back: share of every layer's r, the last directions, that is left empty for `lorasb.refresh` to fill.
+        held_back: share of every layer's r, its last directions, that is left empty for `lorasb.refresh` to fill; the
+            report is of all of r.
         progress: show an estimate and a progress bar (on rank 0).
 
     Raises:
