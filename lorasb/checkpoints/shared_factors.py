@@ -1,4 +1,4 @@
-"""Sharing of A and B, which never change, between the checkpoints of a run: each stores R and a link to the factors.
+"""Sharing of A and B, which do not train, between the checkpoints of a run: each stores R and a link to the factors.
 
 Every checkpoint folder is complete: it has `lorasb_factors.safetensors`, as a hard link where the file system supports
 them, so that any checkpoint may be deleted, copied or loaded alone. `adapter_model.safetensors` holds R, modules that

@@ -24,7 +24,7 @@ def adapter_delta(
 
     A trainer sends `adapter_delta(model, "basis")` once and `adapter_delta(model, "core")` after every step: 4·r² bytes
     a layer, 3.7 MB for the 224 linears of a 7B Llama at r = 64. The other side makes the plain LoRA of the two with
-    `lora_of`. A and B never change, so that is all.
+    `lora_of`. A and B do not train, so that is all; after `lorasb.refresh` send them again.
 
     Args:
         model: a patched model.

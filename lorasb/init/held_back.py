@@ -11,21 +11,32 @@ import torch
 from torch import Tensor
 
 from ..layers.linear import LoRASBLinear
+from .factors.methods import Factors
 from .gradients.task import Layers
 
 
 def held(layer: LoRASBLinear, adapter: str) -> int:
-    """How many of an adapter's r directions are held back in a layer."""
-    return int((layer.lorasb_B[adapter] == 0).all(0).sum())
+    """How many of an adapter's r directions, the last ones, are held back in a layer."""
+    empty = (layer.lorasb_B[adapter] == 0).all(0)
+    return int(empty.flip(0).long().cumprod(0).sum())
+
+
+def emptied(factors: Factors, share: float) -> Factors:
+    """B, R and A without their last directions, a share of r; one stays at least."""
+    if not share:
+        return factors
+    b, core, a, sigma = factors
+    kept = torch.arange(len(core), device=core.device) < max(1, len(core) - int(share * len(core)))
+    return Factors(b * kept, core * kept * kept[:, None], a * kept[:, None], sigma)
 
 
 @torch.no_grad()
 def hold_back(layers: Layers, adapter: str, share: float) -> None:
-    """Empty the last directions of every layer, a share of its r; one stays at least."""
+    """Empty the last directions of every layer; whoever calls it undoes it on an error (`transaction.Staging`)."""
     for layer in layers.values():
         b, core, a = (getattr(layer, f"lorasb_{name}")[adapter] for name in "BRA")
-        kept = torch.arange(len(core), device=core.device) < max(1, len(core) - round(share * len(core)))
-        layer.set_factors(adapter, b * kept, core * kept * kept[:, None], a * kept[:, None])
+        b, core, a, _ = emptied(Factors(b, core, a, core.diagonal()), share)
+        layer.set_factors(adapter, b, core, a)
 
 
 @torch.no_grad()
@@ -41,16 +52,16 @@ def filled(layer: LoRASBLinear, adapter: str, later: str) -> tuple[Tensor, Tenso
     if not core.any():  # of a layer that no sample reaches
         core = torch.eye(len(core), dtype=core.dtype, device=core.device)
     kept = len(core) - count
-    left = _beyond(own_b[:, :kept], b @ core, count)
-    right = _beyond(own_a[:kept].t(), (core @ a).t(), count)
+    left = _outside(own_b[:, :kept], b @ core, count)
+    right = _outside(own_a[:kept].t(), (core @ a).t(), count)
     return torch.cat([own_b[:, :kept], left], 1), torch.cat([own_a[:kept], right.t()], 0)
 
 
-def _beyond(known: Tensor, found: Tensor, count: int) -> Tensor:
+def _outside(known: Tensor, found: Tensor, count: int) -> Tensor:
     """The `count` leading directions of columns [n, r] outside of those known [n, k], of the known ones' length."""
     basis = torch.linalg.qr(known).Q
-    outside = found - basis @ (basis.t() @ found)
-    leading = torch.linalg.svd(outside, full_matrices=False).U[:, :count]
+    rest = found - basis @ (basis.t() @ found)
+    leading = torch.linalg.svd(rest, full_matrices=False).U[:, :count]
     # Once more by QR: directions of no length, where fewer were found than are held back, may lie inside.
     new = torch.linalg.qr(torch.cat([basis, leading], 1)).Q[:, known.shape[1] :]
     return new * known.square().sum(0).mean().sqrt()

@@ -76,7 +76,8 @@ def initialize(
         cache: file for all layers' signs: where it exists no backward runs, whatever r; cut-off runs go on from it.
         stability: also measure how far the subspaces of two halves of the samples overlap; twice the memory for sums.
         adapter_name: name of the adapter; the active one if None.
-        beside: other adapters that are part of the model whose gradient is taken; without them it is the base's.
+        beside: other adapters, whose updates of W are part of the model whose gradient is taken; without them it is
+            the base's.
         held_back: share of every layer's r, its last directions, that is left empty for `lorasb.refresh` to fill; the
             report is of all of r.
         progress: show an estimate and a progress bar (on rank 0).
@@ -114,17 +115,26 @@ def _initialize(model: nn.Module, layers: Layers, batches: Any, options: Options
         # The hooks cut the forward at every block, and each cut would be a graph break and a recompilation.
         with Staging(recipe.adapter) as staging, torch.compiler.set_stance("force_eager"):
             outcome = from_gradients(model, layers, batches, options, staging)
+            if options.held_back:
+                hold_back(layers, recipe.adapter, options.held_back)
         report = _recorded(model, config, outcome, recipe, started)
     else:  # the data-free inits ignore batches and lr
-        report = without_data(model, config, recipe.adapter, layers, recipe.seed, options.progress)
-    if options.held_back:
-        hold_back(layers, recipe.adapter, options.held_back)
+        name, seed, share = recipe.adapter, recipe.seed, options.held_back
+        report = without_data(model, config, name, layers, seed, options.progress, share)
+    if options.held_back and config.init_provenance is not None:
+        config.init_provenance["held_back"] = options.held_back
     _warn_if_frozen(layers, recipe.adapter)
     return report
 
 
 def without_data(
-    model: nn.Module, config: LoRASBConfig, name: str, layers: Layers, seed: int = 0, progress: bool = True
+    model: nn.Module,
+    config: LoRASBConfig,
+    name: str,
+    layers: Layers,
+    seed: int = 0,
+    progress: bool = True,
+    held_back: float = 0.0,
 ) -> InitReport:
     """The data-free inits ("lora-xs", "kaiming", "random"), which patching calls itself.
 
@@ -135,12 +145,13 @@ def without_data(
         layers: layers to initialize, by name.
         seed: seed of the SVD and of random matrices.
         progress: show a progress bar.
+        held_back: share of every layer's r that is left empty.
 
     Raises:
         ValueError: a weight has NaN or Inf entries; the layers are unchanged.
     """
     started = time.perf_counter()
-    outcome = from_weights(layers, config.init, name, seed, progress)
+    outcome = from_weights(layers, config.init, name, seed, progress, held_back)
     return _recorded(model, config, outcome, Recipe(name, 0.0, "none", seed), started)
 
 

@@ -27,6 +27,7 @@ from .gradients.frozen_model import frozen_base
 from .gradients.loss import LossFn, labeled_rows, unlabeled
 from .gradients.plan import Plan, make_plan
 from .gradients.task import Layers, Piece, Work, in_halves
+from .held_back import emptied
 from .linalg.svd import full_precision
 from .report.init_report import LayerReport
 from .report.provenance import cache_key
@@ -122,7 +123,7 @@ def _finish(cache: Cache, outcome: Outcome, processes: Processes) -> None:
     processes.raise_on_every_rank(error)
 
 
-def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: bool) -> Outcome:
+def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: bool, held_back: float = 0.0) -> Outcome:
     """Write the data-free inits, LoRA-XS, Kaiming or random; layers are written after all of them are factored.
 
     Raises:
@@ -139,7 +140,7 @@ def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: b
     # After the loop: a weight with NaN in the last layer leaves the first layer unchanged, too.
     with Staging(adapter) as staging:
         for name, (factors, _) in results.items():
-            staging.write(layers[name], factors)
+            staging.write(layers[name], emptied(factors, held_back))
     return Outcome([report for _, report in results.values()])
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,17 @@ from ..distributed.deepspeed_zero import keep_factors
 from ..distributed.fsdp_resume import restore_factors
 from ..distributed.process_group import Processes, sharded
 from ..init import InitReport, first_step_lr, initialize, refresh
-from ..init.gradients.task import Layers
 from ..init.held_back import held
 from ..init.later_gradient import check_refreshable
 from ..init.sampling import draw, too_few
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import adapted_layers
 from ..utils.random_state import rng_untouched
-from .reinforcement import preference_loss
 
 # DPO's columns under `precompute_ref_log_probs`, a number a pair where all else has two rows; where training starts,
 # the policy is the reference.
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-OF_THE_START = ("lr", "longest_start", "held_back")  # options that a refresh has no use for
+OF_THE_START = ("lr", "longest_start", "held_back", "beside", "stability")  # options that a refresh has no use for
 
 
 class InitCallback(TrainerCallback):
@@ -39,9 +39,9 @@ class InitCallback(TrainerCallback):
     checkpoint, A, B and R come from it; under FSDP, which loads R alone, the callback loads A and B.
 
     With `refresh_at=k`, half of the rank is held back, and filled after k steps from the gradient at the weights
-    reached, of other samples (`lorasb.refresh`); R, the optimizer's moments and the schedule go on as they are. A
-    `loss_fn` is asked again then, and has to hold away from the base, too, as `preference_loss` does not. A stream
-    gives the same samples again.
+    reached (`lorasb.refresh`), of other samples, unless they are a stream's or given by `samples`. R, its moments and
+    the schedule go on as they are. A `loss_fn` is asked again then, and has to hold away from the base, too, as
+    `preference_loss` does not.
 
     Args:
         num_samples: number of samples over all processes; None takes min(n, max(32, n/1000)).
@@ -49,14 +49,14 @@ class InitCallback(TrainerCallback):
         lr: η, instead of the one derived from the trainer's arguments.
         samples: batches instead of the trainer's own data, or a function that makes them of the model when training
             begins: for reinforcement learning, whose data has prompts and no labels.
-        share_factors: let the run's checkpoints share one file of A and B, which never change: each further checkpoint
-            adds R and the optimizer's state. Every checkpoint folder can still be loaded alone (`shared_factors`).
+        share_factors: let the run's checkpoints share one file of A and B, which only a refresh changes: each further
+            one adds R and the optimizer's state. Every checkpoint folder can still be loaded alone (`shared_factors`).
         refresh_at: how many steps to make before what is held back (`held_back=`, 0.5) is filled; None for never.
         refresh_samples: number of samples then; None for as many as at first.
         options: options of `lorasb.initialize` (`longest_start=`, `cache=`, `loss_fn=`, ...).
 
     Attributes:
-        report: the `InitReport`, once training has begun; None if no initialization ran.
+        report: the `InitReport`, once training has begun, and then that of the refresh; None if none ran.
 
     Raises:
         ValueError: the optimizer holds copies of R, which would overwrite the initialized R; or training resumes,
@@ -112,15 +112,24 @@ class InitCallback(TrainerCallback):
         # Under ZeRO-3 gathering is collective and saving is not, so A and B are gathered here; no-op otherwise.
         keep_factors(layers, name, first=state.is_world_process_zero)
         ready = state.global_step > 0 or initialized
-        if self.refresh_at is not None and self.report is None:
-            self._check_run(state, model, train_dataloader, name, layers, ready)
-        if ready:
-            return
-        _refuse_copies(optimizer, layers, name)
-        self.report = self._with_samples(initialize, args, state, model, train_dataloader, self.num_samples, 0)
+        if first := self.report is None:  # not a second run of the same trainer
+            empty = ready and not sharded(model) and any(held(layer, name) for layer in layers.values())
+            self._check_run(state, train_dataloader, empty)
+        if not ready:
+            _refuse_copies(optimizer, layers, name)
+            self.report = self._with_samples(initialize, args, state, model, train_dataloader, self.num_samples, 0)
+        if first and self.refresh_at is not None and state.global_step <= self.refresh_at:
+            check_refreshable(model, name, layers)
 
     def on_step_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        train_dataloader: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Fill what is held back of the rank, if this step is the one."""
         if state.global_step != self.refresh_at:
@@ -128,19 +137,30 @@ class InitCallback(TrainerCallback):
         name, layers = adapted_layers(model, self.options.get("adapter_name"))
         if not any(held(layer, name) for layer in layers.values()):
             return  # a second run of the same trainer: filled already
-        count = self.num_samples if self.refresh_samples is None else self.refresh_samples
-        self.report = self._with_samples(_refresh, args, state, model, train_dataloader, count, 1)
+        call = partial(_refresh, optimizer)
+        self.report = self._with_samples(call, args, state, model, train_dataloader, self._count_then(), 1)
 
-    def _check_run(self, state: Any, model: Any, loader: Any, name: str, layers: Layers, ready: bool) -> None:
-        """Raise a ValueError for a refresh that this run cannot make."""
-        at, count = self.refresh_at or 0, self.refresh_samples or 0
-        if at >= state.max_steps:
-            last = state.max_steps - 1
-            raise ValueError(f"refresh_at={at} is beyond the run, which has {state.max_steps} steps: 1 to {last}")
-        if ready and state.global_step <= at:
-            check_refreshable(model, name, layers)
-        rows = len(loader.dataset) if self.samples is None and hasattr(loader.dataset, "__len__") else count
-        if count > rows:
+    def _count_then(self) -> int | None:
+        """Number of samples of the refresh."""
+        return self.num_samples if self.refresh_samples is None else self.refresh_samples
+
+    def _check_run(self, state: Any, loader: Any, empty: bool) -> None:
+        """Raise a ValueError for a refresh that this run cannot make; warn where it leaves empty what it finds so."""
+        at, steps, count = self.refresh_at, state.max_steps, self._count_then()
+        if empty and (at is None or at < state.global_step):
+            told = "nothing in this run fills" if at is None else f"refresh_at={at} is past to fill"
+            step = f"from {max(1, state.global_step)} to {steps - 1}"
+            warnings.warn(f"a part of the rank is empty, which {told}: InitCallback(refresh_at=), {step}", stacklevel=2)
+        if at is None:
+            return
+        if at >= steps:
+            raise ValueError(f"refresh_at={at} is beyond the run, which has {steps} steps: 1 to {steps - 1}")
+        if self.samples is not None:
+            return
+        rows = len(loader.dataset) if hasattr(loader.dataset, "__getitem__") else None
+        if rows is None and count is None:
+            raise ValueError("the trainer's data set is a stream: say how many samples, InitCallback(num_samples=64)")
+        if rows is not None and count is not None and count > rows:
             raise ValueError(too_few(count, rows))
 
     def _with_samples(
@@ -151,12 +171,12 @@ class InitCallback(TrainerCallback):
         model: Any,
         loader: Any,
         count: int | None,
-        draw: int,
+        offset: int,
     ) -> InitReport:
-        """`initialize` or `refresh` on this process's samples; each `draw` has others."""
+        """`initialize` or `refresh` on this process's samples; another `offset` draws others."""
         # The schedule multiplies by step / warm-up steps: the first step with a rate above 0 has peak / warm-up steps.
         lr = self.lr or first_step_lr(args.learning_rate, args.get_warmup_steps(state.max_steps))
-        seed = (args.seed if self.seed is None else self.seed) + draw
+        seed = (args.seed if self.seed is None else self.seed) + offset
         options = {"progress": not args.disable_tqdm} | self.options
         # collators may draw (random masking, on the CPU), and training must draw as without this
         with rng_untouched():
@@ -170,9 +190,10 @@ class InitCallback(TrainerCallback):
             return call(model, batches, **options | {"lr": lr, "seed": seed, "num_samples": count})
 
 
-def _refresh(model: Any, batches: Any, **options: Any) -> InitReport:
+def _refresh(optimizer: Any, model: Any, batches: Any, **options: Any) -> InitReport:
     """`lorasb.refresh` with those of the options that are not about the start."""
-    return refresh(model, batches, **{name: value for name, value in options.items() if name not in OF_THE_START})
+    kept = {name: value for name, value in options.items() if name not in OF_THE_START}
+    return refresh(model, batches, optimizer=optimizer, **kept)
 
 
 def _check_refresh(refresh_at: Any, count: Any, samples: Any, options: dict[str, Any]) -> None:
@@ -190,7 +211,8 @@ def _check_refresh(refresh_at: Any, count: Any, samples: Any, options: dict[str,
         )
     if isinstance(samples, Iterator):
         raise ValueError("refresh_at reads samples twice, and these can be read once: pass a list, or a function")
-    if options.get("loss_fn") is preference_loss:
+    loss_fn = options.get("loss_fn")
+    if getattr(getattr(loss_fn, "func", loss_fn), "at_the_base", False):
         raise ValueError(
             "preference_loss has DPO's gradient at the base alone, where refresh_at takes another: leave it out"
         )

@@ -132,6 +132,26 @@ def test_all_of_r_trains_afterwards_and_moments_go_on() -> None:
     assert all(bool((core != 0).all()) for core in cores(model))
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_new_entries_begin_at_the_mean_second_moment_where_the_optimizer_is_given(known: bool) -> None:
+    """Zeros, after steps that have used up the correction of their bias, would make steps of several times the rate."""
+    model = trained()
+    optimizer = torch.optim.AdamW(cores(model), lr=1e-3)
+    for i in range(60):
+        step(model, optimizer, FIRST[i % 3])
+    refresh(model, optimizer=optimizer if known else None)
+    before = [core.detach().clone() for core in cores(model)]
+    longest = torch.zeros(())
+    for i in range(8):
+        step(model, optimizer, LATER[i % 4])
+        moved = [(core.detach() - old)[2:].abs().mean() / 1e-3 for core, old in zip(cores(model), before, strict=True)]
+        before = [core.detach().clone() for core in cores(model)]
+        longest = torch.maximum(longest, torch.stack(moved).mean())
+    assert (longest < 0.6) == known
+    for core in cores(model) if known else ():
+        assert optimizer.state[core]["exp_avg_sq"].shape == core.shape
+
+
 @pytest.mark.parametrize("update", ["sgd", "per-sample"])
 @pytest.mark.parametrize("init", ["update", "random", "lora-xs"])
 def test_any_start_is_filled_by_any_update(update: str, init: str) -> None:
@@ -199,8 +219,42 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(KeyboardInterrupt):
         refresh(model)
     assert same(state(model), before)
+    monkeypatch.setattr(LoRASBLinear, "set_factors", written)
+    makes = iter(range(60))
+    zeros = torch.zeros
+
+    def exhausted(*shape: Any, **options: Any) -> Tensor:
+        if next(makes) == 4:  # the second layer's B
+            raise MemoryError("no memory left")
+        return zeros(*shape, **options)
+
+    monkeypatch.setattr(torch, "zeros", exhausted)
+    with pytest.raises(MemoryError):
+        refresh(model)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    assert same(state(model), before)
+    assert all("default_later" not in layer.r for layer in layers_with(model, "default").values())
     assert [p.requires_grad for p in model.parameters()] == flags
     assert (model.active_adapters, set(model.peft_config)) == (["default"], {"default"})
+
+
+@pytest.mark.parametrize("init", ["update", "random"])
+def test_an_interrupt_while_a_part_is_emptied_leaves_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, init: str
+) -> None:
+    model = trained(init=init, held_back=0.0)
+    before, written, writes = state(model), LoRASBLinear.set_factors, iter(range(99))
+    last = len(layers_with(model, "default")) + (2 if init == "update" else -1)
+
+    def interrupted(layer: Any, adapter: str, *factors: Tensor) -> None:
+        if next(writes) == last:
+            raise KeyboardInterrupt
+        written(layer, adapter, *factors)
+
+    monkeypatch.setattr(LoRASBLinear, "set_factors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lorasb.initialize(model, LATER, lr=2e-2, progress=False, held_back=0.5)
+    assert same(state(model), before)
 
 
 def test_it_is_one_adapter_that_is_saved_before_and_after(tmp_path: Path) -> None:
@@ -213,7 +267,17 @@ def test_it_is_one_adapter_that_is_saved_before_and_after(tmp_path: Path) -> Non
             refresh(model)
             refresh(loaded)
             assert same(state(loaded), state(model))
-    assert loaded.peft_config["default"].init_provenance["later"]["num_samples"] == 8
+    provenance = loaded.peft_config["default"].init_provenance
+    assert (provenance["held_back"], provenance["later"]["num_samples"]) == (0.5, 8)
+    assert "lr" not in provenance["later"]
+
+
+def test_other_samples_are_drawn_than_at_the_start() -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    lorasb.initialize(model, FIRST, lr=1e-2, num_samples=3, held_back=0.5, progress=False)
+    refresh(model, FIRST, num_samples=3)
+    first = model.peft_config["default"].init_provenance
+    assert first["data_sha256"] != first["later"]["data_sha256"]
 
 
 def test_a_compiled_model_is_refreshed_too() -> None:
@@ -228,6 +292,9 @@ def test_what_cannot_be_held_back_or_filled_is_refused() -> None:
         refresh(whole)
     with pytest.raises(ValueError, match="has not been initialized"):
         refresh(lorasb.patch(make("llama"), r=4))
+    for option in ("cache", "held_back", "lr"):
+        with pytest.raises(TypeError, match=f"refresh takes num_samples.*got '{option}'"):
+            refresh(model, **{option: 0.5})
     for share in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="held_back is a share of the rank"):
             lorasb.initialize(whole, FIRST, lr=1e-2, held_back=share)
@@ -235,14 +302,16 @@ def test_what_cannot_be_held_back_or_filled_is_refused() -> None:
         lorasb.initialize(whole, {"a": FIRST, "b": LATER}, lr=1e-2, held_back=0.5)
     with pytest.raises(ValueError, match="equivalent_gradient cannot divide by"):
         lorasb.initialize(lorasb.patch(make("llama"), r=4, equivalent_gradient=True), FIRST, lr=1e-2, held_back=0.5)
-    with pytest.raises(ValueError, match="a cache keeps the signs"):
-        refresh(model, cache="signs.safetensors")
     with pytest.raises(ValueError, match="several tasks share a basis"):
         refresh(model, {"a": FIRST, "b": LATER})
     lorasb.add_adapters(model, ["task"])
     with pytest.raises(ValueError, match="is the basis of task"):
         refresh(model)
     model.delete_adapter("task")
+    model.add_adapter("third", lorasb.LoRASBConfig(r=4))
+    model.base_model.set_adapter(["default", "third"])
+    with pytest.raises(ValueError, match="adapter 'third' has not been initialized"):
+        refresh(model, adapter_name="default")
     model.add_adapter("second", lorasb.LoRASBConfig(r=4, init="random"))
     model.set_adapter("second")
     with pytest.raises(ValueError, match="is not active"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def test_it_trains_as_by_hand(tmp_path: Path) -> None:
     """The same samples, by the seed after the run's own."""
     run(tmp_path, lorasb.InitCallback(num_samples=6, refresh_at=4, refresh_samples=5))
     model = loaded(tmp_path / "checkpoint-4")
-    lorasb.refresh(model, torch.utils.data.DataLoader(ROWS, batch_size=3), num_samples=5, seed=4, progress=False)
+    loader = torch.utils.data.DataLoader(ROWS, batch_size=3)
+    lorasb.refresh(model, loader, num_samples=5, seed=4, progress=False)
     by_hand, by_run = (layers_with(m, "default").values() for m in (model, loaded(tmp_path / "checkpoint-5")))
     for a, b in zip(by_hand, by_run, strict=True):
         assert torch.equal(a.lorasb_A["default"], b.lorasb_A["default"])
@@ -113,6 +115,7 @@ def test_the_best_checkpoint_may_be_of_a_step_before(tmp_path: Path, best: int, 
         ({"refresh_at": 4, "cache": "signs.safetensors"}, "leave cache out"),
         ({"refresh_at": 4, "samples": iter([])}, "read once"),
         ({"refresh_at": 4, "loss_fn": lorasb.preference_loss}, "at the base alone"),
+        ({"refresh_at": 4, "loss_fn": partial(lorasb.preference_loss)}, "at the base alone"),
     ],
 )
 def test_no_run_can_make_such_a_refresh(arguments: dict[str, Any], says: str) -> None:
@@ -125,6 +128,8 @@ def test_no_run_can_make_such_a_refresh(arguments: dict[str, Any], says: str) ->
     [
         ({"refresh_at": 8}, "beyond the run, which has 8 steps: 1 to 7"),
         ({"refresh_at": 4, "refresh_samples": 100}, "100"),
+        ({"refresh_at": 4, "held_back": 0.0}, "nothing of adapter 'default' is held back"),
+        ({"refresh_at": 4, "held_back": 0.1}, "nothing of adapter 'default' is held back"),
     ],
 )
 def test_what_the_run_cannot_give_is_refused_before_it_begins(
@@ -142,3 +147,12 @@ def test_an_adapter_that_holds_nothing_back_is_refused_before_the_run_begins(tmp
     lorasb.initialize(model, held_back=0.5)
     train(model, tmp_path, [lorasb.InitCallback(refresh_at=2)])
     assert empty(model) == {0}
+
+
+@pytest.mark.parametrize(("at", "says"), [(None, "nothing in this run fills"), (3, "refresh_at=3 is past to fill")])
+def test_a_run_that_resumes_and_leaves_a_part_empty_warns(tmp_path: Path, at: int | None, says: str) -> None:
+    run(tmp_path / "held")
+    callback = lorasb.InitCallback(refresh_at=at)
+    with pytest.warns(UserWarning, match=says):
+        model = run(tmp_path / "resumed", callback, resume=str(tmp_path / "held" / "checkpoint-4"))
+    assert empty(model) == {2}
