@@ -57,7 +57,12 @@ def finals(rows: Sequence[Row], task: str, entry: str, r: int) -> list[Row]:
 
 def final_losses(rows: Sequence[Row], task: str, entry: str, r: int) -> dict[int, float]:
     """Test loss by seed, at the best rate of the sweep."""
-    losses = {int(row["seed"]): float(row["loss"]) for row in finals(rows, task, entry, r)}
+    return losses_of(finals(rows, task, entry, r))
+
+
+def losses_of(runs: Sequence[Row]) -> dict[int, float]:
+    """Loss by seed; infinite where it is not finite."""
+    losses = {int(row["seed"]): float(row["loss"]) for row in runs}
     return {seed: loss if math.isfinite(loss) else math.inf for seed, loss in losses.items()}
 
 
@@ -97,10 +102,10 @@ def lines(rows: Sequence[Row], task: str, other: str) -> Iterator[list[str]]:
     fixed = {entry.only for entry in entries().values() if entry.only}
     for r in sorted({*RANKS, *fixed}):
         for name, entry in entries().items():
-            losses = final_losses(rows, task, name, r)
-            if losses and entry.rank(r) == r:
+            runs = finals(rows, task, name, r)
+            if runs and entry.rank(r) == r:
                 found = difference(rows, task, r, name, other) if name != other else None
-                runs = finals(rows, task, name, r)
+                losses = losses_of(runs)
                 where = " ".join(sorted({letters[row["machine"]] for row in runs}))
                 rate, trained = shown_rate(entry, r, rows, task), runs[0]["adapter_params"]
                 yield [str(r), name, rate, str(len(losses)), where, trained, shown_loss(losses), str(found or "")]

@@ -22,7 +22,6 @@ from .factors.factorize import Recipe
 from .factors.transaction import Staging
 from .gradients.loss import LossFn
 from .gradients.task import Layers
-from .held_back import hold_back
 from .pipeline import Options, Outcome, from_gradients, from_weights
 from .report.init_report import InitReport
 from .report.provenance import provenance
@@ -89,10 +88,10 @@ def initialize(
     _check(update, strategy, cache, longest_start, stability, loss_fn)
     _check_parts(isinstance(batches, Mapping), cache, beside, held_back)
     first_step = None if update == "sgd" else longest_start  # Theorem 6: the first step of SGD has no limit
-    recipe = Recipe(adapter_name or "", lr or 0.0, update, seed, first_step)
+    recipe = Recipe(adapter_name or "", lr or 0.0, update, seed, first_step, held_back)
     size, others = parse_size(memory_budget), tuple(beside)
     options = Options(recipe, num_samples, strategy, blocks, size, loss_fn, cache, stability, progress, others)
-    one = partial(_initialize_one, model, replace(options, held_back=held_back))
+    one = partial(_initialize_one, model, options)
     if isinstance(batches, Mapping):
         return cast(Any, initialize_tasks(model, batches, adapter_name, one))
     return one(batches, adapter_name)
@@ -101,7 +100,7 @@ def initialize(
 def _initialize_one(model: nn.Module, options: Options, batches: Any, adapter_name: str | None) -> InitReport:
     name, layers = _unmerged_layers(model, adapter_name)
     _check_beside(model, options, name)
-    _check_held_back(model, options.held_back, name, layers)
+    _check_held_back(model, options.recipe.held_back, name, layers)
     return _initialize(model, layers, batches, replace(options, recipe=replace(options.recipe, adapter=name)))
 
 
@@ -113,16 +112,14 @@ def _initialize(model: nn.Module, layers: Layers, batches: Any, options: Options
         if not 0 < recipe.lr < float("inf") or (batches is None and not _exists(options.cache)):
             raise ValueError("init='update' takes batches and lr > 0: initialize(model, loader, lr=...)")
         # The hooks cut the forward at every block, and each cut would be a graph break and a recompilation.
-        with Staging(recipe.adapter) as staging, torch.compiler.set_stance("force_eager"):
+        with Staging(recipe.adapter, recipe.held_back) as staging, torch.compiler.set_stance("force_eager"):
             outcome = from_gradients(model, layers, batches, options, staging)
-            if options.held_back:
-                hold_back(layers, recipe.adapter, options.held_back)
         report = _recorded(model, config, outcome, recipe, started)
     else:  # the data-free inits ignore batches and lr
-        name, seed, share = recipe.adapter, recipe.seed, options.held_back
+        name, seed, share = recipe.adapter, recipe.seed, recipe.held_back
         report = without_data(model, config, name, layers, seed, options.progress, share)
-    if options.held_back and config.init_provenance is not None:
-        config.init_provenance["held_back"] = options.held_back
+    if recipe.held_back and config.init_provenance is not None:
+        config.init_provenance["held_back"] = recipe.held_back
     _warn_if_frozen(layers, recipe.adapter)
     return report
 

@@ -13,10 +13,10 @@ from torch import nn
 from ..distributed.process_group import sharded
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import adapted_layers, layers_with, refuse_shared_basis, uninitialized
+from .factors.held_back import filled, held
 from .factors.methods import Factors
 from .factors.transaction import Staging
 from .gradients.task import Layers
-from .held_back import filled, held
 from .initialization import initialize
 from .report.init_report import InitReport
 
@@ -66,7 +66,7 @@ def refresh(
         report = initialize(model, batches, lr=1.0, longest_start=None, **given)
         for layer in waiting:
             b, a = filled(layer, name, later)
-            staging.write(layer, Factors(b, layer.lorasb_R[name].detach().clone(), a, torch.zeros(0)))
+            staging.write(layer, Factors(b, layer.lorasb_R[name].detach(), a, torch.zeros(0)))
         _record(model, name, later)
     if optimizer is not None:
         for layer, count in waiting.items():
@@ -110,7 +110,7 @@ def check_refreshable(model: Any, name: str, layers: Layers) -> None:
             "a sharded model (FSDP, ZeRO-3) cannot be refreshed: train it with all of the rank from the start"
         )
     refuse_shared_basis(layers, name)
-    for one in {name, *_active(layers)}:
+    for one in (name, *_active(layers)):
         fresh = uninitialized(layers_with(model, one), one)
         if fresh:
             raise ValueError(f"adapter {one!r} has not been initialized ({fresh[0]}): call lorasb.initialize first")

@@ -27,7 +27,6 @@ from .gradients.frozen_model import frozen_base
 from .gradients.loss import LossFn, labeled_rows, unlabeled
 from .gradients.plan import Plan, make_plan
 from .gradients.task import Layers, Piece, Work, in_halves
-from .held_back import emptied
 from .linalg.svd import full_precision
 from .report.init_report import LayerReport
 from .report.provenance import cache_key
@@ -50,7 +49,6 @@ class Options:
     stability: bool = False
     progress: bool = True
     beside: tuple[str, ...] = ()
-    held_back: float = 0.0
 
 
 @dataclass
@@ -138,9 +136,9 @@ def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: b
         seconds = time.perf_counter() - started
         results[name] = factors, LayerReport(name, shape, layer.r[adapter], None, None, sigma, 0, seconds)
     # After the loop: a weight with NaN in the last layer leaves the first layer unchanged, too.
-    with Staging(adapter) as staging:
+    with Staging(adapter, held_back) as staging:
         for name, (factors, _) in results.items():
-            staging.write(layers[name], emptied(factors, held_back))
+            staging.write(layers[name], factors)
     return Outcome([report for _, report in results.values()])
 
 

@@ -17,7 +17,7 @@ from ..distributed.deepspeed_zero import keep_factors
 from ..distributed.fsdp_resume import restore_factors
 from ..distributed.process_group import Processes, sharded
 from ..init import InitReport, first_step_lr, initialize, refresh
-from ..init.held_back import held
+from ..init.factors.held_back import held
 from ..init.later_gradient import check_refreshable
 from ..init.sampling import draw, too_few
 from ..layers.linear import LoRASBLinear
@@ -27,7 +27,7 @@ from ..utils.random_state import rng_untouched
 # DPO's columns under `precompute_ref_log_probs`, a number a pair where all else has two rows; where training starts,
 # the policy is the reference.
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-OF_THE_START = ("lr", "longest_start", "held_back", "beside", "stability")  # options that a refresh has no use for
+OF_THE_START = ("longest_start", "held_back", "beside", "stability")  # options that a refresh has no use for
 
 
 class InitCallback(TrainerCallback):
@@ -117,7 +117,10 @@ class InitCallback(TrainerCallback):
             self._check_run(state, train_dataloader, empty)
         if not ready:
             _refuse_copies(optimizer, layers, name)
-            self.report = self._with_samples(initialize, args, state, model, train_dataloader, self.num_samples, 0)
+            # The schedule multiplies by step / warm-up steps: the first rate above 0 is peak / warm-up steps.
+            lr = self.lr or first_step_lr(args.learning_rate, args.get_warmup_steps(state.max_steps))
+            call = partial(initialize, lr=lr)
+            self.report = self._with_samples(call, args, model, train_dataloader, self.num_samples, 0)
         if first and self.refresh_at is not None and state.global_step <= self.refresh_at:
             check_refreshable(model, name, layers)
 
@@ -138,7 +141,7 @@ class InitCallback(TrainerCallback):
         if not any(held(layer, name) for layer in layers.values()):
             return  # a second run of the same trainer: filled already
         call = partial(_refresh, optimizer)
-        self.report = self._with_samples(call, args, state, model, train_dataloader, self._count_then(), 1)
+        self.report = self._with_samples(call, args, model, train_dataloader, self._count_then(), 1)
 
     def _count_then(self) -> int | None:
         """Number of samples of the refresh."""
@@ -167,15 +170,12 @@ class InitCallback(TrainerCallback):
         self,
         call: Callable[..., InitReport],
         args: Any,
-        state: Any,
         model: Any,
         loader: Any,
         count: int | None,
         offset: int,
     ) -> InitReport:
         """`initialize` or `refresh` on this process's samples; another `offset` draws others."""
-        # The schedule multiplies by step / warm-up steps: the first step with a rate above 0 has peak / warm-up steps.
-        lr = self.lr or first_step_lr(args.learning_rate, args.get_warmup_steps(state.max_steps))
         seed = (args.seed if self.seed is None else self.seed) + offset
         options = {"progress": not args.disable_tqdm} | self.options
         # collators may draw (random masking, on the CPU), and training must draw as without this
@@ -187,7 +187,7 @@ class InitCallback(TrainerCallback):
             else:
                 batches = iter(self.samples(model) if callable(self.samples) else self.samples)
                 # all, in their order, unless a number is asked for
-            return call(model, batches, **options | {"lr": lr, "seed": seed, "num_samples": count})
+            return call(model, batches, **options | {"seed": seed, "num_samples": count})
 
 
 def _refresh(optimizer: Any, model: Any, batches: Any, **options: Any) -> InitReport:

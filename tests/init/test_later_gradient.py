@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from gradients import autograd_sums
 from models import Batch, batches_for, logits, make, patched, text
 from quantized_models import batches as quantized_batches
 from quantized_models import quantized
@@ -18,7 +19,7 @@ from unfolded_models import TARGETS, Net, loss
 from unfolded_models import batch as ids_and_targets
 
 import lorasb
-from lorasb.init.held_back import held
+from lorasb.init.factors.held_back import held
 from lorasb.layers.linear import LoRASBLinear
 from lorasb.layers.lookup import layers_with
 
@@ -61,11 +62,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def gradients_at(model: Any, batches: list[Batch]) -> dict[str, Tensor]:
     """Σ_i ∇W L(x_i) by plain autograd, at dense weights with the adapter merged in."""
-    dense = copy.deepcopy(model).merge_and_unload().requires_grad_(True)
-    for batch in batches:
-        for i in range(len(batch["input_ids"])):
-            dense(**{key: value[i : i + 1] for key, value in batch.items()}).loss.backward()
-    return {n.removesuffix(".weight"): p.grad for n, p in dense.named_parameters() if p.grad is not None}
+    return autograd_sums(copy.deepcopy(model).merge_and_unload(), batches)
 
 
 def test_what_is_held_back_stays_empty_in_training() -> None:
@@ -244,7 +241,7 @@ def test_an_interrupt_while_a_part_is_emptied_leaves_the_model_as_it_was(
 ) -> None:
     model = trained(init=init, held_back=0.0)
     before, written, writes = state(model), LoRASBLinear.set_factors, iter(range(99))
-    last = len(layers_with(model, "default")) + (2 if init == "update" else -1)
+    last = len(layers_with(model, "default")) - 1
 
     def interrupted(layer: Any, adapter: str, *factors: Tensor) -> None:
         if next(writes) == last:

@@ -18,9 +18,10 @@ from lorasb.init.gradients.loss import backward_over_samples
 LossFn = Callable[[nn.Module, Batch], Tensor]
 
 
-def autograd_sums(family: str, batches: list[Batch], loss_fn: LossFn | None = None) -> dict[str, Tensor]:
-    """Σ_i ∇W L(x_i) by plain autograd: one sample at a time, every weight requiring a gradient."""
-    model = make(family)
+def autograd_sums(model: nn.Module | str, batches: list[Batch], loss_fn: LossFn | None = None) -> dict[str, Tensor]:
+    """Σ_i ∇W L(x_i) by plain autograd of a dense model, or of a new one of a family: one sample at a time, every weight
+    requiring a gradient."""
+    model = make(model) if isinstance(model, str) else model
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     for batch in batches:

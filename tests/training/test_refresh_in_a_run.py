@@ -9,12 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from gradients import factors
 from models import make
-from torch import Tensor
 from trainer_runs import ROWS, train
 
 import lorasb
-from lorasb.init.held_back import held
+from lorasb.init.factors.held_back import held
 from lorasb.layers.lookup import layers_with
 
 
@@ -25,12 +25,8 @@ def run(folder: Path, callback: Any = None, adapter_name: str = "default", **opt
     return model
 
 
-def state(model: Any) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if "lorasb" in name}
-
-
 def same(a: Any, b: Any) -> bool:
-    one, other = state(a), state(b)
+    one, other = factors(a), factors(b)
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
@@ -84,9 +80,9 @@ def test_dropout_and_the_order_of_rows_are_those_of_a_run_without_it(tmp_path: P
 def test_a_second_run_of_the_same_trainer_goes_on(tmp_path: Path) -> None:
     model = lorasb.patch(make("llama"), r=4)
     trainer = train(model, tmp_path, [lorasb.InitCallback(num_samples=6, refresh_at=2)])
-    before = {name: value.clone() for name, value in state(model).items()}
+    before = factors(model)
     trainer.train()
-    moved = {name for name, value in state(model).items() if not torch.equal(value, before[name])}
+    moved = {name for name, value in factors(model).items() if not torch.equal(value, before[name])}
     assert moved == {name for name in before if "lorasb_R" in name}
 
 

@@ -12,6 +12,7 @@ from basis_models import a_layer, with_users
 from models import text
 from tolerances import FP32_NORMS, check
 from torch import Tensor
+from trainer_runs import arguments
 
 import lorasb
 from lorasb.layers.lookup import layers_with
@@ -48,25 +49,11 @@ class Recorded(lorasb.AdapterRowsCollator):
 
 
 def trainer_for(model: Any, folder: Path, **options: Any) -> transformers.Trainer:
-    arguments = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "max_grad_norm": NORM,
-        "lr_scheduler_type": "constant",
-        "save_steps": 2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 3,
-        "dataloader_pin_memory": False,
-        "remove_unused_columns": False,
-    }
+    usual = {"per_device_train_batch_size": 4, "max_grad_norm": NORM, "lr_scheduler_type": "constant"}
     optimizer = torch.optim.AdamW(lorasb.adapter_parameter_groups(model, NAMES, RATES, weight_decay=0.01))
     trainer = transformers.Trainer(
         model=model,
-        args=transformers.TrainingArguments(**arguments | options),
+        args=arguments(folder, remove_unused_columns=False, **usual | options),
         train_dataset=examples(),
         data_collator=Recorded(),
         optimizers=(optimizer, None),

@@ -56,6 +56,7 @@ class Recipe:
         update: "adamw" (factor sign(G)), "sgd" (factor G), "per-sample" (second moments) or "none" (data-free).
         seed: seed of the SVDs.
         longest: see `longest_start` of `initialize`.
+        held_back: share of r that is left empty.
     """
 
     adapter: str
@@ -63,6 +64,7 @@ class Recipe:
     update: str
     seed: int
     longest: float | None = None
+    held_back: float = 0.0
 
     def seed_of(self, name: str) -> int:
         """A layer's own seed, which does not depend on the other layers or their order."""

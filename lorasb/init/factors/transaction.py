@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...constants import FACTORS
 from ...layers.linear import LoRASBLinear
+from .held_back import emptied
 from .methods import Factors
 
 
@@ -20,10 +21,11 @@ class Staging:
 
     Args:
         adapter: name of the adapter whose factors are written.
+        held_back: share of r whose directions are written as zeros.
     """
 
-    def __init__(self, adapter: str) -> None:
-        self.adapter = adapter
+    def __init__(self, adapter: str, held_back: float = 0.0) -> None:
+        self.adapter, self.held_back = adapter, held_back
         # (layer, its `initialized` flag, A, R and B on the host; None for zeros), in the order written
         self._previous: list[tuple[LoRASBLinear, bool, list[Tensor | None]]] = []
 
@@ -33,7 +35,8 @@ class Staging:
         # `copy=True`: on a CPU layer `to` would return the parameter itself, which is overwritten below.
         values = [p.detach().to("cpu", copy=True) if bool(p.detach().any()) else None for p in parameters]
         self._previous.append((layer, layer.initialized[self.adapter], values))
-        layer.set_factors(self.adapter, factors.b, factors.core, factors.a)
+        b, core, a, _ = emptied(factors, self.held_back)
+        layer.set_factors(self.adapter, b, core, a)
 
     def __enter__(self) -> Staging:
         return self

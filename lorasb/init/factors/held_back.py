@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layers.linear import LoRASBLinear
-from .factors.methods import Factors
-from .gradients.task import Layers
+from ...layers.linear import LoRASBLinear
+from .methods import Factors
 
 
 def held(layer: LoRASBLinear, adapter: str) -> int:
@@ -28,15 +27,6 @@ def emptied(factors: Factors, share: float) -> Factors:
     b, core, a, sigma = factors
     kept = torch.arange(len(core), device=core.device) < max(1, len(core) - int(share * len(core)))
     return Factors(b * kept, core * kept * kept[:, None], a * kept[:, None], sigma)
-
-
-@torch.no_grad()
-def hold_back(layers: Layers, adapter: str, share: float) -> None:
-    """Empty the last directions of every layer; whoever calls it undoes it on an error (`transaction.Staging`)."""
-    for layer in layers.values():
-        b, core, a = (getattr(layer, f"lorasb_{name}")[adapter] for name in "BRA")
-        b, core, a, _ = emptied(Factors(b, core, a, core.diagonal()), share)
-        layer.set_factors(adapter, b, core, a)
 
 
 @torch.no_grad()
