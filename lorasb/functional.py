@@ -16,6 +16,7 @@ from .backends import cpp  # importing the package registers all backends
 from .backends.eager import linear as eager
 from .ops import autocast, fast_path, operand_checks, row_calls
 from .ops.registry import backend_op, current_backend, direct_kernel
+from .ops.signatures import is_transformed
 from .quantization.quantized_weight import QuantizedWeight, of_weight
 from .utils.deprecation import warn_renamed
 
@@ -52,6 +53,10 @@ def lora_sb_linear(
 
     Under autocast x, W, A, B and bias are cast as `F.linear` would cast them; R is not.
 
+    Under `torch.func` (`jvp`, `vmap`, `hessian`, per-sample gradients by `vmap(grad)`) and forward-mode AD, torch's own
+    operations compute, with every derivative. `autograd.grad(..., create_graph=True)` has a second derivative for small
+    x (below 6 MiB over dense weights on a CPU) and raises a RuntimeError elsewhere, since x is not saved.
+
     Returns:
         y [..., out] in x's dtype.
 
@@ -85,6 +90,8 @@ def _over_dense(
         x, weight, lora_A, lora_B, bias = autocast.cast(x, weight, lora_A, lora_B, bias)
     tensors = (x, weight, lora_A, lora_R, lora_B, bias)
     plain = operand_checks.pass_linear(*tensors)
+    if not plain and is_transformed():
+        return fast_path.transformed(*tensors, scaling, _checked(dropout))
     arguments = (*tensors, scaling, dropout, _seed(dropout))
     backend = current_backend()
     kernels = _kernels("linear", backend, plain, tensors)
@@ -118,10 +125,14 @@ def _composes(
 
 def _seed(dropout: float, count: int = 1) -> Tensor | None:
     """Seeds [count] for dropout masks, drawn from the CPU generator; None without dropout."""
+    # On the CPU for any device of x, so that reading it does not synchronize with a GPU.
+    return torch.randint(2**63 - 1, (count,), dtype=torch.int64, device="cpu") if _checked(dropout) > 0.0 else None
+
+
+def _checked(dropout: float) -> float:
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"expected dropout in [0, 1), the probability that an element is dropped, got {dropout}")
-    # On the CPU for any device of x, so that reading it does not synchronize with a GPU.
-    return torch.randint(2**63 - 1, (count,), dtype=torch.int64, device="cpu") if dropout > 0.0 else None
+    return dropout
 
 
 def _over_quantized(
@@ -135,7 +146,8 @@ def _over_quantized(
     dropout: float,
 ) -> Tensor:
     # Before autocast and the checks, which `serve_quantized` does itself in less time.
-    if dropout == 0.0 and not torch.is_grad_enabled() and x.is_cpu:
+    transformed = is_transformed()
+    if dropout == 0.0 and not torch.is_grad_enabled() and x.is_cpu and not transformed:
         y = _served(x, weight, a, core, b, bias, scaling)
         if y is not None:
             return y
@@ -148,6 +160,8 @@ def _over_quantized(
         raise ValueError(
             f"expected the quantized weight on x's device {x.device}, got {weight.device}: move one of the two"
         )
+    if transformed:
+        return fast_path.transformed(x, dequantize(weight, x.dtype), a, core, b, bias, scaling, _checked(dropout))
     backend, quant, layout = current_backend(), weight.tensors, weight.layout(x.dtype)
     arguments = (x, quant, layout, a, core, b, bias, scaling, dropout, _seed(dropout))
     kernels = fast_path.kernels("linear_quantized", backend, x, a, core, b, bias, *quant)
@@ -189,7 +203,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     Returns:
         y [..., out] in x's dtype.
     """
-    if not torch.is_grad_enabled() and x.is_cpu:
+    if not torch.is_grad_enabled() and x.is_cpu and not is_transformed():
         y = _served(x, weight, None, None, None, bias, 1.0)
         if y is not None:
             return y
@@ -257,12 +271,14 @@ def lora_sb_linear_group(
         weights, lora_A, lora_B, biases = cast_lists
     lists = [list(tensors) for tensors in (weights, lora_A, lora_R, lora_B, biases)]
     plain = operand_checks.pass_group(x, scalings, *lists)
+    bias_or_none: list[Any] = list(biases) or [None] * len(weights)
+    members = zip(weights, lora_A, lora_R, lora_B, bias_or_none, scalings, strict=True)
+    if not plain and is_transformed():
+        return [fast_path.transformed(x, *member, _checked(dropout)) for member in members]
     backend = current_backend()
     kernels = _kernels("linear_group", backend, plain, [x, *itertools.chain(*lists)])
     seeds = _seed(dropout, len(weights))
     if kernels and seeds is None and _composes(kernels, x, weights, (*lora_A, *lora_B, *biases)):
-        bias_or_none: list[Any] = list(biases) or [None] * len(weights)
-        members = zip(weights, lora_A, lora_R, lora_B, bias_or_none, scalings, strict=True)
         return [fast_path.composed(x, *member) for member in members]
     if kernels:
         return list(fast_path.linear_group(x, lists, scalings, dropout, seeds, kernels))

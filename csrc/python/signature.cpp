@@ -4,6 +4,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cstdint>
@@ -38,9 +39,10 @@ uint64_t tag(uint64_t kind, uint64_t a = 0, uint64_t b = 0, uint64_t c = 0, uint
   return kind | a << 8 | b << 16 | c << 24 | d << 32;
 }
 
-// True under a mode, a functorch transform or torch.jit.trace.
+// True under a mode, a functorch transform, forward-mode AD or torch.jit.trace.
 bool is_intercepted() {
   if (c10::impl::dispatch_mode_enabled() || at::impl::torch_function_mode_enabled()) return true;
+  if (torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr) return true;
   const auto included = c10::impl::tls_local_dispatch_key_set().included_;
   return included.has(c10::DispatchKey::Tracer) || included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from . import registry
 from .linear_group import gradients
-from .registry import NO_SECOND_DERIVATIVE, Kernels
+from .registry import Kernels
 from .signatures import PLAIN, is_intercepted
 
 # Bytes of x below which torch's own ops are faster than our autograd function. Measured with 4096 features and 512
@@ -72,34 +72,51 @@ def composed(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[0])
 
 
-def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward that has no derivative itself: where one would be recorded, its results raise when it is asked for.
+def transformed(
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    index: Tensor | None = None,
+) -> Tensor:
+    """Compute y by out-of-place torch operations, which have every derivative, forward mode and `vmap`.
 
-    Not torch's `once_differentiable`, whose results are plain constants if the incoming gradient is one (of `y.sum()`),
-    and which switches grad mode off, where nothing has switched it on.
+    The product with R is computed in R's dtype, so that dR does not overflow in fp16.
+    With `index` [n], `core` is [K, r, r] and row x[i] is computed with core[index[i]], or the base alone for -1.
     """
-
-    def call(ctx: Any, *grads: Tensor | None) -> Any:
-        if not torch.is_grad_enabled():
-            return backward(ctx, *grads)
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        poison: Any = torch._C._functions.DelayedError(NO_SECOND_DERIVATIVE.encode(), len(results))
-        return poison(*(None if t is None else t.detach().requires_grad_(True) for t in results))
-
-    return call
+    with torch.autocast(x.device.type, enabled=False):
+        weight, a, b, bias = (t if t is None else t.detach() for t in (weight, a, b, bias))  # as the ops have it
+        u = functional.linear(functional.dropout(x, dropout), a).to(core.dtype)
+        if index is None:
+            v = functional.linear(u, core * scaling)
+        else:
+            chosen = core.index_select(0, index.clamp(min=0).to(core.device)) * scaling
+            chosen = chosen * (index >= 0).to(core)[:, None, None]
+            v = (u.reshape(len(index), -1, u.shape[-1]) @ chosen.mT).reshape(u.shape)
+        y = functional.linear(v.to(x.dtype), b, bias)
+        return y if weight is None else y + functional.linear(x, weight)
 
 
 def _backward_of(kernels: Kernels) -> Callable[..., Any]:
-    """The backward kernel; under a functorch transform (`is_grads_batched=True`) the op, which has rules for it."""
-    return kernels.backward_op if torch._C._are_functorch_transforms_active() else kernels.backward
+    """Return the backward kernel, or the op itself where something else than a number comes of it.
+
+    That is a functorch transform (`is_grads_batched=True`), and `create_graph=True`: the op records a node that raises
+    on the paths from dy, R and u, which is an output of the functions here so that one from x leads to it.
+    """
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return kernels.backward_op
+    return kernels.backward
 
 
 class Linear(torch.autograd.Function):
-    """Arguments: the op's tensors, then (scaling, dropout, seed, kernels)."""
+    """Arguments: the op's tensors, then (scaling, dropout, seed, kernels). Returns y and u."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, (scaling, dropout, seed, ctx.kernels) = arguments
         y: Tensor
         y, u = ctx.kernels.forward(*tensors, scaling, dropout, seed)
@@ -109,11 +126,10 @@ class Linear(torch.autograd.Function):
         # u [M, r] for dR, and never x [M, n]; an empty u in place of one that is not needed frees its memory
         ctx.save_for_backward(weight, a, core, b, u if ctx.need_dcore else u.new_empty((0, a.shape[0])), seed)
         ctx.scaling, ctx.dropout = scaling, dropout
-        return y
+        return y, u
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dy is None or not (ctx.need_dx or ctx.need_dcore):  # of frozen tensors alone a gradient is asked for
             return (None,) * 7
         weight, a, core, b, u, seed = ctx.saved_tensors
@@ -125,11 +141,11 @@ class Linear(torch.autograd.Function):
 class LinearQuantized(torch.autograd.Function):
     """Arguments: x, A, R, B, bias, (quant, layout, scaling, dropout, seed, kernels), and the tensors of `quant`.
 
-    An autograd function sees only tensors that are arguments themselves, not those inside of lists.
+    Returns y and u. An autograd function sees only tensors that are arguments themselves, not those inside of lists.
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         x, a, core, b, bias, (quant, layout, scaling, dropout, seed, ctx.kernels) = arguments[:6]
         y: Tensor
         y, u = ctx.kernels.forward(x, quant, layout, a, core, b, bias, scaling, dropout, seed)
@@ -137,11 +153,10 @@ class LinearQuantized(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(a, core, b, u if ctx.need_dcore else u.new_empty((0, a.shape[0])), seed, *quant)
         ctx.layout, ctx.scaling, ctx.dropout = list(layout), scaling, dropout
-        return y
+        return y, u
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         a, core, b, u, seed, *quant = ctx.saved_tensors
         no_grads = (None,) * (3 + len(quant))
         if dy is None or not (ctx.need_dx or ctx.need_dcore):
@@ -152,7 +167,10 @@ class LinearQuantized(torch.autograd.Function):
 
 
 class LinearGroup(torch.autograd.Function):
-    """Arguments: x, (scalings, dropout, seeds, kernels), then weights, A, R, B and biases (which may be none)."""
+    """Arguments: x, (scalings, dropout, seeds, kernels), then weights, A, R, B and biases (which may be none).
+
+    Returns the y_i, then the u_i.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, options: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -162,14 +180,13 @@ class LinearGroup(torch.autograd.Function):
         output = ctx.kernels.forward(x, weights, a, cores, b, biases, ctx.scalings, ctx.dropout, seeds)
         ys, us = output[:count], output[count:]
         ctx.need_dx, ctx.need_dcores = ctx.needs_input_grad[0], ctx.needs_input_grad[2 + 2 * count : 2 + 3 * count]
-        us = us if any(ctx.need_dcores) else [u.new_empty((0, u.shape[1])) for u in us]
-        ctx.save_for_backward(*weights, *a, *cores, *b, *us, seeds)
+        saved = us if any(ctx.need_dcores) else [u.new_empty((0, u.shape[1])) for u in us]
+        ctx.save_for_backward(*weights, *a, *cores, *b, *saved, seeds)
         ctx.biases = len(biases)
         ctx.set_materialize_grads(False)  # None for a y that the loss does not use
-        return tuple(ys)
+        return (*ys, *us)
 
     @staticmethod
-    @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         dx, dcores = gradients(_backward_of(ctx.kernels), ctx, grads)
         no_grads = [None] * len(dcores)
@@ -196,7 +213,7 @@ def linear(
     """y of `lorasb::linear`."""
     y: Tensor
     if torch.is_grad_enabled():
-        y = _apply(Linear, x, weight, a, core, b, bias, (scaling, dropout, seed, kernels))
+        y, _ = _apply(Linear, x, weight, a, core, b, bias, (scaling, dropout, seed, kernels))
     else:
         y, _ = kernels.forward(x, weight, a, core, b, bias, scaling, dropout, seed)
     return y
@@ -218,7 +235,7 @@ def linear_quantized(
     """y of `lorasb::linear_quantized`."""
     y: Tensor
     if torch.is_grad_enabled():
-        y = _apply(LinearQuantized, x, a, core, b, bias, (quant, layout, scaling, dropout, seed, kernels), *quant)
+        y, _ = _apply(LinearQuantized, x, a, core, b, bias, (quant, layout, scaling, dropout, seed, kernels), *quant)
     else:
         y, _ = kernels.forward(x, quant, layout, a, core, b, bias, scaling, dropout, seed)
     return y
@@ -234,9 +251,8 @@ def linear_group(
 ) -> Sequence[Tensor]:
     """y_i of `lorasb::linear_group`; `lists`: weights, A, R, B and biases."""
     if torch.is_grad_enabled():
-        ys: Sequence[Tensor] = _apply(
-            LinearGroup, x, (scalings, dropout, seeds, kernels), *[t for tensors in lists for t in tensors]
-        )
-        return ys
-    outputs = kernels.forward(x, *lists, scalings, dropout, seeds)
+        tensors = [tensor for tensors in lists for tensor in tensors]
+        outputs = _apply(LinearGroup, x, (scalings, dropout, seeds, kernels), *tensors)
+    else:
+        outputs = kernels.forward(x, *lists, scalings, dropout, seeds)
     return list(outputs[: len(scalings)])

@@ -19,7 +19,9 @@ import torch
 BACKENDS = ("auto", "eager", "cpp", "triton")
 ENVIRONMENT_VARIABLE = "LORASB_BACKEND"
 
-NO_SECOND_DERIVATIVE = "LoRA-SB's linear has no second derivative: call backward or autograd.grad once"
+NO_SECOND_DERIVATIVE = (
+    "LoRA-SB's linear has no second derivative here: call backward or autograd.grad once, or take torch.func.hessian"
+)
 
 library = torch.library.Library("lorasb", "DEF")
 DIRECT = ("CPU", "CUDA")  # dispatch keys of devices whose kernels are called directly where nothing intercepts an op
@@ -66,7 +68,7 @@ def define(
             library.define(op_name(op, owner) + schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"lorasb::{op_name(op, owner)}", fake, lib=library)
         # A forward op's formula calls the same backend's backward op, whatever backend is current at that time.
-        function = backward(backend_op(f"{name}_backward", owner))
+        function = _once(backward(backend_op(f"{name}_backward", owner)))
         torch.library.register_autograd(f"lorasb::{op_name(name, owner)}", function, setup_context=setup, lib=library)
         # The ops have no second derivative; a formula that raises gives double backward a clear error.
         second_order = _raise_second_derivative
@@ -78,6 +80,17 @@ def define_plain(name: str, schema: str, fake: Callable[..., Any]) -> None:
     for owner in BACKENDS:
         library.define(op_name(name, owner) + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"lorasb::{op_name(name, owner)}", fake, lib=library)
+
+
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a formula that refuses `create_graph=True`: x is not saved, and no graph could lead from dR to it."""
+
+    def call(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
+        return backward(ctx, *grads)
+
+    return call
 
 
 def _raise_second_derivative(ctx: Any, *_: Any) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..quantization.quantized_weight import QuantizedWeight
 from . import autocast, fast_path, operand_checks
-from .linear_rows import NO_QUANT
+from .linear_rows import NO_QUANT, check_index
 from .registry import backend_op, current_backend
+from .signatures import is_transformed
 
 Index = Tensor | Sequence[int]
 
@@ -39,6 +40,13 @@ def linear(
             f"expected a quantized weight [{b.shape[0]}, {a.shape[1]}] on {x.device}, got {list(quantized.shape)} on "
             f"{quantized.device}"
         )
+    if not plain and is_transformed():
+        if quantized is not None:
+            dense = backend_op("dequantize", current_backend())(
+                quantized.tensors, quantized.layout(x.dtype), *quantized.shape, x.dtype
+            )
+        check_index(index, len(cores))
+        return fast_path.transformed(x, dense, a, cores, b, bias, scaling, index=index)
     quant, layout = (list(quantized.tensors), quantized.layout(x.dtype)) if quantized is not None else NO_QUANT
     arguments = x, dense, quant, layout, a, cores, b, bias, index, scaling
     # what a quantized weight consists of has no part in the signature
@@ -65,9 +73,12 @@ def group(
         x, frozen = autocast.cast_lists(x, frozen)
     (weights, a, b, biases), cores = frozen, list(cores)
     plain = True
-    for i, bias in enumerate(biases or [None] * len(weights)):
-        index, passed = operand_checks.pass_rows(x, weights[i], a[i], cores[i], b[i], bias, index)
+    members = list(zip(weights, a, cores, b, biases or [None] * len(weights), strict=True))
+    for member in members:
+        index, passed = operand_checks.pass_rows(x, *member, index)
         plain = plain and passed
+    if not plain and is_transformed():
+        return [linear(x, *member, s, 0.0, index) for member, s in zip(members, scalings, strict=True)]
     arguments = x, weights, a, cores, b, biases, index, list(scalings)
     outputs = _call("linear_rows_group", plain, (*weights, *a, *cores, *b, *biases), arguments)
     return list(outputs[: len(weights)])  # the u_j follow, which only backward uses

@@ -7,16 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 PLAIN = (Tensor, torch.nn.Parameter)
 MOST = 1 << 12  # signatures that are kept, of up to 4 KB each; every number of tokens makes one a layer shape
 
 
 def is_intercepted() -> bool:
-    """True under a mode, a functorch transform or torch.jit.trace, which have to meet the ops themselves."""
+    """Return True under a dispatch or function mode, a transform or torch.jit.trace: kernels must not be called."""
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return True
-    return torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+    return is_transformed() or torch._C._get_tracing_state() is not None
+
+
+def is_transformed() -> bool:
+    """Return True under a functorch transform (`torch.func`) or forward-mode AD, for which the ops have no rules."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def metadata_in_python(*operands: Any) -> Hashable:

@@ -1,0 +1,229 @@
+"""Derivatives beyond one backward: right by torch's own operations under a transform, else refused, and never wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import reference
+import storages
+import tolerances
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import lorasb
+from lorasb.functional import lora_sb_linear, lora_sb_linear_group
+from lorasb.ops import fast_path
+
+Layer = Callable[[Tensor, Tensor], Tensor]  # (x [M, n], R [r, r]) -> y [M, n]
+KINDS = ("dense", "quantized", "group", "rows", "quantized rows", "rows of a group")
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"square": lambda y: y.square().sum(), "sum": lambda y: y.sum()}
+
+
+def layer_of(kind: str, case: reference.Case) -> tuple[Layer, Layer]:
+    """A layer with x's number of features, and the same in one line of torch."""
+    weight: Any = storages.storage(*case.weight.shape) if kind.startswith("quantized") else case.weight
+    dense = lorasb.functional.dequantize(weight, case.x.dtype) if kind.startswith("quantized") else case.weight
+    rows = "rows" in kind
+    index = {"index": [0] * len(case.x)} if rows else {}
+
+    def layer(x: Tensor, core: Tensor) -> Tensor:
+        cores = core[None] if rows else core
+        if "group" in kind:
+            one, two = lora_sb_linear_group(
+                x, [weight] * 2, [case.a] * 2, [cores] * 2, [case.b] * 2, scalings=[case.scaling] * 2, **index
+            )
+            return one + 2 * two
+        return lora_sb_linear(x, weight, case.a, cores, case.b, None, case.scaling, **index)
+
+    def expected(x: Tensor, core: Tensor) -> Tensor:
+        y = x @ dense.t() + case.scaling * x @ case.a.t() @ core.t() @ case.b.t()
+        return 3 * y if "group" in kind else y
+
+    return layer, expected
+
+
+def fp64_case(M: int = 6, n: int = 64) -> reference.Case:
+    return reference.make_case((M,), n, n, 4, torch.float64, bias=False)
+
+
+@pytest.mark.parametrize("wrt", ["x", "R"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("small_bytes", [0, 2**40])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_derivative_in_a_residual_block_is_right_or_refused(
+    kind: str, backend: str, small_bytes: int, loss: str, wrt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_path, "SMALL_BYTES", small_bytes)
+    case = fp64_case()
+    layer, expected = layer_of(kind, case)
+
+    def second(function: Layer) -> Tensor:
+        x, core = (t.clone().requires_grad_(True) for t in (case.x, case.core))
+        y = LOSSES[loss]((x + function(x, core)).sin())
+        first = torch.autograd.grad(y, [x, core], create_graph=True)
+        at = x if wrt == "x" else core
+        (found,) = torch.autograd.grad(sum(g.square().sum() for g in first), [at])
+        return found
+
+    with lorasb.backend(backend):
+        try:
+            found = second(layer)
+        except RuntimeError as error:
+            assert "no second derivative" in str(error)
+            return
+    tolerances.check(found, second(expected), tolerances.FP64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("M", [64, 6144])
+def test_a_second_derivative_is_right_or_refused_at_real_sizes(M: int, autocast: bool, dtype: torch.dtype) -> None:
+    case = reference.make_case((M,), 256, 256, 8, torch.float32 if autocast else dtype, bias=False)
+    layer, expected = layer_of("dense", case)
+    x, core = case.x.clone().requires_grad_(True), case.core.clone().requires_grad_(True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        (g,) = torch.autograd.grad((x + layer(x, core)).float().sin().sum(), x, create_graph=True)
+    try:
+        found = torch.autograd.grad(g.float().square().sum(), [x, core])
+    except RuntimeError as error:
+        assert "no second derivative" in str(error)
+        return
+    wide = case.double()
+    x, core = wide.x.clone().requires_grad_(True), wide.core.clone().requires_grad_(True)
+    _, expected = layer_of("dense", wide)
+    (g,) = torch.autograd.grad((x + expected(x, core)).sin().sum(), x, create_graph=True)
+    for one, right in zip(found, torch.autograd.grad(g.square().sum(), [x, core]), strict=True):
+        assert torch.nn.functional.cosine_similarity(one.double().flatten(), right.flatten(), 0) > 0.99
+
+
+@pytest.mark.parametrize("small_bytes", [0, 2**40])
+def test_the_path_from_x_to_the_gradient_of_r_is_not_pruned(small_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dR = s·tᵀ u is linear in x where the loss is a sum: only u leads from it to x."""
+    monkeypatch.setattr(fast_path, "SMALL_BYTES", small_bytes)
+    case = fp64_case()
+    layer, expected = layer_of("dense", case)
+    results = []
+    for function in (layer, expected):
+        x, core = (t.clone().requires_grad_(True) for t in (case.x, case.core))
+        (dcore,) = torch.autograd.grad(function(x, core).sum(), core, create_graph=True)
+        loss = dcore.square().sum() + x.sum()  # autograd.grad would not complain of x
+        if function is layer and not small_bytes:
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                torch.autograd.grad(loss, x)
+            return
+        results.append(torch.autograd.grad(loss, x)[0])
+    tolerances.check(*results, tolerances.FP64)
+
+
+def test_create_graph_alone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_path, "SMALL_BYTES", 0)
+    case = fp64_case()
+    layer, expected = layer_of("dense", case)
+    found = []
+    for function in (layer, expected):
+        core = case.core.clone().requires_grad_(True)
+        found.append(torch.autograd.grad(function(case.x, core).square().sum(), core, create_graph=True)[0].detach())
+    tolerances.check(*found, tolerances.FP64)
+
+
+TRANSFORMS: dict[str, Callable[[Layer, reference.Case], Any]] = {
+    "jvp": lambda f, c: torch.func.jvp(f, (c.x, c.core), (c.dy, c.core.sin()))[1],
+    "jacfwd": lambda f, c: torch.func.jacfwd(f, argnums=1)(c.x, c.core),
+    "jacrev": lambda f, c: torch.func.jacrev(f, argnums=1)(c.x, c.core),
+    "grad": lambda f, c: torch.func.grad(lambda x, R: f(x, R).sin().sum(), argnums=0)(c.x, c.core),
+    "hessian": lambda f, c: torch.func.hessian(lambda R: f(c.x, R).sin().sum())(c.core),
+    "vmap over R": lambda f, c: torch.vmap(f, (None, 0))(c.x, torch.stack([c.core, 2 * c.core])),
+    "gradients by sample": lambda f, c: torch.vmap(
+        torch.func.grad(lambda R, x: f(x[None], R).sin().sum()), (None, 0)
+    )(c.core, c.x),
+}
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+@pytest.mark.parametrize("small_bytes", [0, 2**40])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_transforms_agree_with_plain_torch(
+    kind: str, transform: str, small_bytes: int, grad_mode: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_path, "SMALL_BYTES", small_bytes)
+    case = fp64_case()
+    if transform == "gradients by sample" and "rows" in kind:
+        case.x = case.x[:1]  # a row's own x [1, n], as its index says
+    layer, expected = layer_of(kind, case)
+    if transform == "gradients by sample" and "rows" in kind:
+        case.x = fp64_case().x
+    with torch.set_grad_enabled(grad_mode):
+        tolerances.check(TRANSFORMS[transform](layer, case), TRANSFORMS[transform](expected, case), tolerances.FP64)
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+@pytest.mark.parametrize("M", [6, 6144])
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_mode_without_a_transform(kind: str, M: int, grad_mode: bool) -> None:
+    case = fp64_case(M)
+    layer, expected = layer_of(kind, case)
+    tangents = []
+    for function in (layer, expected):
+        with torch.set_grad_enabled(grad_mode), forward_ad.dual_level():
+            x = forward_ad.make_dual(case.x, case.dy)
+            tangents.append(forward_ad.unpack_dual(function(x, case.core)).tangent)
+    tolerances.check(*tangents, tolerances.FP64)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "grad", "gradients by sample"])
+def test_transforms_in_a_compiled_function(transform: str) -> None:
+    case = fp64_case()
+    layer, _ = layer_of("dense", case)
+    compiled = torch.compile(lambda: TRANSFORMS[transform](layer, case), backend="aot_eager", fullgraph=True)
+    tolerances.check(compiled(), TRANSFORMS[transform](layer, case), tolerances.FP64)
+
+
+def test_frozen_tensors_have_no_gradient_under_a_transform_either() -> None:
+    case = fp64_case()
+
+    def loss(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return lora_sb_linear(case.x, weight, a, case.core, b).square().sum()
+
+    for gradient in torch.func.grad(loss, argnums=(0, 1, 2))(case.weight, case.a, case.b):
+        assert not gradient.any()
+
+
+def test_dropout_under_vmap_follows_its_randomness() -> None:
+    case = fp64_case()
+
+    def call(core: Tensor) -> Tensor:
+        return lora_sb_linear(case.x, case.weight, case.a, core, case.b, dropout=0.5)
+
+    cores = torch.stack([case.core, case.core])
+    same, different = (torch.vmap(call, randomness=kind)(cores) for kind in ("same", "different"))
+    assert torch.equal(same[0], same[1])
+    assert not torch.equal(different[0], different[1])
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(call)(cores)
+
+
+def test_gradients_by_sample_of_a_patched_model() -> None:
+    """What per-sample gradients of all R cost: r² numbers a sample and layer."""
+    model = models.patched(init="lora-xs")
+    model.get_base_model().set_attn_implementation("eager")  # the fused one has no rule for vmap, which warns
+    ids = models.text(3, 7, 0)["input_ids"]
+    cores = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(cores: dict[str, Tensor], row: Tensor) -> Tensor:
+        batch = {"input_ids": row[None], "labels": row[None]}
+        found: Tensor = torch.func.functional_call(model, cores, (), batch).loss
+        return found
+
+    by_sample = torch.vmap(torch.func.grad(loss), (None, 0))(cores, ids)
+    for i, row in enumerate(ids):
+        model.zero_grad()
+        model(input_ids=row[None], labels=row[None]).loss.backward()
+        for name, parameter in cores.items():
+            assert parameter.grad is not None
+            tolerances.check(by_sample[name][i], parameter.grad, tolerances.BATCHING)
