@@ -89,7 +89,8 @@ def transformed(
     With `index` [n], `core` is [K, r, r] and row x[i] is computed with core[index[i]], or the base alone for -1.
     """
     with torch.autocast(x.device.type, enabled=False):
-        weight, a, b, bias = (t if t is None else t.detach() for t in (weight, a, b, bias))  # as the ops have it
+        a, b = a.detach(), b.detach()  # frozen, as for the ops
+        weight, bias = (None if t is None else t.detach() for t in (weight, bias))
         u = functional.linear(functional.dropout(x, dropout), a).to(core.dtype)
         if index is None:
             v = functional.linear(u, core * scaling)

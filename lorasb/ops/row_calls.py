@@ -73,7 +73,8 @@ def group(
         x, frozen = autocast.cast_lists(x, frozen)
     (weights, a, b, biases), cores = frozen, list(cores)
     plain = True
-    members = list(zip(weights, a, cores, b, biases or [None] * len(weights), strict=True))
+    bias_or_none: Sequence[Tensor | None] = biases or [None] * len(weights)
+    members = list(zip(weights, a, cores, b, bias_or_none, strict=True))
     for member in members:
         index, passed = operand_checks.pass_rows(x, *member, index)
         plain = plain and passed

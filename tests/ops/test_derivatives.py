@@ -74,7 +74,8 @@ def test_a_second_derivative_in_a_residual_block_is_right_or_refused(
         try:
             found = second(layer)
         except RuntimeError as error:
-            assert "no second derivative" in str(error)
+            if "no second derivative" not in str(error):
+                raise
             return
     tolerances.check(found, second(expected), tolerances.FP64)
 
@@ -91,7 +92,8 @@ def test_a_second_derivative_is_right_or_refused_at_real_sizes(M: int, autocast:
     try:
         found = torch.autograd.grad(g.float().square().sum(), [x, core])
     except RuntimeError as error:
-        assert "no second derivative" in str(error)
+        if "no second derivative" not in str(error):
+            raise
         return
     wide = case.double()
     x, core = wide.x.clone().requires_grad_(True), wide.core.clone().requires_grad_(True)
@@ -138,9 +140,9 @@ TRANSFORMS: dict[str, Callable[[Layer, reference.Case], Any]] = {
     "grad": lambda f, c: torch.func.grad(lambda x, R: f(x, R).sin().sum(), argnums=0)(c.x, c.core),
     "hessian": lambda f, c: torch.func.hessian(lambda R: f(c.x, R).sin().sum())(c.core),
     "vmap over R": lambda f, c: torch.vmap(f, (None, 0))(c.x, torch.stack([c.core, 2 * c.core])),
-    "gradients by sample": lambda f, c: torch.vmap(
-        torch.func.grad(lambda R, x: f(x[None], R).sin().sum()), (None, 0)
-    )(c.core, c.x),
+    "gradients by sample": lambda f, c: torch.vmap(torch.func.grad(lambda R, x: f(x[None], R).sin().sum()), (None, 0))(
+        c.core, c.x
+    ),
 }
 
 
