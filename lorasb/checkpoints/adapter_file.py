@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..utils.dtypes import FLOATS, WIDE
 from .shared_factors import DIGEST, join_factors, missing_factors_error
 
 Shapes = dict[str, tuple[int, ...]]
+DAMAGED = "save the adapter again with model.save_pretrained(...)"
 
 
 def check_tensors(tensors: dict[str, Tensor], layers: dict[str, Shapes]) -> None:
@@ -73,14 +75,36 @@ def group_by_layer(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """layer name -> {"lorasb_A": ..., "lorasb_R": ..., "lorasb_B": ...}; other entries are omitted.
 
     Keys may have PEFT's prefix, and an adapter name behind the factor's.
+
+    Raises:
+        ValueError: two keys name the same factor of a layer.
     """
     layers: dict[str, dict[str, Any]] = {}
     for key, value in tensors.items():
         for factor in FACTORS:
             name, separator, _ = key.removeprefix(PEFT_PREFIX).rpartition(f".{factor}")
             if separator:
-                layers.setdefault(name, {})[factor] = value
+                if factor in layers.setdefault(name, {}):
+                    raise ValueError(
+                        f"expected one {factor} for layer {name!r}, got a second one as {key!r}: {DAMAGED}"
+                    )
+                layers[name][factor] = value
     return layers
+
+
+def refuse_other_keys(tensors: Iterable[str], expected: Collection[str]) -> None:
+    """Raise a ValueError for a key of an adapter file that is none of the `expected` ones.
+
+    PEFT loads whatever has the name of a parameter, the base's own included, and ignores the rest in silence.
+    """
+    others = sorted(set(tensors) - set(expected))
+    if others:
+        raise ValueError(
+            f"the adapter file has {others[0]!r}"
+            + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+            + ", expected factors of adapted layers and what modules_to_save, trainable_token_indices and bias of its "
+            f"configuration name: {DAMAGED}"
+        )
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

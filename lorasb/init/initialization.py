@@ -17,6 +17,7 @@ from ..distributed.process_group import sharded
 from ..layers.lookup import adapted_layers, any_merged, layers_with, refuse_shared_basis, uninitialized
 from ..tuner.config import LoRASBConfig, WrittenHere
 from ..utils.byte_sizes import parse_size
+from ..utils.checks import MAX_LR
 from ..utils.precision import warn_if_slow
 from .factors.factorize import Recipe
 from .factors.transaction import Staging
@@ -109,8 +110,10 @@ def _initialize(model: nn.Module, layers: Layers, batches: Any, options: Options
     config: LoRASBConfig = cast(Any, model).peft_config[recipe.adapter]
     warn_if_slow(model)
     if config.init == "update":
-        if not 0 < recipe.lr < float("inf") or (batches is None and not _exists(options.cache)):
-            raise ValueError("init='update' takes batches and lr > 0: initialize(model, loader, lr=...)")
+        if not 0 < recipe.lr <= MAX_LR or (batches is None and not _exists(options.cache)):
+            raise ValueError(
+                f"init='update' takes batches and lr > 0, at most {MAX_LR:g}: initialize(model, loader, lr=...)"
+            )
         # The hooks cut the forward at every block, and each cut would be a graph break and a recompilation.
         with Staging(recipe.adapter, recipe.held_back) as staging, torch.compiler.set_stance("force_eager"):
             outcome = from_gradients(model, layers, batches, options, staging)

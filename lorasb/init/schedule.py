@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from ..utils.checks import check_lr
+
 RULES = ("schedule", "published")
 
 
@@ -28,8 +30,7 @@ def first_step_lr(lr: float, warmup_steps: float = 0, total_steps: int | None = 
         ValueError: a rate that is not positive, negative warm-up, a fraction without total_steps, an unknown rule, or
             the published one without a fraction.
     """
-    if not lr > 0:
-        raise ValueError(f"expected a positive learning rate, got {lr!r}")
+    check_lr(lr)
     if warmup_steps < 0:
         raise ValueError(f"expected warmup_steps >= 0, got {warmup_steps!r}")
     if rule not in RULES:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..layers.linear import LoRASBLinear
+from ..utils.checks import check_lr
 
 
 def parameter_groups(
@@ -29,8 +30,10 @@ def parameter_groups(
         Up to three groups named "lorasb_R", "other" and "other, not decayed", none of them empty.
 
     Raises:
-        ValueError: nothing requires a gradient.
+        ValueError: nothing requires a gradient, or a rate is not in (0, 1e4].
     """
+    for rate in (lr, lr if other_lr is None else other_lr):
+        check_lr(rate)
     # by id: parameters compare elementwise
     core_ids = {
         id(core)

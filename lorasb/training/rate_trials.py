@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..distributed.process_group import Processes
 from ..init.gradients.task import to_device
+from ..utils.checks import check_lr
 from ..utils.random_state import rng_untouched
 
 STEPS = 12  # of a trial: loss after 15% of a run of 75 ranks rates as its end does, within a factor of two (measured)
@@ -99,8 +100,7 @@ def _adamw(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer
 
 
 def _check(lr: float, steps: int, judged: int, accumulation: int) -> None:
-    if not 0 < lr < math.inf:
-        raise ValueError(f"expected a positive learning rate to try first, got {lr!r}")
+    check_lr(lr, "learning rate to try first")
     for name, value in (("steps", steps), ("judged", judged), ("accumulation", accumulation)):
         if value < 1:
             raise ValueError(f"expected {name} of at least 1, got {value!r}")

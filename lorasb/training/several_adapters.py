@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from ..constants import BASE_ROW
 from ..layers.lookup import layers_with
+from ..utils.checks import check_lr
 
 IGNORED = -100  # label of tokens that no loss counts, as in transformers
 
@@ -90,6 +91,7 @@ def adapter_parameter_groups(
         if not layers or rate is None:
             what = "is no adapter of this model" if not layers else "has no learning rate in lr"
             raise ValueError(f"adapter {name!r} {what}")
+        check_lr(rate)
         found.append(
             {"params": [layer.lorasb_R[name] for layer in layers.values()], "lr": rate, "name": name, **options}
         )

@@ -11,6 +11,7 @@ from ..checkpoints.base_fingerprint import difference
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import any_merged, layers_with
 from ..layers.offloading import has_weight_values, weight_present
+from ..layers.weight_adapter import LoRASBEmbedding
 from .config import LoRASBConfig
 from .targets import base_of
 
@@ -57,14 +58,25 @@ def refuse_duplicates(model: nn.Module, adapter_name: str) -> None:
         )
 
 
-def check_finite(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Raise if the merged weight of any layer would not be finite, before any layer is changed."""
+def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Raise if the merged weight of any layer would not be finite, or be another module's too; changes no layer."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
     for name, module in model.named_modules():
         if not isinstance(module, LoRASBLinear):
             continue
         requested = adapter_names if adapter_names is not None else module.active_adapters
         names = [n for n in requested if n in module.lorasb_R and n not in module.merged_adapters]
         if names:
+            shared = owners.get(id(getattr(module.get_base_layer(), "weight", None)), [])
+            if len(shared) > 1 and not isinstance(module, LoRASBEmbedding):  # which merges into a copy
+                raise ValueError(
+                    f"{name}: expected a weight of its own to merge into, got one that {' and '.join(shared)} share, "
+                    "which would all get the update: keep the adapter apart, or untie the weights before patching"
+                )
             try:
                 with weight_present(module.get_base_layer()):
                     module.merged_weight(names)  # one layer's W at a time; dropped at once

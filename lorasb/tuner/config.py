@@ -17,6 +17,7 @@ from peft.utils.peft_types import PeftType
 from ..checkpoints.model_card import update_card
 from ..constants import CONFIG_NAME, MAX_RANK, PEFT_NAME, WEIGHTS_NAME
 from ..utils.atomic_files import safetensors_header, write_json
+from ..utils.checks import MAX_REPEATS, check_pattern
 from .peft_type import extend_peft_types
 
 DEFAULT_RANK = 64
@@ -25,6 +26,7 @@ ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lorasb_only", "lora_only")  # the last is PEFT's name for the same, so that configs carry over
 STARTS = ("zero", "same")  # of R, for an adapter on another one's basis
 GLUE_ALPHA = 16.0  # LoRA-XS fixes alpha at 16 on GLUE and at r elsewhere (paper, appendix I)
+SMALLEST_SCALE, LARGEST_SCALE = 1e-6, 1e6  # of s and alpha: beyond, products with R leave the range of 16 bits
 NOT_SAVED = ("init_seed", "check_base")  # of no use to whoever loads the adapter
 # Fields that patching overwrites with the values they resolve to for one model.
 RESOLVED = (
@@ -127,6 +129,7 @@ class LoRASBConfig(PeftConfig):
         super().__post_init__()
         self._weights_follow = False
         self.start_at: str | None = None  # whose R an adapter on a basis starts at a copy of
+        self.saved_names: tuple[str, ...] | None = None  # of the tensors in the file that this config was read beside
         self.awaits_weights = False  # between the injection of an adapter and the loading of its file
         self.peft_type = PeftType(PEFT_NAME)
         # Names are sets, as in PEFT's LoraConfig; JSON has no sets, so a loaded config arrives with lists.
@@ -143,6 +146,21 @@ class LoRASBConfig(PeftConfig):
         self._check_ranks()
         self._check_values()
         self._check_layer_selection()
+        self._check_patterns()
+
+    def _check_patterns(self) -> None:
+        patterns = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
+        for name, value in patterns.items():
+            if isinstance(value, str):
+                check_pattern(value, name)
+        # matched behind a prefix that may be anything
+        for name, values in (
+            ("rank_pattern", self.rank_pattern),
+            ("modules_to_save", self.modules_to_save or ()),
+            ("layers_pattern", [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern),
+        ):
+            for value in values or ():
+                check_pattern(value, name, MAX_REPEATS - 1)
 
     def _check_ranks(self) -> None:
         ranks = {"r": self.r} if self.r is not None else {}
@@ -165,8 +183,14 @@ class LoRASBConfig(PeftConfig):
             raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout!r}")
-        if not isinstance(self.scaling, int | float) or not 0.0 < abs(self.scaling) < float("inf"):
-            raise ValueError(f"scaling must be finite and not zero, got {self.scaling!r}")
+        if not isinstance(self.scaling, int | float) or not SMALLEST_SCALE <= abs(self.scaling) <= LARGEST_SCALE:
+            raise ValueError(
+                f"scaling must be finite and not zero, from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g} in size, got "
+                f"{self.scaling!r}"
+            )
+        alpha = self.lora_alpha
+        if alpha is not None and not (isinstance(alpha, int | float) and SMALLEST_SCALE <= alpha <= LARGEST_SCALE):
+            raise ValueError(f"lora_alpha must lie between {SMALLEST_SCALE:g} and {LARGEST_SCALE:g}, got {alpha!r}")
         if self.lora_alpha is not None and not self.init.startswith("lora-xs"):
             raise ValueError(
                 f"lora_alpha belongs to init='lora-xs' (its scaling is alpha/r), got init={self.init!r}: "
@@ -243,9 +267,9 @@ class LoRASBConfig(PeftConfig):
         """
         weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
         # PEFT reads the config before it patches the model, so a truncated file is refused with the model untouched
-        if weights.is_file():
-            safetensors_header(weights)
+        names = tuple(safetensors_header(weights)) if weights.is_file() else None
         config: LoRASBConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.saved_names = names
         return config.weights_follow()
 
 

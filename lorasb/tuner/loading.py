@@ -7,7 +7,7 @@ PEFT hands a method the tensors of an adapter file, but not its folder, which ha
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import peft
 import peft.peft_model
 import peft.utils
 import peft.utils.save_and_load
-from torch import Tensor
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
 
-from ..checkpoints import shared_factors
+from ..checkpoints import adapter_file, shared_factors
 from ..checkpoints.shared_factors import DIGEST, join_factors
-from ..constants import FACTORS_NAME, PEFT_PREFIX
+from ..constants import FACTORS, FACTORS_NAME, PEFT_PREFIX
 from ..layers.linear import LoRASBLinear
 from . import basis
 from .config import LoRASBConfig
@@ -102,6 +104,63 @@ def with_factors(
     prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
     own = {key: value for key, value in others.items() if not shared_factors.is_factor(key)}
     return own | {f"{prefix}{key}": value for key, value in basis.frozen_factors(layers, found).items()}
+
+
+def without_foreign(
+    tensors: dict[str, Tensor], model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: Collection[str]
+) -> dict[str, Tensor]:
+    """Return a file's tensors without embeddings that equal the base's, which PEFT adds where it saves.
+
+    Raises:
+        ValueError: a key is neither a factor nor a trained module, row or bias that the config names.
+    """
+    parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
+    prefix = PEFT_PREFIX if any(name.startswith(PEFT_PREFIX) for name in parameters) else ""
+    expected = {f"{prefix}{_plain(layer)}.{factor}" for layer in layers for factor in FACTORS}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            expected.update(
+                f"{_plain(name)}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values()
+            )
+    if config.bias != "none":
+        of_layers = tuple(f"{prefix}{_plain(layer)}." for layer in layers)
+        biases = (name for name in parameters if name.endswith(".bias"))
+        expected.update(name for name in biases if config.bias == "all" or name.startswith(of_layers))
+    kept = {k: v for k, v in tensors.items() if _plain(k) in expected or not _equals_base(parameters.get(_plain(k)), v)}
+    adapter_file.refuse_other_keys(map(_plain, kept), {*expected, DIGEST})
+    return kept
+
+
+def refuse_missing_modules(model: nn.Module, config: LoRASBConfig) -> None:
+    """Raise a ValueError for a module that the config of a file names as saved, and that the file does not have."""
+    if config.saved_names is None:
+        return
+    saved = [name.removeprefix(PEFT_PREFIX) for name in config.saved_names]
+    for name in config.modules_to_save or ():
+        places = [n for n, module in model.named_modules() if n == name or n.endswith(f".{name}")]
+        if places and not any(key.startswith(f"{place}.") for key in saved for place in places):
+            raise ValueError(
+                f"the adapter's configuration names {name!r} in modules_to_save, expected its weights in the adapter "
+                f"file, got none: {adapter_file.DAMAGED}"
+            )
+    if config.trainable_token_indices and not any("trainable_tokens" in key for key in saved):
+        raise ValueError(
+            "the adapter's configuration names trainable_token_indices, expected their rows in the adapter file, got "
+            f"none: {adapter_file.DAMAGED}"
+        )
+
+
+def _plain(name: str) -> str:
+    """Return a name without what torch.compile and FSDP put into it."""
+    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+
+
+def _equals_base(parameter: Tensor | None, value: Tensor) -> bool:
+    """Return True if a value is a base parameter's, also where one of the two was rounded to 16 bits."""
+    if parameter is None or parameter.is_meta or parameter.shape != value.shape:
+        return False
+    own, value = parameter.detach(), value.to(parameter.device)
+    return torch.equal(own, value.to(own.dtype)) or torch.equal(own.to(value.dtype), value)
 
 
 def _make_room(

@@ -30,7 +30,7 @@ from ..layers.weight_adapter import adapt_weights
 from ..quantization.bitsandbytes import keep_unpacked
 from ..utils.dtypes import HALVES
 from . import basis, fused_experts, hotswap, loading
-from .base_model import can_initialize_now, check_base, check_finite, float_dtype, refuse_duplicates
+from .base_model import can_initialize_now, check_base, check_mergeable, float_dtype, refuse_duplicates
 from .config import ALL_LINEAR, LoRASBConfig, WrittenHere
 from .fresh_heads import save_heads
 from .mixed_batch import adapters_by_row
@@ -89,6 +89,7 @@ class LoRASBModel(BaseTuner):
             refuse_duplicates(model, adapter_name)
             config.start_over()  # before any field is resolved
             config.awaits_weights = config.from_file
+            loading.refuse_missing_modules(model, config)
             config.base_fingerprint = config.base_fingerprint if config.check_base else None
             config.task_type = config.task_type or infer_task_type(model)
             keep_unpacked(model)  # before any forward: a repacked 4-bit weight cannot be dequantized
@@ -248,7 +249,7 @@ class LoRASBModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights: all layers, or none if one would get values that are not finite."""
-        check_finite(self.model, adapter_names)
+        check_mergeable(self.model, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -259,7 +260,7 @@ class LoRASBModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            check_finite(self.model, adapter_names)
+            check_mergeable(self.model, adapter_names)
         linear_group.dissolve(self.model)  # its pre-hooks would stay on the plain model
         with places_known(self):
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
@@ -323,6 +324,7 @@ class LoRASBModel(BaseTuner):
         try:
             state_dict = loading.with_factors(state_dict, adapter_name, layers, config)
             adapter_file.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
+            state_dict = loading.without_foreign(state_dict, model, config, adapter_name, layers)
         except ValueError:
             # PEFT injected the adapter for this file only; one that was there before stays
             if config.awaits_weights or not any(layer.is_initialized(adapter_name) for layer in layers.values()):

@@ -278,3 +278,91 @@ def test_a_save_killed_half_way_leaves_the_old_adapter_whole(tmp_path: Path) -> 
             assert len(group_by_layer(read_tensors(tmp_path))) == 14
             again = peft.PeftModel.from_pretrained(make("llama"), tmp_path)
             assert isinstance(again, nn.Module)
+
+
+def base_key(part: str) -> str:
+    return next(n for n, _ in make("llama").named_parameters() if n.endswith(part))
+
+
+FOREIGN = {
+    "a norm": lambda: f"base_model.model.{base_key('norm.weight')}",
+    "an adapted layer's base": lambda: "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
+    "an embedding": lambda: "base_model.model.model.embed_tokens.weight",
+    "a head": lambda: "base_model.model.lm_head.weight",
+    "a bias": lambda: "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias",
+    "a name of no parameter": lambda: "base_model.model.model.warp",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_key_that_the_config_does_not_name_is_refused(saved: Path, name: str) -> None:
+    """PEFT loads it into the base, where `disable_adapter()` does not take it back."""
+    key, base = FOREIGN[name](), make("llama")
+    before = {n: p.clone() for n, p in base.state_dict().items()}
+    parameters = dict(lorasb.patch(make("llama"), r=4).named_parameters())
+    shape = parameters[key].shape if key in parameters else (4,)
+    edit(saved, lambda tensors: tensors.update({key: torch.full(shape, 3.0)}))
+    with pytest.raises(ValueError, match=r"the adapter file has 'base_model.*expected factors of adapted layers"):
+        peft.PeftModel.from_pretrained(base, saved)
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[n]) for n, value in base.state_dict().items())
+
+
+@pytest.mark.parametrize("rename", ["without the prefix", "another adapter's"])
+def test_keys_that_peft_would_ignore_are_refused(saved: Path, rename: str) -> None:
+    """They left the model as the bare base, without a word."""
+    found = load_file(saved / WEIGHTS)
+    if rename == "another adapter's":
+        changed = {f"{key}.other": value for key, value in found.items()}
+    else:
+        changed = {key.removeprefix("base_model.model."): value for key, value in found.items()}
+    save_file(changed, saved / WEIGHTS)
+    base = make("llama")
+    with pytest.raises(ValueError, match=r"the adapter file has '.*' and \d+ more, expected factors"):
+        peft.PeftModel.from_pretrained(base, saved)
+    assert not any(isinstance(module, LoRASBLinear) for module in base.modules())
+
+
+def test_two_keys_for_one_factor_are_refused(saved: Path) -> None:
+    def twice(tensors: dict[str, Tensor]) -> None:
+        key = next(key for key in tensors if key.endswith("lorasb_R"))
+        tensors[key.removeprefix("base_model.model.")] = 2 * tensors[key]
+
+    edit(saved, twice)
+    with pytest.raises(ValueError, match=r"expected one lorasb_R for layer '.*', got a second one as"):
+        peft.PeftModel.from_pretrained(make("llama"), saved)
+    with pytest.raises(ValueError, match=r"expected one lorasb_R for layer '.*', got a second one as"):
+        read_tensors(saved)
+
+
+def test_embeddings_that_peft_saved_beside_the_adapter_are_left_out(saved: Path) -> None:
+    """PEFT adds them where a target is an embedding; as long as they are the base's own they do no harm."""
+    base, key = make("llama"), "base_model.model.model.embed_tokens.weight"
+    own = base.get_input_embeddings().weight.detach().clone()
+    edit(saved, lambda tensors: tensors.update({key: own.bfloat16()}))
+    loaded = peft.PeftModel.from_pretrained(make("llama", dtype=torch.bfloat16).float(), saved)
+    assert torch.equal(loaded.get_input_embeddings().weight, own.bfloat16().float())
+    edit(saved, lambda tensors: tensors.update({key: own}))
+    assert torch.equal(peft.PeftModel.from_pretrained(base, saved).get_input_embeddings().weight, own)
+
+
+@pytest.mark.parametrize("field", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}])
+def test_trained_modules_without_weights_leave_the_base_as_it_was(saved: Path, field: dict[str, object]) -> None:
+    values = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps(values | field))
+    base = make("llama")
+    with pytest.raises(ValueError, match=r"expected (its weights|their rows) in the adapter file, got none"):
+        peft.PeftModel.from_pretrained(base, saved)
+    assert not any(isinstance(module, LoRASBLinear) for module in base.modules())
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save"])
+def test_a_pattern_of_a_file_cannot_stall_a_load(saved: Path, field: str) -> None:
+    pattern = "(.*.*)*zzz(a+)+$"
+    values = json.loads((saved / CONFIG).read_text())
+    value = {"rank_pattern": {pattern: 4}, "modules_to_save": [pattern]}.get(field, pattern)
+    (saved / CONFIG).write_text(json.dumps(values | {field: value}))
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=rf"{field}: expected no repeated group"):
+        peft.PeftModel.from_pretrained(make("llama"), saved)
+    assert time.perf_counter() - started < 5

@@ -65,3 +65,12 @@ def test_letters_that_end_a_line_elsewhere_are_kept(tmp_path: Path, letter: str)
     assert [(e.prompt, e.completion) for e in tasks.read_jsonl(tmp_path / "x.jsonl")] == [
         (row["prompt"], row["completion"]) for row in rows
     ]
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e400", "1" * 400])
+@pytest.mark.parametrize("row", ['{"text": "a", "label": VALUE}', '{"prompt": VALUE, "completion": "b"}'])
+def test_a_number_that_no_loss_can_take_names_its_line(tmp_path: Path, row: str, value: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a", "label": 1.5}\n' + row.replace("VALUE", value) + "\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: .*(finite number|Exceeds the limit)"):
+        tasks.read_jsonl(file)

@@ -161,7 +161,7 @@ def test_a_head_keeps_its_own_rate() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lr": 0.0}, "expected a positive learning rate to try first, got 0.0"),
+        ({"lr": 0.0}, "expected a positive learning rate to try first, at most 10000, got 0.0"),
         ({"lr": math.inf}, "expected a positive learning rate"),
         ({"steps": 0}, "expected steps of at least 1, got 0"),
         ({"judged": 0}, "expected judged of at least 1, got 0"),

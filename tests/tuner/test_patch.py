@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import peft
 import pytest
@@ -97,6 +98,12 @@ BAD_PATCHES = {
         "init must be one of update, lora-xs, lora-xs-output, kaiming, random, got 'pissa'",
     ),
     "dropout": ({"lora_dropout": 1.0}, ValueError, r"lora_dropout must lie in \[0, 1\), got 1\.0"),
+    "scaling too large": ({"scaling": 1e300}, ValueError, "scaling must be finite and not zero, from"),
+    "scaling NaN": ({"scaling": float("nan")}, ValueError, "scaling must be finite and not zero, from"),
+    "alpha NaN": ({"init": "lora-xs", "lora_alpha": float("nan")}, ValueError, "lora_alpha must lie between"),
+    "alpha zero": ({"init": "lora-xs", "lora_alpha": 0}, ValueError, "lora_alpha must lie between"),
+    "alpha negative": ({"init": "lora-xs", "lora_alpha": -4.0}, ValueError, "lora_alpha must lie between"),
+    "a broken pattern": ({"target_modules": "("}, ValueError, "target_modules: expected a regular expression"),
     "scaling": ({"scaling": 0.0}, ValueError, "scaling must be finite and not zero"),
     "alpha": ({"lora_alpha": 16}, ValueError, "lora_alpha belongs to init='lora-xs'"),
     "pattern alone": ({"layers_pattern": "layers"}, ValueError, "give layers_to_transform too"),
@@ -176,3 +183,18 @@ def test_weights_of_unsupported_dtypes_are_refused(dtype: torch.dtype) -> None:
     layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
     with pytest.raises(TypeError, match=rf"up_proj.* {dtype} weight.*lorasb.quantize quantized"):
         lorasb.patch(model, r=4)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_weight_that_two_modules_share_is_not_merged_into(both: bool) -> None:
+    """Each would add its update, or the other module get one that it does not have."""
+    net = nn.ModuleDict({"one": nn.Linear(8, 8, bias=False), "two": nn.Linear(8, 8, bias=False)})
+    net["two"].weight = net["one"].weight
+    before = net["one"].weight.detach().clone()
+    targets = ["one", "two"] if both else ["one"]
+    model: Any = lorasb.patch(net, r=2, target_modules=targets, init="kaiming")
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="expected a weight of its own to merge into, got one that"):
+            merge()
+    assert torch.equal(model.base_model.model["one"].base_layer.weight, before)
+    assert not torch.nn.utils.parametrize.is_parametrized(model.unload()["one"])

@@ -14,6 +14,7 @@ from ...constants import BASE_ROW
 # reasoning-gym draws item i of a data set from seed + i, so the held-out set needs a seed far from the training set's.
 HELD_OUT_SEED = 10_000_000
 # A name is a folder, and a part of parameters' names, which have no dots.
+MAX_LABEL = 3e38  # of fp32
 ADAPTER_NAME, TAKEN_NAMES = r"[\w@+-]+", ("default", BASE_ROW)
 MAX_ROUNDS = 20  # draws of `count` items before a task is taken to be too small
 
@@ -171,7 +172,14 @@ def text_of(values: dict[str, Any], name: str) -> str:
     value = values[name]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise TypeError(f"{name} has to be a text, got {str(value)[:60]!r} ({type(value).__name__})")
+    _check_number(value, name)
     return str(value)
+
+
+def _check_number(value: str | int | float, what: str) -> None:
+    """Raise a TypeError for a value that no loss or fp32 tensor can take: NaN, Infinity, 1e400."""
+    if not isinstance(value, str) and not -MAX_LABEL <= value <= MAX_LABEL:
+        raise TypeError(f"{what} is a finite number, at most {MAX_LABEL:g}, got {value!r}")
 
 
 class BadAdapterError(ValueError):
@@ -205,4 +213,5 @@ def labeled(text: str, label: Any, pair: str = "") -> Example:
     """
     if isinstance(label, bool) or not isinstance(label, str | int | float):
         raise TypeError(f"a label is a text or a number, got {label!r}")
+    _check_number(label, "a label")
     return Example(text, str(label), pair=pair, label=label, score="label")

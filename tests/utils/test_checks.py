@@ -1,0 +1,74 @@
+"""Patterns of adapters match within a bounded time, and rates are rates."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorasb.utils.checks import MAX_REPEATS, check_lr, check_pattern
+
+GOOD = [
+    r".*(query|value|output\.dense)",
+    r"model\.layers\.(0|1)\..*(q|v)_proj",
+    "[^)*+]*",
+    r"a\)\*+",
+    "x{2}",
+    "(a.*)?b",
+]
+BAD = [
+    "(a+)+",
+    "(.*.*)*zzz(a+)+$",
+    "(a|a)*$",
+    "(ab){2,9}",
+    "(",
+    "[",
+    "*a",
+    "(?:a?)*",
+    r"([)]a)+",
+    "(" * 500 + ")" * 500,
+]
+
+
+@pytest.mark.parametrize("pattern", GOOD)
+def test_patterns_that_people_write_pass(pattern: str) -> None:
+    check_pattern(pattern, "target_modules")
+
+
+@pytest.mark.parametrize("pattern", BAD)
+def test_patterns_that_can_take_forever_are_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="target_modules: expected"):
+        check_pattern(pattern, "target_modules")
+
+
+def test_too_many_repeats_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"at most 3 repeats .* got 4"):
+        check_pattern(".*a.*b.*c.*", "target_modules")
+
+
+@given(st.lists(st.sampled_from([".*", "a", "(", ")", "|", "[ab]*", "a+", "?", "{2,}", "\\.", "(a)"]), max_size=8))
+def test_what_passes_is_quick_on_a_long_name(parts: list[str]) -> None:
+    pattern = "".join(parts)
+    try:
+        check_pattern(pattern, "here")
+    except ValueError:
+        return
+    started = time.perf_counter()
+    re.match(pattern + "z$", "a" * 100)
+    assert time.perf_counter() - started < 2
+
+
+def test_the_worst_pattern_is_bounded() -> None:
+    started = time.perf_counter()
+    re.match(".*" * MAX_REPEATS + "z$", "a" * 100)
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize("lr", [0.0, -1.0, math.nan, math.inf, 1e38])
+def test_a_rate_that_is_none_is_refused(lr: float) -> None:
+    with pytest.raises(ValueError, match="expected a positive learning rate, at most 10000"):
+        check_lr(lr)
