@@ -272,9 +272,11 @@ def lora_sb_linear_group(
     lists = [list(tensors) for tensors in (weights, lora_A, lora_R, lora_B, biases)]
     plain = operand_checks.pass_group(x, scalings, *lists)
     bias_or_none: list[Any] = list(biases) or [None] * len(weights)
-    members = list(zip(weights, lora_A, lora_R, lora_B, bias_or_none, scalings, strict=True))
+    members: list[Any] = list(zip(weights, lora_A, lora_R, lora_B, bias_or_none, scalings, strict=True))
     if not plain and is_transformed():
-        return [fast_path.transformed(x, *member, _checked(dropout)) for member in members]
+        return [
+            fast_path.transformed(x, w, a, core, b, bias, s, _checked(dropout)) for w, a, core, b, bias, s in members
+        ]
     backend = current_backend()
     kernels = _kernels("linear_group", backend, plain, [x, *itertools.chain(*lists)])
     seeds = _seed(dropout, len(weights))

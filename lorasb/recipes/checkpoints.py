@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..utils.atomic_files import write_json
+from ..utils.atomic_files import sha256, write_json
 
-# Written last: a folder without it, or with files of other sizes than it lists, was interrupted while being written.
+# Written last: a folder without it was interrupted while being written, and files of other contents are damaged.
 MARK = "complete.json"
 KEPT = 2  # the last one, and the one before in case the last gets damaged
 
@@ -22,7 +22,7 @@ class Mark:
     step: int
     seconds: float  # training time up to this step, over all starts
     identity: dict[str, Any]  # of the run, see `run_folder.identity_of`
-    files: dict[str, int]  # name -> bytes
+    files: dict[str, str]  # name -> SHA-256
 
 
 def step_of(folder: Path) -> int:
@@ -33,21 +33,34 @@ def step_of(folder: Path) -> int:
 
 def complete(folder: Path, seconds: float, identity: dict[str, Any]) -> None:
     """Mark a checkpoint as complete, then remove complete checkpoints older than the last two."""
-    files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
-    mark = Mark(step_of(folder), seconds, identity, {name: size for name, size in files.items() if name != MARK})
-    write_json(folder / MARK, mark.__dict__)
+    write_json(folder / MARK, Mark(step_of(folder), seconds, identity, digests(folder)).__dict__)
     for old in sorted(whole(folder.parent), key=step_of)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def digests(folder: Path, except_for: str = MARK) -> dict[str, str]:
+    """The SHA-256 of every file in a folder, by name."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != except_for)
+    return {str(file.relative_to(folder)): sha256(file) for file in files}
 
 
 def read(folder: Path) -> Mark | None:
     """A checkpoint's mark; None if the checkpoint is incomplete."""
     try:
-        mark = Mark(**json.loads((folder / MARK).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return Mark(**json.loads((folder / MARK).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
-    sizes = ((folder / name, size) for name, size in mark.files.items())
-    return mark if all(file.is_file() and file.stat().st_size == size for file, size in sizes) else None
+
+
+def fault(folder: Path, files: dict[str, str]) -> str | None:
+    """What is wrong with a folder that had files of these digests; None if it is as it was written."""
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"is incomplete ({name} is missing)"
+        if sha256(file) != expected:
+            return f"is damaged ({name} is not what was written)"
+    return None
 
 
 def whole(folder: Path) -> list[Path]:
@@ -55,8 +68,13 @@ def whole(folder: Path) -> list[Path]:
     return [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0 and read(path) is not None]
 
 
-def last(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The last complete checkpoint (None if there is none), and all incomplete ones."""
-    folders = sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
-    best = max((path for path in folders if read(path) is not None), key=step_of, default=None)
-    return best, [path for path in folders if read(path) is None]
+def last(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The last checkpoint that is as it was written (None if there is none), and what is wrong with later ones."""
+    faults: dict[Path, str] = {}
+    for path in sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of, reverse=True):
+        mark = read(path)
+        wrong = fault(path, mark.files) if mark else "was cut off while it was written"
+        if wrong is None:
+            return path, faults
+        faults[path] = wrong
+    return None, faults

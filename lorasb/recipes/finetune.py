@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from ..distributed.process_group import Processes
 from ..ops.registry import current_backend
+from ..utils.atomic_files import locked
 from ..utils.precision import resolve, slowdown_message
 from . import launch, results
 from .adapter import adapt, load_adapter, load_report, save_start
@@ -38,13 +40,13 @@ def run_finetune(settings: Settings) -> Result:
 
     check_report(settings)
     make = _reinforcement(settings) if settings.rl is not None else None
-    with launch.joined() as processes, Stop(GO_ON) as stop:
+    with launch.joined() as processes, Stop(GO_ON) as stop, ExitStack() as held:
         settings.check_processes(processes.world_size)
         precision = resolve(settings.dtype, device())
         examples = load_examples(settings)
         identity = _identify(settings, precision.name, processes.world_size, digest(*examples))
         folder = RunFolder(settings.output)
-        state = _look_up_state(folder, settings, identity, processes)
+        state = _look_up_state(folder, settings, identity, processes, held)
         if state.kind == FINISHED:
             return results.load(folder.folder)
         _warn(settings, processes)
@@ -81,13 +83,16 @@ def _identify(settings: Settings, dtype: str, processes: int, examples: str) -> 
     return identity_of(settings, dtype=dtype, device=device(), processes=processes, examples=examples)
 
 
-def _look_up_state(folder: RunFolder, settings: Settings, identity: dict[str, Any], processes: Processes) -> State:
-    """How far the run in the folder came, as rank 0 reads it; its errors are raised on every rank."""
+def _look_up_state(
+    folder: RunFolder, settings: Settings, identity: dict[str, Any], processes: Processes, held: ExitStack
+) -> State:
+    """How far the run in the folder came, as rank 0 reads it and holds it; its errors are raised on every rank."""
     state, error = None, None
     try:
-        # rank 0 alone reads: on other hosts the folder may be another one
-        state = folder.look(settings, identity) if processes.rank == 0 else None
-    except ValueError as caught:
+        if processes.rank == 0:  # alone: on other hosts the folder may be another one
+            held.enter_context(locked(folder.folder))
+            state = folder.look(settings, identity)
+    except (ValueError, OSError) as caught:
         error = caught
     processes.raise_on_every_rank(error, "looking for an earlier run")
     shared_state = State(**launch.gather_json(state.__dict__ if state else None, processes)[0])

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..init import InitReport, RankSuggestion
 from ..utils import plotting
-from ..utils.atomic_files import replacing_folder, write_json
+from ..utils.atomic_files import locked, replacing_folder, write_json
 from .adapter import adapt, save_adapter
 from .config_file import CONFIG_NAME, write_config
 from .console import console
@@ -28,6 +28,11 @@ def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]
     """
     settings.run.check()
     _check_targets(settings)
+    with locked(settings.run.output):
+        return _run(settings)
+
+
+def _run(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]:
     # Nothing is evaluated: one held-out example is the least that `prepare` takes.
     run = prepare(replace(settings.run, eval_examples=1))
     console.print(f"in {run.precision.name}: {run.precision.reason}", highlight=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import resource
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,11 +24,9 @@ from .examples.data import describe_data
 from .examples.tasks import Example
 from .prepare import Run, device
 from .problems.evaluation import Evaluation, score_by_source
-from .run_folder import SUMMARY_NAME
+from .run_folder import ANSWERS_NAME, SUMMARY_NAME
 from .train import Trained
 from .user_adapters import by_adapter
-
-ANSWERS_NAME = "answers.json"
 
 
 @dataclass(frozen=True)
@@ -109,19 +106,8 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
         plot_loss(history, summary["eval_loss_before"], summary["eval_loss_after"], folder / "loss.png", title)
     else:
         console.print("no pictures, as matplotlib is not installed: pip install matplotlib", highlight=False)
-    _remove_former(folder, result.report, exported=not run.adapters, pictures=pictures)
     write_json(folder / ANSWERS_NAME, _answers(result))
     write_json(folder / SUMMARY_NAME, summary)  # last: a summary says that the run is finished
-
-
-def _remove_former(folder: Path, report: InitReport | None, exported: bool, pictures: bool) -> None:
-    """Remove what a former run in this folder had and this one, which has written its own by now, has not."""
-    made = {"loss.png": pictures, REPORT_NAME: report is not None}
-    made["energy.png"] = pictures and report is not None and report.energy_sign is not None
-    for name in (name for name, there in made.items() if not there):
-        (folder / name).unlink(missing_ok=True)
-    if report is None or not exported:
-        shutil.rmtree(folder / "lora", ignore_errors=True)
 
 
 def _save_export_and_report(run: Run, report: InitReport, folder: Path) -> None:

@@ -8,9 +8,10 @@ the last file, `summary.json` are written.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,20 @@ from .setting_rules import option
 from .settings import Settings, listed
 
 NEW, UNFINISHED, FINISHED = "new", "unfinished", "finished"
-SUMMARY_NAME = "summary.json"
+SUMMARY_NAME, ANSWERS_NAME = "summary.json", "answers.json"
+FORMER_NAME = "former"
+# The summary first: without it the folder has no finished run.
+RESULT_NAMES = (
+    SUMMARY_NAME,
+    ANSWERS_NAME,
+    CONFIG_NAME,
+    "adapter",
+    "lora",
+    "report.json",
+    "loss.png",
+    "energy.png",
+    "tensorboard",
+)
 OWN_NAMES = RUN_NAME, BEFORE_NAME, START_NAME = "run.json", "before.json", "start"  # in checkpoints/
 
 
@@ -33,15 +47,16 @@ class State:
     kind: str
     checkpoint: str | None = None
     lines: list[str] = field(default_factory=list)  # messages for the user
-    cut_off: list[str] = field(default_factory=list)  # incomplete checkpoints
+    left_out: list[str] = field(default_factory=list)  # incomplete and damaged checkpoints, and a damaged start
 
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds that the initialization took, and the learning rate that its R belongs to."""
+    """Seconds that the initialization took, the learning rate that its R belongs to, and SHA-256 by file."""
 
     seconds: float
     lr: float
+    files: dict[str, str] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -60,7 +75,7 @@ class RunFolder:
         """
         self._refuse_foreign()
         if settings.resume == "never":
-            return State(NEW)
+            return State(NEW, None, self._former_line())
         running = _read(self.checkpoints / RUN_NAME)
         if running is None and (self.checkpoints / RUN_NAME).exists():
             raise ValueError(
@@ -76,6 +91,11 @@ class RunFolder:
             line = f"the run in {self.folder} is finished: these are its results (--resume never runs it anew)"
             return State(FINISHED, None, [line])
         return State(NEW) if running is None else self._look_at_last(running, identity)
+
+    def _former_line(self) -> list[str]:
+        if not (self.folder / SUMMARY_NAME).exists():
+            return []
+        return [f"the results of the run in {self.folder} are moved to {self.folder / FORMER_NAME}"]
 
     def _refuse_foreign(self) -> None:
         """Raise a ValueError if `checkpoints/` has files that no run of lorasb wrote: a run clears that folder."""
@@ -100,11 +120,15 @@ class RunFolder:
     def _look_at_last(self, running: dict[str, Any], identity: dict[str, Any]) -> State:
         """The run goes on from its last whole checkpoint, or from its start."""
         self._check_same(running, identity)
-        best, broken = checkpoints.last(self.checkpoints)
-        lines = [f"{path} was cut off while it was written, and is left out" for path in broken]
+        best, faults = checkpoints.last(self.checkpoints)
+        start = self.load_start()
+        wrong = checkpoints.fault(self.start, start.files) if start else None
+        if wrong is not None:
+            faults[self.start] = wrong
+        lines = [f"{path} {wrong}, and is left out" for path, wrong in faults.items()]
         where = f"{best}, step {checkpoints.step_of(best)}" if best else "before its first checkpoint"
         lines.append(f"going on with the run in {self.folder}: {where}")
-        return State(UNFINISHED, str(best) if best else None, lines, [str(path) for path in broken])
+        return State(UNFINISHED, str(best) if best else None, lines, [str(path) for path in faults])
 
     def _read_checkpoint(self, path: Path, identity: dict[str, Any]) -> checkpoints.Mark:
         if not path.is_dir():
@@ -118,6 +142,12 @@ class RunFolder:
         different = differences(mark.identity, identity)
         if different:
             raise ValueError(f"--resume {path}: this checkpoint is of another run: {different}")
+        wrong = checkpoints.fault(path, mark.files)
+        if wrong is not None:
+            raise ValueError(
+                f"--resume {path}: this is no whole checkpoint of lorasb finetune, it {wrong}: --resume auto takes the "
+                "last whole one"
+            )
         return mark
 
     def _check_same(self, saved_identity: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -129,11 +159,11 @@ class RunFolder:
             )
 
     def begin(self, state: State, settings: Settings, identity: dict[str, Any]) -> None:
-        """Prepare the folder: clear it for a new run, remove incomplete checkpoints, write the run's identity."""
+        """Prepare the folder: set an earlier run's files aside, remove broken checkpoints, write the run's identity."""
         if state.kind == NEW:
+            self._set_aside()
             self._clear()
-            (self.folder / SUMMARY_NAME).unlink(missing_ok=True)
-        for broken in state.cut_off:
+        for broken in state.left_out:
             shutil.rmtree(broken, ignore_errors=True)
         # After the clean-up: run.json claims the folder, so nothing of another run may be left when it appears.
         write_json(self.checkpoints / RUN_NAME, identity)
@@ -153,16 +183,28 @@ class RunFolder:
         with replacing_folder(self.start) as folder:
             save(folder)
             # its presence says that start/ is complete, see `load_start`
-            write_json(folder / "start.json", asdict(start))
+            write_json(folder / "start.json", asdict(replace(start, files=checkpoints.digests(folder))))
 
     def load_start(self) -> Start | None:
         """What the initialization came to; None if it was not completed."""
         values = _read(self.start / "start.json")
-        return None if values is None else Start(**values)
+        return None if values is None or "files" not in values else Start(**values)
 
     def end(self) -> None:
         """Remove the files of an unfinished run, once the results are written."""
         self._clear()
+
+    def _set_aside(self) -> None:
+        """Move the results of an earlier run in this folder into `former/`, in place of those of a run before it."""
+        if not any((self.folder / name).exists() for name in (SUMMARY_NAME, f"checkpoints/{RUN_NAME}")):
+            return
+        former, found = self.folder / FORMER_NAME, [self.folder / name for name in RESULT_NAMES]
+        shutil.rmtree(former, ignore_errors=True)
+        former.mkdir()
+        for path in (path for path in found if path.exists()):
+            os.replace(path, former / path.name)
+        if not any(former.iterdir()):
+            former.rmdir()
 
     def _clear(self) -> None:
         """Remove `checkpoints/`, last of it run.json: what a kill leaves there is known as a run's."""

@@ -43,6 +43,11 @@ def wrong_if_negative(value: float) -> str | None:
     return None if value >= 0 else "must not be negative"
 
 
+def wrong_if_unnamed(value: str) -> str | None:
+    """A folder's name: an empty one would be the current folder, which a run clears of checkpoints."""
+    return None if value.strip() else "has to name a folder"
+
+
 def wrong_bits(value: int) -> str | None:
     """4 or 16."""
     return None if value in (4, 16) else "must be 4 or 16"

@@ -15,6 +15,7 @@ from .setting_rules import (
     check_reinforcement,
     wrong_bits,
     wrong_if_negative,
+    wrong_if_unnamed,
     wrong_ranks,
     wrong_save_steps,
     wrong_share,
@@ -224,7 +225,9 @@ class Settings:
         group="run",
     )
     report_to: str = setting("none", "none, tensorboard or wandb.", group="run", choices=REPORTS)
-    output: str = setting("runs/finetune", "Folder for the run's files.", group="run", init="same")
+    output: str = setting(
+        "runs/finetune", "Folder for the run's files.", group="run", init="same", check=wrong_if_unnamed
+    )
 
     def check(self) -> None:
         """Raise a ValueError for an invalid value, or values that do not go together."""

@@ -16,7 +16,7 @@ from peft.utils.peft_types import PeftType
 
 from ..checkpoints.model_card import update_card
 from ..constants import CONFIG_NAME, MAX_RANK, PEFT_NAME, WEIGHTS_NAME
-from ..utils.atomic_files import safetensors_header, write_json
+from ..utils.atomic_files import safetensors_header, umask, write_json
 from ..utils.checks import MAX_REPEATS, check_pattern
 from .peft_type import extend_peft_types
 
@@ -252,7 +252,7 @@ class LoRASBConfig(PeftConfig):
             config_dict.pop(name)
         weights = Path(save_directory) / WEIGHTS_NAME
         if weights.is_file():
-            weights.chmod(0o644)  # safetensors renames a temporary file of mode 0600 into place
+            weights.chmod(0o666 & ~umask())  # safetensors renames a temporary file of mode 0600 into place
         write_json(Path(save_directory) / CONFIG_NAME, config_dict)
         update_card(Path(save_directory), config_dict, self.scaling_for(self.r or DEFAULT_RANK))
 

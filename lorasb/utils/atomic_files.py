@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -33,8 +36,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
+        os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes files that only their owner may read
+        _sync(temporary)
         os.replace(temporary, target)
+        _sync(target.parent)
     except SafetensorError as error:
         raise OSError(f"{target} cannot be written: {error}") from error
     finally:
@@ -53,12 +58,38 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         yield temporary
-        os.chmod(temporary, 0o755)
+        os.chmod(temporary, 0o777 & ~umask())
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
         _take_place(temporary, target)
+        _sync(target.parent)
     except SafetensorError as error:
         raise OSError(f"{target} cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def umask() -> int:
+    """The process's umask, which can only be read by setting it; Linux tells it without."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("\nUmask:")[2].split()[0], 8)
+    except (OSError, IndexError, ValueError):
+        found = os.umask(0o077)
+        os.umask(found)
+        return found
+
+
+def _sync(path: Path) -> None:
+    """Write a file's contents, or a folder's entries, to the disk: a rename alone does not survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems have no fsync for folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def _take_place(folder: Path, target: Path) -> None:
@@ -85,6 +116,47 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` to `path` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    digest, block = hashlib.sha256(), bytearray(1 << 20)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a folder for this process: its file `.lock`, which the operating system releases when the process ends.
+
+    A folder that did not exist is removed again if it is still empty.
+
+    Raises:
+        ValueError: another process holds it; the message has its PID.
+    """
+    file = Path(folder, ".lock")
+    made = not file.parent.exists()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise ValueError(
+                f"{folder} is in use by PID {lock.read().strip() or 'unknown'}: wait for it to end, or take another "
+                "--output"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            if made and not any(file.parent.iterdir()):
+                file.parent.rmdir()
 
 
 def safetensors_header(path: str | os.PathLike[str]) -> dict[str, Any]:

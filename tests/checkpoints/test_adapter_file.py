@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import lorasb
 from lorasb.checkpoints.adapter_file import group_by_layer, read_config, read_tensors
 from lorasb.layers.linear import LoRASBLinear
+from lorasb.utils.atomic_files import replacing_folder, write_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -212,8 +213,18 @@ def test_the_order_of_rank_patterns_survives(tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(model))
 
 
-def test_others_may_read_the_files(saved: Path) -> None:
-    assert {oct(path.stat().st_mode & 0o777) for path in saved.iterdir()} == {"0o644"}
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        patched().save_pretrained(tmp_path / "saved")
+        with replacing_folder(tmp_path / "folder") as folder:
+            write_json(folder / "x.json", {})
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "saved").iterdir(), tmp_path / "folder" / "x.json"]
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~umask)}
+    assert oct((tmp_path / "folder").stat().st_mode & 0o777) == oct(0o777 & ~umask)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])

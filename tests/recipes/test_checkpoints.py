@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from finetune_runs import assert_same, stop_after
 from transformers import Trainer
 
@@ -51,7 +53,26 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(base: Settings, whole: 
     assert_same(tmp_path, whole)
 
 
-@pytest.mark.parametrize("damage", ["mark", "truncated", "missing"])
+CUT_OFF = "checkpoint-7 was cut off while it was written, and is left out"
+DAMAGED = r"checkpoint-7 is damaged \({} is not what was written\), and is left out"
+SAID = {
+    "mark": CUT_OFF,
+    "truncated": DAMAGED.format("optimizer.pt"),
+    "missing": r"checkpoint-7 is incomplete \(adapter_model.safetensors is missing\), and is left out",
+    "adapter_model.safetensors": DAMAGED.format("adapter_model.safetensors"),
+    "optimizer.pt": DAMAGED.format("optimizer.pt"),
+    "trainer_state.json": DAMAGED.format("trainer_state.json"),
+}
+
+
+def flip_a_bit(file: Path) -> None:
+    damaged = bytearray(file.read_bytes())
+    damaged[-9] ^= 1
+    file.unlink()  # not through a hard link
+    file.write_bytes(damaged)
+
+
+@pytest.mark.parametrize("damage", SAID)
 def test_a_half_written_checkpoint_is_left_out(
     base: Settings, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
@@ -62,15 +83,46 @@ def test_a_half_written_checkpoint_is_left_out(
     elif damage == "truncated":
         file = last / "optimizer.pt"
         file.write_bytes(file.read_bytes()[:-1])
-    else:
+    elif damage == "missing":
         (last / "adapter_model.safetensors").unlink()
+    else:
+        flip_a_bit(last / damage)
     with pytest.raises(ValueError, match="this is no whole checkpoint of lorasb finetune"):
         run_finetune(replace(base, output=str(tmp_path), resume=str(last)))
     run_finetune(replace(base, output=str(tmp_path)))
     said = " ".join(capsys.readouterr().out.split())
-    assert "checkpoint-7 was cut off while it was written, and is left out" in said
+    assert re.search(SAID[damage], said)
     assert "step 6" in said
     assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("damaged", ["start", "factors of both"])
+def test_damage_that_all_checkpoints_share_is_found_too(
+    base: Settings, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damaged: str
+) -> None:
+    stop_after(7, base, tmp_path)
+    folder = tmp_path / "checkpoints"
+    if damaged == "start":
+        flip_a_bit(folder / "start" / "adapter_model.safetensors")
+        (folder / "checkpoint-7" / "optimizer.pt").unlink()
+    else:
+        for name in ("checkpoint-6", "checkpoint-7"):
+            flip_a_bit(folder / name / "lorasb_factors.safetensors")
+    run_finetune(replace(base, output=str(tmp_path)))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "damaged (" in said
+    assert ("step 6" if damaged == "start" else "before its first checkpoint") in said
+    assert_same(tmp_path, whole)
+
+
+def test_nothing_is_unpickled_that_is_not_what_was_written(
+    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(4, base, tmp_path)
+    for file in (tmp_path / "checkpoints").rglob("*.p*"):
+        flip_a_bit(file)
+    monkeypatch.setattr(torch, "load", lambda *given, **named: pytest.fail("a damaged file is unpickled"))
+    run_finetune(replace(base, output=str(tmp_path)))
 
 
 @pytest.mark.parametrize("where", ["trainer", "factors", "mark"])

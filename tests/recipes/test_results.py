@@ -30,8 +30,9 @@ def test_results_that_cannot_be_written_leave_the_former_ones(
     monkeypatch.setattr("lorasb.export.lora.export_lora", full)
     with pytest.raises(OSError, match="no space left"):
         run_finetune(replace(base, output=str(output), seed=1, resume="never"))
-    assert {path.name: path.read_bytes() for path in (output / "lora").iterdir()} == before
-    assert (output / "energy.png").is_file()
+    former = output / "former"
+    assert {path.name: path.read_bytes() for path in (former / "lora").iterdir()} == before
+    assert (former / "energy.png").is_file()
 
 
 def test_without_matplotlib_a_run_has_no_pictures(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from lorasb.recipes import checkpoints, finetune
 from lorasb.recipes.finetune import run_finetune
 from lorasb.recipes.results import Result, load
 from lorasb.recipes.settings import Settings
+from lorasb.utils.atomic_files import locked
 
 
 def test_a_finished_run_gives_its_results_again(
@@ -97,3 +100,47 @@ def test_a_run_is_repeated_to_the_bit_from_its_config(base: Settings, whole: Pat
     values = options.read_config(whole / "config.yaml", {one.name: kind for one, kind in listed(Settings)})
     run_finetune(Settings(**values | {"output": str(tmp_path)}))
     assert_same(tmp_path, whole)
+
+
+def test_a_folder_in_use_is_refused_by_the_pid_that_has_it(base: Settings, tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with locked(tmp_path):
+            os.write(write_end, b"held")
+            signal.pause()
+    assert os.read(read_end, 4) == b"held"
+    try:
+        for resume in ("auto", "never"):
+            with pytest.raises(ValueError, match=rf"is in use by PID {child}: wait for it to end, or take another"):
+                run_finetune(replace(base, output=str(tmp_path), resume=resume))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with locked(tmp_path):  # a killed process holds nothing
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_only_held_is_not_there_afterwards(tmp_path: Path) -> None:
+    with locked(tmp_path / "new"):
+        assert (tmp_path / "new" / ".lock").read_text() == str(os.getpid())
+    assert not (tmp_path / "new").exists()
+
+
+def test_resume_never_sets_the_former_results_aside_before_it_starts(
+    base: Settings, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    (output / "notes.txt").write_text("mine")
+    stop_after(2, replace(base, lr=1e-3, resume="never"), output)
+    assert {path.name for path in output.iterdir()} == {"checkpoints", "config.yaml", "former", "notes.txt"}
+    assert (output / "former" / "answers.json").read_bytes() == (whole / "answers.json").read_bytes()
+    assert "are moved to" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("folder", ["", " "])
+def test_an_output_without_a_name_is_refused(base: Settings, folder: str) -> None:
+    with pytest.raises(ValueError, match="--output has to name a folder, got"):
+        run_finetune(replace(base, output=folder))
