@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
-from ..utils.atomic_files import safetensors_header
+from ..utils import reading
 from ..utils.dtypes import FLOATS, WIDE
+from ..utils.reading import AGAIN, read_json
 from .shared_factors import DIGEST, join_factors, missing_factors_error
 
 Shapes = dict[str, tuple[int, ...]]
-DAMAGED = "save the adapter again with model.save_pretrained(...)"
 
 
 def check_tensors(tensors: dict[str, Tensor], layers: dict[str, Shapes]) -> None:
@@ -85,9 +83,7 @@ def group_by_layer(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
             name, separator, _ = key.removeprefix(PEFT_PREFIX).rpartition(f".{factor}")
             if separator:
                 if factor in layers.setdefault(name, {}):
-                    raise ValueError(
-                        f"expected one {factor} for layer {name!r}, got a second one as {key!r}: {DAMAGED}"
-                    )
+                    raise ValueError(f"expected one {factor} for layer {name!r}, got a second one as {key!r}: {AGAIN}")
                 layers[name][factor] = value
     return layers
 
@@ -103,8 +99,18 @@ def refuse_other_keys(tensors: Iterable[str], expected: Collection[str]) -> None
             f"the adapter file has {others[0]!r}"
             + (f" and {len(others) - 1} more" if len(others) > 1 else "")
             + ", expected factors of adapted layers and what modules_to_save, trainable_token_indices and bias of its "
-            f"configuration name: {DAMAGED}"
+            f"configuration name: {AGAIN}"
         )
+
+
+def _shapes(factors: dict[str, Tensor]) -> Shapes:
+    """The shapes of a layer's factors by R's rank and the widths that A and B have."""
+    r = len(factors["lorasb_R"]) if factors["lorasb_R"].dim() else 0
+    return {
+        "lorasb_A": (r, factors["lorasb_A"].shape[-1] if factors["lorasb_A"].dim() else 0),
+        "lorasb_R": (r, r),
+        "lorasb_B": (factors["lorasb_B"].shape[0] if factors["lorasb_B"].dim() else 0, r),
+    }
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -117,10 +123,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not file.is_file():
         inside = next((f" (did you mean {one.parent}?)" for one in sorted(Path(path).glob(f"*/{CONFIG_NAME}"))), "")
         raise ValueError(f"expected an adapter folder with {CONFIG_NAME}, found none in {path}{inside}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    config = read_json(file)
     if config.get("peft_type") != PEFT_NAME:
         raise ValueError(f"{path} holds an adapter of type {config.get('peft_type')!r}, expected {PEFT_NAME!r}")
     return config
@@ -135,14 +138,17 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     file = Path(path) / WEIGHTS_NAME
     if not file.is_file():
         raise ValueError(f"expected {WEIGHTS_NAME} in {path}, found none")
-    safetensors_header(file)  # raises for a truncated file, with a better message than safetensors' own
-    tensors = join_factors(load_file(str(file)), Path(path))
+    tensors = join_factors(reading.read_tensors(file), Path(path))
     if DIGEST in tensors:
         raise missing_factors_error(path)
     layers, expected = group_by_layer(tensors), ", ".join(FACTORS)
     for name, factors in layers.items():
         if set(factors) != set(FACTORS):
             raise ValueError(f"layer {name!r} has {', '.join(sorted(factors))} in {file}, expected {expected}")
+        try:
+            check_factors({name: factors}, {name: _shapes(factors)})
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
     if not layers:
         raise ValueError(f"{file} holds no LoRA-SB factors ({expected})")
     return tensors

@@ -8,18 +8,18 @@ are trained in full, and the digest of the factors that R belongs to.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..constants import CONFIG_NAME, FACTORS_NAME, FROZEN_FACTORS, PEFT_PREFIX, WEIGHTS_NAME
-from ..utils.atomic_files import replacing, safetensors_header
+from ..utils.atomic_files import replacing
+from ..utils.reading import read_json, read_tensors, safetensors_header
 
 DIGEST = "lorasb_factors_digest"  # key in adapter_model.safetensors: SHA-256 of the factors, uint8 [32]
 
@@ -31,7 +31,7 @@ def share(folder: Path) -> None:
     replaces the complete one.
     """
     for weights in sorted(folder.rglob(WEIGHTS_NAME)):  # PEFT saves adapters other than "default" in subfolders
-        tensors = load_file(str(weights))
+        tensors = read_tensors(weights)
         factors = {key: value for key, value in tensors.items() if is_factor(key)}
         if not factors:
             continue
@@ -64,7 +64,7 @@ def _beside(folder: Path, expected: bytes) -> dict[str, Tensor] | None:
     # The header's digest is compared first, which costs no hashing. A file of another run is no error here: the model
     # may have the right factors already.
     if file.is_file() and _recorded_digest(file) == expected.hex():
-        factors = load_file(str(file))
+        factors = read_tensors(file)
         if digest(factors) != expected:
             raise ValueError(f"{file} is damaged: its A and B are not what the checkpoint was made with")
         return factors
@@ -72,8 +72,7 @@ def _beside(folder: Path, expected: bytes) -> dict[str, Tensor] | None:
     for place in (folder.parent, folder.parent / name, folder / name) if name else ():
         file = place / WEIGHTS_NAME
         if file.is_file():
-            with safe_open(str(file), framework="pt") as reader:
-                factors = {key: reader.get_tensor(key) for key in reader.keys() if is_factor(key)}  # noqa: SIM118
+            factors = {key: value for key, value in read_tensors(file).items() if is_factor(key)}
             if factors and digest(factors) == expected:
                 return factors
     return None
@@ -83,10 +82,9 @@ def _basis_name(folder: Path) -> str | None:
     """The adapter whose A and B an adapter's folder refers to."""
     file = folder / CONFIG_NAME
     try:
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        name = read_json(file).get("basis") if file.is_file() else None
     except ValueError:  # whoever reads the configuration itself says so
         return None
-    name = config.get("basis") if isinstance(config, dict) else None
     return name if isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name else None
 
 

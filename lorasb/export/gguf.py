@@ -6,7 +6,6 @@ rotates neighboring pairs where transformers' rotates the two halves of a head: 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..utils.atomic_files import replacing
+from ..utils.reading import read_json
 
 # transformers' model type -> (llama.cpp's architecture, True if it permutes the rows of q and k)
 ARCHITECTURES = {
@@ -108,4 +108,4 @@ def base_config(model: Any, name: str | None) -> Any:
             f"this format needs its base's configuration, and there is none in {name or 'no folder'!r}: export from "
             "the patched model"
         )
-    return SimpleNamespace(**json.loads(file.read_text(encoding="utf-8")))
+    return SimpleNamespace(**read_json(file))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checkpoints import adapter_file
+from ..checkpoints.shared_factors import DIGEST
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.lookup import adapted_layers, uninitialized
 from ..layers.unfused_experts import NAMES, parameter_of
+from ..tuner.basis import frozen_factors
 from ..tuner.config import LoRASBConfig
 from ..utils.atomic_files import replacing, write_json, write_text
+from ..utils.reading import read_json
 from .lora_layout import in_pefts_layout, refuse_slices
 from .vllm_experts import per_expert, target_modules
 
@@ -94,8 +96,8 @@ def export_lora(
 def _refuse_adapters_folder(folder: Path) -> None:
     """Raise a ValueError if the plain LoRA would take the place of a LoRA-SB adapter, whose R it does not have."""
     try:
-        kind = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
-    except (OSError, ValueError, AttributeError):
+        kind = read_json(folder / CONFIG_NAME).get("peft_type")
+    except (OSError, ValueError):
         return
     if kind == PEFT_NAME:
         raise ValueError(f"{folder} has a LoRA-SB adapter, which the plain LoRA would replace: name another folder")
@@ -175,6 +177,9 @@ def _read(model: nn.Module, adapter_name: str | None) -> tuple[dict[str, Any], d
             "lorasb.initialize(model, dataloader, lr=...)"
         )
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if DIGEST in tensors:  # an adapter on another one's A and B
+        del tensors[DIGEST]
+        tensors |= {f"{PEFT_PREFIX}{key}": value for key, value in frozen_factors(layers, name).items()}
     config = cast(Any, model).peft_config[name].to_dict()
     config["base_model_name_or_path"] = config["base_model_name_or_path"] or _base_name(model)
     config["fan_in_fan_out"] = any(layer.fan_in_fan_out for layer in layers.values())

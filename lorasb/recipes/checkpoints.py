@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..utils.atomic_files import sha256, write_json
+from ..utils.reading import read_json
 
 # Written last: a folder without it was interrupted while being written, and files of other contents are damaged.
 MARK = "complete.json"
@@ -47,9 +47,11 @@ def digests(folder: Path, except_for: str = MARK) -> dict[str, str]:
 def read(folder: Path) -> Mark | None:
     """A checkpoint's mark; None if the checkpoint is incomplete."""
     try:
-        return Mark(**json.loads((folder / MARK).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        mark = Mark(**read_json(folder / MARK))
+    except (OSError, ValueError, TypeError):
         return None
+    numbers = isinstance(mark.step, int) and isinstance(mark.seconds, int | float)
+    return mark if numbers and isinstance(mark.identity, dict) and isinstance(mark.files, dict) else None
 
 
 def fault(folder: Path, files: dict[str, str]) -> str | None:

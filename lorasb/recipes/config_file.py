@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.atomic_files import write_text
+from ..utils.reading import read_text
 from .settings import InitSettings, listed
 
 CONFIG_NAME = "config.yaml"
@@ -49,10 +50,10 @@ def _mapping(path: str | Path) -> dict[Any, Any]:
     import yaml
 
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(read_text(path))
     except OSError as error:
         raise ValueError(f"--config {path}: expected a YAML file of settings ({error.strerror or error})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--config {path}: this is no YAML ({' '.join(str(error).split())})") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"--config {path}: expected lines like `lr: 0.002`, got {type(loaded).__name__}")

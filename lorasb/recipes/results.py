@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from ..init import InitReport
 from ..utils import plotting
 from ..utils.atomic_files import replacing_folder, write_json
 from ..utils.precision import processor_class
+from ..utils.reading import parse_json, read_json, read_text
 from .adapter import REPORT_NAME, load_report, save_adapter
 from .console import console
 from .examples.data import describe_data
@@ -144,19 +144,19 @@ def load(folder: Path) -> Result:
         ValueError: a file is missing or damaged.
     """
     try:
-        summary = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
-        rows = json.loads((folder / ANSWERS_NAME).read_text(encoding="utf-8"))
+        summary = read_json(folder / SUMMARY_NAME)
+        rows = parse_json(read_text(folder / ANSWERS_NAME), ANSWERS_NAME)
         known = ("prompt", "completion", "source", "score", "adapter")
         examples = [Example(**{name: row[name] for name in known if name in row}) for row in rows]
         evaluations = [
-            Evaluation(summary[f"eval_loss_{at}"], summary[f"eval_accuracy_{at}"], tuple(row[at] for row in rows))
+            Evaluation.of(summary[f"eval_loss_{at}"], summary[f"eval_accuracy_{at}"], [row[at] for row in rows])
             for at in ("before", "after")
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Result(summary, examples, evaluations[0], evaluations[1], load_report(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder} has a finished run, but its files are incomplete ({error}): --resume never runs it anew"
         ) from None
-    return Result(summary, examples, evaluations[0], evaluations[1], load_report(folder))
 
 
 def base_parameters(model: nn.Module) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.atomic_files import replacing_folder, write_json
+from ..utils.reading import read_json
 from . import checkpoints
 from .config_file import CONFIG_NAME, write_config
 from .problems.evaluation import Evaluation
@@ -172,7 +173,10 @@ class RunFolder:
     def before(self) -> Evaluation | None:
         """The saved evaluation before training; None if there is none."""
         values = _read(self.checkpoints / BEFORE_NAME)
-        return None if values is None else Evaluation(values["loss"], values["accuracy"], tuple(values["answers"]))
+        try:
+            return None if values is None else Evaluation.of(values["loss"], values["accuracy"], values["answers"])
+        except (KeyError, ValueError, TypeError):  # damaged: evaluated again
+            return None
 
     def save_before(self, before: Evaluation) -> None:
         """Save the evaluation before training, so that a resumed run skips it."""
@@ -187,8 +191,11 @@ class RunFolder:
 
     def load_start(self) -> Start | None:
         """What the initialization came to; None if it was not completed."""
-        values = _read(self.start / "start.json")
-        return None if values is None or "files" not in values else Start(**values)
+        values = _read(self.start / "start.json") or {}
+        try:
+            return Start(float(values["seconds"]), float(values["lr"]), dict(values["files"]))
+        except (KeyError, ValueError, TypeError):
+            return None
 
     def end(self) -> None:
         """Remove the files of an unfinished run, once the results are written."""
@@ -238,7 +245,6 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
 def _read(file: Path) -> dict[str, Any] | None:
     """A JSON file's object; None if the file is missing, damaged or no object."""
     try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except (OSError, ValueError):
         return None
-    return loaded if isinstance(loaded, dict) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 
 from ..distributed.process_group import Processes
 from ..training.rows_callback import AdapterRowsCallback
+from ..utils.reading import read_json
 from . import checkpoints
 from .callbacks import Bar, Finite, Judging, Ordering, Planning, Saving
 from .console import console
@@ -69,7 +69,7 @@ def _already_trained(run: Run, checkpoint: Path, seconds: float) -> Trained:
     """Load a checkpoint's adapter over the current one, and read its log."""
     run.model.load_adapter(str(checkpoint), "default", is_trainable=True)
     load_adapters(run, checkpoint)
-    state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+    state = read_json(checkpoint / STATE_NAME)
     return Trained(state["log_history"], seconds)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from ..checkpoints import shared_factors
 from ..checkpoints.adapter_file import group_by_layer, read_config
 from ..checkpoints.shared_factors import DIGEST
 from ..constants import FACTORS, WEIGHTS_NAME
-from ..utils.atomic_files import safetensors_header
+from ..utils.reading import AGAIN, safetensors_header
 from .config import LoRASBConfig
 
 
@@ -54,7 +55,10 @@ def cores_of(folder: Path, digest: bytes, scalings: Mapping[str, float]) -> dict
     if not file.is_file():
         raise ValueError(f"expected {WEIGHTS_NAME} in {folder}, found none")
     safetensors_header(file)  # raises for a truncated file
-    tensors = load(file.read_bytes())  # half the time of a file that is mapped, page by page (SmolLM2 at r = 64, Zen 3)
+    try:
+        tensors = load(file.read_bytes())  # half the time of a mapped file, page by page (SmolLM2 at r = 64, Zen 3)
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged ({error}): {AGAIN}") from None
     factors = {key: value for key, value in tensors.items() if shared_factors.is_factor(key)}
     if (shared_factors.referenced_digest(tensors) or shared_factors.digest(factors)) != digest:
         raise ValueError(f"{folder} stands on other A and B than the bank's, or on the same in another dtype")
@@ -67,7 +71,7 @@ def cores_of(folder: Path, digest: bytes, scalings: Mapping[str, float]) -> dict
     config, found = LoRASBConfig.from_pretrained(str(folder)), {}
     for name, parts in group_by_layer(tensors).items():
         core = parts.get("lorasb_R")
-        if core is not None and name in scalings:
+        if core is not None and name in scalings and core.dim():
             ratio = config.scaling_for(len(core)) / scalings[name]
             found[name] = core if ratio == 1.0 else core * ratio
     return found

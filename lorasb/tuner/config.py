@@ -9,15 +9,16 @@ import copy
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from ..checkpoints.model_card import update_card
 from ..constants import CONFIG_NAME, MAX_RANK, PEFT_NAME, WEIGHTS_NAME
-from ..utils.atomic_files import safetensors_header, umask, write_json
-from ..utils.checks import MAX_REPEATS, check_pattern
+from ..utils.atomic_files import umask, write_json
+from ..utils.checks import MAX_REPEATS, check_pattern, matches
+from ..utils.reading import safetensors_header
 from .peft_type import extend_peft_types
 
 DEFAULT_RANK = 64
@@ -268,9 +269,23 @@ class LoRASBConfig(PeftConfig):
         weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
         # PEFT reads the config before it patches the model, so a truncated file is refused with the model untouched
         names = tuple(safetensors_header(weights)) if weights.is_file() else None
-        config: LoRASBConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        try:
+            config: LoRASBConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+            _check_types(config)
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            where = f"{pretrained_model_name_or_path}: the adapter's {CONFIG_NAME}"
+            raise ValueError(f"{where} cannot be used: {str(error) or type(error).__name__}") from error
         config.saved_names = names
         return config.weights_follow()
+
+
+def _check_types(config: LoRASBConfig) -> None:
+    """Raise a TypeError for a field whose value from a file has another type than it is declared with."""
+    hints = get_type_hints(LoRASBConfig)
+    for one in fields(LoRASBConfig):
+        value = getattr(config, one.name)
+        if not matches(value, hints[one.name]):
+            raise TypeError(f"{one.name}: expected {one.type}, got {value!r}")
 
 
 def field_names() -> set[str]:

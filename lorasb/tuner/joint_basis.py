@@ -9,7 +9,6 @@ R_k = Bᵀ Δ_k Aᵀ / s is the best R on a basis.
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..constants import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import layers_with, uninitialized
+from ..utils.reading import read_json, read_tensors
 from .basis import refuse_deletion
 from .config import LoRASBConfig
 
@@ -221,11 +220,11 @@ def _lora_updates(folder: Path) -> dict[str, Update]:
     config_file, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_file.is_file() or not weights.is_file():
         raise ValueError(f"expected a LoRA adapter with {CONFIG_NAME} and {WEIGHTS_NAME} in {folder}, found none")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_json(config_file)
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
         raise ValueError(f"expected a plain LoRA in {folder}, got {kind}")
-    tensors = load_file(str(weights))
+    tensors = read_tensors(weights)
     found = {}
     for key, a in tensors.items():
         name, separator, _ = key.removeprefix(PEFT_PREFIX).rpartition(".lora_A")

@@ -23,6 +23,7 @@ from ..checkpoints import adapter_file, shared_factors
 from ..checkpoints.shared_factors import DIGEST, join_factors
 from ..constants import FACTORS, FACTORS_NAME, PEFT_PREFIX
 from ..layers.linear import LoRASBLinear
+from ..utils.reading import AGAIN
 from . import basis
 from .config import LoRASBConfig
 
@@ -141,12 +142,12 @@ def refuse_missing_modules(model: nn.Module, config: LoRASBConfig) -> None:
         if places and not any(key.startswith(f"{place}.") for key in saved for place in places):
             raise ValueError(
                 f"the adapter's configuration names {name!r} in modules_to_save, expected its weights in the adapter "
-                f"file, got none: {adapter_file.DAMAGED}"
+                f"file, got none: {AGAIN}"
             )
     if config.trainable_token_indices and not any("trainable_tokens" in key for key in saved):
         raise ValueError(
             "the adapter's configuration names trainable_token_indices, expected their rows in the adapter file, got "
-            f"none: {adapter_file.DAMAGED}"
+            f"none: {AGAIN}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, and validation of a safetensors header without loading tensors."""
+"""Atomic writes of files and folders, which survive a power cut, their digests, and a lock for a folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
 @contextmanager
@@ -157,44 +154,3 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
             file.unlink(missing_ok=True)
             if made and not any(file.parent.iterdir()):
                 file.parent.rmdir()
-
-
-def safetensors_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the header of a safetensors file and check that the file is as long as the header says.
-
-    Returns:
-        name -> {"dtype", "shape", "data_offsets"} (and `__metadata__` where the file has one).
-
-    Raises:
-        ValueError: the file is not a safetensors file, or it is truncated; the message has both lengths.
-    """
-    size = os.path.getsize(path)
-    length, header = _length_and_header(path)
-    if not isinstance(header, dict):
-        raise ValueError(f"{path} is not a safetensors file, or its header is cut off ({size} bytes): save it again")
-    expected = 8 + length + _data_length(header)
-    if size != expected:
-        raise ValueError(
-            f"{path} is truncated or damaged: its header promises {expected} bytes, the file has {size}. "
-            "Copy it again from its source, or save the adapter again with model.save_pretrained(...)"
-        )
-    return header
-
-
-def _length_and_header(path: str | os.PathLike[str]) -> tuple[int, Any]:
-    """The length of a file's header in bytes, and what the header holds; None if it cannot be read."""
-    with open(path, "rb") as file:
-        prefix = file.read(8)  # the header's length, uint64 little-endian; the JSON header and the tensors follow
-        # Too short a file counts as a header over the limit, which is not read.
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
-        try:
-            return length, json.loads(file.read(length)) if length <= MAX_HEADER_BYTES else None
-        except ValueError:
-            return length, None
-
-
-def _data_length(header: dict[str, Any]) -> int:
-    """Bytes of all tensors."""
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    # Tensors are contiguous in the format, so the largest end offset is the length of the data.
-    return max(ends, default=0)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import types
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin
 
 MAX_LR = 1e4  # a mistyped exponent (1e38) would end as Inf after hours, or in the first step
 MAX_REPEATS = 3  # *, + and {m,n} of a pattern: n characters are matched within about n³ / 6 steps
@@ -44,6 +47,33 @@ def check_pattern(pattern: str, where: str, repeats: int = MAX_REPEATS) -> None:
             f"{where}: expected at most {repeats} repeats (*, +, {{m,n}}), got {count} in {pattern!r}: shorten it, or "
             "give a list of names"
         )
+
+
+def matches(value: Any, hint: Any) -> bool:
+    """Return True if a JSON value has the type of an annotation; lists stand for sets and tuples."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(matches(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin in (list, set, tuple) or hint in (list, set, tuple):
+        return isinstance(value, list | set | tuple) and all(matches(v, a) for v in value for a in arguments[:1])
+    if origin is dict or hint is dict:
+        if not isinstance(value, dict):
+            return False
+        key, item = arguments or (Any, Any)
+        return all(matches(k, key) and matches(v, item) for k, v in value.items())
+    if hint in (None, type(None)):
+        return value is None
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return isinstance(value, str)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def check_lr(lr: float, what: str = "learning rate") -> None:

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...utils.atomic_files import replacing, safetensors_header, write_json
+from ...utils.atomic_files import replacing, write_json
+from ...utils.reading import safetensors_header
 from ..gradients.block_recorder import Traversal
 from ..linalg.sign_bits import NONZERO, WORDS, SignBits
 

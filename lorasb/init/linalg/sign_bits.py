@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...utils.atomic_files import replacing, safetensors_header
+from ...utils.atomic_files import replacing
 from ...utils.bit_packing import WORD, pack_words, unpack_words, words_of
+from ...utils.reading import safetensors_header
 
 # Tensor names in files; the number of columns is not a multiple of the word size, so the words do not tell it.
 WORDS, NONZERO, COLUMNS = "words", "nonzero", "columns"

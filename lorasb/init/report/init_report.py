@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ...utils.atomic_files import write_json
+from ...utils.reading import read_json
 from . import plots
 from .layer_report import LayerReport
 from .rank_allocation import RankSuggestion, suggest
@@ -67,14 +66,21 @@ class InitReport:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InitReport:
-        """Load a file of `save`."""
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        # `if key in layer`: reports of earlier versions lack newer fields, which have defaults.
-        layers = [
-            LayerReport(**layer | {key: tuple(layer[key]) for key in TUPLE_FIELDS if key in layer})
-            for layer in values.pop("layers")
-        ]
-        return cls(**values, layers=layers)
+        """Load a file of `save`.
+
+        Raises:
+            ValueError: the file is damaged, or no report.
+        """
+        values = read_json(path)
+        try:
+            # `if key in layer`: reports of earlier versions lack newer fields, which have defaults.
+            layers = [
+                LayerReport(**layer | {key: tuple(layer[key]) for key in TUPLE_FIELDS if key in layer})
+                for layer in values.pop("layers")
+            ]
+            return cls(**values, layers=layers)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: expected a report of an initialization, got another content ({error})") from None
 
     def __rich__(self) -> Table:
         what = f"{len(self.layers)} layers, {self.num_samples} samples, {self.seconds:.1f} s"

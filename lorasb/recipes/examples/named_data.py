@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...utils.reading import parse_json, read_text
 from .tasks import BadAdapterError, Example, labeled, read_jsonl, text_of, with_adapter
 
 INSTRUCTION = (
@@ -137,8 +137,9 @@ def _score_of_labels(examples: list[Example]) -> str:
 
 def _records(path: Path, adapter_column: str | None) -> list[Example]:
     """Alpaca's JSON list; JSON Lines in a file of this name do as well."""
+    text = read_text(path)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = parse_json(text, str(path))
     except ValueError:
         return read_jsonl(path, adapter_column)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...constants import BASE_ROW
+from ...utils.reading import parse_json, read_text
 
 # reasoning-gym draws item i of a data set from seed + i, so the held-out set needs a seed far from the training set's.
 HELD_OUT_SEED = 10_000_000
@@ -123,7 +123,7 @@ def read_jsonl(path: str | Path, adapter_column: str | None = None) -> list[Exam
         raise ValueError(f"expected a JSONL file, found none at {file}")
     examples = []
     # Not splitlines(): it also splits at U+2028 and others, which may be unescaped in JSON strings.
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if line.strip():
             examples.append(_read_line(line, f"{file}, line {number}", adapter_column))
     if not examples:
@@ -133,16 +133,14 @@ def read_jsonl(path: str | Path, adapter_column: str | None = None) -> list[Exam
 
 def _read_line(line: str, where: str, adapter_column: str | None) -> Example:
     try:
-        values = json.loads(line)
+        values = parse_json(line, "")
         return with_adapter(_example(values), values, adapter_column, where)
     except BadAdapterError:
         raise
-    except json.JSONDecodeError as error:
-        why = f"this is no valid JSON: {error}"
     except KeyError as error:
         why = f"{error} is missing, got {', '.join(values)}"
     except (ValueError, TypeError) as error:
-        why = str(error)
+        why = str(error).removeprefix(": ")
     raise ValueError(
         f"{where}: expected an object with prompt and completion, messages ending with the assistant's, or text and "
         f"label; {why}"

@@ -35,6 +35,17 @@ class Evaluation:
     accuracy: float
     answers: tuple[str, ...]
 
+    @classmethod
+    def of(cls, loss: Any, accuracy: Any, answers: Any) -> Evaluation:
+        """From a file's values.
+
+        Raises:
+            ValueError, TypeError: they have other types.
+        """
+        if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
+            raise TypeError("expected answers as texts")
+        return cls(float(loss), float(accuracy), tuple(answers))
+
 
 @dataclass(frozen=True)
 class HeldOut:

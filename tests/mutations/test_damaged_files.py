@@ -1,0 +1,325 @@
+"""Files that are read, damaged in hundreds of ways: a documented error that names the file, or a result, no third."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models import logits, make, patched
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lorasb
+from lorasb.checkpoints.adapter_file import read_tensors
+from lorasb.export.lora import export_lora
+from lorasb.layers.linear import LoRASBLinear
+from lorasb.recipes import checkpoints, results
+from lorasb.recipes.config_file import read_config
+from lorasb.recipes.examples.named_data import read_data
+from lorasb.recipes.finetune import run_finetune
+from lorasb.recipes.run_folder import RunFolder
+from lorasb.recipes.settings import Settings, listed
+from lorasb.tuner.config import LoRASBConfig
+
+DOCUMENTED = (ValueError, OSError, TypeError, ImportError)
+FEW, MANY = 30, 500
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ODD: tuple[Any, ...] = (
+    None, True, -1, 0, 1.5, 10**30, float("nan"), float("inf"), "", "x", "é\u2028", "\ud800", "(", "(a+)+$", [], [[]], [None],
+    {}, {"a": {}}, {"": 0}, ["x"] * 50,
+)  # fmt: skip
+
+
+def damaged_bytes(data: bytes, draw: random.Random) -> bytes:
+    """Bits turned, bytes removed, repeated or replaced, other encodings, or another kind of file."""
+    kind = draw.randrange(8)
+    at = draw.randrange(len(data) + 1)
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + data[at + draw.randrange(1, 20) :]
+    if kind == 2:
+        return data[:at] + bytes(draw.randrange(256) for _ in range(draw.randrange(1, 9))) + data[at:]
+    if kind == 3:
+        return data[:at] + data[: draw.randrange(40)] + data[at:]
+    if kind == 4:
+        return draw.choice(
+            (b"", b"\x1f\x8b\x08\x00", b"\xff\xfe{\x00}\x00", b"null", b"[" * 100_000, b'"\xe9"', b"\0" * 9)
+        )
+    changed = bytearray(data)
+    for _ in range(1 if kind < 7 else 30):
+        changed[draw.randrange(min(len(changed), 4096 if draw.random() < 0.7 else len(changed)))] ^= (
+            1 << draw.randrange(8)
+        )
+    return bytes(changed)
+
+
+def damaged_json(value: Any, draw: random.Random) -> Any:
+    """A JSON value with one of its parts replaced, removed or renamed."""
+    value = copy.deepcopy(value)
+    place, parents = value, []
+    while isinstance(place, dict | list) and place and (not parents or draw.random() < 0.6):
+        key = draw.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        parents.append((place, key))
+        place = place[key]
+    if not parents:
+        return draw.choice(ODD)
+    owner, key = parents[-1]
+    kind = draw.randrange(4)
+    if kind == 0:
+        del owner[key]
+    elif kind == 1 and isinstance(owner, dict):
+        owner[f"{key}x"] = owner.pop(key)
+    else:
+        owner[key] = draw.choice(ODD)
+    return value
+
+
+def damage_json_file(file: Path, draw: random.Random) -> None:
+    text = json.dumps(damaged_json(json.loads(file.read_text()), draw))
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+
+
+def damage_tensors(file: Path, draw: random.Random) -> None:
+    """A factor under another name, of another shape or dtype, missing, twice, or not finite."""
+    tensors = load_file(file)
+    key = draw.choice(sorted(tensors))
+    value = tensors[key]
+    changes: tuple[Callable[[], Any], ...] = (
+        lambda: tensors.pop(key),
+        lambda: tensors.update(
+            {draw.choice((key + "x", key.removeprefix("base_model."), key + ".other", "")): value.clone()}
+        ),
+        lambda: tensors.update({key: value[:-1].clone() if len(value) else value}),
+        lambda: tensors.update({key: value.reshape(-1).clone()}),
+        lambda: tensors.update({key: value.to(draw.choice((torch.int64, torch.bool, torch.float64, torch.float16)))}),
+        lambda: tensors.update({key: torch.full_like(value, draw.choice((0, 1)))}),
+        lambda: tensors.update({key: torch.zeros(0)}),
+        lambda: tensors.clear(),
+    )
+    draw.choice(changes)()
+    save_file(tensors, file)
+
+
+def damage(file: Path, draw: random.Random) -> None:
+    """One mutation of a file."""
+    structured = file.suffix in (".json", ".safetensors") and draw.random() < 0.6
+    if structured and file.suffix == ".json":
+        damage_json_file(file, draw)
+    elif structured:
+        damage_tensors(file, draw)
+    else:
+        data = file.read_bytes()
+        file.unlink()
+        file.write_bytes(damaged_bytes(data, draw))
+
+
+@dataclass
+class World:
+    """What the cases share: a base, an adapter of it, one on its basis, and a run that was stopped."""
+
+    base: nn.Module
+    adapter: Path
+    run: Path
+    settings: Settings
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny: Path, data: Path) -> World:
+    from finetune_runs import stop_after
+
+    folder = tmp_path_factory.mktemp("world")
+    model = patched()
+    model.save_pretrained(folder / "adapter")
+    settings = Settings(
+        model=str(tiny), data=str(data), r=8, epochs=2.0, batch_size=4, samples=8, dtype="float32", save_steps="3"
+    )
+    stop_after(7, settings, folder / "run")
+    return World(make("llama"), folder / "adapter", folder / "run", settings)
+
+
+def load_adapter(world: World, folder: Path) -> None:
+    try:
+        theirs = json.loads((folder / CONFIG).read_text())["peft_type"] != "LORASB"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        theirs = True
+    if theirs:  # PEFT reads this much itself, before it knows whose adapter it is
+        return
+    before = {name: value.clone() for name, value in world.base.state_dict().items()}
+    try:
+        loaded = peft.PeftModel.from_pretrained(world.base, folder)
+        with loaded.disable_adapter():
+            assert torch.equal(logits(loaded), logits(make("llama")))
+        logits(loaded)
+        loaded.unload()
+    finally:
+        left = any(isinstance(module, LoRASBLinear) for module in world.base.modules())
+        same = all(torch.equal(value, before.get(name, value[:0])) for name, value in world.base.state_dict().items())
+        if left or not same:
+            world.base = make("llama")
+        assert not left, "the base stays patched"
+        assert same, "the base's weights have changed"
+
+
+def load_bank(world: World, folder: Path) -> None:
+    model = patched()
+    bank = lorasb.AdapterBank(model, "default")
+    bank.add("kept")
+    report = bank.load(folder.parent)
+    assert set(report.loaded) | set(report.failed) == {"adapter", "good"}
+    assert "good" in report.loaded, report.failed
+
+
+def resume(world: World, folder: Path) -> None:
+    """Each checkpoint is what was written, or is left out."""
+    best, faults = checkpoints.last(folder)
+    damaged = {
+        path for path in folder.glob("checkpoint-*") if any(read(path) != read(world.run / "checkpoints" / path.name))
+    }
+    assert best not in damaged
+    assert faults.keys() <= damaged
+
+
+def read(folder: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()]
+
+
+CASES: dict[str, tuple[str, Callable[[World, Path], Any]]] = {
+    "adapter": (WEIGHTS, load_adapter),
+    "adapter config": (CONFIG, load_adapter),
+    "export": (WEIGHTS, lambda world, folder: export_lora(folder, folder / "lora", quiet=True)),
+    "export config": (CONFIG, lambda world, folder: export_lora(folder, folder / "lora", quiet=True)),
+    "bank": (WEIGHTS, load_bank),
+    "bank config": (CONFIG, load_bank),
+    "tensors": (WEIGHTS, lambda world, folder: read_tensors(folder)),
+    "config": (CONFIG, lambda world, folder: LoRASBConfig.from_pretrained(str(folder))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
+@pytest.mark.filterwarnings("ignore")
+def test_adapters(world: World, tmp_path: Path, name: str, count: int) -> None:
+    file, call = CASES[name]
+    for seed in range(count):
+        folder = tmp_path / str(seed) / "adapter"
+        shutil.copytree(world.adapter, folder)
+        if name.startswith("bank"):
+            shutil.copytree(world.adapter, folder.with_name("good"))
+        damage(folder / file, random.Random(f"{name} {seed}"))
+        attempt(lambda: call(world, folder), f"{name}, seed {seed}")  # noqa: B023
+        shutil.rmtree(folder.parent)
+
+
+def attempt(call: Callable[[], Any], where: str, names: str | None = None) -> None:
+    """Run a call that may raise a documented error, with `names` in its message."""
+    try:
+        call()
+    except DOCUMENTED as error:
+        said = str(error)
+        if (
+            isinstance(error, UnicodeError | json.JSONDecodeError)
+            or not said.strip()
+            or (names and names not in said and not said.startswith("--"))
+        ):
+            raise AssertionError(f"{where}: {error!r} does not say what is wrong with which file") from error
+    except Exception as error:
+        raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
+def test_checkpoints(world: World, tmp_path: Path, count: int) -> None:
+    files = [f.relative_to(world.run) for f in sorted((world.run / "checkpoints").rglob("*")) if f.is_file()]
+    for seed in range(count):
+        draw, folder = random.Random(f"checkpoints {seed}"), tmp_path / str(seed)
+        shutil.copytree(world.run, folder)
+        changed = folder / draw.choice(files)
+        before = changed.read_bytes()
+        damage(changed, draw)
+        if changed.read_bytes() != before:
+            attempt(lambda: look(world, folder, changed), f"{changed.name}, seed {seed}")  # noqa: B023
+        shutil.rmtree(folder)
+
+
+def look(world: World, folder: Path, changed: Path) -> None:
+    """A damaged checkpoint or start is left out, another file of the run is an error or as good as not there."""
+    identity = json.loads((world.run / "checkpoints" / "run.json").read_text())
+    run = RunFolder(str(folder))
+    state = run.look(world.settings, identity)
+    place = folder / "checkpoints" / changed.relative_to(folder / "checkpoints").parts[0]
+    if place.name.startswith("checkpoint-") and state.checkpoint == str(place):
+        assert changed.name == checkpoints.MARK, "a damaged checkpoint is used"
+    if place.name == "start":
+        assert str(place) in state.left_out or run.load_start() is None or changed.name == "start.json"
+    run.before()
+    run.load_start()
+
+
+@pytest.fixture(scope="module")
+def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_finetune(replace(world.settings, output=str(folder), epochs=0.2))
+    return folder
+
+
+@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
+def test_results(world: World, whole: Path, tmp_path: Path, count: int) -> None:
+    files = ("summary.json", "answers.json", "report.json")
+    for seed in range(count):
+        draw, folder = random.Random(f"results {seed}"), tmp_path / str(seed)
+        folder.mkdir()
+        for name in files:
+            shutil.copy(whole / name, folder)
+        damage(folder / draw.choice(files), draw)
+        attempt(lambda: results.load(folder), f"results, seed {seed}")  # noqa: B023
+        shutil.rmtree(folder)
+
+
+ROWS = [
+    {"prompt": "one two", "completion": "two one"},
+    {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "green"}]},
+    {"prompt": "a", "completion": "b", "user": "ann"},
+]
+TEXTS = {
+    "rows.jsonl": "\n".join(map(json.dumps, ROWS)) + "\n",
+    "labels.jsonl": "\n".join(json.dumps({"text": f"t{i}", "label": i % 2 + 0.5}) for i in range(4)),
+    "alpaca.json": json.dumps([{"instruction": "say", "input": "x", "output": "y"}] * 2, indent=1),
+    "run.yaml": "model: smollm2-135m\nlr: 2e-3\nr: 8\nrank_pattern:\n  q_proj: 4\npacking: false\ndata: rows.jsonl\n",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
+def test_texts(tmp_path: Path, name: str, count: int) -> None:
+    """An error names the file."""
+    file, known = tmp_path / name, {setting.name: kind for setting, kind in listed(Settings)}
+    for seed in range(count):
+        draw = random.Random(f"{name} {seed}")
+        data = TEXTS[name].encode()
+        if name != "run.yaml" and draw.random() < 0.5:
+            lines = [json.loads(TEXTS[name])] if name.endswith(".json") else list(map(json.loads, data.splitlines()))
+            at = draw.randrange(len(lines))
+            lines[at] = damaged_json(lines[at], draw)
+            data = "\n".join(map(json.dumps, lines)).encode("utf-8", "surrogatepass")
+        else:
+            data = damaged_bytes(data, draw)
+        file.write_bytes(data)
+
+        def call() -> None:
+            if name == "run.yaml":
+                Settings(**read_config(file, known)).check()
+            else:
+                examples = read_data(str(file), "exact")
+                json.dumps([example.prompt for example in examples], ensure_ascii=False).encode()
+
+        attempt(call, f"{name}, seed {seed}", name)
