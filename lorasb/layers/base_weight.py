@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..functional import dequantize, quantized_linear
+from ..ops.autocast import autocast_on
 from ..quantization.bitsandbytes import keep_unpacked
 from ..quantization.quantized_weight import QuantizedWeight, compute_dtype, is_quantized, of_module
 from ..utils.deprecation import renamed_method
@@ -225,7 +226,7 @@ class FrozenBase(nn.Module, BaseTunerLayer):
     def on_base_dtype(self, x: Tensor, quantized: QuantizedWeight | None = None) -> Tensor:
         """x in the base's dtype, as PEFT's layers cast it; unchanged under autocast, which chooses the dtype itself."""
         dtype = self._dtype_of(quantized or self.quantized())
-        if x.dtype == dtype or torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
+        if x.dtype == dtype or autocast_on(x.device.type) or not x.is_floating_point():
             return x
         return self._cast_input_dtype(x, dtype)
 
@@ -251,4 +252,4 @@ class FrozenBase(nn.Module, BaseTunerLayer):
             y = cast(Tensor, self.base_layer(x, *args, **kwargs))
         else:
             y = quantized_linear(x, quantized, self.bias_like(x))
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(input_dtype)
+        return y if autocast_on(x.device.type) else y.to(input_dtype)

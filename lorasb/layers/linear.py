@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..checkpoints.shared_factors import missing_factors_error
 from ..constants import FACTORS
 from ..functional import dequantize, lora_sb_linear
+from ..ops.autocast import autocast_on
 from ..quantization.quantized_weight import QuantizedWeight
 from . import merging, row_cores
 from .base_weight import FrozenBase
@@ -203,7 +204,7 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
             y = self.adapter_forward(x, names[0], quantized, self.bias_like(x))
         for name in names[1:]:
             y = y + self.adapter_forward(x, name)
-        return y if y.dtype == dtype or torch.is_autocast_enabled(x.device.type) else y.to(dtype)
+        return y if y.dtype == dtype or autocast_on(x.device.type) else y.to(dtype)
 
     def _unfused_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """y if the base layer's module has to run by itself, because of its hooks or extra arguments."""
@@ -226,7 +227,7 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
         if not self.initialized[name] and getattr(core, LOADED, False) and not getattr(a, LOADED, False):
             raise missing_factors_error()
         core, dropout = guarded_core(self, name), self.lora_dropout[name] if self.training else 0.0
-        if weight is None and x.dtype != a.dtype and not torch.is_autocast_enabled(x.device.type):
+        if weight is None and x.dtype != a.dtype and not autocast_on(x.device.type):
             x = x.to(a.dtype)  # fp32 factors beside a base in 16 bits
         return lora_sb_linear(x, weight, a, core, b, bias, self.scaling[name], dropout=dropout)
 

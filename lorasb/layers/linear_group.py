@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.autocast import autocast_on
 from .group_members import compute, group_key
 from .token_rows import Rows
 
@@ -159,7 +160,7 @@ class Siblings:
         Versions show in-place writes to x or R (an optimizer step); results computed on another CUDA stream may not be
         ready on this one.
         """
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = autocast_on(x.device.type)
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
         adapter_states = [
             (*m.active_adapters, m.disable_adapters, *(core._version for core in list(m.lorasb_R.values())))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..constants import FROZEN_FACTORS
 from ..functional import lora_sb_linear
+from ..ops.autocast import autocast_on
 from .initialized import guarded_core
 from .token_rows import MERGED_ROWS, Rows, other_length
 
@@ -63,7 +64,7 @@ def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: A
         taken = layer.siblings.take(layer, x, rows) if layer.siblings is not None else None
         if taken is None:
             return _computed(layer, x, of_rows(layer, rows), fused=True)
-        return taken if torch.is_autocast_enabled(x.device.type) else taken.to(x.dtype)
+        return taken if autocast_on(x.device.type) else taken.to(x.dtype)
     parts, names = _parts(layer, rows)
     y = layer.base_forward(x, *args, **kwargs)
     for part in parts:
@@ -110,7 +111,7 @@ def _computed(layer: LoRASBLinear, x: Tensor, part: RowCores, fused: bool = Fals
     """s·x_i Aᵀ R_kᵀ Bᵀ of all rows; `fused` with the base's product in the same call."""
     quantized, dtype = layer.quantized() if fused else None, x.dtype
     x = layer.on_base_dtype(x, quantized)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocast_on(x.device.type)
     weight, bias = (quantized or layer.dense_weight(), layer.bias_like(x)) if fused else (None, None)
     if not fused and not autocast:
         x = x.to(part.a.dtype)  # fp32 factors beside a base in 16 bits

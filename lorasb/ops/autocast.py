@@ -10,7 +10,12 @@ from torch import Tensor
 
 def is_on(x: Tensor) -> bool:
     """True if autocast is on for x's device."""
-    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    return torch._C._is_any_autocast_enabled() and autocast_on(x.device.type)
+
+
+def autocast_on(kind: str) -> bool:
+    """True if autocast is on for a kind of device; the meta device, which computes nothing, has none."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def cast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

@@ -62,13 +62,13 @@ class Planning(TrainerCallback):
         self.run, self.order, self.parts = run, order, parts
         self.steps: list[list[int]] = []
         self.times: list[tuple[float, int]] = []
-        self.memory_before, self.started = 0, 0.0
+        self.memory_before, self.peak_before, self.started = 0, 0, 0.0
         self.estimate: Estimate | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compute the steps of the first epoch, which stand for those of later epochs; note the memory in use."""
         self.steps = self.order.order(0)
-        self.memory_before = memory_in_use()
+        self.memory_before, self.peak_before = memory_in_use(), peak_memory()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step begins."""
@@ -87,7 +87,8 @@ class Planning(TrainerCallback):
             return
         tokens_by_step = [self._tokens(rows) for rows in self.steps]
         tokens = round(sum(tokens_by_step) / len(tokens_by_step) * remaining_steps)
-        self.estimate = estimate(self.times, tokens, max(tokens_by_step), (self.memory_before, peak_memory()))
+        memory = self.memory_before, peak_memory()
+        self.estimate = estimate(self.times, tokens, max(tokens_by_step), memory, self.peak_before)
         if remaining_steps:
             for line in estimated(self.run, self.estimate):
                 if not console.quiet:

@@ -107,20 +107,24 @@ def memory_in_use() -> int:
     return min(psutil.Process().memory_info().rss, peak_memory())
 
 
-def estimate(times: list[tuple[float, int]], left: int, longest: int, memory: tuple[int, int]) -> Estimate:
+def estimate(
+    times: list[tuple[float, int]], left: int, longest: int, memory: tuple[int, int], peak_before: int = 0
+) -> Estimate:
     """Extrapolate from timed steps to the remaining ones.
 
     Args:
         times: (seconds, tokens with padding) of each timed step.
         left: tokens of the remaining steps.
         longest: tokens of the largest step.
-        memory: bytes in use before the timed steps, and the peak since then.
+        memory: bytes in use before the timed steps, and the process's peak after them.
+        peak_before: the process's peak before them; a higher one than theirs (a long line of data that was tokenized)
+            says nothing of what a step takes.
     """
     # Seconds per token; the minimum, as the first step also loads libraries and allocates memory.
     rate = min(seconds / max(1, tokens) for seconds, tokens in times)
     before, peak = memory
     # Activations grow with the tokens of a step; weights and optimizer state are in `before` and in the peak.
-    grown = max(0, peak - before) * longest / max(1, max(tokens for _, tokens in times))
+    grown = max(0, peak - before) * longest / max(1, max(tokens for _, tokens in times)) if peak > peak_before else 0
     return Estimate(rate * left, int(max(peak, before + grown)))
 
 

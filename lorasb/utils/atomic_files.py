@@ -37,8 +37,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(temporary)
         os.replace(temporary, target)
         _sync(target.parent)
-    except SafetensorError as error:
-        raise OSError(f"{target} cannot be written: {error}") from error
+    except (SafetensorError, OSError) as error:
+        raise _unwritten(target, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -60,10 +60,19 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             _sync(path)
         _take_place(temporary, target)
         _sync(target.parent)
-    except SafetensorError as error:
-        raise OSError(f"{target} cannot be written: {error}") from error
+    except (SafetensorError, OSError) as error:
+        raise _unwritten(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _unwritten(target: Path, error: Exception) -> OSError:
+    """The error with the file's name, which a full disk's has not; one that names a file is as it was."""
+    if isinstance(error, OSError) and (error.filename is not None or error.errno is None):
+        return error
+    code = getattr(error, "errno", None)
+    why = f"{target} cannot be written: {getattr(error, 'strerror', None) or error}"
+    return OSError(why) if code is None else type(error)(code, why)
 
 
 def umask() -> int:

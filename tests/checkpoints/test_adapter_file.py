@@ -247,7 +247,7 @@ def test_configs_that_cannot_be_read_say_why(saved: Path) -> None:
     with pytest.raises(ValueError, match="holds an adapter of type 'LORA', expected 'LORASB'"):
         read_config(saved)
     (saved / CONFIG).write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="this is no valid JSON"):
         read_config(saved)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tolerances
 import torch
+from basis_models import base, with_users
 from models import batches_for, logits, make, patched
 from safetensors.torch import load_file, save_file
 
@@ -151,3 +152,14 @@ def test_a_compiled_model_is_exported_under_its_own_names(tmp_path: Path) -> Non
         lorasb.export_lora(one, tmp_path / name, quiet=True)
     plain, compiled = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "compiled"))
     assert plain.keys() == compiled.keys()
+
+
+def test_an_adapter_on_a_basis_is_exported_from_the_model_too(tmp_path: Path) -> None:
+    """Its file has R alone; A and B are the basis's."""
+    import peft
+
+    model = with_users("ada")
+    lorasb.export_lora(model, tmp_path / "lora", adapter_name="ada", quiet=True)
+    model.set_adapter("ada")
+    exported = peft.PeftModel.from_pretrained(base(), tmp_path / "lora").eval()
+    tolerances.check(logits(exported), logits(model), tolerances.EXPORT)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import tolerances
 import torch
+from models import patched
 from torch import Tensor, nn
 
 from lorasb.layers.linear import LoRASBLinear
@@ -288,3 +289,8 @@ def test_a_forward_set_on_the_base_layer_itself_is_called() -> None:
     plain = layer.base_layer.forward
     layer.base_layer.forward = lambda x: plain(x) + 1000.0
     tolerances.check(layer(x), want, tolerances.fp32(1000))
+
+
+def test_a_model_on_the_meta_device_computes_shapes() -> None:
+    model = patched().to("meta")
+    assert model(input_ids=torch.zeros(2, 3, dtype=torch.long, device="meta")).logits.shape[:2] == (2, 3)

@@ -26,6 +26,14 @@ class TestEstimate:
         assert found.seconds == pytest.approx(100)
         assert found.memory == 3 * 10**9
 
+    def test_a_peak_before_training_says_nothing_of_a_step(self) -> None:
+        """A line of 8 MB took 5 GB to tokenize, and was estimated at 69 GB of training."""
+        found = estimate.estimate([(1.0, 100)], 100, 8000, (1_000, 5_000), peak_before=5_000)
+        assert found.memory == 5_000
+        assert (
+            estimate.estimate([(1.0, 100)], 100, 8000, (1_000, 5_000), peak_before=4_999).memory == 1_000 + 4_000 * 80
+        )
+
     def test_one_line_says_steps_tokens_time_and_memory(self) -> None:
         (line,) = estimate.estimated(self.run(), estimate.Estimate(260, 2_100_000_000))
         assert (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -41,3 +42,18 @@ def test_a_folder_takes_anothers_place_or_leaves_it(tmp_path: Path, monkeypatch:
         (folder / "three").write_text("three")
     assert [path.name for path in target.iterdir()] == ["two"]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"x\.json cannot be written: No space left") as caught,
+        files.replacing(tmp_path / "x.json"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.errno == errno.ENOSPC
+    with (
+        pytest.raises(OSError, match=r"folder cannot be written: No space left"),
+        files.replacing_folder(tmp_path / "folder"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())

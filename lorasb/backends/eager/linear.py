@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.autocast import autocast_on
 from ...ops.registry import register_backend
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Autocast off, if it is on for the tensor's device: the arguments were cast before the op."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if autocast_on(kind) else nullcontext()
 
 
 _dropout = threading.local()  # `philox` is set while eager computes in place of a Triton kernel

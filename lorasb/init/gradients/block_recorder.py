@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops.autocast import autocast_on
 from .block_stack import NotAStackError, Stack
 
 HIDDEN = "hidden_states"
@@ -302,4 +303,4 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 def _autocast(hidden: Tensor) -> tuple[str, torch.dtype | None]:
     kind = hidden.device.type
-    return kind, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return kind, torch.get_autocast_dtype(kind) if autocast_on(kind) else None
