@@ -55,9 +55,14 @@ def extension():
 
 # lorasb/py.typed needs no line below: setuptools puts it into the wheel by itself.
 setup(
-    packages=[*find_packages(include=["lorasb", "lorasb.*"]), "lorasb.kernels", "lorasb.kernels.tables"],
+    packages=[
+        *find_packages(include=["lorasb", "lorasb.*"]),
+        "lorasb.kernels",
+        "lorasb.kernels.tables",
+        "lorasb.recipes.presets",
+    ],
     # kernels/ is at the top level of the repository and installed as lorasb.kernels
     package_dir={"lorasb.kernels": "kernels/fused"},
-    package_data={"lorasb.kernels.tables": ["*.json"], "lorasb.recipes": ["presets/*.yaml"]},
+    package_data={"lorasb.kernels.tables": ["*.json"], "lorasb.recipes.presets": ["*.yaml"]},
     **extension(),
 )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .layers.linear import LoRASBLinear
     from .layers.linear4bit import Linear4bit
     from .layers.quantize import quantize
+    from .recipes.bundled_model import demo_model
     from .training.init_callback import InitCallback
     from .training.parameter_groups import parameter_groups
     from .training.rate_trials import RateTrials, find_lr
@@ -50,6 +51,7 @@ __all__ = [
     "add_adapters",
     "backend",
     "clip_by_adapter",
+    "demo_model",
     "equivalent_gradient",
     "export_lora",
     "find_lr",
@@ -85,6 +87,7 @@ _MODULE_OF = {
     "LoRASBLinear": "layers.linear",
     "RateTrials": "training.rate_trials",
     "backend": "backends",
+    "demo_model": "recipes.bundled_model",
     "equivalent_gradient": "layers.equivalent_gradient",
     "export_lora": "export",
     "adapter_delta": "export",

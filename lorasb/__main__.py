@@ -1,6 +1,20 @@
-"""`python -m lorasb` is the `lorasb` command."""
+"""The `lorasb` command, also as `python -m lorasb`: Ctrl-C ends in one line at any time, imports included."""
 
-from .cli.app import main
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command."""
+    try:
+        from .cli.app import main as run
+
+        run()
+    except KeyboardInterrupt:
+        print("lorasb: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None  # 128 + SIGINT, as shells report it
+
 
 if __name__ == "__main__":
     main()

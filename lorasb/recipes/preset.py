@@ -22,5 +22,6 @@ def find(name: str) -> Path:
     """
     known = names()
     if name not in known:
-        raise ValueError(f"--preset {name!r}: there is no such preset: {nearest(name, known)}")
+        hint = nearest(name, known, f"known are {', '.join(known)}", cutoff=0.4)
+        raise ValueError(f"--preset {name!r}: there is no such preset{hint}")
     return FOLDER / f"{name}.yaml"

@@ -12,6 +12,7 @@ from transformers import PrinterCallback, ProgressCallback
 from ..distributed.process_group import Processes
 from .callbacks import Bar, Finite, Judging, Ordering, Saving
 from .examples.tasks import Example
+from .examples.tokenization import messages_of
 from .marked_checkpoints import MarkedCheckpoints
 from .prepare import Run, checkpoint_activations
 from .problems.evaluation import token_limit
@@ -63,7 +64,7 @@ def trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: f
         model=run.model,
         reward_funcs=_reward(judge_of(settings), run.train),
         args=on_one_device(GRPOConfig(**values)),
-        train_dataset=Dataset.from_list([_row(i, example) for i, example in enumerate(run.train)]),
+        train_dataset=Dataset.from_list([_row(run, i, example) for i, example in enumerate(run.train)]),
         processing_class=run.tokenizer,
     )
     made.identity, made.earlier_seconds = identity, earlier_seconds
@@ -91,14 +92,15 @@ class _PromptOrder:
         self.sampler.generator.manual_seed(self.seed + epoch)
 
 
-def prompt_of(example: Example) -> Any:
+def prompt_of(run: Run, example: Example) -> Any:
     """What is asked: a text, or a chat before its last answer."""
-    return list(example.messages[:-1]) if example.messages else example.prompt
+    messages = messages_of(example, run.tokenizer, run.settings.template == "auto")
+    return list(messages[:-1]) if messages else example.prompt
 
 
-def _row(index: int, example: Example) -> dict[str, Any]:
+def _row(run: Run, index: int, example: Example) -> dict[str, Any]:
     """A prompt, and where its example is."""
-    return {"prompt": prompt_of(example), "example": index}
+    return {"prompt": prompt_of(run, example), "example": index}
 
 
 def _reward(judge: Judge, examples: Sequence[Example]) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints.model_card import add_usage
 from ..constants import WEIGHTS_NAME
 from ..init import InitReport
 from ..utils import plotting
@@ -19,10 +20,12 @@ from ..utils.atomic_files import replacing_folder, write_json
 from ..utils.precision import processor_class
 from ..utils.reading import parse_json, read_json, read_text
 from .adapter import REPORT_NAME, load_report, save_adapter
+from .ask import how_to, prompt_format
 from .console import console
 from .examples.data import describe_data
 from .examples.tasks import Example
 from .prepare import Run, device
+from .problems.classification import Classification
 from .problems.evaluation import Evaluation, score_by_source
 from .run_folder import ANSWERS_NAME, SUMMARY_NAME
 from .train import Trained
@@ -65,6 +68,7 @@ def summarize(
         "tokens_per_second": _tokens(run, trained) / trained.seconds,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "lr": run.lr,
+        "epochs": run.epochs,
         "rank": run.model.peft_config["default"].r,
         "dtype": run.precision.name,
         "dtype_reason": run.precision.reason,
@@ -72,6 +76,9 @@ def summarize(
         "train_losses": [entry["loss"] for entry in trained.history if "loss" in entry],
         "rewards": [float(entry["reward"]) for entry in trained.history if "reward" in entry],
         "eval_losses": [[entry["step"], entry["eval_loss"]] for entry in trained.history if "eval_loss" in entry],
+        "prompt_format": prompt_format(run.train[0]),
+        "classes": list(run.problem.classes) if isinstance(run.problem, Classification) else None,
+        "how_to": how_to(run, Path(run.settings.output)),
         "config": asdict(run.settings),
         "identity": identity,
     }
@@ -96,6 +103,7 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
     # An interrupted save leaves the former folder in place: `replacing_folder` renames a complete one over it.
     with replacing_folder(folder / "adapter") as target:
         save_adapter(run, target)
+        add_usage(target, _usage(summary["how_to"]))
     summary["adapter_bytes"] = (folder / "adapter" / WEIGHTS_NAME).stat().st_size
     pictures = plotting.installed()
     if result.report is not None:
@@ -108,6 +116,11 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
         console.print("no pictures, as matplotlib is not installed: pip install matplotlib", highlight=False)
     write_json(folder / ANSWERS_NAME, _answers(result))
     write_json(folder / SUMMARY_NAME, summary)  # last: a summary says that the run is finished
+
+
+def _usage(how_to: dict[str, str]) -> str:
+    """The model card's paragraph on how to use a run's adapter."""
+    return f"```\n{how_to['command']}\n```\n\n```python\n{how_to['python']}\n```"
 
 
 def _save_export_and_report(run: Run, report: InitReport, folder: Path) -> None:

@@ -28,7 +28,7 @@ def judge_of(settings: Settings) -> Judge:
     if settings.rl == "exact":
         return _exact
     if settings.rl == "verifier":
-        return _verifier(settings.task)
+        return _verifier(settings.generated_task)
     path, _, name = (settings.rl or "").rpartition(":")
     file = Path(path)
     if not path or not file.is_file():

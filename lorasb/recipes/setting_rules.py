@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
+
+from ..constants import MAX_RANK
+from ..utils.checks import MAX_LR, check_pattern
 
 
 def option(name: str) -> str:
@@ -53,6 +58,27 @@ def wrong_bits(value: int) -> str | None:
     return None if value in (4, 16) else "must be 4 or 16"
 
 
+def wrong_rate(value: float) -> str | None:
+    """A learning rate."""
+    return None if 0 < value <= MAX_LR else f"must be positive, at most {MAX_LR:g}"
+
+
+def wrong_targets(value: str) -> str | None:
+    """Names, or a regular expression that matches in time."""
+    if target_names(value) is None:
+        try:
+            check_pattern(value, "it")
+        except ValueError as error:
+            return f"must be names or a pattern: {error}"
+    return None
+
+
+def target_names(value: str) -> list[str] | None:
+    """The names in a comma-separated list; None for a regular expression."""
+    names = [name.strip() for name in value.split(",")]
+    return names if all(re.fullmatch(r"[\w.-]+", name) for name in names) else None
+
+
 def wrong_save_steps(value: str) -> str | None:
     """A number of steps, or auto."""
     whole = value.isdigit() and int(value) > 0
@@ -62,6 +88,20 @@ def wrong_save_steps(value: str) -> str | None:
 def wrong_ranks(value: dict[str, int]) -> str | None:
     """Positive ranks."""
     return None if all(rank > 0 for rank in value.values()) else "must have positive ranks"
+
+
+def check_rank(settings: Any) -> None:
+    """Raise a ValueError for a rank above what the kernels take; plain LoRA has no such limit."""
+    ranks = [settings.r or 0, *(settings.rank_pattern or {}).values()]
+    if settings.method != "lora" and max(ranks) > MAX_RANK:
+        raise ValueError(f"--r must be at most {MAX_RANK}, got {max(ranks)}: a layer trains r x r numbers")
+
+
+def check_model(model: str) -> None:
+    """Raise a ValueError for a model that is written as a path and is no folder: the hub would call it a bad id."""
+    path = Path(model).expanduser()
+    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not path.is_dir():
+        raise ValueError(f"--model {model}: there is no such folder; a hub id is like HuggingFaceTB/SmolLM2-135M")
 
 
 def first_of(asked: Mapping[str, Any]) -> str | None:

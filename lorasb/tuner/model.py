@@ -46,6 +46,7 @@ from .targets import (
     rank_for,
     refuse_half_of_an_embedding,
     refuse_tied_head,
+    refuse_unknown_names,
     resolve_ranks,
     without_wrapper,
 )
@@ -186,6 +187,8 @@ class LoRASBModel(BaseTuner):
             # modules inside a tuner layer (base_layer) belong to an earlier adapter; the layer itself is the target
             if name and self._is_target(config, name, state_dict) and not inside_tuner(model, name)
         }
+        if not targets and state_dict is None and isinstance(config.target_modules, set):
+            refuse_unknown_names(model, config.target_modules)
         for name, module in targets.items():
             check_supported(name, module)
         refuse_tied_head(model, targets)

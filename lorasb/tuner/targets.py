@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -70,6 +72,17 @@ def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module], state_dic
             )
         capped[re.escape(without_wrapper(name))] = limit  # escaped: keys of rank_pattern are regexes
     config.r, config.rank_pattern = config.r or DEFAULT_RANK, config.rank_pattern | capped
+
+
+def refuse_unknown_names(model: nn.Module, names: Collection[str]) -> None:
+    """Raise a ValueError if no module has one of the names, with the names that are close."""
+    modules = [name for name, _ in model.named_modules()]
+    if not names or any(name == n or name.endswith(f".{n}") for n in names for name in modules):
+        return
+    kinds = sorted({name.rpartition(".")[2] for name in modules} - {""})
+    near = [match for name in sorted(names) for match in difflib.get_close_matches(name.rpartition(".")[2], kinds, 2)]
+    hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else f"it has {', '.join(kinds[:12])}, ..."
+    raise ValueError(f"target_modules: {', '.join(sorted(names))} not found in the base model: {hint}")
 
 
 def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:

@@ -70,9 +70,9 @@ def _unwritten(target: Path, error: Exception) -> OSError:
     """The error with the file's name, which a full disk's has not; one that names a file is as it was."""
     if isinstance(error, OSError) and (error.filename is not None or error.errno is None):
         return error
-    code = getattr(error, "errno", None)
-    why = f"{target} cannot be written: {getattr(error, 'strerror', None) or error}"
-    return OSError(why) if code is None else type(error)(code, why)
+    if isinstance(error, OSError):
+        return type(error)(error.errno, f"{target} cannot be written: {error.strerror}")
+    return OSError(f"{target} cannot be written: {error}")
 
 
 def umask() -> int:

@@ -22,7 +22,9 @@ def test_the_files_defaults_are_the_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rate: 1", r"there is no setting 'learning_rate': (did you mean|known are)"),
+        ("learning_rte: 1", r"there is no setting 'learning_rte': did you mean 'learning_rate'\?"),
+        ("optimizer: adam", r"there is no setting 'optimizer': --help-all lists them"),
+        ("lr: 1\nlearning_rate: 2", "'learning_rate' is another name of 'lr', which the file has too"),
         ("batchsize: 4", r"there is no setting 'batchsize': did you mean 'batch_size'\?"),
         ("batch-sizes: 4", r"there is no setting 'batch-sizes': did you mean 'batch_size'\?"),
         ("lr: fast", "lr expects a number, got 'fast'"),

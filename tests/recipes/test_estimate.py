@@ -18,7 +18,12 @@ class TestEstimate:
     def run(self, name: str = "float32", **values: Any) -> Any:
         rows = [Encoded((1,) * 20, (2,) * 5)] * 64
         return SimpleNamespace(
-            settings=replace(Settings(), **values), precision=Precision(name, ""), rows=rows, steps=125, tokens=50_000
+            settings=replace(Settings(), **values),
+            precision=Precision(name, ""),
+            rows=rows,
+            steps=125,
+            tokens=50_000,
+            epochs=values.get("epochs", 1.0),
         )
 
     def test_the_first_step_is_slower_and_the_longest_needs_more(self) -> None:

@@ -27,7 +27,7 @@ from lorasb.recipes.settings import DTYPES, SCHEDULERS, UPDATES, Settings
         ({"rank_pattern": {"q": 0}}, "--rank-pattern must have positive ranks"),
         ({"eval_steps": 0}, "--eval-steps must be positive, got 0"),
         ({"gradient_accumulation": 3}, "--batch-size 16 cannot be parted in --gradient-accumulation 3 equal parts"),
-        ({"lr": float("nan")}, "--lr must be positive, got nan"),
+        ({"lr": float("nan")}, "--lr must be positive, at most 10000, got nan"),
     ],
 )
 def test_values_that_no_run_can_have_are_refused(values: dict[str, Any], message: str) -> None:

@@ -23,8 +23,9 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
         ValueError: a file without examples, or no example left to train on.
     """
     if settings.data is None:
-        held_out = generate(settings.task, settings.eval_examples, HELD_OUT_SEED + settings.seed)
-        return generate(settings.task, settings.train_examples, settings.seed, exclude=held_out), held_out
+        task = settings.generated_task
+        held_out = generate(task, settings.eval_examples, HELD_OUT_SEED + settings.seed)
+        return generate(task, settings.train_examples, settings.seed, exclude=held_out), held_out
     train_examples = read_data(settings.data, settings.score, adapter_column=settings.adapter_column)
     held_out = _held_out(settings, train_examples)
     # By prompt, not by position: duplicates of a held-out prompt must not be trained on either.
@@ -67,7 +68,7 @@ def describe_data(settings: Settings, count: int) -> str:
     """The source and number of the training examples, as text."""
     if settings.data is not None:
         return f"{Path(settings.data).name}, {count} examples"
-    return f"reasoning-gym {settings.task}, {count} generated examples"
+    return f"reasoning-gym {settings.generated_task}, {count} generated examples"
 
 
 class Listed(torch.utils.data.Dataset[Any]):

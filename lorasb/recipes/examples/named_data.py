@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.reading import parse_json, read_text
+from ..settings import Settings
 from .tasks import BadAdapterError, Example, labeled, read_jsonl, text_of, with_adapter
 
 INSTRUCTION = (
@@ -57,19 +58,19 @@ def instructed(row: Row) -> Example:
     """Alpaca's form: instruction, output and perhaps input."""
     template = WITH_INPUT if row.get("input") else INSTRUCTION
     question = template.format(instruction=text_of(row, "instruction"), input=row.get("input"))
-    return Example(question, text_of(row, "output"))
+    return Example(question, text_of(row, "output"), formatted=True)
 
 
 def _metamath(row: Row) -> Example:
-    return Example(INSTRUCTION.format(instruction=row["query"]), row["response"])
+    return Example(INSTRUCTION.format(instruction=row["query"]), row["response"], formatted=True)
 
 
 def _gsm8k(row: Row) -> Example:
-    return Example(INSTRUCTION.format(instruction=row["question"]) + STEP_BY_STEP, row["answer"])
+    return Example(INSTRUCTION.format(instruction=row["question"]) + STEP_BY_STEP, row["answer"], formatted=True)
 
 
 def _math(row: Row) -> Example:
-    return Example(INSTRUCTION.format(instruction=row["problem"]) + STEP_BY_STEP, row["solution"])
+    return Example(INSTRUCTION.format(instruction=row["problem"]) + STEP_BY_STEP, row["solution"], formatted=True)
 
 
 def _glue(task: str, first: str, second: str | None = None, score: str = "label") -> Source:
@@ -109,14 +110,12 @@ def read_data(name: str, score: str, held_out: bool = False, adapter_column: str
         ImportError: the package `datasets` is missing; the message has the pip command.
         OSError: a named data set cannot be read from the hub.
     """
-    path = Path(name)
-    if path.is_file():
-        examples = _records(path, adapter_column) if path.suffix == ".json" else read_jsonl(path, adapter_column)
+    found = _file_or_source(name)
+    if isinstance(found, Path):
+        examples = _records(found, adapter_column) if found.suffix == ".json" else read_jsonl(found, adapter_column)
         score = _score_of_labels(examples) if score == "exact" else score
         return [replace(example, source=name, score=score) for example in examples]
-    if name not in NAMED:
-        raise ValueError(f"expected a JSONL file, found none at {path}; data sets by name are {', '.join(NAMED)}")
-    source = NAMED[name]
+    source = found
     split = source.held_out if held_out else source.train
     if split is None:
         raise ValueError(f"{name} has no held-out split: name another set, or leave --eval-data out")
@@ -124,6 +123,22 @@ def read_data(name: str, score: str, held_out: bool = False, adapter_column: str
         replace(with_adapter(source.example(row), row, adapter_column, name), source=name, score=source.score)
         for row in _rows(name, source, split)
     ]
+
+
+def check_names(settings: Settings) -> None:
+    """Raise a ValueError for a file or name of `--data` and `--eval-data` that is not there; reads nothing."""
+    for name in (settings.data or "", *(settings.eval_data or "").split(",")):
+        if name.strip():
+            _file_or_source(name.strip())
+
+
+def _file_or_source(name: str) -> Path | Source:
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name not in NAMED:
+        raise ValueError(f"expected a JSONL file, found none at {path}; data sets by name are {', '.join(NAMED)}")
+    return NAMED[name]
 
 
 def _score_of_labels(examples: list[Example]) -> str:

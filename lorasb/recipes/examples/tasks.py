@@ -51,6 +51,7 @@ class Example:
         source: name of the data set.
         score: how an answer is judged, see `scoring`.
         adapter: whose example it is, where each adapter has its own (`--adapter-column`).
+        formatted: the prompt has a format of its own (Alpaca's), and no chat template is put around it.
     """
 
     prompt: str
@@ -61,6 +62,7 @@ class Example:
     source: str = ""
     score: str = "exact"
     adapter: str = ""
+    formatted: bool = False
 
 
 def generate(task: str, count: int, seed: int, exclude: Sequence[Example] = ()) -> list[Example]:

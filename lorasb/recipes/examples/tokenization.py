@@ -43,8 +43,13 @@ class Encoded:
         return len(self) - self.learned.index(True) if True in self.learned else len(self.completion)
 
 
-def encode(example: Example, tokenizer: Any, max_length: int, whole_prompt: bool = False) -> Encoded:
+def encode(
+    example: Example, tokenizer: Any, max_length: int, whole_prompt: bool = False, template: bool = False
+) -> Encoded:
     """Tokenize prompt and completion separately, so that no token spans both; `messages` use the chat template.
+
+    With `template` prompts do too, where the tokenizer has one. Without one a space joins a prompt and a completion
+    that have no white space between them.
 
     Beyond `max_length` a prompt loses its beginning, or, with `whole_prompt`, the completion its end: a held-out
     question must not lose its beginning to a long right answer.
@@ -52,12 +57,13 @@ def encode(example: Example, tokenizer: Any, max_length: int, whole_prompt: bool
     Raises:
         ValueError: messages for a tokenizer without a chat template.
     """
-    pieces, answer = _pieces(example, tokenizer)
+    messages = messages_of(example, tokenizer, template)
+    pieces, answer = _pieces(example, messages, tokenizer)
     ids: list[int] = []
     learned: list[bool] = []
     for text, mark in pieces:
         # a chat template writes the special tokens (BOS) itself
-        text_ids = tokenizer(text, add_special_tokens=not example.messages)["input_ids"]
+        text_ids = tokenizer(text, add_special_tokens=not messages)["input_ids"]
         ids += text_ids
         learned += [mark] * len(text_ids)
     completion = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -68,10 +74,19 @@ def encode(example: Example, tokenizer: Any, max_length: int, whole_prompt: bool
     return Encoded(tuple(ids[last_tokens]), tuple(completion), marks, example.adapter)
 
 
-def _pieces(example: Example, tokenizer: Any) -> tuple[list[tuple[str, bool]], str]:
+def messages_of(example: Example, tokenizer: Any, template: bool) -> tuple[dict[str, str], ...]:
+    """The example as a chat: its messages, or with `template` a question and its answer; () for plain text."""
+    if example.messages or not template or example.formatted or getattr(tokenizer, "chat_template", None) is None:
+        return example.messages
+    return {"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}
+
+
+def _pieces(
+    example: Example, messages: tuple[dict[str, str], ...], tokenizer: Any
+) -> tuple[list[tuple[str, bool]], str]:
     """The prompt as (text, learned) pieces, and the completion."""
-    if example.messages:
-        return _conversation(list(example.messages), tokenizer), example.completion
+    if messages:
+        return _conversation(list(messages), tokenizer), example.completion
     # A space between them goes to the completion, as tokenizers merge it with the word that follows.
     separated = example.prompt[-1:].isspace() or example.completion[:1].isspace()
     return [(example.prompt, False)], example.completion if separated else " " + example.completion

@@ -113,7 +113,7 @@ def _all_answers(
     answer_by_index: dict[int, str] = {}
 
     def generate(indices: list[int], bar: Any) -> list[str]:
-        return _answers(model, tokenizer, [encoded[i] for i in indices], bar, limit)
+        return generate_answers(model, tokenizer, [encoded[i] for i in indices], bar, limit)
 
     token_limits = [token_limit([encoded[i] for i in indices], limit) for indices in chunks]
     for indices, texts in map_over_ranks(chunks, generate, token_limits, title, "token"):
@@ -192,7 +192,9 @@ def token_limit(chunk: Sequence[Encoded], limit: int | None) -> int:
     return limit or max(len(e.completion) for e in chunk) + ANSWER_MARGIN
 
 
-def _answers(model: nn.Module, tokenizer: Any, chunk: Sequence[Encoded], bar: Any, limit: int | None) -> list[str]:
+def generate_answers(
+    model: nn.Module, tokenizer: Any, chunk: Sequence[Encoded], bar: Any, limit: int | None
+) -> list[str]:
     """Greedily decoded answers; the bar advances with every token."""
     ids, mask = _padded_prompts(chunk, tokenizer.pad_token_id, next(model.parameters()).device)
 

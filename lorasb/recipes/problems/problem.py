@@ -42,7 +42,14 @@ class Problem(Protocol):
 
 
 class LanguageModeling:
-    """Completions of prompts, and the assistant's turns of chats."""
+    """Completions of prompts, and the assistant's turns of chats.
+
+    Args:
+        template: put prompts into the tokenizer's chat template, where it has one.
+    """
+
+    def __init__(self, template: bool = False) -> None:
+        self.template = template
 
     task_type = "CAUSAL_LM"
     takes_loss_arguments: bool | None = None
@@ -59,7 +66,7 @@ class LanguageModeling:
 
     def encode(self, example: Example, tokenizer: Any, max_length: int, held_out: bool = False) -> Any:
         """See `tokenization.encode`."""
-        return encode(example, tokenizer, max_length, whole_prompt=held_out)
+        return encode(example, tokenizer, max_length, held_out, self.template)
 
     def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[Any]], dict[str, Any]]:
         """See `tokenization.Collator`."""
@@ -93,7 +100,7 @@ def problem_of(train: Sequence[Example], held_out: Sequence[Example], settings: 
         kind, fitting = ("labels", LABEL_SCORES) if labeled else ("texts", [s for s in SCORES if s not in LABEL_SCORES])
         raise ValueError(f"--score {wrong[0]} does not judge {kind}, which the examples have: {', '.join(fitting)} do")
     if not labeled:
-        return LanguageModeling()
+        return LanguageModeling(settings.template == "auto")
     if settings.adapter_column is not None:
         raise ValueError("--adapter-column trains language models: a classifier's head is one for all adapters")
     if settings.rl is not None:

@@ -1,0 +1,158 @@
+"""`lorasb ask`: questions to what a run has trained, put as its training examples were, and the same in Python."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..tuner import basis_adapters
+from ..utils.precision import resolve
+from ..utils.reading import read_json
+from .config_file import CONFIG_NAME, read_config
+from .examples.named_data import INSTRUCTION, STEP_BY_STEP
+from .examples.tasks import Example
+from .prepare import Run, device, load_model
+from .problems.classification import Classification
+from .problems.evaluation import HeldOut, generate_answers
+from .problems.problem import LanguageModeling, Problem
+from .run_folder import SUMMARY_NAME
+from .settings import Settings, listed
+
+TOKENS = 256  # of an answer, at most
+PLAIN, MESSAGES, INSTRUCTED, STEPS = "plain", "messages", "instruction", "instruction, step by step"
+
+
+def prompt_format(example: Example) -> str:
+    """How a run's examples put their questions, for its summary."""
+    if example.messages:
+        return MESSAGES
+    if example.formatted:
+        return STEPS if example.prompt.endswith(STEP_BY_STEP) else INSTRUCTED
+    return PLAIN
+
+
+def asked(question: str, kind: str) -> Example:
+    """A question in the form of a run's examples, without an answer."""
+    if kind == MESSAGES:
+        turns = {"role": "user", "content": question}, {"role": "assistant", "content": ""}
+        return Example(question, "", messages=turns)
+    if kind in (INSTRUCTED, STEPS):
+        prompt = INSTRUCTION.format(instruction=question) + (STEP_BY_STEP if kind == STEPS else "")
+        return Example(prompt, "", formatted=True)
+    return Example(question, "")
+
+
+def answers(
+    run: Path, question: str | None, adapter: str | None = None, max_new_tokens: int | None = None
+) -> Iterator[str]:
+    """Answers to one question, or to each line that is typed, decoded greedily; labels for a classifier.
+
+    Args:
+        run: folder of a finished run.
+        question: the prompt; None to read prompts until the end of the input.
+        adapter: name of an adapter, in a run that trained several.
+        max_new_tokens: tokens of an answer, at most.
+
+    Raises:
+        ValueError: there is no finished run, or it has no such adapter.
+    """
+    summary, settings = _read(run)
+    names = sorted(summary.get("adapters") or ())
+    if (adapter is None) == bool(names) or (adapter is not None and adapter not in names):
+        known = f"it has {', '.join(names[:8])}" if names else "it trained one"
+        raise ValueError(f"--adapter has to name one of the run's adapters, got {adapter!r}: {known}")
+    problem: Problem = (
+        Classification(summary["classes"])
+        if summary.get("classes") is not None
+        else LanguageModeling(settings.template == "auto")
+    )
+    tokenizer, model = _load(run, settings, problem, adapter)
+    for one in _questions() if question is None else [question]:
+        example = asked(one, summary["prompt_format"])
+        if isinstance(problem, Classification):
+            example = Example(one, problem.classes[0] if problem.classes else "0", label=0)
+        encoded = problem.encode(example, tokenizer, settings.max_length, held_out=True)
+        if isinstance(problem, Classification):
+            yield problem.evaluate(model, tokenizer, HeldOut([example], [encoded], 1), "").answers[0]
+            continue
+        limit = max_new_tokens or settings.max_new_tokens or TOKENS
+        with tqdm(disable=True) as bar:
+            yield generate_answers(model, tokenizer, [encoded], bar, limit)[0]
+
+
+def _read(run: Path) -> tuple[dict[str, Any], Settings]:
+    """A finished run's summary and settings."""
+    if not (run / SUMMARY_NAME).is_file():
+        raise ValueError(f"expected the folder of a finished run, found no {SUMMARY_NAME} in {run}")
+    summary = read_json(run / SUMMARY_NAME)
+    if "prompt_format" not in summary:
+        raise ValueError(
+            f"{run / SUMMARY_NAME} does not say how questions are put: an earlier version of lorasb wrote it"
+        )
+    return summary, Settings(**read_config(run / CONFIG_NAME, {one.name: kind for one, kind in listed(Settings)}))
+
+
+def _load(run: Path, settings: Settings, problem: Problem, adapter: str | None) -> tuple[Any, Any]:
+    import peft
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer, base = load_model(settings, problem, resolve(settings.dtype, device()).dtype)
+    model = peft.PeftModel.from_pretrained(base, str(run / "adapter"))
+    if adapter is not None:
+        basis_adapters.load_adapters(model, run / "adapter", [adapter])
+        model.set_adapter(adapter)
+    return tokenizer, model.eval()
+
+
+def _questions() -> Iterator[str]:
+    """Lines of the standard input, with a prompt on a terminal."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+def how_to(run: Run, folder: Path) -> dict[str, str]:
+    """How to use what a run has trained: a command, and the same in Python; for its last lines and its model card."""
+    first = run.train[0]
+    extra = f" --adapter {run.adapters[0]}" if run.adapters else ""
+    command = f'lorasb ask {folder} "{" ".join(first.prompt.split())[:60]}"{extra}'
+    return {"command": command, "python": _python(run, folder, prompt_format(first))}
+
+
+def _python(run: Run, folder: Path, kind: str) -> str:
+    base, adapter = run.settings.model, folder / "adapter"
+    source = "lorasb.demo_model()" if base == Settings().model else repr(base)
+    model_class = "AutoModelForCausalLM"
+    load = f"transformers.{model_class}.from_pretrained(base)"
+    if isinstance(run.problem, Classification):
+        load = (
+            "transformers.AutoModelForSequenceClassification.from_pretrained"
+            f"(base, num_labels={max(1, len(run.problem.classes))})"
+        )
+    lines = [
+        "import lorasb, peft, transformers  # lorasb registers its method with PEFT",
+        f"base = {source}",
+        f'model = peft.PeftModel.from_pretrained({load}, "{adapter}")',
+        "tokenizer = transformers.AutoTokenizer.from_pretrained(base)",
+    ]
+    if isinstance(run.problem, Classification):
+        return "\n".join([*lines, 'print(model(**tokenizer("TEXT", return_tensors="pt")).logits)'])
+    chat = kind == MESSAGES or (kind == PLAIN and run.settings.template == "auto" and run.tokenizer.chat_template)
+    if chat:
+        turns = '[{"role": "user", "content": "QUESTION"}]'
+        inputs = (
+            f'tokenizer.apply_chat_template({turns}, add_generation_prompt=True, return_dict=True, return_tensors="pt")'
+        )
+    else:
+        inputs = f'tokenizer({asked("QUESTION", kind).prompt!r}, return_tensors="pt")'
+    lines += [f"inputs = {inputs}", f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens={TOKENS})[0]))"]
+    return "\n".join(lines)
