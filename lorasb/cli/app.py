@@ -44,6 +44,7 @@ def _finetune(values: dict[str, Any]) -> None:
     settings = Settings(**values)
     settings.check()  # and the data's names: before torch and transformers are imported, which takes seconds
     check_names(settings)
+    from ..recipes.ask import how_to
     from ..recipes.console import console
     from ..recipes.finetune import run_finetune
     from . import tables
@@ -61,7 +62,9 @@ def _finetune(values: dict[str, Any]) -> None:
         console.print(line)
     console.print(tables.costs(result.summary))
     console.print(_files(settings.output))
-    typer.echo(tables.how_to_use(result.summary))  # not by the console, which would break long lines
+    if "prompt_format" in result.summary:  # results of earlier versions do not say
+        lines = how_to(result.summary, result.examples[0].prompt, Path(settings.output))
+        typer.echo(tables.how_to_use(lines))  # not by the console, which would break long lines
 
 
 def _init(values: dict[str, Any]) -> None:

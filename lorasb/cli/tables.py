@@ -132,11 +132,8 @@ def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[
     return table
 
 
-def how_to_use(summary: dict[str, Any]) -> str:
-    """How to ask the model now, from the command line and in Python; results of earlier versions do not say."""
-    lines = summary.get("how_to")
-    if not lines:
-        return ""
+def how_to_use(lines: dict[str, str]) -> str:
+    """How to ask the model now, from the command line and in Python."""
     return (
         f"\nAsk it (without a question it reads them line by line):\n\n  {lines['command']}\n\nIn Python:\n\n"
         f"{textwrap.indent(lines['python'], '  ')}\n"

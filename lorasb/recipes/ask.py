@@ -15,21 +15,23 @@ from ..utils.reading import read_json
 from .config_file import CONFIG_NAME, read_config
 from .examples.named_data import INSTRUCTION, STEP_BY_STEP
 from .examples.tasks import Example
+from .examples.tokenization import messages_of
 from .prepare import Run, device, load_model
 from .problems.classification import Classification
 from .problems.evaluation import HeldOut, generate_answers
 from .problems.problem import LanguageModeling, Problem
 from .run_folder import SUMMARY_NAME
-from .settings import Settings, listed
+from .settings import EMBEDDED, Settings, listed
 
 TOKENS = 256  # of an answer, at most
-PLAIN, MESSAGES, INSTRUCTED, STEPS = "plain", "messages", "instruction", "instruction, step by step"
+CHAT, INSTRUCTED, STEPS, PLAIN = "chat", "instruction", "instruction, step by step", "plain"
 
 
-def prompt_format(example: Example) -> str:
+def prompt_format(run: Run) -> str:
     """How a run's examples put their questions, for its summary."""
-    if example.messages:
-        return MESSAGES
+    example = run.train[0]
+    if messages_of(example, run.tokenizer, run.settings.template == "auto"):
+        return CHAT
     if example.formatted:
         return STEPS if example.prompt.endswith(STEP_BY_STEP) else INSTRUCTED
     return PLAIN
@@ -37,7 +39,7 @@ def prompt_format(example: Example) -> str:
 
 def asked(question: str, kind: str) -> Example:
     """A question in the form of a run's examples, without an answer."""
-    if kind == MESSAGES:
+    if kind == CHAT:
         turns = {"role": "user", "content": question}, {"role": "assistant", "content": ""}
         return Example(question, "", messages=turns)
     if kind in (INSTRUCTED, STEPS):
@@ -65,11 +67,7 @@ def answers(
     if (adapter is None) == bool(names) or (adapter is not None and adapter not in names):
         known = f"it has {', '.join(names[:8])}" if names else "it trained one"
         raise ValueError(f"--adapter has to name one of the run's adapters, got {adapter!r}: {known}")
-    problem: Problem = (
-        Classification(summary["classes"])
-        if summary.get("classes") is not None
-        else LanguageModeling(settings.template == "auto")
-    )
+    problem: Problem = Classification(summary["classes"]) if summary.get("classes") is not None else LanguageModeling()
     tokenizer, model = _load(run, settings, problem, adapter)
     for one in _questions() if question is None else [question]:
         example = asked(one, summary["prompt_format"])
@@ -120,39 +118,30 @@ def _questions() -> Iterator[str]:
             yield line
 
 
-def how_to(run: Run, folder: Path) -> dict[str, str]:
-    """How to use what a run has trained: a command, and the same in Python; for its last lines and its model card."""
-    first = run.train[0]
-    extra = f" --adapter {run.adapters[0]}" if run.adapters else ""
-    command = f'lorasb ask {folder} "{" ".join(first.prompt.split())[:60]}"{extra}'
-    return {"command": command, "python": _python(run, folder, prompt_format(first))}
+def how_to(summary: dict[str, Any], question: str, folder: Path) -> dict[str, str]:
+    """How to use what a run has trained, for its last lines and its model card: a command, and the same in Python."""
+    names = sorted(summary["adapters"] or ())
+    extra = f" --adapter {names[0]}" if names else ""
+    command = f'lorasb ask {folder} "{" ".join(question.split())[:60]}"{extra}'
+    return {"command": command, "python": "\n".join(_python(summary, folder))}
 
 
-def _python(run: Run, folder: Path, kind: str) -> str:
-    base, adapter = run.settings.model, folder / "adapter"
-    source = "lorasb.demo_model()" if base == Settings().model else repr(base)
-    model_class = "AutoModelForCausalLM"
-    load = f"transformers.{model_class}.from_pretrained(base)"
-    if isinstance(run.problem, Classification):
-        load = (
-            "transformers.AutoModelForSequenceClassification.from_pretrained"
-            f"(base, num_labels={max(1, len(run.problem.classes))})"
-        )
-    lines = [
-        "import lorasb, peft, transformers  # lorasb registers its method with PEFT",
-        f"base = {source}",
-        f'model = peft.PeftModel.from_pretrained({load}, "{adapter}")',
-        "tokenizer = transformers.AutoTokenizer.from_pretrained(base)",
-    ]
-    if isinstance(run.problem, Classification):
-        return "\n".join([*lines, 'print(model(**tokenizer("TEXT", return_tensors="pt")).logits)'])
-    chat = kind == MESSAGES or (kind == PLAIN and run.settings.template == "auto" and run.tokenizer.chat_template)
-    if chat:
+def _python(summary: dict[str, Any], folder: Path) -> Iterator[str]:
+    base, classes, kind = summary["config"]["model"], summary["classes"], summary["prompt_format"]
+    load = "AutoModelForCausalLM.from_pretrained(base)"
+    if classes is not None:
+        load = f"AutoModelForSequenceClassification.from_pretrained(base, num_labels={max(1, len(classes))})"
+    yield "import lorasb, peft, transformers  # lorasb registers its method with PEFT"
+    yield f"base = {'lorasb.demo_model()' if base == EMBEDDED else repr(base)}"
+    yield f'model = peft.PeftModel.from_pretrained(transformers.{load}, "{folder / "adapter"}")'
+    yield "tokenizer = transformers.AutoTokenizer.from_pretrained(base)"
+    if classes is not None:
+        yield 'print(model(**tokenizer("TEXT", return_tensors="pt")).logits)'
+        return
+    inputs = f'tokenizer({asked("QUESTION", kind).prompt!r}, return_tensors="pt")'
+    if kind == CHAT:
         turns = '[{"role": "user", "content": "QUESTION"}]'
-        inputs = (
-            f'tokenizer.apply_chat_template({turns}, add_generation_prompt=True, return_dict=True, return_tensors="pt")'
-        )
-    else:
-        inputs = f'tokenizer({asked("QUESTION", kind).prompt!r}, return_tensors="pt")'
-    lines += [f"inputs = {inputs}", f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens={TOKENS})[0]))"]
-    return "\n".join(lines)
+        options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        inputs = f"tokenizer.apply_chat_template({turns}, {options})"
+    yield f"inputs = {inputs}"
+    yield f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens={TOKENS})[0]))"

@@ -76,9 +76,8 @@ def summarize(
         "train_losses": [entry["loss"] for entry in trained.history if "loss" in entry],
         "rewards": [float(entry["reward"]) for entry in trained.history if "reward" in entry],
         "eval_losses": [[entry["step"], entry["eval_loss"]] for entry in trained.history if "eval_loss" in entry],
-        "prompt_format": prompt_format(run.train[0]),
+        "prompt_format": prompt_format(run),
         "classes": list(run.problem.classes) if isinstance(run.problem, Classification) else None,
-        "how_to": how_to(run, Path(run.settings.output)),
         "config": asdict(run.settings),
         "identity": identity,
     }
@@ -103,7 +102,7 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
     # An interrupted save leaves the former folder in place: `replacing_folder` renames a complete one over it.
     with replacing_folder(folder / "adapter") as target:
         save_adapter(run, target)
-        add_usage(target, _usage(summary["how_to"]))
+        add_usage(target, _usage(how_to(summary, run.held_out[0].prompt, folder)))
     summary["adapter_bytes"] = (folder / "adapter" / WEIGHTS_NAME).stat().st_size
     pictures = plotting.installed()
     if result.report is not None:

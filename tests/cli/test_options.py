@@ -103,15 +103,53 @@ def test_init_takes_its_share_of_the_list() -> None:
     assert "run" in get_type_hints(InitSettings)
 
 
-def test_help_has_every_option_whole_in_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["--help", "--help-all"])
+def test_help_has_every_option_whole_in_eighty_columns(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERMINAL_WIDTH", "80")
-    text = CliRunner().invoke(app, ["finetune", "--help"]).output
+    text = CliRunner().invoke(app, ["finetune", kind]).output
     assert "…" not in text
+    folded = [one for one, _ in listed(Settings) if not one.metadata.get("main")]
     for one, _ in listed(Settings):
         assert f"{option(one.name)}" in text
-    for group in {one.metadata["group"] for one, _ in listed(Settings)}:
-        assert f"─ {group.capitalize()} ─" in text
+    assert 12 <= len(list(listed(Settings))) - len(folded) <= 14
+    explained = text.replace("\n", " ").partition("Most used")[2]
+    for one in folded:
+        assert (f"─ {one.metadata['group'].capitalize()} ─" in explained) == (kind == "--help-all")
+    assert len(text.splitlines()) < 80 or kind == "--help-all"
+    assert CliRunner().invoke(app, ["finetune", "--help"]).output == text or kind == "--help-all"  # folded again
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        (["--packing", "true"], True),
+        (["--packing", "false"], False),
+        (["--no-packing"], False),
+        (["--packing", "True", "--seed", "3"], True),
+    ],
+)
+def test_a_switch_takes_a_value_as_well(given: list[str], want: bool) -> None:
+    assert call(*given)["packing"] is want
+
+
+def test_options_names_and_aliases_are_keys_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("learning-rate: 3e-4\nrank: 8\n--batch-size: 4\nepochs: auto\n")
+    assert call("--config", str(file)) == {"lr": 3e-4, "r": 8, "batch_size": 4, "epochs": None}
+
+
+def test_a_file_of_settings_runs_no_code_unless_that_is_allowed(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("rl: reward.py:score\n")
+    with pytest.raises(
+        ValueError, match=r"rl is reward.py:score, and the run would execute that file: add --allow-code"
+    ):
+        call("--config", str(file))
+    assert call("--config", str(file), "--allow-code") == {"rl": "reward.py:score"}
+    assert call("--config", str(file), "--rl", "other.py:score")["rl"] == "other.py:score"
+    file.write_text("rl: exact\n")
+    assert call("--config", str(file)) == {"rl": "exact"}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def call(*arguments: str) -> dict[str, Any]:
     """The settings that the arguments give."""
     got: list[dict[str, Any]] = []
     app = typer.Typer()
-    app.command()(options.command(got.append, [(Settings, False)], {}))
+    app.command(cls=options.Command)(options.command(got.append, [(Settings, False)], {}))
     done = CliRunner().invoke(app, list(arguments))
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
