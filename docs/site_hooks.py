@@ -41,8 +41,6 @@ def _target(path: str, repository: str) -> str:
     """Where a file of the repository is found from a page of the site."""
     if path == REPORT:
         return "report.md"
-    if path == "docs/api.md":
-        return "reference.md"
     if path.startswith("benchmarks/results/") and path.endswith(".png"):
         return f"results/{posixpath.basename(path)}"
     inside = path.removeprefix("docs/")

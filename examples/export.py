@@ -14,10 +14,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorasb
-from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 10
-folder = sys.argv[2] if len(sys.argv) > 2 else resolve_model(EMBEDDED)
+folder = sys.argv[2] if len(sys.argv) > 2 else lorasb.demo_model()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = lorasb.patch(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), r=16)
 ids = tokenizer("Once upon a time there was a small matrix that wanted to be trained.", return_tensors="pt")[

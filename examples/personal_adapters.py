@@ -15,10 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorasb
-from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-folder = sys.argv[2] if len(sys.argv) > 2 else resolve_model(EMBEDDED)
+folder = sys.argv[2] if len(sys.argv) > 2 else lorasb.demo_model()
 tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

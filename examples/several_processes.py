@@ -22,10 +22,9 @@ from transformers import (
 )
 
 import lorasb
-from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-folder = sys.argv[2] if len(sys.argv) > 2 else resolve_model(EMBEDDED)
+folder = sys.argv[2] if len(sys.argv) > 2 else lorasb.demo_model()
 processes = int(os.environ.get("WORLD_SIZE", "1"))
 tokenizer = AutoTokenizer.from_pretrained(folder)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

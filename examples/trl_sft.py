@@ -16,10 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import lorasb
-from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-folder = sys.argv[2] if len(sys.argv) > 2 else resolve_model(EMBEDDED)
+folder = sys.argv[2] if len(sys.argv) > 2 else lorasb.demo_model()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 colors = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "blood": "red", "the sun": "yellow"}
 rows = [

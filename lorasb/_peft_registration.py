@@ -6,6 +6,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -14,11 +15,18 @@ from typing import Any
 
 def install() -> None:
     """Register now if peft is imported already, else right after the first `import peft`."""
+    _quiet_bitsandbytes()
     if "peft" in sys.modules:
         _register()
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
         # first in line, or the regular finder would answer for peft
         sys.meta_path.insert(0, _PeftFinder())
+
+
+def _quiet_bitsandbytes() -> None:
+    """Drop bitsandbytes' warning, at its import by PEFT, of a kernel from the hub that lorasb does not use."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.addFilter(lambda record: "kernels-community" not in record.getMessage())
 
 
 def _register() -> None:

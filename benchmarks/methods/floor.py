@@ -25,7 +25,7 @@ from benchmarks.methods.adapters import put_in
 from benchmarks.methods.grid import METHODS, TASKS, WARMUP, Cell, Task
 from benchmarks.methods.problems import MAX_LENGTH, files, load
 from benchmarks.methods.run import drawn, train
-from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+from lorasb.recipes.bundled_model import demo_model
 from lorasb.recipes.examples.tasks import Example, read_jsonl
 from lorasb.recipes.examples.tokenization import Collator, encode
 from lorasb.recipes.problems.evaluation import evaluate, example_losses
@@ -68,7 +68,7 @@ def run(task: Task, judge: Judge, count: int, folder: Path | None) -> dict[str, 
     from transformers import AutoTokenizer
 
     started = time.perf_counter()
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(EMBEDDED))
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
     problem = load(task, folder, measured_dtype())
     examples = read_jsonl(files(task, folder, "test"))[:count]
     before, loss_before = judge(problem.model, examples, tokenizer), problem.loss(problem.model, "test")

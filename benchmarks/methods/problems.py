@@ -108,10 +108,10 @@ def _short(found: list[Example], tokenizer: Any, longest: int | None) -> list[Ex
 def _language(task: Task, folder: Path | None, dtype: torch.dtype) -> Problem:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+    from lorasb.recipes.bundled_model import demo_model
     from lorasb.recipes.prepare import contiguous_head
 
-    source = resolve_model(EMBEDDED)
+    source = demo_model()
     tokenizer = AutoTokenizer.from_pretrained(source)
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     contiguous_head(model)
@@ -135,9 +135,9 @@ def batches_of(task: Task, count: int, seed: int) -> list[Batch]:
     """Samples of a generated task's training examples, for an initialization."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+    from lorasb.recipes.bundled_model import demo_model
 
-    source = resolve_model(EMBEDDED)
+    source = demo_model()
     tokenizer = AutoTokenizer.from_pretrained(source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))

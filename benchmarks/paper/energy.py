@@ -30,7 +30,7 @@ from benchmarks.methods.problems import MAX_LENGTH, Problem, generated, load
 from benchmarks.methods.run import drawn
 from benchmarks.methods.tables import plus_minus, spread
 from benchmarks.paper.ablations import ABLATIONS, results
-from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+from lorasb.recipes.bundled_model import demo_model
 from lorasb.recipes.examples.tasks import Example, generate
 from lorasb.recipes.examples.tokenization import encode
 from lorasb.utils.plotting import GRAD, INK, SIGN
@@ -105,7 +105,7 @@ def reference(problem: Problem) -> dict[str, Tensor]:
         parameter.requires_grad_(False)
     for weight in weights.values():
         weight.requires_grad_(True)
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(EMBEDDED))
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
     for example in unseen():  # one by one: each its own mean over tokens, as the initialization takes it
         model(**problem.collate([encode(example, tokenizer, MAX_LENGTH)])).loss.backward()
     return {name.removesuffix(".weight"): weight.grad for name, weight in weights.items() if weight.grad is not None}

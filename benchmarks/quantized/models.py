@@ -20,9 +20,9 @@ def smollm(way: str) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     import lorasb
-    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+    from lorasb.recipes.bundled_model import demo_model
 
-    folder = resolve_model(EMBEDDED)
+    folder = demo_model()
     if way == "ours":
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=measured_dtype())
         adapted: Any = lorasb.patch(lorasb.quantize(model))

@@ -27,7 +27,7 @@ import lorasb
 from benchmarks.common.timing import dtype_name, dtype_option, measure, measured_dtype, provenance, use_dtype
 from benchmarks.serving.decoding_steps import ROWS, Steps
 from benchmarks.serving.picture import draw
-from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+from lorasb.recipes.bundled_model import demo_model
 from lorasb.utils.atomic_files import write_json
 
 FILE, PICTURE = "many-adapters-cpu.json", "many-adapters.png"
@@ -41,7 +41,7 @@ HEAD = ("", "step (p20 to p80)", "tokens/s", "time, over one adapter's")
 
 def base() -> Any:
     """The embedded model."""
-    return AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=measured_dtype()).eval()
+    return AutoModelForCausalLM.from_pretrained(demo_model(), dtype=measured_dtype()).eval()
 
 
 def ours(four_bits: bool = False) -> Any:

@@ -44,9 +44,9 @@ def model(dtype: torch.dtype = torch.float32, blocks: int | None = None) -> Any:
     """SmolLM2-135M, or its first blocks."""
     from transformers import AutoModelForCausalLM
 
-    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+    from lorasb.recipes.bundled_model import demo_model
 
-    found: Any = AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=dtype)
+    found: Any = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype)
     if blocks is not None:
         found.model.layers = found.model.layers[:blocks]
     return found
@@ -56,10 +56,10 @@ def samples(count: int = SAMPLES, rows: int = 1) -> list[dict[str, Tensor]]:
     """Batches of generated problems with their answers, one after another, cut into samples of 192 tokens."""
     from transformers import AutoTokenizer
 
-    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+    from lorasb.recipes.bundled_model import demo_model
     from lorasb.recipes.examples.tasks import generate
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(EMBEDDED))
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
     examples = generate("word_sequence_reversal", 8 * count * rows, 0)
     text = "\n".join(f"{example.prompt} {example.completion}" for example in examples)
     ids = torch.tensor(tokenizer(text)["input_ids"][: count * rows * TOKENS]).view(count, rows, TOKENS)

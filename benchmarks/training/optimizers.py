@@ -41,9 +41,9 @@ def steps(r: int) -> dict[str, Step]:
     from transformers import AutoModelForCausalLM
 
     import lorasb
-    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+    from lorasb.recipes.bundled_model import demo_model
 
-    base: Any = AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=measured_dtype())
+    base: Any = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=measured_dtype())
     model = lorasb.patch(base, r=r, init="random").train()
     trained = [p for p in model.parameters() if p.requires_grad]
     # rates of zero: a step costs the same, and the model stays what it is

@@ -49,9 +49,9 @@ def smollm() -> Any:
     """The embedded model."""
     from transformers import AutoModelForCausalLM
 
-    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+    from lorasb.recipes.bundled_model import demo_model
 
-    return AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=measured_dtype())
+    return AutoModelForCausalLM.from_pretrained(demo_model(), dtype=measured_dtype())
 
 
 def mistral() -> Any:

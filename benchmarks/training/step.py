@@ -45,9 +45,9 @@ def model_of(way: str, convert: Callable[[Any], Any] = as_loaded) -> Any:
     from transformers import AutoModelForCausalLM
 
     import lorasb
-    from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+    from lorasb.recipes.bundled_model import demo_model
 
-    model = convert(AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=measured_dtype()))
+    model = convert(AutoModelForCausalLM.from_pretrained(demo_model(), dtype=measured_dtype()))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     if way == PEFT:
         lora = LoraConfig(r=PEFT_RANK, lora_alpha=PEFT_RANK, target_modules=targets, task_type="CAUSAL_LM")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lorasb.init.gradients.task import to_device
-from lorasb.recipes.bundled_model import EMBEDDED, resolve_model
+from lorasb.recipes.bundled_model import demo_model
 from lorasb.recipes.examples.tasks import HELD_OUT_SEED, Example, generate, read_jsonl
 from lorasb.recipes.examples.tokenization import IGNORED, Collator, encode
 from lorasb.recipes.problems.evaluation import batches_by_length
@@ -45,7 +45,7 @@ def _line(example: Example) -> str:
 
 def merge(adapter: Path, target: Path) -> None:
     """Write the embedded model with an adapter merged into it."""
-    model, tokenizer = loaded(resolve_model(EMBEDDED), adapter)
+    model, tokenizer = loaded(demo_model(), adapter)
     tokenizer.save_pretrained(target)
     model.merge_and_unload().to(torch.bfloat16).save_pretrained(target)
 

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..utils.atomic_files import write_text
 from ..utils.reading import read_json
 
@@ -18,6 +20,7 @@ METHODS = {
 }
 # The form that PEFT writes when it saves, up to its list of framework versions.
 TEMPLATE = re.compile(r"# Model Card for Model ID.*?(?=### Framework versions|\Z)", flags=re.DOTALL)
+FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", flags=re.DOTALL)  # YAML
 ORIGIN_NAME = "lorasb_origin.json"  # in a converted model's folder: the id on the hub, and how it was converted
 TAG = "lora-sb"
 START, END = "<!-- lorasb: start -->", "<!-- lorasb: end -->"
@@ -36,7 +39,7 @@ def update_card(folder: Path, config: dict[str, Any], scaling: float) -> None:
         # A function, as backslashes in a replacement string would be escapes.
         text = re.sub(f"{START}.*?{END}", lambda _: section, text, flags=re.DOTALL)
     else:
-        front_matter = re.match(r"---\n.*?\n---\n", text, flags=re.DOTALL)  # YAML, which has to stay at the top
+        front_matter = FRONT_MATTER.match(text)  # which has to stay at the top
         start = front_matter.end() if front_matter else 0
         text = f"{text[:start]}\n{section}\n\n{text[start:].lstrip()}"
     write_text(file, text)
@@ -51,13 +54,17 @@ def add_usage(folder: Path, usage: str) -> None:
 
 
 def _with_tag(text: str) -> str:
-    """The card with our tag in its front matter, by which hubs find adapters of a method."""
-    from huggingface_hub import ModelCard
-
-    card = ModelCard(text, ignore_metadata_errors=True)
-    data: Any = card.data
-    data.tags = sorted({*(data.tags or ()), TAG})
-    return str(card.content)
+    """The card with our tag in its front matter, by which hubs find adapters; a broken one is replaced."""
+    found = FRONT_MATTER.match(text)
+    try:
+        data = yaml.safe_load(found[1]) if found else {}
+    except (yaml.YAMLError, RecursionError):
+        data = {}
+    data = data if isinstance(data, dict) else {}
+    tags = data.get("tags")
+    data["tags"] = sorted({*map(str, tags if isinstance(tags, list) else ()), TAG})
+    front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n{text[found.end() :] if found else text}"
 
 
 def _origin(config: dict[str, Any]) -> dict[str, str]:

@@ -5,7 +5,6 @@ Imports of torch and transformers wait until a command runs, so that `lorasb --h
 
 from __future__ import annotations
 
-import logging
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,7 +112,7 @@ def plan(
     """Show the memory and time that a run will take, whether it fits, and what to change."""
     import json
 
-    from ..recipes.console import console
+    from ..recipes.console import console, errors
     from ..recipes.planning import gpus, planner
     from ..recipes.planning.request import Request
     from . import plan_table
@@ -122,8 +121,10 @@ def plan(
         raise ValueError(f"--bits must be 4 or 16, got {bits}")
     card = gpus.find(gpu) if gpu else None
     request = Request(name or model or EMBEDDED, r, batch, seq, bits, gradient_checkpointing, card)
-    found = planner.plan(request)
-    better = [] if found.fits else list(planner.changes(found))
+    where = card.title if card else "this machine, where it is tried in processes of its own"
+    with errors.status(f"counting a step of {request.model} for {where}: up to a minute"):
+        found = planner.plan(request)
+        better = [] if found.fits else list(planner.changes(found))
     if as_json:
         print(json.dumps(found.to_json() | {"changes": {change: one.needed for change, one in better}}, indent=1))
     else:
@@ -206,7 +207,6 @@ def main() -> None:
     """Run the command; print errors that a user can fix as one line, without a traceback."""
     from ..recipes.console import errors
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing kernels that no command uses
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # raised by PEFT's calls
     from ..recipes.signals import StoppedError
 

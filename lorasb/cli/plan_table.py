@@ -44,7 +44,7 @@ def _rows(found: Plan) -> Iterator[tuple[str, float]]:
         "temporaries at the worst moment": found.temporary,
         "one dequantized weight": found.scratch,
         "held by the allocator" + ("" if found.asked else ", about"): found.reserve,
-        "CUDA context and kernels": found.context,
+        "CUDA context and kernels" if found.request.card else "kernels": found.context,
     }
     return ((name, size) for name, size in rows.items() if size)
 

@@ -32,6 +32,8 @@ SCORE_NAMES = {
     "label": "right labels",
     "matthews": "Matthews correlation",
     "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+    "f1": "F1",
 }
 
 

@@ -17,7 +17,8 @@ from .prepare import Run
 from .signals import Stop
 
 MAX_LOST_SECONDS = 600.0  # of training between checkpoints, with --save-steps auto (documented in its help)
-TIMED_STEPS = 2  # the first step also loads libraries and allocates; the fastest of these counts
+TIMED_STEPS = 5  # the first one, which also loads libraries and allocates, is left out where there are others
+TIMED_SECONDS = 60.0  # after which fewer steps have to do
 
 
 class Saving(TrainerCallback):
@@ -83,7 +84,8 @@ class Planning(TrainerCallback):
         rows_of_step = self.order.order(epoch)[number]
         self.times.append((time.perf_counter() - self.started, self._tokens(rows_of_step)))
         remaining_steps = state.max_steps - state.global_step
-        if len(self.times) < TIMED_STEPS and remaining_steps:
+        timed = sum(seconds for seconds, _ in self.times[1:])
+        if len(self.times) < TIMED_STEPS and timed < TIMED_SECONDS and remaining_steps:
             return
         tokens_by_step = [self._tokens(rows) for rows in self.steps]
         tokens = round(sum(tokens_by_step) / len(tokens_by_step) * remaining_steps)

@@ -121,8 +121,8 @@ def estimate(
         peak_before: the process's peak before them; a higher one than theirs (a long line of data that was tokenized)
             says nothing of what a step takes.
     """
-    # Seconds per token; the minimum, as the first step also loads libraries and allocates memory.
-    rate = min(seconds / max(1, tokens) for seconds, tokens in times)
+    warm = times[1:] or times  # the first step also loads libraries and allocates memory
+    rate = sum(seconds for seconds, _ in warm) / max(1, sum(tokens for _, tokens in warm))
     before, peak = memory
     # Activations grow with the tokens of a step; weights and optimizer state are in `before` and in the peak.
     grown = max(0, peak - before) * longest / max(1, max(tokens for _, tokens in times)) if peak > peak_before else 0

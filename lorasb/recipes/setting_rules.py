@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -102,6 +103,12 @@ def check_model(model: str) -> None:
     path = Path(model).expanduser()
     if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not path.is_dir():
         raise ValueError(f"--model {model}: there is no such folder; a hub id is like HuggingFaceTB/SmolLM2-135M")
+
+
+def check_score(score: str) -> None:
+    """Raise an ImportError if a score needs a package that is not there."""
+    if score == "symbolic" and importlib.util.find_spec("lark") is None:
+        raise ImportError("--score symbolic needs sympy and lark: pip install 'lorasb[math]'")
 
 
 def first_of(asked: Mapping[str, Any]) -> str | None:

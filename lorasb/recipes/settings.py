@@ -15,6 +15,7 @@ from .setting_rules import (
     check_model,
     check_rank,
     check_reinforcement,
+    check_score,
     wrong_bits,
     wrong_if_negative,
     wrong_if_unnamed,
@@ -292,6 +293,7 @@ class Settings:
         check(self)
         check_rank(self)
         check_model(self.model)
+        check_score(self.score)
         if self.task is not None and self.data is not None:
             raise ValueError(
                 f"--task {self.task} names generated examples, and --data {self.data} a file of others: leave one out"

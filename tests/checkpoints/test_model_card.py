@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from models import make, patched
 
 import lorasb
+from lorasb.checkpoints.model_card import ORIGIN_NAME, add_usage, update_card
+from lorasb.utils.atomic_files import write_json
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file in tiny-llama")
@@ -45,3 +48,40 @@ def test_the_card_of_a_baseline_says_so(tmp_path: Path) -> None:
     assert "| scaling s | 4 |" in card
     assert "also trained, and saved whole | classifier" in card
     assert "More Information Needed" not in card
+
+
+@pytest.mark.parametrize(
+    "card", ["---\n: [\n---\n# mine\n", "---\ntags: 3\n---\n# mine\n", "---\nnever closed\n# mine\n", "# mine\n", ""]
+)
+def test_a_card_with_broken_front_matter_is_mended_and_keeps_its_text(tmp_path: Path, card: str) -> None:
+    file = tmp_path / "README.md"
+    file.write_text(card)
+    for _ in range(2):
+        update_card(tmp_path, {"r": 4}, 1.0)
+    text = file.read_text()
+    assert text.startswith("---\n")
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert "lora-sb" in front["tags"]
+    assert text.count("# A LoRA-SB adapter") == 1
+    assert ("# mine" in text) == ("# mine" in card)
+
+
+def test_the_card_says_what_to_import_first_and_how_to_use_it(tmp_path: Path) -> None:
+    patched().save_pretrained(tmp_path)
+    add_usage(tmp_path, "```\nlorasb ask here\n```")
+    text = (tmp_path / "README.md").read_text()
+    section = text.partition("<!-- lorasb: start -->")[2].partition("<!-- lorasb: end -->")[0]
+    assert section.strip().splitlines()[2].startswith("**`import lorasb` first**")
+    assert "lorasb ask here" in section
+
+
+def test_the_card_names_the_hub_s_model_and_not_the_folder_of_its_conversion(tmp_path: Path) -> None:
+    base = tmp_path / "cache"
+    base.mkdir()
+    write_json(base / ORIGIN_NAME, {"hub_id": "them/model", "converted_from": "model.Q4_1.gguf"})
+    model = patched()
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert str(base) not in text
+    assert "| base model | them/model, dequantized from model.Q4_1.gguf |" in text

@@ -325,3 +325,22 @@ def test_beside_names_other_initialized_adapters() -> None:
     model.add_adapter("other", lorasb.LoRASBConfig(r=4))
     with pytest.raises(ValueError, match="beside= asks for another"):
         lorasb.initialize(model, FIRST, lr=1e-2, adapter_name="other", beside=["default"], cache="signs.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "muon"])
+def test_an_optimizer_without_second_moments_goes_on(kind: str) -> None:
+    """There is nothing for new entries to begin at; the step after a refresh is the optimizer's own."""
+    model = trained(torch.float32)
+    groups = lorasb.parameter_groups(model, lr=1e-2)
+    optimizer: torch.optim.Optimizer = (
+        lorasb.optim.Muon(groups) if kind == "muon" else torch.optim.SGD(groups, momentum=0.9 * (kind == "momentum"))
+    )
+    for batch in FIRST[:2]:
+        step(model, optimizer, batch)
+    refresh(model, optimizer=optimizer)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    step(model, optimizer, FIRST[0])
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert parameter.isfinite().all()
+            assert not torch.equal(parameter, before[name]), name

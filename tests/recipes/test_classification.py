@@ -21,7 +21,7 @@ from lorasb.recipes.examples.tasks import Example, labeled, read_jsonl
 from lorasb.recipes.finetune import run_finetune
 from lorasb.recipes.problems.classification import Classification, EncodedText, TextCollator
 from lorasb.recipes.problems.problem import LanguageModeling, problem_of
-from lorasb.recipes.problems.scoring import matthews, pearson
+from lorasb.recipes.problems.scoring import f1, matthews, pearson, spearman
 from lorasb.recipes.settings import Settings
 
 COLORS, ANIMALS = ("red", "blue", "green"), ("cat", "dog", "tree")
@@ -104,6 +104,9 @@ def test_an_encoder_takes_pairs(base: Settings, tiny: Path, tmp_path: Path) -> N
     )
     result = run_finetune(replace(settings, score="matthews", output=str(tmp_path / "run")))
     assert result.summary["eval_scores"] == ["matthews"]
+    for at, found in (("before", result.before), ("after", result.after)):
+        pairs = [(answer, e.completion) for answer, e in zip(found.answers, result.examples, strict=True)]
+        assert result.summary[f"eval_accuracy_{at}"] == pytest.approx(matthews(pairs))
     pooler_and_head = 32 * 32 + 32 + 2 * 32 + 2
     assert result.summary["trainable_params"] == 2 * 4 * 4 * 4 + pooler_and_head
 
@@ -240,3 +243,36 @@ def test_a_head_is_trained_in_fp32_over_a_base_in_16_bits(kinds: Settings, tmp_p
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {value.dtype for name, value in saved.items() if "score" in name} == {torch.float32}
     assert result.summary["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("score", ["matthews", "f1", "pearson", "spearman"])
+def test_a_run_s_score_is_the_one_that_it_names(
+    base: Settings, tmp_path: Path, score: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of fixed predictions, three of four right: no two scores of them are the same number."""
+    values = score in ("pearson", "spearman")
+    rows = [{"text": f"red {i}", "label": (i % 2) + (0.5 if values else 0)} for i in range(12)]
+    labels = (0.5, 1.5, 2.5, 9.5) if values else (0, 1, 1, 1)
+    held = written(tmp_path / "held.jsonl", [{"text": f"cat {i}", "label": label} for i, label in enumerate(labels)])
+    said = ("1", "2", "4", "3") if values else ("0", "1", "0", "1")
+    monkeypatch.setattr(
+        Classification, "_predict", lambda self, model, tokenizer, held_out, title: ([0.1] * 4, list(said))
+    )
+    data = written(tmp_path / "rows.jsonl", rows)
+    settings = replace(base, data=data, eval_data=held, score=score, epochs=0.5, output=str(tmp_path / "run"))
+    found = run_finetune(settings).summary["eval_accuracy_after"]
+    by_hand = {"matthews": 1 / 3**0.5, "f1": 0.8, "spearman": 0.8}
+    if values:
+        by_hand["pearson"] = float(np.corrcoef([1, 2, 4, 3], labels)[0, 1])
+    assert found == pytest.approx(by_hand[score])
+    assert len({round(value, 3) for value in [*by_hand.values(), 0.75]}) > 1
+
+
+def test_scores_of_labels_are_their_definitions() -> None:
+    pairs = [("1", "1"), ("1", "0"), ("0", "1"), ("1", "1"), ("0", "0")]
+    assert f1(pairs) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert f1([("0", "0"), ("0", "0")]) == 0.0  # of class 1, which nobody named
+    assert f1([("yes", "yes"), ("no", "yes")]) == pytest.approx(2 / 3)
+    assert spearman([("1", "10"), ("2", "20"), ("3", "900")]) == pytest.approx(1.0)
+    assert spearman([("1", "1"), ("1", "2"), ("2", "3")]) == pytest.approx(0.5 * 3**0.5)  # ties share a rank
+    assert spearman([("1", "1"), ("1", "2")]) == 0.0

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasb.recipes.problems.scoring import LABEL_SCORES, SCORES, choice, expression, final_number, is_right
+from lorasb.recipes.problems.scoring import (
+    LABEL_SCORES,
+    SCORES,
+    choice,
+    equal_expressions,
+    expression,
+    final_number,
+    is_right,
+)
+from lorasb.recipes.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -100,3 +111,34 @@ def test_a_model_that_goes_on_is_judged_by_its_own_answer() -> None:
 def test_nothing_is_not_equal_to_nothing(score: str) -> None:
     """A right text without a number must not make every answer right."""
     assert not is_right("who knows", "nobody knows", score)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        (r"2\sqrt{2}", r"\sqrt{8}", True),
+        (r"(x+1)^2", r"x^2+2x+1", True),
+        (r"\frac{\pi}{2}", r"\pi/2", True),
+        (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}", True),
+        (r"x^2", r"x^3", False),
+        (r"\sqrt{2}", "1.414", False),
+        ("(1,2)", "(1, 2)", False),  # not the grammar's; `boxed` compares it as text
+        (r"9^{9^{9}}", r"9^{9^{9}}+1", False),
+        (r"10^{9999}", r"10^{9998}", False),
+        ("9" * 300, "9" * 299, False),
+        ("__import__('os')", "1", False),
+        ("", "x", False),
+    ],
+)
+def test_expressions_are_equal_by_value(one: str, other: str, equal: bool) -> None:
+    started = time.perf_counter()
+    assert equal_expressions(one, other) is equal_expressions(other, one) is equal
+    assert time.perf_counter() - started < 5
+    right = is_right(rf"so \boxed{{{one}}}", rf"\boxed{{{other}}}", "symbolic")
+    assert right == (equal or expression(rf"\boxed{{{one}}}") == expression(rf"\boxed{{{other}}}"))
+
+
+def test_without_its_parser_the_score_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lark", None)
+    with pytest.raises(ImportError, match=r"--score symbolic needs sympy and lark: pip install 'lorasb\[math\]'"):
+        Settings(score="symbolic").check()

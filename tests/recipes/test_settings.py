@@ -20,7 +20,7 @@ from lorasb.recipes.settings import DTYPES, SCHEDULERS, UPDATES, Settings
         ({"lora_dropout": 1.0}, r"--lora-dropout is a share in \[0, 1\), got 1.0"),
         (
             {"score": "luck"},
-            "--score must be one of exact, number, boxed, choice, label, matthews, pearson, got 'luck'",
+            "--score must be one of exact, number, boxed, symbolic, choice, label, matthews, pearson, spearman, f1, got 'luck'",
         ),
         ({"bits": 8}, "--bits must be 4 or 16, got 8"),
         ({"weight_decay": -1.0}, "--weight-decay must not be negative"),

@@ -115,7 +115,7 @@ def test_wheel_has_every_module(tmp_path: Path) -> None:
         .split(";")
     )
     wanted = {floors.module_name(path) for path in FILES if path.name == "__init__.py"}
-    assert set(found[:-2]) == wanted | {"lorasb.kernels.tables"}
-    data = "{'lorasb.kernels.tables': ['*.json'], 'lorasb.recipes': ['presets/*.yaml']}"
+    assert set(found[:-2]) == wanted | {"lorasb.kernels.tables", "lorasb.recipes.presets"}
+    data = "{'lorasb.kernels.tables': ['*.json'], 'lorasb.recipes.presets': ['*.yaml']}"
     assert found[-2:] == ["{'lorasb.kernels': 'kernels/fused'}", data]
     assert not (ROOT / "kernels" / "__init__.py").exists(), "a top-level `kernels` would hide another package"

@@ -152,3 +152,10 @@ def test_a_run_that_resumes_and_leaves_a_part_empty_warns(tmp_path: Path, at: in
     with pytest.warns(UserWarning, match=says):
         model = run(tmp_path / "resumed", callback, resume=str(tmp_path / "held" / "checkpoint-4"))
     assert empty(model) == {2}
+
+
+def test_a_run_goes_on_from_its_first_step(tmp_path: Path) -> None:
+    """Step 1: nothing but the start, and the optimizer's first moments, has been there before."""
+    whole = run(tmp_path / "whole", lorasb.InitCallback(num_samples=6))
+    one = lorasb.InitCallback(num_samples=6)
+    assert same(whole, run(tmp_path / "resumed", one, resume=str(tmp_path / "whole" / "checkpoint-1")))

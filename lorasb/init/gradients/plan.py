@@ -50,9 +50,7 @@ class Plan:
 
     def __str__(self) -> str:
         where = ", boundaries between blocks on the host" if self.on_host else ""
-        return (
-            f"{self.strategy} ({self.why}{where}): about {self.seconds:.0f} s and {gb(self.memory)} above the weights"
-        )
+        return f"{self.strategy} ({self.why}{where}): about {gb(self.memory)} above the weights"
 
 
 def make_plan(work: Work, strategy: str, blocks: str | None, memory_budget: float | None) -> Plan:

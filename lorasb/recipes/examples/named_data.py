@@ -73,13 +73,15 @@ def _math(row: Row) -> Example:
     return Example(INSTRUCTION.format(instruction=row["problem"]) + STEP_BY_STEP, row["solution"], formatted=True)
 
 
-def _glue(task: str, first: str, second: str | None = None, score: str = "label") -> Source:
+def _glue(
+    task: str, first: str, second: str | None = None, score: str = "label", held_out: str = "validation"
+) -> Source:
     """A task of GLUE, whose held-out labels are those of its validation split."""
 
     def example(row: Row) -> Example:
         return labeled(row[first], row["label"], row[second] if second else "")
 
-    return Source("nyu-mll/glue", example, score, held_out="validation", configs=(task,))
+    return Source("nyu-mll/glue", example, score, held_out=held_out, configs=(task,))
 
 
 NAMED = {
@@ -92,6 +94,9 @@ NAMED = {
     "mrpc": _glue("mrpc", "sentence1", "sentence2"),
     "sst2": _glue("sst2", "sentence"),
     "qnli": _glue("qnli", "question", "sentence"),
+    "mnli": _glue("mnli", "premise", "hypothesis", held_out="validation_matched"),
+    "qqp": _glue("qqp", "question1", "question2", score="f1"),
+    "wnli": _glue("wnli", "sentence1", "sentence2"),
     "stsb": _glue("stsb", "sentence1", "sentence2", score="pearson"),
 }
 

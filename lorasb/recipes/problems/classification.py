@@ -13,6 +13,7 @@ from ...init.gradients.task import to_device
 from ...tuner.fresh_heads import missing_from_checkpoint
 from ..examples.tasks import Example
 from .evaluation import Evaluation, HeldOut, batches_by_length, map_over_ranks, score_of
+from .scoring import OF_VALUES
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,12 @@ class Classification:
                 )
         if len(classes) < 2:
             raise ValueError(f"every training example has the label {classes[0]}: there is nothing to tell apart")
-        if any(_number(label) is None for label in classes) and any(e.score == "pearson" for e in held_out):
-            raise ValueError(f"--score pearson takes numbers, and the labels are {_shown(classes)}: label or matthews")
+        asked = {example.score for example in held_out}
+        if any(_number(label) is None for label in classes) and asked & set(OF_VALUES):
+            score = sorted(asked & set(OF_VALUES))[0]
+            raise ValueError(f"--score {score} takes numbers, and the labels are {_shown(classes)}: label or matthews")
+        if len(classes) > 2 and "f1" in asked:
+            raise ValueError(f"--score f1 is of two classes, and the labels are {_shown(classes)}: label or matthews")
         return cls(classes)
 
     @classmethod
@@ -84,7 +89,7 @@ class Classification:
         for example in held_out:
             if _number(example.completion) is None:
                 raise ValueError(f"the training labels are numbers, and a held-out one is {example.completion!r}")
-            if example.score != "pearson":
+            if example.score not in OF_VALUES:
                 raise ValueError(f"--score {example.score} counts equal labels, and these are values: --score pearson")
         return cls(())
 

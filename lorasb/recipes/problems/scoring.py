@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any
 
 ANSWER_MARKS = ("The answer is:", "####")  # of MetaMathQA and GSM8K; the last one in a text counts
 NEXT_PROMPT = "### Instruction"  # a base model that does not stop goes on with a prompt of its own
 NUMBER = re.compile(r"[-+]?\s?\$?(?:\d[\d,]*(?:\.\d+)?(?:/\d+)?|\.\d+)")
 CHOICE = re.compile(r"\b(?:true|false|(?:answer|solution|ending|option)\s?[1-5])\b")
+SYMBOLIC, LONGEST = "symbolic", 200  # characters of an expression that is parsed
+SMALL_POWER = re.compile(r"\^(?:\{-?[\w/]{1,3}\}|\w)")
 BOXED = "\\boxed{"
 # Forms of one expression, in this order: units and sizes say nothing of its value.
 SAME_FORM = tuple(
@@ -41,8 +45,10 @@ def is_right(answer: str, completion: str, score: str) -> bool:
         score: one of `SCORES`.
     """
     find = SCORES[score]
-    expected = find(completion)
-    return expected is not None and find(answer.split(NEXT_PROMPT)[0]) == expected
+    expected, found = find(completion), find(answer.split(NEXT_PROMPT)[0])
+    if score == SYMBOLIC and isinstance(expected, str) and isinstance(found, str):
+        return found == expected or equal_expressions(found, expected)
+    return expected is not None and found == expected
 
 
 def final_number(text: str) -> Fraction | None:
@@ -65,6 +71,36 @@ def expression(text: str) -> str | None:
         found = pattern.sub(form, found)
     number = _fraction(found)
     return str(number) if number is not None else found or None
+
+
+def equal_expressions(one: str, other: str) -> bool:
+    r"""Whether two LaTeX expressions have the same value, by sympy: 2\sqrt{2} and \sqrt{8}, (x+1)^2 and x^2+2x+1.
+
+    Both are parsed by a grammar (nothing is evaluated as Python) and compared at three points of their symbols. What
+    the grammar does not know, such as intervals, is not equal; nor are powers that would take forever.
+    """
+    try:
+        left, right = _parsed(one), _parsed(other)
+        symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+        return all(
+            abs(complex((left - right).subs(dict(zip(symbols, values, strict=False))).evalf(15))) < 1e-9
+            for values in ((0.7, 1.3, 2.1, 0.4), (1.9, 0.3, 0.6, 1.1), (2.3, 3.1, 1.7, 0.9))
+        )
+    except Exception:  # of the parser and of sympy, which have types of their own for what is no number
+        return False
+
+
+def _parsed(text: str) -> Any:
+    """A sympy expression of up to four symbols; raises for anything else."""
+    from sympy import Expr
+    from sympy.parsing.latex import parse_latex
+
+    if len(text) > LONGEST or any(not SMALL_POWER.match(text, at) for at in range(len(text)) if text[at] == "^"):
+        raise ValueError("too long, or a power that sympy would write out in digits")
+    found = parse_latex(text.replace("\\pi", "\\theta").replace("!", "?"), backend="lark")
+    if not isinstance(found, Expr) or len(found.free_symbols) > 4:
+        raise TypeError("no expression")
+    return found
 
 
 def _fraction(text: str) -> Fraction | None:
@@ -109,6 +145,26 @@ def matthews(pairs: Sequence[tuple[str, str]]) -> float:
     return covariance / math.sqrt(spreads[0] * spreads[1]) if all(spreads) else 0.0
 
 
+def f1(pairs: Sequence[tuple[str, str]]) -> float:
+    """F1 of two classes' second one (1 of 0 and 1): 2·hits / (predicted + right); 0 without either."""
+    labels = {label for pair in pairs for label in pair}
+    positive = "1" if labels <= {"0", "1"} else max(labels)
+    hits = sum(guess == label == positive for guess, label in pairs)
+    named = sum((guess == positive) + (label == positive) for guess, label in pairs)
+    return 2 * hits / named if named else 0.0
+
+
+def spearman(pairs: Sequence[tuple[str, str]]) -> float:
+    """Spearman correlation: Pearson's of the ranks, where equal values share the mean of theirs."""
+    sides = ([float(pair[side]) for pair in pairs] for side in (0, 1))
+    return pearson(list(zip(*(list(map(str, _ranks(side))) for side in sides), strict=True)))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [(bisect_left(ordered, value) + bisect_right(ordered, value) - 1) / 2 for value in values]
+
+
 def pearson(pairs: Sequence[tuple[str, str]]) -> float:
     """Pearson correlation of predicted and right numbers; 0 where either is constant."""
     try:
@@ -121,11 +177,15 @@ SCORES: dict[str, Callable[[str], object]] = {
     "exact": str.strip,
     "number": final_number,
     "boxed": expression,
+    "symbolic": expression,
     "choice": choice,
     "label": str.strip,
     "matthews": str.strip,
     "pearson": str.strip,
+    "spearman": str.strip,
+    "f1": str.strip,
 }
-CORRELATIONS = {"matthews": matthews, "pearson": pearson}
+CORRELATIONS = {"matthews": matthews, "pearson": pearson, "spearman": spearman, "f1": f1}  # of all pairs at once
+OF_VALUES = ("pearson", "spearman")
 LABEL_SCORES = ("label", *CORRELATIONS)
-REASONED = ("number", "boxed")  # judged by the end of an answer
+REASONED = ("number", "boxed", "symbolic")  # judged by the end of an answer
