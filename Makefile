@@ -32,7 +32,8 @@ demo: install
 	$(BIN)/lorasb finetune --output $(RUN)
 	@echo
 	@echo "Next:"
-	@echo "  $(BIN)/lorasb finetune --data examples/names.jsonl --epochs 6 --output runs/names   # your own questions and answers"
+	@echo "  $(BIN)/lorasb finetune --data examples/names.jsonl --output runs/names   # your own questions and answers"
+	@echo "  $(BIN)/lorasb ask runs/names 'What is the scientific name of the lion?'   # and what it has learned"
 	@echo "  $(BIN)/lorasb export $(RUN)/adapter --format gguf   # for llama.cpp; for vLLM and PEFT it is in $(RUN)/lora"
 	@echo "  $(BIN)/lorasb plan smollm2-135m --gpu 4090 --seq 2048   # what a run takes on another machine; any folder or hub id"
 

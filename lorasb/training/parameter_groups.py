@@ -15,9 +15,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters of a model, as groups for `torch.optim.AdamW(lorasb.parameter_groups(model, lr=1e-3))`.
 
-    R moves inside a fixed subspace and starts at the first step of full fine-tuning, so its learning rate is 10 to 40
-    times that of full fine-tuning (the paper's: 1e-4 to 2e-3, Tables 11 and 12). Modules that are trained in full, such
-    as classification heads, may need another.
+    R moves inside a fixed subspace and starts at the first step of full fine-tuning, so its learning rate is larger: 10
+    to 40 times that of full fine-tuning in the sweeps of docs/choosing.md. The paper trains at 1e-4 to 2e-3 (Tables 11
+    and 12). Modules that are trained in full, such as classification heads, may need another.
 
     Args:
         model: a patched model.
