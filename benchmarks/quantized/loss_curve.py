@@ -31,7 +31,14 @@ def run(bits: int, seed: int, examples: int) -> dict[str, Any]:
     """One fine-tuning; the weights' bits are all that differs."""
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(
-            bits=bits, dtype=dtype_name(), seed=seed, train_examples=examples, eval_examples=60, output=folder
+            bits=bits,
+            dtype=dtype_name(),
+            seed=seed,
+            train_examples=examples,
+            eval_examples=60,
+            epochs=1.0,
+            template="none",
+            output=folder,
         )
         found = run_finetune(settings).summary
     return {"bits": bits, "seed": seed, "examples": examples, **{name: found[name] for name in KEPT}}

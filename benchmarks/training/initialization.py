@@ -142,7 +142,7 @@ def epoch_share(steps: int = 20) -> dict[str, Any]:
     from lorasb.recipes.prepare import prepare
     from lorasb.recipes.settings import Settings
 
-    run = prepare(Settings(eval_examples=1, train_examples=64 + 16 * steps, dtype=dtype_name()))
+    run = prepare(Settings(eval_examples=1, train_examples=64 + 16 * steps, dtype=dtype_name(), template="none"))
     run.model = lorasb.patch(run.model, r=RANK)
     encoded = [encode(example, run.tokenizer, 512) for example in run.train]
     collate = Collator(run.tokenizer.pad_token_id, run.model.get_base_model())

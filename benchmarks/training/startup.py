@@ -2,8 +2,10 @@
 
     python -m benchmarks.training.startup [--rounds 9] [--output benchmarks/results]
 
-`import torch, lorasb` against `import torch` in turns, each in a process of its own; `lorasb.patch` of SmolLM2 (30
-blocks, 210 linears) and of a Mistral-7B on the meta device (32 blocks, 224 linears), both after one that is not timed.
+Imports in turns, each in a process of its own: `import torch`; `import torch, lorasb`, which imports nothing else yet;
+`import torch, peft`; and `import torch, lorasb; lorasb.patch`, the first name that is needed, which imports PEFT and
+transformers. `lorasb.patch` of SmolLM2 (30 blocks, 210 linears) and of a Mistral-7B on the meta device (32 blocks, 224
+linears), both after one that is not timed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,12 @@ from rich.table import Table
 from benchmarks.common.timing import dtype_option, measured_dtype, provenance, use_dtype
 from lorasb.utils.atomic_files import write_json
 
-IMPORTS = {"torch": "import torch", "torch and lorasb": "import torch, lorasb"}
+IMPORTS = {
+    "torch": "import torch",
+    "torch and lorasb": "import torch, lorasb",
+    "torch and peft": "import torch, peft",
+    "torch and lorasb.patch": "import torch, lorasb; lorasb.patch",
+}
 
 
 def seconds_of(code: str) -> float:
@@ -76,14 +83,14 @@ def patching(make: Callable[[], Any], rounds: int) -> list[float]:
     return found
 
 
-def view(rows: dict[str, list[float]], ratio: float) -> Table:
+def view(rows: dict[str, list[float]], ratios: tuple[float, float]) -> Table:
     """For people."""
     table = Table(title="seconds, median (least - most)")
     table.add_column("what")
     table.add_column("s", justify="right")
     for name, values in rows.items():
         table.add_row(name, f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
-    table.caption = f"with lorasb over torch alone: {ratio:.3f}x"
+    table.caption = f"lorasb over torch alone: {ratios[0]:.3f}x; lorasb.patch over peft alone: {ratios[1]:.3f}x"
     return table
 
 
@@ -98,10 +105,11 @@ def main() -> None:
     rows = {f"import {name}": values for name, values in imports(options.rounds).items()}
     rows["patch SmolLM2, 30 blocks"] = patching(smollm, 3)
     rows["patch Mistral-7B on the meta device"] = patching(mistral, 3)
-    first, second = (statistics.median(rows[f"import {name}"]) for name in IMPORTS)
-    Console(width=110).print(view(rows, second / first))
+    alone, stub, peft, patch = (statistics.median(rows[f"import {name}"]) for name in IMPORTS)
+    ratios = stub / alone, patch / peft
+    Console(width=110).print(view(rows, ratios))
     if options.output:
-        found = {**provenance(), "ratio": second / first, "seconds": rows}
+        found = {**provenance(), "ratio": ratios[0], "patch over peft": ratios[1], "seconds": rows}
         write_json(options.output / "startup-cpu.json", found)
 
 

@@ -5,6 +5,7 @@ Imports of torch and transformers wait until a command runs, so that `lorasb --h
 
 from __future__ import annotations
 
+import signal
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from ..recipes.examples.named_data import check_names
 from ..recipes.settings import EMBEDDED, INIT_OUTPUT, InitSettings, Settings, listed
 from .options import Command, command
 
+INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -212,6 +214,10 @@ def main() -> None:
 
     try:
         app(prog_name="lorasb")
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # which typer makes of a Ctrl-C, without a word
+            raise KeyboardInterrupt from None
+        raise
     except StoppedError as stopped:
         errors.print(f"[bold yellow]lorasb:[/] {escape(str(stopped))}", highlight=False)
         raise SystemExit(stopped.code) from None  # 128 + signal number, as shells report it

@@ -115,7 +115,7 @@ class Settings:
         "Entry of each example of --data that names its adapter: one for each name, on one basis, trained together.",
         group="data",
     )
-    train_examples: int = setting(2000, "Generated training examples.", group="data", init="same", positive=True)
+    train_examples: int = setting(1000, "Generated training examples.", group="data", init="same", positive=True)
     eval_examples: int = setting(100, "Held-out examples of each set.", group="data", positive=True)
     score: str = setting(
         "exact",
@@ -158,10 +158,10 @@ class Settings:
     method: str = setting("lora-sb", "lora-sb, lora-xs or lora (PEFT's).", main=True, group="adapter", choices=METHODS)
     r: int | None = setting(
         None,
-        "Rank; --rank under torchrun, which takes --r for its own.",
+        "Rank, at most 256; --rank under torchrun, which takes --r for its own.",
         main=True,
         group="adapter",
-        init="Rank.",
+        init="Rank, at most 256.",
         positive=True,
         also=("--rank",),
         shown="64, at smaller layers less; lora: 32",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +196,75 @@ def test_bad_calls_end_in_one_line(
     assert code == 1
     assert message in " ".join(printed.split())
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--help"], "Fine-tune Hugging Face models"),
+        (["--version"], "lorasb 0."),
+        (["finetune", "--help"], "Most used"),
+        (["finetune", "--lerning-rate", "1"], "No such option"),
+        (["finetune", "--data", "nowhere.jsonl"], "expected a JSONL file, found none at nowhere.jsonl"),
+        (["finetune", "--model", "./llama"], "--model ./llama: there is no such folder"),
+        (["finetune", "--config", "nowhere.yaml"], "expected a YAML file of settings"),
+        (["finetune", "--target-modules", "("], "expected a regular expression"),
+        (["finetune", "--r", "1024"], "--r must be at most 256, got 1024"),
+        (["finetune", "--lr", "1e38"], "--lr must be positive, at most 10000"),
+        (["finetune", "--task", "gcd", "--data", "x.jsonl"], "--task gcd names generated examples"),
+        (["finetune", "--output", ""], "--output has to name a folder"),
+    ],
+    ids=str,
+)
+def test_what_needs_no_torch_does_not_wait_for_it(arguments: list[str], says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "lorasb", *arguments], capture_output=True, text=True, check=False
+    )
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert not {"torch", "transformers", "peft"} & modules
+    printed = " ".join((done.stdout + done.stderr).replace("\n", " ").split())
+    assert says in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.3, 1.0, 2.5])
+def test_ctrl_c_ends_in_one_line_at_any_time(tiny: Path, data: Path, tmp_path: Path, delay: float) -> None:
+    """While modules are imported, too."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        "from lorasb.__main__ import main; print('in', flush=True); main()",
+    ]
+    options = ["finetune", "--model", tiny, "--data", data, "--output", tmp_path / "run", "--epochs", "400"]
+    child = subprocess.Popen([*command, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "in\n"
+    time.sleep(delay)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode in (1, 130)  # 1 of click, which says Aborted
+    assert "Traceback" not in said
+    assert said.strip()
+
+
+def test_switches_and_the_dtype_s_short_names_are_taken(tiny: Path, data: Path, tmp_path: Path) -> None:
+    done = finetune(tiny, data, tmp_path / "run", "--dtype", "fp32", "--packing", "true")
+    assert done.returncode == 0, done.stdout
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert "dtype: float32" in config
+    assert "packing: true" in config
+    assert "lorasb ask" in done.stdout
+
+
+def test_few_rows_are_trained_for_sixty_steps(tiny: Path, tmp_path: Path) -> None:
+    """The user hears of it before the run, not after a useless one."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"copy red {i}", "completion": "red"}) for i in range(60)))
+    done = lorasb(
+        "finetune", "--model", tiny, "--data", file, "--output", tmp_path / "run", "--r", "4", "--samples", "8"
+    )
+    assert done.returncode == 0, done.stdout
+    assert "60 steps of 16 examples (15 passes, --epochs auto)" in " ".join(done.stdout.split())
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["train_steps"] == 60

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 
+import lorasb
+from lorasb.init.schedule import warmup_steps
+from lorasb.layers.lookup import layers_with
 from lorasb.recipes import adapter
+from lorasb.recipes.prepare import prepare
+from lorasb.recipes.settings import Settings
 
 
 class Reversed(set[str]):
@@ -47,3 +54,36 @@ def test_an_adapter_is_the_same_bytes_whatever_the_order_of_its_sets(tmp_path: P
         torch.nn.ModuleDict({n: torch.nn.Linear(4, 4) for n in model}), tmp_path
     )
     assert set(again.peft_config["default"].target_modules) == {"up", "down", "gate"}
+
+
+@pytest.mark.parametrize(
+    ("given", "start", "lr"),
+    [
+        ({}, 4.0, 5e-3 / 2),
+        ({"start": "paper"}, None, 5e-3 / 2),
+        ({"start": "zero"}, 0.0, 5e-3 / 2),
+        ({"eta": 1e-4}, 4.0, 1e-4),
+        ({"start": "paper", "eta": 1e-4}, None, 1e-4),
+    ],
+)
+def test_the_start_and_its_rate_are_those_that_were_asked_for(
+    base: Settings, given: dict[str, Any], start: float | None, lr: float
+) -> None:
+    run = prepare(replace(base, **given))
+    assert run.warmup_steps == 2
+    adapter.adapt(run)
+    facts = run.model.peft_config["default"].init_provenance
+    assert facts["longest_start"] == start
+    assert facts["lr"] == pytest.approx(lr)
+    norms = [float(layer.lorasb_R["default"].detach().norm()) for layer in layers_with(run.model, "default").values()]
+    assert (max(norms) == 0.0) == (start == 0.0)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 9, 10, 11, 125, 312])
+@pytest.mark.parametrize("share", [0.02, 0.06, 0.1])
+def test_warm_up_is_rounded_as_trainer_rounds_it(steps: int, share: float) -> None:
+    """31 steps here and 32 there would give η two values."""
+    arguments = transformers.TrainingArguments("unused", warmup_steps=share, use_cpu=True, report_to="none")
+    found = warmup_steps(share, steps)
+    assert found == arguments.get_warmup_steps(steps)
+    assert lorasb.first_step_lr(1.0, share, steps) == 1.0 / max(1, found)

@@ -49,10 +49,10 @@ class TestEstimate:
     @pytest.mark.parametrize(
         ("values", "want"),
         [
-            ({}, "--train-examples 1000 (half of the steps)"),
+            ({}, "--train-examples 500 (half of the steps)"),
             ({"data": "x"}, "--epochs 0.5 (half of the steps)"),
             ({"data": "x", "epochs": 6.0}, "--epochs 1"),
-            ({"train_examples": 50_000}, "--train-examples 2000"),
+            ({"train_examples": 50_000}, "--train-examples 1000"),
             ({"name": "bfloat16"}, r"--dtype auto (float32 here)"),
             ({"max_length": 10}, "--max-length 5"),
         ],

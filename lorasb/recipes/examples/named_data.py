@@ -1,4 +1,4 @@
-"""Examples from files and, by name, from the hub: the paper's data sets, with the prompts that its code gives them."""
+"""Examples from files and, by name, from the hub: the paper's data sets, in Alpaca's prompts (docs/quickstart.md)."""
 
 from __future__ import annotations
 
