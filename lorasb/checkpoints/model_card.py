@@ -20,7 +20,7 @@ METHODS = {
 }
 # The form that PEFT writes when it saves, up to its list of framework versions.
 TEMPLATE = re.compile(r"# Model Card for Model ID.*?(?=### Framework versions|\Z)", flags=re.DOTALL)
-FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", flags=re.DOTALL)  # YAML
+FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", flags=re.DOTALL)  # YAML
 ORIGIN_NAME = "lorasb_origin.json"  # in a converted model's folder: the id on the hub, and how it was converted
 TAG = "lora-sb"
 START, END = "<!-- lorasb: start -->", "<!-- lorasb: end -->"

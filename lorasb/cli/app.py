@@ -64,7 +64,7 @@ def _finetune(values: dict[str, Any]) -> None:
     console.print(tables.costs(result.summary))
     console.print(_files(settings.output))
     if "prompt_format" in result.summary:  # results of earlier versions do not say
-        lines = how_to(result.summary, result.examples[0].prompt, Path(settings.output))
+        lines = how_to(result.summary, Path(settings.output), result.examples[0].prompt)
         typer.echo(tables.how_to_use(lines))  # not by the console, which would break long lines
 
 

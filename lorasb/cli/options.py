@@ -14,7 +14,7 @@ from ..recipes import preset
 from ..recipes.config_file import read_config, typed
 from ..recipes.console import console
 from ..recipes.setting_rules import option
-from ..recipes.settings import Settings, listed, shown_default
+from ..recipes.settings import DEFAULT_TASK, REWARDS, Settings, listed, shown_default
 
 
 class Command(TyperCommand):
@@ -102,7 +102,9 @@ def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: 
         file, name, allowed = given.pop("config"), given.pop("preset", None), given.pop("allow_code", None)
         values = read_config(preset.find(name), types) if name else {}
         values |= read_config(file, types) if file else {}
-        if ".py" in str(values.get("rl")) and given.get("rl") is None and not allowed:
+        if values.get("task") == DEFAULT_TASK and (values.get("data") or given.get("data")):
+            del values["task"]  # earlier versions wrote the default beside a file
+        if values.get("rl") not in (None, *REWARDS) and given.get("rl") is None and not allowed:
             raise ValueError(
                 f"--config {file}: rl is {values['rl']}, and the run would execute that file: add --allow-code if you "
                 "trust it"

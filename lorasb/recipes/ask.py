@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,8 @@ def answers(
         raise ValueError(f"--adapter has to name one of the run's adapters, got {adapter!r}: {known}")
     problem: Problem = Classification(summary["classes"]) if summary.get("classes") is not None else LanguageModeling()
     tokenizer, model = _load(run, settings, problem, adapter)
+    if question is not None and not question.strip():
+        raise ValueError("expected a question, got an empty one: leave it out to type some")
     for one in _questions() if question is None else [question]:
         example = asked(one, summary["prompt_format"])
         if isinstance(problem, Classification):
@@ -118,11 +121,13 @@ def _questions() -> Iterator[str]:
             yield line
 
 
-def how_to(summary: dict[str, Any], question: str, folder: Path) -> dict[str, str]:
+def how_to(summary: dict[str, Any], folder: Path, question: str = "QUESTION") -> dict[str, str]:
     """How to use what a run has trained, for its last lines and its model card: a command, and the same in Python."""
     names = sorted(summary["adapters"] or ())
     extra = f" --adapter {names[0]}" if names else ""
-    command = f'lorasb ask {folder} "{" ".join(question.split())[:60]}"{extra}'
+    if summary["prompt_format"] in (INSTRUCTED, STEPS):  # the examples' prompts have more than the question
+        question = "QUESTION"
+    command = f"lorasb ask {shlex.quote(str(folder))} {shlex.quote(' '.join(question.split()))}{extra}"
     return {"command": command, "python": "\n".join(_python(summary, folder))}
 
 
@@ -133,7 +138,7 @@ def _python(summary: dict[str, Any], folder: Path) -> Iterator[str]:
         load = f"AutoModelForSequenceClassification.from_pretrained(base, num_labels={max(1, len(classes))})"
     yield "import lorasb, peft, transformers  # lorasb registers its method with PEFT"
     yield f"base = {'lorasb.demo_model()' if base == EMBEDDED else repr(base)}"
-    yield f'model = peft.PeftModel.from_pretrained(transformers.{load}, "{folder / "adapter"}")'
+    yield f"model = peft.PeftModel.from_pretrained(transformers.{load}, {str(folder / 'adapter')!r})"
     yield "tokenizer = transformers.AutoTokenizer.from_pretrained(base)"
     if classes is not None:
         yield 'print(model(**tokenizer("TEXT", return_tensors="pt")).logits)'

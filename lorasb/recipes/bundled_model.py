@@ -51,7 +51,7 @@ def resolve_model(name: str) -> str:
         FileNotFoundError: the package that carries the model is missing; the message has the pip command.
     """
     if name != EMBEDDED:
-        return name
+        return str(Path(name).expanduser()) if name.startswith("~") else name
     target = cache_dir() / EMBEDDED
     if not (target / "config.json").is_file():
         _convert_into(target)

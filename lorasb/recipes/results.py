@@ -102,7 +102,7 @@ def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
     # An interrupted save leaves the former folder in place: `replacing_folder` renames a complete one over it.
     with replacing_folder(folder / "adapter") as target:
         save_adapter(run, target)
-        add_usage(target, _usage(how_to(summary, run.held_out[0].prompt, folder)))
+        add_usage(target, _usage(how_to(summary, folder)))
     summary["adapter_bytes"] = (folder / "adapter" / WEIGHTS_NAME).stat().st_size
     pictures = plotting.installed()
     if result.report is not None:

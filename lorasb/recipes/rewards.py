@@ -31,7 +31,7 @@ def judge_of(settings: Settings) -> Judge:
         return _verifier(settings.generated_task)
     path, _, name = (settings.rl or "").rpartition(":")
     file = Path(path)
-    if not path or not file.is_file():
+    if not path or file.suffix != ".py" or not file.is_file():
         raise ValueError(
             f"--rl must be verifier, exact or FILE.py:FUNCTION, got {settings.rl!r}"
             + (f", and there is no file {path}" if path else "")

@@ -7,6 +7,7 @@ the last file, `summary.json` are written.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -96,7 +97,7 @@ class RunFolder:
     def _former_line(self) -> list[str]:
         if not (self.folder / SUMMARY_NAME).exists():
             return []
-        return [f"the results of the run in {self.folder} are moved to {self.folder / FORMER_NAME}"]
+        return [f"the results of the run in {self.folder} are moved to {self._free_former()}"]
 
     def _refuse_foreign(self) -> None:
         """Raise a ValueError if `checkpoints/` has files that no run of lorasb wrote: a run clears that folder."""
@@ -202,16 +203,20 @@ class RunFolder:
         self._clear()
 
     def _set_aside(self) -> None:
-        """Move the results of an earlier run in this folder into `former/`, in place of those of a run before it."""
+        """Move the results of an earlier run in this folder into one of their own: `former/`, then `former-2/`, ..."""
         if not any((self.folder / name).exists() for name in (SUMMARY_NAME, f"checkpoints/{RUN_NAME}")):
             return
-        former, found = self.folder / FORMER_NAME, [self.folder / name for name in RESULT_NAMES]
-        shutil.rmtree(former, ignore_errors=True)
+        found = [path for name in RESULT_NAMES if (path := self.folder / name).exists()]
+        if {path.name for path in found} <= {CONFIG_NAME}:  # of a run that came to no results
+            return
+        former = self._free_former()
         former.mkdir()
-        for path in (path for path in found if path.exists()):
+        for path in found:
             os.replace(path, former / path.name)
-        if not any(former.iterdir()):
-            former.rmdir()
+
+    def _free_former(self) -> Path:
+        names = (f"{FORMER_NAME}-{k}" if k > 1 else FORMER_NAME for k in itertools.count(1))
+        return next(path for name in names if not (path := self.folder / name).exists())
 
     def _clear(self) -> None:
         """Remove `checkpoints/`, last of it run.json: what a kill leaves there is known as a run's."""
@@ -235,7 +240,9 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
         old, new = saved.get(name), current.get(name)
         if old == new:
             continue
-        if name == "examples":
+        if name not in saved:
+            messages.append(f"an earlier version of lorasb made it, without {option(name)}")
+        elif name == "examples":
             messages.append("the examples themselves have changed")
         else:
             messages.append(f"{option(name) if name in settings else name} was {old} and is {new}")

@@ -27,8 +27,10 @@ def check(settings: Any) -> None:
     """
     for item in fields(settings):
         value, rules = getattr(settings, item.name), item.metadata
-        if value is None or "help" not in rules:
+        if "help" not in rules or (value is None and item.default is None):
             continue
+        if value is None:
+            raise ValueError(f"{option(item.name)} expects a value, got auto, which --epochs and --eta take")
         if "choices" in rules and value not in rules["choices"]:
             raise ValueError(f"{option(item.name)} must be one of {', '.join(rules['choices'])}, got {value!r}")
         if rules.get("positive") and not 0 < value < math.inf:

@@ -35,6 +35,7 @@ TEMPLATES = ("auto", "none")
 STARTS = ("limited", "paper", "zero")
 DEFAULT_TASK = "word_sequence_reversal"
 ENOUGH_STEPS, MOST_EPOCHS = 60, 20  # of --epochs auto: fewer steps leave a small set unlearned
+REWARDS = ("verifier", "exact")  # of --rl; anything else is code of the user's
 RL_STARTS = ("examples", "rewards", "zero")
 REPORTS = ("none", "tensorboard", "wandb")
 # transformers' schedules that need no arguments of their own

@@ -30,10 +30,10 @@ def parameter_groups(
         Up to three groups named "lorasb_R", "other" and "other, not decayed", none of them empty.
 
     Raises:
-        ValueError: nothing requires a gradient, or a rate is not in (0, 1e4].
+        ValueError: nothing requires a gradient, or a rate is not in [0, 1e4].
     """
     for rate in (lr, lr if other_lr is None else other_lr):
-        check_lr(rate)
+        check_lr(rate, zero=True)
     # by id: parameters compare elementwise
     core_ids = {
         id(core)

@@ -91,7 +91,7 @@ def adapter_parameter_groups(
         if not layers or rate is None:
             what = "is no adapter of this model" if not layers else "has no learning rate in lr"
             raise ValueError(f"adapter {name!r} {what}")
-        check_lr(rate)
+        check_lr(rate, zero=True)
         found.append(
             {"params": [layer.lorasb_R[name] for layer in layers.values()], "lr": rate, "name": name, **options}
         )

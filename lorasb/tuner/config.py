@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -28,6 +30,7 @@ BIASES = ("none", "all", "lorasb_only", "lora_only")  # the last is PEFT's name 
 STARTS = ("zero", "same")  # of R, for an adapter on another one's basis
 GLUE_ALPHA = 16.0  # LoRA-XS fixes alpha at 16 on GLUE and at r elsewhere (paper, appendix I)
 SMALLEST_SCALE, LARGEST_SCALE = 1e-6, 1e6  # of s and alpha: beyond, products with R leave the range of 16 bits
+EMBEDDINGS = (".embed_tokens.weight", ".lm_head.weight")  # keys that PEFT adds by itself
 NOT_SAVED = ("init_seed", "check_base")  # of no use to whoever loads the adapter
 # Fields that patching overwrites with the values they resolve to for one model.
 RESOLVED = (
@@ -253,6 +256,7 @@ class LoRASBConfig(PeftConfig):
             config_dict.pop(name)
         weights = Path(save_directory) / WEIGHTS_NAME
         if weights.is_file():
+            _warn_of_embeddings(weights, self.modules_to_save or ())
             weights.chmod(0o666 & ~umask())  # safetensors renames a temporary file of mode 0600 into place
         write_json(Path(save_directory) / CONFIG_NAME, config_dict)
         update_card(Path(save_directory), config_dict, self.scaling_for(self.r or DEFAULT_RANK))
@@ -277,6 +281,19 @@ class LoRASBConfig(PeftConfig):
             raise ValueError(f"{where} cannot be used: {str(error) or type(error).__name__}") from error
         config.saved_names = names
         return config.weights_follow()
+
+
+def _warn_of_embeddings(weights: Path, trained: Collection[str]) -> None:
+    """Warn of an embedding that PEFT saved beside the adapter, as it does for a vocabulary that was resized."""
+    names = [name for name in safetensors_header(weights) if name.endswith(EMBEDDINGS)]
+    found = [name for name in names if not any(name.endswith(f".{module}.weight") for module in trained)]
+    if found:
+        warnings.warn(
+            f"{found[0]} is in the adapter file, as the vocabulary was resized or save_embedding_layers asks: it "
+            "loads on a base with the same values only. Name the module in modules_to_save, or rows in "
+            "trainable_token_indices",
+            stacklevel=4,
+        )
 
 
 def _check_types(config: LoRASBConfig) -> None:

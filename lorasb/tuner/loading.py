@@ -20,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..checkpoints import adapter_file, shared_factors
+from ..checkpoints.base_fingerprint import SMALLEST, TOLERANCE
 from ..checkpoints.shared_factors import DIGEST, join_factors
 from ..constants import FACTORS, FACTORS_NAME, PEFT_PREFIX
 from ..layers.linear import LoRASBLinear
@@ -110,16 +111,18 @@ def with_factors(
 def without_foreign(
     tensors: dict[str, Tensor], model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: Collection[str]
 ) -> dict[str, Tensor]:
-    """Return a file's tensors without embeddings that equal the base's, which PEFT adds where it saves.
+    """Return a file's tensors without what PEFT adds where it saves: copies of trained modules, and base embeddings.
 
     Raises:
         ValueError: a key is neither a factor nor a trained module, row or bias that the config names.
     """
+    wrappers = []
     parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
     prefix = PEFT_PREFIX if any(name.startswith(PEFT_PREFIX) for name in parameters) else ""
     expected = {f"{prefix}{_plain(layer)}.{factor}" for layer in layers for factor in FACTORS}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
+            wrappers.append(f"{_plain(name)}.")
             expected.update(
                 f"{_plain(name)}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values()
             )
@@ -127,7 +130,12 @@ def without_foreign(
         of_layers = tuple(f"{prefix}{_plain(layer)}." for layer in layers)
         biases = (name for name in parameters if name.endswith(".bias"))
         expected.update(name for name in biases if config.bias == "all" or name.startswith(of_layers))
-    kept = {k: v for k, v in tensors.items() if _plain(k) in expected or not _equals_base(parameters.get(_plain(k)), v)}
+
+    def left_out(key: str, value: Tensor) -> bool:
+        """True for a key under a wrapper, whose own are expected, and for a value that is the base's."""
+        return key.startswith(tuple(wrappers)) or _equals_base(parameters.get(key), value)
+
+    kept = {k: v for k, v in tensors.items() if _plain(k) in expected or not left_out(_plain(k), v)}
     adapter_file.refuse_other_keys(map(_plain, kept), {*expected, DIGEST})
     return kept
 
@@ -157,11 +165,13 @@ def _plain(name: str) -> str:
 
 
 def _equals_base(parameter: Tensor | None, value: Tensor) -> bool:
-    """Return True if a value is a base parameter's, also where one of the two was rounded to 16 bits."""
-    if parameter is None or parameter.is_meta or parameter.shape != value.shape:
+    """Return True if a value is a base parameter's but for a rounding to 16 bits, or the base is offloaded."""
+    if parameter is None or parameter.shape != value.shape:
         return False
-    own, value = parameter.detach(), value.to(parameter.device)
-    return torch.equal(own, value.to(own.dtype)) or torch.equal(own.to(value.dtype), value)
+    if parameter.is_meta:
+        return True
+    own = parameter.detach()
+    return torch.allclose(value.to(own.device).float(), own.float(), rtol=TOLERANCE, atol=SMALLEST)
 
 
 def _make_room(

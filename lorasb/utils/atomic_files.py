@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -38,6 +42,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
         _sync(target.parent)
     except (SafetensorError, OSError) as error:
+        if isinstance(error, OSError) and (error.filename is not None or error.errno is None):
+            raise
         raise _unwritten(target, error) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -61,15 +67,15 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         _take_place(temporary, target)
         _sync(target.parent)
     except (SafetensorError, OSError) as error:
+        if isinstance(error, OSError) and (error.filename is not None or error.errno is None):
+            raise
         raise _unwritten(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _unwritten(target: Path, error: Exception) -> OSError:
-    """The error with the file's name, which a full disk's has not; one that names a file is as it was."""
-    if isinstance(error, OSError) and (error.filename is not None or error.errno is None):
-        return error
+    """The error with the file's name, which a full disk's has not."""
     if isinstance(error, OSError):
         return type(error)(error.errno, f"{target} cannot be written: {error.strerror}")
     return OSError(f"{target} cannot be written: {error}")
@@ -88,11 +94,14 @@ def umask() -> int:
 
 def _sync(path: Path) -> None:
     """Write a file's contents, or a folder's entries, to the disk: a rename alone does not survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder that may be written and not listed
+        return
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems have no fsync for folders
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # others have no fsync, of folders for one
             raise
     finally:
         os.close(handle)
@@ -137,29 +146,50 @@ def sha256(path: str | os.PathLike[str]) -> str:
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder for this process: its file `.lock`, which the operating system releases when the process ends.
 
-    A folder that did not exist is removed again if it is still empty.
+    A folder that did not exist is removed again if it is still empty. Where the file system has no locks, or the folder
+    can only be read, the block runs without one.
 
     Raises:
         ValueError: another process holds it; the message has its PID.
     """
     file = Path(folder, ".lock")
     made = not file.parent.exists()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a+") as lock:
+    lock = _lock(file)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            with suppress(OSError):  # the folder may be gone
+                file.unlink(missing_ok=True)
+                if made:
+                    file.parent.rmdir()  # raises if it is not empty
+            lock.close()
+
+
+def _lock(file: Path) -> TextIO | None:
+    """A locked file with this process's PID; None where that cannot be had."""
+    while fcntl is not None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = open(file, "a+")  # noqa: SIM115  held until the block ends
+        except OSError:
+            return None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            lock.close()
+            if not isinstance(error, BlockingIOError):
+                return None
             raise ValueError(
-                f"{folder} is in use by PID {lock.read().strip() or 'unknown'}: wait for it to end, or take another "
-                "--output"
+                f"{file.parent} is in use by PID {owner}: wait for it to end, or take another --output"
             ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
-            if made and not any(file.parent.iterdir()):
-                file.parent.rmdir()
+        # Another process may have removed the file between the two calls: the lock of a file without a name is none.
+        if file.exists() and os.fstat(lock.fileno()).st_ino == file.stat().st_ino:
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            return lock
+        lock.close()
+    return None

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 import re
+import sys
 import types
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
+# The parser of `re`, whose name in Python 3.10 is that of a module of its own.
+_parser = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
+
 MAX_LR = 1e4  # a mistyped exponent (1e38) would end as Inf after hours, or in the first step
-MAX_REPEATS = 3  # *, + and {m,n} of a pattern: n characters are matched within about n³ / 6 steps
-# An escape, a class, the end of a group, or a repeat; anything else is one character.
-TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\)|[*+]|\{\d*,?\d*\}|.", re.DOTALL)
-REPEAT = re.compile(r"[*+]|\{\d*,?\d*\}")
+MAX_REPEATS = 4.0  # factors of a name's length that matching may take: n characters within about n⁴ / 24 steps
+# A repeat of digits meets few of them in a name, and an optional part doubles the ways: both count as a quarter.
+SMALL = 0.25
+SINGLE = ("LITERAL", "NOT_LITERAL", "ANY", "IN", "CATEGORY")
 
 
-def check_pattern(pattern: str, where: str, repeats: int = MAX_REPEATS) -> None:
-    """Check a pattern that `re` is to match.
+def check_pattern(pattern: str, where: str, repeats: float = MAX_REPEATS) -> None:
+    """Check a pattern that `re` is to match against names of modules.
 
     A repeated group, as in `(a+)+`, can take time that doubles with each character of a name. Every repeat of a single
-    character or class adds one factor of the name's length.
+    character or class multiplies it by the name's length; of alternatives the most expensive one counts.
 
     Args:
         pattern: a regular expression.
@@ -30,23 +36,44 @@ def check_pattern(pattern: str, where: str, repeats: int = MAX_REPEATS) -> None:
     """
     try:
         re.compile(pattern)
+        count = _repeats(_parser.parse(pattern))
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{where}: expected a regular expression, got {pattern!r} ({error})") from None
-    count, before = 0, ""
-    for token in TOKEN.findall(pattern):
-        if REPEAT.fullmatch(token):
-            count += 1
-            if before == ")":
-                raise ValueError(
-                    f"{where}: expected no repeated group, which may take forever to match, got {pattern!r}: repeat a "
-                    "single character or class ([a-z]*), or give a list of names"
-                )
-        before = token
+    if math.isinf(count):
+        raise ValueError(
+            f"{where}: expected no repeated group, which may take forever to match, got {pattern!r}: repeat a single "
+            "character or class ([a-z]*), or give a list of names"
+        )
     if count > repeats:
         raise ValueError(
-            f"{where}: expected at most {repeats} repeats (*, +, {{m,n}}), got {count} in {pattern!r}: shorten it, or "
-            "give a list of names"
+            f"{where}: expected at most {repeats:g} repeats (*, +, {{m,n}}) in a row, got {count:g} in {pattern!r}: "
+            "shorten it, or give a list of names"
         )
+
+
+def _repeats(parsed: Any) -> float:
+    """Number of repeats on the most expensive way through a parsed pattern; Inf if it repeats a group."""
+    if not isinstance(parsed, _parser.SubPattern):
+        parts = parsed if isinstance(parsed, list | tuple) else ()
+        return sum(_repeats(part) for part in parts)
+    total = 0.0
+    for kind, value in parsed:
+        name = str(kind)
+        if name == "BRANCH":
+            total += max(_repeats(branch) for branch in value[1])
+        elif "REPEAT" in name:
+            low, high, body = value
+            single = len(body) == 1 and str(body[0][0]) in SINGLE
+            if not single and high > 1:
+                return math.inf
+            digits = single and str(body[0]) in DIGITS
+            total += (SMALL if high <= 1 or digits else float(low != high)) + (0.0 if single else _repeats(body))
+        else:
+            total += _repeats(value)
+    return total
+
+
+DIGITS = {str(_parser.parse(text)[0]) for text in (r"\d", "[0-9]", r"[\d]")}
 
 
 def matches(value: Any, hint: Any) -> bool:
@@ -76,7 +103,7 @@ def matches(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def check_lr(lr: float, what: str = "learning rate") -> None:
-    """Raise a ValueError unless a learning rate is positive and at most 1e4."""
-    if not 0 < lr <= MAX_LR:
+def check_lr(lr: float, what: str = "learning rate", zero: bool = False) -> None:
+    """Raise a ValueError unless a learning rate is positive, or 0 where that is allowed, and at most 1e4."""
+    if not 0 < lr <= MAX_LR and not (zero and lr == 0):
         raise ValueError(f"expected a positive {what}, at most {MAX_LR:g}, got {lr!r}")

@@ -10,10 +10,12 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers
 from models import batches_for, logits, make, patched
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -377,3 +379,48 @@ def test_a_pattern_of_a_file_cannot_stall_a_load(saved: Path, field: str) -> Non
     with pytest.raises(ValueError, match=rf"{field}: expected no repeated group"):
         peft.PeftModel.from_pretrained(make("llama"), saved)
     assert time.perf_counter() - started < 5
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:.*tie_word_embeddings")
+@pytest.mark.parametrize(
+    "more", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["embed_tokens"]}]
+)
+def test_a_resized_vocabulary_in_modules_to_save_is_loaded(tmp_path: Path, more: dict[str, list[str]]) -> None:
+    """PEFT writes copies of these modules beside their own, under other names."""
+    make("llama").save_pretrained(tmp_path / "base")  # PEFT compares the vocabulary with this
+
+    def resized() -> Any:
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(5)
+        base.resize_token_embeddings(120)
+        return base
+
+    model = lorasb.patch(resized(), r=4, target_modules=["q_proj"], init="kaiming", **more)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 1.0
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(resized(), tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+    model.load_adapter(tmp_path / "adapter", "default", is_trainable=True)  # as Trainer does that resumes
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:.*tie_word_embeddings")
+def test_a_resized_vocabulary_that_nothing_names_is_told_of_at_the_save(tmp_path: Path) -> None:
+    make("llama").save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(120)
+    model = lorasb.patch(base, r=4, target_modules=["q_proj"], init="kaiming")
+    with pytest.warns(UserWarning, match="is in the adapter file, as the vocabulary was resized"):
+        model.save_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Setting `save_embedding_layers`", "ignore:.*tie_word_embeddings", "ignore:.*is in the adapter"
+)
+def test_an_adapted_embedding_loads_on_a_base_in_another_precision(tmp_path: Path) -> None:
+    """Its file has the base's embedding, too, which PEFT adds: rounded otherwise it is still the base's."""
+    model = lorasb.patch(make("llama", dtype=torch.float16), r=4, target_modules=["embed_tokens"], init="kaiming")
+    model.save_pretrained(tmp_path)
+    peft.PeftModel.from_pretrained(make("llama", dtype=torch.bfloat16), tmp_path)

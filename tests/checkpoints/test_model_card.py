@@ -85,3 +85,14 @@ def test_the_card_names_the_hub_s_model_and_not_the_folder_of_its_conversion(tmp
     text = (tmp_path / "adapter" / "README.md").read_text()
     assert str(base) not in text
     assert "| base model | them/model, dequantized from model.Q4_1.gguf |" in text
+
+
+@pytest.mark.parametrize(
+    "card", ["---\nlicense: mit\n---", "\n---\nlicense: mit\n---\ntext", "--- \nlicense: mit\n---\t\ntext"]
+)
+def test_front_matter_in_other_forms_is_kept(tmp_path: Path, card: str) -> None:
+    (tmp_path / "README.md").write_text(card)
+    update_card(tmp_path, {"r": 4}, 1.0)
+    text = (tmp_path / "README.md").read_text()
+    assert yaml.safe_load(text.split("---\n")[1])["license"] == "mit"
+    assert text.count("license") == 1

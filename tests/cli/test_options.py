@@ -161,3 +161,29 @@ def test_the_last_of_a_switch_s_two_options_wins(given: list[str], want: bool) -
     assert "--no-packing" not in text
     assert "--no-NAME" in text
     assert call(*given)["packing"] is want  # the help has left the options as they are
+
+
+@pytest.mark.parametrize("reward", ["evil.so:reward", "a.PY:f", "module:f"])
+def test_whatever_is_no_reward_of_ours_needs_the_flag(tmp_path: Path, reward: str) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(f"rl: {reward}\n")
+    with pytest.raises(ValueError, match="add --allow-code"):
+        call("--config", str(file))
+
+
+def test_a_config_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """It has the default task beside the file that was trained on."""
+    file = tmp_path / "x.yaml"
+    file.write_text("task: word_sequence_reversal\ndata: rows.jsonl\nepochs: 1.0\n")
+    assert call("--config", str(file)) == {"data": "rows.jsonl", "epochs": 1.0}
+    file.write_text("task: gcd\ndata: rows.jsonl\n")
+    with pytest.raises(ValueError, match="--task gcd names generated examples"):
+        Settings(**call("--config", str(file))).check()
+
+
+@pytest.mark.parametrize("name", ["lr", "warmup", "temperature", "weight_decay"])
+def test_auto_is_a_value_of_few_settings(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(f"{name}: auto\n")
+    with pytest.raises(ValueError, match="expects a value, got auto, which --epochs and --eta take"):
+        Settings(**call("--config", str(file))).check()

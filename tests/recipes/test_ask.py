@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_an_answer_is_that_of_the_run(base: Settings, tmp_path: Path, kind: str)
         else:
             assert found[: len(row["after"])] == row["after"], question
     card = (run / "adapter" / "README.md").read_text()
-    lines = ask.how_to(summary, held_out[0]["prompt"], run)
+    lines = ask.how_to(summary, run)
     assert lines["command"].startswith(f"lorasb ask {run} ")
     assert ("--adapter u0" in lines["command"]) == (kind == "adapters")
     assert lines["command"] in card
@@ -84,7 +85,7 @@ def test_the_four_lines_of_python_run(
 ) -> None:
     run = finished(base, tmp_path, kind)
     summary, row = json.loads((run / "summary.json").read_text()), json.loads((run / "answers.json").read_text())[0]
-    code = ask.how_to(summary, "", run)["python"].replace("QUESTION", row["prompt"]).replace("TEXT", row["prompt"])
+    code = ask.how_to(summary, run)["python"].replace("QUESTION", row["prompt"]).replace("TEXT", row["prompt"])
     capsys.readouterr()
     exec(compile(code, "card", "exec"), {})
     printed = capsys.readouterr().out
@@ -113,3 +114,26 @@ def test_what_cannot_be_asked_is_said(base: Settings, whole: Path, tmp_path: Pat
     done = CliRunner().invoke(app, ["ask", str(whole), "copy red 1", "--max-new-tokens", "2"])
     assert done.exit_code == 0
     assert done.output.strip()
+
+
+def test_the_command_can_be_pasted_whatever_a_prompt_has(tmp_path: Path) -> None:
+    """A prompt from someone's data must not run in the user's shell, nor break a card's fences."""
+    summary = {"adapters": {}, "prompt_format": ask.PLAIN, "classes": None, "config": {"model": "m"}}
+    question = 'a $(touch PWNED) `touch PWNED` "b" it\'s\n```'
+    command = ask.how_to(summary, tmp_path / "my runs", question)["command"]
+    shown = subprocess.run(
+        ["bash", "-c", command.replace("lorasb ask", "printf '%s\\n'", 1)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.splitlines() == [str(tmp_path / "my runs"), " ".join(question.split())]
+    assert not (tmp_path / "PWNED").exists()
+    assert ask.how_to(summary, tmp_path / "run")["command"].endswith(" QUESTION")
+    assert ask.how_to(summary | {"prompt_format": ask.INSTRUCTED}, tmp_path, question)["command"].endswith(" QUESTION")
+
+
+def test_an_empty_question_is_refused(whole: Path) -> None:
+    with pytest.raises(ValueError, match="expected a question, got an empty one"):
+        list(ask.answers(whole, " "))

@@ -272,6 +272,7 @@ def test_scores_of_labels_are_their_definitions() -> None:
     pairs = [("1", "1"), ("1", "0"), ("0", "1"), ("1", "1"), ("0", "0")]
     assert f1(pairs) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert f1([("0", "0"), ("0", "0")]) == 0.0  # of class 1, which nobody named
+    assert f1([("no", "no"), ("no", "no")]) == 0.0
     assert f1([("yes", "yes"), ("no", "yes")]) == pytest.approx(2 / 3)
     assert spearman([("1", "10"), ("2", "20"), ("3", "900")]) == pytest.approx(1.0)
     assert spearman([("1", "1"), ("1", "2"), ("2", "3")]) == pytest.approx(0.5 * 3**0.5)  # ties share a rank

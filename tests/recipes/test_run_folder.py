@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from finetune_runs import assert_same, stop_after
@@ -144,3 +147,67 @@ def test_resume_never_sets_the_former_results_aside_before_it_starts(
 def test_an_output_without_a_name_is_refused(base: Settings, folder: str) -> None:
     with pytest.raises(ValueError, match="--output has to name a folder, got"):
         run_finetune(replace(base, output=folder))
+
+
+def test_no_earlier_results_are_ever_removed(base: Settings, whole: Path, tmp_path: Path) -> None:
+    """Nor a folder or a file of the user's of that name."""
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    (output / "former").mkdir()
+    (output / "former" / "thesis.txt").write_text("mine")
+    for _ in range(2):  # the first moves results, the second has none to move
+        stop_after(2, replace(base, resume="never"), output)
+    assert (output / "former" / "thesis.txt").read_text() == "mine"
+    assert (output / "former-2" / "answers.json").read_bytes() == (whole / "answers.json").read_bytes()
+    assert not (output / "former-3").exists()
+
+
+def test_a_run_of_an_earlier_version_is_named_as_one(base: Settings, tmp_path: Path) -> None:
+    stop_after(2, base, tmp_path)
+    file = tmp_path / "checkpoints" / "run.json"
+    identity = json.loads(file.read_text())
+    del identity["template"]
+    file.write_text(json.dumps(identity))
+    with pytest.raises(ValueError, match="an earlier version of lorasb made it, without --template"):
+        run_finetune(replace(base, output=str(tmp_path)))
+
+
+def test_a_finished_run_in_a_folder_that_can_only_be_read_is_shown(
+    base: Settings, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: object, **named: object) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr("builtins.open", refused)
+    with locked(whole):
+        pass
+    monkeypatch.undo()
+    assert run_finetune(replace(base, output=str(whole))).summary["train_steps"] == 14
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_holds_nobody_up(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(*given: object) -> None:
+        raise OSError(code, "no locks")
+
+    monkeypatch.setattr("fcntl.flock", without)
+    with locked(tmp_path):
+        pass
+
+
+def test_a_lock_whose_file_was_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the opening and the locking another process ended, and removed the file."""
+    flock, calls = fcntl.flock, []
+
+    def late(lock: Any, flags: int) -> None:
+        if not calls:
+            (tmp_path / ".lock").unlink()
+        calls.append(1)
+        flock(lock, flags)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with locked(tmp_path):
+        assert len(calls) == 2
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())

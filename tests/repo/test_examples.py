@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import warnings
@@ -80,9 +81,9 @@ def test_two_processes_end_where_one_does(tiny: Path, tmp_path: Path) -> None:
 def test_what_the_demo_says_comes_next_are_commands_that_parse_and_files_that_are_there() -> None:
     makefile = (FOLDER.parent / "Makefile").read_text()
     commands = re.findall(r'@echo "  \$\(BIN\)/lorasb ([^#"]+)', makefile)
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
-        name, *arguments = command.replace("$(RUN)", "runs/demo").split()
+        name, *arguments = shlex.split(command.replace("$(RUN)", "runs/demo"))
         assert CliRunner().invoke(app, [name, *arguments, "--help"]).exit_code == 0, command
         for argument in arguments:
             assert not argument.endswith(".jsonl") or (FOLDER.parent / argument).is_file()

@@ -40,3 +40,8 @@ def test_an_optimizer_takes_them() -> None:
 def test_nothing_to_train() -> None:
     with pytest.raises(ValueError, match=r"no parameter requires a gradient: patch the model \(lorasb\.patch\)"):
         lorasb.parameter_groups(make("llama").requires_grad_(False), lr=1e-3)
+
+
+def test_a_rate_of_zero_freezes_a_group() -> None:
+    groups = lorasb.parameter_groups(lorasb.patch(make("roberta"), r=4, init="lora-xs"), lr=1e-3, other_lr=0.0)
+    assert {group["lr"] for group in groups} == {1e-3, 0.0}

@@ -78,6 +78,8 @@ def messages_of(example: Example, tokenizer: Any, template: bool) -> tuple[dict[
     """The example as a chat: its messages, or with `template` a question and its answer; () for plain text."""
     if example.messages or not template or example.formatted or getattr(tokenizer, "chat_template", None) is None:
         return example.messages
+    if any(token in example.prompt for token in tokenizer.all_special_tokens):  # it has the markup of a chat already
+        return ()
     return {"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}
 
 

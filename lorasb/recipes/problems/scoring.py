@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import math
 import re
+import select
 import statistics
+import subprocess
+import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
 
 ANSWER_MARKS = ("The answer is:", "####")  # of MetaMathQA and GSM8K; the last one in a text counts
 NEXT_PROMPT = "### Instruction"  # a base model that does not stop goes on with a prompt of its own
 NUMBER = re.compile(r"[-+]?\s?\$?(?:\d[\d,]*(?:\.\d+)?(?:/\d+)?|\.\d+)")
 CHOICE = re.compile(r"\b(?:true|false|(?:answer|solution|ending|option)\s?[1-5])\b")
 SYMBOLIC, LONGEST = "symbolic", 200  # characters of an expression that is parsed
-SMALL_POWER = re.compile(r"\^(?:\{-?[\w/]{1,3}\}|\w)")
+STARTING, DEADLINE = 60.0, 3.0  # seconds for a process to import sympy, and for it to compare two expressions
+POINTS = (0.7, -1.3, 2.1)
+# A word is no product of its letters, and 3\\frac{1}{2} no product of 3 and a half.
+NOT_ONE_EXPRESSION = re.compile(r"^[A-Za-z]{2,}$|\d\\frac")
+_comparing: subprocess.Popen[str] | None = None
 BOXED = "\\boxed{"
 # Forms of one expression, in this order: units and sizes say nothing of its value.
 SAME_FORM = tuple(
@@ -76,31 +84,65 @@ def expression(text: str) -> str | None:
 def equal_expressions(one: str, other: str) -> bool:
     r"""Whether two LaTeX expressions have the same value, by sympy: 2\sqrt{2} and \sqrt{8}, (x+1)^2 and x^2+2x+1.
 
-    Both are parsed by a grammar (nothing is evaluated as Python) and compared at three points of their symbols. What
-    the grammar does not know, such as intervals, is not equal; nor are powers that would take forever.
+    A process of its own parses them by a grammar (nothing is evaluated as Python) and compares them at points of their
+    symbols. What the grammar does not know, such as intervals, is not equal; nor is what takes longer than a deadline.
     """
-    try:
-        left, right = _parsed(one), _parsed(other)
-        symbols = sorted(left.free_symbols | right.free_symbols, key=str)
-        return all(
-            abs(complex((left - right).subs(dict(zip(symbols, values, strict=False))).evalf(15))) < 1e-9
-            for values in ((0.7, 1.3, 2.1, 0.4), (1.9, 0.3, 0.6, 1.1), (2.3, 3.1, 1.7, 0.9))
-        )
-    except Exception:  # of the parser and of sympy, which have types of their own for what is no number
+    if any(NOT_ONE_EXPRESSION.search(text) or not 0 < len(text) <= LONGEST for text in (one, other)):
         return False
+    return _in_a_process(one, other)
 
 
-def _parsed(text: str) -> Any:
-    """A sympy expression of up to four symbols; raises for anything else."""
+def _in_a_process(one: str, other: str) -> bool:
+    """The answer of `_compare`, in a process that starts at the first call and again after one that took too long."""
+    global _comparing
+    if _comparing is None or _comparing.poll() is not None:
+        code = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import _serve; _serve()"
+        command = [sys.executable, "-c", code, *sys.path]
+        _comparing = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        atexit.register(_comparing.kill)
+        _asked(_comparing, "x", "x", STARTING)  # imports sympy
+    return _asked(_comparing, one, other, DEADLINE)
+
+
+def _asked(process: subprocess.Popen[str], one: str, other: str, seconds: float) -> bool:
+    if process.stdin is None or process.stdout is None:  # not reached; narrows the types
+        return False
+    try:
+        process.stdin.write(json.dumps([one, other]) + "\n")
+        process.stdin.flush()
+    except OSError:
+        return False
+    if not select.select([process.stdout], [], [], seconds)[0]:
+        process.kill()
+        process.wait()
+        return False
+    return process.stdout.readline() == "True\n"
+
+
+def _serve() -> None:
+    """Answer pairs of expressions, a line each, until the input ends."""
+    for line in sys.stdin:
+        try:
+            equal = _compare(*json.loads(line))
+        except Exception:  # of the parser and of sympy, which have types of their own for what is no number
+            equal = False
+        print(equal, flush=True)
+
+
+def _compare(one: str, other: str) -> bool:
     from sympy import Expr
     from sympy.parsing.latex import parse_latex
 
-    if len(text) > LONGEST or any(not SMALL_POWER.match(text, at) for at in range(len(text)) if text[at] == "^"):
-        raise ValueError("too long, or a power that sympy would write out in digits")
-    found = parse_latex(text.replace("\\pi", "\\theta").replace("!", "?"), backend="lark")
-    if not isinstance(found, Expr) or len(found.free_symbols) > 4:
-        raise TypeError("no expression")
-    return found
+    left, right = (parse_latex(text.replace("\\pi", f"({math.pi})"), backend="lark") for text in (one, other))
+    if not isinstance(left, Expr) or not isinstance(right, Expr):
+        return False
+    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    for point in POINTS:
+        at = {symbol: point * (k + 1) for k, symbol in enumerate(symbols)}
+        values = [complex(side.subs(at).evalf(17)) for side in (left, right)]
+        if not abs(values[0] - values[1]) <= 1e-9 * max(map(abs, values)):
+            return False
+    return True
 
 
 def _fraction(text: str) -> Fraction | None:
@@ -148,6 +190,8 @@ def matthews(pairs: Sequence[tuple[str, str]]) -> float:
 def f1(pairs: Sequence[tuple[str, str]]) -> float:
     """F1 of two classes' second one (1 of 0 and 1): 2·hits / (predicted + right); 0 without either."""
     labels = {label for pair in pairs for label in pair}
+    if len(labels) == 1 and "1" not in labels:  # the first class alone, as nearly always
+        return 0.0
     positive = "1" if labels <= {"0", "1"} else max(labels)
     hits = sum(guess == label == positive for guess, label in pairs)
     named = sum((guess == positive) + (label == positive) for guess, label in pairs)
