@@ -381,7 +381,9 @@ def test_a_pattern_of_a_file_cannot_stall_a_load(saved: Path, field: str) -> Non
     assert time.perf_counter() - started < 5
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:.*tie_word_embeddings")
+@pytest.mark.filterwarnings(
+    "ignore:.*is in the adapter file", "ignore:Setting `save_embedding_layers`", "ignore:.*tie_word_embeddings"
+)
 @pytest.mark.parametrize(
     "more", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["embed_tokens"]}]
 )
