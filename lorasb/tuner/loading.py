@@ -117,7 +117,7 @@ def without_foreign(
         ValueError: a key is neither a factor nor a trained module, row or bias that the config names.
     """
     wrappers = []
-    parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
+    parameters = {_plain(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     prefix = PEFT_PREFIX if any(name.startswith(PEFT_PREFIX) for name in parameters) else ""
     expected = {f"{prefix}{_plain(layer)}.{factor}" for layer in layers for factor in FACTORS}
     for name, module in model.named_modules():
