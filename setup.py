@@ -59,10 +59,10 @@ setup(
         *find_packages(include=["lorasb", "lorasb.*"]),
         "lorasb.kernels",
         "lorasb.kernels.tables",
-        "lorasb.recipes.presets",
+        "lorasb.app.presets",
     ],
     # kernels/ is at the top level of the repository and installed as lorasb.kernels
     package_dir={"lorasb.kernels": "kernels/fused"},
-    package_data={"lorasb.kernels.tables": ["*.json"], "lorasb.recipes.presets": ["*.yaml"]},
+    package_data={"lorasb.kernels.tables": ["*.json"], "lorasb.app.presets": ["*.yaml"]},
     **extension(),
 )

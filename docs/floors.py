@@ -18,8 +18,7 @@ PACKAGE = "lorasb"
 FACE = "lorasb/__init__"  # the public names, drawn as a folder of their own
 # from the top to the bottom
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("cli",),
-    ("recipes",),
+    ("app",),
     (FACE,),
     ("training", "optim"),
     ("init", "export"),
@@ -34,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("constants",),
 )
 # modules beside the folders -> the folder they count to
-FOLDER_OF_MODULE = {"__init__": FACE, "_peft_registration": FACE, "__main__": "cli", "_version": "constants"}
+FOLDER_OF_MODULE = {"__init__": FACE, "_peft_registration": FACE, "__main__": "app", "_version": "constants"}
 EVERYWHERE = ("utils", "constants")  # imported from every floor: their arrows are not drawn
 LEVEL = {folder: level for level, folders in enumerate(FLOORS) for folder in folders}
 

@@ -1,12 +1,11 @@
-"""Writes docs/settings.md from `recipes.settings`: `python docs/make_settings.py`. A test compares the two."""
+"""Writes docs/settings.md from `app.settings`: `python docs/make_settings.py`. A test compares the two."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from lorasb.recipes.setting_rules import option
-from lorasb.recipes.settings import Settings, listed, shown_default
+from lorasb.app.settings import Settings, listed, option, shown_default
 
 
 def page() -> str:

@@ -13,6 +13,7 @@ from . import _peft_registration
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .app.prepare import demo_model
     from .backends import backend
     from .export.lora import export_lora
     from .export.weight_sync import adapter_delta, lora_of
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from .layers.linear import LoRASBLinear
     from .layers.linear4bit import Linear4bit
     from .layers.quantize import quantize
-    from .recipes.bundled_model import demo_model
     from .training.init_callback import InitCallback
     from .training.parameter_groups import parameter_groups
     from .training.rate_trials import RateTrials, find_lr
@@ -87,7 +87,7 @@ _MODULE_OF = {
     "LoRASBLinear": "layers.linear",
     "RateTrials": "training.rate_trials",
     "backend": "backends",
-    "demo_model": "recipes.bundled_model",
+    "demo_model": "app.prepare",
     "equivalent_gradient": "layers.equivalent_gradient",
     "export_lora": "export",
     "adapter_delta": "export",

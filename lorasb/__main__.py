@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command."""
     try:
-        from .cli.app import main as run
+        from .app.cli import main as run
 
         run()
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 LONGEST = (
     "kernels/test_static_report.py",
     "distributed/test_training.py",
-    "cli/test_commands.py",
+    "app/test_commands.py",
     "distributed/test_process_group.py",
     "export/test_gguf.py",
     "repo/test_imports.py",
@@ -29,9 +29,9 @@ LONGEST = (
     "ops/test_linear.py",
     "ops/test_linear_quantized.py",
     "tuner/test_fresh_heads.py",
-    "recipes/test_finetune.py",
-    "recipes/test_checkpoints.py",
-    "recipes/test_bundled_model.py",
+    "app/test_finetune.py",
+    "app/test_checkpoints.py",
+    "app/test_bundled_model.py",
 )
 
 

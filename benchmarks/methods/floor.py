@@ -25,10 +25,10 @@ from benchmarks.methods.adapters import put_in
 from benchmarks.methods.grid import METHODS, TASKS, WARMUP, Cell, Task
 from benchmarks.methods.problems import MAX_LENGTH, files, load
 from benchmarks.methods.run import drawn, train
-from lorasb.recipes.bundled_model import demo_model
-from lorasb.recipes.examples.tasks import Example, read_jsonl
-from lorasb.recipes.examples.tokenization import Collator, encode
-from lorasb.recipes.problems.evaluation import evaluate, example_losses
+from lorasb.app.evaluation import evaluate, example_losses
+from lorasb.app.prepare import demo_model
+from lorasb.app.tasks import Example, read_jsonl
+from lorasb.app.tokenize import Collator, encode
 from lorasb.utils.atomic_files import write_json
 
 LR, BATCH, CHOICES = 1e-3, 16, 5

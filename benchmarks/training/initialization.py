@@ -44,7 +44,7 @@ def model(dtype: torch.dtype = torch.float32, blocks: int | None = None) -> Any:
     """SmolLM2-135M, or its first blocks."""
     from transformers import AutoModelForCausalLM
 
-    from lorasb.recipes.bundled_model import demo_model
+    from lorasb.app.prepare import demo_model
 
     found: Any = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype)
     if blocks is not None:
@@ -56,8 +56,8 @@ def samples(count: int = SAMPLES, rows: int = 1) -> list[dict[str, Tensor]]:
     """Batches of generated problems with their answers, one after another, cut into samples of 192 tokens."""
     from transformers import AutoTokenizer
 
-    from lorasb.recipes.bundled_model import demo_model
-    from lorasb.recipes.examples.tasks import generate
+    from lorasb.app.prepare import demo_model
+    from lorasb.app.tasks import generate
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
     examples = generate("word_sequence_reversal", 8 * count * rows, 0)
@@ -138,9 +138,9 @@ def init_time(**options: Any) -> dict[str, Any]:
 def epoch_share(steps: int = 20) -> dict[str, Any]:
     """The demo's initialization, and how long its training takes a sample: batches of 16, its own lengths."""
     import lorasb
-    from lorasb.recipes.examples.tokenization import Collator, encode
-    from lorasb.recipes.prepare import prepare
-    from lorasb.recipes.settings import Settings
+    from lorasb.app.prepare import prepare
+    from lorasb.app.settings import Settings
+    from lorasb.app.tokenize import Collator, encode
 
     run = prepare(Settings(eval_examples=1, train_examples=64 + 16 * steps, dtype=dtype_name(), template="none"))
     run.model = lorasb.patch(run.model, r=RANK)

@@ -41,7 +41,7 @@ def steps(r: int) -> dict[str, Step]:
     from transformers import AutoModelForCausalLM
 
     import lorasb
-    from lorasb.recipes.bundled_model import demo_model
+    from lorasb.app.prepare import demo_model
 
     base: Any = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=measured_dtype())
     model = lorasb.patch(base, r=r, init="random").train()

@@ -30,9 +30,8 @@ from rich.table import Table
 
 from benchmarks.common.timing import commit, dtype_name, machine_name
 from benchmarks.reporting.markdown import table as markdown
-from lorasb.recipes.bundled_model import EMBEDDED
-from lorasb.recipes.planning.planner import Plan, plan
-from lorasb.recipes.planning.request import Request, dtype_of
+from lorasb.app.plan import MemoryPlan, Request, dtype_of, plan_memory
+from lorasb.app.prepare import EMBEDDED
 
 BATCH, SEQ, STEPS = 2, 512, 3
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -81,8 +80,7 @@ def child(folder: str, checkpointing: bool) -> int:
     import transformers
 
     import lorasb
-    from lorasb.recipes.bundled_model import resolve_model
-    from lorasb.recipes.prepare import checkpoint_activations
+    from lorasb.app.prepare import checkpoint_activations, resolve_model
 
     config = transformers.AutoConfig.from_pretrained(resolve_model(folder))
     kind = getattr(transformers, config.architectures[0])  # imported before memory is counted
@@ -106,14 +104,14 @@ def child(folder: str, checkpointing: bool) -> int:
     return peak - before
 
 
-def alive(found: Plan) -> int:
+def alive(found: MemoryPlan) -> int:
     """What a plan counts without what allocators hold."""
     return found.step - found.reserve
 
 
 def compare(name: str, folder: str, checkpointing: bool, repeats: int) -> Found:
     """A model's plan and measurements."""
-    expected = plan(Request(folder, batch=BATCH, seq=SEQ, checkpointing=checkpointing))
+    expected = plan_memory(Request(folder, batch=BATCH, seq=SEQ, checkpointing=checkpointing))
     kept = measure(folder, checkpointing, gives_back=True)
     resident = [measure(folder, checkpointing, gives_back=False) for _ in range(repeats)]
     return Found(name, checkpointing, alive(expected), kept, expected.step, resident)

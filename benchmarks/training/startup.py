@@ -56,7 +56,7 @@ def smollm() -> Any:
     """The embedded model."""
     from transformers import AutoModelForCausalLM
 
-    from lorasb.recipes.bundled_model import demo_model
+    from lorasb.app.prepare import demo_model
 
     return AutoModelForCausalLM.from_pretrained(demo_model(), dtype=measured_dtype())
 

@@ -45,7 +45,7 @@ def model_of(way: str, convert: Callable[[Any], Any] = as_loaded) -> Any:
     from transformers import AutoModelForCausalLM
 
     import lorasb
-    from lorasb.recipes.bundled_model import demo_model
+    from lorasb.app.prepare import demo_model
 
     model = convert(AutoModelForCausalLM.from_pretrained(demo_model(), dtype=measured_dtype()))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

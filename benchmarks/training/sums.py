@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from lorasb.app.evaluation import batches_by_length
+from lorasb.app.prepare import demo_model
+from lorasb.app.tasks import HELD_OUT_SEED, Example, generate, read_jsonl
+from lorasb.app.tokenize import IGNORED, Collator, encode
 from lorasb.init.gradients.task import to_device
-from lorasb.recipes.bundled_model import demo_model
-from lorasb.recipes.examples.tasks import HELD_OUT_SEED, Example, generate, read_jsonl
-from lorasb.recipes.examples.tokenization import IGNORED, Collator, encode
-from lorasb.recipes.problems.evaluation import batches_by_length
 
 TASK = "chain_sum"
 LEARNED, HELD_OUT = 640, 500  # examples of the short run that comes first, and those that no run sees

@@ -16,8 +16,8 @@ from models import batches_for, make, patched
 from torch import nn
 
 import lorasb
+from lorasb.app.prepare import EMBEDDED, GGUF, resolve_model
 from lorasb.export.gguf import ARCHITECTURES
-from lorasb.recipes.bundled_model import EMBEDDED, GGUF, resolve_model
 
 PROMPTS = int(os.environ.get("LORASB_GGUF_PROMPTS", "8"))
 ANSWER, TOKENS = " violet, amber and jade.", 6

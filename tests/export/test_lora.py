@@ -16,7 +16,7 @@ from models import batches_for, logits, make, patched
 from safetensors.torch import load_file, save_file
 
 import lorasb
-from lorasb.cli import app
+from lorasb.app import cli
 from lorasb.export.lora import serve_command
 
 SMALLER = {"llama": "k_proj", "roberta": "key", "gpt2": "c_proj"}
@@ -141,7 +141,7 @@ def test_an_export_never_takes_an_adapters_place(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["lorasb", "export", "."])
     with pytest.raises(SystemExit) as done:
-        app.main()
+        cli.main()
     assert not done.value.code
     assert (tmp_path / "adapter-lora" / "adapter_model.safetensors").is_file()
 

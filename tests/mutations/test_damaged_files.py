@@ -19,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorasb
+from lorasb.app import results, run_folder
+from lorasb.app.config_file import read_config
+from lorasb.app.finetune import run_finetune
+from lorasb.app.named_data import read_data
+from lorasb.app.run_folder import RunFolder
+from lorasb.app.settings import Settings, listed
 from lorasb.checkpoints.adapter_file import read_tensors
 from lorasb.export.lora import export_lora
 from lorasb.layers.linear import LoRASBLinear
-from lorasb.recipes import checkpoints, results
-from lorasb.recipes.config_file import read_config
-from lorasb.recipes.examples.named_data import read_data
-from lorasb.recipes.finetune import run_finetune
-from lorasb.recipes.run_folder import RunFolder
-from lorasb.recipes.settings import Settings, listed
 from lorasb.tuner.config import LoRASBConfig
 
 DOCUMENTED = (ValueError, OSError, TypeError, ImportError)
@@ -181,7 +181,7 @@ def load_bank(world: World, folder: Path) -> None:
 
 def resume(world: World, folder: Path) -> None:
     """Each checkpoint is what was written, or is left out."""
-    best, faults = checkpoints.last(folder)
+    best, faults = run_folder.last_checkpoint(folder)
     damaged = {
         path for path in folder.glob("checkpoint-*") if any(read(path) != read(world.run / "checkpoints" / path.name))
     }
@@ -257,7 +257,7 @@ def look(world: World, folder: Path, changed: Path) -> None:
     state = run.look(world.settings, identity)
     place = folder / "checkpoints" / changed.relative_to(folder / "checkpoints").parts[0]
     if place.name.startswith("checkpoint-") and state.checkpoint == str(place):
-        assert changed.name == checkpoints.MARK, "a damaged checkpoint is used"
+        assert changed.name == run_folder.MARK, "a damaged checkpoint is used"
     if place.name == "start":
         assert str(place) in state.left_out or run.load_start() is None or changed.name == "start.json"
     run.before()

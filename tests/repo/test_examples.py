@@ -16,7 +16,7 @@ import pytest
 from tiny_run import make_tiny
 from typer.testing import CliRunner
 
-from lorasb.cli.app import app
+from lorasb.app.cli import app
 
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))

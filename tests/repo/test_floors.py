@@ -25,13 +25,13 @@ WITHOUT = {  # module or package -> what it must not import, at any depth: impor
     "lorasb.utils": ("transformers", "peft"),
     "lorasb.quantization": ("transformers", "peft", "bitsandbytes"),
     "lorasb.init": ("transformers",),
-    "lorasb.recipes.settings": ("torch", "transformers", "peft"),
-    "lorasb.recipes.config_file": ("torch", "transformers", "peft"),
-    "lorasb.cli.options": ("torch", "transformers", "peft"),
+    "lorasb.app.settings": ("torch", "transformers", "peft"),
+    "lorasb.app.config_file": ("torch", "transformers", "peft"),
+    "lorasb.app.cli": ("torch", "transformers", "peft"),
     "lorasb": ("benchmarks", "tests", "docs"),
 }
 CALLS = {"torch.load", "pickle.load", "pickle.loads", "exec", "eval", "os.system", "torch.save"}
-USES_TRANSFORMERS = ("lorasb.tuner", "lorasb.training", "lorasb.recipes", "lorasb.cli")
+USES_TRANSFORMERS = ("lorasb.tuner", "lorasb.training", "lorasb.app")
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -115,7 +115,7 @@ def test_wheel_has_every_module(tmp_path: Path) -> None:
         .split(";")
     )
     wanted = {floors.module_name(path) for path in FILES if path.name == "__init__.py"}
-    assert set(found[:-2]) == wanted | {"lorasb.kernels.tables", "lorasb.recipes.presets"}
-    data = "{'lorasb.kernels.tables': ['*.json'], 'lorasb.recipes.presets': ['*.yaml']}"
+    assert set(found[:-2]) == wanted | {"lorasb.kernels.tables", "lorasb.app.presets"}
+    data = "{'lorasb.kernels.tables': ['*.json'], 'lorasb.app.presets': ['*.yaml']}"
     assert found[-2:] == ["{'lorasb.kernels': 'kernels/fused'}", data]
     assert not (ROOT / "kernels" / "__init__.py").exists(), "a top-level `kernels` would hide another package"

@@ -21,7 +21,7 @@ ORDERS = (
     "import lorasb.layers.linear",
     "import lorasb.tuner",
     "import lorasb.init",
-    "import lorasb.recipes.finetune",
+    "import lorasb.app.finetune",
     "import lorasb, importlib.util; importlib.util.find_spec('peft'); import peft",
     "import lorasb; lorasb.patch; lorasb.LoRASBConfig",
 )
@@ -31,7 +31,7 @@ TRACE = (
 NAMES = (
     "import lorasb\nfor name in lorasb.__all__: getattr(lorasb, name)\nassert set(lorasb.__all__) <= set(dir(lorasb))"
 )
-PATCH = "import lorasb, lorasb.recipes.finetune, lorasb.tuner\nfrom lorasb.tuner.patch import patch\nassert callable(lorasb.patch)"
+PATCH = "import lorasb, lorasb.app.finetune, lorasb.tuner\nfrom lorasb.tuner.patch import patch\nassert callable(lorasb.patch)"
 BACKEND = "import lorasb\nwith lorasb.backend('triton'): print(lorasb.ops.registry.current_backend())"
 CODES = (*(f"{order}\n{KNOWN}" for order in ORDERS), TRACE, NAMES, PATCH, BACKEND)
 

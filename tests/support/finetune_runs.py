@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from lorasb.recipes import train
-from lorasb.recipes.finetune import run_finetune
-from lorasb.recipes.settings import Settings
-from lorasb.recipes.signals import StoppedError
+from lorasb.app import train
+from lorasb.app.finetune import run_finetune
+from lorasb.app.settings import Settings
+from lorasb.app.terminal import StoppedError
 
 TIMES = ("init_seconds", "train_seconds", "tokens_per_second", "peak_rss_mb")
 STEPS = 14  # 27 examples, twice, four a step

@@ -7,15 +7,15 @@ from typing import Any
 import typer
 from typer.testing import CliRunner
 
-from lorasb.cli import options
-from lorasb.recipes.settings import Settings
+from lorasb.app import cli
+from lorasb.app.settings import Settings
 
 
 def call(*arguments: str) -> dict[str, Any]:
     """The settings that the arguments give."""
     got: list[dict[str, Any]] = []
     app = typer.Typer()
-    app.command(cls=options.Command)(options.command(got.append, [(Settings, False)], {}))
+    app.command(cls=cli.Command)(cli.command(got.append, [(Settings, False)], {}))
     done = CliRunner().invoke(app, list(arguments))
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception

@@ -1,0 +1,144 @@
+"""A run's adapter: added and initialized, or loaded as an earlier start of the run initialized it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..distributed.process_group import Processes
+from ..init import InitReport
+from .data import Listed, describe_data
+from .prepare import Run
+from .settings import target_names
+
+REWARD_SAMPLES = 32  # prompts of a start on rewards
+LORA_RANK = 32  # the rank that the paper compares with
+REPORT_NAME = "report.json"
+
+
+def adapt(run: Run, **options: Any) -> tuple[Any, float]:
+    """Add the adapter and initialize it; returns the report (None for plain LoRA) and the time in seconds.
+
+    Each rank passes a contiguous share of the examples, and the shares in rank order are the whole list, so that the
+    drawn samples are those of a single process. `options` go to `lorasb.initialize`.
+    """
+    import peft
+
+    settings, started = run.settings, time.perf_counter()
+    common: dict[str, Any] = {
+        "target_modules": targets(settings.target_modules),
+        "rank_pattern": settings.rank_pattern or {},
+        "lora_dropout": settings.lora_dropout,
+    }
+    if settings.method == "lora":
+        r = settings.r or LORA_RANK
+        # alpha = r gives PEFT's scaling alpha / r = 1, as s is for LoRA-SB by default
+        heads = run.problem.heads(run.model) or None  # PEFT knows those of some names only
+        config = peft.LoraConfig(r=r, lora_alpha=r, task_type=run.problem.task_type, modules_to_save=heads, **common)
+        run.model = peft.get_peft_model(run.model, config)
+        return None, 0.0
+    return _with_provenance(run, _patch_and_initialize(run, common, options)), time.perf_counter() - started
+
+
+def _patch_and_initialize(run: Run, common: dict[str, Any], options: dict[str, Any]) -> InitReport:
+    """Add the adapter of LoRA-SB or LoRA-XS; returns the report of its initialization."""
+    import lorasb
+
+    settings = run.settings
+    init = "lora-xs" if settings.method == "lora-xs" else "update"
+    run.model = lorasb.patch(run.model, r=settings.r, init=init, init_seed=settings.seed, **common)
+    if init == "lora-xs":  # `patch` has initialized it: the SVD of W needs no data
+        return run.model.base_model.init_reports["default"]
+    loader: Any = torch.utils.data.DataLoader(
+        Listed(_share(run.train_ids)),
+        batch_size=settings.batch_size,
+        collate_fn=run.problem.collator(run.tokenizer, run.model.get_base_model()),
+    )
+    eta = settings.eta or lorasb.first_step_lr(settings.lr, run.warmup_steps)
+    options |= {"num_samples": settings.samples, "update": settings.update, "seed": settings.seed}
+    if settings.start != "limited":
+        options["longest_start"] = None if settings.start == "paper" else 0.0
+    if settings.rl is not None and settings.rl_start == "zero":
+        options["longest_start"] = 0.0
+    if settings.rl is not None and settings.rl_start == "rewards":
+        loader, options["loss_fn"], options["num_samples"] = _rewarded(run), lorasb.policy_loss, None
+    return lorasb.initialize(run.model, loader, lr=eta, **options)
+
+
+def _rewarded(run: Run) -> Iterator[dict[str, torch.Tensor]]:
+    """Completions of some prompts, sampled and judged, as many as the initialization takes samples."""
+    import lorasb
+
+    from .reinforce import judge_of, longest_completion, prompt_of
+
+    settings, judge = run.settings, judge_of(run.settings)
+    examples = {json.dumps(prompt_of(run, example)): example for example in run.train}  # each prompt once
+    chosen = list(examples)[: settings.samples or REWARD_SAMPLES]
+
+    def reward(prompts: list[Any], completions: list[str]) -> list[float]:
+        """Of the run's own judge."""
+        return judge(completions, [examples[json.dumps(prompt)] for prompt in prompts])
+
+    sizes = {"generations": settings.generations, "max_new_tokens": longest_completion(run)}
+    given: dict[str, Any] = {"temperature": settings.temperature, "seed": settings.seed, **sizes}
+    prompts = [prompt_of(run, examples[key]) for key in chosen]
+    return iter(lorasb.reward_batches(run.model, run.tokenizer, prompts, reward, **given))
+
+
+def _with_provenance(run: Run, report: InitReport) -> InitReport:
+    """The report; also writes a description of the data into the adapter's provenance."""
+    config = run.model.peft_config["default"]
+    config.init_provenance["data"] = describe_data(run.settings, len(run.train_ids))
+    return report
+
+
+def targets(value: str | None) -> str | list[str]:
+    """`--target-modules` as PEFT's target_modules: "all-linear", a list of names, or a regular expression."""
+    if value is None or value == "all-linear":
+        return "all-linear"
+    return target_names(value) or value
+
+
+def _share(items: list[Any]) -> list[Any]:
+    """This rank's contiguous share of a list; shares differ by at most one item."""
+    processes = Processes()
+    rank, world_size = processes.rank, processes.world_size
+    return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
+
+
+def save_start(run: Run, report: InitReport | None, folder: Path) -> None:
+    """Write the initialized adapter and its report."""
+    save_adapter(run, folder)
+    if report is not None:
+        report.save(folder / REPORT_NAME)
+
+
+def save_adapter(run: Run, folder: Path) -> None:
+    """Write the adapter as PEFT does, and the same bytes in every process."""
+    for config in run.model.peft_config.values():
+        for name, value in list(vars(config).items()):
+            if isinstance(value, set):  # PEFT writes sets in an order that depends on the process and on their history
+                setattr(config, name, sorted(value))
+        if config.modules_to_save:  # PEFT adds the names of heads each time that it loads an adapter
+            config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
+    run.model.save_pretrained(str(folder))
+
+
+def load_adapter(run: Run, folder: Path) -> None:
+    """Load a saved adapter into the run's base model, for training."""
+    import peft
+
+    import lorasb  # noqa: F401  registers the method
+
+    run.model = peft.PeftModel.from_pretrained(run.model, str(folder), is_trainable=True)
+
+
+def load_report(folder: Path) -> InitReport | None:
+    """The saved report of an initialization; None if there is none (plain LoRA)."""
+    file = folder / REPORT_NAME
+    return InitReport.load(file) if file.is_file() else None

@@ -1,0 +1,360 @@
+"""The `lorasb` command: its subcommands, and how errors become one line and an exit code.
+
+Imports of torch and transformers wait until a command runs, so that `lorasb --help` is quick.
+"""
+
+from __future__ import annotations
+
+import inspect
+import signal
+import warnings
+from collections.abc import Callable
+from dataclasses import Field
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.markup import escape
+from typer.core import TyperCommand
+
+from .._version import __version__
+from .config_file import find_preset, preset_names, read_config, typed
+from .named_data import check_names
+from .settings import (
+    DEFAULT_TASK,
+    EMBEDDED,
+    INIT_OUTPUT,
+    REWARDS,
+    InitSettings,
+    Settings,
+    listed,
+    option,
+    shown_default,
+)
+from .terminal import console
+
+
+class Command(TyperCommand):
+    """A command that takes `--switch true` as well, and whose help folds what `--help-all` prints."""
+
+    folds = True
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Replace the value of a switch (`--packing true`) by one of its two forms."""
+        negative = {one.opts[0]: one.secondary_opts[0] for one in self.params if getattr(one, "secondary_opts", None)}
+        given: list[str] = []
+        for argument in args:
+            if given and given[-1] in negative and argument.lower() in ("true", "false"):
+                given[-1] = given[-1] if argument.lower() == "true" else negative[given[-1]]
+            else:
+                given.append(argument)
+        if "--help-all" in given:
+            given, self.folds = ["--help"], False
+        return super().parse_args(ctx, given)
+
+    def format_help(self, *arguments: Any) -> None:
+        """Print the help, without the --no-... of switches: their column takes a third of its width."""
+        switches: list[Any] = [one for one in self.params if getattr(one, "secondary_opts", None)]
+        kept = [one.secondary_opts for one in switches]
+        folded: list[Any] = [one for one in self.params if self.folds and getattr(one, "rich_help_panel", "") in FOLDED]
+        for one in switches:
+            one.secondary_opts = []
+        for one in folded:
+            one.hidden = True
+        try:
+            super().format_help(*arguments)
+        finally:
+            for one, names in zip(switches, kept, strict=True):
+                one.secondary_opts = names
+            for one in folded:
+                one.hidden = False
+        if folded:
+            console.print(f" [bold]lorasb {self.name} --help-all[/] explains these too; --no-NAME takes a switch back:")
+        for panel in dict.fromkeys(one.rich_help_panel for one in folded):
+            names = ", ".join(one.opts[0] for one in folded if one.rich_help_panel == panel)
+            console.print(f" [bold]{panel}[/]: {names}", highlight=False)
+        self.folds = True
+
+
+MAIN_PANEL = "Most used"
+# the headings of all other settings
+FOLDED = tuple(dict.fromkeys(setting.metadata["group"].capitalize() for setting, _ in listed(Settings)))
+
+
+def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: dict[str, Any]) -> Callable[..., None]:
+    """A typer command with an option for each setting, --config and, for a run, --preset.
+
+    Args:
+        run: called with a dictionary of the values that were given: options go before the file of --config, and that
+            goes before the preset.
+        lists: dataclasses of settings, each with True if only the settings of `lorasb init` become options.
+        defaults: defaults that differ from the dataclasses', by name.
+    """
+    parameters: list[inspect.Parameter] = []
+    settings = [(setting, kind, init) for cls, init in lists for setting, kind in listed(cls)]
+    for setting, kind, init in settings:
+        init_help = setting.metadata["init"]  # "": no option of `lorasb init`; "same": has the help text of a run's
+        if init and not init_help:
+            continue
+        help_text = init_help if init and init_help != "same" else setting.metadata["help"]
+        parameters.append(_parameter(setting, kind, help_text, defaults.get(setting.name)))
+    text = typer.Option(
+        help="YAML file of settings; options override it, --no-NAME what it switches on.", rich_help_panel=MAIN_PANEL
+    )
+    parameters.append(_plain("config", Annotated[Optional[str], text]))  # noqa: UP045  typer reads it at run time
+    with_presets = not any(init for _, init in lists)  # `lorasb init` has fewer settings than a preset
+    if with_presets:
+        text = typer.Option(
+            help=f"Settings of one of the paper's tables: {', '.join(preset_names())}.",
+            rich_help_panel=MAIN_PANEL,
+        )
+        parameters.append(_plain("preset", Annotated[Optional[str], text]))  # noqa: UP045
+        text = typer.Option(
+            "--allow-code", help="Run the Python file that rl of --config names.", rich_help_panel="Run"
+        )
+        parameters.append(_plain("allow_code", Annotated[Optional[bool], text]))  # noqa: UP045
+    optional = {parameter.name for parameter in parameters}
+    types = {setting.name: kind for setting, kind, _ in settings if setting.name in optional}
+
+    def call(**given: Any) -> None:
+        file, name, allowed = given.pop("config"), given.pop("preset", None), given.pop("allow_code", None)
+        values = read_config(find_preset(name), types) if name else {}
+        values |= read_config(file, types) if file else {}
+        if values.get("task") == DEFAULT_TASK and (values.get("data") or given.get("data")):
+            del values["task"]  # earlier versions wrote the default beside a file
+        if values.get("rl") not in (None, *REWARDS) and given.get("rl") is None and not allowed:
+            raise ValueError(
+                f"--config {file}: rl is {values['rl']}, and the run would execute that file: add --allow-code if you "
+                "trust it"
+            )
+        named = {name: value for name, value in given.items() if value is not None}
+        run(values | {name: typed(value, types[name], option(name)) for name, value in named.items()})
+
+    # typer reads a function's signature and annotations to find its options; both are made here.
+    call.__doc__ = run.__doc__
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
+
+
+def _parameter(setting: Field[Any], kind: Any, help_text: str, default: Any) -> inspect.Parameter:
+    """A keyword parameter whose default is None (option not given); the help shows the setting's real default."""
+    shown = shown_default(setting) if default is None else str(default)
+    # typer knows no dictionaries (rank_pattern), nor numbers that may be "auto": they arrive as text, for `typed`
+    option_type = kind if kind in (str, int, bool) or (kind is float and setting.default is not None) else str
+    name = option(setting.name)
+    names = f"{name}/--no-{name[2:]}" if kind is bool else name, *setting.metadata.get("also", ())
+    panel = MAIN_PANEL if setting.metadata.get("main") else setting.metadata["group"].capitalize()
+    typer_option = typer.Option(*names, help=help_text, show_default=shown, rich_help_panel=panel)
+    return _plain(setting.name, Annotated[Optional[option_type], typer_option])  # noqa: UP045
+
+
+def _plain(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+INTERRUPTED = 128 + signal.SIGINT  # as shells report it
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    invoke_without_command=True,
+    help="Fine-tune Hugging Face models with LoRA-SB.",
+)
+
+
+@app.callback()
+def _of_all(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"lorasb {__version__}")
+        raise typer.Exit
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure the kernels on this machine.")
+app.add_typer(bench, name="bench")
+
+
+def _finetune(values: dict[str, Any]) -> None:
+    """Fine-tune a language model, or a classifier, and show what it learned on held-out problems."""
+    settings = Settings(**values)
+    settings.check()  # and the data's names: before torch and transformers are imported, which takes seconds
+    check_names(settings)
+    from . import tables
+    from .ask import how_to
+    from .finetune import run_finetune
+    from .terminal import console
+
+    result = run_finetune(settings)
+    if console.quiet:  # not rank 0, which prints the same tables
+        return
+    if result.report is not None:
+        console.print(tables.energies(result.report))
+    console.print(tables.answers(result.examples, result.before.answers, result.after.answers))
+    console.print(tables.before_and_after(result.summary))
+    if result.summary.get("adapters"):
+        console.print(tables.adapters(result.summary))
+    for line in tables.advice(result.summary):
+        console.print(line)
+    console.print(tables.costs(result.summary))
+    console.print(_files(settings.output))
+    if "prompt_format" in result.summary:  # results of earlier versions do not say
+        lines = how_to(result.summary, Path(settings.output), result.examples[0].prompt)
+        typer.echo(tables.how_to_use(lines))  # not by the console, which would break long lines
+
+
+def _init(values: dict[str, Any]) -> None:
+    """Initialize an adapter, and show what its ranks keep of the first full step."""
+    from . import tables
+    from .initialize import run_init
+    from .terminal import console
+
+    # `lorasb init` has options of two dataclasses: a run's settings, and those of initialization.
+    init_names = {setting.name for setting, _ in listed(InitSettings)}
+    shared = {name: value for name, value in values.items() if name not in init_names}
+    settings = Settings(**{"output": INIT_OUTPUT} | shared)
+    init_settings = InitSettings(settings, **{name: value for name, value in values.items() if name in init_names})
+    report, suggestion = run_init(init_settings)
+    console.print(tables.energies(report))
+    if suggestion is not None:
+        console.print(tables.ranks(suggestion))
+    console.print(_files(settings.output))
+
+
+def _files(output: str) -> str:
+    """The files of a run, with what the folders among them are."""
+    folders = {"adapter": "adapter (for PEFT)", "lora": "lora (the same as a plain LoRA, for vLLM)"}
+    names = sorted(path.name for path in Path(output).iterdir())
+    return f"In [bold]{escape(output)}[/]: " + ", ".join(folders.get(name, name) for name in names)
+
+
+app.command("finetune", cls=Command)(command(_finetune, [(Settings, False)], {}))
+app.command("init", cls=Command)(command(_init, [(Settings, True), (InitSettings, False)], {"output": INIT_OUTPUT}))
+
+
+@app.command(cls=Command)
+def plan(
+    name: Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder or hub id; its config is read.")] = None,
+    model: Annotated[str | None, typer.Option(help="The same.", show_default=EMBEDDED)] = None,
+    gpu: Annotated[str | None, typer.Option(help="a6000, 4090, h100 ...; this machine unless given.")] = None,
+    r: Annotated[int | None, typer.Option("--r", "--rank", help="Rank.", show_default="64")] = None,
+    batch: Annotated[int, typer.Option(help="Rows of a step that are computed at once.", min=1)] = 4,
+    seq: Annotated[int, typer.Option(help="Tokens of a row.", min=2)] = 512,
+    bits: Annotated[int, typer.Option(help="Bits of the base's linear weights: 16 or 4.")] = 16,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Compute activations again in backward.", show_default=False)
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the memory and time that a run will take, whether it fits, and what to change."""
+    import json
+
+    from . import tables
+    from .plan import Request, find_gpu, plan_memory, smaller_plans
+    from .terminal import console, errors
+
+    if bits not in (4, 16):
+        raise ValueError(f"--bits must be 4 or 16, got {bits}")
+    card = find_gpu(gpu) if gpu else None
+    request = Request(name or model or EMBEDDED, r, batch, seq, bits, gradient_checkpointing, card)
+    where = card.title if card else "this machine, where it is tried in processes of its own"
+    with errors.status(f"counting a step of {request.model} for {where}: up to a minute"):
+        found = plan_memory(request)
+        better = [] if found.fits else list(smaller_plans(found))
+    if as_json:
+        print(json.dumps(found.to_json() | {"changes": {change: one.needed for change, one in better}}, indent=1))
+    else:
+        console.print(tables.plan_table(found, better))
+
+
+@app.command()
+def ask(
+    run: Annotated[Path, typer.Argument(help="Folder of a run of `lorasb finetune`.")],
+    question: Annotated[str | None, typer.Argument(help="Prompt; without one, lines are read until Ctrl-D.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Of a run with --adapter-column: whose.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer.", min=1, show_default="256")] = None,
+) -> None:
+    """Answer a question with what a run has trained, put as its training examples were."""
+    from .ask import answers
+
+    for answer in answers(run, question, adapter, max_new_tokens):
+        typer.echo(answer or "(empty)")
+
+
+@app.command("inspect")
+def show(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter, or a cache of `lorasb init --cache`.")],
+) -> None:
+    """Show what a saved adapter, or a cache of signs, holds and where it comes from."""
+    from ..checkpoints import adapter_file
+    from ..constants import WEIGHTS_NAME
+    from . import tables
+    from .terminal import console
+
+    if adapter.is_file():
+        from ..init.factors.sign_cache import read
+
+        console.print(tables.cache(*read(adapter), adapter.stat().st_size))
+        return
+    config, tensors = adapter_file.read_config(adapter), adapter_file.read_tensors(adapter)
+    size = (adapter / WEIGHTS_NAME).stat().st_size
+    console.print(tables.adapter(config, adapter_file.group_by_layer(tensors), size))
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a saved LoRA-SB adapter.")],
+    output: Annotated[Path | None, typer.Option(help="Folder to write; ADAPTER-lora unless given.")] = None,
+    format: Annotated[str, typer.Option(help="peft (vLLM too), vllm (experts), or gguf (llama.cpp).")] = "peft",
+) -> None:
+    """Write a saved adapter as an exact plain LoRA, which needs no lorasb."""
+    from ..export.lora import export_lora
+
+    whole = adapter.resolve()  # "." has no name
+    export_lora(adapter, output or whole.with_name(whole.name + "-lora"), format=format)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, backends (and why one is missing), GPU, threads, and the dtype that auto takes."""
+    from .doctor import examine
+    from .terminal import console
+
+    console.print(examine())
+
+
+@bench.command()
+def tune(
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub id of the model whose layers are timed.")
+    ] = "smollm2-135m",
+    r: Annotated[int, typer.Option(help="Rank.")] = 64,
+    tokens: Annotated[str, typer.Option(help="Tokens a call, comma-separated.")] = "1,16,512,2048",
+    dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
+) -> None:
+    """Time the kernels' paths and blocks for a model's layers, once; layers take the fastest from then on."""
+    from .terminal import console
+    from .tune_kernels import tune_model
+
+    console.print(tune_model(model, r, [int(count) for count in tokens.split(",")], dtype))
+
+
+def main() -> None:
+    """Run the command; print errors that a user can fix as one line, without a traceback."""
+    from .terminal import errors
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # raised by PEFT's calls
+    from .terminal import StoppedError
+
+    try:
+        app(prog_name="lorasb")
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # which typer makes of a Ctrl-C, without a word
+            raise KeyboardInterrupt from None
+        raise
+    except StoppedError as stopped:
+        errors.print(f"[bold yellow]lorasb:[/] {escape(str(stopped))}", highlight=False)
+        raise SystemExit(stopped.code) from None  # 128 + signal number, as shells report it
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        errors.print(f"[bold red]lorasb:[/] {escape(str(error))}", highlight=False)
+        raise SystemExit(1) from None

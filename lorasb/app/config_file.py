@@ -1,0 +1,144 @@
+"""YAML files of settings: read by `--config`, and written beside a run's results so that it can be repeated."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..utils.atomic_files import write_text
+from ..utils.reading import read_text
+from .settings import InitSettings, Settings, listed
+
+
+def as_name(written: Any) -> str:
+    """A setting's name as in Python, from one that may be written as an option."""
+    return str(written).removeprefix("--").replace("-", "_")
+
+
+CONFIG_NAME = "config.yaml"
+AUTO = "auto"  # of a number that is found from the data: --epochs
+ALIASES = {
+    as_name(alias): setting.name for setting, _ in listed(Settings) for alias in setting.metadata.get("also", ())
+}
+NOT_WRITTEN = ("resume",)  # applies to one start of a run, not to a repetition
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def read_config(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a YAML file, by name.
+
+    Args:
+        path: the file.
+        known: setting's name -> type, for all settings of the command.
+
+    Raises:
+        ValueError: no such file, not a mapping, an unknown name (the message has the nearest), or a value of another
+            type.
+    """
+    given: dict[str, Any] = {}
+    for written, value in _mapping(path).items():
+        name = ALIASES.get(as_name(written), as_name(written))
+        if name not in known:
+            hint = nearest(as_name(written), {*known, *ALIASES})
+            raise ValueError(f"--config {path}: there is no setting {written!r}{hint}")
+        if name in given:
+            raise ValueError(f"--config {path}: {written!r} is another name of {name!r}, which the file has too")
+        if value is not None:  # a null line (`eval_data:`) means the default, as an option that is left out does
+            given[name] = typed(value, known[name], f"--config {path}: {name}")
+    return given
+
+
+def nearest(name: str, known: Collection[str], otherwise: str = "--help-all lists them", cutoff: float = 0.7) -> str:
+    """The end of an error message: the known name that is close to one that is not, or where to find them."""
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)
+    return f": did you mean {near[0]!r}?" if near else f": {otherwise}"
+
+
+def _mapping(path: str | Path) -> dict[Any, Any]:
+    """The mapping that a YAML file holds."""
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(read_text(path))
+    except OSError as error:
+        raise ValueError(f"--config {path}: expected a YAML file of settings ({error.strerror or error})") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"--config {path}: this is no YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"--config {path}: expected lines like `lr: 0.002`, got {type(loaded).__name__}")
+    return loaded
+
+
+def typed(value: Any, kind: Any, where: str) -> Any:
+    """Convert a value from YAML or the command line to its setting's type.
+
+    Raises:
+        ValueError: it has another type; `where` names the setting in the message.
+    """
+    if kind not in EXPECTED:
+        return _ranks(value, where)
+    if kind is bool and isinstance(value, bool):
+        return value
+    # bool is a subclass of int, so every branch for numbers excludes it
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is float and value == AUTO:
+        return None
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with suppress(ValueError):
+            return float(value)  # YAML 1.1 reads 2e-3, without a dot, as text
+    if kind is str and isinstance(value, str | int) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(f"{where} expects {EXPECTED[kind]}, got {value!r}")
+
+
+def _ranks(value: Any, where: str) -> dict[str, int]:
+    """Ranks by layer name, from a mapping, JSON, or name=rank,name=rank."""
+    try:
+        if isinstance(value, str):
+            pairs = (part.partition("=") for part in value.split(","))
+            value = json.loads(value) if value.lstrip().startswith("{") else {n: int(r) for n, _, r in pairs}
+        if all(isinstance(rank, int) and str(name) for name, rank in value.items()):
+            return {str(name).strip(): rank for name, rank in value.items()}
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{where} expects ranks by name, like down_proj=96,q_proj=32 or JSON, got {value!r}")
+
+
+def write_config(path: Path, *lists: Any) -> None:
+    """Write settings as YAML for `--config`, atomically; with InitSettings, only settings that `lorasb init` has."""
+    import yaml
+
+    of_init = any(isinstance(settings, InitSettings) for settings in lists)
+    values = {
+        setting.name: getattr(settings, setting.name)
+        for settings in lists
+        for setting, _ in listed(type(settings))
+        if setting.name not in NOT_WRITTEN and (setting.metadata["init"] or not of_init)
+    }
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+PRESETS = Path(__file__).with_name("presets")
+
+
+def preset_names() -> list[str]:
+    """The presets, in alphabetical order."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def find_preset(name: str) -> Path:
+    """A preset's file.
+
+    Raises:
+        ValueError: there is none of this name; the message has the nearest.
+    """
+    known = preset_names()
+    if name not in known:
+        hint = nearest(name, known, f"known are {', '.join(known)}", cutoff=0.4)
+        raise ValueError(f"--preset {name!r}: there is no such preset{hint}")
+    return PRESETS / f"{name}.yaml"

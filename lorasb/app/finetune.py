@@ -1,0 +1,127 @@
+"""`lorasb finetune`: one run from settings to results, which skips the stages that an earlier start completed."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from ..distributed.process_group import Processes
+from ..ops.registry import current_backend
+from ..utils.atomic_files import locked
+from ..utils.precision import resolve, slowdown_message
+from . import launch, results
+from .adapter import adapt, load_adapter, load_report, save_start
+from .data import digest, load_examples
+from .prepare import Run, device, prepare
+from .results import Result
+from .run_folder import FINISHED, RunFolder, Start, State, identity_of
+from .settings import Settings
+from .terminal import Stop, console, errors
+from .train import find_rate
+
+GO_ON = "stopped: the same command goes on from here"
+
+
+def run_finetune(settings: Settings) -> Result:
+    """Fine-tune, evaluate before and after, and write the run's files into `settings.output`.
+
+    The files are those of `results.save`, and config.yaml. An interrupted run resumes from its last checkpoint
+    and ends bitwise as it would have without the interruption; a finished one returns its saved results.
+
+    Raises:
+        ValueError: bad settings or data, or another run is in the folder.
+        OSError: a file cannot be written; files written before are complete.
+        StoppedError: the user stopped the run.
+    """
+    settings.check()
+    current_backend()  # raises for an unusable LORASB_BACKEND now, before any work
+    from .train import check_report, train  # loads transformers.Trainer: only once the settings are checked
+
+    check_report(settings)
+    make = _reinforcement(settings) if settings.rl is not None else None
+    with launch.joined() as processes, Stop(GO_ON) as stop, ExitStack() as held:
+        settings.check_processes(processes.world_size)
+        precision = resolve(settings.dtype, device())
+        examples = load_examples(settings)
+        identity = _identify(settings, precision.name, processes.world_size, digest(*examples))
+        folder = RunFolder(settings.output)
+        state = _look_up_state(folder, settings, identity, processes, held)
+        if state.kind == FINISHED:
+            return results.load(folder.folder)
+        _warn(settings, processes)
+        run = prepare(settings, examples)
+        is_first_rank = processes.rank == 0
+        if is_first_rank:
+            folder.begin(state, settings, identity)
+        processes.all_gather(0)  # barrier: no rank reads the folder before rank 0 has cleared an earlier run's files
+        before = folder.before() or run.evaluate("held-out problems, before")
+        if is_first_rank:
+            folder.save_before(before)
+        report, seconds = _start(run, folder, is_first_rank)
+        trained = train(run, folder.checkpoints, identity, state.checkpoint, stop, make)
+        after = run.evaluate("held-out problems, after")
+        summary = results.summarize(run, before, after, seconds, trained, identity)
+        result = Result(summary, run.held_out, before, after, report)
+        if is_first_rank:
+            results.save(run, result, trained.history)
+            folder.end()
+        processes.all_gather(0)  # barrier: no rank returns before the files are written
+    return result
+
+
+def _reinforcement(settings: Settings) -> Any:
+    """What makes GRPO's trainer, once it is known that there is a reward."""
+    from . import reinforce
+
+    reinforce.check(settings)
+    return reinforce.trainer
+
+
+def _identify(settings: Settings, dtype: str, processes: int, examples: str) -> dict[str, Any]:
+    """What `auto` and the generators came to is part of the identity: a resumed run must find the same."""
+    return identity_of(settings, dtype=dtype, device=device(), processes=processes, examples=examples)
+
+
+def _look_up_state(
+    folder: RunFolder, settings: Settings, identity: dict[str, Any], processes: Processes, held: ExitStack
+) -> State:
+    """How far the run in the folder came, as rank 0 reads it and holds it; its errors are raised on every rank."""
+    state, error = None, None
+    try:
+        if processes.rank == 0:  # alone: on other hosts the folder may be another one
+            held.enter_context(locked(folder.folder))
+            state = folder.look(settings, identity)
+    except (ValueError, OSError) as caught:
+        error = caught
+    processes.raise_on_every_rank(error, "looking for an earlier run")
+    shared_state = State(**launch.gather_json(state.__dict__ if state else None, processes)[0])
+    for line in shared_state.lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return shared_state
+
+
+def _warn(settings: Settings, processes: Processes) -> None:
+    """Print a line if a 16-bit dtype was asked for that this CPU has no native products in."""
+    if settings.dtype != "auto" and device() == "cpu" and processes.rank == 0:
+        line = slowdown_message(settings.dtype)
+        if line is not None:
+            errors.print(f"[bold yellow]lorasb:[/] {line}", highlight=False)
+
+
+def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[Any, float]:
+    """Load the initialized adapter, or make and save it; returns its report and the seconds that took."""
+    from .prepare import add_adapters, load_adapters
+
+    earlier = folder.load_start()
+    if earlier is not None:
+        run.lr = earlier.lr
+        load_adapter(run, folder.start)
+        load_adapters(run, folder.start)
+        return load_report(folder.start), earlier.seconds
+    report, seconds = adapt(run)
+    if run.settings.find_lr:
+        run.lr = find_rate(run).lr
+    add_adapters(run)
+    if is_first_rank:
+        folder.save_start(lambda target: save_start(run, report, target), Start(seconds, run.lr))
+    return report, seconds

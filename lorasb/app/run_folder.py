@@ -1,0 +1,378 @@
+"""The output folder of a run: which run it belongs to, and how far that run came.
+
+During a run, `checkpoints/` has `run.json` (the run's identity), `before.json` (the evaluation before training),
+`start/` (the initialized adapter and its report) and the last two checkpoints. It is removed once the results and, as
+the last file, `summary.json` are written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.shared_factors import share
+from ..distributed.process_group import Processes
+from ..utils.atomic_files import replacing_folder, sha256, write_json
+from ..utils.reading import read_json
+from .config_file import CONFIG_NAME, write_config
+from .evaluation import Evaluation
+from .settings import Settings, listed, option
+
+# Written last: a folder without it was interrupted while being written, and files of other contents are damaged.
+MARK = "complete.json"
+KEPT = 2  # the last one, and the one before in case the last gets damaged
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The content of complete.json, which marks a checkpoint as complete."""
+
+    step: int
+    seconds: float  # training time up to this step, over all starts
+    identity: dict[str, Any]  # of the run, see `run_folder.identity_of`
+    files: dict[str, str]  # name -> SHA-256
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint folder; -1 for other folders."""
+    number = folder.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() and folder.is_dir() else -1
+
+
+def mark_complete(folder: Path, seconds: float, identity: dict[str, Any]) -> None:
+    """Mark a checkpoint as complete, then remove complete checkpoints older than the last two."""
+    write_json(folder / MARK, Mark(step_of(folder), seconds, identity, digests(folder)).__dict__)
+    for old in sorted(complete_checkpoints(folder.parent), key=step_of)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def digests(folder: Path, except_for: str = MARK) -> dict[str, str]:
+    """The SHA-256 of every file in a folder, by name."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != except_for)
+    return {str(file.relative_to(folder)): sha256(file) for file in files}
+
+
+def read_mark(folder: Path) -> Mark | None:
+    """A checkpoint's mark; None if the checkpoint is incomplete."""
+    try:
+        mark = Mark(**read_json(folder / MARK))
+    except (OSError, ValueError, TypeError):
+        return None
+    numbers = isinstance(mark.step, int) and isinstance(mark.seconds, int | float)
+    return mark if numbers and isinstance(mark.identity, dict) and isinstance(mark.files, dict) else None
+
+
+def find_fault(folder: Path, files: dict[str, str]) -> str | None:
+    """What is wrong with a folder that had files of these digests; None if it is as it was written."""
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"is incomplete ({name} is missing)"
+        if sha256(file) != expected:
+            return f"is damaged ({name} is not what was written)"
+    return None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder."""
+    return [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0 and read_mark(path) is not None]
+
+
+def last_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The last checkpoint that is as it was written (None if there is none), and what is wrong with later ones."""
+    faults: dict[Path, str] = {}
+    for path in sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of, reverse=True):
+        mark = read_mark(path)
+        wrong = find_fault(path, mark.files) if mark else "was cut off while it was written"
+        if wrong is None:
+            return path, faults
+        faults[path] = wrong
+    return None, faults
+
+
+NEW, UNFINISHED, FINISHED = "new", "unfinished", "finished"
+SUMMARY_NAME, ANSWERS_NAME = "summary.json", "answers.json"
+FORMER_NAME = "former"
+# The summary first: without it the folder has no finished run.
+RESULT_NAMES = (
+    SUMMARY_NAME,
+    ANSWERS_NAME,
+    CONFIG_NAME,
+    "adapter",
+    "lora",
+    "report.json",
+    "loss.png",
+    "energy.png",
+    "tensorboard",
+)
+OWN_NAMES = RUN_NAME, BEFORE_NAME, START_NAME = "run.json", "before.json", "start"  # in checkpoints/
+
+
+@dataclass(frozen=True)
+class State:
+    """How far the run in a folder came: NEW, UNFINISHED (resumes from `checkpoint`, or from its start), or FINISHED."""
+
+    kind: str
+    checkpoint: str | None = None
+    lines: list[str] = field(default_factory=list)  # messages for the user
+    left_out: list[str] = field(default_factory=list)  # incomplete and damaged checkpoints, and a damaged start
+
+
+@dataclass(frozen=True)
+class Start:
+    """Seconds that the initialization took, the learning rate that its R belongs to, and SHA-256 by file."""
+
+    seconds: float
+    lr: float
+    files: dict[str, str] = field(default_factory=dict)
+
+
+class RunFolder:
+    """The files of an unfinished run."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.checkpoints = self.folder / "checkpoints"
+        self.start = self.checkpoints / START_NAME
+
+    def look(self, settings: Settings, identity: dict[str, Any]) -> State:
+        """How far the run with this identity came, as `--resume` asks; changes nothing.
+
+        Raises:
+            ValueError: the folder or the checkpoint belongs to another run or program, or cannot be read.
+        """
+        self._refuse_foreign()
+        if settings.resume == "never":
+            return State(NEW, None, self._former_line())
+        running = _read(self.checkpoints / RUN_NAME)
+        if running is None and (self.checkpoints / RUN_NAME).exists():
+            raise ValueError(
+                f"{self.checkpoints / RUN_NAME} cannot be read, and says whose checkpoints lie there: make it "
+                "readable, or --resume never to start anew"
+            )
+        if settings.resume != "auto":
+            return self._look_at_checkpoint(settings.resume, running, identity)
+        # A summary beside the run.json of another run: the folder was reused, and that run is unfinished.
+        finished = (_read(self.folder / SUMMARY_NAME) or {}).get("identity")
+        if finished is not None and running in (None, finished):
+            self._check_same(finished, identity)
+            line = f"the run in {self.folder} is finished: these are its results (--resume never runs it anew)"
+            return State(FINISHED, None, [line])
+        return State(NEW) if running is None else self._look_at_last(running, identity)
+
+    def _former_line(self) -> list[str]:
+        if not (self.folder / SUMMARY_NAME).exists():
+            return []
+        return [f"the results of the run in {self.folder} are moved to {self._free_former()}"]
+
+    def _refuse_foreign(self) -> None:
+        """Raise a ValueError if `checkpoints/` has files that no run of lorasb wrote: a run clears that folder."""
+        if (self.checkpoints / RUN_NAME).exists() or not self.checkpoints.is_dir():
+            return
+        for path in sorted(self.checkpoints.iterdir()):
+            # a run that was killed while it began or ended leaves some of its own files
+            own = path.name in OWN_NAMES or path.name.startswith(".") or read_mark(path) is not None
+            if not own:
+                raise ValueError(
+                    f"{path} is not of lorasb finetune, which clears {self.checkpoints}: take another --output, or "
+                    "move it away"
+                )
+
+    def _look_at_checkpoint(self, checkpoint: str, running: dict[str, Any] | None, identity: dict[str, Any]) -> State:
+        """The run goes on from this checkpoint, which the user named."""
+        mark = self._read_checkpoint(Path(checkpoint), identity)
+        if running is not None:
+            self._check_same(running, identity)
+        return State(UNFINISHED, checkpoint, [f"going on from {checkpoint}, step {mark.step}"])
+
+    def _look_at_last(self, running: dict[str, Any], identity: dict[str, Any]) -> State:
+        """The run goes on from its last whole checkpoint, or from its start."""
+        self._check_same(running, identity)
+        best, faults = last_checkpoint(self.checkpoints)
+        start = self.load_start()
+        wrong = find_fault(self.start, start.files) if start else None
+        if wrong is not None:
+            faults[self.start] = wrong
+        lines = [f"{path} {wrong}, and is left out" for path, wrong in faults.items()]
+        where = f"{best}, step {step_of(best)}" if best else "before its first checkpoint"
+        lines.append(f"going on with the run in {self.folder}: {where}")
+        return State(UNFINISHED, str(best) if best else None, lines, [str(path) for path in faults])
+
+    def _read_checkpoint(self, path: Path, identity: dict[str, Any]) -> Mark:
+        if not path.is_dir():
+            raise ValueError(f"--resume is auto, never or the folder of a checkpoint, and there is none at {path}")
+        mark = read_mark(path)
+        if mark is None:
+            raise ValueError(
+                f"--resume {path}: this is no whole checkpoint of lorasb finetune (it was cut off, or it is something "
+                "else); --resume auto takes the last whole one of the run in --output"
+            )
+        different = differences(mark.identity, identity)
+        if different:
+            raise ValueError(f"--resume {path}: this checkpoint is of another run: {different}")
+        wrong = find_fault(path, mark.files)
+        if wrong is not None:
+            raise ValueError(
+                f"--resume {path}: this is no whole checkpoint of lorasb finetune, it {wrong}: --resume auto takes the "
+                "last whole one"
+            )
+        return mark
+
+    def _check_same(self, saved_identity: dict[str, Any], identity: dict[str, Any]) -> None:
+        different = differences(saved_identity, identity)
+        if different:
+            raise ValueError(
+                f"{self.folder} has a run with other settings: {different}. Take another --output, or --resume never "
+                "to start anew in this one"
+            )
+
+    def begin(self, state: State, settings: Settings, identity: dict[str, Any]) -> None:
+        """Prepare the folder: set an earlier run's files aside, remove broken checkpoints, write the run's identity."""
+        if state.kind == NEW:
+            self._set_aside()
+            self._clear()
+        for broken in state.left_out:
+            shutil.rmtree(broken, ignore_errors=True)
+        # After the clean-up: run.json claims the folder, so nothing of another run may be left when it appears.
+        write_json(self.checkpoints / RUN_NAME, identity)
+        write_config(self.folder / CONFIG_NAME, settings)
+
+    def before(self) -> Evaluation | None:
+        """The saved evaluation before training; None if there is none."""
+        values = _read(self.checkpoints / BEFORE_NAME)
+        try:
+            return None if values is None else Evaluation.of(values["loss"], values["accuracy"], values["answers"])
+        except (KeyError, ValueError, TypeError):  # damaged: evaluated again
+            return None
+
+    def save_before(self, before: Evaluation) -> None:
+        """Save the evaluation before training, so that a resumed run skips it."""
+        write_json(self.checkpoints / BEFORE_NAME, asdict(before))
+
+    def save_start(self, save: Callable[[Path], None], start: Start) -> None:
+        """Save the initialized adapter, atomically."""
+        with replacing_folder(self.start) as folder:
+            save(folder)
+            # its presence says that start/ is complete, see `load_start`
+            write_json(folder / "start.json", asdict(replace(start, files=digests(folder))))
+
+    def load_start(self) -> Start | None:
+        """What the initialization came to; None if it was not completed."""
+        values = _read(self.start / "start.json") or {}
+        try:
+            return Start(float(values["seconds"]), float(values["lr"]), dict(values["files"]))
+        except (KeyError, ValueError, TypeError):
+            return None
+
+    def end(self) -> None:
+        """Remove the files of an unfinished run, once the results are written."""
+        self._clear()
+
+    def _set_aside(self) -> None:
+        """Move the results of an earlier run in this folder into one of their own: `former/`, then `former-2/`, ..."""
+        if not any((self.folder / name).exists() for name in (SUMMARY_NAME, f"checkpoints/{RUN_NAME}")):
+            return
+        found = [path for name in RESULT_NAMES if (path := self.folder / name).exists()]
+        if {path.name for path in found} <= {CONFIG_NAME}:  # of a run that came to no results
+            return
+        former = self._free_former()
+        former.mkdir()
+        for path in found:
+            os.replace(path, former / path.name)
+
+    def _free_former(self) -> Path:
+        names = (f"{FORMER_NAME}-{k}" if k > 1 else FORMER_NAME for k in itertools.count(1))
+        return next(path for name in names if not (path := self.folder / name).exists())
+
+    def _clear(self) -> None:
+        """Remove `checkpoints/`, last of it run.json: what a kill leaves there is known as a run's."""
+        for path in self.checkpoints.glob("*/"):
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def identity_of(settings: Settings, **resolved: Any) -> dict[str, Any]:
+    """What determines a run's result: settings, and what they resolve to (dtype, device, processes, examples)."""
+    # through JSON, so that it compares equal to what was read from a file (tuples become lists)
+    identity: dict[str, Any] = json.loads(json.dumps(settings.deciding() | resolved))
+    return identity
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
+    """Differences between two identities, by option name, as text; "" if there are none."""
+    settings = {setting.name for setting, _ in listed(Settings)}
+    messages = []
+    for name in current | saved:
+        old, new = saved.get(name), current.get(name)
+        if old == new:
+            continue
+        if name not in saved:
+            messages.append(f"an earlier version of lorasb made it, without {option(name)}")
+        elif name == "examples":
+            messages.append("the examples themselves have changed")
+        else:
+            messages.append(f"{option(name) if name in settings else name} was {old} and is {new}")
+    return ", ".join(messages)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A JSON file's object; None if the file is missing, damaged or no object."""
+    try:
+        return read_json(file)
+    except (OSError, ValueError):
+        return None
+
+
+class MarkedCheckpoints:
+    """To be inherited before a Trainer.
+
+    Attributes:
+        identity: of the run.
+        earlier_seconds: seconds of training in earlier starts of the run.
+        train_started: `time.perf_counter()` when this start's training began.
+    """
+
+    identity: dict[str, Any]
+    earlier_seconds: float
+    train_started: float
+    args: Any
+    state: Any
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, over all starts."""
+        return self.earlier_seconds + time.perf_counter() - self.train_started
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        writes, error = self.args.should_save, None
+        if writes:
+            # The folder is written again after a resume from before it: it must not count as complete meanwhile.
+            (folder / MARK).unlink(missing_ok=True)
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        except Exception as caught:  # a full disk: torch and safetensors raise types of their own
+            error = caught
+        try:
+            # The error is raised on every rank: the others would wait forever in the next collective.
+            Processes().raise_on_every_rank(error, "saving a checkpoint")
+            if writes:
+                share(folder)  # before the mark, which lists the files and their sizes
+                mark_complete(folder, self.elapsed(), self.identity)
+        except Exception as caught:
+            if writes:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise _cannot_be_written(folder, caught) from caught
+
+
+def _cannot_be_written(folder: Path, error: Exception) -> OSError:
+    return OSError(
+        f"the checkpoint {folder} cannot be written: {' '.join(str(error).split())}. Those before it are "
+        "whole: make room and start the same command again"
+    )

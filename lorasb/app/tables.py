@@ -1,0 +1,318 @@
+"""The tables that commands print: results of a run, an initialization report, an adapter or a cache of signs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..checkpoints.model_card import short
+from ..init import InitReport, RankSuggestion
+from ..init.factors.sign_cache import CachedGradient
+from ..init.gradients.cost_model import gb
+from .plan import SAMPLES, MemoryPlan
+from .scoring import LABEL_SCORES, is_right
+from .settings import ENOUGH_STEPS
+from .tasks import Example
+
+T = TypeVar("T")
+EXAMPLES_SHOWN = 3
+ADAPTERS_SHOWN = 10
+FEW_STEPS, GOOD = 20, 0.9  # below which a small set of examples is not learned; a good score
+EMPTY = "(empty)"  # what an answer without a character is shown as
+COLUMN_WIDTH = 44  # characters
+SCORE_NAMES = {
+    "exact": "exact answers",
+    "label": "right labels",
+    "matthews": "Matthews correlation",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+    "f1": "F1",
+}
+
+
+def before_and_after(summary: dict[str, Any]) -> Table:
+    """Held-out loss and accuracy before and after training."""
+    config = summary["config"]
+    table = Table(title=f"{config['method']}, r={summary['rank']}: {summary['eval_examples']} held-out problems")
+    for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    loss = summary["eval_loss_before"], summary["eval_loss_after"]
+    unit = "" if set(summary["eval_scores"]) & set(LABEL_SCORES) else " (nats per token)"
+    table.add_row(f"loss{unit}", f"{loss[0]:.3f}", f"{loss[1]:.3f}", f"{loss[1] / loss[0]:.2g}x" if loss[0] else "-")
+    for label, old, new in _accuracies(summary):
+        if "correlation" in label:
+            table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
+        else:
+            table.add_row(label, f"{old:.0%}", f"{new:.0%}", f"{100 * (new - old):+.0f} points")
+    return table
+
+
+def _accuracies(summary: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
+    """Score before and after, over all and by set."""
+    scores = summary["eval_scores"]
+    label = SCORE_NAMES.get(scores[0], "right answers") if len(scores) == 1 else "right answers"
+    yield label, summary["eval_accuracy_before"], summary["eval_accuracy_after"]
+    by_set = summary["eval_accuracy_by_set"]
+    for source in by_set["before"]:
+        name = "/".join(Path(source).parts[-2:])  # several files may have one name
+        yield f"{label}, {name}", by_set["before"][source], by_set["after"][source]
+
+
+def advice(summary: dict[str, Any]) -> Iterator[str]:
+    """What to change where a run was too short to tell anything."""
+    steps, epochs = summary["train_steps"], summary["epochs"]
+    if steps < FEW_STEPS and summary["eval_accuracy_after"] < GOOD:
+        more = math.ceil(epochs * ENOUGH_STEPS / steps)
+        yield f"{steps} steps are few: --epochs {more} would make about {ENOUGH_STEPS}."
+
+
+def adapters(summary: dict[str, Any]) -> Table:
+    """The first adapters of a run that trained several: their examples, and their held-out scores."""
+    found = summary["adapters"]
+    more = f"; {len(found) - ADAPTERS_SHOWN} more in summary.json" if len(found) > ADAPTERS_SHOWN else ""
+    table = Table(title=f"{len(found)} adapters on one basis", caption=f"right answers of each one's own{more}")
+    for name in ("adapter", "examples", "held out", "before", "after"):
+        table.add_column(name, justify="left" if name == "adapter" else "right")
+    # those that have scores first
+    for name, facts in sorted(found.items(), key=lambda item: not item[1]["eval_examples"])[:ADAPTERS_SHOWN]:
+        scores = [f"{facts[at]:.0%}" if at in facts else "—" for at in ("before", "after")]
+        table.add_row(name, str(facts["train_examples"]), str(facts["eval_examples"]), *scores)
+    return table
+
+
+def costs(summary: dict[str, Any]) -> Table:
+    """Trained parameters, file sizes, time and memory of a run."""
+    table = Table(show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, size in _sizes(summary):
+        table.add_row(name, size)
+    table.add_row("computed in", f"{summary['dtype']} ({summary['machine']})")
+    table.add_row("initialization", f"{summary['init_seconds']:.1f} s")
+    table.add_row(
+        "training",
+        f"{summary['train_seconds']:.0f} s, {summary['train_steps']} steps, "
+        f"{summary['tokens_per_second']:.0f} tokens/s",
+    )
+    table.add_row("peak memory", f"{summary['peak_rss_mb'] / 1000:.1f} GB")
+    return table
+
+
+def _sizes(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Trained parameters and file sizes, as rows."""
+    trained, size = summary["trainable_params"], summary["adapter_bytes"]
+    yield "trained parameters", f"{trained:,} ({trained / summary['base_params']:.2%} of the model)"
+    yield "adapter file", f"{size / 1e6:.1f} MB ({size / summary['base_bytes']:.0%} of the model)"
+    several = len(summary.get("adapters", ()))
+    if several:
+        yield "R of one adapter", f"{4e-3 * trained / several:.0f} KB in fp32"
+    elif summary["config"]["method"] != "lora":
+        # the adapter file also has A and B, which checkpoints of one run share
+        yield "R alone", f"{4e-6 * trained:.1f} MB in fp32"
+
+
+def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str]) -> Table:
+    """The first held-out problems with the right answer, and the model's before and after training."""
+    table = Table(title=f"{min(EXAMPLES_SHOWN, len(examples))} of the held-out problems", show_lines=True)
+    for name in ("problem", "right answer", "before", "after"):
+        table.add_column(name, overflow="fold", max_width=COLUMN_WIDTH)
+    for example, old, new in list(zip(examples, before, after, strict=True))[:EXAMPLES_SHOWN]:
+        right = is_right(new, example.completion, example.score)
+        table.add_row(
+            Text(_short(example.prompt, 200)),
+            Text(example.completion),
+            Text(_short(old) or EMPTY),
+            Text(_short(new) or EMPTY, style="green" if right else "red"),
+        )
+    return table
+
+
+def how_to_use(lines: dict[str, str]) -> str:
+    """How to ask the model now, from the command line and in Python."""
+    return (
+        f"\nAsk it (without a question it reads them line by line):\n\n  {lines['command']}\n\nIn Python:\n\n"
+        f"{textwrap.indent(lines['python'], '  ')}\n"
+    )
+
+
+def energies(report: InitReport) -> Table:
+    """An init report by kind of layer (q_proj, ...): share of the energy of sign(G) and of G that rank r keeps."""
+    # why: the reason for the strategy that "auto" chose
+    caption = f"{report.strategy}: {report.why}" if report.why else None
+    if report.stability is not None:
+        caption = f"{caption}; overlap of two halves of the samples {report.stability:.0%}"
+    title = f"{report.init} initialization, {report.num_samples} samples, {report.seconds:.1f} s"
+    table = Table(title=title, caption=caption)
+    table.add_column("layers")
+    for name in ("number", "r", "energy of sign(G)", "energy of G", "least of G"):
+        table.add_column(name, justify="right")
+    for kind, layers in _by_kind((layer.name, layer) for layer in report.layers).items():
+        ranks = "/".join(map(str, sorted({layer.rank for layer in layers})))
+        grads = [layer.energy_grad for layer in layers if layer.energy_grad is not None]
+        signs = [layer.energy_sign for layer in layers if layer.energy_sign is not None]
+        shown = [f"{100 * statistics.mean(v):.1f}%" if v else "—" for v in (signs, grads)]
+        table.add_row(kind, str(len(layers)), ranks, *shown, f"{100 * min(grads):.1f}%" if grads else "—")
+    return table
+
+
+def ranks(suggestion: RankSuggestion) -> Table:
+    """Suggested ranks by kind of layer."""
+    energy = f"keeps {suggestion.energy:.1%} of sign(G) with {suggestion.trained_parameters:,} trained parameters"
+    note = f"; {len(suggestion.short)} layers need a higher rank than was measured" if suggestion.short else ""
+    table = Table(
+        title=f"suggested ranks: {energy}", caption=f"in ranks.json, for LoRASBConfig(rank_pattern=...){note}"
+    )
+    for name in ("layers", "number", "least r", "median", "largest"):
+        table.add_column(name, justify="left" if name == "layers" else "right")
+    for kind, values in _by_kind(suggestion.rank_pattern.items()).items():
+        table.add_row(kind, str(len(values)), str(min(values)), f"{statistics.median(values):g}", str(max(values)))
+    return table
+
+
+def cache(layers: dict[str, CachedGradient], key: dict[str, Any], facts: dict[str, Any], size: int) -> RenderableType:
+    """What `lorasb inspect` shows for a cache of signs."""
+    entries = sum(layer.bits.shape[0] * layer.bits.shape[1] for layer in layers.values())
+    table = Table(show_header=False, title="signs of the first full step, for any rank")
+    properties = {
+        "layers": len(layers),
+        "signs": f"{entries:,}, of which {sum(layer.zeros for layer in layers.values()):,} are zero",
+        # 4 bytes per entry of an fp32 gradient
+        "file": f"{size / 1e6:.1f} MB, {4 * entries / size:.1f} times less than the gradients in fp32",
+        "energies of G measured up to rank": max((len(layer.energies) for layer in layers.values()), default=0),
+        **{name: value for name, value in facts.items() if name not in key and value},
+        **{name: value for name, value in key.items() if name != "versions" and value is not None},
+        **{f"made with {name}": value for name, value in key["versions"].items()},
+    }
+    for name, value in properties.items():
+        table.add_row(name, short(value))
+    return Group(table, _signs_by_kind(layers))
+
+
+def _signs_by_kind(layers: dict[str, CachedGradient]) -> Table:
+    """Shape, norm of G and number of zeros by kind of layer."""
+    table = Table(title="by kind of layer")
+    for name in ("layers", "number", "shape", "‖G‖ (median)", "zeros"):
+        table.add_column(name, justify="left" if name == "layers" else "right")
+    for kind, members in _by_kind(layers.items()).items():
+        norm = statistics.median(member.squares**0.5 for member in members)
+        shape = " x ".join(map(str, members[0].bits.shape))
+        table.add_row(kind, str(len(members)), shape, f"{norm:.3g}", str(sum(member.zeros for member in members)))
+    return table
+
+
+def adapter(config: dict[str, Any], layers: dict[str, dict[str, Any]], size: int) -> RenderableType:
+    """What `lorasb inspect` shows for a saved adapter."""
+    table = Table(show_header=False, title="LoRA-SB adapter")
+    provenance = config.get("init_provenance") or {}
+    properties = {
+        "base model": config.get("base_model_name_or_path"),
+        "rank": config.get("r"),
+        "scaling s": config.get("scaling"),
+        "targets": ", ".join(sorted({name.rpartition(".")[2] for name in layers})),
+        "layers": len(layers),
+        "trained parameters": f"{sum(p['lorasb_R'].numel() for p in layers.values()):,}",
+        "file": f"{size / 1e6:.1f} MB",
+        **{f"init: {key}": value for key, value in provenance.items() if key != "versions"},
+        **{f"made with {key}": value for key, value in (provenance.get("versions") or {}).items()},
+    }
+    for name, value in properties.items():
+        if value is not None:
+            table.add_row(name, short(value))
+    return Group(table, _cores_by_kind(layers))
+
+
+def _cores_by_kind(layers: dict[str, dict[str, Any]]) -> Table:
+    """Norm and largest singular value of R by kind of layer."""
+    table = Table(title="R by kind of layer")
+    table.add_column("layers")
+    for name in ("number", "A", "R", "B", "‖R‖ (median)", "σ₁(R) (largest)"):
+        table.add_column(name, justify="right")
+    for kind, members in _by_kind(layers.items()).items():
+        norms = [float(m["lorasb_R"].float().norm()) for m in members]
+        largest = max(float(torch.linalg.matrix_norm(m["lorasb_R"].double(), ord=2)) for m in members)
+        shapes = [" x ".join(map(str, members[0][f"lorasb_{part}"].shape)) for part in "ARB"]
+        table.add_row(kind, str(len(members)), *shapes, f"{statistics.median(norms):.3g}", f"{largest:.3g}")
+    return table
+
+
+def _by_kind(layers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    """What belongs to each kind of layer (q_proj, ...), from pairs of a layer's name and what belongs to it."""
+    kinds: dict[str, list[T]] = {}
+    for name, value in layers:
+        kinds.setdefault(name.rpartition(".")[2], []).append(value)
+    return kinds
+
+
+def _short(text: str, limit: int = 120) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+HOLES = 0.1  # share of a step's peak that malloc holds, from which a way to have it back is told
+
+
+def plan_table(found: MemoryPlan, better: list[tuple[str, MemoryPlan]]) -> RenderableType:
+    """The table, and sentences below it; `better`: changes with their plans, where the run does not fit."""
+    return Group(_table(found), *_sentences(found, better))
+
+
+def _table(found: MemoryPlan) -> Table:
+    request = found.request
+    what = f"{request.batch} x {request.seq} tokens" + (", checkpointing" if request.checkpointing else "")
+    table = Table(title=f"{request.model}: a step of {what}, base in {request.bits} bits", show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, size in _rows(found):
+        table.add_row(name, gb(size))
+    table.add_section()
+    table.add_row("[bold]peak of a training step[/]", f"[bold]{gb(found.step)}[/]")
+    table.add_row(f"peak of the initialization, {SAMPLES} samples", gb(found.initialization))
+    table.add_row(_place(found), gb(found.available))
+    return table
+
+
+def _rows(found: MemoryPlan) -> Iterator[tuple[str, float]]:
+    """Those that are there."""
+    rows = {
+        "base model": found.base,
+        "A and B, frozen": found.factors,
+        f"R: {found.trained:,} trained numbers": found.cores,
+        "gradients and AdamW's moments": found.optimizer,
+        "activations kept for backward": found.saved,
+        "temporaries at the worst moment": found.temporary,
+        "one dequantized weight": found.scratch,
+        "held by the allocator" + ("" if found.asked else ", about"): found.reserve,
+        "CUDA context and kernels" if found.request.card else "kernels": found.context,
+    }
+    return ((name, size) for name, size in rows.items() if size)
+
+
+def _place(found: MemoryPlan) -> str:
+    return found.request.card.title if found.request.card else "this machine"
+
+
+def _sentences(found: MemoryPlan, better: list[tuple[str, MemoryPlan]]) -> Iterator[str]:
+    if found.fits:
+        yield f"[green]It fits[/]: {gb(found.available - found.needed)} are left."
+    else:
+        yield f"[red]It does not fit[/]: {gb(found.needed - found.available)} are missing."
+        for change, other in better:
+            yield f"It does with [bold]{change}[/]: {gb(other.needed)}."
+        if not better:
+            yield "Nothing in its options makes it fit: take a smaller model, or several cards."
+    if found.request.card is None and found.reserve > HOLES * found.step:
+        yield (
+            f"{gb(found.reserve)} are holes in malloc's heap: MALLOC_MMAP_THRESHOLD_=65536 in the environment gives "
+            "them back, and makes steps slower."
+        )
+    where = "at the card's peak, which no step reaches" if found.request.card else "by the speed of its products here"
+    yield f"A step has {found.flops:.2g} operations: {found.seconds:.2g} s {where}."

@@ -1,0 +1,313 @@
+"""Tokenization and collation. Labels cover completions and, in chats, earlier assistant turns; prompts are masked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tasks import Example
+
+IGNORED = -100  # ignore_index of torch's cross_entropy
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a prompt and its completion, which ends with the end-of-text token.
+
+    `learned` is True for prompt tokens of earlier assistant turns; it is empty if there are none. `adapter` is the
+    example's.
+    """
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    learned: tuple[bool, ...] = ()
+    adapter: str = ""
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+    @property
+    def labels(self) -> list[int]:
+        """Labels, one per token: the token itself, or IGNORED; the model shifts them."""
+        marks = self.learned or (False,) * len(self.prompt)
+        return [t if mark else IGNORED for t, mark in zip(self.prompt, marks, strict=True)] + [*self.completion]
+
+    @property
+    def tail(self) -> int:
+        """Number of tokens from the first one with a label to the end."""
+        return len(self) - self.learned.index(True) if True in self.learned else len(self.completion)
+
+
+def encode(
+    example: Example, tokenizer: Any, max_length: int, whole_prompt: bool = False, template: bool = False
+) -> Encoded:
+    """Tokenize prompt and completion separately, so that no token spans both; `messages` use the chat template.
+
+    With `template` prompts do too, where the tokenizer has one. Without one a space joins a prompt and a completion
+    that have no white space between them.
+
+    Beyond `max_length` a prompt loses its beginning, or, with `whole_prompt`, the completion its end: a held-out
+    question must not lose its beginning to a long right answer.
+
+    Raises:
+        ValueError: messages for a tokenizer without a chat template.
+    """
+    messages = messages_of(example, tokenizer, template)
+    pieces, answer = _pieces(example, messages, tokenizer)
+    ids: list[int] = []
+    learned: list[bool] = []
+    for text, mark in pieces:
+        # a chat template writes the special tokens (BOS) itself
+        text_ids = tokenizer(text, add_special_tokens=not messages)["input_ids"]
+        ids += text_ids
+        learned += [mark] * len(text_ids)
+    completion = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    limit = max(1, max_length - len(ids)) if whole_prompt else max_length - 1
+    completion = completion[:limit]
+    last_tokens = slice(-(max_length - len(completion)), None)
+    marks = tuple(learned[last_tokens]) if any(learned[last_tokens]) else ()
+    return Encoded(tuple(ids[last_tokens]), tuple(completion), marks, example.adapter)
+
+
+def messages_of(example: Example, tokenizer: Any, template: bool) -> tuple[dict[str, str], ...]:
+    """The example as a chat: its messages, or with `template` a question and its answer; () for plain text."""
+    if example.messages or not template or example.formatted or getattr(tokenizer, "chat_template", None) is None:
+        return example.messages
+    if any(token in example.prompt for token in tokenizer.all_special_tokens):  # it has the markup of a chat already
+        return ()
+    return {"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}
+
+
+def _pieces(
+    example: Example, messages: tuple[dict[str, str], ...], tokenizer: Any
+) -> tuple[list[tuple[str, bool]], str]:
+    """The prompt as (text, learned) pieces, and the completion."""
+    if messages:
+        return _conversation(list(messages), tokenizer), example.completion
+    # A space between them goes to the completion, as tokenizers merge it with the word that follows.
+    separated = example.prompt[-1:].isspace() or example.completion[:1].isspace()
+    return [(example.prompt, False)], example.completion if separated else " " + example.completion
+
+
+def _conversation(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, bool]]:
+    """The chat before the last answer as (text, learned) pieces; assistant turns are learned.
+
+    Turn borders are found by rendering growing prefixes of the chat. Some templates render a turn differently once
+    others follow; the prefixes do not match then, and no earlier turn is learned.
+    """
+    _check_chat_template(tokenizer)
+    full_text = _rendered(tokenizer, messages[:-1], True)
+    pieces: list[tuple[str, bool]] = []
+    rendered_so_far = ""
+    for k, message in enumerate(messages[:-1]):
+        if message["role"] != "assistant":
+            continue
+        if not k:  # templates render no chat without a message: an assistant that opens is not learned
+            continue
+        # head ends with the generation prompt ("assistant:"), which is given at inference and is not learned
+        head, after = _rendered(tokenizer, messages[:k], True), _rendered(tokenizer, messages[: k + 1], False)
+        if not (head.startswith(rendered_so_far) and after.startswith(head) and full_text.startswith(after)):
+            return [(full_text, False)]
+        pieces += [(head[len(rendered_so_far) :], False), (after[len(head) :], True)]
+        rendered_so_far = after
+    return [*pieces, (full_text[len(rendered_so_far) :], False)]
+
+
+def _check_chat_template(tokenizer: Any) -> None:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "the data has messages, and this model's tokenizer has no chat template: give prompt and completion, or "
+            "a --model whose tokenizer has one"
+        )
+
+
+def _rendered(tokenizer: Any, turns: list[dict[str, str]], generation: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(turns, add_generation_prompt=generation, tokenize=False))
+    except TemplateError as error:  # templates refuse roles, and orders of them
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise ValueError(
+            f"the tokenizer's chat template refuses a chat ({error}; roles: {roles}; it begins "
+            f"{turns[0]['content'][:60]!r}): change these messages, or take a --model whose template knows them"
+        ) from None
+
+
+class Collator:
+    """Pads on the left, so that completions are aligned at the end of the rows.
+
+    If the model's forward takes `logits_to_keep`, logits are computed for the longest completion of the batch only: for
+    short answers that saves most of the head's time and memory.
+
+    Args:
+        pad_token_id: of the padding.
+        model: the base model.
+        by_adapter: name each row's adapter in the batch, too.
+    """
+
+    def __init__(self, pad_token_id: int, model: nn.Module, by_adapter: bool = False) -> None:
+        self.pad, self.by_adapter = pad_token_id, by_adapter
+        names = inspect.signature(model.forward).parameters
+        self.trims = "logits_to_keep" in names
+        self.positions = "position_ids" in names
+
+    def __call__(self, examples: list[Encoded]) -> dict[str, Any]:
+        width = max(len(example) for example in examples)
+        ids = [[self.pad] * (width - len(e)) + [*e.prompt, *e.completion] for e in examples]
+        labels = [[IGNORED] * (width - len(e)) + e.labels for e in examples]
+        mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in examples])
+        batch: dict[str, Any] = {"input_ids": torch.tensor(ids), "attention_mask": mask, "labels": torch.tensor(labels)}
+        if self.by_adapter:
+            batch["adapter_names"] = [example.adapter for example in examples]
+        # Without position_ids, models count positions from the padding.
+        if self.positions:
+            batch["position_ids"] = positions(mask)
+        if self.trims:
+            # one more: the first label is predicted by the logit before it
+            keep = min(width, 1 + max(e.tail for e in examples))
+            batch |= {"labels": batch["labels"][:, -keep:], "logits_to_keep": keep}
+        return batch
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids [batch, tokens] that start at 0 at the first token after the padding."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def with_progress(call: Callable[[Example], Any], examples: Iterable[Example], title: str) -> list[Any]:
+    """Encode examples, with a progress bar after two seconds."""
+    from tqdm.auto import tqdm
+
+    return [call(example) for example in tqdm(examples, desc=title, unit="example", delay=2, leave=False)]
+
+
+WINDOW = 50  # steps per window: rows are sorted by length within a window of shuffled rows, windows stay random
+
+
+class ByLength(torch.utils.data.Sampler[int]):
+    """A sampler of row indices. The order depends on seed and epoch alone, so that a resumed run repeats it.
+
+    Args:
+        lengths: number of tokens of each row.
+        step: rows per optimizer step.
+        seed: seed of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], step: int, seed: int) -> None:
+        self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Use the order of another epoch from the next iteration on."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return (i for step in self.order(self.epoch) for i in step)
+
+    def order(self, epoch: int) -> list[list[int]]:
+        """The row indices of each step of an epoch; incomplete steps come last."""
+        # Distinct for every (seed, epoch) below 1,000,003 epochs; seed + epoch would repeat orders of other seeds.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
+        window_rows, steps = WINDOW * self.step, list[list[int]]()
+        for start in range(0, len(shuffled), window_rows):
+            # longest first, and the index breaks ties: the same order on every machine
+            window = sorted(shuffled[start : start + window_rows], key=lambda i: (-self.lengths[i], i))
+            steps += [window[i : i + self.step] for i in range(0, len(window), self.step)]
+        # Steps are shuffled again, or every window would run from long rows to short ones.
+        full_steps = [step for step in steps if len(step) == self.step]
+        shuffled_steps = [full_steps[i] for i in torch.randperm(len(full_steps), generator=generator).tolist()]
+        return shuffled_steps + [step for step in steps if len(step) < self.step]
+
+
+Pack = tuple[Encoded, ...]
+# Relative to the largest logit: bf16 rounds to 0.4%, while attention across examples changes logits far more.
+TOLERANCE = 0.05
+
+
+def pack(examples: Sequence[Encoded], length: int) -> list[Pack]:
+    """Pack examples into rows of up to `length` tokens: first fit, in order of decreasing length."""
+    rows: list[list[Encoded]] = []
+    free_tokens: list[int] = []
+    for example in sorted(examples, key=len, reverse=True):
+        row_index = next((i for i, tokens in enumerate(free_tokens) if tokens >= len(example)), None)
+        if row_index is None:
+            rows.append([])
+            free_tokens.append(length)
+            row_index = len(rows) - 1
+        rows[row_index].append(example)
+        free_tokens[row_index] -= len(example)
+    return [tuple(row) for row in rows]
+
+
+def row_length(row: Any) -> int:
+    """Number of tokens of an example or a pack."""
+    return sum(map(len, row)) if isinstance(row, tuple) else len(row)
+
+
+class PackCollator:
+    """Collates packs, padded on the right. Positions restart at 0 in each example, and no attention mask is passed:
+
+    transformers derives the block-diagonal mask from restarting position_ids only without an attention mask.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad = pad_token_id
+
+    def __call__(self, packs: Sequence[Pack]) -> dict[str, Any]:
+        width = max(row_length(row) for row in packs)
+        ids, labels, positions = [], [], []
+        for row in packs:
+            fill = width - row_length(row)
+            ids.append([t for e in row for t in (*e.prompt, *e.completion)] + [self.pad] * fill)
+            # the first token has no label: the logit before it belongs to the example before
+            labels.append([t for e in row for t in (IGNORED, *e.labels[1:])] + [IGNORED] * fill)
+            # padding counts from 0 again: to attention it is one more example, without labels
+            positions.append([i for e in row for i in range(len(e))] + list(range(fill)))
+        return {
+            "input_ids": torch.tensor(ids),
+            "labels": torch.tensor(labels),
+            "position_ids": torch.tensor(positions),
+            "use_cache": False,  # transformers looks for packed position_ids only without a KV cache
+        }
+
+
+@torch.no_grad()
+def check_model(model: nn.Module) -> None:
+    """Compare the logits of a packed example with those of the example alone.
+
+    Raises:
+        ValueError: the model attends across packed examples, or takes no position_ids.
+    """
+    mode = model.training
+    model.eval()
+    try:
+        packed_logits, single_logits = _packed_and_single_logits(model)
+    except TypeError as error:
+        raise ValueError(f"--packing: this model takes no position_ids ({error}): train without it") from None
+    finally:
+        model.train(mode)
+    if (packed_logits - single_logits).abs().max() > TOLERANCE * single_logits.abs().max():
+        raise ValueError(
+            f"--packing: in a {type(model).__name__} packed examples see one another, as its attention does not follow "
+            "position_ids: train without it"
+        )
+
+
+def _packed_and_single_logits(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of an example that follows another one in its row, and of the example alone."""
+    device = next(model.parameters()).device
+    first, second = Encoded((5, 6, 7), (8, 9)), Encoded((9, 8), (7, 6, 5))
+    batch = PackCollator(0)([(first, second)])
+    ids, position_ids = batch["input_ids"].to(device), batch["position_ids"].to(device)
+    packed_logits = model(input_ids=ids, position_ids=position_ids, use_cache=False).logits[0, len(first) :].float()
+    second_ids = torch.tensor([[*second.prompt, *second.completion]], device=device)
+    return packed_logits, model(input_ids=second_ids).logits[0].float()

@@ -1,1 +1,0 @@
-"""The `lorasb` command: options, tables and exit codes. What a command runs lives in `lorasb.recipes`."""

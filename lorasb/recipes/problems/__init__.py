@@ -1,1 +1,0 @@
-"""What examples make of a run, language modeling or classification, and how its answers are judged."""

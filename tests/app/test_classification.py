@@ -1,0 +1,278 @@
+"""Runs over texts with labels: classes, pairs and values; resumed to the same bits; loaded again by PEFT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import tolerances
+import torch
+import transformers
+from finetune_runs import assert_same, stop_after
+from safetensors.torch import load_file
+
+from lorasb.app.finetune import run_finetune
+from lorasb.app.problem import Classification, EncodedText, LanguageModeling, TextCollator, problem_of
+from lorasb.app.scoring import f1, matthews, pearson, spearman
+from lorasb.app.settings import Settings
+from lorasb.app.tasks import Example, labeled, read_jsonl
+
+COLORS, ANIMALS = ("red", "blue", "green"), ("cat", "dog", "tree")
+
+
+def written(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def kinds(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Colors and others, behind a word that says nothing."""
+    words = [(number, word) for number in ("one", "two", "three", "four") for word in COLORS + ANIMALS]
+    rows = [{"text": f"{number} {word}", "label": "color" if word in COLORS else "other"} for number, word in words]
+    folder = tmp_path_factory.mktemp("kinds")
+    return replace(base, data=written(folder / "kinds.jsonl", rows), epochs=6.0, lr=3e-2)
+
+
+def test_classes_are_learned_and_the_folder_loads_again(kinds: Settings, tmp_path: Path) -> None:
+    result = run_finetune(replace(kinds, output=str(tmp_path)))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["eval_scores"] == ["label"]
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    assert set(result.after.answers) <= {"color", "other"}
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(kinds.model, num_labels=2)
+    again = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    again.config.pad_token_id = 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(kinds.model)
+    for example, answer in zip(result.examples, result.after.answers, strict=True):
+        with torch.no_grad():
+            found = again(**tokenizer(example.prompt, return_tensors="pt")).logits.argmax().item()
+        assert ("color", "other")[found] == answer
+
+
+@pytest.mark.parametrize("method", ["lora-sb", "lora"])
+def test_a_stopped_run_goes_on_to_the_same_bits(kinds: Settings, tmp_path: Path, method: str) -> None:
+    """The head is trained whole, and its start is random."""
+    settings = replace(kinds, method=method, epochs=2.0)
+    stop_after(4, settings, tmp_path / "stopped")
+    run_finetune(replace(settings, output=str(tmp_path / "stopped")))
+    run_finetune(replace(settings, output=str(tmp_path / "whole")))
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_values_are_learned_by_their_squared_error(base: Settings, tmp_path: Path) -> None:
+    words = ("one", "two", "three", "four")
+    rows = [
+        {"text": a, "text_pair": b, "label": float(i - j)} for i, a in enumerate(words) for j, b in enumerate(words)
+    ] * 2
+    data = written(tmp_path / "gaps.jsonl", rows)
+    settings = replace(base, data=data, eval_data=data, epochs=1.0, output=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="holds no example that is not held out"):
+        run_finetune(settings)
+    held_out = written(tmp_path / "held.jsonl", [{"text": "one two", "text_pair": "two", "label": 0.5}] * 2)
+    result = run_finetune(replace(settings, eval_data=held_out))
+    assert all(float(answer) == float(answer) for answer in result.after.answers)
+    assert result.summary["eval_accuracy_after"] == 0.0  # two equal values have no correlation
+    expected = sum((float(answer) - 0.5) ** 2 for answer in result.after.answers) / 2
+    assert result.after.loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_encoder_takes_pairs(base: Settings, tiny: Path, tmp_path: Path) -> None:
+    """BERT: token types, padding on the right, and a pooler that its checkpoint lacks."""
+    config = transformers.BertConfig(
+        vocab_size=108,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=32,
+    )
+    folder = tmp_path / "bert"
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    rows = [{"text": f"{a} cat", "text_pair": b, "label": int(a == b)} for a in COLORS for b in COLORS]
+    data = written(tmp_path / "pairs.jsonl", rows * 3 + [{"text": "red dog", "text_pair": "red", "label": 1}] * 2)
+    settings = replace(
+        base, model=str(folder), data=data, r=4, epochs=1.0, target_modules=r".*(query|value|output\.dense)"
+    )
+    result = run_finetune(replace(settings, score="matthews", output=str(tmp_path / "run")))
+    assert result.summary["eval_scores"] == ["matthews"]
+    for at, found in (("before", result.before), ("after", result.after)):
+        pairs = [(answer, e.completion) for answer, e in zip(found.answers, result.examples, strict=True)]
+        assert result.summary[f"eval_accuracy_{at}"] == pytest.approx(matthews(pairs))
+    pooler_and_head = 32 * 32 + 32 + 2 * 32 + 2
+    assert result.summary["trainable_params"] == 2 * 4 * 4 * 4 + pooler_and_head
+
+
+def test_padding_changes_no_prediction() -> None:
+    class Pads:
+        pad_token_id = 7
+
+    collate = TextCollator(Pads())
+    batch = collate(
+        [
+            EncodedText({"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1]}, 0),
+            EncodedText({"input_ids": [4], "attention_mask": [1]}, 1),
+        ]
+    )
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 7, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [0, 1]
+
+
+def test_a_decoder_reads_the_last_token_whatever_the_padding(tiny: Path) -> None:
+    """Its config may name another token for padding than the tokenizer has."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=2).eval()
+    model.config.pad_token_id = 5
+
+    class Pads:
+        pad_token_id = 7
+
+    rows = [EncodedText({"input_ids": ids, "attention_mask": [1] * len(ids)}, 0) for ids in ([9, 8, 10], [11])]
+    collate = Classification(("a", "b")).collator(Pads(), model)
+    with torch.no_grad():
+        together = model(**collate(rows)).logits
+        alone = torch.cat([model(**collate([row])).logits for row in rows])
+    tolerances.check(together, alone, tolerances.fp32(64))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["b", "a"], ("a", "b")),
+        ([2, 0, 10], ("0", "2", "10")),
+        ([1, 0.5], ()),
+        ([1, "a"], ("1", "a")),
+        ([1, "1", 2], ("1", "2")),
+    ],
+)
+def test_labels_make_the_problem(labels: list[Any], classes: tuple[str, ...]) -> None:
+    examples = [labeled(f"text {label}", label) for label in labels]
+    score = "pearson" if not classes else "label"
+    assert Classification.of(examples, [replace(examples[0], score=score)]).classes == classes
+
+
+def test_what_cannot_be_learned_is_said() -> None:
+    one, two, plain, value = labeled("a", "x"), labeled("b", "y"), Example("p", "c"), labeled("v", 0.5)
+    with_file = Settings(eval_data="held_out.jsonl")
+    for train, held_out, settings, message in (
+        ([one, two], [plain], Settings(), "2 of 3 examples have a label: give all of them one"),
+        ([one, one], [one], with_file, "every training example has the label x"),
+        ([one, two], [labeled("c", "z")], with_file, "the held-out label z is none of the training labels: x, y"),
+        ([one, two], [one], Settings(packing=True), "--packing puts several examples into a row"),
+        ([plain], [replace(plain, score="pearson")], Settings(), "--score pearson does not judge texts"),
+        ([one, two], [replace(one, score="boxed")], Settings(), "--score boxed does not judge labels"),
+        (
+            [one, two],
+            [replace(one, score="pearson")],
+            Settings(),
+            "--score pearson takes numbers, and the labels are x, y",
+        ),
+        (
+            [value],
+            [replace(value, score="label")],
+            Settings(),
+            "--score label counts equal labels, and these are values",
+        ),
+        (
+            [value],
+            [replace(one, score="pearson")],
+            with_file,
+            "the training labels are numbers, and a held-out one is 'x'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            problem_of(train, held_out, settings)
+    assert isinstance(problem_of([plain], [plain], Settings(packing=True)), LanguageModeling)
+
+
+def test_a_class_that_was_drawn_to_be_held_out_is_learned_of() -> None:
+    found = problem_of([labeled("a", "x"), labeled("b", "y")], [labeled("c", "z")], Settings())
+    assert isinstance(found, Classification)
+    assert found.classes == ("x", "y", "z")
+
+
+def test_accumulation_changes_no_loss(kinds: Settings, tmp_path: Path) -> None:
+    """The model's loss is a mean over its batch, which Trainer has to divide by the number of parts."""
+    losses = []
+    for parts in (1, 2):
+        settings = replace(kinds, epochs=1.0, gradient_accumulation=parts, output=str(tmp_path / str(parts)))
+        losses.append(torch.tensor(run_finetune(settings).summary["train_losses"], dtype=torch.float64))
+    assert torch.allclose(*losses, rtol=1e-3)
+
+
+def test_a_head_is_never_quantized(kinds: Settings, tmp_path: Path) -> None:
+    run_finetune(replace(kinds, bits=4, epochs=1.0, output=str(tmp_path)))
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tuple(value.shape) for name, value in saved.items() if "score" in name} == {(2, 64)}
+
+
+def test_a_label_that_is_none_is_named_with_its_line(tmp_path: Path) -> None:
+    for row in ({"text": "a", "label": True}, {"text": "a", "label": None}, {"label": 1}):
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 1: expected an object with .*text and label"):
+            read_jsonl(written(tmp_path / "a.jsonl", [row]))
+
+
+def test_correlations_are_their_definitions() -> None:
+    draw = np.random.default_rng(0)
+    guessed, right = draw.integers(0, 2, (2, 200))
+    pairs = [(str(g), str(r)) for g, r in zip(guessed, right, strict=True)]
+    expected = np.corrcoef(guessed, right)[0, 1]
+    assert matthews(pairs) == pytest.approx(expected)
+    assert pearson(pairs) == pytest.approx(expected)
+    three = [(str(g), str(r)) for g, r in draw.integers(0, 3, (100, 2))]
+    # Gorodkin's R_K: the correlation of the one-hot matrices
+    x, y = (
+        np.array([[label == str(c) for c in range(3)] for label in side], float) for side in zip(*three, strict=True)
+    )
+    x, y = x - x.mean(0), y - y.mean(0)
+    assert matthews(three) == pytest.approx((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()))
+    assert matthews([("a", "a"), ("a", "b")]) == pearson([("1", "1"), ("1", "2")]) == 0.0
+
+
+def test_a_head_is_trained_in_fp32_over_a_base_in_16_bits(kinds: Settings, tmp_path: Path) -> None:
+    result = run_finetune(replace(kinds, dtype="bfloat16", epochs=1.0, output=str(tmp_path)))
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for name, value in saved.items() if "score" in name} == {torch.float32}
+    assert result.summary["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("score", ["matthews", "f1", "pearson", "spearman"])
+def test_a_run_s_score_is_the_one_that_it_names(
+    base: Settings, tmp_path: Path, score: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of fixed predictions, three of four right: no two scores of them are the same number."""
+    values = score in ("pearson", "spearman")
+    rows = [{"text": f"red {i}", "label": (i % 2) + (0.5 if values else 0)} for i in range(12)]
+    labels = (0.5, 1.5, 2.5, 9.5) if values else (0, 1, 1, 1)
+    held = written(tmp_path / "held.jsonl", [{"text": f"cat {i}", "label": label} for i, label in enumerate(labels)])
+    said = ("1", "2", "4", "3") if values else ("0", "1", "0", "1")
+    monkeypatch.setattr(
+        Classification, "_predict", lambda self, model, tokenizer, held_out, title: ([0.1] * 4, list(said))
+    )
+    data = written(tmp_path / "rows.jsonl", rows)
+    settings = replace(base, data=data, eval_data=held, score=score, epochs=0.5, output=str(tmp_path / "run"))
+    found = run_finetune(settings).summary["eval_accuracy_after"]
+    by_hand = {"matthews": 1 / 3**0.5, "f1": 0.8, "spearman": 0.8}
+    if values:
+        by_hand["pearson"] = float(np.corrcoef([1, 2, 4, 3], labels)[0, 1])
+    assert found == pytest.approx(by_hand[score])
+    assert len({round(value, 3) for value in [*by_hand.values(), 0.75]}) > 1
+
+
+def test_scores_of_labels_are_their_definitions() -> None:
+    pairs = [("1", "1"), ("1", "0"), ("0", "1"), ("1", "1"), ("0", "0")]
+    assert f1(pairs) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert f1([("0", "0"), ("0", "0")]) == 0.0  # of class 1, which nobody named
+    assert f1([("no", "no"), ("no", "no")]) == 0.0
+    assert f1([("yes", "yes"), ("no", "yes")]) == pytest.approx(2 / 3)
+    assert spearman([("1", "10"), ("2", "20"), ("3", "900")]) == pytest.approx(1.0)
+    assert spearman([("1", "1"), ("1", "2"), ("2", "3")]) == pytest.approx(0.5 * 3**0.5)  # ties share a rank
+    assert spearman([("1", "1"), ("1", "2")]) == 0.0

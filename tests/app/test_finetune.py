@@ -1,0 +1,105 @@
+"""`lorasb finetune` killed by `kill -9` at any moment, or stopped: started again, it ends in the same bits."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_runs import STEPS, At, add, assert_same, die, killed, stop_after, summary
+
+from lorasb.app import adapter, run_folder
+from lorasb.app.finetune import run_finetune
+from lorasb.app.settings import Settings
+from lorasb.utils import precision
+from lorasb.utils.atomic_files import write_json
+
+
+def test_kill_9_at_random_moments_ends_in_the_same_bits(base: Settings, whole: Path, tmp_path: Path) -> None:
+    chance = random.Random(7)
+    settings = replace(base, output=str(tmp_path))
+    moments = sorted(chance.sample(range(1, STEPS), 3))
+
+    def after_a_step(step: int) -> Any:
+        return lambda patch: add(patch, At(step, die))
+
+    def amid_a_checkpoint(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(run_folder, "share", lambda folder: die())
+
+    def before_training(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(adapter.InitReport, "save", lambda report, path: die())
+
+    def amid_the_results(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr("lorasb.export.lora.export_lora", lambda *given, **named: die())
+
+    ways = [before_training, *map(after_a_step, moments[:2]), amid_a_checkpoint, after_a_step(moments[2])]
+    for way in [*ways, amid_the_results]:
+        killed(settings, way)
+        assert not (tmp_path / "summary.json").exists()
+    run_finetune(settings)
+    assert_same(tmp_path, whole)
+
+
+def test_dropout_masks_and_the_other_options_go_on_too(base: Settings, tiny: Path, tmp_path: Path) -> None:
+    """Attention dropout draws from the global random state at every step; AdamW's decay and a schedule have a state."""
+    noisy = tmp_path / "model"
+    shutil.copytree(tiny, noisy)
+    config = json.loads((noisy / "config.json").read_text())
+    write_json(noisy / "config.json", config | {"attention_dropout": 0.3})
+    settings = replace(
+        base,
+        model=str(noisy),
+        gradient_accumulation=2,
+        gradient_checkpointing=True,
+        weight_decay=0.1,
+        scheduler="cosine",
+        eval_steps=4,
+        target_modules="q_proj,down_proj",
+        rank_pattern={"down_proj": 4},
+    )
+    run_finetune(replace(settings, output=str(tmp_path / "a")))
+    stop_after(8, settings, tmp_path / "b")  # in the second epoch
+    run_finetune(replace(settings, output=str(tmp_path / "b")))
+    assert_same(tmp_path / "a", tmp_path / "b")
+    found = summary(tmp_path / "a")
+    assert [step for step, _ in found["eval_losses"]] == [4, 8, 12]
+    assert len(found["train_losses"]) == STEPS
+    assert found["trainable_params"] == 2 * (8 * 8 + 4 * 4)
+    still = replace(settings, model=base.model, output=str(tmp_path / "c"))
+    assert run_finetune(still).summary["train_losses"] != found["train_losses"]  # the masks did something
+
+
+@pytest.mark.parametrize(("method", "bits"), [("lora", 16), ("lora-xs", 16), ("lora-sb", 4)])
+def test_other_methods_and_bases_go_on(base: Settings, tmp_path: Path, method: str, bits: int) -> None:
+    settings = replace(base, method=method, bits=bits)
+    run_finetune(replace(settings, output=str(tmp_path / "a")))
+    stop_after(4, settings, tmp_path / "b")
+    run_finetune(replace(settings, output=str(tmp_path / "b")))
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_run_of_packs_lowers_the_loss_and_goes_on_too(base: Settings, whole: Path, tmp_path: Path) -> None:
+    settings = replace(base, packing=True, max_length=16, output=str(tmp_path / "a"), batch_size=2, epochs=3.0)
+    found = run_finetune(settings).summary
+    assert found["eval_loss_after"] < found["eval_loss_before"]
+    assert found["train_steps"] < 3 * 27 / 2
+    stop_after(4, settings, tmp_path / "b")
+    run_finetune(replace(settings, output=str(tmp_path / "b")))
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_slow_dtype_is_said_in_one_line(
+    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(precision, "slowdown", lambda dtype: 40.0)
+    monkeypatch.setattr(precision, "native", lambda device="cpu": precision.Precision("float32", "a test"))
+    for dtype, lines in (("bfloat16", 1), ("auto", 0)):
+        found = run_finetune(replace(base, dtype=dtype, epochs=0.2, output=str(tmp_path / dtype))).summary
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.count("torch takes 40x the time of float32") == lines
+        assert found["dtype"] == found["identity"]["dtype"] == ("bfloat16" if dtype == "bfloat16" else "float32")
+        assert found["config"]["dtype"] == dtype

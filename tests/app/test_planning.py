@@ -1,0 +1,275 @@
+"""`lorasb plan`: what fake tensors count is what real ones take, and bad input gets one line."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+import lorasb
+from lorasb.app import plan
+from lorasb.app.cli import app
+from lorasb.app.fake_step import LiveBytes, count_step
+from lorasb.app.plan import Request, plan_memory
+from lorasb.app.prepare import checkpoint_activations
+from lorasb.utils.precision import Precision
+
+BATCH, SEQ = 3, 40
+CONFIGS: dict[str, Any] = {
+    "llama": transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+    ),
+    "gpt2": transformers.GPT2Config(
+        n_embd=64, n_layer=2, n_head=4, vocab_size=300, architectures=["GPT2LMHeadModel"], resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0
+    ),
+}  # fmt: skip
+
+
+def folder_of(config: Any, folder: Path) -> str:
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def made(config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    return getattr(transformers, config.architectures[0])._from_config(config, dtype=dtype)
+
+
+@pytest.fixture(params=["bfloat16", "float32"])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """What `--dtype auto` takes: on any machine, as if it had bf16 products or none."""
+    monkeypatch.setattr(plan, "native", lambda device: Precision(request.param, "a test"))
+    found: torch.dtype = getattr(torch, request.param)
+    return found
+
+
+def real_step(config: Any, checkpointing: bool) -> tuple[int, int]:
+    """Bytes that a forward leaves, and the peak of a step beyond the model, of real tensors."""
+    with LiveBytes() as live:
+        model: Any = lorasb.patch(made(config), r=8, init="random").train()
+        if checkpointing:
+            checkpoint_activations(model.get_base_model())
+            model.config.use_cache = False
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        ids = torch.zeros(BATCH, SEQ, dtype=torch.int64)
+        gc.collect()
+        model_bytes = live.peak = live.now
+        loss = model(input_ids=ids, labels=ids)["loss"]
+        saved = live.now - model_bytes
+        loss.backward()
+        optimizer.step()
+    return saved, live.peak - model_bytes
+
+
+@pytest.fixture(autouse=True)
+def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process for each plan would take seconds; test_heap_trial.py has them."""
+    monkeypatch.setattr(plan, "heap_trial", lambda given: nullcontext(lambda: None))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_fake_step_counts_what_a_real_one_takes(family: str, checkpointing: bool) -> None:
+    config = CONFIGS[family]
+    with torch.device("meta"):
+        model = made(config)
+    found = count_step(lorasb.patch(model, r=8), BATCH, SEQ, checkpointing)
+    saved, peak = real_step(config, checkpointing)
+    assert found.saved == pytest.approx(saved, rel=0.05)
+    assert found.peak - found.base - found.factors - found.cores == pytest.approx(peak, rel=0.05)
+
+
+def test_live_bytes_follow_tensors_that_come_and_go() -> None:
+    with LiveBytes() as live:
+        one = torch.zeros(100, dtype=torch.float32)
+        view = one[10:]
+        assert live.now == 400
+        two = one + 1
+        assert (live.now, live.peak) == (800, 800)
+        del two
+        assert (live.now, live.peak) == (400, 800)
+        del one
+        assert live.now == 400  # the view has it
+        del view
+        assert live.now == 0
+
+
+def test_a_plan_adds_up(dtype: torch.dtype, tmp_path: Path) -> None:
+    request = Request(folder_of(CONFIGS["llama"], tmp_path), r=8, batch=BATCH, seq=SEQ)
+    found = plan_memory(request)
+    model: Any = lorasb.patch(made(CONFIGS["llama"], dtype), r=8, init="random")
+    sizes = {n: p.numel() * p.element_size() for n, p in model.named_parameters()}
+    base = sum(size for name, size in sizes.items() if "lorasb" not in name)
+    assert base <= found.base <= base + 1000  # rotary frequencies are a buffer
+    assert found.cores == sum(size for name, size in sizes.items() if "lorasb_R" in name) == 4 * found.trained
+    assert found.factors == sum(size for name, size in sizes.items() if "lorasb_A" in name or "lorasb_B" in name)
+    assert found.optimizer >= 3 * found.cores
+    assert found.fits
+    assert found.seconds > 0
+
+
+def test_four_bits_and_a_card(tmp_path: Path) -> None:
+    folder = folder_of(CONFIGS["llama"], tmp_path)
+    dense, packed = (
+        plan_memory(Request(folder, r=8, batch=1, seq=SEQ, bits=bits, card=plan.find_gpu("a6000"))) for bits in (16, 4)
+    )
+    model: Any = lorasb.quantize(made(CONFIGS["llama"]), nested=True)
+    weights = [m.quantized() for m in model.modules() if isinstance(m, lorasb.Linear4bit)]
+    saved = sum(2 * math.prod(weight.shape) - weight.nbytes for weight in weights)
+    assert dense.base - packed.base == pytest.approx(saved, rel=0.05)
+    assert packed.scratch == 2 * 160 * 64
+    assert dense.context == packed.context > 0
+
+
+def test_what_does_not_fit_is_told_what_does(tmp_path: Path) -> None:
+    wide = replace_config(CONFIGS["llama"], hidden_size=512, intermediate_size=2048, vocab_size=4096)
+    request = Request(folder_of(wide, tmp_path), r=8, batch=8, seq=256, card=plan.find_gpu("a6000"))
+    whole = plan_memory(request)
+    for share in (0.95, 0.7):
+        tight = replace(whole.request.card, memory=int(plan.CONTEXT + share * (whole.needed - plan.CONTEXT)))
+        refused = plan_memory(replace(request, card=tight))
+        assert not refused.fits
+        ((change, better),) = plan.smaller_plans(refused)
+        assert better.fits
+        assert change.startswith("--")
+    hopeless = plan_memory(replace(request, card=replace(whole.request.card, memory=1000)))
+    assert not list(plan.smaller_plans(hopeless))
+
+
+def replace_config(config: Any, **fields: Any) -> Any:
+    return type(config)(**config.to_dict() | fields)
+
+
+def test_a_card_without_bf16_is_planned_in_fp32(tmp_path: Path) -> None:
+    folder = folder_of(CONFIGS["llama"], tmp_path)
+    old, new = (
+        plan_memory(Request(folder, r=8, batch=1, seq=SEQ, card=plan.find_gpu(name))) for name in ("t4", "a6000")
+    )
+    assert old.base == pytest.approx(2 * new.base, rel=0.01)
+    assert old.saved > 1.5 * new.saved
+    started = (found.initialization - found.base - found.factors - found.cores - found.context for found in (old, new))
+    assert next(started) > 1.2 * next(started)
+
+
+def test_experts_that_a_token_goes_through_are_counted(dtype: torch.dtype, tmp_path: Path) -> None:
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 300,
+    }
+    flops = []
+    for used in (1, 4):
+        config = transformers.MixtralConfig(
+            **sizes,
+            intermediate_size=160,
+            num_local_experts=4,
+            num_experts_per_tok=used,
+            architectures=["MixtralForCausalLM"],
+        )
+        flops.append(plan_memory(Request(folder_of(config, tmp_path / str(used)), r=8, batch=1, seq=SEQ)).flops)
+    experts = 3 * 3 * 64 * 160 * 2  # three more, of three matrices, in two layers
+    assert flops[1] - flops[0] == pytest.approx(4 * experts * SEQ)
+
+
+def test_what_a_config_cannot_run_is_told_in_a_line(tmp_path: Path) -> None:
+    short = folder_of(replace_config(CONFIGS["gpt2"], n_positions=16), tmp_path / "short")
+    with pytest.raises(ValueError, match="has 16 learned positions, got --seq 64: take less"):
+        plan_memory(Request(short, r=8, batch=1, seq=64))
+    with pytest.raises(ValueError, match=r"--bits 4: .* has no linear layer that lorasb.quantize would take"):
+        plan_memory(Request(short, r=8, batch=1, seq=16, bits=4))
+    tight = plan_memory(Request(short, r=8, batch=8, seq=16, card=plan.find_gpu("a6000")))
+    small = replace(tight.request.card, memory=int(plan.CONTEXT + 0.8 * (tight.needed - plan.CONTEXT)))
+    refused = plan_memory(replace(tight.request, card=small))
+    assert not any("--bits" in change for change, _ in plan.smaller_plans(refused))
+    for number, fields in enumerate(({"hidden_act": "nope"}, {"hidden_size": 65}, {"num_attention_heads": 0})):
+        folder = tmp_path / str(number)
+        CONFIGS["llama"].save_pretrained(folder)
+        values = json.loads((folder / "config.json").read_text()) | fields
+        (folder / "config.json").write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=r"cannot read the config of|no language model can be made of"):
+            plan_memory(Request(str(folder), r=8, batch=1, seq=16))
+
+
+@pytest.mark.parametrize("name", ["a6000", "RTX A6000", "NVIDIA RTX A6000", "A6000 48GB".removesuffix(" 48GB")])
+def test_cards_are_found_however_they_are_written(name: str) -> None:
+    assert plan.find_gpu(name).memory == 48 * 2**30
+
+
+def test_the_two_sizes_of_a_card() -> None:
+    assert plan.find_gpu("A100").memory < plan.find_gpu("a100-80gb").memory
+
+
+@pytest.mark.parametrize(
+    ("speed", "memory", "billions"), [(4e11, 24e9, "0.7"), (4e14, 24e9, "3"), (2.2e10, 24e9, "0.04")]
+)
+def test_a_machine_is_good_for_what_time_and_memory_allow(
+    monkeypatch: pytest.MonkeyPatch, speed: float, memory: float, billions: str
+) -> None:
+    monkeypatch.setattr(plan, "product_speed", lambda *given: speed)
+    monkeypatch.setattr(plan, "native", lambda device: Precision("float32", "a test"))
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
+    assert f"up to about {billions} billion parameters on a million tokens" in plan.prospects()
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
+    folder = folder_of(CONFIGS["llama"], tmp_path)
+    shown = run(folder, "--r", "8", "--batch", "2", "--seq", "16", "--gpu", "4090")
+    assert "peak of a training step" in shown.output
+    assert "It fits" in shown.output
+    values = json.loads(run(folder, "--r", "8", "--batch", "2", "--seq", "16", "--json").output)
+    assert values["fits"] is True
+    assert values["needed"] == max(values["step"], values["initialization"])
+    assert values["changes"] == {}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_way_to_have_holes_back_is_told_where_there_are_many(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: bool
+) -> None:
+    monkeypatch.setattr(plan, "heap_trial", lambda request: nullcontext(lambda: 20 * 10**6 * told))
+    given = folder_of(CONFIGS["llama"], tmp_path), "--r", "8", "--batch", "2", "--seq", "16"
+    assert ("MALLOC_" in run(*given).output) == told
+    assert "MALLOC_" not in run(*given, "--gpu", "t4").output
+
+
+def test_bad_input_gets_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--gpu 'a7000' is not known: did you mean a6000"):
+        plan.find_gpu("a7000")
+    with pytest.raises(ValueError, match=r"cannot read the config of .*, expected a folder or hub id"):
+        plan_memory(Request(str(tmp_path / "nothing")))
+    no_linears = transformers.ResNetConfig(architectures=["ResNetModel"])
+    with pytest.raises(ValueError, match=r"cannot be patched|no language model|cannot be computed"):
+        plan_memory(Request(folder_of(no_linears, tmp_path / "resnet")))
+    with pytest.raises(ValueError, match="--bits must be 4 or 16, got 8"):
+        raise run(folder_of(CONFIGS["llama"], tmp_path / "llama"), "--bits", "8").exception
+    images = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        architectures=["ViTForImageClassification"],
+    )
+    with pytest.raises(ValueError, match="a step of 1 x 64 tokens cannot be computed"):
+        plan_memory(Request(folder_of(images, tmp_path / "images"), r=8, batch=1, seq=64))

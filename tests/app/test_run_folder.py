@@ -1,0 +1,213 @@
+"""Whose a run's folder is: a finished run is not done again, and other settings are refused by name."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_runs import assert_same, stop_after
+from tiny_run import WORDS
+
+from lorasb.app import finetune, run_folder
+from lorasb.app.finetune import run_finetune
+from lorasb.app.results import Result, load
+from lorasb.app.settings import Settings
+from lorasb.utils.atomic_files import locked
+
+
+def test_a_finished_run_gives_its_results_again(
+    base: Settings, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "prepare", lambda *given: pytest.fail("nothing is loaded"))
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    found = run_finetune(replace(base, output=str(whole)))
+    assert isinstance(found, Result)
+    assert found.summary == json.loads((whole / "summary.json").read_text())
+    assert found.report is not None
+    assert found.report.num_samples == 8
+    assert len(found.before.answers) == len(found.after.answers) == len(found.examples) == 3
+    assert "is finished: these are its results" in " ".join(capsys.readouterr().out.split())
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_other_settings_are_refused_by_name(base: Settings, whole: Path, tmp_path: Path) -> None:
+    other = replace(base, output=str(whole), lr=1e-3, rank_pattern={"q_proj": 4})
+    with pytest.raises(
+        ValueError,
+        match=r"has a run with other settings: --rank-pattern was None and is .*, --lr was 0.005 and is 0.001\. Take another --output, or --resume never",
+    ):
+        run_finetune(other)
+    stop_after(4, base, tmp_path)
+    with pytest.raises(ValueError, match="other settings: --seed was 0 and is 1"):
+        run_finetune(replace(base, output=str(tmp_path), seed=1))
+    assert len(run_folder.complete_checkpoints(tmp_path / "checkpoints")) == 2
+
+
+def test_other_examples_in_the_same_file_are_refused(base: Settings, data: Path, tmp_path: Path) -> None:
+    file, output = tmp_path / "data.jsonl", str(tmp_path / "run")
+    shutil.copy(data, file)
+    stop_after(4, replace(base, data=str(file)), Path(output))
+    file.write_text(file.read_text() + json.dumps({"prompt": "one more", "completion": WORDS[0]}) + "\n")
+    with pytest.raises(ValueError, match="other settings: the examples themselves have changed"):
+        run_finetune(replace(base, data=str(file), output=output))
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_checkpoints_of_another_program_are_left_alone(base: Settings, tmp_path: Path, resume: str) -> None:
+    foreign = tmp_path / "checkpoints" / "checkpoint-500" / "model.pt"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("weights")
+    with pytest.raises(ValueError, match=r"checkpoint-500 is not of lorasb finetune, which clears .*another --output"):
+        run_finetune(replace(base, output=str(tmp_path), resume=resume))
+    assert foreign.read_text() == "weights"
+
+
+def test_a_run_json_that_cannot_be_read_clears_nothing(base: Settings, tmp_path: Path) -> None:
+    stop_after(4, base, tmp_path)
+    (tmp_path / "checkpoints" / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json cannot be read, and says whose checkpoints lie there"):
+        run_finetune(replace(base, output=str(tmp_path)))
+    assert len(run_folder.complete_checkpoints(tmp_path / "checkpoints")) == 2
+
+
+def test_a_run_that_starts_anew_leaves_nothing_of_the_former(base: Settings, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    run_finetune(replace(base, method="lora", output=str(output), resume="never"))
+    assert not {"lora", "report.json", "energy.png"} & {path.name for path in output.iterdir()}
+    assert load(output).report is None
+
+
+def test_settings_that_change_nothing_may_differ(base: Settings, whole: Path) -> None:
+    run_finetune(replace(base, output=str(whole), save_steps="5", resume="auto"))
+
+
+def test_resume_never_starts_anew(base: Settings, tmp_path: Path) -> None:
+    stop_after(4, base, tmp_path)
+    stop_after(2, replace(base, lr=1e-3, resume="never"), tmp_path)
+    assert [run_folder.step_of(one) for one in run_folder.complete_checkpoints(tmp_path / "checkpoints")] == [2]
+
+
+def test_a_run_is_repeated_to_the_bit_from_its_config(base: Settings, whole: Path, tmp_path: Path) -> None:
+    from lorasb.app.config_file import read_config
+    from lorasb.app.settings import listed
+
+    values = read_config(whole / "config.yaml", {one.name: kind for one, kind in listed(Settings)})
+    run_finetune(Settings(**values | {"output": str(tmp_path)}))
+    assert_same(tmp_path, whole)
+
+
+def test_a_folder_in_use_is_refused_by_the_pid_that_has_it(base: Settings, tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with locked(tmp_path):
+            os.write(write_end, b"held")
+            signal.pause()
+    assert os.read(read_end, 4) == b"held"
+    try:
+        for resume in ("auto", "never"):
+            with pytest.raises(ValueError, match=rf"is in use by PID {child}: wait for it to end, or take another"):
+                run_finetune(replace(base, output=str(tmp_path), resume=resume))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with locked(tmp_path):  # a killed process holds nothing
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_only_held_is_not_there_afterwards(tmp_path: Path) -> None:
+    with locked(tmp_path / "new"):
+        assert (tmp_path / "new" / ".lock").read_text() == str(os.getpid())
+    assert not (tmp_path / "new").exists()
+
+
+def test_resume_never_sets_the_former_results_aside_before_it_starts(
+    base: Settings, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    (output / "notes.txt").write_text("mine")
+    stop_after(2, replace(base, lr=1e-3, resume="never"), output)
+    assert {path.name for path in output.iterdir()} == {"checkpoints", "config.yaml", "former", "notes.txt"}
+    assert (output / "former" / "answers.json").read_bytes() == (whole / "answers.json").read_bytes()
+    assert "are moved to" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("folder", ["", " "])
+def test_an_output_without_a_name_is_refused(base: Settings, folder: str) -> None:
+    with pytest.raises(ValueError, match="--output has to name a folder, got"):
+        run_finetune(replace(base, output=folder))
+
+
+def test_no_earlier_results_are_ever_removed(base: Settings, whole: Path, tmp_path: Path) -> None:
+    """Nor a folder or a file of the user's of that name."""
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    (output / "former").mkdir()
+    (output / "former" / "thesis.txt").write_text("mine")
+    for _ in range(2):  # the first moves results, the second has none to move
+        stop_after(2, replace(base, resume="never"), output)
+    assert (output / "former" / "thesis.txt").read_text() == "mine"
+    assert (output / "former-2" / "answers.json").read_bytes() == (whole / "answers.json").read_bytes()
+    assert not (output / "former-3").exists()
+
+
+def test_a_run_of_an_earlier_version_is_named_as_one(base: Settings, tmp_path: Path) -> None:
+    stop_after(2, base, tmp_path)
+    file = tmp_path / "checkpoints" / "run.json"
+    identity = json.loads(file.read_text())
+    del identity["template"]
+    file.write_text(json.dumps(identity))
+    with pytest.raises(ValueError, match="an earlier version of lorasb made it, without --template"):
+        run_finetune(replace(base, output=str(tmp_path)))
+
+
+def test_a_finished_run_in_a_folder_that_can_only_be_read_is_shown(
+    base: Settings, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: object, **named: object) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr("builtins.open", refused)
+    with locked(whole):
+        pass
+    monkeypatch.undo()
+    assert run_finetune(replace(base, output=str(whole))).summary["train_steps"] == 14
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_holds_nobody_up(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(*given: object) -> None:
+        raise OSError(code, "no locks")
+
+    monkeypatch.setattr("fcntl.flock", without)
+    with locked(tmp_path):
+        pass
+
+
+def test_a_lock_whose_file_was_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the opening and the locking another process ended, and removed the file."""
+    flock, calls = fcntl.flock, []
+
+    def late(lock: Any, flags: int) -> None:
+        if not calls:
+            (tmp_path / ".lock").unlink()
+        calls.append(1)
+        flock(lock, flags)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with locked(tmp_path):
+        assert len(calls) == 2
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())

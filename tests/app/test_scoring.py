@@ -1,0 +1,142 @@
+"""Judging answers: the final number, the boxed expression, the choice, and texts that hold none."""
+
+from __future__ import annotations
+
+import sys
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorasb.app.scoring import LABEL_SCORES, SCORES, choice, equal_expressions, expression, final_number, is_right
+from lorasb.app.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("2 + 2 = 4. The answer is: 4", Fraction(4)),
+        ("so 3\n#### 1,234", Fraction(1234)),
+        ("The answer is: -7/2 dollars", Fraction(-7, 2)),
+        ("The answer is: $.50", Fraction(1, 2)),
+        ("The answer is: 3.0", Fraction(3)),
+        ("The answer is: 5\nno: #### 6", Fraction(6)),  # the last mark
+        ("The answer is: 1/0", None),
+        ("the answer may be 4", None),  # no mark
+        ("The answer is: four", None),
+        ("The answer is: 1,234.", Fraction(1234)),
+        ("The answer is: -$3", Fraction(-3)),
+        ("The answer is: - 3", Fraction(-3)),
+        ("", None),
+    ],
+)
+def test_the_final_number_comes_after_the_last_mark(text: str, number: Fraction | None) -> None:
+    assert final_number(text) == number
+
+
+@given(st.fractions(max_denominator=1000), st.text(alphabet="abc \n", max_size=20))
+def test_any_fraction_is_found_again(value: Fraction, before: str) -> None:
+    assert final_number(f"{before}The answer is: {value}.") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (r"thus \boxed{\frac{1}{2}} and so \boxed{\dfrac{3}{4}}", "3/4"),
+        (r"The answer is: \left( 1, 2 \right).", "(1,2)"),
+        (r"$\boxed{0.5\text{ cm}}$", "1/2"),
+        (r"\boxed{10.05}", "201/20"),
+        (r"\boxed{\text{odd}}", "odd"),
+        (r"\boxed{\text{(B)}}", "(B)"),
+        ("The answer is: .", None),
+        (r"\boxed{\text{ cm}}", None),
+        (r"\boxed{\frac12}", "1/2"),
+        (r"The answer is: 1/2", "1/2"),
+        (r"\boxed{-\frac{3}{4}}", "-3/4"),
+        (r"\boxed{90^{\circ}}", "90"),
+        (r"\boxed{10,\!000}", "10000"),
+        (r"\boxed{5.00}", "5"),
+        (r"\boxed{x = 5}", "5"),
+        (r"\boxed{2\sqrt3}", r"2\sqrt{3}"),
+        (r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+        (r"\boxed{a \leftarrow b}", r"a\leftarrowb"),
+        (r"The answer is: 4.\nMore", r"4.\nMore"),
+        ("The answer is: 4.\nMore", "4"),
+        (r"\boxed{1", None),  # never closed
+        ("nothing", None),
+    ],
+)
+def test_a_boxed_expression_is_read_in_one_form(text: str, found: str | None) -> None:
+    assert expression(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("the correct answer is Answer2, not answer1", "answer2"),
+        ("the correct answer is true", "true"),
+        ("Solution 1", "solution1"),
+        ("untrue", None),
+        ("answer7", None),
+    ],
+)
+def test_the_first_choice_counts(text: str, found: str | None) -> None:
+    assert choice(text) == found
+
+
+def test_an_answer_is_right_by_its_score_alone() -> None:
+    assert is_right(" yes ", "yes", "exact")
+    assert not is_right("Yes", "yes", "exact")
+    assert is_right("I add. The answer is: 18", "She has 18.\n#### 18", "number")
+    assert not is_right("18", "#### 18", "number")
+    assert is_right(r"The answer is: \dfrac{1}{2}", r"It is $\boxed{\frac{1}{2}}$.", "boxed")
+    assert is_right("answer2", "the correct answer is answer2", "choice")
+
+
+def test_a_model_that_goes_on_is_judged_by_its_own_answer() -> None:
+    assert is_right("The answer is: 18\n\n### Instruction: more\n### Response: #### 7", "#### 18", "number")
+
+
+@pytest.mark.parametrize("score", [name for name in SCORES if name not in ("exact", *LABEL_SCORES)])
+def test_nothing_is_not_equal_to_nothing(score: str) -> None:
+    """A right text without a number must not make every answer right."""
+    assert not is_right("who knows", "nobody knows", score)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        (r"2\sqrt{2}", r"\sqrt{8}", True),
+        (r"(x+1)^2", r"x^2+2x+1", True),
+        (r"\frac{\pi}{2}", r"\pi/2", True),
+        (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}", True),
+        (r"x^2", r"x^3", False),
+        ("BAC", "ABC", False),
+        (r"|x|", "x", False),
+        (r"\frac{3}{2}", r"3\frac{1}{2}", False),
+        ("1/20000000000", "1/10000000000", False),
+        (r"\frac{\theta}{2}", r"\frac{\pi}{2}", False),
+        (r"\binom{999999999}{499999999}", "1", False),
+        (r"\sqrt{2}", "1.414", False),
+        ("(1,2)", "(1, 2)", False),  # not the grammar's; `boxed` compares it as text
+        (r"9^9^9^9", "1", False),
+        (r"10^{99}", r"10^{98}", False),
+        ("9" * 300, "9" * 299, False),
+        ("__import__('os')", "1", False),
+        ("", "x", False),
+    ],
+)
+def test_expressions_are_equal_by_value(one: str, other: str, equal: bool) -> None:
+    started = time.perf_counter()
+    assert equal_expressions(one, other) is equal_expressions(other, one) is equal
+    assert time.perf_counter() - started < 60  # two deadlines, or sympy's import on a busy machine
+    right = is_right(rf"so \boxed{{{one}}}", rf"\boxed{{{other}}}", "symbolic")
+    assert right == (equal or expression(rf"\boxed{{{one}}}") == expression(rf"\boxed{{{other}}}"))
+
+
+def test_without_its_parser_the_score_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lark", None)
+    with pytest.raises(ImportError, match=r"--score symbolic needs sympy and lark: pip install 'lorasb\[math\]'"):
+        Settings(score="symbolic").check()

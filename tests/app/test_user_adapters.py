@@ -1,0 +1,165 @@
+"""`--adapter-column`: one run trains an adapter for each name in the data, evaluates each on its own, and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from finetune_runs import At, add, assert_same, die, killed, stop_after, summary
+from tiny_run import WORDS
+
+import lorasb
+from lorasb.app.finetune import run_finetune
+from lorasb.app.settings import Settings
+
+NAMES = ["ada", "emmy", "grace"]
+STEPS = 14
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def several(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Three people, each of whom answers the same prompts by a word of their own."""
+    folder = tmp_path_factory.mktemp("several")
+    rows = [
+        {"prompt": f"copy {WORDS[i]} {i % 7}", "completion": WORDS[NAMES.index(name)], "user": name}
+        for i in range(10)
+        for name in NAMES
+    ]
+    return replace(base, data=str(write(folder / "data.jsonl", rows)), adapter_column="user")
+
+
+@pytest.fixture(scope="session")
+def whole(several: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_finetune(replace(several, output=str(folder), epochs=2.0))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sure(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with embeddings twenty times as large, without which no answer can have a large logit."""
+    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("sure") / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    model.get_input_embeddings().weight.data *= 20
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_each_learns_its_own_answers(several: Settings, sure: Path, tmp_path: Path) -> None:
+    held_out = [
+        {"prompt": f"copy {word} 6", "completion": WORDS[i], "user": name}
+        for i, name in enumerate(NAMES)
+        for word in WORDS[:4]
+    ]
+    file = write(tmp_path / "held_out.jsonl", held_out)
+    settings = replace(several, model=str(sure), eval_data=str(file), epochs=20.0, lr=2e-2, batch_size=6)
+    result = run_finetune(replace(settings, output=str(tmp_path / "run")))
+    found = result.summary["adapters"]
+    assert list(found) == NAMES
+    assert [one["train_examples"] for one in found.values()] == [10, 10, 10]
+    assert all(one["eval_examples"] == 4 and one["before"] == 0.0 for one in found.values())
+    assert all(one["after"] >= 0.5 for one in found.values())  # one adapter for all would be right for one of them
+    assert result.summary["train_losses"][-1] < 0.01
+    assert result.summary["trainable_params"] == len(NAMES) * 14 * 8**2  # seven layers in each of two blocks
+
+
+def test_a_bank_serves_the_files(several: Settings, whole: Path, tiny: Path) -> None:
+    folder = whole / "adapter"
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == set(NAMES)
+    assert not (whole / "lora").exists()
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    served = peft.PeftModel.from_pretrained(fresh, folder).eval()
+    bank = lorasb.AdapterBank(served)
+    assert sorted(bank.load(folder).loaded) == NAMES
+    ids = torch.arange(3, 9).repeat(3, 1)
+    with torch.no_grad():
+        logits = served(input_ids=ids, adapter_names=NAMES).logits
+    assert not torch.equal(logits[0], logits[1])
+
+
+def test_kill_9_and_interrupts_end_in_the_same_bits(several: Settings, whole: Path, tmp_path: Path) -> None:
+    settings = replace(several, output=str(tmp_path), epochs=2.0)
+
+    def before_training(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr("lorasb.init.InitReport.save", lambda report, path: die())
+
+    killed(settings, before_training)
+    killed(settings, lambda patch: add(patch, At(5, die)))
+    stop_after(8, settings, tmp_path)
+    killed(settings, lambda patch: patch.setattr("lorasb.app.results.save", lambda *given: die()))
+    run_finetune(settings)
+    assert_same(tmp_path, whole)
+    for name in NAMES:
+        files = (folder / "adapter" / name / "adapter_model.safetensors" for folder in (tmp_path, whole))
+        assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_accumulated_and_recomputed_parts_train_as_whole_batches(several: Settings, tmp_path: Path) -> None:
+    losses = []
+    for parts in (1, 2):
+        settings = replace(several, gradient_accumulation=parts, gradient_checkpointing=parts == 2, batch_size=6)
+        run_finetune(replace(settings, output=str(tmp_path / str(parts))))
+        losses.append(summary(tmp_path / str(parts))["eval_loss_after"])
+    assert abs(losses[0] - losses[1]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": None}, "--adapter-column names an entry of the examples of --data, which is not given"),
+        ({"method": "lora"}, "--method lora does not go with that"),
+        ({"lora_dropout": 0.1}, "--lora-dropout does not go with that"),
+        ({"packing": True}, "--packing does not go with that"),
+        ({"adapter_column": "person"}, r"line 1: --adapter-column person is not there, got prompt, completion, user"),
+    ],
+)
+def test_what_cannot_be_is_refused(several: Settings, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_finetune(replace(several, output=str(tmp_path), **options))
+
+
+@pytest.mark.parametrize("name", ["default", "__base__", "a/b", "a.b", "", "a b"])
+def test_names_that_no_folder_and_parameter_can_have(several: Settings, tmp_path: Path, name: str) -> None:
+    row = {"prompt": "copy red", "completion": "red", "user": name}
+    file = write(tmp_path / "data.jsonl", [row | {"user": "ada"}, row])
+    with pytest.raises(ValueError, match=r"line 2: expected an adapter's name in user, of letters"):
+        run_finetune(replace(several, data=str(file), output=str(tmp_path / "run")))
+
+
+def test_labels_are_refused(several: Settings, tmp_path: Path) -> None:
+    rows = [{"text": f"one {i}", "label": i % 2, "user": "ada"} for i in range(12)]
+    file = write(tmp_path / "data.jsonl", rows)
+    with pytest.raises(ValueError, match="--adapter-column trains language models"):
+        run_finetune(replace(several, data=str(file), output=str(tmp_path / "run")))
+
+
+@pytest.mark.long
+def test_two_processes_train_what_one_does(several: Settings, whole: Path, tmp_path: Path) -> None:
+    """Some of a step's adapters have rows in one process alone, and some in none."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lorasb"]
+    given = {"--model": several.model, "--data": several.data, "--adapter-column": "user", "--output": tmp_path}
+    given |= {"--rank": 8, "--epochs": 2, "--batch-size": 4, "--samples": 8, "--dtype": "float32", "--lr": 5e-3}
+    options = ["finetune", *(str(part) for pair in given.items() for part in pair)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
+    ours, alone = summary(tmp_path), summary(whole)
+    assert ours["identity"]["processes"] == 2
+    assert ours["train_losses"] == pytest.approx(alone["train_losses"], rel=1e-2)
+    assert ours["eval_loss_after"] == pytest.approx(alone["eval_loss_after"], rel=1e-2)
