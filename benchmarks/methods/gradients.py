@@ -11,11 +11,11 @@ from torch import Tensor, nn
 import lorasb
 from benchmarks.methods import starts
 from benchmarks.methods.problems import Batch
-from lorasb.init.factors.methods import first_step, start_share
-from lorasb.init.gradients.accumulator import GradientSums
-from lorasb.init.gradients.loss import backward_over_samples
+from lorasb.init.accumulator import GradientSums
+from lorasb.init.factorize import first_step, start_share
 from lorasb.init.initialization import LONGEST_START
-from lorasb.init.linalg.svd import leading_triplets
+from lorasb.init.loss import backward_over_samples
+from lorasb.init.svd import leading_triplets
 
 LATER = "later"  # the adapter beside the first one, whose R stays as it was
 

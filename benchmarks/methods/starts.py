@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import lorasb
 from lorasb.constants import PEFT_PREFIX
 from lorasb.functional import dequantize
-from lorasb.init.factors.sign_cache import read
-from lorasb.init.linalg.svd import truncated_svd
+from lorasb.init.cache import read
+from lorasb.init.svd import truncated_svd
 from lorasb.layers.linear import LoRASBLinear
 
 ADAPTER = "default"

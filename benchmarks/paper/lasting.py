@@ -24,10 +24,9 @@ from benchmarks.methods.gradients import summed
 from benchmarks.methods.grid import METHODS, WARMUP, Cell, task_named
 from benchmarks.methods.problems import Problem, load
 from benchmarks.methods.run import batches, drawn, rate_share, train_step
-from lorasb.init.factors.methods import random_subspace
-from lorasb.init.gradients.accumulator import GradientSums, LayerSum
-from lorasb.init.linalg.moment_sketch import MomentSketch
-from lorasb.init.linalg.svd import truncated_svd
+from lorasb.init.accumulator import GradientSums, LayerSum
+from lorasb.init.factorize import random_subspace
+from lorasb.init.svd import MomentSketch, truncated_svd
 from lorasb.utils.plotting import GRAD, INK, MUTED, SIGN, save
 
 TASK, SEED, SAMPLES, RATE = task_named("chain_sum by loss"), 0, 32, 1e-4

@@ -170,8 +170,8 @@ def epoch_share(steps: int = 20) -> dict[str, Any]:
 
 def bits_and_energies() -> dict[str, Any]:
     """Size of all signs against the gradients in fp32; energy of the randomized SVD against the exact one."""
-    from lorasb.init.factors.sign_cache import read
-    from lorasb.init.linalg.svd import truncated_svd
+    from lorasb.init.cache import read
+    from lorasb.init.svd import truncated_svd
 
     found = patched()
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ from lorasb.app.evaluation import batches_by_length
 from lorasb.app.prepare import demo_model
 from lorasb.app.tasks import HELD_OUT_SEED, Example, generate, read_jsonl
 from lorasb.app.tokenize import IGNORED, Collator, encode
-from lorasb.init.gradients.task import to_device
+from lorasb.init.task import to_device
 
 TASK = "chain_sum"
 LEARNED, HELD_OUT = 640, 500  # examples of the short run that comes first, and those that no run sees

@@ -292,7 +292,7 @@ def show(
     from .terminal import console
 
     if adapter.is_file():
-        from ..init.factors.sign_cache import read
+        from ..init.cache import read
 
         console.print(tables.cache(*read(adapter), adapter.stat().st_size))
         return

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..distributed.process_group import Processes
-from ..init.gradients.task import to_device
+from ..init.task import to_device
 from .launch import gather_json
 from .scoring import CORRELATIONS, is_right
 from .tasks import Example

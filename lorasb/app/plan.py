@@ -24,16 +24,9 @@ import torch
 from torch import nn
 
 from ..distributed.process_group import Processes
-from ..init.gradients.block_stack import NotAStackError, find_stack
-from ..init.gradients.cost_model import (
-    EFFICIENCY,
-    Sizes,
-    accumulate_memory,
-    boundary_bytes,
-    layerwise_memory,
-    product_speed,
-)
-from ..init.gradients.task import Work
+from ..init.block_recorder import NotAStackError, find_stack
+from ..init.plan import EFFICIENCY, Sizes, accumulate_memory, boundary_bytes, layerwise_memory, product_speed
+from ..init.task import Work
 from ..layers.lookup import adapted_layers
 from ..layers.quantize import LEFT_OUT
 from ..utils.precision import native

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..checkpoints.model_card import ORIGIN_NAME
-from ..init.schedule import warmup_steps
+from ..init.plan import warmup_steps
 from ..layers.quantize import LEFT_OUT
 from ..tuner import basis_adapters
 from ..tuner.config import ALL_LINEAR

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..init.gradients.task import to_device
+from ..init.task import to_device
 from ..tuner.fresh_heads import missing_from_checkpoint
 from .evaluation import Evaluation, HeldOut, batches_by_length, evaluate, map_over_ranks, mean_loss, score_of
 from .scoring import LABEL_SCORES, OF_VALUES, SCORES

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from ..checkpoints.model_card import short
 from ..init import InitReport, RankSuggestion
-from ..init.factors.sign_cache import CachedGradient
-from ..init.gradients.cost_model import gb
+from ..init.cache import CachedGradient
+from ..init.plan import gb
 from .plan import SAMPLES, MemoryPlan
 from .scoring import LABEL_SCORES, is_right
 from .settings import ENOUGH_STEPS

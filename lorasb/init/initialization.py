@@ -13,21 +13,65 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..constants import PEFT_PREFIX
 from ..distributed.process_group import sharded
 from ..layers.lookup import adapted_layers, any_merged, layers_with, refuse_shared_basis, uninitialized
+from ..layers.unfused_experts import NAMES, OpenExperts
 from ..tuner.config import LoRASBConfig, WrittenHere
 from ..utils.byte_sizes import parse_size
 from ..utils.checks import MAX_LR
 from ..utils.precision import warn_if_slow
-from .factors.factorize import Recipe
-from .factors.transaction import Staging
-from .gradients.loss import LossFn
-from .gradients.task import Layers
-from .pipeline import Options, Outcome, from_gradients, from_weights
-from .report.init_report import InitReport
-from .report.provenance import provenance
-from .report.skipped_modules import skipped_modules
+from .factorize import Recipe
+from .init_report import InitReport
+from .loss import LossFn
+from .pipeline import InitOptions, Outcome, from_gradients, from_weights
+from .provenance import provenance
 from .several_tasks import initialize_tasks
+from .task import Layers
+from .write import Staging
+
+ROUTER_SUFFIXES = ("Router", "Gate")  # of class names in transformers
+
+
+def skipped_modules(model: nn.Module) -> list[str]:
+    """One line for each kind of skipped module, with the setting that adapts it if there is one."""
+    lines = []
+    tied = _tied_head(model)
+    if tied:
+        lines.append(f"{tied}: shares its weight with the input embedding")
+    routers = _matching(model, lambda module: type(module).__name__.endswith(ROUTER_SUFFIXES))
+    if routers:
+        lines.append(f"{len(routers)} routers ({routers[0]}, ...): they choose experts, and are not adapted")
+    experts = _matching(model, _has_fused_experts)
+    if experts:
+        names = ", ".join(f'"experts.{name}"' for name in NAMES)
+        lines.append(f"3-D experts ({experts[0]}, ...): target_parameters=[{names}] adapts those of Mixtral's kind")
+    return lines
+
+
+def _matching(model: nn.Module, predicate: Any) -> list[str]:
+    """Names in the base model of the modules for which `predicate` is true."""
+    return [name.removeprefix(PEFT_PREFIX) for name, module in model.named_modules() if name and predicate(module)]
+
+
+def _has_fused_experts(module: nn.Module) -> bool:
+    """True if a module has the weights of all its experts in 3-D parameters, not split into linear layers."""
+    if isinstance(module, OpenExperts):
+        return False
+    return any(p.dim() == 3 and n.endswith("proj") for n, p in module.named_parameters(recurse=False))
+
+
+def _tied_head(model: Any) -> str | None:
+    """Name of the output head if it shares its weight with the input embedding: merging would change both."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(base, "get_output_embeddings"):
+        return None
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    weight = getattr(head, "weight", None)
+    if weight is None or weight is not getattr(embedding, "weight", None):
+        return None
+    return next((name for name, module in base.named_modules() if module is head), None)
+
 
 UPDATES = ("adamw", "sgd", "per-sample")
 STRATEGIES = ("auto", "layerwise", "accumulate")
@@ -91,21 +135,21 @@ def initialize(
     first_step = None if update == "sgd" else longest_start  # Theorem 6: the first step of SGD has no limit
     recipe = Recipe(adapter_name or "", lr or 0.0, update, seed, first_step, held_back)
     size, others = parse_size(memory_budget), tuple(beside)
-    options = Options(recipe, num_samples, strategy, blocks, size, loss_fn, cache, stability, progress, others)
+    options = InitOptions(recipe, num_samples, strategy, blocks, size, loss_fn, cache, stability, progress, others)
     one = partial(_initialize_one, model, options)
     if isinstance(batches, Mapping):
         return cast(Any, initialize_tasks(model, batches, adapter_name, one))
     return one(batches, adapter_name)
 
 
-def _initialize_one(model: nn.Module, options: Options, batches: Any, adapter_name: str | None) -> InitReport:
+def _initialize_one(model: nn.Module, options: InitOptions, batches: Any, adapter_name: str | None) -> InitReport:
     name, layers = _unmerged_layers(model, adapter_name)
     _check_beside(model, options, name)
     _check_held_back(model, options.recipe.held_back, name, layers)
     return _initialize(model, layers, batches, replace(options, recipe=replace(options.recipe, adapter=name)))
 
 
-def _initialize(model: nn.Module, layers: Layers, batches: Any, options: Options) -> InitReport:
+def _initialize(model: nn.Module, layers: Layers, batches: Any, options: InitOptions) -> InitReport:
     recipe, started = options.recipe, time.perf_counter()
     config: LoRASBConfig = cast(Any, model).peft_config[recipe.adapter]
     warn_if_slow(model)
@@ -215,7 +259,7 @@ def _check_parts(several: bool, cache: Any, beside: Sequence[str], held_back: fl
         raise ValueError("held_back is of one adapter, and several tasks share a basis: initialize them without it")
 
 
-def _check_beside(model: nn.Module, options: Options, adapter_name: str) -> None:
+def _check_beside(model: nn.Module, options: InitOptions, adapter_name: str) -> None:
     if options.beside and options.cache is not None:
         raise ValueError(
             "a cache keeps the signs of the base's own gradient, and beside= asks for another: leave one out"

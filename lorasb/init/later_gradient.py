@@ -13,12 +13,11 @@ from torch import nn
 from ..distributed.process_group import sharded
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import adapted_layers, layers_with, refuse_shared_basis, uninitialized
-from .factors.held_back import filled, held
-from .factors.methods import Factors
-from .factors.transaction import Staging
-from .gradients.task import Layers
+from .factorize import Factors, filled, held
+from .init_report import InitReport
 from .initialization import initialize
-from .report.init_report import InitReport
+from .task import Layers
+from .write import Staging
 
 OPTIONS = ("num_samples", "update", "strategy", "blocks", "memory_budget", "loss_fn", "progress")
 

@@ -17,26 +17,23 @@ from tqdm.auto import tqdm
 from ..distributed.process_group import Processes, sharded
 from ..layers.linear import LoRASBLinear
 from ..layers.offloading import weight_present
-from .factors.factorize import Recipe
-from .factors.layer_writer import LayerWriter
-from .factors.methods import Factors, kaiming, lora_xs, random_subspace
-from .factors.sign_cache import Cache, CachedGradient
-from .factors.transaction import Staging
-from .gradients.executor import Executor
-from .gradients.frozen_model import frozen_base
-from .gradients.loss import LossFn, labeled_rows, unlabeled
-from .gradients.plan import Plan, make_plan
-from .gradients.task import Layers, Piece, Work, in_halves
-from .linalg.svd import full_precision
-from .report.init_report import LayerReport
-from .report.provenance import cache_key
+from .cache import Cache, CachedGradient
+from .executor import Executor
+from .factorize import Factors, Recipe, kaiming, lora_xs, random_subspace
+from .init_report import LayerReport
+from .loss import LossFn, labeled_rows, unlabeled
+from .plan import InitPlan, make_plan
+from .provenance import cache_key
 from .sampling import Batch, batch_size, collect, select, take_rows
+from .svd import full_precision
+from .task import Layers, Piece, Work, frozen_base, in_halves
+from .write import LayerWriter, Staging
 
 PROGRESS_DELAY = 2.0  # seconds before a progress bar appears
 
 
 @dataclass(frozen=True)
-class Options:
+class InitOptions:
     """Arguments of `initialize` other than the model and the batches."""
 
     recipe: Recipe
@@ -63,7 +60,7 @@ class Outcome:
     why: str = ""
 
 
-def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Options, staging: Staging) -> Outcome:
+def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: InitOptions, staging: Staging) -> Outcome:
     """Write factors from the gradients of the samples, or from a cache of their signs.
 
     A collective: every rank calls it with the batches of its own share.
@@ -97,7 +94,7 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Opti
     return outcome
 
 
-def _mean_recipe(options: Options, pieces: list[Piece], processes: Processes) -> Recipe:
+def _mean_recipe(options: InitOptions, pieces: list[Piece], processes: Processes) -> Recipe:
     """The recipe with η/n for η: a step of η along the mean of n gradients is one of η/n along their sum.
 
     Needed for SGD only, as sign(G) is scale-invariant.
@@ -162,7 +159,7 @@ def _factors_of_weight(name: str, layer: LoRASBLinear, init: str, recipe: Recipe
 
 
 def _samples(
-    model: nn.Module, batches: Any, options: Options, processes: Processes
+    model: nn.Module, batches: Any, options: InitOptions, processes: Processes
 ) -> tuple[list[Piece], int, str | None]:
     """Micro-batches of this rank, the number of samples over all ranks, and the hash of all samples."""
     if batches is None:
@@ -202,7 +199,7 @@ def _equally_many(pieces: list[Piece], processes: Processes) -> list[Piece]:
     return single + [Piece(filler, counts=False) for _ in range(count - len(single))] if filler is not None else single
 
 
-def _execute_plan(work: Work, writer: LayerWriter, options: Options) -> Executor:
+def _execute_plan(work: Work, writer: LayerWriter, options: InitOptions) -> Executor:
     """Take sums, block by block or pass by pass, and factor each before the next ones are taken."""
     show = options.progress and work.processes.rank == 0
     plan = _plan(work, options)
@@ -220,7 +217,7 @@ def _execute_plan(work: Work, writer: LayerWriter, options: Options) -> Executor
     return executor
 
 
-def _plan(work: Work, options: Options) -> Plan:
+def _plan(work: Work, options: InitOptions) -> InitPlan:
     """Make a plan; a rank that has not the memory raises its error, and the other ranks one that names it."""
     plan, error = None, None
     try:

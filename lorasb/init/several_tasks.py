@@ -11,7 +11,7 @@ from torch import nn
 from ..layers.lookup import adapted_layers, refuse_shared_basis
 from ..tuner.config import LoRASBConfig
 from ..tuner.joint_basis import KeptShares, share_into
-from .report.init_report import InitReport
+from .init_report import InitReport
 
 
 @dataclass

@@ -17,7 +17,7 @@ from ..distributed.deepspeed_zero import keep_factors
 from ..distributed.fsdp_resume import restore_factors
 from ..distributed.process_group import Processes, sharded
 from ..init import InitReport, first_step_lr, initialize, refresh
-from ..init.factors.held_back import held
+from ..init.factorize import held
 from ..init.later_gradient import check_refreshable
 from ..init.sampling import draw, too_few
 from ..layers.linear import LoRASBLinear

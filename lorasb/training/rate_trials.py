@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..distributed.process_group import Processes
-from ..init.gradients.task import to_device
+from ..init.task import to_device
 from ..utils.checks import check_lr
 from ..utils.random_state import rng_untouched
 

@@ -51,7 +51,7 @@ from .targets import (
     without_wrapper,
 )
 from .task_type import infer_task_type
-from .weighted_adapter import Options, combine
+from .weighted_adapter import SumOptions, combine
 
 InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, LoRASBLinear], int], Any]
 
@@ -155,7 +155,7 @@ class LoRASBModel(BaseTuner):
 
         `options` are PEFT's: `density`, `majority_sign_method`, `svd_clamp`, `svd_full_matrices`, `svd_driver`.
         """
-        return combine(self, adapters, weights, adapter_name, Options(combination_type, svd_rank, **options))
+        return combine(self, adapters, weights, adapter_name, SumOptions(combination_type, svd_rank, **options))
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """PEFT's, by `bias`; layers whose bias trains then let their base compute, which differentiates it."""

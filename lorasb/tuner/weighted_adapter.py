@@ -28,7 +28,7 @@ KINDS = ("auto", "linear", "svd", "cat", *PRUNING, *(f"{kind}{SVD}" for kind in 
 
 
 @dataclass(frozen=True)
-class Options:
+class SumOptions:
     """How adapters are added; the names are PEFT's.
 
     Attributes:
@@ -78,7 +78,7 @@ class Combined:
 
 @torch.no_grad()
 def combine(
-    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, options: Options
+    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, options: SumOptions
 ) -> dict[str, float]:
     """Add the adapter `adapter_name` = Σ weights · adapters to a model; the active adapter stays active.
 
@@ -120,7 +120,7 @@ def combine(
 def _combined(
     layer: LoRASBLinear,
     weighted_names: list[tuple[float, str]],
-    options: Options,
+    options: SumOptions,
     pruning: Pruning | None,
     shared: bool,
 ) -> Combined:

@@ -18,7 +18,7 @@ import lorasb
 from lorasb.app import adapter
 from lorasb.app.prepare import prepare
 from lorasb.app.settings import Settings
-from lorasb.init.schedule import warmup_steps
+from lorasb.init.plan import warmup_steps
 from lorasb.layers.lookup import layers_with
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.paper import lasting
-from lorasb.init.gradients.accumulator import LayerSum
-from lorasb.init.linalg.moment_sketch import MomentSketch
+from lorasb.init.accumulator import LayerSum
+from lorasb.init.svd import MomentSketch
 
 
 @pytest.fixture

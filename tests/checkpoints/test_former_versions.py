@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import lorasb
 from lorasb.constants import FACTORS
-from lorasb.init.factors.sign_cache import read
-from lorasb.init.report import provenance
+from lorasb.init import provenance
+from lorasb.init.cache import read
 
 FILES = Path(__file__).parents[1] / "data" / "v0.1.0"
 FACTOR_FILES = ("adapter", "initialized", "checkpoint-4")

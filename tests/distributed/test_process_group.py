@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from two_ranks import SAMPLES
 
 import lorasb
-from lorasb.init.factors.sign_cache import read
+from lorasb.init.cache import read
 from lorasb.init.sampling import select, without_repeats
 
 SCRIPT = Path(__file__).parents[1] / "support" / "two_ranks.py"

@@ -9,7 +9,7 @@ from gradients import autograd_sums, hooked_sums
 from models import batches_for
 from torch import nn
 
-from lorasb.init.gradients.accumulator import GradientSums
+from lorasb.init.accumulator import GradientSums
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "roberta"])

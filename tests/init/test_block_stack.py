@@ -15,7 +15,7 @@ from models import Batch, make, text
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.init.gradients.block_stack import NotAStackError, find_stack
+from lorasb.init.block_recorder import NotAStackError, find_stack
 
 
 def test_an_encoder_decoder_is_a_stack_and_a_pass() -> None:

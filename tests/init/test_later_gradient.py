@@ -19,7 +19,7 @@ from unfolded_models import TARGETS, Net, loss
 from unfolded_models import batch as ids_and_targets
 
 import lorasb
-from lorasb.init.factors.held_back import held
+from lorasb.init.factorize import held
 from lorasb.layers.linear import LoRASBLinear
 from lorasb.layers.lookup import layers_with
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lorasb
-from lorasb.init.gradients.accumulator import GradientSums
-from lorasb.init.gradients.loss import backward_over_samples
+from lorasb.init.accumulator import GradientSums
+from lorasb.init.loss import backward_over_samples
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "roberta"])

@@ -10,8 +10,8 @@ from models import batches_for, make
 from torch import Tensor
 
 import lorasb
-from lorasb.init.gradients.whole_model import passes, sum_bytes
-from lorasb.init.linalg.moment_sketch import MomentSketch, leading_eigenvectors
+from lorasb.init.layerwise import passes, sum_bytes
+from lorasb.init.svd import MomentSketch, leading_eigenvectors
 from lorasb.layers.linear import LoRASBLinear
 
 

@@ -13,7 +13,7 @@ from models import Batch, batches_for, make, text
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.init.gradients import plan as budget
+from lorasb.init import plan
 
 
 def singles() -> list[Batch]:
@@ -27,15 +27,15 @@ def test_what_is_no_size_is_refused(bad: Any) -> None:
 
 
 def free(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
-    monkeypatch.setattr(budget, "available", lambda device: float(size))
+    monkeypatch.setattr(plan, "available", lambda device: float(size))
 
 
 def needed(batches: list[Batch], **options: Any) -> float:
     """The estimate for these batches."""
-    plans: list[budget.Plan] = []
-    plain = budget.plan_for
+    plans: list[plan.InitPlan] = []
+    plain = plan.plan_for
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "plan_for", lambda *args: (plans.append(plain(*args)), plans[-1])[1])
+        patch.setattr(plan, "plan_for", lambda *args: (plans.append(plain(*args)), plans[-1])[1])
         lorasb.initialize(lorasb.patch(make("llama"), r=4), batches, lr=1e-3, progress=False, **options)
     return plans[-1].memory
 

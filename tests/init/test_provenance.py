@@ -14,7 +14,7 @@ import torch
 from models import Batch, make
 from torch import nn
 
-from lorasb.init.report.provenance import function_hash, weights_hash
+from lorasb.init.provenance import function_hash, weights_hash
 
 
 def test_weights_are_told_apart() -> None:
@@ -47,7 +47,7 @@ def test_a_hash_is_the_same_in_another_process(tmp_path: Path, monkeypatch: pyte
     """Sets among a function's constants have no order of their own: forty names agree in theirs by no accident."""
     names = ", ".join(repr(f"name {i}") for i in range(40))
     (tmp_path / "a_loss.py").write_text(f"def loss(model, batch):\n    return batch in {{{names}}}\n")
-    code = "import a_loss; from lorasb.init.report.provenance import function_hash; print(function_hash(a_loss.loss))"
+    code = "import a_loss; from lorasb.init.provenance import function_hash; print(function_hash(a_loss.loss))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, check=True

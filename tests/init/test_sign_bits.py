@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from lorasb.init.linalg.sign_bits import SignBits
+from lorasb.init.svd import SignBits
 
 
 @given(m=st.integers(0, 9), n=st.integers(1, 70), zeros=st.booleans(), seed=st.integers(0, 99))

@@ -14,10 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lorasb
-from lorasb.init import pipeline as execution
-from lorasb.init.factors import layer_writer as fill
-from lorasb.init.factors import sign_cache as caches
-from lorasb.init.gradients import layerwise
+from lorasb.init import cache as caches
+from lorasb.init import layerwise, pipeline, write
 from lorasb.layers.linear import LoRASBLinear
 
 LR = {"lr": 1e-3, "progress": False}
@@ -42,7 +40,7 @@ def no_backward(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("a backward was taken")
 
-    monkeypatch.setattr(execution, "_execute_plan", fail)
+    monkeypatch.setattr(pipeline, "_execute_plan", fail)
 
 
 @pytest.mark.parametrize("r", [2, 4, 16])
@@ -104,9 +102,9 @@ def test_a_mismatch_is_refused_by_name_and_changes_nothing(
     path: Path, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build, options, versions = MISMATCHES[field]
-    plain = execution.cache_key
+    plain = pipeline.cache_key
     monkeypatch.setattr(
-        execution,
+        pipeline,
         "cache_key",
         lambda *args: (key := plain(*args)) | ({"versions": key["versions"] | versions} if versions else {}),
     )
@@ -159,7 +157,7 @@ class Interrupt:
 
     def __init__(self, after: int | None) -> None:
         self.after, self.names = after, []
-        self.plain = fill.factor
+        self.plain = write.factor
 
     def __call__(self, name: str, *rest: object) -> object:
         if self.after is not None and len(self.names) == self.after:
@@ -171,7 +169,7 @@ class Interrupt:
 def cut_off(model: nn.Module, path: Path, after: int) -> None:
     """An initialization that is interrupted after some layers were factored."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fill, "factor", Interrupt(after))
+        patch.setattr(write, "factor", Interrupt(after))
         with pytest.raises(KeyboardInterrupt):
             lorasb.initialize(model, singles(), cache=path, **LR)
 
@@ -181,7 +179,7 @@ def test_an_interrupted_run_goes_on_from_the_blocks_it_finished(
 ) -> None:
     path = tmp_path / "signs.safetensors"
     model = lorasb.patch(make("llama"), r=4)
-    monkeypatch.setattr(fill, "factor", Interrupt(after=9))
+    monkeypatch.setattr(write, "factor", Interrupt(after=9))
     with pytest.raises(KeyboardInterrupt):
         lorasb.initialize(model, singles(), cache=path, **LR)
     assert not path.exists()

@@ -12,11 +12,9 @@ from models import Batch, batches_for, llama, make
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.init.gradients import accumulator, layerwise
-from lorasb.init.gradients import plan as init_budget
-from lorasb.init.gradients.block_recorder import Traversal
-from lorasb.init.gradients.block_stack import NotAStackError
-from lorasb.init.gradients.whole_model import passes
+from lorasb.init import accumulator, layerwise, plan
+from lorasb.init.block_recorder import NotAStackError, Traversal
+from lorasb.init.layerwise import passes
 from lorasb.layers.linear import LoRASBLinear
 
 FAMILIES = ["llama", "mistral", "gemma2", "qwen3", "phi3", "roberta", "gpt2"]
@@ -67,7 +65,7 @@ def test_the_last_blocks_of_a_long_stack_go_together_where_memory_allows(
 
     got, why, calls = start(memory_budget=budget)
     assert ("together" in why) == together
-    monkeypatch.setattr(init_budget, "MIN_BLOCKS", 100)
+    monkeypatch.setattr(plan, "MIN_BLOCKS", 100)
     want, plain, all_calls = start()
     assert "together" not in plain
     assert all(torch.equal(value, want[name]) for name, value in got.items())
@@ -172,7 +170,7 @@ def test_checkpointing_modes_and_configs_are_left_as_found(strategy: str) -> Non
 
 
 def test_boundaries_may_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorasb.init.gradients import executor as strategy
+    from lorasb.init import executor as strategy
 
     moved: list[Tensor] = []
 
@@ -188,7 +186,7 @@ def test_boundaries_may_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_interrupted_between_blocks_everything_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorasb.init.gradients import layerwise
+    from lorasb.init import layerwise
 
     model = lorasb.patch(make("llama"), r=4)
     before, flags = factors(model), [p.requires_grad for p in model.parameters()]

@@ -8,9 +8,8 @@ import torch
 from gradients import autograd_sums
 from models import batches_for
 
-from lorasb.init.linalg import svd
-from lorasb.init.linalg.sign_bits import SignBits
-from lorasb.init.linalg.svd import energies, truncated_svd
+from lorasb.init import svd
+from lorasb.init.svd import SignBits, energies, truncated_svd
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300), (64, 64), (40, 300)])

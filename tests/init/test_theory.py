@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.init.factors.methods import first_step
-from lorasb.init.linalg.svd import leading_triplets
+from lorasb.init.factorize import first_step
+from lorasb.init.svd import leading_triplets
 from lorasb.layers.linear import LoRASBLinear
 
 N, M, R = 12, 9, 4

@@ -10,10 +10,10 @@ from models import Batch, make
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.init.factors import layer_writer as fill
-from lorasb.init.factors.factorize import factor
-from lorasb.init.gradients.accumulator import GradientSums, LayerSum
-from lorasb.init.gradients.loss import backward_over_samples
+from lorasb.init import write as fill
+from lorasb.init.accumulator import GradientSums, LayerSum
+from lorasb.init.factorize import factor
+from lorasb.init.loss import backward_over_samples
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
 

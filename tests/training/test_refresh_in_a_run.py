@@ -14,7 +14,7 @@ from models import make
 from trainer_runs import ROWS, train
 
 import lorasb
-from lorasb.init.factors.held_back import held
+from lorasb.init.factorize import held
 from lorasb.layers.lookup import layers_with
 
 

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .accumulator import GradientSums
-from .block_stack import NotAStackError
-from .layerwise import Progress, layerwise
-from .plan import Plan, plan_for
+from .block_recorder import NotAStackError
+from .layerwise import Progress, accumulate, layerwise, passes, sum_bytes
+from .plan import InitPlan, plan_for
 from .task import Work
-from .whole_model import accumulate, passes, sum_bytes
 
 
 class Executor:
@@ -31,7 +30,7 @@ class Executor:
         done: names of the targets whose factors are written; the caller adds to it.
     """
 
-    def __init__(self, work: Work, plan: Plan, named: bool, memory_budget: float | None, progress: bool) -> None:
+    def __init__(self, work: Work, plan: InitPlan, named: bool, memory_budget: float | None, progress: bool) -> None:
         self.work, self.plan, self.named = work, plan, named
         self.memory_budget, self.progress = memory_budget, progress
         self.done: set[str] = set()

@@ -20,10 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...utils.atomic_files import replacing, write_json
-from ...utils.reading import safetensors_header
-from ..gradients.block_recorder import Traversal
-from ..linalg.sign_bits import NONZERO, WORDS, SignBits
+from ..utils.atomic_files import replacing, write_json
+from ..utils.reading import safetensors_header
+from .block_recorder import Traversal
+from .svd import NONZERO, WORDS, SignBits
 
 FORMAT = "lorasb signs 1"  # in the header; to be raised if the layout changes
 CURVE = "curve"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..._version import __version__
+from .._version import __version__
 from .init_report import InitReport
 
 HASHED_TYPES = (str, int, float, bool, bytes, tuple, type(None))  # of an object's attributes; others are ignored

@@ -12,19 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...layers.unfolding import SLICE
-from ...layers.weight_adapter import LoRASBWeight, Tap
-from ...ops.registry import backend_op, current_backend
-from ...ops.weight_gradient import BAD, SQUARES, ZEROS
-from ..linalg.moment_sketch import MomentSketch
-from ..linalg.sign_bits import SignBits
-from ..linalg.svd import energies
+from ..layers.unfolding import SLICE
+from ..layers.weight_adapter import LoRASBWeight, Tap
+from ..ops.registry import backend_op, current_backend
+from ..ops.weight_gradient import BAD, SQUARES, ZEROS
+from .svd import MomentSketch, SignBits, energies
 
 Sketches = Callable[[str], MomentSketch]  # an empty one for a layer, by its name
 
 
 def _op(name: str) -> Callable[..., Any]:
-    from ... import backends  # noqa: F401  registers the ops of every backend
+    from .. import backends  # noqa: F401  registers the ops of every backend
 
     return backend_op(name, current_backend())
 

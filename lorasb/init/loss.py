@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sampling import batch_size, take_rows
+from .sampling import batch_size, take_rows
 
 LossFn = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 # Largest relative difference between a model's loss and the one recomputed here in fp32 from its logits: the rounding

@@ -1,0 +1,373 @@
+"""From one layer's gradient to its factors, and the energy that they capture."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..layers.linear import LoRASBLinear
+from .init_report import LayerReport
+from .svd import (
+    OVERSAMPLE,
+    MomentSketch,
+    SignBits,
+    Triplets,
+    energies,
+    full_precision,
+    leading_triplets,
+    signed_core,
+    truncated_svd,
+)
+
+
+class Scalars(NamedTuple):
+    """Scalar measurements of one layer, in the order of the packed tensor.
+
+    Attributes:
+        squares: ‖ΣG‖².
+        sign_squares: ‖sign(ΣG)‖², the number of its nonzero entries.
+        zeros: number of entries of ΣG that are exactly zero.
+        seconds: duration of the SVD and the measurements.
+        stability: overlap of the subspaces of two halves of the samples; NaN if not measured.
+        start: factor on η of the first step (`longest_start`).
+    """
+
+    squares: float
+    sign_squares: float
+    zeros: float
+    seconds: float
+    stability: float
+    start: float
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Measurements of one layer at the q leading singular triplets of the matrix that was factored.
+
+    Attributes:
+        sigma: singular values [q].
+        sign_energies: ‖U_kᵀ sign(ΣG) V_k‖² for k = 1 ... q [q].
+        gradient_energies: ‖U_kᵀ ΣG V_k‖² for k = 1 ... q [q]; NaN beyond the rank that a cache was measured at.
+        scalars: the scalar measurements.
+    """
+
+    sigma: Tensor
+    sign_energies: Tensor
+    gradient_energies: Tensor
+    scalars: Scalars
+
+    @staticmethod
+    def size(q: int) -> int:
+        """Number of entries of `to_tensor` at q triplets."""
+        return 3 * q + len(Scalars._fields)
+
+    def to_tensor(self) -> Tensor:
+        """Pack into one fp64 tensor [size(q)] on the CPU, so that a broadcast takes one call."""
+        curves = (self.sigma, self.sign_energies, self.gradient_energies)
+        return torch.cat([*(curve.double().cpu() for curve in curves), torch.tensor(self.scalars, dtype=torch.float64)])
+
+    @classmethod
+    def from_tensor(cls, packed: Tensor) -> Measurements:
+        """Unpack `to_tensor`."""
+        q = (len(packed) - len(Scalars._fields)) // 3
+        sigma, sign_energies, gradient_energies = packed[: 3 * q].view(3, q)
+        return cls(sigma, sign_energies, gradient_energies, Scalars(*packed[3 * q :].tolist()))
+
+    def report(self, name: str, layer: LoRASBLinear, adapter: str) -> LayerReport:
+        """The layer's report, with energies as fractions of the squared Frobenius norms."""
+        r, scalars = layer.r[adapter], self.scalars
+        sigma = tuple(map(_rounded, self.sigma.tolist()))
+        curve_sign = tuple(_rounded(value / max(scalars.sign_squares, 1.0)) for value in self.sign_energies.tolist())
+        measured = [value for value in self.gradient_energies.tolist() if not math.isnan(value)]
+        curve_grad = tuple(_rounded(value / scalars.squares) for value in measured)
+        return LayerReport(
+            name=name,
+            shape=(layer.out_features, layer.in_features),
+            rank=r,
+            energy_sign=curve_sign[r - 1],
+            # a cache made at a smaller rank has no energy at this one
+            energy_grad=curve_grad[r - 1] if len(curve_grad) >= r else None,
+            singular_values=sigma[:r],
+            zeros=int(scalars.zeros),
+            seconds=scalars.seconds,
+            beyond=sigma[r:],
+            curve_sign=curve_sign,
+            curve_grad=curve_grad,
+            stability=None if math.isnan(scalars.stability) else scalars.stability,
+            start=_rounded(scalars.start),
+        )
+
+
+def _rounded(value: float) -> float:
+    """Eight significant digits, to keep the JSON short: fp32 has fewer."""
+    return float(f"{value:.8g}")
+
+
+XS_NOISE = 1e-5  # LoRA-XS draws R from N(0, (1e-5)²)
+
+
+class Factors(NamedTuple):
+    """B [out, r], R [r, r], A [r, in] in fp32, and the singular values [r] of the matrix they come from."""
+
+    b: Tensor
+    core: Tensor
+    a: Tensor
+    sigma: Tensor
+
+
+def first_step(triplets: Triplets, r: int, lr: float, scaling: float) -> Factors:
+    """From the SVD of sign(G) (AdamW) or G (SGD, Theorem 6) to the first step of full fine-tuning (Eq. 6-8).
+
+    ΔW = −η·sign(G), or −η·G, = U Σ Vᵀ: B = U_r, A = V_rᵀ, R = Σ_r / s, so s·B R A is the best rank-r approximation of
+    ΔW.
+
+    Args:
+        triplets: U [out, q], S [q] and Vᵀ [q, in] of sign(G) or G.
+        r: rank.
+        lr: η.
+        scaling: s.
+    """
+    u, s, vt = triplets.first(r)
+    # The minus of the descent goes into B, so that R keeps a positive diagonal.
+    return Factors(-u, torch.diag(s * (lr / scaling)), vt, s)
+
+
+def projected_step(triplets: Triplets, core: Tensor, r: int, lr: float, scaling: float) -> Factors:
+    """The part of AdamW's first step that lies in subspaces which come from elsewhere: R = −η·Uᵀ sign(G) V / s.
+
+    Args:
+        triplets: orthonormal U [out, q] and Vᵀ [q, in], and the values [q] that they are ordered by.
+        core: Uᵀ sign(G) V [q, q].
+        r: rank.
+        lr: η.
+        scaling: s.
+    """
+    u, s, vt = triplets.first(r)
+    return Factors(u, core[:r, :r] * (-lr / scaling), vt, s)
+
+
+def start_share(norm: float, r: int, longest: float | None) -> float:
+    """The factor on η of the first step: min(1, longest·r / norm).
+
+    A step of AdamW at the rate η moves each of R's r² entries by about η, R by η·r in Frobenius norm; the first step
+    moves it by η·norm (at s = 1), ‖Σ_r‖ or that of the projected step.
+    """
+    return 1.0 if longest is None or norm == 0.0 else min(1.0, longest * r / norm)
+
+
+def subspace_of_weight(weight: Tensor, r: int, seed: int) -> Factors:
+    """Orthonormal B = U_r, A = V_rᵀ of W and R = 0: for a layer that no sample reached, whose first step is zero."""
+    u, s, vt = truncated_svd(weight, r, seed)
+    return Factors(u, torch.zeros(r, r, dtype=u.dtype, device=u.device), vt, s)
+
+
+def lora_xs(weight: Tensor, r: int, seed: int, sigma_on: str = "input") -> Factors:
+    """LoRA-XS's recipe: from the SVD U Σ Vᵀ of W, R ~ N(0, (1e-5)²).
+
+    AdamW is not invariant to the side of Σ: R's steps are longer in W's leading directions, of the input or the output.
+
+    Args:
+        weight: W [out, in].
+        r: rank.
+        seed: of R, and of the SVD's random start.
+        sigma_on: "input", A = Σ_r V_rᵀ and B = U_r, as the authors' code has it (it factors Wᵀ, and gives U Σ to
+            `lora_A`), or "output", A = V_rᵀ and B = U_r Σ_r.
+    """
+    u, s, vt = truncated_svd(weight, r, seed)
+    # Drawn on the CPU, where a seed gives the same numbers whatever device the layer is on.
+    core = torch.randn(r, r, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype) * XS_NOISE
+    b, a = (u, s[:, None] * vt) if sigma_on == "input" else (u * s, vt)
+    return Factors(b, core.to(weight.device), a, s)
+
+
+def random_subspace(shape: tuple[int, int], r: int, seed: int, dtype: torch.dtype = torch.float32) -> Factors:
+    """Orthonormal B [out, r] and A [r, in] that know nothing of W or of the data, and R = 0: what chance gives.
+
+    Uniform over the subspaces: Q of the QR of a Gaussian matrix, drawn on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    b, a = (torch.linalg.qr(torch.randn(side, r, generator=generator, dtype=dtype)).Q for side in shape)
+    return Factors(b, torch.zeros(r, r, dtype=dtype), a.t().contiguous(), torch.zeros(r, dtype=dtype))
+
+
+def kaiming(weight: Tensor, r: int, scaling: float, seed: int) -> Factors:
+    """Truncated SVD of a Kaiming-uniform random matrix of W's shape (Table 5)."""
+    bound = math.sqrt(6.0 / weight.shape[1])  # as nn.init.kaiming_uniform_ with a=0 and fan_in
+    noise = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype)
+    u, s, vt = truncated_svd(((2.0 * noise - 1.0) * bound).to(weight.device), r, seed)
+    return Factors(u, torch.diag(s / scaling), vt, s)
+
+
+class Gradient(Protocol):
+    """G = ΣG of a layer, as `factor` needs it: a `LayerSum` with all values, or a `CachedGradient` with signs only."""
+
+    @property
+    def squares(self) -> float:
+        """‖G‖²."""
+
+    @property
+    def zeros(self) -> int:
+        """Number of entries that are exactly zero."""
+
+    def signs(self) -> SignBits:
+        """sign(G)."""
+
+    def value(self) -> Tensor:
+        """G [out, in]."""
+
+    def curve(self, u: Tensor, vt: Tensor) -> Tensor:
+        """‖U_kᵀ G V_k‖² for k = 1, 2, ..., with U [out, q] and Vᵀ [q, in]."""
+
+    @property
+    def sketch(self) -> MomentSketch | None:
+        """Second moments of the samples' own gradients, if they were summed."""
+
+    def half_signs(self) -> tuple[SignBits, SignBits] | None:
+        """Signs of the sums over each half of the samples; None if halves were not summed."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How gradients become factors.
+
+    Attributes:
+        adapter: adapter name.
+        lr: η of the simulated step.
+        update: "adamw" (factor sign(G)), "sgd" (factor G), "per-sample" (second moments) or "none" (data-free).
+        seed: seed of the SVDs.
+        longest: see `longest_start` of `initialize`.
+        held_back: share of r that is left empty.
+    """
+
+    adapter: str
+    lr: float
+    update: str
+    seed: int
+    longest: float | None = None
+    held_back: float = 0.0
+
+    def seed_of(self, name: str) -> int:
+        """A layer's own seed, which does not depend on the other layers or their order."""
+        # crc32 and not `hash`, which is salted differently in every process.
+        return self.seed + zlib.crc32(name.encode())
+
+
+@torch.no_grad()
+def factor(name: str, gradient: Gradient, layer: LoRASBLinear, recipe: Recipe) -> tuple[Factors, Measurements]:
+    """A layer's B, R and A from its gradient (Eq. 6-8), and the energy of it that they capture."""
+    started, r, seed = time.perf_counter(), layer.r[recipe.adapter], recipe.seed_of(name)
+    signs = gradient.signs()
+    with full_precision():
+        triplets = _triplets(gradient, signs, r, recipe.update, seed)
+        if recipe.update == "per-sample":
+            core = signed_core(signs, triplets)
+            start = start_share(float(core[:r, :r].norm()), r, recipe.longest)
+            factors = projected_step(triplets, core, r, start * recipe.lr, layer.scaling[recipe.adapter])
+            sign_energies = energies(core)
+        else:
+            start = start_share(float(triplets.s[:r].norm()), r, recipe.longest)
+            factors = first_step(triplets, r, start * recipe.lr, layer.scaling[recipe.adapter])
+            sign_energies = _sign_energies(signs, triplets, recipe.update)
+        gradient_energies = _padded(gradient.curve(triplets.u, triplets.vt), len(triplets.s))
+        overlap = stability(gradient.half_signs(), r, seed)
+    scalars = Scalars(
+        squares=gradient.squares,
+        sign_squares=signs.squares,
+        zeros=gradient.zeros,
+        seconds=time.perf_counter() - started,
+        stability=overlap,
+        start=start,
+    )
+    return factors, Measurements(triplets.s.double().cpu(), sign_energies.double().cpu(), gradient_energies, scalars)
+
+
+def _triplets(gradient: Gradient, signs: SignBits, r: int, update: str, seed: int) -> Triplets:
+    """The subspaces that B and A come from."""
+    if update != "per-sample":
+        return leading_triplets(signs if update == "adamw" else gradient.value(), r, seed)
+    if gradient.sketch is None:
+        raise RuntimeError("update='per-sample' without second moments")
+    return gradient.sketch.triplets()
+
+
+def _sign_energies(signs: SignBits, triplets: Triplets, update: str) -> Tensor:
+    """‖U_kᵀ sign(G) V_k‖² for k = 1, 2, ..., up to the number of triplets."""
+    # If sign(G) itself was factored, Uᵀ sign(G) V is diag(S), and its energies need no other product.
+    if update == "adamw":
+        return triplets.s.square().cumsum(0)
+    return energies(signed_core(signs, triplets))
+
+
+def _padded(curve: Tensor, count: int) -> Tensor:
+    """The first `count` values in fp64 on the CPU, padded with NaN: a cache was measured up to its own rank only."""
+    padded = torch.full((count,), float("nan"), dtype=torch.float64)
+    curve = curve[:count]
+    padded[: len(curve)] = curve.double().cpu()
+    return padded
+
+
+def count_triplets(layer: LoRASBLinear, adapter: str) -> int:
+    """Number of singular triplets that the SVD of a layer returns: q = r + 32, at most min(m, n)."""
+    return min(layer.r[adapter] + OVERSAMPLE, layer.in_features, layer.out_features)
+
+
+def stability(halves: tuple[SignBits, SignBits] | None, r: int, seed: int) -> float:
+    """Overlap of the rank-r subspaces of two halves of the samples: 1 if equal, about r/n if unrelated.
+
+    The mean of ‖U₁ᵀU₂‖²/r and ‖V₁ᵀV₂‖²/r; NaN if halves were not summed.
+    """
+    if halves is None:
+        return float("nan")
+    first, second = (truncated_svd(half, r, seed) for half in halves)
+    # Squared cosines of the principal angles, averaged over column and row space.
+    left = (first.u.t() @ second.u).square().sum()
+    return float((left + (first.vt @ second.vt.t()).square().sum()) / (2 * r))
+
+
+def held(layer: LoRASBLinear, adapter: str) -> int:
+    """How many of an adapter's r directions, the last ones, are held back in a layer."""
+    empty = (layer.lorasb_B[adapter] == 0).all(0)
+    return int(empty.flip(0).long().cumprod(0).sum())
+
+
+def emptied(factors: Factors, share: float) -> Factors:
+    """B, R and A without their last directions, a share of r; one stays at least."""
+    if not share:
+        return factors
+    b, core, a, sigma = factors
+    kept = torch.arange(len(core), device=core.device) < max(1, len(core) - int(share * len(core)))
+    return Factors(b * kept, core * kept * kept[:, None], a * kept[:, None], sigma)
+
+
+@torch.no_grad()
+def filled(layer: LoRASBLinear, adapter: str, later: str) -> tuple[Tensor, Tensor]:
+    """An adapter's B [out, r] and A [r, in] with the directions of another one's B R A where they were held back.
+
+    Of the columns of B R and the rows of R A, what is orthogonal to those that the adapter has: the leading singular
+    vectors, as long as the adapter's own are in the mean.
+    """
+    count = held(layer, adapter)
+    own_b, own_a = layer.lorasb_B[adapter].double(), layer.lorasb_A[adapter].double()
+    b, core, a = (getattr(layer, f"lorasb_{name}")[later].double() for name in "BRA")
+    if not core.any():  # of a layer that no sample reaches
+        core = torch.eye(len(core), dtype=core.dtype, device=core.device)
+    kept = len(core) - count
+    left = _outside(own_b[:, :kept], b @ core, count)
+    right = _outside(own_a[:kept].t(), (core @ a).t(), count)
+    return torch.cat([own_b[:, :kept], left], 1), torch.cat([own_a[:kept], right.t()], 0)
+
+
+def _outside(known: Tensor, found: Tensor, count: int) -> Tensor:
+    """The `count` leading directions of columns [n, r] outside of those known [n, k], of the known ones' length."""
+    basis = torch.linalg.qr(known).Q
+    rest = found - basis @ (basis.t() @ found)
+    leading = torch.linalg.svd(rest, full_matrices=False).U[:, :count]
+    # Once more by QR: directions of no length, where fewer were found than are held back, may lie inside.
+    new = torch.linalg.qr(torch.cat([basis, leading], 1)).Q[:, known.shape[1] :]
+    return new * known.square().sum(0).mean().sqrt()

@@ -1,0 +1,381 @@
+"""The report of an initialization: energy captured by layer, as a table, as JSON and as plots."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..utils.atomic_files import write_json
+from ..utils.plotting import GRAD, INK, MUTED, SIGN, canvas, save
+from ..utils.reading import read_json
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """The report of one layer. Energies are fractions of a squared Frobenius norm within span(B) x span(A).
+
+    Attributes:
+        name: name of the layer in the base model.
+        shape: (out_features, in_features).
+        rank: r.
+        energy_sign: fraction of ‖sign(ΣG)‖²; None if no gradient was taken.
+        energy_grad: fraction of ‖ΣG‖²; None likewise, or if a cache was made at a smaller rank.
+        singular_values: the r leading ones of the matrix that was factored.
+        zeros: number of entries of ΣG that are exactly zero.
+        seconds: duration of the SVD.
+        beyond: up to 32 further singular values, from the oversampling of the SVD.
+        curve_sign: energy_sign at ranks 1, 2, ..., as far as measured.
+        curve_grad: energy_grad at ranks 1, 2, ..., as far as measured.
+        stability: overlap of the subspaces from two halves of the samples; None if not measured.
+        fallback: replacement for the gradient if no sample reached the layer ("weight"), else None.
+        start: factor on η of the first step (`longest_start`); None if no gradient was taken.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    energy_sign: float | None
+    energy_grad: float | None
+    singular_values: tuple[float, ...]
+    zeros: int
+    seconds: float
+    beyond: tuple[float, ...] = ()
+    curve_sign: tuple[float, ...] = ()
+    curve_grad: tuple[float, ...] = ()
+    stability: float | None = None
+    fallback: str | None = None
+    start: float | None = None
+
+
+# DROP
+
+Path = str | os.PathLike[str]
+CURVES = ((("grad", GRAD, "of the gradient ΣG")), ("sign", SIGN, "of its sign"))
+
+
+def energy_by_layer(report: InitReport, path: Path) -> None:
+    """Scatter plot of the energy of sign(ΣG) and of ΣG that each layer captures, in the model's order."""
+    layers = [layer for layer in report.layers if layer.energy_sign is not None]
+    figure, axes = canvas()
+    for kind, color, label in CURVES:
+        values = [100 * (getattr(layer, f"energy_{kind}") or 0.0) for layer in layers]
+        axes.plot(range(len(layers)), values, "o", markersize=3.5, color=color, alpha=0.85, label=label)
+        axes.axhline(sum(values) / len(values), color=color, linewidth=1, linestyle="--")
+    axes.set(
+        xlabel="adapted layer, from the embeddings to the head",
+        ylabel="energy kept (%)",
+        ylim=(0, 112),  # room for the legend above 100%
+        yticks=range(0, 101, 20),
+    )
+    axes.legend(frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.0))
+    title = f"What rank {_ranks(layers)} keeps of the first full step"
+    save(figure, axes, f"{title} ({report.num_samples} samples; dashed: mean)", path)
+
+
+def energy_by_rank(report: InitReport, path: Path) -> None:
+    """Line plot of the energy at every measured rank: the median over layers, with the interquartile range."""
+    figure, axes = canvas()
+    for kind, color, label in CURVES:
+        curves = [curve for layer in report.layers if (curve := getattr(layer, f"curve_{kind}"))]
+        if not curves:
+            continue
+        ranks = range(1, max(map(len, curves)) + 1)
+        # Layers were measured up to different ranks: a shorter curve is continued at its last value.
+        low, middle, high = zip(*(_quartiles([c[min(k, len(c)) - 1] for c in curves]) for k in ranks), strict=True)
+        axes.plot(ranks, middle, color=color, linewidth=2, label=label)
+        axes.fill_between(ranks, low, high, color=color, alpha=0.15, linewidth=0)
+    chosen = sorted({layer.rank for layer in report.layers})
+    for rank in chosen[-1:]:
+        axes.axvline(rank, color=MUTED, linewidth=1, linestyle="--")
+        axes.annotate(f"r = {rank}", (rank, 4), textcoords="offset points", xytext=(5, 0), color=INK)
+    axes.set(xlabel="rank", ylabel="energy kept (%)", ylim=(0, 102), xlim=(1, None))
+    axes.legend(frameon=False, loc="upper left")
+    save(figure, axes, "Energy of the first full step against rank (median and middle half of the layers)", path)
+
+
+def spectrum(report: InitReport, path: Path) -> None:
+    """Line plot of singular values over the largest one: the median over layers of a kind (q_proj, down_proj, ...)."""
+    figure, axes = canvas()
+    spectra_by_kind = _spectra_by_kind(report)
+    colors = _colors(len(spectra_by_kind))
+    for (kind, spectra), color in zip(spectra_by_kind.items(), colors, strict=True):
+        length = min(map(len, spectra))
+        axes.plot(
+            range(1, length + 1),
+            [statistics.median(v[k] for v in spectra) for k in range(length)],
+            color=color,
+            linewidth=1.5,
+            label=f"{kind} ({len(spectra)})",
+        )
+    axes.set(xlabel="index", ylabel="σ over σ₁", yscale="log", xlim=(1, None))
+    axes.legend(frameon=False, ncols=2)
+    what = {"adamw": "sign(ΣG)", "sgd": "ΣG"}.get(report.update, "the samples' gradients")
+    save(figure, axes, f"Singular values of {what} by kind of layer (median)", path)
+
+
+def _spectra_by_kind(report: InitReport) -> dict[str, list[Sequence[float]]]:
+    """Every layer's singular values over its largest one."""
+    spectra: dict[str, list[Sequence[float]]] = {}
+    for layer in report.layers:
+        if layer.curve_sign:
+            values = (*layer.singular_values, *layer.beyond)
+            spectra.setdefault(layer.name.rpartition(".")[2], []).append([v / (values[0] or 1.0) for v in values])
+    return spectra
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    ordered = sorted(100 * value for value in values)
+    last = len(ordered) - 1
+    return ordered[round(0.25 * last)], ordered[round(0.5 * last)], ordered[round(0.75 * last)]
+
+
+def _ranks(layers: list[LayerReport]) -> str:
+    return "/".join(map(str, sorted({layer.rank for layer in layers})))
+
+
+def _colors(count: int) -> Any:
+    import matplotlib
+
+    return [matplotlib.colormaps["viridis"](0.05 + 0.85 * i / max(1, count - 1)) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class RankSuggestion:
+    """Ranks for `LoRASBConfig(rank_pattern=...)`.
+
+    Attributes:
+        rank_pattern: rank by layer name.
+        trained_parameters: Σ r².
+        energy: mean over layers of the fraction that these ranks capture.
+        short: layers that capture less than asked for even at the largest rank that was measured.
+    """
+
+    rank_pattern: dict[str, int]
+    trained_parameters: int
+    energy: float
+    short: tuple[str, ...] = ()
+
+
+def suggest(layers: Sequence[LayerReport], energy: float | None, parameters: int | None, of: str) -> RankSuggestion:
+    """See `InitReport.suggest_ranks`."""
+    if (energy is None) == (parameters is None):
+        raise ValueError("expected an energy target or a number of parameters: suggest_ranks(energy=0.8)")
+    if of not in ("sign", "grad"):
+        raise ValueError(f"of must be 'sign' or 'grad', got {of!r}")
+    curves = {layer.name: getattr(layer, f"curve_{of}") for layer in layers}
+    curves = {name: curve for name, curve in curves.items() if curve}
+    if not curves:
+        raise ValueError("these factors came from no gradient: there is no energy to choose ranks by")
+    if energy is not None:
+        if not 0 < energy <= 1:
+            raise ValueError(f"expected an energy target in (0, 1], got {energy!r}")
+        ranks = {name: _smallest_rank(curve, energy) for name, curve in curves.items()}
+    else:
+        ranks = _best_ranks(curves, int(parameters or 0))
+    captured = {name: curves[name][r - 1] for name, r in ranks.items()}
+    short = tuple(name for name, value in captured.items() if energy is not None and value < energy)
+    return RankSuggestion(ranks, sum(r * r for r in ranks.values()), sum(captured.values()) / len(captured), short)
+
+
+def _smallest_rank(curve: Sequence[float], energy: float) -> int:
+    return next((k for k, value in enumerate(curve, 1) if value >= energy), len(curve))
+
+
+def _best_ranks(curves: dict[str, Sequence[float]], parameters: int) -> dict[str, int]:
+    """Greedy allocation: the next rank goes to the layer that gains most energy per added parameter.
+
+    Every layer starts at rank 1, and the queue holds one candidate per layer, its next rank.
+    """
+    if parameters < len(curves):
+        raise ValueError(f"expected at least one parameter for each of {len(curves)} layers, got {parameters}")
+    ranks, used = dict.fromkeys(curves, 1), len(curves)
+    queue = [(-_gain(curve, 1), name) for name, curve in curves.items() if len(curve) > 1]
+    heapq.heapify(queue)
+    while queue:
+        _, name = heapq.heappop(queue)
+        added = 2 * ranks[name] + 1  # (r + 1)² - r²
+        if used + added > parameters:
+            continue  # this layer is done, but one of a smaller rank may still fit
+        used += added
+        ranks[name] += 1
+        if ranks[name] < len(curves[name]):
+            heapq.heappush(queue, (-_gain(curves[name], ranks[name]), name))
+    return ranks
+
+
+def _gain(curve: Sequence[float], r: int) -> float:
+    """Energy gained by rank r + 1 over rank r, per added parameter."""
+    return (curve[r] - curve[r - 1]) / (2 * r + 1)
+
+
+SHOWN_VALUES = 3  # leading singular values in a row of the table, before the last one
+TUPLE_FIELDS = (  # of LayerReport, which JSON turns into lists
+    "shape",
+    "singular_values",
+    "beyond",
+    "curve_sign",
+    "curve_grad",
+)
+
+
+@dataclass
+class InitReport:
+    """The result of `lorasb.initialize`. Prints as a table; has methods `save`, `load`, `plot` and `suggest_ranks`.
+
+    `left` lists modules that are not adapted by design: a tied head, routers, experts that are not named in
+    `target_parameters`. `longest_start` is the limit passed to `initialize`, or None.
+    """
+
+    init: str
+    update: str
+    lr: float | None
+    num_samples: int
+    seed: int
+    loss: float | None
+    seconds: float
+    layers: list[LayerReport] = field(default_factory=list)
+    strategy: str = "none"
+    why: str = ""
+    left: list[str] = field(default_factory=list)
+    longest_start: float | None = None
+
+    @property
+    def energy_sign(self) -> float | None:
+        """Mean over layers of the fraction of ‖sign(ΣG)‖² that is captured."""
+        return _mean([layer.energy_sign for layer in self.layers])
+
+    @property
+    def energy_grad(self) -> float | None:
+        """Mean over layers of the fraction of ‖ΣG‖² that is captured."""
+        return _mean([layer.energy_grad for layer in self.layers])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return asdict(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON file atomically."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> InitReport:
+        """Load a file of `save`.
+
+        Raises:
+            ValueError: the file is damaged, or no report.
+        """
+        values = read_json(path)
+        try:
+            # `if key in layer`: reports of earlier versions lack newer fields, which have defaults.
+            layers = [
+                LayerReport(**layer | {key: tuple(layer[key]) for key in TUPLE_FIELDS if key in layer})
+                for layer in values.pop("layers")
+            ]
+            return cls(**values, layers=layers)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: expected a report of an initialization, got another content ({error})") from None
+
+    def __rich__(self) -> Table:
+        what = f"{len(self.layers)} layers, {self.num_samples} samples, {self.seconds:.1f} s"
+        caption = f"mean energy kept: sign {_percent(self.energy_sign)}, gradient {_percent(self.energy_grad)}"
+        if self.why:
+            caption += f"; {self.strategy} ({self.why})"
+        if self.stability is not None:
+            caption += f"; overlap of two halves of the samples {_percent(self.stability)}"
+        if self.start is not None and self.start < 1.0:
+            caption += f"; R starts {self.longest_start:g} of its steps away, {_percent(self.start)} of the first step"
+        caption += "".join(f"\nleft alone: {line}" for line in self.left)
+        table = Table(title=f"{self.init} initialization: {what}", caption=caption)
+        table.add_column("layer", overflow="fold")
+        for name in ("shape", "r", "energy of sign(G)", "energy of G", "σ₁ σ₂ σ₃ … σᵣ", "zeros", "ms"):
+            table.add_column(name, justify="right")
+        for layer in self.layers:
+            table.add_row(*_row(layer))
+        return table
+
+    def __str__(self) -> str:
+        # A console of its own: the default one would print to stdout.
+        console = Console(width=120, record=False, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        with console.capture() as capture:
+            console.print(self)
+        console.file.close()
+        return capture.get()
+
+    @property
+    def start(self) -> float | None:
+        """Mean over layers of the factor on η of the first step (`longest_start`)."""
+        return _mean([layer.start for layer in self.layers])
+
+    @property
+    def stability(self) -> float | None:
+        """Mean over layers of the subspace overlap between two halves of the samples; None if not measured."""
+        return _mean([layer.stability for layer in self.layers])
+
+    def suggest_ranks(
+        self, *, energy: float | None = None, parameters: int | None = None, of: str = "sign"
+    ) -> RankSuggestion:
+        """Ranks by layer, for `lorasb.patch(model, rank_pattern=report.suggest_ranks(...).rank_pattern)`.
+
+        Args:
+            energy: fraction in (0, 1]; every layer gets the smallest rank that captures it.
+            parameters: number of trained parameters, Σ r²; ranks maximize the mean energy within it.
+            of: energy of the "sign" of ΣG, or of ΣG itself ("grad").
+
+        Returns:
+            Ranks up to the largest that was measured (r + 32), and the layers that would need more.
+
+        Raises:
+            ValueError: neither or both targets, or a report without energies.
+        """
+        return suggest(self.layers, energy, parameters, of)
+
+    def plot(self, path: str | os.PathLike[str], kind: str = "layers") -> None:
+        """Plot to a PNG file.
+
+        Args:
+            path: path of the file.
+            kind: "layers" (energy captured by each layer, of sign(ΣG) and of ΣG), "ranks" (energy against rank) or
+                "spectrum" (singular values by kind of layer).
+
+        Raises:
+            ImportError: matplotlib is missing; the message has the pip command.
+            ValueError: an unknown kind, or a data-free init, which has no energies.
+        """
+        if kind not in PLOTS:
+            raise ValueError(f"kind must be one of {', '.join(PLOTS)}, got {kind!r}")
+        if self.energy_sign is None:
+            raise ValueError(f"init={self.init!r} takes no gradient: there is no energy to draw")
+        PLOTS[kind](self, path)
+
+
+PLOTS = {"layers": energy_by_layer, "ranks": energy_by_rank, "spectrum": spectrum}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _percent(value: float | None) -> str:
+    return "—" if value is None else f"{100 * value:.1f}%"
+
+
+def _row(layer: LayerReport) -> list[str]:
+    sigma = layer.singular_values
+    shown = " ".join(f"{value:.3g}" for value in sigma[:SHOWN_VALUES])
+    if len(sigma) > SHOWN_VALUES:
+        shown += f" … {sigma[-1]:.3g}"
+    shape = f"{layer.shape[0]} x {layer.shape[1]}"
+    energies = [_percent(layer.energy_sign), _percent(layer.energy_grad)]
+    zeros = "not reached" if layer.fallback else str(layer.zeros)
+    return [layer.name, shape, str(layer.rank), *energies, shown, zeros, f"{1000 * layer.seconds:.0f}"]

@@ -1,0 +1,386 @@
+"""Choosing a strategy before any work is done, and refusing what does not fit into memory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from ..layers.linear import LoRASBLinear
+from ..utils.checks import check_lr
+from .block_recorder import NotAStackError, Stack, find_stack
+from .layerwise import passes, sum_bytes
+from .sampling import batch_size
+from .svd import ITERATIONS, OVERSAMPLE
+from .task import Work
+
+DEFAULT_BATCH = 32  # the paper's batch: the default budget is the memory of a training step of this many samples
+SAVED_ACTIVATIONS = 3.0  # ratio: what autograd saves of a block, over half the inputs and outputs of its linears
+EFFICIENCY = 0.7  # ratio: speed of a whole model, over that of its products alone
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes that memory and time depend on; the maximum over ranks, so that every rank makes the same plan.
+
+    Attributes:
+        tokens: tokens of all micro-batches.
+        largest: tokens of the largest micro-batch.
+        samples: samples of all micro-batches.
+        rows: samples of the largest micro-batch.
+        width: features of the hidden states between blocks.
+        itemsize: bytes of an activation.
+        activations: bytes that autograd saves of one token in a training step, without the head.
+        head: bytes of the logits of one token, with their gradient and fp32 copies.
+        masks: bytes of the attention masks of all micro-batches.
+    """
+
+    tokens: int
+    largest: int
+    samples: int
+    rows: int
+    width: int
+    itemsize: int
+    activations: float
+    head: float
+    masks: float
+
+
+def block_bytes(work: Work, stack: Stack, sizes: Sizes) -> float:
+    """Bytes of the largest block's sums and its activations of one micro-batch."""
+    largest = max(sum(sum_bytes(layer, work.sketch_rank) for layer in block.values()) for block in stack.targets)
+    return largest * (2 if work.halves else 1) + sizes.largest * sizes.activations / len(stack.blocks)
+
+
+def sum_budget(work: Work, sizes: Sizes, memory_budget: float | None) -> float:
+    """Bytes that the sums of one pass may take: the budget less the activations of a micro-batch.
+
+    The default budget is the activation memory of a training step at the paper's batch of 32, or at twice the
+    micro-batch if that is more: who can train the model can initialize it.
+    """
+    per_row = sizes.tokens / sizes.samples * (sizes.activations + sizes.head)
+    # A micro-batch of `rows` samples has to fit anyway; twice that leaves as much for sums.
+    budget = memory_budget if memory_budget is not None else per_row * max(DEFAULT_BATCH, 2 * sizes.rows)
+    return max(0.0, budget - sizes.largest * (sizes.activations + sizes.head))
+
+
+def measure(work: Work) -> Sizes:
+    """Measure the micro-batches and the model; a collective."""
+    # A rank with an empty share has no micro-batch, and takes part in the reduction all the same.
+    counts = [tokens_of(piece.batch) for piece in work.pieces] or [0]
+    rows = [batch_size(piece.batch) for piece in work.pieces] or [1]
+    first = next(iter(work.layers.values()))
+    itemsize = first.base_dtype.itemsize
+    config = getattr(work.model, "config", None)
+    # Blocks pass on hidden states; a model without a config is taken to be as wide as its first target.
+    width = getattr(config, "hidden_size", None) or first.in_features
+    saved = (
+        sum(layer.in_features + layer.out_features for layer in work.layers.values()) * itemsize * SAVED_ACTIVATIONS / 2
+    )
+    # Only token labels [samples, tokens] come with logits over the vocabulary at every token.
+    labels = next((piece.batch.get("labels") for piece in work.pieces), None)
+    vocabulary = getattr(config, "vocab_size", 0) if isinstance(labels, Tensor) and labels.dim() == 2 else 0
+    head = vocabulary * (2 * itemsize + 8)  # logits and their gradient, and fp32 copies of both in the loss
+    masks = sum(mask_bytes(piece.batch, itemsize) for piece in work.pieces)
+    maxima = work.processes.all_reduce_max([sum(counts), max(counts), max(1, sum(rows)), max(rows), head, masks])
+    # Floats after the reduction, and exact below 2^53.
+    tokens, largest, samples, per_batch = map(int, maxima[:4])
+    return Sizes(tokens, largest, samples, per_batch, width, itemsize, saved, *maxima[4:])
+
+
+def mask_bytes(batch: Mapping[str, Any], itemsize: int) -> float:
+    """Bytes of the mask [rows, 1, tokens, tokens] that a model expands from a batch's 2-D mask; 0 without padding."""
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        return 0.0
+    return float(mask.shape[0] * mask.shape[1] ** 2 * itemsize)
+
+
+def tokens_of(batch: Mapping[str, Any]) -> int:
+    """Number of tokens of a batch: rows times columns of `input_ids`, or of the tensor with most dimensions."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0]
+    ids = batch.get("input_ids")
+    inputs = ids if isinstance(ids, Tensor) else max(tensors, key=lambda t: t.dim(), default=torch.zeros(1))
+    return int(inputs.shape[0] * (inputs.shape[1] if inputs.dim() > 1 else 1))
+
+
+def boundary_bytes(stack: Stack, sizes: Sizes) -> float:
+    """Bytes of the inputs of all blocks, of the gradient at one boundary, and of the masks that blocks share."""
+    return (len(stack.blocks) + 1) * sizes.tokens * sizes.width * sizes.itemsize + sizes.masks
+
+
+def layerwise_memory(work: Work, stack: Stack, sizes: Sizes) -> float:
+    """Peak bytes without boundaries: of the largest block, or of the head, which is differentiated before it."""
+    return max(block_bytes(work, stack, sizes) + factoring_bytes(work), sizes.largest * sizes.head)
+
+
+def accumulate_memory(work: Work, sizes: Sizes, budget_bytes: float) -> float:
+    """Peak bytes: sums of one pass, at most `budget_bytes` unless one layer takes more, and activations."""
+    all_sums = sum(sum_bytes(layer, work.sketch_rank) for layer in work.layers.values()) * (2 if work.halves else 1)
+    largest = max(sum_bytes(layer, work.sketch_rank) for layer in work.layers.values())
+    return (
+        min(all_sums, max(budget_bytes, largest))
+        + sizes.largest * (sizes.activations + sizes.head)
+        + factoring_bytes(work)
+    )
+
+
+def factoring_bytes(work: Work) -> float:
+    """Bytes of the SVD of the largest layer."""
+    return max(map(_factoring_bytes, work.layers.values()))
+
+
+def _factoring_bytes(layer: LoRASBLinear) -> float:
+    """Bytes of one SVD in fp32: the Gram matrix [s, s], and about three pairs of thin matrices [m, q] and [n, q]."""
+    m, n = layer.out_features, layer.in_features
+    return 4 * (min(m, n) ** 2 + 3 * (max(layer.r.values()) + OVERSAMPLE) * (m + n))
+
+
+def available(device: torch.device) -> float:
+    """Free bytes of the device's memory."""
+    if device.type == "cuda":
+        # What torch's allocator has reserved and not given out is free for torch, and used in the driver's count.
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + reserved)
+    return float(psutil.virtual_memory().available)
+
+
+def seconds(work: Work, sizes: Sizes, products: int) -> float:
+    """Estimated duration of the backward passes and of the SVDs.
+
+    Args:
+        work: model and samples.
+        sizes: their sizes.
+        products: floating point operations per weight and token; 2 each for a forward, the gradient of the input, the
+            gradient of the weight, and a recomputation.
+    """
+    layers = list(work.layers.values())
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    # The vocabulary's size, from the bytes of its logits. The head is not recomputed by any strategy: 6 operations.
+    head = sizes.head and sizes.width * sizes.head / (2 * sizes.itemsize + 8)
+    work_flops = products * sizes.tokens * weights + 6 * sizes.tokens * head
+    # Two products of [m, n] by [n, q] in each iteration of the SVD, 2 operations each.
+    factoring = sum(4 * ITERATIONS * n.in_features * n.out_features * (max(n.r.values()) + OVERSAMPLE) for n in layers)
+    return (
+        work_flops / _speed(work, layers[0], sizes) + factoring / _speed(work, layers[0], sizes, torch.float32)
+    ) / EFFICIENCY
+
+
+def _speed(work: Work, layer: LoRASBLinear, sizes: Sizes, dtype: torch.dtype | None = None) -> float:
+    """Floating point operations per second of x Wᵀ with the tokens of a micro-batch, limited to [16, 512]."""
+    tokens, m, n = max(16, min(512, sizes.largest)), layer.out_features, layer.in_features
+    kind = dtype or layer.base_dtype
+    return product_speed(tokens, m, n, kind, work.device)
+
+
+def product_speed(tokens: int, m: int, n: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Measured floating point operations per second of x [tokens, n] times W [m, n] transposed."""
+    x = torch.zeros(tokens, n, dtype=dtype, device=device)
+    w = torch.zeros(m, n, dtype=dtype, device=device)
+    best = float("inf")  # of three: the first one includes warm-up
+    for _ in range(3):
+        started = time.perf_counter()
+        float((x @ w.t())[0, 0])  # reading a value waits for the GPU
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * tokens * m * n / best
+
+
+def gb(size: float) -> str:
+    """Format bytes with a decimal unit."""
+    if size >= 1e9:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"
+
+
+UNCUT_BYTES = 256e6  # bytes that uncut blocks may take together: an ordinary machine has them, whatever the model
+MIN_BLOCKS = 12  # blocks of a stack that may have uncut ones: in shorter stacks every boundary is verified
+
+
+@dataclass(frozen=True)
+class InitPlan:
+    """A strategy with its estimates.
+
+    Attributes:
+        strategy: "layerwise" or "accumulate".
+        why: the reason for it, for the report.
+        stack: the blocks, for "layerwise".
+        on_host: True if the inputs of blocks are stored in host memory.
+        sum_budget: bytes that the sums of one pass may take.
+        memory: peak bytes on top of the model.
+        seconds: estimated duration.
+    """
+
+    strategy: str
+    why: str
+    stack: Stack | None
+    on_host: bool
+    sum_budget: float
+    memory: float
+    seconds: float
+
+    def __str__(self) -> str:
+        where = ", boundaries between blocks on the host" if self.on_host else ""
+        return f"{self.strategy} ({self.why}{where}): about {gb(self.memory)} above the weights"
+
+
+def make_plan(work: Work, strategy: str, blocks: str | None, memory_budget: float | None) -> InitPlan:
+    """Choose a strategy, and refuse one that does not fit. A collective: every rank makes the same plan.
+
+    Raises:
+        NotAStackError: strategy="layerwise" and the model is no stack of blocks.
+        ValueError: not enough memory; the message names smaller settings that fit.
+    """
+    stack, why = None, "as asked"
+    if strategy != "accumulate":
+        try:
+            stack = find_stack(work.model, work.layers, blocks)
+            why = f"{len(stack.blocks)} blocks at {stack.name}"
+        except NotAStackError as error:
+            if strategy == "layerwise":
+                raise NotAStackError(f"strategy='layerwise' does not suit this model: {error}. Use 'auto'") from None
+            why = str(error)
+    try:
+        return plan_for(work, stack, why, memory_budget)
+    except ValueError as caught:
+        if stack is None or strategy == "layerwise":
+            raise
+        refusal = caught
+    try:  # a small budget may hold the sums of some layers, but not all boundaries
+        return plan_for(work, None, f"boundaries of {len(stack.blocks)} blocks do not fit", memory_budget)
+    except ValueError:
+        raise refusal from None
+
+
+def plan_for(work: Work, stack: Stack | None, why: str, memory_budget: float | None) -> InitPlan:
+    """The layerwise plan for a stack, or the accumulate plan for None."""
+    sizes = measure(work)
+    budget = sum_budget(work, sizes, memory_budget)
+    # The minimum over ranks: a plan has to fit on all of them.
+    free, host = work.processes.all_reduce_min([available(work.device), float(psutil.virtual_memory().available)])
+    if stack is None:
+        count = len(passes(dict(work.layers), budget / (2 if work.halves else 1), work.sketch_rank))
+        memory = accumulate_memory(work, sizes, budget)
+        _refuse_too_much(work, sizes, memory, free, None)
+        # 6 operations per weight and token: forward, gradient of the input, gradient of the weight
+        return InitPlan(
+            "accumulate", f"{why}; {count} passes", None, False, budget, memory, count * seconds(work, sizes, 6)
+        )
+    boundaries = boundary_bytes(stack, sizes)
+    block_memory = layerwise_memory(work, stack, sizes)
+    limit = min(free, memory_budget) if memory_budget else free
+    # On the host only if they do not fit: copies over PCIe are slower than the device's own memory.
+    on_host = work.device.type != "cpu" and boundaries + block_memory > limit and boundaries < host
+    memory = block_memory + (0 if on_host else boundaries)
+    _refuse_too_much(work, sizes, memory, limit, stack)
+    per_block = block_bytes(work, stack, sizes)
+    uncut = uncut_blocks(work, stack, min(memory, UNCUT_BYTES, limit - memory, budget), per_block)
+    if uncut:
+        why = f"{why}, of which the last {uncut} together"
+    lower = stack.without_top(uncut)
+    # 8 operations per weight and token: those of "accumulate", and the recomputation
+    return InitPlan("layerwise", why, lower, on_host, budget, memory + uncut * per_block, seconds(work, sizes, 8))
+
+
+def uncut_blocks(work: Work, stack: Stack, spare_bytes: float, per_block: float) -> int:
+    """Number of blocks at the top that are differentiated in the first backward, and not recomputed.
+
+    Recomputation is a fifth of the time (measured on SmolLM2-135M, two Zen 3 cores). The caller limits `spare_bytes` to
+    the memory of everything else and to UNCUT_BYTES, so that memory does not grow with the number of blocks. None if
+    there are several ranks, which would have to agree on the number, or if a base layer has to run its own forward
+    (sharded or offloaded weights that are present only meanwhile).
+    """
+    if len(stack.blocks) < MIN_BLOCKS or work.processes.is_distributed:
+        return 0
+    if any(layer.base_must_run() for layer in work.layers.values()):
+        return 0
+    return max(0, min(int(spare_bytes / per_block), len(stack.blocks) - 1 - stack.lowest))
+
+
+def _refuse_too_much(work: Work, sizes: Sizes, memory: float, limit: float, stack: Stack | None) -> None:
+    """Raise a ValueError that suggests smaller batches or fewer samples, if `memory` is above `limit`."""
+    if memory <= limit:
+        return
+    single = Sizes(**vars(sizes) | {"largest": -(-sizes.largest // sizes.rows), "rows": 1})
+    # Boundaries of all samples are stored at the same time, so they do not shrink with the batch size.
+    boundaries = boundary_bytes(stack, sizes) if stack is not None else 0.0
+    # The least memory that this strategy can do with: batches of one sample, and one layer's sum per pass.
+    least = (
+        (layerwise_memory(work, stack, single) + boundaries)
+        if stack is not None
+        else accumulate_memory(work, single, 0.0)
+    )
+    advice = []
+    if sizes.rows > 1 and least <= limit:
+        advice.append(f"batches of one sample ({gb(least)})")
+    for_boundaries = limit - (least - boundaries)
+    if boundaries and for_boundaries > 0:
+        samples = int(for_boundaries / boundaries * sizes.samples)
+        if 0 < samples < sizes.samples:
+            advice.append(f"num_samples={samples} in batches of one")
+    if stack is None and work.layers:
+        advice.append("strategy='layerwise', if the model is a stack of blocks")
+    raise ValueError(
+        f"initialization needs about {gb(memory)} above the weights and {gb(limit)} are there. What would fit: "
+        + ("; ".join(advice) or "shorter samples, or fewer target_modules")
+        + ". Nothing was changed"
+    )
+
+
+RULES = ("schedule", "published")
+
+
+def first_step_lr(lr: float, warmup_steps: float = 0, total_steps: int | None = None, rule: str = "schedule") -> float:
+    """η = peak lr / warm-up steps: the rate of the first step that moves, which the initialization simulates.
+
+    During a warm-up the rate of step 0 is 0, which would initialize R to zero.
+
+    The published code has the same formula with other steps: it counts the batches of the loader from which it
+    estimates gradients (3 examples each for Mistral-7B) where the optimizer's own steps are of 32, so that its η is 10
+    times smaller there. `first_step_lr(1e-4, 0.02, total_steps=len(loader) * epochs, rule="published")` repeats it.
+
+    Args:
+        lr: the schedule's peak learning rate.
+        warmup_steps: number of warm-up steps, or, below 1, their fraction of `total_steps`.
+        total_steps: optimizer steps of the whole run; needed only for a fraction. With rule="published", batches of the
+            estimation's loader times epochs.
+        rule: "schedule", max(1, warm-up steps), a fraction rounded up; or "published", the fraction of `total_steps` as
+            it is.
+
+    Raises:
+        ValueError: a rate that is not positive, negative warm-up, a fraction without total_steps, an unknown rule, or
+            the published one without a fraction.
+    """
+    check_lr(lr)
+    if warmup_steps < 0:
+        raise ValueError(f"expected warmup_steps >= 0, got {warmup_steps!r}")
+    if rule not in RULES:
+        raise ValueError(f"expected rule to be one of {', '.join(RULES)}, got {rule!r}")
+    if 0 < warmup_steps < 1 and total_steps is None:
+        raise ValueError(f"warmup_steps={warmup_steps!r} is a share of the run: give total_steps too")
+    if rule == "published":
+        return lr / _published_steps(warmup_steps, total_steps)
+    return lr / max(1.0, float(_warmup(warmup_steps, total_steps)))
+
+
+def warmup_steps(share: float, total_steps: int) -> int:
+    """Number of warm-up steps of a share in [0, 1) of the run: rounded up, as `TrainingArguments.get_warmup_steps`."""
+    return math.ceil(share * total_steps)
+
+
+def _warmup(steps: float, total_steps: int | None) -> float:
+    return warmup_steps(steps, total_steps) if 0 < steps < 1 and total_steps is not None else steps
+
+
+def _published_steps(share: float, batches: int | None) -> float:
+    if not 0 < share < 1 or batches is None or not batches > 0:
+        raise ValueError(
+            "rule='published' divides by a share of the estimation's batches: give warmup_steps between 0 and 1 and "
+            f"total_steps=len(loader) * epochs, got {share!r} and {batches!r}"
+        )
+    return share * batches
