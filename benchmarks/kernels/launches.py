@@ -12,7 +12,7 @@ from lorasb.kernels.linear_quantized import forward as forward_quantized
 from lorasb.kernels.linear_rows import RowCores
 from lorasb.kernels.linear_rows import backward as backward_rows
 from lorasb.kernels.linear_rows import forward as forward_rows
-from lorasb.kernels.plan import DTYPES, Plan, Shape, bucket, choice
+from lorasb.kernels.plan import DTYPES, LaunchPlan, Shape, bucket, choice
 from lorasb.kernels.weight_gradient import gradient_add, gradient_signs
 
 SEED = 1 << 40  # of dropout: the library draws 63 bits, which a kernel takes as an i64
@@ -36,14 +36,14 @@ def members(n: int, ms: tuple[int, ...], r: int, dtype: torch.dtype) -> Members:
 
 def plan_for(
     op: str, dtype: torch.dtype, M: int, n: int, ms: tuple[int, ...], r: int, arch: str, sms: int, quant: str = "none"
-) -> Plan:
+) -> LaunchPlan:
     """What the library would choose."""
     return choice(Shape(op, DTYPES[dtype], bucket(M), n, sum(ms), r, len(ms), quant), arch, sms)
 
 
 def record(
     op: str,
-    plan: Plan,
+    plan: LaunchPlan,
     dtype: torch.dtype,
     M: int,
     n: int,
@@ -78,7 +78,7 @@ def record_gradient(dtype: torch.dtype, M: int, n: int, m: int) -> list[Launch]:
     return launches
 
 
-def record_rows(plan: Plan, dtype: torch.dtype, n: int, m: int, r: int, rows: int, tokens: int) -> list[Launch]:
+def record_rows(plan: LaunchPlan, dtype: torch.dtype, n: int, m: int, r: int, rows: int, tokens: int) -> list[Launch]:
     """The launches of one forward and backward of rows with an R each that are not those of one R."""
     layer, M = members(n, (m,), r, dtype), rows * tokens
     of_rows = RowCores(empty(rows, r, r), torch.arange(rows), 1.0)
@@ -107,7 +107,9 @@ def quantized_weight(m: int, n: int, nested: bool) -> Quantized:
     )
 
 
-def record_quantized(plan: Plan, dtype: torch.dtype, M: int, n: int, m: int, r: int, nested: bool) -> list[Launch]:
+def record_quantized(
+    plan: LaunchPlan, dtype: torch.dtype, M: int, n: int, m: int, r: int, nested: bool
+) -> list[Launch]:
     """The launches of one forward and backward over a weight in 4 bits, and of a dequantization on its own."""
     layer, weight = members(n, (m,), r, dtype), quantized_weight(m, n, nested)
     bare = layer.with_weight(None)

@@ -30,7 +30,7 @@ from benchmarks.kernels.gpus import GPUS, MODEL, SECTOR_BYTES, Demand, Gpu
 from benchmarks.kernels.launches import plan_for, record
 from benchmarks.kernels.traffic import traffic
 from lorasb.kernels.launcher import Launch
-from lorasb.kernels.plan import Plan
+from lorasb.kernels.plan import LaunchPlan
 from lorasb.utils.plotting import canvas, save
 
 BF16, THIN = 2, 256
@@ -125,7 +125,7 @@ def adapted(group: Group, M: int, r: int, gpu: Gpu, grouped: bool, path: str | N
 def calls(op: str, n: int, ms: tuple[int, ...], r: int, M: int, arch: str, sms: int, path: str) -> list[Launch]:
     """The library's launches on one path, with the blocks that its tables choose."""
     chosen = plan_for(op, torch.bfloat16, M, n, ms, r, arch, sms)
-    return record(op, Plan(path, chosen.prep, chosen.gemm), torch.bfloat16, M, n, ms, r)
+    return record(op, LaunchPlan(path, chosen.prep, chosen.gemm), torch.bfloat16, M, n, ms, r)
 
 
 def fused_calls(model: str, r: int, M: int, arch: str, sms: int, grouped: bool) -> dict[str, list[Launch]]:

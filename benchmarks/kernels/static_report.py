@@ -36,7 +36,7 @@ from benchmarks.kernels.launches import plan_for, record, record_gradient, recor
 from benchmarks.kernels.variants import BATCH, BF16_VARIANTS, DROPOUT, GRADIENTS, QUANTIZED, ROWS, VARIANTS, Variant
 from lorasb.kernels.block_sizes import cdiv
 from lorasb.kernels.launcher import Launch
-from lorasb.kernels.plan import DTYPES, Plan
+from lorasb.kernels.plan import DTYPES, LaunchPlan
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -99,7 +99,7 @@ class Job:
     variant: Variant
     dtype: torch.dtype
     arch: str
-    plan: Plan
+    plan: LaunchPlan
 
 
 def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
@@ -118,9 +118,9 @@ def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
             for variant in some if brief else BF16_VARIANTS if bf16 else VARIANTS:
                 for op in ("forward", "backward"):
                     plan = _plan(op, variant, dtype, arch)
-                    yield Job(op, variant, dtype, arch, Plan("fused", plan.prep, plan.gemm))
+                    yield Job(op, variant, dtype, arch, LaunchPlan("fused", plan.prep, plan.gemm))
                     if variant.dropout:  # the masked term is a kernel of its own beside cuBLAS
-                        yield Job(op, variant, dtype, arch, Plan("addmm", plan.prep, plan.gemm))
+                        yield Job(op, variant, dtype, arch, LaunchPlan("addmm", plan.prep, plan.gemm))
             for variant in GRADIENTS if bf16 and not brief else GRADIENTS[-1:]:
                 yield Job("gradient", variant, dtype, arch, _plan("forward", variant, dtype, arch))
             for variant in ROWS if bf16 and not brief else ROWS[:1]:
@@ -128,10 +128,10 @@ def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
             for variant in QUANTIZED if bf16 and not brief else (QUANTIZED[0], QUANTIZED[-1]):
                 plan = _plan("forward", variant, dtype, arch, "4bit")
                 weights = "scratch" if variant.label.endswith("scratch") else "inline"
-                yield Job("quantized", variant, dtype, arch, Plan(plan.path, plan.prep, plan.gemm, weights))
+                yield Job("quantized", variant, dtype, arch, LaunchPlan(plan.path, plan.prep, plan.gemm, weights))
 
 
-def _plan(op: str, variant: Variant, dtype: torch.dtype, arch: str, quant: str = "none") -> Plan:
+def _plan(op: str, variant: Variant, dtype: torch.dtype, arch: str, quant: str = "none") -> LaunchPlan:
     return plan_for(op, dtype, variant.M, variant.n, variant.ms, variant.r, arch, ARCHS[arch].sms, quant)
 
 

@@ -11,13 +11,13 @@ from .block_sizes import CORE_BLOCK, CORE_CHUNK, CORE_STEP, GemmConfig, cdiv, co
 from .extended_gemm import extended_gemm
 from .launcher import KernelCall
 from .operands import Mask, Members, allocate_workspace, needs_int64, precision, unit_rows
-from .plan import Plan
+from .plan import LaunchPlan
 
 VECTOR = 16  # elements: the longest vector that is loaded, and more
 
 
 def forward_call(
-    x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor, ys: list[Tensor], plan: Plan
+    x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor, ys: list[Tensor], plan: LaunchPlan
 ) -> KernelCall:
     """y_i = x W_iᵀ + v_i B_iᵀ + bias_i of all members."""
     M, Ns = x.shape[0], tuple(y.shape[1] for y in ys)
@@ -65,7 +65,7 @@ def backward_call(
     w: Tensor,
     dx: Tensor | None,
     dcores: list[Tensor],
-    plan: Plan,
+    plan: LaunchPlan,
     mask: Mask,
     add: bool = False,  # with dropout: dx holds Σ_i dy_i W_i, and Σ_i mask_i ∘ (w_i A_i) is added to it
 ) -> KernelCall:
@@ -157,7 +157,7 @@ def _weights(members: Members | None, *inputs: Tensor) -> tuple[tuple[Tensor, ..
     return tuple(unit_rows(w) for w in members.weights if w is not None), tuple(x.shape[1] for x in inputs)
 
 
-def _fitted_config(plan: Plan, Ks: Sequence[int], r: int, dropout: bool) -> tuple[bool, GemmConfig]:
+def _fitted_config(plan: LaunchPlan, Ks: Sequence[int], r: int, dropout: bool) -> tuple[bool, GemmConfig]:
     """EVEN_K, and the plan's blocks as they compile without spills."""
     even = all(k % plan.gemm.block_k == 0 for k in (*Ks, r))
     return even, plan.gemm.fitted(even, dropout)

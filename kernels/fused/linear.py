@@ -15,13 +15,13 @@ from . import extended_gemm_launch, low_rank_launch
 from .block_sizes import prep_members
 from .launcher import KernelCall, launch
 from .operands import Mask, Members, on_device, unit_rows
-from .plan import Plan
+from .plan import LaunchPlan
 
 NO_DROPOUT = Mask()
 
 
 def forward(
-    x: Tensor, members: Members, biases: Sequence[Tensor | None], plan: Plan, mask: Mask = NO_DROPOUT
+    x: Tensor, members: Members, biases: Sequence[Tensor | None], plan: LaunchPlan, mask: Mask = NO_DROPOUT
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y_i = x W_iᵀ + s_i·u_i R_iᵀ B_iᵀ + bias_i [M, m_i] and u_i = x A_iᵀ [M, r].
 
@@ -43,7 +43,9 @@ def forward(
         return after_prep(x, members, biases, v, plan), us
 
 
-def prep_calls(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: Plan, mask: Mask) -> list[KernelCall]:
+def prep_calls(
+    x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: LaunchPlan, mask: Mask
+) -> list[KernelCall]:
     """u_i and v_i: one call, unless the group's ranks do not fit the registers."""
     step = prep_members(members.r, len(members.a))
     some = [slice(i, i + step) for i in range(0, len(us), step)]
@@ -54,7 +56,9 @@ def prep_calls(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: P
     ]
 
 
-def after_prep(x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor, plan: Plan) -> list[Tensor]:
+def after_prep(
+    x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor, plan: LaunchPlan
+) -> list[Tensor]:
     """y_i = x W_iᵀ + v_i B_iᵀ + bias_i."""
     if is_fused(plan, members):
         ys = [x.new_empty((x.shape[0], b.shape[0])) for b in members.b]
@@ -73,7 +77,7 @@ def backward(
     dys: Sequence[Tensor],
     members: Members,
     us: Sequence[Tensor],
-    plan: Plan,
+    plan: LaunchPlan,
     need_dx: bool,
     need_dcore: bool,
     mask: Mask = NO_DROPOUT,
@@ -102,7 +106,7 @@ def after_prep_backward(
     t: Tensor,
     w: Tensor,
     dcores: list[Tensor],
-    plan: Plan,
+    plan: LaunchPlan,
     mask: Mask,
 ) -> Tensor:
     """dx = Σ_i dy_i W_i + w_i A_i, and dR_i into `dcores`, if they are wanted: one launch, dR's programs first."""
@@ -138,7 +142,7 @@ def empty_dx(dys: Sequence[Tensor], members: Members) -> Tensor:
     return dys[0].new_empty((dys[0].shape[0], members.a[0].shape[1]))
 
 
-def is_fused(plan: Plan, members: Members, mask: Mask = NO_DROPOUT) -> bool:
+def is_fused(plan: LaunchPlan, members: Members, mask: Mask = NO_DROPOUT) -> bool:
     """True if the extended GEMM computes y, or dx: masked, of a layer without a base, nothing else could."""
     if mask.dropout > 0.0 and members.weights[0] is None:
         return True

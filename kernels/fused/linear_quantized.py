@@ -21,7 +21,7 @@ from .gemm_4bit import quantized_gemm
 from .launcher import KernelCall, launch
 from .low_rank import prep_forward
 from .operands import Mask, Members, allocate_workspace, needs_int64, on_device, precision, unit_rows
-from .plan import Plan
+from .plan import LaunchPlan
 
 INLINE = "inline"
 
@@ -66,7 +66,7 @@ class Quantized:
             ROUNDING=self.rounding,
         )
 
-    def is_inline(self, plan: Plan, mask: Mask) -> bool:
+    def is_inline(self, plan: LaunchPlan, mask: Mask) -> bool:
         """True if the GEMM dequantizes as it goes: a byte must not straddle two rows, and it knows no dropout."""
         return plan.weights == INLINE and self.n % 2 == 0 and mask.dropout == 0.0
 
@@ -83,7 +83,7 @@ def dequantized(weight: Quantized, dtype: torch.dtype) -> Tensor:
 
 
 def forward(
-    x: Tensor, weight: Quantized, members: Members, bias: Tensor | None, plan: Plan, mask: Mask
+    x: Tensor, weight: Quantized, members: Members, bias: Tensor | None, plan: LaunchPlan, mask: Mask
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [M, m] and u = x Aᵀ [M, r]; `members` has the one layer's factors and no weight."""
     M, u = x.shape[0], x.new_empty((x.shape[0], members.r))
@@ -107,7 +107,7 @@ def backward(
     weight: Quantized,
     members: Members,
     u: Tensor,
-    plan: Plan,
+    plan: LaunchPlan,
     need_dx: bool,
     need_dcore: bool,
     mask: Mask,

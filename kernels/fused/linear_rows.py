@@ -16,7 +16,7 @@ from . import low_rank_launch, row_cores_launch
 from .launcher import launch
 from .linear import NO_DROPOUT, after_prep, after_prep_backward, empty_dx, prep_calls
 from .operands import Members, on_device, unit_rows
-from .plan import Plan
+from .plan import LaunchPlan
 
 
 class RowCores(NamedTuple):
@@ -36,7 +36,7 @@ class RowCores(NamedTuple):
 
 
 def forward(
-    x: Tensor, members: Members, biases: Sequence[Tensor | None], rows: Sequence[RowCores], plan: Plan
+    x: Tensor, members: Members, biases: Sequence[Tensor | None], rows: Sequence[RowCores], plan: LaunchPlan
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y_j = x W_jᵀ + v_j B_jᵀ + bias_j [M, m_j] with v_ji = s_j·u_ji R_jkᵀ of each row i, and u_j = x A_jᵀ [M, r]."""
     M, width = x.shape[0], members.width
@@ -57,7 +57,7 @@ def backward(
     members: Members,
     us: Sequence[Tensor],
     rows: Sequence[RowCores],
-    plan: Plan,
+    plan: LaunchPlan,
     need_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """dx = Σ_j dy_j W_j + w_j A_j [M, n] with w_ji = s_j·t_ji R_jk, and t_j = dy_j B_j [M, r]."""

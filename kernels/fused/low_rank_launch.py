@@ -12,10 +12,10 @@ from .block_sizes import cdiv, prep_splits, rank_blocks
 from .launcher import KernelCall
 from .low_rank import prep_backward, prep_forward
 from .operands import Mask, Members, allocate_workspace, core_precision, needs_int64, precision, unit_rows
-from .plan import Plan
+from .plan import LaunchPlan
 
 
-def forward_call(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: Plan, mask: Mask) -> KernelCall:
+def forward_call(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: LaunchPlan, mask: Mask) -> KernelCall:
     """u_i and v_i of these members, which share one reading of x."""
     (M, K), config = x.shape, plan.prep
     factors, row_blocks = tuple(unit_rows(a) for a in members.a), cdiv(M, config.block_m)
@@ -46,7 +46,7 @@ def forward_call(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan:
 
 
 def backward_call(
-    dys: Sequence[Tensor], members: Members, t: Tensor, w: Tensor, plan: Plan, need_dx: bool
+    dys: Sequence[Tensor], members: Members, t: Tensor, w: Tensor, plan: LaunchPlan, need_dx: bool
 ) -> KernelCall:
     """t_i of all members, and w_i if dx is needed."""
     M, config = t.shape[0], plan.prep
@@ -76,7 +76,7 @@ def backward_call(
     return KernelCall(prep_backward, slots * splits, arguments, config)
 
 
-def _common_arguments(members: Members, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
+def _common_arguments(members: Members, plan: LaunchPlan, dtype: torch.dtype) -> dict[str, Any]:
     """Cores, flags, ranks and blocks, the same in both directions."""
     width, config = members.width, plan.prep
     return dict(

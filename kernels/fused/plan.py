@@ -45,7 +45,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """`fused`: prep and the extended GEMM; `addmm`: prep, then cuBLAS twice, the second onto the first.
 
     `weights`, where they have 4 bits: dequantized `inline` by a GEMM of its own, or into a `scratch` beside prep.
@@ -100,12 +100,12 @@ def _inside(value: Any, wanted: Any) -> bool:
     return bool(value == wanted)
 
 
-def choose(shape: Shape, arch: str, sms: int) -> Plan:
+def choose(shape: Shape, arch: str, sms: int) -> LaunchPlan:
     """The plan for a shape on an architecture ("sm_86") with so many multiprocessors; "interpreter" on the CPU."""
     rules = [rule for rule in (*user_rules(arch), *shipped_rules(arch)) if rule.holds(shape, sms)]
     names = ("path", "prep", "gemm", "weights")
     first = {name: next((v for rule in rules if (v := getattr(rule, name))), None) for name in names}
-    return Plan(
+    return LaunchPlan(
         first["path"] or ("fused" if arch == INTERPRETER or shape.M <= DECODE_ROWS else "addmm"),
         first["prep"] or default_prep(shape),
         first["gemm"] or default_gemm(shape),
@@ -114,7 +114,7 @@ def choose(shape: Shape, arch: str, sms: int) -> Plan:
 
 
 @lru_cache(maxsize=4096)
-def choice(shape: Shape, arch: str, sms: int) -> Plan:
+def choice(shape: Shape, arch: str, sms: int) -> LaunchPlan:
     """`choose`, cached: a call of a layer looks up its plan."""
     return choose(shape, arch, sms)
 

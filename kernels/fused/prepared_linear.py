@@ -17,7 +17,7 @@ from . import plan as plan_tables
 from .allocation import allocate
 from .extended_gemm import extended_gemm
 from .operands import INT32_LIMIT, Mask, Members, fp32_precision, on_device
-from .plan import Plan
+from .plan import LaunchPlan
 from .prepared_launch import NotPreparedError, Prepared
 
 MOST_KINDS = 4096  # some KB each; every number of tokens is a kind
@@ -27,7 +27,7 @@ _kinds: dict[tuple[Any, ...], Any] = {}
 
 
 def forward(
-    x: Tensor, members: Members, biases: Biases, plan: Callable[[], Plan], mask: Mask, signature: Hashable
+    x: Tensor, members: Members, biases: Biases, plan: Callable[[], LaunchPlan], mask: Mask, signature: Hashable
 ) -> tuple[list[Tensor], list[Tensor]] | None:
     """y_i [..., m_i], or [M, m_i] where cuBLAS writes them, and u_i [M, r]; None if `linear.forward` has to be called.
 
@@ -53,7 +53,7 @@ def backward(
     dys: Sequence[Tensor],
     members: Members,
     us: Sequence[Tensor],
-    plan: Callable[[], Plan],
+    plan: Callable[[], LaunchPlan],
     need_dx: bool,
     need_dcore: bool,
     mask: Mask,
@@ -82,7 +82,7 @@ def _remember(key: tuple[Any, ...], kind: Any) -> Any:
 class Forward:
     """One kind of forward: its plan, the shapes of what it allocates, and its launches."""
 
-    def __init__(self, x: Tensor, members: Members, biases: Biases, plan: Plan, mask: Mask) -> None:
+    def __init__(self, x: Tensor, members: Members, biases: Biases, plan: LaunchPlan, mask: Mask) -> None:
         rows, self.count = _rows(x), len(members.a)
         self.plan, self.is_fused = plan, linear.is_fused(plan, members)
         self.v_shape = len(rows), members.width * self.count
@@ -140,7 +140,7 @@ class Backward:
         dys: Sequence[Tensor],
         members: Members,
         us: Sequence[Tensor],
-        plan: Plan,
+        plan: LaunchPlan,
         need_dx: bool,
         need_dcore: bool,
         mask: Mask,

@@ -19,7 +19,7 @@ from ..backends.triton.linear import missing
 from ..kernels import linear as launch
 from ..kernels import plan
 from ..kernels.block_sizes import DECODE_ROWS, GemmConfig, PrepConfig
-from ..kernels.plan import Plan, Shape
+from ..kernels.plan import LaunchPlan, Shape
 from ..utils.atomic_files import write_text
 from ..utils.cache_dir import cache_dir
 from ..utils.precision import native
@@ -46,7 +46,7 @@ class TunedShape:
     """The fastest plan of a shape, and the times of the table's former choice and of this plan."""
 
     shape: Shape
-    best: Plan
+    best: LaunchPlan
     before: float
     after: float
 
@@ -77,14 +77,14 @@ def layers_of(model: nn.Module) -> list[tuple[int, tuple[int, ...]]]:
     return list(sizes)
 
 
-def candidates(shape: Shape, chosen: Plan) -> Iterator[Plan]:
+def candidates(shape: Shape, chosen: LaunchPlan) -> Iterator[LaunchPlan]:
     """The table's current plan, then plans with another path, GEMM blocks or prep blocks."""
     yield chosen
-    yield Plan("addmm" if chosen.path == "fused" else "fused", chosen.prep, chosen.gemm)
+    yield LaunchPlan("addmm" if chosen.path == "fused" else "fused", chosen.prep, chosen.gemm)
     gemms = DECODE_GEMMS if shape.M <= DECODE_ROWS else GEMMS
-    yield from (Plan("fused", chosen.prep, gemm) for gemm in gemms if gemm != chosen.gemm)
+    yield from (LaunchPlan("fused", chosen.prep, gemm) for gemm in gemms if gemm != chosen.gemm)
     if shape.M > DECODE_ROWS:
-        yield from (Plan(chosen.path, prep, chosen.gemm) for prep in PREPS if prep != chosen.prep)
+        yield from (LaunchPlan(chosen.path, prep, chosen.gemm) for prep in PREPS if prep != chosen.prep)
 
 
 def tune(shapes: Sequence[Shape], arch: str, sms: int, device: str, timer: Timer) -> list[TunedShape]:
@@ -107,9 +107,9 @@ def tune(shapes: Sequence[Shape], arch: str, sms: int, device: str, timer: Timer
     return tuned
 
 
-def _times(shape: Shape, chosen: Plan, device: str, timer: Timer) -> dict[Plan, float]:
+def _times(shape: Shape, chosen: LaunchPlan, device: str, timer: Timer) -> dict[LaunchPlan, float]:
     """The time of each candidate that compiles and runs."""
-    times: dict[Plan, float] = {}
+    times: dict[LaunchPlan, float] = {}
     for candidate in candidates(shape, chosen):
         try:
             times[candidate] = timer(_call(shape, candidate, device))
@@ -118,7 +118,7 @@ def _times(shape: Shape, chosen: Plan, device: str, timer: Timer) -> dict[Plan, 
     return times
 
 
-def _call(shape: Shape, chosen: Plan, device: str) -> Callable[[], object]:
+def _call(shape: Shape, chosen: LaunchPlan, device: str) -> Callable[[], object]:
     """A function that runs one forward or backward of this shape with this plan, on random tensors made here, once."""
     dtype = next(kind for kind, name in plan.DTYPES.items() if name == shape.dtype)
 

@@ -26,7 +26,7 @@ from .plan import InitPlan, make_plan
 from .provenance import cache_key
 from .sampling import Batch, batch_size, collect, select, take_rows
 from .svd import full_precision
-from .task import Layers, Piece, Work, frozen_base, in_halves
+from .task import Layers, Piece, Work, frozen_base, stored_16bit
 from .write import LayerWriter, Staging
 
 PROGRESS_DELAY = 2.0  # seconds before a progress bar appears
@@ -170,7 +170,7 @@ def _samples(
     # Over all ranks: one rank's share without labels is no error.
     if options.loss_fn is None and not any(processes.all_gather(int(any(not unlabeled(batch) for batch in batches)))):
         raise ValueError("no sample has a labeled token: every label of these batches is -100")
-    pieces = list(in_halves(batches)) if options.stability else [Piece(batch) for batch in batches]
+    pieces = list(stored_16bit(batches)) if options.stability else [Piece(batch) for batch in batches]
     if processes.is_distributed and sharded(model):
         if getattr(options.loss_fn, "of_whole_batches", False):
             raise ValueError(

@@ -87,7 +87,7 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
-def in_halves(batches: list[Batch]) -> Iterator[Piece]:
+def stored_16bit(batches: list[Batch]) -> Iterator[Piece]:
     """Assign the samples to two halves: every batch is split, and batches of one sample alternate."""
     first_half = False
     for batch in batches:

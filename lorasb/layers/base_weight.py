@@ -19,7 +19,7 @@ from ..ops.autocast import autocast_on
 from ..quantization.bitsandbytes import keep_unpacked
 from ..quantization.quantized_weight import QuantizedWeight, compute_dtype, is_quantized, of_module
 from ..utils.deprecation import renamed_method
-from ..utils.dtypes import HALVES
+from ..utils.dtypes import SIXTEEN_BIT
 from . import opaque_base
 from .opaque_base import OpaqueBase
 
@@ -194,7 +194,7 @@ class FrozenBase(nn.Module, BaseTunerLayer):
     def core_dtype(self) -> torch.dtype:
         """The dtype of R: fp32 for a 16-bit base, where small updates would round to nothing, else the base's."""
         dtype = self.base_dtype
-        return torch.float32 if dtype in HALVES else dtype
+        return torch.float32 if dtype in SIXTEEN_BIT else dtype
 
     @property
     def execution_device(self) -> torch.device:

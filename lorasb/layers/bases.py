@@ -38,11 +38,11 @@ class Bases:
             for values in tables:
                 if adapter_name in values:
                     values[name] = values[adapter_name]
-            if adapter_name in self.lorasb_R.in_halves:
-                self.lorasb_R.in_halves.add(name)
+            if adapter_name in self.lorasb_R.stored_16bit:
+                self.lorasb_R.stored_16bit.add(name)
             self.lorasb_R[name] = nn.Parameter(self.lorasb_R[adapter_name].detach().clone(), requires_grad=False)
         except BaseException:  # Ctrl-C, too
-            self.lorasb_R.in_halves.discard(name)
+            self.lorasb_R.stored_16bit.discard(name)
             for values in (*tables, self.lorasb_R):
                 with suppress(KeyError, AttributeError):  # a ParameterDict may have the key, and no parameter yet
                     del values[name]

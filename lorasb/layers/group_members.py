@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..functional import lora_sb_linear_group
-from ..utils.dtypes import HALVES
+from ..utils.dtypes import SIXTEEN_BIT
 from . import row_cores
 from .token_rows import Rows
 
@@ -59,7 +59,7 @@ def _key_of_active(layer: LoRASBLinear) -> tuple[Any, ...] | None:
     if len(names) != 1 or names[0] not in layer.lorasb_R:
         return None
     name, core = names[0], layer.lorasb_R[names[0]]
-    if layer.equivalent[name] or layer.wide_factors[name] or core.dtype in HALVES or not _may_train(layer, name):
+    if layer.equivalent[name] or layer.wide_factors[name] or core.dtype in SIXTEEN_BIT or not _may_train(layer, name):
         return None
     return name, layer.r[name], core.dtype, layer.lora_dropout[name] if layer.training else 0.0
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..utils.dtypes import HALVES
+from ..utils.dtypes import SIXTEEN_BIT
 from .preconditioner import EquivalentGradient
 
 
@@ -29,7 +29,7 @@ def guarded_core(layer: Any, name: str) -> Tensor:
         RuntimeError: the adapter would be trained before it is initialized.
     """
     core: Tensor = layer._modules["lorasb_R"]._parameters[name]
-    if core.dtype in HALVES:  # asked for; the products take fp32 or wider, and the gradient is rounded to R's dtype
+    if core.dtype in SIXTEEN_BIT:  # as asked: products take fp32 or wider, and the gradient is rounded to R's dtype
         core = core.float()
     if not torch.is_grad_enabled():
         return core

@@ -15,6 +15,7 @@ from ..constants import FACTORS
 from ..functional import dequantize, lora_sb_linear
 from ..ops.autocast import autocast_on
 from ..quantization.quantized_weight import QuantizedWeight
+from ..utils.deprecation import renamed_method
 from . import merging, row_cores
 from .base_weight import FrozenBase
 from .bases import Bases
@@ -296,7 +297,7 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
             self.set_base_weight(self.merged_weight(self.merged_adapters, sign=-1.0))
         self.merged_adapters.clear()
 
-    def settle_dtypes(self, adapter_name: str, wide_core: bool | None = None) -> None:
+    def cast_factors(self, adapter_name: str, wide_core: bool | None = None) -> None:
         """Move an adapter to the base's device, with A and B frozen in the dtype that they were asked in.
 
         Args:
@@ -307,8 +308,8 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
         if adapter_name not in self.lorasb_R:
             return
         if wide_core is not None:
-            (self.lorasb_R.in_halves.discard if wide_core else self.lorasb_R.in_halves.add)(adapter_name)
-        narrow = adapter_name in self.lorasb_R.in_halves
+            (self.lorasb_R.stored_16bit.discard if wide_core else self.lorasb_R.stored_16bit.add)(adapter_name)
+        narrow = adapter_name in self.lorasb_R.stored_16bit
         frozen, core = self.factor_dtype_of(adapter_name), self.base_dtype if narrow else self.core_dtype
         for factors, dtype in ((self.lorasb_A, frozen), (self.lorasb_B, frozen), (self.lorasb_R, core)):
             old = factors[adapter_name]
@@ -319,13 +320,15 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
                 factors[adapter_name] = new
         self.share_again(adapter_name)
 
+    settle_dtypes = renamed_method("settle_dtypes", "cast_factors")
+
     def factor_dtype_of(self, adapter_name: str) -> torch.dtype:
         """The dtype of an adapter's A and B: the base's, or fp32 (`wide_factors`)."""
         return self.core_dtype if self.wide_factors.get(adapter_name, False) else self.base_dtype
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT calls this after loading; its own version would cast R to 16 bits and unfreeze A and B."""
-        self.settle_dtypes(adapter_name)
+        self.cast_factors(adapter_name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

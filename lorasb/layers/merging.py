@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..utils.dtypes import HALVES
+from ..utils.dtypes import SIXTEEN_BIT
 
 
 def delta_weight(a: Tensor, core: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -15,7 +15,7 @@ def delta_weight(a: Tensor, core: Tensor, b: Tensor, scaling: float) -> Tensor:
 
     A and B are widened, as a product in 16 bits would round the delta before it is added to the weight.
     """
-    core = core.float() if core.dtype in HALVES else core
+    core = core.float() if core.dtype in SIXTEEN_BIT else core
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # a forward under it may unmerge
         return b.to(core.dtype) @ core @ a.to(core.dtype) * scaling
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.dtypes import HALVES
+from ..utils.dtypes import SIXTEEN_BIT
 
 LOADED = "_is_hf_initialized"  # attribute that transformers' loader sets on a parameter that it has loaded
 
@@ -29,15 +29,15 @@ class Cores(nn.ParameterDict):
     """R by adapter name, not in 16 bits, where small updates would round to nothing, unless that was asked for.
 
     Attributes:
-        in_halves: names of adapters whose R may have 16 bits: PEFT's `autocast_adapter_dtype=False`.
+        stored_16bit: names of adapters whose R may have 16 bits: PEFT's `autocast_adapter_dtype=False`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.in_halves: set[str] = set()
+        self.stored_16bit: set[str] = set()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Parameter) and value.dtype in HALVES and name not in self.in_halves:
+        if isinstance(value, nn.Parameter) and value.dtype in SIXTEEN_BIT and name not in self.stored_16bit:
             loaded = getattr(value, LOADED, False)  # the new parameter has to carry the mark
             value = nn.Parameter(value.detach().float(), requires_grad=value.requires_grad)
             if loaded:
@@ -50,7 +50,7 @@ class Cores(nn.ParameterDict):
         # `_apply` may set `parameter.data` in place, which does not pass through `__setattr__`.
         def move_only(tensor: torch.Tensor) -> torch.Tensor:
             new: torch.Tensor = fn(tensor)
-            return tensor.to(new.device) if new.dtype in HALVES else new
+            return tensor.to(new.device) if new.dtype in SIXTEEN_BIT else new
 
         super()._apply(move_only, recurse)
         return self

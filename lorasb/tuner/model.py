@@ -28,7 +28,7 @@ from ..layers.lookup import any_merged, layer_kinds, layers_with, uninitialized
 from ..layers.requantize import Requantized
 from ..layers.weight_adapter import adapt_weights
 from ..quantization.bitsandbytes import keep_unpacked
-from ..utils.dtypes import HALVES
+from ..utils.dtypes import SIXTEEN_BIT
 from . import basis, fused_experts, hotswap, loading
 from .base_model import can_initialize_now, check_base, check_mergeable, float_dtype, refuse_duplicates
 from .config import ALL_LINEAR, LoRASBConfig, WrittenHere
@@ -248,7 +248,7 @@ class LoRASBModel(BaseTuner):
         """R in fp32, or in the base's dtype; PEFT's version makes A and B trainable fp32 copies."""
         for module in self.model.modules():
             if isinstance(module, LoRASBLinear):
-                module.settle_dtypes(adapter_name, wide_core=autocast_adapter_dtype)
+                module.cast_factors(adapter_name, wide_core=autocast_adapter_dtype)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights: all layers, or none if one would get values that are not finite."""
@@ -316,7 +316,7 @@ class LoRASBModel(BaseTuner):
             )
         saved_tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # R that trains in 16 bits on request is written in fp32, without a loss: what is loaded has fp32 anyway
-        wide = {k: v.float() if CORE in k and v.dtype in HALVES else v for k, v in saved_tensors.items()}
+        wide = {k: v.float() if CORE in k and v.dtype in SIXTEEN_BIT else v for k, v in saved_tensors.items()}
         return basis.without_factors(with_kept_factors(wide, model, adapter_name), layers, adapter_name)
 
     @classmethod

@@ -154,7 +154,7 @@ class TestTables:
 
     def test_an_unknown_gpu_gets_a_safe_default(self) -> None:
         chosen = plan.choose(self.SHAPE, "sm_123", 200)
-        assert chosen == plan.Plan("addmm", plan.default_prep(self.SHAPE), plan.default_gemm(self.SHAPE))
+        assert chosen == plan.LaunchPlan("addmm", plan.default_prep(self.SHAPE), plan.default_gemm(self.SHAPE))
 
     def test_a_users_table_comes_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))

@@ -15,7 +15,7 @@ import lorasb
 from lorasb.backends import cpp
 from lorasb.functional import lora_sb_linear, lora_sb_linear_group
 
-HALVES = (torch.bfloat16, torch.float16)
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 SETS = cpp.instruction_sets() if cpp.missing() is None else []
 ROWS = (1, 3, 4, 5, 6, 13, 64, 97)  # one token, a walk over rows of W, micro-panels that are full and that are not
 pytestmark = pytest.mark.skipif(not SETS, reason="no C++ extension")
@@ -34,7 +34,7 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
         cpp.use_instruction_set("")
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("n", "m", "r"), [(123, 59, 17), (64, 300, 24), (520, 48, 16)])
 def test_as_near_to_fp64_as_the_plain_chain(kernel: str, rows: int, n: int, m: int, r: int, dtype: torch.dtype) -> None:
@@ -42,7 +42,7 @@ def test_as_near_to_fp64_as_the_plain_chain(kernel: str, rows: int, n: int, m: i
         check_half(ours, chain, exact)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 def test_more_tokens_than_are_open_at_once(kernel: str, dtype: torch.dtype) -> None:
     for ours, chain, exact in pooled(1100, 40, 24, 20, dtype):
         check_half(ours, chain, exact)
@@ -63,7 +63,7 @@ def test_more_tokens_than_are_packed_at_once(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 40])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 def test_a_weight_that_is_stored_transposed(kernel: str, rows: int, dtype: torch.dtype) -> None:
     case = reference.make_case((rows,), 96, 50, 8, dtype)
     want = run(case)
@@ -85,7 +85,7 @@ def test_without_bias_weight_or_tokens(kernel: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [3, 70])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 def test_dropout_drops_what_eager_drops(kernel: str, rows: int, dtype: torch.dtype) -> None:
     case = reference.make_case((rows,), 96, 50, 8, dtype)
     torch.manual_seed(5)
@@ -135,7 +135,7 @@ def test_the_same_bits_again_and_by_any_number_of_threads(kernel: str, rows: int
 
 @pytest.mark.parametrize("rows", [4, 9, 70])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 def test_rows_do_not_leak(kernel: str, rows: int, value: float, dtype: torch.dtype) -> None:
     case = reference.make_case((rows,), 64, 40, 4, dtype)
     want = run(case)[0]

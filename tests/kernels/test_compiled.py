@@ -27,7 +27,7 @@ from lorasb.ops.registry import backend_op
 from lorasb.utils.bit_packing import unpack_words
 
 pytestmark = pytest.mark.skipif(not environment.PTX, reason="executes compiled kernels: pytest --ptx sm_86")
-HALVES = (torch.bfloat16, torch.float16)
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 SHAPES = {
     "decode": (3, 128, 80, 16),
     "aligned": (64, 128, 128, 64),
@@ -37,7 +37,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_and_gradients(shape: str, dtype: torch.dtype) -> None:
     M, n, m, r = SHAPES[shape]
@@ -50,7 +50,7 @@ def test_forward_and_gradients(shape: str, dtype: torch.dtype) -> None:
         assert max(one.arguments["splits"] for one in launches) > 1
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 def test_a_group(dtype: torch.dtype) -> None:
     cases = group_cases(20, 64, (48, 32, 40), 24, dtype)
     check_group(cases, run_group(cases))

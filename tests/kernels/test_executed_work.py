@@ -15,7 +15,7 @@ from benchmarks.kernels.executed_work import launch_work, shares
 from benchmarks.kernels.launches import plan_for, record
 from benchmarks.kernels.traffic import traffic
 from lorasb.kernels.launcher import Launch
-from lorasb.kernels.plan import Plan
+from lorasb.kernels.plan import LaunchPlan
 
 pytestmark = pytest.mark.skipif(not environment.PTX, reason="executes compiled kernels: pytest --ptx sm_86")
 SHAPES = {"one layer, split": (256, 512, (128,), 64), "two members": (128, 256, (256, 128), 32)}
@@ -24,7 +24,7 @@ SHAPES = {"one layer, split": (256, 512, (128,), 64), "two members": (128, 256, 
 def recorded(shape: str, op: str, arch: str) -> list[Launch]:
     M, n, ms, r = SHAPES[shape]
     chosen = plan_for(op, torch.bfloat16, M, n, ms, r, arch, 84)
-    return record(op, Plan("fused", chosen.prep, chosen.gemm), torch.bfloat16, M, n, ms, r)
+    return record(op, LaunchPlan("fused", chosen.prep, chosen.gemm), torch.bfloat16, M, n, ms, r)
 
 
 @pytest.mark.parametrize("op", ["forward", "backward"])
@@ -66,7 +66,7 @@ def test_lines_are_what_executing_all_of_it_gives(op: str, request: pytest.Fixtu
     executor = request.config.ptx_executor  # type: ignore[attr-defined]
     M, n, ms, r = 2048, 1024, (1024, 512), 32
     chosen = plan_for(op, torch.bfloat16, M, n, ms, r, executor.arch, 84)
-    for launch in record(op, Plan("fused", chosen.prep, chosen.gemm), torch.bfloat16, M, n, ms, r):
+    for launch in record(op, LaunchPlan("fused", chosen.prep, chosen.gemm), torch.bfloat16, M, n, ms, r):
         compiled, whole = compile_launch(launch, executor.driver), Work()
         for share in shares(launch):
             whole += work_of(launch, compiled, share.programs) * share.times
@@ -78,7 +78,7 @@ def test_a_long_reduction_is_continued_as_a_line(request: pytest.FixtureRequest)
     executor = request.config.ptx_executor  # type: ignore[attr-defined]
     M, n, m, r = 32, 2048, 64, 32
     chosen = plan_for("forward", torch.bfloat16, M, n, (m,), r, executor.arch, 84)
-    launches = record("forward", Plan("fused", chosen.prep, chosen.gemm), torch.bfloat16, M, n, (m,), r)
+    launches = record("forward", LaunchPlan("fused", chosen.prep, chosen.gemm), torch.bfloat16, M, n, (m,), r)
     gemm = next(one for one in launches if one.name == "extended_gemm")
     gemm = Launch(gemm.kernel, 1, gemm.arguments | {"splits": 1, "SPLIT": False}, gemm.options)
     every = work_of(gemm, compile_launch(gemm, executor.driver), range(1))

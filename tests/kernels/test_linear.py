@@ -124,8 +124,8 @@ def force(
 ) -> None:
     """Let every call take one path, with these blocks."""
 
-    def choice(shape: plan.Shape, arch: str, sms: int) -> plan.Plan:
-        return plan.Plan(path, prep or plan.default_prep(shape), gemm or plan.default_gemm(shape))
+    def choice(shape: plan.Shape, arch: str, sms: int) -> plan.LaunchPlan:
+        return plan.LaunchPlan(path, prep or plan.default_prep(shape), gemm or plan.default_gemm(shape))
 
     monkeypatch.setattr(plan, "choice", choice)
 

@@ -43,9 +43,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Inline or by a scratch, whatever the tables say."""
     chosen = plan.choose
 
-    def other(shape: plan.Shape, arch: str, sms: int) -> plan.Plan:
+    def other(shape: plan.Shape, arch: str, sms: int) -> plan.LaunchPlan:
         found = chosen(shape, arch, sms)
-        return plan.Plan(found.path, found.prep, found.gemm, request.param)
+        return plan.LaunchPlan(found.path, found.prep, found.gemm, request.param)
 
     monkeypatch.setattr(plan, "choose", other)
     plan.forget()

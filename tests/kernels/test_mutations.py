@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lorasb.kernels import launcher, linear, plan
 from lorasb.kernels.launcher import Launch
-from lorasb.kernels.plan import Plan
+from lorasb.kernels.plan import LaunchPlan
 
 pytestmark = pytest.mark.skipif(not environment.PTX, reason="mutates compiled kernels: pytest --ptx sm_86")
 MUTATIONS = (
@@ -256,7 +256,7 @@ def launches(request: pytest.FixtureRequest) -> list[Launch]:
 
     shapes = {op: plan.Shape(op, "bf16", M, n, sum(ms), r, len(ms)) for op in ("forward", "backward")}
     chosen = {op: plan.choose(shape, environment.PTX, 1) for op, shape in shapes.items()}
-    fused = {op: Plan("fused", one.prep, one.gemm) for op, one in chosen.items()}
+    fused = {op: LaunchPlan("fused", one.prep, one.gemm) for op, one in chosen.items()}
     fields = zip(*((c.weight, c.a, c.core, c.b, c.scaling) for c in cases), strict=True)
     members, mask = linear.Members(*map(list, fields)), linear.Mask(dropout, tuple(range(len(ms))))
     with pytest.MonkeyPatch.context() as patch:

@@ -25,7 +25,7 @@ def test_rows_of_w_beyond_2_to_the_31_elements() -> None:
     weight = memory.as_strided((K, N), (stride, 1))
     case = reference.make_case((M,), N, K, r, torch.float16, bias=False, scaling=1.0)
     weight.copy_(case.weight)
-    chosen = plan.Plan("fused", PrepConfig(32, 16, 4, 2), GemmConfig(32, 32, 16, 1, 4, 2))
+    chosen = plan.LaunchPlan("fused", PrepConfig(32, 16, 4, 2), GemmConfig(32, 32, 16, 1, 4, 2))
     members = linear.Members([weight], [case.a], [case.core], [case.b], [1.0])
     u = torch.zeros(M, r, dtype=torch.float16)
     dx, _ = linear.backward([case.dy], members, [u], chosen, True, False)

@@ -30,10 +30,10 @@ from triton.compiler import ASTSource
 from benchmarks.kernels.launches import record
 from benchmarks.kernels.static_report import specialization
 from lorasb.kernels.block_sizes import GemmConfig, PrepConfig
-from lorasb.kernels.plan import Plan
+from lorasb.kernels.plan import LaunchPlan
 folder, arch = Path(sys.argv[1]), int(sys.argv[2])
 for stages in (1, 3):
-    plan = Plan("fused", PrepConfig(16, 32, 4, stages), GemmConfig(16, 32, 32, 1, 4, stages))
+    plan = LaunchPlan("fused", PrepConfig(16, 32, 4, stages), GemmConfig(16, 32, 32, 1, 4, stages))
     for op in ("forward", "backward"):
         *_, launch = record(op, plan, torch.bfloat16, 16, 128, (64,), 16)
         signature, constants, attributes = specialization(launch)

@@ -27,7 +27,7 @@ def state(model: Any) -> dict[str, Any]:
         if isinstance(layer, LoRASBLinear):
             for table in ("r", "scaling", "first_scaling", "lora_dropout", "equivalent", "wide_factors", "basis"):
                 found[f"{path} {table}"] = dict(getattr(layer, table))
-            found[path] = dict(layer.initialized), set(layer.lorasb_R.in_halves), layer.active_adapters
+            found[path] = dict(layer.initialized), set(layer.lorasb_R.stored_16bit), layer.active_adapters
     for path, parameter in model.named_parameters(remove_duplicate=False):
         found[f"{path} parameter"] = (parameter.tolist(), parameter.requires_grad, parameter.dtype)
     return found | {f"{name} config": config.to_dict() for name, config in model.peft_config.items()}
