@@ -15,6 +15,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .app.prepare import demo_model
     from .backends import backend
+    from .config import LoRASBConfig
     from .export.lora import export_lora
     from .export.weight_sync import adapter_delta, lora_of
     from .init import InitReport, first_step_lr, initialize, refresh
@@ -22,16 +23,20 @@ if TYPE_CHECKING:
     from .layers.linear import LoRASBLinear
     from .layers.linear4bit import Linear4bit
     from .layers.quantize import quantize
+    from .serving.bank import AdapterBank
+    from .serving.basis_adapters import add_adapters
+    from .serving.joint_basis import project, share_basis
+    from .serving.training import (
+        AdapterRowsCallback,
+        AdapterRowsCollator,
+        adapter_losses,
+        adapter_parameter_groups,
+        clip_by_adapter,
+    )
     from .training.init_callback import InitCallback
     from .training.parameter_groups import parameter_groups
     from .training.rate_trials import RateTrials, find_lr
     from .training.reinforcement import policy_loss, preference_loss, reward_batches
-    from .training.rows_callback import AdapterRowsCallback, AdapterRowsCollator
-    from .training.several_adapters import adapter_losses, adapter_parameter_groups, clip_by_adapter
-    from .tuner.adapter_bank import AdapterBank
-    from .tuner.basis_adapters import add_adapters
-    from .tuner.config import LoRASBConfig
-    from .tuner.joint_basis import project, share_basis
     from .tuner.patch import patch
 
 __all__ = [

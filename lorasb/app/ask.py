@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..tuner import basis_adapters
+from ..serving import basis_adapters
 from ..utils.precision import resolve
 from ..utils.reading import read_json
 from .config_file import CONFIG_NAME, read_config

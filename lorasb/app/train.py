@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..distributed.process_group import Processes
+from ..serving.training import AdapterRowsCallback
 from ..training.rate_trials import RateTrials, find_lr
-from ..training.rows_callback import AdapterRowsCallback
 from ..utils.reading import read_json
 from . import run_folder
 from .data import Listed

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..checkpoints import adapter_file
 from ..checkpoints.shared_factors import DIGEST
+from ..config import LoRASBConfig
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.lookup import adapted_layers, uninitialized
 from ..layers.unfused_experts import NAMES, parameter_of
-from ..tuner.basis import frozen_factors
-from ..tuner.config import LoRASBConfig
+from ..serving.basis import frozen_factors
 from ..utils.atomic_files import replacing, write_json, write_text
 from ..utils.reading import read_json
 from .lora_layout import in_pefts_layout, refuse_slices

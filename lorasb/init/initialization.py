@@ -13,11 +13,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..config import LoRASBConfig, WrittenHere
 from ..constants import PEFT_PREFIX
 from ..distributed.process_group import sharded
 from ..layers.lookup import adapted_layers, any_merged, layers_with, refuse_shared_basis, uninitialized
 from ..layers.unfused_experts import NAMES, OpenExperts
-from ..tuner.config import LoRASBConfig, WrittenHere
 from ..utils.byte_sizes import parse_size
 from ..utils.checks import MAX_LR
 from ..utils.precision import warn_if_slow

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ..config import LoRASBConfig
 from ..layers.lookup import adapted_layers, refuse_shared_basis
-from ..tuner.config import LoRASBConfig
-from ..tuner.joint_basis import KeptShares, share_into
+from ..serving.joint_basis import KeptShares, share_into
 from .init_report import InitReport
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..serving.training import IGNORED, token_losses
 from ..utils.random_state import rng_untouched
-from .several_adapters import IGNORED, token_losses
 
 Reward = Callable[..., Sequence[float]]  # (prompts=, completions=) -> a number for each completion
 SMALLEST_SPREAD = 1e-4  # added to a group's standard deviation, as GRPO does

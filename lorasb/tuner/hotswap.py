@@ -17,10 +17,10 @@ from peft.config import PeftConfig
 
 from ..checkpoints import adapter_file
 from ..checkpoints.base_fingerprint import difference
+from ..config import LoRASBConfig
 from ..constants import FACTORS, PEFT_NAME
 from ..layers.lookup import layers_with, refuse_shared_basis
 from . import loading
-from .config import LoRASBConfig
 
 DESCRIBING = ("scaling", "lora_alpha", "init", "init_provenance", "base_fingerprint", "equivalent_gradient")
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token")

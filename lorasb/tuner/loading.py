@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from ..checkpoints import adapter_file, shared_factors
 from ..checkpoints.base_fingerprint import SMALLEST, TOLERANCE
 from ..checkpoints.shared_factors import DIGEST, join_factors
+from ..config import LoRASBConfig
 from ..constants import FACTORS, FACTORS_NAME, PEFT_PREFIX
 from ..layers.linear import LoRASBLinear
+from ..serving import basis
 from ..utils.reading import AGAIN
-from . import basis
-from .config import LoRASBConfig
 
 LOADER = "load_peft_weights"
 # Every module that PEFT imports the function into by name; patching the defining module alone would miss its callers.

@@ -20,22 +20,22 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints import adapter_file
 from ..checkpoints.base_fingerprint import fingerprint
+from ..config import ALL_LINEAR, LoRASBConfig, WrittenHere, infer_task_type
 from ..constants import PEFT_NAME
 from ..distributed.deepspeed_zero import with_kept_factors
 from ..layers import linear_group, unfused_experts
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import any_merged, layer_kinds, layers_with, uninitialized
 from ..layers.requantize import Requantized
+from ..layers.rollback import Place, discard, places_known, unchanged_on_error
 from ..layers.weight_adapter import adapt_weights
 from ..quantization.bitsandbytes import keep_unpacked
+from ..serving import basis
+from ..serving.rows import adapters_by_row
 from ..utils.dtypes import SIXTEEN_BIT
-from . import basis, fused_experts, hotswap, loading
+from . import fused_experts, hotswap, loading
 from .base_model import can_initialize_now, check_base, check_mergeable, float_dtype, refuse_duplicates
-from .config import ALL_LINEAR, LoRASBConfig, WrittenHere
 from .fresh_heads import save_heads
-from .mixed_batch import adapters_by_row
-from .rollback import discard, unchanged_on_error
-from .shared_modules import Place, places_known
 from .targets import (
     CORE,
     check_opaque,
@@ -50,7 +50,6 @@ from .targets import (
     resolve_ranks,
     without_wrapper,
 )
-from .task_type import infer_task_type
 from .weighted_adapter import SumOptions, combine
 
 InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, LoRASBLinear], int], Any]

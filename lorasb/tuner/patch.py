@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
-    from .config import LoRASBConfig
+    from ..config import LoRASBConfig
 
 
 def patch(
@@ -37,9 +37,8 @@ def patch(
     """
     import peft
 
+    from ..config import LoRASBConfig, infer_task_type
     from ..utils import precision
-    from .config import LoRASBConfig
-    from .task_type import infer_task_type
 
     if isinstance(model, peft.PeftModel):
         raise ValueError(
@@ -67,7 +66,7 @@ def patch(
 
 def check_fields(fields: dict[str, Any]) -> None:
     """Raise a TypeError for a name that is no field of `LoRASBConfig`; it names the nearest field."""
-    from .config import field_names
+    from ..config import field_names
 
     known = field_names()
     for name in fields:

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..config import DEFAULT_RANK, LoRASBConfig
 from ..layers import opaque_base, unfused_experts
 from ..layers.linearity import check_linear, has_own_result
 from ..layers.offloading import has_weight_values
@@ -19,7 +20,6 @@ from ..layers.open_parameters import OpenParameters
 from ..layers.unfolding import KINDS_WITH_WEIGHT, unfoldings
 from ..quantization.quantized_weight import is_quantized, of_module
 from ..utils.dtypes import FLOATS
-from .config import DEFAULT_RANK, LoRASBConfig
 
 # nn.MultiheadAttention's out_proj: its weight goes to a functional call, so a layer in its place would never run.
 CORE = ".lorasb_R"  # in the keys of a state dict

@@ -19,7 +19,7 @@ WITHOUT = {  # module or package -> what it must not import, at any depth: impor
     "lorasb.kernels": ("transformers", "peft"),
     "lorasb.kernels.plan": ("triton",),
     "lorasb.kernels.block_sizes": ("triton", "torch"),
-    "lorasb.tuner.config": ("torch", "transformers"),
+    "lorasb.config": ("torch", "transformers"),
     "lorasb.constants": ("torch", "transformers", "peft", "triton"),
     "lorasb.utils.atomic_files": ("torch",),
     "lorasb.utils": ("transformers", "peft"),

@@ -16,8 +16,8 @@ from trainer_runs import arguments
 
 import lorasb
 from lorasb.layers.lookup import layers_with
-from lorasb.training import rows_callback
-from lorasb.training.several_adapters import adapter_losses
+from lorasb.serving import training
+from lorasb.serving.training import adapter_losses
 
 NAMES = ("ada", "emmy", "grace")
 RATES = {"ada": 1e-2, "emmy": 3e-3, "grace": 1e-3}
@@ -215,7 +215,7 @@ class TwoProcesses:
 
 
 def test_gradients_that_processes_averaged_are_divided_by_the_tokens_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_callback, "Processes", TwoProcesses)
+    monkeypatch.setattr(training, "Processes", TwoProcesses)
     model = with_users(*NAMES)
     optimizer = torch.optim.SGD(lorasb.adapter_parameter_groups(model, NAMES, 1.0))
     for group in optimizer.param_groups:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import lorasb
 from lorasb.layers.lookup import layers_with
-from lorasb.tuner import mixed_batch
+from lorasb.serving import rows
 
 NAMES = ("ada", "emmy", "grace")
 
@@ -323,8 +323,8 @@ def test_files_with_more_than_r_are_left_out_and_another_scaling_is_taken_along(
 def test_one_that_is_removed_between_check_and_forward_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_users(*NAMES)
     bank = moved_to_bank(model)
-    real = mixed_batch._check
-    monkeypatch.setattr(mixed_batch, "_check", lambda *given: (real(*given), bank.remove("ada"))[0])
+    real = rows._check
+    monkeypatch.setattr(rows, "_check", lambda *given: (real(*given), bank.remove("ada"))[0])
     with pytest.raises(KeyError, match="no adapter 'ada' in the bank"):
         out(model, "ada", "grace")
 

@@ -15,7 +15,7 @@ import lorasb
 from lorasb.layers.linear import LoRASBLinear
 from lorasb.layers.lookup import layers_with
 from lorasb.layers.parameter_dicts import FrozenFactors
-from lorasb.tuner.basis_adapters import load_adapters
+from lorasb.serving.basis_adapters import load_adapters
 
 NAMES = ["ada", "emmy", "grace"]
 

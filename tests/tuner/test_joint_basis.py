@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lorasb
 from lorasb.layers.lookup import layers_with
-from lorasb.tuner.joint_basis import Update, _lora_updates, joint_factors
+from lorasb.serving.joint_basis import Update, _lora_updates, joint_factors
 
 
 def two(rank: int = 4) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from two_adapters import layers, two
 
 import lorasb
-from lorasb.tuner import mixed_batch
+from lorasb.serving import rows as mixed_batch
 
 
 def by_row(model: nn.Module, names: list[str], family: str = "llama") -> Tensor:

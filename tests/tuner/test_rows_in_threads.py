@@ -15,8 +15,7 @@ from models import batches_for
 from torch import Tensor
 
 import lorasb
-from lorasb.tuner.mixed_batch import adapters_by_row
-from lorasb.tuner.recomputed_rows import FUNCTION
+from lorasb.serving.rows import FUNCTION, adapters_by_row
 
 NAMES = ("ada", "emmy", "grace")
 CALLS: tuple[list[str] | None, ...] = (["ada", "grace"], ["__base__", "emmy"], None, ["grace", "default"])

@@ -17,24 +17,121 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from ..checkpoints import shared_factors
-from ..constants import BASE_ROW
+from ..checkpoints.adapter_file import group_by_layer, read_config
+from ..checkpoints.shared_factors import DIGEST
+from ..config import LoRASBConfig
+from ..constants import BASE_ROW, FACTORS, WEIGHTS_NAME
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import adapted_layers, layers_with, uninitialized
 from ..layers.weight_adapter import LoRASBWeight
 from ..utils import huge_pages
 from ..utils.dtypes import FLOATS
-from . import bank_files
+from ..utils.reading import AGAIN, safetensors_header
 from . import basis as bases
-from .bank_files import LoadReport
-from .layer_cores import Columns, LayerCores
+
+
+@dataclass
+class LoadReport:
+    """What `AdapterBank.load` found.
+
+    Attributes:
+        loaded: names of adapters that are in the bank now.
+        failed: name -> why it is not.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def adapters_in(folder: Path) -> list[Path]:
+    """The adapter's folder itself, or those in it; of a saved model those of its further adapters."""
+    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if (folder / WEIGHTS_NAME).is_file():
+        return [path for path in inside if (path / WEIGHTS_NAME).is_file()] or [folder]
+    return inside or [folder]
+
+
+def cores_of(folder: Path, digest: bytes, scalings: Mapping[str, float]) -> dict[str, Tensor]:
+    """R by layer, times the adapter's s over the bank's.
+
+    Args:
+        folder: of the adapter.
+        digest: of the bank's A and B.
+        scalings: the bank's s by layer.
+
+    Raises:
+        ValueError: no adapter of LoRA-SB, a truncated file, other A and B, or more than R.
+    """
+    read_config(folder)
+    file = folder / WEIGHTS_NAME
+    if not file.is_file():
+        raise ValueError(f"expected {WEIGHTS_NAME} in {folder}, found none")
+    safetensors_header(file)  # raises for a truncated file
+    try:
+        tensors = load(file.read_bytes())  # half the time of a mapped file, page by page (SmolLM2 at r = 64, Zen 3)
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged ({error}): {AGAIN}") from None
+    factors = {key: value for key, value in tensors.items() if shared_factors.is_factor(key)}
+    if (shared_factors.referenced_digest(tensors) or shared_factors.digest(factors)) != digest:
+        raise ValueError(f"{folder} stands on other A and B than the bank's, or on the same in another dtype")
+    others = [key for key in tensors if key != DIGEST and not any(f".{part}" in key for part in FACTORS)]
+    if others:
+        raise ValueError(
+            f"{folder} has more than R ({others[0]}, ...): modules, biases or token rows that were trained in full "
+            "have no place in a bank. Load it as an adapter of the model"
+        )
+    config, found = LoRASBConfig.from_pretrained(str(folder)), {}
+    for name, parts in group_by_layer(tensors).items():
+        core = parts.get("lorasb_R")
+        if core is not None and name in scalings and core.dim():
+            ratio = config.scaling_for(len(core)) / scalings[name]
+            found[name] = core if ratio == 1.0 else core * ratio
+    return found
+
+
+class Columns(NamedTuple):
+    """Where a layer's R lies in a row of the bank: from `first` on, r² numbers."""
+
+    first: int
+    r: int
+
+
+class LayerCores:
+    """A layer's part of a bank, which the layer holds (`row_cores.StoredCores`)."""
+
+    def __init__(self, bank: Any, columns: Columns) -> None:
+        self.bank, self.basis = bank, bank.basis
+        self._columns = slice(columns.first, columns.first + columns.r**2)
+        self._shape = columns.r, columns.r
+        self._seen: tuple[Tensor | None, Any] = (None, None)  # storage and its view, replaced together
+
+    def stack(self) -> Tensor:
+        """[capacity, r, r], a view; made again where the bank has grown."""
+        whole, (seen, view) = self.bank.storage, self._seen
+        if whole is not seen:
+            view = whole[:, self._columns].unflatten(1, self._shape)
+            self._seen = whole, view
+        return cast(Tensor, view)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerCores | None:
+        """A part of the copied model's bank; None for a layer that is copied without its model."""
+        bank = copy.deepcopy(self.bank, memo)
+        if bank is None:
+            return None
+        new = object.__new__(LayerCores)
+        vars(new).update(vars(self) | {"bank": bank, "_seen": (None, None)})
+        return new
+
 
 BLOCK = 64  # adapters that capacity grows by
 
@@ -164,7 +261,7 @@ class AdapterBank:
 
         A file that is cut short, or whose adapter stands on other A and B, is left out and named in the report.
         """
-        report, found = LoadReport(), [path for folder in folders for path in bank_files.adapters_in(Path(folder))]
+        report, found = LoadReport(), [path for folder in folders for path in adapters_in(Path(folder))]
         with self._lock:
             wanted = len(self) + len(found)
             self._reserve(wanted if self.resident is None else min(wanted, self.resident))
@@ -172,7 +269,7 @@ class AdapterBank:
         for path in found:
             try:
                 self._check_name(path.name)
-                cores = bank_files.cores_of(path, self.digest, scalings)
+                cores = cores_of(path, self.digest, scalings)
                 self._put(path.name, self._row(path.name, cores))
                 report.loaded.append(path.name)
             except (ValueError, OSError, RuntimeError, SafetensorError) as error:

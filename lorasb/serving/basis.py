@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..checkpoints import shared_factors
 from ..checkpoints.adapter_file import group_by_layer
+from ..config import LoRASBConfig
 from ..constants import FROZEN_FACTORS
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import layers_with, refuse_shared_basis, standing_on, uninitialized
-from .config import LoRASBConfig
 
 # What R means beside A and B, which a file of R alone has to say, too.
 COPIED = ("init", "lora_alpha", "scaling", "wide_factors", "task_type", "target_parameters")

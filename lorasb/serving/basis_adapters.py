@@ -13,14 +13,13 @@ from torch import nn
 
 from ..checkpoints import shared_factors
 from ..checkpoints.adapter_file import check_factors
+from ..config import LoRASBConfig
 from ..constants import BASE_ROW
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import layers_with
-from .adapter_bank import bank_of
-from .bank_files import cores_of
+from ..layers.rollback import discard
+from .bank import bank_of, cores_of
 from .basis import frozen_factors
-from .config import LoRASBConfig
-from .rollback import discard
 
 CORE = "lorasb_R"
 

@@ -19,12 +19,12 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from ..config import LoRASBConfig
 from ..constants import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import layers_with, uninitialized
 from ..utils.reading import read_json, read_tensors
 from .basis import refuse_deletion
-from .config import LoRASBConfig
 
 ROUNDS = 8  # of improving B and A in turn, none of which keeps less than the one before
 MOST_LOST = 0.1  # share of an update's energy that `project` may lose unless it is asked to lose more

@@ -6,6 +6,7 @@ It is saved beside the weights as adapter_config.json, in PEFT's layout.
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import warnings
 from collections.abc import Collection
@@ -16,12 +17,27 @@ from typing import Any, get_type_hints
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from ..checkpoints.model_card import update_card
-from ..constants import CONFIG_NAME, MAX_RANK, PEFT_NAME, WEIGHTS_NAME
-from ..utils.atomic_files import umask, write_json
-from ..utils.checks import MAX_REPEATS, check_pattern, matches
-from ..utils.reading import safetensors_header
-from .peft_type import extend_peft_types
+from .checkpoints.model_card import update_card
+from .constants import CONFIG_NAME, MAX_RANK, PEFT_NAME, WEIGHTS_NAME
+from .utils.atomic_files import umask, write_json
+from .utils.checks import MAX_REPEATS, check_pattern, matches
+from .utils.reading import safetensors_header
+
+
+def extend_peft_types() -> None:
+    """Add LORASB to `PeftType`: `register_peft_method` refuses a name that is not a member."""
+    if PEFT_NAME in PeftType.__members__:
+        return
+    # An enum with members cannot be subclassed or extended, so the member is made the way EnumMeta makes one: a str
+    # itself, entered into the tables for iteration, for look-up by name and for look-up by value.
+    member: Any = str.__new__(PeftType, PEFT_NAME)
+    member._name_ = member._value_ = PEFT_NAME
+    member._sort_order_ = len(PeftType.__members__)
+    member.__objclass__ = PeftType
+    PeftType._member_names_.append(PEFT_NAME)
+    PeftType._member_map_[PEFT_NAME] = member
+    PeftType._value2member_map_[PEFT_NAME] = member
+
 
 DEFAULT_RANK = 64
 INITS = ("update", "lora-xs", "lora-xs-output", "kaiming", "random")
@@ -308,3 +324,31 @@ def _check_types(config: LoRASBConfig) -> None:
 def field_names() -> set[str]:
     """The names that `LoRASBConfig` and `lorasb.patch` accept."""
     return {config_field.name for config_field in fields(LoRASBConfig)}
+
+
+TASK_BY_SUFFIX = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def infer_task_type(model: Any) -> str | None:
+    """PEFT's task type for a transformers model; None if its class name fits none.
+
+    PEFT's task-specific wrappers pass `input_ids`, so audio and vision models get None and the generic wrapper.
+    """
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        return None
+    name = type(model).__name__
+    for suffix, task in TASK_BY_SUFFIX.items():
+        if name.endswith(suffix):
+            return task
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and name.endswith("Generation"):
+        return "SEQ_2_SEQ_LM"
+    # bare encoders and decoders, BertModel or LlamaModel; other libraries' models have no config
+    if name.endswith("Model") and hasattr(model, "config"):
+        return "FEATURE_EXTRACTION"
+    return None
