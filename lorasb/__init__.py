@@ -15,14 +15,12 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .app.prepare import demo_model
     from .backends import backend
-    from .config import LoRASBConfig
+    from .config.adapter import LoRASBConfig
     from .export.lora import export_lora
     from .export.weight_sync import adapter_delta, lora_of
     from .init import InitReport, first_step_lr, initialize, refresh
-    from .layers.equivalent_gradient import equivalent_gradient
-    from .layers.linear import LoRASBLinear
-    from .layers.linear4bit import Linear4bit
-    from .layers.quantize import quantize
+    from .layers.linear import LoRASBLinear, equivalent_gradient
+    from .layers.linear4bit import Linear4bit, quantize
     from .serving.bank import AdapterBank
     from .serving.basis_adapters import add_adapters
     from .serving.joint_basis import project, share_basis
@@ -78,22 +76,22 @@ __all__ = [
 
 # public name -> the module that defines it
 _MODULE_OF = {
-    "AdapterBank": "tuner.adapter_bank",
-    "AdapterRowsCallback": "training.rows_callback",
-    "AdapterRowsCollator": "training.rows_callback",
-    "adapter_losses": "training.several_adapters",
-    "adapter_parameter_groups": "training.several_adapters",
-    "add_adapters": "tuner.basis_adapters",
-    "clip_by_adapter": "training.several_adapters",
+    "AdapterBank": "serving.bank",
+    "AdapterRowsCallback": "serving.training",
+    "AdapterRowsCollator": "serving.training",
+    "adapter_losses": "serving.training",
+    "adapter_parameter_groups": "serving.training",
+    "add_adapters": "serving.basis_adapters",
+    "clip_by_adapter": "serving.training",
     "InitCallback": "training.init_callback",
     "InitReport": "init",
     "Linear4bit": "layers.linear4bit",
-    "LoRASBConfig": "tuner.config",
+    "LoRASBConfig": "config.adapter",
     "LoRASBLinear": "layers.linear",
     "RateTrials": "training.rate_trials",
     "backend": "backends",
     "demo_model": "app.prepare",
-    "equivalent_gradient": "layers.equivalent_gradient",
+    "equivalent_gradient": "layers.linear",
     "export_lora": "export",
     "adapter_delta": "export",
     "lora_of": "export",
@@ -105,10 +103,10 @@ _MODULE_OF = {
     "policy_loss": "training.reinforcement",
     "preference_loss": "training.reinforcement",
     "reward_batches": "training.reinforcement",
-    "project": "tuner.joint_basis",
-    "share_basis": "tuner.joint_basis",
+    "project": "serving.joint_basis",
+    "share_basis": "serving.joint_basis",
     "refresh": "init",
-    "quantize": "layers.quantize",
+    "quantize": "layers.linear4bit",
 }
 
 

@@ -27,8 +27,8 @@ from ..distributed.process_group import Processes
 from ..init.block_recorder import NotAStackError, find_stack
 from ..init.plan import EFFICIENCY, Sizes, accumulate_memory, boundary_bytes, layerwise_memory, product_speed
 from ..init.task import Work
+from ..layers.linear4bit import LEFT_OUT
 from ..layers.lookup import adapted_layers
-from ..layers.quantize import LEFT_OUT
 from ..utils.precision import native
 from .fake_step import LiveBytes, StepBytes, count_step
 from .prepare import resolve_model

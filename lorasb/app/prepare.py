@@ -20,9 +20,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..checkpoints.model_card import ORIGIN_NAME
-from ..config import ALL_LINEAR
+from ..config.adapter import ALL_LINEAR
 from ..init.plan import warmup_steps
-from ..layers.quantize import LEFT_OUT
+from ..layers.linear4bit import LEFT_OUT
 from ..serving import basis_adapters
 from ..tuner.targets import refuse_unknown_names
 from ..utils.atomic_files import write_json

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import adapter_file
 from ..checkpoints.shared_factors import DIGEST
-from ..config import LoRASBConfig
+from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.lookup import adapted_layers, uninitialized
 from ..layers.unfused_experts import NAMES, parameter_of

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..layers.unfolding import CONVOLUTION, EMBEDDING, SLICE
+from ..layers.weight_adapter import CONVOLUTION, EMBEDDING, SLICE
 
 
 def refuse_slices(kinds: Mapping[str, Sequence[Any]]) -> None:

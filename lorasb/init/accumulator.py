@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.unfolding import SLICE
-from ..layers.weight_adapter import LoRASBWeight, Tap
+from ..layers.weight_adapter import SLICE, LoRASBWeight, Tap
 from ..ops.registry import backend_op, current_backend
 from ..ops.weight_gradient import BAD, SQUARES, ZEROS
 from .svd import MomentSketch, SignBits, energies

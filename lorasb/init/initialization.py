@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..config import LoRASBConfig, WrittenHere
+from ..config.adapter import LoRASBConfig, WrittenHere
 from ..constants import PEFT_PREFIX
 from ..distributed.process_group import sharded
 from ..layers.lookup import adapted_layers, any_merged, layers_with, refuse_shared_basis, uninitialized

@@ -15,8 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..distributed.process_group import Processes, sharded
+from ..layers.base_weight import weight_present
 from ..layers.linear import LoRASBLinear
-from ..layers.offloading import weight_present
 from .cache import Cache, CachedGradient
 from .executor import Executor
 from .factorize import Factors, Recipe, kaiming, lora_xs, random_subspace

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import LoRASBConfig
+from ..config.adapter import LoRASBConfig
 from ..layers.lookup import adapted_layers, refuse_shared_basis
 from ..serving.joint_basis import KeptShares, share_into
 from .init_report import InitReport

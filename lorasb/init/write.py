@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..constants import FACTORS
 from ..distributed.process_group import Processes, full_tensor
+from ..layers.base_weight import weight_present
 from ..layers.linear import LoRASBLinear
-from ..layers.offloading import weight_present
 from .accumulator import GradientSums, LayerSum
 from .block_recorder import NotAStackError, find_stack
 from .cache import Cache, CachedGradient, cached

@@ -6,22 +6,182 @@ The linear is dense, quantized (in storage that our kernels read) or opaque (ano
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from types import SimpleNamespace
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils.quantization_utils import QuantizationBackend, TorchaoBackend, resolve_quantization_backend
 from torch import Tensor, nn
 
 from ..functional import dequantize, quantized_linear
 from ..ops.autocast import autocast_on
 from ..quantization.bitsandbytes import keep_unpacked
+from ..quantization.formats import PACKAGES, Format, format_of
 from ..quantization.quantized_weight import QuantizedWeight, compute_dtype, is_quantized, of_module
 from ..utils.deprecation import renamed_method
-from ..utils.dtypes import SIXTEEN_BIT
-from . import opaque_base
-from .opaque_base import OpaqueBase
+from ..utils.dtypes import FLOATS, SIXTEEN_BIT
+
+CONFIGURATION = "get_apply_tensor_subclass"  # PEFT's name for how torchao quantized a model
+
+
+def _configuration_lost() -> NoReturn:
+    """In place of a configuration: PEFT's resolver takes no torchao layer without one."""
+    raise ValueError("the model does not say how torchao quantized it: load it with transformers' TorchAoConfig")
+
+
+@dataclass(frozen=True)
+class OpaqueBase:
+    """What is known of an opaque linear. Its layer is passed to each method, as moving a model replaces its tensors.
+
+    Attributes:
+        name: of the format, or of the layer's class.
+        shape: (out, in).
+        dtype: that it computes in; also that of A and B.
+        backend: PEFT's, if its resolver knows the format.
+        format: ours, if `FORMATS` has it.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    backend: QuantizationBackend | None = None
+    format: Format | None = None
+
+    @property
+    def known(self) -> bool:
+        """True for a quantizer's format; False for a module that is taken to be linear by a probe."""
+        return self.backend is not None or self.format is not None
+
+    @torch.no_grad()
+    def dequantize(self, layer: nn.Module) -> Tensor:
+        """W [out, in] in `dtype`.
+
+        Raises:
+            ValueError: the format has no way to W.
+        """
+        try:
+            weight = self._read(layer)
+        except (NotImplementedError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"this needs W, and {self.name} layers do not give it ({error}): keep the adapter beside its base "
+                "(save_pretrained, lorasb.export_lora); init='update' and init='random' do not read W"
+            ) from error
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(f"expected a weight {list(self.shape)} of a {self.name} layer, got {list(weight.shape)}")
+        return weight.detach().to(self.dtype)
+
+    def _read(self, layer: nn.Module) -> Tensor:
+        if self.format is not None:
+            return self.format.dequantize(layer)
+        if self.backend is not None:
+            return self.backend.get_base_weight(layer)
+        package = PACKAGES.get(type(layer).__name__)
+        raise TypeError(f"pip install {package}, which knows how" if package else "no known format")
+
+    @property
+    def requantizes(self) -> bool:
+        """True if a merged W can be quantized again in the same format."""
+        if self.format is not None:
+            return self.format.requantize is not None
+        if isinstance(self.backend, TorchaoBackend) and self.backend.get_apply_tensor_subclass is _configuration_lost:
+            return False
+        return self.backend is not None and self.backend.supports_merge
+
+    @torch.no_grad()
+    def requantize(self, layer: nn.Module, weight: Tensor) -> nn.Module:
+        """A layer of the same format with the values of `weight` [out, in]; `layer` is used up.
+
+        Raises:
+            ValueError: the format has no way back.
+        """
+        if not self.requantizes:
+            raise ValueError(f"{self.name} layers cannot be quantized again: merge without requantize=True")
+        if self.format is not None and self.format.requantize is not None:
+            new = self.format.requantize(layer, weight)
+        else:
+            new = self._through_backend(layer, weight)
+        return new.requires_grad_(False).train(layer.training)
+
+    def _through_backend(self, layer: Any, weight: Tensor) -> nn.Module:
+        """PEFT's backends set the weight of a tuner layer's base, or replace that base."""
+        bias, holder = layer.bias, SimpleNamespace(base_layer=layer)
+        holder.get_base_layer = lambda: holder.base_layer
+        if self.backend is not None:
+            self.backend.set_base_weight(holder, weight)
+        if holder.base_layer.bias is None:  # HQQ's new layer is made of the weight alone
+            holder.base_layer.bias = bias
+        new: nn.Module = holder.base_layer
+        return new
+
+
+def find(
+    layer: nn.Module, default_dtype: torch.dtype | None = None, options: Mapping[str, Any] | None = None
+) -> OpaqueBase | None:
+    """What is known of an opaque linear; None for a layer that our kernels read, or that is no linear.
+
+    Args:
+        layer: the base layer.
+        default_dtype: the model's, for storage that does not say what it computes in.
+        options: of PEFT's resolver: `get_quantization_kwargs(model)`.
+
+    Raises:
+        ImportError: the format's package is too old for PEFT; the message says which it takes.
+    """
+    if is_dense(layer) or is_quantized(layer) or hasattr(getattr(layer, "weight", None), "device_mesh"):
+        return None
+    backend = resolve_quantization_backend(layer, **({CONFIGURATION: _configuration_lost} | dict(options or {})))
+    known = format_of(layer)
+    if backend is None and known is None and not _computes_by_itself(layer):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, about modules that it does not know
+        in_features, out_features = _get_in_out_features(layer)
+    if not isinstance(in_features, int) or not isinstance(out_features, int):
+        return None
+    name = known.name if known is not None else backend.backend_name if backend is not None else type(layer).__name__
+    return OpaqueBase(name, (out_features, in_features), _dtype(layer, default_dtype), backend, known)
+
+
+def is_dense(layer: nn.Module) -> bool:
+    """True for a linear whose weight is a plain matrix of floats."""
+    weight: Any = getattr(layer, "weight", None)  # a parametrized weight is no parameter of that name
+    # transformers' Conv1D by its name: layers do not import transformers
+    is_linear = isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+    if not is_linear or not isinstance(weight, Tensor):
+        return False
+    return weight.dim() == 2 and weight.dtype in FLOATS and type(weight.data) is Tensor
+
+
+def _computes_by_itself(layer: nn.Module) -> bool:
+    """True for a module with features and a forward of its own: not nn.Linear's over a weight that it cannot take."""
+    own = type(layer).forward is not nn.Linear.forward or "forward" in vars(layer)
+    return own and hasattr(layer, "in_features") and hasattr(layer, "out_features")
+
+
+def _dtype(layer: nn.Module, default: torch.dtype | None) -> torch.dtype:
+    """The dtype that a layer computes in: as it says, its weight's, the model's, or that of its first floats."""
+    stated, weight = getattr(layer, "compute_dtype", None), layer._parameters.get("weight")
+    tensors = (tensor for part in (layer.parameters, layer.buffers) for tensor in part())
+    first = next((tensor.dtype for tensor in tensors if tensor.dtype in FLOATS), None)
+    candidates = (stated, None if weight is None else weight.dtype, default, first)
+    return next((one for one in candidates if one in FLOATS), torch.get_default_dtype())
+
+
+def first_tensor(layer: nn.Module) -> Tensor:
+    """A tensor of a layer's storage, which says the device.
+
+    Raises:
+        ValueError: the layer has none.
+    """
+    for tensors in (layer.parameters(), layer.buffers()):
+        for tensor in tensors:
+            return tensor
+    raise ValueError(f"expected a layer with parameters or buffers, got a {type(layer).__name__} without")
 
 
 class CachedWeight(NamedTuple):
@@ -78,7 +238,7 @@ class FrozenBase(nn.Module, BaseTunerLayer):
         self.trains_bias = False  # our ops do not differentiate the bias: the base's own forward does
         keep_unpacked(base_layer)  # before any evaluation: the repacking is not always reversible
         unfolding = getattr(self, "unfolding", None)  # of a `LoRASBWeight`
-        self._opaque = None if unfolding else opaque_base.find(base_layer, octet_dtype, resolver_options)
+        self._opaque = None if unfolding else find(base_layer, octet_dtype, resolver_options)
         known = unfolding or self._opaque or self.quantized()
         out_features, in_features = known.shape if known is not None else self.dense_weight().shape
         self.in_features, self.out_features = int(in_features), int(out_features)
@@ -129,7 +289,7 @@ class FrozenBase(nn.Module, BaseTunerLayer):
             return weight
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)
-        return weight if isinstance(weight, Tensor) else opaque_base.first_tensor(base)
+        return weight if isinstance(weight, Tensor) else first_tensor(base)
 
     def dense_weight(self) -> Tensor:
         """W [out, in]: the base layer's weight or a transposed view of it, dequantized if it is quantized.
@@ -253,3 +413,134 @@ class FrozenBase(nn.Module, BaseTunerLayer):
         else:
             y = quantized_linear(x, quantized, self.bias_like(x))
         return y if autocast_on(x.device.type) else y.to(input_dtype)
+
+
+@contextmanager
+def factors_on_device(containers: list[nn.Module], name: str) -> Iterator[list[Tensor]]:
+    """The factors of an offloaded adapter on their execution device; offloaded again afterwards.
+
+    accelerate's hooks load a module's parameters around its forward, but a `ParameterDict` has no forward to wrap: the
+    hooks are called here.
+
+    Raises:
+        RuntimeError: R requires a gradient, which would go to the temporary copy; or the factors have no values at all.
+    """
+    hooks = _hooks_of(containers, name)
+    try:
+        for hook, container in zip(hooks, containers, strict=True):
+            hook.pre_forward(container)
+        yield [c._parameters[name] for c in containers]  # type: ignore[misc]
+    finally:
+        for hook, container in zip(hooks, containers, strict=True):
+            hook.post_forward(container, None)
+
+
+def _hooks_of(containers: list[nn.Module], name: str) -> list[Any]:
+    """accelerate's hook of each container."""
+    if torch.is_grad_enabled() and any(c._parameters[name].requires_grad for c in containers):  # type: ignore[union-attr]
+        raise RuntimeError(
+            f"adapter {name!r} was offloaded with its base and cannot train so: offload the base model first, then "
+            "call lorasb.patch, which leaves A, R and B where the model runs; or evaluate under torch.no_grad()"
+        )
+    hooks: list[Any] = [getattr(container, "_hf_hook", None) for container in containers]
+    if None in hooks:
+        raise RuntimeError(f"adapter {name!r} lies on the meta device: load a saved adapter, or move the model")
+    return hooks
+
+
+@contextmanager
+def weight_present(base: nn.Module) -> Iterator[None]:
+    """Inside, an offloaded weight of a base layer is on its execution device; other weights are not touched."""
+    hook: Any = getattr(base, "_hf_hook", None)
+    weight = base._parameters.get("weight")
+    if hook is None or weight is None or not weight.is_meta:
+        yield
+        return
+    hook.pre_forward(base)
+    try:
+        yield
+    finally:
+        hook.post_forward(base, None)
+
+
+def has_weight_values(base: nn.Module) -> bool:
+    """True if a base layer's storage has values, on a device or where accelerate has offloaded it."""
+    weight = getattr(base, "weight", None)
+    storage = [weight] if isinstance(weight, Tensor) else [*base.parameters(), *base.buffers()]
+    offloaded = getattr(base, "_hf_hook", None) is not None
+    return bool(storage) and (offloaded or not any(tensor.is_meta for tensor in storage))
+
+
+# Of the norm. Activations rounded to 8 bits, one scale for all rows, give 1e-2; a GELU gives 0.3 and more.
+TOLERANCE = 0.05
+
+
+def check_linear(name: str, layer: nn.Module, opaque: OpaqueBase, trained: bool = True) -> None:
+    """Run one probe of three rows.
+
+    Args:
+        name: of the target, for messages.
+        layer: an opaque base with values.
+        opaque: what is known of it.
+        trained: also ask for the gradient of x, without which layers below would learn nothing.
+
+    Raises:
+        TypeError: the module does not run, is not linear, or has no gradient.
+    """
+    x = _rows(opaque, first_tensor(layer).device)
+    try:
+        with torch.enable_grad():
+            y = layer(x.requires_grad_())
+            gradient = torch.autograd.grad(y.float().sum(), x, allow_unused=True)[0] if y.requires_grad else None
+    except Exception as error:
+        if opaque.known:  # its kernel may want another device, where the model is moved later
+            return
+        package = PACKAGES.get(type(layer).__name__)
+        hint = f": pip install {package}" if package else ", or name it in exclude_modules"
+        raise TypeError(
+            f"target {name!r} is a {type(layer).__name__} that failed on x [3, in] ({error}){hint}"
+        ) from error
+    if y.shape != (3, opaque.shape[0]) or not _is_linear(y.detach().double()):
+        raise TypeError(
+            f"target {name!r} is a {type(layer).__name__}, and 2x does not give twice what x gives: an adapter beside "
+            "it would not be a change of its weight. Name it in exclude_modules"
+        )
+    if trained and gradient is None:
+        raise TypeError(
+            f"target {name!r}, a {opaque.name} layer, has no gradient of its input: layers below it would learn "
+            "nothing. Quantize weights only, or load the adapter with inference_mode=True"
+        )
+
+
+def has_own_result(layer: nn.Module) -> bool:
+    """True for a dense nn.Linear whose class computes something else with its weight: Llama 4's router gives scores.
+
+    A class whose forward takes other arguments than x, or that has no values yet, is taken for a linear.
+    """
+    if type(layer).forward is nn.Linear.forward or not isinstance(layer, nn.Linear) or not has_weight_values(layer):
+        return False
+    weight = layer.weight
+    if weight.dtype not in FLOATS or type(weight.data) is not Tensor:  # another quantizer's: its format is known
+        return False
+    try:
+        with torch.no_grad():
+            y = layer(_probe(layer.in_features, weight.device, weight.dtype))
+    except Exception:
+        return False
+    return not isinstance(y, Tensor) or y.shape != (3, layer.out_features) or not _is_linear(y.double())
+
+
+def _rows(opaque: OpaqueBase, device: torch.device) -> Tensor:
+    return _probe(opaque.shape[1], device, opaque.dtype)
+
+
+def _probe(in_features: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[0, x, 2x] for a random x; the global random state is not touched."""
+    x = torch.randn(in_features, generator=torch.Generator().manual_seed(0))
+    return torch.stack((torch.zeros_like(x), x, 2 * x)).to(device, dtype)
+
+
+def _is_linear(y: Tensor) -> bool:
+    zero, once, twice = y
+    distance = (twice - zero - 2 * (once - zero)).norm()
+    return bool(distance <= TOLERANCE * (twice - zero).norm())

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..functional import dequantize
 from ..quantization.quantized_weight import KINDS, QuantizedWeight, of_state
 from ..quantization.quantizer import quantize_4bit
+from .base_weight import OpaqueBase
 from .linear import LoRASBLinear
 from .linear4bit import Linear4bit
-from .opaque_base import OpaqueBase
 
 
 @dataclass(frozen=True)

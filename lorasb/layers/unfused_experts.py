@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import open_parameters
+from . import weight_adapter
 from .token_rows import Rows
 
 NAMES = ("gate_up_proj", "down_proj")  # of the 3-D parameters, in the order of their registration
@@ -138,7 +138,7 @@ def parameter_of(name: str) -> str | None:
 
 def close(model: nn.Module) -> None:
     """Restore transformers' own modules where no expert and no parameter has an adapter."""
-    open_parameters.close(model)
+    weight_adapter.close(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, OpenExperts) and all(type(m) is nn.Linear for n in NAMES for m in getattr(module, n)):
             parent, _, child = path.rpartition(".")

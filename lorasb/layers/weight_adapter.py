@@ -7,6 +7,7 @@ matrix W [out, in] is the parameter unfolded (`unfolding`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,10 +15,92 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .initialized import guarded_core
 from .linear import LoRASBLinear
+from .parameter_dicts import guarded_core
 from .token_rows import MERGED_ROWS, Rows, other_length
-from .unfolding import ATTENTION, CONVOLUTION, EMBEDDING, Unfolding, unfoldings
+
+
+class ParameterSlice(nn.Module):
+    """A view of a parameter W [a, b], or of the e-th matrix of one [E, a, b]; it holds no tensor of its own.
+
+    Args:
+        owner: the module that has the parameter.
+        name: of the parameter.
+        index: e, or None for the whole of a 2-D parameter.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, index: int | None) -> None:
+        super().__init__()
+        self._owner = [owner]  # in a list: as a submodule its parameters would count once a slice
+        self.name, self.index = name, index
+        self.training = owner.training
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, in the parameter's memory."""
+        parameter = self._owner[0].get_parameter(self.name)
+        return parameter if self.index is None else parameter[self.index]
+
+
+EMBEDDING, CONVOLUTION, ATTENTION, SLICE = "embedding", "convolution", "attention", "parameter"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+KINDS_WITH_WEIGHT = (nn.Embedding, *CONVOLUTIONS)
+
+
+@dataclass(frozen=True)
+class Unfolding:
+    """A parameter seen as a matrix.
+
+    Attributes:
+        kind: of the module.
+        path: name of the parameter in the module.
+        stored: its shape.
+    """
+
+    kind: str
+    path: str
+    stored: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        if self.kind == EMBEDDING:
+            return self.stored[1], self.stored[0]
+        return self.stored[0], int(torch.Size(self.stored[1:]).numel())
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """W [out, in] of the stored weight, or of its gradient."""
+        return weight.t() if self.kind == EMBEDDING else weight.flatten(1)
+
+    def folded(self, matrix: Tensor) -> Tensor:
+        """The stored layout of a matrix [out, in]."""
+        return matrix.t() if self.kind == EMBEDDING else matrix.reshape(self.stored)
+
+    def described(self, groups: int) -> list[Any]:
+        """[kind, path, groups, *shape], for JSON."""
+        return [self.kind, self.path, groups, *self.stored]
+
+
+def unfoldings(module: nn.Module) -> list[Unfolding]:
+    """The parameters of a module that are adapted, innermost first; none for modules of other kinds.
+
+    None of these: attention whose keys or values have widths of their own, as it keeps three matrices; weights that
+    are computed in every forward (weight_norm, spectral_norm); embeddings that rescale what they look up (max_norm).
+    """
+    if isinstance(module, ParameterSlice):
+        return [Unfolding(SLICE, "weight", tuple(module.weight.shape))]
+    weight: Any = module._parameters.get("weight")
+    if isinstance(module, KINDS_WITH_WEIGHT) and (weight is None or getattr(module, "max_norm", None) is not None):
+        return []
+    if isinstance(module, nn.Embedding):
+        return [Unfolding(EMBEDDING, "weight", tuple(weight.shape))]
+    if isinstance(module, CONVOLUTIONS):
+        return [Unfolding(CONVOLUTION, "weight", tuple(weight.shape))]
+    if isinstance(module, nn.MultiheadAttention) and module._parameters.get("in_proj_weight") is not None:
+        paths = {"out_proj.weight": module.out_proj.weight, "in_proj_weight": module.in_proj_weight}
+        return [Unfolding(ATTENTION, path, tuple(weight.shape)) for path, weight in paths.items()]
+    return []
+
 
 Tap = Callable[[Tensor], Tensor]
 
@@ -290,3 +373,88 @@ def adapt_weights(module: nn.Module, adapter_name: str, **options: Any) -> LoRAS
         kind = LoRASBEmbedding if unfolding.kind == EMBEDDING else LoRASBWeight
         layer = kind(layer, adapter_name, unfolding, **options)
     return layer if isinstance(layer, LoRASBWeight) else None
+
+
+class OpenParameters(nn.Module):
+    """A module with a `ParameterSlice` for each matrix of some of its parameters, under the parameter's own name.
+
+    Args:
+        base_layer: the module.
+        names: of its parameters, 2-D or 3-D.
+
+    Forward: that of the module.
+    """
+
+    def __init__(self, base_layer: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.training = base_layer.training
+        for name in names:
+            parameter = base_layer.get_parameter(name)
+            indices = range(len(parameter)) if parameter.dim() == 3 else [None]
+            # not add_module, which asks `hasattr` first: attributes of the module itself answer there
+            self._modules[name] = nn.ModuleList(ParameterSlice(base_layer, name, index) for index in indices)
+
+    @property
+    def opened(self) -> tuple[str, ...]:
+        """Names of the parameters that have slices."""
+        return tuple(name for name in self._modules if name != "base_layer")
+
+    def open(self, names: list[str]) -> None:
+        """Open further parameters of the module."""
+        for name in [name for name in names if name not in self.opened]:
+            self._modules[name] = OpenParameters(self.base_layer, [name])._modules[name]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output with the adapters of its parameters."""
+        for layer in self._adapted():
+            layer.unmerge_if_disabled()
+        weights = {name: self._weight(name) for name in self.opened if self._in_use(name)}
+        return functional_call(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
+
+    def slices(self, name: str) -> list[nn.Module]:
+        """The matrices of a parameter, with or without adapters."""
+        return list(cast(nn.ModuleList, self._modules[name]))
+
+    def _adapted(self) -> list[LoRASBWeight]:
+        return [one for name in self.opened for one in self.slices(name) if isinstance(one, LoRASBWeight)]
+
+    def _in_use(self, name: str) -> bool:
+        return any(isinstance(one, LoRASBWeight) and one.in_use for one in self.slices(name))
+
+    def _weight(self, name: str) -> Tensor:
+        matrices = [
+            one.current_weight() if isinstance(one, LoRASBWeight) else cast(ParameterSlice, one).weight
+            for one in self.slices(name)
+        ]
+        whole = self.base_layer.get_parameter(name).dim() == 2
+        return matrices[0] if whole else torch.stack(matrices)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module without adapters, merged first if so asked; PEFT calls it in place of `merge`."""
+        for layer in self._adapted() if merge else ():
+            layer.merge(safe_merge, adapter_names)
+        return self.base_layer
+
+    @property
+    def is_free(self) -> bool:
+        """True if no adapter is left."""
+        return all(isinstance(one, ParameterSlice) for name in self.opened for one in self.slices(name))
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the module itself."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "base_layer" not in self._modules:
+                raise
+            return getattr(self._modules["base_layer"], name)
+
+
+def close(model: nn.Module) -> None:
+    """Put the modules back where no parameter has an adapter."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, OpenParameters) and module.is_free:
+            model.set_submodule(path, module.base_layer)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..checkpoints import shared_factors
 from ..checkpoints.adapter_file import group_by_layer, read_config
 from ..checkpoints.shared_factors import DIGEST
-from ..config import LoRASBConfig
+from ..config.adapter import LoRASBConfig
 from ..constants import BASE_ROW, FACTORS, WEIGHTS_NAME
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import adapted_layers, layers_with, uninitialized

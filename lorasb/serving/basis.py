@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import shared_factors
 from ..checkpoints.adapter_file import group_by_layer
-from ..config import LoRASBConfig
+from ..config.adapter import LoRASBConfig
 from ..constants import FROZEN_FACTORS
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import layers_with, refuse_shared_basis, standing_on, uninitialized

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checkpoints import shared_factors
 from ..checkpoints.adapter_file import check_factors
-from ..config import LoRASBConfig
+from ..config.adapter import LoRASBConfig
 from ..constants import BASE_ROW
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import layers_with

@@ -19,7 +19,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from ..config import LoRASBConfig
+from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import layers_with, uninitialized

@@ -19,11 +19,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..constants import BASE_ROW
-from ..layers.linear import LoRASBLinear
-from ..layers.open_parameters import OpenParameters
-from ..layers.row_cores import on_one_basis, trains_by_row
+from ..layers.linear import LoRASBLinear, on_one_basis, trains_by_row
 from ..layers.token_rows import TOKENS_FIRST, Rows, chooses_tokens, other_length, rows_of
 from ..layers.unfused_experts import OpenExperts
+from ..layers.weight_adapter import OpenParameters
 from .bank import AdapterBank, bank_of
 
 FUNCTION = "_gradient_checkpointing_func"

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ..checkpoints.base_fingerprint import difference
-from ..config import LoRASBConfig
+from ..config.adapter import LoRASBConfig
+from ..layers.base_weight import has_weight_values, weight_present
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import any_merged, layers_with
-from ..layers.offloading import has_weight_values, weight_present
 from ..layers.weight_adapter import LoRASBEmbedding
 from .targets import base_of
 

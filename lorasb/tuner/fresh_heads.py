@@ -14,12 +14,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..config import ALL_LINEAR
+from ..config.adapter import ALL_LINEAR
 from ..layers.parameter_dicts import LOADED
 from ..quantization.quantized_weight import is_quantized
 
 if TYPE_CHECKING:
-    from ..config import LoRASBConfig
+    from ..config.adapter import LoRASBConfig
 
 HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj")
 # Heads of task models that have no base model attribute, as their layers hang on the task model itself.

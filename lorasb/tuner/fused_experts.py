@@ -8,9 +8,9 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
-from ..config import ALL_LINEAR, LoRASBConfig
-from ..layers.open_parameters import OpenParameters
+from ..config.adapter import ALL_LINEAR, LoRASBConfig
 from ..layers.unfused_experts import NAMES, OpenExperts, is_target
+from ..layers.weight_adapter import OpenParameters
 
 # What the linears of one expert were called before transformers fused those of all experts into one parameter.
 ONCE_CALLED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}

@@ -17,7 +17,7 @@ from peft.config import PeftConfig
 
 from ..checkpoints import adapter_file
 from ..checkpoints.base_fingerprint import difference
-from ..config import LoRASBConfig
+from ..config.adapter import LoRASBConfig
 from ..constants import FACTORS, PEFT_NAME
 from ..layers.lookup import layers_with, refuse_shared_basis
 from . import loading

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..checkpoints import adapter_file, shared_factors
 from ..checkpoints.base_fingerprint import SMALLEST, TOLERANCE
 from ..checkpoints.shared_factors import DIGEST, join_factors
-from ..config import LoRASBConfig
+from ..config.adapter import LoRASBConfig
 from ..constants import FACTORS, FACTORS_NAME, PEFT_PREFIX
 from ..layers.linear import LoRASBLinear
 from ..serving import basis

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints import adapter_file
 from ..checkpoints.base_fingerprint import fingerprint
-from ..config import ALL_LINEAR, LoRASBConfig, WrittenHere, infer_task_type
+from ..config.adapter import ALL_LINEAR, LoRASBConfig, WrittenHere, infer_task_type
 from ..constants import PEFT_NAME
 from ..distributed.deepspeed_zero import with_kept_factors
 from ..layers import linear_group, unfused_experts

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
-    from ..config import LoRASBConfig
+    from ..config.adapter import LoRASBConfig
 
 
 def patch(
@@ -37,7 +37,7 @@ def patch(
     """
     import peft
 
-    from ..config import LoRASBConfig, infer_task_type
+    from ..config.adapter import LoRASBConfig, infer_task_type
     from ..utils import precision
 
     if isinstance(model, peft.PeftModel):
@@ -66,7 +66,7 @@ def patch(
 
 def check_fields(fields: dict[str, Any]) -> None:
     """Raise a TypeError for a name that is no field of `LoRASBConfig`; it names the nearest field."""
-    from ..config import field_names
+    from ..config.adapter import field_names
 
     known = field_names()
     for name in fields:

@@ -12,12 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..config import DEFAULT_RANK, LoRASBConfig
-from ..layers import opaque_base, unfused_experts
-from ..layers.linearity import check_linear, has_own_result
-from ..layers.offloading import has_weight_values
-from ..layers.open_parameters import OpenParameters
-from ..layers.unfolding import KINDS_WITH_WEIGHT, unfoldings
+from ..config.adapter import DEFAULT_RANK, LoRASBConfig
+from ..layers import base_weight, unfused_experts
+from ..layers.base_weight import check_linear, has_own_result, has_weight_values
+from ..layers.weight_adapter import KINDS_WITH_WEIGHT, OpenParameters, unfoldings
 from ..quantization.quantized_weight import is_quantized, of_module
 from ..utils.dtypes import FLOATS
 
@@ -127,7 +125,7 @@ def _quantizers_layers(model: Any) -> set[str]:
     for name, module in model.named_modules():
         candidate = hasattr(module, "in_features") and not isinstance(module, nn.Linear | BaseTunerLayer)
         if name and candidate and module is not head and not inside_tuner(model, name):
-            opaque = opaque_base.find(module)
+            opaque = base_weight.find(module)
             found.update([name] if opaque is not None and opaque.known else [])
     return found
 
@@ -178,7 +176,7 @@ def features_of(base: Any) -> tuple[int, int]:
     """
     if unfolded := unfoldings(base):
         return min((one.shape for one in unfolded), key=min)
-    opaque = opaque_base.find(base)
+    opaque = base_weight.find(base)
     if opaque is not None:
         return opaque.shape
     shape = (base.out_features, base.in_features) if is_quantized(base) else base.weight.shape
@@ -207,7 +205,7 @@ def check_supported(name: str, module: nn.Module) -> None:
             f"target {name!r} is named by target_modules, and a parameter of it by target_parameters: name it in one "
             "of them"
         )
-    if unfoldings(base) or opaque_base.find(base) is not None:
+    if unfoldings(base) or base_weight.find(base) is not None:
         return
     if isinstance(base, KINDS_WITH_WEIGHT):
         raise TypeError(
@@ -240,7 +238,7 @@ def check_opaque(targets: dict[str, nn.Module], default_dtype: torch.dtype | Non
     probed = set()
     for name, module in targets.items():
         base = base_of(module)
-        opaque = opaque_base.find(base, default_dtype)
+        opaque = base_weight.find(base, default_dtype)
         kind = type(base), type(getattr(base, "weight", None))
         if opaque is not None and kind not in probed and has_weight_values(base):
             check_linear(name, base, opaque, trained)

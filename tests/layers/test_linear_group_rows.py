@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lorasb
 from lorasb.kernels.launcher import observed
-from lorasb.layers import row_cores
+from lorasb.layers import linear
 
 NAMES = ["default", "one", "__base__", "two"]
 
@@ -131,6 +131,6 @@ def test_one_that_is_not_initialized_raises_where_it_would_be_trained() -> None:
     layer = model.base_model.model.gate_proj
     model.add_adapter("one", lorasb.LoRASBConfig(r=3, target_modules="all-linear"))
     layer.lorasb_A["one"], layer.lorasb_B["one"] = layer.lorasb_A["default"], layer.lorasb_B["default"]
-    assert row_cores.on_one_basis(layer, ["default", "one"])
+    assert linear.on_one_basis(layer, ["default", "one"])
     with pytest.raises(RuntimeError, match="has not been initialized"):
         model.base_model.model(x, ["default", "one"], ["default", "one"])

@@ -16,7 +16,7 @@ from unfolded_models import PARAMETERS, TARGETS, Net, batch, loss
 
 import lorasb
 from lorasb.layers.linear import LoRASBLinear
-from lorasb.layers.unfolding import unfoldings
+from lorasb.layers.weight_adapter import unfoldings
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from lorasb.app.named_data import read_data
 from lorasb.app.run_folder import RunFolder
 from lorasb.app.settings import Settings, listed
 from lorasb.checkpoints.adapter_file import read_tensors
-from lorasb.config import LoRASBConfig
+from lorasb.config.adapter import LoRASBConfig
 from lorasb.export.lora import export_lora
 from lorasb.layers.linear import LoRASBLinear
 

@@ -31,7 +31,7 @@ WITHOUT = {  # module or package -> what it must not import, at any depth: impor
     "lorasb": ("benchmarks", "tests", "docs"),
 }
 CALLS = {"torch.load", "pickle.load", "pickle.loads", "exec", "eval", "os.system", "torch.save"}
-USES_TRANSFORMERS = ("lorasb.tuner", "lorasb.training", "lorasb.app")
+USES_TRANSFORMERS = ("lorasb.tuner", "lorasb.training", "lorasb.serving.training", "lorasb.app")
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

@@ -17,7 +17,7 @@ KNOWN = (
 ORDERS = (
     "import lorasb, peft",
     "import peft, lorasb",
-    "import lorasb.config",
+    "import lorasb.config.adapter",
     "import lorasb.layers.linear",
     "import lorasb.tuner",
     "import lorasb.init",

@@ -17,11 +17,11 @@ from typing import Any, get_type_hints
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from .checkpoints.model_card import update_card
-from .constants import CONFIG_NAME, MAX_RANK, PEFT_NAME, WEIGHTS_NAME
-from .utils.atomic_files import umask, write_json
-from .utils.checks import MAX_REPEATS, check_pattern, matches
-from .utils.reading import safetensors_header
+from ..checkpoints.model_card import update_card
+from ..constants import CONFIG_NAME, MAX_RANK, PEFT_NAME, WEIGHTS_NAME
+from ..utils.atomic_files import umask, write_json
+from ..utils.checks import MAX_REPEATS, check_pattern, matches
+from ..utils.reading import safetensors_header
 
 
 def extend_peft_types() -> None:

@@ -1,0 +1,6 @@
+"""`LoRASBConfig` and PEFT's names for the method. Imports checkpoints and utils.
+
+PEFT is imported here, before any module of the package: it registers the tuner, which imports these modules.
+"""
+
+import peft as peft
