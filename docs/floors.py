@@ -2,8 +2,9 @@
 
 The package is a stack of floors, each with one or more folders (modules beside the folders count to one of them). A
 file may import from its own folder and from lower floors, at any depth of its code; never from a higher floor or from
-another folder of its floor. Imports under `TYPE_CHECKING` do not count. `tests/repo/test_floors.py` checks this, and
-that no files import each other in a cycle.
+another folder of its floor. Imports under `TYPE_CHECKING` count, except for those by which `lorasb/__init__.py` shows
+type checkers the names that it imports at first use. `tests/repo/test_floors.py` checks this, and that no files import
+each other in a cycle.
 """
 
 from __future__ import annotations
@@ -61,9 +62,10 @@ def folder_of(module: str) -> str:
 
 
 def imports(path: Path, name: str, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
-    """(line, module) of every import of the package's modules in a file, without those under `TYPE_CHECKING`."""
+    """(line, module) of every import of the package's modules in a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    type_checking_only = {id(inner) for node in ast.walk(tree) if _is_typing_block(node) for inner in _body(node)}
+    blocks = [node for node in ast.walk(tree) if name == PACKAGE and _is_typing_block(node)]
+    type_checking_only = {id(inner) for node in blocks for inner in _body(node)}
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(tree):
         if id(node) in type_checking_only:

@@ -7,7 +7,7 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,9 +15,6 @@ from rich.table import Table
 from ..utils.atomic_files import write_json
 from ..utils.plotting import GRAD, INK, MUTED, SIGN, canvas, save
 from ..utils.reading import read_json
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,6 @@ class LayerReport:
     fallback: str | None = None
     start: float | None = None
 
-
-# DROP
 
 Path = str | os.PathLike[str]
 CURVES = ((("grad", GRAD, "of the gradient ΣG")), ("sign", SIGN, "of its sign"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -30,12 +30,6 @@ from .parameter_dicts import (
     shard_like,
 )
 from .token_rows import MERGED_ROWS, Rows, other_length
-
-if TYPE_CHECKING:
-    pass
-
-
-# DROP
 
 
 class StoredCores(Protocol):

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,8 @@ from ..functional import lora_sb_linear_group
 from ..ops.autocast import autocast_on
 from ..utils.dtypes import SIXTEEN_BIT
 from . import linear
+from .linear import LoRASBLinear
 from .token_rows import Rows
-
-if TYPE_CHECKING:
-    from .linear import LoRASBLinear
-if TYPE_CHECKING:
-    from .linear import LoRASBLinear
 
 
 def compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[Tensor]:

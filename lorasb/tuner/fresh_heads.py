@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..config.adapter import ALL_LINEAR
+from ..config.adapter import ALL_LINEAR, LoRASBConfig
 from ..layers.parameter_dicts import LOADED
 from ..quantization.quantized_weight import is_quantized
-
-if TYPE_CHECKING:
-    from ..config.adapter import LoRASBConfig
 
 HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj")
 # Heads of task models that have no base model attribute, as their layers hang on the task model itself.

@@ -119,3 +119,28 @@ def test_wheel_has_every_module(tmp_path: Path) -> None:
     data = "{'lorasb.kernels.tables': ['*.json'], 'lorasb.app.presets': ['*.yaml']}"
     assert found[-2:] == ["{'lorasb.kernels': 'kernels/fused'}", data]
     assert not (ROOT / "kernels" / "__init__.py").exists(), "a top-level `kernels` would hide another package"
+
+
+def methods(node: ast.ClassDef) -> set[str]:
+    """Names of methods, and of fields, which may stand for properties."""
+    fields = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    assigned = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    return fields | assigned | {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+
+
+# a protocol with one implementation in the package: why it is there
+SINGLE_PROTOCOLS = {
+    "StoredCores": "layers read from a bank of serving/, a floor above",
+    "Group": "layers call their group, whose module imports theirs",
+    "Progress": "layerwise sums report to a cache, which imports them",
+}
+
+
+def test_protocols_have_several_implementations_or_a_reason() -> None:
+    """One that has a single implementation hides a cycle from the imports."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in MODULES.values()]
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    protocols = [c for c in classes if any(isinstance(b, ast.Name) and b.id == "Protocol" for b in c.bases)]
+    others = [c for c in classes if c not in protocols]
+    alone = {p.name for p in protocols if sum(methods(p) <= methods(c) for c in others) < 2}
+    assert alone == set(SINGLE_PROTOCOLS)
