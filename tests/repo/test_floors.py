@@ -125,7 +125,8 @@ def methods(node: ast.ClassDef) -> set[str]:
     """Names of methods, and of fields, which may stand for properties."""
     fields = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
     assigned = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
-    return fields | assigned | {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+    constants = {t.id for n in node.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    return constants | fields | assigned | {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
 
 
 # a protocol with one implementation in the package: why it is there
