@@ -132,7 +132,6 @@ def methods(node: ast.ClassDef) -> set[str]:
 # a protocol with one implementation in the package: why it is there
 SINGLE_PROTOCOLS = {
     "StoredCores": "layers read from a bank of serving/, a floor above",
-    "Group": "layers call their group, whose module imports theirs",
     "Progress": "layerwise sums report to a cache, which imports them",
 }
 
