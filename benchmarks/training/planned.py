@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.timing import commit, dtype_name, machine_name
-from benchmarks.reporting.markdown import table as markdown
+from benchmarks.research.reporting.markdown import table as markdown
 from lorasb.app.plan import MemoryPlan, Request, dtype_of, plan_memory
 from lorasb.app.prepare import EMBEDDED
 

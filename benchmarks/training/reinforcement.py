@@ -32,7 +32,7 @@ from rich.table import Table
 
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.common.timing import commit, machine_name
-from benchmarks.methods.runner import RESULTS
+from benchmarks.research.methods.runner import RESULTS
 from benchmarks.training import sums
 
 FILE = "rl.csv"

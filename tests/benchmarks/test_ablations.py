@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import lorasb
-from benchmarks.methods import starts
-from benchmarks.methods.adapters import begin_again, put_in
-from benchmarks.methods.grid import METHODS, Cell
-from benchmarks.methods.problems import Problem
-from benchmarks.paper import ablations, energy, lengths
-from benchmarks.paper.ablations import ABLATIONS, PLAIN, Variant
+from benchmarks.research.methods import starts
+from benchmarks.research.methods.adapters import begin_again, put_in
+from benchmarks.research.methods.grid import METHODS, Cell
+from benchmarks.research.methods.problems import Problem
+from benchmarks.research.paper import ablations, energy, lengths
+from benchmarks.research.paper.ablations import ABLATIONS, PLAIN, Variant
 
 R, ETA, WARMUP = 4, 2e-3, 2
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from benchmarks.paired.compare import Difference
-from benchmarks.paired.decision import RIVALS, Standing, is_level
-from benchmarks.paired.grid import LORA, TASKS
-from benchmarks.reporting import paired
+from benchmarks.research.paired.compare import Difference
+from benchmarks.research.paired.decision import RIVALS, Standing, is_level
+from benchmarks.research.paired.grid import LORA, TASKS
+from benchmarks.research.reporting import paired
 
 
 def differences(other: str, tasks: Sequence[str], ranks: Sequence[int], mean: float) -> list[Difference]:

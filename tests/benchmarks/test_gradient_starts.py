@@ -10,11 +10,11 @@ from models import make, text
 from torch import Tensor
 
 import lorasb
-from benchmarks.methods import run, starts
-from benchmarks.methods.adapters import optimizer, put_in, sample_count
-from benchmarks.methods.gradients import LATER, rows, take_again, weigh_by_spread
-from benchmarks.methods.grid import METHODS, TASKS, Cell, Task
-from benchmarks.methods.problems import LINEARS, Problem
+from benchmarks.research.methods import run, starts
+from benchmarks.research.methods.adapters import optimizer, put_in, sample_count
+from benchmarks.research.methods.gradients import LATER, rows, take_again, weigh_by_spread
+from benchmarks.research.methods.grid import METHODS, TASKS, Cell, Task
+from benchmarks.research.methods.problems import LINEARS, Problem
 
 METHOD, R, SAMPLES = METHODS["LoRA-SB"], 4, 6
 LAYER = "model.layers.0.self_attn.q_proj"

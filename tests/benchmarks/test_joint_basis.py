@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.methods.grid import BY_SCORE
+from benchmarks.research.methods.grid import BY_SCORE
 from benchmarks.serving.joint_basis import JOINT, OWN, lines, wanted
 
 TASK = "gcd by score"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.paper import lasting
+from benchmarks.research.paper import lasting
 from lorasb.init.accumulator import LayerSum
 from lorasb.init.svd import MomentSketch
 

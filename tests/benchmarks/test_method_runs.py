@@ -13,10 +13,10 @@ import torch
 from models import make, text
 from torch import Tensor, nn
 
-from benchmarks.methods import run
-from benchmarks.methods.adapters import optimizer, put_in
-from benchmarks.methods.grid import FULL, METHODS, TASKS, Cell
-from benchmarks.methods.problems import LINEARS, Problem
+from benchmarks.research.methods import run
+from benchmarks.research.methods.adapters import optimizer, put_in
+from benchmarks.research.methods.grid import FULL, METHODS, TASKS, Cell
+from benchmarks.research.methods.problems import LINEARS, Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PEFT's LoRA-GA
 TASK = replace(TASKS["chain_sum"], steps=3, batch=2)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.methods import grid, rows, run, runner, tables
-from benchmarks.methods.grid import METHODS, TASKS, Cell
-from benchmarks.methods.problems import examples, matthews
-from benchmarks.paper import costs
+from benchmarks.research.methods import grid, rows, run, runner, tables
+from benchmarks.research.methods.grid import METHODS, TASKS, Cell
+from benchmarks.research.methods.problems import examples, matthews
+from benchmarks.research.paper import costs
 
 TASK = TASKS["chain_sum"]
 

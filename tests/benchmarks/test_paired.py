@@ -8,11 +8,11 @@ import statistics
 import pytest
 from paired_rows import TASK, row, swept
 
-from benchmarks.methods.grid import LONGER, task_named
-from benchmarks.paired import grid
-from benchmarks.paired.compare import Difference, difference, final_losses, half_width
-from benchmarks.paired.grid import Entry, best_rate, entries, rates_to_try, wanted
-from benchmarks.reporting import paired
+from benchmarks.research.methods.grid import LONGER, task_named
+from benchmarks.research.paired import grid
+from benchmarks.research.paired.compare import Difference, difference, final_losses, half_width
+from benchmarks.research.paired.grid import Entry, best_rate, entries, rates_to_try, wanted
+from benchmarks.research.reporting import paired
 
 
 def test_every_task_judges_a_thousand_examples_by_loss() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from paired_rows import TASK, row, swept
 
-from benchmarks.methods.grid import task_named
-from benchmarks.paired.budget import COMPARED, bills, missing
-from benchmarks.paired.compare import lines, machines, shown_loss
-from benchmarks.paired.grid import FIXED, LORA, RANKS, SEEDS
-from benchmarks.reporting import paired
+from benchmarks.research.methods.grid import task_named
+from benchmarks.research.paired.budget import COMPARED, bills, missing
+from benchmarks.research.paired.compare import lines, machines, shown_loss
+from benchmarks.research.paired.grid import FIXED, LORA, RANKS, SEEDS
+from benchmarks.research.reporting import paired
 
 ALL = len(COMPARED) * len(SEEDS)
 

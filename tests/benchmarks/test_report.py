@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.methods import grid, rows
-from benchmarks.methods.grid import METHODS, TASKS, Cell
 from benchmarks.quantized import readme_table as four_bits_table
-from benchmarks.reporting import __main__ as report
-from benchmarks.reporting import verdicts
-from benchmarks.reporting.speed import ORDINARY
+from benchmarks.research.methods import grid, rows
+from benchmarks.research.methods.grid import METHODS, TASKS, Cell
+from benchmarks.research.reporting import __main__ as report
+from benchmarks.research.reporting import verdicts
+from benchmarks.research.reporting.speed import ORDINARY
 from benchmarks.training import planned
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

@@ -1,9 +1,9 @@
-"""Rows of pairs of runs, as benchmarks.paired writes them."""
+"""Rows of pairs of runs, as benchmarks.research.paired writes them."""
 
 from __future__ import annotations
 
-from benchmarks.paired import grid
-from benchmarks.paired.grid import entries
+from benchmarks.research.paired import grid
+from benchmarks.research.paired.grid import entries
 
 TASK = "chain_sum by loss"
 

@@ -1,1 +1,0 @@
-"""The sections of `benchmarks/REPORT.md`; `python -m benchmarks.reporting` puts them together."""

@@ -1,0 +1,58 @@
+"""Full fine-tuning, LoRA and its relatives, LoRA-XS and LoRA-SB on the same data, order and schedule.
+
+    python -m benchmarks.research.methods [--task cola ...] [--method LoRA-SB ...] [--r 24 ...]
+        [--data-dir DATA] [--minutes 50]
+    python -m benchmarks.research.methods --table
+
+Learning rates are swept on the validation split by one seed, then three seeds run at the best rate on the test split.
+Runs go two at a time, one thread each, in processes of their own; rows go to benchmarks/results/methods.csv as they
+finish, and what is there is not run again: stop and go on as you like. The grid takes some ten hours of two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.common.timing import use_dtype
+from benchmarks.research.methods import grid, pictures, rows, runner, tables
+from benchmarks.research.methods.grid import METHODS, TASKS, Cell
+
+
+def wanted(
+    names: Sequence[str], methods: Sequence[str], there: list[dict[str, str]], ranks: Sequence[int]
+) -> list[Cell]:
+    """Sweeps first, and the seeds of what has been swept; of some ranks, or of all where none is named."""
+    cells: list[Cell] = []
+    for name in names:
+        for method in grid.order(methods):
+            cells += [*grid.sweep(TASKS[name], method, there), *grid.finals(TASKS[name], method, there)]
+    return [cell for cell in cells if not ranks or cell.r in ranks]
+
+
+def main() -> None:
+    """Run the grid, or show what it found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--r", nargs="+", type=int, default=[], help="these ranks only; full fine-tuning's is 0")
+    runner.arguments(parser)
+    parser.add_argument("--picture", type=Path, help="draw what is there for chain_sum, and run nothing")
+    parser.add_argument("--table", action="store_true", help="print what is there and run nothing")
+    options = parser.parse_args()
+    use_dtype(options.dtype)
+    console = Console(width=120)
+    if options.picture:
+        pictures.choosing(rows.read(options.output / runner.ROWS), "chain_sum", options.picture)
+        return
+    if not options.table:
+        runner.run_all(lambda there: wanted(options.task, options.method, there, options.r), options, console)
+    for table in tables.summary(rows.read(options.output / runner.ROWS)):
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Starts that read the gradients themselves: weighed by their spread over samples, or taken later in training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lorasb
+from benchmarks.research.methods import starts
+from benchmarks.research.methods.problems import Batch
+from lorasb.init.accumulator import GradientSums
+from lorasb.init.factorize import first_step, start_share
+from lorasb.init.initialization import LONGEST_START
+from lorasb.init.loss import backward_over_samples
+from lorasb.init.svd import leading_triplets
+
+LATER = "later"  # the adapter beside the first one, whose R stays as it was
+
+
+def summed(model: Any, layers: Mapping[str, nn.Module], samples: Sequence[Batch], sketches: Any = None) -> GradientSums:
+    """ΣG of every layer at the model's weights, adapters included; no `.grad` is touched.
+
+    In evaluation mode, as an initialization has it; then the model is in training mode, with the flags that it had.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    with GradientSums(layers, sketches=sketches) as sums:
+        for batch in samples:
+            backward_over_samples(model, batch, None)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    model.train()
+    return sums
+
+
+def weigh_by_spread(model: Any, samples: Sequence[Batch], eta: float) -> None:
+    """Factors of ΣG/√ΣG² over samples in place of sign(ΣG): entries that samples disagree on count less.
+
+    R starts as it does from the sign, at most `LONGEST_START` steps long.
+    """
+    layers = starts.layers(model)
+    totals: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    for one in (row for batch in samples for row in rows(batch)):
+        for name, gradient in summed(model, layers, [one]).totals().items():
+            totals[name] = totals[name].add_(gradient) if name in totals else gradient.clone()
+            squares[name] = squares[name].addcmul_(gradient, gradient) if name in squares else gradient.square()
+    for name, layer in layers.items():
+        weighed = torch.where(squares[name] > 0, totals[name] * squares[name].rsqrt(), 0.0)
+        r = layer.r[starts.ADAPTER]
+        triplets = leading_triplets(weighed, r, 0)
+        share = start_share(float(triplets.s[:r].norm()), r, LONGEST_START)
+        found = first_step(triplets, r, share * eta, layer.scaling[starts.ADAPTER])
+        layer.set_factors(starts.ADAPTER, found.b, found.core, found.a)
+
+
+def rows(batch: Batch) -> list[Batch]:
+    """Batches of one sample each."""
+    count = len(next(iter(batch.values())))
+
+    def row(value: Any, i: int) -> Any:
+        """Of a tensor; numbers, such as how many logits are needed, are the batch's."""
+        return value[i : i + 1] if isinstance(value, Tensor) else value
+
+    return [{name: row(value, i) for name, value in batch.items()} for i in range(count)]
+
+
+def take_again(model: Any, r: int, seed: int, samples: Sequence[Batch]) -> list[nn.Parameter]:
+    """Go on in the subspaces of sign(G) at the weights reached; what was learned stays, beside the base.
+
+    The first adapter's R is frozen as it is, a second adapter with R = 0 has the new subspaces: no weight is rounded.
+
+    Returns:
+        The R's that train from here on.
+    """
+    layers = starts.layers(model)
+    found = {name: one.signs() for name, one in summed(model, layers, samples).sums.items()}
+    config = model.peft_config[starts.ADAPTER]
+    model.add_adapter(LATER, lorasb.LoRASBConfig(r=r, target_modules=config.target_modules, init="random"))
+    for name, layer in layers.items():
+        u, _, vt = leading_triplets(found[name], r, seed).first(r)
+        layer.set_factors(LATER, u, torch.zeros(r, r), vt)
+    model.base_model.set_adapter([starts.ADAPTER, LATER])
+    for layer in layers.values():
+        layer.lorasb_R[starts.ADAPTER].requires_grad_(False)
+    return [layer.lorasb_R[LATER] for layer in layers.values()]

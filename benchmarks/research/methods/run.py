@@ -1,0 +1,207 @@
+"""One run in its own process: `python -m benchmarks.research.methods.run CELL` prints its rows as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import resource
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lorasb
+from benchmarks.common.timing import commit, dtype_name, machine_name, measured_dtype
+from benchmarks.research.methods.adapters import begin_again, optimizer, put_in, refresh, sample_count, settings
+from benchmarks.research.methods.grid import BY_LOSS, FULL, METHODS, SEEDS, SWEEP_SEED, WARMUP, Cell, Task, task_named
+from benchmarks.research.methods.problems import Batch, Problem, load
+from lorasb.training.rate_trials import JUDGED, STEPS, find_lr
+
+CLIP = 1.0
+
+
+def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
+    """Adapt, train, judge; a row for each split that was judged.
+
+    Every method sees the same batches: their order follows from the seed alone, and so do the samples of an
+    initialization that wants some. Bases are in the dtype that is measured in (--dtype, auto unless given); CoLA's in
+    fp32. Where it is bf16, full fine-tuning keeps its weights in fp32 under autocast, since a step of 1e-5 would be
+    lost on bf16 weights; the others train fp32 adapters.
+    """
+    version, task, method = commit(), task_named(cell.task), METHODS[cell.method]
+    task = replace(task, steps=settings(cell).get("steps", task.steps))
+    dtype = measured_dtype() if method.family != FULL and task.name != "cola" else torch.float32
+    problem = load(task, folder, dtype)
+    splits = ("validation", "test") if twice(cell) else (cell.split,)
+    # the same for every run of a task: where runs are many it is not taken anew
+    before = {} if cell.task in BY_LOSS else {split: problem.loss(problem.model, split) for split in splits}
+    warmup = round(WARMUP * task.steps)
+    model, init_seconds, report = put_in(problem, method, cell, lambda n: drawn(problem, task, cell.seed, n), warmup)
+    if settings(cell).get("four_bits"):  # where training begins, with what the start makes of the rounding
+        before = {split: problem.loss(model, split) for split in splits}
+    started = time.perf_counter()
+    found_lr = find_rate(model, problem, task, cell) if settings(cell).get("trials") else None
+    losses = train(model, problem, task, replace(cell, lr=found_lr or cell.lr), warmup)
+    seconds = time.perf_counter() - started
+    judged = {split: problem.judge(model, split) for split in splits}
+    same = {
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "adapter_params": trained_beside_heads(model, problem),
+        "init_seconds": round(init_seconds, 2),
+        "seconds": round(seconds, 1),
+        "steps": task.steps,
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "energy": _energy(report, "sign"),
+        "energy_grad": _energy(report, "grad"),
+        "version": version,
+        "machine": machine_name(dtype_name(dtype)),
+        "date": time.strftime("%Y-%m-%d"),
+        "losses": losses,
+        "found_lr": found_lr or "",
+    }
+    return [
+        {
+            **cell.described(),
+            "split": split,
+            **same,
+            "loss_before": round(before[split], 5) if split in before else "",
+            "loss": round(judged[split][0], 5),
+            "score": round(judged[split][1], 5),
+        }
+        for split in splits
+    ]
+
+
+def trained_beside_heads(model: Any, problem: Problem) -> int:
+    """Parameters that are trained; not those of a task's own head, which every method trains."""
+    trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return sum(n for name, n in trained.items() if not any(part in name.split(".") for part in problem.head))
+
+
+def twice(cell: Cell) -> bool:
+    """Whether a run is one of the sweep's: the one at the best rate is also the first seed's of the test split."""
+    return cell.split == "validation" and cell.seed == SWEEP_SEED and not cell.variant and SWEEP_SEED in SEEDS
+
+
+def _energy(report: Any, of: str) -> str:
+    """The share of sign(G)'s or G's energy that the factors keep, all layers together."""
+    share = getattr(report, f"energy_{of}", None)
+    return "" if share is None else f"{share:.4f}"
+
+
+def drawn(problem: Problem, task: Task, seed: int, count: int) -> list[Batch]:
+    """Samples for an initialization."""
+    chosen = random.Random(1000 + seed).sample(range(len(problem.train)), count)
+    size = min(task.batch, 8)
+    parts = [chosen[i : i + size] for i in range(0, count, size)]
+    return [problem.collate([problem.train[i] for i in part]) for part in parts]
+
+
+def batches(problem: Problem, task: Task, seed: int) -> Iterator[Batch]:
+    """The steps' batches: epochs shuffled by seed."""
+    draw, waiting = random.Random(seed), list[list[int]]()
+    for _ in range(task.steps):
+        waiting = waiting or epoch(problem, task.batch, draw)
+        yield problem.collate([problem.train[i] for i in waiting.pop(0)])
+
+
+def epoch(problem: Problem, batch: int, draw: random.Random) -> list[list[int]]:
+    """One epoch's whole batches; of like lengths where the problem knows them, which saves most of the padding."""
+    order = list(range(len(problem.train)))
+    if problem.lengths is None:
+        draw.shuffle(order)
+    else:
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        generator = torch.Generator().manual_seed(draw.randrange(2**31))
+        order = get_length_grouped_indices(problem.lengths, batch, generator=generator)
+    found = [order[i : i + batch] for i in range(0, len(order) - batch + 1, batch)]
+    if problem.lengths is not None:
+        draw.shuffle(found)  # they come in falling order of length
+    return found
+
+
+def train(model: Any, problem: Problem, task: Task, cell: Cell, warmup: int) -> list[float]:
+    """Train for the task's steps; the loss of each."""
+    method = METHODS[cell.method]
+    opt = optimizer(model, method, task, cell, problem.head)
+    peaks = [group["lr"] for group in opt.param_groups]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    wide = method.family == FULL and task.name != "cola" and measured_dtype() == torch.bfloat16
+    torch.manual_seed(cell.seed)  # dropout
+    model.train()
+    losses, options = [], settings(cell)
+    again, later, fill = (round(options.get(name, 0) * task.steps) for name in ("again", "refresh", "fill"))
+    if options.get("seeded"):
+        seed_moments(model, drawn(problem, task, cell.seed, sample_count(problem, options)), opt, trained)
+    for step, batch in enumerate(batches(problem, task, cell.seed)):
+        if later and step == later:
+            trained = refresh(model, problem, cell, lambda n: drawn(problem, task, cell.seed + 1, n), opt)
+        if fill and step == fill:
+            count = options["later_samples"]
+            lorasb.refresh(model, drawn(problem, task, cell.seed + 1, count), seed=cell.seed, progress=False)
+        if again and step == again:
+            begin_again(model, problem, cell, lambda n: drawn(problem, task, cell.seed + 1, n), warmup)
+            opt.state.clear()
+        share = rate_share(step, task.steps, warmup)
+        for group, peak in zip(opt.param_groups, peaks, strict=True):
+            group["lr"] = peak * share
+        losses.append(train_step(model, batch, opt, trained, wide))
+    return losses
+
+
+def find_rate(model: Any, problem: Problem, task: Task, cell: Cell) -> float:
+    """The rate that `lorasb.find_lr` finds on the run's own first batches."""
+    own = itertools.islice(batches(problem, task, cell.seed), STEPS + JUDGED)
+
+    def make(parameters: list[torch.nn.Parameter], rate: float) -> Any:
+        return optimizer(model, METHODS[cell.method], task, replace(cell, lr=rate), problem.head)
+
+    return find_lr(model, own, cell.lr, optimizer=make, progress=False).lr
+
+
+def seed_moments(model: Any, samples: list[Batch], opt: Any, trained: list[torch.nn.Parameter]) -> None:
+    """AdamW's moments from the initialization's samples, as steps at a rate of zero leave them."""
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    for batch in samples:
+        train_step(model, batch, opt, trained, wide=False)
+
+
+def rate_share(step: int, steps: int, warmup: int) -> float:
+    """The schedule: what a step has of the peak rate, up over the warm-up and down to zero in a line."""
+    return min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
+
+
+def train_step(model: Any, batch: Batch, opt: Any, trained: list[torch.nn.Parameter], wide: bool) -> float:
+    """One step of the optimizer, under autocast if `wide`; the loss before it."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=wide):
+        loss = model(**batch).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trained, CLIP)
+    opt.step()
+    opt.zero_grad()
+    return float(loss.detach())
+
+
+def main() -> None:
+    """Run the cell that the command line describes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cell", help="JSON of a Cell")
+    parser.add_argument("--data-dir", type=Path)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    described = json.loads(arguments.cell)
+    cell = Cell(**{**described, "options": tuple(sorted(described["options"].items()))})
+    print(json.dumps(run(cell, arguments.data_dir)))
+
+
+if __name__ == "__main__":
+    main()

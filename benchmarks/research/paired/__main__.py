@@ -1,0 +1,62 @@
+"""Starts of LoRA-SB in pairs of runs: eight seeds, a thousand held-out examples by loss, small ranks.
+
+    python -m benchmarks.research.paired [--task chain_sum ...] [--entry sign ...] [--r 4 ...] [--seeds 8]
+        [--data-dir DATA]
+    python -m benchmarks.research.paired --table
+
+All entries of a task see the same batches in the same order, by seed. Rates are chosen on the validation split by a
+seed that is not compared. Longer runs ("chain_sum, 300 steps", which --task has to name) take the rates of the short
+ones. Rows go to benchmarks/results/paired.csv as runs finish, and what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common.csv_files import Row
+from benchmarks.common.timing import use_dtype
+from benchmarks.research.methods import rows, runner
+from benchmarks.research.methods.grid import LONGER
+from benchmarks.research.paired.compare import head, lines
+from benchmarks.research.paired.grid import RANKS, ROWS, SEEDS, TASKS, entries, wanted
+
+
+def tables(there: Sequence[Row], other: str) -> Iterator[Table]:
+    """A table a task: every entry's mean loss, and its difference to another entry over the same seeds."""
+    for task in (*TASKS, *LONGER):
+        view = Table(title=f"{task}: loss on held-out examples, and less that of {other} (95% interval)")
+        for column in head(other):
+            view.add_column(column, justify="left" if column == "entry" else "right")
+        for line in lines(there, f"{task} by loss", other):
+            view.add_row(*line)
+        if view.row_count:
+            yield view
+
+
+def main() -> None:
+    """Run the grid, or show what it found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", choices=(*TASKS, *LONGER), default=list(TASKS))
+    parser.add_argument("--entry", nargs="+", choices=list(entries()), default=list(entries()))
+    parser.add_argument("--r", nargs="+", type=int, default=list(RANKS))
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--other", choices=list(entries()), default="sign", help="what entries are held against")
+    runner.arguments(parser)
+    parser.add_argument("--table", action="store_true", help="print what is there and run nothing")
+    parser.set_defaults(rows=ROWS)
+    options = parser.parse_args()
+    use_dtype(options.dtype)
+    console = Console(width=120)
+    if not options.table:
+        seeds = SEEDS[: options.seeds]
+        runner.run_all(lambda there: wanted(options.task, options.entry, options.r, seeds, there), options, console)
+    for table in tables(rows.read(options.output / ROWS), options.other):
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What is compared in pairs: tasks judged by loss on a thousand examples, entries, ranks, rates and seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.common.csv_files import Row
+from benchmarks.research.methods.grid import LONGER, Cell
+
+FIXED, FOUND = "sign, 2e-3", "sign, rate found"  # the default rate, and the one that `lorasb.find_lr` finds from it
+LORA = "LoRA r=32"  # what everybody uses; ten times the parameters of r = 64 here
+ROWS = "paired.csv"  # beside the other results
+SEEDS = tuple(range(8))
+SWEEP_SEED = 100  # rates are chosen on another seed and another split than what is compared
+RANKS = (2, 4, 8, 16, 64)
+FARTHEST = 6  # from the rule's rate, in powers of two
+CHOOSING, HELD_BACK = ("chain_sum", "gsm8k"), ("word_sequence_reversal", "cola")  # recipes were chosen on the first
+TASKS = (*CHOOSING, *HELD_BACK)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A start, an optimizer and the rates that are tried.
+
+    Attributes:
+        name: in rows and tables.
+        method: of `benchmarks.research.methods.grid.METHODS`, which it is a variant of.
+        options: of `benchmarks.research.methods.adapters`.
+        rate: peak rate at r = 16; the ladder has it times powers of two.
+        falls: the rate at rank r is `rate`·(16/r)^falls. A step of AdamW whose signs agree has a spectral norm of r
+            times the rate, one whose signs do not 2√r times, one of Muon the rate; 1.5 was found on chain_sum.
+        only: the rank that it has, whatever the others'; None for all.
+        swept: whether the best rate of a sweep is taken, or the rule's as it is.
+    """
+
+    name: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    rate: float = 4e-3
+    falls: float = 1.5
+    only: int | None = None
+    swept: bool = True
+
+    def rank(self, r: int) -> int:
+        """The rank that it is run at, in a comparison at rank r."""
+        return self.only or r
+
+    def rates(self, r: int) -> tuple[float, ...]:
+        """Three, around the rule's; more where the best is at an end."""
+        return tuple(self.at(r, power) for power in (-1, 0, 1))
+
+    def at(self, r: int, power: int) -> float:
+        """The rule's rate at rank r, times two to a power, to three digits."""
+        return float(f"{self.rate * (16 / r) ** self.falls * 2.0**power:.3g}")
+
+    def cell(self, task: str, split: str, r: int, lr: float, seed: int) -> Cell:
+        """A run."""
+        return Cell(task, split, self.method, r, lr, seed, self.name, tuple(sorted(self.options.items())))
+
+
+def entries() -> dict[str, Entry]:
+    """By name; the first is what the library does unless told otherwise."""
+    found = (
+        Entry("sign", "LoRA-SB"),
+        Entry(FIXED, "LoRA-SB", rate=2e-3, falls=0.0, swept=False),
+        Entry(FOUND, "LoRA-SB", {"trials": True}, rate=2e-3, falls=0.0, swept=False),
+        Entry("random", "LoRA-SB", {"init": "random"}),
+        Entry("LoRA-XS", "LoRA-SB", {"init": "lora-xs", "alpha_is_rank": True}, rate=2e-3),
+        Entry("LoRA-XS, output", "LoRA-SB", {"init": "lora-xs-output", "alpha_is_rank": True}, rate=2e-3),
+        Entry("sign, R = 0", "LoRA-SB", {"longest_start": 0.0}),
+        Entry("per-sample", "LoRA-SB", {"update": "per-sample", "longest_start": 0.0}),
+        Entry("sign, rotated", "LoRA-SB", {"rotated": True}),
+        Entry("sign, later", "LoRA-SB", {"refresh": 0.1, "later_samples": 64}),
+        Entry("sign, half later", "LoRA-SB", {"held_back": 0.5, "fill": 0.1, "later_samples": 64}),
+        Entry("sign, seeded", "LoRA-SB", {"seeded": True}),
+        Entry("by spread", "LoRA-SB", {"init": "random", "by_spread": True}),
+        Entry("ranks by energy", "LoRA-SB", {"ranks_by_energy": True}),
+        Entry("random, Muon", "LoRA-SB", {"init": "random", "optimizer": "muon"}, rate=2e-2, falls=0.0),
+        Entry(
+            "W, Muon",
+            "LoRA-SB",
+            {"init": "lora-xs", "alpha_is_rank": True, "unit": True, "optimizer": "muon"},
+            rate=2e-2,
+            falls=0.0,
+        ),
+        Entry(LORA, "LoRA", rate=2e-3, falls=0.0, only=32),
+    )
+    return {entry.name: entry for entry in found}
+
+
+def rows_of(rows: Sequence[Row], task: str, entry: str, r: int, split: str) -> list[Row]:
+    """The runs of an entry at a rank, of all rates and seeds."""
+    wanted = task, entry, str(r), split
+    return [row for row in rows if (row["task"], row["variant"], row["r"], row["split"]) == wanted]
+
+
+def sweep_of(task: str) -> str:
+    """Where a task's rates are chosen: a longer run takes those of the short one."""
+    return f"{base} by loss" if (base := LONGER.get(task.removesuffix(" by loss"), ("",))[0]) else task
+
+
+def swept(rows: Sequence[Row], task: str, entry: str, r: int) -> dict[float, float]:
+    """Validation loss by rate."""
+    found = rows_of(rows, sweep_of(task), entry, r, "validation")
+    return {float(row["lr"]): float(row["loss"]) for row in found if row["seed"] == str(SWEEP_SEED)}
+
+
+def rates_to_try(entry: Entry, r: int, tried: dict[float, float]) -> tuple[float, ...]:
+    """The three around the rule's, then outward for as long as the best is the last one tried; none at the end."""
+    if not entry.swept:
+        return ()
+    missing = tuple(lr for lr in entry.rates(r) if lr not in tried)
+    if missing:
+        return missing
+    powers, best = _ladder(entry, r, tried)
+    beyond = best - 1 if best == powers[0] else best + 1 if best == powers[-1] else None
+    return () if beyond is None or abs(beyond) > FARTHEST else (entry.at(r, beyond),)
+
+
+def _ladder(entry: Entry, r: int, tried: dict[float, float]) -> tuple[list[int], int]:
+    """The powers that were tried, and the best of them; a run that diverged comes last."""
+    powers = [power for power in range(-FARTHEST, FARTHEST + 1) if entry.at(r, power) in tried]
+    losses = {power: tried[entry.at(r, power)] for power in powers}
+    return powers, min(powers, key=lambda power: (not math.isfinite(losses[power]), losses[power]))
+
+
+def best_rate(entry: Entry, r: int, tried: dict[float, float]) -> float | None:
+    """The rate of the least validation loss, or the only one; None before all were tried."""
+    if not entry.swept:
+        return entry.at(r, 0)
+    return None if rates_to_try(entry, r, tried) else entry.at(r, _ladder(entry, r, tried)[1])
+
+
+def is_last_tried(entry: Entry, r: int, tried: dict[float, float]) -> bool:
+    """Whether the ladder ended before the loss rose again."""
+    powers, best = _ladder(entry, r, tried)
+    return best in (powers[0], powers[-1])
+
+
+def shown_rate(entry: Entry, r: int, rows: Sequence[Row], task: str) -> str:
+    """The best rate, for tables, or those that runs found."""
+    if not entry.swept:
+        found = {float(row["found_lr"]) for row in rows_of(rows, task, entry.name, r, "test") if row["found_lr"]}
+        return f"{min(found):g} to {max(found):g}" if len(found) > 1 else f"{next(iter(found), entry.at(r, 0)):g}"
+    tried = swept(rows, task, entry.name, r)
+    return f"{best_rate(entry, r, tried):g}" + (" (last tried)" if is_last_tried(entry, r, tried) else "")
+
+
+def wanted(
+    tasks: Sequence[str], names: Sequence[str], ranks: Sequence[int], seeds: Sequence[int], rows: Sequence[Row]
+) -> list[Cell]:
+    """Sweeps first, and the seeds of what has been swept."""
+    return [
+        cell
+        for task in tasks
+        for r in ranks
+        for name in names
+        for cell in cells(f"{task} by loss", entries()[name], entries()[name].rank(r), seeds, rows)
+    ]
+
+
+def cells(task: str, entry: Entry, r: int, seeds: Sequence[int], rows: Sequence[Row]) -> Iterator[Cell]:
+    """The rates of an entry's sweep that are to be tried next, or its seeds at the best rate."""
+    tried = swept(rows, task, entry.name, r)
+    for lr in rates_to_try(entry, r, tried):
+        yield entry.cell(sweep_of(task), "validation", r, lr, SWEEP_SEED)
+    rate = best_rate(entry, r, tried)
+    if rate is not None:
+        yield from (entry.cell(task, "test", r, rate, seed) for seed in seeds)

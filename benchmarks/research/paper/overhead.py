@@ -1,0 +1,116 @@
+"""Table 7: what the initialization costs beside an epoch of training.
+
+From the runs of `benchmarks.research.methods` at the largest r: seconds of putting LoRA-SB in (patching, gradients,
+SVDs) less those of LoRA-XS (patching, SVDs of W), over the training of this run and over an epoch as long as
+the paper's. The least of all runs, as two go at a time and disturb each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common.csv_files import Row, write_csv
+from benchmarks.research.methods import rows, runner
+from benchmarks.research.methods.grid import TASKS, Task
+from lorasb.utils.plotting import GRAD, INK, canvas, save
+
+PAPER = {"chain_sum": 50_000, "word_sequence_reversal": 50_000, "gsm8k": 50_000, "cola": 8551}  # samples of an epoch
+HEAD = (
+    "task",
+    "r",
+    "LoRA-SB, s",
+    "LoRA-XS, s",
+    "training, s",
+    "overhead / this run",
+    "a whole epoch",
+    "overhead / epoch",
+)
+
+
+def least(task: Task, method: str, there: Sequence[Row]) -> dict[str, float]:
+    """Of all plain runs at the largest r: the least seconds to put a method in, and of training."""
+    found = [
+        row
+        for row in there
+        if (row["task"], row["method"], row["r"], row["variant"]) == (task.name, method, str(task.ranks[-1]), "")
+    ]
+    names = {"init": "init_seconds", "train": "seconds"}
+    return {key: min(float(row[name]) for row in found) for key, name in names.items()} if found else {}
+
+
+def lines(there: Sequence[Row]) -> list[dict[str, Any]]:
+    """A line a task. An epoch of n samples takes max(32, n/1000) of them to initialize, and as long a step as here."""
+    found = []
+    for task in TASKS.values():
+        ours, theirs = (least(task, method, there) for method in ("LoRA-SB", "LoRA-XS"))
+        if ours and theirs:
+            found.append(_line(task, ours, theirs))
+    return found
+
+
+def _line(task: Task, ours: dict[str, float], theirs: dict[str, float]) -> dict[str, Any]:
+    samples = PAPER[task.name]
+    overhead, epoch = ours["init"] - theirs["init"], ours["train"] / (task.steps * task.batch) * samples
+    return {
+        "task": task.name,
+        "r": task.ranks[-1],
+        "init_seconds": ours["init"],
+        "init_seconds_lora_xs": theirs["init"],
+        "train_seconds": ours["train"],
+        "share_of_run": overhead / ours["train"],
+        "epoch_samples": samples,
+        "epoch_seconds": epoch,
+        "share_of_epoch": overhead * max(1.0, samples / 32_000) / epoch,
+    }
+
+
+def shown(line: Mapping[str, Any]) -> list[str]:
+    """For people, under `HEAD`."""
+    return [
+        line["task"],
+        str(line["r"]),
+        f"{line['init_seconds']:.1f}",
+        f"{line['init_seconds_lora_xs']:.1f}",
+        f"{line['train_seconds']:.0f}",
+        f"{line['share_of_run']:.1%}",
+        f"{line['epoch_samples']:,} samples, {line['epoch_seconds']:,.0f} s",
+        f"{line['share_of_epoch']:.2%}",
+    ]
+
+
+def plot(found: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Share of an epoch, by task, and the paper's."""
+    figure, axes = canvas()
+    names = [f"{line['task']}\n({line['epoch_samples']:,} samples)" for line in found]
+    bars = axes.bar(names, [100 * line["share_of_epoch"] for line in found], color=GRAD, width=0.5)
+    axes.bar_label(bars, [f"{line['share_of_epoch']:.2%}" for line in found], fontsize=9)
+    axes.axhspan(1.1, 1.49, color=INK, alpha=0.15, label="the paper's Table 7 (1.10% to 1.49%)")
+    axes.set_ylabel("overhead over LoRA-XS (% of an epoch)")
+    axes.legend(frameon=False, fontsize=9)
+    save(figure, axes, "Cost of the initialization (Table 7)", path)
+
+
+def render(there: Sequence[Row], output: Path) -> list[dict[str, Any]]:
+    """Write the CSV and the picture; a line a task."""
+    if found := lines(there):
+        write_csv(output / "table-7.csv", found)
+        plot(found, output / "table-7.png")
+    return found
+
+
+def main(options: argparse.Namespace) -> None:
+    """Write, draw and print."""
+    if not (found := render(rows.read(options.output / runner.ROWS), options.output)):
+        raise SystemExit("no task has both LoRA-SB and LoRA-XS yet: python -m benchmarks.research.methods first")
+    table = Table(title="Initialization beside training (Table 7), on one core")
+    for name in HEAD:
+        table.add_column(name)
+    for line in found:
+        table.add_row(*shown(line))
+    Console(width=150).print(table)

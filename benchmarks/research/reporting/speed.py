@@ -1,0 +1,213 @@
+"""Speed and memory, each beside a peer in the same run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.csv_files import read_csv
+from benchmarks.layers import suite_report
+from benchmarks.quantized import readme_table as four_bits_table
+from benchmarks.research.reporting.markdown import picture, read_json, table, where, where_rows
+from benchmarks.serving import decoding, joint_basis, many_adapters
+from benchmarks.training import initialization, opaque_bases, reinforcement, step
+
+ORDINARY = "avx2"  # folder of results on such a processor
+INTRODUCTION = """\
+`make bench` measures all of this on a CPU within twenty minutes; ratios are medians of rounds in which each way has its
+turn, with the 20th and 80th percentile where a range is given. Below 1 is less than the peer."""
+
+
+def section(folder: Path) -> list[str]:
+    """Every file of results that is there."""
+    out = ["## Speed and memory", "", INTRODUCTION, ""]
+    of_models = starts, training_step, decoded, other_quantizers, many, joint, rewards, startup
+    parts = layers, four_bits, *of_models, ordinary, gpus
+    for part in parts:
+        out += [*part(folder), ""]
+    return out
+
+
+def layers(folder: Path) -> Iterator[str]:
+    """A linear layer, and groups of siblings."""
+    path = folder / "cpu.json"
+    if not path.is_file():
+        return
+    machine, rows = suite_report.read([path])
+    run = read_json(path)
+    at = {"machine": machine, "date": run["datetime"][:10]} | (
+        {"commit": run["commit_info"]["id"]} if run["commit_info"] else {}
+    )
+    yield from ("### A layer on a CPU", "", where(at), "", f"{suite_report.summary(rows)}.", "")
+    chosen = [row for row in rows if row["direction"] == "forward+backward" and row["M"] == 512 and row["r"] == 96]
+    head = ["in", "out", "dtype", "eager chain", "PEFT LoRA r=32", "ours", "kept for backward: PEFT / ours"]
+    yield "Forward and backward of 512 tokens, r=96, over the bare linear:"
+    yield ""
+    yield from table(head, (_layer(*case) for case in suite_report.by_case(chosen)), left=3)
+    yield from picture("Forward and backward over the bare linear, by shape", "results/cpu.png")
+
+
+def _layer(first: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[str]:
+    ours = found.get("ours, grouped", found["ours"])
+    peft = next(row for name, row in found.items() if "LoRA" in name)
+    ratios = [
+        f"{row['ratio']:.3f} ({row['ratio_p20']:.2f}-{row['ratio_p80']:.2f})" for row in (found["chain"], peft, ours)
+    ]
+    kept = " / ".join(suite_report.size(row["saved_bytes"]) for row in (peft, ours))
+    return [str(first["n"]), str(first["m"]), str(first["dtype"]), *ratios, kept]
+
+
+def four_bits(folder: Path) -> Iterator[str]:
+    """NF4 on a CPU."""
+    if found := read_json(folder / "four-bits-cpu.json"):
+        commits = ", ".join(sorted({row["commit"] for row in found["rows"]}))
+        dates = ", ".join(sorted({row["date"] for row in found["rows"]}))
+        yield from ("### 4-bit bases on a CPU", "", where({**found, "commit": commits, "date": dates}), "")
+        yield from four_bits_table.table(found)
+    if curve := read_json(folder / "four-bits-curve.json"):
+        yield from ("", "What four bits cost in loss, on the demo's task:", "", where(curve), "")
+        head = ["bits", "seeds", "held-out loss before", "after", "exact answers after"]
+        yield from table(head, (_bits(curve["runs"], bits) for bits in (16, 4)))
+
+
+def _bits(runs: list[dict[str, Any]], bits: int) -> list[str]:
+    mine = [run for run in runs if run["bits"] == bits]
+    mean = {name: statistics.fmean(run[name] for run in mine) for name in mine[0] if name.startswith("eval_")}
+    after = f"{mean['eval_accuracy_after']:.0%}"
+    return [str(bits), str(len(mine)), f"{mean['eval_loss_before']:.3f}", f"{mean['eval_loss_after']:.3f}", after]
+
+
+def starts(folder: Path) -> Iterator[str]:
+    """Initialization."""
+    if found := read_json(folder / "init-cpu.json"):
+        yield from ("### Initialization on a CPU", "", where(found), "")
+        size = (
+            f"SmolLM2-135M, {initialization.SAMPLES} x {initialization.TOKENS} tokens, r={initialization.RANK}, fp32:"
+        )
+        yield from (size, "")
+        yield from table(["", "layer by layer", "against", "ratio"], initialization.rows(found))
+
+
+def training_step(folder: Path) -> Iterator[str]:
+    """A step of a whole model."""
+    if found := read_json(folder / "step-cpu.json"):
+        theirs, ours = found["ways"][step.PEFT], found["ways"][step.OURS]
+        yield from (
+            "### A training step on a CPU",
+            "",
+            where(found),
+            "",
+            f"SmolLM2-135M, {found['machine'].get('dtype', 'bf16')}, 4 x 128 tokens, AdamW:",
+            "",
+        )
+        spread = f"{ours['ratio']:.2f}x ({ours['ratio_p20']:.2f}-{ours['ratio_p80']:.2f})"
+        lines = [["time", f"{theirs['p50']:.0f} ms", f"{ours['p50']:.0f} ms", spread]]
+        for name, what in (("kept_bytes", "kept for backward"), ("optimizer_bytes", "optimizer's state")):
+            sizes = (f"{way[name] / 1e6:.1f} MB" for way in (theirs, ours))
+            lines.append([what, *sizes, f"{ours[name] / theirs[name]:.3f}x"])
+        counts = (f"{way['trained']:,}" for way in (theirs, ours))
+        lines.append(["trained parameters", *counts, f"{ours['trained'] / theirs['trained']:.3f}x"])
+        yield from table(["", step.PEFT, step.OURS, "ratio"], lines)
+
+
+def other_quantizers(folder: Path) -> Iterator[str]:
+    """A step over layers that compute by themselves."""
+    if found := read_json(folder / opaque_bases.FILE):
+        yield from ("### A training step over other quantizers' layers, on a CPU", "", where(found), "")
+        dtype = found["machine"].get("dtype", "bf16")
+        yield f"SmolLM2-135M, {dtype}, 4 x 128 tokens, AdamW; {step.OURS} over {step.PEFT}:"
+        yield ""
+        lines = [[base, *opaque_bases.cells(ways)] for base, ways in found["bases"].items()]
+        yield from table(["base", *opaque_bases.HEAD], lines)
+
+
+def decoded(folder: Path) -> Iterator[str]:
+    """Decoding with an adapter that is not merged."""
+    if found := read_json(folder / decoding.FILE):
+        yield from ("### Decoding with an adapter, on a CPU", "", where(found), "")
+        yield f"SmolLM2-135M, {found['machine']['dtype']}; a step decodes one token of every row:"
+        yield ""
+        yield from table(list(decoding.HEAD), decoding.lines(found))
+
+
+def many(folder: Path) -> Iterator[str]:
+    """Adapters on one basis."""
+    if found := read_json(folder / many_adapters.FILE):
+        yield from ("### Many adapters on one basis, on a CPU", "", where(found), "")
+        dtype = found["machine"].get("dtype", "bf16")
+        yield f"SmolLM2-135M, {dtype}, r={many_adapters.RANK}; a step decodes one token of {many_adapters.ROWS} rows."
+        yield "Ratios are over one adapter of the same run; those of 64 adapters in 4 bits over one in 4 bits:"
+        yield ""
+        yield from table(list(many_adapters.HEAD), many_adapters.rows(found))
+        for sentence in many_adapters.sentences(found):
+            yield from ("", sentence)
+        if (folder / many_adapters.PICTURE).is_file() and folder.name != ORDINARY:
+            name = f"results/{many_adapters.PICTURE}"
+            yield from picture("Memory by number of adapters, and tokens per second", name)
+
+
+def ordinary(folder: Path) -> Iterator[str]:
+    """What was measured again where nothing multiplies 16 bits."""
+    found = [line for part in (four_bits, starts, many) for line in (*part(folder / ORDINARY), "")]
+    if any(found):
+        yield from ("### On a processor without bf16 products", "")
+        yield from (f"#{line}" if line.startswith("### ") else line for line in found)
+
+
+def joint(folder: Path) -> Iterator[str]:
+    """Four tasks on one basis, and each on its own."""
+    if found := read_csv(folder / joint_basis.FILE):
+        yield from ("### Four tasks on one basis", "")
+        yield "SmolLM2-135M; 75 steps of 8; 200 held-out problems; both at the rate that is best on own bases. Losses"
+        yield "and scores with deviations over seeds, the difference with its 95% interval; *kept*: of the first step."
+        yield ""
+        yield from table(list(joint_basis.HEAD), joint_basis.lines(found))
+        yield from ("", where_rows(found), "")
+
+
+def rewards(folder: Path) -> Iterator[str]:
+    """GRPO by rank, where seeds have been run."""
+    found = read_csv(folder / reinforcement.FILE)
+    body = list(reinforcement.lines(found))
+    if body:
+        yield from ("### Reinforcement learning by rank", "", f"{reinforcement.title(found)}.", "")
+        yield from table(list(reinforcement.HEAD), body)
+        yield from ("", where_rows(found), "")
+
+
+def startup(folder: Path) -> Iterator[str]:
+    """Importing and patching."""
+    if found := read_json(folder / "startup-cpu.json"):
+        yield from ("### Import and patch", "", where(found), "")
+        medians = ((name, f"{statistics.median(values):.2f} s") for name, values in found["seconds"].items())
+        yield from table(["", "median"], medians)
+        yield from (
+            "",
+            f"`import torch, lorasb` over `import torch`: {found['ratio']:.3f}x; it imports nothing else yet.",
+        )
+        if (ratio := found.get("patch over peft")) is not None:
+            yield f"With the first name that is needed, `lorasb.patch`, over `import torch, peft`: {ratio:.3f}x."
+
+
+def gpus(folder: Path) -> Iterator[str]:
+    """Cards that have been measured by `make bench-gpu`."""
+    yield from ("### On a GPU", "")
+    cards = 0
+    for path in sorted(folder.glob("*.json")):
+        run = read_json(path)
+        if run.get("machine_info", {}).get("device") == "cuda":
+            machine, rows = suite_report.read([path])
+            cards += 1
+            yield from (f"{suite_report.place(machine)}: {suite_report.summary(rows)}.", "")
+            yield from picture(
+                f"Forward and backward over the bare linear: {machine['gpu']}", f"results/{path.stem}.png"
+            )
+    if not cards:
+        yield (
+            "No card has been measured yet. `make bench-gpu` runs the GPU tests and the suite (the layers and sibling "
+            "groups of Mistral-7B, Gemma-2 9B, Llama-3.2 3B and RoBERTa-large at 1 to 8192 tokens, r = 32, 64, 96) on "
+            "whatever is there, RTX A6000 (sm_86) first of all, and its tables then stand here. Until then there is a "
+            "roofline on paper: `python -m benchmarks.kernels.roofline --gpu a6000`."
+        )

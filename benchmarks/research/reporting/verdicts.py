@@ -1,0 +1,77 @@
+"""What the rows of the grid say about the paper's ordering: means, deviations of differences, and what follows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.common.csv_files import Row
+from benchmarks.research.methods.grid import CORE, METHODS, SEEDS, TASKS
+from benchmarks.research.methods.tables import Line
+from benchmarks.research.methods.tables import lines as all_lines
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """LoRA-SB against another method on one task.
+
+    Attributes:
+        measure: "score" or "loss".
+        gain: how much better LoRA-SB's mean is; positive is better whatever the measure.
+        deviation: of the difference of two runs, sqrt(sd² + sd²).
+        fewer: how many times fewer trained parameters LoRA-SB has.
+    """
+
+    task: str
+    ours: Line
+    theirs: Line
+    measure: str
+    gain: float
+    deviation: float
+    fewer: float
+
+    @property
+    def word(self) -> str:
+        """ "better", "level" or "worse", by one standard deviation of the difference."""
+        if abs(self.gain) <= self.deviation:
+            return "level"
+        return "better" if self.gain > 0 else "worse"
+
+
+def lines(rows: Sequence[Row], task: str) -> list[Line]:
+    """Methods that all seeds have run of: one seed has no deviation."""
+    return [line for line in all_lines(rows, task) if len(line.scores) == len(SEEDS)]
+
+
+def compare(task: str, ours: Line, theirs: Line, measure: str) -> Verdict:
+    """One verdict."""
+    (mine, sd), (other, other_sd) = getattr(ours, measure), getattr(theirs, measure)
+    sign = 1 if measure == "score" and TASKS[task].higher_is_better else -1
+    return Verdict(
+        task, ours, theirs, measure, sign * (mine - other), math.hypot(sd, other_sd), theirs.params / ours.params
+    )
+
+
+def against_xs(rows: Sequence[Row], task: str, method: str = "LoRA-SB") -> list[Verdict]:
+    """LoRA-SB over LoRA-XS at equal r, by score and by loss."""
+    found = {(line.method, line.r): line for line in lines(rows, task)}
+    measures = ("score", "loss") if TASKS[task].higher_is_better else ("loss",)
+    return [
+        compare(task, found[method, r], found["LoRA-XS", r], measure)
+        for r in TASKS[task].ranks
+        for measure in measures
+        if (method, r) in found and ("LoRA-XS", r) in found
+    ]
+
+
+def against_others(rows: Sequence[Row], task: str, method: str = "LoRA-SB") -> list[Verdict]:
+    """LoRA-SB over all that train more, by what the task is judged by: LoRA at every r, the others at the largest."""
+    found = {(line.method, line.r): line for line in lines(rows, task)}
+    others = [line for (name, _), line in found.items() if METHODS[name].family != CORE]
+    return [
+        compare(task, found[method, r], line, "score")
+        for line in others
+        for r in TASKS[task].ranks
+        if (method, r) in found and (line.method == "LoRA" or r == TASKS[task].ranks[-1])
+    ]
