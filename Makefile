@@ -76,7 +76,7 @@ test-all: install $(QUANTIZERS)/.installed
 
 # How many of lorasb's statements the suite runs; the last line of the table is the total. Not watched are processes that
 # tests start (ranks, compilers, fresh interpreters), so the tests that do little else are left out, as are those of
-# benchmarks/. The Triton kernels are not counted: their interpreter runs them from a text of its own.
+# benchmarks/. The Triton kernels are not counted: their interpreter runs them from a rewritten source.
 UNWATCHED = benchmarks distributed repo kernels/test_static_report.py
 coverage: install
 	$(PYTEST) $(addprefix --ignore=tests/,$(UNWATCHED)) --cov=lorasb --cov-report=term
@@ -87,7 +87,7 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
-# The C++ kernels' tests with every memory access and every undefined step watched, by an extension of its own.
+# The C++ kernels' tests with every memory access and every undefined step watched, by a separate build of the extension.
 sanitize: install
 	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r csrc lorasb kernels setup.py pyproject.toml README.md LICENSE build/sanitize
 	rm -f build/sanitize/lorasb/_C*.so
@@ -116,7 +116,7 @@ bench-gpu: install
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/test_gpu.py && \
 	$(BENCH) --benchmark-json=$(RESULTS)/$$card.json && $(BIN)/python -m benchmarks.layers.suite_report $(RESULTS)/$$card.json
 
-# Everything a CPU can measure, each beside its peer in the same run, then the report: within twenty minutes.
+# Everything a CPU can measure, each with its peer in the same run, then the report: within twenty minutes.
 bench: install $(QUANTIZERS)/.installed
 	$(MAKE) bench-cpu SECONDS=0.5
 	$(MAKE) bench-4bit

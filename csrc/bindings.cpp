@@ -1,5 +1,5 @@
 // What the extension adds to torch: kernels for the ops that lorasb defines in Python, in the namespace `lorasb`, and
-// ops of its own in `lorasb_csrc`: the choice of an instruction set, and dense layers.
+// ops in `lorasb_csrc`: the choice of an instruction set, and dense layers.
 #include <torch/library.h>
 
 #include "cpu/dispatch.h"

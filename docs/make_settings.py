@@ -14,7 +14,7 @@ def page() -> str:
         "# Settings of `lorasb finetune`",
         "",
         "Every setting is an option (`--batch-size 32`) and a line of a YAML file (`batch_size: 32`) that `--config`",
-        "reads; an option overrides the file's line. A run writes its own as `config.yaml` beside its results, and",
+        "reads; an option overrides the file's line. A run writes its settings to `config.yaml` in its folder, and",
         "`lorasb finetune --config runs/finetune/config.yaml --output runs/again` repeats it. Those marked \\* are",
         "`lorasb init`'s, too. This page is written by `python docs/make_settings.py`.",
     ]

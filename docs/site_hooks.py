@@ -28,7 +28,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Rewrite links of a page, which are relative to where its file lies in the repository."""
+    """Rewrite links of a page, which are relative to its file's place in the repository."""
     here = {"report.md": "benchmarks", "index.md": ""}.get(page.file.src_uri, "docs")
 
     def rewritten(match: re.Match[str]) -> str:

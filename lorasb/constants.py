@@ -11,4 +11,4 @@ FROZEN_FACTORS = ("lorasb_A", "lorasb_B")
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-FACTORS_NAME = "lorasb_factors.safetensors"  # A and B of a run's checkpoints, beside WEIGHTS_NAME
+FACTORS_NAME = "lorasb_factors.safetensors"  # A and B of a run's checkpoints, next to WEIGHTS_NAME

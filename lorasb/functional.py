@@ -33,7 +33,7 @@ def lora_sb_linear(
     dropout: float = 0.0,
     index: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias (paper, Eq. 3), or with an R of its own for each row of a batch.
+    """y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias (paper, Eq. 3), or with one R per row of a batch.
 
     Gradients: with u = x Aᵀ, t = dy B and w = s·t R, dR = s·tᵀ u and dx = dy W + w A. W, A, B and bias are frozen and
     get no gradients. Saved for backward: u [M, r], where M is the number of rows of x, but not x.
@@ -106,7 +106,7 @@ def _over_dense(
 
 
 def _kernels(op: str, backend: str, plain: bool, tensors: Sequence[Any]) -> fast_path.Kernels | None:
-    """Of tensors that `operand_checks` has found to be plain, or that are looked at here."""
+    """Return the op's direct kernels if every operand is a plain tensor, else None."""
     return fast_path.plain_kernels(op, backend, tensors[0]) if plain else fast_path.kernels(op, backend, *tensors)
 
 
@@ -250,7 +250,7 @@ def lora_sb_linear_group(
 
     One pass over x in forward and one write of dx in backward, where separate calls read x and add to dx once per
     member. Arguments are as for `lora_sb_linear`, with one entry per member; empty `biases` mean no bias for any
-    member, empty `scalings` mean s = 1 for all. `dropout` is that of all members, each with a mask of its own, which
+    member, empty `scalings` mean s = 1 for all. `dropout` is that of all members, each with its own mask, which
     separate calls in the same order would draw too. With `index` [n], each lora_R is a stack [K, r, r], and row x[i] of
     x [n, ..., in] is computed with lora_R_j[index[i]] in every member j.
 

@@ -19,7 +19,7 @@ inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
-// Round to nearest even; the carry of the addition goes on into the exponent, and overflow gives infinity.
+// Round to nearest even; the carry of the addition goes into the exponent, and overflow gives infinity.
 inline uint16_t to_bf16(float value) {
   const uint32_t bits = float_to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;

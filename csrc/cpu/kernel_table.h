@@ -34,7 +34,7 @@ struct OuterOperands {
   int64_t m, n, pairs;
 };
 
-// A term of a sum of products in bf16 with a dense D [.., columns] that is read as it lies.
+// A term of a sum of products in bf16 with a dense D [.., columns] that is read in place.
 struct UnpackedTerm {
   Bf16View d;
   int64_t columns;
@@ -77,7 +77,7 @@ struct Kernels {
   // sums [rows, d_columns.size()] += c [rows, ..] D[d_rows, d_columns].
   void (*dense_add_bf16)(MatrixView c, int64_t rows, Bf16View d, Range d_rows, Range d_columns, float* sums) = nullptr;
 
-  // Up to this many tokens are faster against a dense W that is read as it lies than by the BLAS, which packs it; 0
+  // Up to this many tokens are faster against a dense W that is read in place than by the BLAS, which packs it; 0
   // where bf16 is not multiplied.
   int64_t max_unpacked_tokens = 0;
   // One panel of up to kUnpackedTokens tokens of x [count, columns], in the order that `multiply_unpacked` reads.

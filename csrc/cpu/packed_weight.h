@@ -53,7 +53,7 @@ struct Packed {
     return scratch;
   }
 
-  // True if every row begins with a block of its own, and a block is a power of two and a whole number of vectors: no
+  // True if every row begins with a new block, and a block is a power of two and a whole number of vectors: no
   // vector of a row then needs two scales, and b is a shift away from a column.
   bool whole_blocks() const {
     return codes == nullptr && block >= 32 && (block & (block - 1)) == 0 && columns % block == 0;

@@ -30,7 +30,7 @@ void over_rows(int64_t rows, int64_t columns, int64_t step, const F& task) {
 }
 
 // sums [tokens, width] += a sum over `rows` rows of a matrix. add_part(part, out) adds the rows of one part to `out`
-// [tokens, width], which is zero. Used where a result is too narrow to give each thread columns of its own.
+// [tokens, width], which is zero. Used where a result is too narrow to give each thread its own columns.
 template <typename F>
 void add_row_parts(int64_t rows, at::Tensor& sums, const F& add_part) {
   const int64_t parts = ceil_div(rows, kPartRows), tokens = sums.size(0), width = sums.size(1);

@@ -21,7 +21,7 @@ constexpr size_t kMaxSpare = size_t{64} << 20;  // bytes that may stay allocated
 size_t whole_pages(size_t size) { return (size + kHugePage - 1) / kHugePage * kHugePage; }
 
 // From the system itself where that is possible: memory that the allocator reuses is backed by small pages already.
-// mmap aligns to 4 KiB only, so that one huge page more is mapped and what lies outside the aligned part is unmapped.
+// mmap aligns to 4 KiB only, so that one huge page more is mapped and the rest outside the aligned part is unmapped.
 void* huge_pages(size_t size) {
 #ifdef __linux__
   const size_t mapped = size + kHugePage;

@@ -4,7 +4,7 @@
 //   backward   t = dy B, c = s·t R           dx = dy W + c A,  dR = s·tᵀ u
 //
 // y and dx are one sum each, in fp32, that is rounded once. Up to kFewRows tokens and a dense W nothing is packed:
-// every matrix is read once, as it lies. More tokens than max_packed_tokens are taken part by part. u, v, t and c have
+// every matrix is read once, in place. More tokens than max_packed_tokens are taken part by part. u, v, t and c have
 // r columns and stay in fp32.
 #pragma once
 

@@ -284,7 +284,7 @@ at::Tensor add_few_tokens(const at::Tensor& x, const Weight& w, at::Tensor sums)
               [&](int64_t low, int64_t high) { gemm().dot_rows(src, tokens, d, w.columns, {low, high}, dst); });
     return sums;
   }
-  // B = W: a thread has columns of its own where there are enough of them, else rows whose partial sums are added. The
+  // B = W: a thread has its own columns where there are enough of them, else rows whose partial sums are added. The
   // choice does not look at the number of threads, as the two sum in different orders.
   constexpr int64_t kWidth = 512;
   if (w.columns >= kWidth || w.rows <= kPartRows) {

@@ -77,7 +77,7 @@ at::Tensor fp32_gemm(const std::vector<Term>& terms, at::ScalarType dtype,
 // Tokens that are packed at once: a caller takes more of them part by part, so that their copy in fp32 stays small.
 int64_t max_packed_tokens(int64_t k);
 
-// The same product in fp32 for up to kFewRows tokens and a dense W, which is read once and as it lies: nothing is
+// The same product in fp32 for up to kFewRows tokens and a dense W, which is read once and in place: nothing is
 // packed. add_few_tokens adds to `sums` and returns it.
 at::Tensor multiply_few_tokens(const at::Tensor& x, const Weight& w);
 at::Tensor add_few_tokens(const at::Tensor& x, const Weight& w, at::Tensor sums);

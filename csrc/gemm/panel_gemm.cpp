@@ -49,7 +49,7 @@ void direct_product(const Packed& w, const at::Tensor& x, at::Tensor& y) {
   y.add_(sums);
 }
 
-// dx += dy W by look-ups; a task has columns of its own, so that it sums over all rows of W in order.
+// dx += dy W by look-ups; a task has its own columns, so that it sums over all rows of W in order.
 void direct_product_transposed(const Packed& w, const at::Tensor& dy, at::Tensor& dx) {
   const int64_t tokens = dy.size(0);
   const at::Tensor dy_fp32 = as_float(dy);

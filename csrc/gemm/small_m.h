@@ -9,7 +9,7 @@
 // and x is arranged once in the order in which look-ups yield a row's elements (cpu/bf16_small_m_avx512.h). Backward
 // walks over all rows of W for some 512 columns, whose even and odd sums [2][width / 2] stay in a first-level cache.
 //
-// Threading: a task has rows of W (forward) or columns of W (backward) of its own, and so whole sums. t, which has few
+// Threading: a task has its own rows of W (forward) or columns of W (backward), and so whole sums. t, which has few
 // columns, is summed over parts of 256 rows whose sums are added in order (add_row_parts).
 #pragma once
 

@@ -15,7 +15,7 @@ namespace lorasb {
 // ops below do not ask, so that tests reach them everywhere.
 bool serves(at::ScalarType dtype);
 
-// Up to so many tokens in bf16 forward reads a contiguous W as it lies, where `serves` says no.
+// Up to so many tokens in bf16 forward reads a contiguous W in place, where `serves` says no.
 int64_t max_unpacked_tokens();
 
 // y [..., m] and u = x Aᵀ [M, r]; arguments and results as of lorasb::linear.

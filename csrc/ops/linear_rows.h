@@ -1,4 +1,4 @@
-// The parts of lorasb::linear_rows, where each row of a batch has an R of its own and A and B are shared:
+// The parts of lorasb::linear_rows, with one R per row of a batch and shared A and B:
 //
 //   forward    u = x Aᵀ,  v_i = s·u_i R_kᵀ    y  = x Wᵀ + v Bᵀ + bias        with k = index[i]
 //   backward   t = dy B,  c_i = s·t_i R_k     dx = dy W + c A

@@ -89,7 +89,7 @@ class WeightGradient {
     } else if (overwrite) {
       at::mm_out(target, dy_.narrow(1, rows.begin, rows.size()).t(), x_);
     } else {
-      // A product of its own, rounded and then added, as autograd does: beta = 1 would round once on some BLAS. A part
+      // A separate product, rounded and then added, as autograd does: beta = 1 would round once on some BLAS. A part
       // at a time, so that it stays in cache.
       const int64_t step = std::max<int64_t>(32, kChunkElements / std::max<int64_t>(1, n_));
       for (int64_t low = rows.begin; low < rows.end; low += step) {
@@ -110,7 +110,7 @@ void add_counts(const SignCounts& part, SignCounts& total) {
   total.not_finite += part.not_finite;
 }
 
-// Signs of rows of G from `low` on. Each row has counts of its own, which are added in the order of rows, whatever the
+// Signs of rows of G from `low` on. Each row has its own counts, which are added in the order of rows, whatever the
 // number of threads.
 SignCounts pack_rows(const at::Tensor& rows, int64_t low, at::Tensor& words, at::Tensor& nonzero) {
   const int64_t count = rows.size(0), n = rows.size(1), width = words.size(1);

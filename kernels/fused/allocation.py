@@ -24,5 +24,5 @@ def use(allocator: Callable[[Tensor, Shapes], list[Tensor]]) -> None:
 
 
 def allocate(like: Tensor, shapes: Shapes) -> list[Tensor]:
-    """As `in_python`, by the function in use."""
+    """Allocate as `in_python` does, by the function in use."""
     return _allocator(like, shapes)

@@ -46,7 +46,7 @@ class GemmConfig:
     registers: int | None = None
 
     def fitted(self, even: bool, dropout: bool) -> GemmConfig:
-        """The same without spills: uneven lengths (masks) and dropout (two K loops) take more registers.
+        """Config without spills: uneven lengths (masks) and dropout (two K loops) take more registers.
 
         So the cap on registers goes, dropout takes tiles of 64 x 64 and three stages at most, and masked tiles of 128 x
         128 take eight warps. tests/kernels/test_static_report.py holds the results to zero spills.
@@ -112,17 +112,17 @@ def _power_of_two_splits(programs: int, steps: int, wanted: int, least_steps: in
 
 
 def prep_members(r: int, members: int) -> int:
-    """How many members share one reading of x: their sums have to fit a multiprocessor's registers."""
+    """Number of members that share one reading of x: their sums have to fit a multiprocessor's registers."""
     return max(1, min(members, MAX_GROUP_RANKS // sum(rank_blocks(r))))
 
 
 def prep_splits(row_blocks: int, steps: int) -> int:
-    """How many programs share a row block's reduction; by the shape alone, so that every GPU sums in the same order."""
+    """Number of programs that share a row block's reduction, by the shape alone: every GPU sums in the same order."""
     return _power_of_two_splits(row_blocks, steps, wanted=192, least_steps=4 if row_blocks > 1 else 1)
 
 
 def gemm_splits(tiles: int, steps: int, rows: int) -> int:
-    """How many programs share a tile's reduction, by the shape alone.
+    """Number of programs that share a tile's reduction, by the shape alone.
 
     Few rows are bound by reading the weight, which takes many programs. Beyond them only a small grid is split, into
     long ranges: each split writes and reads an fp32 tile more.
@@ -133,5 +133,5 @@ def gemm_splits(tiles: int, steps: int, rows: int) -> int:
 
 
 def core_chunks(rows: int) -> int:
-    """How many programs share a tile of dR: one for each CORE_CHUNK rows, whatever the GPU."""
+    """Number of programs that share a tile of dR: one for each CORE_CHUNK rows, whatever the GPU."""
     return cdiv(rows, CORE_CHUNK)

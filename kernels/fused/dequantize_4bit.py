@@ -6,7 +6,7 @@ nested_codebook[absmax]·nested_absmax + nested_offset: a product and a sum, eac
 kernels are compiled without contraction to FMA (`exact` in the launcher). The codebook of sixteen fp32 entries is one
 cache line, in which a warp's gather is one access.
 
-Arguments, beside those of `prep_forward` and `prep_backward` (see low_rank):
+Arguments, in addition to those of `prep_forward` and `prep_backward` (see low_rank):
 
   quantized weight   packed [ceil(ELEMENTS / 2)] uint8
                      absmax [blocks] fp32, or uint8 if nested
@@ -33,7 +33,7 @@ from .projection import PrepBlocks, PrepFlags, Ranks
 
 
 class Storage(NamedTuple):
-    """How a weight is stored: elements a scale, scales a nested scale, and the dtype that W had."""
+    """Storage format of a weight: elements a scale, scales a nested scale, and the dtype that W had."""
 
     QUANT_BLOCK: tl.constexpr
     NESTED_BLOCK: tl.constexpr

@@ -32,7 +32,7 @@ dimension is contiguous.
   flags              BACKWARD, HAS_BIAS, DROPOUT
                      ADD: with DROPOUT, add the adapters' masked terms to what is in dx, and leave the base out
                      EVEN_K: every K and R is a multiple of BLOCK_K, so that no load is masked
-                     EVEN_N: backward, N is a multiple of 16: a vector of columns lies on one side of the end
+                     EVEN_N: backward, N is a multiple of 16: a vector of columns does not cross the end
                      WIDE: offsets need 64 bits
                      PRECISION: of tl.dot, "tf32" or "ieee"
   rank               R; R_PADDED: columns of a member in v, w and t
@@ -102,7 +102,7 @@ def tile_coordinates(pid, M, Ns, blocks):
 
 @triton.jit
 def tile_operands(base, adapter, member, BACKWARD: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr):
-    """What `accumulate` reduces for a tile: the base's operands, and the adapter's. Arguments: see `output_tile`."""
+    """Operands that `accumulate` reduces for a tile: the base's and the adapter's. Arguments: see `output_tile`."""
     xs, weights, Ks, stride_x, stride_w = base
     v, factors, stride_v, stride_factor = adapter
     if BACKWARD:  # one output, the members' reductions in a row

@@ -108,7 +108,7 @@ def backward_call(
 
 
 def _tiles_of_dx(dx: Tensor | None, Ks: Sequence[int], r: int, config: GemmConfig, dropout: bool) -> tuple[int, int]:
-    """How many tiles dx has, and how many programs share one; with dropout its terms have K loops of their own: one."""
+    """Number of tiles of dx, and of programs that share one; with dropout its terms have K loops of their own: one."""
     if dx is None:
         return 0, 1
     M, N = dx.shape

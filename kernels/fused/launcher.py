@@ -1,4 +1,4 @@
-"""How kernels are launched, and how launches are watched: tests and reports read what is really launched from here."""
+"""Launching of kernels, and observers of launches: tests and reports read what is really launched from here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _dry = 0  # how many dry `observed` blocks are open; above zero nothing is launc
 
 
 class KernelCall(NamedTuple):
-    """What `launch` takes: a kernel, its number of programs, its arguments by name and the blocks' config.
+    """Arguments of `launch`: a kernel, its number of programs, its arguments by name and the blocks' config.
 
     `exact` keeps products and sums apart, each rounded: no FMA.
     """
@@ -40,7 +40,7 @@ class KernelCall(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """What was launched: a kernel, its grid, its arguments by name and the compiler's options."""
+    """Record of a launch: a kernel, its grid, its arguments by name and the compiler's options."""
 
     kernel: Any
     grid: int
@@ -73,14 +73,14 @@ def is_compiled(kernel: Any) -> bool:
 
 
 def is_watched() -> bool:
-    """True if somebody is told of every launch: an `observed` block of any thread, or a profiler's hook in Triton."""
+    """True if every launch has an observer: an `observed` block of any thread, or a profiler's hook in Triton."""
     runtime = _triton_runtime()
     return bool(_observers or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 @cache
 def _triton_runtime() -> Any:
-    """Where Triton has its hooks."""
+    """Return the object that has Triton's hooks."""
     from triton import knobs
 
     return knobs.runtime

@@ -53,7 +53,7 @@ class Quantized:
     n: int
 
     def arguments(self) -> dict[str, Any]:
-        """What every kernel is given of it."""
+        """Return the arguments that every kernel takes of it."""
         return dict(
             packed=self.packed,
             absmax=self.absmax,
@@ -182,5 +182,5 @@ def _gemm(
 
 
 def _has_one_scale(weight: Quantized, columns: int) -> bool:
-    """Whether `columns` of a row share a scale and can be read in words of four bytes."""
+    """Return True if `columns` of a row share a scale and can be read in words of four bytes."""
     return weight.n % weight.block == 0 and weight.block % columns == 0 and weight.packed.data_ptr() % 4 == 0

@@ -1,4 +1,4 @@
-"""Adapted linears with an R for each row: the kernels of one R, and between them v_i = s·u_i R_kᵀ of its own.
+"""Adapted linears with one R per row: the kernels of one R, with another kernel for v_i = s·u_i R_kᵀ in between.
 
 What follows the thin products reads v (backward: w) and does not know where it comes from: the extended GEMM runs as it
 is. The R that the thin products' kernels are given is not used.

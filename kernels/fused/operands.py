@@ -1,4 +1,4 @@
-"""What the launchers of all kernels share: the layers' tensors, workspaces, and what makes a tensor fit a kernel."""
+"""Operands that the launchers of all kernels share: the layers' tensors, workspaces, and layouts that kernels need."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Members(NamedTuple):
         return Members(*lists, self.scales)
 
     def with_weight(self, weight: Tensor | None) -> Members:
-        """The same adapter, of one layer, over another weight."""
+        """Return the same adapter, of one layer, over another weight."""
         return Members([weight], self.a, self.cores, self.b, self.scales)
 
 
@@ -68,16 +68,16 @@ class Mask(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of a kernel that masks x."""
+        """Return the arguments of a kernel that masks x."""
         return dict(seeds=self.seeds, threshold=self.threshold, DROPOUT=self.dropout > 0.0)
 
     def select(self, indices: slice) -> Mask:
-        """Of some of the members."""
+        """Return the mask of some of the members."""
         return Mask(self.dropout, self.seeds[indices]) if self.dropout > 0.0 else self
 
 
 def unit_rows(matrix: Tensor) -> Tensor:
-    """The matrix with a contiguous last dimension, which every kernel presumes; copied only if need be."""
+    """The matrix with a contiguous last dimension, which every kernel presumes; copied only if necessary."""
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
@@ -95,12 +95,12 @@ def needs_int64(*tensors: Tensor, elements: int = 0) -> bool:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """tl.dot's precision for operands of x's dtype; fp32 stays fp32 unless torch was told that TF32 will do."""
+    """tl.dot's precision for operands of x's dtype; full fp32 unless TF32 is enabled in torch."""
     return "tf32" if dtype == torch.float32 and fp32_precision() == "tf32" else "ieee"
 
 
 def fp32_precision() -> str:
-    """What torch was told about products in fp32: "tf32", "ieee" or "none"."""
+    """Return torch's setting for products in fp32: "tf32", "ieee" or "none"."""
     return str(torch.backends.cuda.matmul.fp32_precision)
 
 

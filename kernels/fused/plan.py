@@ -48,7 +48,7 @@ class Shape:
 class LaunchPlan:
     """`fused`: prep and the extended GEMM; `addmm`: prep, then cuBLAS twice, the second onto the first.
 
-    `weights`, where they have 4 bits: dequantized `inline` by a GEMM of its own, or into a `scratch` beside prep.
+    `weights`, where they have 4 bits: dequantized `inline` by a separate GEMM, or into a `scratch` by prep.
     """
 
     path: str
@@ -59,7 +59,7 @@ class LaunchPlan:
 
 @dataclass(frozen=True)
 class Rule:
-    """What to take where every condition holds: a value, or a range [low, high] (null: no end), by a Shape's field."""
+    """Value to take where every condition holds: a value, or a range [low, high] (null: no end), by a Shape's field."""
 
     conditions: dict[str, Any]
     path: str | None = None
@@ -137,7 +137,7 @@ def shipped_rules(arch: str) -> tuple[Rule, ...]:
 
 @lru_cache
 def user_rules(arch: str) -> tuple[Rule, ...]:
-    """What `lorasb bench tune` wrote for this architecture; a broken table is left out with a warning."""
+    """Read the table that `lorasb bench tune` wrote for this architecture; warn of a broken one, and leave it out."""
     path = user_table(arch)
     if path is None or not path.is_file():
         return ()
@@ -145,7 +145,7 @@ def user_rules(arch: str) -> tuple[Rule, ...]:
         return read_rules(path)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         warnings.warn(
-            f"{path} is not a table of kernels ({error}): taking the shipped one. `lorasb bench tune` writes it anew",
+            f"{path} is not a table of kernels ({error}): taking the shipped one. `lorasb bench tune` writes a new one",
             stacklevel=2,
         )
         return ()

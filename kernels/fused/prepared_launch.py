@@ -34,7 +34,7 @@ class NotPreparedError(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a pointer comes from: bytes after the start of one of the call's tensors.
+    """Source of a pointer: bytes after the start of one of the call's tensors.
 
     Attributes:
         index: of the tensor.
@@ -83,7 +83,7 @@ class Prepared:
 
     Args:
         calls: made on `meta`.
-        tensors: the call's tensors on `meta`, each with a storage of its own, in the order that `repeat` takes.
+        tensors: the call's tensors on `meta`, each with a separate storage, in the order that `repeat` takes.
         inner: tensors that only these launches read and write; `repeat` allocates them, and the workspaces.
 
     Raises:
@@ -180,7 +180,7 @@ class Prepared:
         return PreparedLaunch(call, places, tuple(constants), itemgetter(*indices))
 
     def _position(self, place: Place | tuple[Place, ...]) -> int | slice:
-        """Where an address stands in (*addresses, seeds, *constants); of a tuple, a slice."""
+        """Return the position of an address in (*addresses, seeds, *constants); of a tuple, a slice."""
         if isinstance(place, Place):
             if not place.offset:
                 return place.index
@@ -227,5 +227,5 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _elements(call: KernelCall, name: str) -> int:
-    """Of a workspace; 0 where sums are not split and a dummy stands for it."""
+    """Return the size of a workspace; 0 where sums are not split and a dummy stands for it."""
     return call.arguments[name].numel() if call.arguments[PARTIAL].numel() > 1 else 0

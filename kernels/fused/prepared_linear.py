@@ -110,7 +110,7 @@ class Forward:
         return found[: self.count], found[self.count :]
 
     def _tensors(self, x: Tensor, members: Members, biases: Biases, us: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
-        """What the launches read and write beside v; members of one argument stand together."""
+        """Buffers that the launches read and write besides v; members of one argument stand together."""
         if not self.is_fused:
             return [x, *members.a, *members.cores, *us]
         others = [t for t in (*members.weights, *biases) if t is not None]
@@ -185,7 +185,7 @@ class Backward:
     def _tensors(
         self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], dx: Tensor | None, dcores: list[Tensor]
     ) -> list[Tensor]:
-        """What the launches read and write beside t and w; members of one argument stand together."""
+        """Buffers that the launches read and write besides t and w; members of one argument stand together."""
         tensors = [*dys, *members.b, *members.cores]
         if self.is_fused or self.adds_masked or dcores:
             tensors += members.a
@@ -218,7 +218,7 @@ class Backward:
 
 
 def forget() -> None:
-    """Prepare every kind anew at its next call."""
+    """Prepare every kind again at its next call."""
     _kinds.clear()
 
 
@@ -240,7 +240,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _key(x: Tensor, members: Members, mask: Mask) -> tuple[Any, ...]:
-    """What a call's launches depend on beside its signature."""
+    """Key of a call's launches, in addition to its signature."""
     wide_seeds = (
         tuple([not -INT32_LIMIT <= seed < INT32_LIMIT for seed in mask.seeds]) if mask.dropout else ()
     )  # other kernels in Triton

@@ -53,7 +53,7 @@ def block_ranks(R_BLOCKS: tl.constexpr, block: tl.constexpr):
 
 @triton.jit
 def zero_sums(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A function of its own: a tuple's item is a constant as an argument, but in a shape only since Triton 3.7."""
+    """A separate function: a tuple's item is a constant as an argument, but in a shape only since Triton 3.7."""
     return tl.zeros((ROWS, COLUMNS), tl.float32)
 
 

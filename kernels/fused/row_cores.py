@@ -1,6 +1,6 @@
 """Products with an R for each row of a batch: v_i = s·u_i R_kᵀ (w_i = s·t_i R_k), and dR_k = s·Σ t_iᵀ u_i.
 
-A row is `tokens` rows of u [M, R] in turn, M = rows · tokens; it reads the R that `places` names where it lies, so that
+A row is `tokens` rows of u [M, R] in turn, M = rows · tokens; it reads the R that `places` names in place, so that
 no copy of it is made. -1 is no adapter, whose rows are zero.
 
 Arguments of `times_row_cores` and `row_core_gradients`; strides are of rows, in elements, and the last dimension is

@@ -91,7 +91,7 @@ def core_gradients(t: Tensor, u: Tensor, cores: Tensor, index: Tensor, scale: fl
 
 
 def _whole(cores: Tensor) -> Tensor:
-    """The R's with contiguous entries, each where it is; copied only if need be."""
+    """The R's with contiguous entries, each in place; copied only if necessary."""
     return cores if cores.stride()[1:] == (cores.shape[2], 1) else cores.contiguous()
 
 

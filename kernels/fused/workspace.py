@@ -32,9 +32,9 @@ def counters(device: torch.device, count: int) -> Tensor:
     """At least `count` zeros, int32, that no other stream uses at the same time.
 
     They are allocated on the default stream alone: another stream may be warming up a graph in a memory pool that
-    nothing else may live in. A stream beside it gets a row that was allocated then, and zeros of its own at every call
+    nothing else may live in. Another stream gets a row that was allocated then, and its own zeros at every call
     only before the default stream has been used, when rows run out, or where it is being captured: a replay must not
-    share counters with what runs beside it.
+    share counters with what runs at the same time.
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)

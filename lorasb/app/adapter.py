@@ -71,7 +71,7 @@ def _patch_and_initialize(run: Run, common: dict[str, Any], options: dict[str, A
 
 
 def _rewarded(run: Run) -> Iterator[dict[str, torch.Tensor]]:
-    """Completions of some prompts, sampled and judged, as many as the initialization takes samples."""
+    """Completions of some prompts, sampled and scored, as many as the initialization takes samples."""
     import lorasb
 
     from .reinforce import judge_of, longest_completion, prompt_of
@@ -81,7 +81,7 @@ def _rewarded(run: Run) -> Iterator[dict[str, torch.Tensor]]:
     chosen = list(examples)[: settings.samples or REWARD_SAMPLES]
 
     def reward(prompts: list[Any], completions: list[str]) -> list[float]:
-        """Of the run's own judge."""
+        """Score completions by the run's own reward."""
         return judge(completions, [examples[json.dumps(prompt)] for prompt in prompts])
 
     sizes = {"generations": settings.generations, "max_new_tokens": longest_completion(run)}

@@ -28,7 +28,7 @@ CHAT, INSTRUCTED, STEPS, PLAIN = "chat", "instruction", "instruction, step by st
 
 
 def prompt_format(run: Run) -> str:
-    """How a run's examples put their questions, for its summary."""
+    """Describe the form of a run's prompts, for its summary."""
     example = run.train[0]
     if messages_of(example, run.tokenizer, run.settings.template == "auto"):
         return CHAT
@@ -121,7 +121,7 @@ def _questions() -> Iterator[str]:
 
 
 def how_to(summary: dict[str, Any], folder: Path, question: str = "QUESTION") -> dict[str, str]:
-    """How to use what a run has trained, for its last lines and its model card: a command, and the same in Python."""
+    """Commands that use what a run has trained, for its last lines and its model card: in a shell and in Python."""
     names = sorted(summary["adapters"] or ())
     extra = f" --adapter {names[0]}" if names else ""
     if summary["prompt_format"] in (INSTRUCTED, STEPS):  # the examples' prompts have more than the question

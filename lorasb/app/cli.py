@@ -121,7 +121,7 @@ def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: 
         values = read_config(find_preset(name), types) if name else {}
         values |= read_config(file, types) if file else {}
         if values.get("task") == DEFAULT_TASK and (values.get("data") or given.get("data")):
-            del values["task"]  # earlier versions wrote the default beside a file
+            del values["task"]  # earlier versions wrote the default in addition to a file
         if values.get("rl") not in (None, *REWARDS) and given.get("rl") is None and not allowed:
             raise ValueError(
                 f"--config {file}: rl is {values['rl']}, and the run would execute that file: add --allow-code if you "
@@ -257,7 +257,7 @@ def plan(
         raise ValueError(f"--bits must be 4 or 16, got {bits}")
     card = find_gpu(gpu) if gpu else None
     request = Request(name or model or EMBEDDED, r, batch, seq, bits, gradient_checkpointing, card)
-    where = card.title if card else "this machine, where it is tried in processes of its own"
+    where = card.title if card else "this machine, where it is tried in separate processes"
     with errors.status(f"counting a step of {request.model} for {where}: up to a minute"):
         found = plan_memory(request)
         better = [] if found.fits else list(smaller_plans(found))

@@ -1,4 +1,4 @@
-"""YAML files of settings: read by `--config`, and written beside a run's results so that it can be repeated."""
+"""YAML files of settings: read by `--config`, and written to the folder of a run so that it can be repeated."""
 
 from __future__ import annotations
 

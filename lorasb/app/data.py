@@ -32,12 +32,12 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
     prompts = {_prompt(example) for example in held_out}
     remaining = [example for example in train_examples if _prompt(example) not in prompts]
     if not remaining:
-        raise ValueError(f"{settings.data} holds no example that is not held out: pass more, or --eval-data of its own")
+        raise ValueError(f"{settings.data} holds no example that is not held out: pass more, or a separate --eval-data")
     return remaining, held_out
 
 
 def _prompt(example: Example) -> str:
-    """What identifies an example's question, whatever the answer; `messages` are dictionaries, which have no hash."""
+    """Key of an example's question, whatever the answer; `messages` are dictionaries, which have no hash."""
     return json.dumps([example.prompt, example.pair, example.messages[:-1], example.adapter])
 
 

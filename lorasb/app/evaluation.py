@@ -178,7 +178,7 @@ def map_over_ranks(
 
 def example_losses(model: nn.Module, batch: dict[str, Any]) -> list[float]:
     """Each example's mean loss in nats per token; removes `labels` from the batch."""
-    # Without labels the model computes no loss of its own, whose mean would be over all tokens of the batch.
+    # Without labels the model computes no loss, whose mean would be over all tokens of the batch.
     device = next(model.parameters()).device
     labels = batch.pop("labels")[:, 1:].to(device)
     logits = model(**to_device(batch, device)).logits[:, :-1]

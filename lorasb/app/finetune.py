@@ -19,7 +19,7 @@ from .settings import Settings
 from .terminal import Stop, console, errors
 from .train import find_rate
 
-GO_ON = "stopped: the same command goes on from here"
+GO_ON = "stopped: rerun the same command to resume"
 
 
 def run_finetune(settings: Settings) -> Result:
@@ -70,7 +70,7 @@ def run_finetune(settings: Settings) -> Result:
 
 
 def _reinforcement(settings: Settings) -> Any:
-    """What makes GRPO's trainer, once it is known that there is a reward."""
+    """Return the function that makes GRPO's trainer, after checking that there is a reward."""
     from . import reinforce
 
     reinforce.check(settings)
@@ -78,14 +78,14 @@ def _reinforcement(settings: Settings) -> Any:
 
 
 def _identify(settings: Settings, dtype: str, processes: int, examples: str) -> dict[str, Any]:
-    """What `auto` and the generators came to is part of the identity: a resumed run must find the same."""
+    """Return the run's identity, with the resolved values of `auto` and of the generators."""
     return identity_of(settings, dtype=dtype, device=device(), processes=processes, examples=examples)
 
 
 def _look_up_state(
     folder: RunFolder, settings: Settings, identity: dict[str, Any], processes: Processes, held: ExitStack
 ) -> State:
-    """How far the run in the folder came, as rank 0 reads it and holds it; its errors are raised on every rank."""
+    """State of the run in the folder, read and locked by rank 0; its errors are raised on every rank."""
     state, error = None, None
     try:
         if processes.rank == 0:  # alone: on other hosts the folder may be another one

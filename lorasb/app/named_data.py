@@ -40,7 +40,7 @@ class Source:
     Attributes:
         path: its id.
         example: from a row to an Example.
-        score: how its answers are judged, see `scoring`.
+        score: how its answers are scored, see `scoring`.
         train: its training split, as `datasets.load_dataset` takes it.
         held_out: its held-out split; None if it has none.
         configs: its configurations, one after another.
@@ -106,7 +106,7 @@ def read_data(name: str, score: str, held_out: bool = False, adapter_column: str
 
     Args:
         name: path or name; a file goes before a data set of the same name.
-        score: how answers to a file's examples are judged; a named data set has its own, and labels are compared.
+        score: how answers to a file's examples are scored; a named data set has its own, and labels are compared.
         held_out: read the held-out split of a named data set.
         adapter_column: entry of each row with the name of its adapter.
 

@@ -1,4 +1,4 @@
-"""What a run needs, against what a card or this machine has, and the first changes that would make it fit."""
+"""Plan of a run: what it needs, what a card or this machine has, and the first changes that would make it fit."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def patched(request: Request, dtype: torch.dtype | None = None) -> Any:
 
 
 def dtype_of(request: Request) -> torch.dtype:
-    """What `--dtype auto` takes there."""
+    """Return the dtype that `--dtype auto` takes there."""
     if request.card is not None:
         return torch.bfloat16 if request.card.bf16 else torch.float32
     return native("cpu").dtype
@@ -211,7 +211,7 @@ def _on_meta(name: str, dtype: torch.dtype) -> nn.Module:
 
     try:
         config = transformers.AutoConfig.from_pretrained(resolve_model(name))
-    except Exception as error:  # what a config may hold that transformers refuses has types of its own
+    except Exception as error:  # for values that transformers refuses in a config, which have other types
         first = " ".join(str(error).split("\n")[0].split())
         raise ValueError(f"cannot read the config of {name!r}, expected a folder or hub id: {first}") from None
     named = [getattr(transformers, one, None) for one in config.architectures or ()]
@@ -229,7 +229,7 @@ def _on_meta(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 TRIALS = 3
-STEPS = 2  # in the second, AdamW's state lies among the holes
+STEPS = 2  # in the second, AdamW's state is among the holes
 
 
 @contextmanager
@@ -238,7 +238,7 @@ def heap_trial(request: Request) -> Iterator[Callable[[], int | None]]:
 
     Yields:
         waits for it: bytes that malloc would hold beyond the live tensors of the steps' peak, the largest of its
-        trials; None for a run on a card, and where it cannot be told.
+        trials; None for a run on a card, and where it is unknown.
     """
     if request.card is not None or not sys.executable or not malloc_counts():
         yield lambda: None
@@ -358,7 +358,7 @@ class MemoryPlan:
 
 
 def plan_memory(request: Request) -> MemoryPlan:
-    """What a run needs.
+    """Memory and time that a run needs.
 
     Raises:
         ValueError: no config can be read, or the model is not one that this can run on tokens.
@@ -368,7 +368,7 @@ def plan_memory(request: Request) -> MemoryPlan:
 
 
 def _plan(request: Request, held: Callable[[], int | None]) -> MemoryPlan:
-    """`held`: what malloc would hold, which is asked last, as its process runs beside this one."""
+    """`held`: what malloc would hold; measured last, as its process runs at the same time as this one."""
     model = patched(request)
     work = Work(model, adapted_layers(model)[1], [], None, Processes())
     _check_positions(model, request)

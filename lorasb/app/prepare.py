@@ -121,7 +121,7 @@ def _convert(source: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(target)
 
 
-REASONING_TOKENS = 512  # of answers whose end is judged, which may be longer than the right one
+REASONING_TOKENS = 512  # of answers whose end is scored, which may be longer than the right one
 
 
 @dataclass
@@ -303,7 +303,7 @@ def add_adapters(run: Run) -> None:
 
 
 def load_adapters(run: Run, folder: Path) -> None:
-    """Load each name's R from its folder beside the basis; these train, and the basis's own R does not."""
+    """Load each name's R from its folder next to the basis; these train, and the basis's own R does not."""
     import lorasb
 
     if run.adapters:

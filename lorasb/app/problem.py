@@ -20,7 +20,7 @@ from .tokenize import Collator, encode
 
 @dataclass(frozen=True)
 class EncodedText:
-    """What a tokenizer made of a text or a pair of texts, and the class's index or the value to be learned."""
+    """Tokens of a text or a pair of texts, and the class's index or the value to be learned."""
 
     inputs: dict[str, list[int]]
     target: int | float
@@ -194,7 +194,7 @@ def _shown(classes: Sequence[str]) -> str:
 
 
 class Problem(Protocol):
-    """What a run needs to know of its examples: which model, how they become batches, how answers are judged."""
+    """Kind of a run's examples: which model they need, how they become batches, how answers are scored."""
 
     task_type: str  # PEFT's
 

@@ -29,7 +29,7 @@ Judge = Callable[[Sequence[str], Sequence[Example]], list[float]]  # completions
 
 
 def judge_of(settings: Settings) -> Judge:
-    """How completions are judged.
+    """Rules by which completions are scored.
 
     Raises:
         ValueError: `--rl` names no reward; a file or a function of it is not there.
@@ -82,7 +82,7 @@ def _function(file: Path, name: str) -> Judge:
         raise ValueError(f"--rl {file}:{name}: the file has no function {name!r}; it has {known}")
 
     def answered(prompts: Sequence[str], completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
-        """The function, with the right answers beside the completions."""
+        """The function, with the completions and the right answers."""
         return list(function(prompts=prompts, completions=completions, answers=[e.completion for e in examples]))
 
     answered.__name__ = f"{file.name}:{name}"
@@ -190,7 +190,7 @@ class _PromptOrder:
 
 
 def prompt_of(run: Run, example: Example) -> Any:
-    """What is asked: a text, or a chat before its last answer."""
+    """Return the prompt: a text, or a chat before its last answer."""
     messages = messages_of(example, run.tokenizer, run.settings.template == "auto")
     return list(messages[:-1]) if messages else example.prompt
 

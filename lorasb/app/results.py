@@ -167,7 +167,7 @@ def load(folder: Path) -> Result:
         return Result(summary, examples, evaluations[0], evaluations[1], load_report(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder} has a finished run, but its files are incomplete ({error}): --resume never runs it anew"
+            f"{folder} has a finished run, but its files are incomplete ({error}): --resume never runs it again"
         ) from None
 
 

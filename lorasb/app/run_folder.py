@@ -70,7 +70,7 @@ def read_mark(folder: Path) -> Mark | None:
 
 
 def find_fault(folder: Path, files: dict[str, str]) -> str | None:
-    """What is wrong with a folder that had files of these digests; None if it is as it was written."""
+    """Describe what is wrong with a folder that had files of these digests; None if it is as it was written."""
     for name, expected in files.items():
         file = folder / name
         if not file.is_file():
@@ -117,7 +117,7 @@ OWN_NAMES = RUN_NAME, BEFORE_NAME, START_NAME = "run.json", "before.json", "star
 
 @dataclass(frozen=True)
 class State:
-    """How far the run in a folder came: NEW, UNFINISHED (resumes from `checkpoint`, or from its start), or FINISHED."""
+    """State of the run in a folder: NEW, UNFINISHED (resumes from `checkpoint`, or from its start), or FINISHED."""
 
     kind: str
     checkpoint: str | None = None
@@ -143,7 +143,7 @@ class RunFolder:
         self.start = self.checkpoints / START_NAME
 
     def look(self, settings: Settings, identity: dict[str, Any]) -> State:
-        """How far the run with this identity came, as `--resume` asks; changes nothing.
+        """Return the state of the run with this identity, as `--resume` selects it; change nothing.
 
         Raises:
             ValueError: the folder or the checkpoint belongs to another run or program, or cannot be read.
@@ -155,15 +155,15 @@ class RunFolder:
         if running is None and (self.checkpoints / RUN_NAME).exists():
             raise ValueError(
                 f"{self.checkpoints / RUN_NAME} cannot be read, and says whose checkpoints lie there: make it "
-                "readable, or --resume never to start anew"
+                "readable, or --resume never to start over"
             )
         if settings.resume != "auto":
             return self._look_at_checkpoint(settings.resume, running, identity)
-        # A summary beside the run.json of another run: the folder was reused, and that run is unfinished.
+        # A summary in a folder with the run.json of another run: the folder was reused, and that run is unfinished.
         finished = (_read(self.folder / SUMMARY_NAME) or {}).get("identity")
         if finished is not None and running in (None, finished):
             self._check_same(finished, identity)
-            line = f"the run in {self.folder} is finished: these are its results (--resume never runs it anew)"
+            line = f"the run in {self.folder} is finished: these are its results (--resume never runs it again)"
             return State(FINISHED, None, [line])
         return State(NEW) if running is None else self._look_at_last(running, identity)
 
@@ -177,7 +177,7 @@ class RunFolder:
         if (self.checkpoints / RUN_NAME).exists() or not self.checkpoints.is_dir():
             return
         for path in sorted(self.checkpoints.iterdir()):
-            # a run that was killed while it began or ended leaves some of its own files
+            # a run that was killed while it began or ended leaves some of these files
             own = path.name in OWN_NAMES or path.name.startswith(".") or read_mark(path) is not None
             if not own:
                 raise ValueError(
@@ -186,14 +186,14 @@ class RunFolder:
                 )
 
     def _look_at_checkpoint(self, checkpoint: str, running: dict[str, Any] | None, identity: dict[str, Any]) -> State:
-        """The run goes on from this checkpoint, which the user named."""
+        """Resume the run from this checkpoint, which the user named."""
         mark = self._read_checkpoint(Path(checkpoint), identity)
         if running is not None:
             self._check_same(running, identity)
         return State(UNFINISHED, checkpoint, [f"going on from {checkpoint}, step {mark.step}"])
 
     def _look_at_last(self, running: dict[str, Any], identity: dict[str, Any]) -> State:
-        """The run goes on from its last whole checkpoint, or from its start."""
+        """Resume the run from its last complete checkpoint, or from its start."""
         self._check_same(running, identity)
         best, faults = last_checkpoint(self.checkpoints)
         start = self.load_start()
@@ -230,7 +230,7 @@ class RunFolder:
         if different:
             raise ValueError(
                 f"{self.folder} has a run with other settings: {different}. Take another --output, or --resume never "
-                "to start anew in this one"
+                "to start over in this one"
             )
 
     def begin(self, state: State, settings: Settings, identity: dict[str, Any]) -> None:
@@ -264,7 +264,7 @@ class RunFolder:
             write_json(folder / "start.json", asdict(replace(start, files=digests(folder))))
 
     def load_start(self) -> Start | None:
-        """What the initialization came to; None if it was not completed."""
+        """Return the initialization's results; None if it was not completed."""
         values = _read(self.start / "start.json") or {}
         try:
             return Start(float(values["seconds"]), float(values["lr"]), dict(values["files"]))
@@ -299,7 +299,7 @@ class RunFolder:
 
 
 def identity_of(settings: Settings, **resolved: Any) -> dict[str, Any]:
-    """What determines a run's result: settings, and what they resolve to (dtype, device, processes, examples)."""
+    """Identity of a run, which determines its result: settings and resolved dtype, device, processes and examples."""
     # through JSON, so that it compares equal to what was read from a file (tuples become lists)
     identity: dict[str, Any] = json.loads(json.dumps(settings.deciding() | resolved))
     return identity

@@ -1,4 +1,4 @@
-"""Whether an answer is right (by its text, final number, boxed expression or choice), and correlations of labels."""
+"""Scores of answers (by text, final number, boxed expression or choice), and correlations of labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 ANSWER_MARKS = ("The answer is:", "####")  # of MetaMathQA and GSM8K; the last one in a text counts
-NEXT_PROMPT = "### Instruction"  # a base model that does not stop goes on with a prompt of its own
+NEXT_PROMPT = "### Instruction"  # a base model that does not stop continues with another prompt
 NUMBER = re.compile(r"[-+]?\s?\$?(?:\d[\d,]*(?:\.\d+)?(?:/\d+)?|\.\d+)")
 CHOICE = re.compile(r"\b(?:true|false|(?:answer|solution|ending|option)\s?[1-5])\b")
 SYMBOLIC, LONGEST = "symbolic", 200  # characters of an expression that is parsed
@@ -45,7 +45,7 @@ SAME_FORM = tuple(
 
 
 def is_right(answer: str, completion: str, score: str) -> bool:
-    """Whether an answer says what the right completion says.
+    """Return True if an answer matches the right completion.
 
     Args:
         answer: generated text.
@@ -82,9 +82,9 @@ def expression(text: str) -> str | None:
 
 
 def equal_expressions(one: str, other: str) -> bool:
-    r"""Whether two LaTeX expressions have the same value, by sympy: 2\sqrt{2} and \sqrt{8}, (x+1)^2 and x^2+2x+1.
+    r"""Return True if two LaTeX expressions have the same value, by sympy, as 2\sqrt{2} and \sqrt{8} do.
 
-    A process of its own parses them by a grammar (nothing is evaluated as Python) and compares them at points of their
+    A separate process parses them by a grammar (nothing is evaluated as Python) and compares them at points of their
     symbols. What the grammar does not know, such as intervals, is not equal; nor is what takes longer than a deadline.
     """
     if any(NOT_ONE_EXPRESSION.search(text) or not 0 < len(text) <= LONGEST for text in (one, other)):
@@ -165,7 +165,7 @@ def _after_mark(text: str) -> str | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    """What the braces of the last box hold, which may have braces in them."""
+    """Return the content of the last box, which may have nested braces."""
     start = text.rfind(BOXED)
     if start < 0:
         return None
@@ -232,4 +232,4 @@ SCORES: dict[str, Callable[[str], object]] = {
 CORRELATIONS = {"matthews": matthews, "pearson": pearson, "spearman": spearman, "f1": f1}  # of all pairs at once
 OF_VALUES = ("pearson", "spearman")
 LABEL_SCORES = ("label", *CORRELATIONS)
-REASONED = ("number", "boxed", "symbolic")  # judged by the end of an answer
+REASONED = ("number", "boxed", "symbolic")  # scored by the end of an answer

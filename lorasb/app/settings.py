@@ -138,7 +138,7 @@ def check_reinforcement(settings: Any) -> None:
         "--adapter-column": settings.adapter_column,
     }
     if found := first_of(refused):
-        raise ValueError(f"{found} does not go with --rl, which samples completions of its own: leave one of them out")
+        raise ValueError(f"{found} does not go with --rl, which samples its own completions: leave one of them out")
 
 
 def check_adapters(settings: Any) -> None:
@@ -251,7 +251,7 @@ class Settings:
     eval_examples: int = setting(100, "Held-out examples of each set.", group="data", positive=True)
     score: str = setting(
         "exact",
-        f"How answers to a file's examples are judged: {', '.join(SCORES)} (docs/quickstart.md).",
+        f"How answers to a file's examples are scored: {', '.join(SCORES)} (docs/quickstart.md).",
         group="data",
         choices=tuple(SCORES),
     )
@@ -403,7 +403,7 @@ class Settings:
     )
     resume: str = setting(
         "auto",
-        "auto goes on with the run in --output, never starts anew, a checkpoint's folder goes on from there.",
+        "auto resumes the run in --output, never starts over, a checkpoint's folder resumes from there.",
         main=True,
         group="run",
     )
@@ -433,11 +433,11 @@ class Settings:
         remainder = self.batch_size % self.gradient_accumulation
         if remainder:
             raise ValueError(
-                f"--batch-size {self.batch_size} cannot be parted in --gradient-accumulation "
-                f"{self.gradient_accumulation} equal parts: take a multiple of it"
+                f"--batch-size {self.batch_size} is not divisible by --gradient-accumulation "
+                f"{self.gradient_accumulation}: take a multiple of it"
             )
         if self.data is None and self.eval_data is not None:
-            raise ValueError("--eval-data holds out examples beside those of --data, which is not given: name a file")
+            raise ValueError("--eval-data needs --data, which is not given: name a file of examples to train on")
         if self.adapter_column is not None:
             check_adapters(self)
         if self.rl is not None:
@@ -449,11 +449,11 @@ class Settings:
         return self.batch_size // self.generations
 
     def check_processes(self, processes: int) -> None:
-        """Raise a ValueError if a step's examples cannot be parted equally among processes and accumulations."""
+        """Raise a ValueError if the batch size is not divisible by the number of processes times accumulations."""
         parts = self.gradient_accumulation * processes
         if self.batch_size % parts:
             raise ValueError(
-                f"--batch-size {self.batch_size} cannot be parted in {self.gradient_accumulation} accumulations on "
+                f"--batch-size {self.batch_size} is not divisible by {self.gradient_accumulation} accumulations on "
                 f"{processes} processes: take a multiple of {parts}, or a lower --gradient-accumulation"
             )
 
@@ -464,7 +464,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class InitSettings:
-    """The settings of `lorasb init` beside those that it shares with `lorasb finetune`."""
+    """The settings of `lorasb init` in addition to those that it shares with `lorasb finetune`."""
 
     run: Settings
     strategy: str = setting("auto", "auto, layerwise or accumulate.", group="initialization", init="same")

@@ -68,7 +68,7 @@ def _accuracies(summary: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
 
 
 def advice(summary: dict[str, Any]) -> Iterator[str]:
-    """What to change where a run was too short to tell anything."""
+    """Suggest changes for a run that was too short to show anything."""
     steps, epochs = summary["train_steps"], summary["epochs"]
     if steps < FEW_STEPS and summary["eval_accuracy_after"] < GOOD:
         more = math.ceil(epochs * ENOUGH_STEPS / steps)
@@ -137,7 +137,7 @@ def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[
 
 
 def how_to_use(lines: dict[str, str]) -> str:
-    """How to ask the model now, from the command line and in Python."""
+    """Commands that ask the model now, in a shell and in Python."""
     return (
         f"\nAsk it (without a question it reads them line by line):\n\n  {lines['command']}\n\nIn Python:\n\n"
         f"{textwrap.indent(lines['python'], '  ')}\n"
@@ -179,7 +179,7 @@ def ranks(suggestion: RankSuggestion) -> Table:
 
 
 def cache(layers: dict[str, CachedGradient], key: dict[str, Any], facts: dict[str, Any], size: int) -> RenderableType:
-    """What `lorasb inspect` shows for a cache of signs."""
+    """Return the lines of `lorasb inspect` for a cache of signs."""
     entries = sum(layer.bits.shape[0] * layer.bits.shape[1] for layer in layers.values())
     table = Table(show_header=False, title="signs of the first full step, for any rank")
     properties = {
@@ -210,7 +210,7 @@ def _signs_by_kind(layers: dict[str, CachedGradient]) -> Table:
 
 
 def adapter(config: dict[str, Any], layers: dict[str, dict[str, Any]], size: int) -> RenderableType:
-    """What `lorasb inspect` shows for a saved adapter."""
+    """Return the lines of `lorasb inspect` for a saved adapter."""
     table = Table(show_header=False, title="LoRA-SB adapter")
     provenance = config.get("init_provenance") or {}
     properties = {
@@ -245,7 +245,7 @@ def _cores_by_kind(layers: dict[str, dict[str, Any]]) -> Table:
 
 
 def _by_kind(layers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
-    """What belongs to each kind of layer (q_proj, ...), from pairs of a layer's name and what belongs to it."""
+    """Group values by the kind of layer (q_proj, ...), from pairs of a layer's name and a value."""
     kinds: dict[str, list[T]] = {}
     for name, value in layers:
         kinds.setdefault(name.rpartition(".")[2], []).append(value)
@@ -257,7 +257,7 @@ def _short(text: str, limit: int = 120) -> str:
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
 
 
-HOLES = 0.1  # share of a step's peak that malloc holds, from which a way to have it back is told
+HOLES = 0.1  # suggest MALLOC_MMAP_THRESHOLD_ above this share of the peak
 
 
 def plan_table(found: MemoryPlan, better: list[tuple[str, MemoryPlan]]) -> RenderableType:

@@ -46,12 +46,12 @@ class Example:
     Attributes:
         prompt, completion: of a labeled example, the text and the label as text.
         messages: role and content of each.
-        pair: a second text beside the prompt, of labeled examples.
+        pair: a second text after the prompt, of labeled examples.
         label: class, or value (a float); None for language modeling.
         source: name of the data set.
-        score: how an answer is judged, see `scoring`.
+        score: how an answer is scored, see `scoring`.
         adapter: whose example it is, where each adapter has its own (`--adapter-column`).
-        formatted: the prompt has a format of its own (Alpaca's), and no chat template is put around it.
+        formatted: the prompt already has a format (Alpaca's), and no chat template is put around it.
     """
 
     prompt: str

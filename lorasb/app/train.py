@@ -212,8 +212,8 @@ def train(
     trainer = (make or _trainer)(run, folder, identity, mark.seconds if mark else 0.0, stop)
     console.print(announcement(run), highlight=False)
     if Processes().world_size == 1 and torch.cuda.device_count() > 1:
-        told = f"one of {torch.cuda.device_count()} GPUs trains: start it by torchrun --nproc-per-node to take more"
-        console.print(told, highlight=False)
+        line = f"one of {torch.cuda.device_count()} GPUs trains: start it by torchrun --nproc-per-node to take more"
+        console.print(line, highlight=False)
     stop.steps = True
     trainer.train_started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -263,7 +263,7 @@ def on_one_device(args: Any) -> Any:
 
 
 def argument_values(run: Run, folder: Path, processes: int) -> dict[str, Any]:
-    """The same by name, for other trainers' arguments too."""
+    """Return the arguments by name, for other trainers' arguments too."""
     settings = run.settings
     micro_batches = settings.gradient_accumulation * processes
     if settings.report_to == "tensorboard":

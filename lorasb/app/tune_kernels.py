@@ -26,8 +26,8 @@ from ..utils.precision import native
 
 Timer = Callable[[Callable[[], object]], float]
 OPS = ("forward", "backward")
-# Candidates beside the table's own choice. Configs that need more registers or shared memory than this GPU has do not
-# compile, and are skipped.
+# Candidates in addition to the table's choice. Configs that need more registers or shared memory than this GPU has
+# do not compile, and are skipped.
 PREPS = (PrepConfig(32, 64, 4, 3), PrepConfig(64, 64, 4, 3), PrepConfig(64, 32, 4, 4), PrepConfig(128, 32, 8, 3))
 GEMMS = (
     GemmConfig(128, 128, 32, 8, 8, 4, 128),

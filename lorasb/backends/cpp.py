@@ -5,7 +5,7 @@ The extension registers its kernels for quantized weights with the dispatcher it
 eager composes it, with three exceptions. In 16 bits on processors without such products, the extension widens W to fp32
 panel by panel: torch takes three to five times as long as in fp32 forward and about a hundred times backward. On AVX2,
 the extension also computes large weights in fp32. In bf16 on processors that multiply it, few tokens, as decoding has
-them, are one call forward that reads W as it lies: less time than the BLAS takes for W alone.
+them, are one call forward that reads W in place: less time than the BLAS takes for W alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LARGE_WEIGHT = 1 << 21  # elements of W; from here on the extension is faster in
 # Ops whose kernels the extension registers itself.
 OPS = ("linear_quantized", "linear_quantized_backward", "dequantize", "gradient_add", "gradient_signs")
 _reason: str | None = "not loaded yet"
-extension: Any = None  # the module, once loaded; beside its kernels it has functions that Python calls directly
+extension: Any = None  # the module, once loaded; besides its kernels it has functions that Python calls directly
 
 
 def library() -> Path | None:

@@ -22,7 +22,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, str] | None:
 
 
 def difference(weights: Mapping[str, Tensor | None], expected: Mapping[str, str]) -> str | None:
-    """How these weights differ from those of the fingerprint `expected`, in words; None if they agree.
+    """Describe how these weights differ from those of the fingerprint `expected`; None if they agree.
 
     Values may differ by a rounding to bf16, as the same base may be loaded in another precision. Weights that cannot be
     read count as equal.

@@ -68,7 +68,7 @@ def _with_tag(text: str) -> str:
 
 
 def _origin(config: dict[str, Any]) -> dict[str, str]:
-    """What a converted base's folder says of it: its id on the hub, and the file that it was dequantized from."""
+    """Origin of a converted base, from its folder: its id on the hub, and the file that it was dequantized from."""
     base = config.get("base_model_name_or_path")
     file = Path(str(base)) / ORIGIN_NAME
     try:

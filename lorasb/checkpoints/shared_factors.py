@@ -59,7 +59,7 @@ def join_factors(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
 
 
 def _beside(folder: Path, expected: bytes) -> dict[str, Tensor] | None:
-    """A and B of a digest: of the folder's factors file, or of the adapter that it stands on in a folder nearby."""
+    """A and B of a digest, from the folder's factors file, or from the adapter in a folder nearby that has them."""
     file = folder / FACTORS_NAME
     # The header's digest is compared first, which costs no hashing. A file of another run is no error here: the model
     # may have the right factors already.

@@ -1,6 +1,6 @@
 """`LoRASBConfig`: which layers are adapted, at which rank, and how A, R and B are initialized.
 
-It is saved beside the weights as adapter_config.json, in PEFT's layout.
+It is saved next to the weights as adapter_config.json, in PEFT's layout.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ class LoRASBConfig(PeftConfig):
             models and to 16 for classification.
         equivalent_gradient: replace R's gradient by Theorem 3's closed form. Needed only where the factors are not
             orthonormal; with LoRA-SB's own it changes nothing but s.
-        wide_factors: keep A and B in fp32 over a base in 16 bits, and compute the adapter in fp32 beside it, as PEFT's
+        wide_factors: keep A and B in fp32 over a base in 16 bits, and compute the adapter in fp32, as PEFT's
             LoRA does, for more memory and time.
         modules_to_save: modules that are trained and saved in full. Modules that are missing from the base's
             checkpoint, such as a classification head, are added automatically.
-        trainable_token_indices: rows of the input embedding that are trained beside the adapter, or rows by the name of
+        trainable_token_indices: rows of the input embedding that are trained with the adapter, or rows by the name of
             an embedding, as in PEFT's LoraConfig.
         ensure_weight_tying: let a head that is tied to the input embedding follow what is trained of it through
             `modules_to_save` or `trainable_token_indices`, as in PEFT's LoraConfig.
@@ -149,7 +149,7 @@ class LoRASBConfig(PeftConfig):
         super().__post_init__()
         self._weights_follow = False
         self.start_at: str | None = None  # whose R an adapter on a basis starts at a copy of
-        self.saved_names: tuple[str, ...] | None = None  # of the tensors in the file that this config was read beside
+        self.saved_names: tuple[str, ...] | None = None  # of the tensors in the file next to this config
         self.awaits_weights = False  # between the injection of an adapter and the loading of its file
         self.peft_type = PeftType(PEFT_NAME)
         # Names are sets, as in PEFT's LoraConfig; JSON has no sets, so a loaded config arrives with lists.
@@ -300,7 +300,7 @@ class LoRASBConfig(PeftConfig):
 
 
 def _warn_of_embeddings(weights: Path, trained: Collection[str]) -> None:
-    """Warn of an embedding that PEFT saved beside the adapter, as it does for a vocabulary that was resized."""
+    """Warn of an embedding that PEFT saved with the adapter, as it does for a vocabulary that was resized."""
     names = [name for name in safetensors_header(weights) if name.endswith(EMBEDDINGS)]
     found = [name for name in names if not any(name.endswith(f".{module}.weight") for module in trained)]
     if found:

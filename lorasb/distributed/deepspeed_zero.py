@@ -70,7 +70,7 @@ def _value(layer: LoRASBLinear, path: str, factor: str, name: str) -> Tensor:
         return parameter.detach()
     if name not in _factor_copies.get(layer, {}):
         raise ValueError(
-            f"A and B of {path} are parted among processes (ZeRO-3), and saving gathers only what is "
+            f"A and B of {path} are partitioned by ZeRO-3, and saving gathers only what is "
             "trained: keep lorasb.InitCallback() among the Trainer's callbacks, which gathers them"
         )
     return _factor_copies[layer][name][factor]

@@ -1,4 +1,4 @@
-"""Restoring A and B when a run resumes under FSDP, whose checkpoint holds R only, from the adapter beside it."""
+"""Restore A and B when a run resumes under FSDP, whose checkpoint holds R only, from the adapter in its folder."""
 
 from __future__ import annotations
 

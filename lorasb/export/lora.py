@@ -66,7 +66,7 @@ def export_lora(
 
     Raises:
         ValueError: not a LoRA-SB adapter, an uninitialized or merged one, or values that are not finite in `dtype`;
-            or a LoRA-SB adapter lies where the LoRA is to be written.
+            or the output folder has a LoRA-SB adapter.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")

@@ -15,7 +15,7 @@ def refuse_slices(kinds: Mapping[str, Sequence[Any]]) -> None:
     name = next((name for name, kind in kinds.items() if kind[0] == SLICE), None)
     if name is not None:
         raise ValueError(
-            f"{name!r} is a matrix of a parameter whose module computes it in a layout of its own, which a plain LoRA "
+            f"{name!r} is a matrix of a parameter whose module computes it in another layout, which a plain LoRA "
             "does not know: merge the adapter (model.merge_and_unload())"
         )
 

@@ -167,7 +167,7 @@ def _added(total: Tensor | None, gradient: Tensor) -> Tensor:
 
 
 def _sum_buffer(total: Tensor | None, dy: Tensor, x: Tensor) -> Tensor:
-    """`total`, or an uninitialized buffer [out, in] for it: the ops overwrite it if they are told that it is fresh."""
+    """`total`, or an uninitialized buffer [out, in] for it: the ops overwrite it if it is passed as fresh."""
     # bf16 has 8 bits of mantissa: a sum over many tokens would stop growing.
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     return total if total is not None else dy.new_empty((dy.shape[1], x.shape[1]), dtype=wide)

@@ -1,7 +1,7 @@
 """The signs of all layers on disk: another rank r needs no backward, and an interrupted run resumes.
 
 One safetensors file holds the packed signs of every layer, the energies of G measured when it was made, and a key that
-identifies model, data and versions. While a layerwise run is in progress, a folder beside it (`.partial` appended to
+identifies model, data and versions. While a layerwise run is in progress, a folder next to it (`.partial` appended to
 its name) holds the finished blocks.
 """
 

@@ -139,7 +139,7 @@ def first_step(triplets: Triplets, r: int, lr: float, scaling: float) -> Factors
 
 
 def projected_step(triplets: Triplets, core: Tensor, r: int, lr: float, scaling: float) -> Factors:
-    """The part of AdamW's first step that lies in subspaces which come from elsewhere: R = −η·Uᵀ sign(G) V / s.
+    """The part of AdamW's first step within given subspaces: R = −η·Uᵀ sign(G) V / s.
 
     Args:
         triplets: orthonormal U [out, q] and Vᵀ [q, in], and the values [q] that they are ordered by.
@@ -234,7 +234,7 @@ class Gradient(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How gradients become factors.
+    """Options of the step from gradients to factors.
 
     Attributes:
         adapter: adapter name.
@@ -331,7 +331,7 @@ def stability(halves: tuple[SignBits, SignBits] | None, r: int, seed: int) -> fl
 
 
 def held(layer: LoRASBLinear, adapter: str) -> int:
-    """How many of an adapter's r directions, the last ones, are held back in a layer."""
+    """Return the number of a layer's r directions, the last ones, that are held back."""
     empty = (layer.lorasb_B[adapter] == 0).all(0)
     return int(empty.flip(0).long().cumprod(0).sum())
 

@@ -299,7 +299,7 @@ class InitReport:
         return table
 
     def __str__(self) -> str:
-        # A console of its own: the default one would print to stdout.
+        # A separate console: the default one would print to stdout.
         console = Console(width=120, record=False, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         with console.capture() as capture:
             console.print(self)

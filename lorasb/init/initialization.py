@@ -120,7 +120,7 @@ def initialize(
         cache: file for all layers' signs: where it exists no backward runs, whatever r; cut-off runs go on from it.
         stability: also measure how far the subspaces of two halves of the samples overlap; twice the memory for sums.
         adapter_name: name of the adapter; the active one if None.
-        beside: other adapters, whose updates of W are part of the model whose gradient is taken; without them it is
+        beside: other adapters, whose updates of W are part of the model whose gradient is taken; without, it is
             the base's.
         held_back: share of every layer's r, its last directions, that is left empty for `lorasb.refresh` to fill; the
             report is of all of r.
@@ -262,7 +262,7 @@ def _check_parts(several: bool, cache: Any, beside: Sequence[str], held_back: fl
 def _check_beside(model: nn.Module, options: InitOptions, adapter_name: str) -> None:
     if options.beside and options.cache is not None:
         raise ValueError(
-            "a cache keeps the signs of the base's own gradient, and beside= asks for another: leave one out"
+            "a cache keeps the signs of the base's own gradient, and beside= requests another: leave one out"
         )
     for name in options.beside:
         layers = layers_with(model, name)

@@ -63,7 +63,7 @@ class Outcome:
 def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: InitOptions, staging: Staging) -> Outcome:
     """Write factors from the gradients of the samples, or from a cache of their signs.
 
-    A collective: every rank calls it with the batches of its own share.
+    A collective: every rank calls it with the batches of its share.
     """
     processes = Processes()
     pieces, seen, data_hash = _samples(model, batches, options, processes)
@@ -182,7 +182,7 @@ def _samples(
 
 
 def _equally_many(pieces: list[Piece], processes: Processes) -> list[Piece]:
-    """As many single-sample pieces on every rank: each forward of a sharded model all-gathers its parameters.
+    """Split batches into single-sample pieces, equally many per rank: a sharded model's forward all-gathers parameters.
 
     Ranks with fewer samples run pieces that do not count. Samples without a label are dropped first, because they make
     no backward, and FSDP2 communicates in the backward too.

@@ -93,7 +93,7 @@ def select(batches: Any, num_samples: int | None, seed: int, processes: Processe
         batches: a DataLoader, a list of dicts of tensors, or an iterable of such dicts. A DataLoader with a
             custom sampler (a subset, a rank's share) is taken in its order.
         num_samples: number of samples; None means min(available, max(32, n/1000)), or all of an iterable without a
-            size. Both count all ranks, each of which passes the batches of its own share.
+            size. Both count all ranks, each of which passes the batches of its share.
         seed: seed of the draw. The global random state is not touched.
         processes: the process group; the default group if None.
 
@@ -268,7 +268,7 @@ def draw(available: int, num_samples: int | None, seed: int) -> list[int]:
 
 
 def _draw(counts: list[int], num_samples: int | None, seed: int, rank: int) -> list[int]:
-    """Draw from the samples of all ranks, which count one after another; returns this rank's, as indices of its own."""
+    """Draw from the samples of all ranks, which count one after another; return this rank's, by their indices."""
     available = sum(counts)
     if available == 0:
         raise ValueError("expected at least one sample to initialize from, got none: the data set is empty")
@@ -286,7 +286,7 @@ def _default_count(available: int) -> int:
 
 
 def too_few(num_samples: int, available: int) -> str:
-    """What is said of fewer samples than were asked for."""
+    """Return the warning if fewer samples than requested were found."""
     return (
         f"num_samples={num_samples}, but the batches hold {available} samples: pass more data, a smaller num_samples, "
         "or leave num_samples out to take what there is"

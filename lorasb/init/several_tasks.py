@@ -16,11 +16,11 @@ from .init_report import InitReport
 
 @dataclass
 class TasksReport:
-    """What `lorasb.initialize` made of several tasks.
+    """Result of `lorasb.initialize` for several tasks.
 
     Attributes:
-        tasks: task -> the report of its own initialization, before the basis was shared.
-        shares: what the basis keeps of each task's first step, by layer and overall, against 1 for a basis of its own.
+        tasks: task -> the report of its initialization, before the basis was shared.
+        shares: what the basis keeps of each task's first step, by layer and overall, against 1 for a separate basis.
     """
 
     tasks: dict[str, InitReport]
@@ -46,7 +46,7 @@ def initialize_tasks(
         initialize: (batches, adapter name) -> report, for one of them.
 
     Raises:
-        ValueError: fewer than two tasks, the model has an adapter of a task's name, or others stand on the adapter;
+        ValueError: fewer than two tasks, the model has an adapter of a task's name, or others share its factors;
             as of one task's initialization, which leaves the model as it was.
     """
     basis, layers = adapted_layers(model, adapter_name)

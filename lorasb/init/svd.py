@@ -1,7 +1,7 @@
-"""Truncated SVD of a gradient or its signs: randomized subspace iteration with a generator of its own.
+"""Truncated SVD of a gradient or its signs: randomized subspace iteration with a separate generator.
 
 The matrix is dense or a `SignBits`, which is unpacked to ±1 in blocks of columns (or rows), so that the dense matrix
-never exists. Accuracy is judged by captured energy, not by angles: neighboring singular values are near ties, whose
+never exists. Accuracy is measured by captured energy, not by angles: neighboring singular values are near ties, whose
 vectors are not determined.
 """
 
@@ -197,7 +197,7 @@ def energies(core: Tensor) -> Tensor:
 def _randomized(matrix: Matrix, q: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """q triplets (U [s, q], S [q], Vᵀ [q, l]) of W [s, l], s <= l, which is the matrix, or its transpose if it is tall.
 
-    Subspace iteration on W Wᵀ [s, s], whose basis lies on the short side: the smallest QR.
+    Subspace iteration on W Wᵀ [s, s], whose basis is on the short side: the smallest QR.
     """
     short, length = sorted(matrix.shape)
     source = matrix.words if isinstance(matrix, SignBits) else matrix

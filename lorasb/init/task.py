@@ -133,7 +133,7 @@ def frozen_base(model: nn.Module, beside: Sequence[str] = ()) -> Iterator[None]:
 
 
 def _extra_outputs(model: nn.Module) -> list[tuple[Any, str, Any]]:
-    """(config, name, True) of every output beside the loss that is switched on in a config of the model.
+    """(config, name, True) of every output besides the loss that is switched on in a config of the model.
 
     A KV cache would grow at every recomputation of a block, which then attends to its own keys twice; hidden states and
     attentions only take memory.

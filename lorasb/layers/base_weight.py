@@ -36,7 +36,7 @@ def _configuration_lost() -> NoReturn:
 
 @dataclass(frozen=True)
 class OpaqueBase:
-    """What is known of an opaque linear. Its layer is passed to each method, as moving a model replaces its tensors.
+    """Properties of an opaque linear. Its layer is passed to each method, as moving a model replaces its tensors.
 
     Attributes:
         name: of the format, or of the layer's class.
@@ -68,7 +68,7 @@ class OpaqueBase:
             weight = self._read(layer)
         except (NotImplementedError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"this needs W, and {self.name} layers do not give it ({error}): keep the adapter beside its base "
+                f"this needs W, and {self.name} layers do not give it ({error}): keep the adapter apart from its base "
                 "(save_pretrained, lorasb.export_lora); init='update' and init='random' do not read W"
             ) from error
         if tuple(weight.shape) != self.shape:
@@ -122,7 +122,7 @@ class OpaqueBase:
 def find(
     layer: nn.Module, default_dtype: torch.dtype | None = None, options: Mapping[str, Any] | None = None
 ) -> OpaqueBase | None:
-    """What is known of an opaque linear; None for a layer that our kernels read, or that is no linear.
+    """Return the properties of an opaque linear; None for a layer that our kernels read, or that is no linear.
 
     Args:
         layer: the base layer.
@@ -158,7 +158,7 @@ def is_dense(layer: nn.Module) -> bool:
 
 
 def _computes_by_itself(layer: nn.Module) -> bool:
-    """True for a module with features and a forward of its own: not nn.Linear's over a weight that it cannot take."""
+    """True for a module with features and its own forward: not nn.Linear's over a weight that it cannot take."""
     own = type(layer).forward is not nn.Linear.forward or "forward" in vars(layer)
     return own and hasattr(layer, "in_features") and hasattr(layer, "out_features")
 
@@ -244,7 +244,7 @@ class FrozenBase(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = int(in_features), int(out_features)
 
     def opaque(self) -> OpaqueBase | None:
-        """What is known of an opaque base layer; None for others, and while a merged dense layer replaces it."""
+        """Return an opaque base layer's properties; None for others, and while a merged dense layer replaces it."""
         return self._opaque if self._replaced.layer is None else None
 
     def quantized(self) -> QuantizedWeight | None:
@@ -444,7 +444,7 @@ def _hooks_of(containers: list[nn.Module], name: str) -> list[Any]:
         )
     hooks: list[Any] = [getattr(container, "_hf_hook", None) for container in containers]
     if None in hooks:
-        raise RuntimeError(f"adapter {name!r} lies on the meta device: load a saved adapter, or move the model")
+        raise RuntimeError(f"adapter {name!r} is on the meta device: load a saved adapter, or move the model")
     return hooks
 
 

@@ -106,7 +106,7 @@ def _own(layer: LoRASBLinear, rows: Rows) -> list[str]:
 
 
 def _parts(layer: LoRASBLinear, rows: Rows) -> tuple[list[RowCores], list[str]]:
-    """What is computed in one call, for all rows, and adapters that are computed alone."""
+    """Work of a forward: one call for all rows, and adapters that are computed separately."""
     if layer.disable_adapters:
         return [], []
     names = _own(layer, rows)
@@ -124,7 +124,7 @@ def _computed(layer: LoRASBLinear, x: Tensor, part: RowCores, fused: bool = Fals
     autocast = autocast_on(x.device.type)
     weight, bias = (quantized or layer.dense_weight(), layer.bias_like(x)) if fused else (None, None)
     if not fused and not autocast:
-        x = x.to(part.a.dtype)  # fp32 factors beside a base in 16 bits
+        x = x.to(part.a.dtype)  # fp32 factors with a base in 16 bits
     y = lora_sb_linear(x, weight, part.a, part.cores, part.b, bias, part.scaling, index=part.places)
     return y if autocast else y.to(dtype)
 
@@ -196,7 +196,7 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
         base_layer: the frozen linear, `weight` [out, in] (or [in, out] with `fan_in_fan_out`); dense, or in 4 or 8 bits
             (bitsandbytes' `Linear4bit` and `Linear8bitLt`, or ours). A quantized base is computed from its storage,
             not by its own forward, which in bitsandbytes would repack the weight on a CPU. Any other linear is opaque:
-            its own forward runs, with the adapter beside it.
+            its own forward runs, and the adapter's output is added.
         adapter_name: name of the first adapter.
         r: rank of the adapter.
         scaling: s.
@@ -278,7 +278,7 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
     ) -> None:
         """Add an adapter of rank `r`: A [r, in] and B [out, r] in the base's dtype, R [r, r] in fp32, all zero.
 
-        With `wide_factors` A and B are in fp32, too, and the adapter computes in it, beside the base. With `basis` they
+        With `wide_factors` A and B are in fp32, too, and the adapter computes in it, not the base. With `basis` they
         are the tensors of another adapter, and R starts at zero, or at a copy of that of the adapter `start_at`.
 
         Raises:
@@ -321,7 +321,7 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
         self.initialized[adapter_name] = True
 
     def enable_adapters(self, enabled: bool) -> None:
-        """As PEFT's; adapters that train together with the active one go on with that, too."""
+        """Set the active adapters as PEFT does; adapters in joint training continue to train with them."""
         if not enabled and not self._disable_adapters:
             self._trained_before = [name for name, core in self.lorasb_R.items() if core.requires_grad]
         super().enable_adapters(enabled)
@@ -377,7 +377,7 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
             raise missing_factors_error()
         core, dropout = guarded_core(self, name), self.lora_dropout[name] if self.training else 0.0
         if weight is None and x.dtype != a.dtype and not autocast_on(x.device.type):
-            x = x.to(a.dtype)  # fp32 factors beside a base in 16 bits
+            x = x.to(a.dtype)  # fp32 factors with a base in 16 bits
         return lora_sb_linear(x, weight, a, core, b, bias, self.scaling[name], dropout=dropout)
 
     def preconditioner(self, name: str) -> tuple[Tensor, Tensor]:

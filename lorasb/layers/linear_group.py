@@ -62,7 +62,7 @@ def _is_watched(layer: LoRASBLinear) -> bool:
 
 
 def _key_of_active(layer: LoRASBLinear) -> tuple[Any, ...] | None:
-    """Of the one active adapter."""
+    """Return what the members of a group have to share, for the one active adapter; None if there is no group."""
     names = layer.active_adapters
     if len(names) != 1 or names[0] not in layer.lorasb_R:
         return None
@@ -73,7 +73,7 @@ def _key_of_active(layer: LoRASBLinear) -> tuple[Any, ...] | None:
 
 
 def _key_of_rows(layer: LoRASBLinear, rows: Rows) -> tuple[Any, ...] | None:
-    """Of rows whose adapters one call computes."""
+    """Return what the members of a group have to share, for rows that one call computes; None if there is no group."""
     names = linear.in_one_call(layer, rows)
     if names is None or layer.any_wide or not all(_may_train(layer, name) for name in names):
         return None
@@ -105,7 +105,7 @@ class Pending:
 
     Attributes:
         x: the input of all members.
-        rows: the adapters of its rows, where each has one of its own.
+        rows: the adapters of its rows, where they differ by row.
         state: `Siblings._state` at the time of the computation; results are valid while it is unchanged.
         results: y [..., out] by the member's index in the group.
     """
@@ -304,7 +304,7 @@ class Siblings:
 def _saved_tensor_hooks() -> Any:
     """The innermost saved-tensor hooks.
 
-    Gradient checkpointing around some of the layers installs hooks of its own. A result must not cross into or out of
+    Gradient checkpointing around some of the layers installs further hooks. A result must not cross into or out of
     a checkpointed region, which recomputes its layers in backward without the others.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(True)

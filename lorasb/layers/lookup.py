@@ -67,7 +67,7 @@ def refuse_shared_basis(layers: dict[str, LoRASBLinear], adapter_name: str) -> N
         if adapter_name in layer.basis:
             raise ValueError(
                 f"adapter {adapter_name!r} has the A and B of {layer.basis[adapter_name]!r}, which new ones would "
-                "replace there, too: make an adapter with factors of its own, without basis=..."
+                "replace there, too: make an adapter with separate factors, without basis=..."
             )
         others = [name for name, basis in layer.basis.items() if basis == adapter_name]
         others += ["the model's bank"] if layer.serves_bank(adapter_name) else []

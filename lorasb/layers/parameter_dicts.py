@@ -121,13 +121,13 @@ class Bases:
         self.lorasb_R[adapter_name] = nn.Parameter(new, requires_grad=old.requires_grad)
 
     def leave_basis(self, adapter_name: str) -> None:
-        """Give an adapter that stands on another one copies of these A and B."""
+        """Give an adapter that shares another one's factors copies of these A and B."""
         if self.basis.pop(adapter_name, None) is not None:
             for factors in (self.lorasb_A, self.lorasb_B):
                 factors[adapter_name] = nn.Parameter(factors[adapter_name].detach().clone(), requires_grad=False)
 
     def share_again(self, adapter_name: str) -> None:
-        """Undo what a loader or a change of dtype does, which put tensors of its own in the place of shared ones."""
+        """Undo what a loader or a change of dtype does, which replaces shared tensors by separate ones."""
         for name, basis in self.basis.items():
             if adapter_name in (name, basis) and self.lorasb_A[name] is not self.lorasb_A[basis]:
                 self.stand_on(name, basis)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 TOKENS_FIRST = ("fsmt", "led", "longformer", "xlnet")  # `config.model_type` of models whose layers get [T, B, in]
-# PEFT's words, by which programs tell these errors apart, and what mends them.
+# PEFT's words, by which programs tell these errors apart, and the fix.
 MERGED_ROWS = (
     "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first: "
     "model.unmerge_adapter()"

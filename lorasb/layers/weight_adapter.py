@@ -21,7 +21,7 @@ from .token_rows import MERGED_ROWS, Rows, other_length
 
 
 class ParameterSlice(nn.Module):
-    """A view of a parameter W [a, b], or of the e-th matrix of one [E, a, b]; it holds no tensor of its own.
+    """A view of a parameter W [a, b], or of the e-th matrix of one [E, a, b]; it holds no tensor.
 
     Args:
         owner: the module that has the parameter.
@@ -191,7 +191,7 @@ class LoRASBWeight(LoRASBLinear):
         return self._weight(self._names())
 
     def unmerge_if_disabled(self) -> None:
-        """As PEFT's layers do in a forward: without adapters the module has to compute with its own weight."""
+        """Unmerge if adapters are disabled, as PEFT's layers do in a forward."""
         if self.disable_adapters and self.merged:
             self.unmerge()
 
@@ -211,7 +211,7 @@ class LoRASBWeight(LoRASBLinear):
         return functional_call(self.base_layer, {self._path(): self._weight(names)}, args, kwargs)
 
     def _with_view(self, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The same where FSDP1 keeps plain views in the place of parameters, which `functional_call` does not know."""
+        """Run the module with a weight in place of FSDP1's plain view of it, which `functional_call` does not know."""
         owner: Any = self.get_base_layer()
         *path, name = self.unfolding.path.split(".")
         for part in path:
@@ -352,7 +352,7 @@ class LoRASBEmbedding(LoRASBWeight):
             base.sparse = sparse
 
     def set_base_weight(self, weight: Tensor) -> None:
-        """Give the embedding a parameter of its own: a head that is tied to it keeps the old one."""
+        """Give the embedding a separate parameter: a head that is tied to it keeps the old one."""
         base: Any = self.get_base_layer()
         self.__dict__.setdefault("_own", base.weight)
         base.weight = nn.Parameter(weight, requires_grad=False)

@@ -36,7 +36,7 @@ def kernels(op: str, backend: str, x: Tensor, *others: Tensor | None) -> Kernels
 
 
 def plain_kernels(op: str, backend: str, x: Tensor) -> Kernels | None:
-    """The same where `signatures.of` has found x and all else plain, and their devices have been compared."""
+    """Return the direct kernels for operands that `signatures.of` has found plain, on devices that were compared."""
     if not (x.is_cpu or x.is_cuda):
         return None
     return registry.direct_kernels(op, backend, "CPU" if x.is_cpu else "CUDA")
@@ -131,7 +131,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if dy is None or not (ctx.need_dx or ctx.need_dcore):  # of frozen tensors alone a gradient is asked for
+        if dy is None or not (ctx.need_dx or ctx.need_dcore):  # if a gradient is needed of frozen tensors alone
             return (None,) * 7
         weight, a, core, b, u, seed = ctx.saved_tensors
         flags = ctx.scaling, ctx.dropout, seed, ctx.need_dx, ctx.need_dcore

@@ -3,7 +3,7 @@
     y_i = x W_iᵀ + s_i·x A_iᵀ R_iᵀ B_iᵀ + bias_i
 
 All members have the same rank, dtype and dropout, and either all of them a bias or none. With dropout each has a seed
-and a mask of its own: `seeds` [members], int64, on the CPU. The op returns the y_i [..., m_i], then the u_i = x A_iᵀ
+and a mask: `seeds` [members], int64, on the CPU. The op returns the y_i [..., m_i], then the u_i = x A_iᵀ
 [M, r].
 """
 

@@ -1,4 +1,4 @@
-"""The adapted linear with an R of its own for each row of a batch, as a torch op: A and B are shared by all.
+"""The adapted linear with one R per row of a batch, as a torch op: A and B are shared by all.
 
     y_i = x_i Wᵀ + s·x_i Aᵀ R_kᵀ Bᵀ + bias    with k = index[i]        x [n, ..., in], cores [K, r, r], index [n]
 

@@ -1,4 +1,4 @@
-"""What a call's operands have to be; a call whose signature has passed is not checked again."""
+"""Operand validation; a call whose signature has passed is not checked again."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class Known:
         self._signatures: set[Hashable] = set()
 
     def has(self, signature: Hashable) -> bool:
-        """Whether it has been added; None never is."""
+        """Return True if it has been added; None never is."""
         return signature in self._signatures
 
     def add(self, signature: Hashable) -> None:

@@ -15,7 +15,7 @@ EPSILON = 1e-7  # of torch.optim.Muon: a matrix of a smaller norm gives a smalle
 def orthogonalize(matrices: Tensor) -> Tensor:
     """U S Vᵀ for each U Σ Vᵀ of `matrices` [n, r, r], with S about 1; less where the norm is below 1e-7.
 
-    In fp32: R is small, and its 16-bit products are slower than these where a processor has none of its own.
+    In fp32: R is small, and its 16-bit products are slower than these where a processor has no 16-bit instructions.
     """
     a, b, c = COEFFICIENTS
     x = matrices.float()

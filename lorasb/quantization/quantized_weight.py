@@ -199,7 +199,7 @@ def _check_lengths(
         if tensor.numel() != length:
             raise ValueError(
                 f"expected {length} {name} for a weight {list(shape)} in blocks of {state.blocksize}, got "
-                f"{tensor.numel()}: the packed weight and its quant_state do not belong together, load the model anew"
+                f"{tensor.numel()}: the packed weight and its quant_state do not belong together, load the model again"
             )
         if tensor.device != tensors[0].device:
             raise ValueError(f"the weight is on {tensors[0].device}, its statistics on {tensor.device}: model.to(...)")
@@ -233,7 +233,7 @@ def _row_scales(module: nn.Module, weight: Any) -> Tensor:
     if scales is None or scales.numel() != weight.shape[0]:
         count = "none" if scales is None else scales.numel()
         raise ValueError(
-            f"expected {weight.shape[0]} row scales (SCB) of an 8-bit weight, got {count}: load the model anew"
+            f"expected {weight.shape[0]} row scales (SCB) of an 8-bit weight, got {count}: load the model again"
         )
     if not scales.is_meta and not torch.isfinite(scales).all():
         raise ValueError("the row scales (SCB) of an 8-bit weight hold NaN or Inf: its file is damaged")

@@ -42,7 +42,7 @@ from . import basis as bases
 
 @dataclass
 class LoadReport:
-    """What `AdapterBank.load` found.
+    """Result of `AdapterBank.load`.
 
     Attributes:
         loaded: names of adapters that are in the bank now.
@@ -83,7 +83,7 @@ def cores_of(folder: Path, digest: bytes, scalings: Mapping[str, float]) -> dict
         raise ValueError(f"{file} is damaged ({error}): {AGAIN}") from None
     factors = {key: value for key, value in tensors.items() if shared_factors.is_factor(key)}
     if (shared_factors.referenced_digest(tensors) or shared_factors.digest(factors)) != digest:
-        raise ValueError(f"{folder} stands on other A and B than the bank's, or on the same in another dtype")
+        raise ValueError(f"{folder} has other A and B than the bank's, or the same in another dtype")
     others = [key for key in tensors if key != DIGEST and not any(f".{part}" in key for part in FACTORS)]
     if others:
         raise ValueError(
@@ -100,7 +100,7 @@ def cores_of(folder: Path, digest: bytes, scalings: Mapping[str, float]) -> dict
 
 
 class Columns(NamedTuple):
-    """Where a layer's R lies in a row of the bank: from `first` on, r² numbers."""
+    """Position of a layer's R in a row of the bank: r² numbers from `first`."""
 
     first: int
     r: int
@@ -259,7 +259,7 @@ class AdapterBank:
     def load(self, *folders: str | Path) -> LoadReport:
         """Add adapters from folders: of an adapter each, by its name, or of folders of adapters.
 
-        A file that is cut short, or whose adapter stands on other A and B, is left out and named in the report.
+        A file that is cut short, or whose adapter has other A and B, is left out and named in the report.
         """
         report, found = LoadReport(), [path for folder in folders for path in adapters_in(Path(folder))]
         with self._lock:
@@ -372,7 +372,7 @@ class AdapterBank:
             return
         larger = huge_pages.zeros(capacity, self.storage.shape[1], self.storage.dtype, self.storage.device)
         larger[:old] = self.storage
-        self.storage = larger  # a batch in progress goes on with the old one, whose rows are the same
+        self.storage = larger  # a batch in progress continues with the old one, whose rows are the same
         self._free = [*range(capacity - 1, old - 1, -1), *self._free]
 
     @torch.no_grad()

@@ -17,17 +17,17 @@ from ..constants import FROZEN_FACTORS
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import layers_with, refuse_shared_basis, standing_on, uninitialized
 
-# What R means beside A and B, which a file of R alone has to say, too.
+# Settings that R's meaning depends on besides A and B, which a file of R alone has to say, too.
 COPIED = ("init", "lora_alpha", "scaling", "wide_factors", "task_type", "target_parameters")
 
 
 def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, Any]) -> None:
-    """Write the layers, ranks and scaling of the basis into the config of an adapter that is to stand on it.
+    """Write the layers, ranks and scaling of the basis into the config of an adapter that is to share it.
 
-    One that comes from a file has them, and stands on A and B once their digest has been found (`loading`).
+    One that comes from a file has them, and shares A and B once their digest has been found (`loading`).
 
     Raises:
-        ValueError: the model has no such adapter, it was not initialized, or another rank is asked for.
+        ValueError: the model has no such adapter, it was not initialized, or another rank is requested.
     """
     if not config.basis or config.from_file:
         return
@@ -104,7 +104,7 @@ def frozen_factors(layers: dict[str, LoRASBLinear], adapter_name: str) -> dict[s
 
 
 def with_digest(layers: dict[str, LoRASBLinear], digest: bytes, first: str) -> str | None:
-    """The adapter of all these layers whose A and B have a digest; `first` is asked first."""
+    """The adapter of all these layers whose A and B have a digest; `first` is tried first."""
     candidates = dict.fromkeys((first, *(name for layer in layers.values() for name in layer.lorasb_R)))
     seen: set[tuple[int, ...]] = set()
     for name in candidates:
@@ -119,7 +119,7 @@ def with_digest(layers: dict[str, LoRASBLinear], digest: bytes, first: str) -> s
 
 
 def stand_on(layers: dict[str, LoRASBLinear], adapter_name: str, basis: str) -> None:
-    """Give an adapter the A and B of another one in place of its own."""
+    """Replace an adapter's A and B by those of another one."""
     for layer in layers.values():
         layer.stand_on(adapter_name, layer.basis.get(basis, basis))
 
@@ -131,7 +131,7 @@ def make_room(layers: dict[str, LoRASBLinear], adapter_name: str, tensors: dict[
         True if it left one.
 
     Raises:
-        ValueError: others stand on these A and B, which the file's would replace by other ones.
+        ValueError: other adapters share these A and B, which the file's would replace.
     """
     shared = adapter_name in {name for layer in layers.values() for pair in layer.basis.items() for name in pair}
     if not shared and not any(layer.serves_bank(adapter_name) for layer in layers.values()):
@@ -147,7 +147,7 @@ def make_room(layers: dict[str, LoRASBLinear], adapter_name: str, tensors: dict[
 
 
 def options_for(layer: Any, config: LoRASBConfig) -> dict[str, Any]:
-    """Arguments of `add_adapter` for an adapter that stands on one of the layer's; none for others."""
+    """Arguments of `add_adapter` for an adapter that shares the factors of one of the layer's; none for others."""
     if not config.basis or config.from_file or config.basis not in layer.lorasb_R:
         return {}
     return {"basis": config.basis, "start_at": config.start_at, "scaling": layer.scaling[config.basis]}

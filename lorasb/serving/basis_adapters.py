@@ -67,7 +67,7 @@ def _check(model: Any, names: Sequence[str]) -> None:
     taken: set[str] = set(getattr(model, "peft_config", {}))
     bank = bank_of(model.modules())
     for name in names:
-        # names are entries of a ParameterDict, which cannot be those of its own methods
+        # names are entries of a ParameterDict, which cannot be those of its methods
         if not isinstance(name, str) or not name or "." in name or name == BASE_ROW or hasattr(nn.ParameterDict, name):
             raise ValueError(
                 f"expected a name without dots for each adapter, not {BASE_ROW} or a method's of a dictionary, got "
@@ -81,13 +81,13 @@ def _check(model: Any, names: Sequence[str]) -> None:
 
 
 def _has_more_than_cores(model: nn.Module, name: str) -> bool:
-    """True if the adapter has modules or token rows of its own: PEFT makes those."""
+    """True if the adapter has other modules or token rows: PEFT makes those."""
     wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
     return any(name in wrapper._adapters for wrapper in wrappers)
 
 
 def _copy(model: Any, layers: Sequence[LoRASBLinear], like: str, name: str) -> None:
-    """An adapter like another one, with an R of its own; not active, and so not trained."""
+    """An adapter like another one, with a separate R; not active, and so not trained."""
     model.peft_config[name] = copy.deepcopy(model.peft_config[like])
     for layer in layers:
         layer.copy_adapter(like, name)

@@ -27,7 +27,7 @@ from ..utils.reading import read_json, read_tensors
 from .basis import refuse_deletion
 
 ROUNDS = 8  # of improving B and A in turn, none of which keeps less than the one before
-MOST_LOST = 0.1  # share of an update's energy that `project` may lose unless it is asked to lose more
+MOST_LOST = 0.1  # share of an update's energy that `project` may lose by default
 
 
 class Update(NamedTuple):
@@ -56,7 +56,7 @@ class Update(NamedTuple):
 
 @dataclass
 class KeptShares:
-    """What a basis keeps of the updates' energy.
+    """Share of the updates' energy that a basis retains.
 
     Attributes:
         by_layer: adapter -> layer -> ‖Bᵀ Δ Aᵀ‖² / ‖Δ‖²; 1 for an update that is zero.
@@ -81,7 +81,7 @@ def share_basis(model: Any, adapters: Sequence[str], name: str, r: int | None = 
         What each adapter keeps; what it loses is gone, so that one may look before (`joint_factors`).
 
     Raises:
-        ValueError: fewer than two adapters, one is unknown or not initialized, or others stand on one of them.
+        ValueError: fewer than two adapters, one is unknown or not initialized, or others share one's factors.
     """
     layers = _layers_of_all(model, adapters)
     ranks = {layer: _rank(module, adapters, r) for layer, module in layers.items()}
@@ -92,7 +92,7 @@ def share_basis(model: Any, adapters: Sequence[str], name: str, r: int | None = 
 
 @torch.no_grad()
 def share_into(model: Any, adapters: Sequence[str], name: str) -> KeptShares:
-    """The same into an adapter that is there, at its ranks; its R becomes zero."""
+    """Write the joint basis into an existing adapter, at its ranks; its R becomes zero."""
     layers = _layers_of_all(model, adapters)
     found, factors = _joined(layers, adapters, {layer: module.r[name] for layer, module in layers.items()})
     return _settle(model, adapters, name, found, factors)
@@ -178,7 +178,7 @@ def project(model: Any, lora: str | Path, name: str, basis: str = "default", mos
         model: a PeftModel with the adapter `basis`.
         lora: folder of a PEFT LoRA adapter of linear layers.
         name: of the new adapter.
-        basis: whose A and B it is to stand on.
+        basis: the adapter whose A and B it is to share.
         most_lost: share of ‖Δ‖² of all layers together that may be lost; what the LoRA adapts and the basis does not
             is lost, too.
 

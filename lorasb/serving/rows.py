@@ -107,7 +107,7 @@ def _register(hooks: Sequence[Hook], stack: ExitStack) -> None:
 
 
 class _OfThisThread:
-    """A hook for forwards of the thread that makes this: another one has rows of its own, or none."""
+    """A hook for forwards of the thread that makes this: another one has its own rows, or none."""
 
     def __init__(self, hook: Callable[..., Any]) -> None:
         self.hook, self.owner = hook, threading.get_ident()
@@ -119,7 +119,7 @@ class _OfThisThread:
         return self.hook(*arguments) if mine else None
 
 
-# Sub-configs of multimodal models, beside text_config: a row of an image or audio tower is not a row of the text.
+# Sub-configs of multimodal models other than text_config: a row of an image or audio tower is not a row of the text.
 TOWER_CONFIGS = ("vision_config", "audio_config")
 Modules = dict[str, nn.Module]  # of a model, by name
 
@@ -152,7 +152,7 @@ def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) 
 
 
 def _hooks(model: nn.Module, modules: Modules, rows: Rows, num_beams: int) -> Iterator[Hook]:
-    """What passes names to layers, and what records shapes around them."""
+    """Yield hooks that pass names to layers, and hooks that record shapes around them."""
     encoder, outside_text, shapes = _encoder(model), _outside_text_model(model), dict[str, torch.Size]()
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     layers = _layers(modules)
@@ -273,7 +273,7 @@ class _LengthChecker:
         first = next((x for x in (*named, *args[:1]) if isinstance(x, Tensor)), None)
         if first is None:
             tensors = [x for x in kwargs.values() if isinstance(x, Tensor)]
-            first = tensors[0] if len(tensors) == 1 else None  # of several, which are by row cannot be told
+            first = tensors[0] if len(tensors) == 1 else None  # with several it is unknown which is by row
         if first is not None and first.dim() > 0 and len(first) not in (self.rows, self.rows * self.num_beams):
             raise ValueError(other_length(len(first), self.rows))
 
@@ -317,7 +317,7 @@ class _NamePasser:
         if input_rows is None:
             raise ValueError(
                 f"expected adapter_names for each of {len(x)} rows, got {len(self.rows)}: layer {self.name!r} gets "
-                f"{list(x.shape)}, and which of the batch's rows these belong to cannot be told. Give a name for each "
+                f"{list(x.shape)}, which cannot be mapped to rows of the batch. Give a name for each "
                 "row of the batch; where that is so, run one adapter at a time: model.set_adapter(name)"
             )
         # PEFT's wrappers of modules_to_save take a list of names; LoRA-SB layers take `Rows`.

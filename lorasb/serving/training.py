@@ -9,7 +9,7 @@
     )
 
 In place of the model's loss, a mean over all tokens, backward starts from the sum over tokens. Before the optimizer's
-step each adapter's gradient is divided by the number of its own tokens in the step, over all parts of a gradient
+step each adapter's gradient is divided by the number of its tokens in the step, over all parts of a gradient
 accumulation and all processes, and clipped by its own norm.
 """
 
@@ -84,7 +84,7 @@ def adapter_parameter_groups(
     """A parameter group for each adapter, of its R's, which are set to train; those of others are frozen.
 
     Args:
-        model: a PeftModel whose adapters stand on one basis.
+        model: a PeftModel whose adapters share one basis.
         adapters: to train.
         lr: of all, or by name.
         options: of every group (`weight_decay=0.0`, ...).
@@ -114,7 +114,7 @@ def adapter_parameter_groups(
 
 
 def clip_by_adapter(groups: Sequence[Mapping[str, Any]], max_norm: float) -> dict[str, float]:
-    """Scale each group's gradients down to a norm of its own, in place.
+    """Scale each group's gradients down to its maximum norm, in place.
 
     Args:
         groups: `optimizer.param_groups` of `adapter_parameter_groups`.
@@ -216,7 +216,7 @@ class AdapterRowsCallback(TrainerCallback):
             hook.remove()
 
     def _take_labels(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Keep the labels from the model, which would compute a loss of its own over all logits."""
+        """Keep the labels from the model, which would compute another loss over all logits."""
         self._batch = None
         if module.training and NAMES in kwargs and kwargs.get("labels") is not None:
             labels = kwargs["labels"]
@@ -274,7 +274,7 @@ def _check(args: Any) -> None:
     if found:
         raise ValueError(
             f"AdapterRowsCallback: expected training in fp32 or bf16, by one process or DDP, got {found[0]}: the "
-            "gradients of adapters cannot be told apart there. Leave it out"
+            "gradients of adapters cannot be separated there. Leave it out"
         )
     if args.load_best_model_at_end:
         raise ValueError(

@@ -40,7 +40,7 @@ class InitCallback(TrainerCallback):
 
     With `refresh_at=k`, half of the rank is held back, and filled after k steps from the gradient at the weights
     reached (`lorasb.refresh`), of other samples, unless they are a stream's or given by `samples`. R, its moments and
-    the schedule go on as they are. A `loss_fn` is asked again then, and has to hold away from the base, too, as
+    the schedule go on as they are. A `loss_fn` is called again then, and has to hold away from the base, too, as
     `preference_loss` does not.
 
     Args:
@@ -151,9 +151,9 @@ class InitCallback(TrainerCallback):
         """Raise a ValueError for a refresh that this run cannot make; warn where it leaves empty what it finds so."""
         at, steps, count = self.refresh_at, state.max_steps, self._count_then()
         if empty and (at is None or at < state.global_step):
-            told = "nothing in this run fills" if at is None else f"refresh_at={at} is past to fill"
+            reason = "refresh_at is not set" if at is None else f"refresh_at={at} has already passed"
             step = f"from {max(1, state.global_step)} to {steps - 1}"
-            warnings.warn(f"a part of the rank is empty, which {told}: InitCallback(refresh_at=), {step}", stacklevel=2)
+            warnings.warn(f"a part of the rank stays empty: {reason}: InitCallback(refresh_at=), {step}", stacklevel=2)
         if at is None:
             return
         if at >= steps:
@@ -186,7 +186,7 @@ class InitCallback(TrainerCallback):
                 batches, count = _batches(loader, args.per_device_train_batch_size, count, seed), None
             else:
                 batches = iter(self.samples(model) if callable(self.samples) else self.samples)
-                # all, in their order, unless a number is asked for
+                # all, in their order, unless a number is given
             return call(model, batches, **options | {"seed": seed, "num_samples": count})
 
 
@@ -229,7 +229,7 @@ def _restore(args: Any, state: Any, name: str, layers: dict[str, LoRASBLinear], 
     if not restore_factors(layers, name, folders) and needed:
         raise ValueError(
             "training resumes, and R alone was loaded: expected an adapter that has this R, with its A and B, in "
-            f"{' or '.join(map(str, folders))}, found none. If the checkpoint lies elsewhere, name its folder to "
+            f"{' or '.join(map(str, folders))}, found none. If the checkpoint is elsewhere, name its folder to "
             "TrainingArguments(resume_from_checkpoint=...) too, as to trainer.train(resume_from_checkpoint=...)"
         )
 

@@ -28,7 +28,7 @@ MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class RateTrials:
-    """What trials found.
+    """Results of the trials.
 
     Attributes:
         lr: the rate of the least loss.
@@ -65,7 +65,7 @@ def find_lr(
 
     Args:
         model: a patched and initialized model, or any other whose trained parameters require a gradient.
-        batches: training batches with labels; the first `judged` judge, the others are trained on. Of a rank, its own.
+        batches: training batches with labels; the first `judged` measure the loss, the others are trained on. Per rank.
         lr: the rate to try first, whose η the initialization had.
         steps: of a trial.
         judged: number of batches whose mean loss decides.
@@ -163,7 +163,7 @@ class _Trial:
             core.mul_(rate / self.first)
 
     def loss(self, rate: float, bar: Any) -> float:
-        """The mean judged loss after a trial at a rate."""
+        """Return the mean loss of the held-out batches after a trial at a rate."""
         with _restored(self.model, self.trained):
             self.scale_start(rate)
             self._steps(self.make(self.trained, rate), bar)
@@ -172,7 +172,7 @@ class _Trial:
     def _steps(self, optimizer: torch.optim.Optimizer, bar: Any) -> None:
         self.model.train()
         ramp = max(1, round(RAMP * len(self.train)))
-        peaks = [group["lr"] for group in optimizer.param_groups]  # a head may have a rate of its own
+        peaks = [group["lr"] for group in optimizer.param_groups]  # a head may have a separate rate
         for step, batches in enumerate(self.train):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * min(1.0, (step + 1) / ramp)

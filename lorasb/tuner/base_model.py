@@ -74,7 +74,7 @@ def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
             shared = owners.get(id(getattr(module.get_base_layer(), "weight", None)), [])
             if len(shared) > 1 and not isinstance(module, LoRASBEmbedding):  # which merges into a copy
                 raise ValueError(
-                    f"{name}: expected a weight of its own to merge into, got one that {' and '.join(shared)} share, "
+                    f"{name}: expected a separate weight to merge into, got one that {' and '.join(shared)} share, "
                     "which would all get the update: keep the adapter apart, or untie the weights before patching"
                 )
             try:

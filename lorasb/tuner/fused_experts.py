@@ -104,7 +104,7 @@ def _open(model: nn.Module, path: str, module: nn.Module, names: list[str]) -> N
     if not path:
         raise ValueError(
             f"Targeting an nn.Parameter on the top-level module is not supported (parameter {names[0]!r}). Put the "
-            "model into a module of its own, or name a parameter of a submodule"
+            "model into a separate module, or name a parameter of a submodule"
         )
     inner: nn.Module = module.base_layer if isinstance(module, OpenParameters) else module
     for name in names:

@@ -89,7 +89,7 @@ def swap(
     if others:
         raise ValueError(
             f"{path} has more than A, R and B ({others[0]}, ...): modules, biases or token rows that were trained in "
-            "full are not swapped. Load it beside the other: model.load_adapter(path, another_name)"
+            "full are not swapped. Load it next to the other: model.load_adapter(path, another_name)"
         )
     for name, factors in adapter_file.group_by_layer(tensors).items():
         a, core, b = (factors[part] for part in FACTORS)

@@ -84,7 +84,7 @@ def with_factors(
     With `share` the adapter is to be loaded: it has the model's own A and B, or leaves those for the file's.
 
     Raises:
-        ValueError: neither the model nor the file's folder has them, or others stand on those that they would replace.
+        ValueError: neither the model nor the file's folder has them, or others share those that they would replace.
     """
     expected_digest = shared_factors.referenced_digest(tensors)
     if expected_digest is None:
@@ -188,6 +188,6 @@ def _make_room(
 def _other_basis(adapter_name: str, config: LoRASBConfig) -> ValueError:
     return ValueError(
         f"adapter {adapter_name!r} holds R alone, and was trained on a basis {config.basis!r} that neither this model "
-        "nor the adapter's folder has: load the adapter that it stands on first (model.load_adapter(folder, "
+        "nor the adapter's folder has: load the adapter whose factors it shares first (model.load_adapter(folder, "
         f"{config.basis!r})). One of that name with other A and B is not it"
     )

@@ -172,7 +172,7 @@ def base_of(module: nn.Module) -> Any:
 def features_of(base: Any) -> tuple[int, int]:
     """(out, in), or (in, out) for Conv1D; of a module with several, the smallest.
 
-    A packed 4-bit weight is stored as [m·n/2, 1], so its layer is asked.
+    A packed 4-bit weight is stored as [m·n/2, 1], so its layer has the shape.
     """
     if unfolded := unfoldings(base):
         return min((one.shape for one in unfolded), key=min)

@@ -31,7 +31,7 @@ SIGN_METHODS = ("total", "frequency")
 
 @dataclass(frozen=True)
 class Pruning:
-    """What is pruned and how; PEFT's names.
+    """Options of pruning; PEFT's names.
 
     Attributes:
         kind: of `PRUNING`.
@@ -65,7 +65,7 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """How the SVD of an update is taken; PEFT's names.
+    """Options of an update's SVD; PEFT's names.
 
     Attributes:
         clamp: quantile that entries of U Σ and Vᵀ are clamped to, or None.
@@ -100,7 +100,7 @@ KINDS = ("auto", "linear", "svd", "cat", *PRUNING, *(f"{kind}{SVD}" for kind in 
 
 @dataclass(frozen=True)
 class SumOptions:
-    """How adapters are added; the names are PEFT's.
+    """Method by which adapters are added; the names are PEFT's.
 
     Attributes:
         combination_type: "linear" adds the R's of adapters that share A and B, exactly; "svd" gives the best
@@ -122,7 +122,7 @@ class SumOptions:
     majority_sign_method: str = "total"
 
     def pruning(self) -> Pruning | None:
-        """What is pruned before the sum, if anything.
+        """Return the pruning before the sum, if any.
 
         Raises:
             ValueError: a kind that is not known, or a density or method that is none.
@@ -353,5 +353,5 @@ def _config_like(template: Any, combined: dict[str, Combined]) -> Any:
     # Layers are named in full and every rank is set, so the template's selections must not filter them again.
     config.target_modules, config.inference_mode = set(combined), True
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.basis, config.basis_start = None, "zero"  # the sum has factors of its own
+    config.basis, config.basis_start = None, "zero"  # the sum has separate factors
     return config

@@ -23,12 +23,12 @@ except ImportError:  # Windows
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it over `path` if the block succeeds, else remove it.
+    """Yield a temporary path in the folder of `path`; rename it over `path` if the block succeeds, else remove it.
 
     The temporary file is in the same folder, so that the rename stays within a file system and is atomic.
 
     Raises:
-        OSError: the file cannot be written, also where safetensors raises an error of its own.
+        OSError: the file cannot be written, also where safetensors raises another error.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -51,10 +51,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; replace `path` by it if the block succeeds, else remove it.
+    """Yield a temporary folder next to `path`; replace `path` by it if the block succeeds, else remove it.
 
     Raises:
-        OSError: a file cannot be written, also where safetensors raises an error of its own.
+        OSError: a file cannot be written, also where safetensors raises another error.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

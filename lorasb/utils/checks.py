@@ -10,7 +10,7 @@ import types
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
-# The parser of `re`, whose name in Python 3.10 is that of a module of its own.
+# The parser of `re`, whose name in Python 3.10 is that of a top-level module.
 _parser = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 MAX_LR = 1e4  # a mistyped exponent (1e38) would end as Inf after hours, or in the first step

@@ -13,7 +13,7 @@ INK, MUTED, SIGN, GRAD = "#1b1b1b", "#8a8a8a", "#3568b8", "#d9822b"
 
 
 def installed() -> bool:
-    """Whether matplotlib is there; without it a run leaves its pictures out."""
+    """Return True if matplotlib is installed; without it a run writes no pictures."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

@@ -160,7 +160,7 @@ BAD_CALLS = {
         ["finetune", "--model", "nowhere/none"],
         "cannot load --model 'nowhere/none', expected a folder or hub id",
     ),
-    "held out of nothing": (["finetune", "--eval-data", "x.jsonl"], "beside those of --data, which is not given"),
+    "held out of nothing": (["finetune", "--eval-data", "x.jsonl"], "needs --data, which is not given"),
     "epochs": (["finetune", "--epochs", "inf"], "--epochs must be positive, got inf"),
     "verifier": (["finetune", "--task", "chess", "--rl", "verifier"], "unknown task 'chess': expected one of"),
     "samples": (["finetune", "--samples", "0"], "--samples must be positive, got 0"),

@@ -125,7 +125,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     run_finetune(replace(reinforced, output=str(tmp_path / "a")))
     with monkeypatch.context() as patch:
         patch.setattr(reinforce, "Bar", InterruptedBar)
-        with pytest.raises(StoppedError, match="the same command goes on from here"):
+        with pytest.raises(StoppedError, match="rerun the same command to resume"):
             run_finetune(replace(reinforced, output=str(tmp_path / "b")))
     run_finetune(replace(reinforced, output=str(tmp_path / "b")))
     assert_same(tmp_path / "a", tmp_path / "b")

@@ -26,7 +26,7 @@ from lorasb.app.settings import DTYPES, SCHEDULERS, UPDATES, Settings
         ({"weight_decay": -1.0}, "--weight-decay must not be negative"),
         ({"rank_pattern": {"q": 0}}, "--rank-pattern must have positive ranks"),
         ({"eval_steps": 0}, "--eval-steps must be positive, got 0"),
-        ({"gradient_accumulation": 3}, "--batch-size 16 cannot be parted in --gradient-accumulation 3 equal parts"),
+        ({"gradient_accumulation": 3}, "--batch-size 16 is not divisible by --gradient-accumulation 3"),
         ({"lr": float("nan")}, "--lr must be positive, at most 10000, got nan"),
     ],
 )

@@ -71,4 +71,4 @@ def test_a_run_that_is_stopped_ends_in_one_line(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 143
-    assert capsys.readouterr().err.strip() == "lorasb: stopped: the same command goes on from here"
+    assert capsys.readouterr().err.strip() == "lorasb: stopped: rerun the same command to resume"

@@ -323,7 +323,7 @@ def test_beside_names_other_initialized_adapters() -> None:
         with pytest.raises(ValueError, match="beside names initialized adapters"):
             lorasb.initialize(model, FIRST, lr=1e-2, beside=[name])
     model.add_adapter("other", lorasb.LoRASBConfig(r=4))
-    with pytest.raises(ValueError, match="beside= asks for another"):
+    with pytest.raises(ValueError, match="beside= requests another"):
         lorasb.initialize(model, FIRST, lr=1e-2, adapter_name="other", beside=["default"], cache="signs.safetensors")
 
 

@@ -74,7 +74,7 @@ def test_r_s_come_from_files_for_those_that_are_there_and_those_that_are_not(tmp
         for path, layer in layers_with(saved, name).items():
             assert torch.equal(layers_with(model, name)[path].lorasb_R[name], layer.lorasb_R[name])
     other = lorasb.patch(with_basis().unload(), r=4, init="random")
-    with pytest.raises(ValueError, match="stands on other A and B"):
+    with pytest.raises(ValueError, match="has other A and B"):
         load_adapters(other, tmp_path, NAMES)
     assert set(other.peft_config) == {"default"}
 

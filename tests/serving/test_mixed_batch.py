@@ -165,7 +165,7 @@ def test_where_rows_cannot_be_told_nothing_is_guessed(kind: type[nn.Module]) -> 
     model = with_two(Around(kind()), target_modules="all-linear")
     x = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(0))
     x[:, 0, 0], x[:, 1, 0] = 1.0, -1.0  # two tokens for each expert: as many as there are rows
-    with pytest.raises(ValueError, match=r"rows these belong to cannot be told.*model\.set_adapter\(name\)"):
+    with pytest.raises(ValueError, match=r"which cannot be mapped to rows of the batch.*model\.set_adapter\(name\)"):
         model(x, adapter_names=["default", "second"])
     model.set_adapter("second")
     tolerances.check(model(x, adapter_names=["second", "second"]), model(x), tolerances.MERGE)
@@ -183,7 +183,7 @@ def test_families_whose_layers_get_tokens_first_are_refused(kind: str) -> None:
     targets = ["query", "value"] if kind == "Longformer" else ["layer_1", "layer_2"]
     model = with_two(base, target_modules=targets)
     ids = torch.randint(5, 99, (4, 4), generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="rows these belong to cannot be told"):
+    with pytest.raises(ValueError, match="which cannot be mapped to rows of the batch"):
         model(input_ids=ids, adapter_names=["default", "second"] * 2)
 
 

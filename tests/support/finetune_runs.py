@@ -74,7 +74,7 @@ def stop_after(step: int, base: Settings, folder: Path, number: int = signal.SIG
     """Start a run and interrupt it after a step; what it raised."""
     with pytest.MonkeyPatch.context() as patch:
         add(patch, At(step, lambda: os.kill(os.getpid(), number)))
-        with pytest.raises(StoppedError, match="the same command goes on from here") as stopped:
+        with pytest.raises(StoppedError, match="rerun the same command to resume") as stopped:
             run_finetune(replace(base, output=str(folder)))
     return stopped.value
 

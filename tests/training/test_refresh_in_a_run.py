@@ -145,7 +145,7 @@ def test_an_adapter_that_holds_nothing_back_is_refused_before_the_run_begins(tmp
     assert empty(model) == {0}
 
 
-@pytest.mark.parametrize(("at", "says"), [(None, "nothing in this run fills"), (3, "refresh_at=3 is past to fill")])
+@pytest.mark.parametrize(("at", "says"), [(None, "refresh_at is not set"), (3, "refresh_at=3 has already passed")])
 def test_a_run_that_resumes_and_leaves_a_part_empty_warns(tmp_path: Path, at: int | None, says: str) -> None:
     run(tmp_path / "held")
     callback = lorasb.InitCallback(refresh_at=at)

@@ -194,7 +194,7 @@ def test_a_weight_that_two_modules_share_is_not_merged_into(both: bool) -> None:
     targets = ["one", "two"] if both else ["one"]
     model: Any = lorasb.patch(net, r=2, target_modules=targets, init="kaiming")
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="expected a weight of its own to merge into, got one that"):
+        with pytest.raises(ValueError, match="expected a separate weight to merge into, got one that"):
             merge()
     assert torch.equal(model.base_model.model["one"].base_layer.weight, before)
     assert not torch.nn.utils.parametrize.is_parametrized(model.unload()["one"])

@@ -73,7 +73,7 @@ def keep_mask(shape: torch.Size, dropout: float, seed: Tensor, device: torch.dev
     """Mask [M, n] of the elements that dropout keeps. Backward regenerates it from the seed, so it is not stored."""
     if getattr(_dropout, "philox", False):
         return philox_mask(shape, dropout, int(seed), device)
-    # A generator of its own: the global random state advances by the draw of the seed alone.
+    # A separate generator: the global random state advances by the draw of the seed alone.
     generator = torch.Generator(device=device).manual_seed(int(seed))
     return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1.0 - dropout, generator=generator)
 
@@ -222,7 +222,7 @@ def group_backward_without_dropout(
     need_dx: bool,
     need_dcore: bool,
 ) -> list[Tensor]:
-    """As `group_backward`."""
+    """Compute the same as `group_backward`."""
     dx, dcores = dys[0].new_empty((0,)), []
     with no_autocast(dx):
         for i, (dy, weight, factor, core, scale) in enumerate(zip(dys, weights, a, cores, scalings, strict=True)):

@@ -21,7 +21,7 @@ Quant = tuple[list[Tensor], list[int]]
 
 
 class Products(NamedTuple):
-    """How a backend multiplies.
+    """Matrix products of a backend.
 
     Attributes:
         thin: (rows [M, k], factor [m, k]) -> their product [M, m], in rows' dtype or wider.

@@ -301,7 +301,7 @@ def _is_capable(device: torch.device) -> bool:
 
 
 def call_key(kernel: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """What a failure is remembered by: the kernel, and dtypes and shapes, with the number of rows as plans see it."""
+    """Key under which a failure is remembered: the kernel, dtypes, and shapes with the rows as plans see them."""
     from lorasb.kernels import plan
 
     tensors = [t for value in arguments for t in (value if isinstance(value, list) else [value])]

@@ -98,7 +98,7 @@ def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, 
 
 
 def _weight(quant: list[Tensor], layout: list[int], m: int, n: int) -> Any:
-    """What the kernels take for W [m, n] in 4 bits."""
+    """Return the kernels' operand for W [m, n] in 4 bits."""
     from lorasb.kernels.linear_quantized import Quantized
 
     tensors, (block, nested_block, rounding) = QuantizedTensors.of(quant), layout

@@ -12,7 +12,7 @@ from ..eager import linear as eager
 
 
 class CaptureError(RuntimeError):
-    """What cannot be captured in a CUDA graph."""
+    """Error of a call that cannot be captured in a CUDA graph."""
 
 
 @cache
@@ -26,7 +26,7 @@ def mask_of(dropout: float, seeds: Tensor | None) -> Any:
     """The masks' probability, and their seeds as numbers.
 
     Raises:
-        CaptureError: a CUDA graph is being captured, which would repeat one mask for ever.
+        CaptureError: a CUDA graph is being captured, which would replay the same mask.
     """
     if seeds is None or dropout <= 0.0:
         return _no_mask()
