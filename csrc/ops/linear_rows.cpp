@@ -103,7 +103,7 @@ void check_product(const at::Tensor& x, const at::Tensor& factor, bool plain) {
                     " and ", factor.device());
 }
 
-// R's of a bank are megabytes apart, each too short for the hardware to see a stream: the next one is asked for while
+// R's of a bank are megabytes apart, each too short for the hardware to see a stream: the next one is prefetched while
 // one is multiplied.
 void fetch(const char* core, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(core + line);

@@ -48,3 +48,14 @@ def test_the_settings_are_what_the_list_says() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_walks_name_functions_that_exist() -> None:
+    page = DOCS[0].parent / "architecture.md"
+    found = re.findall(r"\[`([\w.]+)`\]\(([^)]+\.py)\)", page.read_text(encoding="utf-8"))
+    assert len(found) > 30
+    for name, file in found:
+        owner, _, method = name.rpartition(".")
+        pattern = rf"^class {owner}\b.*^    def {method}\(" if owner else rf"^(def|class) {name}\b"
+        source = (page.parent / file).read_text(encoding="utf-8")
+        assert re.search(pattern, source, re.MULTILINE | re.DOTALL), f"{name} in {file}"

@@ -1,10 +1,9 @@
-"""The layers of the package: `python -m docs.floors` draws docs/floors.svg from the actual imports.
+"""The levels of the package: `python -m docs.import_levels` draws docs/import_levels.svg from the actual imports.
 
-The package is a stack of floors, each with one or more folders (modules beside the folders count to one of them). A
-file may import from its own folder and from lower floors, at any depth of its code; never from a higher floor or from
-another folder of its floor. Imports under `TYPE_CHECKING` count, except for those by which `lorasb/__init__.py` shows
-type checkers the names that it imports at first use. `tests/repo/test_floors.py` checks this, and that no files import
-each other in a cycle.
+Each level has one or more folders (modules outside the folders count to one of them). A file may import from its own
+folder and from lower levels, at any depth of its code; never from a higher level or from another folder of its level.
+Imports under `TYPE_CHECKING` count, except for those by which `lorasb/__init__.py` shows type checkers the names that
+it imports at first use. `tests/repo/test_import_levels.py` checks this, and that no files import each other in a cycle.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "lorasb"
-FACE = "lorasb/__init__"  # the public names, drawn as a folder of their own
+FACE = "lorasb/__init__"  # the public names, drawn as a folder
 # from the top to the bottom
-FLOORS: tuple[tuple[str, ...], ...] = (
+LEVELS: tuple[tuple[str, ...], ...] = (
     ("app",),
     (FACE,),
     ("training", "optim"),
@@ -35,10 +34,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("utils",),
     ("constants",),
 )
-# modules beside the folders -> the folder they count to
+# modules outside the folders -> the folder they count to
 FOLDER_OF_MODULE = {"__init__": FACE, "_peft_registration": FACE, "__main__": "app", "_version": "constants"}
-EVERYWHERE = ("utils", "constants")  # imported from every floor: their arrows are not drawn
-LEVEL = {folder: level for level, folders in enumerate(FLOORS) for folder in folders}
+EVERYWHERE = ("utils", "constants")  # imported from every level: their arrows are not drawn
+LEVEL_OF = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
 
 
 def files(root: Path = ROOT) -> dict[str, Path]:
@@ -55,7 +54,7 @@ def module_name(path: Path, root: Path = ROOT) -> str:
 
 
 def folder_of(module: str) -> str:
-    """The top-level folder of a module, or the one that a module beside the folders counts to."""
+    """The top-level folder of a module, or the one that a module outside the folders counts to."""
     parts = module.split(".")
     folder = parts[1] if len(parts) > 1 else "__init__"
     return FOLDER_OF_MODULE.get(folder, folder)
@@ -104,12 +103,12 @@ def graph(root: Path = ROOT) -> dict[str, dict[str, int]]:
 
 
 def upward(edges: dict[str, dict[str, int]]) -> list[str]:
-    """Imports of a higher floor, or of another folder on the same floor, as messages."""
+    """Imports of a higher level, or of another folder on the same level, as messages."""
     violations = []
     for name, targets in edges.items():
         for target, line in targets.items():
             source_folder, target_folder = folder_of(name), folder_of(target)
-            if source_folder != target_folder and LEVEL[source_folder] >= LEVEL[target_folder]:
+            if source_folder != target_folder and LEVEL_OF[source_folder] >= LEVEL_OF[target_folder]:
                 violations.append(f"{name}:{line} ({source_folder}) imports {target} ({target_folder})")
     return violations
 
@@ -155,9 +154,9 @@ FILLED = 'fill="#eef3fb" stroke="#34568b"'
 
 
 def draw(edges: dict[str, dict[str, int]]) -> str:
-    """The SVG: one row per floor, one arrow per pair of folders, its width by the number of imports."""
+    """The SVG: one row per level, one arrow per pair of folders, its width by the number of imports."""
     places = _places()
-    total = 20 + len(FLOORS) * (HEIGHT + GAP)
+    total = 20 + len(LEVELS) * (HEIGHT + GAP)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{total}" font-family="sans-serif">',
         '<rect width="100%" height="100%" fill="white"/>',
@@ -165,7 +164,7 @@ def draw(edges: dict[str, dict[str, int]]) -> str:
     for (source, target), count in sorted(folder_edges(edges).items()):
         if target in EVERYWHERE:
             continue
-        lines.append(_arrow(places[source], places[target], LEVEL[target] - LEVEL[source], count))
+        lines.append(_arrow(places[source], places[target], LEVEL_OF[target] - LEVEL_OF[source], count))
     for folder, place in places.items():
         lines.append(_box(folder, place, sum(folder_of(name) == folder for name in edges)))
     return "\n".join([*lines, "</svg>"]) + "\n"
@@ -174,7 +173,7 @@ def draw(edges: dict[str, dict[str, int]]) -> str:
 def _places() -> dict[str, tuple[float, int]]:
     """Where each folder's box is: the middle of its upper edge."""
     places = {}
-    for level, folders in enumerate(FLOORS):
+    for level, folders in enumerate(LEVELS):
         for i, folder in enumerate(folders):
             x = WIDTH / 2 + (i - (len(folders) - 1) / 2) * (BOX + 60)
             places[folder] = x, 20 + level * (HEIGHT + GAP)
@@ -185,7 +184,7 @@ def _box(folder: str, place: tuple[float, int], size: int) -> str:
     """A folder's box, with its name and its number of files."""
     x, y = place
     label = f"{size} files" if size > 1 else "1 file"
-    label += ", used from every floor" if folder in EVERYWHERE else ""
+    label += ", used from every level" if folder in EVERYWHERE else ""
     return (
         f'<rect x="{x - BOX / 2:.0f}" y="{y}" width="{BOX}" height="{HEIGHT}" rx="6" {FILLED}/>'
         f'<text x="{x:.0f}" y="{y + 22}" text-anchor="middle" font-size="16">{folder}</text>'
@@ -193,16 +192,16 @@ def _box(folder: str, place: tuple[float, int], size: int) -> str:
     )
 
 
-def _arrow(start: tuple[float, float], end: tuple[float, float], floors: int, count: int) -> str:
-    """A line to the next floor, or a curve around the folders between: left or right by the number of floors."""
+def _arrow(start: tuple[float, float], end: tuple[float, float], levels: int, count: int) -> str:
+    """A line to the next level, or a curve around the folders between: left or right by the number of levels."""
     (x1, y1), (x2, y2) = start, end
     width = min(5.0, 0.8 + count / 8)
     style = f'fill="none" stroke="#34568b" stroke-opacity="0.35" stroke-width="{width:.1f}"'
-    if floors == 1:
+    if levels == 1:
         return f'<path d="M{x1:.0f} {y1 + HEIGHT} L{x2:.0f} {y2}" {style}/>'
-    side = 1 if floors % 2 else -1
+    side = 1 if levels % 2 else -1
     from_x, to_x = x1 + side * BOX / 2, x2 + side * BOX / 2
-    bend = WIDTH / 2 + side * (BOX / 2 + 60 + 20 * floors)
+    bend = WIDTH / 2 + side * (BOX / 2 + 60 + 20 * levels)
     return (
         f'<path d="M{from_x:.0f} {y1 + 35} C{bend:.0f} {y1 + 35} {bend:.0f} {y2 + 15} {to_x:.0f} {y2 + 15}" {style}/>'
     )
@@ -211,12 +210,12 @@ def _arrow(start: tuple[float, float], end: tuple[float, float], floors: int, co
 def main() -> None:
     """Write the picture and print imports that break the rules; exits with 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "floors.svg")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "import_levels.svg")
     options = parser.parse_args()
     edges = graph()
     options.output.write_text(draw(edges), encoding="utf-8")
     violations = [*upward(edges), *(" <-> ".join(group) for group in cycles(edges))]
-    print("\n".join(violations) or f"{len(edges)} files on {len(FLOORS)} floors: no import runs up, no cycle")
+    print("\n".join(violations) or f"{len(edges)} files on {len(LEVELS)} levels: no import runs up, no cycle")
     raise SystemExit(bool(violations))
 
 

@@ -1,4 +1,4 @@
-"""The package as a house: imports run down its floors, no files import each other in a cycle, and no forbidden call."""
+"""Imports run down the levels of the package, no files import each other in a cycle, and no call is forbidden."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from docs import floors
+from docs import import_levels
 
 ROOT = Path(__file__).parents[2]
-MODULES = floors.files()
+MODULES = import_levels.files()
 FILES = [*MODULES.values(), ROOT / "setup.py"]
 WITHOUT = {  # module or package -> what it must not import, at any depth: importing it stays cheap, or possible
     "lorasb.kernels": ("transformers", "peft"),
@@ -48,28 +48,28 @@ def under(name: str, prefix: str) -> bool:
 
 
 def test_every_import_runs_down() -> None:
-    assert floors.upward(floors.graph()) == []
+    assert import_levels.upward(import_levels.graph()) == []
 
 
 def test_no_files_import_each_other() -> None:
-    assert floors.cycles(floors.graph()) == []
+    assert import_levels.cycles(import_levels.graph()) == []
 
 
-def test_every_room_is_on_a_floor() -> None:
-    assert {floors.folder_of(name) for name in MODULES} == set(floors.LEVEL)
+def test_every_folder_has_a_level() -> None:
+    assert {import_levels.folder_of(name) for name in MODULES} == set(import_levels.LEVEL_OF)
 
 
 def test_what_is_wrong_is_found() -> None:
     line = {"lorasb.layers.linear": {"lorasb.tuner.model": 7}, "lorasb.tuner.model": {"lorasb.layers.linear": 3}}
-    assert floors.upward(line) == ["lorasb.layers.linear:7 (layers) imports lorasb.tuner.model (tuner)"]
-    assert floors.cycles(line) == [["lorasb.layers.linear", "lorasb.tuner.model"]]
+    assert import_levels.upward(line) == ["lorasb.layers.linear:7 (layers) imports lorasb.tuner.model (tuner)"]
+    assert import_levels.cycles(line) == [["lorasb.layers.linear", "lorasb.tuner.model"]]
     beside = {"lorasb.export.lora": {"lorasb.init.sampling": 5}}
-    assert len(floors.upward(beside)) == 1
+    assert len(import_levels.upward(beside)) == 1
 
 
 def test_the_picture_is_of_these_imports() -> None:
-    picture = (ROOT / "docs" / "floors.svg").read_text(encoding="utf-8")
-    assert picture == floors.draw(floors.graph()), "draw it anew: python -m docs.floors"
+    picture = (ROOT / "docs" / "import_levels.svg").read_text(encoding="utf-8")
+    assert picture == import_levels.draw(import_levels.graph()), "draw it again: python -m docs.import_levels"
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.name == "__init__.py"], ids=lambda p: str(p.relative_to(ROOT)))
@@ -79,7 +79,7 @@ def test_every_folder_says_what_lives_there(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_forbidden_import_or_call(path: Path) -> None:
-    tree, name = ast.parse(path.read_text(encoding="utf-8")), floors.module_name(path)
+    tree, name = ast.parse(path.read_text(encoding="utf-8")), import_levels.module_name(path)
     for target in imports(tree):
         for importer, forbidden in WITHOUT.items():
             if under(name, importer):
@@ -114,7 +114,7 @@ def test_wheel_has_every_module(tmp_path: Path) -> None:
         .stdout.strip()
         .split(";")
     )
-    wanted = {floors.module_name(path) for path in FILES if path.name == "__init__.py"}
+    wanted = {import_levels.module_name(path) for path in FILES if path.name == "__init__.py"}
     assert set(found[:-2]) == wanted | {"lorasb.kernels.tables", "lorasb.app.presets"}
     data = "{'lorasb.kernels.tables': ['*.json'], 'lorasb.app.presets': ['*.yaml']}"
     assert found[-2:] == ["{'lorasb.kernels': 'kernels/fused'}", data]
@@ -131,7 +131,7 @@ def methods(node: ast.ClassDef) -> set[str]:
 
 # a protocol with one implementation in the package: why it is there
 SINGLE_PROTOCOLS = {
-    "StoredCores": "layers read from a bank of serving/, a floor above",
+    "StoredCores": "layers read from a bank of serving/, a level above",
     "Progress": "layerwise sums report to a cache, which imports them",
 }
 
