@@ -31,12 +31,12 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("ops", "checkpoints"),
     ("kernels", "quantization"),
-    ("utils",),
+    ("compat", "utils"),
     ("constants",),
 )
 # modules outside the folders -> the folder they count to
-FOLDER_OF_MODULE = {"__init__": FACE, "_peft_registration": FACE, "__main__": "app", "_version": "constants"}
-EVERYWHERE = ("utils", "constants")  # imported from every level: their arrows are not drawn
+FOLDER_OF_MODULE = {"__init__": FACE, "peft_registration": FACE, "__main__": "app"}
+EVERYWHERE = ("compat", "utils", "constants")  # imported from every level: their arrows are not drawn
 LEVEL_OF = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import _peft_registration
-from ._version import __version__
+from . import peft_registration
+from .constants import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
     from .app.prepare import demo_model
@@ -125,4 +125,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-_peft_registration.install()
+peft_registration.install()

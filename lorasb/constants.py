@@ -1,5 +1,7 @@
 """Names used in files and models, and limits, shared by all packages. Importing this module imports nothing."""
 
+VERSION = "0.2.0"  # of the package, and in every saved adapter
+
 MAX_RANK = 256  # largest r that the kernels support
 
 PEFT_NAME = "LORASB"  # the method's name in PEFT's registry, and `peft_type` in adapter_config.json

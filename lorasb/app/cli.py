@@ -17,7 +17,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from .._version import __version__
+from ..constants import VERSION
 from .config_file import find_preset, preset_names, read_config, typed
 from .named_data import check_names
 from .settings import (
@@ -167,7 +167,7 @@ def _of_all(
     version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
 ) -> None:
     if version:
-        typer.echo(f"lorasb {__version__}")
+        typer.echo(f"lorasb {VERSION}")
         raise typer.Exit
 
 

@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from .. import backends  # noqa: F401  registers the backends
-from .._version import __version__
 from ..backends import cpp
+from ..constants import VERSION
 from ..ops.registry import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
 from ..utils.cache_dir import cache_dir
 from ..utils.precision import CAPS, native
@@ -42,7 +42,7 @@ def examine() -> RenderableType:
 
 
 def _table() -> Table:
-    table = Table(title=f"lorasb {__version__}", show_header=False)
+    table = Table(title=f"lorasb {VERSION}", show_header=False)
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in PACKAGES:  # from metadata: nothing is imported
         table.add_row(package, _version(package))

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..compat import torch as private
 from ..layers.linear import LoRASBLinear
 from .prepare import checkpoint_activations
 
@@ -104,7 +104,7 @@ def count_step(
     if checkpointing:
         model.config.use_cache = False  # type: ignore[union-attr]  # transformers says so, too
         checkpoint_activations(model.get_base_model())  # type: ignore[operator]
-    with FakeTensorMode(), _GroupedProducts(), live or LiveBytes() as live:
+    with private.fake_tensor_mode(), _GroupedProducts(), live or LiveBytes() as live:
         base, factors, cores = _become_fake(model)
         model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

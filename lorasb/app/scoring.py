@@ -96,7 +96,7 @@ def _in_a_process(one: str, other: str) -> bool:
     """The answer of `_compare`, in a process that starts at the first call and again after one that took too long."""
     global _comparing
     if _comparing is None or _comparing.poll() is not None:
-        code = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import _serve; _serve()"
+        code = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import serve; serve()"
         command = [sys.executable, "-c", code, *sys.path]
         _comparing = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         atexit.register(_comparing.kill)
@@ -119,7 +119,7 @@ def _asked(process: subprocess.Popen[str], one: str, other: str, seconds: float)
     return process.stdout.readline() == "True\n"
 
 
-def _serve() -> None:
+def serve() -> None:
     """Answer pairs of expressions, a line each, until the input ends."""
     for line in sys.stdin:
         try:

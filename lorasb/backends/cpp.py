@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import torch as private
 from ..ops import signatures
 from ..ops.registry import backend_op, register_backend, register_loaded
 from .eager import linear as eager
@@ -265,7 +266,7 @@ def _below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
     """The op called below the autograd key: direct callers have an autograd function of their own around it."""
 
     def call(*arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with private.BelowAutograd():
             return op(*arguments)
 
     return call

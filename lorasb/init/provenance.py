@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .._version import __version__
+from ..constants import VERSION
 from .init_report import InitReport
 
 HASHED_TYPES = (str, int, float, bool, bytes, tuple, type(None))  # of an object's attributes; others are ignored
@@ -25,7 +25,7 @@ HASHED_VALUES = 64  # values per weight, evenly spaced, in the hash of a model
 def versions() -> dict[str, str]:
     """Versions of the packages that results depend on."""
     return {
-        "lorasb": __version__,
+        "lorasb": VERSION,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("transformers", "peft")},

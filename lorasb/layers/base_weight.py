@@ -14,10 +14,11 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend, TorchaoBackend, resolve_quantization_backend
 from torch import Tensor, nn
 
+from ..compat import peft as private
 from ..functional import dequantize, quantized_linear
 from ..ops.autocast import autocast_on
 from ..quantization.bitsandbytes import keep_unpacked
@@ -140,7 +141,7 @@ def find(
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, about modules that it does not know
-        in_features, out_features = _get_in_out_features(layer)
+        in_features, out_features = private.in_out_features(layer)
     if not isinstance(in_features, int) or not isinstance(out_features, int):
         return None
     name = known.name if known is not None else backend.backend_name if backend is not None else type(layer).__name__

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import torch as private
 from ..functional import lora_sb_linear_group
 from ..ops.autocast import autocast_on
 from ..utils.dtypes import SIXTEEN_BIT
@@ -264,7 +265,7 @@ class Siblings:
         if not torch.compiler.is_compiling():
             forward = self._begun()
             # not in backward, where checkpointing repeats a forward, with the groups that it had
-            if self._apart is not None and torch._C._current_graph_task_id() == -1:
+            if self._apart is not None and private.graph_task() == -1:
                 self._split(self._apart, forward)
 
     def _begun(self) -> Forward:
@@ -307,7 +308,7 @@ def _saved_tensor_hooks() -> Any:
     Gradient checkpointing around some of the layers installs further hooks. A result must not cross into or out of
     a checkpointed region, which recomputes its layers in backward without the others.
     """
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return private.saved_tensor_hooks(True)
 
 
 def form(model: nn.Module) -> None:

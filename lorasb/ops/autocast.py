@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import torch as private
+
 
 def is_on(x: Tensor) -> bool:
     """True if autocast is on for x's device."""
-    return torch._C._is_any_autocast_enabled() and autocast_on(x.device.type)
+    return private.any_autocast() and autocast_on(x.device.type)
 
 
 def autocast_on(kind: str) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..compat import torch as private
 from . import registry
 from .linear_group import gradients
 from .registry import Kernels
@@ -26,7 +27,7 @@ SMALL_BYTES = 6 * 2**20
 
 def kernels(op: str, backend: str, x: Tensor, *others: Tensor | None) -> Kernels | None:
     """The op's forward and backward kernels for x's device; None if something has to intercept the op itself."""
-    if torch.compiler.is_compiling() or is_intercepted() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if torch.compiler.is_compiling() or is_intercepted() or private.is_wrapped(x):
         return None
     on_cpu = x.is_cpu
     for tensor in (x, *others):  # by exact type: subclasses (DTensor, FakeTensor) intercept ops in __torch_dispatch__
@@ -108,7 +109,7 @@ def _backward_of(kernels: Kernels) -> Callable[..., Any]:
     That is a functorch transform (`is_grads_batched=True`), and `create_graph=True`: the op records a node that raises
     on the paths from dy, R and u, which is an output of the functions here so that one from x leads to it.
     """
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() or private.transforms_active():
         return kernels.backward_op
     return kernels.backward
 

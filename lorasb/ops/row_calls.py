@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import torch as private
 from ..quantization.quantized_weight import QuantizedWeight
 from . import autocast, fast_path, operand_checks
 from .linear_rows import NO_QUANT, check_index
@@ -100,5 +101,5 @@ def _call(op: str, plain: bool, others: Sequence[Tensor | None], arguments: tupl
         kernels = fast_path.plain_kernels(op, backend, x) if plain else fast_path.kernels(op, backend, x, *others)
     if kernels is None:
         return backend_op(op, backend)(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
+    with private.BelowAutograd():
         return kernels.forward(*arguments)

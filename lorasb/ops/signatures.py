@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from ..compat import torch as private
 
 PLAIN = (Tensor, torch.nn.Parameter)
 MOST = 1 << 12  # signatures that are kept, of up to 4 KB each; every number of tokens makes one a layer shape
@@ -15,14 +16,14 @@ MOST = 1 << 12  # signatures that are kept, of up to 4 KB each; every number of 
 
 def is_intercepted() -> bool:
     """Return True under a dispatch or function mode, a transform or torch.jit.trace: kernels must not be called."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if private.dispatch_modes() or private.function_modes():
         return True
-    return is_transformed() or torch._C._get_tracing_state() is not None
+    return is_transformed() or private.tracing_state() is not None
 
 
 def is_transformed() -> bool:
     """Return True under a functorch transform (`torch.func`) or forward-mode AD, for which the ops have no rules."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return private.transforms_active() or private.forward_level() >= 0
 
 
 def metadata_in_python(*operands: Any) -> Hashable:
@@ -65,7 +66,7 @@ def of_in_python(x: Any, *others: Any) -> Hashable:
 
 def _has_a_key_of_its_own(tensor: Tensor) -> bool:
     """True if the dispatcher unwraps it or fills it with zeros before a kernel."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if private.is_wrapped(tensor):
         return True
     return tensor._is_zerotensor() or torch._is_functional_tensor(tensor)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from ..compat import peft as private
 from ..config.adapter import ALL_LINEAR, LoRASBConfig
 from ..layers.unfused_experts import NAMES, OpenExperts, is_target
 from ..layers.weight_adapter import OpenParameters
@@ -50,7 +51,7 @@ def _has_experts(module: nn.Module, name: str) -> bool:
 
 def _names_all(config: LoRASBConfig, expert: str, fused: str, parts: tuple[str, ...]) -> bool:
     matched = {part: BaseTuner._check_target_module_exists(config, f"{expert}.{part}") for part in parts}
-    named = [part for part, match in matched.items() if match and not isinstance(match, _ExcludedModule)]
+    named = [part for part, match in matched.items() if match and not isinstance(match, private.ExcludedModule)]
     if named and len(named) < len(parts):
         missing = ", ".join(part for part in parts if part not in named)
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType, register_peft_method
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints import adapter_file
 from ..checkpoints.base_fingerprint import fingerprint
+from ..compat import peft as private
 from ..config.adapter import ALL_LINEAR, LoRASBConfig, WrittenHere, infer_task_type
 from ..constants import PEFT_NAME
 from ..distributed.deepspeed_zero import with_kept_factors
@@ -124,7 +125,7 @@ class LoRASBModel(BaseTuner):
         """PEFT's matching of target_modules, extended to the experts of target_parameters."""
         peft_match = BaseTuner._check_target_module_exists(peft_config, key)
         targets = peft_config.target_parameters
-        if not targets or isinstance(peft_match, _ExcludedModule):
+        if not targets or isinstance(peft_match, private.ExcludedModule):
             return peft_match
         if unfused_experts.is_target(key, targets):  # the list of a parameter's matrices, by the parameter's name
             return False
@@ -177,7 +178,7 @@ class LoRASBModel(BaseTuner):
         self._prepare_adapter_config(config, self.get_model_config(model))
         # PEFT replaces "all-linear" by a set of full names, so the question must be asked before.
         all_linear = config.target_modules == ALL_LINEAR
-        _maybe_include_all_linear_layers(config, model)
+        private.include_all_linear(config, model)
         if all_linear:
             config.target_modules = filter_all_linear(model, config)
         targets = {

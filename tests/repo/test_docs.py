@@ -39,9 +39,10 @@ def test_the_reference_is_what_the_docstrings_say() -> None:
     assert (DOCS[0].parent / "api.md").read_text(encoding="utf-8") == made, "run python docs/make_api.py"
 
 
-def test_the_settings_are_what_the_list_says() -> None:
-    made = runpy.run_path(str(DOCS[0].parent / "make_settings.py"))["page"]()
-    assert (DOCS[0].parent / "settings.md").read_text(encoding="utf-8") == made, "run python docs/make_settings.py"
+@pytest.mark.parametrize("name", ["settings", "compatibility"])
+def test_a_page_is_what_its_tables_say(name: str) -> None:
+    made = runpy.run_path(str(DOCS[0].parent / f"make_{name}.py"))["page"]()
+    assert (DOCS[0].parent / f"{name}.md").read_text(encoding="utf-8") == made, f"run python docs/make_{name}.py"
 
 
 @pytest.mark.parametrize("page", [*DOCS, DOCS[0].parents[1] / "README.md"], ids=lambda page: page.stem)

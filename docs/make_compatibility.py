@@ -1,0 +1,29 @@
+"""Writes docs/compatibility.md from `lorasb.compat`: `python docs/make_compatibility.py`. A test compares the two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorasb.compat import Private, peft, torch
+
+HEAD = """# Compatibility
+
+lorasb uses private names of other packages where they have no public one. The tables list those of `lorasb/compat/`,
+what each is for, and what happens if a release no longer has it. CI runs the tests with the oldest and the newest
+versions. This page is written by `python docs/make_compatibility.py`.
+"""
+
+
+def page() -> str:
+    """The text of docs/compatibility.md."""
+    tables = [_table(module.VERIFIED, module.PRIVATE) for module in (torch, peft)]
+    return "\n".join([HEAD, *tables])
+
+
+def _table(verified: str, names: dict[str, Private]) -> str:
+    rows = [f"| `{one.name}` | {one.use} | {one.absent} |" for one in names.values()]
+    return "\n".join([f"## {verified}", "", "| name | use | without it |", "|---|---|---|", *rows, ""])
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("compatibility.md").write_text(page(), encoding="utf-8")

@@ -1,0 +1,38 @@
+"""Private names of other packages, one module per package: what each is for, and what happens where it is absent.
+
+docs/compatibility.md is made from these tables by `python docs/make_compatibility.py`. Callers import the modules, not
+the names, so that a package and its registration hook may be imported in any order.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+
+class Private(NamedTuple):
+    """A private name of another package.
+
+    Attributes:
+        name: dotted name, from a module that can be imported.
+        use: purpose.
+        absent: what lorasb does if a release of the package no longer has the name.
+    """
+
+    name: str
+    use: str
+    absent: str
+
+
+def find(private: Private, fallback: Any) -> Any:
+    """Return the object with this name, or `fallback` if the installed package does not have it."""
+    parts = private.name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:end]))
+            for part in parts[end:]:
+                found = getattr(found, part)
+        except (ImportError, AttributeError):
+            continue
+        return found
+    return fallback
