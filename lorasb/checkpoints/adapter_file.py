@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..utils import reading
-from ..utils.dtypes import FLOATS, WIDE
+from ..utils.precision import FLOATS, WIDE
 from ..utils.reading import AGAIN, read_json
 from .shared_factors import DIGEST, join_factors, missing_factors_error
 

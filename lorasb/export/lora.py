@@ -20,8 +20,7 @@ from ..layers.unfused_experts import NAMES, parameter_of
 from ..serving.basis import frozen_factors
 from ..utils.atomic_files import replacing, write_json, write_text
 from ..utils.reading import read_json
-from .lora_layout import in_pefts_layout, refuse_slices
-from .vllm_experts import per_expert, target_modules
+from .lora_layout import in_pefts_layout, per_expert, refuse_slices, target_modules
 
 # The values that vLLM accepts for --max-lora-rank; its default is 16.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -1,4 +1,9 @@
-"""Names and shapes that PEFT's LoRA gives the factors of embeddings and convolutions."""
+"""Names and shapes of a plain LoRA's factors: PEFT's for embeddings and convolutions, vLLM's for experts.
+
+vLLM expands its module `experts` to one entry per expert and projection, `experts.{e}.{name}`, with the names that the
+model's checkpoint has (`process_packed_modules_mapping`, vllm/lora/utils.py). It does not read PEFT's layout of
+`target_parameters`, which has all experts in one tensor.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ..layers.unfused_experts import NAMES, parameter_of
 from ..layers.weight_adapter import CONVOLUTION, EMBEDDING, SLICE
+
+Pair = tuple[Tensor, Tensor]
+GATE_UP, DOWN = NAMES
+# Of gate, up and down, and of the block's module, where a checkpoint has others than most: by config.model_type.
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+OTHER_NAMES = {"mixtral": (("w1", "w3", "w2"), ".mlp.experts", ".block_sparse_moe.experts")}
 
 
 def refuse_slices(kinds: Mapping[str, Sequence[Any]]) -> None:
@@ -49,3 +61,33 @@ def in_pefts_layout(name: str, a: Tensor, b: Tensor, kind: Sequence[Any] | None)
         f"{name!r} is nn.MultiheadAttention, whose output projection PEFT's LoRA updates twice: merge the adapter "
         "(model.merge_and_unload()), or leave the layer out with exclude_modules"
     )
+
+
+def per_expert(factors: dict[str, Pair], model_type: str | None) -> dict[str, Pair]:
+    """Every layer's lora_A [r, in] and lora_B [out, r] by vLLM's names.
+
+    Gate and up share their A, and each has its half of B.
+
+    Args:
+        factors: by our names, `...experts.gate_up_proj.3` for expert 3.
+        model_type: of the base's config.
+    """
+    named: dict[str, Pair] = {}
+    (gate, up, down), mine, theirs = OTHER_NAMES.get(model_type or "", (PROJECTIONS, "", ""))
+    for name, (a, b) in factors.items():
+        parameter = parameter_of(name)
+        if parameter is None:
+            named[name] = a, b
+            continue
+        experts, _, projection = parameter.rpartition(".")
+        expert = f"{experts.replace(mine, theirs) if mine else experts}.{name.rpartition('.')[2]}"
+        if projection == DOWN:
+            named[f"{expert}.{down}"] = a, b
+        else:
+            named[f"{expert}.{gate}"], named[f"{expert}.{up}"] = ((a, half) for half in b.chunk(2))
+    return named
+
+
+def target_modules(named: dict[str, Pair]) -> list[str]:
+    """The last parts of the layers' names, which vLLM checks an adapter's config for."""
+    return sorted({name.rpartition(".")[2] for name in named})

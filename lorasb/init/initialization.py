@@ -18,8 +18,7 @@ from ..constants import PEFT_PREFIX
 from ..distributed.process_group import sharded
 from ..layers.lookup import adapted_layers, any_merged, layers_with, refuse_shared_basis, uninitialized
 from ..layers.unfused_experts import NAMES, OpenExperts
-from ..utils.byte_sizes import parse_size
-from ..utils.checks import MAX_LR
+from ..utils.checks import MAX_LR, parse_size
 from ..utils.precision import warn_if_slow
 from .factorize import Recipe
 from .init_report import InitReport

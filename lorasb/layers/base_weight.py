@@ -25,7 +25,7 @@ from ..quantization.bitsandbytes import keep_unpacked
 from ..quantization.formats import PACKAGES, Format, format_of
 from ..quantization.quantized_weight import QuantizedWeight, compute_dtype, is_quantized, of_module
 from ..utils.deprecation import renamed_method
-from ..utils.dtypes import FLOATS, SIXTEEN_BIT
+from ..utils.precision import FLOATS, SIXTEEN_BIT
 
 CONFIGURATION = "get_apply_tensor_subclass"  # PEFT's name for how torchao quantized a model
 

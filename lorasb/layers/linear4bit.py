@@ -13,7 +13,7 @@ from ..quantization.quant_state import STORAGE_DTYPES, QuantState, view_as_stora
 from ..quantization.quantized_weight import BLOCKS, KINDS, QuantizedWeight, of_state
 from ..quantization.quantizer import quantize_4bit
 from ..utils.deprecation import renamed_method
-from ..utils.dtypes import QUANTIZABLE
+from ..utils.precision import QUANTIZABLE
 
 
 class Linear4bit(nn.Linear):

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..utils.dtypes import SIXTEEN_BIT
+from ..utils.precision import SIXTEEN_BIT
 
 LOADED = "_is_hf_initialized"  # attribute that transformers' loader sets on a parameter that it has loaded
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..constants import MAX_RANK
-from ..utils.dtypes import FLOATS
+from ..utils.precision import FLOATS
 from . import signatures
 
 _linears, _groups, _rows = signatures.Known(), signatures.Known(), signatures.Known()

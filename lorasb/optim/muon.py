@@ -1,4 +1,4 @@
-"""`lorasb.optim.Muon`: orthogonalized momentum for every R, AdamW for whatever else is trained."""
+"""`lorasb.optim.Muon`: orthogonalized momentum for every R (Newton-Schulz), AdamW for other parameters."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from .newton_schulz import orthogonalize
-
 MUON, ADAMW = "muon", "adamw"
 CORE_GROUP = "lorasb_R"  # the name that `lorasb.parameter_groups` gives to the group of all R
+# Newton-Schulz: x ↦ a·x + b·x³ + c·x⁵, which brings singular values from (0, 1] to about [0.7, 1.2] in five steps
+# (Jordan et al. 2024, the coefficients of torch.optim.Muon)
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+EPSILON = 1e-7  # of torch.optim.Muon: a matrix of a smaller norm gives a smaller step, down to none
 
 
 class Muon(torch.optim.Optimizer):
@@ -142,3 +145,18 @@ def _adamw_step(groups: list[dict[str, Any]], state: Any) -> None:
     adamw = _adamw()
     adamw.param_groups, adamw.state = groups, state
     adamw.step()
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """U S Vᵀ for each U Σ Vᵀ of `matrices` [n, r, r], with S about 1; less where the norm is below 1e-7.
+
+    In fp32: R is small, and its 16-bit products are slower than these where a processor has no 16-bit instructions.
+    """
+    a, b, c = COEFFICIENTS
+    x = matrices.float()
+    x = x / x.abs().amax((-2, -1), keepdim=True).clamp(min=1.0)  # squares of large entries would overflow in the norm
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=EPSILON)
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x

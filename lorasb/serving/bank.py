@@ -35,7 +35,7 @@ from ..layers.linear import LoRASBLinear
 from ..layers.lookup import adapted_layers, layers_with, uninitialized
 from ..layers.weight_adapter import LoRASBWeight
 from ..utils import huge_pages
-from ..utils.dtypes import FLOATS
+from ..utils.precision import FLOATS
 from ..utils.reading import AGAIN, safetensors_header
 from . import basis as bases
 

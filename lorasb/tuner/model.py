@@ -33,7 +33,7 @@ from ..layers.weight_adapter import adapt_weights
 from ..quantization.bitsandbytes import keep_unpacked
 from ..serving import basis
 from ..serving.rows import adapters_by_row
-from ..utils.dtypes import SIXTEEN_BIT
+from ..utils.precision import SIXTEEN_BIT
 from . import fused_experts, hotswap, loading
 from .base_model import can_initialize_now, check_base, check_mergeable, float_dtype, refuse_duplicates
 from .fresh_heads import save_heads

@@ -17,7 +17,7 @@ from ..layers import base_weight, unfused_experts
 from ..layers.base_weight import check_linear, has_own_result, has_weight_values
 from ..layers.weight_adapter import KINDS_WITH_WEIGHT, OpenParameters, unfoldings
 from ..quantization.quantized_weight import is_quantized, of_module
-from ..utils.dtypes import FLOATS
+from ..utils.precision import FLOATS
 
 # nn.MultiheadAttention's out_proj: its weight goes to a functional call, so a layer in its place would never run.
 CORE = ".lorasb_R"  # in the keys of a state dict

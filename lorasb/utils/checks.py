@@ -1,4 +1,4 @@
-"""Checks of values that users and their files give: learning rates, and patterns that are quick to match."""
+"""Checks of values that users and their files give: rates, sizes in bytes, patterns that are quick to match."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ MAX_LR = 1e4  # a mistyped exponent (1e38) would end as Inf after hours, or in t
 MAX_REPEATS = 4.0  # factors of a name's length that matching may take: n characters within about n⁴ / 24 steps
 # A repeat of digits meets few of them in a name, and an optional part doubles the ways: both count as a quarter.
 SMALL = 0.25
+# Bytes per unit, by its upper-case name: decimal and binary prefixes.
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SINGLE = ("LITERAL", "NOT_LITERAL", "ANY", "IN", "CATEGORY")
 
 
@@ -107,3 +109,21 @@ def check_lr(lr: float, what: str = "learning rate", zero: bool = False) -> None
     """Raise a ValueError unless a learning rate is positive, or 0 where that is allowed, and at most 1e4."""
     if not 0 < lr <= MAX_LR and not (zero and lr == 0):
         raise ValueError(f"expected a positive {what}, at most {MAX_LR:g}, got {lr!r}")
+
+
+def parse_size(size: float | str | None) -> float | None:
+    """The number of bytes in a size like 6e9, "6GB" or "512 MiB"; None for None.
+
+    Raises:
+        ValueError: the text is not a size, or the size is not positive.
+    """
+    if size is None:
+        return None
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", size)
+        if match is None or match[2].upper() not in UNITS:
+            raise ValueError(f"expected a size like '6GB' or a number of bytes, got {size!r}")
+        size = float(match[1]) * UNITS[match[2].upper()]
+    if not size > 0:  # true for NaN as well
+        raise ValueError(f"expected a positive number of bytes, got {size!r}")
+    return float(size)

@@ -11,7 +11,7 @@ REMOVED_IN = "0.4"  # version of lorasb
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
     """Issue the DeprecationWarning for a former name; `stacklevel` has to point to the line that uses it."""
-    message = f"{old} is now {new}, and its former name goes with lorasb {REMOVED_IN}: write {new}"
+    message = f"{old} is deprecated and will be removed in lorasb {REMOVED_IN}: use {new}"
     warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
 
 

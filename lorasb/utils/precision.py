@@ -1,4 +1,4 @@
-"""The floating-point dtype that a device multiplies natively, and the slowdown of other dtypes on it."""
+"""Groups of dtypes, the floating-point dtype that a device multiplies natively, and the slowdown of other dtypes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+WIDE = (torch.float32, torch.float64)  # allowed for R
+FLOATS = (*WIDE, *SIXTEEN_BIT)  # allowed for x, W, A and B
+QUANTIZABLE = (torch.float32, *SIXTEEN_BIT)  # allowed for a weight before quantization and after dequantization
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 # Environment variables that limit the instruction sets of oneDNN, of ATen and of our extension.
 CAPS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "LORASB_MAX_CPU_ISA")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lorasb
 from lorasb.optim import Muon
-from lorasb.optim.newton_schulz import orthogonalize
+from lorasb.optim.muon import orthogonalize
 
 FEW_BITS = 5e-2  # torch orthogonalizes in bf16, and a small singular value grows 480-fold in five iterations
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasb.utils.checks import MAX_REPEATS, check_lr, check_pattern
+from lorasb.utils.checks import MAX_REPEATS, check_lr, check_pattern, parse_size
 
 GOOD = [
     r".*language_model.*layers\.\d+\..*(q_proj|v_proj)",
@@ -79,3 +80,16 @@ def test_the_worst_pattern_is_bounded() -> None:
 def test_a_rate_that_is_none_is_refused(lr: float) -> None:
     with pytest.raises(ValueError, match="expected a positive learning rate, at most 10000"):
         check_lr(lr)
+
+
+@pytest.mark.parametrize(
+    ("text_", "size"), [("6GB", 6e9), ("512 MiB", 512 * 2**20), (1e6, 1e6), ("3", 3.0), (None, None), ("1.5kb", 1500.0)]
+)
+def test_a_size_is_a_number_with_or_without_a_unit(text_: Any, size: float | None) -> None:
+    assert parse_size(text_) == size
+
+
+@pytest.mark.parametrize("text_", ["1.2.3GB", "GB", "-1", 0, float("nan"), "6 apples"])
+def test_what_is_no_size_is_refused(text_: Any) -> None:
+    with pytest.raises(ValueError, match="expected a"):
+        parse_size(text_)

@@ -11,16 +11,16 @@ from lorasb import functional
 
 @pytest.mark.parametrize(("old", "new"), [("quantised_linear", "quantized_linear"), ("dequantize_nf4", "dequantize")])
 def test_a_function(old: str, new: str) -> None:
-    with pytest.warns(DeprecationWarning, match=rf"functional\.{old} is now lorasb\.functional\.{new}.*: write"):
+    with pytest.warns(DeprecationWarning, match=rf"functional\.{old} is deprecated.*: use lorasb\.functional\.{new}"):
         assert getattr(functional, old) is getattr(functional, new)
 
 
 def test_a_method() -> None:
     layer = lorasb.quantize(nn.Sequential(nn.Linear(64, 32)))[0]
-    with pytest.warns(DeprecationWarning, match=r"Linear4bit\.quantised is now Linear4bit\.quantized"):
+    with pytest.warns(DeprecationWarning, match=r"Linear4bit\.quantised is deprecated.*: use Linear4bit\.quantized"):
         assert layer.quantised() is layer.quantized()
     adapted = lorasb.LoRASBLinear(nn.Linear(64, 32), "default", 4)
-    with pytest.warns(DeprecationWarning, match=r"LoRASBLinear\.quantised is now"):
+    with pytest.warns(DeprecationWarning, match=r"LoRASBLinear\.quantised is deprecated"):
         assert adapted.quantised() is None
 
 
