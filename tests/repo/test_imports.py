@@ -112,5 +112,5 @@ def test_any_module_may_be_imported_first() -> None:
     modules = [".".join(file.parts).removesuffix(".__init__") for file in files]
     codes = [f"import {name}\n{KNOWN}" for name in modules]
     found = json.loads(python(str(root / "tests" / "support" / "fresh_imports.py"), given=json.dumps(codes)))
-    assert len(found) == len(modules) > 150
+    assert len(found) == len(modules) > 100
     assert {name: text for name, (status, text) in zip(modules, found, strict=True) if status} == {}
