@@ -17,15 +17,17 @@ class Private(NamedTuple):
         name: dotted name, from a module that can be imported.
         use: purpose.
         absent: what lorasb does if a release of the package no longer has the name.
+        fallback: object that then takes its place; None where the caller has to do without one.
     """
 
     name: str
     use: str
     absent: str
+    fallback: Any = None
 
 
-def find(private: Private, fallback: Any) -> Any:
-    """Return the object with this name, or `fallback` if the installed package does not have it."""
+def find(private: Private) -> Any:
+    """Return the object with this name, or the fallback if the installed package does not have it."""
     parts = private.name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         try:
@@ -35,4 +37,4 @@ def find(private: Private, fallback: Any) -> Any:
         except (ImportError, AttributeError):
             continue
         return found
-    return fallback
+    return private.fallback

@@ -10,23 +10,6 @@ from torch import nn
 from . import Private, find
 
 VERIFIED = "PEFT 0.21"
-PRIVATE = {
-    "in_out_features": Private(
-        "peft.tuners.tuners_utils._get_in_out_features",
-        "sizes of another quantizer's linear layer",
-        "the layer's `in_features` and `out_features`",
-    ),
-    "ExcludedModule": Private(
-        "peft.tuners.tuners_utils._ExcludedModule",
-        "tells modules in `exclude_modules` from others that do not match",
-        "`exclude_modules` is ignored for experts of `target_parameters`",
-    ),
-    "include_all_linear": Private(
-        "peft.tuners.tuners_utils._maybe_include_all_linear_layers",
-        'resolves `target_modules="all-linear"`',
-        "`all-linear` is refused: name the modules",
-    ),
-}
 
 
 class _Nothing:
@@ -43,15 +26,27 @@ def _refuse_all_linear(config: Any, _: nn.Module) -> Any:
     return config
 
 
-FALLBACKS: dict[str, Any] = {
-    "in_out_features": _own_features,
-    "ExcludedModule": _Nothing,
-    "include_all_linear": _refuse_all_linear,
+PRIVATE = {
+    "in_out_features": Private(
+        "peft.tuners.tuners_utils._get_in_out_features",
+        "sizes of another quantizer's linear layer",
+        "the layer's `in_features` and `out_features`",
+        _own_features,
+    ),
+    "ExcludedModule": Private(
+        "peft.tuners.tuners_utils._ExcludedModule",
+        "tells modules in `exclude_modules` from others that do not match",
+        "`exclude_modules` is ignored for experts of `target_parameters`",
+        _Nothing,
+    ),
+    "include_all_linear": Private(
+        "peft.tuners.tuners_utils._maybe_include_all_linear_layers",
+        'resolves `target_modules="all-linear"`',
+        "`all-linear` is refused: name the modules",
+        _refuse_all_linear,
+    ),
 }
-in_out_features: Callable[[nn.Module], tuple[int | None, int | None]] = find(
-    PRIVATE["in_out_features"], FALLBACKS["in_out_features"]
-)
-ExcludedModule: type = find(PRIVATE["ExcludedModule"], FALLBACKS["ExcludedModule"])
-include_all_linear: Callable[[Any, nn.Module], Any] = find(
-    PRIVATE["include_all_linear"], FALLBACKS["include_all_linear"]
-)
+
+in_out_features: Callable[[nn.Module], tuple[int | None, int | None]] = find(PRIVATE["in_out_features"])
+ExcludedModule: type = find(PRIVATE["ExcludedModule"])
+include_all_linear: Callable[[Any, nn.Module], Any] = find(PRIVATE["include_all_linear"])
