@@ -27,6 +27,7 @@ from ..constants import FACTORS, FACTORS_NAME, PEFT_PREFIX
 from ..layers.linear import LoRASBLinear
 from ..serving import basis
 from ..utils.reading import AGAIN
+from .targets import without_wrapper
 
 LOADER = "load_peft_weights"
 # Every module that PEFT imports the function into by name; patching the defining module alone would miss its callers.
@@ -117,17 +118,19 @@ def without_foreign(
         ValueError: a key is neither a factor nor a trained module, row or bias that the config names.
     """
     wrappers = []
-    parameters = {_plain(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    parameters = {
+        without_wrapper(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
     prefix = PEFT_PREFIX if any(name.startswith(PEFT_PREFIX) for name in parameters) else ""
-    expected = {f"{prefix}{_plain(layer)}.{factor}" for layer in layers for factor in FACTORS}
+    expected = {f"{prefix}{without_wrapper(layer)}.{factor}" for layer in layers for factor in FACTORS}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            wrappers.append(f"{_plain(name)}.")
+            wrappers.append(f"{without_wrapper(name)}.")
             expected.update(
-                f"{_plain(name)}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values()
+                f"{without_wrapper(name)}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values()
             )
     if config.bias != "none":
-        of_layers = tuple(f"{prefix}{_plain(layer)}." for layer in layers)
+        of_layers = tuple(f"{prefix}{without_wrapper(layer)}." for layer in layers)
         biases = (name for name in parameters if name.endswith(".bias"))
         expected.update(name for name in biases if config.bias == "all" or name.startswith(of_layers))
 
@@ -135,8 +138,8 @@ def without_foreign(
         """True for a key under a wrapper, whose own are expected, and for a value that is the base's."""
         return key.startswith(tuple(wrappers)) or _equals_base(parameters.get(key), value)
 
-    kept = {k: v for k, v in tensors.items() if _plain(k) in expected or not left_out(_plain(k), v)}
-    adapter_file.refuse_other_keys(map(_plain, kept), {*expected, DIGEST})
+    kept = {k: v for k, v in tensors.items() if without_wrapper(k) in expected or not left_out(without_wrapper(k), v)}
+    adapter_file.refuse_other_keys(map(without_wrapper, kept), {*expected, DIGEST})
     return kept
 
 
@@ -157,11 +160,6 @@ def refuse_missing_modules(model: nn.Module, config: LoRASBConfig) -> None:
             "the adapter's configuration names trainable_token_indices, expected their rows in the adapter file, got "
             f"none: {AGAIN}"
         )
-
-
-def _plain(name: str) -> str:
-    """Return a name without what torch.compile and FSDP put into it."""
-    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
 
 
 def _equals_base(parameter: Tensor | None, value: Tensor) -> bool:

@@ -26,8 +26,8 @@ LINEARS_NOT_CALLED = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
 
 
 def without_wrapper(name: str) -> str:
-    """A module's name without what torch.compile puts into those below a compiled module."""
-    return name.replace("_orig_mod.", "")
+    """Return a name without what torch.compile and FSDP put into those below a wrapped module."""
+    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
 
 
 def layers_named_in(state_dict: dict[str, Any]) -> dict[str, int]:
