@@ -82,7 +82,7 @@ def _unwritten(target: Path, error: Exception) -> OSError:
 
 
 def umask() -> int:
-    """The process's umask, which can only be read by setting it; Linux tells it without."""
+    """The process's umask: read from /proc on Linux; elsewhere setting it is the only way to read it."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("\nUmask:")[2].split()[0], 8)
