@@ -139,7 +139,7 @@ def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[
 def how_to_use(lines: dict[str, str]) -> str:
     """Commands that ask the model now, in a shell and in Python."""
     return (
-        f"\nAsk it (without a question it reads them line by line):\n\n  {lines['command']}\n\nIn Python:\n\n"
+        f"\nAsk it (leave the question out to type several):\n\n  {lines['command']}\n\nIn Python:\n\n"
         f"{textwrap.indent(lines['python'], '  ')}\n"
     )
 
