@@ -35,7 +35,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("constants",),
 )
 # modules outside the folders -> the folder they count to
-FOLDER_OF_MODULE = {"__init__": FACE, "peft_registration": FACE, "__main__": "app"}
+FOLDER_OF_MODULE = {"__init__": FACE, "__main__": "app"}
 EVERYWHERE = ("compat", "utils", "constants")  # imported from every level: their arrows are not drawn
 LEVEL_OF = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorasb.compat import Private, peft, torch
+from lorasb.compat import Private, accelerate, bitsandbytes, peft, torch, transformers, triton
+
+MODULES = (torch, transformers, peft, triton, bitsandbytes, accelerate)
 
 HEAD = """# Compatibility
 
-lorasb uses private names of other packages where they have no public one. The tables list those of `lorasb/compat/`,
-what each is for, and what happens if a release no longer has it. CI runs the tests with the oldest and the newest
-versions. This page is written by `python docs/make_compatibility.py`.
+lorasb uses private names of other packages where they have no public one, and replaces a few functions. The tables
+list those of `lorasb/compat/`, what each is for, and what happens if a release no longer has it. A name with `()` is an
+attribute of instances. `lorasb/compat/peft_import.py` also puts an importer into `sys.meta_path`, which registers the
+method when PEFT is imported: to import PEFT with lorasb would take seconds where it is not needed. CI runs the tests
+with the oldest and the newest versions. This page is written by `python docs/make_compatibility.py`.
 """
 
 
 def page() -> str:
     """The text of docs/compatibility.md."""
-    tables = [_table(module.VERIFIED, module.PRIVATE) for module in (torch, peft)]
+    tables = [_table(module.VERIFIED, module.PRIVATE) for module in MODULES]
     return "\n".join([HEAD, *tables])
 
 

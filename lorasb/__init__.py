@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import peft_registration
+from .compat.peft_import import after_peft
 from .constants import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
@@ -125,4 +125,20 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-peft_registration.install()
+def _register() -> None:
+    """Import the tuner, and hand it the data-free inits, which it must not import from `init`, a layer above.
+
+    No module of lorasb is half-imported at this point: packages whose modules import peft (`layers`, `tuner`, ...)
+    import it in their `__init__`, before any of their modules.
+    """
+    importlib.import_module(".tuner.model", __name__).register(_init_without_data)
+
+
+def _init_without_data(*arguments: Any) -> Any:
+    """`init.initialization.without_data`, imported at the first call: importing peft must not load `init`."""
+    from .init.initialization import without_data
+
+    return without_data(*arguments)
+
+
+after_peft(_register)

@@ -1,4 +1,5 @@
-"""Triton kernels of the adapted linear, y = [x|v] [W|B]ᵀ; they import torch and triton and nothing of lorasb.
+"""Triton kernels of the adapted linear, y = [x|v] [W|B]ᵀ; they import torch and triton, and of lorasb only
+`compat`.
 
 Entry points: `linear` (dense weights), `linear_quantized` (4 bits), `linear_rows` (an R for each row) and
 `weight_gradient`. Kernels: `low_rank` with `projection`, `extended_gemm` with `core_gradient`, `row_cores`,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
+from ..compat import triton as private
 from .block_sizes import GemmConfig, PrepConfig
 
 _observers: list[Callable[[Launch], None]] = []
@@ -30,7 +30,7 @@ class KernelCall(NamedTuple):
     def options(self) -> dict[str, Any]:
         """The compiler's."""
         options: dict[str, Any] = {"num_warps": self.config.warps, "num_stages": self.config.stages}
-        if is_compiled(self.kernel):
+        if private.is_compiled(self.kernel):
             if isinstance(self.config, GemmConfig) and self.config.registers:
                 options["maxnreg"] = self.config.registers
             # said either way: Triton's own default differs between versions, and it warns where it is taken
@@ -67,23 +67,9 @@ def observed(dry: bool = False) -> Iterator[list[Launch]]:
         _observers.remove(launches.append)
 
 
-def is_compiled(kernel: Any) -> bool:
-    """True if Triton compiles this kernel; its interpreter runs it otherwise, and takes no compiler options."""
-    return hasattr(kernel, "device_caches")
-
-
 def is_watched() -> bool:
     """True if every launch has an observer: an `observed` block of any thread, or a profiler's hook in Triton."""
-    runtime = _triton_runtime()
-    return bool(_observers or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
-
-
-@cache
-def _triton_runtime() -> Any:
-    """Return the object that has Triton's hooks."""
-    from triton import knobs
-
-    return knobs.runtime
+    return bool(_observers) or private.has_launch_hooks()
 
 
 def launch(call: KernelCall) -> None:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
+from ..compat import triton as private
+from ..compat.torch import storage_key
 from . import workspace
 from .allocation import allocate
 from .block_sizes import cdiv
@@ -201,12 +203,11 @@ def bind(launch: PreparedLaunch) -> Raw:
     A module global, so that tests can execute compiled kernels elsewhere than on a card.
     """
     call, take, constants = launch.call, launch.take, launch.constants
-    compiled = call.kernel.run(grid=(call.grid,), warmup=True, **call.arguments, **call.options)
-    compiled = compiled.result() if hasattr(compiled, "result") else compiled  # Triton's asynchronous compilation
-    run, function, metadata, grid = compiled.run, compiled.function, compiled.packed_metadata, call.grid
+    compiled = private.compiled(call.kernel, call.grid, call.arguments, call.options)
+    launch_on = private.launcher(compiled, call.grid)
 
     def raw(stream: int, values: tuple[Any, ...], _: Sequence[Tensor]) -> None:
-        run(grid, 1, 1, stream, function, metadata, None, None, None, *take(values + constants))
+        launch_on(stream, *take(values + constants))
 
     raw.compiled = compiled  # type: ignore[attr-defined]  # which unloads itself where nothing refers to it
     return raw
@@ -223,7 +224,7 @@ def _flat(values: Iterable[Any]) -> Iterator[Place]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return storage_key(tensor.untyped_storage())
 
 
 def _elements(call: KernelCall, name: str) -> int:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..compat import triton as private
 from . import extended_gemm_launch, launcher, linear, low_rank_launch
 from . import plan as plan_tables
 from .allocation import allocate
@@ -224,7 +225,7 @@ def forget() -> None:
 
 def _is_ready(x: Tensor) -> bool:
     """True if a launch on x's device can be repeated now."""
-    if not launcher.is_compiled(extended_gemm) or launcher.is_watched():
+    if not (private.is_verified() and private.is_compiled(extended_gemm)) or launcher.is_watched():
         return False
     return not x.is_cuda or x.get_device() == torch.cuda.current_device()
 

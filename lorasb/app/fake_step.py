@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..compat import torch as private
+from ..compat.torch import storage_key
 from ..layers.linear import LoRASBLinear
 from .prepare import checkpoint_activations
 
@@ -48,9 +49,10 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> bool:
         """False where it has been counted before."""
-        if storage._cdata in self._seen:
+        key = storage_key(storage)
+        if key in self._seen:
             return False
-        self._seen[storage._cdata] = storage
+        self._seen[key] = storage
         size = storage.nbytes()
         self.now += size
         self.peak = max(self.peak, self.now)

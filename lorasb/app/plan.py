@@ -23,6 +23,7 @@ import psutil
 import torch
 from torch import nn
 
+from ..compat import transformers as private
 from ..distributed.process_group import Processes
 from ..init.block_recorder import NotAStackError, find_stack
 from ..init.plan import EFFICIENCY, Sizes, accumulate_memory, boundary_bytes, layerwise_memory, product_speed
@@ -218,8 +219,10 @@ def _on_meta(name: str, dtype: torch.dtype) -> nn.Module:
     kind = next((one for one in named if one is not None), None)
     try:
         with torch.device("meta"):
-            make = kind._from_config if kind is not None else transformers.AutoModelForCausalLM.from_config
-            model: nn.Module = make(config, dtype=dtype)
+            if kind is not None:
+                model = private.from_config(kind, config, dtype)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # likewise
         kind_of_error = f"{type(error).__name__}: {error}"
         raise ValueError(
@@ -282,7 +285,7 @@ def _try(model: nn.Module, request: Request, seed: int) -> None:
     live = HeldBytes()  # from here on: not what making the model has imported
     count_step(model, request.batch, request.seq, request.checkpointing, live, STEPS)
     del kept
-    print(live.held)
+    sys.stdout.write(f"{live.held}\n")  # in one piece: where Python does not buffer, print writes the line's end apart
 
 
 NF4_NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: its code, its share of a scale, and of the scale's own

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..checkpoints.model_card import ORIGIN_NAME
+from ..compat.transformers import set_name_or_path
 from ..config.adapter import ALL_LINEAR
 from ..init.plan import warmup_steps
 from ..layers.linear4bit import LEFT_OUT
@@ -115,7 +116,7 @@ def _convert(source: Path, target: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     # from_pretrained has set this to the package's folder, which means nothing on another machine.
-    model.config._name_or_path = HUB_ID
+    set_name_or_path(model.config, HUB_ID)
     model.save_pretrained(target)
     write_json(target / ORIGIN_NAME, {"hub_id": HUB_ID, "converted_from": GGUF})
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(target)

@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
+from ..compat.transformers import on_one_device
 from ..distributed.process_group import Processes
 from ..serving.training import AdapterRowsCallback
 from ..training.rate_trials import RateTrials, find_lr
@@ -253,13 +254,6 @@ def _trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: 
 def arguments(run: Run, folder: Path, processes: int) -> TrainingArguments:
     """The trainer's arguments; `callbacks.Saving` decides when to save."""
     return on_one_device(TrainingArguments(**argument_values(run, folder, processes)))
-
-
-def on_one_device(args: Any) -> Any:
-    """The arguments of a process that trains on one GPU. Without a launcher Trainer would take all of them by
-    DataParallel, with as many times the examples a step."""
-    args._n_gpu = min(args.n_gpu, 1)
-    return args
 
 
 def argument_values(run: Run, folder: Path, processes: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Private names of other packages, one module per package: what each is for, and what happens where it is absent.
+"""Private names and patches of other packages, one module per package: what each is for, and what is done without it.
 
 docs/compatibility.md is made from these tables by `python docs/make_compatibility.py`. Callers import the modules, not
 the names, so that a package and its registration hook may be imported in any order.
@@ -14,7 +14,8 @@ class Private(NamedTuple):
     """A private name of another package.
 
     Attributes:
-        name: dotted name, from a module that can be imported.
+        name: dotted name, from a module that can be imported; of an attribute that instances alone have, the class and
+            `()` in front of it: `nn.Module()._forward_hooks`.
         use: purpose.
         absent: what lorasb does if a release of the package no longer has the name.
         fallback: object that then takes its place; None where the caller has to do without one.

@@ -1,11 +1,13 @@
-"""Private names of PEFT."""
+"""Private names and patches of PEFT."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import Private, find
 
@@ -45,8 +47,86 @@ PRIVATE = {
         "`all-linear` is refused: name the modules",
         _refuse_all_linear,
     ),
+    "PeftType": Private(
+        "peft.utils.peft_types.PeftType._member_map_",
+        "`register_peft_method` asks for a member of the enum, which cannot be extended",
+        "LORASB is found by value only, or the registration raises",
+    ),
+    "load_peft_weights": Private(
+        "peft.peft_model.load_peft_weights",
+        "wrapped: adds A and B to a checkpoint that is loaded into an adapter that is there, as resuming does",
+        "resuming raises: A and B are missing",
+    ),
+    "hotswap_adapter": Private(
+        "peft.utils.hotswap.hotswap_adapter",
+        "wrapped: writes adapters of LoRA-SB into loaded ones",
+        "PEFT's own function refuses them",
+    ),
+    "get_peft_type": Private(
+        "peft.config.PeftConfig._get_peft_type",
+        "tells whose adapter `hotswap_adapter` is to load",
+        "`hotswap_adapter` raises an AttributeError",
+    ),
 }
+HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token")
 
+
+def extend_peft_types(name: str) -> None:
+    """Add a method's name to `PeftType`: `register_peft_method` refuses one that is not a member."""
+    kind: Any = importlib.import_module("peft.utils.peft_types").PeftType
+    if name in kind.__members__:
+        return
+    # An enum with members cannot be subclassed or extended, so the member is made the way EnumMeta makes one: a str
+    # itself, entered into the tables for iteration, for look-up by name and for look-up by value.
+    member: Any = str.__new__(kind, name)
+    member._name_ = member._value_ = name
+    member._sort_order_ = len(kind.__members__)
+    member.__objclass__ = kind
+    kind._member_names_.append(name)
+    kind._member_map_[name] = member
+    kind._value2member_map_[name] = member
+
+
+def extend_loader(complete: Callable[[dict[str, Tensor], str, dict[str, Any]], dict[str, Tensor]]) -> None:
+    """Have `PeftModel.load_adapter` complete what it reads; idempotent.
+
+    Args:
+        complete: called as (tensors, the adapter's folder or hub name, options of the load).
+    """
+    module: Any = importlib.import_module("peft.peft_model")
+    original = getattr(module, "load_peft_weights", None)
+    if original is None or hasattr(original, "of_lorasb"):
+        return
+
+    @functools.wraps(original)
+    def load(model_id: Any, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+        return complete(original(model_id, *arguments, **options), str(model_id), options)
+
+    load.of_lorasb = True  # type: ignore[attr-defined]
+    module.load_peft_weights = load
+
+
+def extend_hotswap(name: str, swap: Callable[..., None]) -> None:
+    """Have `hotswap_adapter` call `swap`, with its own arguments, for adapters of the method `name`; idempotent."""
+    module: Any = importlib.import_module("peft.utils.hotswap")
+    original = getattr(module, "hotswap_adapter", None)
+    if original is None or hasattr(original, "of_lorasb"):
+        return
+
+    @functools.wraps(original)
+    def call(
+        model: Any, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **options: Any
+    ) -> None:
+        hub = {option: options.get(option) for option in HUB_OPTIONS}
+        is_ours = module.PeftConfig._get_peft_type(model_name_or_path, **hub) == name
+        chosen = swap if is_ours else original
+        chosen(model, model_name_or_path, adapter_name, torch_device, **options)
+
+    call.of_lorasb = True  # type: ignore[attr-defined]
+    module.hotswap_adapter = call
+
+
+# last: the first of them imports PEFT, whose registration calls the functions above
 in_out_features: Callable[[nn.Module], tuple[int | None, int | None]] = find(PRIVATE["in_out_features"])
 ExcludedModule: type = find(PRIVATE["ExcludedModule"])
 include_all_linear: Callable[[Any, nn.Module], Any] = find(PRIVATE["include_all_linear"])

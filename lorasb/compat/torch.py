@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage, nn
 from torch.autograd import forward_ad
 
 from . import Private, find
@@ -29,6 +29,7 @@ def _equal_to_no_other(_: bool) -> object:
 
 
 VERIFIED = "torch 2.10 to 2.13"
+SAME_WIDTHS = "_qkv_same_embed_dim"
 DISPATCHED = "every call goes through PyTorch's dispatcher"
 PRIVATE = {
     "any_autocast": Private(
@@ -90,6 +91,36 @@ PRIVATE = {
         "`lorasb plan` counts a step without memory for it",
         "`lorasb plan` raises an ImportError",
     ),
+    "is_zerotensor": Private(
+        "torch.Tensor._is_zerotensor", "detects lazy zeros, which a kernel must not read", DISPATCHED, _always
+    ),
+    "is_functional": Private("torch._is_functional_tensor", "detects functionalized tensors", DISPATCHED, _always),
+    "storage": Private(
+        "torch.UntypedStorage._cdata",
+        "tells whether tensors share a storage that has no address",
+        "`lorasb plan` and prepared launches raise an AttributeError",
+    ),
+    "conv_forward": Private(
+        "torch.nn.Conv1d._conv_forward",
+        "computes a convolution's adapter beside the base, without its bias",
+        "adapters of convolutions raise an AttributeError",
+    ),
+    "forward_hooks": Private(
+        "torch.nn.Module()._forward_hooks",
+        "with the other dictionaries of hooks: tells that a module is observed, and must run its own forward",
+        "every module's forward raises an AttributeError",
+    ),
+    "same_widths": Private(
+        f"torch.nn.MultiheadAttention().{SAME_WIDTHS}",
+        "TransformerEncoderLayer asks attention, or what is in its place, before its kernel reads the weights: an "
+        "adapter answers False",
+        "adapters of attention inside of TransformerEncoderLayer have no effect in evaluation",
+    ),
+    "OptimizedModule": Private(
+        "torch._dynamo.eval_frame.OptimizedModule()._orig_mod",
+        "the module that `torch.compile` has wrapped",
+        "pass the module itself",
+    ),
 }
 
 any_autocast: Callable[[], bool] = find(PRIVATE["any_autocast"])
@@ -101,6 +132,46 @@ is_wrapped: Callable[[Tensor], bool] = find(PRIVATE["is_wrapped"])
 BelowAutograd: Callable[[], AbstractContextManager[None]] = find(PRIVATE["BelowAutograd"])
 graph_task: Callable[[], int] = find(PRIVATE["graph_task"])
 saved_tensor_hooks: Callable[[bool], Any] = find(PRIVATE["saved_tensor_hooks"])
+is_zerotensor: Callable[[Tensor], bool] = find(PRIVATE["is_zerotensor"])
+is_functional: Callable[[Tensor], bool] = find(PRIVATE["is_functional"])
+
+
+def storage_key(storage: UntypedStorage) -> int:
+    """Return a number that is equal for one storage only, as long as it lives; also for one without memory."""
+    return int(storage._cdata)
+
+
+def convolve(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """Return a convolution's output with another weight, without a bias."""
+    found: Tensor = module._conv_forward(x, weight, None)
+    return found
+
+
+def forward_pre_hooks(module: nn.Module) -> list[Any]:
+    """Return a module's forward pre-hooks: a copy, as another thread's may come or go."""
+    return list(module._forward_pre_hooks.values())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if something observes or changes a module's forward or backward."""
+    return bool(module._forward_pre_hooks) or has_other_hooks(module)
+
+
+def has_other_hooks(module: nn.Module) -> bool:
+    """Return True if a module has hooks besides forward pre-hooks."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def remove_forward_hooks(module: nn.Module, before: int, after: int) -> None:
+    """Remove a forward pre-hook and a forward hook by the ids of their handles, if the module has them."""
+    module._forward_pre_hooks.pop(before, None)
+    module._forward_hooks.pop(after, None)
+    module._forward_hooks_always_called.pop(after, None)
+
+
+def uncompiled(model: Any) -> Any:
+    """Return the module that `torch.compile` has wrapped, or the model itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def forward_level() -> int:

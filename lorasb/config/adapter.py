@@ -18,26 +18,11 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from ..checkpoints.model_card import update_card
+from ..compat import peft as private
 from ..constants import CONFIG_NAME, MAX_RANK, PEFT_NAME, WEIGHTS_NAME
 from ..utils.atomic_files import umask, write_json
 from ..utils.checks import MAX_REPEATS, check_pattern, matches
 from ..utils.reading import safetensors_header
-
-
-def extend_peft_types() -> None:
-    """Add LORASB to `PeftType`: `register_peft_method` refuses a name that is not a member."""
-    if PEFT_NAME in PeftType.__members__:
-        return
-    # An enum with members cannot be subclassed or extended, so the member is made the way EnumMeta makes one: a str
-    # itself, entered into the tables for iteration, for look-up by name and for look-up by value.
-    member: Any = str.__new__(PeftType, PEFT_NAME)
-    member._name_ = member._value_ = PEFT_NAME
-    member._sort_order_ = len(PeftType.__members__)
-    member.__objclass__ = PeftType
-    PeftType._member_names_.append(PEFT_NAME)
-    PeftType._member_map_[PEFT_NAME] = member
-    PeftType._value2member_map_[PEFT_NAME] = member
-
 
 DEFAULT_RANK = 64
 INITS = ("update", "lora-xs", "lora-xs-output", "kaiming", "random")
@@ -68,7 +53,7 @@ class WrittenHere(dict[str, Any]):
 
 
 # `__post_init__` looks up PeftType(PEFT_NAME), also where the config is imported before the method is registered.
-extend_peft_types()
+private.extend_peft_types(PEFT_NAME)
 
 
 @dataclass
@@ -150,6 +135,7 @@ class LoRASBConfig(PeftConfig):
         self._weights_follow = False
         self.start_at: str | None = None  # whose R an adapter on a basis starts at a copy of
         self.saved_names: tuple[str, ...] | None = None  # of the tensors in the file next to this config
+        self.source: tuple[str, dict[str, Any]] | None = None  # the folder or hub name it was read from, and options
         self.awaits_weights = False  # between the injection of an adapter and the loading of its file
         self.peft_type = PeftType(PEFT_NAME)
         # Names are sets, as in PEFT's LoraConfig; JSON has no sets, so a loaded config arrives with lists.
@@ -296,6 +282,7 @@ class LoRASBConfig(PeftConfig):
             where = f"{pretrained_model_name_or_path}: the adapter's {CONFIG_NAME}"
             raise ValueError(f"{where} cannot be used: {str(error) or type(error).__name__}") from error
         config.saved_names = names
+        config.source = str(pretrained_model_name_or_path), {"subfolder": subfolder, **kwargs}
         return config.weights_follow()
 
 

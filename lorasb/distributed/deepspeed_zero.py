@@ -7,18 +7,13 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from ..compat.accelerate import is_managed, is_partitioned
 from ..constants import FROZEN_FACTORS
 from ..layers.linear import LoRASBLinear
 
 # Copies of A and B in host memory of the rank that saves. Gathering a partitioned parameter is a collective, but a
 # state dict is built on one rank only, so the copies are made beforehand. Weak keys: copies are freed with their layer.
 _factor_copies: WeakKeyDictionary[nn.Module, dict[str, dict[str, Tensor]]] = WeakKeyDictionary()
-
-
-def is_partitioned(parameter: Tensor) -> bool:
-    """True if ZeRO-3 has partitioned the parameter, so that this rank sees an empty tensor."""
-    # DeepSpeed tags every parameter that it manages with `ds_id`; while one is gathered, its numel is the full one.
-    return hasattr(parameter, "ds_id") and parameter.numel() == 0
 
 
 def keep_factors(layers: Mapping[str, LoRASBLinear], name: str, first: bool) -> None:
@@ -58,7 +53,7 @@ def with_kept_factors(tensors: dict[str, Tensor], model: nn.Module, name: str) -
         if not isinstance(layer, LoRASBLinear):
             continue
         for factor in FROZEN_FACTORS:
-            if hasattr(getattr(layer, factor)[name], "ds_id"):  # without ZeRO the state dict has A and B already
+            if is_managed(getattr(layer, factor)[name]):  # without ZeRO the state dict has A and B already
                 complete[key.replace(".lorasb_R", f".{factor}")] = _value(layer, prefix, factor, name)
     return complete
 

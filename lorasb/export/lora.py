@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..checkpoints import adapter_file
 from ..checkpoints.shared_factors import DIGEST
+from ..compat.torch import uncompiled
+from ..compat.transformers import name_or_path
 from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.lookup import adapted_layers, uninitialized
@@ -72,7 +74,7 @@ def export_lora(
     folder = Path(path)
     if format != "gguf":
         _refuse_adapters_folder(folder)
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = uncompiled(model)
     config, tensors, scalings = _read(model, adapter_name) if isinstance(model, nn.Module) else _read_folder(model)
     layers = adapter_file.group_by_layer(tensors)
     # One rank for all layers: vLLM ignores rank_pattern, and llama.cpp scales by lora_alpha / rank of each tensor.
@@ -180,13 +182,9 @@ def _read(model: nn.Module, adapter_name: str | None) -> tuple[dict[str, Any], d
         del tensors[DIGEST]
         tensors |= {f"{PEFT_PREFIX}{key}": value for key, value in frozen_factors(layers, name).items()}
     config = cast(Any, model).peft_config[name].to_dict()
-    config["base_model_name_or_path"] = config["base_model_name_or_path"] or _base_name(model)
+    config["base_model_name_or_path"] = config["base_model_name_or_path"] or name_or_path(model)
     config["fan_in_fan_out"] = any(layer.fan_in_fan_out for layer in layers.values())
     return config, tensors, {n: m.scaling[name] for n, m in layers.items()}
-
-
-def _base_name(model: nn.Module) -> str | None:
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
 def _read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:

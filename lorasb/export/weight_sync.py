@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat.torch import uncompiled
 from ..constants import PEFT_PREFIX
 from ..layers.lookup import adapted_layers, layer_kinds, uninitialized
 from .lora import fuse_experts
@@ -41,7 +42,7 @@ def adapter_delta(
     """
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     name, layers = adapted_layers(model, adapter_name)
     fresh = uninitialized(layers, name)
     if fresh:

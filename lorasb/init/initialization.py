@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..compat.torch import uncompiled
 from ..config.adapter import LoRASBConfig, WrittenHere
 from ..constants import PEFT_PREFIX
 from ..distributed.process_group import sharded
@@ -128,7 +129,7 @@ def initialize(
     Raises:
         ValueError: bad arguments, samples, loss, gradient or cache, or too little memory; the model is unchanged.
     """
-    model = getattr(model, "_orig_mod", model)  # unwrap torch.compile's OptimizedModule
+    model = uncompiled(model)
     _check(update, strategy, cache, longest_start, stability, loss_fn)
     _check_parts(isinstance(batches, Mapping), cache, beside, held_back)
     first_step = None if update == "sgd" else longest_start  # Theorem 6: the first step of SGD has no limit

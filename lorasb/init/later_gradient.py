@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat.torch import uncompiled
 from ..distributed.process_group import sharded
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import adapted_layers, layers_with, refuse_shared_basis, uninitialized
@@ -55,7 +56,7 @@ def refresh(
             `initialize` refuses; the model is unchanged.
         TypeError: an option that is not one of these.
     """
-    model = getattr(model, "_orig_mod", model)  # unwrap torch.compile's OptimizedModule
+    model = uncompiled(model)
     name, layers = adapted_layers(model, adapter_name)
     check_refreshable(model, name, layers)
     _check_options(batches, options)

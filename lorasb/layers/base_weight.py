@@ -19,9 +19,11 @@ from peft.utils.quantization_utils import QuantizationBackend, TorchaoBackend, r
 from torch import Tensor, nn
 
 from ..compat import peft as private
+from ..compat.accelerate import hook_of, is_managed
+from ..compat.bitsandbytes import keep_unpacked
+from ..compat.torch import has_hooks
 from ..functional import dequantize, quantized_linear
 from ..ops.autocast import autocast_on
-from ..quantization.bitsandbytes import keep_unpacked
 from ..quantization.formats import PACKAGES, Format, format_of
 from ..quantization.quantized_weight import QuantizedWeight, compute_dtype, is_quantized, of_module
 from ..utils.deprecation import renamed_method
@@ -363,7 +365,7 @@ class FrozenBase(nn.Module, BaseTunerLayer):
 
         accelerate keeps offloaded weights on `meta` between forwards; the hook that loads them names the device.
         """
-        hook = getattr(self.base_layer, "_hf_hook", None)
+        hook = hook_of(self.base_layer)
         device = getattr(hook, "execution_device", None)
         weight = self.base_weight()
         return torch.device(device) if weight.is_meta and device is not None else weight.device
@@ -375,13 +377,12 @@ class FrozenBase(nn.Module, BaseTunerLayer):
             return True
         # Conv1D (fan_in_fan_out) and quantized layers have forwards of their own, whose results we compute ourselves.
         plain = type(base).forward is nn.Linear.forward or self.fan_in_fan_out or is_quantized(base)
-        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         return (
             not plain
-            or bool(hooked)
+            or has_hooks(base)
             or "forward" in vars(base)  # accelerate and others patch the instance's forward
-            or "_hf_hook" in vars(base)
-            or hasattr(base._parameters.get("weight"), "ds_id")  # partitioned by DeepSpeed ZeRO-3 between forwards
+            or hook_of(base) is not None
+            or is_managed(base._parameters.get("weight"))  # partitioned by DeepSpeed ZeRO-3 between forwards
         )
 
     def on_base_dtype(self, x: Tensor, quantized: QuantizedWeight | None = None) -> Tensor:
@@ -443,7 +444,7 @@ def _hooks_of(containers: list[nn.Module], name: str) -> list[Any]:
             f"adapter {name!r} was offloaded with its base and cannot train so: offload the base model first, then "
             "call lorasb.patch, which leaves A, R and B where the model runs; or evaluate under torch.no_grad()"
         )
-    hooks: list[Any] = [getattr(container, "_hf_hook", None) for container in containers]
+    hooks: list[Any] = [hook_of(container) for container in containers]
     if None in hooks:
         raise RuntimeError(f"adapter {name!r} is on the meta device: load a saved adapter, or move the model")
     return hooks
@@ -452,7 +453,7 @@ def _hooks_of(containers: list[nn.Module], name: str) -> list[Any]:
 @contextmanager
 def weight_present(base: nn.Module) -> Iterator[None]:
     """Inside, an offloaded weight of a base layer is on its execution device; other weights are not touched."""
-    hook: Any = getattr(base, "_hf_hook", None)
+    hook = hook_of(base)
     weight = base._parameters.get("weight")
     if hook is None or weight is None or not weight.is_meta:
         yield
@@ -468,7 +469,7 @@ def has_weight_values(base: nn.Module) -> bool:
     """True if a base layer's storage has values, on a device or where accelerate has offloaded it."""
     weight = getattr(base, "weight", None)
     storage = [weight] if isinstance(weight, Tensor) else [*base.parameters(), *base.buffers()]
-    offloaded = getattr(base, "_hf_hook", None) is not None
+    offloaded = hook_of(base) is not None
     return bool(storage) and (offloaded or not any(tensor.is_meta for tensor in storage))
 
 

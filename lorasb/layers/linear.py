@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..checkpoints.shared_factors import missing_factors_error
+from ..compat.transformers import is_loaded
 from ..constants import FACTORS, FROZEN_FACTORS
 from ..functional import dequantize, lora_sb_linear
 from ..ops.autocast import autocast_on
@@ -19,7 +20,6 @@ from ..utils.deprecation import renamed_method
 from . import parameter_dicts
 from .base_weight import FrozenBase, factors_on_device
 from .parameter_dicts import (
-    LOADED,
     Bases,
     Cores,
     FrozenFactors,
@@ -373,7 +373,7 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
             with factors_on_device([modules[factor] for factor in FACTORS], name) as (a, core, b):
                 return lora_sb_linear(x, weight, a, core, b, bias, self.scaling[name])
         # transformers' loader reads adapter_model.safetensors alone, so a checkpoint with shared factors gets R only.
-        if not self.initialized[name] and getattr(core, LOADED, False) and not getattr(a, LOADED, False):
+        if not self.initialized[name] and is_loaded(core) and not is_loaded(a):
             raise missing_factors_error()
         core, dropout = guarded_core(self, name), self.lora_dropout[name] if self.training else 0.0
         if weight is None and x.dtype != a.dtype and not autocast_on(x.device.type):
@@ -389,7 +389,7 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
     def is_initialized(self, name: str) -> bool:
         """True if an adapter was initialized, or loaded from one that was."""
         # transformers' loader assigns parameters past `_load_from_state_dict`, and marks each one that it loaded.
-        if not self.initialized[name] and all(getattr(getattr(self, f)[name], LOADED, False) for f in FACTORS):
+        if not self.initialized[name] and all(is_loaded(getattr(self, f)[name]) for f in FACTORS):
             self.initialized[name] = has_values(self.lorasb_A[name])
         return self.initialized[name]
 

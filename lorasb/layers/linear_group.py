@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat import torch as private
+from ..compat.accelerate import hook_of
 from ..functional import lora_sb_linear_group
 from ..ops.autocast import autocast_on
 from ..utils.precision import SIXTEEN_BIT
@@ -46,7 +47,7 @@ def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple
     if layer.disable_adapters or layer.merged or layer.quantized() is not None:  # the group op takes dense weights
         return None
     # A patched or offloaded base has to run its own forward.
-    if layer.fan_in_fan_out or _is_watched(layer) or hasattr(layer, "_hf_hook") or layer.base_must_run():
+    if layer.fan_in_fan_out or _is_watched(layer) or hook_of(layer) is not None or layer.base_must_run():
         return None
     weight = layer.weight
     if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] != layer.in_features or weight.device != x.device:
@@ -57,9 +58,8 @@ def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple
 
 def _is_watched(layer: LoRASBLinear) -> bool:
     """True if hooks have to see their own layer run; those that only say which adapters its rows have do not."""
-    hooks = (layer._forward_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    pre_hooks = list(layer._forward_pre_hooks.values())  # a copy: another thread's batch may begin or end
-    return any(hooks) or not all(getattr(hook, "names_rows", False) for hook in pre_hooks)
+    pre_hooks = private.forward_pre_hooks(layer)
+    return private.has_other_hooks(layer) or not all(getattr(hook, "names_rows", False) for hook in pre_hooks)
 
 
 def _key_of_active(layer: LoRASBLinear) -> tuple[Any, ...] | None:
@@ -210,10 +210,7 @@ class Siblings:
             member.siblings = None
         parent = self._parent() if self._parent is not None else None
         if parent is not None:
-            before, after = self._hooks
-            parent._forward_pre_hooks.pop(before, None)
-            parent._forward_hooks.pop(after, None)
-            parent._forward_hooks_always_called.pop(after, None)
+            private.remove_forward_hooks(parent, *self._hooks)
         self.names, self._parent = (), None
 
     @staticmethod

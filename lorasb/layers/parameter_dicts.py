@@ -14,9 +14,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..compat.transformers import is_loaded, mark_loaded
 from ..utils.precision import SIXTEEN_BIT
-
-LOADED = "_is_hf_initialized"  # attribute that transformers' loader sets on a parameter that it has loaded
 
 
 class FrozenFactors(nn.ParameterDict):
@@ -41,10 +40,10 @@ class Cores(nn.ParameterDict):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Parameter) and value.dtype in SIXTEEN_BIT and name not in self.stored_16bit:
-            loaded = getattr(value, LOADED, False)  # the new parameter has to carry the mark
+            loaded = is_loaded(value)  # the new parameter has to carry the mark
             value = nn.Parameter(value.detach().float(), requires_grad=value.requires_grad)
             if loaded:
-                setattr(value, LOADED, True)
+                mark_loaded(value)
         super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Cores:

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..compat.torch import SAME_WIDTHS, convolve
 from .linear import LoRASBLinear
 from .parameter_dicts import guarded_core
 from .token_rows import MERGED_ROWS, Rows, other_length
@@ -142,7 +143,7 @@ class LoRASBWeight(LoRASBLinear):
     def base_weight(self) -> Tensor:
         """The parameter, in its stored layout."""
         found: Any = self.get_base_layer()
-        for part in self.unfolding.path.split("."):  # not get_parameter: FSDP leaves views in the parameters' place
+        for part in self.unfolding.path.split("."):
             found = getattr(found, part)
         return cast(Tensor, found)
 
@@ -206,28 +207,7 @@ class LoRASBWeight(LoRASBLinear):
         self._refuse_offloaded(names)
         if self.unfolding.kind == CONVOLUTION and self.tap is None:
             return self._convolved_beside(names, *args, **kwargs)
-        if not isinstance(self.base_weight(), nn.Parameter):
-            return self._with_view(self._weight(names), *args, **kwargs)
         return functional_call(self.base_layer, {self._path(): self._weight(names)}, args, kwargs)
-
-    def _with_view(self, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the module with a weight in place of FSDP1's plain view of it, which `functional_call` does not know."""
-        owner: Any = self.get_base_layer()
-        *path, name = self.unfolding.path.split(".")
-        for part in path:
-            owner = getattr(owner, part)
-        # FSDP1 may have the view as an attribute and among the parameters: every place that has it gets the weight
-        places: list[dict[str, Any]] = [place for place in (owner._parameters, vars(owner)) if name in place]
-        views = [place[name] for place in places]
-        if not places:
-            raise RuntimeError(f"the weight of a {type(owner).__name__} is computed: an adapter cannot replace it")
-        for place in places:
-            place[name] = weight
-        try:
-            return self.base_layer(*args, **kwargs)
-        finally:
-            for place, view in zip(places, views, strict=True):
-                place[name] = view
 
     def _path(self) -> str:
         """The parameter's name below `base_layer`, which may adapt another parameter of the module."""
@@ -263,7 +243,7 @@ class LoRASBWeight(LoRASBLinear):
         y: Tensor = self.base_layer(x)
         for name in names:
             dropped = nn.functional.dropout(x, self.lora_dropout[name], self.training)
-            y = y + cast(Any, base)._conv_forward(dropped, self._delta(name).to(x.dtype), None)
+            y = y + convolve(base, dropped, self._delta(name).to(x.dtype))
         return y
 
     def _by_rows(self, rows: Rows | Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -313,7 +293,7 @@ class LoRASBWeight(LoRASBLinear):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "_qkv_same_embed_dim":  # False keeps TransformerEncoderLayer off its kernel, which reads weights
+            if name == SAME_WIDTHS:
                 return False
             if name.startswith("_"):
                 raise

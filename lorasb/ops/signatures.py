@@ -68,7 +68,7 @@ def _has_a_key_of_its_own(tensor: Tensor) -> bool:
     """True if the dispatcher unwraps it or fills it with zeros before a kernel."""
     if private.is_wrapped(tensor):
         return True
-    return tensor._is_zerotensor() or torch._is_functional_tensor(tensor)
+    return private.is_zerotensor(tensor) or private.is_functional(tensor)
 
 
 of: Callable[..., Hashable] = of_in_python

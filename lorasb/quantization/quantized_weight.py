@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..compat.bitsandbytes import unpack_repacked
 from ..utils.precision import QUANTIZABLE
-from .bitsandbytes import unpack_repacked
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # block sizes that bitsandbytes has
 KINDS = ("nf4", "fp4")

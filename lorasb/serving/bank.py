@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..checkpoints import shared_factors
 from ..checkpoints.adapter_file import group_by_layer, read_config
 from ..checkpoints.shared_factors import DIGEST
+from ..compat.torch import uncompiled
 from ..config.adapter import LoRASBConfig
 from ..constants import BASE_ROW, FACTORS, WEIGHTS_NAME
 from ..layers.linear import LoRASBLinear
@@ -162,7 +163,7 @@ class AdapterBank:
         block: int = BLOCK,
         resident: int | None = None,
     ) -> None:
-        model = getattr(model, "_orig_mod", model)  # of torch.compile: names in files are without it
+        model = uncompiled(model)
         _, found = adapted_layers(model, basis)
         layers = {name: layer for name, layer in found.items() if not isinstance(layer, LoRASBWeight)}
         _check(layers, found, basis, dtype, block, resident)

@@ -18,6 +18,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..compat.transformers import CHECKPOINTING
 from ..constants import BASE_ROW
 from ..layers.linear import LoRASBLinear, on_one_basis, trains_by_row
 from ..layers.token_rows import TOKENS_FIRST, Rows, chooses_tokens, other_length, rows_of
@@ -25,7 +26,6 @@ from ..layers.unfused_experts import OpenExperts
 from ..layers.weight_adapter import OpenParameters
 from .bank import AdapterBank, bank_of
 
-FUNCTION = "_gradient_checkpointing_func"
 Hook = tuple[nn.Module, Callable[..., Any]]  # a module, and a forward pre-hook that takes keyword arguments
 _lock = threading.Lock()  # over the replacing of functions
 
@@ -72,7 +72,7 @@ def installed(modules: Iterable[nn.Module], hooks: Sequence[Hook]) -> Iterator[N
     block = _Block(hooks)
     with ExitStack() as stack:  # undoes everything, also when a forward raises
         # no other mode checkpoints
-        for module in (one for one in modules if one.training and vars(one).get(FUNCTION) is not None):
+        for module in (one for one in modules if one.training and vars(one).get(CHECKPOINTING) is not None):
             _enter(module, block)
             stack.callback(_leave, module, block)
         _register(hooks, stack)
@@ -84,21 +84,21 @@ def installed(modules: Iterable[nn.Module], hooks: Sequence[Hook]) -> Iterator[N
 
 def _enter(module: nn.Module, block: _Block) -> None:
     with _lock:
-        function = vars(module)[FUNCTION]
+        function = vars(module)[CHECKPOINTING]
         if not isinstance(function, _Checkpointing):
             function = _Checkpointing(function)
-            setattr(module, FUNCTION, function)
+            setattr(module, CHECKPOINTING, function)
         function.blocks.append(block)
 
 
 def _leave(module: nn.Module, block: _Block) -> None:
     """The module has its own function again once the last block is left."""
     with _lock:
-        function = vars(module).get(FUNCTION)
+        function = vars(module).get(CHECKPOINTING)
         if isinstance(function, _Checkpointing) and block in function.blocks:
             function.blocks.remove(block)
             if not function.blocks:
-                setattr(module, FUNCTION, function.function)
+                setattr(module, CHECKPOINTING, function.function)
 
 
 def _register(hooks: Sequence[Hook], stack: ExitStack) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..compat.torch import uncompiled
 from ..distributed.process_group import Processes
 from ..init.task import to_device
 from ..utils.checks import check_lr
@@ -80,7 +81,7 @@ def find_lr(
         ValueError: too few batches or none with labels, or a rate or a number that is not positive; the model is
             unchanged.
     """
-    model = getattr(model, "_orig_mod", model)  # unwrap torch.compile's OptimizedModule
+    model = uncompiled(model)
     _check(lr, steps, judged, accumulation)
     with rng_untouched():  # a DataLoader draws its order
         held = list(islice(iter(batches), steps * accumulation + judged))

@@ -14,8 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..compat.accelerate import hook_of
+from ..compat.transformers import is_loaded
 from ..config.adapter import ALL_LINEAR, LoRASBConfig
-from ..layers.parameter_dicts import LOADED
 from ..quantization.quantized_weight import is_quantized
 
 HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj")
@@ -88,7 +89,7 @@ def _all_loaded(module: nn.Module) -> bool:
     inside = tuple(f"{name}." if name else "" for name in adapted)
     base = tuple(f"{prefix}base_layer." for prefix in inside)
     return all(
-        getattr(parameter, LOADED, False)
+        is_loaded(parameter)
         for name, parameter in module.named_parameters()
         if not name.startswith(inside) or name.startswith(base)
     )
@@ -134,13 +135,12 @@ def _randomly_initialized(model: nn.Module, output: nn.Module | None) -> Iterato
         if isinstance(module, nn.Linear) and module is not output and ".modules_to_save." not in name
     }
     # accelerate's offloading hooks and parametrizations replace parameters, and the new ones lack the mark.
-    replaced = ("_hf_hook", "parametrizations")
     plain = {
         name: module
         for name, module in linears.items()
-        if not is_quantized(module) and not any(hasattr(module, attribute) for attribute in replaced)
+        if not is_quantized(module) and hook_of(module) is None and not hasattr(module, "parametrizations")
     }
-    unmarked = [n for n, m in plain.items() if not getattr(m.weight, LOADED, False)]
+    unmarked = [n for n, m in plain.items() if not is_loaded(m.weight)]
     # If half of the linears or more lack the mark, transformers did not load the model (it was built from a config, or
     # by hand), and a missing mark says nothing.
     if 0 < len(unmarked) < len(plain) / 2:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..compat import peft as private
+from ..compat.transformers import computes_like_mixtral
 from ..config.adapter import ALL_LINEAR, LoRASBConfig
 from ..layers.unfused_experts import NAMES, OpenExperts, is_target
 from ..layers.weight_adapter import OpenParameters
@@ -127,24 +125,5 @@ def _check(name: str, parameter: Tensor) -> None:
 def _is_mixtral_like(module: nn.Module) -> bool:
     """True for experts with two 3-D weights and no more, that are computed as Mixtral's and Qwen3-MoE's are."""
     parameters = dict(module.named_parameters(recurse=False))
-    return (
-        list(parameters) == list(NAMES)
-        and all(p.dim() == 3 for p in parameters.values())
-        and _has_known_forward(module)
-    )
-
-
-def _has_known_forward(module: nn.Module) -> bool:
-    """True if the class's forward has the bytecode of Mixtral's or Qwen3-MoE's.
-
-    transformers generates a copy of it for many model families, under other class names.
-    """
-    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-
-    def code(kind: Any) -> tuple[Any, ...]:
-        compiled = inspect.unwrap(kind.forward).__code__
-        return compiled.co_code, compiled.co_names, compiled.co_consts[1:]  # the first constant is the docstring
-
-    module_code = code(type(module))
-    return not getattr(module, "is_transposed", False) and module_code in (code(MixtralExperts), code(Qwen3MoeExperts))
+    has_two = list(parameters) == list(NAMES) and all(p.dim() == 3 for p in parameters.values())
+    return has_two and computes_like_mixtral(module)

@@ -1,52 +1,26 @@
 """`peft.utils.hotswap.hotswap_adapter` for LoRA-SB: another adapter's values into the parameters of a loaded one.
 
-PEFT's function knows LoRA's tensors only. It is wrapped once; adapters of other methods go to it as before. Parameters
-stay the same objects, so that a compiled model is not compiled again.
+PEFT's function knows LoRA's tensors only, so `compat.peft` hands it adapters of LoRA-SB. Parameters stay the same
+objects, so that a compiled model is not compiled again.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable
 from typing import Any
 
-import peft.utils.hotswap
+import peft
 import torch
-from peft.config import PeftConfig
 
 from ..checkpoints import adapter_file
 from ..checkpoints.base_fingerprint import difference
+from ..compat.torch import uncompiled
 from ..config.adapter import LoRASBConfig
-from ..constants import FACTORS, PEFT_NAME
+from ..constants import FACTORS
 from ..layers.lookup import layers_with, refuse_shared_basis
 from . import loading
 
 DESCRIBING = ("scaling", "lora_alpha", "init", "init_provenance", "base_fingerprint", "equivalent_gradient")
-HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token")
-
-
-def install() -> None:
-    """Wrap PEFT's function; idempotent."""
-    original = peft.utils.hotswap.hotswap_adapter
-    if not hasattr(original, "knows_lorasb"):
-        peft.utils.hotswap.hotswap_adapter = _for_both(original)
-
-
-def _for_both(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def call(
-        model: Any, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kw: Any
-    ) -> None:
-        """PEFT's function, and ours for adapters of LoRA-SB."""
-        hub = {name: kw.get(name) for name in HUB_OPTIONS}
-        if PeftConfig._get_peft_type(model_name_or_path, **hub) == PEFT_NAME:
-            swap(model, model_name_or_path, adapter_name, torch_device, **kw)
-        else:
-            original(model, model_name_or_path, adapter_name, torch_device, **kw)
-
-    call.knows_lorasb = True  # type: ignore[attr-defined]
-    return call
 
 
 @torch.no_grad()
@@ -65,7 +39,7 @@ def swap(
     Raises:
         ValueError: the adapter is merged, or the other one has other layers, ranks or another base. Nothing is changed.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     config = LoRASBConfig.from_pretrained(str(path), **options)
     layers = layers_with(model, adapter_name)
     if not layers:
@@ -77,7 +51,8 @@ def swap(
     reason = difference(weights, config.base_fingerprint) if config.check_base and config.base_fingerprint else None
     if reason:
         raise ValueError(f"{path} was made on another base model: {reason}. Hotswapping replaces adapters of one base")
-    tensors = peft.utils.load_peft_weights(str(path), device=torch_device, **options)
+    tensors = peft.load_peft_weights(str(path), device=torch_device, **options)
+    tensors = loading.with_folder(tensors, str(path), options)
     tensors = loading.with_factors(tensors, adapter_name, layers, config, share=False)
     try:
         adapter_file.check_tensors(tensors, {name: layer.shapes(adapter_name) for name, layer in layers.items()})

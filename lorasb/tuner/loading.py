@@ -1,20 +1,15 @@
 """Loading of checkpoints that hold R alone: A and B are added from the factor file that the run's checkpoints share.
 
-PEFT hands a method the tensors of an adapter file, but not its folder, which has the factor file. So PEFT's own
-`load_peft_weights` is wrapped, once, wherever PEFT calls it. Files of other methods are returned as they are.
+PEFT hands a method the tensors of an adapter file, but not its folder, which has the factor file: the config knows the
+folder that it was read from. Resuming reads no config, so what `PeftModel.load_adapter` reads is completed there.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import peft
-import peft.peft_model
-import peft.utils
-import peft.utils.save_and_load
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -29,32 +24,20 @@ from ..serving import basis
 from ..utils.reading import AGAIN
 from .targets import without_wrapper
 
-LOADER = "load_peft_weights"
-# Every module that PEFT imports the function into by name; patching the defining module alone would miss its callers.
-MODULES_WITH_LOADER = (peft.utils.save_and_load, peft.utils, peft.peft_model, peft)
 
+def with_folder(tensors: dict[str, Tensor], model_id: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Add the A and B of an adapter's folder to a file's tensors, if they refer to these and do not have them.
 
-def install() -> None:
-    """Wrap the function in every module that has it; idempotent."""
-    for module in MODULES_WITH_LOADER:
-        original = getattr(module, LOADER)
-        if not hasattr(original, "joins_factors"):
-            setattr(module, LOADER, _with_shared_factors(original))
-
-
-def _with_shared_factors(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-    @functools.wraps(original)
-    def load(model_id: Any, *arguments: Any, **options: Any) -> dict[str, Tensor]:
-        """PEFT's function, with A and B added from the file's folder."""
-        tensors = original(model_id, *arguments, **options)
-        if DIGEST not in tensors:  # a complete adapter, or another method's
-            return tensors
-        folder = _folder(str(model_id), options)
-        # the digest stays, as the model may have these very tensors
-        return tensors if folder is None else join_factors(tensors, folder) | {DIGEST: tensors[DIGEST]}
-
-    load.joins_factors = True  # type: ignore[attr-defined]
-    return load
+    Args:
+        tensors: of the adapter file, of any method.
+        model_id: folder or hub name.
+        options: PEFT's for loading (`subfolder`, `revision`, ...).
+    """
+    if DIGEST not in tensors or any(shared_factors.is_factor(key) for key in tensors):
+        return tensors  # a complete adapter, or another method's
+    folder = _folder(model_id, options)
+    # the digest stays, as the model may have these very tensors
+    return tensors if folder is None else join_factors(tensors, folder) | {DIGEST: tensors[DIGEST]}
 
 
 def _folder(model_id: str, options: dict[str, Any]) -> Path | None:
@@ -93,6 +76,8 @@ def with_factors(
         return tensors
     # R is meaningless with other factors, so the digest decides, not the shapes.
     found = basis.with_digest(layers, expected_digest, first=adapter_name)
+    if found is None and config.source is not None:
+        tensors = with_folder(tensors, *config.source)
     others = {key: value for key, value in tensors.items() if key != DIGEST}
     if found is None and any(shared_factors.is_factor(key) for key in others):  # from the folder
         _make_room(others, adapter_name, layers, config, share)

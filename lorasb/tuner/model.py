@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..checkpoints import adapter_file
 from ..checkpoints.base_fingerprint import fingerprint
 from ..compat import peft as private
+from ..compat.bitsandbytes import keep_unpacked
 from ..config.adapter import ALL_LINEAR, LoRASBConfig, WrittenHere, infer_task_type
 from ..constants import PEFT_NAME
 from ..distributed.deepspeed_zero import with_kept_factors
@@ -30,7 +31,6 @@ from ..layers.lookup import any_merged, layer_kinds, layers_with, uninitialized
 from ..layers.requantize import Requantized
 from ..layers.rollback import Place, discard, places_known, unchanged_on_error
 from ..layers.weight_adapter import adapt_weights
-from ..quantization.bitsandbytes import keep_unpacked
 from ..serving import basis
 from ..serving.rows import adapters_by_row
 from ..utils.precision import SIXTEEN_BIT
@@ -349,5 +349,5 @@ def register(init_without_data: InitWithoutData) -> None:
     # register_peft_method raises for a method that is registered already
     if PeftType(PEFT_NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="lorasb", config_cls=LoRASBConfig, model_cls=LoRASBModel, prefix=LoRASBModel.prefix)
-    loading.install()
-    hotswap.install()
+    private.extend_loader(loading.with_folder)
+    private.extend_hotswap(PEFT_NAME, hotswap.swap)

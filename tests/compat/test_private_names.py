@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import transformers.modeling_utils as core_model_loading
 from linear_groups import same, step
 from models import make, patched
 from torch import nn
+from triton.runtime import jit
 
 import lorasb
 from lorasb import compat
 from lorasb.compat import Private
+from lorasb.compat import accelerate as private_accelerate
+from lorasb.compat import bitsandbytes as private_bitsandbytes
 from lorasb.compat import peft as private_peft
 from lorasb.compat import torch as private_torch
+from lorasb.compat import transformers as private_transformers
+from lorasb.compat import triton as private_triton
 
-MODULES = (private_torch, private_peft)
-NAMES = [(module, name) for module in MODULES for name in module.PRIVATE]
+MODULES = (private_torch, private_transformers, private_peft, private_triton, private_bitsandbytes, private_accelerate)
+NAMES = [(m, name) for m in MODULES for name, one in m.PRIVATE.items() if "()" not in one.name]
+ATTRIBUTES = [(m, name) for m in MODULES for name, one in m.PRIVATE.items() if "()" in one.name]
+SOURCES = {
+    "packing_format": lambda bnb: bnb.functional,
+    "loaded": lambda _: core_model_loading,
+    "device_caches": lambda _: jit,
+}
 GONE = object()
 FALLBACKS = {name: one.fallback for name, one in private_torch.PRIVATE.items() if one.fallback is not None}
 
@@ -67,9 +81,74 @@ def test_without_forward_mode_there_is_no_level(monkeypatch: pytest.MonkeyPatch)
 
 def test_without_pefts_names(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, one in private_peft.PRIVATE.items():
-        monkeypatch.setattr(private_peft, name, one.fallback)
+        if one.fallback is not None:
+            monkeypatch.setattr(private_peft, name, one.fallback)
     assert private_peft.in_out_features(nn.Linear(3, 5)) == (3, 5)
     expected: Any = {"q_proj", "v_proj"}
     assert lorasb.patch(make("llama"), r=4, target_modules=expected).peft_config["default"].r == 4
     with pytest.raises(ValueError, match="name the modules"):
         lorasb.patch(make("llama"), r=4, target_modules="all-linear")
+
+
+def test_instances_have_the_attributes() -> None:
+    """As the packages make them, or their sources name them; DeepSpeed's is in its documentation alone."""
+    import accelerate
+    import transformers
+    from quantized_models import bnb, to_bitsandbytes
+
+    model: Any = make("llama")
+    offloaded = accelerate.cpu_offload(nn.Linear(2, 2), execution_device="cpu")
+    quantized = to_bitsandbytes(nn.Linear(64, 64), "nf4")
+    model.gradient_checkpointing_enable()
+    made = {
+        "checkpointing": model.model.layers[0],
+        "name_or_path": model.config,
+        "n_gpu": transformers.TrainingArguments("unused", use_cpu=True),
+        "same_widths": nn.MultiheadAttention(4, 2),
+        "forward_hooks": nn.Linear(2, 2),
+        "OptimizedModule": torch.compile(nn.Linear(2, 2)),
+        "supports_repacking": quantized,
+        "hook": offloaded,
+    }
+    for module, name in ATTRIBUTES:
+        attribute = module.PRIVATE[name].name.partition("().")[2]
+        if name in made:
+            assert hasattr(made[name], attribute), f"{module.__name__}: {attribute}"
+        elif name in SOURCES:
+            assert attribute in inspect.getsource(SOURCES[name](bnb)), f"{module.__name__}: {attribute}"
+        else:
+            assert name == "ds_id"
+
+
+def test_what_transformers_loads_is_marked(tmp_path: Path) -> None:
+    make("llama").save_pretrained(tmp_path)
+    found = type(make("llama")).from_pretrained(tmp_path)
+    assert all(map(private_transformers.is_loaded, found.parameters()))
+    assert not any(map(private_transformers.is_loaded, make("llama").parameters()))
+
+
+@pytest.mark.parametrize(
+    ("version", "verified"), [("3.5.1", False), ("3.6.0", True), ("3.9.0", True), ("3.10.0", False), ("4.0", False)]
+)
+def test_launches_are_prepared_with_tested_versions_of_triton_alone(
+    version: str, verified: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private_triton.is_verified.cache_clear()
+    monkeypatch.setattr(private_triton, "version", lambda package: version)
+    assert private_triton.is_verified() is verified
+    private_triton.is_verified.cache_clear()
+
+
+def test_experts_of_another_kind_are_told_apart() -> None:
+    """By transformers' own flags: other layouts, biases and gates keep their forward."""
+    experts: Any = make("mixtral").get_submodule("model.layers.0.mlp.experts")
+    assert private_transformers.computes_like_mixtral(experts)
+    for flag, value in private_transformers.LIKE_MIXTRAL.items():
+        setattr(experts, flag, not value)
+        assert not private_transformers.computes_like_mixtral(experts), flag
+        setattr(experts, flag, value)
+    type(experts)._apply_gate, gate = lambda self, x: x, type(experts)._apply_gate
+    try:
+        assert not private_transformers.computes_like_mixtral(experts)
+    finally:
+        type(experts)._apply_gate = gate

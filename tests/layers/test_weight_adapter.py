@@ -183,19 +183,6 @@ def test_rows_choose_adapters_of_embeddings_and_convolutions() -> None:
         attention(x, x, x, adapter_names=["default"] * 6)
 
 
-def test_fsdp1s_views_are_replaced_too() -> None:
-    """It keeps plain tensors in the parameters' place, twice: in `_parameters` and as attributes."""
-    model, ids = patched().eval(), batch()["ids"]
-    want = model(ids)
-    owners = [layer.get_base_layer() for name, layer in adapted(model).items() if name in ("conv", "image")]
-    for owner in owners:
-        view = owner.weight.detach()
-        owner._parameters["weight"] = view
-        vars(owner)["weight"] = view
-    check(model(ids), want, EXACT)
-    assert all(type(owner.weight) is Tensor and owner.weight is owner._parameters["weight"] for owner in owners)
-
-
 @pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 def test_a_weight_that_is_computed_in_every_forward_is_refused(wrap: Any) -> None:

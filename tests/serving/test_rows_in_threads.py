@@ -15,7 +15,8 @@ from models import batches_for
 from torch import Tensor
 
 import lorasb
-from lorasb.serving.rows import FUNCTION, adapters_by_row
+from lorasb.compat.transformers import CHECKPOINTING
+from lorasb.serving.rows import adapters_by_row
 
 NAMES = ("ada", "emmy", "grace")
 CALLS: tuple[list[str] | None, ...] = (["ada", "grace"], ["__base__", "emmy"], None, ["grace", "default"])
@@ -100,7 +101,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 def test_overlapping_blocks_of_a_checkpointed_model_keep_to_their_rows_and_leave_nothing() -> None:
     model, first, second = trained(), ["ada", "grace"], ["emmy", "emmy"]
-    functions = [vars(m).get(FUNCTION) for m in model.modules()]
+    functions = [vars(m).get(CHECKPOINTING) for m in model.modules()]
     wanted = []
     for names in (first, second):
         loss_of(model, names).backward()
@@ -123,7 +124,7 @@ def test_overlapping_blocks_of_a_checkpointed_model_keep_to_their_rows_and_leave
     found = gradients(model)
     assert found.keys() == wanted[1].keys()
     assert all(torch.equal(found[name], grad) for name, grad in wanted[1].items())
-    assert [vars(m).get(FUNCTION) for m in model.modules()] == functions
+    assert [vars(m).get(CHECKPOINTING) for m in model.modules()] == functions
 
 
 def test_backward_in_another_thread_has_the_rows_of_the_block_that_it_is_in() -> None:

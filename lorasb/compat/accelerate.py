@@ -1,0 +1,40 @@
+"""Private names of accelerate, and of DeepSpeed, whose tags are found on the same modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import Private
+
+VERIFIED = "accelerate 1.15; DeepSpeed 0.18 by its documentation alone"
+HOOK, PARTITIONED = "_hf_hook", "ds_id"
+PRIVATE = {
+    "hook": Private(
+        f"torch.nn.Module().{HOOK}",
+        "loads an offloaded module's weights around what reads them beside its forward, and names its device",
+        "offloaded models raise: their weights are on the meta device",
+    ),
+    "ds_id": Private(
+        f"torch.nn.Parameter().{PARTITIONED}",
+        "tells parameters that DeepSpeed ZeRO-3 partitions",
+        "saving under ZeRO-3 raises: A and B are empty",
+    ),
+}
+
+
+def hook_of(module: nn.Module) -> Any:
+    """Return accelerate's hook on a module; None if there is none."""
+    return getattr(module, HOOK, None)
+
+
+def is_managed(parameter: Tensor | None) -> bool:
+    """Return True if DeepSpeed ZeRO-3 manages a parameter: it is partitioned between forwards."""
+    return hasattr(parameter, PARTITIONED)
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Return True if ZeRO-3 has partitioned the parameter, so that this rank sees an empty tensor."""
+    # while one is gathered, its numel is the full one
+    return is_managed(parameter) and parameter.numel() == 0

@@ -1,0 +1,104 @@
+"""Private names of transformers and TRL, and one function that is replaced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import Private
+
+VERIFIED = "transformers 5.3 to 5.24, TRL 1.16"
+LOADED = "_is_hf_initialized"
+CHECKPOINTING = "_gradient_checkpointing_func"
+GATES = "transformers.integrations.moe"  # the module with the gate of experts that define none
+# Flags that transformers sets on experts, with the values that they have for y = D (act(g)·u), [g, u] = G x.
+LIKE_MIXTRAL = {
+    "is_transposed": False,
+    "has_bias": False,
+    "has_gate": True,
+    "is_concatenated": True,
+    "has_post_expert_norm": False,
+}
+PRIVATE = {
+    "loaded": Private(
+        f"torch.nn.Parameter().{LOADED}",
+        "tells parameters that a checkpoint brought from those with random values",
+        "modules missing from a checkpoint are not trained in full unless `modules_to_save` names them",
+    ),
+    "checkpointing": Private(
+        f"transformers.PreTrainedModel().{CHECKPOINTING}",
+        "replaced while a batch names adapters by row: backward repeats the forward with the same rows",
+        "`adapter_names` with gradient checkpointing raises where backward repeats the forward",
+    ),
+    "apply_gate": Private(
+        f"{GATES}._default_apply_gate",
+        "tells experts that compute as Mixtral's do, which are opened into linears, from others",
+        "experts of `target_parameters` keep their own forward, with W + s·B R A in the place of W",
+    ),
+    "from_config": Private(
+        "transformers.PreTrainedModel._from_config",
+        "`lorasb plan` makes the class that a checkpoint names",
+        "`lorasb plan` raises an AttributeError",
+    ),
+    "name_or_path": Private(
+        "transformers.PreTrainedConfig()._name_or_path",
+        "names the base in an exported adapter, and the hub id of the built-in model",
+        "an exported adapter does not name its base",
+    ),
+    "save_checkpoint": Private(
+        "transformers.Trainer._save_checkpoint",
+        "overridden: marks a checkpoint as complete",
+        "`lorasb finetune` starts from the beginning where it would resume",
+    ),
+    "get_train_sampler": Private(
+        "transformers.Trainer._get_train_sampler",
+        "overridden: batches of examples of similar length, in an order that a resumed run has too",
+        "batches are longer, and a resumed run has others",
+    ),
+    "n_gpu": Private(
+        "transformers.TrainingArguments()._n_gpu",
+        "one GPU per process: without a launcher, Trainer would use all by DataParallel",
+        "CUDA_VISIBLE_DEVICES has to name one GPU",
+    ),
+}
+
+
+def is_loaded(parameter: Any) -> bool:
+    """Return True if transformers' loader has filled a parameter."""
+    return bool(getattr(parameter, LOADED, False))
+
+
+def mark_loaded(parameter: Tensor) -> None:
+    """Mark a parameter that takes the place of one that was loaded."""
+    setattr(parameter, LOADED, True)
+
+
+def computes_like_mixtral(experts: nn.Module) -> bool:
+    """Return True for experts that compute y = D (act(g)·u), [g, u] = G x, as Mixtral's and Qwen3-MoE's do."""
+    gate = getattr(type(experts), "_apply_gate", None)
+    flags = {name: getattr(experts, name, value) for name, value in LIKE_MIXTRAL.items()}
+    return getattr(gate, "__module__", None) == GATES and flags == LIKE_MIXTRAL and hasattr(experts, "act_fn")
+
+
+def from_config(kind: Any, config: Any, dtype: Any) -> nn.Module:
+    """Return a model of a transformers class, with random values."""
+    model: nn.Module = kind._from_config(config, dtype=dtype)
+    return model
+
+
+def name_or_path(model: nn.Module) -> str | None:
+    """Return the folder or hub name that a model was loaded from; None if it was not."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def set_name_or_path(config: Any, name: str) -> None:
+    """Set the folder or hub name that a saved model will have been loaded from."""
+    config._name_or_path = name
+
+
+def on_one_device(args: Any) -> Any:
+    """The arguments of a process that trains on one GPU. Without a launcher Trainer would take all of them by
+    DataParallel, with as many times the examples per step."""
+    args._n_gpu = min(args.n_gpu, 1)
+    return args

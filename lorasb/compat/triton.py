@@ -1,0 +1,76 @@
+"""Private names of Triton: launches of a compiled kernel without Triton's own binding of arguments.
+
+Nothing here imports triton before the first call.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from . import Private
+
+VERIFIED = "Triton 3.6 to 3.9"
+FIRST, LAST = (3, 6), (3, 9)
+ORDINARY = "every launch is Triton's own, which takes 17 µs more"
+PRIVATE = {
+    "run": Private("triton.runtime.jit.JITFunction.run", "compiles a kernel without launching it", ORDINARY),
+    "compiled": Private(
+        "triton.compiler.CompiledKernel.run",
+        "launches a compiled kernel by position; with it `function` and `packed_metadata`",
+        ORDINARY,
+    ),
+    "device_caches": Private(
+        "triton.runtime.jit.JITFunction().device_caches", "tells compiled kernels from interpreted ones", ORDINARY
+    ),
+    "launch_hooks": Private(
+        "triton.knobs.runtime.launch_enter_hook", "tells that a profiler observes launches", ORDINARY
+    ),
+}
+
+
+@cache
+def is_verified() -> bool:
+    """Return True if prepared launches were tested with the installed version."""
+    try:
+        numbers = re.findall(r"\d+", version("triton"))[:2]
+    except PackageNotFoundError:
+        return False
+    return FIRST <= tuple(map(int, numbers)) <= LAST
+
+
+def is_compiled(kernel: Any) -> bool:
+    """Return True if Triton compiles this kernel; its interpreter runs it otherwise, and takes no compiler options."""
+    return hasattr(kernel, "device_caches")
+
+
+def has_launch_hooks() -> bool:
+    """Return True if a profiler observes launches."""
+    runtime = _runtime()
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+@cache
+def _runtime() -> Any:
+    from triton import knobs
+
+    return knobs.runtime
+
+
+def compiled(kernel: Any, grid: int, arguments: dict[str, Any], options: dict[str, Any]) -> Any:
+    """Compile a kernel for these arguments, or find it where Triton keeps it, and load it onto the current device."""
+    found = kernel.run(grid=(grid,), warmup=True, **arguments, **options)
+    return found.result() if hasattr(found, "result") else found  # Triton's asynchronous compilation
+
+
+def launcher(found: Any, grid: int) -> Callable[..., None]:
+    """Return a function of (stream, *all arguments of the kernel in their order) that launches a compiled kernel."""
+    run, function, metadata = found.run, found.function, found.packed_metadata
+
+    def launch(stream: int, *arguments: Any) -> None:
+        run(grid, 1, 1, stream, function, metadata, None, None, None, *arguments)
+
+    return launch
