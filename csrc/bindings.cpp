@@ -28,7 +28,7 @@ TORCH_LIBRARY(lorasb_csrc, m) {
   m.def("instruction_set() -> str", [] { return lorasb::name_in_use(); });
   m.def("serves(ScalarType dtype) -> bool", [](at::ScalarType dtype) { return lorasb::serves(dtype); });
   m.def("max_unpacked_tokens() -> int", [] { return lorasb::max_unpacked_tokens(); });
-  // The backend calls these for lorasb::linear and lorasb::linear_group where `serves` says so. Forward returns y and
+  // The backend calls these for lorasb::adapted_linear where `serves` says so. Forward returns y and
   // u = x Aᵀ, backward dx and dR; a group returns them flat.
   m.def(
       "dense_linear(Tensor x, Tensor? weight, Tensor a, Tensor core, Tensor b, Tensor? bias, float scaling, "
@@ -42,7 +42,14 @@ TORCH_LIBRARY(lorasb_csrc, m) {
   m.def(
       "dense_group_backward(Tensor[] dys, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] us, "
       "float[] scalings, bool need_dx, bool need_dcore) -> Tensor[]");
-  // Of lorasb::linear_rows: its forward, and for its backward the thin products in fp32, that with each row's own R,
+  // The same over a quantized weight.
+  m.def(
+      "quantized_linear(Tensor x, Tensor[] quant, int[] layout, Tensor a, Tensor core, Tensor b, Tensor? bias, "
+      "float scaling, float dropout, Tensor? seed) -> (Tensor, Tensor)");
+  m.def(
+      "quantized_linear_backward(Tensor dy, Tensor[] quant, int[] layout, Tensor a, Tensor core, Tensor b, Tensor u, "
+      "float scaling, float dropout, Tensor? seed, bool need_dx, bool need_dcore) -> (Tensor, Tensor)");
+  // With an R for each row: its forward, and for its backward the thin products in fp32, that with each row's own R,
   // and base and adapter in one sum.
   m.def(
       "linear_rows(Tensor x, Tensor? weight, Tensor[] quant, int[] layout, Tensor a, Tensor cores, Tensor b, "
@@ -59,6 +66,8 @@ TORCH_LIBRARY_IMPL(lorasb_csrc, CPU, m) {
   m.impl("dense_linear_backward", TORCH_FN(lorasb::dense_linear_backward));
   m.impl("dense_group", TORCH_FN(lorasb::dense_group));
   m.impl("dense_group_backward", TORCH_FN(lorasb::dense_group_backward));
+  m.impl("quantized_linear", TORCH_FN(lorasb::linear));
+  m.impl("quantized_linear_backward", TORCH_FN(lorasb::linear_backward));
   m.impl("linear_rows", TORCH_FN(lorasb::linear_rows));
   m.impl("thin_product", TORCH_FN(lorasb::thin_product));
   m.impl("times_cores", TORCH_FN(lorasb::times_cores));
@@ -68,8 +77,6 @@ TORCH_LIBRARY_IMPL(lorasb_csrc, CPU, m) {
 TORCH_LIBRARY_IMPL(lorasb, CPU, m) {
   // The ops of the backend `auto`, whose names have no suffix, and those of `cpp`.
   for (const std::string owner : {"", "_cpp"}) {
-    m.impl(("linear_quantized" + owner).c_str(), TORCH_FN(lorasb::linear));
-    m.impl(("linear_quantized_backward" + owner).c_str(), TORCH_FN(lorasb::linear_backward));
     m.impl(("serve_quantized" + owner).c_str(), TORCH_FN(lorasb::serve));
     m.impl(("dequantize" + owner).c_str(), TORCH_FN(lorasb::dequantize));
     m.impl(("gradient_add" + owner).c_str(), TORCH_FN(lorasb::gradient_add));

@@ -5,17 +5,16 @@ Shapes, dtypes and devices are checked here, which every backend relies on; the 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .backends import cpp  # importing the package registers all backends
-from .backends.eager import linear as eager
-from .ops import autocast, fast_path, operand_checks, row_calls
-from .ops.registry import backend_op, current_backend, direct_kernel
+from .backends import cpp, eager  # importing the package registers all backends
+from .ops import autocast, composed, operand_checks
+from .ops.adapted_linear import DENSE, Operands, adapted_linear, direct
+from .ops.registry import Kernels, backend_op, current_backend, direct_kernel
 from .ops.signatures import is_transformed
 from .quantization.quantized_weight import QuantizedWeight, of_weight
 from .utils.deprecation import warn_renamed
@@ -67,108 +66,98 @@ def lora_sb_linear(
         IndexError: an entry of `index` is no adapter's.
     """
     quantized = of_weight(weight)
-    if index is not None:
-        given = quantized or cast("Tensor | None", weight)
-        return row_calls.linear(x, given, lora_A, lora_R, lora_B, bias, scaling, dropout, index)
-    if quantized is not None:
-        return _over_quantized(x, quantized, lora_A, lora_R, lora_B, bias, scaling, dropout)
-    return _over_dense(x, cast("Tensor | None", weight), lora_A, lora_R, lora_B, bias, scaling, dropout)
+    if quantized is not None and index is None and dropout == 0.0:
+        y = _served(x, quantized, lora_A, lora_R, lora_B, bias, scaling)
+        if y is not None:
+            return y
+    base = quantized or ([] if weight is None else [cast(Tensor, weight)])
+    biases = [] if bias is None else [bias]
+    return _call(x, base, [lora_A], [lora_R], [lora_B], biases, [scaling], dropout, index)[0]
 
 
-def _over_dense(
+def _call(
     x: Tensor,
-    weight: Tensor | None,
-    lora_A: Tensor,
-    lora_R: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scaling: float,
+    base: QuantizedWeight | list[Tensor],
+    a: list[Tensor],
+    cores: list[Tensor],
+    b: list[Tensor],
+    biases: list[Tensor],
+    scalings: list[float],
     dropout: float,
-) -> Tensor:
+    index: Tensor | Sequence[int] | None,
+) -> list[Tensor]:
+    """The y_j of all members, checked, by the cheapest of three ways: torch's own ops, the kernels, the op."""
+    quantized, weights = (base, []) if isinstance(base, QuantizedWeight) else (None, base)
     # Before the checks and the op, which ask for equal dtypes; the kernels switch autocast off.
     if autocast.is_on(x):
-        x, weight, lora_A, lora_B, bias = autocast.cast(x, weight, lora_A, lora_B, bias)
-    tensors = (x, weight, lora_A, lora_R, lora_B, bias)
-    plain = operand_checks.pass_linear(*tensors)
+        x, (weights, a, b, biases) = autocast.cast_lists(x, [weights, a, b, biases])
+    if index is not None and not isinstance(index, Tensor):
+        index = torch.tensor(list(index), dtype=torch.int64)
+    if dropout != 0.0:
+        _check_dropout(dropout, index)
+    if quantized is not None:  # the packed weight is checked where it is read from a layer
+        _check_quantized(quantized, x, a[0], b[0])
+    plain = operand_checks.check(x, weights, a, cores, b, biases, scalings, index)
     if not plain and is_transformed():
-        return fast_path.transformed(*tensors, scaling, _checked(dropout))
-    arguments = (*tensors, scaling, dropout, _seed(dropout))
+        weights = weights if quantized is None else [dequantize(quantized, x.dtype)]
+        return _transformed(x, Operands(weights, DENSE, a, cores, b, biases, scalings, index, dropout))
+    tensors, layout = (weights, DENSE) if quantized is None else (quantized.tensors, quantized.layout(x.dtype))
     backend = current_backend()
-    kernels = _kernels("linear", backend, plain, tensors)
-    # Three ways, the cheapest first: torch's own ops, the kernel by an autograd function, the op by the dispatcher.
-    if kernels and dropout == 0.0 and _composes(kernels, x, (weight,), (lora_A, lora_B, bias)):
-        return fast_path.composed(*arguments[:7])
-    if kernels:
-        return fast_path.linear(*arguments, kernels)
-    y: Tensor
-    y, _ = backend_op("linear", backend)(*arguments)
-    return y
+    kernels = direct(backend, x, (tensors, a, cores, b, biases), plain and quantized is None)
+    is_dense = quantized is None and index is None and dropout == 0.0
+    if kernels and is_dense and _composes(kernels, x, weights, (*weights, *a, *b, *biases)):
+        none: list[Any] = [None] * len(a)
+        members = zip(weights or none, a, cores, b, biases or none, scalings, strict=True)
+        return [composed.composed(x, *member) for member in members]
+    seeds = _seeds(len(a)) if dropout > 0.0 else None
+    operands = Operands(tensors, layout, a, cores, b, biases, scalings, index, dropout, seeds)
+    return adapted_linear(x, operands, backend, kernels)
 
 
-def _kernels(op: str, backend: str, plain: bool, tensors: Sequence[Any]) -> fast_path.Kernels | None:
-    """Return the op's direct kernels if every operand is a plain tensor, else None."""
-    return fast_path.plain_kernels(op, backend, tensors[0]) if plain else fast_path.kernels(op, backend, *tensors)
-
-
-def _composes(
-    kernels: fast_path.Kernels, x: Tensor, weights: Sequence[Tensor | None], frozen: Sequence[Tensor | None]
-) -> bool:
-    """True if a small call is faster composed of torch's own ops, as far as those would compute it in any case.
+def _composes(kernels: Kernels, x: Tensor, weights: list[Tensor], frozen: tuple[Tensor, ...]) -> bool:
+    """True if a small dense call is faster composed of torch's own ops, which would compute it in any case.
 
     `cpp` computes dense layers by eager torch too, unless the extension serves their dtype and size, or few tokens.
     """
-    served = cpp.serves(x.dtype, *weights) or cpp.serves_few(x, *weights)
-    uses_extension = served and kernels.forward in (cpp.forward, cpp.group_forward)
-    uses_torch = kernels.forward in (cpp.forward, cpp.group_forward, eager.forward, eager.group_forward)
-    return x.is_cpu and uses_torch and not uses_extension and fast_path.small(x, (*weights, *frozen))
+    if not x.is_cpu:
+        return False
+    if kernels.forward is cpp.forward and (cpp.serves(x.dtype, weights) or cpp.serves_few(x, weights)):
+        return False
+    if kernels.forward not in (cpp.forward, eager.eager_forward):
+        return False
+    return composed.is_small(x, frozen)
 
 
-def _seed(dropout: float, count: int = 1) -> Tensor | None:
-    """Seeds [count] for dropout masks, drawn from the CPU generator; None without dropout."""
+def _transformed(x: Tensor, operands: Operands) -> list[Tensor]:
+    index, dropout = operands.row_index, operands.dropout
+    if index is not None:
+        eager.check_index(index, min(map(len, operands.cores)))
+    return [
+        composed.transformed(x, one.base, one.a, one.core, one.b, one.bias, one.scaling, dropout, index)  # type: ignore[arg-type]
+        for one in operands.members()
+    ]
+
+
+def _seeds(count: int) -> Tensor:
+    """Seeds [count] for dropout masks, drawn from the CPU generator."""
     # On the CPU for any device of x, so that reading it does not synchronize with a GPU.
-    return torch.randint(2**63 - 1, (count,), dtype=torch.int64, device="cpu") if _checked(dropout) > 0.0 else None
+    return torch.randint(2**63 - 1, (count,), dtype=torch.int64, device="cpu")
 
 
-def _checked(dropout: float) -> float:
+def _check_dropout(dropout: float, index: Tensor | None) -> None:
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"expected dropout in [0, 1), the probability that an element is dropped, got {dropout}")
-    return dropout
+    if index is not None and dropout != 0.0:
+        raise ValueError(f"expected dropout 0 with an index of rows, got {dropout}: it draws one mask for one adapter")
 
 
-def _over_quantized(
-    x: Tensor,
-    weight: QuantizedWeight,
-    a: Tensor,
-    core: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout: float,
-) -> Tensor:
-    # Before autocast and the checks, which `serve_quantized` does itself in less time.
-    transformed = is_transformed()
-    if dropout == 0.0 and not torch.is_grad_enabled() and x.is_cpu and not transformed:
-        y = _served(x, weight, a, core, b, bias, scaling)
-        if y is not None:
-            return y
-    if autocast.is_on(x):
-        x, a, b, bias = autocast.cast(x, a, b, bias)
+def _check_quantized(weight: QuantizedWeight, x: Tensor, a: Tensor, b: Tensor) -> None:
     if weight.shape != (b.shape[0], a.shape[-1]):
         raise ValueError(f"expected a quantized weight [{b.shape[0]}, {a.shape[-1]}], got {list(weight.shape)}")
-    operand_checks.pass_linear(x, None, a, core, b, bias)  # the packed weight is checked where it is read from a layer
     if weight.device != x.device:
         raise ValueError(
             f"expected the quantized weight on x's device {x.device}, got {weight.device}: move one of the two"
         )
-    if transformed:
-        return fast_path.transformed(x, dequantize(weight, x.dtype), a, core, b, bias, scaling, _checked(dropout))
-    backend, quant, layout = current_backend(), weight.tensors, weight.layout(x.dtype)
-    arguments = (x, quant, layout, a, core, b, bias, scaling, dropout, _seed(dropout))
-    kernels = fast_path.kernels("linear_quantized", backend, x, a, core, b, bias, *quant)
-    if kernels:
-        return fast_path.linear_quantized(*arguments, kernels)
-    result: tuple[Tensor, Tensor] = backend_op("linear_quantized", backend)(*arguments)
-    return result[0]
 
 
 def _served(
@@ -180,11 +169,13 @@ def _served(
     bias: Tensor | None,
     scaling: float,
 ) -> Tensor | None:
-    """y from the current backend's `serve_quantized`; None if it has none.
+    """y of a call without gradients, from the current backend's `serve_quantized`; None if it has none.
 
     The op checks, casts and computes in one call: for a single token, the checks and the choice of a kernel in Python
     take as long as the product itself.
     """
+    if torch.is_grad_enabled() or not x.is_cpu or is_transformed():
+        return None
     serve = direct_kernel("serve_quantized", current_backend())
     if serve is None:
         return None
@@ -203,14 +194,14 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     Returns:
         y [..., out] in x's dtype.
     """
-    if not torch.is_grad_enabled() and x.is_cpu and not is_transformed():
-        y = _served(x, weight, None, None, None, bias, 1.0)
-        if y is not None:
-            return y
+    y = _served(x, weight, None, None, None, bias, 1.0)
+    if y is not None:
+        return y
     out_features, in_features = weight.shape
     # An adapter of rank 0: its terms are empty sums in forward and in dx.
     a, b = x.new_empty((0, in_features)), x.new_empty((out_features, 0))
-    return _over_quantized(x, weight, a, x.new_empty((0, 0), dtype=torch.float32), b, bias, 1.0, 0.0)
+    core, biases = x.new_empty((0, 0), dtype=torch.float32), [] if bias is None else [bias]
+    return _call(x, weight, [a], [core], [b], biases, [1.0], 0.0, None)[0]
 
 
 @torch.no_grad()
@@ -262,30 +253,8 @@ def lora_sb_linear_group(
         TypeError: dtypes do not match.
         IndexError: an entry of `index` is no adapter's.
     """
-    scalings = list(scalings) or [1.0] * len(weights)
-    if index is not None:
-        return row_calls.group(x, weights, lora_A, lora_R, lora_B, biases, scalings, dropout, index)
-    if autocast.is_on(x):
-        operand_checks.same_lengths(weights, lora_A, lora_R, lora_B, biases or weights)
-        x, cast_lists = autocast.cast_lists(x, [list(weights), list(lora_A), list(lora_B), list(biases)])
-        weights, lora_A, lora_B, biases = cast_lists
-    lists = [list(tensors) for tensors in (weights, lora_A, lora_R, lora_B, biases)]
-    plain = operand_checks.pass_group(x, scalings, *lists)
-    bias_or_none: list[Any] = list(biases) or [None] * len(weights)
-    members: list[Any] = list(zip(weights, lora_A, lora_R, lora_B, bias_or_none, scalings, strict=True))
-    if not plain and is_transformed():
-        return [
-            fast_path.transformed(x, w, a, core, b, bias, s, _checked(dropout)) for w, a, core, b, bias, s in members
-        ]
-    backend = current_backend()
-    kernels = _kernels("linear_group", backend, plain, [x, *itertools.chain(*lists)])
-    seeds = _seed(dropout, len(weights))
-    if kernels and seeds is None and _composes(kernels, x, weights, (*lora_A, *lora_B, *biases)):
-        return [fast_path.composed(x, *member) for member in members]
-    if kernels:
-        return list(fast_path.linear_group(x, lists, scalings, dropout, seeds, kernels))
-    outputs = backend_op("linear_group", backend)(x, *lists, scalings, dropout, seeds)
-    return list(outputs[: len(weights)])  # the u_i follow, which only backward uses
+    scales = list(scalings) or [1.0] * len(weights)
+    return _call(x, list(weights), list(lora_A), list(lora_R), list(lora_B), list(biases), scales, dropout, index)
 
 
 _RENAMED = {"quantised_linear": "quantized_linear", "dequantize_nf4": "dequantize"}

@@ -121,7 +121,7 @@ def microseconds(calls: dict[str, Call], count: int) -> dict[str, list[float]]:
 def measure(arch: str, count: int) -> dict[str, dict[str, float]]:
     """Every way: µs, its ratio to the same work by plain ops, and how many tensors it allocates."""
     import lorasb
-    from lorasb.backends.triton import linear as backend
+    from lorasb.backends import triton as backend
 
     driver.set_active(StubDriver(arch))
     torch.set_num_threads(1)

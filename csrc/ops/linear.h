@@ -18,7 +18,7 @@ bool serves(at::ScalarType dtype);
 // Up to so many tokens in bf16 forward reads a contiguous W in place, where `serves` says no.
 int64_t max_unpacked_tokens();
 
-// y [..., m] and u = x Aᵀ [M, r]; arguments and results as of lorasb::linear.
+// y [..., m] and u = x Aᵀ [M, r]; of one member of lorasb::adapted_linear.
 std::tuple<at::Tensor, at::Tensor> dense_linear(const at::Tensor& x, const std::optional<at::Tensor>& weight,
                                                 const at::Tensor& a, const at::Tensor& core, const at::Tensor& b,
                                                 const std::optional<at::Tensor>& bias, double scaling, double dropout,
@@ -30,7 +30,7 @@ std::tuple<at::Tensor, at::Tensor> dense_linear_backward(const at::Tensor& dy, c
                                                          double dropout, const std::optional<at::Tensor>& seed,
                                                          bool need_dx, bool need_dcore);
 
-// As of lorasb::linear_group.
+// As of lorasb::adapted_linear.
 std::vector<at::Tensor> dense_group(const at::Tensor& x, at::TensorList weights, at::TensorList a, at::TensorList cores,
                                     at::TensorList b, at::TensorList biases, at::ArrayRef<double> scalings);
 

@@ -68,8 +68,8 @@ def observed(dry: bool = False) -> Iterator[list[Launch]]:
 
 
 def is_watched() -> bool:
-    """True if every launch has an observer: an `observed` block of any thread, or a profiler's hook in Triton."""
-    return bool(_observers) or private.has_launch_hooks()
+    """True if launches have an observer: an `observed` block of any thread."""
+    return bool(_observers)
 
 
 def launch(call: KernelCall) -> None:

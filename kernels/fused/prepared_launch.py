@@ -202,15 +202,9 @@ def bind(launch: PreparedLaunch) -> Raw:
 
     A module global, so that tests can execute compiled kernels elsewhere than on a card.
     """
-    call, take, constants = launch.call, launch.take, launch.constants
+    call = launch.call
     compiled = private.compiled(call.kernel, call.grid, call.arguments, call.options)
-    launch_on = private.launcher(compiled, call.grid)
-
-    def raw(stream: int, values: tuple[Any, ...], _: Sequence[Tensor]) -> None:
-        launch_on(stream, *take(values + constants))
-
-    raw.compiled = compiled  # type: ignore[attr-defined]  # which unloads itself where nothing refers to it
-    return raw
+    return private.launcher(compiled, call.grid, launch.take, launch.constants)
 
 
 def _takes_seeds(call: KernelCall) -> bool:

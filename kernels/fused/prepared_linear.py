@@ -225,7 +225,7 @@ def forget() -> None:
 
 def _is_ready(x: Tensor) -> bool:
     """True if a launch on x's device can be repeated now."""
-    if not (private.is_verified() and private.is_compiled(extended_gemm)) or launcher.is_watched():
+    if launcher.is_watched() or not private.may_repeat(extended_gemm):
         return False
     return not x.is_cuda or x.get_device() == torch.cuda.current_device()
 

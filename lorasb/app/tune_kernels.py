@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..backends.triton.linear import missing
+from ..backends.triton import missing
 from ..kernels import linear as launch
 from ..kernels import plan
 from ..kernels.block_sizes import DECODE_ROWS, GemmConfig, PrepConfig

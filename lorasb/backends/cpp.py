@@ -1,7 +1,7 @@
 """The C++ backend: loads the compiled extension, if this build has one, for CPU tensors; else eager torch computes.
 
-The extension registers its kernels for quantized weights with the dispatcher itself, under the ops of `cpp` and of
-`auto`; here they are recorded in `ops.registry`, so that small calls reach them directly. Dense layers use the BLAS, as
+The extension registers its kernels for the ops without a derivative with the dispatcher itself, under the ops of `cpp`
+and of `auto`; its products over quantized weights are called here. Dense layers use the BLAS, as
 eager composes it, with three exceptions. In 16 bits on processors without such products, the extension widens W to fp32
 panel by panel: torch takes three to five times as long as in fp32 forward and about a hundred times backward. On AVX2,
 the extension also computes large weights in fp32. In bf16 on processors that multiply it, few tokens, as decoding has
@@ -14,29 +14,48 @@ import importlib
 import importlib.machinery
 import logging
 import os
-from collections.abc import Callable
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..compat import torch as private
 from ..ops import signatures
+from ..ops.adapted_linear import DENSE, Operands, kernels_of
 from ..ops.registry import backend_op, register_backend, register_loaded
-from .eager import linear as eager
-from .eager import linear_rows as eager_rows
+from . import eager
 
 DISABLE = "LORASB_NO_CSRC"  # environment variable: 1 runs without the extension
 CAP = "LORASB_MAX_CPU_ISA"  # environment variable, read by the extension: the best instruction set to use
 CAPS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGE_WEIGHT = 1 << 21  # elements of W; from here on the extension is faster in fp32 (measured on two Zen 3 cores)
+EXTENSION_OPS = (
+    "instruction_set",
+    "instruction_sets",
+    "use_instruction_set",
+    "serves",
+    "max_unpacked_tokens",
+    "dense_linear",
+    "dense_linear_backward",
+    "dense_group",
+    "dense_group_backward",
+    "quantized_linear",
+    "quantized_linear_backward",
+    "linear_rows",
+    "thin_product",
+    "times_cores",
+    "extended_product",
+)
 # Ops whose kernels the extension registers itself.
-OPS = ("linear_quantized", "linear_quantized_backward", "dequantize", "gradient_add", "gradient_signs")
+OPS = ("dequantize", "gradient_add", "gradient_signs", "serve_quantized")
 _reason: str | None = "not loaded yet"
 extension: Any = None  # the module, once loaded; besides its kernels it has functions that Python calls directly
+# The extension's ops without an overload to choose, which takes longer than a small layer's product; once loaded.
+_csrc = SimpleNamespace()
 
 
 def library() -> Path | None:
@@ -53,13 +72,13 @@ def missing() -> str | None:
 
 def instruction_set() -> str:
     """The instruction set whose kernels run: "AMX", "AVX-512 with bf16", "AVX-512", "AVX2" or "portable"."""
-    name: str = torch.ops.lorasb_csrc.instruction_set()
+    name: str = _csrc.instruction_set()
     return name
 
 
 def instruction_sets() -> list[str]:
     """The instruction sets that this processor has, best first."""
-    names: list[str] = torch.ops.lorasb_csrc.instruction_sets()
+    names: list[str] = _csrc.instruction_sets()
     return names
 
 
@@ -69,11 +88,11 @@ def use_instruction_set(name: str) -> None:
     Raises:
         ValueError: this processor does not have it.
     """
-    torch.ops.lorasb_csrc.use_instruction_set(name)
+    _csrc.use_instruction_set(name)
     _forget()
 
 
-def serves(dtype: torch.dtype, *weights: Tensor | None) -> bool:
+def serves(dtype: torch.dtype, weights: Sequence[Tensor] = ()) -> bool:
     """True if the extension computes dense layers of this dtype and these weights on a CPU.
 
     It does so in 16-bit dtypes that the processor does not multiply, and for large fp32 weights on AVX2, where the BLAS
@@ -81,87 +100,98 @@ def serves(dtype: torch.dtype, *weights: Tensor | None) -> bool:
     """
     if not _multiplies(dtype) or dtype != torch.float32:
         return _multiplies(dtype)
-    return any(weight is not None and weight.numel() >= LARGE_WEIGHT for weight in weights)
+    return any(weight.numel() >= LARGE_WEIGHT for weight in weights)
 
 
-def serves_few(x: Tensor, *weights: Tensor | None) -> bool:
+def serves_few(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """True if the extension computes forward for as few tokens as x [..., in] has, in bf16 where that is multiplied.
 
     It reads contiguous W's [out, in] as they lie, in one call; the BLAS packs each again every time, in four.
     """
     if x.dtype != torch.bfloat16 or not 0 < x.numel() <= most_tokens() * x.shape[-1]:
         return False
-    return all(weight is not None and weight.is_contiguous() for weight in weights)
+    return bool(weights) and all(weight.is_contiguous() for weight in weights)
 
 
 @lru_cache
 def most_tokens() -> int:
     """Tokens up to which that is faster on the instruction set in use; 0 where there is no such product."""
-    return 0 if _reason is not None else int(torch.ops.lorasb_csrc.max_unpacked_tokens())
+    return 0 if _reason is not None else int(_csrc.max_unpacked_tokens())
 
 
 @lru_cache
 def _multiplies(dtype: torch.dtype) -> bool:
     """True if the extension computes products of a dtype on the instruction set in use. Cached, as every call asks."""
-    return _reason is None and dtype in DTYPES and bool(torch.ops.lorasb_csrc.serves(dtype))
+    return _reason is None and dtype in DTYPES and bool(_csrc.serves(dtype))
 
 
 def _forget() -> None:
-    _multiplies.cache_clear()
-    most_tokens.cache_clear()
+    for cached in (_multiplies, most_tokens, _products):
+        cached.cache_clear()
 
 
-def _extension_or_eager(name: str, eager_kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel that calls the extension's kernel `name` if it serves the call, else eager's, with equal arguments.
-
-    The first arguments are x (or dy) and W; lists of them for a group.
-    """
-
-    def call(x: Tensor | list[Tensor], weight: Tensor | list[Tensor] | None, *others: Any) -> Any:
-        dtype = (x[0] if isinstance(x, list) else x).dtype
-        served = serves(dtype, *(weight if isinstance(weight, list) else [weight]))
-        # Looked up in the call: the ops do not exist before the extension is loaded, or without it.
-        return (getattr(torch.ops.lorasb_csrc, name).default if served else eager_kernel)(x, weight, *others)
-
-    return call
-
-
-_forward = _extension_or_eager("dense_linear", eager.forward)
-backward = _extension_or_eager("dense_linear_backward", eager.backward)
-_group = _extension_or_eager("dense_group", partial(eager.group_forward, dropout=0.0, seeds=None))
-_group_backward = _extension_or_eager("dense_group_backward", eager.group_backward_without_dropout)
-
-
-def forward(x: Tensor, weight: Tensor | None, *others: Any) -> Any:
-    """y and u; few tokens by the extension, without dropout alone."""
-    few = others[-1] is None and serves_few(x, weight)
-    return (torch.ops.lorasb_csrc.dense_linear.default if few else _forward)(x, weight, *others)
-
-
-def group_forward(x: Tensor, weights: list[Tensor], *others: Any) -> Any:
-    """The y_i, then the u_i. With dropout member by member: the extension's group knows no masks."""
-    *lists, biases, scalings, dropout, seeds = others
-    if seeds is None:
-        few = serves_few(x, *weights)
-        return (torch.ops.lorasb_csrc.dense_group.default if few else _group)(x, weights, *lists, biases, scalings)
-    members = zip(weights, *lists, list(biases) or [None] * len(weights), scalings, strict=True)
-    results = [forward(x, *member, dropout, eager.seed_of(seeds, i)) for i, member in enumerate(members)]
+def _flat(results: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Every y, then every u."""
     return [y for y, _ in results] + [u for _, u in results]
 
 
-def group_backward(dys: list[Tensor], weights: list[Tensor], *others: Any) -> Any:
-    """dx, then the dR_i; with dropout member by member."""
-    *lists, dropout, seeds, need_dx, need_dcore = others
+def forward(x: Tensor, operands: Operands) -> list[Tensor]:
+    """The y_j [..., m_j], then the u_j [M, r]: by the extension where it serves them, else by eager torch."""
+    if operands.row_index is not None:
+        return _rows_forward(x, operands)
+    base, layout, a, cores, b, biases, scalings, _, dropout, seeds = operands
+    if layout[1]:
+        bias = biases[0] if biases else None
+        return list(_csrc.quantized_linear(x, base, layout, a[0], cores[0], b[0], bias, scalings[0], dropout, seeds))
+    if not (seeds is None and serves_few(x, base)) and not serves(x.dtype, base):
+        return eager.eager_forward(x, operands)
+    if len(a) == 1:
+        weight, bias = base[0] if base else None, biases[0] if biases else None
+        return list(_csrc.dense_linear(x, weight, a[0], cores[0], b[0], bias, scalings[0], dropout, seeds))
     if seeds is None:
-        return _group_backward(dys, weights, *lists, need_dx, need_dcore)
-    given: Any = (*lists, dropout, seeds, need_dx, need_dcore)
-    return eager.apart(backward, dys, weights, *given)
+        return list(_csrc.dense_group(x, base, a, cores, b, biases, scalings))
+    return _flat([_csrc.dense_linear(x, *one[:6], dropout, one.seed) for one in operands.members()])
+
+
+def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: bool, need_dcores: bool) -> list[Tensor]:
+    """dx [..., n], then the dR_j; a gradient that is not needed is an empty tensor."""
+    base, layout, a, cores, b, _, scalings, index, dropout, seeds = operands
+    dtype, need = dys[0].dtype, (need_dx, need_dcores)
+    if index is not None:
+        return eager.backward(_products(dtype), dys, us, operands, *need)
+    if layout[1]:
+        given = a[0], cores[0], b[0], us[0], scalings[0], dropout, seeds
+        return list(_csrc.quantized_linear_backward(dys[0], base, layout, *given, *need))
+    if not serves(dtype, base):
+        return eager.eager_backward(dys, us, operands, *need)
+    if len(a) > 1 and seeds is None:
+        return list(_csrc.dense_group_backward(dys, base, a, cores, b, us, scalings, *need))
+    results = [
+        _csrc.dense_linear_backward(dy, one.base, one.a, one.core, one.b, u, one.scaling, dropout, one.seed, *need)
+        for dy, u, one in zip(dys, us, operands.members(), strict=True)
+    ]
+    dx, *others = (dx for dx, _ in results)
+    for other in others:  # each with a mask
+        dx = dx.add_(other) if need_dx else dx
+    return [dx, *(dcore for _, dcore in results)]
+
+
+def _rows_forward(x: Tensor, operands: Operands) -> list[Tensor]:
+    if torch.float64 in (x.dtype, operands.cores[0].dtype):
+        return eager.forward(_products(x.dtype), x, operands)
+    by_torch = bool(operands.base) and not operands.is_quantized and not serves(x.dtype, operands.base)
+    results = []
+    for one in operands.members():
+        base = (None, *one.base) if isinstance(one.base, tuple) else (one.base, [], list(DENSE))
+        given = one.a, _dense(one.core), one.b, one.bias, operands.row_index, one.scaling, by_torch
+        results.append(_csrc.linear_rows(x, *base, *given))
+    return _flat(results)
 
 
 def _times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transposed: bool) -> Tensor:
     if torch.float64 in (left.dtype, cores.dtype):
-        return eager_rows.times_cores(left, cores, index, scale, transposed)
-    product: Tensor = torch.ops.lorasb_csrc.times_cores(left, _dense(cores), index, scale, not transposed)
+        return eager.times_cores(left, cores, index, scale, transposed)
+    product: Tensor = _csrc.times_cores(left, _dense(cores), index, scale, not transposed)
     return product
 
 
@@ -170,60 +200,48 @@ def _dense(cores: Tensor) -> Tensor:
     return cores if cores.stride(2) == 1 and cores.stride(1) == cores.shape[2] else cores.contiguous()
 
 
-def _thin(rows: Tensor, factor: Tensor) -> Tensor:
+def _thin(rows: Tensor, factor: Tensor, transposed: bool) -> Tensor:
     """In fp32, as torch would take long in rows' dtype."""
-    plain = factor.stride(-1) != 1  # Bᵀ and Aᵀ as views
-    product: Tensor = torch.ops.lorasb_csrc.thin_product(rows, factor.t() if plain else factor, plain)
+    product: Tensor = _csrc.thin_product(rows, factor, not transposed)
     return product
 
 
-def _extended(
-    rows: Tensor, weight: Tensor | None, quant: eager_rows.Quant, v: Tensor, b: Tensor, bias: Tensor | None
-) -> Tensor:
-    if rows.dtype == torch.float64 or (weight is not None and not serves(rows.dtype, weight)):
-        return eager_rows.extended(rows, weight, quant, v, b, bias)
-    shape = b.shape[0], rows.shape[1]
-    y: Tensor = torch.ops.lorasb_csrc.extended_product(rows, weight, *quant, *shape, v, b, bias, False)
-    return y
+def _by_torch(rows: Tensor, base: eager.Base) -> bool:
+    """True where the extension has no product of rows with W."""
+    return rows.dtype == torch.float64 or (isinstance(base, Tensor) and not serves(rows.dtype, [base]))
 
 
-def _extended_transposed(
-    rows: Tensor, weight: Tensor | None, quant: eager_rows.Quant, w: Tensor, a: Tensor, onto: Tensor | None = None
-) -> Tensor:
-    if rows.dtype == torch.float64 or (weight is not None and not serves(rows.dtype, weight)):
-        return eager_rows.extended_transposed(rows, weight, quant, w, a, onto)
-    shape = rows.shape[1], a.shape[1]
-    dx: Tensor = torch.ops.lorasb_csrc.extended_product(rows, weight, *quant, *shape, w, a, None, True)
+def _extended(rows: Tensor, base: eager.Base, v: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    if base is None:
+        y = _products(rows.dtype).thin(v, b, True).to(rows.dtype)
+        return y if bias is None else y.add_(bias)
+    if _by_torch(rows, base):
+        return eager.extended(rows, base, v, b, bias)
+    product: Tensor = _csrc.extended_product(rows, *_storage(base), b.shape[0], rows.shape[1], v, b, bias, False)
+    return product
+
+
+def _extended_transposed(rows: Tensor, base: eager.Base, w: Tensor, a: Tensor, onto: Tensor | None) -> Tensor:
+    if base is None:
+        dx = _products(rows.dtype).thin(w, a, False).to(rows.dtype)
+    elif _by_torch(rows, base):
+        return eager.extended_transposed(rows, base, w, a, onto)
+    else:
+        dx = _csrc.extended_product(rows, *_storage(base), rows.shape[1], a.shape[1], w, a, None, True)
     return dx if onto is None else onto.add_(dx)
 
 
-def _rows_forward(
-    x: Tensor, weight: Tensor | None, quant: list[Tensor], layout: list[int], a: Tensor, cores: Tensor, *others: Any
-) -> tuple[Tensor, Tensor]:
-    if torch.float64 in (x.dtype, cores.dtype):
-        return eager_rows.compute(_composed(x.dtype), x, weight, quant, layout, a, cores, *others)
-    by_torch = weight is not None and not serves(x.dtype, weight)
-    forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.lorasb_csrc.linear_rows.default
-    return forward(x, weight, quant, layout, a, _dense(cores), *others, by_torch)
+def _storage(base: Tensor | tuple[list[Tensor], list[int]]) -> tuple[Any, ...]:
+    return (None, *base) if isinstance(base, tuple) else (base, [], list(DENSE))
 
 
-def _composed(dtype: torch.dtype) -> eager_rows.Products:
-    """torch's thin products, except in 16 bits that the processor does not multiply."""
+@lru_cache
+def _products(dtype: torch.dtype) -> eager.Products:
+    """Products with an R for each row; the thin ones are torch's, except in 16 bits that it multiplies slowly."""
     widened = dtype != torch.float32 and serves(dtype)
-    return eager_rows.Products(_thin if widened else eager_rows.thin, _times_cores, _extended, _extended_transposed)
-
-
-def _products(dtype: torch.dtype) -> eager_rows.Products:
-    return _composed(dtype)._replace(forward=_rows_forward)
-
-
-KERNELS: tuple[tuple[str, Callable[..., Any]], ...] = (
-    ("linear", forward),
-    ("linear_backward", backward),
-    ("linear_group", group_forward),
-    ("linear_group_backward", group_backward),
-    *eager_rows.kernels(_products),
-)
+    return eager.Products(
+        _thin if widened else eager.thin, eager.times_core, _times_cores, _extended, _extended_transposed
+    )
 
 
 def register() -> None:
@@ -234,10 +252,9 @@ def register() -> None:
     if _reason is not None:
         logging.getLogger("lorasb").info("C++ kernels: %s; eager torch computes on the CPU", _reason)
     if _reason is None:
-        register_backend("cpp", KERNELS, ("CPU",))
+        register_backend("cpp", kernels_of(forward, backward), ("CPU",))
     # The registry has defined these ops, with or without an extension; `missing` decides whether they are recorded.
-    kernels = {op: _below_autograd(backend_op(op, "cpp")) for op in OPS}
-    register_loaded("cpp", kernels | {"serve_quantized": backend_op("serve_quantized", "cpp")}, missing)
+    register_loaded("cpp", {op: backend_op(op, "cpp") for op in OPS}, missing)
 
 
 def _load() -> str | None:
@@ -255,18 +272,9 @@ def _load() -> str | None:
         )
     try:
         loaded = importlib.import_module("lorasb._C")  # registers its ops
+        vars(_csrc).update({name: getattr(torch.ops.lorasb_csrc, name).default for name in EXTENSION_OPS})
         signatures.use(loaded.signature, loaded.metadata)
     except (ImportError, AttributeError) as error:
         return f"{path.name} does not load, it was built for another torch or lorasb ({error}): install lorasb again"
     extension = loaded
     return None
-
-
-def _below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The op called below the autograd key: direct callers have an autograd function of their own around it."""
-
-    def call(*arguments: Any) -> Any:
-        with private.BelowAutograd():
-            return op(*arguments)
-
-    return call

@@ -154,7 +154,9 @@ def forward_pre_hooks(module: nn.Module) -> list[Any]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Return True if something observes or changes a module's forward or backward."""
-    return bool(module._forward_pre_hooks) or has_other_hooks(module)
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def has_other_hooks(module: nn.Module) -> bool:

@@ -47,10 +47,11 @@ def is_compiled(kernel: Any) -> bool:
     return hasattr(kernel, "device_caches")
 
 
-def has_launch_hooks() -> bool:
-    """Return True if a profiler observes launches."""
+def may_repeat(kernel: Any) -> bool:
+    """Return True if launches of a kernel may be prepared: Triton compiles it, is verified, and nothing observes it."""
     runtime = _runtime()
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    observed = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls  # by a profiler
+    return not observed and hasattr(kernel, "device_caches") and is_verified()
 
 
 @cache
@@ -66,11 +67,17 @@ def compiled(kernel: Any, grid: int, arguments: dict[str, Any], options: dict[st
     return found.result() if hasattr(found, "result") else found  # Triton's asynchronous compilation
 
 
-def launcher(found: Any, grid: int) -> Callable[..., None]:
-    """Return a function of (stream, *all arguments of the kernel in their order) that launches a compiled kernel."""
+def launcher(
+    found: Any, grid: int, take: Callable[[tuple[Any, ...]], tuple[Any, ...]], constants: tuple[Any, ...]
+) -> Callable[[int, tuple[Any, ...], Any], None]:
+    """Return a function of (stream, values, anything) that launches a compiled kernel.
+
+    `take` makes all arguments of the kernel, in their order, of the values followed by the constants.
+    """
     run, function, metadata = found.run, found.function, found.packed_metadata
 
-    def launch(stream: int, *arguments: Any) -> None:
-        run(grid, 1, 1, stream, function, metadata, None, None, None, *arguments)
+    def launch(stream: int, values: tuple[Any, ...], _: Any) -> None:
+        run(grid, 1, 1, stream, function, metadata, None, None, None, *take(values + constants))
 
+    launch.compiled = found  # type: ignore[attr-defined]  # which unloads itself where nothing refers to it
     return launch

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.weight_adapter import SLICE, LoRASBWeight, Tap
+from ..ops.plain_ops import BAD, SQUARES, ZEROS
 from ..ops.registry import backend_op, current_backend
-from ..ops.weight_gradient import BAD, SQUARES, ZEROS
 from .svd import MomentSketch, SignBits, energies
 
 Sketches = Callable[[str], MomentSketch]  # an empty one for a layer, by its name

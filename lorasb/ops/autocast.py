@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,12 @@ def is_on(x: Tensor) -> bool:
 def autocast_on(kind: str) -> bool:
     """True if autocast is on for a kind of device; the meta device, which computes nothing, has none."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off, if it is on for the tensor's device: the arguments were cast before the op."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if autocast_on(kind) else nullcontext()
 
 
 def cast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,74 +11,79 @@ from ..constants import MAX_RANK
 from ..utils.precision import FLOATS
 from . import signatures
 
-_linears, _groups, _rows = signatures.Known(), signatures.Known(), signatures.Known()
+_known = signatures.Known()
 
 
-def pass_linear(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None) -> bool:
-    """Check a call of a linear, unless one of the same signature has passed.
-
-    Returns:
-        Whether all operands are plain tensors on one device, for `fast_path.kernels`.
-
-    Raises:
-        ValueError: shapes, ranks or devices do not match, or x requires grad under inference mode.
-        TypeError: dtypes do not match, or x is not floating point.
-    """
-    if torch.compiler.is_compiling():  # which takes the checks apart, and knows no signatures
-        check_linear(x, weight, a, core, b, bias)
-        return False
-    signature = signatures.of(x, weight, a, core, b, bias)
-    if not _linears.has(signature):
-        check_linear(x, weight, a, core, b, bias)
-        _linears.add(signature)
-    _check_inference(x)
-    return signature is not None
-
-
-def pass_group(
+def check(
     x: Tensor,
-    scalings: Sequence[float],
     weights: Sequence[Tensor],
     a: Sequence[Tensor],
     cores: Sequence[Tensor],
     b: Sequence[Tensor],
     biases: Sequence[Tensor],
+    scalings: Sequence[float],
+    index: Tensor | None,
 ) -> bool:
-    """Check a call of a group; `biases` may be none. Returns and raises as `pass_linear` and `same_lengths`."""
-    if torch.compiler.is_compiling():  # which would guard on all signatures that are known
-        _check_group(x, scalings, weights, a, cores, b, biases)
+    """Check a call of one linear or several, unless one of the same signature has passed; `biases` may be empty.
+
+    `weights` may be empty, too: then a quantized weight is checked elsewhere. The range of the index is checked where
+    it is used, so that compiled calls are, too.
+
+    Returns:
+        Whether all operands are plain tensors on one device.
+
+    Raises:
+        ValueError: shapes, ranks, devices or numbers of entries do not match, the index is not one number for each row
+            of x, or x requires grad under inference mode.
+        TypeError: dtypes do not match, or x is not floating point.
+    """
+    if torch.compiler.is_compiling():  # which takes the checks apart, and would guard on all signatures that are known
+        _check(x, weights, a, cores, b, biases, scalings, index)
         return False
-    signature = signatures.of(x, weights, a, cores, b, biases)
-    if not _groups.has(signature) or len(scalings) != len(weights):
-        _check_group(x, scalings, weights, a, cores, b, biases)
-        _groups.add(signature)
-    _check_inference(x)
-    return signature is not None
-
-
-def _check_group(x: Tensor, scalings: Sequence[float], *lists: Sequence[Tensor]) -> None:
-    weights, a, cores, b, biases = lists
-    same_lengths(weights, a, cores, b, scalings, biases or weights)
-    for i in range(len(weights)):
-        check_linear(x, weights[i], a[i], cores[i], b[i], biases[i] if biases else None)
-
-
-def _check_inference(x: Tensor) -> None:
+    signature = signatures.of(x, weights, a, cores, b, biases, index)
+    if not _known.has(signature) or len(scalings) != len(a):
+        _check(x, weights, a, cores, b, biases, scalings, index)
+        _known.add(signature)
     if x.requires_grad and torch.is_inference_mode_enabled():
         raise ValueError(
             "expected x without requires_grad under torch.inference_mode(), which records no gradient: use "
             "torch.no_grad() or pass x.detach()"
         )
+    return signature is not None
 
 
-def same_lengths(*members: Sequence[Any]) -> None:
-    """Raise unless all lists have as many entries, and the A_i, the second, one rank."""
-    lengths = [len(entries) for entries in members]
+def _check(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    cores: Sequence[Tensor],
+    b: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    scalings: Sequence[float],
+    index: Tensor | None,
+) -> None:
+    lengths = [len(entries) for entries in (weights or a, a, cores, b, scalings, biases or a)]
     if len(set(lengths)) != 1 or not lengths[0]:
         raise ValueError(f"expected one of each argument for every member, got {lengths} of them")
-    ranks = [a.shape[0] for a in members[1]]
+    ranks = [factor.shape[0] for factor in a]
     if len(set(ranks)) != 1:
         raise ValueError(f"expected one rank for all members, got {ranks}")
+    for j in range(len(a)):
+        core = cores[j] if index is None else _of_stack(x, cores[j], index)
+        check_linear(x, weights[j] if weights else None, a[j], core, b[j], biases[j] if biases else None)
+
+
+def _of_stack(x: Tensor, cores: Tensor, index: Tensor) -> Tensor:
+    """One R of the stack, or of an empty one its shape."""
+    if cores.dim() != 3:
+        raise ValueError(f"expected lora_R [K, r, r] with an index of rows, got {_shape(cores)}")
+    if index.dim() != 1 or index.dtype != torch.int64 or not index.is_cpu:
+        raise TypeError(
+            f"expected index [n] in int64 on the CPU, got {_shape(index)} in {index.dtype} on {index.device}"
+        )
+    if x.dim() < 2 or len(index) != x.shape[0]:
+        raise ValueError(f"expected an index for each of the rows of x [n, ..., in], got {len(index)} for {_shape(x)}")
+    return cores[0] if len(cores) else cores.new_empty(cores.shape[1:])
 
 
 def check_linear(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None) -> None:
@@ -99,51 +103,6 @@ def check_linear(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: T
     if bias is not None and bias.shape != (features_out,):
         raise ValueError(f"expected bias [{features_out}], got {_shape(bias)}")
     _check_dtypes_and_devices(x, weight, a, core, b, bias)
-
-
-def pass_rows(
-    x: Tensor,
-    weight: Tensor | None,
-    a: Tensor,
-    cores: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    index: Tensor | Sequence[int],
-) -> tuple[Tensor, bool]:
-    """Check a call with an R for each row; its range is checked where it is used, so that compiled calls are, too.
-
-    Returns:
-        index [n], int64, and whether all operands are plain tensors on one device.
-
-    Raises:
-        ValueError, TypeError: as `pass_linear`, and where the index is not one number for each row of x.
-    """
-    if not isinstance(index, Tensor):
-        index = torch.tensor(list(index), dtype=torch.int64)
-    if torch.compiler.is_compiling():
-        _check_rows(x, weight, a, cores, b, bias, index)
-        return index, False
-    signature = signatures.of(x, weight, a, cores, b, bias, index)
-    if not _rows.has(signature):
-        _check_rows(x, weight, a, cores, b, bias, index)
-        _rows.add(signature)
-    _check_inference(x)
-    return index, signature is not None
-
-
-def _check_rows(
-    x: Tensor, weight: Tensor | None, a: Tensor, cores: Tensor, b: Tensor, bias: Tensor | None, index: Tensor
-) -> None:
-    if cores.dim() != 3:
-        raise ValueError(f"expected lora_R [K, r, r] with an index of rows, got {_shape(cores)}")
-    if index.dim() != 1 or index.dtype != torch.int64 or not index.is_cpu:
-        raise TypeError(
-            f"expected index [n] in int64 on the CPU, got {_shape(index)} in {index.dtype} on {index.device}"
-        )
-    if x.dim() < 2 or len(index) != x.shape[0]:
-        raise ValueError(f"expected an index for each of the rows of x [n, ..., in], got {len(index)} for {_shape(x)}")
-    # one R of the stack, or of an empty one its shape
-    check_linear(x, weight, a, cores[0] if len(cores) else cores.new_empty(cores.shape[1:]), b, bias)
 
 
 def _check_dtypes_and_devices(

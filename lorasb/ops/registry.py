@@ -1,8 +1,9 @@
 """Registry of ops and backends: definitions of ops, registration of kernels, and the current backend.
 
-Each op is defined once per backend and once for `auto`, so that PyTorch's dispatcher makes the choice: `lorasb::linear`
-runs the kernel registered for x's device (eager if there is no other), `lorasb::linear_eager` runs eager alone. The op
-of a backend without a kernel for it raises; only `auto` falls back.
+Each op is defined once per backend and once for `auto`, so that PyTorch's dispatcher makes the choice:
+`lorasb::adapted_linear` runs the kernel registered for x's device (eager if there is no other),
+`lorasb::adapted_linear_eager` runs eager alone. The op of a backend without a kernel for it raises; only `auto` falls
+back.
 """
 
 from __future__ import annotations
@@ -18,10 +19,6 @@ import torch
 
 BACKENDS = ("auto", "eager", "cpp", "triton")
 ENVIRONMENT_VARIABLE = "LORASB_BACKEND"
-
-NO_SECOND_DERIVATIVE = (
-    "LoRA-SB's linear has no second derivative here: call backward or autograd.grad once, or take torch.func.hessian"
-)
 
 library = torch.library.Library("lorasb", "DEF")
 DIRECT = ("CPU", "CUDA")  # dispatch keys of devices whose kernels are called directly where nothing intercepts an op
@@ -43,65 +40,29 @@ def op_name(op: str, backend: str) -> str:
 
 
 def backend_op(op: str, backend: str) -> Callable[..., Any]:
-    """A backend's version of an op. "linear" returns (y, u) with u = x Aᵀ [M, r]."""
+    """A backend's version of an op."""
     return getattr(torch.ops.lorasb, op_name(op, backend)).default
 
 
-def define(
-    name: str,
-    schemas: tuple[str, str],
-    fakes: tuple[Callable[..., Any], Callable[..., Any]],
-    backward: Callable[[Callable[..., Any]], Callable[..., Any]],
-    setup: Callable[..., None],
-) -> None:
-    """Define an op and its backward op for `auto` and every backend.
-
-    Args:
-        name: of the op; its backward op is {name}_backward.
-        schemas: of the op and its backward op.
-        fakes: their fake kernels, which return empty tensors of the results' shapes.
-        backward: returns the function that autograd calls, given a backend's backward op.
-        setup: `setup_context` of the autograd formula: saves tensors for backward.
-    """
-    for owner in BACKENDS:
-        for op, schema, fake in zip((name, f"{name}_backward"), schemas, fakes, strict=True):
-            library.define(op_name(op, owner) + schema, tags=(torch.Tag.pt2_compliant_tag,))
-            torch.library.register_fake(f"lorasb::{op_name(op, owner)}", fake, lib=library)
-        # A forward op's formula calls the same backend's backward op, whatever backend is current at that time.
-        function = _once(backward(backend_op(f"{name}_backward", owner)))
-        torch.library.register_autograd(f"lorasb::{op_name(name, owner)}", function, setup_context=setup, lib=library)
-        # The ops have no second derivative; a formula that raises gives double backward a clear error.
-        second_order = _raise_second_derivative
-        torch.library.register_autograd(f"lorasb::{op_name(f'{name}_backward', owner)}", second_order, lib=library)
-
-
-def define_plain(name: str, schema: str, fake: Callable[..., Any]) -> None:
-    """Define an op without a derivative for `auto` and every backend."""
+def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Define an op for `auto` and every backend, with its fake kernel, which returns empty tensors."""
     for owner in BACKENDS:
         library.define(op_name(name, owner) + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"lorasb::{op_name(name, owner)}", fake, lib=library)
 
 
-def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a formula that refuses `create_graph=True`: x is not saved, and no graph could lead from dR to it."""
+class Kernel(NamedTuple):
+    """A kernel of an op, as the dispatcher calls it, and as Python does without the dispatcher, if that differs."""
 
-    def call(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_DERIVATIVE)
-        return backward(ctx, *grads)
-
-    return call
-
-
-def _raise_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(NO_SECOND_DERIVATIVE)
+    op: Callable[..., Any]
+    direct: Callable[..., Any] | None = None
 
 
 def register_backend(
     name: str,
-    kernels: Sequence[tuple[str, Callable[..., Any]]],
+    kernels: dict[str, Kernel],
     keys: Sequence[str],
-    auto: Sequence[tuple[str, Callable[..., Any]]] | None = None,
+    auto: dict[str, Kernel] | None = None,
     auto_keys: Sequence[str] | None = None,
     missing: Callable[[], str | None] | None = None,
 ) -> None:
@@ -109,20 +70,20 @@ def register_backend(
 
     Args:
         name: of the backend.
-        kernels: pairs of an op ("linear", "linear_backward", ...) and its kernel.
+        kernels: by op ("adapted_linear", "dequantize", ...).
         keys: dispatch keys ("CPU", "CUDA", ...) to register the backend's own ops for.
         auto: kernels for the ops of `auto`; the same as `kernels` if None.
         auto_keys: dispatch keys for those; the same as `keys` if None.
         missing: returns the reason why the backend cannot run here, or None if it can; None if it always can.
     """
-    for owner, pairs, dispatch_keys in (
+    for owner, table, dispatch_keys in (
         (name, kernels, keys),
         ("auto", auto or kernels, keys if auto_keys is None else auto_keys),
     ):
-        for op, kernel in pairs:
+        for op, kernel in table.items():
             for key in dispatch_keys:
-                library.impl(op_name(op, owner), kernel, key)
-            _record(op_name(op, owner), kernel, dispatch_keys)
+                library.impl(op_name(op, owner), kernel.op, key)
+            _record(op_name(op, owner), kernel.direct or kernel.op, dispatch_keys)
     _missing[name] = missing or (lambda: None)
 
 
@@ -155,7 +116,7 @@ def direct_kernel(op: str, backend: str, key: str = "CPU") -> Callable[..., Any]
 
 
 class Kernels(NamedTuple):
-    """An op's kernel, its backward op's, and that op itself."""
+    """A backend's kernels of the adapted linear, called on operands, and its backward op, called likewise."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
@@ -163,12 +124,13 @@ class Kernels(NamedTuple):
 
 
 @cache
-def direct_kernels(op: str, backend: str, key: str) -> Kernels | None:
-    """An op's kernels, as `direct_kernel`; None if one of them is missing."""
-    forward, backward = direct_kernel(op, backend, key), direct_kernel(f"{op}_backward", backend, key)
+def direct_kernels(backend: str, key: str) -> Kernels | None:
+    """The kernels that the dispatcher chooses for the adapted linear; None if there are none."""
+    forward, backward = (direct_kernel(op, backend, key) for op in ("adapted_linear", "adapted_linear_backward"))
     if forward is None or backward is None:
         return None
-    return Kernels(forward, backward, backend_op(f"{op}_backward", backend))
+    op = backend_op("adapted_linear_backward", backend)
+    return Kernels(forward, backward, lambda dys, us, operands, *need: op(dys, us, *operands, *need))
 
 
 def unavailable(name: str) -> str | None:

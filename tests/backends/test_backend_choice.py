@@ -12,9 +12,9 @@ from calls import run
 from torch._subclasses import FakeTensorMode
 
 import lorasb
-from lorasb.backends.eager import linear as eager
+from lorasb.backends import eager
 from lorasb.functional import lora_sb_linear
-from lorasb.ops import fast_path as direct
+from lorasb.ops import composed
 
 
 def test_explicit_eager_equals_auto() -> None:
@@ -27,14 +27,14 @@ def test_explicit_eager_equals_auto() -> None:
 
 
 def test_the_forward_decides_for_its_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "SMALL_BYTES", 0)
+    monkeypatch.setattr(composed, "SMALL_BYTES", 0)
     case = reference.make_case((5,), 24, 20, 4, torch.float32)
     core = case.core.requires_grad_(True)
     with lorasb.backend("eager"):
         y = lora_sb_linear(case.x, case.weight, case.a, core, case.b)
         with FakeTensorMode(allow_non_fake_inputs=True):  # what wraps tensors meets the op itself
             traced = lora_sb_linear(case.x, case.weight, case.a, core, case.b)
-    assert y.grad_fn.kernels.backward is eager.backward
+    assert y.grad_fn.kernels.backward is eager.eager_backward
     assert "linear_eager" in type(traced.grad_fn).__name__
 
 

@@ -6,27 +6,28 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reference
 import tolerances
 import torch
+from calls import operands_of
 
 import lorasb
-from lorasb.backends.eager import linear as eager
-from lorasb.backends.triton import linear as fused
+from lorasb.backends import dropout as masks
+from lorasb.backends import eager
+from lorasb.backends import triton as fused
 from lorasb.functional import lora_sb_linear
 from lorasb.kernels import linear as launch
 from lorasb.kernels import plan
+from lorasb.ops.adapted_linear import Operands
 from lorasb.utils.cache_dir import CACHE_VARIABLE
 
-Arguments = tuple[object, ...]
 
-
-def arguments(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Arguments:
+def arguments(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[torch.Tensor, Operands]:
     c = reference.make_case((20,), 24, 16, 4, dtype)
-    seed = torch.tensor([3]) if dropout else None
-    return c.x, c.weight, c.a, c.core, c.b, c.bias, c.scaling, dropout, seed
+    return c.x, operands_of(c, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +46,11 @@ def break_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_computes_in_eager_and_says_why_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    auto = fused.or_eager(fused.forward, eager.forward)
+    auto = fused.or_eager(fused.forward, eager.eager_forward)
     break_kernels(monkeypatch)
     with pytest.warns(RuntimeWarning, match=r"RuntimeError: ptxas: no such instruction.*eager torch computes instead"):
         y, u = auto(*arguments())
-    for got, want in zip((y, u), eager.forward(*arguments()), strict=True):
+    for got, want in zip((y, u), eager.eager_forward(*arguments()), strict=True):
         assert torch.equal(got, want)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -58,7 +59,7 @@ def test_auto_computes_in_eager_and_says_why_once(monkeypatch: pytest.MonkeyPatc
 
 def test_a_failure_stays_with_its_kernel_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another shape, and another kernel, are tried all the same: they may well run."""
-    auto = fused.or_eager(fused.forward, eager.forward)
+    auto = fused.or_eager(fused.forward, eager.eager_forward)
     with monkeypatch.context() as patch:
         break_kernels(patch)
         with pytest.warns(RuntimeWarning, match=r"for calls like this one \(forward, 24 features, torch\.float32\)"):
@@ -68,20 +69,19 @@ def test_a_failure_stays_with_its_kernel_and_shape(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(launch, "launch", lambda *a, **k: (taken.append("kernel"), real(*a, **k)))
     auto(*arguments())
     assert not taken  # the same call: eager, without a try
-    x, *rest = arguments()
-    auto(torch.cat((x, x)), *rest)  # other rows of the same power of two are the same plan; these are more
+    x, operands = arguments()
+    auto(torch.cat((x, x)), operands)  # other rows of the same power of two are the same plan; these are more
     assert len(taken) == 2
     dy, u = torch.randn(20, 16), torch.randn(20, 4)
-    _, weight, a, core, b, *_ = arguments()
-    fused.or_eager(fused.backward, eager.backward)(dy, weight, a, core, b, u, 0.7, 0.0, None, True, True)
+    fused.or_eager(fused.backward, eager.eager_backward)([dy], [u], operands, True, True)
     assert len(taken) == 4
 
 
 def test_auto_takes_the_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    auto = fused.or_eager(fused.forward, eager.forward)
+    auto = fused.or_eager(fused.forward, eager.eager_forward)
     assert torch.equal(auto(*arguments())[0], fused.forward(*arguments())[0])
     monkeypatch.setattr(fused, "forward", None)
-    assert torch.equal(auto(*arguments(torch.float64))[0], eager.forward(*arguments(torch.float64))[0])
+    assert torch.equal(auto(*arguments(torch.float64))[0], eager.eager_forward(*arguments(torch.float64))[0])
 
 
 def test_an_explicit_backend_raises(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,21 +98,22 @@ def test_running_out_of_memory_is_no_broken_kernel(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(launch, "launch", full)
     with pytest.raises(torch.OutOfMemoryError):
-        fused.or_eager(fused.forward, eager.forward)(*arguments())
+        fused.or_eager(fused.forward, eager.eager_forward)(*arguments())
     assert not fused._broken
 
 
 def test_a_backward_by_eager_keeps_the_mask_of_a_forward_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """<dy, y(x)> = <dx, x> for a linear y, and only with one mask in both."""
-    x, _, a, core, b, _, scaling, dropout, seed = arguments(dropout=0.5)
-    y, u = fused.forward(x, None, a, core, b, None, scaling, dropout, seed)
+    x, operands = arguments(base=(), dropout=0.5, seeds=torch.tensor([3]))
+    operands, core = operands._replace(biases=[]), operands.cores[0]
+    y, u = fused.forward(x, operands)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     break_kernels(monkeypatch)
-    auto = fused.or_eager(fused.backward, eager.backward)
+    auto = fused.or_eager(fused.backward, eager.eager_backward)
     for _ in range(2):  # the call that fails, and those that come after
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            dx, dcore = auto(dy, None, a, core, b, u, scaling, dropout, seed, True, True)
+            dx, dcore = auto([dy], [u], operands, True, True)
         tolerances.check((dx * x).sum(), (dy * y).sum(), tolerances.fp32(2000))
         tolerances.check((dcore * core).sum(), (dy * y).sum(), tolerances.fp32(2000))
 
@@ -122,8 +123,8 @@ def test_eager_knows_the_kernels_mask(seed: int) -> None:
     x = torch.ones(33, 16)
     members = launch.Members([None], [torch.eye(16)], [torch.eye(16)], [torch.eye(16)], [1.0])
     chosen = plan.choose(plan.Shape("forward", "fp32", 33, 16, 16, 16), plan.INTERPRETER, 1)
-    _, (u,) = launch.forward(x, members, [None], chosen, launch.Mask(eager.kernel_dropout(0.3), (seed,)))
-    assert torch.equal(u == 1.0, eager.philox_mask(x.shape, 0.3, seed, x.device))
+    _, (u,) = launch.forward(x, members, [None], chosen, launch.Mask(masks.kernel_dropout(0.3), (seed,)))
+    assert torch.equal(u == 1.0, masks.philox_mask(x.shape, 0.3, seed, x.device))
 
 
 def test_without_gpu_and_interpreter_triton_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:

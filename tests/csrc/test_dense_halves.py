@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import reference
 import torch
-from calls import pooled, run
+from calls import opcheck, operands_of, pooled, run
 from tolerances import EXACT, HALF_FEW, check, check_half
 from torch import Tensor
 
@@ -168,12 +168,11 @@ def test_no_weight_in_fp32_exists_and_u_alone_stays(kernel: str) -> None:
 
 def test_opcheck(kernel: str) -> None:
     case = reference.make_case((2, 3), 40, 24, 3, torch.bfloat16)
-    x, core = case.x.requires_grad_(), case.core.requires_grad_()
-    arguments = (x, case.weight, case.a, core, case.b, case.bias, case.scaling, 0.0, None)
-    torch.library.opcheck(torch.ops.lorasb.linear_cpp.default, arguments)
-    group = ([case.weight] * 2, [case.a] * 2, [core] * 2, [case.b] * 2, [case.bias] * 2, [1.0, 0.5])
+    case.x.requires_grad_()
+    case.core.requires_grad_()
+    opcheck("cpp", operands_of(case), case)
     for dropout, seeds in ((0.0, None), (0.5, torch.tensor([3, 4]))):
-        torch.library.opcheck(torch.ops.lorasb.linear_group_cpp.default, (x, *group, dropout, seeds))
+        opcheck("cpp", operands_of(case, case, dropout=dropout, seeds=seeds), case, case)
 
 
 BAD = {

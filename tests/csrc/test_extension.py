@@ -18,8 +18,8 @@ from torch import Tensor
 
 import lorasb
 from lorasb.backends import cpp
-from lorasb.backends.eager import weight_gradient as eager_gradients
-from lorasb.ops.weight_gradient import BAD, SQUARES, ZEROS
+from lorasb.backends import weight_gradient as eager_gradients
+from lorasb.ops.plain_ops import BAD, SQUARES, ZEROS
 from lorasb.quantization.quantized_weight import QuantizedWeight
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +129,9 @@ def test_signs_zeros_and_what_is_not_finite() -> None:
     cpp.use_instruction_set("")
 
 
+OF_CSRC = ("quantized_linear", "quantized_linear_backward", "linear_rows")
+
+
 def _random_call(rng: random.Random) -> tuple[str, tuple]:
     """Arguments that fit together, or nearly: one of them may be of another size, dtype, place or value."""
     m, n, r, M = rng.randint(0, 70), rng.randint(0, 140), rng.randint(0, 9), rng.choice([0, 1, 2, 5, 9, 90])
@@ -175,9 +178,9 @@ def _random_call(rng: random.Random) -> tuple[str, tuple]:
         factors = rng.choice([(a, core, b), (None, None, None), (a, None, b)])
         return "serve_quantized", (x, quant, layout, rng.choice([m, m + 1]), n, *factors, bias, 0.5)
     if rng.random() < 0.5:
-        return "linear_quantized", (x, quant, layout, a, core, b, bias, 0.5, 0.0, None)
+        return "quantized_linear", (x, quant, layout, a, core, b, bias, 0.5, 0.0, None)
     dy, u = torch.randn(M, m).to(dtype), torch.randn(rng.choice([M, M + 1]), r).to(dtype)
-    return "linear_quantized_backward", (
+    return "quantized_linear_backward", (
         dy,
         quant,
         layout,
@@ -205,12 +208,13 @@ def _with_rows(
     weight = rng.choice([None, torch.randn(m, n).to(a.dtype), torch.randn(m + 1, n).to(a.dtype)])
     quant, layout = (quant, layout) if weight is None and rng.random() < 0.6 else ([], [0, 0, 0])
     if rng.random() < 0.5:
-        return "linear_rows", (x, weight, quant, layout, a, cores, b, bias, index, 0.5)
+        return "linear_rows", (x, weight, quant, layout, a, cores, b, bias, index, 0.5, weight is not None)
     rows = len(x) if x.dim() else 1
     dy, u = torch.randn(rows, m).to(a.dtype), torch.randn(rows, r).to(a.dtype)
     dy = rng.choice([dy, dy, dy, dy.t().contiguous().t(), dy[:, :-1], dy[1:], dy.int()])
-    others = cores, b, u, index, 0.5, rng.random() < 0.8, rng.random() < 0.8
-    return "linear_rows_backward", (dy, weight, quant, layout, a, *others)
+    base = quant if weight is None else [weight]
+    others = [], [0.5], index, 0.0, None, rng.random() < 0.8, rng.random() < 0.8
+    return "adapted_linear_backward", ([dy], [u], base, layout, [a], [cores], [b], *others)
 
 
 @built
@@ -244,7 +248,8 @@ def test_ten_thousand_random_calls_end_in_a_result_or_an_error() -> None:
             cpp.use_instruction_set(names[case // 500 % len(names)])
         op, arguments = _random_call(rng)
         try:
-            getattr(torch.ops.lorasb, f"{op}_cpp")(*arguments)
+            owner, name = (torch.ops.lorasb_csrc, op) if op in OF_CSRC else (torch.ops.lorasb, f"{op}_cpp")
+            getattr(owner, name)(*arguments)
             outcomes["result"] += 1
         except (ValueError, TypeError, IndexError, RuntimeError):
             outcomes["error"] += 1
@@ -285,8 +290,8 @@ for name in cpp.instruction_sets():
                     for M in (1, 5, 100):
                         x, dy = at_the_end(torch.randn(M, n).to(dtype)), at_the_end(torch.randn(M, m).to(dtype))
                         a, b, core = at_the_end(torch.randn(3, n).to(dtype)), at_the_end(torch.randn(m, 3).to(dtype)), at_the_end(torch.randn(3, 3))
-                        y, u = torch.ops.lorasb.linear_quantized_cpp(x, quant, w.layout(dtype), a, core, b, None, 1.0, 0.0, None)
-                        torch.ops.lorasb.linear_quantized_backward_cpp(dy, quant, w.layout(dtype), a, core, b, u, 1.0, 0.0, None, True, True)
+                        y, u = torch.ops.lorasb_csrc.quantized_linear(x, quant, w.layout(dtype), a, core, b, None, 1.0, 0.0, None)
+                        torch.ops.lorasb_csrc.quantized_linear_backward(dy, quant, w.layout(dtype), a, core, b, u, 1.0, 0.0, None, True, True)
                         torch.ops.lorasb.gradient_signs_cpp(dy, x, None, True)
     for m, n in ((3, 64), (33, 128), (59, 123), (130, 17)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -8,13 +8,14 @@ import pytest
 import reference
 import tolerances
 import torch
-from calls import check_dropout_follows_the_global_seed
+from calls import check_dropout_follows_the_global_seed, operands_of
 from calls import run_kernels as run
 from kernel_cases import group_cases, run_group
 from torch import Tensor
 
-from lorasb.backends.eager import linear as eager
-from lorasb.backends.triton import linear as backend
+from lorasb.backends import dropout as masks
+from lorasb.backends import eager
+from lorasb.backends import triton as backend
 from lorasb.kernels import linear as launch
 from lorasb.kernels import plan
 from lorasb.kernels.launcher import observed
@@ -28,7 +29,7 @@ class TestDropout:
         exact = case.double()
         torch.manual_seed(5)
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)  # as the call drew it
-        mask = mask_of(case, int(seed), 0.4).double() / (1 - eager.kernel_dropout(0.4))
+        mask = mask_of(case, int(seed), 0.4).double() / (1 - masks.kernel_dropout(0.4))
         u, t = (exact.x * mask) @ exact.a.t(), exact.dy @ exact.b
         tolerances.check(
             y, exact.x @ exact.weight.t() + exact.scaling * u @ exact.core.t() @ exact.b.t(), tolerances.fp32(80)
@@ -94,7 +95,7 @@ class TestDropout:
     def test_eager_torch_knows_the_mask(self, n: int) -> None:
         case = reference.make_case((20,), n, 8, 4, torch.float32)
         for dropout in (1e-9, 0.05, 0.5, 0.95, 1 - 1e-9):
-            want = eager.philox_mask(case.x.shape, dropout, 2**40 + n, case.x.device)
+            want = masks.philox_mask(case.x.shape, dropout, 2**40 + n, case.x.device)
             assert torch.equal(mask_of(case, 2**40 + n, dropout), want)
 
     def test_the_words_are_philox(self) -> None:
@@ -114,18 +115,18 @@ class TestDropout:
 
     def test_elements_are_dropped_independently(self) -> None:
         """Of the eight columns that one counter serves, and of counters beside each other."""
-        kept = eager.philox_mask(torch.Size((4000, 64)), 0.3, 3, torch.device("cpu")).double() - 0.7  # the kernels'
+        kept = masks.philox_mask(torch.Size((4000, 64)), 0.3, 3, torch.device("cpu")).double() - 0.7  # the kernels'
         products = kept.t() @ kept / (len(kept) * 0.21)
         assert (products - torch.eye(64)).abs().max() < 5.5 * len(kept) ** -0.5
         assert (kept[1:] * kept[:-1]).mean().abs() / 0.21 < 5 * (63 * len(kept)) ** -0.5
 
     @pytest.mark.parametrize("dropout", [1e-9, 1e-5, 0.05, 0.9, 1 - 1e-9])
     def test_the_scale_is_that_of_the_share_that_is_kept(self, dropout: float) -> None:
-        known = eager.kernel_dropout(dropout)
+        known = masks.kernel_dropout(dropout)
         assert 0 < known < 1
         assert abs(known - dropout) <= 2**-16
-        a = torch.eye(4)
-        assert backend.members_of(None, a, a, a, 0.7, dropout).scales[0] * (1 - known) == pytest.approx(0.7)
+        operands = operands_of(reference.make_case((2,), 4, 4, 4, torch.float32), dropout=dropout)
+        assert backend.members_of(operands).scales[0] * (1 - known) == pytest.approx(0.7)
         words = torch.arange(2**16)
         threshold = (launch.Mask(known).threshold & 0xFFFFFFFF) >> 16
         assert (words >= threshold).double().mean() == 1 - known
@@ -133,8 +134,8 @@ class TestDropout:
     def test_none_is_none_whatever_the_seed(self) -> None:
         """As in eager: an op may be called with a seed and a probability of 0."""
         case, seed = reference.make_case((300,), 64, 8, 4, torch.float32), torch.tensor([5])
-        ops = (backend.forward, eager.forward)
-        (y, u), (want, want_u) = (op(case.x, None, case.a, case.core, case.b, None, 0.7, 0.0, seed) for op in ops)
+        operands = operands_of(case, base=(), seeds=seed)
+        (y, u), (want, want_u) = (op(case.x, operands) for op in (backend.forward, eager.eager_forward))
         tolerances.check(y, want.double(), tolerances.fp32(80))
         tolerances.check(u, want_u.double(), tolerances.fp32(80))
 
@@ -150,6 +151,6 @@ def mask_of(case: reference.Case, seed: int, dropout: float) -> Tensor:
     shape = plan.Shape("forward", "fp32", M, n, n, n)
     chosen = plan.choose(shape, plan.INTERPRETER, 1)
     _, (u,) = launch.forward(
-        torch.ones(M, n), members, [None], chosen, launch.Mask(eager.kernel_dropout(dropout), (seed,))
+        torch.ones(M, n), members, [None], chosen, launch.Mask(masks.kernel_dropout(dropout), (seed,))
     )
     return u == 1.0

@@ -10,6 +10,7 @@ import pytest
 import reference
 import tolerances
 import torch
+from calls import opcheck, operands_of
 from calls import run_kernels as run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -260,16 +261,16 @@ def test_splits_leave_no_program_without_work(blocks: int, steps: int) -> None:
         assert 1 <= splits <= steps
 
 
-@pytest.mark.parametrize("op", ["linear", "linear_group"])
-def test_opcheck(op: str) -> None:
+@pytest.mark.parametrize("group", [False, True])
+def test_opcheck(group: bool) -> None:
     cases = group_cases(20, 24, (20, 16), 4, torch.float32)
     for case in cases:
         case.core.requires_grad_(True)
-    c, x = cases[0], cases[0].x.requires_grad_(True)
-    single = (x, c.weight, c.a, c.core, c.b, c.bias, c.scaling, 0.0, None)
-    lists = [[getattr(case, name) for case in cases] for name in ("weight", "a", "core", "b", "bias", "scaling")]
-    group = (x, *lists, 0.3, torch.tensor([2**40, 2**41]))
-    torch.library.opcheck(getattr(torch.ops.lorasb, f"{op}_triton").default, single if op == "linear" else group)
+    cases[0].x.requires_grad_(True)
+    if group:
+        opcheck("triton", operands_of(*cases, dropout=0.3, seeds=torch.tensor([2**40, 2**41])), *cases)
+    else:
+        opcheck("triton", operands_of(cases[0]), cases[0])
 
 
 BAD_INPUT = {

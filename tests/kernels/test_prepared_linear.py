@@ -15,7 +15,7 @@ from reference import Case, make_case
 from torch import Tensor
 
 import lorasb
-from lorasb.backends.triton import linear as backend
+from lorasb.backends import triton as backend
 from lorasb.functional import lora_sb_linear
 from lorasb.kernels import linear, plan, prepared_linear
 from lorasb.kernels.launcher import observed

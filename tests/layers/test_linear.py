@@ -117,15 +117,17 @@ def test_the_adapters_product_accumulates_onto_the_base_and_nothing_is_added_apa
             calls.append((str(function), [tuple(a.shape) for a in args if isinstance(a, Tensor)]))
             return function(*args, **(kwargs or {}))
 
-    from lorasb.backends.eager import linear as eager
+    from lorasb.backends import eager
+    from lorasb.ops.adapted_linear import DENSE, Operands
 
     x, dy = torch.randn(7, 16), torch.randn(7, 12)
     layer = make()
     a, core, b = (getattr(layer, f"lorasb_{part}")["default"].detach() for part in "ARB")
     weight = layer.base_weight().detach()
     with Record():
-        _, u = eager.forward(x, weight, a, core, b, None, 1.0, 0.0, None)
-        eager.backward(dy, weight, a, core, b, u, 1.0, 0.0, None, True, True)
+        operands = Operands([weight], DENSE, [a], [core], [b], [], [1.0])
+        _, u = eager.eager_forward(x, operands)
+        eager.eager_backward([dy], [u], operands, True, True)
     onto = [shapes for name, shapes in calls if name == "aten.addmm_.default"]
     r = core.shape[0]
     assert onto == [[(7, 12), (7, r), (r, 12)], [(7, 16), (7, r), (r, 16)]]

@@ -6,7 +6,7 @@ import pytest
 
 import lorasb
 from lorasb.backends import cpp
-from lorasb.ops import fast_path
+from lorasb.ops import composed as by_torch
 
 KERNELS = ["eager", *cpp.instruction_sets()] if cpp.missing() is None else ["eager"]
 
@@ -27,5 +27,5 @@ def kernel(request: pytest.FixtureRequest):
 @pytest.fixture(params=[True, False], ids=["composed", "function"])
 def composed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both ways that calls on a CPU take: composed of torch's ops for small x, and a backward of our own."""
-    monkeypatch.setattr(fast_path, "SMALL_BYTES", 2**40 if request.param else 0)
+    monkeypatch.setattr(by_torch, "SMALL_BYTES", 2**40 if request.param else 0)
     return request.param

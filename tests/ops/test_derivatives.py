@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 import lorasb
 from lorasb.functional import lora_sb_linear, lora_sb_linear_group
-from lorasb.ops import fast_path
+from lorasb.ops import composed
 
 Layer = Callable[[Tensor, Tensor], Tensor]  # (x [M, n], R [r, r]) -> y [M, n]
 KINDS = ("dense", "quantized", "group", "rows", "quantized rows", "rows of a group")
@@ -58,7 +58,7 @@ def fp64_case(M: int = 6, n: int = 64) -> reference.Case:
 def test_a_second_derivative_in_a_residual_block_is_right_or_refused(
     kind: str, backend: str, small_bytes: int, loss: str, wrt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast_path, "SMALL_BYTES", small_bytes)
+    monkeypatch.setattr(composed, "SMALL_BYTES", small_bytes)
     case = fp64_case()
     layer, expected = layer_of(kind, case)
 
@@ -106,7 +106,7 @@ def test_a_second_derivative_is_right_or_refused_at_real_sizes(M: int, autocast:
 @pytest.mark.parametrize("small_bytes", [0, 2**40])
 def test_the_path_from_x_to_the_gradient_of_r_is_not_pruned(small_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """dR = s·tᵀ u is linear in x where the loss is a sum: only u leads from it to x."""
-    monkeypatch.setattr(fast_path, "SMALL_BYTES", small_bytes)
+    monkeypatch.setattr(composed, "SMALL_BYTES", small_bytes)
     case = fp64_case()
     layer, expected = layer_of("dense", case)
     results = []
@@ -123,7 +123,7 @@ def test_the_path_from_x_to_the_gradient_of_r_is_not_pruned(small_bytes: int, mo
 
 
 def test_create_graph_alone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_path, "SMALL_BYTES", 0)
+    monkeypatch.setattr(composed, "SMALL_BYTES", 0)
     case = fp64_case()
     layer, expected = layer_of("dense", case)
     found = []
@@ -153,7 +153,7 @@ TRANSFORMS: dict[str, Callable[[Layer, reference.Case], Any]] = {
 def test_transforms_agree_with_plain_torch(
     kind: str, transform: str, small_bytes: int, grad_mode: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast_path, "SMALL_BYTES", small_bytes)
+    monkeypatch.setattr(composed, "SMALL_BYTES", small_bytes)
     case = fp64_case()
     if transform == "gradients by sample" and "rows" in kind:
         case.x = case.x[:1]  # a row's own x [1, n], as its index says

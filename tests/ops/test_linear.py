@@ -6,7 +6,7 @@ import pytest
 import reference
 import tolerances
 import torch
-from calls import run
+from calls import opcheck, operands_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -134,26 +134,14 @@ def test_gradcheck(bias: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("suffix", ["", "_eager"])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("variant", ["plain", "no bias", "no weight", "frozen R", "frozen x", "dropout"])
-def test_opcheck(suffix: str, variant: str) -> None:
+def test_opcheck(backend: str, variant: str) -> None:
     case = reference.make_case((2, 3), 8, 6, 3, torch.float32, bias=variant != "no bias")
-    weight = None if variant == "no weight" else case.weight
-    x, core = case.x.requires_grad_(variant != "frozen x"), case.core.requires_grad_(variant != "frozen R")
+    case.x.requires_grad_(variant != "frozen x")
+    case.core.requires_grad_(variant != "frozen R")
     dropout, seed = (0.5, torch.tensor([7])) if variant == "dropout" else (0.0, None)
-    op = getattr(torch.ops.lorasb, f"linear{suffix}").default
-    torch.library.opcheck(op, (x, weight, case.a, core, case.b, case.bias, case.scaling, dropout, seed))
-
-
-@pytest.mark.parametrize("need_dx", [True, False])
-@pytest.mark.parametrize("need_dcore", [True, False])
-def test_opcheck_backward(need_dx: bool, need_dcore: bool) -> None:
-    c = reference.make_case((2, 3), 8, 6, 3, torch.bfloat16)
-    u = (c.x @ c.a.t()).reshape(-1, 3)
-    op = torch.ops.lorasb.linear_backward.default
-    tests = ("test_schema", "test_faketensor")  # it is the derivative: it has none of its own
-    arguments = (c.dy, c.weight, c.a, c.core, c.b, u, c.scaling, 0.0, None, need_dx, need_dcore)
-    torch.library.opcheck(op, arguments, test_utils=tests)
+    opcheck(backend, operands_of(case, base=() if variant == "no weight" else None, dropout=dropout, seeds=seed), case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from calls import opcheck, operands_of
 from reference import make_case
 from storages import exact, octets, storage
 from tolerances import EXACT, FP64, GRADCHECK, check
@@ -45,8 +46,7 @@ def test_opcheck(name: str) -> None:
         case = make_case((6,), 64, 32, 4, dtype)
         x, core = case.x.requires_grad_(), case.core.requires_grad_()
         layout = weight.layout(dtype)
-        op = getattr(torch.ops.lorasb, f"linear_quantized_{name}")
-        torch.library.opcheck(op, (x, weight.tensors, layout, case.a, core, case.b, case.bias, 0.7, 0.0, None))
+        opcheck(name, operands_of(case, base=(weight.tensors, layout)), case)
         if name == "cpp":
             served = (
                 x.detach(),

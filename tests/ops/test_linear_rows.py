@@ -8,6 +8,7 @@ import pytest
 import reference
 import tolerances
 import torch
+from calls import opcheck, operands_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from storages import exact, octets, storage
@@ -116,12 +117,10 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("with_weight", [True, False])
 def test_opcheck(with_weight: bool) -> None:
     case, cores = make(torch.float32)
-    index, weight = torch.tensor(INDEX), case.weight if with_weight else None
-    given_ = (weight, [], [0, 0, 0], case.a, cores.requires_grad_(True), case.b, case.bias, index, 0.7)
-    torch.library.opcheck(torch.ops.lorasb.linear_rows.default, (case.x.requires_grad_(True), *given_))
-    u = case.x.detach().flatten(0, 1) @ case.a.t()
-    given_ = (weight, [], [0, 0, 0], case.a, cores.detach(), case.b, u, index, 0.7, True, True)
-    torch.library.opcheck(torch.ops.lorasb.linear_rows_backward.default, (case.dy, *given_))
+    case.x.requires_grad_(True)
+    case.core = cores.requires_grad_(True)
+    operands = operands_of(case, base=None if with_weight else (), row_index=torch.tensor(INDEX))
+    opcheck("auto", operands, case)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nested nf4", "int8"])

@@ -8,6 +8,7 @@ import pytest
 import reference
 import tolerances
 import torch
+from calls import opcheck, operands_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -103,14 +104,11 @@ def test_gradcheck() -> None:
 
 
 def test_opcheck() -> None:
-    cases, index = make(torch.float32), torch.tensor(INDEX)
-    *lists, scalings = operands(cases, [case.core.requires_grad_(True) for case in cases])
-    given_ = (cases[0].x.requires_grad_(True), *lists, index, scalings)
-    torch.library.opcheck(torch.ops.lorasb.linear_rows_group.default, given_)
-    lists[2] = [core.detach() for core in lists[2]]
-    us = [cases[0].x.detach().flatten(0, 1) @ case.a.t() for case in cases]
-    given_ = ([case.dy for case in cases], *lists[:4], us, scalings, index, True, True)
-    torch.library.opcheck(torch.ops.lorasb.linear_rows_group_backward.default, given_)
+    cases = make(torch.float32)
+    for case in cases:
+        case.core.requires_grad_(True)
+    cases[0].x.requires_grad_(True)
+    opcheck("auto", operands_of(*cases, row_index=torch.tensor(INDEX)), *cases)
 
 
 def test_an_output_that_the_loss_does_not_use_adds_nothing(kernel: str) -> None:

@@ -123,8 +123,7 @@ def test_nothing_is_known_where_ops_are_intercepted(ways: tuple[Signature, Signa
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has passed yet."""
-    for name in ("_linears", "_groups"):
-        monkeypatch.setattr(operand_checks, name, signatures.Known())
+    monkeypatch.setattr(operand_checks, "_known", signatures.Known())
 
 
 @pytest.mark.usefixtures("fresh")

@@ -12,6 +12,36 @@ from torch import Tensor
 
 import lorasb
 from lorasb.functional import lora_sb_linear
+from lorasb.ops.adapted_linear import DENSE, Operands
+
+
+def operands_of(
+    *cases: reference.Case, base: Any = None, row_index: Tensor | None = None, dropout: float = 0.0, seeds: Any = None
+) -> Operands:
+    """The operands of one case or several, as the op has them; `base`: (tensors, layout), or () for no base."""
+    tensors, layout = ([case.weight for case in cases], DENSE) if base is None else (base or ([], DENSE))
+    biases = [case.bias for case in cases if case.bias is not None]
+    lists = [[getattr(case, name) for case in cases] for name in ("a", "core", "b")]
+    return Operands(tensors, layout, *lists, biases, [c.scaling for c in cases], row_index, dropout, seeds)
+
+
+def opcheck(backend: str, operands: Operands, *cases: reference.Case) -> None:
+    """torch's own tests of the op and its backward op, of a backend."""
+    x, suffix = cases[0].x, "" if backend == "auto" else f"_{backend}"
+    torch.library.opcheck(getattr(torch.ops.lorasb, f"adapted_linear{suffix}").default, (x, *operands))
+    plain = Operands(
+        *([t.detach() for t in f] if isinstance(f, list) and f and isinstance(f[0], Tensor) else f for f in operands)
+    )
+    if len(cases) == 1 and not (plain.is_quantized or plain.row_index is not None or plain.dropout):
+        base, biases = (list(one) or [None] for one in (plain.base, plain.biases))
+        arguments = x.detach(), base[0], plain.a[0], plain.cores[0], plain.b[0], biases[0], plain.scalings[0]
+        torch.library.opcheck(getattr(torch.ops.lorasb, f"serve_dense{suffix}").default, arguments)
+    us = [x.detach().reshape(-1, x.shape[-1]) @ case.a.t() for case in cases]
+    op = getattr(torch.ops.lorasb, f"adapted_linear_backward{suffix}").default
+    for need_dx, need_dcores in ((True, True), (True, False), (False, True)):
+        arguments = [case.dy for case in cases], us, *plain._replace(biases=[]), need_dx, need_dcores
+        # it is the derivative: it has none of its own
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def run(case: reference.Case, x: Tensor | None = None, dropout: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

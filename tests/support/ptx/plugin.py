@@ -88,7 +88,7 @@ def install(arch: str) -> Executor:
         raise ValueError(f"--ptx knows {', '.join(ARCHITECTURES)}, got {arch!r}")
     from dataclasses import replace
 
-    from lorasb.backends.triton import linear as backend
+    from lorasb.backends import triton as backend
     from lorasb.kernels import launcher, plan, prepared_launch
     from lorasb.ops import registry
 

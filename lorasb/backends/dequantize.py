@@ -1,53 +1,15 @@
-"""The adapted linear over quantized weights in plain torch: dequantizes W for a call and runs the dense kernel."""
+"""Dequantization in plain torch, some blocks at a time."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ...ops.registry import register_backend
-from ...quantization.quantized_weight import FOUR_BIT, INT8, QuantizedTensors
-from . import linear as eager
+from ..quantization.quantized_weight import FOUR_BIT, INT8, QuantizedTensors
 
 CHUNK = 1 << 20  # elements dequantized at a time: 4 MB in fp32
 ROUNDINGS = (None, torch.bfloat16, torch.float16)  # by the code in `layout`
 INT8_SCALE = 7.874015718698502e-3  # 1 / 127, with the digits of bitsandbytes' constant
-
-
-def linear(
-    x: Tensor,
-    quant: list[Tensor],
-    layout: list[int],
-    a: Tensor,
-    core: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [..., out] and u = x Aᵀ [M, r]."""
-    weight = dequantize(quant, layout, b.shape[0], a.shape[1], x.dtype)
-    return eager.forward(x, weight, a, core, b, bias, scaling, dropout, seed)
-
-
-def linear_backward(
-    dy: Tensor,
-    quant: list[Tensor],
-    layout: list[int],
-    a: Tensor,
-    core: Tensor,
-    b: Tensor,
-    u: Tensor,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-    need_dx: bool,
-    need_dcore: bool,
-) -> tuple[Tensor, Tensor]:
-    """dx = dy W + (s·t R) A with t = dy B, and dR = s·tᵀ u; a gradient that is not needed is an empty tensor."""
-    weight = dequantize(quant, layout, b.shape[0], a.shape[1], dy.dtype) if need_dx else None
-    return eager.backward(dy, weight, a, core, b, u, scaling, dropout, seed, need_dx, need_dcore)
 
 
 def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -84,13 +46,3 @@ def block_scales(quant: list[Tensor], layout: list[int]) -> Tensor:
     scales = torch.nn.functional.embedding(octets.int(), table[:, None]).flatten()
     scales = scales * absmax.repeat_interleave(layout[1])[: len(scales)]
     return scales + offset
-
-
-def register() -> None:
-    """Register for every device; CompositeExplicitAutograd leaves autograd to the ops' own formulas."""
-    kernels = (
-        ("linear_quantized", linear),
-        ("linear_quantized_backward", linear_backward),
-        ("dequantize", dequantize),
-    )
-    register_backend("eager", kernels, ("CompositeExplicitAutograd",))

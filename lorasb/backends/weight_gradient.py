@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...ops.registry import register_backend
-from ...utils.bit_packing import pack_words, words_of
-from .linear import no_autocast
+from ..ops.autocast import no_autocast
+from ..utils.bit_packing import pack_words, words_of
 
 BLOCK = 1 << 18  # elements of G per block of rows: 1 MB in fp32
 
@@ -62,9 +61,3 @@ def _sum_rows(left: Tensor, right: Tensor, total: Tensor | None, rows: slice, fr
 def _squares(block: Tensor) -> Tensor:
     """Σ G² of a block, summed in fp64 without an fp64 copy of it."""
     return torch.linalg.vector_norm(block, dtype=torch.float64).square()
-
-
-def register() -> None:
-    """Register for every device."""
-    kernels = (("gradient_add", gradient_add), ("gradient_signs", gradient_signs))
-    register_backend("eager", kernels, ("CompositeExplicitAutograd",))

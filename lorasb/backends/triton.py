@@ -1,0 +1,467 @@
+"""The Triton backend: the fused kernels of `lorasb.kernels` on CUDA, or on the CPU under Triton's interpreter.
+
+An explicit `backend("triton")` raises where a kernel does not compile or launch. `auto` computes the call in eager
+torch instead, warns once, and stays with eager. Nothing here imports triton before the first call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import plan as plan_tables
+from ..ops import signatures
+from ..ops.adapted_linear import DENSE, Operands, kernels_of
+from ..ops.registry import Kernel, register_backend
+from ..quantization.quantized_weight import INT8, QuantizedTensors
+from ..utils.cache_dir import cache_dir
+from . import cpp, eager
+from . import dequantize as eager_dequantize
+from .dropout import kernel_dropout, kernel_masks
+from .eager import check_index, shaped
+
+INTERPRET = "TRITON_INTERPRET"
+SMALLEST_CAPABILITY = (8, 0)  # bf16 and TF32 in tensor cores; the tables start at sm_80
+_broken: dict[tuple[Any, ...], str] = {}  # kernel and shapes -> why `auto` no longer takes it for them
+
+
+class CaptureError(RuntimeError):
+    """Error of a call that cannot be captured in a CUDA graph."""
+
+
+def forward(x: Tensor, operands: Operands) -> list[Tensor]:
+    """The y_j [..., m_j], then the u_j [M, r]: one pass over x and one extended GEMM, whatever the members."""
+    if operands.row_index is not None:
+        return _forward_by_row(x, operands)
+    if operands.is_quantized:
+        if not operands.a[0].shape[0]:  # without an adapter there is nothing to fuse
+            return eager.eager_forward(x, operands)
+        if _is_int8(operands):
+            return forward(x, _dense_operands(operands, x.dtype))
+        return _forward_quantized(x, operands)
+    members, biases, mask = members_of(operands), _biases(operands), mask_of(operands)
+    plan = partial(_plan, "forward", x, members)
+    signature = signatures.metadata(x, biases, *members[:4])
+    found = _kernels().forward(x, members, biases, plan, mask, signature)
+    if found is None:
+        from lorasb.kernels import linear as kernels
+
+        found = kernels.forward(rows_of(x), resolved(members), _resolved_list(biases), plan(), mask)
+    ys, us = found
+    return [*(y if y.dim() == x.dim() else shaped(y, x) for y in ys), *us]
+
+
+def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: bool, need_dcores: bool) -> list[Tensor]:
+    """dx = Σ_j dy_j W_j + (s_j·t_j R_j) A_j, written once, then the dR_j; what is not needed is returned empty."""
+    if operands.row_index is not None:
+        return _backward_by_row(dys, us, operands, need_dx, need_dcores)
+    if operands.is_quantized:
+        if not operands.a[0].shape[0]:
+            return eager.eager_backward(dys, us, operands, need_dx, need_dcores)
+        if _is_int8(operands):
+            return backward(dys, us, _dense_operands(operands, dys[0].dtype), need_dx, need_dcores)
+        return _backward_quantized(dys[0], us[0], operands, need_dx, need_dcores)
+    members, mask = members_of(operands), mask_of(operands)
+    plan = partial(_plan, "backward", dys[0], members)
+    signature = signatures.metadata(dys, us, *members[:4])
+    found = _kernels().backward(dys, members, us, plan, need_dx, need_dcores, mask, signature)
+    if found is None:
+        from lorasb.kernels import linear as kernels
+
+        rows = [rows_of(dy) for dy in dys]
+        found = kernels.backward(rows, resolved(members), us, plan(), need_dx, need_dcores, mask)
+    dx, dcores = found
+    return _gradients(dys[0], dx, dcores, operands.cores)
+
+
+def _gradients(like: Tensor, dx: Tensor | None, dcores: Sequence[Tensor], cores: Sequence[Tensor]) -> list[Tensor]:
+    """dx in the shape of dy, and the dR_j; empty tensors in place of what was not computed."""
+    if dx is None:
+        dx = like.new_empty((0,))
+    elif dx.dim() != like.dim():
+        dx = shaped(dx, like)
+    return [dx, *(dcores or [core.new_empty((0,)) for core in cores])]
+
+
+def _forward_quantized(x: Tensor, operands: Operands) -> list[Tensor]:
+    from lorasb.kernels import linear_quantized as kernels
+
+    rows, members = rows_of(x), resolved(members_of(operands))
+    y, u = kernels.forward(
+        rows,
+        weight=_weight(operands),
+        members=members,
+        bias=_resolved_list(_biases(operands))[0],
+        plan=plan_of("forward", rows, members.b, members.a[0], quant="4bit"),
+        mask=mask_of(operands),
+    )
+    return [shaped(y, x), u]
+
+
+def _backward_quantized(dy: Tensor, u: Tensor, operands: Operands, need_dx: bool, need_dcores: bool) -> list[Tensor]:
+    from lorasb.kernels import linear_quantized as kernels
+
+    rows, members = rows_of(dy), resolved(members_of(operands))
+    dx, dcore = kernels.backward(
+        rows,
+        weight=_weight(operands),
+        members=members,
+        u=u,
+        plan=plan_of("backward", rows, members.b, members.a[0], quant="4bit"),
+        need_dx=need_dx,
+        need_dcore=need_dcores,
+        mask=mask_of(operands),
+    )
+    dx = shaped(dx, dy) if dx is not None else None
+    return _gradients(dy, dx, [] if dcore is None else [dcore], operands.cores)
+
+
+def _forward_by_row(x: Tensor, operands: Operands) -> list[Tensor]:
+    """With an R for each row. Over a quantized weight the adapter is added to what the kernels compute with R = 0."""
+    from lorasb.kernels import linear_rows as kernels
+
+    check_index(operands.row_index, min(map(len, operands.cores)))  # type: ignore[arg-type]
+    base, of_rows = _without_cores(operands), _row_cores(operands)
+    if operands.is_quantized:
+        y, u = forward(x, base)
+        v = of_rows[0].times(u, True, u.new_empty((len(u), members_of(base).width)))
+        return [y.add_(shaped(v[:, : u.shape[1]] @ operands.b[0].t(), y)), u]
+    rows, members = rows_of(x), resolved(members_of(base))
+    plan = plan_of("forward", rows, members.b, members.a[0])
+    ys, us = kernels.forward(rows, members, _resolved_list(_biases(operands)), of_rows, plan)
+    return [*(shaped(y, x) for y in ys), *us]
+
+
+def _backward_by_row(
+    dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: bool, need_dcores: bool
+) -> list[Tensor]:
+    from lorasb.kernels import linear_rows as kernels
+
+    base, of_rows = _without_cores(operands), _row_cores(operands)
+    rows, members = [rows_of(dy) for dy in dys], members_of(base)
+    if operands.is_quantized:
+        t, dx = rows[0] @ operands.b[0], None
+        if need_dx:
+            dx = backward(rows, [us[0][:0]], base, True, False)[0]
+            w = of_rows[0].times(t, False, t.new_empty((len(t), members.width)))
+            dx = shaped(dx.addmm_(w[:, : t.shape[1]], operands.a[0]), dys[0])
+        ts = [t]
+    else:
+        plan = plan_of("backward", rows[0], members.b, members.a[0])
+        dx, ts = kernels.backward(rows, resolved(members), us, of_rows, plan, need_dx)
+    dcores = [one.gradients(t, u) for one, t, u in zip(of_rows, ts, us, strict=True)] if need_dcores else []
+    return _gradients(dys[0], dx, dcores, operands.cores)
+
+
+def _without_cores(operands: Operands) -> Operands:
+    """The same layers with one R = 0 in fp32, for kernels whose own product with R is not used."""
+    cores = [stack.new_zeros(stack.shape[1:], dtype=torch.float32) for stack in operands.cores]
+    return operands._replace(cores=cores, scalings=[1.0] * len(cores), row_index=None)
+
+
+def _row_cores(operands: Operands) -> list[Any]:
+    from lorasb.kernels.linear_rows import RowCores
+
+    index: Any = operands.row_index
+    pairs = zip(operands.cores, operands.scalings, strict=True)
+    return [RowCores(stack, index, float(scaling)) for stack, scaling in pairs]
+
+
+def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """W [rows, columns]. In 8 bits by eager torch, as there is no kernel."""
+    tensors = QuantizedTensors.of(quant)
+    if tensors.kind == INT8:
+        return eager_dequantize.dequantize(quant, layout, rows, columns, dtype)
+    from lorasb.kernels import linear_quantized as kernels
+
+    check_call(tensors.absmax.new_empty(0, dtype=torch.float32))  # the device; any dtype that the kernels have
+    return kernels.dequantized(_quantized(quant, layout, rows, columns), dtype)
+
+
+def _is_int8(operands: Operands) -> bool:
+    return QuantizedTensors.of(operands.base).kind == INT8
+
+
+def _dense_operands(operands: Operands, dtype: torch.dtype) -> Operands:
+    """The same layer over a dense W."""
+    shape = operands.b[0].shape[0], operands.a[0].shape[1]
+    weight = eager_dequantize.dequantize(list(operands.base), list(operands.layout), *shape, dtype)
+    return operands._replace(base=[weight], layout=DENSE)
+
+
+def _weight(operands: Operands) -> Any:
+    shape = operands.b[0].shape[0], operands.a[0].shape[1]
+    return _quantized(operands.base, operands.layout, *shape)
+
+
+def _quantized(quant: Sequence[Tensor], layout: Sequence[int], m: int, n: int) -> Any:
+    """Return the kernels' operand for W [m, n] in 4 bits."""
+    from lorasb.kernels.linear_quantized import Quantized
+
+    tensors, (block, nested_block, rounding) = QuantizedTensors.of(quant), layout
+    return Quantized(
+        packed=tensors.codes,
+        absmax=tensors.absmax,
+        codebook=tensors.codebook,
+        nested_absmax=tensors.nested_absmax,
+        nested_codebook=tensors.nested_codebook,
+        nested_offset=tensors.nested_offset,
+        block=block,
+        nested_block=nested_block,
+        rounding=rounding,
+        m=m,
+        n=n,
+    )
+
+
+def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
+    """total [m, n] fp32 (+)= dyᵀ x."""
+    from lorasb.kernels import weight_gradient as kernels
+
+    kernels.gradient_add(_checked(dy, x, total), x, total, fresh)
+
+
+def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Signs and nonzero places of total + dyᵀ x, as words; and Σ G², zeros, not finite."""
+    from lorasb.kernels import weight_gradient as kernels
+
+    return kernels.gradient_signs(_checked(dy, x, total), x, total, fresh)
+
+
+def _checked(dy: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
+    """dy in x's dtype.
+
+    Raises:
+        TypeError: a dtype that the kernel does not have.
+    """
+    check_call(x)
+    if total is not None and total.dtype != torch.float32:
+        raise TypeError(f"backend 'triton' expected an fp32 sum, got {total.dtype}: backend('eager') takes it")
+    return dy.to(x.dtype)
+
+
+def mask_of(operands: Operands) -> Any:
+    """Dropout's probability, and its seeds as numbers.
+
+    Raises:
+        CaptureError: a CUDA graph is being captured, which would replay the same mask.
+    """
+    if operands.seeds is None or operands.dropout <= 0.0:
+        return _no_mask()
+    from lorasb.kernels.operands import Mask
+
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise CaptureError(
+            "lora_dropout under CUDA graph capture would repeat one mask at every replay: set lora_dropout=0, or call "
+            "model.eval(), before capturing"
+        )
+    return Mask(kernel_dropout(operands.dropout), tuple(operands.seeds.tolist()))
+
+
+@cache
+def _no_mask() -> Any:
+    from lorasb.kernels.operands import Mask
+
+    return Mask()
+
+
+def _plan(op: str, x: Tensor, members: Any) -> Any:
+    return plan_of(op, rows_of(x), members.b, members.a[0])
+
+
+def or_eager(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, or eager torch where this GPU or dtype has no kernels or one of them has failed."""
+
+    def call(*arguments: Any) -> Any:
+        if not _suits(arguments[0][0] if isinstance(arguments[0], list) else arguments[0]):
+            return plain(*arguments)
+        if not _broken or call_key(kernel, arguments) not in _broken:
+            try:
+                return kernel(*arguments)
+            except (torch.OutOfMemoryError, CaptureError):
+                raise
+            except Exception as error:
+                _give_up(call_key(kernel, arguments), error)
+        with kernel_masks():
+            return plain(*arguments)
+
+    return call
+
+
+def missing() -> str | None:
+    """Why the kernels cannot run here, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if interpreting() or torch.cuda.is_available():
+        return None
+    return f"there is no CUDA GPU ({INTERPRET}=1 runs the kernels on the CPU, slowly, to test them)"
+
+
+def interpreting() -> bool:
+    """True if Triton interprets kernels on the CPU."""
+    return os.environ.get(INTERPRET) == "1"
+
+
+def register() -> None:
+    """Register for CUDA; on the CPU, for an explicit backend under Triton's interpreter.
+
+    Also tells the plan where `lorasb bench tune` writes a user's tables.
+    """
+    plan_tables.read_user_tables_from(lambda: cache_dir() / "kernels")
+    plain: dict[str, Callable[..., Any]] = {
+        "dequantize": dequantize,
+        "gradient_add": gradient_add,
+        "gradient_signs": gradient_signs,
+    }
+    fallback = kernels_of(or_eager(forward, eager.eager_forward), or_eager(backward, eager.eager_backward))
+    register_backend(
+        "triton",
+        kernels_of(forward, backward) | {op: Kernel(kernel) for op, kernel in plain.items()},
+        ("CUDA", "CPU"),
+        auto=fallback | {op: Kernel(or_eager(kernel, eager.KERNELS[op].op)) for op, kernel in plain.items()},
+        auto_keys=("CUDA",) if importlib.util.find_spec("triton") else (),
+        missing=missing,
+    )
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x as [M, n] with a contiguous last dimension, and with the signs in memory that it has."""
+    x = x.resolve_neg()
+    # reshape(-1, 0) is ambiguous
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((math.prod(x.shape[:-1]), 0))
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def resolved(members: Any) -> Any:
+    """With the signs in memory: torch negates lazily, when it reads (the imaginary part of a conjugate)."""
+    return members.map(lambda tensor: None if tensor is None else tensor.resolve_neg())
+
+
+def members_of(operands: Operands) -> Any:
+    """The layers as the kernels take them; scales hold dropout's factor 1 / (1 - p), so that they multiply once."""
+    base, layout, a, cores, b, _, scales, _, dropout, _ = operands
+    if dropout > 0.0:
+        scales = [scale / (1.0 - kernel_dropout(dropout)) for scale in scales]
+    weights = base if base and not layout[1] else [None] * len(a)
+    return _kernels().Members(weights, a, cores, b, scales)
+
+
+def _biases(operands: Operands) -> Sequence[Tensor | None]:
+    return operands.biases or [None] * len(operands.a)
+
+
+def _resolved_list(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.resolve_neg() for tensor in tensors]
+
+
+@cache
+def _kernels() -> Any:
+    """Imported at the first call, as they import triton; kept, as an import statement costs a microsecond a time."""
+    from lorasb.kernels import allocation, prepared_linear
+
+    if cpp.extension is not None:
+        allocation.use(cpp.extension.allocate)
+    return prepared_linear
+
+
+def plan_of(op: str, rows: Tensor, b: list[Tensor], a: Tensor, quant: str = "none") -> Any:
+    """The tables' choice for this call."""
+    from lorasb.kernels import plan
+
+    arch, sms = check_call(rows)
+    shape = plan.Shape(
+        op=op,
+        dtype=plan.DTYPES[rows.dtype],
+        M=plan.bucket(rows.shape[0]),
+        n=a.shape[1],
+        m=sum(factor.shape[0] for factor in b),
+        r=a.shape[0],
+        members=len(b),
+        quant=quant,
+    )
+    return plan.choice(shape, arch, sms)
+
+
+def check_call(x: Tensor) -> tuple[str, int]:
+    """Architecture and number of multiprocessors of the device that a call runs on.
+
+    Raises:
+        TypeError: a dtype that the kernels do not have.
+        ValueError: a CPU tensor, and Triton is not interpreting.
+    """
+    from lorasb.kernels import plan
+
+    if x.dtype not in plan.DTYPES:
+        raise TypeError(f"backend 'triton' expected x in fp32, bf16 or fp16, got {x.dtype}: backend('eager') takes it")
+    arch, sms = _device(x.device)
+    if arch == plan.INTERPRETER and not interpreting():
+        raise ValueError(f"backend 'triton' expected a CUDA tensor, got one on {x.device}: backend('auto') takes it")
+    if arch == plan.INTERPRETER and x.dtype == torch.bfloat16:
+        raise TypeError("Triton's interpreter multiplies the raw bits of bf16: use fp32 or fp16 on the CPU")
+    return arch, sms
+
+
+@lru_cache
+def _device(device: torch.device) -> tuple[str, int]:
+    """Architecture and number of multiprocessors."""
+    from lorasb.kernels import plan
+
+    if device.type != "cuda":
+        return plan.INTERPRETER, 1
+    properties = torch.cuda.get_device_properties(device)
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+def _suits(x: Tensor) -> bool:
+    """True if `auto` tries the kernels: CUDA since sm_80, and a dtype that they have (uint8: a weight in 4 bits)."""
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8) and _is_capable(x.device)
+
+
+@cache
+def _is_capable(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= SMALLEST_CAPABILITY
+
+
+def call_key(kernel: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Key under which a failure is remembered: the kernel, dtypes, and shapes with the rows as plans see them."""
+    from lorasb.kernels import plan
+
+    tensors = list(_tensors(arguments))
+    first = tensors[0]
+    rows = math.prod(first.shape[:-1])
+    shapes = [tuple(t.shape[1:]) if t.dim() == 2 and t.shape[0] == rows else tuple(t.shape) for t in tensors[1:]]
+    return kernel.__module__, kernel.__name__, first.dtype, first.shape[-1], plan.bucket(rows), *shapes
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors(one)
+
+
+def _give_up(key: tuple[Any, ...], error: Exception) -> None:
+    """Warn, and leave this kernel alone for such calls from now on: others may well run."""
+    from lorasb.kernels import prepared_linear, workspace
+
+    workspace.forget()
+    prepared_linear.forget()
+    _broken[key] = f"{type(error).__name__}: {error}"
+    warnings.warn(
+        f"lorasb's fused kernels do not run here ({_broken[key]}): eager torch computes instead, from now on, "
+        f"for calls like this one ({key[1]}, {key[3]} features, {key[2]}). lorasb.backend('triton') raises the error "
+        "itself",
+        RuntimeWarning,
+        stacklevel=2,
+    )
