@@ -72,7 +72,7 @@ def lora_sb_linear(
             return y
     base = quantized or ([] if weight is None else [cast(Tensor, weight)])
     biases = [] if bias is None else [bias]
-    return _call(x, base, [lora_A], [lora_R], [lora_B], biases, [scaling], dropout, index)[0]
+    return _call(x, base, [lora_A], [lora_R], [lora_B], biases, [float(scaling)], dropout, index)[0]
 
 
 def _call(
@@ -253,7 +253,7 @@ def lora_sb_linear_group(
         TypeError: dtypes do not match.
         IndexError: an entry of `index` is no adapter's.
     """
-    scales = list(scalings) or [1.0] * len(weights)
+    scales = list(map(float, scalings)) or [1.0] * len(weights)
     return _call(x, list(weights), list(lora_A), list(lora_R), list(lora_B), list(biases), scales, dropout, index)
 
 
