@@ -2,7 +2,7 @@
 
     python -m benchmarks.training.planned [--json] [--output FILE] [--repeats 5]
 
-Each model trains three steps in the machine's own dtype, in a process of its own, whose resident memory is read from
+Each model trains three steps in bf16 and in fp32, each in a separate process, whose resident memory is read from
 the kernel (VmHWM), less that before the model is made. Twice: with glibc told to return freed memory at once, so that
 resident is what is alive, against the plan's live bytes; and as it is, against the plan with what allocators hold.
 Where small objects fall between a heap's tensors differs from run to run, and so does what it holds: the median of
@@ -34,6 +34,7 @@ from lorasb.app.plan import MemoryPlan, Request, dtype_of, plan_memory
 from lorasb.app.prepare import EMBEDDED
 
 BATCH, SEQ, STEPS = 2, 512, 3
+DTYPES = ("bfloat16", "float32")
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 CONFIGS: dict[str, dict[str, Any]] = {
     "GPT-2 medium": {
@@ -65,17 +66,18 @@ class Found:
         return self.planned_alive / self.alive, self.planned / statistics.median(self.resident)
 
 
-def measure(folder: str, checkpointing: bool, gives_back: bool) -> int:
+def measure(folder: str, dtype: str, checkpointing: bool, gives_back: bool) -> int:
     """The peak resident bytes of a process beyond those before it made the model."""
     environment = os.environ | (GIVES_BACK if gives_back else {})
-    command = [sys.executable, "-m", __spec__.name, "--child", folder, *(["--checkpointing"] if checkpointing else [])]
+    options = ["--child", folder, "--dtype", dtype, *(["--checkpointing"] if checkpointing else [])]
+    command = [sys.executable, "-m", __spec__.name, *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return int(done.stdout.splitlines()[-1])
 
 
-def child(folder: str, checkpointing: bool) -> int:
+def child(folder: str, dtype_name: str, checkpointing: bool) -> int:
     """Train a few steps, and read the kernel's count."""
     import transformers
 
@@ -84,7 +86,7 @@ def child(folder: str, checkpointing: bool) -> int:
 
     config = transformers.AutoConfig.from_pretrained(resolve_model(folder))
     kind = getattr(transformers, config.architectures[0])  # imported before memory is counted
-    dtype = dtype_of(Request(folder))  # what `--dtype auto` takes here, as the plan says
+    dtype = getattr(torch, dtype_name)
     torch.nn.Linear(64, 64).to(dtype)(torch.ones(32, 64, dtype=dtype)).sum().backward()
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")
@@ -109,16 +111,16 @@ def alive(found: MemoryPlan) -> int:
     return found.step - found.reserve
 
 
-def compare(name: str, folder: str, checkpointing: bool, repeats: int) -> Found:
+def compare(name: str, folder: str, dtype: str, checkpointing: bool, repeats: int) -> Found:
     """A model's plan and measurements."""
-    expected = plan_memory(Request(folder, batch=BATCH, seq=SEQ, checkpointing=checkpointing))
-    kept = measure(folder, checkpointing, gives_back=True)
-    resident = [measure(folder, checkpointing, gives_back=False) for _ in range(repeats)]
-    return Found(name, checkpointing, alive(expected), kept, expected.step, resident)
+    expected = plan_memory(Request(folder, batch=BATCH, seq=SEQ, checkpointing=checkpointing, dtype=dtype))
+    kept = measure(folder, dtype, checkpointing, gives_back=True)
+    resident = [measure(folder, dtype, checkpointing, gives_back=False) for _ in range(repeats)]
+    return Found(f"{name}, {dtype}", checkpointing, alive(expected), kept, expected.step, resident)
 
 
 def machine() -> str:
-    """This one, and the dtype that is measured in."""
+    """This one, and its own dtype."""
     return machine_name(dtype_name(dtype_of(Request(EMBEDDED))))
 
 
@@ -157,10 +159,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the JSON to a file, too")
     parser.add_argument("--repeats", type=int, default=5, help="runs under glibc's own settings, of each model")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(child(options.child, options.checkpointing))
+        print(child(options.child, options.dtype, options.checkpointing))
         return
     found = []
     with tempfile.TemporaryDirectory() as root:
@@ -171,7 +174,8 @@ def main() -> None:
             (folder / "config.json").write_text(json.dumps(config))
             folders[name] = str(folder)
         for name, where in folders.items():
-            found += [compare(name, where, checkpointing, options.repeats) for checkpointing in (False, True)]
+            for dtype in DTYPES:
+                found += [compare(name, where, dtype, again, options.repeats) for again in (False, True)]
     values = {
         "version": commit(),
         "machine": machine(),

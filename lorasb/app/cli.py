@@ -257,7 +257,7 @@ def plan(
         raise ValueError(f"--bits must be 4 or 16, got {bits}")
     card = find_gpu(gpu) if gpu else None
     request = Request(name or model or EMBEDDED, r, batch, seq, bits, gradient_checkpointing, card)
-    where = card.title if card else "this machine, where it is tried in separate processes"
+    where = card.title if card else "this machine"
     with errors.status(f"counting a step of {request.model} for {where}: up to a minute"):
         found = plan_memory(request)
         better = [] if found.fits else list(smaller_plans(found))

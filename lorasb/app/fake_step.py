@@ -47,17 +47,15 @@ class LiveBytes(TorchDispatchMode):
                 self._count(leaf.untyped_storage())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> bool:
-        """False where it has been counted before."""
+    def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage_key(storage)
         if key in self._seen:
-            return False
+            return
         self._seen[key] = storage
         size = storage.nbytes()
         self.now += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._free, size)
-        return True
 
     def _free(self, size: int) -> None:
         self.now -= size
@@ -84,14 +82,7 @@ class StepBytes:
     peak: int
 
 
-def count_step(
-    model: nn.Module,
-    batch: int,
-    seq: int,
-    checkpointing: bool = False,
-    live: LiveBytes | None = None,
-    steps: int = 1,
-) -> StepBytes:
+def count_step(model: nn.Module, batch: int, seq: int, checkpointing: bool = False) -> StepBytes:
     """The bytes of a step of a patched model on the meta device, which becomes fake.
 
     Args:
@@ -99,27 +90,23 @@ def count_step(
         batch: rows.
         seq: tokens of a row.
         checkpointing: whether activations are computed again in backward.
-        live: what counts, if the caller has more to ask of it afterwards.
-        steps: how many to run; the peak is that of all, and the rest the last one's.
     """
     _mark_initialized(model)
     if checkpointing:
         model.config.use_cache = False  # type: ignore[union-attr]  # transformers says so, too
         checkpoint_activations(model.get_base_model())  # type: ignore[operator]
-    with private.fake_tensor_mode(), _GroupedProducts(), live or LiveBytes() as live:
+    with private.fake_tensor_mode(), _GroupedProducts(), LiveBytes() as live:
         base, factors, cores = _become_fake(model)
         model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained)
         static = live.now
-        for _ in range(steps):
-            optimizer.zero_grad()
-            before = live.now
-            loss = _loss(model, batch, seq)
-            saved = live.now - before
-            loss.backward()
-            optimizer.step()
-            del loss
+        before = live.now
+        loss = _loss(model, batch, seq)
+        saved = live.now - before
+        loss.backward()
+        optimizer.step()
+        del loss
         return StepBytes(base, factors, cores, live.now - static, saved, live.peak)
 
 

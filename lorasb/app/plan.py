@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import difflib
-import json
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
-from random import Random
 from typing import Any
 
 import psutil
@@ -31,75 +21,8 @@ from ..init.task import Work
 from ..layers.linear4bit import LEFT_OUT
 from ..layers.lookup import adapted_layers
 from ..utils.precision import native
-from .fake_step import LiveBytes, StepBytes, count_step
+from .fake_step import StepBytes, count_step
 from .prepare import resolve_model
-
-THP_DISABLE = 41  # of prctl(2)
-ALIGNMENT = 64  # of torch's tensors on a CPU
-NOTICED = 65536  # bytes from which a tensor may move the peak
-FIELDS = (
-    "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
-)  # fmt: skip
-
-
-class _Info(ctypes.Structure):
-    """glibc's `struct mallinfo2`."""
-
-    _fields_ = [(name, ctypes.c_size_t) for name in FIELDS]
-
-
-class HeldBytes(LiveBytes):
-    """Live bytes, and what malloc takes from the system for them.
-
-    Use it only where `malloc_counts()`, in a process whose heap has no holes yet and where no other thread allocates.
-
-    Attributes:
-        most: bytes that malloc has had from the system at once since the block began.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._libc = _libc()
-        self._libc.prctl(THP_DISABLE, 1, 0, 0, 0)
-        self._libc.malloc_trim(0)
-        self._before = _held(self._libc)
-        self.most, self._refused = 0, False
-
-    @property
-    def held(self) -> int | None:
-        """Bytes beyond the peak; None where malloc refused addresses, or is another than the one that was asked."""
-        return None if self._refused or self.most < self.peak else self.most - self.peak
-
-    def _count(self, storage: torch.UntypedStorage) -> bool:
-        counted = super()._count(storage)
-        if counted:
-            address = ctypes.c_void_p()
-            size = max(1, storage.nbytes())
-            self._refused |= self._libc.posix_memalign(ctypes.byref(address), ALIGNMENT, size) != 0
-            weakref.finalize(storage, self._libc.free, address)
-            if size >= NOTICED:
-                self.most = max(self.most, _held(self._libc) - self._before)
-        return counted
-
-
-def malloc_counts() -> bool:
-    """True where malloc can be asked: glibc's, since 2.33."""
-    return sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallinfo2")
-
-
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None)
-    libc.mallinfo2.restype = _Info
-    libc.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
-    libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
-    libc.malloc_trim.argtypes = [ctypes.c_size_t]
-    return libc
-
-
-def _held(libc: ctypes.CDLL) -> int:
-    info = libc.mallinfo2()
-    return int(info.arena + info.hblkhd)
-
 
 GIB = 2**30
 
@@ -177,6 +100,7 @@ class Request:
         bits: 16, or 4 for a base in NF4 with nested scales.
         checkpointing: whether activations are computed again in backward.
         card: None for this machine's memory.
+        dtype: of the base; None for what `--dtype auto` takes there.
     """
 
     model: str
@@ -186,13 +110,14 @@ class Request:
     bits: int = 16
     checkpointing: bool = False
     card: Card | None = None
+    dtype: str | None = None
 
 
-def patched(request: Request, dtype: torch.dtype | None = None) -> Any:
+def patched(request: Request) -> Any:
     """The patched model on the meta device."""
     import lorasb
 
-    model = _on_meta(request.model, dtype or dtype_of(request))
+    model = _on_meta(request.model, dtype_of(request))
     try:
         return lorasb.patch(model, r=request.r)
     except (ValueError, TypeError) as error:
@@ -200,7 +125,10 @@ def patched(request: Request, dtype: torch.dtype | None = None) -> Any:
 
 
 def dtype_of(request: Request) -> torch.dtype:
-    """Return the dtype that `--dtype auto` takes there."""
+    """Return the dtype of the base."""
+    if request.dtype is not None:
+        found: torch.dtype = getattr(torch, request.dtype)
+        return found
     if request.card is not None:
         return torch.bfloat16 if request.card.bf16 else torch.float32
     return native("cpu").dtype
@@ -231,68 +159,11 @@ def _on_meta(name: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-TRIALS = 3
-STEPS = 2  # in the second, AdamW's state is among the holes
-
-
-@contextmanager
-def heap_trial(request: Request) -> Iterator[Callable[[], int | None]]:
-    """For the time of a block, a process that tries the steps of a run on this machine, and is killed at its end.
-
-    Yields:
-        waits for it: bytes that malloc would hold beyond the live tensors of the steps' peak, the largest of its
-        trials; None for a run on a card, and where it is unknown.
-    """
-    if request.card is not None or not sys.executable or not malloc_counts():
-        yield lambda: None
-        return
-    given = json.dumps([asdict(request), str(dtype_of(request)).removeprefix("torch.")])
-    # with this process's own path, as -m would look for modules in the current folder first
-    code = f"import sys; sys.path[:] = sys.argv[2:]; from {__name__} import main; main()"
-    command = [sys.executable, "-c", code, given, *sys.path]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
-    ) as process:
-        try:
-            yield lambda: _answer(process)
-        finally:
-            if process.poll() is None:  # else its number may be another's by now
-                os.killpg(process.pid, signal.SIGKILL)  # with its trials
-
-
-def _answer(process: subprocess.Popen[str]) -> int | None:
-    """The largest number that it prints."""
-    said = process.communicate()[0].split()
-    return max((int(word) for word in said if word.isdigit()), default=None) if process.returncode == 0 else None
-
-
-def main() -> None:
-    """In the process: try the steps several times, each in a copy of what is imported and of the model."""
-    values, dtype = json.loads(sys.argv[1])
-    request = Request(**values)
-    model = patched(request, getattr(torch, dtype))
-    fork = get_context("fork")
-    trials = [fork.Process(target=_try, args=(model, request, seed)) for seed in range(TRIALS)]
-    for trial in trials:
-        trial.start()
-    for trial in trials:
-        trial.join()
-
-
-def _try(model: nn.Module, request: Request, seed: int) -> None:
-    """Run the steps, and print what is held, with the heap's small objects elsewhere for each seed."""
-    kept = [bytearray(size) for size in Random(seed).choices(range(100_000), k=500)]
-    live = HeldBytes()  # from here on: not what making the model has imported
-    count_step(model, request.batch, request.seq, request.checkpointing, live, STEPS)
-    del kept
-    sys.stdout.write(f"{live.held}\n")  # in one piece: where Python does not buffer, print writes the line's end apart
-
-
 NF4_NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: its code, its share of a scale, and of the scale's own
 CODEBOOKS = 4 * (16 + 256 + 1)  # bytes of each weight's own, whatever its size
 CONTEXT = 500e6  # bytes that CUDA, its libraries and compiled kernels take on a card
 KERNELS = 50e6  # bytes that MKL's and the extension's kernels keep on a CPU: 37 to 64 MB in twelve runs (Zen 3, Zen 5)
-RESERVE = 0.1  # share that allocators hold beyond live tensors, where malloc cannot be asked
+RESERVE = 0.1  # share that allocators hold beyond what a step adds to the model (docs/planner.md)
 POSITIONS = ("wpe", "position_embeddings", "embed_positions")  # names of tables of learned positions
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names of their number in configs
 SAMPLES = 32  # of the initialization, unless there are more than 32,000 examples
@@ -310,8 +181,7 @@ class MemoryPlan:
         temporary: what else is alive at a step's worst moment.
         scratch: on a card, one dequantized weight, where the base has 4 bits.
         context: what CUDA takes on a card, or kernels keep on a CPU.
-        reserve: what allocators hold beyond live tensors.
-        asked: whether malloc was asked for that; a tenth of what a step adds to the model, if not.
+        reserve: what allocators hold beyond live tensors: a tenth of what a step adds to the model.
         initialization: peak of the initialization, with the base and the adapter.
         step: peak of a training step.
         available: the card's bytes, or this machine's.
@@ -331,7 +201,6 @@ class MemoryPlan:
     scratch: int
     context: int
     reserve: int
-    asked: bool
     initialization: int
     available: int
     trained: int
@@ -366,12 +235,6 @@ def plan_memory(request: Request) -> MemoryPlan:
     Raises:
         ValueError: no config can be read, or the model is not one that this can run on tokens.
     """
-    with heap_trial(request) as held:
-        return _plan(request, held)
-
-
-def _plan(request: Request, held: Callable[[], int | None]) -> MemoryPlan:
-    """`held`: what malloc would hold; measured last, as its process runs at the same time as this one."""
     model = patched(request)
     work = Work(model, adapted_layers(model)[1], [], None, Processes())
     _check_positions(model, request)
@@ -390,8 +253,6 @@ def _plan(request: Request, held: Callable[[], int | None]) -> MemoryPlan:
     available, context = psutil.virtual_memory().total, round(KERNELS)
     if request.card is not None:
         available, context = request.card.memory, round(CONTEXT)
-    holes = held()
-    reserve = round(RESERVE * (counted.saved + temporary + counted.optimizer)) if holes is None else holes
     initialization = base + counted.factors + counted.cores + round(start) + context
     if request.card is None or initialization + boundaries <= available:  # else they go to the host
         initialization += round(boundaries)
@@ -405,8 +266,7 @@ def _plan(request: Request, held: Callable[[], int | None]) -> MemoryPlan:
         temporary=temporary,
         scratch=max(dense, default=0) if request.card else 0,
         context=context,
-        reserve=reserve,
-        asked=holes is not None,
+        reserve=round(RESERVE * (counted.saved + temporary + counted.optimizer)),
         initialization=initialization,
         available=available,
         trained=trained,

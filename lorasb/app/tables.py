@@ -257,9 +257,6 @@ def _short(text: str, limit: int = 120) -> str:
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
 
 
-HOLES = 0.1  # suggest MALLOC_MMAP_THRESHOLD_ above this share of the peak
-
-
 def plan_table(found: MemoryPlan, better: list[tuple[str, MemoryPlan]]) -> RenderableType:
     """The table, and sentences below it; `better`: changes with their plans, where the run does not fit."""
     return Group(_table(found), *_sentences(found, better))
@@ -290,7 +287,7 @@ def _rows(found: MemoryPlan) -> Iterator[tuple[str, float]]:
         "activations kept for backward": found.saved,
         "temporaries at the worst moment": found.temporary,
         "one dequantized weight": found.scratch,
-        "held by the allocator" + ("" if found.asked else ", about"): found.reserve,
+        "held by the allocator, about": found.reserve,
         "CUDA context and kernels" if found.request.card else "kernels": found.context,
     }
     return ((name, size) for name, size in rows.items() if size)
@@ -309,10 +306,5 @@ def _sentences(found: MemoryPlan, better: list[tuple[str, MemoryPlan]]) -> Itera
             yield f"It does with [bold]{change}[/]: {gb(other.needed)}."
         if not better:
             yield "Nothing in its options makes it fit: take a smaller model, or several cards."
-    if found.request.card is None and found.reserve > HOLES * found.step:
-        yield (
-            f"{gb(found.reserve)} are holes in malloc's heap: MALLOC_MMAP_THRESHOLD_=65536 in the environment gives "
-            "them back, and makes steps slower."
-        )
     where = "at the card's peak, which no step reaches" if found.request.card else "by the speed of its products here"
     yield f"A step has {found.flops:.2g} operations: {found.seconds:.2g} s {where}."

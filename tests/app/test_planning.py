@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,12 +74,6 @@ def real_step(config: Any, checkpointing: bool) -> tuple[int, int]:
         loss.backward()
         optimizer.step()
     return saved, live.peak - model_bytes
-
-
-@pytest.fixture(autouse=True)
-def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process for each plan would take seconds; test_heap_trial.py has them."""
-    monkeypatch.setattr(plan, "heap_trial", lambda given: nullcontext(lambda: None))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -242,16 +235,6 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
     assert values["fits"] is True
     assert values["needed"] == max(values["step"], values["initialization"])
     assert values["changes"] == {}
-
-
-@pytest.mark.parametrize("told", [True, False])
-def test_a_way_to_have_holes_back_is_told_where_there_are_many(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: bool
-) -> None:
-    monkeypatch.setattr(plan, "heap_trial", lambda request: nullcontext(lambda: 20 * 10**6 * told))
-    given = folder_of(CONFIGS["llama"], tmp_path), "--r", "8", "--batch", "2", "--seq", "16"
-    assert ("MALLOC_" in run(*given).output) == told
-    assert "MALLOC_" not in run(*given, "--gpu", "t4").output
 
 
 def test_bad_input_gets_one_line(tmp_path: Path) -> None:
