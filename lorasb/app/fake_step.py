@@ -135,8 +135,8 @@ def _mark_initialized(model: nn.Module) -> None:
     """Let adapters train that have no values, as nothing here has."""
     for module in model.modules():
         if isinstance(module, LoRASBLinear):
-            for name in module.initialized:
-                module.initialized[name] = True
+            for name in module.adapters:
+                module.adapters[name].initialized = True
 
 
 def _become_fake(model: nn.Module) -> tuple[int, int, int]:

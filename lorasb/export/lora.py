@@ -184,7 +184,7 @@ def _read(model: nn.Module, adapter_name: str | None) -> tuple[dict[str, Any], d
     config = cast(Any, model).peft_config[name].to_dict()
     config["base_model_name_or_path"] = config["base_model_name_or_path"] or name_or_path(model)
     config["fan_in_fan_out"] = any(layer.fan_in_fan_out for layer in layers.values())
-    return config, tensors, {n: m.scaling[name] for n, m in layers.items()}
+    return config, tensors, {n: m.adapters[name].scaling for n, m in layers.items()}
 
 
 def _read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:

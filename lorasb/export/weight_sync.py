@@ -51,7 +51,7 @@ def adapter_delta(
         return {path: _in(layer.lorasb_R[name].detach(), dtype) for path, layer in layers.items()}
     basis: dict[str, Tensor] = {}
     for path, layer in layers.items():
-        a, b, s = layer.lorasb_A[name].detach(), layer.lorasb_B[name].detach(), layer.scaling[name]
+        a, b, s = layer.lorasb_A[name].detach(), layer.lorasb_B[name].detach(), layer.adapters[name].scaling
         basis[f"{path}.A"], basis[f"{path}.B"] = _in(a, dtype), _in(b if s == 1.0 else b.float() * s, dtype)
     if part == "basis":
         return basis

@@ -81,7 +81,7 @@ class Measurements:
 
     def report(self, name: str, layer: LoRASBLinear, adapter: str) -> LayerReport:
         """The layer's report, with energies as fractions of the squared Frobenius norms."""
-        r, scalars = layer.r[adapter], self.scalars
+        r, scalars = layer.adapters[adapter].r, self.scalars
         sigma = tuple(map(_rounded, self.sigma.tolist()))
         curve_sign = tuple(_rounded(value / max(scalars.sign_squares, 1.0)) for value in self.sign_energies.tolist())
         measured = [value for value in self.gradient_energies.tolist() if not math.isnan(value)]
@@ -261,18 +261,18 @@ class Recipe:
 @torch.no_grad()
 def factor(name: str, gradient: Gradient, layer: LoRASBLinear, recipe: Recipe) -> tuple[Factors, Measurements]:
     """A layer's B, R and A from its gradient (Eq. 6-8), and the energy of it that they capture."""
-    started, r, seed = time.perf_counter(), layer.r[recipe.adapter], recipe.seed_of(name)
+    started, r, seed = time.perf_counter(), layer.adapters[recipe.adapter].r, recipe.seed_of(name)
     signs = gradient.signs()
     with full_precision():
         triplets = _triplets(gradient, signs, r, recipe.update, seed)
         if recipe.update == "per-sample":
             core = signed_core(signs, triplets)
             start = start_share(float(core[:r, :r].norm()), r, recipe.longest)
-            factors = projected_step(triplets, core, r, start * recipe.lr, layer.scaling[recipe.adapter])
+            factors = projected_step(triplets, core, r, start * recipe.lr, layer.adapters[recipe.adapter].scaling)
             sign_energies = energies(core)
         else:
             start = start_share(float(triplets.s[:r].norm()), r, recipe.longest)
-            factors = first_step(triplets, r, start * recipe.lr, layer.scaling[recipe.adapter])
+            factors = first_step(triplets, r, start * recipe.lr, layer.adapters[recipe.adapter].scaling)
             sign_energies = _sign_energies(signs, triplets, recipe.update)
         gradient_energies = _padded(gradient.curve(triplets.u, triplets.vt), len(triplets.s))
         overlap = stability(gradient.half_signs(), r, seed)
@@ -314,7 +314,7 @@ def _padded(curve: Tensor, count: int) -> Tensor:
 
 def count_triplets(layer: LoRASBLinear, adapter: str) -> int:
     """Number of singular triplets that the SVD of a layer returns: q = r + 32, at most min(m, n)."""
-    return min(layer.r[adapter] + OVERSAMPLE, layer.in_features, layer.out_features)
+    return min(layer.adapters[adapter].r + OVERSAMPLE, layer.in_features, layer.out_features)
 
 
 def stability(halves: tuple[SignBits, SignBits] | None, r: int, seed: int) -> float:

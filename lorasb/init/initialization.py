@@ -271,7 +271,7 @@ def _check_beside(model: nn.Module, options: InitOptions, adapter_name: str) -> 
 
 
 def _check_held_back(model: nn.Module, share: float, name: str, layers: Layers) -> None:
-    if share and any(layer.equivalent[name] for layer in layers.values()):
+    if share and any(layer.adapters[name].equivalent for layer in layers.values()):
         raise ValueError(
             "held_back leaves columns of B empty, which equivalent_gradient cannot divide by: leave one out"
         )

@@ -139,7 +139,7 @@ def _helper_adapter(model: Any, name: str, layers: Layers) -> Iterator[str]:
         model.peft_config[later] = config
         for layer in layers.values():
             if later not in layer.lorasb_R:  # attention adds an adapter to the layer inside of it, too
-                layer.add_adapter(later, layer.r[name], wide_factors=layer.wide_factors[name])
+                layer.add_adapter(later, layer.adapters[name].r, wide_factors=layer.adapters[name].wide_factors)
         yield later
     finally:
         model.peft_config.pop(later, None)

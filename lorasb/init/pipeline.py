@@ -81,7 +81,8 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Init
             return _from_cache(model, writer, writer.cache, cached)
     work = Work(model, layers, pieces, options.loss_fn, processes, options.stability, options.recipe.update == "sgd")
     if recipe.update == "per-sample":
-        work.sketches, work.sketch_rank = writer.sketch, max(layer.r[recipe.adapter] for layer in layers.values())
+        ranks = [layer.adapters[recipe.adapter].r for layer in layers.values()]
+        work.sketches, work.sketch_rank = writer.sketch, max(ranks)
     with frozen_base(model, options.beside):
         executor = _execute_plan(work, writer, options)
         writer.write_fallbacks(model, [name for name in layers if name not in writer.reports])
@@ -131,7 +132,7 @@ def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: b
         factors = _factors_of_weight(name, layer, init, recipe)
         sigma = tuple(float(value) for value in factors.sigma)
         seconds = time.perf_counter() - started
-        results[name] = factors, LayerReport(name, shape, layer.r[adapter], None, None, sigma, 0, seconds)
+        results[name] = factors, LayerReport(name, shape, layer.adapters[adapter].r, None, None, sigma, 0, seconds)
     # After the loop: a weight with NaN in the last layer leaves the first layer unchanged, too.
     with Staging(adapter, held_back) as staging:
         for name, (factors, _) in results.items():
@@ -142,7 +143,7 @@ def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: b
 @torch.no_grad()
 def _factors_of_weight(name: str, layer: LoRASBLinear, init: str, recipe: Recipe) -> Factors:
     """One layer's factors from its weight W [out, in], or from a random matrix of its shape."""
-    r, seed = layer.r[recipe.adapter], recipe.seed_of(name)
+    r, seed = layer.adapters[recipe.adapter].r, recipe.seed_of(name)
     if init == "random":
         return random_subspace((layer.out_features, layer.in_features), r, seed)
     # accelerate keeps offloaded weights on the meta device outside of their layer's forward.
@@ -155,7 +156,7 @@ def _factors_of_weight(name: str, layer: LoRASBLinear, init: str, recipe: Recipe
             )
         if init.startswith("lora-xs"):
             return lora_xs(weight, r, seed, "output" if init == "lora-xs-output" else "input")
-        return kaiming(weight, r, layer.scaling[recipe.adapter], seed)
+        return kaiming(weight, r, layer.adapters[recipe.adapter].scaling, seed)
 
 
 def _samples(

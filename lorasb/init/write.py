@@ -43,7 +43,7 @@ class Staging:
         parameters = [getattr(layer, factor)[self.adapter] for factor in FACTORS]
         # `copy=True`: on a CPU layer `to` would return the parameter itself, which is overwritten below.
         values = [p.detach().to("cpu", copy=True) if bool(p.detach().any()) else None for p in parameters]
-        self._previous.append((layer, layer.initialized[self.adapter], values))
+        self._previous.append((layer, layer.adapters[self.adapter].initialized, values))
         b, core, a, _ = emptied(factors, self.held_back)
         layer.set_factors(self.adapter, b, core, a)
 
@@ -60,7 +60,7 @@ class Staging:
                 # In place: an optimizer that exists already holds these parameters.
                 parameter = getattr(layer, name)[self.adapter]
                 parameter.zero_() if value is None else parameter.copy_(value)
-            layer.initialized[self.adapter] = initialized
+            layer.adapters[self.adapter].initialized = initialized
 
 
 @dataclass
@@ -91,7 +91,7 @@ class LayerWriter:
         """An empty sketch of the second moments of a layer's gradients; the same start on every rank."""
         layer, recipe = self.layers[name], self.recipe
         shape = (layer.out_features, layer.in_features)
-        return MomentSketch(shape, layer.r[recipe.adapter], recipe.seed_of(name))
+        return MomentSketch(shape, layer.adapters[recipe.adapter].r, recipe.seed_of(name))
 
     def write_sums(self, sums: GradientSums) -> list[str]:
         """Write the layers of a block or a pass, and free their sums; returns the names of those that backward reached.
@@ -180,7 +180,7 @@ class LayerWriter:
             return result
         layer = self.layers[name]
         # Receivers know all shapes from the layer, so nothing but values has to be sent.
-        r, q = layer.r[self.recipe.adapter], count_triplets(layer, self.recipe.adapter)
+        r, q = layer.adapters[self.recipe.adapter].r, count_triplets(layer, self.recipe.adapter)
         device = next(layer.lorasb_R.parameters()).device
         if result is not None:
             factors, packed = result[0], result[1].to_tensor()
@@ -226,7 +226,7 @@ class LayerWriter:
 
     def _write_fallback(self, name: str) -> None:
         layer = self.layers[name]
-        rank = layer.r[self.recipe.adapter]
+        rank = layer.adapters[self.recipe.adapter].r
         # accelerate keeps offloaded weights on the meta device, and FSDP2 shards them
         with weight_present(layer.get_base_layer()), full_precision():
             weight = full_tensor(layer.dense_weight()).float()

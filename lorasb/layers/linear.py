@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints.shared_factors import missing_factors_error
 from ..compat.transformers import is_loaded
@@ -16,30 +16,11 @@ from ..constants import FACTORS, FROZEN_FACTORS
 from ..functional import dequantize, lora_sb_linear
 from ..ops.autocast import autocast_on
 from ..quantization.quantized_weight import QuantizedWeight
-from ..utils.deprecation import renamed_method
-from . import parameter_dicts
-from .base_weight import FrozenBase, factors_on_device
-from .parameter_dicts import (
-    Bases,
-    Cores,
-    FrozenFactors,
-    Preconditioner,
-    Scales,
-    guarded_core,
-    has_values,
-    shard_like,
-)
+from .adapted_layer import AdaptedLayer, StoredCores
+from .adapter_state import delta_weight
+from .base_weight import factors_on_device
+from .parameter_dicts import merged
 from .token_rows import MERGED_ROWS, Rows, other_length
-
-
-class StoredCores(Protocol):
-    """R's of many adapters on the basis of one of the layer's: a layer's part of an `AdapterBank`."""
-
-    basis: str
-    bank: Any
-
-    def stack(self) -> Tensor:
-        """[capacity, r, r], by slot."""
 
 
 class RowCores(NamedTuple):
@@ -148,9 +129,9 @@ def on_one_basis(layer: LoRASBLinear, names: list[str]) -> bool:
     return all(
         layer.lorasb_A[name] is a
         and layer.lorasb_B[name] is b
-        and layer.scaling[name] == layer.scaling[first]
-        and not layer.equivalent[name]
-        and not (layer.training and layer.lora_dropout[name])
+        and layer.adapters[name].scaling == layer.adapters[first].scaling
+        and not layer.adapters[name].equivalent
+        and not (layer.training and layer.adapters[name].dropout)
         for name in names
     )
 
@@ -164,29 +145,20 @@ def trains_by_row(layer: LoRASBLinear, names: list[str]) -> bool:
 def of_adapters(layer: LoRASBLinear, names: list[str], rows: Rows) -> RowCores:
     """The R's of PEFT's adapters, stacked for this call, with gradients."""
     first = names[0]
-    cores = torch.stack([guarded_core(layer, name) for name in names])
+    cores = torch.stack([layer.core(name) for name in names])
     places = torch.tensor([names.index(name) if name in names else -1 for name in rows.names])
-    return RowCores(layer.lorasb_A[first], layer.lorasb_B[first], cores, places[rows.index], layer.scaling[first])
+    scaling = layer.adapters[first].scaling
+    return RowCores(layer.lorasb_A[first], layer.lorasb_B[first], cores, places[rows.index], scaling)
 
 
 def of_bank(layer: LoRASBLinear, bank: StoredCores, places: Tensor) -> RowCores:
     """The R's of a bank, as they lie; `places` [n]: each row's slot, or -1."""
     basis, modules = bank.basis, layer._modules  # as in `adapter_forward`: the public way takes microseconds
     a, b = (cast(Any, modules[factor])._parameters[basis] for factor in FROZEN_FACTORS)
-    return RowCores(a, b, bank.stack(), places, layer.scaling[basis])
+    return RowCores(a, b, bank.stack(), places, layer.adapters[basis].scaling)
 
 
-class Group(Protocol):
-    """Layers that read the same x and are computed in one call.
-
-    `linear_group.Siblings` implements it; a protocol, as that module imports this one.
-    """
-
-    def take(self, layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> Tensor | None:
-        """y of one member; None if the layer has to be computed alone."""
-
-
-class LoRASBLinear(Bases, FrozenBase, Scales):
+class LoRASBLinear(AdaptedLayer):
     """y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias, with W, A and B frozen and R trained (paper, Eq. 3 and 8).
 
     With orthonormal A and B, the plain gradient of R is the one whose effect on W is closest to full fine-tuning
@@ -214,119 +186,7 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
         RuntimeError: on a training forward of an adapter that has not been initialized.
     """
 
-    # PEFT sets requires_grad on everything in `adapter_layer_names`: only R is listed, as A and B stay frozen.
-    adapter_layer_names = ("lorasb_R",)
     trains_rows = True  # rows of a batch may be those of several adapters in training, too
-    other_param_names = (
-        "lorasb_A",
-        "lorasb_B",
-        "r",
-        "scaling",
-        "first_scaling",
-        "lora_dropout",
-        "equivalent",
-        "wide_factors",
-        "initialized",
-        "basis",
-        "_preconditioners",
-    )
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        r: int,
-        scaling: float = 1.0,
-        lora_dropout: float = 0.0,
-        equivalent_gradient: bool = False,
-        wide_factors: bool = False,
-        fan_in_fan_out: bool = False,
-        octet_dtype: torch.dtype | None = None,
-        resolver_options: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(base_layer, fan_in_fan_out, octet_dtype, resolver_options)
-        self.lorasb_A, self.lorasb_R, self.lorasb_B = FrozenFactors(), Cores(), FrozenFactors()
-        self.r: dict[str, int] = {}
-        self.scaling: dict[str, float] = {}
-        self.first_scaling: dict[str, float] = {}
-        self.lora_dropout: dict[str, float] = {}
-        self.equivalent: dict[str, bool] = {}
-        self.wide_factors: dict[str, bool] = {}
-        self.initialized: dict[str, bool] = {}
-        self.basis: dict[str, str] = {}
-        self._preconditioners: dict[str, Preconditioner] = {}
-        self.siblings: Group | None = None  # set by `linear_group.form` once the model is patched
-        self.stored_cores: StoredCores | None = None  # set by a bank of adapters
-        self._disable_adapters = False
-        self._trained_before: list[str] = []  # adapters whose R required a gradient when adapters were disabled
-        self.merged_adapters: list[str] = []
-        self.cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` switches it off
-        self._active_adapter: str | list[str] = adapter_name
-        self.add_adapter(adapter_name, r, scaling, lora_dropout, equivalent_gradient, wide_factors=wide_factors)
-
-    def add_adapter(
-        self,
-        adapter_name: str,
-        r: int,
-        scaling: float = 1.0,
-        lora_dropout: float = 0.0,
-        equivalent_gradient: bool = False,
-        inference_mode: bool = False,
-        wide_factors: bool = False,
-        basis: str | None = None,
-        start_at: str | None = None,
-    ) -> None:
-        """Add an adapter of rank `r`: A [r, in] and B [out, r] in the base's dtype, R [r, r] in fp32, all zero.
-
-        With `wide_factors` A and B are in fp32, too, and the adapter computes in it, not the base. With `basis` they
-        are the tensors of another adapter, and R starts at zero, or at a copy of that of the adapter `start_at`.
-
-        Raises:
-            ValueError: r exceeds min(in_features, out_features), or the adapter name is taken.
-        """
-        if not 0 < r <= min(self.in_features, self.out_features):
-            raise ValueError(f"expected 0 < r <= min(in, out) = {min(self.in_features, self.out_features)}, got {r}")
-        if adapter_name in self.lorasb_R:
-            raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
-        self.r[adapter_name], self.wide_factors[adapter_name] = r, wide_factors
-        self.any_wide = any(self.wide_factors.values())  # asked in every forward
-        device, dtype, core_dtype = self.execution_device, self.factor_dtype_of(adapter_name), self.core_dtype
-        self.scaling[adapter_name] = self.first_scaling[adapter_name] = scaling
-        self.lora_dropout[adapter_name], self.equivalent[adapter_name] = lora_dropout, equivalent_gradient
-        self.initialized[adapter_name] = False
-        self.lorasb_A[adapter_name] = nn.Parameter(torch.zeros(r, self.in_features, device=device, dtype=dtype))
-        self.lorasb_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=dtype))
-        self.lorasb_R[adapter_name] = nn.Parameter(torch.zeros(r, r, device=device, dtype=core_dtype))
-        if basis is not None:
-            self.stand_on(adapter_name, basis)
-        if start_at is not None:
-            self.lorasb_R[adapter_name].data.copy_(self.lorasb_R[start_at].detach())
-        # The new R requires gradients only if its adapter is active.
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-
-    @torch.no_grad()
-    def set_factors(self, adapter_name: str, b: Tensor, core: Tensor, a: Tensor) -> None:
-        """Copy B [out, r], R [r, r] and A [r, in] into an adapter and mark it as initialized.
-
-        Raises:
-            ValueError: a shape does not fit; nothing was copied.
-        """
-        targets = (self.lorasb_B[adapter_name], self.lorasb_R[adapter_name], self.lorasb_A[adapter_name])
-        pairs = list(zip(targets, (b, core, a), strict=True))
-        for target, value in pairs:  # all shapes before the first copy, so that an error leaves the adapter unchanged
-            if target.shape != value.shape:
-                raise ValueError(f"expected a factor {list(target.shape)}, got {list(value.shape)}")
-        for target, value in pairs:
-            target.copy_(shard_like(target, value))
-        self.initialized[adapter_name] = True
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Set the active adapters as PEFT does; adapters in joint training continue to train with them."""
-        if not enabled and not self._disable_adapters:
-            self._trained_before = [name for name, core in self.lorasb_R.items() if core.requires_grad]
-        super().enable_adapters(enabled)
-        for name in {*self._trained_before} & {*self.lorasb_R} if enabled else ():
-            self.lorasb_R[name].requires_grad_(True)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]. Arguments other than `adapter_names` are passed to the base layer's forward."""
@@ -334,7 +194,7 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
             return forward(self, x, kwargs.pop("adapter_names"), *args, **kwargs)
         if self.disable_adapters and self.merged:  # as in PEFT: the base's own result needs the base's own weight
             self.unmerge()
-        names = [] if self.disable_adapters or self.merged else self._active_here()
+        names = [] if self.disable_adapters or self.merged else self.active_here()
         if not names:
             return self.base_forward(x, *args, **kwargs)
         if args or kwargs or self.any_wide or self.base_must_run():
@@ -371,38 +231,20 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
         a, core, b = (modules[factor]._parameters[name] for factor in FACTORS)
         if a.is_meta and not x.is_meta:
             with factors_on_device([modules[factor] for factor in FACTORS], name) as (a, core, b):
-                return lora_sb_linear(x, weight, a, core, b, bias, self.scaling[name])
+                return lora_sb_linear(x, weight, a, core, b, bias, self.adapters[name].scaling)
         # transformers' loader reads adapter_model.safetensors alone, so a checkpoint with shared factors gets R only.
-        if not self.initialized[name] and is_loaded(core) and not is_loaded(a):
+        if not self.adapters[name].initialized and is_loaded(core) and not is_loaded(a):
             raise missing_factors_error()
-        core, dropout = guarded_core(self, name), self.lora_dropout[name] if self.training else 0.0
+        core, dropout = self.core(name), self.adapters[name].dropout if self.training else 0.0
         if weight is None and x.dtype != a.dtype and not autocast_on(x.device.type):
             x = x.to(a.dtype)  # fp32 factors with a base in 16 bits
-        return lora_sb_linear(x, weight, a, core, b, bias, self.scaling[name], dropout=dropout)
-
-    def preconditioner(self, name: str) -> tuple[Tensor, Tensor]:
-        """(BᵀB)⁻¹/s² and (AAᵀ)⁻¹ [r, r] of an adapter (Theorem 3), in R's dtype."""
-        cached = self._preconditioners.setdefault(name, Preconditioner())
-        a, b = self.lorasb_A[name], self.lorasb_B[name]
-        return cached.matrices(a, b, self.scaling[name], self.lorasb_R[name].dtype)
-
-    def is_initialized(self, name: str) -> bool:
-        """True if an adapter was initialized, or loaded from one that was."""
-        # transformers' loader assigns parameters past `_load_from_state_dict`, and marks each one that it loaded.
-        if not self.initialized[name] and all(is_loaded(getattr(self, f)[name]) for f in FACTORS):
-            self.initialized[name] = has_values(self.lorasb_A[name])
-        return self.initialized[name]
-
-    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        """The shapes of an adapter's factors, keyed by their names in a state dict."""
-        r = self.r[name]
-        return {"lorasb_A": (r, self.in_features), "lorasb_R": (r, r), "lorasb_B": (self.out_features, r)}
+        return lora_sb_linear(x, weight, a, core, b, bias, self.adapters[name].scaling, dropout=dropout)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s·B R A [out, in] in R's dtype; transposed if the base weight is."""
         a, core, b = (getattr(self, factor)[adapter] for factor in FACTORS)
-        delta = parameter_dicts.delta_weight(a, core, b, self.scaling[adapter])
+        delta = delta_weight(a, core, b, self.adapters[adapter].scaling)
         return delta.t() if self.fan_in_fan_out else delta
 
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -421,9 +263,7 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
             weight = opaque.dequantize(self.base_layer)
         else:
             weight = self.base_weight().detach() if quantized is None else dequantize(quantized, self.base_dtype)
-        return parameter_dicts.merged(
-            weight, [self.get_delta_weight(name) for name in adapter_names], adapter_names, sign
-        )
+        return merged(weight, [self.get_delta_weight(name) for name in adapter_names], adapter_names, sign)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add s·B R A to the base weight.
@@ -446,50 +286,6 @@ class LoRASBLinear(Bases, FrozenBase, Scales):
         if not self.restore_replaced_base():
             self.set_base_weight(self.merged_weight(self.merged_adapters, sign=-1.0))
         self.merged_adapters.clear()
-
-    def cast_factors(self, adapter_name: str, wide_core: bool | None = None) -> None:
-        """Move an adapter to the base's device, with A and B frozen in the dtype that they were asked in.
-
-        Args:
-            adapter_name: of the adapter.
-            wide_core: True for R in fp32 or wider, False for R in the base's dtype (`autocast_adapter_dtype`), None to
-                leave that as it is.
-        """
-        if adapter_name not in self.lorasb_R:
-            return
-        if wide_core is not None:
-            (self.lorasb_R.stored_16bit.discard if wide_core else self.lorasb_R.stored_16bit.add)(adapter_name)
-        narrow = adapter_name in self.lorasb_R.stored_16bit
-        frozen, core = self.factor_dtype_of(adapter_name), self.base_dtype if narrow else self.core_dtype
-        for factors, dtype in ((self.lorasb_A, frozen), (self.lorasb_B, frozen), (self.lorasb_R, core)):
-            old = factors[adapter_name]
-            device = old.device if old.device.type == "meta" else self.execution_device
-            if (old.dtype, old.device) != (dtype, device):
-                new = nn.Parameter(old.detach().to(device, dtype), requires_grad=old.requires_grad)
-                new.__dict__.update(old.__dict__)  # attributes set from outside, as transformers' loaded flag
-                factors[adapter_name] = new
-        self.share_again(adapter_name)
-
-    settle_dtypes = renamed_method("settle_dtypes", "cast_factors")
-
-    def factor_dtype_of(self, adapter_name: str) -> torch.dtype:
-        """The dtype of an adapter's A and B: the base's, or fp32 (`wide_factors`)."""
-        return self.core_dtype if self.wide_factors.get(adapter_name, False) else self.base_dtype
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """PEFT calls this after loading; its own version would cast R to 16 bits and unfreeze A and B."""
-        self.cast_factors(adapter_name)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for name in self.lorasb_R:
-            pairs: list[Any] = [
-                (state_dict.get(f"{prefix}{factor}.{name}"), getattr(self, factor)[name]) for factor in FACTORS
-            ]
-            # torch fills in keys that a checkpoint lacks (with FSDP: A and B) with the layer's own parameters. Only a
-            # tensor that is another object came from the checkpoint.
-            if all(loaded is not None and loaded is not parameter for loaded, parameter in pairs):
-                self.initialized[name] = has_values(pairs[FACTORS.index("lorasb_A")][0])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True for every adapter: it equals a plain LoRA with factors A and s·B·R."""
@@ -523,7 +319,7 @@ def equivalent_gradient(layer: LoRASBLinear, adapter_name: str | None = None) ->
     gradient = layer.lorasb_R[name].grad
     if gradient is None:
         raise ValueError(f"adapter {name!r} has no gradient: call loss.backward() first")
-    if layer.equivalent[name]:
+    if layer.adapters[name].equivalent:
         return gradient
     left, right = layer.preconditioner(name)
     return left @ gradient @ right

@@ -35,8 +35,8 @@ def compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[T
         options = {"index": parts[0].places}
     else:
         name = members[0].active_adapters[0]
-        adapters = [(m.lorasb_A[name], m.lorasb_R[name], m.lorasb_B[name], m.scaling[name]) for m in members]
-        options = {"dropout": members[0].lora_dropout[name] if members[0].training else 0.0}
+        adapters = [(m.lorasb_A[name], m.lorasb_R[name], m.lorasb_B[name], m.adapters[name].scaling) for m in members]
+        options = {"dropout": members[0].adapters[name].dropout if members[0].training else 0.0}
     a, cores, b, scalings = zip(*adapters, strict=True)
     weights, biases = [m.base_weight() for m in members], [m.bias for m in members if m.bias is not None]
     return lora_sb_linear_group(members[0].on_base_dtype(x), weights, a, cores, b, biases, scalings, **options)
@@ -67,10 +67,11 @@ def _key_of_active(layer: LoRASBLinear) -> tuple[Any, ...] | None:
     names = layer.active_adapters
     if len(names) != 1 or names[0] not in layer.lorasb_R:
         return None
-    name, core = names[0], layer.lorasb_R[names[0]]
-    if layer.equivalent[name] or layer.wide_factors[name] or core.dtype in SIXTEEN_BIT or not _may_train(layer, name):
+    name = names[0]
+    state, core = layer.adapters[name], layer.lorasb_R[name]
+    if state.equivalent or state.wide_factors or core.dtype in SIXTEEN_BIT or not _may_train(layer, name):
         return None
-    return name, layer.r[name], core.dtype, layer.lora_dropout[name] if layer.training else 0.0
+    return name, state.r, core.dtype, state.dropout if layer.training else 0.0
 
 
 def _key_of_rows(layer: LoRASBLinear, rows: Rows) -> tuple[Any, ...] | None:
@@ -78,7 +79,7 @@ def _key_of_rows(layer: LoRASBLinear, rows: Rows) -> tuple[Any, ...] | None:
     names = linear.in_one_call(layer, rows)
     if names is None or layer.any_wide or not all(_may_train(layer, name) for name in names):
         return None
-    return names, *((layer.r[name], layer.lorasb_R[name].dtype) for name in names[:1])
+    return names, *((layer.adapters[name].r, layer.lorasb_R[name].dtype) for name in names[:1])
 
 
 def _may_train(layer: LoRASBLinear, name: str) -> bool:

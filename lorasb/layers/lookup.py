@@ -58,18 +58,18 @@ def uninitialized(layers: dict[str, LoRASBLinear], adapter_name: str) -> list[st
 def standing_on(model: nn.Module, adapter_name: str) -> list[str]:
     """The adapters that have an adapter's A and B."""
     layers = [module for module in model.modules() if isinstance(module, LoRASBLinear)]
-    return sorted({name for layer in layers for name, basis in layer.basis.items() if basis == adapter_name})
+    return sorted({name for layer in layers for name, basis in layer.bases.items() if basis == adapter_name})
 
 
 def refuse_shared_basis(layers: dict[str, LoRASBLinear], adapter_name: str) -> None:
     """Raise a ValueError where new A and B would be those of other adapters, too."""
     for layer in layers.values():
-        if adapter_name in layer.basis:
+        if adapter_name in layer.bases:
             raise ValueError(
-                f"adapter {adapter_name!r} has the A and B of {layer.basis[adapter_name]!r}, which new ones would "
+                f"adapter {adapter_name!r} has the A and B of {layer.bases[adapter_name]!r}, which new ones would "
                 "replace there, too: make an adapter with separate factors, without basis=..."
             )
-        others = [name for name, basis in layer.basis.items() if basis == adapter_name]
+        others = [name for name, basis in layer.bases.items() if basis == adapter_name]
         others += ["the model's bank"] if layer.serves_bank(adapter_name) else []
         if others:
             raise ValueError(

@@ -17,7 +17,6 @@ from torch.func import functional_call
 
 from ..compat.torch import SAME_WIDTHS, convolve
 from .linear import LoRASBLinear
-from .parameter_dicts import guarded_core
 from .token_rows import MERGED_ROWS, Rows, other_length
 
 
@@ -226,9 +225,9 @@ class LoRASBWeight(LoRASBLinear):
 
     def _delta(self, name: str) -> Tensor:
         """s·B R A with R's graph, in the parameter's layout."""
-        core = guarded_core(self, name)
+        core = self.core(name)
         b, a = self.lorasb_B[name].to(core.dtype), self.lorasb_A[name].to(core.dtype)
-        return self.unfolding.folded(b @ core @ a * self.scaling[name])
+        return self.unfolding.folded(b @ core @ a * self.adapters[name].scaling)
 
     def _refuse_offloaded(self, names: list[str]) -> None:
         if self.base_weight().is_meta or any(self.lorasb_A[name].is_meta for name in names):
@@ -242,7 +241,7 @@ class LoRASBWeight(LoRASBLinear):
         base, x = self.get_base_layer(), input
         y: Tensor = self.base_layer(x)
         for name in names:
-            dropped = nn.functional.dropout(x, self.lora_dropout[name], self.training)
+            dropped = nn.functional.dropout(x, self.adapters[name].dropout, self.training)
             y = y + convolve(base, dropped, self._delta(name).to(x.dtype))
         return y
 
@@ -313,9 +312,9 @@ class LoRASBEmbedding(LoRASBWeight):
         ids = cast(Tensor, args[0] if args else kwargs["input"])
         factor = getattr(base, "embed_scale", 1.0)  # of Gemma's, which scales what it looks up
         for name in names:
-            core = guarded_core(self, name)
+            core = self.core(name)
             found = nn.functional.embedding(ids, self.lorasb_A[name].t()).to(core.dtype)
-            delta = found @ core.t() @ self.lorasb_B[name].to(core.dtype).t() * self.scaling[name]
+            delta = found @ core.t() @ self.lorasb_B[name].to(core.dtype).t() * self.adapters[name].scaling
             y = y + (delta * factor).to(y.dtype)
         return y
 

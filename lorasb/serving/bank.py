@@ -108,7 +108,7 @@ class Columns(NamedTuple):
 
 
 class LayerCores:
-    """A layer's part of a bank, which the layer holds (`row_cores.StoredCores`)."""
+    """A layer's part of a bank, which the layer holds (`adapted_layer.StoredCores`)."""
 
     def __init__(self, bank: Any, columns: Columns) -> None:
         self.bank, self.basis = bank, bank.basis
@@ -172,8 +172,8 @@ class AdapterBank:
         self.columns: dict[str, Columns] = {}
         size = 0
         for name, layer in layers.items():
-            self.columns[name] = Columns(size, layer.r[basis])
-            size += layer.r[basis] ** 2
+            self.columns[name] = Columns(size, layer.adapters[basis].r)
+            size += layer.adapters[basis].r ** 2
         device = next(iter(layers.values())).execution_device
         with torch.inference_mode(False):
             self.storage = torch.zeros((0, size), dtype=dtype, device=device)
@@ -266,7 +266,7 @@ class AdapterBank:
         with self._lock:
             wanted = len(self) + len(found)
             self._reserve(wanted if self.resident is None else min(wanted, self.resident))
-        scalings = {name: layer.scaling[self.basis] for name, layer in self.layers.items()}
+        scalings = {name: layer.adapters[self.basis].scaling for name, layer in self.layers.items()}
         for path in found:
             try:
                 self._check_name(path.name)

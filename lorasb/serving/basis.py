@@ -38,7 +38,7 @@ def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, Any]) 
             f"basis={config.basis!r} is no adapter of this model, which has {', '.join(known) or 'none'}: make and "
             "initialize that one first"
         )
-    ranks = {name: layer.r[config.basis] for name, layer in layers.items()}
+    ranks = {name: layer.adapters[config.basis].r for name, layer in layers.items()}
     if config.r is not None and config.r != max(ranks.values()):
         raise ValueError(
             f"an adapter on {config.basis!r} has its rank, {max(ranks.values())}, got r={config.r}: leave r out"
@@ -56,7 +56,7 @@ def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, Any]) 
     config.rank_pattern = {re.escape(name): rank for name, rank in ranks.items() if rank != config.r}
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.start_at = config.basis if config.basis_start == "same" else None
-    config.basis = next(iter(layers.values())).basis.get(config.basis, config.basis)  # whose the tensors are
+    config.basis = next(iter(layers.values())).bases.get(config.basis, config.basis)  # whose the tensors are
 
 
 def refuse_deletion(model: nn.Module, adapter_name: str) -> None:
@@ -75,7 +75,7 @@ def without_factors(
     tensors: dict[str, Tensor], layers: dict[str, LoRASBLinear], adapter_name: str
 ) -> dict[str, Tensor]:
     """An adapter's tensors for a file: R, and the digest of A and B in the place of those of another adapter."""
-    if not any(adapter_name in layer.basis for layer in layers.values()):
+    if not any(adapter_name in layer.bases for layer in layers.values()):
         return tensors
     # of the tensors that were gathered to be saved, as those of the layers may be shards
     given = _factors_in(tensors)
@@ -121,7 +121,7 @@ def with_digest(layers: dict[str, LoRASBLinear], digest: bytes, first: str) -> s
 def stand_on(layers: dict[str, LoRASBLinear], adapter_name: str, basis: str) -> None:
     """Replace an adapter's A and B by those of another one."""
     for layer in layers.values():
-        layer.stand_on(adapter_name, layer.basis.get(basis, basis))
+        layer.stand_on(adapter_name, layer.bases.get(basis, basis))
 
 
 def make_room(layers: dict[str, LoRASBLinear], adapter_name: str, tensors: dict[str, Tensor]) -> bool:
@@ -133,13 +133,13 @@ def make_room(layers: dict[str, LoRASBLinear], adapter_name: str, tensors: dict[
     Raises:
         ValueError: other adapters share these A and B, which the file's would replace.
     """
-    shared = adapter_name in {name for layer in layers.values() for pair in layer.basis.items() for name in pair}
+    shared = adapter_name in {name for layer in layers.values() for pair in layer.bases.items() for name in pair}
     if not shared and not any(layer.serves_bank(adapter_name) for layer in layers.values()):
         return False
     new = _factors_in(tensors)
     if shared_factors.digest(new) == shared_factors.digest(frozen_factors(layers, adapter_name)):
         return False
-    leaves = any(adapter_name in layer.basis for layer in layers.values())
+    leaves = any(adapter_name in layer.bases for layer in layers.values())
     for layer in layers.values():
         layer.leave_basis(adapter_name)
     refuse_shared_basis(layers, adapter_name)
@@ -150,4 +150,4 @@ def options_for(layer: Any, config: LoRASBConfig) -> dict[str, Any]:
     """Arguments of `add_adapter` for an adapter that shares the factors of one of the layer's; none for others."""
     if not config.basis or config.from_file or config.basis not in layer.lorasb_R:
         return {}
-    return {"basis": config.basis, "start_at": config.start_at, "scaling": layer.scaling[config.basis]}
+    return {"basis": config.basis, "start_at": config.start_at, "scaling": layer.adapters[config.basis].scaling}

@@ -109,10 +109,10 @@ def load_adapters(model: Any, folder: Path, names: Sequence[str], *, basis: str 
         if next(other, None) is not None:
             raise ValueError(f"adapter {name!r} of the model has other A and B than {basis!r}: delete it first")
     digest = shared_factors.digest(frozen_factors(layers, basis))
-    scalings = {layer: module.scaling[basis] for layer, module in layers.items()}
+    scalings = {layer: module.adapters[basis].scaling for layer, module in layers.items()}
     cores = {name: cores_of(folder / name, digest, scalings) for name in names}  # all, before the model changes
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
-        layer: {CORE: (module.r[basis],) * 2} for layer, module in layers.items()
+        layer: {CORE: (module.adapters[basis].r,) * 2} for layer, module in layers.items()
     }
     for found in cores.values():
         check_factors({layer: {CORE: core} for layer, core in found.items()}, shapes)

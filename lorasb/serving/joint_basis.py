@@ -94,7 +94,7 @@ def share_basis(model: Any, adapters: Sequence[str], name: str, r: int | None = 
 def share_into(model: Any, adapters: Sequence[str], name: str) -> KeptShares:
     """Write the joint basis into an existing adapter, at its ranks; its R becomes zero."""
     layers = _layers_of_all(model, adapters)
-    found, factors = _joined(layers, adapters, {layer: module.r[name] for layer, module in layers.items()})
+    found, factors = _joined(layers, adapters, {layer: module.adapters[name].r for layer, module in layers.items()})
     return _settle(model, adapters, name, found, factors)
 
 
@@ -116,7 +116,7 @@ def _settle(
     """Give an adapter B, A and R = 0, and others the same B and A."""
     for layer, module in layers_with(model, name).items():
         b, a = factors[layer]
-        module.set_factors(name, b, torch.zeros(module.r[name], module.r[name]), a)
+        module.set_factors(name, b, torch.zeros(module.adapters[name].r, module.adapters[name].r), a)
     return _move_onto(model, adapters, name, found)
 
 
@@ -132,7 +132,7 @@ def _move_onto(model: Any, adapters: Sequence[str], name: str, found: Mapping[st
             kept = float(core.square().sum()), update.energy
             energies[adapter].append(kept)
             shares.by_layer[adapter][layer] = _share([kept])
-            module.move_to_basis(adapter, name, core / module.scaling[name])
+            module.move_to_basis(adapter, name, core / module.adapters[name].scaling)
     shares.overall = {adapter: _share(kept) for adapter, kept in energies.items()}
     for adapter in adapters:
         config, of_basis = model.peft_config[adapter], model.peft_config[name]
@@ -192,7 +192,7 @@ def project(model: Any, lora: str | Path, name: str, basis: str = "default", mos
         module = layers.get(layer)
         core = None if module is None else _on_layer(module, basis, update, layer, lora)
         if module is not None and core is not None:
-            cores[layer] = core / module.scaling[basis]
+            cores[layer] = core / module.adapters[basis].scaling
         kept.append((0.0 if core is None else float(core.square().sum()), update.energy))
     lost = 1.0 - _share(kept)
     if lost > most_lost:
@@ -245,7 +245,7 @@ def _lora_scale(config: dict[str, Any], name: str, rank: int) -> float:
 
 
 def _update_of(layer: LoRASBLinear, adapter: str) -> Update:
-    core = layer.lorasb_R[adapter].double() * layer.scaling[adapter]
+    core = layer.lorasb_R[adapter].double() * layer.adapters[adapter].scaling
     return Update.of(layer.lorasb_B[adapter], core, layer.lorasb_A[adapter])
 
 
@@ -255,7 +255,7 @@ def _share(kept: Sequence[tuple[float, float]]) -> float:
 
 
 def _rank(layer: LoRASBLinear, adapters: Sequence[str], r: int | None) -> int:
-    wanted = r if r is not None else max(layer.r[adapter] for adapter in adapters)
+    wanted = r if r is not None else max(layer.adapters[adapter].r for adapter in adapters)
     return min(wanted, layer.in_features, layer.out_features)
 
 

@@ -70,6 +70,6 @@ def swap(
         a, core, b = (factors[part] for part in FACTORS)
         layers[name].set_factors(adapter_name, b, core, a)
         layers[name].set_scale_as_made(adapter_name, config.scaling_for(len(core)))
-        layers[name].equivalent[adapter_name] = config.equivalent_gradient
+        layers[name].adapters[adapter_name].equivalent = config.equivalent_gradient
     for field in DESCRIBING:  # what is saved from here on is the other adapter
         setattr(model.peft_config[adapter_name], field, getattr(config, field))

@@ -87,7 +87,7 @@ def with_factors(
         raise _other_basis(adapter_name, config) if config.basis else shared_factors.missing_factors_error()
     if found != adapter_name and share:
         basis.stand_on(layers, adapter_name, found)
-        config.basis = next(iter(layers.values())).basis[adapter_name]
+        config.basis = next(iter(layers.values())).adapters[adapter_name].basis
     # transformers' load_adapter strips PEFT's prefix before this; A and B must be named as R is.
     prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
     own = {key: value for key, value in others.items() if not shared_factors.is_factor(key)}

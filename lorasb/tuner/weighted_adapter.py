@@ -197,7 +197,7 @@ def _combined(
 ) -> Combined:
     """One layer's new factors, by the way that the options ask for and that its adapters allow."""
     kind = options.combination_type
-    rank = options.svd_rank or max(layer.r[name] for _, name in weighted_names)
+    rank = options.svd_rank or max(layer.adapters[name].r for _, name in weighted_names)
     if shared and not kind.endswith("svd") and kind != "cat":
         return _sum_cores(layer, weighted_names, pruning)
     if pruning is not None or options.svd_clamp is not None:
@@ -266,7 +266,7 @@ def _share_factors(layers: dict[str, LoRASBLinear], adapters: Sequence[str]) -> 
 def _sum_cores(layer: LoRASBLinear, weighted_names: list[tuple[float, str]], pruning: Pruning | None) -> Combined:
     """Σ w s R over shared A and B, in fp64: exact up to one rounding of R to fp32, if nothing is pruned."""
     weights, names = zip(*weighted_names, strict=True)
-    cores = [layer.scaling[name] * layer.lorasb_R[name].double() for name in names]
+    cores = [layer.adapters[name].scaling * layer.lorasb_R[name].double() for name in names]
     return Combined(layer.lorasb_B[names[0]], pruned_update(cores, weights, pruning), layer.lorasb_A[names[0]], 0.0)
 
 
@@ -296,7 +296,7 @@ def _truncated_svd(layer: LoRASBLinear, weighted_names: list[tuple[float, str]],
     """
     b = torch.cat([layer.lorasb_B[name].double() for _, name in weighted_names], 1)
     a = torch.cat([layer.lorasb_A[name].double() for _, name in weighted_names], 0)
-    cores = [weight * layer.scaling[name] * layer.lorasb_R[name].double() for weight, name in weighted_names]
+    cores = [weight * layer.adapters[name].scaling * layer.lorasb_R[name].double() for weight, name in weighted_names]
     left, upper = torch.linalg.qr(b)
     right, lower = torch.linalg.qr(a.t())
     u, s, vt = torch.linalg.svd(upper @ torch.block_diag(*cores) @ lower.t())
@@ -322,7 +322,7 @@ def _insert(
         for name, factors in combined.items():
             layer = layers[name]
             # the core includes every s_i; the layer multiplies by its own s again
-            layer.set_factors(adapter_name, factors.b, factors.core / layer.scaling[adapter_name], factors.a)
+            layer.set_factors(adapter_name, factors.b, factors.core / layer.adapters[adapter_name].scaling, factors.a)
         if with_modules is not None:
             _take_modules_over(tuner.model, with_modules, adapter_name)
     except Exception:

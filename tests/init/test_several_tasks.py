@@ -75,4 +75,4 @@ def test_what_cannot_be_is_refused_and_leaves_the_model() -> None:
     assert torch.equal(core, a_layer(based).lorasb_R["ada"])
     assert torch.equal(factor, a_layer(based).lorasb_A["ada"])
     assert list(model.peft_config) == ["default"]
-    assert not a_layer(model).initialized["default"]
+    assert not a_layer(model).adapters["default"].initialized

@@ -76,11 +76,11 @@ def test_what_trained_before_adapters_were_off_trains_again() -> None:
 def test_a_deleted_adapter_leaves_no_matrices_of_theorem_3() -> None:
     layer = make(equivalent_gradient=True)
     layer(torch.randn(2, 16)).sum().backward()
-    assert "default" in layer._preconditioners
+    assert layer.adapters["default"].preconditioner is not None
     layer.add_adapter("second", 4)
     layer.set_adapter(["second"])
     layer.delete_adapter("default")
-    assert "default" not in layer._preconditioners
+    assert "default" not in layer.adapters
 
 
 def test_a_backward_in_evaluation_mode_is_refused_too() -> None:

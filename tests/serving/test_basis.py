@@ -203,7 +203,7 @@ def test_a_sum_has_factors_of_its_own_and_leaves_the_basis(kind: str) -> None:
     before = {name: users(model, name)[0] for name in ("default", "ada", "grace")}
     options = {"density": 0.5} if kind == "ties" else {}
     model.add_weighted_adapter(["ada", "grace"], [0.5, 0.7], "sum", combination_type=kind, **options)
-    assert "sum" not in a_layer(model).basis
+    assert "sum" not in a_layer(model).bases
     assert not any(moved(model, before).values())
 
 
@@ -225,7 +225,7 @@ def test_loading_beside_another_adapter_of_the_basis_s_name_leaves_that_one(tmp_
         model.load_adapter(tmp_path / "ada", "ada")
         assert not any(moved(model, before).values())
         check(users(model, "ada")[0], want, EXACT)
-        assert not a_layer(model).basis
+        assert not a_layer(model).bases
 
 
 def test_a_file_with_other_factors_does_not_overwrite_shared_ones(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_file_with_other_factors_does_not_overwrite_shared_ones(tmp_path: Path
     assert not any(moved(model, before).values())
     model.load_adapter(tmp_path, "ada")  # which leaves the basis
     check(users(model, "ada")[0], want, EXACT)
-    assert "ada" not in a_layer(model).basis
+    assert "ada" not in a_layer(model).bases
     assert not any(moved(model, before).values())
 
 
@@ -273,7 +273,7 @@ def test_hotswapping_an_adapter_on_a_basis_copies_its_factors(tmp_path: Path) ->
     hotswap_adapter(model, str(tmp_path / "ada"), "own")
     check(users(model, "own")[0], want, EXACT)
     assert a_layer(model).lorasb_A["own"] is parameter
-    assert "own" not in a_layer(model).basis
+    assert "own" not in a_layer(model).bases
     with pytest.raises(ValueError, match="'default' is the basis of ada"):
         hotswap_adapter(model, str(tmp_path), "default")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ def state(model: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, layer in model.named_modules():
         if isinstance(layer, LoRASBLinear):
-            for table in ("r", "scaling", "first_scaling", "lora_dropout", "equivalent", "wide_factors", "basis"):
-                found[f"{path} {table}"] = dict(getattr(layer, table))
-            found[path] = dict(layer.initialized), set(layer.lorasb_R.stored_16bit), layer.active_adapters
+            states = {name: replace(state, preconditioner=None) for name, state in layer.adapters.items()}
+            found[path] = states, set(layer.lorasb_R.stored_16bit), layer.active_adapters
     for path, parameter in model.named_parameters(remove_duplicate=False):
         found[f"{path} parameter"] = (parameter.tolist(), parameter.requires_grad, parameter.dtype)
     return found | {f"{name} config": config.to_dict() for name, config in model.peft_config.items()}

@@ -223,7 +223,7 @@ def test_parts_that_the_base_model_is_given() -> None:
     assert model.peft_config["default"].modules_to_save[-1] == "perceiver.decoder"
     for layer in model.modules():
         if isinstance(layer, LoRASBLinear):
-            layer.initialized["default"] = True
+            layer.adapters["default"].initialized = True
     batch = batches_for("bert")[0]
     model(**{"inputs" if name == "input_ids" else name: value for name, value in batch.items()}).loss.backward()
     trained = [name for name, p in model.named_parameters() if p.grad is not None and "lorasb_R" not in name]

@@ -46,7 +46,7 @@ def test_theorem_3_comes_with_the_swapped_adapter(saved: Path, tmp_path: Path) -
     hotswap_adapter(model, str(tmp_path / "third"), adapter_name="default", torch_device="cpu")
     layers = [module for module in model.modules() if isinstance(module, lorasb.LoRASBLinear)]
     assert model.peft_config["default"].equivalent_gradient
-    assert all(layer.equivalent["default"] for layer in layers)
+    assert all(layer.adapters["default"].equivalent for layer in layers)
 
 
 def test_what_was_swapped_in_is_what_is_saved(saved: Path, tmp_path: Path) -> None:

@@ -1,0 +1,317 @@
+"""`AdaptedLayer`: the adapters of a frozen layer, by name: their A, R and B, their states, bases, scales and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..compat.transformers import is_loaded
+from ..constants import FACTORS
+from ..utils.deprecation import renamed_method
+from ..utils.precision import SIXTEEN_BIT
+from .adapter_state import AdapterState, EquivalentGradient, has_values, refuse_training
+from .base_weight import FrozenBase
+from .parameter_dicts import Cores, FrozenFactors, shard_like
+from .token_rows import Rows
+
+
+class StoredCores(Protocol):
+    """R's of many adapters on the basis of one of the layer's: a layer's part of an `AdapterBank`."""
+
+    basis: str
+    bank: Any
+
+    def stack(self) -> Tensor:
+        """[capacity, r, r], by slot."""
+
+
+class Group(Protocol):
+    """Layers that read the same x and are computed in one call.
+
+    `linear_group.Siblings` implements it; a protocol, as that module imports this one.
+    """
+
+    def take(self, layer: Any, x: Tensor, rows: Rows | None = None) -> Tensor | None:
+        """y of one member; None if the layer has to be computed alone."""
+
+
+class AdaptedLayer(FrozenBase):
+    """A frozen layer with adapters by name: A and B frozen, R trained.
+
+    Args:
+        base_layer: the frozen layer.
+        adapter_name: name of the first adapter.
+        r, scaling, lora_dropout, equivalent_gradient, wide_factors: of it, as of `LoRASBLinear`.
+        fan_in_fan_out, octet_dtype, resolver_options: of the base, as of `FrozenBase`.
+
+    Attributes:
+        adapters: state by adapter name.
+    """
+
+    # PEFT sets requires_grad on everything in `adapter_layer_names`: only R is listed, as A and B stay frozen.
+    adapter_layer_names = ("lorasb_R",)
+    other_param_names = ("lorasb_A", "lorasb_B", "adapters")
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        r: int,
+        scaling: float = 1.0,
+        lora_dropout: float = 0.0,
+        equivalent_gradient: bool = False,
+        wide_factors: bool = False,
+        fan_in_fan_out: bool = False,
+        octet_dtype: torch.dtype | None = None,
+        resolver_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(base_layer, fan_in_fan_out, octet_dtype, resolver_options)
+        self.lorasb_A, self.lorasb_R, self.lorasb_B = FrozenFactors(), Cores(), FrozenFactors()
+        self.adapters: dict[str, AdapterState] = {}
+        self.siblings: Group | None = None  # set by `linear_group.form` once the model is patched
+        self.stored_cores: StoredCores | None = None  # set by a bank of adapters
+        self._disable_adapters = False
+        self._trained_before: list[str] = []  # adapters whose R required a gradient when adapters were disabled
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` switches it off
+        self._active_adapter: str | list[str] = adapter_name
+        self.add_adapter(adapter_name, r, scaling, lora_dropout, equivalent_gradient, wide_factors=wide_factors)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        r: int,
+        scaling: float = 1.0,
+        lora_dropout: float = 0.0,
+        equivalent_gradient: bool = False,
+        inference_mode: bool = False,
+        wide_factors: bool = False,
+        basis: str | None = None,
+        start_at: str | None = None,
+    ) -> None:
+        """Add an adapter of rank `r`: A [r, in] and B [out, r] in the base's dtype, R [r, r] in fp32, all zero.
+
+        With `wide_factors` A and B are in fp32, too, and the adapter computes in it, not the base. With `basis` they
+        are the tensors of another adapter, and R starts at zero, or at a copy of that of the adapter `start_at`.
+
+        Raises:
+            ValueError: r exceeds min(in_features, out_features), or the adapter name is taken.
+        """
+        if not 0 < r <= min(self.in_features, self.out_features):
+            raise ValueError(f"expected 0 < r <= min(in, out) = {min(self.in_features, self.out_features)}, got {r}")
+        if adapter_name in self.lorasb_R:
+            raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
+        self.adapters[adapter_name] = AdapterState(r, scaling, scaling, lora_dropout, equivalent_gradient, wide_factors)
+        self.any_wide = any(state.wide_factors for state in self.adapters.values())  # asked in every forward
+        device, dtype, core_dtype = self.execution_device, self.factor_dtype_of(adapter_name), self.core_dtype
+        self.lorasb_A[adapter_name] = nn.Parameter(torch.zeros(r, self.in_features, device=device, dtype=dtype))
+        self.lorasb_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=dtype))
+        self.lorasb_R[adapter_name] = nn.Parameter(torch.zeros(r, r, device=device, dtype=core_dtype))
+        if basis is not None:
+            self.stand_on(adapter_name, basis)
+        if start_at is not None:
+            self.lorasb_R[adapter_name].data.copy_(self.lorasb_R[start_at].detach())
+        # The new R requires gradients only if its adapter is active.
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    @torch.no_grad()
+    def set_factors(self, adapter_name: str, b: Tensor, core: Tensor, a: Tensor) -> None:
+        """Copy B [out, r], R [r, r] and A [r, in] into an adapter and mark it as initialized.
+
+        Raises:
+            ValueError: a shape does not fit; nothing was copied.
+        """
+        targets = (self.lorasb_B[adapter_name], self.lorasb_R[adapter_name], self.lorasb_A[adapter_name])
+        pairs = list(zip(targets, (b, core, a), strict=True))
+        for target, value in pairs:  # all shapes before the first copy, so that an error leaves the adapter unchanged
+            if target.shape != value.shape:
+                raise ValueError(f"expected a factor {list(target.shape)}, got {list(value.shape)}")
+        for target, value in pairs:
+            target.copy_(shard_like(target, value))
+        self.adapters[adapter_name].initialized = True
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Set the active adapters as PEFT does; adapters in joint training continue to train with them."""
+        if not enabled and not self._disable_adapters:
+            self._trained_before = [name for name, core in self.lorasb_R.items() if core.requires_grad]
+        super().enable_adapters(enabled)
+        for name in {*self._trained_before} & {*self.lorasb_R} if enabled else ():
+            self.lorasb_R[name].requires_grad_(True)
+
+    def stand_on(self, adapter_name: str, basis: str) -> None:
+        """Give an adapter the A and B of another one."""
+        state = self.adapters[adapter_name]
+        state.basis, state.initialized = basis, self.is_initialized(basis)
+        state.wide_factors = self.adapters[basis].wide_factors
+        for factors in (self.lorasb_A, self.lorasb_B):
+            factors[adapter_name] = factors[basis]
+
+    def copy_adapter(self, adapter_name: str, name: str) -> None:
+        """Add an adapter like another one on a basis: the same A and B, and a copy of R, which does not train yet."""
+        frozen = (self.lorasb_A, self.lorasb_B)
+        try:
+            self.adapters[name] = replace(self.adapters[adapter_name], preconditioner=None)
+            for factors in frozen:
+                factors[name] = factors[adapter_name]
+            if adapter_name in self.lorasb_R.stored_16bit:
+                self.lorasb_R.stored_16bit.add(name)
+            self.lorasb_R[name] = nn.Parameter(self.lorasb_R[adapter_name].detach().clone(), requires_grad=False)
+        except BaseException:  # Ctrl-C, too
+            self.lorasb_R.stored_16bit.discard(name)
+            for values in (self.adapters, *frozen, self.lorasb_R):
+                with suppress(KeyError, AttributeError):  # a ParameterDict may have the key, and no parameter yet
+                    del values[name]
+            raise
+
+    def move_to_basis(self, adapter_name: str, basis: str, core: Tensor) -> None:
+        """Give an adapter the A, B, rank and s of another one, and an R [r, r]; dropout and all else stays."""
+        old, state, other = self.lorasb_R[adapter_name], self.adapters[adapter_name], self.adapters[basis]
+        self.stand_on(adapter_name, basis)
+        state.r, state.scaling, state.made_with = other.r, other.scaling, other.scaling
+        new = core.to(old.device, self.lorasb_R[basis].dtype)
+        self.lorasb_R[adapter_name] = nn.Parameter(new, requires_grad=old.requires_grad)
+
+    def leave_basis(self, adapter_name: str) -> None:
+        """Give an adapter that shares another one's factors copies of these A and B."""
+        state = self.adapters[adapter_name]
+        if state.basis is not None:
+            state.basis = None
+            for factors in (self.lorasb_A, self.lorasb_B):
+                factors[adapter_name] = nn.Parameter(factors[adapter_name].detach().clone(), requires_grad=False)
+
+    def share_again(self, adapter_name: str) -> None:
+        """Undo what a loader or a change of dtype does, which replaces shared tensors by separate ones."""
+        for name, basis in self.bases.items():
+            if adapter_name in (name, basis) and self.lorasb_A[name] is not self.lorasb_A[basis]:
+                self.stand_on(name, basis)
+
+    @property
+    def bases(self) -> dict[str, str]:
+        """Adapters that have the A and B of another one, and whose."""
+        return {name: state.basis for name, state in self.adapters.items() if state.basis is not None}
+
+    def serves_bank(self, adapter_name: str) -> bool:
+        """True if a bank's adapters have this one's A and B."""
+        return self.stored_cores is not None and bool(self.stored_cores.basis == adapter_name)
+
+    def core(self, name: str) -> Tensor:
+        """R of an adapter for a forward, with the gradient that it is to get (Theorem 3, if `equivalent_gradient`).
+
+        Raises:
+            RuntimeError: the adapter would be trained before it is initialized.
+        """
+        core: Tensor = cast(Any, self._modules["lorasb_R"])._parameters[name]
+        if core.dtype in SIXTEEN_BIT:  # as asked: products take fp32 or wider, and the gradient is rounded to R's dtype
+            core = core.float()
+        if not torch.is_grad_enabled():
+            return core
+        initialized = self.is_initialized(name)
+        if core.requires_grad and not initialized:
+            core = refuse_training(core, name, self.training)
+        # Not before initialization: A and B are zero then, and AAᵀ and BᵀB singular.
+        if self.adapters[name].equivalent and initialized:
+            found: Tensor = EquivalentGradient.apply(core, *self.preconditioner(name))
+            return found
+        return core
+
+    def preconditioner(self, name: str) -> tuple[Tensor, Tensor]:
+        """(BᵀB)⁻¹/s² and (AAᵀ)⁻¹ [r, r] of an adapter (Theorem 3), in R's dtype."""
+        a, b = self.lorasb_A[name], self.lorasb_B[name]
+        return self.adapters[name].preconditioned_by(a, b, self.lorasb_R[name].dtype)
+
+    def is_initialized(self, name: str) -> bool:
+        """True if an adapter was initialized, or loaded from one that was."""
+        state = self.adapters[name]
+        # transformers' loader assigns parameters past `_load_from_state_dict`, and marks each one that it loaded.
+        if not state.initialized and all(is_loaded(getattr(self, f)[name]) for f in FACTORS):
+            state.initialized = has_values(self.lorasb_A[name])
+        return state.initialized
+
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of an adapter's factors, keyed by their names in a state dict."""
+        r = self.adapters[name].r
+        return {"lorasb_A": (r, self.in_features), "lorasb_R": (r, r), "lorasb_B": (self.out_features, r)}
+
+    def cast_factors(self, adapter_name: str, wide_core: bool | None = None) -> None:
+        """Move an adapter to the base's device, with A and B frozen in the dtype that they were asked in.
+
+        Args:
+            adapter_name: of the adapter.
+            wide_core: True for R in fp32 or wider, False for R in the base's dtype (`autocast_adapter_dtype`), None to
+                leave that as it is.
+        """
+        if adapter_name not in self.lorasb_R:
+            return
+        if wide_core is not None:
+            (self.lorasb_R.stored_16bit.discard if wide_core else self.lorasb_R.stored_16bit.add)(adapter_name)
+        narrow = adapter_name in self.lorasb_R.stored_16bit
+        frozen, core = self.factor_dtype_of(adapter_name), self.base_dtype if narrow else self.core_dtype
+        for factors, dtype in ((self.lorasb_A, frozen), (self.lorasb_B, frozen), (self.lorasb_R, core)):
+            old = factors[adapter_name]
+            device = old.device if old.device.type == "meta" else self.execution_device
+            if (old.dtype, old.device) != (dtype, device):
+                new = nn.Parameter(old.detach().to(device, dtype), requires_grad=old.requires_grad)
+                new.__dict__.update(old.__dict__)  # attributes set from outside, as transformers' loaded flag
+                factors[adapter_name] = new
+        self.share_again(adapter_name)
+
+    settle_dtypes = renamed_method("settle_dtypes", "cast_factors")
+
+    def factor_dtype_of(self, adapter_name: str) -> torch.dtype:
+        """The dtype of an adapter's A and B: the base's, or fp32 (`wide_factors`)."""
+        return self.core_dtype if self.adapters[adapter_name].wide_factors else self.base_dtype
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT calls this after loading; its own version would cast R to 16 bits and unfreeze A and B."""
+        self.cast_factors(adapter_name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name in self.lorasb_R:
+            pairs: list[Any] = [
+                (state_dict.get(f"{prefix}{factor}.{name}"), getattr(self, factor)[name]) for factor in FACTORS
+            ]
+            # torch fills in keys that a checkpoint lacks (with FSDP: A and B) with the layer's own parameters. Only a
+            # tensor that is another object came from the checkpoint.
+            if all(loaded is not None and loaded is not parameter for loaded, parameter in pairs):
+                self.adapters[name].initialized = has_values(pairs[FACTORS.index("lorasb_A")][0])
+
+    @property
+    def r(self) -> Mapping[str, int]:
+        """Ranks by adapter name."""
+        return MappingProxyType({name: state.r for name, state in self.adapters.items()})
+
+    @property
+    def scaling(self) -> Mapping[str, float]:
+        """The s by adapter name; `set_scale` and `scale_layer` change it."""
+        return MappingProxyType({name: state.scaling for name, state in self.adapters.items()})
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's s to `scale` times the one that it was made with; others' names are passed over."""
+        if adapter in self.adapters:
+            self.adapters[adapter].scaling = scale * self.adapters[adapter].made_with
+
+    def set_scale_as_made(self, adapter: str, scaling: float) -> None:
+        """Set an adapter's s, as if it had been made with it."""
+        self.adapters[adapter].scaling = self.adapters[adapter].made_with = scaling
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the s of every active adapter."""
+        for name in self.active_here():
+            self.adapters[name].scaling *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the s of every active adapter; None puts back the one that it was made with."""
+        for name in self.active_here():
+            state = self.adapters[name]
+            state.scaling = state.made_with if scale is None else state.scaling / scale
+
+    def active_here(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.adapters]

@@ -1,0 +1,106 @@
+"""`AdapterState`: all that a layer knows of an adapter besides A, R and B; and what R's gradient is to be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..utils.precision import SIXTEEN_BIT
+
+
+@dataclass
+class AdapterState:
+    """An adapter of a layer.
+
+    Attributes:
+        r: rank.
+        scaling: s.
+        made_with: the s that it was made with.
+        dropout: probability of dropping an element of x on the adapter's path.
+        equivalent: whether Theorem 3's closed form is applied to R's gradient.
+        wide_factors: whether A and B are in fp32 over a base in 16 bits.
+        initialized: whether A, R and B have values; ask `AdaptedLayer.is_initialized`, which sees loaded ones, too.
+        basis: the adapter whose A and B it has; None if they belong to it.
+        preconditioner: of Theorem 3, with the state of A, B and s that it was computed from; None before.
+    """
+
+    r: int
+    scaling: float
+    made_with: float
+    dropout: float = 0.0
+    equivalent: bool = False
+    wide_factors: bool = False
+    initialized: bool = False
+    basis: str | None = None
+    preconditioner: tuple[Any, Tensor, Tensor] | None = field(default=None, repr=False)
+
+    @torch.no_grad()
+    def preconditioned_by(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(BᵀB)⁻¹/s² and (AAᵀ)⁻¹ [r, r] of Theorem 3 in `dtype`, for A [r, in] and B [out, r].
+
+        They are kept until A, B or s changes, and computed in fp64, as forming the Gram matrix squares the factors'
+        condition number.
+        """
+        # Pointers show that a parameter was replaced or moved, versions that it was written to in place.
+        key = (a.data_ptr(), a._version, b.data_ptr(), b._version, self.scaling)
+        if self.preconditioner is None or self.preconditioner[0] != key:
+            wide_a, wide_b = a.double(), b.double()
+            left = torch.linalg.inv(wide_b.t() @ wide_b) / self.scaling**2
+            right = torch.linalg.inv(wide_a @ wide_a.t())
+            self.preconditioner = key, left.to(dtype), right.to(dtype)
+        return self.preconditioner[1:]
+
+
+class EquivalentGradient(torch.autograd.Function):
+    """The identity on R, whose backward maps g to left·g·right (all [r, r])."""
+
+    @staticmethod
+    def forward(ctx: Any, core: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return core.view_as(core)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        left, right = ctx.saved_tensors
+        return left @ grad @ right, None, None
+
+
+def refuse_training(core: Tensor, name: str, training: bool) -> Tensor:
+    """Raise for an uninitialized adapter in training mode; in evaluation mode return a view of R that has no gradient.
+
+    Evaluating an uninitialized adapter is legitimate and gives the base's result, with gradients enabled or not. Only a
+    gradient of R raises.
+    """
+    error = RuntimeError(
+        f"adapter {name!r} has not been initialized: its A, B and R are zero and would learn nothing. "
+        "Call lorasb.initialize(model, dataloader, lr=...) before training, or load a saved adapter"
+    )
+    if training:
+        raise error
+
+    def raise_error(_: Tensor) -> None:
+        raise error
+
+    core = core.view_as(core)  # a hook on the parameter itself would outlive this forward and collect with each one
+    core.register_hook(raise_error)
+    return core
+
+
+def has_values(a: Tensor) -> bool:
+    """False for the zeros of an adapter that was saved before it was initialized."""
+    a = a.detach()
+    a = a.to_local() if hasattr(a, "to_local") else a  # a DTensor's own shard
+    return a.is_meta or a.numel() == 0 or bool(a.any())
+
+
+def delta_weight(a: Tensor, core: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """s·B R A [out, in] in R's dtype, in fp32 at least.
+
+    A and B are widened, as a product in 16 bits would round the delta before it is added to the weight.
+    """
+    core = core.float() if core.dtype in SIXTEEN_BIT else core
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # a forward under it may unmerge
+        return b.to(core.dtype) @ core @ a.to(core.dtype) * scaling
