@@ -13,6 +13,8 @@ import pytest
 import torch
 from tiny_run import make_data, make_tiny
 
+from lorasb.layers import linear_group
+
 pytest.register_assert_rewrite("finetune_runs", "linear_groups", "quantized_models")  # their asserts say what differs
 
 HERE = Path(__file__).parent
@@ -42,6 +44,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that read the same input are computed together, as on machines with a GPU."""
+    monkeypatch.setattr(linear_group, "wanted", lambda group: True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -309,6 +309,11 @@ def _saved_tensor_hooks() -> Any:
     return private.saved_tensor_hooks(True)
 
 
+def wanted(group: bool | None) -> bool:
+    """Return whether to form groups; None decides by what `benchmarks.kernels.host_time` and `.training.step` show."""
+    return torch.cuda.is_available() if group is None else group
+
+
 def form(model: nn.Module) -> None:
     """Form the groups of a model, in place of any that it has."""
     dissolve(model)

@@ -110,7 +110,10 @@ class LoRASBModel(BaseTuner):
             # With a state dict (PEFT's injection by its keys) the values follow, and an init would be overwritten.
             if kwargs.get("state_dict") is None and can_initialize_now(model, config, adapter_name, layers):
                 self._initialize(model, config, adapter_name, layers)
-            linear_group.form(model)  # last: a group refers to the layers that were put in
+            if linear_group.wanted(config.group):  # last: a group refers to the layers that were put in
+                linear_group.form(model)
+            else:
+                linear_group.dissolve(model)
 
     def _initialize(
         self, model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import lorasb
 from lorasb.kernels.launcher import observed
 
+pytestmark = pytest.mark.usefixtures("grouped")
+
 GROUPS = {"llama": [3, 2], "gemma2": [3, 2], "roberta": [3], "gpt2": []}
 
 
@@ -212,3 +214,17 @@ def test_layers_that_read_another_input_are_separated_after_a_checkpointed_step(
         for name, gradient in want.items():
             tolerances.check(cross.get_parameter(name).grad, gradient, tolerances.PROCESS_SUMS)
         assert [len(group.members) for group in groups(cross)] == sizes
+
+
+@pytest.mark.parametrize(
+    ("group", "gpu", "formed"), [(None, False, 0), (None, True, 4), (True, False, 4), (False, True, 0)]
+)
+def test_groups_are_formed_where_they_pay_or_are_asked_for(
+    group: bool | None, gpu: bool, formed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the fixture above
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    model = patched("llama", target_modules="all-linear", group=group)
+    assert len(groups(model)) == formed
+    config = model.peft_config["default"].to_dict()
+    assert config["group"] is group  # and in no file, as machines differ

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import lorasb
 
+pytestmark = pytest.mark.usefixtures("grouped")
+
 
 def test_no_result_outlives_the_parents_forward() -> None:
     model = patched("llama")

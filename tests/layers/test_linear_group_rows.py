@@ -17,6 +17,8 @@ import lorasb
 from lorasb.kernels.launcher import observed
 from lorasb.layers import linear
 
+pytestmark = pytest.mark.usefixtures("grouped")
+
 NAMES = ["default", "one", "__base__", "two"]
 
 

@@ -18,6 +18,8 @@ import lorasb
 from lorasb.compat.transformers import CHECKPOINTING
 from lorasb.serving.rows import adapters_by_row
 
+pytestmark = pytest.mark.usefixtures("grouped")
+
 NAMES = ("ada", "emmy", "grace")
 CALLS: tuple[list[str] | None, ...] = (["ada", "grace"], ["__base__", "emmy"], None, ["grace", "default"])
 
