@@ -162,7 +162,7 @@ def _backward_by_row(
 
 
 def _without_cores(operands: Operands) -> Operands:
-    """The same layers with one R = 0 in fp32, for kernels whose own product with R is not used."""
+    """Layers with one R = 0 in fp32, for kernels whose own product with R is not used."""
     cores = [stack.new_zeros(stack.shape[1:], dtype=torch.float32) for stack in operands.cores]
     return operands._replace(cores=cores, scalings=[1.0] * len(cores), row_index=None)
 
@@ -191,7 +191,7 @@ def _is_int8(operands: Operands) -> bool:
 
 
 def _dense_operands(operands: Operands, dtype: torch.dtype) -> Operands:
-    """The same layer over a dense W."""
+    """Operands of the layer over a dense W."""
     shape = operands.b[0].shape[0], operands.a[0].shape[1]
     weight = eager_dequantize.dequantize(list(operands.base), list(operands.layout), *shape, dtype)
     return operands._replace(base=[weight], layout=DENSE)

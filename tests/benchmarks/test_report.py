@@ -15,7 +15,6 @@ from benchmarks.research.methods import grid, rows
 from benchmarks.research.methods.grid import METHODS, TASKS, Cell
 from benchmarks.research.reporting import __main__ as report
 from benchmarks.research.reporting import verdicts
-from benchmarks.research.reporting.speed import ORDINARY
 from benchmarks.training import planned
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -136,10 +135,9 @@ def test_every_file_of_results_says_where_and_when() -> None:
         assert found.get("machine") or found.get("machine_info"), path
 
 
-@pytest.mark.parametrize("folder", [".", ORDINARY])
-def test_the_planners_tables_are_the_results(folder: str) -> None:
+def test_the_planners_table_is_of_the_results() -> None:
     page = (RESULTS.parents[1] / "docs" / "planner.md").read_text(encoding="utf-8").splitlines()
-    found = json.loads((RESULTS / folder / planned.FILE).read_text(encoding="utf-8"))
+    found = json.loads((RESULTS / planned.FILE).read_text(encoding="utf-8"))
     assert [line for line in planned.page(found) if line not in page] == []
     alive, resident = zip(*(planned.Found(**run).ratios for run in found["runs"]), strict=True)
     assert all(0.9 < ratio < 1.1 for ratio in (*alive, *resident))
