@@ -1,0 +1,85 @@
+"""A backend is one table of products: a naive one, in fp64 and row by row, computes every kind of call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference
+import tolerances
+import torch
+from calls import operands_of
+from storages import exact, octets, storage
+from torch import Tensor
+
+from lorasb.backends import eager
+from lorasb.backends.eager import Base, Products
+
+
+def dense(base: Base, like: Tensor, shape: tuple[int, int]) -> Tensor:
+    """W, or zeros where there is none."""
+    found = eager.dense(base, *shape, like.dtype)
+    return torch.zeros(shape, dtype=torch.float64) if found is None else found.double()
+
+
+def thin(rows: Tensor, factor: Tensor, transposed: bool) -> Tensor:
+    return torch.einsum("ik,jk->ij" if transposed else "ik,kj->ij", rows.double(), factor.double()).to(rows)
+
+
+def core(left: Tensor, r: Tensor, scale: float, transposed: bool) -> Tensor:
+    return thin(left, (r.double() * scale), transposed).to(left)
+
+
+def cores(left: Tensor, stack: Tensor, index: Tensor, scale: float, transposed: bool) -> Tensor:
+    eager.check_index(index, len(stack))
+    parts = left.view(len(index), -1, left.shape[1])
+    none = torch.zeros(stack.shape[1:], dtype=stack.dtype)
+    chosen = [stack[k] if k >= 0 else none for k in index.tolist()]
+    return torch.cat([core(part, r, scale, transposed) for part, r in zip(parts, chosen, strict=True)])
+
+
+def extended(rows: Tensor, base: Base, v: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    y = rows.double() @ dense(base, rows, (b.shape[0], rows.shape[1])).t() + v.double() @ b.double().t()
+    return (y if bias is None else y + bias.double()).to(rows)
+
+
+def extended_transposed(rows: Tensor, base: Base, w: Tensor, a: Tensor, onto: Tensor | None) -> Tensor:
+    dx = rows.double() @ dense(base, rows, (rows.shape[1], a.shape[1])) + w.double() @ a.double()
+    return (dx if onto is None else onto.double() + dx).to(rows)
+
+
+NAIVE = Products(thin, core, cores, extended, extended_transposed)
+INDEX = torch.tensor([0, 2, -1, 2, 0])
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "no base": {"base": ()},
+    "4 bits": {"base": storage(32, 64, nested=True, dtype=torch.float32)},
+    "8 bits": {"base": octets(32, 64, torch.float32)},
+    "group": {"members": 3},
+    "dropout": {"dropout": 0.3, "seeds": torch.tensor([7])},
+    "group with dropout": {"members": 2, "dropout": 0.3, "seeds": torch.tensor([7, 8])},
+    "rows": {"row_index": INDEX},
+    "rows of a group": {"row_index": INDEX, "members": 2},
+    "rows over 4 bits": {"row_index": INDEX, "base": storage(32, 64, dtype=torch.float32)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_of_products_is_a_backend(kind: str) -> None:
+    options = dict(KINDS[kind])
+    cases = [reference.make_case((5, 2), 64, 32, 4, torch.float32, seed=j) for j in range(options.pop("members", 1))]
+    if "row_index" in options:
+        for case in cases:
+            case.core = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(1))
+    base = options.get("base")
+    if hasattr(base, "tensors"):
+        assert exact(base, torch.float32).shape == (32, 64)
+        options["base"] = base.tensors, base.layout(torch.float32)
+    operands, x, dys = operands_of(*cases, **options), cases[0].x, [case.dy for case in cases]
+    found, want = (eager.forward(table, x, operands) for table in (NAIVE, eager.EAGER))
+    us = want[len(cases) :]
+    found += eager.backward(NAIVE, dys, us, operands, True, True)
+    want = [*want, *eager.eager_backward(dys, us, operands, True, True)]
+    assert len(found) == len(want) == 3 * len(cases) + 1
+    for one, other in zip(found, want, strict=True):
+        tolerances.check(one, other.double(), tolerances.fp32(200))
