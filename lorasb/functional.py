@@ -253,6 +253,8 @@ def lora_sb_linear_group(
         TypeError: dtypes do not match.
         IndexError: an entry of `index` is no adapter's.
     """
+    if not weights:
+        raise ValueError(f"expected one of each argument for every member, got no weights for {len(lora_A)} members")
     scales = list(map(float, scalings)) or [1.0] * len(weights)
     return _call(x, list(weights), list(lora_A), list(lora_R), list(lora_B), list(biases), scales, dropout, index)
 

@@ -177,7 +177,7 @@ def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: b
 
 
 def _rows_forward(x: Tensor, operands: Operands) -> list[Tensor]:
-    if torch.float64 in (x.dtype, operands.cores[0].dtype):
+    if torch.float64 in (x.dtype, *(stack.dtype for stack in operands.cores)):
         return eager.forward(_products(x.dtype), x, operands)
     by_torch = bool(operands.base) and not operands.is_quantized and not serves(x.dtype, operands.base)
     results = []

@@ -49,9 +49,10 @@ def is_compiled(kernel: Any) -> bool:
 
 def may_repeat(kernel: Any) -> bool:
     """Return True if launches of a kernel may be prepared: Triton compiles it, is verified, and nothing observes it."""
+    if not is_verified() or not hasattr(kernel, "device_caches"):
+        return False
     runtime = _runtime()
-    observed = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls  # by a profiler
-    return not observed and hasattr(kernel, "device_caches") and is_verified()
+    return not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)  # of a profiler
 
 
 @cache

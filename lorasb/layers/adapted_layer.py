@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..compat.transformers import is_loaded
 from ..constants import FACTORS
-from ..utils.deprecation import renamed_method
+from ..utils.deprecation import renamed_method, warn_renamed
 from ..utils.precision import SIXTEEN_BIT
 from .adapter_state import AdapterState, EquivalentGradient, has_values, refuse_training
 from .base_weight import FrozenBase
@@ -39,6 +39,28 @@ class Group(Protocol):
 
     def take(self, layer: Any, x: Tensor, rows: Rows | None = None) -> Tensor | None:
         """y of one member; None if the layer has to be computed alone."""
+
+
+class _Scales(dict[str, float]):
+    """The s by adapter name, which may be set, as in PEFT's layers."""
+
+    def __init__(self, adapters: dict[str, AdapterState]) -> None:
+        super().__init__({name: state.scaling for name, state in adapters.items()})
+        self._adapters = adapters
+
+    def __setitem__(self, name: str, scaling: float) -> None:
+        self._adapters[name].scaling = scaling
+        super().__setitem__(name, scaling)
+
+
+def _former(name: str, field: str) -> property:
+    """A former dictionary by adapter name, with a deprecation warning."""
+
+    def read(layer: AdaptedLayer) -> Mapping[str, Any]:
+        warn_renamed(f"LoRASBLinear.{name}[adapter]", f"LoRASBLinear.adapters[adapter].{field}")
+        return MappingProxyType({adapter: getattr(state, field) for adapter, state in layer.adapters.items()})
+
+    return property(read)
 
 
 class AdaptedLayer(FrozenBase):
@@ -288,9 +310,13 @@ class AdaptedLayer(FrozenBase):
         return MappingProxyType({name: state.r for name, state in self.adapters.items()})
 
     @property
-    def scaling(self) -> Mapping[str, float]:
-        """The s by adapter name; `set_scale` and `scale_layer` change it."""
-        return MappingProxyType({name: state.scaling for name, state in self.adapters.items()})
+    def scaling(self) -> dict[str, float]:
+        """The s by adapter name."""
+        return _Scales(self.adapters)
+
+    lora_dropout, equivalent = _former("lora_dropout", "dropout"), _former("equivalent", "equivalent")
+    wide_factors, first_scaling = _former("wide_factors", "wide_factors"), _former("first_scaling", "made_with")
+    initialized, basis = _former("initialized", "initialized"), _former("basis", "basis")
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's s to `scale` times the one that it was made with; others' names are passed over."""

@@ -110,7 +110,8 @@ class LoRASBModel(BaseTuner):
             # With a state dict (PEFT's injection by its keys) the values follow, and an init would be overwritten.
             if kwargs.get("state_dict") is None and can_initialize_now(model, config, adapter_name, layers):
                 self._initialize(model, config, adapter_name, layers)
-            if linear_group.wanted(config.group):  # last: a group refers to the layers that were put in
+            # last: a group refers to the layers that were put in
+            if any(linear_group.wanted(one.group) for one in self.peft_config.values()):
                 linear_group.form(model)
             else:
                 linear_group.dissolve(model)

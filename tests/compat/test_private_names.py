@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,3 +152,9 @@ def test_experts_of_another_kind_are_told_apart() -> None:
         assert not private_transformers.computes_like_mixtral(experts)
     finally:
         type(experts)._apply_gate = gate
+
+
+def test_an_unknown_version_of_triton_is_asked_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private_triton, "is_verified", lambda: False)
+    monkeypatch.setattr(private_triton, "_runtime", lambda: pytest.fail("its hooks may be of another kind"))
+    assert not private_triton.may_repeat(SimpleNamespace(device_caches={}))

@@ -228,3 +228,5 @@ def test_groups_are_formed_where_they_pay_or_are_asked_for(
     assert len(groups(model)) == formed
     config = model.peft_config["default"].to_dict()
     assert config["group"] is group  # and in no file, as machines differ
+    model.add_adapter("second", lorasb.LoRASBConfig(r=3, target_modules="all-linear", group=None if group else group))
+    assert len(groups(model)) == formed

@@ -229,3 +229,30 @@ def test_gradients_by_sample_of_a_patched_model() -> None:
         for name, parameter in cores.items():
             assert parameter.grad is not None
             tolerances.check(by_sample[name][i], parameter.grad, tolerances.BATCHING)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_captured_without_gradients_has_them_when_it_runs_with_them(dtype: torch.dtype) -> None:
+    case = reference.make_case((3,), 64, 32, 4, dtype, bias=False)
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core = torch.nn.Parameter(case.core.clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return lora_sb_linear(x, case.weight, case.a, self.core, case.b, None, case.scaling)
+
+    layer = Layer()
+    with torch.no_grad():
+        captured: Any = torch.export.export(layer, (case.x,)).module()
+    x = case.x.clone().requires_grad_(True)
+    captured(x).backward(case.dy)
+    wide_dx, wide_dcore = reference.gradients(case.double())
+    check = tolerances.check if dtype == torch.float32 else None
+    for found, want in ((x.grad, wide_dx), (captured.core.grad, wide_dcore)):
+        assert found is not None
+        if check is not None:
+            check(found, want, tolerances.fp32(100))
+        else:
+            assert torch.nn.functional.cosine_similarity(found.double().flatten(), want.flatten(), 0) > 0.999

@@ -205,3 +205,14 @@ def test_bad_input(name: str, backend: str) -> None:
     given_ = dict(zip(names, operands(cases, [case.core for case in cases]), strict=True))
     with lorasb.backend(backend), pytest.raises(kind, match=message):
         lora_sb_linear_group(cases[0].x, **given_ | {"index": INDEX} | change)
+
+
+def test_a_group_needs_weights_and_takes_stacks_of_several_dtypes(kernel: str) -> None:
+    cases = make(torch.float32)
+    lists = operands(cases, [case.core for case in cases])
+    with pytest.raises(ValueError, match="expected one of each argument for every member"):
+        lora_sb_linear_group(cases[0].x, [], *lists[1:], index=INDEX)
+    lists[2] = [lists[2][0], *(core.double() for core in lists[2][1:])]
+    want = lora_sb_linear_group(cases[0].x, *operands(cases, [case.core for case in cases]), index=INDEX)
+    for one, other in zip(lora_sb_linear_group(cases[0].x, *lists, index=INDEX), want, strict=True):
+        tolerances.check(one, other.double(), tolerances.fp32(100))
