@@ -111,7 +111,7 @@ class LoRASBModel(BaseTuner):
             if kwargs.get("state_dict") is None and can_initialize_now(model, config, adapter_name, layers):
                 self._initialize(model, config, adapter_name, layers)
             # last: a group refers to the layers that were put in
-            if any(linear_group.wanted(one.group) for one in self.peft_config.values()):
+            if any(linear_group.wanted(cast(LoRASBConfig, one).group) for one in self.peft_config.values()):
                 linear_group.form(model)
             else:
                 linear_group.dissolve(model)
