@@ -97,7 +97,7 @@ def _call(
         _check_dropout(dropout, index)
     if quantized is not None:  # the packed weight is checked where it is read from a layer
         _check_quantized(quantized, x, a[0], b[0])
-    plain = operand_checks.check(x, weights, a, cores, b, biases, scalings, index)
+    plain = operand_checks.check(x, (weights, a, cores, b, biases), scalings, index)
     if not plain and is_transformed():
         weights = weights if quantized is None else [dequantize(quantized, x.dtype)]
         return _transformed(x, Operands(weights, DENSE, a, cores, b, biases, scalings, index, dropout))

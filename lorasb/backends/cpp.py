@@ -1,11 +1,11 @@
 """The C++ backend: loads the compiled extension, if this build has one, for CPU tensors; else eager torch computes.
 
 The extension registers its kernels for the ops without a derivative with the dispatcher itself, under the ops of `cpp`
-and of `auto`; its products over quantized weights are called here. Dense layers use the BLAS, as
-eager composes it, with three exceptions. In 16 bits on processors without such products, the extension widens W to fp32
-panel by panel: torch takes three to five times as long as in fp32 forward and about a hundred times backward. On AVX2,
-the extension also computes large weights in fp32. In bf16 on processors that multiply it, few tokens, as decoding has
-them, are one call forward that reads W in place: less time than the BLAS takes for W alone.
+and of `auto`; its products over quantized weights are called here. Dense layers use the BLAS, as eager composes it,
+with three exceptions. In 16 bits on processors without such products, the extension widens W to fp32 panel by panel: torch
+takes three to five times as long as in fp32 forward and about a hundred times backward. On AVX2, the extension also
+computes large weights in fp32. In bf16 on processors that multiply it, few tokens, as decoding has them, are one call
+forward that reads W in place: less time than the BLAS takes for W alone.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ EXTENSION_OPS = (
 OPS = ("dequantize", "gradient_add", "gradient_signs", "serve_quantized")
 _reason: str | None = "not loaded yet"
 extension: Any = None  # the module, once loaded; besides its kernels it has functions that Python calls directly
-# The extension's ops without an overload to choose, which takes longer than a small layer's product; once loaded.
+# The extension's ops, filled when it is loaded: to choose an overload in every call takes as long as a small product.
 _csrc = SimpleNamespace()
 
 

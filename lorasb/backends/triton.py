@@ -54,7 +54,7 @@ def forward(x: Tensor, operands: Operands) -> list[Tensor]:
     if found is None:
         from lorasb.kernels import linear as kernels
 
-        found = kernels.forward(rows_of(x), resolved(members), _resolved_list(biases), plan(), mask)
+        found = kernels.forward(rows_of(x), resolved(members), list(map(_resolve, biases)), plan(), mask)
     ys, us = found
     return [*(y if y.dim() == x.dim() else shaped(y, x) for y in ys), *us]
 
@@ -99,7 +99,7 @@ def _forward_quantized(x: Tensor, operands: Operands) -> list[Tensor]:
         rows,
         weight=_weight(operands),
         members=members,
-        bias=_resolved_list(_biases(operands))[0],
+        bias=_resolve(_biases(operands)[0]),
         plan=plan_of("forward", rows, members.b, members.a[0], quant="4bit"),
         mask=mask_of(operands),
     )
@@ -136,7 +136,7 @@ def _forward_by_row(x: Tensor, operands: Operands) -> list[Tensor]:
         return [y.add_(shaped(v[:, : u.shape[1]] @ operands.b[0].t(), y)), u]
     rows, members = rows_of(x), resolved(members_of(base))
     plan = plan_of("forward", rows, members.b, members.a[0])
-    ys, us = kernels.forward(rows, members, _resolved_list(_biases(operands)), of_rows, plan)
+    ys, us = kernels.forward(rows, members, list(map(_resolve, _biases(operands))), of_rows, plan)
     return [*(shaped(y, x) for y in ys), *us]
 
 
@@ -342,7 +342,11 @@ def rows_of(x: Tensor) -> Tensor:
 
 def resolved(members: Any) -> Any:
     """With the signs in memory: torch negates lazily, when it reads (the imaginary part of a conjugate)."""
-    return members.map(lambda tensor: None if tensor is None else tensor.resolve_neg())
+    return members.map(_resolve)
+
+
+def _resolve(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.resolve_neg()
 
 
 def members_of(operands: Operands) -> Any:
@@ -356,10 +360,6 @@ def members_of(operands: Operands) -> Any:
 
 def _biases(operands: Operands) -> Sequence[Tensor | None]:
     return operands.biases or [None] * len(operands.a)
-
-
-def _resolved_list(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.resolve_neg() for tensor in tensors]
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, UntypedStorage, nn
@@ -68,12 +68,6 @@ PRIVATE = {
         DISPATCHED,
         _always,
     ),
-    "BelowAutograd": Private(
-        "torch._C._AutoDispatchBelowAutograd",
-        "skips the autograd key where gradients are off",
-        "the call passes the autograd key",
-        nullcontext,
-    ),
     "graph_task": Private(
         "torch._C._current_graph_task_id",
         "detects that checkpointing repeats a forward in backward",
@@ -129,7 +123,6 @@ function_modes: Callable[[], int] = find(PRIVATE["function_modes"])
 transforms_active: Callable[[], bool] = find(PRIVATE["transforms_active"])
 tracing_state: Callable[[], Any] = find(PRIVATE["tracing_state"])
 is_wrapped: Callable[[Tensor], bool] = find(PRIVATE["is_wrapped"])
-BelowAutograd: Callable[[], AbstractContextManager[None]] = find(PRIVATE["BelowAutograd"])
 graph_task: Callable[[], int] = find(PRIVATE["graph_task"])
 saved_tensor_hooks: Callable[[bool], Any] = find(PRIVATE["saved_tensor_hooks"])
 is_zerotensor: Callable[[Tensor], bool] = find(PRIVATE["is_zerotensor"])
@@ -154,9 +147,7 @@ def forward_pre_hooks(module: nn.Module) -> list[Any]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Return True if something observes or changes a module's forward or backward."""
-    return bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return bool(module._forward_pre_hooks) or has_other_hooks(module)
 
 
 def has_other_hooks(module: nn.Module) -> bool:

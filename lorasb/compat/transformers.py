@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import Private
 
-VERIFIED = "transformers 5.3 to 5.24, TRL 1.16"
+VERIFIED = "transformers 5.24, TRL 1.16"
 LOADED = "_is_hf_initialized"
 CHECKPOINTING = "_gradient_checkpointing_func"
 GATES = "transformers.integrations.moe"  # the module with the gate of experts that define none

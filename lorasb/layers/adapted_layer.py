@@ -56,11 +56,12 @@ class _Scales(dict[str, float]):
 def _former(name: str, field: str) -> property:
     """A former dictionary by adapter name, with a deprecation warning."""
 
-    def read(layer: AdaptedLayer) -> Mapping[str, Any]:
+    def _read(layer: AdaptedLayer) -> Mapping[str, Any]:
         warn_renamed(f"LoRASBLinear.{name}[adapter]", f"LoRASBLinear.adapters[adapter].{field}")
-        return MappingProxyType({adapter: getattr(state, field) for adapter, state in layer.adapters.items()})
+        values = {adapter: getattr(state, field) for adapter, state in layer.adapters.items()}
+        return MappingProxyType({adapter: value for adapter, value in values.items() if value is not None})
 
-    return property(read)
+    return property(_read)
 
 
 class AdaptedLayer(FrozenBase):

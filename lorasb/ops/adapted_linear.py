@@ -99,9 +99,9 @@ class Operands(NamedTuple):
         if self.is_quantized:
             bases = [(list(self.base), list(self.layout))]
         biases: Sequence[Any] = self.biases or [None] * count
-        seeds: Sequence[Any] = (
-            [None] * count if self.seeds is None else self.seeds.split(1) if count > 1 else [self.seeds]
-        )
+        seeds: Sequence[Any] = [None] * count
+        if self.seeds is not None:
+            seeds = [self.seeds] if count == 1 else self.seeds.split(1)
         return list(map(Member, bases, self.a, self.cores, self.b, biases, self.scalings, seeds))
 
     def select(self, members: list[int]) -> Operands:
@@ -122,7 +122,7 @@ def adapted_linear(x: Tensor, operands: Operands, backend: str, kernels: registr
         kernels: found by `direct`.
     """
     count = len(operands.a)
-    if kernels is None and count == 1 and not torch.is_grad_enabled() and _is_plain(operands):
+    if kernels is None and count == 1 and not torch.is_grad_enabled() and _is_dense(operands):
         _, _, (a,), (core,), (b,), biases, (scaling,), *_ = operands
         weight, bias = operands.base[0] if operands.base else None, biases[0] if biases else None
         return [registry.backend_op(SERVE_OP, backend)(x, weight, a, core, b, bias, scaling)]
@@ -138,7 +138,7 @@ def adapted_linear(x: Tensor, operands: Operands, backend: str, kernels: registr
     return list(outputs[:count])
 
 
-def _is_plain(operands: Operands) -> bool:
+def _is_dense(operands: Operands) -> bool:
     return not (operands.is_quantized or operands.row_index is not None or operands.dropout)
 
 
@@ -229,17 +229,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _derivative(owner: str) -> Callable[..., tuple[Any, ...]]:
     """The formula of an owner's op, whose backward op it calls."""
-    op = registry.backend_op(BACKWARD_OP, owner)
-
-    def on_operands(dys: Any, us: Any, operands: Operands, *need: bool) -> Any:
-        return op(dys, us, *operands, *need)
+    op = registry.backward_op(owner)
 
     def backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # x is not saved, and no graph could lead from dR to it
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         base, biases, *_, need_dcores = ctx.rest
         count = len(need_dcores)
-        dx, dcores = _gradients(on_operands, ctx, grads[:count])
+        dx, dcores = _gradients(op, ctx, grads[:count])
         none = [None] * count
         return dx, [None] * base, None, none, dcores, none, [None] * biases, *(None,) * 4
 
@@ -251,23 +248,20 @@ def _serve_fake(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Te
 
 
 def _serve_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """For a graph that was captured without gradients and runs with them: u is not returned, so x has to be saved."""
-    x, weight, a, core, b, _, ctx.scaling = inputs
-    ctx.need = x.requires_grad, core.requires_grad
-    ctx.save_for_backward(x, weight, a, core, b)
+    """For a graph that was captured without gradients and runs with them; u is not returned, and computed again."""
+    x, weight, a, core, b, _, scaling = inputs
+    base, u = [] if weight is None else [weight], x.reshape(-1, x.shape[-1]) @ a.t()
+    _save(ctx, x, Operands(base, DENSE, [a], [core], [b], [], [scaling]), [u])
 
 
 def _serve_derivative(owner: str) -> Callable[..., tuple[Any, ...]]:
-    op = registry.backend_op(BACKWARD_OP, owner)
+    op = registry.backward_op(owner)
 
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE)
-        x, weight, a, core, b = ctx.saved_tensors
-        base, u = [] if weight is None else [weight], x.reshape(-1, x.shape[-1]) @ a.t()
-        operands = Operands(base, DENSE, [a], [core], [b], [], [ctx.scaling])
-        dx, dcore = op([dy], [u], *operands, *ctx.need)
-        return dx if ctx.need[0] else None, None, None, dcore if ctx.need[1] else None, None, None, None
+        dx, (dcore,) = _gradients(op, ctx, [dy])
+        return dx, None, None, dcore, None, None, None
 
     return backward
 

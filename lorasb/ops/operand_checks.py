@@ -14,20 +14,14 @@ from . import signatures
 _known = signatures.Known()
 
 
-def check(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    a: Sequence[Tensor],
-    cores: Sequence[Tensor],
-    b: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    scalings: Sequence[float],
-    index: Tensor | None,
-) -> bool:
-    """Check a call of one linear or several, unless one of the same signature has passed; `biases` may be empty.
+Lists = tuple[Sequence[Tensor], ...]  # weights, A, R, B and biases of each member; the first and the last may be empty
 
-    `weights` may be empty, too: then a quantized weight is checked elsewhere. The range of the index is checked where
-    it is used, so that compiled calls are, too.
+
+def check(x: Tensor, lists: Lists, scalings: Sequence[float], index: Tensor | None) -> bool:
+    """Check a call of one linear or several, unless one of the same signature has passed.
+
+    A quantized weight is checked elsewhere, and has no place in `lists`. The range of the index is checked where it is
+    used, so that compiled calls are, too.
 
     Returns:
         Whether all operands are plain tensors on one device.
@@ -38,11 +32,11 @@ def check(
         TypeError: dtypes do not match, or x is not floating point.
     """
     if torch.compiler.is_compiling():  # which takes the checks apart, and would guard on all signatures that are known
-        _check(x, weights, a, cores, b, biases, scalings, index)
+        _check(x, lists, scalings, index)
         return False
-    signature = signatures.of(x, weights, a, cores, b, biases, index)
-    if not _known.has(signature) or len(scalings) != len(a):
-        _check(x, weights, a, cores, b, biases, scalings, index)
+    signature = signatures.of(x, *lists, index)
+    if not _known.has(signature) or len(scalings) != len(lists[1]):
+        _check(x, lists, scalings, index)
         _known.add(signature)
     if x.requires_grad and torch.is_inference_mode_enabled():
         raise ValueError(
@@ -52,16 +46,8 @@ def check(
     return signature is not None
 
 
-def _check(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    a: Sequence[Tensor],
-    cores: Sequence[Tensor],
-    b: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    scalings: Sequence[float],
-    index: Tensor | None,
-) -> None:
+def _check(x: Tensor, lists: Lists, scalings: Sequence[float], index: Tensor | None) -> None:
+    weights, a, cores, b, biases = lists
     lengths = [len(entries) for entries in (weights or a, a, cores, b, scalings, biases or a)]
     if len(set(lengths)) != 1 or not lengths[0]:
         raise ValueError(f"expected one of each argument for every member, got {lengths} of them")

@@ -123,14 +123,19 @@ class Kernels(NamedTuple):
     backward_op: Callable[..., Any]
 
 
+def backward_op(backend: str) -> Callable[..., Any]:
+    """A backend's backward op of the adapted linear, to be called on operands as its kernel is."""
+    op = backend_op("adapted_linear_backward", backend)
+    return lambda dys, us, operands, *need: op(dys, us, *operands, *need)
+
+
 @cache
 def direct_kernels(backend: str, key: str) -> Kernels | None:
     """The kernels that the dispatcher chooses for the adapted linear; None if there are none."""
     forward, backward = (direct_kernel(op, backend, key) for op in ("adapted_linear", "adapted_linear_backward"))
     if forward is None or backward is None:
         return None
-    op = backend_op("adapted_linear_backward", backend)
-    return Kernels(forward, backward, lambda dys, us, operands, *need: op(dys, us, *operands, *need))
+    return Kernels(forward, backward, backward_op(backend))
 
 
 def unavailable(name: str) -> str | None:
