@@ -2,10 +2,10 @@
 
 The extension registers its kernels for the ops without a derivative with the dispatcher itself, under the ops of `cpp`
 and of `auto`; its products over quantized weights are called here. Dense layers use the BLAS, as eager composes it,
-with three exceptions. In 16 bits on processors without such products, the extension widens W to fp32 panel by panel: torch
-takes three to five times as long as in fp32 forward and about a hundred times backward. On AVX2, the extension also
-computes large weights in fp32. In bf16 on processors that multiply it, few tokens, as decoding has them, are one call
-forward that reads W in place: less time than the BLAS takes for W alone.
+with three exceptions. In 16 bits on processors without such products, the extension widens W to fp32 panel by panel:
+torch takes three to five times as long as in fp32 forward and about a hundred times backward. On AVX2, the extension
+also computes large weights in fp32. In bf16 on processors that multiply it, few tokens, as decoding has them, are one
+call forward that reads W in place: less time than the BLAS takes for W alone.
 """
 
 from __future__ import annotations
