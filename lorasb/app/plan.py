@@ -17,7 +17,7 @@ from ..compat import transformers as private
 from ..distributed.process_group import Processes
 from ..init.block_recorder import NotAStackError, find_stack
 from ..init.plan import EFFICIENCY, Sizes, accumulate_memory, boundary_bytes, layerwise_memory, product_speed
-from ..init.task import Work
+from ..init.task import InitOptions, Work
 from ..layers.linear4bit import LEFT_OUT
 from ..layers.lookup import adapted_layers
 from ..utils.precision import native
@@ -236,7 +236,7 @@ def plan_memory(request: Request) -> MemoryPlan:
         ValueError: no config can be read, or the model is not one that this can run on tokens.
     """
     model = patched(request)
-    work = Work(model, adapted_layers(model)[1], [], None, Processes())
+    work = Work(model, adapted_layers(model)[1], [], InitOptions(), Processes())
     _check_positions(model, request)
     quantized = _quantizable(model) if request.bits == 4 else []
     if request.bits == 4 and not quantized:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -106,19 +108,24 @@ class Processes:
         source = tensors if self.rank == owner else buffers
         return {name: self.broadcast(source[name].cpu(), owner) for name in specs}
 
-    def raise_on_every_rank(self, error: BaseException | None, doing: str = "initialization") -> None:
-        """Raise `error` where there is one, and a RuntimeError on the ranks that have none.
+    @contextmanager
+    def together(self, doing: str = "initialization") -> Iterator[None]:
+        """Run a block that may fail on some ranks, between collectives: its error is raised on every rank.
 
-        To be called where a rank may fail between collectives: a rank that went on alone would wait in the next one
-        for ranks that have left.
-
-        Args:
-            error: this rank's error, or None.
-            doing: the operation, for the message on the other ranks.
+        A rank that went on alone would wait in the next collective for ranks that have left.
 
         Raises:
-            RuntimeError: another rank failed.
+            RuntimeError: another rank failed in `doing`.
         """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        self.raise_on_every_rank(error, doing)
+
+    def raise_on_every_rank(self, error: BaseException | None, doing: str = "initialization") -> None:
+        """Raise `error` where there is one, and a RuntimeError on the ranks that have none; see `together`."""
         if self.is_distributed:
             failed = [rank for rank, bad in enumerate(self.all_gather(int(error is not None))) if bad]
             if failed and error is None:

@@ -17,8 +17,6 @@ from ..ops.plain_ops import BAD, SQUARES, ZEROS
 from ..ops.registry import backend_op, current_backend
 from .svd import MomentSketch, SignBits, energies
 
-Sketches = Callable[[str], MomentSketch]  # an empty one for a layer, by its name
-
 
 def _op(name: str) -> Callable[..., Any]:
     from .. import backends  # noqa: F401  registers the ops of every backend
@@ -32,18 +30,16 @@ class LayerSum:
     If a single call is all there is, dy and x are kept in place of their product if they take less memory.
 
     Args:
-        halves: sum the first half of the samples separately, too.
         sketch: takes the second moments of the samples' own gradients, too.
     """
 
-    def __init__(self, halves: bool = False, sketch: MomentSketch | None = None) -> None:
+    def __init__(self, sketch: MomentSketch | None = None) -> None:
         self.total: Tensor | None = None
-        self.half: Tensor | None = None
-        self.halves, self.sketch = halves, sketch
+        self.sketch = sketch
         self._pair: tuple[Tensor, Tensor] | None = None
         self._signs: tuple[SignBits, Tensor] | None = None  # with [ΣG², zeros, non-finite entries] fp64
 
-    def add(self, dy: Tensor, x: Tensor, last: bool = False, first_half: bool = False) -> None:
+    def add(self, dy: Tensor, x: Tensor, last: bool = False) -> None:
         """G += dyᵀ x for dy [..., out] and x [..., in].
 
         Args:
@@ -51,14 +47,10 @@ class LayerSum:
             x: the layer's input.
             last: True for the last call of a layer: the kernel packs the signs in its epilogue, which saves a pass
                 over G.
-            first_half: True if the samples belong to the first half.
         """
         if self.sketch is not None:
             self.sketch.add(dy, x)
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        if first_half and self.halves:
-            fresh, self.half = self.half is None, _sum_buffer(self.half, dy, x)
-            _op("gradient_add")(dy, x, self.half, fresh)
         if last and self.total is None and self._pair is None and _pair_is_smaller(dy, x):
             self._pair = dy, x
             self._take_signs(dy, x, None, True)
@@ -71,7 +63,7 @@ class LayerSum:
             self._signs = None  # stale after this addition
             _op("gradient_add")(dy, x, self.total, fresh)
 
-    def add_gradient(self, gradient: Tensor, first_half: bool = False) -> None:
+    def add_gradient(self, gradient: Tensor) -> None:
         """G += a gradient [out, in] that the layer itself has computed, fp32 or wider.
 
         Raises:
@@ -84,9 +76,10 @@ class LayerSum:
             )
         self._multiply_pair()
         self._signs = None
-        self.total = _added(self.total, gradient)
-        if first_half and self.halves:
-            self.half = _added(self.half, gradient)
+        if self.total is None:
+            self.total = gradient.clone(memory_format=torch.contiguous_format)
+        else:
+            self.total.add_(gradient)
 
     def _take_signs(self, dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> None:
         """Add dyᵀ x and take the signs of the result; without a `total` only the signs are written."""
@@ -153,18 +146,6 @@ class LayerSum:
             core = u.t().to(total.dtype) @ total @ vt.t().to(total.dtype)
         return energies(core)
 
-    def half_signs(self) -> tuple[SignBits, SignBits] | None:
-        """Signs of the sums over each half of the samples; None if halves were not summed, or one half is zero."""
-        if self.half is None:
-            return None
-        second_half = self.value() - self.half
-        return (SignBits.pack(self.half), SignBits.pack(second_half)) if second_half.any() else None
-
-
-def _added(total: Tensor | None, gradient: Tensor) -> Tensor:
-    """The sum with a gradient added, in place; a copy of the gradient where there is none yet."""
-    return gradient.clone(memory_format=torch.contiguous_format) if total is None else total.add_(gradient)
-
 
 def _sum_buffer(total: Tensor | None, dy: Tensor, x: Tensor) -> Tensor:
     """`total`, or an uninitialized buffer [out, in] for it: the ops overwrite it if it is passed as fresh."""
@@ -187,9 +168,8 @@ class GradientSums:
 
     Args:
         layers: the layers, by name.
-        halves: sum the first half of the samples separately, too.
         active: called at every forward of a layer; a layer is summed only if it returns True.
-        sketches: makes a layer's empty `MomentSketch`; None if second moments are not wanted.
+        sketch: makes a layer's empty `MomentSketch`, by its name; None if second moments are not wanted.
 
     Attributes:
         sums: sums of the layers that backward reached, by name.
@@ -197,22 +177,20 @@ class GradientSums:
         called_inactive: names of the layers that ran while `active` was false.
         closing: to be set before the last forward: the last addition to a layer takes the signs.
         muted: to be set for a forward whose gradients do not count.
-        first_half: to be set for a forward of samples of the first half.
     """
 
     def __init__(
         self,
         layers: Mapping[str, nn.Module],
-        halves: bool = False,
         active: Callable[[], bool] = lambda: True,
-        sketches: Sketches | None = None,
+        sketch: Callable[[str], MomentSketch | None] = lambda name: None,
     ) -> None:
         self.layers = layers
         self.sums: dict[str, LayerSum] = {}
         self.called: set[str] = set()
         self.called_inactive: set[str] = set()
-        self.closing = self.muted = self.first_half = False
-        self.halves, self._active, self._sketches = halves, active, sketches
+        self.closing = self.muted = False
+        self._active, self.sketch = active, sketch
         self._pending: dict[str, int] = {}  # calls whose backward is still to come
         self._handles: list[Any] = []
 
@@ -257,8 +235,7 @@ class GradientSums:
             self.called.add(name)
             x = inputs[0].detach()
             self._pending[name] = self._pending.get(name, 0) + 1
-            half = self.first_half  # of this call: the flag may have changed when backward comes
-            output.register_hook(lambda dy: self._add(name, dy, x, half))
+            output.register_hook(lambda dy: self._add(name, dy, x))
             # Tensor hooks run in the order of registration, so hooks that others register on this output later (the
             # loss rescales the gradient at the logits) would run after ours. They go onto a view, nearer to the loss.
             return output.view_as(output)
@@ -280,26 +257,25 @@ class GradientSums:
             # All experts of a parameter go through, and those that no token was routed to have not run.
             if layer.unfolding.kind != SLICE:
                 self.called.add(name)
-            half = self.first_half
-            tapped.register_hook(lambda gradient: self._add_own(name, layer, gradient, half))
+            tapped.register_hook(lambda gradient: self._add_own(name, layer, gradient))
             return tapped
 
         return hook
 
     @torch.no_grad()
-    def _add_own(self, name: str, layer: LoRASBWeight, gradient: Tensor, first_half: bool) -> None:
+    def _add_own(self, name: str, layer: LoRASBWeight, gradient: Tensor) -> None:
         if layer.unfolding.kind == SLICE and not gradient.any():
             return
         self.called.add(name)
-        self._sum_of(name).add_gradient(layer.matrix_gradient(gradient), first_half)
+        self._sum_of(name).add_gradient(layer.matrix_gradient(gradient))
 
     def _sum_of(self, name: str) -> LayerSum:
         if name not in self.sums:
-            self.sums[name] = LayerSum(self.halves, self._sketches(name) if self._sketches is not None else None)
+            self.sums[name] = LayerSum(self.sketch(name))
         return self.sums[name]
 
     @torch.no_grad()
-    def _add(self, name: str, dy: Tensor, x: Tensor, first_half: bool) -> None:
+    def _add(self, name: str, dy: Tensor, x: Tensor) -> None:
         self._pending[name] -= 1
         # A layer may run several times in a forward (shared modules): only its last backward completes the sum.
-        self._sum_of(name).add(dy, x, self.closing and self._pending[name] == 0, first_half)
+        self._sum_of(name).add(dy, x, self.closing and self._pending[name] == 0)

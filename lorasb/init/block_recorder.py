@@ -146,7 +146,6 @@ class Traversal:
         versions: every tensor that passed between blocks, with its version at that time. The references keep ids from
             being reused.
         gradient: gradient at the output of the last block, later at the input of the last block differentiated.
-        first_half: True if the samples belong to the first half.
         counts: False if its gradients are not to be summed.
     """
 
@@ -156,7 +155,6 @@ class Traversal:
     stored: dict[int, Tensor] = field(default_factory=dict)
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
     gradient: Tensor | None = None
-    first_half: bool = False
     counts: bool = True
 
     def watch(self, tensor: Tensor) -> Tensor:
@@ -227,7 +225,7 @@ class Recorder:
         """Reset before a forward."""
         self.above, self._open = False, []
 
-    def settle(self, first_half: bool, counts: bool) -> None:
+    def settle(self, counts: bool) -> None:
         """After a backward: collect the traversals that got a gradient at the last block's output, and drop the others.
 
         Raises:
@@ -243,7 +241,7 @@ class Recorder:
             if any(leaf.grad is not None for leaf in traversal.leaves[:-1]):
                 raise NotAStackError("the loss depends on the hidden states between blocks too")
             traversal.gradient = traversal.leaves[-1].grad if complete else None
-            traversal.first_half, traversal.counts = first_half, counts
+            traversal.counts = counts
             traversal.leaves, traversal.stored, traversal.versions = [], {}, []  # needed for the checks only
         self.traversals += [traversal for traversal in self._open if traversal.gradient is not None]
         self.begin()

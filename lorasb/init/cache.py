@@ -63,10 +63,6 @@ class CachedGradient:
         """The stored energies; `u` and `vt` are not needed, as they span the subspaces that these were measured in."""
         return self.energies
 
-    def half_signs(self) -> None:
-        """Not cached."""
-        return
-
 
 class Cache:
     """The cache of one initialization: loads a finished file, or collects layers to write one.
@@ -82,7 +78,7 @@ class Cache:
         self.path, self.key, self.data = Path(path), json.loads(json.dumps(dict(key))), data
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.facts: dict[str, Any] = {}
-        self.course: list[Any] = []  # blocks, targets and `halves` of a layerwise run: resuming needs the same
+        self.course: list[Any] = []  # blocks and targets of a layerwise run: resuming needs the same
         self._layers: dict[str, CachedGradient] = {}
         self._unsaved: list[str] = []  # layers of the current block
 
@@ -118,7 +114,10 @@ class Cache:
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def resume(self, traversals: list[Traversal]) -> int | None:
-        """Load the finished blocks of an interrupted run; see `layerwise.Progress.resume`.
+        """Load the finished blocks of an interrupted run, and the gradients of `traversals`.
+
+        Returns:
+            The block to go on with; None if there is no progress.
 
         Raises:
             ValueError: the interrupted run had another key or another order of blocks.
@@ -126,7 +125,7 @@ class Cache:
         boundary = self.partial / "boundary.safetensors"
         if not boundary.exists():
             return None
-        key = self.key | {"blocks, targets and halves": self.course}
+        key = self.key | {"blocks and targets": self.course}
         self._compare(json.loads((self.partial / "key.json").read_text(encoding="utf-8")), self.partial, key)
         block, gradients = _read_boundary(boundary, len(traversals))
         self._load_blocks(block)
@@ -149,7 +148,7 @@ class Cache:
         The boundary file is the commit: it is replaced atomically and names the next block, so a run that is
         interrupted between the two writes resumes at this block.
         """
-        write_json(self.partial / "key.json", self.key | {"blocks, targets and halves": self.course})
+        write_json(self.partial / "key.json", self.key | {"blocks and targets": self.course})
         layers = {name: self._layers[name] for name in self._unsaved}
         write(self.partial / f"block-{block:05d}.safetensors", layers, self.key, {})
         self._unsaved = []

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..layers.linear import LoRASBLinear
+from .accumulator import LayerSum
+from .cache import CachedGradient
 from .init_report import LayerReport
-from .svd import (
-    OVERSAMPLE,
-    MomentSketch,
-    SignBits,
-    Triplets,
-    energies,
-    full_precision,
-    leading_triplets,
-    signed_core,
-    truncated_svd,
-)
+from .svd import OVERSAMPLE, Triplets, energies, full_precision, leading_triplets, signed_core, truncated_svd
+from .task import InitOptions
 
 
 class Scalars(NamedTuple):
@@ -34,7 +26,6 @@ class Scalars(NamedTuple):
         sign_squares: ‖sign(ΣG)‖², the number of its nonzero entries.
         zeros: number of entries of ΣG that are exactly zero.
         seconds: duration of the SVD and the measurements.
-        stability: overlap of the subspaces of two halves of the samples; NaN if not measured.
         start: factor on η of the first step (`longest_start`).
     """
 
@@ -42,7 +33,6 @@ class Scalars(NamedTuple):
     sign_squares: float
     zeros: float
     seconds: float
-    stability: float
     start: float
 
 
@@ -99,7 +89,6 @@ class Measurements:
             beyond=sigma[r:],
             curve_sign=curve_sign,
             curve_grad=curve_grad,
-            stability=None if math.isnan(scalars.stability) else scalars.stability,
             start=_rounded(scalars.start),
         )
 
@@ -204,112 +193,38 @@ def kaiming(weight: Tensor, r: int, scaling: float, seed: int) -> Factors:
     return Factors(u, torch.diag(s / scaling), vt, s)
 
 
-class Gradient(Protocol):
-    """G = ΣG of a layer, as `factor` needs it: a `LayerSum` with all values, or a `CachedGradient` with signs only."""
-
-    @property
-    def squares(self) -> float:
-        """‖G‖²."""
-
-    @property
-    def zeros(self) -> int:
-        """Number of entries that are exactly zero."""
-
-    def signs(self) -> SignBits:
-        """sign(G)."""
-
-    def value(self) -> Tensor:
-        """G [out, in]."""
-
-    def curve(self, u: Tensor, vt: Tensor) -> Tensor:
-        """‖U_kᵀ G V_k‖² for k = 1, 2, ..., with U [out, q] and Vᵀ [q, in]."""
-
-    @property
-    def sketch(self) -> MomentSketch | None:
-        """Second moments of the samples' own gradients, if they were summed."""
-
-    def half_signs(self) -> tuple[SignBits, SignBits] | None:
-        """Signs of the sums over each half of the samples; None if halves were not summed."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Options of the step from gradients to factors.
-
-    Attributes:
-        adapter: adapter name.
-        lr: η of the simulated step.
-        update: "adamw" (factor sign(G)), "sgd" (factor G), "per-sample" (second moments) or "none" (data-free).
-        seed: seed of the SVDs.
-        longest: see `longest_start` of `initialize`.
-        held_back: share of r that is left empty.
-    """
-
-    adapter: str
-    lr: float
-    update: str
-    seed: int
-    longest: float | None = None
-    held_back: float = 0.0
-
-    def seed_of(self, name: str) -> int:
-        """A layer's own seed, which does not depend on the other layers or their order."""
-        # crc32 and not `hash`, which is salted differently in every process.
-        return self.seed + zlib.crc32(name.encode())
+Gradient = LayerSum | CachedGradient  # G of a layer, with all its values or its signs only
 
 
 @torch.no_grad()
-def factor(name: str, gradient: Gradient, layer: LoRASBLinear, recipe: Recipe) -> tuple[Factors, Measurements]:
+def factor(name: str, gradient: Gradient, layer: LoRASBLinear, options: InitOptions) -> tuple[Factors, Measurements]:
     """A layer's B, R and A from its gradient (Eq. 6-8), and the energy of it that they capture."""
-    started, r, seed = time.perf_counter(), layer.adapters[recipe.adapter].r, recipe.seed_of(name)
+    started, state, seed = time.perf_counter(), layer.adapters[options.adapter], options.seed_of(name)
+    # Theorem 6: the first step of SGD has no limit.
+    r, longest = state.r, None if options.update == "sgd" else options.longest_start
     signs = gradient.signs()
     with full_precision():
-        triplets = _triplets(gradient, signs, r, recipe.update, seed)
-        if recipe.update == "per-sample":
+        if options.update == "per-sample":
+            if gradient.sketch is None:
+                raise RuntimeError("update='per-sample' without second moments")
+            triplets = gradient.sketch.triplets()
             core = signed_core(signs, triplets)
-            start = start_share(float(core[:r, :r].norm()), r, recipe.longest)
-            factors = projected_step(triplets, core, r, start * recipe.lr, layer.adapters[recipe.adapter].scaling)
+            start = start_share(float(core[:r, :r].norm()), r, longest)
+            factors = projected_step(triplets, core, r, start * options.lr, state.scaling)
             sign_energies = energies(core)
         else:
-            start = start_share(float(triplets.s[:r].norm()), r, recipe.longest)
-            factors = first_step(triplets, r, start * recipe.lr, layer.adapters[recipe.adapter].scaling)
-            sign_energies = _sign_energies(signs, triplets, recipe.update)
-        gradient_energies = _padded(gradient.curve(triplets.u, triplets.vt), len(triplets.s))
-        overlap = stability(gradient.half_signs(), r, seed)
-    scalars = Scalars(
-        squares=gradient.squares,
-        sign_squares=signs.squares,
-        zeros=gradient.zeros,
-        seconds=time.perf_counter() - started,
-        stability=overlap,
-        start=start,
-    )
-    return factors, Measurements(triplets.s.double().cpu(), sign_energies.double().cpu(), gradient_energies, scalars)
-
-
-def _triplets(gradient: Gradient, signs: SignBits, r: int, update: str, seed: int) -> Triplets:
-    """The subspaces that B and A come from."""
-    if update != "per-sample":
-        return leading_triplets(signs if update == "adamw" else gradient.value(), r, seed)
-    if gradient.sketch is None:
-        raise RuntimeError("update='per-sample' without second moments")
-    return gradient.sketch.triplets()
-
-
-def _sign_energies(signs: SignBits, triplets: Triplets, update: str) -> Tensor:
-    """‖U_kᵀ sign(G) V_k‖² for k = 1, 2, ..., up to the number of triplets."""
-    # If sign(G) itself was factored, Uᵀ sign(G) V is diag(S), and its energies need no other product.
-    if update == "adamw":
-        return triplets.s.square().cumsum(0)
-    return energies(signed_core(signs, triplets))
-
-
-def _padded(curve: Tensor, count: int) -> Tensor:
-    """The first `count` values in fp64 on the CPU, padded with NaN: a cache was measured up to its own rank only."""
-    padded = torch.full((count,), float("nan"), dtype=torch.float64)
-    curve = curve[:count]
-    padded[: len(curve)] = curve.double().cpu()
-    return padded
+            triplets = leading_triplets(signs if options.update == "adamw" else gradient.value(), r, seed)
+            start = start_share(float(triplets.s[:r].norm()), r, longest)
+            factors = first_step(triplets, r, start * options.lr, state.scaling)
+            # If sign(G) itself was factored, Uᵀ sign(G) V is diag(S), and its energies need no other product.
+            factored = options.update == "adamw"
+            sign_energies = triplets.s.square().cumsum(0) if factored else energies(signed_core(signs, triplets))
+        # Padded with NaN: a cache was measured up to its own rank only.
+        curve = gradient.curve(triplets.u, triplets.vt)[: len(triplets.s)].double().cpu()
+        padded = torch.full((len(triplets.s),), float("nan"), dtype=torch.float64)
+        padded[: len(curve)] = curve
+    scalars = Scalars(gradient.squares, signs.squares, gradient.zeros, time.perf_counter() - started, start)
+    return factors, Measurements(triplets.s.double().cpu(), sign_energies.double().cpu(), padded, scalars)
 
 
 def count_triplets(layer: LoRASBLinear, adapter: str) -> int:
@@ -317,17 +232,11 @@ def count_triplets(layer: LoRASBLinear, adapter: str) -> int:
     return min(layer.adapters[adapter].r + OVERSAMPLE, layer.in_features, layer.out_features)
 
 
-def stability(halves: tuple[SignBits, SignBits] | None, r: int, seed: int) -> float:
-    """Overlap of the rank-r subspaces of two halves of the samples: 1 if equal, about r/n if unrelated.
-
-    The mean of ‖U₁ᵀU₂‖²/r and ‖V₁ᵀV₂‖²/r; NaN if halves were not summed.
-    """
-    if halves is None:
-        return float("nan")
-    first, second = (truncated_svd(half, r, seed) for half in halves)
+def overlap(first: Triplets, second: Triplets) -> float:
+    """Overlap of two subspaces of rank r: the mean of ‖U₁ᵀU₂‖²/r and ‖V₁ᵀV₂‖²/r; 1 if equal, r/n if unrelated."""
     # Squared cosines of the principal angles, averaged over column and row space.
     left = (first.u.t() @ second.u).square().sum()
-    return float((left + (first.vt @ second.vt.t()).square().sum()) / (2 * r))
+    return float((left + (first.vt @ second.vt.t()).square().sum()) / (2 * len(first.s)))
 
 
 def held(layer: LoRASBLinear, adapter: str) -> int:

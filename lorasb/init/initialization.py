@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -21,13 +21,12 @@ from ..layers.lookup import adapted_layers, any_merged, layers_with, refuse_shar
 from ..layers.unfused_experts import NAMES, OpenExperts
 from ..utils.checks import MAX_LR, parse_size
 from ..utils.precision import warn_if_slow
-from .factorize import Recipe
 from .init_report import InitReport
 from .loss import LossFn
-from .pipeline import InitOptions, Outcome, from_gradients, from_weights
+from .pipeline import Outcome, from_gradients, from_weights
 from .provenance import provenance
 from .several_tasks import initialize_tasks
-from .task import Layers
+from .task import InitOptions, Layers
 from .write import Staging
 
 ROUTER_SUFFIXES = ("Router", "Gate")  # of class names in transformers
@@ -49,16 +48,15 @@ def skipped_modules(model: nn.Module) -> list[str]:
     return lines
 
 
-def _matching(model: nn.Module, predicate: Any) -> list[str]:
+def _matching(model: nn.Module, predicate: Callable[[nn.Module], bool]) -> list[str]:
     """Names in the base model of the modules for which `predicate` is true."""
     return [name.removeprefix(PEFT_PREFIX) for name, module in model.named_modules() if name and predicate(module)]
 
 
 def _has_fused_experts(module: nn.Module) -> bool:
     """True if a module has the weights of all its experts in 3-D parameters, not split into linear layers."""
-    if isinstance(module, OpenExperts):
-        return False
-    return any(p.dim() == 3 and n.endswith("proj") for n, p in module.named_parameters(recurse=False))
+    named = module.named_parameters(recurse=False)
+    return not isinstance(module, OpenExperts) and any(p.dim() == 3 and n.endswith("proj") for n, p in named)
 
 
 def _tied_head(model: Any) -> str | None:
@@ -73,8 +71,6 @@ def _tied_head(model: Any) -> str | None:
     return next((name for name, module in base.named_modules() if module is head), None)
 
 
-UPDATES = ("adamw", "sgd", "per-sample")
-STRATEGIES = ("auto", "layerwise", "accumulate")
 LONGEST_START = 4.0  # default of `longest_start`, in AdamW steps of R; measured, docs/choosing.md
 
 
@@ -118,7 +114,7 @@ def initialize(
         loss_fn: `loss_fn(model, batch)`, in place of the model's own `.loss`; weighted by the batch's rows.
         seed: of the draw and of the SVD; the global random state is not touched.
         cache: file for all layers' signs: where it exists no backward runs, whatever r; cut-off runs go on from it.
-        stability: also measure how far the subspaces of two halves of the samples overlap; twice the memory for sums.
+        stability: also measure how far the subspaces of two halves of the samples overlap, in another pass over them.
         adapter_name: name of the adapter; the active one if None.
         beside: other adapters, whose updates of W are part of the model whose gradient is taken; without, it is
             the base's.
@@ -129,97 +125,52 @@ def initialize(
     Raises:
         ValueError: bad arguments, samples, loss, gradient or cache, or too little memory; the model is unchanged.
     """
-    model = uncompiled(model)
-    _check(update, strategy, cache, longest_start, stability, loss_fn)
-    _check_parts(isinstance(batches, Mapping), cache, beside, held_back)
-    first_step = None if update == "sgd" else longest_start  # Theorem 6: the first step of SGD has no limit
-    recipe = Recipe(adapter_name or "", lr or 0.0, update, seed, first_step, held_back)
-    size, others = parse_size(memory_budget), tuple(beside)
-    options = InitOptions(recipe, num_samples, strategy, blocks, size, loss_fn, cache, stability, progress, others)
-    one = partial(_initialize_one, model, options)
-    if isinstance(batches, Mapping):
-        return cast(Any, initialize_tasks(model, batches, adapter_name, one))
-    return one(batches, adapter_name)
+    if isinstance(beside, str):
+        raise ValueError(f"beside takes names of adapters, got the text {beside!r}: beside=[{beside!r}]")
+    options = InitOptions(
+        adapter=adapter_name or "",
+        lr=lr or 0.0,
+        update=update,
+        seed=seed,
+        longest_start=longest_start,
+        held_back=held_back,
+        num_samples=num_samples,
+        strategy=strategy,
+        blocks=blocks,
+        memory_budget=parse_size(memory_budget),
+        loss_fn=loss_fn,
+        cache=cache,
+        stability=stability,
+        progress=progress,
+        beside=tuple(beside),
+    )
+    model, several = uncompiled(model), isinstance(batches, Mapping)
+    options.check(several)
+    if several:
+        return cast(Any, initialize_tasks(model, batches, adapter_name, partial(_initialize, model, options)))
+    return _initialize(model, options, batches, adapter_name)
 
 
-def _initialize_one(model: nn.Module, options: InitOptions, batches: Any, adapter_name: str | None) -> InitReport:
-    name, layers = _unmerged_layers(model, adapter_name)
-    _check_beside(model, options, name)
-    _check_held_back(model, options.recipe.held_back, name, layers)
-    return _initialize(model, layers, batches, replace(options, recipe=replace(options.recipe, adapter=name)))
-
-
-def _initialize(model: nn.Module, layers: Layers, batches: Any, options: InitOptions) -> InitReport:
-    recipe, started = options.recipe, time.perf_counter()
-    config: LoRASBConfig = cast(Any, model).peft_config[recipe.adapter]
+def _initialize(model: nn.Module, options: InitOptions, batches: Any, adapter_name: str | None) -> InitReport:
+    name, layers = adapted_layers(model, adapter_name)
+    options, started = replace(options, adapter=name), time.perf_counter()
+    _check_model(model, layers, options)
+    config: LoRASBConfig = cast(Any, model).peft_config[name]
     warn_if_slow(model)
     if config.init == "update":
-        if not 0 < recipe.lr <= MAX_LR or (batches is None and not _exists(options.cache)):
+        cached = options.cache is not None and os.path.exists(options.cache)
+        if not 0 < options.lr <= MAX_LR or (batches is None and not cached):
             raise ValueError(
                 f"init='update' takes batches and lr > 0, at most {MAX_LR:g}: initialize(model, loader, lr=...)"
             )
         # The hooks cut the forward at every block, and each cut would be a graph break and a recompilation.
-        with Staging(recipe.adapter, recipe.held_back) as staging, torch.compiler.set_stance("force_eager"):
+        with Staging(options) as staging, torch.compiler.set_stance("force_eager"):
             outcome = from_gradients(model, layers, batches, options, staging)
-        report = _recorded(model, config, outcome, recipe, started)
+        report = _recorded(model, config, outcome, options, started)
     else:  # the data-free inits ignore batches and lr
-        name, seed, share = recipe.adapter, recipe.seed, recipe.held_back
-        report = without_data(model, config, name, layers, seed, options.progress, share)
-    if recipe.held_back and config.init_provenance is not None:
-        config.init_provenance["held_back"] = recipe.held_back
-    _warn_if_frozen(layers, recipe.adapter)
-    return report
-
-
-def without_data(
-    model: nn.Module,
-    config: LoRASBConfig,
-    name: str,
-    layers: Layers,
-    seed: int = 0,
-    progress: bool = True,
-    held_back: float = 0.0,
-) -> InitReport:
-    """The data-free inits ("lora-xs", "kaiming", "random"), which patching calls itself.
-
-    Args:
-        model: a patched model.
-        config: the adapter's config; its `init` is the method, and its `init_provenance` is set.
-        name: adapter name.
-        layers: layers to initialize, by name.
-        seed: seed of the SVD and of random matrices.
-        progress: show a progress bar.
-        held_back: share of every layer's r that is left empty.
-
-    Raises:
-        ValueError: a weight has NaN or Inf entries; the layers are unchanged.
-    """
-    started = time.perf_counter()
-    outcome = from_weights(layers, config.init, name, seed, progress, held_back)
-    return _recorded(model, config, outcome, Recipe(name, 0.0, "none", seed), started)
-
-
-def _recorded(model: nn.Module, config: LoRASBConfig, outcome: Outcome, recipe: Recipe, started: float) -> InitReport:
-    """Make the report, and store its provenance in the config, which is saved with the adapter."""
-    report = InitReport(
-        init=config.init,
-        update=recipe.update,
-        lr=recipe.lr or None,
-        num_samples=outcome.num_samples,
-        seed=recipe.seed,
-        loss=outcome.loss,
-        seconds=time.perf_counter() - started,
-        layers=outcome.layers,
-        strategy=outcome.strategy,
-        why=outcome.why,
-        left=skipped_modules(model),
-        longest_start=recipe.longest,
-    )
-    config.init_provenance = WrittenHere(provenance(report, outcome.data_hash))
-    return report
-
-
-def _warn_if_frozen(layers: Layers, name: str) -> None:
+        report = _without_data(model, config, layers, options)
+    if options.held_back and config.init_provenance is not None:
+        config.init_provenance["held_back"] = options.held_back
     # PEFT freezes every adapter but the active one; R of an inactive adapter is meant to be frozen.
     active = any(name in layer.active_adapters for layer in layers.values())
     if active and not any(layer.lorasb_R[name].requires_grad for layer in layers.values()):
@@ -228,64 +179,64 @@ def _warn_if_frozen(layers: Layers, name: str) -> None:
             f"model.set_adapter({name!r})",
             stacklevel=3,
         )
+    return report
 
 
-def _check(
-    update: str, strategy: str, cache: Any, longest_start: float | None, stability: bool, loss_fn: LossFn | None
-) -> None:
-    if update not in UPDATES:
-        raise ValueError(f"update must be one of {', '.join(UPDATES)}, got {update!r}")
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    if update != "adamw" and cache is not None:
-        needs = "the gradient itself" if update == "sgd" else "each sample's gradient"
-        raise ValueError(f"update={update!r} needs {needs}, and a cache keeps its signs only: leave cache out")
-    if stability and getattr(loss_fn, "of_whole_batches", False):
-        raise ValueError("stability splits batches in halves, and this loss needs whole ones (pairs): leave it out")
-    if update == "per-sample" and stability:
-        raise ValueError("stability compares subspaces of sign(G), and update='per-sample' has others: leave it out")
-    if longest_start is not None and not longest_start >= 0:
-        raise ValueError(f"longest_start is a number of steps of R >= 0, or None for no limit, got {longest_start!r}")
+def without_data(
+    model: nn.Module, config: LoRASBConfig, name: str, layers: Layers, seed: int = 0, progress: bool = True
+) -> InitReport:
+    """Run the data-free inits ("lora-xs", "kaiming", "random"), which patching calls itself.
+
+    Args:
+        config: the adapter's config; its `init` is the method, and its `init_provenance` is set.
+        name: adapter name.
+        seed: seed of the SVD and of random matrices.
+
+    Raises:
+        ValueError: a weight has NaN or Inf entries; the layers are unchanged.
+    """
+    return _without_data(model, config, layers, InitOptions(adapter=name, seed=seed, progress=progress))
 
 
-def _check_parts(several: bool, cache: Any, beside: Sequence[str], held_back: float) -> None:
-    if isinstance(beside, str):
-        raise ValueError(f"beside takes names of adapters, got the text {beside!r}: beside=[{beside!r}]")
-    if not 0.0 <= held_back < 1.0:
-        raise ValueError(f"held_back is a share of the rank, 0 <= held_back < 1, got {held_back!r}")
-    if several and cache is not None:
-        raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
-    if several and held_back:
-        raise ValueError("held_back is of one adapter, and several tasks share a basis: initialize them without it")
+def _without_data(model: nn.Module, config: LoRASBConfig, layers: Layers, options: InitOptions) -> InitReport:
+    started, options = time.perf_counter(), replace(options, lr=0.0, update="none", longest_start=None)
+    return _recorded(model, config, from_weights(layers, config.init, options), options, started)
 
 
-def _check_beside(model: nn.Module, options: InitOptions, adapter_name: str) -> None:
-    if options.beside and options.cache is not None:
-        raise ValueError(
-            "a cache keeps the signs of the base's own gradient, and beside= requests another: leave one out"
-        )
+def _recorded(
+    model: nn.Module, config: LoRASBConfig, outcome: Outcome, options: InitOptions, started: float
+) -> InitReport:
+    """Make the report, and store its provenance in the config, which is saved with the adapter."""
+    report = InitReport(
+        init=config.init,
+        update=options.update,
+        lr=options.lr or None,
+        num_samples=outcome.num_samples,
+        seed=options.seed,
+        loss=outcome.loss,
+        seconds=time.perf_counter() - started,
+        layers=outcome.layers,
+        strategy=outcome.strategy,
+        why=outcome.why,
+        left=skipped_modules(model),
+        longest_start=None if options.update == "sgd" else options.longest_start,
+    )
+    config.init_provenance = WrittenHere(provenance(report, outcome.data_hash))
+    return report
+
+
+def _check_model(model: nn.Module, layers: Layers, options: InitOptions) -> None:
+    """Raise a ValueError for options that this model or adapter cannot have."""
+    if any_merged(model):
+        raise ValueError("expected unmerged weights, as gradients are taken at the base: call model.unmerge_adapter()")
+    refuse_shared_basis(layers, options.adapter)
     for name in options.beside:
-        layers = layers_with(model, name)
-        if not layers or uninitialized(layers, name) or name == adapter_name:
+        others = layers_with(model, name)
+        if not others or uninitialized(others, name) or name == options.adapter:
             raise ValueError(f"beside names initialized adapters, others than the one to be initialized, got {name!r}")
-
-
-def _check_held_back(model: nn.Module, share: float, name: str, layers: Layers) -> None:
-    if share and any(layer.adapters[name].equivalent for layer in layers.values()):
+    if options.held_back and any(layer.adapters[options.adapter].equivalent for layer in layers.values()):
         raise ValueError(
             "held_back leaves columns of B empty, which equivalent_gradient cannot divide by: leave one out"
         )
-    if share and sharded(model):
+    if options.held_back and sharded(model):
         raise ValueError("what a sharded model (FSDP, ZeRO-3) holds back cannot be filled later: leave held_back out")
-
-
-def _exists(cache: str | os.PathLike[str] | None) -> bool:
-    return cache is not None and os.path.exists(cache)
-
-
-def _unmerged_layers(model: nn.Module, adapter_name: str | None) -> tuple[str, Layers]:
-    name, layers = adapted_layers(model, adapter_name)
-    if any_merged(model):
-        raise ValueError("expected unmerged weights, as gradients are taken at the base: call model.unmerge_adapter()")
-    refuse_shared_basis(layers, name)
-    return name, layers

@@ -17,7 +17,7 @@ from ..layers.lookup import adapted_layers, layers_with, refuse_shared_basis, un
 from .factorize import Factors, filled, held
 from .init_report import InitReport
 from .initialization import initialize
-from .task import Layers
+from .task import InitOptions, Layers
 from .write import Staging
 
 OPTIONS = ("num_samples", "update", "strategy", "blocks", "memory_budget", "loss_fn", "progress")
@@ -61,7 +61,7 @@ def refresh(
     check_refreshable(model, name, layers)
     _check_options(batches, options)
     waiting = {layer: count for layer in layers.values() if (count := held(layer, name))}
-    with _helper_adapter(model, name, layers) as later, Staging(name) as staging:
+    with _helper_adapter(model, name, layers) as later, Staging(InitOptions(adapter=name)) as staging:
         given = options | {"adapter_name": later, "beside": _active(layers), "seed": seed}
         report = initialize(model, batches, lr=1.0, longest_start=None, **given)
         for layer in waiting:

@@ -1,12 +1,10 @@
-"""One initialization from samples to factors: selects samples, plans, sums gradients, factors, caches and reports.
-
-`initialization` is the public function above; `gradients` and `factors` do the work below.
-"""
+"""One initialization from samples to factors: selects samples, plans, sums gradients, factors, caches and reports."""
 
 from __future__ import annotations
 
-import os
+import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,35 +15,19 @@ from tqdm.auto import tqdm
 from ..distributed.process_group import Processes, sharded
 from ..layers.base_weight import weight_present
 from ..layers.linear import LoRASBLinear
-from .cache import Cache, CachedGradient
-from .executor import Executor
-from .factorize import Factors, Recipe, kaiming, lora_xs, random_subspace
+from .cache import Cache
+from .factorize import Factors, kaiming, lora_xs, overlap, random_subspace
 from .init_report import LayerReport
-from .loss import LossFn, labeled_rows, unlabeled
-from .plan import InitPlan, make_plan
+from .loss import labeled_rows, unlabeled
+from .plan import make_plan
 from .provenance import cache_key
 from .sampling import Batch, batch_size, collect, select, take_rows
-from .svd import full_precision
-from .task import Layers, Piece, Work, frozen_base, stored_16bit
+from .strategies import Executor
+from .svd import Triplets, full_precision, truncated_svd
+from .task import InitOptions, Layers, Piece, Work, frozen_base
 from .write import LayerWriter, Staging
 
 PROGRESS_DELAY = 2.0  # seconds before a progress bar appears
-
-
-@dataclass(frozen=True)
-class InitOptions:
-    """Arguments of `initialize` other than the model and the batches."""
-
-    recipe: Recipe
-    num_samples: int | None = None
-    strategy: str = "auto"
-    blocks: str | None = None
-    memory_budget: float | None = None
-    loss_fn: LossFn | None = None
-    cache: str | os.PathLike[str] | None = None
-    stability: bool = False
-    progress: bool = True
-    beside: tuple[str, ...] = ()
 
 
 @dataclass
@@ -67,85 +49,71 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Init
     """
     processes = Processes()
     pieces, seen, data_hash = _samples(model, batches, options, processes)
-    recipe = _mean_recipe(options, pieces, processes) if options.recipe.update == "sgd" else options.recipe
-    writer = LayerWriter(layers, recipe, processes, staging, options.stability)
+    writer = LayerWriter(layers, _per_sum(options, pieces, processes), processes, staging)
     if options.cache is not None:
         # Before any forward: a cache of other data or weights is refused at once.
-        first, seed = next(iter(layers.values())), options.recipe.seed
-        key = cache_key(model, first, options.recipe.update, seed, seen, data_hash, options.loss_fn)
-        writer.cache = Cache(options.cache, key, batches is not None)
-        cached = writer.cache.load(list(layers))
-        if cached is not None and options.stability:
+        writer.cache = Cache(options.cache, cache_key(model, layers, options, seen, data_hash), batches is not None)
+        signs = writer.cache.load(list(layers))
+        if signs is not None and options.stability:
             raise ValueError("stability compares halves of the samples, and a cache keeps their sum: leave cache out")
-        if cached is not None:
-            return _from_cache(model, writer, writer.cache, cached)
-    work = Work(model, layers, pieces, options.loss_fn, processes, options.stability, options.recipe.update == "sgd")
-    if recipe.update == "per-sample":
-        ranks = [layer.adapters[recipe.adapter].r for layer in layers.values()]
-        work.sketches, work.sketch_rank = writer.sketch, max(ranks)
+        if signs is not None:
+            writer.write_cached(signs)
+            writer.write_fallbacks(model, [name for name in layers if name not in signs])
+            facts, why = writer.cache.facts, f"signs from {writer.cache.path}, no backward"
+            return Outcome(_reports(writer), facts["num_samples"], facts["data"], facts["loss"], "cache", why)
+    work = Work(model, layers, pieces, options, processes)
     with frozen_base(model, options.beside):
-        executor = _execute_plan(work, writer, options)
+        executor = _execute_plan(work, writer)
         writer.write_fallbacks(model, [name for name in layers if name not in writer.reports])
-    # fp64, as counts of samples and sums of losses are reduced in one tensor.
-    loss, labeled = processes.all_reduce_sum(torch.tensor([work.loss, work.labeled], dtype=torch.float64)).tolist()
-    loss /= labeled
-    outcome = Outcome(_reports(writer), seen, data_hash, loss, executor.plan.strategy, executor.plan.why)
+        # fp64, as counts of samples and sums of losses are reduced in one tensor.
+        loss, labeled = processes.all_reduce_sum(torch.tensor([work.loss, work.labeled], dtype=torch.float64)).tolist()
+        if options.stability:
+            _measure_stability(work, writer)
+    outcome = Outcome(_reports(writer), seen, data_hash, loss / labeled, executor.plan.strategy, executor.plan.why)
     if writer.cache is not None:
-        _finish(writer.cache, outcome, processes)
+        with processes.together():
+            if processes.rank == 0:
+                facts = {"loss": outcome.loss, "num_samples": seen, "data": data_hash, "strategy": outcome.strategy}
+                writer.cache.finish(facts | {"not_reached": [one.name for one in outcome.layers if one.fallback]})
     return outcome
 
 
-def _mean_recipe(options: InitOptions, pieces: list[Piece], processes: Processes) -> Recipe:
-    """The recipe with η/n for η: a step of η along the mean of n gradients is one of η/n along their sum.
-
-    Needed for SGD only, as sign(G) is scale-invariant.
-    """
+def _per_sum(options: InitOptions, pieces: list[Piece], processes: Processes) -> InitOptions:
+    """For SGD, options with η/n for η: a step of η along the mean of n gradients is one of η/n along their sum."""
+    if options.update != "sgd":
+        return options  # sign(G) is scale-invariant
     # With a loss_fn, labels have no meaning that is known here: every row counts.
     rows = labeled_rows if options.loss_fn is None else batch_size
     own = sum(rows(piece.batch) for piece in pieces if piece.counts)
-    return replace(options.recipe, lr=options.recipe.lr / max(1, sum(processes.all_gather(own))))
+    return replace(options, lr=options.lr / max(1, sum(processes.all_gather(own))))
 
 
-def _finish(cache: Cache, outcome: Outcome, processes: Processes) -> None:
-    """Write the cache on rank 0; errors are raised on every rank."""
-    error: Exception | None = None
-    facts: dict[str, Any] = {"loss": outcome.loss, "num_samples": outcome.num_samples, "data": outcome.data_hash}
-    facts["not_reached"] = [layer.name for layer in outcome.layers if layer.fallback]
-    try:
-        if processes.rank == 0:
-            cache.finish(facts | {"strategy": outcome.strategy})
-    except Exception as caught:
-        error = caught
-    processes.raise_on_every_rank(error)
-
-
-def from_weights(layers: Layers, init: str, adapter: str, seed: int, progress: bool, held_back: float = 0.0) -> Outcome:
+def from_weights(layers: Layers, init: str, options: InitOptions) -> Outcome:
     """Write the data-free inits, LoRA-XS, Kaiming or random; layers are written after all of them are factored.
 
     Raises:
         ValueError: a weight has NaN or Inf entries.
     """
-    recipe, results = Recipe(adapter, 1.0, "none", seed), {}
-    bar = tqdm(layers.items(), desc="factoring", unit="layer", disable=not progress, leave=False, delay=PROGRESS_DELAY)
+    results, show = {}, options.progress
+    bar = tqdm(layers.items(), desc="factoring", unit="layer", disable=not show, leave=False, delay=PROGRESS_DELAY)
     for name, layer in bar:
-        started, shape = time.perf_counter(), (layer.out_features, layer.in_features)
-        factors = _factors_of_weight(name, layer, init, recipe)
-        sigma = tuple(float(value) for value in factors.sigma)
-        seconds = time.perf_counter() - started
-        results[name] = factors, LayerReport(name, shape, layer.adapters[adapter].r, None, None, sigma, 0, seconds)
+        started, shape, r = time.perf_counter(), (layer.out_features, layer.in_features), layer.r[options.adapter]
+        factors = _factors_of_weight(name, layer, init, options)
+        sigma, seconds = tuple(map(float, factors.sigma)), time.perf_counter() - started
+        results[name] = factors, LayerReport(name, shape, r, None, None, sigma, 0, seconds)
     # After the loop: a weight with NaN in the last layer leaves the first layer unchanged, too.
-    with Staging(adapter, held_back) as staging:
+    with Staging(options) as staging:
         for name, (factors, _) in results.items():
             staging.write(layers[name], factors)
     return Outcome([report for _, report in results.values()])
 
 
 @torch.no_grad()
-def _factors_of_weight(name: str, layer: LoRASBLinear, init: str, recipe: Recipe) -> Factors:
-    """One layer's factors from its weight W [out, in], or from a random matrix of its shape."""
-    r, seed = layer.adapters[recipe.adapter].r, recipe.seed_of(name)
+def _factors_of_weight(name: str, layer: LoRASBLinear, init: str, options: InitOptions) -> Factors:
+    """Compute a layer's factors from its weight W [out, in], or from a random matrix of its shape."""
+    state, seed = layer.adapters[options.adapter], options.seed_of(name)
     if init == "random":
-        return random_subspace((layer.out_features, layer.in_features), r, seed)
+        return random_subspace((layer.out_features, layer.in_features), state.r, seed)
     # accelerate keeps offloaded weights on the meta device outside of their layer's forward.
     with weight_present(layer.get_base_layer()), full_precision():
         weight = layer.dense_weight().detach().float()
@@ -155,90 +123,116 @@ def _factors_of_weight(name: str, layer: LoRASBLinear, init: str, recipe: Recipe
                 "exclude_modules"
             )
         if init.startswith("lora-xs"):
-            return lora_xs(weight, r, seed, "output" if init == "lora-xs-output" else "input")
-        return kaiming(weight, r, layer.adapters[recipe.adapter].scaling, seed)
+            return lora_xs(weight, state.r, seed, "output" if init == "lora-xs-output" else "input")
+        return kaiming(weight, state.r, state.scaling, seed)
 
 
 def _samples(
     model: nn.Module, batches: Any, options: InitOptions, processes: Processes
 ) -> tuple[list[Piece], int, str | None]:
-    """Micro-batches of this rank, the number of samples over all ranks, and the hash of all samples."""
+    """Return this rank's micro-batches, the number of samples over all ranks, and the hash of all samples."""
     if batches is None:
         return [], 0, None
-    samples = select(batches, options.num_samples, options.recipe.seed, processes)
-    batches, selected = collect(samples, processes)
+    batches, selected = collect(select(batches, options.num_samples, options.seed, processes), processes)
     seen = sum(processes.all_gather(selected.seen))
     # Over all ranks: one rank's share without labels is no error.
     if options.loss_fn is None and not any(processes.all_gather(int(any(not unlabeled(batch) for batch in batches)))):
         raise ValueError("no sample has a labeled token: every label of these batches is -100")
-    pieces = list(stored_16bit(batches)) if options.stability else [Piece(batch) for batch in batches]
+    pieces = [Piece(batch) for batch in batches]
     if processes.is_distributed and sharded(model):
-        if getattr(options.loss_fn, "of_whole_batches", False):
+        if options.whole_batches:
             raise ValueError(
                 "a sharded model takes samples one by one, and this loss needs whole batches (pairs): initialize "
                 "before the model is sharded"
             )
-        pieces = _equally_many(pieces, processes)
+        pieces = _equally_many(batches, processes)
     return pieces, seen, processes.common_hash(selected.data_hash)
 
 
-def _equally_many(pieces: list[Piece], processes: Processes) -> list[Piece]:
+def _equally_many(batches: list[Batch], processes: Processes) -> list[Piece]:
     """Split batches into single-sample pieces, equally many per rank: a sharded model's forward all-gathers parameters.
 
     Ranks with fewer samples run pieces that do not count. Samples without a label are dropped first, because they make
     no backward, and FSDP2 communicates in the backward too.
     """
-    single = [
-        Piece(take_rows(piece.batch, torch.tensor([i])), piece.first_half)
-        for piece in pieces
-        for i in range(batch_size(piece.batch))
-    ]
-    single = [piece for piece in single if not unlabeled(piece.batch)]
+    rows = [take_rows(batch, torch.tensor([i])) for batch in batches for i in range(batch_size(batch))]
+    single = [Piece(row) for row in rows if not unlabeled(row)]
     # A rank with an empty share has no batch to run: it borrows one.
     filler: Batch | None = processes.broadcast_any_batch(single[0].batch if single else None)
     count = max(processes.all_gather(len(single)))
     return single + [Piece(filler, counts=False) for _ in range(count - len(single))] if filler is not None else single
 
 
-def _execute_plan(work: Work, writer: LayerWriter, options: InitOptions) -> Executor:
+def _execute_plan(work: Work, writer: LayerWriter) -> Executor:
     """Take sums, block by block or pass by pass, and factor each before the next ones are taken."""
-    show = options.progress and work.processes.rank == 0
-    plan = _plan(work, options)
+    show = work.options.progress and work.processes.rank == 0
+    with work.processes.together():
+        plan = make_plan(work)
     if writer.cache is not None:
-        # A run may resume only if it goes through the same blocks and targets in the same way.
-        writer.cache.course = [plan.stack.course if plan.stack is not None else "", sorted(work.layers), work.halves]
+        # A run may resume only if it goes through the same blocks and targets.
+        writer.cache.course = [plan.stack.course if plan.stack is not None else "", sorted(work.layers)]
     if show:  # before the work, as the estimate may be a reason to interrupt it
         tqdm.write(f"lorasb: {plan}")
-    executor = Executor(work, plan, options.strategy == "layerwise", options.memory_budget, show)
+    executor = Executor(work, plan, show)
     # Gradients at a block boundary differ by rank, and only rank 0 writes the cache: no resuming across ranks.
-    progress = writer.cache if not work.processes.is_distributed else None
-    for sums in executor.sums(progress):
+    for sums in executor.sums(writer.cache if not work.processes.is_distributed else None):
         executor.done.update(writer.write_sums(sums))
     writer.write_resumed()
     return executor
 
 
-def _plan(work: Work, options: InitOptions) -> InitPlan:
-    """Make a plan; a rank that has not the memory raises its error, and the other ranks one that names it."""
-    plan, error = None, None
-    try:
-        plan = make_plan(work, options.strategy, options.blocks, options.memory_budget)
-    except Exception as caught:
-        error = caught
-    work.processes.raise_on_every_rank(error)
-    if plan is None:  # not reached; narrows the type
-        raise RuntimeError("no plan")
-    return plan
+def _measure_stability(work: Work, writer: LayerWriter) -> None:
+    """Compare the subspaces of two halves of the samples, in another pass over them, and add it to the reports."""
+    halves, processes = list(zip(*_split(work.pieces), strict=True)) or [(), ()], work.processes
+    if not all(any(processes.all_gather(len([piece for piece in half if piece]))) for half in halves):
+        return  # a single sample
+    first, second = (_subspaces(work, writer, [piece for piece in half if piece]) for half in halves)
+    found = {name: overlap(first[name], second[name]) for name in first.keys() & second.keys()}
+    # Of its own layers on every rank, and NaN if one of the halves did not reach a layer.
+    own = [found.get(name, float("nan")) if owned else 0.0 for name, owned in _owned(work)]
+    shared = processes.all_reduce_sum(torch.tensor(own, dtype=torch.float64)).tolist()
+    for name, value in zip(work.layers, shared, strict=True):
+        if not math.isnan(value):
+            writer.reports[name] = replace(writer.reports[name], stability=value)
 
 
-def _from_cache(model: nn.Module, writer: LayerWriter, cache: Cache, gradients: dict[str, CachedGradient]) -> Outcome:
-    writer.write_cached(gradients)
-    writer.write_fallbacks(model, [name for name in writer.layers if name not in gradients])
-    facts = cache.facts
-    why = f"signs from {cache.path}, no backward"
-    return Outcome(_reports(writer), facts["num_samples"], facts["data"], facts["loss"], "cache", why)
+def _owned(work: Work) -> Iterator[tuple[str, bool]]:
+    """Yield each layer with True on the one rank that computes its SVD here."""
+    for i, name in enumerate(work.layers):
+        yield name, i % work.processes.world_size == work.processes.rank
+
+
+def _split(pieces: list[Piece]) -> Iterator[tuple[Piece | None, Piece | None]]:
+    """Assign the samples to two halves: every batch is split, and batches of one sample alternate."""
+    to_first = False
+    for piece in pieces:
+        rows = batch_size(piece.batch)
+        if rows == 1:
+            to_first = not to_first
+            yield (piece, None) if to_first else (None, piece)
+        else:
+            parts = (torch.arange(rows // 2), torch.arange(rows // 2, rows))
+            one, other = (Piece(take_rows(piece.batch, part), piece.counts) for part in parts)
+            yield one, other
+
+
+def _subspaces(work: Work, writer: LayerWriter, pieces: list[Piece]) -> dict[str, Triplets]:
+    """Return the leading triplets of sign(ΣG) over some of the samples, on the CPU, of the layers this rank owns."""
+    work, own, found = replace(work, pieces=pieces), dict(_owned(work)), {}
+    with work.processes.together():
+        plan = make_plan(work)
+    executor = Executor(work, plan, work.options.progress and work.processes.rank == 0)
+    for sums in executor.sums(None):
+        for name in writer.reached(sums):
+            gradient, layer = writer.reduced(name, sums), work.layers[name]
+            executor.done.add(name)
+            if own[name] and gradient.finite and gradient.zeros < layer.in_features * layer.out_features:
+                with full_precision():
+                    r, seed = layer.adapters[work.options.adapter].r, work.options.seed_of(name)
+                    found[name] = Triplets(*(part.cpu() for part in truncated_svd(gradient.signs(), r, seed)))
+    return found
 
 
 def _reports(writer: LayerWriter) -> list[LayerReport]:
-    """Reports in the model's order; layers are factored from the last to the first."""
+    """Return reports in the model's order; layers are factored from the last to the first."""
     return [writer.reports[name] for name in writer.layers if name in writer.reports]

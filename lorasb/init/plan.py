@@ -10,14 +10,13 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers.linear import LoRASBLinear
 from ..utils.checks import check_lr
 from .block_recorder import NotAStackError, Stack, find_stack
-from .layerwise import passes, sum_bytes
 from .sampling import batch_size
-from .svd import ITERATIONS, OVERSAMPLE
+from .svd import ITERATIONS, OVERSAMPLE, sketch_bytes
 from .task import Work
 
 DEFAULT_BATCH = 32  # the paper's batch: the default budget is the memory of a training step of this many samples
@@ -52,13 +51,36 @@ class Sizes:
     masks: float
 
 
+def passes(layers: dict[str, nn.Module], budget_bytes: float, sketch_rank: int = 0) -> list[dict[str, nn.Module]]:
+    """Return subsets of consecutive layers whose fp32 sums fit into a budget, from the last layer to the first.
+
+    Backward ends at the lowest layer that has a hook, so a pass over late layers is shorter.
+    """
+    subsets: list[dict[str, nn.Module]] = []
+    used = 0.0
+    for name in reversed(layers):
+        size = sum_bytes(layers[name], sketch_rank)
+        if not subsets or used + size > budget_bytes:
+            subsets.append({})
+            used = 0.0
+        subsets[-1][name] = layers[name]
+        used += size
+    return subsets
+
+
+def sum_bytes(layer: nn.Module, sketch_rank: int = 0) -> int:
+    """Bytes of a layer's ΣG [out, in] in fp32, and of its sketches of second moments for a rank, if that is not 0."""
+    m, n = int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+    return 4 * m * n + (sketch_bytes((m, n), sketch_rank) if sketch_rank else 0)
+
+
 def block_bytes(work: Work, stack: Stack, sizes: Sizes) -> float:
     """Bytes of the largest block's sums and its activations of one micro-batch."""
     largest = max(sum(sum_bytes(layer, work.sketch_rank) for layer in block.values()) for block in stack.targets)
-    return largest * (2 if work.halves else 1) + sizes.largest * sizes.activations / len(stack.blocks)
+    return largest + sizes.largest * sizes.activations / len(stack.blocks)
 
 
-def sum_budget(work: Work, sizes: Sizes, memory_budget: float | None) -> float:
+def sum_budget(work: Work, sizes: Sizes) -> float:
     """Bytes that the sums of one pass may take: the budget less the activations of a micro-batch.
 
     The default budget is the activation memory of a training step at the paper's batch of 32, or at twice the
@@ -66,7 +88,7 @@ def sum_budget(work: Work, sizes: Sizes, memory_budget: float | None) -> float:
     """
     per_row = sizes.tokens / sizes.samples * (sizes.activations + sizes.head)
     # A micro-batch of `rows` samples has to fit anyway; twice that leaves as much for sums.
-    budget = memory_budget if memory_budget is not None else per_row * max(DEFAULT_BATCH, 2 * sizes.rows)
+    budget = work.options.memory_budget or per_row * max(DEFAULT_BATCH, 2 * sizes.rows)
     return max(0.0, budget - sizes.largest * (sizes.activations + sizes.head))
 
 
@@ -122,24 +144,19 @@ def layerwise_memory(work: Work, stack: Stack, sizes: Sizes) -> float:
 
 def accumulate_memory(work: Work, sizes: Sizes, budget_bytes: float) -> float:
     """Peak bytes: sums of one pass, at most `budget_bytes` unless one layer takes more, and activations."""
-    all_sums = sum(sum_bytes(layer, work.sketch_rank) for layer in work.layers.values()) * (2 if work.halves else 1)
-    largest = max(sum_bytes(layer, work.sketch_rank) for layer in work.layers.values())
-    return (
-        min(all_sums, max(budget_bytes, largest))
-        + sizes.largest * (sizes.activations + sizes.head)
-        + factoring_bytes(work)
-    )
+    sums = [sum_bytes(layer, work.sketch_rank) for layer in work.layers.values()]
+    activations = sizes.largest * (sizes.activations + sizes.head)
+    return min(sum(sums), max(budget_bytes, *sums)) + activations + factoring_bytes(work)
 
 
 def factoring_bytes(work: Work) -> float:
-    """Bytes of the SVD of the largest layer."""
-    return max(map(_factoring_bytes, work.layers.values()))
+    """Bytes of the largest SVD in fp32: the Gram matrix [s, s], and about three pairs of thin [m, q] and [n, q]."""
 
+    def one(layer: LoRASBLinear) -> float:
+        m, n = layer.out_features, layer.in_features
+        return 4 * (min(m, n) ** 2 + 3 * (max(layer.r.values()) + OVERSAMPLE) * (m + n))
 
-def _factoring_bytes(layer: LoRASBLinear) -> float:
-    """Bytes of one SVD in fp32: the Gram matrix [s, s], and about three pairs of thin matrices [m, q] and [n, q]."""
-    m, n = layer.out_features, layer.in_features
-    return 4 * (min(m, n) ** 2 + 3 * (max(layer.r.values()) + OVERSAMPLE) * (m + n))
+    return max(map(one, work.layers.values()))
 
 
 def available(device: torch.device) -> float:
@@ -167,16 +184,11 @@ def seconds(work: Work, sizes: Sizes, products: int) -> float:
     work_flops = products * sizes.tokens * weights + 6 * sizes.tokens * head
     # Two products of [m, n] by [n, q] in each iteration of the SVD, 2 operations each.
     factoring = sum(4 * ITERATIONS * n.in_features * n.out_features * (max(n.r.values()) + OVERSAMPLE) for n in layers)
-    return (
-        work_flops / _speed(work, layers[0], sizes) + factoring / _speed(work, layers[0], sizes, torch.float32)
-    ) / EFFICIENCY
-
-
-def _speed(work: Work, layer: LoRASBLinear, sizes: Sizes, dtype: torch.dtype | None = None) -> float:
-    """Floating point operations per second of x Wᵀ with the tokens of a micro-batch, limited to [16, 512]."""
-    tokens, m, n = max(16, min(512, sizes.largest)), layer.out_features, layer.in_features
-    kind = dtype or layer.base_dtype
-    return product_speed(tokens, m, n, kind, work.device)
+    # The speed of x Wᵀ with the tokens of a micro-batch.
+    tokens, m, n = max(16, min(512, sizes.largest)), layers[0].out_features, layers[0].in_features
+    products_speed = product_speed(tokens, m, n, layers[0].base_dtype, work.device)
+    factoring_speed = product_speed(tokens, m, n, torch.float32, work.device)
+    return (work_flops / products_speed + factoring / factoring_speed) / EFFICIENCY
 
 
 def product_speed(tokens: int, m: int, n: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -229,51 +241,50 @@ class InitPlan:
         return f"{self.strategy} ({self.why}{where}): about {gb(self.memory)} above the weights"
 
 
-def make_plan(work: Work, strategy: str, blocks: str | None, memory_budget: float | None) -> InitPlan:
+def make_plan(work: Work) -> InitPlan:
     """Choose a strategy, and refuse one that does not fit. A collective: every rank makes the same plan.
 
     Raises:
         NotAStackError: strategy="layerwise" and the model is no stack of blocks.
         ValueError: not enough memory; the message names smaller settings that fit.
     """
-    stack, why = None, "as asked"
+    stack, why, strategy = None, "as asked", work.options.strategy
     if strategy != "accumulate":
         try:
-            stack = find_stack(work.model, work.layers, blocks)
+            stack = find_stack(work.model, work.layers, work.options.blocks)
             why = f"{len(stack.blocks)} blocks at {stack.name}"
         except NotAStackError as error:
             if strategy == "layerwise":
                 raise NotAStackError(f"strategy='layerwise' does not suit this model: {error}. Use 'auto'") from None
             why = str(error)
     try:
-        return plan_for(work, stack, why, memory_budget)
+        return plan_for(work, stack, why)
     except ValueError as caught:
         if stack is None or strategy == "layerwise":
             raise
         refusal = caught
     try:  # a small budget may hold the sums of some layers, but not all boundaries
-        return plan_for(work, None, f"boundaries of {len(stack.blocks)} blocks do not fit", memory_budget)
+        return plan_for(work, None, f"boundaries of {len(stack.blocks)} blocks do not fit")
     except ValueError:
         raise refusal from None
 
 
-def plan_for(work: Work, stack: Stack | None, why: str, memory_budget: float | None) -> InitPlan:
-    """The layerwise plan for a stack, or the accumulate plan for None."""
+def plan_for(work: Work, stack: Stack | None, why: str) -> InitPlan:
+    """Make the layerwise plan for a stack, or the accumulate plan for None."""
     sizes = measure(work)
-    budget = sum_budget(work, sizes, memory_budget)
+    budget = sum_budget(work, sizes)
     # The minimum over ranks: a plan has to fit on all of them.
     free, host = work.processes.all_reduce_min([available(work.device), float(psutil.virtual_memory().available)])
     if stack is None:
-        count = len(passes(dict(work.layers), budget / (2 if work.halves else 1), work.sketch_rank))
+        count = len(passes(dict(work.layers), budget, work.sketch_rank))
         memory = accumulate_memory(work, sizes, budget)
         _refuse_too_much(work, sizes, memory, free, None)
         # 6 operations per weight and token: forward, gradient of the input, gradient of the weight
-        return InitPlan(
-            "accumulate", f"{why}; {count} passes", None, False, budget, memory, count * seconds(work, sizes, 6)
-        )
+        duration = count * seconds(work, sizes, 6)
+        return InitPlan("accumulate", f"{why}; {count} passes", None, False, budget, memory, duration)
     boundaries = boundary_bytes(stack, sizes)
     block_memory = layerwise_memory(work, stack, sizes)
-    limit = min(free, memory_budget) if memory_budget else free
+    limit = min(free, work.options.memory_budget or free)
     # On the host only if they do not fit: copies over PCIe are slower than the device's own memory.
     on_host = work.device.type != "cpu" and boundaries + block_memory > limit and boundaries < host
     memory = block_memory + (0 if on_host else boundaries)
@@ -310,11 +321,10 @@ def _refuse_too_much(work: Work, sizes: Sizes, memory: float, limit: float, stac
     # Boundaries of all samples are stored at the same time, so they do not shrink with the batch size.
     boundaries = boundary_bytes(stack, sizes) if stack is not None else 0.0
     # The least memory that this strategy can do with: batches of one sample, and one layer's sum per pass.
-    least = (
-        (layerwise_memory(work, stack, single) + boundaries)
-        if stack is not None
-        else accumulate_memory(work, single, 0.0)
-    )
+    if stack is not None:
+        least = layerwise_memory(work, stack, single) + boundaries
+    else:
+        least = accumulate_memory(work, single, 0.0)
     advice = []
     if sizes.rows > 1 and least <= limit:
         advice.append(f"batches of one sample ({gb(least)})")
@@ -364,23 +374,17 @@ def first_step_lr(lr: float, warmup_steps: float = 0, total_steps: int | None = 
     if 0 < warmup_steps < 1 and total_steps is None:
         raise ValueError(f"warmup_steps={warmup_steps!r} is a share of the run: give total_steps too")
     if rule == "published":
-        return lr / _published_steps(warmup_steps, total_steps)
-    return lr / max(1.0, float(_warmup(warmup_steps, total_steps)))
+        if not 0 < warmup_steps < 1 or total_steps is None or not total_steps > 0:
+            raise ValueError(
+                "rule='published' divides by a share of the estimation's batches: give warmup_steps between 0 and 1 "
+                f"and total_steps=len(loader) * epochs, got {warmup_steps!r} and {total_steps!r}"
+            )
+        return lr / (warmup_steps * total_steps)
+    if 0 < warmup_steps < 1 and total_steps is not None:
+        return lr / max(1, math.ceil(warmup_steps * total_steps))
+    return lr / max(1.0, float(warmup_steps))
 
 
 def warmup_steps(share: float, total_steps: int) -> int:
     """Number of warm-up steps of a share in [0, 1) of the run: rounded up, as `TrainingArguments.get_warmup_steps`."""
     return math.ceil(share * total_steps)
-
-
-def _warmup(steps: float, total_steps: int | None) -> float:
-    return warmup_steps(steps, total_steps) if 0 < steps < 1 and total_steps is not None else steps
-
-
-def _published_steps(share: float, batches: int | None) -> float:
-    if not 0 < share < 1 or batches is None or not batches > 0:
-        raise ValueError(
-            "rule='published' divides by a share of the estimation's batches: give warmup_steps between 0 and 1 and "
-            f"total_steps=len(loader) * epochs, got {share!r} and {batches!r}"
-        )
-    return share * batches

@@ -103,12 +103,8 @@ def select(batches: Any, num_samples: int | None, seed: int, processes: Processe
     """
     processes = processes or Processes()
     # All ranks have to draw, or all take their own order: the branch is chosen by counts that every rank knows.
-    count, error = -1, None
-    try:
+    with processes.together():
         count = _countable(batches, num_samples)
-    except (TypeError, ValueError) as caught:
-        error = caught
-    processes.raise_on_every_rank(error)
     counts = processes.all_gather(count)
     if min(counts) >= 0:
         chosen = _draw(counts, num_samples, seed, processes.rank)
@@ -160,7 +156,8 @@ def collect(samples: Samples, processes: Processes) -> tuple[list[Batch], Sample
     Raises:
         ValueError: fewer samples than asked for over all ranks, or none.
     """
-    batches = _all_batches(samples, processes)
+    with processes.together():
+        batches = list(samples)
     counts = processes.all_gather(samples.seen)
     samples.check_enough(sum(counts))  # the same sum, and so the same error, on every rank
     if samples.limit is None or sum(counts) <= samples.limit:
@@ -169,18 +166,6 @@ def collect(samples: Samples, processes: Processes) -> tuple[list[Batch], Sample
     quota = _quotas(counts, samples.limit)[processes.rank]
     within_quota = Samples(batches, limit=quota, exact=False, is_distributed=True)
     return list(within_quota), within_quota
-
-
-def _all_batches(samples: Samples, processes: Processes) -> list[Batch]:
-    """This rank's batches; an error on one rank is raised on every rank."""
-    error: Exception | None = None
-    batches: list[Batch] = []
-    try:
-        batches = list(samples)
-    except Exception as caught:
-        error = caught
-    processes.raise_on_every_rank(error)
-    return batches
 
 
 def _quotas(counts: list[int], total: int) -> list[int]:

@@ -1,7 +1,9 @@
-"""The input of every strategy: model, targets and micro-batches, with one backward per micro-batch."""
+"""The input of every strategy: options, model, targets and micro-batches, with one backward per micro-batch."""
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,41 +15,93 @@ from torch import Tensor, nn
 from ..distributed.process_group import Processes
 from ..layers.linear import LoRASBLinear
 from .loss import LossFn, backward_over_samples, labeled_rows
-from .sampling import Batch, batch_size, take_rows
+from .sampling import Batch, batch_size
 from .svd import MomentSketch
 
 Layers = dict[str, LoRASBLinear]
+UPDATES = ("adamw", "sgd", "per-sample")
+STRATEGIES = ("auto", "layerwise", "accumulate")
+
+
+@dataclass(frozen=True)
+class InitOptions:
+    """The arguments of `initialize` other than the model and the batches, which describes them.
+
+    `update` is "none" for the data-free inits; `memory_budget` is in bytes.
+    """
+
+    adapter: str = ""
+    lr: float = 0.0
+    update: str = "none"
+    seed: int = 0
+    longest_start: float | None = None
+    held_back: float = 0.0
+    num_samples: int | None = None
+    strategy: str = "auto"
+    blocks: str | None = None
+    memory_budget: float | None = None
+    loss_fn: LossFn | None = None
+    cache: str | os.PathLike[str] | None = None
+    stability: bool = False
+    progress: bool = True
+    beside: tuple[str, ...] = ()
+
+    @property
+    def whole_batches(self) -> bool:
+        """True if the loss needs whole batches (pairs), so that their samples cannot be separated."""
+        return getattr(self.loss_fn, "of_whole_batches", False)
+
+    def seed_of(self, layer: str) -> int:
+        """A layer's own seed, which depends neither on the other layers nor on their order."""
+        return self.seed + zlib.crc32(layer.encode())  # `hash` is salted differently in every process
+
+    def check(self, several: bool) -> None:
+        """Raise a ValueError for arguments that no model can have; `several` is True for several tasks."""
+        if self.update not in UPDATES:
+            raise ValueError(f"update must be one of {', '.join(UPDATES)}, got {self.update!r}")
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+        if self.longest_start is not None and not self.longest_start >= 0:
+            raise ValueError(
+                f"longest_start is a number of steps of R >= 0, or None for no limit, got {self.longest_start!r}"
+            )
+        if not 0.0 <= self.held_back < 1.0:
+            raise ValueError(f"held_back is a share of the rank, 0 <= held_back < 1, got {self.held_back!r}")
+        self._check_together(several)
+
+    def _check_together(self, several: bool) -> None:
+        if self.update != "adamw" and self.cache is not None:
+            needs = "the gradient itself" if self.update == "sgd" else "each sample's gradient"
+            raise ValueError(f"update={self.update!r} needs {needs}, and a cache keeps its signs only: leave cache out")
+        if self.stability and self.whole_batches:
+            raise ValueError("stability splits batches in halves, and this loss needs whole ones (pairs): leave it out")
+        if self.stability and self.update == "per-sample":
+            raise ValueError(
+                "stability compares subspaces of sign(G), and update='per-sample' has others: leave it out"
+            )
+        if self.beside and self.cache is not None and not several:
+            raise ValueError(
+                "a cache keeps the signs of the base's own gradient, and beside= requests another: leave one out"
+            )
+        if several and self.cache is not None:
+            raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
+        if several and self.held_back:
+            raise ValueError("held_back is of one adapter, and several tasks share a basis: initialize them without it")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A micro-batch.
-
-    Attributes:
-        batch: tensors by name.
-        first_half: True if the samples belong to the first half (`stability`).
-        counts: False for a filler that only takes part in the collectives of a sharded model.
-    """
+    """A micro-batch; `counts` is False for a filler that only takes part in the collectives of a sharded model."""
 
     batch: Batch
-    first_half: bool = False
     counts: bool = True
 
 
 @dataclass
 class Work:
-    """A model, its targets and the micro-batches that their gradients are summed over.
+    """A model, its targets and the micro-batches of this rank that their gradients are summed over.
 
     Attributes:
-        model: the patched model.
-        layers: targets, by name.
-        pieces: micro-batches of this rank.
-        loss_fn: the caller's loss, or None for the model's own.
-        processes: the process group.
-        halves: True if the first half of the samples is summed separately, too.
-        values: True if the values of ΣG are needed (SGD), not only its signs.
-        sketches: makes a layer's empty sketch of second moments, if they are wanted.
-        sketch_rank: the largest rank that sketches are for; 0 without any.
         tick: called after every micro-batch of every block or pass, for progress bars.
         expect: called with the number of remaining ticks, once it is known.
         loss: Σ of the samples' losses.
@@ -57,12 +111,8 @@ class Work:
     model: nn.Module
     layers: Layers
     pieces: list[Piece]
-    loss_fn: LossFn | None
+    options: InitOptions
     processes: Processes
-    halves: bool = False
-    values: bool = False
-    sketches: Callable[[str], MomentSketch] | None = None
-    sketch_rank: int = 0
     tick: Callable[[], Any] = field(default=lambda: None)
     expect: Callable[[int], Any] = field(default=lambda remaining: None)
     loss: float = 0.0
@@ -74,30 +124,33 @@ class Work:
         # R's device: the base weight of an offloaded layer is on the meta device.
         return next(next(iter(self.layers.values())).lorasb_R.parameters()).device
 
+    @property
+    def sketch_rank(self) -> int:
+        """The largest rank that second moments are summed for; 0 if they are not wanted."""
+        if self.options.update != "per-sample":
+            return 0
+        return max(layer.adapters[self.options.adapter].r for layer in self.layers.values())
+
+    def sketch(self, name: str) -> MomentSketch | None:
+        """An empty sketch of a layer's second moments, with the same start on every rank; None if not wanted."""
+        if self.options.update != "per-sample":
+            return None
+        layer = self.layers[name]
+        r, seed = layer.adapters[self.options.adapter].r, self.options.seed_of(name)
+        return MomentSketch((layer.out_features, layer.in_features), r, seed)
+
     def backward(self, piece: Piece) -> None:
         """Forward and backward of a micro-batch, with the sum of its samples' losses."""
-        loss = backward_over_samples(self.model, to_device(piece.batch, self.device), self.loss_fn)
+        own_loss = self.options.loss_fn is None
+        loss = backward_over_samples(self.model, to_device(piece.batch, self.device), self.options.loss_fn)
         if piece.counts:
             self.loss += loss
-            self.labeled += batch_size(piece.batch) if self.loss_fn is not None else labeled_rows(piece.batch)
+            self.labeled += labeled_rows(piece.batch) if own_loss else batch_size(piece.batch)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A copy of a batch with its tensors on a device."""
+    """Return a copy of a batch with its tensors on a device."""
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def stored_16bit(batches: list[Batch]) -> Iterator[Piece]:
-    """Assign the samples to two halves: every batch is split, and batches of one sample alternate."""
-    first_half = False
-    for batch in batches:
-        rows = batch_size(batch)
-        if rows == 1:
-            first_half = not first_half
-            yield Piece(batch, first_half)
-            continue
-        yield Piece(take_rows(batch, torch.arange(rows // 2)), True)
-        yield Piece(take_rows(batch, torch.arange(rows // 2, rows)), False)
 
 
 EXTRA_OUTPUTS = ("use_cache", "output_hidden_states", "output_attentions")
@@ -110,34 +163,26 @@ def frozen_base(model: nn.Module, beside: Sequence[str] = ()) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     states = [(m, m._disable_adapters, m._active_adapter) for m in model.modules() if isinstance(m, LoRASBLinear)]
-    settings = _extra_outputs(model)
+    # A KV cache would grow at every recomputation of a block, which then attends to its own keys twice; hidden states
+    # and attentions only take memory. By id: submodules share config objects.
+    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    extra = [(c, name) for c in configs.values() for name in EXTRA_OUTPUTS if vars(c).get(name) is True]
     try:
         model.eval()
         for parameter, _ in flags:
             parameter.requires_grad_(False)  # gradients come from hooks: no weight may get a `.grad`
         for layer, _, _ in states:
             layer._disable_adapters, layer._active_adapter = not beside, list(beside) or layer._active_adapter
-        for config, name, _ in settings:
+        for config, name in extra:
             setattr(config, name, False)
         with torch.enable_grad():  # the caller may be under no_grad
             yield
     finally:
-        for config, name, value in settings:
-            setattr(config, name, value)
+        for config, name in extra:
+            setattr(config, name, True)
         for layer, off, active in states:
             layer._disable_adapters, layer._active_adapter = off, active
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
-
-
-def _extra_outputs(model: nn.Module) -> list[tuple[Any, str, Any]]:
-    """(config, name, True) of every output besides the loss that is switched on in a config of the model.
-
-    A KV cache would grow at every recomputation of a block, which then attends to its own keys twice; hidden states and
-    attentions only take memory.
-    """
-    # By id: submodules share config objects, and one entry for each is enough.
-    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
-    return [(c, name, True) for c in configs.values() for name in EXTRA_OUTPUTS if vars(c).get(name) is True]

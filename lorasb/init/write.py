@@ -16,10 +16,10 @@ from ..layers.linear import LoRASBLinear
 from .accumulator import GradientSums, LayerSum
 from .block_recorder import NotAStackError, find_stack
 from .cache import Cache, CachedGradient, cached
-from .factorize import Factors, Gradient, Measurements, Recipe, count_triplets, emptied, factor, subspace_of_weight
+from .factorize import Factors, Gradient, Measurements, count_triplets, emptied, factor, subspace_of_weight
 from .init_report import LayerReport
-from .svd import MomentSketch, full_precision
-from .task import Layers
+from .svd import full_precision
+from .task import InitOptions, Layers
 
 
 class Staging:
@@ -29,12 +29,11 @@ class Staging:
     memory.
 
     Args:
-        adapter: name of the adapter whose factors are written.
-        held_back: share of r whose directions are written as zeros.
+        options: name the adapter whose factors are written, and the share of r whose directions are written as zeros.
     """
 
-    def __init__(self, adapter: str, held_back: float = 0.0) -> None:
-        self.adapter, self.held_back = adapter, held_back
+    def __init__(self, options: InitOptions) -> None:
+        self.adapter, self.held_back = options.adapter, options.held_back
         # (layer, its `initialized` flag, A, R and B on the host; None for zeros), in the order written
         self._previous: list[tuple[LoRASBLinear, bool, list[Tensor | None]]] = []
 
@@ -69,43 +68,36 @@ class LayerWriter:
 
     Attributes:
         layers: all targets, by name.
-        recipe: how gradients become factors.
         processes: the process group.
         staging: the transaction that factors are written in.
-        halves: True if sums over the first half of the samples are reduced too.
         cache: receives the signs of every layer on rank 0, if set.
         reports: by name, of the layers that are written.
         called: names of layers that ran in a forward, on any rank.
     """
 
     layers: Layers
-    recipe: Recipe
+    options: InitOptions
     processes: Processes
     staging: Staging
-    halves: bool = False
     cache: Cache | None = None
     reports: dict[str, LayerReport] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
 
-    def sketch(self, name: str) -> MomentSketch:
-        """An empty sketch of the second moments of a layer's gradients; the same start on every rank."""
-        layer, recipe = self.layers[name], self.recipe
-        shape = (layer.out_features, layer.in_features)
-        return MomentSketch(shape, layer.adapters[recipe.adapter].r, recipe.seed_of(name))
+    def reached(self, sums: GradientSums) -> list[str]:
+        """Return the layers that backward reached on any rank: experts may run on one rank only."""
+        names = list(sums.layers)
+        found = self.processes.all_reduce_sum(torch.tensor([[n in sums.sums, n in sums.called] for n in names]).int())
+        flags = list(zip(names, found.tolist(), strict=True))
+        self.called |= {name for name, (_, ran) in flags if ran}
+        return [name for name, (has_sum, _) in flags if has_sum]
 
     def write_sums(self, sums: GradientSums) -> list[str]:
-        """Write the layers of a block or a pass, and free their sums; returns the names of those that backward reached.
-
-        A layer counts as reached if backward reached it on any rank: experts may run on one rank only.
-        """
-        names = list(sums.layers)
-        reached = self.processes.all_reduce_sum(torch.tensor([[n in sums.sums, n in sums.called] for n in names]).int())
-        self.called |= {name for name, (_, ran) in zip(names, reached.tolist(), strict=True) if ran}
-        with_sum = [name for name, (has_sum, _) in zip(names, reached.tolist(), strict=True) if has_sum]
-        # `pop`: `sums` gives up its references, so that a sum is freed when `_factor_and_write` deletes it.
-        gradients: dict[str, Gradient] = {name: self._reduced(name, sums.sums.pop(name, None)) for name in with_sum}
+        """Write the layers of a block or a pass, and free their sums; returns the names of those reached."""
+        reached = self.reached(sums)
+        # `reduced` takes the references, so that a sum is freed when `_factor_and_write` deletes it.
+        gradients: dict[str, Gradient] = {n: _checked(n, self.layers[n], self.reduced(n, sums)) for n in reached}
         self._factor_and_write(gradients)
-        return with_sum
+        return reached
 
     def write_cached(self, gradients: dict[str, CachedGradient]) -> None:
         """Write layers from the signs of a cache, one at a time: unpacked signs take 32 times the memory."""
@@ -117,24 +109,17 @@ class LayerWriter:
         cached_layers = self.cache.layers if self.cache is not None else {}
         self.write_cached({name: layer for name, layer in cached_layers.items() if name not in self.reports})
 
-    def _reduced(self, name: str, local: LayerSum | None) -> LayerSum:
-        """ΣG of a layer over all ranks, checked; `local` is None if no sample of this rank reached the layer.
-
-        Raises:
-            ValueError: NaN, Inf or only zeros.
-        """
-        layer, layer_sum = self.layers[name], local or LayerSum(self.halves)
+    def reduced(self, name: str, sums: GradientSums) -> LayerSum:
+        """Return ΣG of a layer over all ranks; `sums` gives up its own, if a sample of this rank reached the layer."""
+        local = sums.sums.pop(name, None)
+        layer_sum = local or LayerSum(sums.sketch(name))
         if self.processes.is_distributed:
             # Reduced in fp32 before the sign is taken: sign(ΣG) is not the sum of the ranks' signs.
-            # Zeros of each sum's own: reducing works in place.
-            total, half = local.value() if local is not None else _zero_sum(layer), layer_sum.half
+            total = local.value() if local is not None else _zero_sum(self.layers[name])
             layer_sum.merge(self.processes.all_reduce_sum(total))
-            if self.recipe.update == "per-sample":
-                layer_sum.sketch = (layer_sum.sketch or self.sketch(name)).to(total.device)
+            if layer_sum.sketch is not None:
+                layer_sum.sketch.to(total.device)
                 layer_sum.sketch.sums = [self.processes.all_reduce_sum(part) for part in layer_sum.sketch.sums]
-            if self.halves:
-                layer_sum.half = self.processes.all_reduce_sum(half if half is not None else _zero_sum(layer))
-        _check_sum(name, layer, layer_sum)
         return layer_sum
 
     def _factor_and_write(self, gradients: dict[str, Gradient]) -> None:
@@ -151,7 +136,7 @@ class LayerWriter:
             self.staging.write(self.layers[name], factors)
             if self.cache is not None and self.processes.rank == 0 and not isinstance(gradients[name], CachedGradient):
                 self.cache.add(name, cached(gradients[name], measured.gradient_energies))
-            self.reports[name] = measured.report(name, self.layers[name], self.recipe.adapter)
+            self.reports[name] = measured.report(name, self.layers[name], self.options.adapter)
             del gradients[name]  # the sum is freed before the next layer's factors arrive
 
     def _factor_own(
@@ -159,17 +144,12 @@ class LayerWriter:
     ) -> dict[str, tuple[Factors, Measurements]]:
         """Factor the layers that this rank owns; an error is raised on every rank."""
         results: dict[str, tuple[Factors, Measurements]] = {}
-        error: Exception | None = None
-        try:
+        with self.processes.together():  # before the broadcasts, in which a rank that failed would be missing
             for name, owner in owners.items():
                 if owner == self.processes.rank:
-                    results[name] = factor(name, gradients[name], self.layers[name], self.recipe)
+                    results[name] = factor(name, gradients[name], self.layers[name], self.options)
                 elif self.cache is None or self.processes.rank != 0:  # rank 0 needs all sums for the cache
                     gradients[name] = LayerSum()  # frees the sum of a layer that another rank owns
-        except Exception as caught:
-            error = caught
-        # Before the broadcasts that follow, in which a rank that failed would be missing.
-        self.processes.raise_on_every_rank(error)
         return results
 
     def _broadcast_factors(
@@ -180,7 +160,7 @@ class LayerWriter:
             return result
         layer = self.layers[name]
         # Receivers know all shapes from the layer, so nothing but values has to be sent.
-        r, q = layer.adapters[self.recipe.adapter].r, count_triplets(layer, self.recipe.adapter)
+        r, q = layer.adapters[self.options.adapter].r, count_triplets(layer, self.options.adapter)
         device = next(layer.lorasb_R.parameters()).device
         if result is not None:
             factors, packed = result[0], result[1].to_tensor()
@@ -201,7 +181,15 @@ class LayerWriter:
             ValueError: the loss does not depend on a layer, or its whole block did not run.
         """
         for name in names:
-            self._check_fallback(model, name)
+            if name in self.called:
+                raise ValueError(
+                    f"layer {name!r} ran, but the loss does not depend on it: leave it out with exclude_modules"
+                )
+            if not self._block_ran(model, name):
+                raise ValueError(
+                    f"layer {name!r} was never reached by the loss of these batches: leave it out with "
+                    "exclude_modules, or pass batches that use it"
+                )
         # After all checks, so that an initialization that fails does not warn.
         if names:
             warnings.warn(
@@ -213,24 +201,13 @@ class LayerWriter:
         for name in names:
             self._write_fallback(name)
 
-    def _check_fallback(self, model: nn.Module, name: str) -> None:
-        if name in self.called:
-            raise ValueError(
-                f"layer {name!r} ran, but the loss does not depend on it: leave it out with exclude_modules"
-            )
-        if not self._block_ran(model, name):
-            raise ValueError(
-                f"layer {name!r} was never reached by the loss of these batches: leave it out with "
-                "exclude_modules, or pass batches that use it"
-            )
-
     def _write_fallback(self, name: str) -> None:
         layer = self.layers[name]
-        rank = layer.adapters[self.recipe.adapter].r
+        rank = layer.adapters[self.options.adapter].r
         # accelerate keeps offloaded weights on the meta device, and FSDP2 shards them
         with weight_present(layer.get_base_layer()), full_precision():
             weight = full_tensor(layer.dense_weight()).float()
-            factors = subspace_of_weight(weight, rank, self.recipe.seed_of(name))
+            factors = subspace_of_weight(weight, rank, self.options.seed_of(name))
         if self.processes.is_distributed:  # one rank's, as the last bits depend on the number of threads
             factors = Factors(*(self.processes.broadcast(tensor.float(), 0) for tensor in factors))
         self.staging.write(layer, factors)
@@ -248,14 +225,16 @@ class LayerWriter:
         return any(target in self.reports for target in block)
 
 
-def _check_sum(name: str, layer: LoRASBLinear, layer_sum: LayerSum) -> None:
-    if not layer_sum.finite:
+def _checked(name: str, layer: LoRASBLinear, total: LayerSum) -> LayerSum:
+    """Return a layer's sum, or raise a ValueError for NaN, Inf or only zeros."""
+    if not total.finite:
         raise ValueError(
             f"the gradient of layer {name!r} has NaN or Inf entries: check the data, or load the model in fp32 or "
             "bf16. Nothing was changed"
         )
-    if layer_sum.zeros == layer.in_features * layer.out_features:
+    if total.zeros == layer.in_features * layer.out_features:
         raise ValueError(f"the gradient of layer {name!r} is zero: the loss does not depend on it. Nothing was changed")
+    return total
 
 
 def _zero_sum(layer: LoRASBLinear) -> Tensor:

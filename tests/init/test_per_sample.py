@@ -10,7 +10,7 @@ from models import batches_for, make
 from torch import Tensor
 
 import lorasb
-from lorasb.init.layerwise import passes, sum_bytes
+from lorasb.init.plan import passes, sum_bytes
 from lorasb.init.svd import MomentSketch, leading_eigenvectors
 from lorasb.layers.linear import LoRASBLinear
 

@@ -12,9 +12,9 @@ from models import Batch, batches_for, llama, make
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.init import accumulator, layerwise, plan
+from lorasb.init import accumulator, plan, strategies
 from lorasb.init.block_recorder import NotAStackError, Traversal
-from lorasb.init.layerwise import passes
+from lorasb.init.plan import passes
 from lorasb.layers.linear import LoRASBLinear
 
 FAMILIES = ["llama", "mistral", "gemma2", "qwen3", "phi3", "roberta", "gpt2"]
@@ -170,15 +170,13 @@ def test_checkpointing_modes_and_configs_are_left_as_found(strategy: str) -> Non
 
 
 def test_boundaries_may_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorasb.init import executor as strategy
-
     moved: list[Tensor] = []
 
     def keep(boundary: Tensor) -> Tensor:
         moved.append(boundary.double())
         return boundary.clone()
 
-    monkeypatch.setattr(strategy, "_keep_on_device", keep)
+    monkeypatch.setattr(strategies, "_keep_on_device", keep)
     got, _ = library_sums("llama", singles("llama"), strategy="layerwise")
     want = autograd_sums("llama", singles("llama"))
     assert len(moved) >= 6  # a boundary a block, and what blocks share beside them
@@ -186,18 +184,16 @@ def test_boundaries_may_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_interrupted_between_blocks_everything_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorasb.init import layerwise
-
     model = lorasb.patch(make("llama"), r=4)
     before, flags = factors(model), [p.requires_grad for p in model.parameters()]
-    plain = layerwise.block_sums
+    plain = strategies.block_sums
 
     def interrupted(work: object, stack: object, i: int, traversals: object) -> object:
         if i == 0:
             raise KeyboardInterrupt
         return plain(work, stack, i, traversals)
 
-    monkeypatch.setattr(layerwise, "block_sums", interrupted)
+    monkeypatch.setattr(strategies, "block_sums", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lorasb.initialize(model, singles("llama"), lr=1e-3, progress=False)
     assert all(torch.equal(value, before[key]) for key, value in factors(model).items())
@@ -209,7 +205,7 @@ def test_interrupted_between_blocks_everything_is_as_it_was(monkeypatch: pytest.
 def test_an_initialized_adapter_gets_its_factors_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lorasb.patch(make("llama"), r=4)
     lorasb.initialize(model, singles("llama"), lr=1e-3, progress=False)
-    before, plain = factors(model), layerwise.block_sums
+    before, plain = factors(model), strategies.block_sums
 
     def failing(work: object, stack: object, i: int, traversals: object) -> object:
         if i == 0:  # the last block is written by then
@@ -217,7 +213,7 @@ def test_an_initialized_adapter_gets_its_factors_back(monkeypatch: pytest.Monkey
             raise RuntimeError("cut off")
         return plain(work, stack, i, traversals)
 
-    monkeypatch.setattr(layerwise, "block_sums", failing)
+    monkeypatch.setattr(strategies, "block_sums", failing)
     with pytest.raises(RuntimeError, match="cut off"):
         lorasb.initialize(model, singles("llama")[1:], lr=2e-3, progress=False)
     assert all(torch.equal(value, before[key]) for key, value in factors(model).items())
@@ -249,14 +245,14 @@ def test_no_more_than_one_blocks_sums_are_alive(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(accumulator.LayerSum, "__init__", counted)
     boundaries: list[int] = []
-    block_sums = layerwise.block_sums
+    block_sums = strategies.block_sums
 
     def watched(work: object, stack: object, i: int, traversals: list[Traversal]) -> object:
         found = block_sums(work, stack, i, traversals)
         boundaries.append(sum(hidden is not None for traversal in traversals for hidden in traversal.hidden))
         return found
 
-    monkeypatch.setattr(layerwise, "block_sums", watched)
+    monkeypatch.setattr(strategies, "block_sums", watched)
     lorasb.initialize(model, singles("llama"), lr=1e-3, strategy="layerwise", progress=False)
     assert most[0] == 7
     assert boundaries == [15, 12, 9, 6, 3, 0]

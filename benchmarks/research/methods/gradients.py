@@ -27,7 +27,7 @@ def summed(model: Any, layers: Mapping[str, nn.Module], samples: Sequence[Batch]
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
-    with GradientSums(layers, sketches=sketches) as sums:
+    with GradientSums(layers, sketch=sketches or (lambda name: None)) as sums:
         for batch in samples:
             backward_over_samples(model, batch, None)
     for parameter in trained:

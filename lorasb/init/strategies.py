@@ -1,0 +1,212 @@
+"""The two ways to sum gradients: a block at a time, or in passes over the whole model.
+
+"layerwise": one forward per micro-batch records every block's input, and its backward gives the gradient at the last
+block's output. Then each block is recomputed and differentiated, once per micro-batch, as in activation checkpointing
+but block by block over all samples: one block's sums exist at a time, so that memory for sums is O(1) in the number of
+blocks. "accumulate": whole backward passes, each of which sums as many layers as fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .accumulator import GradientSums
+from .block_recorder import EARLY_EXIT, MODIFIED_IN_PLACE, NotAStackError, Recorder, Stack, Traversal
+from .cache import Cache
+from .plan import InitPlan, passes, plan_for, sum_bytes
+from .task import Work
+
+Store = Callable[[Tensor], Tensor]  # of a block's input: itself, or a copy on the host
+
+
+class Executor:
+    """Runs a plan, and falls back to passes if the model turns out to be no stack.
+
+    Attributes:
+        plan: the plan in use; replaced by the fallback.
+        done: names of the targets whose factors are written; the caller adds to it.
+    """
+
+    def __init__(self, work: Work, plan: InitPlan, show: bool) -> None:
+        self.work, self.plan, self.show = work, plan, show
+        self.done: set[str] = set()
+
+    def sums(self, saved: Cache | None) -> Iterator[GradientSums]:
+        """Yield the sums of all targets that the samples reach, some at a time: the caller frees them.
+
+        Args:
+            saved: where finished blocks are saved, and restored from.
+        """
+        with tqdm(total=0, unit="step", disable=not self.show, leave=False) as bar:
+            self.work.tick, self.work.expect = bar.update, lambda remaining: _expect(bar, remaining)
+            if self.plan.stack is not None:
+                yield from self._synchronized(self._layerwise(self.plan.stack, bar, saved))
+            # Targets outside of the stack, or all that are left after a fallback.
+            yield from self._synchronized(self._accumulate(bar))
+
+    def _synchronized(self, steps: Iterator[GradientSums]) -> Iterator[GradientSums]:
+        """Advance `steps` on all ranks together: errors and the fallback on one rank end it on every rank."""
+        while True:
+            sums, error = None, None
+            try:
+                sums = next(steps, None)
+            except Exception as caught:
+                error = caught
+            # First the fallback: it has to be taken on all ranks even if only one of them has found a reason.
+            if any(self.work.processes.all_gather(int(isinstance(error, NotAStackError)))):
+                self._plan_again(error)
+                return
+            self.work.processes.raise_on_every_rank(error)
+            if sums is None:
+                return
+            yield sums
+
+    def _plan_again(self, error: Exception | None) -> None:
+        """Fall back to passes over the whole model; `error` is this rank's reason, or None if it has none."""
+        torch.set_grad_enabled(True)  # the error may have left a forward that had switched gradients off
+        why = str(error) if error is not None else "another process found no plain stack"
+        if self.work.options.strategy == "layerwise":
+            raise NotAStackError(f"strategy='layerwise' does not suit this model: {why}. Use 'auto'")
+        self.work.loss, self.work.labeled = 0.0, 0  # the samples will be counted again
+        with self.work.processes.together():
+            self.plan = plan_for(self.work, None, why)
+        if self.show:
+            tqdm.write(f"lorasb: {self.plan}")
+
+    def _layerwise(self, stack: Stack, bar: tqdm, saved: Cache | None) -> Iterator[GradientSums]:
+        work = self.work
+        bar.set_description(f"{len(stack.blocks)} blocks, one at a time")
+        # One forward to record, then one recomputation per block that has targets at or below it.
+        bar.reset(total=(len(stack.blocks) - stack.lowest + 1) * len(work.pieces))
+        # Sums outside of the stack (the head's) are all taken in the first backward: as many as fit, from the last one
+        # on, as only those above the stack are reached. The others are left to the passes.
+        above: dict[str, nn.Module] = {}
+        taken = 0
+        for name in reversed([name for name in work.layers if name not in stack.names]):
+            size = sum_bytes(work.layers[name], work.sketch_rank)
+            if taken + size <= self.plan.sum_budget:
+                above[name], taken = work.layers[name], taken + size
+        yield from layerwise(work, stack, above, _to_host if self.plan.on_host else _keep_on_device, saved)
+
+    def _accumulate(self, bar: tqdm) -> Iterator[GradientSums]:
+        known = self.done | (self.plan.stack.names if self.plan.stack is not None else set())
+        remaining: dict[str, nn.Module] = {n: m for n, m in self.work.layers.items() if n not in known}
+        if not remaining:
+            return
+        count = len(passes(remaining, self.plan.sum_budget, self.work.sketch_rank))
+        bar.set_description(f"{len(remaining)} layers in {count} passes" if count > 1 else "first-step gradients")
+        bar.reset(total=count * len(self.work.pieces))
+        yield from accumulate(self.work, remaining, self.plan.sum_budget)
+
+
+def _expect(bar: tqdm, remaining: int) -> None:
+    """Correct the bar's total: a batch whose loss is not recognized is run sample by sample, each one a traversal."""
+    bar.total = bar.n + remaining
+    bar.refresh()
+
+
+def _keep_on_device(boundary: Tensor) -> Tensor:
+    return boundary
+
+
+def _to_host(boundary: Tensor) -> Tensor:
+    return boundary.cpu()
+
+
+def layerwise(
+    work: Work, stack: Stack, tail: dict[str, nn.Module], store: Store, saved: Cache | None
+) -> Iterator[GradientSums]:
+    """Yield sums: first of targets above the stack, then block by block from the last to the first.
+
+    Args:
+        tail: targets outside of the stack; only those above it are summed.
+        store: maps a block's input to what is stored.
+        saved: where finished blocks are saved, and restored from.
+    """
+    traversals, above = record(work, stack, tail, store)
+    work.expect(len(traversals) * (len(stack.blocks) - stack.lowest))
+    yield above
+    resumed = saved.resume(traversals) if saved is not None else None
+    for i in range(len(stack.blocks) - 1, stack.lowest - 1, -1):
+        if resumed is not None and i > resumed:  # finished in an earlier run
+            for traversal in traversals:
+                traversal.release(i)
+                work.tick()
+            continue
+        yield block_sums(work, stack, i, traversals)
+        if saved is not None:
+            # When the generator resumes, the caller has factored the block and added it to the cache.
+            saved.finished(i, traversals)
+
+
+def record(work: Work, stack: Stack, tail: dict[str, nn.Module], store: Store) -> tuple[list[Traversal], GradientSums]:
+    """Return traversals with the gradients at the last block's output, and the sums of targets above it."""
+    recorder = Recorder(stack, store)
+    with recorder.hooks(), GradientSums(tail, lambda: recorder.above, work.sketch) as sums:
+        for piece in work.pieces:
+            sums.muted = not piece.counts
+            recorder.begin()
+            try:
+                work.backward(piece)
+            except (ValueError, RuntimeError) as error:
+                raise _no_stack(error, recorder) from None
+            recorder.settle(piece.counts)
+            work.tick()
+    # A target that also ran below or inside the stack got no gradient there: its sum is incomplete, and it is left to
+    # the passes over the whole model.
+    sums.leave_out(sums.called_inactive)
+    return recorder.traversals, sums
+
+
+def _no_stack(error: Exception, recorder: Recorder) -> Exception:
+    """Return the error of a recorded forward, or a NotAStackError if the recording itself caused it."""
+    if isinstance(error, NotAStackError):
+        return error
+    # Autograd's error for `hidden += ...` on the leaf that a block got as its input.
+    if "leaf Variable that requires grad" in str(error):
+        return NotAStackError(MODIFIED_IN_PLACE)
+    # A forward that left the stack early may fail in the checks of its loss, which would blame the batch.
+    if recorder.unfinished and isinstance(error, ValueError):
+        return NotAStackError(EARLY_EXIT)
+    return error
+
+
+def block_sums(work: Work, stack: Stack, i: int, traversals: list[Traversal]) -> GradientSums:
+    """Sum over block i's targets; replaces the gradients at its output in `traversals` by those at its input."""
+    # Signs are taken in the last addition, unless other ranks' sums or the values themselves are needed. Fillers of
+    # sharded models may come last, and add nothing: the last one that counts.
+    last = max((k for k, traversal in enumerate(traversals) if traversal.counts), default=-1)
+    signs_only = not work.processes.is_distributed and work.options.update != "sgd"
+    with GradientSums(stack.targets[i], sketch=work.sketch) as sums:
+        for k, traversal in enumerate(traversals):
+            sums.muted, sums.closing = not traversal.counts, k == last and signs_only
+            stored, call, gradient = traversal.hidden[i], traversal.calls[i], traversal.gradient
+            if stored is None or call is None or gradient is None:
+                raise RuntimeError(f"block {i} was differentiated already")
+            # A fresh leaf, whose `.grad` is the gradient at the output of the block below.
+            hidden = stored.to(gradient.device).detach().requires_grad_(True)
+            output = call.repeat(stack.blocks[i], hidden)
+            torch.autograd.backward(output, gradient.to(output.device))
+            traversal.gradient = hidden.grad
+            traversal.release(i)
+            work.tick()
+    return sums
+
+
+def accumulate(work: Work, layers: dict[str, nn.Module], budget_bytes: float) -> Iterator[GradientSums]:
+    """Yield sums of the layers that backward reached, one subset per pass, from the last layer to the first.
+
+    Args:
+        budget_bytes: bytes that the sums of one pass may take; a pass always takes at least one layer.
+    """
+    for subset in passes(layers, budget_bytes, work.sketch_rank):
+        with GradientSums(subset, sketch=work.sketch) as sums:
+            for piece in work.pieces:
+                sums.muted = not piece.counts
+                work.backward(piece)
+                work.tick()
+        yield sums
