@@ -22,11 +22,9 @@ REPORT_NAME = "report.json"
 
 
 def adapt(run: Run, **options: Any) -> tuple[Any, float]:
-    """Add the adapter and initialize it; returns the report (None for plain LoRA) and the time in seconds.
-
-    Each rank passes a contiguous share of the examples, and the shares in rank order are the whole list, so that the
-    drawn samples are those of a single process. `options` go to `lorasb.initialize`.
-    """
+    """Add the adapter and initialize it; returns the report (None for plain LoRA) and the time in seconds."""
+    # Each rank passes a contiguous share of the examples, and the shares in rank order are the whole list, so that the
+    # drawn samples are those of a single process. `options` go to `lorasb.initialize`.
     import peft
 
     settings, started = run.settings, time.perf_counter()

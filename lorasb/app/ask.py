@@ -51,17 +51,7 @@ def asked(question: str, kind: str) -> Example:
 def answers(
     run: Path, question: str | None, adapter: str | None = None, max_new_tokens: int | None = None
 ) -> Iterator[str]:
-    """Answers to one question, or to each line that is typed, decoded greedily; labels for a classifier.
-
-    Args:
-        run: folder of a finished run.
-        question: the prompt; None to read prompts until the end of the input.
-        adapter: name of an adapter, in a run that trained several.
-        max_new_tokens: tokens of an answer, at most.
-
-    Raises:
-        ValueError: there is no finished run, or it has no such adapter.
-    """
+    """Answers to one question, or to each line that is typed, decoded greedily; labels for a classifier."""
     summary, settings = _read(run)
     names = sorted(summary.get("adapters") or ())
     if (adapter is None) == bool(names) or (adapter is not None and adapter not in names):

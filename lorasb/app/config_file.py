@@ -29,16 +29,7 @@ EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str
 
 
 def read_config(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a YAML file, by name.
-
-    Args:
-        path: the file.
-        known: setting's name -> type, for all settings of the command.
-
-    Raises:
-        ValueError: no such file, not a mapping, an unknown name (the message has the nearest), or a value of another
-            type.
-    """
+    """The settings of a YAML file, by name."""
     given: dict[str, Any] = {}
     for written, value in _mapping(path).items():
         name = ALIASES.get(as_name(written), as_name(written))
@@ -74,11 +65,7 @@ def _mapping(path: str | Path) -> dict[Any, Any]:
 
 
 def typed(value: Any, kind: Any, where: str) -> Any:
-    """Convert a value from YAML or the command line to its setting's type.
-
-    Raises:
-        ValueError: it has another type; `where` names the setting in the message.
-    """
+    """Convert a value from YAML or the command line to its setting's type."""
     if kind not in EXPECTED:
         return _ranks(value, where)
     if kind is bool and isinstance(value, bool):
@@ -132,11 +119,7 @@ def preset_names() -> list[str]:
 
 
 def find_preset(name: str) -> Path:
-    """A preset's file.
-
-    Raises:
-        ValueError: there is none of this name; the message has the nearest.
-    """
+    """A preset's file."""
     known = preset_names()
     if name not in known:
         hint = nearest(name, known, f"known are {', '.join(known)}", cutoff=0.4)

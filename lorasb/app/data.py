@@ -17,11 +17,7 @@ from .tasks import HELD_OUT_SEED, Example, generate
 
 
 def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples; no held-out prompt is in the training set.
-
-    Raises:
-        ValueError: a file without examples, or no example left to train on.
-    """
+    """Training and held-out examples; no held-out prompt is in the training set."""
     if settings.data is None:
         task = settings.generated_task
         held_out = generate(task, settings.eval_examples, HELD_OUT_SEED + settings.seed)

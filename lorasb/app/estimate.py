@@ -111,16 +111,7 @@ def memory_in_use() -> int:
 def estimate(
     times: list[tuple[float, int]], left: int, longest: int, memory: tuple[int, int], peak_before: int = 0
 ) -> Estimate:
-    """Extrapolate from timed steps to the remaining ones.
-
-    Args:
-        times: (seconds, tokens with padding) of each timed step.
-        left: tokens of the remaining steps.
-        longest: tokens of the largest step.
-        memory: bytes in use before the timed steps, and the process's peak after them.
-        peak_before: the process's peak before them; a higher one than theirs (a long line of data that was tokenized)
-            says nothing of what a step takes.
-    """
+    """Extrapolate from timed steps to the remaining ones."""
     warm = times[1:] or times  # the first step also loads libraries and allocates memory
     rate = sum(seconds for seconds, _ in warm) / max(1, sum(tokens for _, tokens in warm))
     before, peak = memory

@@ -37,11 +37,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, loss: Any, accuracy: Any, answers: Any) -> Evaluation:
-        """From a file's values.
-
-        Raises:
-            ValueError, TypeError: they have other types.
-        """
+        """From a file's values."""
         if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
             raise TypeError("expected answers as texts")
         return cls(float(loss), float(accuracy), tuple(answers))
@@ -67,10 +63,8 @@ def evaluate(
     title: str,
     max_new_tokens: int | None = None,
 ) -> Evaluation:
-    """Evaluate a model on examples, split over ranks by batches; restores the model's train or eval mode.
-
-    Answers end after `max_new_tokens`, or, without a limit, 4 tokens after the longest right answer of their batch.
-    """
+    """Evaluate a model on examples, split over ranks by batches; restores the model's train or eval mode."""
+    # Answers end after `max_new_tokens`, or, without a limit, 4 tokens after the longest right answer of their batch.
     loss = mean_loss(model, tokenizer.pad_token_id, encoded, batch_size, f"{title}: loss")
     mode = model.training
     model.eval()
@@ -160,10 +154,8 @@ def batches_by_length(encoded: Sequence[Any], size: int) -> list[list[int]]:
 def map_over_ranks(
     chunks: list[list[int]], function: Any, sizes: list[int], title: str, unit: str
 ) -> list[tuple[list[int], list[Any]]]:
-    """(indices, results of `function`) of each batch, in order; rank k computes batches k, k + world_size, ...
-
-    The progress bar is over `sizes`, the number of units in each batch.
-    """
+    """(indices, results of `function`) of each batch, in order; rank k computes batches k, k + world_size, ..."""
+    # The progress bar is over `sizes`, the number of units in each batch.
     processes = Processes()
     own_batches = range(processes.rank, len(chunks), processes.world_size)
     hidden = processes.rank > 0 or not title

@@ -63,34 +63,18 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes of a training step of batch x seq tokens.
+    """Bytes of a training step of batch x seq tokens."""
 
-    Attributes:
-        base: the base model's parameters and buffers, as they are before any quantization.
-        factors: A and B.
-        cores: R.
-        optimizer: R's gradients and AdamW's moments.
-        saved: what the forward leaves for backward, with the logits.
-        peak: all of these that are alive at the worst moment, and temporaries.
-    """
-
-    base: int
-    factors: int
-    cores: int
-    optimizer: int
-    saved: int
-    peak: int
+    base: int  # the base model's parameters and buffers, as they are before any quantization
+    factors: int  # A and B
+    cores: int  # R
+    optimizer: int  # R's gradients and AdamW's moments
+    saved: int  # what the forward leaves for backward, with the logits
+    peak: int  # all of these that are alive at the worst moment, and temporaries
 
 
 def count_step(model: nn.Module, batch: int, seq: int, checkpointing: bool = False) -> StepBytes:
-    """The bytes of a step of a patched model on the meta device, which becomes fake.
-
-    Args:
-        model: a patched model on the meta device, whose forward takes `input_ids` and `labels`.
-        batch: rows.
-        seq: tokens of a row.
-        checkpointing: whether activations are computed again in backward.
-    """
+    """The bytes of a step of a patched model on the meta device, which becomes fake."""
     _mark_initialized(model)
     if checkpointing:
         model.config.use_cache = False  # type: ignore[union-attr]  # transformers says so, too

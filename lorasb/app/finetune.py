@@ -23,16 +23,9 @@ GO_ON = "stopped: rerun the same command to resume"
 
 
 def run_finetune(settings: Settings) -> Result:
-    """Fine-tune, evaluate before and after, and write the run's files into `settings.output`.
-
-    The files are those of `results.save`, and config.yaml. An interrupted run resumes from its last checkpoint
-    and ends bitwise as it would have without the interruption; a finished one returns its saved results.
-
-    Raises:
-        ValueError: bad settings or data, or another run is in the folder.
-        OSError: a file cannot be written; files written before are complete.
-        StoppedError: the user stopped the run.
-    """
+    """Fine-tune, evaluate before and after, and write the run's files into `settings.output`."""
+    # The files are those of `results.save`, and config.yaml. An interrupted run resumes from its last checkpoint and
+    # ends bitwise as it would have without the interruption; a finished one returns its saved results.
     settings.check()
     current_backend()  # raises for an unusable LORASB_BACKEND now, before any work
     from .train import check_report, train  # loads transformers.Trainer: only once the settings are checked

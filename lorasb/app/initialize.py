@@ -20,11 +20,7 @@ PLOTS = {"energy.png": "layers", "ranks.png": "ranks", "spectrum.png": "spectrum
 
 
 def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]:
-    """Initialize an adapter; write adapter/, report.json, plots, config.yaml and, with a target, ranks.json.
-
-    Raises:
-        ValueError: bad settings or data, or not enough memory.
-    """
+    """Initialize an adapter; write adapter/, report.json, plots, config.yaml and, with a target, ranks.json."""
     settings.run.check()
     _check_targets(settings)
     with locked(settings.run.output):

@@ -17,13 +17,8 @@ from .terminal import console
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """Join the process group, if there is one, for the length of the block; only rank 0 prints.
-
-    A group that was initialized here is destroyed at the end: gloo's threads would abort the interpreter's exit.
-
-    Raises:
-        ValueError: the launch asks for FSDP or DeepSpeed, which shard the model.
-    """
+    """Join the process group, if there is one, for the length of the block; only rank 0 prints."""
+    # A group that was initialized here is destroyed at the end: gloo's threads would abort the interpreter's exit.
     initialized_here = dist.is_available() and not dist.is_initialized()
     try:
         yield _begin()

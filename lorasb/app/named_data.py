@@ -35,23 +35,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set on the hub.
+    """A data set on the hub."""
 
-    Attributes:
-        path: its id.
-        example: from a row to an Example.
-        score: how its answers are scored, see `scoring`.
-        train: its training split, as `datasets.load_dataset` takes it.
-        held_out: its held-out split; None if it has none.
-        configs: its configurations, one after another.
-    """
-
-    path: str
-    example: Callable[[Row], Example]
-    score: str
-    train: str = "train"
-    held_out: str | None = "test"
-    configs: tuple[str | None, ...] = (None,)
+    path: str  # its id
+    example: Callable[[Row], Example]  # from a row to an Example
+    score: str  # how its answers are scored, see `scoring`
+    train: str = "train"  # its training split, as `datasets.load_dataset` takes it
+    held_out: str | None = "test"  # its held-out split; None if it has none
+    configs: tuple[str | None, ...] = (None,)  # its configurations, one after another
 
 
 def instructed(row: Row) -> Example:
@@ -102,19 +93,7 @@ NAMED = {
 
 
 def read_data(name: str, score: str, held_out: bool = False, adapter_column: str | None = None) -> list[Example]:
-    """The examples of a JSONL file, of a JSON list in Alpaca's form, or of a named data set.
-
-    Args:
-        name: path or name; a file goes before a data set of the same name.
-        score: how answers to a file's examples are scored; a named data set has its own, and labels are compared.
-        held_out: read the held-out split of a named data set.
-        adapter_column: entry of each row with the name of its adapter.
-
-    Raises:
-        ValueError: no such file or name, a name without a held-out split, or an invalid line.
-        ImportError: the package `datasets` is missing; the message has the pip command.
-        OSError: a named data set cannot be read from the hub.
-    """
+    """The examples of a JSONL file, of a JSON list in Alpaca's form, or of a named data set."""
     found = _file_or_source(name)
     if isinstance(found, Path):
         examples = _records(found, adapter_column) if found.suffix == ".json" else read_jsonl(found, adapter_column)

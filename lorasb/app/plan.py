@@ -29,19 +29,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Card:
-    """A card.
+    """A card."""
 
-    Attributes:
-        title: its full name.
-        memory: bytes.
-        flops: of dense products a second: of bf16 with sums in fp32, or of fp32 where there is no bf16.
-        bf16: whether it multiplies bf16, as cards from compute capability 8.0 on do.
-    """
-
-    title: str
-    memory: int
-    flops: float
-    bf16: bool = True
+    title: str  # its full name
+    memory: int  # bytes
+    flops: float  # of dense products a second: of bf16 with sums in fp32, or of fp32 where there is no bf16
+    bf16: bool = True  # whether it multiplies bf16, as cards from compute capability 8.0 on do
 
 
 def _card(title: str, gib: float, teraflops: float) -> Card:
@@ -76,11 +69,7 @@ CARDS = {
 
 
 def find_gpu(name: str) -> Card:
-    """A card by its short name, however it is written ("RTX A6000", "a6000", "A100-80GB").
-
-    Raises:
-        ValueError: no such card; the message has the nearest names.
-    """
+    """A card by its short name, however it is written ("RTX A6000", "a6000", "A100-80GB")."""
     compact = {known.replace("-", ""): known for known in CARDS}
     key = re.sub(r"nvidia|geforce|rtx|quadro|gb|sxm|pcie|[^a-z0-9]", "", name.lower())
     if key in compact:
@@ -94,23 +83,17 @@ class Request:
     """A run that is planned.
 
     Attributes:
-        model: folder or hub id; its config alone is read.
-        r: rank; None for the library's default.
         batch, seq: rows of a step that are computed at once, and tokens of each.
-        bits: 16, or 4 for a base in NF4 with nested scales.
-        checkpointing: whether activations are computed again in backward.
-        card: None for this machine's memory.
-        dtype: of the base; None for what `--dtype auto` takes there.
     """
 
-    model: str
-    r: int | None = None
+    model: str  # folder or hub id; its config alone is read
+    r: int | None = None  # rank; None for the library's default
     batch: int = 4
     seq: int = 512
-    bits: int = 16
-    checkpointing: bool = False
-    card: Card | None = None
-    dtype: str | None = None
+    bits: int = 16  # 16, or 4 for a base in NF4 with nested scales
+    checkpointing: bool = False  # whether activations are computed again in backward
+    card: Card | None = None  # None for this machine's memory
+    dtype: str | None = None  # of the base; None for what `--dtype auto` takes there
 
 
 def patched(request: Request) -> Any:
@@ -174,37 +157,26 @@ class MemoryPlan:
     """Bytes that a run needs, by what holds them, and seconds.
 
     Attributes:
-        base: the base model, quantized if asked for.
         factors, cores: A and B, and R.
-        optimizer: R's gradients and AdamW's moments.
-        saved: activations that the forward leaves for backward, logits included.
-        temporary: what else is alive at a step's worst moment.
-        scratch: on a card, one dequantized weight, where the base has 4 bits.
-        context: what CUDA takes on a card, or kernels keep on a CPU.
-        reserve: what allocators hold beyond live tensors: a tenth of what a step adds to the model.
-        initialization: peak of the initialization, with the base and the adapter.
         step: peak of a training step.
-        available: the card's bytes, or this machine's.
-        trained: trained parameters.
-        flops: of a step.
-        seconds: of a step: on a card at its own peak, which no step reaches; on this machine at the speed of a product
-            of the model's own size, which is measured.
     """
 
     request: Request
-    base: int
+    base: int  # the base model, quantized if asked for
     factors: int
     cores: int
-    optimizer: int
-    saved: int
-    temporary: int
-    scratch: int
-    context: int
-    reserve: int
-    initialization: int
-    available: int
-    trained: int
-    flops: float
+    optimizer: int  # R's gradients and AdamW's moments
+    saved: int  # activations that the forward leaves for backward, logits included
+    temporary: int  # what else is alive at a step's worst moment
+    scratch: int  # on a card, one dequantized weight, where the base has 4 bits
+    context: int  # what CUDA takes on a card, or kernels keep on a CPU
+    reserve: int  # what allocators hold beyond live tensors: a tenth of what a step adds to the model
+    initialization: int  # peak of the initialization, with the base and the adapter
+    available: int  # the card's bytes, or this machine's
+    trained: int  # trained parameters
+    flops: float  # of a step
+    # of a step: on a card at its own peak, which no step reaches; on this machine at the speed of a product of the
+    # model's own size, which is measured
     seconds: float
 
     @property
@@ -230,11 +202,7 @@ class MemoryPlan:
 
 
 def plan_memory(request: Request) -> MemoryPlan:
-    """Memory and time that a run needs.
-
-    Raises:
-        ValueError: no config can be read, or the model is not one that this can run on tokens.
-    """
+    """Memory and time that a run needs."""
     model = patched(request)
     work = Work(model, adapted_layers(model)[1], [], InitOptions(), Processes())
     _check_positions(model, request)

@@ -63,14 +63,9 @@ def demo_model() -> str:
 
 
 def resolve_model(name: str) -> str:
-    """A folder or hub id for `from_pretrained`: the embedded model's converted folder, or `name` itself.
-
-    The embedded GGUF is converted once, to bf16 safetensors in the cache folder. An interrupted
-    conversion leaves nothing behind; if several processes convert at once, the first to finish wins.
-
-    Raises:
-        FileNotFoundError: the package that carries the model is missing; the message has the pip command.
-    """
+    """A folder or hub id for `from_pretrained`: the embedded model's converted folder, or `name` itself."""
+    # The embedded GGUF is converted once, to bf16 safetensors in the cache folder. An interrupted conversion leaves
+    # nothing behind; if several processes convert at once, the first to finish wins.
     if name != EMBEDDED:
         return str(Path(name).expanduser()) if name.startswith("~") else name
     target = cache_dir() / EMBEDDED
@@ -212,11 +207,7 @@ def device() -> str:
 
 
 def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | None = None) -> Run:
-    """Load the model, generate or read the examples unless they are given, and tokenize them.
-
-    Raises:
-        ValueError: bad settings or data, a model that cannot be loaded, or a dtype that the device lacks.
-    """
+    """Load the model, generate or read the examples unless they are given, and tokenize them."""
     from transformers import set_seed
 
     set_seed(settings.seed)  # LoRA's random A, dropout, and weights that transformers initializes
@@ -276,11 +267,9 @@ def _packed(model: nn.Module, encoded: list[Any], length: int) -> Sequence[Any]:
 
 
 def contiguous_head(model: nn.Module) -> None:
-    """Register a pre-hook that makes the input of the output head contiguous.
-
-    With `logits_to_keep` the input is a strided view. On CPUs torch multiplies such a view sample by sample and copies
-    the head's weight each time: 0.7 s of a 1.4 s step of SmolLM2.
-    """
+    """Register a pre-hook that makes the input of the output head contiguous."""
+    # With `logits_to_keep` the input is a strided view. On CPUs torch multiplies such a view sample by sample and
+    # copies the head's weight each time: 0.7 s of a 1.4 s step of SmolLM2.
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
         head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))

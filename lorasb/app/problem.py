@@ -62,11 +62,7 @@ class Classification:
 
     @classmethod
     def of(cls, train: Sequence[Example], held_out: Sequence[Example]) -> Classification:
-        """The problem that labels make: numbers of which any has a point (2.5) are values, others are classes.
-
-        Raises:
-            ValueError: one class only, a held-out class that is never trained, or a score that needs numbers.
-        """
+        """The problem that labels make: numbers of which any has a point (2.5) are values, others are classes."""
         labels = [example.label for example in train if example.label is not None]
         if all(isinstance(label, int | float) for label in labels) and any(isinstance(v, float) for v in labels):
             return cls._of_values(held_out)
@@ -261,12 +257,7 @@ class LanguageModeling:
 
 
 def problem_of(train: Sequence[Example], held_out: Sequence[Example], settings: Settings) -> Problem:
-    """The kind of run that examples ask for.
-
-    Raises:
-        ValueError: labels in a part of the examples only, labels that cannot be learned, scores that do not go with
-            them, or packing or several adapters for examples with labels.
-    """
+    """The kind of run that examples ask for."""
     labeled = sum(example.label is not None for example in [*train, *held_out])
     if labeled not in (0, len(train) + len(held_out)):
         raise ValueError(

@@ -29,11 +29,7 @@ Judge = Callable[[Sequence[str], Sequence[Example]], list[float]]  # completions
 
 
 def judge_of(settings: Settings) -> Judge:
-    """Rules by which completions are scored.
-
-    Raises:
-        ValueError: `--rl` names no reward; a file or a function of it is not there.
-    """
+    """Rules by which completions are scored."""
     if settings.rl == "exact":
         return _exact
     if settings.rl == "verifier":
@@ -178,7 +174,8 @@ def trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: f
 
 class _PromptOrder:
     """The epoch's order of prompts by its number: TRL's sampler draws on from the epoch before, which a resumed run
-    has not passed through."""
+    has not passed through.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

@@ -91,12 +91,10 @@ def _tokens(run: Run, trained: Trained) -> float:
 
 
 def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
-    """Write the run's files; the summary gets the adapter's size and is written last.
-
-    Files: adapter/, lora/ (the exact plain LoRA), report.json, loss.png, energy.png, answers.json, summary.json. With
-    method="lora" there is no export (it is a LoRA already) and no report. With `--adapter-column`, adapter/ has the
-    basis and a folder for each adapter, and nothing is exported: a LoRA of each would be larger by far.
-    """
+    """Write the run's files; the summary gets the adapter's size and is written last."""
+    # Files: adapter/, lora/ (the exact plain LoRA), report.json, loss.png, energy.png, answers.json, summary.json. With
+    # method="lora" there is no export (it is a LoRA already) and no report. With `--adapter-column`, adapter/ has the
+    # basis and a folder for each adapter, and nothing is exported: a LoRA of each would be larger by far.
 
     settings, folder, summary = run.settings, Path(run.settings.output), result.summary
     # An interrupted save leaves the former folder in place: `replacing_folder` renames a complete one over it.
@@ -150,11 +148,7 @@ def _answers(result: Result) -> list[dict[str, str]]:
 
 
 def load(folder: Path) -> Result:
-    """The results of a finished run, from its files.
-
-    Raises:
-        ValueError: a file is missing or damaged.
-    """
+    """The results of a finished run, from its files."""
     try:
         summary = read_json(folder / SUMMARY_NAME)
         rows = parse_json(read_text(folder / ANSWERS_NAME), ANSWERS_NAME)

@@ -143,11 +143,7 @@ class RunFolder:
         self.start = self.checkpoints / START_NAME
 
     def look(self, settings: Settings, identity: dict[str, Any]) -> State:
-        """Return the state of the run with this identity, as `--resume` selects it; change nothing.
-
-        Raises:
-            ValueError: the folder or the checkpoint belongs to another run or program, or cannot be read.
-        """
+        """Return the state of the run with this identity, as `--resume` selects it; change nothing."""
         self._refuse_foreign()
         if settings.resume == "never":
             return State(NEW, None, self._former_line())
@@ -331,17 +327,11 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 class MarkedCheckpoints:
-    """To be inherited before a Trainer.
+    """To be inherited before a Trainer."""
 
-    Attributes:
-        identity: of the run.
-        earlier_seconds: seconds of training in earlier starts of the run.
-        train_started: `time.perf_counter()` when this start's training began.
-    """
-
-    identity: dict[str, Any]
-    earlier_seconds: float
-    train_started: float
+    identity: dict[str, Any]  # of the run
+    earlier_seconds: float  # seconds of training in earlier starts of the run
+    train_started: float  # `time.perf_counter()` when this start's training began
     args: Any
     state: Any
 

@@ -45,13 +45,7 @@ SAME_FORM = tuple(
 
 
 def is_right(answer: str, completion: str, score: str) -> bool:
-    """Return True if an answer matches the right completion.
-
-    Args:
-        answer: generated text.
-        completion: right text.
-        score: one of `SCORES`.
-    """
+    """Return True if an answer matches the right completion."""
     find = SCORES[score]
     expected, found = find(completion), find(answer.split(NEXT_PROMPT)[0])
     if score == SYMBOLIC and isinstance(expected, str) and isinstance(found, str):
@@ -82,11 +76,10 @@ def expression(text: str) -> str | None:
 
 
 def equal_expressions(one: str, other: str) -> bool:
-    r"""Return True if two LaTeX expressions have the same value, by sympy, as 2\sqrt{2} and \sqrt{8} do.
-
-    A separate process parses them by a grammar (nothing is evaluated as Python) and compares them at points of their
-    symbols. What the grammar does not know, such as intervals, is not equal; nor is what takes longer than a deadline.
-    """
+    """Return True if two LaTeX expressions have the same value, by sympy, as 2√2 and √8 do."""
+    # A separate process parses them by a grammar (nothing is evaluated as Python) and compares them at points of their
+    # symbols. What the grammar does not know, such as intervals, is not equal; nor is what takes longer than a
+    # deadline.
     if any(NOT_ONE_EXPRESSION.search(text) or not 0 < len(text) <= LONGEST for text in (one, other)):
         return False
     return _in_a_process(one, other)

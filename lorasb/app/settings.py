@@ -23,11 +23,7 @@ def option(name: str) -> str:
 
 
 def check_rules(settings: Any) -> None:
-    """Check a dataclass of settings against the rules of its fields.
-
-    Raises:
-        ValueError: a value breaks a rule; the first one is named.
-    """
+    """Check a dataclass of settings against the rules of its fields."""
     for item in fields(settings):
         value, rules = getattr(settings, item.name), item.metadata
         if "help" not in rules or (value is None and item.default is None):
@@ -185,17 +181,7 @@ WITHOUT_EFFECT_ON_RESULT = ("output", "resume", "save_steps", "report_to")
 
 
 def setting(default: Any, help_text: str, *, group: str, init: str = "", shown: str | None = None, **rules: Any) -> Any:
-    """A dataclass field that is a setting; its metadata makes the option and its documentation.
-
-    Args:
-        default: default value.
-        help_text: help text of the option.
-        group: section in docs/settings.md.
-        init: help text in `lorasb init`; "same" for `help_text`, "" if `lorasb init` does not have the option.
-        shown: text that is shown for the default, if not the value.
-        rules: `choices`, `positive=True`, or `check`, a function that returns what is wrong with a value, or None;
-            `also`, further names of the option; `main=True` for those that a short help has.
-    """
+    """A dataclass field that is a setting; its metadata makes the option and its documentation."""
     return field(default=default, metadata={"help": help_text, "group": group, "init": init, "shown": shown, **rules})
 
 

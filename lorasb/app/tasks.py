@@ -45,33 +45,21 @@ class Example:
 
     Attributes:
         prompt, completion: of a labeled example, the text and the label as text.
-        messages: role and content of each.
-        pair: a second text after the prompt, of labeled examples.
-        label: class, or value (a float); None for language modeling.
-        source: name of the data set.
-        score: how an answer is scored, see `scoring`.
-        adapter: whose example it is, where each adapter has its own (`--adapter-column`).
-        formatted: the prompt already has a format (Alpaca's), and no chat template is put around it.
     """
 
     prompt: str
     completion: str
-    messages: tuple[dict[str, str], ...] = ()
-    pair: str = ""
-    label: Label | None = None
-    source: str = ""
-    score: str = "exact"
-    adapter: str = ""
-    formatted: bool = False
+    messages: tuple[dict[str, str], ...] = ()  # role and content of each
+    pair: str = ""  # a second text after the prompt, of labeled examples
+    label: Label | None = None  # class, or value (a float); None for language modeling
+    source: str = ""  # name of the data set
+    score: str = "exact"  # how an answer is scored, see `scoring`
+    adapter: str = ""  # whose example it is, where each adapter has its own (`--adapter-column`)
+    formatted: bool = False  # the prompt already has a format (Alpaca's), and no chat template is put around it
 
 
 def generate(task: str, count: int, seed: int, exclude: Sequence[Example] = ()) -> list[Example]:
-    """Generate `count` examples of a reasoning-gym task with distinct prompts, none of them in `exclude`.
-
-    Raises:
-        ValueError: unknown task, or one that has fewer distinct prompts.
-        ImportError: reasoning-gym is missing; the message has the pip command.
-    """
+    """Generate `count` examples of a reasoning-gym task with distinct prompts, none of them in `exclude`."""
     seen = {example.prompt for example in exclude}
     examples: list[Example] = []
     for attempt in range(MAX_ROUNDS):
@@ -86,12 +74,7 @@ def generate(task: str, count: int, seed: int, exclude: Sequence[Example] = ()) 
 
 
 def data_set(task: str, count: int, seed: int) -> Any:
-    """reasoning-gym's data set of a task.
-
-    Raises:
-        ValueError: unknown task.
-        ImportError: reasoning-gym is missing; the message has the pip command.
-    """
+    """reasoning-gym's data set of a task."""
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}, or give --data a JSONL file")
     try:
@@ -111,15 +94,7 @@ def _draw(task: str, count: int, seed: int) -> Iterator[Example]:
 
 
 def read_jsonl(path: str | Path, adapter_column: str | None = None) -> list[Example]:
-    """Read examples: one JSON object per line, with `prompt` and `completion`, `messages`, or `text` and `label`.
-
-    Args:
-        path: the file.
-        adapter_column: further entry of each object, the name of its adapter.
-
-    Raises:
-        ValueError: no such file, no examples, or an invalid line; the message has its number.
-    """
+    """Read examples: one JSON object per line, with `prompt` and `completion`, `messages`, or `text` and `label`."""
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"expected a JSONL file, found none at {file}")
@@ -163,12 +138,7 @@ def _example(values: Any) -> Example:
 
 
 def text_of(values: dict[str, Any], name: str) -> str:
-    """An entry of an example as text; numbers are texts, too.
-
-    Raises:
-        KeyError: there is no such entry.
-        TypeError: anything else, such as null or a list of parts, whose form in Python would be learned.
-    """
+    """An entry of an example as text; numbers are texts, too."""
     value = values[name]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise TypeError(f"{name} has to be a text, got {str(value)[:60]!r} ({type(value).__name__})")
@@ -187,11 +157,7 @@ class BadAdapterError(ValueError):
 
 
 def with_adapter(example: Example, values: dict[str, Any], column: str | None, where: str) -> Example:
-    """The example as that of the adapter that a column names.
-
-    Raises:
-        BadAdapterError: no such column, or its value cannot name an adapter's folder and parameters.
-    """
+    """The example as that of the adapter that a column names."""
     if column is None:
         return example
     if column not in values:
@@ -206,11 +172,7 @@ def with_adapter(example: Example, values: dict[str, Any], column: str | None, w
 
 
 def labeled(text: str, label: Any, pair: str = "") -> Example:
-    """A text, or a pair of texts, with its label.
-
-    Raises:
-        TypeError: the label is no text and no number.
-    """
+    """A text, or a pair of texts, with its label."""
     if isinstance(label, bool) or not isinstance(label, str | int | float):
         raise TypeError(f"a label is a text or a number, got {label!r}")
     _check_number(label, "a label")

@@ -63,11 +63,7 @@ class Stop:
         return self.requested > 0
 
     def end(self) -> None:
-        """Leave the training loop; stop the run if a signal came.
-
-        Raises:
-            StoppedError: a signal came during training.
-        """
+        """Leave the training loop; stop the run if a signal came."""
         self.steps = False
         if self.requested:
             raise StoppedError(self.requested, self.line)

@@ -46,17 +46,11 @@ class Encoded:
 def encode(
     example: Example, tokenizer: Any, max_length: int, whole_prompt: bool = False, template: bool = False
 ) -> Encoded:
-    """Tokenize prompt and completion separately, so that no token spans both; `messages` use the chat template.
-
-    With `template` prompts do too, where the tokenizer has one. Without one a space joins a prompt and a completion
-    that have no white space between them.
-
-    Beyond `max_length` a prompt loses its beginning, or, with `whole_prompt`, the completion its end: a held-out
-    question must not lose its beginning to a long right answer.
-
-    Raises:
-        ValueError: messages for a tokenizer without a chat template.
-    """
+    """Tokenize prompt and completion separately, so that no token spans both; `messages` use the chat template."""
+    # With `template` prompts do too, where the tokenizer has one. Without one a space joins a prompt and a completion
+    # that have no white space between them.
+    # Beyond `max_length` a prompt loses its beginning, or, with `whole_prompt`, the completion its end: a held-out
+    # question must not lose its beginning to a long right answer.
     messages = messages_of(example, tokenizer, template)
     pieces, answer = _pieces(example, messages, tokenizer)
     ids: list[int] = []
@@ -95,11 +89,9 @@ def _pieces(
 
 
 def _conversation(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, bool]]:
-    """The chat before the last answer as (text, learned) pieces; assistant turns are learned.
-
-    Turn borders are found by rendering growing prefixes of the chat. Some templates render a turn differently once
-    others follow; the prefixes do not match then, and no earlier turn is learned.
-    """
+    """The chat before the last answer as (text, learned) pieces; assistant turns are learned."""
+    # Turn borders are found by rendering growing prefixes of the chat. Some templates render a turn differently once
+    # others follow; the prefixes do not match then, and no earlier turn is learned.
     _check_chat_template(tokenizer)
     full_text = _rendered(tokenizer, messages[:-1], True)
     pieces: list[tuple[str, bool]] = []
@@ -282,11 +274,7 @@ class PackCollator:
 
 @torch.no_grad()
 def check_model(model: nn.Module) -> None:
-    """Compare the logits of a packed example with those of the example alone.
-
-    Raises:
-        ValueError: the model attends across packed examples, or takes no position_ids.
-    """
+    """Compare the logits of a packed example with those of the example alone."""
     mode = model.training
     model.eval()
     try:

@@ -200,12 +200,7 @@ class Trained:
 def train(
     run: Run, folder: Path, identity: dict[str, Any], checkpoint: str | None, stop: Stop, make: Make | None = None
 ) -> Trained:
-    """Train with checkpoints in `folder`, resuming from `checkpoint` if given; `make` makes the trainer.
-
-    Raises:
-        StoppedError: the user stopped the run; a checkpoint was written.
-        OSError: a checkpoint cannot be written; earlier ones are complete.
-    """
+    """Train with checkpoints in `folder`, resuming from `checkpoint` if given; `make` makes the trainer."""
     mark = run_folder.read_mark(Path(checkpoint)) if checkpoint else None
     # Interrupted after the last step, before the results: only the weights and the log are needed.
     if checkpoint and mark is not None and mark.step >= run.steps:

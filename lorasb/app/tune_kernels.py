@@ -88,15 +88,7 @@ def candidates(shape: Shape, chosen: LaunchPlan) -> Iterator[LaunchPlan]:
 
 
 def tune(shapes: Sequence[Shape], arch: str, sms: int, device: str, timer: Timer) -> list[TunedShape]:
-    """Time every candidate of every shape; candidates that do not compile or run are skipped.
-
-    Args:
-        shapes: shapes to time.
-        arch: architecture whose table has the current plans, such as "sm_86".
-        sms: number of the GPU's multiprocessors.
-        device: device to run on.
-        timer: returns the time of a call, in any unit.
-    """
+    """Time every candidate of every shape; candidates that do not compile or run are skipped."""
     tuned = []
     for shape in shapes:
         chosen = plan.choose(shape, arch, sms)
@@ -172,12 +164,7 @@ def _rule(tuned: TunedShape, sms: int) -> dict[str, Any]:
 
 
 def tune_model(model: str, r: int, tokens: Sequence[int], dtype: str) -> Table:
-    """Tune the kernels for a model's layers on the first GPU, write the table, and return a summary to print.
-
-    Raises:
-        RuntimeError: there is no CUDA GPU, or no triton.
-        ValueError: an unknown dtype.
-    """
+    """Tune the kernels for a model's layers on the first GPU, write the table, and return a summary to print."""
     if not torch.cuda.is_available() or missing():
         raise RuntimeError(f"lorasb bench tune needs a CUDA GPU and triton: {missing() or 'torch sees no GPU'}")
     if dtype == "auto":

@@ -64,11 +64,7 @@ class LayerSum:
             _op("gradient_add")(dy, x, self.total, fresh)
 
     def add_gradient(self, gradient: Tensor) -> None:
-        """G += a gradient [out, in] that the layer itself has computed, fp32 or wider.
-
-        Raises:
-            ValueError: second moments are wanted, which need the samples' dy and x.
-        """
+        """G += a gradient [out, in] that the layer itself has computed, fp32 or wider."""
         if self.sketch is not None:
             raise ValueError(
                 "update='per-sample' needs dy and x of linear layers, and a target is an embedding, a convolution or "

@@ -24,19 +24,12 @@ class NotAStackError(ValueError):
 
 @dataclass(frozen=True)
 class Stack:
-    """A list of blocks that are computed one at a time.
+    """A list of blocks that are computed one at a time."""
 
-    Attributes:
-        name: name of the list in the base model.
-        blocks: the blocks, from the first to the last.
-        targets: targets of each block, by name.
-        uncut: number of blocks that were removed from the top, to be differentiated together with the head.
-    """
-
-    name: str
-    blocks: list[nn.Module]
-    targets: list[dict[str, nn.Module]]
-    uncut: int = 0
+    name: str  # name of the list in the base model
+    blocks: list[nn.Module]  # the blocks, from the first to the last
+    targets: list[dict[str, nn.Module]]  # targets of each block, by name
+    uncut: int = 0  # number of blocks that were removed from the top, to be differentiated together with the head
 
     @property
     def names(self) -> set[str]:
@@ -60,11 +53,7 @@ class Stack:
 
 
 def find_stack(model: nn.Module, layers: Mapping[str, nn.Module], name: str | None = None) -> Stack:
-    """The ModuleList that holds most weights of the targets, or the one called `name`.
-
-    Raises:
-        NotAStackError: no such list, or one without a target.
-    """
+    """The ModuleList that holds most weights of the targets, or the one called `name`."""
     # Blocks may contain lists of their own (experts), which hold fewer weights than the list of blocks.
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     if name is not None:
@@ -107,19 +96,12 @@ EARLY_EXIT = "a forward leaves the stack before its last block"
 
 @dataclass
 class Call:
-    """A block's arguments other than its hidden states, and the autocast state of the call.
+    """A block's arguments other than its hidden states, and the autocast state of the call."""
 
-    Attributes:
-        args: positional arguments after the hidden states.
-        kwargs: keyword arguments without the hidden states.
-        by_keyword: True if the hidden states were passed by keyword.
-        autocast: device type, and autocast's dtype or None if it was disabled.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    by_keyword: bool
-    autocast: tuple[str, torch.dtype | None]
+    args: tuple[Any, ...]  # positional arguments after the hidden states
+    kwargs: dict[str, Any]  # keyword arguments without the hidden states
+    by_keyword: bool  # True if the hidden states were passed by keyword
+    autocast: tuple[str, torch.dtype | None]  # device type, and autocast's dtype or None if it was disabled
 
     def repeat(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Recompute the block's output (its hidden states) for the same call."""
@@ -135,27 +117,21 @@ class Call:
 
 @dataclass
 class Traversal:
-    """One forward through the stack.
+    """One forward through the stack."""
 
-    Attributes:
-        hidden: input of each block, as stored; None once the block is differentiated.
-        calls: other arguments of each block; None likewise.
-        leaves: tensors between blocks, from the first block's input to the last one's output. The graph is cut at each
-            of them, so that no graph is longer than a block.
-        stored: stored copies by id of the argument, so that an argument of many blocks (a mask) is stored once.
-        versions: every tensor that passed between blocks, with its version at that time. The references keep ids from
-            being reused.
-        gradient: gradient at the output of the last block, later at the input of the last block differentiated.
-        counts: False if its gradients are not to be summed.
-    """
-
+    # input of each block, as stored; None once the block is differentiated
     hidden: list[Tensor | None] = field(default_factory=list)
-    calls: list[Call | None] = field(default_factory=list)
+    calls: list[Call | None] = field(default_factory=list)  # other arguments of each block; None likewise
+    # tensors between blocks, from the first block's input to the last one's output. The graph is cut at each of them,
+    # so that no graph is longer than a block
     leaves: list[Tensor] = field(default_factory=list)
+    # stored copies by id of the argument, so that an argument of many blocks (a mask) is stored once
     stored: dict[int, Tensor] = field(default_factory=dict)
+    # every tensor that passed between blocks, with its version at that time. The references keep ids from being reused
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
+    # gradient at the output of the last block, later at the input of the last block differentiated
     gradient: Tensor | None = None
-    counts: bool = True
+    counts: bool = True  # False if its gradients are not to be summed
 
     def watch(self, tensor: Tensor) -> Tensor:
         """Record a tensor's version; returns the tensor."""
@@ -165,10 +141,8 @@ class Traversal:
 
     @property
     def modified_in_place(self) -> bool:
-        """True if a recorded tensor was modified in place since, so that a recomputation would see other values.
-
-        Autograd's own check covers only tensors that it saved for backward.
-        """
+        """True if a recorded tensor was modified in place since, so that a recomputation would see other values."""
+        # Autograd's own check covers only tensors that it saved for backward.
         return any(version != NO_VERSION and tensor._version != version for tensor, version in self.versions)
 
     def release(self, block: int) -> None:
@@ -226,12 +200,8 @@ class Recorder:
         self.above, self._open = False, []
 
     def settle(self, counts: bool) -> None:
-        """After a backward: collect the traversals that got a gradient at the last block's output, and drop the others.
-
-        Raises:
-            NotAStackError: the loss depends on tensors between blocks, a tensor was modified in place, or a forward
-                left the stack early.
-        """
+        """After a backward: collect the traversals that got a gradient at the last block's output, and drop the
+        others."""
         for traversal in self._open:
             complete = len(traversal.leaves) > len(self.blocks)
             if not complete and any(leaf.grad is not None for leaf in traversal.leaves):
@@ -326,10 +296,8 @@ class Recorder:
 
 
 def _depends_on(tensor: Tensor, leaves: set[int]) -> bool:
-    """True if a tensor was computed from one of the leaves, whose ids are given.
-
-    Walks the graph without recursion. The nodes of leaves are `AccumulateGrad`, which have a `variable`.
-    """
+    """True if a tensor was computed from one of the leaves, whose ids are given."""
+    # Walks the graph without recursion. The nodes of leaves are `AccumulateGrad`, which have a `variable`.
     if id(tensor) in leaves or not tensor.requires_grad:
         return id(tensor) in leaves
     stack, seen = [tensor.grad_fn], set()
@@ -360,11 +328,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _stored(value: Any, store: Callable[[Tensor], Tensor]) -> Any:
-    """An argument with its tensors stored, so that it can be passed again.
-
-    Raises:
-        NotAStackError: a mutable container or a KV cache, which blocks may write to.
-    """
+    """An argument with its tensors stored, so that it can be passed again."""
     if isinstance(value, Tensor):
         return store(value)
     if isinstance(value, tuple):

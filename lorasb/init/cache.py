@@ -32,19 +32,12 @@ DATA_FIELDS = ("num_samples", "data", "loss_fn")  # of the key; not compared if 
 
 @dataclass(frozen=True)
 class CachedGradient:
-    """A layer's signs, and the measurements of G that need its values.
+    """A layer's signs, and the measurements of G that need its values."""
 
-    Attributes:
-        bits: sign(G).
-        squares: ‖G‖².
-        zeros: number of entries of G that are exactly zero.
-        energies: ‖U_kᵀ G V_k‖² for k = 1, 2, ..., up to the rank that the cache was made at.
-    """
-
-    bits: SignBits
-    squares: float
-    zeros: int
-    energies: Tensor
+    bits: SignBits  # sign(G)
+    squares: float  # ‖G‖²
+    zeros: int  # number of entries of G that are exactly zero
+    energies: Tensor  # ‖U_kᵀ G V_k‖² for k = 1, 2, ..., up to the rank that the cache was made at
     sketch: None = None  # second moments are not cached
 
     def signs(self) -> SignBits:
@@ -52,11 +45,7 @@ class CachedGradient:
         return self.bits
 
     def value(self) -> Tensor:
-        """Not available: a cache has no values.
-
-        Raises:
-            ValueError: always.
-        """
+        """Not available: a cache has no values."""
         raise ValueError("update='sgd' needs the gradient itself, and a cache keeps its signs only: leave cache out")
 
     def curve(self, u: Tensor, vt: Tensor) -> Tensor:
@@ -83,11 +72,7 @@ class Cache:
         self._unsaved: list[str] = []  # layers of the current block
 
     def load(self, names: list[str]) -> dict[str, CachedGradient] | None:
-        """The layers of a finished cache, or None if there is no file.
-
-        Raises:
-            ValueError: the file is damaged, made from something else (the field is named), or lacks a layer.
-        """
+        """The layers of a finished cache, or None if there is no file."""
         if self.path.is_dir():
             raise ValueError(f"expected a file for cache=, got the folder {self.path}: name a file in it")
         if not self.path.exists():
@@ -114,14 +99,7 @@ class Cache:
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def resume(self, traversals: list[Traversal]) -> int | None:
-        """Load the finished blocks of an interrupted run, and the gradients of `traversals`.
-
-        Returns:
-            The block to go on with; None if there is no progress.
-
-        Raises:
-            ValueError: the interrupted run had another key or another order of blocks.
-        """
+        """Load the finished blocks of an interrupted run, and the gradients of `traversals`."""
         boundary = self.partial / "boundary.safetensors"
         if not boundary.exists():
             return None
@@ -143,11 +121,9 @@ class Cache:
                 self._layers |= read(path)[0]
 
     def finished(self, block: int, traversals: list[Traversal]) -> None:
-        """Write a block's signs, then the gradients at its input.
-
-        The boundary file is the commit: it is replaced atomically and names the next block, so a run that is
-        interrupted between the two writes resumes at this block.
-        """
+        """Write a block's signs, then the gradients at its input."""
+        # The boundary file is the commit: it is replaced atomically and names the next block, so a run that is
+        # interrupted between the two writes resumes at this block.
         write_json(self.partial / "key.json", self.key | {"blocks and targets": self.course})
         layers = {name: self._layers[name] for name in self._unsaved}
         write(self.partial / f"block-{block:05d}.safetensors", layers, self.key, {})
@@ -177,11 +153,7 @@ class Cache:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, CachedGradient], dict[str, Any], dict[str, Any]]:
-    """Layers (by name), key and facts (loss, number of samples, ...) of a cache file.
-
-    Raises:
-        ValueError: another kind of file, or a truncated one.
-    """
+    """Layers (by name), key and facts (loss, number of samples, ...) of a cache file."""
     metadata = safetensors_header(path).get("__metadata__") or {}
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no cache of lorasb's initialization: expected {FORMAT!r} in its header")

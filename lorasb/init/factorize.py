@@ -19,38 +19,23 @@ from .task import InitOptions
 
 
 class Scalars(NamedTuple):
-    """Scalar measurements of one layer, in the order of the packed tensor.
+    """Scalar measurements of one layer, in the order of the packed tensor."""
 
-    Attributes:
-        squares: ‖ΣG‖².
-        sign_squares: ‖sign(ΣG)‖², the number of its nonzero entries.
-        zeros: number of entries of ΣG that are exactly zero.
-        seconds: duration of the SVD and the measurements.
-        start: factor on η of the first step (`longest_start`).
-    """
-
-    squares: float
-    sign_squares: float
-    zeros: float
-    seconds: float
-    start: float
+    squares: float  # ‖ΣG‖²
+    sign_squares: float  # ‖sign(ΣG)‖², the number of its nonzero entries
+    zeros: float  # number of entries of ΣG that are exactly zero
+    seconds: float  # duration of the SVD and the measurements
+    start: float  # factor on η of the first step (`longest_start`)
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Measurements of one layer at the q leading singular triplets of the matrix that was factored.
+    """Measurements of one layer at the q leading singular triplets of the matrix that was factored."""
 
-    Attributes:
-        sigma: singular values [q].
-        sign_energies: ‖U_kᵀ sign(ΣG) V_k‖² for k = 1 ... q [q].
-        gradient_energies: ‖U_kᵀ ΣG V_k‖² for k = 1 ... q [q]; NaN beyond the rank that a cache was measured at.
-        scalars: the scalar measurements.
-    """
-
-    sigma: Tensor
-    sign_energies: Tensor
-    gradient_energies: Tensor
-    scalars: Scalars
+    sigma: Tensor  # singular values [q]
+    sign_energies: Tensor  # ‖U_kᵀ sign(ΣG) V_k‖² for k = 1 ... q [q]
+    gradient_energies: Tensor  # ‖U_kᵀ ΣG V_k‖² for k = 1 ... q [q]; NaN beyond the rank that a cache was measured at
+    scalars: Scalars  # the scalar measurements
 
     @staticmethod
     def size(q: int) -> int:
@@ -142,11 +127,9 @@ def projected_step(triplets: Triplets, core: Tensor, r: int, lr: float, scaling:
 
 
 def start_share(norm: float, r: int, longest: float | None) -> float:
-    """The factor on η of the first step: min(1, longest·r / norm).
-
-    A step of AdamW at the rate η moves each of R's r² entries by about η, R by η·r in Frobenius norm; the first step
-    moves it by η·norm (at s = 1), ‖Σ_r‖ or that of the projected step.
-    """
+    """The factor on η of the first step: min(1, longest·r / norm)."""
+    # A step of AdamW at the rate η moves each of R's r² entries by about η, R by η·r in Frobenius norm; the first step
+    # moves it by η·norm (at s = 1), ‖Σ_r‖ or that of the projected step.
     return 1.0 if longest is None or norm == 0.0 else min(1.0, longest * r / norm)
 
 
@@ -176,10 +159,8 @@ def lora_xs(weight: Tensor, r: int, seed: int, sigma_on: str = "input") -> Facto
 
 
 def random_subspace(shape: tuple[int, int], r: int, seed: int, dtype: torch.dtype = torch.float32) -> Factors:
-    """Orthonormal B [out, r] and A [r, in] that know nothing of W or of the data, and R = 0: what chance gives.
-
-    Uniform over the subspaces: Q of the QR of a Gaussian matrix, drawn on the CPU.
-    """
+    """Orthonormal B [out, r] and A [r, in] that know nothing of W or of the data, and R = 0: what chance gives."""
+    # Uniform over the subspaces: Q of the QR of a Gaussian matrix, drawn on the CPU.
     generator = torch.Generator().manual_seed(seed)
     b, a = (torch.linalg.qr(torch.randn(side, r, generator=generator, dtype=dtype)).Q for side in shape)
     return Factors(b, torch.zeros(r, r, dtype=dtype), a.t().contiguous(), torch.zeros(r, dtype=dtype))
@@ -256,11 +237,9 @@ def emptied(factors: Factors, share: float) -> Factors:
 
 @torch.no_grad()
 def filled(layer: LoRASBLinear, adapter: str, later: str) -> tuple[Tensor, Tensor]:
-    """An adapter's B [out, r] and A [r, in] with the directions of another one's B R A where they were held back.
-
-    Of the columns of B R and the rows of R A, what is orthogonal to those that the adapter has: the leading singular
-    vectors, as long as the adapter's own are in the mean.
-    """
+    """An adapter's B [out, r] and A [r, in] with the directions of another one's B R A where they were held back."""
+    # Of the columns of B R and the rows of R A, what is orthogonal to those that the adapter has: the leading singular
+    # vectors, as long as the adapter's own are in the mean.
     count = held(layer, adapter)
     own_b, own_a = layer.lorasb_B[adapter].double(), layer.lorasb_A[adapter].double()
     b, core, a = (getattr(layer, f"lorasb_{name}")[later].double() for name in "BRA")

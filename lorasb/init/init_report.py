@@ -187,10 +187,8 @@ def _smallest_rank(curve: Sequence[float], energy: float) -> int:
 
 
 def _best_ranks(curves: dict[str, Sequence[float]], parameters: int) -> dict[str, int]:
-    """Greedy allocation: the next rank goes to the layer that gains most energy per added parameter.
-
-    Every layer starts at rank 1, and the queue holds one candidate per layer, its next rank.
-    """
+    """Greedy allocation: the next rank goes to the layer that gains most energy per added parameter."""
+    # Every layer starts at rank 1, and the queue holds one candidate per layer, its next rank.
     if parameters < len(curves):
         raise ValueError(f"expected at least one parameter for each of {len(curves)} layers, got {parameters}")
     ranks, used = dict.fromkeys(curves, 1), len(curves)

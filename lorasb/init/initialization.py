@@ -185,16 +185,7 @@ def _initialize(model: nn.Module, options: InitOptions, batches: Any, adapter_na
 def without_data(
     model: nn.Module, config: LoRASBConfig, name: str, layers: Layers, seed: int = 0, progress: bool = True
 ) -> InitReport:
-    """Run the data-free inits ("lora-xs", "kaiming", "random"), which patching calls itself.
-
-    Args:
-        config: the adapter's config; its `init` is the method, and its `init_provenance` is set.
-        name: adapter name.
-        seed: seed of the SVD and of random matrices.
-
-    Raises:
-        ValueError: a weight has NaN or Inf entries; the layers are unchanged.
-    """
+    """Run the data-free inits ("lora-xs", "kaiming", "random"), which patching calls itself."""
     return _without_data(model, config, layers, InitOptions(adapter=name, seed=seed, progress=progress))
 
 

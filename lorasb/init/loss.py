@@ -20,19 +20,11 @@ IGNORED = -100  # transformers' label of tokens that have no loss
 
 
 def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: LossFn | None) -> float:
-    """Backward through Σ_i L(x_i) of a batch, with L(x_i) the mean over sample i's own labeled tokens.
-
-    A model's own loss is a mean over all tokens of the batch, which gives long samples more weight. If that mean can be
-    reproduced from the logits, the gradient at the logits is rescaled per sample; if not, samples are run one by one.
-    Samples without a labeled token have no loss and are skipped. With `loss_fn`, the caller's loss is multiplied by the
-    number of samples and otherwise used as it is.
-
-    Returns:
-        Σ_i L(x_i).
-
-    Raises:
-        ValueError: no loss (labels are missing), or a loss that is not finite or depends on no adapted layer.
-    """
+    """Backward through Σ_i L(x_i) of a batch, with L(x_i) the mean over sample i's own labeled tokens."""
+    # A model's own loss is a mean over all tokens of the batch, which gives long samples more weight. If that mean can
+    # be reproduced from the logits, the gradient at the logits is rescaled per sample; if not, samples are run one by
+    # one. Samples without a labeled token have no loss and are skipped. With `loss_fn`, the caller's loss is multiplied
+    # by the number of samples and otherwise used as it is.
     rows = batch_size(batch)
     if loss_fn is not None:
         # A mean over the batch, as losses usually are, times its rows is a sum over samples.
@@ -75,10 +67,8 @@ def labeled_rows(batch: Mapping[str, Any]) -> int:
 
 
 def _first_label_only(batch: Mapping[str, Any], loss: Any) -> bool:
-    """True if a causal model has nothing to predict: it shifts labels by one, and only the first position has any.
-
-    Its loss is then a mean over nothing, NaN, which is no error of the data.
-    """
+    """True if a causal model has nothing to predict: it shifts labels by one, and only the first position has any."""
+    # Its loss is then a mean over nothing, NaN, which is no error of the data.
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 2 or labels.shape[1] < 2:
         return False
@@ -94,10 +84,8 @@ def unlabeled(batch: Mapping[str, Any]) -> bool:
 
 
 def _feeds(logits: Any, loss: Tensor) -> bool:
-    """True if the loss was computed from this very tensor of logits, so that a hook on it has an effect.
-
-    accelerate's wrappers (autocast with fp32 outputs) return converted copies.
-    """
+    """True if the loss was computed from this very tensor of logits, so that a hook on it has an effect."""
+    # accelerate's wrappers (autocast with fp32 outputs) return converted copies.
     if not isinstance(logits, Tensor) or not logits.requires_grad:
         return False
     # The graph is retained for the backward that follows.
@@ -109,11 +97,7 @@ def _field(outputs: Any, name: str) -> Any:
 
 
 def _checked(loss: Any, batch: Mapping[str, Any]) -> Tensor:
-    """The loss, if it is a finite scalar with a graph.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """The loss, if it is a finite scalar with a graph."""
     if not isinstance(loss, Tensor):
         raise ValueError(
             f"the model returned no loss for a batch with {', '.join(sorted(batch))}: add labels to the batches, or "
@@ -142,10 +126,9 @@ def _weights(loss: Tensor, logits: Any, batch: Mapping[str, Any]) -> tuple[Tenso
 
 
 def _candidates(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(Σ of losses, number of labeled positions) per sample, for each loss that shapes and dtypes of the labels allow.
-
-    transformers' losses: causal, masked and sequence-to-sequence LM, classification, regression, multi-label.
-    """
+    """(Σ of losses, number of labeled positions) per sample, for each loss that shapes and dtypes of the labels
+    allow."""
+    # transformers' losses: causal, masked and sequence-to-sequence LM, classification, regression, multi-label.
     candidates = []
     if labels.dtype == torch.long and labels.dim() == 2 and logits.dim() == 3 and logits.shape[:2] == labels.shape:
         candidates.append(_cross_entropy(logits[:, :-1], labels[:, 1:]))  # causal: predict the next token
@@ -163,11 +146,9 @@ def _candidates(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ of losses and number of labels per sample, from logits [samples, positions, classes].
-
-    Flattened to [samples·positions, classes]: cross_entropy takes 3-D inputs with the classes in the middle, and its
-    sum over a large, strided vocabulary was off by more than LOSS_TOLERANCE.
-    """
+    """Σ of losses and number of labels per sample, from logits [samples, positions, classes]."""
+    # Flattened to [samples·positions, classes]: cross_entropy takes 3-D inputs with the classes in the middle, and its
+    # sum over a large, strided vocabulary was off by more than LOSS_TOLERANCE.
     flat, labels = logits.reshape(-1, logits.shape[-1]), labels.to(logits.device)
     losses = F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="none").view(labels.shape)
     return losses.sum(1), (labels != IGNORED).sum(1).to(losses.device, losses.dtype)

@@ -43,10 +43,8 @@ class Outcome:
 
 
 def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: InitOptions, staging: Staging) -> Outcome:
-    """Write factors from the gradients of the samples, or from a cache of their signs.
-
-    A collective: every rank calls it with the batches of its share.
-    """
+    """Write factors from the gradients of the samples, or from a cache of their signs."""
+    # A collective: every rank calls it with the batches of its share.
     processes = Processes()
     pieces, seen, data_hash = _samples(model, batches, options, processes)
     writer = LayerWriter(layers, _per_sum(options, pieces, processes), processes, staging)
@@ -89,11 +87,7 @@ def _per_sum(options: InitOptions, pieces: list[Piece], processes: Processes) ->
 
 
 def from_weights(layers: Layers, init: str, options: InitOptions) -> Outcome:
-    """Write the data-free inits, LoRA-XS, Kaiming or random; layers are written after all of them are factored.
-
-    Raises:
-        ValueError: a weight has NaN or Inf entries.
-    """
+    """Write the data-free inits, LoRA-XS, Kaiming or random; layers are written after all of them are factored."""
     results, show = {}, options.progress
     bar = tqdm(layers.items(), desc="factoring", unit="layer", disable=not show, leave=False, delay=PROGRESS_DELAY)
     for name, layer in bar:
@@ -150,11 +144,10 @@ def _samples(
 
 
 def _equally_many(batches: list[Batch], processes: Processes) -> list[Piece]:
-    """Split batches into single-sample pieces, equally many per rank: a sharded model's forward all-gathers parameters.
-
-    Ranks with fewer samples run pieces that do not count. Samples without a label are dropped first, because they make
-    no backward, and FSDP2 communicates in the backward too.
-    """
+    """Split batches into single-sample pieces, equally many per rank: a sharded model's forward all-gathers
+    parameters."""
+    # Ranks with fewer samples run pieces that do not count. Samples without a label are dropped first, because they
+    # make no backward, and FSDP2 communicates in the backward too.
     rows = [take_rows(batch, torch.tensor([i])) for batch in batches for i in range(batch_size(batch))]
     single = [Piece(row) for row in rows if not unlabeled(row)]
     # A rank with an empty share has no batch to run: it borrows one.

@@ -26,36 +26,22 @@ EFFICIENCY = 0.7  # ratio: speed of a whole model, over that of its products alo
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes that memory and time depend on; the maximum over ranks, so that every rank makes the same plan.
+    """Sizes that memory and time depend on; the maximum over ranks, so that every rank makes the same plan."""
 
-    Attributes:
-        tokens: tokens of all micro-batches.
-        largest: tokens of the largest micro-batch.
-        samples: samples of all micro-batches.
-        rows: samples of the largest micro-batch.
-        width: features of the hidden states between blocks.
-        itemsize: bytes of an activation.
-        activations: bytes that autograd saves of one token in a training step, without the head.
-        head: bytes of the logits of one token, with their gradient and fp32 copies.
-        masks: bytes of the attention masks of all micro-batches.
-    """
-
-    tokens: int
-    largest: int
-    samples: int
-    rows: int
-    width: int
-    itemsize: int
-    activations: float
-    head: float
-    masks: float
+    tokens: int  # tokens of all micro-batches
+    largest: int  # tokens of the largest micro-batch
+    samples: int  # samples of all micro-batches
+    rows: int  # samples of the largest micro-batch
+    width: int  # features of the hidden states between blocks
+    itemsize: int  # bytes of an activation
+    activations: float  # bytes that autograd saves of one token in a training step, without the head
+    head: float  # bytes of the logits of one token, with their gradient and fp32 copies
+    masks: float  # bytes of the attention masks of all micro-batches
 
 
 def passes(layers: dict[str, nn.Module], budget_bytes: float, sketch_rank: int = 0) -> list[dict[str, nn.Module]]:
-    """Return subsets of consecutive layers whose fp32 sums fit into a budget, from the last layer to the first.
-
-    Backward ends at the lowest layer that has a hook, so a pass over late layers is shorter.
-    """
+    """Return subsets of consecutive layers whose fp32 sums fit into a budget, from the last layer to the first."""
+    # Backward ends at the lowest layer that has a hook, so a pass over late layers is shorter.
     subsets: list[dict[str, nn.Module]] = []
     used = 0.0
     for name in reversed(layers):
@@ -81,11 +67,9 @@ def block_bytes(work: Work, stack: Stack, sizes: Sizes) -> float:
 
 
 def sum_budget(work: Work, sizes: Sizes) -> float:
-    """Bytes that the sums of one pass may take: the budget less the activations of a micro-batch.
-
-    The default budget is the activation memory of a training step at the paper's batch of 32, or at twice the
-    micro-batch if that is more: who can train the model can initialize it.
-    """
+    """Bytes that the sums of one pass may take: the budget less the activations of a micro-batch."""
+    # The default budget is the activation memory of a training step at the paper's batch of 32, or at twice the
+    # micro-batch if that is more: who can train the model can initialize it.
     per_row = sizes.tokens / sizes.samples * (sizes.activations + sizes.head)
     # A micro-batch of `rows` samples has to fit anyway; twice that leaves as much for sums.
     budget = work.options.memory_budget or per_row * max(DEFAULT_BATCH, 2 * sizes.rows)
@@ -169,14 +153,7 @@ def available(device: torch.device) -> float:
 
 
 def seconds(work: Work, sizes: Sizes, products: int) -> float:
-    """Estimated duration of the backward passes and of the SVDs.
-
-    Args:
-        work: model and samples.
-        sizes: their sizes.
-        products: floating point operations per weight and token; 2 each for a forward, the gradient of the input, the
-            gradient of the weight, and a recomputation.
-    """
+    """Estimated duration of the backward passes and of the SVDs."""
     layers = list(work.layers.values())
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     # The vocabulary's size, from the bytes of its logits. The head is not recomputed by any strategy: 6 operations.
@@ -216,25 +193,15 @@ MIN_BLOCKS = 12  # blocks of a stack that may have uncut ones: in shorter stacks
 
 @dataclass(frozen=True)
 class InitPlan:
-    """A strategy with its estimates.
+    """A strategy with its estimates."""
 
-    Attributes:
-        strategy: "layerwise" or "accumulate".
-        why: the reason for it, for the report.
-        stack: the blocks, for "layerwise".
-        on_host: True if the inputs of blocks are stored in host memory.
-        sum_budget: bytes that the sums of one pass may take.
-        memory: peak bytes on top of the model.
-        seconds: estimated duration.
-    """
-
-    strategy: str
-    why: str
-    stack: Stack | None
-    on_host: bool
-    sum_budget: float
-    memory: float
-    seconds: float
+    strategy: str  # "layerwise" or "accumulate"
+    why: str  # the reason for it, for the report
+    stack: Stack | None  # the blocks, for "layerwise"
+    on_host: bool  # True if the inputs of blocks are stored in host memory
+    sum_budget: float  # bytes that the sums of one pass may take
+    memory: float  # peak bytes on top of the model
+    seconds: float  # estimated duration
 
     def __str__(self) -> str:
         where = ", boundaries between blocks on the host" if self.on_host else ""
@@ -242,12 +209,7 @@ class InitPlan:
 
 
 def make_plan(work: Work) -> InitPlan:
-    """Choose a strategy, and refuse one that does not fit. A collective: every rank makes the same plan.
-
-    Raises:
-        NotAStackError: strategy="layerwise" and the model is no stack of blocks.
-        ValueError: not enough memory; the message names smaller settings that fit.
-    """
+    """Choose a strategy, and refuse one that does not fit. A collective: every rank makes the same plan."""
     stack, why, strategy = None, "as asked", work.options.strategy
     if strategy != "accumulate":
         try:
@@ -299,13 +261,11 @@ def plan_for(work: Work, stack: Stack | None, why: str) -> InitPlan:
 
 
 def uncut_blocks(work: Work, stack: Stack, spare_bytes: float, per_block: float) -> int:
-    """Number of blocks at the top that are differentiated in the first backward, and not recomputed.
-
-    Recomputation is a fifth of the time (measured on SmolLM2-135M, two Zen 3 cores). The caller limits `spare_bytes` to
-    the memory of everything else and to UNCUT_BYTES, so that memory does not grow with the number of blocks. None if
-    there are several ranks, which would have to agree on the number, or if a base layer has to run its own forward
-    (sharded or offloaded weights that are present only meanwhile).
-    """
+    """Number of blocks at the top that are differentiated in the first backward, and not recomputed."""
+    # Recomputation is a fifth of the time (measured on SmolLM2-135M, two Zen 3 cores). The caller limits `spare_bytes`
+    # to the memory of everything else and to UNCUT_BYTES, so that memory does not grow with the number of blocks. None
+    # if there are several ranks, which would have to agree on the number, or if a base layer has to run its own forward
+    # (sharded or offloaded weights that are present only meanwhile).
     if len(stack.blocks) < MIN_BLOCKS or work.processes.is_distributed:
         return 0
     if any(layer.base_must_run() for layer in work.layers.values()):

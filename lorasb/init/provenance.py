@@ -45,14 +45,8 @@ def provenance(report: InitReport, data_hash: str | None) -> dict[str, Any]:
 
 
 def cache_key(model: nn.Module, layers: Layers, options: InitOptions, seen: int, data: str | None) -> dict[str, Any]:
-    """Everything that the signs of a model depend on, by field; a mismatch is reported by the field's name.
-
-    The rank and η are not among it: any adapter can be initialized from the same signs. A loss counts by its name.
-
-    Args:
-        seen: number of samples over all ranks.
-        data: the samples' hash.
-    """
+    """Everything that the signs of a model depend on, by field; a mismatch is reported by the field's name."""
+    # The rank and η are not among it: any adapter can be initialized from the same signs. A loss counts by its name.
     loss = getattr(options.loss_fn, "func", options.loss_fn)  # of a partial, its function
     return {
         "dtype": str(next(iter(layers.values())).base_dtype).removeprefix("torch."),
@@ -68,10 +62,8 @@ def cache_key(model: nn.Module, layers: Layers, options: InitOptions, seen: int,
 
 @torch.no_grad()
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over name, shape, dtype and 64 values of every base weight; no values of offloaded weights.
-
-    A sample of the values tells models apart, without reading all weights.
-    """
+    """SHA-256 over name, shape, dtype and 64 values of every base weight; no values of offloaded weights."""
+    # A sample of the values tells models apart, without reading all weights.
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         if "lorasb_" in name:

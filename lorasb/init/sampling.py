@@ -24,22 +24,16 @@ MIN_SAMPLES = 32  # the default never takes fewer, unless the data set has fewer
 
 @dataclass
 class Samples:
-    """Batches to iterate over once, counted and hashed on the way.
+    """Batches to iterate over once, counted and hashed on the way."""
 
-    Attributes:
-        batches: the source.
-        limit: number of samples after which iteration stops, where they could not be drawn beforehand; None for all.
-        exact: True if fewer samples than `limit` are an error.
-        is_distributed: True if other ranks have shares of their own, so that an empty or short share is no error here
-            (`collect` checks the sum over ranks).
-        seen: number of samples yielded so far.
-    """
-
-    batches: Iterable[Batch]
+    batches: Iterable[Batch]  # the source
+    # number of samples after which iteration stops, where they could not be drawn beforehand; None for all
     limit: int | None = None
-    exact: bool = True
+    exact: bool = True  # True if fewer samples than `limit` are an error
+    # True if other ranks have shares of their own, so that an empty or short share is no error here (`collect` checks
+    # the sum over ranks)
     is_distributed: bool = False
-    seen: int = 0
+    seen: int = 0  # number of samples yielded so far
     _hash: Any = field(default_factory=hashlib.sha256)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -70,11 +64,7 @@ class Samples:
                 self._hash.update(batch[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
     def check_enough(self, available: int) -> None:
-        """Check a number of samples against `limit`.
-
-        Raises:
-            ValueError: no samples, or fewer than asked for.
-        """
+        """Check a number of samples against `limit`."""
         if available == 0:
             raise ValueError("expected at least one sample to initialize from, got none: the batches are empty")
         if self.exact and self.limit is not None and available < self.limit:
@@ -149,13 +139,8 @@ def _countable(batches: Any, num_samples: int | None) -> int:
 
 
 def collect(samples: Samples, processes: Processes) -> tuple[list[Batch], Samples]:
-    """Load all batches of this rank into a list, and return them with their `Samples` (count and hash).
-
-    Where all ranks together have more than `samples.limit`, every rank is cut to its quota.
-
-    Raises:
-        ValueError: fewer samples than asked for over all ranks, or none.
-    """
+    """Load all batches of this rank into a list, and return them with their `Samples` (count and hash)."""
+    # Where all ranks together have more than `samples.limit`, every rank is cut to its quota.
     with processes.together():
         batches = list(samples)
     counts = processes.all_gather(samples.seen)
@@ -179,11 +164,9 @@ def _quotas(counts: list[int], total: int) -> list[int]:
 
 
 def without_repeats(loader: Any) -> Iterable[Batch]:
-    """A rank's batches without the duplicates that were appended to make all shares equally long.
-
-    torch's DistributedSampler and accelerate's loaders (`even_batches`) both repeat samples; these would count twice in
-    ΣG.
-    """
+    """A rank's batches without the duplicates that were appended to make all shares equally long."""
+    # torch's DistributedSampler and accelerate's loaders (`even_batches`) both repeat samples; these would count twice
+    # in ΣG.
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
         # The rank's indices are rank, rank + num_replicas, ...; the duplicates come after the last of them.
@@ -196,11 +179,9 @@ def without_repeats(loader: Any) -> Iterable[Batch]:
 
 
 def _without_wrapped_rows(loader: Any, sharded: Any) -> Iterator[Batch]:
-    """Drop the rows of an accelerate loader that `even_batches` took from the start of the data set again.
-
-    In round k, rank p gets the rows from k·total_batch_size + p·size on, so a row is a repeat if its position is not
-    below the length of the data set.
-    """
+    """Drop the rows of an accelerate loader that `even_batches` took from the start of the data set again."""
+    # In round k, rank p gets the rows from k·total_batch_size + p·size on, so a row is a repeat if its position is not
+    # below the length of the data set.
     size, count = loader.total_batch_size // sharded.num_processes, loader.total_dataset_length
     for round_, batch in enumerate(loader):
         start = round_ * loader.total_batch_size + sharded.process_index * size
@@ -210,11 +191,9 @@ def _without_wrapped_rows(loader: Any, sharded: Any) -> Iterator[Batch]:
 
 
 def _can_draw(loader: Any) -> bool:
-    """True if samples may be drawn from a loader's whole data set.
-
-    Any sampler but torch's sequential and random ones is a selection by the caller (a subset, weights, a rank's share),
-    which a draw from the data set would undo.
-    """
+    """True if samples may be drawn from a loader's whole data set."""
+    # Any sampler but torch's sequential and random ones is a selection by the caller (a subset, weights, a rank's
+    # share), which a draw from the data set would undo.
     dataset, whole_data_set = getattr(loader, "dataset", None), (SequentialSampler, RandomSampler)
     indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     return (
@@ -244,11 +223,7 @@ def _drawn_from_list(batches: list[Any] | tuple[Any, ...], chosen: list[int]) ->
 
 
 def draw(available: int, num_samples: int | None, seed: int) -> list[int]:
-    """Indices of the samples drawn from `available` ones, the same on every rank.
-
-    Raises:
-        ValueError: fewer than asked for, or none.
-    """
+    """Indices of the samples drawn from `available` ones, the same on every rank."""
     return _draw([available], num_samples, seed, 0)
 
 
@@ -286,11 +261,7 @@ def _check_batch(batch: Any) -> None:
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:
-    """Number of samples in a batch: the first dimension, which its tensors share. 0-D tensors do not count.
-
-    Raises:
-        ValueError: no tensor, or tensors of different lengths.
-    """
+    """Number of samples in a batch: the first dimension, which its tensors share. 0-D tensors do not count."""
     # A set, so that a mask or a label of another length is noticed.
     sizes = {value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0}
     if len(sizes) != 1:

@@ -37,18 +37,7 @@ def initialize_tasks(
     adapter_name: str | None,
     initialize: Callable[..., InitReport],
 ) -> TasksReport:
-    """Initialize an adapter for each task, give all of them one basis, and each its R on it.
-
-    Args:
-        model: a patched model, whose adapter becomes the basis, with R = 0.
-        tasks: adapter name -> batches.
-        adapter_name: of the basis; the active adapter if None.
-        initialize: (batches, adapter name) -> report, for one of them.
-
-    Raises:
-        ValueError: fewer than two tasks, the model has an adapter of a task's name, or others share its factors;
-            as of one task's initialization, which leaves the model as it was.
-    """
+    """Initialize an adapter for each task, give all of them one basis, and each its R on it."""
     basis, layers = adapted_layers(model, adapter_name)
     refuse_shared_basis(layers, basis)  # before any task's gradients are taken
     taken = [task for task in tasks if task in model.peft_config]

@@ -36,11 +36,7 @@ class Executor:
         self.done: set[str] = set()
 
     def sums(self, saved: Cache | None) -> Iterator[GradientSums]:
-        """Yield the sums of all targets that the samples reach, some at a time: the caller frees them.
-
-        Args:
-            saved: where finished blocks are saved, and restored from.
-        """
+        """Yield the sums of all targets that the samples reach, some at a time: the caller frees them."""
         with tqdm(total=0, unit="step", disable=not self.show, leave=False) as bar:
             self.work.tick, self.work.expect = bar.update, lambda remaining: _expect(bar, remaining)
             if self.plan.stack is not None:
@@ -120,13 +116,7 @@ def _to_host(boundary: Tensor) -> Tensor:
 def layerwise(
     work: Work, stack: Stack, tail: dict[str, nn.Module], store: Store, saved: Cache | None
 ) -> Iterator[GradientSums]:
-    """Yield sums: first of targets above the stack, then block by block from the last to the first.
-
-    Args:
-        tail: targets outside of the stack; only those above it are summed.
-        store: maps a block's input to what is stored.
-        saved: where finished blocks are saved, and restored from.
-    """
+    """Yield sums: first of targets above the stack, then block by block from the last to the first."""
     traversals, above = record(work, stack, tail, store)
     work.expect(len(traversals) * (len(stack.blocks) - stack.lowest))
     yield above
@@ -198,11 +188,7 @@ def block_sums(work: Work, stack: Stack, i: int, traversals: list[Traversal]) ->
 
 
 def accumulate(work: Work, layers: dict[str, nn.Module], budget_bytes: float) -> Iterator[GradientSums]:
-    """Yield sums of the layers that backward reached, one subset per pass, from the last layer to the first.
-
-    Args:
-        budget_bytes: bytes that the sums of one pass may take; a pass always takes at least one layer.
-    """
+    """Yield sums of the layers that backward reached, one subset per pass, from the last layer to the first."""
     for subset in passes(layers, budget_bytes, work.sketch_rank):
         with GradientSums(subset, sketch=work.sketch) as sums:
             for piece in work.pieces:

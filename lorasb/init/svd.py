@@ -195,10 +195,9 @@ def energies(core: Tensor) -> Tensor:
 
 
 def _randomized(matrix: Matrix, q: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q triplets (U [s, q], S [q], Vᵀ [q, l]) of W [s, l], s <= l, which is the matrix, or its transpose if it is tall.
-
-    Subspace iteration on W Wᵀ [s, s], whose basis is on the short side: the smallest QR.
-    """
+    """q triplets (U [s, q], S [q], Vᵀ [q, l]) of W [s, l], s <= l, which is the matrix, or its transpose if it is
+    tall."""
+    # Subspace iteration on W Wᵀ [s, s], whose basis is on the short side: the smallest QR.
     short, length = sorted(matrix.shape)
     source = matrix.words if isinstance(matrix, SignBits) else matrix
     dtype = torch.float32 if isinstance(matrix, SignBits) else matrix.dtype
@@ -223,10 +222,8 @@ def _projected(matrix: Matrix, basis: Tensor, length: int) -> Tensor:
 
 
 def _gram_is_cheaper(short: int, length: int, q: int) -> bool:
-    """True if W Wᵀ once and [s, s] products take fewer multiplications than two [s, l] products per iteration.
-
-    Both counts are divided by s.
-    """
+    """True if W Wᵀ once and [s, s] products take fewer multiplications than two [s, l] products per iteration."""
+    # Both counts are divided by s.
     return short * length + ITERATIONS * short * q < 2 * ITERATIONS * length * q
 
 
@@ -291,11 +288,9 @@ class MomentSketch:
 
     @torch.no_grad()
     def add(self, dy: Tensor, x: Tensor) -> None:
-        """Add samples: dy [b, ..., out] and x [b, ..., in], one sample a row of the first dimension.
-
-        Of two dimensions alone, [tokens, out], all tokens count as one sample: modules that get flattened rows (OPT's
-        fc1, experts) do not know where one sample ends. A layer that runs twice in a forward adds two samples.
-        """
+        """Add samples: dy [b, ..., out] and x [b, ..., in], one sample a row of the first dimension."""
+        # Of two dimensions alone, [tokens, out], all tokens count as one sample: modules that get flattened rows (OPT's
+        # fc1, experts) do not know where one sample ends. A layer that runs twice in a forward adds two samples.
         self.to(dy.device)
         samples = dy.shape[0] if dy.dim() > 2 else 1
         dy, x = (part.reshape(samples, -1, part.shape[-1]).float() for part in (dy, x))
@@ -306,20 +301,17 @@ class MomentSketch:
                 self.sums[i].addmm_(left.flatten(0, 1).t(), thin.flatten(0, 1))
 
     def triplets(self) -> Triplets:
-        """Eigenvectors of both moments, by falling eigenvalue: U [out, q], square roots of the first's [q], Vᵀ [q, in].
-
-        U and V are paired by order alone: U_kᵀ G V_k is no diagonal.
-        """
+        """Eigenvectors of both moments, by falling eigenvalue: U [out, q], square roots of the first's [q], Vᵀ [q,
+        in]."""
+        # U and V are paired by order alone: U_kᵀ G V_k is no diagonal.
         (u, values), (v, _) = (leading_eigenvectors(*pair) for pair in zip(self.sums, self._starts, strict=True))
         return Triplets(u, values.clamp(min=0).sqrt(), v.t().contiguous())
 
 
 def leading_eigenvectors(sketch: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal eigenvectors [n, q] and eigenvalues [q], falling, of a PSD matrix M from M Ω [n, q] and Ω [n, q].
-
-    Nyström with a shift (Tropp et al. 2017, Algorithm 3): M ≈ (M Ω) (Ωᵀ M Ω)⁺ (M Ω)ᵀ. Columns beyond M's rank complete
-    the basis.
-    """
+    """Orthonormal eigenvectors [n, q] and eigenvalues [q], falling, of a PSD matrix M from M Ω [n, q] and Ω [n, q]."""
+    # Nyström with a shift (Tropp et al. 2017, Algorithm 3): M ≈ (M Ω) (Ωᵀ M Ω)⁺ (M Ω)ᵀ. Columns beyond M's rank
+    # complete the basis.
     wide, omega = sketch.double(), start.double()
     shift = torch.finfo(torch.float32).eps * wide.norm() + torch.finfo(torch.float64).tiny
     wide = wide + shift * omega

@@ -99,24 +99,19 @@ class Piece:
 
 @dataclass
 class Work:
-    """A model, its targets and the micro-batches of this rank that their gradients are summed over.
-
-    Attributes:
-        tick: called after every micro-batch of every block or pass, for progress bars.
-        expect: called with the number of remaining ticks, once it is known.
-        loss: Σ of the samples' losses.
-        labeled: number of samples that have a loss.
-    """
+    """A model, its targets and the micro-batches of this rank that their gradients are summed over."""
 
     model: nn.Module
     layers: Layers
     pieces: list[Piece]
     options: InitOptions
     processes: Processes
+    # called after every micro-batch of every block or pass, for progress bars
     tick: Callable[[], Any] = field(default=lambda: None)
+    # called with the number of remaining ticks, once it is known
     expect: Callable[[int], Any] = field(default=lambda remaining: None)
-    loss: float = 0.0
-    labeled: int = 0
+    loss: float = 0.0  # Σ of the samples' losses
+    labeled: int = 0  # number of samples that have a loss
 
     @property
     def device(self) -> torch.device:

@@ -64,24 +64,15 @@ class Staging:
 
 @dataclass
 class LayerWriter:
-    """Factors gradients and writes A, R and B into the layers, the same bits on every rank.
+    """Factors gradients and writes A, R and B into the layers, the same bits on every rank."""
 
-    Attributes:
-        layers: all targets, by name.
-        processes: the process group.
-        staging: the transaction that factors are written in.
-        cache: receives the signs of every layer on rank 0, if set.
-        reports: by name, of the layers that are written.
-        called: names of layers that ran in a forward, on any rank.
-    """
-
-    layers: Layers
+    layers: Layers  # all targets, by name
     options: InitOptions
-    processes: Processes
-    staging: Staging
-    cache: Cache | None = None
-    reports: dict[str, LayerReport] = field(default_factory=dict)
-    called: set[str] = field(default_factory=set)
+    processes: Processes  # the process group
+    staging: Staging  # the transaction that factors are written in
+    cache: Cache | None = None  # receives the signs of every layer on rank 0, if set
+    reports: dict[str, LayerReport] = field(default_factory=dict)  # by name, of the layers that are written
+    called: set[str] = field(default_factory=set)  # names of layers that ran in a forward, on any rank
 
     def reached(self, sums: GradientSums) -> list[str]:
         """Return the layers that backward reached on any rank: experts may run on one rank only."""
@@ -123,11 +114,9 @@ class LayerWriter:
         return layer_sum
 
     def _factor_and_write(self, gradients: dict[str, Gradient]) -> None:
-        """Factor each layer on its owner rank, and write it on every rank; empties `gradients` on the way.
-
-        One rank computes and broadcasts because the last bits of the SVD's QR depend on the number of threads, and
-        because ranks then share the work.
-        """
+        """Factor each layer on its owner rank, and write it on every rank; empties `gradients` on the way."""
+        # One rank computes and broadcasts because the last bits of the SVD's QR depend on the number of threads, and
+        # because ranks then share the work.
         # Round-robin over the layers of one block or pass: the same assignment on every rank, without communication.
         owners = {name: i % self.processes.world_size for i, name in enumerate(gradients)}
         results = self._factor_own(gradients, owners)
@@ -173,13 +162,9 @@ class LayerWriter:
         return factors, Measurements.from_tensor(self.processes.broadcast(packed, owner))
 
     def write_fallbacks(self, model: nn.Module, names: list[str]) -> None:
-        """Write layers that no sample reached: the leading subspace of their weight and R = 0, as their step is zero.
-
-        Accepted only if other layers of the same block were reached (experts that no token was routed to).
-
-        Raises:
-            ValueError: the loss does not depend on a layer, or its whole block did not run.
-        """
+        """Write layers that no sample reached: the leading subspace of their weight and R = 0, as their step is
+        zero."""
+        # Accepted only if other layers of the same block were reached (experts that no token was routed to).
         for name in names:
             if name in self.called:
                 raise ValueError(

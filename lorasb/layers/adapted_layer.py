@@ -68,13 +68,11 @@ class AdaptedLayer(FrozenBase):
     """A frozen layer with adapters by name: A and B frozen, R trained.
 
     Args:
+        adapters: state by adapter name.
         base_layer: the frozen layer.
         adapter_name: name of the first adapter.
         r, scaling, lora_dropout, equivalent_gradient, wide_factors: of it, as of `LoRASBLinear`.
         fan_in_fan_out, octet_dtype, resolver_options: of the base, as of `FrozenBase`.
-
-    Attributes:
-        adapters: state by adapter name.
     """
 
     # PEFT sets requires_grad on everything in `adapter_layer_names`: only R is listed, as A and B stay frozen.
@@ -118,14 +116,9 @@ class AdaptedLayer(FrozenBase):
         basis: str | None = None,
         start_at: str | None = None,
     ) -> None:
-        """Add an adapter of rank `r`: A [r, in] and B [out, r] in the base's dtype, R [r, r] in fp32, all zero.
-
-        With `wide_factors` A and B are in fp32, too, and the adapter computes in it, not the base. With `basis` they
-        are the tensors of another adapter, and R starts at zero, or at a copy of that of the adapter `start_at`.
-
-        Raises:
-            ValueError: r exceeds min(in_features, out_features), or the adapter name is taken.
-        """
+        """Add an adapter of rank `r`: A [r, in] and B [out, r] in the base's dtype, R [r, r] in fp32, all zero."""
+        # With `wide_factors` A and B are in fp32, too, and the adapter computes in it, not the base. With `basis` they
+        # are the tensors of another adapter, and R starts at zero, or at a copy of that of the adapter `start_at`.
         if not 0 < r <= min(self.in_features, self.out_features):
             raise ValueError(f"expected 0 < r <= min(in, out) = {min(self.in_features, self.out_features)}, got {r}")
         if adapter_name in self.lorasb_R:
@@ -145,11 +138,7 @@ class AdaptedLayer(FrozenBase):
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, b: Tensor, core: Tensor, a: Tensor) -> None:
-        """Copy B [out, r], R [r, r] and A [r, in] into an adapter and mark it as initialized.
-
-        Raises:
-            ValueError: a shape does not fit; nothing was copied.
-        """
+        """Copy B [out, r], R [r, r] and A [r, in] into an adapter and mark it as initialized."""
         targets = (self.lorasb_B[adapter_name], self.lorasb_R[adapter_name], self.lorasb_A[adapter_name])
         pairs = list(zip(targets, (b, core, a), strict=True))
         for target, value in pairs:  # all shapes before the first copy, so that an error leaves the adapter unchanged
@@ -224,11 +213,7 @@ class AdaptedLayer(FrozenBase):
         return self.stored_cores is not None and bool(self.stored_cores.basis == adapter_name)
 
     def core(self, name: str) -> Tensor:
-        """R of an adapter for a forward, with the gradient that it is to get (Theorem 3, if `equivalent_gradient`).
-
-        Raises:
-            RuntimeError: the adapter would be trained before it is initialized.
-        """
+        """R of an adapter for a forward, with the gradient that it is to get (Theorem 3, if `equivalent_gradient`)."""
         core: Tensor = cast(Any, self._modules["lorasb_R"])._parameters[name]
         if core.dtype in SIXTEEN_BIT:  # as asked: products take fp32 or wider, and the gradient is rounded to R's dtype
             core = core.float()
@@ -262,13 +247,7 @@ class AdaptedLayer(FrozenBase):
         return {"lorasb_A": (r, self.in_features), "lorasb_R": (r, r), "lorasb_B": (self.out_features, r)}
 
     def cast_factors(self, adapter_name: str, wide_core: bool | None = None) -> None:
-        """Move an adapter to the base's device, with A and B frozen in the dtype that they were asked in.
-
-        Args:
-            adapter_name: of the adapter.
-            wide_core: True for R in fp32 or wider, False for R in the base's dtype (`autocast_adapter_dtype`), None to
-                leave that as it is.
-        """
+        """Move an adapter to the base's device, with A and B frozen in the dtype that they were asked in."""
         if adapter_name not in self.lorasb_R:
             return
         if wide_core is not None:

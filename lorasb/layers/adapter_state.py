@@ -13,37 +13,25 @@ from ..utils.precision import SIXTEEN_BIT
 
 @dataclass
 class AdapterState:
-    """An adapter of a layer.
+    """An adapter of a layer."""
 
-    Attributes:
-        r: rank.
-        scaling: s.
-        made_with: the s that it was made with.
-        dropout: probability of dropping an element of x on the adapter's path.
-        equivalent: whether Theorem 3's closed form is applied to R's gradient.
-        wide_factors: whether A and B are in fp32 over a base in 16 bits.
-        initialized: whether A, R and B have values; ask `AdaptedLayer.is_initialized`, which sees loaded ones, too.
-        basis: the adapter whose A and B it has; None if they belong to it.
-        preconditioner: of Theorem 3, with the state of A, B and s that it was computed from; None before.
-    """
-
-    r: int
-    scaling: float
-    made_with: float
-    dropout: float = 0.0
-    equivalent: bool = False
-    wide_factors: bool = False
+    r: int  # rank
+    scaling: float  # s
+    made_with: float  # the s that it was made with
+    dropout: float = 0.0  # probability of dropping an element of x on the adapter's path
+    equivalent: bool = False  # whether Theorem 3's closed form is applied to R's gradient
+    wide_factors: bool = False  # whether A and B are in fp32 over a base in 16 bits
+    # whether A, R and B have values; ask `AdaptedLayer.is_initialized`, which sees loaded ones, too
     initialized: bool = False
-    basis: str | None = None
+    basis: str | None = None  # the adapter whose A and B it has; None if they belong to it
+    # of Theorem 3, with the state of A, B and s that it was computed from; None before
     preconditioner: tuple[Any, Tensor, Tensor] | None = field(default=None, repr=False)
 
     @torch.no_grad()
     def preconditioned_by(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(BᵀB)⁻¹/s² and (AAᵀ)⁻¹ [r, r] of Theorem 3 in `dtype`, for A [r, in] and B [out, r].
-
-        They are kept until A, B or s changes, and computed in fp64, as forming the Gram matrix squares the factors'
-        condition number.
-        """
+        """(BᵀB)⁻¹/s² and (AAᵀ)⁻¹ [r, r] of Theorem 3 in `dtype`, for A [r, in] and B [out, r]."""
+        # They are kept until A, B or s changes, and computed in fp64, as forming the Gram matrix squares the factors'
+        # condition number.
         # Pointers show that a parameter was replaced or moved, versions that it was written to in place.
         key = (a.data_ptr(), a._version, b.data_ptr(), b._version, self.scaling)
         if self.preconditioner is None or self.preconditioner[0] != key:
@@ -69,10 +57,9 @@ class EquivalentGradient(torch.autograd.Function):
 
 
 def refuse_training(core: Tensor, name: str, training: bool) -> Tensor:
-    """Raise for an uninitialized adapter in training mode; in evaluation mode return a view of R whose gradient raises.
-
-    Evaluating an uninitialized adapter is legitimate and gives the base's result, with gradients enabled or not.
-    """
+    """Raise for an uninitialized adapter in training mode; in evaluation mode return a view of R whose gradient
+    raises."""
+    # Evaluating an uninitialized adapter is legitimate and gives the base's result, with gradients enabled or not.
     error = RuntimeError(
         f"adapter {name!r} has not been initialized: its A, B and R are zero and would learn nothing. "
         "Call lorasb.initialize(model, dataloader, lr=...) before training, or load a saved adapter"
@@ -96,10 +83,8 @@ def has_values(a: Tensor) -> bool:
 
 
 def delta_weight(a: Tensor, core: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """s·B R A [out, in] in R's dtype, in fp32 at least.
-
-    A and B are widened, as a product in 16 bits would round the delta before it is added to the weight.
-    """
+    """s·B R A [out, in] in R's dtype, in fp32 at least."""
+    # A and B are widened, as a product in 16 bits would round the delta before it is added to the weight.
     core = core.float() if core.dtype in SIXTEEN_BIT else core
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # a forward under it may unmerge
         return b.to(core.dtype) @ core @ a.to(core.dtype) * scaling

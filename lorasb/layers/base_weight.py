@@ -39,21 +39,13 @@ def _configuration_lost() -> NoReturn:
 
 @dataclass(frozen=True)
 class OpaqueBase:
-    """Properties of an opaque linear. Its layer is passed to each method, as moving a model replaces its tensors.
+    """Properties of an opaque linear. Its layer is passed to each method, as moving a model replaces its tensors."""
 
-    Attributes:
-        name: of the format, or of the layer's class.
-        shape: (out, in).
-        dtype: that it computes in; also that of A and B.
-        backend: PEFT's, if its resolver knows the format.
-        format: ours, if `FORMATS` has it.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    backend: QuantizationBackend | None = None
-    format: Format | None = None
+    name: str  # of the format, or of the layer's class
+    shape: tuple[int, int]  # (out, in)
+    dtype: torch.dtype  # that it computes in; also that of A and B
+    backend: QuantizationBackend | None = None  # PEFT's, if its resolver knows the format
+    format: Format | None = None  # ours, if `FORMATS` has it
 
     @property
     def known(self) -> bool:
@@ -62,11 +54,7 @@ class OpaqueBase:
 
     @torch.no_grad()
     def dequantize(self, layer: nn.Module) -> Tensor:
-        """W [out, in] in `dtype`.
-
-        Raises:
-            ValueError: the format has no way to W.
-        """
+        """W [out, in] in `dtype`."""
         try:
             weight = self._read(layer)
         except (NotImplementedError, TypeError, AttributeError) as error:
@@ -97,11 +85,7 @@ class OpaqueBase:
 
     @torch.no_grad()
     def requantize(self, layer: nn.Module, weight: Tensor) -> nn.Module:
-        """A layer of the same format with the values of `weight` [out, in]; `layer` is used up.
-
-        Raises:
-            ValueError: the format has no way back.
-        """
+        """A layer of the same format with the values of `weight` [out, in]; `layer` is used up."""
         if not self.requantizes:
             raise ValueError(f"{self.name} layers cannot be quantized again: merge without requantize=True")
         if self.format is not None and self.format.requantize is not None:
@@ -125,16 +109,7 @@ class OpaqueBase:
 def find(
     layer: nn.Module, default_dtype: torch.dtype | None = None, options: Mapping[str, Any] | None = None
 ) -> OpaqueBase | None:
-    """Return the properties of an opaque linear; None for a layer that our kernels read, or that is no linear.
-
-    Args:
-        layer: the base layer.
-        default_dtype: the model's, for storage that does not say what it computes in.
-        options: of PEFT's resolver: `get_quantization_kwargs(model)`.
-
-    Raises:
-        ImportError: the format's package is too old for PEFT; the message says which it takes.
-    """
+    """Return the properties of an opaque linear; None for a layer that our kernels read, or that is no linear."""
     if is_dense(layer) or is_quantized(layer) or hasattr(getattr(layer, "weight", None), "device_mesh"):
         return None
     backend = resolve_quantization_backend(layer, **({CONFIGURATION: _configuration_lost} | dict(options or {})))
@@ -176,11 +151,7 @@ def _dtype(layer: nn.Module, default: torch.dtype | None) -> torch.dtype:
 
 
 def first_tensor(layer: nn.Module) -> Tensor:
-    """A tensor of a layer's storage, which says the device.
-
-    Raises:
-        ValueError: the layer has none.
-    """
+    """A tensor of a layer's storage, which says the device."""
     for tensors in (layer.parameters(), layer.buffers()):
         for tensor in tensors:
             return tensor
@@ -215,14 +186,12 @@ class FrozenBase(nn.Module, BaseTunerLayer):
     """A frozen linear layer, W [out, in], or [in, out] if `fan_in_fan_out`.
 
     Args:
+        in_features, out_features: dimensions of W.
         base_layer: the linear layer; dense, quantized to 4 or 8 bits, or opaque.
         fan_in_fan_out: the weight is stored transposed, as in `transformers.Conv1D`.
         octet_dtype: compute dtype of storage that does not record it (8 bits; the dtype of its bias, or fp16 without
             one, if None).
         resolver_options: of PEFT's resolver of quantized layers: `get_quantization_kwargs(model)`.
-
-    Attributes:
-        in_features, out_features: dimensions of W.
     """
 
     def __init__(
@@ -282,10 +251,8 @@ class FrozenBase(nn.Module, BaseTunerLayer):
         return self
 
     def base_weight(self) -> Tensor:
-        """The base layer's weight parameter, in its stored layout: packed if quantized, [in, out] if transposed.
-
-        Of an opaque layer without a parameter of that name, some tensor of its storage.
-        """
+        """The base layer's weight parameter, in its stored layout: packed if quantized, [in, out] if transposed."""
+        # Of an opaque layer without a parameter of that name, some tensor of its storage.
         base = self._modules["base_layer"]  # as in `quantized`: every forward asks, and more than once
         weight = base._parameters.get("weight") if type(base) is nn.Linear else None
         if weight is not None:
@@ -295,11 +262,7 @@ class FrozenBase(nn.Module, BaseTunerLayer):
         return weight if isinstance(weight, Tensor) else first_tensor(base)
 
     def dense_weight(self) -> Tensor:
-        """W [out, in]: the base layer's weight or a transposed view of it, dequantized if it is quantized.
-
-        Raises:
-            ValueError: the base layer is opaque, and its format has no way to W.
-        """
+        """W [out, in]: the base layer's weight or a transposed view of it, dequantized if it is quantized."""
         quantized, opaque = self.quantized(), self.opaque()
         if quantized is not None:
             return dequantize(quantized)
@@ -361,10 +324,8 @@ class FrozenBase(nn.Module, BaseTunerLayer):
 
     @property
     def execution_device(self) -> torch.device:
-        """The device that the base runs on.
-
-        accelerate keeps offloaded weights on `meta` between forwards; the hook that loads them names the device.
-        """
+        """The device that the base runs on."""
+        # accelerate keeps offloaded weights on `meta` between forwards; the hook that loads them names the device.
         hook = hook_of(self.base_layer)
         device = getattr(hook, "execution_device", None)
         weight = self.base_weight()
@@ -419,14 +380,9 @@ class FrozenBase(nn.Module, BaseTunerLayer):
 
 @contextmanager
 def factors_on_device(containers: list[nn.Module], name: str) -> Iterator[list[Tensor]]:
-    """The factors of an offloaded adapter on their execution device; offloaded again afterwards.
-
-    accelerate's hooks load a module's parameters around its forward, but a `ParameterDict` has no forward to wrap: the
-    hooks are called here.
-
-    Raises:
-        RuntimeError: R requires a gradient, which would go to the temporary copy; or the factors have no values at all.
-    """
+    """The factors of an offloaded adapter on their execution device; offloaded again afterwards."""
+    # accelerate's hooks load a module's parameters around its forward, but a `ParameterDict` has no forward to wrap:
+    # the hooks are called here.
     hooks = _hooks_of(containers, name)
     try:
         for hook, container in zip(hooks, containers, strict=True):
@@ -478,17 +434,7 @@ TOLERANCE = 0.05
 
 
 def check_linear(name: str, layer: nn.Module, opaque: OpaqueBase, trained: bool = True) -> None:
-    """Run one probe of three rows.
-
-    Args:
-        name: of the target, for messages.
-        layer: an opaque base with values.
-        opaque: what is known of it.
-        trained: also ask for the gradient of x, without which layers below would learn nothing.
-
-    Raises:
-        TypeError: the module does not run, is not linear, or has no gradient.
-    """
+    """Run one probe of three rows."""
     x = _rows(opaque, first_tensor(layer).device)
     try:
         with torch.enable_grad():
@@ -515,10 +461,8 @@ def check_linear(name: str, layer: nn.Module, opaque: OpaqueBase, trained: bool 
 
 
 def has_own_result(layer: nn.Module) -> bool:
-    """True for a dense nn.Linear whose class computes something else with its weight: Llama 4's router gives scores.
-
-    A class whose forward takes other arguments than x, or that has no values yet, is taken for a linear.
-    """
+    """True for a dense nn.Linear whose class computes something else with its weight: Llama 4's router gives scores."""
+    # A class whose forward takes other arguments than x, or that has no values yet, is taken for a linear.
     if type(layer).forward is nn.Linear.forward or not isinstance(layer, nn.Linear) or not has_weight_values(layer):
         return False
     weight = layer.weight

@@ -28,24 +28,17 @@ class RowCores(NamedTuple):
 
     Attributes:
         a, b: A [r, in] and B [out, r].
-        cores: [K, r, r].
-        places: [n], int64 on the CPU: each row's R, or -1.
-        scaling: s.
     """
 
     a: Tensor
     b: Tensor
-    cores: Tensor
-    places: Tensor
-    scaling: float
+    cores: Tensor  # [K, r, r]
+    places: Tensor  # [n], int64 on the CPU: each row's R, or -1
+    scaling: float  # s
 
 
 def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-    """y [..., out] of a linear with a choice of adapter for each row of x.
-
-    Raises:
-        ValueError: not one name for each row, or an adapter is merged into the weight.
-    """
+    """y [..., out] of a linear with a choice of adapter for each row of x."""
     rows = rows if isinstance(rows, Rows) else Rows.of(rows)
     if len(rows) != x.shape[0]:
         raise ValueError(other_length(x.shape[0], len(rows)))

@@ -103,19 +103,12 @@ NAMES = (
 
 @dataclass
 class Pending:
-    """Results that members have not taken yet.
+    """Results that members have not taken yet."""
 
-    Attributes:
-        x: the input of all members.
-        rows: the adapters of its rows, where they differ by row.
-        state: `Siblings._state` at the time of the computation; results are valid while it is unchanged.
-        results: y [..., out] by the member's index in the group.
-    """
-
-    x: Tensor
-    rows: Rows | None
-    state: tuple[Any, ...]
-    results: dict[int, Tensor]
+    x: Tensor  # the input of all members
+    rows: Rows | None  # the adapters of its rows, where they differ by row
+    state: tuple[Any, ...]  # `Siblings._state` at the time of the computation; results are valid while it is unchanged
+    results: dict[int, Tensor]  # y [..., out] by the member's index in the group
 
     def is_for(self, x: Tensor, rows: Rows | None) -> bool:
         """True if it was computed from this very x, and for these adapters of its rows."""
@@ -125,15 +118,10 @@ class Pending:
 
 @dataclass
 class Forward:
-    """A forward of the parent in progress, in one thread.
+    """A forward of the parent in progress, in one thread."""
 
-    Attributes:
-        saving: the innermost saved-tensor hooks when it began.
-        pending: results that were computed in it.
-    """
-
-    saving: Any
-    pending: Pending | None = None
+    saving: Any  # the innermost saved-tensor hooks when it began
+    pending: Pending | None = None  # results that were computed in it
 
 
 class Siblings:
@@ -216,11 +204,9 @@ class Siblings:
 
     @staticmethod
     def _state(members: list[LoRASBLinear], x: Tensor) -> tuple[Any, ...]:
-        """State that must not change between the first member's call and another's.
-
-        Versions show in-place writes to x or R (an optimizer step); results computed on another CUDA stream may not be
-        ready on this one.
-        """
+        """State that must not change between the first member's call and another's."""
+        # Versions show in-place writes to x or R (an optimizer step); results computed on another CUDA stream may not
+        # be ready on this one.
         autocast = autocast_on(x.device.type)
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
         adapter_states = [
@@ -230,11 +216,7 @@ class Siblings:
         return x._version, torch.is_grad_enabled(), autocast, stream, *adapter_states
 
     def _separate(self, untaken: Collection[int], forward: Forward, ended: bool = False) -> bool:
-        """Split the group now; under gradient checkpointing, which will run this forward again, before the next one.
-
-        Returns:
-            True if the group was split.
-        """
+        """Split the group now; under gradient checkpointing, which will run this forward again, before the next one."""
         if forward.saving is not None:
             self._apart = set(untaken) if self._apart is None else self._apart
             return False
@@ -242,12 +224,7 @@ class Siblings:
         return True
 
     def _split(self, untaken: Collection[int], forward: Forward | None) -> None:
-        """Separate members that took their results from those that did not; two or more form a new group.
-
-        Args:
-            untaken: the latter's indices.
-            forward: of the parent, which the new groups are then in, too; None between forwards.
-        """
+        """Separate members that took their results from those that did not; two or more form a new group."""
         parent = self._parent
         groups: tuple[list[str], list[str]] = ([], [])
         for i, name in enumerate(self.names):
@@ -301,11 +278,9 @@ class Siblings:
 
 
 def _saved_tensor_hooks() -> Any:
-    """The innermost saved-tensor hooks.
-
-    Gradient checkpointing around some of the layers installs further hooks. A result must not cross into or out of
-    a checkpointed region, which recomputes its layers in backward without the others.
-    """
+    """The innermost saved-tensor hooks."""
+    # Gradient checkpointing around some of the layers installs further hooks. A result must not cross into or out of a
+    # checkpointed region, which recomputes its layers in backward without the others.
     return private.saved_tensor_hooks(True)
 
 

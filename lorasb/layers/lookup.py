@@ -33,11 +33,7 @@ def any_merged(model: nn.Module) -> bool:
 
 
 def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, LoRASBLinear]]:
-    """An adapter's name (the active one unless given) and its layers, by their names in the base model.
-
-    Raises:
-        ValueError: no LoRA-SB layers, or none with that adapter.
-    """
+    """An adapter's name (the active one unless given) and its layers, by their names in the base model."""
     all_layers = [module for module in model.modules() if isinstance(module, LoRASBLinear)]
     if not all_layers:
         raise ValueError("expected a model with LoRA-SB layers: call model = lorasb.patch(model) first")

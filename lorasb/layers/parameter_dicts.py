@@ -68,17 +68,7 @@ def shard_like(target: Any, value: torch.Tensor) -> torch.Tensor:
 
 
 def merged(weight: Tensor, deltas: Sequence[Tensor], names: Sequence[str], sign: float = 1.0) -> Tensor:
-    """W + sign·Σ deltas, summed in the deltas' dtype and returned in W's.
-
-    Args:
-        weight: W in its stored layout, [out, in] or [in, out].
-        deltas: s·B R A of each adapter, in the same layout, fp32 or wider.
-        names: of the adapters, for the error message.
-        sign: 1 to merge, -1 to unmerge.
-
-    Raises:
-        ValueError: the result is not finite.
-    """
+    """W + sign·Σ deltas, summed in the deltas' dtype and returned in W's."""
     total = weight
     for delta in deltas:
         total = total + sign * delta  # type promotion widens a 16-bit W to the delta's fp32

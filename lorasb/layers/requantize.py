@@ -32,11 +32,7 @@ class Requantized:
 
     @classmethod
     def of(cls, model: nn.Module) -> Requantized:
-        """Collect the 4-bit and opaque base layers of a patched model.
-
-        Raises:
-            ValueError: the model has none under an adapter, or one of a format that cannot be quantized again.
-        """
+        """Collect the 4-bit and opaque base layers of a patched model."""
         layers: dict[str, QuantizedWeight | OpaqueLayer] = {}
         for name, layer in model.named_modules():
             if not isinstance(layer, LoRASBLinear):
@@ -56,11 +52,9 @@ class Requantized:
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
-        """Quantize those layers of the merged model again.
-
-        Sets `model.requantization_errors`: layer name -> ‖Q − W‖ / ‖W‖ (Frobenius), Q being W, the merged weight,
-        after quantization.
-        """
+        """Quantize those layers of the merged model again."""
+        # Sets `model.requantization_errors`: layer name -> ‖Q − W‖ / ‖W‖ (Frobenius), Q being W, the merged weight,
+        # after quantization.
         errors = {}
         for name, old in self.layers.items():
             layer = model.get_submodule(name)

@@ -32,19 +32,12 @@ def other_length(inputs: int, names: int) -> str:
 
 @dataclass(frozen=True)
 class Rows:
-    """The adapter name of each of n rows.
+    """The adapter name of each of n rows."""
 
-    Args:
-        names: the distinct names.
-        index: [n], int64 on the CPU: each row's index into `names`.
-        slots: [names], int64: where a bank has each of them, or -1; None without a bank.
-        basis: the adapter whose A and B those of the bank have, and whose trained modules serve them, too.
-    """
-
-    names: tuple[str, ...]
-    index: Tensor
-    slots: Tensor | None = None
-    basis: str = ""
+    names: tuple[str, ...]  # the distinct names
+    index: Tensor  # [n], int64 on the CPU: each row's index into `names`
+    slots: Tensor | None = None  # [names], int64: where a bank has each of them, or -1; None without a bank
+    basis: str = ""  # the adapter whose A and B those of the bank have, and whose trained modules serve them, too
 
     @classmethod
     def of(cls, names: Sequence[str]) -> Rows:
@@ -93,22 +86,13 @@ class Rows:
 
 
 def chooses_tokens(name: str) -> bool:
-    """True if a module's name is that of a routed expert, which gets a selection of the tokens.
-
-    Shared experts get all tokens.
-    """
+    """True if a module's name is that of a routed expert, which gets a selection of the tokens."""
+    # Shared experts get all tokens.
     return any(re.search("expert", component) and "shared" not in component for component in name.split("."))
 
 
 def rows_of(x: Tensor, rows: Rows, outer: torch.Size | None, tokens_first: bool) -> Rows | None:
-    """The names for the rows of a layer's input x [n, ..., in]; None if the mapping is ambiguous.
-
-    Args:
-        x: the layer's input.
-        rows: of the batch.
-        outer: [B, T], leading shape of the hidden states that the nearest enclosing module got, if known.
-        tokens_first: the model is of a family whose layers may get [T, B, in].
-    """
+    """The names for the rows of a layer's input x [n, ..., in]; None if the mapping is ambiguous."""
     if len(rows.names) == 1:  # any selection or order of tokens has the same name
         fits = x.dim() == 2 or tokens_first or len(x) % len(rows) == 0
         return rows.expand(len(x)) if fits else None

@@ -24,10 +24,10 @@ NAMES = ("gate_up_proj", "down_proj")  # of the 3-D parameters, in the order of 
 class OpenExperts(nn.Module):
     """Experts with a linear layer each: `gate_up_proj.0`, ..., `down_proj.0`, ...
 
+    Forward: x [T, H], indices of the top-k experts [T, k] and their routing weights [T, k] -> y [T, H].
+
     Args:
         fused: transformers' experts module, which `closed` returns again.
-
-    Forward: x [T, H], indices of the top-k experts [T, k] and their routing weights [T, k] -> y [T, H].
     """
 
     def __init__(self, fused: nn.Module) -> None:

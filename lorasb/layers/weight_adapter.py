@@ -49,17 +49,11 @@ KINDS_WITH_WEIGHT = (nn.Embedding, *CONVOLUTIONS)
 
 @dataclass(frozen=True)
 class Unfolding:
-    """A parameter seen as a matrix.
+    """A parameter seen as a matrix."""
 
-    Attributes:
-        kind: of the module.
-        path: name of the parameter in the module.
-        stored: its shape.
-    """
-
-    kind: str
-    path: str
-    stored: tuple[int, ...]
+    kind: str  # of the module
+    path: str  # name of the parameter in the module
+    stored: tuple[int, ...]  # its shape
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,11 +76,9 @@ class Unfolding:
 
 
 def unfoldings(module: nn.Module) -> list[Unfolding]:
-    """The parameters of a module that are adapted, innermost first; none for modules of other kinds.
-
-    None of these: attention whose keys or values have widths of their own, as it keeps three matrices; weights that
-    are computed in every forward (weight_norm, spectral_norm); embeddings that rescale what they look up (max_norm).
-    """
+    """The parameters of a module that are adapted, innermost first; none for modules of other kinds."""
+    # None of these: attention whose keys or values have widths of their own, as it keeps three matrices; weights that
+    # are computed in every forward (weight_norm, spectral_norm); embeddings that rescale what they look up (max_norm).
     if isinstance(module, ParameterSlice):
         return [Unfolding(SLICE, "weight", tuple(module.weight.shape))]
     weight: Any = module._parameters.get("weight")
@@ -109,14 +101,10 @@ class LoRASBWeight(LoRASBLinear):
     """A module whose parameter W [out, in], unfolded, is W + s·B R A; B and A are frozen, R is trained.
 
     Args:
+        nested: whether another `LoRASBWeight` of the same module is around this one.
         base_layer: the module, or a `LoRASBWeight` of another of its parameters.
         adapter_name: name of the first adapter.
-        unfolding: which parameter, and how it is a matrix.
         options: of `LoRASBLinear`: `r`, `scaling`, `lora_dropout` (of a convolution's x), `equivalent_gradient`.
-
-    Attributes:
-        nested: whether another `LoRASBWeight` of the same module is around this one.
-        tap: set while an initialization sums gradients: W goes through it on its way into the module.
     """
 
     trains_rows = False
@@ -129,8 +117,8 @@ class LoRASBWeight(LoRASBLinear):
         if isinstance(base_layer, LoRASBWeight):
             base_layer.nested = True
 
-    unfolding: Unfolding
-    tap: Tap | None
+    unfolding: Unfolding  # which parameter, and how it is a matrix
+    tap: Tap | None  # set while an initialization sums gradients: W goes through it on its way into the module
 
     def add_adapter(self, adapter_name: str, *args: Any, **options: Any) -> None:
         """Add an adapter, to the other parameters of the module too."""
@@ -319,10 +307,8 @@ class LoRASBEmbedding(LoRASBWeight):
         return y
 
     def _looked_up(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
-        """The output of the embedding's own forward with the whole weight, and with dense gradients.
-
-        A sparse gradient does not pass through the weight's view.
-        """
+        """The output of the embedding's own forward with the whole weight, and with dense gradients."""
+        # A sparse gradient does not pass through the weight's view.
         base: Any = self.get_base_layer()
         sparse, base.sparse = base.sparse, False
         try:
@@ -357,11 +343,11 @@ def adapt_weights(module: nn.Module, adapter_name: str, **options: Any) -> LoRAS
 class OpenParameters(nn.Module):
     """A module with a `ParameterSlice` for each matrix of some of its parameters, under the parameter's own name.
 
+    Forward: that of the module.
+
     Args:
         base_layer: the module.
         names: of its parameters, 2-D or 3-D.
-
-    Forward: that of the module.
     """
 
     def __init__(self, base_layer: nn.Module, names: list[str]) -> None:

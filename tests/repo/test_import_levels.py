@@ -132,7 +132,6 @@ def methods(node: ast.ClassDef) -> set[str]:
 # a protocol with one implementation in the package: why it is there
 SINGLE_PROTOCOLS = {
     "StoredCores": "layers read from a bank of serving/, a level above",
-    "Progress": "layerwise sums report to a cache, which imports them",
 }
 
 
