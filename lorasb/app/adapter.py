@@ -1,20 +1,25 @@
-"""A run's adapter: added and initialized, or loaded as an earlier start of the run initialized it."""
+"""A run's adapter: added and initialized, or loaded from an earlier start; and `lorasb init`, which writes one."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..distributed.process_group import Processes
-from ..init import InitReport
-from .data import Listed, describe_data
-from .prepare import Run
-from .settings import target_names
+from ..init import InitReport, RankSuggestion
+from ..utils import plotting
+from ..utils.atomic_files import locked, replacing_folder, write_json
+from .config_file import CONFIG_NAME, write_config
+from .data import describe_data
+from .prepare import Run, prepare
+from .settings import InitSettings, check_rules, target_names
+from .terminal import console
 
 REWARD_SAMPLES = 32  # prompts of a start on rewards
 LORA_RANK = 32  # the rank that the paper compares with
@@ -53,7 +58,7 @@ def _patch_and_initialize(run: Run, common: dict[str, Any], options: dict[str, A
     if init == "lora-xs":  # `patch` has initialized it: the SVD of W needs no data
         return run.model.base_model.init_reports["default"]
     loader: Any = torch.utils.data.DataLoader(
-        Listed(_share(run.train_ids)),
+        cast(Any, _share(run.train_ids)),
         batch_size=settings.batch_size,
         collate_fn=run.problem.collator(run.tokenizer, run.model.get_base_model()),
     )
@@ -140,3 +145,51 @@ def load_report(folder: Path) -> InitReport | None:
     """The saved report of an initialization; None if there is none (plain LoRA)."""
     file = folder / REPORT_NAME
     return InitReport.load(file) if file.is_file() else None
+
+
+RANKS_NAME = "ranks.json"
+PLOTS = {"energy.png": "layers", "ranks.png": "ranks", "spectrum.png": "spectrum"}
+
+
+def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]:
+    """Initialize an adapter; write adapter/, report.json, plots, config.yaml and, with a target, ranks.json."""
+    settings.run.check()
+    _check_targets(settings)
+    with locked(settings.run.output):
+        return _run(settings)
+
+
+def _run(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]:
+    # Nothing is evaluated: one held-out example is the least that `prepare` takes.
+    run = prepare(replace(settings.run, eval_examples=1))
+    console.print(f"in {run.precision.name}: {run.precision.reason}", highlight=False)
+    options = {name: getattr(settings, name) for name in ("strategy", "memory_budget", "cache", "stability")}
+    report, _ = adapt(run, **options)
+    suggestion = None
+    if settings.energy is not None or settings.parameters is not None:
+        suggestion = report.suggest_ranks(energy=settings.energy, parameters=settings.parameters)
+    _save(run, report, suggestion, settings)
+    return report, suggestion
+
+
+def _check_targets(settings: InitSettings) -> None:
+    """Raise a ValueError for bad settings before the model is loaded."""
+    check_rules(settings)
+    if settings.energy is not None and settings.parameters is not None:
+        raise ValueError("--energy and --parameters are two ways to choose ranks: give one of them")
+    if settings.energy is not None and not 0 < settings.energy <= 1:
+        raise ValueError(f"--energy is a share in (0, 1], got {settings.energy!r}")
+
+
+def _save(run: Run, report: Any, suggestion: RankSuggestion | None, settings: InitSettings) -> None:
+    folder = Path(run.settings.output)
+    with replacing_folder(folder / "adapter") as target:
+        save_adapter(run, target)
+    report.save(folder / "report.json")
+    if plotting.installed():
+        for name, kind in PLOTS.items():
+            report.plot(folder / name, kind)
+    (folder / RANKS_NAME).unlink(missing_ok=True)  # of an earlier call
+    if suggestion is not None:
+        write_json(folder / RANKS_NAME, {"rank_pattern": suggestion.rank_pattern})
+    write_config(folder / CONFIG_NAME, settings.run, settings)

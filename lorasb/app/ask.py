@@ -14,8 +14,8 @@ from ..serving import basis_adapters
 from ..utils.precision import resolve
 from ..utils.reading import read_json
 from .config_file import CONFIG_NAME, read_config
+from .data import INSTRUCTION, STEP_BY_STEP
 from .evaluation import HeldOut, generate_answers
-from .named_data import INSTRUCTION, STEP_BY_STEP
 from .prepare import Run, device, load_model
 from .problem import Classification, LanguageModeling, Problem
 from .run_folder import SUMMARY_NAME

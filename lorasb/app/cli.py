@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 
 from ..constants import VERSION
 from .config_file import find_preset, preset_names, read_config, typed
-from .named_data import check_names
+from .data import check_names
 from .settings import (
     DEFAULT_TASK,
     EMBEDDED,
@@ -206,7 +206,7 @@ def _finetune(values: dict[str, Any]) -> None:
 def _init(values: dict[str, Any]) -> None:
     """Initialize an adapter, and show what its ranks keep of the first full step."""
     from . import tables
-    from .initialize import run_init
+    from .adapter import run_init
     from .terminal import console
 
     # `lorasb init` has options of two dataclasses: a run's settings, and those of initialization.

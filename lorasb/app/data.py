@@ -1,19 +1,17 @@
-"""A run's training and held-out examples, and a digest that identifies them."""
+"""A run's examples: of files, named data sets and generators; held out ones, and a digest."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import astuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .named_data import read_data
+from ..utils.reading import parse_json, read_text
 from .settings import Settings
-from .tasks import HELD_OUT_SEED, Example, generate
+from .tasks import HELD_OUT_SEED, BadAdapterError, Example, generate, labeled, read_jsonl, text_of, with_adapter
 
 
 def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
@@ -48,6 +46,8 @@ def _held_out(settings: Settings, train_examples: list[Example]) -> list[Example
 
 def _drawn(examples: list[Example], count: int, seed: int) -> list[Example]:
     """`count` of the examples, or all of them in their order. By the seed alone: a resumed run holds out the same."""
+    import torch  # `lorasb --help` does without
+
     if len(examples) <= count:
         return examples
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -67,14 +67,161 @@ def describe_data(settings: Settings, count: int) -> str:
     return f"reasoning-gym {settings.generated_task}, {count} generated examples"
 
 
-class Listed(torch.utils.data.Dataset[Any]):
-    """A list as a map-style data set."""
+INSTRUCTION = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    "### Response:"
+)
+STEP_BY_STEP = " Let's think step by step."  # MetaMathQA's authors end the prompts of their evaluation with it
+MATH_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+Row = dict[str, Any]
 
-    def __init__(self, items: Sequence[Any]) -> None:
-        self.items = items
 
-    def __len__(self) -> int:
-        return len(self.items)
+@dataclass(frozen=True)
+class Source:
+    """A data set on the hub."""
 
-    def __getitem__(self, index: int) -> Any:
-        return self.items[index]
+    path: str  # its id
+    example: Callable[[Row], Example]  # from a row to an Example
+    score: str  # how its answers are scored, see `scoring`
+    train: str = "train"  # its training split, as `datasets.load_dataset` takes it
+    held_out: str | None = "test"  # its held-out split; None if it has none
+    configs: tuple[str | None, ...] = (None,)  # its configurations, one after another
+
+
+def instructed(row: Row) -> Example:
+    """Alpaca's form: instruction, output and perhaps input."""
+    template = WITH_INPUT if row.get("input") else INSTRUCTION
+    question = template.format(instruction=text_of(row, "instruction"), input=row.get("input"))
+    return Example(question, text_of(row, "output"), formatted=True)
+
+
+def _metamath(row: Row) -> Example:
+    return Example(INSTRUCTION.format(instruction=row["query"]), row["response"], formatted=True)
+
+
+def _gsm8k(row: Row) -> Example:
+    return Example(INSTRUCTION.format(instruction=row["question"]) + STEP_BY_STEP, row["answer"], formatted=True)
+
+
+def _math(row: Row) -> Example:
+    return Example(INSTRUCTION.format(instruction=row["problem"]) + STEP_BY_STEP, row["solution"], formatted=True)
+
+
+def _glue(
+    task: str, first: str, second: str | None = None, score: str = "label", held_out: str = "validation"
+) -> Source:
+    """A task of GLUE, whose held-out labels are those of its validation split."""
+
+    def example(row: Row) -> Example:
+        return labeled(row[first], row["label"], row[second] if second else "")
+
+    return Source("nyu-mll/glue", example, score, held_out=held_out, configs=(task,))
+
+
+NAMED = {
+    "metamathqa": Source("meta-math/MetaMathQA", _metamath, "boxed", train="train[:50000]", held_out=None),
+    "gsm8k": Source("openai/gsm8k", _gsm8k, "number", configs=("main",)),
+    "math": Source("EleutherAI/hendrycks_math", _math, "boxed", configs=MATH_SUBJECTS),
+    "commonsense170k": Source("zwhe99/commonsense_170k", instructed, "choice", held_out=None),
+    "cola": _glue("cola", "sentence", score="matthews"),
+    "rte": _glue("rte", "sentence1", "sentence2"),
+    "mrpc": _glue("mrpc", "sentence1", "sentence2"),
+    "sst2": _glue("sst2", "sentence"),
+    "qnli": _glue("qnli", "question", "sentence"),
+    "mnli": _glue("mnli", "premise", "hypothesis", held_out="validation_matched"),
+    "qqp": _glue("qqp", "question1", "question2", score="f1"),
+    "wnli": _glue("wnli", "sentence1", "sentence2"),
+    "stsb": _glue("stsb", "sentence1", "sentence2", score="pearson"),
+}
+
+
+def read_data(name: str, score: str, held_out: bool = False, adapter_column: str | None = None) -> list[Example]:
+    """The examples of a JSONL file, of a JSON list in Alpaca's form, or of a named data set."""
+    found = _file_or_source(name)
+    if isinstance(found, Path):
+        examples = _records(found, adapter_column) if found.suffix == ".json" else read_jsonl(found, adapter_column)
+        score = _score_of_labels(examples) if score == "exact" else score
+        return [replace(example, source=name, score=score) for example in examples]
+    source = found
+    split = source.held_out if held_out else source.train
+    if split is None:
+        raise ValueError(f"{name} has no held-out split: name another set, or leave --eval-data out")
+    return [
+        replace(with_adapter(source.example(row), row, adapter_column, name), source=name, score=source.score)
+        for row in _rows(name, source, split)
+    ]
+
+
+def check_names(settings: Settings) -> None:
+    """Raise a ValueError for a file or name of `--data` and `--eval-data` that is not there; reads nothing."""
+    for name in (settings.data or "", *(settings.eval_data or "").split(",")):
+        if name.strip():
+            _file_or_source(name.strip())
+
+
+def _file_or_source(name: str) -> Path | Source:
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name not in NAMED:
+        raise ValueError(f"expected a JSONL file, found none at {path}; data sets by name are {', '.join(NAMED)}")
+    return NAMED[name]
+
+
+def _score_of_labels(examples: list[Example]) -> str:
+    """The default score of a file: equal texts or labels, or for values (2.5) their correlation."""
+    labels = [example.label for example in examples]
+    if None in labels:
+        return "exact"
+    numbers = all(isinstance(label, int | float) for label in labels)
+    return "pearson" if numbers and any(isinstance(label, float) for label in labels) else "label"
+
+
+def _records(path: Path, adapter_column: str | None) -> list[Example]:
+    """Alpaca's JSON list; JSON Lines in a file of this name do as well."""
+    text = read_text(path)
+    try:
+        rows = parse_json(text, str(path))
+    except ValueError:
+        return read_jsonl(path, adapter_column)
+    try:
+        if not isinstance(rows, list) or not rows:
+            raise TypeError(f"got {type(rows).__name__}" if rows else "it is empty")
+        return [with_adapter(instructed(row), row, adapter_column, str(path)) for row in rows]
+    except BadAdapterError:
+        raise
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected a JSON list of objects with instruction and output ({error}), or a .jsonl file of "
+            "prompt and completion"
+        ) from None
+
+
+def _rows(name: str, source: Source, split: str) -> Iterable[Row]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is read from the hub as {source.path}: pip install datasets, or pass a JSONL file instead"
+        ) from error
+    try:
+        parts = (datasets.load_dataset(source.path, config, split=split) for config in source.configs)
+        return [row for part in parts for row in part]
+    except Exception as error:  # the hub, the network and the cache raise types of their own
+        raise OSError(
+            f"{name} cannot be read from the hub as {source.path}: {' '.join(str(error).split())[:200]}. A JSONL file "
+            "of prompt and completion does as well"
+        ) from None

@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 from ..distributed.process_group import Processes
 from ..init.task import to_device
-from .launch import gather_json
 from .scoring import CORRELATIONS, is_right
 from .tasks import Example
 from .tokenize import Collator, Encoded, positions
@@ -160,7 +159,7 @@ def map_over_ranks(
     own_batches = range(processes.rank, len(chunks), processes.world_size)
     hidden = processes.rank > 0 or not title
     with tqdm(total=sum(sizes[k] for k in own_batches), desc=title, unit=unit, leave=False, disable=hidden) as bar:
-        results_by_rank = gather_json([function(chunks[k], bar) for k in own_batches], processes)
+        results_by_rank = processes.gather_json([function(chunks[k], bar) for k in own_batches])
     # batch k is the (k // world_size)-th result of rank k % world_size
     return [
         (indices, results_by_rank[k % processes.world_size][k // processes.world_size])

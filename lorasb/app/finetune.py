@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from ..distributed.process_group import Processes
 from ..ops.registry import current_backend
 from ..utils.atomic_files import locked
 from ..utils.precision import resolve, slowdown_message
-from . import launch, results
+from . import results
 from .adapter import adapt, load_adapter, load_report, save_start
 from .data import digest, load_examples
 from .prepare import Run, device, prepare
@@ -32,7 +37,7 @@ def run_finetune(settings: Settings) -> Result:
 
     check_report(settings)
     make = _reinforcement(settings) if settings.rl is not None else None
-    with launch.joined() as processes, Stop(GO_ON) as stop, ExitStack() as held:
+    with joined() as processes, Stop(GO_ON) as stop, ExitStack() as held:
         settings.check_processes(processes.world_size)
         precision = resolve(settings.dtype, device())
         examples = load_examples(settings)
@@ -87,7 +92,7 @@ def _look_up_state(
     except (ValueError, OSError) as caught:
         error = caught
     processes.raise_on_every_rank(error, "looking for an earlier run")
-    shared_state = State(**launch.gather_json(state.__dict__ if state else None, processes)[0])
+    shared_state = State(**processes.gather_json(state.__dict__ if state else None)[0])
     for line in shared_state.lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return shared_state
@@ -118,3 +123,34 @@ def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[Any, float
     if is_first_rank:
         folder.save_start(lambda target: save_start(run, report, target), Start(seconds, run.lr))
     return report, seconds
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Join the process group, if there is one, for the length of the block; only rank 0 prints."""
+    # A group that was initialized here is destroyed at the end: gloo's threads would abort the interpreter's exit.
+    initialized_here = dist.is_available() and not dist.is_initialized()
+    try:
+        yield _begin()
+    finally:
+        if initialized_here and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _begin() -> Processes:
+    """Initialize the process group if WORLD_SIZE > 1."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # accelerate launch announces the engine to its processes in these variables
+        for variable, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+            if os.environ.get(variable, "").lower() in ("1", "true"):
+                raise ValueError(
+                    f"lorasb finetune trains whole models side by side (DDP), and this launch asks for {engine}: "
+                    "write a script with Trainer and lorasb.InitCallback() for that (docs/several-gpus.md)"
+                )
+        from accelerate import PartialState
+
+        # chooses the backend (nccl, gloo) and the device of this rank, and is the state that Trainer uses
+        PartialState(cpu=not torch.cuda.is_available())
+    processes = Processes()
+    console.quiet = processes.rank > 0
+    return processes

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -22,7 +22,6 @@ from ..serving.training import AdapterRowsCallback
 from ..training.rate_trials import RateTrials, find_lr
 from ..utils.reading import read_json
 from . import run_folder
-from .data import Listed
 from .estimate import Estimate, announcement, estimate, estimated, memory_in_use, padded_tokens, peak_memory
 from .prepare import Run, checkpoint_activations, device, load_adapters, optimizer
 from .run_folder import MarkedCheckpoints
@@ -234,7 +233,7 @@ def _trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: 
     trainer = _RunTrainer(
         model=run.model,
         args=args,
-        train_dataset=Listed(run.rows),
+        train_dataset=cast(Any, run.rows),
         data_collator=run.collator(),
         optimizers=(optimizer(run, args) if run.adapters else None, None),
         callbacks=[AdapterRowsCallback()] if run.adapters else [],

@@ -82,6 +82,15 @@ class Processes:
         dist.all_gather(gathered, local)
         return b"".join(bytes(part.cpu().numpy()) for part in gathered)
 
+    def gather_json(self, value: Any) -> list[Any]:
+        """The JSON values of all ranks, by rank."""
+        if not self.is_distributed:
+            return [value]
+        text = json.dumps(value).encode()
+        width = max(self.all_gather(len(text)))  # equal lengths: padded with spaces, which JSON ignores
+        gathered = self.all_gather_bytes(text.ljust(width))
+        return [json.loads(gathered[start : start + width]) for start in range(0, len(gathered), width)]
+
     def broadcast(self, tensor: Tensor, owner: int) -> Tensor:
         """Rank `owner`'s tensor; every rank passes one of the same shape and dtype. May overwrite `tensor`."""
         if not self.is_distributed:

@@ -15,9 +15,16 @@ from ..compat.transformers import is_loaded
 from ..constants import FACTORS
 from ..utils.deprecation import renamed_method, warn_renamed
 from ..utils.precision import SIXTEEN_BIT
-from .adapter_state import AdapterState, EquivalentGradient, has_values, refuse_training
+from .adapter_state import (
+    AdapterState,
+    Cores,
+    EquivalentGradient,
+    FrozenFactors,
+    has_values,
+    refuse_training,
+    shard_like,
+)
 from .base_weight import FrozenBase
-from .parameter_dicts import Cores, FrozenFactors, shard_like
 from .token_rows import Rows
 
 

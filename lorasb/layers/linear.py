@@ -17,9 +17,8 @@ from ..functional import dequantize, lora_sb_linear
 from ..ops.autocast import autocast_on
 from ..quantization.quantized_weight import QuantizedWeight
 from .adapted_layer import AdaptedLayer, StoredCores
-from .adapter_state import delta_weight
+from .adapter_state import delta_weight, merged
 from .base_weight import factors_on_device
-from .parameter_dicts import merged
 from .token_rows import MERGED_ROWS, Rows, other_length
 
 

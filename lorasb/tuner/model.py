@@ -27,8 +27,8 @@ from ..constants import PEFT_NAME
 from ..distributed.deepspeed_zero import with_kept_factors
 from ..layers import linear_group, unfused_experts
 from ..layers.linear import LoRASBLinear
+from ..layers.linear4bit import Requantized
 from ..layers.lookup import any_merged, layer_kinds, layers_with, uninitialized
-from ..layers.requantize import Requantized
 from ..layers.rollback import Place, discard, places_known, unchanged_on_error
 from ..layers.weight_adapter import adapt_weights
 from ..serving import basis

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from lorasb.app.data import load_examples
-from lorasb.app.named_data import MATH_SUBJECTS, NAMED, read_data
+from lorasb.app.data import MATH_SUBJECTS, NAMED, load_examples, read_data
 from lorasb.app.scoring import is_right
 from lorasb.app.settings import Settings
 

@@ -9,7 +9,7 @@ from parsed_options import call
 
 from lorasb.app import cli, config_file
 from lorasb.app.config_file import read_config
-from lorasb.app.named_data import NAMED
+from lorasb.app.data import NAMED
 from lorasb.app.settings import Settings, listed
 
 KNOWN = {one.name: kind for one, kind in listed(Settings)}

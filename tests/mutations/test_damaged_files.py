@@ -21,8 +21,8 @@ from torch import nn
 import lorasb
 from lorasb.app import results, run_folder
 from lorasb.app.config_file import read_config
+from lorasb.app.data import read_data
 from lorasb.app.finetune import run_finetune
-from lorasb.app.named_data import read_data
 from lorasb.app.run_folder import RunFolder
 from lorasb.app.settings import Settings, listed
 from lorasb.checkpoints.adapter_file import read_tensors

@@ -13,9 +13,9 @@ from models import batches_for, patched
 from safetensors.torch import load_file, save_file
 
 import lorasb
+from lorasb.layers.adapter_state import FrozenFactors
 from lorasb.layers.linear import LoRASBLinear
 from lorasb.layers.lookup import layers_with
-from lorasb.layers.parameter_dicts import FrozenFactors
 from lorasb.serving.basis_adapters import load_adapters
 
 NAMES = ["ada", "emmy", "grace"]
