@@ -1,12 +1,4 @@
-"""`AdapterBank`: the R's of many adapters on one basis, which come and go by name and serve in one batch.
-
-    bank = lorasb.AdapterBank(model)                # on the A and B of adapter "default"
-    bank.load("adapters/")                          # a folder for each
-    model.generate(**batch, adapter_names=["ada", "grace", "__base__"])
-
-All R's of an adapter lie side by side, a row of one tensor [capacity, Σ r²]; a layer's stack [capacity, r, r] is a view
-of its columns. So an adapter is added by one copy, removed by none, and takes Σ r² numbers and nothing else.
-"""
+"""`AdapterBank`: the R's of many adapters on one basis, which are added and removed by name and serve in one batch."""
 
 from __future__ import annotations
 
@@ -43,12 +35,7 @@ from . import basis as bases
 
 @dataclass
 class LoadReport:
-    """Result of `AdapterBank.load`.
-
-    Attributes:
-        loaded: names of adapters that are in the bank now.
-        failed: name -> why it is not.
-    """
+    """Result of `AdapterBank.load`: names of adapters now in the bank, and name -> reason for those that are not."""
 
     loaded: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -63,16 +50,7 @@ def adapters_in(folder: Path) -> list[Path]:
 
 
 def cores_of(folder: Path, digest: bytes, scalings: Mapping[str, float]) -> dict[str, Tensor]:
-    """R by layer, times the adapter's s over the bank's.
-
-    Args:
-        folder: of the adapter.
-        digest: of the bank's A and B.
-        scalings: the bank's s by layer.
-
-    Raises:
-        ValueError: no adapter of LoRA-SB, a truncated file, other A and B, or more than R.
-    """
+    """R by layer, times the adapter's s over the bank's; raises a ValueError for a file that does not fit the bank."""
     read_config(folder)
     file = folder / WEIGHTS_NAME
     if not file.is_file():
@@ -117,7 +95,7 @@ class LayerCores:
         self._seen: tuple[Tensor | None, Any] = (None, None)  # storage and its view, replaced together
 
     def stack(self) -> Tensor:
-        """[capacity, r, r], a view; made again where the bank has grown."""
+        """A view [capacity, r, r]; made again where the bank has grown."""
         whole, (seen, view) = self.bank.storage, self._seen
         if whole is not seen:
             view = whole[:, self._columns].unflatten(1, self._shape)
@@ -125,7 +103,7 @@ class LayerCores:
         return cast(Tensor, view)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerCores | None:
-        """A part of the copied model's bank; None for a layer that is copied without its model."""
+        """Copy for the copied model's bank; None for a layer that is copied without its model."""
         bank = copy.deepcopy(self.bank, memo)
         if bank is None:
             return None
@@ -134,6 +112,8 @@ class LayerCores:
         return new
 
 
+# All R's of an adapter are a row of one tensor [capacity, Σ r²]; a layer's stack [capacity, r, r] is a view of its
+# columns. So an adapter is added by one copy, removed by none, and takes Σ r² numbers.
 BLOCK = 64  # adapters that capacity grows by
 
 
@@ -142,16 +122,19 @@ class AdapterBank:
 
     Methods may be called from several threads: a batch in progress keeps its adapters where they are.
 
+        bank = lorasb.AdapterBank(model)  # on the A and B of adapter "default"
+        bank.load("adapters/")  # one folder per adapter
+        model.generate(**batch, adapter_names=["ada", "grace", "__base__"])
+
     Args:
         model: with the adapter `basis`, initialized.
         basis: whose A and B all adapters of the bank have.
-        dtype: of the R's: fp32, or bf16 or fp16 for half the memory (a rounding of 2^-9 or 2^-12 of each entry).
+        dtype: of the R's: fp32, or bf16 or fp16 for half the memory (rounds each entry by 2^-9 or 2^-12).
         block: adapters that capacity grows by.
-        resident: at most so many are on the device at a time, and the others, least recently used first, wait in host
-            memory; None for all.
+        resident: most adapters on the device at a time; the least recently used others wait in host memory. None: all.
 
     Raises:
-        ValueError: no such adapter, it is not initialized, its layers lie on several devices, or the model has a bank.
+        ValueError: no such adapter, it is not initialized, its layers are on several devices, or the model has a bank.
     """
 
     def __init__(
@@ -195,7 +178,7 @@ class AdapterBank:
 
     @property
     def names(self) -> list[str]:
-        """All adapters, in memory of the device or the host."""
+        """All adapters, on the device or in host memory."""
         with self._lock:
             return sorted((*self._slots, *self._waiting))
 
@@ -212,16 +195,14 @@ class AdapterBank:
         return len(self._slots) + len(self._waiting)
 
     def add(self, name: str, cores: Mapping[str, Tensor] | str | None = None) -> None:
-        """Add an adapter, or replace it; `load` replaces, too.
+        """Add or replace an adapter.
 
         Args:
-            name: which `adapter_names` call it by.
-            cores: R [r, r] by the layer's name; or the name of an adapter of the model on the same A and B, whose R's
-                are copied; None for R = 0.
+            name: its name in `adapter_names`.
+            cores: R [r, r] by the layer's name; or an adapter of the model on the same A and B, to copy; None: R = 0.
 
         Raises:
-            ValueError: the model has an adapter of this name, or a layer's R is missing, of another shape or not
-                finite.
+            ValueError: the model has an adapter of this name, or an R is missing, of another shape or not finite.
             RuntimeError: a batch in progress uses the adapter that would be replaced.
         """
         self._check_name(name)
@@ -231,12 +212,7 @@ class AdapterBank:
         self._put(name, row)
 
     def remove(self, name: str) -> None:
-        """Remove an adapter.
-
-        Raises:
-            KeyError: there is none of this name.
-            RuntimeError: a batch in progress uses it.
-        """
+        """Remove an adapter: a KeyError if there is none, a RuntimeError if a batch in progress uses it."""
         with self._lock:
             self._refuse_in_use(name)
             if name in self._slots:
@@ -258,9 +234,9 @@ class AdapterBank:
         return {layer: row[c.first : c.first + c.r**2].view(c.r, c.r) for layer, c in self.columns.items()}
 
     def load(self, *folders: str | Path) -> LoadReport:
-        """Add adapters from folders: of an adapter each, by its name, or of folders of adapters.
+        """Add or replace adapters from folders, each of one adapter, named like it, or of several.
 
-        A file that is cut short, or whose adapter has other A and B, is left out and named in the report.
+        Truncated files and adapters with other A and B are left out and named in the report.
         """
         report, found = LoadReport(), [path for folder in folders for path in adapters_in(Path(folder))]
         with self._lock:
@@ -279,7 +255,7 @@ class AdapterBank:
 
     @contextmanager
     def serving(self, names: Sequence[str]) -> Iterator[list[int]]:
-        """Slots of adapters, which stay where they are inside the block; -1 for `__base__`.
+        """Yield slots of adapters, which stay in place inside the block; -1 for `__base__`.
 
         Raises:
             KeyError: there is none of a name.
@@ -305,12 +281,12 @@ class AdapterBank:
                 self._in_use.subtract(distinct)
 
     def detach(self) -> None:
-        """Take the bank off the model."""
+        """Remove the bank from the model."""
         for layer in self.layers.values():
             layer.stored_cores = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterBank | None:
-        """The copied model's bank; None if a layer is copied without its model."""
+        """Copy for the copied model; None if a layer is copied without its model."""
         model = memo.get(id(self._model()))
         if model is None:
             return None
@@ -356,7 +332,6 @@ class AdapterBank:
         self._free.append(slot)
 
     def _fill(self, name: str, row: Tensor) -> None:
-        """Write an adapter into a free slot."""
         if not self._free:
             self._reserve(len(self.storage) + self.block)
         slot = self._free.pop()
@@ -366,7 +341,7 @@ class AdapterBank:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _reserve(self, capacity: int) -> None:
-        """Room for so many adapters, in whole blocks; those that are there keep their slots."""
+        """Grow the capacity to this many adapters or more, in whole blocks; adapters keep their slots."""
         old = len(self.storage)
         capacity = -(-capacity // self.block) * self.block
         if capacity <= old:

@@ -1,4 +1,4 @@
-"""Adapters on a basis: A and B are another adapter's own tensors, and R is all that an adapter has for itself."""
+"""Adapters on a basis: A and B are another adapter's own tensors, and only R is separate."""
 
 from __future__ import annotations
 
@@ -22,14 +22,8 @@ COPIED = ("init", "lora_alpha", "scaling", "wide_factors", "task_type", "target_
 
 
 def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, Any]) -> None:
-    """Write the layers, ranks and scaling of the basis into the config of an adapter that is to share it.
-
-    One that comes from a file has them, and shares A and B once their digest has been found (`loading`).
-
-    Raises:
-        ValueError: the model has no such adapter, it was not initialized, or another rank is requested.
-    """
-    if not config.basis or config.from_file:
+    """Write the layers, ranks and scaling of the basis into the config of an adapter on it, or raise a ValueError."""
+    if not config.basis or config.from_file:  # a file's config has them; A and B are found by their digest (`loading`)
         return
     layers = layers_with(model, config.basis)
     if not layers:
@@ -74,7 +68,7 @@ def refuse_deletion(model: nn.Module, adapter_name: str) -> None:
 def without_factors(
     tensors: dict[str, Tensor], layers: dict[str, LoRASBLinear], adapter_name: str
 ) -> dict[str, Tensor]:
-    """An adapter's tensors for a file: R, and the digest of A and B in the place of those of another adapter."""
+    """An adapter's tensors for a file: R, and the digest of A and B if those are another adapter's."""
     if not any(adapter_name in layer.bases for layer in layers.values()):
         return tensors
     # of the tensors that were gathered to be saved, as those of the layers may be shards
@@ -125,14 +119,7 @@ def stand_on(layers: dict[str, LoRASBLinear], adapter_name: str, basis: str) -> 
 
 
 def make_room(layers: dict[str, LoRASBLinear], adapter_name: str, tensors: dict[str, Tensor]) -> bool:
-    """Let a file's own A and B be written: an adapter on a basis leaves it.
-
-    Returns:
-        True if it left one.
-
-    Raises:
-        ValueError: other adapters share these A and B, which the file's would replace.
-    """
+    """Let a file's own A and B be written; True if the adapter left its basis, a ValueError if others share them."""
     shared = adapter_name in {name for layer in layers.values() for pair in layer.bases.items() for name in pair}
     if not shared and not any(layer.serves_bank(adapter_name) for layer in layers.values()):
         return False

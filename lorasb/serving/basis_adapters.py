@@ -29,8 +29,7 @@ def add_adapters(
 ) -> None:
     """Add adapters that have the A and B of another one, as `model.add_adapter` adds each.
 
-    That looks through the whole model for every adapter, and takes longer the more there are; here it is done for the
-    first, and the others are copies of it: all of them, or none.
+    All are added, or none. The first is added by PEFT, which goes through the whole model, and the others are copies.
 
     Args:
         model: a PeftModel with the adapter `basis`, initialized.
@@ -39,7 +38,7 @@ def add_adapters(
         basis_start: R = 0, or a copy of the basis's ("same").
 
     Raises:
-        ValueError: no such basis, or it is not initialized; a name that is taken, given twice, or cannot be one.
+        ValueError: no such basis, or it is not initialized; or a name that is taken, given twice, or invalid.
     """
     if isinstance(names, str):
         raise ValueError(f"expected several names, got the text {names!r}: add_adapters(model, [{names!r}])")
@@ -81,13 +80,13 @@ def _check(model: Any, names: Sequence[str]) -> None:
 
 
 def _has_more_than_cores(model: nn.Module, name: str) -> bool:
-    """True if the adapter has other modules or token rows: PEFT makes those."""
+    """True if the adapter has other modules or token rows, which PEFT has to make."""
     wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
     return any(name in wrapper._adapters for wrapper in wrappers)
 
 
 def _copy(model: Any, layers: Sequence[LoRASBLinear], like: str, name: str) -> None:
-    """An adapter like another one, with a separate R; not active, and so not trained."""
+    """Add an adapter like another one, with a separate R; not active, and so not trained."""
     model.peft_config[name] = copy.deepcopy(model.peft_config[like])
     for layer in layers:
         layer.copy_adapter(like, name)
@@ -95,12 +94,7 @@ def _copy(model: Any, layers: Sequence[LoRASBLinear], like: str, name: str) -> N
 
 @torch.no_grad()
 def load_adapters(model: Any, folder: Path, names: Sequence[str], *, basis: str = "default") -> None:
-    """Load the R's of adapters on the basis from their folders in `folder`; those that the model lacks are added.
-
-    Raises:
-        ValueError: a file is truncated, has more than R, or belongs to other A and B, which one of the model's adapters
-            may have, too; or an R is missing, of another shape, or not finite. The model is as it was.
-    """
+    """Load R's of adapters on the basis from `folder`, adding missing adapters; a ValueError changes nothing."""
     layers = layers_with(model, basis)
     for name in names:
         other = (

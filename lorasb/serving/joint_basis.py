@@ -1,10 +1,4 @@
-"""One basis for several adapters: A and B that keep most of all of their updates, and each one's R on it.
-
-With Δ_k = s·B_k R_k A_k of adapter k, scaled to ‖Δ_k‖ = 1 so that none outweighs the others, the basis maximizes
-Σ_k ‖Bᵀ Δ_k Aᵀ‖². A starts as the leading directions of Σ Δ_kᵀ Δ_k, and both are improved in turn, each given the other
-(higher-order orthogonal iteration), in the coordinates of the adapters' own factors: nothing of W's size is formed.
-R_k = Bᵀ Δ_k Aᵀ / s is the best R on a basis.
-"""
+"""One basis for several adapters: A and B that keep most of all of their updates, and each one's R on it."""
 
 from __future__ import annotations
 
@@ -56,7 +50,7 @@ class Update(NamedTuple):
 
 @dataclass
 class KeptShares:
-    """Share of the updates' energy that a basis retains.
+    """Share of the updates' energy that a basis keeps.
 
     Attributes:
         by_layer: adapter -> layer -> ‖Bᵀ Δ Aᵀ‖² / ‖Δ‖²; 1 for an update that is zero.
@@ -71,14 +65,16 @@ class KeptShares:
 def share_basis(model: Any, adapters: Sequence[str], name: str, r: int | None = None) -> KeptShares:
     """Add an adapter whose A and B serve several others, and move these onto them.
 
+    With Δ_k = s·B_k R_k A_k scaled to ‖Δ_k‖ = 1, the basis maximizes Σ_k ‖Bᵀ Δ_k Aᵀ‖²; then R_k = Bᵀ Δ_k Aᵀ / s.
+
     Args:
         model: a PeftModel with the adapters, all initialized, of the same layers.
-        adapters: two or more; each gets the R that is its best on the new basis.
-        name: of the new adapter, which starts at R = 0 itself.
+        adapters: two or more; each gets its best R on the new basis.
+        name: of the new adapter, which starts at R = 0.
         r: rank of the basis; the adapters' largest by default.
 
     Returns:
-        What each adapter keeps; what it loses is gone, so that one may look before (`joint_factors`).
+        What each adapter keeps; the rest is lost, and `joint_factors` tells it in advance.
 
     Raises:
         ValueError: fewer than two adapters, one is unknown or not initialized, or others share one's factors.
@@ -121,7 +117,7 @@ def _settle(
 
 
 def _move_onto(model: Any, adapters: Sequence[str], name: str, found: Mapping[str, Sequence[Update]]) -> KeptShares:
-    """Give adapters the A and B of another one in place of their own, and R by projection; all else of them stays."""
+    """Give adapters the A and B of another one, and R by projection."""
     layers = layers_with(model, name)
     energies: dict[str, list[tuple[float, float]]] = {adapter: [] for adapter in adapters}
     shares = KeptShares({adapter: {} for adapter in adapters})
@@ -144,10 +140,11 @@ def _move_onto(model: Any, adapters: Sequence[str], name: str, found: Mapping[st
 
 def joint_factors(updates: Sequence[Update], r: int) -> tuple[Tensor, Tensor]:
     """B [out, r] and A [r, in], orthonormal, that keep most of several updates, each scaled to unit norm."""
+    # Higher-order orthogonal iteration in the coordinates of the adapters' own factors: nothing of W's size is formed.
     left = torch.linalg.qr(torch.cat([one.left for one in updates], 1)).Q
     right = torch.linalg.qr(torch.cat([one.right for one in updates], 0).t()).Q
     inner = torch.stack([one.on(left, right.t()) / max(one.energy, 1e-300) ** 0.5 for one in updates])
-    a = _leading(inner.mT @ inner, r)
+    a = _leading(inner.mT @ inner, r)  # of Σ Δ_kᵀ Δ_k
     for _ in range(ROUNDS):
         b = _leading((inner @ a) @ (inner @ a).mT, r)
         a = _leading((inner.mT @ b) @ (inner.mT @ b).mT, r)
@@ -161,7 +158,7 @@ def _leading(moments: Tensor, r: int) -> Tensor:
 
 
 def _completed(columns: Tensor, r: int) -> Tensor:
-    """Orthonormal columns [n, r]; where the updates span fewer directions, any others."""
+    """Orthonormal columns [n, r]; where the updates span fewer directions, random ones are added."""
     missing = r - columns.shape[1]
     if missing <= 0:
         return columns
@@ -178,12 +175,11 @@ def project(model: Any, lora: str | Path, name: str, basis: str = "default", mos
         model: a PeftModel with the adapter `basis`.
         lora: folder of a PEFT LoRA adapter of linear layers.
         name: of the new adapter.
-        basis: the adapter whose A and B it is to share.
-        most_lost: share of ‖Δ‖² of all layers together that may be lost; what the LoRA adapts and the basis does not
-            is lost, too.
+        basis: the adapter whose A and B it shares.
+        most_lost: share of ‖Δ‖² of all layers together that may be lost, layers that the basis lacks included.
 
     Raises:
-        ValueError: no LoRA there, of other shapes, or more than `most_lost` would be lost. The model stays as it was.
+        ValueError: no LoRA there, other shapes, or more than `most_lost` would be lost; the model is unchanged.
     """
     layers = layers_with(model, basis)
     updates = _lora_updates(Path(lora))
@@ -277,7 +273,7 @@ def _layers_of_all(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoRAS
 
 
 def _add(model: Any, name: str, layers: Mapping[str, LoRASBLinear], ranks: Mapping[str, int]) -> None:
-    """An adapter of these layers and ranks, whose factors follow."""
+    """Add an adapter of these layers and ranks, whose factors follow."""
     largest = max(ranks.values())
     pattern = {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest}
     config = LoRASBConfig(r=largest, rank_pattern=pattern, target_modules=set(layers), init="update")
@@ -286,7 +282,7 @@ def _add(model: Any, name: str, layers: Mapping[str, LoRASBLinear], ranks: Mappi
 
 
 def _add_on(model: Any, name: str, basis: str, cores: dict[str, Tensor]) -> None:
-    """An adapter on a basis with these R's; zero where there is none."""
+    """Add an adapter on a basis with these R's; zero where there is none."""
     model.add_adapter(name, LoRASBConfig(basis=basis))
     for layer, module in layers_with(model, name).items():
         if layer in cores:

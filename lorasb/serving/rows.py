@@ -1,7 +1,6 @@
 """One adapter per batch row: `model(**batch, adapter_names=["one", "__base__", "two"])`, as in PEFT's LoRA.
 
-Forward pre-hooks, removed after the call, pass the names to every layer as a keyword argument. Where a layer gets
-flattened tokens [B·T, in], the shape [B, T] recorded at the nearest enclosing module maps tokens back to rows.
+Forward pre-hooks, removed after the call, pass the names to every layer as a keyword argument.
 """
 
 from __future__ import annotations
@@ -63,12 +62,7 @@ class _Checkpointing:
 
 @contextmanager
 def installed(modules: Iterable[nn.Module], hooks: Sequence[Hook]) -> Iterator[None]:
-    """Have the hooks in this thread's forwards of this block, and where backward computes parts of these again.
-
-    Args:
-        modules: of the whole model.
-        hooks: to install.
-    """
+    """Have the hooks in this thread's forwards of this block, and where backward repeats parts of these."""
     block = _Block(hooks)
     with ExitStack() as stack:  # undoes everything, also when a forward raises
         # no other mode checkpoints
@@ -92,7 +86,7 @@ def _enter(module: nn.Module, block: _Block) -> None:
 
 
 def _leave(module: nn.Module, block: _Block) -> None:
-    """The module has its own function again once the last block is left."""
+    """Restore the module's own function once the last block is left."""
     with _lock:
         function = vars(module).get(CHECKPOINTING)
         if isinstance(function, _Checkpointing) and block in function.blocks:
@@ -107,7 +101,7 @@ def _register(hooks: Sequence[Hook], stack: ExitStack) -> None:
 
 
 class _OfThisThread:
-    """A hook for forwards of the thread that makes this: another one has its own rows, or none."""
+    """A hook for forwards of the thread that makes it: another one has its own rows, or none."""
 
     def __init__(self, hook: Callable[..., Any]) -> None:
         self.hook, self.owner = hook, threading.get_ident()
@@ -135,10 +129,10 @@ def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) 
 
     Raises:
         ValueError: a name is unknown, there is not one for each row, or the adapters do not train together; in a
-            forward, a layer's input cannot be mapped to the batch's rows, and rows ask for different adapters.
+            forward, a layer's input cannot be mapped to rows, and rows have different adapters.
         TypeError: `names` is not a list.
     """
-    modules = dict(model.named_modules())  # once: the walk takes as long as a small model's layers
+    modules = dict(model.named_modules())  # once: as slow as a small model's layers
     bank = bank_of(modules.values())
     known = _check(model, modules, names, bank)
     rows = Rows.of(names)
@@ -170,16 +164,14 @@ def _hooks(model: nn.Module, modules: Modules, rows: Rows, num_beams: int) -> It
 
 @contextmanager
 def _with_slots(bank: AdapterBank, rows: Rows, known: set[str]) -> Iterator[Rows]:
-    """Rows that know where the bank has their adapters, which stay there inside the block.
-
-    Names `known` to the model itself are not the bank's; any other one is, or was removed meanwhile: a KeyError.
-    """
+    """Rows with the bank's slots of their adapters, which stay there inside the block."""
+    # any other name is the bank's, or was removed meanwhile: a KeyError
     with bank.serving([BASE_ROW if name in known else name for name in rows.names]) as slots:
         yield replace(rows, slots=torch.tensor(slots, dtype=torch.int64), basis=bank.basis)
 
 
 def _check(model: nn.Module, modules: Modules, names: Sequence[str], bank: AdapterBank | None) -> set[str]:
-    """Raise where rows cannot have these adapters; the names that the model has itself."""
+    """Raise where rows cannot have these adapters; return the names that the model has itself."""
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"expected adapter_names as a list, a name for each row, got {names!r}")
     layers = [module for module in modules.values() if isinstance(module, LoRASBLinear)]
@@ -279,7 +271,7 @@ class _LengthChecker:
 
 
 class _ShapeRecorder:
-    """Pre-hook that records the shape [B, T] of a module's hidden states [B, T, hidden]."""
+    """Pre-hook that records the shape [B, T] of hidden states [B, T, hidden], to map flattened tokens to rows."""
 
     def __init__(self, name: str, shapes: dict[str, torch.Size]) -> None:
         self.name, self.shapes = name, shapes

@@ -1,17 +1,4 @@
-"""Training of several adapters by `transformers.Trainer`: each on its own rows of a batch, as if it were alone.
-
-    trainer = Trainer(
-        model,
-        TrainingArguments(..., remove_unused_columns=False),
-        data_collator=lorasb.AdapterRowsCollator(collator, column="user"),
-        optimizers=(torch.optim.AdamW(lorasb.adapter_parameter_groups(model, names, lr=2e-3)), None),
-        callbacks=[lorasb.AdapterRowsCallback()],
-    )
-
-In place of the model's loss, a mean over all tokens, backward starts from the sum over tokens. Before the optimizer's
-step each adapter's gradient is divided by the number of its tokens in the step, over all parts of a gradient
-accumulation and all processes, and clipped by its own norm.
-"""
+"""Training of several adapters by `transformers.Trainer`: each on its own rows of a batch, as if it were alone."""
 
 from __future__ import annotations
 
@@ -35,7 +22,7 @@ IGNORED = -100  # label of tokens that no loss counts, as in transformers
 def adapter_losses(logits: Tensor, labels: Tensor, adapter_names: Sequence[str]) -> dict[str, Tensor]:
     """The mean loss of each adapter over the labeled tokens of its rows, for a language model.
 
-    Their sum's gradient is each adapter's own: R of one depends on no other's rows.
+    The gradient of their sum is each adapter's own: R of one depends on no other's rows.
 
     Args:
         logits: [n, T, V].
@@ -64,12 +51,7 @@ def adapter_losses(logits: Tensor, labels: Tensor, adapter_names: Sequence[str])
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """[n, T - 1]: the loss of each label after the first, 0 where none is counted.
-
-    Args:
-        logits: [n, T, V].
-        labels: [n, T].
-    """
+    """The loss [n, T - 1] of each label after the first, 0 where none is counted (logits [n, T, V], labels [n, T])."""
     targets = labels[:, 1:]
     # flat: over a transposed view of the vocabulary torch takes several times as long
     wide = logits[:, :-1].flatten(0, 1)
@@ -114,14 +96,11 @@ def adapter_parameter_groups(
 
 
 def clip_by_adapter(groups: Sequence[Mapping[str, Any]], max_norm: float) -> dict[str, float]:
-    """Scale each group's gradients down to its maximum norm, in place.
+    """Scale each group's gradients down to `max_norm`, in place; return the norms before, by adapter with gradients.
 
     Args:
         groups: `optimizer.param_groups` of `adapter_parameter_groups`.
         max_norm: of one adapter's gradients together.
-
-    Returns:
-        The norms before, of adapters that have gradients.
     """
     norms = {}
     for group in groups:
@@ -139,10 +118,7 @@ class AdapterRowsCollator:
 
     Args:
         collate: from examples without the column to a batch.
-        column: has an adapter's name, or `__base__`.
-
-    Raises:
-        ValueError: in a call, an example has no such column.
+        column: an adapter's name, or `__base__`. A ValueError if an example lacks it.
     """
 
     def __init__(self, collate: Callable[[list[Any]], Mapping[str, Any]], column: str = NAMES) -> None:
@@ -160,14 +136,23 @@ class AdapterRowsCollator:
 
 
 class AdapterRowsCallback(TrainerCallback):
-    """Trains the adapters that the optimizer's groups name, each on its own rows: see the head of this file.
+    """Trains the adapters that the optimizer's groups name, each on its own rows of a batch.
 
-    The trainer's `max_grad_norm` is that of each adapter. The loss that is logged is the mean over the tokens of all
-    rows. An adapter without tokens in a step makes none: its moments stay, and it does not decay. A checkpoint has the
-    basis and a folder for each adapter, and training resumes from it as from any other.
+    Each adapter's gradient is that of the mean over its labeled tokens per step, over all accumulated batches and
+    processes, and `max_grad_norm` clips each adapter alone. The logged loss is the mean over the tokens of all rows. An
+    adapter without tokens in a step is neither updated nor decayed. A checkpoint has the basis and a folder for each
+    adapter, and training resumes from it as from any other.
+
+        trainer = Trainer(
+            model,
+            TrainingArguments(..., remove_unused_columns=False),
+            data_collator=lorasb.AdapterRowsCollator(collator, column="user"),
+            optimizers=(torch.optim.AdamW(lorasb.adapter_parameter_groups(model, names, lr=2e-3)), None),
+            callbacks=[lorasb.AdapterRowsCallback()],
+        )
 
     Raises:
-        ValueError: when training begins, the optimizer has not the groups of `adapter_parameter_groups`, or gradients
+        ValueError: when training begins, if the optimizer lacks the groups of `adapter_parameter_groups`, or gradients
             are not those of one plain backward (fp16 with loss scaling, DeepSpeed, FSDP).
     """
 
@@ -179,7 +164,7 @@ class AdapterRowsCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Take the loss over; the trainer has loaded a checkpoint by now, which leaves one adapter to train."""
+        """Replace the loss; the trainer has loaded a checkpoint by now, which leaves one adapter to train."""
         _check(args)
         groups = _groups(optimizer)
         for parameter in (parameter for group in groups for parameter in group["params"]):
@@ -210,7 +195,7 @@ class AdapterRowsCallback(TrainerCallback):
             clip_by_adapter(groups, self.max_norm)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Give the model's loss and the trainer's clipping back."""
+        """Restore the model's loss and the trainer's clipping."""
         args.max_grad_norm = vars(args).pop(NORM, args.max_grad_norm)
         for hook in vars(model).pop(HOOKS, ()):
             hook.remove()
@@ -255,7 +240,7 @@ class AdapterRowsCallback(TrainerCallback):
 
 
 def _groups(optimizer: Any) -> list[dict[str, Any]]:
-    """The optimizer's groups, one an adapter."""
+    """The optimizer's groups, one per adapter."""
     groups = [] if optimizer is None else optimizer.param_groups
     if not groups or any("name" not in group for group in groups):
         raise ValueError(
@@ -267,7 +252,7 @@ def _groups(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def _check(args: Any) -> None:
-    """Raise where gradients cannot be divided adapter by adapter, or the trainer would leave adapters as they are."""
+    """Raise where gradients cannot be divided by adapter, or the trainer would leave adapters as they are."""
     asked = {"fp16=True": args.fp16, "deepspeed": args.deepspeed, "fsdp": args.fsdp}
     asked |= {"label_smoothing_factor": args.label_smoothing_factor}
     found = [name for name, on in asked.items() if on]

@@ -1,4 +1,4 @@
-"""The model that an adapter meets: its dtype and adapters, whether it is the adapter's own, whether W is at hand."""
+"""Checks of the model that an adapter is added to: its dtype, its weights and its other adapters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .targets import base_of
 
 
 def float_dtype(model: Any) -> torch.dtype | None:
-    """The model's dtype, if it has one and that is a float's."""
+    """The model's dtype if it is a floating-point one, else None."""
     dtype = getattr(model, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 
@@ -39,7 +39,7 @@ def check_base(model: nn.Module, config: LoRASBConfig, targets: dict[str, nn.Mod
 def can_initialize_now(
     model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]
 ) -> bool:
-    """True if the init is data-free, W is at hand and neither saved weights nor another adapter's A and B follow."""
+    """True if the init is data-free, W has values, and neither saved weights nor another adapter's A and B follow."""
     if config.init == "update" or config.basis or config.from_file or any_merged(model):
         return False
     # Meta tensors have no values: PEFT's low_cpu_mem_usage makes such adapters, to be loaded afterwards.
@@ -59,7 +59,7 @@ def refuse_duplicates(model: nn.Module, adapter_name: str) -> None:
 
 
 def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Raise if the merged weight of any layer would not be finite, or be another module's too; changes no layer."""
+    """Raise if a merged weight would not be finite or is also another module's; changes no layer."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():

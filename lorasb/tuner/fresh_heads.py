@@ -1,7 +1,5 @@
-"""Finds modules that are missing from the base's checkpoint: task heads, poolers, layers with random weights.
-
-Their weights differ after every load, so an adapter on top of them could not be reloaded by another process. They go
-into modules_to_save instead: trained in full and saved with the adapter.
+"""Finds modules that are missing from the base's checkpoint: their weights differ after every load, so they cannot be
+adapted, and go into modules_to_save instead.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ TASK_MODULES_IN_BASE = ("perceiver.decoder", "perceiver.input_preprocessor")
 
 
 def save_heads(model: nn.Module, config: LoRASBConfig) -> None:
-    """Add modules that are missing from the base's checkpoint to modules_to_save; saved adapters have theirs."""
+    """Add modules that are missing from the base's checkpoint to modules_to_save."""
     heads = [name for name, _ in model.named_children() if name in HEADS]
     # A loaded config, or one with a fingerprint, has its modules_to_save: the file on disk must match them exactly.
     if not config.from_file and config.base_fingerprint is None:
@@ -81,10 +79,7 @@ def _poolers(model: nn.Module) -> Iterator[str]:
 
 
 def _all_loaded(module: nn.Module) -> bool:
-    """True if transformers marked every parameter of the module as loaded from the checkpoint.
-
-    Those of an earlier adapter inside of it do not count.
-    """
+    """True if transformers marked every parameter of the module as loaded; an earlier adapter's do not count."""
     adapted = [name for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)]
     inside = tuple(f"{name}." if name else "" for name in adapted)
     base = tuple(f"{prefix}base_layer." for prefix in inside)
@@ -96,21 +91,17 @@ def _all_loaded(module: nn.Module) -> bool:
 
 
 def _names_to_save(model: nn.Module, name: str, module: nn.Module) -> Iterator[str]:
-    """The names to put into modules_to_save for one module: itself, or its children.
-
-    Children are named where PEFT cannot wrap the module (a ModuleList or ModuleDict has no forward), where its name is
-    also the suffix of another module's, or where a single linear has all the parameters. Norms outside of the named
-    modules stay frozen: they start as ones and zeros at every load.
-    """
+    """Yield names for modules_to_save: the module's own, or those of its children."""
     if not any(isinstance(submodule, nn.Linear) for submodule in module.modules()):
         return
     module = _unwrapped(module)
     children = [(f"{name}.{n}", child) for n, child in module.named_children() if any(True for _ in child.parameters())]
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):  # PEFT cannot wrap them: they have no forward
         yield from (child_name for child_name, _ in children)
-    elif children and _is_suffix_of_another(model, name):
+    elif children and _is_suffix_of_another(model, name):  # PEFT matches modules_to_save by suffix
         for child_name, child in children:
             yield from _names_to_save(model, child_name, child)
+    # Norms beside a single linear stay frozen: they start as ones and zeros at every load.
     elif len(children) == 1 and name not in HEADS and isinstance(_unwrapped(children[0][1]), nn.Linear):
         yield children[0][0]
     else:
@@ -118,12 +109,11 @@ def _names_to_save(model: nn.Module, name: str, module: nn.Module) -> Iterator[s
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The original module, where PEFT has wrapped it in ModulesToSaveWrapper for an earlier adapter."""
+    """The module that PEFT has wrapped in ModulesToSaveWrapper for an earlier adapter, or the module itself."""
     return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
 
 
 def _is_suffix_of_another(model: nn.Module, name: str) -> bool:
-    """True if the name is also the suffix of another module's: PEFT matches modules_to_save by suffix."""
     return any(n.endswith(name) and n != name and not n.startswith(f"{name}.") for n, _ in model.named_modules())
 
 
@@ -141,8 +131,8 @@ def _randomly_initialized(model: nn.Module, output: nn.Module | None) -> Iterato
         if not is_quantized(module) and hook_of(module) is None and not hasattr(module, "parametrizations")
     }
     unmarked = [n for n, m in plain.items() if not is_loaded(m.weight)]
-    # If half of the linears or more lack the mark, transformers did not load the model (it was built from a config, or
-    # by hand), and a missing mark says nothing.
+    # If half of the linears or more lack the mark, transformers did not load the model (it was built from a config),
+    # and a missing mark says nothing.
     if 0 < len(unmarked) < len(plain) / 2:
         yield from unmarked
 

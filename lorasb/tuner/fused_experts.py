@@ -1,4 +1,4 @@
-"""Opens the parameters that a config targets: Mixtral's kind of experts into linears, all others where they are."""
+"""Opens the parameters that a config targets: Mixtral's kind of experts into linears, all others in place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ONCE_CALLED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_p
 
 
 def open_all(model: nn.Module, config: LoRASBConfig, by_old_names: bool) -> None:
-    """Open what `target_parameters` name, and experts that `target_modules` name in the old way."""
+    """Open what `target_parameters` names, and experts that `target_modules` names as older checkpoints did."""
     if by_old_names:
         _target_by_old_names(model, config)
     if config.target_parameters:
@@ -24,11 +24,7 @@ def open_all(model: nn.Module, config: LoRASBConfig, by_old_names: bool) -> None
 
 
 def _target_by_old_names(model: nn.Module, config: LoRASBConfig) -> None:
-    """Add to `target_parameters` the experts whose linears `target_modules` name as older checkpoints did.
-
-    Raises:
-        ValueError: only a part of a fused parameter is named.
-    """
+    """Add to `target_parameters` the experts whose linears `target_modules` names as older checkpoints did."""
     if config.target_modules == ALL_LINEAR or not config.target_modules:
         return
     added = [
@@ -42,7 +38,7 @@ def _target_by_old_names(model: nn.Module, config: LoRASBConfig) -> None:
 
 
 def _has_experts(module: nn.Module, name: str) -> bool:
-    """True if a parameter of the module has a matrix for each expert, or had, and is open now."""
+    """True if a parameter of the module has a matrix for each expert, or is open already."""
     parameter = module._parameters.get(name)
     return isinstance(module, OpenExperts) or (parameter is not None and parameter.dim() == 3)
 
@@ -60,15 +56,7 @@ def _names_all(config: LoRASBConfig, expert: str, fused: str, parts: tuple[str, 
 
 
 def open_targets(model: nn.Module, target_parameters: list[str]) -> list[str]:
-    """Open the parameters of these names (matched by suffix).
-
-    Returns:
-        Full names of the matching parameters.
-
-    Raises:
-        ValueError: no parameter has one of the names.
-        TypeError: a parameter that is no matrix, nor several.
-    """
+    """Open the parameters of these names (matched by suffix) and return their full names; raise if one has none."""
     matched: dict[str, bool] = dict.fromkeys(target_parameters, False)
     parameter_names: list[str] = []
     for path, module in list(model.named_modules()):  # a list, as modules are replaced in the loop
@@ -89,7 +77,7 @@ def open_targets(model: nn.Module, target_parameters: list[str]) -> list[str]:
 
 
 def _names(module: nn.Module) -> list[str]:
-    """The parameters that may be opened, of a module as it is or one that an earlier adapter has opened."""
+    """Names of the parameters that may be opened, also of a module that an earlier adapter has opened."""
     if isinstance(module, OpenExperts):
         return list(NAMES)
     inner = module.base_layer if isinstance(module, OpenParameters) else module
@@ -97,7 +85,7 @@ def _names(module: nn.Module) -> list[str]:
 
 
 def _open(model: nn.Module, path: str, module: nn.Module, names: list[str]) -> None:
-    """Put a module with open parameters in the place of one."""
+    """Replace a module by one with open parameters."""
     if isinstance(module, OpenExperts):
         return
     if not path:
@@ -123,7 +111,7 @@ def _check(name: str, parameter: Tensor) -> None:
 
 
 def _is_mixtral_like(module: nn.Module) -> bool:
-    """True for experts with two 3-D weights and no more, that are computed as Mixtral's and Qwen3-MoE's are."""
+    """True for experts with two 3-D weights and no more that compute as Mixtral's and Qwen3-MoE's do."""
     parameters = dict(module.named_parameters(recurse=False))
     has_two = list(parameters) == list(NAMES) and all(p.dim() == 3 for p in parameters.values())
     return has_two and computes_like_mixtral(module)

@@ -1,7 +1,6 @@
 """`peft.utils.hotswap.hotswap_adapter` for LoRA-SB: another adapter's values into the parameters of a loaded one.
 
-PEFT's function knows LoRA's tensors only, so `compat.peft` hands it adapters of LoRA-SB. Parameters stay the same
-objects, so that a compiled model is not compiled again.
+Parameters stay the same objects, so that a compiled model is not compiled again.
 """
 
 from __future__ import annotations
@@ -27,18 +26,7 @@ DESCRIBING = ("scaling", "lora_alpha", "init", "init_provenance", "base_fingerpr
 def swap(
     model: Any, path: str | os.PathLike[str], adapter_name: str, torch_device: str | None = None, **options: Any
 ) -> None:
-    """Write a saved adapter's A, B and R into those of a loaded one, in place.
-
-    Args:
-        model: a `PeftModel`, compiled or not.
-        path: folder or name of the other adapter.
-        adapter_name: the loaded adapter, which keeps its name.
-        torch_device: where the file is read to.
-        options: PEFT's for loading (`subfolder`, `revision`, ...).
-
-    Raises:
-        ValueError: the adapter is merged, or the other one has other layers, ranks or another base. Nothing is changed.
-    """
+    """Write a saved adapter's A, B and R into those of a loaded one, in place; on a ValueError nothing is changed."""
     model = uncompiled(model)
     config = LoRASBConfig.from_pretrained(str(path), **options)
     layers = layers_with(model, adapter_name)

@@ -1,8 +1,4 @@
-"""Loading of checkpoints that hold R alone: A and B are added from the factor file that the run's checkpoints share.
-
-PEFT hands a method the tensors of an adapter file, but not its folder, which has the factor file: the config knows the
-folder that it was read from. Resuming reads no config, so what `PeftModel.load_adapter` reads is completed there.
-"""
+"""Loading of checkpoints that hold R alone: A and B are added from the factor file that the run's checkpoints share."""
 
 from __future__ import annotations
 
@@ -25,14 +21,10 @@ from ..utils.reading import AGAIN
 from .targets import without_wrapper
 
 
+# PEFT passes a method the tensors of an adapter file, but not its folder, which has the factor file: the config has the
+# folder that it was read from. Resuming reads no config, so `PeftModel.load_adapter` calls this.
 def with_folder(tensors: dict[str, Tensor], model_id: str, options: dict[str, Any]) -> dict[str, Tensor]:
-    """Add the A and B of an adapter's folder to a file's tensors, if they refer to these and do not have them.
-
-    Args:
-        tensors: of the adapter file, of any method.
-        model_id: folder or hub name.
-        options: PEFT's for loading (`subfolder`, `revision`, ...).
-    """
+    """Add the A and B of an adapter's folder (or hub name) to a file's tensors that refer to them and lack them."""
     if DIGEST not in tensors or any(shared_factors.is_factor(key) for key in tensors):
         return tensors  # a complete adapter, or another method's
     folder = _folder(model_id, options)
@@ -41,7 +33,7 @@ def with_folder(tensors: dict[str, Tensor], model_id: str, options: dict[str, An
 
 
 def _folder(model_id: str, options: dict[str, Any]) -> Path | None:
-    """The folder with the factor file: the adapter's, or the local cache of the Hub's; None if there is none."""
+    """The folder with the factor file: the adapter's, or the Hub's local cache; None if there is none."""
     folder = Path(model_id, options.get("subfolder") or "")
     if folder.is_dir():
         return folder
@@ -63,13 +55,7 @@ def with_factors(
     config: LoRASBConfig,
     share: bool = True,
 ) -> dict[str, Tensor]:
-    """A file's tensors with the A and B that its R belongs to, of the model where it has them.
-
-    With `share` the adapter is to be loaded: it has the model's own A and B, or leaves those for the file's.
-
-    Raises:
-        ValueError: neither the model nor the file's folder has them, or others share those that they would replace.
-    """
+    """A file's tensors with the A and B that its R belongs to, of the model where it has them."""
     expected_digest = shared_factors.referenced_digest(tensors)
     if expected_digest is None:
         _make_room(tensors, adapter_name, layers, config, share)
@@ -85,7 +71,7 @@ def with_factors(
         return others
     if found is None:
         raise _other_basis(adapter_name, config) if config.basis else shared_factors.missing_factors_error()
-    if found != adapter_name and share:
+    if found != adapter_name and share:  # the adapter is to be loaded, and gets the model's own A and B
         basis.stand_on(layers, adapter_name, found)
         config.basis = next(iter(layers.values())).adapters[adapter_name].basis
     # transformers' load_adapter strips PEFT's prefix before this; A and B must be named as R is.
@@ -97,11 +83,7 @@ def with_factors(
 def without_foreign(
     tensors: dict[str, Tensor], model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: Collection[str]
 ) -> dict[str, Tensor]:
-    """Return a file's tensors without what PEFT adds where it saves: copies of trained modules, and base embeddings.
-
-    Raises:
-        ValueError: a key is neither a factor nor a trained module, row or bias that the config names.
-    """
+    """A file's tensors without copies of trained modules and base embeddings, which PEFT adds where it saves."""
     wrappers = []
     parameters = {
         without_wrapper(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -129,7 +111,7 @@ def without_foreign(
 
 
 def refuse_missing_modules(model: nn.Module, config: LoRASBConfig) -> None:
-    """Raise a ValueError for a module that the config of a file names as saved, and that the file does not have."""
+    """Raise a ValueError for a module that a file's config names as saved and the file does not have."""
     if config.saved_names is None:
         return
     saved = [name.removeprefix(PEFT_PREFIX) for name in config.saved_names]
@@ -148,7 +130,7 @@ def refuse_missing_modules(model: nn.Module, config: LoRASBConfig) -> None:
 
 
 def _equals_base(parameter: Tensor | None, value: Tensor) -> bool:
-    """Return True if a value is a base parameter's but for a rounding to 16 bits, or the base is offloaded."""
+    """True if a value is a base parameter's but for a rounding to 16 bits, or the base is offloaded."""
     if parameter is None or parameter.shape != value.shape:
         return False
     if parameter.is_meta:

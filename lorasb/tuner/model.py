@@ -1,7 +1,4 @@
-"""`LoRASBModel`, the PEFT tuner: replaces target modules, and saves, loads, merges and registers adapters.
-
-It overrides hooks of PEFT's `BaseTuner`; the neighbors have the parts: `targets`, `fresh_heads`, `rollback`, `loading`.
-"""
+"""`LoRASBModel`, the PEFT tuner: replaces target modules, and saves, loads, merges and registers adapters."""
 
 from __future__ import annotations
 
@@ -65,8 +62,8 @@ class LoRASBModel(BaseTuner):
         adapter_name: which of them to inject.
 
     Raises:
-        ValueError: no target, a rank that a layer cannot have, or not the base model of a loaded adapter. The model
-            is left as it was.
+        ValueError: no target, a rank that a layer cannot have, or another base model than a loaded adapter's. The
+            model is left as it was.
         TypeError: a target is not a plain linear layer.
     """
 
@@ -119,14 +116,14 @@ class LoRASBModel(BaseTuner):
     def _initialize(
         self, model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]
     ) -> None:
-        """Run an init that needs no data; the tuner's `init_reports` has its report by adapter name."""
+        """Run an init that needs no data, and keep its report in the tuner's `init_reports`."""
         # __dict__: BaseTuner.__getattr__ forwards a missing attribute to the wrapped model
         reports: dict[str, Any] = self.__dict__.setdefault("init_reports", {})
         reports[adapter_name] = self.init_without_data(model, config, adapter_name, layers, config.init_seed)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        """PEFT's matching of target_modules, extended to the experts of target_parameters."""
+        """Match target_modules as PEFT does, extended to the experts of target_parameters."""
         peft_match = BaseTuner._check_target_module_exists(peft_config, key)
         targets = peft_config.target_parameters
         if not targets or isinstance(peft_match, private.ExcludedModule):
@@ -136,12 +133,12 @@ class LoRASBModel(BaseTuner):
         return peft_match or unfused_experts.is_slice_of_target(key, targets)
 
     def _inject_parameters(self, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
-        """Replaces PEFT's wrapping of 3-D parameters: `inject_adapter` has unfused the experts into linears."""
+        """Replace PEFT's wrapping of 3-D parameters: `inject_adapter` has opened the experts into linears."""
         return fused_experts.open_targets(model, peft_config.target_parameters)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT enters this context around every forward and generate; handles `adapter_names` if given."""
+        """Handle `adapter_names`; PEFT enters this context around every forward and generate."""
         names = kwargs.get("adapter_names")
         with nullcontext() if names is None else adapters_by_row(self.model, names, kwargs.get("num_beams") or 1):
             yield
@@ -162,7 +159,7 @@ class LoRASBModel(BaseTuner):
         return combine(self, adapters, weights, adapter_name, SumOptions(combination_type, svd_rank, **options))
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """PEFT's, by `bias`; layers whose bias trains then let their base compute, which differentiates it."""
+        """Call PEFT's; layers whose bias trains let their base compute, which differentiates it."""
         super()._mark_only_adapters_as_trainable(model)
         for layer in model.modules():
             if isinstance(layer, LoRASBLinear):
@@ -170,14 +167,11 @@ class LoRASBModel(BaseTuner):
                 layer.trains_bias = bias is not None and bias.requires_grad
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
-        """With `ensure_weight_tying`: the input embedding is saved, and modules tied to it follow; LoRA's own code."""
+        """Call LoRA's: with `ensure_weight_tying` modules tied to the saved input embedding follow it."""
         LoraModel._add_modules_to_save_to_tie(cast(Any, self), peft_config, tied_weight_keys)
 
     def _plan(self, model: nn.Module, config: LoRASBConfig, state_dict: dict[str, Tensor] | None) -> None:
-        """Resolve targets and ranks, and raise on everything that would make replacing fail.
-
-        With a `state_dict` its layers are the targets, at the ranks that they have there.
-        """
+        """Resolve targets and ranks (those of a `state_dict` if given); raise on all that would make replacing fail."""
         basis.resolve(model, config, self.peft_config)
         self._prepare_adapter_config(config, self.get_model_config(model))
         # PEFT replaces "all-linear" by a set of full names, so the question must be asked before.
@@ -249,7 +243,7 @@ class LoRASBModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """R in fp32, or in the base's dtype; PEFT's version makes A and B trainable fp32 copies."""
+        """Cast R to fp32 or the base's dtype; PEFT's version makes A and B trainable fp32 copies."""
         for module in self.model.modules():
             if isinstance(module, LoRASBLinear):
                 module.cast_factors(adapter_name, wide_core=autocast_adapter_dtype)
@@ -281,11 +275,11 @@ class LoRASBModel(BaseTuner):
         adapter_names: list[str] | None = None,
         requantize: bool = False,
     ) -> nn.Module:
-        """Merge the adapters and return the plain model; layers that were quantized become dense.
+        """Merge the adapters and return the plain model; quantized layers become dense.
 
         Args:
-            progressbar, safe_merge, adapter_names: as for PEFT's other methods.
-            requantize: quantize layers that had 4 bits again, in the same format. That rounds the adapter's update too:
+            progressbar, safe_merge, adapter_names: as in PEFT.
+            requantize: quantize layers that had 4 bits again, in the same format. This rounds the update too:
                 `model.requantization_errors` has ‖W4 − W‖ / ‖W‖ by layer, and a log line names the worst.
         """
         # The formats must be noted before merging, which replaces the quantized layers.
@@ -342,12 +336,7 @@ class LoRASBModel(BaseTuner):
 
 
 def register(init_without_data: InitWithoutData) -> None:
-    """Register LoRA-SB with PEFT; idempotent.
-
-    Args:
-        init_without_data: called as (model, config, adapter_name, layers, seed) when an adapter with a data-free init
-            is injected; its return value goes into the tuner's `init_reports`.
-    """
+    """Register LoRA-SB with PEFT and set the function that runs data-free inits; idempotent."""
     # staticmethod: as a plain function on the class it would be bound and get the tuner as its first argument
     LoRASBModel.init_without_data = staticmethod(init_without_data)
     # register_peft_method raises for a method that is registered already

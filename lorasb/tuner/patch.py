@@ -19,14 +19,14 @@ def patch(
     """Adapt a model: its target linears become `LoRASBLinear`, everything else is frozen.
 
     The same as `peft.get_peft_model(model, LoRASBConfig(...))`, with the task type inferred from the model's class.
-    The model is changed in place, and left as it was if an error is raised. No dtype is changed; if this CPU has no
-    native products in the model's dtype, one log line says what that costs.
+    The model is changed in place, and left as it was on an error. No dtype is changed; a log line says what a 16-bit
+    dtype costs that this CPU does not multiply.
 
     Args:
         model: a transformers model, or any module with `nn.Linear` layers.
         config: a `LoRASBConfig`, or None.
         adapter_name: name of the adapter.
-        **fields: fields of `LoRASBConfig`, in place of `config` (`r=96`, `target_modules=[...]`, ...).
+        **fields: fields of `LoRASBConfig` instead of `config` (`r=96`, `target_modules=[...]`, ...).
 
     Returns:
         A `peft.PeftModel`. Call `lorasb.initialize(model, dataloader, lr=...)` next.

@@ -19,25 +19,24 @@ from ..layers.weight_adapter import KINDS_WITH_WEIGHT, OpenParameters, unfolding
 from ..quantization.quantized_weight import is_quantized, of_module
 from ..utils.precision import FLOATS
 
-# nn.MultiheadAttention's out_proj: its weight goes to a functional call, so a layer in its place would never run.
 CORE = ".lorasb_R"  # in the keys of a state dict
-
+# nn.MultiheadAttention's out_proj: its weight goes to a functional call, so a layer in its place would never run.
 LINEARS_NOT_CALLED = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
 
 
 def without_wrapper(name: str) -> str:
-    """Return a name without what torch.compile and FSDP put into those below a wrapped module."""
+    """A name without what torch.compile and FSDP put into it."""
     return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
 
 
 def layers_named_in(state_dict: dict[str, Any]) -> dict[str, int]:
-    """Layers that a state dict has an R of, and its rank."""
+    """Layers that a state dict has an R of, and their ranks."""
     cores = {key.rsplit(CORE, 1)[0]: value for key, value in state_dict.items() if CORE in key}
     return {without_wrapper(name): len(value) for name, value in cores.items()}
 
 
 def rank_for(config: LoRASBConfig, name: str) -> int:
-    """The rank of the layer `name`: its entry in rank_pattern (name or regex, matched as a suffix), else r."""
+    """The rank of a layer: its entry in rank_pattern (name or regex, matched as a suffix), else r."""
     return _pattern_rank(config, name) or config.r or DEFAULT_RANK
 
 
@@ -49,13 +48,7 @@ def _pattern_rank(config: LoRASBConfig, name: str) -> int | None:
 
 
 def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module], state_dict: dict[str, Any]) -> None:
-    """Write the default rank into the config, capped for small layers in rank_pattern; check explicit ranks.
-
-    Where a `state_dict` says which layers are adapted, the default rank of each is the one that it has there.
-
-    Raises:
-        ValueError: an explicit rank is above a layer's min(in_features, out_features).
-    """
+    """Write the default rank into the config, capped per layer in rank_pattern; raise for too large explicit ranks."""
     uses_default, capped = config.r is None, {}
     if uses_default and state_dict and not config.rank_pattern:
         config.rank_pattern = {re.escape(name): rank for name, rank in layers_named_in(state_dict).items()}
@@ -84,14 +77,8 @@ def refuse_unknown_names(model: nn.Module, names: Collection[str]) -> None:
 
 
 def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
-    """The names of "all-linear" without experts, linears that are never called, and blocks that are not selected.
-
-    Nor routers of a linear's class (Llama 4's), or linears of which `target_parameters` name the weight.
-
-    PEFT expands "all-linear" to full names, for which it ignores layers_to_transform, and leaves out quantizers' layers
-    that do not derive from nn.Linear.
-    """
-    quantized = _quantizers_layers(model)
+    """The names of "all-linear" without experts, routers, linears never called, and blocks not selected."""
+    quantized = _quantizers_layers(model)  # PEFT leaves out those that do not derive from nn.Linear
     inside = tuple(f"{name}." for name in quantized)  # such as the original that HQQ may keep
     names = {
         n
@@ -99,10 +86,10 @@ def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
         if not isinstance(model.get_submodule(n), LINEARS_NOT_CALLED)
         and unfused_experts.parameter_of(n) is None
         and not n.startswith(inside)
-        and not has_own_result(model.get_submodule(n))
+        and not has_own_result(model.get_submodule(n))  # routers of a linear's class (Llama 4's)
         and not _is_opened(model, n)
     }
-    if config.layers_to_transform is None:
+    if config.layers_to_transform is None:  # PEFT ignores it for the full names of "all-linear"
         return names
     block_indices = config.layers_to_transform
     block_indices = [block_indices] if isinstance(block_indices, int) else list(block_indices)
@@ -113,13 +100,13 @@ def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
 
 
 def _is_opened(model: nn.Module, name: str) -> bool:
-    """True for a linear inside the module that stands in its place as its weight is a target itself."""
+    """True for a linear inside the module that replaces it because its weight is a target itself."""
     parent, _, child = name.rpartition(".")
     return child == "base_layer" and isinstance(model.get_submodule(parent), OpenParameters)
 
 
 def _quantizers_layers(model: Any) -> set[str]:
-    """Names of layers in a known format that are no nn.Linear; like PEFT's, without the output head."""
+    """Names of layers in a known format that are no nn.Linear, without the output head, as in PEFT."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = set()
     for name, module in model.named_modules():
@@ -148,7 +135,7 @@ def refuse_tied_head(model: Any, targets: dict[str, nn.Module]) -> None:
 
 
 def refuse_half_of_an_embedding(model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    """Raise a ValueError for an embedding whose weight another one looks up, too, without being a target (T5's)."""
+    """Raise a ValueError if another embedding that is no target shares a target embedding's weight (T5's)."""
     adapted = {id(base_of(module).weight): name for name, module in targets.items() if _is_embedding(base_of(module))}
     for name, module in model.named_modules() if adapted else ():
         if _is_embedding(module) and name not in targets and not inside_tuner(model, name):
@@ -170,15 +157,13 @@ def base_of(module: nn.Module) -> Any:
 
 
 def features_of(base: Any) -> tuple[int, int]:
-    """(out, in), or (in, out) for Conv1D; of a module with several, the smallest.
-
-    A packed 4-bit weight is stored as [m·n/2, 1], so its layer has the shape.
-    """
+    """(out, in), or (in, out) for Conv1D; of a module with several matrices, those of the smallest."""
     if unfolded := unfoldings(base):
         return min((one.shape for one in unfolded), key=min)
     opaque = base_weight.find(base)
     if opaque is not None:
         return opaque.shape
+    # a packed 4-bit weight is stored as [m·n/2, 1]
     shape = (base.out_features, base.in_features) if is_quantized(base) else base.weight.shape
     return int(shape[0]), int(shape[1])
 
@@ -230,11 +215,7 @@ def check_supported(name: str, module: nn.Module) -> None:
 
 
 def check_opaque(targets: dict[str, nn.Module], default_dtype: torch.dtype | None, trained: bool) -> None:
-    """Probe one opaque base of each class and kind of storage; those without values are taken as they are.
-
-    Raises:
-        TypeError: one is not linear, or gives no gradient of its input though the adapter is `trained`.
-    """
+    """Probe one opaque base of each class and kind of storage; raise a TypeError if it is not linear."""
     probed = set()
     for name, module in targets.items():
         base = base_of(module)

@@ -1,9 +1,5 @@
-"""Weighted sum of adapters as a new adapter: exact if they share A and B, else the best approximation of a rank.
-
-ΔW = Σ_i w_i s_i B_i R_i A_i. With shared A and B this is s·B (Σ_i w_i s_i / s · R_i) A, so only the R's are added.
-Otherwise the factors are stacked, and the truncated SVD of the sum, computed without a matrix of W's size, gives the
-new B, R and A. TIES, DARE and pruning by magnitude (`pruned_sums`) act on the R's of adapters that share A and B, and
-on the updates of W, a layer at a time, where they do not or where "_svd" asks for it.
+"""Weighted sum of adapters as a new adapter, ΔW = Σ_i w_i s_i B_i R_i A_i: exact if they share A and B, else the best
+approximation of a rank.
 """
 
 from __future__ import annotations
@@ -31,20 +27,14 @@ SIGN_METHODS = ("total", "frequency")
 
 @dataclass(frozen=True)
 class Pruning:
-    """Options of pruning; PEFT's names.
-
-    Attributes:
-        kind: of `PRUNING`.
-        density: share of the entries that stay, in [0, 1].
-        majority_sign_method: how TIES elects an entry's sign: by the sum ("total") or by votes ("frequency").
-    """
+    """Options of pruning, by PEFT's names: density is the share of entries that stay, in [0, 1]."""
 
     kind: str
     density: float
     majority_sign_method: str = "total"
 
     def check(self) -> None:
-        """Raise a ValueError for values that cannot be."""
+        """Raise a ValueError for a density or sign method that is out of range."""
         density = self.density
         if not isinstance(density, int | float) or isinstance(density, bool) or not 0.0 <= density <= 1.0:
             raise ValueError(f"{self.kind} takes density in [0, 1], the share of entries that stay, got {density!r}")
@@ -65,12 +55,7 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Options of an update's SVD; PEFT's names.
-
-    Attributes:
-        clamp: quantile that entries of U Σ and Vᵀ are clamped to, or None.
-        full_matrices, driver: of torch.linalg.svd.
-    """
+    """Options of an update's SVD, by PEFT's names; clamp is the quantile that entries of U Σ and Vᵀ are clamped to."""
 
     clamp: float | None = None
     full_matrices: bool = False
@@ -88,7 +73,7 @@ class Decomposition:
 
 
 def pruned_update(updates: Sequence[Tensor], weights: Sequence[float], pruning: Pruning | None) -> Tensor:
-    """Σ weights · updates [out, in], pruned if so asked."""
+    """Σ weights · updates [out, in], pruned if requested."""
     if pruning is not None:
         return pruning.add(updates, weights)
     factors = torch.tensor(weights, device=updates[0].device, dtype=updates[0].dtype)
@@ -103,14 +88,13 @@ class SumOptions:
     """Method by which adapters are added; the names are PEFT's.
 
     Attributes:
-        combination_type: "linear" adds the R's of adapters that share A and B, exactly; "svd" gives the best
-            approximation of `svd_rank`; "cat" is exact, at the sum of the ranks; "auto" is "linear" for shared A and B,
-            else "svd"; the others prune first. "linear" and the pruning kinds are theirs of "_svd" for adapters that do
-            not share A and B.
+        combination_type: "linear" adds the R's of adapters that share A and B, exactly; "svd" is the best approximation
+            of rank `svd_rank`; "cat" is exact, at the sum of the ranks; "auto" is "linear" for shared A and B, else
+            "svd"; the others prune first. "linear" and pruning act as their "_svd" forms where A and B are not shared.
         svd_rank: the largest of the adapters' ranks by default.
         svd_clamp, svd_full_matrices, svd_driver: of the SVD of an update of W [out, in].
-        density: share of entries that stay, of the pruning kinds.
-        majority_sign_method: how TIES elects signs, "total" or "frequency".
+        density: share of entries that stay, for pruning.
+        majority_sign_method: how TIES elects a sign: by the sum ("total") or by votes ("frequency").
     """
 
     combination_type: str = "auto"
@@ -122,11 +106,7 @@ class SumOptions:
     majority_sign_method: str = "total"
 
     def pruning(self) -> Pruning | None:
-        """Return the pruning before the sum, if any.
-
-        Raises:
-            ValueError: a kind that is not known, or a density or method that is none.
-        """
+        """The pruning before the sum, if any; raises a ValueError for an unknown kind, density or method."""
         if self.combination_type not in KINDS:
             raise ValueError(f"combination_type must be one of {', '.join(KINDS)}, got {self.combination_type!r}")
         kind = self.combination_type.removesuffix(SVD)
@@ -155,7 +135,7 @@ def combine(
 
     Args:
         tuner: the `LoRASBModel`.
-        adapters: names of initialized adapters. Modules that one of them has trained in full go along.
+        adapters: names of initialized adapters; modules that one of them has trained in full are copied.
         weights: one per adapter, of any sign.
         adapter_name: name of the new adapter.
         options: how they are added.
@@ -165,7 +145,7 @@ def combine(
 
     Raises:
         ValueError: unknown, uninitialized or merged adapters, a name in use, a wrong number of weights, several
-            adapters with modules that were trained in full, or options that cannot be.
+            adapters with modules that were trained in full, or invalid options.
     """
     pruning = options.pruning()
     layers = _check(tuner, adapters, weights, adapter_name)
@@ -195,7 +175,6 @@ def _combined(
     pruning: Pruning | None,
     shared: bool,
 ) -> Combined:
-    """One layer's new factors, by the way that the options ask for and that its adapters allow."""
     kind = options.combination_type
     rank = options.svd_rank or max(layer.adapters[name].r for _, name in weighted_names)
     if shared and not kind.endswith("svd") and kind != "cat":
@@ -232,7 +211,6 @@ def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapte
 
 
 def _initialized_layers(tuner: Any, name: str) -> dict[str, LoRASBLinear]:
-    """The layers of one adapter, which have to be initialized."""
     layers = layers_with(tuner.model, name)
     if not layers:
         raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(tuner.peft_config)}")
@@ -289,14 +267,11 @@ def _of_update(
 
 
 def _truncated_svd(layer: LoRASBLinear, weighted_names: list[tuple[float, str]], rank: int | None) -> Combined:
-    """The truncated SVD of Σ w s B R A, in fp64.
-
-    QR of the stacked B [out, Σr] and Aᵀ [in, Σr] leaves a core of [Σr, Σr], whose SVD is that of the sum. The new
-    factors are orthonormal, as LoRA-SB's own are.
-    """
+    """The truncated SVD of Σ w s B R A, in fp64, without a matrix of W's size."""
     b = torch.cat([layer.lorasb_B[name].double() for _, name in weighted_names], 1)
     a = torch.cat([layer.lorasb_A[name].double() for _, name in weighted_names], 0)
     cores = [weight * layer.adapters[name].scaling * layer.lorasb_R[name].double() for weight, name in weighted_names]
+    # QR of B [out, Σr] and Aᵀ [in, Σr] leaves a core [Σr, Σr], whose SVD is the sum's; the new factors are orthonormal.
     left, upper = torch.linalg.qr(b)
     right, lower = torch.linalg.qr(a.t())
     u, s, vt = torch.linalg.svd(upper @ torch.block_diag(*cores) @ lower.t())
