@@ -1,8 +1,4 @@
-"""The backends: `eager`, `cpp` and `triton` compute the ops of `lorasb.ops`, each with the same module names.
-
-Importing this package registers what this machine can run, and imports no triton. A backend uses ops, kernels,
-quantization and utils; nothing of layers or above.
-"""
+"""The backends `eager`, `cpp` and `triton`, which compute the ops of `lorasb.ops`; importing them imports no triton."""
 
 from ..ops.registry import backend as backend
 from . import cpp, eager, triton

@@ -1,11 +1,7 @@
-"""The C++ backend: loads the compiled extension, if this build has one, for CPU tensors; else eager torch computes.
+"""The C++ backend: the compiled extension, if this build has one, for CPU tensors; else eager torch computes.
 
-The extension registers its kernels for the ops without a derivative with the dispatcher itself, under the ops of `cpp`
-and of `auto`; its products over quantized weights are called here. Dense layers use the BLAS, as eager composes it,
-with three exceptions. In 16 bits on processors without such products, the extension widens W to fp32 panel by panel:
-torch takes three to five times as long as in fp32 forward and about a hundred times backward. On AVX2, the extension
-also computes large weights in fp32. In bf16 on processors that multiply it, few tokens, as decoding has them, are one
-call forward that reads W in place: less time than the BLAS takes for W alone.
+The extension computes quantized layers, 16-bit layers that the processor does not multiply, large fp32 weights on AVX2,
+and few tokens in bf16; all other dense layers use the BLAS, as in eager.
 """
 
 from __future__ import annotations
@@ -32,6 +28,8 @@ DISABLE = "LORASB_NO_CSRC"  # environment variable: 1 runs without the extension
 CAP = "LORASB_MAX_CPU_ISA"  # environment variable, read by the extension: the best instruction set to use
 CAPS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# On AVX2 the BLAS was slower in fp32 with two threads. In 16 bits that the processor does not multiply, torch takes 3 to
+# 5 times as long as in fp32 forward and about 100 times backward; the extension widens W to fp32 panel by panel.
 LARGE_WEIGHT = 1 << 21  # elements of W; from here on the extension is faster in fp32 (measured on two Zen 3 cores)
 EXTENSION_OPS = (
     "instruction_set",
@@ -83,31 +81,21 @@ def instruction_sets() -> list[str]:
 
 
 def use_instruction_set(name: str) -> None:
-    """Use the kernels of one instruction set; "" for the best available.
-
-    Raises:
-        ValueError: this processor does not have it.
-    """
+    """Use the kernels of one instruction set, "" for the best; raises a ValueError if the processor lacks it."""
     _csrc.use_instruction_set(name)
     _forget()
 
 
 def serves(dtype: torch.dtype, weights: Sequence[Tensor] = ()) -> bool:
-    """True if the extension computes dense layers of this dtype and these weights on a CPU.
-
-    It does so in 16-bit dtypes that the processor does not multiply, and for large fp32 weights on AVX2, where the BLAS
-    was slower with two threads.
-    """
+    """True if the extension computes dense layers of this dtype and these weights on a CPU."""
     if not _multiplies(dtype) or dtype != torch.float32:
         return _multiplies(dtype)
     return any(weight.numel() >= LARGE_WEIGHT for weight in weights)
 
 
 def serves_few(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """True if the extension computes forward for as few tokens as x [..., in] has, in bf16 where that is multiplied.
-
-    It reads contiguous W's [out, in] as they lie, in one call; the BLAS packs each again every time, in four.
-    """
+    """True if the extension computes forward in bf16 for as few tokens as x [..., in] has."""
+    # contiguous W's [out, in] are read in place, in one call; the BLAS packs each again every time, in four
     if x.dtype != torch.bfloat16 or not 0 < x.numel() <= most_tokens() * x.shape[-1]:
         return False
     return bool(weights) and all(weight.is_contiguous() for weight in weights)
@@ -121,7 +109,7 @@ def most_tokens() -> int:
 
 @lru_cache
 def _multiplies(dtype: torch.dtype) -> bool:
-    """True if the extension computes products of a dtype on the instruction set in use. Cached, as every call asks."""
+    """True if the extension computes products of a dtype on the instruction set in use; every call asks."""
     return _reason is None and dtype in DTYPES and bool(_csrc.serves(dtype))
 
 
@@ -131,7 +119,6 @@ def _forget() -> None:
 
 
 def _flat(results: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Every y, then every u."""
     return [y for y, _ in results] + [u for _, u in results]
 
 
@@ -201,13 +188,11 @@ def _dense(cores: Tensor) -> Tensor:
 
 
 def _thin(rows: Tensor, factor: Tensor, transposed: bool) -> Tensor:
-    """In fp32, as torch would take long in rows' dtype."""
     product: Tensor = _csrc.thin_product(rows, factor, not transposed)
     return product
 
 
 def _by_torch(rows: Tensor, base: eager.Base) -> bool:
-    """True where the extension has no product of rows with W."""
     return rows.dtype == torch.float64 or (isinstance(base, Tensor) and not serves(rows.dtype, [base]))
 
 
@@ -258,7 +243,7 @@ def register() -> None:
 
 
 def _load() -> str | None:
-    """Load the extension; the reason if that is not possible."""
+    """Load the extension; return the reason if that is not possible."""
     global extension
     if os.environ.get(DISABLE) == "1":
         return f"{DISABLE}=1 leaves them out"

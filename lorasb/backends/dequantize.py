@@ -13,7 +13,7 @@ INT8_SCALE = 7.874015718698502e-3  # 1 / 127, with the digits of bitsandbytes' c
 
 
 def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """W [rows, columns]: table[nibble]·absmax in fp32, rounded as `layout` says; a few blocks at a time."""
+    """W [rows, columns]: table[nibble]·absmax in fp32, rounded as `layout` says."""
     rounding = ROUNDINGS[layout[2]]
     if QuantizedTensors.of(quant).kind == INT8:
         codes, scales = quant
@@ -36,13 +36,11 @@ def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, 
 
 
 def block_scales(quant: list[Tensor], layout: list[int]) -> Tensor:
-    """The fp32 scale of each block: absmax, or table2[absmax8]·absmax2 + offset.
-
-    Product and sum are rounded separately, as in bitsandbytes; a fused multiply-add would differ in the last bit.
-    """
+    """The fp32 scale of each block: absmax, or table2[absmax8]·absmax2 + offset."""
     if QuantizedTensors.of(quant).kind == FOUR_BIT:
         return quant[1]
     _, octets, _, absmax, table, offset = quant
     scales = torch.nn.functional.embedding(octets.int(), table[:, None]).flatten()
+    # rounded separately, as in bitsandbytes: a fused multiply-add would differ in the last bit
     scales = scales * absmax.repeat_interleave(layout[1])[: len(scales)]
     return scales + offset

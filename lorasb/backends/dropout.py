@@ -1,4 +1,4 @@
-"""Dropout's masks on the adapters' x: drawn from a seed, so that backward has them again and none is stored."""
+"""Dropout masks on the adapters' x, drawn from a seed, so that backward draws them again and none is stored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _masks = threading.local()  # `philox` is set while eager computes in place of a
 
 @contextmanager
 def kernel_masks() -> Iterator[None]:
-    """Inside, dropout uses the Triton kernels' mask, for a fallback in one direction whose other one ran a kernel."""
+    """Inside, dropout uses the Triton kernels' mask: a fallback in one direction whose other one ran a kernel."""
     _masks.philox = True
     try:
         yield
@@ -23,18 +23,15 @@ def kernel_masks() -> Iterator[None]:
 
 
 def kernel_dropout(dropout: float) -> float:
-    """The probability that the kernels' masks have: the nearest multiple of 2^-16, and 0 or 1 for nothing else."""
+    """The probability of the kernels' masks: the nearest multiple of 2^-16, strictly between 0 and 1."""
     if not 0.0 < dropout < 1.0:
         return dropout
     return min(max(round(dropout * 2**16), 1), 2**16 - 1) / 2**16
 
 
 def philox_mask(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> Tensor:
-    """The Triton kernels' mask [M, n]: True where 16 random bits are at least dropout·2^16.
-
-    They are half words of Philox-4x32-10, the lower half of a word first; counter (column // 8, row, 0, 0) serves eight
-    columns. Words of 32 bits are held in int64.
-    """
+    """The Triton kernels' mask [M, n] by Philox-4x32-10: True where 16 random bits are at least dropout·2^16."""
+    # 32-bit words in int64. Counter (column // 8, row, 0, 0) gives eight columns a half word each, the lower half first.
     low, (M, n) = 0xFFFFFFFF, shape
     c0 = torch.arange(-(-n // 8), device=device).expand(M, -1)
     c1 = torch.arange(M, device=device)[:, None].expand(c0.shape)

@@ -1,8 +1,6 @@
 """The eager backend: the adapted linear by a table of products, and that table in plain torch for any device.
 
-The fallback of the other backends and their speed baseline. In forward and backward the adapter's small product
-accumulates onto the base GEMM's result (addmm with beta = 1); a plain chain of linears writes both products and adds
-them into a third tensor.
+The adapter's small product accumulates onto the base GEMM's result (addmm with beta = 1), forward and backward.
 """
 
 from __future__ import annotations
@@ -32,8 +30,7 @@ class Products(NamedTuple):
         core: (left [M, r], R [r, r], scale, transposed) -> s·left Rᵀ, or s·left R.
         cores: (left [M, r], stack [K, r, r], index [k], scale, transposed) -> s·left_i R_kᵀ, or s·left_i R_k.
         extended: (rows [M, n], base, v [M, r], B [m, r], bias) -> x Wᵀ + v Bᵀ + bias.
-        extended_transposed: (rows [M, m], base, w [M, r], A [r, n], onto) -> dy W + w A, added in place to `onto`
-            where that is not None.
+        extended_transposed: (rows [M, m], base, w [M, r], A [r, n], onto) -> dy W + w A, in place onto `onto` if given.
     """
 
     thin: Callable[[Tensor, Tensor, bool], Tensor]
@@ -44,11 +41,7 @@ class Products(NamedTuple):
 
 
 def forward(products: Products, x: Tensor, operands: Operands) -> list[Tensor]:
-    """The y_j [..., m_j], then the u_j = x A_jᵀ [M, r].
-
-    Raises:
-        IndexError: an entry of the index is no adapter's.
-    """
+    """The y_j [..., m_j], then the u_j = x A_jᵀ [M, r]."""
     ys, us = [], []
     with no_autocast(x):
         rows = x.reshape(-1, x.shape[-1])
@@ -66,12 +59,8 @@ def forward(products: Products, x: Tensor, operands: Operands) -> list[Tensor]:
 def backward(
     products: Products, dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: bool, need_dcores: bool
 ) -> list[Tensor]:
-    """dx = Σ_j dy_j W_j + w_j A_j with t_j = dy_j B_j and w_j = s_j·t_j R_j, then the dR_j = s_j·t_jᵀ u_j.
-
-    All terms accumulate in one dx, where autograd would write a dx for each member and add them up. A gradient that is
-    not needed is an empty tensor.
-    """
-    dx: Tensor | None = None
+    """dx = Σ_j dy_j W_j + w_j A_j with t_j = dy_j B_j, w_j = s_j·t_j R_j, then dR_j = s_j·t_jᵀ u_j; or empty."""
+    dx: Tensor | None = None  # of all members: autograd would write one for each and add them up
     dcores = []
     with no_autocast(dys[0]):
         for dy, u, one in zip(dys, us, operands.members(), strict=True):
@@ -118,11 +107,8 @@ def _core_gradient(t: Tensor, u: Tensor, one: Member, operands: Operands) -> Ten
 
 
 def shaped(rows: Tensor, like: Tensor) -> Tensor:
-    """Rows [M, n] reshaped to the leading dimensions of `like`.
-
-    `_unsafe_view` shares the memory but is no view to autograd. A real view of a custom op's result could not be
-    modified in place by callers.
-    """
+    """Rows [M, n] reshaped to the leading dimensions of `like`."""
+    # It shares the memory but is no view to autograd: callers could not modify a real view of an op's result in place.
     return torch.ops.aten._unsafe_view.default(rows, (*like.shape[:-1], rows.shape[1]))
 
 
@@ -132,15 +118,12 @@ def dense(base: Base, rows: int, columns: int, dtype: torch.dtype) -> Tensor | N
 
 
 def thin(rows: Tensor, factor: Tensor, transposed: bool) -> Tensor:
-    """The product with a factor's rows, or with its columns."""
     return rows @ (factor.t() if transposed else factor)
 
 
 def times_core(left: Tensor, core: Tensor, scale: float, transposed: bool) -> Tensor:
-    """s·left Rᵀ, or s·left R, in left's dtype.
-
-    The scaled R is rounded to left's dtype first, as the GEMM takes one dtype and would round its result to it.
-    """
+    """s·left Rᵀ, or s·left R, in left's dtype."""
+    # the scaled R is rounded first, as the GEMM takes one dtype
     chosen = (core if scale == 1.0 else core * scale).to(left.dtype)
     return left @ (chosen.t() if transposed else chosen)
 
@@ -170,7 +153,7 @@ def check_index(index: Tensor, count: int) -> None:
 
 
 def extended(rows: Tensor, base: Base, v: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + v Bᵀ + bias; the base's product first, onto which the small one accumulates in place."""
+    """x Wᵀ + v Bᵀ + bias."""
     weight = dense(base, b.shape[0], rows.shape[1], rows.dtype)
     if weight is None:
         return v @ b.t() if bias is None else torch.addmm(bias, v, b.t())
@@ -179,7 +162,7 @@ def extended(rows: Tensor, base: Base, v: Tensor, b: Tensor, bias: Tensor | None
 
 
 def extended_transposed(rows: Tensor, base: Base, w: Tensor, a: Tensor, onto: Tensor | None) -> Tensor:
-    """dy W + w A, or in place `onto` plus that."""
+    """dy W + w A, in place onto `onto` if given."""
     weight = dense(base, rows.shape[1], a.shape[1], rows.dtype)
     if weight is None:
         return w @ a if onto is None else onto.addmm_(w, a)
@@ -187,18 +170,15 @@ def extended_transposed(rows: Tensor, base: Base, w: Tensor, a: Tensor, onto: Te
 
 
 def core_gradient(t: Tensor, u: Tensor, core: Tensor, scale: float) -> Tensor:
-    """dR = s·tᵀ u [r, r] in R's dtype, or of several R's at once, t and u [K, M, r].
-
-    In bf16 the GEMM sums in fp32 and rounds its result once, as autograd would. In fp16 that result, a sum over all
-    tokens, could overflow: t and u [M, r] are widened instead.
-    """
+    """dR = s·tᵀ u [r, r] in R's dtype, or of several R's at once, t and u [K, M, r]."""
+    # In bf16 the GEMM sums in fp32 and rounds once, as autograd would. In fp16 the sum over all tokens could overflow.
     in_bf16 = t.dtype == torch.bfloat16
     dcore = (t.mT @ u).to(core.dtype) if in_bf16 else t.to(core.dtype).mT @ u.to(core.dtype)
     return dcore if scale == 1.0 else dcore.mul_(scale)
 
 
 def core_gradients(t: Tensor, u: Tensor, cores: Tensor, index: Tensor, scale: float) -> Tensor:
-    """dR_k = s·t_kᵀ u_k [K, r, r] in R's dtype, over the rows of k in their order, as if k had been the only one."""
+    """dR_k = s·t_kᵀ u_k [K, r, r] in R's dtype, over the rows of k in their order, as if k were the only one."""
     gradients = torch.zeros_like(cores)
     order = index.argsort(stable=True)[int((index < 0).sum()) :]  # rows by adapter, those of none left out
     if len(order) == 0:

@@ -1,7 +1,7 @@
 """The Triton backend: the fused kernels of `lorasb.kernels` on CUDA, or on the CPU under Triton's interpreter.
 
-An explicit `backend("triton")` raises where a kernel does not compile or launch. `auto` computes the call in eager
-torch instead, warns once, and stays with eager. Nothing here imports triton before the first call.
+`backend("triton")` raises where a kernel does not compile or launch; `auto` then warns once and stays with eager torch.
+Nothing here imports triton before the first call.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: b
 
 
 def _gradients(like: Tensor, dx: Tensor | None, dcores: Sequence[Tensor], cores: Sequence[Tensor]) -> list[Tensor]:
-    """dx in the shape of dy, and the dR_j; empty tensors in place of what was not computed."""
+    """dx in the shape of dy, and the dR_j; empty tensors for what was not computed."""
     if dx is None:
         dx = like.new_empty((0,))
     elif dx.dim() != like.dim():
@@ -125,7 +125,7 @@ def _backward_quantized(dy: Tensor, u: Tensor, operands: Operands, need_dx: bool
 
 
 def _forward_by_row(x: Tensor, operands: Operands) -> list[Tensor]:
-    """With an R for each row. Over a quantized weight the adapter is added to what the kernels compute with R = 0."""
+    """With an R for each row; over a quantized weight the adapter is added to what kernels compute with R = 0."""
     from lorasb.kernels import linear_rows as kernels
 
     check_index(operands.row_index, min(map(len, operands.cores)))  # type: ignore[arg-type]
@@ -191,7 +191,6 @@ def _is_int8(operands: Operands) -> bool:
 
 
 def _dense_operands(operands: Operands, dtype: torch.dtype) -> Operands:
-    """Operands of the layer over a dense W."""
     shape = operands.b[0].shape[0], operands.a[0].shape[1]
     weight = eager_dequantize.dequantize(list(operands.base), list(operands.layout), *shape, dtype)
     return operands._replace(base=[weight], layout=DENSE)
@@ -203,7 +202,7 @@ def _weight(operands: Operands) -> Any:
 
 
 def _quantized(quant: Sequence[Tensor], layout: Sequence[int], m: int, n: int) -> Any:
-    """Return the kernels' operand for W [m, n] in 4 bits."""
+    """The kernels' operand for W [m, n] in 4 bits."""
     from lorasb.kernels.linear_quantized import Quantized
 
     tensors, (block, nested_block, rounding) = QuantizedTensors.of(quant), layout
@@ -237,11 +236,7 @@ def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> 
 
 
 def _checked(dy: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
-    """dy in x's dtype.
-
-    Raises:
-        TypeError: a dtype that the kernel does not have.
-    """
+    """dy in x's dtype; a TypeError for a dtype that the kernel does not have."""
     check_call(x)
     if total is not None and total.dtype != torch.float32:
         raise TypeError(f"backend 'triton' expected an fp32 sum, got {total.dtype}: backend('eager') takes it")
@@ -249,16 +244,12 @@ def _checked(dy: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
 
 
 def mask_of(operands: Operands) -> Any:
-    """Dropout's probability, and its seeds as numbers.
-
-    Raises:
-        CaptureError: a CUDA graph is being captured, which would replay the same mask.
-    """
+    """Dropout's probability, and its seeds as numbers."""
     if operands.seeds is None or operands.dropout <= 0.0:
         return _no_mask()
     from lorasb.kernels.operands import Mask
 
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # replays would repeat the mask
         raise CaptureError(
             "lora_dropout under CUDA graph capture would repeat one mask at every replay: set lora_dropout=0, or call "
             "model.eval(), before capturing"
@@ -311,10 +302,8 @@ def interpreting() -> bool:
 
 
 def register() -> None:
-    """Register for CUDA; on the CPU, for an explicit backend under Triton's interpreter.
-
-    Also tells the plan where `lorasb bench tune` writes a user's tables.
-    """
+    """Register for CUDA, and on the CPU for an explicit backend under Triton's interpreter."""
+    # where `lorasb bench tune` writes a user's tables
     plan_tables.read_user_tables_from(lambda: cache_dir() / "kernels")
     plain: dict[str, Callable[..., Any]] = {
         "dequantize": dequantize,
@@ -333,7 +322,7 @@ def register() -> None:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x as [M, n] with a contiguous last dimension, and with the signs in memory that it has."""
+    """x as [M, n] with a contiguous last dimension and its signs applied in memory."""
     x = x.resolve_neg()
     # reshape(-1, 0) is ambiguous
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((math.prod(x.shape[:-1]), 0))
@@ -341,7 +330,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def resolved(members: Any) -> Any:
-    """With the signs in memory: torch negates lazily, when it reads (the imaginary part of a conjugate)."""
+    """Members with their signs applied in memory: torch negates lazily (the imaginary part of a conjugate)."""
     return members.map(_resolve)
 
 
@@ -350,7 +339,7 @@ def _resolve(tensor: Tensor | None) -> Tensor | None:
 
 
 def members_of(operands: Operands) -> Any:
-    """The layers as the kernels take them; scales hold dropout's factor 1 / (1 - p), so that they multiply once."""
+    """The layers as the kernels take them; scales include dropout's factor 1 / (1 - p), so that they multiply once."""
     base, layout, a, cores, b, _, scales, _, dropout, _ = operands
     if dropout > 0.0:
         scales = [scale / (1.0 - kernel_dropout(dropout)) for scale in scales]
@@ -364,7 +353,7 @@ def _biases(operands: Operands) -> Sequence[Tensor | None]:
 
 @cache
 def _kernels() -> Any:
-    """Imported at the first call, as they import triton; kept, as an import statement costs a microsecond a time."""
+    """Imported at the first call, as they import triton; kept, as an import statement costs a microsecond per call."""
     from lorasb.kernels import allocation, prepared_linear
 
     if cpp.extension is not None:
@@ -391,12 +380,7 @@ def plan_of(op: str, rows: Tensor, b: list[Tensor], a: Tensor, quant: str = "non
 
 
 def check_call(x: Tensor) -> tuple[str, int]:
-    """Architecture and number of multiprocessors of the device that a call runs on.
-
-    Raises:
-        TypeError: a dtype that the kernels do not have.
-        ValueError: a CPU tensor, and Triton is not interpreting.
-    """
+    """Architecture and number of multiprocessors of the call's device; raises where the kernels cannot run."""
     from lorasb.kernels import plan
 
     if x.dtype not in plan.DTYPES:
@@ -411,7 +395,6 @@ def check_call(x: Tensor) -> tuple[str, int]:
 
 @lru_cache
 def _device(device: torch.device) -> tuple[str, int]:
-    """Architecture and number of multiprocessors."""
     from lorasb.kernels import plan
 
     if device.type != "cuda":

@@ -14,7 +14,7 @@ BLOCK = 1 << 18  # elements of G per block of rows: 1 MB in fp32
 
 
 def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
-    """total [m, n] += dyᵀ x, in total's dtype; with `fresh`, total = dyᵀ x and its former contents are ignored."""
+    """total [m, n] += dyᵀ x, in total's dtype; with `fresh`, its former contents are ignored."""
     with no_autocast(x):
         left, right = dy.to(total.dtype), x.to(total.dtype)
         for rows in _row_blocks(total.shape):
@@ -22,9 +22,7 @@ def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
 
 
 def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Signs and statistics of G = total + dyᵀ x (of dyᵀ x alone if `fresh`).
-
-    `total` [m, n] is overwritten with G; without it, G exists only block by block.
+    """Signs and statistics of G = total + dyᵀ x (of dyᵀ x alone if `fresh`), which overwrites `total` [m, n] if given.
 
     Returns:
         The bits G > 0 and G != 0, as words [m, ceil(n / 32)] int32; and [Σ G², zeros, NaN or Inf entries] in fp64.

@@ -2,17 +2,8 @@
 
     y_j = x W_jᵀ + s_j·x A_jᵀ R_jᵀ B_jᵀ + bias_j    x [..., n], W_j [m_j, n], A_j [r, n], R_j [r, r], B_j [m_j, r]
 
-A layer is a group of one member. It may be quantized, or have no W, and then y is the adapter's part alone. With a
-`row_index` [k], R_j is a stack [K, r, r], and row x[i] of x [k, ..., n] is computed with R_j[row_index[i]], or by the
-base alone for -1. Dropout drops elements of the adapters' x, with a seed and a mask for each member.
-
-The op returns the y_j [..., m_j], then the u_j = x A_jᵀ [M, r] of the M tokens, which its backward takes. Plain tensors
-on a CPU or a GPU skip the dispatcher: two passes through it and back into Python take as long as a small layer's
-adapter. Both ways save the same tensors and call the same kernels by the same formula.
-
-`serve_dense` is a thin entry for one dense layer where no gradient is recorded, which returns y alone: lists cost 20 µs
-through the dispatcher. A compiled layer of 576 features takes 121 µs for a token by the op and 89 µs by this entry
-(bf16, AMX, two cores).
+W may be quantized or absent. With a `row_index` [k], R_j is a stack [K, r, r], and row x[i] of x [k, ..., n] has
+R_j[row_index[i]], or the base alone for -1. The op returns the y_j [..., m_j], then the u_j = x A_jᵀ [M, r].
 """
 
 from __future__ import annotations
@@ -28,6 +19,8 @@ from ..compat import torch as private
 from . import registry
 from .signatures import PLAIN, is_intercepted
 
+# `serve_dense` computes one dense layer where no gradient is recorded and returns y alone: lists cost 20 µs through the
+# dispatcher. A compiled layer of 576 features takes 121 µs per token by the op, 89 µs by it (bf16, AMX, two cores).
 OP, BACKWARD_OP, SERVE_OP = "adapted_linear", "adapted_linear_backward", "serve_dense"
 DENSE = (0, 0, 0)  # `layout` of W's that are not quantized; not (), which torch takes for a list of tensors
 NO_SECOND_DERIVATIVE = (
@@ -68,9 +61,8 @@ class Operands(NamedTuple):
         base: W_j of each member; the tensors of one quantized W (`quantization.quantized_weight`); or empty.
         layout: [block, nested block, rounding] of a quantized W, else `DENSE`. W is rounded to the dtype that rounding
             names before it is cast to x's: 0 none, 1 bf16, 2 fp16.
-        a, cores, b: of each member.
+        a, cores, b, scalings: of each member.
         biases: of each member, or empty.
-        scalings: s_j.
         row_index: [k], int64 on the CPU, so that a wrong one is an error before any R is read; or None.
         dropout: probability, 0 with an index.
         seeds: [members], int64 on the CPU; None without dropout.
@@ -89,7 +81,6 @@ class Operands(NamedTuple):
 
     @property
     def is_quantized(self) -> bool:
-        """True if the base is one quantized W."""
         return self.layout[1] != 0
 
     def members(self) -> list[Member]:
@@ -113,14 +104,7 @@ class Operands(NamedTuple):
 
 
 def adapted_linear(x: Tensor, operands: Operands, backend: str, kernels: registry.Kernels | None) -> list[Tensor]:
-    """Compute the y_j [..., m_j].
-
-    Args:
-        x: [..., n].
-        operands: checked; in x's dtype but for R.
-        backend: whose op to call where there are no `kernels`.
-        kernels: found by `direct`.
-    """
+    """The y_j [..., m_j] of x [..., n] by `kernels` (found by `direct`), else by the backend's op."""
     count = len(operands.a)
     if kernels is None and count == 1 and not torch.is_grad_enabled() and _is_dense(operands):
         _, _, (a,), (core,), (b,), biases, (scaling,), *_ = operands
@@ -142,15 +126,9 @@ def _is_dense(operands: Operands) -> bool:
     return not (operands.is_quantized or operands.row_index is not None or operands.dropout)
 
 
+# Plain tensors skip the dispatcher: two passes through it and back into Python take as long as a small layer's adapter.
 def direct(backend: str, x: Tensor, lists: Sequence[Sequence[Tensor]], plain: bool) -> registry.Kernels | None:
-    """The kernels to call without the dispatcher; None if something has to intercept the op itself.
-
-    Args:
-        backend: the current one.
-        x: [..., n].
-        lists: the operands.
-        plain: whether all tensors have been found to be plain ones on one device.
-    """
+    """The kernels to call without the dispatcher; None if something has to intercept the op itself."""
     if not plain:
         if torch.compiler.is_compiling() or is_intercepted() or private.is_wrapped(x):
             return None
@@ -165,7 +143,7 @@ def direct(backend: str, x: Tensor, lists: Sequence[Sequence[Tensor]], plain: bo
 
 
 def _save(ctx: Any, x: Tensor, operands: Operands, us: Sequence[Tensor]) -> None:
-    """Save the u_j [M, r] and what the layers hold in any case: never x [M, n], and never a dequantized W."""
+    """Save the u_j [M, r] and what the layers keep in any case: never x [M, n], and never a dequantized W."""
     base, layout, a, cores, b, biases, scalings, row_index, dropout, seeds = operands
     ctx.set_materialize_grads(False)  # a dy_j that the loss does not use is None
     # Not ctx.needs_input_grad, which has one entry for each list.
@@ -248,7 +226,7 @@ def _serve_fake(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Te
 
 
 def _serve_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """For a graph that was captured without gradients and runs with them; u is not returned, and computed again."""
+    """For a graph that was captured without gradients and runs with them; u is computed again."""
     x, weight, a, core, b, _, scaling = inputs
     base, u = [] if weight is None else [weight], x.reshape(-1, x.shape[-1]) @ a.t()
     _save(ctx, x, Operands(base, DENSE, [a], [core], [b], [], [scaling]), [u])
@@ -298,13 +276,7 @@ def _define() -> None:
 
 
 def kernels_of(forward: Callable[..., Any], backward: Callable[..., Any]) -> dict[str, registry.Kernel]:
-    """A backend's kernels of the op, by the names of the ops.
-
-    Args:
-        forward: (x, operands) -> [y_j [..., m_j], then u_j [M, r]].
-        backward: (dys, us, operands, need_dx, need_dcores) -> [dx [..., n], then dR_j], empty where not needed; the
-            operands have no biases.
-    """
+    """A backend's kernels by op name, of forward(x, operands) and backward(dys, us, operands, need_dx, need_dcores)."""
 
     def op(x: Tensor, *given: Any) -> list[Tensor]:
         return list(forward(x, Operands(*given)))

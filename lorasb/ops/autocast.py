@@ -1,4 +1,4 @@
-"""Autocast as `F.linear` meets it: operands are cast before the checks and the ops, which ask for equal dtypes."""
+"""Autocast as in `F.linear`: operands are cast before the checks and the ops, which require equal dtypes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from ..compat import torch as private
 
 
 def is_on(x: Tensor) -> bool:
-    """True if autocast is on for x's device."""
     return private.any_autocast() and autocast_on(x.device.type)
 
 
 def autocast_on(kind: str) -> bool:
-    """True if autocast is on for a kind of device; the meta device, which computes nothing, has none."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 

@@ -8,17 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Bytes of x below which torch's own ops are faster than our autograd function. Measured with 4096 features and 512
+# Bytes of x below which torch's own ops are faster than our autograd function, whose Python overhead in backward then
+# takes longer than the pass over dx that it saves. Measured with 4096 features and 512
 # tokens: bf16 (4 MiB) is below the crossover, fp32 (8 MiB) above.
 SMALL_BYTES = 6 * 2**20
 
 
 def is_small(x: Tensor, frozen: Iterable[Tensor]) -> bool:
-    """True if a call is faster composed of torch's own ops than by our autograd function.
-
-    That is so without gradients, and for a small x, where the Python overhead of our backward takes longer than the
-    pass over dx that it saves. False wherever torch's autograd would compute something else than the op's.
-    """
+    """True if a call is faster composed of torch's own ops than by our autograd function, with the same results."""
     if x.dtype == torch.float16:  # dR sums over all tokens in x's dtype, which overflows in fp16
         return False
     if torch.is_autocast_enabled("cpu"):  # autocast would cast the product with R, too
@@ -34,10 +31,7 @@ def is_small(x: Tensor, frozen: Iterable[Tensor]) -> bool:
 def composed(
     x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None, scaling: float
 ) -> Tensor:
-    """y = x Wᵀ + bias, then s·x Aᵀ Rᵀ Bᵀ accumulated onto it.
-
-    autograd saves u = x Aᵀ [M, r] for dR but not x, which only gradients of W and A would need.
-    """
+    """y = x Wᵀ + bias, then s·x Aᵀ Rᵀ Bᵀ accumulated onto it; autograd saves u = x Aᵀ [M, r] but not x."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     scaled = core if scaling == 1.0 else core * scaling
     v = functional.linear(functional.linear(rows, a), scaled.to(x.dtype))
@@ -57,15 +51,11 @@ def transformed(
     dropout: float = 0.0,
     index: Tensor | None = None,
 ) -> Tensor:
-    """Compute y by out-of-place torch operations, which have every derivative, forward mode and `vmap`.
-
-    The product with R is computed in R's dtype, so that dR does not overflow in fp16.
-    With `index` [k], `core` is [K, r, r] and row x[i] is computed with core[index[i]], or the base alone for -1.
-    """
+    """y by out-of-place torch operations, which have every derivative, forward mode and `vmap`."""
     with torch.autocast(x.device.type, enabled=False):
         a, b = a.detach(), b.detach()  # frozen, as for the ops
         weight, bias = (None if t is None else t.detach() for t in (weight, bias))
-        u = functional.linear(functional.dropout(x, dropout), a).to(core.dtype)
+        u = functional.linear(functional.dropout(x, dropout), a).to(core.dtype)  # so that dR does not overflow in fp16
         if index is None:
             v = functional.linear(u, core * scaling)
         else:

@@ -14,23 +14,12 @@ from . import signatures
 _known = signatures.Known()
 
 
-Lists = tuple[Sequence[Tensor], ...]  # weights, A, R, B and biases of each member; the first and the last may be empty
+# weights, A, R, B and biases of each member; the first (checked elsewhere if quantized) and the last may be empty
+Lists = tuple[Sequence[Tensor], ...]
 
 
 def check(x: Tensor, lists: Lists, scalings: Sequence[float], index: Tensor | None) -> bool:
-    """Check a call of one linear or several, unless one of the same signature has passed.
-
-    A quantized weight is checked elsewhere, and has no place in `lists`. The range of the index is checked where it is
-    used, so that compiled calls are, too.
-
-    Returns:
-        Whether all operands are plain tensors on one device.
-
-    Raises:
-        ValueError: shapes, ranks, devices or numbers of entries do not match, the index is not one number for each row
-            of x, or x requires grad under inference mode.
-        TypeError: dtypes do not match, or x is not floating point.
-    """
+    """Check a call, unless its signature has passed before; True if all operands are plain tensors on one device."""
     if torch.compiler.is_compiling():  # which takes the checks apart, and would guard on all signatures that are known
         _check(x, lists, scalings, index)
         return False
@@ -55,6 +44,7 @@ def _check(x: Tensor, lists: Lists, scalings: Sequence[float], index: Tensor | N
     if len(set(ranks)) != 1:
         raise ValueError(f"expected one rank for all members, got {ranks}")
     for j in range(len(a)):
+        # the range of the index is checked where it is used, so that compiled calls are checked too
         core = cores[j] if index is None else _of_stack(x, cores[j], index)
         check_linear(x, weights[j] if weights else None, a[j], core, b[j], biases[j] if biases else None)
 

@@ -1,16 +1,11 @@
-"""Torch ops without a derivative: weight gradients and their signs, dequantization, and serving of quantized weights.
+"""Torch ops without a derivative; for `quant` and `layout` see `adapted_linear.Operands`.
 
-    gradient_add    G [m, n] += dyᵀ x in fp32        dy [M, m], x [M, n]
-    gradient_signs  the signs of G + dyᵀ x, packed 32 per word, and statistics
-
-Initialization calls these two. The summation order over tokens and calls is fixed, so results are reproducible bit for
-bit.
-
+    gradient_add     G [m, n] += dyᵀ x in fp32                         dy [M, m], x [M, n]
+    gradient_signs   the signs of G + dyᵀ x, packed 32 per word, and statistics
     dequantize       W [rows, columns]
-    serve_quantized  y alone, for calls that record no gradient; not all backends have it
+    serve_quantized  y alone, for calls that record no gradient; checks and casts itself; not all backends have it
 
-The latter takes `QuantizedWeight.storage_layout`, casts as autocast asks and checks its arguments itself. For `quant`
-and `layout` see `adapted_linear.Operands`.
+The first two sum in a fixed order over tokens and calls, so results are reproducible bit for bit.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Registry of ops and backends: definitions of ops, registration of kernels, and the current backend.
 
-Each op is defined once per backend and once for `auto`, so that PyTorch's dispatcher makes the choice:
-`lorasb::adapted_linear` runs the kernel registered for x's device (eager if there is no other),
-`lorasb::adapted_linear_eager` runs eager alone. The op of a backend without a kernel for it raises; only `auto` falls
-back.
+Each op is defined once per backend and once for `auto`, so that PyTorch's dispatcher chooses: `lorasb::adapted_linear`
+runs the kernel for x's device, else eager's; `lorasb::adapted_linear_eager` runs eager alone, and raises without one.
 """
 
 from __future__ import annotations
@@ -35,12 +33,10 @@ _missing: dict[str, Callable[[], str | None]] = {
 
 
 def op_name(op: str, backend: str) -> str:
-    """The name of a backend's version of an op, without the namespace."""
     return op if backend == "auto" else f"{op}_{backend}"
 
 
 def backend_op(op: str, backend: str) -> Callable[..., Any]:
-    """A backend's version of an op."""
     return getattr(torch.ops.lorasb, op_name(op, backend)).default
 
 
@@ -71,9 +67,8 @@ def register_backend(
     Args:
         name: of the backend.
         kernels: by op ("adapted_linear", "dequantize", ...).
-        keys: dispatch keys ("CPU", "CUDA", ...) to register the backend's own ops for.
-        auto: kernels for the ops of `auto`; the same as `kernels` if None.
-        auto_keys: dispatch keys for those; the same as `keys` if None.
+        keys: dispatch keys ("CPU", "CUDA", ...) of the backend's own ops.
+        auto, auto_keys: kernels and dispatch keys for the ops of `auto`; `kernels` and `keys` if None.
         missing: returns the reason why the backend cannot run here, or None if it can; None if it always can.
     """
     for owner, table, dispatch_keys in (
@@ -88,7 +83,7 @@ def register_backend(
 
 
 def _record(op: str, kernel: Callable[..., Any], keys: Sequence[str]) -> None:
-    """The dispatcher's own precedence: a kernel for a device goes before one for all devices, in either order."""
+    """Record by the dispatcher's precedence: a kernel for a device before one for all devices, in either order."""
     direct_kernels.cache_clear()
     for device, kernels in _kernels.items():
         if device in keys or ("CompositeExplicitAutograd" in keys and op not in kernels):
@@ -96,13 +91,7 @@ def _record(op: str, kernel: Callable[..., Any], keys: Sequence[str]) -> None:
 
 
 def register_loaded(name: str, kernels: dict[str, Callable[..., Any]], missing: Callable[[], str | None]) -> None:
-    """Record kernels that a loaded library has registered for the CPU, under the backend's ops and those of `auto`.
-
-    Args:
-        name: of the backend.
-        kernels: a callable for each op.
-        missing: as in `register_backend`; if it returns a reason, nothing is recorded.
-    """
+    """Record kernels that a loaded library has registered for the CPU, unless `missing` returns a reason."""
     _missing[name] = missing
     if missing() is None:
         for op, kernel in kernels.items():
@@ -124,7 +113,6 @@ class Kernels(NamedTuple):
 
 
 def backward_op(backend: str) -> Callable[..., Any]:
-    """A backend's backward op of the adapted linear, to be called on operands as its kernel is."""
     op = backend_op("adapted_linear_backward", backend)
     return lambda dys, us, operands, *need: op(dys, us, *operands, *need)
 
@@ -144,7 +132,7 @@ def unavailable(name: str) -> str | None:
 
 
 def current_backend() -> str:
-    """The current backend: that of the innermost `backend(...)`, else LORASB_BACKEND at the first call, else "auto"."""
+    """The innermost `backend(...)`, else LORASB_BACKEND at the first call, else "auto"."""
     chosen = _latest if torch.compiler.is_compiling() else _current.get()
     return chosen or _from_environment or _read_environment()
 
@@ -169,9 +157,8 @@ def _checked(name: str) -> str:
 def backend(name: str) -> Iterator[None]:
     """Run the layers inside the block on one backend; their backward uses it too, even outside of the block.
 
-    The choice is local to the thread or asyncio task that makes it. On a GPU, autograd runs backward in its own
-    threads: a backward uses its forward's backend, but a forward that gradient checkpointing recomputes there uses
-    LORASB_BACKEND.
+    The choice is local to the thread or asyncio task that makes it. Autograd runs backward on a GPU in its own threads:
+    there a forward that gradient checkpointing recomputes uses LORASB_BACKEND.
 
     Args:
         name: "auto" (the fastest one available for the device), or "eager", "cpp" or "triton", which never fall back.

@@ -15,23 +15,19 @@ MOST = 1 << 12  # signatures that are kept, of up to 4 KB each; every number of 
 
 
 def is_intercepted() -> bool:
-    """Return True under a dispatch or function mode, a transform or torch.jit.trace: kernels must not be called."""
+    """True under a dispatch or function mode, a transform or torch.jit.trace: kernels must not be called."""
     if private.dispatch_modes() or private.function_modes():
         return True
     return is_transformed() or private.tracing_state() is not None
 
 
 def is_transformed() -> bool:
-    """Return True under a functorch transform (`torch.func`) or forward-mode AD, for which the ops have no rules."""
+    """True under a functorch transform (`torch.func`) or forward-mode AD, for which the ops have no rules."""
     return private.transforms_active() or private.forward_level() >= 0
 
 
 def metadata_in_python(*operands: Any) -> Hashable:
-    """Dtype, device, shape and strides of tensors, of lists of them and of None.
-
-    Returns:
-        None where an operand is anything else: a subclass, a sparse or a lazily negated tensor, a list of lists.
-    """
+    """Dtype, device, shape and strides of tensors, lists of them and None; None for anything else."""
     found: list[Hashable] = []
     for operand in operands:
         is_list = type(operand) in (list, tuple)
@@ -75,29 +71,21 @@ of: Callable[..., Hashable] = of_in_python
 
 
 def use(signature: Callable[..., Hashable], faster_metadata: Callable[..., Hashable]) -> None:
-    """Take both from elsewhere, equal where those of the functions here are equal."""
+    """Replace both functions by faster ones, which are equal where these are."""
     global of, metadata
     of, metadata = signature, faster_metadata
 
 
 class Known:
-    """Signatures that have passed a check.
-
-    >>> known = Known()
-    >>> x = torch.ones(2, 3)
-    >>> known.has(signature := of(x)), known.add(signature), known.has(of(x + 1))
-    (False, None, True)
-    """
+    """Signatures that have passed a check; None is never one of them."""
 
     def __init__(self) -> None:
         self._signatures: set[Hashable] = set()
 
     def has(self, signature: Hashable) -> bool:
-        """Return True if it has been added; None never is."""
         return signature in self._signatures
 
     def add(self, signature: Hashable) -> None:
-        """Remember it, unless it is None."""
         if signature is None:
             return
         if len(self._signatures) >= MOST:
