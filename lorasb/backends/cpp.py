@@ -28,8 +28,8 @@ DISABLE = "LORASB_NO_CSRC"  # environment variable: 1 runs without the extension
 CAP = "LORASB_MAX_CPU_ISA"  # environment variable, read by the extension: the best instruction set to use
 CAPS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# On AVX2 the BLAS was slower in fp32 with two threads. In 16 bits that the processor does not multiply, torch takes 3 to
-# 5 times as long as in fp32 forward and about 100 times backward; the extension widens W to fp32 panel by panel.
+# On AVX2 the BLAS was slower in fp32 with two threads. In 16 bits that the processor does not multiply, torch takes 3
+# to 5 times as long as in fp32 forward and about 100 times backward; the extension widens W to fp32 panel by panel.
 LARGE_WEIGHT = 1 << 21  # elements of W; from here on the extension is faster in fp32 (measured on two Zen 3 cores)
 EXTENSION_OPS = (
     "instruction_set",

@@ -31,7 +31,7 @@ def kernel_dropout(dropout: float) -> float:
 
 def philox_mask(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> Tensor:
     """The Triton kernels' mask [M, n] by Philox-4x32-10: True where 16 random bits are at least dropout·2^16."""
-    # 32-bit words in int64. Counter (column // 8, row, 0, 0) gives eight columns a half word each, the lower half first.
+    # 32-bit words in int64. Counter (column // 8, row, 0, 0) gives eight columns a half word each, lower halves first.
     low, (M, n) = 0xFFFFFFFF, shape
     c0 = torch.arange(-(-n // 8), device=device).expand(M, -1)
     c1 = torch.arange(M, device=device)[:, None].expand(c0.shape)

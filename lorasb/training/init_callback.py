@@ -24,7 +24,7 @@ from ..layers.linear import LoRASBLinear
 from ..layers.lookup import adapted_layers
 from ..utils.random_state import rng_untouched
 
-# DPO's columns under `precompute_ref_log_probs`, a number a pair where all else has two rows; where training starts,
+# DPO's columns under `precompute_ref_log_probs`, one number per pair where all else has two rows; where training starts,
 # the policy is the reference.
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 OF_THE_START = ("longest_start", "held_back", "beside", "stability")  # options that a refresh has no use for
@@ -35,13 +35,12 @@ class InitCallback(TrainerCallback):
 
     Samples are drawn from the trainer's data set with a separate seed and collated by the trainer's collator; the order
     of training does not change. η is the peak learning rate divided by the number of warm-up steps (at least 1), as a
-    schedule's very first rate is 0. An adapter that is initialized already is left alone. If training resumes from a
-    checkpoint, A, B and R come from it; under FSDP, which loads R alone, the callback loads A and B.
+    schedule's first rate is 0. An initialized adapter is left alone. If training resumes from a checkpoint, A, B and R
+    come from it; under FSDP, which loads R alone, the callback loads A and B.
 
     With `refresh_at=k`, half of the rank is held back, and filled after k steps from the gradient at the weights
-    reached (`lorasb.refresh`), of other samples, unless they are a stream's or given by `samples`. R, its moments and
-    the schedule go on as they are. A `loss_fn` is called again then, and has to hold away from the base, too, as
-    `preference_loss` does not.
+    reached (`lorasb.refresh`), of other samples where they are drawn from the data set. R, its moments and the schedule
+    are kept. A `loss_fn` is called again then, and must hold away from the base, too, unlike `preference_loss`.
 
     Args:
         num_samples: number of samples over all processes; None takes min(n, max(32, n/1000)).
@@ -50,18 +49,17 @@ class InitCallback(TrainerCallback):
         samples: batches instead of the trainer's own data, or a function that makes them of the model when training
             begins: for reinforcement learning, whose data has prompts and no labels.
         share_factors: let the run's checkpoints share one file of A and B, which only a refresh changes: each further
-            one adds R and the optimizer's state. Every checkpoint folder can still be loaded alone (`shared_factors`).
-        refresh_at: how many steps to make before what is held back (`held_back=`, 0.5) is filled; None for never.
+            one adds R and the optimizer's state. Every checkpoint folder can still be loaded alone.
+        refresh_at: steps before what is held back (`held_back=`, 0.5) is filled; None for never.
         refresh_samples: number of samples then; None for as many as at first.
         options: options of `lorasb.initialize` (`longest_start=`, `cache=`, `loss_fn=`, ...).
 
     Attributes:
-        report: the `InitReport`, once training has begun, and then that of the refresh; None if none ran.
+        report: the `InitReport`, once training has begun, then that of the refresh; None if none ran.
 
     Raises:
-        ValueError: the optimizer holds copies of R, which would overwrite the initialized R; or training resumes,
-            and the A and B that belong to R are not found; or `refresh_at` is no step of the run, or cannot be under
-            the other options.
+        ValueError: the optimizer holds copies of R, which would overwrite the initialized R; training resumes, and the
+            A and B that belong to R are not found; or `refresh_at` is no step of the run, or conflicts with options.
     """
 
     def __init__(
@@ -144,11 +142,10 @@ class InitCallback(TrainerCallback):
         self.report = self._with_samples(call, args, model, train_dataloader, self._count_then(), 1)
 
     def _count_then(self) -> int | None:
-        """Number of samples of the refresh."""
         return self.num_samples if self.refresh_samples is None else self.refresh_samples
 
     def _check_run(self, state: Any, loader: Any, empty: bool) -> None:
-        """Raise a ValueError for a refresh that this run cannot make; warn where it leaves empty what it finds so."""
+        """Raise a ValueError for a refresh that this run cannot make; warn of a rank that stays partly empty."""
         at, steps, count = self.refresh_at, state.max_steps, self._count_then()
         if empty and (at is None or at < state.global_step):
             reason = "refresh_at is not set" if at is None else f"refresh_at={at} has already passed"
@@ -175,14 +172,14 @@ class InitCallback(TrainerCallback):
         count: int | None,
         offset: int,
     ) -> InitReport:
-        """`initialize` or `refresh` on this process's samples; another `offset` draws others."""
+        """Call `initialize` or `refresh` on this process's samples; another `offset` draws others."""
         seed = (args.seed if self.seed is None else self.seed) + offset
         options = {"progress": not args.disable_tqdm} | self.options
         # collators may draw (random masking, on the CPU), and training must draw as without this
         with rng_untouched():
             batches: Any
             if self.samples is None:
-                # drawn already: a limit would count the rows of batches, and those of preferences have two an example
+                # drawn already: a limit would count the rows of batches, and those of preferences have two per example
                 batches, count = _batches(loader, args.per_device_train_batch_size, count, seed), None
             else:
                 batches = iter(self.samples(model) if callable(self.samples) else self.samples)
@@ -191,7 +188,7 @@ class InitCallback(TrainerCallback):
 
 
 def _refresh(optimizer: Any, model: Any, batches: Any, **options: Any) -> InitReport:
-    """`lorasb.refresh` with those of the options that are not about the start."""
+    """Call `lorasb.refresh` with the options that are not about the start."""
     kept = {name: value for name, value in options.items() if name not in OF_THE_START}
     return refresh(model, batches, optimizer=optimizer, **kept)
 
@@ -219,11 +216,8 @@ def _check_refresh(refresh_at: Any, count: Any, samples: Any, options: dict[str,
 
 
 def _restore(args: Any, state: Any, name: str, layers: dict[str, LoRASBLinear], needed: bool) -> None:
-    """Load A and B from the checkpoint that training resumes from.
-
-    Callbacks do not get its folder: `trainer.train(resume_from_checkpoint=...)` does not set `args`. So the folder in
-    `args` and this step's checkpoint in the output folder are tried.
-    """
+    """Load A and B from the checkpoint that training resumes from."""
+    # Callbacks do not get the folder: `trainer.train(resume_from_checkpoint=...)` does not set `args`.
     named = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
     folders = [*named, Path(args.output_dir) / f"checkpoint-{state.global_step}"]
     if not restore_factors(layers, name, folders) and needed:
@@ -235,13 +229,7 @@ def _restore(args: Any, state: Any, name: str, layers: dict[str, LoRASBLinear], 
 
 
 def _batches(loader: Any, batch_size: int, num_samples: int | None, seed: int) -> Iterator[dict[str, Any]]:
-    """Batches of this process's share of the samples.
-
-    Samples are drawn at random from a map-style data set; of a stream, the first `num_samples` are taken.
-
-    Raises:
-        ValueError: a stream without a number of samples, or with fewer.
-    """
+    """Batches of this process's share: random samples of a map-style data set, or the first of a stream."""
     dataset, processes, collate = loader.dataset, Processes(), loader.collate_fn
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         if num_samples is None:
@@ -272,12 +260,10 @@ def _collated(items: Iterable[Any], collate: Any, batch_size: int) -> Iterator[d
 
 
 def _refuse_copies(optimizer: Any, layers: dict[str, LoRASBLinear], name: str) -> None:
-    """Raise if the optimizer holds copies of R: its next step would write them over the initialized R.
-
-    Optimizers with fp32 master weights and DeepSpeed's partitions are made before `on_train_begin`, from the old R.
-    """
+    """Raise if the optimizer holds copies of R: its next step would write them over the initialized R."""
     if optimizer is None:
         return
+    # Optimizers with fp32 master weights and DeepSpeed's partitions are made before `on_train_begin`, from the old R.
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [layer for layer, module in layers.items() if id(module.lorasb_R[name]) not in optimized]
     # Frozen parameters are not given to the optimizer: say that first, as "copies" would be the wrong reason.

@@ -16,15 +16,14 @@ def parameter_groups(
     """The trainable parameters of a model, as groups for `torch.optim.AdamW(lorasb.parameter_groups(model, lr=1e-3))`.
 
     R moves inside a fixed subspace and starts at the first step of full fine-tuning, so its learning rate is larger: 10
-    to 40 times that of full fine-tuning in the sweeps of docs/choosing.md. The paper trains at 1e-4 to 2e-3 (Tables 11
-    and 12). Modules that are trained in full, such as classification heads, may need another.
+    to 40 times that of full fine-tuning in docs/choosing.md; the paper has 1e-4 to 2e-3 (Tables 11 and 12).
 
     Args:
         model: a patched model.
         lr: learning rate of R.
         other_lr: learning rate of every other parameter that requires a gradient; `lr` by default.
-        weight_decay: for parameters other than R of two or more dimensions. R is not decayed: that would pull the
-            update, not a weight, towards zero.
+        weight_decay: for parameters other than R of two or more dimensions. Decay of R would pull the update, not a
+            weight, towards zero.
 
     Returns:
         Up to three groups named "lorasb_R", "other" and "other, not decayed", none of them empty.

@@ -1,4 +1,4 @@
-"""`lorasb.find_lr`: the learning rate of R by short trials from the same start; the model is as it was afterwards."""
+"""`lorasb.find_lr`: the learning rate of R by short trials from the same start, which leave the model as it was."""
 
 from __future__ import annotations
 
@@ -57,20 +57,20 @@ def find_lr(
     optimizer: MakeOptimizer | None = None,
     progress: bool = True,
 ) -> RateTrials:
-    """Try learning rates for a few steps each, and put R's start to the best one's length.
+    """Try learning rates for a few steps each, and scale R's start to the best one.
 
-    At one rank, the best rates of two tasks are up to 8 times apart (REPORT.md): no rule over ranks can follow. A
-    trial trains all that requires a gradient, always on the same batches; then everything is restored to the bit:
-    parameters, random states, train or eval mode. Rates go from `lr` by factors of two, up for as long as the loss
-    falls, else down. An initialization's R is proportional to its η, so R's start is scaled with the rate.
+    The best rates of two tasks at one rank are up to 8 times apart (REPORT.md), so no rule over ranks can replace this.
+    A trial trains all that requires a gradient, always on the same batches; then parameters, random states and train or
+    eval mode are restored to the bit. Rates go from `lr` by factors of two, up while the loss falls, else down. An
+    initialization's R is proportional to its η, so R's start is scaled with the rate.
 
     Args:
         model: a patched and initialized model, or any other whose trained parameters require a gradient.
         batches: training batches with labels; the first `judged` measure the loss, the others are trained on. Per rank.
-        lr: the rate to try first, whose η the initialization had.
+        lr: the rate to try first, the η of the initialization.
         steps: of a trial.
         judged: number of batches whose mean loss decides.
-        accumulation: batches a step.
+        accumulation: batches per step.
         optimizer: from parameters and a rate; AdamW without weight decay if None.
         progress: show a progress bar (on rank 0).
 
@@ -132,15 +132,7 @@ def _search(first: float, loss: Callable[[float], float]) -> dict[float, float]:
 
 
 class _Trial:
-    """Trains from the start of a model at a rate, judges, and restores.
-
-    Args:
-        model: the model.
-        train: the batches of each step.
-        judge: batches.
-        make: an optimizer from parameters and a rate.
-        first: the rate that R's start belongs to.
-    """
+    """Trains from the start of a model (whose R belongs to the rate `first`), judges, and restores."""
 
     def __init__(
         self,
@@ -159,12 +151,12 @@ class _Trial:
 
     @torch.no_grad()
     def scale_start(self, rate: float) -> None:
-        """R's start as an initialization for this rate has it."""
+        """Scale R's start to this rate."""
         for core in self.cores:
             core.mul_(rate / self.first)
 
     def loss(self, rate: float, bar: Any) -> float:
-        """Return the mean loss of the held-out batches after a trial at a rate."""
+        """The mean loss of the held-out batches after a trial at a rate."""
         with _restored(self.model, self.trained):
             self.scale_start(rate)
             self._steps(self.make(self.trained, rate), bar)
@@ -201,7 +193,7 @@ class _Trial:
 
 @contextmanager
 def _restored(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """Put parameters, their gradients, random states and modes back on exit."""
+    """Restore parameters, their gradients, random states and modes on exit."""
     values = [parameter.detach().clone() for parameter in trained]
     gradients = [parameter.grad for parameter in trained]
     modes = [(module, module.training) for module in model.modules()]

@@ -1,11 +1,4 @@
-"""Starts for reinforcement learning: the first step that GRPO or DPO would take with all weights, for `initialize`.
-
-    batches = lorasb.reward_batches(model, tokenizer, prompts, reward)
-    lorasb.initialize(model, iter(batches), lr=eta, loss_fn=lorasb.policy_loss)  # all of them
-
-`policy_loss` has the gradient of GRPO's objective where the policy is the one that sampled; `preference_loss` that of
-DPO's where the policy is the reference, up to β/2, which no sign(G) depends on.
-"""
+"""Starts for reinforcement learning: the first step that GRPO or DPO would take with all weights, for `initialize`."""
 
 from __future__ import annotations
 
@@ -30,17 +23,7 @@ class RewardError(ValueError):
 
 
 def checked_rewards(reward: Reward, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-    """The rewards of completions.
-
-    Args:
-        reward: called as `reward(prompts=..., completions=..., **columns)`.
-        prompts: one for each completion.
-        completions: texts, or chats of one message.
-        columns: further entries of the examples, one for each completion.
-
-    Raises:
-        RewardError: it raised, returned another number of values than completions, or one that is not finite.
-    """
+    """The rewards of completions; a RewardError if the function fails or returns no finite number per completion."""
     name = getattr(reward, "__name__", type(reward).__name__)
     try:
         found = list(reward(prompts=prompts, completions=completions, **columns))
@@ -60,7 +43,7 @@ def checked_rewards(reward: Reward, prompts: Sequence[Any], completions: Sequenc
 
 
 def advantages(rewards: Sequence[float], generations: int) -> list[float]:
-    """(reward − mean) / standard deviation, within groups of `generations` rewards that follow one another."""
+    """(reward − mean) / standard deviation, within groups of `generations` consecutive rewards."""
     found: list[float] = []
     for start in range(0, len(rewards), generations):
         group = rewards[start : start + generations]
@@ -81,24 +64,26 @@ def reward_batches(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> list[dict[str, Tensor]]:
-    """Sample completions, and batches for `policy_loss`: one a prompt, without those whose completions are all as good.
+    """Sample completions, and batches for `policy_loss`: one per prompt whose completions differ in reward.
+
+        batches = lorasb.reward_batches(model, tokenizer, prompts, reward)
+        lorasb.initialize(model, iter(batches), lr=eta, loss_fn=lorasb.policy_loss)  # all of them
 
     Args:
         model: that samples; an adapter that is not initialized leaves the base as it is.
         tokenizer: the model's.
         prompts: texts, or chats: lists of messages with role and content, which end before the answer.
-        reward: see `checked_rewards`.
-        generations: completions of a prompt, two at least.
+        reward: called as reward(prompts=..., completions=...); returns a finite number for each completion.
+        generations: completions per prompt, at least two.
         max_new_tokens: of a completion, at most.
         temperature: of sampling.
         seed: of sampling; the global random state stays as it was.
 
     Returns:
-        For each prompt `input_ids`, `attention_mask` and `completion_mask` [generations, T], and `advantages`; to be
-        taken whole, `initialize(model, iter(batches), ...)`.
+        For each prompt `input_ids`, `attention_mask` and `completion_mask` [generations, T], and `advantages`.
 
     Raises:
-        RewardError: as `checked_rewards`; or no prompt's completions differ in reward.
+        RewardError: `reward` failed or returned something else, or no prompt's completions differ in reward.
     """
     batches = []
     with rng_untouched(), _in_eval_mode(model):
@@ -119,7 +104,7 @@ def reward_batches(
 
 @contextmanager
 def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and each module in its own afterwards."""
+    """The model in eval mode, and each module in its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -162,7 +147,7 @@ def _sampled(
 
 
 def policy_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """−mean over completions of advantage · mean over tokens of log π: GRPO's loss has this gradient at its first step.
+    """−mean over completions of advantage · mean over tokens of log π: GRPO's gradient where the policy has sampled.
 
     Args:
         model: the policy.
@@ -173,12 +158,11 @@ def policy_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def preference_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """−mean of log π(chosen) − log π(rejected): DPO's loss has this gradient, times β/2, where π is the reference.
+    """−mean of log π(chosen) − log π(rejected): DPO's gradient, times β/2, where the policy is the reference.
 
     Args:
         model: the policy.
-        batch: as TRL collates preferences: `input_ids`, `attention_mask` and `completion_mask` [2n, T], the chosen
-            first.
+        batch: `input_ids`, `attention_mask` and `completion_mask` [2n, T], the chosen first, as TRL collates them.
     """
     sums, _ = _log_probabilities(model, batch)
     chosen, rejected = sums.chunk(2)

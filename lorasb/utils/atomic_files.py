@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, which survive a power cut, their digests, and a lock for a folder."""
+"""Atomic writes of files and folders, which survive a power failure, their digests, and a lock for a folder."""
 
 from __future__ import annotations
 
@@ -23,15 +23,10 @@ except ImportError:  # Windows
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; rename it over `path` if the block succeeds, else remove it.
-
-    The temporary file is in the same folder, so that the rename stays within a file system and is atomic.
-
-    Raises:
-        OSError: the file cannot be written, also where safetensors raises another error.
-    """
+    """Yield a temporary path; rename it over `path` if the block succeeds, else remove it; failed writes are OSErrors."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # in the same folder, so that the rename stays within a file system and is atomic
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
     os.close(handle)
     temporary = Path(name)
@@ -51,11 +46,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder next to `path`; replace `path` by it if the block succeeds, else remove it.
-
-    Raises:
-        OSError: a file cannot be written, also where safetensors raises another error.
-    """
+    """Yield a temporary folder; replace `path` by it if the block succeeds, else remove it; failed writes are OSErrors."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
@@ -75,7 +66,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _unwritten(target: Path, error: Exception) -> OSError:
-    """The error with the file's name, which a full disk's has not."""
+    """The error with the file's name, which the error of a full disk lacks."""
     if isinstance(error, OSError):
         return type(error)(error.errno, f"{target} cannot be written: {error.strerror}")
     return OSError(f"{target} cannot be written: {error}")
@@ -93,7 +84,7 @@ def umask() -> int:
 
 
 def _sync(path: Path) -> None:
-    """Write a file's contents, or a folder's entries, to the disk: a rename alone does not survive a power cut."""
+    """Write a file's contents, or a folder's entries, to the disk: a rename alone does not survive a power failure."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:  # a folder that may be written and not listed
@@ -108,7 +99,7 @@ def _sync(path: Path) -> None:
 
 
 def _take_place(folder: Path, target: Path) -> None:
-    """Rename a folder to `target`; one that is there is set aside first, whole, and back if that fails."""
+    """Rename a folder to `target`; an existing one is moved aside first, and back if that fails."""
     if not target.is_dir():
         os.replace(folder, target)
         return
@@ -123,7 +114,6 @@ def _take_place(folder: Path, target: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -144,14 +134,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a folder for this process: its file `.lock`, which the operating system releases when the process ends.
-
-    A folder that did not exist is removed again if it is still empty. Where the file system has no locks, or the folder
-    can only be read, the block runs without one.
-
-    Raises:
-        ValueError: another process holds it; the message has its PID.
-    """
+    """Hold a folder for this process by its file `.lock`; a ValueError with the PID if another process holds it."""
     file = Path(folder, ".lock")
     made = not file.parent.exists()
     lock = _lock(file)
@@ -167,7 +150,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _lock(file: Path) -> TextIO | None:
-    """A locked file with this process's PID; None where that cannot be had."""
+    """A locked file with this process's PID; None where the file system has no locks or is read-only."""
     while fcntl is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

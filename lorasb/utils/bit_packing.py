@@ -11,7 +11,6 @@ WORD = 32
 
 
 def words_of(columns: int) -> int:
-    """Number of words in a row of `columns` booleans."""
     return -(-columns // WORD)
 
 

@@ -9,5 +9,5 @@ CACHE_VARIABLE = "LORASB_CACHE"
 
 
 def cache_dir() -> Path:
-    """$LORASB_CACHE, or ~/.cache/lorasb if it is not set. Read in every call, so that changes take effect."""
+    """$LORASB_CACHE, or ~/.cache/lorasb if it is not set; read in every call."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "lorasb")

@@ -1,4 +1,4 @@
-"""Checks of values that users and their files give: rates, sizes in bytes, patterns that are quick to match."""
+"""Checks of values from users and their files: rates, sizes in bytes, patterns that are quick to match."""
 
 from __future__ import annotations
 
@@ -19,23 +19,13 @@ MAX_REPEATS = 4.0  # factors of a name's length that matching may take: n charac
 SMALL = 0.25
 # Bytes per unit, by its upper-case name: decimal and binary prefixes.
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# Items that one character matches: a repeat of one multiplies the matching time by a name's length, while a repeated
+# group, as in `(a+)+`, can double it per character.
 SINGLE = ("LITERAL", "NOT_LITERAL", "ANY", "IN", "CATEGORY")
 
 
 def check_pattern(pattern: str, where: str, repeats: float = MAX_REPEATS) -> None:
-    """Check a pattern that `re` is to match against names of modules.
-
-    A repeated group, as in `(a+)+`, can take time that doubles with each character of a name. Every repeat of a single
-    character or class multiplies it by the name's length; of alternatives the most expensive one counts.
-
-    Args:
-        pattern: a regular expression.
-        where: its place, for the message.
-        repeats: how many repeats it may have.
-
-    Raises:
-        ValueError: it is no regular expression, it repeats a group, or it has too many repeats.
-    """
+    """Raise a ValueError for a pattern that is no regular expression or may take too long on names of modules."""
     try:
         re.compile(pattern)
         count = _repeats(_parser.parse(pattern))
@@ -54,7 +44,7 @@ def check_pattern(pattern: str, where: str, repeats: float = MAX_REPEATS) -> Non
 
 
 def _repeats(parsed: Any) -> float:
-    """Number of repeats on the most expensive way through a parsed pattern; Inf if it repeats a group."""
+    """Number of repeats on the most expensive path through a parsed pattern; Inf if it repeats a group."""
     if not isinstance(parsed, _parser.SubPattern):
         parts = parsed if isinstance(parsed, list | tuple) else ()
         return sum(_repeats(part) for part in parts)
@@ -79,7 +69,7 @@ DIGITS = {str(_parser.parse(text)[0]) for text in (r"\d", "[0-9]", r"[\d]")}
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Return True if a JSON value has the type of an annotation; lists stand for sets and tuples."""
+    """True if a JSON value has the type of an annotation; lists match sets and tuples."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -112,11 +102,7 @@ def check_lr(lr: float, what: str = "learning rate", zero: bool = False) -> None
 
 
 def parse_size(size: float | str | None) -> float | None:
-    """The number of bytes in a size like 6e9, "6GB" or "512 MiB"; None for None.
-
-    Raises:
-        ValueError: the text is not a size, or the size is not positive.
-    """
+    """Bytes of a size like 6e9, "6GB" or "512 MiB"; None for None; a ValueError if it is no positive size."""
     if size is None:
         return None
     if isinstance(size, str):

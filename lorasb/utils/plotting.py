@@ -13,16 +13,12 @@ INK, MUTED, SIGN, GRAD = "#1b1b1b", "#8a8a8a", "#3568b8", "#d9822b"
 
 
 def installed() -> bool:
-    """Return True if matplotlib is installed; without it a run writes no pictures."""
+    """True if matplotlib is installed; without it a run writes no pictures."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def canvas() -> tuple[Any, Any]:
-    """A figure of the README's width, and its axes.
-
-    Raises:
-        ImportError: matplotlib is not installed; the message has the pip command.
-    """
+    """A figure of the README's width, and its axes; an ImportError with the pip command without matplotlib."""
     try:
         from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's
     except ImportError as error:

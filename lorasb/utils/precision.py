@@ -41,7 +41,6 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The torch dtype."""
         return DTYPES[self.name]
 
 
@@ -105,11 +104,7 @@ def processor_class() -> str:
 
 
 def resolve(name: str, device: str) -> Precision:
-    """The device's native dtype for "auto", else the dtype of that name, after a trial product in it.
-
-    Raises:
-        ValueError: the device cannot multiply the dtype; the message says what to use instead.
-    """
+    """The native dtype for "auto", else the named one; a ValueError if the device cannot multiply it."""
     best = native(device)
     if name == "auto":
         return best
@@ -153,7 +148,7 @@ def _seconds(dtype: torch.dtype, shape: tuple[int, int, int], device: str = "cpu
 
 
 def slowdown_message(name: str) -> str | None:
-    """One line with the measured slowdown, if `name` is a 16-bit dtype that this CPU does not multiply; else None."""
+    """One line with the measured slowdown, if `name` is a 16-bit dtype that is slow on this CPU; else None."""
     if name == "float32" or (name == "bfloat16" and native().name == "bfloat16"):
         return None
     ratio = slowdown(DTYPES[name])
@@ -166,11 +161,7 @@ def slowdown_message(name: str) -> str | None:
 
 
 def warn_if_slow(model: nn.Module) -> None:
-    """Log a warning, once per process and dtype, if the model's 16-bit weights are slow on this CPU.
-
-    The first 16-bit parameter on the CPU decides. Models on other devices (meta included) or in other dtypes are not
-    timed.
-    """
+    """Log a warning, once per process and dtype, if the first 16-bit parameter's dtype is slow on this CPU."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.dtype in (torch.bfloat16, torch.float16):
             if parameter.dtype not in _warned_dtypes:

@@ -11,10 +11,7 @@ import torch
 
 @contextmanager
 def rng_untouched() -> Iterator[None]:
-    """Restore Python's and torch's random states on exit: of the CPU and, once CUDA is in use, of every GPU.
-
-    `torch.manual_seed` seeds them all.
-    """
+    """Restore Python's and torch's random states on exit: of the CPU and, once CUDA is in use, of every GPU."""
     state = random.getstate()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:

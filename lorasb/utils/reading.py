@@ -19,12 +19,7 @@ AGAIN = "copy it again from its source, or save the adapter again with model.sav
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a UTF-8 file, with or without a byte order mark.
-
-    Raises:
-        ValueError: it is in another encoding, or no text.
-        OSError: it cannot be read.
-    """
+    """Read a UTF-8 file, with or without a byte order mark; a ValueError for another encoding."""
     data = Path(path).read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -40,11 +35,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Parse JSON that a user gives.
-
-    Raises:
-        ValueError: it is no JSON, nested too deep, or has an escape that no text can hold (a lone surrogate).
-    """
+    """Parse a user's JSON; a ValueError if it is none, too deep, or has an escape that no text can hold."""
     try:
         value = json.loads(text)
         if "\\u" in text:
@@ -59,12 +50,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        ValueError: it holds no JSON, or something else.
-        OSError: it cannot be read.
-    """
+    """Read a JSON file that holds an object; a ValueError for anything else."""
     value = parse_json(read_text(path), str(path))
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -72,11 +58,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file.
-
-    Raises:
-        ValueError: the file is truncated or damaged.
-    """
+    """Read all tensors of a safetensors file; a ValueError if it is truncated or damaged."""
     from safetensors.torch import load_file  # imports torch, which `lorasb --help` and settings do without
 
     safetensors_header(path)  # with a better message than safetensors' own
@@ -87,14 +69,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def safetensors_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the header of a safetensors file and check that the file is as long as the header says.
-
-    Returns:
-        name -> {"dtype", "shape", "data_offsets"} (and `__metadata__` where the file has one).
-
-    Raises:
-        ValueError: the file is not a safetensors file, or it is truncated; the message has both lengths.
-    """
+    """The header of a safetensors file, name -> {"dtype", "shape", "data_offsets"}; a ValueError if it is damaged."""
     size = os.path.getsize(path)
     length, header = _length_and_header(path)
     if not isinstance(header, dict):
@@ -115,7 +90,7 @@ def safetensors_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Return True for a tensor's entry in a header: a dtype, a shape and the offsets of its bytes."""
+    """True for a tensor's entry in a header: a dtype, a shape and the offsets of its bytes."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
@@ -127,7 +102,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _length_and_header(path: str | os.PathLike[str]) -> tuple[int, Any]:
-    """The length of a file's header in bytes, and what the header holds; None if it cannot be read."""
+    """The length of a file's header in bytes, and the header; None if it cannot be read."""
     with open(path, "rb") as file:
         prefix = file.read(8)  # the header's length, uint64 little-endian; the JSON header and the tensors follow
         # Too short a file counts as a header over the limit, which is not read.
@@ -139,7 +114,6 @@ def _length_and_header(path: str | os.PathLike[str]) -> tuple[int, Any]:
 
 
 def _data_length(header: dict[str, Any]) -> int:
-    """Bytes of all tensors."""
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     # Tensors are contiguous in the format, so the largest end offset is the length of the data.
     return max(ends, default=0)
