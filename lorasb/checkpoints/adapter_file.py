@@ -20,11 +20,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def check_tensors(tensors: dict[str, Tensor], layers: dict[str, Shapes]) -> None:
-    """Check that a state dict holds exactly the factors of `layers` (layer name -> factor -> shape).
-
-    Raises:
-        ValueError: a factor is missing or unexpected, or has another shape or dtype or values that are not finite.
-    """
+    """Raise a ValueError unless a state dict has exactly the factors of `layers` (layer name -> factor -> shape)."""
     factors = group_by_layer(tensors)
     # PEFT loads what matches and reports the rest in a warning: without these checks, a model would run with zeros.
     if not factors and any(".lora_A" in key for key in tensors):
@@ -39,7 +35,7 @@ def check_tensors(tensors: dict[str, Tensor], layers: dict[str, Shapes]) -> None
 
 
 def check_factors(factors: dict[str, dict[str, Tensor]], layers: dict[str, Shapes]) -> None:
-    """Check that every factor of `layers` is there, with its shape and values."""
+    """Raise a ValueError unless every factor of `layers` is there, with its shape and finite values."""
     for name, shapes in layers.items():
         for factor, shape in shapes.items():
             tensor = factors.get(name, {}).get(factor)
@@ -70,16 +66,11 @@ def _check_values(name: str, factor: str, tensor: Tensor) -> None:
 
 
 def group_by_layer(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """layer name -> {"lorasb_A": ..., "lorasb_R": ..., "lorasb_B": ...}; other entries are omitted.
-
-    Keys may have PEFT's prefix, and an adapter name behind the factor's.
-
-    Raises:
-        ValueError: two keys name the same factor of a layer.
-    """
+    """layer name -> {"lorasb_A": ..., "lorasb_R": ..., "lorasb_B": ...}; other entries are left out."""
     layers: dict[str, dict[str, Any]] = {}
     for key, value in tensors.items():
         for factor in FACTORS:
+            # an adapter name may follow the factor's
             name, separator, _ = key.removeprefix(PEFT_PREFIX).rpartition(f".{factor}")
             if separator:
                 if factor in layers.setdefault(name, {}):
@@ -89,10 +80,8 @@ def group_by_layer(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def refuse_other_keys(tensors: Iterable[str], expected: Collection[str]) -> None:
-    """Raise a ValueError for a key of an adapter file that is none of the `expected` ones.
-
-    PEFT loads whatever has the name of a parameter, the base's own included, and ignores the rest in silence.
-    """
+    """Raise a ValueError for a key of an adapter file that is none of the `expected` ones."""
+    # PEFT loads whatever has the name of a parameter, the base's own included, and ignores the rest in silence.
     others = sorted(set(tensors) - set(expected))
     if others:
         raise ValueError(
@@ -114,11 +103,7 @@ def _shapes(factors: dict[str, Tensor]) -> Shapes:
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The contents of adapter_config.json in the folder of a LoRA-SB adapter.
-
-    Raises:
-        ValueError: the file is missing, is not JSON, or belongs to another method.
-    """
+    """The adapter_config.json of a LoRA-SB adapter; a ValueError if it is missing or another method's."""
     file = Path(path) / CONFIG_NAME
     if not file.is_file():
         inside = next((f" (did you mean {one.parent}?)" for one in sorted(Path(path).glob(f"*/{CONFIG_NAME}"))), "")
@@ -130,11 +115,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of an adapter folder, after a check that the file is not truncated.
-
-    Raises:
-        ValueError: the weights are missing, truncated, or hold no LoRA-SB factors or not all of a layer's.
-    """
+    """The tensors of an adapter folder; a ValueError if they are missing, truncated or incomplete."""
     file = Path(path) / WEIGHTS_NAME
     if not file.is_file():
         raise ValueError(f"expected {WEIGHTS_NAME} in {path}, found none")

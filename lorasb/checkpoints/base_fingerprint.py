@@ -22,16 +22,12 @@ def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, str] | None:
 
 
 def difference(weights: Mapping[str, Tensor | None], expected: Mapping[str, str]) -> str | None:
-    """Describe how these weights differ from those of the fingerprint `expected`; None if they agree.
-
-    Values may differ by a rounding to bf16, as the same base may be loaded in another precision. Weights that cannot be
-    read count as equal.
-    """
+    """How these weights differ from a fingerprint's by more than a rounding to bf16; None if they do not."""
     for name, text in expected.items():
         if name not in weights:
             return f"it has no adapted layer {name!r}"
         values, weight = [float(value) for value in text.split()], weights[name]
-        if weight is None or not _readable(weight):
+        if weight is None or not _readable(weight):  # counts as equal
             return None
         num_different = sum(
             abs(a - b) > TOLERANCE * abs(b) + SMALLEST for a, b in zip(_sample(weight), values, strict=True)

@@ -85,12 +85,11 @@ def _base(config: dict[str, Any]) -> str | None:
 
 
 def short(value: Any) -> str:
-    """A value as text; floats with four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _section(config: dict[str, Any], scaling: float) -> str:
-    """The section's Markdown, from an adapter's configuration; rows without a value are omitted."""
+    """The section's Markdown, from an adapter's configuration; rows without a value are left out."""
     rows = _rows(config, scaling)
     table = "\n".join(f"| {name} | {short(value)} |" for name, value in rows.items() if value not in (None, ""))
     return (

@@ -1,8 +1,6 @@
-"""Sharing of A and B, which do not train, between the checkpoints of a run: each stores R and a link to the factors.
+"""Sharing of A and B between the checkpoints of a run: each stores R and the digest of its factors' file, a hard link.
 
-Every checkpoint folder is complete: it has `lorasb_factors.safetensors`, as a hard link where the file system supports
-them, so that any checkpoint may be deleted, copied or loaded alone. `adapter_model.safetensors` holds R, modules that
-are trained in full, and the digest of the factors that R belongs to.
+Every checkpoint folder is complete, so that any of them may be deleted, copied or loaded alone.
 """
 
 from __future__ import annotations
@@ -25,17 +23,14 @@ DIGEST = "lorasb_factors_digest"  # key in adapter_model.safetensors: SHA-256 of
 
 
 def share(folder: Path) -> None:
-    """Split the adapters saved in a checkpoint's folder and its subfolders into R and shared factors.
-
-    An interruption leaves a valid checkpoint: the factors are written before the weights file that refers to them
-    replaces the complete one.
-    """
+    """Split the adapters saved in a checkpoint's folder and its subfolders into R and shared factors."""
     for weights in sorted(folder.rglob(WEIGHTS_NAME)):  # PEFT saves adapters other than "default" in subfolders
         tensors = read_tensors(weights)
         factors = {key: value for key, value in tensors.items() if is_factor(key)}
         if not factors:
             continue
         factors_digest = digest(factors)
+        # first, so that an interruption leaves a valid checkpoint
         _link_or_write(weights.with_name(FACTORS_NAME), factors, factors_digest.hex(), folder)
         other_tensors = {key: value for key, value in tensors.items() if key not in factors}
         other_tensors[DIGEST] = torch.tensor(list(factors_digest), dtype=torch.uint8)
@@ -44,11 +39,7 @@ def share(folder: Path) -> None:
 
 
 def join_factors(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """An adapter's tensors with the factors that they refer to; unchanged if `folder` does not have these.
-
-    Raises:
-        ValueError: the folder's factors are damaged.
-    """
+    """An adapter's tensors with the factors that they refer to; unchanged if `folder` does not have these."""
     expected = referenced_digest(tensors)
     factors = None if expected is None else _beside(folder, expected)
     if factors is None:
@@ -98,12 +89,10 @@ def missing_factors_error(folder: object = None) -> ValueError:
 
 
 def is_factor(key: str) -> bool:
-    """True if a tensor's key is that of an A or a B."""
     return any(f".{factor}" in key for factor in FROZEN_FACTORS)
 
 
 def referenced_digest(tensors: dict[str, Tensor]) -> bytes | None:
-    """The digest of the factors that a checkpoint's tensors refer to; None if they are complete."""
     return bytes(tensors[DIGEST].tolist()) if DIGEST in tensors else None
 
 

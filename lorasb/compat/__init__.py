@@ -1,7 +1,6 @@
-"""Private names and patches of other packages, one module per package: what each is for, and what is done without it.
+"""Private names and patches of other packages, one module per package, from which docs/compatibility.md is made.
 
-docs/compatibility.md is made from these tables by `python docs/make_compatibility.py`. Callers import the modules, not
-the names, so that a package and its registration hook may be imported in any order.
+Callers import the modules, not the names, so that a package and its registration hook may be imported in any order.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ class Private(NamedTuple):
     """A private name of another package.
 
     Attributes:
-        name: dotted name, from a module that can be imported; of an attribute that instances alone have, the class and
-            `()` in front of it: `nn.Module()._forward_hooks`.
+        name: dotted, from a module that can be imported; of an attribute that instances alone have, with `()` after the
+            class: `nn.Module()._forward_hooks`.
         use: purpose.
         absent: what lorasb does if a release of the package no longer has the name.
-        fallback: object that then takes its place; None where the caller has to do without one.
+        fallback: object that then replaces it; None where the caller has to do without one.
     """
 
     name: str
@@ -28,7 +27,7 @@ class Private(NamedTuple):
 
 
 def find(private: Private) -> Any:
-    """Return the object with this name, or the fallback if the installed package does not have it."""
+    """The object with this name, or the fallback if the installed package does not have it."""
     parts = private.name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         try:

@@ -25,16 +25,16 @@ PRIVATE = {
 
 
 def hook_of(module: nn.Module) -> Any:
-    """Return accelerate's hook on a module; None if there is none."""
+    """accelerate's hook on a module; None if there is none."""
     return vars(module).get(HOOK)  # every forward asks: `nn.Module.__getattr__` takes longer than a small product
 
 
 def is_managed(parameter: Tensor | None) -> bool:
-    """Return True if DeepSpeed ZeRO-3 manages a parameter: it is partitioned between forwards."""
+    """True if DeepSpeed ZeRO-3 manages a parameter: it is partitioned between forwards."""
     return hasattr(parameter, PARTITIONED)
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Return True if ZeRO-3 has partitioned the parameter, so that this rank sees an empty tensor."""
+    """True if ZeRO-3 has partitioned the parameter, so that this rank has an empty tensor."""
     # while one is gathered, its numel is the full one
     return is_managed(parameter) and parameter.numel() == 0

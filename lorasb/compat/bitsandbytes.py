@@ -27,19 +27,9 @@ REPACKED_ROWS = 32  # rows that bitsandbytes interleaves for its CPU kernel: `bl
 
 @torch.no_grad()
 def unpack_repacked(weight: Any, state: Any) -> None:
-    """Revert, in place, the repacking that bitsandbytes does in an evaluation on CPUs with bf16 instructions.
-
-    bitsandbytes interleaves the nibbles of 32 rows, which can be reverted, and rounds the scales to bf16. Rounding is
-    lossless only for scales that are bf16 numbers: the largest element of a block of bf16 weights is one, a scale
-    computed from nested statistics is not.
-
-    Args:
-        weight: the packed parameter.
-        state: bitsandbytes' QuantState, with the `original_*` attributes that the repacking left.
-
-    Raises:
-        ValueError: the scales were rounded; the model has to be loaded again.
-    """
+    """Revert bitsandbytes' repacking for CPUs with bf16, in place; a ValueError if its scales were rounded."""
+    # The repacking interleaves the nibbles of 32 rows and rounds the scales to bf16: lossless only for bf16 numbers,
+    # such as the largest element of a block of bf16 weights, but no scale computed from nested statistics.
     if state.original_nested or state.original_dtype != torch.bfloat16:
         why = (
             "its nested statistics were" if state.original_nested else f"the scales of its {state.original_dtype} were"

@@ -88,11 +88,7 @@ def extend_peft_types(name: str) -> None:
 
 
 def extend_loader(complete: Callable[[dict[str, Tensor], str, dict[str, Any]], dict[str, Tensor]]) -> None:
-    """Have `PeftModel.load_adapter` complete what it reads; idempotent.
-
-    Args:
-        complete: called as (tensors, the adapter's folder or hub name, options of the load).
-    """
+    """Have `PeftModel.load_adapter` pass (tensors, folder or hub name, options) to `complete`; idempotent."""
     module: Any = importlib.import_module("peft.peft_model")
     original = getattr(module, "load_peft_weights", None)
     if original is None or hasattr(original, "of_lorasb"):

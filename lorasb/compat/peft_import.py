@@ -28,11 +28,7 @@ def _quiet_bitsandbytes() -> None:
 
 
 class _PeftFinder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find peft and wraps its loader.
-
-    It registers in the loader, not in `find_spec`: `importlib.util.find_spec("peft")` asks whether peft is installed,
-    without importing it.
-    """
+    """Lets the other finders find peft and wraps its loader."""
 
     def __init__(self, register: Callable[[], None]) -> None:
         self.register = register
@@ -49,6 +45,7 @@ class _PeftFinder(importlib.abc.MetaPathFinder):
         finally:
             self.searching = False
         if spec is not None and spec.loader is not None:
+            # not here: `importlib.util.find_spec("peft")` only asks whether peft is installed
             spec.loader = _RegisteringLoader(spec.loader, self)
         return spec
 

@@ -130,28 +130,26 @@ is_functional: Callable[[Tensor], bool] = find(PRIVATE["is_functional"])
 
 
 def storage_key(storage: UntypedStorage) -> int:
-    """Return a number that is equal for one storage only, as long as it lives; also for one without memory."""
+    """A number that is equal for one storage only, while it exists; also for one without memory."""
     return int(storage._cdata)
 
 
 def convolve(module: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """Return a convolution's output with another weight, without a bias."""
+    """A convolution's output with another weight, without a bias."""
     found: Tensor = module._conv_forward(x, weight, None)
     return found
 
 
 def forward_pre_hooks(module: nn.Module) -> list[Any]:
-    """Return a module's forward pre-hooks: a copy, as another thread's may come or go."""
+    """A copy of a module's forward pre-hooks, which other threads may change."""
     return list(module._forward_pre_hooks.values())
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return True if something observes or changes a module's forward or backward."""
     return bool(module._forward_pre_hooks) or has_other_hooks(module)
 
 
 def has_other_hooks(module: nn.Module) -> bool:
-    """Return True if a module has hooks besides forward pre-hooks."""
     return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
@@ -163,22 +161,17 @@ def remove_forward_hooks(module: nn.Module, before: int, after: int) -> None:
 
 
 def uncompiled(model: Any) -> Any:
-    """Return the module that `torch.compile` has wrapped, or the model itself."""
     return getattr(model, "_orig_mod", model)
 
 
 def forward_level() -> int:
-    """Return the level of forward-mode differentiation in progress; -1 outside of it."""
+    """The level of forward-mode differentiation in progress; -1 outside of it."""
     level: int = getattr(forward_ad, "_current_level", -1)  # at every call of an op: not by `find`
     return level
 
 
 def fake_tensor_mode() -> AbstractContextManager[Any]:
-    """Return a mode in which tensors have shapes and no memory.
-
-    Raises:
-        ImportError: this torch has no such mode.
-    """
+    """A mode in which tensors have shapes and no memory; an ImportError if this torch has none."""
     mode = find(PRIVATE["FakeTensorMode"])  # at the call: its modules take long to import
     if mode is None:
         raise ImportError(f"expected {PRIVATE['FakeTensorMode'].name}, which this torch lacks: install {VERIFIED}")

@@ -65,40 +65,38 @@ PRIVATE = {
 
 
 def is_loaded(parameter: Any) -> bool:
-    """Return True if transformers' loader has filled a parameter."""
     return bool(getattr(parameter, LOADED, False))
 
 
 def mark_loaded(parameter: Tensor) -> None:
-    """Mark a parameter that takes the place of one that was loaded."""
+    """Mark a parameter that replaces one that was loaded."""
     setattr(parameter, LOADED, True)
 
 
 def computes_like_mixtral(experts: nn.Module) -> bool:
-    """Return True for experts that compute y = D (act(g)·u), [g, u] = G x, as Mixtral's and Qwen3-MoE's do."""
+    """True for experts that compute y = D (act(g)·u), [g, u] = G x, as Mixtral's and Qwen3-MoE's do."""
     gate = getattr(type(experts), "_apply_gate", None)
     flags = {name: getattr(experts, name, value) for name, value in LIKE_MIXTRAL.items()}
     return getattr(gate, "__module__", None) == GATES and flags == LIKE_MIXTRAL and hasattr(experts, "act_fn")
 
 
 def from_config(kind: Any, config: Any, dtype: Any) -> nn.Module:
-    """Return a model of a transformers class, with random values."""
+    """A model of a transformers class, with random values."""
     model: nn.Module = kind._from_config(config, dtype=dtype)
     return model
 
 
 def name_or_path(model: nn.Module) -> str | None:
-    """Return the folder or hub name that a model was loaded from; None if it was not."""
+    """The folder or hub name that a model was loaded from; None if it was not."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
 def set_name_or_path(config: Any, name: str) -> None:
-    """Set the folder or hub name that a saved model will have been loaded from."""
     config._name_or_path = name
 
 
 def on_one_device(args: Any) -> Any:
-    """The arguments of a process that trains on one GPU. Without a launcher Trainer would take all of them by
-    DataParallel, with as many times the examples per step."""
+    """The arguments of a process that trains on one GPU."""
+    # without a launcher Trainer would take all GPUs by DataParallel, with as many times the examples per step
     args._n_gpu = min(args.n_gpu, 1)
     return args

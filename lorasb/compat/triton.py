@@ -1,7 +1,4 @@
-"""Private names of Triton: launches of a compiled kernel without Triton's own binding of arguments.
-
-Nothing here imports triton before the first call.
-"""
+"""Private names of Triton, to launch compiled kernels without its binding of arguments; imports triton at first use."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ PRIVATE = {
 
 @cache
 def is_verified() -> bool:
-    """Return True if prepared launches were tested with the installed version."""
+    """True if prepared launches were tested with the installed version."""
     try:
         numbers = re.findall(r"\d+", version("triton"))[:2]
     except PackageNotFoundError:
@@ -43,12 +40,12 @@ def is_verified() -> bool:
 
 
 def is_compiled(kernel: Any) -> bool:
-    """Return True if Triton compiles this kernel; its interpreter runs it otherwise, and takes no compiler options."""
+    """True if Triton compiles this kernel; its interpreter, which takes no compiler options, runs it otherwise."""
     return hasattr(kernel, "device_caches")
 
 
 def may_repeat(kernel: Any) -> bool:
-    """Return True if launches of a kernel may be prepared: Triton compiles it, is verified, and nothing observes it."""
+    """True if launches of a kernel may be prepared: Triton compiles it, is verified, and nothing observes it."""
     if not is_verified() or not hasattr(kernel, "device_caches"):
         return False
     runtime = _runtime()
@@ -71,10 +68,7 @@ def compiled(kernel: Any, grid: int, arguments: dict[str, Any], options: dict[st
 def launcher(
     found: Any, grid: int, take: Callable[[tuple[Any, ...]], tuple[Any, ...]], constants: tuple[Any, ...]
 ) -> Callable[[int, tuple[Any, ...], Any], None]:
-    """Return a function of (stream, values, anything) that launches a compiled kernel.
-
-    `take` makes all arguments of the kernel, in their order, of the values followed by the constants.
-    """
+    """A function of (stream, values, anything) that launches a kernel with take(values + constants)."""
     run, function, metadata = found.run, found.function, found.packed_metadata
 
     def launch(stream: int, values: tuple[Any, ...], _: Any) -> None:

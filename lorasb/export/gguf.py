@@ -1,8 +1,4 @@
-"""A plain LoRA as a GGUF file for llama.cpp: `llama-cli -m base.gguf --lora adapter.gguf`.
-
-llama.cpp has its own tensor names. For Llama's layout it also permutes the rows of q and k, as its rotary embedding
-rotates neighboring pairs where transformers' rotates the two halves of a head: the rows of B are permuted alike.
-"""
+"""A plain LoRA as a GGUF file for llama.cpp: `llama-cli -m base.gguf --lora adapter.gguf`."""
 
 from __future__ import annotations
 
@@ -17,7 +13,8 @@ from torch import Tensor
 from ..utils.atomic_files import replacing
 from ..utils.reading import read_json
 
-# transformers' model type -> (llama.cpp's architecture, True if it permutes the rows of q and k)
+# transformers' model type -> (llama.cpp's architecture, True if it permutes the rows of q and k, as its rotary
+# embedding rotates neighboring pairs where transformers' rotates the two halves of a head)
 ARCHITECTURES = {
     "llama": ("llama", True),
     "mistral": ("llama", True),
@@ -31,18 +28,7 @@ FACTOR = re.compile(r"^base_model\.model\.(.+)\.(lora_[AB])\.weight$")
 
 
 def write_gguf(tensors: dict[str, Tensor], alpha: float, config: Any, path: Path) -> Path:
-    """Write lora_A [r, in] and lora_B [out, r] of every layer into one GGUF file.
-
-    Args:
-        tensors: tensors of an exported adapter, under PEFT's names.
-        alpha: lora_alpha; llama.cpp scales by alpha / r.
-        config: the base model's configuration.
-        path: file to write.
-
-    Raises:
-        ImportError: the `gguf` package is not installed.
-        ValueError: llama.cpp has no name for the architecture or a layer, or modules were trained in full.
-    """
+    """Write an exported adapter's lora_A [r, in] and lora_B [out, r] into a GGUF file; alpha is its lora_alpha."""
     try:
         import gguf
     except ImportError:
@@ -94,11 +80,7 @@ def _permute_rows(layer: str, b: Tensor, config: Any) -> Tensor:
 
 
 def base_config(model: Any, name: str | None) -> Any:
-    """The base's configuration, from the model or from the base model's folder that the adapter names.
-
-    Raises:
-        ValueError: neither the model nor the folder has one.
-    """
+    """The base's configuration, from the model or its folder; a ValueError if neither has one."""
     model_config = getattr(model, "config", None) if isinstance(model, torch.nn.Module) else None
     if model_config is not None and not isinstance(model_config, dict):
         return model_config

@@ -57,7 +57,7 @@ def export_lora(
         model: a patched model, or the folder of a saved adapter.
         path: the folder to write: adapter_config.json, adapter_model.safetensors, README.md; or adapter.gguf.
         adapter_name: which adapter of the model; the active one by default.
-        dtype: dtype of the written tensors; fp32 keeps R's precision.
+        dtype: of the written tensors; fp32 keeps R's precision.
         format: "peft" for PEFT, and for vLLM where no experts are adapted; "vllm" with a linear for each expert, at a
             rank that vLLM takes; or "gguf" for llama.cpp, in fp32 (`lorasb.export.gguf.ARCHITECTURES`).
         quiet: do not print the serving command.
@@ -66,8 +66,8 @@ def export_lora(
         The folder, or the GGUF file.
 
     Raises:
-        ValueError: not a LoRA-SB adapter, an uninitialized or merged one, or values that are not finite in `dtype`;
-            or the output folder has a LoRA-SB adapter.
+        ValueError: not a LoRA-SB adapter, an uninitialized or merged one, values that are not finite in `dtype`, or a
+            LoRA-SB adapter in the output folder.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -95,7 +95,7 @@ def export_lora(
 
 
 def _refuse_adapters_folder(folder: Path) -> None:
-    """Raise a ValueError if the plain LoRA would take the place of a LoRA-SB adapter, whose R it does not have."""
+    """Raise a ValueError if the plain LoRA would replace a LoRA-SB adapter, whose R it does not have."""
     try:
         kind = read_json(folder / CONFIG_NAME).get("peft_type")
     except (OSError, ValueError):
@@ -129,11 +129,7 @@ def _entries(
 
 
 def _vllm_rank(rank: int) -> int:
-    """The smallest rank that vLLM takes and that fits.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The smallest rank that vLLM takes and that fits; a ValueError if there is none."""
     for choice in VLLM_RANKS:
         if choice >= rank:
             return choice
@@ -160,7 +156,7 @@ def _write_gguf(
 
 
 def serve_command(base: str | None, folder: Path, rank: int) -> str:
-    """The vLLM command for an exported adapter, with the smallest `--max-lora-rank` that vLLM accepts and that fits."""
+    """The vLLM command for an exported adapter, with the smallest `--max-lora-rank` that vLLM accepts."""
     try:
         fitting = _vllm_rank(rank)
     except ValueError as error:  # stock PEFT still reads the folder
@@ -203,16 +199,13 @@ def _lora_factors(factors: dict[str, Tensor], scaling: float, rank: int) -> tupl
 
 
 def fuse_experts(factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The factors of experts in PEFT's layout: A [E·r, in], expert by expert, and B [out, r·E], the expert fastest.
-
-    PEFT wraps a module once per parameter: the factors of the last parameter have the module's name, those of an
-    earlier one are under `base_layer`.
-    """
+    """Factors of experts in PEFT's layout: A [E·r, in], expert by expert, and B [out, r·E], the expert fastest."""
     joined = {name: pair for name, pair in factors.items() if parameter_of(name) is None}
     groups: dict[str, list[str]] = {}
     for name in factors:
         groups.setdefault(parameter_of(name) or "", []).append(name)
-    # "...experts.gate_up_proj.3" is expert 3 of the parameter gate_up_proj of the module experts
+    # "...experts.gate_up_proj.3" is expert 3 of the parameter gate_up_proj of the module experts. PEFT wraps a module
+    # once per parameter: the last one's factors have the module's name, an earlier one's are under `base_layer`.
     for module in {group.rpartition(".")[0] for group in groups if group}:
         name_in_peft = module
         for parameter in [f"{module}.{name}" for name in reversed(NAMES) if f"{module}.{name}" in groups]:

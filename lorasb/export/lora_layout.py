@@ -1,9 +1,4 @@
-"""Names and shapes of a plain LoRA's factors: PEFT's for embeddings and convolutions, vLLM's for experts.
-
-vLLM expands its module `experts` to one entry per expert and projection, `experts.{e}.{name}`, with the names that the
-model's checkpoint has (`process_packed_modules_mapping`, vllm/lora/utils.py). It does not read PEFT's layout of
-`target_parameters`, which has all experts in one tensor.
-"""
+"""Names and shapes of a plain LoRA's factors: PEFT's for embeddings and convolutions, vLLM's for experts."""
 
 from __future__ import annotations
 
@@ -33,19 +28,10 @@ def refuse_slices(kinds: Mapping[str, Sequence[Any]]) -> None:
 
 
 def in_pefts_layout(name: str, a: Tensor, b: Tensor, kind: Sequence[Any] | None) -> dict[str, Tensor]:
-    """State dict entries of one layer's lora_A [r, in] and lora_B [out, r].
-
-    Args:
-        name: of the layer.
-        a, b: its factors.
-        kind: its entry of the config's `layer_kinds`: [kind, parameter, groups, *shape]; None for a linear.
-
-    Raises:
-        ValueError: a convolution in groups, or attention, which PEFT's LoRA cannot hold as we have them.
-    """
+    """State dict entries of a layer's lora_A [r, in], lora_B [out, r] by its `layer_kinds` entry (None: a linear)."""
     if kind is None:
         return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-    what, _, groups, *shape = kind
+    what, _, groups, *shape = kind  # the second is the parameter
     if what == EMBEDDING:
         return {f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b}
     if what == CONVOLUTION:
@@ -63,15 +49,10 @@ def in_pefts_layout(name: str, a: Tensor, b: Tensor, kind: Sequence[Any] | None)
     )
 
 
+# vLLM expands its module `experts` to one entry per expert and projection, `experts.{e}.{name}`, with the checkpoint's
+# names (`process_packed_modules_mapping`, vllm/lora/utils.py); it does not read PEFT's layout of `target_parameters`.
 def per_expert(factors: dict[str, Pair], model_type: str | None) -> dict[str, Pair]:
-    """Every layer's lora_A [r, in] and lora_B [out, r] by vLLM's names.
-
-    Gate and up share their A, and each has its half of B.
-
-    Args:
-        factors: by our names, `...experts.gate_up_proj.3` for expert 3.
-        model_type: of the base's config.
-    """
+    """Every layer's lora_A [r, in] and lora_B [out, r] by vLLM's names."""
     named: dict[str, Pair] = {}
     (gate, up, down), mine, theirs = OTHER_NAMES.get(model_type or "", (PROJECTIONS, "", ""))
     for name, (a, b) in factors.items():
@@ -84,6 +65,7 @@ def per_expert(factors: dict[str, Pair], model_type: str | None) -> dict[str, Pa
         if projection == DOWN:
             named[f"{expert}.{down}"] = a, b
         else:
+            # they share A, and each has its half of B
             named[f"{expert}.{gate}"], named[f"{expert}.{up}"] = ((a, half) for half in b.chunk(2))
     return named
 

@@ -23,9 +23,9 @@ def adapter_delta(
 ) -> dict[str, Tensor]:
     """An adapter's tensors for a process that serves the same base: no weight is merged, none of the base is sent.
 
-    A trainer sends `adapter_delta(model, "basis")` once and `adapter_delta(model, "core")` after every step: 4·r² bytes
-    a layer, 3.7 MB for the 224 linears of a 7B Llama at r = 64. The other side makes the plain LoRA of the two with
-    `lora_of`. A and B do not train, so that is all; after `lorasb.refresh` send them again.
+    A trainer sends `adapter_delta(model, "basis")` once, and again after `lorasb.refresh`, and "core" after every step:
+    4·r² bytes per layer, 3.7 MB for the 224 linears of a 7B Llama at r = 64. The other side makes the plain LoRA of the
+    two with `lora_of`.
 
     Args:
         model: a patched model.
@@ -35,7 +35,7 @@ def adapter_delta(
 
     Returns:
         Tensors by name, on the model's device; those of "basis" and "core" are the adapter's own where no dtype or
-        scale changes them: copy them before the next step if they are kept.
+        scale changes them: copy them to keep them beyond the next step.
 
     Raises:
         ValueError: an unknown part, or an adapter that is not initialized.
@@ -67,7 +67,7 @@ def lora_of(
     kinds: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """The plain LoRA of a basis and R's, as `adapter_delta(model)` gives it where both come from: lora_alpha = r.
+    """The plain LoRA of a basis and R's, as `adapter_delta(model)` gives it on the trainer's side: lora_alpha = r.
 
     Args:
         basis: of `adapter_delta(model, "basis")`.

@@ -63,5 +63,4 @@ FORMATS = (
 
 
 def format_of(layer: nn.Module) -> Format | None:
-    """The format of a layer, if it is in `FORMATS`."""
     return next((one for one in FORMATS if one.matches(layer)), None)

@@ -43,7 +43,6 @@ class QuantState:
 
     @property
     def nested(self) -> bool:
-        """True if the scales are quantized themselves (double quantization)."""
         return self.state2 is not None
 
     def to(self, device: torch.device | str) -> QuantState:
@@ -54,7 +53,7 @@ class QuantState:
         return QuantState(absmax, code, self.blocksize, self.quant_type, self.shape, self.dtype, offset, state2)
 
     def as_tensors(self) -> dict[str, Tensor]:
-        """The entries of a state dict, as bitsandbytes writes them: tensors, and metadata as JSON in a uint8 tensor."""
+        """The entries of a state dict as bitsandbytes writes them: tensors, and metadata as JSON in uint8."""
         metadata: dict[str, Any] = {"quant_type": self.quant_type, "blocksize": self.blocksize}
         metadata |= {"dtype": _name(self.dtype), "shape": list(self.shape or ())}
         tensors = {"absmax": self.absmax, "quant_map": self.code}
@@ -68,11 +67,7 @@ class QuantState:
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> QuantState:
-        """The state from the entries of a state dict, without the weight's prefix.
-
-        Raises:
-            ValueError: entries are missing.
-        """
+        """The state from a state dict's entries without the weight's prefix; a ValueError if some are missing."""
         metadata = _metadata(tensors)
         offset, state2 = None, None
         if "nested_absmax" in tensors:
@@ -84,7 +79,7 @@ class QuantState:
 
 
 def _metadata(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The JSON entry of a state dict, once the others that it needs are there."""
+    """The JSON entry of a state dict; a ValueError if entries are missing."""
     keys = [key for key in tensors if key.startswith(KEY)]
     if len(keys) != 1 or not {"absmax", "quant_map"} <= set(tensors):
         raise ValueError(f"expected absmax, quant_map and {KEY}nf4 of a 4-bit weight, got {sorted(tensors)}")
@@ -96,10 +91,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def view_as_storage(packed: Tensor, storage: torch.dtype) -> Tensor:
-    """Packed bytes [n, 1] viewed as another dtype, zero-padded to a multiple of its size.
-
-    bitsandbytes' `quant_storage`: FSDP groups parameters of one dtype only, so packed weights take the model's.
-    """
+    """Packed bytes [n, 1] viewed as another dtype, zero-padded to a multiple of its size."""
+    # bitsandbytes' `quant_storage`: FSDP groups parameters of one dtype only, so packed weights take the model's.
     octets = packed.reshape(-1).view(torch.uint8)
     octets = nn.functional.pad(octets, (0, -len(octets) % storage.itemsize))
     return octets.view(storage)[:, None]

@@ -26,7 +26,7 @@ INT8, FOUR_BIT, FOUR_BIT_NESTED = "int8", "4bit", "4bit nested"  # layouts of a 
 
 
 class QuantizedTensors(NamedTuple):
-    """The tensors of a quantized weight [out, in] by name; ops pass them as a flat list, which `of` takes apart.
+    """The tensors of a quantized weight [out, in] by name; ops pass them as a flat list, which `of` unpacks.
 
     int8: codes [out, in] int8 and absmax, the row scales [out] fp32. 4 bits: codes, the packed bytes [ceil(out·in / 2)]
     uint8, absmax [blocks] fp32 and codebook [16] fp32. Nested: absmax is uint8, and its own statistics follow.
@@ -41,12 +41,10 @@ class QuantizedTensors(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> QuantizedTensors:
-        """[codes, scales], [bytes, absmax, codebook], or these with [nested absmax, nested codebook, offset]."""
         return cls(*tensors)
 
     @property
     def kind(self) -> str:
-        """The layout: "int8", "4bit" or "4bit nested"."""
         if self.codebook is None:
             return INT8
         return FOUR_BIT if self.nested_absmax is None else FOUR_BIT_NESTED
@@ -57,7 +55,7 @@ class QuantizedWeight:
     """W [out, in] in 4 or 8 bits.
 
     Attributes:
-        tensors: [bytes, absmax, table], nested [bytes, absmax8, table, absmax2, table2, offset], or [codes, scales].
+        tensors: in the order of `QuantizedTensors`.
         shape: (out, in).
         dtype: of W before quantization, and after dequantization.
         kind: "nf4", "fp4" or "int8".
@@ -74,7 +72,6 @@ class QuantizedWeight:
 
     @property
     def device(self) -> torch.device:
-        """The device of the packed weight and its statistics."""
         return self.tensors[0].device
 
     @property
@@ -89,28 +86,18 @@ class QuantizedWeight:
 
     @property
     def storage_layout(self) -> list[int]:
-        """[block, block2, rounding] for `serve_quantized`, which is independent of the dtype of the product."""
+        """[block, block2, rounding] for `serve_quantized`, whatever the dtype of the product."""
         return [self.block, self.block2, ROUNDING[self.dtype]]
 
     def layout(self, dtype: torch.dtype) -> list[int]:
-        """[block, block2, rounding] for a product in `dtype`.
-
-        bitsandbytes dequantizes to W's own dtype and casts from there. A rounding to that dtype is needed only if it is
-        neither fp32, in which W is computed anyway, nor the dtype that it is cast to.
-        """
+        """[block, block2, rounding] for a product in `dtype`."""
+        # bitsandbytes dequantizes to W's own dtype and casts from there; W is computed in fp32 here
         needs_no_rounding = self.dtype in (dtype, torch.float32)
         return [self.block, self.block2, 0 if needs_no_rounding else ROUNDING[self.dtype]]
 
 
 def of_module(module: nn.Module) -> QuantizedWeight | None:
-    """The storage of a quantized linear layer; None for a dense one.
-
-    A weight that bitsandbytes repacked for its CPU kernel is first unpacked, in place, if that is lossless.
-
-    Raises:
-        ValueError: the storage is incomplete, not finite, or cannot be unpacked; the message says why.
-        TypeError: the layer holds 16-bit weights and quantizes them in every call.
-    """
+    """The storage of a quantized linear (repacked weights are unpacked in place); None for a dense one; raises if invalid."""
     weight: Any = module._parameters.get("weight")
     if weight is None:
         return None
@@ -145,11 +132,7 @@ def of_weight(weight: Any) -> QuantizedWeight | None:
 
 
 def of_state(packed: Tensor, state: Any) -> QuantizedWeight:
-    """The storage from a packed tensor and bitsandbytes' QuantState, or ours.
-
-    Raises:
-        ValueError: the two do not belong together, or hold values that no quantizer writes.
-    """
+    """The storage from a packed tensor and bitsandbytes' QuantState, or ours; a ValueError if they do not match."""
     octets = _octets(packed, state)
     tensors = [octets, state.absmax.reshape(-1), state.code]
     block2 = 256

@@ -1,7 +1,6 @@
 """4-bit quantization of a weight, bit-equal to bitsandbytes' and without it.
 
-Bit-equality fixes the arithmetic here: what is a multiplication by a reciprocal and what a division, and which of two
-equally near table entries is chosen, follows bitsandbytes' kernels.
+Bit-equality fixes which multiplications are by a reciprocal, and which of two equally near table entries is chosen.
 """
 
 from __future__ import annotations
@@ -27,15 +26,7 @@ CHUNK = 1 << 22  # elements quantized at a time, which bounds temporaries to a f
 def quantize_4bit(
     weight: Tensor, kind: str = "nf4", blocksize: int = 64, nested: bool = False
 ) -> tuple[Tensor, QuantState]:
-    """Quantize W to 4 bits, bit-equal to bitsandbytes' `quantize_4bit` on the weight's device.
-
-    Each block is divided by its largest absolute value; each element becomes the index of the nearest table entry.
-
-    Args:
-        weight: W [out, in], fp32, bf16 or fp16.
-        kind: "nf4" or "fp4".
-        blocksize: number of elements that share a scale.
-        nested: quantize the scales, too.
+    """Quantize W [out, in] to 4 bits, bit-equal to bitsandbytes' `quantize_4bit` on the weight's device.
 
     Returns:
         Packed nibbles [ceil(out·in / 2), 1], uint8, and the statistics.
@@ -61,11 +52,9 @@ def quantize_4bit(
 
 
 def _scale(chunk: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Elements [n] divided by their blocks' absmax, and the absmax [ceil(n / block)].
-
-    As in bitsandbytes, full blocks are multiplied by the reciprocal and a last, partial block is divided; the results
-    may differ in the last bit. The divisor is at least 1e-38, for blocks of zeros.
-    """
+    """Elements [n] divided by their blocks' absmax, and the absmax [ceil(n / block)]."""
+    # As in bitsandbytes, full blocks are multiplied by the reciprocal and a last, partial block is divided, which may
+    # differ in the last bit. The divisor is at least 1e-38, for blocks of zeros.
     full = len(chunk) // block * block
     blocks, partial = chunk[:full].view(-1, block), chunk[full:]
     absmax = blocks.abs().amax(-1)

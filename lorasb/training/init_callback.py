@@ -24,8 +24,8 @@ from ..layers.linear import LoRASBLinear
 from ..layers.lookup import adapted_layers
 from ..utils.random_state import rng_untouched
 
-# DPO's columns under `precompute_ref_log_probs`, one number per pair where all else has two rows; where training starts,
-# the policy is the reference.
+# DPO's columns under `precompute_ref_log_probs`, one number per pair where all else has two rows; where training
+# starts, the policy is the reference.
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 OF_THE_START = ("longest_start", "held_back", "beside", "stability")  # options that a refresh has no use for
 

@@ -23,7 +23,7 @@ except ImportError:  # Windows
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path; rename it over `path` if the block succeeds, else remove it; failed writes are OSErrors."""
+    """Yield a temporary path, and rename it over `path` if the block succeeds; failed writes are OSErrors."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # in the same folder, so that the rename stays within a file system and is atomic
@@ -46,7 +46,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder; replace `path` by it if the block succeeds, else remove it; failed writes are OSErrors."""
+    """Yield a temporary folder, and replace `path` by it if the block succeeds; failed writes are OSErrors."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))

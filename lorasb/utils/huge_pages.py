@@ -8,8 +8,8 @@ import mmap
 import torch
 from torch import Tensor
 
-# Reading 64 pieces of 8 KB, spread over 1.7 GB, once each took 1.2 times as long in pages of 4 KB on two Zen 5 cores and
-# up to 4.7 times on two Zen 3 cores, where the first write to such pages also takes 4 times as long.
+# Reading 64 pieces of 8 KB, spread over 1.7 GB, once each took 1.2 times as long in pages of 4 KB on two Zen 5 cores
+# and up to 4.7 times on two Zen 3 cores, where the first write to such pages also takes 4 times as long.
 LEAST = 1 << 22  # bytes; less is served by torch's allocator
 
 
