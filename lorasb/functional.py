@@ -34,8 +34,8 @@ def lora_sb_linear(
 ) -> Tensor:
     """y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias (paper, Eq. 3), or with one R per row of a batch.
 
-    Gradients: with u = x Aᵀ, t = dy B and w = s·t R, dR = s·tᵀ u and dx = dy W + w A. W, A, B and bias are frozen and
-    get no gradients. Saved for backward: u [M, r], where M is the number of rows of x, but not x.
+    Gradients: with u = x Aᵀ, t = dy B and w = s·t R, dR = s·tᵀ u and dx = dy W + w A; W, A, B and bias are frozen.
+    Saved for backward: u [M, r], where M is the number of rows of x, but not x.
 
     Args:
         x: [..., in], fp64, fp32, bf16 or fp16; one to four dimensions, M = 0 included.
@@ -115,10 +115,7 @@ def _call(
 
 
 def _composes(kernels: Kernels, x: Tensor, weights: list[Tensor], frozen: tuple[Tensor, ...]) -> bool:
-    """True if a small dense call is faster composed of torch's own ops, which would compute it in any case.
-
-    `cpp` computes dense layers by eager torch too, unless the extension serves their dtype and size, or few tokens.
-    """
+    """True if a small dense call is faster composed of torch's own ops, which would compute it in any case."""
     if not x.is_cpu:
         return False
     if kernels.forward is cpp.forward and (cpp.serves(x.dtype, weights) or cpp.serves_few(x, weights)):
@@ -169,13 +166,10 @@ def _served(
     bias: Tensor | None,
     scaling: float,
 ) -> Tensor | None:
-    """y of a call without gradients, from the current backend's `serve_quantized`; None if it has none.
-
-    The op checks, casts and computes in one call: for a single token, the checks and the choice of a kernel in Python
-    take as long as the product itself.
-    """
+    """y of a call without gradients, from the current backend's `serve_quantized`; None if it has none."""
     if torch.is_grad_enabled() or not x.is_cpu or is_transformed():
         return None
+    # For a single token, the checks and the choice of a kernel in Python take as long as the product itself.
     serve = direct_kernel("serve_quantized", current_backend())
     if serve is None:
         return None
@@ -239,11 +233,10 @@ def lora_sb_linear_group(
 ) -> list[Tensor]:
     """y_i = x W_iᵀ + s_i·x A_iᵀ R_iᵀ B_iᵀ + bias_i for linears that read the same x.
 
-    One pass over x in forward and one write of dx in backward, where separate calls read x and add to dx once per
-    member. Arguments are as for `lora_sb_linear`, with one entry per member; empty `biases` mean no bias for any
-    member, empty `scalings` mean s = 1 for all. `dropout` is that of all members, each with its own mask, which
-    separate calls in the same order would draw too. With `index` [n], each lora_R is a stack [K, r, r], and row x[i] of
-    x [n, ..., in] is computed with lora_R_j[index[i]] in every member j.
+    One pass over x in forward and one write of dx in backward, instead of one per member. Arguments are as for
+    `lora_sb_linear`, with one entry per member; empty `biases` mean no bias, empty `scalings` s = 1. Each member has
+    its own dropout mask, as from separate calls in the same order. With `index` [n], each lora_R is a stack [K, r, r],
+    and row x[i] of x [n, ..., in] is computed with lora_R_j[index[i]] in every member j.
 
     Returns:
         The y_i [..., out_i].

@@ -1,4 +1,4 @@
-"""`LoRASBConfig` and PEFT's names for the method. Imports checkpoints and utils.
+"""`LoRASBConfig` and PEFT's names for the method.
 
 PEFT is imported here, before any module of the package: it registers the tuner, which imports these modules.
 """

@@ -1,7 +1,4 @@
-"""`LoRASBConfig`: which layers are adapted, at which rank, and how A, R and B are initialized.
-
-It is saved next to the weights as adapter_config.json, in PEFT's layout.
-"""
+"""`LoRASBConfig`, saved next to the weights as adapter_config.json, in PEFT's layout."""
 
 from __future__ import annotations
 
@@ -46,10 +43,7 @@ RESOLVED = (
 
 
 class WrittenHere(dict[str, Any]):
-    """A field that patching or an initialization wrote in this process.
-
-    `dataclasses.replace` and `copy` hand it on, and what they give is a request for a new adapter, not a saved one.
-    """
+    """A field that patching or an initialization wrote in this process; copies of it request a new adapter."""
 
 
 # `__post_init__` looks up PeftType(PEFT_NAME), also where the config is imported before the method is registered.
@@ -64,31 +58,31 @@ class LoRASBConfig(PeftConfig):
         r: rank. `None` means 64, capped at a smaller layer's min(in_features, out_features); an explicit rank above
             that is an error which names the layer.
         target_modules: names (matched by suffix) of linears, embeddings, convolutions or attention; a regex; or
-            "all-linear", which leaves out output embeddings and modules that are missing from the base's checkpoint
-            (heads, poolers): those are trained in full.
+            "all-linear", without output embeddings and modules that are missing from the base's checkpoint (heads,
+            poolers), which are trained in full.
         target_parameters: names (matched by suffix) of parameters, such as experts' 3-D weights: every matrix of one
-            gets its own A, R and B. Experts that are computed as Mixtral's and Qwen3-MoE's are opened into linears,
-            others are computed with the sum of weights.
+            gets its own A, R and B. Experts that compute as Mixtral's and Qwen3-MoE's are opened into linears, others
+            are computed with the sum of weights.
         exclude_modules: names or a regex of modules to leave alone.
         layers_to_transform: indices of the blocks to adapt; `layers_pattern` names the list they index.
         rank_pattern: name or regex -> rank, for layers that differ from `r`.
         lora_dropout: probability of dropping an element of the adapter's input.
-        basis: name of an adapter of the model, whose A and B this one has: the same tensors. R is all that it has for
-            itself, and all that is saved, with the digest of A and B. Layers, ranks and s are the basis's.
+        basis: name of an adapter of the model, whose A, B, layers, ranks and s this one shares. R alone is trained and
+            saved, with the digest of A and B.
         basis_start: R of an adapter on a basis: "zero", or "same", a copy of the basis's.
-        bias: which of the base's biases are trained and saved too: "none", "all" or "lorasb_only", those of the adapted
+        bias: biases of the base that are trained and saved too: "none", "all" or "lorasb_only", those of the adapted
             layers. With trained biases a disabled adapter is not the base model.
-        scaling: s. LoRA-SB needs no tuning here: its equivalent gradient does not depend on s (Theorem 5).
+        scaling: s. Needs no tuning: LoRA-SB's equivalent gradient does not depend on s (Theorem 5).
         init: "update" (LoRA-SB, Eq. 6-8), "lora-xs" (SVD of W, Σ in A as its authors have it), "lora-xs-output" (Σ in
             B), "kaiming" (SVD of a random matrix, Table 5) or "random" (orthonormal A and B, R = 0: the control). All
             but the first need no data: the adapter is initialized when the model is patched.
-        init_seed: seed of a data-free init when a model is patched; `lorasb.initialize(model, seed=...)` has its own.
+        init_seed: seed of a data-free init when a model is patched; not of `lorasb.initialize(model, seed=...)`.
         lora_alpha: only for init="lora-xs" and "lora-xs-output", whose scaling is alpha/r. Defaults to r for language
             models and to 16 for classification.
         equivalent_gradient: replace R's gradient by Theorem 3's closed form. Needed only where the factors are not
             orthonormal; with LoRA-SB's own it changes nothing but s.
-        wide_factors: keep A and B in fp32 over a base in 16 bits, and compute the adapter in fp32, as PEFT's
-            LoRA does, for more memory and time.
+        wide_factors: keep A and B in fp32 over a base in 16 bits, and compute the adapter in fp32, as PEFT's LoRA
+            does, for more memory and time.
         group: compute linears that read the same input (q, k and v; gate and up) in one call. None: on machines with a
             GPU, where it halves the host's time per layer; on CPUs it gained nothing.
         modules_to_save: modules that are trained and saved in full. Modules that are missing from the base's
@@ -100,8 +94,8 @@ class LoRASBConfig(PeftConfig):
         init_provenance: written by `lorasb.initialize`: data, seed, learning rate, samples, versions.
         layer_kinds: written when a model is patched: kind and shape of adapted parameters that are no linear's weight.
         base_fingerprint: written when a model is patched: sampled weights that identify the base model.
-        check_base: compare the base model with the fingerprint of a loaded adapter, and write one when a model is
-            patched. `PeftModel.from_pretrained(base, folder, check_base=False)` loads an adapter on another base.
+        check_base: compare the base model with a loaded adapter's fingerprint, and write one when a model is patched.
+            `PeftModel.from_pretrained(base, folder, check_base=False)` loads an adapter on another base.
 
     Raises:
         ValueError: a field has a value that no model can use; the message says which are allowed.
@@ -241,7 +235,6 @@ class LoRASBConfig(PeftConfig):
         self._asked = {name: copy.copy(getattr(self, name)) for name in RESOLVED}
 
     def scaling_for(self, r: int) -> float:
-        """The scaling s of a layer of rank `r`."""
         if not self.init.startswith("lora-xs"):
             return self.scaling
         # task_type is a TaskType member or a plain string; str() of the member is "TaskType.SEQ_CLS"
@@ -270,11 +263,7 @@ class LoRASBConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> LoRASBConfig:
-        """Read a configuration; if the weights are in the same folder, first check that their file is not truncated.
-
-        Raises:
-            ValueError: no configuration there, or a truncated weights file.
-        """
+        """Read a configuration; a ValueError if there is none, or the weights file next to it is truncated."""
         weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
         # PEFT reads the config before it patches the model, so a truncated file is refused with the model untouched
         names = tuple(safetensors_header(weights)) if weights.is_file() else None
@@ -303,7 +292,7 @@ def _warn_of_embeddings(weights: Path, trained: Collection[str]) -> None:
 
 
 def _check_types(config: LoRASBConfig) -> None:
-    """Raise a TypeError for a field whose value from a file has another type than it is declared with."""
+    """Raise a TypeError for a field from a file that has another type than it is declared with."""
     hints = get_type_hints(LoRASBConfig)
     for one in fields(LoRASBConfig):
         value = getattr(config, one.name)
@@ -326,10 +315,8 @@ TASK_BY_SUFFIX = {
 
 
 def infer_task_type(model: Any) -> str | None:
-    """PEFT's task type for a transformers model; None if its class name fits none.
-
-    PEFT's task-specific wrappers pass `input_ids`, so audio and vision models get None and the generic wrapper.
-    """
+    """PEFT's task type for a transformers model; None if its class name fits none."""
+    # PEFT's task-specific wrappers pass `input_ids`, so audio and vision models get the generic wrapper
     if "input_ids" not in inspect.signature(model.forward).parameters:
         return None
     name = type(model).__name__

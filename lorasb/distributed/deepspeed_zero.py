@@ -17,13 +17,7 @@ _factor_copies: WeakKeyDictionary[nn.Module, dict[str, dict[str, Tensor]]] = Wea
 
 
 def keep_factors(layers: Mapping[str, LoRASBLinear], name: str, first: bool) -> None:
-    """Gather A and B and copy them to host memory for later saves; a collective that every rank has to call.
-
-    Args:
-        layers: layers that have the adapter, by name, in the same order on every rank.
-        name: adapter name.
-        first: True on the rank that saves.
-    """
+    """Copy A and B to host memory of the `first` rank for later saves; a collective that every rank has to call."""
     for layer in layers.values():
         frozen = {factor: getattr(layer, factor)[name] for factor in FROZEN_FACTORS}
         if any(is_partitioned(p) for p in frozen.values()):
@@ -38,14 +32,7 @@ def keep_factors(layers: Mapping[str, LoRASBLinear], name: str, first: bool) -> 
 
 
 def with_kept_factors(tensors: dict[str, Tensor], model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Add the A and B that ZeRO-3 omitted to an adapter's state dict.
-
-    Every R in `tensors` names a layer; its A and B come from the copies of `keep_factors`, or from the parameters
-    themselves where ZeRO-3 has them gathered.
-
-    Raises:
-        ValueError: A and B are partitioned and `keep_factors` was not called.
-    """
+    """Add the A and B that ZeRO-3 omitted to an adapter's state dict; a ValueError without `keep_factors`."""
     complete = dict(tensors)
     for key in tensors:
         prefix, separator, _ = key.partition(".lorasb_R")

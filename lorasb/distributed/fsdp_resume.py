@@ -17,17 +17,9 @@ Factors = dict[str, dict[str, Tensor]]  # layer name -> factor name -> value
 
 
 def restore_factors(layers: dict[str, LoRASBLinear], name: str, folders: Iterable[Path]) -> bool:
-    """Load A and B from the first saved adapter whose R equals the layers' R.
+    """Load A and B from the first saved adapter in `folders` whose R equals the layers' R; True if there is one.
 
     A collective that every rank has to call; rank 0 reads the files and broadcasts.
-
-    Args:
-        layers: layers that have the adapter, by their names in the base model.
-        name: adapter name.
-        folders: checkpoint folders that R may have been loaded from, in order of preference.
-
-    Returns:
-        True if a matching adapter was found. If not, the layers are unchanged.
 
     Raises:
         ValueError: on rank 0, files that are damaged or do not fit, or NaN or Inf entries.

@@ -17,10 +17,6 @@ class Processes:
     """torch.distributed's default group, or a single process where none is initialized.
 
     All methods that communicate are collectives: every rank has to call them, in the same order.
-
-    Attributes:
-        rank: 0 ... world_size - 1.
-        world_size: number of processes.
     """
 
     def __init__(self) -> None:
@@ -30,7 +26,6 @@ class Processes:
 
     @property
     def is_distributed(self) -> bool:
-        """True if world_size > 1."""
         return self.world_size > 1
 
     def _device(self) -> torch.device:
@@ -70,7 +65,6 @@ class Processes:
         return reduced.tolist()
 
     def all_reduce_min(self, values: list[float]) -> list[float]:
-        """Elementwise minimum over ranks."""
         return [-value for value in self.all_reduce_max([-value for value in values])]
 
     def all_gather_bytes(self, data: bytes) -> bytes:
@@ -119,13 +113,7 @@ class Processes:
 
     @contextmanager
     def together(self, doing: str = "initialization") -> Iterator[None]:
-        """Run a block that may fail on some ranks, between collectives: its error is raised on every rank.
-
-        A rank that went on alone would wait in the next collective for ranks that have left.
-
-        Raises:
-            RuntimeError: another rank failed in `doing`.
-        """
+        """Run a block that may fail on some ranks, between collectives: its error is raised on every rank."""
         error: Exception | None = None
         try:
             yield
@@ -134,8 +122,8 @@ class Processes:
         self.raise_on_every_rank(error, doing)
 
     def raise_on_every_rank(self, error: BaseException | None, doing: str = "initialization") -> None:
-        """Raise `error` where there is one, and a RuntimeError on the ranks that have none; see `together`."""
-        if self.is_distributed:
+        """Raise `error` where there is one, and a RuntimeError on the ranks that have none."""
+        if self.is_distributed:  # a rank that continued alone would wait in the next collective forever
             failed = [rank for rank, bad in enumerate(self.all_gather(int(error is not None))) if bad]
             if failed and error is None:
                 raise RuntimeError(f"{doing} failed on rank {failed[0]}, which shows why: nothing was changed")

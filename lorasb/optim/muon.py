@@ -22,14 +22,13 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): R ← R − lr·U Vᵀ, for the SVD U Σ Vᵀ of R's momentum.
 
     As A and B are orthonormal, W moves by a matrix whose singular values are all about lr (times s), whatever the rank:
-    one rate serves all ranks. The same rule in `torch.optim.Muon` takes matrices one at a time, in bf16 and without a
-    head; here all R of one size are orthogonalized together, and groups that are no R take AdamW's steps, so that a
-    Trainer has one optimizer: `Trainer(..., optimizers=(lorasb.optim.Muon(groups), None))`.
+    one rate serves all ranks. Unlike in `torch.optim.Muon`, all R of one size are orthogonalized together, in fp32, and
+    other parameters take AdamW's steps: `Trainer(..., optimizers=(lorasb.optim.Muon(groups), None))`.
 
     Args:
         params: groups of `lorasb.parameter_groups(model, lr=..., other_lr=...)`, or matrices alone. A group named
-            "lorasb_R", and one without a name, takes Muon's steps; others take AdamW's. A group's `algorithm` ("muon",
-            "adamw") says otherwise.
+            "lorasb_R" or without a name takes Muon's steps, others AdamW's, unless its `algorithm` ("muon", "adamw")
+            says otherwise.
         lr: of groups that name none: the spectral norm of a step of R.
         momentum: μ of Nesterov's momentum, b ← μ·b + g and g + μ·b.
         weight_decay: of groups that name none, decoupled.
@@ -68,7 +67,7 @@ class Muon(torch.optim.Optimizer):
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Groups of a state that another optimizer saved get what they lack."""
+        """Complete groups of a state that another optimizer saved."""
         super().__setstate__(state)
         for group in self.param_groups:
             self._complete(group)
@@ -83,7 +82,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of every group; the closure's loss."""
+        """Make one step of every group, and return the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -97,7 +96,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        """Matrices of one size and device together: many small products are slow one at a time."""
+        """Step matrices of one size and device together: many small products are slow one at a time."""
         alike: dict[tuple[Any, ...], list[Tensor]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:
@@ -122,12 +121,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A tensor, gathered from all ranks if it is shared out (FSDP2)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _shared_like(step: Tensor, parameter: Tensor) -> Tensor:
-    """A step that every rank has, shared out as the parameter is; no communication."""
+    """A step that every rank has, sharded as the parameter is; no communication."""
     if not isinstance(parameter, DTensor):
         return step
     mesh = parameter.device_mesh
@@ -136,24 +134,21 @@ def _shared_like(step: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _adamw() -> torch.optim.AdamW:
-    """torch's, with a parameter that never has a gradient."""
+    """AdamW with a parameter that never has a gradient."""
     return torch.optim.AdamW([torch.nn.Parameter(torch.zeros(()))])
 
 
 def _adamw_step(groups: list[dict[str, Any]], state: Any) -> None:
-    """torch's AdamW on groups and a state that are not its own. Hooks on all optimizers' steps see this step, too."""
+    """Run torch's AdamW on other groups and state. Hooks on all optimizers' steps see this step, too."""
     adamw = _adamw()
     adamw.param_groups, adamw.state = groups, state
     adamw.step()
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """U S Vᵀ for each U Σ Vᵀ of `matrices` [n, r, r], with S about 1; less where the norm is below 1e-7.
-
-    In fp32: R is small, and its 16-bit products are slower than these where a processor has no 16-bit instructions.
-    """
+    """U S Vᵀ for each U Σ Vᵀ of `matrices` [n, r, r], with S about 1; less where the norm is below 1e-7."""
     a, b, c = COEFFICIENTS
-    x = matrices.float()
+    x = matrices.float()  # R is small, and 16-bit products are slower where a processor has no instructions for them
     x = x / x.abs().amax((-2, -1), keepdim=True).clamp(min=1.0)  # squares of large entries would overflow in the norm
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=EPSILON)
     for _ in range(STEPS):

@@ -97,7 +97,7 @@ class QuantizedWeight:
 
 
 def of_module(module: nn.Module) -> QuantizedWeight | None:
-    """The storage of a quantized linear (repacked weights are unpacked in place); None for a dense one; raises if invalid."""
+    """The storage of a quantized linear, unpacked in place if repacked; None for a dense one."""
     weight: Any = module._parameters.get("weight")
     if weight is None:
         return None
