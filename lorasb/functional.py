@@ -1,5 +1,4 @@
 """The functional API: adapted linears over dense and quantized weights, groups of them, and dequantization.
-
 Shapes, dtypes and devices are checked here, which every backend relies on; the current backend's op computes.
 """
 
@@ -136,7 +135,6 @@ def _transformed(x: Tensor, operands: Operands) -> list[Tensor]:
 
 
 def _seeds(count: int) -> Tensor:
-    """Seeds [count] for dropout masks, drawn from the CPU generator."""
     # On the CPU for any device of x, so that reading it does not synchronize with a GPU.
     return torch.randint(2**63 - 1, (count,), dtype=torch.int64, device="cpu")
 

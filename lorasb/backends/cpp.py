@@ -1,7 +1,5 @@
-"""The C++ backend: the compiled extension, if this build has one, for CPU tensors; else eager torch computes.
-
-The extension computes quantized layers, 16-bit layers that the processor does not multiply, large fp32 weights on AVX2,
-and few tokens in bf16; all other dense layers use the BLAS, as in eager.
+"""The C++ backend: on CPUs the extension, if built, computes quantized layers, 16-bit layers that the processor does not
+multiply, large fp32 weights on AVX2, and few tokens in bf16; eager torch computes the rest by the BLAS.
 """
 
 from __future__ import annotations
@@ -75,7 +73,6 @@ def instruction_set() -> str:
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets that this processor has, best first."""
     names: list[str] = _csrc.instruction_sets()
     return names
 
@@ -243,7 +240,6 @@ def register() -> None:
 
 
 def _load() -> str | None:
-    """Load the extension; return the reason if that is not possible."""
     global extension
     if os.environ.get(DISABLE) == "1":
         return f"{DISABLE}=1 leaves them out"

@@ -47,7 +47,6 @@ def philox_mask(shape: torch.Size, dropout: float, seed: int, device: torch.devi
 
 
 def kept(dropout: float) -> float:
-    """The share of x that dropout keeps."""
     return 1.0 - (kernel_dropout(dropout) if getattr(_masks, "philox", False) else dropout)
 
 

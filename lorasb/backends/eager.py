@@ -1,7 +1,4 @@
-"""The eager backend: the adapted linear by a table of products, and that table in plain torch for any device.
-
-The adapter's small product accumulates onto the base GEMM's result (addmm with beta = 1), forward and backward.
-"""
+"""The eager backend: the adapted linear by a table of products, and that table in plain torch for any device."""
 
 from __future__ import annotations
 
@@ -23,20 +20,17 @@ Base = Tensor | tuple[list[Tensor], list[int]] | None  # of a `Member`
 
 
 class Products(NamedTuple):
-    """Matrix products of a backend: with these it computes the adapted linear of every kind.
+    """Matrix products of a backend: with these it computes the adapted linear of every kind."""
 
-    Attributes:
-        thin: (rows [M, k], factor, transposed) -> rows factorᵀ, or rows factor, in rows' dtype or wider.
-        core: (left [M, r], R [r, r], scale, transposed) -> s·left Rᵀ, or s·left R.
-        cores: (left [M, r], stack [K, r, r], index [k], scale, transposed) -> s·left_i R_kᵀ, or s·left_i R_k.
-        extended: (rows [M, n], base, v [M, r], B [m, r], bias) -> x Wᵀ + v Bᵀ + bias.
-        extended_transposed: (rows [M, m], base, w [M, r], A [r, n], onto) -> dy W + w A, in place onto `onto` if given.
-    """
-
+    # (rows [M, k], factor, transposed) -> rows factorᵀ, or rows factor, in rows' dtype or wider
     thin: Callable[[Tensor, Tensor, bool], Tensor]
+    # (left [M, r], R [r, r], scale, transposed) -> s·left Rᵀ, or s·left R
     core: Callable[[Tensor, Tensor, float, bool], Tensor]
+    # (left [M, r], stack [K, r, r], index [k], scale, transposed) -> s·left_i R_kᵀ, or s·left_i R_k
     cores: Callable[[Tensor, Tensor, Tensor, float, bool], Tensor]
+    # (rows [M, n], base, v [M, r], B [m, r], bias) -> x Wᵀ + v Bᵀ + bias
     extended: Callable[[Tensor, Base, Tensor, Tensor, Tensor | None], Tensor]
+    # (rows [M, m], base, w [M, r], A [r, n], onto) -> dy W + w A, in place onto `onto` if given
     extended_transposed: Callable[[Tensor, Base, Tensor, Tensor, Tensor | None], Tensor]
 
 

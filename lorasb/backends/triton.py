@@ -1,6 +1,4 @@
 """The Triton backend: the fused kernels of `lorasb.kernels` on CUDA, or on the CPU under Triton's interpreter.
-
-`backend("triton")` raises where a kernel does not compile or launch; `auto` then warns once and stays with eager torch.
 Nothing here imports triton before the first call.
 """
 
@@ -83,7 +81,6 @@ def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: b
 
 
 def _gradients(like: Tensor, dx: Tensor | None, dcores: Sequence[Tensor], cores: Sequence[Tensor]) -> list[Tensor]:
-    """dx in the shape of dy, and the dR_j; empty tensors for what was not computed."""
     if dx is None:
         dx = like.new_empty((0,))
     elif dx.dim() != like.dim():
@@ -202,7 +199,6 @@ def _weight(operands: Operands) -> Any:
 
 
 def _quantized(quant: Sequence[Tensor], layout: Sequence[int], m: int, n: int) -> Any:
-    """The kernels' operand for W [m, n] in 4 bits."""
     from lorasb.kernels.linear_quantized import Quantized
 
     tensors, (block, nested_block, rounding) = QuantizedTensors.of(quant), layout
@@ -236,7 +232,6 @@ def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> 
 
 
 def _checked(dy: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
-    """dy in x's dtype; a TypeError for a dtype that the kernel does not have."""
     check_call(x)
     if total is not None and total.dtype != torch.float32:
         raise TypeError(f"backend 'triton' expected an fp32 sum, got {total.dtype}: backend('eager') takes it")
@@ -297,7 +292,6 @@ def missing() -> str | None:
 
 
 def interpreting() -> bool:
-    """True if Triton interprets kernels on the CPU."""
     return os.environ.get(INTERPRET) == "1"
 
 

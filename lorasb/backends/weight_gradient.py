@@ -40,7 +40,6 @@ def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> 
 
 
 def _row_blocks(shape: tuple[int, ...] | torch.Size) -> Iterator[slice]:
-    """Slices of rows with about BLOCK elements each, and at least 32 rows for an efficient product."""
     step = max(32, BLOCK // max(1, shape[1]))
     return (slice(start, start + step) for start in range(0, shape[0], step))
 

@@ -93,7 +93,6 @@ def refuse_other_keys(tensors: Iterable[str], expected: Collection[str]) -> None
 
 
 def _shapes(factors: dict[str, Tensor]) -> Shapes:
-    """The shapes of a layer's factors by R's rank and the widths that A and B have."""
     r = len(factors["lorasb_R"]) if factors["lorasb_R"].dim() else 0
     return {
         "lorasb_A": (r, factors["lorasb_A"].shape[-1] if factors["lorasb_A"].dim() else 0),

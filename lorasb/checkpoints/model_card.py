@@ -89,7 +89,6 @@ def short(value: Any) -> str:
 
 
 def _section(config: dict[str, Any], scaling: float) -> str:
-    """The section's Markdown, from an adapter's configuration; rows without a value are left out."""
     rows = _rows(config, scaling)
     table = "\n".join(f"| {name} | {short(value)} |" for name, value in rows.items() if value not in (None, ""))
     return (
@@ -100,7 +99,6 @@ def _section(config: dict[str, Any], scaling: float) -> str:
 
 
 def _rows(config: dict[str, Any], scaling: float) -> dict[str, Any]:
-    """The table's rows, label -> value; None or "" where the configuration does not say."""
     provenance = config.get("init_provenance") or {}
     versions = ", ".join(f"{name} {version}" for name, version in sorted((provenance.get("versions") or {}).items()))
     return {

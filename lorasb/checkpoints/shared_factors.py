@@ -1,6 +1,5 @@
-"""Sharing of A and B between the checkpoints of a run: each stores R and the digest of its factors' file, a hard link.
-
-Every checkpoint folder is complete, so that any of them may be deleted, copied or loaded alone.
+"""Sharing of A and B between the checkpoints of a run: each has R and a hard link to the factors' file, so that any of
+them may be deleted, copied or loaded alone.
 """
 
 from __future__ import annotations
@@ -70,7 +69,6 @@ def _beside(folder: Path, expected: bytes) -> dict[str, Tensor] | None:
 
 
 def _basis_name(folder: Path) -> str | None:
-    """The adapter whose A and B an adapter's folder refers to."""
     file = folder / CONFIG_NAME
     try:
         name = read_json(file).get("basis") if file.is_file() else None
@@ -125,7 +123,6 @@ def _link_or_write(target: Path, factors: dict[str, Tensor], hexadecimal: str, c
 
 
 def _recorded_digest(file: Path) -> str | None:
-    """The digest that a factors file has in its header; None if the file is truncated or unreadable."""
     try:
         safetensors_header(file)
         with safe_open(str(file), framework="pt") as reader:

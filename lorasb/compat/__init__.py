@@ -1,5 +1,4 @@
-"""Private names and patches of other packages, one module per package, from which docs/compatibility.md is made.
-
+"""Private names and patches of other packages, by package; docs/compatibility.md is made from these tables.
 Callers import the modules, not the names, so that a package and its registration hook may be imported in any order.
 """
 
@@ -10,20 +9,14 @@ from typing import Any, NamedTuple
 
 
 class Private(NamedTuple):
-    """A private name of another package.
+    """A private name of another package."""
 
-    Attributes:
-        name: dotted, from a module that can be imported; of an attribute that instances alone have, with `()` after the
-            class: `nn.Module()._forward_hooks`.
-        use: purpose.
-        absent: what lorasb does if a release of the package no longer has the name.
-        fallback: object that then replaces it; None where the caller has to do without one.
-    """
-
+    # dotted, from an importable module; `()` after the class of an attribute that instances alone have:
+    # `nn.Module()._forward_hooks`
     name: str
-    use: str
-    absent: str
-    fallback: Any = None
+    use: str  # purpose
+    absent: str  # what lorasb does if a release of the package no longer has the name
+    fallback: Any = None  # object that then replaces it; None where the caller has to do without one
 
 
 def find(private: Private) -> Any:

@@ -25,12 +25,10 @@ PRIVATE = {
 
 
 def hook_of(module: nn.Module) -> Any:
-    """accelerate's hook on a module; None if there is none."""
     return vars(module).get(HOOK)  # every forward asks: `nn.Module.__getattr__` takes longer than a small product
 
 
 def is_managed(parameter: Tensor | None) -> bool:
-    """True if DeepSpeed ZeRO-3 manages a parameter: it is partitioned between forwards."""
     return hasattr(parameter, PARTITIONED)
 
 

@@ -51,8 +51,6 @@ class _PeftFinder(importlib.abc.MetaPathFinder):
 
 
 class _RegisteringLoader(importlib.abc.Loader):
-    """Runs peft's own loader, then removes the finder and registers."""
-
     def __init__(self, loader: importlib.abc.Loader, finder: _PeftFinder) -> None:
         self.loader = loader
         self.finder = finder

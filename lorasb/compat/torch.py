@@ -135,7 +135,6 @@ def storage_key(storage: UntypedStorage) -> int:
 
 
 def convolve(module: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """A convolution's output with another weight, without a bias."""
     found: Tensor = module._conv_forward(x, weight, None)
     return found
 

@@ -69,7 +69,6 @@ def is_loaded(parameter: Any) -> bool:
 
 
 def mark_loaded(parameter: Tensor) -> None:
-    """Mark a parameter that replaces one that was loaded."""
     setattr(parameter, LOADED, True)
 
 
@@ -81,13 +80,11 @@ def computes_like_mixtral(experts: nn.Module) -> bool:
 
 
 def from_config(kind: Any, config: Any, dtype: Any) -> nn.Module:
-    """A model of a transformers class, with random values."""
     model: nn.Module = kind._from_config(config, dtype=dtype)
     return model
 
 
 def name_or_path(model: nn.Module) -> str | None:
-    """The folder or hub name that a model was loaded from; None if it was not."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 

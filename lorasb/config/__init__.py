@@ -1,6 +1,3 @@
-"""`LoRASBConfig` and PEFT's names for the method.
+"""`LoRASBConfig` and PEFT's names for the method; imports checkpoints and utils."""
 
-PEFT is imported here, before any module of the package: it registers the tuner, which imports these modules.
-"""
-
-import peft as peft
+import peft as peft  # first: it registers the tuner, which imports the modules of this package

@@ -235,6 +235,7 @@ class LoRASBConfig(PeftConfig):
         self._asked = {name: copy.copy(getattr(self, name)) for name in RESOLVED}
 
     def scaling_for(self, r: int) -> float:
+        """The scaling s of a layer of rank `r`."""
         if not self.init.startswith("lora-xs"):
             return self.scaling
         # task_type is a TaskType member or a plain string; str() of the member is "TaskType.SEQ_CLS"
@@ -292,7 +293,6 @@ def _warn_of_embeddings(weights: Path, trained: Collection[str]) -> None:
 
 
 def _check_types(config: LoRASBConfig) -> None:
-    """Raise a TypeError for a field from a file that has another type than it is declared with."""
     hints = get_type_hints(LoRASBConfig)
     for one in fields(LoRASBConfig):
         value = getattr(config, one.name)
@@ -301,7 +301,6 @@ def _check_types(config: LoRASBConfig) -> None:
 
 
 def field_names() -> set[str]:
-    """The names that `LoRASBConfig` and `lorasb.patch` accept."""
     return {config_field.name for config_field in fields(LoRASBConfig)}
 
 

@@ -46,7 +46,6 @@ def with_kept_factors(tensors: dict[str, Tensor], model: nn.Module, name: str) -
 
 
 def _value(layer: LoRASBLinear, path: str, factor: str, name: str) -> Tensor:
-    """A factor's values: the kept copy of a partitioned one, or the parameter itself."""
     parameter: Tensor = getattr(layer, factor)[name]
     if not is_partitioned(parameter):
         return parameter.detach()

@@ -17,14 +17,7 @@ Factors = dict[str, dict[str, Tensor]]  # layer name -> factor name -> value
 
 
 def restore_factors(layers: dict[str, LoRASBLinear], name: str, folders: Iterable[Path]) -> bool:
-    """Load A and B from the first saved adapter in `folders` whose R equals the layers' R; True if there is one.
-
-    A collective that every rank has to call; rank 0 reads the files and broadcasts.
-
-    Raises:
-        ValueError: on rank 0, files that are damaged or do not fit, or NaN or Inf entries.
-        RuntimeError: on the other ranks where rank 0 raised.
-    """
+    """Load A and B from the first saved adapter with the layers' R; True if found. A collective: rank 0 reads files."""
     processes, saved, error = Processes(), None, None
     # Before the files are read, and on every rank: gathering a sharded R is a collective.
     cores = {layer: full_tensor(module.lorasb_R[name]) for layer, module in layers.items()}
@@ -60,7 +53,6 @@ def _read_matching(
 
 
 def _broadcast(processes: Processes, value: Tensor | None, layer: LoRASBLinear, factor: str, name: str) -> Tensor:
-    """One factor, broadcast from rank 0, which read it; the other ranks pass None."""
     # A broadcast needs one dtype and shape on all ranks, and the file may have been saved in another dtype.
     dtype = getattr(layer, factor)[name].dtype
     buffer = torch.empty(layer.shapes(name)[factor], dtype=dtype) if value is None else value.to(dtype)

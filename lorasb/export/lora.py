@@ -119,7 +119,6 @@ def _write_peft(config: dict[str, Any], tensors: dict[str, Tensor], rank: int, f
 def _entries(
     factors: dict[str, tuple[Tensor, Tensor]], kinds: dict[str, list[Any]], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The state dict entries of all layers' lora_A and lora_B."""
     refuse_slices(kinds)
     entries: dict[str, Tensor] = {}
     for name, (a, b) in factors.items():
@@ -129,7 +128,6 @@ def _entries(
 
 
 def _vllm_rank(rank: int) -> int:
-    """The smallest rank that vLLM takes and that fits; a ValueError if there is none."""
     for choice in VLLM_RANKS:
         if choice >= rank:
             return choice

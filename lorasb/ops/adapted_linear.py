@@ -1,9 +1,5 @@
-"""The adapted linear as one torch op, of a layer or of several that read the same x, whatever stores W.
-
-    y_j = x W_jᵀ + s_j·x A_jᵀ R_jᵀ B_jᵀ + bias_j    x [..., n], W_j [m_j, n], A_j [r, n], R_j [r, r], B_j [m_j, r]
-
-W may be quantized or absent. With a `row_index` [k], R_j is a stack [K, r, r], and row x[i] of x [k, ..., n] has
-R_j[row_index[i]], or the base alone for -1. The op returns the y_j [..., m_j], then the u_j = x A_jᵀ [M, r].
+"""The adapted linear as one torch op, of a layer or of several that read the same x, whatever stores W:
+x [..., n] -> y_j = x W_jᵀ + s_j·x A_jᵀ R_jᵀ B_jᵀ + bias_j [..., m_j], then u_j = x A_jᵀ [M, r] of the M tokens.
 """
 
 from __future__ import annotations
@@ -36,48 +32,32 @@ _BACKWARD = f"(Tensor[] dys, Tensor[] us, {_OPERANDS}, bool need_dx, bool need_d
 
 
 class Member(NamedTuple):
-    """One layer's operands.
+    """One layer's operands."""
 
-    Attributes:
-        base: W [m, n], or (tensors, layout) of a quantized one, or None.
-        a, core, b, bias: A [r, n]; R [r, r], or [K, r, r] with an index; B [m, r]; [m] or None.
-        scaling: s.
-        seed: of the dropout mask [1], or None.
-    """
-
-    base: Tensor | tuple[list[Tensor], list[int]] | None
-    a: Tensor
-    core: Tensor
-    b: Tensor
-    bias: Tensor | None
+    base: Tensor | tuple[list[Tensor], list[int]] | None  # W [m, n], (tensors, layout) of a quantized one, or None
+    a: Tensor  # [r, n]
+    core: Tensor  # R [r, r], or [K, r, r] with an index
+    b: Tensor  # [m, r]
+    bias: Tensor | None  # [m]
     scaling: float
-    seed: Tensor | None
+    seed: Tensor | None  # [1], of the dropout mask
 
 
 class Operands(NamedTuple):
-    """All that x is multiplied by, in the order of the op's arguments.
+    """All that x [..., n] is multiplied by, in the order of the op's arguments."""
 
-    Attributes:
-        base: W_j of each member; the tensors of one quantized W (`quantization.quantized_weight`); or empty.
-        layout: [block, nested block, rounding] of a quantized W, else `DENSE`. W is rounded to the dtype that rounding
-            names before it is cast to x's: 0 none, 1 bf16, 2 fp16.
-        a, cores, b, scalings: of each member.
-        biases: of each member, or empty.
-        row_index: [k], int64 on the CPU, so that a wrong one is an error before any R is read; or None.
-        dropout: probability, 0 with an index.
-        seeds: [members], int64 on the CPU; None without dropout.
-    """
-
-    base: Sequence[Tensor]
+    base: Sequence[Tensor]  # W_j of each member; the tensors of one quantized W; or empty
+    # [block, nested block, rounding] of a quantized W, else `DENSE`. W is rounded to the dtype that rounding names
+    # before it is cast to x's: 0 none, 1 bf16, 2 fp16.
     layout: Sequence[int]
-    a: Sequence[Tensor]
-    cores: Sequence[Tensor]
-    b: Sequence[Tensor]
-    biases: Sequence[Tensor]
+    a: Sequence[Tensor]  # [r, n]
+    cores: Sequence[Tensor]  # R [r, r]; with an index [K, r, r], and x[i] has R[row_index[i]], or the base alone for -1
+    b: Sequence[Tensor]  # [m_j, r]
+    biases: Sequence[Tensor]  # or empty
     scalings: Sequence[float]
-    row_index: Tensor | None = None
-    dropout: float = 0.0
-    seeds: Tensor | None = None
+    row_index: Tensor | None = None  # [k], int64 on the CPU, so that a wrong one is an error before any R is read
+    dropout: float = 0.0  # probability; 0 with an index
+    seeds: Tensor | None = None  # [members], int64 on the CPU
 
     @property
     def is_quantized(self) -> bool:
@@ -206,7 +186,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _derivative(owner: str) -> Callable[..., tuple[Any, ...]]:
-    """The formula of an owner's op, whose backward op it calls."""
     op = registry.backward_op(owner)
 
     def backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:

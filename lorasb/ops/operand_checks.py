@@ -50,7 +50,6 @@ def _check(x: Tensor, lists: Lists, scalings: Sequence[float], index: Tensor | N
 
 
 def _of_stack(x: Tensor, cores: Tensor, index: Tensor) -> Tensor:
-    """One R of the stack, or of an empty one its shape."""
     if cores.dim() != 3:
         raise ValueError(f"expected lora_R [K, r, r] with an index of rows, got {_shape(cores)}")
     if index.dim() != 1 or index.dtype != torch.int64 or not index.is_cpu:

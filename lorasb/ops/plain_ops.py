@@ -1,11 +1,5 @@
-"""Torch ops without a derivative; for `quant` and `layout` see `adapted_linear.Operands`.
-
-    gradient_add     G [m, n] += dyᵀ x in fp32                         dy [M, m], x [M, n]
-    gradient_signs   the signs of G + dyᵀ x, packed 32 per word, and statistics
-    dequantize       W [rows, columns]
-    serve_quantized  y alone, for calls that record no gradient; checks and casts itself; not all backends have it
-
-The first two sum in a fixed order over tokens and calls, so results are reproducible bit for bit.
+"""Torch ops without a derivative; for `quant` and `layout` see `adapted_linear.Operands`. The gradients are summed in a
+fixed order over tokens and calls, so results are reproducible bit for bit.
 """
 
 from __future__ import annotations
@@ -17,9 +11,13 @@ from ..utils.bit_packing import words_of
 from .registry import define
 
 SQUARES, ZEROS, BAD = 0, 1, 2  # indices into the third result of `gradient_signs`: Σ G², zeros, NaN or Inf entries
+# G [m, n] += dyᵀ x in fp32, with dy [M, m] and x [M, n]
 ADD = "(Tensor dy, Tensor x, Tensor(a!) total, bool fresh) -> ()"
+# The signs of G + dyᵀ x, packed 32 per word, and statistics
 SIGNS = "(Tensor dy, Tensor x, Tensor(a!)? total, bool fresh) -> (Tensor, Tensor, Tensor)"
 DEQUANTIZE = "(Tensor[] quant, int[] layout, int rows, int columns, ScalarType dtype) -> Tensor"
+# y alone, for calls that record no gradient; takes `QuantizedWeight.storage_layout`, casts as autocast does and checks
+# its arguments itself. Not all backends have it.
 SERVE = (
     "(Tensor x, Tensor[] quant, int[] layout, int rows, int columns, Tensor? a, Tensor? core, Tensor? b, "
     "Tensor? bias, float scaling) -> Tensor"

@@ -1,8 +1,4 @@
-"""Registry of ops and backends: definitions of ops, registration of kernels, and the current backend.
-
-Each op is defined once per backend and once for `auto`, so that PyTorch's dispatcher chooses: `lorasb::adapted_linear`
-runs the kernel for x's device, else eager's; `lorasb::adapted_linear_eager` runs eager alone, and raises without one.
-"""
+"""Registry of ops and backends: definitions of ops, registration of kernels, and the current backend."""
 
 from __future__ import annotations
 
@@ -40,6 +36,8 @@ def backend_op(op: str, backend: str) -> Callable[..., Any]:
     return getattr(torch.ops.lorasb, op_name(op, backend)).default
 
 
+# Once per backend and once for `auto`, so that PyTorch's dispatcher chooses: `lorasb::adapted_linear` runs the kernel
+# for x's device, else eager's; `lorasb::adapted_linear_cpp` runs that backend's alone, and raises without one.
 def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
     """Define an op for `auto` and every backend, with its fake kernel, which returns empty tensors."""
     for owner in BACKENDS:
@@ -58,19 +56,11 @@ def register_backend(
     name: str,
     kernels: dict[str, Kernel],
     keys: Sequence[str],
-    auto: dict[str, Kernel] | None = None,
+    auto: dict[str, Kernel] | None = None,  # kernels and keys of `auto`; those of the backend if None
     auto_keys: Sequence[str] | None = None,
-    missing: Callable[[], str | None] | None = None,
+    missing: Callable[[], str | None] | None = None,  # the reason why the backend cannot run here, or None if it can
 ) -> None:
-    """Register a backend's kernels under its own ops and under those of `auto`.
-
-    Args:
-        name: of the backend.
-        kernels: by op ("adapted_linear", "dequantize", ...).
-        keys: dispatch keys ("CPU", "CUDA", ...) of the backend's own ops.
-        auto, auto_keys: kernels and dispatch keys for the ops of `auto`; `kernels` and `keys` if None.
-        missing: returns the reason why the backend cannot run here, or None if it can; None if it always can.
-    """
+    """Register a backend's kernels by op and dispatch key, under its own ops and those of `auto`."""
     for owner, table, dispatch_keys in (
         (name, kernels, keys),
         ("auto", auto or kernels, keys if auto_keys is None else auto_keys),
@@ -127,7 +117,6 @@ def direct_kernels(backend: str, key: str) -> Kernels | None:
 
 
 def unavailable(name: str) -> str | None:
-    """The reason why a backend cannot run here; None if it can."""
     return _missing[name]() if name in _missing else None
 
 

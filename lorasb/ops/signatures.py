@@ -86,6 +86,7 @@ class Known:
         return signature in self._signatures
 
     def add(self, signature: Hashable) -> None:
+        """Remember it, unless it is None."""
         if signature is None:
             return
         if len(self._signatures) >= MOST:

@@ -73,7 +73,6 @@ class Muon(torch.optim.Optimizer):
             self._complete(group)
 
     def _complete(self, group: dict[str, Any]) -> None:
-        """Set a group's algorithm if it has none, and AdamW's own options."""
         algorithm = group.setdefault("algorithm", MUON if group.get("name", CORE_GROUP) == CORE_GROUP else ADAMW)
         if algorithm not in (MUON, ADAMW):
             raise ValueError(f"expected a group's algorithm to be {MUON} or {ADAMW}, got {algorithm!r}")
@@ -110,7 +109,6 @@ class Muon(torch.optim.Optimizer):
                 parameter.add_(_shared_like(step, parameter), alpha=-group["lr"])
 
     def _momentum(self, parameter: Tensor, mu: float) -> Tensor:
-        """Nesterov's momentum after this step's gradient."""
         state, gradient = self.state[parameter], parameter.grad
         if gradient is None:  # not reached; narrows the type
             raise RuntimeError("no gradient")
@@ -134,7 +132,6 @@ def _shared_like(step: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _adamw() -> torch.optim.AdamW:
-    """AdamW with a parameter that never has a gradient."""
     return torch.optim.AdamW([torch.nn.Parameter(torch.zeros(()))])
 
 

@@ -22,20 +22,13 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class Format:
-    """A quantizer's linear, known by its class without an import.
+    """A quantizer's linear, known by its class without an import."""
 
-    Attributes:
-        name: for messages.
-        package, class_name: top-level package and name of its class, or of one that a layer's class derives from.
-        dequantize: from the layer to W [out, in].
-        requantize: from the layer and a W [out, in] to another such layer; None where there is no way.
-    """
-
-    name: str
-    package: str
-    class_name: str
-    dequantize: Callable[[Any], Tensor]
-    requantize: Callable[[Any, Tensor], nn.Module] | None = None
+    name: str  # for messages
+    package: str  # top-level
+    class_name: str  # of the layer's class, or of one that it derives from
+    dequantize: Callable[[Any], Tensor]  # from the layer to W [out, in]
+    requantize: Callable[[Any, Tensor], nn.Module] | None = None  # from the layer and W [out, in] to another such layer
 
     def matches(self, layer: nn.Module) -> bool:
         """True for a layer of this format."""

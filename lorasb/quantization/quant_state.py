@@ -20,26 +20,16 @@ KEY = "quant_state.bitsandbytes__"  # of the JSON entry in a state dict; "nf4" o
 
 @dataclass
 class QuantState:
-    """Statistics of a packed 4-bit weight; attributes are named as in bitsandbytes.
+    """Statistics of a packed 4-bit weight; attributes are named as in bitsandbytes."""
 
-    Attributes:
-        absmax: scale of each block [blocks], fp32; with nested statistics uint8 codes, which `state2` decodes.
-        code: table of the values that the nibbles stand for [16].
-        blocksize: number of elements that share a scale.
-        quant_type: "nf4" or "fp4"; None for `state2`.
-        shape, dtype: of W before quantization.
-        offset: mean of the scales, subtracted before they were quantized; None without nested statistics.
-        state2: statistics of the quantized scales; None without nested statistics.
-    """
-
-    absmax: Tensor
-    code: Tensor
-    blocksize: int
-    quant_type: str | None = None
-    shape: torch.Size | None = None
+    absmax: Tensor  # scale of each block [blocks], fp32; with nested statistics uint8 codes, which `state2` decodes
+    code: Tensor  # [16], the values that the nibbles stand for
+    blocksize: int  # number of elements that share a scale
+    quant_type: str | None = None  # "nf4" or "fp4"; None for `state2`
+    shape: torch.Size | None = None  # of W, as dtype is
     dtype: torch.dtype = torch.float32
-    offset: Tensor | None = None
-    state2: QuantState | None = None
+    offset: Tensor | None = None  # mean of the scales, subtracted before they were quantized
+    state2: QuantState | None = None  # statistics of the quantized scales
 
     @property
     def nested(self) -> bool:
@@ -79,7 +69,6 @@ class QuantState:
 
 
 def _metadata(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The JSON entry of a state dict; a ValueError if entries are missing."""
     keys = [key for key in tensors if key.startswith(KEY)]
     if len(keys) != 1 or not {"absmax", "quant_map"} <= set(tensors):
         raise ValueError(f"expected absmax, quant_map and {KEY}nf4 of a 4-bit weight, got {sorted(tensors)}")

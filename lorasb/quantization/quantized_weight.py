@@ -1,9 +1,4 @@
-"""`QuantizedWeight`: the storage of a quantized layer, read from bitsandbytes' modules or our own and checked.
-
-4 bits: two nibbles per byte, high nibble first, over W flattened by rows; with i the flat index,
-`W[i] = table[nibble[i]]·absmax[i // block]`, computed in fp32 and rounded to W's dtype. With nested statistics,
-`absmax = table2[absmax8]·absmax2 + offset`. 8 bits: `W = codes·scale[row] / 127`.
-"""
+"""`QuantizedWeight`: the storage of a quantized layer, read from bitsandbytes' modules or our own and checked."""
 
 from __future__ import annotations
 
@@ -26,15 +21,11 @@ INT8, FOUR_BIT, FOUR_BIT_NESTED = "int8", "4bit", "4bit nested"  # layouts of a 
 
 
 class QuantizedTensors(NamedTuple):
-    """The tensors of a quantized weight [out, in] by name; ops pass them as a flat list, which `of` unpacks.
+    """The tensors of a quantized weight [out, in] by name; ops pass them as a flat list."""
 
-    int8: codes [out, in] int8 and absmax, the row scales [out] fp32. 4 bits: codes, the packed bytes [ceil(out·in / 2)]
-    uint8, absmax [blocks] fp32 and codebook [16] fp32. Nested: absmax is uint8, and its own statistics follow.
-    """
-
-    codes: Tensor
-    absmax: Tensor
-    codebook: Tensor | None = None
+    codes: Tensor  # int8 [out, in]; in 4 bits the packed bytes [ceil(out·in / 2)], uint8
+    absmax: Tensor  # row scales [out] or scales [blocks], fp32; uint8 if nested, with the statistics below
+    codebook: Tensor | None = None  # [16], fp32
     nested_absmax: Tensor | None = None
     nested_codebook: Tensor | None = None
     nested_offset: Tensor | None = None
@@ -45,6 +36,7 @@ class QuantizedTensors(NamedTuple):
 
     @property
     def kind(self) -> str:
+        """The layout: "int8", "4bit" or "4bit nested"."""
         if self.codebook is None:
             return INT8
         return FOUR_BIT if self.nested_absmax is None else FOUR_BIT_NESTED
@@ -54,21 +46,17 @@ class QuantizedTensors(NamedTuple):
 class QuantizedWeight:
     """W [out, in] in 4 or 8 bits.
 
-    Attributes:
-        tensors: in the order of `QuantizedTensors`.
-        shape: (out, in).
-        dtype: of W before quantization, and after dequantization.
-        kind: "nf4", "fp4" or "int8".
-        block: number of elements that share a scale; 0 for int8, which has one per row.
-        block2: number of blocks that share a nested scale.
+    4 bits: two nibbles per byte, high nibble first, over W flattened by rows; with i the flat index,
+    `W[i] = table[nibble[i]]·absmax[i // block]`, computed in fp32 and rounded to W's dtype. With nested statistics,
+    `absmax = table2[absmax8]·absmax2 + offset`. 8 bits: `W = codes·scale[row] / 127`.
     """
 
-    tensors: list[Tensor]
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    kind: str
-    block: int = 0
-    block2: int = 256
+    tensors: list[Tensor]  # of `QuantizedTensors`, in its order
+    shape: tuple[int, int]  # (out, in)
+    dtype: torch.dtype  # of W before quantization, and after dequantization
+    kind: str  # "nf4", "fp4" or "int8"
+    block: int = 0  # number of elements that share a scale; 0 for int8, which has one per row
+    block2: int = 256  # number of blocks that share a nested scale
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +69,6 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weight and its statistics."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     @property
@@ -109,7 +96,6 @@ def of_module(module: nn.Module) -> QuantizedWeight | None:
 
 
 def _unpacked_state(module: nn.Module, weight: Any) -> Any:
-    """The state of a 4-bit weight, which is unpacked in place if bitsandbytes has repacked it."""
     # Modules hold the state as well: a parameter that FSDP or a conversion has replaced loses its attributes.
     state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
     if state is None:
@@ -209,7 +195,6 @@ def _int8_weight(module: nn.Module, weight: Any) -> QuantizedWeight:
 
 
 def _row_scales(module: nn.Module, weight: Any) -> Tensor:
-    """The row scales `SCB` of int8 codes [out]."""
     state: Any = getattr(module, "state", None)
     scales = getattr(weight, "SCB", None)  # bitsandbytes moves it to the module's state in the first forward
     scales = getattr(state, "SCB", None) if scales is None else scales

@@ -1,6 +1,5 @@
-"""4-bit quantization of a weight, bit-equal to bitsandbytes' and without it.
-
-Bit-equality fixes which multiplications are by a reciprocal, and which of two equally near table entries is chosen.
+"""4-bit quantization of a weight, bit-equal to bitsandbytes': this fixes what is multiplied by a reciprocal, what is
+divided, and which of two equally near table entries is chosen.
 """
 
 from __future__ import annotations
@@ -26,11 +25,7 @@ CHUNK = 1 << 22  # elements quantized at a time, which bounds temporaries to a f
 def quantize_4bit(
     weight: Tensor, kind: str = "nf4", blocksize: int = 64, nested: bool = False
 ) -> tuple[Tensor, QuantState]:
-    """Quantize W [out, in] to 4 bits, bit-equal to bitsandbytes' `quantize_4bit` on the weight's device.
-
-    Returns:
-        Packed nibbles [ceil(out·in / 2), 1], uint8, and the statistics.
-    """
+    """Packed nibbles [ceil(out·in / 2), 1] and statistics of W, bit-equal to bitsandbytes' on the weight's device."""
     table = code(kind).to(weight.device)
     order = torch.argsort(table)  # FP4's table is not sorted by value; NF4's is
     # Midpoints between neighbors: bucketize by them gives the nearest entry, and the lower one in a tie.

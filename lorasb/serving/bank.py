@@ -184,7 +184,6 @@ class AdapterBank:
 
     @property
     def adapter_bytes(self) -> int:
-        """Bytes of one adapter."""
         return self.storage.shape[1] * self.storage.element_size()
 
     def __contains__(self, name: object) -> bool:
@@ -311,7 +310,6 @@ class AdapterBank:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _make_resident(self, name: str) -> None:
-        """Mark an adapter as used last, on the device."""
         if name not in self._slots:
             if self.resident is not None and len(self._slots) >= self.resident:
                 self._evict()

@@ -79,7 +79,6 @@ def without_factors(
 
 
 def _factors_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A and B of a file's tensors, under the names that digests are of."""
     return {
         f"{name}.{part}": value
         for name, parts in group_by_layer(tensors).items()
@@ -113,7 +112,6 @@ def with_digest(layers: dict[str, LoRASBLinear], digest: bytes, first: str) -> s
 
 
 def stand_on(layers: dict[str, LoRASBLinear], adapter_name: str, basis: str) -> None:
-    """Replace an adapter's A and B by those of another one."""
     for layer in layers.values():
         layer.stand_on(adapter_name, layer.bases.get(basis, basis))
 

@@ -40,7 +40,6 @@ class Update(NamedTuple):
 
     @property
     def energy(self) -> float:
-        """‖Δ‖²."""
         return float(self.core.square().sum())
 
     def on(self, b: Tensor, a: Tensor) -> Tensor:
@@ -50,15 +49,10 @@ class Update(NamedTuple):
 
 @dataclass
 class KeptShares:
-    """Share of the updates' energy that a basis keeps.
+    """Share of the updates' energy that a basis keeps, ‖Bᵀ Δ Aᵀ‖² / ‖Δ‖²."""
 
-    Attributes:
-        by_layer: adapter -> layer -> ‖Bᵀ Δ Aᵀ‖² / ‖Δ‖²; 1 for an update that is zero.
-        overall: adapter -> the same over all layers together.
-    """
-
-    by_layer: dict[str, dict[str, float]] = field(default_factory=dict)
-    overall: dict[str, float] = field(default_factory=dict)
+    by_layer: dict[str, dict[str, float]] = field(default_factory=dict)  # adapter -> layer; 1 for a zero update
+    overall: dict[str, float] = field(default_factory=dict)  # adapter -> the same over all layers together
 
 
 @torch.no_grad()
@@ -97,7 +91,6 @@ def share_into(model: Any, adapters: Sequence[str], name: str) -> KeptShares:
 def _joined(
     layers: Mapping[str, LoRASBLinear], adapters: Sequence[str], ranks: Mapping[str, int]
 ) -> tuple[dict[str, list[Update]], dict[str, tuple[Tensor, Tensor]]]:
-    """The adapters' updates by layer, and the B and A that they share."""
     found = {layer: [_update_of(module, adapter) for adapter in adapters] for layer, module in layers.items()}
     return found, {layer: joint_factors(updates, ranks[layer]) for layer, updates in found.items()}
 
@@ -212,7 +205,6 @@ def _on_layer(module: LoRASBLinear, basis: str, update: Update, layer: str, lora
 
 
 def _lora_updates(folder: Path) -> dict[str, Update]:
-    """s·B A of every layer of a plain LoRA."""
     config_file, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_file.is_file() or not weights.is_file():
         raise ValueError(f"expected a LoRA adapter with {CONFIG_NAME} and {WEIGHTS_NAME} in {folder}, found none")
@@ -273,7 +265,6 @@ def _layers_of_all(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoRAS
 
 
 def _add(model: Any, name: str, layers: Mapping[str, LoRASBLinear], ranks: Mapping[str, int]) -> None:
-    """Add an adapter of these layers and ranks, whose factors follow."""
     largest = max(ranks.values())
     pattern = {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest}
     config = LoRASBConfig(r=largest, rank_pattern=pattern, target_modules=set(layers), init="update")
@@ -282,7 +273,6 @@ def _add(model: Any, name: str, layers: Mapping[str, LoRASBLinear], ranks: Mappi
 
 
 def _add_on(model: Any, name: str, basis: str, cores: dict[str, Tensor]) -> None:
-    """Add an adapter on a basis with these R's; zero where there is none."""
     model.add_adapter(name, LoRASBConfig(basis=basis))
     for layer, module in layers_with(model, name).items():
         if layer in cores:

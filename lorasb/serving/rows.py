@@ -1,6 +1,5 @@
-"""One adapter per batch row: `model(**batch, adapter_names=["one", "__base__", "two"])`, as in PEFT's LoRA.
-
-Forward pre-hooks, removed after the call, pass the names to every layer as a keyword argument.
+"""One adapter per batch row, `model(**batch, adapter_names=["one", "__base__", "two"])`, by forward pre-hooks that pass
+the names to every layer as a keyword argument and are removed after the call.
 """
 
 from __future__ import annotations
@@ -120,18 +119,7 @@ Modules = dict[str, nn.Module]  # of a model, by name
 
 @contextmanager
 def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) -> Iterator[None]:
-    """Apply one adapter per row in the forwards of this block; `__base__` stands for no adapter.
-
-    Args:
-        model: with LoRA-SB layers; in training mode only for adapters on one basis.
-        names: one adapter name per row of the input.
-        num_beams: beams that generation expands each row into, in the decoder.
-
-    Raises:
-        ValueError: a name is unknown, there is not one for each row, or the adapters do not train together; in a
-            forward, a layer's input cannot be mapped to rows, and rows have different adapters.
-        TypeError: `names` is not a list.
-    """
+    """Apply one adapter per row (`__base__`: none) in the forwards of this block; num_beams of generation per row."""
     modules = dict(model.named_modules())  # once: as slow as a small model's layers
     bank = bank_of(modules.values())
     known = _check(model, modules, names, bank)
@@ -146,7 +134,6 @@ def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) 
 
 
 def _hooks(model: nn.Module, modules: Modules, rows: Rows, num_beams: int) -> Iterator[Hook]:
-    """Yield hooks that pass names to layers, and hooks that record shapes around them."""
     encoder, outside_text, shapes = _encoder(model), _outside_text_model(model), dict[str, torch.Size]()
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     layers = _layers(modules)
@@ -164,7 +151,6 @@ def _hooks(model: nn.Module, modules: Modules, rows: Rows, num_beams: int) -> It
 
 @contextmanager
 def _with_slots(bank: AdapterBank, rows: Rows, known: set[str]) -> Iterator[Rows]:
-    """Rows with the bank's slots of their adapters, which stay there inside the block."""
     # any other name is the bank's, or was removed meanwhile: a KeyError
     with bank.serving([BASE_ROW if name in known else name for name in rows.names]) as slots:
         yield replace(rows, slots=torch.tensor(slots, dtype=torch.int64), basis=bank.basis)
@@ -255,8 +241,6 @@ def _outside_text_model(model: Any) -> set[nn.Module]:
 
 
 class _LengthChecker:
-    """Pre-hook of the whole model that raises where a batch's rows and the names differ in number."""
-
     def __init__(self, rows: int, num_beams: int) -> None:
         self.rows, self.num_beams = rows, num_beams
 
@@ -317,7 +301,6 @@ class _NamePasser:
         return args, kwargs | {"adapter_names": names}
 
     def _outer_shape(self) -> torch.Size | None:
-        """The shape [B, T] recorded at the nearest enclosing module that got hidden states."""
         name = self.name
         while "." in name:
             name = name.rpartition(".")[0]

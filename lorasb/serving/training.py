@@ -215,7 +215,6 @@ class AdapterRowsCallback(TrainerCallback):
         return args, kwargs
 
     def _put_loss(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        """The model's output with the loss that training needs."""
         if self._batch is None:
             return None
         (names, labels, items), self._batch = self._batch, None
@@ -240,7 +239,6 @@ class AdapterRowsCallback(TrainerCallback):
 
 
 def _groups(optimizer: Any) -> list[dict[str, Any]]:
-    """The optimizer's groups, one per adapter."""
     groups = [] if optimizer is None else optimizer.param_groups
     if not groups or any("name" not in group for group in groups):
         raise ValueError(
@@ -269,7 +267,6 @@ def _check(args: Any) -> None:
 
 
 def _by_name(labeled: Sequence[tuple[Sequence[str], Tensor]], names: Sequence[str], processes: Processes) -> list[int]:
-    """Labeled tokens of each adapter in a step, over all processes."""
     counts = Counter[str]()
     for owners, tokens in labeled:
         for owner, count in zip(owners, tokens.tolist(), strict=True):

@@ -194,7 +194,6 @@ def _refresh(optimizer: Any, model: Any, batches: Any, **options: Any) -> InitRe
 
 
 def _check_refresh(refresh_at: Any, count: Any, samples: Any, options: dict[str, Any]) -> None:
-    """Raise a ValueError for a refresh that no run can make."""
     if refresh_at is None and count is not None:
         raise ValueError("refresh_samples says how many samples refresh_at takes: give refresh_at too")
     for name, value in (("refresh_at", refresh_at), ("refresh_samples", count)):
@@ -216,7 +215,6 @@ def _check_refresh(refresh_at: Any, count: Any, samples: Any, options: dict[str,
 
 
 def _restore(args: Any, state: Any, name: str, layers: dict[str, LoRASBLinear], needed: bool) -> None:
-    """Load A and B from the checkpoint that training resumes from."""
     # Callbacks do not get the folder: `trainer.train(resume_from_checkpoint=...)` does not set `args`.
     named = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
     folders = [*named, Path(args.output_dir) / f"checkpoint-{state.global_step}"]

@@ -151,7 +151,6 @@ class _Trial:
 
     @torch.no_grad()
     def scale_start(self, rate: float) -> None:
-        """Scale R's start to this rate."""
         for core in self.cores:
             core.mul_(rate / self.first)
 
@@ -193,7 +192,6 @@ class _Trial:
 
 @contextmanager
 def _restored(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """Restore parameters, their gradients, random states and modes on exit."""
     values = [parameter.detach().clone() for parameter in trained]
     gradients = [parameter.grad for parameter in trained]
     modes = [(module, module.training) for module in model.modules()]

@@ -104,7 +104,6 @@ def reward_batches(
 
 @contextmanager
 def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and each module in its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

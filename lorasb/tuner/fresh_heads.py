@@ -59,7 +59,6 @@ def missing_from_checkpoint(model: Any) -> list[str]:
 
 
 def _heads(model: Any) -> Iterator[str]:
-    """Modules of a task model that are outside its base model."""
     if not TASKS.search(type(model).__name__):
         return
     for name, module in model.named_modules():
@@ -72,7 +71,6 @@ def _heads(model: Any) -> Iterator[str]:
 
 
 def _poolers(model: nn.Module) -> Iterator[str]:
-    """Poolers that were not loaded from a checkpoint."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in POOLERS and not _all_loaded(module):
             yield from _names_to_save(model, name, module)

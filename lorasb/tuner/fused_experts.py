@@ -85,7 +85,6 @@ def _names(module: nn.Module) -> list[str]:
 
 
 def _open(model: nn.Module, path: str, module: nn.Module, names: list[str]) -> None:
-    """Replace a module by one with open parameters."""
     if isinstance(module, OpenExperts):
         return
     if not path:

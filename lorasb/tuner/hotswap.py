@@ -1,6 +1,5 @@
-"""`peft.utils.hotswap.hotswap_adapter` for LoRA-SB: another adapter's values into the parameters of a loaded one.
-
-Parameters stay the same objects, so that a compiled model is not compiled again.
+"""`peft.utils.hotswap.hotswap_adapter` for LoRA-SB: another adapter's values into the parameters of a loaded one, which
+stay the same objects, so that a compiled model is not compiled again.
 """
 
 from __future__ import annotations

@@ -102,7 +102,6 @@ def without_foreign(
         expected.update(name for name in biases if config.bias == "all" or name.startswith(of_layers))
 
     def left_out(key: str, value: Tensor) -> bool:
-        """True for a key under a wrapper, whose own are expected, and for a value that is the base's."""
         return key.startswith(tuple(wrappers)) or _equals_base(parameters.get(key), value)
 
     kept = {k: v for k, v in tensors.items() if without_wrapper(k) in expected or not left_out(without_wrapper(k), v)}

@@ -54,18 +54,7 @@ InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, LoRASBLinear
 
 
 class LoRASBModel(BaseTuner):
-    """The tuner behind `lorasb.patch`: replaces target linears by `LoRASBLinear`.
-
-    Args:
-        model: the model to adapt, in place.
-        peft_config: a `LoRASBConfig`, or several by adapter name.
-        adapter_name: which of them to inject.
-
-    Raises:
-        ValueError: no target, a rank that a layer cannot have, or another base model than a loaded adapter's. The
-            model is left as it was.
-        TypeError: a target is not a plain linear layer.
-    """
+    """The tuner behind `lorasb.patch`: replaces target linears by `LoRASBLinear`, all of them or none."""
 
     prefix: str = "lorasb_"
     tuner_layer_cls = LoRASBLinear
@@ -116,7 +105,6 @@ class LoRASBModel(BaseTuner):
     def _initialize(
         self, model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]
     ) -> None:
-        """Run an init that needs no data, and keep its report in the tuner's `init_reports`."""
         # __dict__: BaseTuner.__getattr__ forwards a missing attribute to the wrapped model
         reports: dict[str, Any] = self.__dict__.setdefault("init_reports", {})
         reports[adapter_name] = self.init_without_data(model, config, adapter_name, layers, config.init_seed)
@@ -152,9 +140,21 @@ class LoRASBModel(BaseTuner):
         svd_rank: int | None = None,
         **options: Any,
     ) -> dict[str, float]:
-        """Add the weighted sum of adapters as a new one; see `weighted_adapter.combine`, whose errors it returns.
+        """Add the adapter `adapter_name` = Σ weights · adapters; the active adapter stays active.
 
-        `options` are PEFT's: `density`, `majority_sign_method`, `svd_clamp`, `svd_full_matrices`, `svd_driver`.
+        Args:
+            adapters: names of initialized adapters; modules that one of them has trained in full are copied.
+            weights: one per adapter, of any sign.
+            adapter_name: name of the new adapter.
+            combination_type, svd_rank: see `weighted_adapter.SumOptions`.
+            options: PEFT's: `density`, `majority_sign_method`, `svd_clamp`, `svd_full_matrices`, `svd_driver`.
+
+        Returns:
+            The relative error of ΔW by layer, before A and B are rounded to the base's dtype; 0 where it is exact.
+
+        Raises:
+            ValueError: unknown, uninitialized or merged adapters, a name in use, a wrong number of weights, several
+                adapters with modules that were trained in full, or invalid options.
         """
         return combine(self, adapters, weights, adapter_name, SumOptions(combination_type, svd_rank, **options))
 

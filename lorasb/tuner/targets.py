@@ -25,12 +25,10 @@ LINEARS_NOT_CALLED = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
 
 
 def without_wrapper(name: str) -> str:
-    """A name without what torch.compile and FSDP put into it."""
     return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
 
 
 def layers_named_in(state_dict: dict[str, Any]) -> dict[str, int]:
-    """Layers that a state dict has an R of, and their ranks."""
     cores = {key.rsplit(CORE, 1)[0]: value for key, value in state_dict.items() if CORE in key}
     return {without_wrapper(name): len(value) for name, value in cores.items()}
 
@@ -152,7 +150,6 @@ def _is_embedding(module: Any) -> bool:
 
 
 def base_of(module: nn.Module) -> Any:
-    """The original linear of a module that a tuner layer may wrap."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
@@ -169,7 +166,6 @@ def features_of(base: Any) -> tuple[int, int]:
 
 
 def inside_tuner(model: nn.Module, name: str) -> bool:
-    """True if an ancestor of the module `name` is a tuner layer."""
     parts = name.split(".")
     return any(isinstance(model.get_submodule(".".join(parts[:i])), BaseTunerLayer) for i in range(1, len(parts)))
 

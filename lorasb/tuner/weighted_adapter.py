@@ -85,25 +85,18 @@ KINDS = ("auto", "linear", "svd", "cat", *PRUNING, *(f"{kind}{SVD}" for kind in 
 
 @dataclass(frozen=True)
 class SumOptions:
-    """Method by which adapters are added; the names are PEFT's.
+    """Method by which adapters are added; the names are PEFT's."""
 
-    Attributes:
-        combination_type: "linear" adds the R's of adapters that share A and B, exactly; "svd" is the best approximation
-            of rank `svd_rank`; "cat" is exact, at the sum of the ranks; "auto" is "linear" for shared A and B, else
-            "svd"; the others prune first. "linear" and pruning act as their "_svd" forms where A and B are not shared.
-        svd_rank: the largest of the adapters' ranks by default.
-        svd_clamp, svd_full_matrices, svd_driver: of the SVD of an update of W [out, in].
-        density: share of entries that stay, for pruning.
-        majority_sign_method: how TIES elects a sign: by the sum ("total") or by votes ("frequency").
-    """
-
+    # "linear" adds the R's of adapters that share A and B, exactly; "svd" is the best approximation of rank `svd_rank`;
+    # "cat" is exact, at the sum of the ranks; "auto" is "linear" for shared A and B, else "svd"; the others prune
+    # first. "linear" and pruning act as their "_svd" forms where A and B are not shared.
     combination_type: str = "auto"
-    svd_rank: int | None = None
+    svd_rank: int | None = None  # the largest of the adapters' ranks by default
     svd_clamp: float | None = None
     svd_full_matrices: bool = False
     svd_driver: str | None = None
-    density: float | None = None
-    majority_sign_method: str = "total"
+    density: float | None = None  # share of entries that stay, for pruning
+    majority_sign_method: str = "total"  # how TIES elects a sign: by the sum ("total") or by votes ("frequency")
 
     def pruning(self) -> Pruning | None:
         """The pruning before the sum, if any; raises a ValueError for an unknown kind, density or method."""
@@ -131,22 +124,7 @@ class Combined:
 def combine(
     tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, options: SumOptions
 ) -> dict[str, float]:
-    """Add the adapter `adapter_name` = Σ weights · adapters to a model; the active adapter stays active.
-
-    Args:
-        tuner: the `LoRASBModel`.
-        adapters: names of initialized adapters; modules that one of them has trained in full are copied.
-        weights: one per adapter, of any sign.
-        adapter_name: name of the new adapter.
-        options: how they are added.
-
-    Returns:
-        The relative error of ΔW by layer, before A and B are rounded to the base's dtype; 0 where it is exact.
-
-    Raises:
-        ValueError: unknown, uninitialized or merged adapters, a name in use, a wrong number of weights, several
-            adapters with modules that were trained in full, or invalid options.
-    """
+    """Add the adapter `adapter_name` = Σ weights · adapters to a model; see `LoRASBModel.add_weighted_adapter`."""
     pruning = options.pruning()
     layers = _check(tuner, adapters, weights, adapter_name)
     if options.svd_rank is not None and options.svd_rank < 1:
@@ -230,7 +208,6 @@ def _check_ranks(combined: dict[str, Combined]) -> None:
 
 
 def _share_factors(layers: dict[str, LoRASBLinear], adapters: Sequence[str]) -> bool:
-    """True if all adapters have bitwise the same A and B in every layer."""
     for layer in layers.values():
         # adapters with different targets cannot be added by R alone
         if any(name not in layer.lorasb_R for name in adapters):
@@ -310,7 +287,6 @@ def _insert(
 
 
 def _take_modules_over(model: torch.nn.Module, old: str, new: str) -> None:
-    """Give the new adapter a copy of the modules that an old one has trained in full."""
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and old in module.modules_to_save:
             module.update(new)
@@ -319,7 +295,6 @@ def _take_modules_over(model: torch.nn.Module, old: str, new: str) -> None:
 
 
 def _config_like(template: Any, combined: dict[str, Combined]) -> Any:
-    """A copy of the template's config, for the combined layers and their ranks."""
     config = copy.deepcopy(template).weights_follow()
     config.__dict__.pop("_asked", None)  # or `start_over` would restore the template's ranks and targets
     ranks = {name: factors.core.shape[0] for name, factors in combined.items()}

@@ -66,7 +66,6 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _unwritten(target: Path, error: Exception) -> OSError:
-    """The error with the file's name, which the error of a full disk lacks."""
     if isinstance(error, OSError):
         return type(error)(error.errno, f"{target} cannot be written: {error.strerror}")
     return OSError(f"{target} cannot be written: {error}")
@@ -119,7 +118,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` to `path` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 

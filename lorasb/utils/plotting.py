@@ -13,7 +13,6 @@ INK, MUTED, SIGN, GRAD = "#1b1b1b", "#8a8a8a", "#3568b8", "#d9822b"
 
 
 def installed() -> bool:
-    """True if matplotlib is installed; without it a run writes no pictures."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

@@ -115,7 +115,6 @@ def resolve(name: str, device: str) -> Precision:
 
 
 def _trial(dtype: torch.dtype, device: str) -> str | None:
-    """The reason why a product in `dtype` fails on a device; None if it works."""
     # Older GPUs emulate bf16: the product would not fail, but be slow.
     if device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() < AMPERE:
         return "its compute capability is below 8.0"
@@ -135,7 +134,6 @@ def slowdown(dtype: torch.dtype) -> float:
 
 
 def _seconds(dtype: torch.dtype, shape: tuple[int, int, int], device: str = "cpu") -> float:
-    """Seconds of one forward and backward to x."""
     tokens, n, m = shape
     # enable_grad, as callers may be under no_grad; constants, so that the random state is not touched.
     with torch.enable_grad():

@@ -90,7 +90,6 @@ def safetensors_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _is_entry(entry: Any) -> bool:
-    """True for a tensor's entry in a header: a dtype, a shape and the offsets of its bytes."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
@@ -102,7 +101,6 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _length_and_header(path: str | os.PathLike[str]) -> tuple[int, Any]:
-    """The length of a file's header in bytes, and the header; None if it cannot be read."""
     with open(path, "rb") as file:
         prefix = file.read(8)  # the header's length, uint64 little-endian; the JSON header and the tensors follow
         # Too short a file counts as a header over the limit, which is not read.
