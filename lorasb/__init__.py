@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .init import InitReport, first_step_lr, initialize, refresh
     from .layers.linear import LoRASBLinear, equivalent_gradient
     from .layers.linear4bit import Linear4bit, quantize
+    from .optim import parameter_groups
     from .serving.bank import AdapterBank
     from .serving.basis_adapters import add_adapters
     from .serving.joint_basis import project, share_basis
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
         clip_by_adapter,
     )
     from .training.init_callback import InitCallback
-    from .training.parameter_groups import parameter_groups
     from .training.rate_trials import RateTrials, find_lr
     from .training.reinforcement import policy_loss, preference_loss, reward_batches
     from .tuner.patch import patch
@@ -98,7 +98,7 @@ _MODULE_OF = {
     "find_lr": "training.rate_trials",
     "first_step_lr": "init",
     "initialize": "init",
-    "parameter_groups": "training.parameter_groups",
+    "parameter_groups": "optim",
     "patch": "tuner.patch",
     "policy_loss": "training.reinforcement",
     "preference_loss": "training.reinforcement",

@@ -14,7 +14,7 @@ from .. import backends  # noqa: F401  registers the backends
 from ..backends import cpp
 from ..constants import VERSION
 from ..ops.registry import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
-from ..utils.cache_dir import cache_dir
+from ..utils.atomic_files import cache_dir
 from ..utils.precision import CAPS, native
 from .plan import prospects
 from .prepare import EMBEDDED, embedded_folder

@@ -26,8 +26,7 @@ from ..init.plan import warmup_steps
 from ..layers.linear4bit import LEFT_OUT
 from ..serving import basis_adapters
 from ..tuner.targets import refuse_unknown_names
-from ..utils.atomic_files import write_json
-from ..utils.cache_dir import cache_dir
+from ..utils.atomic_files import cache_dir, write_json
 from ..utils.precision import Precision, resolve
 from .data import load_examples
 from .evaluation import Evaluation, HeldOut, score_by

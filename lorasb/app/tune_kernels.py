@@ -20,8 +20,7 @@ from ..kernels import linear as launch
 from ..kernels import plan
 from ..kernels.block_sizes import DECODE_ROWS, GemmConfig, PrepConfig
 from ..kernels.plan import LaunchPlan, Shape
-from ..utils.atomic_files import write_text
-from ..utils.cache_dir import cache_dir
+from ..utils.atomic_files import cache_dir, write_text
 from ..utils.precision import native
 
 Timer = Callable[[Callable[[], object]], float]

@@ -1,4 +1,4 @@
-"""The C++ backend: on CPUs the extension, if built, computes quantized layers, 16-bit layers that the processor does not
+"""The C++ backend: on CPUs the extension, if built, has quantized layers, 16-bit layers that the processor does not
 multiply, large fp32 weights on AVX2, and few tokens in bf16; eager torch computes the rest by the BLAS.
 """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -12,9 +14,8 @@ from torch import Tensor
 from ..ops.adapted_linear import Member, Operands, kernels_of
 from ..ops.autocast import no_autocast
 from ..ops.registry import Kernel, register_backend
-from . import weight_gradient
-from .dequantize import dequantize
-from .dropout import keep_mask, kept
+from ..quantization.quantized_weight import FOUR_BIT, INT8, QuantizedTensors
+from ..utils.bit_packing import pack_words, words_of
 
 Base = Tensor | tuple[list[Tensor], list[int]] | None  # of a `Member`
 
@@ -189,12 +190,151 @@ def core_gradients(t: Tensor, u: Tensor, cores: Tensor, index: Tensor, scale: fl
     return gradients
 
 
+_masks = threading.local()  # `philox` is set while eager computes in place of a Triton kernel
+
+
+@contextmanager
+def kernel_masks() -> Iterator[None]:
+    """Inside, dropout uses the Triton kernels' mask: a fallback in one direction whose other one ran a kernel."""
+    _masks.philox = True
+    try:
+        yield
+    finally:
+        _masks.philox = False
+
+
+def kernel_dropout(dropout: float) -> float:
+    """The probability of the kernels' masks: the nearest multiple of 2^-16, strictly between 0 and 1."""
+    if not 0.0 < dropout < 1.0:
+        return dropout
+    return min(max(round(dropout * 2**16), 1), 2**16 - 1) / 2**16
+
+
+def philox_mask(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> Tensor:
+    """The Triton kernels' mask [M, n] by Philox-4x32-10: True where 16 random bits are at least dropout·2^16."""
+    # 32-bit words in int64. Counter (column // 8, row, 0, 0) gives eight columns a half word each, lower halves first.
+    low, (M, n) = 0xFFFFFFFF, shape
+    c0 = torch.arange(-(-n // 8), device=device).expand(M, -1)
+    c1 = torch.arange(M, device=device)[:, None].expand(c0.shape)
+    c2 = c3 = torch.zeros_like(c0)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # int64 wraps, but keeps all 64 bits; `>> 32` is the high word
+        c0, c1, c2, c3 = ((b >> 32) & low) ^ c1 ^ k0, b & low, ((a >> 32) & low) ^ c3 ^ k1, a & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    words = torch.stack((c0, c1, c2, c3), -1)
+    halves = torch.stack((words & 0xFFFF, words >> 16), -1).view(M, -1)[:, :n]
+    return halves >= kernel_dropout(dropout) * 2**16
+
+
+def kept(dropout: float) -> float:
+    return 1.0 - (kernel_dropout(dropout) if getattr(_masks, "philox", False) else dropout)
+
+
+def keep_mask(shape: torch.Size, dropout: float, seed: Tensor, device: torch.device) -> Tensor:
+    """The mask [M, n] of the elements that dropout keeps."""
+    if getattr(_masks, "philox", False):
+        return philox_mask(shape, dropout, int(seed), device)
+    # A separate generator: the global random state advances by the draw of the seed alone.
+    generator = torch.Generator(device=device).manual_seed(int(seed))
+    return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1.0 - dropout, generator=generator)
+
+
+CHUNK = 1 << 20  # elements dequantized at a time: 4 MB in fp32
+ROUNDINGS = (None, torch.bfloat16, torch.float16)  # by the code in `layout`
+INT8_SCALE = 7.874015718698502e-3  # 1 / 127, with the digits of bitsandbytes' constant
+
+
+def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """W [rows, columns]: table[nibble]·absmax in fp32, rounded as `layout` says."""
+    rounding = ROUNDINGS[layout[2]]
+    if QuantizedTensors.of(quant).kind == INT8:
+        codes, scales = quant
+        wide = codes.view(rows, columns).float() * scales.view(-1, 1) * INT8_SCALE
+        return wide.to(rounding).to(dtype) if rounding is not None else wide.to(dtype)
+    octets, table, block = quant[0], quant[2], layout[0]
+    # [256, 2]: the values of a byte's high and low nibble, so that one look-up decodes both.
+    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), 1)
+    scales, count = block_scales(quant, layout), rows * columns
+    out = torch.empty(count, dtype=dtype, device=octets.device)
+    step = max(block, CHUNK // block * block)  # whole blocks, which start at a byte
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        values = torch.nn.functional.embedding(octets[first // 2 : (last + 1) // 2].int(), pairs).flatten()
+        values = torch.nn.functional.pad(values, (0, -len(values) % block)).view(-1, block)  # the last may be partial
+        scale = scales[first // block : first // block + len(values)]
+        wide = (values * scale[:, None]).flatten()[: last - first]
+        out[first:last] = wide if rounding is None else wide.to(rounding)
+    return out.view(rows, columns)
+
+
+def block_scales(quant: list[Tensor], layout: list[int]) -> Tensor:
+    """The fp32 scale of each block: absmax, or table2[absmax8]·absmax2 + offset."""
+    if QuantizedTensors.of(quant).kind == FOUR_BIT:
+        return quant[1]
+    _, octets, _, absmax, table, offset = quant
+    scales = torch.nn.functional.embedding(octets.int(), table[:, None]).flatten()
+    # rounded separately, as in bitsandbytes: a fused multiply-add would differ in the last bit
+    scales = scales * absmax.repeat_interleave(layout[1])[: len(scales)]
+    return scales + offset
+
+
+BLOCK = 1 << 18  # elements of G per block of rows: 1 MB in fp32
+
+
+def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
+    """total [m, n] += dyᵀ x, in total's dtype; with `fresh`, its former contents are ignored."""
+    with no_autocast(x):
+        left, right = dy.to(total.dtype), x.to(total.dtype)
+        for rows in _row_blocks(total.shape):
+            _sum_rows(left, right, total, rows, fresh)
+
+
+def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Signs and statistics of G = total + dyᵀ x (of dyᵀ x alone if `fresh`), which overwrites `total` [m, n] if given.
+
+    Returns:
+        The bits G > 0 and G != 0, as words [m, ceil(n / 32)] int32; and [Σ G², zeros, NaN or Inf entries] in fp64.
+    """
+    wide = total.dtype if total is not None else torch.float64 if x.dtype == torch.float64 else torch.float32
+    words = x.new_empty((dy.shape[1], words_of(x.shape[1])), dtype=torch.int32)
+    nonzero, counts = torch.empty_like(words), torch.zeros(3, dtype=torch.float64, device=x.device)
+    with no_autocast(x):
+        left, right = dy.to(wide), x.to(wide)
+        for rows in _row_blocks((dy.shape[1], x.shape[1])):
+            block = _sum_rows(left, right, total, rows, fresh)
+            words[rows], nonzero[rows] = pack_words(block > 0), pack_words(block != 0)
+            counts += torch.stack((_squares(block), (block == 0).sum(), (~block.isfinite()).sum())).double()
+    return words, nonzero, counts
+
+
+def _row_blocks(shape: tuple[int, ...] | torch.Size) -> Iterator[slice]:
+    step = max(32, BLOCK // max(1, shape[1]))
+    return (slice(start, start + step) for start in range(0, shape[0], step))
+
+
+def _sum_rows(left: Tensor, right: Tensor, total: Tensor | None, rows: slice, fresh: bool) -> Tensor:
+    """Some rows of G; a view of `total`, which is updated, if it is given."""
+    product = left[:, rows].t() @ right if len(left) else None  # None for a batch without tokens
+    if total is None:
+        return product if product is not None else left.new_zeros((left[:, rows].shape[1], right.shape[1]))
+    block = total[rows]
+    if fresh:
+        return block.zero_() if product is None else block.copy_(product)
+    return block if product is None else block.add_(product)
+
+
+def _squares(block: Tensor) -> Tensor:
+    """Σ G² of a block, summed in fp64 without an fp64 copy of it."""
+    return torch.linalg.vector_norm(block, dtype=torch.float64).square()
+
+
 EAGER = Products(thin, times_core, times_cores, extended, extended_transposed)
 eager_forward, eager_backward = partial(forward, EAGER), partial(backward, EAGER)
 KERNELS = kernels_of(eager_forward, eager_backward) | {
     "dequantize": Kernel(dequantize),
-    "gradient_add": Kernel(weight_gradient.gradient_add),
-    "gradient_signs": Kernel(weight_gradient.gradient_signs),
+    "gradient_add": Kernel(gradient_add),
+    "gradient_signs": Kernel(gradient_signs),
 }
 
 

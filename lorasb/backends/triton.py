@@ -20,11 +20,10 @@ from ..ops import signatures
 from ..ops.adapted_linear import DENSE, Operands, kernels_of
 from ..ops.registry import Kernel, register_backend
 from ..quantization.quantized_weight import INT8, QuantizedTensors
-from ..utils.cache_dir import cache_dir
+from ..utils.atomic_files import cache_dir
 from . import cpp, eager
-from . import dequantize as eager_dequantize
-from .dropout import kernel_dropout, kernel_masks
-from .eager import check_index, shaped
+from .eager import check_index, kernel_dropout, kernel_masks, shaped
+from .eager import dequantize as eager_dequantize
 
 INTERPRET = "TRITON_INTERPRET"
 SMALLEST_CAPABILITY = (8, 0)  # bf16 and TF32 in tensor cores; the tables start at sm_80
@@ -176,7 +175,7 @@ def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, 
     """W [rows, columns]. In 8 bits by eager torch, as there is no kernel."""
     tensors = QuantizedTensors.of(quant)
     if tensors.kind == INT8:
-        return eager_dequantize.dequantize(quant, layout, rows, columns, dtype)
+        return eager_dequantize(quant, layout, rows, columns, dtype)
     from lorasb.kernels import linear_quantized as kernels
 
     check_call(tensors.absmax.new_empty(0, dtype=torch.float32))  # the device; any dtype that the kernels have
@@ -189,7 +188,7 @@ def _is_int8(operands: Operands) -> bool:
 
 def _dense_operands(operands: Operands, dtype: torch.dtype) -> Operands:
     shape = operands.b[0].shape[0], operands.a[0].shape[1]
-    weight = eager_dequantize.dequantize(list(operands.base), list(operands.layout), *shape, dtype)
+    weight = eager_dequantize(list(operands.base), list(operands.layout), *shape, dtype)
     return operands._replace(base=[weight], layout=DENSE)
 
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from ..compat.torch import uncompiled
 from ..constants import PEFT_PREFIX
 from ..layers.lookup import adapted_layers, layer_kinds, uninitialized
-from .lora import fuse_experts
-from .lora_layout import in_pefts_layout, refuse_slices
+from .lora import fuse_experts, in_pefts_layout, refuse_slices
 
 PARTS = ("lora", "basis", "core")
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -275,3 +277,15 @@ def take_rows(batch: Mapping[str, Any], rows: Tensor) -> Batch:
         name: value.index_select(0, rows.to(value.device)) if isinstance(value, Tensor) and value.dim() > 0 else value
         for name, value in batch.items()
     }
+
+
+@contextmanager
+def rng_untouched() -> Iterator[None]:
+    """Restore Python's and torch's random states on exit: of the CPU and, once CUDA is in use, of every GPU."""
+    state = random.getstate()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(state)

@@ -40,7 +40,8 @@ def quantize_4bit(
         absmax[first // blocksize : first // blocksize + len(largest)] = largest
         nearest = torch.bucketize(scaled, bounds, out_int32=True)
         nibbles = nearest.to(torch.uint8) if kind == "nf4" else order[nearest].to(torch.uint8)
-        nibbles = torch.nn.functional.pad(nibbles, (0, len(nibbles) % 2), value=int(_zero(kind)))
+        # an odd number of elements is padded with the nibble of zero
+        nibbles = torch.nn.functional.pad(nibbles, (0, len(nibbles) % 2), value=7 if kind == "nf4" else 0)
         packed[first // 2 : first // 2 + len(nibbles) // 2] = (nibbles[::2] << 4) | nibbles[1::2]
     state = QuantState(absmax, table, blocksize, kind, weight.shape, weight.dtype)
     return packed[:, None], _nest(state) if nested else state
@@ -58,11 +59,6 @@ def _scale(chunk: Tensor, block: int) -> tuple[Tensor, Tensor]:
         return scaled, absmax
     largest = partial.abs().max().clamp(min=1e-38)
     return torch.cat((scaled, (partial / largest).clamp(-1, 1))), torch.cat((absmax, largest[None]))
-
-
-def _zero(kind: str) -> int:
-    """The nibble of an exact zero, which pads the last byte of an odd number of elements."""
-    return 7 if kind == "nf4" else 0
 
 
 def _nest(state: QuantState) -> QuantState:

@@ -16,8 +16,7 @@ from ..checkpoints.adapter_file import check_factors
 from ..config.adapter import LoRASBConfig
 from ..constants import BASE_ROW
 from ..layers.linear import LoRASBLinear
-from ..layers.lookup import layers_with
-from ..layers.rollback import discard
+from ..layers.lookup import discard, layers_with
 from .bank import bank_of, cores_of
 from .basis import frozen_factors
 

@@ -104,10 +104,10 @@ class _OfThisThread:
 
     def __init__(self, hook: Callable[..., Any]) -> None:
         self.hook, self.owner = hook, threading.get_ident()
-        self.names_rows = getattr(hook, "names_rows", False)  # `linear_group` asks
+        self.names_rows = getattr(hook, "names_rows", False)  # `linear_group` reads it
 
     def __call__(self, *arguments: Any) -> Any:
-        # a compiled forward has no other threads, and cannot ask
+        # a compiled forward has no other threads, and cannot get its own
         mine = torch.compiler.is_compiling() or threading.get_ident() == self.owner
         return self.hook(*arguments) if mine else None
 
@@ -272,7 +272,7 @@ class _ShapeRecorder:
 class _NamePasser:
     """Pre-hook that passes a layer the adapter names of its input's rows, or raises if they are unknown."""
 
-    names_rows = True  # and changes nothing else: `linear_group` asks
+    names_rows = True  # and changes nothing else; `linear_group` reads it
 
     def __init__(
         self, name: str, rows: Rows, shapes: dict[str, torch.Size], tokens_first: bool, ambiguous: bool
@@ -288,7 +288,7 @@ class _NamePasser:
         ambiguous = self.ambiguous and not isinstance(module, OpenExperts)
         # With one name for all rows the mapping does not matter; with several, never guess from a matching row count.
         refused = ambiguous and len(self.rows.names) > 1
-        outer = self._outer_shape() if x.dim() <= 2 else None  # asked for flattened tokens alone
+        outer = self._outer_shape() if x.dim() <= 2 else None  # needed for flattened tokens alone
         input_rows = None if refused else rows_of(x, self.rows, outer, self.tokens_first or ambiguous)
         if input_rows is None:
             raise ValueError(

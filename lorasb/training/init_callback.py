@@ -13,16 +13,14 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from ..checkpoints.shared_factors import share
-from ..distributed.deepspeed_zero import keep_factors
-from ..distributed.fsdp_resume import restore_factors
 from ..distributed.process_group import Processes, sharded
+from ..distributed.sharded_factors import keep_factors, restore_factors
 from ..init import InitReport, first_step_lr, initialize, refresh
 from ..init.factorize import held
 from ..init.later_gradient import check_refreshable
-from ..init.sampling import draw, too_few
+from ..init.sampling import draw, rng_untouched, too_few
 from ..layers.linear import LoRASBLinear
 from ..layers.lookup import adapted_layers
-from ..utils.random_state import rng_untouched
 
 # DPO's columns under `precompute_ref_log_probs`, one number per pair where all else has two rows; where training
 # starts, the policy is the reference.

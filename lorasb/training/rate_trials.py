@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 
 from ..compat.torch import uncompiled
 from ..distributed.process_group import Processes
+from ..init.sampling import rng_untouched
 from ..init.task import to_device
 from ..utils.checks import check_lr
-from ..utils.random_state import rng_untouched
 
 STEPS = 12  # of a trial: loss after 15% of a run of 75 ranks rates as its end does, within a factor of two (measured)
 RAMP = 2 / 3  # share of a trial's steps over which the rate rises, as it does in a warm-up

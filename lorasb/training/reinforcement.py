@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..init.sampling import rng_untouched
 from ..serving.training import IGNORED, token_losses
-from ..utils.random_state import rng_untouched
 
 Reward = Callable[..., Sequence[float]]  # (prompts=, completions=) -> a number for each completion
 SMALLEST_SPREAD = 1e-4  # added to a group's standard deviation, as GRPO does
@@ -66,8 +66,10 @@ def reward_batches(
 ) -> list[dict[str, Tensor]]:
     """Sample completions, and batches for `policy_loss`: one per prompt whose completions differ in reward.
 
+    Initialize on all of them:
+
         batches = lorasb.reward_batches(model, tokenizer, prompts, reward)
-        lorasb.initialize(model, iter(batches), lr=eta, loss_fn=lorasb.policy_loss)  # all of them
+        lorasb.initialize(model, iter(batches), lr=eta, loss_fn=lorasb.policy_loss)
 
     Args:
         model: that samples; an adapter that is not initialized leaves the base as it is.

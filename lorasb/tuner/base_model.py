@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.base_fingerprint import difference
+from ..checkpoints.adapter_file import difference
 from ..config.adapter import LoRASBConfig
 from ..layers.base_weight import has_weight_values, weight_present
 from ..layers.linear import LoRASBLinear

@@ -16,22 +16,30 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints import adapter_file
-from ..checkpoints.base_fingerprint import fingerprint
+from ..checkpoints.adapter_file import fingerprint
 from ..compat import peft as private
 from ..compat.bitsandbytes import keep_unpacked
 from ..config.adapter import ALL_LINEAR, LoRASBConfig, WrittenHere, infer_task_type
 from ..constants import PEFT_NAME
-from ..distributed.deepspeed_zero import with_kept_factors
+from ..distributed.sharded_factors import with_kept_factors
 from ..layers import linear_group, unfused_experts
 from ..layers.linear import LoRASBLinear
 from ..layers.linear4bit import Requantized
-from ..layers.lookup import any_merged, layer_kinds, layers_with, uninitialized
-from ..layers.rollback import Place, discard, places_known, unchanged_on_error
+from ..layers.lookup import (
+    Place,
+    any_merged,
+    discard,
+    layer_kinds,
+    layers_with,
+    places_known,
+    unchanged_on_error,
+    uninitialized,
+)
 from ..layers.weight_adapter import adapt_weights
 from ..serving import basis
 from ..serving.rows import adapters_by_row
 from ..utils.precision import SIXTEEN_BIT
-from . import fused_experts, hotswap, loading
+from . import fused_experts, loading
 from .base_model import can_initialize_now, check_base, check_mergeable, float_dtype, refuse_duplicates
 from .fresh_heads import save_heads
 from .targets import (
@@ -174,7 +182,7 @@ class LoRASBModel(BaseTuner):
         """Resolve targets and ranks (those of a `state_dict` if given); raise on all that would make replacing fail."""
         basis.resolve(model, config, self.peft_config)
         self._prepare_adapter_config(config, self.get_model_config(model))
-        # PEFT replaces "all-linear" by a set of full names, so the question must be asked before.
+        # PEFT replaces "all-linear" by a set of full names, so this must be checked before.
         all_linear = config.target_modules == ALL_LINEAR
         private.include_all_linear(config, model)
         if all_linear:
@@ -343,4 +351,4 @@ def register(init_without_data: InitWithoutData) -> None:
     if PeftType(PEFT_NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="lorasb", config_cls=LoRASBConfig, model_cls=LoRASBModel, prefix=LoRASBModel.prefix)
     private.extend_loader(loading.with_folder)
-    private.extend_hotswap(PEFT_NAME, hotswap.swap)
+    private.extend_hotswap(PEFT_NAME, loading.swap)

@@ -174,3 +174,11 @@ def _lock(file: Path) -> TextIO | None:
             return lock
         lock.close()
     return None
+
+
+CACHE_VARIABLE = "LORASB_CACHE"
+
+
+def cache_dir() -> Path:
+    """$LORASB_CACHE, or ~/.cache/lorasb if it is not set; read in every call."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "lorasb")

@@ -11,7 +11,7 @@ from models import make
 
 from lorasb.app import tune_kernels
 from lorasb.kernels import plan
-from lorasb.utils.cache_dir import CACHE_VARIABLE
+from lorasb.utils.atomic_files import CACHE_VARIABLE
 
 SHAPE = plan.Shape("forward", "fp32", 32, 64, 48, 8)
 

@@ -15,14 +15,14 @@ import torch
 from calls import operands_of
 
 import lorasb
-from lorasb.backends import dropout as masks
 from lorasb.backends import eager
+from lorasb.backends import eager as masks
 from lorasb.backends import triton as fused
 from lorasb.functional import lora_sb_linear
 from lorasb.kernels import linear as launch
 from lorasb.kernels import plan
 from lorasb.ops.adapted_linear import Operands
-from lorasb.utils.cache_dir import CACHE_VARIABLE
+from lorasb.utils.atomic_files import CACHE_VARIABLE
 
 
 def arguments(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[torch.Tensor, Operands]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lorasb
 from lorasb.backends import cpp
-from lorasb.backends import weight_gradient as eager_gradients
+from lorasb.backends import eager as eager_gradients
 from lorasb.ops.plain_ops import BAD, SQUARES, ZEROS
 from lorasb.quantization.quantized_weight import QuantizedWeight
 

@@ -13,8 +13,8 @@ from calls import run_kernels as run
 from kernel_cases import group_cases, run_group
 from torch import Tensor
 
-from lorasb.backends import dropout as masks
 from lorasb.backends import eager
+from lorasb.backends import eager as masks
 from lorasb.backends import triton as backend
 from lorasb.kernels import linear as launch
 from lorasb.kernels import plan

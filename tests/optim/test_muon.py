@@ -15,8 +15,7 @@ from models import batches_for, make
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.optim import Muon
-from lorasb.optim.muon import orthogonalize
+from lorasb.optim import Muon, orthogonalize
 
 FEW_BITS = 5e-2  # torch orthogonalizes in bf16, and a small singular value grows 480-fold in five iterations
 

@@ -1,4 +1,4 @@
-"""`lorasb.optim.Muon`: orthogonalized momentum for every R (Newton-Schulz), AdamW for other parameters."""
+"""Optimization of R: `lorasb.optim.Muon(lorasb.parameter_groups(model, lr=2e-2, other_lr=1e-3))`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
+
+from .layers.linear import LoRASBLinear
+from .utils.checks import check_lr
 
 MUON, ADAMW = "muon", "adamw"
 CORE_GROUP = "lorasb_R"  # the name that `lorasb.parameter_groups` gives to the group of all R
@@ -152,3 +155,53 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, *, other_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """The trainable parameters of a model, as groups for `torch.optim.AdamW(lorasb.parameter_groups(model, lr=1e-3))`.
+
+    R moves inside a fixed subspace and starts at the first step of full fine-tuning, so its learning rate is larger: 10
+    to 40 times that of full fine-tuning in docs/choosing.md; the paper has 1e-4 to 2e-3 (Tables 11 and 12).
+
+    Args:
+        model: a patched model.
+        lr: learning rate of R.
+        other_lr: learning rate of every other parameter that requires a gradient; `lr` by default.
+        weight_decay: for parameters other than R of two or more dimensions. Decay of R would pull the update, not a
+            weight, towards zero.
+
+    Returns:
+        Up to three groups named "lorasb_R", "other" and "other, not decayed", none of them empty.
+
+    Raises:
+        ValueError: nothing requires a gradient, or a rate is not in [0, 1e4].
+    """
+    for rate in (lr, lr if other_lr is None else other_lr):
+        check_lr(rate, zero=True)
+    # by id: parameters compare elementwise
+    core_ids = {
+        id(core)
+        for module in model.modules()
+        if isinstance(module, LoRASBLinear)
+        for core in module.lorasb_R.parameters()
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    others = [p for p in trained if id(p) not in core_ids]
+    if not trained:
+        raise ValueError(
+            "no parameter requires a gradient: patch the model (lorasb.patch), or make an adapter active for training "
+            "(model.set_adapter(name), PeftModel.from_pretrained(..., is_trainable=True))"
+        )
+    lr_of_others = lr if other_lr is None else other_lr
+    groups = (
+        ("lorasb_R", [p for p in trained if id(p) in core_ids], lr, 0.0),
+        ("other", [p for p in others if p.dim() >= 2], lr_of_others, weight_decay),
+        ("other, not decayed", [p for p in others if p.dim() < 2], lr_of_others, 0.0),
+    )
+    return [
+        {"name": name, "params": params, "lr": rate, "weight_decay": decay}
+        for name, params, rate, decay in groups
+        if params
+    ]
