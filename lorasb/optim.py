@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from .layers.linear import LoRASBLinear
+from .layers.adapted_layer import AdaptedLayer
 from .utils.checks import check_lr
 
 MUON, ADAMW = "muon", "adamw"
@@ -184,7 +184,7 @@ def parameter_groups(
     core_ids = {
         id(core)
         for module in model.modules()
-        if isinstance(module, LoRASBLinear)
+        if isinstance(module, AdaptedLayer)
         for core in module.lorasb_R.parameters()
     }
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..compat import torch as private
 from ..compat.torch import storage_key
-from ..layers.linear import LoRASBLinear
+from ..layers.adapted_layer import AdaptedLayer
 from .prepare import checkpoint_activations
 
 
@@ -118,7 +118,7 @@ def _loss(model: nn.Module, batch: int, seq: int) -> torch.Tensor:
 def _mark_initialized(model: nn.Module) -> None:
     """Let adapters train that have no values, as nothing here has."""
     for module in model.modules():
-        if isinstance(module, LoRASBLinear):
+        if isinstance(module, AdaptedLayer):
             for name in module.adapters:
                 module.adapters[name].initialized = True
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checkpoints.adapter_file import check_tensors, group_by_layer, read_tensors
 from ..compat.accelerate import is_managed, is_partitioned
 from ..constants import FROZEN_FACTORS, WEIGHTS_NAME
-from ..layers.linear import LoRASBLinear
+from ..layers.adapted_layer import AdaptedLayer
 from .process_group import Processes, full_tensor
 
 # Copies of A and B in host memory of the rank that saves. Gathering a partitioned parameter is a collective, but a
@@ -20,7 +20,7 @@ from .process_group import Processes, full_tensor
 _factor_copies: WeakKeyDictionary[nn.Module, dict[str, dict[str, Tensor]]] = WeakKeyDictionary()
 
 
-def keep_factors(layers: Mapping[str, LoRASBLinear], name: str, first: bool) -> None:
+def keep_factors(layers: Mapping[str, AdaptedLayer], name: str, first: bool) -> None:
     """Copy A and B to host memory of the `first` rank for later saves; a collective that every rank has to call."""
     for layer in layers.values():
         frozen = {factor: getattr(layer, factor)[name] for factor in FROZEN_FACTORS}
@@ -41,7 +41,7 @@ def with_kept_factors(tensors: dict[str, Tensor], model: nn.Module, name: str) -
     for key in tensors:
         prefix, separator, _ = key.partition(".lorasb_R")
         layer = model.get_submodule(prefix) if separator else None
-        if not isinstance(layer, LoRASBLinear):
+        if not isinstance(layer, AdaptedLayer):
             continue
         for factor in FROZEN_FACTORS:
             if is_managed(getattr(layer, factor)[name]):  # without ZeRO the state dict has A and B already
@@ -49,7 +49,7 @@ def with_kept_factors(tensors: dict[str, Tensor], model: nn.Module, name: str) -
     return complete
 
 
-def _value(layer: LoRASBLinear, path: str, factor: str, name: str) -> Tensor:
+def _value(layer: AdaptedLayer, path: str, factor: str, name: str) -> Tensor:
     parameter: Tensor = getattr(layer, factor)[name]
     if not is_partitioned(parameter):
         return parameter.detach()
@@ -64,7 +64,7 @@ def _value(layer: LoRASBLinear, path: str, factor: str, name: str) -> Tensor:
 Factors = dict[str, dict[str, Tensor]]  # layer name -> factor name -> value
 
 
-def restore_factors(layers: dict[str, LoRASBLinear], name: str, folders: Iterable[Path]) -> bool:
+def restore_factors(layers: dict[str, AdaptedLayer], name: str, folders: Iterable[Path]) -> bool:
     """Load A and B from the first saved adapter with the layers' R; True if found. A collective: rank 0 reads files."""
     processes, saved, error = Processes(), None, None
     # Before the files are read, and on every rank: gathering a sharded R is a collective.
@@ -84,7 +84,7 @@ def restore_factors(layers: dict[str, LoRASBLinear], name: str, folders: Iterabl
 
 
 def _read_matching(
-    layers: dict[str, LoRASBLinear], name: str, cores: dict[str, Tensor], folders: Iterable[Path]
+    layers: dict[str, AdaptedLayer], name: str, cores: dict[str, Tensor], folders: Iterable[Path]
 ) -> Factors | None:
     """Factors from the first folder whose R equals `cores`, with shapes and finiteness checked."""
     for checkpoint in folders:
@@ -100,7 +100,7 @@ def _read_matching(
     return None
 
 
-def _broadcast(processes: Processes, value: Tensor | None, layer: LoRASBLinear, factor: str, name: str) -> Tensor:
+def _broadcast(processes: Processes, value: Tensor | None, layer: AdaptedLayer, factor: str, name: str) -> Tensor:
     # A broadcast needs one dtype and shape on all ranks, and the file may have been saved in another dtype.
     dtype = getattr(layer, factor)[name].dtype
     buffer = torch.empty(layer.shapes(name)[factor], dtype=dtype) if value is None else value.to(dtype)

@@ -178,7 +178,7 @@ def _read(model: nn.Module, adapter_name: str | None) -> tuple[dict[str, Any], d
         tensors |= {f"{PEFT_PREFIX}{key}": value for key, value in frozen_factors(layers, name).items()}
     config = cast(Any, model).peft_config[name].to_dict()
     config["base_model_name_or_path"] = config["base_model_name_or_path"] or name_or_path(model)
-    config["fan_in_fan_out"] = any(layer.fan_in_fan_out for layer in layers.values())
+    config["fan_in_fan_out"] = any(layer.base.fan_in_fan_out for layer in layers.values())
     return config, tensors, {n: m.adapters[name].scaling for n, m in layers.items()}
 
 

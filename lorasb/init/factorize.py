@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layers.linear import LoRASBLinear
+from ..layers.adapted_layer import AdaptedLayer
 from .accumulator import LayerSum
 from .cache import CachedGradient
 from .init_report import LayerReport
@@ -54,7 +54,7 @@ class Measurements:
         sigma, sign_energies, gradient_energies = packed[: 3 * q].view(3, q)
         return cls(sigma, sign_energies, gradient_energies, Scalars(*packed[3 * q :].tolist()))
 
-    def report(self, name: str, layer: LoRASBLinear, adapter: str) -> LayerReport:
+    def report(self, name: str, layer: AdaptedLayer, adapter: str) -> LayerReport:
         """The layer's report, with energies as fractions of the squared Frobenius norms."""
         r, scalars = layer.adapters[adapter].r, self.scalars
         sigma = tuple(map(_rounded, self.sigma.tolist()))
@@ -178,7 +178,7 @@ Gradient = LayerSum | CachedGradient  # G of a layer, with all its values or its
 
 
 @torch.no_grad()
-def factor(name: str, gradient: Gradient, layer: LoRASBLinear, options: InitOptions) -> tuple[Factors, Measurements]:
+def factor(name: str, gradient: Gradient, layer: AdaptedLayer, options: InitOptions) -> tuple[Factors, Measurements]:
     """A layer's B, R and A from its gradient (Eq. 6-8), and the energy of it that they capture."""
     started, state, seed = time.perf_counter(), layer.adapters[options.adapter], options.seed_of(name)
     # Theorem 6: the first step of SGD has no limit.
@@ -208,7 +208,7 @@ def factor(name: str, gradient: Gradient, layer: LoRASBLinear, options: InitOpti
     return factors, Measurements(triplets.s.double().cpu(), sign_energies.double().cpu(), padded, scalars)
 
 
-def count_triplets(layer: LoRASBLinear, adapter: str) -> int:
+def count_triplets(layer: AdaptedLayer, adapter: str) -> int:
     """Number of singular triplets that the SVD of a layer returns: q = r + 32, at most min(m, n)."""
     return min(layer.adapters[adapter].r + OVERSAMPLE, layer.in_features, layer.out_features)
 
@@ -220,7 +220,7 @@ def overlap(first: Triplets, second: Triplets) -> float:
     return float((left + (first.vt @ second.vt.t()).square().sum()) / (2 * len(first.s)))
 
 
-def held(layer: LoRASBLinear, adapter: str) -> int:
+def held(layer: AdaptedLayer, adapter: str) -> int:
     """Return the number of a layer's r directions, the last ones, that are held back."""
     empty = (layer.lorasb_B[adapter] == 0).all(0)
     return int(empty.flip(0).long().cumprod(0).sum())
@@ -236,7 +236,7 @@ def emptied(factors: Factors, share: float) -> Factors:
 
 
 @torch.no_grad()
-def filled(layer: LoRASBLinear, adapter: str, later: str) -> tuple[Tensor, Tensor]:
+def filled(layer: AdaptedLayer, adapter: str, later: str) -> tuple[Tensor, Tensor]:
     """An adapter's B [out, r] and A [r, in] with the directions of another one's B R A where they were held back."""
     # Of the columns of B R and the rows of R A, what is orthogonal to those that the adapter has: the leading singular
     # vectors, as long as the adapter's own are in the mean.

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..compat.torch import uncompiled
 from ..distributed.process_group import sharded
-from ..layers.linear import LoRASBLinear
+from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import adapted_layers, layers_with, refuse_shared_basis, uninitialized
 from .factorize import Factors, filled, held
 from .init_report import InitReport
@@ -131,7 +131,7 @@ def _helper_adapter(model: Any, name: str, layers: Layers) -> Iterator[str]:
     later = f"{name}_later"
     while later in model.peft_config:
         later += "_"
-    every = [module for module in model.modules() if isinstance(module, LoRASBLinear)]
+    every = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
     flags = [(core, core.requires_grad) for layer in every for core in layer.lorasb_R.values()]
     config = copy.deepcopy(model.peft_config[name])
     config.init = "update"

@@ -13,8 +13,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..distributed.process_group import Processes, sharded
-from ..layers.base_weight import weight_present
-from ..layers.linear import LoRASBLinear
+from ..layers.adapted_layer import AdaptedLayer
+from ..layers.base import weight_present
 from .cache import Cache
 from .factorize import Factors, kaiming, lora_xs, overlap, random_subspace
 from .init_report import LayerReport
@@ -103,14 +103,14 @@ def from_weights(layers: Layers, init: str, options: InitOptions) -> Outcome:
 
 
 @torch.no_grad()
-def _factors_of_weight(name: str, layer: LoRASBLinear, init: str, options: InitOptions) -> Factors:
+def _factors_of_weight(name: str, layer: AdaptedLayer, init: str, options: InitOptions) -> Factors:
     """Compute a layer's factors from its weight W [out, in], or from a random matrix of its shape."""
     state, seed = layer.adapters[options.adapter], options.seed_of(name)
     if init == "random":
         return random_subspace((layer.out_features, layer.in_features), state.r, seed)
     # accelerate keeps offloaded weights on the meta device outside of their layer's forward.
     with weight_present(layer.get_base_layer()), full_precision():
-        weight = layer.dense_weight().detach().float()
+        weight = layer.base.weight().detach().float()
         if not torch.isfinite(weight).all():
             raise ValueError(
                 f"the weight of layer {name!r} has NaN or Inf entries: load the base model again, or name the layer in "

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from ..layers.linear import LoRASBLinear
+from ..layers.adapted_layer import AdaptedLayer
 from ..utils.checks import check_lr
 from .block_recorder import NotAStackError, Stack, find_stack
 from .sampling import batch_size
@@ -82,7 +82,7 @@ def measure(work: Work) -> Sizes:
     counts = [tokens_of(piece.batch) for piece in work.pieces] or [0]
     rows = [batch_size(piece.batch) for piece in work.pieces] or [1]
     first = next(iter(work.layers.values()))
-    itemsize = first.base_dtype.itemsize
+    itemsize = first.base.dtype.itemsize
     config = getattr(work.model, "config", None)
     # Blocks pass on hidden states; a model without a config is taken to be as wide as its first target.
     width = getattr(config, "hidden_size", None) or first.in_features
@@ -136,7 +136,7 @@ def accumulate_memory(work: Work, sizes: Sizes, budget_bytes: float) -> float:
 def factoring_bytes(work: Work) -> float:
     """Bytes of the largest SVD in fp32: the Gram matrix [s, s], and about three pairs of thin [m, q] and [n, q]."""
 
-    def one(layer: LoRASBLinear) -> float:
+    def one(layer: AdaptedLayer) -> float:
         m, n = layer.out_features, layer.in_features
         return 4 * (min(m, n) ** 2 + 3 * (max(layer.r.values()) + OVERSAMPLE) * (m + n))
 
@@ -163,7 +163,7 @@ def seconds(work: Work, sizes: Sizes, products: int) -> float:
     factoring = sum(4 * ITERATIONS * n.in_features * n.out_features * (max(n.r.values()) + OVERSAMPLE) for n in layers)
     # The speed of x Wᵀ with the tokens of a micro-batch.
     tokens, m, n = max(16, min(512, sizes.largest)), layers[0].out_features, layers[0].in_features
-    products_speed = product_speed(tokens, m, n, layers[0].base_dtype, work.device)
+    products_speed = product_speed(tokens, m, n, layers[0].base.dtype, work.device)
     factoring_speed = product_speed(tokens, m, n, torch.float32, work.device)
     return (work_flops / products_speed + factoring / factoring_speed) / EFFICIENCY
 
@@ -268,7 +268,7 @@ def uncut_blocks(work: Work, stack: Stack, spare_bytes: float, per_block: float)
     # (sharded or offloaded weights that are present only meanwhile).
     if len(stack.blocks) < MIN_BLOCKS or work.processes.is_distributed:
         return 0
-    if any(layer.base_must_run() for layer in work.layers.values()):
+    if any(layer.base.must_run() for layer in work.layers.values()):
         return 0
     return max(0, min(int(spare_bytes / per_block), len(stack.blocks) - 1 - stack.lowest))
 

@@ -49,7 +49,7 @@ def cache_key(model: nn.Module, layers: Layers, options: InitOptions, seen: int,
     # The rank and η are not among it: any adapter can be initialized from the same signs. A loss counts by its name.
     loss = getattr(options.loss_fn, "func", options.loss_fn)  # of a partial, its function
     return {
-        "dtype": str(next(iter(layers.values())).base_dtype).removeprefix("torch."),
+        "dtype": str(next(iter(layers.values())).base.dtype).removeprefix("torch."),
         "base weights": weights_hash(model),
         "update": options.update,
         "seed": options.seed,

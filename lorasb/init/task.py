@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.process_group import Processes
-from ..layers.linear import LoRASBLinear
+from ..layers.adapted_layer import AdaptedLayer
 from .loss import LossFn, backward_over_samples, labeled_rows
 from .sampling import Batch, batch_size
 from .svd import MomentSketch
 
-Layers = dict[str, LoRASBLinear]
+Layers = dict[str, AdaptedLayer]
 UPDATES = ("adamw", "sgd", "per-sample")
 STRATEGIES = ("auto", "layerwise", "accumulate")
 
@@ -157,7 +157,7 @@ def frozen_base(model: nn.Module, beside: Sequence[str] = ()) -> Iterator[None]:
     # The state of each module and parameter, as users may have put some blocks into another mode, or froze some.
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    states = [(m, m._disable_adapters, m._active_adapter) for m in model.modules() if isinstance(m, LoRASBLinear)]
+    states = [(m, m._disable_adapters, m._active_adapter) for m in model.modules() if isinstance(m, AdaptedLayer)]
     # A KV cache would grow at every recomputation of a block, which then attends to its own keys twice; hidden states
     # and attentions only take memory. By id: submodules share config objects.
     configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}

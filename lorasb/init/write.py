@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..constants import FACTORS
 from ..distributed.process_group import Processes, full_tensor
-from ..layers.base_weight import weight_present
-from ..layers.linear import LoRASBLinear
+from ..layers.adapted_layer import AdaptedLayer
+from ..layers.base import weight_present
 from .accumulator import GradientSums, LayerSum
 from .block_recorder import NotAStackError, find_stack
 from .cache import Cache, CachedGradient, cached
@@ -35,9 +35,9 @@ class Staging:
     def __init__(self, options: InitOptions) -> None:
         self.adapter, self.held_back = options.adapter, options.held_back
         # (layer, its `initialized` flag, A, R and B on the host; None for zeros), in the order written
-        self._previous: list[tuple[LoRASBLinear, bool, list[Tensor | None]]] = []
+        self._previous: list[tuple[AdaptedLayer, bool, list[Tensor | None]]] = []
 
-    def write(self, layer: LoRASBLinear, factors: Factors) -> None:
+    def write(self, layer: AdaptedLayer, factors: Factors) -> None:
         """Write B, R and A into a layer, and remember its previous ones."""
         parameters = [getattr(layer, factor)[self.adapter] for factor in FACTORS]
         # `copy=True`: on a CPU layer `to` would return the parameter itself, which is overwritten below.
@@ -191,7 +191,7 @@ class LayerWriter:
         rank = layer.adapters[self.options.adapter].r
         # accelerate keeps offloaded weights on the meta device, and FSDP2 shards them
         with weight_present(layer.get_base_layer()), full_precision():
-            weight = full_tensor(layer.dense_weight()).float()
+            weight = full_tensor(layer.base.weight()).float()
             factors = subspace_of_weight(weight, rank, self.options.seed_of(name))
         if self.processes.is_distributed:  # one rank's, as the last bits depend on the number of threads
             factors = Factors(*(self.processes.broadcast(tensor.float(), 0) for tensor in factors))
@@ -210,7 +210,7 @@ class LayerWriter:
         return any(target in self.reports for target in block)
 
 
-def _checked(name: str, layer: LoRASBLinear, total: LayerSum) -> LayerSum:
+def _checked(name: str, layer: AdaptedLayer, total: LayerSum) -> LayerSum:
     """Return a layer's sum, or raise a ValueError for NaN, Inf or only zeros."""
     if not total.finite:
         raise ValueError(
@@ -222,8 +222,8 @@ def _checked(name: str, layer: LoRASBLinear, total: LayerSum) -> LayerSum:
     return total
 
 
-def _zero_sum(layer: LoRASBLinear) -> Tensor:
+def _zero_sum(layer: AdaptedLayer) -> Tensor:
     """ΣG [out, in] of a rank on which no sample reached the layer, in the dtype of the sums of the other ranks."""
-    dtype = torch.float64 if layer.base_dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if layer.base.dtype == torch.float64 else torch.float32
     device = next(layer.lorasb_R.parameters()).device
     return torch.zeros(layer.out_features, layer.in_features, device=device, dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -9,10 +10,12 @@ from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..compat.transformers import is_loaded
 from ..constants import FACTORS
+from ..quantization.quantized_weight import QuantizedWeight
 from ..utils.deprecation import renamed_method, warn_renamed
 from ..utils.precision import SIXTEEN_BIT
 from .adapter_state import (
@@ -20,11 +23,13 @@ from .adapter_state import (
     Cores,
     EquivalentGradient,
     FrozenFactors,
+    delta_weight,
     has_values,
+    merged,
     refuse_training,
     shard_like,
 )
-from .base_weight import FrozenBase
+from .base import Base, base_of
 from .token_rows import Rows
 
 
@@ -71,7 +76,7 @@ def _former(name: str, field: str) -> property:
     return property(_read)
 
 
-class AdaptedLayer(FrozenBase):
+class AdaptedLayer(nn.Module, BaseTunerLayer):
     """A frozen layer with adapters by name: A and B frozen, R trained.
 
     Args:
@@ -79,12 +84,13 @@ class AdaptedLayer(FrozenBase):
         base_layer: the frozen layer.
         adapter_name: name of the first adapter.
         r, scaling, lora_dropout, equivalent_gradient, wide_factors: of it, as of `LoRASBLinear`.
-        fan_in_fan_out, octet_dtype, resolver_options: of the base, as of `FrozenBase`.
+        fan_in_fan_out, octet_dtype, resolver_options: of the base, as of `LoRASBLinear`.
     """
 
     # PEFT sets requires_grad on everything in `adapter_layer_names`: only R is listed, as A and B stay frozen.
     adapter_layer_names = ("lorasb_R",)
     other_param_names = ("lorasb_A", "lorasb_B", "adapters")
+    trains_rows = False  # whether rows of a batch may be those of several adapters in training, too
 
     def __init__(
         self,
@@ -99,7 +105,11 @@ class AdaptedLayer(FrozenBase):
         octet_dtype: torch.dtype | None = None,
         resolver_options: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(base_layer, fan_in_fan_out, octet_dtype, resolver_options)
+        super().__init__()
+        self.base_layer = base_layer
+        self.training = base_layer.training  # a new module would be in training mode inside a model in eval mode
+        self.base: Base = self._make_base(base_layer, fan_in_fan_out, octet_dtype, resolver_options)
+        self.out_features, self.in_features = self.base.shape
         self.lorasb_A, self.lorasb_R, self.lorasb_B = FrozenFactors(), Cores(), FrozenFactors()
         self.adapters: dict[str, AdapterState] = {}
         self.siblings: Group | None = None  # set by `linear_group.form` once the model is patched
@@ -107,9 +117,37 @@ class AdaptedLayer(FrozenBase):
         self._disable_adapters = False
         self._trained_before: list[str] = []  # adapters whose R required a gradient when adapters were disabled
         self.merged_adapters: list[str] = []
-        self.cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` switches it off
         self._active_adapter: str | list[str] = adapter_name
         self.add_adapter(adapter_name, r, scaling, lora_dropout, equivalent_gradient, wide_factors=wide_factors)
+
+    def _make_base(self, module: nn.Module, *options: Any) -> Base:
+        return base_of(module, *options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "base_layer" and "base" in self.__dict__ and value is not self.base.module:
+            self.base = self.base.over(value)
+
+    @property
+    def cast_input_dtype_enabled(self) -> bool:
+        """Whether x is cast to the base's dtype, as in PEFT's layers."""
+        return self.base.casts
+
+    @cast_input_dtype_enabled.setter
+    def cast_input_dtype_enabled(self, enabled: bool) -> None:
+        self.base.casts = enabled
+
+    def quantized(self) -> QuantizedWeight | None:
+        """The storage of a quantized base layer; None for others."""
+        return self.base.quantized()
+
+    quantised = renamed_method("quantised", "quantized")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
+        """Move or cast the layer, and read a quantized base again."""
+        super()._apply(fn, recurse)
+        self.base.moved()
+        return self
 
     def add_adapter(
         self,
@@ -132,7 +170,7 @@ class AdaptedLayer(FrozenBase):
             raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
         self.adapters[adapter_name] = AdapterState(r, scaling, scaling, lora_dropout, equivalent_gradient, wide_factors)
         self.any_wide = any(state.wide_factors for state in self.adapters.values())  # asked in every forward
-        device, dtype, core_dtype = self.execution_device, self.factor_dtype_of(adapter_name), self.core_dtype
+        device, dtype, core_dtype = self.base.device, self.factor_dtype_of(adapter_name), self.core_dtype
         self.lorasb_A[adapter_name] = nn.Parameter(torch.zeros(r, self.in_features, device=device, dtype=dtype))
         self.lorasb_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=dtype))
         self.lorasb_R[adapter_name] = nn.Parameter(torch.zeros(r, r, device=device, dtype=core_dtype))
@@ -260,10 +298,10 @@ class AdaptedLayer(FrozenBase):
         if wide_core is not None:
             (self.lorasb_R.stored_16bit.discard if wide_core else self.lorasb_R.stored_16bit.add)(adapter_name)
         narrow = adapter_name in self.lorasb_R.stored_16bit
-        frozen, core = self.factor_dtype_of(adapter_name), self.base_dtype if narrow else self.core_dtype
+        frozen, core = self.factor_dtype_of(adapter_name), self.base.dtype if narrow else self.core_dtype
         for factors, dtype in ((self.lorasb_A, frozen), (self.lorasb_B, frozen), (self.lorasb_R, core)):
             old = factors[adapter_name]
-            device = old.device if old.device.type == "meta" else self.execution_device
+            device = old.device if old.device.type == "meta" else self.base.device
             if (old.dtype, old.device) != (dtype, device):
                 new = nn.Parameter(old.detach().to(device, dtype), requires_grad=old.requires_grad)
                 new.__dict__.update(old.__dict__)  # attributes set from outside, as transformers' loaded flag
@@ -272,9 +310,15 @@ class AdaptedLayer(FrozenBase):
 
     settle_dtypes = renamed_method("settle_dtypes", "cast_factors")
 
+    @property
+    def core_dtype(self) -> torch.dtype:
+        """The dtype of R: fp32 for a 16-bit base, where small updates would round to nothing, else the base's."""
+        dtype = self.base.dtype
+        return torch.float32 if dtype in SIXTEEN_BIT else dtype
+
     def factor_dtype_of(self, adapter_name: str) -> torch.dtype:
         """The dtype of an adapter's A and B: the base's, or fp32 (`wide_factors`)."""
-        return self.core_dtype if self.adapters[adapter_name].wide_factors else self.base_dtype
+        return self.core_dtype if self.adapters[adapter_name].wide_factors else self.base.dtype
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT calls this after loading; its own version would cast R to 16 bits and unfreeze A and B."""
@@ -328,3 +372,64 @@ class AdaptedLayer(FrozenBase):
     def active_here(self) -> list[str]:
         """The active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.adapters]
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s·B R A in R's dtype, in the layout of the base's weight: [out, in], or transposed if that is."""
+        a, core, b = (getattr(self, factor)[adapter] for factor in FACTORS)
+        return self.base.folded(delta_weight(a, core, b, self.adapters[adapter].scaling))
+
+    def merged_weight(self, adapter_names: list[str], sign: float = 1.0) -> Tensor:
+        """The base weight plus sign times the adapters' deltas, summed in R's dtype.
+
+        Raises:
+            ValueError: the result is not finite, or the base layer is opaque without a way to W, or computes W itself.
+        """
+        self.base.refuse_computed_weight()
+        weight = self.base.merging_weight().detach()
+        return merged(weight, [self.get_delta_weight(name) for name in adapter_names], adapter_names, sign)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add s·B R A to the base weight.
+
+        A quantized or opaque base layer is replaced by a dense one in its compute dtype, until `unmerge`.
+
+        Raises:
+            ValueError: the result is not finite, with `safe_merge` and without; or the base layer gives no W.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lorasb_R]
+        if names:
+            self._put(self.base.merged(self.merged_weight(names)))
+            self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Subtract the merged deltas, summed in R's dtype; a quantized base is restored bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        former = self.base.restored()
+        if former is None:
+            self.base.merged(self.merged_weight(self.merged_adapters, sign=-1.0))
+        else:
+            self._put(former)
+        self.merged_adapters.clear()
+
+    def _put(self, base: Base) -> None:
+        self.base = base
+        if base.module is not self.base_layer:
+            self.base_layer = base.module
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """W [out, in] of a tensor in the base weight's layout; a view."""
+        return self.base.matrix(weight)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True for every adapter: it equals a plain LoRA with factors A and s·B·R."""
+        return True
+
+    def extra_repr(self) -> str:
+        """Shapes and ranks, for print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, scaling={self.scaling}"
+
+    def __repr__(self) -> str:
+        return "lorasb." + super().__repr__()

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
 from ..checkpoints.shared_factors import missing_factors_error
 from ..compat.transformers import is_loaded
 from ..constants import FACTORS, FROZEN_FACTORS
-from ..functional import dequantize, lora_sb_linear
+from ..functional import lora_sb_linear
 from ..ops.autocast import autocast_on
 from ..quantization.quantized_weight import QuantizedWeight
 from .adapted_layer import AdaptedLayer, StoredCores
-from .adapter_state import delta_weight, merged
-from .base_weight import factors_on_device
+from .base import factors_on_device
 from .token_rows import MERGED_ROWS, Rows, other_length
 
 
@@ -43,19 +40,19 @@ def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: A
         raise ValueError(other_length(x.shape[0], len(rows)))
     if layer.merged:
         raise ValueError(MERGED_ROWS)
-    if in_one_call(layer, rows) is not None and not (args or kwargs or layer.any_wide or layer.base_must_run()):
+    if in_one_call(layer, rows) is not None and not (args or kwargs or layer.any_wide or layer.base.must_run()):
         taken = layer.siblings.take(layer, x, rows) if layer.siblings is not None else None
         if taken is None:
             return _computed(layer, x, of_rows(layer, rows), fused=True)
         return taken if autocast_on(x.device.type) else taken.to(x.dtype)
     parts, names = _parts(layer, rows)
-    y = layer.base_forward(x, *args, **kwargs)
+    y = layer.base.forward(x, *args, **kwargs)
     for part in parts:
         y = y + _computed(layer, x, part).to(y.dtype)
     return _add_one_by_one(layer, y, x, names, rows)
 
 
-def in_one_call(layer: LoRASBLinear, rows: Rows) -> tuple[str, ...] | None:
+def in_one_call(layer: AdaptedLayer, rows: Rows) -> tuple[str, ...] | None:
     """The adapters of rows that one call computes, of a bank its basis alone; None: they take several."""
     if layer.disable_adapters:
         return None
@@ -65,7 +62,7 @@ def in_one_call(layer: LoRASBLinear, rows: Rows) -> tuple[str, ...] | None:
     return tuple(names) if len(names) > 1 and on_one_basis(layer, names) else None
 
 
-def of_rows(layer: LoRASBLinear, rows: Rows) -> RowCores:
+def of_rows(layer: AdaptedLayer, rows: Rows) -> RowCores:
     """The operands of that call."""
     bank, places = layer.stored_cores, rows.places
     if bank is not None and places is not None:
@@ -73,12 +70,12 @@ def of_rows(layer: LoRASBLinear, rows: Rows) -> RowCores:
     return of_adapters(layer, _own(layer, rows), rows)
 
 
-def _own(layer: LoRASBLinear, rows: Rows) -> list[str]:
+def _own(layer: AdaptedLayer, rows: Rows) -> list[str]:
     """The rows' adapters that the layer has itself."""
     return [name for name in rows.others if name in layer.lorasb_R]
 
 
-def _parts(layer: LoRASBLinear, rows: Rows) -> tuple[list[RowCores], list[str]]:
+def _parts(layer: AdaptedLayer, rows: Rows) -> tuple[list[RowCores], list[str]]:
     """Work of a forward: one call for all rows, and adapters that are computed separately."""
     if layer.disable_adapters:
         return [], []
@@ -92,10 +89,9 @@ def _parts(layer: LoRASBLinear, rows: Rows) -> tuple[list[RowCores], list[str]]:
 
 def _computed(layer: LoRASBLinear, x: Tensor, part: RowCores, fused: bool = False) -> Tensor:
     """s·x_i Aᵀ R_kᵀ Bᵀ of all rows; `fused` with the base's product in the same call."""
-    quantized, dtype = layer.quantized() if fused else None, x.dtype
-    x = layer.on_base_dtype(x, quantized)
-    autocast = autocast_on(x.device.type)
-    weight, bias = (quantized or layer.dense_weight(), layer.bias_like(x)) if fused else (None, None)
+    dtype, autocast = x.dtype, autocast_on(x.device.type)
+    x = layer.base.cast(x)
+    weight, bias = (layer.base.operands(x)[0], layer.base.bias(x)) if fused else (None, None)
     if not fused and not autocast:
         x = x.to(part.a.dtype)  # fp32 factors with a base in 16 bits
     y = lora_sb_linear(x, weight, part.a, part.cores, part.b, bias, part.scaling, index=part.places)
@@ -107,14 +103,14 @@ def _add_one_by_one(layer: LoRASBLinear, y: Tensor, x: Tensor, names: list[str],
     for name in names:
         indices = (rows.index == rows.names.index(name)).nonzero().flatten().to(x.device)
         if len(indices) == len(x):
-            y = y + layer.adapter_forward(layer.on_base_dtype(x), name).to(y.dtype)
+            y = y + layer.adapter_forward(layer.base.cast(x), name).to(y.dtype)
         elif len(indices):
-            delta = layer.adapter_forward(layer.on_base_dtype(x[indices]), name)
+            delta = layer.adapter_forward(layer.base.cast(x[indices]), name)
             y = y.index_add(0, indices, delta.to(y.dtype))
     return y
 
 
-def on_one_basis(layer: LoRASBLinear, names: list[str]) -> bool:
+def on_one_basis(layer: AdaptedLayer, names: list[str]) -> bool:
     """True if adapters have the same A and B tensors and one s, and nothing that is computed adapter by adapter."""
     first = names[0]
     a, b = layer.lorasb_A[first], layer.lorasb_B[first]
@@ -128,13 +124,13 @@ def on_one_basis(layer: LoRASBLinear, names: list[str]) -> bool:
     )
 
 
-def trains_by_row(layer: LoRASBLinear, names: list[str]) -> bool:
+def trains_by_row(layer: AdaptedLayer, names: list[str]) -> bool:
     """True if rows may have these adapters while they are trained: one call has their gradients apart."""
     mine = [name for name in names if name in layer.lorasb_R]
     return not mine or (layer.trains_rows and on_one_basis(layer, mine))
 
 
-def of_adapters(layer: LoRASBLinear, names: list[str], rows: Rows) -> RowCores:
+def of_adapters(layer: AdaptedLayer, names: list[str], rows: Rows) -> RowCores:
     """The R's of PEFT's adapters, stacked for this call, with gradients."""
     first = names[0]
     cores = torch.stack([layer.core(name) for name in names])
@@ -143,7 +139,7 @@ def of_adapters(layer: LoRASBLinear, names: list[str], rows: Rows) -> RowCores:
     return RowCores(layer.lorasb_A[first], layer.lorasb_B[first], cores, places[rows.index], scaling)
 
 
-def of_bank(layer: LoRASBLinear, bank: StoredCores, places: Tensor) -> RowCores:
+def of_bank(layer: AdaptedLayer, bank: StoredCores, places: Tensor) -> RowCores:
     """The R's of a bank, as they lie; `places` [n]: each row's slot, or -1."""
     basis, modules = bank.basis, layer._modules  # as in `adapter_forward`: the public way takes microseconds
     a, b = (cast(Any, modules[factor])._parameters[basis] for factor in FROZEN_FACTORS)
@@ -178,7 +174,7 @@ class LoRASBLinear(AdaptedLayer):
         RuntimeError: on a training forward of an adapter that has not been initialized.
     """
 
-    trains_rows = True  # rows of a batch may be those of several adapters in training, too
+    trains_rows = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]. Arguments other than `adapter_names` are passed to the base layer's forward."""
@@ -187,32 +183,22 @@ class LoRASBLinear(AdaptedLayer):
         if self.disable_adapters and self.merged:  # as in PEFT: the base's own result needs the base's own weight
             self.unmerge()
         names = [] if self.disable_adapters or self.merged else self.active_here()
+        base, dtype = self.base, x.dtype
         if not names:
-            return self.base_forward(x, *args, **kwargs)
-        if args or kwargs or self.any_wide or self.base_must_run():
-            return self._unfused_forward(x, names, *args, **kwargs)
-        return self._fused_forward(x, names)
-
-    def _fused_forward(self, x: Tensor, names: list[str]) -> Tensor:
-        """y with the base's product inside the first adapter's op; further adapters are added to it."""
-        quantized, dtype = self.quantized(), x.dtype
-        # The group compares x by identity, so it has to see x before the cast. Quantized layers form no groups.
-        y = self.siblings.take(self, x) if quantized is None and self.siblings is not None else None
-        x = self.on_base_dtype(x, quantized)
-        if y is None and quantized is None:
-            y = self.adapter_forward(x, names[0], self.dense_weight(), self.base_bias())
-        elif y is None:
-            y = self.adapter_forward(x, names[0], quantized, self.bias_like(x))
+            return base.forward(x, *args, **kwargs)
+        if args or kwargs or self.any_wide or base.must_run():  # the base runs by itself, and adapters are added
+            y = base.forward(x, *args, **kwargs)
+            for name in names:
+                y = y + self.adapter_forward(base.cast(x), name).to(y.dtype)
+            return y
+        # The group compares x by identity, so it has to see x before the cast.
+        grouped = self.siblings.take(self, x) if self.siblings is not None else None
+        x = base.cast(x)
+        # The base's product is inside the first adapter's op.
+        y = self.adapter_forward(x, names[0], *base.operands(x)) if grouped is None else grouped
         for name in names[1:]:
             y = y + self.adapter_forward(x, name)
         return y if y.dtype == dtype or autocast_on(x.device.type) else y.to(dtype)
-
-    def _unfused_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """y if the base layer's module has to run by itself, because of its hooks or extra arguments."""
-        y = self.base_forward(x, *args, **kwargs)
-        for name in names:
-            y = y + self.adapter_forward(self.on_base_dtype(x), name).to(y.dtype)
-        return y
 
     def adapter_forward(
         self, x: Tensor, name: str, weight: Tensor | QuantizedWeight | None = None, bias: Tensor | None = None
@@ -231,64 +217,6 @@ class LoRASBLinear(AdaptedLayer):
         if weight is None and x.dtype != a.dtype and not autocast_on(x.device.type):
             x = x.to(a.dtype)  # fp32 factors with a base in 16 bits
         return lora_sb_linear(x, weight, a, core, b, bias, self.adapters[name].scaling, dropout=dropout)
-
-    @torch.no_grad()
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """s·B R A [out, in] in R's dtype; transposed if the base weight is."""
-        a, core, b = (getattr(self, factor)[adapter] for factor in FACTORS)
-        delta = delta_weight(a, core, b, self.adapters[adapter].scaling)
-        return delta.t() if self.fan_in_fan_out else delta
-
-    def as_matrix(self, weight: Tensor) -> Tensor:
-        """W [out, in] of a tensor in the base weight's layout."""
-        return weight.t() if self.fan_in_fan_out else weight
-
-    def merged_weight(self, adapter_names: list[str], sign: float = 1.0) -> Tensor:
-        """The base weight plus sign times the adapters' deltas, summed in R's dtype.
-
-        Raises:
-            ValueError: the result is not finite, or the base layer is opaque without a way to W, or computes W itself.
-        """
-        quantized, opaque = self.quantized(), self.opaque()
-        self.refuse_computed_weight()
-        if opaque is not None:
-            weight = opaque.dequantize(self.base_layer)
-        else:
-            weight = self.base_weight().detach() if quantized is None else dequantize(quantized, self.base_dtype)
-        return merged(weight, [self.get_delta_weight(name) for name in adapter_names], adapter_names, sign)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add s·B R A to the base weight.
-
-        A quantized or opaque base layer is replaced by a dense one in its compute dtype, until `unmerge`.
-
-        Raises:
-            ValueError: the result is not finite, with `safe_merge` and without; or the base layer gives no W.
-        """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lorasb_R]
-        if names:
-            self.set_base_weight(self.merged_weight(names))
-            self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Subtract the merged deltas, summed in R's dtype; a quantized base is restored bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        if not self.restore_replaced_base():
-            self.set_base_weight(self.merged_weight(self.merged_adapters, sign=-1.0))
-        self.merged_adapters.clear()
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True for every adapter: it equals a plain LoRA with factors A and s·B·R."""
-        return True
-
-    def extra_repr(self) -> str:
-        """Shapes and ranks, for print(model)."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, scaling={self.scaling}"
-
-    def __repr__(self) -> str:
-        return "lorasb." + super().__repr__()
 
 
 @torch.no_grad()

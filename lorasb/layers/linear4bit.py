@@ -16,8 +16,8 @@ from ..quantization.quantized_weight import BLOCKS, KINDS, QuantizedWeight, of_s
 from ..quantization.quantizer import quantize_4bit
 from ..utils.deprecation import renamed_method
 from ..utils.precision import QUANTIZABLE
-from .base_weight import OpaqueBase
-from .linear import LoRASBLinear
+from .adapted_layer import AdaptedLayer
+from .base import OpaqueBase, OpaqueFormat
 
 
 class Linear4bit(nn.Linear):
@@ -202,7 +202,7 @@ class OpaqueLayer:
     """Another quantizer's layer, and what is known of its format."""
 
     layer: nn.Module
-    opaque: OpaqueBase
+    opaque: OpaqueFormat
 
 
 @dataclass(frozen=True)
@@ -216,9 +216,9 @@ class Requantized:
         """Collect the 4-bit and opaque base layers of a patched model."""
         layers: dict[str, QuantizedWeight | OpaqueLayer] = {}
         for name, layer in model.named_modules():
-            if not isinstance(layer, LoRASBLinear):
+            if not isinstance(layer, AdaptedLayer):
                 continue
-            weight, opaque = layer.quantized(), layer.opaque()
+            weight, opaque = layer.base.quantized(), layer.base.format if isinstance(layer.base, OpaqueBase) else None
             if weight is not None and weight.kind in KINDS:
                 layers[name] = weight
             if opaque is not None and not opaque.requantizes:

@@ -38,8 +38,8 @@ def compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[T
         adapters = [(m.lorasb_A[name], m.lorasb_R[name], m.lorasb_B[name], m.adapters[name].scaling) for m in members]
         options = {"dropout": members[0].adapters[name].dropout if members[0].training else 0.0}
     a, cores, b, scalings = zip(*adapters, strict=True)
-    weights, biases = [m.base_weight() for m in members], [m.bias for m in members if m.bias is not None]
-    return lora_sb_linear_group(members[0].on_base_dtype(x), weights, a, cores, b, biases, scalings, **options)
+    weights, biases = [m.base.parameter() for m in members], [m.bias for m in members if m.bias is not None]
+    return lora_sb_linear_group(members[0].base.cast(x), weights, a, cores, b, biases, scalings, **options)
 
 
 def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple[Any, ...] | None:
@@ -47,7 +47,7 @@ def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple
     if layer.disable_adapters or layer.merged or layer.quantized() is not None:  # the group op takes dense weights
         return None
     # A patched or offloaded base has to run its own forward.
-    if layer.fan_in_fan_out or _is_watched(layer) or hook_of(layer) is not None or layer.base_must_run():
+    if layer.base.fan_in_fan_out or _is_watched(layer) or hook_of(layer) is not None or layer.base.must_run():
         return None
     weight = layer.weight
     if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] != layer.in_features or weight.device != x.device:
@@ -248,7 +248,8 @@ class Siblings:
         thread = threading.get_ident()
         if self._forwards and thread not in self._forwards:
             alive = {one.ident for one in threading.enumerate()}
-            self._forwards = {other: forward for other, forward in self._forwards.items() if other in alive}
+            for other in [one for one in list(self._forwards) if one not in alive]:  # a copy: threads add theirs
+                self._forwards.pop(other, None)
         self._forwards[thread] = forward = Forward(_saved_tensor_hooks())
         return forward
 

@@ -11,20 +11,20 @@ from torch import nn
 
 from ..constants import PEFT_PREFIX
 from . import linear_group, unfused_experts
-from .linear import LoRASBLinear
+from .adapted_layer import AdaptedLayer
 from .weight_adapter import LoRASBWeight
 
 
-def layers_with(model: nn.Module, adapter_name: str) -> dict[str, LoRASBLinear]:
+def layers_with(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
     """The layers that have the adapter, by their names in the base model (without PEFT's prefix)."""
     return {
         name.removeprefix(PEFT_PREFIX): module
         for name, module in model.named_modules()
-        if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R
+        if isinstance(module, AdaptedLayer) and adapter_name in module.lorasb_R
     }
 
 
-def layer_kinds(layers: dict[str, LoRASBLinear]) -> dict[str, list[Any]] | None:
+def layer_kinds(layers: dict[str, AdaptedLayer]) -> dict[str, list[Any]] | None:
     """Kind, parameter, groups and shape of the layers that adapt no linear's weight; None without any."""
     weights = {name: layer for name, layer in layers.items() if isinstance(layer, LoRASBWeight)}
     found = {n: m.unfolding.described(getattr(m.get_base_layer(), "groups", 1)) for n, m in weights.items()}
@@ -33,12 +33,12 @@ def layer_kinds(layers: dict[str, LoRASBLinear]) -> dict[str, list[Any]] | None:
 
 def any_merged(model: nn.Module) -> bool:
     """True if any layer has an adapter merged into its base weight."""
-    return any(module.merged for module in model.modules() if isinstance(module, LoRASBLinear))
+    return any(module.merged for module in model.modules() if isinstance(module, AdaptedLayer))
 
 
-def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, LoRASBLinear]]:
+def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, AdaptedLayer]]:
     """An adapter's name (the active one unless given) and its layers, by their names in the base model."""
-    all_layers = [module for module in model.modules() if isinstance(module, LoRASBLinear)]
+    all_layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
     if not all_layers:
         raise ValueError("expected a model with LoRA-SB layers: call model = lorasb.patch(model) first")
     active = all_layers[0].active_adapters
@@ -50,18 +50,18 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[s
     return name, layers
 
 
-def uninitialized(layers: dict[str, LoRASBLinear], adapter_name: str) -> list[str]:
+def uninitialized(layers: dict[str, AdaptedLayer], adapter_name: str) -> list[str]:
     """Names of layers whose adapter has not been initialized."""
     return [name for name, layer in layers.items() if not layer.is_initialized(adapter_name)]
 
 
 def standing_on(model: nn.Module, adapter_name: str) -> list[str]:
     """The adapters that have an adapter's A and B."""
-    layers = [module for module in model.modules() if isinstance(module, LoRASBLinear)]
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
     return sorted({name for layer in layers for name, basis in layer.bases.items() if basis == adapter_name})
 
 
-def refuse_shared_basis(layers: dict[str, LoRASBLinear], adapter_name: str) -> None:
+def refuse_shared_basis(layers: dict[str, AdaptedLayer], adapter_name: str) -> None:
     """Raise a ValueError where new A and B would be those of other adapters, too."""
     for layer in layers.values():
         if adapter_name in layer.bases:
@@ -80,11 +80,11 @@ def refuse_shared_basis(layers: dict[str, LoRASBLinear], adapter_name: str) -> N
 
 def discard(model: Any, adapter_name: str) -> None:
     """Remove an adapter; if it is the model's only one, put the original modules back in place of the wrappers."""
-    adapter_names = {name for layer in model.modules() if isinstance(layer, LoRASBLinear) for name in layer.lorasb_R}
+    adapter_names = {name for layer in model.modules() if isinstance(layer, AdaptedLayer) for name in layer.lorasb_R}
     if adapter_names != {adapter_name}:
         model.peft_config.pop(adapter_name, None)
         for module in model.modules():
-            if isinstance(module, LoRASBLinear) and adapter_name in module.lorasb_R:
+            if isinstance(module, AdaptedLayer) and adapter_name in module.lorasb_R:
                 module.delete_adapter(adapter_name)
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 module.delete_adapter(adapter_name, new_active_adapters=None)
@@ -93,7 +93,7 @@ def discard(model: Any, adapter_name: str) -> None:
     linear_group.dissolve(model)
     for parent in list(model.modules()):  # lists: children are replaced while iterating
         for name, child in list(parent.named_children()):
-            if isinstance(child, LoRASBLinear):
+            if isinstance(child, AdaptedLayer):
                 setattr(parent, name, child.get_base_layer())
             elif isinstance(child, AuxiliaryTrainingWrapper):
                 setattr(parent, name, child.original_module)
@@ -106,7 +106,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     # Only references are kept: injection replaces modules and sets flags, and copies no weights.
     children = [(parent, dict(parent._modules)) for parent in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    adapters = [(m, set(m.lorasb_R), m._active_adapter) for m in model.modules() if isinstance(m, LoRASBLinear)]
+    adapters = [(m, set(m.lorasb_R), m._active_adapter) for m in model.modules() if isinstance(m, AdaptedLayer)]
     try:
         yield
     except BaseException:  # Ctrl-C in the middle of a patch, too

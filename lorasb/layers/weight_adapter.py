@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..compat.torch import SAME_WIDTHS, convolve
-from .linear import LoRASBLinear
+from .adapted_layer import AdaptedLayer
+from .base import Base, innermost
 from .token_rows import MERGED_ROWS, Rows, other_length
 
 
@@ -97,7 +98,69 @@ def unfoldings(module: nn.Module) -> list[Unfolding]:
 Tap = Callable[[Tensor], Tensor]
 
 
-class LoRASBWeight(LoRASBLinear):
+class ParameterBase(Base):
+    """A parameter of the module that is innermost, unfolded; the module reads it in its own forward."""
+
+    def __init__(self, module: nn.Module, unfolding: Unfolding) -> None:
+        super().__init__(module)
+        self.unfolding = unfolding
+
+    def over(self, module: nn.Module) -> Base:
+        """The same parameter of another module."""
+        return type(self)(module, self.unfolding)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.unfolding.shape
+
+    def parameter(self) -> Tensor:
+        """The parameter, in its stored layout."""
+        found = innermost(self.module)
+        for part in self.unfolding.path.split("."):
+            found = getattr(found, part)
+        return cast(Tensor, found)
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """W [out, in] of a tensor in the parameter's layout."""
+        return self.unfolding.matrix(stored)
+
+    def folded(self, matrix: Tensor) -> Tensor:
+        """A matrix [out, in] in the parameter's layout."""
+        return self.unfolding.folded(matrix)
+
+    def must_run(self) -> bool:
+        """True: the weight is read by the module's own forward."""
+        return True
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Base:
+        """Write merged values into the parameter's memory, which may be a slice of another's."""
+        self.parameter().copy_(weight)
+        return self
+
+
+class EmbeddingBase(ParameterBase):
+    """The weight of an embedding, from which a head that is tied to it is separated while adapters are merged."""
+
+    own: Tensor | None = None  # the embedding's own parameter meanwhile
+
+    def merged(self, weight: Tensor) -> Base:
+        """Give the embedding a separate parameter: a head that is tied to it keeps the old one."""
+        module = innermost(self.module)
+        self.own = module.weight if self.own is None else self.own
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        return self
+
+    def restored(self) -> Base | None:
+        """Put the embedding's own parameter back."""
+        if self.own is None:
+            return None
+        innermost(self.module).weight, self.own = self.own, None
+        return self
+
+
+class LoRASBWeight(AdaptedLayer):
     """A module whose parameter W [out, in], unfolded, is W + s·B R A; B and A are frozen, R is trained.
 
     Args:
@@ -107,11 +170,8 @@ class LoRASBWeight(LoRASBLinear):
         options: of `LoRASBLinear`: `r`, `scaling`, `lora_dropout` (of a convolution's x), `equivalent_gradient`.
     """
 
-    trains_rows = False
-
     def __init__(self, base_layer: nn.Module, adapter_name: str, unfolding: Unfolding, **options: Any) -> None:
-        self.__dict__["unfolding"] = unfolding  # read while the base class is made, which has no attributes before
-        self.__dict__["tap"] = None
+        self.__dict__.update(unfolding=unfolding, tap=None)  # before the parent is made: `nn.Module` has no attributes
         super().__init__(base_layer, adapter_name, **options)
         self.nested = False
         if isinstance(base_layer, LoRASBWeight):
@@ -120,6 +180,10 @@ class LoRASBWeight(LoRASBLinear):
     unfolding: Unfolding  # which parameter, and how it is a matrix
     tap: Tap | None  # set while an initialization sums gradients: W goes through it on its way into the module
 
+    def _make_base(self, module: nn.Module, *options: Any) -> Base:
+        kind = EmbeddingBase if self.unfolding.kind == EMBEDDING else ParameterBase
+        return kind(module, self.unfolding)
+
     def add_adapter(self, adapter_name: str, *args: Any, **options: Any) -> None:
         """Add an adapter, to the other parameters of the module too."""
         super().add_adapter(adapter_name, *args, **options)
@@ -127,38 +191,9 @@ class LoRASBWeight(LoRASBLinear):
         if isinstance(inner, LoRASBWeight) and adapter_name not in inner.lorasb_R:
             inner.add_adapter(adapter_name, *args, **options)
 
-    def base_weight(self) -> Tensor:
-        """The parameter, in its stored layout."""
-        found: Any = self.get_base_layer()
-        for part in self.unfolding.path.split("."):
-            found = getattr(found, part)
-        return cast(Tensor, found)
-
-    @torch.no_grad()
-    def set_base_weight(self, weight: Tensor) -> None:
-        """Write merged values into the parameter's memory, which may be a slice of another's."""
-        self.base_weight().copy_(weight)
-
-    def dense_weight(self) -> Tensor:
-        """W [out, in], a view of the parameter."""
-        return self.as_matrix(self.base_weight())
-
-    def as_matrix(self, weight: Tensor) -> Tensor:
-        """W [out, in] of a tensor in the parameter's layout."""
-        return self.unfolding.matrix(weight)
-
-    def base_must_run(self) -> bool:
-        """True: the weight is read by the module's own forward."""
-        return True
-
-    @torch.no_grad()
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """s·B R A in R's dtype, in the parameter's layout."""
-        return self.unfolding.folded(super().get_delta_weight(adapter))
-
     def matrix_gradient(self, gradient: Tensor) -> Tensor:
         """dL/dW [out, in] from the parameter's gradient, fp32 or wider."""
-        matrix = self.as_matrix(gradient)
+        matrix = self.base.matrix(gradient)
         return matrix if matrix.dtype == torch.float64 else matrix.float()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +239,7 @@ class LoRASBWeight(LoRASBLinear):
         return "base_layer." * depth + self.unfolding.path
 
     def _weight(self, names: list[str]) -> Tensor:
-        weight = self.base_weight()
+        weight = self.base.parameter()
         if self.tap is not None:
             weight = self.tap(weight)
         for name in names:
@@ -218,7 +253,7 @@ class LoRASBWeight(LoRASBLinear):
         return self.unfolding.folded(b @ core @ a * self.adapters[name].scaling)
 
     def _refuse_offloaded(self, names: list[str]) -> None:
-        if self.base_weight().is_meta or any(self.lorasb_A[name].is_meta for name in names):
+        if self.base.parameter().is_meta or any(self.lorasb_A[name].is_meta for name in names):
             raise RuntimeError(
                 f"a {type(self.get_base_layer()).__name__} under an adapter cannot be offloaded, as its weight is read "
                 "beside its own forward: keep it on its device, or name it in exclude_modules"
@@ -260,7 +295,7 @@ class LoRASBWeight(LoRASBLinear):
         wanted = [] if merged_by_outer else check_adapters_to_merge(self, adapter_names)
         names = [name for name in wanted or [] if name in self.lorasb_R]
         if names:
-            self.set_base_weight(self.merged_weight(names))
+            self._put(self.base.merged(self.merged_weight(names)))
             self.merged_adapters.extend(names)
 
     def _left(self, names: list[str] | None) -> bool:
@@ -315,20 +350,6 @@ class LoRASBEmbedding(LoRASBWeight):
             return super()._with(names, *args, **kwargs)
         finally:
             base.sparse = sparse
-
-    def set_base_weight(self, weight: Tensor) -> None:
-        """Give the embedding a separate parameter: a head that is tied to it keeps the old one."""
-        base: Any = self.get_base_layer()
-        self.__dict__.setdefault("_own", base.weight)
-        base.weight = nn.Parameter(weight, requires_grad=False)
-
-    def restore_replaced_base(self) -> bool:
-        """Put the embedding's own parameter back."""
-        own = self.__dict__.pop("_own", None)
-        if own is None:
-            return False
-        cast(Any, self.get_base_layer()).weight = own
-        return True
 
 
 def adapt_weights(module: nn.Module, adapter_name: str, **options: Any) -> LoRASBWeight | None:

@@ -26,7 +26,7 @@ from ..checkpoints.shared_factors import DIGEST
 from ..compat.torch import uncompiled
 from ..config.adapter import LoRASBConfig
 from ..constants import BASE_ROW, FACTORS, WEIGHTS_NAME
-from ..layers.linear import LoRASBLinear
+from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import adapted_layers, layers_with, uninitialized
 from ..layers.weight_adapter import LoRASBWeight
 from ..utils.precision import FLOATS
@@ -158,7 +158,7 @@ class AdapterBank:
         for name, layer in layers.items():
             self.columns[name] = Columns(size, layer.adapters[basis].r)
             size += layer.adapters[basis].r ** 2
-        device = next(iter(layers.values())).execution_device
+        device = next(iter(layers.values())).base.device
         with torch.inference_mode(False):
             self.storage = torch.zeros((0, size), dtype=dtype, device=device)
         self.digest = shared_factors.digest(bases.frozen_factors(layers, basis))
@@ -171,7 +171,7 @@ class AdapterBank:
             layer.stored_cores = LayerCores(self, self.columns[name])
 
     @property
-    def layers(self) -> dict[str, LoRASBLinear]:
+    def layers(self) -> dict[str, AdaptedLayer]:
         """The model's layers that read from the bank, by name."""
         model = self._model()
         found = {} if model is None else layers_with(model, self.basis)
@@ -384,13 +384,13 @@ class AdapterBank:
 
 def bank_of(modules: Iterable[nn.Module]) -> AdapterBank | None:
     """The bank that a model's layers read from, by its modules."""
-    layers = (module for module in modules if isinstance(module, LoRASBLinear))
+    layers = (module for module in modules if isinstance(module, AdaptedLayer))
     stored: Any = next((layer.stored_cores for layer in layers if layer.stored_cores is not None), None)
     return None if stored is None else stored.bank
 
 
 def _check(
-    layers: dict[str, LoRASBLinear],
+    layers: dict[str, AdaptedLayer],
     found: dict[str, Any],
     basis: str,
     dtype: torch.dtype,
@@ -405,7 +405,7 @@ def _check(
     fresh = uninitialized(layers, basis)
     if fresh:
         raise ValueError(f"adapter {basis!r} has not been initialized ({fresh[0]}): call lorasb.initialize first")
-    devices = {layer.execution_device for layer in layers.values()}
+    devices = {layer.base.device for layer in layers.values()}
     if len(devices) > 1:
         raise ValueError(f"expected all layers on one device, got {', '.join(map(str, sorted(devices, key=str)))}")
     if any(layer.stored_cores is not None for layer in layers.values()):

@@ -14,7 +14,7 @@ from ..checkpoints import shared_factors
 from ..checkpoints.adapter_file import group_by_layer
 from ..config.adapter import LoRASBConfig
 from ..constants import FROZEN_FACTORS
-from ..layers.linear import LoRASBLinear
+from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import layers_with, refuse_shared_basis, standing_on, uninitialized
 
 # Settings that R's meaning depends on besides A and B, which a file of R alone has to say, too.
@@ -27,7 +27,7 @@ def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, Any]) 
         return
     layers = layers_with(model, config.basis)
     if not layers:
-        known = sorted({n for m in model.modules() if isinstance(m, LoRASBLinear) for n in m.lorasb_R})
+        known = sorted({n for m in model.modules() if isinstance(m, AdaptedLayer) for n in m.lorasb_R})
         raise ValueError(
             f"basis={config.basis!r} is no adapter of this model, which has {', '.join(known) or 'none'}: make and "
             "initialize that one first"
@@ -66,7 +66,7 @@ def refuse_deletion(model: nn.Module, adapter_name: str) -> None:
 
 
 def without_factors(
-    tensors: dict[str, Tensor], layers: dict[str, LoRASBLinear], adapter_name: str
+    tensors: dict[str, Tensor], layers: dict[str, AdaptedLayer], adapter_name: str
 ) -> dict[str, Tensor]:
     """An adapter's tensors for a file: R, and the digest of A and B if those are another adapter's."""
     if not any(adapter_name in layer.bases for layer in layers.values()):
@@ -87,7 +87,7 @@ def _factors_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def frozen_factors(layers: dict[str, LoRASBLinear], adapter_name: str) -> dict[str, Tensor]:
+def frozen_factors(layers: dict[str, AdaptedLayer], adapter_name: str) -> dict[str, Tensor]:
     """An adapter's A and B in the model, under the names that they have in a file."""
     return {
         f"{name}.{part}": getattr(layer, part)[adapter_name].detach()
@@ -96,7 +96,7 @@ def frozen_factors(layers: dict[str, LoRASBLinear], adapter_name: str) -> dict[s
     }
 
 
-def with_digest(layers: dict[str, LoRASBLinear], digest: bytes, first: str) -> str | None:
+def with_digest(layers: dict[str, AdaptedLayer], digest: bytes, first: str) -> str | None:
     """The adapter of all these layers whose A and B have a digest; `first` is tried first."""
     candidates = dict.fromkeys((first, *(name for layer in layers.values() for name in layer.lorasb_R)))
     seen: set[tuple[int, ...]] = set()
@@ -111,12 +111,12 @@ def with_digest(layers: dict[str, LoRASBLinear], digest: bytes, first: str) -> s
     return None
 
 
-def stand_on(layers: dict[str, LoRASBLinear], adapter_name: str, basis: str) -> None:
+def stand_on(layers: dict[str, AdaptedLayer], adapter_name: str, basis: str) -> None:
     for layer in layers.values():
         layer.stand_on(adapter_name, layer.bases.get(basis, basis))
 
 
-def make_room(layers: dict[str, LoRASBLinear], adapter_name: str, tensors: dict[str, Tensor]) -> bool:
+def make_room(layers: dict[str, AdaptedLayer], adapter_name: str, tensors: dict[str, Tensor]) -> bool:
     """Let a file's own A and B be written; True if the adapter left its basis, a ValueError if others share them."""
     shared = adapter_name in {name for layer in layers.values() for pair in layer.bases.items() for name in pair}
     if not shared and not any(layer.serves_bank(adapter_name) for layer in layers.values()):

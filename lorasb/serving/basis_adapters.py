@@ -15,7 +15,7 @@ from ..checkpoints import shared_factors
 from ..checkpoints.adapter_file import check_factors
 from ..config.adapter import LoRASBConfig
 from ..constants import BASE_ROW
-from ..layers.linear import LoRASBLinear
+from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import discard, layers_with
 from .bank import bank_of, cores_of
 from .basis import frozen_factors
@@ -84,7 +84,7 @@ def _has_more_than_cores(model: nn.Module, name: str) -> bool:
     return any(name in wrapper._adapters for wrapper in wrappers)
 
 
-def _copy(model: Any, layers: Sequence[LoRASBLinear], like: str, name: str) -> None:
+def _copy(model: Any, layers: Sequence[AdaptedLayer], like: str, name: str) -> None:
     """Add an adapter like another one, with a separate R; not active, and so not trained."""
     model.peft_config[name] = copy.deepcopy(model.peft_config[like])
     for layer in layers:

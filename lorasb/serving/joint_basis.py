@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME
-from ..layers.linear import LoRASBLinear
+from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import layers_with, uninitialized
 from ..utils.reading import read_json, read_tensors
 from .basis import refuse_deletion
@@ -89,7 +89,7 @@ def share_into(model: Any, adapters: Sequence[str], name: str) -> KeptShares:
 
 
 def _joined(
-    layers: Mapping[str, LoRASBLinear], adapters: Sequence[str], ranks: Mapping[str, int]
+    layers: Mapping[str, AdaptedLayer], adapters: Sequence[str], ranks: Mapping[str, int]
 ) -> tuple[dict[str, list[Update]], dict[str, tuple[Tensor, Tensor]]]:
     found = {layer: [_update_of(module, adapter) for adapter in adapters] for layer, module in layers.items()}
     return found, {layer: joint_factors(updates, ranks[layer]) for layer, updates in found.items()}
@@ -194,7 +194,7 @@ def project(model: Any, lora: str | Path, name: str, basis: str = "default", mos
     return lost
 
 
-def _on_layer(module: LoRASBLinear, basis: str, update: Update, layer: str, lora: Any) -> Tensor:
+def _on_layer(module: AdaptedLayer, basis: str, update: Update, layer: str, lora: Any) -> Tensor:
     shape = update.left.shape[0], update.right.shape[1]
     if shape != (module.out_features, module.in_features):
         raise ValueError(
@@ -232,7 +232,7 @@ def _lora_scale(config: dict[str, Any], name: str, rank: int) -> float:
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def _update_of(layer: LoRASBLinear, adapter: str) -> Update:
+def _update_of(layer: AdaptedLayer, adapter: str) -> Update:
     core = layer.lorasb_R[adapter].double() * layer.adapters[adapter].scaling
     return Update.of(layer.lorasb_B[adapter], core, layer.lorasb_A[adapter])
 
@@ -242,12 +242,12 @@ def _share(kept: Sequence[tuple[float, float]]) -> float:
     return sum(share for share, _ in kept) / total if total > 0 else 1.0
 
 
-def _rank(layer: LoRASBLinear, adapters: Sequence[str], r: int | None) -> int:
+def _rank(layer: AdaptedLayer, adapters: Sequence[str], r: int | None) -> int:
     wanted = r if r is not None else max(layer.adapters[adapter].r for adapter in adapters)
     return min(wanted, layer.in_features, layer.out_features)
 
 
-def _layers_of_all(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoRASBLinear]:
+def _layers_of_all(model: nn.Module, adapters: Sequence[str]) -> dict[str, AdaptedLayer]:
     if len(set(adapters)) < 2:
         raise ValueError(f"expected two adapters or more to share a basis, got {list(adapters)}")
     layers = layers_with(model, adapters[0])
@@ -264,7 +264,7 @@ def _layers_of_all(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoRAS
     return layers
 
 
-def _add(model: Any, name: str, layers: Mapping[str, LoRASBLinear], ranks: Mapping[str, int]) -> None:
+def _add(model: Any, name: str, layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int]) -> None:
     largest = max(ranks.values())
     pattern = {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest}
     config = LoRASBConfig(r=largest, rank_pattern=pattern, target_modules=set(layers), init="update")

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..compat.transformers import CHECKPOINTING
 from ..constants import BASE_ROW
-from ..layers.linear import LoRASBLinear, on_one_basis, trains_by_row
+from ..layers.adapted_layer import AdaptedLayer
+from ..layers.linear import on_one_basis, trains_by_row
 from ..layers.token_rows import TOKENS_FIRST, Rows, chooses_tokens, other_length, rows_of
 from ..layers.unfused_experts import OpenExperts
 from ..layers.weight_adapter import OpenParameters
@@ -160,7 +161,7 @@ def _check(model: nn.Module, modules: Modules, names: Sequence[str], bank: Adapt
     """Raise where rows cannot have these adapters; return the names that the model has itself."""
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"expected adapter_names as a list, a name for each row, got {names!r}")
-    layers = [module for module in modules.values() if isinstance(module, LoRASBLinear)]
+    layers = [module for module in modules.values() if isinstance(module, AdaptedLayer)]
     known = {name for layer in layers for name in layer.lorasb_R}
     distinct = sorted(set(names) - {BASE_ROW})
     unknown = [name for name in distinct if name not in known and (bank is None or name not in bank)]
@@ -198,7 +199,7 @@ def _check(model: nn.Module, modules: Modules, names: Sequence[str], bank: Adapt
     return known
 
 
-def _one_by_one(layers: Sequence[LoRASBLinear], names: Sequence[str]) -> bool:
+def _one_by_one(layers: Sequence[AdaptedLayer], names: Sequence[str]) -> bool:
     """True if no single pass computes the adapters, by the first layer that has several of them."""
     for layer in layers if len(names) > 1 else ():
         mine = [name for name in names if name in layer.lorasb_R]
@@ -219,7 +220,7 @@ def _layers(modules: Modules) -> Modules:
     """Modules that take adapter names; unfused experts pass names on to the linears inside them."""
     # the trailing dot: "experts." is no prefix of "experts_norm"
     opened = tuple(f"{name}." for name, module in modules.items() if isinstance(module, OpenExperts))
-    kinds = (LoRASBLinear, AuxiliaryTrainingWrapper, OpenExperts)
+    kinds = (AdaptedLayer, AuxiliaryTrainingWrapper, OpenExperts)
     return {n: m for n, m in modules.items() if isinstance(m, kinds) and not n.startswith(opened)}
 
 

@@ -19,7 +19,7 @@ from ..init import InitReport, first_step_lr, initialize, refresh
 from ..init.factorize import held
 from ..init.later_gradient import check_refreshable
 from ..init.sampling import draw, rng_untouched, too_few
-from ..layers.linear import LoRASBLinear
+from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import adapted_layers
 
 # DPO's columns under `precompute_ref_log_probs`, one number per pair where all else has two rows; where training
@@ -212,7 +212,7 @@ def _check_refresh(refresh_at: Any, count: Any, samples: Any, options: dict[str,
         )
 
 
-def _restore(args: Any, state: Any, name: str, layers: dict[str, LoRASBLinear], needed: bool) -> None:
+def _restore(args: Any, state: Any, name: str, layers: dict[str, AdaptedLayer], needed: bool) -> None:
     # Callbacks do not get the folder: `trainer.train(resume_from_checkpoint=...)` does not set `args`.
     named = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
     folders = [*named, Path(args.output_dir) / f"checkpoint-{state.global_step}"]
@@ -255,7 +255,7 @@ def _collated(items: Iterable[Any], collate: Any, batch_size: int) -> Iterator[d
         yield {name: value for name, value in collated.items() if name not in REFERENCE}
 
 
-def _refuse_copies(optimizer: Any, layers: dict[str, LoRASBLinear], name: str) -> None:
+def _refuse_copies(optimizer: Any, layers: dict[str, AdaptedLayer], name: str) -> None:
     """Raise if the optimizer holds copies of R: its next step would write them over the initialized R."""
     if optimizer is None:
         return

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..checkpoints.adapter_file import difference
 from ..config.adapter import LoRASBConfig
-from ..layers.base_weight import has_weight_values, weight_present
-from ..layers.linear import LoRASBLinear
+from ..layers.adapted_layer import AdaptedLayer
+from ..layers.base import has_weight_values, weight_present
 from ..layers.lookup import any_merged, layers_with
 from ..layers.weight_adapter import LoRASBEmbedding
 from .targets import base_of
@@ -37,7 +37,7 @@ def check_base(model: nn.Module, config: LoRASBConfig, targets: dict[str, nn.Mod
 
 
 def can_initialize_now(
-    model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]
+    model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, AdaptedLayer]
 ) -> bool:
     """True if the init is data-free, W has values, and neither saved weights nor another adapter's A and B follow."""
     if config.init == "update" or config.basis or config.from_file or any_merged(model):
@@ -66,7 +66,7 @@ def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
     for name, module in model.named_modules():
-        if not isinstance(module, LoRASBLinear):
+        if not isinstance(module, AdaptedLayer):
             continue
         requested = adapter_names if adapter_names is not None else module.active_adapters
         names = [n for n in requested if n in module.lorasb_R and n not in module.merged_adapters]

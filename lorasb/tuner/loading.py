@@ -18,7 +18,7 @@ from ..checkpoints.shared_factors import DIGEST, join_factors
 from ..compat.torch import uncompiled
 from ..config.adapter import LoRASBConfig
 from ..constants import FACTORS, FACTORS_NAME, PEFT_PREFIX
-from ..layers.linear import LoRASBLinear
+from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import layers_with, refuse_shared_basis
 from ..serving import basis
 from ..utils.reading import AGAIN
@@ -56,7 +56,7 @@ def _folder(model_id: str, options: dict[str, Any]) -> Path | None:
 def with_factors(
     tensors: dict[str, Tensor],
     adapter_name: str,
-    layers: dict[str, LoRASBLinear],
+    layers: dict[str, AdaptedLayer],
     config: LoRASBConfig,
     share: bool = True,
 ) -> dict[str, Tensor]:
@@ -146,7 +146,7 @@ def _equals_base(parameter: Tensor | None, value: Tensor) -> bool:
 def _make_room(
     tensors: dict[str, Tensor],
     adapter_name: str,
-    layers: dict[str, LoRASBLinear],
+    layers: dict[str, AdaptedLayer],
     config: LoRASBConfig,
     share: bool,
 ) -> None:

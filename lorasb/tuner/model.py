@@ -23,6 +23,7 @@ from ..config.adapter import ALL_LINEAR, LoRASBConfig, WrittenHere, infer_task_t
 from ..constants import PEFT_NAME
 from ..distributed.sharded_factors import with_kept_factors
 from ..layers import linear_group, unfused_experts
+from ..layers.adapted_layer import AdaptedLayer
 from ..layers.linear import LoRASBLinear
 from ..layers.linear4bit import Requantized
 from ..layers.lookup import (
@@ -58,14 +59,14 @@ from .targets import (
 )
 from .weighted_adapter import SumOptions, combine
 
-InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, LoRASBLinear], int], Any]
+InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, AdaptedLayer], int], Any]
 
 
 class LoRASBModel(BaseTuner):
     """The tuner behind `lorasb.patch`: replaces target linears by `LoRASBLinear`, all of them or none."""
 
     prefix: str = "lorasb_"
-    tuner_layer_cls = LoRASBLinear
+    tuner_layer_cls = AdaptedLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's declaration
     init_without_data: InitWithoutData  # set by `register`: `tuner` must not import `init`
     shared: dict[nn.Module, list[Place]] = {}  # noqa: RUF012  set by `places_known` while modules are replaced
@@ -99,7 +100,7 @@ class LoRASBModel(BaseTuner):
             config.layer_kinds = layer_kinds(layers)
             # W is read while it is the base's own: with an adapter merged in, the values would identify nothing.
             if config.check_base and config.base_fingerprint is None and not any_merged(model):
-                sampled = fingerprint({name: layer.base_weight() for name, layer in layers.items()})
+                sampled = fingerprint({name: layer.base.parameter() for name, layer in layers.items()})
                 config.base_fingerprint = None if sampled is None else WrittenHere(sampled)
             # With a state dict (PEFT's injection by its keys) the values follow, and an init would be overwritten.
             if kwargs.get("state_dict") is None and can_initialize_now(model, config, adapter_name, layers):
@@ -111,7 +112,7 @@ class LoRASBModel(BaseTuner):
                 linear_group.dissolve(model)
 
     def _initialize(
-        self, model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, LoRASBLinear]
+        self, model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, AdaptedLayer]
     ) -> None:
         # __dict__: BaseTuner.__getattr__ forwards a missing attribute to the wrapped model
         reports: dict[str, Any] = self.__dict__.setdefault("init_reports", {})
@@ -170,9 +171,9 @@ class LoRASBModel(BaseTuner):
         """Call PEFT's; layers whose bias trains let their base compute, which differentiates it."""
         super()._mark_only_adapters_as_trainable(model)
         for layer in model.modules():
-            if isinstance(layer, LoRASBLinear):
+            if isinstance(layer, AdaptedLayer):
                 bias = getattr(layer.get_base_layer(), "bias", None)
-                layer.trains_bias = bias is not None and bias.requires_grad
+                layer.base.trains_bias = bias is not None and bias.requires_grad
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         """Call LoRA's: with `ensure_weight_tying` modules tied to the saved input embedding follow it."""
@@ -226,7 +227,7 @@ class LoRASBModel(BaseTuner):
             "equivalent_gradient": peft_config.equivalent_gradient,
             "wide_factors": peft_config.wide_factors,
         }
-        if isinstance(target, LoRASBLinear):  # a further adapter on a patched layer
+        if isinstance(target, AdaptedLayer):  # a further adapter on a patched layer
             options |= basis.options_for(target, peft_config)
             target.add_adapter(adapter_name, **options, inference_mode=peft_config.inference_mode)
             return
@@ -240,7 +241,7 @@ class LoRASBModel(BaseTuner):
         )
         # PEFT: an adapter that is added but not active does not train, as in LoraModel
         if adapter_name not in self.active_adapters:
-            for one in (m for m in layer.modules() if isinstance(m, LoRASBLinear)):
+            for one in (m for m in layer.modules() if isinstance(m, AdaptedLayer)):
                 one.lorasb_R.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
@@ -253,7 +254,7 @@ class LoRASBModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cast R to fp32 or the base's dtype; PEFT's version makes A and B trainable fp32 copies."""
         for module in self.model.modules():
-            if isinstance(module, LoRASBLinear):
+            if isinstance(module, AdaptedLayer):
                 module.cast_factors(adapter_name, wide_core=autocast_adapter_dtype)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

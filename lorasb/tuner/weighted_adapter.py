@@ -17,7 +17,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
 from ..constants import MAX_RANK
-from ..layers.linear import LoRASBLinear
+from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import any_merged, layers_with
 
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -147,7 +147,7 @@ def combine(
 
 
 def _combined(
-    layer: LoRASBLinear,
+    layer: AdaptedLayer,
     weighted_names: list[tuple[float, str]],
     options: SumOptions,
     pruning: Pruning | None,
@@ -163,14 +163,14 @@ def _combined(
     return _truncated_svd(layer, weighted_names, None if kind == "cat" else rank)
 
 
-def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> dict[str, LoRASBLinear]:
+def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> dict[str, AdaptedLayer]:
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"expected a weight for each adapter, got {len(adapters)} adapters and {len(weights)} weights")
     if adapter_name in tuner.peft_config:
         raise ValueError(f"the model has an adapter {adapter_name!r} already: model.delete_adapter({adapter_name!r})")
     if any_merged(tuner.model):
         raise ValueError("an adapter is merged into the weights: call model.unmerge_adapter() first")
-    layers: dict[str, LoRASBLinear] = {}
+    layers: dict[str, AdaptedLayer] = {}
     for name in adapters:
         layers |= _initialized_layers(tuner, name)
     with_rows = [name for name in adapters if tuner.peft_config[name].trainable_token_indices]
@@ -188,7 +188,7 @@ def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapte
     return layers
 
 
-def _initialized_layers(tuner: Any, name: str) -> dict[str, LoRASBLinear]:
+def _initialized_layers(tuner: Any, name: str) -> dict[str, AdaptedLayer]:
     layers = layers_with(tuner.model, name)
     if not layers:
         raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(tuner.peft_config)}")
@@ -207,7 +207,7 @@ def _check_ranks(combined: dict[str, Combined]) -> None:
             )
 
 
-def _share_factors(layers: dict[str, LoRASBLinear], adapters: Sequence[str]) -> bool:
+def _share_factors(layers: dict[str, AdaptedLayer], adapters: Sequence[str]) -> bool:
     for layer in layers.values():
         # adapters with different targets cannot be added by R alone
         if any(name not in layer.lorasb_R for name in adapters):
@@ -218,7 +218,7 @@ def _share_factors(layers: dict[str, LoRASBLinear], adapters: Sequence[str]) -> 
     return True
 
 
-def _sum_cores(layer: LoRASBLinear, weighted_names: list[tuple[float, str]], pruning: Pruning | None) -> Combined:
+def _sum_cores(layer: AdaptedLayer, weighted_names: list[tuple[float, str]], pruning: Pruning | None) -> Combined:
     """Σ w s R over shared A and B, in fp64: exact up to one rounding of R to fp32, if nothing is pruned."""
     weights, names = zip(*weighted_names, strict=True)
     cores = [layer.adapters[name].scaling * layer.lorasb_R[name].double() for name in names]
@@ -226,7 +226,7 @@ def _sum_cores(layer: LoRASBLinear, weighted_names: list[tuple[float, str]], pru
 
 
 def _of_update(
-    layer: LoRASBLinear,
+    layer: AdaptedLayer,
     weighted_names: list[tuple[float, str]],
     pruning: Pruning | None,
     decomposition: Decomposition,
@@ -235,7 +235,7 @@ def _of_update(
     """The best factors of a rank for the layer's update [out, in], in fp32; pruned updates have full rank."""
     weights, names = zip(*weighted_names, strict=True)
     updates = [layer.get_delta_weight(name).float() for name in names]
-    update = pruned_update([layer.as_matrix(u) for u in updates], weights, pruning)
+    update = pruned_update([layer.base.matrix(u) for u in updates], weights, pruning)
     left, right = decomposition.factors(update, rank)
     error = float((update - left @ right).norm() / update.norm().clamp_min(1e-30))
     b, upper = torch.linalg.qr(left.double())  # orthonormal, as LoRA-SB's own are; clamped ones were not
@@ -243,7 +243,7 @@ def _of_update(
     return Combined(b, upper @ lower.t(), a.t(), error)
 
 
-def _truncated_svd(layer: LoRASBLinear, weighted_names: list[tuple[float, str]], rank: int | None) -> Combined:
+def _truncated_svd(layer: AdaptedLayer, weighted_names: list[tuple[float, str]], rank: int | None) -> Combined:
     """The truncated SVD of Σ w s B R A, in fp64, without a matrix of W's size."""
     b = torch.cat([layer.lorasb_B[name].double() for _, name in weighted_names], 1)
     a = torch.cat([layer.lorasb_A[name].double() for _, name in weighted_names], 0)
@@ -262,7 +262,7 @@ def _insert(
     tuner: Any,
     adapters: Sequence[str],
     adapter_name: str,
-    layers: dict[str, LoRASBLinear],
+    layers: dict[str, AdaptedLayer],
     combined: dict[str, Combined],
 ) -> None:
     active = list(tuner.active_adapters)  # injection may change which adapters are active

@@ -102,11 +102,11 @@ def test_a_second_svd_keeps_what_was_learnt() -> None:
         for layer in layers.values():
             layer.lorasb_R["default"].add_(0.1)
     learned = {
-        name: (layer.base_weight() + layer.get_delta_weight("default")).detach() for name, layer in layers.items()
+        name: (layer.base.parameter() + layer.get_delta_weight("default")).detach() for name, layer in layers.items()
     }
     begin_again(model, problem, cell, batches, WARMUP)
     for name, layer in layers.items():
-        tolerances.check(layer.base_weight(), learned[name], tolerances.MERGE)
+        tolerances.check(layer.base.parameter(), learned[name], tolerances.MERGE)
         energy_kept = layer.get_delta_weight("default").norm() / ETA / learned[name].numel() ** 0.5
         assert 0.3 < energy_kept < 1.0
 

@@ -213,7 +213,7 @@ def test_experts_that_were_not_routed_to_are_named_and_start_from_their_weight(s
         f"layers.{i}.experts.{j}" for i in range(2) for j in (2, 3)
     ]
     idle = model.get_submodule("base_model.model.layers.1.experts.3")
-    u, _, vt = torch.linalg.svd(idle.base_weight())
+    u, _, vt = torch.linalg.svd(idle.base.parameter())
     a, core, b = (getattr(idle, f"lorasb_{part}")["default"] for part in "ARB")
     assert not core.any()
     assert ((b.t() @ u[:, :3]).abs() - torch.eye(3)).abs().max() < 1e-4

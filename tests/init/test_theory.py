@@ -38,7 +38,7 @@ def loss_of(made: LoRASBLinear, weight: Tensor | None = None) -> Tensor:
 
 def full_gradient(made: LoRASBLinear) -> Tensor:
     """∇W L at W0 + s·B R A."""
-    weight = (made.base_weight() + made.get_delta_weight("default")).detach().requires_grad_(True)
+    weight = (made.base.parameter() + made.get_delta_weight("default")).detach().requires_grad_(True)
     (gradient,) = torch.autograd.grad(loss_of(made, weight), weight)
     return gradient
 
@@ -133,7 +133,7 @@ def test_theorem_5_the_equivalent_gradient_does_not_depend_on_s(orthonormal: boo
 
 def test_theorem_6_the_first_sgd_update_is_the_best_of_its_rank() -> None:
     made = layer()
-    weight = made.base_weight().detach().clone().requires_grad_(True)
+    weight = made.base.parameter().detach().clone().requires_grad_(True)
     (g,) = torch.autograd.grad(loss_of(made, weight), weight)
     eta = 0.01
     factors = first_step(leading_triplets(g, R, seed=0), R, eta, 1.0)

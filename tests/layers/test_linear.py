@@ -28,7 +28,7 @@ def fill(layer: LoRASBLinear, name: str, seed: int) -> None:
 
 
 def by_hand(layer: LoRASBLinear, x: Tensor, *names: str) -> Tensor:
-    y = x.double() @ layer.base_weight().double().t() + layer.bias.double()
+    y = x.double() @ layer.base.parameter().double().t() + layer.bias.double()
     for name in names:
         a, core, b = (getattr(layer, f"lorasb_{part}")[name].double() for part in "ARB")
         y = y + layer.scaling[name] * x.double() @ a.t() @ core.t() @ b.t()
@@ -123,7 +123,7 @@ def test_the_adapters_product_accumulates_onto_the_base_and_nothing_is_added_apa
     x, dy = torch.randn(7, 16), torch.randn(7, 12)
     layer = make()
     a, core, b = (getattr(layer, f"lorasb_{part}")["default"].detach() for part in "ARB")
-    weight = layer.base_weight().detach()
+    weight = layer.base.parameter().detach()
     with Record():
         operands = Operands([weight], DENSE, [a], [core], [b], [], [1.0])
         _, u = eager.eager_forward(x, operands)
@@ -207,7 +207,9 @@ def test_a_base_that_must_run_is_run(kind: str) -> None:
 
         layer.base_layer.__class__ = Plus1
     base = by_hand(layer, x)
-    want = by_hand(layer, x, "default") + (x.double() @ layer.base_weight().double().t() if kind == "pre-hook" else 1)
+    want = by_hand(layer, x, "default") + (
+        x.double() @ layer.base.parameter().double().t() if kind == "pre-hook" else 1
+    )
     tolerances.check(layer(x), want, tolerances.fp32(32))
     assert (want - base).abs().max() > 0.5
 
@@ -216,12 +218,12 @@ def test_a_base_that_must_run_is_run(kind: str) -> None:
 @pytest.mark.parametrize("safe", [True, False])
 def test_merge_and_unmerge(dtype: torch.dtype, safe: bool) -> None:
     layer = make(dtype)
-    x, before = torch.randn(5, 16, dtype=dtype), layer.base_weight().detach().clone()
+    x, before = torch.randn(5, 16, dtype=dtype), layer.base.parameter().detach().clone()
     want = layer(x)
     layer.merge(safe_merge=safe)
     tolerances.check(layer(x), want, tolerances.MERGE)
     layer.unmerge()
-    tolerances.check(layer.base_weight(), before, tolerances.MERGE)
+    tolerances.check(layer.base.parameter(), before, tolerances.MERGE)
     tolerances.check(layer(x), want, tolerances.MERGE)
 
 
@@ -229,12 +231,12 @@ def test_merge_and_unmerge(dtype: torch.dtype, safe: bool) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_merge_that_is_not_finite_changes_nothing(safe: bool, value: float) -> None:
     layer = make()
-    before = layer.base_weight().detach().clone()
+    before = layer.base.parameter().detach().clone()
     with torch.no_grad():
         layer.lorasb_R["default"][1, 2] = value
     with pytest.raises(ValueError, match=r"not finite in torch\.float32; the weights were left as they are"):
         layer.merge(safe_merge=safe)
-    assert torch.equal(layer.base_weight(), before)
+    assert torch.equal(layer.base.parameter(), before)
     assert not layer.merged
 
 
@@ -276,7 +278,7 @@ def test_transposed_bases() -> None:
     layer = LoRASBLinear(Conv1D(12, 16), "default", 4, fan_in_fan_out=True)
     fill(layer, "default", 1)
     x = torch.randn(5, 16)
-    want = x.double() @ layer.base_weight().double() + layer.bias.double()
+    want = x.double() @ layer.base.parameter().double() + layer.bias.double()
     a, core, b = (getattr(layer, f"lorasb_{part}")["default"].double() for part in "ARB")
     want = want + x.double() @ a.t() @ core.t() @ b.t()
     tolerances.check(layer(x), want, tolerances.fp32(32))

@@ -13,7 +13,7 @@ from tolerances import EXACT, check
 from torch import nn
 
 import lorasb
-from lorasb.layers import base_weight
+from lorasb.layers import base
 from lorasb.layers.linear import LoRASBLinear
 
 
@@ -74,7 +74,7 @@ def test_affine_is_linear_and_dense_layers_are_not_probed(monkeypatch: pytest.Mo
     model.proj = Affine(nn.Linear(8, 6, bias=False))
     assert lorasb.patch(model, r=2, target_modules=["proj"], init="random")
     asked = []
-    monkeypatch.setattr(base_weight, "resolve_quantization_backend", lambda *_, **__: asked.append(1))
+    monkeypatch.setattr(base, "resolve_quantization_backend", lambda *_, **__: asked.append(1))
     lorasb.patch(llama(), r=4)
     assert not asked
 

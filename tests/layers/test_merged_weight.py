@@ -40,10 +40,10 @@ def test_unmerging_under_autocast_gives_the_weight_back() -> None:
     torch.manual_seed(0)
     layer = LoRASBLinear(nn.Linear(64, 48), "default", 8)
     layer.set_factors("default", *(0.3 * torch.randn(shape) for shape in ((48, 8), (8, 8), (8, 64))))
-    weight = layer.base_weight().detach().clone()
+    weight = layer.base.parameter().detach().clone()
     layer.merge()
     layer.enable_adapters(False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(torch.randn(2, 64))
     assert not layer.merged
-    tolerances.check(layer.base_weight(), weight, tolerances.fp32(64))
+    tolerances.check(layer.base.parameter(), weight, tolerances.fp32(64))

@@ -284,7 +284,7 @@ def test_formats_that_need_a_gpu_are_known_by_pefts_resolver(
         if isinstance(layer, nn.Linear):
             model.model.set_submodule(path, kind(layer))
     adapter = lorasb.patch(model, r=4)  # all of them, by their format
-    assert {layer.opaque().name for layer in adapted(adapter).values()} == {name}
+    assert {layer.base.format.name for layer in adapted(adapter).values()} == {name}
     lorasb.initialize(adapter, batches(), lr=1e-2, progress=False)
     adapter.train()(**batches()[0]).loss.backward()
     with pytest.raises(ValueError, match=f"{name} layers do not give it"):

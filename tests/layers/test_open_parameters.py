@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import lorasb
-from lorasb.layers.linear import LoRASBLinear
+from lorasb.layers.adapted_layer import AdaptedLayer
 
 SHAPE = SIZES | {"num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2, "num_local_experts": 4}
 
@@ -49,7 +49,7 @@ def patched(kind: str, **options: Any) -> Any:
 
 
 def slices(model: nn.Module) -> dict[str, LoRASBLinear]:
-    found = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}
+    found = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
     return {name: layer for name, layer in found.items() if "experts" in name}
 
 
@@ -70,7 +70,7 @@ def test_the_output_and_gradients_are_those_of_the_sum_of_weights(kind: str) -> 
     plain = MODELS[kind][0]().double()
     weights = {name: p.detach() for name, p in plain.named_parameters()}
     cores = {}
-    for name, layer in {n: m for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}.items():
+    for name, layer in {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}.items():
         parameter, _, index = name.removeprefix("base_model.model.").rpartition(".")
         b, a = layer.lorasb_B["default"].double(), layer.lorasb_A["default"].double()
         delta = layer.scaling["default"] * b @ layer.lorasb_R["default"] @ a
@@ -232,7 +232,7 @@ class Chained(nn.Module):
 def test_a_linears_weight_by_name_is_not_adapted_as_a_linear_too() -> None:
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     model = lorasb.patch(Chained(), r=2, init="random", target_parameters=["first.weight"])
-    adapted = [name for name, m in model.base_model.model.named_modules() if isinstance(m, LoRASBLinear)]
+    adapted = [name for name, m in model.base_model.model.named_modules() if isinstance(m, AdaptedLayer)]
     assert adapted == ["first.weight.0", "second"]
     before = model(x)
     for name in adapted:
@@ -250,7 +250,7 @@ def test_a_linears_weight_by_name_is_not_adapted_as_a_linear_too() -> None:
 
 def test_all_linear_leaves_a_router_alone_that_has_a_linears_class() -> None:
     model = lorasb.patch(llama4(), r=3, target_parameters=targets("feed_forward.experts"))
-    named = [n for n, m in model.named_modules() if isinstance(m, LoRASBLinear)]
+    named = [n for n, m in model.named_modules() if isinstance(m, AdaptedLayer)]
     assert any(n.endswith("q_proj") for n in named)
     assert not any("router" in n for n in named)
     assert torch.isfinite(model(**text(4, 12, 0)).loss)

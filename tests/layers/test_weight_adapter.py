@@ -15,13 +15,13 @@ from torch.func import functional_call
 from unfolded_models import PARAMETERS, TARGETS, Net, batch, loss
 
 import lorasb
-from lorasb.layers.linear import LoRASBLinear
+from lorasb.layers.adapted_layer import AdaptedLayer
 from lorasb.layers.weight_adapter import unfoldings
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:
     prefix = "base_model.model."
-    found = {n.removeprefix(prefix): m for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}
+    found = {n.removeprefix(prefix): m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
     assert set(found) == set(PARAMETERS) or not isinstance(getattr(model, "base_model", None).model, Net)
     return found
 
@@ -137,7 +137,7 @@ def test_the_export_is_what_pefts_lora_reads(tmp_path: Path) -> None:
     lorasb.export_lora(tmp_path / "saved", tmp_path / "b", quiet=True)
     for folder in ("a", "b"):
         plain = peft.PeftModel.from_pretrained(Net(), tmp_path / folder).eval()
-        assert not [layer for layer in plain.modules() if isinstance(layer, LoRASBLinear)]
+        assert not [layer for layer in plain.modules() if isinstance(layer, AdaptedLayer)]
         check(plain(ids), want, EXPORT)
     for name, message in (("grouped", "a convolution in groups"), ("attention", "nn.MultiheadAttention")):
         with pytest.raises(ValueError, match=f"'{name}.*' is {message}.*merge_and_unload"):
@@ -170,7 +170,7 @@ def test_two_adapters_switch_and_go_together() -> None:
 def test_rows_choose_adapters_of_embeddings_and_convolutions() -> None:
     targets = ["embed", "conv", "grouped", "image", "head"]
     model = lorasb.patch(Net(), r=3, target_modules=targets, init="kaiming").eval()
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
     ids = batch()["ids"]
     x = torch.randn(6, 8, 7)
     for name, value in (("embed", ids), ("conv", x)):

@@ -141,7 +141,7 @@ def test_weights_that_are_offloaded_are_brought_back(tmp_path: Path, how: str) -
         accelerate.disk_offload(base, str(tmp_path), torch.device("cpu"))
     model = lorasb.patch(base, r=4, init="lora-xs")
     same(factors(model), want)
-    assert all(layer.base_weight().is_meta for layer in layers(model))
+    assert all(layer.base.parameter().is_meta for layer in layers(model))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -136,10 +136,10 @@ def test_input_casting_can_be_switched_off() -> None:
     model = lorasb.patch(Mlp().to(torch.bfloat16), r=2, target_modules=["first"], init="random")
     layer: Any = model.base_model.model.first
     x = torch.randn(3, 10)
-    assert layer.on_base_dtype(x).dtype == torch.bfloat16
+    assert layer.base.cast(x).dtype == torch.bfloat16
     with disable_input_dtype_casting(model):
-        assert layer.on_base_dtype(x).dtype == torch.float32
-    assert layer.on_base_dtype(x).dtype == torch.bfloat16
+        assert layer.base.cast(x).dtype == torch.float32
+    assert layer.base.cast(x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: dataclasses.replace(config, r=2)])

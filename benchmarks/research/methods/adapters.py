@@ -114,7 +114,7 @@ def sample_count(problem: Problem, options: dict[str, Any]) -> int:
 def begin_again(model: Any, problem: Problem, cell: Cell, batches: Batches, warmup: int) -> None:
     """A second SVD in the middle of training: what was learned goes into the base weights, and R starts anew."""
     for layer in starts.layers(model).values():
-        layer.base_weight().data = layer.merged_weight([starts.ADAPTER])
+        layer.base.parameter().data = layer.merged_weight([starts.ADAPTER])
     begin(model, problem, cell, batches, lorasb.first_step_lr(cell.lr, warmup))
     model.train()
 

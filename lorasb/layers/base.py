@@ -1,7 +1,6 @@
-"""`FrozenBase`: access to the frozen linear under the adapters: weight, dtypes, device and forward.
+"""`Base`: the frozen module under a layer's adapters: its weight, dtype, device, forward and merging.
 
-The linear is dense, quantized (in storage that our kernels read) or opaque (another quantizer's, which is called).
-`LoRASBLinear` inherits from it and adds the adapters.
+It is dense, quantized (in storage that our kernels read) or opaque (another quantizer's, which is called).
 """
 
 from __future__ import annotations
@@ -11,10 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend, TorchaoBackend, resolve_quantization_backend
 from torch import Tensor, nn
 
@@ -26,8 +24,7 @@ from ..functional import dequantize, quantized_linear
 from ..ops.autocast import autocast_on
 from ..quantization.formats import PACKAGES, Format, format_of
 from ..quantization.quantized_weight import QuantizedWeight, compute_dtype, is_quantized, of_module
-from ..utils.deprecation import renamed_method
-from ..utils.precision import FLOATS, SIXTEEN_BIT
+from ..utils.precision import FLOATS
 
 CONFIGURATION = "get_apply_tensor_subclass"  # PEFT's name for how torchao quantized a model
 
@@ -38,7 +35,7 @@ def _configuration_lost() -> NoReturn:
 
 
 @dataclass(frozen=True)
-class OpaqueBase:
+class OpaqueFormat:
     """Properties of an opaque linear. Its layer is passed to each method, as moving a model replaces its tensors."""
 
     name: str  # of the format, or of the layer's class
@@ -108,7 +105,7 @@ class OpaqueBase:
 
 def find(
     layer: nn.Module, default_dtype: torch.dtype | None = None, options: Mapping[str, Any] | None = None
-) -> OpaqueBase | None:
+) -> OpaqueFormat | None:
     """Return the properties of an opaque linear; None for a layer that our kernels read, or that is no linear."""
     if is_dense(layer) or is_quantized(layer) or hasattr(getattr(layer, "weight", None), "device_mesh"):
         return None
@@ -122,7 +119,7 @@ def find(
     if not isinstance(in_features, int) or not isinstance(out_features, int):
         return None
     name = known.name if known is not None else backend.backend_name if backend is not None else type(layer).__name__
-    return OpaqueBase(name, (out_features, in_features), _dtype(layer, default_dtype), backend, known)
+    return OpaqueFormat(name, (out_features, in_features), _dtype(layer, default_dtype), backend, known)
 
 
 def is_dense(layer: nn.Module) -> bool:
@@ -158,136 +155,111 @@ def first_tensor(layer: nn.Module) -> Tensor:
     raise ValueError(f"expected a layer with parameters or buffers, got a {type(layer).__name__} without")
 
 
-class CachedWeight(NamedTuple):
-    """A `QuantizedWeight` read from the base layer, and the state of the parameter that it was read from.
+class Base:
+    """A frozen linear module under adapters, with a dense W [out, in], or [in, out] if `fan_in_fan_out`.
 
-    All three of identity, version and pointer are compared, as each misses a kind of change: assigning a new parameter
-    may reuse the address, in-place ops bump the version alone, and `parameter.data = ...` changes the pointer alone.
+    Subclasses have other kinds. The module is the layer's `base_layer`, too; the layer itself is not known, as a cycle
+    of references would keep a dropped model in memory.
     """
 
-    parameter: Any
-    version: int
-    pointer: int
-    weight: QuantizedWeight
+    def __init__(self, module: nn.Module, fan_in_fan_out: bool = False) -> None:
+        # Every forward asks for it: `layer.base_layer`, by `nn.Module.__getattr__`, takes longer than a small product.
+        self.module: Any = module
+        self.fan_in_fan_out = fan_in_fan_out
+        self.trains_bias = False  # our ops do not differentiate the bias: the module's own forward does
+        self.casts = True  # PEFT's `disable_input_dtype_casting` switches it off
 
+    def over(self, module: nn.Module) -> Base:
+        """The base for another module in the place of this one."""
+        return base_of(module, self.fan_in_fan_out)
 
-@dataclass
-class ReplacedBase:
-    """The quantized or opaque base layer while a merged dense one replaces it.
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        out_features, in_features = self.weight().shape
+        return int(out_features), int(in_features)
 
-    A plain object around the module keeps `nn.Module.__setattr__` from registering it as a second submodule, which
-    would put its weight into state dicts and parameter counts.
-    """
-
-    layer: nn.Module | None = None
-
-
-class FrozenBase(nn.Module, BaseTunerLayer):
-    """A frozen linear layer, W [out, in], or [in, out] if `fan_in_fan_out`.
-
-    Args:
-        in_features, out_features: dimensions of W.
-        base_layer: the linear layer; dense, quantized to 4 or 8 bits, or opaque.
-        fan_in_fan_out: the weight is stored transposed, as in `transformers.Conv1D`.
-        octet_dtype: compute dtype of storage that does not record it (8 bits; the dtype of its bias, or fp16 without
-            one, if None).
-        resolver_options: of PEFT's resolver of quantized layers: `get_quantization_kwargs(model)`.
-    """
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        fan_in_fan_out: bool,
-        octet_dtype: torch.dtype | None,
-        resolver_options: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.training = base_layer.training  # a new module would be in training mode inside a model in eval mode
-        self.fan_in_fan_out, self.octet_dtype = fan_in_fan_out, octet_dtype
-        self._cached_weight: CachedWeight | None = None
-        self._replaced = ReplacedBase()
-        self.trains_bias = False  # our ops do not differentiate the bias: the base's own forward does
-        keep_unpacked(base_layer)  # before any evaluation: the repacking is not always reversible
-        unfolding = getattr(self, "unfolding", None)  # of a `LoRASBWeight`
-        self._opaque = None if unfolding else find(base_layer, octet_dtype, resolver_options)
-        known = unfolding or self._opaque or self.quantized()
-        out_features, in_features = known.shape if known is not None else self.dense_weight().shape
-        self.in_features, self.out_features = int(in_features), int(out_features)
-
-    def opaque(self) -> OpaqueBase | None:
-        """Return an opaque base layer's properties; None for others, and while a merged dense layer replaces it."""
-        return self._opaque if self._replaced.layer is None else None
-
-    def quantized(self) -> QuantizedWeight | None:
-        """The storage of a quantized base layer, None for others; cached until the parameter changes."""
-        # This runs in every forward: `nn.Module.__getattr__` takes longer than a small matrix product.
-        base = self._modules["base_layer"]
-        if base is None or type(base) is nn.Linear or not is_quantized(base):  # by type first: the common, cheap case
-            return None
-        cached, parameter = self._cached_weight, base._parameters["weight"]
-        if cached is not None:
-            # Fake tensors have no data_ptr, and reading it would break the graph; `_apply` refreshes the cache.
-            if torch.compiler.is_compiling():
-                return cached.weight
-            fresh = cached.parameter is parameter and cached.version == parameter._version
-            if fresh and cached.pointer == parameter.data_ptr():  # type: ignore[union-attr]
-                return cached.weight
-        weight = of_module(base)
-        if weight is not None:
-            version, pointer = parameter._version, parameter.data_ptr()  # type: ignore[union-attr]
-            self._cached_weight = CachedWeight(parameter, version, pointer, weight)
-        return weight
-
-    quantised = renamed_method("quantised", "quantized")
-
-    def _apply(self, fn: Any, recurse: bool = True) -> FrozenBase:
-        """Move or cast the layer, and read a quantized base again."""
-        super()._apply(fn, recurse)
-        # Read at once, not at the next forward: a compiled forward returns the cache without checking it.
-        if self._cached_weight is not None and not self.base_layer.weight.is_meta:
-            self._cached_weight = None
-            self.quantized()
-        return self
-
-    def base_weight(self) -> Tensor:
-        """The base layer's weight parameter, in its stored layout: packed if quantized, [in, out] if transposed."""
-        # Of an opaque layer without a parameter of that name, some tensor of its storage.
-        base = self._modules["base_layer"]  # as in `quantized`: every forward asks, and more than once
-        weight = base._parameters.get("weight") if type(base) is nn.Linear else None
+    def parameter(self) -> Tensor:
+        """The weight as it is stored: packed if quantized, [in, out] if transposed."""
+        module = self.module
+        weight = module._parameters.get("weight") if type(module) is nn.Linear else None
         if weight is not None:
             return weight
-        base = self.get_base_layer()
-        weight = getattr(base, "weight", None)
-        return weight if isinstance(weight, Tensor) else first_tensor(base)
+        weight = getattr(module, "weight", None)  # of a module that is parametrized, no parameter of that name
+        return weight if isinstance(weight, Tensor) else first_tensor(module)
 
-    def dense_weight(self) -> Tensor:
-        """W [out, in]: the base layer's weight or a transposed view of it, dequantized if it is quantized."""
-        quantized, opaque = self.quantized(), self.opaque()
-        if quantized is not None:
-            return dequantize(quantized)
-        if opaque is not None:
-            return opaque.dequantize(self.base_layer)
-        weight = self.base_weight()
-        return weight.t() if self.fan_in_fan_out else weight
+    def matrix(self, stored: Tensor) -> Tensor:
+        """W [out, in] of a tensor in the weight's layout; a view."""
+        return stored.t() if self.fan_in_fan_out else stored
 
-    def set_base_weight(self, weight: Tensor) -> None:
-        """Set the base weight to merged values; a layer that is not dense is replaced by a dense one with them."""
-        if self.quantized() is None and self.opaque() is None:
-            self.base_weight().data = weight  # the parameter object stays, with whatever refers to it
-            return
-        self._replaced.layer = self.base_layer
-        bias: Tensor | None = getattr(self.base_layer, "bias", None)
-        # On meta nothing is allocated or drawn from the random generator: both parameters are assigned below.
-        dense = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            dense.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
-        self.base_layer = dense.train(self.training)
+    def folded(self, matrix: Tensor) -> Tensor:
+        """A matrix [out, in] in the weight's layout."""
+        return matrix.t() if self.fan_in_fan_out else matrix
+
+    def weight(self) -> Tensor:
+        """W [out, in]: a view of the weight, or dequantized."""
+        return self.matrix(self.parameter())
+
+    def merging_weight(self) -> Tensor:
+        """The weight that adapters are merged into, in its layout; dequantized to `dtype` if it is quantized."""
+        return self.parameter()
+
+    def quantized(self) -> QuantizedWeight | None:
+        """The storage of a quantized module; None for others."""
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the module computes in; also that of A and B."""
+        return self.parameter().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the module runs on."""
+        # accelerate keeps offloaded weights on `meta` between forwards; the hook that loads them names the device.
+        device, weight = getattr(hook_of(self.module), "execution_device", None), self.parameter()
+        return torch.device(device) if weight.is_meta and device is not None else weight.device
+
+    def must_run(self) -> bool:
+        """True if the module's own forward has to run, as reading its weight would bypass hooks or patches."""
+        module = self.module
+        return (
+            self.trains_bias
+            or not self._reads_plainly(module)
+            or has_hooks(module)
+            or "forward" in vars(module)  # accelerate and others patch the instance's forward
+            or hook_of(module) is not None
+            or is_managed(module._parameters.get("weight"))  # partitioned by DeepSpeed ZeRO-3 between forwards
+        )
+
+    def _reads_plainly(self, module: nn.Module) -> bool:
+        """True if a module's class computes x Wᵀ, which our ops do for it."""
+        return type(module).forward is nn.Linear.forward or self.fan_in_fan_out
+
+    def cast(self, x: Tensor) -> Tensor:
+        """x in the module's dtype, as PEFT's layers cast it; unchanged under autocast, which chooses the dtype."""
+        dtype = self.dtype
+        if x.dtype == dtype or autocast_on(x.device.type) or not x.is_floating_point():
+            return x
+        return x.to(dtype) if self.casts else x
+
+    def bias(self, like: Tensor | None = None) -> Tensor | None:
+        """The module's bias, in the dtype of a tensor if given: a quantized module may store it in another."""
+        module = self.module
+        bias: Tensor | None = module._parameters["bias"] if type(module) is nn.Linear else module.bias
+        return bias if bias is None or like is None or bias.dtype == like.dtype else bias.to(like.dtype)
+
+    def operands(self, x: Tensor) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
+        """What an op takes of the module for x: W [out, in] or its storage, and the bias."""
+        return self.weight(), self.bias()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y of the module alone."""
+        return cast(Tensor, self.module(x, *args, **kwargs))
 
     def refuse_computed_weight(self) -> None:
-        """Raise a ValueError if the base computes W in every forward, so that merged values would be lost."""
-        base = self.get_base_layer()
+        """Raise a ValueError if the module computes W in every forward, so that merged values would be lost."""
+        base = innermost(self.module)
         named = [name.rpartition(".")[2] for name, _ in base.named_parameters(recurse=False)]
         if hasattr(base, "parametrizations") or {"weight_g", "weight_v", "weight_orig"} & set(named):
             raise ValueError(
@@ -296,86 +268,177 @@ class FrozenBase(nn.Module, BaseTunerLayer):
                 "or keep the adapter apart: lorasb.export_lora(model, path)"
             )
 
-    def restore_replaced_base(self) -> bool:
-        """Undo `set_base_weight` over a quantized or opaque base; False if no base layer was replaced."""
-        if self._replaced.layer is None:
-            return False
-        self.base_layer, self._replaced.layer = self._replaced.layer, None
+    def merged(self, weight: Tensor) -> Base:
+        """The base with merged values, in the weight's layout, in the weight's place."""
+        self.parameter().data = weight  # the parameter object stays, with whatever refers to it
+        return self
+
+    def restored(self) -> Base | None:
+        """The base as it was before `merged`; None if what was added has to be subtracted."""
+        return None
+
+    def moved(self) -> None:
+        """Refresh what is kept of a module that was moved or cast."""
+
+
+class _Kept(Base):
+    """A module that a dense one replaces while adapters are merged."""
+
+    def merged(self, weight: Tensor) -> Base:
+        """A dense linear with merged values, in the module's place."""
+        bias: Tensor | None = getattr(self.module, "bias", None)
+        # On meta nothing is allocated or drawn from the random generator: both parameters are assigned below.
+        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+        return MergedBase(dense.train(self.module.training), self)
+
+
+class MergedBase(Base):
+    """The dense linear in place of a quantized or opaque module, which is kept."""
+
+    def __init__(self, module: nn.Module, former: Base) -> None:
+        super().__init__(module)
+        self.trains_bias, self.casts, self.former = former.trains_bias, former.casts, former
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y of the dense linear, which has the former's compute dtype: x is cast for it."""
+        y = super().forward(self.cast(x), *args, **kwargs)
+        return y if autocast_on(x.device.type) else y.to(x.dtype)
+
+    def restored(self) -> Base:
+        """The former module, bit for bit."""
+        return self.former
+
+
+class QuantizedBase(_Kept):
+    """A linear in 4 or 8 bits, in storage that our kernels read: its own forward does not run.
+
+    Args:
+        int8_dtype: compute dtype of 8 bits, whose storage does not record it; that of its bias, or fp16, if None.
+    """
+
+    def __init__(self, module: nn.Module, int8_dtype: torch.dtype | None) -> None:
+        super().__init__(module)
+        self.int8_dtype = int8_dtype
+        # The storage as read, and the parameter it was read from, with its version and pointer. All three are compared:
+        # assigning a new parameter may reuse the address, in-place ops change the version alone, and
+        # `parameter.data = ...` the pointer alone.
+        self._read: tuple[QuantizedWeight, Any, int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        found = self.quantized()
+        return found.shape if found is not None else super().shape
+
+    def quantized(self) -> QuantizedWeight | None:
+        """The storage, kept until the parameter changes; None for a module that is not filled yet."""
+        module, read = self.module, self._read
+        parameter = module._parameters["weight"]
+        if read is not None:
+            # Fake tensors have no data_ptr, and reading it would break the graph; `moved` refreshes what is kept.
+            if torch.compiler.is_compiling():
+                return read[0]
+            if read[1] is parameter and read[2] == parameter._version and read[3] == parameter.data_ptr():
+                return read[0]
+        weight = of_module(module)
+        if weight is not None:
+            self._read = weight, parameter, parameter._version, parameter.data_ptr()
+        return weight
+
+    def moved(self) -> None:
+        """Read the storage at once, not at the next forward: a compiled one returns what is kept without a check."""
+        if self._read is not None and not self.module.weight.is_meta:
+            self._read = None
+            self.quantized()
+
+    def weight(self) -> Tensor:
+        """W [out, in], dequantized."""
+        found = self.quantized()
+        return super().weight() if found is None else dequantize(found)
+
+    def merging_weight(self) -> Tensor:
+        """W [out, in], dequantized to the compute dtype."""
+        found = self.quantized()
+        return super().merging_weight() if found is None else dequantize(found, self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype that the storage records, or that was given for it."""
+        found = self.quantized()
+        if found is None:
+            return super().dtype
+        return self.int8_dtype if found.kind == "int8" and self.int8_dtype else compute_dtype(self.module, found)
+
+    def _reads_plainly(self, module: nn.Module) -> bool:
         return True
 
+    def operands(self, x: Tensor) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
+        """The storage, and the bias in x's dtype."""
+        found = self.quantized()
+        return super().operands(x) if found is None else (found, self.bias(x))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y, computed from the storage, without the module's own forward."""
+        found = None if args or kwargs or self.must_run() else self.quantized()
+        if found is None:
+            return super().forward(x, *args, **kwargs)
+        wide = self.cast(x)
+        y = quantized_linear(wide, found, self.bias(wide))
+        return y if autocast_on(x.device.type) else y.to(x.dtype)
+
+
+class OpaqueBase(_Kept):
+    """Another quantizer's linear, or one that computes by itself: its own forward runs."""
+
+    def __init__(self, module: nn.Module, format: OpaqueFormat) -> None:
+        super().__init__(module)
+        self.format = format
+
     @property
-    def base_dtype(self) -> torch.dtype:
-        """The dtype that the base computes in; also the dtype of A and B."""
-        return self._dtype_of(self.quantized())
-
-    def _dtype_of(self, quantized: QuantizedWeight | None) -> torch.dtype:
-        if quantized is None:
-            opaque = self.opaque()
-            return self.base_weight().dtype if opaque is None else opaque.dtype
-        if quantized.kind == "int8" and self.octet_dtype is not None:
-            return self.octet_dtype
-        return compute_dtype(self.base_layer, quantized)
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.format.shape
 
     @property
-    def core_dtype(self) -> torch.dtype:
-        """The dtype of R: fp32 for a 16-bit base, where small updates would round to nothing, else the base's."""
-        dtype = self.base_dtype
-        return torch.float32 if dtype in SIXTEEN_BIT else dtype
+    def dtype(self) -> torch.dtype:
+        """The dtype that the module computes in."""
+        return self.format.dtype
 
-    @property
-    def execution_device(self) -> torch.device:
-        """The device that the base runs on."""
-        # accelerate keeps offloaded weights on `meta` between forwards; the hook that loads them names the device.
-        hook = hook_of(self.base_layer)
-        device = getattr(hook, "execution_device", None)
-        weight = self.base_weight()
-        return torch.device(device) if weight.is_meta and device is not None else weight.device
+    def weight(self) -> Tensor:
+        """W [out, in]; raises a ValueError for a format that gives none."""
+        return self.format.dequantize(self.module)
 
-    def base_must_run(self) -> bool:
-        """True if the base layer's own forward has to run, as reading its weight would bypass hooks or patches."""
-        base: Any = self._modules["base_layer"]  # as in `quantized`
-        if self.trains_bias or (self._opaque is not None and self._replaced.layer is None):
-            return True
-        # Conv1D (fan_in_fan_out) and quantized layers have forwards of their own, whose results we compute ourselves.
-        plain = type(base).forward is nn.Linear.forward or self.fan_in_fan_out or is_quantized(base)
-        return (
-            not plain
-            or has_hooks(base)
-            or "forward" in vars(base)  # accelerate and others patch the instance's forward
-            or hook_of(base) is not None
-            or is_managed(base._parameters.get("weight"))  # partitioned by DeepSpeed ZeRO-3 between forwards
-        )
+    def merging_weight(self) -> Tensor:
+        """W [out, in]; raises a ValueError for a format that gives none."""
+        return self.weight()
 
-    def on_base_dtype(self, x: Tensor, quantized: QuantizedWeight | None = None) -> Tensor:
-        """x in the base's dtype, as PEFT's layers cast it; unchanged under autocast, which chooses the dtype itself."""
-        dtype = self._dtype_of(quantized or self.quantized())
-        if x.dtype == dtype or autocast_on(x.device.type) or not x.is_floating_point():
-            return x
-        return self._cast_input_dtype(x, dtype)
+    def must_run(self) -> bool:
+        """True: the weight is not read."""
+        return True
 
-    def base_bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        base: Any = self._modules["base_layer"]  # as in `quantized`: PEFT's property takes as long as a small product
-        return cast("Tensor | None", base._parameters["bias"] if type(base) is nn.Linear else base.bias)
 
-    def bias_like(self, x: Tensor) -> Tensor | None:
-        """The bias in x's dtype; a quantized layer may store it in another."""
-        bias = self.base_bias()
-        return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+def base_of(
+    module: nn.Module,
+    fan_in_fan_out: bool = False,
+    int8_dtype: torch.dtype | None = None,
+    resolver_options: Mapping[str, Any] | None = None,
+) -> Base:
+    """The base of the kind that a module is; arguments as of `LoRASBLinear`."""
+    keep_unpacked(module)  # before any evaluation: the repacking is not always reversible
+    if is_quantized(module):
+        return QuantizedBase(module, int8_dtype)
+    format = find(module, int8_dtype, resolver_options)
+    return Base(module, fan_in_fan_out) if format is None else OpaqueBase(module, format)
 
-    def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y of the base layer alone. A quantized one is computed from its storage, without its module's forward."""
-        quantized = None if args or kwargs or self.base_must_run() else self.quantized()
-        # Merged into a quantized base, the dense layer has the quantized layer's compute dtype: x is cast for it, too.
-        merged_dense = self._replaced.layer is not None
-        if quantized is None and not merged_dense:
-            return cast(Tensor, self.base_layer(x, *args, **kwargs))
-        input_dtype, x = x.dtype, self.on_base_dtype(x, quantized)
-        if quantized is None:
-            y = cast(Tensor, self.base_layer(x, *args, **kwargs))
-        else:
-            y = quantized_linear(x, quantized, self.bias_like(x))
-        return y if autocast_on(x.device.type) else y.to(input_dtype)
+
+def innermost(module: nn.Module) -> Any:
+    """The module below the layers that adapt it."""
+    while hasattr(module, "base_layer"):
+        module = cast(nn.Module, module.base_layer)
+    return module
 
 
 @contextmanager
@@ -433,7 +496,7 @@ def has_weight_values(base: nn.Module) -> bool:
 TOLERANCE = 0.05
 
 
-def check_linear(name: str, layer: nn.Module, opaque: OpaqueBase, trained: bool = True) -> None:
+def check_linear(name: str, layer: nn.Module, opaque: OpaqueFormat, trained: bool = True) -> None:
     """Run one probe of three rows."""
     x = _rows(opaque, first_tensor(layer).device)
     try:
@@ -476,7 +539,7 @@ def has_own_result(layer: nn.Module) -> bool:
     return not isinstance(y, Tensor) or y.shape != (3, layer.out_features) or not _is_linear(y.double())
 
 
-def _rows(opaque: OpaqueBase, device: torch.device) -> Tensor:
+def _rows(opaque: OpaqueFormat, device: torch.device) -> Tensor:
     return _probe(opaque.shape[1], device, opaque.dtype)
 
 
