@@ -1,16 +1,27 @@
-"""q/k/v and gate/up in one call: launches, equality with single layers, and every reason to stay alone."""
+"""q/k/v and gate/up in one call: launches, equality with single layers, reasons to stay alone, what is held how long."""
 
 from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import tolerances
 import torch
-from linear_groups import alone, attention, groups, prepared, same, step
-from models import batches_for, patched
+import torch.utils.checkpoint
+from basis_models import fill, with_users
+from linear_groups import Two, alone, attention, groups, prepared, same, step
+from models import batches_for, logits, make, patched
 from torch import Tensor, nn
 
 import lorasb
 from lorasb.kernels.launcher import observed
+from lorasb.layers import linear
 
 pytestmark = pytest.mark.usefixtures("grouped")
 
@@ -30,8 +41,8 @@ def test_patching_finds_the_groups_and_they_compute_what_single_layers_do(family
 def test_a_llama_block_takes_eight_launches() -> None:
     model = patched("llama", target_modules="all-linear")
     block = model.base_model.model.model.layers[0]
-    x = torch.randn(2, 20, 64, requires_grad=True)
-    rotary = model.base_model.model.model.rotary_emb(x, torch.arange(20)[None])
+    x = torch.randn(2, 4, 64, requires_grad=True)
+    rotary = model.base_model.model.model.rotary_emb(x, torch.arange(4)[None])
     counts, results = {}, {}
     for name, one in (("grouped", block), ("alone", alone(block))):
         with lorasb.backend("triton"), observed() as launches:
@@ -64,18 +75,16 @@ def test_decoding_is_grouped(tokens: int) -> None:
 def test_with_dropout_each_member_has_the_mask_that_it_has_alone() -> None:
     model = patched("llama", lora_dropout=0.5)
     apart = alone(model)
-    logits = []
+    results, counts = [], []
     with lorasb.backend("triton"):
         for one in (model.train(), apart.train()):
             torch.manual_seed(0)
             with observed() as launches:
-                logits.append(one(**batches_for("llama", count=1)[0]).logits)
-            logits[-1].sum().backward()
-    assert len(launches) == 28  # alone
-    with lorasb.backend("triton"), observed() as launches:
-        model(**batches_for("llama", count=1)[0])
-    assert len(launches) == 16
-    tolerances.check(*logits, tolerances.EXACT)
+                results.append(one(**batches_for("llama", 1)[0]).logits)
+            counts.append(len(launches))
+            results[-1].sum().backward()
+    assert counts == [16, 28]
+    tolerances.check(*results, tolerances.EXACT)
     cores = [{n: p.grad for n, p in one.named_parameters() if p.grad is not None} for one in (model, apart)]
     assert cores[0].keys() == cores[1].keys()
     for name, grad in cores[0].items():
@@ -85,21 +94,11 @@ def test_with_dropout_each_member_has_the_mask_that_it_has_alone() -> None:
 class TestStaysAlone:
     def test_a_layer_that_gets_another_tensor_leaves(self) -> None:
         model = patched("llama")
-        part = attention(model)
-        part.k_proj.register_forward_pre_hook(lambda _, args: (args[0] * 1.0,))
-        want = step(alone(model))
-        same(step(model), want)
+        attention(model).k_proj.register_forward_pre_hook(lambda _, args: (args[0] * 1.0,))
+        same(step(model), step(alone(model)))
 
     def test_a_group_splits_by_what_its_layers_read(self) -> None:
         """A cross-attention: q reads one tensor, k and v another."""
-
-        class Cross(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, 16) for _ in range(3))
-
-            def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-                return self.q_proj(x) + self.k_proj(memory) + self.v_proj(memory)
 
         model = prepared(Cross(), 16)
         cross = model.base_model.model
@@ -112,15 +111,11 @@ class TestStaysAlone:
         assert cross.k_proj.siblings is cross.v_proj.siblings
 
     def test_a_tensor_changed_in_place_is_another(self) -> None:
-        class Changing(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.gate_proj, self.up_proj = nn.Linear(16, 16), nn.Linear(16, 16)
-
+        class Changing(Two):
             def forward(self, x: Tensor) -> Tensor:
-                gate = self.gate_proj(x)
+                q = self.q_proj(x)
                 x.mul_(2.0)
-                return gate + self.up_proj(x)
+                return q + self.k_proj(x)
 
         model = prepared(Changing(), 16)
         x = torch.randn(3, 16)
@@ -128,40 +123,34 @@ class TestStaysAlone:
         tolerances.check(model.base_model.model(x.clone()), want, tolerances.fp32(16))
         assert groups(model) == []
 
-    def test_a_layer_that_is_skipped_leaves(self) -> None:
-        class Skipping(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, 16) for _ in range(3))
-
-            def forward(self, x: Tensor) -> Tensor:
-                return self.q_proj(x) + self.v_proj(x)
-
+    def test_a_layer_that_is_skipped_leaves_and_the_group_that_is_left_is_outside_of_the_forward(self) -> None:
         model = prepared(Skipping(), 16)
-        x = torch.randn(3, 16)
-        want = alone(model.base_model.model)(x)
+        skipping, x = model.base_model.model, torch.randn(3, 16)
+        want = alone(skipping)(x)
         for _ in range(2):
-            tolerances.check(model.base_model.model(x), want, tolerances.fp32(16))
-        assert [len(group.members) for group in groups(model)] == [2]
+            tolerances.check(skipping(x), want, tolerances.fp32(16))
+        (group,) = groups(model)
+        assert len(group.members) == 2
+        assert not group._forwards
+        skipping.q_proj(x)
+        assert not group._forwards
+        with torch.no_grad():
+            skipping.v_proj.lorasb_R["default"].mul_(100.0)
+        tolerances.check(skipping.v_proj(x), alone(skipping).v_proj(x), tolerances.fp32(16))
 
     @pytest.mark.parametrize("case", ["disabled", "merged", "another adapter", "hook", "other rank", "inference"])
     def test_states_that_keep_layers_alone_compute_the_same(self, case: str) -> None:
-        model = patched(
-            "llama",
-            **({"rank_pattern": {"k_proj": 2}} if case == "other rank" else {}),
-        )
+        model = patched("llama", **({"rank_pattern": {"k_proj": 2}} if case == "other rank" else {}))
         apart = alone(model)
         for one in (model, apart):
             prepare(one, case)
-        with torch.inference_mode(case == "inference"), lorasb.backend("triton"), observed() as launches:
-            torch.manual_seed(0)
-            got = model(**batches_for("llama", count=1)[0]).logits
-            count = len(launches)
-            torch.manual_seed(0)
-            want = apart(**batches_for("llama", count=1)[0]).logits
-        tolerances.check(got, want, tolerances.PROCESS_SUMS)
+        batch = batches_for("llama", 1, tokens=4)[0]
+        with torch.inference_mode(case == "inference"):
+            with lorasb.backend("triton"), observed() as launches:
+                got = model(**batch).logits
+            tolerances.check(got, apart(**batch).logits, tolerances.PROCESS_SUMS)
         expected = {"disabled": 0, "merged": 0, "another adapter": 16, "other rank": 20, "hook": 24}
-        assert count == expected.get(case, 28)
+        assert len(launches) == expected.get(case, 28)
 
     def test_a_layer_called_outside_of_its_parent_computes_alone(self) -> None:
         model = patched("llama")
@@ -189,15 +178,26 @@ def prepare(model: nn.Module, case: str) -> None:
             layer.mlp.up_proj.register_forward_hook(lambda *_: None)
 
 
-class Cross(nn.Module):
-    """Attention's projections where q reads one input and k and v another."""
+class Three(nn.Module):
+    """Attention's projections."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, 16) for _ in range(3))
+
+
+class Cross(Three):
+    """q reads one input and k and v another."""
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         return self.q_proj(x).tanh() * self.k_proj(memory).tanh() + self.v_proj(memory)
+
+
+class Skipping(Three):
+    """One of three siblings is never called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x) + self.v_proj(x)
 
 
 def test_layers_that_read_another_input_are_separated_after_a_checkpointed_step() -> None:
@@ -230,3 +230,251 @@ def test_groups_are_formed_where_they_pay_or_are_asked_for(
     assert config["group"] is group  # and in no file, as machines differ
     model.add_adapter("second", lorasb.LoRASBConfig(r=3, target_modules="all-linear", group=None if group else group))
     assert len(groups(model)) == formed
+
+
+NAMES = ["default", "one", "__base__", "two"]
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_values_and_gradients_by_row_are_those_of_the_layers_alone(backend: str) -> None:
+    model = with_users("one", "two", target_modules="all-linear")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lorasb_R" in name)
+    results = [step(one, backend=backend, rows=4, tokens=3, adapter_names=NAMES) for one in (model, alone(model))]
+    same(*results)
+    assert len(results[0][1]) == 2 * 7 * 3
+    assert [len(group.members) for group in groups(model)] == [3, 2] * 2
+
+
+def launches_of(model: nn.Module, names: list[str] = NAMES) -> Counter[str]:
+    ids = torch.randint(3, 99, (len(names), 3))
+    with torch.no_grad(), lorasb.backend("triton"), observed() as launches:
+        model(input_ids=ids, adapter_names=names)
+    return Counter(one.name for one in launches)
+
+
+def test_a_bank_s_rows_are_grouped_too() -> None:
+    model = with_users(target_modules="all-linear")
+    bank = lorasb.AdapterBank(model)
+    for name in ("one", "two"):
+        bank.add(name, {n: torch.randn_like(layer.lorasb_R["default"]) for n, layer in bank.layers.items()})
+    names = ["one", "__base__", "two", "one"]
+    assert launches_of(model, names) == {"prep_forward": 8, "extended_gemm": 8, "times_row_cores": 14}
+    assert launches_of(alone(model), names) == {"prep_forward": 14, "extended_gemm": 14, "times_row_cores": 14}
+
+
+def test_what_is_computed_in_several_calls_stays_alone() -> None:
+    model = with_users("one", "two", target_modules="all-linear")
+    model.add_adapter("apart", lorasb.LoRASBConfig(r=3, target_modules="all-linear", init="kaiming"))
+    assert not launches_of(model, ["one", "apart", "two", "one"])["times_row_cores"]  # one adapter after the other
+    model.base_model.model.model.layers[0].self_attn.v_proj.register_forward_hook(lambda *_: None)
+    assert launches_of(model)["extended_gemm"] == 8 + 1
+
+
+class Several(Two):
+    """Siblings that are told their rows by the caller."""
+
+    def forward(self, x: Tensor, first: list[str], second: list[str]) -> Tensor:
+        return self.q_proj(x, adapter_names=first) + self.k_proj(x, adapter_names=second)
+
+
+def several() -> nn.Module:
+    model: Any = prepared(Several(), 16)
+    for seed, name in enumerate(("one", "two")):
+        model.add_adapter(name, lorasb.LoRASBConfig(basis="default"))
+        fill(model, name, seed)
+    return model.base_model.model
+
+
+def test_members_with_other_rows_are_computed_with_theirs() -> None:
+    model, x = several(), torch.randn(3, 16)
+    first, other = ["one", "two", "default"], ["two", "two", "one"]
+    for second, sizes in ((first, [2]), (other, [])):
+        want = alone(model)(x, first, second)
+        tolerances.check(model(x, first, second), want, tolerances.fp32(16))
+        assert [len(group.members) for group in groups(model)] == sizes
+
+
+def test_an_r_that_is_written_to_between_members_is_read_again() -> None:
+    model, x, names = several(), torch.randn(3, 16), ["one", "two", "default"]
+    model.q_proj(x, adapter_names=names)
+    first = model.q_proj.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        y = first(*args, **kwargs)
+        core = model.k_proj.lorasb_R["two"]
+        core.data.mul_(1.0).add_(0.0)
+        with torch.no_grad():
+            core.mul_(2.0)
+        return y
+
+    model.q_proj.forward = forward
+    y = model(x, names, names)
+    model.q_proj.forward = first
+    tolerances.check(y, alone(model)(x, names, names), tolerances.fp32(16))
+
+
+def test_one_that_is_not_initialized_raises_where_it_would_be_trained() -> None:
+    model: Any = lorasb.patch(Several(), r=3, target_modules="all-linear").train()
+    x = torch.randn(2, 16)
+    layer = model.base_model.model.q_proj
+    model.add_adapter("one", lorasb.LoRASBConfig(r=3, target_modules="all-linear"))
+    layer.lorasb_A["one"], layer.lorasb_B["one"] = layer.lorasb_A["default"], layer.lorasb_B["default"]
+    assert linear.on_one_basis(layer, ["default", "one"])
+    with pytest.raises(RuntimeError, match="has not been initialized"):
+        model.base_model.model(x, ["default", "one"], ["default", "one"])
+
+
+def test_no_result_outlives_a_forward_that_raises() -> None:
+    model = prepared(Two(), 16)
+    model.base_model.model.raises = ArithmeticError
+    (group,) = groups(model)
+    x = torch.randn(3, 16)
+    with pytest.raises(ArithmeticError):
+        model.base_model.model(x)
+    assert not group._forwards
+    model.base_model.model.raises = None
+    model.base_model.model(x)
+    assert groups(model) == [group]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
+    model = patched("llama")
+    want = step(model)
+    assert not any(group._forwards for group in groups(model))
+    model.train()
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    same(step(model), want)
+    assert not any(group._forwards for group in groups(model))
+    assert [len(group.members) for group in groups(model)] == [3, 2, 3, 2]
+
+
+def test_a_copied_model_has_groups_of_its_own() -> None:
+    model = patched("llama")
+    part = attention(model)
+    assert copy.deepcopy(part.q_proj).siblings is None  # a layer alone
+    assert part.q_proj.siblings is part.k_proj.siblings is not None
+    other = copy.deepcopy(model)
+    assert {id(g) for g in groups(model)}.isdisjoint(id(g) for g in groups(other))
+    assert [len(g.members) for g in groups(other)] == [3, 2, 3, 2]
+    with torch.no_grad():
+        for group in groups(other):
+            for member in group.members:
+                member.lorasb_R["default"].mul_(3.0)
+    assert not torch.equal(logits(model), logits(other))
+    assert torch.equal(logits(other), logits(other))
+
+
+def test_unloading_leaves_the_model_as_it_was() -> None:
+    base = make("llama")
+    hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in base.named_modules()}
+    unloaded = lorasb.patch(base, r=4).unload()
+    assert {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in unloaded.named_modules()} == hooks
+
+
+def test_a_dropped_block_is_freed_at_once() -> None:
+    """Without the garbage collector: `del model; torch.cuda.empty_cache()` gives the memory back."""
+    block = Two()
+    model = prepared(block, 16)
+    model.base_model.model = None
+    block(torch.randn(2, 16))
+    layer = weakref.ref(block.q_proj)
+    gc.disable()
+    try:
+        del block
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
+def test_a_pickled_model_computes_alone() -> None:
+    block = prepared(Two(), 16).base_model.model
+    loaded = pickle.loads(pickle.dumps(block))
+    x = torch.randn(3, 16)
+    tolerances.check(loaded(x), block(x), tolerances.fp32(16))
+
+
+def test_after_an_interrupted_forward_nothing_stale_is_taken() -> None:
+    block = prepared(Two(), 16).base_model.model
+    x = torch.randn(3, 16)
+    block.raises = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        block(x)
+    block.raises = None
+    with torch.no_grad():
+        block.k_proj.lorasb_R["default"].mul_(100.0)
+    tolerances.check(block(x), alone(block)(x), tolerances.fp32(16))
+    assert not block.q_proj.siblings._forwards
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_inside_the_parent_gives_the_same_gradients(reentrant: bool) -> None:
+    class Inner(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=reentrant)
+
+    block = prepared(Inner(), 16).base_model.model
+    results = []
+    for one in (block, alone(block)):
+        x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        one(x).square().sum().backward()
+        results.append((x.grad, one.q_proj.lorasb_R["default"].grad))
+    for got, want in zip(*results, strict=True):
+        tolerances.check(got, want, tolerances.fp32(64))
+
+
+def test_another_thread_computes_for_itself() -> None:
+    block = prepared(Two(), 16).base_model.model
+    x = torch.randn(3, 16)
+    with ThreadPoolExecutor(1) as pool:
+        group = block.q_proj.siblings
+        group._parent_begins(block, ())
+        assert group.take(block.q_proj, x) is not None
+        assert pool.submit(group.take, block.k_proj, x).result() is None
+        group._parent_ends(block, (), None)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    model = patched("llama").eval()
+    block, x = model.base_model.model.model.layers[0], torch.randn(2, 12, 64)
+    rotary = model.base_model.model.model.rotary_emb(x, torch.arange(12)[None])
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        got, want = (run(x, position_embeddings=rotary) for run in (compiled, block))
+    tolerances.check(got, want, tolerances.PROCESS_SUMS)
+
+
+def test_memory_kept_for_backward_is_u_alone() -> None:
+    model = patched("llama")
+    part = attention(model)
+    kept: list[tuple[int, ...]] = []
+    x = torch.randn(40, 64, requires_grad=True)
+    weights = {p.data_ptr() for p in part.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in weights:
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    group = part.q_proj.siblings
+    group._parent_begins(part, ())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        part.q_proj(x), part.k_proj(x), part.v_proj(x)
+    group._parent_ends(part, (), ())
+    assert kept == [(40, 4)] * 3
+
+
+def test_a_forward_that_a_thread_was_interrupted_in_is_forgotten() -> None:
+    """Ctrl-C skips hooks that see every other end of a forward."""
+    model = prepared(Two(), 16)
+    (group,), two, x = groups(model), model.base_model.model, torch.randn(3, 16)
+    two.raises = KeyboardInterrupt
+    with ThreadPoolExecutor(1) as thread, pytest.raises(KeyboardInterrupt):
+        thread.submit(two, x).result()
+    assert len(group._forwards) == 1
+    two.raises = None
+    two(x)
+    assert not group._forwards

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import re
+import types
 import weakref
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import transformers
 from models import Rows, four_steps, llama, loss_and_gradients
 from opaque_models import (
     KINDS,
+    Scaled,
     adapted,
     batches,
     dense_twin,
@@ -21,6 +26,7 @@ from opaque_models import (
     opaque_model,
     patched,
     stand_in,
+    to_hqq,
     torchao_int4_config,
     values,
 )
@@ -28,6 +34,8 @@ from tolerances import EXACT, EXPORT, FOUR_BITS, MERGE, PROCESS_SUMS, SAME_STEP,
 from torch import Tensor, nn
 
 import lorasb
+from lorasb.layers import base_weight
+from lorasb.layers.linear import LoRASBLinear
 
 GIVE_W = [kind for kind in KINDS if kind != "unknown"]
 REQUANTIZE = ("hqq", "quanto")  # torchao, too, if transformers has loaded the model: a test of its own
@@ -66,9 +74,8 @@ def test_both_strategies_give_the_factors_of_the_dense_twin(kind: str) -> None:
 def test_training_lowers_the_loss_and_leaves_the_storage(kind: str) -> None:
     model = initialized(kind)
     before = {name: values(layer.base_layer, torch.float32) for name, layer in adapted(model).items()}
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        f"{n}.lorasb_R.default" for n in before
-    }
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{name}.lorasb_R.default" for name in before}
     optimizer, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2), []
     for _ in range(6):
         loss = model.train()(**batches()[0]).loss
@@ -109,29 +116,23 @@ def test_a_trainer_initializes_and_resumes_to_the_same_bits(kind: str, tmp_path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_are_saved_loaded_and_exported(kind: str, tmp_path: Path) -> None:
-    model = initialized(kind).eval()
-    want = model(**batches()[0]).logits
+def test_adapters_are_saved_loaded_exported_and_chosen_by_rows(kind: str, tmp_path: Path) -> None:
+    model, batch = initialized(kind).eval(), batches()[0]
+    want = model(**batch).logits
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(opaque_model(kind), tmp_path / "adapter").eval()
-    check(again(**batches()[0]).logits, want, EXACT)
+    check(again(**batch).logits, want, EXACT)
     lorasb.export_lora(model, tmp_path / "lora", quiet=True)
     plain = peft.PeftModel.from_pretrained(dense_twin(opaque_model(kind)), tmp_path / "lora").eval()
-    check(plain(**batches()[0]).logits, want, EXPORT)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_choose_their_adapters(kind: str) -> None:
-    model = initialized(kind).eval()
-    batch = batches()[0]
+    check(plain(**batch).logits, want, EXPORT)
     batch.pop("labels")
     with torch.no_grad():
         mixed = model(**batch, adapter_names=["default", "__base__"]).logits
         with model.disable_adapter():
             base = model(**batch).logits
-        check(mixed[0], model(**batch).logits[0], PROCESS_SUMS)
-        check(mixed[1], base[1], PROCESS_SUMS)
-        assert (mixed[0] - base[0]).abs().max() > 1e-3
+    check(mixed[0], want[0], PROCESS_SUMS)
+    check(mixed[1], base[1], PROCESS_SUMS)
+    assert (mixed[0] - base[0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", GIVE_W)
@@ -154,10 +155,10 @@ def test_requantizing_gives_the_same_format_and_reports_its_error(kind: str) -> 
     merged_weights = {name: layer.merged_weight(["default"]) for name, layer in adapted(model).items()}
     kinds = {name: type(layer.base_layer) for name, layer in adapted(model).items()}
     plain: Any = model.merge_and_unload(requantize=True)
-    for name, want in merged_weights.items():
-        name = name.removeprefix("base_model.model.")
+    for path, want in merged_weights.items():
+        name = path.removeprefix("base_model.model.")
         layer = plain.get_submodule(name)
-        assert type(layer) is kinds["base_model.model." + name]
+        assert type(layer) is kinds[path]
         relative = float((values(layer, torch.float32) - want).norm() / want.norm())
         assert plain.requantization_errors[name] == pytest.approx(relative, rel=1e-3)
         assert 0 < relative < FOUR_BITS
@@ -167,9 +168,8 @@ def test_requantizing_gives_the_same_format_and_reports_its_error(kind: str) -> 
 def test_torchao_is_quantized_again_where_the_model_says_how() -> None:
     """transformers keeps the configuration; PEFT's resolver hands it on."""
     model: Any = opaque_model("torchao int4")
-    model.hf_quantizer = type(
-        "Quantizer", (), {"quantization_config": transformers.TorchAoConfig(torchao_int4_config())}
-    )
+    config = transformers.TorchAoConfig(torchao_int4_config())
+    model.hf_quantizer = types.SimpleNamespace(quantization_config=config)
     adapter = lorasb.patch(model, r=4, init="random")
     assert all(layer.opaque().requantizes for layer in adapted(adapter).values())
     plain = adapter.merge_and_unload(requantize=True)
@@ -232,14 +232,8 @@ def test_all_linear_finds_the_layers_and_not_what_is_inside(kind: str) -> None:
 
 
 def test_what_hqq_keeps_of_the_original_is_no_target() -> None:
-    hqq = pytest.importorskip("hqq.core.quantize")
-    model: Any = llama()
-    for name, layer in list(model.model.named_modules()):
-        if isinstance(layer, nn.Linear):
-            config = hqq.BaseQuantizeConfig(nbits=4, group_size=32)
-            kept = hqq.HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu", del_orig=False)
-            model.model.set_submodule(name, kept)
-    assert not any("linear_layer" in name for name in adapted(lorasb.patch(model, r=4)))
+    model = lorasb.patch(opaque_model(functools.partial(to_hqq, del_orig=False)), r=4)
+    assert not any("linear_layer" in name for name in adapted(model))
 
 
 def matrices() -> list[Tensor]:
@@ -251,6 +245,7 @@ def matrices() -> list[Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_weight_is_copied(kind: str) -> None:
     """After a training step nothing of W's size is alive that was not before, and dense weights are not cached."""
+    KINDS[kind](nn.Linear(64, 64))  # skips at once where its package is not installed
     of_other_tests = matrices()
     model = initialized(kind)
     model.train()(**batches()[0]).loss.backward()
@@ -260,16 +255,12 @@ def test_no_weight_is_copied(kind: str) -> None:
     assert all(id(t) in known for t in matrices())
 
 
+INC = "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules"
 STAND_INS = (
     ("aqlm", "QuantizedLinear", "is_aqlm_available", "aqlm"),
     ("eetq", "EetqLinear", "is_eetq_available", "eetq"),
     ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear", "is_gptqmodel_available", "GPTQ"),
-    (
-        "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules",
-        "PatchedLinear",
-        "is_inc_available",
-        "inc",
-    ),
+    (INC, "PatchedLinear", "is_inc_available", "inc"),
 )
 
 
@@ -278,13 +269,8 @@ def test_formats_that_need_a_gpu_are_known_by_pefts_resolver(
     monkeypatch: pytest.MonkeyPatch, module: str, class_name: str, available: str, name: str
 ) -> None:
     """A stand-in with the class's name in the package's place: all of PEFT's own code runs, but no kernel of theirs."""
-    kind = stand_in(monkeypatch, module, class_name, available)
-    model: Any = llama()
-    for path, layer in list(model.model.named_modules()):
-        if isinstance(layer, nn.Linear):
-            model.model.set_submodule(path, kind(layer))
-    adapter = lorasb.patch(model, r=4)  # all of them, by their format
-    assert {layer.base.format.name for layer in adapted(adapter).values()} == {name}
+    adapter = lorasb.patch(opaque_model(stand_in(monkeypatch, module, class_name, available)), r=4)  # by their format
+    assert {layer.opaque().name for layer in adapted(adapter).values()} == {name}
     lorasb.initialize(adapter, batches(), lr=1e-2, progress=False)
     adapter.train()(**batches()[0]).loss.backward()
     with pytest.raises(ValueError, match=f"{name} layers do not give it"):
@@ -300,3 +286,83 @@ def test_a_merged_base_is_released_when_the_model_is_unloaded() -> None:
     gc.collect()
     assert layer() is None
     del plain
+
+
+def holding(kind: type[nn.Module]) -> nn.Module:
+    """A model of one layer, called "proj"."""
+    return nn.Sequential(OrderedDict(proj=kind(nn.Linear(8, 6, bias=False))))
+
+
+class Bent(Scaled):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.gelu(super().forward(x))
+
+
+class Cut(Scaled):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.detach())
+
+
+class Broken(Scaled):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such kernel")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Bent, r"'proj' is a Bent, and 2x does not give twice what x gives"),
+        (Cut, r"'proj', a Cut layer, has no gradient of its input"),
+        (Broken, r"'proj' is a Broken that failed on x \[3, in\] \(no such kernel\), or name it in exclude_modules"),
+    ],
+)
+def test_one_probe_finds_what_cannot_be_adapted(kind: type[nn.Module], message: str) -> None:
+    model = holding(kind)
+    state = torch.get_rng_state()
+    with pytest.raises(TypeError, match=message):
+        lorasb.patch(model, r=2, target_modules=["proj"], init="random")
+    assert type(model.proj) is kind
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_a_gradient_an_adapter_can_still_be_served() -> None:
+    adapter = lorasb.patch(holding(Cut), r=2, target_modules=["proj"], init="random", inference_mode=True)
+    assert isinstance(adapter.base_model.model.proj, LoRASBLinear)
+
+
+def test_a_missing_package_is_named() -> None:
+    with pytest.raises(TypeError, match="pip install eetq"):
+        lorasb.patch(holding(type("EetqLinear", (Broken,), {})), r=2, target_modules=["proj"])
+
+
+def test_affine_is_linear_and_dense_layers_are_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Affine(Scaled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 3
+
+    assert lorasb.patch(holding(Affine), r=2, target_modules=["proj"], init="random")
+    asked = []
+    monkeypatch.setattr(base_weight, "resolve_quantization_backend", lambda *_, **__: asked.append(1))
+    lorasb.patch(llama(), r=4)
+    assert not asked
+
+
+def test_an_opaque_base_is_compiled_with_its_adapter() -> None:
+    model = holding(Scaled)
+    adapted = lorasb.patch(model, r=2, target_modules=["proj"], init="random")
+    model.proj.lorasb_R["default"].data.copy_(torch.eye(2))
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
+    check(compiled(x), adapted(x), EXACT)
+    assert not torch.equal(adapted(x), model.proj.base_layer(x))
+
+
+def test_a_resolver_that_finds_a_package_too_old_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_old() -> bool:
+        raise ImportError("torchao 0.1 is too old, only versions above 0.16 are supported")
+
+    monkeypatch.setattr(peft.utils.quantization_utils, "is_torchao_available", too_old)
+    model = holding(Scaled)
+    with pytest.raises(ImportError, match=re.escape("torchao 0.1 is too old")):
+        lorasb.patch(model, r=2, target_modules=["proj"])
+    assert type(model.proj) is Scaled

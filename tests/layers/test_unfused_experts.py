@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import tolerances
 import torch
-import transformers
-from families import EXPERTS, SIZES
+from families import EXPERTS, causal
 from models import batches_for, logits, make
 from peft import PeftModel
 from torch import Tensor, nn
@@ -73,9 +72,8 @@ def test_each_experts_factors_come_from_the_tokens_routed_to_it() -> None:
         sign = weights[parameter].grad[int(expert)].sign().double()
         u, s, vt = torch.linalg.svd(sign)
         want = (u[:, :32] * s[:32]) @ vt[:32] * -2e-2
-        tolerances.check(
-            layer.get_delta_weight("default").double() / want.abs().max(), want / want.abs().max(), tolerances.FACTORS
-        )
+        delta = layer.get_delta_weight("default").double()
+        tolerances.check(delta / want.abs().max(), want / want.abs().max(), tolerances.FACTORS)
         assert energies[name] == pytest.approx(float((s[:32] ** 2).sum() / (s**2).sum()), rel=1e-3)
 
 
@@ -121,38 +119,29 @@ def test_other_names_are_refused_and_the_model_stays() -> None:
 
 
 def test_families_that_compute_like_mixtral_are_opened() -> None:
-    config = transformers.Qwen2MoeConfig(
-        num_key_value_heads=2,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=48,
-        shared_expert_intermediate_size=32,
-        pad_token_id=0,
-        **SIZES,
-    )
-    model = lorasb.patch(
-        transformers.Qwen2MoeForCausalLM(config), r=4, exclude_modules=["shared_expert_gate"], target_parameters=EXPERTS
-    )
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    base = causal("Qwen2Moe", shared_expert_intermediate_size=32, **sizes)
+    model = lorasb.patch(base, r=4, exclude_modules=["shared_expert_gate"], target_parameters=EXPERTS)
     assert len(expert_layers(model)) == 16
 
 
 def test_gguf_says_that_it_has_no_experts(tmp_path: Path) -> None:
-    model = lorasb.patch(make("mixtral"), r=4, target_parameters=EXPERTS)
-    lorasb.initialize(model, batches_for("mixtral"), lr=2e-2, progress=False)
+    model = lorasb.patch(make("mixtral"), r=4, target_parameters=EXPERTS, init="random")
     with pytest.raises(ValueError, match=r"model type 'mixtral'|no tensor for layer"):
         lorasb.export_lora(model, tmp_path, format="gguf", quiet=True)
 
 
 def test_the_report_says_what_is_left_alone() -> None:
-    model = lorasb.patch(make("mixtral"), r=4)
-    report = lorasb.initialize(model, batches_for("mixtral"), lr=2e-2, progress=False)
+    def report_of(family: str, **fields: object) -> lorasb.InitReport:
+        model = lorasb.patch(make(family), r=4, **fields)
+        return lorasb.initialize(model, batches_for(family), lr=2e-2, progress=False)
+
+    report = report_of("mixtral")
     assert any("routers (model.layers.0.mlp.gate" in line for line in report.left)
     assert any("target_parameters" in line for line in report.left)
-    opened = lorasb.patch(make("mixtral"), r=4, target_parameters=EXPERTS)
-    report = lorasb.initialize(opened, batches_for("mixtral"), lr=2e-2, progress=False)
+    report = report_of("mixtral", target_parameters=EXPERTS)
     assert not any("target_parameters" in line for line in report.left)
-    tied = lorasb.patch(make("llama"), r=4)
-    report = lorasb.initialize(tied, batches_for("llama"), lr=2e-2, progress=False)
+    report = report_of("llama")
     assert report.left == ["lm_head: shares its weight with the input embedding"]
     assert "left alone: lm_head" in str(report)
 
@@ -183,9 +172,8 @@ def test_target_modules_may_name_experts_as_older_checkpoints_did(
 def test_half_of_a_fused_parameter_is_refused_by_its_name() -> None:
     model = make("qwen3_moe")
     modules = dict(model.named_modules())
-    with pytest.raises(
-        ValueError, match="up_proj without also targeting gate_proj because they are fused into gate_up"
-    ):
+    fused = "up_proj without also targeting gate_proj because they are fused into gate_up"
+    with pytest.raises(ValueError, match=fused):
         lorasb.patch(model, r=3, target_modules=["q_proj", "up_proj"])
     assert dict(model.named_modules()) == modules
     without = lorasb.patch(model, r=3, target_modules=["q_proj", "up_proj"], exclude_modules=r".*experts.*")

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
+from families import opt
+from models import llama, logits, make, text
 from tolerances import BF16_FEW, ENERGY, EXACT, EXPORT, FP64, MERGE, check
 from torch import Tensor, nn
 from torch.func import functional_call
 from unfolded_models import PARAMETERS, TARGETS, Net, batch, loss
 
 import lorasb
-from lorasb.layers.adapted_layer import AdaptedLayer
-from lorasb.layers.weight_adapter import unfoldings
+from lorasb.layers.linear import LoRASBLinear
+from lorasb.layers.weight_adapter import LoRASBEmbedding, unfoldings
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:
@@ -28,6 +32,11 @@ def adapted(model: nn.Module) -> dict[str, Any]:
 
 def patched(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return lorasb.patch(Net().to(dtype), **{"r": 3, "target_modules": TARGETS, "init": "kaiming"} | options)
+
+
+def holding(layer: nn.Module) -> Any:
+    """A model of one layer, called "one"."""
+    return nn.Sequential(OrderedDict(one=layer))
 
 
 def effective(model: Any, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -82,10 +91,11 @@ def test_an_initialization_takes_the_first_step_of_full_fine_tuning(strategy: st
     lorasb.initialize(model, batches, lr=1e-2, loss_fn=loss, strategy=strategy, progress=False)
     plain = Net()
     for one in batches:
-        rows = len(one["ids"])
-        (loss(plain, one) * rows).backward()
+        (loss(plain, one) * len(one["ids"])).backward()
     parameters = dict(plain.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
     for name, layer in adapted(model).items():
+        assert getattr(layer, "tap", None) is None
         gradient = parameters[PARAMETERS[name]].grad
         step = -(gradient.t() if name == "embed" else gradient.flatten(1)).sign()
         b, a = layer.lorasb_B["default"].detach(), layer.lorasb_A["default"].detach()
@@ -95,36 +105,12 @@ def test_an_initialization_takes_the_first_step_of_full_fine_tuning(strategy: st
         assert torch.equal(core, core.diag().diag())
 
 
-def test_no_gradient_is_left_and_the_taps_are_gone() -> None:
-    model = patched(init="update")
-    lorasb.initialize(model, [batch()], lr=1e-2, loss_fn=loss, progress=False)
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(getattr(layer, "tap", None) is None for layer in adapted(model).values())
-
-
 def test_per_sample_moments_are_of_linear_layers_only() -> None:
     model = patched(init="update")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"per-sample.*an embedding, a convolution or attention"):
         lorasb.initialize(model, [batch()], lr=1e-2, loss_fn=loss, update="per-sample", progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_merging_saving_and_disabling(tmp_path: Path) -> None:
-    model, ids = patched().eval(), batch()["ids"]
-    want, base = model(ids), Net().eval()(ids)
-    assert (want - base).abs().max() > 1e-2
-    with model.disable_adapter():
-        check(model(ids), base, EXACT)
-    model.save_pretrained(tmp_path)
-    check(peft.PeftModel.from_pretrained(Net(), tmp_path).eval()(ids), want, EXACT)
-    model.merge_adapter()
-    check(model(ids), want, MERGE)
-    model.unmerge_adapter()
-    check(model(ids), want, MERGE)
-    plain = model.merge_and_unload()
-    assert [type(m) for m in plain.modules()] == [type(m) for m in Net().modules()]
-    check(plain(ids), want, MERGE)
 
 
 def test_the_export_is_what_pefts_lora_reads(tmp_path: Path) -> None:
@@ -154,19 +140,6 @@ def test_unloading_gives_the_modules_back_and_a_failed_patch_leaves_them() -> No
     assert dict(plain.named_modules()) == before
 
 
-def test_two_adapters_switch_and_go_together() -> None:
-    model, ids = patched().eval(), batch()["ids"]
-    model.add_adapter("second", lorasb.LoRASBConfig(r=2, target_modules=TARGETS, init="kaiming", init_seed=1))
-    first = model(ids)
-    model.set_adapter("second")
-    second = model(ids)
-    assert (first - second).abs().max() > 1e-2
-    assert {n.split(".")[-1] for n, p in model.named_parameters() if p.requires_grad} == {"second"}
-    model.set_adapter("default")
-    model.delete_adapter("second")
-    check(model(ids), first, EXACT)
-
-
 def test_rows_choose_adapters_of_embeddings_and_convolutions() -> None:
     targets = ["embed", "conv", "grouped", "image", "head"]
     model = lorasb.patch(Net(), r=3, target_modules=targets, init="kaiming").eval()
@@ -183,26 +156,36 @@ def test_rows_choose_adapters_of_embeddings_and_convolutions() -> None:
         attention(x, x, x, adapter_names=["default"] * 6)
 
 
-@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+REFUSED = {
+    "weight norm": (
+        lambda: nn.utils.weight_norm(nn.Conv1d(4, 4, 3)),
+        COMPUTED := "is a .*Conv1d whose weight is computed in every",
+    ),
+    "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)), COMPUTED),
+    "max_norm": (lambda: nn.Embedding(9, 4, max_norm=1.0), "is a Embedding whose weight is computed"),
+    "widths": (
+        lambda: nn.MultiheadAttention(12, 3, kdim=8, vdim=8),
+        "is a MultiheadAttention: expected .*with one width",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-def test_a_weight_that_is_computed_in_every_forward_is_refused(wrap: Any) -> None:
+def test_weights_computed_in_every_forward_and_of_several_widths_are_refused(name: str) -> None:
     """As wav2vec2's convolution of positions: what took the weight's place would be overwritten."""
-    net = nn.Sequential()
-    net.conv = wrap(nn.Conv1d(4, 4, 3))
-    with pytest.raises(TypeError, match=r"'conv' is a .*Conv1d whose weight is computed in every forward"):
-        lorasb.patch(net, r=2, target_modules=["conv"], init="random")
-    net.embed = nn.Embedding(9, 4, max_norm=1.0)
-    with pytest.raises(TypeError, match="'embed' is a Embedding whose weight is computed"):
-        lorasb.patch(net, r=2, target_modules=["embed"], init="random")
+    make, message = REFUSED[name]
+    net = holding(make())
+    assert name != "widths" or unfoldings(net.one) == []
+    with pytest.raises(TypeError, match=f"'one' {message}"):
+        lorasb.patch(net, r=2, target_modules=["one"], init="random")
 
 
 def test_small_updates_of_a_convolution_survive_bf16() -> None:
     """Beside the base: W + s·B R A in bf16 would round what is 2^-9 of W away."""
-    net = nn.Sequential()
     torch.manual_seed(0)
-    net.conv = nn.Conv1d(32, 32, 1, bias=False)
-    model = lorasb.patch(net.to(torch.bfloat16), r=4, target_modules=["conv"], init="random")
-    layer: Any = model.base_model.model.conv
+    net = holding(nn.Conv1d(32, 32, 1, bias=False)).to(torch.bfloat16)
+    layer: Any = lorasb.patch(net, r=4, target_modules=["one"], init="random").base_model.model.one
     with torch.no_grad():
         layer.lorasb_R["default"].fill_(1e-4)
         layer.base_layer.weight.zero_()
@@ -213,11 +196,9 @@ def test_small_updates_of_a_convolution_survive_bf16() -> None:
 
 
 def test_an_offloaded_base_says_so() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    net = nn.Sequential()
-    net.conv = nn.Conv1d(4, 4, 3)
+    net = holding(nn.Conv1d(4, 4, 3))
     accelerate.cpu_offload(net, execution_device="cpu")
-    model = lorasb.patch(net, r=2, target_modules=["conv"], init="random")
+    model = lorasb.patch(net, r=2, target_modules=["one"], init="random")
     with pytest.raises(RuntimeError, match="a Conv1d under an adapter cannot be offloaded"):
         model(torch.randn(1, 4, 5))
 
@@ -229,9 +210,8 @@ def test_dropout_of_a_convolution_drops_its_input_on_the_adapters_path() -> None
     x = torch.randn(2, 8, 7)
     with torch.no_grad():
         whole = layer.eval()(x)
-        layer.train()
         torch.manual_seed(0)
-        runs = torch.stack([layer(x) for _ in range(2000)])
+        runs = layer.train()(x.repeat(2000, 1, 1)).unflatten(0, (2000, 2))
     assert (runs[0] - whole).abs().max() > 1e-2
     spread = runs.std(0) / len(runs) ** 0.5
     assert ((runs.mean(0) - whole).abs() < 6 * spread + 1e-4).all()
@@ -249,14 +229,6 @@ def test_an_encoder_layer_of_torch_does_not_read_past_the_adapter() -> None:
     assert (inference - copy.deepcopy(model).unload()(x)).abs().max() > 1e-3
 
 
-def test_attention_with_widths_of_its_own_is_refused() -> None:
-    net = nn.Sequential()
-    net.attention = nn.MultiheadAttention(12, 3, kdim=8, vdim=8)
-    assert unfoldings(net.attention) == []
-    with pytest.raises(TypeError, match=r"'attention' is a MultiheadAttention: expected .*with one width"):
-        lorasb.patch(net, r=2, target_modules=["attention"])
-
-
 def test_a_compiled_network_is_one_graph_and_computes_the_same() -> None:
     model = patched()
     for layer in adapted(model).values():
@@ -270,3 +242,89 @@ def test_a_compiled_network_is_one_graph_and_computes_the_same() -> None:
 
     for one, other in zip(step(torch.compile(model, fullgraph=True, backend="aot_eager")), step(model), strict=True):
         check(one, other, EXACT)
+
+
+def test_an_embedding_of_positions_looks_up_what_it_computes() -> None:
+    """OPT's takes a mask and looks up counts of its ones: the adapter has to follow its forward."""
+    torch.manual_seed(0)
+    model = lorasb.patch(opt(), r=3, target_modules=["embed_positions"], init="kaiming").eval()
+    want = logits(model)
+    check(logits(model.merge_and_unload()), want, MERGE)
+
+
+def test_one_module_in_two_places_is_adapted_in_both() -> None:
+    net = nn.Module()
+    torch.manual_seed(0)
+    net.first = net.second = nn.Embedding(9, 4)
+    net.forward = lambda ids: net.second(ids)
+    model = lorasb.patch(net, r=2, target_modules=["first"], init="kaiming").eval()
+    base: Any = model.base_model.model
+    assert isinstance(base.first, LoRASBEmbedding)
+    assert base.second is base.first
+    assert (base.second(torch.arange(9)) - base.second.base_layer.weight).abs().max() > 1e-3
+    plain: Any = model.unload()
+    assert type(plain.first) is nn.Embedding
+    assert plain.second is plain.first
+
+
+def test_half_of_a_tied_embedding_is_refused() -> None:
+    """T5 looks tokens up in its stacks' embeddings, which share the weight of `shared`: an adapter there does nothing."""
+    with pytest.raises(ValueError, match=r"'shared' shares its weight with the embedding '\w+\.embed_tokens'"):
+        lorasb.patch(make("t5"), r=3, target_modules=["shared"], init="random")
+
+
+def test_sparse_gradients_and_ids_by_name() -> None:
+    torch.manual_seed(0)
+    model = lorasb.patch(holding(nn.Embedding(12, 6, sparse=True)), r=2, target_modules=["one"])
+    layer: Any = model.base_model.model.one
+    ids = torch.arange(8).view(2, 4)
+    squares = {"loss_fn": lambda m, batch: m(batch["x"]).square().mean()}
+    lorasb.initialize(model, [{"x": ids}], lr=1e-2, progress=False, **squares)
+    mixed = layer(input=ids, adapter_names=["default", "__base__"])
+    check(mixed[0], layer(ids)[0], EXPORT)
+    check(mixed[1], layer.base_layer(ids)[1], EXPORT)
+
+
+def test_a_scaled_embedding_scales_its_adapter() -> None:
+    """Gemma's embeddings multiply what they look up."""
+
+    class Scaled(nn.Embedding):
+        embed_scale = 4.0
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) * self.embed_scale
+
+    model = lorasb.patch(holding(Scaled(10, 6)), r=2, target_modules=["one"], init="kaiming").eval()
+    layer: Any = model.base_model.model.one
+    merged = layer.base_layer.weight + layer.get_delta_weight("default")
+    check(layer(torch.arange(10)), 4.0 * merged, EXPORT)
+
+
+def test_a_tied_head_keeps_its_weight_when_the_embedding_is_merged() -> None:
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):  # PEFT's, on principle
+        model = lorasb.patch(llama(), r=4, target_modules=["embed_tokens", "q_proj"], init="kaiming").eval()
+    base: Any = model.base_model.model
+    head, want = base.lm_head.weight, logits(model)
+    assert isinstance(base.model.embed_tokens, LoRASBEmbedding)
+    before = head.detach().clone()
+    with pytest.warns(UserWarning, match="tied_target_modules"):  # PEFT's merges would change the head
+        model.merge_adapter()
+    check(logits(model), want, MERGE)
+    check(head.detach(), before, EXACT)
+    model.unmerge_adapter()
+    assert base.model.embed_tokens.base_layer.weight is head
+    with pytest.raises(ValueError, match="'lm_head' shares its weight with the input embedding"):
+        lorasb.patch(llama(), r=4, target_modules=["lm_head"])
+
+
+def test_an_embedding_is_initialized_in_a_language_model() -> None:
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        model = lorasb.patch(llama(), r=4, target_modules=["embed_tokens", "q_proj"])
+    batches = [text(2, 12, seed) for seed in range(2)]
+    lorasb.initialize(model, batches, lr=1e-2, progress=False)
+    layer: Any = model.base_model.model.model.embed_tokens
+    seen = torch.cat([batch["input_ids"].flatten() for batch in batches]).unique()
+    unseen = [i for i in range(99) if i not in seen]
+    delta = layer.get_delta_weight("default").abs()
+    assert delta[unseen].max() < 1e-6 * delta.max()
+    model.train()(**batches[0]).loss.backward()

@@ -14,30 +14,29 @@ from lorasb.layers import linear_group
 from lorasb.layers.linear import LoRASBLinear
 
 
-def step(model: nn.Module, family: str = "llama", backend: str = "eager") -> tuple[Tensor, dict[str, Tensor]]:
+def step(
+    model: nn.Module, family: str = "llama", backend: str = "eager", rows: int = 2, tokens: int = 12, **options: object
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits, and the gradient of every R."""
     model.zero_grad()
     with lorasb.backend(backend):
-        out = model(**batches_for(family, count=1)[0])
+        out = model(**batches_for(family, 1, rows, tokens)[0], **options)
         out.loss.backward()
     return out.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if "lorasb_R" in n}
 
 
 def groups(model: nn.Module) -> list[linear_group.Siblings]:
-    """The groups of a model, each once."""
     found = {id(m.siblings): m.siblings for m in model.modules() if isinstance(m, LoRASBLinear) and m.siblings}
     return list(found.values())
 
 
 def alone(model: nn.Module) -> nn.Module:
-    """The same model without groups."""
     model = copy.deepcopy(model)
     linear_group.dissolve(model)
     return model
 
 
 def same(first: tuple[Tensor, dict[str, Tensor]], second: tuple[Tensor, dict[str, Tensor]]) -> None:
-    """Logits and gradients of two models are the same, but for the order of sums."""
     tolerances.check(first[0], second[0], tolerances.PROCESS_SUMS)
     assert first[1].keys() == second[1].keys()
     for name, gradient in first[1].items():

@@ -51,10 +51,10 @@ def torchao_int4_config() -> Any:
     return quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups.PerGroup(GROUP))
 
 
-def to_hqq(layer: nn.Linear) -> nn.Module:
+def to_hqq(layer: nn.Linear, **options: Any) -> nn.Module:
     hqq = pytest.importorskip("hqq.core.quantize")
     config = hqq.BaseQuantizeConfig(nbits=4, group_size=GROUP)
-    return hqq.HQQLinear(layer, config, compute_dtype=layer.weight.dtype, device="cpu")
+    return hqq.HQQLinear(layer, config, compute_dtype=layer.weight.dtype, device="cpu", **options)
 
 
 def to_quanto(layer: nn.Linear) -> nn.Module:
@@ -69,15 +69,8 @@ def to_gptq(layer: nn.Linear) -> nn.Module:
     kernel = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch").TorchLinear
     scales = layer.weight.detach().view(layer.out_features, -1, GROUP).abs().amax(-1) / 7
     zeros = torch.full_like(scales, 8)
-    new = kernel(
-        4,
-        GROUP,
-        sym=True,
-        desc_act=False,
-        in_features=layer.in_features,
-        out_features=layer.out_features,
-        bias=layer.bias is not None,
-    )
+    sizes = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": layer.bias is not None}
+    new = kernel(4, GROUP, sym=True, desc_act=False, **sizes)
     new.pack(layer, scales, zeros, (torch.arange(layer.in_features) // GROUP).int())
     new.post_init()
     return new
@@ -94,23 +87,22 @@ KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
 NAMES = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"  # "all-linear" has no modules of nobody's
 
 
-def opaque_model(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def opaque_model(kind: str | Callable[[nn.Linear], nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
     """A tiny Llama with opaque linears, in evaluation mode; its dimensions are multiples of `GROUP`."""
     torch.manual_seed(0)
     model = llama().to(dtype)
+    replace = KINDS[kind] if isinstance(kind, str) else kind
     for name, layer in list(model.model.named_modules()):
         if isinstance(layer, nn.Linear):
-            model.model.set_submodule(name, KINDS[kind](layer))
+            model.model.set_submodule(name, replace(layer))
     return model.eval()
 
 
 def patched(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """An opaque model with an adapter."""
     return lorasb.patch(opaque_model(kind, dtype), **{"r": 4, "target_modules": NAMES, "check_base": False} | options)
 
 
 def initialized(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """The same, initialized."""
     model = patched(kind, dtype)
     lorasb.initialize(model, batches(), lr=1e-2, progress=False, **options)
     return model
