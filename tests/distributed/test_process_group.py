@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tolerances
 import torch
+from accelerate.data_loader import prepare_data_loader
 from models import make
 from torch.utils.data import DataLoader, DistributedSampler
 from two_ranks import SAMPLES
@@ -22,21 +23,8 @@ from lorasb.init.sampling import select, without_repeats
 
 SCRIPT = Path(__file__).parents[1] / "support" / "two_ranks.py"
 Found = dict[str, dict[str, Any]]
-ALL = [
-    "even",
-    "uneven",
-    "empty",
-    "accumulate",
-    "cached",
-    "again",
-    "sharded",
-    "sharded uneven",
-    "sharded accumulate",
-    "accumulate empty",
-    "accumulate budget",
-    "stability",
-    "stability empty",
-]
+ALL = ["even", "uneven", "empty", "accumulate", "accumulate empty", "accumulate budget", "stability", "stability empty"]
+ALL += ["cached", "again", "sharded", "sharded uneven", "sharded accumulate"]
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +103,8 @@ def test_errors_are_raised_by_all_ranks(found: Found) -> None:
     first, second = found["broken"]["errors"]
     assert "initialization failed on rank 1" in first
     assert "share their first dimension" in second
-    assert all(
-        "is inf" in error or "NaN or Inf" in error or "rank 1" in error for error in found["not finite"]["errors"]
-    )
+    for error in found["not finite"]["errors"]:
+        assert any(words in error for words in ("is inf", "NaN or Inf", "rank 1"))
 
 
 def test_repeats_of_a_distributed_sampler_are_dropped() -> None:
@@ -131,8 +118,6 @@ def test_repeats_of_a_distributed_sampler_are_dropped() -> None:
 
 @pytest.mark.parametrize(("size", "count", "ranks"), [(2, 9, 2), (4, 10, 3), (3, 2, 2), (2, 8, 2)])
 def test_repeats_of_accelerates_loaders_are_dropped(size: int, count: int, ranks: int) -> None:
-    from accelerate.data_loader import prepare_data_loader
-
     loader = DataLoader([{"x": torch.tensor([i])} for i in range(count)], batch_size=size)
     seen = []
     for rank in range(ranks):

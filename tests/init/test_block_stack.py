@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tolerances
 import torch
-import transformers
+from families import causal
 from gradients import autograd_sums, factors, library_sums
 from mixtures import Mixture
 from models import Batch, make, text
@@ -33,23 +33,10 @@ def test_an_encoder_decoder_is_a_stack_and_a_pass() -> None:
 
 def test_the_router_of_a_mixture_has_a_loss_of_its_own() -> None:
     """transformers catches router logits by hooks: a gradient comes to hidden states that no block returns."""
-    config = transformers.MixtralConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=99,
-        num_local_experts=4,
-        pad_token_id=0,
-        output_router_logits=True,
-        router_aux_loss_coef=0.5,
-    )
     batches = [text(1, 8, seed) for seed in range(2)]
     for aux in (True, False):
-        config.output_router_logits = aux
-        torch.manual_seed(0)
-        plain = transformers.MixtralForCausalLM(config).eval()
+        options = {"output_router_logits": aux, "router_aux_loss_coef": 0.5}
+        plain = causal("Mixtral", num_local_experts=4, **options).eval()
         model = lorasb.patch(copy.deepcopy(plain), r=3, target_modules=["q_proj", "o_proj"])
         for batch in batches:
             plain(**batch).loss.backward()
@@ -117,6 +104,7 @@ class Block(nn.Module):
 
 ORDERS = {"twice": [0, 1, 1, 2], "order": [0, 2, 1], "loop": [0, 1, 2, 0, 1, 2]}
 STACKS = ("plain", "skip")
+TWICE = ("twice", "loop", "used outside", "first", "argument in place")
 SHARING = ("shared", "first", "argument in place")
 NO_STACKS = {
     "twice": "more than once",
@@ -150,13 +138,7 @@ def test_what_is_no_plain_stack_is_noticed(kind: str) -> None:
     )
     for name, gradient in got.items():
         want, scale = plain.get_submodule(name).weight.grad, gradient.abs().max()
-        if kind in (
-            "twice",
-            "loop",
-            "used outside",
-            "first",
-            "argument in place",
-        ):  # autograd adds a weight's two uses before it adds them to the sum
+        if kind in TWICE:  # autograd adds a weight's two uses before it adds them to the sum
             tolerances.check(gradient / scale, want / scale, tolerances.BATCHING)
         else:
             assert torch.equal(gradient, want), name

@@ -1,11 +1,14 @@
-"""The report of an initialization: what its energies are, and it is printed, saved, loaded and drawn."""
+"""The report of an initialization: its energies, printed, saved, loaded and drawn; ranks that it suggests."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from models import batches_for, make, patched
+import tolerances
+import torch
+from gradients import autograd_sums
+from models import batches_for, make, patched, text
 
 import lorasb
 from lorasb.init import InitReport
@@ -32,25 +35,8 @@ def test_a_report_is_printed_saved_and_loaded(tmp_path) -> None:  # type: ignore
     report.save(tmp_path / "report.json")
     assert InitReport.load(tmp_path / "report.json") == report
     values = json.loads((tmp_path / "report.json").read_text())
-    assert set(values["layers"][0]) >= {
-        "shape",
-        "rank",
-        "energy_sign",
-        "energy_grad",
-        "singular_values",
-        "zeros",
-        "seconds",
-    }
-
-
-def test_a_plot_is_a_png(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    report = lorasb.initialize(patched(), batches_for("llama"), lr=1e-3, progress=False)
-    report.plot(tmp_path / "energy.png")
-    assert (tmp_path / "energy.png").read_bytes().startswith(b"\x89PNG")
-    data_free = lorasb.initialize(lorasb.patch(make("llama"), r=4, init="kaiming"), progress=False)
-    with pytest.raises(ValueError, match="takes no gradient: there is no energy to draw"):
-        data_free.plot(tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
+    kept = {"shape", "rank", "energy_sign", "energy_grad", "singular_values", "zeros", "seconds"}
+    assert set(values["layers"][0]) >= kept
 
 
 def test_provenance_goes_into_the_config() -> None:
@@ -61,3 +47,89 @@ def test_provenance_goes_into_the_config() -> None:
     assert facts["seed"] == 0
     assert len(facts["data_sha256"]) == 64
     assert set(facts["versions"]) == {"lorasb", "torch", "python", "transformers", "peft"}
+
+
+@pytest.fixture(scope="module")
+def report() -> InitReport:
+    return lorasb.initialize(lorasb.patch(make("llama"), r=16), batches_for("llama"), lr=1e-3, progress=False)
+
+
+def test_curves_are_the_energies_of_leading_subspaces(report: InitReport) -> None:
+    singles = [{k: v[i : i + 1] for k, v in b.items()} for b in batches_for("llama") for i in range(2)]
+    want = autograd_sums("llama", singles)
+    for layer in report.layers:
+        gradient = want[layer.name].double()
+        signs = torch.sign(gradient)
+        u, s, vt = torch.linalg.svd(signs, full_matrices=False)
+        inside = u.t() @ gradient @ vt.t()
+        for k in (1, 2, 16):
+            best = float(s[:k].square().sum() / signs.square().sum())
+            assert tolerances.ENERGY * best <= layer.curve_sign[k - 1] <= best * (1 + 1e-4)
+        assert layer.curve_grad[-1] <= 1 + 1e-5
+        assert layer.curve_grad[0] == pytest.approx(float(inside[0, 0] ** 2 / gradient.square().sum()), abs=1e-3)
+        assert (layer.energy_sign, layer.energy_grad) == (layer.curve_sign[15], layer.curve_grad[15])
+        assert len(layer.singular_values) + len(layer.beyond) == len(layer.curve_sign) == min(48, *layer.shape)
+
+
+@pytest.mark.parametrize("of", ["sign", "grad"])
+def test_suggested_ranks_are_the_least_that_keep_a_share(report: InitReport, of: str) -> None:
+    found = report.suggest_ranks(energy=0.5, of=of)
+    for layer in report.layers:
+        curve, r = getattr(layer, f"curve_{of}"), found.rank_pattern[layer.name]
+        assert curve[r - 1] >= 0.5 or layer.name in found.short
+        assert r == 1 or curve[r - 2] < 0.5
+    assert found.trained_parameters == sum(r * r for r in found.rank_pattern.values())
+
+
+def test_layers_that_need_more_than_was_measured_are_named(report: InitReport) -> None:
+    found = report.suggest_ranks(energy=1.0)
+    assert any("gate" in name for name in found.short)
+    assert all(found.rank_pattern[name] == 48 for name in found.short if "gate" in name)
+
+
+@pytest.mark.parametrize("parameters", [14, 500, 3000])
+def test_a_budget_is_kept_and_used(report: InitReport, parameters: int) -> None:
+    found = report.suggest_ranks(parameters=parameters)
+    assert found.trained_parameters <= parameters
+    equal = max(1, int((parameters / len(report.layers)) ** 0.5))
+    even = sum(layer.curve_sign[equal - 1] for layer in report.layers) / len(report.layers)
+    assert found.energy >= even - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "expected an energy target or a number of parameters"),
+        ({"energy": 0.5, "parameters": 5}, "expected an energy target or a number of parameters"),
+        ({"energy": 1.5}, r"an energy target in \(0, 1\], got 1\.5"),
+        ({"parameters": 5}, "at least one parameter for each of 14 layers, got 5"),
+        ({"energy": 0.5, "of": "weight"}, "of must be 'sign' or 'grad', got 'weight'"),
+    ],
+)
+def test_bad_targets_are_refused(report: InitReport, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        report.suggest_ranks(**options)
+
+
+def test_stability_of_equal_halves_is_one() -> None:
+    batch = text(1, 12, 0)
+    model = lorasb.patch(make("llama"), r=4)
+    twice = lorasb.initialize(model, [batch, batch], lr=1e-3, stability=True, progress=False)
+    assert twice.stability == pytest.approx(1.0, abs=1e-3)
+    other = lorasb.initialize(model, [batch, text(1, 12, 1)], lr=1e-3, stability=True, progress=False)
+    assert 0 < other.stability < 0.9
+    plain = lorasb.initialize(model, [batch, text(1, 12, 1)], lr=1e-3, progress=False)
+    assert plain.stability is None
+    assert [layer.energy_sign for layer in plain.layers] == [layer.energy_sign for layer in other.layers]
+
+
+@pytest.mark.parametrize("kind", ["layers", "ranks", "spectrum"])
+def test_every_picture_is_a_png(report: InitReport, kind: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    report.plot(tmp_path / "a.png", kind)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="kind must be one of layers, ranks, spectrum, got 'pie'"):
+        report.plot(tmp_path / "b.png", "pie")
+    data_free = lorasb.initialize(lorasb.patch(make("llama"), r=4, init="kaiming"), progress=False)
+    with pytest.raises(ValueError, match="takes no gradient: there is no energy to draw"):
+        data_free.plot(tmp_path / "b.png", kind)
+    assert not (tmp_path / "b.png").exists()

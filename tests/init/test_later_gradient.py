@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,20 @@ KEPT = {"lorasb_R": (slice(2), slice(2)), "lorasb_B": (slice(None), slice(2)), "
 FIRST, LATER = batches_for("llama", 3), [text(2, 12, seed) for seed in range(20, 24)]
 
 
-def trained(dtype: torch.dtype = torch.float64, r: int = 4, held_back: float = 0.5, **fields: Any) -> Any:
-    """A patched model with a part of its rank held back, after some steps."""
-    model = lorasb.patch(make("llama", dtype=dtype), r=r, **fields)
+@functools.cache
+def made(dtype: torch.dtype, held_back: float, fields: tuple[tuple[str, Any], ...]) -> Any:
+    options = {name: dict(value) if name == "rank_pattern" else value for name, value in fields}
+    model = lorasb.patch(make("llama", dtype=dtype), r=4, **options)
     lorasb.initialize(model, FIRST, lr=2e-2, progress=False, held_back=held_back)
     optimizer = torch.optim.AdamW(cores(model), lr=3e-2)
     for batch in FIRST:
         step(model, optimizer, batch)
     return model.eval()
+
+
+def trained(dtype: torch.dtype = torch.float64, held_back: float = 0.5, **fields: Any) -> Any:
+    """A patched model with a part of its rank held back, after some steps."""
+    return copy.deepcopy(made(dtype, held_back, tuple(fields.items())))
 
 
 def step(model: Any, optimizer: Any, batch: Batch) -> None:
@@ -195,7 +202,7 @@ def test_other_active_adapters_are_part_of_the_weights() -> None:
 
 
 def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = trained(modules_to_save=["norm"])
+    model = trained(modules_to_save=("norm",))
     model.get_submodule("base_model.model.model.norm").requires_grad_(False)  # a head that does not train
     before, flags = state(model), [p.requires_grad for p in model.parameters()]
 
@@ -255,7 +262,7 @@ def test_an_interrupt_while_a_part_is_emptied_leaves_the_model_as_it_was(
 
 
 def test_it_is_one_adapter_that_is_saved_before_and_after(tmp_path: Path) -> None:
-    model = trained(rank_pattern={"down_proj": 6})
+    model = trained(rank_pattern=(("down_proj", 6),))
     for name in ("before", "after"):
         model.save_pretrained(tmp_path / name)
         loaded = peft.PeftModel.from_pretrained(make("llama", dtype=torch.float64), tmp_path / name, is_trainable=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,12 +27,18 @@ def singles() -> list[Batch]:
     return [{k: v[:1] for k, v in batch.items()} for batch in batches_for("llama")]
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """Of a finished cache at rank 4."""
-    found = tmp_path / "signs.safetensors"
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that was written at rank 4."""
+    found = tmp_path_factory.mktemp("cache") / "signs.safetensors"
     lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), cache=found, **LR)
     return found
+
+
+@pytest.fixture
+def path(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copy(finished, tmp_path))
 
 
 @pytest.fixture
@@ -152,24 +160,17 @@ def test_the_bits_of_a_model_are_a_thirty_second_of_its_gradients(path: Path) ->
     assert all(layer.bits.nonzero is None for layer in layers.values())
 
 
-class Interrupt:
-    """Counts factored layers, and interrupts after some of them."""
-
-    def __init__(self, after: int | None) -> None:
-        self.after, self.names = after, []
-        self.plain = write.factor
-
-    def __call__(self, name: str, *rest: object) -> object:
-        if self.after is not None and len(self.names) == self.after:
-            raise KeyboardInterrupt
-        self.names.append(name)
-        return self.plain(name, *rest)
-
-
 def cut_off(model: nn.Module, path: Path, after: int) -> None:
     """An initialization that is interrupted after some layers were factored."""
+    plain, count = write.factor, itertools.count()
+
+    def factor(*arguments: object) -> object:
+        if next(count) == after:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "factor", Interrupt(after))
+        patch.setattr(write, "factor", factor)
         with pytest.raises(KeyboardInterrupt):
             lorasb.initialize(model, singles(), cache=path, **LR)
 
@@ -179,18 +180,11 @@ def test_an_interrupted_run_goes_on_from_the_blocks_it_finished(
 ) -> None:
     path = tmp_path / "signs.safetensors"
     model = lorasb.patch(make("llama"), r=4)
-    monkeypatch.setattr(write, "factor", Interrupt(after=9))
-    with pytest.raises(KeyboardInterrupt):
-        lorasb.initialize(model, singles(), cache=path, **LR)
+    cut_off(model, path, after=9)
     assert not path.exists()
     assert not any(value.any() for value in factors(model).values())
-    assert sorted(p.name for p in (tmp_path / "signs.safetensors.partial").iterdir()) == [
-        "block-00001.safetensors",
-        "boundary.safetensors",
-        "key.json",
-    ]
-
-    monkeypatch.undo()
+    left = sorted(file.name for file in (tmp_path / "signs.safetensors.partial").iterdir())
+    assert left == ["block-00001.safetensors", "boundary.safetensors", "key.json"]
     differentiated: list[int] = []
     plain = strategies.block_sums
     monkeypatch.setattr(
@@ -214,6 +208,8 @@ def test_another_run_does_not_go_on_from_it(tmp_path: Path) -> None:
     cut_off(model, path, after=9)
     with pytest.raises(ValueError, match=r"signs\.safetensors\.partial does not fit: its num_samples is 3, expected 2"):
         lorasb.initialize(model, singles()[1:], cache=path, **LR)
+    with pytest.raises(ValueError, match="its blocks, targets and halves is"):
+        lorasb.initialize(model, singles(), cache=path, stability=True, **LR)
     partial = tmp_path / "signs.safetensors.partial"
     assert json.loads((partial / "key.json").read_text())["seed"] == 0
     assert not any(value.any() for value in factors(model).values())

@@ -12,7 +12,7 @@ from models import Batch, batches_for, llama, make
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.init import accumulator, plan, strategies
+from lorasb.init import accumulator, executor, layerwise, plan
 from lorasb.init.block_recorder import NotAStackError, Traversal
 from lorasb.init.plan import passes
 from lorasb.layers.linear import LoRASBLinear
@@ -176,7 +176,7 @@ def test_boundaries_may_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
         moved.append(boundary.double())
         return boundary.clone()
 
-    monkeypatch.setattr(strategies, "_keep_on_device", keep)
+    monkeypatch.setattr(executor, "_keep_on_device", keep)
     got, _ = library_sums("llama", singles("llama"), strategy="layerwise")
     want = autograd_sums("llama", singles("llama"))
     assert len(moved) >= 6  # a boundary a block, and what blocks share beside them
@@ -222,17 +222,8 @@ def test_an_initialized_adapter_gets_its_factors_back(monkeypatch: pytest.Monkey
 
 def test_no_more_than_one_blocks_sums_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     """And boundaries go as blocks are done: memory does not grow with the number of layers."""
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=6,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=99,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
+    config = llama().config
+    config.num_hidden_layers = 6
     model = lorasb.patch(transformers.LlamaForCausalLM(config), r=3)
     alive: set[int] = set()
     most, plain = [0], accumulator.LayerSum.__init__

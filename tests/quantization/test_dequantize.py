@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 from storages import bits_of, exact, octets, storage
@@ -30,23 +33,22 @@ def kernel(request: pytest.FixtureRequest):
     cpp.use_instruction_set("")
 
 
+def parameter(packed: torch.Tensor, state: object) -> torch.nn.Parameter:
+    return bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
+
+
+def theirs(weight: torch.Tensor, kind: str, block: int, nested: bool) -> tuple[torch.Tensor, Any]:
+    return bnb.functional.quantize_4bit(weight, blocksize=block, quant_type=kind, compress_statistics=nested)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stored", DTYPES)
 def test_is_the_definition_to_the_bit(kernel: str, stored: torch.dtype, dtype: torch.dtype) -> None:
-    for kind in ("nf4", "fp4"):
-        for block in BLOCKS:
-            for nested in (False, True):
-                for m, n in SHAPES:
-                    if m * n == 0 and nested:
-                        continue
-                    weight = storage(m, n, kind, block, nested, stored)
-                    assert torch.equal(bits_of(dequantize(weight, dtype)), bits_of(exact(weight, dtype))), (
-                        kind,
-                        block,
-                        nested,
-                        m,
-                        n,
-                    )
+    for case in itertools.product(("nf4", "fp4"), BLOCKS, (False, True), SHAPES):
+        kind, block, nested, (m, n) = case
+        if m * n or not nested:
+            weight = storage(m, n, kind, block, nested, stored)
+            assert torch.equal(bits_of(dequantize(weight, dtype)), bits_of(exact(weight, dtype))), case
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,15 +67,10 @@ def test_octets_are_bitsandbytes_own(kernel: str) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_is_bitsandbytes_own(kernel: str, kind: str, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(1)
-    for block in BLOCKS:
-        for nested in (False, True):
-            for m, n in ((64, block), (7, 2 * block)):
-                weight = torch.randn(m, n, generator=g).to(dtype)
-                packed, state = bnb.functional.quantize_4bit(
-                    weight, blocksize=block, quant_type=kind, compress_statistics=nested
-                )
-                parameter = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
-                assert torch.equal(dequantize(parameter), bnb.functional.dequantize_4bit(packed, state))
+    for block, nested, m in itertools.product(BLOCKS, (False, True), (64, 7)):
+        weight = torch.randn(m, block if m == 64 else 2 * block, generator=g).to(dtype)
+        packed, state = theirs(weight, kind, block, nested)
+        assert torch.equal(dequantize(parameter(packed, state)), bnb.functional.dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -89,9 +86,8 @@ def test_scales_that_are_not_finite_are_refused() -> None:
     packed, state = quantize_4bit(torch.randn(8, 64))
     for bad in (float("nan"), float("inf")):
         state.absmax[3] = bad
-        parameter = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
         with pytest.raises(ValueError, match="NaN or Inf"):
-            dequantize(parameter)
+            dequantize(parameter(packed, state))
 
 
 def test_a_dense_tensor_is_refused() -> None:
@@ -107,9 +103,7 @@ def test_our_quantizer_is_bitsandbytes_own(dtype: torch.dtype, kind: str, nested
     for block in BLOCKS:
         for m, n in ((1, 1), (59, 123), (64, 64), (256, 512)):
             weight = (torch.randn(m, n, generator=g) * 0.05).to(dtype)
-            packed, state = bnb.functional.quantize_4bit(
-                weight, blocksize=block, quant_type=kind, compress_statistics=nested
-            )
+            packed, state = theirs(weight, kind, block, nested)
             ours, found = quantize_4bit(weight, kind, block, nested)
             assert torch.equal(ours, packed)
             assert torch.equal(found.absmax, state.absmax)
@@ -126,5 +120,4 @@ def test_zero_blocks_stay_zero() -> None:
         packed, state = quantize_4bit(torch.zeros(4, 64), "nf4", 64, nested)
         reference, _ = bnb.functional.quantize_4bit(torch.zeros(4, 64), quant_type="nf4")
         assert torch.equal(packed, reference)
-        parameter = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
-        assert not dequantize(parameter).any()
+        assert not dequantize(parameter(packed, state)).any()

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import four_steps, loss_and_gradients, text
+from models import Rows, four_steps, loss_and_gradients
 from quantized_models import KINDS, batches, dense_twin, factors, initialized, quantized
 from tolerances import EXACT, EXPORT, MERGE, PROCESS_SUMS, check
 from torch import nn
@@ -17,15 +17,16 @@ import lorasb
 from lorasb.layers.linear import LoRASBLinear
 
 
+def adapted(model: nn.Module) -> list[LoRASBLinear]:
+    return [module for module in model.modules() if isinstance(module, LoRASBLinear)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_is_its_dequantized_twin_in_forward_and_gradients(kind: str) -> None:
-    model = quantized(kind)
-    twin = dense_twin(model)
-    model, twin = lorasb.patch(model, r=4), lorasb.patch(twin, r=4)
+    base = quantized(kind)
+    twin, model = lorasb.patch(dense_twin(base), r=4), lorasb.patch(base, r=4)
     lorasb.initialize(twin, batches(), lr=1e-2, progress=False)
-    for layer, other in zip(
-        *([m for m in each.modules() if isinstance(m, LoRASBLinear)] for each in (model, twin)), strict=True
-    ):
+    for layer, other in zip(adapted(model), adapted(twin), strict=True):
         layer.set_factors("default", other.lorasb_B["default"], other.lorasb_R["default"], other.lorasb_A["default"])
     results = [loss_and_gradients(each, batches()[0]) for each in (model, twin)]
     for one, other in zip(*results, strict=True):
@@ -65,22 +66,12 @@ def test_training_and_evaluation_take_turns_and_the_storage_stays(kind: str) -> 
 
 @pytest.mark.parametrize("kind", ["own nested", "nf4", "int8"])
 def test_a_resumed_trainer_ends_in_the_same_factors(kind: str, tmp_path: Path) -> None:
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return 8
-
-        def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-            return {name: value[0] for name, value in text(1, 12, i).items()}
-
-    model = initialized(kind)
-    arguments = four_steps(tmp_path)
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Rows())
-    trainer.train()
-    done = factors(model)
-    again = initialized(kind)
-    trainer = transformers.Trainer(model=again, args=arguments, train_dataset=Rows())
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for first, second in zip(done, factors(again), strict=True):
+    arguments, done = four_steps(tmp_path), []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        model = initialized(kind)
+        transformers.Trainer(model=model, args=arguments, train_dataset=Rows()).train(resume_from_checkpoint=resume)
+        done.append(factors(model))
+    for first, second in zip(*done, strict=True):
         check(first, second, EXACT)
 
 
@@ -89,9 +80,8 @@ def test_adapters_are_saved_loaded_and_exported(kind: str, tmp_path: Path) -> No
     model = initialized(kind).eval()
     want = model(**batches()[0]).logits
     model.save_pretrained(tmp_path / "adapter")
-    check(
-        peft.PeftModel.from_pretrained(quantized(kind), tmp_path / "adapter").eval()(**batches()[0]).logits, want, EXACT
-    )
+    again = peft.PeftModel.from_pretrained(quantized(kind), tmp_path / "adapter").eval()
+    check(again(**batches()[0]).logits, want, EXACT)
     lorasb.export_lora(model, tmp_path / "lora", quiet=True)
     plain = peft.PeftModel.from_pretrained(dense_twin(quantized(kind)), tmp_path / "lora").eval()
     check(plain(**batches()[0]).logits, want, EXPORT)
@@ -100,11 +90,11 @@ def test_adapters_are_saved_loaded_and_exported(kind: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_gives_dense_layers_and_unmerging_the_storage_back(kind: str) -> None:
     model = initialized(kind).eval()
-    want, bases = model(**batches()[0]).logits, [m.base_layer for m in model.modules() if isinstance(m, LoRASBLinear)]
+    want, bases = model(**batches()[0]).logits, [layer.base_layer for layer in adapted(model)]
     model.merge_adapter()
     check(model(**batches()[0]).logits, want, MERGE)
     model.unmerge_adapter()
-    assert [m.base_layer for m in model.modules() if isinstance(m, LoRASBLinear)] == bases
+    assert [layer.base_layer for layer in adapted(model)] == bases
     check(model(**batches()[0]).logits, want, EXACT)
     merged = model.merge_and_unload()
     assert {type(m) for m in merged.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
@@ -113,7 +103,7 @@ def test_merging_gives_dense_layers_and_unmerging_the_storage_back(kind: str) ->
 
 def test_a_merge_that_is_not_finite_leaves_the_storage() -> None:
     model = initialized("nf4")
-    layer = next(m for m in model.modules() if isinstance(m, LoRASBLinear))
+    layer = adapted(model)[0]
     base = layer.base_layer
     layer.lorasb_R["default"].data.fill_(float("inf"))
     with pytest.raises(ValueError, match="not finite"):

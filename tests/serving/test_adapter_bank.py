@@ -1,10 +1,11 @@
-"""A bank of adapters: the same results as the model's own adapters, names that come and go, files, threads, memory."""
+"""A bank of adapters: results of the model's own adapters, names that come and go, files, threads, memory, values of R."""
 
 from __future__ import annotations
 
 import copy
 import json
-import threading
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from basis_models import a_layer, base, saved, with_basis, with_users
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import batches_for
-from opaque_models import Scaled
+from opaque_models import opaque_model
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from quantized_models import quantized
 from safetensors.torch import load_file, save_file
 from tolerances import BF16_FEW, EXACT, MERGE, check
-from torch import Tensor, nn
+from torch import Tensor
 
 import lorasb
 from lorasb.layers.lookup import layers_with
@@ -40,15 +41,12 @@ def out(model: Any, *names: str) -> Tensor:
 
 def moved_to_bank(model: Any, **options: Any) -> lorasb.AdapterBank:
     """A bank with copies of the model's adapters on the basis, which leave the model."""
-    cores = {
-        name: {n: layer.lorasb_R[name].detach() for n, layer in layers_with(model, name).items()} for name in NAMES
-    }
     model.set_adapter("default")
-    for name in NAMES:
-        model.delete_adapter(name)
     bank = lorasb.AdapterBank(model, **options)
     for name in NAMES:
-        bank.add(name, cores[name])
+        cores = {n: layer.lorasb_R[name].detach() for n, layer in layers_with(model, name).items()}
+        model.delete_adapter(name)
+        bank.add(name, cores)
     return bank
 
 
@@ -74,19 +72,10 @@ def test_generation_is_that_of_each_alone(beams: int) -> None:
     assert torch.equal(mixed, torch.cat(alone))
 
 
-def opaque() -> nn.Module:
-    """A base whose linears compute by themselves."""
-    model: Any = base()
-    for name, layer in list(model.model.named_modules()):
-        if isinstance(layer, nn.Linear):
-            model.model.set_submodule(name, Scaled(layer))
-    return model
-
-
 @pytest.mark.parametrize("kind", ["nf4", "int8", "opaque"])
 def test_a_quantized_base_serves_rows_too(kind: str) -> None:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = opaque() if kind == "opaque" else quantized(kind)
+    model = opaque_model("unknown") if kind == "opaque" else quantized(kind)
     model = lorasb.patch(model, r=4, init="random", target_modules=targets).eval()
     bank = lorasb.AdapterBank(model)
     g = torch.Generator().manual_seed(0)
@@ -104,13 +93,10 @@ def test_a_quantized_base_serves_rows_too(kind: str) -> None:
 def test_loading_reads_folders_and_names_what_is_wrong(tmp_path: Path) -> None:
     model = saved(tmp_path / "good", *NAMES)
     want = out(model, "ada", "grace")
-    for broken in ("cut", "poor"):
-        (tmp_path / "good" / broken).mkdir()
-    whole = (tmp_path / "good" / "ada" / "adapter_model.safetensors").read_bytes()
-    (tmp_path / "good" / "cut" / "adapter_model.safetensors").write_bytes(whole[:-8])
-    (tmp_path / "good" / "cut" / "adapter_config.json").write_text(
-        (tmp_path / "good" / "ada" / "adapter_config.json").read_text()
-    )
+    shutil.copytree(tmp_path / "good" / "ada", tmp_path / "good" / "cut")
+    file = tmp_path / "good" / "cut" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    (tmp_path / "good" / "poor").mkdir()
     with_basis(init_seed=9).save_pretrained(tmp_path / "good" / "other")
     served = PeftModel.from_pretrained(base(), tmp_path / "good").eval()
     bank = lorasb.AdapterBank(served)
@@ -155,11 +141,8 @@ def test_those_used_least_recently_wait_in_host_memory_and_come_back() -> None:
         check(out(model, *pair), wanted[pair], MERGE)
         assert len(bank.storage) == 2
         assert len(bank) == 3
-    with (
-        pytest.raises(ValueError, match="expected at most 2 adapters at a time, as many as may be resident"),
-        bank.serving(NAMES),
-    ):
-        pass
+    with pytest.raises(ValueError, match="expected at most 2 adapters at a time, as many as may be resident"):
+        bank.serving(NAMES).__enter__()
     check(out(model, "ada", "emmy"), wanted["ada", "emmy"], MERGE)  # the failed call keeps nothing
 
 
@@ -197,23 +180,18 @@ def test_threads_serve_while_others_add() -> None:
     model = with_users(*NAMES)
     want = out(model, "ada", "grace")
     bank = moved_to_bank(model, block=1, resident=8)
-    errors: list[BaseException] = []
 
     def come_and_go() -> None:
-        try:
-            for i in range(200):
-                bank.add(f"user-{i}")
-                if i >= 4:
-                    bank.remove(f"user-{i - 4}")
-        except BaseException as error:
-            errors.append(error)
+        for i in range(200):
+            bank.add(f"user-{i}")
+            if i >= 4:
+                bank.remove(f"user-{i - 4}")
 
-    thread = threading.Thread(target=come_and_go)
-    thread.start()
-    while thread.is_alive():
-        check(out(model, "ada", "grace"), want, MERGE)
-    thread.join()
-    assert not errors
+    with ThreadPoolExecutor(1) as thread:
+        others = thread.submit(come_and_go)
+        while not others.done():
+            check(out(model, "ada", "grace"), want, MERGE)
+    others.result()  # raises what was raised there
     with bank.serving(["ada"]), pytest.raises(RuntimeError, match="'ada' serves a batch at the moment"):
         bank.remove("ada")
 
@@ -253,9 +231,7 @@ def test_names_and_values_that_cannot_be_are_refused() -> None:
         assert "new" not in bank
     with pytest.raises(ValueError, match="the model has an adapter 'ada' itself"):
         bank.add("ada")
-    with pytest.raises(
-        ValueError, match=r"non-existing adapter\(s\): nobody\. The model has ada, default, and its bank 0"
-    ):
+    with pytest.raises(ValueError, match=r"adapter\(s\): nobody\. The model has ada, default, and its bank 0"):
         out(model, "nobody", "ada")
     with pytest.raises(ValueError, match=r"bank\.detach\(\) first"):
         lorasb.AdapterBank(model)
@@ -298,14 +274,12 @@ def test_files_with_more_than_r_are_left_out_and_another_scaling_is_taken_along(
     model = with_users("ada")
     model.save_pretrained(tmp_path)
     want = out(model, "ada", "ada")
-    config = json.loads((tmp_path / "ada" / "adapter_config.json").read_text())
-    (tmp_path / "ada" / "adapter_config.json").write_text(json.dumps(config | {"scaling": 3.0}))
-    (tmp_path / "more").mkdir()
-    tensors = load_file(str(tmp_path / "ada" / "adapter_model.safetensors")) | {"score.weight": torch.ones(2)}
-    save_file(tensors, str(tmp_path / "more" / "adapter_model.safetensors"))
-    (tmp_path / "more" / "adapter_config.json").write_text(json.dumps(config))
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "adapter_config.json").write_text(json.dumps(config))
+    for name in ("more", "odd"):
+        shutil.copytree(tmp_path / "ada", tmp_path / name)
+    file = tmp_path / "ada" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling": 3.0}))
+    file = tmp_path / "more" / "adapter_model.safetensors"
+    save_file(load_file(file) | {"score.weight": torch.ones(2)}, file)
     header = b'{"a":{"dtype":"X32","shape":[1],"data_offsets":[0,4]}}'
     (tmp_path / "odd" / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     model.set_adapter("default")
@@ -347,3 +321,41 @@ def test_a_bank_grows_in_inference_mode_and_outside() -> None:
     bank.add("grace")
     assert all(core.eq(1).all() for core in bank.cores("ada").values())
     assert lorasb.AdapterBank(torch.compile(with_basis(), backend="eager")).layers
+
+
+RANKS: list[dict[str, Any]] = [{}, {"rank_pattern": {"q_proj": 2, "down_proj": 3}}]
+
+
+def cores_of(bank: lorasb.AdapterBank) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return {name: torch.randn(c.r, c.r, generator=g) for name, c in bank.columns.items()}
+
+
+@pytest.mark.parametrize("pattern", RANKS)
+def test_every_layer_has_its_own_entries_whatever_their_ranks(pattern: dict[str, Any]) -> None:
+    bank = lorasb.AdapterBank(with_basis(**pattern))
+    assert len({c.r for c in bank.columns.values()}) == (3 if pattern else 1)
+    given = cores_of(bank)
+    bank.add("ada", {name: core.T for name, core in given.items()})
+    found = bank.cores("ada")
+    assert found.keys() == given.keys()
+    assert all(torch.equal(found[name], core.T) for name, core in given.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finite_values_whose_sum_is_not_are_taken(dtype: torch.dtype) -> None:
+    bank = lorasb.AdapterBank(with_basis(), dtype=dtype)
+    largest = torch.finfo(dtype).max
+    bank.add("ada", {name: torch.full_like(core, largest) for name, core in cores_of(bank).items()})
+    assert all((core == largest).all() for core in bank.cores("ada").values())
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("pattern", RANKS)
+def test_one_entry_that_is_not_finite_is_enough(pattern: dict[str, Any], value: str) -> None:
+    bank = lorasb.AdapterBank(with_basis(**pattern))
+    given = cores_of(bank)
+    next(reversed(given.values()))[-1, -1] = float(value)
+    with pytest.raises(ValueError, match="adapter 'ada' has NaN or Inf values"):
+        bank.add("ada", given)
+    assert "ada" not in bank

@@ -1,18 +1,23 @@
-"""Several adapters trained in the same batches end where each ends alone: losses, clipping, AdamW's state and rates."""
+"""Several adapters trained in the same batches end where each ends alone: in a loop, and by transformers.Trainer."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from basis_models import a_layer, with_users
-from models import batches_for
-from tolerances import FP64, check
+from models import batches_for, text
+from tolerances import FP32_NORMS, FP64, check
 from torch import Tensor
+from trainer_runs import arguments
 
 import lorasb
 from lorasb.layers.lookup import layers_with
+from lorasb.serving import training
+from lorasb.serving.training import adapter_losses
 
 NAMES = ("ada", "emmy", "grace")
 RATES = {"ada": 1e-2, "emmy": 3e-3, "grace": 1e-3}
@@ -123,3 +128,230 @@ def test_what_cannot_be_is_refused() -> None:
         lorasb.adapter_losses(logits, labels, ["ada"])
     with pytest.raises(ValueError, match="adapter 'emmy' has no labeled token in this batch"):
         lorasb.adapter_losses(logits, torch.stack((labels[0], labels[1] - 100)), ["ada", "emmy"])
+
+
+OWNERS = ("ada", "emmy", "ada", "grace", "__base__", "ada", "emmy", "emmy", "ada", "grace", "ada", "emmy")
+
+
+def examples() -> list[dict[str, Any]]:
+    """Twelve rows, of different numbers of labeled tokens."""
+    found: list[dict[str, Any]] = []
+    for seed, owner in enumerate(OWNERS):
+        row = {key: value[0] for key, value in text(1, 12, seed).items()}
+        labels = row["labels"].clone()
+        labels[: seed % 5] = -100
+        found.append(row | {"labels": labels, "user": owner})
+    return found
+
+
+def batch_of(rows: int) -> dict[str, Tensor]:
+    return transformers.default_data_collator([{k: v for k, v in r.items() if k != "user"} for r in examples()[:rows]])
+
+
+class Recorded(lorasb.AdapterRowsCollator):
+    """The collator, and the batches that it made."""
+
+    def __init__(self) -> None:
+        super().__init__(transformers.default_data_collator, column="user")
+        self.batches: list[dict[str, Any]] = []
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        self.batches.append(super().__call__(rows))
+        return self.batches[-1]
+
+
+def trainer_for(model: Any, folder: Path, **options: Any) -> transformers.Trainer:
+    usual = {"per_device_train_batch_size": 4, "max_grad_norm": NORM, "lr_scheduler_type": "constant"}
+    optimizer = torch.optim.AdamW(lorasb.adapter_parameter_groups(model, NAMES, RATES, weight_decay=0.01))
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments(folder, remove_unused_columns=False, **usual | options),
+        train_dataset=examples(),
+        data_collator=Recorded(),
+        optimizers=(optimizer, None),
+        callbacks=[lorasb.AdapterRowsCallback()],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+class Evaluating(transformers.TrainerCallback):
+    """Evaluates after each step, while the callback has the training loss."""
+
+    def __init__(self, trainer: transformers.Trainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.evaluate(examples()[:4])
+
+
+def train_alone(model: Any, name: str, steps: list[list[dict[str, Any]]]) -> None:
+    """One adapter over its own rows of each step, by a loop that knows nothing of the others."""
+    model.set_adapter(name)
+    parameters = [layer.lorasb_R[name] for layer in layers_with(model, name).values()]
+    optimizer = torch.optim.AdamW(parameters, lr=RATES[name], weight_decay=0.01)
+    model.train()
+    for batches in steps:
+        logits, labels = [], []
+        for batch in batches:
+            rows = [i for i, owner in enumerate(batch["adapter_names"]) if owner == name]
+            if rows:
+                logits.append(model(input_ids=batch["input_ids"][rows]).logits)
+                labels.append(batch["labels"][rows])
+        if logits:
+            whole, targets = torch.cat(logits), torch.cat(labels)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(whole[:, :-1].flatten(0, 1), targets[:, 1:].flatten()).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, NORM)
+            optimizer.step()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_each_is_trained_as_alone(tmp_path: Path, parts: int) -> None:
+    together = with_users(*NAMES).double()
+    batch_size = 4 // parts
+    trainer = trainer_for(together, tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=parts)
+    before = a_layer(together, "default").lorasb_R["default"].detach().clone()
+    trainer.train()
+    batches = trainer.data_collator.batches
+    steps = [batches[i : i + parts] for i in range(0, 4 * parts, parts)]
+    assert torch.equal(a_layer(together, "default").lorasb_R["default"], before)
+    for name in NAMES:
+        model = with_users(*NAMES).double()
+        start = cores(model, name)[0].clone()
+        train_alone(model, name, steps)
+        assert not torch.equal(cores(model, name)[0], start)
+        for one, other in zip(cores(together, name), cores(model, name), strict=True):
+            check(one, other, FP32_NORMS)
+
+
+def test_the_loss_that_is_shown_is_the_mean_over_tokens(tmp_path: Path) -> None:
+    model = with_users(*NAMES)
+    trainer = trainer_for(model, tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    want = with_users(*NAMES).train()
+    trainer.train()
+    total, count = 0.0, 0
+    for batch in trainer.data_collator.batches[:2]:
+        names, labels = batch["adapter_names"], batch["labels"]
+        kept = [i for i, name in enumerate(names) if name != "__base__"]
+        with torch.no_grad():
+            logits = want(input_ids=batch["input_ids"], adapter_names=names).logits[kept, :-1].flatten(0, 1)
+        targets = labels[kept, 1:].flatten()
+        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        count += int((labels[:, 1:] != -100).sum())
+    shown = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert abs(shown - total / count) < 1e-3
+
+
+def test_a_checkpoint_has_all_of_them_and_training_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    whole = with_users(*NAMES)
+    trainer_for(whole, tmp_path).train()
+    folder = tmp_path / "checkpoint-2"
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == set(NAMES)
+    resumed = with_users(*NAMES)
+    trainer_for(resumed, tmp_path).train(resume_from_checkpoint=str(folder))
+    for name in NAMES:
+        assert all(map(torch.equal, cores(whole, name), cores(resumed, name)))
+
+
+def test_the_loss_and_the_clipping_are_given_back(tmp_path: Path) -> None:
+    model = with_users(*NAMES)
+    trainer = trainer_for(model, tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer.args.max_grad_norm == NORM
+    model.train()
+    batch = batch_of(len(OWNERS))
+    assert model(**batch).loss.dim() == 0
+    losses = adapter_losses(model(input_ids=batch["input_ids"]).logits, batch["labels"], ["ada"] * len(OWNERS))
+    torch.testing.assert_close(losses["ada"], model(**batch).loss)
+
+
+def test_rows_of_the_base_alone_are_a_step_of_nobody(tmp_path: Path) -> None:
+    model = with_users(*NAMES)
+    before = {name: cores(model, name)[0].clone() for name in NAMES}
+    trainer = trainer_for(model, tmp_path, max_steps=2)
+    trainer.train_dataset = [row | {"user": "__base__"} for row in examples()]
+    trainer.train()
+    assert all(torch.equal(cores(model, name)[0], before[name]) for name in NAMES)
+
+
+class Failing(transformers.TrainerCallback):
+    """Ends training by an error."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise KeyError("boom")
+
+
+def test_after_an_error_another_trainer_trains_and_clips(tmp_path: Path) -> None:
+    model = with_users(*NAMES)
+    failed = trainer_for(model, tmp_path)
+    failed.add_callback(Failing())
+    with pytest.raises(KeyError, match="boom"):
+        failed.train()
+    again = trainer_for(model, tmp_path)
+    again.args = failed.args
+    again.args.max_steps = 1
+    callback = next(one for one in again.callback_handler.callbacks if isinstance(one, lorasb.AdapterRowsCallback))
+    again.train()
+    assert callback.max_norm == again.args.max_grad_norm == NORM
+    assert not model._forward_pre_hooks
+
+
+def test_evaluation_has_the_models_own_loss(tmp_path: Path) -> None:
+    model = with_users(*NAMES)
+    trainer = trainer_for(model, tmp_path, max_steps=1)
+    trainer.add_callback(Evaluating(trainer))
+    trainer.train()
+    batch = batch_of(4)
+    with torch.no_grad():
+        want = model.eval()(**batch, adapter_names=list(OWNERS[:4])).loss
+    shown = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert abs(shown - float(want)) < 1e-5
+
+
+class TwoProcesses:
+    """A group of two whose other process has the same rows."""
+
+    world_size = 2
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        return 2 * tensor
+
+
+def test_gradients_that_processes_averaged_are_divided_by_the_tokens_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "Processes", TwoProcesses)
+    model = with_users(*NAMES)
+    optimizer = torch.optim.SGD(lorasb.adapter_parameter_groups(model, NAMES, 1.0))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.full_like(parameter, 12.0)  # the mean over processes of sums over tokens
+    callback = lorasb.AdapterRowsCallback()
+    callback._labeled = [(("ada", "emmy", "ada"), torch.tensor([3, 2, 1]))]
+    callback.on_pre_optimizer_step(None, None, None, optimizer=optimizer)
+    gradients = {name: layer.grad for name in NAMES for layer in [a_layer(model, name).lorasb_R[name]]}
+    assert torch.equal(gradients["ada"], torch.full_like(gradients["ada"], 3.0))  # 24 over 8 tokens
+    assert torch.equal(gradients["emmy"], torch.full_like(gradients["emmy"], 6.0))
+    assert gradients["grace"] is None
+
+
+def test_trainers_that_cannot_train_rows_are_refused(tmp_path: Path) -> None:
+    model = with_users(*NAMES)
+    plain = trainer_for(model, tmp_path)
+    plain.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match="expected an optimizer with a group for each adapter, got 1 without names"):
+        plain.train()
+    steps = {"eval_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+    best = transformers.TrainingArguments(str(tmp_path), **steps, load_best_model_at_end=True, use_cpu=True)
+    with pytest.raises(ValueError, match=r"load_best_model_at_end loads the active adapter alone"):
+        lorasb.AdapterRowsCallback().on_train_begin(best, None, None)
+    sharded = transformers.TrainingArguments(str(tmp_path), fsdp="full_shard", use_cpu=True)
+    with pytest.raises(ValueError, match=r"expected training in fp32 or bf16, by one process or DDP, got fsdp"):
+        lorasb.AdapterRowsCallback().on_train_begin(sharded, None, None)
+    nameless = trainer_for(model, tmp_path)
+    nameless.data_collator = lambda rows: transformers.default_data_collator(
+        [{"labels": r["labels"], "input_ids": r["input_ids"]} for r in rows]
+    )
+    with pytest.raises(ValueError, match="expected a batch with adapter_names and labels, got"):
+        nameless.train()
+    with pytest.raises(ValueError, match=r"expected a column 'person' in every example, got .*remove_unused_columns"):
+        lorasb.AdapterRowsCollator(dict, column="person")([{"user": "ada"}])  # type: ignore[arg-type]

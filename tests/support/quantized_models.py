@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from storages import exact
 from torch import nn
 
 import lorasb
-from lorasb.layers.linear import LoRASBLinear
 from lorasb.quantization.quantized_weight import of_module
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -19,7 +19,6 @@ KINDS = ("own", "own nested", "nf4", "fp4 nested", "int8")
 
 
 def quantized(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A tiny Llama whose linears are quantized."""
     torch.manual_seed(0)
     model = llama().to(dtype)
     if kind.startswith("own"):
@@ -33,18 +32,14 @@ def quantized(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def to_bitsandbytes(layer: nn.Linear, kind: str) -> nn.Module:
-    """The same layer in 4 or 8 bits of bitsandbytes."""
     bias = layer.bias is not None
     if kind == "int8":
         new = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, bias=bias, has_fp16_weights=False)
         new.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
     else:
-        new = bnb.nn.Linear4bit(
-            layer.in_features, layer.out_features, bias=bias, quant_type=kind[:3], compress_statistics="nested" in kind
-        )
-        new.weight = bnb.nn.Params4bit(
-            layer.weight.data.clone(), quant_type=kind[:3], compress_statistics="nested" in kind
-        )
+        options = {"quant_type": kind[:3], "compress_statistics": "nested" in kind}
+        new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=bias, **options)
+        new.weight = bnb.nn.Params4bit(layer.weight.data.clone(), **options)
     if bias:
         new.bias = nn.Parameter(layer.bias.data.clone(), requires_grad=False)
     return new.to("cpu")
@@ -69,16 +64,16 @@ def batches(count: int = 3) -> list[Batch]:
 
 
 def factors(model: nn.Module) -> list[torch.Tensor]:
-    layers = [m for m in model.modules() if isinstance(m, LoRASBLinear)]
-    return [
-        p.detach().clone()
-        for m in layers
-        for p in (m.lorasb_A["default"], m.lorasb_R["default"], m.lorasb_B["default"])
-    ]
+    return [p.detach().clone() for name, p in model.named_parameters() if "lorasb_" in name]
 
 
-def initialized(kind: str, **options: object) -> nn.Module:
-    """A quantized model with an initialized adapter."""
+@functools.cache
+def made(kind: str, strategy: str) -> nn.Module:
     model = lorasb.patch(quantized(kind), r=4)
-    lorasb.initialize(model, batches(), lr=1e-2, progress=False, **options)
+    lorasb.initialize(model, batches(), lr=1e-2, progress=False, strategy=strategy)
     return model
+
+
+def initialized(kind: str, strategy: str = "auto") -> nn.Module:
+    """A quantized model with an initialized adapter, of the test's own."""
+    return copy.deepcopy(made(kind, strategy))

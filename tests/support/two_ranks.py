@@ -102,26 +102,30 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     even, uneven = SAMPLES[rank::2], SAMPLES[:4] if rank == 0 else SAMPLES[4:]
-    empty = iter(SAMPLES) if rank == 0 else iter([])
     cache = folder / "signs.safetensors"
+
+    def share() -> Any:
+        """A stream of everything on one rank and of nothing on the other."""
+        return iter(SAMPLES if rank == 0 else [])
+
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "even": lambda: run(even),
         "uneven": lambda: run(uneven),
-        "empty": lambda: run(empty),  # type: ignore[arg-type]
+        "empty": lambda: run(share()),
         "accumulate": lambda: run(even, strategy="accumulate"),
         "stability": lambda: run(even, stability=True),
         "sgd": lambda: run(even, update="sgd"),
         "per-sample": lambda: run(uneven, update="per-sample"),
-        "per-sample empty": lambda: run(iter(SAMPLES) if rank == 0 else iter([]), update="per-sample"),  # type: ignore[arg-type]
+        "per-sample empty": lambda: run(share(), update="per-sample"),
         "some": lambda: run(uneven, num_samples=3),
         "stream": lambda: run(iter(uneven), num_samples=3),  # type: ignore[arg-type]
         "cached": lambda: run(even, cache=cache),
         "again": lambda: run(even, cache=cache),
-        "accumulate empty": lambda: run(iter(SAMPLES) if rank == 0 else iter([]), strategy="accumulate"),  # type: ignore[arg-type]
+        "accumulate empty": lambda: run(share(), strategy="accumulate"),
         "accumulate budget": lambda: run(uneven, strategy="accumulate", memory_budget="250KB"),
-        "stability empty": lambda: run(iter(SAMPLES) if rank == 0 else iter([]), stability=True),  # type: ignore[arg-type]
+        "stability empty": lambda: run(share(), stability=True),
         "sharded": lambda: run(even, shard=True),
-        "sharded uneven": lambda: run(iter(SAMPLES) if rank == 0 else iter([]), shard=True),  # type: ignore[arg-type]
+        "sharded uneven": lambda: run(share(), shard=True),
         "sharded accumulate": lambda: run(uneven, shard=True, strategy="accumulate"),
         "too many": lambda: error_of(lambda: run(even, num_samples=9)),
         "broken": lambda: error_of(lambda: run(broken(rank))),

@@ -9,6 +9,7 @@ import accelerate
 import peft
 import pytest
 import torch
+import transformers
 from families import EXPERTS
 from gradients import factors
 from models import Rows, batches_for, logits, make
@@ -53,15 +54,16 @@ def no_svd(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("way", ["patch", "get_peft_model", "inject"])
 def test_an_adapter_is_ready_when_it_is_made(init: str, way: str) -> None:
-    config, model = lorasb.LoRASBConfig(r=4, init=init), make("llama")
+    config, model, state = lorasb.LoRASBConfig(r=4, init=init), make("llama"), torch.get_rng_state()
     if way == "inject":
         model = peft.inject_adapter_in_model(config, model)
     else:
         model = (lorasb.patch if way == "patch" else peft.get_peft_model)(model, config)
     found = factors(model)
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(layer.is_initialized("default") for layer in layers(model))
     model.train()(**batches_for("llama")[0]).loss.backward()
-    if way in ("patch", "get_peft_model"):
+    if way != "inject":
         same(found, again(model))
         facts = model.peft_config["default"].init_provenance
         assert (facts["init"], facts["seed"], facts["num_samples"]) == (init, 0, 0)
@@ -85,12 +87,6 @@ def test_a_second_adapter_and_the_update_init_waits_for_data() -> None:
         assert (layer.is_initialized("default"), layer.is_initialized("second")) == (False, True)
     assert model.active_adapters == ["default"]
     assert not any(layer.lorasb_R["second"].requires_grad for layer in layers(model))
-
-
-def test_the_random_state_stays() -> None:
-    base, state = make("llama"), torch.get_rng_state()
-    lorasb.patch(base, r=4, init="kaiming")
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -163,8 +159,6 @@ def test_a_weight_that_is_not_finite(value: float) -> None:
 
 
 def test_the_callback_leaves_what_is_ready(tmp_path: Path) -> None:
-    import transformers
-
     model = lorasb.patch(make("llama"), r=4, init="lora-xs")
     before = {name: value for name, value in factors(model).items() if "lorasb_R" not in name}
     callback = lorasb.InitCallback()

@@ -22,10 +22,9 @@ def test_dtypes_stay_fp32_for_r_after_patch_load_and_add_adapter(dtype: torch.dt
     model.save_pretrained(tmp_path)
     model.add_adapter("second", lorasb.LoRASBConfig(r=2))
     model.load_adapter(tmp_path, "third", is_trainable=True)
-    loaded = peft.PeftModel.from_pretrained(make("llama", dtype=dtype), tmp_path, is_trainable=True)
-    lazy = peft.PeftModel.from_pretrained(
-        make("llama", dtype=dtype), tmp_path, low_cpu_mem_usage=True, is_trainable=True
-    )
+    options = {"is_trainable": True}
+    loaded = peft.PeftModel.from_pretrained(make("llama", dtype=dtype), tmp_path, **options)
+    lazy = peft.PeftModel.from_pretrained(make("llama", dtype=dtype), tmp_path, low_cpu_mem_usage=True, **options)
     for candidate in (model, loaded, lazy):
         for name, parameter in candidate.named_parameters():
             if "lorasb_R" in name:
@@ -33,9 +32,8 @@ def test_dtypes_stay_fp32_for_r_after_patch_load_and_add_adapter(dtype: torch.dt
             else:
                 assert not parameter.requires_grad, name
                 assert parameter.dtype == dtype, name
-    assert (
-        {n.rpartition(".")[2] for n in trained(loaded)} == {n.rpartition(".")[2] for n in trained(lazy)} == {"default"}
-    )
+    assert {n.rpartition(".")[2] for one in (loaded, lazy) for n in trained(one)} == {"default"}
+    assert trained(loaded) == trained(lazy)
 
 
 def test_adapters_take_turns_and_are_deleted_without_touching_one_another() -> None:
@@ -54,15 +52,6 @@ def test_adapters_take_turns_and_are_deleted_without_touching_one_another() -> N
     model.delete_adapter("default")
     assert torch.equal(logits(model), second)
     assert not any("default" in name for name in trained(model))
-
-
-def test_a_disabled_adapter_leaves_the_base_to_the_bit() -> None:
-    model = patched()
-    base, with_adapter = logits(make("llama")), logits(model)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), base)
-    assert torch.equal(logits(model), with_adapter)
-    assert (with_adapter - base).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -146,10 +135,11 @@ def test_a_merged_quantized_base_takes_what_it_took_before() -> None:
     tolerances.check(layer(x) / before.abs().max(), before / before.abs().max(), tolerances.HALF_FEW)
 
 
-def test_an_offloaded_base_is_merged() -> None:
-    want = patched().merge_and_unload()
+def test_an_offloaded_base_gets_the_same_adapter_and_is_merged() -> None:
+    want = patched()
     base = make("llama")
     cpu_offload(base, "cpu")
     model = lorasb.patch(base, r=4)
     lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
-    tolerances.check(logits(model.merge_and_unload()), logits(want), tolerances.EXPORT)
+    tolerances.check(logits(model), logits(want), tolerances.MERGE)
+    tolerances.check(logits(model.merge_and_unload()), logits(want.merge_and_unload()), tolerances.EXPORT)

@@ -7,10 +7,9 @@ from typing import Any
 
 import peft
 import pytest
-import tolerances
 import torch
 from adapters import adapted, trained
-from models import FAMILIES, batches_for, llama, logits, make, patched
+from models import FAMILIES, llama, logits, make
 from torch import nn
 
 import lorasb
@@ -21,27 +20,6 @@ def snapshot(model: nn.Module) -> dict[str, object]:
     kinds = {name: type(module) for name, module in model.named_modules()}
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     return {"kinds": kinds, "flags": flags, "peft": hasattr(model, "peft_config")}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_patched_trained_and_merged(family: str) -> None:
-    model = make(family)
-    before = logits(model, family)
-    model = lorasb.patch(model, r=4)
-    assert isinstance(model, peft.PeftModel)
-    assert torch.equal(logits(model, family), before)
-    lorasb.initialize(model, batches_for(family), lr=1e-3, progress=False)
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    for batch in batches_for(family):
-        model(**batch).loss.backward()
-        optimizer.step()
-    model.eval()
-    after = logits(model, family)
-    assert (after - before).abs().max() > 1e-4
-    merged = model.merge_and_unload()
-    assert not adapted(merged)
-    tolerances.check(logits(merged, family), after, tolerances.MERGE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,8 +49,7 @@ BAD_PATCHES = {
     "r too large": (
         {"r": 33},
         ValueError,
-        r"rank 33 is more than layer 'model\.layers\.0\.self_attn\.k_proj' allows: .*= 32"
-        r".*rank_pattern=\{'k_proj': 32\}",
+        r"rank 33 is more than layer 'model\.layers\.0\.self_attn\.k_proj' allows: .*= 32.*rank_pattern=\{'k_proj': 32\}",
     ),
     "rank_pattern too large": (
         {"r": 4, "rank_pattern": {"v_proj": 40}},
@@ -119,6 +96,7 @@ BAD_PATCHES = {
         "select the layers in the regex",
     ),
     "a norm": ({"target_modules": ["input_layernorm"]}, TypeError, "is a LlamaRMSNorm: expected nn.Linear"),
+    "bias": ({"bias": "some"}, ValueError, "bias must be one of none, all, lorasb_only, lora_only, got 'some'"),
     "task type": ({"task_type": "CHESS"}, ValueError, "Invalid task type"),
 }
 
@@ -148,20 +126,9 @@ def test_one_configuration_serves_several_models() -> None:
     assert adapted(peft.get_peft_model(make("gpt2"), config))
 
 
-def test_an_offloaded_base_gets_the_same_adapter(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from accelerate import cpu_offload
-
-    want = patched()
-    model = make("llama")
-    cpu_offload(model, execution_device="cpu")
-    model = lorasb.patch(model, r=4)
-    lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
-    tolerances.check(logits(model), logits(want), tolerances.MERGE)
-
-
 def test_a_config_and_fields_together_are_refused() -> None:
     with pytest.raises(TypeError, match="expected a config or fields, got both: put r into the config"):
-        lorasb.patch(make("llama"), lorasb.LoRASBConfig(), r=4)
+        lorasb.patch(nn.Linear(4, 4), lorasb.LoRASBConfig(), r=4)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:You are trying to modify a model")

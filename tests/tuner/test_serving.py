@@ -1,4 +1,4 @@
-"""What people do with a finished adapter: swap it in a running model, push it, merge it into a folder of its own."""
+"""What people do with a finished adapter: swap it in a running model by PEFT's hotswapping, push it, merge it into a folder."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import torch
 import transformers
 from models import batches_for, logits, make, patched
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from tolerances import EXACT, check
 
 import lorasb
 
 
-def second(family: str = "llama") -> torch.nn.Module:
-    model = lorasb.patch(make(family), r=4)
-    lorasb.initialize(model, batches_for(family)[1:], lr=5e-2, progress=False)
-    return model
+def swap(model: Any, folder: Path, name: str = "default") -> None:
+    hotswap_adapter(model, str(folder), adapter_name=name, torch_device="cpu")
 
 
 def test_an_export_is_swapped_into_a_running_model(tmp_path: Path) -> None:
-    first, other = patched(), second()
+    first, other = patched(), lorasb.patch(make("llama"), r=4)
+    lorasb.initialize(other, batches_for("llama")[1:], lr=5e-2, progress=False)
     for name, model in (("first", first), ("second", other)):
         lorasb.export_lora(model, tmp_path / name, quiet=True)
     running = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "first").eval()
     prepare_model_for_compiled_hotswap(running, target_rank=4)
     tolerances.check(logits(running), logits(first), tolerances.EXPORT)
-    hotswap_adapter(running, str(tmp_path / "second"), adapter_name="default", torch_device="cpu")
+    swap(running, tmp_path / "second")
     tolerances.check(logits(running), logits(other), tolerances.EXPORT)
     assert (logits(first) - logits(other)).abs().max() > 1e-3
 
@@ -69,3 +69,105 @@ def test_a_merged_model_is_a_plain_safetensors_folder(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("*.safetensors"))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     tolerances.check(logits(again), want, tolerances.MERGE)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters of one base: `first` and `second`, of another start and scaling."""
+    folder = tmp_path_factory.mktemp("saved")
+    patched().save_pretrained(folder / "first")
+    lorasb.patch(make("llama"), r=4, init="kaiming", scaling=0.5).save_pretrained(folder / "second")
+    return folder
+
+
+def loaded(folder: Path) -> Any:
+    return peft.PeftModel.from_pretrained(make("llama"), folder).eval()
+
+
+def test_a_swapped_adapter_is_the_other_one_in_the_same_parameters_and_is_saved(saved: Path, tmp_path: Path) -> None:
+    model, want = loaded(saved / "first"), logits(loaded(saved / "second"))
+    before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+    assert (logits(model) - want).abs().max() > 1e-3
+    swap(model, saved / "second")
+    check(logits(model), want, EXACT)
+    assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == before
+    model.save_pretrained(tmp_path / "again")
+    check(logits(loaded(tmp_path / "again")), want, EXACT)
+    swap(model, saved / "first")
+    check(logits(model), logits(loaded(saved / "first")), EXACT)
+
+
+def test_theorem_3_comes_with_the_swapped_adapter(saved: Path, tmp_path: Path) -> None:
+    preconditioned = lorasb.patch(make("llama"), r=4, init="lora-xs", equivalent_gradient=True)
+    preconditioned.save_pretrained(tmp_path / "third")
+    model = loaded(saved / "first")
+    swap(model, tmp_path / "third")
+    layers = [module for module in model.modules() if isinstance(module, lorasb.LoRASBLinear)]
+    assert model.peft_config["default"].equivalent_gradient
+    assert all(layer.adapters["default"].equivalent for layer in layers)
+
+
+def test_what_was_trained_in_full_is_not_swapped_silently(tmp_path: Path) -> None:
+    for name in "ab":
+        lorasb.patch(make("bert"), r=3, init="random").save_pretrained(tmp_path / name)
+    model = peft.PeftModel.from_pretrained(make("bert"), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"more than A, R and B .*load_adapter"):
+        swap(model, tmp_path / "b")
+
+
+def test_a_compiled_model_is_swapped_without_compiling_again(saved: Path, tmp_path: Path) -> None:
+    model = loaded(saved / "first")
+    second = patched("llama")
+    with torch.no_grad():
+        for name, parameter in second.named_parameters():
+            if "lorasb_R" in name:
+                parameter.mul_(3)
+    second.save_pretrained(tmp_path / "third")
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    with torch.no_grad():
+        logits(compiled)
+        frames = counter.frame_count
+        swap(compiled, tmp_path / "third")
+        found = logits(compiled)
+    assert counter.frame_count == frames
+    check(found, logits(loaded(tmp_path / "third")).detach(), EXACT)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 3}, r"does not fit the loaded adapter 'default'.*expected \[4, 64\]"),
+        ({"r": 4, "target_modules": ["q_proj"]}, r"does not fit the loaded adapter 'default'.*no lorasb_A for layer"),
+    ],
+)
+def test_other_ranks_and_layers_are_refused(saved: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    lorasb.patch(make("llama"), init="random", **options).save_pretrained(tmp_path / "other")
+    model = loaded(saved / "first")
+    want = logits(model)
+    with pytest.raises(ValueError, match=message):
+        swap(model, tmp_path / "other")
+    check(logits(model), want, EXACT)
+
+
+def test_another_base_a_merged_adapter_and_a_missing_one_are_refused(saved: Path, tmp_path: Path) -> None:
+    lorasb.patch(make("llama", seed=1), r=4, init="random").save_pretrained(tmp_path / "other")
+    model = loaded(saved / "first")
+    with pytest.raises(ValueError, match="made on another base model"):
+        swap(model, tmp_path / "other")
+    with pytest.raises(ValueError, match="no layer has an adapter 'nobody'"):
+        swap(model, saved / "second", "nobody")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged into the weights: call model\.unmerge_adapter\(\)"):
+        swap(model, saved / "second")
+
+
+def test_plain_loras_go_to_pefts_own_code(tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        peft.get_peft_model(make("llama"), config).save_pretrained(tmp_path / name)
+    model = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "a").eval()
+    swap(model, tmp_path / "b")
+    check(logits(model), logits(peft.PeftModel.from_pretrained(make("llama"), tmp_path / "b").eval()), EXACT)
