@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -33,6 +34,16 @@ def kernel(request: pytest.FixtureRequest):
     cpp.use_instruction_set("")
 
 
+@functools.cache
+def weights(stored: torch.dtype) -> list[tuple[QuantizedWeight, torch.Tensor]]:
+    """Storages of all kinds, blocks and shapes, and their values in the dtype that they stand for."""
+    cases = itertools.product(("nf4", "fp4"), BLOCKS, (False, True), SHAPES)
+    found = [
+        storage(*shape, kind, block, nested, stored) for kind, block, nested, shape in cases if all(shape) or not nested
+    ]
+    return [(weight, exact(weight, stored)) for weight in found]
+
+
 def parameter(packed: torch.Tensor, state: object) -> torch.nn.Parameter:
     return bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
 
@@ -44,11 +55,8 @@ def theirs(weight: torch.Tensor, kind: str, block: int, nested: bool) -> tuple[t
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stored", DTYPES)
 def test_is_the_definition_to_the_bit(kernel: str, stored: torch.dtype, dtype: torch.dtype) -> None:
-    for case in itertools.product(("nf4", "fp4"), BLOCKS, (False, True), SHAPES):
-        kind, block, nested, (m, n) = case
-        if m * n or not nested:
-            weight = storage(m, n, kind, block, nested, stored)
-            assert torch.equal(bits_of(dequantize(weight, dtype)), bits_of(exact(weight, dtype))), case
+    for weight, values in weights(stored):
+        assert torch.equal(bits_of(dequantize(weight, dtype)), bits_of(values.to(dtype))), weight
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,14 +71,22 @@ def test_octets_are_bitsandbytes_own(kernel: str) -> None:
     assert torch.equal(dequantize(weight), bnb.functional.int8_vectorwise_dequant(*weight.tensors))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_is_bitsandbytes_own(kernel: str, kind: str, dtype: torch.dtype) -> None:
-    g = torch.Generator().manual_seed(1)
+@functools.cache
+def by_bitsandbytes(kind: str, dtype: torch.dtype) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Weights that bitsandbytes quantized, and dequantized again."""
+    g, found = torch.Generator().manual_seed(1), []
     for block, nested, m in itertools.product(BLOCKS, (False, True), (64, 7)):
         weight = torch.randn(m, block if m == 64 else 2 * block, generator=g).to(dtype)
         packed, state = theirs(weight, kind, block, nested)
-        assert torch.equal(dequantize(parameter(packed, state)), bnb.functional.dequantize_4bit(packed, state))
+        found.append((parameter(packed, state), bnb.functional.dequantize_4bit(packed, state)))
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_is_bitsandbytes_own(kernel: str, kind: str, dtype: torch.dtype) -> None:
+    for packed, values in by_bitsandbytes(kind, dtype):
+        assert torch.equal(dequantize(packed), values)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -17,7 +17,16 @@ from torch import nn
 import lorasb
 from lorasb.layers.linear import LoRASBLinear
 
-pytestmark = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+ORDINARY = {  # of tests that take long: a kind for each way through them; the others are left to make test-all
+    "test_a_compiled_model_computes_the_same": ("mlp", "sequence classification"),
+    "test_gradient_checkpointing_gives_the_same_gradients": ("decoder", "encoder-decoder", "token classification"),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    ordinary = ORDINARY.get(metafunc.function.__name__, tuple(KINDS))
+    marks = {name: () if name in ordinary else pytest.mark.long for name in KINDS}
+    metafunc.parametrize("kind", [pytest.param(kind, id=name, marks=marks[name]) for name, kind in KINDS.items()])
 
 
 def config(kind: Kind, seed: int = 0, **fields: Any) -> lorasb.LoRASBConfig:
