@@ -12,7 +12,7 @@ from models import Batch, batches_for, llama, make
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.init import accumulator, executor, layerwise, plan
+from lorasb.init import accumulator, executor, plan
 from lorasb.init.block_recorder import NotAStackError, Traversal
 from lorasb.init.plan import passes
 from lorasb.layers.linear import LoRASBLinear

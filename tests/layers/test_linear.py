@@ -41,7 +41,7 @@ def trained(layer: LoRASBLinear) -> list[str]:
 
 
 def by_hand(layer: LoRASBLinear, x: Tensor, *names: str) -> Tensor:
-    weight = layer.base_weight().double()
+    weight = layer.base.parameter().double()
     y = x.double() @ (weight if layer.fan_in_fan_out else weight.t()) + layer.bias.double()
     for name in names:
         a, core, b = (getattr(layer, f"lorasb_{part}")[name].double() for part in "ARB")
@@ -200,7 +200,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 def test_a_base_that_must_run_is_run(change: str) -> None:
     layer, x = make(), torch.randn(5, 16)
     CHANGES[change](layer.base_layer)
-    plus = x.double() @ layer.base_weight().double().t() if change == "pre-hook" else 1
+    plus = x.double() @ layer.base.parameter().double().t() if change == "pre-hook" else 1
     want = by_hand(layer, x, "default") + plus
     tolerances.check(layer(x), want, tolerances.fp32(32))
     assert (want - by_hand(layer, x)).abs().max() > 0.5
@@ -312,10 +312,10 @@ def test_a_weight_that_is_computed_is_adapted_and_not_merged(norm: Callable[[nn.
 
 def test_unmerging_under_autocast_gives_the_weight_back() -> None:
     layer = make()
-    weight = layer.base_weight().detach().clone()
+    weight = layer.base.parameter().detach().clone()
     layer.merge()
     layer.enable_adapters(False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(torch.randn(2, 16))
     assert not layer.merged
-    tolerances.check(layer.base_weight(), weight, tolerances.fp32(16))
+    tolerances.check(layer.base.parameter(), weight, tolerances.fp32(16))

@@ -34,7 +34,7 @@ from tolerances import EXACT, EXPORT, FOUR_BITS, MERGE, PROCESS_SUMS, SAME_STEP,
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.layers import base_weight
+from lorasb.layers import base
 from lorasb.layers.linear import LoRASBLinear
 
 GIVE_W = [kind for kind in KINDS if kind != "unknown"]
@@ -270,7 +270,7 @@ def test_formats_that_need_a_gpu_are_known_by_pefts_resolver(
 ) -> None:
     """A stand-in with the class's name in the package's place: all of PEFT's own code runs, but no kernel of theirs."""
     adapter = lorasb.patch(opaque_model(stand_in(monkeypatch, module, class_name, available)), r=4)  # by their format
-    assert {layer.opaque().name for layer in adapted(adapter).values()} == {name}
+    assert {layer.base.format.name for layer in adapted(adapter).values()} == {name}
     lorasb.initialize(adapter, batches(), lr=1e-2, progress=False)
     adapter.train()(**batches()[0]).loss.backward()
     with pytest.raises(ValueError, match=f"{name} layers do not give it"):
@@ -342,7 +342,7 @@ def test_affine_is_linear_and_dense_layers_are_not_probed(monkeypatch: pytest.Mo
 
     assert lorasb.patch(holding(Affine), r=2, target_modules=["proj"], init="random")
     asked = []
-    monkeypatch.setattr(base_weight, "resolve_quantization_backend", lambda *_, **__: asked.append(1))
+    monkeypatch.setattr(base, "resolve_quantization_backend", lambda *_, **__: asked.append(1))
     lorasb.patch(llama(), r=4)
     assert not asked
 

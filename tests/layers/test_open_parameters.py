@@ -48,7 +48,7 @@ def patched(kind: str, **options: Any) -> Any:
     return lorasb.patch(make(), r=3, target_modules=["q_proj"], target_parameters=targets(where), **options)
 
 
-def slices(model: nn.Module) -> dict[str, LoRASBLinear]:
+def slices(model: nn.Module) -> dict[str, AdaptedLayer]:
     found = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
     return {name: layer for name, layer in found.items() if "experts" in name}
 

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from unfolded_models import PARAMETERS, TARGETS, Net, batch, loss
 
 import lorasb
-from lorasb.layers.linear import LoRASBLinear
+from lorasb.layers.adapted_layer import AdaptedLayer
 from lorasb.layers.weight_adapter import LoRASBEmbedding, unfoldings
 
 

@@ -69,7 +69,7 @@ def test_4_bits_take_little_more_than_a_quarter_of_16() -> None:
 def test_a_dense_base_is_no_quantized_weight() -> None:
     layer = LoRASBLinear(nn.Linear(64, 32), "default", 4)
     assert layer.quantized() is None
-    assert layer.base_dtype == torch.float32
+    assert layer.base.dtype == torch.float32
 
 
 def repacked(dtype: torch.dtype, nested: bool) -> bnb.nn.Linear4bit:

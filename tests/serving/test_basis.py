@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from tolerances import EXACT, EXPORT, FP64, MERGE, check
 
 import lorasb
+from lorasb.layers.adapter_state import FrozenFactors
 from lorasb.layers.linear import LoRASBLinear
 from lorasb.layers.lookup import layers_with
-from lorasb.layers.parameter_dicts import FrozenFactors
 from lorasb.serving.basis_adapters import load_adapters
 
 
