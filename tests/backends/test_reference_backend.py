@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import reference
 import tolerances
 import torch
-from calls import operands_of
-from storages import exact, octets, storage
+from calls import KINDS, make_call, operands_of
 from torch import Tensor
 
 from lorasb.backends import eager
@@ -49,32 +45,13 @@ def extended_transposed(rows: Tensor, base: Base, w: Tensor, a: Tensor, onto: Te
 
 
 NAIVE = Products(thin, core, cores, extended, extended_transposed)
-INDEX = torch.tensor([0, 2, -1, 2, 0])
-KINDS: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "no base": {"base": ()},
-    "4 bits": {"base": storage(32, 64, nested=True, dtype=torch.float32)},
-    "8 bits": {"base": octets(32, 64, torch.float32)},
-    "group": {"members": 3},
-    "dropout": {"dropout": 0.3, "seeds": torch.tensor([7])},
-    "group with dropout": {"members": 2, "dropout": 0.3, "seeds": torch.tensor([7, 8])},
-    "rows": {"row_index": INDEX},
-    "rows of a group": {"row_index": INDEX, "members": 2},
-    "rows over 4 bits": {"row_index": INDEX, "base": storage(32, 64, dtype=torch.float32)},
-}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "dropout", "group with dropout"])
 def test_a_table_of_products_is_a_backend(kind: str) -> None:
-    options = dict(KINDS[kind])
-    cases = [reference.make_case((5, 2), 64, 32, 4, torch.float32, seed=j) for j in range(options.pop("members", 1))]
-    if "row_index" in options:
-        for case in cases:
-            case.core = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(1))
-    base = options.get("base")
-    if hasattr(base, "tensors"):
-        assert exact(base, torch.float32).shape == (32, 64)
-        options["base"] = base.tensors, base.layout(torch.float32)
+    cases, options = make_call(kind.replace("group with dropout", "group").replace("dropout", "dense"), torch.float32)
+    if "dropout" in kind:
+        options |= {"dropout": 0.3, "seeds": torch.arange(7, 7 + len(cases))}
     operands, x, dys = operands_of(*cases, **options), cases[0].x, [case.dy for case in cases]
     found, want = (eager.forward(table, x, operands) for table in (NAIVE, eager.EAGER))
     us = want[len(cases) :]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import reference
@@ -25,9 +25,9 @@ from lorasb.ops.adapted_linear import Operands
 from lorasb.utils.atomic_files import CACHE_VARIABLE
 
 
-def arguments(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[torch.Tensor, Operands]:
+def arguments(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Operands]:
     c = reference.make_case((20,), 24, 16, 4, dtype)
-    return c.x, operands_of(c, **options)
+    return c.x, operands_of(c)
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +38,9 @@ def whole() -> Iterator[None]:
     plan.forget()
 
 
-def break_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def break_kernels(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
     def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("ptxas: no such instruction")
+        raise error or RuntimeError("ptxas: no such instruction")
 
     monkeypatch.setattr(launch, "launch", broken)
 
@@ -93,10 +93,7 @@ def test_an_explicit_backend_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_running_out_of_memory_is_no_broken_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(launch, "launch", full)
+    break_kernels(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
         fused.or_eager(fused.forward, eager.eager_forward)(*arguments())
     assert not fused._broken
@@ -104,8 +101,8 @@ def test_running_out_of_memory_is_no_broken_kernel(monkeypatch: pytest.MonkeyPat
 
 def test_a_backward_by_eager_keeps_the_mask_of_a_forward_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """<dy, y(x)> = <dx, x> for a linear y, and only with one mask in both."""
-    x, operands = arguments(base=(), dropout=0.5, seeds=torch.tensor([3]))
-    operands, core = operands._replace(biases=[]), operands.cores[0]
+    case = replace(reference.make_case((20,), 24, 16, 4, torch.float32, bias=False), weight=None)
+    x, core, operands = case.x, case.core, operands_of(case, dropout=0.5, seeds=torch.tensor([3]))
     y, u = fused.forward(x, operands)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     break_kernels(monkeypatch)
@@ -143,49 +140,52 @@ def test_without_gpu_and_interpreter_triton_is_not_available(monkeypatch: pytest
         pass
 
 
-class TestTables:
-    SHAPE = plan.Shape("forward", "bf16", 2048, 4096, 4096, 96)
+SHAPE = plan.Shape("forward", "bf16", 2048, 4096, 4096, 96)
 
-    def test_every_shipped_table_is_read(self) -> None:
-        assert plan.shipped_archs() == ("sm_100", "sm_120", "sm_80", "sm_86", "sm_89", "sm_90")
-        for arch in plan.shipped_archs():
-            table = json.loads((plan.TABLES / f"{arch}.json").read_text())
-            assert table["arch"] == arch
-            assert plan.choose(self.SHAPE, arch, 84).gemm in {rule.gemm for rule in plan.shipped_rules(arch)}
 
-    def test_an_unknown_gpu_gets_a_safe_default(self) -> None:
-        chosen = plan.choose(self.SHAPE, "sm_123", 200)
-        assert chosen == plan.LaunchPlan("addmm", plan.default_prep(self.SHAPE), plan.default_gemm(self.SHAPE))
+def test_every_shipped_table_is_read() -> None:
+    assert plan.shipped_archs() == ("sm_100", "sm_120", "sm_80", "sm_86", "sm_89", "sm_90")
+    for arch in plan.shipped_archs():
+        table = json.loads((plan.TABLES / f"{arch}.json").read_text())
+        assert table["arch"] == arch
+        assert plan.choose(SHAPE, arch, 84).gemm in {rule.gemm for rule in plan.shipped_rules(arch)}
 
-    def test_a_users_table_comes_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-        rule = {"if": {"M": [1025, 2048], "n": 4096, "sms": 84}, "path": "addmm"}
-        path = plan.user_table("sm_86")
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"arch": "sm_86", "rules": [rule]}))
-        plan.forget()
-        shipped = plan.choose(self.SHAPE, "sm_86", 80)
-        chosen = plan.choose(self.SHAPE, "sm_86", 84)
-        assert (shipped.path, chosen.path) == ("fused", "addmm")
-        assert chosen.gemm == shipped.gemm
 
-    @pytest.mark.parametrize(
-        "text",
-        ["", "[]", '{"rules": [{"path": "magic"}]}', '{"rules": [{"if": {"N": 3}}]}', '{"rules": [{"gemm": {}}]}'],
-    )
-    def test_a_broken_table_is_left_out_and_named(
-        self, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-        path = plan.user_table("sm_86")
-        path.parent.mkdir(parents=True)
-        path.write_text(text)
-        plan.forget()
-        with pytest.warns(UserWarning, match=r"sm_86\.json is not a table of kernels .*bench tune"):
-            assert plan.choose(self.SHAPE, "sm_86", 84).path == "fused"
+def test_an_unknown_gpu_gets_a_safe_default() -> None:
+    chosen = plan.choose(SHAPE, "sm_123", 200)
+    assert chosen == plan.LaunchPlan("addmm", plan.default_prep(SHAPE), plan.default_gemm(SHAPE))
 
-    @pytest.mark.parametrize(
-        ("tokens", "wanted"), [(0, 1), (1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (2048, 2048), (2049, 4096)]
-    )
-    def test_buckets(self, tokens: int, wanted: int) -> None:
-        assert plan.bucket(tokens) == wanted
+
+def write_table(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's table of sm_86."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+    path = plan.user_table("sm_86")
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    plan.forget()
+
+
+def test_a_users_table_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = {"if": {"M": [1025, 2048], "n": 4096, "sms": 84}, "path": "addmm"}
+    write_table(json.dumps({"arch": "sm_86", "rules": [rule]}), tmp_path, monkeypatch)
+    shipped = plan.choose(SHAPE, "sm_86", 80)
+    chosen = plan.choose(SHAPE, "sm_86", 84)
+    assert (shipped.path, chosen.path) == ("fused", "addmm")
+    assert chosen.gemm == shipped.gemm
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"rules": [{"path": "magic"}]}', '{"rules": [{"if": {"N": 3}}]}', '{"rules": [{"gemm": {}}]}'],
+)
+def test_a_broken_table_is_left_out_and_named(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table(text, tmp_path, monkeypatch)
+    with pytest.warns(UserWarning, match=r"sm_86\.json is not a table of kernels .*bench tune"):
+        assert plan.choose(SHAPE, "sm_86", 84).path == "fused"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wanted"), [(0, 1), (1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (2048, 2048), (2049, 4096)]
+)
+def test_buckets(tokens: int, wanted: int) -> None:
+    assert plan.bucket(tokens) == wanted

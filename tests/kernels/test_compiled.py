@@ -5,6 +5,7 @@ Without --ptx there is nothing to run: the same calls are interpreted by the tes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import environment
@@ -12,14 +13,15 @@ import pytest
 import reference
 import tolerances
 import torch
-from calls import run_kernels
-from kernel_cases import check_case, check_group, group_cases, run_group
+from calls import check, dense, exact, run_kernels
+from kernel_cases import check_follows_mask, group_cases
 from reference import make_case
-from storages import bits_of, exact, storage
+from storages import bits_of, storage
+from storages import exact as dequantized
 from torch import Tensor
 
 import lorasb
-from lorasb.functional import dequantize, lora_sb_linear, lora_sb_linear_group
+from lorasb.functional import dequantize
 from lorasb.kernels import linear as launch
 from lorasb.kernels import plan
 from lorasb.kernels.launcher import observed
@@ -44,7 +46,7 @@ def test_forward_and_gradients(shape: str, dtype: torch.dtype) -> None:
     case = make_case((M,), n, m, r, dtype)
     with observed() as launches:
         results = run_kernels(case)
-    check_case(case, results)
+    check(results, case)
     assert [one.name for one in launches] == ["prep_forward", "extended_gemm", "prep_backward", "extended_gemm"]
     if shape == "long reduction":
         assert max(one.arguments["splits"] for one in launches) > 1
@@ -53,46 +55,27 @@ def test_forward_and_gradients(shape: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 def test_a_group(dtype: torch.dtype) -> None:
     cases = group_cases(20, 64, (48, 32, 40), 24, dtype)
-    check_group(cases, run_group(cases))
+    check(run_kernels(*cases), *cases)
 
 
-@pytest.mark.parametrize(("tokens", "r"), [(1, 16), (19, 40), (3, 144)])
-def test_rows_with_an_r_each(tokens: int, r: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "n", "ms", "r"),
+    [(1, 160, (144,), 16), (19, 160, (144,), 40), (3, 160, (144,), 144), (3, 96, (80, 48), 24)],
+)
+def test_rows_with_an_r_each(tokens: int, n: int, ms: tuple[int, ...], r: int) -> None:
     index = [1, 0, -1, 1, 2]
-    case = make_case((len(index), tokens), 160, 144, r, torch.bfloat16)
+    cases = [make_case((len(index), tokens), n, m, r, torch.bfloat16, seed=m) for m in ms]
     g = torch.Generator().manual_seed(0)
-    cores = torch.stack([case.core * torch.randn(r, r, generator=g) for _ in range(3)])
-    found = _by_row(case, cores, index, "triton")
-    for got, want in zip(found, _by_row(case.double(), cores.double(), index, "eager"), strict=True):
-        scale = want.abs().max()
-        tolerances.check(got / scale, want / scale, tolerances.BF16_FEW)
-
-
-def test_a_group_of_rows_with_an_r_each() -> None:
-    index = [1, 0, -1, 1, 2]
-    cases = [make_case((len(index), 3), 96, m, 24, torch.bfloat16, seed=m) for m in (80, 48)]
     for case in cases:
-        case.x = cases[0].x
-        case.core = torch.stack([case.core * scale for scale in (1.0, -2.0, 0.5)])
-    found = _group_by_row(cases, index, "triton")
-    for got, want in zip(found, _group_by_row([case.double() for case in cases], index, "eager"), strict=True):
+        case.x, case.core = cases[0].x, case.core * torch.randn(3, r, r, generator=g)
+    close(run_kernels(*cases, index=index), exact(*cases, index=index), tolerances.BF16_FEW)
+
+
+def close(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: tolerances.Tolerance) -> None:
+    """Over the largest entries."""
+    for got, want in zip(found, wanted, strict=True):
         scale = want.abs().max()
-        tolerances.check(got / scale, want / scale, tolerances.BF16_FEW)
-
-
-def _group_by_row(cases: list[reference.Case], index: list[int], backend: str) -> list[Tensor]:
-    x, cores = cases[0].x.clone().requires_grad_(), [case.core.clone().requires_grad_() for case in cases]
-    lists = [[c.weight for c in cases], [c.a for c in cases], cores, [c.b for c in cases], [c.bias for c in cases]]
-    with lorasb.backend(backend):
-        ys = lora_sb_linear_group(x, *lists, [c.scaling for c in cases], index=index)
-    return [*(y.detach() for y in ys), *torch.autograd.grad(ys, (x, *cores), [c.dy for c in cases])]
-
-
-def _by_row(case: reference.Case, cores: Tensor, index: list[int], backend: str) -> tuple[Tensor, ...]:
-    x, cores = case.x.clone().requires_grad_(), cores.clone().requires_grad_()
-    with lorasb.backend(backend):
-        y = lora_sb_linear(x, case.weight, case.a, cores, case.b, case.bias, case.scaling, index=index)
-    return (y.detach(), *torch.autograd.grad(y, (x, cores), case.dy))
+        tolerances.check(got / scale, want / scale, tolerance)
 
 
 def test_the_order_of_programs_does_not_matter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,36 +83,13 @@ def test_the_order_of_programs_does_not_matter(request: pytest.FixtureRequest, m
     monkeypatch.setattr(request.config.ptx_executor, "every_last", True)  # type: ignore[attr-defined]
     case = make_case((5,), 512, 48, 16, torch.bfloat16)
     with observed() as launches:
-        check_case(case, run_kernels(case))
+        check(run_kernels(case), case)
     assert max(one.arguments["splits"] for one in launches) > 1
     assert all(not one.arguments["counters"].any() for one in launches if one.arguments["splits"] > 1)
 
 
 def test_dropout_follows_its_mask() -> None:
-    case = make_case((24,), 64, 48, 8, torch.bfloat16, bias=False)
-    torch.manual_seed(5)
-    y, dx, dcore = run_kernels(case, dropout=0.4)
-    torch.manual_seed(5)
-    seed = int(torch.randint(2**63 - 1, (1,), dtype=torch.int64))  # as the call drew it
-    mask = _mask(case, seed, 0.4).double() / 0.6
-    wide = case.double()
-    u, t = (wide.x * mask) @ wide.a.t(), wide.dy @ wide.b
-    adapted = wide.scaling * u @ wide.core.t() @ wide.b.t()
-    tolerances.check(y, wide.x @ wide.weight.t() + adapted, tolerances.HALF_FEW)
-    want_dx = wide.dy @ wide.weight + mask * (wide.scaling * t @ wide.core @ wide.a)
-    tolerances.check(dx, want_dx, tolerances.HALF_FEW)
-    want = wide.scaling * t.t() @ u
-    tolerances.check(dcore / want.abs().max(), want / want.abs().max(), tolerances.HALF_FEW)
-
-
-def _mask(case: reference.Case, seed: int, dropout: float) -> Tensor:
-    """What the kernels keep of x, seen through A = all unit vectors."""
-    M, n = case.x.shape
-    eye = torch.eye(n, dtype=case.x.dtype)
-    members = launch.Members([None], [eye], [eye.float()], [eye], [1.0])
-    chosen = plan.choose(plan.Shape("forward", "bf16", M, n, n, n), environment.PTX, 1)
-    _, (u,) = launch.forward(torch.ones_like(case.x), members, [None], chosen, launch.Mask(dropout, (seed,)))
-    return u == 1.0
+    check_follows_mask(make_case((24,), 64, 48, 8, torch.bfloat16, bias=False), 0.4, tolerances.HALF_FEW)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -139,29 +99,20 @@ def test_4_bits_inline_and_by_a_scratch(rows: int, way: str, nested: bool, monke
     chosen = plan.choose
     monkeypatch.setattr(plan, "choose", lambda *a: replace(chosen(*a), weights=way))
     plan.forget()
-    dtype = torch.bfloat16
-    weight = storage(48, 64, "nf4", 64, nested, dtype)
-    case = make_case((rows,), 64, 48, 16, dtype)
-    x, core = case.x.clone().requires_grad_(), case.core.clone().requires_grad_()
-    with observed() as launches, lorasb.backend("triton"):
-        y = lora_sb_linear(x, weight, case.a, core, case.b, case.bias, case.scaling)
-        y.backward(case.dy)
+    case = replace(make_case((rows,), 64, 48, 16, torch.bfloat16), weight=storage(48, 64, "nf4", 64, nested))
+    with observed() as launches:
+        found = run_kernels(case)
     plan.forget()
     assert ("quantized_gemm" in {one.name for one in launches}) == (way == "inline")
-    dense = exact(weight, torch.float64)
-    wide = case.double()
-    wide.weight = dense
-    dx, dcore = reference.gradients(wide)
-    for got, want in zip((y.detach(), x.grad, core.grad), (reference.forward(wide), dx, dcore), strict=True):
-        scale = want.abs().max()
-        tolerances.check(got / scale, want / scale, tolerances.HALF_FEW)
+    wide = dense(case).double()
+    close(found, (reference.forward(wide), *reference.gradients(wide)), tolerances.HALF_FEW)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_dequantization_is_exact(kind: str) -> None:
     weight = storage(33, 62, kind, 32, True, torch.float32)
     with lorasb.backend("triton"):
-        assert torch.equal(bits_of(dequantize(weight, torch.bfloat16)), bits_of(exact(weight, torch.bfloat16)))
+        assert torch.equal(bits_of(dequantize(weight, torch.bfloat16)), bits_of(dequantized(weight, torch.bfloat16)))
 
 
 def test_gradient_signs() -> None:

@@ -10,147 +10,127 @@ import tolerances
 import torch
 from calls import check_dropout_follows_the_global_seed, operands_of
 from calls import run_kernels as run
-from kernel_cases import group_cases, run_group
-from torch import Tensor
+from kernel_cases import check_follows_mask, group_cases, mask_of
 
 from lorasb.backends import eager
 from lorasb.backends import eager as masks
 from lorasb.backends import triton as backend
 from lorasb.kernels import linear as launch
-from lorasb.kernels import plan
 from lorasb.kernels.launcher import observed
 
 
-class TestDropout:
-    def test_gradients_follow_the_mask_of_the_forward(self) -> None:
-        case = reference.make_case((40,), 70, 64, 8, torch.float32, bias=False)
-        torch.manual_seed(5)
-        y, dx, dcore = run(case, dropout=0.4)
-        exact = case.double()
-        torch.manual_seed(5)
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)  # as the call drew it
-        mask = mask_of(case, int(seed), 0.4).double() / (1 - masks.kernel_dropout(0.4))
-        u, t = (exact.x * mask) @ exact.a.t(), exact.dy @ exact.b
-        tolerances.check(
-            y, exact.x @ exact.weight.t() + exact.scaling * u @ exact.core.t() @ exact.b.t(), tolerances.fp32(80)
-        )
-        want_dx = exact.dy @ exact.weight + mask * (exact.scaling * t @ exact.core @ exact.a)
-        tolerances.check(dx, want_dx, tolerances.fp32(80))
-        tolerances.check(dcore, exact.scaling * t.t() @ u, tolerances.fp32(80))
+def test_gradients_follow_the_mask_of_the_forward() -> None:
+    check_follows_mask(reference.make_case((40,), 70, 64, 8, torch.float32, bias=False), 0.4, tolerances.fp32(80))
 
-    def test_beside_cublas_the_masked_term_is_added_to_the_bases(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        case = reference.make_case((40,), 70, 64, 8, torch.float32)
-        results, choose = [], backend.plan_of
-        for path in ("fused", "addmm"):
-            with monkeypatch.context() as patch:
-                patch.setattr(backend, "plan_of", lambda *given, path=path: replace(choose(*given), path=path))
-                torch.manual_seed(5)
-                with observed() as launches:
-                    results.append(run(case, dropout=0.4))
-            assert [one.name for one in launches] == [
-                "prep_forward",
-                *["extended_gemm"] * (path == "fused"),  # in forward, cuBLAS has no mask to know
-                "prep_backward",
-                "extended_gemm",
-            ]
-            assert launches[-1].arguments["ADD"] == (path == "addmm")
-        for fused, added in zip(*results, strict=True):
-            tolerances.check(added, fused.double(), tolerances.fp32(80))
 
-    def test_without_a_base_the_masked_term_is_all_there_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        case = reference.make_case((40,), 70, 64, 8, torch.float32, bias=False)
-        choose = backend.plan_of
-        monkeypatch.setattr(backend, "plan_of", lambda *given: replace(choose(*given), path="addmm"))
-        results = []
-        for weight in (case.weight, None):
-            case.weight = weight  # type: ignore[assignment]
+def test_beside_cublas_the_masked_term_is_added_to_the_bases(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = reference.make_case((40,), 70, 64, 8, torch.float32)
+    results, choose = [], backend.plan_of
+    for path in ("fused", "addmm"):
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "plan_of", lambda *given, path=path: replace(choose(*given), path=path))
             torch.manual_seed(5)
-            results.append(run(case, dropout=0.4))
-        (y, dx, dcore), (y_alone, dx_alone, dcore_alone) = results
-        weight = reference.make_case((40,), 70, 64, 8, torch.float32, bias=False).weight
-        tolerances.check(y_alone + case.x @ weight.t(), y.double(), tolerances.fp32(80))
-        tolerances.check(dx_alone + case.dy @ weight, dx.double(), tolerances.fp32(80))
-        assert torch.equal(dcore, dcore_alone)
+            with observed() as launches:
+                results.append(run(case, dropout=0.4))
+        assert [one.name for one in launches] == [
+            "prep_forward",
+            *["extended_gemm"] * (path == "fused"),  # in forward, cuBLAS has no mask to know
+            "prep_backward",
+            "extended_gemm",
+        ]
+        assert launches[-1].arguments["ADD"] == (path == "addmm")
+    for fused, added in zip(*results, strict=True):
+        tolerances.check(added, fused.double(), tolerances.fp32(80))
 
-    @pytest.mark.parametrize("path", ["fused", "addmm"])
-    @pytest.mark.parametrize("r", [8, 16])
-    def test_members_of_a_group_have_the_masks_of_separate_calls(
-        self, path: str, r: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        choose = backend.plan_of
-        monkeypatch.setattr(backend, "plan_of", lambda *given: replace(choose(*given), path=path))
-        cases = group_cases(40, 70, (48, 32, 64), r, torch.float32)
+
+def test_without_a_base_the_masked_term_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = reference.make_case((40,), 70, 64, 8, torch.float32, bias=False)
+    choose = backend.plan_of
+    monkeypatch.setattr(backend, "plan_of", lambda *given: replace(choose(*given), path="addmm"))
+    results = []
+    for weight in (case.weight, None):
+        case.weight = weight  # type: ignore[assignment]
         torch.manual_seed(5)
-        with observed() as launches:
-            *ys, dx, first, second, third = run_group(cases, dropout=0.4)
-        assert len(launches) == (4 if path == "fused" else 3)
-        torch.manual_seed(5)
-        apart = [run(case, dropout=0.4) for case in cases]
-        for y, dcore, (want_y, _, want_dcore) in zip(ys, (first, second, third), apart, strict=True):
-            tolerances.check(y, want_y.double(), tolerances.fp32(80))
-            tolerances.check(dcore, want_dcore.double(), tolerances.fp32(80))
-        tolerances.check(dx, sum(one[1].double() for one in apart), tolerances.fp32(150))
-
-    @pytest.mark.parametrize("n", [1, 3, 8, 66, 100])
-    def test_eager_torch_knows_the_mask(self, n: int) -> None:
-        case = reference.make_case((20,), n, 8, 4, torch.float32)
-        for dropout in (1e-9, 0.05, 0.5, 0.95, 1 - 1e-9):
-            want = masks.philox_mask(case.x.shape, dropout, 2**40 + n, case.x.device)
-            assert torch.equal(mask_of(case, 2**40 + n, dropout), want)
-
-    def test_the_words_are_philox(self) -> None:
-        """Random123's known answer for counter 0 and key 0: 6627e8d5 e169c58d bc57ac4c 9b00dbd8."""
-        case = reference.make_case((1,), 8, 8, 4, torch.float32)
-        halves = 0xE8D5, 0x6627, 0xC58D, 0xE169, 0xAC4C, 0xBC57, 0xDBD8, 0x9B00
-        for threshold in (*halves, *(half + 1 for half in halves)):
-            mask = mask_of(case, 0, threshold / 2**16)
-            assert mask.tolist() == [[half >= threshold for half in halves]]
-
-    def test_the_mask_keeps_its_share_and_differs_by_seed(self) -> None:
-        case = reference.make_case((300,), 100, 8, 4, torch.float32)
-        masks = [mask_of(case, seed, 0.3) for seed in (1, 2)]
-        for mask in masks:
-            assert abs(mask.float().mean() - 0.7) < 5 * (0.21 / mask.numel()) ** 0.5
-        assert (masks[0] != masks[1]).float().mean() > 0.3
-
-    def test_elements_are_dropped_independently(self) -> None:
-        """Of the eight columns that one counter serves, and of counters beside each other."""
-        kept = masks.philox_mask(torch.Size((4000, 64)), 0.3, 3, torch.device("cpu")).double() - 0.7  # the kernels'
-        products = kept.t() @ kept / (len(kept) * 0.21)
-        assert (products - torch.eye(64)).abs().max() < 5.5 * len(kept) ** -0.5
-        assert (kept[1:] * kept[:-1]).mean().abs() / 0.21 < 5 * (63 * len(kept)) ** -0.5
-
-    @pytest.mark.parametrize("dropout", [1e-9, 1e-5, 0.05, 0.9, 1 - 1e-9])
-    def test_the_scale_is_that_of_the_share_that_is_kept(self, dropout: float) -> None:
-        known = masks.kernel_dropout(dropout)
-        assert 0 < known < 1
-        assert abs(known - dropout) <= 2**-16
-        operands = operands_of(reference.make_case((2,), 4, 4, 4, torch.float32), dropout=dropout)
-        assert backend.members_of(operands).scales[0] * (1 - known) == pytest.approx(0.7)
-        words = torch.arange(2**16)
-        threshold = (launch.Mask(known).threshold & 0xFFFFFFFF) >> 16
-        assert (words >= threshold).double().mean() == 1 - known
-
-    def test_none_is_none_whatever_the_seed(self) -> None:
-        """As in eager: an op may be called with a seed and a probability of 0."""
-        case, seed = reference.make_case((300,), 64, 8, 4, torch.float32), torch.tensor([5])
-        operands = operands_of(case, base=(), seeds=seed)
-        (y, u), (want, want_u) = (op(case.x, operands) for op in (backend.forward, eager.eager_forward))
-        tolerances.check(y, want.double(), tolerances.fp32(80))
-        tolerances.check(u, want_u.double(), tolerances.fp32(80))
-
-    def test_it_follows_the_global_seed(self) -> None:
-        case = reference.make_case((20,), 40, 24, 4, torch.float32)
-        check_dropout_follows_the_global_seed(run, case)
+        results.append(run(case, dropout=0.4))
+    (y, dx, dcore), (y_alone, dx_alone, dcore_alone) = results
+    weight = reference.make_case((40,), 70, 64, 8, torch.float32, bias=False).weight
+    tolerances.check(y_alone + case.x @ weight.t(), y.double(), tolerances.fp32(80))
+    tolerances.check(dx_alone + case.dy @ weight, dx.double(), tolerances.fp32(80))
+    assert torch.equal(dcore, dcore_alone)
 
 
-def mask_of(case: reference.Case, seed: int, dropout: float) -> Tensor:
-    """What the kernels keep of x, seen through A = all unit vectors."""
-    M, n = case.x.shape
-    members = launch.Members([None], [torch.eye(n)], [torch.eye(n)], [torch.eye(n)], [1.0])
-    shape = plan.Shape("forward", "fp32", M, n, n, n)
-    chosen = plan.choose(shape, plan.INTERPRETER, 1)
-    _, (u,) = launch.forward(
-        torch.ones(M, n), members, [None], chosen, launch.Mask(masks.kernel_dropout(dropout), (seed,))
-    )
-    return u == 1.0
+@pytest.mark.parametrize("path", ["fused", "addmm"])
+@pytest.mark.parametrize("r", [8, 16])
+def test_members_of_a_group_have_the_masks_of_separate_calls(
+    path: str, r: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = backend.plan_of
+    monkeypatch.setattr(backend, "plan_of", lambda *given: replace(choose(*given), path=path))
+    cases = group_cases(40, 70, (48, 32, 64), r, torch.float32)
+    torch.manual_seed(5)
+    with observed() as launches:
+        together = run(*cases, dropout=0.4)
+    assert len(launches) == (4 if path == "fused" else 3)
+    torch.manual_seed(5)
+    ys, dxs, dcores = zip(*(run(case, dropout=0.4) for case in cases), strict=True)
+    for got, want in zip(together, (*ys, sum(dx.double() for dx in dxs), *dcores), strict=True):
+        tolerances.check(got, want, tolerances.fp32(150 if want.dtype == torch.float64 else 80))
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 66, 100])
+def test_eager_torch_knows_the_mask(n: int) -> None:
+    case = reference.make_case((20,), n, 8, 4, torch.float32)
+    for dropout in (1e-9, 0.05, 0.5, 0.95, 1 - 1e-9):
+        want = masks.philox_mask(case.x.shape, dropout, 2**40 + n, case.x.device)
+        assert torch.equal(mask_of(case, 2**40 + n, dropout), want)
+
+
+def test_the_words_are_philox() -> None:
+    """Random123's known answer for counter 0 and key 0: 6627e8d5 e169c58d bc57ac4c 9b00dbd8."""
+    case = reference.make_case((1,), 8, 8, 4, torch.float32)
+    halves = 0xE8D5, 0x6627, 0xC58D, 0xE169, 0xAC4C, 0xBC57, 0xDBD8, 0x9B00
+    for threshold in (*halves, *(half + 1 for half in halves)):
+        mask = mask_of(case, 0, threshold / 2**16)
+        assert mask.tolist() == [[half >= threshold for half in halves]]
+
+
+def test_the_mask_keeps_its_share_and_differs_by_seed() -> None:
+    case = reference.make_case((300,), 100, 8, 4, torch.float32)
+    masks = [mask_of(case, seed, 0.3) for seed in (1, 2)]
+    for mask in masks:
+        assert abs(mask.float().mean() - 0.7) < 5 * (0.21 / mask.numel()) ** 0.5
+    assert (masks[0] != masks[1]).float().mean() > 0.3
+
+
+def test_elements_are_dropped_independently() -> None:
+    """Of the eight columns that one counter serves, and of counters beside each other."""
+    kept = masks.philox_mask(torch.Size((4000, 64)), 0.3, 3, torch.device("cpu")).double() - 0.7  # the kernels'
+    products = kept.t() @ kept / (len(kept) * 0.21)
+    assert (products - torch.eye(64)).abs().max() < 5.5 * len(kept) ** -0.5
+    assert (kept[1:] * kept[:-1]).mean().abs() / 0.21 < 5 * (63 * len(kept)) ** -0.5
+
+
+@pytest.mark.parametrize("dropout", [1e-9, 1e-5, 0.05, 0.9, 1 - 1e-9])
+def test_the_scale_is_that_of_the_share_that_is_kept(dropout: float) -> None:
+    known = masks.kernel_dropout(dropout)
+    assert 0 < known < 1
+    assert abs(known - dropout) <= 2**-16
+    operands = operands_of(reference.make_case((2,), 4, 4, 4, torch.float32), dropout=dropout)
+    assert backend.members_of(operands).scales[0] * (1 - known) == pytest.approx(0.7)
+    words = torch.arange(2**16)
+    threshold = (launch.Mask(known).threshold & 0xFFFFFFFF) >> 16
+    assert (words >= threshold).double().mean() == 1 - known
+
+
+def test_none_is_none_whatever_the_seed() -> None:
+    """As in eager: an op may be called with a seed and a probability of 0."""
+    case, seed = reference.make_case((300,), 64, 8, 4, torch.float32), torch.tensor([5])
+    operands = operands_of(replace(case, weight=None), seeds=seed)
+    (y, u), (want, want_u) = (op(case.x, operands) for op in (backend.forward, eager.eager_forward))
+    tolerances.check(y, want.double(), tolerances.fp32(80))
+    tolerances.check(u, want_u.double(), tolerances.fp32(80))
+
+
+def test_it_follows_the_global_seed() -> None:
+    case = reference.make_case((20,), 40, 24, 4, torch.float32)
+    check_dropout_follows_the_global_seed(case, "triton")

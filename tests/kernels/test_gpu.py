@@ -8,10 +8,10 @@ import pytest
 import reference
 import tolerances
 import torch
+from calls import run, run_kernels
 from torch import Tensor
 
-import lorasb
-from lorasb.functional import lora_sb_linear, lora_sb_linear_group
+from lorasb.functional import lora_sb_linear
 from lorasb.kernels.launcher import observed
 
 pytestmark = pytest.mark.skipif(
@@ -34,21 +34,13 @@ def on_gpu(case: reference.Case) -> reference.Case:
     return reference.Case(*tensors, None if case.bias is None else case.bias.cuda(), case.scaling, case.dy.cuda())
 
 
-def run(case: reference.Case) -> list[Tensor]:
-    x, core = case.x.clone().requires_grad_(), case.core.clone().requires_grad_()
-    y = lora_sb_linear(x, case.weight, case.a, core, case.b, case.bias, case.scaling)
-    y.backward(case.dy)
-    return [y.detach(), x.grad, core.grad]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "n", "m", "r"), SHAPES)
 def test_no_further_from_fp64_than_the_chain(M: int, n: int, m: int, r: int, dtype: torch.dtype) -> None:
     case = on_gpu(reference.make_case((M,), n, m, r, dtype))
     exact = case.double()
     wanted = [reference.forward(exact), *reference.gradients(exact)]
-    with lorasb.backend("triton"):
-        results = run(case)
+    results = run_kernels(case)
     for got, chain, want in zip(results, reference.plain_chain(case), wanted, strict=True):
         if got.numel() >= tolerances.POOL:
             tolerances.check_half(got, chain, want)
@@ -64,19 +56,10 @@ def test_auto_takes_the_kernels_two_launches_a_direction() -> None:
 @pytest.mark.parametrize("M", [16, 512, 3000])
 def test_bitwise_repeatable(M: int) -> None:
     cases = [on_gpu(reference.make_case((M,), 1024, m, 96, torch.bfloat16, bias=False)) for m in (1024, 512)]
-
-    def group() -> list[Tensor]:
-        x = cases[0].x.clone().requires_grad_()
-        cores = [c.core.clone().requires_grad_() for c in cases]
-        ys = lora_sb_linear_group(x, [c.weight for c in cases], [c.a for c in cases], cores, [c.b for c in cases])
-        torch.autograd.backward(ys, [c.dy for c in cases])
-        return [*(y.detach() for y in ys), x.grad, *(core.grad for core in cores)]
-
-    with lorasb.backend("triton"):
-        first = group()
-        for _ in range(249):
-            for got, want in zip(group(), first, strict=True):
-                assert torch.equal(got, want)
+    first = run_kernels(*cases)
+    for _ in range(249):
+        for got, want in zip(run_kernels(*cases), first, strict=True):
+            assert torch.equal(got, want)
 
 
 def test_cuda_graphs() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import reference
 import torch
-from kernel_cases import DTYPES, few_of
-from reference import make_case
+from calls import dense, few_of, run, run_kernels
+from kernel_cases import DTYPES
+from reference import Case, make_case
 from storages import bits_of, exact, octets, storage
 from tolerances import EXACT, check, fp32
-from torch import Tensor
 
 import lorasb
 from lorasb.functional import dequantize, lora_sb_linear
@@ -19,23 +20,9 @@ from lorasb.kernels.launcher import observed
 from lorasb.quantization.quantized_weight import QuantizedWeight
 
 
-def run(
-    weight: QuantizedWeight,
-    rows: int,
-    r: int,
-    dtype: torch.dtype,
-    backend: str,
-    bias: bool = True,
-    dropout: float = 0.0,
-) -> list[Tensor]:
+def make(weight: QuantizedWeight, rows: int, r: int, dtype: torch.dtype) -> Case:
     m, n = weight.shape
-    case = make_case((rows,), n, m, r, dtype, bias=bias)
-    x, core = case.x.requires_grad_(), case.core.requires_grad_()
-    torch.manual_seed(5)
-    with lorasb.backend(backend):
-        y = lora_sb_linear(x, weight, case.a, core, case.b, case.bias, case.scaling, dropout=dropout)
-        y.backward(case.dy)
-    return [y.detach(), x.grad, core.grad]
+    return replace(make_case((rows,), n, m, r, dtype), weight=weight)
 
 
 @pytest.fixture(params=plan.WEIGHTS)
@@ -80,27 +67,24 @@ def test_dequantization_is_exact(kind: str, nested: bool, dtype: torch.dtype) ->
 def test_is_the_dense_layer(
     way: str, rows: int, m: int, n: int, r: int, block: int, nested: bool, dtype: torch.dtype
 ) -> None:
-    weight = storage(m, n, "nf4", block, nested, dtype)
-    found = run(weight, rows, r, dtype, "triton")
-    case = make_case((rows,), n, m, r, dtype).double()
-    x, core = case.x.requires_grad_(), case.core.requires_grad_()
-    y = x @ exact(weight, torch.float64).t() + case.scaling * (x @ case.a.t() @ core.t() @ case.b.t()) + case.bias
-    y.backward(case.dy)
-    for got, want, length in zip(found, (y.detach(), x.grad, core.grad), (n, m, max(1, rows)), strict=True):
+    case = make(storage(m, n, "nf4", block, nested, dtype), rows, r, dtype)
+    twin = replace(case, weight=exact(case.weight, torch.float64)).double()
+    wanted = reference.forward(twin), *reference.gradients(twin)
+    for got, want, length in zip(run_kernels(case), wanted, (n, m, max(1, rows)), strict=True):
         scale = want.abs().max().clamp_min(1.0) if want.numel() else 1.0
         check(got.double() / scale, want / scale, fp32(length) if dtype == torch.float32 else few_of(dtype))
 
 
 def test_odd_features_and_8_bits_take_the_scratch_or_torch(way: str) -> None:
     for weight in (storage(40, 63, dtype=torch.float32), octets(40, 64, torch.float32)):
-        for got, want in zip(*(run(weight, 9, 4, torch.float32, name) for name in ("triton", "eager")), strict=True):
+        case = make(weight, 9, 4, torch.float32)
+        for got, want in zip(run_kernels(case), run(case, backend="eager"), strict=True):
             check(got, want, fp32(64))
 
 
 def test_launches(way: str) -> None:
-    weight = storage(64, 128, dtype=torch.float32)
     with observed() as launches:
-        run(weight, 5, 4, torch.float32, "triton")
+        run_kernels(make(storage(64, 128, dtype=torch.float32), 5, 4, torch.float32))
     names = [one.name for one in launches]
     if way == "inline":
         assert names == ["prep_forward", "quantized_gemm", "prep_backward", "extended_gemm", "quantized_gemm"]
@@ -109,23 +93,18 @@ def test_launches(way: str) -> None:
 
 
 def test_repeats_to_the_bit(way: str) -> None:
-    weight = storage(64, 512, dtype=torch.float32)
-    first = run(weight, 5, 16, torch.float32, "triton")
-    for _ in range(3):
-        for got, want in zip(run(weight, 5, 16, torch.float32, "triton"), first, strict=True):
+    case = make(storage(64, 512, dtype=torch.float32), 5, 16, torch.float32)
+    for again in [run_kernels(case) for _ in range(2)]:
+        for got, want in zip(again, run_kernels(case), strict=True):
             check(got, want, EXACT)
 
 
 def test_dropout_masks_are_the_dense_kernels_own(way: str) -> None:
-    weight = storage(48, 64, dtype=torch.float32)
-    found = run(weight, 20, 8, torch.float32, "triton", dropout=0.5)
-    case = make_case((20,), 64, 48, 8, torch.float32)
-    x, core = case.x.requires_grad_(), case.core.requires_grad_()
-    torch.manual_seed(5)
-    with lorasb.backend("triton"):
-        y = lora_sb_linear(x, exact(weight, torch.float32), case.a, core, case.b, case.bias, case.scaling, dropout=0.5)
-        y.backward(case.dy)
-    for got, want in zip(found, (y.detach(), x.grad, core.grad), strict=True):
+    case, found = make(storage(48, 64, dtype=torch.float32), 20, 8, torch.float32), []
+    for one in (case, dense(case)):
+        torch.manual_seed(5)
+        found.append(run_kernels(one, dropout=0.5))
+    for got, want in zip(*found, strict=True):
         check(got, want, fp32(64))
 
 

@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-import environment  # noqa: F401  before triton is imported
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import reference
 import tolerances
 import torch
+from calls import exact, run_kernels
 from storages import storage
 
 import lorasb
-from lorasb.functional import lora_sb_linear, lora_sb_linear_group
+from lorasb.functional import lora_sb_linear
 from lorasb.kernels.launcher import observed
 
 INDEX = [1, 0, -1, 1, 2]
 
 
-def results(
-    case: reference.Case, cores: torch.Tensor, backend: str, weight: object = None, index: list[int] = INDEX
-) -> tuple[torch.Tensor, ...]:
-    x, cores = case.x.clone().requires_grad_(True), cores.clone().requires_grad_(True)
-    with lorasb.backend(backend):
-        given = case.weight if weight is None else weight
-        y = lora_sb_linear(x, given, case.a, cores, case.b, case.bias, case.scaling, index=index)
-        dx, dcores = torch.autograd.grad(y, (x, cores), case.dy)
-    return y.detach(), dx, dcores
-
-
-def make(tokens: int, n: int, m: int, r: int) -> tuple[reference.Case, torch.Tensor]:
-    case = reference.make_case((len(INDEX), tokens), n, m, r, torch.float32)
+def make(tokens: int, n: int, m: int, r: int, **options: Any) -> reference.Case:
+    """With a stack of three R's."""
+    case = reference.make_case((len(INDEX), tokens), n, m, r, torch.float32, **options)
     g = torch.Generator().manual_seed(0)
-    return case, torch.stack([case.core * torch.randn(r, r, generator=g) for _ in range(3)])
+    return replace(case, core=torch.stack([case.core * torch.randn(r, r, generator=g) for _ in range(3)]))
 
 
 @pytest.mark.parametrize(("tokens", "n", "m", "r"), [(1, 64, 48, 16), (13, 123, 59, 5), (20, 112, 128, 96)])
 def test_rows_are_eagers_with_the_extended_gemm_as_it_is(tokens: int, n: int, m: int, r: int) -> None:
-    case, cores = make(tokens, n, m, r)
+    case = make(tokens, n, m, r)
     with observed() as launches:
-        found = results(case, cores, "triton")
+        found = run_kernels(case, index=INDEX)
     assert [one.name for one in launches] == [
         "prep_forward",
         "times_row_cores",
@@ -48,17 +41,17 @@ def test_rows_are_eagers_with_the_extended_gemm_as_it_is(tokens: int, n: int, m:
         "extended_gemm",
         "row_core_gradients",
     ]
-    for result, want in zip(found, results(case.double(), cores.double(), "eager"), strict=True):
+    for result, want in zip(found, exact(case, index=INDEX), strict=True):
         tolerances.check(result, want, tolerances.fp32(n + m + r))
 
 
 @pytest.mark.parametrize("r", [16, 40, 144])
 def test_cores_of_a_bank_are_read_where_they_lie(r: int) -> None:
     """Columns of a wider storage, in bf16: as the same R's in fp32, to the bit."""
-    case, cores = make(5, 160, 144, r)
+    case = make(5, 160, 144, r)
     stored = torch.randn(3, 7 + r * r).bfloat16()
     view = stored[:, 7:].unflatten(1, (r, r))
-    view.copy_(cores)
+    view.copy_(case.core)
     with torch.no_grad(), lorasb.backend("triton"), observed() as launches:
         arguments = case.x, case.weight, case.a
         rest = case.b, case.bias, case.scaling
@@ -70,11 +63,11 @@ def test_cores_of_a_bank_are_read_where_they_lie(r: int) -> None:
 
 
 def test_rows_of_no_adapter_are_the_base_whatever_the_cores_hold() -> None:
-    case, cores = make(3, 64, 48, 16)
-    cores[0] = float("nan")
+    case = make(3, 64, 48, 16)
+    case.core[0] = float("nan")
     with torch.no_grad(), lorasb.backend("triton"):
         y = lora_sb_linear(
-            case.x, case.weight, case.a, cores, case.b, case.bias, case.scaling, index=[-1, 1, -1, 2, -1]
+            case.x, case.weight, case.a, case.core, case.b, case.bias, case.scaling, index=[-1, 1, -1, 2, -1]
         )
     tolerances.check(
         y[[0, 2, 4]], torch.nn.functional.linear(case.x, case.weight, case.bias)[[0, 2, 4]], tolerances.fp32(64)
@@ -84,24 +77,24 @@ def test_rows_of_no_adapter_are_the_base_whatever_the_cores_hold() -> None:
 
 def test_a_gradient_does_not_depend_on_the_rows_of_others() -> None:
     """To the bit, whoever they belong to and whatever they hold, and it repeats."""
-    case, cores = make(7, 64, 48, 24)
-    want = results(case, cores, "triton")[2][1]
-    assert torch.equal(results(case, cores, "triton")[2][1], want)
+    case = make(7, 64, 48, 24)
+    want = run_kernels(case, index=INDEX)[2][1]
+    assert torch.equal(run_kernels(case, index=INDEX)[2][1], want)
     for i, owner in enumerate(INDEX):
         if owner != 1:
             case.x[i], case.dy[i] = torch.randn(7, 64), torch.randn(7, 48)
-    assert torch.equal(results(case, cores, "triton", index=[1, 2, 2, 1, -1])[2][1], want)
+    assert torch.equal(run_kernels(case, index=[1, 2, 2, 1, -1])[2][1], want)
 
 
 def test_an_index_that_was_written_to_is_read_again() -> None:
-    case, cores = make(2, 64, 48, 16)
+    case = make(2, 64, 48, 16)
     index = torch.tensor(INDEX)
 
     def both() -> list[torch.Tensor]:
         found = []
         for backend in ("triton", "eager"):
             with torch.no_grad(), lorasb.backend(backend):
-                found.append(lora_sb_linear(case.x, case.weight, case.a, cores, case.b, index=index))
+                found.append(lora_sb_linear(case.x, case.weight, case.a, case.core, case.b, index=index))
         return found
 
     before, _ = both()
@@ -120,30 +113,29 @@ def test_an_index_that_was_written_to_is_read_again() -> None:
 
 
 def test_a_quantized_base() -> None:
-    case, cores = make(3, 128, 64, 8)
-    weight = storage(64, 128, dtype=torch.float32)
-    for result, want in zip(results(case, cores, "triton", weight), results(case, cores, "eager", weight), strict=True):
+    case = replace(make(3, 128, 64, 8), weight=storage(64, 128, dtype=torch.float32))
+    for result, want in zip(run_kernels(case, index=INDEX), exact(case, index=INDEX), strict=True):
         tolerances.check(result, want, tolerances.fp32(128 + 64))
 
 
 def test_an_index_out_of_range_is_an_error_before_a_launch() -> None:
-    case, cores = make(2, 64, 48, 16)
+    case = make(2, 64, 48, 16)
     with (
         observed() as launches,
         lorasb.backend("triton"),
         pytest.raises(IndexError, match=r"expected index in \[-1, 2\), .* got 2"),
     ):
-        lora_sb_linear(case.x, case.weight, case.a, cores[:2], case.b, index=INDEX)
+        lora_sb_linear(case.x, case.weight, case.a, case.core[:2], case.b, index=INDEX)
     assert not launches
 
 
-@pytest.mark.parametrize(("tokens", "r"), [(1, 16), (13, 24), (5, 144)])
+@pytest.mark.parametrize(("tokens", "r"), [(1, 16), (13, 24), (1, 144), pytest.param(5, 144, marks=pytest.mark.long)])
 def test_a_group_takes_one_pass_over_x_and_one_extended_gemm(tokens: int, r: int) -> None:
-    shape = (len(INDEX), tokens)
-    cases = [reference.make_case(shape, 160, m, r, torch.float32, scaling=m / 99, seed=m) for m in (148, 150, 144)]
-    cores = [make(tokens, 160, 144, r)[1] * (1 + i) for i in range(3)]
+    cases = [
+        replace(make(tokens, 160, m, r, scaling=m / 99, seed=m), x=make(tokens, 160, 148, r).x) for m in (148, 150, 144)
+    ]
     with observed() as launches:
-        found = of_group(cases, cores, "triton")
+        found = run_kernels(*cases, index=INDEX)
     forward = ["prep_forward"] * (2 if r == 144 else 1)  # whose sums would not fit the registers together
     assert [one.name for one in launches if "rows" not in one.name and "row_core" not in one.name] == [
         *forward,
@@ -152,16 +144,5 @@ def test_a_group_takes_one_pass_over_x_and_one_extended_gemm(tokens: int, r: int
         "extended_gemm",
     ]
     assert sum(one.name == "times_row_cores" for one in launches) == 6
-    want = of_group([case.double() for case in cases], [stack.double() for stack in cores], "eager")
-    for result, expected in zip(found, want, strict=True):
-        tolerances.check(result, expected, tolerances.fp32(160 + 3 * 150 + r))
-
-
-def of_group(cases: list[reference.Case], cores: list[torch.Tensor], backend: str) -> list[torch.Tensor]:
-    """The y_j, dx and the dR_j of a group that reads the first case's x."""
-    x, cores = cases[0].x.clone().requires_grad_(True), [stack.clone().requires_grad_(True) for stack in cores]
-    lists = [[c.weight for c in cases], [c.a for c in cases], cores, [c.b for c in cases], [c.bias for c in cases]]
-    with lorasb.backend(backend):
-        ys = lora_sb_linear_group(x, *lists, [c.scaling for c in cases], index=INDEX)
-        torch.autograd.backward(ys, [c.dy for c in cases])
-    return [*(y.detach() for y in ys), x.grad, *(stack.grad for stack in cores)]
+    for result, want in zip(found, exact(*cases, index=INDEX), strict=True):
+        tolerances.check(result, want, tolerances.fp32(160 + 3 * 150 + r))

@@ -82,11 +82,7 @@ def mutants(text: str) -> Iterator[Mutant]:
 
 
 class Interval(NamedTuple):
-    """What a block's warps did to shared memory between two barriers: a warp a granule, NEVER, or MANY of them.
-
-    `copied` is `writers` with the copies that were issued: they are ordered after what other warps did before. What
-    comes after them is not ordered by a barrier, but by a wait.
-    """
+    """What a block's warps did to shared memory between two barriers: a warp a granule, NEVER, or MANY of them."""
 
     writers: Any
     copied: Any
@@ -137,11 +133,7 @@ def names_of(operand: Any) -> set[str]:
 
 
 class Effects(ThreadBlock):
-    """A block that notes which orderings had something to order.
-
-    A barrier has if the intervals before and after it conflict; a wait, if what the weaker one would have left in flight
-    is touched before the next wait ends it; a fence, if a wgmma reads what was written between the fence before it and it.
-    """
+    """A block that notes which orderings had something to order."""
 
     effective: ClassVar[set[int]] = set()  # of instructions, by id
     _barrier: tuple[int, Interval] | None = None

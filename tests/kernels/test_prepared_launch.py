@@ -60,7 +60,7 @@ def prepared(split: bool, dropout: bool = True) -> Prepared:
 def test_every_argument_gets_what_is_its(split: bool, taken: list[tuple[Any, ...]]) -> None:
     known = prepared(split)
     for seeds in ((5,), (2**62 + 1,)):  # once more, with other tensors
-        tensors = [torch.zeros(4, 8), torch.zeros(8, 8), torch.zeros(8, 8)]
+        tensors = zeros()
         given = list(tensors)
         assert known.repeat(given, seeds)
         x, factors, v, M, partial, counters, told, dcores, _ = taken.pop()
@@ -79,23 +79,26 @@ def test_every_argument_gets_what_is_its(split: bool, taken: list[tuple[Any, ...
             assert {partial, counters, *dcores} == {addresses[0]}
 
 
+def zeros() -> list[Tensor]:
+    return [torch.zeros(4, 8), torch.zeros(8, 8), torch.zeros(8, 8)]
+
+
 def test_without_dropout_a_seed_stays_the_number_that_was_compiled(taken: list[tuple[Any, ...]]) -> None:
-    known = prepared(False, dropout=False)
-    known.repeat([torch.zeros(4, 8), torch.zeros(8, 8), torch.zeros(8, 8)], (2**62,))
+    prepared(False, dropout=False).repeat(zeros(), (2**62,))
     assert taken[0][NAMES.index("seeds")] == (0,)
 
 
 def test_counters_are_allocated_once_a_kind(taken: list[tuple[Any, ...]]) -> None:
     known, pointers = prepared(True), set()
     for _ in range(3):
-        known.repeat([torch.zeros(4, 8), torch.zeros(8, 8), torch.zeros(8, 8)])
+        known.repeat(zeros())
         pointers.add(taken[-1][NAMES.index("counters")])
     assert len(pointers) == 1
 
 
 def test_tensors_that_are_less_aligned_launch_nothing(taken: list[tuple[Any, ...]]) -> None:
     shifted = torch.zeros(33)[1:].view(4, 8)
-    assert not prepared(False).repeat([shifted, torch.zeros(8, 8), torch.zeros(8, 8)])
+    assert not prepared(False).repeat([shifted, *zeros()[1:]])
     assert not taken
 
 
@@ -111,18 +114,20 @@ def test_arguments_by_name_are_views_of_the_tensors(taken: list[tuple[Any, ...]]
     assert found["seeds"] == (7,)
 
 
-def test_a_copy_is_not_prepared() -> None:
-    """What a launcher copied (rows that were not contiguous) would be missed by a repetition."""
-    x, stray, dummy = meta(4, 8), meta(4, 8), meta(1)
-    arguments = {"x": x, "v": stray, "partial": dummy, "counters": dummy}
-    call = KernelCall(kernel(*arguments), 1, arguments, CONFIG)
-    with pytest.raises(NotPreparedError, match="v of kernel is a copy"):
-        Prepared([call], [x])
+X, OTHER, THIRD, DUMMY = meta(4, 8), meta(4, 8), meta(4, 8), meta(1)
 
 
-def test_tensors_of_one_argument_have_to_stand_together() -> None:
-    a, b, c, dummy = meta(4, 8), meta(4, 8), meta(4, 8), meta(1)
-    arguments = {"xs": (a, c), "partial": dummy, "counters": dummy}
+@pytest.mark.parametrize(
+    ("arguments", "tensors", "message"),
+    [
+        # what a launcher copied (rows that were not contiguous) would be missed by a repetition
+        ({"x": X, "v": OTHER}, [X], "v of kernel is a copy"),
+        ({"xs": (X, THIRD)}, [X, OTHER, THIRD], "stand together"),
+    ],
+    ids=["a copy", "tensors of one argument apart"],
+)
+def test_what_is_not_prepared(arguments: dict[str, Any], tensors: list[Tensor], message: str) -> None:
+    arguments |= {"partial": DUMMY, "counters": DUMMY}
     call = KernelCall(kernel(*arguments), 1, arguments, CONFIG)
-    with pytest.raises(NotPreparedError, match="stand together"):
-        Prepared([call], [a, b, c])
+    with pytest.raises(NotPreparedError, match=message):
+        Prepared([call], tensors)

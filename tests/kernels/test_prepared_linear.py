@@ -9,8 +9,8 @@ from typing import Any
 import environment
 import pytest
 import torch
-from calls import run_kernels
-from kernel_cases import check_case, check_group, group_cases, run_group
+from calls import check, run_kernels
+from kernel_cases import group_cases
 from reference import Case, make_case
 from torch import Tensor
 
@@ -59,15 +59,15 @@ def same_bits(call: Callable[[], Any], patch: pytest.MonkeyPatch) -> Any:
 def test_a_layer(shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     M, n, m, r = SHAPES[shape]
     case = make_case((M,), n, m, r, dtype, bias=shape == "aligned")
-    check_case(case, same_bits(lambda: run_kernels(case), monkeypatch))
+    check(same_bits(lambda: run_kernels(case), monkeypatch), case)
     others = make_case((M,), n, m, r, dtype, bias=shape == "aligned", seed=9)
-    check_case(others, run_kernels(others))  # a repetition with other tensors
+    check(run_kernels(others), others)  # a repetition with other tensors
     assert len(prepared_linear._kinds) == 2  # one forward, one backward
 
 
 def test_more_dimensions_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case((2, 3, 4), 64, 48, 8, torch.bfloat16)
-    check_case(case, same_bits(lambda: run_kernels(case), monkeypatch))
+    check(same_bits(lambda: run_kernels(case), monkeypatch), case)
     prepared_linear.forget()
     same_bits(lambda: run_kernels(case, dropout=0.4), monkeypatch)
     masks = [run_kernels(case, dropout=0.4)[0] for _ in range(2)]
@@ -76,9 +76,9 @@ def test_more_dimensions_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = group_cases(20, 64, (48, 32, 40), 24, torch.bfloat16)
-    same_bits(lambda: run_group(cases), monkeypatch)
+    same_bits(lambda: run_kernels(*cases), monkeypatch)
     prepared_linear.forget()
-    same_bits(lambda: run_group(cases, dropout=0.3), monkeypatch)
+    same_bits(lambda: run_kernels(*cases, dropout=0.3), monkeypatch)
 
 
 def test_cublas_beside_prepared_launches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_cublas_beside_prepared_launches(monkeypatch: pytest.MonkeyPatch) -> Non
     for r in (24, 64):  # with padding between the members' ranks, and without
         prepared_linear.forget()
         cases = group_cases(20, 96, (80, 64, 72), r, torch.bfloat16)
-        check_group(cases, same_bits(lambda cases=cases: run_group(cases), monkeypatch))
+        check(same_bits(lambda cases=cases: run_kernels(*cases), monkeypatch), *cases)
 
 
 @pytest.mark.parametrize("needed", ["dx", "dR"])
@@ -121,8 +121,8 @@ def test_what_cannot_be_repeated_is_launched_the_ordinary_way() -> None:
         for result, want in zip(run_kernels(case, x=x.detach()), wanted, strict=True):
             assert torch.equal(result, want)
     turned = replace(case, core=case.core.t().contiguous().t())  # the kernels take a copy of it
-    check_case(turned, run_kernels(turned))
-    check_case(turned, run_kernels(turned))
+    check(run_kernels(turned), turned)
+    check(run_kernels(turned), turned)
 
 
 def test_nothing_is_launched_before_all_pointers_are_known_to_be_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def test_nothing_is_launched_before_all_pointers_are_known_to_be_aligned(monkeyp
 def test_a_gradient_that_is_one_number_is_no_matrix_of_rows() -> None:
     case = make_case((20,), 64, 48, 8, torch.bfloat16)
     case.dy = torch.ones(()).to(torch.bfloat16).expand(20, 48)
-    check_case(case, run_kernels(case))
+    check(run_kernels(case), case)
 
 
 def test_new_tables_prepare_anew() -> None:
@@ -157,5 +157,5 @@ def test_kinds_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepared_linear, "MOST_KINDS", 2)
     for M in (1, 2, 3):
         case: Case = make_case((M,), 32, 32, 8, torch.bfloat16)
-        check_case(case, run_kernels(case))
+        check(run_kernels(case), case)
         assert len(prepared_linear._kinds) <= 2

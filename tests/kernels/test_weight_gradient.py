@@ -113,10 +113,8 @@ def test_fp64_stays_fp64_on_eager_and_is_refused_by_the_kernel() -> None:
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_opcheck(backend: str) -> None:
     dy, x, before = case(12, 10, 40, torch.float32)
-    if backend == "triton":
-        tests = ("test_schema", "test_faketensor")
-    else:
-        tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    traced = () if backend == "triton" else ("test_autograd_registration", "test_aot_dispatch_dynamic")
+    tests = ("test_schema", "test_faketensor", *traced)
     for fresh in (False, True):
         torch.library.opcheck(backend_op("gradient_add", backend), (dy, x, before.clone(), fresh), test_utils=tests)
         torch.library.opcheck(backend_op("gradient_signs", backend), (dy, x, before.clone(), fresh), test_utils=tests)

@@ -1,97 +1,96 @@
-"""The op against an independent fp64 reference: values, gradients, memory, determinism, tracing, bad input."""
+"""Every kind of call against independent references: values, gradients, memory, determinism, tracing, dropout, bad input."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import reference
 import tolerances
 import torch
-from calls import opcheck, operands_of, run
+from calls import (
+    INDEX,
+    KINDS,
+    check,
+    check_dropout_follows_the_global_seed,
+    check_pooled,
+    exact,
+    make_call,
+    opcheck,
+    outputs,
+    run,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import lorasb
 from lorasb.backends import cpp
-from lorasb.functional import lora_sb_linear
+from lorasb.functional import lora_sb_linear, lora_sb_linear_group
+from lorasb.ops import composed as by_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-pytestmark = pytest.mark.usefixtures("composed")
+long = pytest.mark.long
 
 
-def check_fp32(case: reference.Case) -> None:
-    exact = case.double()
-    wanted = (reference.forward(exact), *reference.gradients(exact))
-    r = case.a.shape[0]
-    lengths = (case.x.shape[-1] + r, case.dy.shape[-1] + r, case.x[..., 0].numel())
-    for result, want, length in zip(run(case), wanted, lengths, strict=True):
-        tolerances.check(result, want, tolerances.fp32(max(1, length)))
+@pytest.mark.parametrize(("tokens", "n", "m", "r"), [((), 61, 47, 5), ((3,), 128, 64, 16), ((9,), 61, 47, 40)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp32_is_exact_to_rounding(kernel: str, kind: str, tokens: tuple[int, ...], n: int, m: int, r: int) -> None:
+    cases, options = make_call(kind, torch.float32, tokens, n, m, r)
+    check(run(*cases, **options), *cases, **options)
 
 
-def check_half(rows: int, n: int, m: int, r: int, dtype: torch.dtype) -> None:
-    """y and dx against the plain chain, and dR where it has enough elements (small ones: the test after this)."""
-    seeds = -(-tolerances.POOL // (rows * min(n, m)))
-    pools = half_results([reference.make_case((rows,), n, m, r, dtype, seed=seed) for seed in range(seeds)])
-    for pool in pools if r * r * seeds >= tolerances.POOL else pools[:2]:
-        tolerances.check_half(*pool)
-
-
-def half_results(cases: list[reference.Case]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each of y, dx, dR: ours, the plain chain's and the exact one, pooled over cases."""
-    found: list[list[tuple[Tensor, ...]]] = [[], [], []]
-    for case in cases:
-        exact = case.double()
-        wanted = (reference.forward(exact), *reference.gradients(exact))
-        for pool, *values in zip(found, run(case), reference.plain_chain(case), wanted, strict=True):
-            pool.append(tuple(value.reshape(-1) for value in values))
-    return [tuple(torch.cat(part) for part in zip(*pool, strict=True)) for pool in found]
-
-
-def check_against_reference(rows: int, n: int, m: int, r: int, dtype: torch.dtype) -> None:
-    if dtype == torch.float32:
-        check_fp32(reference.make_case((rows,), n, m, r, dtype))
-    else:
-        check_half(rows, n, m, r, dtype)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_halves_are_as_near_to_fp64_as_the_plain_chain(kernel: str, kind: str, dtype: torch.dtype) -> None:
+    cases, options = make_call(kind, dtype, (9,), 61, 47, 20)
+    check(run(*cases, **options), *cases, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("r", [1, 3, 16, 17, 59])
-@pytest.mark.parametrize("m", [0, 1, 63, 1023])
-def test_matches_reference(m: int, r: int, dtype: torch.dtype) -> None:
-    if m == 0:
-        case = reference.make_case((0,), 123, 59, r, dtype)
-        y, dx, dcore = run(case)
-        assert y.shape == (0, 59)
-        assert dx.shape == (0, 123)
-        assert not dcore.any()
+@pytest.mark.parametrize(
+    ("rows", "n", "m", "r"),
+    [(1, 123, 59, 17), (63, 123, 59, 1), (63, 123, 59, 3), (63, 123, 59, 16), (1023, 123, 59, 59), (63, 4096, 1024, 96)]
+    + [pytest.param(rows, 123, 59, r, marks=long) for rows in (1, 63, 1023) for r in (1, 3, 16, 17, 59)]
+    + [pytest.param(63, 4096, 1024, r, marks=long) for r in (64, 128)],
+)
+def test_a_dense_layer_of_any_size(composed: bool, rows: int, n: int, m: int, r: int, dtype: torch.dtype) -> None:
+    if dtype == torch.float32:
+        case = reference.make_case((rows,), n, m, r, dtype)
+        check(run(case), case)
     else:
-        check_against_reference(m, 123, 59, r, dtype)
+        check_pooled(rows, n, m, r, dtype, cores=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("r", [64, 96, 128])
-def test_matches_reference_at_real_sizes(r: int, dtype: torch.dtype) -> None:
-    check_against_reference(63, 4096, 1024, r, dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("r", [1, 3])
-def test_small_cores_in_16_bits(r: int, dtype: torch.dtype) -> None:
-    cases = [reference.make_case((6,), 12, 10, r, dtype, seed=seed) for seed in range(-(-tolerances.POOL // (r * r)))]
-    for pool in half_results(cases):
-        tolerances.check_half(*pool)
+def test_small_cores_in_16_bits(composed: bool, r: int, dtype: torch.dtype) -> None:
+    check_pooled(6, 12, 10, r, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tokens(kernel: str, kind: str) -> None:
+    cases, options = make_call(kind, torch.float32)
+    empty = [replace(case, x=cases[0].x[:0], dy=case.dy[:0]) for case in cases]
+    results = run(*empty, **{name: [] for name in options})
+    *ys, dx = results[: len(cases) + 1]
+    assert [tuple(y.shape) for y in ys] == [(0, 2, case.b.shape[0]) for case in cases]
+    assert dx.shape == (0, 2, 64)
+    assert not any(dcore.any() for dcore in results[len(cases) + 1 :])
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 5), (2, 3, 5), (0,), (2, 0, 3)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_any_number_of_dimensions(shape: tuple[int, ...], bias: bool) -> None:
-    case = reference.make_case(shape, 24, 20, 4, torch.float32, bias=bias)
-    y, dx, _ = run(case)
-    assert y.shape == (*shape, 20)
-    assert dx.shape == (*shape, 24)
-    tolerances.check(y, reference.forward(case.double()), tolerances.fp32(28))
-    tolerances.check(dx, reference.gradients(case.double())[0], tolerances.fp32(24))
+def test_any_number_of_dimensions(composed: bool, shape: tuple[int, ...]) -> None:
+    for bias in (True, False):
+        case = reference.make_case(shape, 24, 20, 4, torch.float32, bias=bias)
+        results = run(case)
+        assert [tuple(one.shape) for one in results[:2]] == [(*shape, 20), (*shape, 24)]
+        check(results, case)
 
 
+@pytest.mark.usefixtures("composed")
 @settings(max_examples=60, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 6), min_size=0, max_size=3).map(tuple),
@@ -104,13 +103,11 @@ def test_any_number_of_dimensions(shape: tuple[int, ...], bias: bool) -> None:
 )
 def test_any_shape(shape: tuple[int, ...], n: int, m: int, rank: int, bias: bool, scaling: float, seed: int) -> None:
     case = reference.make_case(shape, n, m, min(rank, n, m), torch.float64, bias, scaling, seed)
-    y, dx, dcore = run(case)
-    want_dx, want_dcore = reference.gradients(case)
-    for result, want in ((y, reference.forward(case)), (dx, want_dx), (dcore, want_dcore)):
+    for result, want in zip(run(case), exact(case), strict=True):
         tolerances.check(result, want, tolerances.FP64)
 
 
-def test_non_contiguous_x_and_dy() -> None:
+def test_non_contiguous_x_and_dy(composed: bool) -> None:
     case = reference.make_case((6, 4), 24, 20, 4, torch.float32)
     want = run(case)
     wide = torch.randn(4, 6, 48)
@@ -118,54 +115,79 @@ def test_non_contiguous_x_and_dy() -> None:
     x = wide[..., ::2].transpose(0, 1).detach()
     assert not x.is_contiguous()
     case.dy = case.dy.transpose(0, 1).contiguous().transpose(0, 1)
-    for got, expected in zip(run(case, x), want, strict=True):
+    for got, expected in zip(run(case, x=x), want, strict=True):
         tolerances.check(got, expected, tolerances.fp32(24))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_gradcheck(bias: bool) -> None:
-    case = reference.make_case((3, 2), 7, 6, 3, torch.float64, bias=bias)
+@pytest.mark.parametrize("kind", [*KINDS, "dropout"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("eager", marks=long)])
+def test_gradcheck(composed: bool, backend: str, kind: str) -> None:
+    cases, options = make_call(kind.replace("dropout", "dense"), torch.float64, (), 8, 6, 3)
+    if kind == "dropout":
+        options["dropout"] = 0.4
 
-    def function(x: Tensor, core: Tensor) -> Tensor:
-        return lora_sb_linear(x, case.weight, case.a, core, case.b, case.bias, case.scaling)
+    def function(x: Tensor, *cores: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(3)
+        return tuple(outputs(cases, x, cores, **options))
 
-    assert torch.autograd.gradcheck(
-        function, (case.x.requires_grad_(True), case.core.requires_grad_(True)), **tolerances.GRADCHECK
+    inputs = cases[0].x.requires_grad_(True), *(case.core.requires_grad_(True) for case in cases)
+    with lorasb.backend(backend):
+        assert torch.autograd.gradcheck(function, inputs, **tolerances.GRADCHECK)
+        if kind != "dropout":
+            for result, want in zip(function(*inputs), exact(*cases, **options), strict=False):
+                tolerances.check(result, want, tolerances.FP64)
+
+
+FEW = ("dense", "nf4", "rows of a group")  # of what differs in an op's arguments
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [(kind, "auto") for kind in (*KINDS, "frozen core", "frozen x", "dropout", "dropout of a group")]
+    + [
+        pytest.param(kind, name, marks=() if kind in FEW else long)
+        for kind in KINDS
+        for name in ("eager", *(("cpp",) if cpp.missing() is None else ()))
+    ],
+)
+def test_opcheck(kind: str, backend: str) -> None:
+    of = {"dropout": "dense", "dropout of a group": "group", "frozen core": "dense", "frozen x": "dense"}.get(
+        kind, kind
     )
+    cases, options = make_call(of, torch.bfloat16 if kind == "nf4" else torch.float32, (), 16, 8, 3)
+    if "dropout" in kind:
+        options = {"dropout": 0.5, "seeds": torch.arange(7, 7 + len(cases))}
+    opcheck(backend, *cases, frozen=kind.removeprefix("frozen ") if "frozen" in kind else "", **options)
 
 
-@pytest.mark.parametrize("backend", ["auto", "eager"])
-@pytest.mark.parametrize("variant", ["plain", "no bias", "no weight", "frozen R", "frozen x", "dropout"])
-def test_opcheck(backend: str, variant: str) -> None:
-    case = reference.make_case((2, 3), 8, 6, 3, torch.float32, bias=variant != "no bias")
-    case.x.requires_grad_(variant != "frozen x")
-    case.core.requires_grad_(variant != "frozen R")
-    dropout, seed = (0.5, torch.tensor([7])) if variant == "dropout" else (0.0, None)
-    opcheck(backend, operands_of(case, base=() if variant == "no weight" else None, dropout=dropout, seeds=seed), case)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_backward_keeps_u_and_never_x(dtype: torch.dtype, composed: bool) -> None:
-    case = reference.make_case((32, 16), 200, 150, 8, dtype)
-    parameters = {t.data_ptr() for t in (case.weight, case.a, case.core, case.b)}
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, "dropout"])
+def test_backward_keeps_u_and_never_x(composed: bool, kind: str, dtype: torch.dtype) -> None:
+    """Of dropout a seed, and no mask; of a quantized W nothing that is dense; of rows their index."""
+    cases, options = make_call(kind.replace("dropout", "dense"), dtype, (80,), 96, 64, 8)
+    options |= {"dropout": 0.5} if kind == "dropout" else {}
+    stored = [t for case in cases for t in getattr(case.weight, "tensors", [case.weight]) if t is not None]
+    own = {t.data_ptr() for t in (*stored, *(t for case in cases for t in (case.a, case.core, case.b)))}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in parameters:
+        if tensor.data_ptr() not in own:
             kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return tensor
 
-    x = case.x.clone().requires_grad_(True) * 1.0
-    core = case.core.requires_grad_(True)
+    x = cases[0].x.clone().requires_grad_(True) * 1.0
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        lora_sb_linear(x, case.weight, case.a, core, case.b, case.bias)
-    rounds = composed and dtype == torch.bfloat16 and not cpp.serves(dtype)
-    rounded_core = 8 * 8 * 2 if rounds else 0  # R in x's dtype, which dx needs
-    assert sum(kept.values()) == 32 * 16 * 8 * case.x.element_size() + rounded_core
+        outputs(cases, x, [case.core.requires_grad_(True) for case in cases], **options)
+    composes = (
+        composed and not cpp.serves(dtype) and kind in ("dense", "no bias", "no W", "group", "group without biases")
+    )
+    core = 8 * 8 * dtype.itemsize if composes else 0  # s·R in x's dtype, which dx needs
+    other = 8 * len(INDEX) if "index" in options else 8 if kind == "dropout" else 0
+    assert sum(kept.values()) == len(cases) * (len(INDEX) * 80 * 8 * dtype.itemsize + core) + other
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bitwise_repeatable(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_bitwise_repeatable(composed: bool, dtype: torch.dtype) -> None:
     case = reference.make_case((33,), 96, 80, 16, dtype)
     first = run(case)
     for _ in range(249):
@@ -174,7 +196,7 @@ def test_bitwise_repeatable(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_rows_do_not_leak(value: float) -> None:
+def test_rows_do_not_leak(composed: bool, value: float) -> None:
     case = reference.make_case((9,), 32, 24, 4, torch.float32)
     want = run(case)[0]
     case.x[4, 3] = value
@@ -184,75 +206,148 @@ def test_rows_do_not_leak(value: float) -> None:
     assert torch.equal(got[others], want[others])
 
 
-def test_autocast_follows_linear_and_keeps_r_in_fp32() -> None:
-    case = reference.make_case((6,), 24, 20, 4, torch.float32)
-    seen = []
-    x, core = case.x.requires_grad_(True), case.core.requires_grad_(True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_is_linears_own_and_keeps_r_in_fp32(composed: bool, kind: str) -> None:
+    """As the same call in bf16, to the bit; its backward under autocast, too, as some loops have it."""
+    cases, options = make_call(kind, torch.float32)
+
+    def half(value: Any) -> Any:
+        return value.bfloat16() if isinstance(value, Tensor) else value
+
+    narrow = [replace(case, **{n: half(v) for n, v in vars(case).items() if n != "core"}) for case in cases]
     with torch.autocast("cpu", torch.bfloat16):
-        y = lora_sb_linear(x, case.weight, case.a, core, case.b, case.bias, case.scaling)
-        plain = torch.nn.functional.linear(case.x, case.weight, case.bias)
-        (y.float() * case.dy).sum().backward()  # backward under autocast, as some loops have it
-    seen.append(core.grad)
-    assert y.dtype == plain.dtype == torch.bfloat16
-    assert core.grad is not None
-    assert core.grad.dtype == torch.float32
-    assert x.grad is not None
-    assert x.grad.dtype == torch.float32
-    half = reference.make_case((6,), 24, 20, 4, torch.bfloat16)
-    want = run(half)
-    assert torch.equal(y, want[0])
-    assert torch.equal(core.grad, want[2])
+        found = run(*(replace(case, dy=half(case.dy)) for case in cases), **options)
+    for got, want in zip(found, run(*narrow, **options), strict=True):
+        assert torch.equal(got, want.to(got.dtype))
+    count = len(cases)
+    assert [one.dtype for one in found] == [torch.bfloat16] * count + [torch.float32] * (1 + count)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_compiles_without_a_graph_break(dynamic: bool, dropout: float) -> None:
-    case = reference.make_case((5,), 24, 20, 4, torch.float32)
+@pytest.mark.parametrize(
+    ("kind", "dynamic"),
+    [(kind, False) for kind in ("dense", "dropout", "nf4", "group")]
+    + [("dense", True), ("rows of a group", True)]
+    + [pytest.param(kind, dynamic, marks=long) for kind in (*KINDS, "dropout") for dynamic in (False, True)],
+)
+def test_compiles_without_a_graph_break_and_checks_an_index_there_too(
+    kind: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases, options = make_call(kind.replace("dropout", "dense"), torch.float32, (2,), 64, 32, 4)
+    index = torch.tensor(INDEX) if options else None
+    dropout = 0.3 if kind == "dropout" else 0.0
     torch._dynamo.reset()
+    if "group" in kind:  # dx of the op is one sum over the members
+        monkeypatch.setattr(by_torch, "SMALL_BYTES", 0)
 
-    def function(x: Tensor, core: Tensor) -> Tensor:
-        y = lora_sb_linear(x, case.weight, case.a, core, case.b, case.bias, case.scaling, dropout=dropout)
-        return torch.relu(y)
+    def function(x: Tensor, cores: list[Tensor], index: Tensor | None) -> Tensor:
+        return torch.cat(outputs(cases, x, cores, index=index, dropout=dropout), -1).relu()
 
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for rows in (5, 7):
-        x = torch.randn(rows, 24, requires_grad=True)
-        core = case.core.clone().requires_grad_(True)
+    cores = [case.core.requires_grad_(True) for case in cases]
+    for rows in (7, 5) if kind == "dense" else (7,):
+        x = cases[0].x[:rows].clone().requires_grad_(True)
+        given_ = x, cores, None if index is None else index[:rows]
         results = []
         for call in (function, compiled):
             torch.manual_seed(1)
-            x.grad = core.grad = None
-            y = call(x, core)
-            y.sum().backward()
-            results.append((y.detach(), x.grad, core.grad))
+            y = call(*given_)
+            results.append([y.detach(), *torch.autograd.grad(y.sum(), (x, *cores))])
+            with torch.no_grad():
+                results[-1] += [call(*given_)] if kind in ("dense", "nf4") and not dynamic else []
         for plain, traced in zip(*results, strict=True):
             assert torch.equal(plain, traced)
+    if index is not None:
+        with pytest.raises(IndexError, match=r"expected index in \[-1, 3\).*got 3"):
+            compiled(x, cores, index[:rows] + 1)
 
 
-BAD_INPUT = {
-    "features": (lambda c: {"x": c.x[:, :-1]}, ValueError, r"expected x \[\.\.\., 8\].*got \[3, 7\]"),
-    "scalar": (lambda c: {"x": c.x[0, 0]}, ValueError, r"expected x"),
-    "weight": (lambda c: {"weight": c.weight.t()}, ValueError, r"expected weight \[6, 8\], got \[8, 6\]"),
-    "bias": (lambda c: {"bias": c.bias[:2]}, ValueError, r"expected bias \[6\], got \[2\]"),
-    "rank": (lambda c: {"lora_R": c.core[:2, :2]}, ValueError, r"ranks differ"),
-    "dims": (lambda c: {"lora_A": c.a[0]}, ValueError, r"expected lora_A \[r, in\]"),
+def test_dropout_is_an_unbiased_mask_on_the_adapter_alone(composed: bool) -> None:
+    case = reference.make_case((2000,), 16, 8, 4, torch.float32, bias=False)
+    case.x = torch.ones_like(case.x)
+    torch.manual_seed(0)
+    y = lora_sb_linear(case.x, case.weight, case.a, case.core, case.b, scaling=case.scaling, dropout=0.25)
+    base = case.x @ case.weight.t()
+    without = reference.forward(case) - base
+    with_dropout = y - base
+    assert with_dropout.std(0).min() > 0
+    standard_error = with_dropout.std(0) / 2000**0.5
+    assert ((with_dropout.mean(0) - without[0]).abs() < 5 * standard_error).all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_groups_masks_are_those_of_separate_calls(backend: str, dtype: torch.dtype) -> None:
+    cases, _ = make_call("group", dtype)
+    torch.manual_seed(5)
+    together = run(*cases, backend=backend, dropout=0.4)
+    torch.manual_seed(5)
+    ys, dxs, dcores = zip(*(run(case, backend=backend, dropout=0.4) for case in cases), strict=True)
+    for one, other in zip(together, (*ys, dxs[0] + dxs[1] + dxs[2], *dcores), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_dropout_follows_the_global_seed() -> None:
+    check_dropout_follows_the_global_seed(reference.make_case((8,), 16, 8, 4, torch.float32))
+
+
+Change = Callable[[reference.Case], dict[str, Any]]
+DROPOUT = r"expected dropout in \[0, 1\)"
+EACH = "expected one of each argument for every member"
+OF_ROWS = "an index for each of the rows"
+BAD_INPUT: dict[str, tuple[str, Change, type[Exception], str]] = {
+    "features": ("dense", lambda c: {"x": c.x[..., :-1]}, ValueError, r"expected x \[\.\.\., 8\].*got \[7, 2, 7\]"),
+    "scalar": ("dense", lambda c: {"x": c.x[0, 0, 0]}, ValueError, r"expected x"),
+    "weight": ("dense", lambda c: {"weight": c.weight.t()}, ValueError, r"expected weight \[6, 8\], got \[8, 6\]"),
+    "bias": ("dense", lambda c: {"bias": c.bias[:2]}, ValueError, r"expected bias \[6\], got \[2\]"),
+    "rank": ("dense", lambda c: {"lora_R": c.core[:2, :2]}, ValueError, "ranks differ"),
+    "dims": ("dense", lambda c: {"lora_A": c.a[0]}, ValueError, r"expected lora_A \[r, in\]"),
     "r over 256": (
+        "dense",
         lambda c: {"lora_A": torch.zeros(257, 8), "lora_R": torch.zeros(257, 257), "lora_B": torch.zeros(6, 257)},
         ValueError,
         r"r <= 256",
     ),
-    "dtype of W": (lambda c: {"weight": c.weight.half()}, TypeError, r"expected weight in x's dtype torch.float32"),
-    "dtype of A": (lambda c: {"lora_A": c.a.bfloat16()}, TypeError, r"expected lora_A in x's dtype"),
-    "integer x": (lambda c: {"x": torch.ones(3, 8, dtype=torch.long)}, TypeError, r"expected x in fp64, fp32, bf16"),
-    "integer R": (lambda c: {"lora_R": torch.ones(3, 3, dtype=torch.long)}, TypeError, r"expected lora_R in fp32"),
-    "device": (lambda c: {"lora_B": c.b.to("meta")}, ValueError, r"expected lora_B on x's device cpu, got meta"),
-}
+    "dtype of W": ("dense", lambda c: {"weight": c.weight.half()}, TypeError, "expected weight in x's dtype torch.float32"),
+    "dtype of A": ("dense", lambda c: {"lora_A": c.a.bfloat16()}, TypeError, "expected lora_A in x's dtype"),
+    "integer x": ("dense", lambda c: {"x": c.x.long()}, TypeError, "expected x in fp64, fp32, bf16"),
+    "integer R": ("dense", lambda c: {"lora_R": c.core.long()}, TypeError, "expected lora_R in fp32"),
+    "device": ("dense", lambda c: {"lora_B": c.b.to("meta")}, ValueError, "expected lora_B on x's device cpu, got meta"),
+    **{f"dropout {p}": ("dense", lambda c, p=p: {"dropout": p}, ValueError, DROPOUT) for p in (1.0, 1.5, -0.1, float("nan"))},
+    "dropout of a group": ("group", lambda c: {"dropout": 1.0}, ValueError, DROPOUT),
+    "no weights": ("group", lambda c: {"weights": []}, ValueError, EACH),
+    "members": ("group", lambda c: {"lora_A": [], "lora_R": [], "lora_B": []}, ValueError, EACH),
+    "ranks": ("group", lambda c: {"lora_A": [c.a[:2], c.a, c.a]}, ValueError, r"expected one rank for all members, got \[2, 3, 3\]"),
+    "above": ("rows", lambda c: {"index": [0, 3, *INDEX[2:]]}, IndexError, r"expected index in \[-1, 3\), .* got 3"),
+    "below": ("rows", lambda c: {"index": [0, -2, *INDEX[2:]]}, IndexError, r"got -2"),
+    "length": ("rows", lambda c: {"index": [0, 1]}, ValueError, rf"{OF_ROWS} of x .* got 2 for \[7, 2, 8\]"),
+    "dtype": ("rows", lambda c: {"index": torch.zeros(7)}, TypeError, r"expected index \[n\] in int64 on the CPU"),
+    "one core": ("rows", lambda c: {"lora_R": c.core[0]}, ValueError, r"expected lora_R \[K, r, r\] with an index of rows"),
+    "rank of a stack": ("rows", lambda c: {"lora_R": torch.zeros(3, 4, 4)}, ValueError, "ranks differ"),
+    "dropout of rows": ("rows", lambda c: {"dropout": 0.5}, ValueError, "expected dropout 0 with an index of rows"),
+    "a row": ("rows", lambda c: {"x": torch.zeros(8)}, ValueError, OF_ROWS),
+    "above in a group": ("rows of a group", lambda c: {"index": [3] * 7}, IndexError, r"expected index in \[-1, 3\), .* got 3"),
+    "length in a group": ("rows of a group", lambda c: {"index": [0, 1]}, ValueError, rf"{OF_ROWS} of x .* got 2 for \[7, 2, 8\]"),
+    "one core in a group": ("rows of a group", lambda c: {"lora_R": [c.core[0]] * 3}, ValueError, r"expected lora_R \[K, r, r\]"),
+    "members of rows": ("rows of a group", lambda c: {"lora_R": [c.core] * 2}, ValueError, EACH),
+    "ranks of rows": ("rows of a group", lambda c: {"lora_A": [c.a[:2], c.a, c.a]}, ValueError, "one rank for all members"),
+    "no weights of rows": ("rows of a group", lambda c: {"weights": []}, ValueError, EACH),
+    "dropout of rows in a group": ("rows of a group", lambda c: {"dropout": 0.5}, ValueError, "expected dropout 0 with an index"),
+    "inference mode": ("dense", lambda c: {"x": c.x.requires_grad_()}, ValueError, r"under torch\.inference_mode"),
+}  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager", "triton"])
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input(name: str) -> None:
-    change, kind, message = BAD_INPUT[name]
-    c = reference.make_case((3,), 8, 6, 3, torch.float32)
-    given_ = {"x": c.x, "weight": c.weight, "lora_A": c.a, "lora_R": c.core, "lora_B": c.b, "bias": c.bias}
-    with pytest.raises(kind, match=message):
-        lora_sb_linear(**{**given_, **change(c)})
+def test_bad_input_is_refused_alike_by_every_backend(name: str, backend: str) -> None:
+    kind, change, error, message = BAD_INPUT[name]
+    cases, options = make_call(kind, torch.float32, (2,), 8, 6, 3)
+    fields = {"weight": "weight", "lora_A": "a", "lora_R": "core", "lora_B": "b", "bias": "bias"}
+    if len(cases) == 1:
+        call, given_ = lora_sb_linear, {name: getattr(cases[0], field) for name, field in fields.items()}
+    else:
+        plural = {"weight": "weights", "bias": "biases"}
+        call = lora_sb_linear_group  # type: ignore[assignment]
+        given_ = {plural.get(n, n): [getattr(c, field) for c in cases] for n, field in fields.items()}
+    given_ |= {"x": cases[0].x, **options, **change(cases[0])}
+    with lorasb.backend(backend), torch.inference_mode(name == "inference mode"), pytest.raises(error, match=message):
+        call(**given_)

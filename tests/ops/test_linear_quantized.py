@@ -1,70 +1,54 @@
-"""The adapted linear over quantized weights: every backend and instruction set against fp64."""
+"""The adapted linear over quantized weights: every backend and instruction set against fp64, with and without gradients."""
 
 from __future__ import annotations
 
+import gc
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from reference import make_case
-from storages import exact, octets, storage, unrounded
-from tolerances import EXACT, HALF_FEW, POOL, check, check_half, fp32
+from calls import check, dense, exact, plain, run
+from reference import Case, make_case
+from storages import octets, storage, unrounded
+from tolerances import EXACT, HALF_FEW, POOL, check_half, fp32
+from tolerances import check as close
 from torch import Tensor
 
-import lorasb
+from lorasb.backends import cpp
 from lorasb.functional import lora_sb_linear, quantized_linear
-from lorasb.quantization.quantized_weight import QuantizedWeight
 
 BF16 = ("AMX", "AVX-512 with bf16")  # where our own product takes any number of tokens
 ROWS = (0, 1, 2, 3, 4, 5, 9, 17, 70, 97)
+long = pytest.mark.long
 
 
-def run(
-    weight: QuantizedWeight, rows: int, r: int, dtype: torch.dtype, bias: bool = True, seed: int = 0
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """y, dx, dR of the layer; of the plain chain over the dequantized weight; and exactly.
-
-    In 16 bits W is rounded on the way to a product, by the chain in each element: exact is what the storage stands for.
-    """
+def make(weight: Any, rows: int, r: int, dtype: torch.dtype, **options: Any) -> Case:
     m, n = weight.shape
-    case = make_case((rows,), n, m, r, dtype, bias=bias, seed=seed)
-    dense = exact(weight, dtype)
-
-    def through(
-        x: Tensor, w: Tensor | QuantizedWeight, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None, plain: bool
-    ) -> list[Tensor]:
-        x, core = x.clone().requires_grad_(), core.clone().requires_grad_()
-        if plain:
-            y = torch.nn.functional.linear(x, w, bias) + case.scaling * (x @ a.t() @ core.t().to(x.dtype) @ b.t())
-        else:
-            y = lora_sb_linear(x, w, a, core, b, bias, case.scaling)
-        y.backward(case.dy.to(y.dtype))
-        return [y.detach(), x.grad, core.grad]
-
-    ours = through(case.x, weight, case.a, case.core, case.b, case.bias, False)
-    chain = through(case.x, dense, case.a, case.core, case.b, case.bias, True)
-    wide = case.double()
-    meant = dense if dtype == torch.float32 else unrounded(weight)
-    truth = through(wide.x, meant.double(), wide.a, wide.core, wide.b, wide.bias, True)
-    return ours, chain, truth
+    return replace(make_case((rows,), n, m, r, dtype, **options), weight=weight)
 
 
-@pytest.mark.parametrize("rows", ROWS)
+SHAPES = [
+    (96, 128, 64, False, "nf4"),
+    (50, 192, 64, True, "nf4"),
+    (33, 256, 128, False, "fp4"),
+    (40, 96, 32, True, "nf4"),
+    (59, 123, 64, False, "nf4"),
+]
+
+
 @pytest.mark.parametrize(
-    ("m", "n", "block", "nested", "kind"),
-    [
-        (96, 128, 64, False, "nf4"),
-        (50, 192, 64, True, "nf4"),
-        (33, 256, 128, False, "fp4"),
-        (40, 96, 32, True, "nf4"),
-        (59, 123, 64, False, "nf4"),
-    ],
+    ("shape", "rows"),
+    [(SHAPES[-1], rows) for rows in ROWS]
+    + [(shape, 5) for shape in SHAPES[:-1]]
+    + [pytest.param(*one, marks=long) for one in itertools.product(SHAPES[:-1], ROWS)],
 )
-def test_fp32_is_exact_to_rounding(kernel: str, m: int, n: int, block: int, nested: bool, kind: str, rows: int) -> None:
-    weight = storage(m, n, kind, block, nested, torch.float32)
-    ours, _, truth = run(weight, rows, 16, torch.float32)
-    for got, want, length in zip(ours, truth, (n, m, max(1, rows)), strict=True):
-        check(got, want, fp32(length))
+def test_fp32_is_exact_to_rounding(kernel: str, shape: tuple[int, int, int, bool, str], rows: int) -> None:
+    m, n, block, nested, kind = shape
+    case = make(storage(m, n, kind, block, nested, torch.float32), rows, 16, torch.float32)
+    for got, want, length in zip(run(case), exact(case), (n, m, max(1, rows)), strict=True):
+        close(got, want, fp32(length))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -72,12 +56,12 @@ def test_fp32_is_exact_to_rounding(kernel: str, m: int, n: int, block: int, nest
 def test_halves_are_as_near_as_the_chain(kernel: str, rows: int, dtype: torch.dtype) -> None:
     parts: list[list[list[Tensor]]] = [[], [], []]
     for seed in range(max(3, POOL // (rows * 64))):
-        weight = storage(128, 192, "nf4", 64, seed % 2 == 1, dtype, seed)
-        for part, found in zip(parts, run(weight, rows, 16, dtype, seed=seed), strict=True):
+        case = make(storage(128, 192, "nf4", 64, seed % 2 == 1, dtype, seed), rows, 16, dtype, seed=seed)
+        for part, found in zip(parts, (run(case), plain(case), exact(case)), strict=True):
             part.append(found)
     ours, chain, truth = ([torch.cat([f[i].flatten().double() for f in part]) for i in range(3)] for part in parts)
-    for got, plain, want in zip(ours, chain, truth, strict=True):
-        check_half(got, plain, want)
+    for got, near, want in zip(ours, chain, truth, strict=True):
+        check_half(got, near, want)
 
 
 @pytest.mark.parametrize(
@@ -95,9 +79,9 @@ def test_halves_are_as_near_as_the_chain(kernel: str, rows: int, dtype: torch.dt
     ],
 )
 def test_halves_in_any_shape(kernel: str, rows: int, m: int, n: int, block: int, nested: bool, r: int) -> None:
-    ours, chain, truth = run(storage(m, n, "nf4", block, nested), rows, r, torch.bfloat16)
-    for got, plain, want in list(zip(ours, chain, truth, strict=True))[: 3 if r * r >= POOL else 2]:
-        check_half(got, plain, want)
+    case = make(storage(m, n, "nf4", block, nested), rows, r, torch.bfloat16)
+    for got, near, want in list(zip(run(case), plain(case), exact(case), strict=True))[: 3 if r * r >= POOL else 2]:
+        check_half(got, near, want)
 
 
 @pytest.mark.parametrize("block", [32, 128, 256, 512, 1024, 2048, 4096])
@@ -108,91 +92,70 @@ def test_few_tokens_meet_the_scales_of_every_block(kernel: str, block: int) -> N
     want = x.double() @ unrounded(weight).double().t()
     for rows in range(1, 9):
         y = quantized_linear(x[:rows], weight)
-        check(y.double() / want.abs().max(), want[:rows] / want.abs().max(), HALF_FEW)
+        close(y.double() / want.abs().max(), want[:rows] / want.abs().max(), HALF_FEW)
 
 
 @pytest.mark.parametrize("r", [1, 3, 16, 17, 64])
 def test_any_rank_is_exact_to_rounding(kernel: str, r: int) -> None:
     for rows in (1, 33):
-        ours, _, truth = run(storage(96, 128, dtype=torch.float32), rows, r, torch.float32, bias=False)
-        for got, want in zip(ours, truth, strict=True):
-            check(got, want, fp32(128))
+        case = make(storage(96, 128, dtype=torch.float32), rows, r, torch.float32, bias=False)
+        for got, want in zip(run(case), exact(case), strict=True):
+            close(got, want, fp32(128))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_8_bits_are_what_they_stand_for(kernel: str, dtype: torch.dtype) -> None:
     for rows in (1, 5, 40):
-        ours, chain, truth = run(octets(48, 96, dtype), rows, 8, dtype)
-        for got, plain, want in zip(ours, chain, truth, strict=True):
-            tolerance = fp32(96) if dtype == torch.float32 else HALF_FEW
+        case = make(octets(48, 96, dtype), rows, 8, dtype)
+        for got, want in zip(run(case), exact(case), strict=True):
             scale = want.abs().max().clamp_min(1.0)
-            check(got.double() / scale, want / scale, tolerance)
-            assert plain.shape == got.shape
+            close(got.double() / scale, want / scale, fp32(96) if dtype == torch.float32 else HALF_FEW)
 
 
 def test_a_weight_stored_in_bf16_and_multiplied_in_fp32_is_rounded_as_bitsandbytes_rounds_it(kernel: str) -> None:
-    weight = storage(96, 128, dtype=torch.bfloat16)
-    ours, _, truth = run(weight, 40, 8, torch.float32)
-    for got, want in zip(ours, truth, strict=True):
-        check(got, want, fp32(128))
+    case = make(storage(96, 128, dtype=torch.bfloat16), 40, 8, torch.float32)
+    check(run(case), case)
 
 
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 40), (torch.bfloat16, 7), (torch.bfloat16, 90)])
 def test_dropout_is_the_same_in_forward_and_backward(kernel: str, dtype: torch.dtype, rows: int) -> None:
-    weight, case = storage(96, 128, dtype=dtype), make_case((rows,), 128, 96, 8, dtype, bias=False)
-    dense = exact(weight, dtype)
-
-    def through(w: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
-        x, core = case.x.clone().requires_grad_(), case.core.clone().requires_grad_()
-        torch.manual_seed(3)
-        y = lora_sb_linear(x, w, case.a, core, case.b, dropout=0.5)
-        y.backward(case.dy)
-        return y.detach(), x.grad, core.grad
-
-    with lorasb.backend("eager"):
-        plain = through(dense)
-    for got, want, length in zip(through(weight), plain, (128, 96, rows), strict=True):
+    case = make(storage(96, 128, dtype=dtype), rows, 8, dtype, bias=False, scaling=1.0)
+    torch.manual_seed(3)
+    found = run(case, dropout=0.5)
+    twin = replace(case, weight=dense(case).weight)
+    torch.manual_seed(3)
+    for got, want, length in zip(found, run(twin, backend="eager", dropout=0.5), (128, 96, rows), strict=True):
         scale = want.double().abs().max()
-        check(got / scale, want / scale, fp32(length) if dtype == torch.float32 else HALF_FEW)
+        close(got / scale, want / scale, fp32(length) if dtype == torch.float32 else HALF_FEW)
     adapter = case.b @ case.core.to(dtype) @ case.a
-    assert (through(weight)[1] - case.dy @ (dense + adapter)).norm() > 0.1 * (case.dy @ adapter).norm()
+    assert (found[1] - case.dy @ (twin.weight + adapter)).norm() > 0.1 * (case.dy @ adapter).norm()
 
 
 def test_results_do_not_depend_on_the_number_of_threads_or_the_time(kernel: str) -> None:
     before = torch.get_num_threads()
     for rows, dtype, r in itertools.product((1, 5, 40), (torch.float32, torch.bfloat16), (0, 16)):
-        weight = storage(256, 512, dtype=dtype)
+        case = make(storage(256, 512, dtype=dtype), rows, r, dtype)
         try:
             found = []
             for threads in (1, 2, 2):
                 torch.set_num_threads(threads)
-                found.append(run(weight, rows, r, dtype)[0])
+                found.append(run(case))
         finally:
             torch.set_num_threads(before)
         # The adapter's thin products may be the BLAS's, which cuts some sums by threads.
         ours = r == 0 and kernel != "eager" and (rows < 5 or (kernel in BF16 and dtype == torch.bfloat16))
         for first, second, third in zip(*found, strict=True):
-            check(second, third, EXACT)
+            close(second, third, EXACT)
             if ours:
-                check(first, second, EXACT)
+                close(first, second, EXACT)
 
 
 def test_any_number_of_dimensions_and_strides(kernel: str) -> None:
-    weight = storage(96, 128, dtype=torch.float32)
-    case = make_case((2, 3, 5), 128, 96, 8, torch.float32)
-    wide = torch.randn(2, 3, 5, 256)[..., ::2]
-    for x in (case.x, case.x[0], case.x[0, 0], case.x[0, 0, 0], wide):
-        y = lora_sb_linear(x, weight, case.a, case.core, case.b, case.bias)
-        want = lora_sb_linear(
-            x.double(),
-            exact(weight, torch.float64),
-            case.a.double(),
-            case.core.double(),
-            case.b.double(),
-            case.bias.double(),
-        )
-        assert y.shape == (*x.shape[:-1], 96)
-        check(y, want, fp32(128))
+    case = make(storage(96, 128, dtype=torch.float32), 0, 8, torch.float32)
+    whole = make_case((2, 3, 5), 128, 96, 8, torch.float32).x
+    for x in (whole, whole[0], whole[0, 0], whole[0, 0, 0], torch.randn(2, 3, 5, 256)[..., ::2]):
+        one = replace(case, x=x, dy=torch.ones(*x.shape[:-1], 96))
+        check(run(one, x=x.detach()), one)
 
 
 def test_without_an_adapter_it_is_a_linear(kernel: str) -> None:
@@ -200,6 +163,75 @@ def test_without_an_adapter_it_is_a_linear(kernel: str) -> None:
     x, bias = torch.randn(7, 128, requires_grad=True), torch.randn(96)
     y = quantized_linear(x, weight, bias)
     y.sum().backward()
-    dense = exact(weight, torch.float64)
-    check(y, x.detach().double() @ dense.t() + bias, fp32(128))
-    check(x.grad, torch.ones(7, 96).double() @ dense, fp32(96))
+    meant = unrounded(weight).double()
+    close(y, x.detach().double() @ meant.t() + bias, fp32(128))
+    close(x.grad, torch.ones(7, 96).double() @ meant, fp32(96))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_without_gradients_the_result_is_the_same_to_the_bit(
+    kernel: str, kind: str, stored: torch.dtype, dtype: torch.dtype, autocast: bool
+) -> None:
+    weight = octets(24, 64, stored) if kind == "int8" else storage(24, 64, dtype=stored, nested=True)
+    for rows in (0, 1, 5, 70):
+        case = make_case((rows,), 64, 24, 4, dtype)
+        x, arguments = case.x.clone().requires_grad_(), (weight, case.a, case.core, case.b, case.bias, 0.7)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            want, bare = lora_sb_linear(x, *arguments), quantized_linear(x, weight, case.bias)
+            with torch.no_grad():
+                assert torch.equal(lora_sb_linear(case.x, *arguments), want.detach())
+                assert torch.equal(quantized_linear(case.x, weight, case.bias), bare.detach())
+
+
+@pytest.mark.parametrize("grad_mode", [False, True])
+def test_wrong_arguments_say_what_is_wrong(kernel: str, grad_mode: bool) -> None:
+    case = make(storage(96, 128, dtype=torch.float32), 4, 8, torch.float32)
+    for change, kind, message in (
+        ({"weight": storage(64, 128, dtype=torch.float32)}, ValueError, "quantized weight"),
+        ({"x": case.x[:, 1:]}, ValueError, r"expected (x )?\[\.\.\., 128\]"),
+        ({"a": case.a.bfloat16()}, TypeError, "lora_A in x's dtype"),
+        ({"b": case.b[1:]}, ValueError, "quantized weight"),
+        ({"bias": case.bias[1:]}, ValueError, r"bias \[96\]"),
+        ({"bias": case.bias.double()}, TypeError, "bias in x's dtype"),
+        ({"core": case.core.long()}, TypeError, "lora_R in fp32"),
+        ({"core": case.core[1:]}, ValueError, r"expected A \[r, in\]|ranks differ"),
+        ({"x": case.x.long()}, TypeError, "expected x in fp64, fp32"),
+    ):
+        x, weight, a, core, b, bias, *_ = vars(replace(case, **change)).values()
+        with torch.set_grad_enabled(grad_mode), pytest.raises(kind, match=message):
+            lora_sb_linear(x, weight, a, core, b, bias)
+
+
+@pytest.mark.parametrize("backend", ["eager", *(("cpp",) if cpp.missing() is None else ())])
+def test_opcheck_of_what_records_no_gradient(backend: str) -> None:
+    for weight, dtype in (
+        (storage(32, 64), torch.bfloat16),
+        (storage(32, 64, nested=True, dtype=torch.float32), torch.float32),
+        (octets(32, 64, torch.float32), torch.float32),
+    ):
+        c = make(weight, 6, 4, dtype)
+        op = getattr(torch.ops.lorasb, f"dequantize_{backend}")
+        torch.library.opcheck(op, (weight.tensors, weight.layout(dtype), 32, 64, dtype))
+        if backend == "cpp":
+            served = c.x, weight.tensors, weight.storage_layout, 32, 64, c.a, c.core, c.b, c.bias, 0.7
+            torch.library.opcheck(torch.ops.lorasb.serve_quantized_cpp, served)
+
+
+@pytest.mark.skipif(cpp.missing() is not None, reason="no C++ extension")
+@pytest.mark.parametrize("rows", [1, 40, 200])
+def test_no_dense_weight_exists_at_any_time(rows: int) -> None:
+    m, n = 4096, 2048
+    weight, case = storage(m, n), make_case((rows,), n, m, 8, torch.bfloat16)
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        y = lora_sb_linear(case.x.requires_grad_(), weight, case.a, case.core.requires_grad_(), case.b)
+        y.backward(case.dy)
+    held = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert peak < 2 * m * n / 2  # half of a dense W in bf16, activations included

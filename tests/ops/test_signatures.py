@@ -57,11 +57,7 @@ def test_the_extension_tells_apart_what_python_tells_apart(one: list[Any], other
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
-@pytest.mark.parametrize(
-    "kind",
-    ["sparse", "negated", "number", "nested list", "fake", "nested tensor", "subclass"],
-    ids=str,
-)
+@pytest.mark.parametrize("kind", ["sparse", "negated", "number", "nested list", "fake", "nested tensor", "subclass"])
 def test_what_is_no_plain_tensor_has_no_signature(kind: str, ways: tuple[Signature, Signature]) -> None:
     class Other(Tensor):
         pass
@@ -121,17 +117,16 @@ def test_nothing_is_known_where_ops_are_intercepted(ways: tuple[Signature, Signa
 
 
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def case(monkeypatch: pytest.MonkeyPatch) -> reference.Case:
     """Nothing has passed yet."""
     monkeypatch.setattr(operand_checks, "_known", signatures.Known())
+    return reference.make_case((5,), 24, 20, 4, torch.float32)
 
 
-@pytest.mark.usefixtures("fresh")
-def test_a_call_is_checked_once_a_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_is_checked_once_a_signature(case: reference.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[Any] = []
     check = operand_checks.check_linear
     monkeypatch.setattr(operand_checks, "check_linear", lambda *given: (checked.append(given), check(*given)))
-    case = reference.make_case((5,), 24, 20, 4, torch.float32)
     for _ in range(3):
         lora_sb_linear(case.x.clone(), case.weight, case.a, case.core.clone(), case.b)
     assert len(checked) == 1
@@ -139,9 +134,7 @@ def test_a_call_is_checked_once_a_signature(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(checked) == 2
 
 
-@pytest.mark.usefixtures("fresh")
-def test_a_bad_call_is_refused_after_good_ones_and_again() -> None:
-    case = reference.make_case((5,), 24, 20, 4, torch.float32)
+def test_a_bad_call_is_refused_after_good_ones_and_again(case: reference.Case) -> None:
     for _ in range(2):
         lora_sb_linear(case.x, case.weight, case.a, case.core, case.b)
         with pytest.raises(TypeError, match="in x's dtype"):
@@ -152,9 +145,7 @@ def test_a_bad_call_is_refused_after_good_ones_and_again() -> None:
             lora_sb_linear(case.x.detach().requires_grad_(), case.weight, case.a, case.core, case.b)
 
 
-@pytest.mark.usefixtures("fresh")
-def test_a_known_group_still_needs_a_scale_for_every_member() -> None:
-    case = reference.make_case((5,), 24, 20, 4, torch.float32)
+def test_a_known_group_still_needs_a_scale_for_every_member(case: reference.Case) -> None:
     lists = [[tensor] * 2 for tensor in (case.weight, case.a, case.core, case.b)]
     for _ in range(2):
         lora_sb_linear_group(case.x, *lists, scalings=[1.0, 2.0])
@@ -162,9 +153,7 @@ def test_a_known_group_still_needs_a_scale_for_every_member() -> None:
             lora_sb_linear_group(case.x, *lists, scalings=[1.0])
 
 
-@pytest.mark.usefixtures("fresh")
-def test_compiled_calls_do_not_depend_on_what_is_known() -> None:
-    case = reference.make_case((5,), 24, 20, 4, torch.float32)
+def test_compiled_calls_do_not_depend_on_what_is_known(case: reference.Case) -> None:
 
     def call(x: Tensor) -> Tensor:
         one = lora_sb_linear(x, case.weight, case.a, case.core, case.b)

@@ -1,42 +1,174 @@
-"""One call of the op, forward and backward."""
+"""Calls of every kind of adapted linear, forward and backward, and what their results are held against."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import reference
+import storages
+import tolerances
 import torch
+from reference import Case
 from tolerances import POOL
 from torch import Tensor
 
 import lorasb
-from lorasb.functional import lora_sb_linear
+from lorasb.functional import lora_sb_linear, lora_sb_linear_group
 from lorasb.ops.adapted_linear import DENSE, Operands
+from lorasb.quantization.quantized_weight import QuantizedWeight
+
+INDEX = [0, 2, -1, 2, 0, 2, 1]  # the adapter of each row, of three
+# members; what stores W, None for no W; whether each row has an R of its own; whether there are biases
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "no bias": {"bias": False},
+    "no W": {"weight": None, "bias": False},
+    "nf4": {"weight": {}},
+    "nested nf4": {"weight": {"nested": True}},
+    "int8": {"weight": "int8"},
+    "group": {"members": 3},
+    "group without biases": {"members": 3, "bias": False},
+    "rows": {"rows": True},
+    "rows without W": {"rows": True, "weight": None, "bias": False},
+    "rows over nf4": {"rows": True, "weight": {}},
+    "rows over int8": {"rows": True, "weight": "int8"},
+    "rows of a group": {"rows": True, "members": 3},
+}
 
 
-def operands_of(
-    *cases: reference.Case, base: Any = None, row_index: Tensor | None = None, dropout: float = 0.0, seeds: Any = None
-) -> Operands:
-    """The operands of one case or several, as the op has them; `base`: (tensors, layout), or () for no base."""
-    tensors, layout = ([case.weight for case in cases], DENSE) if base is None else (base or ([], DENSE))
+def make_call(
+    kind: str, dtype: torch.dtype, tokens: tuple[int, ...] = (2,), n: int = 64, m: int = 32, r: int = 5
+) -> tuple[list[Case], dict[str, Any]]:
+    """The cases of a call, x [7, *tokens, n], and its `index`, if it has one."""
+    options = KINDS[kind]
+    rows, count = options.get("rows", False), options.get("members", 1)
+    g, stored = torch.Generator().manual_seed(1), torch.float32 if dtype == torch.float64 else dtype
+    cases = [
+        reference.make_case((len(INDEX), *tokens), n, m + 5 * j, r, dtype, options.get("bias", True), 0.7 + j, seed=j)
+        for j in range(count)
+    ]
+    for case in cases:
+        case.x = cases[0].x
+        if rows:
+            case.core = case.core * torch.randn(3, r, r, generator=g).to(case.core)
+        match options.get("weight", case.weight):
+            case "int8":
+                case.weight = storages.octets(m, n, stored)
+            case dict(of):
+                case.weight = storages.storage(m, n, dtype=stored, **of)
+            case weight:
+                case.weight = weight
+    return cases, {"index": INDEX} if rows else {}
+
+
+def outputs(cases: Sequence[Case], x: Tensor, cores: Sequence[Tensor], **options: Any) -> list[Tensor]:
+    """The y_j of one layer, or of a group."""
+    if len(cases) == 1:
+        (c,), (core,) = cases, cores
+        return [lora_sb_linear(x, c.weight, c.a, core, c.b, c.bias, c.scaling, **options)]
+    weights, a, b = ([getattr(case, name) for case in cases] for name in ("weight", "a", "b"))
+    biases = [case.bias for case in cases if case.bias is not None]
+    return lora_sb_linear_group(x, weights, a, list(cores), b, biases, [case.scaling for case in cases], **options)
+
+
+def run(
+    *cases: Case, x: Tensor | None = None, used: Sequence[int] = (), backend: str = "", **options: Any
+) -> list[Tensor]:
+    """The y_j, dx and the dR_j; of a loss that reads all of the y_j, or those that are used."""
+    x = (cases[0].x.clone() if x is None else x).requires_grad_(True)
+    cores = [case.core.clone().requires_grad_(True) for case in cases]
+    used = used or range(len(cases))
+    with lorasb.backend(backend) if backend else nullcontext():
+        ys = outputs(cases, x, cores, **options)
+        torch.autograd.backward([ys[j] for j in used], [cases[j].dy for j in used])
+    return [*(y.detach() for y in ys), x.grad, *(core.grad for core in cores)]  # type: ignore[list-item]
+
+
+run_kernels = partial(run, backend="triton")
+
+
+def dense(case: Case, meant: bool = False) -> Case:
+    """The case over W as a tensor; `meant`: what it stands for, where 16 bits round it."""
+    weight = case.weight
+    if weight is None:
+        weight = case.x.new_zeros(case.b.shape[0], case.a.shape[1])
+    elif isinstance(weight, QuantizedWeight):
+        half = meant and case.x.dtype.itemsize == 2
+        weight = storages.unrounded(weight) if half else storages.exact(weight, case.x.dtype)
+    return replace(case, weight=weight)
+
+
+def exact(*cases: Case, index: list[int] | None = None) -> list[Tensor]:
+    """What `run` gives, in fp64 by the formulas."""
+    wide = [dense(case, meant=True).double() for case in cases]
+    return reference.by_rows(lambda c: (reference.forward(c), *reference.gradients(c)), wide, index)
+
+
+def plain(*cases: Case, index: list[int] | None = None) -> list[Tensor]:
+    """The same by the plain chain in x's dtype."""
+    return reference.by_rows(reference.plain_chain, [dense(case) for case in cases], index)
+
+
+def check(results: Sequence[Tensor], *cases: Case, index: list[int] | None = None) -> None:
+    """fp32 within the table's bound; 16 bits no further from fp64 than the plain chain, where there is enough to tell."""
+    first, r, count = cases[0], cases[0].a.shape[0], len(cases)
+    tokens = first.x[..., 0].numel()
+    lengths = [first.x.shape[-1] + r] * count + [sum(c.dy.shape[-1] for c in cases) + r * count] + [tokens] * count
+    wanted, chains = exact(*cases, index=index), plain(*cases, index=index)
+    for result, want, chain, length in zip(results, wanted, chains, lengths, strict=True):
+        if first.x.dtype == torch.float32:
+            tolerances.check(result, want, tolerances.fp32(max(1, length)))
+        elif result.numel() >= POOL:
+            tolerances.check_half(result, chain, want)
+        else:
+            tolerances.check(result, want, few_of(first.x.dtype))
+
+
+def few_of(dtype: torch.dtype) -> tolerances.Tolerance:
+    """The bound of 16-bit results that are too few to compare their noise."""
+    return tolerances.BF16_FEW if dtype == torch.bfloat16 else tolerances.HALF_FEW
+
+
+def check_pooled(rows: int, n: int, m: int, r: int, dtype: torch.dtype, cores: bool = True, **options: Any) -> None:
+    """y, dx and dR in 16 bits over as many seeds as a comparison needs; without `cores`, dR where these are enough."""
+    seeds = -(-POOL // min(rows * n, rows * m, r * r if cores else POOL))
+    pools: list[list[tuple[Tensor, ...]]] = [[], [], []]
+    for seed in range(seeds):
+        case = reference.make_case((rows,), n, m, r, dtype, seed=seed, **options)
+        for pool, *values in zip(pools, run(case), plain(case), exact(case), strict=True):
+            pool.append(tuple(value.reshape(-1) for value in values))
+    for pool in pools[: 3 if r * r * seeds >= POOL else 2]:
+        tolerances.check_half(*(torch.cat(part) for part in zip(*pool, strict=True)))
+
+
+def operands_of(*cases: Case, index: list[int] | None = None, dropout: float = 0.0, seeds: Any = None) -> Operands:
+    """The operands of one case or several, as the op has them."""
+    base, layout = [case.weight for case in cases if case.weight is not None], DENSE
+    if base and isinstance(base[0], QuantizedWeight):
+        base, layout = base[0].tensors, base[0].layout(cases[0].x.dtype)
     biases = [case.bias for case in cases if case.bias is not None]
     lists = [[getattr(case, name) for case in cases] for name in ("a", "core", "b")]
-    return Operands(tensors, layout, *lists, biases, [c.scaling for c in cases], row_index, dropout, seeds)
+    rows = None if index is None else torch.tensor(index)
+    return Operands(base, layout, *lists, biases, [c.scaling for c in cases], rows, dropout, seeds)
 
 
-def opcheck(backend: str, operands: Operands, *cases: reference.Case) -> None:
-    """torch's own tests of the op and its backward op, of a backend."""
-    x, suffix = cases[0].x, "" if backend == "auto" else f"_{backend}"
-    torch.library.opcheck(getattr(torch.ops.lorasb, f"adapted_linear{suffix}").default, (x, *operands))
-    plain = Operands(
-        *([t.detach() for t in f] if isinstance(f, list) and f and isinstance(f[0], Tensor) else f for f in operands)
+def opcheck(backend: str, *cases: Case, frozen: str = "", **options: Any) -> None:
+    """torch's own tests of the op and its backward op, of a backend; `frozen`: "x" or "core"."""
+    plain, suffix = operands_of(*cases, **options), "" if backend == "auto" else f"_{backend}"
+    x, cores = cases[0].x.requires_grad_(frozen != "x"), [c.requires_grad_(frozen != "core") for c in plain.cores]
+    torch.library.opcheck(
+        getattr(torch.ops.lorasb, f"adapted_linear{suffix}").default, (x, *plain._replace(cores=cores))
     )
+    plain, x = plain._replace(cores=[core.detach() for core in cores]), x.detach()
     if len(cases) == 1 and not (plain.is_quantized or plain.row_index is not None or plain.dropout):
         base, biases = (list(one) or [None] for one in (plain.base, plain.biases))
-        arguments = x.detach(), base[0], plain.a[0], plain.cores[0], plain.b[0], biases[0], plain.scalings[0]
+        arguments = x, base[0], plain.a[0], plain.cores[0], plain.b[0], biases[0], plain.scalings[0]
         torch.library.opcheck(getattr(torch.ops.lorasb, f"serve_dense{suffix}").default, arguments)
-    us = [x.detach().reshape(-1, x.shape[-1]) @ case.a.t() for case in cases]
+    us = [x.reshape(-1, x.shape[-1]) @ case.a.t() for case in cases]
     op = getattr(torch.ops.lorasb, f"adapted_linear_backward{suffix}").default
     for need_dx, need_dcores in ((True, True), (True, False), (False, True)):
         arguments = [case.dy for case in cases], us, *plain._replace(biases=[]), need_dx, need_dcores
@@ -44,41 +176,12 @@ def opcheck(backend: str, operands: Operands, *cases: reference.Case) -> None:
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def run(case: reference.Case, x: Tensor | None = None, dropout: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """y, dx and dR of the op."""
-    x = (case.x.clone() if x is None else x).requires_grad_(True)
-    core = case.core.clone().requires_grad_(True)
-    y = lora_sb_linear(x, case.weight, case.a, core, case.b, case.bias, case.scaling, dropout=dropout)
-    y.backward(case.dy)
-    assert x.grad is not None
-    assert core.grad is not None
-    return y.detach(), x.grad, core.grad
-
-
-def pooled(rows: int, n: int, m: int, r: int, dtype: torch.dtype, **options: object) -> list[tuple[Tensor, ...]]:
-    """y, dx and dR: ours, the plain chain's in the same dtype, and exact ones; over as many seeds as a comparison needs."""
-    pools: list[list[tuple[Tensor, ...]]] = [[], [], []]
-    for seed in range(-(-POOL // min(rows * n, rows * m, r * r))):
-        case = reference.make_case((rows,), n, m, r, dtype, seed=seed, **options)  # type: ignore[arg-type]
-        exact = case.double()
-        wanted = (reference.forward(exact), *reference.gradients(exact))
-        for pool, *values in zip(pools, run(case), reference.plain_chain(case), wanted, strict=True):
-            pool.append(tuple(value.reshape(-1) for value in values))
-    return [tuple(torch.cat(part) for part in zip(*pool, strict=True)) for pool in pools]
-
-
-def run_kernels(case: reference.Case, dropout: float = 0.0, x: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """y, dx and dR by the kernels."""
-    with lorasb.backend("triton"):
-        return run(case, x, dropout)
-
-
-def check_dropout_follows_the_global_seed(run: Callable[..., Any], case: reference.Case) -> None:
-    """The same seed gives the same y, dx and dR to the bit; another one, others. `run`: one of the two above."""
+def check_dropout_follows_the_global_seed(case: Case, backend: str = "") -> None:
+    """The same seed gives the same y, dx and dR to the bit; another one, others."""
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        results.append(run(case, dropout=0.5))
+        results.append(run(case, dropout=0.5, backend=backend))
     for first, second, third in zip(*results, strict=True):
         assert torch.equal(first, second)
         assert not torch.equal(first, third)

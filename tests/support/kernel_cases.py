@@ -1,83 +1,53 @@
-"""Inputs for kernels, single layers and groups, and what their results are held against."""
+"""Inputs for the Triton kernels, and what their dropout keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import environment
-import reference
 import tolerances
 import torch
+from calls import run_kernels
+from reference import Case, make_case
 from torch import Tensor
 
-import lorasb
-from lorasb.functional import lora_sb_linear_group
+from lorasb.backends import dropout as masks
+from lorasb.kernels import linear, plan
 
 # Triton's interpreter multiplies the raw bits of bf16; compiled kernels (--ptx) are held in all three
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if environment.PTX else ()))
-Results = list[Tensor]
 
 
-def run_group(cases: list[reference.Case], backend: str = "triton", dropout: float = 0.0) -> Results:
-    """Every y, dx, and every dR, of layers that read the first case's x."""
-    x = cases[0].x.clone().requires_grad_(True)
-    cores = [case.core.clone().requires_grad_(True) for case in cases]
-    with lorasb.backend(backend):
-        ys = lora_sb_linear_group(
-            x,
-            [c.weight for c in cases],
-            [c.a for c in cases],
-            cores,
-            [c.b for c in cases],
-            [c.bias for c in cases if c.bias is not None],
-            [c.scaling for c in cases],
-            dropout=dropout,
-        )
-        torch.autograd.backward(ys, [c.dy for c in cases])
-    return [*(y.detach() for y in ys), x.grad, *(core.grad for core in cores)]
+def group_cases(M: int, n: int, ms: Sequence[int], r: int, dtype: torch.dtype, bias: bool = True) -> list[Case]:
+    """Members of these widths that read the same x [M, n]."""
+    cases = [make_case((M,), n, m, r, dtype, bias, 0.5 + j, seed=j) for j, m in enumerate(ms)]
+    return [replace(case, x=cases[0].x) for case in cases]
 
 
-def group_cases(
-    M: int, n: int, ms: tuple[int, ...], r: int, dtype: torch.dtype, bias: bool = True
-) -> list[reference.Case]:
-    cases = [reference.make_case((M,), n, m, r, dtype, bias=bias, scaling=0.5 + i, seed=i) for i, m in enumerate(ms)]
-    for case in cases[1:]:
-        case.x = cases[0].x
-    return cases
+def mask_of(case: Case, seed: int, dropout: float) -> Tensor:
+    """What the kernels keep of x, seen through A = all unit vectors."""
+    (M, n), dtype = case.x.shape, case.x.dtype
+    eye = torch.eye(n, dtype=dtype)
+    members = linear.Members([None], [eye], [eye.float()], [eye], [1.0])
+    shape = plan.Shape("forward", {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype], M, n, n, n)
+    chosen = plan.choose(shape, environment.PTX or plan.INTERPRETER, 1)
+    mask = linear.Mask(masks.kernel_dropout(dropout), (seed,))
+    _, (u,) = linear.forward(torch.ones_like(case.x), members, [None], chosen, mask)
+    return u == 1.0
 
 
-def check(results: Sequence[Tensor], wanted: list[Tensor], plain: list[Tensor], lengths: list[int]) -> None:
-    """fp32 within the table's bound; 16 bits no further from fp64 than the plain chain, where there is enough to tell."""
-    for result, want, chain, length in zip(results, wanted, plain, lengths, strict=True):
-        if chain.dtype == torch.float32 and result.dtype == torch.float32 and plain[0].dtype == torch.float32:
-            tolerances.check(result, want, tolerances.fp32(max(1, length)))
-        elif result.numel() >= tolerances.POOL:
-            tolerances.check_half(result, chain, want)
-        else:
-            tolerances.check(result, want, few_of(plain[0].dtype))
-
-
-def few_of(dtype: torch.dtype) -> tolerances.Tolerance:
-    """The bound of 16-bit results that are too few to compare their noise."""
-    return tolerances.BF16_FEW if dtype == torch.bfloat16 else tolerances.HALF_FEW
-
-
-def check_case(case: reference.Case, results: Sequence[Tensor]) -> None:
-    exact, r = case.double(), case.a.shape[0]
-    wanted = [reference.forward(exact), *reference.gradients(exact)]
-    lengths = [case.x.shape[-1] + r, case.dy.shape[-1] + r, case.x[..., 0].numel()]
-    check(results, wanted, list(reference.plain_chain(case)), lengths)
-
-
-def check_group(cases: list[reference.Case], results: Results) -> None:
-    exact = [case.double() for case in cases]
-    chains = [reference.plain_chain(case) for case in cases]
-    gradients = [reference.gradients(case) for case in exact]
-    dx = torch.stack([dx for dx, _ in gradients]).sum(0)
-    plain_dx = torch.stack([chain[1] for chain in chains]).sum(0)
-    wanted = [*(reference.forward(case) for case in exact), dx, *(dcore for _, dcore in gradients)]
-    plain = [*(chain[0] for chain in chains), plain_dx, *(chain[2] for chain in chains)]
-    n, r, M = cases[0].x.shape[-1], cases[0].a.shape[0], cases[0].x.shape[0]
-    outputs = sum(case.dy.shape[-1] for case in cases)
-    lengths = [*(n + r for _ in cases), outputs + r * len(cases), *(M for _ in cases)]
-    check(results, wanted, plain, lengths)
+def check_follows_mask(case: Case, dropout: float, tolerance: tolerances.Tolerance) -> None:
+    """y, dx and dR are those of the mask that the seed of the call gives; 16-bit dR over its largest entry."""
+    torch.manual_seed(5)
+    y, dx, dcore = run_kernels(case, dropout=dropout)
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**63 - 1, (1,), dtype=torch.int64))  # as the call drew it
+    wide, mask = case.double(), mask_of(case, seed, dropout).double() / (1 - masks.kernel_dropout(dropout))
+    u, t = (wide.x * mask) @ wide.a.t(), wide.dy @ wide.b
+    want = wide.scaling * u @ wide.core.t() @ wide.b.t()
+    tolerances.check(y, wide.x @ wide.weight.t() + want, tolerance)
+    tolerances.check(dx, wide.dy @ wide.weight + mask * (wide.scaling * t @ wide.core @ wide.a), tolerance)
+    want = wide.scaling * t.t() @ u
+    scale = want.abs().max() if case.x.dtype.itemsize == 2 else 1.0
+    tolerances.check(dcore / scale, want / scale, tolerance)

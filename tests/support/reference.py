@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ class Case:
     """Inputs of one adapted linear, and the gradient that comes from above."""
 
     x: Tensor
-    weight: Tensor
+    weight: Any  # W [m, n], or what stores it, or None
     a: Tensor
     core: Tensor
     b: Tensor
@@ -81,3 +83,25 @@ def plain_chain(c: Case) -> tuple[Tensor, Tensor, Tensor]:
     assert x.grad is not None
     assert core.grad is not None
     return y.detach(), x.grad, core.grad
+
+
+def by_rows(compute: Callable[[Case], tuple[Tensor, ...]], cases: list[Case], index: list[int] | None) -> list[Tensor]:
+    """The y_j, dx and the dR_j of layers that read the same x, a member at a time; with an index, and a row at a time."""
+    ys, dxs, dcores = [], [], []
+    for case in cases:
+        if index is None:
+            y, dx, dcore = compute(case)
+        else:
+            rows = [
+                replace(case, x=x, core=case.core[k] * (k >= 0), dy=dy)
+                for x, k, dy in zip(case.x, index, case.dy, strict=True)
+            ]
+            found = [compute(row) for row in rows]
+            y, dx = (torch.stack([one[i] for one in found]) for i in range(2))
+            dcore = torch.zeros_like(case.core)
+            for k, one in zip(index, found, strict=True):
+                dcore[k] += one[2] * (k >= 0)
+        ys.append(y)
+        dxs.append(dx)
+        dcores.append(dcore)
+    return [*ys, torch.stack(dxs).sum(0), *dcores]
