@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -125,44 +126,29 @@ def test_tf32_is_rounded_away_from_zero_at_ties(given_bits: list[int]) -> None:
         assert got == lower + (0x2000 if x & 0x1000 else 0)
 
 
-@pytest.mark.parametrize(
-    ("opcode", "of", "to"),
-    [
-        ("cvt.u32.u16", np.uint16, np.uint32),
-        ("cvt.s64.s32", np.uint32, np.int64),
-        ("cvt.u64.u32", np.uint32, np.uint64),
-        ("cvt.u32.u64", np.uint64, np.uint32),
-        ("cvt.u16.u32", np.uint32, np.uint16),
-        ("cvt.rn.f32.s32", np.uint32, np.float32),
-        ("cvt.rn.f32.u32", np.uint32, np.float32),
-        ("cvt.f32.f16", np.uint16, np.float32),
-        ("cvt.f32.bf16", np.uint16, np.float32),
-        ("cvt.rzi.s32.f32", np.float32, np.int32),
-    ],
-)
-def test_other_conversions(opcode: str, of: Any, to: Any) -> None:
+CONVERSIONS: dict[str, tuple[Any, Any, Callable[[Any], Any]]] = {
+    "cvt.u32.u16": (np.uint16, np.uint32, int),
+    "cvt.s64.s32": (np.uint32, np.int64, lambda x: signed(x, 32)),
+    "cvt.u64.u32": (np.uint32, np.uint64, int),
+    "cvt.u32.u64": (np.uint64, np.uint32, lambda x: x % 2**32),
+    "cvt.u16.u32": (np.uint32, np.uint16, lambda x: x % 2**16),
+    "cvt.rn.f32.s32": (np.uint32, np.float32, lambda x: value_of(nearest(Fraction(signed(x, 32))))),
+    "cvt.rn.f32.u32": (np.uint32, np.float32, lambda x: value_of(nearest(Fraction(x)))),
+    "cvt.f32.f16": (np.uint16, np.float32, lambda x: struct.unpack("<e", x.to_bytes(2, "little"))[0]),
+    "cvt.f32.bf16": (np.uint16, np.float32, lambda x: value_of(x << 16)),
+    "cvt.rzi.s32.f32": (np.float32, np.int32, lambda x: max(-(2**31), min(2**31 - 1, math.trunc(x)))),
+}
+
+
+@pytest.mark.parametrize("opcode", CONVERSIONS)
+def test_other_conversions(opcode: str) -> None:
+    of, to, want = CONVERSIONS[opcode]
     g = np.random.default_rng(0)
-    bits = np.dtype(of).itemsize * 8
-    a = (
-        g.integers(0, 2**bits, 32, dtype=np.uint64).astype(of)
-        if of is not np.float32
-        else (g.standard_normal(32) * 1e10).astype(of)
-    )
-    found = evaluate(opcode, a, result=to)
-    integers = [int(x) for x in a.tolist()] if of is not np.float32 else []
-    want = {
-        "cvt.u32.u16": lambda: integers,
-        "cvt.u64.u32": lambda: integers,
-        "cvt.s64.s32": lambda: [signed(x, 32) for x in integers],
-        "cvt.u32.u64": lambda: [x % 2**32 for x in integers],
-        "cvt.u16.u32": lambda: [x % 2**16 for x in integers],
-        "cvt.rn.f32.s32": lambda: [value_of(nearest(Fraction(signed(x, 32)))) for x in integers],
-        "cvt.rn.f32.u32": lambda: [value_of(nearest(Fraction(x))) for x in integers],
-        "cvt.f32.f16": lambda: [struct.unpack("<e", x.to_bytes(2, "little"))[0] for x in integers],
-        "cvt.f32.bf16": lambda: [value_of(x << 16) for x in integers],
-        "cvt.rzi.s32.f32": lambda: [max(-(2**31), min(2**31 - 1, math.trunc(float(x)))) for x in a],
-    }[opcode]()
-    np.testing.assert_array_equal(found, np.array(want, to))
+    if of is np.float32:
+        a = (g.standard_normal(32) * 1e10).astype(of)
+    else:
+        a = g.integers(0, 2 ** (np.dtype(of).itemsize * 8), 32, dtype=np.uint64).astype(of)
+    np.testing.assert_array_equal(evaluate(opcode, a, result=to), np.array(list(map(want, a.tolist())), to))
 
 
 @given(given_bits=vectors(float_bits, 2))

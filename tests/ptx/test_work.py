@@ -70,27 +70,16 @@ def test_warps_that_are_elsewhere_do_not_issue() -> None:
     assert work.issue_slots == 2
 
 
+REGISTERS = "{%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f1, %f2, %f3, %f4}"
+WGMMA = "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1, %f2}, %rd1, %rd2, %p1, 1, 1, 0, 0"
+
+
 @pytest.mark.parametrize(
     ("text", "flops", "tf32", "passes"),
     [
-        (
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f1, %f2, %f3, %f4}",
-            8 * 4096,
-            0,
-            0,
-        ),
-        (
-            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f1, %f2, %f3, %f4}",
-            0,
-            8 * 2048,
-            0,
-        ),
-        (
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1, %f2}, %rd1, %rd2, %p1, 1, 1, 0, 0",
-            2 * 2 * 64 * 128 * 16,
-            0,
-            2 * (64 + 128) * 16 * 2 / 128,
-        ),
+        (f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {REGISTERS}", 8 * 4096, 0, 0),
+        (f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {REGISTERS}", 0, 8 * 2048, 0),
+        (WGMMA, 2 * 2 * 64 * 128 * 16, 0, 2 * (64 + 128) * 16 * 2 / 128),
     ],
 )
 def test_matrix_instructions_of_eight_warps(text: str, flops: int, tf32: int, passes: float) -> None:

@@ -55,14 +55,7 @@ def run(
 
 
 def evaluate(opcode: str, *operands: Array, result: Any = None, extra: str = "") -> Array:
-    """One arithmetic instruction on vectors of 32: the operands' bits go in, the result's come out.
-
-    Args:
-        opcode: with its modifiers.
-        operands: [32] each.
-        result: the dtype of the result; the first operand's unless given.
-        extra: more operands, as text.
-    """
+    """One arithmetic instruction on vectors of 32: the operands' bits go in, the result's come out."""
     dtype = np.dtype(result or operands[0].dtype)
     lines = []
     for i, operand in enumerate(operands):

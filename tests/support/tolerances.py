@@ -41,7 +41,6 @@ SAME_STEP = 0.99  # cosine of two steps -sign(G), cut to r = 4, whose sums were 
 FOUR_BITS = 0.15  # relative error of a weight rounded to 4 bits in groups of 32
 SIGN_MISMATCH = 1e-4  # share of signs that rounding may turn where a sum is taken in another order
 RANKS = Tolerance(0.0, 1e-6, "energies of the same sums, taken in another order and by another number of threads")
-PROCESS = Tolerance(0.0, 1e-6, "the same fp32 sums on another schedule")
 
 
 def fp32(contraction: int) -> Tolerance:

@@ -17,13 +17,7 @@ from .formats import Array
 
 @dataclass
 class Fresh:
-    """A storage that was made empty.
-
-    Attributes:
-        storage: kept alive, so that nobody else gets its address.
-        content: what was in it then.
-        written: a flag a byte.
-    """
+    """A storage that was made empty."""
 
     storage: Any
     content: Array
@@ -31,10 +25,7 @@ class Fresh:
 
 
 class Tracker:
-    """Storages that the kernels' own host code made empty since `clear`: what kernels alone write.
-
-    What torch writes into them is seen by its values: a byte that has changed was written.
-    """
+    """Storages that the kernels' own host code made empty since `clear`: what kernels alone write."""
 
     def __init__(self) -> None:
         self._fresh: dict[int, Fresh] = {}

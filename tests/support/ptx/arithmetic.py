@@ -16,6 +16,7 @@ from . import formats
 from .formats import FLOATS, WIDER, Array
 
 Parts = tuple[str, ...]
+Function = Callable[..., Array]
 COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
     "eq": np.equal,
     "ne": np.not_equal,
@@ -56,16 +57,6 @@ def _upper_half(dtype: Any, a: Array, b: Array) -> Array:
     return ((a.astype(wider) * b.astype(wider)) >> wider(bits)).astype(dtype)
 
 
-def multiply_add(parts: Parts, dtype: Any, a: Array, b: Array, c: Array) -> Array:
-    """mad: as `multiply`, plus c, which is as wide as the product."""
-    return multiply(parts, dtype, a, b) + c
-
-
-def fused(parts: Parts, dtype: Any, a: Array, b: Array, c: Array) -> Array:
-    """fma.rn.f32: one rounding."""
-    return formats.fused_multiply_add(a, b, c)
-
-
 def divide(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
     """div: integers toward zero; the result of a division by zero is not defined, here all ones."""
     if is_float(dtype):
@@ -75,11 +66,6 @@ def divide(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
     safe = np.where(b == 0, dtype(1), b).astype(np.int64)
     quotient = (np.abs(a.astype(np.int64)) // np.abs(safe)) * np.sign(a.astype(np.int64)) * np.sign(safe)
     return np.where(b == 0, dtype(-1), quotient).astype(dtype)
-
-
-def remainder(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
-    """rem: of the division toward zero, with the dividend's sign."""
-    return a - divide(parts, dtype, a, b) * b
 
 
 def shift_left(parts: Parts, dtype: Any, a: Array, count: Array) -> Array:
@@ -130,10 +116,8 @@ def compare(operation: str, dtype: Any, a: Array, b: Array) -> Array:
     if not is_float(dtype):
         return COMPARISONS[operation](a, b)
     nan = np.isnan(a) | np.isnan(b)
-    if operation == "nan":
-        return nan
-    if operation == "num":
-        return ~nan
+    if operation in ("nan", "num"):
+        return nan if operation == "nan" else ~nan
     if operation.endswith("u"):
         return COMPARISONS[operation[:-1]](a, b) | nan
     return COMPARISONS[operation](a, b) & ~nan
@@ -174,62 +158,31 @@ def _saturated(values: Array, dtype: Any) -> Array:
     return whole.astype(dtype)
 
 
-BINARY: dict[str, Callable[[Array, Array], Array]] = {"add": np.add, "sub": np.subtract}
-LOGIC: dict[str, Callable[[Array, Array], Array]] = {
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-}
-EXTREMES = {"min": (np.fmin, np.minimum), "max": (np.fmax, np.maximum)}  # of floats: a NaN gives way to a number
+def _extreme(of_floats: Any, of_integers: Any) -> Function:
+    """min, max: of floats a NaN gives way to a number."""
+    return lambda parts, dtype, a, b: (of_floats if is_float(dtype) else of_integers)(a, b)
 
 
-def add_or_subtract(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
-    """add, sub."""
-    return BINARY[parts[0]](a, b)
+def _plain(function: Any) -> Function:
+    return lambda parts, dtype, *operands: function(*operands)
 
 
-def extreme(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
-    """min, max."""
-    return EXTREMES[parts[0]][0 if is_float(dtype) else 1](a, b)
-
-
-def logic(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
-    """and, or, xor."""
-    return LOGIC[parts[0]](a, b)
-
-
-def invert(parts: Parts, dtype: Any, a: Array) -> Array:
-    """not."""
-    return ~a
-
-
-def negate(parts: Parts, dtype: Any, a: Array) -> Array:
-    """neg: of a float its sign alone changes."""
-    return np.negative(a)
-
-
-def absolute(parts: Parts, dtype: Any, a: Array) -> Array:
-    """abs."""
-    return np.abs(a)
-
-
-Function = Callable[..., Array]
 FUNCTIONS: dict[str, Function] = {
-    "add": add_or_subtract,
-    "sub": add_or_subtract,
+    "add": _plain(np.add),
+    "sub": _plain(np.subtract),
     "mul": multiply,
-    "mad": multiply_add,
-    "fma": fused,
+    "mad": lambda parts, dtype, a, b, c: multiply(parts, dtype, a, b) + c,  # c is as wide as the product
+    "fma": _plain(formats.fused_multiply_add),
     "div": divide,
-    "rem": remainder,
-    "min": extreme,
-    "max": extreme,
-    "and": logic,
-    "or": logic,
-    "xor": logic,
-    "not": invert,
-    "neg": negate,
-    "abs": absolute,
+    "rem": lambda parts, dtype, a, b: a - divide(parts, dtype, a, b) * b,  # with the dividend's sign
+    "min": _extreme(np.fmin, np.minimum),
+    "max": _extreme(np.fmax, np.maximum),
+    "and": _plain(np.bitwise_and),
+    "or": _plain(np.bitwise_or),
+    "xor": _plain(np.bitwise_xor),
+    "not": _plain(np.invert),
+    "neg": _plain(np.negative),
+    "abs": _plain(np.abs),
     "shl": shift_left,
     "shr": shift_right,
     "bfe": extract_field,

@@ -68,11 +68,7 @@ def round_tf32(bits: Array) -> Array:
 
 
 def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
-    """a·b + c in fp32, rounded once.
-
-    a·b is exact in fp64. The sum is not; it is rounded to odd there (Boldo and Melquiond), so that the second rounding,
-    to fp32, is that of the exact value.
-    """
+    """a·b + c in fp32, rounded once."""
     with np.errstate(all="ignore"):
         product = a.astype(np.float64) * b.astype(np.float64)
         addend = c.astype(np.float64)

@@ -24,13 +24,7 @@ NOBODY = -1
 
 @dataclass
 class Allocation:
-    """One tensor's storage.
-
-    Attributes:
-        start, end: bytes in the arena.
-        written: some program of this launch stored here.
-        whole: every byte was written before the launch, so that no read has to be looked at.
-    """
+    """One tensor's storage."""
 
     start: int
     end: int
@@ -40,12 +34,7 @@ class Allocation:
 
 @dataclass
 class Clocks:
-    """What a launch's programs know of each other.
-
-    Attributes:
-        published: counter's address -> program -> its clock when it last went through that atomic.
-        learned: of the running program: program -> (the clock that it published, our clock when we learned it).
-    """
+    """What a launch's programs know of each other."""
 
     published: dict[int, dict[int, int]] = field(default_factory=dict)
     learned: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -66,11 +55,7 @@ class Clocks:
 
 
 class GlobalMemory:
-    """The arena of one launch.
-
-    Args:
-        size: bytes.
-    """
+    """The arena of one launch."""
 
     def __init__(self, size: int) -> None:
         size = -(-size // ALIGNMENT) * ALIGNMENT
@@ -86,13 +71,7 @@ class GlobalMemory:
         self._top = RED_ZONE
 
     def allocate(self, content: Array, initialized: Array | None = None, offset: int = 0) -> int:
-        """Put bytes into the arena; their address, which is `offset` from an aligned one.
-
-        Args:
-            content: uint8.
-            initialized: a flag a byte: those that somebody wrote; None for all.
-            offset: the remainder of the address, as the tensor's own is.
-        """
+        """Put bytes into the arena; their address, which is `offset` from an aligned one."""
         start = -(-self._top // ALIGNMENT) * ALIGNMENT + offset
         end = start + len(content)
         if end + RED_ZONE > len(self.bytes):

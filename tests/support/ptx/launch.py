@@ -26,13 +26,7 @@ RESULTS_DIFFER = "the result depends on the order in which programs run"
 
 @dataclass
 class Report:
-    """What was executed.
-
-    Attributes:
-        name: of the kernel.
-        programs: of one order. orders: how many orders.
-        counts: opcode -> how often, over the programs of one order.
-    """
+    """What was executed."""
 
     name: str
     programs: int = 0
@@ -49,26 +43,18 @@ class FakeDriver:
         self.target = GPUTarget("cuda", capability, 32)
 
     def get_current_device(self) -> int:
-        """The one there is."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        """The default one."""
         return 0
 
     def get_current_target(self) -> Any:
-        """What to compile for."""
         return self.target
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel for one specialization of its arguments.
-
-    Attributes:
-        ptx: its text. shared: bytes of shared memory of a block.
-        signature: parameter's name -> type, or nested types of a tuple, "constexpr" for what is compiled in.
-    """
+    """A kernel for one specialization of its arguments."""
 
     ptx: str
     shared: int
@@ -96,25 +82,12 @@ def orders_of(grid: int, seed: int, every_last: bool = False) -> list[list[int]]
     shuffled: list[int] = generator.permutation(grid).tolist()
     if not every_last:
         return [shuffled]
-    return [
-        shuffled,
-        *([p for p in generator.permutation(grid).tolist() if p != last] + [last] for last in range(grid)),
-    ]
+    others = ([p for p in generator.permutation(grid).tolist() if p != last] + [last] for last in range(grid))
+    return [shuffled, *others]
 
 
 def execute(launch: Any, compiled: Compiled, orders: Iterable[Sequence[int]], tracker: Tracker | None = None) -> Report:
-    """Run a launch on its CPU tensors, in place.
-
-    Args:
-        launch: a `lorasb.kernels.launcher.Launch`.
-        compiled: its kernel.
-        orders: of its programs; results of all have to be the same bits.
-        tracker: which bytes of fresh tensors nobody wrote.
-
-    Raises:
-        KernelError: an access that is not right, an instruction that is not known, counters that are left above zero, a
-            result that depends on the order, or a launch that is too large to execute.
-    """
+    """Run a launch on its CPU tensors, in place."""
     program, report = parsed(compiled.ptx), Report(str(launch.kernel.__name__))
     if launch.grid > MOST_PROGRAMS:
         raise KernelError(

@@ -30,17 +30,14 @@ class MeteredShared(SharedMemory):
         self.work = work
 
     def read(self, addresses: Array, size: int, warps: Array, dtype: Any, where: str) -> Array:
-        """As ever, and counted."""
         self.work.touch_shared(addresses, size, warps)
         return super().read(addresses, size, warps, dtype, where)
 
     def write(self, addresses: Array, values: Array, size: int, warps: Array, where: str) -> None:
-        """As ever, and counted."""
         self.work.touch_shared(addresses, size, warps)
         super().write(addresses, values, size, warps, where)
 
     def start_copy(self, addresses: Array, words: Array, size: int, warps: Array, where: str) -> None:
-        """As ever, and counted."""
         self.work.touch_shared(addresses, size, warps)
         super().start_copy(addresses, words, size, warps, where)
 
@@ -53,17 +50,14 @@ class AddressSpace:
         self.counters: dict[int, int] = {}
 
     def read(self, addresses: Array, size: int, warps: Array, *_: Any) -> Array:
-        """Zeros, as `GlobalMemory.read` shapes them."""
         self.work.touch_global(addresses, size, warps)
         step = min(4, size)
         return np.zeros((len(addresses), size // step), BITS[step])
 
     def write(self, addresses: Array, words: Array, size: int, warps: Array, *_: Any) -> None:
-        """Nothing is kept."""
         self.work.touch_global(addresses, size, warps)
 
     def atomic_add(self, addresses: Array, values: Array, *_: Any, **__: Any) -> Array:
-        """The former values."""
         former = np.zeros(len(addresses), np.uint32)
         for i, address in enumerate(addresses.tolist()):
             former[i] = self.counters.get(address, 0)

@@ -18,12 +18,7 @@ ARCHITECTURES = tuple(MULTIPROCESSORS)
 
 
 class Executor:
-    """Compiles and executes launches on one architecture.
-
-    Attributes:
-        launches, programs, kernels: how many so far.
-        counts: opcode -> how often.
-    """
+    """Compiles and executes launches on one architecture."""
 
     def __init__(self, arch: str) -> None:
         self.arch, self.driver, self.tracker = arch, FakeDriver(int(arch[3:])), Tracker()
@@ -79,11 +74,7 @@ def specialized(kernel: Any, arguments: dict[str, Any], options: dict[str, Any])
 
 
 def install(arch: str) -> Executor:
-    """Let `backend("triton")` execute compiled kernels on CPU tensors, from now on.
-
-    Raises:
-        ValueError: an architecture that the interpreter has no limits of.
-    """
+    """Let `backend("triton")` execute compiled kernels on CPU tensors, from now on."""
     if arch not in MULTIPROCESSORS:
         raise ValueError(f"--ptx knows {', '.join(ARCHITECTURES)}, got {arch!r}")
     from dataclasses import replace

@@ -59,15 +59,7 @@ class Parameter:
 
 @dataclass
 class Program:
-    """A compiled kernel.
-
-    Attributes:
-        name: of the entry.
-        instructions: in the order of the text.
-        labels: name -> index of the instruction that follows.
-        parameters: in order.
-        threads: of a block.
-    """
+    """A compiled kernel."""
 
     name: str
     instructions: list[Instruction]
@@ -85,11 +77,7 @@ class Program:
 
     @classmethod
     def parse(cls, ptx: str) -> Program:
-        """The one entry of a module.
-
-        Raises:
-            KernelError: there is no entry, or no `.reqntid`.
-        """
+        """The one entry of a module."""
         entry = re.search(r"\.visible \.entry (\w+)\s*\((.*?)\)(.*?)\{(.*)", ptx, re.S)
         if entry is None:
             raise KernelError("no kernel entry in this PTX")

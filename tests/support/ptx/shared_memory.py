@@ -48,7 +48,6 @@ class Pipeline:
     groups: list[list[Any]] = field(default_factory=list)
 
     def commit(self) -> None:
-        """Close the open group."""
         self.groups.append(self.open)
         self.open = []
 
@@ -61,20 +60,11 @@ class Pipeline:
 
     @property
     def idle(self) -> bool:
-        """True if nothing is under way."""
         return not self.open and not any(self.groups)
 
 
 class SharedMemory:
-    """The bytes of one block.
-
-    Args:
-        size: bytes.
-
-    Attributes:
-        clock: barriers that the block has passed.
-        fences: `fence.proxy.async` that it has executed.
-    """
+    """The bytes of one block."""
 
     def __init__(self, size: int) -> None:
         size = -(-max(size, 16) // 16) * 16
@@ -144,11 +134,9 @@ class SharedMemory:
             self._read_by_all(granules)
 
     def barrier(self) -> None:
-        """bar.sync of all threads."""
         self.clock += 1
 
     def finish(self, where: str) -> None:
-        """The block ends."""
         if not self.copies.idle:
             raise KernelError(f"a cp.async is still in flight at the end of the kernel, {where}")
         if not self.products.idle:

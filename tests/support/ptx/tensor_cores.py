@@ -8,6 +8,7 @@ truncated, as the hardware reads them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -31,34 +32,26 @@ def halves_of(kind: str) -> Callable[[Array], Array] | None:
 
 def operand_a(registers: Array, kind: str) -> Array:
     """A [W, 16, K] from registers [W, 32 lanes, 4]: K is 16, of tf32 8."""
-    warps, convert = len(registers), halves_of(kind)
-    if convert is None:
-        values, a = formats.truncate_tf32(registers), np.empty((warps, 16, 8), np.float32)
-        for i, (row, column) in enumerate(CORNERS_TF32):
-            a[:, GROUP + row, IN_GROUP + column] = values[:, :, i]
-        return a
-    pairs = convert(np.ascontiguousarray(registers).view(np.uint16).reshape(warps, 32, 4, 2))
-    a = np.empty((warps, 16, 16), np.float32)
-    for i, (row, column) in enumerate(CORNERS_16):
-        for half in range(2):
-            a[:, GROUP + row, 2 * IN_GROUP + column + half] = pairs[:, :, i, half]
-    return a
+    return _operand(registers, kind, CORNERS_TF32 if halves_of(kind) is None else CORNERS_16)
 
 
 def operand_b(registers: Array, kind: str) -> Array:
     """B [W, K, 8] from registers [W, 32 lanes, 2]."""
-    warps, convert = len(registers), halves_of(kind)
+    corners = ((0, 0), (0, 4 if halves_of(kind) is None else 8))
+    return _operand(registers, kind, corners).transpose(0, 2, 1)
+
+
+def _operand(registers: Array, kind: str, corners: tuple[tuple[int, int], ...]) -> Array:
+    """The matrix [W, rows, K] whose row is a lane's group: of A, or of Bᵀ."""
+    warps, convert, rows = len(registers), halves_of(kind), 8 + max(row for row, _ in corners)
     if convert is None:
-        values, b = formats.truncate_tf32(registers), np.empty((warps, 8, 8), np.float32)
-        for i, row in enumerate((0, 4)):
-            b[:, IN_GROUP + row, GROUP] = values[:, :, i]
-        return b
-    pairs = convert(np.ascontiguousarray(registers).view(np.uint16).reshape(warps, 32, 2, 2))
-    b = np.empty((warps, 16, 8), np.float32)
-    for i, row in enumerate((0, 8)):
-        for half in range(2):
-            b[:, 2 * IN_GROUP + row + half, GROUP] = pairs[:, :, i, half]
-    return b
+        values, each = formats.truncate_tf32(registers)[..., None], 1
+    else:
+        values, each = convert(np.ascontiguousarray(registers).view(np.uint16)).reshape(warps, 32, -1, 2), 2
+    found = np.empty((warps, rows, 8 * each), np.float32)
+    for (i, (row, column)), half in product(enumerate(corners), range(each)):
+        found[:, GROUP + row, each * IN_GROUP + column + half] = values[:, :, i, half]
+    return found
 
 
 def mma(shape: str, kinds: tuple[str, str], a: Array, b: Array, c: Array) -> Array:
@@ -102,12 +95,7 @@ def to_rows(registers: Array, transposed: bool) -> Array:
 
 
 class Descriptor(NamedTuple):
-    """Where wgmma's operand lies in shared memory.
-
-    Attributes:
-        start: byte of its first element. leading, stride: bytes between its core matrices (LBO, SBO).
-        width: bytes of a swizzled row: 128, 64 or 32.
-    """
+    """Where wgmma's operand lies in shared memory."""
 
     start: int
     leading: int
@@ -124,11 +112,7 @@ class Descriptor(NamedTuple):
         return cls(start, leading, stride, {1: 128, 2: 64, 3: 32}[mode])
 
     def addresses(self, rows: int, columns: int, size: int, major: bool) -> Array:
-        """Byte addresses [rows (of M or N), columns (of K)] of elements of `size` bytes.
-
-        Args:
-            major: the operand lies with M or N in the fast direction.
-        """
+        """Byte addresses [rows (of M or N), columns (of K)] of elements of `size` bytes."""
         row, k = np.arange(rows)[:, None], np.arange(columns)[None, :]
         if major:
             per_row = self.width // size
@@ -151,14 +135,14 @@ def load_operand(shared: SharedMemory, bits: int, rows: int, columns: int, kind:
     return convert(shared.bytes.view(np.uint16)[addresses // 2])
 
 
-def warpgroup_result(product: Array, former: Array) -> Array:
-    """D = product [64, N] + former, as registers [128 threads, N / 2] of fp32."""
+def warpgroup_result(sums: Array, former: Array) -> Array:
+    """D = sums [64, N] + former, as registers [128 threads, N / 2] of fp32."""
     result = np.empty_like(former)
     for warp in range(4):
         lanes = slice(32 * warp, 32 * warp + 32)
-        for j in range(product.shape[1] // 8):
+        for j in range(sums.shape[1] // 8):
             for i, (row, column) in enumerate(RESULT):
-                part = product[16 * warp + GROUP + row, 8 * j + 2 * IN_GROUP + column]
+                part = sums[16 * warp + GROUP + row, 8 * j + 2 * IN_GROUP + column]
                 with np.errstate(all="ignore"):
                     result[lanes, 4 * j + i] = (part + former[lanes, 4 * j + i]).astype(np.float32)
     return result

@@ -35,10 +35,7 @@ class Place:
 
 
 class Fragments:
-    """Registers of wgmma in flight: sums that it writes, and operands that it reads, until a wait.
-
-    Only another wgmma may add to sums before they are there.
-    """
+    """Registers of wgmma in flight: sums that it writes, and operands that it reads, until a wait."""
 
     def __init__(self) -> None:
         self.sums: set[str] = set()
@@ -69,18 +66,7 @@ class Fragments:
 
 
 class ThreadBlock:
-    """A thread block that is executed once.
-
-    Args:
-        program: the kernel.
-        memory: the launch's.
-        shared: bytes of shared memory.
-        values: of the kernel's parameters, by name.
-        place: which program of the grid.
-
-    Attributes:
-        counts: opcode -> how often the block executed it.
-    """
+    """A thread block that is executed once."""
 
     def __init__(
         self, program: Program, memory: GlobalMemory, shared: int, values: dict[str, int | float], place: Place

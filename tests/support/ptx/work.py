@@ -23,15 +23,7 @@ WIDE_INTEGERS = {"add": 2, "sub": 2, "mul": 4, "mad": 4, "shl": 2, "shr": 2, "se
 
 @dataclass
 class Work:
-    """Of one or more programs; add them with `+`, repeat them with `*`.
-
-    Attributes:
-        issue_slots: instructions that a warp's scheduler issues.
-        tensor_flops: multiplications and additions of matrix instructions on 16-bit operands.
-        tf32_flops: those on 32-bit ones.
-        shared_wavefronts: passes of 128 bytes through shared memory, more where threads meet in a bank.
-        global_sectors: pieces of 32 bytes that loads, stores and copies ask for.
-    """
+    """Of one or more programs; add them with `+`, repeat them with `*`."""
 
     issue_slots: float = 0
     tensor_flops: float = 0
@@ -92,12 +84,7 @@ def matrix_flops(shape: str) -> int:
 
 
 def wavefronts(addresses: Array, size: int, warps: Array) -> int:
-    """Passes through shared memory's 32 banks.
-
-    A pass serves as many lanes as ask for 128 bytes together (all of a warp at 4 bytes, a quarter at 16), and repeats
-    for each further word that they want of one bank. Lanes that want the same word share it. Lanes that are masked off
-    are not told apart from those that are not there: of a masked access the passes are the fewest that may be.
-    """
+    """Passes through shared memory's 32 banks."""
     lanes = PHASE_BYTES // max(size, BANK_BYTES)
     place = np.arange(len(addresses)) - np.searchsorted(warps, warps)  # among the warp's own; warps are in order
     phases = (warps.astype(np.int64) * WARP + place // lanes) << 32
