@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -47,25 +48,34 @@ def test_a_name_that_is_gone_gives_the_fallback(name: str) -> None:
     assert compat.find(Private(name, "", "", GONE)) is GONE
 
 
-@pytest.mark.parametrize("name", FALLBACKS)
-def test_without_the_name_a_model_computes_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = patched("llama")
-    expected = step(model)
-    monkeypatch.setattr(private_torch, name, FALLBACKS[name])
-    same(step(model), expected)
-
-
-@pytest.mark.parametrize("name", FALLBACKS)
-def test_without_the_name_gradients_are_off_and_rows_differ(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = lorasb.LoRASBLinear(nn.Linear(24, 16), "one", r=4)
-    x = torch.randn(3, 5, 24)
+@pytest.fixture(scope="module")
+def calls() -> list[Callable[[], Any]]:
+    """A step of a model; and y of a layer and of rows, whose gradients are off."""
+    model, layer, x = patched("llama"), lorasb.LoRASBLinear(nn.Linear(24, 16), "one", r=4), torch.randn(3, 5, 24)
     with torch.no_grad():
         layer.lorasb_R["one"].normal_()
         layer.set_factors("one", torch.randn(16, 4), torch.randn(4, 4), torch.randn(4, 24))
-        expected = layer(x), layer(x, adapter_names=["one", "__base__", "one"])
-        monkeypatch.setattr(private_torch, name, FALLBACKS[name])
-        for got, want in zip((layer(x), layer(x, adapter_names=["one", "__base__", "one"])), expected, strict=True):
-            torch.testing.assert_close(got, want)
+
+    @torch.no_grad()
+    def rows() -> tuple[torch.Tensor, torch.Tensor]:
+        return layer(x), layer(x, adapter_names=["one", "__base__", "one"])
+
+    return [lambda: step(model), rows]
+
+
+@pytest.fixture(scope="module")
+def results(calls: list[Callable[[], Any]]) -> list[Any]:
+    return [call() for call in calls]
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_without_the_name_results_are_the_same(
+    name: str, calls: list[Callable[[], Any]], results: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(private_torch, name, FALLBACKS[name])
+    same(calls[0](), results[0])
+    for got, want in zip(calls[1](), results[1], strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_without_fake_tensors_the_planner_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from lorasb.export.lora import export_lora
 from lorasb.layers.linear import LoRASBLinear
 
 DOCUMENTED = (ValueError, OSError, TypeError, ImportError)
-FEW, MANY = 30, 500
+counts = pytest.mark.parametrize("count", [30, pytest.param(500, marks=pytest.mark.long)])
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ODD: tuple[Any, ...] = (
     None, True, -1, 0, 1.5, 10**30, float("nan"), float("inf"), "", "x", "é\u2028", "\ud800", "(", "(a+)+$", [], [[]], [None],
@@ -125,9 +125,10 @@ def damage(file: Path, draw: random.Random) -> None:
 
 @dataclass
 class World:
-    """What the cases share: a base, an adapter of it, one on its basis, and a run that was stopped."""
+    """What the cases share: a base, the same with an adapter, that adapter, and a run that was stopped."""
 
     base: nn.Module
+    patched: nn.Module
     adapter: Path
     run: Path
     settings: Settings
@@ -144,7 +145,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny: Path, data: Path) -> W
         model=str(tiny), data=str(data), r=8, epochs=2.0, batch_size=4, samples=8, dtype="float32", save_steps="3"
     )
     stop_after(7, settings, folder / "run")
-    return World(make("llama"), folder / "adapter", folder / "run", settings)
+    return World(make("llama"), model, folder / "adapter", folder / "run", settings)
 
 
 def load_adapter(world: World, folder: Path) -> None:
@@ -171,8 +172,7 @@ def load_adapter(world: World, folder: Path) -> None:
 
 
 def load_bank(world: World, folder: Path) -> None:
-    model = patched()
-    bank = lorasb.AdapterBank(model, "default")
+    bank = lorasb.AdapterBank(copy.deepcopy(world.patched), "default")
     bank.add("kept")
     report = bank.load(folder.parent)
     assert set(report.loaded) | set(report.failed) == {"adapter", "good"}
@@ -206,7 +206,7 @@ CASES: dict[str, tuple[str, Callable[[World, Path], Any]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
+@counts
 @pytest.mark.filterwarnings("ignore")
 def test_adapters(world: World, tmp_path: Path, name: str, count: int) -> None:
     file, call = CASES[name]
@@ -236,7 +236,7 @@ def attempt(call: Callable[[], Any], where: str, names: str | None = None) -> No
         raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
+@counts
 def test_checkpoints(world: World, tmp_path: Path, count: int) -> None:
     files = [f.relative_to(world.run) for f in sorted((world.run / "checkpoints").rglob("*")) if f.is_file()]
     for seed in range(count):
@@ -272,7 +272,7 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
+@counts
 def test_results(world: World, whole: Path, tmp_path: Path, count: int) -> None:
     files = ("summary.json", "answers.json", "report.json")
     for seed in range(count):
@@ -299,7 +299,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
+@counts
 def test_texts(tmp_path: Path, name: str, count: int) -> None:
     """An error names the file."""
     file, known = tmp_path / name, {setting.name: kind for setting, kind in listed(Settings)}

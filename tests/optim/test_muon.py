@@ -199,23 +199,24 @@ def test_a_closure_is_called_with_gradients() -> None:
     assert float(closure().detach()) < float(first.detach())
 
 
+BIAS = nn.Parameter(torch.zeros(7))
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("parameters", "options", "message"),
     [
-        ({"lr": -1.0}, "expected lr >= 0"),
-        ({"momentum": 1.0}, r"expected momentum in \[0, 1\)"),
-        ({"weight_decay": -0.1}, "expected weight_decay >= 0"),
+        (matrices(1, 4), {"lr": -1.0}, "expected lr >= 0"),
+        (matrices(1, 4), {"momentum": 1.0}, r"expected momentum in \[0, 1\)"),
+        (matrices(1, 4), {"weight_decay": -0.1}, "expected weight_decay >= 0"),
+        ([BIAS], {}, r"Muon steps matrices, got a parameter of shape \[7\]: leave it to AdamW"),
+        ([{"params": matrices(1, 4), "algorithm": "lion"}], {}, "algorithm to be muon or adamw, got 'lion'"),
     ],
+    ids=["lr", "momentum", "weight decay", "shape", "algorithm"],
 )
-def test_numbers_out_of_range_are_refused(arguments: dict[str, float], message: str) -> None:
+def test_wrong_arguments_are_refused(parameters: Any, options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Muon(matrices(1, 4), **arguments)
+        Muon(parameters, **options)
 
 
-def test_what_is_no_matrix_is_refused() -> None:
-    bias = nn.Parameter(torch.zeros(7))
-    with pytest.raises(ValueError, match=r"Muon steps matrices, got a parameter of shape \[7\]: leave it to AdamW"):
-        Muon([bias])
-    with pytest.raises(ValueError, match="algorithm to be muon or adamw, got 'lion'"):
-        Muon([{"params": matrices(1, 4), "algorithm": "lion"}])
-    assert Muon([{"params": [bias], "name": "head"}]).param_groups[0]["algorithm"] == "adamw"
+def test_a_named_head_is_adamws() -> None:
+    assert Muon([{"params": [BIAS], "name": "head"}]).param_groups[0]["algorithm"] == "adamw"
