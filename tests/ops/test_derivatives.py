@@ -19,6 +19,8 @@ from lorasb.functional import lora_sb_linear
 from lorasb.ops import composed
 
 Layer = Callable[[Tensor, Tensor], Tensor]  # (x [M, n], R [r, r]) -> y [M, n]
+FEW = ("dense", "no W", "nf4", "group", "rows", "rows over nf4", "rows of a group")
+SOME = [pytest.param(kind, marks=() if kind in FEW else pytest.mark.long) for kind in KINDS]
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"square": lambda y: y.square().sum(), "sum": lambda y: y.sum()}
 REFUSED = "no second derivative"
 
@@ -60,7 +62,7 @@ def second(function: Layer, case: reference.Case, loss: Callable[[Tensor], Tenso
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("small_bytes", [0, 2**40])
 @pytest.mark.parametrize("backend", ["auto", pytest.param("eager", marks=pytest.mark.long)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME)
 def test_a_second_derivative_in_a_residual_block_is_right_or_refused(
     kind: str, backend: str, small_bytes: int, loss: str, wrt: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +146,7 @@ TRANSFORMS: dict[str, Callable[[Layer, reference.Case], Any]] = {
 @pytest.mark.parametrize("grad_mode", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("small_bytes", [0, 2**40])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME)
 def test_transforms_agree_with_plain_torch(
     kind: str, transform: str, small_bytes: int, grad_mode: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +158,7 @@ def test_transforms_agree_with_plain_torch(
 
 @pytest.mark.parametrize("grad_mode", [True, False])
 @pytest.mark.parametrize("small_bytes", [0, 2**40])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME)
 def test_forward_mode_without_a_transform(
     kind: str, small_bytes: int, grad_mode: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

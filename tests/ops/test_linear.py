@@ -32,6 +32,8 @@ from lorasb.functional import lora_sb_linear, lora_sb_linear_group
 from lorasb.ops import composed as by_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("auto", "eager", *(("cpp",) if cpp.missing() is None else ()))
+PRODUCTS = ("dense", "no bias", "no W", "group", "group without biases")  # which torch may compose where they are small
 long = pytest.mark.long
 
 
@@ -119,9 +121,12 @@ def test_non_contiguous_x_and_dy(composed: bool) -> None:
         tolerances.check(got, expected, tolerances.fp32(24))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "dropout"])
+@pytest.mark.parametrize(
+    ("kind", "small_bytes"), [(kind, 0) for kind in (*KINDS, "dropout")] + [(kind, 2**40) for kind in PRODUCTS]
+)
 @pytest.mark.parametrize("backend", ["auto", pytest.param("eager", marks=long)])
-def test_gradcheck(composed: bool, backend: str, kind: str) -> None:
+def test_gradcheck(backend: str, kind: str, small_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_torch, "SMALL_BYTES", small_bytes)
     cases, options = make_call(kind.replace("dropout", "dense"), torch.float64, (), 8, 6, 3)
     if kind == "dropout":
         options["dropout"] = 0.4
@@ -138,17 +143,12 @@ def test_gradcheck(composed: bool, backend: str, kind: str) -> None:
                 tolerances.check(result, want, tolerances.FP64)
 
 
-FEW = ("dense", "nf4", "rows of a group")  # of what differs in an op's arguments
-
-
 @pytest.mark.parametrize(
     ("kind", "backend"),
-    [(kind, "auto") for kind in (*KINDS, "frozen core", "frozen x", "dropout", "dropout of a group")]
-    + [
-        pytest.param(kind, name, marks=() if kind in FEW else long)
-        for kind in KINDS
-        for name in ("eager", *(("cpp",) if cpp.missing() is None else ()))
-    ],
+    [("dense", name) for name in BACKENDS]
+    + [(kind, "auto") for kind in ("no W", "frozen core", "frozen x", "dropout", "dropout of a group", "int8", "rows")]
+    + [("nf4", BACKENDS[-1]), ("rows of a group", BACKENDS[1])]
+    + [pytest.param(kind, name, marks=long) for kind in KINDS for name in BACKENDS],
 )
 def test_opcheck(kind: str, backend: str) -> None:
     of = {"dropout": "dense", "dropout of a group": "group", "frozen core": "dense", "frozen x": "dense"}.get(
@@ -178,9 +178,7 @@ def test_backward_keeps_u_and_never_x(composed: bool, kind: str, dtype: torch.dt
     x = cases[0].x.clone().requires_grad_(True) * 1.0
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs(cases, x, [case.core.requires_grad_(True) for case in cases], **options)
-    composes = (
-        composed and not cpp.serves(dtype) and kind in ("dense", "no bias", "no W", "group", "group without biases")
-    )
+    composes = composed and not cpp.serves(dtype) and kind in PRODUCTS
     core = 8 * 8 * dtype.itemsize if composes else 0  # s·R in x's dtype, which dx needs
     other = 8 * len(INDEX) if "index" in options else 8 if kind == "dropout" else 0
     assert sum(kept.values()) == len(cases) * (len(INDEX) * 80 * 8 * dtype.itemsize + core) + other
