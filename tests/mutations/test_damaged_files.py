@@ -172,7 +172,8 @@ def load_adapter(world: World, folder: Path) -> None:
 
 
 def load_bank(world: World, folder: Path) -> None:
-    bank = lorasb.AdapterBank(copy.deepcopy(world.patched), "default")
+    model = copy.deepcopy(world.patched)
+    bank = lorasb.AdapterBank(model, "default")
     bank.add("kept")
     report = bank.load(folder.parent)
     assert set(report.loaded) | set(report.failed) == {"adapter", "good"}
