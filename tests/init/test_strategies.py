@@ -12,7 +12,7 @@ from models import Batch, batches_for, llama, make
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.init import accumulator, executor, plan
+from lorasb.init import accumulator, plan, strategies
 from lorasb.init.block_recorder import NotAStackError, Traversal
 from lorasb.init.plan import passes
 from lorasb.layers.linear import LoRASBLinear
@@ -174,7 +174,7 @@ def test_boundaries_may_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
         moved.append(boundary.double())
         return boundary.clone()
 
-    monkeypatch.setattr(executor, "_keep_on_device", keep)
+    monkeypatch.setattr(strategies, "_keep_on_device", keep)
     got, _ = library_sums("llama", singles("llama"), strategy="layerwise")
     want = autograd_sums("llama", singles("llama"))
     assert len(moved) >= 6  # a boundary a block, and what blocks share beside them
