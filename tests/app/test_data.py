@@ -1,30 +1,232 @@
-"""The examples of a run: what is held out, and files that hold none."""
+"""Examples: generated, of files and by name; the hub is replaced by rows of its columns, and what cannot be read is said."""
 
 from __future__ import annotations
 
+import builtins
+import json
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from lorasb.app import tasks
 from lorasb.app.data import load_examples
 from lorasb.app.finetune import run_finetune
+from lorasb.app.named_data import MATH_SUBJECTS, NAMED, read_data
+from lorasb.app.scoring import is_right
 from lorasb.app.settings import Settings
 
+GLUE = ("sentence", "sentence1", "sentence2", "question", "question1", "question2", "premise", "hypothesis")
+ROWS = {
+    "meta-math/MetaMathQA": {"query": "What is 1 + 1?", "response": "It is 2. The answer is: 2", "type": "GSM_Rephrased"},
+    "openai/gsm8k": {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
+    "EleutherAI/hendrycks_math": {"problem": "Half?", "solution": r"\boxed{\frac{1}{2}}", "level": "Level 1"},
+    "nyu-mll/glue": dict.fromkeys(GLUE, "It rains.") | {"label": 1, "idx": 0},
+    "zwhe99/commonsense_170k": {"instruction": "Is ice cold?", "input": "", "output": "the correct answer is true", "answer": "true"},
+}  # fmt: skip
 
-def test_data_that_is_empty_or_has_a_broken_line_is_refused(base: Settings, tmp_path: Path) -> None:
-    file, output = tmp_path / "data.jsonl", tmp_path / "run"
-    for text, message in (
+
+def written(file: Path, *rows: dict[str, Any]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, str]]:
+    """What was asked of the hub; every data set has one row."""
+    asked: list[tuple[str, str | None, str]] = []
+
+    def load_dataset(path: str, config: str | None, split: str) -> list[dict[str, Any]]:
+        asked.append((path, config, split))
+        return [ROWS[path]]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return asked
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_set_has_prompts_answers_and_its_own_score(hub: list[Any], name: str) -> None:
+    examples = read_data(name, "exact")
+    assert {(example.source, example.score) for example in examples} == {(name, NAMED[name].score)}
+    for example in examples:
+        assert (example.label is not None) == (NAMED[name].path == "nyu-mll/glue")
+        assert ("### Instruction:" in example.prompt) == (example.label is None)
+        assert "### Input:" not in example.prompt  # Alpaca's other form is for rows that have one
+        assert is_right(example.completion, example.completion, example.score)
+    assert {path for path, _, _ in hub} == {NAMED[name].path}
+
+
+def test_the_papers_share_of_metamath_and_all_subjects_of_math(hub: list[Any]) -> None:
+    read_data("metamathqa", "exact")
+    assert len(read_data("math", "exact", held_out=True)) == len(MATH_SUBJECTS)
+    assert hub[0] == ("meta-math/MetaMathQA", None, "train[:50000]")
+    assert hub[1:] == [("EleutherAI/hendrycks_math", subject, "test") for subject in MATH_SUBJECTS]
+
+
+def test_what_is_held_out_has_a_split_of_its_own(hub: list[Any]) -> None:
+    for name, held_out in (("gsm8k", False), ("gsm8k", True), ("cola", True)):
+        read_data(name, "exact", held_out=held_out)
+    assert [split for _, _, split in hub] == ["train", "test", "validation"]
+    with pytest.raises(ValueError, match="metamathqa has no held-out split: name another set"):
+        read_data("metamathqa", "exact", held_out=True)
+
+
+def test_several_held_out_sets_each_give_so_many(hub: list[Any], data: Path) -> None:
+    train, held_out = load_examples(Settings(data="metamathqa", eval_data=f"gsm8k, {data}", eval_examples=2))
+    assert [(e.source, e.score) for e in held_out] == [("gsm8k", "number"), *[(str(data), "exact")] * 2]
+    assert len(train) == 1
+
+
+def test_a_file_goes_before_a_name(hub: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(Path("gsm8k"), {"prompt": "a", "completion": "b"})
+    (example,) = read_data("gsm8k", "choice")
+    assert (example.prompt, example.score, hub) == ("a", "choice", [])
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(OSError, match=r"gsm8k cannot be read from the hub as openai/gsm8k: no route to host\. A JSONL"):
+        read_data("gsm8k", "exact")
+
+
+def test_a_missing_package_has_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def no_datasets(name: str, *rest: Any) -> Any:
+        if name == "datasets":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", no_datasets)
+    message = "metamathqa is read from the hub as meta-math/MetaMathQA: pip install datasets"
+    with pytest.raises(ImportError, match=message):
+        read_data("metamathqa", "exact")
+
+
+def test_a_json_list_has_instructions_and_inputs(tmp_path: Path) -> None:
+    file = tmp_path / "boolq.json"
+    file.write_text(json.dumps([{"instruction": "Translate", "input": "Haus", "output": "house", "answer": "x"}]))
+    (example,) = read_data(str(file), "choice")
+    assert "### Input:\nHaus\n" in example.prompt
+    assert (example.completion, example.source, example.score) == ("house", str(file), "choice")
+
+
+def test_json_lines_in_a_json_file_are_read(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.json", {"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"})
+    assert [example.completion for example in read_data(file, "exact")] == ["b", "d"]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '[{"instruction": "a"}]', "[1]"])
+def test_json_that_is_no_list_of_instructions_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"a\.json: expected a JSON list of objects with instruction and output"):
+        read_data(str(tmp_path / "a.json"), "exact")
+
+
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+LINE_2 = "line 2: expected an object with prompt and completion.*"
+NO_NUMBER = r"rows\.jsonl, line 2: .*(finite number|Exceeds the limit)"
+NUMBERS = ("NaN", "Infinity", "-Infinity", "1e400", "1" * 400)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
         ("", "holds no examples"),
-        ('{"prompt": "a", "completion": "b"}\n{"prompt"', "line 2: expected an object"),
-    ):
-        file.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            run_finetune(replace(base, data=str(file), output=str(output)))
+        ("\n", "holds no examples"),
+        (GOOD + "{", LINE_2),
+        (GOOD + "[1]", LINE_2 + "got list"),
+        (GOOD + '{"prompt": "a"}', LINE_2 + "completion"),
+        (GOOD + '{"messages": []}', LINE_2 + "not the assistant's"),
+        (GOOD + '{"prompt": "a", "completion": null}', LINE_2 + "completion has to be a text, got 'None'"),
+        (GOOD + '{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}', LINE_2 + "prompt has to be a text"),
+        (GOOD + '{"messages": [{"role": "user", "content": [{"text": "a"}]}]}', LINE_2 + "content has to be a text"),
+        *((row, r"rows\.jsonl, line 1: expected an object with .*text and label") for row in ('{"text": "a", "label": true}', '{"text": "a", "label": null}', '{"label": 1}')),
+        *((f'{{"text": "a", "label": 1.5}}\n{{"text": "a", "label": {value}}}', NO_NUMBER) for value in NUMBERS),
+        *((f'{GOOD}{{"prompt": {value}, "completion": "b"}}', NO_NUMBER) for value in NUMBERS),
+    ],
+)  # fmt: skip
+def test_a_line_that_is_no_example_is_named(base: Settings, tmp_path: Path, text: str, message: str) -> None:
+    file, output = tmp_path / "rows.jsonl", tmp_path / "run"
+    file.write_text(text)
+    for read in (tasks.read_jsonl, lambda data: run_finetune(replace(base, data=str(data), output=str(output)))):
+        with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+            read(file)
     assert not output.exists()
+
+
+@pytest.mark.parametrize("letter", ["\u2028", "\u2029", "\x85", "\x1c", "\r"])
+def test_letters_that_end_a_line_elsewhere_are_kept(tmp_path: Path, letter: str) -> None:
+    rows = [{"prompt": f"a{letter}b", "completion": "c"}, {"prompt": "d", "completion": f"e{letter}"}]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "x.jsonl").write_text(text, encoding="utf-8", newline="")
+    found = [{"prompt": e.prompt, "completion": e.completion} for e in tasks.read_jsonl(tmp_path / "x.jsonl")]
+    assert found == rows
 
 
 def test_a_tenth_is_held_out_where_no_file_is_given(data: Path) -> None:
     train, held_out = load_examples(Settings(data=str(data)))
     assert len(held_out) == 3
     assert not {e.prompt for e in train} & {e.prompt for e in held_out}
+
+
+def test_what_is_held_out_is_drawn_from_all_of_a_set(tmp_path: Path) -> None:
+    """A set in order of its subjects must not be judged by the first of them."""
+    file = written(tmp_path / "a.jsonl", *({"prompt": f"q{i}", "completion": "x"} for i in range(40)))
+    settings = Settings(eval_data=file, data=file, eval_examples=8)
+    found = [load_examples(replace(settings, seed=seed))[1] for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+    assert found[0] != read_data(file, "exact")[:8]
+
+
+def test_chats_are_held_out_by_their_messages(tmp_path: Path) -> None:
+    chats = [[{"role": "user", "content": f"q{i % 10}"}, {"role": "assistant", "content": f"a{i}"}] for i in range(20)]
+    train, held_out = load_examples(Settings(data=written(tmp_path / "a.jsonl", *({"messages": one} for one in chats))))
+    assert not {e.prompt for e in train} & {e.prompt for e in held_out}
+    assert len(train) == 20 - 2 * len({e.prompt for e in held_out})
+
+
+@pytest.mark.parametrize(
+    ("labels", "score"), [([0, 1], "label"), (["a", "b"], "label"), ([0.5, 1], "pearson"), ([0.5, "a"], "label")]
+)
+def test_labels_have_a_score_of_their_own(tmp_path: Path, labels: list[Any], score: str) -> None:
+    file = written(tmp_path / "a.jsonl", *({"text": "t", "label": label} for label in labels))
+    assert {example.score for example in read_data(file, "exact")} == {score}
+    assert {example.score for example in read_data(file, "matthews")} == {"matthews"}
+
+
+def test_prompts_with_a_label_column_stay_prompts(tmp_path: Path) -> None:
+    (example,) = read_data(written(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b", "label": 1}), "exact")
+    assert (example.completion, example.label, example.score) == ("b", None, "exact")
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_held_out_problems_are_never_trained_on(task: str) -> None:
+    held_out = tasks.generate(task, 40, tasks.HELD_OUT_SEED)
+    train = tasks.generate(task, 150, 0, exclude=held_out)
+    prompts = [example.prompt for example in train]
+    assert len(set(prompts)) == len(train) == 150
+    assert not {example.prompt for example in held_out} & set(prompts)
+    assert train == tasks.generate(task, 150, 0, exclude=held_out)
+    assert all(example.prompt and example.completion for example in train)
+
+
+def test_reversal_is_a_reversal() -> None:
+    for example in tasks.generate("word_sequence_reversal", 20, 5):
+        words = example.prompt.partition("words: ")[2].split(", ")
+        assert example.completion == ", ".join(reversed(words))
+
+
+def test_more_problems_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = tasks.generate("gcd", 3, 0)
+    monkeypatch.setattr(tasks, "_draw", lambda *given: few)
+    with pytest.raises(ValueError, match="task 'gcd' gave 3 distinct prompts, 5 were asked for: ask for fewer"):
+        tasks.generate("gcd", 5, 0)

@@ -1,4 +1,4 @@
-"""Options made of the list of settings: each is an option and a line of YAML, and an option goes first."""
+"""Settings: each is an option and a line of YAML, an option goes before a file, and a file before a preset."""
 
 from __future__ import annotations
 
@@ -8,86 +8,178 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from parsed_options import call
+import typer
+import yaml
+from transformers import SchedulerType
 from typer.testing import CliRunner
 
 from lorasb.app import cli, config_file
 from lorasb.app.cli import app
-from lorasb.app.settings import InitSettings, Settings, listed, option
+from lorasb.app.named_data import NAMED
+from lorasb.app.settings import DTYPES, SCHEDULERS, UPDATES, InitSettings, Settings, listed, option
+from lorasb.init import initialization
+from lorasb.utils import precision
 
 KNOWN = {one.name: kind for one, kind in listed(Settings)}
-OTHER = {
-    "model": "folder",
-    "dtype": "float32",
-    "bits": 4,
-    "task": "gcd",
-    "data": "a.jsonl",
-    "eval_data": "b.jsonl",
-    "adapter_column": "user",
-    "rl": "exact",
-    "generations": 4,
-    "rl_start": "zero",
-    "temperature": 0.5,
-    "train_examples": 7,
-    "eval_examples": 8,
-    "score": "number",
-    "max_new_tokens": 10,
-    "max_length": 9,
-    "packing": True,
-    "template": "none",
-    "start": "paper",
-    "eta": 1e-4,
-    "method": "lora-xs",
-    "r": 3,
-    "target_modules": "q_proj,v_proj",
-    "rank_pattern": {"down_proj": 2},
-    "lora_dropout": 0.1,
-    "samples": 5,
-    "update": "sgd",
-    "lr": 1e-5,
-    "find_lr": True,
-    "epochs": 2.5,
-    "batch_size": 6,
-    "gradient_accumulation": 2,
-    "gradient_checkpointing": True,
-    "scheduler": "cosine",
-    "warmup": 0.2,
-    "weight_decay": 0.01,
-    "seed": 11,
-    "eval_steps": 12,
-    "save_steps": "13",
-    "resume": "never",
-    "report_to": "wandb",
-    "output": "elsewhere",
-}
+OTHER: dict[str, Any] = {
+    "model": "folder", "dtype": "float32", "bits": 4, "task": "gcd", "data": "a.jsonl", "eval_data": "b.jsonl",
+    "adapter_column": "user", "rl": "exact", "generations": 4, "rl_start": "zero", "temperature": 0.5,
+    "train_examples": 7, "eval_examples": 8, "score": "number", "max_new_tokens": 10, "max_length": 9, "packing": True,
+    "template": "none", "start": "paper", "eta": 1e-4, "method": "lora-xs", "r": 3, "target_modules": "q_proj,v_proj",
+    "rank_pattern": {"down_proj": 2}, "lora_dropout": 0.1, "samples": 5, "update": "sgd", "lr": 1e-5, "find_lr": True,
+    "epochs": 2.5, "batch_size": 6, "gradient_accumulation": 2, "gradient_checkpointing": True, "scheduler": "cosine",
+    "warmup": 0.2, "weight_decay": 0.01, "seed": 11, "eval_steps": 12, "save_steps": "13", "resume": "never",
+    "report_to": "wandb", "output": "elsewhere",
+}  # fmt: skip
 
 
-def arguments(values: dict[str, Any]) -> list[str]:
-    found = []
-    for name, value in values.items():
-        if value is True:
-            found += ["--" + name.replace("_", "-")]
-        else:
-            text = ",".join(f"{n}={r}" for n, r in value.items()) if isinstance(value, dict) else str(value)
-            found += ["--" + name.replace("_", "-"), text]
-    return found
+def call(*arguments: str) -> dict[str, Any]:
+    """The settings that `lorasb finetune` would run with."""
+    got: list[dict[str, Any]] = []
+    one = typer.Typer()
+    one.command(cls=cli.Command)(cli.command(got.append, [(Settings, False)], {}))
+    done = CliRunner().invoke(one, list(arguments))
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return got[0]
 
 
-def test_every_setting_is_an_option_and_a_line_of_yaml(tmp_path: Path) -> None:
+def written(tmp_path: Path, text: str) -> str:
+    (tmp_path / "a.yaml").write_text(text)
+    return str(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"scheduler": "warp"}, "--scheduler must be one of linear, cosine"),
+        ({"report_to": "paper"}, "--report-to must be one of none, tensorboard, wandb"),
+        ({"save_steps": "often"}, "--save-steps must be auto or a positive number of steps, got 'often'"),
+        ({"save_steps": "0"}, "--save-steps must be auto or a positive number"),
+        ({"warmup": 1.0}, r"--warmup is a share in \[0, 1\), got 1.0"),
+        ({"lora_dropout": 1.0}, r"--lora-dropout is a share in \[0, 1\), got 1.0"),
+        ({"score": "luck"}, "--score must be one of exact, number, boxed, symbolic, choice, label, matthews, pearson, spearman, f1, got 'luck'"),
+        ({"bits": 8}, "--bits must be 4 or 16, got 8"),
+        ({"weight_decay": -1.0}, "--weight-decay must not be negative"),
+        ({"rank_pattern": {"q": 0}}, "--rank-pattern must have positive ranks"),
+        ({"eval_steps": 0}, "--eval-steps must be positive, got 0"),
+        ({"gradient_accumulation": 3}, "--batch-size 16 is not divisible by --gradient-accumulation 3"),
+        ({"lr": float("nan")}, "--lr must be positive, at most 10000, got nan"),
+    ],
+)  # fmt: skip
+def test_values_that_no_run_can_have_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**values).check()
+
+
+def test_choices_are_the_librarys() -> None:
+    assert initialization.UPDATES == UPDATES
+    assert set(DTYPES) == {"auto", *precision.DTYPES}
+    assert set(SCHEDULERS) <= {one.value for one in SchedulerType}
+
+
+@pytest.mark.parametrize("values", [{}, OTHER], ids=["defaults", "others"])
+def test_every_setting_is_an_option_and_a_line_of_yaml(tmp_path: Path, values: dict[str, Any]) -> None:
     assert set(OTHER) == {one.name for one in fields(Settings)} == set(KNOWN)
     assert all(getattr(Settings(), name) != value for name, value in OTHER.items())
-    assert call(*arguments(OTHER)) == OTHER
-    config_file.write_config(tmp_path / "config.yaml", Settings(**OTHER))
-    again = config_file.read_config(tmp_path / "config.yaml", KNOWN)
-    assert again == {name: value for name, value in OTHER.items() if name != "resume"}
-    assert call("--config", str(tmp_path / "config.yaml")) == again
+    arguments = []
+    for name, value in values.items():
+        text = ",".join(f"{n}={r}" for n, r in value.items()) if isinstance(value, dict) else str(value)
+        arguments += [option(name)] if value is True else [option(name), text]
+    assert call(*arguments) == values
+    file = tmp_path / "config.yaml"
+    config_file.write_config(file, Settings(**values))
+    assert set(yaml.safe_load(file.read_text())) == set(KNOWN) - {"resume"}
+    again = config_file.read_config(file, KNOWN)
+    assert Settings(**{"resume": values.get("resume", "auto")} | again) == Settings(**values)
+    assert call("--config", str(file)) == again
 
 
-def test_an_option_goes_before_the_files_line(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("lr: 2e-3\nseed: 4\npacking: true\n")
-    found = call("--config", str(tmp_path / "a.yaml"), "--seed", "5", "--no-packing")
-    assert found == {"lr": 2e-3, "seed": 5, "packing": False}
-    assert call() == {}
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rte: 1", r"there is no setting 'learning_rte': did you mean 'learning_rate'\?"),
+        ("optimizer: adam", r"there is no setting 'optimizer': --help-all lists them"),
+        ("lr: 1\nlearning_rate: 2", "'learning_rate' is another name of 'lr', which the file has too"),
+        ("batchsize: 4", r"there is no setting 'batchsize': did you mean 'batch_size'\?"),
+        ("batch-sizes: 4", r"there is no setting 'batch-sizes': did you mean 'batch_size'\?"),
+        ("lr: fast", "lr expects a number, got 'fast'"),
+        ("seed: 1.5", "seed expects a whole number, got 1.5"),
+        ("seed: true", "seed expects a whole number, got True"),
+        ("packing: 3", "packing expects true or false, got 3"),
+        ("model: [a]", r"model expects a text, got \['a'\]"),
+        ("rank_pattern: 3", "rank_pattern expects ranks by name, like down_proj=96,q_proj=32 or JSON, got 3"),
+        ("- a", "expected lines like `lr: 0.002`, got list"),
+        ("a: [", "this is no YAML"),
+        ("!!python/object/apply:os.getcwd []", "this is no YAML"),
+        ("rl: reward.py:score", "rl is reward.py:score, and the run would execute that file: add --allow-code"),
+        *((f"rl: {reward}", "rl is .*: add --allow-code") for reward in ("evil.so:reward", "a.PY:f", "module:f")),
+    ],
+)
+def test_wrong_lines_are_named_with_their_file(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"--config .*a.yaml: {message}"):
+        call("--config", written(tmp_path, text))
+
+
+def test_a_missing_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a YAML file of settings"):
+        config_file.read_config(tmp_path / "none.yaml", KNOWN)
+
+
+@pytest.mark.parametrize("name", ["lr", "warmup", "temperature", "weight_decay"])
+def test_auto_is_a_value_of_few_settings(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="expects a value, got auto, which --epochs and --eta take"):
+        Settings(**call("--config", written(tmp_path, f"{name}: auto\n"))).check()
+
+
+def test_ranks_by_name_are_pairs_or_json() -> None:
+    for text in ("down_proj=96,q_proj=32", '{"down_proj": 96, "q_proj": 32}'):
+        assert config_file.typed(text, dict[str, int], "x") == {"down_proj": 96, "q_proj": 32}
+    for text in ("down_proj", "down_proj=x", '{"a": "b"}', "{", "[1]"):
+        with pytest.raises(ValueError, match="--rank-pattern expects ranks by name"):
+            config_file.typed(text, dict[str, int], "--rank-pattern")
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "want"),
+    [
+        ("lr: 2e-3\nseed: 4\npacking: true", ["--seed", "5", "--no-packing"], {"lr": 2e-3, "seed": 5, "packing": False}),
+        ("learning-rate: 3e-4\nrank: 8\n--batch-size: 4\nepochs: auto", [], {"lr": 3e-4, "r": 8, "batch_size": 4, "epochs": None}),
+        ("rl: reward.py:score", ["--allow-code"], {"rl": "reward.py:score"}),
+        ("rl: reward.py:score", ["--rl", "other.py:score"], {"rl": "other.py:score"}),
+        ("rl: exact", [], {"rl": "exact"}),
+        # an earlier version wrote the default task beside the file that was trained on
+        ("task: word_sequence_reversal\ndata: rows.jsonl\nepochs: 1.0", [], {"data": "rows.jsonl", "epochs": 1.0}),
+    ],
+    ids=["options first", "aliases", "allowed code", "code by option", "a reward of ours", "an earlier version"],
+)  # fmt: skip
+def test_a_file_gives_what_options_do_not(tmp_path: Path, text: str, more: list[str], want: dict[str, Any]) -> None:
+    assert call("--config", written(tmp_path, text), *more) == want
+
+
+def test_a_task_does_not_go_with_a_file_of_examples(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--task gcd names generated examples"):
+        Settings(**call("--config", written(tmp_path, "task: gcd\ndata: rows.jsonl\n"))).check()
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        (["--packing", "true"], True),
+        (["--packing", "false"], False),
+        (["--no-packing"], False),
+        (["--packing", "True", "--seed", "3"], True),
+        (["--no-packing", "--packing"], True),
+        (["--packing", "--no-packing"], False),
+    ],
+)
+def test_the_last_of_a_switchs_forms_wins(given: list[str], want: bool) -> None:
+    assert call(*given)["packing"] is want
+    text = CliRunner().invoke(app, ["finetune", "--help"]).output
+    assert "--no-packing" not in text
+    assert "--no-NAME" in text
+    assert call(*given)["packing"] is want  # the help has left the options as they are
 
 
 def test_init_takes_its_share_of_the_list() -> None:
@@ -97,7 +189,7 @@ def test_init_takes_its_share_of_the_list() -> None:
     assert own == {"strategy", "memory_budget", "cache", "stability", "energy", "parameters"}
     assert own < names
     assert names - own - {"config"} == {one.name for one, _ in listed(Settings) if one.metadata["init"]}
-    assert "eval_data" not in names
+    assert not {"eval_data", "preset"} & names
     assert "run" in get_type_hints(InitSettings)
 
 
@@ -108,8 +200,7 @@ def test_help_has_every_option_whole_in_eighty_columns(monkeypatch: pytest.Monke
     text = CliRunner().invoke(app, ["finetune", kind]).output
     assert "…" not in text
     folded = [one for one, _ in listed(Settings) if not one.metadata.get("main")]
-    for one, _ in listed(Settings):
-        assert f"{option(one.name)}" in text
+    assert all(option(one.name) in text for one, _ in listed(Settings))
     assert 12 <= len(list(listed(Settings))) - len(folded) <= 14
     explained = text.replace("\n", " ").partition("Most used")[2]
     for one in folded:
@@ -118,70 +209,40 @@ def test_help_has_every_option_whole_in_eighty_columns(monkeypatch: pytest.Monke
     assert CliRunner().invoke(app, ["finetune", "--help"]).output == text or kind == "--help-all"  # folded again
 
 
+LISTED = ("batch_size", "gradient_accumulation", "max_length", "epochs", "lora_dropout", "lr", "scheduler", "warmup")
+TABLES: dict[str, tuple[Any, ...]] = {  # the paper's Table 11, and Table 12, whose rows differ by their epochs alone
+    "metamath-mistral-7b": (32, 32, 512, 1, 0.0, 1e-4, "cosine", 0.02),
+    "metamath-gemma-2-9b": (32, 32, 512, 1, 0.0, 1e-4, "cosine", 0.02),
+    "commonsense-llama-3.2-3b": (144, 24, 256, 2, 0.05, 2e-3, "linear", 0.02),
+} | {
+    f"{task}-roberta-large": (128, 1, 256, epochs, 0.0, 1e-3, "linear", 0.06)
+    for task, epochs in {"cola": 30, "rte": 30, "mrpc": 30, "sst2": 15, "qnli": 15, "stsb": 30}.items()
+}
+
+
+@pytest.mark.parametrize("name", config_file.preset_names())
+def test_a_preset_is_a_run_with_the_papers_settings(name: str) -> None:
+    assert set(config_file.preset_names()) == set(TABLES)
+    settings = Settings(**call("--preset", name))
+    settings.check()
+    assert settings.output == f"runs/{name}"
+    assert {settings.data, *(settings.eval_data or "gsm8k").split(",")} <= set(NAMED)
+    assert tuple(getattr(settings, name) for name in LISTED) == TABLES[name]
+
+
+def test_options_go_before_the_file_and_the_file_before_the_preset(tmp_path: Path) -> None:
+    file, preset = written(tmp_path, "r: 8\nseed: 4\n"), "metamath-mistral-7b"
+    found = call("--preset", preset, "--config", file, "--seed", "5")
+    assert found == config_file.read_config(config_file.find_preset(preset), KNOWN) | {"r": 8, "seed": 5}
+
+
 @pytest.mark.parametrize(
-    ("given", "want"),
+    ("name", "message"),
     [
-        (["--packing", "true"], True),
-        (["--packing", "false"], False),
-        (["--no-packing"], False),
-        (["--packing", "True", "--seed", "3"], True),
+        ("metamath-mistral", "--preset 'metamath-mistral': there is no such preset: did you mean 'metamath-m"),
+        ("qqq", "known are cola-roberta-large, "),
     ],
 )
-def test_a_switch_takes_a_value_as_well(given: list[str], want: bool) -> None:
-    assert call(*given)["packing"] is want
-
-
-def test_options_names_and_aliases_are_keys_of_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "x.yaml"
-    file.write_text("learning-rate: 3e-4\nrank: 8\n--batch-size: 4\nepochs: auto\n")
-    assert call("--config", str(file)) == {"lr": 3e-4, "r": 8, "batch_size": 4, "epochs": None}
-
-
-def test_a_file_of_settings_runs_no_code_unless_that_is_allowed(tmp_path: Path) -> None:
-    file = tmp_path / "x.yaml"
-    file.write_text("rl: reward.py:score\n")
-    with pytest.raises(
-        ValueError, match=r"rl is reward.py:score, and the run would execute that file: add --allow-code"
-    ):
-        call("--config", str(file))
-    assert call("--config", str(file), "--allow-code") == {"rl": "reward.py:score"}
-    assert call("--config", str(file), "--rl", "other.py:score")["rl"] == "other.py:score"
-    file.write_text("rl: exact\n")
-    assert call("--config", str(file)) == {"rl": "exact"}
-
-
-@pytest.mark.parametrize(
-    ("given", "want"), [(["--no-packing", "--packing"], True), (["--packing", "--no-packing"], False)]
-)
-def test_the_last_of_a_switch_s_two_options_wins(given: list[str], want: bool) -> None:
-    assert call(*given)["packing"] is want
-    text = CliRunner().invoke(app, ["finetune", "--help"]).output
-    assert "--no-packing" not in text
-    assert "--no-NAME" in text
-    assert call(*given)["packing"] is want  # the help has left the options as they are
-
-
-@pytest.mark.parametrize("reward", ["evil.so:reward", "a.PY:f", "module:f"])
-def test_whatever_is_no_reward_of_ours_needs_the_flag(tmp_path: Path, reward: str) -> None:
-    file = tmp_path / "x.yaml"
-    file.write_text(f"rl: {reward}\n")
-    with pytest.raises(ValueError, match="add --allow-code"):
-        call("--config", str(file))
-
-
-def test_a_config_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """It has the default task beside the file that was trained on."""
-    file = tmp_path / "x.yaml"
-    file.write_text("task: word_sequence_reversal\ndata: rows.jsonl\nepochs: 1.0\n")
-    assert call("--config", str(file)) == {"data": "rows.jsonl", "epochs": 1.0}
-    file.write_text("task: gcd\ndata: rows.jsonl\n")
-    with pytest.raises(ValueError, match="--task gcd names generated examples"):
-        Settings(**call("--config", str(file))).check()
-
-
-@pytest.mark.parametrize("name", ["lr", "warmup", "temperature", "weight_decay"])
-def test_auto_is_a_value_of_few_settings(tmp_path: Path, name: str) -> None:
-    file = tmp_path / "x.yaml"
-    file.write_text(f"{name}: auto\n")
-    with pytest.raises(ValueError, match="expects a value, got auto, which --epochs and --eta take"):
-        Settings(**call("--config", str(file))).check()
+def test_an_unknown_preset_names_the_nearest(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_file.find_preset(name)
