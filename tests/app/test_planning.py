@@ -1,4 +1,4 @@
-"""`lorasb plan`: what fake tensors count is what real ones take, and bad input gets one line."""
+"""What a run takes: the plan of fake tensors is what real ones take, the estimate is of first steps, bad input gets one line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ import transformers
 from typer.testing import CliRunner
 
 import lorasb
-from lorasb.app import plan
+from lorasb.app import estimate, plan
 from lorasb.app.cli import app
 from lorasb.app.fake_step import LiveBytes, count_step
 from lorasb.app.plan import Request, plan_memory
 from lorasb.app.prepare import checkpoint_activations
+from lorasb.app.settings import Settings
+from lorasb.app.tokenize import Encoded
 from lorasb.utils.precision import Precision
 
 BATCH, SEQ = 3, 40
@@ -256,3 +258,60 @@ def test_bad_input_gets_one_line(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="a step of 1 x 64 tokens cannot be computed"):
         plan_memory(Request(folder_of(images, tmp_path / "images"), r=8, batch=1, seq=64))
+
+
+class TestEstimate:
+    def run(self, name: str = "float32", **values: Any) -> Any:
+        rows = [Encoded((1,) * 20, (2,) * 5)] * 64
+        return SimpleNamespace(
+            settings=replace(Settings(), **values),
+            precision=Precision(name, ""),
+            rows=rows,
+            steps=125,
+            tokens=50_000,
+            epochs=values.get("epochs", 1.0),
+        )
+
+    def test_the_first_step_is_slower_and_the_longest_needs_more(self) -> None:
+        found = estimate.estimate([(9.0, 100), (2.0, 200)], 10_000, 400, (10**9, 2 * 10**9))
+        assert found.seconds == pytest.approx(100)
+        assert found.memory == 3 * 10**9
+
+    def test_a_peak_before_training_says_nothing_of_a_step(self) -> None:
+        """A line of 8 MB took 5 GB to tokenize, and was estimated at 69 GB of training."""
+        found = estimate.estimate([(1.0, 100)], 100, 8000, (1_000, 5_000), peak_before=5_000)
+        assert found.memory == 5_000
+        assert (
+            estimate.estimate([(1.0, 100)], 100, 8000, (1_000, 5_000), peak_before=4_999).memory == 1_000 + 4_000 * 80
+        )
+
+    def test_one_line_says_steps_tokens_time_and_memory(self) -> None:
+        (line,) = estimate.estimated(self.run(), estimate.Estimate(260, 2_100_000_000))
+        assert (
+            line
+            == "Training on the CPU in float32: 125 steps of 16 examples, 50,000 tokens: about 4 min and 2.1 GB, by the first steps"
+        )
+
+    @pytest.mark.parametrize(
+        ("values", "want"),
+        [
+            ({}, "--train-examples 500 (half of the steps)"),
+            ({"data": "x"}, "--epochs 0.5 (half of the steps)"),
+            ({"data": "x", "epochs": 6.0}, "--epochs 1"),
+            ({"train_examples": 50_000}, "--train-examples 1000"),
+            ({"name": "bfloat16"}, r"--dtype auto (float32 here)"),
+            ({"max_length": 10}, "--max-length 5"),
+        ],
+    )
+    def test_a_long_run_is_told_what_costs_most(
+        self, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], want: str
+    ) -> None:
+        monkeypatch.setattr(estimate, "native", lambda: Precision("float32", ""))
+        monkeypatch.setattr(estimate, "slowdown", lambda dtype: 40.0)
+        run = self.run(**values)
+        first, second = estimate.estimated(run, estimate.Estimate(3 * 3600, 10**9))
+        assert "about 3.0 h" in first
+        assert second.startswith(f"That is long, and {want}")
+        name, saved = estimate.costliest(run, 3 * 3600)
+        assert name == want
+        assert 0 < saved < 3 * 3600

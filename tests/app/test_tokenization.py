@@ -1,108 +1,121 @@
-"""Examples to tensors: prompts are not learned, every answer of a chat is, and long ones lose their beginning."""
+"""Examples to tensors: which tokens are learned and which are lost, packs, and the order of training."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
+import torch
 import transformers
 
+import lorasb
+from lorasb.app import estimate, tokenize
 from lorasb.app.tasks import Example
-from lorasb.app.tokenize import IGNORED, Collator, Encoded, encode
+from lorasb.app.tokenize import IGNORED, ByLength, Collator, Encoded, encode
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
-CHAT = (
-    {"role": "user", "content": "copy red"},
-    {"role": "assistant", "content": "red"},
-    {"role": "user", "content": "copy two"},
-    {"role": "assistant", "content": "two"},
+LAST_TURN_ONLY = "{% for m in messages %}{{ loop.length }} {{ m['content'] }} {% endfor %}"
+NEVER_EMPTY = CHATML + "{% if not messages %}{{ raise_exception('empty') }}{% endif %}"
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+TURNS = (("user", "copy red"), ("assistant", "red"), ("user", "copy two"), ("assistant", "two"))
+CHAT = tuple({"role": role, "content": content} for role, content in TURNS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(tiny)
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(tiny)
+
+
+@pytest.fixture
+def chatting(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Encode a chat by a template, and what of it is learned."""
+
+    def run(template: str | None, chat: Any = CHAT, length: int = 200) -> tuple[Encoded, str]:
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        encoded = encode(Example("copy two", "two", chat), tokenizer, length)
+        labeled = zip([*encoded.prompt, *encoded.completion], encoded.labels, strict=True)
+        return encoded, tokenizer.decode([i for i, label in labeled if label != IGNORED])
+
+    return run
+
+
+def test_every_turn_of_the_assistants_is_learned(chatting: Any, tokenizer: Any, model: Any) -> None:
+    encoded, learned = chatting(CHATML)
+    want = tokenizer.decode(tokenizer("red <|end|> two")["input_ids"]) + " <eos>"
+    assert learned == want
+    whole = tokenizer.apply_chat_template(list(CHAT[:-1]), add_generation_prompt=True, tokenize=False)
+    assert list(encoded.prompt) == tokenizer(whole)["input_ids"]
+    batch = Collator(0, model)([encoded, Encoded((5,), (6, 7))])
+    assert (batch["labels"] != IGNORED).sum(1).tolist() == [len(tokenizer(want)["input_ids"]), 2]
+    assert batch["logits_to_keep"] == encoded.tail + 1 < len(encoded)
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "length"),
+    [(CHATML, CHAT, 8), (LAST_TURN_ONLY, CHAT, 200), (NEVER_EMPTY, (CHAT[1], *CHAT[2:]), 200)],
+    ids=["a long chat loses its beginning", "a template rewrites earlier turns", "an assistant opens"],
 )
+def test_the_last_turn_alone_is_learned(chatting: Any, template: str, chat: Any, length: int) -> None:
+    encoded, learned = chatting(template, chat, length)
+    assert learned == "two <eos>"
+    if length == 8:
+        assert (len(encoded), encoded.learned) == (8, ())
 
 
-class TestChats:
-    def tokenizer(self, folder: Any, template: str | None) -> Any:
-        found = transformers.AutoTokenizer.from_pretrained(folder)
-        found.chat_template = template
-        return found
-
-    def learned(self, tokenizer: Any, encoded: Encoded) -> str:
-        ids = [*encoded.prompt, *encoded.completion]
-        return tokenizer.decode([i for i, label in zip(ids, encoded.labels, strict=True) if label != IGNORED])
-
-    def test_every_turn_of_the_assistants_is_learned(self, tiny: Any) -> None:
-        tokenizer = self.tokenizer(tiny, CHATML)
-        encoded = encode(Example("copy two", "two", CHAT), tokenizer, 200)
-        want = tokenizer.decode(tokenizer("red <|end|> two")["input_ids"]) + " <eos>"
-        assert self.learned(tokenizer, encoded) == want
-        whole = tokenizer.apply_chat_template(list(CHAT[:-1]), add_generation_prompt=True, tokenize=False)
-        assert list(encoded.prompt) == tokenizer(whole)["input_ids"]
-        batch = Collator(0, transformers.AutoModelForCausalLM.from_pretrained(tiny))([encoded, Encoded((5,), (6, 7))])
-        assert (batch["labels"] != IGNORED).sum(1).tolist() == [len(tokenizer(want)["input_ids"]), 2]
-        assert batch["logits_to_keep"] == encoded.tail + 1 < len(encoded)
-
-    def test_a_long_chat_loses_its_beginning(self, tiny: Any) -> None:
-        tokenizer = self.tokenizer(tiny, CHATML)
-        encoded = encode(Example("copy two", "two", CHAT), tokenizer, 8)
-        assert len(encoded) == 8
-        assert self.learned(tokenizer, encoded) == "two <eos>"
-        assert encoded.learned == ()
-
-    def test_a_template_that_rewrites_earlier_turns_has_the_last_one_learned(self, tiny: Any) -> None:
-        template = "{% for m in messages %}{{ loop.length }} {{ m['content'] }} {% endfor %}"
-        tokenizer = self.tokenizer(tiny, template)
-        assert self.learned(tokenizer, encode(Example("copy two", "two", CHAT), tokenizer, 200)) == "two <eos>"
-
-    def test_an_assistant_that_opens_is_not_learned(self, tiny: Any) -> None:
-        tokenizer = self.tokenizer(tiny, CHATML + "{% if not messages %}{{ raise_exception('empty') }}{% endif %}")
-        chat = ({"role": "assistant", "content": "red"}, *CHAT[2:])
-        assert self.learned(tokenizer, encode(Example("copy two", "two", chat), tokenizer, 200)) == "two <eos>"
-
-    def test_a_chat_that_a_template_refuses_is_named(self, tiny: Any) -> None:
-        refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
-        tokenizer = self.tokenizer(tiny, refusing)
-        chat = ({"role": "system", "content": "be brief"}, *CHAT)
-        with pytest.raises(ValueError, match=r"refuses a chat \(no system; roles: system, user, .* 'be brief'"):
-            encode(Example("copy two", "two", chat), tokenizer, 200)
-
-    def test_a_tokenizer_without_a_template_is_refused(self, tiny: Any) -> None:
-        with pytest.raises(ValueError, match="tokenizer has no chat template: give prompt and completion"):
-            encode(Example("copy two", "two", CHAT), self.tokenizer(tiny, None), 200)
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (NO_SYSTEM, r"refuses a chat \(no system; roles: system, user, .* 'be brief'"),
+        (None, "tokenizer has no chat template: give prompt and completion"),
+    ],
+)
+def test_a_chat_without_a_template_for_it_is_refused(chatting: Any, template: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        chatting(template, ({"role": "system", "content": "be brief"}, *CHAT))
 
 
-def test_white_space_of_the_users_own_is_kept(tiny: Path) -> None:
+def test_messages_go_through_the_chat_template(tokenizer: Any) -> None:
+    encoded = encode(Example("copy red", "red", CHAT[:2]), tokenizer, 64)
+    assert tokenizer.decode(encoded.completion) == "red <eos>"
+    assert encoded.prompt == tuple(tokenizer("user copy red")["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "learned"), [("a", "b", " b"), ("a\n", "b", "b"), ("a", "  b\n", "  b\n")]
+)
+def test_white_space_of_the_users_own_is_kept(prompt: str, completion: str, learned: str) -> None:
     class Letters:
         eos_token_id = 0
 
         def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
             return {"input_ids": [ord(letter) for letter in text]}
 
-    for prompt, completion, learned in (("a", "b", " b"), ("a\n", "b", "b"), ("a", "  b\n", "  b\n")):
-        encoded = encode(Example(prompt, completion), Letters(), 64)
-        assert "".join(map(chr, encoded.completion[:-1])) == learned
+    encoded = encode(Example(prompt, completion), Letters(), 64)
+    assert "".join(map(chr, encoded.completion[:-1])) == learned
 
 
 def test_before_and_after_are_measured_alike() -> None:
-    import models
-
-    import lorasb as library
-
     model = models.make("gpt2")
     encoded = [Encoded((3, 4, 5) * k, (7, 8)) for k in (1, 3)]
     before = Collator(0, model)(encoded)
-    patched_model = library.patch(model, r=4)
-    after = Collator(0, patched_model.get_base_model())(encoded)
+    after = Collator(0, lorasb.patch(model, r=4).get_base_model())(encoded)
     assert before.keys() == after.keys() >= {"position_ids", "logits_to_keep"}
 
 
-def test_prompts_are_not_learned(tiny: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+def test_prompts_are_not_learned(tokenizer: Any, model: Any) -> None:
     examples = [Example("copy red", "red"), Example("copy the blue cat", "blue cat")]
     encoded = [encode(e, tokenizer, 64) for e in examples]
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
     batch = Collator(tokenizer.pad_token_id, model)(encoded)
     assert batch["logits_to_keep"] == 4
     assert batch["labels"].shape == (2, 4)
@@ -111,9 +124,7 @@ def test_prompts_are_not_learned(tiny: Path) -> None:
     assert batch["position_ids"][0, -1] == len(encoded[0]) - 1
 
 
-def test_trimming_the_head_changes_no_loss(tiny: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+def test_trimming_the_head_changes_no_loss(tokenizer: Any, model: Any) -> None:
     encoded = [encode(Example("copy red " * k, "red"), tokenizer, 64) for k in (1, 3)]
     collate, losses = Collator(tokenizer.pad_token_id, model), []
     for collate.trims in (True, False):
@@ -121,16 +132,71 @@ def test_trimming_the_head_changes_no_loss(tiny: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_messages_go_through_the_chat_template(tiny: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
-    messages = ({"role": "user", "content": "copy red"}, {"role": "assistant", "content": "red"})
-    encoded = encode(Example("copy red", "red", messages), tokenizer, 64)
-    assert tokenizer.decode(encoded.completion) == "red <eos>"
-    assert encoded.prompt == tuple(tokenizer("user copy red")["input_ids"])
-
-
-def test_long_prompts_lose_their_beginning(tiny: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+def test_long_prompts_lose_their_beginning(tokenizer: Any) -> None:
     encoded = encode(Example("one two " * 20 + "three", "red"), tokenizer, 8)
     assert len(encoded) == 8
     assert tokenizer.decode(encoded.prompt).endswith("three")
+
+
+def some_examples(count: int) -> list[Encoded]:
+    draw = random.Random(1)
+    lengths = ((draw.randint(1, 9), 3) for _ in range(count))
+    return [Encoded(*(tuple(draw.choices(range(3, 99), k=k)) for k in both)) for both in lengths]
+
+
+def test_all_examples_are_in_packs_that_are_full() -> None:
+    examples = some_examples(40)
+    rows = tokenize.pack(examples, 32)
+    assert sorted((e for row in rows for e in row), key=repr) == sorted(examples, key=repr)
+    assert max(map(tokenize.row_length, rows)) <= 32
+    assert len(rows) <= 1.2 * sum(map(len, examples)) / 32
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_the_loss_of_packs_is_that_of_their_examples(family: str) -> None:
+    model: Any = models.make(family)
+    examples = some_examples(9)
+    tokenize.check_model(model)
+    batches = (tokenize.PackCollator(0)(tokenize.pack(examples, 30)), Collator(0, model)(examples))
+    with torch.no_grad():
+        packed, alone = (model(**batch).loss.item() for batch in batches)
+    assert packed == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_model_whose_packed_examples_see_one_another_is_refused() -> None:
+    model: Any = models.make("llama")
+    forward = model.forward
+    model.forward = lambda input_ids, position_ids=None, **rest: forward(input_ids)
+    with pytest.raises(ValueError, match="--packing: in a LlamaForCausalLM packed examples see one another"):
+        tokenize.check_model(model)
+    model.forward = lambda input_ids: forward(input_ids)
+    with pytest.raises(ValueError, match="--packing: this model takes no position_ids"):
+        tokenize.check_model(model)
+
+
+LENGTHS = tuple(random.Random(0).choices(range(5, 60), k=1003))
+
+
+def test_every_row_comes_once_an_epoch_and_the_seed_decides() -> None:
+    order = ByLength(LENGTHS, 16, 3)
+    first = list(order)
+    assert sorted(first) == list(range(1003))
+    assert list(ByLength(LENGTHS, 16, 3)) == first != list(ByLength(LENGTHS, 16, 4))
+    order.set_epoch(1)
+    state = torch.get_rng_state()
+    assert sorted(order) == sorted(first)
+    assert list(order) != first
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_little_is_padded_and_steps_are_whole() -> None:
+    steps = ByLength(LENGTHS, 16, 0).order(0)
+    assert [len(rows) for rows in steps] == [16] * 62 + [11]
+    assert sum(estimate.padded_tokens(rows, LENGTHS, 1) for rows in steps) < 1.1 * sum(LENGTHS)
+    longest = [max(LENGTHS[i] for i in rows) for rows in steps[:-1]]
+    assert longest not in (sorted(longest), sorted(longest, reverse=True))
+
+
+@pytest.mark.parametrize(("rows", "parts", "tokens"), [([0, 1, 2, 3], 1, 20), ([0, 1, 2, 3], 2, 14), ([1], 2, 5)])
+def test_padding_is_counted_by_the_parts_of_a_step(rows: list[int], parts: int, tokens: int) -> None:
+    assert estimate.padded_tokens(rows, [1, 5, 2, 2], parts) == tokens

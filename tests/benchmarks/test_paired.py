@@ -1,18 +1,35 @@
-"""Pairs of runs: rates by rule and outward, seeds at the best of them, and intervals of paired differences."""
+"""Pairs of runs: rates by rule and outward, seeds at the best of them, paired intervals, budget, and when an entry wins."""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
-from paired_rows import TASK, row, swept
 
 from benchmarks.research.methods.grid import LONGER, task_named
-from benchmarks.research.paired import grid
-from benchmarks.research.paired.compare import Difference, difference, final_losses, half_width
+from benchmarks.research.paired import compare, grid
+from benchmarks.research.paired.budget import COMPARED, bills, missing
+from benchmarks.research.paired.compare import Difference, difference, final_losses, half_width, lines, machines
+from benchmarks.research.paired.decision import RIVALS, Standing, is_level
 from benchmarks.research.paired.grid import Entry, best_rate, entries, rates_to_try, wanted
 from benchmarks.research.reporting import paired
+
+TASK = "chain_sum by loss"
+SIGN = entries()["sign"]
+
+
+def row(entry: str, r: int, lr: float, seed: int, loss: float, split: str = "test") -> dict[str, str]:
+    values = {"task": TASK, "variant": entry, "r": r, "lr": lr, "seed": seed, "loss": loss, "split": split}
+    values |= {"found_lr": "", "seconds": 90.0, "machine": "a machine", "adapter_params": 256}
+    return {name: str(value) for name, value in values.items()}
+
+
+def swept(entry: str, r: int) -> list[dict[str, str]]:
+    one = entries()[entry]
+    return [row(entry, r, one.at(r, p), grid.SWEEP_SEED, 0.3 + 0.01 * abs(p), "validation") for p in (-1, 0, 1)]
 
 
 def test_every_task_judges_a_thousand_examples_by_loss() -> None:
@@ -34,15 +51,14 @@ def test_rates_follow_the_rank(falls: float, r: int, expected: float) -> None:
 
 
 def test_a_sweep_goes_outward_while_the_best_is_at_its_end() -> None:
-    entry = entries()["sign"]
-    low, middle, high = entry.rates(16)
-    assert rates_to_try(entry, 16, {}) == (low, middle, high)
-    assert rates_to_try(entry, 16, {low: 0.3, high: 0.3}) == (middle,)
-    assert rates_to_try(entry, 16, {low: 0.4, middle: 0.3, high: 0.4}) == ()
-    assert rates_to_try(entry, 16, {low: 0.4, middle: 0.3, high: 0.2}) == (entry.at(16, 2),)
-    assert rates_to_try(entry, 16, {low: 0.2, middle: 0.3, high: 0.4}) == (entry.at(16, -2),)
-    assert best_rate(entry, 16, {low: 0.4, middle: 0.3, high: 0.4}) == middle
-    assert best_rate(entry, 16, {low: 0.2, middle: 0.3, high: 0.4}) is None
+    low, middle, high = SIGN.rates(16)
+    assert rates_to_try(SIGN, 16, {}) == (low, middle, high)
+    assert rates_to_try(SIGN, 16, {low: 0.3, high: 0.3}) == (middle,)
+    assert rates_to_try(SIGN, 16, {low: 0.4, middle: 0.3, high: 0.4}) == ()
+    assert rates_to_try(SIGN, 16, {low: 0.4, middle: 0.3, high: 0.2}) == (SIGN.at(16, 2),)
+    assert rates_to_try(SIGN, 16, {low: 0.2, middle: 0.3, high: 0.4}) == (SIGN.at(16, -2),)
+    assert best_rate(SIGN, 16, {low: 0.4, middle: 0.3, high: 0.4}) == middle
+    assert best_rate(SIGN, 16, {low: 0.2, middle: 0.3, high: 0.4}) is None
 
 
 def test_seeds_wait_for_the_sweep() -> None:
@@ -92,52 +108,38 @@ def test_only_seeds_that_both_have_count_and_only_at_the_best_rate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "half", "verdict"), [(-0.02, 0.01, "better"), (0.02, 0.01, "worse"), (0.005, 0.01, "tie")]
+    ("mean", "half", "verdict"),
+    [(-0.02, 0.01, "better"), (0.02, 0.01, "worse"), (0.005, 0.01, "tie"), (math.nan, math.inf, "diverged")],
 )
 def test_verdicts_are_the_intervals(mean: float, half: float, verdict: str) -> None:
     assert Difference(TASK, 16, "a", "b", mean, half, 8, 0.3).verdict == verdict
-
-
-def test_one_seed_says_nothing_and_a_loss_that_is_none_says_so() -> None:
-    assert half_width([0.1]) == math.inf
-    assert half_width([0.1, math.nan]) == math.inf
-    assert Difference(TASK, 16, "a", "b", math.nan, math.inf, 2, 0.3).verdict == "diverged"
+    assert half_width([0.1]) == half_width([0.1, math.nan]) == math.inf  # one seed says nothing
 
 
 @pytest.mark.parametrize("order", [(-1, 0, 1), (1, 0, -1)])
-def test_a_rate_that_diverged_is_never_the_best(order: tuple[int, ...]) -> None:
-    entry = entries()["sign"]
-    losses = {-1: 0.31, 0: 0.30, 1: math.nan}
-    assert best_rate(entry, 16, {entry.at(16, power): losses[power] for power in order}) == entry.at(16, 0)
-
-
-def test_rates_beside_the_ladder_do_not_count() -> None:
-    entry = entries()["sign"]
-    tried = {entry.at(16, power): loss for power, loss in ((-1, 0.31), (0, 0.30), (1, 0.32))}
-    assert best_rate(entry, 16, tried | {0.0031: 0.1}) == entry.at(16, 0)
+@pytest.mark.parametrize(("high", "beside"), [(math.nan, {}), (0.32, {0.0031: 0.1})])
+def test_rates_that_diverged_or_lie_beside_the_ladder_do_not_count(
+    order: tuple[int, ...], high: float, beside: dict[float, float]
+) -> None:
+    losses = {-1: 0.31, 0: 0.30, 1: high}
+    assert best_rate(SIGN, 16, {SIGN.at(16, power): losses[power] for power in order} | beside) == SIGN.at(16, 0)
 
 
 def test_a_table_says_where_a_ladder_ended() -> None:
-    entry = entries()["sign"]
-    rising = [
-        row("sign", 16, entry.at(16, p), grid.SWEEP_SEED, 0.5 - 0.01 * p, "validation")
-        for p in range(-1, grid.FARTHEST + 1)
-    ]
-    assert grid.shown_rate(entry, 16, rising, TASK) == f"{entry.at(16, grid.FARTHEST):g} (last tried)"
-    assert grid.shown_rate(entry, 16, swept("sign", 16), TASK) == "0.004"
+    losses = {SIGN.at(16, p): 0.5 - 0.01 * p for p in range(-1, grid.FARTHEST + 1)}
+    rising = [row("sign", 16, lr, grid.SWEEP_SEED, loss, "validation") for lr, loss in losses.items()]
+    assert grid.shown_rate(SIGN, 16, rising, TASK) == f"{SIGN.at(16, grid.FARTHEST):g} (last tried)"
+    assert grid.shown_rate(SIGN, 16, swept("sign", 16), TASK) == "0.004"
 
 
 def test_an_entry_of_its_own_rank_is_held_against_every_rank() -> None:
     lora = entries()[grid.LORA]
     asked = wanted(["chain_sum"], [grid.LORA], [4, 64], [0], [])
     assert {cell.r for cell in asked} == {32}
-    rows = [
-        *swept("sign", 16),
-        *(row(grid.LORA, 32, lora.at(32, p), grid.SWEEP_SEED, abs(p) + 0.3, "validation") for p in (-1, 0, 1)),
-    ]
-    rows += [row("sign", 16, 4e-3, seed, 0.3) for seed in (0, 1)] + [
-        row(grid.LORA, 32, 2e-3, seed, 0.25) for seed in (0, 1)
-    ]
+    rows = swept("sign", 16)
+    rows += [row(grid.LORA, 32, lora.at(32, p), grid.SWEEP_SEED, abs(p) + 0.3, "validation") for p in (-1, 0, 1)]
+    rows += [row("sign", 16, 4e-3, seed, 0.3) for seed in (0, 1)]
+    rows += [row(grid.LORA, 32, 2e-3, seed, 0.25) for seed in (0, 1)]
     found = difference(rows, TASK, 16, "sign", grid.LORA)
     assert found is not None
     assert (found.seeds, round(found.mean, 9), found.base) == (2, 0.05, 0.25)
@@ -148,19 +150,113 @@ def test_found_rates_are_held_against_the_default_one_and_the_best() -> None:
     rows += [row(grid.FIXED, 16, 2e-3, seed, 0.40) for seed in (0, 1)]
     rows += [row(grid.FOUND, 16, 2e-3, seed, 0.32) | {"found_lr": str(rate)} for seed, rate in ((0, 4e-3), (1, 8e-3))]
     (line,) = [text for text in paired.rates(rows) if text.startswith("| chain_sum")]
-    assert [cell.strip() for cell in line.strip("|").split("|")] == [
-        "chain_sum",
-        "16",
-        "0.4000",
-        "0.3200",
-        "0.004 to 0.008",
-        "-0.0800 ± 0.0000 (better)",
-        "0.3000",
-        "+0.0200 ± 0.0000 (worse)",
-    ]
+    found = "chain_sum | 16 | 0.4000 | 0.3200 | 0.004 to 0.008 | -0.0800 ± 0.0000 (better) | 0.3000 | +0.0200 ± 0.0000 (worse)"
+    assert line.strip("| \n") == found
     assert list(paired.rates(swept("sign", 16))) == []
 
 
 def test_a_rate_that_is_not_swept_is_never_tried_on_the_validation_split() -> None:
     asked = wanted(["chain_sum"], [grid.FOUND, grid.FIXED], [4, 64], [0], [])
     assert {(cell.split, cell.lr) for cell in asked} == {("test", 2e-3)}
+
+
+ALL = len(COMPARED) * len(grid.SEEDS)
+
+
+def test_missing_runs_are_the_seeds_and_the_sweeps_that_nobody_ran() -> None:
+    swept_entries = len(COMPARED) - 2  # grid.FIXED has no sweep, and LoRA one rank only
+    a_rank = (len(COMPARED) - 1) * len(grid.SEEDS) + 3 * swept_entries
+    assert missing([], "chain_sum") == len(grid.RANKS) * a_rank + 3 + len(grid.SEEDS)
+    done = [*swept("sign", 16), *(row("sign", 16, 4e-3, seed, 0.3) for seed in (0, 1))]
+    assert missing(done, "chain_sum") == missing([], "chain_sum") - 3 - 2
+    assert missing(done, "chain_sum, 300 steps") == ALL  # one rank, and the short runs' rates
+
+
+def test_hours_are_the_rows_and_longer_runs_cost_by_their_steps() -> None:
+    rows = [row("sign", 16, 4e-3, 0, 0.3), row("sign", 16, 4e-3, 1, 0.3) | {"seconds": "110"}]
+    found = {one.task: one for one in bills(rows)}
+    assert set(found) == {"chain_sum", "chain_sum, 300 steps", "chain_sum, 1200 steps"}
+    short, longer = found["chain_sum"], found["chain_sum, 300 steps"]
+    assert (short.runs, short.seconds, short.hours) == (2, 100.0, pytest.approx(200 / 3600))
+    assert longer.seconds == 100.0 * task_named("chain_sum, 300 steps by loss").steps / task_named(TASK).steps
+    assert longer.rest == pytest.approx(ALL * longer.seconds / 3600)
+    text = "\n".join(paired.what_runs_took(rows))
+    assert "Those below took 0.1" in text
+    assert list(paired.what_runs_took([])) == []
+
+
+def test_a_letter_says_which_machine_ran_an_entry() -> None:
+    rows = [*swept("sign", 16), row("sign", 16, 4e-3, 0, 0.3), row("sign", 16, 4e-3, 1, 0.3) | {"machine": "Z"}]
+    rows += [row(grid.FIXED, 16, 2e-3, seed, 0.4) for seed in (0, 1)]
+    assert machines(rows) == {"Z": "A", "a machine": "B"}
+    shown = {line[1]: line[4] for line in lines(rows, TASK, "sign")}
+    assert shown == {"sign": "A B", grid.FIXED: "B"}
+    text = "\n".join(paired.one_task([one | {"version": "1", "date": "today"} for one in rows], "chain_sum"))
+    assert "A: Z; B: a machine" in text
+    assert grid.LORA not in shown
+
+
+def test_a_seed_that_ended_far_off_is_named() -> None:
+    assert compare.shown_loss({0: 0.1, 1: 0.12, 2: 0.11}) == "0.1100"
+    assert compare.shown_loss({0: 0.1, 2: 4.9, 1: 0.1}) == "1.7000 (seed 2: 4.9000)"
+
+
+def differences(other: str, tasks: Sequence[str], ranks: Sequence[int], mean: float) -> list[Difference]:
+    return [Difference(task, r, "new", other, mean, 0.001, 8, 0.5) for task in tasks for r in ranks]
+
+
+def standing(tasks: Sequence[str] = grid.TASKS[:3], ranks: Sequence[int] = (4, 16)) -> Standing:
+    """Better than every rival, and as good as LoRA, on these tasks at these ranks."""
+    against = {name: differences(name, tasks, ranks, -0.1) for name in RIVALS}
+    return Standing("new", against | {grid.LORA: differences(grid.LORA, tasks, ranks, 0.005)})
+
+
+def test_three_tasks_at_two_ranks_are_needed() -> None:
+    assert standing().wins
+    assert not standing(tasks=grid.TASKS[:2]).wins
+    assert not standing(ranks=(16,)).wins
+    assert standing().level == 3
+
+
+def test_every_rival_has_to_be_beaten_on_the_same_tasks() -> None:
+    for name in RIVALS:
+        one = standing()
+        one.against[name][0] = replace(one.against[name][0], mean=0.0)  # a tie
+        assert not one.wins
+    apart = standing(tasks=grid.TASKS)
+    for name, task in zip(RIVALS, grid.TASKS, strict=False):  # each rival ties on another task: three beaten by each
+        apart.against[name] = [replace(d, mean=0.0) if d.task == task else d for d in apart.against[name]]
+    assert not apart.wins
+
+
+def test_one_loss_is_too_many() -> None:
+    for mean in (0.1, float("nan")):
+        one = standing(tasks=grid.TASKS)
+        one.against["random"][-1] = replace(one.against["random"][-1], mean=mean)
+        assert not one.wins
+
+
+def test_a_rival_that_diverges_is_beaten() -> None:
+    one = standing()
+    one.against["random"] = [replace(d, mean=float("-inf")) for d in one.against["random"]]
+    assert one.wins
+
+
+def test_it_has_to_be_level_with_lora_with_the_whole_interval() -> None:
+    close, near, better = (
+        Difference(grid.TASKS[0], 16, "new", grid.LORA, mean, 0.004, 8, 0.5) for mean in (0.005, 0.008, -0.3)
+    )
+    assert [is_level(one) for one in (close, near, better)] == [True, False, True]
+    one = standing()
+    one.against[grid.LORA] = one.against[grid.LORA][:2]  # both of one task
+    assert one.level == 1
+    assert not one.wins
+
+
+def test_the_table_tells_better_level_and_worse() -> None:
+    one = standing()
+    one.against["random"] = [replace(d, mean=m) for d, m in zip(one.against["random"], (0.0, 0.1, -0.1), strict=False)]
+    assert paired.tally(one, "random") == "1 / 1 / 1"
+    assert paired.tally(one, RIVALS[0]) == "6 / 0 / 0"
+    one.against["random"] = []
+    assert paired.tally(one, "random") == ""

@@ -1,9 +1,12 @@
-"""The comparison of GRPO by rank: which runs come next, and the table."""
+"""Which runs of GRPO by rank and of a joint basis come next, and their tables."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.research.methods.grid import BY_SCORE
+from benchmarks.serving import joint_basis
+from benchmarks.serving.joint_basis import JOINT, OWN
 from benchmarks.training.reinforcement import ENTRIES, best_rate, lines, rates_to_try, wanted
 
 ENTRY = ENTRIES["lora-sb-8"]
@@ -39,3 +42,52 @@ def test_other_starts_take_the_rate_of_the_first() -> None:
     assert {(entry, lr) for entry, lr, _ in wanted([other], 1, [])} == {(ENTRY, lr) for lr in rates_to_try(ENTRY, {})}
     rows = [row(lr, 100, chance) for lr, chance in ((1.56e-4, 0.2), (6.25e-4, 0.3), (2.5e-3, 0.0))]
     assert list(wanted([other], 1, rows)) == [(other, 6.25e-4, 0)]
+
+
+TASK = "gcd by score"
+
+
+def own_row(entry: str, split: str, lr: float, seed: int, loss: float) -> dict[str, str]:
+    values = {
+        "task": TASK,
+        "split": split,
+        "variant": entry,
+        "r": 16,
+        "lr": lr,
+        "seed": seed,
+        "loss": loss,
+        "score": 0.5,
+    }
+    return {name: str(value) for name, value in (values | {"energy": 0.75}).items()}
+
+
+def swept() -> list[dict[str, str]]:
+    return [own_row(OWN.name, "validation", lr, 100, loss) for lr, loss in ((2e-3, 0.5), (4e-3, 0.3), (8e-3, 0.4))]
+
+
+def test_both_are_run_at_the_rate_that_is_best_on_an_own_basis() -> None:
+    first = [cell for cell in joint_basis.wanted([16], []) if cell.task == TASK]
+    assert {(cell.variant, cell.split, cell.lr) for cell in first} == {
+        (OWN.name, "validation", lr) for lr in (2e-3, 4e-3, 8e-3)
+    }
+    assert len(joint_basis.wanted([16], [])) == 3 * len(BY_SCORE)
+    then = [cell for cell in joint_basis.wanted([16], swept()) if cell.task == TASK]
+    assert {(cell.variant, cell.lr, cell.seed) for cell in then} == {
+        (e.name, 4e-3, s) for e in (OWN, JOINT) for s in range(3)
+    }
+    assert dict(then[-1].options) == {"joint": True}
+
+
+def test_the_table_pairs_seeds() -> None:
+    rows = swept()
+    for seed in range(3):
+        rows += [
+            own_row(OWN.name, "test", 4e-3, seed, 0.3 + 0.1 * seed),
+            own_row(JOINT.name, "test", 4e-3, seed, 0.4 + 0.1 * seed),
+        ]
+    rows.append(own_row(JOINT.name, "test", 4e-3, 3, 9.0))  # no partner
+    (line,) = joint_basis.lines(rows)
+    assert line[:3] == ["gcd", "16", "3"]
+    assert line[3].startswith("0.4000 ± 0.1000")
+    assert line[5] == "+0.1000 ± 0.0000"
+    assert line[-1] == "75%"

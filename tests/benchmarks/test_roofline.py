@@ -1,4 +1,4 @@
-"""What the roofline counts is what the kernels do: grids, loads and stores recorded under the interpreter."""
+"""What the roofline counts is what the kernels do: grids, loads and stores recorded under the interpreter; host time."""
 
 from __future__ import annotations
 
@@ -173,3 +173,18 @@ def test_a_block_compiles_few_kernels_whatever_the_tokens() -> None:
     assert set(counted) == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
     for kernels in counted.values():
         assert sum(kernels.values()) <= 48
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_it_measures_what_launches_cost() -> None:
+    command = [sys.executable, "-m", "benchmarks.kernels.host_time", "--calls", "2", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(done.stdout)["rows"]
+    assert list(rows) == ["ours, a layer", "ours, a group of 3", "plain ops, a layer", "plain ops, 3 layers"]
+    assert all(row["us"] > 0 for row in rows.values())
+    # y, u and what lies between the launches; dx, dR and the same: of a layer, and of three, in as many launches
+    assert rows["ours, a layer"]["allocations"] == 6
+    assert rows["ours, a group of 3"]["allocations"] == 12

@@ -1,4 +1,4 @@
-"""The suite's report: every number from the results, nothing from two machines, and whole blocks where they are whole."""
+"""The suite's report and comparisons of two runs: every number from the results, nothing from two machines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common import compare
 from benchmarks.common.shapes import MODELS
 from benchmarks.layers import suite_report as report
 
@@ -15,18 +16,8 @@ MACHINE = {"device": "cuda", "gpu": "A card", "torch": "2.13", "peft": "0.21"}
 
 
 def stats(p50: float, bare: float) -> dict[str, Any]:
-    ratio = p50 / bare
-    return {
-        "p20": p50,
-        "p50": p50,
-        "p80": p50,
-        "ratio": ratio,
-        "ratio_p20": ratio,
-        "ratio_p80": ratio,
-        "rounds": 9,
-        "peak_bytes": 1,
-        "saved_bytes": 2048,
-    }
+    times, ratios = dict.fromkeys(("p20", "p50", "p80"), p50), ("ratio", "ratio_p20", "ratio_p80")
+    return times | dict.fromkeys(ratios, p50 / bare) | {"rounds": 9, "peak_bytes": 1, "saved_bytes": 2048}
 
 
 def case(n: int, ms: tuple[int, ...], direction: str) -> dict[str, Any]:
@@ -34,17 +25,8 @@ def case(n: int, ms: tuple[int, ...], direction: str) -> dict[str, Any]:
     times = {"bare": bare, "chain": 1.5 * bare, "PEFT LoRA r=32": 1.3 * bare, "ours": 1.25 * bare}
     times |= {"ours, grouped": 1.2 * bare} if len(ms) > 1 else {}
     variants = {name: stats(time, bare) for name, time in times.items()}
-    return {
-        "extra_info": {
-            "n": n,
-            "ms": list(ms),
-            "r": 96,
-            "M": 2048,
-            "dtype": "bfloat16",
-            "direction": direction,
-            "variants": variants,
-        }
-    }
+    shape = {"n": n, "ms": list(ms), "r": 96, "M": 2048, "dtype": "bfloat16"}
+    return {"extra_info": shape | {"direction": direction, "variants": variants}}
 
 
 def results(path: Path, machine: dict[str, Any] = MACHINE, skip: int = 0) -> Path:
@@ -87,3 +69,42 @@ def test_no_results_are_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({"machine_info": MACHINE, "benchmarks": []}))
     with pytest.raises(ValueError, match="run make bench-gpu or make bench-cpu first"):
         report.read([path])
+
+
+def run(ratio: float, half: float = 0.01, case: str = "M=1") -> dict[str, Any]:
+    ours = {"ratio": ratio, "ratio_p20": ratio - half, "ratio_p80": ratio + half}
+    peer = {"ratio": 1.0, "ratio_p20": 1.0, "ratio_p80": 1.0}
+    return {"machine": {"cpu": "x"}, "rows": [{"row": "train", "case": case, "ways": {"peer": peer, "ours": ours}}]}
+
+
+@pytest.mark.parametrize(
+    ("after", "half", "verdict"), [(0.9, 0.01, "slower"), (0.7, 0.01, "faster"), (0.81, 0.01, ""), (0.9, 0.1, "")]
+)
+def test_a_change_is_one_beyond_noise(after: float, half: float, verdict: str) -> None:
+    (change,), apart = compare.compare(run(0.8), run(after, half))
+    assert (change.name, change.verdict, apart) == ("train M=1 ours", verdict, [])
+    assert change.factor == pytest.approx(after / 0.8)
+
+
+def test_figures_that_one_run_lacks_are_named() -> None:
+    changes, apart = compare.compare(run(0.8), run(0.8, case="M=2"))
+    assert changes == []
+    assert apart == ["train M=1 ours", "train M=2 ours"]
+
+
+def test_committed_results_are_understood() -> None:
+    for name in ("cpu", "four-bits-cpu", "step-cpu"):
+        path = Path(compare.__file__).parents[1] / "results" / f"{name}.json"
+        changes, apart = compare.compare(compare.read(path), compare.read(path))
+        assert changes
+        assert not apart
+        assert not any(change.verdict for change in changes)
+
+
+def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(SystemExit, match="expected a JSON file"):
+        compare.read(path)
+    path.write_text(json.dumps({"ratio": 1}), encoding="utf-8")
+    with pytest.raises(SystemExit, match="holds no ratios"):
+        compare.read(path)
