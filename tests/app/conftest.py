@@ -1,11 +1,13 @@
-"""The settings of a tiny run, and the folder of one that nobody disturbed."""
+"""The settings of a tiny run, the folder of one that nobody disturbed, and of some that were interrupted."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from finetune_runs import stop_after
 
 from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import Settings
@@ -13,17 +15,8 @@ from lorasb.app.settings import Settings
 
 @pytest.fixture(scope="session")
 def base(tiny: Path, data: Path) -> Settings:
-    return Settings(
-        model=str(tiny),
-        data=str(data),
-        r=8,
-        epochs=2.0,
-        batch_size=4,
-        samples=8,
-        dtype="float32",
-        lr=5e-3,
-        save_steps="3",
-    )
+    sizes: dict[str, Any] = {"r": 8, "epochs": 2.0, "batch_size": 4, "samples": 8, "lr": 5e-3, "save_steps": "3"}
+    return Settings(model=str(tiny), data=str(data), dtype="float32", **sizes)
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +25,12 @@ def whole(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     run_finetune(replace(base, output=str(folder)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def stopped(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Folders of runs that were interrupted after these steps, to be copied."""
+    folders = {step: tmp_path_factory.mktemp(f"stopped-{step}") for step in (4, 7)}
+    for step, folder in folders.items():
+        stop_after(step, base, folder)
+    return folders

@@ -93,7 +93,7 @@ def test_warm_up_is_rounded_as_trainer_rounds_it(steps: int, share: float) -> No
 
 @pytest.mark.parametrize("method", ["lora-sb", "lora"])
 def test_a_run_trains_at_the_rate_that_it_found(base: Settings, tmp_path: Path, method: str) -> None:
-    settings = replace(base, method=method, lr=1e-3, find_lr=True)
+    settings = replace(base, method=method, lr=1e-3, find_lr=True, epochs=1.0)
     stop_after(4, settings, tmp_path / "stopped")
     start = json.loads((tmp_path / "stopped" / "checkpoints" / "start" / "start.json").read_text())
     assert start["lr"] > 1e-3  # far too low for this task
@@ -108,8 +108,9 @@ def test_a_run_trains_at_the_rate_that_it_found(base: Settings, tmp_path: Path, 
 
 def test_a_rate_that_was_found_is_that_of_a_run_with_it(base: Settings, tmp_path: Path) -> None:
     """R's start is scaled: the run that is told the rate begins at the same start."""
-    found = run_finetune(replace(base, lr=1e-3, find_lr=True, output=str(tmp_path / "found"))).summary
-    told = run_finetune(replace(base, lr=found["lr"], output=str(tmp_path / "told"))).summary
+    settings = replace(base, epochs=1.0)
+    found = run_finetune(replace(settings, lr=1e-3, find_lr=True, output=str(tmp_path / "found"))).summary
+    told = run_finetune(replace(settings, lr=found["lr"], output=str(tmp_path / "told"))).summary
     assert found["train_losses"] == pytest.approx(told["train_losses"], rel=1e-3)
 
 

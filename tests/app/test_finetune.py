@@ -1,10 +1,13 @@
-"""`lorasb finetune` killed by `kill -9` at any moment, or stopped: started again, it ends in the same bits."""
+"""A run that is killed by kill -9 at any moment, or stopped by Ctrl-C or SIGTERM, ends in the same bits once started again."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,10 @@ from typing import Any
 import pytest
 from finetune_runs import STEPS, At, add, assert_same, die, killed, stop_after, summary
 
-from lorasb.app import adapter, run_folder
+from lorasb.app import cli, finetune, run_folder
 from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import Settings
+from lorasb.app.terminal import StoppedError
 from lorasb.utils import precision
 from lorasb.utils.atomic_files import write_json
 
@@ -24,20 +28,13 @@ def test_kill_9_at_random_moments_ends_in_the_same_bits(base: Settings, whole: P
     settings = replace(base, output=str(tmp_path))
     moments = sorted(chance.sample(range(1, STEPS), 3))
 
-    def after_a_step(step: int) -> Any:
-        return lambda patch: add(patch, At(step, die))
+    def amid(place: str) -> Any:
+        return lambda patch: patch.setattr(place, lambda *given, **named: die())
 
-    def amid_a_checkpoint(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(run_folder, "share", lambda folder: die())
-
-    def before_training(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(adapter.InitReport, "save", lambda report, path: die())
-
-    def amid_the_results(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr("lorasb.export.lora.export_lora", lambda *given, **named: die())
-
-    ways = [before_training, *map(after_a_step, moments[:2]), amid_a_checkpoint, after_a_step(moments[2])]
-    for way in [*ways, amid_the_results]:
+    after = [lambda patch, step=step: add(patch, At(step, die)) for step in moments]
+    results = amid("lorasb.export.lora.export_lora")
+    ways = amid("lorasb.init.InitReport.save"), *after[:2], amid("lorasb.app.run_folder.share"), after[2], results
+    for way in ways:
         killed(settings, way)
         assert not (tmp_path / "summary.json").exists()
     run_finetune(settings)
@@ -50,17 +47,9 @@ def test_dropout_masks_and_the_other_options_go_on_too(base: Settings, tiny: Pat
     shutil.copytree(tiny, noisy)
     config = json.loads((noisy / "config.json").read_text())
     write_json(noisy / "config.json", config | {"attention_dropout": 0.3})
-    settings = replace(
-        base,
-        model=str(noisy),
-        gradient_accumulation=2,
-        gradient_checkpointing=True,
-        weight_decay=0.1,
-        scheduler="cosine",
-        eval_steps=4,
-        target_modules="q_proj,down_proj",
-        rank_pattern={"down_proj": 4},
-    )
+    layers = {"target_modules": "q_proj,down_proj", "rank_pattern": {"down_proj": 4}, "eval_steps": 4}
+    steps = {"gradient_accumulation": 2, "gradient_checkpointing": True, "weight_decay": 0.1, "scheduler": "cosine"}
+    settings = replace(base, model=str(noisy), **layers, **steps)
     run_finetune(replace(settings, output=str(tmp_path / "a")))
     stop_after(8, settings, tmp_path / "b")  # in the second epoch
     run_finetune(replace(settings, output=str(tmp_path / "b")))
@@ -75,7 +64,7 @@ def test_dropout_masks_and_the_other_options_go_on_too(base: Settings, tiny: Pat
 
 @pytest.mark.parametrize(("method", "bits"), [("lora", 16), ("lora-xs", 16), ("lora-sb", 4)])
 def test_other_methods_and_bases_go_on(base: Settings, tmp_path: Path, method: str, bits: int) -> None:
-    settings = replace(base, method=method, bits=bits)
+    settings = replace(base, method=method, bits=bits, epochs=1.0)
     run_finetune(replace(settings, output=str(tmp_path / "a")))
     stop_after(4, settings, tmp_path / "b")
     run_finetune(replace(settings, output=str(tmp_path / "b")))
@@ -103,3 +92,52 @@ def test_a_slow_dtype_is_said_in_one_line(
         assert said.count("torch takes 40x the time of float32") == lines
         assert found["dtype"] == found["identity"]["dtype"] == ("bfloat16" if dtype == "bfloat16" else "float32")
         assert found["config"]["dtype"] == dtype
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_saves_and_going_on_ends_in_the_same_bits(
+    base: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    stopped = stop_after(5, base, tmp_path, number)
+    assert stopped.code == code
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    steps = sorted(map(run_folder.step_of, run_folder.complete_checkpoints(tmp_path / "checkpoints")))
+    assert steps == [3, 5]
+
+    monkeypatch.setattr(finetune, "adapt", lambda *given: pytest.fail("nothing is initialized twice"))
+    titles = []
+    evaluate = finetune.Run.evaluate
+    monkeypatch.setattr(finetune.Run, "evaluate", lambda run, title: titles.append(title) or evaluate(run, title))
+    run_finetune(replace(base, output=str(tmp_path)))
+    assert titles == ["held-out problems, after"]
+    assert_same(tmp_path, whole)
+
+
+def test_a_second_ctrl_c_ends_at_once(base: Settings, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        add(patch, At(4, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]))
+        with pytest.raises(StoppedError):
+            run_finetune(replace(base, output=str(tmp_path)))
+    assert [run_folder.step_of(one) for one in run_folder.complete_checkpoints(tmp_path / "checkpoints")] == [3]
+
+
+def test_ctrl_c_before_training_ends_at_once(base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "prepare", lambda *given: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(StoppedError):
+        run_finetune(replace(base, output=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_stopped_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*given: Any) -> None:
+        raise StoppedError(signal.SIGTERM, finetune.GO_ON)
+
+    monkeypatch.setattr(finetune, "run_finetune", stopped)
+    monkeypatch.setattr(sys, "argv", ["lorasb", "finetune"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 143
+    assert capsys.readouterr().err.strip() == "lorasb: stopped: rerun the same command to resume"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,24 +24,8 @@ def call(*arguments: object) -> Any:
 
 
 def init(model: Path, examples: Path, output: Path, *more: object) -> Any:
-    return call(
-        "init",
-        "--model",
-        model,
-        "--data",
-        examples,
-        "--output",
-        output,
-        "--r",
-        8,
-        "--batch-size",
-        4,
-        "--samples",
-        8,
-        "--dtype",
-        "float32",
-        *more,
-    )
+    given = {"--model": model, "--data": examples, "--output": output, "--r": 8, "--batch-size": 4, "--samples": 8}
+    return call("init", *itertools.chain(*given.items()), "--dtype", "float32", *more)
 
 
 def test_it_writes_an_adapter_a_report_and_pictures(tiny: Path, data: Path, tmp_path: Path) -> None:
@@ -60,9 +45,8 @@ def test_it_writes_an_adapter_a_report_and_pictures(tiny: Path, data: Path, tmp_
     pattern = json.loads((tmp_path / "run" / "ranks.json").read_text())["rank_pattern"]
     again = lorasb.patch(base, r=8, rank_pattern=pattern)
     assert {m.r["default"] for m in again.modules() if isinstance(m, lorasb.LoRASBLinear)} == set(pattern.values())
-    loaded = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "run" / "adapter"
-    )
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "run" / "adapter")
     assert all(m.is_initialized("default") for m in loaded.modules() if isinstance(m, lorasb.LoRASBLinear))
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from finetune_runs import summary
+from finetune_runs import on_two_processes, summary
 
 from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import Settings
@@ -17,36 +14,7 @@ from lorasb.app.settings import Settings
 @pytest.mark.long
 def test_two_processes_train_what_one_does(tiny: Path, data: Path, whole: Path, tmp_path: Path) -> None:
     """The same command under torchrun: the same samples, steps and losses; only rank 0 prints and writes."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lorasb"]
-    options = [
-        "finetune",
-        "--model",
-        tiny,
-        "--data",
-        data,
-        "--output",
-        tmp_path,
-        "--rank",
-        "8",
-        "--epochs",
-        "2",
-        "--batch-size",
-        "4",
-        "--samples",
-        "8",
-        "--dtype",
-        "float32",
-        "--lr",
-        "5e-3",
-    ]
-    done = subprocess.run(
-        [*command, *map(str, options)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
+    done = on_two_processes({"--model": tiny, "--data": data, "--output": tmp_path})
     assert done.stdout.count("exact answers") == done.stdout.count("computed in") == 1
     ours, alone = summary(tmp_path), summary(whole)
     assert ours["identity"]["processes"] == 2

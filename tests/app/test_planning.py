@@ -26,16 +26,11 @@ from lorasb.app.tokenize import Encoded
 from lorasb.utils.precision import Precision
 
 BATCH, SEQ = 3, 40
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 CONFIGS: dict[str, Any] = {
     "llama": transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=300,
-        tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"],
+        hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=300,
+        tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
     ),
     "gpt2": transformers.GPT2Config(
         n_embd=64, n_layer=2, n_head=4, vocab_size=300, architectures=["GPT2LMHeadModel"], resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0
@@ -163,22 +158,11 @@ def test_a_card_without_bf16_is_planned_in_fp32(tmp_path: Path) -> None:
 
 
 def test_experts_that_a_token_goes_through_are_counted(dtype: torch.dtype, tmp_path: Path) -> None:
-    sizes = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 300,
-    }
+    sizes = {name: getattr(CONFIGS["llama"], name) for name in SIZES} | {"num_hidden_layers": 2}
     flops = []
     for used in (1, 4):
-        config = transformers.MixtralConfig(
-            **sizes,
-            intermediate_size=160,
-            num_local_experts=4,
-            num_experts_per_tok=used,
-            architectures=["MixtralForCausalLM"],
-        )
+        experts = {"num_local_experts": 4, "num_experts_per_tok": used, "architectures": ["MixtralForCausalLM"]}
+        config = transformers.MixtralConfig(**sizes, **experts)
         flops.append(plan_memory(Request(folder_of(config, tmp_path / str(used)), r=8, batch=1, seq=SEQ)).flops)
     experts = 3 * 3 * 64 * 160 * 2  # three more, of three matrices, in two layers
     assert flops[1] - flops[0] == pytest.approx(4 * experts * SEQ)
@@ -203,12 +187,9 @@ def test_what_a_config_cannot_run_is_told_in_a_line(tmp_path: Path) -> None:
             plan_memory(Request(str(folder), r=8, batch=1, seq=16))
 
 
-@pytest.mark.parametrize("name", ["a6000", "RTX A6000", "NVIDIA RTX A6000", "A6000 48GB".removesuffix(" 48GB")])
-def test_cards_are_found_however_they_are_written(name: str) -> None:
-    assert plan.find_gpu(name).memory == 48 * 2**30
-
-
-def test_the_two_sizes_of_a_card() -> None:
+def test_cards_are_found_however_they_are_written() -> None:
+    for name in ("a6000", "RTX A6000", "NVIDIA RTX A6000", "A6000"):
+        assert plan.find_gpu(name).memory == 48 * 2**30
     assert plan.find_gpu("A100").memory < plan.find_gpu("a100-80gb").memory
 
 
@@ -249,69 +230,56 @@ def test_bad_input_gets_one_line(tmp_path: Path) -> None:
         plan_memory(Request(folder_of(no_linears, tmp_path / "resnet")))
     with pytest.raises(ValueError, match="--bits must be 4 or 16, got 8"):
         raise run(folder_of(CONFIGS["llama"], tmp_path / "llama"), "--bits", "8").exception
-    images = transformers.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        architectures=["ViTForImageClassification"],
-    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    images = transformers.ViTConfig(**sizes, architectures=["ViTForImageClassification"])
     with pytest.raises(ValueError, match="a step of 1 x 64 tokens cannot be computed"):
         plan_memory(Request(folder_of(images, tmp_path / "images"), r=8, batch=1, seq=64))
 
 
-class TestEstimate:
-    def run(self, name: str = "float32", **values: Any) -> Any:
-        rows = [Encoded((1,) * 20, (2,) * 5)] * 64
-        return SimpleNamespace(
-            settings=replace(Settings(), **values),
-            precision=Precision(name, ""),
-            rows=rows,
-            steps=125,
-            tokens=50_000,
-            epochs=values.get("epochs", 1.0),
-        )
+def a_run(name: str = "float32", **values: Any) -> Any:
+    rows = [Encoded((1,) * 20, (2,) * 5)] * 64
+    counts = {"steps": 125, "tokens": 50_000, "epochs": values.get("epochs", 1.0)}
+    return SimpleNamespace(settings=replace(Settings(), **values), precision=Precision(name, ""), rows=rows, **counts)
 
-    def test_the_first_step_is_slower_and_the_longest_needs_more(self) -> None:
-        found = estimate.estimate([(9.0, 100), (2.0, 200)], 10_000, 400, (10**9, 2 * 10**9))
-        assert found.seconds == pytest.approx(100)
-        assert found.memory == 3 * 10**9
 
-    def test_a_peak_before_training_says_nothing_of_a_step(self) -> None:
-        """A line of 8 MB took 5 GB to tokenize, and was estimated at 69 GB of training."""
-        found = estimate.estimate([(1.0, 100)], 100, 8000, (1_000, 5_000), peak_before=5_000)
-        assert found.memory == 5_000
-        assert (
-            estimate.estimate([(1.0, 100)], 100, 8000, (1_000, 5_000), peak_before=4_999).memory == 1_000 + 4_000 * 80
-        )
+def test_the_first_step_is_slower_and_the_longest_needs_more() -> None:
+    found = estimate.estimate([(9.0, 100), (2.0, 200)], 10_000, 400, (10**9, 2 * 10**9))
+    assert (found.seconds, found.memory) == (pytest.approx(100), 3 * 10**9)
 
-    def test_one_line_says_steps_tokens_time_and_memory(self) -> None:
-        (line,) = estimate.estimated(self.run(), estimate.Estimate(260, 2_100_000_000))
-        assert (
-            line
-            == "Training on the CPU in float32: 125 steps of 16 examples, 50,000 tokens: about 4 min and 2.1 GB, by the first steps"
-        )
 
-    @pytest.mark.parametrize(
-        ("values", "want"),
-        [
-            ({}, "--train-examples 500 (half of the steps)"),
-            ({"data": "x"}, "--epochs 0.5 (half of the steps)"),
-            ({"data": "x", "epochs": 6.0}, "--epochs 1"),
-            ({"train_examples": 50_000}, "--train-examples 1000"),
-            ({"name": "bfloat16"}, r"--dtype auto (float32 here)"),
-            ({"max_length": 10}, "--max-length 5"),
-        ],
-    )
-    def test_a_long_run_is_told_what_costs_most(
-        self, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], want: str
-    ) -> None:
-        monkeypatch.setattr(estimate, "native", lambda: Precision("float32", ""))
-        monkeypatch.setattr(estimate, "slowdown", lambda dtype: 40.0)
-        run = self.run(**values)
-        first, second = estimate.estimated(run, estimate.Estimate(3 * 3600, 10**9))
-        assert "about 3.0 h" in first
-        assert second.startswith(f"That is long, and {want}")
-        name, saved = estimate.costliest(run, 3 * 3600)
-        assert name == want
-        assert 0 < saved < 3 * 3600
+def test_a_peak_before_training_says_nothing_of_a_step() -> None:
+    """A line of 8 MB took 5 GB to tokenize, and was estimated at 69 GB of training."""
+    for before, memory in ((5_000, 5_000), (4_999, 1_000 + 4_000 * 80)):
+        found = estimate.estimate([(1.0, 100)], 100, 8000, (1_000, 5_000), peak_before=before)
+        assert found.memory == memory
+
+
+def test_one_line_says_steps_tokens_time_and_memory() -> None:
+    (line,) = estimate.estimated(a_run(), estimate.Estimate(260, 2_100_000_000))
+    told = "125 steps of 16 examples, 50,000 tokens: about 4 min and 2.1 GB, by the first steps"
+    assert line == f"Training on the CPU in float32: {told}"
+
+
+@pytest.mark.parametrize(
+    ("values", "want"),
+    [
+        ({}, "--train-examples 500 (half of the steps)"),
+        ({"data": "x"}, "--epochs 0.5 (half of the steps)"),
+        ({"data": "x", "epochs": 6.0}, "--epochs 1"),
+        ({"train_examples": 50_000}, "--train-examples 1000"),
+        ({"name": "bfloat16"}, r"--dtype auto (float32 here)"),
+        ({"max_length": 10}, "--max-length 5"),
+    ],
+)
+def test_a_long_run_is_told_what_costs_most(
+    self, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], want: str
+) -> None:
+    monkeypatch.setattr(estimate, "native", lambda: Precision("float32", ""))
+    monkeypatch.setattr(estimate, "slowdown", lambda dtype: 40.0)
+    run = a_run(**values)
+    first, second = estimate.estimated(run, estimate.Estimate(3 * 3600, 10**9))
+    assert "about 3.0 h" in first
+    assert second.startswith(f"That is long, and {want}")
+    name, saved = estimate.costliest(run, 3 * 3600)
+    assert name == want
+    assert 0 < saved < 3 * 3600

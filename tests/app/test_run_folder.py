@@ -17,10 +17,23 @@ from finetune_runs import assert_same, stop_after
 from tiny_run import WORDS
 
 from lorasb.app import finetune, run_folder
+from lorasb.app.config_file import read_config
 from lorasb.app.finetune import run_finetune
 from lorasb.app.results import Result, load
-from lorasb.app.settings import Settings
+from lorasb.app.settings import Settings, listed
 from lorasb.utils.atomic_files import locked
+
+
+@pytest.fixture
+def output(stopped: dict[int, Path], tmp_path: Path) -> Path:
+    """The folder of a run that was interrupted after step 4."""
+    return Path(shutil.copytree(stopped[4], tmp_path, dirs_exist_ok=True))
+
+
+@pytest.fixture
+def done(whole: Path, tmp_path: Path) -> Path:
+    """The folder of a run that is finished, to be changed."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
 def test_a_finished_run_gives_its_results_again(
@@ -38,26 +51,39 @@ def test_a_finished_run_gives_its_results_again(
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
-def test_other_settings_are_refused_by_name(base: Settings, whole: Path, tmp_path: Path) -> None:
+def test_other_settings_are_refused_by_name(base: Settings, whole: Path) -> None:
     other = replace(base, output=str(whole), lr=1e-3, rank_pattern={"q_proj": 4})
-    with pytest.raises(
-        ValueError,
-        match=r"has a run with other settings: --rank-pattern was None and is .*, --lr was 0.005 and is 0.001\. Take another --output, or --resume never",
-    ):
+    message = r"has a run with other settings: --rank-pattern was None and is .*, --lr was 0.005 and is 0.001\. Take another --output, or --resume never"
+    with pytest.raises(ValueError, match=message):
         run_finetune(other)
-    stop_after(4, base, tmp_path)
-    with pytest.raises(ValueError, match="other settings: --seed was 0 and is 1"):
-        run_finetune(replace(base, output=str(tmp_path), seed=1))
-    assert len(run_folder.complete_checkpoints(tmp_path / "checkpoints")) == 2
+
+
+@pytest.mark.parametrize(
+    ("identity", "seed", "message"),
+    [
+        (lambda found: found, 1, "other settings: --seed was 0 and is 1"),
+        (lambda found: "{", 0, r"run\.json cannot be read, and says whose checkpoints lie there"),
+        (lambda found: {name: value for name, value in found.items() if name != "template"}, 0, "an earlier version of lorasb made it, without --template"),
+    ],
+    ids=["other settings", "unreadable", "an earlier version"],
+)  # fmt: skip
+def test_another_run_is_refused_and_clears_nothing(
+    base: Settings, output: Path, identity: Any, seed: int, message: str
+) -> None:
+    file = output / "checkpoints" / "run.json"
+    found = identity(json.loads(file.read_text()))
+    file.write_text(found if isinstance(found, str) else json.dumps(found))
+    with pytest.raises(ValueError, match=message):
+        run_finetune(replace(base, output=str(output), seed=seed))
+    assert len(run_folder.complete_checkpoints(output / "checkpoints")) == 2
 
 
 def test_other_examples_in_the_same_file_are_refused(base: Settings, data: Path, tmp_path: Path) -> None:
-    file, output = tmp_path / "data.jsonl", str(tmp_path / "run")
-    shutil.copy(data, file)
-    stop_after(4, replace(base, data=str(file)), Path(output))
+    file, settings = Path(shutil.copy(data, tmp_path / "data.jsonl")), replace(base, output=str(tmp_path / "run"))
+    stop_after(1, replace(settings, data=str(file)), tmp_path / "run")
     file.write_text(file.read_text() + json.dumps({"prompt": "one more", "completion": WORDS[0]}) + "\n")
     with pytest.raises(ValueError, match="other settings: the examples themselves have changed"):
-        run_finetune(replace(base, data=str(file), output=output))
+        run_finetune(replace(settings, data=str(file)))
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
@@ -70,36 +96,22 @@ def test_checkpoints_of_another_program_are_left_alone(base: Settings, tmp_path:
     assert foreign.read_text() == "weights"
 
 
-def test_a_run_json_that_cannot_be_read_clears_nothing(base: Settings, tmp_path: Path) -> None:
-    stop_after(4, base, tmp_path)
-    (tmp_path / "checkpoints" / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run\.json cannot be read, and says whose checkpoints lie there"):
-        run_finetune(replace(base, output=str(tmp_path)))
-    assert len(run_folder.complete_checkpoints(tmp_path / "checkpoints")) == 2
-
-
-def test_a_run_that_starts_anew_leaves_nothing_of_the_former(base: Settings, whole: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    shutil.copytree(whole, output)
-    run_finetune(replace(base, method="lora", output=str(output), resume="never"))
-    assert not {"lora", "report.json", "energy.png"} & {path.name for path in output.iterdir()}
-    assert load(output).report is None
+def test_a_run_that_starts_anew_leaves_nothing_of_the_former(base: Settings, done: Path) -> None:
+    run_finetune(replace(base, method="lora", output=str(done), epochs=0.2, resume="never"))
+    assert not {"lora", "report.json", "energy.png"} & {path.name for path in done.iterdir()}
+    assert load(done).report is None
 
 
 def test_settings_that_change_nothing_may_differ(base: Settings, whole: Path) -> None:
     run_finetune(replace(base, output=str(whole), save_steps="5", resume="auto"))
 
 
-def test_resume_never_starts_anew(base: Settings, tmp_path: Path) -> None:
-    stop_after(4, base, tmp_path)
-    stop_after(2, replace(base, lr=1e-3, resume="never"), tmp_path)
-    assert [run_folder.step_of(one) for one in run_folder.complete_checkpoints(tmp_path / "checkpoints")] == [2]
+def test_resume_never_starts_anew(base: Settings, output: Path) -> None:
+    stop_after(2, replace(base, lr=1e-3, resume="never"), output)
+    assert [run_folder.step_of(one) for one in run_folder.complete_checkpoints(output / "checkpoints")] == [2]
 
 
 def test_a_run_is_repeated_to_the_bit_from_its_config(base: Settings, whole: Path, tmp_path: Path) -> None:
-    from lorasb.app.config_file import read_config
-    from lorasb.app.settings import listed
-
     values = read_config(whole / "config.yaml", {one.name: kind for one, kind in listed(Settings)})
     run_finetune(Settings(**values | {"output": str(tmp_path)}))
     assert_same(tmp_path, whole)
@@ -131,45 +143,29 @@ def test_a_folder_that_was_only_held_is_not_there_afterwards(tmp_path: Path) -> 
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("taken", [False, True])
 def test_resume_never_sets_the_former_results_aside_before_it_starts(
-    base: Settings, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Settings, whole: Path, done: Path, capsys: pytest.CaptureFixture[str], taken: bool
 ) -> None:
-    output = tmp_path / "run"
-    shutil.copytree(whole, output)
-    (output / "notes.txt").write_text("mine")
-    stop_after(2, replace(base, lr=1e-3, resume="never"), output)
-    assert {path.name for path in output.iterdir()} == {"checkpoints", "config.yaml", "former", "notes.txt"}
-    assert (output / "former" / "answers.json").read_bytes() == (whole / "answers.json").read_bytes()
+    """And removes none that were set aside before, nor a folder or a file of the user's of that name."""
+    (done / "notes.txt").write_text("mine")
+    if taken:
+        (done / "former").mkdir()
+        (done / "former" / "thesis.txt").write_text("mine")
+    stop_after(2, replace(base, lr=1e-3, resume="never"), done)
     assert "are moved to" in " ".join(capsys.readouterr().out.split())
+    if taken:
+        stop_after(1, replace(base, lr=1e-3, resume="never"), done)  # which has none to move
+        assert (done / "former" / "thesis.txt").read_text() == "mine"
+    formers = {"former", "former-2"} if taken else {"former"}
+    assert {path.name for path in done.iterdir()} == {"checkpoints", "config.yaml", "notes.txt"} | formers
+    assert (done / max(formers) / "answers.json").read_bytes() == (whole / "answers.json").read_bytes()
 
 
 @pytest.mark.parametrize("folder", ["", " "])
 def test_an_output_without_a_name_is_refused(base: Settings, folder: str) -> None:
     with pytest.raises(ValueError, match="--output has to name a folder, got"):
         run_finetune(replace(base, output=folder))
-
-
-def test_no_earlier_results_are_ever_removed(base: Settings, whole: Path, tmp_path: Path) -> None:
-    """Nor a folder or a file of the user's of that name."""
-    output = tmp_path / "run"
-    shutil.copytree(whole, output)
-    (output / "former").mkdir()
-    (output / "former" / "thesis.txt").write_text("mine")
-    for _ in range(2):  # the first moves results, the second has none to move
-        stop_after(2, replace(base, resume="never"), output)
-    assert (output / "former" / "thesis.txt").read_text() == "mine"
-    assert (output / "former-2" / "answers.json").read_bytes() == (whole / "answers.json").read_bytes()
-    assert not (output / "former-3").exists()
-
-
-def test_a_run_of_an_earlier_version_is_named_as_one(base: Settings, tmp_path: Path) -> None:
-    stop_after(2, base, tmp_path)
-    file = tmp_path / "checkpoints" / "run.json"
-    identity = json.loads(file.read_text())
-    del identity["template"]
-    file.write_text(json.dumps(identity))
-    with pytest.raises(ValueError, match="an earlier version of lorasb made it, without --template"):
-        run_finetune(replace(base, output=str(tmp_path)))
 
 
 def test_a_finished_run_in_a_folder_that_can_only_be_read_is_shown(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorasb.app import scoring
 from lorasb.app.evaluation import evaluate, example_losses
 from lorasb.app.scoring import LABEL_SCORES, SCORES, choice, equal_expressions, expression, final_number, is_right
 from lorasb.app.settings import Settings
@@ -93,17 +93,20 @@ def test_the_first_choice_counts(text: str, found: str | None) -> None:
     assert choice(text) == found
 
 
-def test_an_answer_is_right_by_its_score_alone() -> None:
-    assert is_right(" yes ", "yes", "exact")
-    assert not is_right("Yes", "yes", "exact")
-    assert is_right("I add. The answer is: 18", "She has 18.\n#### 18", "number")
-    assert not is_right("18", "#### 18", "number")
-    assert is_right(r"The answer is: \dfrac{1}{2}", r"It is $\boxed{\frac{1}{2}}$.", "boxed")
-    assert is_right("answer2", "the correct answer is answer2", "choice")
-
-
-def test_a_model_that_goes_on_is_judged_by_its_own_answer() -> None:
-    assert is_right("The answer is: 18\n\n### Instruction: more\n### Response: #### 7", "#### 18", "number")
+@pytest.mark.parametrize(
+    ("answer", "want", "score", "right"),
+    [
+        (" yes ", "yes", "exact", True),
+        ("Yes", "yes", "exact", False),
+        ("I add. The answer is: 18", "She has 18.\n#### 18", "number", True),
+        ("18", "#### 18", "number", False),
+        (r"The answer is: \dfrac{1}{2}", r"It is $\boxed{\frac{1}{2}}$.", "boxed", True),
+        ("answer2", "the correct answer is answer2", "choice", True),
+        ("The answer is: 18\n\n### Instruction: more\n### Response: #### 7", "#### 18", "number", True),  # goes on
+    ],
+)
+def test_an_answer_is_right_by_its_score_alone(answer: str, want: str, score: str, right: bool) -> None:
+    assert is_right(answer, want, score) is right
 
 
 @pytest.mark.parametrize("score", [name for name in SCORES if name not in ("exact", *LABEL_SCORES)])
@@ -125,10 +128,8 @@ def test_nothing_is_not_equal_to_nothing(score: str) -> None:
         (r"\frac{3}{2}", r"3\frac{1}{2}", False),
         ("1/20000000000", "1/10000000000", False),
         (r"\frac{\theta}{2}", r"\frac{\pi}{2}", False),
-        (r"\binom{999999999}{499999999}", "1", False),
         (r"\sqrt{2}", "1.414", False),
         ("(1,2)", "(1, 2)", False),  # not the grammar's; `boxed` compares it as text
-        (r"9^9^9^9", "1", False),
         (r"10^{99}", r"10^{98}", False),
         ("9" * 300, "9" * 299, False),
         ("__import__('os')", "1", False),
@@ -136,11 +137,16 @@ def test_nothing_is_not_equal_to_nothing(score: str) -> None:
     ],
 )
 def test_expressions_are_equal_by_value(one: str, other: str, equal: bool) -> None:
-    started = time.perf_counter()
     assert equal_expressions(one, other) is equal_expressions(other, one) is equal
-    assert time.perf_counter() - started < 60  # two deadlines, or sympy's import on a busy machine
     right = is_right(rf"so \boxed{{{one}}}", rf"\boxed{{{other}}}", "symbolic")
     assert right == (equal or expression(rf"\boxed{{{one}}}") == expression(rf"\boxed{{{other}}}"))
+
+
+@pytest.mark.parametrize("text", [r"\binom{999999999}{499999999}", "9^9^9^9"])
+def test_what_takes_longer_than_the_deadline_is_not_equal(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "DEADLINE", 0.5)
+    assert not equal_expressions(text, "1")
+    assert scoring._comparing.poll() is not None
 
 
 def test_without_its_parser_the_score_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

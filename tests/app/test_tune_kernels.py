@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from models import make
 
-from lorasb.app import tune_kernels
+from lorasb.app import cli, tune_kernels
 from lorasb.kernels import plan
 from lorasb.utils.atomic_files import CACHE_VARIABLE
 
@@ -22,6 +23,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     plan.forget()
     yield tmp_path
     plan.forget()
+
+
+def write(shape: plan.Shape) -> Path:
+    found = tune_kernels.tune([shape], plan.INTERPRETER, 1, "cpu", lambda call: 1.0)
+    return tune_kernels.write(found, plan.INTERPRETER, 1, "a GPU")
 
 
 def clock(times: list[float]) -> Callable[[Callable[[], object]], float]:
@@ -54,6 +60,7 @@ def test_backward_and_groups_are_timed_too() -> None:
     assert {(s.op, s.M, s.members) for s in shapes} == {
         (op, M, k) for op in ("forward", "backward") for M in (32, 1) for k in (1, 2)
     }
+    shapes = [shape for shape in shapes if shape.M == 1]  # quicker for the interpreter
     found = tune_kernels.tune(shapes, plan.INTERPRETER, 1, "cpu", lambda call: (call(), 1.0)[1])
     assert [one.shape for one in found] == shapes
 
@@ -74,29 +81,18 @@ def test_what_does_not_run_is_left_out() -> None:
 def test_a_second_run_keeps_the_other_shapes() -> None:
     other = plan.Shape("forward", "fp32", 32, 64, 96, 8)
     for shape in (SHAPE, other, SHAPE):
-        path = tune_kernels.write(
-            tune_kernels.tune([shape], plan.INTERPRETER, 1, "cpu", lambda call: 1.0), plan.INTERPRETER, 1, "a GPU"
-        )
+        path = write(shape)
     rules = json.loads(path.read_text())["rules"]
     assert [rule["if"]["m"] for rule in rules] == [48, 96]
 
 
 def test_layers_of_a_model() -> None:
-    assert tune_kernels.layers_of(make("llama").model.layers[0]) == [
-        (64, (64,)),
-        (64, (32,)),
-        (64, (64, 32, 32)),
-        (64, (96,)),
-        (96, (64,)),
-        (64, (96, 96)),
-    ]
+    sizes = {64: ((64,), (32,), (64, 32, 32), (96,), (96, 96)), 96: ((64,),)}
+    found = tune_kernels.layers_of(make("llama").model.layers[0])
+    assert sorted(found) == sorted((n, ms) for n, all_ms in sizes.items() for ms in all_ms)
 
 
 def test_the_command_says_what_it_needs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from lorasb.app import cli
-
     if torch.cuda.is_available():
         pytest.skip("this machine has what it needs")
     monkeypatch.setattr("sys.argv", ["lorasb", "bench", "tune"])
@@ -111,7 +107,5 @@ def test_a_broken_table_is_written_anew(text: str, folder: Path) -> None:
     path = plan.user_table(plan.INTERPRETER)
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    tune_kernels.write(
-        tune_kernels.tune([SHAPE], plan.INTERPRETER, 1, "cpu", lambda call: 1.0), plan.INTERPRETER, 1, "a GPU"
-    )
+    write(SHAPE)
     assert len(plan.read_rules(path)) == 1

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from finetune_runs import At, add, assert_same, die, killed, stop_after, summary
+from finetune_runs import At, add, assert_same, die, killed, on_two_processes, stop_after, summary
 from tiny_run import WORDS
 
 import lorasb
@@ -23,7 +20,6 @@ from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import Settings
 
 NAMES = ["ada", "emmy", "grace"]
-STEPS = 14
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> Path:
@@ -152,13 +148,8 @@ def test_labels_are_refused(several: Settings, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_two_processes_train_what_one_does(several: Settings, whole: Path, tmp_path: Path) -> None:
     """Some of a step's adapters have rows in one process alone, and some in none."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lorasb"]
     given = {"--model": several.model, "--data": several.data, "--adapter-column": "user", "--output": tmp_path}
-    given |= {"--rank": 8, "--epochs": 2, "--batch-size": 4, "--samples": 8, "--dtype": "float32", "--lr": 5e-3}
-    options = ["finetune", *(str(part) for pair in given.items() for part in pair)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
+    on_two_processes(given)
     ours, alone = summary(tmp_path), summary(whole)
     assert ours["identity"]["processes"] == 2
     assert ours["train_losses"] == pytest.approx(alone["train_losses"], rel=1e-2)

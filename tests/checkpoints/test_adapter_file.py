@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,20 @@ from lorasb.utils.atomic_files import replacing_folder, write_json
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def edit(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
+def edit(folder: Path, change: Callable[[Any], Any]) -> None:
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_reload_is_exact(tmp_path: Path, dtype: torch.dtype, low_cpu_mem_usage: bool) -> None:
-    model = patched(dtype=dtype, rank_pattern={"k_proj": 2}, scaling=0.5)
+def set_fields(folder: Path, **fields: object) -> None:
+    write_json(folder / CONFIG, json.loads((folder / CONFIG).read_text()) | fields)
+
+
+@pytest.mark.parametrize("ranks", [{"k_proj": 2}, {"q_proj": 8, ".*": 4}], ids=str)  # whose order counts
+@pytest.mark.parametrize(("dtype", "low_cpu_mem_usage"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_reload_is_exact(tmp_path: Path, dtype: torch.dtype, low_cpu_mem_usage: bool, ranks: dict[str, int]) -> None:
+    model = patched(dtype=dtype, rank_pattern=ranks, scaling=0.5)
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(make("llama", dtype=dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(logits(again), logits(model))
@@ -48,8 +53,6 @@ def test_reload_is_exact(tmp_path: Path, dtype: torch.dtype, low_cpu_mem_usage: 
 
 def test_auto_peft_model_reloads_exactly(tmp_path: Path) -> None:
     make("llama").save_pretrained(tmp_path / "base")
-    import transformers
-
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = lorasb.patch(base, r=4)
     lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
@@ -118,21 +121,7 @@ def test_an_uninitialized_adapter_is_saved_with_a_warning_and_loaded_as_one(tmp_
     again.train()(**batches_for("llama")[0]).loss.backward()
 
 
-def drop_one(tensors: dict[str, Tensor]) -> None:
-    del tensors["base_model.model.model.layers.1.mlp.up_proj.lorasb_R"]
-
-
-def reshape_one(tensors: dict[str, Tensor]) -> None:
-    tensors["base_model.model.model.layers.1.mlp.up_proj.lorasb_R"] = torch.zeros(5, 5)
-
-
-def retype_one(tensors: dict[str, Tensor]) -> None:
-    tensors["base_model.model.model.layers.1.mlp.up_proj.lorasb_A"] = torch.zeros(4, 64, dtype=torch.int32)
-
-
-def add_one(tensors: dict[str, Tensor]) -> None:
-    for part in "ARB":
-        tensors[f"base_model.model.model.layers.7.mlp.up_proj.lorasb_{part}"] = torch.zeros(4, 4)
+A, R, B = (f"base_model.model.model.layers.1.mlp.up_proj.lorasb_{part}" for part in "ARB")
 
 
 def make_plain_lora(tensors: dict[str, Tensor]) -> None:
@@ -143,33 +132,15 @@ def make_plain_lora(tensors: dict[str, Tensor]) -> None:
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(64, 4)
 
 
-def halve_one(tensors: dict[str, Tensor]) -> None:
-    key = "base_model.model.model.layers.1.mlp.up_proj.lorasb_R"
-    tensors[key] = tensors[key].bfloat16()
-
-
-def poison_one(tensors: dict[str, Tensor]) -> None:
-    tensors["base_model.model.model.layers.1.mlp.up_proj.lorasb_B"][0, 0] = float("nan")
-
-
-DAMAGE = {
-    "R in 16 bits": (
-        halve_one,
-        r"lorasb_R of layer .* is torch\.bfloat16 in the adapter file, expected one of torch\.float32",
-    ),
-    "NaN": (poison_one, r"lorasb_B of layer .* has NaN or Inf values in the adapter file"),
-    "missing": (
-        drop_one,
-        r"has no lorasb_R for layer 'model\.layers\.1\.mlp\.up_proj'.*holds 14 layers, this model has 14",
-    ),
-    "shape": (
-        reshape_one,
-        r"lorasb_R of layer 'model\.layers\.1\.mlp\.up_proj' is \[5, 5\] in the adapter file, expected \[4, 4\]",
-    ),
-    "dtype": (retype_one, r"lorasb_A of layer .* is torch\.int32 in the adapter file, expected one of"),
-    "extra": (add_one, r"has layers that this model does not adapt: model\.layers\.7\.mlp\.up_proj"),
+DAMAGE: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "R in 16 bits": (lambda t: t.update({R: t[R].bfloat16()}), r"lorasb_R of layer .* is torch\.bfloat16 in the adapter file, expected one of torch\.float32"),
+    "NaN": (lambda t: t[B][0, :1].fill_(float("nan")), r"lorasb_B of layer .* has NaN or Inf values in the adapter file"),
+    "missing": (lambda t: t.pop(R), r"has no lorasb_R for layer 'model\.layers\.1\.mlp\.up_proj'.*holds 14 layers, this model has 14"),
+    "shape": (lambda t: t.update({R: torch.zeros(5, 5)}), r"lorasb_R of layer 'model\.layers\.1\.mlp\.up_proj' is \[5, 5\] in the adapter file, expected \[4, 4\]"),
+    "dtype": (lambda t: t.update({A: torch.zeros(4, 64, dtype=torch.int32)}), r"lorasb_A of layer .* is torch\.int32 in the adapter file, expected one of"),
+    "extra": (lambda t: t.update({key.replace("layers.1", "layers.7"): torch.zeros(4, 4) for key in (A, R, B)}), r"has layers that this model does not adapt: model\.layers\.7\.mlp\.up_proj"),
     "mislabeled": (make_plain_lora, r"holds a plain LoRA .* its configuration says LORASB: it has no R"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -184,35 +155,21 @@ def test_a_damaged_file_says_what_is_wrong_and_leaves_the_base_as_it_was(saved: 
     assert torch.equal(logits(base), answer)
 
 
-def test_a_failed_load_over_a_trained_adapter_leaves_it(saved: Path) -> None:
-    edit(saved, drop_one)
-    model = patched(r=4)
+@pytest.mark.parametrize("adapter", ["default", "second"])
+def test_a_failed_load_leaves_a_trained_adapter_and_can_be_repeated(saved: Path, adapter: str) -> None:
+    whole = (saved / WEIGHTS).read_bytes()
+    edit(saved, lambda tensors: tensors.pop(R))
+    model = patched()
     want, names = logits(model), [n for n, p in model.named_parameters() if p.requires_grad]
     with pytest.raises(ValueError, match="has no lorasb_R"):
-        model.load_adapter(saved, "default")
+        model.load_adapter(saved, adapter)
     assert torch.equal(logits(model), want)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == names
-
-
-def test_a_failed_second_load_can_be_repeated_once_mended(saved: Path, tmp_path: Path) -> None:
-    whole = (saved / WEIGHTS).read_bytes()
-    edit(saved, drop_one)
-    model = patched()
-    want = logits(model)
-    with pytest.raises(ValueError, match="has no lorasb_R"):
-        model.load_adapter(saved, "second")
     assert list(model.peft_config) == ["default"]
     (saved / WEIGHTS).write_bytes(whole)
-    model.load_adapter(saved, "second")
-    model.set_adapter("second")
+    model.load_adapter(saved, adapter)
+    model.set_adapter(adapter)
     assert torch.equal(logits(model), want)
-
-
-def test_the_order_of_rank_patterns_survives(tmp_path: Path) -> None:
-    model = patched(r=2, rank_pattern={"q_proj": 8, ".*": 4})
-    model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(make("llama"), tmp_path)
-    assert torch.equal(logits(again), logits(model))
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
@@ -244,8 +201,7 @@ def test_a_truncated_file_is_refused_and_the_base_stays(saved: Path, share: floa
 def test_configs_that_cannot_be_read_say_why(saved: Path) -> None:
     with pytest.raises(ValueError, match=r"expected an adapter folder with adapter_config\.json"):
         read_config(saved / "nothing")
-    values = json.loads((saved / CONFIG).read_text())
-    (saved / CONFIG).write_text(json.dumps(values | {"peft_type": "LORA"}))
+    set_fields(saved, peft_type="LORA")
     with pytest.raises(ValueError, match="holds an adapter of type 'LORA', expected 'LORASB'"):
         read_config(saved)
     (saved / CONFIG).write_text("{")
@@ -254,8 +210,7 @@ def test_configs_that_cannot_be_read_say_why(saved: Path) -> None:
 
 
 def test_a_config_of_the_future_is_read_with_a_warning(saved: Path) -> None:
-    values = json.loads((saved / CONFIG).read_text())
-    (saved / CONFIG).write_text(json.dumps(values | {"warp": 9}))
+    set_fields(saved, warp=9)
     with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['warp'\]"):
         assert lorasb.LoRASBConfig.from_pretrained(str(saved)).r == 4
 
@@ -293,24 +248,21 @@ def test_a_save_killed_half_way_leaves_the_old_adapter_whole(tmp_path: Path) -> 
             assert isinstance(again, nn.Module)
 
 
-def base_key(part: str) -> str:
-    return next(n for n, _ in make("llama").named_parameters() if n.endswith(part))
-
-
-FOREIGN = {
-    "a norm": lambda: f"base_model.model.{base_key('norm.weight')}",
-    "an adapted layer's base": lambda: "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
-    "an embedding": lambda: "base_model.model.model.embed_tokens.weight",
-    "a head": lambda: "base_model.model.lm_head.weight",
-    "a bias": lambda: "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias",
-    "a name of no parameter": lambda: "base_model.model.model.warp",
-}
+LAYER = "model.layers.0.self_attn.q_proj.base_layer"
+FOREIGN = (
+    "model.norm.weight",
+    f"{LAYER}.weight",
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+    f"{LAYER}.bias",
+    "model.warp",
+)
 
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_key_that_the_config_does_not_name_is_refused(saved: Path, name: str) -> None:
     """PEFT loads it into the base, where `disable_adapter()` does not take it back."""
-    key, base = FOREIGN[name](), make("llama")
+    key, base = f"base_model.model.{name}", make("llama")
     before = {n: p.clone() for n, p in base.state_dict().items()}
     parameters = dict(lorasb.patch(make("llama"), r=4).named_parameters())
     shape = parameters[key].shape if key in parameters else (4,)
@@ -324,11 +276,9 @@ def test_a_key_that_the_config_does_not_name_is_refused(saved: Path, name: str) 
 @pytest.mark.parametrize("rename", ["without the prefix", "another adapter's"])
 def test_keys_that_peft_would_ignore_are_refused(saved: Path, rename: str) -> None:
     """They left the model as the bare base, without a word."""
-    found = load_file(saved / WEIGHTS)
-    if rename == "another adapter's":
-        changed = {f"{key}.other": value for key, value in found.items()}
-    else:
-        changed = {key.removeprefix("base_model.model."): value for key, value in found.items()}
+    other = rename == "another adapter's"
+    found = load_file(saved / WEIGHTS).items()
+    changed = {f"{key}.other" if other else key.removeprefix("base_model.model."): value for key, value in found}
     save_file(changed, saved / WEIGHTS)
     base = make("llama")
     with pytest.raises(ValueError, match=r"the adapter file has '.*' and \d+ more, expected factors"):
@@ -342,10 +292,9 @@ def test_two_keys_for_one_factor_are_refused(saved: Path) -> None:
         tensors[key.removeprefix("base_model.model.")] = 2 * tensors[key]
 
     edit(saved, twice)
-    with pytest.raises(ValueError, match=r"expected one lorasb_R for layer '.*', got a second one as"):
-        peft.PeftModel.from_pretrained(make("llama"), saved)
-    with pytest.raises(ValueError, match=r"expected one lorasb_R for layer '.*', got a second one as"):
-        read_tensors(saved)
+    for read in (read_tensors, lambda folder: peft.PeftModel.from_pretrained(make("llama"), folder)):
+        with pytest.raises(ValueError, match=r"expected one lorasb_R for layer '.*', got a second one as"):
+            read(saved)
 
 
 def test_embeddings_that_peft_saved_beside_the_adapter_are_left_out(saved: Path) -> None:
@@ -361,8 +310,7 @@ def test_embeddings_that_peft_saved_beside_the_adapter_are_left_out(saved: Path)
 
 @pytest.mark.parametrize("field", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}])
 def test_trained_modules_without_weights_leave_the_base_as_it_was(saved: Path, field: dict[str, object]) -> None:
-    values = json.loads((saved / CONFIG).read_text())
-    (saved / CONFIG).write_text(json.dumps(values | field))
+    set_fields(saved, **field)
     base = make("llama")
     with pytest.raises(ValueError, match=r"expected (its weights|their rows) in the adapter file, got none"):
         peft.PeftModel.from_pretrained(base, saved)
@@ -372,55 +320,53 @@ def test_trained_modules_without_weights_leave_the_base_as_it_was(saved: Path, f
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save"])
 def test_a_pattern_of_a_file_cannot_stall_a_load(saved: Path, field: str) -> None:
     pattern = "(.*.*)*zzz(a+)+$"
-    values = json.loads((saved / CONFIG).read_text())
-    value = {"rank_pattern": {pattern: 4}, "modules_to_save": [pattern]}.get(field, pattern)
-    (saved / CONFIG).write_text(json.dumps(values | {field: value}))
+    set_fields(saved, **{field: {"rank_pattern": {pattern: 4}, "modules_to_save": [pattern]}.get(field, pattern)})
     started = time.perf_counter()
     with pytest.raises(ValueError, match=rf"{field}: expected no repeated group"):
         peft.PeftModel.from_pretrained(make("llama"), saved)
     assert time.perf_counter() - started < 5
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*is in the adapter file", "ignore:Setting `save_embedding_layers`", "ignore:.*tie_word_embeddings"
-)
-@pytest.mark.parametrize(
-    "more", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["embed_tokens"]}]
-)
-def test_a_resized_vocabulary_in_modules_to_save_is_loaded(tmp_path: Path, more: dict[str, list[str]]) -> None:
+def resized(folder: Path) -> Any:
+    """A base whose vocabulary was resized; PEFT compares it with the saved one."""
+    if not folder.exists():
+        make("llama").save_pretrained(folder)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(5)
+    base.resize_token_embeddings(120)
+    return base
+
+
+EMBEDDINGS = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:.*tie_word_embeddings")
+IN_THE_FILE = pytest.mark.filterwarnings("ignore:.*is in the adapter file")
+
+
+@EMBEDDINGS
+@IN_THE_FILE
+@pytest.mark.parametrize("modules", [["embed_tokens", "lm_head"], ["embed_tokens"]])
+def test_a_resized_vocabulary_in_modules_to_save_is_loaded(tmp_path: Path, modules: list[str]) -> None:
     """PEFT writes copies of these modules beside their own, under other names."""
-    make("llama").save_pretrained(tmp_path / "base")  # PEFT compares the vocabulary with this
-
-    def resized() -> Any:
-        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        torch.manual_seed(5)
-        base.resize_token_embeddings(120)
-        return base
-
-    model = lorasb.patch(resized(), r=4, target_modules=["q_proj"], init="kaiming", **more)
+    base = resized(tmp_path / "base")
+    model = lorasb.patch(base, r=4, target_modules=["q_proj"], init="kaiming", modules_to_save=modules)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name:
                 parameter += 1.0
     model.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(resized(), tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(resized(tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model))
     model.load_adapter(tmp_path / "adapter", "default", is_trainable=True)  # as Trainer does that resumes
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:.*tie_word_embeddings")
+@EMBEDDINGS
 def test_a_resized_vocabulary_that_nothing_names_is_told_of_at_the_save(tmp_path: Path) -> None:
-    make("llama").save_pretrained(tmp_path / "base")
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    base.resize_token_embeddings(120)
-    model = lorasb.patch(base, r=4, target_modules=["q_proj"], init="kaiming")
+    model = lorasb.patch(resized(tmp_path / "base"), r=4, target_modules=["q_proj"], init="kaiming")
     with pytest.warns(UserWarning, match="is in the adapter file, as the vocabulary was resized"):
         model.save_pretrained(tmp_path / "adapter")
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Setting `save_embedding_layers`", "ignore:.*tie_word_embeddings", "ignore:.*is in the adapter"
-)
+@EMBEDDINGS
+@IN_THE_FILE
 def test_an_adapted_embedding_loads_on_a_base_in_another_precision(tmp_path: Path) -> None:
     """Its file has the base's embedding, too, which PEFT adds: rounded otherwise it is still the base's."""
     model = lorasb.patch(make("llama", dtype=torch.float16), r=4, target_modules=["embed_tokens"], init="kaiming")

@@ -9,6 +9,7 @@ import peft
 import pytest
 import tolerances
 import torch
+import transformers
 from models import logits, make, patched
 
 import lorasb
@@ -18,9 +19,8 @@ from lorasb.layers.linear import LoRASBLinear
 def test_the_adapter_of_another_base_is_refused_unless_it_is_meant(saved: Path) -> None:
     base = make("llama", seed=1)
     answer = logits(base)
-    with pytest.raises(
-        ValueError, match=r"this base is another one: 16 of 16 sampled weights of .*folder, check_base=False\)"
-    ):
+    message = r"this base is another one: 16 of 16 sampled weights of .*folder, check_base=False\)"
+    with pytest.raises(ValueError, match=message):
         peft.PeftModel.from_pretrained(base, saved)
     assert torch.equal(logits(base), answer)
     assert not any(isinstance(module, LoRASBLinear) for module in base.modules())
@@ -46,16 +46,8 @@ def test_an_adapter_saved_without_a_fingerprint_loads_on_any_base(tmp_path: Path
 
 @pytest.mark.filterwarnings("ignore:Already found")
 def test_a_base_of_another_size_is_refused(saved: Path) -> None:
-    import transformers
-
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=99,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=99)
     with pytest.raises(ValueError, match="this base is another one"):
         peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM(config), saved)
 

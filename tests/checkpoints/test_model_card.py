@@ -23,16 +23,8 @@ def test_the_model_card_states_where_the_adapter_comes_from(tmp_path: Path) -> N
         model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     facts = model.peft_config["default"].init_provenance
-    for value in (
-        "tiny-llama",
-        "six sentences",
-        facts["data_sha256"],
-        "| seed | 0 |",
-        "| η of the simulated step | 0.02 |",
-        "| init samples | 6 |",
-        f"torch {torch.__version__}",
-        f"lorasb {lorasb.__version__}",
-    ):
+    told = ("tiny-llama", "six sentences", "| seed | 0 |", "| η of the simulated step | 0.02 |", "| init samples | 6 |")
+    for value in (*told, facts["data_sha256"], f"torch {torch.__version__}", f"lorasb {lorasb.__version__}"):
         assert value in card
     assert card.count("# A LoRA-SB adapter") == 1
     assert card.startswith("---\n")

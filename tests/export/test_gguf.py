@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 from pathlib import Path
@@ -57,18 +56,11 @@ def fine_tuned(tokenizer: transformers.PreTrainedTokenizerBase) -> nn.Module:
 
 
 def answers_here(model: nn.Module, asked: list[list[int]], tokens: int = TOKENS) -> list[list[int]]:
+    greedy = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
     found = []
-    for ids in asked:
-        given = torch.tensor([ids])
-        whole = model.generate(
-            input_ids=given,
-            attention_mask=torch.ones_like(given),
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        found.append(whole[0, len(ids) :].tolist())
+    for given in (torch.tensor([ids]) for ids in asked):
+        whole = model.generate(input_ids=given, attention_mask=torch.ones_like(given), **greedy)
+        found.append(whole[0, given.shape[1] :].tolist())
     return found
 
 
@@ -149,15 +141,15 @@ def test_rows_of_q_and_k_turn_as_llama_cpp_turns_them(tmp_path: Path) -> None:
 
 
 def test_what_has_no_gguf(tmp_path: Path) -> None:
-    for family, message in (("gpt2", "no GGUF adapter for model type 'gpt2'"), ("roberta", "no GGUF adapter")):
+    patched().save_pretrained(tmp_path / "adapter")
+    for source, kind, message in (
+        (patched("gpt2"), "gguf", "no GGUF adapter for model type 'gpt2'"),
+        (patched("roberta"), "gguf", "no GGUF adapter"),
+        (patched(), "onnx", "format must be one of peft, vllm, gguf"),
+        (tmp_path / "adapter", "gguf", "needs its base's configuration"),
+    ):
         with pytest.raises(ValueError, match=message):
-            lorasb.export_lora(patched(family), tmp_path, format="gguf", quiet=True)
-    with pytest.raises(ValueError, match="format must be one of peft, vllm, gguf"):
-        lorasb.export_lora(patched(), tmp_path, format="onnx", quiet=True)
-    model = copy.deepcopy(patched())
-    model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="needs its base's configuration"):
-        lorasb.export_lora(tmp_path / "adapter", tmp_path / "out", format="gguf", quiet=True)
+            lorasb.export_lora(source, tmp_path / "out", format=kind, quiet=True)
     assert not list(tmp_path.rglob("*.gguf"))
 
 

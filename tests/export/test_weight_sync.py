@@ -20,11 +20,8 @@ SCALED = {"scaling": 0.5, "rank_pattern": {"k_proj": 2}}
 
 def served(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits of stock PEFT with these tensors in a plain LoRA, layer by layer at its own rank."""
-    ranks = {
-        key.split(".lora_A")[0].removeprefix("base_model.model."): len(v)
-        for key, v in tensors.items()
-        if "lora_A" in key
-    }
+    factors = ((key.partition(".lora_A"), value) for key, value in tensors.items() if "lora_A" in key)
+    ranks = {parts[0].removeprefix("base_model.model."): len(value) for parts, value in factors}
     config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)
     plain = peft.get_peft_model(make("llama"), config)
     found = peft.set_peft_model_state_dict(plain, tensors)
@@ -51,8 +48,10 @@ def test_the_other_side_computes_what_the_trainer_does_after_every_step() -> Non
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
 
 
-def test_the_whole_is_what_the_export_writes(tmp_path: Path) -> None:
-    model = patched("llama", scaling=0.5)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_whole_is_what_the_export_writes(tmp_path: Path, family: str) -> None:
+    experts = {"r": 3, "target_modules": ["q_proj"], "target_parameters": EXPERTS, "init": "kaiming"}
+    model = patched("llama", scaling=0.5) if family == "llama" else lorasb.patch(make("mixtral"), **experts)
     lorasb.export_lora(model, tmp_path, quiet=True)
     written, sent = load_file(tmp_path / "adapter_model.safetensors"), lorasb.adapter_delta(model)
     assert written.keys() == sent.keys()
@@ -71,21 +70,11 @@ def test_a_step_of_a_7b_model_is_less_than_4_mb() -> None:
 
 
 def test_embeddings_and_convolutions_have_pefts_names() -> None:
-    model = lorasb.patch(Net(), r=3, target_modules=["embed", "conv", "image", "head"], init="kaiming").eval()
-    plain = peft.get_peft_model(
-        Net(), peft.LoraConfig(r=3, lora_alpha=3, target_modules=["embed", "conv", "image", "head"])
-    )
+    layers = ["embed", "conv", "image", "head"]
+    model = lorasb.patch(Net(), r=3, target_modules=layers, init="kaiming").eval()
+    plain = peft.get_peft_model(Net(), peft.LoraConfig(r=3, lora_alpha=3, target_modules=layers))
     assert not peft.set_peft_model_state_dict(plain, lorasb.adapter_delta(model)).unexpected_keys
     check(plain.eval()(batch()["ids"]), model(batch()["ids"]), EXPORT)
-
-
-def test_experts_have_the_names_that_the_export_writes(tmp_path: Path) -> None:
-    model = lorasb.patch(make("mixtral"), r=3, target_modules=["q_proj"], target_parameters=EXPERTS, init="kaiming")
-    lorasb.export_lora(model, tmp_path, quiet=True)
-    written, sent = load_file(tmp_path / "adapter_model.safetensors"), lorasb.adapter_delta(model)
-    assert written.keys() == sent.keys()
-    for name, value in written.items():
-        check(sent[name], value, EXPORT)
 
 
 def test_what_cannot_be_sent_is_refused() -> None:

@@ -23,24 +23,13 @@ def test_every_block_runs(page: Path, tmp_path: Path) -> None:
     script = tmp_path / f"{page.stem}.py"
     script.write_text(blocks(page), encoding="utf-8")
     batches = batches_for("llama")
-    given = {
-        "model": make("llama"),
-        "fresh": lambda: make("llama"),
-        "data": Rows(),
-        "dataloader": batches,
-        "batch": batches[0],
-        "folder": str(tmp_path),
-    }
+    given = {"model": make("llama"), "fresh": lambda: make("llama"), "data": Rows(), "dataloader": batches}
+    given |= {"batch": batches[0], "folder": str(tmp_path)}
     runpy.run_path(str(script), init_globals=given)
 
 
-def test_the_reference_is_what_the_docstrings_say() -> None:
-    made = runpy.run_path(str(DOCS[0].parent / "make_api.py"))["page"]()
-    assert (DOCS[0].parent / "api.md").read_text(encoding="utf-8") == made, "run python docs/make_api.py"
-
-
-@pytest.mark.parametrize("name", ["settings", "compatibility"])
-def test_a_page_is_what_its_tables_say(name: str) -> None:
+@pytest.mark.parametrize("name", ["api", "settings", "compatibility"])
+def test_a_page_is_what_docstrings_and_tables_say(name: str) -> None:
     made = runpy.run_path(str(DOCS[0].parent / f"make_{name}.py"))["page"]()
     assert (DOCS[0].parent / f"{name}.md").read_text(encoding="utf-8") == made, f"run python docs/make_{name}.py"
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
-from tiny_run import make_tiny
 from typer.testing import CliRunner
 
 from lorasb.app.cli import app
@@ -33,11 +32,6 @@ PRINTED = {
     "trainer": ["numbers were trained", "Reverse: parrot red dog ->"],
     "trl_sft": ["What color is milk?"],
 }
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def test_each_is_short_and_its_docstring_has_the_command_and_the_output() -> None:
@@ -69,13 +63,9 @@ def test_two_processes_end_where_one_does(tiny: Path, tmp_path: Path) -> None:
     example = str(FOLDER / "several_processes.py")
     norms = []
     for launcher in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", *launcher, example, "3", str(tiny)],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)},
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "-W", "ignore", *launcher, example, "3", str(tiny)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         norms.append(float(done.stdout.strip().rpartition(" ")[2]))
     assert norms[0] == pytest.approx(norms[1], rel=1e-2)
@@ -106,8 +96,8 @@ def test_both_are_there_with_outputs_and_no_paths_of_a_machine() -> None:
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
-def test_a_notebook_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EXAMPLE_MODEL", str(make_tiny(tmp_path)))
+def test_a_notebook_runs(notebook: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXAMPLE_MODEL", str(tiny))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     found = nbformat.read(notebook, 4)

@@ -109,11 +109,7 @@ def test_public_functions_have_docstrings() -> None:
 
 def test_wheel_has_every_module(tmp_path: Path) -> None:
     code = "import setuptools; setuptools.setup = lambda **k: print(*k['packages'], k['package_dir'], k['package_data'], sep=';'); import runpy; runpy.run_path('setup.py')"
-    found = (
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        .stdout.strip()
-        .split(";")
-    )
+    found = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip().split(";")
     wanted = {import_levels.module_name(path) for path in FILES if path.name == "__init__.py"}
     assert set(found[:-2]) == wanted | {"lorasb.kernels.tables", "lorasb.app.presets"}
     data = "{'lorasb.kernels.tables': ['*.json'], 'lorasb.app.presets': ['*.yaml']}"

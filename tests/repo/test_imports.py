@@ -71,9 +71,9 @@ def test_import_touches_no_device() -> None:
     assert python("-c", "import torch, lorasb, lorasb.functional; print(torch.cuda.is_initialized())") == "False"
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_peft_knows_the_method(order: str, outputs: dict[str, tuple[int, str]]) -> None:
-    output(outputs, f"{order}\n{KNOWN}")
+@pytest.mark.parametrize("code", [*(f"{order}\n{KNOWN}" for order in ORDERS), NAMES, PATCH])
+def test_peft_knows_the_method_and_every_public_name_is_there(code: str, outputs: dict[str, tuple[int, str]]) -> None:
+    output(outputs, code)
 
 
 def test_peft_knows_the_method_after_transformers() -> None:
@@ -85,14 +85,6 @@ def test_the_hook_leaves_no_trace(outputs: dict[str, tuple[int, str]]) -> None:
     assert printed
     assert "Peft" not in printed
     assert "Registering" not in printed
-
-
-def test_every_public_name_is_there(outputs: dict[str, tuple[int, str]]) -> None:
-    output(outputs, NAMES)
-
-
-def test_patch_stays_a_function_whatever_is_imported(outputs: dict[str, tuple[int, str]]) -> None:
-    output(outputs, PATCH)
 
 
 def test_unknown_names_raise() -> None:
@@ -110,10 +102,8 @@ def test_a_backend_may_be_chosen_before_anything_else_is_imported(outputs: dict[
 def test_any_module_may_be_imported_first() -> None:
     """Whichever it is, PEFT's registration meets no module that is half imported."""
     root = Path(__file__).parents[2]
-    files = [
-        p.relative_to(root).with_suffix("") for p in sorted((root / "lorasb").rglob("*.py")) if p.stem != "__main__"
-    ]
-    modules = [".".join(file.parts).removesuffix(".__init__") for file in files]
+    files = (p.relative_to(root).with_suffix("") for p in sorted((root / "lorasb").rglob("*.py")))
+    modules = [".".join(file.parts).removesuffix(".__init__") for file in files if file.stem != "__main__"]
     codes = [f"import {name}\n{KNOWN}" for name in modules]
     found = json.loads(python(str(root / "tests" / "support" / "fresh_imports.py"), given=json.dumps(codes)))
     assert len(found) == len(modules) > 100

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ STEPS = 14  # 27 examples, twice, four a step
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """A run\'s summary without what no two runs share: times and where it was written."""
+    """A run's summary without what no two runs share: times and where it was written."""
     found = json.loads((folder / "summary.json").read_text())
     for name in TIMES:
         found.pop(name)
@@ -92,3 +94,15 @@ def killed(settings: Settings, arrange: Any) -> None:
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status)
     assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def on_two_processes(given: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """`lorasb finetune` under torchrun with these options, and the settings of the tests' runs."""
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lorasb"]
+    usual = {"--rank": 8, "--epochs": 2, "--batch-size": 4, "--samples": 8, "--dtype": "float32", "--lr": 5e-3}
+    options = (str(part) for pair in (usual | given).items() for part in pair)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "finetune", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
+    return done

@@ -11,20 +11,21 @@ from models import text
 ROWS = [{key: value[0] for key, value in text(1, 12, seed).items()} for seed in range(12)]
 
 
-def arguments(folder: Path, **options: Any) -> transformers.TrainingArguments:
-    """Of four steps on a CPU, that say nothing and save every second, unless other options are given."""
-    usual = {
-        "output_dir": str(folder),
+def usual(folder: Path) -> dict[str, Any]:
+    """Arguments: four steps of three rows on a CPU, which say nothing and save every second."""
+    steps = {
         "max_steps": 4,
         "save_steps": 2,
         "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 3,
-        "dataloader_pin_memory": False,
+        "per_device_train_batch_size": 3,
+        "learning_rate": 1e-2,
     }
-    return transformers.TrainingArguments(**usual | options)
+    quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "seed": 3, "dataloader_pin_memory": False}
+    return {"output_dir": str(folder), **steps, **quiet}
+
+
+def arguments(folder: Path, **options: Any) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(**usual(folder) | options)
 
 
 def train(
@@ -38,7 +39,7 @@ def train(
 ) -> Any:
     trainer = transformers.Trainer(
         model=model,
-        args=arguments(folder, **{"per_device_train_batch_size": 3, "learning_rate": 1e-2} | options),
+        args=arguments(folder, **options),
         train_dataset=data,
         eval_dataset=ROWS[:3],
         callbacks=callbacks,

@@ -90,25 +90,30 @@ def test_copies_of_r_in_the_optimizer_are_refused(tmp_path: Path) -> None:
     assert not any(value.any() for value in factors(model).values())
 
 
-def test_a_stream(tmp_path: Path) -> None:
-    class Stream(IterableDataset):
-        def __iter__(self) -> Any:
-            return iter(ROWS)
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(ROWS)
 
-    with pytest.raises(ValueError, match=r"a stream: say how many samples, InitCallback\(num_samples=64\)"):
-        train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback()], Stream())
-    with pytest.raises(ValueError, match="num_samples=99, but the batches hold 12 samples"):
-        train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback(num_samples=99)], Stream())
+
+def test_a_stream(tmp_path: Path) -> None:
     callback = lorasb.InitCallback(num_samples=5)
     train(lorasb.patch(make("llama"), r=4), tmp_path, [callback], Stream())
     assert callback.report.num_samples == 5
 
 
-def test_too_many_samples_and_no_adapter(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="num_samples=99, but the batches hold 12 samples"):
-        train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback(num_samples=99)])
-    with pytest.raises(ValueError, match=r"call model = lorasb\.patch\(model\) first"):
-        train(make("llama"), tmp_path, [lorasb.InitCallback()])
+@pytest.mark.parametrize(
+    ("count", "data", "adapted", "message"),
+    [
+        (None, Stream(), True, r"a stream: say how many samples, InitCallback\(num_samples=64\)"),
+        (99, Stream(), True, "num_samples=99, but the batches hold 12 samples"),
+        (99, ROWS, True, "num_samples=99, but the batches hold 12 samples"),
+        (None, ROWS, False, r"call model = lorasb\.patch\(model\) first"),
+    ],
+)
+def test_what_cannot_be_initialized(tmp_path: Path, count: int | None, data: Any, adapted: bool, message: str) -> None:
+    model = lorasb.patch(make("llama"), r=4) if adapted else make("llama")
+    with pytest.raises(ValueError, match=message):
+        train(model, tmp_path, [lorasb.InitCallback(num_samples=count)], data)
 
 
 @pytest.mark.parametrize("option", ["bf16", "gradient_checkpointing"])

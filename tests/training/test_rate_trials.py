@@ -31,6 +31,11 @@ def patched(dropout: float = 0.0) -> Any:
     return model
 
 
+def find(model: Any, given: Any = None, lr: float = 1e-3, steps: int = 6, judged: int = 2, **more: Any) -> Any:
+    given = batches(8) if given is None else given
+    return lorasb.find_lr(model, given, lr, steps=steps, judged=judged, progress=False, **more)
+
+
 def cores(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -57,7 +62,7 @@ def by_hand(model: Any, lr: float, first: float, steps: int, judged: int) -> flo
 def test_a_trial_is_a_plain_training_loop() -> None:
     model = patched()
     expected = {rate: by_hand(model, rate, 1e-3, 6, 2) for rate in (1e-3, 2e-3, 4e-3)}
-    found = lorasb.find_lr(model, batches(8), 1e-3, steps=6, judged=2, progress=False)
+    found = find(model)
     assert {1e-3, 2e-3} <= found.losses.keys()
     for rate in expected.keys() & found.losses.keys():
         assert found.losses[rate] == pytest.approx(expected[rate], rel=1e-9)
@@ -74,7 +79,7 @@ def test_nothing_of_the_trials_stays_but_the_length_of_the_start() -> None:
     before, state, modes = cores(model), torch.get_rng_state(), [m.training for m in model.modules()]
     random.seed(3)
     python_state = random.getstate()
-    found = lorasb.find_lr(model, batches(8), 1e-3, steps=6, judged=2, progress=False)
+    found = find(model)
     for name, value in cores(model).items():
         assert torch.equal(value, before[name] * (found.lr / 1e-3)), name
     assert torch.equal(torch.get_rng_state(), state)
@@ -82,14 +87,14 @@ def test_nothing_of_the_trials_stays_but_the_length_of_the_start() -> None:
     assert [m.training for m in model.modules()] == modes
     assert first.grad is not None
     assert bool((first.grad == 1).all())
-    again = lorasb.find_lr(patched(dropout=0.3), batches(8), 1e-3, steps=6, judged=2, progress=False)
+    again = find(patched(dropout=0.3))
     assert again == found  # the same masks in every trial
 
 
 def test_the_best_rate_is_the_start_of_an_initialization_for_it() -> None:
     """R is proportional to η: scaled, or initialized for the rate, is the same."""
     model = patched()
-    found = lorasb.find_lr(model, batches(8), 1e-3, steps=6, judged=2, progress=False)
+    found = find(model)
     torch.manual_seed(0)
     other = lorasb.patch(make("llama").double(), r=4)
     lorasb.initialize(other, batches(4), lr=found.lr, progress=False)
@@ -102,8 +107,8 @@ def test_accumulated_batches_are_one_step() -> None:
     data = text(4 * 6, 12, seed=5)
     whole = [{key: value[4 * i : 4 * i + 4] for key, value in data.items()} for i in range(6)]
     halves = [{key: value[2 * i : 2 * i + 2] for key, value in data.items()} for i in range(12)]
-    one = lorasb.find_lr(patched(), whole, 1e-3, steps=4, judged=2, progress=False)
-    two = lorasb.find_lr(patched(), [*whole[:2], *halves[4:]], 1e-3, steps=4, judged=2, accumulation=2, progress=False)
+    one = find(patched(), whole, steps=4)
+    two = find(patched(), [*whole[:2], *halves[4:]], steps=4, accumulation=2)
     for rate in one.losses.keys() & two.losses.keys():
         assert two.losses[rate] == pytest.approx(one.losses[rate], rel=1e-6)
 
@@ -115,7 +120,7 @@ def test_a_rate_that_diverges_is_never_taken() -> None:
         calls.append(rate)
         return torch.optim.SGD(parameters, lr=1e30 if rate > 1e-3 else rate)
 
-    found = lorasb.find_lr(model, batches(8), 1e-3, steps=6, judged=2, optimizer=explode, progress=False)
+    found = find(model, optimizer=explode)
     assert found.losses[2e-3] == math.inf
     assert found.lr <= 1e-3
     assert all(torch.isfinite(value).all() for value in cores(model).values())
@@ -130,7 +135,7 @@ def test_the_search_finds_the_least_of_a_valley(best: int, slope: float) -> None
 
 def test_ranks_decide_by_the_mean_of_their_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other rank's loss is 3 whatever the rate."""
-    alone = lorasb.find_lr(patched(), batches(8), 1e-3, steps=6, judged=2, progress=False)
+    alone = find(patched())
 
     class Two:
         rank, world_size = 1, 2
@@ -139,7 +144,7 @@ def test_ranks_decide_by_the_mean_of_their_losses(monkeypatch: pytest.MonkeyPatc
             return value + 3.0
 
     monkeypatch.setattr(rate_trials, "Processes", Two)
-    found = lorasb.find_lr(patched(), batches(8), 1e-3, steps=6, judged=2, progress=False)
+    found = find(patched())
     assert found.lr == alone.lr
     assert found.losses == {rate: pytest.approx((loss + 3.0) / 2) for rate, loss in alone.losses.items()}
 
@@ -154,7 +159,7 @@ def test_a_head_keeps_its_own_rate() -> None:
     def two_groups(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
         return Watching([{"params": parameters[:1], "lr": 0.5}, {"params": parameters[1:], "lr": rate}])
 
-    lorasb.find_lr(patched(), batches(5), 1e-3, steps=3, judged=2, optimizer=two_groups, progress=False)
+    find(patched(), batches(5), steps=3, optimizer=two_groups)
     assert seen[:3] == [(0.25, 5e-4), (0.5, 1e-3), (0.5, 1e-3)]
 
 
@@ -166,33 +171,21 @@ def test_a_head_keeps_its_own_rate() -> None:
         ({"steps": 0}, "expected steps of at least 1, got 0"),
         ({"judged": 0}, "expected judged of at least 1, got 0"),
         ({"accumulation": 0}, "expected accumulation of at least 1, got 0"),
-        (
-            {"steps": 9},
-            "trials of 9 steps take 11 batches .2 of them to judge., and there are 8: pass more, or steps=6",
-        ),
+        ({"steps": 9}, "trials of 9 steps take 11 batches .2 of them to judge., and there are 8: pass more, or steps=6"),
+        ({"given": [{"input_ids": batch["input_ids"]} for batch in batches(8)]}, "the model gives no loss: batches need labels, and have input_ids"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_tried_is_said_and_changes_nothing(arguments: dict[str, Any], message: str) -> None:
     model = patched()
     before = cores(model)
-    options: dict[str, Any] = {"lr": 1e-3, "steps": 6, "judged": 2} | arguments
     with pytest.raises(ValueError, match=message):
-        lorasb.find_lr(model, batches(8), progress=False, **options)
-    assert all(torch.equal(value, before[name]) for name, value in cores(model).items())
-
-
-def test_batches_without_labels_are_named_and_change_nothing() -> None:
-    model = patched()
-    before = cores(model)
-    bare = [{"input_ids": batch["input_ids"]} for batch in batches(8)]
-    with pytest.raises(ValueError, match="the model gives no loss: batches need labels, and have input_ids"):
-        lorasb.find_lr(model, bare, 1e-3, steps=6, judged=2, progress=False)
+        find(model, **arguments)
     assert all(torch.equal(value, before[name]) for name, value in cores(model).items())
 
 
 def test_a_model_that_trains_nothing_is_named() -> None:
     with pytest.raises(ValueError, match=r"no parameter requires a gradient: model\.set_adapter"):
-        lorasb.find_lr(make("llama").requires_grad_(False), batches(8), 1e-3, steps=6, judged=2, progress=False)
+        find(make("llama").requires_grad_(False))
 
 
 def test_the_result_says_what_was_tried() -> None:
@@ -204,5 +197,5 @@ def test_a_shuffled_loader_leaves_the_random_state() -> None:
     rows = [{key: value[0] for key, value in batch.items()} for batch in batches(16)]
     loader = torch.utils.data.DataLoader(rows, batch_size=1, shuffle=True)
     model, state = patched(), torch.get_rng_state()
-    lorasb.find_lr(model, loader, lr=1e-3, steps=4, judged=2, progress=False)
+    find(model, loader, steps=4)
     assert torch.equal(torch.get_rng_state(), state)

@@ -39,11 +39,18 @@ def empty(model: Any) -> set[int]:
     return {held(layer, name) for layer in layers_with(model, name).values()}
 
 
-def test_half_is_held_back_until_the_step(tmp_path: Path) -> None:
-    model = run(tmp_path)
-    assert empty(loaded(tmp_path / "checkpoint-4")) == {2}
-    assert empty(loaded(tmp_path / "checkpoint-5")) == empty(model) == {0}
-    first, last = (loaded(tmp_path / f"checkpoint-{step}") for step in (4, 8))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The folder of a run of eight steps with a refresh at the fourth, and its model."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(folder)
+
+
+def test_half_is_held_back_until_the_step(whole: tuple[Path, Any]) -> None:
+    folder, model = whole
+    assert empty(loaded(folder / "checkpoint-4")) == {2}
+    assert empty(loaded(folder / "checkpoint-5")) == empty(model) == {0}
+    first, last = (loaded(folder / f"checkpoint-{step}") for step in (4, 8))
     for a, b in zip(layers_with(first, "default").values(), layers_with(last, "default").values(), strict=True):
         assert torch.equal(a.lorasb_B["default"][:, :2], b.lorasb_B["default"][:, :2])
 
@@ -60,21 +67,23 @@ def test_it_trains_as_by_hand(tmp_path: Path) -> None:
         assert torch.equal(a.lorasb_B["default"], b.lorasb_B["default"])
 
 
-@pytest.mark.parametrize(("stop", "name"), [(2, "default"), (4, "default"), (6, "default"), (6, "other")])
-def test_a_run_that_is_stopped_resumes_to_the_same_bits(tmp_path: Path, stop: int, name: str) -> None:
-    """Before the refresh, just before it and after it; PEFT saves an adapter of another name in a folder of its own."""
-    callbacks = [lorasb.InitCallback(num_samples=6, refresh_at=4) for _ in range(2)]
-    whole = run(tmp_path / "whole", callbacks[0], name)
-    resumed = run(tmp_path / "resumed", callbacks[1], name, resume=str(tmp_path / "whole" / f"checkpoint-{stop}"))
-    assert empty(whole) == {0}
-    assert same(whole, resumed)
+@pytest.mark.parametrize("stop", [2, 4, 6])  # before the refresh, just before it and after it
+def test_a_run_that_is_stopped_resumes_to_the_same_bits(whole: tuple[Path, Any], tmp_path: Path, stop: int) -> None:
+    assert empty(whole[1]) == {0}
+    assert same(whole[1], run(tmp_path, resume=str(whole[0] / f"checkpoint-{stop}")))
 
 
-def test_dropout_and_the_order_of_rows_are_those_of_a_run_without_it(tmp_path: Path) -> None:
-    run(tmp_path / "with")
-    run(tmp_path / "without", lorasb.InitCallback(num_samples=6, held_back=0.5))
-    assert same(*(loaded(tmp_path / name / "checkpoint-4") for name in ("with", "without")))
-    assert not same(*(loaded(tmp_path / name / "checkpoint-6") for name in ("with", "without")))
+def test_an_adapter_of_another_name_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """PEFT saves it in a folder of its own."""
+    model = run(tmp_path / "whole", adapter_name="other")
+    resume = str(tmp_path / "whole" / "checkpoint-6")
+    assert same(model, run(tmp_path / "resumed", adapter_name="other", resume=resume))
+
+
+def test_the_order_of_rows_is_that_of_a_run_without_it(whole: tuple[Path, Any], tmp_path: Path) -> None:
+    run(tmp_path, lorasb.InitCallback(num_samples=6, held_back=0.5))
+    for step, expected in ((4, True), (6, False)):
+        assert same(*(loaded(folder / f"checkpoint-{step}") for folder in (whole[0], tmp_path))) == expected
 
 
 def test_a_second_run_of_the_same_trainer_goes_on(tmp_path: Path) -> None:
@@ -128,9 +137,7 @@ def test_no_run_can_make_such_a_refresh(arguments: dict[str, Any], says: str) ->
         ({"refresh_at": 4, "held_back": 0.1}, "nothing of adapter 'default' is held back"),
     ],
 )
-def test_what_the_run_cannot_give_is_refused_before_it_begins(
-    tmp_path: Path, arguments: dict[str, Any], says: str
-) -> None:
+def test_what_the_run_cannot_give_is_refused_at_its_begin(tmp_path: Path, arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         run(tmp_path, lorasb.InitCallback(num_samples=6, **arguments))
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -146,11 +153,11 @@ def test_an_adapter_that_holds_nothing_back_is_refused_before_the_run_begins(tmp
 
 
 @pytest.mark.parametrize(("at", "says"), [(None, "refresh_at is not set"), (3, "refresh_at=3 has already passed")])
-def test_a_run_that_resumes_and_leaves_a_part_empty_warns(tmp_path: Path, at: int | None, says: str) -> None:
-    run(tmp_path / "held")
-    callback = lorasb.InitCallback(refresh_at=at)
+def test_a_run_that_resumes_and_leaves_a_part_empty_warns(
+    whole: tuple[Path, Any], tmp_path: Path, at: int | None, says: str
+) -> None:
     with pytest.warns(UserWarning, match=says):
-        model = run(tmp_path / "resumed", callback, resume=str(tmp_path / "held" / "checkpoint-4"))
+        model = run(tmp_path, lorasb.InitCallback(refresh_at=at), resume=str(whole[0] / "checkpoint-4"))
     assert empty(model) == {2}
 
 

@@ -11,7 +11,6 @@ import tolerances
 import torch
 import transformers
 from datasets import Dataset
-from tiny_run import make_tiny
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
@@ -25,14 +24,9 @@ from lorasb.training.reinforcement import RewardError, advantages, checked_rewar
 WORDS = ["one", "two", "red", "cat"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
-def tokenizer(folder: Path) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+def tokenizer(tiny: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(tiny, padding_side="left")
 
 
 def fresh(folder: Path) -> Any:
@@ -44,17 +38,8 @@ def length(completions: list[str], **given: Any) -> list[float]:
 
 
 def options(folder: Path) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "bf16": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-    }
+    quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "bf16": False, "save_strategy": "no"}
+    return {"output_dir": str(folder), "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3, **quiet}
 
 
 def grpo(model: Any, tokenizer: Any, folder: Path, **given: Any) -> GRPOTrainer:
@@ -81,7 +66,7 @@ def examples(tokenizer: Any) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("start", ["examples", "rewards", "zero"])
-def test_grpo_takes_the_config_and_a_start(start: str, folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_grpo_takes_the_config_and_a_start(start: str, tiny: Path, tokenizer: Any, tmp_path: Path) -> None:
     prompts = [f"copy {word}" for word in WORDS]
     callback = {
         "examples": lorasb.InitCallback(samples=examples(tokenizer)),
@@ -91,7 +76,7 @@ def test_grpo_takes_the_config_and_a_start(start: str, folder: Path, tokenizer: 
         ),
         "zero": lorasb.InitCallback(samples=examples(tokenizer), longest_start=0.0),
     }[start]
-    trainer = grpo(fresh(folder), tokenizer, tmp_path, peft_config=lorasb.LoRASBConfig(r=8), callbacks=[callback])
+    trainer = grpo(fresh(tiny), tokenizer, tmp_path, peft_config=lorasb.LoRASBConfig(r=8), callbacks=[callback])
     quietly(trainer)
     assert trainer.ref_model is None  # the reference is the model without the adapter
     assert callback.report is not None
@@ -102,8 +87,8 @@ def test_grpo_takes_the_config_and_a_start(start: str, folder: Path, tokenizer: 
     assert (first < 1e-6) == (start == "zero")
 
 
-def test_a_start_on_rewards_takes_all_completions(folder: Path, tokenizer: Any) -> None:
-    model = lorasb.patch(fresh(folder), r=8)
+def test_a_start_on_rewards_takes_all_completions(tiny: Path, tokenizer: Any) -> None:
+    model = lorasb.patch(fresh(tiny), r=8)
     chats = [[{"role": "user", "content": f"copy {word}"}] for word in WORDS]
     batches = lorasb.reward_batches(model, tokenizer, chats, length, max_new_tokens=6)
     whole = sum(len(batch["input_ids"]) for batch in batches)
@@ -113,8 +98,8 @@ def test_a_start_on_rewards_takes_all_completions(folder: Path, tokenizer: Any) 
     assert batches[0]["input_ids"][0].tolist()[:2] == tokenizer(rendered)["input_ids"][:2]
 
 
-def test_a_reward_that_fails_leaves_every_modules_mode(folder: Path, tokenizer: Any) -> None:
-    model = fresh(folder).train()
+def test_a_reward_that_fails_leaves_every_modules_mode(tiny: Path, tokenizer: Any) -> None:
+    model = fresh(tiny).train()
     model.model.layers[0].eval()
     with pytest.raises(RewardError):
         lorasb.reward_batches(model, tokenizer, ["one"], lambda **given: 1 / 0)
@@ -123,7 +108,7 @@ def test_a_reward_that_fails_leaves_every_modules_mode(folder: Path, tokenizer: 
     assert not model.model.layers[0].mlp.training
 
 
-def test_a_start_on_preferences_takes_every_pair_whole(folder: Path) -> None:
+def test_a_start_on_preferences_takes_every_pair_whole(tiny: Path, tmp_path: Path) -> None:
     """Seven pairs, three at a time: rows are twice as many as examples, and a pair's are half a batch apart."""
     rows = [{"prompt_ids": [5, 6], "chosen_ids": [7 + i, 8], "rejected_ids": [10 + i]} for i in range(7)]
     seen: list[int] = []
@@ -133,12 +118,12 @@ def test_a_start_on_preferences_takes_every_pair_whole(folder: Path) -> None:
         assert batch["completion_mask"][: seen[-1] // 2].sum() == 2 * (seen[-1] // 2)  # the chosen, two tokens each
         return lorasb.preference_loss(model, batch)
 
-    model = lorasb.patch(fresh(folder), r=4)
+    model = lorasb.patch(fresh(tiny), r=4)
     collate = DataCollatorForPreference(pad_token_id=0)
     loader = DataLoader(rows, batch_size=3, collate_fn=collate)
     callback = lorasb.InitCallback(loss_fn=loss)
     args = TrainingArguments(
-        str(folder), per_device_train_batch_size=3, warmup_steps=1, use_cpu=True, disable_tqdm=True
+        str(tmp_path), per_device_train_batch_size=3, warmup_steps=1, use_cpu=True, disable_tqdm=True
     )
     callback.on_train_begin(args, TrainerState(max_steps=3), None, model=model, train_dataloader=loader)
     assert callback.report is not None
@@ -148,14 +133,12 @@ def test_a_start_on_preferences_takes_every_pair_whole(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("precomputed", [False, True])
-def test_dpo_takes_the_config_and_its_own_data(folder: Path, tokenizer: Any, tmp_path: Path, precomputed: bool) -> None:
-    callback = lorasb.InitCallback(loss_fn=lorasb.preference_loss)
+def test_dpo_takes_the_config_and_its_own_data(tiny: Path, tokenizer: Any, tmp_path: Path, precomputed: bool) -> None:
+    callback, pair = lorasb.InitCallback(loss_fn=lorasb.preference_loss), {"chosen": " one", "rejected": " two"}
     trainer = DPOTrainer(
-        fresh(folder),
+        fresh(tiny),
         args=DPOConfig(**options(tmp_path), per_device_train_batch_size=4, precompute_ref_log_probs=precomputed),
-        train_dataset=Dataset.from_list(
-            [{"prompt": f"copy {w}", "chosen": " one", "rejected": " two"} for w in WORDS * 2]
-        ),
+        train_dataset=Dataset.from_list([pair | {"prompt": f"copy {word}"} for word in WORDS * 2]),
         processing_class=tokenizer,
         peft_config=lorasb.LoRASBConfig(r=8),
         callbacks=[callback],
@@ -172,10 +155,10 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
     return next(m for m in model.modules() if isinstance(m, nn.Linear)).weight.grad.clone()
 
 
-def test_the_preference_gradient_is_dpos(folder: Path) -> None:
+def test_the_preference_gradient_is_dpos(tiny: Path) -> None:
     rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [10]} for _ in range(3)]
     batch = DataCollatorForPreference(pad_token_id=0)(rows)
-    model, reference, beta = fresh(folder).double(), fresh(folder).double(), 0.1
+    model, reference, beta = fresh(tiny).double(), fresh(tiny).double(), 0.1
 
     def summed(one: nn.Module) -> Tensor:
         logits = one(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
@@ -189,8 +172,8 @@ def test_the_preference_gradient_is_dpos(folder: Path) -> None:
     tolerances.check(beta / 2 * got / want.abs().max(), want / want.abs().max(), tolerances.FP32_LOGITS)
 
 
-def test_the_policy_gradient_is_grpos(folder: Path, tokenizer: Any) -> None:
-    model = fresh(folder).double()
+def test_the_policy_gradient_is_grpos(tiny: Path, tokenizer: Any) -> None:
+    model = fresh(tiny).double()
     (batch, *_) = lorasb.reward_batches(model, tokenizer, ["copy red"], length, generations=4, max_new_tokens=5)
     ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
     logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1]
@@ -202,8 +185,8 @@ def test_the_policy_gradient_is_grpos(folder: Path, tokenizer: Any) -> None:
     tolerances.check(got / want.abs().max(), want / want.abs().max(), tolerances.FP32_LOGITS)
 
 
-def test_completions_end_at_their_end_and_sampling_leaves_the_random_state(folder: Path, tokenizer: Any) -> None:
-    model = lorasb.patch(fresh(folder), r=4)
+def test_completions_end_at_their_end_and_sampling_leaves_the_random_state(tiny: Path, tokenizer: Any) -> None:
+    model = lorasb.patch(fresh(tiny), r=4)
     state = torch.get_rng_state()
     first = lorasb.reward_batches(model, tokenizer, ["copy red", "one"], length, max_new_tokens=6, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
@@ -238,15 +221,14 @@ def test_bad_rewards_are_told_in_a_line(kind: str) -> None:
         checked_rewards(reward, ["p", "p"], ["a", "b"])
 
 
-def test_rewards_that_never_differ_are_refused(folder: Path, tokenizer: Any) -> None:
+def test_rewards_that_never_differ_are_refused(tiny: Path, tokenizer: Any) -> None:
+    reward = lambda completions, **_: [0.0] * len(completions)  # noqa: E731
     with pytest.raises(RewardError, match="none of 1 prompts has completions of different rewards among 4"):
-        lorasb.reward_batches(
-            fresh(folder), tokenizer, ["one"], lambda completions, **_: [0.0] * len(completions), generations=4
-        )
+        lorasb.reward_batches(fresh(tiny), tokenizer, ["one"], reward, generations=4)
 
 
-def test_prompts_alone_are_no_samples(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_prompts_alone_are_no_samples(tiny: Path, tokenizer: Any, tmp_path: Path) -> None:
     config, callback = lorasb.LoRASBConfig(r=8), lorasb.InitCallback()
-    trainer = grpo(fresh(folder), tokenizer, tmp_path, peft_config=config, callbacks=[callback])
+    trainer = grpo(fresh(tiny), tokenizer, tmp_path, peft_config=config, callbacks=[callback])
     with pytest.raises(ValueError, match=r"but lists, as GRPO's prompts are: InitCallback\(samples=batches\)"):
         quietly(trainer)

@@ -3,38 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
-import transformers
-from models import batches_for, make, patched, text
+from models import batches_for, make, patched
+from trainer_runs import train
 
 import lorasb
-
-ROWS = [{key: value[0] for key, value in text(1, 12, seed).items()} for seed in range(12)]
-
-
-def trainer_for(model: Any, folder: Path, **options: Any) -> transformers.Trainer:
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=3,
-        max_steps=4,
-        learning_rate=1e-2,
-        save_steps=2,
-        logging_steps=1,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=3,
-        dataloader_pin_memory=False,
-        **options,
-    )
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=ROWS)
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
-
 
 KINDS = {
     "fp32": (torch.float32, {}),
@@ -50,7 +26,7 @@ def test_only_r_trains_and_resuming_continues_the_run(tmp_path: Path, kind: str)
     model = patched(dtype=dtype)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if "lorasb_R" not in n}
     start = {n: p.detach().clone() for n, p in model.named_parameters() if "lorasb_R" in n}
-    trainer_for(model, tmp_path, **options).train()
+    train(model, tmp_path, [], **options)
     for name, parameter in model.named_parameters():
         if name in frozen:
             assert torch.equal(parameter, frozen[name]), name
@@ -60,7 +36,7 @@ def test_only_r_trains_and_resuming_continues_the_run(tmp_path: Path, kind: str)
             assert parameter.dtype == torch.float32
     want = peft.get_peft_model_state_dict(model)
     resumed = patched(dtype=dtype)
-    trainer_for(resumed, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    train(resumed, tmp_path, [], resume=str(tmp_path / "checkpoint-2"), **options)
     again = peft.PeftModel.from_pretrained(make("llama", dtype=dtype), tmp_path / "checkpoint-4")
     for other in (resumed, again):
         got = peft.get_peft_model_state_dict(other)
@@ -71,22 +47,20 @@ def test_only_r_trains_and_resuming_continues_the_run(tmp_path: Path, kind: str)
 def test_the_loss_goes_down(tmp_path: Path) -> None:
     model = lorasb.patch(make("llama"), r=16)
     lorasb.initialize(model, batches_for("llama", count=6), lr=1e-3, progress=False)
-    trainer = trainer_for(model, tmp_path)
-    trainer.args.max_steps = 120
-    trainer.train()
+    trainer = train(model, tmp_path, [], max_steps=120, save_strategy="no")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 def test_an_uninitialized_model_is_refused_by_its_first_step(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"lorasb\.initialize\(model, dataloader, lr="):
-        trainer_for(lorasb.patch(make("llama"), r=4), tmp_path).train()
+        train(lorasb.patch(make("llama"), r=4), tmp_path, [])
 
 
 def test_resuming_at_another_rank_is_refused(tmp_path: Path) -> None:
-    trainer_for(patched(r=4), tmp_path).train()
+    train(patched(r=4), tmp_path, [])
     with pytest.raises(ValueError, match=r"lorasb_A of layer .* is \[4, 64\] in the adapter file, expected \[6, 64\]"):
-        trainer_for(patched(r=6), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        train(patched(r=6), tmp_path, [], resume=str(tmp_path / "checkpoint-2"))
 
 
 def test_r_has_a_group_of_its_own() -> None:

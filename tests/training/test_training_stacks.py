@@ -5,48 +5,42 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import tolerances
 import torch
 import transformers
-from models import batches_for, logits, make, patched, text
+from models import batches_for, logits, make, patched
 from torch import Tensor
+from trainer_runs import ROWS, train, usual
 
 import lorasb
 from lorasb.layers.linear import LoRASBLinear
 
-ROWS = [{key: value[0] for key, value in text(1, 12, seed).items()} for seed in range(12)]
-
-
-def arguments(folder: Path, kind: Any = transformers.TrainingArguments, **options: Any) -> Any:
-    return kind(
-        output_dir=str(folder),
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=3,
-        dataloader_pin_memory=False,
-        **{"max_steps": 3, "save_strategy": "no", "learning_rate": 1e-2, "bf16": False} | options,
-    )
+SHORT = {"max_steps": 3, "save_strategy": "no", "learning_rate": 1e-2, "bf16": False}
 
 
 def trained(folder: Path, size: int = 4, **options: Any) -> dict[str, Tensor]:
     model = patched()
-    given = arguments(folder, per_device_train_batch_size=size, **options)
-    trainer = transformers.Trainer(model=model, args=given, train_dataset=ROWS)
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
+    train(model, folder, [], **SHORT | {"per_device_train_batch_size": size} | options)
     return peft.get_peft_model_state_dict(model)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, dict[str, Tensor]]:
+    """What runs without gradient checkpointing end in, without and with autocast."""
+    return {autocast: trained(tmp_path_factory.mktemp("plain"), bf16=autocast) for autocast in (False, True)}
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
-def test_gradient_checkpointing_both_ways_changes_nothing(tmp_path: Path, reentrant: bool, autocast: bool) -> None:
-    plain = trained(tmp_path / "plain", bf16=autocast)
+def test_gradient_checkpointing_both_ways_changes_nothing(
+    tmp_path: Path, plain: dict[bool, dict[str, Tensor]], reentrant: bool, autocast: bool
+) -> None:
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    again = trained(tmp_path / "again", bf16=autocast, **options)
-    assert all(torch.equal(again[key], value) for key, value in plain.items())
+    again = trained(tmp_path, bf16=autocast, **options)
+    assert all(torch.equal(again[key], value) for key, value in plain[autocast].items())
 
 
 def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path: Path) -> None:
@@ -63,30 +57,18 @@ def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path: Path) -> None:
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     model = lorasb.patch(make("llama"), r=4)
-    given = arguments(
-        tmp_path,
-        per_device_train_batch_size=3,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        max_steps=6,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=True,  # the loss falls with every step, on any machine: so the first is the best
-        lr_scheduler_type="constant",
-        learning_rate=0.3,
-    )
-    callbacks = [lorasb.InitCallback(lr=2e-2)]
-    trainer = transformers.Trainer(
-        model=model, args=given, train_dataset=ROWS, eval_dataset=ROWS[:4], callbacks=callbacks
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
+    often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_total_limit": 1}
+    best["greater_is_better"] = True  # the loss falls with every step, on any machine: so the first is the best
+    rate = {"lr_scheduler_type": "constant", "learning_rate": 0.3}
+    trainer = train(model, tmp_path, [lorasb.InitCallback(lr=2e-2)], **often, **best, **rate)
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     best = max(losses, key=losses.__getitem__)
     assert losses[max(losses)] < losses[best]  # the last is not the best, so that loading shows
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    left = list(tmp_path.glob("checkpoint-*"))
+    assert len(left) <= 2
+    assert all(peft.PeftModel.from_pretrained(make("llama"), folder) for folder in left)
     again = peft.PeftModel.from_pretrained(make("llama"), trainer.state.best_model_checkpoint).eval()
     tolerances.check(logits(model.eval()), logits(again), tolerances.EXACT)
 
@@ -97,9 +79,7 @@ def test_trl_patches_initializes_trains_and_saves(tmp_path: Path) -> None:
     init = lorasb.InitCallback(num_samples=8)
     trainer = trl.SFTTrainer(
         model=make("llama"),
-        args=arguments(
-            tmp_path, trl.SFTConfig, per_device_train_batch_size=3, dataset_kwargs={"skip_prepare_dataset": True}
-        ),
+        args=trl.SFTConfig(**usual(tmp_path) | SHORT, dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer(),
         peft_config=lorasb.LoRASBConfig(r=4, task_type="CAUSAL_LM"),
@@ -135,29 +115,21 @@ def test_compiled_models_have_no_graph_break_of_ours(bits: int) -> None:
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
-    plain = make("llama")
-    breaks = {}
-    for name in ("plain", "patched"):
-        model = make("llama") if name == "plain" else plain
-        if name == "patched":
-            model = lorasb.patch(lorasb.quantize(model) if bits == 4 else model, r=4)
-            lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
-        counters.clear()
-        batch = batches_for("llama", count=1)[0]
-        compiled = torch.compile(model, backend="aot_eager")
-        loss = compiled(**batch).loss
-        if name == "patched":
-            loss.backward()
-            found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-            model.zero_grad()
-            model(**batch).loss.backward()
-            want = [p.grad for p in model.parameters() if p.grad is not None]
-            assert found
-            for got, other in zip(found, want, strict=True):
-                tolerances.check(got / other.abs().max(), other / other.abs().max(), tolerances.STEPS)
-        breaks[name] = sum(counters["graph_break"].values())
-        torch._dynamo.reset()
-    assert breaks["patched"] == breaks["plain"] == 0
+    model = make("llama")
+    model = lorasb.patch(lorasb.quantize(model) if bits == 4 else model, r=4)
+    lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
+    counters.clear()
+    batch = batches_for("llama", count=1)[0]
+    torch.compile(model, backend="aot_eager")(**batch).loss.backward()
+    assert sum(counters["graph_break"].values()) == 0
+    torch._dynamo.reset()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert found
+    model.zero_grad()
+    model(**batch).loss.backward()
+    want = [p.grad for p in model.parameters() if p.grad is not None]
+    for got, other in zip(found, want, strict=True):
+        tolerances.check(got / other.abs().max(), other / other.abs().max(), tolerances.STEPS)
 
 
 def test_activations_are_offloaded_and_only_u_is_kept() -> None:
@@ -177,26 +149,21 @@ def test_activations_are_offloaded_and_only_u_is_kept() -> None:
     assert torch.equal(layer.lorasb_R["default"].grad, want)
 
 
-@pytest.mark.parametrize("how", ["cpu offload", "disk offload"])
+@pytest.mark.parametrize("how", ["cpu", "disk"])
 def test_offloaded_bases_are_reached_through_their_hooks(tmp_path: Path, how: str) -> None:
-    import accelerate
-
-    want = patched()
     model = patched()
-    execution = torch.device("cpu")
-    if how == "cpu offload":
-        accelerate.cpu_offload(model, execution)
+    want = logits(model)
+    if how == "cpu":
+        accelerate.cpu_offload(model, torch.device("cpu"))
     else:
-        accelerate.disk_offload(model, str(tmp_path), execution)
-    tolerances.check(logits(model), logits(want), tolerances.MERGE)
+        accelerate.disk_offload(model, str(tmp_path), torch.device("cpu"))
+    tolerances.check(logits(model), want, tolerances.MERGE)
     assert all(p.is_meta for p in model.parameters())
     with pytest.raises(RuntimeError, match="offload the base model first"):
         model(**batches_for("llama", count=1)[0])
 
 
 def test_a_base_offloaded_before_patching_is_initialized_and_trained() -> None:
-    import accelerate
-
     plain = lorasb.patch(make("llama"), r=4)
     lorasb.initialize(plain, batches_for("llama"), lr=2e-2, progress=False)
     base = make("llama")

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,18 +47,11 @@ def test_a_folder_takes_anothers_place_or_leaves_it(tmp_path: Path, monkeypatch:
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
-    with (
-        pytest.raises(OSError, match=r"x\.json cannot be written: No space left") as caught,
-        files.replacing(tmp_path / "x.json"),
-    ):
+@pytest.mark.parametrize(("way", "name"), [(files.replacing, "x.json"), (files.replacing_folder, "folder")])
+def test_a_full_disk_names_the_file(tmp_path: Path, way: Any, name: str) -> None:
+    with pytest.raises(OSError, match=f"{name} cannot be written: No space left") as caught, way(tmp_path / name):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.errno == errno.ENOSPC
-    with (
-        pytest.raises(OSError, match=r"folder cannot be written: No space left"),
-        files.replacing_folder(tmp_path / "folder"),
-    ):
-        raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())
 
 
