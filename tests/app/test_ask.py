@@ -58,7 +58,7 @@ def finished(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Callab
         folder, found = tmp_path_factory.mktemp("asked"), rows(kind)
         file = folder / ("data.json" if kind == "alpaca" else "data.jsonl")
         file.write_text(json.dumps(found) if kind == "alpaca" else "\n".join(map(json.dumps, found)))
-        run_finetune(replace(base, data=str(file), output=str(folder / "run"), epochs=0.5, **CASES[kind]))
+        run_finetune(replace(base, data=str(file), output=str(folder / "run"), **CASES[kind]))
         return folder / "run"
 
     return run
