@@ -271,9 +271,7 @@ def test_one_line_says_steps_tokens_time_and_memory() -> None:
         ({"max_length": 10}, "--max-length 5"),
     ],
 )
-def test_a_long_run_is_told_what_costs_most(
-    self, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], want: str
-) -> None:
+def test_a_long_run_is_told_what_costs_most(monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], want: str) -> None:
     monkeypatch.setattr(estimate, "native", lambda: Precision("float32", ""))
     monkeypatch.setattr(estimate, "slowdown", lambda dtype: 40.0)
     run = a_run(**values)
