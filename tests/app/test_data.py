@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 from lorasb.app import tasks
-from lorasb.app.data import load_examples
+from lorasb.app.data import MATH_SUBJECTS, NAMED, load_examples, read_data
 from lorasb.app.finetune import run_finetune
-from lorasb.app.named_data import MATH_SUBJECTS, NAMED, read_data
 from lorasb.app.scoring import is_right
 from lorasb.app.settings import Settings
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from lorasb.app import cli, config_file
 from lorasb.app.cli import app
-from lorasb.app.named_data import NAMED
+from lorasb.app.data import NAMED
 from lorasb.app.settings import DTYPES, SCHEDULERS, UPDATES, InitSettings, Settings, listed, option
 from lorasb.init import initialization
 from lorasb.utils import precision
