@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorasb.utils import atomic_files as files
-from lorasb.utils import huge_pages
+from lorasb.serving.bank import zeros_in_huge_pages
 
 
 def test_atomic_writes_keep_the_old_file_on_failure(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def mapping_of(address: int) -> tuple[str, str]:
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="the kernel has no huge pages")
 def test_large_memory_is_private_and_asks_for_huge_pages() -> None:
-    found = huge_pages.zeros(1024, 2048, torch.float32, CPU)
+    found = zeros_in_huge_pages(1024, 2048, torch.float32, CPU)
     permissions, flags = mapping_of(found.data_ptr())
     assert permissions == "rw-p"  # shared memory has no huge pages unless the system's shmem_enabled says so
     assert "hg" in flags.split()
@@ -83,7 +83,7 @@ def test_large_memory_is_private_and_asks_for_huge_pages() -> None:
 @pytest.mark.parametrize("rows", [0, 3, 3000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_zero_and_hold_what_is_written(rows: int, dtype: torch.dtype) -> None:
-    found = huge_pages.zeros(rows, 1000, dtype, CPU)
+    found = zeros_in_huge_pages(rows, 1000, dtype, CPU)
     assert (found.shape, found.dtype) == ((rows, 1000), dtype)
     assert not found.any()
     found += 1
