@@ -17,7 +17,7 @@ from lorasb.app import cli, config_file
 from lorasb.app.cli import app
 from lorasb.app.data import NAMED
 from lorasb.app.settings import DTYPES, SCHEDULERS, UPDATES, InitSettings, Settings, listed, option
-from lorasb.init import initialization
+from lorasb.init import task
 from lorasb.utils import precision
 
 KNOWN = {one.name: kind for one, kind in listed(Settings)}
@@ -74,7 +74,7 @@ def test_values_that_no_run_can_have_are_refused(values: dict[str, Any], message
 
 
 def test_choices_are_the_librarys() -> None:
-    assert initialization.UPDATES == UPDATES
+    assert task.UPDATES == UPDATES
     assert set(DTYPES) == {"auto", *precision.DTYPES}
     assert set(SCHEDULERS) <= {one.value for one in SchedulerType}
 

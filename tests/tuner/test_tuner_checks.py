@@ -15,7 +15,7 @@ from tolerances import EXACT, EXPORT, MERGE, check
 from torch import nn
 
 import lorasb
-from lorasb.layers.linear import LoRASBLinear
+from lorasb.layers.adapted_layer import AdaptedLayer
 
 ORDINARY = {  # of tests that take long: a kind for each way through them; the others are left to make test-all
     "test_a_compiled_model_computes_the_same": ("mlp", "sequence classification"),
@@ -58,8 +58,8 @@ def same(found: torch.Tensor, want: torch.Tensor) -> None:
     check(found / scale, want / scale, MERGE)
 
 
-def layers_of(model: nn.Module) -> list[LoRASBLinear]:
-    return [module for module in model.modules() if isinstance(module, LoRASBLinear)]
+def layers_of(model: nn.Module) -> list[AdaptedLayer]:
+    return [module for module in model.modules() if isinstance(module, AdaptedLayer)]
 
 
 def trained(model: nn.Module) -> set[str]:

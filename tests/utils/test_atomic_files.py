@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorasb.utils import atomic_files as files
 from lorasb.serving.bank import zeros_in_huge_pages
+from lorasb.utils import atomic_files as files
 
 
 def test_atomic_writes_keep_the_old_file_on_failure(tmp_path: Path) -> None:
