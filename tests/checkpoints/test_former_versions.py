@@ -1,6 +1,6 @@
-"""Files that lorasb 0.1.0 wrote load to the bit: an adapter, one that was only initialized, a checkpoint, a cache.
+"""Files that lorasb 0.1.0 and 0.2.0 wrote load to the bit: adapters, one that was only initialized, a checkpoint, caches.
 
-`tests/data/v0.1.0` holds them, with the base model that they belong to.
+`tests/data/v0.1.0` holds those of 0.1.0, with the base model that all belong to.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import lorasb
 from lorasb.constants import FACTORS
 from lorasb.init import provenance
 from lorasb.init.cache import read
+from lorasb.layers.lookup import adapted_layers
 
 FILES = Path(__file__).parents[1] / "data" / "v0.1.0"
+LATER_FILES = FILES.parent / "v0.2.0"
 FACTOR_FILES = ("adapter", "initialized", "checkpoint-4")
 LAYERS = 14  # of two Llama blocks
 
@@ -83,3 +85,41 @@ def test_a_report_loads() -> None:
     report = lorasb.InitReport.load(FILES / "report.json")
     assert len(report.layers) == LAYERS
     assert 0.5 < report.energy_sign < 1.0
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_adapter_of_an_embedding_and_ranks_by_layer_load_to_the_bit() -> None:
+    want = load_file(LATER_FILES / "embedding" / "adapter_model.safetensors")
+    model = peft.PeftModel.from_pretrained(base(), LATER_FILES / "embedding")
+    found = tensors(model)
+    assert len(found) == len(want) == 9
+    assert all(torch.equal(value, want[name]) for name, value in found.items())
+    layers = adapted_layers(model)[1]
+    assert sorted(layer.r["default"] for layer in layers.values()) == [2, 2, 3]
+    assert all(
+        state.dropout == 0.1 and state.equivalent for layer in layers.values() for state in layer.adapters.values()
+    )
+
+
+def test_adapters_on_a_basis_load_to_the_bit() -> None:
+    model = peft.PeftModel.from_pretrained(base(), LATER_FILES / "basis")
+    for name in ("one", "two"):
+        model.load_adapter(LATER_FILES / "basis" / name, name)
+        want = load_file(LATER_FILES / "basis" / name / "adapter_model.safetensors")
+        assert want  # R alone
+        for path, layer in adapted_layers(model, name)[1].items():
+            assert torch.equal(layer.lorasb_R[name], want[f"base_model.model.{path}.lorasb_R"])
+            assert layer.lorasb_A[name] is layer.lorasb_A["default"]
+
+
+def test_a_cache_of_0_2_gives_the_same_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = read(LATER_FILES / "signs.safetensors")[1]
+    ours = provenance.versions() | {name: version for name, version in key["versions"].items() if name != "lorasb"}
+    monkeypatch.setattr(provenance, "versions", lambda: ours)
+    cache = tmp_path / "signs.safetensors"
+    cache.write_bytes((LATER_FILES / "signs.safetensors").read_bytes())
+    model = lorasb.patch(base(), r=2, target_modules=["q_proj"])
+    assert lorasb.initialize(model, samples(), lr=1e-2, cache=cache, progress=False).strategy == "cache"
+    want = load_file(LATER_FILES / "basis" / "adapter_model.safetensors")
+    for name, value in tensors(model).items():
+        assert (value - want[name]).abs().max() <= 1e-4 * want[name].abs().max(), name
