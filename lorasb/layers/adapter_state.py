@@ -25,7 +25,6 @@ class AdapterState:
     wide_factors: bool = False  # whether A and B are in fp32 over a base in 16 bits
     # whether A, R and B have values; ask `AdaptedLayer.is_initialized`, which sees loaded ones, too
     initialized: bool = False
-    label: str = ""  # of the adapter, for people
     basis: str | None = None  # the adapter whose A and B it has; None if they belong to it
     # of Theorem 3, with the state of A, B and s that it was computed from; None before
     preconditioner: tuple[Any, Tensor, Tensor] | None = field(default=None, repr=False)
