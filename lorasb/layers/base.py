@@ -249,9 +249,11 @@ class Base:
         bias: Tensor | None = module._parameters["bias"] if type(module) is nn.Linear else module.bias
         return bias if bias is None or like is None or bias.dtype == like.dtype else bias.to(like.dtype)
 
-    def operands(self, x: Tensor) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
-        """What an op takes of the module for x: W [out, in] or its storage, and the bias."""
-        return self.weight(), self.bias()
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor | QuantizedWeight, Tensor | None]:
+        """What an op takes: x in the module's dtype, W [out, in] or its storage, and the bias."""
+        weight = self.parameter()
+        x = x if x.dtype == weight.dtype else self.cast(x)
+        return x, weight.t() if self.fan_in_fan_out else weight, self.bias()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y of the module alone."""
@@ -375,10 +377,13 @@ class QuantizedBase(_Kept):
     def _reads_plainly(self, module: nn.Module) -> bool:
         return True
 
-    def operands(self, x: Tensor) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
-        """The storage, and the bias in x's dtype."""
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor | QuantizedWeight, Tensor | None]:
+        """What an op takes: x in the compute dtype, the storage, and the bias in x's dtype."""
         found = self.quantized()
-        return super().operands(x) if found is None else (found, self.bias(x))
+        if found is None:
+            return super().operands(x)
+        x = self.cast(x)
+        return x, found, self.bias(x)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y, computed from the storage, without the module's own forward."""

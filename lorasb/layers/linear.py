@@ -90,8 +90,8 @@ def _parts(layer: AdaptedLayer, rows: Rows) -> tuple[list[RowCores], list[str]]:
 def _computed(layer: LoRASBLinear, x: Tensor, part: RowCores, fused: bool = False) -> Tensor:
     """s·x_i Aᵀ R_kᵀ Bᵀ of all rows; `fused` with the base's product in the same call."""
     dtype, autocast = x.dtype, autocast_on(x.device.type)
-    x = layer.base.cast(x)
-    weight, bias = (layer.base.operands(x)[0], layer.base.bias(x)) if fused else (None, None)
+    x, weight, bias = layer.base.operands(x) if fused else (layer.base.cast(x), None, None)
+    bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
     if not fused and not autocast:
         x = x.to(part.a.dtype)  # fp32 factors with a base in 16 bits
     y = lora_sb_linear(x, weight, part.a, part.cores, part.b, bias, part.scaling, index=part.places)
@@ -193,9 +193,9 @@ class LoRASBLinear(AdaptedLayer):
             return y
         # The group compares x by identity, so it has to see x before the cast.
         grouped = self.siblings.take(self, x) if self.siblings is not None else None
-        x = base.cast(x)
+        x, weight, bias = base.operands(x)
         # The base's product is inside the first adapter's op.
-        y = self.adapter_forward(x, names[0], *base.operands(x)) if grouped is None else grouped
+        y = self.adapter_forward(x, names[0], weight, bias) if grouped is None else grouped
         for name in names[1:]:
             y = y + self.adapter_forward(x, name)
         return y if y.dtype == dtype or autocast_on(x.device.type) else y.to(dtype)
