@@ -149,7 +149,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, str] | None:
 
 
 def difference(weights: Mapping[str, Tensor | None], expected: Mapping[str, str]) -> str | None:
-    """How these weights differ from a fingerprint's by more than a rounding to bf16; None if they do not."""
+    """Return how these weights differ from a fingerprint's by more than a rounding to bf16; None if they do not."""
     for name, text in expected.items():
         if name not in weights:
             return f"it has no adapted layer {name!r}"

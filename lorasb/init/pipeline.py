@@ -181,7 +181,7 @@ def _measure_stability(work: Work, writer: LayerWriter) -> None:
         return  # a single sample
     first, second = (_subspaces(work, writer, [piece for piece in half if piece]) for half in halves)
     found = {name: overlap(first[name], second[name]) for name in first.keys() & second.keys()}
-    # Of its own layers on every rank, and NaN if one of the halves did not reach a layer.
+    # The rank's layers, and NaN if one of the halves did not reach a layer.
     own = [found.get(name, float("nan")) if owned else 0.0 for name, owned in _owned(work)]
     shared = processes.all_reduce_sum(torch.tensor(own, dtype=torch.float64)).tolist()
     for name, value in zip(work.layers, shared, strict=True):

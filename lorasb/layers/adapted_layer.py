@@ -130,12 +130,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether the base's weight is stored transposed, as in `transformers.Conv1D`."""
+        """True if the base's weight is stored transposed, as in `transformers.Conv1D`."""
         return self.base.fan_in_fan_out
 
     @property
     def cast_input_dtype_enabled(self) -> bool:
-        """Whether x is cast to the base's dtype, as in PEFT's layers."""
+        """True if x is cast to the base's dtype, as in PEFT's layers."""
         return self.base.casts
 
     @cast_input_dtype_enabled.setter

@@ -5,154 +5,20 @@ It is dense, quantized (in storage that our kernels read) or opaque (another qua
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
-from peft.utils.quantization_utils import QuantizationBackend, TorchaoBackend, resolve_quantization_backend
 from torch import Tensor, nn
 
-from ..compat import peft as private
 from ..compat.accelerate import hook_of, is_managed
 from ..compat.bitsandbytes import keep_unpacked
 from ..compat.torch import has_hooks
 from ..functional import dequantize, quantized_linear
 from ..ops.autocast import autocast_on
-from ..quantization.formats import PACKAGES, Format, format_of
 from ..quantization.quantized_weight import QuantizedWeight, compute_dtype, is_quantized, of_module
-from ..utils.precision import FLOATS
-
-CONFIGURATION = "get_apply_tensor_subclass"  # PEFT's name for how torchao quantized a model
-
-
-def _configuration_lost() -> NoReturn:
-    """In place of a configuration: PEFT's resolver takes no torchao layer without one."""
-    raise ValueError("the model does not say how torchao quantized it: load it with transformers' TorchAoConfig")
-
-
-@dataclass(frozen=True)
-class OpaqueFormat:
-    """Properties of an opaque linear. Its layer is passed to each method, as moving a model replaces its tensors."""
-
-    name: str  # of the format, or of the layer's class
-    shape: tuple[int, int]  # (out, in)
-    dtype: torch.dtype  # that it computes in; also that of A and B
-    backend: QuantizationBackend | None = None  # PEFT's, if its resolver knows the format
-    format: Format | None = None  # ours, if `FORMATS` has it
-
-    @property
-    def known(self) -> bool:
-        """True for a quantizer's format; False for a module that is taken to be linear by a probe."""
-        return self.backend is not None or self.format is not None
-
-    @torch.no_grad()
-    def dequantize(self, layer: nn.Module) -> Tensor:
-        """W [out, in] in `dtype`."""
-        try:
-            weight = self._read(layer)
-        except (NotImplementedError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"this needs W, and {self.name} layers do not give it ({error}): keep the adapter apart from its base "
-                "(save_pretrained, lorasb.export_lora); init='update' and init='random' do not read W"
-            ) from error
-        if tuple(weight.shape) != self.shape:
-            raise ValueError(f"expected a weight {list(self.shape)} of a {self.name} layer, got {list(weight.shape)}")
-        return weight.detach().to(self.dtype)
-
-    def _read(self, layer: nn.Module) -> Tensor:
-        if self.format is not None:
-            return self.format.dequantize(layer)
-        if self.backend is not None:
-            return self.backend.get_base_weight(layer)
-        package = PACKAGES.get(type(layer).__name__)
-        raise TypeError(f"pip install {package}, which knows how" if package else "no known format")
-
-    @property
-    def requantizes(self) -> bool:
-        """True if a merged W can be quantized again in the same format."""
-        if self.format is not None:
-            return self.format.requantize is not None
-        if isinstance(self.backend, TorchaoBackend) and self.backend.get_apply_tensor_subclass is _configuration_lost:
-            return False
-        return self.backend is not None and self.backend.supports_merge
-
-    @torch.no_grad()
-    def requantize(self, layer: nn.Module, weight: Tensor) -> nn.Module:
-        """A layer of the same format with the values of `weight` [out, in]; `layer` is used up."""
-        if not self.requantizes:
-            raise ValueError(f"{self.name} layers cannot be quantized again: merge without requantize=True")
-        if self.format is not None and self.format.requantize is not None:
-            new = self.format.requantize(layer, weight)
-        else:
-            new = self._through_backend(layer, weight)
-        return new.requires_grad_(False).train(layer.training)
-
-    def _through_backend(self, layer: Any, weight: Tensor) -> nn.Module:
-        """PEFT's backends set the weight of a tuner layer's base, or replace that base."""
-        bias, holder = layer.bias, SimpleNamespace(base_layer=layer)
-        holder.get_base_layer = lambda: holder.base_layer
-        if self.backend is not None:
-            self.backend.set_base_weight(holder, weight)
-        if holder.base_layer.bias is None:  # HQQ's new layer is made of the weight alone
-            holder.base_layer.bias = bias
-        new: nn.Module = holder.base_layer
-        return new
-
-
-def find(
-    layer: nn.Module, default_dtype: torch.dtype | None = None, options: Mapping[str, Any] | None = None
-) -> OpaqueFormat | None:
-    """Return the properties of an opaque linear; None for a layer that our kernels read, or that is no linear."""
-    if is_dense(layer) or is_quantized(layer) or hasattr(getattr(layer, "weight", None), "device_mesh"):
-        return None
-    backend = resolve_quantization_backend(layer, **({CONFIGURATION: _configuration_lost} | dict(options or {})))
-    known = format_of(layer)
-    if backend is None and known is None and not _computes_by_itself(layer):
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PEFT, about modules that it does not know
-        in_features, out_features = private.in_out_features(layer)
-    if not isinstance(in_features, int) or not isinstance(out_features, int):
-        return None
-    name = known.name if known is not None else backend.backend_name if backend is not None else type(layer).__name__
-    return OpaqueFormat(name, (out_features, in_features), _dtype(layer, default_dtype), backend, known)
-
-
-def is_dense(layer: nn.Module) -> bool:
-    """True for a linear whose weight is a plain matrix of floats."""
-    weight: Any = getattr(layer, "weight", None)  # a parametrized weight is no parameter of that name
-    # transformers' Conv1D by its name: layers do not import transformers
-    is_linear = isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
-    if not is_linear or not isinstance(weight, Tensor):
-        return False
-    return weight.dim() == 2 and weight.dtype in FLOATS and type(weight.data) is Tensor
-
-
-def _computes_by_itself(layer: nn.Module) -> bool:
-    """True for a module with features and its own forward: not nn.Linear's over a weight that it cannot take."""
-    own = type(layer).forward is not nn.Linear.forward or "forward" in vars(layer)
-    return own and hasattr(layer, "in_features") and hasattr(layer, "out_features")
-
-
-def _dtype(layer: nn.Module, default: torch.dtype | None) -> torch.dtype:
-    """The dtype that a layer computes in: as it says, its weight's, the model's, or that of its first floats."""
-    stated, weight = getattr(layer, "compute_dtype", None), layer._parameters.get("weight")
-    tensors = (tensor for part in (layer.parameters, layer.buffers) for tensor in part())
-    first = next((tensor.dtype for tensor in tensors if tensor.dtype in FLOATS), None)
-    candidates = (stated, None if weight is None else weight.dtype, default, first)
-    return next((one for one in candidates if one in FLOATS), torch.get_default_dtype())
-
-
-def first_tensor(layer: nn.Module) -> Tensor:
-    """A tensor of a layer's storage, which says the device."""
-    for tensors in (layer.parameters(), layer.buffers()):
-        for tensor in tensors:
-            return tensor
-    raise ValueError(f"expected a layer with parameters or buffers, got a {type(layer).__name__} without")
+from .opaque_format import OpaqueFormat, find, first_tensor
 
 
 class Base:
@@ -250,7 +116,7 @@ class Base:
         return bias if bias is None or like is None or bias.dtype == like.dtype else bias.to(like.dtype)
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor | QuantizedWeight, Tensor | None]:
-        """What an op takes: x in the module's dtype, W [out, in] or its storage, and the bias."""
+        """Operands of an op: x in the module's dtype, W [out, in] or its storage, and the bias."""
         weight = self.parameter()
         x = x if x.dtype == weight.dtype else self.cast(x)
         return x, weight.t() if self.fan_in_fan_out else weight, self.bias()
@@ -280,14 +146,13 @@ class Base:
         return None
 
     def moved(self) -> None:
-        """Refresh what is kept of a module that was moved or cast."""
+        """Refresh values that were read from a module that was moved or cast."""
 
 
 class _Kept(Base):
     """A module that a dense one replaces while adapters are merged."""
 
     def merged(self, weight: Tensor) -> Base:
-        """A dense linear with merged values, in the module's place."""
         bias: Tensor | None = getattr(self.module, "bias", None)
         # On meta nothing is allocated or drawn from the random generator: both parameters are assigned below.
         dense = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
@@ -305,12 +170,11 @@ class MergedBase(Base):
         self.trains_bias, self.casts, self.former = former.trains_bias, former.casts, former
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y of the dense linear, which has the former's compute dtype: x is cast for it."""
+        # y of the dense linear, which has the former's compute dtype: x is cast for it.
         y = super().forward(self.cast(x), *args, **kwargs)
         return y if autocast_on(x.device.type) else y.to(x.dtype)
 
     def restored(self) -> Base:
-        """The former module, bit for bit."""
         return self.former
 
 
@@ -331,7 +195,6 @@ class QuantizedBase(_Kept):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
         found = self.quantized()
         return found.shape if found is not None else super().shape
 
@@ -340,7 +203,7 @@ class QuantizedBase(_Kept):
         module, read = self.module, self._read
         parameter = module._parameters["weight"]
         if read is not None:
-            # Fake tensors have no data_ptr, and reading it would break the graph; `moved` refreshes what is kept.
+            # Fake tensors have no data_ptr, and reading it would break the graph; `moved` reads again.
             if torch.compiler.is_compiling():
                 return read[0]
             if read[1] is parameter and read[2] == parameter._version and read[3] == parameter.data_ptr():
@@ -351,24 +214,21 @@ class QuantizedBase(_Kept):
         return weight
 
     def moved(self) -> None:
-        """Read the storage at once, not at the next forward: a compiled one returns what is kept without a check."""
+        # Read the storage at once, not at the next forward: a compiled one returns the last one without a check.
         if self._read is not None and not self.module.weight.is_meta:
             self._read = None
             self.quantized()
 
     def weight(self) -> Tensor:
-        """W [out, in], dequantized."""
         found = self.quantized()
         return super().weight() if found is None else dequantize(found)
 
     def merging_weight(self) -> Tensor:
-        """W [out, in], dequantized to the compute dtype."""
         found = self.quantized()
         return super().merging_weight() if found is None else dequantize(found, self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype that the storage records, or that was given for it."""
         found = self.quantized()
         if found is None:
             return super().dtype
@@ -378,7 +238,6 @@ class QuantizedBase(_Kept):
         return True
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor | QuantizedWeight, Tensor | None]:
-        """What an op takes: x in the compute dtype, the storage, and the bias in x's dtype."""
         found = self.quantized()
         if found is None:
             return super().operands(x)
@@ -386,7 +245,6 @@ class QuantizedBase(_Kept):
         return x, found, self.bias(x)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y, computed from the storage, without the module's own forward."""
         found = None if args or kwargs or self.must_run() else self.quantized()
         if found is None:
             return super().forward(x, *args, **kwargs)
@@ -404,24 +262,19 @@ class OpaqueBase(_Kept):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
         return self.format.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the module computes in."""
         return self.format.dtype
 
     def weight(self) -> Tensor:
-        """W [out, in]; raises a ValueError for a format that gives none."""
         return self.format.dequantize(self.module)
 
     def merging_weight(self) -> Tensor:
-        """W [out, in]; raises a ValueError for a format that gives none."""
         return self.weight()
 
     def must_run(self) -> bool:
-        """True: the weight is not read."""
         return True
 
 
@@ -487,74 +340,3 @@ def weight_present(base: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.post_forward(base, None)
-
-
-def has_weight_values(base: nn.Module) -> bool:
-    """True if a base layer's storage has values, on a device or where accelerate has offloaded it."""
-    weight = getattr(base, "weight", None)
-    storage = [weight] if isinstance(weight, Tensor) else [*base.parameters(), *base.buffers()]
-    offloaded = hook_of(base) is not None
-    return bool(storage) and (offloaded or not any(tensor.is_meta for tensor in storage))
-
-
-# Of the norm. Activations rounded to 8 bits, one scale for all rows, give 1e-2; a GELU gives 0.3 and more.
-TOLERANCE = 0.05
-
-
-def check_linear(name: str, layer: nn.Module, opaque: OpaqueFormat, trained: bool = True) -> None:
-    """Run one probe of three rows."""
-    x = _rows(opaque, first_tensor(layer).device)
-    try:
-        with torch.enable_grad():
-            y = layer(x.requires_grad_())
-            gradient = torch.autograd.grad(y.float().sum(), x, allow_unused=True)[0] if y.requires_grad else None
-    except Exception as error:
-        if opaque.known:  # its kernel may want another device, where the model is moved later
-            return
-        package = PACKAGES.get(type(layer).__name__)
-        hint = f": pip install {package}" if package else ", or name it in exclude_modules"
-        raise TypeError(
-            f"target {name!r} is a {type(layer).__name__} that failed on x [3, in] ({error}){hint}"
-        ) from error
-    if y.shape != (3, opaque.shape[0]) or not _is_linear(y.detach().double()):
-        raise TypeError(
-            f"target {name!r} is a {type(layer).__name__}, and 2x does not give twice what x gives: an adapter beside "
-            "it would not be a change of its weight. Name it in exclude_modules"
-        )
-    if trained and gradient is None:
-        raise TypeError(
-            f"target {name!r}, a {opaque.name} layer, has no gradient of its input: layers below it would learn "
-            "nothing. Quantize weights only, or load the adapter with inference_mode=True"
-        )
-
-
-def has_own_result(layer: nn.Module) -> bool:
-    """True for a dense nn.Linear whose class computes something else with its weight: Llama 4's router gives scores."""
-    # A class whose forward takes other arguments than x, or that has no values yet, is taken for a linear.
-    if type(layer).forward is nn.Linear.forward or not isinstance(layer, nn.Linear) or not has_weight_values(layer):
-        return False
-    weight = layer.weight
-    if weight.dtype not in FLOATS or type(weight.data) is not Tensor:  # another quantizer's: its format is known
-        return False
-    try:
-        with torch.no_grad():
-            y = layer(_probe(layer.in_features, weight.device, weight.dtype))
-    except Exception:
-        return False
-    return not isinstance(y, Tensor) or y.shape != (3, layer.out_features) or not _is_linear(y.double())
-
-
-def _rows(opaque: OpaqueFormat, device: torch.device) -> Tensor:
-    return _probe(opaque.shape[1], device, opaque.dtype)
-
-
-def _probe(in_features: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[0, x, 2x] for a random x; the global random state is not touched."""
-    x = torch.randn(in_features, generator=torch.Generator().manual_seed(0))
-    return torch.stack((torch.zeros_like(x), x, 2 * x)).to(device, dtype)
-
-
-def _is_linear(y: Tensor) -> bool:
-    zero, once, twice = y
-    distance = (twice - zero - 2 * (once - zero)).norm()
-    return bool(distance <= TOLERANCE * (twice - zero).norm())

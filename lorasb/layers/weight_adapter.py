@@ -106,36 +106,30 @@ class ParameterBase(Base):
         self.unfolding = unfolding
 
     def over(self, module: nn.Module) -> Base:
-        """The same parameter of another module."""
         return type(self)(module, self.unfolding)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
         return self.unfolding.shape
 
     def parameter(self) -> Tensor:
-        """The parameter, in its stored layout."""
         found = innermost(self.module)
         for part in self.unfolding.path.split("."):
             found = getattr(found, part)
         return cast(Tensor, found)
 
     def matrix(self, stored: Tensor) -> Tensor:
-        """W [out, in] of a tensor in the parameter's layout."""
         return self.unfolding.matrix(stored)
 
     def folded(self, matrix: Tensor) -> Tensor:
-        """A matrix [out, in] in the parameter's layout."""
         return self.unfolding.folded(matrix)
 
     def must_run(self) -> bool:
-        """True: the weight is read by the module's own forward."""
         return True
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Base:
-        """Write merged values into the parameter's memory, which may be a slice of another's."""
+        # Write merged values into the parameter's memory, which may be a slice of another's.
         self.parameter().copy_(weight)
         return self
 
@@ -146,14 +140,13 @@ class EmbeddingBase(ParameterBase):
     own: Tensor | None = None  # the embedding's own parameter meanwhile
 
     def merged(self, weight: Tensor) -> Base:
-        """Give the embedding a separate parameter: a head that is tied to it keeps the old one."""
+        # Give the embedding a separate parameter: a head that is tied to it keeps the old one.
         module = innermost(self.module)
         self.own = module.weight if self.own is None else self.own
         module.weight = nn.Parameter(weight, requires_grad=False)
         return self
 
     def restored(self) -> Base | None:
-        """Put the embedding's own parameter back."""
         if self.own is None:
             return None
         innermost(self.module).weight, self.own = self.own, None

@@ -10,8 +10,9 @@ from torch import nn
 from ..checkpoints.adapter_file import difference
 from ..config.adapter import LoRASBConfig
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.base import has_weight_values, weight_present
+from ..layers.base import weight_present
 from ..layers.lookup import any_merged, layers_with
+from ..layers.opaque_format import has_weight_values
 from ..layers.weight_adapter import LoRASBEmbedding
 from .targets import base_of
 

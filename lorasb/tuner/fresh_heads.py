@@ -99,7 +99,7 @@ def _names_to_save(model: nn.Module, name: str, module: nn.Module) -> Iterator[s
     elif children and _is_suffix_of_another(model, name):  # PEFT matches modules_to_save by suffix
         for child_name, child in children:
             yield from _names_to_save(model, child_name, child)
-    # Norms beside a single linear stay frozen: they start as ones and zeros at every load.
+    # Norms next to a single linear stay frozen: they start as ones and zeros at every load.
     elif len(children) == 1 and name not in HEADS and isinstance(_unwrapped(children[0][1]), nn.Linear):
         yield children[0][0]
     else:

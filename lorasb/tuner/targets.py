@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config.adapter import DEFAULT_RANK, LoRASBConfig
-from ..layers import base as bases
-from ..layers import unfused_experts
-from ..layers.base import check_linear, has_own_result, has_weight_values
+from ..layers import opaque_format, unfused_experts
+from ..layers.opaque_format import check_linear, has_own_result, has_weight_values
 from ..layers.weight_adapter import KINDS_WITH_WEIGHT, OpenParameters, unfoldings
 from ..quantization.quantized_weight import is_quantized, of_module
 from ..utils.precision import FLOATS
@@ -111,7 +110,7 @@ def _quantizers_layers(model: Any) -> set[str]:
     for name, module in model.named_modules():
         candidate = hasattr(module, "in_features") and not isinstance(module, nn.Linear | BaseTunerLayer)
         if name and candidate and module is not head and not inside_tuner(model, name):
-            opaque = bases.find(module)
+            opaque = opaque_format.find(module)
             found.update([name] if opaque is not None and opaque.known else [])
     return found
 
@@ -158,7 +157,7 @@ def features_of(base: Any) -> tuple[int, int]:
     """(out, in), or (in, out) for Conv1D; of a module with several matrices, those of the smallest."""
     if unfolded := unfoldings(base):
         return min((one.shape for one in unfolded), key=min)
-    opaque = bases.find(base)
+    opaque = opaque_format.find(base)
     if opaque is not None:
         return opaque.shape
     # a packed 4-bit weight is stored as [m·n/2, 1]
@@ -187,7 +186,7 @@ def check_supported(name: str, module: nn.Module) -> None:
             f"target {name!r} is named by target_modules, and a parameter of it by target_parameters: name it in one "
             "of them"
         )
-    if unfoldings(base) or bases.find(base) is not None:
+    if unfoldings(base) or opaque_format.find(base) is not None:
         return
     if isinstance(base, KINDS_WITH_WEIGHT):
         raise TypeError(
@@ -216,7 +215,7 @@ def check_opaque(targets: dict[str, nn.Module], default_dtype: torch.dtype | Non
     probed = set()
     for name, module in targets.items():
         base = base_of(module)
-        opaque = bases.find(base, default_dtype)
+        opaque = opaque_format.find(base, default_dtype)
         kind = type(base), type(getattr(base, "weight", None))
         if opaque is not None and kind not in probed and has_weight_values(base):
             check_linear(name, base, opaque, trained)

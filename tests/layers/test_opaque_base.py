@@ -34,7 +34,7 @@ from tolerances import EXACT, EXPORT, FOUR_BITS, MERGE, PROCESS_SUMS, SAME_STEP,
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.layers import base
+from lorasb.layers import opaque_format
 from lorasb.layers.linear import LoRASBLinear
 
 GIVE_W = [kind for kind in KINDS if kind != "unknown"]
@@ -342,7 +342,7 @@ def test_affine_is_linear_and_dense_layers_are_not_probed(monkeypatch: pytest.Mo
 
     assert lorasb.patch(holding(Affine), r=2, target_modules=["proj"], init="random")
     asked = []
-    monkeypatch.setattr(base, "resolve_quantization_backend", lambda *_, **__: asked.append(1))
+    monkeypatch.setattr(opaque_format, "resolve_quantization_backend", lambda *_, **__: asked.append(1))
     lorasb.patch(llama(), r=4)
     assert not asked
 

@@ -1,0 +1,268 @@
+"""Linears that compute by themselves: another quantizer's, by its format, or a module that a probe finds linear."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import torch
+from peft.utils.quantization_utils import QuantizationBackend, TorchaoBackend, resolve_quantization_backend
+from torch import Tensor, nn
+
+from ..compat import peft as private
+from ..compat.accelerate import hook_of
+from ..quantization.quantized_weight import is_quantized
+from ..utils.precision import FLOATS
+
+# Packages by the names of their layers' classes, for messages: a layer is recognized only where its package is there.
+PACKAGES = {
+    "HQQLinear": "hqq",
+    "QuantizedLinear": "aqlm",
+    "EetqLinear": "eetq",
+    "QuantLinear": "gptqmodel",
+    "WQLinear_GEMM": "gptqmodel",
+    "PatchedLinear": "neural-compressor",
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A quantizer's linear, known by its class without an import."""
+
+    name: str  # for messages
+    package: str  # top-level
+    class_name: str  # of the layer's class, or of one that it derives from
+    dequantize: Callable[[Any], Tensor]  # from the layer to W [out, in]
+    requantize: Callable[[Any, Tensor], nn.Module] | None = None  # from the layer and W [out, in] to another such layer
+
+    def matches(self, layer: nn.Module) -> bool:
+        """True for a layer of this format."""
+        return any(
+            kind.__name__ == self.class_name and kind.__module__.partition(".")[0] == self.package
+            for kind in type(layer).__mro__
+        )
+
+
+def _requantized_quanto(layer: Any, weight: Tensor) -> nn.Module:
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    dense.bias = layer.bias
+    kind = importlib.import_module("optimum.quanto").QLinear
+    new: Any = kind.from_module(dense, weights=layer.weight_qtype, activations=layer.activation_qtype)
+    new.freeze()  # quanto's word for quantizing W once, instead of in every call
+    result: nn.Module = new
+    return result
+
+
+FORMATS = (
+    Format("optimum-quanto", "optimum", "QLinear", lambda layer: layer.weight.dequantize(), _requantized_quanto),
+    Format("GPTQ", "gptqmodel", "BaseQuantLinear", lambda layer: layer.dequantize_weight().t()),
+)
+
+
+def format_of(layer: nn.Module) -> Format | None:
+    return next((one for one in FORMATS if one.matches(layer)), None)
+
+
+CONFIGURATION = "get_apply_tensor_subclass"  # PEFT's name for how torchao quantized a model
+
+
+def _configuration_lost() -> NoReturn:
+    """In place of a configuration: PEFT's resolver takes no torchao layer without one."""
+    raise ValueError("the model does not say how torchao quantized it: load it with transformers' TorchAoConfig")
+
+
+@dataclass(frozen=True)
+class OpaqueFormat:
+    """Properties of an opaque linear. Its layer is passed to each method, as moving a model replaces its tensors."""
+
+    name: str  # of the format, or of the layer's class
+    shape: tuple[int, int]  # (out, in)
+    dtype: torch.dtype  # that it computes in; also that of A and B
+    backend: QuantizationBackend | None = None  # PEFT's, if its resolver knows the format
+    format: Format | None = None  # ours, if `FORMATS` has it
+
+    @property
+    def known(self) -> bool:
+        """True for a quantizer's format; False for a module that is taken to be linear by a probe."""
+        return self.backend is not None or self.format is not None
+
+    @torch.no_grad()
+    def dequantize(self, layer: nn.Module) -> Tensor:
+        """W [out, in] in `dtype`."""
+        try:
+            weight = self._read(layer)
+        except (NotImplementedError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"this needs W, and {self.name} layers do not give it ({error}): keep the adapter apart from its base "
+                "(save_pretrained, lorasb.export_lora); init='update' and init='random' do not read W"
+            ) from error
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(f"expected a weight {list(self.shape)} of a {self.name} layer, got {list(weight.shape)}")
+        return weight.detach().to(self.dtype)
+
+    def _read(self, layer: nn.Module) -> Tensor:
+        if self.format is not None:
+            return self.format.dequantize(layer)
+        if self.backend is not None:
+            return self.backend.get_base_weight(layer)
+        package = PACKAGES.get(type(layer).__name__)
+        raise TypeError(f"pip install {package}, which knows how" if package else "no known format")
+
+    @property
+    def requantizes(self) -> bool:
+        """True if a merged W can be quantized again in the same format."""
+        if self.format is not None:
+            return self.format.requantize is not None
+        if isinstance(self.backend, TorchaoBackend) and self.backend.get_apply_tensor_subclass is _configuration_lost:
+            return False
+        return self.backend is not None and self.backend.supports_merge
+
+    @torch.no_grad()
+    def requantize(self, layer: nn.Module, weight: Tensor) -> nn.Module:
+        """A layer of the same format with the values of `weight` [out, in]; `layer` is used up."""
+        if not self.requantizes:
+            raise ValueError(f"{self.name} layers cannot be quantized again: merge without requantize=True")
+        if self.format is not None and self.format.requantize is not None:
+            new = self.format.requantize(layer, weight)
+        else:
+            new = self._through_backend(layer, weight)
+        return new.requires_grad_(False).train(layer.training)
+
+    def _through_backend(self, layer: Any, weight: Tensor) -> nn.Module:
+        """PEFT's backends set the weight of a tuner layer's base, or replace that base."""
+        bias, holder = layer.bias, SimpleNamespace(base_layer=layer)
+        holder.get_base_layer = lambda: holder.base_layer
+        if self.backend is not None:
+            self.backend.set_base_weight(holder, weight)
+        if holder.base_layer.bias is None:  # HQQ's new layer is made of the weight alone
+            holder.base_layer.bias = bias
+        new: nn.Module = holder.base_layer
+        return new
+
+
+def find(
+    layer: nn.Module, default_dtype: torch.dtype | None = None, options: Mapping[str, Any] | None = None
+) -> OpaqueFormat | None:
+    """Return the properties of an opaque linear; None for a layer that our kernels read, or that is no linear."""
+    if is_dense(layer) or is_quantized(layer) or hasattr(getattr(layer, "weight", None), "device_mesh"):
+        return None
+    backend = resolve_quantization_backend(layer, **({CONFIGURATION: _configuration_lost} | dict(options or {})))
+    known = format_of(layer)
+    if backend is None and known is None and not _computes_by_itself(layer):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, about modules that it does not know
+        in_features, out_features = private.in_out_features(layer)
+    if not isinstance(in_features, int) or not isinstance(out_features, int):
+        return None
+    name = known.name if known is not None else backend.backend_name if backend is not None else type(layer).__name__
+    return OpaqueFormat(name, (out_features, in_features), _dtype(layer, default_dtype), backend, known)
+
+
+def is_dense(layer: nn.Module) -> bool:
+    """True for a linear whose weight is a plain matrix of floats."""
+    weight: Any = getattr(layer, "weight", None)  # a parametrized weight is no parameter of that name
+    # transformers' Conv1D by its name: layers do not import transformers
+    is_linear = isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+    if not is_linear or not isinstance(weight, Tensor):
+        return False
+    return weight.dim() == 2 and weight.dtype in FLOATS and type(weight.data) is Tensor
+
+
+def _computes_by_itself(layer: nn.Module) -> bool:
+    """True for a module with features and its own forward: not nn.Linear's over a weight that it cannot take."""
+    own = type(layer).forward is not nn.Linear.forward or "forward" in vars(layer)
+    return own and hasattr(layer, "in_features") and hasattr(layer, "out_features")
+
+
+def _dtype(layer: nn.Module, default: torch.dtype | None) -> torch.dtype:
+    """The dtype that a layer computes in: as it says, its weight's, the model's, or that of its first floats."""
+    stated, weight = getattr(layer, "compute_dtype", None), layer._parameters.get("weight")
+    tensors = (tensor for part in (layer.parameters, layer.buffers) for tensor in part())
+    first = next((tensor.dtype for tensor in tensors if tensor.dtype in FLOATS), None)
+    candidates = (stated, None if weight is None else weight.dtype, default, first)
+    return next((one for one in candidates if one in FLOATS), torch.get_default_dtype())
+
+
+def first_tensor(layer: nn.Module) -> Tensor:
+    """A tensor of a layer's storage, which says the device."""
+    for tensors in (layer.parameters(), layer.buffers()):
+        for tensor in tensors:
+            return tensor
+    raise ValueError(f"expected a layer with parameters or buffers, got a {type(layer).__name__} without")
+
+
+# Of the norm. Activations rounded to 8 bits, one scale for all rows, give 1e-2; a GELU gives 0.3 and more.
+TOLERANCE = 0.05
+
+
+def check_linear(name: str, layer: nn.Module, opaque: OpaqueFormat, trained: bool = True) -> None:
+    """Run one probe of three rows."""
+    x = _rows(opaque, first_tensor(layer).device)
+    try:
+        with torch.enable_grad():
+            y = layer(x.requires_grad_())
+            gradient = torch.autograd.grad(y.float().sum(), x, allow_unused=True)[0] if y.requires_grad else None
+    except Exception as error:
+        if opaque.known:  # its kernel may want another device, where the model is moved later
+            return
+        package = PACKAGES.get(type(layer).__name__)
+        hint = f": pip install {package}" if package else ", or name it in exclude_modules"
+        raise TypeError(
+            f"target {name!r} is a {type(layer).__name__} that failed on x [3, in] ({error}){hint}"
+        ) from error
+    if y.shape != (3, opaque.shape[0]) or not _is_linear(y.detach().double()):
+        raise TypeError(
+            f"target {name!r} is a {type(layer).__name__}, and 2x does not give twice what x gives: an adapter beside "
+            "it would not be a change of its weight. Name it in exclude_modules"
+        )
+    if trained and gradient is None:
+        raise TypeError(
+            f"target {name!r}, a {opaque.name} layer, has no gradient of its input: layers below it would learn "
+            "nothing. Quantize weights only, or load the adapter with inference_mode=True"
+        )
+
+
+def has_weight_values(base: nn.Module) -> bool:
+    """True if a base layer's storage has values, on a device or where accelerate has offloaded it."""
+    weight = getattr(base, "weight", None)
+    storage = [weight] if isinstance(weight, Tensor) else [*base.parameters(), *base.buffers()]
+    offloaded = hook_of(base) is not None
+    return bool(storage) and (offloaded or not any(tensor.is_meta for tensor in storage))
+
+
+def has_own_result(layer: nn.Module) -> bool:
+    """True for a dense nn.Linear whose class computes something else with its weight: Llama 4's router gives scores."""
+    # A class whose forward takes other arguments than x, or that has no values yet, is taken for a linear.
+    if type(layer).forward is nn.Linear.forward or not isinstance(layer, nn.Linear) or not has_weight_values(layer):
+        return False
+    weight = layer.weight
+    if weight.dtype not in FLOATS or type(weight.data) is not Tensor:  # another quantizer's: its format is known
+        return False
+    try:
+        with torch.no_grad():
+            y = layer(_probe(layer.in_features, weight.device, weight.dtype))
+    except Exception:
+        return False
+    return not isinstance(y, Tensor) or y.shape != (3, layer.out_features) or not _is_linear(y.double())
+
+
+def _rows(opaque: OpaqueFormat, device: torch.device) -> Tensor:
+    return _probe(opaque.shape[1], device, opaque.dtype)
+
+
+def _probe(in_features: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[0, x, 2x] for a random x; the global random state is not touched."""
+    x = torch.randn(in_features, generator=torch.Generator().manual_seed(0))
+    return torch.stack((torch.zeros_like(x), x, 2 * x)).to(device, dtype)
+
+
+def _is_linear(y: Tensor) -> bool:
+    zero, once, twice = y
+    distance = (twice - zero - 2 * (once - zero)).norm()
+    return bool(distance <= TOLERANCE * (twice - zero).norm())
