@@ -171,7 +171,7 @@ def test_torchao_is_quantized_again_where_the_model_says_how() -> None:
     config = transformers.TorchAoConfig(torchao_int4_config())
     model.hf_quantizer = types.SimpleNamespace(quantization_config=config)
     adapter = lorasb.patch(model, r=4, init="random")
-    assert all(layer.opaque().requantizes for layer in adapted(adapter).values())
+    assert all(layer.base.format.requantizes for layer in adapted(adapter).values())
     plain = adapter.merge_and_unload(requantize=True)
     weight = plain.model.layers[0].mlp.up_proj.weight
     assert type(weight) is type(opaque_model("torchao int4").model.layers[0].mlp.up_proj.weight)
