@@ -48,15 +48,17 @@ class GemmConfig:
     def fitted(self, even: bool, dropout: bool) -> GemmConfig:
         """Config without spills: uneven lengths (masks) and dropout (two K loops) take more registers.
 
-        So the cap on registers goes, dropout takes tiles of 64 x 64 and three stages at most, and masked tiles of 128 x
-        128 take eight warps. tests/kernels/test_static_report.py holds the results to zero spills.
+        So the cap on registers goes, dropout takes tiles of 64 x 64 and three stages at most, and it and masked tiles of
+        128 x 128 take eight warps. tests/kernels/test_static_report.py holds the results to zero spills.
         """
-        config = self if even and not dropout else replace(self, registers=None)
-        if dropout:
-            sides = {"block_m": min(64, self.block_m), "block_n": min(64, self.block_n)}
-            return replace(config, **sides, stages=min(3, self.stages))
-        wide = self.block_m * self.block_n >= 128 * 128
-        return config if even or not wide else replace(config, warps=max(8, self.warps))
+        if even and not dropout:
+            return self
+        warps = max(8, self.warps) if self.block_m * self.block_n >= 128 * 128 else self.warps
+        config = replace(self, registers=None, warps=warps)
+        if not dropout:
+            return config
+        sides = {"block_m": min(64, self.block_m), "block_n": min(64, self.block_n)}
+        return replace(config, **sides, stages=min(3, self.stages))
 
 
 # Of the gradient accumulator: here block_m x block_n is a tile of G [N, K], and block_k is tokens a step. Masks, and

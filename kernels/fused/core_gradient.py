@@ -54,9 +54,10 @@ def core_gradient(
     acc = tl.zeros((blocks.BLOCK_R, blocks.BLOCK_R), tl.float32)
     for row in range(chunk * blocks.CHUNK_M, min(chunk * blocks.CHUNK_M + blocks.CHUNK_M, M), blocks.BLOCK_M):
         m = row + tl.arange(0, blocks.BLOCK_M)
+        # indexed as tᵀ: a transposed view of a load would keep it out of the pipeline's prefetch
         lhs = tl.load(
-            left + (m.to(tl.int64) * stride_t)[:, None] + i[None, :],
-            mask=(m[:, None] < M) & (i[None, :] < R),
+            left + (m.to(tl.int64) * stride_t)[None, :] + i[:, None],
+            mask=(m[None, :] < M) & (i[:, None] < R),
             other=0.0,
         )
         rhs = tl.load(
@@ -64,7 +65,7 @@ def core_gradient(
             mask=(m[:, None] < M) & (j[None, :] < R),
             other=0.0,
         )
-        acc = tl.dot(lhs.T, rhs, acc, input_precision=PRECISION)
+        acc = tl.dot(lhs, rhs, acc, input_precision=PRECISION)
     last = True
     if blocks.SPLIT:
         offsets = block_offsets(blocks.BLOCK_R, blocks.BLOCK_R)

@@ -106,15 +106,15 @@ def grad_sign(
         m = start + tl.arange(0, BLOCK_M)
         if WIDE:
             m = m.to(tl.int64)
-        left, right = dy + m[:, None] * stride_dy + n[None, :], x + m[:, None] * stride_x + k[None, :]
+        left, right = dy + n[:, None] + (m * stride_dy)[None, :], x + m[:, None] * stride_x + k[None, :]
         if EVEN and EVEN_M:
             lhs, rhs = tl.load(left), tl.load(right)
         elif EVEN:
-            lhs, rhs = tl.load(left, mask=(m < M)[:, None], other=0.0), tl.load(right, mask=(m < M)[:, None], other=0.0)
+            lhs, rhs = tl.load(left, mask=(m < M)[None, :], other=0.0), tl.load(right, mask=(m < M)[:, None], other=0.0)
         else:
-            lhs = tl.load(left, mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
+            lhs = tl.load(left, mask=(m < M)[None, :] & (n < N)[:, None], other=0.0)
             rhs = tl.load(right, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(lhs), rhs, acc, input_precision=PRECISION)
+        acc = tl.dot(lhs, rhs, acc, input_precision=PRECISION)
     if KEEP:
         if EVEN:
             tl.store(total + n[:, None] * stride_total + k[None, :], acc)

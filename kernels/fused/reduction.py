@@ -39,15 +39,16 @@ def accumulate(
             first, length = tl.where(reached, edge, first), tl.where(reached, lengths[i], length)
         k = (step - first) * BLOCK_K + rk
         left += (m * left_stride)[:, None] + k[None, :]
+        # W is indexed as [K, N] whatever its layout: a transposed view of a load would keep it out of the prefetch.
         wide_k = k.to(n.dtype)  # rows of W are counted by n forward and by k backward: either may need 64 bits
-        right += (n * right_stride)[:, None] + k[None, :] if K_MAJOR else (wide_k * right_stride)[:, None] + n[None, :]
+        right += (n * right_stride)[None, :] + k[:, None] if K_MAJOR else (wide_k * right_stride)[:, None] + n[None, :]
         if EVEN_K:
             lhs, rhs = tl.load(left), tl.load(right)
         else:
             inside = k < length
             lhs = tl.load(left, mask=inside[None, :], other=0.0)
-            rhs = tl.load(right, mask=inside[None, :] if K_MAJOR else inside[:, None], other=0.0)
-        acc = tl.dot(lhs, rhs.T if K_MAJOR else rhs, acc, input_precision=PRECISION)
+            rhs = tl.load(right, mask=inside[:, None], other=0.0)
+        acc = tl.dot(lhs, rhs, acc, input_precision=PRECISION)
     return acc
 
 

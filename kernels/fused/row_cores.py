@@ -124,9 +124,9 @@ def row_core_gradients(
         inside = token < count
         row = tl.load(order + start + token // tokens, mask=inside, other=0)
         m = row.to(tl.int64) * tokens + token % tokens
-        left = tl.load(t + (m * stride_t)[:, None] + i[None, :], mask=inside[:, None] & (i < R)[None, :], other=0.0)
+        left = tl.load(t + (m * stride_t)[None, :] + i[:, None], mask=inside[None, :] & (i < R)[:, None], other=0.0)
         right = tl.load(u + (m * stride_u)[:, None] + j[None, :], mask=inside[:, None] & (j < R)[None, :], other=0.0)
-        acc = tl.dot(left.T, right, acc, input_precision=PRECISION)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
     target = dcores + tl.load(adapters + slot).to(tl.int64) * R * R
     tile_inside = (i < R)[:, None] & (j < R)[None, :]
     tl.store(target + i[:, None] * R + j[None, :], (acc * scale).to(dcores.dtype.element_ty), mask=tile_inside)
