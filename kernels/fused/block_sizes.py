@@ -48,8 +48,8 @@ class GemmConfig:
     def fitted(self, even: bool, dropout: bool) -> GemmConfig:
         """Config without spills: uneven lengths (masks) and dropout (two K loops) take more registers.
 
-        So the cap on registers goes, dropout takes tiles of 64 x 64 and three stages at most, and it and masked tiles of
-        128 x 128 take eight warps. tests/kernels/test_static_report.py holds the results to zero spills.
+        So the cap on registers goes, dropout takes tiles of 64 x 64 and three stages at most, and both take eight warps
+        where the table has 128 x 128. tests/kernels/test_static_report.py holds the results to zero spills.
         """
         if even and not dropout:
             return self
