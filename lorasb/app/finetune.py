@@ -84,14 +84,11 @@ def _look_up_state(
     folder: RunFolder, settings: Settings, identity: dict[str, Any], processes: Processes, held: ExitStack
 ) -> State:
     """State of the run in the folder, read and locked by rank 0; its errors are raised on every rank."""
-    state, error = None, None
-    try:
+    state = None
+    with processes.together("looking for an earlier run"):
         if processes.rank == 0:  # alone: on other hosts the folder may be another one
             held.enter_context(locked(folder.folder))
             state = folder.look(settings, identity)
-    except (ValueError, OSError) as caught:
-        error = caught
-    processes.raise_on_every_rank(error, "looking for an earlier run")
     shared_state = State(**processes.gather_json(state.__dict__ if state else None)[0])
     for line in shared_state.lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The eager backend: the adapted linear by a table of products, and that table in plain torch for any device."""
+"""The eager backend: every op in plain torch for any device; the adapted linear by a table of products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation of adapter files, with messages that name the fault, and reading one without a model."""
+"""Validation of adapter files, reading one without a model, and the fingerprint of the base that it belongs to."""
 
 from __future__ import annotations
 

@@ -95,18 +95,14 @@ class Processes:
 
     def broadcast_any_batch(self, batch: dict[str, Any] | None) -> dict[str, Any] | None:
         """The tensors of a batch from the lowest rank that has one; None if no rank has."""
-        has_batch = self.all_gather(int(batch is not None))
-        if not any(has_batch):
-            return None
-        owner = has_batch.index(1)
         tensors = {name: t for name, t in (batch or {}).items() if isinstance(t, Tensor)}
-        # Receivers have to allocate buffers first: names, shapes and dtypes go ahead as JSON, padded or cut to the
-        # owner's length, because a broadcast needs the same shape on every rank.
+        # Receivers have to allocate buffers first: names, shapes and dtypes go ahead.
         specs = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()}
-        text = json.dumps(specs).encode()
-        size = self.all_gather(len(text))[owner]
-        header = torch.frombuffer(bytearray(text.ljust(size)[:size]), dtype=torch.uint8)
-        specs = json.loads(bytes(self.broadcast(header, owner).numpy()))
+        every = self.gather_json(specs if batch is not None else None)
+        owner = next((rank for rank, found in enumerate(every) if found is not None), None)
+        if owner is None:
+            return None
+        specs = every[owner]
         buffers = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (shape, dtype) in specs.items()}
         source = tensors if self.rank == owner else buffers
         return {name: self.broadcast(source[name].cpu(), owner) for name in specs}

@@ -66,14 +66,11 @@ Factors = dict[str, dict[str, Tensor]]  # layer name -> factor name -> value
 
 def restore_factors(layers: dict[str, AdaptedLayer], name: str, folders: Iterable[Path]) -> bool:
     """Load A and B from the first saved adapter with the layers' R; True if found. A collective: rank 0 reads files."""
-    processes, saved, error = Processes(), None, None
+    processes = Processes()
     # Before the files are read, and on every rank: gathering a sharded R is a collective.
     cores = {layer: full_tensor(module.lorasb_R[name]) for layer, module in layers.items()}
-    try:
+    with processes.together("resuming"):
         saved = _read_matching(layers, name, cores, folders) if processes.rank == 0 else None
-    except (ValueError, OSError) as caught:
-        error = caught
-    processes.raise_on_every_rank(error, "resuming")
     if not processes.all_gather(int(saved is not None))[0]:
         return False
     for layer, module in layers.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -176,42 +175,38 @@ def _execute_plan(work: Work, writer: LayerWriter) -> Executor:
 
 def _measure_stability(work: Work, writer: LayerWriter) -> None:
     """Compare the subspaces of two halves of the samples, in another pass over them, and add it to the reports."""
-    halves, processes = list(zip(*_split(work.pieces), strict=True)) or [(), ()], work.processes
-    if not all(any(processes.all_gather(len([piece for piece in half if piece]))) for half in halves):
+    halves, processes = _halves(work.pieces), work.processes
+    if not all(any(processes.all_gather(len(half))) for half in halves):
         return  # a single sample
-    first, second = (_subspaces(work, writer, [piece for piece in half if piece]) for half in halves)
+    own = {name for i, name in enumerate(work.layers) if i % processes.world_size == processes.rank}
+    first, second = (_subspaces(replace(work, pieces=half), writer, own) for half in halves)
     found = {name: overlap(first[name], second[name]) for name in first.keys() & second.keys()}
-    # The rank's layers, and NaN if one of the halves did not reach a layer.
-    own = [found.get(name, float("nan")) if owned else 0.0 for name, owned in _owned(work)]
-    shared = processes.all_reduce_sum(torch.tensor(own, dtype=torch.float64)).tolist()
+    # Summed over ranks, of which one has a layer: NaN if one of the halves did not reach it.
+    values = [found.get(name, float("nan")) if name in own else 0.0 for name in work.layers]
+    shared = processes.all_reduce_sum(torch.tensor(values, dtype=torch.float64)).tolist()
     for name, value in zip(work.layers, shared, strict=True):
         if not math.isnan(value):
             writer.reports[name] = replace(writer.reports[name], stability=value)
 
 
-def _owned(work: Work) -> Iterator[tuple[str, bool]]:
-    """Yield each layer with True on the one rank that computes its SVD here."""
-    for i, name in enumerate(work.layers):
-        yield name, i % work.processes.world_size == work.processes.rank
-
-
-def _split(pieces: list[Piece]) -> Iterator[tuple[Piece | None, Piece | None]]:
+def _halves(pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
     """Assign the samples to two halves: every batch is split, and batches of one sample alternate."""
-    to_first = False
+    halves: tuple[list[Piece], list[Piece]] = ([], [])
+    singles = 0
     for piece in pieces:
         rows = batch_size(piece.batch)
         if rows == 1:
-            to_first = not to_first
-            yield (piece, None) if to_first else (None, piece)
-        else:
-            parts = (torch.arange(rows // 2), torch.arange(rows // 2, rows))
-            one, other = (Piece(take_rows(piece.batch, part), piece.counts) for part in parts)
-            yield one, other
+            halves[singles % 2].append(piece)
+            singles += 1
+            continue
+        for half, part in zip(halves, torch.arange(rows).tensor_split([rows // 2]), strict=True):
+            half.append(Piece(take_rows(piece.batch, part), piece.counts))
+    return halves
 
 
-def _subspaces(work: Work, writer: LayerWriter, pieces: list[Piece]) -> dict[str, Triplets]:
-    """Return the leading triplets of sign(ΣG) over some of the samples, on the CPU, of the layers this rank owns."""
-    work, own, found = replace(work, pieces=pieces), dict(_owned(work)), {}
+def _subspaces(work: Work, writer: LayerWriter, own: set[str]) -> dict[str, Triplets]:
+    """Return the leading triplets of sign(ΣG), on the CPU, of the layers whose SVDs this rank computes."""
+    found = {}
     with work.processes.together():
         plan = make_plan(work)
     executor = Executor(work, plan, work.options.progress and work.processes.rank == 0)
@@ -219,7 +214,7 @@ def _subspaces(work: Work, writer: LayerWriter, pieces: list[Piece]) -> dict[str
         for name in writer.reached(sums):
             gradient, layer = writer.reduced(name, sums), work.layers[name]
             executor.done.add(name)
-            if own[name] and gradient.finite and gradient.zeros < layer.in_features * layer.out_features:
+            if name in own and gradient.finite and gradient.zeros < layer.in_features * layer.out_features:
                 with full_precision():
                     r, seed = layer.adapters[work.options.adapter].r, work.options.seed_of(name)
                     found[name] = Triplets(*(part.cpu() for part in truncated_svd(gradient.signs(), r, seed)))

@@ -79,14 +79,14 @@ class InitOptions:
             raise ValueError(
                 "stability compares subspaces of sign(G), and update='per-sample' has others: leave it out"
             )
-        if self.beside and self.cache is not None and not several:
-            raise ValueError(
-                "a cache keeps the signs of the base's own gradient, and beside= requests another: leave one out"
-            )
         if several and self.cache is not None:
             raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
         if several and self.held_back:
             raise ValueError("held_back is of one adapter, and several tasks share a basis: initialize them without it")
+        if self.beside and self.cache is not None:
+            raise ValueError(
+                "a cache keeps the signs of the base's own gradient, and beside= requests another: leave one out"
+            )
 
 
 @dataclass(frozen=True)

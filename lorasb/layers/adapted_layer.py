@@ -80,7 +80,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     """A frozen layer with adapters by name: A and B frozen, R trained.
 
     Args:
-        adapters: state by adapter name.
         base_layer: the frozen layer.
         adapter_name: name of the first adapter.
         r, scaling, lora_dropout, equivalent_gradient, wide_factors: of it, as of `LoRASBLinear`.
@@ -111,7 +110,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.base: Base = self._make_base(base_layer, fan_in_fan_out, octet_dtype, resolver_options)
         self.out_features, self.in_features = self.base.shape
         self.lorasb_A, self.lorasb_R, self.lorasb_B = FrozenFactors(), Cores(), FrozenFactors()
-        self.adapters: dict[str, AdapterState] = {}
+        self.adapters: dict[str, AdapterState] = {}  # state by adapter name
         self.siblings: Group | None = None  # set by `linear_group.form` once the model is patched
         self.stored_cores: StoredCores | None = None  # set by a bank of adapters
         self._disable_adapters = False
@@ -126,7 +125,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "base_layer" and "base" in self.__dict__ and value is not self.base.module:
-            self.base = self.base.over(value)
+            self._use(self.base.over(value))
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -404,7 +403,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lorasb_R]
         if names:
-            self._put(self.base.merged(self.merged_weight(names)))
+            self._use(self.base.merged(self.merged_weight(names)))
             self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -416,10 +415,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if former is None:
             self.base.merged(self.merged_weight(self.merged_adapters, sign=-1.0))
         else:
-            self._put(former)
+            self._use(former)
         self.merged_adapters.clear()
 
-    def _put(self, base: Base) -> None:
+    def _use(self, base: Base) -> None:
+        """Take another base, and its module, with the settings of the one before."""
+        base.trains_bias, base.casts = self.base.trains_bias, self.base.casts
         self.base = base
         if base.module is not self.base_layer:
             self.base_layer = base.module

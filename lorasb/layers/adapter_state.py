@@ -1,4 +1,4 @@
-"""`AdapterState`: all that a layer knows of an adapter besides A, R and B; and what R's gradient is to be."""
+"""State of a layer's adapter, the dictionaries of its A, R and B with their dtypes, and the gradient that R gets."""
 
 from __future__ import annotations
 

@@ -167,10 +167,10 @@ class MergedBase(Base):
 
     def __init__(self, module: nn.Module, former: Base) -> None:
         super().__init__(module)
-        self.trains_bias, self.casts, self.former = former.trains_bias, former.casts, former
+        self.former = former
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # y of the dense linear, which has the former's compute dtype: x is cast for it.
+        # The dense linear has the former's compute dtype: x is cast for it.
         y = super().forward(self.cast(x), *args, **kwargs)
         return y if autocast_on(x.device.type) else y.to(x.dtype)
 
@@ -192,6 +192,9 @@ class QuantizedBase(_Kept):
         # assigning a new parameter may reuse the address, in-place ops change the version alone, and
         # `parameter.data = ...` the pointer alone.
         self._read: tuple[QuantizedWeight, Any, int, int] | None = None
+
+    def over(self, module: nn.Module) -> Base:
+        return base_of(module, int8_dtype=self.int8_dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -230,8 +233,9 @@ class QuantizedBase(_Kept):
     @property
     def dtype(self) -> torch.dtype:
         found = self.quantized()
-        if found is None:
-            return super().dtype
+        return super().dtype if found is None else self._dtype_of(found)
+
+    def _dtype_of(self, found: QuantizedWeight) -> torch.dtype:
         return self.int8_dtype if found.kind == "int8" and self.int8_dtype else compute_dtype(self.module, found)
 
     def _reads_plainly(self, module: nn.Module) -> bool:
@@ -241,15 +245,14 @@ class QuantizedBase(_Kept):
         found = self.quantized()
         if found is None:
             return super().operands(x)
-        x = self.cast(x)
+        x = x if x.dtype == self._dtype_of(found) else self.cast(x)
         return x, found, self.bias(x)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        found = None if args or kwargs or self.must_run() else self.quantized()
-        if found is None:
+        if args or kwargs or self.must_run() or self.quantized() is None:
             return super().forward(x, *args, **kwargs)
-        wide = self.cast(x)
-        y = quantized_linear(wide, found, self.bias(wide))
+        wide, found, bias = self.operands(x)
+        y = quantized_linear(wide, cast(QuantizedWeight, found), bias)
         return y if autocast_on(x.device.type) else y.to(x.dtype)
 
 
@@ -259,6 +262,9 @@ class OpaqueBase(_Kept):
     def __init__(self, module: nn.Module, format: OpaqueFormat) -> None:
         super().__init__(module)
         self.format = format
+
+    def over(self, module: nn.Module) -> Base:
+        return OpaqueBase(module, self.format)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""`Linear4bit`: a frozen linear layer in 4 bits with bitsandbytes' storage and file format, without bitsandbytes."""
+"""`Linear4bit`: a frozen linear in 4 bits with bitsandbytes' storage and files; quantizing a model, merged ones too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Look up the LoRA-SB layers of a model, by adapter name."""
+"""Lookup of a model's LoRA-SB layers by adapter name, and rollback of a patch that failed."""
 
 from __future__ import annotations
 

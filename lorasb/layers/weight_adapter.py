@@ -157,7 +157,6 @@ class LoRASBWeight(AdaptedLayer):
     """A module whose parameter W [out, in], unfolded, is W + s·B R A; B and A are frozen, R is trained.
 
     Args:
-        nested: whether another `LoRASBWeight` of the same module is around this one.
         base_layer: the module, or a `LoRASBWeight` of another of its parameters.
         adapter_name: name of the first adapter.
         options: of `LoRASBLinear`: `r`, `scaling`, `lora_dropout` (of a convolution's x), `equivalent_gradient`.
@@ -166,7 +165,7 @@ class LoRASBWeight(AdaptedLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, unfolding: Unfolding, **options: Any) -> None:
         self.__dict__.update(unfolding=unfolding, tap=None)  # before the parent is made: `nn.Module` has no attributes
         super().__init__(base_layer, adapter_name, **options)
-        self.nested = False
+        self.nested = False  # whether another one, of the same module, is around this one
         if isinstance(base_layer, LoRASBWeight):
             base_layer.nested = True
 
@@ -288,7 +287,7 @@ class LoRASBWeight(AdaptedLayer):
         wanted = [] if merged_by_outer else check_adapters_to_merge(self, adapter_names)
         names = [name for name in wanted or [] if name in self.lorasb_R]
         if names:
-            self._put(self.base.merged(self.merged_weight(names)))
+            self._use(self.base.merged(self.merged_weight(names)))
             self.merged_adapters.extend(names)
 
     def _left(self, names: list[str] | None) -> bool:

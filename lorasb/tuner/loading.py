@@ -1,4 +1,4 @@
-"""Loading of checkpoints that hold R alone: A and B are added from the factor file that the run's checkpoints share."""
+"""Loading of adapters: R alone is joined with the factors of its run or basis; one adapter is swapped for another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, which survive a power failure, their digests, and a lock for a folder."""
+"""Atomic writes of files and folders, which survive a power failure, digests, a lock for a folder, the cache folder."""
 
 from __future__ import annotations
 

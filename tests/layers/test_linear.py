@@ -319,3 +319,13 @@ def test_unmerging_under_autocast_gives_the_weight_back() -> None:
         layer(torch.randn(2, 16))
     assert not layer.merged
     tolerances.check(layer.base.parameter(), weight, tolerances.fp32(16))
+
+
+def test_another_base_layer_has_the_settings_of_the_one_before() -> None:
+    layer = LoRASBLinear(nn.Linear(16, 12), "default", 4)
+    layer.base.trains_bias, layer.cast_input_dtype_enabled = True, False
+    layer.base_layer = nn.Linear(16, 12, dtype=torch.bfloat16)
+    assert layer.base.module is layer.base_layer
+    assert layer.base.dtype == torch.bfloat16
+    assert layer.base.trains_bias
+    assert not layer.cast_input_dtype_enabled
