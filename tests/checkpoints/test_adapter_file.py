@@ -40,7 +40,8 @@ def set_fields(folder: Path, **fields: object) -> None:
 
 
 @pytest.mark.parametrize("ranks", [{"k_proj": 2}, {"q_proj": 8, ".*": 4}], ids=str)  # whose order counts
-@pytest.mark.parametrize(("dtype", "low_cpu_mem_usage"), [(torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_reload_is_exact(tmp_path: Path, dtype: torch.dtype, low_cpu_mem_usage: bool, ranks: dict[str, int]) -> None:
     model = patched(dtype=dtype, rank_pattern=ranks, scaling=0.5)
     model.save_pretrained(tmp_path)

@@ -220,3 +220,13 @@ def test_what_cannot_be_combined_is_refused() -> None:
     model.add_adapter("third", lorasb.LoRASBConfig(r=2))
     with pytest.raises(ValueError, match="'third' has not been initialized"):
         model.add_weighted_adapter(["default", "third"], [1.0, 1.0], "sum")
+
+
+def test_linear_of_adapters_that_share_nothing_is_the_best_of_a_rank() -> None:
+    model = two(target_modules=("q_proj", "up_proj"))
+    errors = model.add_weighted_adapter(["default", "second"], [1.0, 0.5], "sum", "linear")
+    best = model.add_weighted_adapter(["default", "second"], [1.0, 0.5], "best", "svd")
+    assert errors == best
+    assert max(errors.values()) > 0
+    for layer in layers(model).values():
+        tolerances.check(layer.get_delta_weight("sum"), layer.get_delta_weight("best"), tolerances.EXACT)
