@@ -53,7 +53,7 @@ def extension():
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrLeaveOut.with_options(use_ninja=parallel)}}
 
 
-# lorasb/py.typed needs no line below: setuptools puts it into the wheel by itself.
+# lorasb/py.typed needs no line below: setuptools puts it into the wheel by itself. `__init__.pyi` is read at runtime.
 setup(
     packages=[
         *find_packages(include=["lorasb", "lorasb.*"]),
@@ -63,6 +63,6 @@ setup(
     ],
     # kernels/ is at the top level of the repository and installed as lorasb.kernels
     package_dir={"lorasb.kernels": "kernels/fused"},
-    package_data={"lorasb.kernels.tables": ["*.json"], "lorasb.app.presets": ["*.yaml"]},
+    package_data={"lorasb": ["*.pyi"], "lorasb.kernels.tables": ["*.json"], "lorasb.app.presets": ["*.yaml"]},
     **extension(),
 )

@@ -2,8 +2,8 @@
 
 Each level has one or more folders (modules outside the folders count to one of them). A file may import from its own
 folder and from lower levels, at any depth of its code; never from a higher level or from another folder of its level.
-Imports under `TYPE_CHECKING` count, except for those by which `lorasb/__init__.py` shows type checkers the names that
-it imports at first use. `tests/repo/test_import_levels.py` checks this, and that no files import each other in a cycle.
+Imports under `TYPE_CHECKING` count. `tests/repo/test_import_levels.py` checks this, and that no files import each other
+in a cycle.
 """
 
 from __future__ import annotations
@@ -63,12 +63,8 @@ def folder_of(module: str) -> str:
 def imports(path: Path, name: str, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
     """(line, module) of every import of the package's modules in a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    blocks = [node for node in ast.walk(tree) if name == PACKAGE and _is_typing_block(node)]
-    type_checking_only = {id(inner) for node in blocks for inner in _body(node)}
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(tree):
-        if id(node) in type_checking_only:
-            continue
         for target in _targets(node, package):
             # `from x import y`: y is a module of x, or a name in it
             module = target if target in known else target.rpartition(".")[0]
@@ -85,15 +81,6 @@ def _targets(node: ast.AST, package: list[str]) -> list[str]:
     # a relative import of level k starts k - 1 packages above the file's own
     base = ".".join([*package[: len(package) - node.level + 1], node.module or ""]) if node.level else node.module
     return [f"{(base or '').rstrip('.')}.{alias.name}" for alias in node.names]
-
-
-def _is_typing_block(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-
-
-def _body(node: ast.AST) -> Iterator[ast.AST]:
-    for statement in getattr(node, "body", ()):
-        yield from ast.walk(statement)
 
 
 def graph(root: Path = ROOT) -> dict[str, dict[str, int]]:

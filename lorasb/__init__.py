@@ -7,116 +7,31 @@ Public names are imported at first use, and the PEFT method is registered as soo
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .compat.peft_import import after_peft
-from .constants import VERSION as __version__  # noqa: N811
+from .constants import VERSION
 
-if TYPE_CHECKING:
-    from .app.prepare import demo_model
-    from .backends import backend
-    from .config.adapter import LoRASBConfig
-    from .export.lora import export_lora
-    from .export.weight_sync import adapter_delta, lora_of
-    from .init import InitReport, first_step_lr, initialize, refresh
-    from .layers.linear import LoRASBLinear, equivalent_gradient
-    from .layers.linear4bit import Linear4bit, quantize
-    from .optim import parameter_groups
-    from .serving.bank import AdapterBank
-    from .serving.basis_adapters import add_adapters
-    from .serving.joint_basis import project, share_basis
-    from .serving.training import (
-        AdapterRowsCallback,
-        AdapterRowsCollator,
-        adapter_losses,
-        adapter_parameter_groups,
-        clip_by_adapter,
-    )
-    from .training.init_callback import InitCallback
-    from .training.rate_trials import RateTrials, find_lr
-    from .training.reinforcement import policy_loss, preference_loss, reward_batches
-    from .tuner.patch import patch
 
-__all__ = [
-    "AdapterBank",
-    "AdapterRowsCallback",
-    "AdapterRowsCollator",
-    "InitCallback",
-    "InitReport",
-    "Linear4bit",
-    "LoRASBConfig",
-    "LoRASBLinear",
-    "RateTrials",
-    "__version__",
-    "adapter_delta",
-    "adapter_losses",
-    "adapter_parameter_groups",
-    "add_adapters",
-    "backend",
-    "clip_by_adapter",
-    "demo_model",
-    "equivalent_gradient",
-    "export_lora",
-    "find_lr",
-    "first_step_lr",
-    "functional",
-    "initialize",
-    "lora_of",
-    "optim",
-    "parameter_groups",
-    "patch",
-    "policy_loss",
-    "preference_loss",
-    "project",
-    "quantize",
-    "refresh",
-    "reward_batches",
-    "share_basis",
-]
+def _public_names() -> dict[str, str]:
+    """Public name -> the module that defines it, from the lines `from MODULE import NAME as NAME` of `__init__.pyi`."""
+    with open(f"{__file__.removesuffix('.py')}.pyi", encoding="utf-8") as table:
+        lines = [line.split() for line in table]
+    return {line[-1]: line[1] for line in lines if line[:1] == ["from"]}
 
-# public name -> the module that defines it
-_MODULE_OF = {
-    "AdapterBank": "serving.bank",
-    "AdapterRowsCallback": "serving.training",
-    "AdapterRowsCollator": "serving.training",
-    "adapter_losses": "serving.training",
-    "adapter_parameter_groups": "serving.training",
-    "add_adapters": "serving.basis_adapters",
-    "clip_by_adapter": "serving.training",
-    "InitCallback": "training.init_callback",
-    "InitReport": "init",
-    "Linear4bit": "layers.linear4bit",
-    "LoRASBConfig": "config.adapter",
-    "LoRASBLinear": "layers.linear",
-    "RateTrials": "training.rate_trials",
-    "backend": "backends",
-    "demo_model": "app.prepare",
-    "equivalent_gradient": "layers.linear",
-    "export_lora": "export",
-    "adapter_delta": "export",
-    "lora_of": "export",
-    "find_lr": "training.rate_trials",
-    "first_step_lr": "init",
-    "initialize": "init",
-    "parameter_groups": "optim",
-    "patch": "tuner.patch",
-    "policy_loss": "training.reinforcement",
-    "preference_loss": "training.reinforcement",
-    "reward_batches": "training.reinforcement",
-    "project": "serving.joint_basis",
-    "share_basis": "serving.joint_basis",
-    "refresh": "init",
-    "quantize": "layers.linear4bit",
-}
+
+__version__ = VERSION
+_MODULE_OF = _public_names()
+__all__ = sorted([*_MODULE_OF, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from the module that defines it, at first use (PEP 562)."""
-    if name in ("functional", "optim"):
-        return importlib.import_module(f".{name}", __name__)
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'lorasb' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    if _MODULE_OF[name] == ".":
+        return importlib.import_module(f".{name}", __name__)
+    value = getattr(importlib.import_module(_MODULE_OF[name], __name__), name)
     globals()[name] = value  # later look-ups find it without this function
     return value
 

@@ -127,7 +127,7 @@ def test_wheel_has_every_module(tmp_path: Path) -> None:
     found = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip().split(";")
     wanted = {import_levels.module_name(path) for path in FILES if path.name == "__init__.py"}
     assert set(found[:-2]) == wanted | {"lorasb.kernels.tables", "lorasb.app.presets"}
-    data = "{'lorasb.kernels.tables': ['*.json'], 'lorasb.app.presets': ['*.yaml']}"
+    data = "{'lorasb': ['*.pyi'], 'lorasb.kernels.tables': ['*.json'], 'lorasb.app.presets': ['*.yaml']}"
     assert found[-2:] == ["{'lorasb.kernels': 'kernels/fused'}", data]
     assert not (ROOT / "kernels" / "__init__.py").exists(), "a top-level `kernels` would hide another package"
 
