@@ -4,7 +4,8 @@
 
 CUDA is stubbed out: kernels are compiled and specialized, and the driver's launch does nothing; tensors lie on the CPU.
 Beside them, on tensors so small that arithmetic is nothing, the chain of plain torch ops that the kernels replace.
-Without lorasb's C++ extension (LORASB_NO_CSRC=1) every call describes and allocates its tensors in Python.
+Two more ways show what the shortcuts save: ordinary launches, in place of prepared ones, and keys and allocation in
+Python, in place of the C++ extension's.
 Microseconds of CPU time of one thread, medians over rounds in turns, and ratios within a round.
 """
 
@@ -15,7 +16,8 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -36,6 +38,8 @@ from benchmarks.kernels.static_report import ARCHS
 # small, as CUDA's allocator finds a block of any size in the same time, and malloc returns large ones to the system
 M, FEATURES, RANK, ROUNDS, SCALE = 32, 128, 32, 9, 0.7
 Call = Callable[[], Any]
+Way = tuple[Call, Callable[[], AbstractContextManager[Any]]]  # a call, and what is in force while it is timed
+LAYER, GROUP = "ours, a layer", "ours, a group of 3"
 
 
 class StubDriver:
@@ -82,7 +86,7 @@ def adapted_calls() -> dict[str, Call]:
         ys = lora_sb_linear_group(x, W, A, R, B, scalings=[SCALE] * 3)
         torch.autograd.grad(ys, (x, *R), dy)
 
-    return {"ours, a layer": layer, "ours, a group of 3": group}
+    return {LAYER: layer, GROUP: group}
 
 
 def chain_calls() -> dict[str, Call]:
@@ -104,17 +108,51 @@ def chain_calls() -> dict[str, Call]:
     return {"plain ops, a layer": layer, "plain ops, 3 layers": group}
 
 
-def microseconds(calls: dict[str, Call], count: int) -> dict[str, list[float]]:
+def _ordinary() -> AbstractContextManager[Any]:
+    """Every launch is Triton's own."""
+    from lorasb.kernels import prepared_linear
+
+    return mock.patch.object(prepared_linear, "_is_ready", lambda _: False)
+
+
+@contextmanager
+def _keys_in_python() -> Iterator[None]:
+    """Calls are described and tensors allocated without the extension."""
+    from lorasb.kernels import allocation
+    from lorasb.ops import signatures
+
+    kept = signatures.of, signatures.metadata, allocation._allocator
+    signatures.use(signatures.of_in_python, signatures.metadata_in_python)
+    allocation.use(allocation.in_python)
+    try:
+        yield
+    finally:
+        signatures.use(*kept[:2])
+        allocation.use(kept[2])
+
+
+def ways() -> dict[str, Way]:
+    """All calls that are compared."""
+    ours = adapted_calls()
+    found: dict[str, Way] = {name: (call, nullcontext) for name, call in ours.items()}
+    for name, call in ours.items():
+        found[f"{name}, ordinary launches"] = call, _ordinary
+        found[f"{name}, keys in Python"] = call, _keys_in_python
+    return found | {name: (call, nullcontext) for name, call in chain_calls().items()}
+
+
+def microseconds(calls: dict[str, Way], count: int) -> dict[str, list[float]]:
     """CPU time of each call, a mean over `count` of them, for every round; ways take turns."""
     found: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call(), call()  # compiles, fills caches
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            start = time.process_time()
-            for _ in range(count):
-                call()
-            found[name].append((time.process_time() - start) / count * 1e6)
+    for i in range(ROUNDS + 1):
+        for name, (call, context) in calls.items():
+            with context():
+                call(), call()  # compiles, fills caches
+                start = time.process_time()
+                for _ in range(count):
+                    call()
+                if i > 0:
+                    found[name].append((time.process_time() - start) / count * 1e6)
     return found
 
 
@@ -132,18 +170,20 @@ def measure(arch: str, count: int) -> dict[str, dict[str, float]]:
     def allowed() -> bool:
         return True
 
-    calls = adapted_calls() | chain_calls()
-    plain = dict(zip(list(calls)[:2], list(calls)[2:], strict=True))
+    calls = ways()
     with (
         mock.patch.object(backend, "_device", device),
         mock.patch.object(backend, "interpreting", allowed),
         lorasb.backend("triton"),
     ):
         times = microseconds(calls, count)
-        allocations = {name: sum(size > 0 for size in cpu_allocations(call)) for name, call in calls.items()}
+        allocations = {}
+        for name, (call, context) in calls.items():
+            with context():
+                allocations[name] = sum(size > 0 for size in cpu_allocations(call))
     found = {}
     for name, us in times.items():
-        stats = stats_of(us, times[plain.get(name, name)])
+        stats = stats_of(us, times["plain ops, 3 layers" if "3" in name else "plain ops, a layer"])
         found[name] = {
             "us": stats.p50,
             "ratio": stats.ratio,
