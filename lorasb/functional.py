@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .backends import cpp, eager  # importing the package registers all backends
-from .ops import autocast, composed, operand_checks
-from .ops.adapted_linear import DENSE, Operands, adapted_linear, direct
+from .ops import calls
+from .ops.adapted_linear import adapted_linear, direct
+from .ops.calls import DENSE, Operands, is_transformed
 from .ops.registry import Kernels, backend_op, current_backend, direct_kernel
-from .ops.signatures import is_transformed
 from .quantization.quantized_weight import QuantizedWeight, of_weight
 from .utils.deprecation import warn_renamed
 
@@ -88,15 +88,15 @@ def _call(
     """The y_j of all members, checked, by the cheapest of three ways: torch's own ops, the kernels, the op."""
     quantized, weights = (base, []) if isinstance(base, QuantizedWeight) else (None, base)
     # Before the checks and the op, which ask for equal dtypes; the kernels switch autocast off.
-    if autocast.is_on(x):
-        x, (weights, a, b, biases) = autocast.cast_lists(x, [weights, a, b, biases])
+    if calls.under_autocast(x):
+        x, (weights, a, b, biases) = calls.cast_lists(x, [weights, a, b, biases])
     if index is not None and not isinstance(index, Tensor):
         index = torch.tensor(list(index), dtype=torch.int64)
     if dropout != 0.0:
         _check_dropout(dropout, index)
     if quantized is not None:  # the packed weight is checked where it is read from a layer
         _check_quantized(quantized, x, a[0], b[0])
-    plain = operand_checks.check(x, (weights, a, cores, b, biases), scalings, index)
+    plain = calls.check(x, (weights, a, cores, b, biases), scalings, index)
     if not plain and is_transformed():
         weights = weights if quantized is None else [dequantize(quantized, x.dtype)]
         return _transformed(x, Operands(weights, DENSE, a, cores, b, biases, scalings, index, dropout))
@@ -107,7 +107,7 @@ def _call(
     if kernels and is_dense and _composes(kernels, x, weights, (*weights, *a, *b, *biases)):
         none: list[Any] = [None] * len(a)
         members = zip(weights or none, a, cores, b, biases or none, scalings, strict=True)
-        return [composed.composed(x, *member) for member in members]
+        return [eager.composed(x, *member) for member in members]
     seeds = _seeds(len(a)) if dropout > 0.0 else None
     operands = Operands(tensors, layout, a, cores, b, biases, scalings, index, dropout, seeds)
     return adapted_linear(x, operands, backend, kernels)
@@ -121,7 +121,7 @@ def _composes(kernels: Kernels, x: Tensor, weights: list[Tensor], frozen: tuple[
         return False
     if kernels.forward not in (cpp.forward, eager.eager_forward):
         return False
-    return composed.is_small(x, frozen)
+    return eager.is_small(x, frozen)
 
 
 def _transformed(x: Tensor, operands: Operands) -> list[Tensor]:
@@ -129,7 +129,7 @@ def _transformed(x: Tensor, operands: Operands) -> list[Tensor]:
     if index is not None:
         eager.check_index(index, min(map(len, operands.cores)))
     return [
-        composed.transformed(x, one.base, one.a, one.core, one.b, one.bias, one.scaling, dropout, index)  # type: ignore[arg-type]
+        eager.transformed(x, one.base, one.a, one.core, one.b, one.bias, one.scaling, dropout, index)  # type: ignore[arg-type]
         for one in operands.members()
     ]
 

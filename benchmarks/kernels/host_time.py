@@ -112,22 +112,22 @@ def _ordinary() -> AbstractContextManager[Any]:
     """Every launch is Triton's own."""
     from lorasb.kernels import prepared_linear
 
-    return mock.patch.object(prepared_linear, "_is_ready", lambda _: False)
+    return mock.patch.object(prepared_linear, "_is_ready", return_value=False)
 
 
 @contextmanager
 def _keys_in_python() -> Iterator[None]:
     """Calls are described and tensors allocated without the extension."""
     from lorasb.kernels import allocation
-    from lorasb.ops import signatures
+    from lorasb.ops import calls
 
-    kept = signatures.of, signatures.metadata, allocation._allocator
-    signatures.use(signatures.of_in_python, signatures.metadata_in_python)
+    kept = calls.signature_of, calls.metadata, allocation._allocator
+    calls.use_faster(calls.signature_in_python, calls.metadata_in_python)
     allocation.use(allocation.in_python)
     try:
         yield
     finally:
-        signatures.use(*kept[:2])
+        calls.use_faster(*kept[:2])
         allocation.use(kept[2])
 
 
@@ -170,15 +170,15 @@ def measure(arch: str, count: int) -> dict[str, dict[str, float]]:
     def allowed() -> bool:
         return True
 
-    calls = ways()
+    timed = ways()
     with (
         mock.patch.object(backend, "_device", device),
         mock.patch.object(backend, "interpreting", allowed),
         lorasb.backend("triton"),
     ):
-        times = microseconds(calls, count)
+        times = microseconds(timed, count)
         allocations = {}
-        for name, (call, context) in calls.items():
+        for name, (call, context) in timed.items():
             with context():
                 allocations[name] = sum(size > 0 for size in cpu_allocations(call))
     found = {}

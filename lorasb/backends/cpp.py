@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import signatures
-from ..ops.adapted_linear import DENSE, Operands, kernels_of
+from ..ops import calls
+from ..ops.adapted_linear import kernels_of
+from ..ops.calls import DENSE, Operands
 from ..ops.registry import backend_op, register_backend, register_loaded
 from . import eager
 
@@ -254,7 +255,7 @@ def _load() -> str | None:
     try:
         loaded = importlib.import_module("lorasb._C")  # registers its ops
         vars(_csrc).update({name: getattr(torch.ops.lorasb_csrc, name).default for name in EXTENSION_OPS})
-        signatures.use(loaded.signature, loaded.metadata)
+        calls.use_faster(loaded.signature, loaded.metadata)
     except (ImportError, AttributeError) as error:
         return f"{path.name} does not load, it was built for another torch or lorasb ({error}): install lorasb again"
     extension = loaded

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import plan as plan_tables
-from ..ops import signatures
-from ..ops.adapted_linear import DENSE, Operands, kernels_of
+from ..ops import calls
+from ..ops.adapted_linear import kernels_of
+from ..ops.calls import DENSE, Operands
 from ..ops.registry import Kernel, register_backend
 from ..quantization.quantized_weight import INT8, QuantizedTensors
 from ..utils.atomic_files import cache_dir
@@ -46,7 +47,7 @@ def forward(x: Tensor, operands: Operands) -> list[Tensor]:
         return _forward_quantized(x, operands)
     members, biases, mask = members_of(operands), _biases(operands), mask_of(operands)
     plan = partial(_plan, "forward", x, members)
-    signature = signatures.metadata(x, biases, *members[:4])
+    signature = calls.metadata(x, biases, *members[:4])
     found = _kernels().forward(x, members, biases, plan, mask, signature)
     if found is None:
         from lorasb.kernels import linear as kernels
@@ -68,7 +69,7 @@ def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: b
         return _backward_quantized(dys[0], us[0], operands, need_dx, need_dcores)
     members, mask = members_of(operands), mask_of(operands)
     plan = partial(_plan, "backward", dys[0], members)
-    signature = signatures.metadata(dys, us, *members[:4])
+    signature = calls.metadata(dys, us, *members[:4])
     found = _kernels().backward(dys, members, us, plan, need_dx, need_dcores, mask, signature)
     if found is None:
         from lorasb.kernels import linear as kernels

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..constants import PEFT_PREFIX
-from ..ops.autocast import autocast_on
+from ..ops.calls import autocast_on
 
 
 class NotAStackError(ValueError):

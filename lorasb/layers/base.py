@@ -16,7 +16,7 @@ from ..compat.accelerate import hook_of, is_managed
 from ..compat.bitsandbytes import keep_unpacked
 from ..compat.torch import has_hooks
 from ..functional import dequantize, quantized_linear
-from ..ops.autocast import autocast_on
+from ..ops.calls import autocast_on
 from ..quantization.quantized_weight import QuantizedWeight, compute_dtype, is_quantized, of_module
 from .opaque_format import OpaqueFormat, find, first_tensor
 

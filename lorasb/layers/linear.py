@@ -12,7 +12,7 @@ from ..checkpoints.shared_factors import missing_factors_error
 from ..compat.transformers import is_loaded
 from ..constants import FACTORS, FROZEN_FACTORS
 from ..functional import lora_sb_linear
-from ..ops.autocast import autocast_on
+from ..ops.calls import autocast_on
 from ..quantization.quantized_weight import QuantizedWeight
 from .adapted_layer import AdaptedLayer, StoredCores
 from .base import factors_on_device

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..compat import torch as private
 from ..compat.accelerate import hook_of
 from ..functional import lora_sb_linear_group
-from ..ops.autocast import autocast_on
+from ..ops.calls import autocast_on
 from ..utils.precision import SIXTEEN_BIT
 from . import linear
 from .linear import LoRASBLinear

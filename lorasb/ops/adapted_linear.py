@@ -6,19 +6,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..compat import torch as private
 from . import registry
-from .signatures import PLAIN, is_intercepted
+from .calls import DENSE, PLAIN, Operands, is_intercepted
 
 # `serve_dense` computes one dense layer where no gradient is recorded and returns y alone: lists cost 20 µs through the
 # dispatcher. A compiled layer of 576 features takes 121 µs per token by the op, 89 µs by it (bf16, AMX, two cores).
 OP, BACKWARD_OP, SERVE_OP = "adapted_linear", "adapted_linear_backward", "serve_dense"
-DENSE = (0, 0, 0)  # `layout` of W's that are not quantized; not (), which torch takes for a list of tensors
 NO_SECOND_DERIVATIVE = (
     "LoRA-SB's linear has no second derivative here: call backward or autograd.grad once, or take torch.func.hessian"
 )
@@ -29,58 +28,6 @@ _OPERANDS = (
 _SERVE = "(Tensor x, Tensor? weight, Tensor a, Tensor core, Tensor b, Tensor? bias, float scaling) -> Tensor"
 _FORWARD = f"(Tensor x, {_OPERANDS}) -> Tensor[]"
 _BACKWARD = f"(Tensor[] dys, Tensor[] us, {_OPERANDS}, bool need_dx, bool need_dcores) -> Tensor[]"
-
-
-class Member(NamedTuple):
-    """One layer's operands."""
-
-    base: Tensor | tuple[list[Tensor], list[int]] | None  # W [m, n], (tensors, layout) of a quantized one, or None
-    a: Tensor  # [r, n]
-    core: Tensor  # R [r, r], or [K, r, r] with an index
-    b: Tensor  # [m, r]
-    bias: Tensor | None  # [m]
-    scaling: float
-    seed: Tensor | None  # [1], of the dropout mask
-
-
-class Operands(NamedTuple):
-    """All that x [..., n] is multiplied by, in the order of the op's arguments."""
-
-    base: Sequence[Tensor]  # W_j of each member; the tensors of one quantized W; or empty
-    # [block, nested block, rounding] of a quantized W, else `DENSE`. W is rounded to the dtype that rounding names
-    # before it is cast to x's: 0 none, 1 bf16, 2 fp16.
-    layout: Sequence[int]
-    a: Sequence[Tensor]  # [r, n]
-    cores: Sequence[Tensor]  # R [r, r]; with an index [K, r, r], and x[i] has R[row_index[i]], or the base alone for -1
-    b: Sequence[Tensor]  # [m_j, r]
-    biases: Sequence[Tensor]  # or empty
-    scalings: Sequence[float]
-    row_index: Tensor | None = None  # [k], int64 on the CPU, so that a wrong one is an error before any R is read
-    dropout: float = 0.0  # probability; 0 with an index
-    seeds: Tensor | None = None  # [members], int64 on the CPU
-
-    @property
-    def is_quantized(self) -> bool:
-        return self.layout[1] != 0
-
-    def members(self) -> list[Member]:
-        """The operands of each layer."""
-        count = len(self.a)
-        bases: Sequence[Any] = self.base or [None] * count
-        if self.is_quantized:
-            bases = [(list(self.base), list(self.layout))]
-        biases: Sequence[Any] = self.biases or [None] * count
-        seeds: Sequence[Any] = [None] * count
-        if self.seeds is not None:
-            seeds = [self.seeds] if count == 1 else self.seeds.split(1)
-        return list(map(Member, bases, self.a, self.cores, self.b, biases, self.scalings, seeds))
-
-    def select(self, members: list[int]) -> Operands:
-        """The operands of some members, without biases."""
-        fields = self.base, self.a, self.cores, self.b, self.scalings
-        base, a, cores, b, scalings = ([field[j] for j in members] if field else [] for field in fields)
-        seeds = None if self.seeds is None else self.seeds[members]
-        return Operands(base, self.layout, a, cores, b, [], scalings, self.row_index, self.dropout, seeds)  # type: ignore[arg-type]
 
 
 def adapted_linear(x: Tensor, operands: Operands, backend: str, kernels: registry.Kernels | None) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Torch ops without a derivative; for `quant` and `layout` see `adapted_linear.Operands`. The gradients are summed in a
+"""Torch ops without a derivative; for `quant` and `layout` see `calls.Operands`. The gradients are summed in a
 fixed order over tokens and calls, so results are reproducible bit for bit.
 """
 

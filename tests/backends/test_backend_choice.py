@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 import lorasb
 from lorasb.backends import eager
 from lorasb.functional import lora_sb_linear
-from lorasb.ops import composed, registry
+from lorasb.ops import registry
 from lorasb.ops.registry import current_backend
 
 
@@ -28,7 +28,7 @@ def test_explicit_eager_equals_auto() -> None:
 
 
 def test_the_forward_decides_for_its_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composed, "SMALL_BYTES", 0)
+    monkeypatch.setattr(eager, "SMALL_BYTES", 0)
     case = reference.make_case((5,), 24, 20, 4, torch.float32)
     core = case.core.requires_grad_(True)
     with lorasb.backend("eager"):

@@ -21,7 +21,7 @@ from lorasb.backends import triton as fused
 from lorasb.functional import lora_sb_linear
 from lorasb.kernels import linear as launch
 from lorasb.kernels import plan
-from lorasb.ops.adapted_linear import Operands
+from lorasb.ops.calls import Operands
 from lorasb.utils.atomic_files import CACHE_VARIABLE
 
 

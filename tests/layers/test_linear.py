@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 import lorasb
 from lorasb.backends import eager
 from lorasb.layers.linear import LoRASBLinear
-from lorasb.ops.adapted_linear import DENSE, Operands
+from lorasb.ops.calls import DENSE, Operands
 
 
 def make(dtype: torch.dtype = torch.float32, initialized: bool = True, **options: object) -> LoRASBLinear:

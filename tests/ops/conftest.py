@@ -6,7 +6,7 @@ import pytest
 
 import lorasb
 from lorasb.backends import cpp
-from lorasb.ops import composed as by_torch
+from lorasb.backends import eager as by_torch
 
 KERNELS = ["eager", *cpp.instruction_sets()] if cpp.missing() is None else ["eager"]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import lorasb
+from lorasb.backends import eager
 from lorasb.functional import lora_sb_linear
-from lorasb.ops import composed
 
 Layer = Callable[[Tensor, Tensor], Tensor]  # (x [M, n], R [r, r]) -> y [M, n]
 FEW = ("dense", "no W", "nf4", "group", "rows", "rows over nf4", "rows of a group")
@@ -66,7 +66,7 @@ def second(function: Layer, case: reference.Case, loss: Callable[[Tensor], Tenso
 def test_a_second_derivative_in_a_residual_block_is_right_or_refused(
     kind: str, backend: str, small_bytes: int, loss: str, wrt: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(composed, "SMALL_BYTES", small_bytes)
+    monkeypatch.setattr(eager, "SMALL_BYTES", small_bytes)
     case, layer, expected = layers_of(kind)
     composes = small_bytes and not any(word in kind for word in ("rows", "nf4", "int8"))
     with lorasb.backend(backend):
@@ -105,7 +105,7 @@ def test_a_second_derivative_is_right_or_refused_at_real_sizes(M: int, autocast:
 @pytest.mark.parametrize("small_bytes", [0, 2**40])
 def test_the_path_from_x_to_the_gradient_of_r_is_not_pruned(small_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """dR = s·tᵀ u is linear in x where the loss is a sum: only u leads from it to x."""
-    monkeypatch.setattr(composed, "SMALL_BYTES", small_bytes)
+    monkeypatch.setattr(eager, "SMALL_BYTES", small_bytes)
     case, layer, expected = layers_of("dense")
     results = []
     for function in (layer, expected):
@@ -121,7 +121,7 @@ def test_the_path_from_x_to_the_gradient_of_r_is_not_pruned(small_bytes: int, mo
 
 
 def test_create_graph_alone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composed, "SMALL_BYTES", 0)
+    monkeypatch.setattr(eager, "SMALL_BYTES", 0)
     case, layer, expected = layers_of("dense")
     found = []
     for function in (layer, expected):
@@ -150,7 +150,7 @@ TRANSFORMS: dict[str, Callable[[Layer, reference.Case], Any]] = {
 def test_transforms_agree_with_plain_torch(
     kind: str, transform: str, small_bytes: int, grad_mode: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(composed, "SMALL_BYTES", small_bytes)
+    monkeypatch.setattr(eager, "SMALL_BYTES", small_bytes)
     case, layer, expected = layers_of(kind)
     with torch.set_grad_enabled(grad_mode):
         tolerances.check(TRANSFORMS[transform](layer, case), TRANSFORMS[transform](expected, case), tolerances.FP64)
@@ -162,7 +162,7 @@ def test_transforms_agree_with_plain_torch(
 def test_forward_mode_without_a_transform(
     kind: str, small_bytes: int, grad_mode: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(composed, "SMALL_BYTES", small_bytes)
+    monkeypatch.setattr(eager, "SMALL_BYTES", small_bytes)
     case, layer, expected = layers_of(kind)
     tangents = []
     for function in (layer, expected):

@@ -11,22 +11,22 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorasb import functional
-from lorasb.backends import cpp
+from lorasb.backends import cpp, eager
 from lorasb.functional import lora_sb_linear
-from lorasb.ops import adapted_linear, composed
+from lorasb.ops import adapted_linear
 
 
 @pytest.fixture
 def case(monkeypatch: pytest.MonkeyPatch) -> reference.Case:
     """Of a call that has a backward of our own."""
-    monkeypatch.setattr(composed, "SMALL_BYTES", 0)
+    monkeypatch.setattr(eager, "SMALL_BYTES", 0)
     return reference.make_case((5,), 24, 20, 4, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", [*KINDS, "dropout"])
 def test_the_fast_path_equals_the_op_to_the_bit(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composed, "SMALL_BYTES", 0)
+    monkeypatch.setattr(eager, "SMALL_BYTES", 0)
     cases, options = make_call(kind.replace("dropout", "dense"), dtype)
     results = []
     for _ in range(2):
@@ -81,7 +81,7 @@ def test_a_gradient_that_is_not_there_leaves_none(case: reference.Case) -> None:
 @pytest.mark.parametrize("limit", [0, 2**40])
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_frozen_tensors_get_no_gradients(kind: str, limit: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composed, "SMALL_BYTES", limit)
+    monkeypatch.setattr(eager, "SMALL_BYTES", limit)
     cases, options = make_call(kind, torch.float32)
     frozen = [t for c in cases for t in (c.weight, c.a, c.b, c.bias) if isinstance(t, torch.Tensor)]
     for tensor in frozen:

@@ -28,8 +28,8 @@ from torch import Tensor
 
 import lorasb
 from lorasb.backends import cpp
+from lorasb.backends import eager as by_torch
 from lorasb.functional import lora_sb_linear, lora_sb_linear_group
-from lorasb.ops import composed as by_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "eager", *(("cpp",) if cpp.missing() is None else ()))

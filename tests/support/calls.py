@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lorasb
 from lorasb.functional import lora_sb_linear, lora_sb_linear_group
-from lorasb.ops.adapted_linear import DENSE, Operands
+from lorasb.ops.calls import DENSE, Operands
 from lorasb.quantization.quantized_weight import QuantizedWeight
 
 INDEX = [0, 2, -1, 2, 0, 2, 1]  # the adapter of each row, of three

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorasb.backends import cpp
 from lorasb.functional import lora_sb_linear, lora_sb_linear_group
-from lorasb.ops import operand_checks, signatures
+from lorasb.ops import calls
 
 needs_extension = pytest.mark.skipif(cpp.extension is None, reason="this build has no C++ extension")
 Signature = Callable[..., Any]
@@ -27,7 +27,7 @@ Signature = Callable[..., Any]
 def ways(request: pytest.FixtureRequest) -> tuple[Signature, Signature]:
     """`of` and `metadata`."""
     if request.param == "python":
-        return signatures.of_in_python, signatures.metadata_in_python
+        return calls.signature_in_python, calls.metadata_in_python
     return cpp.extension.signature, cpp.extension.metadata
 
 
@@ -51,7 +51,7 @@ OPERANDS = st.lists(st.one_of(st.none(), tensors(), st.lists(st.one_of(st.none()
 @needs_extension
 @given(OPERANDS, OPERANDS)
 def test_the_extension_tells_apart_what_python_tells_apart(one: list[Any], other: list[Any]) -> None:
-    alike = signatures.metadata_in_python(*one) == signatures.metadata_in_python(*other)
+    alike = calls.metadata_in_python(*one) == calls.metadata_in_python(*other)
     assert (cpp.extension.metadata(*one) == cpp.extension.metadata(*other)) == alike
     assert cpp.extension.metadata(*one) == cpp.extension.metadata(*one)
 
@@ -119,14 +119,14 @@ def test_nothing_is_known_where_ops_are_intercepted(ways: tuple[Signature, Signa
 @pytest.fixture
 def case(monkeypatch: pytest.MonkeyPatch) -> reference.Case:
     """Nothing has passed yet."""
-    monkeypatch.setattr(operand_checks, "_known", signatures.Known())
+    monkeypatch.setattr(calls, "_known", calls.Known())
     return reference.make_case((5,), 24, 20, 4, torch.float32)
 
 
 def test_a_call_is_checked_once_a_signature(case: reference.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[Any] = []
-    check = operand_checks.check_linear
-    monkeypatch.setattr(operand_checks, "check_linear", lambda *given: (checked.append(given), check(*given)))
+    check = calls.check_linear
+    monkeypatch.setattr(calls, "check_linear", lambda *given: (checked.append(given), check(*given)))
     for _ in range(3):
         lora_sb_linear(case.x.clone(), case.weight, case.a, case.core.clone(), case.b)
     assert len(checked) == 1
@@ -170,8 +170,8 @@ def test_compiled_calls_do_not_depend_on_what_is_known(case: reference.Case) -> 
 
 
 def test_signatures_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signatures, "MOST", 2)
-    known = signatures.Known()
+    monkeypatch.setattr(calls, "MOST", 2)
+    known = calls.Known()
     for i in range(5):
         known.add(i)
         assert known.has(i)

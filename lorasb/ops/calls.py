@@ -1,0 +1,267 @@
+"""Operands of the adapted linear: their structure, autocast, the signature of a call, and the checks of a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..compat import torch as private
+from ..constants import MAX_RANK
+from ..utils.precision import FLOATS
+
+DENSE = (0, 0, 0)  # `layout` of W's that are not quantized; not (), which torch takes for a list of tensors
+PLAIN = (Tensor, torch.nn.Parameter)
+MOST = 1 << 12  # signatures that are kept, of up to 4 KB each; every number of tokens makes one a layer shape
+
+
+class Member(NamedTuple):
+    """One layer's operands."""
+
+    base: Tensor | tuple[list[Tensor], list[int]] | None  # W [m, n], (tensors, layout) of a quantized one, or None
+    a: Tensor  # [r, n]
+    core: Tensor  # R [r, r], or [K, r, r] with an index
+    b: Tensor  # [m, r]
+    bias: Tensor | None  # [m]
+    scaling: float
+    seed: Tensor | None  # [1], of the dropout mask
+
+
+class Operands(NamedTuple):
+    """All that x [..., n] is multiplied by, in the order of the op's arguments."""
+
+    base: Sequence[Tensor]  # W_j of each member; the tensors of one quantized W; or empty
+    # [block, nested block, rounding] of a quantized W, else `DENSE`. W is rounded to the dtype that rounding names
+    # before it is cast to x's: 0 none, 1 bf16, 2 fp16.
+    layout: Sequence[int]
+    a: Sequence[Tensor]  # [r, n]
+    cores: Sequence[Tensor]  # R [r, r]; with an index [K, r, r], and x[i] has R[row_index[i]], or the base alone for -1
+    b: Sequence[Tensor]  # [m_j, r]
+    biases: Sequence[Tensor]  # or empty
+    scalings: Sequence[float]
+    row_index: Tensor | None = None  # [k], int64 on the CPU, so that a wrong one is an error before any R is read
+    dropout: float = 0.0  # probability; 0 with an index
+    seeds: Tensor | None = None  # [members], int64 on the CPU
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.layout[1] != 0
+
+    def members(self) -> list[Member]:
+        """The operands of each layer."""
+        count = len(self.a)
+        bases: Sequence[Any] = self.base or [None] * count
+        if self.is_quantized:
+            bases = [(list(self.base), list(self.layout))]
+        biases: Sequence[Any] = self.biases or [None] * count
+        seeds: Sequence[Any] = [None] * count
+        if self.seeds is not None:
+            seeds = [self.seeds] if count == 1 else self.seeds.split(1)
+        return list(map(Member, bases, self.a, self.cores, self.b, biases, self.scalings, seeds))
+
+    def select(self, members: list[int]) -> Operands:
+        """The operands of some members, without biases."""
+        fields = self.base, self.a, self.cores, self.b, self.scalings
+        base, a, cores, b, scalings = ([field[j] for j in members] if field else [] for field in fields)
+        seeds = None if self.seeds is None else self.seeds[members]
+        return Operands(base, self.layout, a, cores, b, [], scalings, self.row_index, self.dropout, seeds)  # type: ignore[arg-type]
+
+
+def under_autocast(x: Tensor) -> bool:
+    return private.any_autocast() and autocast_on(x.device.type)
+
+
+def autocast_on(kind: str) -> bool:
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off, if it is on for the tensor's device: the arguments were cast before the op."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if autocast_on(kind) else nullcontext()
+
+
+def _cast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as autocast casts the arguments of `F.linear`, which leaves fp64 alone."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others)
+    )
+
+
+def cast_lists(x: Tensor, lists: list[list[Tensor]]) -> tuple[Tensor, list[list[Tensor]]]:
+    """x and lists of tensors, together, so that x is cast only once."""
+    x, *flat = _cast(x, *(tensor for tensors in lists for tensor in tensors))
+    found = iter(flat)
+    return x, [[next(found) for _ in tensors] for tensors in lists]
+
+
+def is_intercepted() -> bool:
+    """True under a dispatch or function mode, a transform or torch.jit.trace: kernels must not be called."""
+    if private.dispatch_modes() or private.function_modes():
+        return True
+    return is_transformed() or private.tracing_state() is not None
+
+
+def is_transformed() -> bool:
+    """True under a functorch transform (`torch.func`) or forward-mode AD, for which the ops have no rules."""
+    return private.transforms_active() or private.forward_level() >= 0
+
+
+def metadata_in_python(*operands: Any) -> Hashable:
+    """Dtype, device, shape and strides of tensors, lists of them and None; None for anything else."""
+    found: list[Hashable] = []
+    for operand in operands:
+        is_list = type(operand) in (list, tuple)
+        inner = _described(operand if is_list else (operand,))
+        if inner is None:
+            return None
+        found += (inner,) if is_list else inner
+    return tuple(found)
+
+
+def _described(tensors: Sequence[Any]) -> tuple[Hashable, ...] | None:
+    found: list[Hashable] = []
+    for tensor in tensors:
+        if tensor is None:
+            found.append(None)
+        elif type(tensor) in PLAIN and tensor.layout is torch.strided and not (tensor.is_neg() or tensor.is_nested):
+            found += tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+        else:
+            return None
+    return tuple(found)
+
+
+metadata: Callable[..., Hashable] = metadata_in_python  # or the extension's, ten times as fast
+
+
+def signature_in_python(x: Any, *others: Any) -> Hashable:
+    """The metadata of a call's operands; None, too, where something intercepts ops, or x meets more than kernels."""
+    if is_intercepted() or (type(x) in PLAIN and _has_a_key_of_its_own(x)):
+        return None
+    return metadata_in_python(x, *others)
+
+
+def _has_a_key_of_its_own(tensor: Tensor) -> bool:
+    """True if the dispatcher unwraps it or fills it with zeros before a kernel."""
+    if private.is_wrapped(tensor):
+        return True
+    return private.is_zerotensor(tensor) or private.is_functional(tensor)
+
+
+signature_of: Callable[..., Hashable] = signature_in_python
+
+
+def use_faster(signature: Callable[..., Hashable], faster_metadata: Callable[..., Hashable]) -> None:
+    """Replace both functions by faster ones, which are equal where these are."""
+    global signature_of, metadata
+    signature_of, metadata = signature, faster_metadata
+
+
+class Known:
+    """Signatures that have passed a check; None is never one of them."""
+
+    def __init__(self) -> None:
+        self._signatures: set[Hashable] = set()
+
+    def has(self, signature: Hashable) -> bool:
+        return signature in self._signatures
+
+    def add(self, signature: Hashable) -> None:
+        """Remember it, unless it is None."""
+        if signature is None:
+            return
+        if len(self._signatures) >= MOST:
+            self._signatures.clear()
+        self._signatures.add(signature)
+
+
+_known = Known()
+# weights, A, R, B and biases of each member; the first (checked elsewhere if quantized) and the last may be empty
+Lists = tuple[Sequence[Tensor], ...]
+
+
+def check(x: Tensor, lists: Lists, scalings: Sequence[float], index: Tensor | None) -> bool:
+    """Check a call, unless its signature has passed before; True if all operands are plain tensors on one device."""
+    if torch.compiler.is_compiling():  # which takes the checks apart, and would guard on all signatures that are known
+        _check(x, lists, scalings, index)
+        return False
+    signature = signature_of(x, *lists, index)
+    if not _known.has(signature) or len(scalings) != len(lists[1]):
+        _check(x, lists, scalings, index)
+        _known.add(signature)
+    if x.requires_grad and torch.is_inference_mode_enabled():
+        raise ValueError(
+            "expected x without requires_grad under torch.inference_mode(), which records no gradient: use "
+            "torch.no_grad() or pass x.detach()"
+        )
+    return signature is not None
+
+
+def _check(x: Tensor, lists: Lists, scalings: Sequence[float], index: Tensor | None) -> None:
+    weights, a, cores, b, biases = lists
+    lengths = [len(entries) for entries in (weights or a, a, cores, b, scalings, biases or a)]
+    if len(set(lengths)) != 1 or not lengths[0]:
+        raise ValueError(f"expected one of each argument for every member, got {lengths} of them")
+    ranks = [factor.shape[0] for factor in a]
+    if len(set(ranks)) != 1:
+        raise ValueError(f"expected one rank for all members, got {ranks}")
+    for j in range(len(a)):
+        # the range of the index is checked where it is used, so that compiled calls are checked too
+        core = cores[j] if index is None else _of_stack(x, cores[j], index)
+        check_linear(x, weights[j] if weights else None, a[j], core, b[j], biases[j] if biases else None)
+
+
+def _of_stack(x: Tensor, cores: Tensor, index: Tensor) -> Tensor:
+    if cores.dim() != 3:
+        raise ValueError(f"expected lora_R [K, r, r] with an index of rows, got {_shape(cores)}")
+    if index.dim() != 1 or index.dtype != torch.int64 or not index.is_cpu:
+        raise TypeError(
+            f"expected index [n] in int64 on the CPU, got {_shape(index)} in {index.dtype} on {index.device}"
+        )
+    if x.dim() < 2 or len(index) != x.shape[0]:
+        raise ValueError(f"expected an index for each of the rows of x [n, ..., in], got {len(index)} for {_shape(x)}")
+    return cores[0] if len(cores) else cores.new_empty(cores.shape[1:])
+
+
+def check_linear(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    """Raise where shapes, ranks, dtypes or devices do not match."""
+    if a.dim() != 2 or b.dim() != 2 or core.dim() != 2 or a.shape[0] > MAX_RANK:
+        raise ValueError(
+            f"expected lora_A [r, in], lora_R [r, r] and lora_B [out, r] with r <= {MAX_RANK}, "
+            f"got {_shape(a)}, {_shape(core)} and {_shape(b)}"
+        )
+    (r, features_in), (features_out, columns) = a.shape, b.shape
+    if columns != r or core.shape != (r, r):
+        raise ValueError(f"ranks differ: lora_A {_shape(a)}, lora_R {_shape(core)}, lora_B {_shape(b)}")
+    if x.dim() < 1 or x.shape[-1] != features_in:
+        raise ValueError(f"expected x [..., {features_in}] (in_features of lora_A), got {_shape(x)}")
+    if weight is not None and weight.shape != (features_out, features_in):
+        raise ValueError(f"expected weight [{features_out}, {features_in}], got {_shape(weight)}")
+    if bias is not None and bias.shape != (features_out,):
+        raise ValueError(f"expected bias [{features_out}], got {_shape(bias)}")
+    _check_dtypes_and_devices(x, weight, a, core, b, bias)
+
+
+def _check_dtypes_and_devices(
+    x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None
+) -> None:
+    dtype, device = x.dtype, x.device
+    if dtype not in FLOATS:
+        raise TypeError(f"expected x in fp64, fp32, bf16 or fp16, got {dtype}")
+    if not core.is_floating_point():
+        raise TypeError(f"expected lora_R in fp32, got {core.dtype}")
+    for name, tensor in (("weight", weight), ("lora_A", a), ("lora_B", b), ("bias", bias), ("lora_R", core)):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype and tensor is not core:
+            raise TypeError(f"expected {name} in x's dtype {dtype}, got {tensor.dtype}: cast one of the two")
+        if tensor.device != device:
+            raise ValueError(f"expected {name} on x's device {device}, got {tensor.device}: move one of the two")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
