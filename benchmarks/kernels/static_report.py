@@ -32,6 +32,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.kernels import sass
 from benchmarks.kernels.launches import plan_for, record, record_gradient, record_quantized, record_rows
 from benchmarks.kernels.variants import BATCH, BF16_VARIANTS, DROPOUT, GRADIENTS, QUANTIZED, ROWS, VARIANTS, Variant
 from lorasb.kernels.block_sizes import cdiv
@@ -122,13 +123,18 @@ def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
                     if variant.dropout:  # the masked term is a kernel of its own beside cuBLAS
                         yield Job(op, variant, dtype, arch, LaunchPlan("addmm", plan.prep, plan.gemm))
             for variant in GRADIENTS if bf16 and not brief else GRADIENTS[-1:]:
-                yield Job("gradient", variant, dtype, arch, _plan("forward", variant, dtype, arch))
+                yield gradient_job(variant, dtype, arch)
             for variant in ROWS if bf16 and not brief else ROWS[:1]:
                 yield Job("rows", variant, dtype, arch, _plan("forward", variant, dtype, arch))
             for variant in QUANTIZED if bf16 and not brief else (QUANTIZED[0], QUANTIZED[-1]):
                 plan = _plan("forward", variant, dtype, arch, "4bit")
                 weights = "scratch" if variant.label.endswith("scratch") else "inline"
                 yield Job("quantized", variant, dtype, arch, LaunchPlan(plan.path, plan.prep, plan.gemm, weights))
+
+
+def gradient_job(variant: Variant, dtype: torch.dtype, arch: str) -> Job:
+    """A sum of gradients; the plan is not used."""
+    return Job("gradient", variant, dtype, arch, _plan("forward", variant, dtype, arch))
 
 
 def _plan(op: str, variant: Variant, dtype: torch.dtype, arch: str, quant: str = "none") -> LaunchPlan:
@@ -161,12 +167,12 @@ def _row(item: tuple[Job, int]) -> Row:
     job, place = item
     launch = launches_of(job)[place]
     arch = ARCHS[job.arch]
-    registers, stack, shared, sass = compile_launch(launch, int(job.arch[3:]))
-    mma, share, loop = mma_loop(sass)
+    registers, stack, shared, dump = compile_launch(launch, int(job.arch[3:]))
+    code = sass.instructions(dump)
+    mma, share, loop = mma_loop(code)
     programs = ctas_per_sm(arch, registers, shared, launch.options["num_warps"])
-    backward = " backward" if launch.arguments.get("BACKWARD") else ""
     return Row(
-        kernel=launch.name + backward,
+        kernel=kernel_name(launch),
         variant=job.variant.label,
         dtype=DTYPES[job.dtype],
         arch=job.arch,
@@ -179,7 +185,7 @@ def _row(item: tuple[Job, int]) -> Row:
         mma_share=share,
         loop=loop,
         a_weight=_instructions_a_weight(launch, loop),
-        masked_step=_masked_step(sass) if launch.name == "prep_forward" and launch.arguments["DROPOUT"] else None,
+        masked_step=_masked_step(code) if launch.name == "prep_forward" and launch.arguments["DROPOUT"] else None,
     )
 
 
@@ -191,10 +197,15 @@ def _instructions_a_weight(launch: Launch, loop: int) -> float | None:
     return round(loop * threads / (launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_K"]), 1)
 
 
-def _masked_step(sass: str) -> int:
+def _masked_step(code: sass.Code) -> int:
     """Instructions of the loop that draws a mask, by Philox: it has by far the most products of whole words."""
-    code = instructions(sass)
-    return max((sum("WIDE.U32" in text for _, text in code[low:high]), high - low) for low, high in loops_of(code))[1]
+    loops = [code[slice(*loop)] for loop in sass.loops_of(code)]
+    return max((sum("WIDE.U32" in one.text for one in loop), len(loop)) for loop in loops)[1]
+
+
+def kernel_name(launch: Launch) -> str:
+    """The kernel's name, with its direction where one kernel has both."""
+    return launch.name + (" backward" if launch.arguments.get("BACKWARD") else "")
 
 
 def config_name(launch: Launch) -> str:
@@ -283,34 +294,11 @@ def ctas_per_sm(arch: Arch, registers: int, shared: int, warps: int) -> int:
     return min(by_registers, arch.shared // (shared + 1024), arch.warps // warps, arch.programs)
 
 
-def instructions(sass: str) -> list[tuple[int, str]]:
-    """Addresses and texts."""
-    return [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
-
-
-def loops_of(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
-    """Where loops begin and end: at a branch to somewhere before it."""
-    place = {address: i for i, (address, _) in enumerate(code)}
-    loops = []
-    for i, (address, text) in enumerate(code):
-        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        if target and int(target[1], 16) < address and int(target[1], 16) in place:
-            loops.append((place[int(target[1], 16)], i + 1))
-    return loops
-
-
-def mma_loop(sass: str) -> tuple[int, float, int]:
-    """Number of MMA instructions, their share of the innermost loop that holds most of them, and the longest loop."""
-    code = instructions(sass)
-    # by architecture: mma up to sm_90 and on sm_120, wgmma on sm_90, tcgen05 on sm_100, and integers
-    is_mma = [bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA|IMMA)\b", text)) for _, text in code]
-    loops = loops_of(code)
-    inner = [
-        a for a in loops if sum(is_mma[slice(*a)]) and not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)
-    ]
-    best = max(inner, key=lambda span: sum(is_mma[slice(*span)]), default=None)
-    share = sum(is_mma[slice(*best)]) / (best[1] - best[0]) if best else 0.0
-    return sum(is_mma), round(share, 3), max((end - start for start, end in loops), default=0)
+def mma_loop(code: sass.Code) -> tuple[int, float, int]:
+    """Number of MMA instructions, their share of the main loop, and the length of the longest loop."""
+    loop, longest = sass.main_loop(code), max((end - start for start, end in sass.loops_of(code)), default=0)
+    share = sum(one.kind == "MMA" for one in loop) / len(loop) if loop else 0.0
+    return sum(one.kind == "MMA" for one in code), round(share, 3), longest
 
 
 def table(found: list[Row]) -> Table:

@@ -1,6 +1,10 @@
 """Which path and which blocks: rules from JSON tables, a user's first, then the shipped ones, then a safe default.
 
-A rule holds where all its conditions do: `op` and `dtype` by name, `M`, `n`, `m`, `r` and `sms` by range [low, high].
+A rule holds where all its conditions do: `op` and `dtype` by name, `M`, `n`, `m`, `r`, `sms` and `triton` by range
+[low, high]. The latter is 100 times the major version of Triton plus the minor. Up to 3.7 it does not prefetch operands
+from shared memory, and main loops on sm_80 to sm_89 are bound by 0.68 to 0.90 of the tensor cores in place of 0.90 to
+1.00 (`python -m benchmarks.kernels.main_loops`): there cuBLAS multiplies.
+
 For each of path, prep, gemm and weights the first rule that holds and has it is taken: one rule may give the blocks and
 another the path. Nothing is timed here: `lorasb bench tune` writes a user's table, once. A shipped table states in
 `measured` and `basis` what its rules rest on.
@@ -18,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ..compat.triton import installed
 from .block_sizes import DECODE_ROWS, GemmConfig, PrepConfig
 
 TABLES = Path(__file__).parent / "tables"
@@ -69,7 +74,8 @@ class Rule:
 
     def holds(self, shape: Shape, sms: int) -> bool:
         """True if every condition holds."""
-        values = {**asdict(shape), "sms": sms}
+        major, minor = installed()
+        values = {**asdict(shape), "sms": sms, "triton": 100 * major + minor}
         return all(_inside(values[name], wanted) for name, wanted in self.conditions.items())
 
     @classmethod
@@ -81,7 +87,7 @@ class Rule:
         if path not in (None, *PATHS):
             raise ValueError(f"expected path {' or '.join(PATHS)}, got {path!r}")
         conditions = entry.get("if", {})
-        unknown = set(conditions) - {*Shape.__dataclass_fields__, "sms"}
+        unknown = set(conditions) - {*Shape.__dataclass_fields__, "sms", "triton"}
         if unknown:
             raise ValueError(f"unknown conditions {sorted(unknown)}")
         return cls(

@@ -30,13 +30,19 @@ PRIVATE = {
 
 
 @cache
+def installed() -> tuple[int, int]:
+    """The installed version (major, minor); (0, 0) without Triton."""
+    try:
+        major, minor = re.findall(r"\d+", version("triton"))[:2]
+    except PackageNotFoundError:
+        return 0, 0
+    return int(major), int(minor)
+
+
+@cache
 def is_verified() -> bool:
     """True if prepared launches were tested with the installed version."""
-    try:
-        numbers = re.findall(r"\d+", version("triton"))[:2]
-    except PackageNotFoundError:
-        return False
-    return FIRST <= tuple(map(int, numbers)) <= LAST
+    return FIRST <= installed() <= LAST
 
 
 def is_compiled(kernel: Any) -> bool:

@@ -151,6 +151,19 @@ def test_every_shipped_table_is_read() -> None:
         assert plan.choose(SHAPE, arch, 84).gemm in {rule.gemm for rule in plan.shipped_rules(arch)}
 
 
+@pytest.mark.parametrize(("arch", "slow"), [("sm_80", True), ("sm_86", True), ("sm_89", True), ("sm_120", False)])
+def test_cublas_multiplies_where_triton_does_not_prefetch(
+    arch: str, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = {}
+    for version in ((3, 7), (3, 8)):
+        monkeypatch.setattr(plan, "installed", lambda version=version: version)
+        for M in (256, 512):
+            shape = plan.Shape("forward", "bf16", M, 4096, 4096, 96)
+            paths[version[1], M] = plan.choose(shape, arch, 84).path
+    assert paths == {(7, 256): "fused", (7, 512): "addmm" if slow else "fused", (8, 256): "fused", (8, 512): "fused"}
+
+
 def test_an_unknown_gpu_gets_a_safe_default() -> None:
     chosen = plan.choose(SHAPE, "sm_123", 200)
     assert chosen == plan.LaunchPlan("addmm", plan.default_prep(SHAPE), plan.default_gemm(SHAPE))
