@@ -64,13 +64,20 @@ KERNEL_TESTS = $(COMPILED_TESTS) tests/kernels/test_mutations.py tests/kernels/t
 test-ptx: install
 	$(PYTEST) --ptx $(ARCH) $(KERNEL_TESTS)
 
+# Each version of Triton that prepared launches were verified with (lorasb/compat/triton.py), in a folder of its own.
+TRITONS := $(VENV)/tritons
+$(TRITONS)/.installed: $(STAMP)
+	for version in 3.6.0 3.7.1 3.8.0 3.9.0; do \
+	  $(BIN)/python -m pip install --quiet --no-deps --target $(TRITONS)/$$version triton==$$version || exit 1; done
+	touch $@
+
 # Those that make test leaves out, too: every configuration of every kernel compiled, four ranks, 4-bit shards that are
 # killed, fifty prompts through llama.cpp.
-test-all: install $(QUANTIZERS)/.installed
+test-all: install $(QUANTIZERS)/.installed $(TRITONS)/.installed
 	PYTHONPATH=$(abspath $(QUANTIZERS)) $(PYTEST) tests/layers/test_opaque_base.py
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed>=0.17"
 	command -v chromium chromedriver | grep -q driver || (apt-get update -q && apt-get install -y -q chromium chromium-driver)
-	LORASB_GGUF_PROMPTS=50 $(PYTEST) -m "long or not long"
+	LORASB_TRITONS=$(abspath $(TRITONS)) LORASB_GGUF_PROMPTS=50 $(PYTEST) -m "long or not long"
 	for arch in sm_80 sm_86 sm_89 sm_90 sm_120; do \
 	  $(MAKE) test-ptx ARCH=$$arch && $(PYTEST) --ptx $$arch -m long tests/kernels/test_every_kernel.py || exit 1; done
 

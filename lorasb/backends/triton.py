@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache, partial
@@ -28,6 +29,10 @@ from .eager import dequantize as eager_dequantize
 
 INTERPRET = "TRITON_INTERPRET"
 SMALLEST_CAPABILITY = (8, 0)  # bf16 and TF32 in tensor cores; the tables start at sm_80
+# What the driver reports at some later call, which is not its cause; nothing runs on the device afterwards.
+FAULTS = re.compile(
+    r"illegal (memory access|address|instruction)|misaligned address|device-side assert|launch failure|hardware error"
+)
 _broken: dict[tuple[Any, ...], str] = {}  # kernel and shapes -> why `auto` no longer takes it for them
 
 
@@ -244,7 +249,7 @@ def mask_of(operands: Operands) -> Any:
         return _no_mask()
     from lorasb.kernels.operands import Mask
 
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # replays would repeat the mask
+    if is_capturing():  # replays would repeat the mask
         raise CaptureError(
             "lora_dropout under CUDA graph capture would repeat one mask at every replay: set lora_dropout=0, or call "
             "model.eval(), before capturing"
@@ -275,11 +280,30 @@ def or_eager(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[
             except (torch.OutOfMemoryError, CaptureError):
                 raise
             except Exception as error:
+                _raise_if_nothing_else_runs(error)
                 _give_up(call_key(kernel, arguments), error)
         with kernel_masks():
             return plain(*arguments)
 
     return call
+
+
+def is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _raise_if_nothing_else_runs(error: Exception) -> None:
+    """Raise after a fault of the device, and where a CUDA graph is being captured: eager torch would fail as well."""
+    if FAULTS.search(str(error)):
+        raise RuntimeError(
+            f"the GPU reported a fault of an earlier kernel, lorasb's or another's ({error}): run again with "
+            "CUDA_LAUNCH_BLOCKING=1, which names it, and with LORASB_BACKEND=eager, which leaves lorasb's out"
+        ) from error
+    if is_capturing():
+        raise CaptureError(
+            f"a kernel could not be compiled or loaded during CUDA graph capture ({error}): call the model once with "
+            "the same shapes before capturing"
+        ) from error
 
 
 def missing() -> str | None:

@@ -55,7 +55,12 @@ def may_repeat(kernel: Any) -> bool:
     if not is_verified() or not hasattr(kernel, "device_caches"):
         return False
     runtime = _runtime()
-    return not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)  # of a profiler
+    return not (_is_hooked(runtime.launch_enter_hook) or _is_hooked(runtime.launch_exit_hook))
+
+
+def _is_hooked(hook: Any) -> bool:
+    """True if something observes launches: a profiler that added itself, or a tool that replaced Triton's chain."""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 @cache

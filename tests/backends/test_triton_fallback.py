@@ -99,6 +99,38 @@ def test_running_out_of_memory_is_no_broken_kernel(monkeypatch: pytest.MonkeyPat
     assert not fused._broken
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Triton Error [CUDA]: an illegal memory access was encountered",
+        "CUDA error: device-side assert triggered",
+        "CUDA error: unspecified launch failure",
+        "CUDA error: misaligned address",
+    ],
+)
+def test_a_fault_of_the_device_is_no_reason_to_go_on(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_kernels(monkeypatch, RuntimeError(message))
+    with pytest.raises(RuntimeError, match=r"fault of an earlier kernel.*CUDA_LAUNCH_BLOCKING=1"):
+        fused.or_eager(fused.forward, eager.eager_forward)(*arguments())
+    assert not fused._broken
+
+
+def test_a_first_call_that_is_captured_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_kernels(monkeypatch, RuntimeError("operation not permitted when stream is capturing"))
+    monkeypatch.setattr(fused, "is_capturing", lambda: True)
+    with pytest.raises(fused.CaptureError, match="call the model once with the same shapes before capturing"):
+        fused.or_eager(fused.forward, eager.eager_forward)(*arguments())
+    assert not fused._broken
+
+
+def test_without_a_c_compiler_eager_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton builds its launcher at the first call."""
+    break_kernels(monkeypatch, RuntimeError("Failed to find C compiler. Please specify via CC environment variable"))
+    with pytest.warns(RuntimeWarning, match=r"do not run here \(RuntimeError: Failed to find C compiler"):
+        y, _ = fused.or_eager(fused.forward, eager.eager_forward)(*arguments())
+    assert torch.equal(y, eager.eager_forward(*arguments())[0])
+
+
 def test_a_backward_by_eager_keeps_the_mask_of_a_forward_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """<dy, y(x)> = <dx, x> for a linear y, and only with one mask in both."""
     case = replace(reference.make_case((20,), 24, 16, 4, torch.float32, bias=False), weight=None)

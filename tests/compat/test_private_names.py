@@ -171,3 +171,17 @@ def test_an_unknown_version_of_triton_is_asked_nothing_else(monkeypatch: pytest.
     monkeypatch.setattr(private_triton, "is_verified", lambda: False)
     monkeypatch.setattr(private_triton, "_runtime", lambda: pytest.fail("its hooks may be of another kind"))
     assert not private_triton.may_repeat(SimpleNamespace(device_caches={}))
+
+
+@pytest.mark.parametrize(
+    ("hook", "observed"), [(None, False), ("chain", False), ("profiler", True), ("function", True)]
+)
+def test_launches_that_something_observes_are_ordinary(
+    hook: str | None, observed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hooks are added to a chain; some tools assign a function in its place."""
+    chains = {"chain": SimpleNamespace(calls=[]), "profiler": SimpleNamespace(calls=[print]), "function": print}
+    hooks = SimpleNamespace(launch_enter_hook=chains.get(hook or ""), launch_exit_hook=SimpleNamespace(calls=[]))
+    monkeypatch.setattr(private_triton, "is_verified", lambda: True)
+    monkeypatch.setattr(private_triton, "_runtime", lambda: hooks)
+    assert private_triton.may_repeat(SimpleNamespace(device_caches={})) is not observed

@@ -1,0 +1,206 @@
+"""Prepared launches against ordinary ones through Triton's own launcher, over a libcuda that records (`recording_cuda.c`).
+
+    python -m tests.support.launch_arguments LIBRARY [--arch sm_86] [--fault]
+
+CPU tensors stand for a card's, and nothing runs. For each kind of call: the same kernels in the same order, with the
+same grid, block, shared memory, stream and attributes, and every parameter byte for byte. Prints a JSON object: the
+version of Triton, the number of launches, and what differs. `--fault` adds one to the first number of every prepared
+launch, which has to be found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.nvidia.driver import CudaDriver
+from triton.runtime import driver
+
+from benchmarks.kernels.static_report import specialization
+from lorasb.backends import backend, cpp
+from lorasb.backends import triton as kernels
+from lorasb.compat import triton as private
+from lorasb.functional import lora_sb_linear_group
+from lorasb.kernels import prepared_linear
+from lorasb.kernels.launcher import Launch, observed
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Pointers that a launch does not read or write in this call: each way passes another tensor that it has at hand.
+UNUSED = ("partial", "counters", "dcores", "us", "biases", "t0")
+LEAST_ADDRESS = 1 << 32  # of a 64-bit parameter; smaller ones are numbers
+
+
+class Case(NamedTuple):
+    """A forward and backward of layers that read the same x."""
+
+    x: tuple[int, ...]
+    out: tuple[int, ...]
+    r: int
+    bias: bool
+    dropout: float
+    dtype: torch.dtype
+
+
+CASES = (
+    Case((8, 512), (512,), 96, False, 0.0, BF16),
+    Case((40, 512), (256,), 64, True, 0.0, BF16),
+    Case((2, 300, 512), (512,), 96, False, 0.0, FP16),
+    Case((2, 300, 512), (512, 128, 128), 96, False, 0.0, BF16),
+    Case((77, 123), (59,), 17, True, 0.0, FP32),
+    Case((300, 512), (512,), 96, False, 0.05, BF16),
+    Case((4, 600, 1024), (1024, 512, 512), 64, True, 0.05, BF16),
+)
+
+
+class Recorded(NamedTuple):
+    """One launch."""
+
+    kernel: str
+    shape: tuple[str, ...]  # grid, block, shared memory, stream, attributes
+    parameters: list[tuple[str, str]]  # (size, name of an address or value)
+
+
+def recorded(library: ctypes.CDLL, known: dict[int, str]) -> list[Recorded]:
+    """The launches so far, forgotten; addresses of the call's tensors by name, others as "new"."""
+    launches = []
+    for line in library.recorded_launches().decode().splitlines():
+        kernel, *shape, parameters = line.split("|")
+        found = []
+        for size, text in (one.split(":") for one in parameters.strip(",").split(",")):
+            value = int(text, 16) & (1 << 8 * int(size)) - 1
+            is_address = size == "8" and value >= LEAST_ADDRESS
+            found.append((size, known.get(value, "new") if is_address else str(value)))
+        launches.append(Recorded(kernel, tuple(shape), found))
+    library.forget_launches()
+    return launches
+
+
+def parameter_names(launch: Launch) -> list[str]:
+    """Names of the parameters that reach the kernel, in order."""
+    names = []
+    for name, kind in specialization(launch)[0].items():
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        names += [f"{name}{i}" for i, one in enumerate(kinds) if one != "constexpr"]
+    return [*names, "global_scratch", "profile_scratch"]
+
+
+def call_of(case: Case, library: ctypes.CDLL) -> Callable[[], list[Recorded]]:
+    """A function that computes the case and returns its launches."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(case.dtype)
+
+    n, r = case.x[-1], case.r
+    x = tensor(*case.x).requires_grad_()
+    weights, a, b = (
+        [tensor(*s) for s in shapes] for shapes in zip(*(((m, n), (r, n), (m, r)) for m in case.out), strict=True)
+    )
+    cores = [torch.randn(r, r, generator=generator).requires_grad_() for _ in case.out]
+    biases = [tensor(m) for m in case.out] if case.bias else []
+    grads = [tensor(*case.x[:-1], m) for m in case.out]
+    named = {"x": [x], "W": weights, "A": a, "B": b, "R": cores, "bias": biases, "dy": grads}
+    known = {t.data_ptr(): f"{name}{i}" for name, tensors in named.items() for i, t in enumerate(tensors)}
+
+    def run() -> list[Recorded]:
+        torch.manual_seed(3)
+        library.forget_launches()
+        ys = lora_sb_linear_group(x, weights, a, cores, b, biases, [0.7] * len(cores), dropout=case.dropout)
+        torch.autograd.grad(ys, (x, *cores), grads)
+        return recorded(library, known)
+
+    return run
+
+
+def differences(prepared: list[Recorded], ordinary: list[Recorded], launches: list[Launch]) -> list[str]:
+    """What differs between two ways of the same call."""
+    if [one.kernel for one in prepared] != [one.kernel for one in ordinary]:
+        return [f"kernels {[one.kernel for one in prepared]} for {[one.kernel for one in ordinary]}"]
+    found = []
+    for one, other, launch in zip(prepared, ordinary, launches, strict=True):
+        names = parameter_names(launch)
+        if not len(one.parameters) == len(other.parameters) == len(names):
+            found.append(f"{one.kernel}: {len(one.parameters)} parameters for {len(other.parameters)}")
+            continue
+        if one.shape != other.shape:
+            found.append(f"{one.kernel}: {one.shape} for {other.shape}")
+        for name, mine, theirs in zip(names, one.parameters, other.parameters, strict=True):
+            if mine != theirs and not name.startswith(UNUSED):
+                found.append(f"{one.kernel} {name}: {mine} for {theirs}")
+    return found
+
+
+def compare(case: Case, library: ctypes.CDLL) -> tuple[int, list[str]]:
+    """Number of launches of a case, and what differs."""
+    run = call_of(case, library)
+    run()  # compiles and prepares
+    prepared, again = run(), run()
+    with mock.patch.object(prepared_linear, "_is_ready", return_value=False), observed() as launches:
+        ordinary = run()
+    found = differences(prepared, ordinary, launches)
+    return len(ordinary), found + ([] if prepared == again else ["a repetition differs from the one before"])
+
+
+def use_driver(library: ctypes.CDLL, arch: str) -> None:
+    """Launch by Triton's own driver on a recorded card."""
+    capability = divmod(int(arch[3:]), 10)
+    library.recorded_launches.restype = ctypes.c_char_p
+    library.set_capability(*capability)
+    recording = CudaDriver()
+    recording.get_current_device = lambda: 0
+    recording.get_current_stream = lambda _: 0
+    recording.set_current_device = lambda _: None
+    recording.get_device_capability = lambda *_: capability
+    driver.set_active(recording)
+
+
+def faulty(bind: Callable[..., Any]) -> Callable[..., Any]:
+    """`compat.triton.launcher`, with one added to the first number of a launch."""
+
+    def launcher(found: Any, grid: int, take: Any, constants: tuple[Any, ...]) -> Any:
+        first = next(i for i, value in enumerate(constants) if type(value) is int)
+        return bind(found, grid, take, (*constants[:first], constants[first] + 1, *constants[first + 1 :]))
+
+    return launcher
+
+
+def main() -> None:
+    """Compare all cases, print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", type=Path)
+    parser.add_argument("--arch", default="sm_86")
+    parser.add_argument("--fault", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    library = ctypes.CDLL(str(options.library), mode=ctypes.RTLD_GLOBAL)
+    use_driver(library, options.arch)
+    bind = faulty(private.launcher) if options.fault else private.launcher
+    total, found = 0, []
+    with (
+        mock.patch.object(private, "launcher", bind),
+        mock.patch.object(kernels, "_device", return_value=(options.arch, 84)),
+        mock.patch.object(kernels, "interpreting", return_value=True),
+        backend("triton"),
+    ):
+        for case in CASES:
+            count, differing = compare(case, library)
+            total += count
+            found += [f"{case}: {one}" for one in differing]
+    versions = {"triton": triton.__version__, "extension": cpp.missing() is None}
+    print(json.dumps(versions | {"launches": total, "differences": found}))
+
+
+if __name__ == "__main__":
+    main()

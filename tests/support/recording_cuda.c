@@ -1,0 +1,175 @@
+// A libcuda.so.1 that runs nothing and records launches: as much of the driver's API as Triton's launcher calls.
+//
+//   cc -shared -fPIC -Wl,-soname,libcuda.so.1 -o libcuda.so.1 recording_cuda.c
+//
+// A line of `recorded_launches` is NAME|GRID|BLOCK|SHARED|STREAM|ATTRIBUTES|SIZE:VALUE,... with all parameters of the
+// kernel, whose number and sizes come from the cubin's .nv.info section, as the driver itself finds them there.
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef int Result;
+typedef void* Handle;
+enum { SUCCESS = 0, MOST_FUNCTIONS = 4096, MOST_PARAMETERS = 128 };
+
+static int major_version = 8, minor_version = 6;
+
+void set_capability(int major, int minor) {
+  major_version = major;
+  minor_version = minor;
+}
+
+// --- device, context and stream ---
+Result cuInit(unsigned flags) { return SUCCESS; }
+Result cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
+Result cuGetErrorString(Result error, const char** text) { return *text = "recorded", SUCCESS; }
+Result cuGetErrorName(Result error, const char** text) { return *text = "recorded", SUCCESS; }
+Result cuDeviceGetCount(int* count) { return *count = 1, SUCCESS; }
+Result cuDeviceGet(int* device, int index) { return *device = index, SUCCESS; }
+Result cuDevicePrimaryCtxRetain(Handle* context, int device) { return *context = (Handle)1, SUCCESS; }
+Result cuDevicePrimaryCtxRelease(int device) { return SUCCESS; }
+Result cuCtxGetCurrent(Handle* context) { return *context = (Handle)1, SUCCESS; }
+Result cuCtxSetCurrent(Handle context) { return SUCCESS; }
+Result cuCtxGetDevice(int* device) { return *device = 0, SUCCESS; }
+Result cuCtxGetLimit(size_t* value, int limit) { return *value = 1 << 20, SUCCESS; }
+Result cuCtxSetLimit(int limit, size_t value) { return SUCCESS; }
+Result cuCtxSynchronize(void) { return SUCCESS; }
+Result cuStreamSynchronize(Handle stream) { return SUCCESS; }
+Result cuStreamIsCapturing(Handle stream, int* status) { return *status = 0, SUCCESS; }
+Result cuPointerGetAttribute(void* out, int attribute, uint64_t pointer) { return *(uint64_t*)out = pointer, SUCCESS; }
+Result cuMemAlloc_v2(uint64_t* pointer, size_t bytes) { return *pointer = (uint64_t)malloc(bytes), SUCCESS; }
+Result cuMemFree_v2(uint64_t pointer) { return SUCCESS; }
+
+Result cuDeviceGetAttribute(int* value, int attribute, int device) {
+  int large = major_version == 9 || major_version == 10, a100 = major_version == 8 && minor_version == 0;
+  switch (attribute) {
+    case 8: *value = 48 * 1024; break;                                   // shared memory of a block, without asking
+    case 97: *value = large ? 232448 : a100 ? 166912 : 101376; break;    // the most of a block
+    case 81: *value = 102400; break;                                     // of a multiprocessor
+    case 10: *value = 32; break;                                         // threads of a warp
+    case 12: *value = 65536; break;                                      // registers of a block
+    case 13: *value = 1800000; break;                                    // clock, kHz
+    case 16: *value = 84; break;                                         // multiprocessors
+    case 36: *value = 8000000; break;                                    // clock of the memory, kHz
+    case 37: *value = 384; break;                                        // bits of its bus
+    case 75: *value = major_version; break;
+    case 76: *value = minor_version; break;
+    default: *value = 1;
+  }
+  return SUCCESS;
+}
+
+// --- modules: a handle is the cubin itself, a function's handle its index ---
+static struct {
+  char name[256];
+  int count;
+  int sizes[MOST_PARAMETERS];
+} functions[MOST_FUNCTIONS];
+static int function_count = 1;
+
+static uint64_t read64(const uint8_t* at) {
+  uint64_t value;
+  memcpy(&value, at, sizeof value);
+  return value;
+}
+static uint32_t read32(const uint8_t* at) { return (uint32_t)(read64(at) & 0xffffffff); }
+static uint16_t read16(const uint8_t* at) { return (uint16_t)(read64(at) & 0xffff); }
+
+// Entries of .nv.info have a format, an attribute and a length or a value. 0x17 is one parameter: its place and size.
+static void read_parameters(const uint8_t* at, const uint8_t* end, int function) {
+  while (at < end) {
+    uint8_t format = at[0], attribute = at[1];
+    uint16_t length = read16(at + 2);
+    at += 4;
+    if (format != 4) continue;
+    if (attribute == 0x17) {
+      uint16_t place = read16(at + 4);
+      functions[function].sizes[place] = (int)(read32(at + 8) >> 18);
+      if (place + 1 > functions[function].count) functions[function].count = place + 1;
+    }
+    at += length;
+  }
+}
+
+Result cuModuleLoadData(Handle* module, const void* image) { return *module = (Handle)image, SUCCESS; }
+Result cuModuleLoadDataEx(Handle* module, const void* image, unsigned count, void* options, void* values) {
+  return cuModuleLoadData(module, image);
+}
+Result cuModuleUnload(Handle module) { return SUCCESS; }
+
+Result cuModuleGetFunction(Handle* function, Handle module, const char* name) {
+  const uint8_t* elf = module;
+  const uint8_t* headers = elf + read64(elf + 40);
+  int size = read16(elf + 58), count = read16(elf + 60), names_section = read16(elf + 62);
+  const char* names = (const char*)(elf + read64(headers + names_section * size + 24));
+  int id = function_count++;
+  snprintf(functions[id].name, sizeof functions[id].name, "%s", name);
+  char wanted[300];
+  snprintf(wanted, sizeof wanted, ".nv.info.%s", name);
+  for (int i = 0; i < count; ++i) {
+    const uint8_t* header = headers + i * size;
+    if (strcmp(names + read32(header), wanted) != 0) continue;
+    const uint8_t* start = elf + read64(header + 24);
+    read_parameters(start, start + read64(header + 32), id);
+  }
+  *function = (Handle)(intptr_t)id;
+  return SUCCESS;
+}
+
+Result cuFuncGetAttribute(int* value, int attribute, Handle function) {
+  return *value = attribute == 0 ? 1024 : 0, SUCCESS;
+}
+Result cuFuncSetAttribute(Handle function, int attribute, int value) { return SUCCESS; }
+Result cuFuncSetCacheConfig(Handle function, int config) { return SUCCESS; }
+Result cuOccupancyMaxActiveClusters(int* count, Handle function, void* config) { return *count = 1, SUCCESS; }
+Result cuTensorMapEncodeTiled(void) { return SUCCESS; }
+Result cuTensorMapEncodeIm2col(void) { return SUCCESS; }
+
+// --- launches ---
+typedef struct {
+  unsigned grid[3], block[3], shared;
+  Handle stream;
+  void* attributes;
+  unsigned attribute_count;
+} Config;
+
+static char* launches;
+static size_t length, capacity;
+
+static void append(const char* text) {
+  size_t added = strlen(text);
+  if (length + added + 1 > capacity) launches = realloc(launches, capacity = 2 * (length + added + 1));
+  memcpy(launches + length, text, added + 1);
+  length += added;
+}
+
+Result cuLaunchKernelEx(const Config* config, Handle function, void** parameters, void** extra) {
+  int id = (int)(intptr_t)function;
+  char text[512];
+  const unsigned *g = config->grid, *b = config->block;
+  snprintf(text, sizeof text, "%s|%u,%u,%u|%u,%u,%u|%u|%lu|%u|", functions[id].name, g[0], g[1], g[2], b[0], b[1], b[2],
+           config->shared, (unsigned long)config->stream, config->attribute_count);
+  append(text);
+  for (int i = 0; i < functions[id].count; ++i) {
+    int size = functions[id].sizes[i];
+    uint64_t value = 0;
+    memcpy(&value, parameters[i], size > 8 ? 8 : size);
+    snprintf(text, sizeof text, "%d:%lx,", size, (unsigned long)value);
+    append(text);
+  }
+  append("\n");
+  return SUCCESS;
+}
+
+Result cuLaunchKernel(Handle function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                      unsigned shared, Handle stream, void** parameters, void** extra) {
+  Config config = {{gx, gy, gz}, {bx, by, bz}, shared, stream, 0, 0};
+  return cuLaunchKernelEx(&config, function, parameters, extra);
+}
+
+const char* recorded_launches(void) { return launches ? launches : ""; }
+void forget_launches(void) {
+  length = 0;
+  if (launches) launches[0] = 0;
+}
