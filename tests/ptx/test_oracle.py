@@ -1,4 +1,4 @@
-"""An oracle beside the interpreter: `sentryward` proves a kernel free of races in every schedule of a fixed launch.
+"""An oracle beside the interpreter: `sentryward` finds a kernel free of races in every schedule of a fixed launch.
 
 It knows no branches on data, so that sums which are split (the last program to arrive adds) are left to the
 interpreter, nor wgmma, nor the lookup of a codebook in shared memory; and two threads that store one value at one place,
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("sentryward", reason="pip install sentryward proves kernels free of races")
+pytest.importorskip("sentryward", reason="pip install sentryward finds races of kernels")
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 BAR = re.compile(r"\n\s*bar\.sync\s+0;")

@@ -1,6 +1,6 @@
 """An interpreter of compiled kernels: it executes the PTX that Triton writes, on the CPU, and checks every access.
 
-The threads of a program run in lockstep as numpy vectors; programs run one after another, in any order. What is proven
+The threads of a program run in lockstep as numpy vectors; programs run one after another, in any order. What is checked
 of a kernel is what its PTX does: the values (bf16, fp16, tf32 and fp32 as the instructions round them), the bounds and
 alignment of every access, that no byte is read which nobody wrote, that threads of a block and blocks of a launch are
 ordered where they share memory, that asynchronous copies and wgmma are waited for. What is not: ptxas (SASS), time, and
