@@ -1,13 +1,13 @@
 """Which path and which blocks: rules from JSON tables, a user's first, then the shipped ones, then a safe default.
 
-A rule holds where all its conditions do: `op` and `dtype` by name, `M`, `n`, `m`, `r`, `sms` and `triton` by range
-[low, high]. The latter is 100 times the major version of Triton plus the minor. Up to 3.7 it does not prefetch operands
-from shared memory, and main loops on sm_80 to sm_89 are bound by 0.68 to 0.90 of the tensor cores in place of 0.90 to
-1.00 (`python -m benchmarks.kernels.main_loops`): there cuBLAS multiplies.
+A rule holds where all its conditions do: `op`, `dtype`, `card` and `driver` by name, `dropout` by truth, `M`, `n`, `m`,
+`r`, `sms` and `triton` by range [low, high]. `triton` is 100 times its major version plus the minor. Up to 3.7 Triton
+does not prefetch operands from shared memory, and main loops on sm_80 to sm_89 are bound by 0.64 to 0.91 of the tensor
+cores in place of 0.80 to 1.00 (`python -m benchmarks.kernels.main_loops`): there cuBLAS multiplies.
 
-For each of path, prep, gemm and weights the first rule that holds and has it is taken: one rule may give the blocks and
-another the path. Nothing is timed here: `lorasb bench tune` writes a user's table, once. A shipped table states in
-`measured` and `basis` what its rules rest on.
+For each of path, prep, gemm and weights the first rule that holds and has it is taken: one rule may give the blocks,
+another the path. Nothing is timed here: first calls (lorasb/backends/autotune.py) and `lorasb bench tune` write a
+user's table. A shipped table states in `measured` and `basis` what its rules rest on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ TABLES = Path(__file__).parent / "tables"
 PATHS = ("fused", "addmm")
 WEIGHTS = ("inline", "scratch")
 INTERPRETER = "interpreter"  # the architecture of CPU tensors under TRITON_INTERPRET=1
-_user_tables: Callable[[], Path] | None = None
+OF_THE_MACHINE = ("sms", "triton", "card", "driver")  # conditions besides a shape's fields
+BROKEN = (ValueError, TypeError, KeyError, AttributeError)  # what reading a table that is none raises
+_user_tables: Callable[[], Path | None] | None = None
+_machine: Callable[[], dict[str, Any]] = dict  # the card and its driver
 generation = 0  # how often the tables were forgotten; a plan holds as long as it has not changed
 # the names of dtypes in tables, and the dtypes that the kernels have
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -47,6 +50,7 @@ class Shape:
     r: int
     members: int = 1
     quant: str = "none"
+    dropout: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,8 @@ class Rule:
     def holds(self, shape: Shape, sms: int) -> bool:
         """True if every condition holds."""
         major, minor = installed()
-        values = {**asdict(shape), "sms": sms, "triton": 100 * major + minor}
-        return all(_inside(values[name], wanted) for name, wanted in self.conditions.items())
+        values = {**asdict(shape), "sms": sms, "triton": 100 * major + minor, **_machine()}
+        return all(name in values and _inside(values[name], wanted) for name, wanted in self.conditions.items())
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Rule:
@@ -87,7 +91,7 @@ class Rule:
         if path not in (None, *PATHS):
             raise ValueError(f"expected path {' or '.join(PATHS)}, got {path!r}")
         conditions = entry.get("if", {})
-        unknown = set(conditions) - {*Shape.__dataclass_fields__, "sms", "triton"}
+        unknown = set(conditions) - {*Shape.__dataclass_fields__, *OF_THE_MACHINE}
         if unknown:
             raise ValueError(f"unknown conditions {sorted(unknown)}")
         return cls(
@@ -149,7 +153,7 @@ def user_rules(arch: str) -> tuple[Rule, ...]:
         return ()
     try:
         return read_rules(path)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except BROKEN as error:
         warnings.warn(
             f"{path} is not a table of kernels ({error}): taking the shipped one. `lorasb bench tune` writes a new one",
             stacklevel=2,
@@ -166,16 +170,17 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
     return tuple(Rule.from_json(entry) for entry in json.loads(path.read_text(encoding="utf-8"))["rules"])
 
 
-def read_user_tables_from(folder: Callable[[], Path]) -> None:
-    """Set the function that returns the folder of a user's own tables; it is called at every reading."""
-    global _user_tables
-    _user_tables = folder
+def read_user_tables_from(folder: Callable[[], Path | None], machine: Callable[[], dict[str, Any]] = dict) -> None:
+    """Set the functions that return the folder of a user's own tables, and the card and driver that they hold for."""
+    global _user_tables, _machine
+    _user_tables, _machine = folder, machine
     forget()
 
 
 def user_table(arch: str) -> Path | None:
-    """Path of a user's own table for an architecture; None before `read_user_tables_from`."""
-    return None if _user_tables is None else _user_tables() / f"{arch}.json"
+    """Path of a user's own table for an architecture; None if no table of a user is read."""
+    folder = None if _user_tables is None else _user_tables()
+    return None if folder is None else folder / f"{arch}.json"
 
 
 def forget() -> None:

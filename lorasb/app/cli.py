@@ -329,10 +329,10 @@ def tune(
         str, typer.Argument(help="Folder or hub id of the model whose layers are timed.")
     ] = "smollm2-135m",
     r: Annotated[int, typer.Option(help="Rank.")] = 64,
-    tokens: Annotated[str, typer.Option(help="Tokens a call, comma-separated.")] = "1,16,512,2048",
+    tokens: Annotated[str, typer.Option(help="Tokens per call, comma-separated.")] = "1,16,512,2048",
     dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
 ) -> None:
-    """Time the kernels' paths and blocks for a model's layers, once; layers take the fastest from then on."""
+    """Time the kernels' paths and tiles for all of a model's layers; they take the fastest from then on."""
     from .terminal import console
     from .tune_kernels import tune_model
 

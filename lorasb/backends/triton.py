@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from ..kernels import plan as plan_tables
+from ..kernels.plan import LaunchPlan, Shape
 from ..ops import calls
 from ..ops.adapted_linear import kernels_of
 from ..ops.calls import DENSE, Operands
 from ..ops.registry import Kernel, register_backend
 from ..quantization.quantized_weight import INT8, QuantizedTensors
-from ..utils.atomic_files import cache_dir
-from . import cpp, eager
+from . import autotune, cpp, eager
 from .eager import check_index, kernel_dropout, kernel_masks, shaped
 from .eager import dequantize as eager_dequantize
 
@@ -51,7 +51,7 @@ def forward(x: Tensor, operands: Operands) -> list[Tensor]:
             return forward(x, _dense_operands(operands, x.dtype))
         return _forward_quantized(x, operands)
     members, biases, mask = members_of(operands), _biases(operands), mask_of(operands)
-    plan = partial(_plan, "forward", x, members)
+    plan = partial(_forward_plan, x, members, biases, mask)
     signature = calls.metadata(x, biases, *members[:4])
     found = _kernels().forward(x, members, biases, plan, mask, signature)
     if found is None:
@@ -73,7 +73,7 @@ def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: b
             return backward(dys, us, _dense_operands(operands, dys[0].dtype), need_dx, need_dcores)
         return _backward_quantized(dys[0], us[0], operands, need_dx, need_dcores)
     members, mask = members_of(operands), mask_of(operands)
-    plan = partial(_plan, "backward", dys[0], members)
+    plan = partial(_backward_plan, dys, members, us, mask)
     signature = calls.metadata(dys, us, *members[:4])
     found = _kernels().backward(dys, members, us, plan, need_dx, need_dcores, mask, signature)
     if found is None:
@@ -264,8 +264,42 @@ def _no_mask() -> Any:
     return Mask()
 
 
-def _plan(op: str, x: Tensor, members: Any) -> Any:
-    return plan_of(op, rows_of(x), members.b, members.a[0])
+def _forward_plan(x: Tensor, members: Any, biases: Sequence[Tensor | None], mask: Any) -> Any:
+    from lorasb.kernels import linear as kernels
+
+    rows, members, biases = rows_of(x), resolved(members), list(map(_resolve, biases))
+
+    def run(plan: Any) -> Any:
+        return kernels.forward(rows, members, biases, plan, mask)
+
+    def check(found: Any) -> None:
+        autotune.check_forward(rows, members, biases, found)
+
+    return _first_plan("forward", rows, members, mask, run, check)
+
+
+def _backward_plan(dys: Sequence[Tensor], members: Any, us: Sequence[Tensor], mask: Any) -> Any:
+    from lorasb.kernels import linear as kernels
+
+    rows, members = [rows_of(dy) for dy in dys], resolved(members)
+
+    def run(plan: Any) -> Any:
+        return kernels.backward(rows, members, us, plan, True, True, mask)
+
+    def check(found: Any) -> None:
+        autotune.check_backward(rows, members, us, found)
+
+    return _first_plan("backward", rows[0], members, mask, run, check)
+
+
+def _first_plan(op: str, rows: Tensor, members: Any, mask: Any, run: Any, check: Any) -> Any:
+    """The plan of a call; at the first of its kind on a card checked and timed. A mask has no check."""
+    arch, sms = check_call(rows)
+    if not rows.is_cuda or not rows.numel():
+        return plan_of(op, rows, members.b, members.a[0], "none", mask.dropout > 0.0)
+    shape = _shape(op, rows, members.b, members.a[0], "none", mask.dropout > 0.0)
+    check = check if mask.dropout == 0.0 else autotune.unchecked
+    return autotune.first_plan(shape, arch, sms, run, check, partial(autotune.CudaClock, rows.device))
 
 
 def or_eager(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -321,8 +355,7 @@ def interpreting() -> bool:
 
 def register() -> None:
     """Register for CUDA, and on the CPU for an explicit backend under Triton's interpreter."""
-    # where `lorasb bench tune` writes a user's tables
-    plan_tables.read_user_tables_from(lambda: cache_dir() / "kernels")
+    plan_tables.read_user_tables_from(autotune.tables, autotune.machine)
     plain: dict[str, Callable[..., Any]] = {
         "dequantize": dequantize,
         "gradient_add": gradient_add,
@@ -379,44 +412,35 @@ def _kernels() -> Any:
     return prepared_linear
 
 
-def plan_of(op: str, rows: Tensor, b: list[Tensor], a: Tensor, quant: str = "none") -> Any:
+def plan_of(
+    op: str, rows: Tensor, b: Sequence[Tensor], a: Tensor, quant: str = "none", dropout: bool = False
+) -> LaunchPlan:
     """The tables' choice for this call."""
-    from lorasb.kernels import plan
-
     arch, sms = check_call(rows)
-    shape = plan.Shape(
-        op=op,
-        dtype=plan.DTYPES[rows.dtype],
-        M=plan.bucket(rows.shape[0]),
-        n=a.shape[1],
-        m=sum(factor.shape[0] for factor in b),
-        r=a.shape[0],
-        members=len(b),
-        quant=quant,
-    )
-    return plan.choice(shape, arch, sms)
+    return plan_tables.choice(_shape(op, rows, b, a, quant, dropout), arch, sms)
+
+
+def _shape(op: str, rows: Tensor, b: Sequence[Tensor], a: Tensor, quant: str, dropout: bool) -> Shape:
+    tokens, dtype = plan_tables.bucket(rows.shape[0]), plan_tables.DTYPES[rows.dtype]
+    return Shape(op, dtype, tokens, a.shape[1], sum(x.shape[0] for x in b), a.shape[0], len(b), quant, dropout)
 
 
 def check_call(x: Tensor) -> tuple[str, int]:
     """Architecture and number of multiprocessors of the call's device; raises where the kernels cannot run."""
-    from lorasb.kernels import plan
-
-    if x.dtype not in plan.DTYPES:
+    if x.dtype not in plan_tables.DTYPES:
         raise TypeError(f"backend 'triton' expected x in fp32, bf16 or fp16, got {x.dtype}: backend('eager') takes it")
     arch, sms = _device(x.device)
-    if arch == plan.INTERPRETER and not interpreting():
+    if arch == plan_tables.INTERPRETER and not interpreting():
         raise ValueError(f"backend 'triton' expected a CUDA tensor, got one on {x.device}: backend('auto') takes it")
-    if arch == plan.INTERPRETER and x.dtype == torch.bfloat16:
+    if arch == plan_tables.INTERPRETER and x.dtype == torch.bfloat16:
         raise TypeError("Triton's interpreter multiplies the raw bits of bf16: use fp32 or fp16 on the CPU")
     return arch, sms
 
 
 @lru_cache
 def _device(device: torch.device) -> tuple[str, int]:
-    from lorasb.kernels import plan
-
     if device.type != "cuda":
-        return plan.INTERPRETER, 1
+        return plan_tables.INTERPRETER, 1
     properties = torch.cuda.get_device_properties(device)
     return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
 
@@ -435,13 +459,11 @@ def _is_capable(device: torch.device) -> bool:
 
 def call_key(kernel: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, ...]:
     """Key under which a failure is remembered: the kernel, dtypes, and shapes with the rows as plans see them."""
-    from lorasb.kernels import plan
-
     tensors = list(_tensors(arguments))
     first = tensors[0]
     rows = math.prod(first.shape[:-1])
     shapes = [tuple(t.shape[1:]) if t.dim() == 2 and t.shape[0] == rows else tuple(t.shape) for t in tensors[1:]]
-    return kernel.__module__, kernel.__name__, first.dtype, first.shape[-1], plan.bucket(rows), *shapes
+    return kernel.__module__, kernel.__name__, first.dtype, first.shape[-1], plan_tables.bucket(rows), *shapes
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -1,9 +1,8 @@
-"""`lorasb bench tune` with a clock of its own: what is fastest is taken, what fails is left out, the table is read again."""
+"""`lorasb bench tune` with a clock of its own: every kind of layer is timed, and what fails is left out."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,9 @@ import torch
 from models import make
 
 from lorasb.app import cli, tune_kernels
+from lorasb.backends import autotune
 from lorasb.kernels import plan
 from lorasb.utils.atomic_files import CACHE_VARIABLE
-
-SHAPE = plan.Shape("forward", "fp32", 32, 64, 48, 8)
 
 
 @pytest.fixture(autouse=True)
@@ -25,65 +23,33 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     plan.forget()
 
 
-def write(shape: plan.Shape) -> Path:
-    found = tune_kernels.tune([shape], plan.INTERPRETER, 1, "cpu", lambda call: 1.0)
-    return tune_kernels.write(found, plan.INTERPRETER, 1, "a GPU")
-
-
-def clock(times: list[float]) -> Callable[[Callable[[], object]], float]:
-    """Really runs each candidate, and says that it took the next of these times."""
-    left = iter(times)
-
-    def timer(call: Callable[[], object]) -> float:
+def clock(calls: Sequence[autotune.Call]) -> list[float]:
+    """Runs each, and says that they take as long."""
+    for call in calls:
         call()
-        return next(left)
-
-    return timer
+    return [10.0] * len(calls)
 
 
-def test_the_fastest_is_written_and_taken_from_then_on(folder: Path) -> None:
-    before = plan.choose(SHAPE, plan.INTERPRETER, 1)
-    options = list(tune_kernels.candidates(SHAPE, before))
-    times = [5.0] * len(options)
-    times[3] = 1.0
-    (found,) = tune_kernels.tune([SHAPE], plan.INTERPRETER, 1, "cpu", clock(times))
-    assert (found.before, found.after, found.best) == (5.0, 1.0, options[3])
-    path = tune_kernels.write([found], plan.INTERPRETER, 1, "a GPU")
-    assert path == folder / "kernels" / "interpreter.json"
-    assert plan.choose(SHAPE, plan.INTERPRETER, 1) == options[3]
-    assert plan.choose(SHAPE, plan.INTERPRETER, 2) == before
-    assert json.loads(path.read_text())["measured"] is True
+def test_every_kind_of_layer_is_a_case() -> None:
+    cases = list(tune_kernels.cases_of([(64, (48,)), (64, (32, 16))], 8, [300, 400, 1], "fp32"))
+    kinds = {(c.shape.op, c.shape.M, c.ms, c.shape.quant, c.shape.dropout) for c in cases}
+    plain = {(op, M, ms, "none", False) for op in tune_kernels.OPS for M in (512, 1) for ms in ((48,), (32, 16))}
+    masked = {(op, 512, ms, "none", True) for op in tune_kernels.OPS for ms in ((48,), (32, 16))}
+    four_bits = {(op, M, (48,), "4bit", False) for op in tune_kernels.OPS for M in (512, 1)}
+    assert kinds == plain | masked | four_bits
+    assert len(cases) == len(kinds)
+    assert all(case.shape.m == sum(case.ms) for case in cases)
 
 
-def test_backward_and_groups_are_timed_too() -> None:
-    shapes = list(tune_kernels.shapes_of([(64, (48,)), (64, (32, 32))], 8, [20, 30, 1], "fp32"))
-    assert {(s.op, s.M, s.members) for s in shapes} == {
-        (op, M, k) for op in ("forward", "backward") for M in (32, 1) for k in (1, 2)
-    }
-    shapes = [shape for shape in shapes if shape.M == 1]  # quicker for the interpreter
-    found = tune_kernels.tune(shapes, plan.INTERPRETER, 1, "cpu", lambda call: (call(), 1.0)[1])
-    assert [one.shape for one in found] == shapes
-
-
-def test_what_does_not_run_is_left_out() -> None:
-    calls = iter(range(100))
-
-    def timer(call: Callable[[], object]) -> float:
-        if next(calls) != 2:
-            raise RuntimeError("out of resource: shared memory")
-        return 1.0
-
-    before = plan.choose(SHAPE, plan.INTERPRETER, 1)
-    (found,) = tune_kernels.tune([SHAPE], plan.INTERPRETER, 1, "cpu", timer)
-    assert found.best == list(tune_kernels.candidates(SHAPE, before))[2]
-
-
-def test_a_second_run_keeps_the_other_shapes() -> None:
-    other = plan.Shape("forward", "fp32", 32, 64, 96, 8)
-    for shape in (SHAPE, other, SHAPE):
-        path = write(shape)
-    rules = json.loads(path.read_text())["rules"]
-    assert [rule["if"]["m"] for rule in rules] == [48, 96]
+def test_every_case_runs_with_its_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of unequal members, dropout and 4 bits, in both directions."""
+    monkeypatch.setattr(autotune, "LEAST_TOKENS", 32)
+    monkeypatch.setattr(autotune, "GEMMS", autotune.GEMMS[-1:])
+    monkeypatch.setattr(autotune, "PREPS", autotune.PREPS[:1])
+    cases = list(tune_kernels.cases_of([(64, (48,)), (64, (32, 16))], 8, [20], "fp32"))
+    found = tune_kernels.tune(cases, plan.INTERPRETER, 1, "cpu", clock)
+    assert [one.shape for one in found] == [case.shape for case in cases]
+    assert all(one.before == one.after == 10.0 for one in found)
 
 
 def test_layers_of_a_model() -> None:
@@ -99,13 +65,3 @@ def test_the_command_says_what_it_needs(capsys: pytest.CaptureFixture[str], monk
     with pytest.raises(SystemExit):
         cli.main()
     assert "needs a CUDA GPU" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["[]", "{", '{"rules": [{"path": "magic"}]}'])
-@pytest.mark.filterwarnings("ignore:.*is not a table of kernels")
-def test_a_broken_table_is_written_anew(text: str, folder: Path) -> None:
-    path = plan.user_table(plan.INTERPRETER)
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    write(SHAPE)
-    assert len(plan.read_rules(path)) == 1

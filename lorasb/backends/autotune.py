@@ -1,0 +1,291 @@
+"""Autotuning of the Triton kernels: candidates are timed in turns, and the choice stays in the user's table.
+
+At the first call of a kind on a card, one tile of its result is compared with torch's, and from `LEAST_TOKENS` on paths
+and tiles are timed: about 10 ms, besides compiling them. LORASB_TUNE=cached takes what earlier runs measured and times
+nothing, as under CUDA graph capture and `torch.use_deterministic_algorithms`; LORASB_TUNE=off takes the shipped tables.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compat.triton import installed
+from ..kernels import plan
+from ..kernels.block_sizes import DECODE_ROWS, GemmConfig, PrepConfig
+from ..kernels.plan import LaunchPlan, Shape
+from ..utils.atomic_files import cache_dir, write_text
+
+MODE = "LORASB_TUNE"  # environment variable
+MODES = ("on", "cached", "off")
+DRIVER = Path("/proc/driver/nvidia/version")  # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.124.06  ..."
+LEAST_TOKENS = 256  # fewer are bound by reading W, whichever the tiles
+BUDGET = 10.0  # ms of timing per kind
+MOST_ROUNDS = 10
+WORTH = 0.97  # another plan is taken where it takes less than this share of the table's time
+FLUSHED = 1 << 26  # bytes written before every call, more than any L2 has
+# Paths and tiles in addition to the table's choice. What needs more registers or shared memory than the card has does
+# not compile, and is left out.
+PREPS = (PrepConfig(32, 64, 4, 3), PrepConfig(64, 64, 4, 3), PrepConfig(64, 32, 4, 4), PrepConfig(128, 32, 8, 3))
+GEMMS = (
+    GemmConfig(128, 128, 32, 8, 4, 4),
+    GemmConfig(64, 128, 64, 8, 4, 2),
+    GemmConfig(128, 256, 64, 8, 8, 3),
+    GemmConfig(128, 256, 32, 8, 8, 3),
+    GemmConfig(128, 128, 64, 8, 8, 3),
+    GemmConfig(128, 64, 64, 8, 4, 3),
+    GemmConfig(64, 64, 32, 8, 4, 4),
+)
+# Tiles of a first call, each compiled while the user waits: for mma.sync, and for wgmma and tcgen05.
+FIRST_GEMMS, FIRST_WIDE_GEMMS = GEMMS[:2], GEMMS[2:3]
+WIDE_ARCHS = ("sm_90", "sm_100")
+# For up to DECODE_ROWS tokens: the smallest block of rows that a tensor-core product has.
+DECODE_GEMMS = (GemmConfig(16, 64, 64, 1, 4, 3), GemmConfig(16, 32, 128, 1, 4, 4), GemmConfig(16, 128, 64, 1, 4, 4))
+# Largest difference from torch's result, over its magnitude: TF32 and the rounding of v and y, many times over.
+TOLERANCES = {torch.bfloat16: 0.04, torch.float16: 0.01, torch.float32: 0.01}
+TILE_ROWS, TILE_COLUMNS = 16, 64
+
+Call = Callable[[], object]
+Run = Callable[[LaunchPlan], Any]
+Clock = Callable[[Sequence[Call]], "list[float]"]  # runs each call once, and returns their times in ms
+_first: dict[tuple[Shape, str, int, int], LaunchPlan] = {}  # plans of kinds that have had their first call
+
+
+class WrongResultError(RuntimeError):
+    """Error of a kernel whose result differs from torch's."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The fastest plan of a shape, and the times in ms of the table's former choice and of this plan."""
+
+    shape: Shape
+    best: LaunchPlan
+    before: float
+    after: float
+
+
+def mode() -> str:
+    """LORASB_TUNE: "on", "cached" or "off"; "on" for another value, with a warning."""
+    value = os.environ.get(MODE) or "on"
+    if value not in MODES:
+        warnings.warn(f"expected {MODE} to be one of {', '.join(MODES)}, got {value!r}: taking 'on'", stacklevel=2)
+    return value if value in MODES else "on"
+
+
+def tables() -> Path | None:
+    """The folder of the user's tables; None with LORASB_TUNE=off."""
+    return None if mode() == "off" else cache_dir() / "kernels"
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """The card and its driver, which measured rules have as conditions; {} without a card."""
+    if not torch.cuda.is_available():
+        return {}
+    found = re.search(r"\d+\.[\d.]+", DRIVER.read_text(encoding="utf-8")) if DRIVER.is_file() else None
+    return {"card": torch.cuda.get_device_name(), "driver": found[0] if found else "unknown"}
+
+
+def first_plan(
+    shape: Shape, arch: str, sms: int, run: Run, check: Callable[[Any], None], clock: Callable[[], Clock]
+) -> LaunchPlan:
+    """The plan of a kind of call, checked and timed at its first.
+
+    Args:
+        shape: of the kind.
+        arch: "sm_86".
+        sms: multiprocessors.
+        run: computes the call by a plan.
+        check: raises a `WrongResultError` for a wrong result of `run`.
+        clock: makes what times calls.
+    """
+    kind = shape, arch, sms, plan.generation
+    chosen = plan.choice(shape, arch, sms)
+    if kind in _first or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return _first.get(kind, chosen)
+    check(run(chosen))
+    if _is_timed(shape, arch, sms):
+        plans = candidates(shape, chosen, FIRST_WIDE_GEMMS if arch in WIDE_ARCHS else FIRST_GEMMS)
+        tuned = fastest(shape, plans, run, check, clock())
+        if tuned is not None:
+            chosen = tuned.best
+            _remember(tuned, arch, sms)
+    _first[kind] = chosen
+    return chosen
+
+
+def _is_timed(shape: Shape, arch: str, sms: int) -> bool:
+    if mode() != "on" or shape.M < LEAST_TOKENS or torch.are_deterministic_algorithms_enabled():
+        return False
+    return not any(rule.path and rule.holds(shape, sms) for rule in plan.user_rules(arch))
+
+
+def candidates(shape: Shape, chosen: LaunchPlan, gemms: Sequence[GemmConfig] = ()) -> Iterator[LaunchPlan]:
+    """The table's choice, then plans with another path and with `gemms`; without these, all tiles and thin products."""
+    yield chosen
+    if shape.quant != "none":
+        yield replace(chosen, weights="scratch" if chosen.weights == "inline" else "inline")
+    yield replace(chosen, path="addmm" if chosen.path == "fused" else "fused")
+    tiles = gemms or (DECODE_GEMMS if shape.M <= DECODE_ROWS else GEMMS)
+    yield from (replace(chosen, path="fused", gemm=gemm) for gemm in tiles if gemm != chosen.gemm)
+    if not gemms and shape.M > DECODE_ROWS:
+        yield from (replace(chosen, prep=prep) for prep in PREPS if prep != chosen.prep)
+
+
+def fastest(
+    shape: Shape, plans: Iterable[LaunchPlan], run: Run, check: Callable[[Any], None], clock: Clock
+) -> Tuned | None:
+    """Time plans in turns, the table's choice first; those that do not run are left out. None if none runs."""
+    plans = list(plans)
+    running: dict[LaunchPlan, Call] = {}
+    for one in plans:
+        try:
+            check(run(one))
+        except Exception:  # Triton's OutOfResources, or memory
+            continue
+        running[one] = partial(run, one)
+    if not running:
+        return None
+    rounds = [clock(list(running.values()))]
+    while len(rounds) < MOST_ROUNDS and (len(rounds) + 1) * sum(rounds[0]) <= BUDGET:
+        rounds.append(clock(list(running.values())))
+    times = dict(zip(running, map(statistics.median, zip(*rounds, strict=True)), strict=True))
+    best, before = min(times, key=times.__getitem__), times.get(plans[0], float("inf"))
+    if times[best] > WORTH * before:
+        best = plans[0]
+    return Tuned(shape, best, before, times[best])
+
+
+class CudaClock:
+    """Times by CUDA events, each call with a cold L2; writing the L2 takes long enough to hide the host's launches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.flushed = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
+
+    def __call__(self, calls: Sequence[Call]) -> list[float]:
+        marks = []
+        for call in calls:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.flushed.zero_()
+            start.record()
+            call()
+            end.record()
+            marks.append((start, end))
+        torch.cuda.synchronize(self.flushed.device)
+        return [start.elapsed_time(end) for start, end in marks]
+
+
+def write(tuned: Sequence[Tuned], arch: str, sms: int) -> Path:
+    """Write the user's table: new rules, then the rules that it had for other shapes.
+
+    Raises:
+        OSError: the table cannot be written.
+    """
+    path = cache_dir() / "kernels" / f"{arch}.json"
+    rules = [_rule(result, sms) for result in tuned]
+    new_conditions = [rule["if"] for rule in rules]
+    rules += [rule for rule in _rules_of(path) if rule.get("if") not in new_conditions]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = {"arch": arch, "measured": True, "torch": torch.__version__, "rules": rules}
+    write_text(path, json.dumps(table, indent=1) + "\n")
+    return path
+
+
+def _rules_of(path: Path) -> list[dict[str, Any]]:
+    """The rules of a table as they are on disk; none of a broken one, which is overwritten."""
+    try:
+        plan.read_rules(path)
+        rules: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rules"]
+    except (OSError, *plan.BROKEN):
+        return []
+    return rules
+
+
+def _remember(tuned: Tuned, arch: str, sms: int) -> None:
+    """Write the table, or warn: this process goes on with its own choice."""
+    try:
+        write([tuned], arch, sms)
+    except OSError as error:
+        warnings.warn(
+            f"the kernels' timings cannot be kept ({error}): every run measures them again. Set LORASB_CACHE to a "
+            f"folder that can be written, or {MODE}=cached",
+            stacklevel=2,
+        )
+
+
+def _rule(tuned: Tuned, sms: int) -> dict[str, Any]:
+    # M is a power of two (`plan.bucket`); the rule covers the bucket (M / 2, M].
+    s, best, (major, minor) = tuned.shape, tuned.best, installed()
+    conditions = asdict(s) | {"M": [s.M // 2 + 1, s.M], "sms": sms, "triton": [100 * major + minor] * 2} | machine()
+    gemm = {k: v for k, v in asdict(best.gemm).items() if v is not None}
+    rule = {"if": conditions, "path": best.path, "prep": asdict(best.prep), "gemm": gemm}
+    return rule | ({} if s.quant == "none" else {"weights": best.weights})
+
+
+def unchecked(_: Any) -> None:
+    """No check, of calls whose mask torch does not know and of timings on random tensors."""
+
+
+def check_forward(x: Tensor, members: Any, biases: Sequence[Tensor | None], found: tuple[list[Tensor], Any]) -> None:
+    """Compare the first rows and columns of every y_j [M, m_j] with torch's, in fp32.
+
+    Raises:
+        WrongResultError: they differ by more than rounding.
+    """
+    ys, _ = found
+    rows = x[:TILE_ROWS].float()
+    for y, bias, weight, a, core, b, scale in zip(ys, biases, *members, strict=True):
+        v, b = scale * (rows @ a.float().mT) @ core.float().mT, b[:TILE_COLUMNS].float()
+        want, size = v @ b.mT, (v.square() @ b.mT.square()).sqrt()
+        if weight is not None:
+            w = weight[:TILE_COLUMNS].float()
+            want, size = want + rows @ w.mT, size + (rows.square() @ w.mT.square()).sqrt()
+        if bias is not None:
+            want = want + bias[:TILE_COLUMNS].float()
+        _check("y", y[:TILE_ROWS, :TILE_COLUMNS], want, size)
+
+
+def check_backward(
+    dys: Sequence[Tensor], members: Any, us: Sequence[Tensor], found: tuple[Tensor | None, Sequence[Tensor]]
+) -> None:
+    """Compare the first rows and columns of dx [M, n], and the first entries of every dR_j, with torch's.
+
+    Raises:
+        WrongResultError: they differ by more than rounding.
+    """
+    dx, dcores = found
+    if dx is not None:
+        want = size = torch.zeros((), device=dx.device)
+        for dy, weight, a, core, b, scale in zip(dys, *members, strict=True):
+            rows, a = dy[:TILE_ROWS].float(), a[:, :TILE_COLUMNS].float()
+            w = scale * (rows @ b.float()) @ core.float()
+            want, size = want + w @ a, size + (w.square() @ a.square()).sqrt()
+            if weight is not None:
+                part = weight[:, :TILE_COLUMNS].float()
+                want, size = want + rows @ part, size + (rows.square() @ part.square()).sqrt()
+        _check("dx", dx[:TILE_ROWS, :TILE_COLUMNS], want, size)
+    for dy, u, dcore, b, scale in zip(dys, us, dcores, members.b, members.scales, strict=False):
+        t, u = (dy @ b[:, :TILE_ROWS]).float(), u[:, :TILE_ROWS].float()
+        size = (t.square().mT @ u.square()).sqrt() * abs(scale)
+        _check("dR", dcore[:TILE_ROWS, :TILE_ROWS], scale * t.mT @ u, size, dy.dtype)
+
+
+def _check(name: str, got: Tensor, want: Tensor, size: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Compare two tiles where torch's is finite; `size`: the magnitude of its sums."""
+    error = (got.float() - want).abs()
+    is_wrong = ~(error <= TOLERANCES[dtype or got.dtype] * (size + want.abs())) & want.isfinite()
+    if bool(is_wrong.any()):
+        worst = error[is_wrong].nan_to_num(torch.inf).max().item()
+        raise WrongResultError(f"{name} differs from torch's by up to {worst:.3g} in the tile that was compared")

@@ -1,0 +1,250 @@
+"""Autotuning with a clock of its own: what is chosen, kept and refused at the first call of a kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from calls import operands_of
+
+from lorasb.backends import autotune, eager
+from lorasb.backends import triton as fused
+from lorasb.compat.triton import installed
+from lorasb.kernels import linear as launch
+from lorasb.kernels import plan
+from lorasb.kernels.operands import Mask
+from lorasb.kernels.plan import LaunchPlan
+from lorasb.utils.atomic_files import CACHE_VARIABLE
+
+SHAPE = plan.Shape("forward", "fp32", 512, 64, 48, 8)
+ARCH, SMS = "sm_86", 84
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache; no kind has been called yet."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.delenv(autotune.MODE, raising=False)
+    monkeypatch.setattr(autotune, "_first", {})
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    plan.forget()
+    yield tmp_path
+    plan.forget()
+
+
+class Clock:
+    """Takes so many ms for each path and tile; counts its rounds."""
+
+    def __init__(self, cost: Callable[[LaunchPlan], float]) -> None:
+        self.cost, self.rounds = cost, 0
+
+    def __call__(self, calls: Sequence[Any]) -> list[float]:
+        self.rounds += 1
+        return [self.cost(call.args[0]) for call in calls]
+
+
+def first(clock: Clock, run: Any = lambda chosen: chosen, shape: plan.Shape = SHAPE) -> LaunchPlan:
+    return autotune.first_plan(shape, ARCH, SMS, run, autotune.unchecked, lambda: clock)
+
+
+def slow_fused(one: LaunchPlan) -> float:
+    return 1.0 if one.path == "addmm" else 2.0
+
+
+def slow_addmm(one: LaunchPlan) -> float:
+    return 2.0 if one.path == "addmm" else 1.0
+
+
+def test_the_first_call_takes_what_is_fastest_and_later_ones_keep_it(folder: Path) -> None:
+    clock = Clock(slow_addmm)
+    assert plan.choose(SHAPE, ARCH, SMS).path == "addmm"
+    assert first(clock).path == "fused"
+    assert clock.rounds == 2  # 2 + 1 + 1 ms a round, and 10 ms in all
+    assert first(Clock(slow_fused)).path == "fused"  # known
+    table = json.loads((folder / "kernels" / f"{ARCH}.json").read_text())
+    version = 100 * installed()[0] + installed()[1]
+    assert table["rules"][0]["if"] | {"M": [257, 512], "sms": SMS, "triton": [version] * 2} == table["rules"][0]["if"]
+
+
+def test_a_later_run_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    first(Clock(slow_addmm))
+    monkeypatch.setattr(autotune, "_first", {})
+    plan.forget()
+    clock = Clock(slow_fused)
+    assert first(clock).path == "fused"
+    assert clock.rounds == 0
+
+
+@pytest.mark.parametrize("changed", ["card", "driver", "triton"])
+def test_another_card_driver_or_triton_measures_again(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"card": "RTX A6000", "driver": "570.1"}
+    monkeypatch.setattr(plan, "_machine", lambda: here)
+    monkeypatch.setattr(autotune, "machine", lambda: here)
+    first(Clock(slow_addmm))
+    assert plan.choose(SHAPE, ARCH, SMS).path == "addmm"  # the table in memory is as it was read
+    plan.forget()
+    assert plan.choose(SHAPE, ARCH, SMS).path == "fused"
+    if changed == "triton":
+        monkeypatch.setattr(plan, "installed", lambda: (99, 1))
+    else:
+        monkeypatch.setattr(plan, "_machine", lambda: here | {changed: "another"})
+    plan.forget()
+    clock = Clock(slow_fused)
+    assert first(clock).path == "addmm"
+    assert clock.rounds > 0
+
+
+def test_noise_does_not_change_the_tables_choice() -> None:
+    assert first(Clock(lambda one: 0.99 if one.path == "fused" else 1.0)).path == "addmm"
+
+
+@pytest.mark.parametrize("why", ["off", "cached", "few tokens", "deterministic", "capture"])
+def test_nothing_is_timed(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = replace(SHAPE, M=128) if why == "few tokens" else SHAPE
+    if why in ("off", "cached"):
+        monkeypatch.setenv(autotune.MODE, why)
+    if why == "deterministic":
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    ran: list[LaunchPlan] = []
+    if why == "capture":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    clock = Clock(slow_addmm)
+    assert first(clock, ran.append, shape) == plan.choose(shape, ARCH, SMS)
+    assert clock.rounds == 0
+    assert len(ran) == (0 if why == "capture" else 1)  # which is checked all the same
+
+
+def test_off_reads_no_table_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    first(Clock(slow_addmm))
+    plan.forget()
+    assert plan.choose(SHAPE, ARCH, SMS).path == "fused"
+    monkeypatch.setenv(autotune.MODE, "off")
+    plan.forget()
+    assert plan.choose(SHAPE, ARCH, SMS).path == "addmm"
+
+
+def test_an_unknown_mode_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(autotune.MODE, "always")
+    with pytest.warns(UserWarning, match="expected LORASB_TUNE to be one of on, cached, off, got 'always'"):
+        assert autotune.mode() == "on"
+
+
+def test_what_does_not_run_or_is_wrong_is_left_out() -> None:
+    """The fastest needs more shared memory than there is, and the second fastest computes something else."""
+    shape, chosen = SHAPE, plan.choose(SHAPE, ARCH, SMS)
+    plans = list(autotune.candidates(shape, chosen, autotune.FIRST_GEMMS))
+    assert len(plans) == 4
+
+    def run(one: LaunchPlan) -> LaunchPlan:
+        if one == plans[2]:
+            raise RuntimeError("out of resource: shared memory")
+        return one
+
+    def check(found: LaunchPlan) -> None:
+        if found == plans[3]:
+            raise autotune.WrongResultError("y differs")
+
+    tuned = autotune.fastest(shape, plans, run, check, Clock(lambda one: 10.0 - plans.index(one)))
+    assert tuned is not None
+    assert (tuned.best, tuned.before, tuned.after) == (plans[1], 10.0, 9.0)
+    assert autotune.fastest(shape, plans[2:], run, check, Clock(slow_fused)) is None
+
+
+def test_a_cache_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "kernels").write_text("a file, where a folder has to be")
+    with pytest.warns(UserWarning, match=r"the kernels' timings cannot be kept .*Set LORASB_CACHE"):
+        assert first(Clock(slow_addmm)).path == "fused"
+    assert first(Clock(slow_fused)).path == "fused"  # this process keeps it
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"rules": [{"path": "magic"}]}'])
+@pytest.mark.filterwarnings("ignore:.*is not a table of kernels")
+def test_a_broken_table_is_overwritten(text: str, folder: Path) -> None:
+    path = folder / "kernels" / f"{ARCH}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert first(Clock(slow_addmm)).path == "fused"
+    assert len(plan.read_rules(path)) == 1
+
+
+def test_a_second_shape_keeps_the_first(folder: Path) -> None:
+    for shape in (SHAPE, replace(SHAPE, m=96), SHAPE):
+        first(Clock(slow_addmm), shape=shape)
+    rules = json.loads((folder / "kernels" / f"{ARCH}.json").read_text())["rules"]
+    assert sorted(rule["if"]["m"] for rule in rules) == [48, 96]
+
+
+def kernels_case(dtype: torch.dtype = torch.float32, ms: int = 1, weight: bool = True) -> Any:
+    """x, members, biases, dy and u of a call, with the launchers' results by a safe plan."""
+    cases = [reference.make_case((40,), 96, 80 - 16 * j, 24, dtype) for j in range(ms)]
+    x = cases[0].x
+    members = launch.Members(
+        [c.weight if weight else None for c in cases],
+        [c.a for c in cases],
+        [c.core for c in cases],
+        [c.b for c in cases],
+        [0.5 + j for j in range(ms)],
+    )
+    biases = [c.bias for c in cases]
+    chosen = plan.choose(plan.Shape("forward", "fp32", 64, 96, 80, 24, ms), plan.INTERPRETER, 1)
+    ys, us = launch.forward(x, members, biases, chosen, Mask())
+    dys = [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype) for y in ys]
+    gradients = launch.backward(dys, members, us, chosen, True, True, Mask())
+    return x, members, biases, (ys, us), dys, gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("ms", [1, 2])
+@pytest.mark.parametrize("weight", [True, False])
+def test_right_results_pass(dtype: torch.dtype, ms: int, weight: bool) -> None:
+    x, members, biases, outputs, dys, gradients = kernels_case(dtype, ms, weight)
+    autotune.check_forward(x, members, biases, outputs)
+    autotune.check_backward(dys, members, outputs[1], gradients)
+
+
+def spoil(tensor: torch.Tensor, kind: str) -> None:
+    """A fault as a wrong kernel makes it."""
+    {"zero": tensor.zero_, "NaN": partial(tensor.fill_, torch.nan), "scale": partial(tensor.mul_, 1.2)}[kind]()
+
+
+@pytest.mark.parametrize("kind", ["zero", "NaN", "scale"])
+@pytest.mark.parametrize("what", ["y", "dx", "dR"])
+def test_wrong_results_are_found(what: str, kind: str) -> None:
+    x, members, biases, outputs, dys, gradients = kernels_case(ms=2)
+    spoil({"y": outputs[0][1], "dx": gradients[0], "dR": gradients[1][1]}[what], kind)
+    check = partial(autotune.check_forward, x, members, biases, outputs)
+    if what != "y":
+        check = partial(autotune.check_backward, dys, members, outputs[1], gradients)
+    with pytest.raises(autotune.WrongResultError, match=f"{what} differs from torch's by up to"):
+        check()
+
+
+def test_no_judgment_where_torch_has_infinities() -> None:
+    x, members, biases, (ys, us), *_ = kernels_case()
+    x[0, 0] = torch.inf
+    autotune.check_forward(x, members, biases, ([ys[0].clone()], us))
+    spoil(ys[0], "zero")
+    with pytest.raises(autotune.WrongResultError):  # of the other rows
+        autotune.check_forward(x, members, biases, (ys, us))
+
+
+def test_a_wrong_kernel_is_replaced_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = reference.make_case((20,), 24, 16, 4, torch.float32)
+
+    def wrong(*_: Any) -> LaunchPlan:
+        raise autotune.WrongResultError("y differs from torch's by up to 3 in the tile that was compared")
+
+    monkeypatch.setattr(fused, "_first_plan", wrong)
+    monkeypatch.setattr(fused, "_broken", {})
+    auto = fused.or_eager(fused.forward, eager.eager_forward)
+    with pytest.warns(RuntimeWarning, match=r"WrongResultError: y differs .*eager torch computes instead"):
+        y, _ = auto(c.x, operands_of(c))
+    assert torch.equal(y, eager.eager_forward(c.x, operands_of(c))[0])
