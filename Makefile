@@ -80,6 +80,7 @@ test-all: install $(QUANTIZERS)/.installed $(TRITONS)/.installed
 	LORASB_TRITONS=$(abspath $(TRITONS)) LORASB_GGUF_PROMPTS=50 $(PYTEST) -m "long or not long"
 	for arch in sm_80 sm_86 sm_89 sm_90 sm_120; do \
 	  $(MAKE) test-ptx ARCH=$$arch && $(PYTEST) --ptx $$arch -m long tests/kernels/test_every_kernel.py || exit 1; done
+	$(PYTEST) --ptx sm_100 tests/kernels/test_compiled.py tests/kernels/test_prepared_linear.py tests/kernels/test_weight_gradient.py
 
 # How many of lorasb's statements the suite runs; the last line of the table is the total. Not watched are processes that
 # tests start (ranks, compilers, fresh interpreters), so the tests that do little else are left out, as are those of

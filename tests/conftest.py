@@ -54,7 +54,9 @@ def grouped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--ptx ARCH`: run the kernels as compiled for an architecture, executed instruction by instruction."""
-    parser.addoption("--ptx", metavar="ARCH", help="execute kernels as compiled for sm_80, sm_86, sm_89, sm_90, sm_120")
+    parser.addoption(
+        "--ptx", metavar="ARCH", help="execute kernels as compiled for sm_80, sm_86, sm_89, sm_90, sm_100, sm_120"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

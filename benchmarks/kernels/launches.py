@@ -64,17 +64,17 @@ def record(
     return launches
 
 
-def record_gradient(dtype: torch.dtype, M: int, n: int, m: int) -> list[Launch]:
+def record_gradient(dtype: torch.dtype, M: int, n: int, m: int, arch: str) -> list[Launch]:
     """The launches of a sum of gradients [m, n]: added to for the last time; where nothing is cut off, the others too.
 
     Those are: added to, and of one call alone.
     """
     dy, x, total = empty(M, m, dtype=dtype), empty(M, n, dtype=dtype), empty(m, n)
     with observed(dry=True) as launches:
-        gradient_signs(dy, x, total, False)
+        gradient_signs(dy, x, total, False, arch)
         if M % 32 == m % 64 == n % 128 == 0:
-            gradient_add(dy, x, total, False)
-            gradient_signs(dy, x, None, True)
+            gradient_add(dy, x, total, False, arch)
+            gradient_signs(dy, x, None, True, arch)
     return launches
 
 

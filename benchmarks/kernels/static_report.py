@@ -155,7 +155,7 @@ def launches_of(job: Job) -> list[Launch]:
     """Recorded on tensors without memory."""
     v = job.variant
     if job.launch_of == "gradient":
-        return record_gradient(job.dtype, v.M, v.n, v.ms[0])
+        return record_gradient(job.dtype, v.M, v.n, v.ms[0], job.arch)
     if job.launch_of == "rows":
         return record_rows(job.plan, job.dtype, v.n, v.ms[0], v.r, BATCH, v.M // BATCH)
     if job.launch_of == "quantized":

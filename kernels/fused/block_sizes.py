@@ -68,11 +68,16 @@ NARROW_GRADIENT = GemmConfig(block_m=64, block_n=64, block_k=32, group=8, warps=
 FP32_GRADIENT = GemmConfig(block_m=64, block_n=64, block_k=16, group=8, warps=8, stages=2)
 
 
-def gradient_config(n: int, itemsize: int) -> GemmConfig:
+def is_executed(block_m: int, arch: str) -> bool:
+    """False for blocks that compile to tcgen05, which nothing has executed yet: on sm_100 from 64 rows on."""
+    return arch != "sm_100" or block_m < 64
+
+
+def gradient_config(n: int, itemsize: int, arch: str) -> GemmConfig:
     """Blocks of the gradient accumulator, for n columns of G and dy and x of `itemsize` bytes an element."""
-    if itemsize > 2:
-        return FP32_GRADIENT
-    return GRADIENT if n % GRADIENT.block_n == 0 else NARROW_GRADIENT
+    narrow = FP32_GRADIENT if itemsize > 2 else NARROW_GRADIENT
+    config = GRADIENT if itemsize <= 2 and n % GRADIENT.block_n == 0 else narrow
+    return config if is_executed(config.block_m, arch) else replace(config, block_m=32, warps=4)
 
 
 def dequantize_config() -> PrepConfig:

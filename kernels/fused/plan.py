@@ -139,9 +139,17 @@ def shipped_archs() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in TABLES.glob("sm_*.json")))
 
 
+def family(arch: str) -> str:
+    """The architecture whose table and code another one shares: "sm_100" of "sm_103", "sm_120" of "sm_121"."""
+    number = arch.removeprefix("sm_")
+    if number.isdecimal() and int(number) >= 100:
+        return "sm_120" if int(number) >= 120 else "sm_100"
+    return arch
+
+
 @lru_cache
 def shipped_rules(arch: str) -> tuple[Rule, ...]:
-    path = TABLES / f"{arch}.json"
+    path = TABLES / f"{family(arch)}.json"
     return read_rules(path) if path.is_file() else ()
 
 

@@ -71,7 +71,7 @@ def tune(cases: Sequence[Case], arch: str, sms: int, device: str, clock: Clock) 
             run = _run_of(case, device)
         except torch.OutOfMemoryError:
             continue
-        plans = autotune.candidates(case.shape, plan.choose(case.shape, arch, sms))
+        plans = autotune.candidates(case.shape, plan.choose(case.shape, arch, sms), arch)
         found.append(autotune.fastest(case.shape, plans, run, autotune.unchecked, clock))
     return [one for one in found if one is not None]
 

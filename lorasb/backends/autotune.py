@@ -23,14 +23,14 @@ from torch import Tensor
 
 from ..compat.triton import installed
 from ..kernels import plan
-from ..kernels.block_sizes import DECODE_ROWS, GemmConfig, PrepConfig
+from ..kernels.block_sizes import DECODE_ROWS, GemmConfig, PrepConfig, is_executed, quantized_config
 from ..kernels.plan import LaunchPlan, Shape
 from ..utils.atomic_files import cache_dir, write_text
 
 MODE = "LORASB_TUNE"  # environment variable
 MODES = ("on", "cached", "off")
 DRIVER = Path("/proc/driver/nvidia/version")  # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.124.06  ..."
-LEAST_TOKENS = 256  # fewer are bound by reading W, whichever the tiles
+LEAST_TOKENS = 256  # fewer are bound by reading W with any tiles
 BUDGET = 10.0  # ms of timing per kind
 MOST_ROUNDS = 10
 WORTH = 0.97  # another plan is taken where it takes less than this share of the table's time
@@ -47,9 +47,8 @@ GEMMS = (
     GemmConfig(128, 64, 64, 8, 4, 3),
     GemmConfig(64, 64, 32, 8, 4, 4),
 )
-# Tiles of a first call, each compiled while the user waits: for mma.sync, and for wgmma and tcgen05.
+# Tiles of a first call, each compiled while the user waits: for mma.sync, and for wgmma.
 FIRST_GEMMS, FIRST_WIDE_GEMMS = GEMMS[:2], GEMMS[2:3]
-WIDE_ARCHS = ("sm_90", "sm_100")
 # For up to DECODE_ROWS tokens: the smallest block of rows that a tensor-core product has.
 DECODE_GEMMS = (GemmConfig(16, 64, 64, 1, 4, 3), GemmConfig(16, 32, 128, 1, 4, 4), GemmConfig(16, 128, 64, 1, 4, 4))
 # Largest difference from torch's result, over its magnitude: TF32 and the rounding of v and y, many times over.
@@ -117,7 +116,7 @@ def first_plan(
         return _first.get(kind, chosen)
     check(run(chosen))
     if _is_timed(shape, arch, sms):
-        plans = candidates(shape, chosen, FIRST_WIDE_GEMMS if arch in WIDE_ARCHS else FIRST_GEMMS)
+        plans = candidates(shape, chosen, arch, FIRST_WIDE_GEMMS if arch == "sm_90" else FIRST_GEMMS)
         tuned = fastest(shape, plans, run, check, clock())
         if tuned is not None:
             chosen = tuned.best
@@ -132,16 +131,22 @@ def _is_timed(shape: Shape, arch: str, sms: int) -> bool:
     return not any(rule.path and rule.holds(shape, sms) for rule in plan.user_rules(arch))
 
 
-def candidates(shape: Shape, chosen: LaunchPlan, gemms: Sequence[GemmConfig] = ()) -> Iterator[LaunchPlan]:
+def candidates(
+    shape: Shape, chosen: LaunchPlan, arch: str, gemms: Sequence[GemmConfig] | None = None
+) -> Iterator[LaunchPlan]:
     """The table's choice, then plans with another path and with `gemms`; without these, all tiles and thin products."""
     yield chosen
     if shape.quant != "none":
-        yield replace(chosen, weights="scratch" if chosen.weights == "inline" else "inline")
+        weights = "scratch" if chosen.weights == "inline" else "inline"
+        if weights == "scratch" or is_executed(quantized_config(shape.M, 2).block_m, plan.family(arch)):
+            yield replace(chosen, weights=weights)
     yield replace(chosen, path="addmm" if chosen.path == "fused" else "fused")
-    tiles = gemms or (DECODE_GEMMS if shape.M <= DECODE_ROWS else GEMMS)
+    known, every = plan.family(arch), DECODE_GEMMS if shape.M <= DECODE_ROWS else GEMMS
+    tiles = [gemm for gemm in (every if gemms is None else gemms) if is_executed(gemm.block_m, known)]
     yield from (replace(chosen, path="fused", gemm=gemm) for gemm in tiles if gemm != chosen.gemm)
-    if not gemms and shape.M > DECODE_ROWS:
-        yield from (replace(chosen, prep=prep) for prep in PREPS if prep != chosen.prep)
+    if gemms is None and shape.M > DECODE_ROWS:
+        preps = [prep for prep in PREPS if is_executed(prep.block_m, known)]
+        yield from (replace(chosen, prep=prep) for prep in preps if prep != chosen.prep)
 
 
 def fastest(
@@ -214,7 +219,7 @@ def _rules_of(path: Path) -> list[dict[str, Any]]:
 
 
 def _remember(tuned: Tuned, arch: str, sms: int) -> None:
-    """Write the table, or warn: this process goes on with its own choice."""
+    """Write the table, or warn: this process keeps its choice."""
     try:
         write([tuned], arch, sms)
     except OSError as error:

@@ -226,21 +226,24 @@ def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
     """total [m, n] fp32 (+)= dyᵀ x."""
     from lorasb.kernels import weight_gradient as kernels
 
-    kernels.gradient_add(_checked(dy, x, total), x, total, fresh)
+    arch = _check_gradient(x, total)
+    kernels.gradient_add(dy.to(x.dtype), x, total, fresh, arch)
 
 
 def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Signs and nonzero places of total + dyᵀ x, as words; and Σ G², zeros, not finite."""
     from lorasb.kernels import weight_gradient as kernels
 
-    return kernels.gradient_signs(_checked(dy, x, total), x, total, fresh)
+    arch = _check_gradient(x, total)
+    return kernels.gradient_signs(dy.to(x.dtype), x, total, fresh, arch)
 
 
-def _checked(dy: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
-    check_call(x)
+def _check_gradient(x: Tensor, total: Tensor | None) -> str:
+    """The architecture of a call that the accumulator has a kernel for."""
+    arch, _ = check_call(x)
     if total is not None and total.dtype != torch.float32:
         raise TypeError(f"backend 'triton' expected an fp32 sum, got {total.dtype}: backend('eager') takes it")
-    return dy.to(x.dtype)
+    return plan_tables.family(arch)
 
 
 def mask_of(operands: Operands) -> Any:

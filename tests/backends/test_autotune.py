@@ -137,10 +137,30 @@ def test_an_unknown_mode_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         assert autotune.mode() == "on"
 
 
+@pytest.mark.parametrize("arch", ["sm_100", "sm_103"])
+@pytest.mark.parametrize("M", [1, 64, 512])
+def test_only_code_that_was_executed_is_chosen(arch: str, M: int) -> None:
+    """tcgen05 is for blocks of 64 rows and more."""
+    for op in ("forward", "backward"):
+        for dtype in ("bf16", "fp32"):
+            shape = plan.Shape(op, dtype, M, 4096, 4096, 96)
+            chosen = plan.choose(shape, arch, 148)
+            for one in autotune.candidates(shape, chosen, arch):
+                assert one.prep.block_m < 64
+                assert one.path == "addmm" or one.gemm.block_m < 64
+
+
+def test_a_new_architecture_has_its_familys_table() -> None:
+    assert [plan.family(arch) for arch in ("sm_103", "sm_121", "sm_90", "interpreter")] == [
+        "sm_100", "sm_120", "sm_90", "interpreter",
+    ]  # fmt: skip
+    assert plan.shipped_rules("sm_121") == plan.shipped_rules("sm_120") != ()
+
+
 def test_what_does_not_run_or_is_wrong_is_left_out() -> None:
     """The fastest needs more shared memory than there is, and the second fastest computes something else."""
     shape, chosen = SHAPE, plan.choose(SHAPE, ARCH, SMS)
-    plans = list(autotune.candidates(shape, chosen, autotune.FIRST_GEMMS))
+    plans = list(autotune.candidates(shape, chosen, ARCH, autotune.FIRST_GEMMS))
     assert len(plans) == 4
 
     def run(one: LaunchPlan) -> LaunchPlan:

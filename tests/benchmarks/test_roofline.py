@@ -124,7 +124,7 @@ def test_a_launch_takes_as_long_as_its_busiest_pipe() -> None:
 
 
 def test_a_kernel_that_is_not_counted_is_refused() -> None:
-    recorded = launches.record_gradient(torch.bfloat16, 64, 64, 64)[0]
+    recorded = launches.record_gradient(torch.bfloat16, 64, 64, 64, "sm_86")[0]
     with pytest.raises(ValueError, match="expected prep_forward, prep_backward or extended_gemm, got grad_sign"):
         list(executed_work.shares(recorded))
 

@@ -13,7 +13,7 @@ from .allocations import Tracker
 from .faults import KernelError
 from .launch import Compiled, FakeDriver, compile_launch, execute, orders_of
 
-MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_120": 170}
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170}
 ARCHITECTURES = tuple(MULTIPROCESSORS)
 
 
