@@ -206,8 +206,9 @@ def gpus(folder: Path) -> Iterator[str]:
             )
     if not cards:
         yield (
-            "No card has been measured yet. `make bench-gpu` runs the GPU tests and the suite (the layers and sibling "
-            "groups of Mistral-7B, Gemma-2 9B, Llama-3.2 3B and RoBERTa-large at 1 to 8192 tokens, r = 32, 64, 96) on "
-            "whatever is there, RTX A6000 (sm_86) first of all, and its tables then stand here. Until then there is a "
-            "roofline on paper: `python -m benchmarks.kernels.roofline --gpu a6000`."
+            "No card has been measured yet. `make bench-gpu` runs the GPU tests and measures within eight minutes what "
+            "this report and the documentation say of a GPU, on whatever card is there, RTX A6000 (sm_86) first of "
+            "all; `make bench-gpu-suite` has the layers and sibling groups of Mistral-7B, Gemma-2 9B, Llama-3.2 3B and "
+            "RoBERTa-large at 1 to 8192 tokens, r = 32, 64, 96. Until then there is a roofline on paper: `python -m "
+            "benchmarks.kernels.roofline --gpu a6000`."
         )

@@ -1,0 +1,278 @@
+"""Everything that the documentation says of a GPU, measured on whatever card is there within eight minutes.
+
+    python -m benchmarks.card [--output benchmarks/results] [--seconds 3] [--only SECTION]
+
+Each section is written to CARD.json as soon as it is measured. A second run of the same commit goes on where the first
+ended; another commit starts again. Times are milliseconds by CUDA events, medians with percentiles, and ratios to the
+section's first way within the same round. `--tiny` runs all sections on a CPU in shapes that mean nothing, as a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from benchmarks.common.shapes import MODELS
+from benchmarks.common.timing import Stats, commit, measure, measured_dtype, peak_bytes, provenance
+from benchmarks.layers.variants import Forward, Problem, calls, check, variants
+from benchmarks.quantized.ways import PEFT_RANK, with_peft
+from benchmarks.quantized.ways import ours as adapted
+from lorasb.utils.atomic_files import write_json
+from lorasb.utils.reading import read_json
+
+MODEL, RANK, TOKENS, DROPOUT = "mistral-7b", 96, 2048, 0.05
+FEW = (1, 16, 64)  # tokens
+DIRECTIONS = ("forward", "forward+backward")
+# Llama-3.2-1B's sizes, with random weights: nothing is downloaded.
+ONE_BILLION: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+}
+TINY: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128} | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how long: the device, seconds per case, and the factor by which shapes are divided."""
+
+    device: str
+    seconds: float
+    divisor: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a training step."""
+        return TOKENS // self.divisor
+
+    @property
+    def rank(self) -> int:
+        """r of ours."""
+        return RANK // min(self.divisor, 8)
+
+
+def row(case: str, stats: dict[str, Stats], **others: Any) -> Row:
+    """One measured case."""
+    return {"case": case, "ways": {way: asdict(found) for way, found in stats.items()}} | others
+
+
+def compared(run: Run, n: int, ms: tuple[int, ...], M: int, direction: str, drop: float = 0.0) -> dict[str, Stats]:
+    """Layers that read the same x, in every way of `benchmarks.layers.variants`, or in those that have dropout."""
+    sizes = n // run.divisor, tuple(m // run.divisor for m in ms)
+    problem = Problem(*sizes, run.rank, M, measured_dtype(run.device), run.device)
+    ways: dict[str, Forward] = variants(problem)
+    if drop:
+        ways = _with_dropout(problem, ways, drop)
+    else:
+        check(problem, ways)
+    return measure(calls(problem, ways, direction), run.device, run.seconds)
+
+
+def _with_dropout(p: Problem, ways: dict[str, Forward], drop: float) -> dict[str, Forward]:
+    from torch.nn.functional import dropout, linear
+
+    from lorasb.functional import lora_sb_linear
+
+    parts = p.weights[0], p.a[0], p.cores[0], p.b[0]
+
+    def chain(x: torch.Tensor) -> list[torch.Tensor]:
+        weight, a, core, b = parts
+        return [linear(x, weight) + linear(linear(linear(dropout(x, drop), a), core.to(x.dtype)), b)]
+
+    return {
+        "bare": ways["bare"],
+        "chain": chain,
+        "ours": lambda x: [lora_sb_linear(x, *parts, dropout=drop)],
+    }
+
+
+def linears(run: Run) -> Iterator[Row]:
+    """The seven linears of a block, each alone."""
+    for group in MODELS[MODEL]:
+        for name, m in zip(group.names, group.ms, strict=True):
+            for direction in DIRECTIONS:
+                stats = compared(run, group.n, (m,), run.tokens, direction)
+                yield row(f"{name} {group.n} x {m}, {run.tokens} tokens, {direction}", stats)
+
+
+def few_tokens(run: Run) -> Iterator[Row]:
+    """One layer for as few tokens as decoding has."""
+    for M in FEW:
+        yield row(f"4096 x 4096, {M} tokens, forward", compared(run, 4096, (4096,), M, "forward"))
+
+
+def groups(run: Run) -> Iterator[Row]:
+    """q/k/v and gate/up, one by one and in one call."""
+    for group in MODELS[MODEL]:
+        if len(group.ms) > 1:
+            for direction in DIRECTIONS:
+                stats = compared(run, group.n, group.ms, run.tokens, direction)
+                yield row(f"{'/'.join(group.names)}, {run.tokens} tokens, {direction}", stats)
+
+
+def with_dropout(run: Run) -> Iterator[Row]:
+    """One layer with dropout."""
+    for direction in DIRECTIONS:
+        stats = compared(run, 4096, (4096,), run.tokens, direction, DROPOUT)
+        yield row(f"4096 x 4096, dropout {DROPOUT}, {run.tokens} tokens, {direction}", stats)
+
+
+def four_bits(run: Run) -> Iterator[Row]:
+    """One layer over NF4: bitsandbytes, with PEFT's LoRA, and ours over the same packed weight."""
+    import bitsandbytes as bnb
+
+    size, dtype = 4096 // run.divisor, measured_dtype(run.device)
+    dense = nn.Linear(size, size, bias=False, dtype=dtype)
+
+    def packed() -> Any:
+        layer = bnb.nn.Linear4bit(size, size, bias=False, compute_dtype=dtype, quant_type="nf4")
+        layer.weight = bnb.nn.Params4bit(dense.weight.data.clone(), quant_type="nf4", compress_statistics=False)
+        return layer.to(run.device)
+
+    ways = {
+        "bitsandbytes": packed(),
+        "bitsandbytes + PEFT LoRA r=32": with_peft(nn.Sequential(packed())).to(run.device),
+        "ours": adapted(packed(), run.rank).to(run.device),
+    }
+    for M in (*FEW, run.tokens):
+        x = torch.randn(M, size, dtype=dtype, device=run.device, requires_grad=True)
+
+        def call(layer: Any, x: torch.Tensor = x) -> Callable[[int], Any]:
+            return lambda _: layer(x).sum().backward()
+
+        timed = {name: call(layer) for name, layer in ways.items()}
+        yield row(f"{size} x {size}, {M} tokens, forward+backward", measure(timed, run.device, run.seconds))
+
+
+def _model(run: Run) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(LlamaConfig(**(ONE_BILLION if run.divisor == 1 else TINY)))
+    return model.to(run.device, measured_dtype(run.device))
+
+
+def _batch(run: Run, model: Any) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, model.config.vocab_size, (4, run.tokens // 4), device=run.device)
+    return {"input_ids": ids, "labels": ids}
+
+
+def training(run: Run) -> Iterator[Row]:
+    """Initialization, and a training step of a model of a billion parameters, against PEFT's LoRA."""
+    from peft import LoraConfig, get_peft_model
+
+    import lorasb
+
+    lora = LoraConfig(r=PEFT_RANK, lora_alpha=PEFT_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft, mine = get_peft_model(_model(run), lora).train(), lorasb.patch(_model(run), r=run.rank)
+    batch = _batch(run, mine)
+
+    def start(_: int) -> Any:
+        lorasb.initialize(mine, [batch] * 2, lr=1e-4, progress=False)
+
+    def step(model: Any) -> Callable[[int], Any]:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+        def once(_: int) -> None:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return once
+
+    yield row(
+        "initialize, 8 samples",
+        measure({"initialize": start}, run.device, 0.0, least=2),
+        bytes=peak_bytes(start, run.device),
+    )
+    steps = {"PEFT LoRA r=32": step(peft), "ours": step(mine.train())}
+    peaks = {name: peak_bytes(one, run.device) for name, one in steps.items()}
+    stats = measure(steps, run.device, 4 * run.seconds, least=4)
+    yield row(f"a step of 4 x {run.tokens // 4} tokens", stats, bytes=peaks)
+
+
+def host(run: Run) -> Iterator[Row]:
+    """What launches cost the host, with CUDA stubbed out."""
+    command = [sys.executable, "-m", "benchmarks.kernels.host_time", "--json", "--calls", str(200 // run.divisor)]
+    done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"benchmarks.kernels.host_time failed: {done.stderr.strip().splitlines()[-1]}")
+    yield {"case": "µs of one thread", "host": json.loads(done.stdout)["rows"]}
+
+
+# section -> what measures it, and the places that its figures replace
+SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], str]] = {
+    "linears": (linears, "docs/kernels.md: the roofline's table of a block, first four rows; README: the row of GPUs"),
+    "few tokens": (few_tokens, "docs/kernels.md: a new table of decoding"),
+    "groups": (groups, "docs/kernels.md: the same table, q/k/v and gate/up together"),
+    "dropout": (with_dropout, "docs/kernels.md: a new row of dropout"),
+    "4 bits": (four_bits, "docs/quantized.md: a table beside the CPU's"),
+    "training": (training, "docs/kernels.md and docs/planner.md: bytes and time of a step; REPORT.md: the GPU section"),
+    "host": (host, "docs/kernels-without-a-gpu.md: what a launch costs the host"),
+}
+
+
+def tables(section: str, rows: list[Row]) -> Iterator[Table]:
+    """The rows of a section."""
+    view = Table(title=section)
+    for name in ("case", "way", "ms (20th-80th percentile)", "ratio to the first"):
+        view.add_column(name, justify="right" if name.startswith(("ms", "ratio")) else "left")
+    for one in rows:
+        for way, s in one.get("ways", {}).items():
+            times, ratio = f"{s['p50']:.3f} ({s['p20']:.3f}-{s['p80']:.3f})", f"{s['ratio']:.3f}"
+            view.add_row(one["case"], way, times, ratio)
+        for way, found in one.get("host", {}).items():
+            view.add_row(one["case"], way, f"{found['us']:.0f} µs", f"{found['ratio']:.2f}")
+    yield view
+
+
+def main() -> None:
+    """Measure what is missing, print and write after every section."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of CARD.json")
+    parser.add_argument("--seconds", type=float, default=3.0, help="per case")
+    parser.add_argument("--only", choices=list(SECTIONS), action="append", help="these sections alone, measured again")
+    parser.add_argument("--tiny", action="store_true", help="on a CPU, in tiny shapes: a test of this program")
+    options = parser.parse_args()
+    if not (options.tiny or torch.cuda.is_available()):
+        raise SystemExit("benchmarks.card needs a CUDA GPU: make bench measures a CPU, --tiny tests this program")
+    run = Run("cpu", 0.01, 32) if options.tiny else Run("cuda", options.seconds)
+    name = "tiny" if options.tiny else torch.cuda.get_device_name().replace(" ", "-").lower()
+    path, console = options.output / f"{name}.json", Console(width=140)
+    found = read_json(path) if path.is_file() else {}
+    if found.get("commit") != commit():
+        found = provenance(run.device) | {"sections": {}}
+    for section, (measure_section, replaces) in SECTIONS.items():
+        if options.only and section not in options.only:
+            continue
+        if section not in found["sections"] or options.only:
+            found["sections"][section] = {"replaces": replaces, "rows": list(measure_section(run))}
+            write_json(path, found)
+        for view in tables(section, found["sections"][section]["rows"]):
+            console.print(view)
+        console.print(f"replaces {replaces}\n")
+
+
+if __name__ == "__main__":
+    main()
