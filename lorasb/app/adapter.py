@@ -62,7 +62,8 @@ def _patch_and_initialize(run: Run, common: dict[str, Any], options: dict[str, A
         batch_size=settings.batch_size,
         collate_fn=run.problem.collator(run.tokenizer, run.model.get_base_model()),
     )
-    eta = settings.eta or lorasb.first_step_lr(settings.lr, run.warmup_steps)
+    measured = settings.lr is None and settings.eta is None and settings.rl is None
+    eta = settings.eta or lorasb.first_step_lr("auto" if measured else run.lr, run.warmup_steps)
     options |= {"num_samples": settings.samples, "update": settings.update, "seed": settings.seed}
     if settings.start != "limited":
         options["longest_start"] = None if settings.start == "paper" else 0.0
@@ -70,7 +71,11 @@ def _patch_and_initialize(run: Run, common: dict[str, Any], options: dict[str, A
         options["longest_start"] = 0.0
     if settings.rl is not None and settings.rl_start == "rewards":
         loader, options["loss_fn"], options["num_samples"] = _rewarded(run), lorasb.policy_loss, None
-    return lorasb.initialize(run.model, loader, lr=eta, **options)
+    report = lorasb.initialize(run.model, loader, lr=eta, **options)
+    if report.rate is not None:
+        run.lr = report.rate
+        console.print(f"learning rate {run.lr:.2g}, measured on {report.num_samples} samples", highlight=False)
+    return report
 
 
 def _rewarded(run: Run) -> Iterator[dict[str, torch.Tensor]]:

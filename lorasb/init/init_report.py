@@ -226,7 +226,8 @@ class InitReport:
     """The result of `lorasb.initialize`. Prints as a table; has methods `save`, `load`, `plot` and `suggest_ranks`.
 
     `left` lists modules that are not adapted by design: a tied head, routers, experts that are not named in
-    `target_parameters`. `longest_start` is the limit passed to `initialize`, or None.
+    `target_parameters`. `longest_start` is the limit passed to `initialize`, or None. `rate` is the peak learning rate
+    that lr="auto" measured, to train with, or None.
     """
 
     init: str
@@ -241,6 +242,7 @@ class InitReport:
     why: str = ""
     left: list[str] = field(default_factory=list)
     longest_start: float | None = None
+    rate: float | None = None
 
     @property
     def energy_sign(self) -> float | None:
@@ -287,6 +289,8 @@ class InitReport:
             caption += f"; overlap of two halves of the samples {_percent(self.stability)}"
         if self.start is not None and self.start < 1.0:
             caption += f"; R starts {self.longest_start:g} of its steps away, {_percent(self.start)} of the first step"
+        if self.rate is not None:
+            caption += f"; learning rate {self.rate:.2g}"
         caption += "".join(f"\nleft alone: {line}" for line in self.left)
         table = Table(title=f"{self.init} initialization: {what}", caption=caption)
         table.add_column("layer", overflow="fold")

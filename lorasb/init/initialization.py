@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from .loss import LossFn
 from .pipeline import Outcome, from_gradients, from_weights
 from .provenance import provenance
 from .several_tasks import initialize_tasks
-from .task import InitOptions, Layers
+from .task import NOMINAL_RATE, AutoRate, InitOptions, Layers
 from .write import Staging
 
 ROUTER_SUFFIXES = ("Router", "Gate")  # of class names in transformers
@@ -78,7 +78,7 @@ def initialize(
     model: nn.Module,
     batches: Any = None,
     *,
-    lr: float | None = None,
+    lr: float | Literal["auto"] | AutoRate | None = None,
     num_samples: int | None = None,
     update: str = "adamw",
     longest_start: float | None = LONGEST_START,
@@ -104,7 +104,8 @@ def initialize(
         batches: a DataLoader or a list (drawn from by `seed`), or an iterable of dicts (in order); of a rank, its own.
             Several by name ({"math": loader, "code": loader}) make an adapter for each, all on one basis, which is the
             adapter itself with R = 0; a `TasksReport` then says what it keeps of each one's first step.
-        lr: η, the learning rate of R's first step: `lorasb.first_step_lr` computes it from a schedule.
+        lr: η, the learning rate of R's first step: `lorasb.first_step_lr` computes it from a schedule. "auto" measures
+            the rate for AdamW by a forward over the samples (docs/choosing.md): the report's `rate`.
         num_samples: over all ranks; None for min(available, max(32, n/1000)), or all of an iterable without a size.
         update: "adamw" (signs), "sgd" (the mean gradient, Theorem 6) or "per-sample" (moments, docs/choosing.md).
         longest_start: in AdamW steps of R at the rate η; 0 for R = 0, None for the full step of the text. Not of "sgd".
@@ -127,9 +128,11 @@ def initialize(
     """
     if isinstance(beside, str):
         raise ValueError(f"beside takes names of adapters, got the text {beside!r}: beside=[{beside!r}]")
+    auto = AutoRate() if lr == "auto" else lr if isinstance(lr, AutoRate) else None
     options = InitOptions(
         adapter=adapter_name or "",
-        lr=lr or 0.0,
+        lr=NOMINAL_RATE if auto is not None else float(cast(float, lr or 0.0)),
+        auto=auto,
         update=update,
         seed=seed,
         longest_start=longest_start,
@@ -163,6 +166,8 @@ def _initialize(model: nn.Module, options: InitOptions, batches: Any, adapter_na
             raise ValueError(
                 f"init='update' takes batches and lr > 0, at most {MAX_LR:g}: initialize(model, loader, lr=...)"
             )
+        if options.auto is not None and batches is None:
+            raise ValueError("lr='auto' measures on samples, and a cache has signs alone: pass batches, or a rate")
         # The hooks cut the forward at every block, and each cut would be a graph break and a recompilation.
         with Staging(options) as staging, torch.compiler.set_stance("force_eager"):
             outcome = from_gradients(model, layers, batches, options, staging)
@@ -190,7 +195,7 @@ def without_data(
 
 
 def _without_data(model: nn.Module, config: LoRASBConfig, layers: Layers, options: InitOptions) -> InitReport:
-    started, options = time.perf_counter(), replace(options, lr=0.0, update="none", longest_start=None)
+    started, options = time.perf_counter(), replace(options, lr=0.0, auto=None, update="none", longest_start=None)
     return _recorded(model, config, from_weights(layers, config.init, options), options, started)
 
 
@@ -201,7 +206,8 @@ def _recorded(
     report = InitReport(
         init=config.init,
         update=options.update,
-        lr=options.lr or None,
+        lr=outcome.rate / options.auto.divisor if options.auto and outcome.rate else options.lr or None,
+        rate=outcome.rate,
         num_samples=outcome.num_samples,
         seed=options.seed,
         loss=outcome.loss,

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..distributed.process_group import Processes, sharded
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.base import weight_present
+from .auto_rate import measured_rate, scale_starts
 from .cache import Cache
 from .factorize import Factors, kaiming, lora_xs, overlap, random_subspace
 from .init_report import LayerReport
@@ -39,6 +40,7 @@ class Outcome:
     loss: float | None = None
     strategy: str = "none"
     why: str = ""
+    rate: float | None = None  # measured with lr="auto"
 
 
 def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: InitOptions, staging: Staging) -> Outcome:
@@ -47,6 +49,7 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Init
     processes = Processes()
     pieces, seen, data_hash = _samples(model, batches, options, processes)
     writer = LayerWriter(layers, _per_sum(options, pieces, processes), processes, staging)
+    work = Work(model, layers, pieces, options, processes)
     if options.cache is not None:
         # Before any forward: a cache of other data or weights is refused at once.
         writer.cache = Cache(options.cache, cache_key(model, layers, options, seen, data_hash), batches is not None)
@@ -57,8 +60,8 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Init
             writer.write_cached(signs)
             writer.write_fallbacks(model, [name for name in layers if name not in signs])
             facts, why = writer.cache.facts, f"signs from {writer.cache.path}, no backward"
-            return Outcome(_reports(writer), facts["num_samples"], facts["data"], facts["loss"], "cache", why)
-    work = Work(model, layers, pieces, options, processes)
+            found = facts["num_samples"], facts["data"], facts["loss"], "cache", why
+            return Outcome(_reports(writer), *found, _measure_rate(work))
     with frozen_base(model, options.beside):
         executor = _execute_plan(work, writer)
         writer.write_fallbacks(model, [name for name in layers if name not in writer.reports])
@@ -66,13 +69,25 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Init
         loss, labeled = processes.all_reduce_sum(torch.tensor([work.loss, work.labeled], dtype=torch.float64)).tolist()
         if options.stability:
             _measure_stability(work, writer)
-    outcome = Outcome(_reports(writer), seen, data_hash, loss / labeled, executor.plan.strategy, executor.plan.why)
+    found = seen, data_hash, loss / labeled, executor.plan.strategy, executor.plan.why
+    outcome = Outcome(_reports(writer), *found, _measure_rate(work))
     if writer.cache is not None:
         with processes.together():
             if processes.rank == 0:
                 facts = {"loss": outcome.loss, "num_samples": seen, "data": data_hash, "strategy": outcome.strategy}
                 writer.cache.finish(facts | {"not_reached": [one.name for one in outcome.layers if one.fallback]})
     return outcome
+
+
+def _measure_rate(work: Work) -> float | None:
+    """Scale the start to the learning rate of lr="auto", and return the rate; None if a rate was given."""
+    options = work.options
+    if options.auto is None:
+        return None
+    with frozen_base(work.model, options.beside):
+        rate = measured_rate(work)
+    scale_starts(work.layers, options.adapter, rate / options.auto.divisor / options.lr)
+    return rate
 
 
 def _per_sum(options: InitOptions, pieces: list[Piece], processes: Processes) -> InitOptions:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import psutil
 import torch
@@ -17,7 +17,7 @@ from ..utils.checks import check_lr
 from .block_recorder import NotAStackError, Stack, find_stack
 from .sampling import batch_size
 from .svd import ITERATIONS, OVERSAMPLE, sketch_bytes
-from .task import Work
+from .task import AutoRate, Work
 
 DEFAULT_BATCH = 32  # the paper's batch: the default budget is the memory of a training step of this many samples
 SAVED_ACTIVATIONS = 3.0  # ratio: what autograd saves of a block, over half the inputs and outputs of its linears
@@ -305,7 +305,21 @@ def _refuse_too_much(work: Work, sizes: Sizes, memory: float, limit: float, stac
 RULES = ("schedule", "published")
 
 
-def first_step_lr(lr: float, warmup_steps: float = 0, total_steps: int | None = None, rule: str = "schedule") -> float:
+@overload
+def first_step_lr(
+    lr: float, warmup_steps: float = 0, total_steps: int | None = None, rule: str = "schedule"
+) -> float: ...
+
+
+@overload
+def first_step_lr(
+    lr: Literal["auto"], warmup_steps: float = 0, total_steps: int | None = None, rule: str = "schedule"
+) -> AutoRate: ...
+
+
+def first_step_lr(
+    lr: float | Literal["auto"], warmup_steps: float = 0, total_steps: int | None = None, rule: str = "schedule"
+) -> float | AutoRate:
     """η = peak lr / warm-up steps: the rate of the first step that moves, which the initialization simulates.
 
     During a warm-up the rate of step 0 is 0, which would initialize R to zero.
@@ -315,7 +329,8 @@ def first_step_lr(lr: float, warmup_steps: float = 0, total_steps: int | None = 
     times smaller there. `first_step_lr(1e-4, 0.02, total_steps=len(loader) * epochs, rule="published")` repeats it.
 
     Args:
-        lr: the schedule's peak learning rate.
+        lr: the schedule's peak learning rate, or "auto": `initialize` then measures it, and its report's `rate` is the
+            peak to train with.
         warmup_steps: number of warm-up steps, or, below 1, their fraction of `total_steps`.
         total_steps: optimizer steps of the whole run; needed only for a fraction. With rule="published", batches of the
             estimation's loader times epochs.
@@ -324,8 +339,12 @@ def first_step_lr(lr: float, warmup_steps: float = 0, total_steps: int | None = 
 
     Raises:
         ValueError: a rate that is not positive, negative warm-up, a fraction without total_steps, an unknown rule, or
-            the published one without a fraction.
+            the published one without a fraction or with "auto".
     """
+    if lr == "auto":
+        if rule == "published":
+            raise ValueError("rule='published' repeats runs at their own rate: pass it in place of lr='auto'")
+        return AutoRate(1.0 / first_step_lr(1.0, warmup_steps, total_steps, rule))
     check_lr(lr)
     if warmup_steps < 0:
         raise ValueError(f"expected warmup_steps >= 0, got {warmup_steps!r}")

@@ -23,15 +23,26 @@ UPDATES = ("adamw", "sgd", "per-sample")
 STRATEGIES = ("auto", "layerwise", "accumulate")
 
 
+NOMINAL_RATE = 1e-3  # of a start that is scaled once its rate is measured
+
+
+@dataclass(frozen=True)
+class AutoRate:
+    """A learning rate that `initialize` measures on its samples; the first step's η is it over `divisor`."""
+
+    divisor: float = 1.0
+
+
 @dataclass(frozen=True)
 class InitOptions:
     """The arguments of `initialize` other than the model and the batches, which describes them.
 
-    `update` is "none" for the data-free inits; `memory_budget` is in bytes.
+    `update` is "none" for the data-free inits; `memory_budget` is in bytes. With `auto`, `lr` is `NOMINAL_RATE`.
     """
 
     adapter: str = ""
     lr: float = 0.0
+    auto: AutoRate | None = None
     update: str = "none"
     seed: int = 0
     longest_start: float | None = None
@@ -81,6 +92,8 @@ class InitOptions:
             )
         if several and self.cache is not None:
             raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
+        if several and self.auto is not None:
+            raise ValueError("lr='auto' measures the rate of one task, and several share a basis: pass a number")
         if several and self.held_back:
             raise ValueError("held_back is of one adapter, and several tasks share a basis: initialize them without it")
         if self.beside and self.cache is not None:

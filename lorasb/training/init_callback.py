@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
@@ -43,7 +43,8 @@ class InitCallback(TrainerCallback):
     Args:
         num_samples: number of samples over all processes; None takes min(n, max(32, n/1000)).
         seed: for sampling and the SVD; the trainer's `seed` by default.
-        lr: η, instead of the one derived from the trainer's arguments.
+        lr: η, instead of the one derived from the trainer's arguments; or "auto", which measures the peak learning rate
+            on the samples (docs/choosing.md) and sets it in the optimizer and the schedule, in place of the arguments'.
         samples: batches instead of the trainer's own data, or a function that makes them of the model when training
             begins: for reinforcement learning, whose data has prompts and no labels.
         share_factors: let the run's checkpoints share one file of A and B, which only a refresh changes: each further
@@ -65,7 +66,7 @@ class InitCallback(TrainerCallback):
         num_samples: int | None = None,
         *,
         seed: int | None = None,
-        lr: float | None = None,
+        lr: float | Literal["auto"] | None = None,
         samples: Iterable[Any] | Callable[[Any], Iterable[Any]] | None = None,
         share_factors: bool = True,
         refresh_at: int | None = None,
@@ -96,6 +97,7 @@ class InitCallback(TrainerCallback):
         model: Any = None,
         train_dataloader: Any = None,
         optimizer: Any = None,
+        lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
         """Initialize, or restore A and B; the trainer has loaded a checkpoint by now and made no step."""
@@ -114,9 +116,18 @@ class InitCallback(TrainerCallback):
         if not ready:
             _refuse_copies(optimizer, layers, name)
             # The schedule multiplies by step / warm-up steps: the first rate above 0 is peak / warm-up steps.
-            lr = self.lr or first_step_lr(args.learning_rate, args.get_warmup_steps(state.max_steps))
-            call = partial(initialize, lr=lr)
+            warmup = args.get_warmup_steps(state.max_steps)
+            given = self.lr if self.lr != "auto" else first_step_lr("auto", warmup)
+            call = partial(initialize, lr=given or first_step_lr(args.learning_rate, warmup))
             self.report = self._with_samples(call, args, model, train_dataloader, self.num_samples, 0)
+            if self.report.rate is not None:
+                _set_rate(self.report.rate, optimizer, lr_scheduler, layers, name)
+        elif self.lr == "auto" and state.global_step == 0:
+            warnings.warn(
+                f"adapter {name!r} is initialized already, so that no rate is measured: learning_rate="
+                f"{args.learning_rate:g} stays",
+                stacklevel=2,
+            )
         if first and self.refresh_at is not None and state.global_step <= self.refresh_at:
             check_refreshable(model, name, layers)
 
@@ -183,6 +194,18 @@ class InitCallback(TrainerCallback):
                 batches = iter(self.samples(model) if callable(self.samples) else self.samples)
                 # all, in their order, unless a number is given
             return call(model, batches, **options | {"seed": seed, "num_samples": count})
+
+
+def _set_rate(rate: float, optimizer: Any, scheduler: Any, layers: dict[str, AdaptedLayer], name: str) -> None:
+    """Set the peak rate of R's parameter groups; other groups (a head's) keep theirs."""
+    cores = {id(layer.lorasb_R[name]) for layer in layers.values()}
+    peaks = getattr(getattr(scheduler, "scheduler", scheduler), "base_lrs", None)  # accelerate wraps a schedule
+    for i, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
+        if any(id(parameter) in cores for parameter in group["params"]):
+            group["lr"] *= rate / group.get("initial_lr", group["lr"])
+            group["initial_lr"] = rate
+            if peaks is not None:
+                peaks[i] = rate
 
 
 def _refresh(optimizer: Any, model: Any, batches: Any, **options: Any) -> InitReport:

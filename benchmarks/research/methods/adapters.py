@@ -18,6 +18,7 @@ from benchmarks.research.methods import starts
 from benchmarks.research.methods.gradients import take_again, weigh_by_spread
 from benchmarks.research.methods.grid import BY_SCORE, CORE, METHODS, SHARING, Cell, Method, Task, task_named
 from benchmarks.research.methods.problems import Batch, Problem, batches_of
+from lorasb.init.task import AutoRate
 
 Batches = Callable[[int], list[Batch]]  # so many samples, drawn for the initialization, in batches
 LORA_GA_SAMPLES = 32  # as many as LoRA-SB takes
@@ -97,7 +98,7 @@ def begin(model: Any, problem: Problem, cell: Cell, batches: Batches, eta: float
     return lorasb.initialize(
         model,
         batches(count),
-        lr=eta,
+        lr=AutoRate(cell.lr / eta) if options.get("measured") else eta,
         num_samples=count,
         seed=cell.seed,
         progress=False,

@@ -36,7 +36,7 @@ COLUMNS = (
     "version",
     "machine",
     "date",
-    "found_lr",  # by trials, where a run finds its own rate
+    "found_lr",  # measured or by trials, where a run finds its own rate
 )
 
 

@@ -46,7 +46,9 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
     if settings(cell).get("four_bits"):  # where training begins, with what the start makes of the rounding
         before = {split: problem.loss(model, split) for split in splits}
     started = time.perf_counter()
-    found_lr = find_rate(model, problem, task, cell) if settings(cell).get("trials") else None
+    found_lr = getattr(report, "rate", None)
+    if settings(cell).get("trials"):
+        found_lr = find_rate(model, problem, task, cell)
     losses = train(model, problem, task, replace(cell, lr=found_lr or cell.lr), warmup)
     seconds = time.perf_counter() - started
     judged = {split: problem.judge(model, split) for split in splits}

@@ -10,7 +10,8 @@ from typing import Any
 from benchmarks.common.csv_files import Row
 from benchmarks.research.methods.grid import LONGER, Cell
 
-FIXED, FOUND = "sign, 2e-3", "sign, rate found"  # the default rate, and the one that `lorasb.find_lr` finds from it
+FIXED, FOUND = "sign, 2e-3", "sign, rate found"  # a constant rate, and the one that `lorasb.find_lr` finds from it
+MEASURED = "sign, rate measured"  # lr="auto", the default
 LORA = "LoRA r=32"  # what everybody uses; ten times the parameters of r = 64 here
 ROWS = "paired.csv"  # beside the other results
 SEEDS = tuple(range(8))
@@ -67,6 +68,7 @@ def entries() -> dict[str, Entry]:
         Entry("sign", "LoRA-SB"),
         Entry(FIXED, "LoRA-SB", rate=2e-3, falls=0.0, swept=False),
         Entry(FOUND, "LoRA-SB", {"trials": True}, rate=2e-3, falls=0.0, swept=False),
+        Entry(MEASURED, "LoRA-SB", {"measured": True}, rate=2e-3, falls=0.0, swept=False),
         Entry("random", "LoRA-SB", {"init": "random"}),
         Entry("LoRA-XS", "LoRA-SB", {"init": "lora-xs", "alpha_is_rank": True}, rate=2e-3),
         Entry("LoRA-XS, output", "LoRA-SB", {"init": "lora-xs-output", "alpha_is_rank": True}, rate=2e-3),

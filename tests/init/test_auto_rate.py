@@ -1,0 +1,183 @@
+"""lr="auto": a rate by which an aligned step changes the outputs of the median layer by RHO, measured on the samples."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import tolerances
+import torch
+from models import batches_for, make
+from torch import Tensor, nn
+from trainer_runs import train
+
+import lorasb
+from lorasb.init import InitReport, auto_rate
+from lorasb.init.task import AutoRate
+from lorasb.layers.linear import LoRASBLinear
+from lorasb.training import init_callback
+
+
+def measured(family: str = "llama", r: int = 4, **options: object) -> tuple[nn.Module, InitReport]:
+    """A model whose start's rate is measured, and the report."""
+    scaling = options.pop("scaling", 1.0)
+    model = lorasb.patch(make(family), r=r, scaling=scaling)
+    given = {"lr": "auto", "progress": False} | options
+    return model, lorasb.initialize(model, batches_for(family), **given)
+
+
+def cores(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach() for parameter in cores_of(model)]
+
+
+@torch.no_grad()
+def change_by_an_aligned_step(model: nn.Module, family: str, rate: float) -> float:
+    """Median over layers of rms‖s·B ΔR A x‖ / rms‖W x‖, with ΔR = rate·1 aligned with each |u|: in float64, by itself."""
+    shares: dict[str, list[float]] = {}
+
+    def hook(name: str, layer: LoRASBLinear) -> object:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            u = inputs[0].double() @ layer.lorasb_A["default"].double().t()
+            r, scaling = u.shape[-1], layer.adapters["default"].scaling
+            sums = shares.setdefault(name, [0.0, 0.0])
+            sums[0] += float((scaling * rate * r * u).square().sum())
+            sums[1] += float(output.double().square().sum())
+
+        return layer.register_forward_hook(add)
+
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRASBLinear)}
+    handles = [hook(name, layer) for name, layer in layers.items()]
+    model.eval()
+    with model.disable_adapter():
+        for batch in batches_for(family):
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    return statistics.median(math.sqrt(low / whole) for low, whole in shares.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+@pytest.mark.parametrize("update", ["adamw", "sgd", "per-sample"])
+def test_a_step_at_the_rate_changes_outputs_by_rho(family: str, update: str) -> None:
+    model, report = measured(family, update=update, scaling=0.5)
+    assert report.rate is not None
+    change = change_by_an_aligned_step(model, family, report.rate)
+    tolerances.check(torch.tensor(change), torch.tensor(auto_rate.RHO), tolerances.fp32(64))
+
+
+def test_the_start_belongs_to_the_rate() -> None:
+    """As if the rate had been given; R's length is proportional to η."""
+    model, report = measured()
+    again = lorasb.patch(make("llama"), r=4)
+    other = lorasb.initialize(again, batches_for("llama"), lr=report.rate, progress=False)
+    assert other.rate is None
+    assert report.lr == other.lr
+    for got, want in zip(cores(model), cores(again), strict=True):
+        tolerances.check(got, want, tolerances.FACTORS)
+    assert model.peft_config["default"].init_provenance["lr"] == report.lr
+
+
+def test_a_warm_up_divides_the_first_step_and_not_the_rate() -> None:
+    given = lorasb.first_step_lr("auto", 0.1, total_steps=50)
+    assert given == AutoRate(5.0)
+    model, report = measured(lr=given)
+    whole, other = measured()
+    assert report.rate == other.rate
+    assert report.lr == pytest.approx(report.rate / 5)
+    for short, long in zip(cores(model), cores(whole), strict=True):
+        tolerances.check(5 * short, long, tolerances.FACTORS)
+
+
+def test_scaling_and_rank_are_in_the_rate() -> None:
+    """ρ counts s·r‖A x‖: half of s takes twice the rate, and more of the rank a smaller one."""
+    _, one = measured()
+    _, half = measured(scaling=0.5)
+    _, more = measured(r=8)
+    assert half.rate == pytest.approx(2 * one.rate, rel=1e-5)
+    assert more.rate < one.rate
+
+
+def test_the_samples_of_a_cache_are_measured_too(tmp_path: Path) -> None:
+    file = tmp_path / "signs"
+    _, first = measured(cache=file)
+    _, second = measured(cache=file)
+    assert (second.strategy, second.rate) == ("cache", pytest.approx(first.rate))
+    model = lorasb.patch(make("llama"), r=4)
+    with pytest.raises(ValueError, match="lr='auto' measures on samples, and a cache has signs alone"):
+        lorasb.initialize(model, None, lr="auto", cache=file, progress=False)
+
+
+def test_without_activations_there_is_a_stated_fallback() -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LoRASBLinear):
+                module.get_base_layer().weight.zero_()
+    with pytest.warns(UserWarning, match=r"lr='auto' takes 0.002, as no activations of a linear layer are finite"):
+        rate = auto_rate.measured_rate(work_of(model))
+    assert rate == auto_rate.FALLBACK
+
+
+def work_of(model: nn.Module) -> auto_rate.Work:
+    from lorasb.distributed.process_group import Processes
+    from lorasb.init.task import InitOptions, Piece
+    from lorasb.layers.lookup import adapted_layers
+
+    name, layers = adapted_layers(model, None)
+    pieces = [Piece(batch) for batch in batches_for("llama")]
+    return auto_rate.Work(model, layers, pieces, InitOptions(adapter=name), Processes())
+
+
+def test_what_has_no_rate_is_refused() -> None:
+    with pytest.raises(ValueError, match="lr='auto' measures the rate of one task"):
+        lorasb.initialize(lorasb.patch(make("llama"), r=4), {"a": batches_for("llama")}, lr="auto", progress=False)
+    with pytest.raises(ValueError, match="rule='published' repeats runs at their own rate"):
+        lorasb.first_step_lr("auto", 0.1, total_steps=50, rule="published")
+
+
+def test_a_loss_of_the_users_is_called_for_the_forward() -> None:
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(**batch).loss
+
+    _, own = measured()
+    _, given = measured(loss_fn=loss_fn)
+    assert given.rate == pytest.approx(own.rate, rel=0.2)  # other weights of samples give other signs
+
+
+def test_a_trainer_trains_r_at_the_rate(tmp_path: Path) -> None:
+    callback = lorasb.InitCallback(lr="auto")
+    model = lorasb.patch(make("llama"), r=4)
+    trainer = train(model, tmp_path, [callback], warmup_steps=2)
+    assert callback.report is not None
+    assert callback.report.rate is not None
+    groups = trainer.optimizer.param_groups
+    assert all(group["initial_lr"] == callback.report.rate for group in groups if group["params"])
+    assert trainer.lr_scheduler.base_lrs[0] == callback.report.rate
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert max(rates) <= callback.report.rate * (1 + 1e-6)
+
+
+def test_a_head_keeps_the_rate_of_the_arguments() -> None:
+    model, report = measured()
+    assert report.rate is not None
+    head, layers = nn.Linear(2, 2), {n: m for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}
+    optimizer = torch.optim.AdamW([{"params": head.parameters(), "lr": 0.5}, {"params": cores_of(model)}], lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
+    init_callback._set_rate(report.rate, optimizer, schedule, layers, "default")
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, report.rate])
+    optimizer.step()
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.25, report.rate / 2])
+
+
+def cores_of(model: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if "lorasb_R" in name]
+
+
+def test_an_initialized_adapter_keeps_the_rate_of_the_arguments(tmp_path: Path) -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    lorasb.initialize(model, batches_for("llama"), lr=1e-3, progress=False)
+    with pytest.warns(UserWarning, match="is initialized already, so that no rate is measured: learning_rate=0.01"):
+        train(model, tmp_path, [lorasb.InitCallback(lr="auto")])
