@@ -72,9 +72,7 @@ def _patch_and_initialize(run: Run, common: dict[str, Any], options: dict[str, A
     if settings.rl is not None and settings.rl_start == "rewards":
         loader, options["loss_fn"], options["num_samples"] = _rewarded(run), lorasb.policy_loss, None
     report = lorasb.initialize(run.model, loader, lr=eta, **options)
-    if report.rate is not None:
-        run.lr = report.rate
-        console.print(f"learning rate {run.lr:.2g}, measured on {report.num_samples} samples", highlight=False)
+    run.lr = report.rate or run.lr
     return report
 
 

@@ -22,7 +22,7 @@ from .results import Result
 from .run_folder import FINISHED, RunFolder, Start, State, identity_of
 from .settings import Settings
 from .terminal import Stop, console, errors
-from .train import find_rate
+from .train import find_rate, refine
 
 GO_ON = "stopped: rerun the same command to resume"
 
@@ -116,6 +116,8 @@ def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[Any, float
     report, seconds = adapt(run)
     if run.settings.find_lr:
         run.lr = find_rate(run).lr
+    elif getattr(report, "rate", None) is not None:
+        run.lr = refine(run).lr
     add_adapters(run)
     if is_first_rank:
         folder.save_start(lambda target: save_start(run, report, target), Start(seconds, run.lr))

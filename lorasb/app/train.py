@@ -19,7 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from ..compat.transformers import on_one_device
 from ..distributed.process_group import Processes
 from ..serving.training import AdapterRowsCallback
-from ..training.rate_trials import RateTrials, find_lr
+from ..training.rate_trials import RateTrials, find_lr, refine_rate
 from ..utils.reading import read_json
 from . import run_folder
 from .estimate import Estimate, announcement, estimate, estimated, memory_in_use, padded_tokens, peak_memory
@@ -324,6 +324,15 @@ def find_rate(run: Run) -> RateTrials:
         checkpoint_activations(run.model.get_base_model())
     found = find_lr(run.model, batches(run), run.lr, accumulation=settings.gradient_accumulation)
     console.print(str(found), highlight=False, soft_wrap=True)
+    return found
+
+
+def refine(run: Run) -> RateTrials:
+    """Refine the rate that the initialization has measured; R is left at the start of the result. A collective."""
+    if run.settings.gradient_checkpointing:
+        checkpoint_activations(run.model.get_base_model())
+    found = refine_rate(run.model, batches(run), run.lr, accumulation=run.settings.gradient_accumulation)
+    console.print(f"learning rate {found.lr:.2g}, measured on the samples and by two trials of {found.steps} steps")
     return found
 
 

@@ -21,7 +21,7 @@ from benchmarks.common.timing import commit, dtype_name, machine_name, measured_
 from benchmarks.research.methods.adapters import begin_again, optimizer, put_in, refresh, sample_count, settings
 from benchmarks.research.methods.grid import BY_LOSS, FULL, METHODS, SEEDS, SWEEP_SEED, WARMUP, Cell, Task, task_named
 from benchmarks.research.methods.problems import Batch, Problem, load
-from lorasb.training.rate_trials import JUDGED, STEPS, find_lr
+from lorasb.training.rate_trials import JUDGED, STEPS, find_lr, refine_rate
 
 CLIP = 1.0
 
@@ -46,7 +46,9 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
     if settings(cell).get("four_bits"):  # where training begins, with what the start makes of the rounding
         before = {split: problem.loss(model, split) for split in splits}
     started = time.perf_counter()
-    found_lr = getattr(report, "rate", None)
+    found_lr = None
+    if settings(cell).get("measured"):
+        found_lr = refine_rate(model, batches(problem, task, cell.seed), report.rate, progress=False).lr
     if settings(cell).get("trials"):
         found_lr = find_rate(model, problem, task, cell)
     losses = train(model, problem, task, replace(cell, lr=found_lr or cell.lr), warmup)
