@@ -20,6 +20,11 @@ Everything that is public, from its docstring. `python docs/make_api.py` writes 
 """
 
 
+def _unquoted(text: str) -> str:
+    """A signature without the quotes of its annotations, which are strings; those of a literal stay."""
+    return re.sub(r"Literal\[(\w+)\]", r'Literal["\1"]', re.sub("[\"']", "", text))
+
+
 def signature(name: str, item: Any) -> str:
     """`name(arguments)`, with one argument per line if it is longer than 100 characters."""
     if not callable(item):
@@ -29,11 +34,11 @@ def signature(name: str, item: Any) -> str:
         own = (field.name for field in dataclasses.fields(item) if field.name not in inherited)
         return f"{name}(\n    " + ",\n    ".join(own) + ",\n)"
     # annotations are strings in the sources; their quotes are dropped
-    text = f"{name}{inspect.signature(item)}".replace("'", "")
+    text = _unquoted(f"{name}{inspect.signature(item)}")
     text = re.sub(r"<factory>", "...", text)
     if len(text) <= 100:
         return text
-    arguments = [str(p).replace("'", "") for p in inspect.signature(item).parameters.values()]
+    arguments = [_unquoted(str(p)) for p in inspect.signature(item).parameters.values()]
     return f"{name}(\n    " + ",\n    ".join(arguments).replace("<factory>", "...") + ",\n)"
 
 

@@ -37,13 +37,13 @@ class _Sums:
     def hook(self, name: str) -> Any:
         layer = self.layers[name]
 
-        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def _add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x, a = inputs[0], layer.lorasb_A[self.adapter]
             u = x.to(a.dtype) @ a.t()
             found = [torch.linalg.vector_norm(part, dtype=torch.float32).square() for part in (u, output)]
             self.squares[name] += torch.stack(found).double().cpu()
 
-        return add
+        return _add
 
 
 @torch.no_grad()

@@ -150,7 +150,7 @@ def test_found_rates_are_held_against_the_default_one_and_the_best() -> None:
     rows += [row(grid.FIXED, 16, 2e-3, seed, 0.40) for seed in (0, 1)]
     rows += [row(grid.FOUND, 16, 2e-3, seed, 0.32) | {"found_lr": str(rate)} for seed, rate in ((0, 4e-3), (1, 8e-3))]
     (line,) = [text for text in paired.rates(rows) if text.startswith("| chain_sum")]
-    found = "chain_sum | 16 | 0.4000 | 0.3200 | 0.004 to 0.008 | -0.0800 ± 0.0000 (better) | 0.3000 | +0.0200 ± 0.0000 (worse)"
+    found = "chain_sum | 16 | 2 | 0.4000 | 0.3200 | 0.004 to 0.008 | -0.0800 ± 0.0000 (better) | 0.3000 | +0.0200 ± 0.0000 (worse)"
     assert line.strip("| \n") == found
     assert list(paired.rates(swept("sign", 16))) == []
 

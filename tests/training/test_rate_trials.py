@@ -199,3 +199,35 @@ def test_a_shuffled_loader_leaves_the_random_state() -> None:
     model, state = patched(), torch.get_rng_state()
     find(model, loader, steps=4)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("faster", "factor"), [(True, 2.0), (False, 0.5)])
+def test_a_measured_rate_is_doubled_or_halved(faster: bool, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which of it and its half is ahead after four steps; R gets the start of the result."""
+    model = patched()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    losses = {1e-3: 1.0 if faster else 2.0, 5e-4: 1.5}
+    monkeypatch.setattr(rate_trials._Trial, "_judged", lambda self: losses[rates.pop()])
+    rates: list[float] = []
+
+    def steps(self: object, optimizer: torch.optim.Optimizer, bar: object) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(rate_trials._Trial, "_steps", steps)
+    found = rate_trials.refine_rate(model, batches(8), 1e-3, progress=False)
+    assert (found.lr, found.losses, found.steps) == (1e-3 * factor, losses, rate_trials.PROBE_STEPS)
+    for name, parameter in model.named_parameters():
+        if name in before:
+            scale = factor if "lorasb_R" in name else 1.0
+            assert torch.equal(parameter.detach(), before[name] * scale)
+
+
+def test_trials_of_a_measured_rate_train_and_restore() -> None:
+    model = patched()
+    random = torch.get_rng_state()
+    found = rate_trials.refine_rate(model, batches(8), 1e-3, progress=False)
+    assert found.lr in (5e-4, 2e-3)
+    assert set(found.losses) == {5e-4, 1e-3}
+    assert torch.equal(torch.get_rng_state(), random)
+    with pytest.raises(ValueError, match="trials of 4 steps take 8 batches"):
+        rate_trials.refine_rate(model, batches(2), 1e-3, progress=False)

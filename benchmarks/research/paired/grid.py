@@ -146,7 +146,8 @@ def shown_rate(entry: Entry, r: int, rows: Sequence[Row], task: str) -> str:
     """The best rate, for tables, or those that runs found."""
     if not entry.swept:
         found = {float(row["found_lr"]) for row in rows_of(rows, task, entry.name, r, "test") if row["found_lr"]}
-        return f"{min(found):g} to {max(found):g}" if len(found) > 1 else f"{next(iter(found), entry.at(r, 0)):g}"
+        low, high = (f"{rate:.2g}" for rate in (min(found, default=entry.at(r, 0)), max(found, default=entry.at(r, 0))))
+        return low if low == high else f"{low} to {high}"
     tried = swept(rows, task, entry.name, r)
     return f"{best_rate(entry, r, tried):g}" + (" (last tried)" if is_last_tried(entry, r, tried) else "")
 

@@ -10,7 +10,19 @@ from benchmarks.research.methods.grid import LONGER, task_named
 from benchmarks.research.paired.budget import COMPARED, HOURS, LONGER_RANK, bills
 from benchmarks.research.paired.compare import difference, head, lines, machines
 from benchmarks.research.paired.decision import LEVEL, RIVALS, RULE, Standing, standings
-from benchmarks.research.paired.grid import FIXED, FOUND, LORA, RANKS, ROWS, SEEDS, TASKS, entries, shown_rate, sweep_of
+from benchmarks.research.paired.grid import (
+    FIXED,
+    FOUND,
+    LORA,
+    MEASURED,
+    RANKS,
+    ROWS,
+    SEEDS,
+    TASKS,
+    entries,
+    shown_rate,
+    sweep_of,
+)
 from benchmarks.research.paper import lasting
 from benchmarks.research.reporting.markdown import picture, table, where_rows
 
@@ -53,24 +65,37 @@ def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
 
 
 def rates(rows: Sequence[Row]) -> Iterator[str]:
-    """The rate that trials find, against the default one and the best of a sweep, over the seeds that both have."""
+    """The rates that are measured, and those that trials find, against a constant one and the best of a sweep."""
+    yield from _rates(
+        rows,
+        MEASURED,
+        '### Learning rates measured (`lr="auto"`)',
+        f"The default start at the rate 2e-3 (`{FIXED}`), at the rate that `lorasb finetune` measures on the samples "
+        f"and refines by two trials of 4 steps (`{MEASURED}`), and at the best of a sweep of whole runs (`{PLAIN}`).",
+    )
+    yield from _rates(
+        rows,
+        FOUND,
+        "### Learning rates found by trials (`lorasb.find_lr`)",
+        f"The default start at the rate 2e-3 (`{FIXED}`), at the rate that trials of 12 steps find from there on "
+        f"the run's own first batches (`{FOUND}`), and at the best rate of a sweep of whole runs (`{PLAIN}`).",
+    )
+
+
+def _rates(rows: Sequence[Row], entry: str, title: str, text: str) -> Iterator[str]:
+    """An entry that finds its own rate against the others, over the seeds that both have."""
     body = []
     for task in TASKS:
         for r in RANKS:
-            fixed, swept = (difference(rows, f"{task} by loss", r, FOUND, other) for other in (FIXED, PLAIN))
+            fixed, swept = (difference(rows, f"{task} by loss", r, entry, other) for other in (FIXED, PLAIN))
             if fixed is not None:
-                found = shown_rate(entries()[FOUND], r, rows, f"{task} by loss")
+                found = shown_rate(entries()[entry], r, rows, f"{task} by loss")
                 best = "" if swept is None else f"{swept.base:.4f}"
-                line = [task, str(r), f"{fixed.base:.4f}", f"{fixed.base + fixed.mean:.4f}", found, str(fixed)]
-                body.append([*line, best, "" if swept is None else str(swept)])
+                line = [task, str(r), str(fixed.seeds), f"{fixed.base:.4f}", f"{fixed.base + fixed.mean:.4f}", found]
+                body.append([*line, str(fixed), best, "" if swept is None else str(swept)])
     if body:
-        yield from ("### Learning rates found by trials (`lorasb.find_lr`)", "")
-        yield from (
-            f"The default start at the rate 2e-3 (`{FIXED}`), at the rate that trials of 12 steps find from there on "
-            f"the run's own first batches (`{FOUND}`), and at the best rate of a sweep of whole runs (`{PLAIN}`).",
-            "",
-        )
-        columns = ["task", "r", "loss at 2e-3", "at the found rate", "found", "less that at 2e-3"]
+        yield from (title, "", text, "")
+        columns = ["task", "r", "seeds", "loss at 2e-3", "at the found rate", "found", "less that at 2e-3"]
         yield from table([*columns, "at the best of a sweep", "less that"], body)
         yield ""
 
