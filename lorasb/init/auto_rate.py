@@ -39,6 +39,8 @@ class _Sums:
 
         def _add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x, a = inputs[0], layer.lorasb_A[self.adapter]
+            if a.is_meta:  # offloaded: there only inside of the layer's own forward with an adapter
+                return
             u = x.to(a.dtype) @ a.t()
             found = [torch.linalg.vector_norm(part, dtype=torch.float32).square() for part in (u, output)]
             self.squares[name] += torch.stack(found).double().cpu()
