@@ -173,3 +173,16 @@ def test_bf16_gradients_are_summed_in_fp32() -> None:
             want += dy.double().t() @ x.double()
     assert found.totals()["layer"].dtype == torch.float32
     tolerances.check(found.totals()["layer"], want, tolerances.fp32(100))
+
+
+def test_a_model_without_a_loss_is_named_whatever_its_labels() -> None:
+    """Labels of the first position alone have no loss, and neither has a model that returns none."""
+
+    class NoLoss(nn.Module):
+        def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor | None]:
+            return {"loss": None, "logits": input_ids.float()}
+
+    labels = torch.full((1, 4), -100)
+    labels[0, 0] = 3
+    with pytest.raises(ValueError, match="the model returned no loss for a batch with input_ids, labels"):
+        backward_over_samples(NoLoss(), {"input_ids": torch.ones(1, 4).long(), "labels": labels}, None)
