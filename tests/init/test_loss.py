@@ -186,3 +186,19 @@ def test_a_model_without_a_loss_is_named_whatever_its_labels() -> None:
     labels[0, 0] = 3
     with pytest.raises(ValueError, match="the model returned no loss for a batch with input_ids, labels"):
         backward_over_samples(NoLoss(), {"input_ids": torch.ones(1, 4).long(), "labels": labels}, None)
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+def test_a_batch_takes_one_forward(family: str) -> None:
+    """Where the loss is reproduced from the logits: of tokens, and of classes."""
+    model, count = make(family), 0
+
+    def counted(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    model.register_forward_hook(counted)
+    (batch, *_) = batches_for(family)
+    model.requires_grad_(True)
+    backward_over_samples(model, dict(batch), None)
+    assert count == 1

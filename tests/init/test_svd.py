@@ -123,3 +123,10 @@ def test_other_and_damaged_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="is truncated or damaged"):
         SignBits.load(path)
+
+
+@pytest.mark.parametrize(("short", "length", "q"), [(64, 64, 8), (64, 4096, 8), (4096, 4096, 128), (576, 1536, 96)])
+def test_the_cheaper_product_is_counted(short: int, length: int, q: int) -> None:
+    gram = short * short * length + svd.ITERATIONS * short * short * q
+    direct = svd.ITERATIONS * 2 * short * length * q
+    assert svd._gram_is_cheaper(short, length, q) is (gram < direct)

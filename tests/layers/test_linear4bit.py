@@ -97,3 +97,12 @@ def test_merging_back_into_4_bits_tells_the_error(kind: str, caplog: pytest.LogC
 def test_requantizing_needs_something_to_requantize() -> None:
     with pytest.raises(ValueError, match="has none"):
         lorasb.patch(llama(), r=4, init="random").merge_and_unload(requantize=True)
+
+
+def test_a_move_renews_what_compiled_forwards_read() -> None:
+    """They take the storage as it was checked last, and do not look at the weight."""
+    layer = lorasb.quantize(nn.Sequential(nn.Linear(64, 32)))[0]
+    layer.quantized()
+    layer._apply(lambda tensor: tensor.clone())
+    assert layer._cached_weight is not None
+    assert layer._cached_weight[1].tensors[0].data_ptr() == layer.weight.data_ptr()
