@@ -165,3 +165,17 @@ def test_an_offloaded_llama_has_plain_autograds_sums() -> None:
     assert report.strategy == "layerwise"
     for name, gradient in got.items():
         assert torch.equal(gradient, want[name]), name
+
+
+@pytest.mark.parametrize(
+    ("mask", "bytes_"),
+    [
+        (None, 0.0),
+        (torch.ones(2, 6), 0.0),  # no padding: none is expanded
+        (torch.tensor([[1, 1, 0], [1, 1, 1]]), 2 * 3 * 3 * 4.0),
+        (torch.zeros(2, 1, 3, 3), 0.0),  # expanded by the caller
+    ],
+)
+def test_a_mask_with_padding_is_expanded_by_the_model(mask: torch.Tensor | None, bytes_: float) -> None:
+    batch = {"input_ids": torch.ones(2, 3).long()} | ({} if mask is None else {"attention_mask": mask})
+    assert plan.mask_bytes(batch, 4) == bytes_

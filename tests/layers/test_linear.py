@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 import lorasb
 from lorasb.backends import eager
 from lorasb.layers.linear import LoRASBLinear
+from lorasb.layers.token_rows import Rows
 from lorasb.ops.calls import DENSE, Operands
 
 
@@ -329,3 +330,10 @@ def test_another_base_layer_has_the_settings_of_the_one_before() -> None:
     assert layer.base.dtype == torch.bfloat16
     assert layer.base.trains_bias
     assert not layer.cast_input_dtype_enabled
+
+
+def test_rows_are_the_same_where_names_and_places_are() -> None:
+    one = Rows.of(["a", "b", "a"])
+    assert one.same_as(Rows.of(["a", "b", "a"]))
+    assert not one.same_as(Rows.of(["a", "a", "b"]))  # the same names
+    assert not one.same_as(Rows.of(["a", "c", "a"]))  # the same places

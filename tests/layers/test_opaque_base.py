@@ -366,3 +366,10 @@ def test_a_resolver_that_finds_a_package_too_old_says_so(monkeypatch: pytest.Mon
     with pytest.raises(ImportError, match=re.escape("torchao 0.1 is too old")):
         lorasb.patch(model, r=2, target_modules=["proj"])
     assert type(model.proj) is Scaled
+
+
+def test_an_affine_module_is_linear_and_a_bent_one_is_not() -> None:
+    """By its outputs at 0, x and 2x; a bias is larger than what x adds."""
+    step, bias = torch.randn(8, generator=torch.Generator().manual_seed(0)), torch.full((8,), 3.0)
+    assert opaque_format._is_linear(torch.stack((bias, bias + step, bias + 2 * step)))
+    assert not opaque_format._is_linear(torch.stack((bias, bias + step, bias + 4 * step)))
