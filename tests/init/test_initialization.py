@@ -141,3 +141,17 @@ def test_under_the_callers_autocast_factors_are_orthonormal(update: str) -> None
     for name, p in model.named_parameters():
         if "lorasb_A" in name:
             tolerances.check(p @ p.t(), torch.eye(4), tolerances.ORTHONORMAL)
+
+
+@pytest.mark.parametrize("update", ["adamw", "sgd", "per-sample"])
+def test_the_energy_of_the_sign_is_of_the_sign_whatever_was_factored(update: str) -> None:
+    singles = [{k: v[i : i + 1] for k, v in b.items()} for b in batches_for("llama") for i in range(2)]
+    want = autograd_sums("llama", singles)
+    model = lorasb.patch(make("llama"), r=4)
+    report = lorasb.initialize(model, singles, lr=1e-3, update=update, progress=False)
+    for layer in report.layers:
+        signs = want[layer.name].double().sign()
+        module = model.get_submodule(f"base_model.model.{layer.name}")
+        b, a = (getattr(module, f"lorasb_{part}")["default"].double() for part in "BA")
+        share = (b.t() @ signs @ a.t()).square().sum() / signs.square().sum()
+        assert layer.energy_sign == pytest.approx(float(share), abs=1e-3)
