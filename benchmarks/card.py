@@ -2,8 +2,8 @@
 
     python -m benchmarks.card [--output benchmarks/results] [--seconds 3] [--only SECTION]
 
-Each section is written to CARD.json as soon as it is measured. A second run of the same commit goes on where the first
-ended; another commit starts again. Times are milliseconds by CUDA events, medians with percentiles, and ratios to the
+Each section is written to CARD.json as soon as it is measured. A second run of the same commit measures what is
+missing; another commit starts again. Times are milliseconds by CUDA events, medians with percentiles, and ratios to the
 section's first way within the same round. `--tiny` runs all sections on a CPU in shapes that mean nothing, as a test.
 """
 
@@ -233,7 +233,7 @@ SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], str]] = {
 }
 
 
-def tables(section: str, rows: list[Row]) -> Iterator[Table]:
+def table(section: str, rows: list[Row]) -> Table:
     """The rows of a section."""
     view = Table(title=section)
     for name in ("case", "way", "ms (20th-80th percentile)", "ratio to the first"):
@@ -244,7 +244,7 @@ def tables(section: str, rows: list[Row]) -> Iterator[Table]:
             view.add_row(one["case"], way, times, ratio)
         for way, found in one.get("host", {}).items():
             view.add_row(one["case"], way, f"{found['us']:.0f} µs", f"{found['ratio']:.2f}")
-    yield view
+    return view
 
 
 def main() -> None:
@@ -269,8 +269,7 @@ def main() -> None:
         if section not in found["sections"] or options.only:
             found["sections"][section] = {"replaces": replaces, "rows": list(measure_section(run))}
             write_json(path, found)
-        for view in tables(section, found["sections"][section]["rows"]):
-            console.print(view)
+        console.print(table(section, found["sections"][section]["rows"]))
         console.print(f"replaces {replaces}\n")
 
 

@@ -12,19 +12,15 @@ over x and calls of few rows, is not simulated: see `python -m benchmarks.kernel
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import triton
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.kernels import sass, static_report
@@ -70,12 +66,8 @@ def measure(archs: list[str], workers: int | None = None) -> list[MainLoop]:
     """Compile and simulate the kernels that multiply by MMA, equal ones once."""
     jobs = list(static_report.jobs(archs, brief=True))
     jobs += [static_report.gradient_job(GRADIENTS[0], torch.bfloat16, arch) for arch in archs]
-    unique: dict[str, tuple[Job, int]] = {}
-    for job in jobs:
-        for place, launch in enumerate(static_report.launches_of(job)):
-            unique.setdefault(f"{job.arch} {static_report.launch_key(launch)}", (job, place))
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        found = pool.map(_main_loop, unique.values(), chunksize=2)
+        found = list(pool.map(_main_loop, static_report.kernels_of(jobs), chunksize=2))
     return [one for one in found if one is not None]
 
 
@@ -137,21 +129,11 @@ def table(found: list[MainLoop]) -> Table:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", action="append", choices=list(ARCHS), help="all six unless given")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--output", type=Path, help="write the JSON to a file too")
-    options = parser.parse_args()
+    options = static_report.command_line(__doc__).parse_args()
     warnings.simplefilter("ignore")
     found = measure(options.arch or list(ARCHS))
     rows = {"triton": triton.__version__, "rows": [asdict(row) for row in found], "peer": [asdict(row) for row in PEER]}
-    text = json.dumps(rows, indent=1)
-    if options.output:
-        options.output.write_text(text + "\n", encoding="utf-8")
-    if options.json:
-        print(text)
-    else:
-        Console(width=180).print(table(found))
+    static_report.show(rows, table(found), options)
 
 
 if __name__ == "__main__":

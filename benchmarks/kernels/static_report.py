@@ -17,7 +17,7 @@ import re
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,12 +143,17 @@ def _plan(op: str, variant: Variant, dtype: torch.dtype, arch: str, quant: str =
 
 def rows(archs: list[str], workers: int | None = None, brief: bool = False) -> list[Row]:
     """Compile everything, or for `brief` one representative a kernel and architecture; equal kernels once."""
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        return list(pool.map(_row, kernels_of(jobs(archs, brief)), chunksize=4))
+
+
+def kernels_of(wanted: Iterable[Job]) -> list[tuple[Job, int]]:
+    """The different kernels of jobs: a job, and the place of a launch among its launches."""
     unique: dict[str, tuple[Job, int]] = {}
-    for job in jobs(archs, brief):
+    for job in wanted:
         for place, launch in enumerate(launches_of(job)):
             unique.setdefault(f"{job.arch} {launch_key(launch)}", (job, place))
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        return list(pool.map(_row, unique.values(), chunksize=4))
+    return list(unique.values())
 
 
 def launches_of(job: Job) -> list[Launch]:
@@ -312,25 +317,36 @@ def table(found: list[Row]) -> Table:
     return view
 
 
-def main() -> None:
-    """Compile and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """The options of a report on compiled kernels."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--arch", action="append", choices=list(ARCHS), help="all six unless given")
-    parser.add_argument(
-        "--brief", action="store_true", help="one representative configuration a kernel and architecture"
-    )
     parser.add_argument("--output", type=Path, help="write the JSON to a file too")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    found = rows(options.arch or list(ARCHS), brief=options.brief)
-    text = json.dumps([asdict(row) for row in found], indent=1)
+    return parser
+
+
+def show(found: Any, view: Table, options: argparse.Namespace) -> None:
+    """Print a report as the options ask for it, and write its file."""
+    text = json.dumps(found, indent=1)
     if options.output:
         options.output.write_text(text + "\n", encoding="utf-8")
     if options.json:
         print(text)
     else:
-        Console(width=180).print(table(found))
+        Console(width=180).print(view)
+
+
+def main() -> None:
+    """Compile and print."""
+    parser = command_line(__doc__)
+    parser.add_argument(
+        "--brief", action="store_true", help="one representative configuration a kernel and architecture"
+    )
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    found = rows(options.arch or list(ARCHS), brief=options.brief)
+    show([asdict(row) for row in found], table(found), options)
 
 
 if __name__ == "__main__":

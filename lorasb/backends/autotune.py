@@ -112,7 +112,7 @@ def first_plan(
     """
     kind = shape, arch, sms, plan.generation
     chosen = plan.choice(shape, arch, sms)
-    if kind in _first or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+    if kind in _first or is_capturing():
         return _first.get(kind, chosen)
     check(run(chosen))
     if _is_timed(shape, arch, sms):
@@ -123,6 +123,11 @@ def first_plan(
             _remember(tuned, arch, sms)
     _first[kind] = chosen
     return chosen
+
+
+def is_capturing() -> bool:
+    """True while a CUDA graph is captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _is_timed(shape: Shape, arch: str, sms: int) -> bool:
@@ -141,11 +146,11 @@ def candidates(
         if weights == "scratch" or is_executed(quantized_config(shape.M, 2).block_m, plan.family(arch)):
             yield replace(chosen, weights=weights)
     yield replace(chosen, path="addmm" if chosen.path == "fused" else "fused")
-    known, every = plan.family(arch), DECODE_GEMMS if shape.M <= DECODE_ROWS else GEMMS
-    tiles = [gemm for gemm in (every if gemms is None else gemms) if is_executed(gemm.block_m, known)]
+    code, all_tiles = plan.family(arch), DECODE_GEMMS if shape.M <= DECODE_ROWS else GEMMS
+    tiles = [gemm for gemm in (all_tiles if gemms is None else gemms) if is_executed(gemm.block_m, code)]
     yield from (replace(chosen, path="fused", gemm=gemm) for gemm in tiles if gemm != chosen.gemm)
     if gemms is None and shape.M > DECODE_ROWS:
-        preps = [prep for prep in PREPS if is_executed(prep.block_m, known)]
+        preps = [prep for prep in PREPS if is_executed(prep.block_m, code)]
         yield from (replace(chosen, prep=prep) for prep in preps if prep != chosen.prep)
 
 

@@ -24,6 +24,7 @@ from ..ops.calls import DENSE, Operands
 from ..ops.registry import Kernel, register_backend
 from ..quantization.quantized_weight import INT8, QuantizedTensors
 from . import autotune, cpp, eager
+from .autotune import is_capturing
 from .eager import check_index, kernel_dropout, kernel_masks, shaped
 from .eager import dequantize as eager_dequantize
 
@@ -297,12 +298,12 @@ def _backward_plan(dys: Sequence[Tensor], members: Any, us: Sequence[Tensor], ma
 
 def _first_plan(op: str, rows: Tensor, members: Any, mask: Any, run: Any, check: Any) -> Any:
     """The plan of a call; at the first of its kind on a card checked and timed. A mask has no check."""
-    arch, sms = check_call(rows)
+    given = op, rows, members.b, members.a[0], "none", mask.dropout > 0.0
     if not rows.is_cuda or not rows.numel():
-        return plan_of(op, rows, members.b, members.a[0], "none", mask.dropout > 0.0)
-    shape = _shape(op, rows, members.b, members.a[0], "none", mask.dropout > 0.0)
+        return plan_of(*given)
+    arch, sms = check_call(rows)
     check = check if mask.dropout == 0.0 else autotune.unchecked
-    return autotune.first_plan(shape, arch, sms, run, check, partial(autotune.CudaClock, rows.device))
+    return autotune.first_plan(_shape(*given), arch, sms, run, check, partial(autotune.CudaClock, rows.device))
 
 
 def or_eager(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -323,10 +324,6 @@ def or_eager(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[
             return plain(*arguments)
 
     return call
-
-
-def is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _raise_if_nothing_else_runs(error: Exception) -> None:

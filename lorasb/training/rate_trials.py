@@ -82,13 +82,7 @@ def find_lr(
         ValueError: too few batches or none with labels, or a rate or a number that is not positive; the model is
             unchanged.
     """
-    model = uncompiled(model)
-    _check(lr, steps, judged, accumulation)
-    with rng_untouched():  # a DataLoader draws its order
-        held = list(islice(iter(batches), steps * accumulation + judged))
-    _check_count(len(held), steps, judged, accumulation)
-    train = [held[i : i + accumulation] for i in range(judged, len(held), accumulation)]
-    trial = _Trial(model, train, held[:judged], optimizer or _adamw, lr)
+    trial = _trial_of(model, batches, lr, steps, judged, accumulation, optimizer or _adamw)
     hidden = not progress or Processes().rank > 0
     with tqdm(desc="learning rate", unit="step", disable=hidden, leave=False) as bar:
         losses = _search(lr, lambda rate: trial.loss(rate, bar))
@@ -118,19 +112,31 @@ def refine_rate(
     Raises:
         ValueError: as `find_lr`; the model is unchanged.
     """
-    model = uncompiled(model)
-    _check(rate, PROBE_STEPS, JUDGED, accumulation)
-    with rng_untouched():
-        held = list(islice(iter(batches), PROBE_STEPS * accumulation + JUDGED))
-    _check_count(len(held), PROBE_STEPS, JUDGED, accumulation)
-    train = [held[i : i + accumulation] for i in range(JUDGED, len(held), accumulation)]
-    trial = _Trial(model, train, held[:JUDGED], _adamw, rate)
+    trial = _trial_of(model, batches, rate, PROBE_STEPS, JUDGED, accumulation, _adamw)
     hidden = not progress or Processes().rank > 0
     with tqdm(desc="learning rate", total=2 * PROBE_STEPS, unit="step", disable=hidden, leave=False) as bar:
         losses = {tried: trial.loss(tried, bar) for tried in (rate / 2, rate)}
     best = 2 * rate if losses[rate] < losses[rate / 2] else rate / 2
     trial.scale_start(best)
     return RateTrials(best, losses, PROBE_STEPS)
+
+
+def _trial_of(
+    model: nn.Module,
+    batches: Iterable[dict[str, Any]],
+    lr: float,
+    steps: int,
+    judged: int,
+    accumulation: int,
+    optimizer: MakeOptimizer,
+) -> _Trial:
+    """Check the arguments of trials, and divide the first batches into those that judge and those that train."""
+    _check(lr, steps, judged, accumulation)
+    with rng_untouched():  # a DataLoader draws its order
+        held = list(islice(iter(batches), steps * accumulation + judged))
+    _check_count(len(held), steps, judged, accumulation)
+    train = [held[i : i + accumulation] for i in range(judged, len(held), accumulation)]
+    return _Trial(uncompiled(model), train, held[:judged], optimizer, lr)
 
 
 def _adamw(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
