@@ -15,7 +15,7 @@ from torch import nn
 
 import lorasb
 from benchmarks.research.methods import starts
-from benchmarks.research.methods.gradients import take_again, weigh_by_spread
+from benchmarks.research.methods.gradients import take_again, weigh_by_spread, whiten
 from benchmarks.research.methods.grid import BY_SCORE, CORE, METHODS, SHARING, Cell, Method, Task, task_named
 from benchmarks.research.methods.problems import Batch, Problem, batches_of
 from lorasb.init.task import AutoRate
@@ -67,6 +67,8 @@ def _core(problem: Problem, cell: Cell, batches: Batches, warmup: int) -> tuple[
         starts.change(model, options, eta, cell.seed, cache)
     if options.get("corrected"):
         starts.corrected(model, errors)
+    if options.get("whitened"):
+        whiten(model, batches(sample_count(problem, options)))
     if options.get("by_spread"):
         weigh_by_spread(model, batches(sample_count(problem, options)), eta)
     return model, report

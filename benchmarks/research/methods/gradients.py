@@ -1,4 +1,4 @@
-"""Starts that read the gradients themselves: weighed by their spread over samples, or taken later in training."""
+"""Starts that read the gradients themselves: weighed by spread, whitened, or taken later in training."""
 
 from __future__ import annotations
 
@@ -55,6 +55,62 @@ def weigh_by_spread(model: Any, samples: Sequence[Batch], eta: float) -> None:
         share = start_share(float(triplets.s[:r].norm()), r, LONGEST_START)
         found = first_step(triplets, r, share * eta, layer.scaling[starts.ADAPTER])
         layer.set_factors(starts.ADAPTER, found.b, found.core, found.a)
+
+
+DAMPING = 0.1  # of the mean eigenvalue, added to both Kronecker factors
+
+
+@torch.no_grad()
+def whiten(model: Any, samples: Sequence[Batch]) -> None:
+    """Factors of the gradient whitened by both Kronecker factors (K-FAC), with R = 0.
+
+    With L = Σδδᵀ and C = Σxxᵀ over tokens that the loss reaches: the leading triplets U, V of L^(-1/2) ΣG C^(-1/2),
+    mapped back and orthonormalized: B = orth(L^(-1/2) U), A = orth(C^(-1/2) V)ᵀ (CG-LoRA, arXiv 2603.29824).
+    """
+    layers = starts.layers(model)
+    for name, (gradient, left, right) in _kronecker(model, samples).items():
+        layer = layers[name]
+        r = layer.r[starts.ADAPTER]
+        back, forth = _inverse_root(left), _inverse_root(right)
+        u, _, vt = leading_triplets(back @ gradient @ forth, r, 0).first(r)
+        b, a = torch.linalg.qr(back @ u).Q, torch.linalg.qr(forth @ vt.t()).Q.t()
+        layer.set_factors(starts.ADAPTER, b, torch.zeros(r, r), a.contiguous())
+
+
+def _kronecker(model: Any, samples: Sequence[Batch]) -> dict[str, list[Tensor]]:
+    """ΣG, Σδδᵀ and Σxxᵀ of every layer, in fp32, at a start with R = 0."""
+    found: dict[str, list[Tensor]] = {}
+
+    def add(name: str, x: Tensor, dy: Tensor) -> None:
+        x, dy = x.flatten(0, -2).float(), dy.flatten(0, -2).float()
+        x = x * dy.any(1, keepdim=True)
+        sums = [dy.t() @ x, dy.t() @ dy, x.t() @ x]
+        found[name] = [a + b for a, b in zip(found[name], sums, strict=True)] if name in found else sums
+
+    def hook(name: str) -> Any:
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            output.register_hook(lambda dy: add(name, inputs[0].detach(), dy))
+
+        return keep
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in starts.layers(model).items()]
+    model.eval()
+    try:
+        with torch.enable_grad():
+            for batch in samples:
+                backward_over_samples(model, batch, None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    model.zero_grad()
+    model.train()
+    return found
+
+
+def _inverse_root(matrix: Tensor) -> Tensor:
+    """(M + damping)^(-1/2) of a symmetric matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * (values.clamp(min=0) + DAMPING * values.mean()).rsqrt()) @ vectors.t()
 
 
 def rows(batch: Batch) -> list[Batch]:

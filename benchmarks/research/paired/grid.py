@@ -12,6 +12,7 @@ from benchmarks.research.methods.grid import LONGER, Cell
 
 FIXED, FOUND = "sign, 2e-3", "sign, rate found"  # a constant rate, and the one that `lorasb.find_lr` finds from it
 MEASURED = "sign, rate measured"  # lr="auto", the default
+PER_SAMPLE = {"update": "per-sample", "longest_start": 0.0}
 LORA = "LoRA r=32"  # what everybody uses; ten times the parameters of r = 64 here
 ROWS = "paired.csv"  # beside the other results
 SEEDS = tuple(range(8))
@@ -73,7 +74,9 @@ def entries() -> dict[str, Entry]:
         Entry("LoRA-XS", "LoRA-SB", {"init": "lora-xs", "alpha_is_rank": True}, rate=2e-3),
         Entry("LoRA-XS, output", "LoRA-SB", {"init": "lora-xs-output", "alpha_is_rank": True}, rate=2e-3),
         Entry("sign, R = 0", "LoRA-SB", {"longest_start": 0.0}),
-        Entry("per-sample", "LoRA-SB", {"update": "per-sample", "longest_start": 0.0}),
+        Entry("per-sample", "LoRA-SB", PER_SAMPLE),
+        Entry("per-sample, rate measured", "LoRA-SB", {**PER_SAMPLE, "measured": True}, 2e-3, 0.0, swept=False),
+        Entry("whitened", "LoRA-SB", {"init": "random", "whitened": True}),
         Entry("sign, rotated", "LoRA-SB", {"rotated": True}),
         Entry("sign, later", "LoRA-SB", {"refresh": 0.1, "later_samples": 64}),
         Entry("sign, half later", "LoRA-SB", {"held_back": 0.5, "fill": 0.1, "later_samples": 64}),
