@@ -1,7 +1,6 @@
 """The public names, in one table: type checkers read it, and `lorasb/__init__.py` imports from it at first use."""
 
 from . import functional as functional
-from . import optim as optim
 from .app.prepare import demo_model as demo_model
 from .backends import backend as backend
 from .config.adapter import LoRASBConfig as LoRASBConfig
@@ -11,7 +10,6 @@ from .export.weight_sync import lora_of as lora_of
 from .init import InitReport as InitReport
 from .init import first_step_lr as first_step_lr
 from .init import initialize as initialize
-from .init import refresh as refresh
 from .layers.linear import LoRASBLinear as LoRASBLinear
 from .layers.linear import equivalent_gradient as equivalent_gradient
 from .layers.linear4bit import Linear4bit as Linear4bit

@@ -22,7 +22,7 @@ def adapter_delta(
 ) -> dict[str, Tensor]:
     """An adapter's tensors for a process that serves the same base: no weight is merged, none of the base is sent.
 
-    A trainer sends `adapter_delta(model, "basis")` once, and again after `lorasb.refresh`, and "core" after every step:
+    A trainer sends `adapter_delta(model, "basis")` once, and "core" after every step:
     4·r² bytes per layer, 3.7 MB for the 224 linears of a 7B Llama at r = 64. The other side makes the plain LoRA of the
     two with `lora_of`.
 

@@ -2,7 +2,6 @@
 
 from .init_report import InitReport, LayerReport, RankSuggestion
 from .initialization import initialize
-from .later_gradient import refresh
 from .plan import first_step_lr
 from .several_tasks import TasksReport
 from .svd import SignBits
@@ -15,5 +14,4 @@ __all__ = [
     "TasksReport",
     "first_step_lr",
     "initialize",
-    "refresh",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast
@@ -16,8 +16,7 @@ from torch import nn
 from ..compat.torch import uncompiled
 from ..config.adapter import LoRASBConfig, WrittenHere
 from ..constants import PEFT_PREFIX
-from ..distributed.process_group import sharded
-from ..layers.lookup import adapted_layers, any_merged, layers_with, refuse_shared_basis, uninitialized
+from ..layers.lookup import adapted_layers, any_merged, refuse_shared_basis
 from ..layers.unfused_experts import NAMES, OpenExperts
 from ..utils.checks import MAX_LR, parse_size
 from ..utils.precision import warn_if_slow
@@ -90,8 +89,6 @@ def initialize(
     cache: str | os.PathLike[str] | None = None,
     stability: bool = False,
     adapter_name: str | None = None,
-    beside: Sequence[str] = (),
-    held_back: float = 0.0,
     progress: bool = True,
 ) -> InitReport:
     """Initialize A, R and B from the first step of full fine-tuning (paper, Eq. 6-8; docs/method.md says more).
@@ -117,17 +114,11 @@ def initialize(
         cache: file for all layers' signs: where it exists no backward runs, whatever r; cut-off runs go on from it.
         stability: also measure how far the subspaces of two halves of the samples overlap, in another pass over them.
         adapter_name: name of the adapter; the active one if None.
-        beside: other adapters, whose updates of W are part of the model whose gradient is taken; without, it is
-            the base's.
-        held_back: share of every layer's r, its last directions, that is left empty for `lorasb.refresh` to fill; the
-            report is of all of r.
         progress: show an estimate and a progress bar (on rank 0).
 
     Raises:
         ValueError: bad arguments, samples, loss, gradient or cache, or too little memory; the model is unchanged.
     """
-    if isinstance(beside, str):
-        raise ValueError(f"beside takes names of adapters, got the text {beside!r}: beside=[{beside!r}]")
     auto = AutoRate() if lr == "auto" else lr if isinstance(lr, AutoRate) else None
     options = InitOptions(
         adapter=adapter_name or "",
@@ -136,7 +127,6 @@ def initialize(
         update=update,
         seed=seed,
         longest_start=longest_start,
-        held_back=held_back,
         num_samples=num_samples,
         strategy=strategy,
         blocks=blocks,
@@ -145,7 +135,6 @@ def initialize(
         cache=cache,
         stability=stability,
         progress=progress,
-        beside=tuple(beside),
     )
     model, several = uncompiled(model), isinstance(batches, Mapping)
     options.check(several)
@@ -157,7 +146,9 @@ def initialize(
 def _initialize(model: nn.Module, options: InitOptions, batches: Any, adapter_name: str | None) -> InitReport:
     name, layers = adapted_layers(model, adapter_name)
     options, started = replace(options, adapter=name), time.perf_counter()
-    _check_model(model, layers, options)
+    if any_merged(model):
+        raise ValueError("expected unmerged weights, as gradients are taken at the base: call model.unmerge_adapter()")
+    refuse_shared_basis(layers, name)
     config: LoRASBConfig = cast(Any, model).peft_config[name]
     warn_if_slow(model)
     if config.init == "update":
@@ -169,13 +160,11 @@ def _initialize(model: nn.Module, options: InitOptions, batches: Any, adapter_na
         if options.auto is not None and batches is None:
             raise ValueError("lr='auto' measures on samples, and a cache has signs alone: pass batches, or a rate")
         # The hooks cut the forward at every block, and each cut would be a graph break and a recompilation.
-        with Staging(options) as staging, torch.compiler.set_stance("force_eager"):
+        with Staging(name) as staging, torch.compiler.set_stance("force_eager"):
             outcome = from_gradients(model, layers, batches, options, staging)
         report = _recorded(model, config, outcome, options, started)
     else:  # the data-free inits ignore batches and lr
         report = _without_data(model, config, layers, options)
-    if options.held_back and config.init_provenance is not None:
-        config.init_provenance["held_back"] = options.held_back
     # PEFT freezes every adapter but the active one; R of an inactive adapter is meant to be frozen.
     active = any(name in layer.active_adapters for layer in layers.values())
     if active and not any(layer.lorasb_R[name].requires_grad for layer in layers.values()):
@@ -220,20 +209,3 @@ def _recorded(
     )
     config.init_provenance = WrittenHere(provenance(report, outcome.data_hash))
     return report
-
-
-def _check_model(model: nn.Module, layers: Layers, options: InitOptions) -> None:
-    """Raise a ValueError for options that this model or adapter cannot have."""
-    if any_merged(model):
-        raise ValueError("expected unmerged weights, as gradients are taken at the base: call model.unmerge_adapter()")
-    refuse_shared_basis(layers, options.adapter)
-    for name in options.beside:
-        others = layers_with(model, name)
-        if not others or uninitialized(others, name) or name == options.adapter:
-            raise ValueError(f"beside names initialized adapters, others than the one to be initialized, got {name!r}")
-    if options.held_back and any(layer.adapters[options.adapter].equivalent for layer in layers.values()):
-        raise ValueError(
-            "held_back leaves columns of B empty, which equivalent_gradient cannot divide by: leave one out"
-        )
-    if options.held_back and sharded(model):
-        raise ValueError("what a sharded model (FSDP, ZeRO-3) holds back cannot be filled later: leave held_back out")

@@ -62,7 +62,7 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Init
             facts, why = writer.cache.facts, f"signs from {writer.cache.path}, no backward"
             found = facts["num_samples"], facts["data"], facts["loss"], "cache", why
             return Outcome(_reports(writer), *found, _measure_rate(work))
-    with frozen_base(model, options.beside):
+    with frozen_base(model):
         executor = _execute_plan(work, writer)
         writer.write_fallbacks(model, [name for name in layers if name not in writer.reports])
         # fp64, as counts of samples and sums of losses are reduced in one tensor.
@@ -84,7 +84,7 @@ def _measure_rate(work: Work) -> float | None:
     options = work.options
     if options.auto is None:
         return None
-    with frozen_base(work.model, options.beside):
+    with frozen_base(work.model):
         rate = measured_rate(work)
     scale_starts(work.layers, options.adapter, rate / options.auto.divisor / options.lr)
     return rate
@@ -110,7 +110,7 @@ def from_weights(layers: Layers, init: str, options: InitOptions) -> Outcome:
         sigma, seconds = tuple(map(float, factors.sigma)), time.perf_counter() - started
         results[name] = factors, LayerReport(name, shape, r, None, None, sigma, 0, seconds)
     # After the loop: a weight with NaN in the last layer leaves the first layer unchanged, too.
-    with Staging(options) as staging:
+    with Staging(options.adapter) as staging:
         for name, (factors, _) in results.items():
             staging.write(layers[name], factors)
     return Outcome([report for _, report in results.values()])

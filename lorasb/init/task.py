@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +46,6 @@ class InitOptions:
     update: str = "none"
     seed: int = 0
     longest_start: float | None = None
-    held_back: float = 0.0
     num_samples: int | None = None
     strategy: str = "auto"
     blocks: str | None = None
@@ -55,7 +54,6 @@ class InitOptions:
     cache: str | os.PathLike[str] | None = None
     stability: bool = False
     progress: bool = True
-    beside: tuple[str, ...] = ()
 
     @property
     def whole_batches(self) -> bool:
@@ -76,8 +74,6 @@ class InitOptions:
             raise ValueError(
                 f"longest_start is a number of steps of R >= 0, or None for no limit, got {self.longest_start!r}"
             )
-        if not 0.0 <= self.held_back < 1.0:
-            raise ValueError(f"held_back is a share of the rank, 0 <= held_back < 1, got {self.held_back!r}")
         self._check_together(several)
 
     def _check_together(self, several: bool) -> None:
@@ -94,12 +90,6 @@ class InitOptions:
             raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
         if several and self.auto is not None:
             raise ValueError("lr='auto' measures the rate of one task, and several share a basis: pass a number")
-        if several and self.held_back:
-            raise ValueError("held_back is of one adapter, and several tasks share a basis: initialize them without it")
-        if self.beside and self.cache is not None:
-            raise ValueError(
-                "a cache keeps the signs of the base's own gradient, and beside= requests another: leave one out"
-            )
 
 
 @dataclass(frozen=True)
@@ -165,12 +155,12 @@ EXTRA_OUTPUTS = ("use_cache", "output_hidden_states", "output_attentions")
 
 
 @contextmanager
-def frozen_base(model: nn.Module, beside: Sequence[str] = ()) -> Iterator[None]:
-    """Evaluation mode, adapters disabled but for those named, no KV cache, no gradients; restored on exit."""
+def frozen_base(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, adapters disabled, no KV cache, no gradients; restored on exit."""
     # The state of each module and parameter, as users may have put some blocks into another mode, or froze some.
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    states = [(m, m._disable_adapters, m._active_adapter) for m in model.modules() if isinstance(m, AdaptedLayer)]
+    states = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, AdaptedLayer)]
     # A KV cache would grow at every recomputation of a block, which then attends to its own keys twice; hidden states
     # and attentions only take memory. By id: submodules share config objects.
     configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
@@ -179,8 +169,8 @@ def frozen_base(model: nn.Module, beside: Sequence[str] = ()) -> Iterator[None]:
         model.eval()
         for parameter, _ in flags:
             parameter.requires_grad_(False)  # gradients come from hooks: no weight may get a `.grad`
-        for layer, _, _ in states:
-            layer._disable_adapters, layer._active_adapter = not beside, list(beside) or layer._active_adapter
+        for layer, _ in states:
+            layer._disable_adapters = True
         for config, name in extra:
             setattr(config, name, False)
         with torch.enable_grad():  # the caller may be under no_grad
@@ -188,8 +178,8 @@ def frozen_base(model: nn.Module, beside: Sequence[str] = ()) -> Iterator[None]:
     finally:
         for config, name in extra:
             setattr(config, name, True)
-        for layer, off, active in states:
-            layer._disable_adapters, layer._active_adapter = off, active
+        for layer, off in states:
+            layer._disable_adapters = off
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for module, mode in modes:

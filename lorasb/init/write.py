@@ -16,7 +16,7 @@ from ..layers.base import weight_present
 from .accumulator import GradientSums, LayerSum
 from .block_recorder import NotAStackError, find_stack
 from .cache import Cache, CachedGradient, cached
-from .factorize import Factors, Gradient, Measurements, count_triplets, emptied, factor, subspace_of_weight
+from .factorize import Factors, Gradient, Measurements, count_triplets, factor, subspace_of_weight
 from .init_report import LayerReport
 from .svd import full_precision
 from .task import InitOptions, Layers
@@ -29,11 +29,11 @@ class Staging:
     memory.
 
     Args:
-        options: name the adapter whose factors are written, and the share of r whose directions are written as zeros.
+        adapter: name of the adapter whose factors are written.
     """
 
-    def __init__(self, options: InitOptions) -> None:
-        self.adapter, self.held_back = options.adapter, options.held_back
+    def __init__(self, adapter: str) -> None:
+        self.adapter = adapter
         # (layer, its `initialized` flag, A, R and B on the host; None for zeros), in the order written
         self._previous: list[tuple[AdaptedLayer, bool, list[Tensor | None]]] = []
 
@@ -43,8 +43,7 @@ class Staging:
         # `copy=True`: on a CPU layer `to` would return the parameter itself, which is overwritten below.
         values = [p.detach().to("cpu", copy=True) if bool(p.detach().any()) else None for p in parameters]
         self._previous.append((layer, layer.adapters[self.adapter].initialized, values))
-        b, core, a, _ = emptied(factors, self.held_back)
-        layer.set_factors(self.adapter, b, core, a)
+        layer.set_factors(self.adapter, factors.b, factors.core, factors.a)
 
     def __enter__(self) -> Staging:
         return self

@@ -15,9 +15,7 @@ from transformers import TrainerCallback
 from ..checkpoints.shared_factors import share
 from ..distributed.process_group import Processes, sharded
 from ..distributed.sharded_factors import keep_factors, restore_factors
-from ..init import InitReport, first_step_lr, initialize, refresh
-from ..init.factorize import held
-from ..init.later_gradient import check_refreshable
+from ..init import InitReport, first_step_lr, initialize
 from ..init.sampling import draw, rng_untouched, too_few
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import adapted_layers
@@ -25,7 +23,6 @@ from ..layers.lookup import adapted_layers
 # DPO's columns under `precompute_ref_log_probs`, one number per pair where all else has two rows; where training
 # starts, the policy is the reference.
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-OF_THE_START = ("longest_start", "held_back", "beside", "stability")  # options that a refresh has no use for
 
 
 class InitCallback(TrainerCallback):
@@ -36,10 +33,6 @@ class InitCallback(TrainerCallback):
     schedule's first rate is 0. An initialized adapter is left alone. If training resumes from a checkpoint, A, B and R
     come from it; under FSDP, which loads R alone, the callback loads A and B.
 
-    With `refresh_at=k`, half of the rank is held back, and filled after k steps from the gradient at the weights
-    reached (`lorasb.refresh`), of other samples where they are drawn from the data set. R, its moments and the schedule
-    are kept. A `loss_fn` is called again then, and must hold away from the base, too, unlike `preference_loss`.
-
     Args:
         num_samples: number of samples over all processes; None takes min(n, max(32, n/1000)).
         seed: for sampling and the SVD; the trainer's `seed` by default.
@@ -47,18 +40,16 @@ class InitCallback(TrainerCallback):
             on the samples (docs/choosing.md) and sets it in the optimizer and the schedule, in place of the arguments'.
         samples: batches instead of the trainer's own data, or a function that makes them of the model when training
             begins: for reinforcement learning, whose data has prompts and no labels.
-        share_factors: let the run's checkpoints share one file of A and B, which only a refresh changes: each further
-            one adds R and the optimizer's state. Every checkpoint folder can still be loaded alone.
-        refresh_at: steps before what is held back (`held_back=`, 0.5) is filled; None for never.
-        refresh_samples: number of samples then; None for as many as at first.
+        share_factors: let the run's checkpoints share one file of A and B: each further one adds R and the optimizer's
+            state. Every checkpoint folder can still be loaded alone.
         options: options of `lorasb.initialize` (`longest_start=`, `cache=`, `loss_fn=`, ...).
 
     Attributes:
-        report: the `InitReport`, once training has begun, then that of the refresh; None if none ran.
+        report: the `InitReport`, once training has begun; None if none ran.
 
     Raises:
-        ValueError: the optimizer holds copies of R, which would overwrite the initialized R; training resumes, and the
-            A and B that belong to R are not found; or `refresh_at` is no step of the run, or conflicts with options.
+        ValueError: the optimizer holds copies of R, which would overwrite the initialized R; or training resumes, and
+            the A and B that belong to R are not found.
     """
 
     def __init__(
@@ -69,16 +60,10 @@ class InitCallback(TrainerCallback):
         lr: float | Literal["auto"] | None = None,
         samples: Iterable[Any] | Callable[[Any], Iterable[Any]] | None = None,
         share_factors: bool = True,
-        refresh_at: int | None = None,
-        refresh_samples: int | None = None,
         **options: Any,
     ) -> None:
-        _check_refresh(refresh_at, refresh_samples, samples, options)
         self.num_samples, self.seed, self.lr = num_samples, seed, lr
-        self.options = options if refresh_at is None else {"held_back": 0.5} | options
-        self.samples = samples
-        self.share_factors = share_factors
-        self.refresh_at, self.refresh_samples = refresh_at, refresh_samples
+        self.samples, self.share_factors, self.options = samples, share_factors, options
         self.report: InitReport | None = None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -110,16 +95,13 @@ class InitCallback(TrainerCallback):
         # Under ZeRO-3 gathering is collective and saving is not, so A and B are gathered here; no-op otherwise.
         keep_factors(layers, name, first=state.is_world_process_zero)
         ready = state.global_step > 0 or initialized
-        if first := self.report is None:  # not a second run of the same trainer
-            empty = ready and not sharded(model) and any(held(layer, name) for layer in layers.values())
-            self._check_run(state, train_dataloader, empty)
         if not ready:
             _refuse_copies(optimizer, layers, name)
             # The schedule multiplies by step / warm-up steps: the first rate above 0 is peak / warm-up steps.
             warmup = args.get_warmup_steps(state.max_steps)
             given = self.lr if self.lr != "auto" else first_step_lr("auto", warmup)
             call = partial(initialize, lr=given or first_step_lr(args.learning_rate, warmup))
-            self.report = self._with_samples(call, args, model, train_dataloader, self.num_samples, 0)
+            self.report = self._with_samples(call, args, model, train_dataloader)
             if self.report.rate is not None:
                 _set_rate(self.report.rate, optimizer, lr_scheduler, layers, name)
         elif self.lr == "auto" and state.global_step == 0:
@@ -128,61 +110,10 @@ class InitCallback(TrainerCallback):
                 f"{args.learning_rate:g} stays",
                 stacklevel=2,
             )
-        if first and self.refresh_at is not None and state.global_step <= self.refresh_at:
-            check_refreshable(model, name, layers)
 
-    def on_step_begin(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        model: Any = None,
-        train_dataloader: Any = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Fill what is held back of the rank, if this step is the one."""
-        if state.global_step != self.refresh_at:
-            return
-        name, layers = adapted_layers(model, self.options.get("adapter_name"))
-        if not any(held(layer, name) for layer in layers.values()):
-            return  # a second run of the same trainer: filled already
-        call = partial(_refresh, optimizer)
-        self.report = self._with_samples(call, args, model, train_dataloader, self._count_then(), 1)
-
-    def _count_then(self) -> int | None:
-        return self.num_samples if self.refresh_samples is None else self.refresh_samples
-
-    def _check_run(self, state: Any, loader: Any, empty: bool) -> None:
-        """Raise a ValueError for a refresh that this run cannot make; warn of a rank that stays partly empty."""
-        at, steps, count = self.refresh_at, state.max_steps, self._count_then()
-        if empty and (at is None or at < state.global_step):
-            reason = "refresh_at is not set" if at is None else f"refresh_at={at} has already passed"
-            step = f"from {max(1, state.global_step)} to {steps - 1}"
-            warnings.warn(f"a part of the rank stays empty: {reason}: InitCallback(refresh_at=), {step}", stacklevel=2)
-        if at is None:
-            return
-        if at >= steps:
-            raise ValueError(f"refresh_at={at} is beyond the run, which has {steps} steps: 1 to {steps - 1}")
-        if self.samples is not None:
-            return
-        rows = len(loader.dataset) if hasattr(loader.dataset, "__getitem__") else None
-        if rows is None and count is None:
-            raise ValueError("the trainer's data set is a stream: say how many samples, InitCallback(num_samples=64)")
-        if rows is not None and count is not None and count > rows:
-            raise ValueError(too_few(count, rows))
-
-    def _with_samples(
-        self,
-        call: Callable[..., InitReport],
-        args: Any,
-        model: Any,
-        loader: Any,
-        count: int | None,
-        offset: int,
-    ) -> InitReport:
-        """Call `initialize` or `refresh` on this process's samples; another `offset` draws others."""
-        seed = (args.seed if self.seed is None else self.seed) + offset
+    def _with_samples(self, call: Callable[..., InitReport], args: Any, model: Any, loader: Any) -> InitReport:
+        """Call `initialize` on this process's samples."""
+        seed, count = args.seed if self.seed is None else self.seed, self.num_samples
         options = {"progress": not args.disable_tqdm} | self.options
         # collators may draw (random masking, on the CPU), and training must draw as without this
         with rng_untouched():
@@ -206,33 +137,6 @@ def _set_rate(rate: float, optimizer: Any, scheduler: Any, layers: dict[str, Ada
             group["initial_lr"] = rate
             if peaks is not None:
                 peaks[i] = rate
-
-
-def _refresh(optimizer: Any, model: Any, batches: Any, **options: Any) -> InitReport:
-    """Call `lorasb.refresh` with the options that are not about the start."""
-    kept = {name: value for name, value in options.items() if name not in OF_THE_START}
-    return refresh(model, batches, optimizer=optimizer, **kept)
-
-
-def _check_refresh(refresh_at: Any, count: Any, samples: Any, options: dict[str, Any]) -> None:
-    if refresh_at is None and count is not None:
-        raise ValueError("refresh_samples says how many samples refresh_at takes: give refresh_at too")
-    for name, value in (("refresh_at", refresh_at), ("refresh_samples", count)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} is a whole number from 1 on, of steps or of samples, got {value!r}")
-    if refresh_at is None:
-        return
-    if options.get("cache") is not None:
-        raise ValueError(
-            "refresh_at takes the gradient at other weights than the base's, whose signs a cache keeps: leave cache out"
-        )
-    if isinstance(samples, Iterator):
-        raise ValueError("refresh_at reads samples twice, and these can be read once: pass a list, or a function")
-    loss_fn = options.get("loss_fn")
-    if getattr(getattr(loss_fn, "func", loss_fn), "at_the_base", False):
-        raise ValueError(
-            "preference_loss has DPO's gradient at the base alone, where refresh_at takes another: leave it out"
-        )
 
 
 def _restore(args: Any, state: Any, name: str, layers: dict[str, AdaptedLayer], needed: bool) -> None:

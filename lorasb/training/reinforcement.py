@@ -170,7 +170,6 @@ def preference_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return (rejected - chosen).mean()
 
 
-preference_loss.at_the_base = True  # type: ignore[attr-defined]  # DPO's gradient where the policy is the reference
 preference_loss.of_whole_batches = True  # type: ignore[attr-defined]  # a pair's rows are half a batch apart
 
 

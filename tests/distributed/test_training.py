@@ -27,7 +27,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", 
 ENVIRONMENT["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for GPUs first
 WRAP = ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
 KILLED_AFTER = 5  # steps, of which every second is saved
-REFRESH = {"ddp": ("--refresh", 3), "fsdp2": ()}  # by engine: a sharded model is not refreshed
+ENGINES = ("ddp", "fsdp2")
 
 
 def python(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -143,31 +143,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(runs: Path) -> dict[str, dict[str, Any]]:
-    """One process, the whole of training, as each engine does it."""
-    return {engine: train([], runs / f"{engine} alone", *options) for engine, options in REFRESH.items()}
+def alone(runs: Path) -> dict[str, Any]:
+    """One process, the whole of training."""
+    return train([], runs / "alone")
 
 
 @pytest.fixture(scope="module")
-def whole(runs: Path, alone: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def whole(runs: Path) -> dict[str, dict[str, Any]]:
     """Two processes, the whole of training and a killed one, by the configuration files that the project ships."""
-    return {
-        name: train_and_kill(accelerate(f"{name}.yaml"), runs / name, runs / f"{name} killed", *options)
-        for name, options in REFRESH.items()
-    }
+    return {name: train_and_kill(accelerate(f"{name}.yaml"), runs / name, runs / f"{name} killed") for name in ENGINES}
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_trainer_gets_what_one_process_gets(engine: str, runs: Path, alone: Any, whole: Any) -> None:
     found = whole[engine]
     assert found["size"] == 2
     assert found["initialized"]
     assert found["sharded"] == (engine == "fsdp2")
-    assert found["losses"] == pytest.approx(alone[engine]["losses"], rel=1e-4)
-    same_factors(runs / engine / "adapter", runs / f"{engine} alone" / "adapter", tolerances.STEPS)
+    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    same_factors(runs / engine / "adapter", runs / "alone" / "adapter", tolerances.STEPS)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_killed_rank_leaves_whole_checkpoints_and_training_goes_on(engine: str, runs: Path, whole: Any) -> None:
     start = torchrun(2) if engine == "ddp" else accelerate("fsdp2.yaml")
     folder = runs / f"{engine} killed"
@@ -176,7 +173,7 @@ def test_a_killed_rank_leaves_whole_checkpoints_and_training_goes_on(engine: str
         same_factors(folder / f"checkpoint-{step}", runs / engine / f"checkpoint-{step}", tolerances.EXACT)
     again = runs / f"{engine} again"
     shutil.copytree(folder, again)
-    found = train(start, again, "--resume", *REFRESH[engine])
+    found = train(start, again, "--resume")
     assert not found["initialized"]
     assert found["losses"][-2:] == whole[engine]["losses"][-2:]
     same_factors(again / "adapter", runs / engine / "adapter", tolerances.EXACT)
@@ -185,7 +182,7 @@ def test_a_killed_rank_leaves_whole_checkpoints_and_training_goes_on(engine: str
 def test_a_run_of_two_goes_on_alone(runs: Path, whole: Any) -> None:
     folder = runs / "ddp alone again"
     shutil.copytree(runs / "ddp killed", folder)
-    found = train([], folder, "--resume", *REFRESH["ddp"])
+    found = train([], folder, "--resume")
     assert found["size"] == 1
     assert found["losses"][-1] == pytest.approx(whole["ddp"]["losses"][-1], rel=1e-4)
     same_factors(folder / "adapter", runs / "ddp" / "adapter", tolerances.STEPS)
@@ -206,10 +203,10 @@ def test_a_killed_shard_goes_on_in_16_and_4_bits(bits: int, dtype: str, runs: Pa
 @pytest.mark.long
 def test_trainer_on_four_ranks(runs: Path, alone: Any) -> None:
     for engine, start in (("ddp", torchrun(4)), ("fsdp2", accelerate("fsdp2.yaml", 4))):
-        found = train(start, runs / f"{engine} of four", *REFRESH[engine])
+        found = train(start, runs / f"{engine} of four")
         assert found["size"] == 4
-        assert found["losses"] == pytest.approx(alone[engine]["losses"], rel=1e-4)
-        same_factors(runs / f"{engine} of four" / "adapter", runs / f"{engine} alone" / "adapter", tolerances.STEPS)
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        same_factors(runs / f"{engine} of four" / "adapter", runs / "alone" / "adapter", tolerances.STEPS)
 
 
 def test_factors_that_are_parted_are_not_left_out_of_a_file(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 import lorasb
 
-WAYS = ("ddp", "fsdp", "fsdp bf16", "fsdp 4-bit", "fsdp experts", "ddp muon", "fsdp muon")
+WAYS = ("ddp", "fsdp", "fsdp bf16", "fsdp 4-bit", "fsdp experts")
 ROWS = [text(1, 12, seed) for seed in range(8)]
 STEPS = 3
 
@@ -74,7 +74,7 @@ def train(way: str, rank: int, size: int) -> dict[str, Any]:
     model.train()
     run: Any = nn.parallel.DistributedDataParallel(model) if way.startswith("ddp") and size > 1 else model
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = lorasb.optim.Muon(trained, lr=0.02) if "muon" in way else torch.optim.SGD(trained, lr=0.1)
+    optimizer = torch.optim.SGD(trained, lr=0.1)
     losses = []
     for step in range(STEPS):
         rows = [ROWS[(step * 4 + i) % 8] for i in range(4)][rank::size]

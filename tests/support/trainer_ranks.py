@@ -1,6 +1,6 @@
 """What distributed/test_training.py starts by torchrun and by `accelerate launch`: a Trainer over a tiny model.
 
-trainer_ranks.py FOLDER [--kill STEP] [--cut FOLDER] [--resume] [--first] [--refresh STEP] [--bits 16|4]
+trainer_ranks.py FOLDER [--kill STEP] [--cut FOLDER] [--resume] [--first] [--bits 16|4]
                  [--dtype float32|bfloat16]
 """
 
@@ -62,7 +62,6 @@ def parse(given: Sequence[object] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--first", action="store_true", help="initialize before the Trainer is made, as DeepSpeed wants"
     )
-    parser.add_argument("--refresh", type=int, help="hold half of the rank back until this step")
     parser.add_argument("--bits", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
     return parser.parse_args(None if given is None else [str(one) for one in given])
@@ -104,7 +103,7 @@ def run(folder: Path, options: argparse.Namespace, kill: int = 0) -> None:
         dataloader_pin_memory=False,
         max_grad_norm=0.0,
     )
-    init = lorasb.InitCallback(num_samples=8, lr=1e-2, refresh_at=options.refresh)
+    init = lorasb.InitCallback(num_samples=8, lr=1e-2)
     if options.first:
         share = range(arguments.process_index, 8, arguments.world_size)  # asking for it starts the processes' group
         lorasb.initialize(model, [text(1, 12, seed) for seed in share], lr=1e-2, progress=False)

@@ -105,7 +105,7 @@ def begin(model: Any, problem: Problem, cell: Cell, batches: Batches, eta: float
         seed=cell.seed,
         progress=False,
         cache=cache,
-        **{name: options[name] for name in ("update", "longest_start", "held_back") if name in options},
+        **{name: options[name] for name in ("update", "longest_start") if name in options},
     )
 
 
@@ -169,7 +169,7 @@ def _gradients(problem: Problem, config: Any, batches: Batches) -> None:
 
 
 def optimizer(model: nn.Module, method: Method, task: Task, cell: Cell, head: Sequence[str]) -> Any:
-    """AdamW without weight decay, Muon for R, or LoRA-Pro's AdamW; a head has its own rate."""
+    """AdamW without weight decay, Muon for R alone, or LoRA-Pro's AdamW; a head has its own rate."""
     if method.name == "LoRA-Pro":
         return _lora_pro(model, cell.lr, (task.head_lr or cell.lr) if head else None)
     heads: list[nn.Parameter] = []
@@ -177,13 +177,11 @@ def optimizer(model: nn.Module, method: Method, task: Task, cell: Cell, head: Se
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (heads if any(part in name.split(".") for part in head) else others).append(parameter)
+    if settings(cell).get("optimizer") == "muon":
+        return torch.optim.Muon(others, lr=cell.lr, weight_decay=0.0)
     groups: list[dict[str, Any]] = [{"params": others, "lr": cell.lr}]
     if heads:
         groups.append({"params": heads, "lr": task.head_lr or cell.lr})
-    if settings(cell).get("optimizer") == "muon":
-        groups[0]["algorithm"] = "muon"
-        groups[1:] = [{**group, "algorithm": "adamw"} for group in groups[1:]]
-        return lorasb.optim.Muon(groups)
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 

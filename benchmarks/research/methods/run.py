@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-import lorasb
 from benchmarks.common.timing import commit, dtype_name, machine_name, measured_dtype
 from benchmarks.research.methods.adapters import begin_again, optimizer, put_in, refresh, sample_count, settings
 from benchmarks.research.methods.grid import BY_LOSS, FULL, METHODS, SEEDS, SWEEP_SEED, WARMUP, Cell, Task, task_named
@@ -142,15 +141,12 @@ def train(model: Any, problem: Problem, task: Task, cell: Cell, warmup: int) -> 
     torch.manual_seed(cell.seed)  # dropout
     model.train()
     losses, options = [], settings(cell)
-    again, later, fill = (round(options.get(name, 0) * task.steps) for name in ("again", "refresh", "fill"))
+    again, later = (round(options.get(name, 0) * task.steps) for name in ("again", "refresh"))
     if options.get("seeded"):
         seed_moments(model, drawn(problem, task, cell.seed, sample_count(problem, options)), opt, trained)
     for step, batch in enumerate(batches(problem, task, cell.seed)):
         if later and step == later:
             trained = refresh(model, problem, cell, lambda n: drawn(problem, task, cell.seed + 1, n), opt)
-        if fill and step == fill:
-            count = options["later_samples"]
-            lorasb.refresh(model, drawn(problem, task, cell.seed + 1, count), seed=cell.seed, progress=False)
         if again and step == again:
             begin_again(model, problem, cell, lambda n: drawn(problem, task, cell.seed + 1, n), warmup)
             opt.state.clear()

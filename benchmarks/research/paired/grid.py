@@ -79,7 +79,6 @@ def entries() -> dict[str, Entry]:
         Entry("whitened", "LoRA-SB", {"init": "random", "whitened": True}),
         Entry("sign, rotated", "LoRA-SB", {"rotated": True}),
         Entry("sign, later", "LoRA-SB", {"refresh": 0.1, "later_samples": 64}),
-        Entry("sign, half later", "LoRA-SB", {"held_back": 0.5, "fill": 0.1, "later_samples": 64}),
         Entry("sign, seeded", "LoRA-SB", {"seeded": True}),
         Entry("by spread", "LoRA-SB", {"init": "random", "by_spread": True}),
         Entry("ranks by energy", "LoRA-SB", {"ranks_by_energy": True}),
