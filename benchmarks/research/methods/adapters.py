@@ -138,15 +138,14 @@ def refresh(model: Any, problem: Problem, cell: Cell, batches: Batches, opt: Any
 
 
 def _lora(problem: Problem, method: Method, cell: Cell, batches: Batches) -> Any:
+    """PEFT's LoRA, or the config class that the cell's option `peft` names, with the cell's other options."""
     import peft
 
-    config = peft.LoraConfig(
-        r=cell.r,
-        lora_alpha=cell.r,
-        target_modules=problem.targets,
-        modules_to_save=problem.head or None,
-        task_type=problem.task_type,
-        **method.options,
+    given = dict(cell.options)
+    kind = given.pop("peft", "LoraConfig")
+    own = {"r": cell.r, "lora_alpha": cell.r} | method.options if kind == "LoraConfig" else given
+    config = getattr(peft, kind)(
+        target_modules=problem.targets, modules_to_save=problem.head or None, task_type=problem.task_type, **own
     )
     if method.name == "LoRA-GA":
         _gradients(problem, config, batches)

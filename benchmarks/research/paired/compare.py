@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.common.csv_files import Row
-from benchmarks.research.paired.grid import RANKS, best_rate, entries, rows_of, shown_rate, swept
+from benchmarks.research.paired.grid import best_rate, entries, rows_of, shown_rate, swept
 
 # two-sided 95% quantiles of Student's t, by degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -99,8 +99,7 @@ def lines(rows: Sequence[Row], task: str, other: str) -> Iterator[list[str]]:
     """A row a rank and entry that has test runs: the letters of the machines that ran them, its mean loss, and the
     difference to `other` over the same seeds."""
     letters = machines(rows)
-    fixed = {entry.only for entry in entries().values() if entry.only}
-    for r in sorted({*RANKS, *fixed}):
+    for r in sorted({int(row["r"]) for row in rows}):
         for name, entry in entries().items():
             runs = finals(rows, task, name, r)
             if runs and entry.rank(r) == r:

@@ -63,6 +63,11 @@ class Entry:
         return Cell(task, split, self.method, r, lr, seed, self.name, tuple(sorted(self.options.items())))
 
 
+def _of_peft(name: str, rank: int, rate: float, **options: Any) -> Entry:
+    """An adapter that PEFT ships, at its documented defaults but for the options."""
+    return Entry(name, "LoRA", options, rate, 0.0, only=rank)
+
+
 def entries() -> dict[str, Entry]:
     """By name; the first is what the library does unless told otherwise."""
     found = (
@@ -91,6 +96,15 @@ def entries() -> dict[str, Entry]:
             falls=0.0,
         ),
         Entry(LORA, "LoRA", rate=2e-3, falls=0.0, only=32),
+        *(Entry(f"LoRA r={r}", "LoRA", rate=4e-3, falls=0.0, only=r) for r in (1, 2, 3, 6)),
+        _of_peft("VeRA", 256, 1.6e-2, peft="VeraConfig", r=256, save_projection=False),
+        _of_peft("IA3", 1, 1.6e-2, peft="IA3Config", feedforward_modules=r".*\.down_proj"),
+        _of_peft("LoKr", 8, 4e-3, peft="LoKrConfig", r=8, alpha=8),
+        _of_peft("TinyLoRA", 2, 8e-3, peft="TinyLoraConfig"),
+        _of_peft("PSOFT", 32, 4e-3, peft="PsoftConfig"),
+        _of_peft("PSOFT, not orthogonal", 32, 4e-3, peft="PsoftConfig", psoft_orth=False),
+        _of_peft("VB-LoRA", 4, 4e-3, peft="VBLoRAConfig", r=4, num_vectors=256, vector_length=64),
+        _of_peft("RandLoRA", 32, 4e-3, peft="RandLoraConfig", r=32),
     )
     return {entry.name: entry for entry in found}
 
