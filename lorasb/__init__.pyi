@@ -7,7 +7,9 @@ from .config.adapter import LoRASBConfig as LoRASBConfig
 from .export.lora import export_lora as export_lora
 from .export.weight_sync import adapter_delta as adapter_delta
 from .export.weight_sync import lora_of as lora_of
+from .init import BasisFit as BasisFit
 from .init import InitReport as InitReport
+from .init import basis_fit as basis_fit
 from .init import first_step_lr as first_step_lr
 from .init import initialize as initialize
 from .layers.linear import LoRASBLinear as LoRASBLinear

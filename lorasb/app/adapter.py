@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from ..checkpoints import shared_factors
 from ..distributed.process_group import Processes
 from ..init import InitReport, RankSuggestion
 from ..utils import plotting
@@ -57,13 +58,9 @@ def _patch_and_initialize(run: Run, common: dict[str, Any], options: dict[str, A
     run.model = lorasb.patch(run.model, r=settings.r, init=init, init_seed=settings.seed, **common)
     if init == "lora-xs":  # `patch` has initialized it: the SVD of W needs no data
         return run.model.base_model.init_reports["default"]
-    loader: Any = torch.utils.data.DataLoader(
-        cast(Any, _share(run.train_ids)),
-        batch_size=settings.batch_size,
-        collate_fn=run.problem.collator(run.tokenizer, run.model.get_base_model()),
-    )
-    measured = settings.lr is None and settings.eta is None and settings.rl is None
-    eta = settings.eta or lorasb.first_step_lr("auto" if measured else run.lr, run.warmup_steps)
+    loader = start_loader(run, run.train_ids)
+    run.measured = settings.lr is None and settings.eta is None and settings.rl is None
+    eta = settings.eta or lorasb.first_step_lr("auto" if run.measured else run.lr, run.warmup_steps)
     options |= {"num_samples": settings.samples, "update": settings.update, "seed": settings.seed}
     if settings.start != "limited":
         options["longest_start"] = None if settings.start == "paper" else 0.0
@@ -74,6 +71,14 @@ def _patch_and_initialize(run: Run, common: dict[str, Any], options: dict[str, A
     report = lorasb.initialize(run.model, loader, lr=eta, **options)
     run.lr = report.rate or run.lr
     return report
+
+
+def start_loader(run: Run, encoded: list[Any]) -> Any:
+    """A loader of this rank's share of examples, for the initialization."""
+    collate = run.problem.collator(run.tokenizer, run.model.get_base_model())
+    return torch.utils.data.DataLoader(
+        cast(Any, _share(encoded)), batch_size=run.settings.batch_size, collate_fn=collate
+    )
 
 
 def _rewarded(run: Run) -> Iterator[dict[str, torch.Tensor]]:
@@ -133,6 +138,8 @@ def save_adapter(run: Run, folder: Path) -> None:
         if config.modules_to_save:  # PEFT adds the names of heads each time that it loads an adapter
             config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     run.model.save_pretrained(str(folder))
+    if run.settings.basis is not None:
+        shared_factors.share(folder, Path(run.settings.basis))
 
 
 def load_adapter(run: Run, folder: Path) -> None:

@@ -171,12 +171,18 @@ def _of_all(
         raise typer.Exit
 
 
+basis = typer.Typer(no_args_is_help=True, help="Make a basis that many adapters share, or see how data fits one.")
+app.add_typer(basis, name="basis")
 bench = typer.Typer(no_args_is_help=True, help="Measure the kernels on this machine.")
 app.add_typer(bench, name="bench")
 
 
 def _finetune(values: dict[str, Any]) -> None:
     """Fine-tune a language model, or a classifier, and show what it learned on held-out problems."""
+    if values.get("basis") and not values.get("model"):
+        from .basis import read_card
+
+        values["model"] = read_card(values["basis"]).model
     settings = Settings(**values)
     settings.check()  # and the data's names: before torch and transformers are imported, which takes seconds
     check_names(settings)
@@ -190,6 +196,8 @@ def _finetune(values: dict[str, Any]) -> None:
         return
     if result.report is not None:
         console.print(tables.energies(result.report))
+    if found := result.summary.get("basis_fit"):
+        console.print(tables.basis_line(found["share"], found["random"]))
     console.print(tables.answers(result.examples, result.before.answers, result.after.answers))
     console.print(tables.before_and_after(result.summary))
     if result.summary.get("adapters"):
@@ -321,6 +329,56 @@ def doctor() -> None:
     from .terminal import console
 
     console.print(examine())
+
+
+class _Files(Command):
+    """A command whose --data takes several files."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat --data before each further file."""
+        given: list[str] = []
+        for argument in args:
+            if len(given) > 1 and given[-2] == "--data" and not argument.startswith("-"):
+                given.append("--data")
+            given.append(argument)
+        return super().parse_args(ctx, given)
+
+
+Samples = Annotated[int | None, typer.Option(help="Samples of each file.", min=1, show_default="max(32, n/1000)")]
+
+
+@basis.command(cls=_Files)
+def make(
+    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    data: Annotated[list[str], typer.Option(help="JSONL files of prompt and completion, one for each task.")],
+    output: Annotated[str, typer.Option(help="Folder to write.")],
+    r: Annotated[int, typer.Option("--r", "--rank", help="Rank, at most 256.")] = 64,
+    update: Annotated[str, typer.Option(help="adamw, sgd or per-sample, as of finetune.")] = "adamw",
+    samples: Samples = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of samples and the SVD.")] = 0,
+) -> None:
+    """Make a basis from the first steps of several tasks: A and B for adapters that have R alone."""
+    from .basis import card_table, make_basis
+    from .terminal import console
+
+    settings = Settings(model=model, output=output, r=r, update=update, samples=samples, seed=seed)
+    console.print(card_table(make_basis(settings, data)))
+    console.print(_files(output))
+
+
+@basis.command(cls=Command)
+def fit(
+    folder: Annotated[str, typer.Argument(metavar="BASIS", help="Folder of a basis.")],
+    data: Annotated[str, typer.Option(help="JSONL of prompt and completion.")],
+    samples: Samples = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
+) -> None:
+    """Show what a basis keeps of the first step of your data, before training on it."""
+    from . import basis as shared
+    from .terminal import console
+
+    found = shared.fit(Settings(basis=folder, data=data, samples=samples, seed=seed))
+    console.print(shared.fit_table(found))
 
 
 @bench.command()

@@ -16,6 +16,7 @@ from ..utils.atomic_files import locked
 from ..utils.precision import resolve, slowdown_message
 from . import results
 from .adapter import adapt, load_adapter, load_report, save_start
+from .basis import stand_on
 from .data import digest, load_examples
 from .prepare import Run, device, prepare
 from .results import Result
@@ -109,18 +110,18 @@ def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[Any, float
 
     earlier = folder.load_start()
     if earlier is not None:
-        run.lr = earlier.lr
+        run.lr, run.fit = earlier.lr, earlier.fit
         load_adapter(run, folder.start)
         load_adapters(run, folder.start)
         return load_report(folder.start), earlier.seconds
-    report, seconds = adapt(run)
+    report, seconds = adapt(run) if run.settings.basis is None else stand_on(run)
     if run.settings.find_lr:
         run.lr = find_rate(run).lr
-    elif getattr(report, "rate", None) is not None:
+    elif run.measured:
         run.lr = refine(run).lr
     add_adapters(run)
     if is_first_rank:
-        folder.save_start(lambda target: save_start(run, report, target), Start(seconds, run.lr))
+        folder.save_start(lambda target: save_start(run, report, target), Start(seconds, run.lr, run.fit))
     return report, seconds
 
 

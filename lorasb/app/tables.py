@@ -56,6 +56,11 @@ def before_and_after(summary: dict[str, Any]) -> Table:
     return table
 
 
+def basis_line(share: float, random: float) -> str:
+    """What a basis keeps of the first step of a run's data."""
+    return f"The basis keeps {share:.1%} of the data's first step, a random one {random:.1%}."
+
+
 def _accuracies(summary: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
     """Score before and after, over all and by set."""
     scores = summary["eval_scores"]
@@ -155,7 +160,7 @@ def energies(report: InitReport) -> Table:
     table.add_column("layers")
     for name in ("number", "r", "energy of sign(G)", "energy of G", "least of G"):
         table.add_column(name, justify="right")
-    for kind, layers in _by_kind((layer.name, layer) for layer in report.layers).items():
+    for kind, layers in by_kind((layer.name, layer) for layer in report.layers).items():
         ranks = "/".join(map(str, sorted({layer.rank for layer in layers})))
         grads = [layer.energy_grad for layer in layers if layer.energy_grad is not None]
         signs = [layer.energy_sign for layer in layers if layer.energy_sign is not None]
@@ -173,7 +178,7 @@ def ranks(suggestion: RankSuggestion) -> Table:
     )
     for name in ("layers", "number", "least r", "median", "largest"):
         table.add_column(name, justify="left" if name == "layers" else "right")
-    for kind, values in _by_kind(suggestion.rank_pattern.items()).items():
+    for kind, values in by_kind(suggestion.rank_pattern.items()).items():
         table.add_row(kind, str(len(values)), str(min(values)), f"{statistics.median(values):g}", str(max(values)))
     return table
 
@@ -194,15 +199,15 @@ def cache(layers: dict[str, CachedGradient], key: dict[str, Any], facts: dict[st
     }
     for name, value in properties.items():
         table.add_row(name, short(value))
-    return Group(table, _signs_by_kind(layers))
+    return Group(table, _signsby_kind(layers))
 
 
-def _signs_by_kind(layers: dict[str, CachedGradient]) -> Table:
+def _signsby_kind(layers: dict[str, CachedGradient]) -> Table:
     """Shape, norm of G and number of zeros by kind of layer."""
     table = Table(title="by kind of layer")
     for name in ("layers", "number", "shape", "‖G‖ (median)", "zeros"):
         table.add_column(name, justify="left" if name == "layers" else "right")
-    for kind, members in _by_kind(layers.items()).items():
+    for kind, members in by_kind(layers.items()).items():
         norm = statistics.median(member.squares**0.5 for member in members)
         shape = " x ".join(map(str, members[0].bits.shape))
         table.add_row(kind, str(len(members)), shape, f"{norm:.3g}", str(sum(member.zeros for member in members)))
@@ -227,16 +232,16 @@ def adapter(config: dict[str, Any], layers: dict[str, dict[str, Any]], size: int
     for name, value in properties.items():
         if value is not None:
             table.add_row(name, short(value))
-    return Group(table, _cores_by_kind(layers))
+    return Group(table, _coresby_kind(layers))
 
 
-def _cores_by_kind(layers: dict[str, dict[str, Any]]) -> Table:
+def _coresby_kind(layers: dict[str, dict[str, Any]]) -> Table:
     """Norm and largest singular value of R by kind of layer."""
     table = Table(title="R by kind of layer")
     table.add_column("layers")
     for name in ("number", "A", "R", "B", "‖R‖ (median)", "σ₁(R) (largest)"):
         table.add_column(name, justify="right")
-    for kind, members in _by_kind(layers.items()).items():
+    for kind, members in by_kind(layers.items()).items():
         norms = [float(m["lorasb_R"].float().norm()) for m in members]
         largest = max(float(torch.linalg.matrix_norm(m["lorasb_R"].double(), ord=2)) for m in members)
         shapes = [" x ".join(map(str, members[0][f"lorasb_{part}"].shape)) for part in "ARB"]
@@ -244,7 +249,7 @@ def _cores_by_kind(layers: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def _by_kind(layers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+def by_kind(layers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
     """Group values by the kind of layer (q_proj, ...), from pairs of a layer's name and a value."""
     kinds: dict[str, list[T]] = {}
     for name, value in layers:

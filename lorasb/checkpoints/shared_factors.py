@@ -21,8 +21,11 @@ from ..utils.reading import read_json, read_tensors, safetensors_header
 DIGEST = "lorasb_factors_digest"  # key in adapter_model.safetensors: SHA-256 of the factors, uint8 [32]
 
 
-def share(folder: Path) -> None:
-    """Split the adapters saved in a checkpoint's folder and its subfolders into R and shared factors."""
+def share(folder: Path, like: Path | None = None) -> None:
+    """Split the adapters saved in a checkpoint's folder and its subfolders into R and shared factors.
+
+    The factors' file is a hard link to that of the folder `like`, or of a sibling checkpoint, where that has the same.
+    """
     for weights in sorted(folder.rglob(WEIGHTS_NAME)):  # PEFT saves adapters other than "default" in subfolders
         tensors = read_tensors(weights)
         factors = {key: value for key, value in tensors.items() if is_factor(key)}
@@ -30,7 +33,7 @@ def share(folder: Path) -> None:
             continue
         factors_digest = digest(factors)
         # first, so that an interruption leaves a valid checkpoint
-        _link_or_write(weights.with_name(FACTORS_NAME), factors, factors_digest.hex(), folder)
+        _link_or_write(weights.with_name(FACTORS_NAME), factors, factors_digest.hex(), folder, like)
         other_tensors = {key: value for key, value in tensors.items() if key not in factors}
         other_tensors[DIGEST] = torch.tensor(list(factors_digest), dtype=torch.uint8)
         with replacing(weights) as temporary:
@@ -50,18 +53,18 @@ def join_factors(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
 
 def _beside(folder: Path, expected: bytes) -> dict[str, Tensor] | None:
     """A and B of a digest, from the folder's factors file, or from the adapter in a folder nearby that has them."""
-    file = folder / FACTORS_NAME
-    # The header's digest is compared first, which costs no hashing. A file of another run is no error here: the model
-    # may have the right factors already.
-    if file.is_file() and _recorded_digest(file) == expected.hex():
-        factors = read_tensors(file)
-        if digest(factors) != expected:
-            raise ValueError(f"{file} is damaged: its A and B are not what the checkpoint was made with")
-        return factors
     name = _basis_name(folder)
-    for place in (folder.parent, folder.parent / name, folder / name) if name else ():
+    for place in (folder, *((folder.parent, folder.parent / name, folder / name) if name else ())):
+        file = place / FACTORS_NAME
+        # The header's digest is compared first, which costs no hashing. A file of another run is no error here: the
+        # model may have the right factors already.
+        if file.is_file() and recorded_digest(file) == expected.hex():
+            factors = read_tensors(file)
+            if digest(factors) != expected:
+                raise ValueError(f"{file} is damaged: its A and B are not what the checkpoint was made with")
+            return factors
         file = place / WEIGHTS_NAME
-        if file.is_file():
+        if place != folder and file.is_file():
             factors = {key: value for key, value in read_tensors(file).items() if is_factor(key)}
             if factors and digest(factors) == expected:
                 return factors
@@ -105,12 +108,14 @@ def digest(factors: dict[str, Tensor]) -> bytes:
     return sha256.digest()
 
 
-def _link_or_write(target: Path, factors: dict[str, Tensor], hexadecimal: str, checkpoint: Path) -> None:
-    """Create the factors' file: a hard link to that of a sibling checkpoint with this digest, or a new file."""
+def _link_or_write(
+    target: Path, factors: dict[str, Tensor], hexadecimal: str, checkpoint: Path, like: Path | None
+) -> None:
+    """Create the factors' file: a hard link to that of another folder with this digest, or a new file."""
     relative = target.relative_to(checkpoint)
-    siblings = (folder for folder in sorted(checkpoint.parent.iterdir()) if folder.is_dir() and folder != checkpoint)
-    files = (sibling / relative for sibling in siblings)
-    same = next((file for file in files if file.is_file() and _recorded_digest(file) == hexadecimal), None)
+    siblings = [folder for folder in sorted(checkpoint.parent.iterdir()) if folder.is_dir() and folder != checkpoint]
+    files = (folder / relative for folder in ([like] if like is not None else []) + siblings)
+    same = next((file for file in files if file.is_file() and recorded_digest(file) == hexadecimal), None)
     with replacing(target) as temporary:
         if same is None:
             save_file(factors, str(temporary), metadata={"format": "pt", "digest": hexadecimal})
@@ -122,7 +127,8 @@ def _link_or_write(target: Path, factors: dict[str, Tensor], hexadecimal: str, c
             shutil.copyfile(same, temporary)
 
 
-def _recorded_digest(file: Path) -> str | None:
+def recorded_digest(file: Path) -> str | None:
+    """The digest in the header of a factors' file; None without one."""
     try:
         safetensors_header(file)
         with safe_open(str(file), framework="pt") as reader:

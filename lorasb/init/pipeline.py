@@ -79,6 +79,14 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Init
     return outcome
 
 
+def rate_of_initialized(model: nn.Module, layers: Layers, batches: Any, options: InitOptions) -> float:
+    """The learning rate of lr="auto" for an adapter that has its factors, by a forward over the samples."""
+    processes = Processes()
+    pieces, _, _ = _samples(model, batches, options, processes)
+    with frozen_base(model):
+        return measured_rate(Work(model, layers, pieces, options, processes))
+
+
 def _measure_rate(work: Work) -> float | None:
     """Scale the start to the learning rate of lr="auto", and return the rate; None if a rate was given."""
     options = work.options

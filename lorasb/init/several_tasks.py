@@ -49,7 +49,7 @@ def initialize_tasks(
     active = list(model.active_adapters)
     try:
         for task, batches in tasks.items():
-            model.add_adapter(task, _like(config, layers))
+            model.add_adapter(task, config_like(config, layers))
             reports[task] = initialize(batches, task)
         shares = share_into(model, list(tasks), basis)
     except BaseException:
@@ -61,8 +61,8 @@ def initialize_tasks(
     return TasksReport(reports, shares)
 
 
-def _like(config: LoRASBConfig, layers: Mapping[str, nn.Module]) -> LoRASBConfig:
-    """A new adapter on the layers of another one, at its ranks."""
+def config_like(config: LoRASBConfig, layers: Mapping[str, nn.Module]) -> LoRASBConfig:
+    """The configuration of an adapter on the layers of another one, at its ranks."""
     return LoRASBConfig(
         r=config.r,
         rank_pattern=dict(config.rank_pattern),

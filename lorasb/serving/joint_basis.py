@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,9 +121,9 @@ def _move_onto(model: Any, adapters: Sequence[str], name: str, found: Mapping[st
             core = update.on(b, a)
             kept = float(core.square().sum()), update.energy
             energies[adapter].append(kept)
-            shares.by_layer[adapter][layer] = _share([kept])
+            shares.by_layer[adapter][layer] = share_of([kept])
             module.move_to_basis(adapter, name, core / module.adapters[name].scaling)
-    shares.overall = {adapter: _share(kept) for adapter, kept in energies.items()}
+    shares.overall = {adapter: share_of(kept) for adapter, kept in energies.items()}
     for adapter in adapters:
         config, of_basis = model.peft_config[adapter], model.peft_config[name]
         for name_of_field in ("init", "lora_alpha", "scaling", "wide_factors", "r", "rank_pattern"):
@@ -183,7 +184,7 @@ def project(model: Any, lora: str | Path, name: str, basis: str = "default", mos
         if module is not None and core is not None:
             cores[layer] = core / module.adapters[basis].scaling
         kept.append((0.0 if core is None else float(core.square().sum()), update.energy))
-    lost = 1.0 - _share(kept)
+    lost = 1.0 - share_of(kept)
     if lost > most_lost:
         raise ValueError(
             f"{lora} would lose {lost:.1%} of its energy on the basis {basis!r}, more than {most_lost:.1%}: make a "
@@ -237,9 +238,21 @@ def _update_of(layer: AdaptedLayer, adapter: str) -> Update:
     return Update.of(layer.lorasb_B[adapter], core, layer.lorasb_A[adapter])
 
 
-def _share(kept: Sequence[tuple[float, float]]) -> float:
-    total = sum(energy for _, energy in kept)
-    return sum(share for share, _ in kept) / total if total > 0 else 1.0
+def kept_energies(layers: Mapping[str, AdaptedLayer], adapter: str, basis: str) -> dict[str, tuple[float, float]]:
+    """Layer -> (‖Bᵀ Δ Aᵀ‖², ‖Δ‖²) for an adapter's update Δ, and the B and A of another one."""
+    found = {}
+    for name, layer in layers.items():
+        update = _update_of(layer, adapter)
+        core = update.on(layer.lorasb_B[basis].double(), layer.lorasb_A[basis].double())
+        found[name] = float(core.square().sum()), update.energy
+    return found
+
+
+def share_of(kept: Iterable[tuple[float, float]]) -> float:
+    """Sum of the first over the sum of the second energies; 1 where all are zero."""
+    pairs = list(kept)
+    total = math.fsum(whole for _, whole in pairs)
+    return math.fsum(part for part, _ in pairs) / total if total > 0 else 1.0
 
 
 def _rank(layer: AdaptedLayer, adapters: Sequence[str], r: int | None) -> int:

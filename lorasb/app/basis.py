@@ -1,0 +1,180 @@
+"""`lorasb basis`: a basis that adapters share, made from the first steps of tasks, and how well data fits it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+import lorasb
+
+from ..checkpoints import shared_factors
+from ..constants import CONFIG_NAME, FACTORS_NAME
+from ..init import BasisFit, TasksReport
+from ..init.pipeline import rate_of_initialized
+from ..init.task import InitOptions
+from ..layers.lookup import adapted_layers
+from ..utils.atomic_files import locked, replacing_folder, write_json
+from ..utils.reading import read_json
+from .adapter import load_adapter, start_loader, targets
+from .data import load_examples
+from .prepare import Run, prepare
+from .problem import LanguageModeling
+from .settings import Settings
+from .tables import basis_line, by_kind
+
+CARD_NAME = "basis.json"
+RATE = 1e-3  # η of the tasks' first steps, whose length is no part of a basis
+
+
+@dataclass(frozen=True)
+class BasisCard:
+    """What a basis is, in its folder's basis.json.
+
+    Attributes:
+        model: folder or hub id, as it was given.
+        digest: SHA-256 of A and B, which every adapter on the basis names.
+        tasks: task -> number of its examples, and the share of its own first step that the basis keeps.
+    """
+
+    model: str
+    digest: str
+    r: int
+    update: str
+    tasks: dict[str, dict[str, float]]
+
+
+def make_basis(settings: Settings, data: Sequence[str]) -> BasisCard:
+    """Make a basis of rank `settings.r` from the first steps of one task or more, and write it into `settings.output`.
+
+    Raises:
+        ValueError: no file, two of one name, labeled examples, or what initialization refuses.
+    """
+    names = _names(data)
+    settings = replace(settings, data=data[0], eval_examples=1)
+    settings.check()
+    with locked(settings.output):
+        run = prepare(settings)
+        encoded = {names[0]: run.train_ids}
+        for name, file in zip(names[1:], data[1:], strict=True):
+            examples, _ = load_examples(replace(settings, data=file))
+            encoded[name] = [run.problem.encode(one, run.tokenizer, settings.max_length) for one in examples]
+        if not isinstance(run.problem, LanguageModeling) or any(not rows for rows in encoded.values()):
+            raise ValueError("expected files of prompt and completion, got labeled examples: a basis has no head")
+        run.model = lorasb.patch(run.model, r=settings.r, target_modules=targets(settings.target_modules))
+        shares = _initialize(run, encoded)
+        return _save(run, {name: {"examples": len(encoded[name]), "kept": shares[name]} for name in names})
+
+
+def _names(data: Sequence[str]) -> list[str]:
+    """Tasks' names, after their files."""
+    names = [Path(file).stem.replace(".", "-") for file in data]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None or not names:
+        found = f"two named {twice!r}" if twice else "none"
+        raise ValueError(f"expected a file of examples for each task, each with another name, got {found}")
+    return names
+
+
+def _initialize(run: Run, encoded: dict[str, list[Any]]) -> dict[str, float]:
+    """Initialize the basis with R = 0, and return what it keeps of each task's own first step."""
+    loaders = {name: start_loader(run, rows) for name, rows in encoded.items()}
+    options: dict[str, Any] = {"num_samples": run.settings.samples, "update": run.settings.update}
+    options |= {"lr": RATE, "seed": run.settings.seed}
+    if len(loaders) == 1:
+        lorasb.initialize(run.model, next(iter(loaders.values())), longest_start=0.0, **options)
+        return dict.fromkeys(loaders, 1.0)
+    report: Any = lorasb.initialize(run.model, loaders, **options)
+    found: TasksReport = report
+    for name in loaders:
+        run.model.delete_adapter(name)
+    return found.shares.overall
+
+
+def _save(run: Run, tasks: dict[str, dict[str, float]]) -> BasisCard:
+    settings = run.settings
+    with replacing_folder(Path(settings.output)) as folder:
+        run.model.save_pretrained(str(folder))
+        shared_factors.share(folder)
+        digest = shared_factors.recorded_digest(folder / FACTORS_NAME)
+        card = BasisCard(settings.model, digest or "", run.model.peft_config["default"].r, settings.update, tasks)
+        write_json(folder / CARD_NAME, card.__dict__)
+    return card
+
+
+def read_card(folder: str | Path) -> BasisCard:
+    """The card of a basis; a ValueError if the folder is none, or its A and B are others."""
+    file = Path(folder) / CARD_NAME
+    if not file.is_file() or not (Path(folder) / CONFIG_NAME).is_file():
+        raise ValueError(f"expected the folder of a basis (lorasb basis make), found no {CARD_NAME} in {folder}")
+    try:
+        card = BasisCard(**read_json(file))
+    except TypeError as error:
+        raise ValueError(f"{file} is no card of a basis ({error}): make the basis again") from None
+    if shared_factors.recorded_digest(Path(folder) / FACTORS_NAME) != card.digest:
+        raise ValueError(f"{folder} has other A and B than its {CARD_NAME} says: copy the folder again, all of it")
+    return card
+
+
+def stand_on(run: Run) -> tuple[None, float]:
+    """Load the basis of a run, measure how well its data fits, and the learning rate if none is given.
+
+    Returns:
+        None, as nothing is initialized, and the seconds that it took.
+    """
+    settings, started = run.settings, time.perf_counter()
+    card = read_card(settings.basis or "")
+    if card.model != settings.model:
+        raise ValueError(f"--basis {settings.basis} was made on --model {card.model}, got {settings.model}")
+    load_adapter(run, Path(str(settings.basis)))
+    loader = start_loader(run, run.train_ids)
+    found = _fit(run, loader, card)
+    run.fit = {"share": found.share, "random": found.random}
+    run.measured = settings.lr is None and settings.rl is None
+    if run.measured:
+        name, layers = adapted_layers(run.model, None)
+        options = InitOptions(adapter=name, num_samples=settings.samples, seed=settings.seed)
+        run.lr = rate_of_initialized(run.model, layers, loader, options)
+    return None, time.perf_counter() - started
+
+
+def _fit(run: Run, loader: Any, card: BasisCard) -> BasisFit:
+    options: dict[str, Any] = {"num_samples": run.settings.samples, "seed": run.settings.seed}
+    return lorasb.basis_fit(run.model, loader, update=card.update, **options)
+
+
+def fit(settings: Settings) -> BasisFit:
+    """How well the examples of `settings.data` fit the basis in `settings.basis`."""
+    card = read_card(settings.basis or "")
+    settings = replace(settings, model=card.model, eval_examples=1)
+    settings.check()
+    run = prepare(settings)
+    load_adapter(run, Path(str(settings.basis)))
+    return _fit(run, start_loader(run, run.train_ids), card)
+
+
+def card_table(card: BasisCard) -> RenderableType:
+    """What a basis keeps of the first step of each of its tasks."""
+    table = Table(title=f"Basis of rank {card.r} for {card.model}")
+    for name in ("task", "examples", "kept of its first step"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for name, found in card.tasks.items():
+        table.add_row(name, f"{found['examples']:.0f}", f"{found['kept']:.0%}")
+    return table
+
+
+def fit_table(found: BasisFit) -> RenderableType:
+    """The share of a first step that a basis keeps, by kind of layer, and what follows."""
+    table = Table(title="Share of the data's first step that the basis keeps")
+    for name in ("layers", "number", "mean", "least"):
+        table.add_column(name, justify="left" if name == "layers" else "right")
+    for kind, shares in by_kind(found.by_layer.items()).items():
+        table.add_row(kind, str(len(shares)), f"{sum(shares) / len(shares):.1%}", f"{min(shares):.1%}")
+    table.add_section()
+    table.add_row("all", str(len(found.by_layer)), f"{found.share:.1%}", f"{min(found.by_layer.values()):.1%}")
+    return Group(table, basis_line(found.share, found.random))

@@ -1,0 +1,110 @@
+"""`lorasb.basis_fit`: what a basis keeps of the first step of a task, before an adapter is trained on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..config.adapter import LoRASBConfig
+from ..layers.adapted_layer import AdaptedLayer
+from ..layers.lookup import layers_with, uninitialized
+from ..serving.joint_basis import kept_energies, share_of
+from .initialization import initialize
+from .several_tasks import config_like
+
+
+@dataclass(frozen=True)
+class BasisFit:
+    """Share of a task's first step that a basis keeps, ‖Bᵀ Δ Aᵀ‖² / ‖Δ‖².
+
+    Δ [out, in] is the first step of an adapter of the same rank with an A and B of its own, whose share is 1.
+
+    Attributes:
+        share: of all layers together.
+        random: what a random basis of this rank keeps in the mean, r² / (out·in), weighted as `share` is.
+        by_layer: the share of each layer; 1 where no sample reaches it.
+        loss: mean loss of the samples at the base model.
+    """
+
+    share: float
+    random: float
+    loss: float | None = None
+    by_layer: dict[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def basis_fit(
+    model: Any,
+    batches: Any,
+    *,
+    basis: str = "default",
+    num_samples: int | None = None,
+    update: str = "adamw",
+    seed: int = 0,
+    progress: bool = True,
+) -> BasisFit:
+    """Measure how much of a task's first step a basis keeps, by one initialization of a temporary adapter.
+
+    Args:
+        model: a PeftModel with the adapter `basis`, initialized; it is left unchanged.
+        batches: of the task, as of `lorasb.initialize`.
+        basis: name of the adapter whose A and B are the basis.
+        num_samples: as of `lorasb.initialize`.
+        update: as of `lorasb.initialize`.
+        seed: as of `lorasb.initialize`.
+        progress: show an estimate and a progress bar (on rank 0).
+
+    Raises:
+        ValueError: no such basis, or it is not initialized; or what `initialize` refuses.
+    """
+    layers = layers_with(model, basis)
+    if not layers or uninitialized(layers, basis):
+        raise ValueError(f"expected basis= to name an initialized adapter of the model, got {basis!r}")
+    with _temporary_adapter(model, basis, layers) as own:
+        options: dict[str, Any] = {} if update == "sgd" else {"longest_start": None}
+        report = initialize(
+            model,
+            batches,
+            lr=1.0,
+            num_samples=num_samples,
+            update=update,
+            seed=seed,
+            adapter_name=own,
+            progress=progress,
+            **options,
+        )
+        energies = kept_energies(layers, own, basis)
+    by_chance = {
+        name: layer.adapters[basis].r ** 2 / (layer.out_features * layer.in_features) for name, layer in layers.items()
+    }
+    return BasisFit(
+        share=share_of(energies.values()),
+        random=share_of((whole * by_chance[name], whole) for name, (_, whole) in energies.items()),
+        loss=report.loss,
+        by_layer={name: share_of([pair]) for name, pair in energies.items()},
+    )
+
+
+@contextmanager
+def _temporary_adapter(model: Any, basis: str, layers: dict[str, AdaptedLayer]) -> Iterator[str]:
+    """An inactive adapter on the layers and at the ranks of the basis, for the length of the block."""
+    name = f"{basis}_fit"
+    while name in model.peft_config:
+        name += "_"
+    config: LoRASBConfig = model.peft_config[basis]
+    every = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
+    flags = [(core, core.requires_grad) for layer in every for core in layer.lorasb_R.values()]
+    active = list(model.active_adapters)
+    try:
+        model.add_adapter(name, config_like(config, layers))
+        yield name
+    finally:
+        model.base_model.set_adapter(active)
+        if name in model.peft_config:
+            model.delete_adapter(name)
+        for core, flag in flags:
+            core.requires_grad_(flag)
