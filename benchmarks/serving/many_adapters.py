@@ -208,16 +208,11 @@ def sentences(found: dict[str, Any]) -> Iterator[str]:
 
 def draw_found(found: dict[str, Any], path: Path) -> None:
     """The picture of what was measured."""
-    cost, times = found["costs"], found["decoding"]
-    sizes = {
-        f"LoRA, r={PEFT_RANK}, fp32": cost["lora_bytes"],
-        f"R alone, r={RANK}, fp32": cost["adapter_bytes"],
-        f"R alone, r={RANK}, bf16": cost["adapter_bytes"] / 2,
-    }
+    times = found["decoding"]
     # by ratios: those of a thousand have another run's time of one
     one = 1e3 * ROWS * Steps.COUNT / times[ONE]["p50"]
     tokens = {name: one / times[name]["ratio"] for name in (PEFT, BATCH, OF_MANY, ONE)}
-    draw(sizes, tokens, path)
+    draw(tokens, path)
 
 
 def main() -> None:

@@ -6,19 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.common.figures import panels, save_panels
-from lorasb.utils.plotting import GRAD, INK, MUTED, SIGN
+from benchmarks.serving.economics import draw_totals
+from lorasb.utils.plotting import INK, MUTED, SIGN
 
-COUNTS = (1, 10, 100, 1000)
 
-
-def draw(sizes: Mapping[str, float], tokens: Mapping[str, float], path: Path) -> None:
-    """Draw bytes of one adapter, by kind, and tokens per second, by way; the first of each is the peer's."""
+def draw(tokens: Mapping[str, float], path: Path) -> None:
+    """Draw bytes by the number of adapters, and tokens per second by way, of which the first is the peer's."""
     figure, (memory, speed) = panels(1, 2, (10, 3.6))
-    for (label, size), color in zip(sizes.items(), (MUTED, GRAD, SIGN), strict=False):
-        memory.loglog(COUNTS, [count * size / 1e6 for count in COUNTS], "o-", color=color, label=label)
-    memory.set_xlabel("adapters")
-    memory.set_ylabel("MB")
-    memory.set_title("Memory of adapters, SmolLM2-135M", fontsize=10, color=INK)
+    draw_totals(memory, "SmolLM2-135M")
     memory.legend(fontsize=8, frameon=False)
     speed.barh(list(tokens), list(tokens.values()), color=[MUTED, *[SIGN] * (len(tokens) - 1)])
     for i, value in enumerate(tokens.values()):

@@ -39,7 +39,7 @@ class BasisCard:
     Attributes:
         model: folder or hub id, as it was given.
         digest: SHA-256 of A and B, which every adapter on the basis names.
-        tasks: task -> number of its examples, and the share of its own first step that the basis keeps.
+        tasks: task -> number of its examples, and the share of that first step that the basis keeps.
     """
 
     model: str
@@ -73,7 +73,7 @@ def make_basis(settings: Settings, data: Sequence[str]) -> BasisCard:
 
 def _names(data: Sequence[str]) -> list[str]:
     """Tasks' names, after their files."""
-    names = [Path(file).stem.replace(".", "-") for file in data]
+    names = [Path(file).stem for file in data]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None or not names:
         found = f"two named {twice!r}" if twice else "none"
@@ -83,17 +83,18 @@ def _names(data: Sequence[str]) -> list[str]:
 
 def _initialize(run: Run, encoded: dict[str, list[Any]]) -> dict[str, float]:
     """Initialize the basis with R = 0, and return what it keeps of each task's own first step."""
-    loaders = {name: start_loader(run, rows) for name, rows in encoded.items()}
+    # files may have names that no adapter can have
+    loaders = {f"task{i}": start_loader(run, rows) for i, rows in enumerate(encoded.values())}
     options: dict[str, Any] = {"num_samples": run.settings.samples, "update": run.settings.update}
     options |= {"lr": RATE, "seed": run.settings.seed}
     if len(loaders) == 1:
         lorasb.initialize(run.model, next(iter(loaders.values())), longest_start=0.0, **options)
-        return dict.fromkeys(loaders, 1.0)
+        return dict.fromkeys(encoded, 1.0)
     report: Any = lorasb.initialize(run.model, loaders, **options)
     found: TasksReport = report
     for name in loaders:
         run.model.delete_adapter(name)
-    return found.shares.overall
+    return dict(zip(encoded, found.shares.overall.values(), strict=True))
 
 
 def _save(run: Run, tasks: dict[str, dict[str, float]]) -> BasisCard:

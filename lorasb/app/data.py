@@ -22,12 +22,21 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
         return generate(task, settings.train_examples, settings.seed, exclude=held_out), held_out
     train_examples = read_data(settings.data, settings.score, adapter_column=settings.adapter_column)
     held_out = _held_out(settings, train_examples)
-    # By prompt, not by position: duplicates of a held-out prompt must not be trained on either.
-    prompts = {_prompt(example) for example in held_out}
-    remaining = [example for example in train_examples if _prompt(example) not in prompts]
-    if not remaining:
+    remaining = _others(train_examples, held_out)
+    # An adapter whose examples were all drawn would have none to train on.
+    known = {example.adapter for example in remaining}
+    if settings.eval_data is None and any(example.adapter not in known for example in held_out):
+        held_out = [example for example in held_out if example.adapter in known]
+        remaining = _others(train_examples, held_out)
+    if not remaining or not held_out:
         raise ValueError(f"{settings.data} holds no example that is not held out: pass more, or a separate --eval-data")
     return remaining, held_out
+
+
+def _others(examples: list[Example], held_out: list[Example]) -> list[Example]:
+    """By prompt, not by position: duplicates of a held-out prompt must not be trained on either."""
+    prompts = {_prompt(example) for example in held_out}
+    return [example for example in examples if _prompt(example) not in prompts]
 
 
 def _prompt(example: Example) -> str:

@@ -21,7 +21,7 @@ from .several_tasks import config_like
 class BasisFit:
     """Share of a task's first step that a basis keeps, ‖Bᵀ Δ Aᵀ‖² / ‖Δ‖².
 
-    Δ [out, in] is the first step of an adapter of the same rank with an A and B of its own, whose share is 1.
+    Δ [out, in] is the first step of an adapter of the same rank with a separate A and B, whose share is 1.
 
     Attributes:
         share: of all layers together.

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config.adapter import LoRASBConfig
 from ..layers.lookup import adapted_layers, refuse_shared_basis
+from ..serving.basis_adapters import check_names
 from ..serving.joint_basis import KeptShares, share_into
 from .init_report import InitReport
 
@@ -44,6 +45,7 @@ def initialize_tasks(
     if len(tasks) < 2 or taken:
         found = f"an adapter {taken[0]!r} is there already" if taken else f"got {len(tasks)}"
         raise ValueError(f"expected two tasks or more, with names that no adapter has: {found}")
+    check_names(model, list(tasks))
     config: LoRASBConfig = model.peft_config[basis]
     reports: dict[str, InitReport] = {}
     active = list(model.active_adapters)

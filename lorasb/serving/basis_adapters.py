@@ -42,7 +42,7 @@ def add_adapters(
     if isinstance(names, str):
         raise ValueError(f"expected several names, got the text {names!r}: add_adapters(model, [{names!r}])")
     names = list(names)
-    _check(model, names)
+    check_names(model, names)
     if not names:
         return
     first, *others = names
@@ -61,7 +61,8 @@ def add_adapters(
         raise
 
 
-def _check(model: Any, names: Sequence[str]) -> None:
+def check_names(model: Any, names: Sequence[str]) -> None:
+    """Raise a ValueError for names that the model cannot add adapters of."""
     taken: set[str] = set(getattr(model, "peft_config", {}))
     bank = bank_of(model.modules())
     for name in names:

@@ -16,6 +16,7 @@ from finetune_runs import At, add, assert_same, die, killed, on_two_processes, s
 from tiny_run import WORDS
 
 import lorasb
+from lorasb.app.data import load_examples
 from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import Settings
 
@@ -128,6 +129,14 @@ def test_accumulated_and_recomputed_parts_train_as_whole_batches(several: Settin
 def test_what_cannot_be_is_refused(several: Settings, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run_finetune(replace(several, output=str(tmp_path), **options))
+
+
+def test_a_person_with_one_example_trains_on_it(several: Settings, tmp_path: Path) -> None:
+    rows = [{"prompt": f"copy {word} {i}", "completion": word, "user": f"p{i}"} for i, word in enumerate(WORDS[:6])]
+    rows += [{"prompt": f"copy red {i}", "completion": "red", "user": "ada"} for i in range(30)]
+    train, held_out = load_examples(replace(several, data=str(write(tmp_path / "data.jsonl", rows))))
+    assert {example.adapter for example in train} == {"ada", *(f"p{i}" for i in range(6))}
+    assert {example.adapter for example in held_out} == {"ada"}
 
 
 @pytest.mark.parametrize("name", ["default", "__base__", "a/b", "a.b", "", "a b"])

@@ -62,6 +62,8 @@ def test_what_cannot_be_is_refused_and_leaves_the_model() -> None:
         lorasb.initialize(model, {"math": batches_for("llama")}, lr=1e-3, progress=False)
     with pytest.raises(ValueError, match="an adapter 'default' is there already"):
         lorasb.initialize(model, {"default": [], "code": []}, lr=1e-3, progress=False)
+    with pytest.raises(ValueError, match="expected a name without dots for each adapter"):
+        lorasb.initialize(model, {"copy": [], "code": []}, lr=1e-3, progress=False)
     with pytest.raises(ValueError, match="initialize several tasks without it"):
         lorasb.initialize(model, tasks(), lr=1e-3, cache="signs.safetensors", progress=False)
     with pytest.raises(ValueError, match=r"takes batches and lr > 0"):

@@ -1,0 +1,59 @@
+"""Bytes of adapters by shapes, against those that were measured, and where a basis begins to take less."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import make
+
+import lorasb
+from benchmarks.common.shapes import Group
+from benchmarks.serving import economics
+from benchmarks.serving.economics import BLOCKS, Sizes
+
+MEASURED = Path(economics.__file__).parents[1] / "results" / "many-adapters-cpu.json"
+
+
+def test_sizes_are_those_of_adapters_that_were_saved() -> None:
+    costs = json.loads(MEASURED.read_text())["costs"]
+    sizes = Sizes("SmolLM2-135M")
+    assert sizes.lora(32) == costs["lora_bytes"]
+    assert sizes.core(64) == costs["adapter_bytes"]
+
+
+def test_sizes_are_those_of_a_patched_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    layers = [module for module in model.modules() if hasattr(module, "lorasb_R")]
+    groups = tuple(Group(("linear",), layer.in_features, (layer.out_features,)) for layer in layers)
+    monkeypatch.setitem(BLOCKS, "tiny", (groups, 1))
+    factors = {part: [getattr(layer, f"lorasb_{part}")["default"] for layer in layers] for part in "ARB"}
+    assert {one.dtype for part in factors.values() for one in part} == {torch.float32}
+    count = {part: sum(4 * one.numel() for one in found) for part, found in factors.items()}
+    assert Sizes("tiny").lora(4) == count["A"] + count["B"]
+    assert Sizes("tiny").core(4) == count["R"]
+    assert Sizes("tiny").on_basis(4, 3) == count["A"] + count["B"] + 3 * count["R"]
+
+
+@pytest.mark.parametrize("model", ["SmolLM2-135M", "Mistral-7B"])
+@pytest.mark.parametrize("r", [16, 64])
+@pytest.mark.parametrize("lora_r", [1, 8, 32])
+def test_a_crossover_is_the_first_count_that_takes_less(model: str, r: int, lora_r: int) -> None:
+    sizes = Sizes(model)
+    at = sizes.crossover(r, lora_r)
+    if at is None:
+        assert sizes.core(r) >= sizes.lora(lora_r)
+        return
+    assert sizes.on_basis(r, at) < at * sizes.lora(lora_r)
+    assert sizes.on_basis(r, at - 1) >= (at - 1) * sizes.lora(lora_r)
+
+
+def test_the_command_prints_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["economics", "--picture", str(tmp_path / "bytes.png")])
+    economics.main()
+    assert "Mistral-7B, a basis of rank 16 takes less than LoRA r=1: from 17 on" in capsys.readouterr().out
+    assert (tmp_path / "bytes.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,113 @@
+"""`lorasb.basis_fit` against explicit matrices in fp64, and the model that it leaves as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import make, text
+
+import lorasb
+
+TASK, OTHER = ([text(2, 12, seed) for seed in seeds] for seeds in (range(4), range(20, 24)))
+R = 4
+
+
+def on_a_basis(**options: Any) -> Any:
+    model: Any = lorasb.patch(make("llama"), r=R, **options)
+    lorasb.initialize(model, TASK, lr=1e-3, progress=False)
+    return model
+
+
+def fit(model: Any, batches: Any = OTHER, **options: Any) -> lorasb.BasisFit:
+    return lorasb.basis_fit(model, batches, progress=False, **options)
+
+
+def factors(model: Any, name: str) -> dict[str, tuple[torch.Tensor, ...]]:
+    return {
+        layer: tuple(getattr(module, f"lorasb_{part}")[name].detach().double() for part in "BRA")
+        for layer, module in model.named_modules()
+        if hasattr(module, "lorasb_R")
+    }
+
+
+def state(model: Any) -> dict[str, Any]:
+    flags = {name: (p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
+    return {"flags": flags, "adapters": (list(model.peft_config), list(model.active_adapters)), "mode": model.training}
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    flags, others = one["flags"], other["flags"]
+    values = all(
+        flags[n][0] == others[n][0] and torch.equal(flags[n][1], others[n][1]) for n in flags.keys() | others.keys()
+    )
+    return values and (one["adapters"], one["mode"]) == (other["adapters"], other["mode"])
+
+
+def test_shares_are_those_of_matrices() -> None:
+    model = on_a_basis()
+    found = fit(model)
+    own: Any = lorasb.patch(make("llama"), r=R)
+    lorasb.initialize(own, OTHER, lr=1.0, longest_start=None, progress=False)
+    kept, whole, chance = 0.0, 0.0, 0.0
+    for name, (b, core, a) in factors(own, "default").items():
+        delta = b @ core @ a
+        basis_b, _, basis_a = factors(model, "default")[name]
+        projected = basis_b @ basis_b.t() @ delta @ basis_a.t() @ basis_a
+        share = float(projected.square().sum() / delta.square().sum())
+        assert found.by_layer[name.removeprefix("base_model.model.")] == pytest.approx(share, rel=1e-4)
+        kept, whole = kept + float(projected.square().sum()), whole + float(delta.square().sum())
+        chance += float(delta.square().sum()) * R**2 / delta.numel()
+    assert found.share == pytest.approx(kept / whole, rel=1e-4)
+    assert found.random == pytest.approx(chance / whole, rel=1e-6)
+    assert found.loss == pytest.approx(loss_of(OTHER), rel=1e-5)
+    assert 0 < found.random < found.share < 1
+
+
+def loss_of(batches: Any) -> float:
+    """Mean over samples of the base's loss; both rows of these batches have as many labels."""
+    model = make("llama").eval()
+    with torch.no_grad():
+        return sum(float(model(**batch).loss) for batch in batches) / len(batches)
+
+
+def test_a_basis_keeps_all_of_the_step_that_it_was_made_from() -> None:
+    assert fit(on_a_basis(), TASK).share == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("update", ["sgd", "per-sample"])
+def test_other_updates_have_other_first_steps(update: str) -> None:
+    model = on_a_basis()
+    assert 0 < fit(model, update=update).share < 1
+    assert fit(model, update=update).share != fit(model).share
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = on_a_basis().train()
+    model.add_adapter("ada", lorasb.LoRASBConfig(basis="default"))
+    model.set_adapter("ada")
+    before = state(model)
+    assert fit(model).share == fit(model).share
+    assert same(state(model), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"basis": "nobody"}, "expected basis= to name an initialized adapter of the model, got 'nobody'"),
+        ({"num_samples": 9}, "9"),
+        ({"update": "luck"}, "update must be one of adamw, sgd, per-sample, got 'luck'"),
+    ],
+)
+def test_an_error_changes_nothing(options: dict[str, Any], message: str) -> None:
+    model = on_a_basis()
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        fit(model, **options)
+    assert same(state(model), before)
+
+
+def test_a_basis_that_is_not_initialized_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected basis= to name an initialized adapter"):
+        fit(lorasb.patch(make("llama"), r=R))
