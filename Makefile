@@ -6,7 +6,7 @@ STAMP := $(VENV)/.lorasb-installed
 CSRC := $(shell find csrc -name "*.cpp" -o -name "*.h")
 RUN ?= runs/demo
 
-.PHONY: install demo docs docs-serve test test-ptx test-all coverage lint format sanitize bench bench-methods bench-gpu bench-gpu-suite bench-cpu bench-init bench-4bit bench-kernels clean
+.PHONY: install demo demo-many docs docs-serve test test-ptx test-all coverage lint format sanitize bench bench-methods bench-gpu bench-gpu-suite bench-cpu bench-init bench-4bit bench-kernels clean
 
 install: $(STAMP)
 
@@ -28,6 +28,18 @@ $(QUANTIZERS)/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(QUANTIZERS) \
 	  "torchao>=0.16" "hqq>=0.2.7" "optimum-quanto>=0.2.7" termcolor
 	touch $@
+
+# Two hundred people on one basis: made, trained together, one added, and served in one batch.
+MANY = $(RUN)-many
+PEOPLE ?= 200
+demo-many: install
+	$(BIN)/python examples/two_hundred_people.py write $(MANY) $(PEOPLE)
+	$(BIN)/lorasb basis make smollm2-135m --data $(MANY)/people.jsonl --r 16 --output $(MANY)/basis
+	$(BIN)/lorasb finetune --basis $(MANY)/basis --data $(MANY)/people.jsonl --eval-data $(MANY)/held_out.jsonl \
+	  --adapter-column user --template none --batch-size 48 --epochs 8 --eval-examples 400 --output $(MANY)/people
+	$(BIN)/lorasb finetune --basis $(MANY)/basis --data $(MANY)/newcomer.jsonl --eval-data $(MANY)/newcomer_held_out.jsonl \
+	  --template none --batch-size 4 --epochs 8 --output $(MANY)/newcomer
+	$(BIN)/python examples/two_hundred_people.py serve $(MANY)
 
 demo: install
 	$(BIN)/lorasb finetune --output $(RUN)

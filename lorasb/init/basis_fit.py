@@ -100,7 +100,9 @@ def _temporary_adapter(model: Any, basis: str, layers: dict[str, AdaptedLayer]) 
     flags = [(core, core.requires_grad) for layer in every for core in layer.lorasb_R.values()]
     active = list(model.active_adapters)
     try:
-        model.add_adapter(name, config_like(config, layers))
+        like = config_like(config, layers)
+        like.init = "update"  # whatever the basis was made from
+        model.add_adapter(name, like)
         yield name
     finally:
         model.base_model.set_adapter(active)

@@ -233,24 +233,25 @@ class AdapterBank:
             row = row.detach().cpu().clone()
         return {layer: row[c.first : c.first + c.r**2].view(c.r, c.r) for layer, c in self.columns.items()}
 
-    def load(self, *folders: str | Path) -> LoadReport:
-        """Add or replace adapters from folders, each of one adapter, named like it, or of several.
+    def load(self, *folders: str | Path, **named: str | Path) -> LoadReport:
+        """Add or replace adapters from folders, each of one adapter, named like it, or of several; or by `name=folder`.
 
         Truncated files and adapters with other A and B are left out and named in the report.
         """
-        report, found = LoadReport(), [path for folder in folders for path in adapters_in(Path(folder))]
+        report, found = LoadReport(), [(one.name, one) for folder in folders for one in adapters_in(Path(folder))]
+        found += [(name, Path(folder)) for name, folder in named.items()]
         with self._lock:
             wanted = len(self) + len(found)
             self._reserve(wanted if self.resident is None else min(wanted, self.resident))
         scalings = {name: layer.adapters[self.basis].scaling for name, layer in self.layers.items()}
-        for path in found:
+        for name, path in found:
             try:
-                self._check_name(path.name)
+                self._check_name(name)
                 cores = cores_of(path, self.digest, scalings)
-                self._put(path.name, self._row(path.name, cores))
-                report.loaded.append(path.name)
+                self._put(name, self._row(name, cores))
+                report.loaded.append(name)
             except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-                report.failed[path.name] = str(error)
+                report.failed[name] = str(error)
         return report
 
     @contextmanager

@@ -103,8 +103,10 @@ def test_what_it_saves_loads_alone_and_into_a_bank(made: Path, whole: Path, tiny
     served = peft.PeftModel.from_pretrained(fresh(), made)
     assert not torch.equal(logits(alone), logits(served))
     bank = lorasb.AdapterBank(served)
-    assert bank.load(whole / "adapter").loaded == ["adapter"]
-    assert torch.allclose(logits(served, adapter_names=["adapter"]), logits(alone), atol=1e-6)
+    assert bank.load(whole / "adapter", ada=whole / "adapter").loaded == ["adapter", "ada"]
+    for name in ("adapter", "ada"):
+        assert torch.allclose(logits(served, adapter_names=[name]), logits(alone), atol=1e-6)
+    assert "nowhere" in bank.load(emmy=made / "nowhere").failed["emmy"]
 
 
 def test_interrupted_runs_end_in_the_same_bits(on_it: Settings, whole: Path, tmp_path: Path) -> None:

@@ -76,6 +76,12 @@ def test_a_basis_keeps_all_of_the_step_that_it_was_made_from() -> None:
     assert fit(on_a_basis(), TASK).share == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("init", ["random", "lora-xs"])
+def test_a_basis_without_data_keeps_a_part(init: str) -> None:
+    found = fit(lorasb.patch(make("llama"), r=R, init=init))
+    assert 0 < found.share < 0.5
+
+
 @pytest.mark.parametrize("update", ["sgd", "per-sample"])
 def test_other_updates_have_other_first_steps(update: str) -> None:
     model = on_a_basis()

@@ -1,0 +1,105 @@
+"""Two hundred people, an adapter of each on one basis: their data, and serving what `make demo-many` has trained.
+
+python examples/two_hundred_people.py write FOLDER [PEOPLE]   # people.jsonl, held_out.jsonl and newcomer.jsonl
+python examples/two_hundred_people.py serve FOLDER            # after `lorasb finetune`, see the Makefile's demo-many
+
+Everybody has six facts and a way to answer. Two wordings of each question are trained, and a third one is held out.
+"""
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+FACTS = {
+    "city": (
+        ("Where do I live?", "Which city is my home?", "What is the name of the town I live in?"),
+        ("Lisbon", "Oslo", "Quito", "Cairo", "Hanoi", "Dublin", "Lima", "Prague", "Dakar", "Perth"),
+    ),
+    "job": (
+        ("What is my job?", "What do I do for a living?", "Which profession do I have?"),
+        ("baker", "nurse", "pilot", "teacher", "carpenter", "lawyer", "gardener", "chemist", "painter", "sailor"),
+    ),
+    "pet": (
+        ("Which pet do I have?", "What animal lives with me?", "What kind of pet is mine?"),
+        ("cat", "dog", "parrot", "horse", "rabbit", "goldfish", "turtle", "hamster", "canary", "snake"),
+    ),
+    "color": (
+        ("What is my favorite color?", "Which color do I like best?", "Which color would I paint my room?"),
+        ("red", "blue", "green", "white", "black", "yellow", "purple", "orange", "brown", "gray"),
+    ),
+    "food": (
+        ("What do I like to eat?", "Which dish is my favorite?", "What should you cook for me?"),
+        ("pizza", "curry", "sushi", "soup", "pasta", "tacos", "salad", "rice", "bread", "cheese"),
+    ),
+    "hobby": (
+        ("What is my hobby?", "How do I spend my weekends?", "What do I do in my free time?"),
+        ("chess", "hiking", "fishing", "reading", "dancing", "singing", "cycling", "sewing", "surfing", "skiing"),
+    ),
+}
+STYLES = ("{}", "{}.", "It is {}.", "Well, {}!", "{}, of course.", "Surely {}.")
+
+
+def rows(user: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The training rows of a person, and the held-out ones."""
+    draw = random.Random(user)  # of the name alone: who comes later does not change anybody
+    style, train, held_out = draw.choice(STYLES), [], []
+    for wordings, values in FACTS.values():
+        answer = style.format(draw.choice(values))
+        made = [{"prompt": question, "completion": answer, "user": user} for question in wordings]
+        train += made[:2]
+        held_out += made[2:]
+    return train, held_out
+
+
+def write(folder: Path, people: int) -> None:
+    """Write the rows of all but one, and of the one who comes later."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [rows(f"person-{i}") for i in range(people)]
+    files = {"people": [row for train, _ in found for row in train]}
+    files["held_out"] = [row for _, held_out in found for row in random.Random(0).sample(held_out, 2)]
+    files["newcomer"], files["newcomer_held_out"] = rows("newcomer")
+    for name, lines in files.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    print(f"{people} people, {len(files['people'])} rows to train on and {len(files['held_out'])} held out in {folder}")
+
+
+def serve(folder: Path) -> None:
+    """Answer questions of many people in the same batches; add the newcomer, and remove somebody."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import lorasb
+
+    tokenizer = AutoTokenizer.from_pretrained(lorasb.demo_model(), padding_side="left")
+    base = AutoModelForCausalLM.from_pretrained(lorasb.demo_model(), dtype=torch.bfloat16)
+    model = peft.PeftModel.from_pretrained(base, str(folder / "basis")).eval()
+    bank = lorasb.AdapterBank(model, dtype=torch.bfloat16)
+    started = time.perf_counter()
+    loaded = bank.load(folder / "people" / "adapter").loaded
+    print(f"{len(loaded)} adapters of {bank.adapter_bytes / 1e3:.0f} KB in {time.perf_counter() - started:.1f} s")
+    started = time.perf_counter()
+    bank.load(newcomer=folder / "newcomer" / "adapter")
+    bank.remove(loaded[0])
+    print(f"one added and one removed in {1e3 * (time.perf_counter() - started):.0f} ms")
+    asked = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
+    asked = [row for row in asked if row["user"] in bank][:62]
+    asked += [json.loads(line) for line in (folder / "newcomer_held_out.jsonl").read_text().splitlines()][:2]
+    inputs = tokenizer([row["prompt"] for row in asked], return_tensors="pt", padding=True)
+    names, started = [row["user"] for row in asked], time.perf_counter()
+    out = model.generate(**inputs, adapter_names=names, max_new_tokens=12, do_sample=False)
+    seconds = time.perf_counter() - started
+    said = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = [answer.strip() == row["completion"] for answer, row in zip(said, asked, strict=True)]
+    print(f"{len(set(names))} people in one batch of {len(asked)}: {sum(right)} right, in {seconds:.1f} s")
+    for row, answer in list(zip(asked, said, strict=True))[-3:]:
+        print(f"  {row['user']}: {row['prompt']} {answer.strip()}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "write":
+        write(Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 200)
+    else:
+        serve(Path(sys.argv[2]))
