@@ -14,6 +14,7 @@ import torch
 from ..checkpoints import shared_factors
 from ..distributed.process_group import Processes
 from ..init import InitReport, RankSuggestion
+from ..serving import basis_adapters
 from ..utils import plotting
 from ..utils.atomic_files import locked, replacing_folder, write_json
 from .config_file import CONFIG_NAME, write_config
@@ -137,7 +138,8 @@ def save_adapter(run: Run, folder: Path) -> None:
                 setattr(config, name, sorted(value))
         if config.modules_to_save:  # PEFT adds the names of heads each time that it loads an adapter
             config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
-    run.model.save_pretrained(str(folder))
+    run.model.save_pretrained(str(folder), selected_adapters=["default"])
+    basis_adapters.save_adapters(run.model, folder, [name for name in run.adapters if name in run.model.peft_config])
     if run.settings.basis is not None:
         shared_factors.share(folder, Path(run.settings.basis))
 

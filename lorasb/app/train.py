@@ -22,6 +22,7 @@ from ..serving.training import AdapterRowsCallback
 from ..training.rate_trials import RateTrials, find_lr, refine_rate
 from ..utils.reading import read_json
 from . import run_folder
+from .adapter import save_adapter
 from .estimate import Estimate, announcement, estimate, estimated, memory_in_use, padded_tokens, peak_memory
 from .prepare import Run, checkpoint_activations, device, load_adapters, optimizer
 from .run_folder import MarkedCheckpoints
@@ -240,7 +241,8 @@ def _trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: 
     )
     if run.problem.takes_loss_arguments is not None:
         trainer.model_accepts_loss_kwargs = run.problem.takes_loss_arguments
-    trainer.order, trainer.identity, trainer.earlier_seconds = run.order(), identity, earlier_seconds
+    trainer.run, trainer.order = run, run.order()
+    trainer.identity, trainer.earlier_seconds = identity, earlier_seconds
     _put_callbacks(trainer, run, stop, settings.gradient_accumulation * processes.world_size)
     return trainer
 
@@ -293,6 +295,11 @@ class _RunTrainer(MarkedCheckpoints, Trainer):
     """A Trainer with `ByLength` order."""
 
     order: ByLength
+    run: Run
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the adapters; `Trainer` would go through all parameters once for each of them."""
+        save_adapter(self.run, Path(output_dir or str(self.args.output_dir)))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
         return self.order

@@ -9,14 +9,17 @@ from typing import Any, Literal
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import save_file
 from torch import nn
 
 from ..checkpoints import shared_factors
 from ..checkpoints.adapter_file import check_factors
+from ..checkpoints.shared_factors import DIGEST
 from ..config.adapter import LoRASBConfig
-from ..constants import BASE_ROW
+from ..constants import BASE_ROW, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import discard, layers_with
+from ..utils.atomic_files import replacing
 from .bank import bank_of, cores_of
 from .basis import frozen_factors
 
@@ -90,6 +93,28 @@ def _copy(model: Any, layers: Sequence[AdaptedLayer], like: str, name: str) -> N
     model.peft_config[name] = copy.deepcopy(model.peft_config[like])
     for layer in layers:
         layer.copy_adapter(like, name)
+
+
+@torch.no_grad()
+def save_adapters(model: Any, folder: Path, names: Sequence[str], *, basis: str = "default") -> None:
+    """Write adapters on a basis into `folder`/NAME, the same files as `model.save_pretrained` writes.
+
+    That goes through the parameters of all adapters for each of them, and takes minutes for some hundred.
+    """
+    if not names:
+        return
+    layers = layers_with(model, basis)
+    digest = torch.tensor(list(shared_factors.digest(frozen_factors(layers, basis))), dtype=torch.uint8)
+    base_name = model.peft_config[basis].base_model_name_or_path
+    for name in names:
+        cores = {f"{PEFT_PREFIX}{layer}.{CORE}": module.lorasb_R[name].float() for layer, module in layers.items()}
+        tensors = {key: core.detach().cpu().contiguous() for key, core in cores.items()} | {DIGEST: digest}
+        with replacing(folder / name / WEIGHTS_NAME) as temporary:
+            save_file(tensors, str(temporary), metadata={"format": "pt"})
+        config = copy.copy(model.peft_config[name])
+        config.base_model_name_or_path = config.base_model_name_or_path or base_name
+        config.inference_mode = True
+        config.save_pretrained(str(folder / name))
 
 
 @torch.no_grad()

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 import lorasb
 from benchmarks.research.methods import gradients, grid, rows, run, runner, starts, tables
 from benchmarks.research.methods.adapters import optimizer, put_in, sample_count
-from benchmarks.research.methods.gradients import LATER, take_again, weigh_by_spread
+from benchmarks.research.methods.gradients import LATER, take_again, weigh_by_spread, whiten
 from benchmarks.research.methods.grid import FULL, METHODS, TASKS, Cell
 from benchmarks.research.methods.problems import LINEARS, Problem, examples, matthews
+from benchmarks.research.paired.grid import entries
 from benchmarks.research.paper import costs
 
 TASK = TASKS["chain_sum"]
@@ -295,9 +296,9 @@ def a_cell(**options: Any) -> Cell:
     return Cell("chain_sum", "test", "LoRA-SB", R, 1e-3, 0, "a variant", tuple(sorted(options.items())))
 
 
-def started(one: Problem, asked: Cell) -> Any:
+def started(one: Problem, asked: Cell, method: grid.Method = METHOD) -> Any:
     torch.manual_seed(0)
-    return put_in(one, METHOD, asked, lambda n: run.drawn(one, FOUR_STEPS, 0, n), 1)[0]
+    return put_in(one, method, asked, lambda n: run.drawn(one, FOUR_STEPS, 0, n), 1)[0]
 
 
 def q_proj(model: Any) -> Any:
@@ -326,6 +327,46 @@ def test_spread_divides_each_entry_by_its_root_mean_square() -> None:
     step = b @ core @ a
     assert torch.allclose(step / step.norm(), expected / expected.norm(), atol=1e-5)
     assert core.norm() <= 4 * 1e-3 * R * 1.0001  # four steps of R
+
+
+def test_whitening_takes_both_kronecker_factors() -> None:
+    one = in_fp64()
+    model, batch = started(one, a_cell(init="random")), one.collate(range(SAMPLES))
+    plain, kept = make("llama").double().requires_grad_(False).eval(), {}
+    layer = plain.get_submodule(LAYER)
+    layer.weight.requires_grad_(True)
+    layer.register_forward_hook(lambda module, inputs, output: kept.update(x=inputs[0], y=output))
+    loss = plain(**batch).loss
+    (dy,) = torch.autograd.grad(SAMPLES * loss, kept["y"])
+    x, dy = (part.detach().flatten(0, 1) for part in (kept["x"], dy))
+    x = x[dy.any(1)]
+    dy = dy[dy.any(1)]
+
+    def inverse_root(m: Tensor) -> Tensor:
+        damped = m + gradients.DAMPING * m.diagonal().mean() * torch.eye(len(m), dtype=m.dtype)
+        values, vectors = torch.linalg.eigh(damped)
+        return vectors @ torch.diag(values**-0.5) @ vectors.t()
+
+    left, right = inverse_root(dy.t() @ dy), inverse_root(x.t() @ x)
+    u, _, vt = torch.linalg.svd(left @ dy.t() @ x @ right)
+    whiten(model, [batch])
+    b, core, a = (factor.double() for factor in starts.factors(q_proj(model)))
+    assert not core.any()
+    for found, expected in ((b, left @ u[:, :R]), (a.t(), right @ vt[:R].t())):
+        basis = torch.linalg.qr(expected).Q
+        assert torch.allclose(found.t() @ found, torch.eye(R, dtype=torch.float64), atol=1e-5)
+        assert torch.allclose(basis @ basis.t() @ found, found, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A")
+@pytest.mark.parametrize("name", ["VeRA", "IA3", "TinyLoRA", "LoRA r=3"])
+def test_adapters_of_peft_are_put_in_with_their_options(name: str) -> None:
+    entry, problem = entries()[name], in_fp64()
+    model = started(problem, entry.cell("chain_sum", "test", entry.rank(16), 1e-3, 0), METHODS[entry.method])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert type(model).__name__.startswith("PeftModel")
+    assert 0 < sum(p.numel() for p in trained) < 20_000
+    assert torch.isfinite(model(**problem.collate(range(SAMPLES))).loss)
 
 
 def test_a_later_subspace_is_that_of_the_weights_reached_and_forgets_nothing() -> None:

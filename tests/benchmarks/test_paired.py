@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -153,6 +154,19 @@ def test_found_rates_are_held_against_the_default_one_and_the_best() -> None:
     found = "chain_sum | 16 | 2 | 0.4000 | 0.3200 | 0.004 to 0.008 | -0.0800 ± 0.0000 (better) | 0.3000 | +0.0200 ± 0.0000 (worse)"
     assert line.strip("| \n") == found
     assert list(paired.rates(swept("sign", 16))) == []
+
+
+def test_spots_are_means_over_the_seeds_that_all_have(tmp_path: Path) -> None:
+    lora = entries()["LoRA r=3"]
+    rows = [*swept("sign", 16), *(row("sign", 16, 4e-3, seed, 0.3 + seed) for seed in (0, 1, 2))]
+    rows += [row(lora.name, 3, lora.at(3, p), grid.SWEEP_SEED, abs(p) + 0.3, "validation") for p in (-1, 0, 1)]
+    rows += [row(lora.name, 3, lora.at(3, 0), seed, 0.2 + seed) for seed in (0, 1)]
+    found = {spot.name: (spot.r, round(spot.loss, 9), spot.seeds) for spot in compare.spots_of(rows, TASK)}
+    assert found == {"sign": (16, 0.8, 2), "LoRA r=3": (3, 0.7, 2)}
+    text = "\n".join(paired.by_parameters(rows, tmp_path))
+    assert "| chain_sum | LoRA r=3 | 3 |" in text
+    assert (tmp_path / paired.PICTURE).is_file()
+    assert list(paired.by_parameters(swept("sign", 16), tmp_path)) == []
 
 
 def test_a_rate_that_is_not_swept_is_never_tried_on_the_validation_split() -> None:

@@ -22,7 +22,7 @@ import lorasb
 from lorasb.layers.adapter_state import FrozenFactors
 from lorasb.layers.linear import LoRASBLinear
 from lorasb.layers.lookup import layers_with
-from lorasb.serving.basis_adapters import load_adapters
+from lorasb.serving.basis_adapters import load_adapters, save_adapters
 
 
 def users(model: Any, *names: str) -> list[torch.Tensor]:
@@ -57,6 +57,19 @@ def test_training_one_moves_no_other() -> None:
     optimizer.step()
     moved = [name for name, core in before.items() if not torch.equal(core, a_layer(model).lorasb_R[name])]
     assert moved == ["ada"]
+
+
+def test_many_are_saved_at_once_as_peft_saves_each(tmp_path: Path) -> None:
+    model = with_users("ada", "grace")
+    model.save_pretrained(tmp_path / "peft")
+    save_adapters(model, tmp_path / "ours", ["ada", "grace"])
+    for name in ("ada", "grace"):
+        theirs, ours = (tmp_path / kind / name for kind in ("peft", "ours"))
+        assert {path.name for path in theirs.iterdir()} == {path.name for path in ours.iterdir()}
+        for file in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+            assert (theirs / file).read_bytes() == (ours / file).read_bytes()
+    save_adapters(model, tmp_path / "none", [])
+    assert not (tmp_path / "none").exists()
 
 
 def test_files_hold_r_and_the_digest_and_come_back_in_any_order(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def lines(rows: Sequence[Row], task: str, other: str) -> Iterator[list[str]]:
     """A row a rank and entry that has test runs: the letters of the machines that ran them, its mean loss, and the
     difference to `other` over the same seeds."""
     letters = machines(rows)
-    for r in sorted({int(row["r"]) for row in rows}):
+    for r in ranks_of(rows):
         for name, entry in entries().items():
             runs = finals(rows, task, name, r)
             if runs and entry.rank(r) == r:
@@ -108,6 +108,42 @@ def lines(rows: Sequence[Row], task: str, other: str) -> Iterator[list[str]]:
                 where = " ".join(sorted({letters[row["machine"]] for row in runs}))
                 rate, trained = shown_rate(entry, r, rows, task), runs[0]["adapter_params"]
                 yield [str(r), name, rate, str(len(losses)), where, trained, shown_loss(losses), str(found or "")]
+
+
+def ranks_of(rows: Sequence[Row]) -> list[int]:
+    """All ranks that have runs."""
+    return sorted({int(row["r"]) for row in rows})
+
+
+STARTS = ("sign", "per-sample")
+
+
+@dataclass(frozen=True)
+class Spot:
+    """An entry's mean loss on a task, over the seeds that all entries have, and how many parameters it trains."""
+
+    name: str
+    r: int
+    trained: int
+    loss: float
+    seeds: int
+
+
+def spots_of(rows: Sequence[Row], task: str) -> Iterator[Spot]:
+    """The library's starts, LoRA-XS and PEFT's adapters that have test runs at the best rate of a sweep."""
+    found = {
+        (name, r): runs
+        for name, entry in entries().items()
+        if entry.only or name in (*STARTS, "LoRA-XS")
+        for r in ([entry.only] if entry.only else ranks_of(rows))
+        if (runs := finals(rows, task, name, r))
+    }
+    losses = {key: losses_of(runs) for key, runs in found.items()}
+    shared = set.intersection(*map(set, losses.values())) if losses else set()
+    for (name, r), runs in found.items():
+        mean = statistics.fmean(losses[name, r][seed] for seed in shared) if shared else math.inf
+        if math.isfinite(mean):
+            yield Spot(name, r, int(runs[0]["adapter_params"]), mean, len(shared))
 
 
 def shown_loss(losses: dict[int, float]) -> str:

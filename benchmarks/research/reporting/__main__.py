@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.research.methods import rows as methods_rows
 from benchmarks.research.methods import runner
-from benchmarks.research.reporting import methods, paired, paper, speed
+from benchmarks.research.reporting import methods, paired, paper, speed, unseen
 from benchmarks.research.reporting.markdown import read_json
 from lorasb.utils.atomic_files import write_text
 
@@ -32,7 +32,12 @@ def compose(results: Path) -> str:
     """The page; its pictures are drawn into `results`."""
     rows = methods_rows.read(results / runner.ROWS)
     parts = [HEAD, *methods.section(rows, results), *methods.floors(read_json(results / "floor.json"))]
-    parts += [*paired.section(results), *paper.section(rows, results), *speed.section(results)]
+    parts += [
+        *paired.section(results),
+        *unseen.section(results),
+        *paper.section(rows, results),
+        *speed.section(results),
+    ]
     lines = "\n".join(parts).split("\n")
     kept = [line for i, line in enumerate(lines) if line or (i and lines[i - 1])]  # one empty line at a time
     return "\n".join(kept).rstrip() + "\n"

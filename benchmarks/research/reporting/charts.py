@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from benchmarks.research.methods import grid
 from benchmarks.research.methods.grid import METHODS, WHOLE, Task
 from benchmarks.research.methods.pictures import COLORS, plain_log
 from benchmarks.research.methods.tables import lines
+from benchmarks.research.paired.compare import Spot
 from benchmarks.research.reporting.labels import label, short
-from lorasb.utils.plotting import INK, MUTED
+from lorasb.utils.plotting import GRAD, INK, MUTED, SIGN
 
 RELATIVES = {
     "rsLoRA": "#2a9d8f",
@@ -43,6 +44,37 @@ def draw_scores(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
     for one in axes[len(tasks) :]:
         one.set_visible(False)
     save_panels(figure, axes, path)
+
+
+LINES = {"sign": ("LoRA-SB", SIGN), "per-sample": ("LoRA-SB, per-sample", GRAD), "LoRA-XS": ("LoRA-XS", "#2a9d8f")}
+
+
+def draw_by_parameters(spots: Mapping[str, Sequence[Spot]], path: Path) -> None:
+    """A panel per task: loss over trained parameters, lines for methods of several ranks, and the others by name."""
+    figure, axes = panels(1, len(spots), (5.5 * len(spots), 4.2))
+    for one, (task, found) in zip(axes, spots.items(), strict=True):
+        for name, (text, color) in {**LINES, "LoRA r=": ("LoRA", INK)}.items():
+            line = sorted((spot for spot in found if _line(spot) == name), key=lambda spot: spot.trained)
+            one.plot([s.trained for s in line], [s.loss for s in line], "o-", color=color, ms=4, label=text)
+        for spot in found:
+            if _line(spot) is None:
+                one.plot(spot.trained, spot.loss, "x", color=MUTED, ms=5)
+                one.annotate(
+                    spot.name, (spot.trained, spot.loss), xytext=(4, 3), textcoords="offset points", fontsize=7
+                )
+        one.set_xscale("log")
+        one.set_yscale("log")
+        one.set_xlabel("trained parameters", fontsize=8)
+        one.set_ylabel("held-out loss (lower is better)", fontsize=8)
+        one.set_title(task, fontsize=10)
+        plain_log(one.yaxis)
+    axes[0].legend(fontsize=8, frameon=False)
+    save_panels(figure, axes, path)
+
+
+def _line(spot: Spot) -> str | None:
+    """The line that a spot is on: LoRA's, or that of its start."""
+    return "LoRA r=" if spot.name.startswith("LoRA r=") else spot.name if spot.name in LINES else None
 
 
 def draw_rates(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:

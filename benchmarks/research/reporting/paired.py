@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.research.methods.grid import LONGER, task_named
 from benchmarks.research.paired.budget import COMPARED, HOURS, LONGER_RANK, bills
-from benchmarks.research.paired.compare import difference, head, lines, machines
+from benchmarks.research.paired.compare import difference, head, lines, machines, ranks_of, spots_of
 from benchmarks.research.paired.decision import LEVEL, RIVALS, RULE, Standing, standings
 from benchmarks.research.paired.grid import (
     FIXED,
@@ -24,9 +24,11 @@ from benchmarks.research.paired.grid import (
     sweep_of,
 )
 from benchmarks.research.paper import lasting
+from benchmarks.research.reporting.charts import draw_by_parameters
 from benchmarks.research.reporting.markdown import picture, table, where_rows
 
 PLAIN = "sign"
+PICTURE = "loss-by-parameters.png"
 LORA_XS = "LoRA-XS", "LoRA-XS, output"  # by the side that Σ is on
 INTRODUCTION = f"""\
 Two entries of a task see the same batches in the same order, seed by seed, and are judged by loss on at least 1,000
@@ -43,7 +45,8 @@ def section(results: Path) -> list[str]:
     rows = read_csv(results / ROWS)
     parts = [part for task in (*TASKS, *LONGER) for part in one_task(rows, task)]
     out = ["## Starts and optimizers in pairs", "", INTRODUCTION, "", *parts] if parts else []
-    return [*out, *rates(rows), *sides(rows), *what_wins(rows), *what_runs_took(rows), *how_long(results)]
+    shown = [*by_parameters(rows, results), *rates(rows), *sides(rows), *what_wins(rows), *what_runs_took(rows)]
+    return [*out, *shown, *how_long(results)]
 
 
 def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
@@ -64,14 +67,37 @@ def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
     yield from ("", where_rows(mine, machines(rows)), "")
 
 
+def by_parameters(rows: Sequence[Row], results: Path) -> Iterator[str]:
+    """Loss against trained parameters of all entries, in a picture and a table."""
+    found = {task: spots for task in TASKS if len(spots := list(spots_of(rows, f"{task} by loss"))) > 1}
+    shown = {task: spots for task, spots in found.items() if any(spot.name.startswith("LoRA r=") for spot in spots)}
+    if not shown:
+        return
+    draw_by_parameters(shown, results / PICTURE)
+    yield from ("### By trained parameters", "")
+    yield (
+        "Each method at its best rate of a sweep, as above: the mean held-out loss over the seeds that all have. "
+        "PEFT's other adapters have their documented defaults but for what their name says; LoRA's scaling is 1."
+    )
+    yield from picture("Held-out loss against trained parameters", f"results/{PICTURE}")
+    body = [
+        [task, spot.name, str(spot.r), f"{spot.trained:,}", f"{spot.loss:.4f}", str(spot.seeds)]
+        for task, spots in shown.items()
+        for spot in sorted(spots, key=lambda one: one.trained)
+    ]
+    yield from table(["task", "entry", "r", "trained", "loss", "seeds"], body)
+    yield ""
+
+
 def rates(rows: Sequence[Row]) -> Iterator[str]:
     """The rates that are measured, and those that trials find, against a constant one and the best of a sweep."""
     yield from _rates(
         rows,
         MEASURED,
         '### Learning rates measured (`lr="auto"`)',
-        f"The default start at the rate 2e-3 (`{FIXED}`), at the rate that `lorasb finetune` measures on the samples "
-        f"and refines by two trials of 4 steps (`{MEASURED}`), and at the best of a sweep of whole runs (`{PLAIN}`).",
+        f"The default start at the rate 2e-3 (`{FIXED}`, if it was run), at the rate that `lorasb finetune` measures "
+        f"on the samples and refines by two trials of 4 steps (`{MEASURED}`), and at the best of a sweep of whole runs "
+        f"(`{PLAIN}`).",
     )
     yield from _rates(
         rows,
@@ -85,14 +111,15 @@ def rates(rows: Sequence[Row]) -> Iterator[str]:
 def _rates(rows: Sequence[Row], entry: str, title: str, text: str) -> Iterator[str]:
     """An entry that finds its own rate against the others, over the seeds that both have."""
     body = []
-    for task in TASKS:
-        for r in RANKS:
+    for task in (*TASKS, *LONGER):
+        for r in ranks_of(rows):
             fixed, swept = (difference(rows, f"{task} by loss", r, entry, other) for other in (FIXED, PLAIN))
-            if fixed is not None:
+            known = [one for one in (fixed, swept) if one is not None]
+            if known:
                 found = shown_rate(entries()[entry], r, rows, f"{task} by loss")
-                best = "" if swept is None else f"{swept.base:.4f}"
-                line = [task, str(r), str(fixed.seeds), f"{fixed.base:.4f}", f"{fixed.base + fixed.mean:.4f}", found]
-                body.append([*line, str(fixed), best, "" if swept is None else str(swept)])
+                at = [f"{one.base:.4f}" if one else "" for one in (fixed, swept)]
+                line = [task, str(r), str(known[0].seeds), at[0], f"{known[0].base + known[0].mean:.4f}", found]
+                body.append([*line, str(fixed or ""), at[1], str(swept or "")])
     if body:
         yield from (title, "", text, "")
         columns = ["task", "r", "seeds", "loss at 2e-3", "at the found rate", "found", "less that at 2e-3"]
@@ -104,7 +131,7 @@ def sides(rows: Sequence[Row]) -> Iterator[str]:
     """LoRA-XS with its Σ in A against Σ in B, over the seeds that both have."""
     body = []
     for task in TASKS:
-        for r in RANKS:
+        for r in ranks_of(rows):
             found = difference(rows, f"{task} by loss", r, *LORA_XS)
             if found is not None:
                 rate = (shown_rate(entries()[name], r, rows, f"{task} by loss") for name in LORA_XS)
