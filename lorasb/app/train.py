@@ -18,6 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from ..compat.transformers import on_one_device
 from ..distributed.process_group import Processes
+from ..serving import basis_adapters
 from ..serving.training import AdapterRowsCallback
 from ..training.rate_trials import RateTrials, find_lr, refine_rate
 from ..utils.reading import read_json
@@ -296,6 +297,13 @@ class _RunTrainer(MarkedCheckpoints, Trainer):
 
     order: ByLength
     run: Run
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load R's of several adapters at once; the basis is that of the start."""
+        if self.run.adapters:
+            basis_adapters.load_adapters(self.run.model, Path(resume_from_checkpoint), self.run.adapters)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the adapters; `Trainer` would go through all parameters once for each of them."""
