@@ -33,13 +33,13 @@ $(QUANTIZERS)/.installed: $(STAMP)
 MANY = $(RUN)-many
 PEOPLE ?= 200
 demo-many: install
-	$(BIN)/python examples/two_hundred_people.py write $(MANY) $(PEOPLE)
+	$(BIN)/python -m benchmarks.serving.people write $(MANY) $(PEOPLE)
 	$(BIN)/lorasb basis make smollm2-135m --data $(MANY)/people.jsonl --r 16 --output $(MANY)/basis
 	$(BIN)/lorasb finetune --basis $(MANY)/basis --data $(MANY)/people.jsonl --eval-data $(MANY)/held_out.jsonl \
 	  --adapter-column user --template none --batch-size 64 --epochs 5 --eval-examples 400 --output $(MANY)/people
 	$(BIN)/lorasb finetune --basis $(MANY)/basis --data $(MANY)/newcomer.jsonl --eval-data $(MANY)/newcomer_held_out.jsonl \
 	  --template none --batch-size 4 --epochs 8 --output $(MANY)/newcomer
-	$(BIN)/python examples/two_hundred_people.py serve $(MANY)
+	$(BIN)/python -m benchmarks.serving.people serve $(MANY)
 
 demo: install
 	$(BIN)/lorasb finetune --output $(RUN)

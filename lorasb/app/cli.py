@@ -350,12 +350,12 @@ Samples = Annotated[int | None, typer.Option(help="Samples of each file.", min=1
 @basis.command(cls=_Files)
 def make(
     model: Annotated[str, typer.Argument(help="Folder or hub id.")],
-    data: Annotated[list[str], typer.Option(help="JSONL files of prompt and completion, one for each task.")],
-    output: Annotated[str, typer.Option(help="Folder to write.")],
+    data: Annotated[list[str], typer.Option(help="JSONL files of prompt and completion, one per task.")],
+    output: Annotated[str, typer.Option(help="Folder to write the basis into.")],
     r: Annotated[int, typer.Option("--r", "--rank", help="Rank, at most 256.")] = 64,
     update: Annotated[str, typer.Option(help="adamw, sgd or per-sample, as of finetune.")] = "adamw",
     samples: Samples = None,
-    seed: Annotated[int, typer.Option(help="Of the draw of samples and the SVD.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples and the SVD.")] = 0,
 ) -> None:
     """Make a basis from the first steps of several tasks: A and B for adapters that have R alone."""
     from .basis import card_table, make_basis
@@ -371,7 +371,7 @@ def fit(
     folder: Annotated[str, typer.Argument(metavar="BASIS", help="Folder of a basis.")],
     data: Annotated[str, typer.Option(help="JSONL of prompt and completion.")],
     samples: Samples = None,
-    seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
 ) -> None:
     """Show what a basis keeps of the first step of your data, before training on it."""
     from . import basis as shared

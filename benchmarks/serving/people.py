@@ -1,16 +1,25 @@
 """Two hundred people, an adapter of each on one basis: their data, and serving what `make demo-many` has trained.
 
-python examples/two_hundred_people.py write FOLDER [PEOPLE]   # people.jsonl, held_out.jsonl and newcomer.jsonl
-python examples/two_hundred_people.py serve FOLDER            # after `lorasb finetune`, see the Makefile's demo-many
+    python -m benchmarks.serving.people write FOLDER [PEOPLE]   # people.jsonl, held_out.jsonl and newcomer.jsonl
+    python -m benchmarks.serving.people serve FOLDER            # after `lorasb finetune`, see the Makefile's demo-many
 
 Everybody has six facts and a way to answer. Two wordings of each question are trained, and a third one is held out.
 """
 
+from __future__ import annotations
+
+import argparse
 import json
 import random
-import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lorasb
 
 FACTS = {
     "city": (
@@ -67,14 +76,8 @@ def write(folder: Path, people: int) -> None:
 
 def serve(folder: Path) -> None:
     """Answer questions of many people in the same batches; add the newcomer, and remove somebody."""
-    import peft
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import lorasb
-
     tokenizer = AutoTokenizer.from_pretrained(lorasb.demo_model(), padding_side="left")
-    base = AutoModelForCausalLM.from_pretrained(lorasb.demo_model(), dtype=torch.bfloat16)
+    base: Any = AutoModelForCausalLM.from_pretrained(lorasb.demo_model(), dtype=torch.bfloat16)
     model = peft.PeftModel.from_pretrained(base, str(folder / "basis")).eval()
     bank = lorasb.AdapterBank(model, dtype=torch.bfloat16)
     started = time.perf_counter()
@@ -98,8 +101,18 @@ def serve(folder: Path) -> None:
         print(f"  {row['user']}: {row['prompt']} {answer.strip()}")
 
 
-if __name__ == "__main__":
-    if sys.argv[1] == "write":
-        write(Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 200)
+def main() -> None:
+    """Write data, or serve what was trained on it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=("write", "serve"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("people", type=int, nargs="?", default=200)
+    options = parser.parse_args()
+    if options.mode == "write":
+        write(options.folder, options.people)
     else:
-        serve(Path(sys.argv[2]))
+        serve(options.folder)
+
+
+if __name__ == "__main__":
+    main()
