@@ -34,7 +34,7 @@ RATE = 1e-3  # η of the tasks' first steps, whose length is no part of a basis
 
 @dataclass(frozen=True)
 class BasisCard:
-    """What a basis is, in its folder's basis.json.
+    """Description of a basis, in its folder's basis.json.
 
     Attributes:
         model: folder or hub id, as it was given.
@@ -72,7 +72,7 @@ def make_basis(settings: Settings, data: Sequence[str]) -> BasisCard:
 
 
 def _names(data: Sequence[str]) -> list[str]:
-    """Tasks' names, after their files."""
+    """Names of the tasks, after their files."""
     names = [Path(file).stem for file in data]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None or not names:
@@ -150,7 +150,7 @@ def _fit(run: Run, loader: Any, card: BasisCard) -> BasisFit:
 
 
 def fit(settings: Settings) -> BasisFit:
-    """How well the examples of `settings.data` fit the basis in `settings.basis`."""
+    """Measure how well the examples of `settings.data` fit the basis in `settings.basis`."""
     card = read_card(settings.basis or "")
     settings = replace(settings, model=card.model, eval_examples=1)
     settings.check()
@@ -160,7 +160,7 @@ def fit(settings: Settings) -> BasisFit:
 
 
 def card_table(card: BasisCard) -> RenderableType:
-    """What a basis keeps of the first step of each of its tasks."""
+    """A table of the share that a basis keeps of each task's first step."""
     table = Table(title=f"Basis of rank {card.r} for {card.model}")
     for name in ("task", "examples", "kept of its first step"):
         table.add_column(name, justify="left" if name == "task" else "right")

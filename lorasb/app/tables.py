@@ -57,7 +57,7 @@ def before_and_after(summary: dict[str, Any]) -> Table:
 
 
 def basis_line(share: float, random: float) -> str:
-    """What a basis keeps of the first step of a run's data."""
+    """A sentence on the first step of a run's data: the share that its basis keeps."""
     return f"The basis keeps {share:.1%} of the data's first step, a random one {random:.1%}."
 
 
