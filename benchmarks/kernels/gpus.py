@@ -16,7 +16,8 @@ class Gpu:
         name: of the card. arch: "sm_86".
         sms: multiprocessors. clock: their Hz, at which `flops` is reached.
         flops: dense bf16 FLOP/s with fp32 sums; tf32 has half of it.
-        dram, l2: bytes/s.
+        dram, l2: bytes/s. l2_size: bytes.
+        share: of cuBLAS's rate on the tensor cores that our main loops reach at least, by `main_loops` (Triton 3.9).
     """
 
     name: str
@@ -26,13 +27,19 @@ class Gpu:
     flops: float
     dram: float
     l2: float
+    l2_size: float
+    share: float = 1.0
+
+    def read(self, size: float) -> float:
+        """Bytes that DRAM moves for a tensor that was just read or written: none where half of L2 holds it."""
+        return 0.0 if size <= self.l2_size / 2 else size
 
 
 GPUS = {
-    "a6000": Gpu("RTX A6000", "sm_86", 84, 1.80e9, 154.8e12, 768e9, 2.5e12),
-    "a100": Gpu("A100 80GB", "sm_80", 108, 1.41e9, 312e12, 2039e9, 5.0e12),
-    "4090": Gpu("RTX 4090", "sm_89", 128, 2.52e9, 165.2e12, 1008e9, 5.0e12),
-    "h100": Gpu("H100 SXM", "sm_90", 132, 1.83e9, 989e12, 3350e9, 5.5e12),
+    "a6000": Gpu("RTX A6000", "sm_86", 84, 1.80e9, 154.8e12, 768e9, 2.5e12, 6e6, 0.998),
+    "a100": Gpu("A100 80GB", "sm_80", 108, 1.41e9, 312e12, 2039e9, 5.0e12, 40e6),
+    "4090": Gpu("RTX 4090", "sm_89", 128, 2.52e9, 165.2e12, 1008e9, 5.0e12, 72e6, 0.998),
+    "h100": Gpu("H100 SXM", "sm_90", 132, 1.83e9, 989e12, 3350e9, 5.5e12, 50e6),
 }
 MODEL = f"""The model (no GPU was measured for this table):
  - a launch takes as long as its busiest pipe, and {LAUNCH * 1e6:.0f} us: tensor cores, issue slots ({SCHEDULERS} a
@@ -42,11 +49,13 @@ MODEL = f"""The model (no GPU was measured for this table):
    sectors are counted from the compiled code as it is executed: one tile for all tiles, and every sector a miss in
    L1. Issue slots are PTX's instructions without moves, 64-bit integers as two: ptxas's own loops have from 1.0 to
    1.3 times as many (`loop` of benchmarks.kernels.static_report);
- - DRAM moves the operands and results of a launch once;
+ - DRAM moves the operands and results of a launch once; what was just read or written, and fits into half of L2, is
+   not read from DRAM again;
+ - our GEMM reaches the share of cuBLAS's rate that its main loops do in simulation (benchmarks.kernels.main_loops), and
+   cuBLAS's where theirs are not slower than CUTLASS's;
  - cuBLAS, for the bare base too, is bound by tensor cores or DRAM, thin products (256 or less on a side) by L2
    besides, in tiles of 128 x 128; launches do not overlap;
- - every intermediate of the eager chain goes through DRAM; its scaling is applied to the [M, out] product, as PEFT
-   does;
+ - the eager chain's scaling is applied to the [M, out] product, as PEFT does;
  - wave quantization, latencies, clocks under load and Python's time are left out;
  - without groups autograd adds the dx of siblings (in the bare model too)."""
 

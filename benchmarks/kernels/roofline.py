@@ -51,48 +51,58 @@ class Cost:
         return self.forward + self.backward
 
 
-def demand(launch: Launch, arch: str) -> Demand:
-    """Of one of our launches, executed."""
-    work = launch_work(launch, arch)
+def demand(launch: Launch, gpu: Gpu, again: bool = False) -> Demand:
+    """Of one of our launches, executed; the GEMM reads what the thin pass has just read and written.
+
+    `again`: a sibling has just read x.
+    """
+    work, a = launch_work(launch, gpu.arch), launch.arguments
+    hot = [a["x"]] if again and launch.name == "prep_forward" else []
+    if launch.name == "extended_gemm":
+        hot = [a["v"], *(a["xs"] if sum(a["Ks"]) else ())]
+    sizes = [tensor.numel() * tensor.element_size() for tensor in hot]
     return Demand(
-        flops=work.tensor_flops + 2 * work.tf32_flops,
+        flops=(work.tensor_flops + 2 * work.tf32_flops) / gpu.share,
         issue_slots=work.issue_slots,
         shared_wavefronts=work.shared_wavefronts,
         l2=work.global_sectors * SECTOR_BYTES,
-        dram=traffic(launch).compulsory,
+        dram=traffic(launch).compulsory - sum(size - gpu.read(size) for size in sizes),
     )
 
 
-def gemm(M: int, K: int, N: int, accumulate: bool = False) -> Demand:
-    """cuBLAS: [M, K] · [K, N], tiles of 128 x 128; `accumulate` reads the result too."""
-    elements = M * K + K * N + M * N * (2 if accumulate else 1)
+def gemm(gpu: Gpu, M: int, K: int, N: int, accumulate: bool = False, hot: bool = False) -> Demand:
+    """cuBLAS: [M, K] · [K, N], tiles of 128 x 128; `accumulate` reads the result too, `hot`: [M, K] was just used."""
+    left, result = M * K * BF16, M * N * BF16
+    moved = (gpu.read(left) if hot else left) + K * N * BF16 + result + (gpu.read(result) if accumulate else 0)
     tiles = -(-M // 128) * -(-N // 128)
     asked = tiles * (min(M, 128) + min(N, 128)) * K * BF16 + M * N * BF16
-    return Demand(flops=2 * M * K * N, l2=asked if min(K, N) <= THIN else 0, dram=elements * BF16)
+    return Demand(flops=2 * M * K * N, l2=asked if min(K, N) <= THIN else 0, dram=moved)
 
 
-def elementwise(count: int, reads: int) -> Demand:
-    """`reads` tensors in, one out."""
-    return Demand(l2=count * (reads + 1) * BF16, dram=count * (reads + 1) * BF16)
+def elementwise(gpu: Gpu, count: int, reads: int) -> Demand:
+    """`reads` tensors in, which were just used, one out."""
+    size = count * BF16
+    return Demand(l2=(reads + 1) * size, dram=reads * gpu.read(size) + size)
 
 
-def base(group: Group, M: int, r: int) -> dict[str, list[Demand]]:
+def base(group: Group, M: int, gpu: Gpu) -> dict[str, list[Demand]]:
     """The frozen linears alone, and autograd's additions of their dx."""
-    adds = [elementwise(M * group.n, 2)] * (len(group.ms) - 1)
+    adds = [elementwise(gpu, M * group.n, 2)] * (len(group.ms) - 1)
     return {
-        "forward": [gemm(M, group.n, m) for m in group.ms],
-        "backward": [gemm(M, m, group.n) for m in group.ms] + adds,
+        "forward": [gemm(gpu, M, group.n, m, hot=i > 0) for i, m in enumerate(group.ms)],
+        "backward": [gemm(gpu, M, m, group.n) for m in group.ms] + adds,
     }
 
 
-def eager(group: Group, M: int, r: int) -> dict[str, list[Demand]]:
+def eager(group: Group, M: int, r: int, gpu: Gpu) -> dict[str, list[Demand]]:
     """y = x Wᵀ + s·((x Aᵀ) Rᵀ) Bᵀ as anybody would write it, differentiated by autograd."""
-    bare, n = base(group, M, r), group.n
+    found, n = base(group, M, gpu), group.n
     for m in group.ms:
-        bare["forward"] += [gemm(M, n, r), gemm(M, r, r), gemm(M, r, m), elementwise(M * m, 1), elementwise(M * m, 2)]
-        bare["backward"] += [elementwise(M * m, 1), gemm(M, m, r), gemm(r, M, r), gemm(M, r, r), gemm(M, r, n)]
-        bare["backward"] += [elementwise(M * n, 2)]
-    return bare
+        found["forward"] += [gemm(gpu, *size, hot=True) for size in ((M, n, r), (M, r, r), (M, r, m))]
+        found["forward"] += [elementwise(gpu, M * m, 1), elementwise(gpu, M * m, 2)]
+        products = (gemm(gpu, *size, hot=True) for size in ((M, m, r), (r, M, r), (M, r, r), (M, r, n)))
+        found["backward"] += [elementwise(gpu, M * m, 1), *products, elementwise(gpu, M * n, 2)]
+    return found
 
 
 def parts_of(group: Group, grouped: bool) -> list[tuple[int, ...]]:
@@ -100,14 +110,16 @@ def parts_of(group: Group, grouped: bool) -> list[tuple[int, ...]]:
     return [group.ms] if grouped else [(m,) for m in group.ms]
 
 
-def ours(group: Group, ms: tuple[int, ...], r: int, M: int, gpu: Gpu, op: str, path: str) -> list[Demand]:
+def ours(group: Group, ms: tuple[int, ...], r: int, M: int, gpu: Gpu, op: str, path: str, again: bool) -> list[Demand]:
     """One call of the library on one path: our launches, and cuBLAS's products beside them on "addmm"."""
-    demands = [demand(one, gpu.arch) for one in calls(op, group.n, ms, r, M, gpu.arch, gpu.sms, path)]
+    demands = [demand(one, gpu, again) for one in calls(op, group.n, ms, r, M, gpu.arch, gpu.sms, path)]
     if path == "fused":
         return demands
     if op == "forward":
-        return demands + [one for m in ms for one in (gemm(M, r, m), gemm(M, group.n, m, accumulate=True))]
-    return [*demands, gemm(M, r * len(ms), group.n), *(gemm(M, m, group.n, accumulate=True) for m in ms)]
+        pairs = ((gemm(gpu, M, r, m, hot=True), gemm(gpu, M, group.n, m, accumulate=True, hot=True)) for m in ms)
+        return demands + [one for pair in pairs for one in pair]
+    thin = gemm(gpu, M, r * len(ms), group.n, hot=True)
+    return [*demands, thin, *(gemm(gpu, M, m, group.n, accumulate=True, hot=True) for m in ms)]
 
 
 def adapted(group: Group, M: int, r: int, gpu: Gpu, grouped: bool, path: str | None) -> dict[str, list[Demand]]:
@@ -115,10 +127,10 @@ def adapted(group: Group, M: int, r: int, gpu: Gpu, grouped: bool, path: str | N
     parts = parts_of(group, grouped)
     found: dict[str, list[Demand]] = {op: [] for op in OPS}
     for op in OPS:
-        for ms in parts:
+        for i, ms in enumerate(parts):
             chosen = path or plan_for(op, torch.bfloat16, M, group.n, ms, r, gpu.arch, gpu.sms).path
-            found[op] += ours(group, ms, r, M, gpu, op, chosen)
-    found["backward"] += [elementwise(M * group.n, 2)] * (len(parts) - 1)
+            found[op] += ours(group, ms, r, M, gpu, op, chosen, again=i > 0)
+    found["backward"] += [elementwise(gpu, M * group.n, 2)] * (len(parts) - 1)
     return found
 
 
@@ -141,8 +153,8 @@ def fused_calls(model: str, r: int, M: int, arch: str, sms: int, grouped: bool) 
 def costs(groups: tuple[Group, ...], r: int, M: int, gpu: Gpu) -> dict[str, Cost]:
     """Seconds of these linears, by variant."""
     variants = {
-        "bare": lambda g: base(g, M, r),
-        "eager": lambda g: eager(g, M, r),
+        "bare": lambda g: base(g, M, gpu),
+        "eager": lambda g: eager(g, M, r, gpu),
         "addmm": lambda g: adapted(g, M, r, gpu, False, "addmm"),
         "fused": lambda g: adapted(g, M, r, gpu, False, "fused"),
         "addmm, grouped": lambda g: adapted(g, M, r, gpu, True, "addmm"),
@@ -161,7 +173,7 @@ def launch_rows(model: str, r: int, M: int, gpu: Gpu) -> Iterator[dict[str, Any]
     for group in MODELS[model]:
         for op in OPS:
             for one in calls(op, group.n, group.ms, r, M, gpu.arch, gpu.sms, "fused"):
-                a, asked = one.arguments, demand(one, gpu.arch)
+                a, asked = one.arguments, demand(one, gpu)
                 yield {
                     "tokens": M,
                     "linears": "/".join(group.names),

@@ -123,6 +123,19 @@ def test_a_launch_takes_as_long_as_its_busiest_pipe() -> None:
     assert Demand(flops=1.0).limit(gpu) == "launch"
 
 
+def test_what_was_just_used_and_fits_into_l2_is_not_read_again() -> None:
+    a6000, h100 = GPUS["a6000"], GPUS["h100"]
+    y = 2048 * 4096 * 2  # more than half of an A6000's L2, and not of an H100's
+    assert (a6000.read(y), h100.read(y)) == (y, 0)
+    assert (a6000.read(3e6), a6000.read(3e6 + 1)) == (0, 3e6 + 1)
+    assert roofline.elementwise(a6000, y // 2, 2).dram == 3 * y
+    assert roofline.elementwise(h100, y // 2, 2).dram == y
+    cold, hot = (roofline.gemm(h100, 2048, 4096, 96, hot=one).dram for one in (False, True))
+    assert cold - hot == y
+    result = 2048 * 96 * 2
+    assert roofline.gemm(a6000, 2048, 4096, 96, accumulate=True).dram == y + 4096 * 96 * 2 + result
+
+
 def test_a_kernel_that_is_not_counted_is_refused() -> None:
     recorded = launches.record_gradient(torch.bfloat16, 64, 64, 64, "sm_86")[0]
     with pytest.raises(ValueError, match="expected prep_forward, prep_backward or extended_gemm, got grad_sign"):
