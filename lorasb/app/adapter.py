@@ -11,15 +11,13 @@ from typing import Any, cast
 
 import torch
 
-from ..checkpoints import shared_factors
 from ..distributed.process_group import Processes
 from ..init import InitReport, RankSuggestion
-from ..serving import basis_adapters
 from ..utils import plotting
 from ..utils.atomic_files import locked, replacing_folder, write_json
 from .config_file import CONFIG_NAME, write_config
 from .data import describe_data
-from .prepare import Run, prepare
+from .prepare import Run, prepare, save_adapter
 from .settings import InitSettings, check_rules, target_names
 from .terminal import console
 
@@ -128,20 +126,6 @@ def save_start(run: Run, report: InitReport | None, folder: Path) -> None:
     save_adapter(run, folder)
     if report is not None:
         report.save(folder / REPORT_NAME)
-
-
-def save_adapter(run: Run, folder: Path) -> None:
-    """Write the adapter as PEFT does, and the same bytes in every process."""
-    for config in run.model.peft_config.values():
-        for name, value in list(vars(config).items()):
-            if isinstance(value, set):  # PEFT writes sets in an order that depends on the process and on their history
-                setattr(config, name, sorted(value))
-        if config.modules_to_save:  # PEFT adds the names of heads each time that it loads an adapter
-            config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
-    run.model.save_pretrained(str(folder), selected_adapters=["default"])
-    basis_adapters.save_adapters(run.model, folder, [name for name in run.adapters if name in run.model.peft_config])
-    if run.settings.basis is not None:
-        shared_factors.share(folder, Path(run.settings.basis))
 
 
 def load_adapter(run: Run, folder: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from ..checkpoints import shared_factors
 from ..checkpoints.model_card import ORIGIN_NAME
 from ..compat.transformers import set_name_or_path
 from ..config.adapter import ALL_LINEAR
@@ -322,3 +323,17 @@ def by_adapter(run: Run, before: Sequence[str], after: Sequence[str]) -> dict[st
         | {at: found[name] for at, found in scores.items() if name in found}
         for name in run.adapters
     }
+
+
+def save_adapter(run: Run, folder: Path) -> None:
+    """Write the adapter as PEFT does, and the same bytes in every process."""
+    for config in run.model.peft_config.values():
+        for name, value in list(vars(config).items()):
+            if isinstance(value, set):  # PEFT writes sets in an order that depends on the process and on their history
+                setattr(config, name, sorted(value))
+        if config.modules_to_save:  # PEFT adds the names of heads each time that it loads an adapter
+            config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
+    run.model.save_pretrained(str(folder), selected_adapters=["default"])
+    basis_adapters.save_adapters(run.model, folder, [name for name in run.adapters if name in run.model.peft_config])
+    if run.settings.basis is not None:
+        shared_factors.share(folder, Path(run.settings.basis))

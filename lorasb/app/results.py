@@ -21,11 +21,11 @@ from ..utils.plotting import GRAD, INK, MUTED, SIGN, canvas
 from ..utils.plotting import save as save_figure
 from ..utils.precision import processor_class
 from ..utils.reading import parse_json, read_json, read_text
-from .adapter import REPORT_NAME, load_report, save_adapter
+from .adapter import REPORT_NAME, load_report
 from .ask import how_to, prompt_format
 from .data import describe_data
 from .evaluation import Evaluation, score_by_source
-from .prepare import Run, by_adapter, device
+from .prepare import Run, by_adapter, device, save_adapter
 from .problem import Classification
 from .run_folder import ANSWERS_NAME, SUMMARY_NAME
 from .tasks import Example

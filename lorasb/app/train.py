@@ -23,9 +23,8 @@ from ..serving.training import AdapterRowsCallback
 from ..training.rate_trials import RateTrials, find_lr, refine_rate
 from ..utils.reading import read_json
 from . import run_folder
-from .adapter import save_adapter
 from .estimate import Estimate, announcement, estimate, estimated, memory_in_use, padded_tokens, peak_memory
-from .prepare import Run, checkpoint_activations, device, load_adapters, optimizer
+from .prepare import Run, checkpoint_activations, device, load_adapters, optimizer, save_adapter
 from .run_folder import MarkedCheckpoints
 from .settings import Settings
 from .terminal import Stop, console
