@@ -18,7 +18,7 @@ from finetune_runs import assert_same, stop_after, summary
 import lorasb
 from lorasb.app import adapter, finetune, train
 from lorasb.app.finetune import run_finetune
-from lorasb.app.prepare import prepare
+from lorasb.app.prepare import prepare, save_adapter
 from lorasb.app.settings import Settings
 from lorasb.init.plan import warmup_steps
 from lorasb.layers.lookup import layers_with
@@ -50,7 +50,8 @@ def test_an_adapter_is_the_same_bytes_whatever_the_order_of_its_sets(tmp_path: P
     adapted: Any = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up", "down", "gate"]))
     config = adapted.peft_config["default"]
     config.target_modules = Reversed(config.target_modules)
-    adapter.save_adapter(SimpleNamespace(model=adapted), tmp_path)  # type: ignore[arg-type]
+    run: Any = SimpleNamespace(model=adapted, adapters=[], settings=SimpleNamespace(basis=None))
+    save_adapter(run, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["down", "gate", "up"]
     again: Any = peft.PeftModel.from_pretrained(
         torch.nn.ModuleDict({n: torch.nn.Linear(4, 4) for n in model}), tmp_path
