@@ -3,7 +3,7 @@
     python -m benchmarks.serving.people write FOLDER [PEOPLE]   # people.jsonl, held_out.jsonl and newcomer.jsonl
     python -m benchmarks.serving.people serve FOLDER            # after `lorasb finetune`, see the Makefile's demo-many
 
-Everybody has six facts and a way to answer. Two wordings of each question are trained, and a third one is held out.
+Everybody has four facts and a way to answer. Two wordings of each question are trained, and a third one is held out.
 """
 
 from __future__ import annotations
@@ -37,14 +37,6 @@ FACTS = {
     "color": (
         ("What is my favorite color?", "Which color do I like best?", "Which color would I paint my room?"),
         ("red", "blue", "green", "white", "black", "yellow", "purple", "orange", "brown", "gray"),
-    ),
-    "food": (
-        ("What do I like to eat?", "Which dish is my favorite?", "What should you cook for me?"),
-        ("pizza", "curry", "sushi", "soup", "pasta", "tacos", "salad", "rice", "bread", "cheese"),
-    ),
-    "hobby": (
-        ("What is my hobby?", "How do I spend my weekends?", "What do I do in my free time?"),
-        ("chess", "hiking", "fishing", "reading", "dancing", "singing", "cycling", "sewing", "surfing", "skiing"),
     ),
 }
 STYLES = ("{}", "{}.", "It is {}.", "Well, {}!", "{}, of course.", "Surely {}.")
