@@ -29,9 +29,9 @@ $(QUANTIZERS)/.installed: $(STAMP)
 	  "torchao>=0.16" "hqq>=0.2.7" "optimum-quanto>=0.2.7" termcolor
 	touch $@
 
-# Two hundred people on one basis: made, trained together, one added, and served in one batch.
+# Fifty people (or PEOPLE=200) on one basis: made, trained together, one added, and served in one batch.
 MANY = $(RUN)-many
-PEOPLE ?= 200
+PEOPLE ?= 50
 demo-many: install
 	$(BIN)/python -m benchmarks.serving.people write $(MANY) $(PEOPLE)
 	$(BIN)/lorasb basis make smollm2-135m --data $(MANY)/people.jsonl --r 16 --output $(MANY)/basis

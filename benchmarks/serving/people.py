@@ -1,4 +1,4 @@
-"""Two hundred people, an adapter of each on one basis: their data, and serving what `make demo-many` has trained.
+"""Many people, an adapter of each on one basis: their data, and serving what `make demo-many` has trained.
 
     python -m benchmarks.serving.people write FOLDER [PEOPLE]   # people.jsonl, held_out.jsonl and newcomer.jsonl
     python -m benchmarks.serving.people serve FOLDER            # after `lorasb finetune`, see the Makefile's demo-many
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=("write", "serve"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("people", type=int, nargs="?", default=200)
+    parser.add_argument("people", type=int, nargs="?", default=50)
     options = parser.parse_args()
     if options.mode == "write":
         write(options.folder, options.people)

@@ -1,4 +1,4 @@
-"""Two hundred people: what is asked of them later is in no training row, and who comes later changes nobody."""
+"""Many people: what is asked of them later is in no training row, and who comes later changes nobody."""
 
 from __future__ import annotations
 
