@@ -31,6 +31,7 @@ from benchmarks.common.csv_files import Row, read_csv, write_csv
 from benchmarks.common.timing import commit, dtype_name, machine_name, measured_dtype, use_dtype
 from benchmarks.research.methods.problems import LINEARS, MAX_LENGTH
 from benchmarks.research.methods.run import WARMUP, rate_share, train_step
+from lorasb.app.basis import initialize_basis
 from lorasb.app.prepare import contiguous_head, demo_model
 from lorasb.app.tasks import Example, read_jsonl
 from lorasb.app.tokenize import Collator, encode
@@ -149,10 +150,7 @@ def write_basis(model: Any, kind: str, r: int, tokenizer: Any) -> None:
     if (kind, r) not in _bases:
         names = BASIS_FAMILIES[: SHARED[kind]]
         starts = {name: Task(name, 0, None, tokenizer, model.get_base_model()).samples() for name in names}
-        one: Any = {"longest_start": 0.0} if len(names) == 1 else {}
-        lorasb.initialize(model, starts if len(names) > 1 else starts[names[0]], lr=1e-3, progress=False, **one)
-        for name in names if len(names) > 1 else ():
-            model.delete_adapter(name)
+        initialize_basis(model, starts, progress=False)
         found = {name: (layer.lorasb_B, layer.lorasb_R, layer.lorasb_A) for name, layer in layers.items()}
         _bases[kind, r] = {
             name: tuple(part["default"].detach().clone() for part in three) for name, three in found.items()
@@ -205,11 +203,12 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
         for task in (*UNSEEN, ARC):
             cells = [[row for row in at if row["task"] == task and row["basis"] == kind] for kind in kinds]
             if any(cells):
-                view.add_row(task, *map(_cell, cells))
+                view.add_row(task, *map(cell, cells))
         yield view
 
 
-def _cell(rows: Sequence[Row]) -> str:
+def cell(rows: Sequence[Row]) -> str:
+    """Mean loss of runs, and what their basis keeps of the first step; empty without runs."""
     if not rows:
         return ""
     loss = statistics.fmean(float(row["loss"]) for row in rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,12 @@ def make_basis(settings: Settings, data: Sequence[str]) -> BasisCard:
         for name, file in zip(names[1:], data[1:], strict=True):
             examples, _ = load_examples(replace(settings, data=file))
             encoded[name] = [run.problem.encode(one, run.tokenizer, settings.max_length) for one in examples]
-        if not isinstance(run.problem, LanguageModeling) or any(not rows for rows in encoded.values()):
+        if not isinstance(run.problem, LanguageModeling):
             raise ValueError("expected files of prompt and completion, got labeled examples: a basis has no head")
         run.model = lorasb.patch(run.model, r=settings.r, target_modules=targets(settings.target_modules))
-        shares = _initialize(run, encoded)
+        loaders = {name: start_loader(run, rows) for name, rows in encoded.items()}
+        options: dict[str, Any] = {"num_samples": settings.samples, "update": settings.update, "seed": settings.seed}
+        shares = initialize_basis(run.model, loaders, **options)
         return _save(run, {name: {"examples": len(encoded[name]), "kept": shares[name]} for name in names})
 
 
@@ -81,20 +83,18 @@ def _names(data: Sequence[str]) -> list[str]:
     return names
 
 
-def _initialize(run: Run, encoded: dict[str, list[Any]]) -> dict[str, float]:
-    """Initialize the basis with R = 0, and return what it keeps of each task's own first step."""
-    # files may have names that no adapter can have
-    loaders = {f"task{i}": start_loader(run, rows) for i, rows in enumerate(encoded.values())}
-    options: dict[str, Any] = {"num_samples": run.settings.samples, "update": run.settings.update}
-    options |= {"lr": RATE, "seed": run.settings.seed}
-    if len(loaders) == 1:
-        lorasb.initialize(run.model, next(iter(loaders.values())), longest_start=0.0, **options)
-        return dict.fromkeys(encoded, 1.0)
-    report: Any = lorasb.initialize(run.model, loaders, **options)
+def initialize_basis(model: Any, tasks: Mapping[str, Any], **options: Any) -> dict[str, float]:
+    """Initialize the active adapter, with R = 0, from the first steps of tasks; returns what it keeps of each."""
+    # tasks may have names that no adapter can have
+    batches = {f"task{i}": own for i, own in enumerate(tasks.values())}
+    if len(batches) == 1:
+        lorasb.initialize(model, batches["task0"], lr=RATE, longest_start=0.0, **options)
+        return dict.fromkeys(tasks, 1.0)
+    report: Any = lorasb.initialize(model, batches, lr=RATE, **options)
     found: TasksReport = report
-    for name in loaders:
-        run.model.delete_adapter(name)
-    return dict(zip(encoded, found.shares.overall.values(), strict=True))
+    for name in batches:
+        model.delete_adapter(name)
+    return dict(zip(tasks, found.shares.overall.values(), strict=True))
 
 
 def _save(run: Run, tasks: dict[str, dict[str, float]]) -> BasisCard:
@@ -122,16 +122,22 @@ def read_card(folder: str | Path) -> BasisCard:
     return card
 
 
-def stand_on(run: Run) -> tuple[None, float]:
+def card_of(settings: Settings) -> BasisCard:
+    """The card of a run's basis; a ValueError if it was made on another model."""
+    card = read_card(settings.basis or "")
+    if card.model != settings.model:
+        raise ValueError(f"--basis {settings.basis} was made on --model {card.model}, got {settings.model}")
+    return card
+
+
+def load_basis(run: Run) -> tuple[None, float]:
     """Load the basis of a run, measure how well its data fits, and the learning rate if none is given.
 
     Returns:
         None, as nothing is initialized, and the seconds that it took.
     """
     settings, started = run.settings, time.perf_counter()
-    card = read_card(settings.basis or "")
-    if card.model != settings.model:
-        raise ValueError(f"--basis {settings.basis} was made on --model {card.model}, got {settings.model}")
+    card = card_of(settings)
     load_adapter(run, Path(str(settings.basis)))
     loader = start_loader(run, run.train_ids)
     found = _fit(run, loader, card)

@@ -16,11 +16,11 @@ from ..utils.atomic_files import locked
 from ..utils.precision import resolve, slowdown_message
 from . import results
 from .adapter import adapt, load_adapter, load_report, save_start
-from .basis import stand_on
+from .basis import card_of, load_basis
 from .data import digest, load_examples
 from .prepare import Run, device, prepare
 from .results import Result
-from .run_folder import FINISHED, RunFolder, Start, State, identity_of
+from .run_folder import FINISHED, NEW, RunFolder, Start, State, identity_of
 from .settings import Settings
 from .terminal import Stop, console, errors
 from .train import find_rate, refine
@@ -47,6 +47,8 @@ def run_finetune(settings: Settings) -> Result:
         state = _look_up_state(folder, settings, identity, processes, held)
         if state.kind == FINISHED:
             return results.load(folder.folder)
+        if settings.basis is not None and state.kind == NEW:
+            card_of(settings)  # before the model is loaded and evaluated
         _warn(settings, processes)
         run = prepare(settings, examples)
         is_first_rank = processes.rank == 0
@@ -114,7 +116,7 @@ def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[Any, float
         load_adapter(run, folder.start)
         load_adapters(run, folder.start)
         return load_report(folder.start), earlier.seconds
-    report, seconds = adapt(run) if run.settings.basis is None else stand_on(run)
+    report, seconds = adapt(run) if run.settings.basis is None else load_basis(run)
     if run.settings.find_lr:
         run.lr = find_rate(run).lr
     elif run.measured:

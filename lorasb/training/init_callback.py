@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from ..distributed.process_group import Processes, sharded
 from ..distributed.sharded_factors import keep_factors, restore_factors
 from ..init import InitReport, first_step_lr, initialize
 from ..init.sampling import draw, rng_untouched, too_few
+from ..init.task import AutoRate
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import adapted_layers
 
@@ -100,8 +100,8 @@ class InitCallback(TrainerCallback):
             # The schedule multiplies by step / warm-up steps: the first rate above 0 is peak / warm-up steps.
             warmup = args.get_warmup_steps(state.max_steps)
             given = self.lr if self.lr != "auto" else first_step_lr("auto", warmup)
-            call = partial(initialize, lr=given or first_step_lr(args.learning_rate, warmup))
-            self.report = self._with_samples(call, args, model, train_dataloader)
+            lr = given or first_step_lr(args.learning_rate, warmup)
+            self.report = self._initialize(lr, args, model, train_dataloader)
             if self.report.rate is not None:
                 _set_rate(self.report.rate, optimizer, lr_scheduler, layers, name)
         elif self.lr == "auto" and state.global_step == 0:
@@ -111,7 +111,7 @@ class InitCallback(TrainerCallback):
                 stacklevel=2,
             )
 
-    def _with_samples(self, call: Callable[..., InitReport], args: Any, model: Any, loader: Any) -> InitReport:
+    def _initialize(self, lr: float | AutoRate, args: Any, model: Any, loader: Any) -> InitReport:
         """Call `initialize` on this process's samples."""
         seed, count = args.seed if self.seed is None else self.seed, self.num_samples
         options = {"progress": not args.disable_tqdm} | self.options
@@ -124,7 +124,7 @@ class InitCallback(TrainerCallback):
             else:
                 batches = iter(self.samples(model) if callable(self.samples) else self.samples)
                 # all, in their order, unless a number is given
-            return call(model, batches, **options | {"seed": seed, "num_samples": count})
+            return initialize(model, batches, lr=lr, **options | {"seed": seed, "num_samples": count})
 
 
 def _set_rate(rate: float, optimizer: Any, scheduler: Any, layers: dict[str, AdaptedLayer], name: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.research.reporting.markdown import table, where_rows
-from benchmarks.research.unseen_tasks import ARC, FILE, KINDS, LORA, NONE, OWN, RANDOM, SHARED, UNSEEN
+from benchmarks.research.unseen_tasks import ARC, FILE, KINDS, LORA, NONE, OWN, RANDOM, SHARED, UNSEEN, cell
 
 INTRODUCTION = """\
 Bases are made from the first steps of families of reasoning-gym; the tasks here are other families. SmolLM2-135M, 75
@@ -46,16 +46,8 @@ def _by_task(rows: Sequence[Row], r: int) -> list[str]:
     for task in (*UNSEEN, ARC):
         found = [_at(rows, task, kind, r) for kind in kinds]
         if _at(rows, task, OWN, r):
-            body.append([task, *(_cell(one) for one in found)])
+            body.append([task, *map(cell, found)])
     return table(["task", *kinds], body)
-
-
-def _cell(found: Sequence[Row]) -> str:
-    if not found:
-        return ""
-    share = found[0]["share"]
-    kept = "" if share in ("None", "1") else f" ({float(share):.0%})"
-    return f"{_loss(found):.3f}{kept}"
 
 
 def _rates(rows: Sequence[Row]) -> Iterator[str]:
