@@ -23,7 +23,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("training", "optim"),
     ("init", "export"),
     ("tuner",),
-    ("serving",),
+    ("serving", "vllm"),
     ("distributed",),
     ("layers",),
     ("functional",),

@@ -25,7 +25,7 @@ def times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transp
     Args:
         left: [M, r], of x's dtype.
         cores: [K, r, r], of any floating-point dtype, K's stride whatever it is.
-        index: [n], int64 on the CPU, in [-1, K).
+        index: [n], int64, in [-1, K): on the CPU, or on left's device, where it is read by the kernel alone.
         scale: s.
         transposed: R_kᵀ.
         out: of left's dtype, its columns the rank, padded.
@@ -56,6 +56,11 @@ def times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transp
     with on_device(left):
         launch(KernelCall(times_row_cores, len(index) * cdiv(tokens, config.block_m), arguments, config))
     return out
+
+
+def padded(r: int) -> int:
+    """Columns of `out` for rank r."""
+    return sum(rank_blocks(r))
 
 
 def core_gradients(t: Tensor, u: Tensor, cores: Tensor, index: Tensor, scale: float) -> Tensor:
@@ -97,6 +102,8 @@ def _whole(cores: Tensor) -> Tensor:
 
 def _places(index: Tensor, device: torch.device) -> Tensor:
     """The index on the device: copied once for all layers of a step, which have the same tensor of it."""
+    if index.is_cuda:
+        return index
     seen, known = _copies.get(index, (None, None))
     if seen is None or known is None or known.device != device or not torch.equal(seen, index):
         seen, known = index.clone(), index.to(device, torch.int32)

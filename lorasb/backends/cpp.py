@@ -173,7 +173,8 @@ def _rows_forward(x: Tensor, operands: Operands) -> list[Tensor]:
     return _flat(results)
 
 
-def _times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transposed: bool) -> Tensor:
+def times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transposed: bool) -> Tensor:
+    """s·left_i R_kᵀ of every row, or s·left_i R_k, each R read in place; zero where k = -1."""
     if torch.float64 in (left.dtype, cores.dtype):
         return eager.times_cores(left, cores, index, scale, transposed)
     product: Tensor = _csrc.times_cores(left, _dense(cores), index, scale, not transposed)
@@ -223,7 +224,7 @@ def _products(dtype: torch.dtype) -> eager.Products:
     """Products with an R for each row; the thin ones are torch's, except in 16 bits that it multiplies slowly."""
     widened = dtype != torch.float32 and serves(dtype)
     return eager.Products(
-        _thin if widened else eager.thin, eager.times_core, _times_cores, _extended, _extended_transposed
+        _thin if widened else eager.thin, eager.times_core, times_cores, _extended, _extended_transposed
     )
 
 

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..utils import reading
 from ..utils.precision import FLOATS, WIDE
 from ..utils.reading import AGAIN, read_json
-from .shared_factors import DIGEST, join_factors, missing_factors_error
+from .shared_factors import DIGEST, is_factor, join_factors, missing_factors_error, referenced_digest
+from .shared_factors import digest as factors_digest
 
+GLUE_ALPHA = 16.0  # LoRA-XS fixes alpha at 16 on GLUE and at r elsewhere (paper, appendix I)
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -132,6 +136,48 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not layers:
         raise ValueError(f"{file} holds no LoRA-SB factors ({expected})")
     return tensors
+
+
+def scaling_of(config: Mapping[str, Any], r: int) -> float:
+    """The scaling s of a layer of rank `r` by an adapter's configuration."""
+    scaling = float(config.get("scaling", 1.0))
+    if not str(config.get("init", "")).startswith("lora-xs"):
+        return scaling
+    # task_type is a TaskType member or a plain string; str() of the member is "TaskType.SEQ_CLS"
+    classification = str(config.get("task_type") or "").rpartition(".")[2] in ("SEQ_CLS", "TOKEN_CLS")
+    alpha = config.get("lora_alpha")
+    return scaling * (float(alpha) if alpha is not None else GLUE_ALPHA if classification else float(r)) / r
+
+
+def read_cores(folder: Path, digest: bytes, scalings: Mapping[str, float] | None = None) -> dict[str, Tensor]:
+    """R by layer of an adapter on the basis with a digest, times the adapter's s, over the layer's of `scalings`.
+
+    Only layers of `scalings` are returned, if it is given. Raises a ValueError for a file that does not fit the basis.
+    """
+    config, file = read_config(folder), folder / WEIGHTS_NAME
+    if not file.is_file():
+        raise ValueError(f"expected {WEIGHTS_NAME} in {folder}, found none")
+    reading.safetensors_header(file)  # raises for a truncated file
+    try:
+        tensors = load(file.read_bytes())  # half the time of a mapped file, page by page (SmolLM2 at r = 64, Zen 3)
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged ({error}): {AGAIN}") from None
+    factors = {key: value for key, value in tensors.items() if is_factor(key)}
+    if (referenced_digest(tensors) or factors_digest(factors)) != digest:
+        raise ValueError(f"{folder} has other A and B than the basis, or the same in another dtype")
+    others = [key for key in tensors if key != DIGEST and not any(f".{part}" in key for part in FACTORS)]
+    if others:
+        raise ValueError(
+            f"{folder} has more than R ({others[0]}, ...): modules, biases or token rows that were trained in full "
+            "cannot be added to a basis. Load it as an adapter of the model"
+        )
+    found = {}
+    for name, parts in group_by_layer(tensors).items():
+        core = parts.get("lorasb_R")
+        if core is not None and core.dim() and (scalings is None or name in scalings):
+            ratio = scaling_of(config, len(core)) / (scalings[name] if scalings else 1.0)
+            found[name] = core if ratio == 1.0 else core * ratio
+    return found
 
 
 VALUES = 16  # per sampled layer

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
+from ..checkpoints.adapter_file import scaling_of
 from ..checkpoints.model_card import update_card
 from ..compat import peft as private
 from ..constants import CONFIG_NAME, MAX_RANK, PEFT_NAME, WEIGHTS_NAME
@@ -26,7 +27,6 @@ INITS = ("update", "lora-xs", "lora-xs-output", "kaiming", "random")
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lorasb_only", "lora_only")  # the last is PEFT's name for the same, so that configs carry over
 STARTS = ("zero", "same")  # of R, for an adapter on another one's basis
-GLUE_ALPHA = 16.0  # LoRA-XS fixes alpha at 16 on GLUE and at r elsewhere (paper, appendix I)
 SMALLEST_SCALE, LARGEST_SCALE = 1e-6, 1e6  # of s and alpha: beyond, products with R leave the range of 16 bits
 EMBEDDINGS = (".embed_tokens.weight", ".lm_head.weight")  # keys that PEFT adds by itself
 NOT_SAVED = ("init_seed", "check_base", "group")  # of no use to whoever loads the adapter
@@ -236,12 +236,7 @@ class LoRASBConfig(PeftConfig):
 
     def scaling_for(self, r: int) -> float:
         """The scaling s of a layer of rank `r`."""
-        if not self.init.startswith("lora-xs"):
-            return self.scaling
-        # task_type is a TaskType member or a plain string; str() of the member is "TaskType.SEQ_CLS"
-        classification = str(self.task_type or "").rpartition(".")[2] in ("SEQ_CLS", "TOKEN_CLS")
-        alpha = self.lora_alpha if self.lora_alpha is not None else (GLUE_ALPHA if classification else float(r))
-        return self.scaling * alpha / r
+        return scaling_of(vars(self), r)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json and the LoRA-SB section of the model card, each atomically."""

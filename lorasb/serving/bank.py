@@ -17,20 +17,16 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 
 from ..checkpoints import shared_factors
-from ..checkpoints.adapter_file import group_by_layer, read_config
-from ..checkpoints.shared_factors import DIGEST
+from ..checkpoints.adapter_file import read_cores
 from ..compat.torch import uncompiled
-from ..config.adapter import LoRASBConfig
-from ..constants import BASE_ROW, FACTORS, WEIGHTS_NAME
+from ..constants import BASE_ROW, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import adapted_layers, layers_with, uninitialized
 from ..layers.weight_adapter import LoRASBWeight
 from ..utils.precision import FLOATS
-from ..utils.reading import AGAIN, safetensors_header
 from . import basis as bases
 
 
@@ -48,35 +44,6 @@ def adapters_in(folder: Path) -> list[Path]:
     if (folder / WEIGHTS_NAME).is_file():
         return [path for path in inside if (path / WEIGHTS_NAME).is_file()] or [folder]
     return inside or [folder]
-
-
-def cores_of(folder: Path, digest: bytes, scalings: Mapping[str, float]) -> dict[str, Tensor]:
-    """R by layer, times the adapter's s over the bank's; raises a ValueError for a file that does not fit the bank."""
-    read_config(folder)
-    file = folder / WEIGHTS_NAME
-    if not file.is_file():
-        raise ValueError(f"expected {WEIGHTS_NAME} in {folder}, found none")
-    safetensors_header(file)  # raises for a truncated file
-    try:
-        tensors = load(file.read_bytes())  # half the time of a mapped file, page by page (SmolLM2 at r = 64, Zen 3)
-    except (SafetensorError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{file} is damaged ({error}): {AGAIN}") from None
-    factors = {key: value for key, value in tensors.items() if shared_factors.is_factor(key)}
-    if (shared_factors.referenced_digest(tensors) or shared_factors.digest(factors)) != digest:
-        raise ValueError(f"{folder} has other A and B than the bank's, or the same in another dtype")
-    others = [key for key in tensors if key != DIGEST and not any(f".{part}" in key for part in FACTORS)]
-    if others:
-        raise ValueError(
-            f"{folder} has more than R ({others[0]}, ...): modules, biases or token rows that were trained in full "
-            "have no place in a bank. Load it as an adapter of the model"
-        )
-    config, found = LoRASBConfig.from_pretrained(str(folder)), {}
-    for name, parts in group_by_layer(tensors).items():
-        core = parts.get("lorasb_R")
-        if core is not None and name in scalings and core.dim():
-            ratio = config.scaling_for(len(core)) / scalings[name]
-            found[name] = core if ratio == 1.0 else core * ratio
-    return found
 
 
 class Columns(NamedTuple):
@@ -247,7 +214,7 @@ class AdapterBank:
         for name, path in found:
             try:
                 self._check_name(name)
-                cores = cores_of(path, self.digest, scalings)
+                cores = read_cores(path, self.digest, scalings)
                 self._put(name, self._row(name, cores))
                 report.loaded.append(name)
             except (ValueError, OSError, RuntimeError, SafetensorError) as error:

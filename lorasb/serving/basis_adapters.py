@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..checkpoints import shared_factors
-from ..checkpoints.adapter_file import check_factors
+from ..checkpoints.adapter_file import check_factors, read_cores
 from ..checkpoints.shared_factors import DIGEST
 from ..config.adapter import LoRASBConfig
 from ..constants import BASE_ROW, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import discard, layers_with
 from ..utils.atomic_files import replacing
-from .bank import bank_of, cores_of
+from .bank import bank_of
 from .basis import frozen_factors
 
 CORE = "lorasb_R"
@@ -129,7 +129,7 @@ def load_adapters(model: Any, folder: Path, names: Sequence[str], *, basis: str 
             raise ValueError(f"adapter {name!r} of the model has other A and B than {basis!r}: delete it first")
     digest = shared_factors.digest(frozen_factors(layers, basis))
     scalings = {layer: module.adapters[basis].scaling for layer, module in layers.items()}
-    cores = {name: cores_of(folder / name, digest, scalings) for name in names}  # all, before the model changes
+    cores = {name: read_cores(folder / name, digest, scalings) for name in names}  # all, before the model changes
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
         layer: {CORE: (module.adapters[basis].r,) * 2} for layer, module in layers.items()
     }

@@ -104,7 +104,7 @@ def test_loading_reads_folders_and_names_what_is_wrong(tmp_path: Path) -> None:
     report = bank.load(*(tmp_path / "good" / name for name in (*NAMES, "cut", "poor", "other")))
     assert report.loaded == list(NAMES)
     assert set(report.failed) == {"cut", "poor", "other"}
-    assert "has other A and B than the bank's" in report.failed["other"]
+    assert "has other A and B than the basis" in report.failed["other"]
     check(out(served, "ada", "grace"), want, MERGE)
 
 

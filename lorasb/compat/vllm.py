@@ -1,0 +1,298 @@
+"""vLLM: its LoRA layers and manager with slots that hold R alone; every name of vLLM that lorasb uses is here.
+
+vLLM makes the layers, chooses slots, evicts and pins adapters, and maps tokens to slots; replaced are what a slot
+holds, what is read from an adapter's folder, and the product.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import Private, find
+
+VERIFIED = "vLLM 0.31 and 0.32"
+VERSIONS = ">=0.31,<0.33"
+_EXPORT = "the server does not start, and names what to install or how to export"
+_LAYERS, _WORKER, _MANAGER = "vllm.lora.layers", "vllm.lora.worker_manager", "vllm.lora.model_manager"
+_LINEAR = f"{_LAYERS}.base_linear.BaseLinearLayerWithLoRA"
+_LRU = f"{_WORKER}.LRUCacheWorkerLoRAManager"
+# each holds a linear of vLLM; the other classes are of embeddings, heads, experts and sharded A's
+LAYERS = (
+    "ColumnParallelLinearWithLoRA",
+    "MergedColumnParallelLinearWithLoRA",
+    "QKVParallelLinearWithLoRA",
+    "MergedQKVParallelLinearWithLoRA",
+    "RowParallelLinearWithLoRA",
+    "ReplicatedLinearWithLoRA",
+)
+PRIVATE = {
+    "classes": Private("vllm.lora.utils._all_lora_classes", "classes that vLLM puts in the place of linears", _EXPORT),
+    "create": Private(f"{_LINEAR}.create_lora_weights", "overridden: slots of R, without A and B", _EXPORT),
+    "set": Private(f"{_LINEAR}.set_lora", "overridden: writes R into a slot", _EXPORT),
+    "reset": Private(f"{_LINEAR}.reset_lora", "overridden: R = 0", _EXPORT),
+    "apply": Private(f"{_LINEAR}._apply_lora_to_output", "overridden: adds B R A x", _EXPORT),
+    "runner": Private(
+        "vllm.v1.worker.lora_model_runner_mixin.LRUCacheWorkerLoRAManager", "replaced by a subclass", _EXPORT
+    ),
+    "load": Private(f"{_LRU}._load_adapter", "overridden: reads R from a folder", _EXPORT),
+    "activate": Private(
+        f"{_LRU}._apply_adapters", "overridden: does not copy the registry for every adapter of a step", _EXPORT
+    ),
+    "manager": Private(f"{_LRU}()._adapter_manager", "its `modules`, `packed_modules` and caches", _EXPORT),
+    "active": Private(f"{_MANAGER}.LoRAModelManager()._active_adapters", "which adapters are in slots", _EXPORT),
+    "registered": Private(f"{_MANAGER}.LoRAModelManager()._registered_adapters", "which adapters are loaded", _EXPORT),
+    "indices": Private(
+        "vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase()._token_lora_indices", "slot of every token", _EXPORT
+    ),
+    "stream": Private(f"{_LINEAR}()._enable_aux_cuda_stream", "set to False: the adapter follows the base", _EXPORT),
+    "map": Private(
+        "vllm.model_executor.models.utils.WeightsMapper._map_name", "names of layers that vLLM renames", _EXPORT
+    ),
+}
+# parameters of what is called or overridden, as far as they are used
+SIGNATURES = {
+    f"{_LINEAR}.create_lora_weights": ("self", "max_loras", "lora_config", "model_config"),
+    f"{_LINEAR}.set_lora": ("self", "index", "lora_a", "lora_b"),
+    f"{_LINEAR}.reset_lora": ("self", "index"),
+    f"{_LINEAR}._apply_lora_to_output": ("self", "x", "output"),
+    f"{_LRU}.create_lora_manager": ("self", "model", "vllm_config"),
+    f"{_LRU}._load_adapter": ("self", "lora_request"),
+    f"{_LRU}._apply_adapters": ("self", "lora_requests"),
+    "vllm.lora.lora_model.LoRAModel.__init__": ("self", "lora_model_id", "rank", "loras"),
+    "vllm.lora.lora_weights.LoRALayerWeights.__init__": (
+        "self",
+        "module_name",
+        "rank",
+        "lora_alpha",
+        "lora_a",
+        "lora_b",
+        "scaling",
+    ),
+    **{f"{_LAYERS}.{name}.slice_lora_{part}": ("self", f"lora_{part}") for name in LAYERS for part in "ab"},
+}
+
+
+class Parts(NamedTuple):
+    """What the plugin computes with, which is above this module: see `lorasb.vllm`."""
+
+    read_basis: Callable[[], Any]  # -> digest, factors by layer, r
+    check_base: Callable[[Any, Path], None]
+    read_cores: Callable[[Path, Any, torch.dtype], dict[str, Tensor]]  # folder, basis -> R by layer
+    make_slots: Callable[..., Any]
+
+
+def missing() -> list[str]:
+    """Names of vLLM that this module needs and the installed version does not have, or has with other parameters."""
+    gone = [one.name for one in PRIVATE.values() if not _is_there(one.name)]
+    for name, parameters in SIGNATURES.items():
+        found = find(Private(name, "", ""))
+        if found is None or tuple(inspect.signature(found).parameters)[: len(parameters)] != parameters:
+            gone.append(f"{name}({', '.join(parameters)})")
+    return gone
+
+
+def _is_there(name: str) -> bool:
+    owner, _, attribute = name.rpartition("().")
+    if not owner:
+        return find(Private(name, "", "")) is not None
+    found = find(Private(owner, "", ""))
+    # instances alone have it: the class's own code, or a parent's, has to say so
+    sources = [inspect.getsource(one) for one in found.__mro__ if one is not object] if found is not None else []
+    return any(f"self.{attribute}" in source for source in sources)
+
+
+def install(parts: Parts) -> None:
+    """Let vLLM make layers and managers whose slots hold R. A second call in a process does nothing."""
+    runner: Any = importlib.import_module("vllm.v1.worker.lora_model_runner_mixin")
+    if hasattr(runner.LRUCacheWorkerLoRAManager, "lorasb_parts"):
+        return
+    layers, utils = _vllm("lora.layers"), _vllm("lora.utils")
+    swapped = {}
+    for name in LAYERS:
+        of_vllm = getattr(layers, name)
+        swapped[of_vllm] = type(f"LoRASB{name}", (_SlotsOfCores, of_vllm), {})
+    utils._all_lora_classes = tuple(swapped.get(one, one) for one in utils._all_lora_classes)
+    manager = type("LoRASBManager", (_Manager, runner.LRUCacheWorkerLoRAManager), {"lorasb_parts": parts})
+    runner.LRUCacheWorkerLoRAManager = manager
+    _define_op()
+
+
+def _define_op() -> None:
+    """`vllm::lorasb_add`: the product as one node of vLLM's compiled graph, which finds the layer by its name."""
+    register = importlib.import_module("vllm.utils.torch_utils").direct_register_custom_op
+    context = importlib.import_module("vllm.forward_context").get_forward_context
+
+    def lorasb_add(y: Tensor, x: Tensor, name: str) -> None:
+        context().no_compile_layers[name].add(y, x)
+
+    def fake(y: Tensor, x: Tensor, name: str) -> None:
+        return None
+
+    # annotations as text are what `from __future__ import annotations` leaves, and the op's schema is read from them
+    for function in (lorasb_add, fake):
+        function.__annotations__ = {"y": Tensor, "x": Tensor, "name": str, "return": None}
+    register(op_name="lorasb_add", op_func=lorasb_add, mutates_args=["y"], fake_impl=fake)
+
+
+class _SlotsOfCores:
+    """A parent of vLLM's linears with LoRA, before them: slots of R."""
+
+    base_layer: Any
+    punica_wrapper: Any
+    input_size: int
+    output_size: int
+    output_slices: tuple[int, ...]
+    n_slices: int
+    tp_size: int
+    device: torch.device
+    slice_lora_a: Callable[[Any], Any]
+    slice_lora_b: Callable[[Any], Any]
+    slots: Any  # `lorasb.vllm.slots.CoreSlots`; None in a layer that the basis does not have
+
+    def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
+        """Nothing yet: the manager gives the layer its basis once it knows the layer's name."""
+        self.lora_config, self.count, self.slots = lora_config, max_loras, None
+        self._enable_aux_cuda_stream = False
+        if self.n_slices == 1:
+            self.output_slices = (self.output_size,)
+        self.name = f"{self.base_layer.prefix}.lorasb"
+        current = importlib.import_module("vllm.config").get_current_vllm_config()
+        current.compilation_config.static_forward_context[self.name] = self
+        # shapes alone, which the warm-up's adapters are made from
+        r, empty = lora_config.max_lora_rank, {"dtype": lora_config.lora_dtype, "device": "meta"}
+        self.lora_a_stacked = tuple(torch.empty(1, 1, r, self.input_size, **empty) for _ in self.output_slices)
+        self.lora_b_stacked = tuple(torch.empty(1, 1, size, r, **empty) for size in self.output_slices)
+
+    def set_basis(self, pairs: Sequence[tuple[Tensor, Tensor] | None], make_slots: Callable[..., Any]) -> None:
+        """Make the slots on this rank's shares of A and B, one pair for each part of the layer."""
+        a, b = [one and one[0] for one in pairs], [one and one[1] for one in pairs]
+        if self.tp_size > 1:
+            one = self.n_slices == 1
+            a = [self.slice_lora_a(a[0])] if one and a[0] is not None else a if one else self.slice_lora_a(a)
+            b = [self.slice_lora_b(b[0])] if one and b[0] is not None else b if one else self.slice_lora_b(b)
+        shares = [None if left is None else (left, right) for left, right in zip(a, b, strict=True)]
+        dtype = self.lora_config.lora_dtype
+        self.slots = make_slots(shares, self.output_slices, self.input_size, self.count, dtype, self.device)
+
+    def reset_lora(self, index: int) -> None:
+        """R = 0."""
+        if self.slots is not None:
+            self.slots.clear(index)
+
+    def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
+        """Write an adapter's R, which is in the place of its A; the warm-up's adapters have A and B, and are 0."""
+        cores, others = (one if isinstance(one, list) else [one] for one in (lora_a, lora_b))
+        if lora_a is _IN_SLOT:
+            raise RuntimeError("an adapter that left its slot has to be loaded again")
+        if any(one is not None and one.numel() for one in others):
+            self.reset_lora(index)
+        else:
+            self.slots.write(index, cores)
+
+    def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
+        flat, rows = output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
+        if torch.compiler.is_compiling():
+            torch.ops.vllm.lorasb_add(flat, rows, self.name)
+        else:
+            self.add(flat, rows)
+        return output
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """y += B R A x of every token that has an adapter, in place."""
+        wrapper = self.punica_wrapper
+        # on a CPU vLLM says when no token has one; a captured graph must not depend on it, and reads the indices
+        if self.slots is not None and not wrapper.no_lora:
+            self.slots.add_to(y, x, wrapper._token_lora_indices[: len(x)])
+
+
+_IN_SLOT = object()  # in the place of an adapter's R that a slot has, and nothing else
+
+
+class _Manager:
+    """A parent of vLLM's manager of a worker's adapters, before it."""
+
+    lorasb_parts: Parts
+    lora_config: Any
+    _adapter_manager: Any
+
+    def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
+        """Wrap the layers that the basis has, and give each its A and B."""
+        basis = self.basis = self.lorasb_parts.read_basis()
+        self.lorasb_parts.check_base(basis, Path(vllm_config.model_config.model))
+        config = self.lora_config
+        if config.fully_sharded_loras:
+            raise ValueError("expected fully_sharded_loras off: A and B are shared by all adapters, and small")
+        self.places = _places(model, basis.factors)
+        factors = {self.places[name]: pair for name, pair in basis.factors.items()}
+        if config.target_modules is None:  # no slots for embeddings and the head
+            config.target_modules = sorted({name.rpartition(".")[2] for name in factors})
+        adapted = super().create_lora_manager(model, vllm_config)  # type: ignore[misc]
+        manager, covered = self._adapter_manager, set()
+        for name, module in manager.modules.items():
+            parts = manager.packed_modules.get(name, [name])
+            if isinstance(module, _SlotsOfCores) and any(part in factors for part in parts):
+                module.set_basis([factors.get(part) for part in parts], self.lorasb_parts.make_slots)
+                covered |= set(parts)
+        for wrapper in manager.punica_wrapper_mapping.values():
+            wrapper._token_lora_indices.fill_(-1)  # a captured graph reads past the tokens of a step
+        lacking = sorted(set(factors) - covered)
+        if lacking and vllm_config.parallel_config.pipeline_parallel_size == 1:
+            raise ValueError(
+                f"{basis.folder} adapts {len(lacking)} layers that this model does not have as linears with LoRA: "
+                f"{', '.join(lacking[:3])}. Serve the model that it was made on, or export: lorasb.export_lora(...)"
+            )
+        return adapted
+
+    def _load_adapter(self, lora_request: Any) -> Any:
+        folder = Path(_vllm("lora.utils").get_adapter_absolute_path(lora_request.lora_path))
+        if not folder.is_dir():
+            raise _vllm("exceptions").LoRAAdapterNotFoundError(lora_request.lora_name, lora_request.lora_path)
+        dtype = self.lora_config.lora_dtype
+        weights, loras = _vllm("lora.lora_weights").LoRALayerWeights, {}
+        nothing = torch.empty(0, dtype=dtype)  # rather than None: vLLM pins its memory
+        for name, core in self.lorasb_parts.read_cores(folder, self.basis, dtype).items():
+            place, r = self.places[name], core.shape[0]
+            loras[place] = weights(place, r, r, core, nothing, scaling=1)
+        return _vllm("lora.lora_model").LoRAModel(lora_request.lora_int_id, self.basis.r, loras)
+
+    def add_adapter(self, lora_request: Any) -> bool:
+        """Load an adapter if it is not there. Where every loaded adapter has a slot, no second copy is kept."""
+        loaded: bool = super().add_adapter(lora_request)  # type: ignore[misc]
+        manager = self._adapter_manager
+        if manager.capacity == manager.lora_slots:
+            for weights in manager.get_adapter(lora_request.lora_int_id).loras.values():
+                weights.lora_a = weights.lora_b = _IN_SLOT
+        return loaded
+
+    def _apply_adapters(self, lora_requests: Any) -> None:
+        """Load what a step needs. vLLM's own reads those of `load_inplace` again at each step."""
+        manager, wanted = self._adapter_manager, {one.lora_int_id: one for one in lora_requests if one}
+        if len(wanted) > manager.lora_slots:
+            raise RuntimeError(f"expected at most {manager.lora_slots} adapters in a batch (max_loras), {len(wanted)=}")
+        active, registered = manager._active_adapters, manager._registered_adapters
+        resident = [key for key in wanted if key in active and key in registered]
+        for key in resident:  # first, so that none of them is evicted for another
+            registered.touch(key)
+            active.touch(key)
+        for key in wanted.keys() - set(resident):
+            self.add_adapter(wanted[key])
+
+
+def _places(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Names of layers in Hugging Face's model -> in vLLM's."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return {name: name for name in names}
+    renaming = mapper.get_rename_mapper()
+    return {name: renaming._map_name(name) or name for name in names}
+
+
+def _vllm(module: str) -> Any:
+    return importlib.import_module(f"vllm.{module}")

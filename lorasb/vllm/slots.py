@@ -1,0 +1,103 @@
+"""The A and B of a layer of vLLM, and its slots of R: y_i += B R_k A x_i, where k is the slot of token i."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import functional as functional  # registers the backends
+from ..backends import cpp, eager
+from ..ops.registry import unavailable
+
+GATHERED = 1024  # tokens whose R's torch's own operations gather at a time
+
+
+class CoreSlots:
+    """One A and B for each part of a layer (q, k and v in one, or gate and up), and an R of each in every slot.
+
+    Args:
+        factors: (A [r, in], B [out, r]) of each part on this rank; None for a part without an adapter.
+        sizes: features of each part's output on this rank.
+        count: slots.
+        dtype: of A, B and the R's.
+        device: of these.
+
+    Raises:
+        ValueError: the shapes of A and B are not the layer's.
+    """
+
+    def __init__(
+        self,
+        factors: Sequence[tuple[Tensor, Tensor] | None],
+        sizes: Sequence[int],
+        in_features: int,
+        count: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        ranks = [a.shape[0] for a, _ in filter(None, factors)]
+        r = self.r = max(ranks, default=1)
+        self.parts = [j for j, pair in enumerate(factors) if pair is not None]
+        self.ends = [sum(sizes[: j + 1]) for j in range(len(sizes))]
+        self.sizes = list(sizes)
+        self.A = torch.zeros((len(self.parts) * r, in_features), dtype=dtype, device=device)
+        self.B = [torch.zeros((sizes[j], r), dtype=dtype, device=device) for j in self.parts]
+        for row, b, j in zip(self.A.split(r), self.B, self.parts, strict=True):
+            pair = factors[j]
+            if pair is None or pair[0].shape[1:] != (in_features,) or pair[1].shape[:1] != (sizes[j],):
+                got = "nothing" if pair is None else f"A {list(pair[0].shape)} and B {list(pair[1].shape)}"
+                raise ValueError(f"expected A [r, {in_features}] and B [{sizes[j]}, r], got {got}: another base model")
+            row[: len(pair[0])].copy_(pair[0])
+            b[:, : pair[1].shape[1]].copy_(pair[1])
+        self.cores = torch.zeros((count, len(self.parts), r, r), dtype=dtype, device=device)
+
+    def clear(self, slot: int) -> None:
+        """R = 0 in a slot."""
+        self.cores[slot] = 0
+
+    def write(self, slot: int, cores: Sequence[Tensor | None]) -> None:
+        """Write the R [r, r] of each part of the layer; None is 0, and a smaller one is padded."""
+        for place, j in zip(self.cores[slot], self.parts, strict=True):
+            core = cores[j]
+            if core is not None and core.shape[0] == self.r:
+                place.copy_(core)
+                continue
+            place.zero_()
+            if core is not None:
+                place[: core.shape[0], : core.shape[0]].copy_(core)
+
+    def add_to(self, y: Tensor, x: Tensor, index: Tensor) -> None:
+        """y_i += B R_k A x_i in place, k = index[i]; rows of -1 are left as they are.
+
+        Args:
+            y: [T, Σ sizes], in the slots' dtype.
+            x: [T, in].
+            index: [T], int64, on x's device; on a GPU its range is not checked.
+        """
+        r, u = self.r, x @ self.A.t()
+        for place, (j, b) in enumerate(zip(self.parts, self.B, strict=True)):
+            v = times_cores(u[:, place * r : (place + 1) * r], self.cores[:, place], index)
+            y[:, self.ends[j] - self.sizes[j] : self.ends[j]].addmm_(v, b.t())
+
+
+def times_cores(u: Tensor, cores: Tensor, index: Tensor) -> Tensor:
+    """R_k u_i [T, r] of u [T, r] and cores [K, r, r], k = index[i]; zero where that is -1. Without gradients."""
+    if u.is_cpu:
+        product = eager.times_cores if cpp.missing() else cpp.times_cores
+        return product(u, cores, index, 1.0, True)
+    if u.is_cuda and unavailable("triton") is None:
+        from ..kernels import row_cores_launch
+
+        width = row_cores_launch.padded(cores.shape[1])
+        out = row_cores_launch.times_cores(u, cores, index, 1.0, True, u.new_empty((len(u), width)))
+        return out[:, : u.shape[1]]
+    parts = zip(u.split(GATHERED), index.split(GATHERED), strict=True)
+    return torch.cat([_gathered(rows, cores, places) for rows, places in parts])
+
+
+def _gathered(u: Tensor, cores: Tensor, index: Tensor) -> Tensor:
+    """The product by torch's own operations, none of which waits for a device, so that a CUDA graph can hold them."""
+    chosen = cores.index_select(0, index.clamp(min=0))
+    return torch.bmm(chosen, u.unsqueeze(2)).squeeze(2).masked_fill_((index < 0).unsqueeze(1), 0.0)

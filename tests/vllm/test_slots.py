@@ -1,0 +1,261 @@
+"""What the vLLM plugin computes and reads, without vLLM: products by slot, the basis, adapters that are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from basis_models import with_users
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tolerances import EXACT, FP64, MERGE, check
+from torch import Tensor
+
+from lorasb.backends import cpp
+from lorasb.compat import vllm as private
+from lorasb.constants import WEIGHTS_NAME
+from lorasb.serving.basis_adapters import save_adapters
+from lorasb.vllm import plugin, slots
+from lorasb.vllm.basis import check_base, read_basis
+from lorasb.vllm.slots import CoreSlots
+
+NAMES = ("ada", "emmy")
+
+
+def reference(
+    y: Tensor, x: Tensor, factors: list[tuple[Tensor, Tensor] | None], cores: list[list[Tensor | None]], index: Tensor
+) -> Tensor:
+    """y_i + B R_k A x_i by a loop over tokens, in fp64."""
+    rows = []
+    for row, token, slot in zip(y.double(), x.double(), index.tolist(), strict=True):
+        sums = []
+        for j, pair in enumerate(factors):
+            core = cores[slot][j] if slot >= 0 else None
+            sums.append(0.0 if pair is None or core is None else _delta(token, pair, core))
+        sizes = [pair[1].shape[0] if pair is not None else 3 for pair in factors]
+        rows.append(torch.cat([part + one for part, one in zip(row.split(sizes), sums, strict=True)]))
+    return torch.stack(rows)
+
+
+def _delta(token: Tensor, pair: tuple[Tensor, Tensor], core: Tensor) -> Tensor:
+    a, b = pair[0].double(), pair[1].double()
+    return b[:, : len(core)] @ (core.double() @ (a[: len(core)] @ token))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    parts=st.lists(st.sampled_from(["whole", "smaller", "none"]), min_size=1, max_size=3).filter(
+        lambda parts: "whole" in parts
+    ),
+    r=st.integers(2, 9),
+    index=st.lists(st.integers(-1, 3), min_size=1, max_size=7),
+    extension=st.booleans(),
+)
+def test_every_token_has_the_adapter_of_its_slot(
+    seed: int, parts: list[str], r: int, index: list[int], extension: bool
+) -> None:
+    torch.manual_seed(seed)
+    ranks = [{"whole": r, "smaller": r - 1, "none": 0}[part] for part in parts]
+    factors = [(torch.randn(rank, 5).double(), torch.randn(3, rank).double()) if rank else None for rank in ranks]
+    dtype = torch.float32 if extension else torch.float64  # the extension has no fp64
+    made = CoreSlots(factors, [3] * len(parts), 5, 4, dtype, torch.device("cpu"))
+    cores: list[list[Tensor | None]] = [[torch.randn(k, k).double() if k else None for k in ranks] for _ in range(4)]
+    for slot, of_slot in enumerate(cores):
+        made.write(slot, of_slot)
+    made.clear(2)
+    cores[2] = [None] * len(parts)
+    x, y, places = torch.randn(len(index), 5, dtype=dtype), torch.randn(len(index), 3 * len(parts), dtype=dtype), index
+    want = reference(y, x, factors, cores, torch.tensor(places))
+    made.add_to(y, x, torch.tensor(places))
+    check(y.double(), want, MERGE if extension else FP64)
+
+
+def test_torchs_operations_give_the_kernels_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    u, cores, index = torch.randn(6, 2, 4)[:, 1], torch.randn(3, 2, 4, 4)[:, 0], torch.tensor([2, -1, 0, 0, 1, -1])
+    want = slots.times_cores(u, cores, index)
+    check(slots._gathered(u, cores, index), want, MERGE)
+    monkeypatch.setattr(cpp, "missing", lambda: "switched off")
+    check(slots.times_cores(u, cores, index), want, MERGE)
+
+
+def test_a_slot_that_is_written_again_has_nothing_of_the_former() -> None:
+    made = CoreSlots([(torch.randn(4, 5), torch.randn(3, 4))], [3], 5, 2, torch.float32, torch.device("cpu"))
+    made.write(1, [torch.ones(4, 4)])
+    made.write(1, [torch.full((2, 2), 3.0)])
+    want = torch.zeros(4, 4)
+    want[:2, :2] = 3.0
+    check(made.cores[1, 0], want, EXACT)
+    made.write(1, [None])
+    check(made.cores[1, 0], torch.zeros(4, 4), EXACT)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 5)])
+def test_the_basis_of_another_model_is_refused(shape: tuple[int, int]) -> None:
+    b = torch.randn(3 if shape[1] == 6 else 7, 4)
+    with pytest.raises(ValueError, match=r"expected A \[r, 5\] and B \[3, r\], got A \[4, \d\] and B .*another base"):
+        CoreSlots([(torch.randn(shape), b)], [3], 5, 1, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A basis, and two adapters on it in subfolders."""
+    path, model = tmp_path_factory.mktemp("people"), with_users(*NAMES)
+    model.save_pretrained(str(path), selected_adapters=["default"])
+    save_adapters(model, path, NAMES)
+    return path
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    """An adapter that may be damaged."""
+    return shutil.copytree(folder / "ada", tmp_path / "copy")
+
+
+def rewrite(file: Path, change: dict[str, Tensor]) -> None:
+    save_file({**load_file(file), **change}, file, metadata={"format": "pt"})
+
+
+def read(path: Path, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return plugin._cores(path, read_basis(folder), dtype)
+
+
+def test_cores_are_those_of_the_file(folder: Path) -> None:
+    found, file = read(folder / "ada", folder), load_file(folder / "ada" / WEIGHTS_NAME)
+    assert set(found) == set(read_basis(folder).factors)
+    for name, core in found.items():
+        check(core, file[f"base_model.model.{name}.lorasb_R"], EXACT)
+
+
+def test_the_scaling_is_in_the_core(folder: Path, copied: Path) -> None:
+    config = json.loads((copied / "adapter_config.json").read_text())
+    (copied / "adapter_config.json").write_text(json.dumps({**config, "scaling": 2.0}))
+    for name, core in read(copied, folder).items():
+        check(core, 2.0 * read(folder / "ada", folder)[name], EXACT)
+
+
+def _first(folder: Path) -> tuple[str, Tensor]:
+    return next((key, value) for key, value in load_file(folder / WEIGHTS_NAME).items() if key.endswith("lorasb_R"))
+
+
+def not_finite(path: Path) -> None:
+    key, core = _first(path)
+    rewrite(path / WEIGHTS_NAME, {key: core.clone().fill_(float("nan"))})
+
+
+def too_large(path: Path) -> None:
+    key, core = _first(path)
+    rewrite(path / WEIGHTS_NAME, {key: core.clone().fill_(1e6)})
+
+
+def other_rank(path: Path) -> None:
+    rewrite(path / WEIGHTS_NAME, {_first(path)[0]: torch.zeros(3, 3)})
+
+
+def oblong(path: Path) -> None:
+    key, core = _first(path)
+    rewrite(path / WEIGHTS_NAME, {key: torch.zeros(len(core), 1)})
+
+
+def one_layer_less(path: Path) -> None:
+    tensors = load_file(path / WEIGHTS_NAME)
+    del tensors[_first(path)[0]]
+    save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def one_layer_more(path: Path) -> None:
+    rewrite(path / WEIGHTS_NAME, {"base_model.model.other.lorasb_R": torch.zeros(4, 4)})
+
+
+def other_basis(path: Path) -> None:
+    rewrite(path / WEIGHTS_NAME, {"lorasb_factors_digest": torch.zeros(32, dtype=torch.uint8)})
+
+
+def truncated(path: Path) -> None:
+    (path / WEIGHTS_NAME).write_bytes((path / WEIGHTS_NAME).read_bytes()[:-100])
+
+
+def more_than_cores(path: Path) -> None:
+    rewrite(path / WEIGHTS_NAME, {"base_model.model.lm_head.weight": torch.zeros(2, 2)})
+
+
+def a_plain_lora(path: Path) -> None:
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LORA"}))
+
+
+def no_config(path: Path) -> None:
+    (path / "adapter_config.json").unlink()
+
+
+def no_weights(path: Path) -> None:
+    (path / WEIGHTS_NAME).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (not_finite, "NaN or Inf values in torch.float16"),
+        (too_large, "NaN or Inf values in torch.float16"),
+        (other_rank, r"is \[3, 3\], expected \[4, 4\], the rank of the basis"),
+        (oblong, r"expected \[r, r\]"),
+        (one_layer_less, "has no R for layer"),
+        (one_layer_more, "has R for layer 'other', unlike the basis"),
+        (other_basis, "has other A and B than the basis"),
+        (truncated, "truncated or damaged"),
+        (more_than_cores, "has more than R"),
+        (a_plain_lora, "adapter of type 'LORA', expected 'LORASB'"),
+        (no_config, "found none"),
+        (no_weights, "found none"),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_a_file_that_does_not_fit_is_refused(damage: object, message: str, folder: Path, copied: Path) -> None:
+    damage(copied)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=message):
+        read(copied, folder, torch.float16)
+
+
+def test_a_folder_without_a_and_b_is_no_basis(folder: Path) -> None:
+    with pytest.raises(ValueError, match="holds R alone"):
+        read_basis(shutil.copytree(folder / "ada", folder.parent / "alone"))
+
+
+def test_another_base_model_is_recognized_by_its_weights(folder: Path, tmp_path: Path) -> None:
+    basis = read_basis(folder)
+    assert basis.fingerprint
+    model = with_users("one").get_base_model()
+    weights = {f"{n}.weight": model.get_submodule(n).weight.detach().clone() for n in basis.fingerprint}
+    save_file(weights, tmp_path / "model.safetensors")
+    check_base(basis, tmp_path)
+    check_base(basis, tmp_path / "a hub id")
+    save_file({name: weight + 0.1 for name, weight in weights.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"made on another base model .*sampled weights"):
+        check_base(basis, tmp_path)
+
+
+def test_without_a_basis_the_plugin_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(plugin.BASIS, raising=False)
+    monkeypatch.setattr(private, "install", None)
+    plugin.register()
+
+
+def test_another_vllm_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setenv(plugin.BASIS, str(folder))
+    monkeypatch.setattr(private, "missing", lambda: ["vllm.lora.utils.gone"])
+    with pytest.raises(ImportError, match=r"has no vllm.lora.utils.gone: install vllm>=0.31,<0.33, or export"):
+        plugin.register()
+
+
+def test_it_imports_torch_and_safetensors_alone() -> None:
+    others = ("peft", "transformers", "accelerate", "typer", "rich", "triton", "vllm")
+    code = f"import sys, lorasb.vllm.plugin as one\none.register()\nassert not set(sys.modules) & set({others})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
