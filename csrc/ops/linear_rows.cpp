@@ -232,6 +232,34 @@ at::Tensor extended_product(const at::Tensor& x, const std::optional<at::Tensor>
       .to(at::kHalf);
 }
 
+void add_rows(const at::Tensor& y, const at::Tensor& x, const at::Tensor& a, const at::Tensor& cores, at::TensorList b,
+              at::IntArrayRef first, const at::Tensor& index) {
+  const BelowAutograd below_autograd;
+  check_product(x, a, false);
+  const int64_t tokens = x.size(0), parts = static_cast<int64_t>(b.size()), r = parts > 0 ? a.size(0) / parts : 0;
+  TORCH_CHECK_VALUE(parts == cores.size(1) && parts == static_cast<int64_t>(first.size()) && y.dim() == 2 &&
+                        y.size(0) == tokens && index.dim() == 1 && index.size(0) == tokens,
+                    "expected y [T, m], cores [K, parts, r, r], a B and its first column for each part, and index [T]");
+  if (tokens == 0) return;
+  const at::Tensor rows = x.contiguous(), of_a = a.contiguous();
+  const bool unpacked = unpacked_gemm_supported(of_a, rows);
+  const at::Tensor u = unpacked ? unpacked_sum({TokenPanels(rows).times(of_a)}, tokens, a.size(0), std::nullopt)
+                                : at::mm(rows, of_a.t());
+  // R of part p for slot k is number k * parts + p
+  const at::Tensor each = index.unsqueeze(1).mul(parts).add(at::arange(parts, index.options())).clamp_min_(-1);
+  const at::Tensor v = times_cores(u.view({tokens * parts, r}), cores.flatten(0, 1), each.flatten(), 1.0, false);
+  for (int64_t p = 0; p < parts; ++p) {
+    const at::Tensor v_p = v.view({tokens, parts * r}).narrow(1, p * r, r), of_b = b[p].contiguous();
+    at::Tensor y_p = y.narrow(1, first[p], of_b.size(0));
+    check_product(v_p, of_b, false);
+    if (unpacked) {
+      y_p.add_(unpacked_sum({TokenPanels(v_p).times(of_b)}, tokens, of_b.size(0), std::nullopt));
+    } else {
+      y_p.addmm_(v_p, of_b.t());
+    }
+  }
+}
+
 std::tuple<at::Tensor, at::Tensor> linear_rows(const at::Tensor& x, const std::optional<at::Tensor>& weight,
                                                at::TensorList quant, at::IntArrayRef layout, const at::Tensor& a,
                                                const at::Tensor& cores, const at::Tensor& b,

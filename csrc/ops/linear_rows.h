@@ -23,6 +23,12 @@ at::Tensor thin_product(const at::Tensor& x, const at::Tensor& factor, bool plai
 at::Tensor times_cores(const at::Tensor& left, const at::Tensor& cores, const at::Tensor& index, double scale,
                        bool plain);
 
+// y [T, m] += v Bᵀ in place for the parts of a layer, which have the same x [T, n] and an R each: u = x Aᵀ with the
+// parts' A's one after the other, a [parts * r, n]; cores [K, parts, r, r]; a part's B [m_p, r] goes to the columns of
+// y from first[p]. One call, as an engine that batches the requests of many adapters makes a hundred of them per token.
+void add_rows(const at::Tensor& y, const at::Tensor& x, const at::Tensor& a, const at::Tensor& cores, at::TensorList b,
+              at::IntArrayRef first, const at::Tensor& index);
+
 // x [M, columns] Wᵀ + v Bᵀ + bias, W [rows, columns] dense or quantized (`quant`, `layout`, as of unpack), v [M, r] in
 // fp32 or x's dtype, factor B [rows, r]. `plain`: x [M, rows] W + v A with A [r, columns], and no bias.
 at::Tensor extended_product(const at::Tensor& x, const std::optional<at::Tensor>& weight, at::TensorList quant,

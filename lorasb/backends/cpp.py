@@ -45,6 +45,7 @@ EXTENSION_OPS = (
     "linear_rows",
     "thin_product",
     "times_cores",
+    "add_rows",
     "extended_product",
 )
 # Ops whose kernels the extension registers itself.
@@ -179,6 +180,11 @@ def times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transp
         return eager.times_cores(left, cores, index, scale, transposed)
     product: Tensor = _csrc.times_cores(left, _dense(cores), index, scale, not transposed)
     return product
+
+
+def add_rows(y: Tensor, x: Tensor, a: Tensor, cores: Tensor, b: list[Tensor], first: list[int], index: Tensor) -> None:
+    """y [T, m] += B R_k A x of a layer's parts, in place: a [parts·r, n], cores [K, parts, r, r], a B for each."""
+    _csrc.add_rows(y, x, a, cores, b, first, index)
 
 
 def _dense(cores: Tensor) -> Tensor:

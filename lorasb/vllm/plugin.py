@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoints.adapter_file import read_cores
+from ..checkpoints.adapter_file import read_config, read_cores
 from ..compat import vllm as private
 from .basis import Basis, check_base, in_dtype, read_basis
 from .slots import CoreSlots
@@ -22,6 +22,7 @@ def register() -> None:
 
     Raises:
         ImportError: this version of vLLM lacks a name that is needed; the message says which versions have it.
+        ValueError: the folder holds no LoRA-SB adapter.
     """
     folder = os.environ.get(BASIS)
     if not folder:
@@ -32,6 +33,7 @@ def register() -> None:
             f"{BASIS} is set, but {_installed()} has no {gone[0]}: install vllm{private.VERSIONS}, or export the "
             "adapters with lorasb.export_lora(...) and serve them as plain LoRAs, without it"
         )
+    read_config(Path(folder))  # raises for a folder that holds no adapter, before a model is loaded
     private.install(private.Parts(lambda: read_basis(Path(folder)), check_base, _cores, CoreSlots))
 
 

@@ -40,8 +40,7 @@ class CoreSlots:
         ranks = [a.shape[0] for a, _ in filter(None, factors)]
         r = self.r = max(ranks, default=1)
         self.parts = [j for j, pair in enumerate(factors) if pair is not None]
-        self.ends = [sum(sizes[: j + 1]) for j in range(len(sizes))]
-        self.sizes = list(sizes)
+        self.first = [sum(sizes[:j]) for j in self.parts]  # columns of y where they begin
         self.A = torch.zeros((len(self.parts) * r, in_features), dtype=dtype, device=device)
         self.B = [torch.zeros((sizes[j], r), dtype=dtype, device=device) for j in self.parts]
         for row, b, j in zip(self.A.split(r), self.B, self.parts, strict=True):
@@ -51,6 +50,7 @@ class CoreSlots:
                 raise ValueError(f"expected A [r, {in_features}] and B [{sizes[j]}, r], got {got}: another base model")
             row[: len(pair[0])].copy_(pair[0])
             b[:, : pair[1].shape[1]].copy_(pair[1])
+        self.numbers = torch.arange(len(self.parts), device=device)
         self.cores = torch.zeros((count, len(self.parts), r, r), dtype=dtype, device=device)
 
     def clear(self, slot: int) -> None:
@@ -76,10 +76,16 @@ class CoreSlots:
             x: [T, in].
             index: [T], int64, on x's device; on a GPU its range is not checked.
         """
-        r, u = self.r, x @ self.A.t()
-        for place, (j, b) in enumerate(zip(self.parts, self.B, strict=True)):
-            v = times_cores(u[:, place * r : (place + 1) * r], self.cores[:, place], index)
-            y[:, self.ends[j] - self.sizes[j] : self.ends[j]].addmm_(v, b.t())
+        if x.is_cpu and x.dtype != torch.float64 and cpp.missing() is None:
+            cpp.add_rows(y, x, self.A, self.cores, self.B, self.first, index)
+            return
+        u, count = x @ self.A.t(), len(self.parts)
+        cores = self.cores.flatten(0, 1)  # R of part p in slot k is number k·count + p
+        if count > 1:
+            index = (index.unsqueeze(1) * count + self.numbers).clamp_(min=-1).flatten()
+        vs = times_cores(u.view(-1, self.r), cores, index).view(u.shape).split(self.r, 1)
+        for v, b, first in zip(vs, self.B, self.first, strict=True):
+            y[:, first : first + b.shape[0]].addmm_(v, b.t())
 
 
 def times_cores(u: Tensor, cores: Tensor, index: Tensor) -> Tensor:

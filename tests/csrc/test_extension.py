@@ -232,8 +232,13 @@ def test_parts_of_calls_by_row_check_what_they_read() -> None:
         ("expected weight", lambda: parts.extended_product(x, weight[1:], [], [], 48, 48, v, b, None, False)),
         ("expected x in fp32", lambda: parts.linear_rows(x.double(), None, [], [0, 0, 0], a.double(), cores, b.double(), None, index, 1.0, False)),
         ("expected a weight", lambda: parts.linear_rows(x, None, *whole[1:], True)),
+        ("expected x in fp32", lambda: parts.add_rows(x.double(), x.double(), a.double(), cores[None], [b], [0], index)),
+        ("expected y .T, m.", lambda: parts.add_rows(x[1:], x, a, cores[None], [b], [0], index)),
+        ("expected y .T, m.", lambda: parts.add_rows(x, x, a, cores[None], [b, b], [0, 0], index)),
+        ("expected index in .-1, 1.", lambda: parts.add_rows(x, x, a, cores[None], [b], [0], index + 1)),
+        ("expected x .M, k. and a factor .n, k.", lambda: parts.add_rows(x, x, a, cores[None], [b.t()], [0], index)),
     ):  # fmt: skip
-        with pytest.raises((ValueError, TypeError), match=error):
+        with pytest.raises((ValueError, TypeError, IndexError), match=error):
             call()
     one = torch.randn(1, 1, 3)[:, :, :1]  # a single number, of any strides
     assert parts.times_cores(torch.ones(6, 1), one, index, 1.0, False).tolist() == [[float(one)]] * 6

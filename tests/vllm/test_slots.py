@@ -14,7 +14,7 @@ from basis_models import with_users
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tolerances import EXACT, FP64, MERGE, check
+from tolerances import BF16_FEW, EXACT, FP64, MERGE, check
 from torch import Tensor
 
 from lorasb.backends import cpp
@@ -75,6 +75,23 @@ def test_every_token_has_the_adapter_of_its_slot(
     want = reference(y, x, factors, cores, torch.tensor(places))
     made.add_to(y, x, torch.tensor(places))
     check(y.double(), want, MERGE if extension else FP64)
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 64, 200])
+def test_in_bf16_it_is_the_sum_of_rounded_products(tokens: int) -> None:
+    torch.manual_seed(tokens)
+    factors = [(torch.randn(16, 96) / 10, torch.randn(size, 16) / 4) for size in (80, 48)]
+    made = CoreSlots(factors, [80, 48], 96, 3, torch.bfloat16, torch.device("cpu"))
+    cores: list[list[Tensor | None]] = [[torch.randn(16, 16) / 4 for _ in factors] for _ in range(3)]
+    for slot, of_slot in enumerate(cores):
+        made.write(slot, of_slot)
+    index = torch.randint(-1, 3, (tokens,))
+    x, y = torch.randn(tokens, 96).bfloat16(), torch.randn(tokens, 128).bfloat16()
+    want = reference(y, x, factors, cores, index)
+    before = y.clone()
+    made.add_to(y, x, index)
+    check(y.double(), want, BF16_FEW)
+    check(y[index < 0], before[index < 0], EXACT)
 
 
 def test_torchs_operations_give_the_kernels_product(monkeypatch: pytest.MonkeyPatch) -> None:

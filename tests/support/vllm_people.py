@@ -1,0 +1,98 @@
+"""Adapters of a few people on one basis of SmolLM2, saved, and the tokens that transformers chooses with each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lorasb
+from lorasb.layers.lookup import layers_with
+from lorasb.serving.basis_adapters import add_adapters, save_adapters
+
+PROMPTS = ("My favorite color and pet are:", "Once upon a time there was", "The capital of France is")
+NEW = 16  # tokens of an answer
+SIZE = 0.04  # ‖R‖ over ‖W‖·r of a layer: answers are others than the base's, and still language
+# Two tokens this close in transformers' logits may change places by the rounding of fp32 sums in another order
+# (2^-24 of logits near 20, through thirty blocks).
+NEAR = 1e-3
+
+
+class Answer:
+    """Greedy tokens, and how far each was ahead of the second best."""
+
+    def __init__(self, tokens: Sequence[int], leads: Sequence[float]) -> None:
+        near = next((i for i, lead in enumerate(leads) if lead < NEAR), len(leads))
+        self.tokens = list(tokens)
+        self.certain = near  # tokens before the first that is not certain
+
+    def agrees(self, tokens: Sequence[int]) -> bool:
+        """True if another engine's tokens are the same, as far as that is determined."""
+        return len(tokens) == len(self.tokens) and list(tokens)[: self.certain] == self.tokens[: self.certain]
+
+
+def make_people(folder: Path, names: Sequence[str], r: int = 64) -> Any:
+    """A model with a basis "default" and adapters on it, saved as `folder` and `folder`/NAME."""
+    torch.manual_seed(0)
+    source = lorasb.demo_model()
+    model = lorasb.patch(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), r=r)
+    ids = AutoTokenizer.from_pretrained(source)("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
+    lorasb.initialize(model, [{**ids, "labels": ids["input_ids"]}], lr=1e-3, progress=False)
+    add_adapters(model, names)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in layers_with(model, "default").values():
+            size = SIZE * layer.base.parameter().norm() / r
+            for name in names:
+                core = layer.lorasb_R[name]
+                core.copy_(torch.randn(core.shape, generator=generator) * size)
+    model.save_pretrained(str(folder), selected_adapters=["default"])
+    save_adapters(model, folder, names)
+    return model.eval()
+
+
+def prompts() -> list[list[int]]:
+    """The tokens of the prompts."""
+    tokenizer = AutoTokenizer.from_pretrained(lorasb.demo_model())
+    return [tokenizer(text)["input_ids"] for text in PROMPTS]
+
+
+def answers(model: Any, prompt: list[int], rows: Sequence[str] | None) -> list[Answer]:
+    """Greedy answers to a prompt, one with the adapter of each row, by transformers; a plain model has no rows."""
+    ids = torch.tensor([prompt] * (1 if rows is None else len(rows)))
+    options: dict[str, Any] = {} if rows is None else {"adapter_names": list(rows)}
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=0,
+            output_scores=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+    leads = torch.stack([_lead(scores) for scores in out.scores], dim=1)
+    tokens = out.sequences[:, len(prompt) :]
+    return [Answer(row.tolist(), lead.tolist()) for row, lead in zip(tokens, leads, strict=True)]
+
+
+def _lead(scores: Tensor) -> Tensor:
+    best = scores.topk(2).values
+    return best[:, 0] - best[:, 1]
+
+
+def plain_model(model: Any, name: str) -> Any:
+    """SmolLM2 without lorasb, whose weights are W + s·B·R·A of an adapter, summed in fp64."""
+    plain = AutoModelForCausalLM.from_pretrained(lorasb.demo_model(), dtype=torch.float32)
+    with torch.no_grad():
+        for path, layer in layers_with(model, name).items():
+            a, core, b = (getattr(layer, f"lorasb_{part}")[name].double() for part in "ARB")
+            weight = plain.get_submodule(path).weight
+            weight.copy_(weight.double() + layer.adapters[name].scaling * b @ core @ a)
+    return plain.eval()

@@ -1,0 +1,398 @@
+"""The plugin in a real vLLM server, by the official client: `make test-vllm` installs both and runs this file.
+
+The server is a process in an environment of vLLM's; it shares the adapters' files with this one, and the plugin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from vllm_people import NEW, Answer, answers, make_people, plain_model, prompts
+
+import lorasb
+from lorasb.constants import WEIGHTS_NAME
+
+PYTHON = os.environ.get("LORASB_VLLM", "")  # of the environment that has vLLM
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not PYTHON, reason="needs LORASB_VLLM, the Python of an environment with vLLM: make test-vllm"),
+]
+PEOPLE = [f"user{i}" for i in range(32)]
+ALL = 1000
+ENVIRONMENT = {
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "2",
+}
+
+
+class People:
+    """Folders of adapters, and what transformers answers with each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.prompts = folder, prompts()
+        self.model = make_people(folder, PEOPLE)
+        rows = [*PEOPLE, "__base__"]
+        found = [answers(self.model, prompt, rows) for prompt in self.prompts[:2]]
+        self.answers = {name: [of_prompt[i] for of_prompt in found] for i, name in enumerate(rows)}
+
+    def of(self, name: str) -> Path:
+        """The adapter's folder; those above 32 have the R's of another."""
+        path = self.folder / name
+        if not path.exists():
+            path.symlink_to(self.folder / f"user{int(name.removeprefix('user')) % len(PEOPLE)}")
+        return path
+
+    def answer(self, name: str, prompt: int = 0) -> Answer:
+        """What transformers answers with the adapter's R's."""
+        return self.answers[name if name == "__base__" else f"user{int(name.removeprefix('user')) % len(PEOPLE)}"][
+            prompt
+        ]
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> People:
+    return People(tmp_path_factory.mktemp("people"))
+
+
+class Server:
+    """A vLLM server with the plugin."""
+
+    def __init__(self, people: People, log: Path, *options: str, basis: Path | None = None) -> None:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            self.port = one.getsockname()[1]
+        self.people, self.log = people, log
+        environment = {**os.environ, **ENVIRONMENT, "LORASB_BASIS": str(basis or people.folder)}
+        command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", lorasb.demo_model()]
+        command += ["--served-model-name", "base", "--dtype", "float32", "--enable-lora", "--max-model-len", "256"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), *options]
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait(self, seconds: float = 240.0) -> Server:
+        """Wait until it answers."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5)
+                return self
+            except OSError:
+                time.sleep(0.5)
+        raise AssertionError(f"the server did not start: {self.log.read_text()[-3000:]}")
+
+    def stop(self) -> None:
+        """End the server and its processes."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(30)
+        for child in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, child)
+                time.sleep(1)
+            except ProcessLookupError:
+                return
+
+    @property
+    def client(self) -> Any:
+        """The official client."""
+        import openai  # not one of the suite's requirements
+
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
+
+    def post(self, path: str, **body: Any) -> tuple[int, str]:
+        """Status and text of a POST request."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def load(self, name: str, folder: Path | None = None) -> tuple[int, str]:
+        """Load an adapter by its folder."""
+        return self.post("/v1/load_lora_adapter", lora_name=name, lora_path=str(folder or self.people.of(name)))
+
+    def unload(self, name: str) -> tuple[int, str]:
+        """Remove an adapter's name."""
+        return self.post("/v1/unload_lora_adapter", lora_name=name)
+
+    def tokens(self, name: str, prompt: int = 0, client: Any = None) -> list[int]:
+        """The greedy answer of an adapter, or of the base."""
+        reply = (client or self.client).completions.create(
+            model="base" if name == "__base__" else name,
+            prompt=self.people.prompts[prompt],
+            max_tokens=NEW,
+            temperature=0,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )
+        return list(reply.choices[0].token_ids)
+
+    def agrees(self, rows: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Rows (adapter, prompt) of requests at the same time whose answers are not transformers'."""
+        client = self.client
+        with ThreadPoolExecutor(len(rows)) as pool:
+            found = pool.map(lambda row: self.tokens(*row, client=client), rows)
+            return [row for row, got in zip(rows, found, strict=True) if not self.people.answer(*row).agrees(got)]
+
+
+@pytest.fixture(scope="module")
+def server(people: People, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with a slot for each of a thousand adapters; two are named at its start."""
+    options = ["--max-loras", str(ALL), "--max-cpu-loras", str(ALL), "--max-num-seqs", "64", "--lora-modules"]
+    started = Server(
+        people,
+        tmp_path_factory.mktemp("log") / "server.log",
+        *options,
+        *(f"{name}={people.of(name)}" for name in PEOPLE[:2]),
+    )
+    try:
+        yield started.wait()
+    finally:
+        started.stop()
+
+
+@pytest.fixture(scope="module")
+def loaded(server: Server) -> Server:
+    for name in PEOPLE[2:]:
+        assert server.load(name)[0] == 200
+    return server
+
+
+def test_transformers_answers_are_those_of_plain_weights(people: People) -> None:
+    for name in (PEOPLE[0], PEOPLE[17]):
+        assert answers(plain_model(people.model, name), people.prompts[0], None)[0].agrees(people.answer(name).tokens)
+    # no two are the same, and none is the base's
+    assert len({str([one.tokens for one in both]) for both in people.answers.values()}) == len(people.answers)
+
+
+def test_mixed_batches_give_transformers_tokens(loaded: Server) -> None:
+    rows = [*((name, 0) for name in PEOPLE), *(("__base__", i % 2) for i in range(8))]
+    assert loaded.agrees(rows) == []
+    assert loaded.agrees([(name, 1) for name in (*PEOPLE[:12], "__base__")] * 2) == []
+
+
+def test_a_stream_has_the_same_tokens(loaded: Server) -> None:
+    name, tokens = PEOPLE[3], []
+    for part in loaded.client.completions.create(
+        model=name,
+        prompt=loaded.people.prompts[0],
+        max_tokens=NEW,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    ):
+        tokens += part.choices[0].token_ids or []
+    assert loaded.people.answer(name).agrees(tokens)
+
+
+def test_adapters_come_and_go_while_requests_run(loaded: Server) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: [loaded.agrees([(name, 0) for name in PEOPLE[:8]]) for _ in range(3)])
+        for i in range(900, 910):
+            assert loaded.load(f"user{i}")[0] == 200
+            assert loaded.people.answer(f"user{i}").agrees(loaded.tokens(f"user{i}"))
+            assert loaded.unload(f"user{i}")[0] == 200
+        assert running.result() == [[], [], []]
+    assert loaded.unload("user905")[0] == 404
+
+
+def test_a_client_that_hangs_up_harms_no_other(loaded: Server) -> None:
+    import openai
+
+    async def hang_up() -> None:
+        client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{loaded.port}/v1", api_key="none", max_retries=0)
+        options = {"prompt": loaded.people.prompts[1], "max_tokens": 200, "extra_body": {"ignore_eos": True}}
+        calls = [asyncio.create_task(client.completions.create(model=name, **options)) for name in PEOPLE[:8]]
+        await asyncio.sleep(1.0)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(loaded.agrees, [(name, 0) for name in PEOPLE[8:16]])
+        asyncio.run(hang_up())
+        assert running.result() == []
+
+
+def _copied(server: Server, path: Path, change: dict[str, Any] | None = None) -> Path:
+    shutil.copytree(server.people.of(PEOPLE[0]), path)
+    if change is not None:
+        save_file({**load_file(path / WEIGHTS_NAME), **change}, path / WEIGHTS_NAME, metadata={"format": "pt"})
+    return path
+
+
+def test_what_does_not_fit_is_refused_and_harms_no_other(loaded: Server, tmp_path: Path) -> None:
+    key = next(key for key in load_file(loaded.people.of(PEOPLE[0]) / WEIGHTS_NAME) if key.endswith("lorasb_R"))
+    basis = {"lorasb_factors_digest": torch.zeros(32, dtype=torch.uint8)}
+    cut = _copied(loaded, tmp_path / "cut")
+    (cut / WEIGHTS_NAME).write_bytes((cut / WEIGHTS_NAME).read_bytes()[:100_000])
+    plain = tmp_path / "plain"
+    lorasb.export_lora(str(loaded.people.folder), str(plain), quiet=True)
+    cases = [
+        (_copied(loaded, tmp_path / "basis", basis), 500, "has other A and B than the basis"),
+        (_copied(loaded, tmp_path / "rank", {key: torch.zeros(8, 8)}), 500, "expected [64, 64], the rank of the basis"),
+        (_copied(loaded, tmp_path / "nan", {key: torch.full((64, 64), torch.nan)}), 500, "NaN or Inf"),
+        (cut, 500, "truncated or damaged"),
+        (plain, 500, "adapter of type 'LORA', expected 'LORASB'"),
+        (tmp_path / "nowhere", 404, "No adapter found"),
+    ]
+    for folder, status, reason in cases:
+        found = loaded.load("bad", folder)
+        assert (found[0], reason in found[1]) == (status, True), found
+    assert loaded.load(PEOPLE[0])[0] == 400  # a name twice
+    assert loaded.load("base", loaded.people.of(PEOPLE[0]))[0] == 400
+    assert loaded.post("/v1/completions", model="nobody", prompt="x")[0] == 404
+    assert loaded.agrees([(name, 0) for name in PEOPLE[:4]]) == []
+
+
+def test_a_thousand_are_resident(loaded: Server) -> None:
+    for i in range(len(PEOPLE), ALL):
+        status, text = loaded.load(f"user{i}")
+        assert status == 200, text
+    names = {card.id for card in loaded.client.models.list().data}
+    assert {f"user{i}" for i in range(ALL)} <= names
+    assert loaded.agrees([(f"user{i}", 0) for i in range(0, ALL, 16)]) == []
+
+
+def test_more_adapters_than_slots_take_turns(people: People, tmp_path: Path) -> None:
+    started = Server(people, tmp_path / "log", "--max-loras", "3", "--max-cpu-loras", "6", "--max-num-seqs", "16")
+    try:
+        started.wait()
+        for i in range(10):  # four are evicted, and read again
+            assert started.load(f"user{i}")[0] == 200
+        assert started.agrees([(f"user{i}", 0) for i in range(10)] + [("__base__", 0)] * 2) == []
+        assert started.agrees([(f"user{i % 5}", i % 2) for i in range(10)]) == []
+    finally:
+        started.stop()
+
+
+def test_tensor_parallel_ranks_have_their_shares(people: People) -> None:
+    rows = [("__base__", 0), *((name, 0) for name in PEOPLE[:6]), ("__base__", 1)]
+    script = f"""
+import json
+from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.lora.request import LoRARequest
+if __name__ == "__main__":
+    llm = LLM({lorasb.demo_model()!r}, dtype="float32", enable_lora=True, max_loras=8, max_model_len=128,
+              max_num_seqs=8, tensor_parallel_size=3, kv_cache_memory_bytes=200 << 20)
+    prompts, rows = json.loads({json.dumps(people.prompts)!r}), json.loads({json.dumps(rows)!r})
+    requests = [None if n == "__base__" else LoRARequest(n, 1 + int(n[4:]), {str(people.folder)!r} + "/" + n)
+                for n, _ in rows]
+    out = llm.generate([TokensPrompt(prompt_token_ids=prompts[p]) for _, p in rows],
+                       SamplingParams(temperature=0, max_tokens={NEW}, ignore_eos=True), lora_request=requests)
+    print("TOKENS", json.dumps([list(one.outputs[0].token_ids) for one in out]))
+"""
+    file = people.folder / "ranks.py"
+    file.write_text(script)
+    found = _run(str(file), LORASB_BASIS=str(people.folder), OMP_NUM_THREADS="1")
+    line = next((line for line in found.stdout.splitlines() if line.startswith("TOKENS ")), None)
+    assert line is not None, found.stderr[-3000:]
+    got = json.loads(line.removeprefix("TOKENS "))
+    assert [row for row, one in zip(rows, got, strict=True) if not people.answer(*row).agrees(one)] == []
+
+
+def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script in vLLM's environment."""
+    return subprocess.run(
+        [PYTHON, *arguments],
+        env={**os.environ, **ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def test_the_installed_vllm_has_every_name_and_a_lost_one_is_named(people: People) -> None:
+    script = """
+import importlib
+from lorasb.compat import vllm as private
+from lorasb.vllm import plugin
+assert private.missing() == [], private.missing()
+for one in private.PRIVATE.values():
+    if "()" in one.name:
+        continue
+    owner, _, name = one.name.rpartition(".")
+    module, _, attribute = owner.rpartition(".")
+    try:
+        holder = importlib.import_module(owner)
+    except ImportError:
+        holder = getattr(importlib.import_module(module), attribute)
+    holders = [one for one in getattr(holder, "__mro__", [holder]) if name in vars(one)]  # it, or its parents, too
+    kept = [vars(one)[name] for one in holders]
+    for one in holders:
+        delattr(one, name)
+    try:
+        plugin.register()
+    except ImportError as error:
+        assert name in str(error), error
+    else:
+        raise AssertionError(f"registered without {name}")
+    for one, value in zip(holders, kept):
+        setattr(one, name, value)
+print("every name")
+"""
+    found = _run("-c", script, LORASB_BASIS=str(people.folder))
+    assert found.stdout.strip().endswith("every name"), found.stderr[-3000:]
+
+
+def test_a_server_with_another_basis_does_not_start(people: People, tmp_path: Path) -> None:
+    shutil.copytree(people.of(PEOPLE[0]), tmp_path / "alone")
+    started = Server(people, tmp_path / "log", basis=tmp_path / "alone")
+    try:
+        assert started.process.wait(120) != 0
+        assert "holds R alone" in started.log.read_text()
+    finally:
+        started.stop()
+
+
+def test_the_product_is_one_node_of_a_compiled_graph() -> None:
+    script = """
+import torch
+from types import SimpleNamespace
+from vllm.forward_context import ForwardContext, override_forward_context
+from lorasb.compat import vllm as private
+from lorasb.vllm.slots import CoreSlots
+private._define_op()
+torch.manual_seed(0)
+slots = CoreSlots([(torch.randn(4, 6), torch.randn(5, 4))], [5], 6, 2, torch.float32, torch.device("cpu"))
+slots.write(1, [torch.randn(4, 4)])
+layer = private._SlotsOfCores()
+layer.slots, layer.name = slots, "one"
+layer.punica_wrapper = SimpleNamespace(no_lora=False, _token_lora_indices=torch.tensor([1, -1, 1]))
+context = SimpleNamespace(no_compile_layers={"one": layer})
+x, y = torch.randn(3, 6), torch.randn(3, 5)
+want = layer._apply_lora_to_output(x, y.clone())
+assert not torch.equal(want, y)
+with override_forward_context(context):
+    call = torch.compile(lambda x, y: layer._apply_lora_to_output(x, y * 1.0), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(call(x, y), want)
+print("one node")
+"""
+    found = _run("-c", script)
+    assert found.stdout.strip().endswith("one node"), found.stderr[-3000:]
