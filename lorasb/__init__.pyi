@@ -32,6 +32,8 @@ from .training.rate_trials import find_lr as find_lr
 from .training.reinforcement import policy_loss as policy_loss
 from .training.reinforcement import preference_loss as preference_loss
 from .training.reinforcement import reward_batches as reward_batches
+from .training.vllm_sampler import VLLMSampler as VLLMSampler
+from .training.vllm_sampler import sync_to_vllm as sync_to_vllm
 from .tuner.patch import patch as patch
 
 __version__: str

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -285,6 +286,26 @@ class _Manager:
             self.add_adapter(wanted[key])
 
 
+def lora_request(name: str, path: str) -> Any:
+    """A request for an adapter of an `LLM` in this process, whose R's replace those of the same name."""
+    number = zlib.crc32(name.encode()) % (1 << 30) + 1  # the same for a name, as vLLM goes by it
+    return _vllm("lora.request").LoRARequest(name, number, path, load_inplace=True)
+
+
+def complete(
+    llm: Any, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], request: Any
+) -> list[tuple[list[int], list[float]]]:
+    """Tokens and their log-probabilities of a completion of each prompt."""
+    parameters = _vllm("").SamplingParams(**sampling, logprobs=0)
+    tokens = [{"prompt_token_ids": list(one)} for one in prompts]
+    found = llm.generate(tokens, parameters, lora_request=request, use_tqdm=False)
+    outputs = [one.outputs[0] for one in found]
+    return [
+        (list(one.token_ids), [step[token].logprob for token, step in zip(one.token_ids, one.logprobs, strict=True)])
+        for one in outputs
+    ]
+
+
 def _places(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Names of layers in Hugging Face's model -> in vLLM's."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
@@ -295,4 +316,4 @@ def _places(model: Any, names: Iterable[str]) -> dict[str, str]:
 
 
 def _vllm(module: str) -> Any:
-    return importlib.import_module(f"vllm.{module}")
+    return importlib.import_module(f"vllm.{module}" if module else "vllm")

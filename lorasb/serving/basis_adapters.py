@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,17 +104,27 @@ def save_adapters(model: Any, folder: Path, names: Sequence[str], *, basis: str 
     if not names:
         return
     layers = layers_with(model, basis)
-    digest = torch.tensor(list(shared_factors.digest(frozen_factors(layers, basis))), dtype=torch.uint8)
+    digest = shared_factors.digest(frozen_factors(layers, basis))
     base_name = model.peft_config[basis].base_model_name_or_path
     for name in names:
-        cores = {f"{PEFT_PREFIX}{layer}.{CORE}": module.lorasb_R[name].float() for layer, module in layers.items()}
-        tensors = {key: core.detach().cpu().contiguous() for key, core in cores.items()} | {DIGEST: digest}
-        with replacing(folder / name / WEIGHTS_NAME) as temporary:
-            save_file(tensors, str(temporary), metadata={"format": "pt"})
         config = copy.copy(model.peft_config[name])
         config.base_model_name_or_path = config.base_model_name_or_path or base_name
-        config.inference_mode = True
-        config.save_pretrained(str(folder / name))
+        save_cores(folder / name, layers, name, config, digest)
+
+
+@torch.no_grad()
+def save_cores(
+    folder: Path, layers: Mapping[str, AdaptedLayer], name: str, config: LoRASBConfig, digest: bytes
+) -> None:
+    """Write R of an adapter, and the digest of its A and B, into a folder, with its configuration."""
+    cores = {f"{PEFT_PREFIX}{layer}.{CORE}": module.lorasb_R[name].float() for layer, module in layers.items()}
+    tensors = {key: core.detach().cpu().contiguous() for key, core in cores.items()}
+    tensors[DIGEST] = torch.tensor(list(digest), dtype=torch.uint8)
+    with replacing(folder / WEIGHTS_NAME) as temporary:
+        save_file(tensors, str(temporary), metadata={"format": "pt"})
+    config = copy.copy(config)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
 
 
 @torch.no_grad()

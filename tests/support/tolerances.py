@@ -28,6 +28,7 @@ FP32_NORMS = Tolerance(0.0, 1e-7, "the same through transformers' norms, which r
 FP32_LOGITS = Tolerance(1e-4, 1e-5, "gradients through logits that a loss takes in fp32, over their largest entry")
 MERGE = Tolerance(0.0, 1e-5, "one rounding of fp32 weights of size one, summed over a forward")
 EXPORT = Tolerance(0.0, 1e-5, "A and s·B·R instead of A, R and B: another order of the same fp32 products")
+ENGINE = Tolerance(0.0, 1e-3, "log-probabilities from fp32 sums of another engine, through thirty blocks")
 EXACT = Tolerance(0.0, 0.0, "the same bits go the same way")
 FACTORS = Tolerance(1e-4, 1e-5, "fp32 products of factors, over the largest singular value")
 THEORY = Tolerance(1e-8, 1e-10, "an identity between fp64 products")

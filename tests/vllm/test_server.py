@@ -15,15 +15,20 @@ import socket
 import subprocess
 import time
 import urllib.request
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vllm_people import NEW, Answer, answers, make_people, plain_model, prompts
+from tolerances import ENGINE, check
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_people import NEW, PROMPTS, Answer, answers, make_people, plain_model, prompts
 
 import lorasb
 from lorasb.constants import WEIGHTS_NAME
@@ -289,6 +294,108 @@ def test_more_adapters_than_slots_take_turns(people: People, tmp_path: Path) -> 
         assert started.agrees([(f"user{i % 5}", i % 2) for i in range(10)]) == []
     finally:
         started.stop()
+
+
+def _trained(people: People) -> Any:
+    """A model on the basis that the servers have, whose R is trained."""
+    plain = AutoModelForCausalLM.from_pretrained(lorasb.demo_model(), dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(plain, str(people.folder), is_trainable=True)
+
+
+def _log_probabilities(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
+    """Of an answer's tokens, by the trainer's model."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
+
+
+class CheckedSampler(lorasb.VLLMSampler):
+    """Compares the sampler's log-probabilities with those of the trainer's model, at every step."""
+
+    steps = 0
+
+    def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
+        found = super().__call__(prompts, trainer)
+        assert self.synced is not None
+        assert self.synced.bytes < 4 * 860_160 + 40_000
+        for parts in zip(found["prompt_ids"], found["completion_ids"], found["logprobs"], strict=True):
+            want = _log_probabilities(trainer.model, *parts[:2])
+            check(torch.tensor(parts[2]), want, ENGINE)
+        self.steps += 1
+        return found
+
+
+def test_after_every_step_of_grpo_the_sampler_has_the_trainers_policy(people: People, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    started = Server(people, tmp_path / "log", "--max-loras", "2", "--max-num-seqs", "16")
+    try:
+        started.wait()
+        sampler, model = CheckedSampler(f"http://127.0.0.1:{started.port}"), _trained(people)
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TRL: rollout_func is experimental
+            trainer = GRPOTrainer(
+                model=model,
+                reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+                args=GRPOConfig(
+                    output_dir=str(tmp_path / "run"),
+                    max_steps=3,
+                    per_device_train_batch_size=8,
+                    num_generations=4,
+                    max_completion_length=12,
+                    learning_rate=1e-2,
+                    report_to=[],
+                    use_cpu=True,
+                    bf16=False,
+                    save_strategy="no",
+                    gradient_checkpointing=False,
+                ),
+                train_dataset=Dataset.from_list([{"prompt": text} for text in PROMPTS]),
+                processing_class=AutoTokenizer.from_pretrained(lorasb.demo_model(), padding_side="left"),
+                rollout_func=sampler,
+            )
+            trainer.train()
+        assert sampler.steps == 3
+        assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
+    finally:
+        started.stop()
+
+
+def test_an_engine_in_the_same_process_has_the_trainers_policy(people: People) -> None:
+    script = f"""
+import torch, peft, lorasb
+from transformers import AutoModelForCausalLM
+from vllm import LLM
+if __name__ == "__main__":
+    llm = LLM({lorasb.demo_model()!r}, dtype="float32", enable_lora=True, max_loras=1, max_model_len=128,
+              max_num_seqs=4, kv_cache_memory_bytes=200 << 20)
+    plain = AutoModelForCausalLM.from_pretrained({lorasb.demo_model()!r}, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(plain, {str(people.folder)!r}, is_trainable=True)
+    cores = [p for p in model.parameters() if p.requires_grad]
+    sampler, prompt, seen = lorasb.VLLMSampler(llm), {people.prompts[0]}, []
+    for step in range(3):
+        lorasb.sync_to_vllm(model, sampler)
+        (answer, got), = sampler.complete([prompt], temperature=0.0, max_tokens=12)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            want = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+            seen.append((torch.tensor(got) - want).abs().max().item())
+            for core in cores:
+                core += 0.02 * torch.randn_like(core)
+        answers = globals().setdefault("answers", []); answers.append(answer)
+    print("WORST", max(seen), len(set(map(tuple, answers))))
+"""
+    file = people.folder / "colocated.py"
+    file.write_text(script)
+    extra = Path(PYTHON).parents[1] / "colocated"  # PEFT, which the servers above do without
+    found = _run(str(file), LORASB_BASIS=str(people.folder), PYTHONPATH=str(extra), VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    line = next((line for line in found.stdout.splitlines() if line.startswith("WORST ")), None)
+    assert line is not None, found.stderr[-3000:]
+    worst, different = line.split()[1:]
+    check(torch.tensor(float(worst)), torch.zeros(()), ENGINE)
+    assert int(different) > 1
 
 
 def test_tensor_parallel_ranks_have_their_shares(people: People) -> None:

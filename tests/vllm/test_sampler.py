@@ -1,0 +1,138 @@
+"""R sent to a sampler: files and requests against a stand-in server, and in test_server.py against vLLM itself."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from basis_models import fill, with_basis
+from safetensors.torch import load_file
+from tolerances import EXACT, check
+
+import lorasb
+from lorasb.constants import WEIGHTS_NAME
+from lorasb.layers.lookup import layers_with
+from lorasb.vllm import plugin
+from lorasb.vllm.basis import read_basis
+
+
+class Server:
+    """Answers as vLLM would, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.status, self.answer = 200, {"choices": []}  # type: ignore[var-annotated]
+        asked, server = self.asked, self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                asked.append((self.path, body))
+                text = (
+                    "Success" if self.path.endswith("adapter") and server.status == 200 else json.dumps(server.answer)
+                )
+                self.send_response(server.status)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    one = Server()
+    yield one
+    one.http.shutdown()
+    one.http.server_close()
+
+
+def model() -> Any:
+    one = with_basis()
+    fill(one, "default", 1)
+    return one
+
+
+def test_r_alone_is_sent_and_is_an_adapter_that_the_plugin_reads(server: Server, tmp_path: Path) -> None:
+    trained, sampler = model(), lorasb.VLLMSampler(server.address, folder=tmp_path)
+    trained.save_pretrained(str(tmp_path / "basis"))
+    for step in range(4):
+        fill(trained, "default", step)
+        sent = lorasb.sync_to_vllm(trained, sampler)
+        path, body = server.asked[-1]
+        assert (path, body["lora_name"], body["load_inplace"]) == ("/v1/load_lora_adapter", "policy", True)
+        found = plugin._cores(Path(body["lora_path"]), read_basis(tmp_path / "basis"), torch.float32)
+        for name, layer in layers_with(trained, "default").items():
+            check(found[name], layer.lorasb_R["default"].detach(), EXACT)
+        r = sum(core.numel() for core in found.values())
+        assert 4 * r < sent.bytes < 4 * r + 10_000
+        assert all(".lorasb_R" in key or "digest" in key for key in load_file(f"{body['lora_path']}/{WEIGHTS_NAME}"))
+    # every R has another path, and those before the last two are gone
+    paths = [Path(body["lora_path"]) for _, body in server.asked]
+    assert len(set(paths)) == 4
+    assert [path.exists() for path in paths] == [False, False, True, True]
+
+
+def test_without_a_folder_nothing_stays_in_the_working_one(server: Server) -> None:
+    sent = lorasb.sync_to_vllm(model(), server.address)
+    assert (sent.name, sent.request) == ("policy", None)
+    assert not Path(server.asked[0][1]["lora_path"]).is_relative_to(Path.cwd())
+
+
+def test_completions_are_in_the_prompts_order(server: Server, tmp_path: Path) -> None:
+    sampler = lorasb.VLLMSampler(server.address, folder=tmp_path, top_p=0.9)
+    with pytest.raises(ValueError, match=r"call sampler.sync\(model\) first"):
+        sampler.complete([[1]])
+    sampler.sync(model())
+    choices = [{"index": i, "token_ids": [i], "logprobs": {"token_logprobs": [-0.5 * i]}} for i in (2, 0, 1)]
+    server.answer = {"choices": choices}
+    trainer = SimpleNamespace(
+        model=model(),
+        state=SimpleNamespace(global_step=1),
+        accelerator=SimpleNamespace(unwrap_model=lambda one: one),
+        processing_class=lambda texts: {"input_ids": [[len(text)] for text in texts]},
+        args=SimpleNamespace(temperature=0.7, max_completion_length=5),
+    )
+    found = sampler(["a", "bb", "ccc"], trainer)
+    assert found["completion_ids"] == [[0], [1], [2]]
+    assert found["logprobs"] == [[-0.0], [-0.5], [-1.0]]
+    asked = server.asked[-1][1]
+    assert (asked["prompt"], asked["temperature"], asked["max_tokens"], asked["top_p"]) == (
+        [[1], [2], [3]],
+        0.7,
+        5,
+        0.9,
+    )
+    before = len(server.asked)
+    sampler(["a"], trainer)  # the same step: nothing to send
+    assert len(server.asked) == before + 1
+
+
+def test_what_the_server_refuses_is_one_line(server: Server) -> None:
+    server.status, server.answer = 500, {"error": {"message": "other A and B than the basis"}}
+    with pytest.raises(RuntimeError, match=r"answered 500: other A and B than the basis. start it with LORASB_BASIS"):
+        lorasb.sync_to_vllm(model(), server.address)
+    server.http.server_close()
+    server.http.shutdown()
+    with pytest.raises(RuntimeError, match=r"no vLLM answers at http://127.*start it with LORASB_BASIS"):
+        lorasb.sync_to_vllm(model(), server.address)
+
+
+def test_what_cannot_be_sent_is_refused(server: Server) -> None:
+    with pytest.raises(ValueError, match=r"expected the address of a vLLM server or a vllm.LLM, got a int"):
+        lorasb.sync_to_vllm(model(), 8000)
+    fresh = lorasb.patch(with_basis().unload(), r=4)
+    with pytest.raises(ValueError, match="has not been initialized"):
+        lorasb.sync_to_vllm(fresh, server.address)
+    assert server.asked == []
