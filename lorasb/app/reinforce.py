@@ -14,6 +14,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from ..distributed.process_group import Processes
 from ..training.reinforcement import RewardError, checked_rewards
+from ..training.vllm_sampler import VLLMSampler
 from .evaluation import token_limit
 from .prepare import Run, checkpoint_activations
 from .run_folder import MarkedCheckpoints
@@ -159,6 +160,7 @@ def trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: f
         args=on_one_device(GRPOConfig(**values)),
         train_dataset=Dataset.from_list([_row(run, i, example) for i, example in enumerate(run.train)]),
         processing_class=run.tokenizer,
+        rollout_func=VLLMSampler(settings.sampler) if settings.sampler else None,
     )
     made.identity, made.earlier_seconds = identity, earlier_seconds
     made.remove_callback(PrinterCallback)

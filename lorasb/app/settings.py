@@ -128,6 +128,11 @@ def check_reinforcement(settings: Any) -> None:
         raise ValueError("--rl verifier is a generated task's own: with --data take --rl exact, or FILE.py:FUNCTION")
     if settings.rl_start == "rewards" and settings.method != "lora-sb":
         raise ValueError(f"--rl-start rewards is a start of --method lora-sb, got {settings.method}: leave it out")
+    if settings.sampler is not None and settings.basis is None:
+        raise ValueError(
+            "--sampler takes --basis, too: the server has A and B from its start. Make them with lorasb basis make, and "
+            "start it with LORASB_BASIS=BASIS vllm serve MODEL --enable-lora"
+        )
     refused = {
         "--packing": settings.packing,
         "--find-lr": settings.find_lr,
@@ -284,6 +289,12 @@ class Settings:
         "Where --rl starts: the first step on the examples' completions, or on rewards, or R = 0 (zero).",
         group="reinforcement",
         choices=RL_STARTS,
+    )
+    sampler: str | None = setting(
+        None,
+        "Address of a vLLM server that samples for --rl, with R of every step; it has LORASB_BASIS=BASIS of --basis.",
+        group="reinforcement",
+        shown="transformers, in this process",
     )
     temperature: float = setting(1.0, "Of the completions that --rl samples.", group="reinforcement", positive=True)
     method: str = setting("lora-sb", "lora-sb, lora-xs or lora (PEFT's).", main=True, group="adapter", choices=METHODS)
@@ -450,6 +461,8 @@ class Settings:
             check_basis(self)
         if self.rl is not None:
             check_reinforcement(self)
+        elif self.sampler is not None:
+            raise ValueError("--sampler samples completions for --rl: name a reward with it, such as --rl exact")
 
     @property
     def prompts_a_step(self) -> int:

@@ -125,12 +125,20 @@ class VLLMSampler:
     def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
         """A completion of every prompt (texts or chats), as TRL's `rollout_func` returns them."""
         if self.synced is None or trainer.state.global_step != self._step:
-            self.sync(trainer.accelerator.unwrap_model(trainer.model))
+            self._sync_once(trainer)
             self._step = trainer.state.global_step
         ids = _tokens(prompts, trainer.processing_class)
         sampling = {"temperature": trainer.args.temperature, "max_tokens": trainer.args.max_completion_length}
         found = self.complete(ids, **sampling)
         return {"prompt_ids": ids, "completion_ids": [t for t, _ in found], "logprobs": [p for _, p in found]}
+
+    def _sync_once(self, trainer: Any) -> None:
+        """Send R from the first process alone to a server that all have."""
+        if not isinstance(self.client, str) or trainer.accelerator.is_main_process:
+            self.sync(trainer.accelerator.unwrap_model(trainer.model))
+        else:
+            self.synced = Synced(self.name, None, 0, 0.0)
+        trainer.accelerator.wait_for_everyone()
 
     def complete(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[tuple[list[int], list[float]]]:
         """Tokens and their log-probabilities of a completion of each prompt, by the R's that were sent last.

@@ -24,6 +24,7 @@ KNOWN = {one.name: kind for one, kind in listed(Settings)}
 OTHER: dict[str, Any] = {
     "model": "folder", "dtype": "float32", "bits": 4, "task": "gcd", "data": "a.jsonl", "eval_data": "b.jsonl",
     "adapter_column": "user", "basis": "folder", "rl": "exact", "generations": 4, "rl_start": "zero", "temperature": 0.5,
+    "sampler": "http://127.0.0.1:8000",
     "train_examples": 7, "eval_examples": 8, "score": "number", "max_new_tokens": 10, "max_length": 9, "packing": True,
     "template": "none", "start": "paper", "eta": 1e-4, "method": "lora-xs", "r": 3, "target_modules": "q_proj,v_proj",
     "rank_pattern": {"down_proj": 2}, "lora_dropout": 0.1, "samples": 5, "update": "sgd", "lr": 1e-5, "find_lr": True,

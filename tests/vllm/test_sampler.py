@@ -100,7 +100,9 @@ def test_completions_are_in_the_prompts_order(server: Server, tmp_path: Path) ->
     trainer = SimpleNamespace(
         model=model(),
         state=SimpleNamespace(global_step=1),
-        accelerator=SimpleNamespace(unwrap_model=lambda one: one),
+        accelerator=SimpleNamespace(
+            unwrap_model=lambda one: one, is_main_process=True, wait_for_everyone=lambda: None
+        ),
         processing_class=lambda texts: {"input_ids": [[len(text)] for text in texts]},
         args=SimpleNamespace(temperature=0.7, max_completion_length=5),
     )
@@ -117,6 +119,10 @@ def test_completions_are_in_the_prompts_order(server: Server, tmp_path: Path) ->
     before = len(server.asked)
     sampler(["a"], trainer)  # the same step: nothing to send
     assert len(server.asked) == before + 1
+    other = lorasb.VLLMSampler(server.address, folder=tmp_path)  # another process: the first one has sent R
+    trainer.accelerator.is_main_process = False
+    other(["a"], trainer)
+    assert [path for path, _ in server.asked[before + 1 :]] == ["/v1/completions"]
 
 
 def test_what_the_server_refuses_is_one_line(server: Server) -> None:
