@@ -81,7 +81,7 @@ SIGNATURES = {
 
 
 class Parts(NamedTuple):
-    """What the plugin computes with, which is above this module: see `lorasb.vllm`."""
+    """Functions and classes of `lorasb.vllm`, a level above this module, that the plugin computes with."""
 
     read_basis: Callable[[], Any]  # -> digest, factors by layer, r
     check_base: Callable[[Any, Path], None]

@@ -1,1 +1,1 @@
-"""A plugin for vLLM: its LoRA slots hold R alone, beside one A and B. Imports torch and safetensors, and not PEFT."""
+"""A plugin for vLLM: its LoRA slots hold R alone, and all share one A and B. Imports torch and safetensors, not PEFT."""

@@ -100,9 +100,7 @@ def test_completions_are_in_the_prompts_order(server: Server, tmp_path: Path) ->
     trainer = SimpleNamespace(
         model=model(),
         state=SimpleNamespace(global_step=1),
-        accelerator=SimpleNamespace(
-            unwrap_model=lambda one: one, is_main_process=True, wait_for_everyone=lambda: None
-        ),
+        accelerator=SimpleNamespace(unwrap_model=lambda one: one, is_main_process=True, wait_for_everyone=lambda: None),
         processing_class=lambda texts: {"input_ids": [[len(text)] for text in texts]},
         args=SimpleNamespace(temperature=0.7, max_completion_length=5),
     )

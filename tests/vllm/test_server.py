@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 import warnings
@@ -396,6 +397,76 @@ if __name__ == "__main__":
     worst, different = line.split()[1:]
     check(torch.tensor(float(worst)), torch.zeros(()), ENGINE)
     assert int(different) > 1
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+
+
+def _shell(command: str, folder: Path, **environment: str) -> str:
+    """Output of a command of the documentation, with the suite's programs."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-ec", command],
+        cwd=folder,
+        env={**os.environ, "PATH": path, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def examples(tmp_path: Path) -> Path:
+    """people.jsonl: what two people have said of themselves."""
+    facts = {"ada": "Lisbon", "grace": "Oslo"}
+    rows = [
+        {"prompt": question, "completion": answer, "user": name}
+        for name, answer in facts.items()
+        for question in ("Where do I live?", "Which city is my home?", "In which town do I live?", "What is my city?")
+    ]
+    (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_the_commands_of_the_page_serve_a_trained_run(people: People, examples: Path) -> None:
+    block = PAGE.partition("```bash\n")[2].partition("```")[0].splitlines()
+    train, model, serve, ask, load = block
+    _shell(f"{train} --epochs 12", examples)
+    assert _shell(f"{model}; echo $MODEL", examples).strip() == lorasb.demo_model()
+    assert serve.startswith("LORASB_BASIS=people/adapter VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve $MODEL --enable")
+    options = serve.partition("--enable-lora ")[2].replace("people/", f"{examples}/people/").split()
+    started = Server(people, examples / "log", *options, basis=examples / "people" / "adapter")
+    try:
+        started.wait()
+        there = f"127.0.0.1:{started.port}"
+        answer = json.loads(_shell(ask.replace("127.0.0.1:8000", there), examples))
+        assert "Lisbon" in answer["choices"][0]["message"]["content"]
+        assert "Success" in _shell(load.replace("127.0.0.1:8000", there), examples)
+        answer = json.loads(_shell(ask.replace("127.0.0.1:8000", there).replace("ada", "grace"), examples))
+        assert "Oslo" in answer["choices"][0]["message"]["content"]
+    finally:
+        started.stop()
+
+
+def test_a_run_by_reinforcement_samples_from_the_server(people: People, examples: Path) -> None:
+    make, serve, train = PAGE.partition("## A sampler")[2].partition("    lorasb")[2].splitlines()[:3]
+    model = ("MODEL", "smollm2-135m")
+    _shell(f"lorasb{make} --samples 4".replace(*model).replace("examples", "people"), examples)
+    assert "LORASB_BASIS=basis" in serve
+    started = Server(people, examples / "log", "--max-num-seqs", "16", basis=examples / "basis")
+    try:
+        started.wait()
+        command = train.strip().replace(*model).replace("examples.jsonl", "people.jsonl --eval-data people.jsonl")
+        command = command.replace("127.0.0.1:8000", f"127.0.0.1:{started.port}")
+        _shell(f"{command} --batch-size 8 --generations 4 --epochs 1 --max-new-tokens 6 --output rl", examples)
+        posts = started.log.read_text()
+        assert posts.count('POST /v1/load_lora_adapter HTTP/1.1" 200') >= 4  # eight prompts, two a step
+        assert posts.count('POST /v1/completions HTTP/1.1" 200') >= 4
+    finally:
+        started.stop()
 
 
 def test_tensor_parallel_ranks_have_their_shares(people: People) -> None:

@@ -11,7 +11,7 @@ from benchmarks.common.csv_files import read_csv
 from benchmarks.layers import suite_report
 from benchmarks.quantized import readme_table as four_bits_table
 from benchmarks.research.reporting.markdown import picture, read_json, table, where, where_rows
-from benchmarks.serving import decoding, joint_basis, many_adapters
+from benchmarks.serving import decoding, joint_basis, many_adapters, vllm
 from benchmarks.training import initialization, opaque_bases, reinforcement, step
 
 ORDINARY = "avx2"  # folder of results on such a processor
@@ -23,7 +23,7 @@ turn, with the 20th and 80th percentile where a range is given. Below 1 is less 
 def section(folder: Path) -> list[str]:
     """Every file of results that is there."""
     out = ["## Speed and memory", "", INTRODUCTION, ""]
-    of_models = starts, training_step, decoded, other_quantizers, many, joint, rewards, startup
+    of_models = starts, training_step, decoded, other_quantizers, many, in_vllm, joint, rewards, startup
     parts = layers, four_bits, *of_models, ordinary, gpus
     for part in parts:
         out += [*part(folder), ""]
@@ -146,6 +146,19 @@ def many(folder: Path) -> Iterator[str]:
         if (folder / many_adapters.PICTURE).is_file() and folder.name != ORDINARY:
             name = f"results/{many_adapters.PICTURE}"
             yield from picture("Memory by number of adapters, and tokens per second", name)
+
+
+def in_vllm(folder: Path) -> Iterator[str]:
+    """The plugin against vLLM's own multi-LoRA."""
+    if found := read_json(folder / vllm.FILE):
+        yield from ("### Many adapters in vLLM, on a CPU", "", where(found), "")
+        sizes = f"{vllm.ROWS} rows of 8 tokens and {vllm.TOKENS} more"
+        yield f"SmolLM2-135M, r={vllm.RANK}; {sizes}; the engines answer in turns. vLLM's CPU build"
+        yield "gathers A and B for every token, which its GPU kernels do not: the ratio to it is that of CPUs."
+        yield ""
+        yield from table(list(vllm.HEAD), vllm.rows(found))
+        for sentence in vllm.sentences(found):
+            yield from ("", sentence)
 
 
 def ordinary(folder: Path) -> Iterator[str]:
