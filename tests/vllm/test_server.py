@@ -427,7 +427,9 @@ def examples(tmp_path: Path) -> Path:
         for name, answer in facts.items()
         for question in ("Where do I live?", "Which city is my home?", "In which town do I live?", "What is my city?")
     ]
-    (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    others = [{"prompt": "Name my town.", "completion": answer, "user": name} for name, answer in facts.items()]
+    for file, lines in (("people.jsonl", rows), ("others.jsonl", others)):
+        (tmp_path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
 
 
@@ -435,7 +437,7 @@ def test_the_commands_of_the_page_serve_a_trained_run(people: People, examples: 
     block = PAGE.partition("```bash\n")[2].partition("```")[0].splitlines()
     train, model, serve, ask, load = block
     _shell(f"{train} --epochs 12", examples)
-    assert _shell(f"{model}; echo $MODEL", examples).strip() == lorasb.demo_model()
+    assert _shell(f"{model}\necho $MODEL", examples).strip() == lorasb.demo_model()
     assert serve.startswith("LORASB_BASIS=people/adapter VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve $MODEL --enable")
     options = serve.partition("--enable-lora ")[2].replace("people/", f"{examples}/people/").split()
     started = Server(people, examples / "log", *options, basis=examples / "people" / "adapter")
@@ -459,7 +461,7 @@ def test_a_run_by_reinforcement_samples_from_the_server(people: People, examples
     started = Server(people, examples / "log", "--max-num-seqs", "16", basis=examples / "basis")
     try:
         started.wait()
-        command = train.strip().replace(*model).replace("examples.jsonl", "people.jsonl --eval-data people.jsonl")
+        command = train.strip().replace(*model).replace("examples.jsonl", "people.jsonl --eval-data others.jsonl")
         command = command.replace("127.0.0.1:8000", f"127.0.0.1:{started.port}")
         _shell(f"{command} --batch-size 8 --generations 4 --epochs 1 --max-new-tokens 6 --output rl", examples)
         posts = started.log.read_text()
