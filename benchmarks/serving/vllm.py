@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype_option(parser)
     options = parser.parse_args(arguments)
     use_dtype(options.dtype)
-    found = measured(options.vllm, options.seconds) | provenance(dtype=dtype_name())
+    found = provenance(dtype=dtype_name()) | measured(options.vllm, options.seconds)
     report(found, Console(width=120))
     if options.output:
         write_json(options.output / FILE, found)

@@ -130,8 +130,8 @@ def check_reinforcement(settings: Any) -> None:
         raise ValueError(f"--rl-start rewards is a start of --method lora-sb, got {settings.method}: leave it out")
     if settings.sampler is not None and settings.basis is None:
         raise ValueError(
-            "--sampler takes --basis, too: the server has A and B from its start. Make them with lorasb basis make, and "
-            "start it with LORASB_BASIS=BASIS vllm serve MODEL --enable-lora"
+            "--sampler takes --basis, too: the server has A and B from its start. Make them with lorasb basis make, "
+            "and start it with LORASB_BASIS=BASIS vllm serve MODEL --enable-lora"
         )
     refused = {
         "--packing": settings.packing,

@@ -1,1 +1,1 @@
-"""A plugin for vLLM: its LoRA slots hold R alone, and all share one A and B. Imports torch and safetensors, not PEFT."""
+"""A plugin for vLLM, whose LoRA slots then hold R alone, on one A and B. Imports torch and safetensors, not PEFT."""
