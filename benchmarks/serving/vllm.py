@@ -113,7 +113,7 @@ def speed(engines: dict[str, Engine], seconds: float) -> dict[str, Any]:
         names = [f"user{i % count}" for i in range(ROWS)] if count else [None] * ROWS
         engines[way]("run", names=names, tokens=TOKENS)
 
-    found = {}
+    found: dict[str, Any] = {}
     # apart, as a round of vLLM's own takes as long as ten of the others
     for way, least in ((PLUGIN, 7), (STOCK, 3)):
         ways: dict[str, Call] = {BARE: partial(run, BARE, 0)}
@@ -175,13 +175,13 @@ def measured(python: str, seconds: float) -> dict[str, Any]:
             names = [f"user{i}" for i in range(MANY)]
             added = engines[PLUGIN]("add", names=names, folder=str(folder))
             stock = engines[STOCK]("add", names=names[:ROWS], folder=str(folder / "plain"))
-            bare = engines[BARE]("run", names=[None], tokens=1)["resident"]
             found = speed(engines, seconds)
+            resident = {way: one("run", names=[None] * ROWS, tokens=1)["resident"] for way, one in engines.items()}
             return {
                 "speed": found,
                 "add_ms": {PLUGIN: median(added["ms"][ROWS:]), STOCK: median(stock["ms"][1:])},
                 "slot_bytes": {PLUGIN: _numbers(folder / "user0"), STOCK: _numbers(folder / "plain" / "user0")},
-                "resident": {BARE: bare, PLUGIN: added["resident"], STOCK: stock["resident"]},
+                "resident": resident,
                 "sync": syncing(model, engines, folder),
             }
         finally:

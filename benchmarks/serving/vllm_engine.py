@@ -47,7 +47,7 @@ class Engine:
             start = time.perf_counter()
             self.llm.llm_engine.add_lora(self.requests[name])
             times.append(1e3 * (time.perf_counter() - start))
-        return {"ms": times, "resident": resident_bytes()}
+        return {"ms": times}
 
     def replace(self, path: str) -> dict[str, Any]:
         """Load an adapter in the place of one of its name."""

@@ -212,7 +212,7 @@ def difference(weights: Mapping[str, Tensor | None], expected: Mapping[str, str]
 
 def _readable(weight: Tensor) -> bool:
     """True for a plain dense tensor with values: not quantized, sharded, offloaded or empty (ZeRO-3)."""
-    if hasattr(weight, "quant_state"):
+    if hasattr(weight, "quant_state") or weight.element_size() == 1:  # fp8 has its scales elsewhere
         return False
     return not weight.is_meta and type(weight.data) is Tensor and weight.is_floating_point() and weight.numel() > 0
 

@@ -11,6 +11,7 @@ import inspect
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from . import Private, find
 
 VERIFIED = "vLLM 0.31 and 0.32"
 VERSIONS = ">=0.31,<0.33"
+_AS_LORA = "export the adapters (lorasb.export_lora) and serve them as plain LoRAs"
 _EXPORT = "the server does not start, and names what to install or how to export"
 _LAYERS, _WORKER, _MANAGER = "vllm.lora.layers", "vllm.lora.worker_manager", "vllm.lora.model_manager"
 _LINEAR = f"{_LAYERS}.base_linear.BaseLinearLayerWithLoRA"
@@ -153,6 +155,7 @@ class _SlotsOfCores:
     n_slices: int
     tp_size: int
     device: torch.device
+    register_buffer: Callable[..., None]
     slice_lora_a: Callable[[Any], Any]
     slice_lora_b: Callable[[Any], Any]
     slots: Any  # `lorasb.vllm.slots.CoreSlots`; None in a layer that the basis does not have
@@ -163,9 +166,9 @@ class _SlotsOfCores:
         self._enable_aux_cuda_stream = False
         if self.n_slices == 1:
             self.output_slices = (self.output_size,)
-        self.name = f"{self.base_layer.prefix}.lorasb"
-        current = importlib.import_module("vllm.config").get_current_vllm_config()
-        current.compilation_config.static_forward_context[self.name] = self
+        context = _vllm("config").get_current_vllm_config().compilation_config.static_forward_context
+        self.name = f"{self.base_layer.prefix}.{len(context)}.lorasb"  # some models give no prefix
+        context[self.name] = self
         # shapes alone, which the warm-up's adapters are made from
         r, empty = lora_config.max_lora_rank, {"dtype": lora_config.lora_dtype, "device": "meta"}
         self.lora_a_stacked = tuple(torch.empty(1, 1, r, self.input_size, **empty) for _ in self.output_slices)
@@ -181,6 +184,9 @@ class _SlotsOfCores:
         shares = [None if left is None else (left, right) for left, right in zip(a, b, strict=True)]
         dtype = self.lora_config.lora_dtype
         self.slots = make_slots(shares, self.output_slices, self.input_size, self.count, dtype, self.device)
+        # buffers, which sleep at level 2 keeps; R's are read again
+        for name, tensor in self.slots.shared().items():
+            self.register_buffer(f"lorasb_{name}", tensor, persistent=False)
 
     def reset_lora(self, index: int) -> None:
         """R = 0."""
@@ -214,6 +220,7 @@ class _SlotsOfCores:
 
 
 _IN_SLOT = object()  # in the place of an adapter's R that a slot has, and nothing else
+_LEFT = SimpleNamespace(lora_a=_IN_SLOT, lora_b=_IN_SLOT)
 
 
 class _Manager:
@@ -225,7 +232,7 @@ class _Manager:
 
     def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
         """Wrap the layers that the basis has, and give each its A and B."""
-        basis = self.basis = self.lorasb_parts.read_basis()
+        basis = self.lorasb_parts.read_basis()
         self.lorasb_parts.check_base(basis, Path(vllm_config.model_config.model))
         config = self.lora_config
         if config.fully_sharded_loras:
@@ -238,17 +245,24 @@ class _Manager:
         manager, covered = self._adapter_manager, set()
         for name, module in manager.modules.items():
             parts = manager.packed_modules.get(name, [name])
-            if isinstance(module, _SlotsOfCores) and any(part in factors for part in parts):
-                module.set_basis([factors.get(part) for part in parts], self.lorasb_parts.make_slots)
-                covered |= set(parts)
+            if not isinstance(module, _SlotsOfCores) or not any(part in factors for part in parts):
+                continue
+            if len(parts) != module.n_slices:
+                raise ValueError(f"{name} is made of {len(parts)} layers in {module.n_slices} parts: {_AS_LORA}")
+            module.set_basis([factors.get(part) for part in parts], self.lorasb_parts.make_slots)
+            covered |= set(parts)
         for wrapper in manager.punica_wrapper_mapping.values():
             wrapper._token_lora_indices.fill_(-1)  # a captured graph reads past the tokens of a step
-        lacking = sorted(set(factors) - covered)
-        if lacking and vllm_config.parallel_config.pipeline_parallel_size == 1:
+        elsewhere = tuple(f"{name}." for name, one in adapted.named_modules() if isinstance(one, _missing_layer()))
+        lacking = sorted(name for name in set(factors) - covered if not f"{name}.".startswith(elsewhere))
+        if lacking:
             raise ValueError(
                 f"{basis.folder} adapts {len(lacking)} layers that this model does not have as linears with LoRA: "
-                f"{', '.join(lacking[:3])}. Serve the model that it was made on, or export: lorasb.export_lora(...)"
+                f"{', '.join(lacking[:3])}. Serve the model that it was made on, or {_AS_LORA}"
             )
+        # names and ranks are all that is read from here on
+        meta = {name: (a.to("meta"), b.to("meta")) for name, (a, b) in basis.factors.items()}
+        self.basis = basis._replace(factors=meta)
         return adapted
 
     def _load_adapter(self, lora_request: Any) -> Any:
@@ -261,15 +275,17 @@ class _Manager:
         for name, core in self.lorasb_parts.read_cores(folder, self.basis, dtype).items():
             place, r = self.places[name], core.shape[0]
             loras[place] = weights(place, r, r, core, nothing, scaling=1)
-        return _vllm("lora.lora_model").LoRAModel(lora_request.lora_int_id, self.basis.r, loras)
+        loaded = _vllm("lora.lora_model").LoRAModel(lora_request.lora_int_id, self.basis.r, loras)
+        loaded.has_cores = True  # unlike those of the warm-up, which share their weights
+        return loaded
 
     def add_adapter(self, lora_request: Any) -> bool:
         """Load an adapter if it is not there. Where every loaded adapter has a slot, no second copy is kept."""
         loaded: bool = super().add_adapter(lora_request)  # type: ignore[misc]
         manager = self._adapter_manager
-        if manager.capacity == manager.lora_slots:
-            for weights in manager.get_adapter(lora_request.lora_int_id).loras.values():
-                weights.lora_a = weights.lora_b = _IN_SLOT
+        adapter = manager.get_adapter(lora_request.lora_int_id)
+        if manager.capacity == manager.lora_slots and hasattr(adapter, "has_cores"):
+            adapter.loras = dict.fromkeys(adapter.loras, _LEFT)
         return loaded
 
     def _apply_adapters(self, lora_requests: Any) -> None:
@@ -311,8 +327,13 @@ def _places(model: Any, names: Iterable[str]) -> dict[str, str]:
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return {name: name for name in names}
-    renaming = mapper.get_rename_mapper()
-    return {name: renaming._map_name(name) or name for name in names}
+    renaming, end = mapper.get_rename_mapper(), ".lora_A.weight"  # rules are of weights' names
+    return {name: (renaming._map_name(name + end) or name).removesuffix(end) for name in names}
+
+
+def _missing_layer() -> Any:
+    """The class of layers that another stage of a pipeline has."""
+    return _vllm("model_executor.models.utils").PPMissingLayer
 
 
 def _vllm(module: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import functools
 import http.client
 import itertools
 import json
@@ -12,11 +14,10 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from ..checkpoints import shared_factors
 from ..compat import vllm as private
@@ -29,7 +30,10 @@ from ..serving.basis_adapters import save_cores
 
 MEMORY = "/dev/shm"  # a file system in memory, where there is one
 TIMEOUT = 600.0  # seconds that the server may take for an answer
-START = "start it with LORASB_BASIS=FOLDER VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora"
+START = "LORASB_BASIS=FOLDER VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora starts one"
+# of vLLM's own sampling; a server takes what is not given from the model's generation_config.json
+NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0}
+OF_TRAINER = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # attributes of a GRPOTrainer
 
 
 class Synced(NamedTuple):
@@ -49,23 +53,32 @@ class VLLMSampler:
     Args:
         client: address of a vLLM server, or a `vllm.LLM` in this process; LORASB_BASIS named the basis that the
             trained adapter has when it started.
-        name: of the adapter in vLLM.
+        name: of the adapter in vLLM; a new one by default, so that runs may share a server.
         folder: for the R's, which this process and vLLM can read; in memory by default, on the same machine.
-        options: of vLLM's sampling ("top_p", "min_p", ...) besides the trainer's temperature and length.
+        api_key: the server's.
+        options: of vLLM's sampling ("frequency_penalty", ...) besides the trainer's own.
 
     Raises:
         ValueError: neither of the two.
     """
 
     def __init__(
-        self, client: Any, *, name: str = "policy", folder: str | os.PathLike[str] | None = None, **options: Any
+        self,
+        client: Any,
+        *,
+        name: str | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        api_key: str | None = None,
+        **options: Any,
     ) -> None:
         if not isinstance(client, str) and not hasattr(client, "llm_engine"):
             raise ValueError(f"expected the address of a vLLM server or a vllm.LLM, got a {type(client).__name__}")
-        self.client, self.name, self.options = client, name, options
-        self.folder = Path(folder or tempfile.mkdtemp(prefix="lorasb-", dir=MEMORY if Path(MEMORY).is_dir() else None))
-        if folder is None:
-            atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
+        self.client, self.api_key, self.options = client, api_key, options
+        self.name = name or f"policy-{uuid.uuid4().hex[:8]}"
+        place = folder or (MEMORY if Path(MEMORY).is_dir() else None)
+        # a new folder for every run: vLLM's cache of prefixes goes by an adapter's name and path
+        self.folder = Path(tempfile.mkdtemp(prefix="lorasb-", dir=place)).resolve()
+        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.synced: Synced | None = None
         self._step: Any = None  # of the trainer, when R was sent
         self._counter = itertools.count()
@@ -76,16 +89,13 @@ class VLLMSampler:
         """Send R of an adapter of a patched model, the active one by default.
 
         Raises:
-            ValueError: an adapter that is not initialized.
+            ValueError: an adapter that is not initialized, or whose R is sharded.
             RuntimeError: vLLM refused it, with its reason: other A and B than the server's, or no plugin.
         """
         started = time.perf_counter()
         plain: Any = uncompiled(model)
         name, layers = adapted_layers(plain, adapter_name)
-        fresh = uninitialized(layers, name)
-        if fresh:
-            raise ValueError(f"adapter {name!r} has not been initialized ({fresh[0]}): call lorasb.initialize first")
-        # another path for every R, as vLLM's cache of prefixes goes by name and path
+        _check(layers, name)
         path = self.folder / f"{self.name}-{next(self._counter)}"
         save_cores(path, layers, name, plain.peft_config[name], self._digest_of(layers, name))
         request = self._load(path)
@@ -103,16 +113,16 @@ class VLLMSampler:
 
     def _load(self, path: Path) -> Any:
         if isinstance(self.client, str):
-            body = {"lora_name": self.name, "lora_path": str(path.resolve()), "load_inplace": True}
-            _post(self.client, "/v1/load_lora_adapter", body)
+            body = {"lora_name": self.name, "lora_path": str(path), "load_inplace": True}
+            self._post("/v1/load_lora_adapter", body)
             return None
-        request = private.lora_request(self.name, str(path.resolve()))
+        request = private.lora_request(self.name, str(path))
         try:
             loaded = self.client.llm_engine.add_lora(request)
         except Exception as error:  # whatever the engine makes of the plugin's ValueError
-            raise RuntimeError(f"vLLM refused the adapter: {error}. {START}") from error
+            raise RuntimeError(f"vLLM refused the adapter: {error}") from error
         if not loaded:
-            raise RuntimeError(f"vLLM did not load the adapter. {START}")
+            raise RuntimeError("vLLM did not load the adapter: set LORASB_BASIS before the LLM is made")
         return request
 
     def _forget(self, path: Path) -> None:
@@ -127,15 +137,18 @@ class VLLMSampler:
         if self.synced is None or trainer.state.global_step != self._step:
             self._sync_once(trainer)
             self._step = trainer.state.global_step
-        ids = _tokens(prompts, trainer.processing_class)
-        sampling = {"temperature": trainer.args.temperature, "max_tokens": trainer.args.max_completion_length}
-        found = self.complete(ids, **sampling)
+        ids = _tokens(prompts, trainer)
+        sampling = {key: getattr(trainer, key) for key in OF_TRAINER if getattr(trainer, key, None) is not None}
+        found = self.complete(ids, max_tokens=trainer.args.max_completion_length, **sampling)
         return {"prompt_ids": ids, "completion_ids": [t for t, _ in found], "logprobs": [p for _, p in found]}
 
     def _sync_once(self, trainer: Any) -> None:
         """Send R from the first process alone to a server that all have."""
+        model = uncompiled(trainer.accelerator.unwrap_model(trainer.model))
+        name, layers = adapted_layers(model, None)
+        _check(layers, name)  # on all processes, or the others would wait for one that has failed
         if not isinstance(self.client, str) or trainer.accelerator.is_main_process:
-            self.sync(trainer.accelerator.unwrap_model(trainer.model))
+            self.sync(model)
         else:
             self.synced = Synced(self.name, None, 0, 0.0)
         trainer.accelerator.wait_for_everyone()
@@ -145,70 +158,95 @@ class VLLMSampler:
 
         Args:
             prompts: tokens.
-            sampling: vLLM's sampling parameters, "temperature", "max_tokens", ...
+            sampling: vLLM's sampling parameters, "temperature", "max_tokens", ...; those not given do nothing.
         """
         if self.synced is None:
             raise ValueError("no R has been sent: call sampler.sync(model) first")
-        sampling = self.options | sampling
+        sampling = NEUTRAL | self.options | sampling
         if not isinstance(self.client, str):
             return private.complete(self.client, prompts, sampling, self.synced.request)
         body = {"model": self.name, "prompt": [list(one) for one in prompts], "logprobs": 1, "return_token_ids": True}
-        choices = _post(self.client, "/v1/completions", body | sampling)["choices"]
+        choices = self._post("/v1/completions", body | sampling)["choices"]
         choices.sort(key=lambda choice: choice["index"])
         return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
 
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        """The JSON that the server answers with, or its text."""
+        headers = {"Content-Type": "application/json"}
+        if self.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        request = urllib.request.Request(self.client.rstrip("/") + path, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
+                text = reply.read().decode()
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(_refusal(self.client, error, self.folder)) from None
+        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
+            raise RuntimeError(f"no vLLM answers at {self.client} ({error}): {START}") from None
+        return json.loads(text) if text.startswith("{") else text
 
-def sync_to_vllm(model: Any, client: Any, *, adapter_name: str | None = None, **options: Any) -> Synced:
+
+def sync_to_vllm(model: Any, client: Any, *, adapter_name: str | None = None) -> Synced:
     """Send R of a patched model's adapter to vLLM; W, A and B, which it has, are not sent.
 
     Args:
         model: a patched model, whose adapter has the A and B of the basis that vLLM was started with.
-        client: a `VLLMSampler`, which is faster from the second call on, or what it takes: a server's address or an
-            `LLM`.
+        client: a server's address, or a `VLLMSampler`, which has more options and takes an `LLM`, too.
         adapter_name: the active adapter by default.
-        options: `name` and `folder` of `VLLMSampler`.
 
     Returns:
         The adapter's name for requests, the `LoRARequest` of an `LLM`, bytes and seconds.
 
     Raises:
-        ValueError: an adapter that is not initialized, or a client of neither kind.
+        ValueError: an adapter that is not initialized or is sharded, or a client of neither kind.
         RuntimeError: vLLM refused it, with its reason.
     """
-    sampler = client if isinstance(client, VLLMSampler) else VLLMSampler(client, **options)
-    return sampler.sync(model, adapter_name)
+    if not isinstance(client, str | VLLMSampler):
+        raise ValueError(f"expected a vLLM server's address or a lorasb.VLLMSampler, got a {type(client).__name__}")
+    return (_sampler(client) if isinstance(client, str) else client).sync(model, adapter_name)
 
 
-@torch.no_grad()
-def _tokens(prompts: Sequence[Any], tokenizer: Any) -> list[list[int]]:
-    """Tokens of texts, or of chats that an answer follows."""
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+@functools.cache
+def _sampler(address: str) -> VLLMSampler:
+    """One for all calls, which hashes A and B once, and removes R's that are old."""
+    return VLLMSampler(address)
+
+
+def _check(layers: Mapping[str, AdaptedLayer], name: str) -> None:
+    fresh = uninitialized(dict(layers), name)
+    if fresh:
+        raise ValueError(f"adapter {name!r} has not been initialized ({fresh[0]}): call lorasb.initialize first")
+    cores = [layer.lorasb_R[name] for layer in layers.values()]
+    if any(hasattr(core, "full_tensor") or core.numel() == 0 for core in cores):
+        raise ValueError("expected R whole on every process, got shards of it (FSDP2 or ZeRO-3): train with DDP")
+
+
+def _tokens(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
+    """Tokens of texts, or of chats that an answer follows, as the trainer renders them."""
+    tokenizer = trainer.processing_class
     if isinstance(prompts[0], str):
         found: list[list[int]] = tokenizer(list(prompts))["input_ids"]
         return found
-    chats = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True)
+    if not all(isinstance(message["content"], str) for chat in prompts for message in chat):
+        raise ValueError("expected messages of text, got other content: images are not sent to the sampler")
+    chats = tokenizer.apply_chat_template(
+        list(prompts),
+        tools=trainer.tools or None,
+        chat_template=trainer.chat_template,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        **trainer.chat_template_kwargs,
+    )
     return [list(one) for one in chats["input_ids"]]
 
 
-def _post(address: str, path: str, body: dict[str, Any]) -> Any:
-    """The JSON that a server answers with, or its text."""
-    request = urllib.request.Request(
-        address.rstrip("/") + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-            text = reply.read().decode()
-    except urllib.error.HTTPError as error:
-        reason = error.read().decode(errors="replace")
-        raise RuntimeError(f"vLLM at {address} answered {error.code}: {_message(reason)}. {START}") from None
-    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
-        raise RuntimeError(f"no vLLM answers at {address} ({error}): {START}") from None
-    return json.loads(text) if text.startswith("{") else text
-
-
-def _message(text: str) -> str:
-    """The message of an error in the server's form."""
-    try:
-        return str(json.loads(text)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return text
+def _refusal(address: str, error: urllib.error.HTTPError, folder: Path) -> str:
+    """What a server's error says, and what to do where that is known."""
+    text = error.read().decode(errors="replace")
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        text = str(json.loads(text)["error"]["message"])
+    said = f"vLLM at {address} answered {error.code}: {text}"
+    if "No adapter found" in text:
+        return f"{said}. The server does not see {folder}: name a folder= that it does"
+    return f"{said}. {START}" if error.code == 404 and "load_lora_adapter" in (error.url or "") else said

@@ -53,6 +53,10 @@ class CoreSlots:
         self.numbers = torch.arange(len(self.parts), device=device)
         self.cores = torch.zeros((count, len(self.parts), r, r), dtype=dtype, device=device)
 
+    def shared(self) -> dict[str, Tensor]:
+        """The tensors that all adapters have."""
+        return {"A": self.A, "numbers": self.numbers, **{f"B{j}": b for j, b in enumerate(self.B)}}
+
     def clear(self, slot: int) -> None:
         """R = 0 in a slot."""
         self.cores[slot] = 0

@@ -28,13 +28,15 @@ class Server:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.headers: list[dict[str, str]] = []
         self.status, self.answer = 200, {"choices": []}  # type: ignore[var-annotated]
-        asked, server = self.asked, self
+        asked, headers, server = self.asked, self.headers, self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 asked.append((self.path, body))
+                headers.append(dict(self.headers))
                 text = (
                     "Success" if self.path.endswith("adapter") and server.status == 200 else json.dumps(server.answer)
                 )
@@ -64,6 +66,23 @@ def model() -> Any:
     return one
 
 
+def grpo(**options: Any) -> Any:
+    """What the sampler reads of TRL's trainer."""
+    process = SimpleNamespace(unwrap_model=lambda one: one, is_main_process=True, wait_for_everyone=lambda: None)
+    return SimpleNamespace(
+        model=model(),
+        state=SimpleNamespace(global_step=1),
+        accelerator=process,
+        processing_class=lambda texts: {"input_ids": [[len(text)] for text in texts]},
+        args=SimpleNamespace(max_completion_length=5),
+        min_p=None,
+        tools=[],
+        chat_template=None,
+        chat_template_kwargs={"enable_thinking": False},
+        **options,
+    )
+
+
 def test_r_alone_is_sent_and_is_an_adapter_that_the_plugin_reads(server: Server, tmp_path: Path) -> None:
     trained, sampler = model(), lorasb.VLLMSampler(server.address, folder=tmp_path)
     trained.save_pretrained(str(tmp_path / "basis"))
@@ -71,7 +90,7 @@ def test_r_alone_is_sent_and_is_an_adapter_that_the_plugin_reads(server: Server,
         fill(trained, "default", step)
         sent = lorasb.sync_to_vllm(trained, sampler)
         path, body = server.asked[-1]
-        assert (path, body["lora_name"], body["load_inplace"]) == ("/v1/load_lora_adapter", "policy", True)
+        assert (path, body["lora_name"], body["load_inplace"]) == ("/v1/load_lora_adapter", sent.name, True)
         found = plugin._cores(Path(body["lora_path"]), read_basis(tmp_path / "basis"), torch.float32)
         for name, layer in layers_with(trained, "default").items():
             check(found[name], layer.lorasb_R["default"].detach(), EXACT)
@@ -86,34 +105,26 @@ def test_r_alone_is_sent_and_is_an_adapter_that_the_plugin_reads(server: Server,
 
 def test_without_a_folder_nothing_stays_in_the_working_one(server: Server) -> None:
     sent = lorasb.sync_to_vllm(model(), server.address)
-    assert (sent.name, sent.request) == ("policy", None)
+    assert sent.request is None
     assert not Path(server.asked[0][1]["lora_path"]).is_relative_to(Path.cwd())
 
 
 def test_completions_are_in_the_prompts_order(server: Server, tmp_path: Path) -> None:
-    sampler = lorasb.VLLMSampler(server.address, folder=tmp_path, top_p=0.9)
+    sampler = lorasb.VLLMSampler(server.address, folder=tmp_path, frequency_penalty=0.5)
     with pytest.raises(ValueError, match=r"call sampler.sync\(model\) first"):
         sampler.complete([[1]])
     sampler.sync(model())
     choices = [{"index": i, "token_ids": [i], "logprobs": {"token_logprobs": [-0.5 * i]}} for i in (2, 0, 1)]
     server.answer = {"choices": choices}
-    trainer = SimpleNamespace(
-        model=model(),
-        state=SimpleNamespace(global_step=1),
-        accelerator=SimpleNamespace(unwrap_model=lambda one: one, is_main_process=True, wait_for_everyone=lambda: None),
-        processing_class=lambda texts: {"input_ids": [[len(text)] for text in texts]},
-        args=SimpleNamespace(temperature=0.7, max_completion_length=5),
-    )
+    trainer = grpo(temperature=0.7, top_k=5)
     found = sampler(["a", "bb", "ccc"], trainer)
     assert found["completion_ids"] == [[0], [1], [2]]
     assert found["logprobs"] == [[-0.0], [-0.5], [-1.0]]
     asked = server.asked[-1][1]
-    assert (asked["prompt"], asked["temperature"], asked["max_tokens"], asked["top_p"]) == (
-        [[1], [2], [3]],
-        0.7,
-        5,
-        0.9,
-    )
+    assert (asked["prompt"], asked["max_tokens"]) == ([[1], [2], [3]], 5)
+    # the trainer's, the sampler's own, and nothing from the model's generation_config.json
+    assert (asked["temperature"], asked["top_k"], asked["frequency_penalty"]) == (0.7, 5, 0.5)
+    assert (asked["top_p"], asked["min_p"], asked["repetition_penalty"]) == (1.0, 0.0, 1.0)
     before = len(server.asked)
     sampler(["a"], trainer)  # the same step: nothing to send
     assert len(server.asked) == before + 1
@@ -125,17 +136,54 @@ def test_completions_are_in_the_prompts_order(server: Server, tmp_path: Path) ->
 
 def test_what_the_server_refuses_is_one_line(server: Server) -> None:
     server.status, server.answer = 500, {"error": {"message": "other A and B than the basis"}}
-    with pytest.raises(RuntimeError, match=r"answered 500: other A and B than the basis. start it with LORASB_BASIS"):
+    with pytest.raises(RuntimeError, match=r"answered 500: other A and B than the basis$"):
+        lorasb.sync_to_vllm(model(), server.address)
+    server.status, server.answer = 404, {"error": {"message": "No adapter found for policy"}}
+    with pytest.raises(RuntimeError, match=r"answered 404: No adapter found.* does not see .*name a folder= that it"):
+        lorasb.sync_to_vllm(model(), server.address)
+    server.answer = {"detail": "Not Found"}
+    with pytest.raises(RuntimeError, match=r"answered 404: .*Not Found.*VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve"):
         lorasb.sync_to_vllm(model(), server.address)
     server.http.server_close()
     server.http.shutdown()
-    with pytest.raises(RuntimeError, match=r"no vLLM answers at http://127.*start it with LORASB_BASIS"):
+    with pytest.raises(RuntimeError, match=r"no vLLM answers at http://127.*: LORASB_BASIS=FOLDER"):
         lorasb.sync_to_vllm(model(), server.address)
 
 
+def test_a_key_is_sent(server: Server, tmp_path: Path) -> None:
+    lorasb.VLLMSampler(server.address, folder=tmp_path, api_key="secret").sync(model())
+    assert server.headers[-1]["Authorization"] == "Bearer secret"
+
+
+def test_chats_are_rendered_as_the_trainer_does(server: Server, tmp_path: Path) -> None:
+    given: list[dict[str, Any]] = []
+
+    def apply_chat_template(chats: Any, **options: Any) -> dict[str, Any]:
+        given.append(options)
+        return {"input_ids": [[7]] * len(chats)}
+
+    trainer = grpo()
+    trainer.processing_class = SimpleNamespace(apply_chat_template=apply_chat_template)
+    sampler = lorasb.VLLMSampler(server.address, folder=tmp_path)
+    server.answer = {"choices": [{"index": 0, "token_ids": [1], "logprobs": {"token_logprobs": [0.0]}}]}
+    sampler([[{"role": "user", "content": "x"}]], trainer)
+    assert given[0]["enable_thinking"] is False
+    assert (given[0]["tools"], given[0]["add_generation_prompt"]) == (None, True)
+    with pytest.raises(ValueError, match="images are not sent to the sampler"):
+        sampler([[{"role": "user", "content": [{"type": "image"}]}]], trainer)
+
+
 def test_what_cannot_be_sent_is_refused(server: Server) -> None:
-    with pytest.raises(ValueError, match=r"expected the address of a vLLM server or a vllm.LLM, got a int"):
+    with pytest.raises(ValueError, match=r"expected a vLLM server's address or a lorasb.VLLMSampler, got a int"):
         lorasb.sync_to_vllm(model(), 8000)
+    with pytest.raises(ValueError, match=r"expected the address of a vLLM server or a vllm.LLM, got a int"):
+        lorasb.VLLMSampler(8000)
+    sharded = model()
+    next(iter(layers_with(sharded, "default").values())).lorasb_R["default"].data = torch.empty(
+        0
+    )  # as ZeRO-3 leaves it
+    with pytest.raises(ValueError, match="got shards of it"):
+        lorasb.sync_to_vllm(sharded, server.address)
     fresh = lorasb.patch(with_basis().unload(), r=4)
     with pytest.raises(ValueError, match="has not been initialized"):
         lorasb.sync_to_vllm(fresh, server.address)

@@ -366,12 +366,16 @@ def test_after_every_step_of_grpo_the_sampler_has_the_trainers_policy(people: Pe
 
 def test_an_engine_in_the_same_process_has_the_trainers_policy(people: People) -> None:
     script = f"""
-import torch, peft, lorasb
+import numpy as np, torch, peft, lorasb
 from transformers import AutoModelForCausalLM
 from vllm import LLM
 if __name__ == "__main__":
-    llm = LLM({lorasb.demo_model()!r}, dtype="float32", enable_lora=True, max_loras=1, max_model_len=128,
+    llm = LLM({lorasb.demo_model()!r}, dtype="float32", enable_lora=True, max_loras=3, max_model_len=128,
               max_num_seqs=4, kv_cache_memory_bytes=200 << 20)
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    # as on a GPU, whose graphs are captured with an adapter in every slot
+    with runner.maybe_dummy_run_with_lora(runner.lora_config, np.array([2, 2]), np.array([1, 1]), num_active_loras=4):
+        assert runner.lora_manager._adapter_manager.lora_index_to_id == [1, 2, 3]
     plain = AutoModelForCausalLM.from_pretrained({lorasb.demo_model()!r}, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(plain, {str(people.folder)!r}, is_trainable=True)
     cores = [p for p in model.parameters() if p.requires_grad]
