@@ -76,6 +76,8 @@ class VLLMSampler:
         self.client, self.api_key, self.options = client, api_key, options
         self.name = name or f"policy-{uuid.uuid4().hex[:8]}"
         place = folder or (MEMORY if Path(MEMORY).is_dir() else None)
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
         # a new folder for every run: vLLM's cache of prefixes goes by an adapter's name and path
         self.folder = Path(tempfile.mkdtemp(prefix="lorasb-", dir=place)).resolve()
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)

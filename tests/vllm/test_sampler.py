@@ -151,7 +151,7 @@ def test_what_the_server_refuses_is_one_line(server: Server) -> None:
 
 
 def test_a_key_is_sent(server: Server, tmp_path: Path) -> None:
-    lorasb.VLLMSampler(server.address, folder=tmp_path, api_key="secret").sync(model())
+    lorasb.VLLMSampler(server.address, folder=tmp_path / "new", api_key="secret").sync(model())
     assert server.headers[-1]["Authorization"] == "Bearer secret"
 
 

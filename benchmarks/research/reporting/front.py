@@ -1,71 +1,51 @@
-"""The README's picture: trained parameters, memory and score of LoRA-SB against LoRA, from the committed results.
+"""The README's picture: megabytes of one adapter among a thousand of Mistral-7B, the shared basis included.
 
-python -m benchmarks.research.reporting.front [--output docs/why.png]
+python -m benchmarks.research.reporting.front   # docs/megabytes-light.png and docs/megabytes-dark.png
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common.figures import panels, save_panels
-from benchmarks.research.methods import rows as methods_rows
 from benchmarks.research.methods import runner
-from benchmarks.research.reporting.markdown import read_json
-from benchmarks.research.reporting.methods import lines
-from lorasb.utils.plotting import INK, MUTED, SIGN
+from benchmarks.serving.economics import Sizes
+from lorasb.utils.plotting import MUTED, SIGN
 
-OUTPUT = runner.RESULTS.parents[1] / "docs" / "why.png"
-LORA, OURS = "LoRA, r=32", "LoRA-SB, r=96"
-SCORED = ("word_sequence_reversal", "chain_sum")
-
-
-def draw(results: Path, path: Path) -> None:
-    """Three panels, each with LoRA first."""
-    step = read_json(results / "step-cpu.json")["ways"]
-    ways = step["PEFT LoRA, r=32"], step["LoRA-SB, r=96"]
-    figure, axes = panels(1, 3, (10, 2.6))
-    _bars(axes[0], "trained parameters, millions", [way["trained"] / 1e6 for way in ways], ".1f")
-    _bars(axes[1], "kept for backward in a step, MB", [way["kept_bytes"] / 1e6 for way in ways], ".0f")
-    _scores(axes[2], results)
-    save_panels(figure, axes, path, grid=False)
+DOCS = runner.RESULTS.parents[1] / "docs"
+INKS = {"light": "#1b1b1b", "dark": "#e6e6e6"}  # of text, on either background
+MODEL, RANK, COUNT = "Mistral-7B", 16, 1000
 
 
-def _bars(axis: Any, title: str, values: list[float], form: str) -> None:
-    axis.barh([LORA, OURS], values, color=[MUTED, SIGN])
-    for i, value in enumerate(values):
-        axis.text(value, i, f" {value:{form}}", va="center", fontsize=9, color=INK)
-    axis.set_title(title, fontsize=10, color=INK)
+def draw(path: Path, ink: str) -> None:
+    """Write the picture on a transparent background; legible on a telephone."""
+    sizes = Sizes(MODEL)
+    bars = {
+        "LoRA, r = 32": sizes.lora(32) / 1e6,
+        "LoRA, r = 1": sizes.lora(1) / 1e6,
+        f"R on a shared basis,\nr = {RANK}": sizes.on_basis(RANK, COUNT) / COUNT / 1e6,
+    }
+    figure, (axis,) = panels(1, 1, (7.6, 3.0))
+    axis.barh(list(bars), list(bars.values()), color=[MUTED, MUTED, SIGN], height=0.62)
+    axis.set_xscale("log")
+    axis.set_xlim(0.1, 6000)
+    for i, value in enumerate(bars.values()):
+        text = f" {value:.0f} MB" if value > 100 else f" {value:.1f} MB"
+        axis.text(value, i, text, va="center", fontsize=19, fontweight="bold", color=ink)
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.25 * max(values))
-
-
-def _scores(axis: Any, results: Path) -> None:
-    """Exact answers of two tasks, mean and standard deviation over seeds."""
-    rows = methods_rows.read(results / runner.ROWS)
-    for i, task in enumerate(SCORED):
-        found = {line.method: line for line in lines(rows, task)}  # the largest rank is the last
-        for place, method, color in ((i - 0.18, "LoRA", MUTED), (i + 0.18, "LoRA-SB", SIGN)):
-            scores = found[method].scores
-            mean = sum(scores) / len(scores)
-            spread = max(scores) - min(scores)
-            axis.barh(place, mean, 0.32, color=color, xerr=spread / 2)
-            axis.text(mean + spread / 2, place, f" {mean:.0%}", va="center", fontsize=9)
-    axis.set_yticks(range(len(SCORED)), [task.replace("_", "\n", 1).replace("_", " ") for task in SCORED])
-    axis.set_title("exact answers of two tasks", fontsize=10, color=INK)
-    axis.invert_yaxis()
-    axis.set_xlim(0, 1.25)
+    axis.tick_params(axis="y", labelsize=17, labelcolor=ink, length=0)
+    axis.xaxis.set_visible(False)
+    axis.spines[["bottom", "left"]].set_visible(False)
+    axis.set_title(f"One of {COUNT:,} adapters of {MODEL} (log scale)", fontsize=18, color=ink)
+    figure.patch.set_alpha(0)
+    axis.patch.set_alpha(0)
+    save_panels(figure, [axis], path, grid=False)
 
 
 def main() -> None:
-    """Draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=runner.RESULTS)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    options = parser.parse_args()
-    draw(options.results, options.output)
-    print(options.output)
+    """Draw both."""
+    for name, ink in INKS.items():
+        draw(DOCS / f"megabytes-{name}.png", ink)
 
 
 if __name__ == "__main__":

@@ -93,23 +93,9 @@ def starts(folder: Path) -> Iterator[str]:
 def training_step(folder: Path) -> Iterator[str]:
     """A step of a whole model."""
     if found := read_json(folder / "step-cpu.json"):
-        theirs, ours = found["ways"][step.PEFT], found["ways"][step.OURS]
-        yield from (
-            "### A training step on a CPU",
-            "",
-            where(found),
-            "",
-            f"SmolLM2-135M, {found['machine'].get('dtype', 'bf16')}, 4 x 128 tokens, AdamW:",
-            "",
-        )
-        spread = f"{ours['ratio']:.2f}x ({ours['ratio_p20']:.2f}-{ours['ratio_p80']:.2f})"
-        lines = [["time", f"{theirs['p50']:.0f} ms", f"{ours['p50']:.0f} ms", spread]]
-        for name, what in (("kept_bytes", "kept for backward"), ("optimizer_bytes", "optimizer's state")):
-            sizes = (f"{way[name] / 1e6:.1f} MB" for way in (theirs, ours))
-            lines.append([what, *sizes, f"{ours[name] / theirs[name]:.3f}x"])
-        counts = (f"{way['trained']:,}" for way in (theirs, ours))
-        lines.append(["trained parameters", *counts, f"{ours['trained'] / theirs['trained']:.3f}x"])
-        yield from table(["", step.PEFT, step.OURS, "ratio"], lines)
+        what = f"SmolLM2-135M, {found['machine'].get('dtype', 'bf16')}, 4 x 128 tokens, AdamW:"
+        yield from ("### A training step on a CPU", "", where(found), "", what, "")
+        yield from table(list(step.HEAD), step.rows(found["ways"]))
 
 
 def other_quantizers(folder: Path) -> Iterator[str]:
