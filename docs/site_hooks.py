@@ -15,7 +15,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 REPORT = "benchmarks/REPORT.md"
-LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)")
+LINK = re.compile(r"""(\]\(|\ssrc="|\ssrcset=")(?!https?:|#|mailto:)([^)#\s"]+)""")
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -26,6 +28,16 @@ def test_every_block_runs(page: Path, tmp_path: Path) -> None:
     given = {"model": make("llama"), "fresh": lambda: make("llama"), "data": Rows(), "dataloader": batches}
     given |= {"batch": batches[0], "folder": str(tmp_path)}
     runpy.run_path(str(script), init_globals=given)
+
+
+def test_the_readmes_block_prints_what_it_says(tmp_path: Path) -> None:
+    code = blocks(DOCS[0].parents[1] / "README.md")
+    said = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert said
+    assert [line for line in done.stdout.splitlines() if line in said] == said
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["api", "settings", "compatibility"])

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urldefrag, urljoin, urlparse
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WORDS = 1200  # of the README, at most
+WORDS = 800  # of the README, at most
 
 
 @pytest.fixture(scope="session")
