@@ -244,7 +244,7 @@ def _tokens(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
 
 
 def _refusal(address: str, error: urllib.error.HTTPError, folder: Path) -> str:
-    """What a server's error says, and what to do where that is known."""
+    """The message of a server's error, with the remedy where it is known."""
     text = error.read().decode(errors="replace")
     with contextlib.suppress(ValueError, KeyError, TypeError):
         text = str(json.loads(text)["error"]["message"])
