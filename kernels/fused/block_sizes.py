@@ -107,6 +107,11 @@ def rank_blocks(r: int) -> tuple[int, ...]:
     return min((blocks for blocks in covers if sum(blocks) >= r), key=lambda blocks: (sum(blocks), len(blocks)))
 
 
+def padded_rank(r: int) -> int:
+    """The sum of the powers of two that cover a rank: columns of v and w."""
+    return sum(rank_blocks(r))
+
+
 def _power_of_two_splits(programs: int, steps: int, wanted: int, least_steps: int) -> int:
     """Double the splits until the grid has `wanted` programs or a split would have fewer than `least_steps` steps.
 
@@ -120,7 +125,7 @@ def _power_of_two_splits(programs: int, steps: int, wanted: int, least_steps: in
 
 def prep_members(r: int, members: int) -> int:
     """Number of members that share one reading of x: their sums have to fit a multiprocessor's registers."""
-    return max(1, min(members, MAX_GROUP_RANKS // sum(rank_blocks(r))))
+    return max(1, min(members, MAX_GROUP_RANKS // padded_rank(r)))
 
 
 def prep_splits(row_blocks: int, steps: int) -> int:

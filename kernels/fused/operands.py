@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .block_sizes import rank_blocks
+from .block_sizes import padded_rank
 from .workspace import counters
 
 INT32_LIMIT = 2**31
@@ -35,7 +35,7 @@ class Members(NamedTuple):
     @property
     def width(self) -> int:
         """Columns of a member's v, w and t: the rank, padded."""
-        return sum(rank_blocks(self.r))
+        return padded_rank(self.r)
 
     def select(self, indices: slice) -> Members:
         """Some of the members."""

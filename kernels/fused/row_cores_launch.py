@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .block_sizes import CORE_BLOCK, PrepConfig, cdiv, rank_blocks
+from .block_sizes import CORE_BLOCK, PrepConfig, cdiv, padded_rank, rank_blocks
 from .launcher import KernelCall, launch
 from .operands import core_precision, on_device, precision, unit_rows
 from .row_cores import row_core_gradients, times_row_cores
@@ -58,11 +58,6 @@ def times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transp
     return out
 
 
-def padded(r: int) -> int:
-    """Columns of `out` for rank r."""
-    return sum(rank_blocks(r))
-
-
 def core_gradients(t: Tensor, u: Tensor, cores: Tensor, index: Tensor, scale: float) -> Tensor:
     """dR_k = s·Σ t_iᵀ u_i [K, r, r] in R's dtype, over the rows of k in their order; zero for adapters without rows."""
     gradients = torch.zeros_like(cores, memory_format=torch.contiguous_format)
@@ -71,7 +66,7 @@ def core_gradients(t: Tensor, u: Tensor, cores: Tensor, index: Tensor, scale: fl
         return gradients
     present, counts = index[order].unique_consecutive(return_counts=True)
     starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-    r, width = cores.shape[1], sum(rank_blocks(cores.shape[1]))
+    r, width = cores.shape[1], padded_rank(cores.shape[1])
     t, u = unit_rows(t), unit_rows(u)
     arguments = dict(
         t=t,

@@ -292,7 +292,7 @@ class Settings:
     )
     sampler: str | None = setting(
         None,
-        "Address of a vLLM server that samples for --rl, with R of every step; it has LORASB_BASIS=BASIS of --basis.",
+        "Address of a vLLM server that samples for --rl and gets R after every step; it was started on --basis.",
         group="reinforcement",
         shown="transformers, in this process",
     )

@@ -113,7 +113,7 @@ def _is_there(name: str) -> bool:
 
 def install(parts: Parts) -> None:
     """Let vLLM make layers and managers whose slots hold R. A second call in a process does nothing."""
-    runner: Any = importlib.import_module("vllm.v1.worker.lora_model_runner_mixin")
+    runner = _vllm("v1.worker.lora_model_runner_mixin")
     if hasattr(runner.LRUCacheWorkerLoRAManager, "lorasb_parts"):
         return
     layers, utils = _vllm("lora.layers"), _vllm("lora.utils")
@@ -129,8 +129,10 @@ def install(parts: Parts) -> None:
 
 def _define_op() -> None:
     """`vllm::lorasb_add`: the product as one node of vLLM's compiled graph, which finds the layer by its name."""
-    register = importlib.import_module("vllm.utils.torch_utils").direct_register_custom_op
-    context = importlib.import_module("vllm.forward_context").get_forward_context
+    register, context = (
+        _vllm("utils.torch_utils").direct_register_custom_op,
+        _vllm("forward_context").get_forward_context,
+    )
 
     def lorasb_add(y: Tensor, x: Tensor, name: str) -> None:
         context().no_compile_layers[name].add(y, x)
@@ -176,11 +178,11 @@ class _SlotsOfCores:
 
     def set_basis(self, pairs: Sequence[tuple[Tensor, Tensor] | None], make_slots: Callable[..., Any]) -> None:
         """Make the slots on this rank's shares of A and B, one pair for each part of the layer."""
-        a, b = [one and one[0] for one in pairs], [one and one[1] for one in pairs]
-        if self.tp_size > 1:
-            one = self.n_slices == 1
-            a = [self.slice_lora_a(a[0])] if one and a[0] is not None else a if one else self.slice_lora_a(a)
-            b = [self.slice_lora_b(b[0])] if one and b[0] is not None else b if one else self.slice_lora_b(b)
+        a, b = [pair and pair[0] for pair in pairs], [pair and pair[1] for pair in pairs]
+        if self.tp_size > 1 and self.n_slices == 1:  # vLLM's layers of one part take the tensor, others a list
+            a, b = [self.slice_lora_a(a[0])], [self.slice_lora_b(b[0])]
+        elif self.tp_size > 1:
+            a, b = self.slice_lora_a(a), self.slice_lora_b(b)
         shares = [None if left is None else (left, right) for left, right in zip(a, b, strict=True)]
         dtype = self.lora_config.lora_dtype
         self.slots = make_slots(shares, self.output_slices, self.input_size, self.count, dtype, self.device)
@@ -253,7 +255,8 @@ class _Manager:
             covered |= set(parts)
         for wrapper in manager.punica_wrapper_mapping.values():
             wrapper._token_lora_indices.fill_(-1)  # a captured graph reads past the tokens of a step
-        elsewhere = tuple(f"{name}." for name, one in adapted.named_modules() if isinstance(one, _missing_layer()))
+        missing_layer = _vllm("model_executor.models.utils").PPMissingLayer  # of another stage of a pipeline
+        elsewhere = tuple(f"{name}." for name, one in adapted.named_modules() if isinstance(one, missing_layer))
         lacking = sorted(name for name in set(factors) - covered if not f"{name}.".startswith(elsewhere))
         if lacking:
             raise ValueError(
@@ -292,7 +295,9 @@ class _Manager:
         """Load what a step needs. vLLM's own reads those of `load_inplace` again at each step."""
         manager, wanted = self._adapter_manager, {one.lora_int_id: one for one in lora_requests if one}
         if len(wanted) > manager.lora_slots:
-            raise RuntimeError(f"expected at most {manager.lora_slots} adapters in a batch (max_loras), {len(wanted)=}")
+            raise RuntimeError(
+                f"expected at most {manager.lora_slots} adapters in a batch (--max-loras), got {len(wanted)}"
+            )
         active, registered = manager._active_adapters, manager._registered_adapters
         resident = [key for key in wanted if key in active and key in registered]
         for key in resident:  # first, so that none of them is evicted for another
@@ -329,11 +334,6 @@ def _places(model: Any, names: Iterable[str]) -> dict[str, str]:
         return {name: name for name in names}
     renaming, end = mapper.get_rename_mapper(), ".lora_A.weight"  # rules are of weights' names
     return {name: (renaming._map_name(name + end) or name).removesuffix(end) for name in names}
-
-
-def _missing_layer() -> Any:
-    """The class of layers that another stage of a pipeline has."""
-    return _vllm("model_executor.models.utils").PPMissingLayer
 
 
 def _vllm(module: str) -> Any:

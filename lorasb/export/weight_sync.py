@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..compat.torch import uncompiled
 from ..constants import PEFT_PREFIX
-from ..layers.lookup import adapted_layers, layer_kinds, uninitialized
+from ..layers.lookup import adapted_layers, layer_kinds, refuse_uninitialized
 from .lora import fuse_experts, in_pefts_layout, refuse_slices
 
 PARTS = ("lora", "basis", "core")
@@ -43,9 +43,7 @@ def adapter_delta(
         raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
     model = uncompiled(model)
     name, layers = adapted_layers(model, adapter_name)
-    fresh = uninitialized(layers, name)
-    if fresh:
-        raise ValueError(f"adapter {name!r} has not been initialized ({fresh[0]}): call lorasb.initialize first")
+    refuse_uninitialized(layers, name)
     if part == "core":
         return {path: _in(layer.lorasb_R[name].detach(), dtype) for path, layer in layers.items()}
     basis: dict[str, Tensor] = {}

@@ -55,6 +55,15 @@ def uninitialized(layers: dict[str, AdaptedLayer], adapter_name: str) -> list[st
     return [name for name, layer in layers.items() if not layer.is_initialized(adapter_name)]
 
 
+def refuse_uninitialized(layers: dict[str, AdaptedLayer], adapter_name: str) -> None:
+    """Raise a ValueError for an adapter that has not been initialized."""
+    fresh = uninitialized(layers, adapter_name)
+    if fresh:
+        raise ValueError(
+            f"adapter {adapter_name!r} has not been initialized ({fresh[0]}): call lorasb.initialize first"
+        )
+
+
 def standing_on(model: nn.Module, adapter_name: str) -> list[str]:
     """The adapters that have an adapter's A and B."""
     layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]

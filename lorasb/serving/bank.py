@@ -24,7 +24,7 @@ from ..checkpoints.adapter_file import read_cores
 from ..compat.torch import uncompiled
 from ..constants import BASE_ROW, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import adapted_layers, layers_with, uninitialized
+from ..layers.lookup import adapted_layers, layers_with, refuse_uninitialized
 from ..layers.weight_adapter import LoRASBWeight
 from ..utils.precision import FLOATS
 from . import basis as bases
@@ -370,9 +370,7 @@ def _check(
         raise ValueError(
             f"a bank serves linears, and adapter {basis!r} adapts {others[0]!r}: name it in exclude_modules"
         )
-    fresh = uninitialized(layers, basis)
-    if fresh:
-        raise ValueError(f"adapter {basis!r} has not been initialized ({fresh[0]}): call lorasb.initialize first")
+    refuse_uninitialized(layers, basis)
     devices = {layer.base.device for layer in layers.values()}
     if len(devices) > 1:
         raise ValueError(f"expected all layers on one device, got {', '.join(map(str, sorted(devices, key=str)))}")

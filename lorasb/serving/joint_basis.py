@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import layers_with, uninitialized
+from ..layers.lookup import layers_with, refuse_uninitialized
 from ..utils.reading import read_json, read_tensors
 from .basis import refuse_deletion
 
@@ -270,9 +270,7 @@ def _layers_of_all(model: nn.Module, adapters: Sequence[str]) -> dict[str, Adapt
             raise ValueError(
                 f"expected adapters of the same layers, {adapter!r} has {len(mine)}, {adapters[0]!r} {len(layers)}"
             )
-        fresh = uninitialized(mine, adapter)
-        if fresh:
-            raise ValueError(f"adapter {adapter!r} has not been initialized ({fresh[0]}): call lorasb.initialize first")
+        refuse_uninitialized(mine, adapter)
         refuse_deletion(model, adapter)
     return layers
 

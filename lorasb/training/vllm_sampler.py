@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from ..compat import vllm as private
 from ..compat.torch import uncompiled
 from ..constants import CONFIG_NAME, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import adapted_layers, uninitialized
+from ..layers.lookup import adapted_layers, refuse_uninitialized
 from ..serving.basis import frozen_factors
 from ..serving.basis_adapters import save_cores
 
@@ -214,10 +214,8 @@ def _sampler(address: str) -> VLLMSampler:
     return VLLMSampler(address)
 
 
-def _check(layers: Mapping[str, AdaptedLayer], name: str) -> None:
-    fresh = uninitialized(dict(layers), name)
-    if fresh:
-        raise ValueError(f"adapter {name!r} has not been initialized ({fresh[0]}): call lorasb.initialize first")
+def _check(layers: dict[str, AdaptedLayer], name: str) -> None:
+    refuse_uninitialized(layers, name)
     cores = [layer.lorasb_R[name] for layer in layers.values()]
     if any(hasattr(core, "full_tensor") or core.numel() == 0 for core in cores):
         raise ValueError("expected R whole on every process, got shards of it (FSDP2 or ZeRO-3): train with DDP")

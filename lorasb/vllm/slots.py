@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import functional as functional  # registers the backends
 from ..backends import cpp, eager
+from ..kernels.block_sizes import padded_rank
 from ..ops.registry import unavailable
 
 GATHERED = 1024  # tokens whose R's torch's own operations gather at a time
@@ -100,7 +101,7 @@ def times_cores(u: Tensor, cores: Tensor, index: Tensor) -> Tensor:
     if u.is_cuda and unavailable("triton") is None:
         from ..kernels import row_cores_launch
 
-        width = row_cores_launch.padded(cores.shape[1])
+        width = padded_rank(cores.shape[1])
         out = row_cores_launch.times_cores(u, cores, index, 1.0, True, u.new_empty((len(u), width)))
         return out[:, : u.shape[1]]
     parts = zip(u.split(GATHERED), index.split(GATHERED), strict=True)

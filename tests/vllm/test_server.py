@@ -65,14 +65,16 @@ class People:
         """The adapter's folder; those above 32 have the R's of another."""
         path = self.folder / name
         if not path.exists():
-            path.symlink_to(self.folder / f"user{int(name.removeprefix('user')) % len(PEOPLE)}")
+            path.symlink_to(self.folder / self._owner(name))
         return path
+
+    def _owner(self, name: str) -> str:
+        """Whose R's an adapter has."""
+        return name if name == "__base__" else f"user{int(name.removeprefix('user')) % len(PEOPLE)}"
 
     def answer(self, name: str, prompt: int = 0) -> Answer:
         """What transformers answers with the adapter's R's."""
-        return self.answers[name if name == "__base__" else f"user{int(name.removeprefix('user')) % len(PEOPLE)}"][
-            prompt
-        ]
+        return self.answers[self._owner(name)][prompt]
 
 
 @pytest.fixture(scope="module")
