@@ -234,7 +234,7 @@ class Settings:
     )
     data: str | None = setting(
         None,
-        "JSONL of prompt/completion, messages or text/label, Alpaca's JSON, or a name (docs/quickstart.md).",
+        "JSONL of prompt/completion, messages or text/label, Alpaca's JSON, or a name (docs/data.md).",
         main=True,
         group="data",
         init="same",
@@ -255,7 +255,7 @@ class Settings:
     eval_examples: int = setting(100, "Held-out examples of each set.", group="data", positive=True)
     score: str = setting(
         "exact",
-        f"How answers to a file's examples are scored: {', '.join(SCORES)} (docs/quickstart.md).",
+        f"How answers to a file's examples are scored: {', '.join(SCORES)} (docs/data.md).",
         group="data",
         choices=tuple(SCORES),
     )
