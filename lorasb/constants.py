@@ -1,6 +1,6 @@
 """Names used in files and models, and limits, shared by all packages. Importing this module imports nothing."""
 
-VERSION = "0.2.0"  # of the package, and in every saved adapter
+VERSION = "0.3.0"  # of the package, and in every saved adapter
 
 MAX_RANK = 256  # largest r that the kernels support
 

@@ -1,6 +1,6 @@
 """What 4 bits cost in loss: LoRA-SB over the demo's model in 16 and in 4 bits, the same data, seeds and schedule.
 
-    python -m benchmarks.quantized.loss_curve [--seeds 2] [--output benchmarks/results] [--picture docs/four-bits.png]
+    python -m benchmarks.quantized.loss_curve [--seeds 2] [--output benchmarks/results]
 
 Two runs of `lorasb finetune` a seed; about ten minutes a seed on two cores.
 """
@@ -18,13 +18,10 @@ from rich.table import Table
 
 from benchmarks.common.timing import dtype_name, dtype_option, provenance, use_dtype
 from lorasb.app.finetune import run_finetune
-from lorasb.app.results import smoothed
 from lorasb.app.settings import Settings
 from lorasb.utils.atomic_files import write_json
-from lorasb.utils.plotting import GRAD, SIGN, canvas, save
 
 KEPT = ("eval_loss_before", "eval_loss_after", "eval_accuracy_after", "train_losses", "train_seconds", "base_bytes")
-COLORS = {16: GRAD, 4: SIGN}
 
 
 def run(bits: int, seed: int, examples: int) -> dict[str, Any]:
@@ -68,28 +65,12 @@ def view(runs: list[dict[str, Any]]) -> Table:
     return table
 
 
-def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Training loss by step, every seed, and the held-out loss after."""
-    figure, axes = canvas()
-    for one in runs:
-        label = f"{one['bits']} bits" if one["seed"] == 0 else None
-        losses = smoothed(tuple(one["train_losses"]))
-        steps = range(1, len(losses) + 1)
-        axes.plot(steps, losses, color=COLORS[one["bits"]], linewidth=1.6, alpha=0.85, label=label)
-        axes.plot(len(losses), one["eval_loss_after"], "o", color=COLORS[one["bits"]], markersize=6)
-    seeds = len({one["seed"] for one in runs})
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", ylim=(0, None))
-    axes.legend(frameon=False, title=f"{seeds} seeds; dots: held-out loss")
-    save(figure, axes, "LoRA-SB over a base in 16 and in 4 bits (NF4): training loss, smoothed", path)
-
-
 def main() -> None:
     """Run, print, write and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--examples", type=int, default=1200)
     parser.add_argument("--output", type=Path, help="folder of four-bits-curve.json")
-    parser.add_argument("--picture", type=Path)
     dtype_option(parser)
     options = parser.parse_args()
     use_dtype(options.dtype)
@@ -97,8 +78,6 @@ def main() -> None:
     Console(width=110).print(view(runs))
     if options.output:
         write_json(options.output / "four-bits-curve.json", {**provenance(), "runs": runs})
-    if options.picture:
-        plot(runs, options.picture)
 
 
 if __name__ == "__main__":

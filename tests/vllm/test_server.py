@@ -369,7 +369,9 @@ def test_after_every_step_of_grpo_the_sampler_has_the_trainers_policy(people: Pe
 def test_an_engine_in_the_same_process_has_the_trainers_policy(people: People) -> None:
     script = f"""
 import numpy as np, torch, peft, lorasb
-from transformers import AutoModelForCausalLM
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
 from vllm import LLM
 if __name__ == "__main__":
     llm = LLM({lorasb.demo_model()!r}, dtype="float32", enable_lora=True, max_loras=3, max_model_len=128,
@@ -381,28 +383,55 @@ if __name__ == "__main__":
     plain = AutoModelForCausalLM.from_pretrained({lorasb.demo_model()!r}, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(plain, {str(people.folder)!r}, is_trainable=True)
     cores = [p for p in model.parameters() if p.requires_grad]
-    sampler, prompt, seen = lorasb.VLLMSampler(llm), {people.prompts[0]}, []
-    for step in range(3):
-        lorasb.sync_to_vllm(model, sampler)
-        (answer, got), = sampler.complete([prompt], temperature=0.0, max_tokens=12)
+    answers, seen = [], []
+
+    def check(prompt, answer, got):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-            want = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-            seen.append((torch.tensor(got) - want).abs().max().item())
+        want = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        seen.append((torch.tensor(got) - want).abs().max().item())
+
+    sampler, prompt = lorasb.VLLMSampler(llm), {people.prompts[0]}
+    for step in range(3):  # a loop of one's own
+        lorasb.sync_to_vllm(model, sampler)
+        (answer, got), = sampler.complete([prompt], temperature=0.0, max_tokens=12)
+        check(prompt, answer, got)
+        answers.append(tuple(answer))
+        with torch.no_grad():
             for core in cores:
                 core += 0.02 * torch.randn_like(core)
-        answers = globals().setdefault("answers", []); answers.append(answer)
-    print("WORST", max(seen), len(set(map(tuple, answers))))
+
+    def rollout(prompts, trainer):
+        found = sampler(prompts, trainer)
+        for parts in zip(found["prompt_ids"], found["completion_ids"], found["logprobs"]):
+            check(*parts)
+        return found
+
+    before = [core.detach().clone() for core in cores]
+    arguments = GRPOConfig(
+        output_dir={str(people.folder / "grpo")!r}, max_steps=2, per_device_train_batch_size=4, num_generations=4,
+        max_completion_length=8, learning_rate=1e-2, report_to=[], use_cpu=True, bf16=False, save_strategy="no",
+        gradient_checkpointing=False,
+    )
+    GRPOTrainer(
+        model=model, reward_funcs=lambda completions, **_: [float(len(text)) for text in completions], args=arguments,
+        train_dataset=Dataset.from_list([{{"prompt": text}} for text in {list(PROMPTS)!r}]),
+        processing_class=AutoTokenizer.from_pretrained({lorasb.demo_model()!r}, padding_side="left"),
+        rollout_func=rollout,
+    ).train()
+    assert all(not torch.equal(core, old) for core, old in zip(cores, before))
+    print("WORST", max(seen), len(set(answers)), len(seen))
 """
     file = people.folder / "colocated.py"
     file.write_text(script)
-    extra = Path(PYTHON).parents[1] / "colocated"  # PEFT, which the servers above do without
+    extra = Path(PYTHON).parents[1] / "colocated"  # PEFT and TRL, which the servers above do without
     found = _run(str(file), LORASB_BASIS=str(people.folder), PYTHONPATH=str(extra), VLLM_ENABLE_V1_MULTIPROCESSING="0")
     line = next((line for line in found.stdout.splitlines() if line.startswith("WORST ")), None)
     assert line is not None, found.stderr[-3000:]
-    worst, different = line.split()[1:]
+    worst, different, checked = line.split()[1:]
     check(torch.tensor(float(worst)), torch.zeros(()), ENGINE)
     assert int(different) > 1
+    assert int(checked) == 3 + 2 * 4
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()

@@ -1,31 +1,39 @@
-"""The README's picture: megabytes of one adapter among a thousand of Mistral-7B, the shared basis included.
+"""The pictures of the README and the documentation, on a light and on a dark background, from the committed results.
 
-python -m benchmarks.research.reporting.front   # docs/megabytes-light.png and docs/megabytes-dark.png
+python -m benchmarks.research.reporting.front   # docs/NAME-light.png and docs/NAME-dark.png
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
+from benchmarks.common.csv_files import read_csv
 from benchmarks.common.figures import panels, save_panels
 from benchmarks.research.methods import runner
+from benchmarks.research.methods.pictures import plain_log
+from benchmarks.research.paired.compare import Spot, spots_of
+from benchmarks.research.paired.grid import ROWS
+from benchmarks.research.reporting.markdown import read_json
 from benchmarks.serving.economics import Sizes
-from lorasb.utils.plotting import MUTED, SIGN
+from lorasb.app.results import smoothed
+from lorasb.utils.plotting import GRAD, MUTED, SIGN
 
 DOCS = runner.RESULTS.parents[1] / "docs"
 INKS = {"light": "#1b1b1b", "dark": "#e6e6e6"}  # of text, on either background
+TEXT, SMALL = 17, 15  # points, of 7.6 inches: legible on a telephone
 MODEL, RANK, COUNT = "Mistral-7B", 16, 1000
+STEPS = 75  # of the training curves
 
 
-def draw(path: Path, ink: str) -> None:
-    """Write the picture on a transparent background; legible on a telephone."""
+def megabytes(axis: Any, ink: str) -> str:
+    """One adapter among a thousand, the shared basis included."""
     sizes = Sizes(MODEL)
     bars = {
         "LoRA, r = 32": sizes.lora(32) / 1e6,
         "LoRA, r = 1": sizes.lora(1) / 1e6,
         f"R on a shared basis,\nr = {RANK}": sizes.on_basis(RANK, COUNT) / COUNT / 1e6,
     }
-    figure, (axis,) = panels(1, 1, (7.6, 3.0))
     axis.barh(list(bars), list(bars.values()), color=[MUTED, MUTED, SIGN], height=0.62)
     axis.set_xscale("log")
     axis.set_xlim(0.1, 6000)
@@ -33,19 +41,112 @@ def draw(path: Path, ink: str) -> None:
         text = f" {value:.0f} MB" if value > 100 else f" {value:.1f} MB"
         axis.text(value, i, text, va="center", fontsize=19, fontweight="bold", color=ink)
     axis.invert_yaxis()
-    axis.tick_params(axis="y", labelsize=17, labelcolor=ink, length=0)
+    axis.tick_params(axis="y", length=0)
     axis.xaxis.set_visible(False)
     axis.spines[["bottom", "left"]].set_visible(False)
-    axis.set_title(f"One of {COUNT:,} adapters of {MODEL} (log scale)", fontsize=18, color=ink)
-    figure.patch.set_alpha(0)
-    axis.patch.set_alpha(0)
-    save_panels(figure, [axis], path, grid=False)
+    return f"One of {COUNT:,} adapters of {MODEL} (log scale)"
+
+
+def parameters(axis: Any, ink: str) -> str:
+    """Held-out loss of every method against what it trains."""
+    spots = list(spots_of(read_csv(runner.RESULTS / ROWS), "word_sequence_reversal by loss"))
+    series = {"LoRA-SB": (SIGN, "o"), "LoRA": (GRAD, "s"), "others": (MUTED, "x")}
+    for name, (color, marker) in series.items():
+        found = sorted((spot for spot in spots if _series(spot) == name), key=lambda spot: spot.trained)
+        line = "-" if name != "others" else ""
+        points = [spot.trained for spot in found], [spot.loss for spot in found]
+        axis.plot(
+            *points, line + marker, color=color, ms=9, lw=2.5, label=name if name != "others" else "other methods"
+        )
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    plain_log(axis.yaxis)
+    axis.set_xlabel("trained parameters (word reversal, SmolLM2-135M)")
+    axis.set_ylabel("held-out loss")
+    axis.legend(frameon=False, fontsize=SMALL, labelcolor=ink)
+    return "R goes below LoRA's smallest size"
+
+
+def _series(spot: Spot) -> str:
+    return "LoRA-SB" if spot.name == "sign" else "LoRA" if spot.name.startswith("LoRA r=") else "others"
+
+
+def tokens(axis: Any, ink: str) -> str:
+    """Tokens per second of 64 rows in vLLM by the number of different adapters among them."""
+    found = read_json(runner.RESULTS / "vllm-cpu.json")
+    counts = (1, 16, 64)
+    for name, text, color in (("plugin", "R on a basis", SIGN), ("vLLM's multi-LoRA", "plain LoRAs", GRAD)):
+        times = [found["speed"][f"{name}, {count} adapter{'s' * (count > 1)}"]["p50"] for count in counts]
+        speeds = [64 * 16 * 1e3 / milliseconds for milliseconds in times]
+        axis.plot(counts, speeds, "o-", color=color, ms=9, lw=2.5)
+        axis.annotate(text, (1, speeds[0]), xytext=(0, -24), textcoords="offset points", fontsize=SMALL, color=color)
+    axis.axhline(64 * 16 * 1e3 / found["speed"]["bare model"]["p50"], color=MUTED, lw=2, ls="--")
+    axis.annotate("no adapter", (64, 900), ha="right", fontsize=SMALL, color=MUTED)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.set_yscale("log")
+    axis.set_ylim(20, 2000)
+    plain_log(axis.yaxis)
+    axis.set_xlabel("different adapters in a batch of 64 (vLLM, two CPU cores)")
+    axis.set_ylabel("tokens per second")
+    return "64 adapters cost hardly more than one"
+
+
+def start(axis: Any, ink: str) -> str:
+    """Training loss from its first point on."""
+    rows = [row for row in read_csv(runner.RESULTS / "figure-2.csv") if row["task"] == "chain_sum"]
+    for name, text, color in (("LoRA-SB", "LoRA-SB", SIGN), ("LoRA-XS", "the weight's own subspace", GRAD)):
+        losses = [float(row["loss"]) for row in rows if row["method"] == name]
+        steps = [(i + 0.5) * STEPS / len(losses) for i in range(len(losses))]
+        axis.plot(steps, losses, "-", color=color, lw=2.5, label=text)
+        axis.plot(steps[0], losses[0], "o", color=color, ms=11)
+        axis.annotate(
+            f"{losses[0]:.2f}",
+            (steps[0], losses[0]),
+            xytext=(10, 2),
+            textcoords="offset points",
+            color=color,
+            fontsize=SMALL,
+        )
+    axis.set_xlabel("step")
+    axis.set_ylabel("training loss")
+    axis.legend(frameon=False, fontsize=SMALL, labelcolor=ink)
+    return "R starts one step of full fine-tuning ahead"
+
+
+def bits(axis: Any, ink: str) -> str:
+    """Training loss over a base in 16 and in 4 bits."""
+    found = read_json(runner.RESULTS / "four-bits-curve.json")
+    for one in found["runs"]:
+        color = SIGN if one["bits"] == 4 else GRAD
+        losses = smoothed(tuple(one["train_losses"]))
+        label = f"base in {one['bits']} bits" if one["seed"] == 0 else None
+        axis.plot(range(1, len(losses) + 1), losses, color=color, lw=2.5, alpha=0.85, label=label)
+        axis.plot(len(losses), one["eval_loss_after"], "o", color=color, ms=9)
+    axis.set_xlabel("step (dots: held out)")
+    axis.set_ylabel("training loss")
+    axis.legend(frameon=False, fontsize=SMALL, labelcolor=ink)
+    return "A 4-bit base ends at nearly the same loss"
+
+
+PICTURES: dict[Callable[[Any, str], str], float] = {megabytes: 3.0, parameters: 4.2, tokens: 4.2, start: 4.2, bits: 4.2}
 
 
 def main() -> None:
-    """Draw both."""
-    for name, ink in INKS.items():
-        draw(DOCS / f"megabytes-{name}.png", ink)
+    """Draw each picture twice."""
+    for draw, height in PICTURES.items():
+        for name, ink in INKS.items():
+            figure, (axis,) = panels(1, 1, (7.6, height))
+            title = draw(axis, ink)
+            axis.set_title(title, fontsize=18, color=ink)
+            axis.tick_params(labelsize=TEXT if draw is megabytes else SMALL, colors=ink, which="both")
+            axis.xaxis.label.set(fontsize=SMALL, color=ink)
+            axis.yaxis.label.set(fontsize=SMALL, color=ink)
+            for spine in axis.spines.values():
+                spine.set_color(MUTED)
+            figure.patch.set_alpha(0)
+            axis.patch.set_alpha(0)
+            save_panels(figure, [axis], DOCS / f"{draw.__name__}-{name}.png", grid=False)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,8 @@ def starts(folder: Path) -> Iterator[str]:
         )
         yield from (size, "")
         yield from table(["", "layer by layer", "against", "ratio"], initialization.rows(found))
+        if folder.name != ORDINARY:
+            yield from picture("Energy of the first full step against rank", "results/ranks.png")
 
 
 def training_step(folder: Path) -> Iterator[str]:
@@ -211,3 +213,4 @@ def gpus(folder: Path) -> Iterator[str]:
             "RoBERTa-large at 1 to 8192 tokens, r = 32, 64, 96. Until then there is a roofline on paper: `python -m "
             "benchmarks.kernels.roofline --gpu a6000`."
         )
+        yield from picture("Roofline on paper: overhead over the bare linears on an RTX A6000", "results/roofline.png")
