@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..distributed.process_group import Processes, sharded
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.base import weight_present
-from .auto_rate import measured_rate, scale_starts
+from .auto_rate import measured_rate
 from .cache import Cache
 from .factorize import Factors, kaiming, lora_xs, overlap, random_subspace
 from .init_report import LayerReport
@@ -94,7 +94,10 @@ def _measure_rate(work: Work) -> float | None:
         return None
     with frozen_base(work.model):
         rate = measured_rate(work)
-    scale_starts(work.layers, options.adapter, rate / options.auto.divisor / options.lr)
+    factor = rate / options.auto.divisor / options.lr
+    with torch.no_grad():
+        for layer in work.layers.values():
+            layer.lorasb_R[options.adapter].mul_(factor)
     return rate
 
 
@@ -110,8 +113,8 @@ def _per_sum(options: InitOptions, pieces: list[Piece], processes: Processes) ->
 
 def from_weights(layers: Layers, init: str, options: InitOptions) -> Outcome:
     """Write the data-free inits, LoRA-XS, Kaiming or random; layers are written after all of them are factored."""
-    results, show = {}, options.progress
-    bar = tqdm(layers.items(), desc="factoring", unit="layer", disable=not show, leave=False, delay=PROGRESS_DELAY)
+    results, hidden = {}, not options.progress
+    bar = tqdm(layers.items(), desc="factoring", unit="layer", disable=hidden, leave=False, delay=PROGRESS_DELAY)
     for name, layer in bar:
         started, shape, r = time.perf_counter(), (layer.out_features, layer.in_features), layer.r[options.adapter]
         factors = _factors_of_weight(name, layer, init, options)
@@ -192,7 +195,9 @@ def _execute_plan(work: Work, writer: LayerWriter) -> Executor:
     # Gradients at a block boundary differ by rank, and only rank 0 writes the cache: no resuming across ranks.
     for sums in executor.sums(writer.cache if not work.processes.is_distributed else None):
         executor.done.update(writer.write_sums(sums))
-    writer.write_resumed()
+    if writer.cache is not None:  # blocks that an interrupted run had finished took no backward in this one
+        cached = writer.cache.layers.items()
+        writer.write_cached({name: layer for name, layer in cached if name not in writer.reports})
     return executor
 
 

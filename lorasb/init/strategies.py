@@ -148,7 +148,9 @@ def record(work: Work, stack: Stack, tail: dict[str, nn.Module], store: Store) -
             work.tick()
     # A target that also ran below or inside the stack got no gradient there: its sum is incomplete, and it is left to
     # the passes over the whole model.
-    sums.leave_out(sums.called_inactive)
+    for name in sums.called_inactive:
+        sums.called.discard(name)
+        sums.sums.pop(name, None)
     return recorder.traversals, sums
 
 

@@ -74,9 +74,6 @@ class InitOptions:
             raise ValueError(
                 f"longest_start is a number of steps of R >= 0, or None for no limit, got {self.longest_start!r}"
             )
-        self._check_together(several)
-
-    def _check_together(self, several: bool) -> None:
         if self.update != "adamw" and self.cache is not None:
             needs = "the gradient itself" if self.update == "sgd" else "each sample's gradient"
             raise ValueError(f"update={self.update!r} needs {needs}, and a cache keeps its signs only: leave cache out")
@@ -110,9 +107,9 @@ class Work:
     options: InitOptions
     processes: Processes
     # called after every micro-batch of every block or pass, for progress bars
-    tick: Callable[[], Any] = field(default=lambda: None)
+    tick: Callable[[], object] = field(default=lambda: None)
     # called with the number of remaining ticks, once it is known
-    expect: Callable[[int], Any] = field(default=lambda remaining: None)
+    expect: Callable[[int], object] = field(default=lambda remaining: None)
     loss: float = 0.0  # Σ of the samples' losses
     labeled: int = 0  # number of samples that have a loss
 
@@ -146,7 +143,7 @@ class Work:
             self.labeled += labeled_rows(piece.batch) if own_loss else batch_size(piece.batch)
 
 
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
     """Return a copy of a batch with its tensors on a device."""
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 

@@ -61,6 +61,9 @@ class Staging:
             layer.adapters[self.adapter].initialized = initialized
 
 
+Result = tuple[Factors, Measurements]
+
+
 @dataclass
 class LayerWriter:
     """Factors gradients and writes A, R and B into the layers, the same bits on every rank."""
@@ -94,11 +97,6 @@ class LayerWriter:
         for name, gradient in gradients.items():
             self._factor_and_write({name: gradient})
 
-    def write_resumed(self) -> None:
-        """Write the layers of blocks that an interrupted run had finished, which took no backward in this run."""
-        cached_layers = self.cache.layers if self.cache is not None else {}
-        self.write_cached({name: layer for name, layer in cached_layers.items() if name not in self.reports})
-
     def reduced(self, name: str, sums: GradientSums) -> LayerSum:
         """Return ΣG of a layer over all ranks; `sums` gives up its own, if a sample of this rank reached the layer."""
         local = sums.sums.pop(name, None)
@@ -106,7 +104,8 @@ class LayerWriter:
         if self.processes.is_distributed:
             # Reduced in fp32 before the sign is taken: sign(ΣG) is not the sum of the ranks' signs.
             total = local.value() if local is not None else _zero_sum(self.layers[name])
-            layer_sum.merge(self.processes.all_reduce_sum(total))
+            layer_sum = LayerSum(layer_sum.sketch)
+            layer_sum.total = self.processes.all_reduce_sum(total)
             if layer_sum.sketch is not None:
                 layer_sum.sketch.to(total.device)
                 layer_sum.sketch.sums = [self.processes.all_reduce_sum(part) for part in layer_sum.sketch.sums]
@@ -118,31 +117,23 @@ class LayerWriter:
         # because ranks then share the work.
         # Round-robin over the layers of one block or pass: the same assignment on every rank, without communication.
         owners = {name: i % self.processes.world_size for i, name in enumerate(gradients)}
-        results = self._factor_own(gradients, owners)
-        for name, owner in owners.items():
-            factors, measured = self._broadcast_factors(name, results.get(name), owner)
-            self.staging.write(self.layers[name], factors)
-            if self.cache is not None and self.processes.rank == 0 and not isinstance(gradients[name], CachedGradient):
-                self.cache.add(name, cached(gradients[name], measured.gradient_energies))
-            self.reports[name] = measured.report(name, self.layers[name], self.options.adapter)
-            del gradients[name]  # the sum is freed before the next layer's factors arrive
-
-    def _factor_own(
-        self, gradients: dict[str, Gradient], owners: dict[str, int]
-    ) -> dict[str, tuple[Factors, Measurements]]:
-        """Factor the layers that this rank owns; an error is raised on every rank."""
-        results: dict[str, tuple[Factors, Measurements]] = {}
+        results: dict[str, Result] = {}
         with self.processes.together():  # before the broadcasts, in which a rank that failed would be missing
             for name, owner in owners.items():
                 if owner == self.processes.rank:
                     results[name] = factor(name, gradients[name], self.layers[name], self.options)
                 elif self.cache is None or self.processes.rank != 0:  # rank 0 needs all sums for the cache
                     gradients[name] = LayerSum()  # frees the sum of a layer that another rank owns
-        return results
+        for name, owner in owners.items():
+            factors, measured = self._broadcast_factors(name, results.get(name), owner)
+            self.staging.write(self.layers[name], factors)
+            gradient = gradients[name]
+            if self.cache is not None and self.processes.rank == 0 and isinstance(gradient, LayerSum):
+                self.cache.add(name, cached(gradient, measured.gradient_energies))
+            self.reports[name] = measured.report(name, self.layers[name], self.options.adapter)
+            del gradients[name], gradient  # the sum is freed before the next layer's factors arrive
 
-    def _broadcast_factors(
-        self, name: str, result: tuple[Factors, Measurements] | None, owner: int
-    ) -> tuple[Factors, Measurements]:
+    def _broadcast_factors(self, name: str, result: Result | None, owner: int) -> Result:
         """A layer's factors and measurements from its owner; the other ranks pass None."""
         if result is not None and not self.processes.is_distributed:
             return result
@@ -183,21 +174,16 @@ class LayerWriter:
                 stacklevel=4,
             )
         for name in names:
-            self._write_fallback(name)
-
-    def _write_fallback(self, name: str) -> None:
-        layer = self.layers[name]
-        rank = layer.adapters[self.options.adapter].r
-        # accelerate keeps offloaded weights on the meta device, and FSDP2 shards them
-        with weight_present(layer.get_base_layer()), full_precision():
-            weight = full_tensor(layer.base.weight()).float()
-            factors = subspace_of_weight(weight, rank, self.options.seed_of(name))
-        if self.processes.is_distributed:  # one rank's, as the last bits depend on the number of threads
-            factors = Factors(*(self.processes.broadcast(tensor.float(), 0) for tensor in factors))
-        self.staging.write(layer, factors)
-        shape = (layer.out_features, layer.in_features)
-        sigma = tuple(float(value) for value in factors.sigma)
-        self.reports[name] = LayerReport(name, shape, rank, None, None, sigma, 0, 0.0, fallback="weight")
+            layer, r = self.layers[name], self.layers[name].adapters[self.options.adapter].r
+            # accelerate keeps offloaded weights on the meta device, and FSDP2 shards them
+            with weight_present(layer.get_base_layer()), full_precision():
+                weight = full_tensor(layer.base.weight()).float()
+                factors = subspace_of_weight(weight, r, self.options.seed_of(name))
+            if self.processes.is_distributed:  # one rank's, as the last bits depend on the number of threads
+                factors = Factors(*(self.processes.broadcast(tensor.float(), 0) for tensor in factors))
+            self.staging.write(layer, factors)
+            shape, sigma = (layer.out_features, layer.in_features), tuple(map(float, factors.sigma))
+            self.reports[name] = LayerReport(name, shape, r, None, None, sigma, 0, 0.0, fallback="weight")
 
     def _block_ran(self, model: nn.Module, name: str) -> bool:
         """True if another target of the layer's block was reached; False if the model is no stack of blocks."""
