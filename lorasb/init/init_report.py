@@ -7,7 +7,6 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -204,7 +203,7 @@ class InitReport:
         """Mean over layers of the fraction of ‖ΣG‖² that is captured."""
         return _mean([layer.energy_grad for layer in self.layers])
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The report as JSON values."""
         return asdict(self)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,9 +18,8 @@ from .cache import Cache
 from .factorize import Factors, kaiming, lora_xs, overlap, random_subspace
 from .init_report import LayerReport
 from .loss import labeled_rows, unlabeled
-from .plan import make_plan
 from .provenance import cache_key
-from .sampling import Batch, batch_size, collect, select, take_rows
+from .sampling import Batch, Loader, batch_size, collect, select, take_rows
 from .strategies import Executor
 from .svd import Triplets, full_precision, truncated_svd
 from .task import InitOptions, Layers, Piece, Work, frozen_base
@@ -43,7 +41,9 @@ class Outcome:
     rate: float | None = None  # measured with lr="auto"
 
 
-def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: InitOptions, staging: Staging) -> Outcome:
+def from_gradients(
+    model: nn.Module, layers: Layers, batches: Loader, options: InitOptions, staging: Staging
+) -> Outcome:
     """Write factors from the gradients of the samples, or from a cache of their signs."""
     # A collective: every rank calls it with the batches of its share.
     processes = Processes()
@@ -79,7 +79,7 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Init
     return outcome
 
 
-def rate_of_initialized(model: nn.Module, layers: Layers, batches: Any, options: InitOptions) -> float:
+def rate_of_initialized(model: nn.Module, layers: Layers, batches: Loader, options: InitOptions) -> float:
     """The learning rate of lr="auto" for an adapter that has its factors, by a forward over the samples."""
     processes = Processes()
     pieces, _, _ = _samples(model, batches, options, processes)
@@ -147,7 +147,7 @@ def _factors_of_weight(name: str, layer: AdaptedLayer, init: str, options: InitO
 
 
 def _samples(
-    model: nn.Module, batches: Any, options: InitOptions, processes: Processes
+    model: nn.Module, batches: Loader, options: InitOptions, processes: Processes
 ) -> tuple[list[Piece], int, str | None]:
     """Return this rank's micro-batches, the number of samples over all ranks, and the hash of all samples."""
     if batches is None:
@@ -183,15 +183,13 @@ def _equally_many(batches: list[Batch], processes: Processes) -> list[Piece]:
 
 def _execute_plan(work: Work, writer: LayerWriter) -> Executor:
     """Take sums, block by block or pass by pass, and factor each before the next ones are taken."""
-    show = work.options.progress and work.processes.rank == 0
-    with work.processes.together():
-        plan = make_plan(work)
+    executor = Executor(work)
     if writer.cache is not None:
         # A run may resume only if it goes through the same blocks and targets.
-        writer.cache.course = [plan.stack.course if plan.stack is not None else "", sorted(work.layers)]
-    if show:  # before the work, as the estimate may be a reason to interrupt it
-        tqdm.write(f"lorasb: {plan}")
-    executor = Executor(work, plan, show)
+        stack = executor.plan.stack
+        writer.cache.course = [stack.course if stack is not None else "", sorted(work.layers)]
+    if executor.show:  # before the work, as the estimate may be a reason to interrupt it
+        tqdm.write(f"lorasb: {executor.plan}")
     # Gradients at a block boundary differ by rank, and only rank 0 writes the cache: no resuming across ranks.
     for sums in executor.sums(writer.cache if not work.processes.is_distributed else None):
         executor.done.update(writer.write_sums(sums))
@@ -234,10 +232,7 @@ def _halves(pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
 
 def _subspaces(work: Work, writer: LayerWriter, own: set[str]) -> dict[str, Triplets]:
     """Return the leading triplets of sign(ΣG), on the CPU, of the layers whose SVDs this rank computes."""
-    found = {}
-    with work.processes.together():
-        plan = make_plan(work)
-    executor = Executor(work, plan, work.options.progress and work.processes.rank == 0)
+    found, executor = {}, Executor(work)
     for sums in executor.sums(None):
         for name in writer.reached(sums):
             gradient, layer = writer.reduced(name, sums), work.layers[name]

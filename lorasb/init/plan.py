@@ -24,7 +24,7 @@ EFFICIENCY = 0.7  # ratio: speed of a whole model, over that of its products alo
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes that memory and time depend on; the maximum over ranks, so that every rank makes the same plan."""
+    """Sizes that memory depends on; the maximum over ranks, so that every rank makes the same plan."""
 
     tokens: int  # tokens of all micro-batches
     largest: int  # tokens of the largest micro-batch

@@ -13,6 +13,7 @@ from ..layers.lookup import adapted_layers, refuse_shared_basis
 from ..serving.basis_adapters import check_names
 from ..serving.joint_basis import KeptShares, share_into
 from .init_report import InitReport
+from .sampling import Loader
 from .task import InitOptions
 
 
@@ -35,9 +36,9 @@ class TasksReport:
 
 def initialize_tasks(
     model: Any,
-    tasks: Mapping[str, Any],
+    tasks: Mapping[str, Loader],
     options: InitOptions,
-    initialize: Callable[[nn.Module, Any, InitOptions], InitReport],
+    initialize: Callable[[nn.Module, Loader, InitOptions], InitReport],
 ) -> TasksReport:
     """Initialize an adapter for each task, give all of them one basis, and each its R on it."""
     basis, layers = adapted_layers(model, options.adapter)

@@ -16,9 +16,9 @@ from ..layers.base import weight_present
 from .accumulator import GradientSums, LayerSum
 from .block_recorder import NotAStackError, find_stack
 from .cache import Cache, CachedGradient, cached
-from .factorize import Factors, Gradient, Measurements, count_triplets, factor, subspace_of_weight
+from .factorize import Factors, Gradient, Measurements, factor, subspace_of_weight
 from .init_report import LayerReport
-from .svd import full_precision
+from .svd import OVERSAMPLE, full_precision
 from .task import InitOptions, Layers
 
 
@@ -137,16 +137,14 @@ class LayerWriter:
         """A layer's factors and measurements from its owner; the other ranks pass None."""
         if result is not None and not self.processes.is_distributed:
             return result
-        layer = self.layers[name]
-        # Receivers know all shapes from the layer, so nothing but values has to be sent.
-        r, q = layer.adapters[self.options.adapter].r, count_triplets(layer, self.options.adapter)
-        device = next(layer.lorasb_R.parameters()).device
         if result is not None:
             factors, packed = result[0], result[1].to_tensor()
-        else:  # receive buffers
-            m, n = layer.out_features, layer.in_features
+        else:  # receive buffers: all shapes are known from the layer, so nothing but values has to be sent
+            layer = self.layers[name]
+            m, n, r = layer.out_features, layer.in_features, layer.adapters[self.options.adapter].r
+            device = next(layer.lorasb_R.parameters()).device
             factors = Factors(*(torch.empty(shape, device=device) for shape in ((m, r), (r, r), (r, n), (r,))))
-            packed = torch.empty(Measurements.size(q), dtype=torch.float64)
+            packed = torch.empty(Measurements.size(min(r + OVERSAMPLE, m, n)), dtype=torch.float64)
         # `float`: the factors of an fp64 model are fp64, and the buffers are fp32
         factors = Factors(*(self.processes.broadcast(tensor.float(), owner) for tensor in factors))
         return factors, Measurements.from_tensor(self.processes.broadcast(packed, owner))
@@ -154,25 +152,31 @@ class LayerWriter:
     def write_fallbacks(self, model: nn.Module, names: list[str]) -> None:
         """Write layers that no sample reached: the leading subspace of their weight and R = 0, as their step is
         zero."""
-        # Accepted only if other layers of the same block were reached (experts that no token was routed to).
+        if not names:
+            return
+        try:
+            blocks = find_stack(model, self.layers).targets
+        except NotAStackError:
+            blocks = []
         for name in names:
             if name in self.called:
                 raise ValueError(
                     f"layer {name!r} ran, but the loss does not depend on it: leave it out with exclude_modules"
                 )
-            if not self._block_ran(model, name):
+            # Accepted only if other layers of the same block were reached (experts that no token was routed to).
+            block = next((targets for targets in blocks if name in targets), {})
+            if not any(target in self.reports for target in block):
                 raise ValueError(
                     f"layer {name!r} was never reached by the loss of these batches: leave it out with "
                     "exclude_modules, or pass batches that use it"
                 )
         # After all checks, so that an initialization that fails does not warn.
-        if names:
-            warnings.warn(
-                f"{len(names)} layers were not reached by these samples and start from their weight's subspace with "
-                f"R = 0: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. More samples may reach them",
-                UserWarning,
-                stacklevel=4,
-            )
+        warnings.warn(
+            f"{len(names)} layers were not reached by these samples and start from their weight's subspace with R = 0: "
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. More samples may reach them",
+            UserWarning,
+            stacklevel=4,
+        )
         for name in names:
             layer, r = self.layers[name], self.layers[name].adapters[self.options.adapter].r
             # accelerate keeps offloaded weights on the meta device, and FSDP2 shards them
@@ -184,15 +188,6 @@ class LayerWriter:
             self.staging.write(layer, factors)
             shape, sigma = (layer.out_features, layer.in_features), tuple(map(float, factors.sigma))
             self.reports[name] = LayerReport(name, shape, r, None, None, sigma, 0, 0.0, fallback="weight")
-
-    def _block_ran(self, model: nn.Module, name: str) -> bool:
-        """True if another target of the layer's block was reached; False if the model is no stack of blocks."""
-        try:
-            stack = find_stack(model, self.layers)
-        except NotAStackError:
-            return False
-        block = next((targets for targets in stack.targets if name in targets), {})
-        return any(target in self.reports for target in block)
 
 
 def _checked(name: str, layer: AdaptedLayer, total: LayerSum) -> LayerSum:
